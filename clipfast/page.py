@@ -54,10 +54,16 @@ def thumbnail(image: Image.Image, side: int = SIDE) -> str:
 
 
 def figure(address: str, caption: str, kind: str) -> str:
-    """Return a picture with its caption, with a border by its kind: right, wrong or other."""
-    return (
-        f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
-    )
+    """Return a picture with its caption, whose lines stay apart, in a border by its kind: right, wrong or other."""
+    text = "<br>".join(map(html.escape, caption.splitlines()))
+    return f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{text}</figcaption></figure>'
+
+
+def section(heading: str, words: str, figures: Iterable[str] = (), level: int = 2) -> str:
+    """Return a heading with a paragraph, and pictures in a row below them."""
+    pictures = "".join(figures)
+    row = f'\n<div class="row">{pictures}</div>' if pictures else ""
+    return f"<h{level}>{html.escape(heading)}</h{level}>\n<p>{html.escape(words)}</p>{row}"
 
 
 def table(rows: Iterable[Sequence[Cell]], heads: Sequence[str] = (), last: Iterable[Sequence[Cell]] = ()) -> str:

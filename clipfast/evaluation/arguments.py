@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..arguments import BATCH, DRAWN, SECONDS, WORKERS, add_output, folder, meant
 from ..columns import printable
+from ..files import local_path
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
@@ -111,50 +112,71 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser, "--plot", ends=DRAWN, help=plot)
 
 
-def steps_drawer(
-    path: Path | None, title: str, figures: Callable[[Mapping[str, Any]], Mapping[str, float]]
-) -> Callable[[list[dict[str, Any]]], None] | None:
-    """Return what draws the lines of a watched run to the file that ``--plot`` names; None if it names none.
+def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what watches a run; ``name`` is that of the file in its folder for the lines."""
+    add = parser.add_argument
+    watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
+    add("--watch", type=local_path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/{name}")
+    add("--interval", type=float, metavar="SECONDS", help="time between two looks at RUN (default: 30)")
+    raw = "the weights themselves where a checkpoint of RUN also has their average (EMA)"
+    add("--raw", action="store_true", help=f"evaluate {raw}")
 
-    Args:
-        path: the file.
-        title: of the picture.
-        figures: returns the shares to draw from the results of a line, by their names for people.
+
+def check_unwatched(args: argparse.Namespace) -> None:
+    """Refuse a command that names nothing to evaluate, and flags that have no use without ``--watch``.
+
+    Raises:
+        ValueError: as above.
     """
-    if path is None:
-        return None
-    from .steps_plot import steps_plot
-
-    return lambda lines: steps_plot([(line["step"], figures(line["eval"])) for line in lines], title, path)
+    if not args.model:
+        raise ValueError("--model or --watch is needed: what to evaluate")
+    if args.raw or args.interval is not None:
+        name = "--raw" if args.raw else "--interval"
+        raise ValueError(f"{name} is for the checkpoints of a run: give --watch RUN in place of --model")
 
 
 class Session(NamedTuple):
-    """The model, the store and the ranks that a task works with.
+    """The models, the store and the ranks that a task works with.
 
     Attributes:
-        encoder: the model.
+        encoders: the models.
         store: keeps features; None if they are not to be kept.
         world: the ranks that share the work.
     """
 
-    encoder: Encoder
+    encoders: Sequence[Encoder]
     store: FeatureStore | None
     world: World
 
+    @property
+    def encoder(self) -> Encoder:
+        """The first of the models."""
+        return self.encoders[0]
+
 
 @contextlib.contextmanager
-def session(args: argparse.Namespace) -> Iterator[Session]:
-    """Join the other ranks, if there are any, and build the model that the arguments name.
+def session(args: argparse.Namespace, models: Sequence[tuple[str, str]] = ()) -> Iterator[Session]:
+    """Join the other ranks, if there are any, and build models: the one that the arguments name, or several.
+
+    Models that prepare images alike share the transform, and so its results.
+
+    Args:
+        args: the arguments of a task.
+        models: names and weights of several models, as :func:`named_models` returns them.
 
     Raises:
-        ValueError: the model, its weights or the device cannot be used.
+        ValueError: a model, its weights or the device cannot be used.
     """
     from ..training.world import joined
     from .store import FeatureStore
 
     with joined(args.device, args.dist_timeout) as world:
-        encoder = load_encoder(args, args.model, args.pretrained, world)
-        yield Session(encoder, None if args.features is None else FeatureStore(args.features), world)
+        named = models or [(args.model, args.pretrained)]
+        encoders = [load_encoder(args, name, weights or None, world) for name, weights in named]
+        transforms: dict[str, Any] = {}
+        for encoder in encoders:
+            encoder.transform = transforms.setdefault(repr(encoder.transform), encoder.transform)
+        yield Session(encoders, None if args.features is None else FeatureStore(args.features), world)
 
 
 def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, world: World) -> Encoder:
@@ -220,7 +242,7 @@ def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> Label
     Raises:
         ValueError: the set cannot be read, or not one of its images can be used.
     """
-    return encoded_by(args, at, [at.encoder], images)[0]
+    return encoded_by(args, at, at.encoders, images)[0]
 
 
 def encoded_by(
@@ -257,17 +279,24 @@ def report_left_out(skipped: Iterable[object], command: str = "eval", most: int 
         print(f"clipfast {command}: left out {len(listed) - most} more", file=sys.stderr)
 
 
-def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return results under the keys of CLIP_benchmark (dataset, model, pretrained, task, metrics, language).
+def result_about(
+    dataset: str, model: str, pretrained: str | None, task: str, metrics: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """Return results under the keys of CLIP_benchmark.
 
     Args:
-        args: name model and data.
+        dataset, model, pretrained: their names.
         task: as CLIP_benchmark names it, such as "zeroshot_classification".
         metrics: the figures.
         **more: further keys.
     """
-    about = {"dataset": args.data, "model": args.model, "pretrained": args.pretrained or "", "task": task}
+    about = {"dataset": dataset, "model": model, "pretrained": pretrained or "", "task": task}
     return {**about, "metrics": dict(metrics), "language": "en", **more}
+
+
+def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the same of the data and the model that the arguments of a task name."""
+    return result_about(args.data, args.model, args.pretrained, task, metrics, **more)
 
 
 def write_results(

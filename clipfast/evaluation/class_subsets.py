@@ -62,24 +62,14 @@ class ClassSubset:
             {base[number]: group for number, group in place.items()},
         )
 
-    def shifted(self, images: LabelledFeatures, classifier: Tensor) -> Classified:
-        """Return the classes that the base's classifier, restricted to the subset, gives to images of the shifted set.
+    def classify(self, images: LabelledFeatures, meaning: Mapping[str, int], classifier: Tensor) -> Classified:
+        """Return the classes that the base's classifier, restricted to the subset, gives to images of these classes.
 
         Args:
-            images: of the set.
+            images: of the base or of the shifted set.
+            meaning: ``of_base`` or ``of_label``, as the images are; those with another label are left out.
             classifier: weights [D, classes of the base].
         """
-        return self._classified(images, self.of_label, classifier)
-
-    def base(self, images: LabelledFeatures, classifier: Tensor) -> Classified:
-        """Return the classes that it gives to those images of the base whose class is in the subset.
-
-        Raises:
-            ValueError: the base has no such images.
-        """
-        return self._classified(images, self.of_base, classifier)
-
-    def _classified(self, images: LabelledFeatures, meaning: Mapping[str, int], classifier: Tensor) -> Classified:
         rows = [row for row, label in enumerate(images.labels) if label in meaning]
         columns = [number for numbers in self.members for number in numbers]
         owner = torch.tensor([group for group, numbers in enumerate(self.members) for _ in numbers])

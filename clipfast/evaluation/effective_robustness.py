@@ -19,7 +19,7 @@ from torch import Tensor
 from .class_subsets import read_json
 from .intervals import RESAMPLES
 
-AVERAGE = "average"  # over the shifts
+AVERAGE, SYNTHETIC = "average", "synthetic"  # means over the natural shifts, and over the synthetic ones
 COLUMNS = ("model", "base", "shift")
 Interval = tuple[float, float]
 
@@ -47,7 +47,9 @@ class Line:
 
     def __call__(self, base: float) -> float:
         """Return the accuracy under the shift that the line predicts for one on the base."""
-        return _line(self.slope, self.intercept, base)
+        if base in (0.0, 1.0):  # to which the line leads if it rises
+            return base if self.slope > 0 else 1 - base
+        return 1 / (1 + math.exp(-(self.intercept + self.slope * math.log(base / (1 - base)))))
 
     def band(self, bases: Sequence[float]) -> list[Interval]:
         """Return the 95% interval of the prediction for each accuracy on the base, by resampling the points.
@@ -98,12 +100,6 @@ def fit(points: Iterable[Point], name: str) -> Line:
 def _logits(points: Sequence[Point]) -> tuple[Tensor, Tensor]:
     both = torch.tensor([(point.base, point.shift) for point in points], dtype=torch.float64).logit()
     return both[:, 0], both[:, 1]
-
-
-def _line(slope: float, intercept: float, base: float) -> float:
-    if base in (0.0, 1.0):  # to which the line leads if it rises
-        return base if slope > 0 else 1 - base
-    return 1 / (1 + math.exp(-(intercept + slope * math.log(base / (1 - base)))))
 
 
 def figures(base: float, shift: float, line: Line | None) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,10 @@ from ..training.world import ALONE, World
 from .store import FeatureStore
 from .zero_shot import TEXTS, Template, encode_texts, prompts_of
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+Change = Callable[["Image.Image"], "Image.Image"]
 OPEN_CLIP_PREFIX = "open_clip:"
 PROBES = ("a photo of a cat.", "Größe: 10 000 × 3, naïve 猫 &amp; Co.", "word " * 100)
 
@@ -36,14 +40,16 @@ class Encoder:
         transform: turns a PIL image into a tensor [3, H, W].
         device: of the model.
         pretrained: the name of its weights, for people.
+        normalize: whether features of images have unit length.
     """
 
     name: str
     model: Any
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Any
     transform: Callable[..., Tensor]
     device: str | torch.device = "cpu"
     pretrained: str | None = None
+    normalize: bool = True
 
     @classmethod
     def load(
@@ -52,34 +58,23 @@ class Encoder:
     ) -> "Encoder":  # fmt: skip
         """Build a model with its weights; arguments are those of :func:`clipfast.create_model` and ``get_tokenizer``.
 
-        ``open_clip:NAME`` is what OpenCLIP builds by that name, on the kernels of this package.
+        ``open_clip:NAME`` is the model that OpenCLIP builds by that name, on the kernels of this package.
 
         Raises:
-            ValueError: the model has no weights, or there is no such model.
+            ValueError: the model has no weights, there is no such model, or OpenCLIP is not installed.
         """
-        if name.startswith(OPEN_CLIP_PREFIX):
-            return cls._of_open_clip(name, pretrained, device, cache_dir)
-        source = dataclasses.replace(resolve_source(name, pretrained, cache_dir=cache_dir), name=name)
-        model = create_model(source, require_pretrained=True, device=device, backend=backend).eval()
-        tokenizer = get_tokenizer(source, tokenizer_file=tokenizer_file)
-        return cls(name, model, tokenizer, transform_of(model, uint8=True), device, pretrained)
-
-    @classmethod
-    def _of_open_clip(cls, name: str, pretrained: str | None, device: str, cache_dir: str | Path | None) -> "Encoder":
-        """Build a model of OpenCLIP, and let it run on the kernels of this package.
-
-        Raises:
-            ValueError: OpenCLIP is not installed, or the model has no weights.
-        """
+        if not name.startswith(OPEN_CLIP_PREFIX):
+            source = dataclasses.replace(resolve_source(name, pretrained, cache_dir=cache_dir), name=name)
+            model = create_model(source, require_pretrained=True, device=device, backend=backend).eval()
+            tokenizer = get_tokenizer(source, tokenizer_file=tokenizer_file)
+            return cls(name, model, tokenizer, transform_of(model, uint8=True), device, pretrained)
         try:
             import open_clip
         except ImportError as error:
             raise ValueError(f"--model {name} needs OpenCLIP: pip install open-clip-torch") from error
         theirs = name.removeprefix(OPEN_CLIP_PREFIX)
         if not pretrained and ":" not in theirs:
-            raise ValueError(
-                f"{name} has no weights of its own: give a tag of OpenCLIP's or a checkpoint to --pretrained"
-            )
+            raise ValueError(f"{name} has no weights of its own: give --pretrained a tag of OpenCLIP or a checkpoint")
         folder = None if cache_dir is None else str(cache_dir)
         model, _, transform = open_clip.create_model_and_transforms(theirs, pretrained, device=device, cache_dir=folder)
         apply_to_open_clip(model)
@@ -106,12 +101,13 @@ class Encoder:
 
     def about(self) -> dict[str, Any]:
         """Return what features by this model depend on, as plain values, and its name."""
-        return {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
+        about = {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
+        return about if self.normalize else {**about, "normalized": False}
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
-        """Return the features [B, D], of unit length, of images [B, 3, H, W]."""
-        features: Tensor = self.model.encode_image(pixels.to(self.device), normalize=True)
+        """Return the features [B, D] of images [B, 3, H, W]."""
+        features: Tensor = self.model.encode_image(pixels.to(self.device), normalize=self.normalize)
         return features
 
     @torch.no_grad()
@@ -164,20 +160,72 @@ class Encoder:
         return F.normalize(features.unflatten(0, (len(classnames), len(templates))).mean(1), dim=-1).T
 
 
-class UnnormalizedEncoder(Encoder):
-    """An encoder whose features of images keep their lengths."""
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A change of PIL images, and the transform that follows it."""
+
+    change: Change
+    transform: Callable[..., Tensor]
+
+    def __call__(self, image: "Image.Image") -> Tensor:
+        """Return the changed image as the transform makes it."""
+        return self.transform(self.change(image))
+
+
+class PreparedEncoder(Encoder):
+    """An encoder whose images are changed before another one prepares and encodes them."""
 
     @classmethod
-    def of(cls, encoder: Encoder) -> "UnnormalizedEncoder":
-        """Return the encoder with the model of another one."""
-        return cls(**{field.name: getattr(encoder, field.name) for field in dataclasses.fields(Encoder)})
+    def of(cls, encoder: Encoder, change: Change) -> "PreparedEncoder":
+        """Return the encoder with a change before its transform.
+
+        Args:
+            encoder: has the model.
+            change: of images; if features are kept, its ``repr`` must say everything that it depends on.
+        """
+        fields = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(Encoder)}
+        prepared = cls(**{**fields, "transform": Prepared(change, encoder.transform)})
+        prepared._of, prepared._change = encoder, change
+        return prepared
+
+    _of: Encoder
+    _change: Change
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Return the features of images as the other encoder does."""
+        return self._of.images(pixels)
 
     def about(self) -> dict[str, Any]:
         """Return what features by this model depend on, as plain values, and its name."""
-        return {**super().about(), "normalized": False}
+        return {**self._of.about(), "change": repr(self._change)}
 
-    @torch.no_grad()
+
+SIDE = 16  # of thumbnails whose pixels are compared
+
+
+def small_pixels(image: "Image.Image") -> Tensor:
+    """Return an image scaled to 16 x 16 pixels, uint8 [3, 16, 16]."""
+    import numpy as np
+    from PIL import Image
+
+    small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).movedim(-1, 0).contiguous()
+
+
+class PixelEncoder(Encoder):
+    """Takes the place of a model: the similarity of two images is the correlation of the pixels of their thumbnails.
+
+    It finds copies of an image, where a model sees only the content. It has no features of texts.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        super().__init__("pixels", None, None, small_pixels, device)
+
+    def about(self) -> dict[str, Any]:
+        """Return what the features depend on, as plain values."""
+        return {"model": self.name, "side": SIDE}
+
     def images(self, pixels: Tensor) -> Tensor:
-        """Return the features [B, D] of images [B, 3, H, W]."""
-        features: Tensor = self.model.encode_image(pixels.to(self.device), normalize=False)
-        return features
+        """Return the features [B, 768] of thumbnails [B, 3, 16, 16], of mean 0 and unit length; 0 for one grey."""
+        flat = pixels.to(self.device).float().flatten(1)
+        return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)

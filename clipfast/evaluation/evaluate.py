@@ -120,9 +120,10 @@ def figures(
     results: dict[str, Any] = {"images": len(best), "skipped_images": skipped, "classes": len(labels)}
     results["zero_shot"] = _accuracy(hits)
     if groups:
-        results["by_group"] = {group: _accuracy(hits[_members(images.groups, {group})]) for group in groups}
+        of_group = {group: torch.tensor([own == group for own in images.groups]) for group in groups}
+        results["by_group"] = {group: _accuracy(hits[members]) for group, members in of_group.items()}
     if left_out:
-        kept = hits[_members(images.groups, set(images.groups) - set(left_out))]
+        kept = hits[torch.tensor([group not in left_out for group in images.groups])]
         results["without"] = {"groups": left_out, "zero_shot": _accuracy(kept)}
     results["retrieval"] = _retrieval(images, texts)
     return Evaluation(results, best, right)
@@ -131,11 +132,6 @@ def figures(
 def _accuracy(hits: Tensor) -> dict[str, float | int]:
     """Return top-1 and top-5 accuracy; ``hits`` [N] are the positions of the right classes, from 0."""
     return {"top1": (hits < 1).double().mean().item(), "top5": (hits < 5).double().mean().item(), "images": len(hits)}
-
-
-def _members(groups: Sequence[str], wanted: set[str]) -> Tensor:
-    """Return a mask [N] of the images whose group is wanted."""
-    return torch.tensor([group in wanted for group in groups])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ..data import Skipped, made_by_workers
 from ..progress import Progress, progress
 from ..training.world import ALONE, World
 from .encoder import Encoder
-from .labelled import LabelledImage, LabelledSet, Place, in_order, load
+from .labelled import LabelledSet, in_order, load
 from .store import FeatureStore, Section
 
 if TYPE_CHECKING:
@@ -106,33 +106,28 @@ class _Blocks(Dataset[_Block]):
     """
 
     def __init__(self, images: LabelledSet, encoders: Sequence[Encoder]) -> None:
-        self.places: list[Place] = images.places()
+        places = images.places()
+        self.places = places if images.numbers is None else [places[number] for number in images.numbers]
         self.transforms: list[Callable[[Image.Image], Tensor]] = []
         for encoder in encoders:
             if encoder.transform not in self.transforms:
                 self.transforms.append(encoder.transform)
 
     def __getitem__(self, numbers: Sequence[int]) -> _Block:
-        found = LabelledFeatures.empty()
-        images = []
+        found, images = LabelledFeatures.empty(), []
         for number in numbers:
             image = load(self.places[number], number)
             if isinstance(image, Skipped):
                 found.left_out[number] = image
                 continue
-            _note(found, image)
-            images.append(image.image)
+            pixels = image.image
+            images.append(pixels)
+            found.numbers.append(number)
+            found.digests.append(hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest())
+            found.labels.append(image.label)
+            found.captions.append(image.captions)
+            found.groups.append(image.group)
         return _Block([torch.stack([f(image) for image in images]) for f in self.transforms if images], found)
-
-
-def _note(found: LabelledFeatures, image: LabelledImage) -> None:
-    """Add what is known of an image."""
-    pixels = image.image
-    found.numbers.append(image.number)
-    found.digests.append(hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest())
-    found.labels.append(image.label)
-    found.captions.append(image.captions)
-    found.groups.append(image.group)
 
 
 def encode_set(
@@ -164,16 +159,15 @@ def encode_set(
         The features on the CPU, one element for each encoder, on rank 0; nothing on other ranks.
 
     Raises:
-        ValueError: the set cannot be read, not one of its images can be used, the batch size is below 1, or there are
-            fewer workers than none.
+        ValueError: the set cannot be read, or not one of its images can be used.
     """
-    check_batches(batch_size, workers)
     with world.local_first():  # the others find what it indexes
         blocks = _Blocks(images, encoders)
     count = len(blocks.places)
     ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     sections = world.on_main(lambda: _sections(encoders, images, batch_size, store))
-    kept = world.on_main(lambda: [number for number in range(len(ranges)) if _is_kept(sections, number)])
+    numbers = range(len(ranges)) if sections else ()
+    kept = world.on_main(lambda: [n for n in numbers if all(section.holds(_name(n)) for section in sections)])
     missing = sorted(set(range(len(ranges))) - set(kept))
     mine = missing[world.rank :: world.size]
     parts: list[list[LabelledFeatures]] = []
@@ -204,18 +198,6 @@ def encode_set(
     return whole
 
 
-def check_batches(batch_size: int, workers: int) -> None:
-    """Refuse numbers that :func:`encode_set` cannot use.
-
-    Raises:
-        ValueError: the batch size is below 1, or there are fewer workers than none.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers must not be negative, got {workers}")
-
-
 def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]) -> Iterator[list[LabelledFeatures]]:
     """Yield the features of blocks by each encoder."""
     inputs = [blocks.transforms.index(encoder.transform) for encoder in encoders]
@@ -234,10 +216,6 @@ def _sections(
         return []
     data = {"data": images.data, "stamp": images.digest(), "block": batch_size}
     return [store.section("images", {**encoder.about(), **data}) for encoder in encoders]
-
-
-def _is_kept(sections: Sequence[Section], number: int) -> bool:
-    return bool(sections) and all(section.holds(_name(number)) for section in sections)
 
 
 def _name(number: int) -> str:

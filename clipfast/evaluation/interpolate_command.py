@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ EPILOG = """\
 example:
   clipfast interpolate runs/before runs/finetuned --val-data old/ --val-data new/ --plot wise.png
   clipfast interpolate runs/before runs/finetuned --save 0.5 both    # create_model("local-dir:both")"""
+FIGURES = ("top-1", "top-5", "t2i R@1")
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 
 
@@ -65,51 +66,46 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the models, print a table, save what was asked for, and return the exit code."""
     from ..factory import resolve_device
     from ..files import replace_text
-    from .interpolation import EvaluationSettings, Interpolation, evaluate_path
+    from .interpolation import Interpolation, evaluate_path
     from .labelled import LabelledSet
 
     alphas, saved = sorted(set(args.alpha)), _saved(args.save)
     _check(args, [*alphas, *([] if saved is None else [saved[0]])])
-    if args.plot is not None:  # it needs matplotlib, whose lack must not be found at the end
-        from .pictures import interpolation_plot
-    settings = EvaluationSettings(
-        read_templates(args.templates), read_classnames(args.classnames), args.batch_size, resolve_device(args.device),
-        args.backend, args.tokenizer,
-    )  # fmt: skip
+    templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     models = Interpolation(
         args.first, args.second, model=args.model, activation=args.activation, cache_dir=args.cache_dir
     )
     keys, separator = keys_of(vars(args)), separator_of(vars(args))
     data = {name: LabelledSet(name, None, args.label_by, keys, separator) for name in args.val_data}
+    path = evaluate_path(
+        models, each(alphas, "alpha", "models"), data, templates, classnames=classnames, batch_size=args.batch_size,
+        device=resolve_device(args.device), backend=args.backend, tokenizer=args.tokenizer,
+    )  # fmt: skip
     rows: list[dict[str, Any]] = []
-    for row in evaluate_path(models, each(alphas, "alpha", "models"), data, settings) if data else ():
+    for row in path if data else ():
         if not rows:
-            for number, name in enumerate(data, 1):
-                print(f"[{number}] {name}")
-            print(
-                _line("alpha", *(f"[{number}] {figure}" for number in range(1, len(data) + 1) for figure in _FIGURES))
-            )
+            print("\n".join(f"[{number}] {name}" for number, name in enumerate(data, 1)))
+            heads = (f"[{number}] {figure}" for number in range(1, len(data) + 1) for figure in FIGURES)
+            print(_line("alpha", *heads))
             skipped = [one for images in data.values() for one in images.skipped]
             report_left_out(skipped, "interpolate", most=len(skipped))
         rows.append(row)
-        figures = (f"{figure(results):.2%}" for results in row["results"].values() for figure in _FIGURES.values())
-        print(_line(f"{row['alpha']:g}", *figures), flush=True)
+        shares = []
+        for found in row["results"].values():
+            shares += [found["zero_shot"]["top1"], found["zero_shot"]["top5"]]
+            shares.append(found["retrieval"]["text_to_image"]["R@1"])
+        print(_line(f"{row['alpha']:g}", *(f"{share:.2%}" for share in shares)), flush=True)
     if args.json is not None:
         content = {"first": args.first, "second": args.second, "templates": args.templates, "path": rows}
         replace_text(args.json, json.dumps(content, indent=2) + "\n")
     if args.plot is not None:
+        from .pictures import interpolation_plot
+
         interpolation_plot(rows, f"alpha: from {args.first} (0) to {args.second} (1)", args.plot)
     if saved is not None:
         models.save(*saved)
         print(f"wrote the model at alpha {saved[0]:g} to {saved[1]}: load it as local-dir:{saved[1]}")
     return 0
-
-
-_FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
-    "top-1": lambda results: results["zero_shot"]["top1"],
-    "top-5": lambda results: results["zero_shot"]["top5"],
-    "t2i R@1": lambda results: results["retrieval"]["text_to_image"]["R@1"],
-}
 
 
 def _line(*words: str) -> str:

@@ -116,23 +116,17 @@ class Interpolation:
         write_folder(folder, write)
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
-    """The settings of all evaluations of a path, as ``clipfast eval zeroshot`` has them."""
-
-    templates: Sequence[Template] = ("{}",)
-    classnames: Sequence[str] | None = None
-    batch_size: int = 256
-    device: str = "cpu"
-    backend: str = "auto"
-    tokenizer: str | Path | None = None
-
-
 def evaluate_path(
     models: Interpolation,
     alphas: Iterable[float],
     data: Mapping[str, LabelledSet],
-    settings: EvaluationSettings,
+    templates: Sequence[Template] = ("{}",),
+    *,
+    classnames: Sequence[str] | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+    backend: str = "auto",
+    tokenizer: str | Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield for each alpha ``{"alpha": ..., "results": {name of the set: its results}}``.
 
@@ -140,21 +134,25 @@ def evaluate_path(
         models: the models.
         alphas: from 0 to 1.
         data: the sets by name.
-        settings: as above.
+        templates, classnames: as :func:`~clipfast.evaluation.evaluate.evaluate` takes them.
+        batch_size: images to encode at once.
+        device, backend: what to compute on, and by which implementation of the ops.
+        tokenizer: the file of a SigLIP model.
 
     Raises:
         ValueError: an alpha, a set or the tokenizer cannot be used.
     """
-    model, tokenizer = models.build(settings.device, settings.backend), models.tokenizer(settings.tokenizer)
-    encoder = Encoder(str(models.first.source), model, tokenizer, transform_of(model, uint8=True), settings.device)
+    model = models.build(device, backend)
+    transform = transform_of(model, uint8=True)
+    encoder = Encoder(str(models.first.source), model, models.tokenizer(tokenizer), transform, device)
     for alpha in alphas:
         model.load_state_dict(models.weights(alpha))
         results = {}
         for name, images in data.items():
-            (features,) = encode_set([encoder], images, batch_size=settings.batch_size)
+            (features,) = encode_set([encoder], images, batch_size=batch_size)
             results[name] = evaluate(
-                model, tokenizer, features.to(settings.device), settings.templates,
-                classnames=settings.classnames, skipped=len(images.skipped),
+                model, encoder.tokenizer, features.to(device), templates, classnames=classnames,
+                skipped=len(images.skipped),
             ).results  # fmt: skip
         yield {"alpha": alpha, "results": results}
 

@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..data import LOST, IndexCache, Keys, Skipped, Source, decode_image, expand_shards, open_sources
 from ..data.folders import has_texts
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 CHECKED = 64  # images of a set of which one must be usable
 CROSSED_KEYS, CROSSED_GROUPS = "+", " + "  # "race+gender" makes groups such as "White + Male"
-T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -109,21 +108,19 @@ class LabelledSet:
     def _usable(self, most: int | None = None) -> Iterator[LabelledImage]:
         """Yield the images that can be used among the first ``most``, and note the others."""
         self.left_out.clear()
-        usable = False
-        places = self.places()
+        places, usable = self.places(), 0
         for number in itertools.islice(range(len(places)) if self.numbers is None else self.numbers, most):
             found = load(places[number], number)
             if isinstance(found, Skipped):
                 self.left_out[number] = found
-                continue
-            usable = True
-            yield found
-        if usable or self.numbers is not None:
-            return
-        if not self.skipped:
-            raise ValueError(f"{self.data} holds no images")
-        first = "" if most is None else f"first {len(self.skipped)} "
-        raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
+            else:
+                usable += 1
+                yield found
+        if self.numbers is None and not usable:
+            if not self.left_out:
+                raise ValueError(f"{self.data} holds no images")
+            first = "" if most is None else f"first {len(self.left_out)} "
+            raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
     def places(self) -> list[Place]:
         """Return what reads each image of the set, whichever of them are looked at.
@@ -133,7 +130,10 @@ class LabelledSet:
         """
         root = self._root_of_classes()
         if root is not None:
-            return [functools.partial(_loader, str(path), _from_file, path) for path in self._images(root)]
+            return [
+                functools.partial(loader, str(path), _from_file, path)
+                for path in _images_of_classes(root, self.classes)
+            ]
         shards = expand_shards(self.data)
         return [place for source in self._sources(shards) for place in self._samples(source)]
 
@@ -150,7 +150,7 @@ class LabelledSet:
         """
         root = self._root_of_classes()
         if root is not None:
-            files = [(str(path), file_stamp(os.stat(path))) for path in self._images(root)]
+            files = [(str(path), file_stamp(os.stat(path))) for path in _images_of_classes(root, self.classes)]
         else:
             sources = self._sources(expand_shards(self.data))
             files = [(shard.name, shard.stamp) for source in sources for shard in source.shards]
@@ -163,9 +163,6 @@ class LabelledSet:
             ValueError: as above.
         """
         return hashlib.sha256(self.stamp().encode()).hexdigest()
-
-    def _images(self, root: Path) -> list[Path]:
-        return _images_of_classes(root, self.classes)
 
     def _root_of_classes(self) -> Path | None:
         """Return the folder whose sub-folders are classes, if the set is one."""
@@ -192,14 +189,14 @@ class LabelledSet:
                 lost = SampleError(f"a pair is lost: {reason}", LOST)
                 for pair in range(count):
                     name = f"{Path(shard.name).name}/{place}, pair {pair + 1}"
-                    yield functools.partial(_loader, name, _fail, lost)
+                    yield functools.partial(loader, name, _fail, lost)
 
     def _read(self, source: Source, number: int) -> Loader:
         try:
             sample = source.read(number, self.keys)
         except SampleError as error:
-            return _loader(source.name(number), _fail, error)
-        return _loader(sample_name(sample), self._from_sample, sample)
+            return loader(source.name(number), _fail, error)
+        return loader(sample_name(sample), self._from_sample, sample)
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:
         texts = tuple(captions(sample, keys=self.keys))
@@ -244,8 +241,9 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
 
 
-def _loader(name: str, load: Callable[[T], LabelledImage], of: T) -> Loader:
-    return name, functools.partial(load, of)
+def loader(name: str, load: Callable[..., LabelledImage], *of: Any) -> Loader:
+    """Return the name of an image, and what loads it of something."""
+    return name, functools.partial(load, *of)
 
 
 def _fail(error: SampleError) -> LabelledImage:

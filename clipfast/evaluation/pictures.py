@@ -1,4 +1,4 @@
-"""Pictures of a run: its learning curve, and a sheet of images with the captions that it finds most like them."""
+"""Pictures: the style that all of them share, the learning curve and the images of a run, and curves over steps."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,39 +7,131 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..files import save_figure
-from .classification import Classified, recalls
 from .evaluate import Evaluation
-from .intervals import of_share
 from .labelled import LabelledImage
 
 RIGHT, WRONG, CHANCE = "#1a7f37", "#57606a", "tab:red"
-MOST_GROUPS = 20  # that are drawn, the largest
+MOST_CURVES = 12  # that are named in a legend
+Interval = tuple[float, float]
+
+
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """Return a figure of a size in inches, with a title over all its axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def title_of(results: Mapping[str, Any]) -> str:
+    """Return the model and the data of results, for a title."""
+    return f"{shorten(results['model'], 60)} on {shorten(results['dataset'], 60)}"
+
+
+def shorten(text: str, length: int, *, keep_end: bool = False) -> str:
+    """Return a text of at most ``length`` characters: a longer one loses its end, or its beginning."""
+    if len(text) <= length:
+        return text
+    return "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
+
+
+def draw_chance(axis: Axes, classes: int) -> None:
+    """Draw the accuracy by chance among so many classes as a line."""
+    axis.axhline(100 / classes, linestyle=":", color=CHANCE, label=f"chance: {100 / classes:.2g}%")
+
+
+def error_bars(shares: Sequence[float], intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
+    """Return how far intervals reach below and above shares, in percent, as matplotlib takes it."""
+    # a bootstrap's interval need not hold the share itself
+    below = [100 * max(0.0, share - low) for share, (low, _) in zip(shares, intervals, strict=True)]
+    above = [100 * max(0.0, high - share) for share, (_, high) in zip(shares, intervals, strict=True)]
+    return below, above
+
+
+def bars(
+    axis: Axes, names: Sequence[str], series: Mapping[str, Sequence[tuple[float, Interval]]],
+    chances: Mapping[str, Sequence[float]] | None = None,
+) -> None:  # fmt: skip
+    """Draw groups of bars with their intervals.
+
+    Args:
+        axis: the place to draw on.
+        names: the names of the groups.
+        series: for each kind of bar a share and its interval in each group.
+        chances: the shares by chance, likewise.
+    """
+    width = 0.8 / len(series)
+    for number, (label, found) in enumerate(series.items()):
+        places = [place + width * (number + 0.5) - 0.4 for place in range(len(names))]
+        shares, intervals = zip(*found, strict=True)
+        heights = [100 * share for share in shares]
+        drawn = axis.bar(places, heights, 0.95 * width, label=label)
+        behind = {"color": "white", "alpha": 0.8, "pad": 1}
+        axis.bar_label(drawn, fmt="%.1f", label_type="center", fontsize=8, bbox=behind, zorder=5)
+        axis.errorbar(places, heights, error_bars(shares, intervals), fmt="none", color="black", capsize=3)
+        if chances:
+            levels = [100 * share for share in chances[label]]
+            ends = [place - width / 2 for place in places], [place + width / 2 for place in places]
+            axis.hlines(levels, *ends, CHANCE, ":", label="" if number else "chance")
+    rotation = 30 if max(map(len, names)) > 10 else 0
+    axis.set_xticks(range(len(names)), names, rotation=rotation, ha="right" if rotation else "center", fontsize=8)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8, loc="upper right")
+
+
+def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, path: Path) -> None:
+    """Draw the figures of a watched run over the steps of training.
+
+    Args:
+        points: steps, in any order, and the shares after each, by name.
+        title: the title of the picture.
+        path: the file to write.
+    """
+    figure = new_figure(8, 5, shorten(title, 90))
+    axis = figure.subplots()
+    names = list(dict.fromkeys(name for _, found in points for name in found))
+    for name in names:
+        steps, values = zip(*sorted((step, 100 * found[name]) for step, found in points if name in found), strict=True)
+        is_mean = name.startswith("mean")
+        label = f"{shorten(name, 50)}: {values[-1]:.1f}%" if is_mean or len(names) <= MOST_CURVES else None
+        axis.plot(steps, values, "o-", linewidth=2.5 if is_mean else 1, markersize=4, label=label)
+    axis.set(xlabel="step", ylabel="%")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    save_figure(figure, path)
 
 
 def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     """Plot the training loss, and the accuracy on the validation set if there is one, against the step."""
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     evals = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axis = figure.subplots()
-    axis.plot(*zip(*losses, strict=True), color="tab:blue") if losses else None
+    if losses:
+        axis.plot(*zip(*losses, strict=True), color="tab:blue")
     axis.set(title=title, xlabel="step")
     axis.set_ylabel("training loss (mean since last point)", color="tab:blue")
     axis.set_ylim(bottom=0)
     if evals:
         right = axis.twinx()
-        steps = [step for step, _ in evals]
-        for key, style in (("top5", "--"), ("top1", "-")):
-            values = [100 * result["zero_shot"][key] for _, result in evals]
-            label = f"zero-shot {key.replace('top', 'top-')}: {values[-1]:.1f}%"
-            right.plot(steps, values, style, marker="o", color="tab:orange", label=label)
-        recall = [100 * result["retrieval"]["text_to_image"]["R@1"] for _, result in evals]
-        right.plot(steps, recall, ":", marker="s", color="tab:green", label=f"text to image R@1: {recall[-1]:.1f}%")
+        curves = {
+            "zero-shot top-5": ("--", [found["zero_shot"]["top5"] for _, found in evals]),
+            "zero-shot top-1": ("-", [found["zero_shot"]["top1"] for _, found in evals]),
+            "text to image R@1": (":", [found["retrieval"]["text_to_image"]["R@1"] for _, found in evals]),
+        }
+        for name, (style, shares) in curves.items():
+            color = "tab:green" if style == ":" else "tab:orange"
+            values = [100 * share for share in shares]
+            label = f"{name}: {values[-1]:.1f}%"
+            right.plot([step for step, _ in evals], values, style, marker="o", color=color, label=label)
         draw_chance(right, evals[-1][1]["classes"])
         right.set_ylabel("validation, %", color="tab:orange")
-        right.set_ylim(0, 1.1 * max(1.0, *(100 * result["zero_shot"]["top5"] for _, result in evals)))
+        right.set_ylim(bottom=0)
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(figure, path)
 
@@ -49,13 +141,13 @@ def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path:
     rows, columns, total = 6, 4, len(evaluation.predictions)
     chosen = set(random.Random(0).sample(range(total), min(rows * columns, total)))
     shown = [(index, item) for index, item in enumerate(images) if index in chosen]
-    figure = Figure(figsize=(4.1 * columns, 1.55 * rows + 0.7), layout="constrained")
-    accuracy = evaluation.results["zero_shot"]
-    figure.suptitle(
-        f"{len(shown)} of {total} validation images with their five best captions of {evaluation.results['classes']}; "
-        "right ones in bold green\n"
-        f"overall top-1 {100 * accuracy['top1']:.1f}%, top-5 {100 * accuracy['top5']:.1f}%"
+    results = evaluation.results
+    title = (
+        f"{len(shown)} of {total} validation images with their five best captions of {results['classes']}; "
+        f"right ones in bold green\noverall top-1 {results['zero_shot']['top1']:.1%}, "
+        f"top-5 {results['zero_shot']['top5']:.1%}"
     )
+    figure = new_figure(4.1 * columns, 1.55 * rows + 0.7, title)
     axes = figure.subplots(rows, 2 * columns, width_ratios=(1, 2.1) * columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -63,11 +155,10 @@ def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path:
         picture, text = axes.flat[2 * place], axes.flat[2 * place + 1]
         picture.imshow(item.image)
         picture.set_title(shorten(item.label, 18), fontsize=8)
-        for k, prediction in enumerate(evaluation.predictions[index]):
-            right = evaluation.right[index][k]
-            style: dict[str, Any] = {"color": RIGHT, "weight": "bold"} if right else {"color": WRONG}
-            label = f"{'✓' if right else k + 1} {shorten(prediction, 30)}"
-            text.text(0, 0.92 - 0.2 * k, label, fontsize=8.5, va="top", transform=text.transAxes, **style)
+        for k, (caption, right) in enumerate(zip(evaluation.predictions[index], evaluation.right[index], strict=True)):
+            label = f"{'✓' if right else k + 1} {shorten(caption, 30)}"
+            color, weight = (RIGHT, "bold") if right else (WRONG, "normal")
+            text.text(0, 0.92 - 0.2 * k, label, fontsize=8.5, va="top", color=color, weight=weight)
     save_figure(figure, path, dpi=110)
 
 
@@ -76,123 +167,24 @@ def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> No
 
     Args:
         rows: as :func:`~clipfast.evaluation.interpolation.evaluate_path` yields them.
-        title: of the picture.
+        title: the title of the picture.
         path: the file to write.
     """
-    alphas, names = [row["alpha"] for row in rows], list(rows[0]["results"])
-    top1 = {name: [100 * row["results"][name]["zero_shot"]["top1"] for row in rows] for name in names}
-    figure = Figure(figsize=(6 + 5 * (len(names) > 1), 4.5), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    over_alpha, *others = figure.subplots(1, 1 + (len(names) > 1), squeeze=False)[0]
-    for name in names:
-        over_alpha.plot(alphas, top1[name], marker="o", label=shorten(name, 40))
-    for classes in sorted({rows[0]["results"][name]["classes"] for name in names}):
-        draw_chance(over_alpha, classes)
-    over_alpha.set(xlabel="alpha", ylabel="zero-shot top-1, %")
-    over_alpha.legend()
-    for axis in others:
-        axis.set(
-            xlabel=f"top-1 on {shorten(names[0], 40)}, %",
-            ylabel=f"top-1 on {shorten(names[1], 40) if len(names) == 2 else 'the others'}, %",
-        )
-        for number, name in enumerate(names[1:], 1):
-            axis.plot(top1[names[0]], top1[name], marker="o", color=f"C{number}", label=shorten(name, 40))
-        for alpha, x, y in zip(alphas, top1[names[0]], top1[names[1]], strict=True):
-            axis.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    alphas, sets = [row["alpha"] for row in rows], rows[0]["results"]
+    top1 = {name: [100 * row["results"][name]["zero_shot"]["top1"] for row in rows] for name in sets}
+    (first, x), *others = top1.items()
+    figure = new_figure(11 if others else 6, 4.5, title)
+    axes = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
+    for name, y in top1.items():
+        axes[0].plot(alphas, y, marker="o", label=shorten(name, 40))
+    for classes in sorted({found["classes"] for found in sets.values()}):
+        draw_chance(axes[0], classes)
+    axes[0].set(xlabel="alpha", ylabel="zero-shot top-1, %")
+    for number, (name, y) in enumerate(others, 1):
+        axes[1].plot(x, y, marker="o", color=f"C{number}", label=shorten(name, 40))
+        axes[1].set(xlabel=f"top-1 on {shorten(first, 40)}, %", ylabel="top-1 on the others, %")
+    for alpha, *place in zip(alphas, x, others[0][1], strict=True) if others else ():
+        axes[1].annotate(f"{alpha:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
+    for axis in axes:
+        axis.legend()
     save_figure(figure, path)
-
-
-def draw_chance(axis: Axes, classes: int) -> None:
-    """Draw the accuracy by chance among so many classes as a line."""
-    axis.axhline(100 / classes, linestyle=":", color=CHANCE, label=f"chance: {100 / classes:.2g}%")
-
-
-def zero_shot_plot(results: dict[str, Any], classified: Classified, path: Path) -> None:
-    """Plot the figures with their intervals, by templates if several were compared, by group, and of all classes.
-
-    Args:
-        results: of ``clipfast eval zeroshot``.
-        classified: the classes of the images.
-        path: the file to write.
-    """
-    groups, has_curve = results.get("by_group", {}), results["images"] > results["classes"]
-    columns = 1 + bool(groups) + has_curve  # a class with one image is known, or it is not
-    figure = Figure(figsize=(2 + 4.5 * columns, 4.5), layout="constrained")
-    figure.suptitle(f"{shorten(results['model'], 60)} on {shorten(results['data'], 60)}", fontsize=10)
-    bars, *others = figure.subplots(1, columns, squeeze=False)[0]
-    sets = results.get("by_templates", {results["templates"]: results})
-    names = [name for name, value in results["metrics"].items() if value is not None]
-    for number, (key, found) in enumerate(sets.items()):
-        shares, intervals = ([found[kind][name] for name in names] for kind in ("metrics", "intervals"))
-        values, ends = [100 * share for share in shares], error_bars(shares, intervals)
-        places = [place + 0.8 * (number + 0.5) / len(sets) - 0.4 for place in range(len(names))]
-        count = f" ({found['templates']})" if "by_templates" in results else ""
-        drawn = bars.bar(places, values, 0.75 / len(sets), label=shorten(key, 40) + count)
-        bars.errorbar(places, values, ends, fmt="none", color="black", capsize=3)
-        bars.bar_label(drawn, fmt="%.1f", label_type="center", color="white", fontsize=8)
-    for place, name in enumerate(names):
-        chance = 100 * (5 if name == "acc5" else 1) / results["classes"]
-        label = "chance" if place == 0 else None
-        bars.hlines(chance, place - 0.45, place + 0.45, CHANCE, ":", label=label)
-    bars.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-    bars.set(ylabel="%, with 95% intervals")
-    bars.legend(title="templates")
-    if groups:
-        _group_bars(others[0], groups, results["classes"])
-    if has_curve:
-        recall = (100 * recalls(classified)).sort().values.tolist()
-        others[-1].step([100 * (place + 0.5) / len(recall) for place in range(len(recall))], recall, where="mid")
-        others[-1].set(xlabel="classes from the worst to the best, %", ylabel="recall of the class, %", xlim=(0, 100))
-        draw_chance(others[-1], results["classes"])
-        others[-1].legend()
-    save_figure(figure, path)
-
-
-def _group_bars(axis: Axes, groups: Mapping[str, Any], classes: int) -> None:
-    """Draw the accuracy of the largest groups, with intervals."""
-    shown = sorted(groups.items(), key=lambda one: -one[1]["images"])[:MOST_GROUPS]
-    shares = [found["top1"] for _, found in shown]
-    ends = error_bars(shares, [of_share(found["top1"], found["images"]) for _, found in shown])
-    axis.barh(range(len(shown)), [100 * share for share in shares])
-    axis.errorbar([100 * share for share in shares], range(len(shown)), xerr=ends, fmt="none", color="black", capsize=3)
-    axis.axvline(100 / classes, linestyle=":", color=CHANCE)
-    axis.set_yticks(range(len(shown)), [f"{shorten(name, 28)} ({found['images']:,})" for name, found in shown])
-    axis.invert_yaxis()
-    axis.set(xlabel="top-1 by group (images), %", xlim=(0, None))
-
-
-def retrieval_plot(results: dict[str, Any], path: Path) -> None:
-    """Plot recall over k, in both directions, with its intervals; ``results`` are of ``clipfast eval retrieval``."""
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axis = figure.subplots()
-    axis.set_title(f"{shorten(results['model'], 60)} on {shorten(results['data'], 60)}", fontsize=10)
-    for direction in ("image_retrieval", "text_retrieval"):
-        named = {int(key.rpartition("@")[2]): key for key in results["metrics"] if key.startswith(direction)}
-        keys = [named[k] for k in sorted(named)]
-        axis.plot(
-            sorted(named), [100 * results["metrics"][key] for key in keys], "o-", label=direction.replace("_", " ")
-        )
-        low, high = ([100 * results["intervals"][key][end] for key in keys] for end in (0, 1))
-        axis.fill_between(sorted(named), low, high, alpha=0.2)
-    chances = [100 * min(1, k / results["images"]) for k in sorted(named)]
-    axis.plot(sorted(named), chances, ":", color=CHANCE, label="chance, for one caption an image")
-    axis.set(xlabel="k", ylabel="recall@k, %, with 95% intervals", xscale="log", ylim=(0, 100))
-    axis.set_xticks(sorted(named), [str(k) for k in sorted(named)])
-    axis.minorticks_off()
-    axis.legend()
-    save_figure(figure, path)
-
-
-def shorten(text: str, length: int, *, keep_end: bool = False) -> str:
-    """Return a text of at most ``length`` characters: what is longer loses its end, or its beginning."""
-    if len(text) <= length:
-        return text
-    return "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
-
-
-def error_bars(shares: Sequence[float], intervals: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return how far intervals reach below and above shares, in percent, as matplotlib takes it."""
-    # a bootstrap's interval need not hold the share itself
-    below = [100 * max(0.0, share - low) for share, (low, _) in zip(shares, intervals, strict=True)]
-    above = [100 * max(0.0, high - share) for share, (_, high) in zip(shares, intervals, strict=True)]
-    return below, above

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..files import replace_text
 from ..training.world import ALONE, World
-from .arguments import report_left_out
+from .arguments import report_left_out, result_about
 from .encoder import Encoder
 from .features import LabelledFeatures, encode_set
 from .offline_layout import MULTILABEL, RETRIEVAL, OfflineSet, Problem, about
@@ -30,6 +30,7 @@ from .suite_scores import (
     retrieval_score,
     zero_shot_score,
 )
+from .watch import CheckpointModel
 
 VERSION = 1  # of what the figures mean; results of another one are computed again
 
@@ -131,32 +132,17 @@ def evaluate_set(
             mine = {split: features[number] for split, features in found.items() if number in features}
             images, score, reason = mine[settings.split], None, None
             try:
-                score = _score(one, task, mine, texts.get((task, number)), encoders[number].device, settings)
+                if task == PROBING:
+                    device = encoders[number].device
+                    score = probe_score(one, mine, settings.solver, device, settings.seed, settings.split)
+                elif task == RETRIEVING:
+                    score = retrieval_score(images, texts[task, number], settings.ks)
+                else:
+                    score = zero_shot_score(one, images, texts[task, number])
             except ValueError as error:
                 reason = str(error)
             done.append(Done(task, number, len(images.labels), len(images.left_out), score, reason))
     return done
-
-
-def _score(
-    one: OfflineSet, task: str, found: dict[str, LabelledFeatures], texts: Tensor | None, device: Any,
-    settings: Settings,
-) -> Score:  # fmt: skip
-    """Return the figures of a model.
-
-    Args:
-        one, task: what is judged.
-        found: its features of images by split.
-        texts: its features of captions or weights of classes; None for a probe, which needs neither.
-        device, settings: of the probe, and of all.
-
-    Raises:
-        ValueError: the labels do not fit, or a feature is not finite.
-    """
-    images = found[settings.split]
-    if texts is None:
-        return probe_score(one, found, settings.solver, device, settings.seed, settings.split)
-    return retrieval_score(images, texts, settings.ks) if task == RETRIEVING else zero_shot_score(one, images, texts)
 
 
 def _fitted_on(one: OfflineSet, settings: Settings) -> list[str]:
@@ -212,11 +198,11 @@ class ResultFolder:
             DiskFullError: there is no space.
         """
         model, pretrained = self.models[done.model]
-        result = {
-            "dataset": f"wds/{one.name}", "model": model, "pretrained": pretrained, "task": done.task,
-            "metrics": score.metrics, "language": "en", "intervals": score.intervals, "images": done.images,
-            "skipped_images": done.skipped, **score.more, "made_of": self.made_of(one, done.task, done.model),
-        }  # fmt: skip
+        result = result_about(
+            f"wds/{one.name}", model, pretrained, done.task, score.metrics, intervals=score.intervals,
+            images=done.images, skipped_images=done.skipped, **score.more,
+            made_of=self.made_of(one, done.task, done.model),
+        )  # fmt: skip
         replace_text(self.path(one, done.task, done.model), json.dumps(result, indent=2) + "\n")
 
     def made_of(self, one: OfflineSet, task: str, model: int) -> dict[str, Any]:
@@ -276,3 +262,58 @@ def problems_of(one: OfflineSet, done: Sequence[Done], models: Sequence[tuple[st
 def label(model: str, pretrained: str) -> str:
     """Return how a model is called in tables: of a file of weights, only its name is shown."""
     return f"{model} {Path(pretrained).name}".strip()
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """Return how the model of a row of results is called in tables and pictures."""
+    return label(row["model"], row["pretrained"])
+
+
+@dataclasses.dataclass
+class SuiteEvaluator:
+    """Evaluates checkpoints of one run on sets.
+
+    Attributes:
+        sets: the sets.
+        settings: how they are evaluated.
+        model: of the checkpoints.
+    """
+
+    sets: Sequence[OfflineSet]
+    settings: Settings
+    model: CheckpointModel
+
+    def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+        """Return the results of a checkpoint on each set, their means, and what went wrong.
+
+        Raises:
+            ValueError: the checkpoint cannot be loaded, or a set cannot be read.
+        """
+        encoder, models = self.model.load(checkpoint, source), [(source.name, "")]
+        results, problems = [], []
+        for one in self.sets:
+            done = evaluate_set(one, [encoder], {task: [0] for task in self.settings.tasks_of(one)}, self.settings)
+            problems += problems_of(one, done, models)
+            for task, *_, score, _ in done:
+                if score is not None:
+                    about = {"dataset": f"wds/{one.name}", "model": source.name, "pretrained": "", "task": task}
+                    results.append({**about, "metrics": score.metrics, "intervals": score.intervals})
+        wrong = [problem._asdict() for problem in problems]
+        return {"results": results, "means": means(results, models), "problems": wrong}
+
+
+def chief_figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return the chief figures of each set, and their means, by name, from what :class:`SuiteEvaluator` returns."""
+    figures = {f"mean of {mean['metric']}": mean["values"][0] for mean in found["means"] if mean["sets"] > 1}
+    for result in found["results"]:
+        name = result["dataset"].removeprefix("wds/")
+        for metric in headlines(result["task"], result["metrics"]):
+            figures[f"{name} {metric}"] = result["metrics"][metric]
+    return figures
+
+
+def words(found: Mapping[str, Any]) -> str:
+    """Return the chief figures in words."""
+    figures = ", ".join(f"{name} {value:.1%}" for name, value in chief_figures(found).items())
+    wrong = "".join(f"; left out {problem['name']}: {problem['reason']}" for problem in found["problems"])
+    return figures + wrong

@@ -13,8 +13,7 @@ from .features import LabelledFeatures
 from .intervals import bootstrap
 from .offline_layout import MULTILABEL, OfflineSet
 from .retrieval import caption_recalls
-from .tasks.probe_fit import Probe, samples_of, split
-from .tasks.probe_solver import make_solver
+from .tasks.probe_fit import fit_probe, samples_of
 
 ZERO_SHOT, RETRIEVING, PROBING = "zeroshot_classification", "zeroshot_retrieval", "linear_probe"
 
@@ -127,7 +126,7 @@ def probe_score(
     Args:
         one: the set.
         found: features by split; "val" chooses C, or without it a part of "train".
-        solver, device: as :func:`~clipfast.evaluation.tasks.probe_solver.make_solver` takes them.
+        solver, device: as :func:`~clipfast.evaluation.tasks.probe_fit.make_solver` takes them.
         seed: of what is drawn.
         test: the split to judge on.
 
@@ -140,14 +139,11 @@ def probe_score(
     if len(labels) < 2:
         raise ValueError("linear probe: the training images have one class only")
     samples = {name: samples_of(images, labels, f"split {name!r}") for name, images in found.items()}
-    train, validation = samples["train"], samples.get("val")
-    if validation is None:
-        train, validation = split(train, seed)
-    probe = Probe(lambda to: make_solver(solver, to, device), labels, validation)
-    classifier, choice = probe.fit(train, then_all=True)
+    probe, train, classifier, choice = fit_probe(samples, labels, solver, device, seed)
     classified = classifier.classify(samples[test], labels)
+    held_out = 0 if probe.validation is None else len(probe.validation.classes)
     figures = {f"lp_{name}": value for name, value in metrics(classified).items()}
     settings = {"C": choice.C, "seed": seed, "fewshot_k": -1, "normalized": True}
-    counts = {"train_images": len(train.classes), "validation_images": len(validation.classes)}
+    counts = {"train_images": len(train.classes), "validation_images": held_out}
     more = {"classes": len(labels), **counts, "solver": solver, "converged": classifier.converged}
     return Score({**figures, **settings}, {f"lp_{name}": value for name, value in intervals(classified).items()}, more)

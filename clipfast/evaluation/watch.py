@@ -1,25 +1,29 @@
 """Evaluation of the checkpoints of a run as they appear, from another process than the one that trains."""
 
+import argparse
+import dataclasses
 import hashlib
 import json
 import logging
+import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, load_weights, own_config, own_preprocessing, read_checkpoint
 from ..factory import set_preprocessing, tokenizer_for, transform_of
-from ..models import CLIP, CLIPConfig, build
+from ..models import CLIPConfig, build
+from ..training.history import is_run
 from ..training.reports import NO_TENSORBOARD, TensorBoard, evaluation_metrics
 from ..training.run import RunFolder, append, read_lines
 from ..training.sharded import MANIFEST, read_parts
-from ..training.status import FINISHED, read_status
+from ..training.status import FINISHED, WANTED, metrics_text, read_status
 from .encoder import Encoder
 from .evaluate import evaluate
 from .features import encode_set
@@ -28,19 +32,23 @@ from .zero_shot import Template
 
 log = logging.getLogger("clipfast")
 NAME = "evaluations.jsonl"
+INTERVAL = 30  # seconds between two looks at a run
 
 
+@dataclasses.dataclass
 class CheckpointModel:
-    """The model of a run's checkpoints, which is built once. Each text is tokenized once.
+    """The model of a run's checkpoints, which is built once.
 
-    Args:
+    Attributes:
         device, backend: what to compute on, and by which implementation of the ops.
         tokenizer_file: of a SigLIP model.
     """
 
-    def __init__(self, device: str = "cpu", backend: str = "auto", tokenizer_file: str | None = None) -> None:
-        self.device, self.backend, self.tokenizer_file = device, backend, tokenizer_file
-        self._config: CLIPConfig | None = None
+    device: str = "cpu"
+    backend: str = "auto"
+    tokenizer_file: str | None = None
+    _encoder: Encoder | None = None
+    _config: CLIPConfig | None = None
 
     def load(self, checkpoint: dict[str, Any], source: Path) -> Encoder:
         """Return the model with the weights of a checkpoint, until the next one is loaded.
@@ -53,46 +61,37 @@ class CheckpointModel:
             raise CheckpointError(
                 f"{source} does not say which model it is of: evaluate it by --model NAME --pretrained {source}"
             )
-        if config != self._config:
-            self._model = self._built(config, checkpoint)
+        if self._encoder is None or config != self._config:
+            with torch.device(self.device):
+                model = build(config).eval()
+            set_preprocessing(model, own_preprocessing(checkpoint))
+            model.set_backend(self.backend)
             tokenizer = tokenizer_for(config, str(source), self.tokenizer_file)
-            self._tokenize, self._config = _Memory(tokenizer), config
-        load_weights(self._model, checkpoint, source)
-        transform = transform_of(self._model, uint8=True)
-        return Encoder(str(source), self._model, self._tokenize, transform, self.device)
-
-    def _built(self, config: CLIPConfig, checkpoint: dict[str, Any]) -> CLIP:
-        with torch.device(self.device):
-            model = build(config)
-        set_preprocessing(model, own_preprocessing(checkpoint))
-        model.set_backend(self.backend)
-        return model.eval()
+            self._encoder = Encoder(str(source), model, tokenizer, transform_of(model, uint8=True), self.device)
+            self._config = config
+        load_weights(self._encoder.model, checkpoint, source)
+        return self._encoder
 
 
+@dataclasses.dataclass
 class Evaluator:
     """Evaluates checkpoints of one run on a labelled set.
 
-    Args:
+    Attributes:
         images: the set.
         templates, classnames, leave_out: as :func:`~clipfast.evaluation.evaluate.evaluate` takes them.
         batch_size: images to encode at once.
         workers: processes that read and decode them; 0 for none but this one.
-        model: of the checkpoints; by default, on the CPU.
+        model: of the checkpoints.
     """
 
-    def __init__(
-        self,
-        images: LabelledSet,
-        templates: Sequence[Template] = ("{}",),
-        *,
-        classnames: Sequence[str] | None = None,
-        leave_out: Sequence[str] = (),
-        batch_size: int = 256,
-        workers: int = 0,
-        model: CheckpointModel | None = None,
-    ) -> None:
-        self.images, self.templates, self.classnames, self.leave_out = images, templates, classnames, leave_out
-        self.batch_size, self.workers, self.model = batch_size, workers, model or CheckpointModel()
+    images: LabelledSet
+    templates: Sequence[Template] = ("{}",)
+    classnames: Sequence[str] | None = None
+    leave_out: Sequence[str] = ()
+    batch_size: int = 256
+    workers: int = 0
+    model: CheckpointModel = dataclasses.field(default_factory=CheckpointModel)
 
     def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
         """Return the figures of a checkpoint, as :func:`~clipfast.evaluation.evaluate.evaluate` does.
@@ -108,18 +107,26 @@ class Evaluator:
         ).results  # fmt: skip
 
 
-class _Memory:
-    """A tokenizer that remembers the tokens of each text."""
+class Shown(NamedTuple):
+    """What is shown of the results of a checkpoint.
 
-    def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[str, Tensor] = {}
+    Attributes:
+        scalars: the figures for TensorBoard.
+        drawn: the shares that a picture has, by their names for people.
+        words: a line for the terminal.
+    """
 
-    def __call__(self, texts: list[str]) -> Tensor:
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            self._known.update(zip(new, self._tokenizer(new), strict=True))
-        return torch.stack([self._known[text] for text in texts])
+    scalars: Callable[[Mapping[str, Any]], Mapping[str, float]]
+    drawn: Callable[[Mapping[str, Any]], Mapping[str, float]]
+    words: Callable[[Mapping[str, Any]], str]
+
+
+def _drawn(results: Mapping[str, Any]) -> dict[str, float]:
+    found = evaluation_metrics(results)
+    return {name: found[key] for name, key in WANTED if key in found} | {"chance of top-1": 1 / results["classes"]}
+
+
+ZERO_SHOT = Shown(evaluation_metrics, _drawn, lambda results: metrics_text(evaluation_metrics(results)))
 
 
 class Watch:
@@ -131,27 +138,21 @@ class Watch:
         settings: what the figures depend on, such as the data. A checkpoint is evaluated once for the same settings.
         average: evaluate the average of the weights (EMA) where a checkpoint has one.
         name: of the file.
-        scalars: returns what TensorBoard shows of the figures.
+        shown: what TensorBoard, a picture and the terminal show of the figures.
 
     Attributes:
         lines: those of the file that have the same settings.
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        evaluator: Callable[[dict[str, Any], Path], dict[str, Any]],
-        settings: Mapping[str, Any],
-        *,
-        average: bool = True,
-        name: str = NAME,
-        scalars: Callable[[Mapping[str, Any]], Mapping[str, float]] = evaluation_metrics,
-    ) -> None:
-        self.folder, self.evaluator, self.average, self._figures = folder, evaluator, average, scalars
+        self, folder: Path, evaluator: Callable[[dict[str, Any], Path], dict[str, Any]], settings: Mapping[str, Any],
+        *, average: bool = True, name: str = NAME, shown: Shown = ZERO_SHOT,
+    ) -> None:  # fmt: skip
+        self.folder, self.evaluator, self.average, self.shown = RunFolder(folder), evaluator, average, shown
         self.settings = {**settings, "average": average}
-        self.path = folder.path / name
+        self.path = folder / name
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            append(self.path, "\n")  # the next line must not continue what a kill cut short
+            append(self.path, "\n")  # the next line must not continue one that a kill cut short
         self.lines = [line for line in read_lines(self.path) if self.settings.items() <= line.items()]
         self._files = {(line["file_time"], line["bytes"]) for line in self.lines}
         self._weights = {(line["step"], line["weights"]) for line in self.lines}
@@ -159,12 +160,12 @@ class Watch:
         place = Path(name).stem + "-" + re.sub(r"\W+", "-", str(settings.get("data", ""))).strip("-")[-60:]
         try:
             points = ((line["step"], self._scalars(line), line["time"]) for line in self.lines)
-            self._tensorboard = TensorBoard(folder.path / "tensorboard" / place, points)
+            self._tensorboard = TensorBoard(folder / "tensorboard" / place, points)
         except ImportError:
             log.warning(NO_TENSORBOARD)
 
     def _scalars(self, line: Mapping[str, Any]) -> dict[str, float]:
-        return {f"val/{name}": value for name, value in self._figures(line["eval"]).items()}
+        return {f"val/{name}": value for name, value in self.shown.scalars(line["eval"]).items()}
 
     def run(self, interval: float) -> Iterator[dict[str, Any]]:
         """Evaluate what there is and what comes, the oldest first, until the run is finished; yield each line.
@@ -234,29 +235,55 @@ class Watch:
             self._tensorboard.close()
 
 
-def follow(
-    watch: Watch, interval: float, words: Callable[[Mapping[str, Any]], str],
-    draw: Callable[[list[dict[str, Any]]], object] | None = None,
-) -> None:  # fmt: skip
+def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) -> None:
     """Print a line for each checkpoint, and draw all of them anew, until the run is finished, or Ctrl-C.
 
     Args:
         watch: evaluates the checkpoints.
         interval: seconds between two looks at the folder.
-        words: says the figures of one.
-        draw: is given all lines.
+        title: the title of the picture.
+        plot: the file of the picture, or None.
     """
+
+    def draw() -> None:
+        if plot is not None and watch.lines:
+            from .pictures import steps_plot
+
+            steps_plot([(line["step"], watch.shown.drawn(line["eval"])) for line in watch.lines], title, plot)
+
     try:
-        if draw is not None and watch.lines:
-            draw(watch.lines)
+        draw()
         for line in watch.run(interval):
-            print(f"step {line['step']} ({line['checkpoint']}): {words(line['eval'])}", flush=True)
-            if draw is not None:
-                draw(watch.lines)
+            print(f"step {line['step']} ({line['checkpoint']}): {watch.shown.words(line['eval'])}", flush=True)
+            draw()
     except KeyboardInterrupt:
         pass  # the usual end
     finally:
         watch.close()
+
+
+def check_watch(args: argparse.Namespace, refused: Iterable[str]) -> float:
+    """Refuse what cannot be watched, and flags that have no use then.
+
+    Args:
+        args: the arguments.
+        refused: names of these flags.
+
+    Returns:
+        The seconds between two looks at the run.
+
+    Raises:
+        ValueError: there is no run, a flag is refused, or the interval is no time.
+    """
+    given = [flag for flag in refused if getattr(args, flag)]
+    if given:
+        raise ValueError(f"--watch cannot be used with --{given[0].replace('_', '-')}")
+    if not is_run(args.watch):
+        raise ValueError(f"--watch {args.watch}: there is no run in that folder")
+    interval: float = INTERVAL if args.interval is None else args.interval
+    if not 0 < interval < math.inf:
+        raise ValueError(f"--interval must be more than 0, and finite, got {interval}")
+    return interval
 
 
 def _file(path: Path) -> tuple[int, int] | None:

@@ -6,9 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.evaluation.tasks.compositional_order import SHUFFLES, order_case, shuffled
-from clipfast.evaluation.tasks.compositional_page import chosen
-from clipfast.evaluation.tasks.compositional_scores import Case, by_group, by_wrong, figures, judge, mean_of_groups
+from clipfast.evaluation.pages import chosen
+from clipfast.evaluation.tasks.compositional_scores import (
+    SHUFFLES,
+    Case,
+    by_group,
+    by_wrong,
+    figures,
+    judge,
+    mean_of_groups,
+    order_case,
+    shuffled,
+)
 
 
 def scored(cases, features, captions):
@@ -43,11 +52,15 @@ def test_one_image_a_random_model_scores_chance_a_perfect_one_all_and_a_constant
 
 def test_two_images_the_same():
     _, cases = drawn(3000, 2)
-    features = unit(6000, 64)
-    found = figures(scored(cases, features, unit(6000, 64)))
+    features, texts = unit(6000, 64), unit(6000, 64)
+    found = figures(scored(cases, features, texts))
     assert found["chance"] == {"text_acc": 1 / 4, "image_acc": 1 / 4, "acc": 1 / 6}
-    for name, chance in found["chance"].items():
-        assert abs(found["metrics"][name] - chance) < 5 * math.sqrt(chance / 3000), name
+    scores = features.unflatten(0, (-1, 2)) @ texts.unflatten(0, (-1, 2)).mT
+    own = torch.arange(2)
+    text, image = ((scores.argmax(axis) == own).all(1) for axis in (2, 1))
+    for name, right in (("text_acc", text), ("image_acc", image), ("acc", text & image)):
+        assert found["metrics"][name] == right.double().mean().item()
+        assert abs(found["metrics"][name] - found["chance"][name]) < 5 * math.sqrt(found["chance"][name] / 3000), name
         low, high = found["intervals"][name]
         assert low < found["metrics"][name] < high
     assert set(figures(scored(cases, features, features))["metrics"].values()) == {1.0}
@@ -55,25 +68,6 @@ def test_two_images_the_same():
     for name, images, texts in (("text_acc", features, constant), ("image_acc", constant, features)):
         metrics = figures(scored(cases, images, texts))["metrics"]
         assert (metrics[name], metrics["acc"]) == (0.0, 0.0)
-    assert set(figures(scored(cases, constant, constant))["metrics"].values()) == {0.0}
-
-
-def test_figures_are_those_of_clip_benchmarks_definition():
-    """Each image's best text and each text's best image, by the places of the largest scores."""
-    _, cases = drawn(400, 2)
-    shared = torch.eye(8)[0]
-    features = F.normalize(torch.randn(800, 8) + 2 * shared, dim=-1)
-    texts = F.normalize(features + 0.2 * torch.randn(800, 8), dim=-1)
-    texts[1::2] += 0.1 * shared  # all images are nearer to the second captions
-    own, expected = torch.arange(2), {"text_acc": 0, "image_acc": 0, "acc": 0}
-    for n in range(400):
-        scores = features[2 * n : 2 * n + 2] @ texts[2 * n : 2 * n + 2].T
-        text, image = bool((scores.argmax(1) == own).all()), bool((scores.argmax(0) == own).all())
-        for name, right in (("text_acc", text), ("image_acc", image), ("acc", text and image)):
-            expected[name] += right / 400
-    found = figures(scored(cases, features, texts))["metrics"]
-    assert found == pytest.approx(expected, abs=1e-12)
-    assert 0.2 < found["acc"] < found["text_acc"] < found["image_acc"] - 0.02 < 0.99
 
 
 def test_features_that_are_no_numbers_are_refused():
@@ -81,8 +75,6 @@ def test_features_that_are_no_numbers_are_refused():
     for images, texts in ((unit(3, 4) * math.nan, unit(6, 4)), (unit(3, 4), unit(6, 4) / 0)):
         with pytest.raises(ValueError, match="features contain NaN or infinity"):
             scored(cases, images, texts)
-    with pytest.raises(ValueError, match="there are no cases"):
-        figures([])
 
 
 def test_groups_and_kinds_of_wrong_captions():
@@ -116,5 +108,6 @@ def test_shuffles_keep_what_they_say():
     assert sorted(moved[start : start + 3] for start in (0, 3, 6)) == sorted(groups)
     within = shuffled(caption, "within trigrams").split()
     assert [sorted(within[start : start + 3]) for start in (0, 3, 6)] == list(map(sorted, groups))
-    assert order_case("", 0, "dog dog dog") is None
+    for same in ("dog dog dog", "dog dog dog dog"):
+        assert order_case("", 0, same) is None
     assert order_case("", 0, "two dogs").wrong == ("all words", "within trigrams")

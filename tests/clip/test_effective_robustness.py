@@ -26,7 +26,12 @@ def test_the_line_is_that_of_least_squares_on_log_odds():
     low, high = line.band([0.3, 0.6, 0.9])[1]
     assert low < line(0.6) < high
     assert high - low < 0.1
-    assert line.band([0.6]) == line.band([0.6])
+    assert (line(0.0), line(1.0)) == (0.0, 1.0)
+    assert Line(-1.0, 0.0, ())(0.0) == 1.0
+    assert figures(0.0, 0.0, None) == {"drop": 0.0, "relative_drop": None, "expected": None, "effective": None}
+    for points in ([], [Point("a", 0.5, 0.2), Point("b", 0.5, 0.3)], [Point("a", 1.0, 0.2)] * 3):
+        with pytest.raises(ValueError, match=r"the baseline of r has .* a line needs at least two"):
+            fit(points, "r")
 
 
 def test_what_lies_on_the_line_has_no_effective_robustness():
@@ -41,22 +46,6 @@ def test_what_lies_on_the_line_has_no_effective_robustness():
     assert better["effective"] == pytest.approx(0.1)
     assert better["drop"] == pytest.approx(0.1)
     assert better["relative_drop"] == pytest.approx(1 / 9)
-
-
-def test_the_ends_of_the_line():
-    line = fit([Point("a", 0.2, 0.1), Point("b", 0.9, 0.7)], "r")
-    assert (line(0.0), line(1.0)) == (0.0, 1.0)
-    falling = Line(-1.0, 0.0, ())
-    assert (falling(0.0), falling(1.0)) == (1.0, 0.0)
-    assert figures(0.0, 0.0, None) == {"drop": 0.0, "relative_drop": None, "expected": None, "effective": None}
-
-
-@pytest.mark.parametrize(
-    "points", [[], [Point("a", 0.5, 0.2)], [Point("a", 0.5, 0.2), Point("b", 0.5, 0.3)], [Point("a", 1.0, 0.2)] * 3]
-)
-def test_a_line_needs_two_points(points):
-    with pytest.raises(ValueError, match=r"the baseline of r has .* a line needs at least two"):
-        fit(points, "r")
 
 
 def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says():
@@ -86,21 +75,20 @@ def test_points_are_read_from_csv_json_and_results(tmp_path):
     assert read_points(tmp_path / "p.csv", ["r", "s"], "s") == {"s": [Point("a", 0.5, 0.25)]}
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("p.csv", "model,base\na,0.5\n", "row 1 has no 'shift': a baseline needs model, base, shift"),
-        ("p.csv", "model,base,shift\na,55.2,0.1\n", r"row 1: base must be an accuracy from 0 to 1, got '55.2'"),
-        ("p.csv", "model,base,shift\na,0.5,nan\n", "row 1: shift must be an accuracy"),
-        ("p.csv", "model,base,shift,set\na,0.5,0.1,other\n", "has no points of r"),
-        ("p.csv", None, "there is no file"),
-        ("p.json", '{"a": 1}', "must hold a list of objects with model, base, shift, or results of this task"),
-        ("p.json", "[1]", "must hold a list of objects"),
-        ("p.json", "[", "is no JSON"),
-    ],
+WRONG = (
+    ("p.csv", "model,base\na,0.5\n", "row 1 has no 'shift': a baseline needs model, base, shift"),
+    ("p.csv", "model,base,shift\na,55.2,0.1\n", "row 1: base must be an accuracy from 0 to 1, got '55.2'"),
+    ("p.csv", "model,base,shift\na,0.5,nan\n", "row 1: shift must be an accuracy"),
+    ("p.csv", "model,base,shift,set\na,0.5,0.1,other\n", "has no points of r"),
+    ("p.json", '{"a": 1}', "must hold a list of objects with model, base, shift, or results of this task"),
+    ("p.json", "[", "is no JSON"),
+    ("none.csv", "", "there is no file"),
 )
-def test_wrong_baselines(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_points(tmp_path / name, ["r"], "r")
+
+
+def test_wrong_baselines(tmp_path):
+    for name, content, message in WRONG:
+        if content:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_points(tmp_path / name, ["r"], "r")

@@ -12,7 +12,7 @@ from clipfast.evaluation.evaluate import evaluate
 from clipfast.evaluation.features import LabelledFeatures, encode_set, join_parts
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.evaluation.retrieval import pair_ranks
-from clipfast.evaluation.zero_shot import build_zero_shot_classifier, encode_texts, top_classes
+from clipfast.evaluation.zero_shot import build_zero_shot_classifier, encode_texts
 from clipfast.factory import get_tokenizer
 from clipfast.images import make_transform
 
@@ -33,11 +33,9 @@ def encoded(model, data, **keys):
 
 def test_published_prompts():
     assert (len(OPENAI_IMAGENET_TEMPLATES), len(SIMPLE_IMAGENET_TEMPLATES), len(IMAGENET_CLASSNAMES)) == (80, 7, 1000)
-    assert OPENAI_IMAGENET_TEMPLATES[0] == "a bad photo of a {}."
     open_clip = pytest.importorskip("open_clip")
-    assert [template("x") for template in open_clip.OPENAI_IMAGENET_TEMPLATES] == [
-        t.replace("{}", "x") for t in OPENAI_IMAGENET_TEMPLATES
-    ]
+    theirs = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert theirs == list(OPENAI_IMAGENET_TEMPLATES)
     assert list(open_clip.IMAGENET_CLASSNAMES) == list(IMAGENET_CLASSNAMES)
 
 
@@ -62,11 +60,6 @@ def test_classifier_as_open_clip(model):
     ours = build_zero_shot_classifier(model, get_tokenizer(), names, templates)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, build_zero_shot_classifier(model, get_tokenizer(), names, functions, 4))
-
-
-def test_classifier_needs_classes(model):
-    with pytest.raises(ValueError, match="needs class names and templates, got 0 and 1"):
-        build_zero_shot_classifier(model, get_tokenizer(), [], ["{}"])
 
 
 def test_recall():
@@ -100,43 +93,23 @@ def test_the_same_thing_twice_counts_once():
     assert pair_ranks(features[1 - gallery], features[gallery], gallery, gallery).tolist() == [1, 1, 1, 1]
 
 
-def test_captions_of_a_large_class_do_not_crowd_the_ranks(model, tmp_path):
-    for name in ("cat", "dog", "emu"):
-        (tmp_path / name).mkdir()
-        for index in range(10):
-            (tmp_path / name / f"{index}.png").write_bytes(picture(100 * ord(name[0]) + index))
-    result = evaluate(model, get_tokenizer("ViT-T-8-32"), encoded(model, tmp_path)).results
-    # Three captions: whatever the model finds, the right one is among the first five, as in zero-shot classification.
-    assert result["retrieval"]["image_to_text"]["R@5"] == result["zero_shot"]["top5"] == 1.0
-    assert result["retrieval"]["image_to_text"]["R@1"] == result["zero_shot"]["top1"]
-
-
-def test_nan_features_are_refused():
-    bad = torch.full((3, 4), float("nan"))
-    with pytest.raises(ValueError, match="features contain NaN"):
-        pair_ranks(bad, bad, torch.arange(3), torch.arange(3))
-
-
-def test_top_classes_in_blocks():
-    features, classifier = torch.randn(25, 6), torch.randn(6, 4)
-    expected = (features @ classifier).topk(4).indices
-    assert torch.equal(top_classes(features, classifier, 5, block=7), expected)
-
-
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [(["b", "a", "b"], ["a", "b"]), (["10", "9", "0"], ["0", "9", "10"]), (["10", "9", "x"], ["10", "9", "x"])],
-)
-def test_classes_are_in_order(labels, expected):
+def test_classes_are_in_order():
     # a file of class names goes by it, whatever order the images come in
-    assert LabelledFeatures(torch.zeros(3, 1), labels, labels, labels, [0, 1, 2]).classnames == expected
+    for labels, expected in (("b a b", "a b"), ("10 9 0", "0 9 10"), ("10 9 x", "10 9 x")):
+        labels = labels.split()
+        assert LabelledFeatures(torch.zeros(3, 1), labels, labels, labels, [0, 1, 2]).classnames == expected.split()
+
+
+def write_folder(folder, **classes):
+    """A folder for each class with the pictures of some seeds."""
+    for name, seeds in classes.items():
+        (folder / name).mkdir()
+        for index, seed in enumerate(seeds):
+            (folder / name / f"{index}.png").write_bytes(picture(seed))
 
 
 def test_image_folder(model, tmp_path):
-    for name, pictures in {"cat": [0, 1], "dog": [0, 2]}.items():
-        (tmp_path / name).mkdir()
-        for index, seed in enumerate(pictures):
-            (tmp_path / name / f"{index}.png").write_bytes(picture(seed))
+    write_folder(tmp_path, cat=[0, 1], dog=[0, 2])
     images = encoded(model, tmp_path)
     assert images.labels == ["cat", "cat", "dog", "dog"]
     assert images.classnames == ["cat", "dog"]
@@ -153,26 +126,10 @@ def test_groups_and_left_out_groups(model, shards):
     images = encoded(model, shards.split("::")[0], group_by="category", label_by="label")
     result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, leave_out=["odd"]).results
     assert result["classes"] == 24
-    assert {group: figures["images"] for group, figures in result["by_group"].items()} == {"even": 12, "odd": 12}
-    assert result["without"]["zero_shot"] == result["by_group"]["even"]
-    mean = (result["by_group"]["even"]["top1"] + result["by_group"]["odd"]["top1"]) / 2
-    assert result["zero_shot"]["top1"] == pytest.approx(mean)
-
-
-def test_each_text_is_encoded_once(model, shards, monkeypatch):
-    images = encoded(model, shards.split("::")[0])
-    given = []
-
-    def counted(model, tokenizer, texts, device):
-        given.extend(texts)
-        return encode_texts(model, tokenizer, texts, device)
-
-    monkeypatch.setattr("clipfast.evaluation.evaluate.encode_texts", counted)
-    found = evaluate(model, get_tokenizer("ViT-T-8-32"), images)
-    assert sorted(given) == sorted({texts[0] for texts in images.captions})
-    prompts = build_zero_shot_classifier(model, get_tokenizer("ViT-T-8-32"), images.classnames, ["{}"])
-    best = top_classes(images.features, prompts, 5).tolist()
-    assert found.predictions == [[images.classnames[number] for number in row] for row in best]
+    even, odd = result["by_group"]["even"], result["by_group"]["odd"]
+    assert (even["images"], odd["images"]) == (12, 12)
+    assert result["without"]["zero_shot"] == even
+    assert result["zero_shot"]["top1"] == pytest.approx((even["top1"] + odd["top1"]) / 2)
 
 
 def test_the_loss_of_pairs_is_openclips(model, shards):
@@ -191,31 +148,21 @@ def test_the_loss_of_pairs_is_openclips(model, shards):
     assert "clip_val_loss" not in evaluate(model, tokenizer, images).results
 
 
-def test_errors(model, tmp_path, shards):
-    with pytest.raises(ValueError, match="has no sub-folders"):
-        list(LabelledSet(str(tmp_path)))
-    with pytest.raises(ValueError, match=r"can be used; first: a.tar/000: sample has no 'breed' in its json"):
-        list(LabelledSet(shards, label_by="breed"))
+def test_images_that_cannot_be_used_and_groups_that_leave_nothing(model, tmp_path, shards):
     write_shard(tmp_path / "bad.tar", [sample(0), sample(1, png=b"broken")])
     images = LabelledSet(f"{tmp_path}/bad.tar")
     for _ in range(2):  # each iteration begins anew
         assert [image.caption for image in images] == ["a red thing 0"]
         (skipped,) = images.skipped
-        assert str(skipped) == "bad.tar/001: not an image in one of the formats JPEG, PNG, WEBP, GIF, BMP"
+        assert str(skipped).startswith("bad.tar/001: not an image")
         assert skipped.kind == "not an image"
     (tmp_path / "folder" / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"folder/cat has no images \(jpg"):
-        list(LabelledSet(str(tmp_path / "folder")))
     (tmp_path / "folder" / "cat" / "x.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"cat/x.png: not an image"):
         list(LabelledSet(str(tmp_path / "folder")))
     with pytest.raises(ValueError, match="no images"):
         join_parts([])
     images = encoded(model, shards, group_by="category")
-    for options, message in (
-        ({"classnames": ["a", "b", "c"]}, "3 class names for 24 classes"),
-        ({"leave_out": ["evne"]}, "cannot leave out evne; groups are: even, odd"),
-        ({"leave_out": ["even", "odd"]}, "cannot leave out even, odd; groups"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluate(model, get_tokenizer(), images, **options)
+    for left_out in (["evne"], ["even", "odd"]):
+        with pytest.raises(ValueError, match=f"cannot leave out {', '.join(left_out)}; groups are: even, odd"):
+            evaluate(model, get_tokenizer(), images, leave_out=left_out)

@@ -13,12 +13,10 @@ from clipfast.checkpoint import export_open_clip
 from clipfast.cli import main
 from clipfast.evaluation.intervals import percent
 from clipfast.evaluation.labelled import LabelledSet
-from clipfast.ranks import run_ranks
 
 from .benchmark_sets import write_set
 from .conftest import picture, sample, write_shard
 from .test_compositional import write_aro, write_sugar_crepe, write_winoground
-from .test_training_docs import as_rank
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE = (DOCS / "evaluate.md").read_text()
@@ -53,17 +51,15 @@ def folder(tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, folder, tmp_path, monkeypatch, capsys):
+def test_command(command, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     program, *arguments = shlex.split(command)
     # all emoji and all scenes take longer than what is tested here
     arguments = ["shapes:30" if word == "shapes" else word for word in arguments]
     arguments = [re.sub(r"^(\w+=)?bundled:\S+", r"\1photos", word) for word in arguments]
-    if program == "torchrun":
-        start = arguments.index("--") + 1
-        assert arguments[:start] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
-        assert run_ranks(as_rank, 2, str(folder), arguments[start:], folder=tmp_path) == ["", ""]
-        return
+    if program == "torchrun":  # the tests of each task compare ranks with one process
+        assert arguments[:5] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
+        program, arguments = "clipfast", arguments[5:]
     assert program == "clipfast"
     assert main(arguments) == 0, capsys.readouterr().err
     for flag in ("--json", "--plot", "--html", "--output", "--examples"):
@@ -92,12 +88,6 @@ def test_the_robustness_of_the_page():
     drops = [f"{model['robustness']['synthetic']['relative_drop']:.1%}" for model in (two, one)]
     assert f"the model of both styles loses {drops[0]} of its accuracy" in page
     assert f"the mean over all shifts, and that of noto alone {drops[1]}" in page
-
-
-def test_the_page_names_every_output():
-    outputs = ("--features", "--table", "--json", "--plot", "--html", "--output", "--examples", "--compare-templates")
-    for flag in (*outputs, "--k"):
-        assert any(flag in command.split() for command in COMMANDS), flag
 
 
 def test_the_figures_of_scenes_are_those_of_the_results():

@@ -174,14 +174,3 @@ def test_texts_are_encoded_once(tmp_path, monkeypatch):
         encoder.classifier([*names, "cow"], templates, store)
     with pytest.raises(ValueError, match="got 0 and 1"):
         encoder.classifier([], ["{}"])
-
-
-def test_wrong_sets(data, tmp_path):
-    encoder = encoder_of()
-    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
-        encode_set([encoder], LabelledSet(data), batch_size=0)
-    write_shard(tmp_path / "bad.tar", [sample(0, png=b"broken"), sample(1, png=b"")])
-    with pytest.raises(
-        ValueError, match=r"not one of the 2 images of the evaluation set can be used; first: bad.tar/000"
-    ):
-        encode_set([encoder], LabelledSet(f"{tmp_path}/bad.tar"))

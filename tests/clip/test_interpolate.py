@@ -2,20 +2,19 @@
 
 import dataclasses
 import json
-import pickle
-import sys
 
 import pytest
 import torch
 
 from clipfast import create_model
 from clipfast.checkpoint import CheckpointError, complete_preprocessing, export_open_clip, write_checkpoint
-from clipfast.evaluation.interpolation import EvaluationSettings, Interpolation, evaluate_path
+from clipfast.evaluation.interpolation import Interpolation, evaluate_path
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.models import CLIPConfig, build
 from clipfast.models.registry import read_model_config
 
 from .conftest import TINY, picture, run_command, sample, write_shard
+from .eval_commands import evaluated, split
 from .siglip import CONFIGS, save_tokenizer
 from .siglip import make_model as make_siglip
 from .test_ema import RESNET
@@ -50,10 +49,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weights_lie_on_the_line_between_the_checkpoints(tmp_path, dtype):
+def test_weights_lie_on_the_line_between_the_checkpoints(tmp_path):
     config = CLIPConfig.from_dict(RESNET)
-    first, second = (saved(tmp_path / f"{seed}.pt", config, seed, dtype=dtype).state_dict() for seed in (1, 2))
+    first, second = (saved(tmp_path / f"{seed}.pt", config, seed, dtype=torch.float16).state_dict() for seed in (1, 2))
     models = Interpolation(tmp_path / "1.pt", tmp_path / "2.pt")
     for alpha, expected in ((0.0, first), (1.0, second)):
         weights = models.weights(alpha)
@@ -67,63 +65,36 @@ def test_weights_lie_on_the_line_between_the_checkpoints(tmp_path, dtype):
     assert not torch.equal(weights["visual.bn1.running_mean"], first["visual.bn1.running_mean"].float())
 
 
-def evaluated(capsys, model, data):
-    code, out, error = run_command(capsys, "eval", "zeroshot", "--model", model, "--data", data)
-    assert code == 0, error
-    return json.loads(out)
+@pytest.fixture
+def interpolate(folder, capsys):
+    """A function that mixes the two checkpoints by the command, and returns what it prints."""
+
+    def run(words, code=0, **folders):
+        given = split(words, at=folder, **folders)
+        found, out, error = run_command(capsys, "interpolate", folder / "a.pt", folder / "b.pt", *given)
+        assert found == code, error
+        assert not (code and out)
+        return error if code else out
+
+    return run
 
 
-def test_the_command(folder, tmp_path, capsys):
-    sets = [folder / "old.tar", folder / "new.tar"]
-    options = [
-        "--val-data",
-        sets[0],
-        "--val-data",
-        sets[1],
-        "--plot",
-        tmp_path / "p.png",
-        "--json",
-        tmp_path / "r.json",
-    ]
-    code, out, error = run_command(
-        capsys, "interpolate", folder / "a.pt", folder / "b.pt", *options, "--alpha", 1, 0, 0.5, 0.5, "--save", 0.5,
-        tmp_path / "both",
-    )  # fmt: skip
-    assert code == 0, error
-    lines = out.splitlines()
+def test_the_command(folder, interpolate, tmp_path, capsys):
+    sets = f"--val-data {folder}/old.tar", f"--val-data {folder}/new.tar"
+    words = "--plot {tmp}/p.png --json {tmp}/r.json --alpha 1 0 0.5 0.5 --save 0.5 {tmp}/both"
+    lines = interpolate(" ".join((*sets, words)), tmp=tmp_path).splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["[1]", "[2]", "alpha", "0", "0.5", "1"]
-    assert {len(line) for line in lines[2:-1]} == {7 * 11 + 6 * 2}
-    assert lines[-1] == f"wrote the model at alpha 0.5 to {tmp_path}/both: load it as local-dir:{tmp_path}/both"
+    assert len({len(line) for line in lines[2:-1]}) == 1
+    assert f"load it as local-dir:{tmp_path}/both" in lines[-1]
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     path = json.loads((tmp_path / "r.json").read_text())["path"]
-    models = [str(folder / "a.pt"), f"local-dir:{tmp_path}/both", str(folder / "b.pt")]
-    for row, model in zip(path, models, strict=True):
-        for data in map(str, sets):
-            expected = evaluated(capsys, model, data)
+    models = [folder / "a.pt", f"local-dir:{tmp_path}/both", folder / "b.pt"]
+    for row, model, line in zip(path, models, lines[3:-1], strict=True):
+        for data in (f"{folder}/old.tar", f"{folder}/new.tar"):
+            expected = evaluated(capsys, "zeroshot", "--model", model, "--data", data)
             assert row["results"][data] == {key: expected[key] for key in row["results"][data]}
-            assert f"{expected['zero_shot']['top5']:.2%}" in out
+            assert f"{expected['zero_shot']['top5']:.2%}" in line
     assert len({json.dumps(row["results"]) for row in path}) == 3
-
-
-def test_one_set_is_plotted_too(folder, tmp_path, capsys):
-    arguments = [folder / "a.pt", folder / "b.pt", "--val-data", folder / "old.tar", "--alpha", 0.5]
-    assert run_command(capsys, "interpolate", *arguments, "--plot", tmp_path / "p.png")[0] == 0
-    assert (tmp_path / "p.png").stat().st_size > 5000
-
-
-def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_evaluated(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "clipfast.evaluation.pictures", None)
-    arguments = [folder / "a.pt", folder / "b.pt", "--val-data", folder / "old.tar", "--alpha", 0.5]
-    code, out, _ = run_command(capsys, "interpolate", *arguments, "--plot", tmp_path / "p.png")
-    assert (code, out) == (2, "")
-    assert run_command(capsys, "interpolate", *arguments)[0] == 0
-
-
-def test_pairs_are_read_under_the_names_that_flags_give(folder, tmp_path, capsys):
-    write_shard(tmp_path / "s.tar", [{"png": picture(index), "cap": f"thing {index}".encode()} for index in range(4)])
-    arguments = [folder / "a.pt", folder / "b.pt", "--val-data", tmp_path / "s.tar", "--alpha", 0.5]
-    assert run_command(capsys, "interpolate", *arguments)[0] == 2
-    assert run_command(capsys, "interpolate", *arguments, "--text-key", "cap")[0] == 0
 
 
 def test_folders_and_siglip(tmp_path):
@@ -137,7 +108,7 @@ def test_folders_and_siglip(tmp_path):
     write_shard(tmp_path / "s.tar", [sample(index) for index in range(4)])
     mixed = Interpolation(f"local-dir:{tmp_path}/0", tmp_path / "1")
     data = {"s": LabelledSet(str(tmp_path / "s.tar"))}
-    (row,) = evaluate_path(mixed, [0.5], data, EvaluationSettings())
+    (row,) = evaluate_path(mixed, [0.5], data)
     assert row["results"]["s"]["images"] == 4
     mixed.save(0.5, tmp_path / "both")
     assert (tmp_path / "both" / "tokenizer.json").is_file()
@@ -148,18 +119,15 @@ def test_folders_and_siglip(tmp_path):
 
 def test_what_cannot_be_mixed(folder, tmp_path):
     config = read_model_config(TINY)
-    wider = dataclasses.replace(config, embed_dim=32)
-    quick = dataclasses.replace(config, quick_gelu=True)
-    dropping = config.with_vision(patch_dropout=0.5)  # of no concern
-    set_ = {"mean": [0.1, 0.5, 0.5]}
-    for name, other, preprocessing, message in (
-        ("wider", wider, PREPROCESSING, "embed_dim is 16 in the first and 32 in the second"),
-        ("quick", quick, PREPROCESSING, "quick_gelu is False in the first and True in the second"),
-        ("mean", config, PREPROCESSING | set_, r"mean is \[0.5, 0.5, 0.5\] in the first and \[0.1, 0.5, 0.5\] in the"),
+    for changes, preprocessing, message in (
+        ({"embed_dim": 32}, {}, "embed_dim is 16 in the first and 32 in the second"),
+        ({"quick_gelu": True}, {}, "quick_gelu is False in the first and True in the second"),
+        ({}, {"mean": [0.1, 0.5, 0.5]}, r"mean is \[0.5, 0.5, 0.5\] in the first and \[0.1, 0.5, 0.5\] in the"),
     ):
-        saved(tmp_path / f"{name}.pt", other, 0, preprocessing)
+        saved(tmp_path / "other.pt", dataclasses.replace(config, **changes), 0, PREPROCESSING | preprocessing)
         with pytest.raises(CheckpointError, match=f"cannot be interpolated: {message}"):
-            Interpolation(folder / "a.pt", tmp_path / f"{name}.pt")
+            Interpolation(folder / "a.pt", tmp_path / "other.pt")
+    dropping = config.with_vision(patch_dropout=0.5)  # of no concern
     saved(tmp_path / "dropping.pt", dropping, 0)
     models = Interpolation(folder / "a.pt", tmp_path / "dropping.pt")
     for alpha in (-0.1, 1.1, float("nan")):
@@ -181,42 +149,23 @@ def test_bare_weights_need_the_name_of_the_model(folder, tmp_path):
         Interpolation(folder / "a.pt", tmp_path / "bare.pt", model=TINY)
 
 
-class Harmful:
-    def __reduce__(self):
-        return (print, ("this ran",))
+WRONG = {
+    "": "--val-data or --save is needed",
+    "--plot p.png --save 0 x": "--plot and --json need --val-data",
+    "--alpha 1.5 --val-data old.tar": "alpha must be from 0 (A) to 1 (B), got 1.5",
+    "--save 2 x": "alpha must be from 0 (A) to 1 (B), got 2.0",
+    "--save half x": "got 'half' as the alpha",
+    "--save 0.5 .": ". exists already: give another name",
+    "--val-data old.tar --val-data old.tar": "--val-data old.tar is given more than once",
+    "--val-data old.tar --tokenizer x": "which needs no file: leave x out",
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--val-data or --save is needed"),
-        (["--plot", "p.png", "--save", "0", "x"], "--plot and --json need --val-data"),
-        (["--alpha", "1.5", "--val-data", "old.tar"], "alpha must be from 0 (A) to 1 (B), got 1.5"),
-        (["--save", "2", "x"], "alpha must be from 0 (A) to 1 (B), got 2.0"),
-        (["--save", "half", "x"], "--save needs an alpha and a folder, got 'half' as the alpha"),
-        (["--save", "0.5", "."], ". exists already: give another name, or remove it"),
-        (["--save", "0.5", "no/x"], "no folder no to write"),
-        (["--plot", "no/p.png", "--val-data", "old.tar"], "no folder no to write p.png in"),
-        (["--val-data", "old.tar", "--val-data", "old.tar"], "--val-data old.tar is given more than once"),
-        (["--val-data", "no.tar"], "no such shard: no.tar"),
-        (["--val-data", "old.tar", "--tokenizer", "x"], "has CLIP's tokenizer, which needs no file: leave x out"),
-    ],
-)
-def test_wrong_input_is_one_clear_line(folder, capsys, monkeypatch, arguments, message):
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_input_is_one_clear_line(folder, interpolate, monkeypatch, words):
     monkeypatch.chdir(folder)
     before = set(folder.iterdir())
-    code, out, error = run_command(capsys, "interpolate", "a.pt", "b.pt", *arguments)
-    assert (code, out) == (2, "")
-    assert error.splitlines()[-1].startswith("clipfast interpolate: error: ")
-    assert message in error
+    last = interpolate(words, 2).splitlines()[-1]
+    assert last.startswith("clipfast interpolate: error: ")
+    assert WRONG[words] in last
     assert set(folder.iterdir()) == before
-
-
-def test_code_in_a_checkpoint_does_not_run(folder, tmp_path, capsys):
-    (tmp_path / "bad.pt").write_bytes(pickle.dumps({"state_dict": Harmful()}))
-    code, out, error = run_command(
-        capsys, "interpolate", folder / "a.pt", tmp_path / "bad.pt", "--save", 0, tmp_path / "x"
-    )
-    assert code == 2
-    assert "this ran" not in out + error
-    assert not (tmp_path / "x").exists()

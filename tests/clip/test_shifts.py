@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 from clipfast import create_model
-from clipfast.evaluation.encoder import Encoder
+from clipfast.evaluation.encoder import Encoder, PreparedEncoder
 from clipfast.evaluation.features import encode_set
 from clipfast.evaluation.labelled import LabelledSet
-from clipfast.evaluation.prepared import PreparedEncoder
 from clipfast.evaluation.shifts import AMOUNTS, SHIFTS, STRENGTHS, Shift
 from clipfast.evaluation.store import FeatureStore
 from clipfast.factory import get_tokenizer, transform_of
@@ -38,8 +37,7 @@ def distance(first, second):
     return np.sqrt(np.mean((np.asarray(first, float) - np.asarray(second, float)) ** 2)) / 255
 
 
-ALL = [Shift(name, strength) for name in SHIFTS for strength in STRENGTHS]
-SIZES = ((1, 1), (1, 9), (2, 400), (32, 32), (31, 47), (300, 225))
+SIZES = ((1, 1), (1, 9), (2, 400), (31, 47), (300, 225))
 
 
 @pytest.mark.parametrize("name", SHIFTS)
@@ -62,16 +60,13 @@ def test_a_larger_strength_changes_more(name):
         assert changes[4] > 1.5 * max(changes[0], 0.01), changes
 
 
-@pytest.mark.parametrize("name", [name for name in SHIFTS if name not in ("noise", "jpeg", "occlusion")])
-@pytest.mark.parametrize("strength", [3, 5])
-def test_a_small_and_a_large_image_are_changed_alike(name, strength):
+@pytest.mark.parametrize("name", ["blur", "hue", "rotation"])
+def test_a_small_and_a_large_image_are_changed_alike(name):
     # what depends on chance is drawn from the content, so that the two may differ: with some seed they are alike
     small, large = scene((48, 48)), scene((480, 480))
-    differences = []
-    for seed in range(8):
-        shifted = Shift(name, strength, seed)(large).resize((48, 48), Image.Resampling.BOX)
-        differences.append(distance(shifted, Shift(name, strength)(small)))
-    assert min(differences) < 0.25 * distance(Shift(name, strength)(small), small) + 0.02, differences
+    expected = Shift(name, 4)(small)
+    shifted = [Shift(name, 4, seed)(large).resize((48, 48), Image.Resampling.BOX) for seed in range(8)]
+    assert min(distance(one, expected) for one in shifted) < 0.25 * distance(expected, small) + 0.02
 
 
 def test_noise_has_the_spread_that_is_stated():
@@ -129,22 +124,10 @@ def test_chance_depends_on_content_and_seed():
     assert not np.array_equal(noise(0, greys[0]), noise(0, greys[1]))
 
 
-def test_what_there_is_not_is_refused():
-    with pytest.raises(ValueError, match=r"shift must be one of blur, noise, .*, got 'fog'"):
-        Shift("fog", 1)
-    for strength in (0, 6):
-        with pytest.raises(ValueError, match=f"from 1 to 5, got {strength}"):
-            Shift("blur", strength)
-
-
-@pytest.fixture(scope="module")
-def encoder():
+def test_features_of_shifts_are_the_same_with_workers_and_kept_apart(tmp_path):
     torch.manual_seed(0)
     model = create_model("ViT-T-8-32").eval()
-    return Encoder("ViT-T-8-32", model, get_tokenizer("ViT-T-8-32"), transform_of(model, uint8=True))
-
-
-def test_features_of_shifts_are_the_same_with_workers_and_kept_apart(encoder, tmp_path):
+    encoder = Encoder("ViT-T-8-32", model, get_tokenizer("ViT-T-8-32"), transform_of(model, uint8=True))
     images = LabelledSet(str(write_shard(tmp_path / "a.tar", [sample(index) for index in range(9)])))
     shifts = [Shift("noise", 2), Shift("noise", 3), Shift("noise", 3, seed=1), Shift("occlusion", 3)]
     encoders = [encoder, *(PreparedEncoder.of(encoder, shift) for shift in shifts)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..features import LabelledFeatures
-    from .bias_groups import Grouping
-    from .bias_labels import Assigned
+    from .bias_scores import Assigned, Grouping
 
 SHOWN = 10  # labels above a threshold, and queries, that a table lists
 EPILOG = """\
@@ -73,64 +71,46 @@ def add_parser(tasks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare the groups, print the results, and return the exit code."""
-    _check(args)
+    wrong = [threshold for threshold in args.threshold if not 0 < threshold < 1]
+    if wrong:
+        raise ValueError(f"--threshold must be between 0 and 1, got {wrong[0]:g}")
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     queries = () if args.queries is None else read_texts(args.queries)
     from ..evaluate import names_of
     from ..labelled import CROSSED_KEYS
-    from .bias_groups import groupings, keys_of
-    from .bias_labels import assign, read_added_labels
-    from .bias_skew import retrieval_skew
+    from .bias_scores import assign, groupings, keys_of, read_added_labels, retrieval_skew
 
     images = dataclasses.replace(labelled_set(args), group_by=CROSSED_KEYS.join(keys_of(args.group_by)))
     with session(args) as at:
         found = encoded(args, at, images)
 
-        def prepare() -> tuple[list[str], dict[str, list[str]]]:
+        def prepare() -> tuple[list[str], dict[str, list[str]], list[Grouping]]:
             names = names_of(found.classnames, classnames)
-            groupings(found.groups, args.group_by, args.min_count)  # refuses what cannot work
-            return names, {} if args.added_labels is None else read_added_labels(args.added_labels, names)
+            added = {} if args.added_labels is None else read_added_labels(args.added_labels, names)
+            return names, added, groupings(found.groups, args.group_by, args.min_count)
 
-        names, added = at.world.on_main(prepare)
+        names, added, groups = at.world.on_main(prepare)
         labels = [*names, *(label for some in added.values() for label in some)]
         weights = at.encoder.classifier(labels, templates, at.store, at.world)
         texts = at.encoder.texts(queries, at.store, at.world)
         if not at.world.is_main:
             return 0
-        groups = groupings(found.groups, args.group_by, args.min_count)
         features, scale = found.features.to(at.encoder.device), at.encoder.model.logit_scale.exp().item()
-        assigned = assign(features, weights, scale, _classes(found), len(names), groups, args.threshold)
-        skew = [retrieval_skew(queries, texts, features, one, args.k) if queries else [] for one in groups]
-    by_key = {
-        one.key: _of_grouping(number, one, args.threshold, labels, len(names), added, assigned)
-        | ({"retrieval": skew[number]} if queries else {})
-        for number, one in enumerate(groups)
-    }
+        numbers = {name: number for number, name in enumerate(found.classnames)}
+        classes = [numbers[label] for label in found.labels]
+        assigned = assign(features, weights, scale, classes, len(names), groups, args.threshold)
+        by_key = {}
+        for number, one in enumerate(groups):
+            by_key[one.key] = _of_grouping(number, one, args.threshold, labels, len(names), added, assigned)
+            if queries:
+                by_key[one.key]["retrieval"] = retrieval_skew(queries, texts, features, one, args.k)
     results = _results(args, found, added, scale, assigned.right, by_key)
     if args.plot:
-        from .bias_plot import bias_plot
+        from ..plots import bias_plot
 
         bias_plot(results, args.plot)
     write_results(args, results, _table)
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is read.
-
-    Raises:
-        ValueError: a threshold is out of range.
-    """
-    wrong = [threshold for threshold in args.threshold if not 0 < threshold < 1]
-    if wrong:
-        raise ValueError(f"--threshold must be between 0 and 1, got {wrong[0]:g}")
-
-
-def _classes(found: LabelledFeatures) -> Tensor:
-    import torch
-
-    numbers = {name: number for number, name in enumerate(found.classnames)}
-    return torch.tensor([numbers[label] for label in found.labels])
 
 
 def _of_grouping(
@@ -138,26 +118,23 @@ def _of_grouping(
     assigned: Assigned,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the figures of one grouping: accuracy, categories, and labels above each threshold."""
-    from .bias_groups import compare
+    from .bias_scores import compare
 
-    ends = list(itertools.accumulate(map(len, added.values()), initial=classes))
-    spans = {name: (assigned.best >= ends[i]) & (assigned.best < ends[i + 1]) for i, name in enumerate(added)}
-    counts = dict(zip(one.names, one.counts.tolist(), strict=True))
-    figures = {
+    counts, categories, start = dict(zip(one.names, one.counts.tolist(), strict=True)), {}, classes
+    for name, some in added.items():
+        marks = (assigned.best >= start) & (assigned.best < start + len(some))
+        categories[name] = compare(one.hits(marks), one)
+        start += len(some)
+    figures: dict[str, Any] = {
         "images": counts,
         "not_compared": [name for name, count in counts.items() if count < one.min_count],
         "without_group": int((one.members < 0).sum()),
         "acc1": compare(one.hits(assigned.right), one),
-        "categories": {name: compare(one.hits(marks), one) for name, marks in spans.items()},
+        "categories": categories,
     }
-    if thresholds:
-        figures["thresholds"] = [
-            {
-                "threshold": at,
-                "labels": {label: compare(hits, one) for label, hits in zip(labels, above[number].T, strict=True)},
-            }
-            for at, above in zip(thresholds, assigned.above, strict=True)
-        ]
+    for at, above in zip(thresholds, assigned.above, strict=True):
+        compared = {label: compare(hits, one) for label, hits in zip(labels, above[number].T, strict=True)}
+        figures.setdefault("thresholds", []).append({"threshold": at, "labels": compared})
     return figures
 
 

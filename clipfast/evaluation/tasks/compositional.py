@@ -82,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
     results = _results(args, case_set, judged, left_out, len(found.left_out))
     if args.html:
         from ...page import write_page
-        from .compositional_page import examples_page
+        from ..pages import compositional_page
 
-        body = examples_page(results, case_set.images, judged, args.per_group)
-        write_page(args.html, "clipfast eval compositional", body)
+        body = compositional_page(results, case_set.images, judged, args.per_group)
+        write_page(args.html, "clipfast eval compositional", body, style="figure { width: 9rem }")
     if args.plot:
-        from .compositional_plot import groups_plot
+        from ..plots import compositional_plot
 
-        groups_plot(results, args.plot)
+        compositional_plot(results, args.plot)
     write_results(args, results, _table)
     return 0
 
@@ -100,30 +100,25 @@ def _judged(at: Session, case_set: CaseSet, found: LabelledFeatures) -> tuple[li
 
     rows = {number: row for row, number in enumerate(found.numbers)}
 
-    def usable() -> tuple[list[Case], int]:
-        cases = case_set.cases(found)
-        usable = [case for case in cases if all(image in rows for image in case.images)]
+    def usable() -> tuple[list[Case], list[Case]]:
+        usable: list[Case] = []
+        left_out: list[Case] = []
+        for case in case_set.cases(found):
+            (usable if all(image in rows for image in case.images) else left_out).append(case)
         if not usable:
             raise ValueError(f"not one case can be made of {case_set.images.data}")
-        _report([case for case in cases if any(image not in rows for image in case.images)])
-        return usable, len(cases) - len(usable)
+        return usable, left_out
 
     cases, left_out = at.world.on_main(usable)
-    texts = {
-        text: number for number, text in enumerate(dict.fromkeys(text for case in cases for text in case.captions))
-    }
-    captions = at.encoder.texts(list(texts), at.store, at.world)
+    texts = list(dict.fromkeys(text for case in cases for text in case.captions))
+    captions = at.encoder.texts(texts, at.store, at.world)
     if not at.world.is_main:
         return [], 0
-    return judge(cases, found.features.to(captions.device), rows, texts, captions), left_out
-
-
-def _report(left_out: Sequence[Case]) -> None:
     if left_out:
-        named = ", ".join(case.name for case in left_out[:NAMED]) + (", ..." if len(left_out) > NAMED else "")
-        print(
-            f"clipfast eval: left out {len(left_out)} cases, as their images cannot be used: {named}", file=sys.stderr
-        )
+        named = ", ".join(case.name for case in left_out[:NAMED]) + ", ..." * (len(left_out) > NAMED)
+        print(f"clipfast eval: left out {len(left_out)} cases whose images cannot be used: {named}", file=sys.stderr)
+    numbers = {text: number for number, text in enumerate(texts)}
+    return judge(cases, found.features.to(captions.device), rows, numbers, captions), len(left_out)
 
 
 def _results(
@@ -151,10 +146,10 @@ def _table(results: dict[str, Any]) -> str:
     """Return the results for people: the figures of each group beside chance."""
     from ...columns import align
     from ..intervals import percent
-    from .compositional_page import rows_of
+    from ..pages import compositional_rows
 
     text = f"{results['format']}: {results['cases']:,} cases; 95% intervals in brackets\n\n"
-    text += align(rows_of(results), right=(1,))
+    text += align(compositional_rows(results), right=(1,))
     if "mean_acc" in results["metrics"]:
         division = next(iter(results["groups"]))
         mean = percent(results["metrics"]["mean_acc"], results["intervals"]["mean_acc"])

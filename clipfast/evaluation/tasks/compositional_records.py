@@ -1,4 +1,4 @@
-"""Cases in the files that ARO, SugarCrepe and Winoground are published in, beside a folder of images."""
+"""Files of ARO, SugarCrepe and Winoground as they are published, beside a folder of images: their cases."""
 
 from __future__ import annotations
 
@@ -15,47 +15,50 @@ from ...data.keys import IMAGE_EXTENSIONS, Keys
 from ...data.samples import LINKS, Links, RawSample, decode_image, load_links
 from ...data.staging import file_stamp
 from ...images import MAX_PIXELS, SampleError
-from ..labelled import LabelledImage, LabelledSet, Loader, Place
-from .compositional_order import order_case
-from .compositional_scores import Case
+from ..labelled import LabelledImage, LabelledSet, Place, loader
+from .compositional_scores import Case, order_case
 
-Record = dict[str, Any]
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 WRONG_KEYS = ("negative_caption", "negative_captions", "false_caption", "false_captions")
-# What the files are called in a folder of theirs.
+# The names of the published files, and of the folders of their images (val2017 is COCO's, for SugarCrepe).
 NAMES = (
     "visual_genome_*.json", "add_*.json", "replace_*.json", "swap_*.json", "examples.jsonl", "*_karpathy_*.json",
     "flickr30k_*.json",
 )  # fmt: skip
-IMAGE_FOLDERS = ("images", "val2017")  # ARO's and Winoground's, and that of COCO's images for SugarCrepe
+IMAGE_FOLDERS = ("images", "val2017")
+Record = dict[str, Any]
 
 
 class Layout(NamedTuple):
     """The keys of a record of one format.
 
     Attributes:
-        images: name the files of its images.
-        captions: hold the right captions, one for each image; with one image and no ``wrong``, a list of them.
-        wrong: holds the wrong captions, one or a list.
-        groups: hold what the record is a case of; the first that there is divides the cases for their mean.
+        images: the keys of the names of image files.
+        captions: the keys of the right captions, one for each image; "order" has a list of them for one image.
+        wrong: the key of the wrong captions, one or a list.
+        groups: the keys that divide the cases into groups; the mean is taken over the first division.
     """
 
     images: tuple[str, ...]
     captions: tuple[str, ...]
-    wrong: str | None = None
+    wrong: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that every record has."""
+        return (*self.images, *self.captions, *self.wrong)
 
-# A record is of the first format whose keys it has.
+
+# A record is of the first format whose keys it has. SugarCrepe's category is the name of a file.
 LAYOUTS = {
     "winoground": Layout(
-        ("image_0", "image_1"), ("caption_0", "caption_1"), None, ("collapsed_tag", "tag", "secondary_tag")
+        ("image_0", "image_1"), ("caption_0", "caption_1"), (), ("collapsed_tag", "tag", "secondary_tag")
     ),
-    "aro": Layout(("image_path",), ("true_caption",), "false_caption", ("relation_name", "attributes")),
-    "sugarcrepe": Layout(("filename",), ("caption",), "negative_caption"),
+    "aro": Layout(("image_path",), ("true_caption",), ("false_caption",), ("relation_name", "attributes")),
+    "sugarcrepe": Layout(("filename",), ("caption",), ("negative_caption",), ("category",)),
     "order": Layout(("image",), ("caption",)),
 }  # fmt: skip
-FILE = "category"  # the division by the names of the files
 
 
 class Picture(NamedTuple):
@@ -67,10 +70,10 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass
 class Pictures(LabelledSet):
-    """The images that cases name, each once.
+    """The images that records name, each once.
 
     Attributes:
-        folder: that they lie in.
+        folder: the folder that they lie in.
         pictures: the images.
     """
 
@@ -79,7 +82,7 @@ class Pictures(LabelledSet):
 
     def places(self) -> list[Place]:
         """Return what reads each image."""
-        return [functools.partial(_loader, self.folder, picture) for picture in self.pictures]
+        return [functools.partial(loader, picture.name, _load, self.folder, picture) for picture in self.pictures]
 
     def stamp(self) -> str:
         """Return a text that changes when the images do."""
@@ -93,10 +96,6 @@ def _stamp(path: Path) -> str:
         return "missing"
 
 
-def _loader(folder: str, picture: Picture) -> Loader:
-    return picture.name, functools.partial(_load, folder, picture)
-
-
 def _load(folder: str, picture: Picture) -> LabelledImage:
     sample: RawSample = {LINKS: Links(folder, {"image": picture.name})}
     keys = Keys(images=("image",))
@@ -106,9 +105,8 @@ def _load(folder: str, picture: Picture) -> LabelledImage:
         left, top, width, height = picture.box
         is_sane = all(abs(value) <= MAX_PIXELS for value in picture.box)  # neither NaN nor infinite
         if not (is_sane and width > 0 and height > 0 and width * height <= MAX_PIXELS):
-            raise SampleError(
-                f"the box of {width:g}x{height:g} pixels at {left:g}, {top:g} cannot be cut out", "broken box"
-            )
+            box = f"the box of {width:g}x{height:g} pixels at {left:g}, {top:g}"
+            raise SampleError(f"{box} cannot be cut out", "broken box")
         image = image.crop((left, top, left + width, top + height))
     return LabelledImage(image, "", ("",))
 
@@ -122,15 +120,14 @@ def files_of(data: str) -> list[Path]:
     path = Path(data)
     if os.path.isdir(data):  # which a list of shards may be too long a name for
         return sorted(file for name in NAMES for file in path.glob(name) if file.is_file())
-    suffix = path.suffix.lower()
-    # Other lines are pairs, as for training.
-    is_ours = os.path.isfile(data) and (
-        suffix == ".json" or (suffix == ".jsonl" and layout_of(path) not in (None, "order"))
+    # lines of other formats are pairs, as for training
+    is_ours = path.suffix.lower() == ".json" or (
+        path.suffix.lower() == ".jsonl" and os.path.isfile(data) and layout_of(path) not in (None, "order")
     )
-    return [path] if is_ours else []
+    return [path] if is_ours and os.path.isfile(data) else []
 
 
-def read_records(path: Path, most: int | None = None) -> list[Record]:
+def _records(path: Path, most: int | None = None) -> list[Record]:
     """Return the records of a file: lines, of which no more than ``most`` are read, a list, or an object of them.
 
     Raises:
@@ -139,40 +136,32 @@ def read_records(path: Path, most: int | None = None) -> list[Record]:
     try:
         with path.open(encoding="utf-8") as file:
             if path.suffix.lower() == ".jsonl":
-                lines = (line for line in file if line.strip())
-                found = [json.loads(line) for line in itertools.islice(lines, most)]
+                found: Any = [json.loads(line) for line in itertools.islice(filter(str.strip, file), most)]
             else:
-                parsed = json.load(file)
-                found = list(parsed.values()) if isinstance(parsed, dict) else parsed
+                found = json.load(file)
     except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    found = list(found.values()) if isinstance(found, dict) else found
     if not isinstance(found, list) or not found:
         raise ValueError(f"{path} holds no records")
-    wrong = next((number for number, record in enumerate(found) if not isinstance(record, dict)), None)
-    if wrong is not None:
-        raise ValueError(f"record {wrong} of {path} is no object but {found[wrong]!r:.40}")
+    for number, record in enumerate(found):
+        if not isinstance(record, dict):
+            raise ValueError(f"record {number} of {path} is no object but {record!r:.40}")
     return found
 
 
 def layout_of(path: Path) -> str | None:
-    """Return the format of a file by its first record; None if it has none of them.
-
-    Raises:
-        ValueError: as :func:`read_records`.
-    """
-    first = set(read_records(path, 1)[0])
-    for name, layout in LAYOUTS.items():
-        wrong = {layout.wrong} if layout.wrong else set()
-        if {*layout.images, *layout.captions, *wrong} <= first and (name != "order" or not first & set(WRONG_KEYS)):
-            return name
-    return None
+    """Return the format of a file by its first record; None if it has none of them."""
+    first = set(_records(path, 1)[0])
+    known = [name for name, layout in LAYOUTS.items() if set(layout.keys) <= first]
+    return None if not known or (known[0] == "order" and first & set(WRONG_KEYS)) else known[0]
 
 
 def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pictures, list[Case]]:
     """Return the images of files of one format, and the cases that name them.
 
     Args:
-        files: of records.
+        files: the files of records.
         form: the format.
         folder: of the images; by default ``images`` or ``val2017`` beside a file, or else its own folder.
 
@@ -186,32 +175,31 @@ def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pi
     pictures: dict[Picture, int] = {}
     cases: list[Case] = []
     for path in files:
-        for number, record in enumerate(read_records(path)):
+        for number, record in enumerate(_records(path)):
             try:
-                cases += _cases(record, f"{path.name}, record {number}", form, path.stem, root, pictures)
+                own = {"category": path.stem} if form == "sugarcrepe" else {}
+                cases += _cases({**record, **own}, f"{path.name}, record {number}", form, root, pictures)
             except ValueError as error:
                 raise ValueError(f"record {number} of {path} {error}") from error
     return Pictures(os.fspath(files[0].parent), folder=os.fspath(root), pictures=list(pictures)), cases
 
 
-def _cases(record: Record, name: str, form: str, stem: str, root: Path, pictures: dict[Picture, int]) -> Iterator[Case]:
-    layout = LAYOUTS[form]
-    box = _box(record)
-    images = tuple(
-        pictures.setdefault(Picture(_file(root, _text(record, key)), box), len(pictures)) for key in layout.images
-    )
-    groups = {key: value for key in layout.groups if (value := _group(record.get(key)))}
+def _cases(record: Record, name: str, form: str, root: Path, pictures: dict[Picture, int]) -> Iterator[Case]:
+    """Yield the cases of a record, and add its images to all pictures with their numbers."""
+    layout, box = LAYOUTS[form], _box(record)
+    named = [Picture(_file(root, _text(record, key)), box) for key in layout.images]
+    images = tuple(pictures.setdefault(picture, len(pictures)) for picture in named)
     if form == "order":
-        for caption in _texts(record, layout.captions[0]):
-            case = order_case(name, images[0], caption)
-            if case is not None:
-                yield case
+        captions = _texts(record, layout.captions[0])
+        yield from filter(None, (order_case(name, images[0], caption) for caption in captions))
         return
-    right = tuple(_text(record, key) for key in layout.captions)
-    wrong = () if layout.wrong is None else tuple(_texts(record, layout.wrong))
-    if form == "sugarcrepe":
-        groups[FILE] = stem
-    yield Case(name, images, (*right, *wrong), groups)
+    texts = [_text(record, key) for key in layout.captions]
+    texts += [text for key in layout.wrong for text in _texts(record, key)]
+    groups = {}
+    for key in layout.groups:
+        if value := record.get(key):
+            groups[key] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    yield Case(name, images, tuple(texts), groups)
 
 
 def _box(record: Record) -> tuple[float, ...] | None:
@@ -220,11 +208,13 @@ def _box(record: Record) -> tuple[float, ...] | None:
         return None
     if not all(isinstance(value, int | float) for value in values):
         raise ValueError(f"has no numbers in {', '.join(BOX)}, but {values}")
-    return tuple(float(value) for value in values if value is not None)
+    return tuple(float(record[key]) for key in BOX)
 
 
-def _group(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+def _texts(record: Record, key: str) -> list[str]:
+    """Return the texts of a key, which has one or a list."""
+    values = record.get(key)
+    return [_text({key: value}, key) for value in values] if isinstance(values, list) else [_text(record, key)]
 
 
 def _text(record: Record, key: str) -> str:
@@ -234,15 +224,6 @@ def _text(record: Record, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"has no text as {key!r} but {value!r:.40}")
     return value
-
-
-def _texts(record: Record, key: str) -> list[str]:
-    value = record.get(key)
-    if not isinstance(value, list):
-        return [_text(record, key)]
-    if not value:
-        raise ValueError(f"has no text in {key!r}")
-    return [_text({key: one}, key) for one in value]
 
 
 def _file(root: Path, name: str) -> str:

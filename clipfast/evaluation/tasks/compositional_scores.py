@@ -7,8 +7,10 @@ model for which all scores are equal gets nothing.
 
 from __future__ import annotations
 
+import itertools
+import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +126,11 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
 
 def by_group(judged: Sequence[Judged], division: str) -> dict[str, dict[str, Any]]:
     """Return the figures of each group of a division, in the order in which they come up; a case may be in none."""
-    return _grouped(judged, lambda one: one.case.groups.get(division, ""))
+    members: dict[str, list[Judged]] = {}
+    for one in judged:
+        if name := one.case.groups.get(division):
+            members.setdefault(name, []).append(one)
+    return {name: figures(some) for name, some in members.items()}
 
 
 def by_wrong(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
@@ -133,16 +139,8 @@ def by_wrong(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
     for one in judged:
         right, *others = one.scores[0]
         for kind, score in zip(one.case.wrong, others, strict=False):
-            pairs.append(Judged(one.case._replace(groups={"": kind}), [[right, score]]))
-    return _grouped(pairs, lambda one: one.case.groups[""])
-
-
-def _grouped(judged: Sequence[Judged], key: Callable[[Judged], str]) -> dict[str, dict[str, Any]]:
-    members: dict[str, list[Judged]] = {}
-    for one in judged:
-        if name := key(one):
-            members.setdefault(name, []).append(one)
-    return {name: figures(some) for name, some in members.items()}
+            pairs.append(Judged(one.case._replace(groups={"wrong": kind}), [[right, score]]))
+    return by_group(pairs, "wrong")
 
 
 def mean_of_groups(
@@ -156,3 +154,35 @@ def mean_of_groups(
     if not shares:
         return None
     return statistics.fmean(shares), bootstrap(torch.tensor(shares, dtype=torch.double), torch.ones(len(shares)))
+
+
+SHUFFLES = ("all words", "trigrams", "within trigrams")
+
+
+def shuffled(caption: str, kind: str) -> str | None:
+    """Return a caption with its words in another order, the same in every call; None if no order differs.
+
+    Two of ARO's four tests of order need to know which words are nouns and adjectives, and are not made here.
+
+    Args:
+        caption: words between spaces.
+        kind: "all words"; "trigrams", which change places as wholes; or "within trigrams".
+    """
+    words = caption.split()
+    groups = [words[start : start + 3] for start in range(0, len(words), 3)]
+    parts = [[word] for word in words] if kind == "all words" else groups
+    is_within = kind == "within trigrams"
+    differs = any(len(set(part)) > 1 for part in parts) if is_within else len(set(map(tuple, parts))) > 1
+    if not differs or len(set(words)) == 1:
+        return None
+    rng, found = random.Random(f"{kind}: {caption}"), words
+    while found == words:
+        drawn = [rng.sample(part, len(part)) for part in parts] if is_within else rng.sample(parts, len(parts))
+        found = list(itertools.chain(*drawn))
+    return " ".join(found)
+
+
+def order_case(name: str, image: int, caption: str) -> Case | None:
+    """Return a case of a caption against itself in other orders; None if there is no other order."""
+    found = {kind: text for kind in SHUFFLES if (text := shuffled(caption, kind))}
+    return Case(name, (image,), (caption, *found.values()), wrong=tuple(found)) if found else None

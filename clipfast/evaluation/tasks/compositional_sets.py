@@ -15,20 +15,17 @@ from ...data.samples import RawSample, captions
 from ...data.shapes import STAMP, held_out_scene
 from ...images import SampleError
 from ..features import LabelledFeatures
-from ..labelled import LabelledImage, LabelledSet, Loader, Place
-from .compositional_order import order_case
-from .compositional_records import FILE, LAYOUTS, WRONG_KEYS, files_of, layout_of, read_cases
-from .compositional_scores import Case
+from ..labelled import LabelledImage, LabelledSet, Place, loader
+from .compositional_records import LAYOUTS, WRONG_KEYS, files_of, layout_of, read_cases
+from .compositional_scores import Case, order_case
 
 SHAPES = SHAPES_PREFIX.rstrip(":")
 DEFAULT_SCENES = 1200
-PAIRS = "pairs"
-FORMATS = (*LAYOUTS, PAIRS, SHAPES)
 LOOKED_AT = 64  # samples of which one must be readable to tell the format
 
 
 class CaseSet(NamedTuple):
-    """Images, and what cases they make.
+    """Images, and the cases that they make.
 
     Attributes:
         form: the format.
@@ -59,11 +56,10 @@ def format_of(images: LabelledSet) -> str:
     if set(LAYOUTS["winoground"].captions) <= fields:
         return "winoground"
     if set(WRONG_KEYS) & fields:
-        return PAIRS
-    there = ", ".join(sorted(fields)) or "nothing"
+        return "pairs"
     raise ValueError(
-        f"{data} has no wrong captions: none of {', '.join(WRONG_KEYS)} is in its json or columns, only {there}; "
-        "--format order makes wrong captions by changing the order of the words"
+        f"{data} has no wrong captions: none of {', '.join(WRONG_KEYS)} is in its json or columns, only "
+        f"{', '.join(sorted(fields)) or 'nothing'}; --format order makes wrong captions by changing the order of words"
     )
 
 
@@ -77,20 +73,14 @@ def _fields_of(images: LabelledSet) -> set[str]:
 
 
 def _format_of_files(files: Sequence[Path]) -> str:
-    found = {path: layout_of(path) for path in files}
-    known = {form for form in found.values() if form is not None}
-    if len(known) == 1:
-        return known.pop()
-    if not known:
-        wanted = "; ".join(f"{name} has {', '.join(_keys(name))}" for name in LAYOUTS)
+    found = {path: form for path in files if (form := layout_of(path)) is not None}
+    if not found:
+        wanted = "; ".join(f"{name} has {', '.join(layout.keys)}" for name, layout in LAYOUTS.items())
         raise ValueError(f"{files[0]} has the keys of no known format: {wanted}")
-    named = ", ".join(f"{path.name} ({form})" for path, form in found.items() if form is not None)
-    raise ValueError(f"{files[0].parent} holds files of several formats: {named}; name one of them")
-
-
-def _keys(form: str) -> list[str]:
-    layout = LAYOUTS[form]
-    return [*layout.images, *layout.captions, *([layout.wrong] if layout.wrong else [])]
+    if len(set(found.values())) > 1:
+        named = ", ".join(f"{path.name} ({form})" for path, form in found.items())
+        raise ValueError(f"{files[0].parent} holds files of several formats: {named}; name one of them")
+    return next(iter(found.values()))
 
 
 def open_cases(images: LabelledSet, form: str, folder: str | None) -> CaseSet:
@@ -108,31 +98,28 @@ def open_cases(images: LabelledSet, form: str, folder: str | None) -> CaseSet:
     if folder is not None and not files:
         raise ValueError(f"--images is for files that name images (.json, .jsonl), which {images.data} is not")
     if form == SHAPES:
-        return _shapes(images.data)
+        count, seed = (DEFAULT_SCENES, 0) if images.data == SHAPES else synthetic_pairs(images.data)
+        scenes = _Scenes(images.data, count=count, seed=seed)
+        return CaseSet(
+            form, scenes, functools.partial(_pair_cases, label="kind", group="relation"), ("kind", "relation")
+        )
     if files and form in LAYOUTS:
         chosen = [path for path in files if len(files) == 1 or layout_of(path) == form]
         if form != "sugarcrepe" and len(chosen) > 1:
             raise ValueError(f"{images.data} holds several sets: name one of {', '.join(path.name for path in chosen)}")
         pictures, cases = read_cases(chosen, form, folder)
-        return CaseSet(form, pictures, lambda _: cases, (FILE,) if form == "sugarcrepe" else LAYOUTS[form].groups)
+        return CaseSet(form, pictures, lambda _: cases, LAYOUTS[form].groups)
     if form == "winoground":
-        return _winoground_table(images)
+        both = _Winoground(images.data, separator=images.separator)
+        return CaseSet(form, both, lambda found: _winoground_cases(len(both.places()), found), LAYOUTS[form].groups[:2])
     if form == "order":
         return CaseSet(form, images, _order_cases)
-    if form == PAIRS:
+    if form == "pairs":
         with_wrong = _WithWrong(**{field.name: getattr(images, field.name) for field in dataclasses.fields(images)})
         division = images.group_by
-        return CaseSet(form, with_wrong, functools.partial(_own_cases, group=division), (division,) if division else ())
+        cases_of = functools.partial(_pair_cases, group=division)
+        return CaseSet(form, with_wrong, cases_of, (division,) if division else ())
     raise ValueError(f"--format {form} is for files of records (.json, .jsonl), which {images.data} is not")
-
-
-def _order_cases(found: LabelledFeatures) -> list[Case]:
-    made = (
-        order_case(f"image {number}", number, caption)
-        for number, texts in zip(found.numbers, found.captions, strict=True)
-        for caption in texts
-    )
-    return [*_left_out(found), *(case for case in made if case is not None)]
 
 
 def _left_out(found: LabelledFeatures) -> list[Case]:
@@ -140,14 +127,20 @@ def _left_out(found: LabelledFeatures) -> list[Case]:
     return [Case(skipped.name, (number,), ()) for number, skipped in found.left_out.items()]
 
 
-def _own_cases(found: LabelledFeatures, group: str | None, label: str | None = None) -> list[Case]:
-    """Return a case for each image, of all its captions."""
+def _order_cases(found: LabelledFeatures) -> list[Case]:
     cases = _left_out(found)
-    for number, texts, label_of, group_of in zip(
-        found.numbers, found.captions, found.labels, found.groups, strict=True
-    ):
-        groups = {name: value for name, value in ((label, label_of), (group, group_of)) if name and value}
-        cases.append(Case(f"image {number}", (number,), texts, groups))
+    for number, texts in zip(found.numbers, found.captions, strict=True):
+        made = (order_case(f"image {number}", number, caption) for caption in texts)
+        cases += [case for case in made if case is not None]
+    return cases
+
+
+def _pair_cases(found: LabelledFeatures, group: str | None, label: str | None = None) -> list[Case]:
+    """Return a case for each image, of all its captions; ``group`` and ``label`` name the divisions by these."""
+    cases, divisions = _left_out(found), {label: found.labels, group: found.groups}
+    for row, number in enumerate(found.numbers):
+        groups = {name: column[row] for name, column in divisions.items() if name and column[row]}
+        cases.append(Case(f"image {number}", (number,), found.captions[row], groups))
     return cases
 
 
@@ -172,14 +165,10 @@ class _Scenes(LabelledSet):
     seed: int = 0
 
     def places(self) -> list[Place]:
-        return [functools.partial(_scene_loader, number, self.seed) for number in range(self.count)]
+        return [functools.partial(loader, f"scene {number}", _draw, number, self.seed) for number in range(self.count)]
 
     def stamp(self) -> str:
         return f"{STAMP}, {self.count} test scenes, seed {self.seed}"
-
-
-def _scene_loader(number: int, seed: int) -> Loader:
-    return f"scene {number}", functools.partial(_draw, number, seed)
 
 
 def _draw(number: int, seed: int) -> LabelledImage:
@@ -187,15 +176,9 @@ def _draw(number: int, seed: int) -> LabelledImage:
     return LabelledImage(scene.picture(), scene.kind, (scene.caption, scene.wrong), scene.relation)
 
 
-def _shapes(data: str) -> CaseSet:
-    count, seed = (DEFAULT_SCENES, 0) if data == SHAPES else synthetic_pairs(data)
-    cases = functools.partial(_own_cases, group="relation", label="kind")
-    return CaseSet(SHAPES, _Scenes(data, count=count, seed=seed), cases, ("kind", "relation"))
-
-
 @dataclasses.dataclass
 class _Winoground(LabelledSet):
-    """The first images of all rows, and after them the second images."""
+    """The first images of all rows of a table, and after them the second images."""
 
     def halves(self) -> list[LabelledSet]:
         layout = LAYOUTS["winoground"]
@@ -211,22 +194,14 @@ class _Winoground(LabelledSet):
         return repr([half.stamp() for half in self.halves()])
 
 
-def _winoground_table(images: LabelledSet) -> CaseSet:
-    both = _Winoground(images.data, separator=images.separator)
-    return CaseSet(
-        "winoground", both, lambda found: _winoground_cases(len(both.places()), found), ("collapsed_tag", "tag")
-    )
-
-
 def _winoground_cases(count: int, found: LabelledFeatures) -> list[Case]:
     rows = {number: row for row, number in enumerate(found.numbers)}
     cases = []
     for first in range(count // 2):
-        images = (first, first + count // 2)
-        if not set(images) <= set(rows):
-            cases.append(Case(f"row {first}", images, ()))
-        else:
-            texts = tuple(found.captions[rows[image]][0] for image in images)
+        case = Case(f"row {first}", (first, first + count // 2), ())
+        if all(image in rows for image in case.images):
+            texts = tuple(found.captions[rows[image]][0] for image in case.images)
             groups = {"collapsed_tag": found.labels[rows[first]], "tag": found.groups[rows[first]]}
-            cases.append(Case(f"row {first}", images, texts, groups))
+            case = case._replace(captions=texts, groups=groups)
+        cases.append(case)
     return cases

@@ -70,80 +70,58 @@ def add_parser(tasks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare the sets, print the results, and return the exit code."""
-    _check(args)
+    if not -1 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
+    if args.train_data == args.data:
+        raise ValueError(f"--train-data and --data are both {args.data}: each image would be a duplicate of itself")
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
-    # the training data need not have the keys of the test data
     images = labelled_set(args)
+    # the training data need not have the keys of the test data
     known = dataclasses.replace(labelled_set(args, args.train_data), label_by=None, group_by=None)
     from ...progress import each
     from ..classification import classify
+    from ..encoder import PixelEncoder
     from ..evaluate import names_of
-    from ..pixels import PixelEncoder
-    from .overlap_edits import planted
-    from .overlap_pairs import pair
+    from .overlap_pairs import THRESHOLDS, pair, planted
 
     with session(args) as at:
-        detector = PixelEncoder(at.encoder.device) if args.by == "pixels" else at.encoder
-        found = encoded_by(args, at, [at.encoder] if detector is at.encoder else [at.encoder, detector], images)
-        test, compared = found[0], found[-1]
+        detectors = [PixelEncoder(at.encoder.device)] if args.by == "pixels" else []
+        found = encoded_by(args, at, [at.encoder, *detectors], images)
+        test, compared, detector = found[0], found[-1], [at.encoder, *detectors][-1]
         (train,) = encoded_by(args, at, [detector], known)
         names = at.world.on_main(lambda: names_of(test.classnames, classnames))
         classifier = at.encoder.classifier(names, templates, at.store, at.world)
         if not at.world.is_main:
             return 0
         right = classify(test.features, test.labels, test.classnames, classifier.cpu()).right
-        pairs = pair(
-            compared,
-            train,
-            at.encoder.device,
-            lambda blocks: each(blocks, "neighbours", "blocks"),
-        )
-        edits = []
-        if args.plant:
-            edits = planted(detector, images, compared, pairs, _thresholds(args), args.plant)
-    results = _results(args, test, train, pairs, right, edits)
+        pairs = pair(compared, train, at.encoder.device, lambda blocks: each(blocks, "neighbours", "blocks"))
+        thresholds = sorted({*THRESHOLDS, args.threshold})
+        edits = planted(detector, images, compared, pairs, thresholds, args.plant, args.workers) if args.plant else []
+    results = _results(args, test, train, pairs, right, thresholds, edits)
     if args.write:
         _write_pairs(args.write, images, known, test, train, pairs)
     if args.html:
         from ...page import write_page
-        from .overlap_page import pairs_page
+        from ..pages import overlap_page
 
-        body = pairs_page(results, (images, test), (known, train), pairs, args.pairs)
+        body = overlap_page(results, (images, test), (known, train), pairs, args.pairs)
         write_page(args.html, "clipfast eval overlap", body)
     if args.plot:
-        from .overlap_plot import overlap_plot
+        from ..plots import overlap_plot
 
         overlap_plot(results, pairs, args.plot)
     write_results(args, results, _table)
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is read.
-
-    Raises:
-        ValueError: the threshold is out of range, or both sets are the same.
-    """
-    if not -1 <= args.threshold <= 1:
-        raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
-    if args.train_data == args.data:
-        raise ValueError(f"--train-data and --data are both {args.data}: each image would be a duplicate of itself")
-
-
-def _thresholds(args: argparse.Namespace) -> list[float]:
-    from .overlap_pairs import THRESHOLDS
-
-    return sorted({*THRESHOLDS, args.threshold})
-
-
 def _results(
     args: argparse.Namespace, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs, right: Tensor,
-    edits: list[dict[str, Any]],
+    thresholds: list[float], edits: list[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     from .overlap_pairs import LEVEL, contamination
 
     chosen = contamination(right, pairs.overlap(args.threshold))
-    others = [(at, contamination(right, pairs.overlap(at))) for at in _thresholds(args)]
+    others = [(at, contamination(right, pairs.overlap(at))) for at in thresholds]
     return result_of(
         args, "train_test_overlap", chosen["metrics"], intervals=chosen["intervals"],
         levels={name: LEVEL if name == "acc1_overlap" else 0.95 for name in chosen["intervals"]}, data=args.data,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from ..features import LabelledFeatures
+from ...images import compressed
+from ..encoder import Encoder, PreparedEncoder
+from ..features import LabelledFeatures, encode_set
 from ..intervals import wilson
+from ..labelled import LabelledSet
 from ..neighbours import nearest
 from ..significance import binomial_tail, clopper_pearson
 
@@ -76,27 +81,83 @@ def contamination(right: Tensor, overlap: Tensor) -> dict[str, Any]:
         duplicates, or more, if they were as easy as the others: a one-tailed binomial test. What a subset without
         images would say is None.
     """
-    counts = {"all": len(right), "overlap": int(overlap.sum()), "clean": int((~overlap).sum())}
-    hits = {"all": int(right.sum()), "overlap": int(right[overlap].sum()), "clean": int(right[~overlap].sum())}
-    acc1 = {name: hits[name] / counts[name] if counts[name] else None for name in counts}
-    within = {name: wilson(hits[name], counts[name]) if counts[name] else None for name in ("all", "clean")}
-    exact = clopper_pearson(hits["overlap"], counts["overlap"], LEVEL) if counts["overlap"] else None
-    clean = acc1["clean"]
-    tail = None if clean is None or exact is None else binomial_tail(hits["overlap"], counts["overlap"], clean)
-    return {
-        "metrics": {
-            "overlap": counts["overlap"] / counts["all"],
-            "acc1": acc1["all"],
-            "acc1_overlap": acc1["overlap"],
-            "acc1_clean": clean,
-            "acc1_all_minus_clean": None if clean is None else hits["all"] / counts["all"] - clean,
-            "p_value": tail,
-        },
-        "intervals": {
-            "overlap": wilson(counts["overlap"], counts["all"]),
-            "acc1": within["all"],
-            "acc1_overlap": exact,
-            "acc1_clean": within["clean"],
-        },
-        "images": counts,
-    }
+    metrics: dict[str, float | None] = {"overlap": overlap.double().mean().item()}
+    intervals: dict[str, tuple[float, float] | None] = {"overlap": wilson(int(overlap.sum()), len(right))}
+    counts, parts = {}, {"all": right, "overlap": right[overlap], "clean": right[~overlap]}
+    for name, part in parts.items():
+        hits, count = int(part.sum()), len(part)
+        key = "acc1" if name == "all" else f"acc1_{name}"
+        counts[name], metrics[key], intervals[key] = count, None, None
+        if count:
+            metrics[key] = hits / count
+            intervals[key] = clopper_pearson(hits, count, LEVEL) if name == "overlap" else wilson(hits, count)
+    clean = metrics["acc1_clean"]
+    metrics["acc1_all_minus_clean"] = None if clean is None else int(right.sum()) / len(right) - clean
+    metrics["p_value"] = None
+    if clean is not None and counts["overlap"]:
+        metrics["p_value"] = binomial_tail(int(parts["overlap"].sum()), counts["overlap"], clean)
+    return {"metrics": metrics, "intervals": intervals, "images": counts}
+
+
+def half_size(image: Image.Image) -> Image.Image:
+    """Return an image with half as many pixels in each direction."""
+    return image.resize((max(1, image.width // 2), max(1, image.height // 2)))
+
+
+def crop(image: Image.Image) -> Image.Image:
+    """Return an image without a thirty-second of its width and height at each side, which is at least one pixel."""
+    x, y = (max(1, side // 32) if side > 2 else 0 for side in image.size)
+    return image.crop((x, y, image.width - x, image.height - y))
+
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Return an image with each value multiplied by a factor."""
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """Return an image without its colours."""
+    return image.convert("L").convert("RGB")
+
+
+EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "jpeg 75": functools.partial(compressed, quality=75), "half size": half_size,
+    "darker": functools.partial(brightness, factor=0.8), "brighter": functools.partial(brightness, factor=1.2),
+    "crop 1/32": crop, "mirror": ImageOps.mirror, "grey": grey,
+}  # fmt: skip
+
+
+def planted(
+    detector: Encoder, images: LabelledSet, test: LabelledFeatures, pairs: Pairs, thresholds: Sequence[float],
+    count: int, workers: int = 0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return how many of some test images would be found if the training data had edited copies of them.
+
+    The images are drawn by a fixed seed.
+
+    Args:
+        detector: the encoder of the features.
+        images: the test set.
+        test: its features.
+        pairs: of test images and training images as they are.
+        thresholds: similarities from which on an image is a near duplicate.
+        count: how many images; at most all.
+        workers: processes that read and edit images.
+
+    Returns:
+        For each threshold and edit the share that is found ("recall"), and the share of planted ones among all images
+        that are marked then ("precision"): an image that is marked for another reason counts as wrong, be it a near
+        duplicate or not.
+    """
+    drawn = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    part = images.only([test.numbers[place] for place in drawn.tolist()])
+    edited = encode_set([PreparedEncoder.of(detector, edit) for edit in EDITS.values()], part, workers=workers)
+    originals, rows = test.features[drawn].to(detector.device), []
+    for name, found in zip(EDITS, edited, strict=True):
+        similarity = torch.maximum(pairs.similarity, nearest(test.features, found.features)[0][:, 0])
+        similarity[drawn] = (originals * found.features.to(detector.device)).sum(1).cpu()
+        for threshold in thresholds:
+            hits, marked = int((similarity[drawn] >= threshold).sum()), int((similarity >= threshold).sum())
+            shares = {"recall": hits / len(drawn), "precision": hits / marked if marked else None}
+            rows.append({"threshold": threshold, "edit": name, "images": len(drawn), **shares})
+    return rows

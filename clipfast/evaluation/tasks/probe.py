@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
 from ...arguments import COUNT, SEED, Count
 from ..arguments import (
     HelpFormatter,
-    Session,
     add_data_arguments,
     add_model_arguments,
     add_prompt_arguments,
@@ -25,9 +25,7 @@ from ..arguments import (
 
 if TYPE_CHECKING:
     from ..classification import Classified
-    from ..features import LabelledFeatures
-    from .probe_fit import Probe
-    from .probe_solver import Samples
+    from .probe_fit import Samples
 
 EPILOG = """\
 example:
@@ -74,14 +72,15 @@ def run(args: argparse.Namespace) -> int:
     """Fit and judge the classifiers, print the results, and return the exit code."""
     _check(args)
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
+    from ..classification import classify
     from ..evaluate import names_of
-    from .probe_fit import samples_of
-    from .probe_solver import chosen_solver
+    from .probe_fit import chosen_solver, samples_of
 
-    names = {"train": args.train_data, "validation": args.val_data, "test": args.data}
+    names = {"train": args.train_data, "val": args.val_data, "test": args.data}
     with session(args) as at:
         solver = chosen_solver(args.solver, at.encoder.device)
-        found = _features(args, at, {key: data for key, data in names.items() if data})
+        own = at._replace(encoders=[dataclasses.replace(at.encoder, normalize=not args.unnormalized)])
+        found = {key: encoded(args, own, labelled_set(args, data)) for key, data in names.items() if data}
         samples: dict[str, Samples] = {}
 
         def prepare() -> list[str]:
@@ -98,12 +97,13 @@ def run(args: argparse.Namespace) -> int:
         if not at.world.is_main:
             return 0
         labels = found["train"].classnames
-        zero_shot_found = None if zero_shot is None else _zero_shot(found["test"], labels, zero_shot.cpu())
-        results = _results(args, samples, labels, solver, at.encoder.device, zero_shot_found)
+        test = found["test"]
+        prompted_found = None if zero_shot is None else classify(test.features, test.labels, labels, zero_shot.cpu())
+        results = _results(args, samples, labels, solver, at.encoder.device, prompted_found)
     if args.plot:
-        from .probe_plot import few_shot_plot
+        from ..plots import probe_plot
 
-        few_shot_plot(results, args.plot)
+        probe_plot(results, args.plot)
     write_results(args, results, _table)
     return 0
 
@@ -122,71 +122,46 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--plot draws accuracy over --shots: give some, such as --shots 1 2 4 8 16")
 
 
-def _features(args: argparse.Namespace, at: Session, names: dict[str, str]) -> dict[str, LabelledFeatures]:
-    """Return the features of each set; empty ones on ranks other than 0."""
-    from ..encoder import UnnormalizedEncoder
-
-    if args.unnormalized:
-        at = at._replace(encoder=UnnormalizedEncoder.of(at.encoder))
-    return {key: encoded(args, at, labelled_set(args, data)) for key, data in names.items()}
-
-
-def _zero_shot(test: LabelledFeatures, labels: list[str], classifier: Any) -> Classified:
-    from ..classification import classify
-
-    return classify(test.features.cpu(), test.labels, labels, classifier)
-
-
 def _results(
     args: argparse.Namespace, samples: dict[str, Samples], labels: list[str], solver: str, device: Any,
     zero_shot: Classified | None,
 ) -> dict[str, Any]:  # fmt: skip
-    from ..classification import intervals, metrics
-    from .probe_fit import Probe, split
-    from .probe_solver import make_solver
+    import torch
 
-    train, validation = samples["train"], samples.get("validation")
-    if args.C is None and validation is None:
-        train, validation = split(train, args.seed)
-    probe = Probe(lambda to: make_solver(solver, to, device), labels, validation, args.C or 1.0)
-    classifier, choice = probe.fit(train, then_all=True)
-    print(f"clipfast eval: {_chosen(choice, validation)}", file=sys.stderr)
+    from ..classification import intervals, metrics
+    from .probe_fit import curve, fit_probe
+
+    probe, train, classifier, choice = fit_probe(samples, labels, solver, device, args.seed, args.C)
+    held_out = 0 if probe.validation is None else len(probe.validation.classes)
+    chosen = (
+        f", with {choice.tried[choice.C]:.1%} of {held_out:,} validation images right" if held_out else ", as given"
+    )
+    print(f"clipfast eval: C = {choice.C:.4g}{chosen}", file=sys.stderr)
     if not classifier.converged:
         print(f"clipfast eval: {solver} stopped after {classifier.iterations} iterations", file=sys.stderr)
-    found = classifier.classify(samples["test"], labels)
-    few_shot = _few_shot(args, probe, train, samples["test"]) if args.shots else {}
+    few_shot: dict[str, Any] = {}
     if zero_shot is not None:
+        shots = sorted(set(args.shots))
+        images = torch.bincount(train.classes).tolist()
+        for count in shots:
+            fewer = [f"{name} ({has})" for name, has in zip(labels, images, strict=True) if has < count]
+            if fewer:
+                named = ", ".join(fewer[:5]) + ", ..." * (len(fewer) > 5)
+                print(f"clipfast eval: {count} shots: {len(fewer)} classes have fewer images: {named}", file=sys.stderr)
+        seeds = range(args.seed, args.seed + args.seeds)
+        few_shot["few_shot"] = curve(probe, train, samples["test"], shots, seeds)
         few_shot["zero_shot"] = {"metrics": metrics(zero_shot), "intervals": intervals(zero_shot)}
+    found = classifier.classify(samples["test"], labels)
     figures = {f"lp_{name}": value for name, value in metrics(found).items()}
     settings = {"C": choice.C, "seed": args.seed, "fewshot_k": -1, "normalized": not args.unnormalized}
-    counts = {"train": len(train.classes), "validation": 0 if validation is None else len(validation.classes)}
     return result_of(
         args, "linear_probe", {**figures, **settings},
         intervals={f"lp_{name}": value for name, value in intervals(found).items()}, train_data=args.train_data,
-        classes=len(labels), images={**counts, "test": len(found.classes)}, solver=solver,
-        iterations=classifier.iterations, converged=classifier.converged,
+        classes=len(labels),
+        images={"train": len(train.classes), "validation": held_out, "test": len(found.classes)},
+        solver=solver, iterations=classifier.iterations, converged=classifier.converged,
         tried=[{"C": C, "acc1": share} for C, share in choice.tried.items()], **few_shot,
     )  # fmt: skip
-
-
-def _chosen(choice: Any, validation: Samples | None) -> str:
-    if validation is None:
-        return f"C = {choice.C:g}, as given"
-    return (
-        f"C = {choice.C:.4g}, with {choice.tried[choice.C]:.1%} of {len(validation.classes):,} validation images right"
-    )
-
-
-def _few_shot(args: argparse.Namespace, probe: Probe, train: Samples, test: Samples) -> dict[str, Any]:
-    from ...progress import each
-    from .probe_shots import curve, lacking
-
-    shots = sorted(set(args.shots))
-    for message in filter(None, (lacking(train, probe.classnames, count) for count in shots)):
-        print(f"clipfast eval: {message}", file=sys.stderr)
-
-    seeds = range(args.seed, args.seed + args.seeds)
-    return {"few_shot": curve(probe, train, test, shots, seeds, lambda draws: each(draws, "few-shot", "draws"))}
 
 
 def _table(results: dict[str, Any]) -> str:

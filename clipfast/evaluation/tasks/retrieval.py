@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         results = _results(args, found, captions, found.features.to(at.encoder.device), texts)
     if args.plot:
-        from ..pictures import retrieval_plot
+        from ..plots import retrieval_plot
 
         retrieval_plot(results, args.plot)
     write_results(args, results, _table)

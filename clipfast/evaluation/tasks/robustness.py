@@ -17,7 +17,6 @@ from ..arguments import (
     add_run_arguments,
     encoded_by,
     labelled_set,
-    load_encoder,
     named_models,
     read_classnames,
     read_templates,
@@ -28,10 +27,7 @@ from ..arguments import (
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from torch import Tensor
 
-    from ..class_subsets import ClassSubset
     from ..classification import Classified
-    from ..encoder import Encoder
-    from ..features import LabelledFeatures
     from ..labelled import LabelledSet
     from ..shifted_sets import ShiftedSet
     from ..shifts import Shift
@@ -83,39 +79,50 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     base, shifts, synthetic = labelled_set(args), _shifted_sets(args), _synthetic(args)
+    from ..class_subsets import ClassSubset, match_classes
+    from ..encoder import PreparedEncoder
     from ..evaluate import names_of
-    from .robustness_results import Judged, judge, lines_of, read_baselines, results_of
-    from .robustness_table import table
+    from .robustness_results import judge, lines_of, read_baselines, results_of, table
 
     baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
     if not args.baseline_model:  # which would add to them
         lines_of(baselines)
     named = named_models([*args.model, *args.baseline_model], args.pretrained)
-    first, weights = named[0]
-    with session(argparse.Namespace(**{**vars(args), "model": first, "pretrained": weights or None})) as at:
-        encoders = _encoders(args, at, named[1:])
-        found = encoded_by(args, at, encoders, base)
-        shifted = {shift.name: encoded_by(args, at, _prepared(encoders, shift), shift.images) for shift in shifts}
-        subsets: dict[str, ClassSubset] = {}
+    with session(args, named) as at:
+        found = encoded_by(args, at, at.encoders, base)
+        shifted, subsets = {}, {}
+        for shift in shifts:
+            change = shift.change
+            prepared = [PreparedEncoder.of(one, change) for one in at.encoders] if change else at.encoders
+            shifted[shift.name] = encoded_by(args, at, prepared, shift.images)
 
         def prepare() -> list[str]:
+            labels = found[0].classnames
             for shift in shifts:
-                subsets[shift.name] = _subset(found[0], shifted[shift.name][0], shift)
-            return names_of(found[0].classnames, classnames)
+                own = match_classes(labels, shifted[shift.name][0].classnames, shift.class_map, shift.name)
+                subsets[shift.name] = ClassSubset.of(labels, own, shift.name)
+            return names_of(labels, classnames)
 
         prompted = at.world.on_main(prepare)
-        classifiers = [encoder.classifier(prompted, templates, at.store, at.world) for encoder in encoders]
+        classifiers = [encoder.classifier(prompted, templates, at.store, at.world) for encoder in at.encoders]
         kept = 2 * sum(features.features.nbytes for features in found)  # blocks, and the whole that they are joined to
-        drawn = _on_synthetic(args, at, encoders, classifiers, base, synthetic, kept)
+        drawn = _on_synthetic(args, at, classifiers, base, synthetic, kept)
         if not at.world.is_main:
             return 0
-        models: list[Judged] = []
+        models = []
         for number, classifier in enumerate(classifiers):
             own = {name: (subsets[name], features[number]) for name, features in shifted.items()}
             models.append(judge(named[number], found[number], own, drawn[number], classifier))
     sources = {shift.name: shift.images.data for shift in shifts}
     results = results_of(args, models[: len(args.model)], models[len(args.model) :], baselines, sources)
-    _draw(args, base, results)
+    if args.plot:
+        from ..robustness_plots import robustness_plot
+
+        robustness_plot(results, args.plot)
+    if args.examples:
+        from ..robustness_plots import examples_sheet
+
+        examples_sheet(base, results, args.examples)
     write_results(args, results, table)
     return 0
 
@@ -132,15 +139,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--examples draws synthetic shifts: give --synthetic")
     if not args.model:
         raise ValueError("--model is needed: what to evaluate")
-
-
-def _encoders(args: argparse.Namespace, at: Session, others: Sequence[tuple[str, str]]) -> list[Encoder]:
-    """Return all models; those that prepare images alike share the transform, and so its results."""
-    encoders = [at.encoder, *(load_encoder(args, name, weights or None, at.world) for name, weights in others)]
-    known: dict[str, Any] = {}
-    for encoder in encoders:
-        encoder.transform = known.setdefault(repr(encoder.transform), encoder.transform)
-    return encoders
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
@@ -162,10 +160,9 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
 
 def _shifted_sets(args: argparse.Namespace) -> list[ShiftedSet]:
     from ..class_subsets import read_class_map
-    from ..effective_robustness import AVERAGE
+    from ..effective_robustness import AVERAGE, SYNTHETIC
     from ..shifted_sets import shifted_set
     from ..shifts import SHIFTS
-    from .robustness_results import SYNTHETIC
 
     sources, maps = _pairs("--shift", args.shift), _pairs("--class-map", args.class_map)
     for name in sources:
@@ -186,23 +183,13 @@ def _synthetic(args: argparse.Namespace) -> list[Shift]:
 
     if args.synthetic is None:
         return []
-    names = list(dict.fromkeys(args.synthetic)) or SHIFTS
-    if "all" in names:
-        names = SHIFTS
+    names = SHIFTS if not args.synthetic or "all" in args.synthetic else tuple(dict.fromkeys(args.synthetic))
     return [Shift(name, strength, args.seed) for name in names for strength in STRENGTHS]
 
 
-def _prepared(encoders: Sequence[Encoder], shift: ShiftedSet) -> list[Encoder]:
-    from ..prepared import PreparedEncoder
-
-    if shift.change is None:
-        return list(encoders)
-    return [PreparedEncoder.of(encoder, shift.change) for encoder in encoders]
-
-
 def _on_synthetic(
-    args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], classifiers: Sequence[Tensor],
-    base: LabelledSet, shifts: Sequence[Shift], kept: int,
+    args: argparse.Namespace, at: Session, classifiers: Sequence[Tensor], base: LabelledSet, shifts: Sequence[Shift],
+    kept: int,
 ) -> list[dict[Shift, Classified]]:  # fmt: skip
     """Return the classes that each model gives to the base under each shift; on ranks other than 0 there are none.
 
@@ -210,45 +197,25 @@ def _on_synthetic(
 
     Args:
         args, at: of the task.
-        encoders, classifiers: the models, and their weights for the classes of the base.
+        classifiers: the weights of each model for the classes of the base.
         base: the set.
-        shifts: what is done to its images.
+        shifts: the changes of its images.
         kept: bytes that the features under one shift by all models take, on rank 0.
     """
     from ...data import PREFETCH
-    from ..prepared import PreparedEncoder
+    from ..encoder import PreparedEncoder
     from .robustness_results import all_classes
 
-    distinct = {encoder.transform: encoder for encoder in encoders}
+    distinct = {encoder.transform: encoder for encoder in at.encoders}
     size = sum(encoder.blank.nbytes for encoder in distinct.values())
     of_block = size * args.batch_size * max(1, PREFETCH * args.workers)
     count = at.world.on_main(lambda: max(1, AT_ONCE // (of_block + kept)))
-    found: list[dict[Shift, Classified]] = [{} for _ in encoders]
-
-    def judge_pass(some: Sequence[Shift]) -> None:
-        prepared = [PreparedEncoder.of(encoder, shift) for encoder in encoders for shift in some]
-        features = iter(encoded_by(args, at, prepared, base, report=False))
-        for own, classifier in zip(found, classifiers if at.world.is_main else (), strict=False):
-            own |= {shift: all_classes(next(features), classifier) for shift in some}
-
+    found: list[dict[Shift, Classified]] = [{} for _ in at.encoders]
     for start in range(0, len(shifts), count):
-        judge_pass(shifts[start : start + count])
+        some = shifts[start : start + count]
+        prepared = [PreparedEncoder.of(encoder, shift) for encoder in at.encoders for shift in some]
+        features = encoded_by(args, at, prepared, base, report=False)
+        for own, classifier in zip(found, classifiers if at.world.is_main else (), strict=False):
+            own |= {shift: all_classes(features.pop(0), classifier) for shift in some}
+        del features
     return found
-
-
-def _subset(base: LabelledFeatures, shifted: LabelledFeatures, shift: ShiftedSet) -> ClassSubset:
-    from ..class_subsets import ClassSubset, match_classes
-
-    found = match_classes(base.classnames, shifted.classnames, shift.class_map, shift.name)
-    return ClassSubset.of(base.classnames, found, shift.name)
-
-
-def _draw(args: argparse.Namespace, base: LabelledSet, results: dict[str, Any]) -> None:
-    if args.plot:
-        from .robustness_plot import robustness_plot
-
-        robustness_plot(results, args.plot)
-    if args.examples:
-        from .robustness_plot import examples_sheet
-
-        examples_sheet(base, results, args.examples)

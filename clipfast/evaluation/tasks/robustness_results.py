@@ -12,24 +12,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import result_of
+from ...columns import align
+from ..arguments import result_about
 from ..class_subsets import ClassSubset
 from ..classification import Classified, classify, intervals, metrics
-from ..effective_robustness import AVERAGE, Interval, Line, Point, figures, fit, mean_interval, read_points
+from ..effective_robustness import (
+    AVERAGE,
+    SYNTHETIC,
+    Interval,
+    Line,
+    Point,
+    figures,
+    fit,
+    mean_interval,
+    read_points,
+)
 from ..features import LabelledFeatures
-from ..intervals import bootstrap, wilson
+from ..intervals import bootstrap, percent, wilson
 from ..shifts import Shift
-from ..suite import label
+from ..suite import label, name_of
 
-SYNTHETIC = "synthetic"  # the mean over all synthetic shifts
 TASK = "zeroshot_classification"
-
-
-class Share(NamedTuple):
-    """An accuracy and its 95% interval."""
-
-    value: float
-    interval: Interval
+HEAD = ("shift", "classes", "base", "shifted", "relative drop", "expected", "effective robustness")
+Share = tuple[float, Interval]  # an accuracy and its 95% interval
 
 
 class OnShift(NamedTuple):
@@ -51,7 +56,7 @@ class OnShift(NamedTuple):
 
 @dataclasses.dataclass
 class Judged:
-    """What a model gets right.
+    """The classes that a model gives to images.
 
     Attributes:
         model, pretrained: its name, and its weights where the name does not say them.
@@ -73,20 +78,14 @@ class Judged:
         """The accuracies on the base and under the shift, for each shifted set and each mean."""
         found = {name: (_acc1(on.base), _acc1(on.shifted)) for name, on in self.natural.items()}
         if len(found) > 1:
-            found[AVERAGE] = self._average(*zip(*found.values(), strict=True))
-        base = _acc1(self.base)
-        kinds = list(dict.fromkeys(shift.name for shift in self.synthetic))
-        found.update({kind: (base, self._mean_of({kind})) for kind in kinds})
-        if len(kinds) > 1:
-            found[SYNTHETIC] = (base, self._mean_of(set(kinds)))
+            found[AVERAGE] = self._average([base for base, _ in found.values()], [shift for _, shift in found.values()])
+        base, right = _acc1(self.base), {shift: one.right.double() for shift, one in self.synthetic.items()}
+        kinds = list(dict.fromkeys(shift.name for shift in right))
+        for kind in (*kinds, *([SYNTHETIC] if len(kinds) > 1 else [])):
+            # the mean over all strengths, whose images are the same
+            rows = torch.stack([row for shift, row in right.items() if kind in (shift.name, SYNTHETIC)])
+            found[kind] = base, (rows.mean().item(), bootstrap(rows.mean(0), torch.ones(rows.shape[1])))
         return found
-
-    def points(self) -> list[tuple[str, Point]]:
-        """Return the same as points, each with the name of its shift."""
-        return [
-            (name, Point(label(self.model, self.pretrained), base.value, shift.value))
-            for name, (base, shift) in self.accuracies.items()
-        ]
 
     def _average(self, bases: Sequence[Share], shifts: Sequence[Share]) -> tuple[Share, Share]:
         """Return the means over the natural shifts. Images of the base are in the subsets of several."""
@@ -94,26 +93,26 @@ class Judged:
         for on in self.natural.values():
             hits[on.members] += on.base.right.double() / len(on.base.classes)
             trials[on.members] += 1 / len(on.base.classes)
-        base = Share(sum(share.value for share in bases) / len(bases), bootstrap(hits, trials))
-        values = [share.value for share in shifts]
-        return base, Share(sum(values) / len(values), mean_interval(values, [share.interval for share in shifts]))
+        values, ends = [share for share, _ in shifts], [interval for _, interval in shifts]
+        base = sum(share for share, _ in bases) / len(bases), bootstrap(hits, trials)
+        return base, (sum(values) / len(values), mean_interval(values, ends))
 
-    def _mean_of(self, kinds: set[str]) -> Share:
-        """Return the mean over all strengths of synthetic shifts, whose images are the same."""
-        right = torch.stack([found.right.double() for shift, found in self.synthetic.items() if shift.name in kinds])
-        return Share(right.mean().item(), bootstrap(right.mean(0), torch.ones(right.shape[1])))
+    def points(self) -> list[tuple[str, Point]]:
+        """Return the same as points, each with the name of its shift."""
+        name = label(self.model, self.pretrained)
+        return [(key, Point(name, base, shift)) for key, ((base, _), (shift, _)) in self.accuracies.items()]
 
 
 def _acc1(found: Classified) -> Share:
     hits, count = int(found.right.sum()), len(found.classes)
-    return Share(hits / count, wilson(hits, count))
+    return hits / count, wilson(hits, count)
 
 
 def judge(
     model: tuple[str, str], base: LabelledFeatures, natural: Mapping[str, tuple[ClassSubset, LabelledFeatures]],
     synthetic: dict[Shift, Classified], classifier: Tensor,
 ) -> Judged:  # fmt: skip
-    """Return what a model gets right.
+    """Return the classes that a model gives to images.
 
     Args:
         model: its name and its weights.
@@ -125,9 +124,10 @@ def judge(
     on_shifts = {}
     for name, (subset, images) in natural.items():
         members = torch.tensor([label in subset.of_base for label in base.labels])
-        shifted = subset.shifted(images, classifier)
+        shifted = subset.classify(images, subset.of_label, classifier)
         left_out = len(images.labels) - len(shifted.classes)
-        on_shifts[name] = OnShift(shifted, subset.base(base, classifier), members, left_out, len(images.left_out))
+        own = subset.classify(base, subset.of_base, classifier)
+        on_shifts[name] = OnShift(shifted, own, members, left_out, len(images.left_out))
     return Judged(*model, all_classes(base, classifier), len(base.left_out), on_shifts, synthetic)
 
 
@@ -172,7 +172,7 @@ def results_of(
 
     Args:
         args: of the command.
-        models: what is evaluated.
+        models: the models to judge.
         baseline_models: models of the baseline that were evaluated here.
         baselines: points of other baseline models.
         sources: of the shifted sets.
@@ -180,72 +180,88 @@ def results_of(
     Raises:
         ValueError: no line can be fitted to the baseline.
     """
-    points: dict[str, list[Point]] = {name: list(some) for name, some in baselines.items()}
+    first, own = models[0], [(*one, "model") for judged in models for one in judged.points()]
+    theirs = {name: list(some) for name, some in baselines.items()}
     for judged in baseline_models:
         for name, point in judged.points():
-            points.setdefault(name, []).append(point)
-    first = models[0]
-    points = {name: some for name, some in points.items() if name in first.accuracies}
-    lines = lines_of(points)
+            theirs.setdefault(name, []).append(point)
+    known = [name for name, _ in first.points()]
+    theirs = {name: some for name, some in theirs.items() if name in known}
+    own += [(name, point, "baseline") for name, some in theirs.items() for point in some]
+    lines = lines_of(theirs)
     rows = [_robustness(judged, lines) for judged in models]
-    own = [_point_row(name, point, "model") for judged in models for name, point in judged.points()]
-    theirs = [_point_row(name, point, "baseline") for name, some in points.items() for point in some]
-    sets = [
-        _set_row(judged, name, sources[name], row[name])
-        for judged, row in zip(models, rows, strict=True)
-        for name in judged.natural
-    ]
-    return result_of(
-        _named(first, args.data), TASK, metrics(first.base), intervals=intervals(first.base),
-        templates=args.templates, images=len(first.base.classes), skipped_images=first.skipped,
-        classes=len(first.base.classnames),
+    return _result(
+        first, args.data, first.base, templates=args.templates, images=len(first.base.classes),
+        skipped_images=first.skipped, classes=len(first.base.classnames),
         models=[
             {"model": judged.model, "pretrained": judged.pretrained, "robustness": row}
             for judged, row in zip(models, rows, strict=True)
         ],
-        sets=sets,
-        synthetic=[_synthetic_row(judged, shift, args.data) for judged in models for shift in judged.synthetic],
-        baseline={name: _about(line) for name, line in lines.items()}, points=[*own, *theirs],
+        sets=[
+            _set_row(judged, name, sources[name], row[name])
+            for judged, row in zip(models, rows, strict=True)
+            for name in judged.natural
+        ],
+        synthetic=[
+            _result(
+                judged, args.data, found,
+                shift=shift.name, strength=shift.strength, amount=shift.amount, seed=shift.seed,
+            )
+            for judged in models
+            for shift, found in judged.synthetic.items()
+        ],
+        baseline={
+            name: {"slope": line.slope, "intercept": line.intercept, "models": len(line.points)}
+            for name, line in lines.items()
+        },
+        points=[{**point._asdict(), "set": name, "role": role} for name, point, role in own],
     )  # fmt: skip
 
 
-def _named(judged: Judged, data: str) -> argparse.Namespace:
-    return argparse.Namespace(data=data, model=judged.model, pretrained=judged.pretrained)
-
-
-def _about(line: Line) -> dict[str, Any]:
-    return {"slope": line.slope, "intercept": line.intercept, "models": len(line.points)}
+def _result(judged: Judged, data: str, found: Classified, **more: Any) -> dict[str, Any]:
+    """Return the figures of classes that a model gives, by CLIP_benchmark's keys."""
+    return result_about(
+        data, judged.model, judged.pretrained, TASK, metrics(found), intervals=intervals(found), **more
+    )  # fmt: skip
 
 
 def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
     """Return the accuracies of a model, and how robust it is, for each shifted set and each mean."""
-    return {
-        name: {
-            "base": base.value, "base_interval": base.interval, "shift": shift.value, "shift_interval": shift.interval,
-            **figures(base.value, shift.value, lines.get(name)),
-        }
-        for name, (base, shift) in judged.accuracies.items()
-    }  # fmt: skip
-
-
-def _point_row(name: str, point: Point, role: str) -> dict[str, Any]:
-    return {**point._asdict(), "set": name, "role": role}
-
-
-def _synthetic_row(judged: Judged, shift: Shift, data: str) -> dict[str, Any]:
-    found = judged.synthetic[shift]
-    return result_of(
-        _named(judged, data), TASK, metrics(found), intervals=intervals(found), shift=shift.name,
-        strength=shift.strength, amount=shift.amount, seed=shift.seed,
-    )  # fmt: skip
+    rows = {}
+    for name, ((base, base_interval), (shift, shift_interval)) in judged.accuracies.items():
+        rows[name] = {
+            "base": base, "base_interval": base_interval, "shift": shift, "shift_interval": shift_interval,
+            **figures(base, shift, lines.get(name)),
+        }  # fmt: skip
+    return rows
 
 
 def _set_row(judged: Judged, name: str, source: str, robustness: dict[str, Any]) -> dict[str, Any]:
     on = judged.natural[name]
-    return result_of(
-        _named(judged, source), TASK, metrics(on.shifted), intervals=intervals(on.shifted), shift=name,
-        classes=len(on.shifted.classnames), images=len(on.shifted.classes), skipped_images=on.skipped,
-        other_classes=on.left_out,
-        base={"images": len(on.base.classes), "metrics": metrics(on.base), "intervals": intervals(on.base)},
-        robustness=robustness,
+    base = {"images": len(on.base.classes), "metrics": metrics(on.base), "intervals": intervals(on.base)}
+    return _result(
+        judged, source, on.shifted, shift=name, classes=len(on.shifted.classnames), images=len(on.shifted.classes),
+        skipped_images=on.skipped, other_classes=on.left_out, base=base, robustness=robustness,
     )  # fmt: skip
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Return the results for people: a table of shifts for each model, and one of the strengths of synthetic ones."""
+    parts = [f"{results['images']:,} images of the base, {results['classes']:,} classes; 95% intervals in brackets"]
+    classes = {(name_of(row), row["shift"]): f"{row['classes']:,}" for row in results["sets"]}
+    for model in results["models"]:
+        name, rows = name_of(model), [list(HEAD)]
+        for shift, found in model["robustness"].items():
+            base, shifted = (percent(found[key], found[f"{key}_interval"]) for key in ("base", "shift"))
+            row = [shift, classes.get((name, shift), ""), base, shifted]
+            for key, form in (("relative_drop", ".1%"), ("expected", ".1%"), ("effective", "+.1%")):
+                row.append("-" if found[key] is None else format(found[key], form))
+            rows.append(row)
+        parts.append(f"{name}\n{align(rows, right=(1, 4, 5, 6))}")
+        strengths: dict[str, list[str]] = {}
+        for one in results["synthetic"]:
+            if name_of(one) == name:
+                strengths.setdefault(one["shift"], [one["shift"]]).append(f"{one['metrics']['acc1']:.1%}")
+        if strengths:
+            parts.append(align([["strength", *"12345"], *strengths.values()], right=range(1, 6)))
+    return "\n\n".join(parts)

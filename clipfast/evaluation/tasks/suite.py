@@ -13,12 +13,12 @@ from ..arguments import (
     HelpFormatter,
     add_model_arguments,
     add_run_arguments,
+    add_watch_arguments,
+    check_unwatched,
     load_encoder,
     named_models,
-    steps_drawer,
     write_results,
 )
-from ..watch_arguments import add_watch_arguments, check_unwatched, check_watch
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ...training.world import World
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..store import FeatureStore
     from ..suite import ResultFolder, Settings
 
+LINES = "suite.jsonl"  # the file of a watched run
 NOT_WATCHED = ("model", "pretrained", "cache_dir", "output", "features", "json", "html", "table")
 EPILOG = """\
 exit code: 0 if all that was asked for is there; 1 if a set or a task had to be left out, which stderr and the results
@@ -50,7 +51,7 @@ def add_parser(tasks: Any) -> None:
     add = parser.add_argument
     add("--root", type=Path, required=True, metavar="FOLDER", help="folder of the folders wds_NAME")
     add_model_arguments(parser, several=True)
-    add_watch_arguments(parser, "suite.jsonl")
+    add_watch_arguments(parser, LINES)
     add("--output", type=Path, metavar="FOLDER", help="where the results go, a file for each set, model and task")
     sets = "names of sets (vtab/cifar10), or vtab, vtab+, retrieval, imagenet_robustness (default: all that are there)"
     add("--sets", nargs="+", default=[], metavar="NAME", help=sets)
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from ..offline_layout import find_sets
     from ..store import FeatureStore
     from ..suite import ResultFolder
-    from .probe_solver import chosen_solver
+    from .probe_fit import chosen_solver
 
     with joined(args.device, args.dist_timeout) as world:
         layout = world.on_main(lambda: find_sets(args.root, args.sets, args.split))
@@ -92,14 +93,15 @@ def run(args: argparse.Namespace) -> int:
         results = _summary(args, layout, folder, problems)
     if args.html:
         from ...page import write_page
-        from ..suite_page import SORT, suite_page
+        from ..pages import SORT, suite_page
 
         body = suite_page(results, rows_of(results), rows_of(results, every=True))
         write_page(args.html, "clipfast eval suite", body, script=SORT)
     if args.plot:
-        from ..suite_plot import suite_plot
+        from ...files import save_figure
+        from ..plots import suite_figure
 
-        suite_plot(results, rows_of(results), args.plot)
+        save_figure(suite_figure(results, rows_of(results)), args.plot)
     write_results(args, results, table)
     return 1 if problems or (args.sets and layout.missing) else 0
 
@@ -153,23 +155,22 @@ def _evaluate(
 
     problems: list[Problem] = []
     for one in sets:
+        found, done = [], []
         try:  # all ranks meet the same error
             wanted = world.on_main(lambda one=one: folder.wanted(one))  # type: ignore[misc]
         except ValueError as error:
-            problems.append(Problem(one.name, str(error)))
+            wanted, found = {}, [Problem(one.name, str(error))]
+        if wanted:
             if world.is_main:
-                report(problems[-1])
-            continue
-        if wanted and world.is_main:
-            print(f"clipfast eval: {one.name}: {', '.join(wanted)}", file=sys.stderr)
-        done = evaluate_set(one, folder.encoders, wanted, folder.settings, store, world) if wanted else []
-        for found in done:
-            if found.score is not None:
-                folder.write(one, found, found.score)
-        failed = problems_of(one, done, folder.models)
-        for problem in failed:
+                print(f"clipfast eval: {one.name}: {', '.join(wanted)}", file=sys.stderr)
+            done = evaluate_set(one, folder.encoders, wanted, folder.settings, store, world)
+        for result in done:
+            if result.score is not None:
+                folder.write(one, result, result.score)
+        found += problems_of(one, done, folder.models)
+        for problem in found if world.is_main else ():
             report(problem)
-        problems += failed
+        problems += found
     return problems
 
 
@@ -236,12 +237,10 @@ def table(results: dict[str, Any]) -> str:
 def watch(args: argparse.Namespace) -> int:
     """Evaluate the checkpoints of a run until it is finished, or Ctrl-C; print a line for each."""
     from ...factory import resolve_device
-    from ...training.run import RunFolder
     from ..offline_layout import find_sets
-    from ..suite import digest, made_of
-    from ..suite_watch import NAME, SuiteEvaluator, chief_figures, words
-    from ..watch import CheckpointModel, Watch, follow
-    from .probe_solver import chosen_solver
+    from ..suite import SuiteEvaluator, chief_figures, digest, made_of, words
+    from ..watch import CheckpointModel, Shown, Watch, check_watch, follow
+    from .probe_fit import chosen_solver
 
     interval = check_watch(args, NOT_WATCHED)
     layout = find_sets(args.root, args.sets, args.split)
@@ -254,6 +253,7 @@ def watch(args: argparse.Namespace) -> int:
         "k": sorted(set(args.k)), "probe": args.probe, "seed": args.seed,
         "stamp": digest([made_of(one, task, settings) for one in layout.sets for task in settings.tasks_of(one)]),
     }  # fmt: skip
-    watching = Watch(RunFolder(args.watch), evaluator, about, average=not args.raw, name=NAME, scalars=chief_figures)
-    follow(watching, interval, words, steps_drawer(args.plot, f"{args.watch} on {args.root}", chief_figures))
+    shown = Shown(chief_figures, chief_figures, words)
+    watching = Watch(args.watch, evaluator, about, average=not args.raw, name=LINES, shown=shown)
+    follow(watching, interval, f"{args.watch} on {args.root}", args.plot)
     return 1 if layout.problems or (args.sets and layout.missing) else 0

@@ -9,16 +9,16 @@ from ..arguments import (
     add_model_arguments,
     add_prompt_arguments,
     add_run_arguments,
+    add_watch_arguments,
+    check_unwatched,
     encoded,
     labelled_set,
     read_classnames,
     read_templates,
     result_of,
     session,
-    steps_drawer,
     write_results,
 )
-from ..watch_arguments import add_watch_arguments, check_unwatched, check_watch
 
 COMPARED = ("plain", "simple", "openai")  # 1, 7 and 80 templates
 NOT_WATCHED = ("model", "pretrained", "cache_dir", "json", "features", "html", "compare_templates", "table")
@@ -40,13 +40,8 @@ def add_parser(tasks: Any) -> None:
     add_prompt_arguments(parser)
     add("--compare-templates", action="store_true", help="also give the figures of 1, 7 and 80 templates, side by side")
     add("--leave-out", nargs="*", default=[], metavar="GROUP", help="groups to leave out of a second overall accuracy")
-    add(
-        "--worst",
-        type=OR_ZERO,
-        default=10,
-        metavar="INT",
-        help="how many of the worst classes to name (default: 10)",
-    )
+    worst = "how many of the worst classes to name (default: 10)"
+    add("--worst", type=OR_ZERO, default=10, metavar="INT", help=worst)
     add_run_arguments(parser)
     page = "write a page with pictures of the worst classes, and what they were taken for, to this file"
     add_output(parser, "--html", help=page)
@@ -82,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
     results = _results(args, templates, classified, evaluation.results)
     if args.html:
         from ...page import write_page
-        from ..page import worst_page
+        from ..pages import zeroshot_page
 
-        write_page(args.html, "clipfast eval zeroshot", worst_page(results, images, found, chosen))
+        body = zeroshot_page(results, _rows(results), images, found, chosen)
+        write_page(args.html, "clipfast eval zeroshot", body)
     if args.plot:
-        from ..pictures import zero_shot_plot
+        from ..plots import zeroshot_plot
 
-        zero_shot_plot(results, chosen, args.plot)
+        zeroshot_plot(results, chosen, args.plot)
     write_results(args, results, _table)
     return 0
 
@@ -111,63 +107,54 @@ def _results(
     )  # fmt: skip
 
 
+def _rows(results: dict[str, Any]) -> list[list[str]]:
+    """Return a table of the figures of each set of templates; the first row is its head."""
+    from ..intervals import percent
+
+    names = list(results["metrics"])
+    rows = [["templates", *names]]
+    for key, found in results.get("by_templates", {results["templates"]: results}).items():
+        rows.append([key, *(percent(found["metrics"][name], found["intervals"][name]) for name in names)])
+    return rows
+
+
 def _table(results: dict[str, Any]) -> str:
     """Return the results for people: the figures of each set of templates, of each group, and the worst classes."""
     from ...columns import align
     from ..intervals import of_share, percent
-    from ..page import rows_of
 
     counts = f"{results['images']:,} images, {results['classes']:,} classes (chance: {1 / results['classes']:.2%})"
-    text = f"{counts}; 95% intervals in brackets\n\n{align(rows_of(results))}"
+    parts = [f"{counts}; 95% intervals in brackets", align(_rows(results))]
     if "by_group" in results:
-        without = results.get("without", {})
-        others = {f"without {', '.join(without['groups'])}": without["zero_shot"]} if without else {}
-        groups = {**results["by_group"], "all": results["zero_shot"], **others}
+        groups = {**results["by_group"], "all": results["zero_shot"]}
+        if "without" in results:
+            groups[f"without {', '.join(results['without']['groups'])}"] = results["without"]["zero_shot"]
         rows = [["group", "images", "top-1", "top-5"]]
         for name, one in groups.items():
-            rows.append(
-                [
-                    name,
-                    f"{one['images']:,}",
-                    percent(one["top1"], of_share(one["top1"], one["images"])),
-                    f"{one['top5']:.1%}",
-                ]
-            )
-        text = f"{text}\n\n{align(rows, right=(1,))}"
-    if results["images"] <= results["classes"]:  # each class has one image, which is right or wrong
-        return text
-    worst: list[list[str]] = [["worst classes", "images", "acc1", "taken for"]]
-    for row in results["worst_classes"]:
-        taken = ", ".join(f"{name} ({count})" for name, count in row["taken_for"].items())
-        worst.append([row["class"], f"{row['images']:,}", f"{row['recall']:.1%}", taken])
-    return text if len(worst) == 1 else f"{text}\n\n{align(worst, right=(1, 2))}"
+            top1 = percent(one["top1"], of_share(one["top1"], one["images"]))
+            rows.append([name, f"{one['images']:,}", top1, f"{one['top5']:.1%}"])
+        parts.append(align(rows, right=(1,)))
+    if results["images"] > results["classes"] and results["worst_classes"]:  # a class of one image is right or wrong
+        worst = [["worst classes", "images", "acc1", "taken for"]]
+        for row in results["worst_classes"]:
+            taken = ", ".join(f"{name} ({count})" for name, count in row["taken_for"].items())
+            worst.append([row["class"], f"{row['images']:,}", f"{row['recall']:.1%}", taken])
+        parts.append(align(worst, right=(1, 2)))
+    return "\n\n".join(parts)
 
 
 def watch(args: argparse.Namespace) -> int:
     """Evaluate the checkpoints of a run until it is finished, or Ctrl-C; print a line for each."""
     from ...factory import resolve_device
-    from ...training.reports import evaluation_metrics
-    from ...training.run import RunFolder
-    from ...training.status import WANTED, metrics_text
     from ..suite import digest
-    from ..watch import CheckpointModel, Evaluator, Watch, follow
+    from ..watch import CheckpointModel, Evaluator, Watch, check_watch, follow
 
     interval = check_watch(args, NOT_WATCHED)
-    options, images = vars(args), labelled_set(args)
-    templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
-    evaluator = Evaluator(
-        images, templates, classnames=classnames,
-        leave_out=args.leave_out, batch_size=args.batch_size, workers=args.workers,
-        model=CheckpointModel(resolve_device(args.device), args.backend, args.tokenizer),
-    )  # fmt: skip
+    images, templates, classnames = labelled_set(args), read_templates(args.templates), read_classnames(args.classnames)
+    model = CheckpointModel(resolve_device(args.device), args.backend, args.tokenizer)
+    evaluator = Evaluator(images, templates, classnames, args.leave_out, args.batch_size, args.workers, model)
     names = ("data", "templates", "classnames", "label_by", "group_by", "leave_out")
-    settings = {**{name: options[name] for name in names}, "stamp": digest([images.digest(), templates, classnames])}
-    watching = Watch(RunFolder(args.watch), evaluator, settings, average=not args.raw)
-
-    def named(results: Any) -> dict[str, float]:
-        found = evaluation_metrics(results)
-        return {name: found[key] for name, key in WANTED if key in found} | {"chance of top-1": 1 / results["classes"]}
-
-    draw = steps_drawer(args.plot, f"{args.watch} on {args.data}", named)
-    follow(watching, interval, lambda results: metrics_text(evaluation_metrics(results)), draw)
+    settings = {**{name: vars(args)[name] for name in names}, "stamp": digest([images.digest(), templates, classnames])}
+    watching = Watch(args.watch, evaluator, settings, average=not args.raw)
+    follow(watching, interval, f"{args.watch} on {args.data}", args.plot)
     return 0
