@@ -59,7 +59,6 @@ def test_time_is_the_sum_of_its_parts(capsys, tmp_path):
     least = 5 * 50432 * 768 * 2 / H100.hbm_rate
     assert least < found["seconds"] < 2 * least
     assert LAYER_NORM in out
-    assert "nothing here was measured" in out
 
 
 def test_measured_times_stand_beside_predicted_ones(capsys, tmp_path):
@@ -79,17 +78,16 @@ def test_measured_times_stand_beside_predicted_ones(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--case", "nothing of the kind"], "no op or step contains 'nothing of the kind'"),
-        (["--case", LAYER_NORM, "--against", __file__], "is not a result of clipfast bench"),
-        (["--case", LAYER_NORM, "--json", "no/such/folder.json"], "no folder no/such to write folder.json in"),
-        (["--case", LAYER_NORM, "--tflops", "0"], "--tflops must be more than 0, got 0"),
+        (["--case", "nothing of the kind"], "contains 'nothing of the kind'"),
+        (["--against", __file__], "is not a result of clipfast bench"),
+        (["--json", "no/such/folder.json"], "no folder no/such"),
+        (["--tflops", "0"], "--tflops must be more than 0, got 0"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, expected):
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
+    code, out, err = run(capsys, "--case", LAYER_NORM, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert expected in err
-    assert err.count("\n") == 1
 
 
 def part(seconds: float, launches: int = 1) -> Part:
@@ -112,11 +110,8 @@ def test_tables_show_pairs_and_what_is_not_predicted():
 
 
 def test_a_step_says_and_draws_where_its_time_goes(tmp_path):
-    ops = [
-        Event("forward", 10, frozenset(), flops=1),
-        Event("update", 10, frozenset()),
-        Event("forward", 1, frozenset()),
-    ]
+    forward = Event("forward", 10, frozenset(), flops=1)
+    ops = [forward, Event("update", 10, frozenset()), Event("forward", 1, frozenset())]
     parts = (dataclasses.replace(part(0.1), kernel="_key_bwd_kernel"), part(0.05))
     shares = forecast._shares(parts, ops, [0.3, 0.2, 0.1])
     assert shares == pytest.approx({
@@ -124,8 +119,7 @@ def test_a_step_says_and_draws_where_its_time_goes(tmp_path):
         categories.OTHER: 0.05,
     })  # fmt: skip
     step = Forecast("step", {"model": "ViT-B-32", "batch": 8}, "bf16", 8, (), parts, 3, 0.3, 0.3, shares)
-    said = forecast.rows(step).splitlines()[1].split(", ")
-    assert said[:2] == ["  GEMM 40.0%", "optimizer 26.7%"]
+    assert "GEMM 40.0%, optimizer 26.7%" in forecast.rows(step)
     plots = pytest.importorskip("clipfast.bench.plots", reason="pictures need matplotlib", exc_type=ImportError)
     plots.draw_steps({"card": "h100", "triton": "3.9", "forecasts": [forecast.to_json(step)]}, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 5000
@@ -142,7 +136,6 @@ def test_table_of_sizes_puts_the_time_over_the_floor(capsys):
 def test_every_kind_has_a_published_error():
     for kind in {kind for kinds in forecast.KINDS.values() for kind in kinds} | {"memory"}:
         band = forecast.error_band((kind,))
-        assert band is not None, kind
-        assert band.points >= 3
+        assert band.points >= 3, kind
         assert 0 < band.median <= band.p90 <= band.worst
     assert forecast.error_band(("nothing of the kind",)) is None

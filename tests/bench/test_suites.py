@@ -14,6 +14,13 @@ from clipfast.kernels.spec import specs
 from .conftest import CPU, grad_twice
 
 
+def judged(case, *candidates):
+    """The timings of candidates, which have passed the gate or not."""
+    timings = [harness.Timing(candidate) for candidate in candidates]
+    harness.pass_gate(case, timings)
+    return timings
+
+
 def test_texts_of_a_step_end_anywhere_and_are_read_there():
     torch.manual_seed(0)
     texts = build("step", {"model": "ViT-T-8-32", "batch": 64}, "fp32", CPU).inputs()["texts"]
@@ -40,9 +47,7 @@ def test_a_step_is_held_to_features_and_gradients_not_to_the_loss_alone(fault, w
         step.model = lambda images, texts: fault(*model(images, texts)[:3])
         return step
 
-    timings = [harness.Timing(candidate) for candidate in (built.ours, Candidate("faulty", make))]
-    harness.pass_gate(built, timings)
-    right, faulty = timings
+    right, faulty = judged(built, built.ours, Candidate("faulty", make))
     assert right.refused is None
     assert set(right.errors) == {"value", "image", "text", "d_parameters"}
     assert faulty.errors["value"] < 1e-4  # the loss alone would not show it
@@ -66,14 +71,6 @@ def test_commit_of_a_copy_without_its_history(tmp_path, monkeypatch):
     assert machine.commit(checkout.ROOT)["sha"] != "abc123"
     monkeypatch.delenv("CLIPFAST_COMMIT")
     assert machine.commit(tmp_path) == {"sha": None, "dirty": None}
-
-
-def test_roofs_are_taken_warm(monkeypatch):
-    seconds = iter([5.0, 3.0, 4.0])
-    calls = []
-    monkeypatch.setattr(machine, "elapsed", lambda run, device: next(seconds))
-    assert machine._best(lambda: calls.append(1), CPU, rounds=3) == 3.0
-    assert len(calls) == 3
 
 
 def test_the_chosen_gpu_becomes_the_current_one(monkeypatch):
@@ -100,8 +97,7 @@ def test_both_results_of_an_op_are_held_to_the_reference(fault, wrong):
     built = build("layer_norm", SUITES["layer_norm"].smallest | {"residual": True}, "fp32", CPU)
     right = built.ours.make()
     faulty = Candidate("faulty", lambda: lambda **inputs: fault(*right(**inputs)))
-    (timing,) = timings = [harness.Timing(faulty)]
-    harness.pass_gate(built, timings)
+    (timing,) = judged(built, faulty)
     assert f"wrong: {wrong} is off by" in timing.refused
 
 

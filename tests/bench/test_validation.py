@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,10 @@ def kept():
 
 
 def test_every_kind_has_three_figures_with_an_answer():
-    errors = validation.errors()
-    assert set(errors) == {*KINDS, "all"}
-    assert all(band.points >= 3 for band in errors.values())
-    assert errors["all"].points == sum(errors[kind].points for kind in KINDS)
+    points = {kind: band.points for kind, band in validation.errors().items()}
+    assert points.keys() == {*KINDS, "all"}
+    assert min(points.values()) >= 3
+    assert points.pop("all") == sum(points.values())
 
 
 def test_errors_and_document_are_those_of_the_results(tmp_path):
@@ -44,8 +45,7 @@ def test_errors_and_document_are_those_of_the_results(tmp_path):
 
 def test_results_are_of_the_figures():
     named = {one.name: one for one in figures.figures()}
-    assert len(named) == len(list(figures.figures()))
-    assert [one["name"] for one in kept()] == list(named)
+    assert [one["name"] for one in kept()] == [one.name for one in figures.figures()] == list(named)
     for one in kept():
         figure = named[one["name"]]
         assert one["published"] == f"{figure.value} {figure.unit}"
@@ -65,8 +65,7 @@ def test_every_figure_has_a_source_and_a_function_that_calls_its_kernel():
 def test_bands_are_of_logarithms():
     found = figures.bands([("loss", math.log(2.0)), ("loss", math.log(0.5)), ("norm", math.log(1.1))])
     assert found["loss"] == validation.Band(2, 0.0, *[round(math.log(2.0), 3)] * 3)
-    assert found["all"].points == 3
-    assert found["all"].median == pytest.approx(math.log(2.0), abs=1e-3)
+    assert (found["all"].points, found["all"].median) == (3, pytest.approx(math.log(2.0), abs=1e-3))
 
 
 def test_the_newest_triton_counts():
@@ -96,10 +95,9 @@ def test_waves_have_every_tile_once(order):
 
 def test_sources_are_pinned_and_refused_when_they_differ(tmp_path, capsys):
     assert main(["--sources", str(tmp_path), "--fetch"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(sources.FILES) + sum(map(len, sources.PACKAGES.values()))
+    printed = capsys.readouterr().out
+    assert all(file.url in printed and file.commit in printed for file in sources.FILES.values())
     file = sources.FILES["integer product"]
-    assert any(file.url in line and file.commit in line for line in printed)
     with pytest.raises(sources.Missing, match="is missing: get it from https://"):
         sources.module(tmp_path, "integer product")
     (tmp_path / file.place).parent.mkdir(parents=True)
@@ -159,7 +157,5 @@ def test_peers_stand_beside_ours(tmp_path, capsys):
     """Without its sources the tutorial's row says what is missing, and that of the installed PyTorch has a time."""
     assert main(["--sources", str(tmp_path), "--peers", "--only", "attention .* tokens=50$"]) == 0
     tutorial, inductor = capsys.readouterr().out.splitlines()
-    assert "Triton tutorial" in tutorial
-    assert "is missing: get it from https://" in tutorial
-    assert inductor.split()[-1].endswith("x")
-    assert float(inductor.split()[-1][:-1]) > 1
+    assert re.search("Triton tutorial.* is missing: get it from https://", tutorial)
+    assert float(inductor.split()[-1].removesuffix("x")) > 1
