@@ -1,7 +1,5 @@
 """The models of other libraries after ``apply_to_...``: what they run on, and how far they are from the originals.
 
 ``shrunk`` builds small models of OpenCLIP and timm, and ``hf_models`` of transformers; both compare a patched model
-with the original. ``table`` writes ``docs/adopt-table.md``: ``python -m clipfast.bench.adoption``. ``trainer`` times
-OpenCLIP's trainer, ``steps`` single training steps of its models, and ``memory`` measures a training step of
-transformers' models: ``python -m clipfast.bench.adoption.memory``, and likewise for the other two.
+with the original. ``table`` writes ``docs/adopt-table.md``: ``python -m clipfast.bench.adoption``.
 """

@@ -22,7 +22,7 @@ from ..models.layers import has_hooks
 
 # Attributes of a model: the list of its places; and of a text tower: the mask that was last looked at, and the verdict.
 RECORD, SEEN = "_clipfast_places", "_clipfast_mask"
-# On a CPU a pass that ours save costs less than calling them (``python -m clipfast.bench.adoption.steps``). Only what
+# On a CPU a pass that ours save costs less than calling them, as timings of single steps have shown. Only what
 # :func:`on_cpus` marks is faster there; everything else is for GPUs, and for float64, in which tests compare both.
 CPU_DTYPES: tuple[torch.dtype, ...] = (torch.float64,)
 ON_GPUS = " (on a CPU as before)"
