@@ -25,9 +25,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from clipfast.verify.context import exact_float32
 
-from .categories import CATEGORIES, CONVOLUTION, DATA, HOST, INPUT, OTHER, classify, classify_op
+from .categories import CATEGORIES, CONVOLUTION, HOST, INPUT, OTHER, classify, classify_op
 from .harness import LONG_S
-from .machine import elapsed, synchronize
+from .machine import synchronize
 
 STEP_RANGE = "step: traced"
 # Steps that are traced; a long step is traced once.
@@ -49,11 +49,6 @@ class Breakdown:
     traced_s: float  # of a step under the profiler
     seconds: dict[str, float]  # for all of CATEGORIES
     unknown: tuple[tuple[str, float], ...] = ()  # names that belong to no category, the longest first
-
-    def with_data(self, seconds: float) -> "Breakdown":
-        """Return the same with ``seconds`` more for the copy of the inputs to the device, before the step."""
-        added = {**self.seconds, DATA: self.seconds[DATA] + seconds}
-        return dataclasses.replace(self, step_s=self.step_s + seconds, seconds=added)
 
     def with_convolutions_as_input(self) -> "Breakdown":
         """Return the same for a model whose only convolution cuts images into patches."""
@@ -198,13 +193,3 @@ def _steps(ranges: Iterable[_Range]) -> list[tuple[float, float]]:
     if not found:
         raise RuntimeError(f"no range {STEP_RANGE!r} in the trace")
     return found
-
-
-def copy_seconds(size: int, device: torch.device, rounds: int = 5) -> float | None:
-    """Return the seconds that ``size`` bytes take from pinned memory to a GPU, or None on a CPU."""
-    if device.type != "cuda":
-        return None
-    source = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(size, dtype=torch.uint8, device=device)
-    times = [elapsed(lambda: target.copy_(source, non_blocking=True), device) for _ in range(rounds)]
-    return sorted(times)[rounds // 2]

@@ -63,8 +63,6 @@ class Case:
     # Factors by which the errors of some outputs may exceed the usual limit, since they amplify rounding errors.
     slack: Mapping[str, float] = dataclasses.field(default_factory=dict)
     model_flops: float = 0.0  # operations of one call of the published model; 0 if the case is not of a model
-    # Bytes that cross to the device before a call, by the dtype of the pixels.
-    transfers: Mapping[str, int] = dataclasses.field(default_factory=dict)
     graph: bool = True  # whether a call can be a CUDA graph; if not, the host is timed too, on one set of inputs
     # The clock that is read before and after a sample, in seconds. If it is None, a GPU is timed by its events, and a
     # CPU by the wall clock.

@@ -45,8 +45,7 @@ examples:
   python -m bench data --pairs-per-second 5000    how many data workers that takes, and which stage limits
   python -m bench contrastive_loss --compare main        is this checkout slower than main? (exit code 1 if it is)
   python -m bench tune --op contrastive_loss --card H100
-  python -m bench table                      write the tables of the README and docs/ again from the committed results
-  python -m bench plot FILE.json             draw the plots of a result file again"""
+  python -m bench table                  write the tables of the README and docs/ again from the committed results"""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
@@ -88,8 +87,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     shown = " ".join(map(str, pages))
     table.add_argument("--page", type=Path, nargs="+", default=pages, help=f"files to write (default: {shown})")
     table.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the results")
-    plot = commands.add_parser("plot", help="draw a result file again")
-    plot.add_argument("file", type=Path, help="result file (.json)")
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +112,6 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     add("--total", type=float, default=float("inf"), metavar="SECONDS", help=total)
     add("--no-memory", action="store_true", help="leave out the pass that measures peak memory")
     add("--no-breakdown", action="store_true", help="leave out the pass that traces where the time of a step goes")
-    add("--no-plots", action="store_true", help="draw no plots")
     target = f"{results.FOLDER}/<card>/<date>-<what>-<commit>.json"
     add_output(parser, "--json", is_held=False, help=f"result file (default: {target})")
     add("--compare", metavar="BASE", help="time this commit and the checkout in turns, and say which is slower")
@@ -130,19 +126,13 @@ def run(args: argparse.Namespace) -> int:
         for page in args.page:
             page.write_text(tables.fill_tables(page.read_text(), args.results))
         return 0
-    if args.bench == "plot":
-        from .plots import draw
-
-        for path in draw(results.read(args.file), args.file):
-            print(path)
-        return 0
     device = _device(args.device)
     plan, budget = _plan(args, device), _budget(args)
     if args.compare is not None:
         return compare(args.compare, plan, device, budget)
     path = args.json or results.default_path(device, args.bench, smoke=args.smoke)
     done = measure_all(
-        plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots,
+        plan, device, budget, path, only=args.only, memory=not args.no_memory,
         breakdown=not args.no_breakdown, total_s=args.total,
     )  # fmt: skip
     for summary in supply(done["cases"], args.pairs_per_second) if args.bench == "data" else ():

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipfast.units import SECONDS, scaled
+
 from . import results, session
 from .checkout import ROOT, environment_with, link_packages
 from .harness import Budget
 from .machine import use
 from .session import CaseKey
-from .tables import seconds, sizes
+from .tables import sizes
 
 TURNS = 5
 TOLERANCE = 1.05
@@ -91,33 +93,25 @@ def verdict(low: float, high: float, throttled: bool) -> str:
 
 
 def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
-    if len({json.dumps(run["machine"], sort_keys=True) for side in runs.values() for run in side}) > 1:
-        print("not comparable: the machine changed between turns")
-        return 2
-    slower = compared = 0
+    """Print a verdict on each case; our candidate is the only one of it: see :func:`main`."""
+    words = []
     for index, case in enumerate(runs["head"][0]["cases"]):
         label = f"{case['op']} {sizes(case)} {case['dtype']}"
-        cases = {side: [run["cases"][index] for run in side_runs] for side, side_runs in runs.items()}
-        all_turns = [*cases["base"], *cases["head"]]
-        # our candidate is the only one: see :func:`main`
+        turns = {side: [run["cases"][index] for run in side_runs] for side, side_runs in runs.items()}
+        samples = {side: [turn["candidates"][0]["samples_s"] for turn in found] for side, found in turns.items()}
+        all_turns = [*turns["base"], *turns["head"]]
         refused = [turn["candidates"][0]["refused"] for turn in all_turns if turn["candidates"][0]["refused"]]
         if refused:
             print(f"{label}: not compared: {refused[0]}")
             continue
-        compared += 1
-        samples = {side: [turn["candidates"][0]["samples_s"] for turn in turns] for side, turns in cases.items()}
         ratio, low, high = ratio_of_processes(samples["base"], samples["head"])
-        word = verdict(low, high, any(turn["telemetry"]["throttled"] for turn in all_turns))
-        slower += word == "slower"
-        base_s, head_s = (float(np.median(np.concatenate(samples[side]))) for side in ("base", "head"))
-        print(
-            f"{label}: {word}: {seconds(head_s)} against {seconds(base_s)} at {base}, "
-            f"ratio {ratio:.3f} [{low:.3f}, {high:.3f}]"
-        )
-    if not compared:
+        words.append(verdict(low, high, any(turn["telemetry"]["throttled"] for turn in all_turns)))
+        base_s, head_s = (scaled(float(np.median(np.concatenate(samples[side]))), SECONDS) for side in ("base", "head"))
+        print(f"{label}: {words[-1]}: {head_s} against {base_s} at {base}, ratio {ratio:.3f} [{low:.3f}, {high:.3f}]")
+    if not words:
         print("not comparable: no case ran on both sides")
         return 2
-    return 1 if slower else 0
+    return 1 if "slower" in words else 0
 
 
 def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: Budget, out: Path) -> dict[str, Any]:
@@ -147,5 +141,5 @@ def main() -> None:
     """Measure one turn of one side, as the command line describes it."""
     (keys, device, budget, threads), out = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(threads)
-    off = {"memory": False, "breakdown": False, "plots": False}
+    off = {"memory": False, "breakdown": False}
     session.measure_all(keys, use(torch.device(device)), Budget(*budget), out, only=[], **off)

@@ -26,8 +26,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .checkout import ROOT, environment_with, link_packages
-from .gpu_summary import Done, cache_entries, summarise
-from .gpu_wheels import wheels
 
 # Seconds that all steps together take: an hour, or a part in ten minutes. Half a minute is left for the end.
 HOUR_S, PART_S = 3570.0, 570.0
@@ -37,26 +35,12 @@ GRACE_S = 4.0
 MARGIN_S = 12.0
 # A placeholder in commands for the seconds after which the step should begin nothing new.
 LEFT = "{left}"
-# Seconds of each step. Triton takes about 1.3 s to compile a kernel, and the first steps compile more than they run:
-# beside each is the number of kernels that none before it has compiled. Tests compile in several processes where
-# pytest-xdist is installed; the other steps in one, apart from the tuner and the model.
+# Seconds of each step. Triton takes about 1.3 s to compile a kernel, and the first steps compile more than they run.
 SECONDS = {
-    "runs": 180.0,  # 112 kernels
-    "same bits": 60.0,  # 19
-    "capture": 60.0,  # none
-    "environment": 60.0,  # none
-    "loss": 300.0,  # 24, and those of PyTorch's compiler
-    "attention": 240.0,  # 13, likewise
-    "model": 240.0,  # all that are shipped: the launcher's cache does not serve it
-    "step": 480.0,  # about 60
-    "patch": 120.0,  # 12
-    "losses": 300.0,  # 33
-    "blocks": 360.0,  # 42
-    "tests": 480.0,  # about 2000
-    "verify": 420.0,  # 329, of which the tests have compiled most
-    "tune": 420.0,  # as many as there is time for
-    "sanitizer": 150.0,  # none, but everything runs slowly
-}
+    "runs": 180.0, "same bits": 60.0, "capture": 60.0, "environment": 60.0, "loss": 300.0, "attention": 240.0,
+    "model": 240.0, "step": 480.0, "patch": 120.0, "losses": 300.0, "blocks": 360.0, "tests": 480.0, "verify": 420.0,
+    "tune": 420.0, "sanitizer": 150.0,
+}  # fmt: skip
 # The sizes that the kernels' goals are set for come first, since a benchmark may be stopped at any case.
 SHAPES = {
     "loss": ("pairs=32768 embed_dim=512", "pairs=32768 embed_dim=768", "pairs=65536 embed_dim=768"),
@@ -92,8 +76,27 @@ LIMITED = {
     },
 }  # fmt: skip
 BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
-# Our model and PyTorch's, without the time to compile ours. The part "step" has that time, and draws.
+# Our model and PyTorch's, without the time to compile ours. The part "step" has that time.
 STEP_CANDIDATES = ("--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
+STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
+# Packages that one may carry to the machine: module, name on PyPI if it is another, and the loss without it.
+WHEELS = {
+    "pytest": ("pytest", "no tests at all"),
+    "xdist": ("pytest-xdist execnet", "tests compile in one process"),
+    "hypothesis": ("hypothesis sortedcontainers", "no tests of random sizes"),
+    "regex": ("regex", "no tokenizer"),
+    "ftfy": ("ftfy wcwidth", "no text is mended before it is tokenized"),
+    "PIL": ("pillow", "no images from files"),
+    "safetensors": ("safetensors", "no checkpoints in this format"),
+    "open_clip": ("open-clip-torch==3.3.0 torchvision timm huggingface-hub tqdm", "OpenCLIP is not compared"),
+    "pynvml": ("nvidia-ml-py", "no clocks and temperatures beside the timings"),
+    "memeff": ("memeff", "a loss is not compared"),
+    "inf_cl": ("inf-cl", "a loss is not compared"),
+    "cut_cross_entropy": ("cut-cross-entropy", "a loss is not compared"),
+    "liger_kernel": ("liger-kernel", "losses and norms are not compared"),
+    "siglip_kernel": ("siglip-kernel", "a loss is not compared"),
+    "flash_attn": ("flash-attn", "attention is not compared; its wheel is built for one PyTorch only"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,16 @@ class Step:
     seconds: float = 0.0  # that it gets in any case
     lines: int = 20  # of the end of its output, for the summary
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables that only this step has
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A step that has ended: name, result, how long it took, and the end of its output."""
+
+    name: str
+    result: str
+    seconds: float
+    lines: list[str]
 
 
 def steps(part: str, out: Path, total_s: float, *, stub: bool = False) -> list[Step]:
@@ -155,7 +168,7 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
     for suite in BENCHES:
         options = ["--device", "cuda", "--seconds", "3", "--total", LEFT, "--json", str(out / f"bench-{suite}.json")]
         options += [word for shape in SHAPES.get(suite, ()) for word in ("--shape", shape)]
-        options += [] if part == "step" else ["--no-plots", *(STEP_CANDIDATES if suite == "step" else ())]
+        options += STEP_CANDIDATES if suite == "step" and part != "step" else ()
         found[suite] = [*python, "clipfast.bench", suite, *options]
     return found
 
@@ -229,7 +242,7 @@ def _writable(folder: Path) -> bool:
 def clear(out: Path) -> None:
     """Make the folder ``out`` and remove the files of an earlier run, which would be taken for those of this run."""
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "bench-*.png", "*.tmp"):
+    for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "*.tmp"):
         for path in out.glob(pattern):
             path.unlink()
     for folder in ("tables", "tables-of-the-stub"):
@@ -245,22 +258,38 @@ def run_steps(
     the results so far are kept.
     """
     start = time.monotonic()
-    cached = cache_entries(environment)
     done: list[Done] = []
     with _terminated_as_interrupted(), contextlib.suppress(KeyboardInterrupt):
         for number, step in enumerate(todo):
             left = total_s - (time.monotonic() - start)
             later = sum(other.seconds for other in todo[number + 1 :])
             print(f"[{time.monotonic() - start:4.0f} s] {step.name}", flush=True)
-            before = cache_entries(environment)["triton"]
-            ended = _run(step, out, environment, min(left, max(step.seconds, left - later)))
-            compiled = max(0, cache_entries(environment)["triton"] - before)
-            done.append(dataclasses.replace(ended, compiled=compiled))
-            summarise(done, out, cached, environment, stub=stub)
+            done.append(_run(step, out, environment, min(left, max(step.seconds, left - later))))
+            summarise(done, out, stub=stub)
             if done[-1].result == "interrupted":
                 break
     print((out / "summary.txt").read_text() if done else "nothing was done")
     return 0 if len(done) == len(todo) and all(step.result in ("ok", "not here") for step in done) else 1
+
+
+def summarise(done: list[Done], out: Path, *, stub: bool = False) -> None:
+    """Write summary.txt: the end of each step's output, what the benchmarks refused, and the result of each step.
+
+    With ``stub``, it says first and last that it is a rehearsal.
+    """
+    lines: list[str] = [STUB_NOTE, ""] if stub else []
+    for step in done:
+        lines += [f"-- {step.name}", *step.lines, ""]
+    for path in sorted(out.glob("bench-*.json")):
+        for case in json.loads(path.read_text())["cases"]:
+            label = f"{case['op']} {case['shape']} {case['dtype']}"
+            for candidate in case["candidates"]:
+                if reason := candidate["refused"] or candidate["eager"]:
+                    word = "refused" if candidate["refused"] else "no CUDA graph"
+                    lines.append(f"{word}: {label}: {candidate['name']}: {reason}")
+    lines += [f"{step.name:12} {step.result:20} {step.seconds:6.1f} s" for step in done]
+    lines += [STUB_NOTE] if stub else []
+    (out / "summary.txt").write_text("\n".join(lines) + "\n")
 
 
 def _run(step: Step, out: Path, environment: dict[str, str], seconds: float) -> Done:
@@ -321,6 +350,24 @@ def _terminated_as_interrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def wheels() -> str:
+    """Return a table of :data:`WHEELS`, whether this Python has them, and how to fetch and install those it lacks."""
+    lines, missing = [], []
+    for module, (packages, loss) in WHEELS.items():
+        is_here = importlib.util.find_spec(module) is not None
+        missing += [] if is_here else packages.split()
+        lines.append(f"{'here' if is_here else 'not here':9} {module:18} without it: {loss}")
+    if not missing:
+        return "\n".join([*lines, "Nothing has to be carried."])
+    return "\n".join([
+        *lines, "Where there is a network and the same Python (leave out what has no wheel):",
+        f"  python3 -m pip download --no-deps --only-binary=:all: -d .whl {' '.join(missing)}",
+        "On the GPU machine, in the checkout, with the folder .whl in it:",
+        "  python3 -m pip install --no-index --no-deps --target build/wheels .whl/*.whl",
+        "  export PYTHONPATH=$PWD/build/wheels",
+    ])  # fmt: skip
 
 
 def _workers() -> list[str]:

@@ -37,7 +37,7 @@ MIN_SAMPLE_S = {"cuda": 1e-3, "cpu": 5e-3}
 BACKLOG_CYCLES = 2_000_000
 # The most sets of inputs that calls rotate through.
 MAX_SETS = 16
-# If a call takes longer than this, its phases and its profile are taken once, and not several times.
+# If a call takes longer than this, its profile is taken once, and not several times.
 LONG_S = 1.0
 # The number of bootstrap resamples, and the quantiles between which 95% of them lie.
 RESAMPLES, INTERVAL = 2000, (0.025, 0.975)
@@ -64,7 +64,6 @@ class Timing:
     refused: str | None = None  # why it was not timed
     eager: str | None = None  # why a call is no CUDA graph although it should be; the host's time is then included
     function: Any = None  # what the candidate's ``make`` returned
-    phases: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of the parts of a call, if known
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # relative errors by output
 
 
@@ -85,9 +84,6 @@ def measure(case: Case, budget: Budget) -> tuple[list[Timing], dict[str, Any]]:
     before = telemetry(case.device)
     _take_turns(running, budget)
     after = telemetry(case.device)
-    for timing, runner in running.items():
-        with _refusing(timing):
-            timing.phases = runner.phases()
     throttled = None
     if before["available"] and after["available"]:
         throttled = before["throttled"] or after["throttled"]
@@ -205,9 +201,8 @@ class _Runner:
     """A candidate that has been warmed up, and from which samples are taken one after another."""
 
     def __init__(self, case: Case, timing: Timing, sets: list[Inputs], graphs: Graphs | None) -> None:
-        self.device, self._inputs, self._clock = case.device, sets[0], case.clock
-        self._function = timing.function
-        calls = [functools.partial(call, case, timing.candidate, self._function, inputs) for inputs in sets]
+        self.device, self._clock = case.device, case.clock
+        calls = [functools.partial(call, case, timing.candidate, timing.function, inputs) for inputs in sets]
         self._turns: Iterator[Callable[[], object]] = itertools.cycle(calls)
         clock = case.clock or time.perf_counter
         timing.timer = clock.__name__ if case.clock or self.device.type != "cuda" else "cuda events"
@@ -225,18 +220,6 @@ class _Runner:
     def sample(self) -> float:
         """Time as many calls as a sample takes, and return the seconds per call."""
         return self._timed(self.repeats) / self.repeats
-
-    def phases(self, rounds: int = 3) -> dict[str, float]:
-        """Return the median seconds of each part of a call; nothing if the function does not report its parts.
-
-        The parts of a call that takes long are read only once.
-        """
-        if not hasattr(self._function, "phases"):
-            return {}
-        readings = [self._function.phases(**self._inputs)]
-        if sum(readings[0].values()) < LONG_S:
-            readings += [self._function.phases(**self._inputs) for _ in range(rounds - 1)]
-        return {phase: float(np.median([reading[phase] for reading in readings])) for phase in readings[0]}
 
     def _warm_up(self, seconds: float) -> None:
         """Call the candidate at least once, and again until ``seconds`` are over."""

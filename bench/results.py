@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from clipfast.files import replace_text
+from clipfast.kernels.hardware import card_named
 
 from . import machine
 from .breakdown import Breakdown
 from .case import OURS, Case
-from .flops import DEFINITION, data_sheet_flops_per_s
 from .harness import Timing, ratio_interval
 
 SCHEMA = 1
+MODEL_FLOPS = "3 x forward of the published model + 6 N^2 D for the loss"
 FOLDER = Path("bench/results")
 SMOKE_FOLDER = Path("runs/bench")  # git ignores it
 
@@ -37,12 +38,10 @@ def case_result(
     peaks: dict[str, int | str],
     roof: dict[str, float],
     breakdowns: Mapping[str, Breakdown | str] | None = None,
-    transfers: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """Return one entry of ``cases``, from timings, telemetry and the rates (``roof``) of this run.
 
-    ``peaks`` and ``breakdowns`` hold by candidate a figure, or the reason why there is none. ``transfers`` are seconds
-    of each of the case's, or None where nothing is sent or it does not fit.
+    ``peaks`` and ``breakdowns`` hold by candidate a figure, or the reason why there is none.
     """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
@@ -61,19 +60,14 @@ def case_result(
             entry["breakdown"] = {**vars(breakdown), "unknown": dict(breakdown.unknown)}
     if case.model_flops:
         _add_utilisation(result, case, roof["matmul_flops_per_s"])
-    if transfers:
-        result["transfers"] = {
-            name: {"bytes": size, "seconds": transfers[name]} for name, size in case.transfers.items()
-        }
     return result
 
 
 def _add_utilisation(result: dict[str, Any], case: Case, measured: float) -> None:
     """Add the MFU of each timed candidate, against the peak measured in this run and against the data sheet's."""
-    is_gpu = case.device.type == "cuda"
-    data_sheet = data_sheet_flops_per_s(torch.cuda.get_device_name(case.device), case.dtype) if is_gpu else None
-    peaks = {"measured": measured, "data_sheet": data_sheet}
-    result["model_flops"] = {"value": case.model_flops, "definition": DEFINITION, "peak_flops_per_s": peaks}
+    card = card_named(torch.cuda.get_device_name(case.device)) if case.device.type == "cuda" else None
+    peaks = {"measured": measured, "data_sheet": None if card is None else card.peak(half=case.dtype != "fp32")}
+    result["model_flops"] = {"value": case.model_flops, "definition": MODEL_FLOPS, "peak_flops_per_s": peaks}
     for entry in result["candidates"]:
         if entry["samples_s"]:
             entry["mfu"] = {
@@ -90,7 +84,7 @@ def _candidate_result(
         "errors": {name: error if math.isfinite(error) else None for name, error in timing.errors.items()},
         "peak_bytes": peak if isinstance(peak, int) else None,
         "peak_refused": peak if isinstance(peak, str) else None,
-        "timer": timing.timer, "eager": timing.eager, "phases_s": timing.phases, "samples_s": timing.samples,
+        "timer": timing.timer, "eager": timing.eager, "samples_s": timing.samples,
     }  # fmt: skip
     if timing.samples:
         points = np.quantile(timing.samples, [0.05, 0.2, 0.5, 0.8, 0.95]).tolist()

@@ -12,8 +12,6 @@ from .case import OURS
 
 # The stages in a data worker. The pipeline with a worker has all of them, and passes the batches on.
 WORK = ("read", "decode", "resize", "collate", "tokenize")
-PIPELINES = {OURS: f"{OURS}, 1 worker", "OpenCLIP": "OpenCLIP, 1 worker"}
-REST = "the rest"
 
 
 def supply(cases: Sequence[dict[str, Any]], pairs_per_second: float, cores: int | None = None) -> Iterator[str]:
@@ -46,29 +44,17 @@ def _summary(
     found: dict[str, dict[str, float]], work: dict[str, float], pairs_per_second: float, cores: int
 ) -> Iterator[str]:
     pipelines = found.get("pipeline", {})
-    whole = {who: pipelines[name] for who, name in PIPELINES.items() if name in pipelines}
-    total = whole.get(OURS, sum(work.values()))
-    if OURS in whole:
-        work[REST] = max(total - sum(work.values()), 0.0)
-    rows = [["", "us per pair", "share", "pairs/s per core", "cores"]]
+    total = pipelines.get(f"{OURS}, 1 worker", sum(work.values()))
+    work = work | {"the rest": max(total - sum(work.values()), 0.0)}
+    rows = [["", "us per pair", "share", "cores"]]
     for name, seconds in [*work.items(), ("together", total)]:
-        rate = f"{1 / seconds:,.0f}" if seconds else ""
-        share = f"{100 * seconds / total:.0f}%"
-        rows.append([name, f"{1e6 * seconds:,.0f}", share, rate, f"{pairs_per_second * seconds:.1f}"])
+        cells = [f"{1e6 * seconds:,.0f}", f"{100 * seconds / total:.0f}%", f"{pairs_per_second * seconds:.1f}"]
+        rows.append([name, *cells])
     yield align(rows, right=range(1, len(rows[0])), indent="  ")
     limit = max(work, key=lambda stage: work[stage])
     yield f"  {limit} limits; {math.ceil(pairs_per_second * total)} data workers are needed, a core for each"
     yield f"  {cores} core(s), as many as this machine has, supply {cores / total:,.0f} pairs/s"
-    if OURS in whole and "OpenCLIP" in whole:
-        theirs = whole["OpenCLIP"]
-        yield (
-            f"  OpenCLIP's pipeline takes {pairs_per_second * theirs:.1f} cores, {theirs / total:.2f} times as many: "
-            f"{1000 * theirs:.3g} CPU seconds for 1,000 pairs, ours {1000 * total:.3g}"
-        )
-    if "transfer" in found:
-        copy = found["transfer"].get(OURS)
-        yield (
-            f"  the copy to the GPU takes {100 * pairs_per_second * copy:.1f}% of the time, beside the step"
-            if copy
-            else "  nothing is copied to a GPU"
-        )
+    if theirs := pipelines.get("OpenCLIP, 1 worker"):
+        yield f"  OpenCLIP's pipeline takes {pairs_per_second * theirs:.1f} cores, {theirs / total:.2f} times as many"
+    if copy := found.get("transfer", {}).get(OURS):
+        yield f"  the copy to the GPU takes {100 * pairs_per_second * copy:.1f}% of the time, beside the step"

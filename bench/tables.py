@@ -50,13 +50,6 @@ def _utilisation(case: dict[str, Any]) -> list[str]:
         if peaks["data_sheet"]:
             against += f" (in brackets: {peaks['data_sheet'] / 1e12:.4g} of the data sheet)"
         lines.append(f"  MFU: {flops['value'] / 1e9:.4g} GFLOP, {flops['definition']}, against {against}")
-    if transfers := case.get("transfers"):
-        parts = [
-            f"{size(entry['bytes'])} with {pixels} pixels"
-            + (f" ({seconds(entry['seconds'])})" if entry["seconds"] is not None else "")
-            for pixels, entry in transfers.items()
-        ]
-        lines.append(f"  to the device in a step, before the time begins: {', '.join(parts)}")
     return lines
 
 

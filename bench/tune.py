@@ -35,10 +35,12 @@ from clipfast.kernels.spec import OpSpec, Target, Tunable, specs
 
 from .case import short
 from .harness import Budget, Timing, measure, ratio_interval
-from .inspection import Report, compilers, inspect_launch, offline, shipped
-from .inspection.forecast import predict_parts
+from .inspection import offline, shipped
+from .inspection.command import inspect_launch
+from .inspection.forecast import op_work, predict_parts
 from .inspection.model import ARCH, FULL, H100, QUICK, Effort
-from .inspection.workloads import op_work
+from .inspection.offline import compilers
+from .inspection.report import Report
 from .machine import use
 from .suites import build
 
@@ -95,12 +97,6 @@ def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
     return configs.config_key(tunable.kernel, DTYPES[dtype], *whole)
 
 
-def spread(configurations: Sequence[Config], limit: int | None) -> list[Config]:
-    """Return at most ``limit`` of ``configurations``, spread evenly over all of them."""
-    step = len(configurations) / limit if limit and limit < len(configurations) else 1
-    return [configurations[int(i * step)] for i in range(min(limit or len(configurations), len(configurations)))]
-
-
 @dataclasses.dataclass(frozen=True)
 class Search:
     """The settings of a search, for operands of a dtype on an architecture."""
@@ -110,6 +106,11 @@ class Search:
     keep: int  # how many configurations of a kernel are timed
     limit: int | None  # how many are compiled; None: all
     pool: concurrent.futures.Executor  # compiles them
+
+    def configurations(self, tunable: Tunable) -> list[Config]:
+        """Return the configurations of a kernel to compile, spread evenly over all of them."""
+        found = list(space(tunable))
+        return found if self.limit is None else found[:: max(1, -(-len(found) // self.limit))]
 
 
 class Candidate(NamedTuple):
@@ -135,15 +136,15 @@ def prune(
     """
     say(f"{key_of(tunable, target, search.dtype)}: compiling {len(candidates)} configurations")
     inspect = functools.partial(_inspect, tunable, target, search.dtype, search.arch, effort)
-    found = list(zip(candidates, search.pool.map(inspect, candidates), strict=True))
-    sound = [one for _, one in found if isinstance(one, Candidate) and not one.report.failures]
-    reasons = [
-        f"{config}: {one if isinstance(one, str) else '; '.join(one.report.failures)}"
-        for config, one in found
-        if isinstance(one, str) or one.report.failures
-    ]
+    sound, reasons = [], []
+    for config, found in zip(candidates, search.pool.map(inspect, candidates), strict=True):
+        if isinstance(found, Candidate) and not found.report.failures:
+            sound.append(found)
+        else:
+            reason = "; ".join(found.report.failures) if isinstance(found, Candidate) else found
+            reasons.append(f"{config}: {reason}")
     if reasons:
-        say(f"{len(reasons)} of {len(found)} configurations are not sound: {reasons[0]}")
+        say(f"{len(reasons)} of {len(candidates)} configurations are not sound: {reasons[0]}")
     return sorted(sound, key=lambda one: one.rank)[: search.keep]
 
 
@@ -176,33 +177,45 @@ def launches(target: Target, dtype: str, arch: int) -> list[Launch]:
     return [launch for _, launch in op_work(spec, target.shape, dtype, arch).launches]
 
 
-def tune(op: str, device: torch.device, budget: Budget, search: Search) -> Iterator[tuple[str, Config | None]]:
-    """Tune the kernels of ``op`` on ``device`` one after another, with the winners for earlier kernels in use.
+# A way to choose returns a configuration that is better than the committed one of a kernel, or None.
+Choose = Callable[[Tunable, Target, Config, Search], Config | None]
+
+
+def tune(op: str, search: Search, choose: Choose) -> Iterator[tuple[str, Config | None]]:
+    """Tune the kernels of ``op`` one after another, with the winners for earlier kernels in use.
 
     Yields:
-        After each kernel, the key of its table entry, and a faster configuration or None if the committed one stays.
+        After each kernel, the key of its table entry, and a better configuration or None if the committed one stays.
     """
-    spec, target = TARGETS[op]
-    case = build(spec.suite_name, target.shape.to_dict(), search.dtype, device)
+    _, target = TARGETS[op]
     with contextlib.ExitStack() as better:
         for tunable in target.kernels:
             key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
-            searched = spread(list(space(tunable)), search.limit)
-            pruned = [one.config for one in prune(tunable, target, searched, search) if one.config != committed]
-            say(f"{key}: timing {len(pruned)} configurations against {committed}")
-            override = functools.partial(configs.override, key)
-            changed = [
-                dataclasses.replace(case.ours, name=str(config), context=functools.partial(override, config))
-                for config in pruned
-            ]
-            timings, telemetry = measure(dataclasses.replace(case, candidates=(case.ours, *changed)), budget)
-            throttled = telemetry["throttled"]
-            winner = None if throttled else best(timings, pruned)
-            stays = "the card was throttled, nothing is changed" if throttled else "the committed one stays"
-            say(f"{key}: {stays if winner is None else f'{winner} instead'}")
+            winner = choose(tunable, target, committed, search)
+            say(f"{key}: {committed}{' stays' if winner is None else f' gives way to {winner}'}")
             if winner is not None:
-                better.enter_context(override(winner))
+                better.enter_context(configs.override(key, winner))
             yield key, winner
+
+
+def by_timing(
+    tunable: Tunable, target: Target, committed: Config, search: Search, device: torch.device, budget: Budget
+) -> Config | None:
+    """Choose by timing the whole op; choose nothing if the card was throttled meanwhile."""
+    spec, _ = TARGETS[target.name]
+    case = build(spec.suite_name, target.shape.to_dict(), search.dtype, device)
+    found = prune(tunable, target, search.configurations(tunable), search)
+    pruned = [one.config for one in found if one.config != committed]
+    override = functools.partial(configs.override, key_of(tunable, target, search.dtype))
+    changed = [
+        dataclasses.replace(case.ours, name=str(config), context=functools.partial(override, config))
+        for config in pruned
+    ]
+    timings, telemetry = measure(dataclasses.replace(case, candidates=(case.ours, *changed)), budget)
+    if telemetry["throttled"]:
+        say("the card was throttled: nothing is changed")
+        return None
+    return best(timings, pruned)
 
 
 def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | None:
@@ -225,23 +238,12 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def tune_by_model(op: str, search: Search) -> Iterator[tuple[str, Config | None]]:
-    """Tune the kernels of ``op`` by their predicted times; yield what :func:`tune` does."""
-    _, target = TARGETS[op]
-    with contextlib.ExitStack() as better:
-        for tunable in target.kernels:
-            key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
-            few = [one.config for one in prune(tunable, target, spread(list(space(tunable)), search.limit), search)]
-            found = prune(tunable, target, [committed, *(one for one in few if one != committed)], search, FULL)
-            before = next((one.seconds for one in found if one.config == committed), float("inf"))
-            winner = found[0] if found and found[0].seconds < WORTH_BY_MODEL * before else None
-            if winner is None:
-                say(f"{key}: {committed} stays, {1e6 * before:.1f} us")
-                yield key, None
-                continue
-            say(f"{key}: {winner.config} instead, {1e6 * winner.seconds:.1f} us in place of {1e6 * before:.1f}")
-            better.enter_context(configs.override(key, winner.config))
-            yield key, winner.config
+def by_model(tunable: Tunable, target: Target, committed: Config, search: Search) -> Config | None:
+    """Choose by the predicted times of the kernel's launches."""
+    few = [one.config for one in prune(tunable, target, search.configurations(tunable), search)]
+    found = prune(tunable, target, [committed, *(one for one in few if one != committed)], search, FULL)
+    before = next((one.seconds for one in found if one.config == committed), float("inf"))
+    return found[0].config if found and found[0].seconds < WORTH_BY_MODEL * before else None
 
 
 def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TUNED, *, by: str) -> Path:
@@ -266,38 +268,34 @@ def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TU
 def run(args: Any) -> int:
     """Tune the ops that the parsed command line names, or with ``--dry`` rank their configurations without a GPU."""
     ops = [name for name, (spec, _) in TARGETS.items() if {"all", name, spec.name} & set(args.op)]
-    if args.dry:
-        with compilers(os.cpu_count() or 1) as pool:
-            for op in ops:
-                _print_ranking(op, Search(args.dtype, args.arch, args.keep, args.limit, pool))
-        return 0
-    if args.by == MODEL:
-        if args.arch != ARCH:
-            raise ValueError(f"--by model: there is a model of sm_{ARCH} only, got --arch {args.arch}")
-        with compilers(os.cpu_count() or 1) as pool:
-            search = Search(args.dtype, args.arch, args.keep, args.limit, pool)
-            return _tune_all(ops, args, lambda op: tune_by_model(op, search), args.arch)
-    if not torch.cuda.is_available():
-        raise ValueError("tuning needs the GPU that is tuned for: --by model, or --dry, does without one")
-    device = use(torch.device("cuda"))
-    name = torch.cuda.get_device_name(device)
-    if args.card is None or args.card.lower() not in name.lower():
-        raise ValueError(f"--card must name the card that is tuned for, part of {name!r}, got {args.card!r}")
-    budget, arch = Budget(args.seconds, min_rounds=MIN_ROUNDS), _table_arch(device)
+    arch, choose = args.arch, by_model
+    if args.by == MODEL and arch != ARCH:
+        raise ValueError(f"--by model: there is a model of sm_{ARCH} only, got --arch {arch}")
+    if args.by == MEASURED and not args.dry:
+        if not torch.cuda.is_available():
+            raise ValueError("tuning needs the GPU that is tuned for: --by model, or --dry, does without one")
+        device = use(torch.device("cuda"))
+        name = torch.cuda.get_device_name(device)
+        if args.card is None or args.card.lower() not in name.lower():
+            raise ValueError(f"--card must name the card that is tuned for, part of {name!r}, got {args.card!r}")
+        # The table that serves the card is that of the newest architecture that is not newer.
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = next(known for known in configs.ARCHS if known <= 10 * major + minor)
+        choose = functools.partial(by_timing, device=device, budget=Budget(args.seconds, min_rounds=MIN_ROUNDS))
     with compilers(os.cpu_count() or 1) as pool:
         search = Search(args.dtype, arch, args.keep, args.limit, pool)
-        return _tune_all(ops, args, lambda op: tune(op, device, budget, search), arch)
+        if args.dry:
+            return _print_rankings(ops, search)
+        return tune_all(ops, args, search, choose)
 
 
-def _tune_all(
-    ops: Sequence[str], args: Any, tuned: Callable[[str], Iterator[tuple[str, Config | None]]], arch: int
-) -> int:
+def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose) -> int:
     """Tune ``ops`` until the time is over, write each winner to the table, and return the exit status."""
     start, failed = time.monotonic(), 0
     for op in ops:
         try:
-            for key, config in tuned(op):
-                write_table({key: config} if config is not None else {}, arch, args.tables, by=args.by)
+            for key, config in tune(op, search, choose):
+                write_table({key: config} if config is not None else {}, search.arch, args.tables, by=args.by)
                 if time.monotonic() - start > args.total:
                     say(f"{args.total:.0f} s are over: nothing is tuned after {key}")
                     return 1 if failed else 0
@@ -307,6 +305,29 @@ def _tune_all(
             failed += 1
     say("now run: clipfast verify, clipfast inspect, and tests/kernels/test_offline.py --update-resources")
     return 1 if failed else 0
+
+
+def _print_rankings(ops: Sequence[str], search: Search) -> int:
+    """Print the best configurations of each kernel of ``ops``, ranked by what the compiler made of them."""
+    for op in ops:
+        _, target = TARGETS[op]
+        for tunable in target.kernels:
+            committed = _committed(tunable, target, search)
+            others = [config for config in search.configurations(tunable) if config != committed]
+            for config, report, seconds in prune(tunable, target, [committed, *others], search):
+                note = "  <- committed" if config == committed else ""
+                time_text = "unknown" if seconds == float("inf") else f"{1e6 * seconds:.1f} us"
+                say(f"  {time_text:>10}  {report.resources.registers:3} registers  {config}{note}")
+    return 0
+
+
+def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
+    """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture."""
+    key = key_of(tunable, target, search.dtype)
+    entry = configs.committed(key, search.arch)
+    if entry is None:
+        raise ValueError(f"{key}: another kernel serves it on sm_{search.arch}, so there is nothing to compare with")
+    return tunable.kind(**entry)
 
 
 def add_arguments(parser: Any) -> None:
@@ -325,32 +346,3 @@ def add_arguments(parser: Any) -> None:
     add("--dry", action="store_true", help="compile and rank only; needs no GPU, changes nothing")
     add("--arch", type=int, default=90, choices=configs.ARCHS, help="for --dry (default 90)")
     add("--limit", type=COUNT, default=None, help="configurations to compile for each kernel (default: all)")
-
-
-def _print_ranking(op: str, search: Search) -> None:
-    """Print the best configurations of each kernel of ``op``, ranked by what the compiler made of them."""
-    _, target = TARGETS[op]
-    for tunable in target.kernels:
-        key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
-        searched = list(space(tunable))
-        chosen = [committed, *(config for config in spread(searched, search.limit) if config != committed)]
-        print(f"{key} on sm_{search.arch}, {len(chosen)} of {len(searched)} configurations:")
-        for config, report, seconds in prune(tunable, target, chosen, search):
-            note = "  <- committed" if config == committed else ""
-            time_text = "unknown" if seconds == float("inf") else f"{1e6 * seconds:.1f} us"
-            print(f"  {time_text:>10}  {report.resources.registers:3} registers  {config}{note}", flush=True)
-
-
-def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
-    """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture."""
-    key = key_of(tunable, target, search.dtype)
-    entry = configs.committed(key, search.arch)
-    if entry is None:
-        raise ValueError(f"{key}: another kernel serves it on sm_{search.arch}, so there is nothing to compare with")
-    return tunable.kind(**entry)
-
-
-def _table_arch(device: torch.device) -> int:
-    """Return the architecture whose table serves ``device``: the newest one that is not newer than the device."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return next(arch for arch in configs.ARCHS if arch <= 10 * major + minor)

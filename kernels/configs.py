@@ -2,7 +2,7 @@
 
 Their numbers are committed in ``tuned/sm_<arch>.json``. Nothing is tuned at run time: an autotuner would make results
 depend on a race of timings, and cannot run without a GPU. ``python -m clipfast.bench tune`` writes the files. Every
-entry compiles for its architecture without a spill (tests/kernels/resources.json holds the proof).
+entry compiles for its architecture without a spill (bench/inspection/resources.json holds the proof).
 """
 
 import contextlib

@@ -84,7 +84,9 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register our options."""
     parser.addoption(
-        "--update-resources", action="store_true", help="rewrite tests/kernels/resources.json from this Triton version"
+        "--update-resources",
+        action="store_true",
+        help="rewrite the committed resources of kernels",
     )
     parser.addoption("--slow", action="store_true", help="also the sizes that take a CPU minutes")
     parser.addoption("--fast", action="store_true", help="without what is marked long: for every edit")

@@ -16,20 +16,13 @@ from clipfast.files import replace_text
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import INTERPRET, Launch
+from clipfast.progress import each
 
-from ..case import short
-from . import offline
-from .forecast import STEP, STEPS, Forecast, forecast_op, forecast_step, heading, label, measurements, rows
-from .forecast import to_json as forecast_json
-from .matrix import mma_kinds
-from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, Prediction, load, predict
-from .peer_kernels import installed_cases, record_peer
-from .pool import spread
+from . import forecast, offline
+from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, load, predict
 from .report import Report, differences, explain, table, to_json
-from .sass import parse
-from .shipped import known_problems, shipped_cases
-from .snapshot import Snapshot, loads
-from .workloads import measured_shapes
+from .sass import matrix_instructions, parse
+from .shipped import SNAPSHOT, Snapshot, known_problems, loads, shipped_cases
 
 ARCHS = tuple(ARCHITECTURES)
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -46,104 +39,73 @@ Predicted for one {card} by a model that runs the compiled kernels (Triton {trit
 PyTorch's products take {tflops:g} TFLOP/s, and its other ops the bytes that they move. The host is left out, as in a
 CUDA graph. "error" holds for nine in ten published kernels of the kind: docs/gpu-model.md has them, and what the model
 leaves out."""
-SNAPSHOT = Path(__file__).parents[2] / "tests" / "kernels" / "resources.json"
 
 
-def inspect_launch(
-    launch: Launch, arch: int, *, case: str = "", kernel: str | None = None, half: bool | None = None,
-    predicts: bool = True,
-) -> Report:  # fmt: skip
+def inspect_launch(launch: Launch, arch: int, *, case: str = "", kernel: str = "", predicts: bool = True) -> Report:
     """Compile a launch from :func:`offline.record`, and report what it takes, what is wrong with it, and its time.
 
-    ``case`` and ``kernel`` are names for the report; the kernel has its own one by default. ``half`` says whether its
-    products have 16-bit operands, and so must use the matrix unit (default: whether any of its tensors has 16 bits).
-    ``predicts`` says whether its time on an H100 is predicted.
+    ``case`` and ``kernel`` are names for the report; the kernel has its own one by default. ``predicts`` says whether
+    its time on an H100 is predicted.
 
     Raises:
         triton.CompilationError, RuntimeError: the kernel does not compile.
     """
-    if half is None:
-        half = any(tensor.dtype.itemsize == 2 for tensor in offline.tensors(launch))
     compiled = offline.compile_kernel(launch, arch)
-    multiplies = offline.multiplies(compiled)
     instructions = parse(offline.disassemble(compiled))
     resources = offline.resources(compiled)
-    prediction = _prediction(compiled, launch) if predicts and arch == ARCH else None
+    prediction, unpredicted = None, ""
+    if predicts and arch == ARCH:
+        try:
+            prediction = predict(load(compiled), launch.grid, launch.args, H100, effort=QUICK)
+        except NoModel as error:
+            unpredicted = str(error)
+    # Products of 16-bit operands must use the matrix unit.
+    half = any(tensor.dtype.itemsize == 2 for tensor in offline.tensors(launch))
+    problems = offline.problems(resources, arch, half=half, multiplies=offline.multiplies(compiled))
     return Report(
         case=case, kernel=kernel or launch.kernel.__name__, arch=arch, resources=resources,
         warps=offline.threads(compiled) // 32, occupancy=offline.occupancy_of(compiled, resources),
-        mma=mma_kinds(instructions),
-        tma=any(instruction.name.startswith(("UTMALDG", "UTMASTG", "UTMAREDG")) for instruction in instructions),
-        prediction=None if isinstance(prediction, str) else prediction,
-        unpredicted=prediction if isinstance(prediction, str) else "",
-        problems=tuple(offline.problems(resources, arch, half=half, multiplies=multiplies)),
+        mma=matrix_instructions(instructions),
+        tma=any(one.name in ("UTMALDG", "UTMASTG", "UTMAREDG") for one in instructions),
+        prediction=prediction, unpredicted=unpredicted, problems=tuple(problems),
     )  # fmt: skip
 
 
-def _prediction(compiled: Any, launch: Launch) -> Prediction | str:
-    """Predict a launch on an H100, or say in one line why the model does not cover it."""
-    try:
-        return predict(load(compiled), launch.grid, launch.args, H100, effort=QUICK)
-    except NoModel as error:
-        return str(error)
-
-
-def inspect_case(arch: int, case: str, *, peer: bool = False) -> list[Report]:
-    """Report the launches of a shipped case, or of an installed peer's case.
-
-    Raises:
-        Exception: anything that a peer or the compiler raises.
-    """
-    launches = record_peer(arch, installed_cases()[0][case]) if peer else offline.record(arch, shipped_cases()[case])
-    known = () if peer else known_problems(VERSION, arch, case)
-    half = True if peer else None  # the inputs of a peer have 16 bits, even where it converts them
+def inspect_case(arch: int, case: str) -> list[Report]:
+    """Report the launches of a shipped case."""
+    known = known_problems(VERSION, arch, case)
     return [
-        dataclasses.replace(inspect_launch(launch, arch, case=case, kernel=key, half=half), known=known, peer=peer)
-        for key, launch in offline.named(launches).items()
+        dataclasses.replace(inspect_launch(launch, arch, case=case, kernel=name), known=known)
+        for name, launch in offline.named(offline.record(arch, shipped_cases()[case])).items()
     ]
 
 
-def inspect_all(
-    archs: Sequence[int] = ARCHS, *, substring: str = "", peers: bool = False, jobs: int | None = None
-) -> tuple[list[Report], list[str]]:
-    """Report all shipped kernels, and with ``peers`` those of installed peers, in the cases that contain ``substring``.
-
-    Returns:
-        The reports, in order, and a line for each peer that is not installed or does not compile.
+def inspect_all(archs: Sequence[int] = ARCHS, *, substring: str = "", jobs: int | None = None) -> list[Report]:
+    """Report all shipped kernels in the cases that contain ``substring``, in order.
 
     Raises:
-        ValueError: an architecture is unknown, no case matches, or ``jobs`` is below 1.
-        RuntimeError: the kernels are interpreted, or a shipped one does not compile.
+        ValueError: an architecture is unknown, or no case matches.
+        RuntimeError: the kernels are interpreted, or one does not compile.
     """
-    if INTERPRET:
-        raise RuntimeError("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
+    _need_compiler()
     unknown = [arch for arch in archs if arch not in ARCHS]
     if unknown:
         raise ValueError(f"unknown architecture {unknown[0]}: known are {', '.join(map(str, ARCHS))}")
-    theirs, missing = installed_cases() if peers else ({}, [])
-    ours = shipped_cases()
-    chosen = [case for case in (*ours, *theirs) if substring in case]
-    if not chosen:
-        raise ValueError(f"no case contains {substring!r}; there are: {'; '.join((*ours, *theirs, *missing))}")
-    tasks = [(arch, case, case in theirs) for arch in dict.fromkeys(archs) for case in chosen]
-    reports: list[Report] = []
-    for result in spread(_inspect, tasks, jobs, "compiling"):
-        if isinstance(result, str):
-            missing.append(result)
-        else:
-            reports += result
-    return reports, missing
+    cases = [case for case in shipped_cases() if substring in case]
+    if not cases:
+        raise ValueError(f"no case contains {substring!r}; there are: {'; '.join(shipped_cases())}")
+    tasks = list(itertools.product(dict.fromkeys(archs), cases))
+    found = each(offline.spread(_inspect, tasks, jobs), "compiling", "case", len(tasks))
+    return [report for reports in found for report in reports]
 
 
-def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
-    """Report one case, or say in one line why a peer has failed."""
-    arch, case, is_peer = task
-    try:
-        return inspect_case(arch, case, peer=is_peer)
-    except Exception as error:
-        if not is_peer:
-            raise
-        return f"{case} on sm_{arch}: {short(error)}"
+def _inspect(task: tuple[int, str]) -> list[Report]:
+    return inspect_case(*task)
+
+
+def _need_compiler() -> None:
+    if INTERPRET:
+        raise RuntimeError("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
 
 
 def add_parser(commands: Any) -> None:
@@ -154,9 +116,12 @@ def add_parser(commands: Any) -> None:
     add("--arch", nargs="+", type=COUNT, default=ARCHS, metavar="N", help="compute capabilities (default: all known)")
     chosen = "report only cases whose name contains TEXT, such as contrastive_loss"
     add("--op", "--case", dest="case", default="", metavar="TEXT", help=chosen)
-    add("--peers", action="store_true", help="report the kernels of installed peers too")
     add_output(parser, "--json", help="write everything to FILE too")
-    add("--snapshot", metavar="FILE", help="resources to compare with (default: tests/kernels/resources.json)")
+    add(
+        "--snapshot",
+        metavar="FILE",
+        help="resources to compare with (default: the one of this version)",
+    )
     add("--jobs", type=Count(1, 1024), metavar="N", help="number of processes (default: one for each core)")
     add("--traceback", action="store_true", help="show where an error was raised")
     what = parser.add_argument_group("predicted times, without the report")
@@ -186,80 +151,59 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     """Print the table and the differences from the snapshot."""
-    snapshot = _read_snapshot(args.snapshot)
-    reports, missing = inspect_all(args.arch, substring=args.case, peers=args.peers, jobs=args.jobs)
-    shipped = [report for report in reports if not report.peer]
-    changes = [] if snapshot is None else differences(shipped, snapshot, VERSION)
-    failing = [report for report in shipped if report.failures]
+    snapshot = _read_snapshot(Path(args.snapshot or SNAPSHOT))
+    reports = inspect_all(args.arch, substring=args.case, jobs=args.jobs)
+    changes = differences(reports, snapshot, VERSION)
+    failing = [report for report in reports if report.failures]
     if args.json:
         record = {"triton": triton.__version__, "reports": [to_json(report) for report in reports]}
-        record |= {"missing": missing, "differences": changes}
-        replace_text(args.json, json.dumps(record, indent=1) + "\n")
+        replace_text(args.json, json.dumps(record | {"differences": changes}, indent=1) + "\n")
     print(table(reports))
-    print(f"\n{len(shipped)} shipped kernels, Triton {triton.__version__}: {len(failing)} with a problem")
-    if snapshot is None:
-        print("no snapshot to compare with: give one with --snapshot FILE")
-    else:
-        print("\n".join(["differs from the snapshot:", *changes] if changes else ["equal to the snapshot"]))
-    for line in missing:
-        print(f"missing: {line}")
+    print(f"\n{len(reports)} shipped kernels, Triton {triton.__version__}: {len(failing)} with a problem")
+    print("\n".join(["differs from the snapshot:", *changes] if changes else ["equal to the snapshot"]))
     return 1 if failing else 0
+
+
+def _read_snapshot(path: Path) -> Snapshot:
+    try:
+        return loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--snapshot {path} is not one: {error}") from None
 
 
 def _predict(args: argparse.Namespace) -> int:
     """Print predicted times of ops and steps, and measured ones beside them."""
-    if INTERPRET:
-        raise RuntimeError("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
+    _need_compiler()
     if not args.tflops > 0:
         raise ValueError(f"--tflops must be more than 0, got {args.tflops:g}")
-    measured = measurements(args.against) if args.against else None
-    ops = [
-        number
-        for number, (spec, shape) in enumerate(measured_shapes())
-        if args.case in label(spec.name, shape.to_dict(), args.dtype)
-    ]
-    steps = [model for model in STEPS if args.case in f"step model={model}"]
+    measured = forecast.measurements(args.against) if args.against else None
+    shapes = enumerate(forecast.measured_shapes())
+    ops = [n for n, (spec, shape) in shapes if args.case in forecast.label(spec.name, shape.to_dict(), args.dtype)]
+    steps = [model for model in forecast.STEPS if args.case in f"step model={model}"]
+    if not ops and not steps:
+        raise ValueError(
+            f"no op or step contains {args.case!r}, such as 'contrastive_loss pairs=32768' or 'step model=ViT'"
+        )
     if args.chart is not None:
         if not steps:
             raise ValueError(f"--chart draws steps, and no step contains {args.case!r}")
         # It is imported here, since only pictures need matplotlib, and before minutes would be lost without it.
         from ..plots import draw_steps
-    if not ops and not steps:
-        raise ValueError(
-            f"no op or step contains {args.case!r}, such as 'contrastive_loss pairs=32768' or 'step model=ViT'"
-        )
-    forecast = functools.partial(
-        _forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
+    predict_one = functools.partial(
+        forecast.forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
         effort=QUICK if args.quick else FULL,
     )  # fmt: skip
     record: dict[str, Any] = {"triton": triton.__version__, "card": args.card}
     record |= {"products_flops_per_s": args.tflops * 1e12, "forecasts": []}
-    for kind, found in itertools.groupby(spread(forecast, [*ops, *steps], args.jobs), lambda one: one.name == STEP):
-        print(("\n" if kind and ops else "") + heading(kind, measured))
-        for one in found:  # they take minutes: what is known is printed and kept, should the run be ended
-            print(rows(one, measured), flush=True)
-            record["forecasts"].append(forecast_json(one))
-            if args.json:
+    for tasks, is_step in ((ops, False), (steps, True)):
+        if tasks:
+            print(("\n" if is_step and ops else "") + forecast.heading(is_step, measured))
+        for one in offline.spread(predict_one, tasks, args.jobs):
+            print(forecast.rows(one, measured), flush=True)
+            record["forecasts"].append(forecast.to_json(one))
+            if args.json:  # predictions take minutes: what is known is kept, should the run be ended
                 replace_text(args.json, json.dumps(record, indent=1) + "\n")
     if args.chart is not None:
         draw_steps(record, args.chart)
     print(f"\n{NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, tflops=args.tflops)}")
     return 0
-
-
-def _forecast(task: int | str, **options: Any) -> Forecast:
-    if isinstance(task, int):
-        return forecast_op(task, **options)
-    return forecast_step(task, **{name: value for name, value in options.items() if name != "dtype"})
-
-
-def _read_snapshot(path: str | None) -> Snapshot | None:
-    """Read the snapshot: without a path that of the checkout, or None where there is no checkout."""
-    if path is None and not SNAPSHOT.exists():
-        return None
-    try:
-        return loads(Path(path or SNAPSHOT).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--snapshot {path or SNAPSHOT} is not JSON: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"--snapshot {path or SNAPSHOT} is not one: {error}") from None

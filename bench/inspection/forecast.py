@@ -1,29 +1,48 @@
 """The predicted time of every op and of training steps, from the model of the GPU: ``clipfast inspect --predict``.
 
-A launch takes what the model says. A PyTorch op beside it takes the longer of two times, one for its FLOPs at the rate
-of large products and one for its bytes at the rate of copies, and the overhead of a launch. Launches follow each other
-without a gap, as in a CUDA graph: the host is left out.
+An op or a step runs on fake tensors, without a GPU or memory. A launch of ours takes what the model says. A PyTorch op
+beside it takes the longer of two times, one for its FLOPs at the rate of large products and one for its bytes at the
+rate of copies, and the overhead of a launch. Launches follow each other without a gap, as in a CUDA graph: the host is
+left out.
+
+    python -m clipfast.bench.inspection.forecast --quick                   the loss of 1,024 to 131,072 pairs
+    python -m clipfast.bench.inspection.forecast --pairs 4096 --widths 512 768
+
+print the time of both passes of a loss in bfloat16 on an H100, with all PyTorch ops, and how many times its floor that
+is. The floor is the products at the rate that the power allows, or the bytes of features and gradients, whichever takes
+longer. A size whose factor stands out is a cliff.
 """
 
+import argparse
 import dataclasses
+import functools
 import json
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from clipfast.columns import align
-from clipfast.kernels.hardware import CARDS
-from clipfast.kernels.launch import Launch
-from clipfast.kernels.spec import OpSpec, Shape, specs
-from clipfast.ledger import Event
+from clipfast.kernels.dtypes import DTYPES
+from clipfast.kernels.hardware import ARCHITECTURES, CARDS, Card
+from clipfast.kernels.launch import Launch, record_launches
+from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
+from clipfast.ledger import Event, Ledger
+from clipfast.plan.step import Problem, run_step
 from clipfast.units import SECONDS, scaled
 
 from .. import categories
 from ..case import OURS, short
-from .model import FULL, Effort, Machine, NoModel, Prediction, predict_launch
+from .model import FULL, H100, QUICK, Effort, Machine, NoModel, Prediction, predict_launch
 from .validation import Band, errors
-from .workloads import Work, measured_shapes, op_work, step_work
 
 # Pairs of a step of each published model, which fit into 80 GB; ``clipfast plan --fit`` finds the most that do.
 STEPS = {
@@ -36,6 +55,99 @@ KINDS = {
     "norm, activation": ("norm forward", "norm backward"),
 }  # fmt: skip
 STEP = "step"
+FORWARD, BACKWARD = "forward", "backward"
+
+
+@dataclasses.dataclass
+class Work:
+    """Launches and PyTorch ops in order, each with the phase that it belongs to."""
+
+    launches: list[tuple[str, Launch]] = dataclasses.field(default_factory=list)
+    ops: list[Event] = dataclasses.field(default_factory=list)
+
+
+class _Recorder(Ledger):
+    """A ledger that keeps the launches apart from the PyTorch ops."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.work = Work()
+
+    def book_launches(self) -> None:
+        self.work.launches += [(self.phase, standing_in(launch)) for launch in self.launches]
+        before = len(self.events)
+        super().book_launches()
+        del self.events[before:]
+
+    def begin(self) -> None:
+        super().begin()
+        self.work.launches.clear()
+
+
+def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
+    """Return the forward and the backward pass of an op at a shape, on a GPU of a compute capability."""
+    with (
+        warnings.catch_warnings(action="ignore"),  # the address of a fake tensor is deprecated
+        FakeTensorMode(allow_non_fake_inputs=True),
+        record_launches(arch, ARCHITECTURES[arch].multiprocessors) as launches,
+        _Recorder(launches) as ledger,
+    ):
+        call = spec.call(shape, spec.bench_values, Draw(empty=True), DTYPES[dtype])
+        for name, x in call.inputs.items():
+            x.requires_grad_(bool(call.grads) and x.is_floating_point() and name not in spec.frozen)
+        ledger.begin()
+        ledger.phase = FORWARD
+        results = spec.op(**call.inputs, **call.options)
+        ledger.book_launches()
+        if call.grads:
+            ledger.phase = BACKWARD
+            results = results if isinstance(results, tuple) else (results,)
+            # as the benchmark does; .backward() would copy a gradient that two leaves share, which in a model are none
+            leaves = [x for x in call.inputs.values() if x.requires_grad]
+            torch.autograd.grad(results, leaves, [torch.empty_like(result) for result in results], allow_unused=True)
+            ledger.book_launches()
+    ledger.work.ops = list(ledger.events)
+    return ledger.work
+
+
+def step_work(model: str, pairs: int, card: Card = CARDS["h100"]) -> Work:
+    """Return one training step of a published model on one GPU, under autocast to bfloat16, with AdamW."""
+    ledger = run_step(Problem(pairs, model=model), "default", card, ledger_type=_Recorder)
+    assert isinstance(ledger, _Recorder)
+    ledger.work.ops = list(ledger.events)
+    return ledger.work
+
+
+def measured_shapes() -> list[tuple[OpSpec, Shape]]:
+    """Return every op at the sizes that are benchmarked on a GPU."""
+    return [(spec, shape) for spec in specs().values() for shape in spec.bench["cuda"]]
+
+
+def standing_in(launch: Launch) -> Launch:
+    """Return a launch whose tensors have size, strides, dtype and alignment, but no memory."""
+    with _disable_current_modes():
+        stand_in = functools.cache(_empty)
+        return dataclasses.replace(
+            launch, args={name: _replace(value, stand_in) for name, value in launch.args.items()}
+        )
+
+
+def _replace(value: Any, stand_in: Any) -> Any:
+    if isinstance(value, Tensor):
+        return stand_in(
+            value.untyped_storage()._cdata, tuple(value.shape), value.stride(), value.storage_offset(), value.dtype
+        )
+    if isinstance(value, TensorDescriptor):
+        return dataclasses.replace(value, base=_replace(value.base, stand_in))
+    return value
+
+
+def _empty(
+    storage: int,  # noqa: ARG001  (two views of one storage are one tensor, and two storages are not)
+    shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    size = offset + 1 + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
+    return torch.empty(max(0, size), dtype=dtype, device="meta").as_strided(shape, stride, offset)
 
 
 def error_band(kinds: Sequence[str]) -> Band | None:
@@ -98,39 +210,36 @@ class Forecast:
         return error_band(self.kinds)
 
 
-def forecast_op(number: int, dtype: str, machine: Machine, product_flops: float, effort: Effort = FULL) -> Forecast:
-    """Predict op number ``number`` of :func:`measured_shapes` on a card.
+def forecast(
+    task: int | str, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops, effort: Effort = FULL
+) -> Forecast:
+    """Predict an op, forward and backward, or a training step in bfloat16 with AdamW on one GPU.
 
     Args:
-        number: of the op and its shape.
-        dtype: name of the dtype.
+        task: number of the op and its shape in :func:`measured_shapes`, or name of the published model.
+        dtype: name of the dtype of an op.
         machine: the GPU.
         product_flops: FLOP/s of PyTorch's own matrix products.
         effort: how much the model runs.
     """
-    return forecast_shape(*measured_shapes()[number], dtype, machine, product_flops, effort)
+    if isinstance(task, int):
+        return forecast_shape(*measured_shapes()[task], dtype, machine, product_flops, effort)
+    pairs = STEPS[task]
+    work = step_work(task, pairs, CARDS[machine.name.lower()])
+    shape = {"model": task, "batch": pairs}
+    return _forecast(work, machine, product_flops, effort, name=STEP, shape=shape, dtype="bf16", items=pairs, kinds=())
 
 
 def forecast_shape(
-    spec: OpSpec, shape: Shape, dtype: str, machine: Machine, product_flops: float, effort: Effort = FULL
-) -> Forecast:
-    """Predict an op at any shape; the other arguments are those of :func:`forecast_op`."""
+    spec: OpSpec, shape: Shape, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops,
+    effort: Effort = FULL,
+) -> Forecast:  # fmt: skip
+    """Predict an op at any shape; the other arguments are those of :func:`forecast`."""
     size, _ = spec.items
-    work = op_work(spec, shape, dtype)
-    kinds = KINDS.get(spec.category, ("memory",))
     return _forecast(
-        work, machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
-        items=getattr(shape, size), kinds=kinds,
+        op_work(spec, shape, dtype), machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
+        items=getattr(shape, size), kinds=KINDS.get(spec.category, ("memory",)),
     )  # fmt: skip
-
-
-def forecast_step(model: str, machine: Machine, product_flops: float, effort: Effort = FULL) -> Forecast:
-    """Predict one training step of a published model on one GPU, in bfloat16 with AdamW."""
-    work = step_work(model, STEPS[model], CARDS[machine.name.lower()])
-    shape = {"model": model, "batch": STEPS[model]}
-    return _forecast(
-        work, machine, product_flops, effort, name=STEP, shape=shape, dtype="bf16", items=STEPS[model], kinds=()
-    )
 
 
 def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort, **what: Any) -> Forecast:
@@ -177,43 +286,47 @@ def _size(value: Any) -> Any:
 def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
     # of blocks in a row, one that is neither the first nor in the middle has no pairs, like most
     launch = same[len(same) // 3]
+    name = launch.kernel.__name__
     try:
-        return Part(launch.kernel.__name__, len(same), _predicted(launch, machine, effort))
+        return Part(name, len(same), predict_launch(launch, machine, effort))
     except NoModel as error:
-        return Part(launch.kernel.__name__, len(same), None, str(error))
-
-
-_predictions: dict[tuple[str, Machine, Effort], Prediction] = {}  # of this process, by the key of the launch
-
-
-def _predicted(launch: Launch, machine: Machine, effort: Effort) -> Prediction:
-    key = _key(launch), machine, effort
-    if key not in _predictions:
-        _predictions[key] = predict_launch(launch, machine, effort)
-    return _predictions[key]
-
-
-def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
-    """Return the heading over the :func:`rows` of ops, or over those of steps."""
-    return _aligned(is_step, [[*(_STEP_HEAD if is_step else _OP_HEAD), *_head(measured)]])
-
-
-def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
-    """Return the rows of a forecast; ``measured`` are seconds by :func:`label`."""
-    if one.name != STEP:
-        return _aligned(False, _op_rows(one, measured))
-    parts = sorted(one.shares.items(), key=lambda share: -share[1])
-    spent = ", ".join(f"{category} {seconds / one.seconds:.1%}" for category, seconds in parts)
-    return "\n".join([_aligned(True, [_step_row(one, measured)]), *([f"  {spent}"] if spent else [])])
-
-
-def label(name: str, shape: dict[str, Any], dtype: str) -> str:
-    """Return op, sizes and dtype in one text."""
-    return " ".join([name, *(f"{size}={value}" for size, value in shape.items()), dtype])
+        return Part(name, len(same), None, str(error))
 
 
 _OP_HEAD = ("op, forward and backward", "time", "error", "launches", "waves", "cycles", "limit")
 _STEP_HEAD = ("step of", "pairs", "time", "pairs/s", "kernels", "products", "other ops")
+
+
+def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
+    """Return the heading over the :func:`rows` of ops, or over those of steps."""
+    more = ("measured", "predicted / measured") if measured is not None else ()
+    return _aligned(is_step, [[*(_STEP_HEAD if is_step else _OP_HEAD), *more]])
+
+
+def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
+    """Return the rows of a forecast; ``measured`` are seconds by :func:`label`."""
+    seconds = (measured or {}).get(label(one.name, one.shape, one.dtype))
+    against = [scaled(seconds, SECONDS), f"{one.seconds / seconds:.2f}"] if seconds else []
+    if one.name == STEP:
+        kernels = sum(part.seconds for part in one.parts)
+        times = [scaled(value, SECONDS) for value in (one.seconds, kernels, one.product_seconds, one.torch_seconds)]
+        row = [one.shape["model"], str(one.items), times[0], f"{one.items / one.seconds:,.0f}", *times[1:], *against]
+        parts = sorted(one.shares.items(), key=lambda share: -share[1])
+        spent = ", ".join(f"{category} {seconds / one.seconds:.1%}" for category, seconds in parts)
+        return f"{_aligned(True, [row])}\n  {spent}"
+    within = f"{math.expm1(one.band.p90):.0%}" if one.band else "?"
+    found = [[label(one.name, one.shape, one.dtype), scaled(one.seconds, SECONDS), within, *[""] * 4, *against]]
+    for part in one.parts:
+        cells = ["", "", str(part.launches), "", "", f"not predicted: {part.reason}"]
+        if part.prediction is not None:
+            known = part.prediction
+            guesses = f", {known.guesses} branches guessed" if known.guesses else ""
+            cells = [scaled(part.seconds, SECONDS), "", str(part.launches), f"{known.waves:.2f}", f"{known.cycles:.0f}"]
+            cells.append(f"{known.limit}{guesses}")
+        found.append(["  " + part.kernel.strip("_").removesuffix("_kernel"), *cells])
+    if one.torch_ops:
+        found.append([f"  {one.torch_ops} PyTorch ops", scaled(one.torch_seconds + one.product_seconds, SECONDS)])
+    return _aligned(False, [[*row, *[""] * (len(found[0]) - len(row))] for row in found])
 
 
 def _aligned(is_step: bool, cells: Sequence[Sequence[str]]) -> str:
@@ -221,44 +334,9 @@ def _aligned(is_step: bool, cells: Sequence[Sequence[str]]) -> str:
     return align(cells, right=range(1, 7 if is_step else 6), at_least=(*widths, 8))
 
 
-def _op_rows(one: Forecast, measured: dict[str, float] | None) -> list[list[str]]:
-    within = f"{math.expm1(one.band.p90):.0%}" if one.band else "?"
-    found = [[label(one.name, one.shape, one.dtype), scaled(one.seconds, SECONDS), within, "", "", "", "",
-              *_against(one, measured)]]  # fmt: skip
-    for part in one.parts:
-        found.append(["  " + part.kernel.strip("_").removesuffix("_kernel"), *_part_cells(part)])
-    if one.torch_ops:
-        spent = scaled(one.torch_seconds + one.product_seconds, SECONDS)
-        found.append([f"  {one.torch_ops} PyTorch ops", spent])
-    return [[*row, *[""] * (len(found[0]) - len(row))] for row in found]
-
-
-def _part_cells(part: Part) -> list[str]:
-    found = part.prediction
-    if found is None:
-        return ["", "", str(part.launches), "", "", f"not predicted: {part.reason}"]
-    guesses = f", {found.guesses} branches guessed" if found.guesses else ""
-    return [scaled(part.seconds, SECONDS), "", str(part.launches), f"{found.waves:.2f}", f"{found.cycles:.0f}",
-            found.limit + guesses]  # fmt: skip
-
-
-def _step_row(one: Forecast, measured: dict[str, float] | None) -> list[str]:
-    return [
-        one.shape["model"], str(one.items), scaled(one.seconds, SECONDS), f"{one.items / one.seconds:,.0f}",
-        scaled(sum(part.seconds for part in one.parts), SECONDS), scaled(one.product_seconds, SECONDS),
-        scaled(one.torch_seconds, SECONDS), *_against(one, measured),
-    ]  # fmt: skip
-
-
-def _head(measured: dict[str, float] | None) -> list[str]:
-    return [] if measured is None else ["measured", "predicted / measured"]
-
-
-def _against(one: Forecast, measured: dict[str, float] | None) -> list[str]:
-    if measured is None:
-        return []
-    seconds = measured.get(label(one.name, one.shape, one.dtype))
-    return ["-", ""] if seconds is None else [scaled(seconds, SECONDS), f"{one.seconds / seconds:.2f}"]
+def label(name: str, shape: dict[str, Any], dtype: str) -> str:
+    """Return op, sizes and dtype in one text."""
+    return " ".join([name, *(f"{size}={value}" for size, value in shape.items()), dtype])
 
 
 def measurements(paths: Iterable[str]) -> dict[str, float]:
@@ -288,3 +366,32 @@ def to_json(one: Forecast) -> dict[str, Any]:
         if part.prediction:
             fields["prediction"]["limit"] = part.prediction.limit
     return record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a Markdown table of a loss at many sizes, row by row: milliseconds, and the factor over the floor."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pairs, widths = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072), (512, 640, 768, 1024, 1280)
+    add = parser.add_argument
+    add("--op", default="contrastive_loss", choices=("contrastive_loss", "sigmoid_loss"))
+    add("--pairs", type=int, nargs="+", default=pairs, metavar="N", help="numbers of pairs")
+    add("--widths", type=int, nargs="+", default=widths, metavar="D", help="widths of the features")
+    add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
+    args = parser.parse_args(arguments)
+    spec = specs()[args.op]
+    print(f"| pairs | {' | '.join(f'D = {width}' for width in args.widths)} |")
+    print("|" + " --- |" * (1 + len(args.widths)))
+    for number in args.pairs:
+        cells = []
+        for width in args.widths:
+            shape = spec.bench["cuda"][0].changed(pairs=number, embed_dim=width)
+            seconds = forecast_shape(spec, shape, "bf16", effort=QUICK if args.quick else FULL).seconds
+            floors = [spec.floor(shape, DTYPES["bf16"].itemsize, backward) for backward in (False, True)]
+            least = sum(floor.seconds(H100.power_flops, H100.hbm_rate) for floor in floors)
+            cells.append(f"{1e3 * seconds:.3g} ms, {seconds / least:.2f}x")
+        print(f"| {number:,} | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

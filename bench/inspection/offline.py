@@ -1,19 +1,22 @@
-"""Compile the kernels that an op launches for a GPU that need not be there, and read what they take of it.
+"""Compile the kernels that an op launches for a GPU that need not be there, and read the resources that they take.
 
 The launches are recorded from the op itself, so the compiled kernels are those that would run: with the same constants
 and the same specialisation of the arguments.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import io
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -25,17 +28,22 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import Launch, record_launches
 
-from .copies import copy_distances
-from .occupancy import Occupancy, occupancy
-from .sass import parse
-
 MATRIX_UNITS = tuple(dict.fromkeys(architecture.matrix_unit for architecture in ARCHITECTURES.values()))
+# Units of allocation, as cuda_occupancy.h rounds. Registers are allocated for a warp at a time, in one of four
+# sub-partitions.
+REGISTER_UNIT = 256
+SUB_PARTITIONS = 4
+SHARED_RESERVED = 1024  # bytes of each block that the system takes
+SHARED_UNIT = 128
+TENSOR_UNIT = 32  # and a power of two
 # Triton's names of dtypes.
 _TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 # The assembler's messages about each kernel that this process compiled, by the kernel's hash.
 _logs: dict[str, str] = {}
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +57,6 @@ class Resources:
         tmem_columns: columns of tensor memory of a block.
         mma: the matrix units that it uses, by their PTX instruction.
         warnings: codes of what the assembler warns of, such as C7515.
-        copies: for each loop with asynchronous copies, the instructions between a copy and its wait, which hide it.
     """
 
     registers: int
@@ -58,7 +65,6 @@ class Resources:
     tmem_columns: int
     mma: str
     warnings: tuple[str, ...] = ()
-    copies: tuple[int, ...] = ()
 
 
 def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -> list[str]:
@@ -141,20 +147,14 @@ def assembler_log(kernel: Any) -> str:
     return _logs[kernel.hash]
 
 
-def resources(kernel: Any, *, copies: bool = True) -> Resources:
-    """Return what a compiled kernel takes, read from the machine code that would run.
-
-    Without ``copies`` their distances are left out, for which the machine code must be disassembled: that takes longer
-    than all else together.
-
-    The assembler warns of the products of wgmma only, so it is asked about no other kernel.
-    """
+def resources(kernel: Any) -> Resources:
+    """Return what a compiled kernel takes, read from the machine code that would run."""
     usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
-    # spills are in the stack frame: without one there are none to count
+    # Spills are in the stack frame: without one there are none to count.
     spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(disassemble(kernel))
     ptx = kernel.asm["ptx"]
+    # The assembler warns of the products of wgmma only, so it is asked about no other kernel.
     warnings = re.findall(r"\((C7\d+)\)", assembler_log(kernel)) if "wgmma.mma_async" in ptx else []
-    has_copies = copies and "cp.async.commit_group" in ptx
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
         spill_bytes=spills,
@@ -162,7 +162,6 @@ def resources(kernel: Any, *, copies: bool = True) -> Resources:
         tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         mma="+".join(unit for unit in MATRIX_UNITS if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
         warnings=tuple(dict.fromkeys(warnings)),
-        copies=copy_distances(parse(disassemble(kernel))) if has_copies else (),
     )
 
 
@@ -237,6 +236,37 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@dataclasses.dataclass(frozen=True)
+class Occupancy:
+    """Blocks per multiprocessor, the resources that allow no more, and the resident share of the possible warps."""
+
+    blocks: int
+    limits: tuple[str, ...]
+    warps: float
+
+
+def occupancy(arch: int, *, registers: int, warps: int, shared_bytes: int, tmem_columns: int = 0) -> Occupancy:
+    """Compute the occupancy of a kernel.
+
+    ``registers`` are those of a thread. Warps, shared memory (static and dynamic) and columns of tensor memory are
+    those of a block. Tensor memory is a limit, because a block waits for free columns.
+    """
+    limits = ARCHITECTURES[arch]
+    per_warp = triton.cdiv(max(registers, 1) * 32, REGISTER_UNIT) * REGISTER_UNIT
+    per_block = triton.cdiv(shared_bytes + SHARED_RESERVED, SHARED_UNIT) * SHARED_UNIT
+    allowed = {
+        "blocks": limits.blocks,
+        "warps": limits.warps // warps,
+        "registers": limits.registers // SUB_PARTITIONS // per_warp * SUB_PARTITIONS // warps,
+        "shared": limits.shared_bytes // per_block,
+    }
+    if tmem_columns:
+        allowed["tmem"] = limits.tensor_columns // max(TENSOR_UNIT, triton.next_power_of_2(tmem_columns))
+    blocks = min(allowed.values())
+    binding = tuple(resource for resource, number in allowed.items() if number == blocks)
+    return Occupancy(blocks, binding, blocks * warps / limits.warps)
+
+
 def occupancy_of(kernel: Any, found: Resources) -> Occupancy:
     """Return the occupancy of a compiled kernel with these resources on the architecture that it was compiled for."""
     return occupancy(
@@ -255,3 +285,29 @@ def _number(pattern: str, text: str) -> int:
     if match is None:
         raise RuntimeError(f"the compiler's output has no {pattern!r}: {text[:1000]}")
     return int(match.group(1))
+
+
+@contextlib.contextmanager
+def compilers(jobs: int) -> Iterator[concurrent.futures.Executor]:
+    """Start ``jobs`` processes that compile. Tasks that still wait when the context ends are dropped."""
+    # A fork server imports everything once, and its children have no thread of this process and none of its GPU.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.command"])
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def spread(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int | None = None) -> Iterator[Result]:
+    """Yield the results of ``function`` in the order of the tasks, by as many processes as there are cores.
+
+    ``jobs`` is another number of processes. With one, the work is done in this process.
+    """
+    wanted = min(jobs or os.cpu_count() or 1, len(tasks))
+    if wanted <= 1:
+        yield from map(function, tasks)
+        return
+    with compilers(wanted) as pool:
+        yield from pool.map(function, tasks)

@@ -9,9 +9,8 @@ from typing import Any
 from clipfast.columns import align
 
 from .model import Prediction
-from .occupancy import Occupancy
-from .offline import Resources
-from .snapshot import Snapshot, as_fields
+from .offline import Occupancy, Resources
+from .shipped import Snapshot, as_fields
 
 _COLUMNS = {
     "regs": "registers per thread, at most 255",
@@ -21,7 +20,6 @@ _COLUMNS = {
     "blocks": "blocks that fit on one multiprocessor at a time, and the resources that allow no more",
     "MMA": "matrix instructions: HMMA is mma.sync, HGMMA wgmma, UTCHMMA tcgen05.mma",
     "TMA": "whether the tensor memory accelerator moves tiles",
-    "copy": "instructions between an asynchronous copy in a loop and its wait, loop by loop: one or two hide nothing",
     "cycles": "clock cycles of one program on an H100 that is full of them, by the model of clipfast inspect --predict",
     "limit": "the unit of the multiprocessor that is busiest then, and the share of the time that it is busy",
 }
@@ -51,13 +49,12 @@ class Report:
     resources: Resources
     warps: int  # per block
     occupancy: Occupancy
-    mma: tuple[str, ...]  # kinds of matrix instructions, such as "HGMMA 64x128x16 bf16"
+    mma: tuple[str, ...]  # matrix instructions, such as "HGMMA.64x128x16.F32.BF16"
     tma: bool  # whether it uses the tensor memory accelerator
     prediction: Prediction | None  # of the launch on an H100; None for other architectures
     unpredicted: str  # why there is no prediction, or ""
     problems: tuple[str, ...]  # what :func:`clipfast.bench.inspection.offline.problems` found
     known: tuple[str, ...] = ()  # problems that the compiler causes and clipfast cannot avoid
-    peer: bool = False  # whether it is a kernel of another package
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -104,47 +101,32 @@ def _row(report: Report) -> dict[str, str]:
         "regs": str(resources.registers), "spill": str(resources.spill_bytes),
         "smem": f"{resources.shared_bytes / 1024:.0f}", "tmem": str(resources.tmem_columns),
         "blocks": f"{report.occupancy.blocks} {'+'.join(report.occupancy.limits)}",
-        "MMA": _kinds(report.mma),
+        "MMA": ", ".join(report.mma) or "-",
         "TMA": "yes" if report.tma else "no",
-        "copy": "+".join(map(str, resources.copies)) or "-",
         "cycles": f"{prediction.cycles:.0f}" if prediction else "-",
         "limit": prediction.limit if prediction else "-",
         "": "; ".join(notes),
     }  # fmt: skip
 
 
-def _kinds(kinds: Sequence[str]) -> str:
-    """Return the kinds of instructions in one text, with those that differ only in shape put together."""
-    shapes: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for kind in kinds:
-        name, _, rest = kind.partition(" ")
-        shape, _, operand = rest.partition(" ")
-        shapes[name, operand].append(shape)
-    return ", ".join(f"{name} {'+'.join(found)} {operand}".strip() for (name, operand), found in shapes.items()) or "-"
-
-
 def differences(reports: Sequence[Report], snapshot: Snapshot, version: str) -> list[str]:
-    """Return what differs from a snapshot of Triton ``version``, one line for each kernel.
+    """Return the kernels whose resources differ from a snapshot of Triton ``version``, one line for each.
 
     Only inspected cases are compared.
     """
-    known = snapshot.resources
-    if version not in known:
-        return [f"the snapshot has no entry for Triton {version}, only {', '.join(sorted(known)) or 'none at all'}"]
+    if version not in snapshot:
+        return [f"the snapshot has no entry for Triton {version}, only {', '.join(sorted(snapshot)) or 'none at all'}"]
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for report in reports:
         found[f"sm_{report.arch}", report.case][report.kernel] = as_fields(report.resources)
     lines = []
     for (arch, case), kernels in found.items():
-        before: dict[str, dict[str, Any]] = known[version].get(arch, {}).get(case, {})
+        before = snapshot[version].get(arch, {}).get(case, {})
         for kernel in sorted({*kernels, *before}):
             old, new = before.get(kernel), kernels.get(kernel)
-            if old == new:
-                continue
             if old is None or new is None:
-                changes = ["new" if old is None else "gone"]
-            else:
-                both = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
-                changes = [f"{key} {was} -> {now}" for key, was, now in both if was != now]
-            lines.append(f"{arch} {case}: {kernel}: {', '.join(changes)}")
+                lines.append(f"{arch} {case}: {kernel}: {'new' if old is None else 'gone'}")
+            elif old != new:
+                changes = [f"{name} {old[name]} -> {value}" for name, value in new.items() if value != old[name]]
+                lines.append(f"{arch} {case}: {kernel}: {', '.join(changes)}")
     return lines

@@ -1,7 +1,16 @@
-"""The kernels at the shapes of the published models, by the ops' specifications: what the offline compiler compiles."""
+"""The calls that ship: every op at the shapes of the published models, and the resources that its kernels take.
 
+``resources.json`` holds the resources by version of Triton ("3.9"), architecture ("sm_90"), case and kernel. A kernel
+is a line, so that a change is a difference that one can read. The lists hold the fields of ``Resources`` in order.
+"""
+
+import dataclasses
 import functools
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +18,15 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.spec import Draw, OpSpec, Shipped, specs
 
+from .offline import Resources
+
 Case = Callable[[], object]
+SNAPSHOT = Path(__file__).with_name("resources.json")
+FIELDS = tuple(field.name for field in dataclasses.fields(Resources))
+# The compiler makes the same of both, as a test asserts, so the snapshot has sm_89 only where it differs from sm_86.
+STANDS_FOR = {"sm_89": "sm_86"}
+# Resources by version, architecture, case and kernel; of a kernel, by the name of the field.
+Snapshot = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
 # What the assembler warns of and clipfast leaves, by Triton version, architecture and case: the reason and the cost.
 KNOWN_WARNINGS: dict[tuple[str, int, str], tuple[str, ...]] = {}
 # Three registers of a tile with pairs find no place where a batch is no multiple of 16. The sigmoid loss keeps two or
@@ -68,3 +85,43 @@ def run(spec: OpSpec, shipped: Shipped, dtype: str) -> None:
     if call.grads:
         results = results if isinstance(results, tuple) else (results,)
         torch.autograd.backward(results, [torch.empty_like(result) for result in results])
+
+
+def as_fields(found: Resources) -> dict[str, Any]:
+    """Return resources as the snapshot holds them."""
+    return dataclasses.asdict(found) | {"warnings": list(found.warnings)}
+
+
+def loads(text: str) -> Snapshot:
+    """Read a snapshot.
+
+    Raises:
+        ValueError: the text is no snapshot.
+    """
+    record = json.loads(text)
+    if not isinstance(record, dict) or record.pop("fields", None) != list(FIELDS):
+        raise ValueError(f'a snapshot has "fields": {json.dumps(FIELDS)}')
+    for archs in record.values():
+        for cases in archs.values():
+            for kernels in cases.values():
+                kernels.update({name: dict(zip(FIELDS, values, strict=True)) for name, values in kernels.items()})
+        for arch, other in STANDS_FOR.items():
+            if arch in archs:
+                archs[arch] = archs.get(other, {}) | archs[arch]
+    return record
+
+
+def dumps(snapshot: Snapshot) -> str:
+    """Return the text of a snapshot."""
+    kept: dict[str, Any] = {"fields": FIELDS}
+    for version, archs in snapshot.items():
+        kept[version] = {}
+        for arch, cases in archs.items():
+            alike = archs.get(STANDS_FOR.get(arch, ""), {})
+            kept[version][arch] = {
+                case: {name: list(found.values()) for name, found in kernels.items()}
+                for case, kernels in cases.items()
+                if kernels != alike.get(case)
+            }
+    text = json.dumps(kept, indent=1, sort_keys=True)
+    return re.sub(r"\n {5,}|\n {4}(?=\])", "", text) + "\n"

@@ -10,7 +10,7 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import OpSpec, specs
 
 from ..case import Case, Sizes
-from . import data, ops, step, tokenizer
+from . import data, ops, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,6 @@ SUITES = {spec.suite_name: _suite_of(spec) for spec in specs().values()} | {
     ),
     "data": Suite(
         "the data pipeline and its stages", data.SHAPES, data.build, data.FIELDS, data.SMALLEST, dtypes=_FP32
-    ),
-    "tokenizer": Suite(
-        "captions to token ids", tokenizer.SHAPES, tokenizer.build, tokenizer.FIELDS, tokenizer.SMALLEST, dtypes=_FP32
     ),
 }
 

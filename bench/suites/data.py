@@ -18,9 +18,8 @@ from .stages import STAGES, Photographs
 
 FIELDS: Sizes = {"stage": "pipeline", "images": 1024, "width": 512, "height": 512, "size": 224}
 SMALLEST: Sizes = {"stage": "pipeline", "images": 4, "width": 64, "height": 48, "size": 32}
-# Photographs of sizes that are common on the web, resized to what most models take.
-_SIZES: Mapping[str, Sizes] = {"decode_and_transform": {"images": 32, "width": 640, "height": 480}, "pipeline": FIELDS}
-_DEFAULT: list[Sizes] = [{**FIELDS, "images": 256, **_SIZES.get(stage, {}), "stage": stage} for stage in STAGES]
+# Photographs of a size that is common on the web, resized to what most models take.
+_DEFAULT: list[Sizes] = [{**FIELDS, "images": 1024 if stage == "pipeline" else 256, "stage": stage} for stage in STAGES]
 SHAPES = {"cpu": _DEFAULT, "cuda": _DEFAULT}
 
 

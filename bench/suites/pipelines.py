@@ -6,7 +6,6 @@ import argparse
 import functools
 import gc
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,13 +57,6 @@ class OurBatches(_Batches):
         """Yield images and texts of each batch."""
         for batch in pair_loader(self.made, 0, self.number, self.workers):
             yield batch.images_on(torch.device("cpu")), batch.texts
-
-    def phases(self, **_: Tensor) -> dict[str, float]:
-        """Return the seconds of each stage, as the batches of a pass tell them."""
-        seconds: Counter[str] = Counter()
-        for batch in pair_loader(self.made, 0, self.number, self.workers):
-            seconds.update(batch.seconds)
-        return dict(seconds)
 
 
 class OpenClipBatches(_Batches):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from clipfast import Tokenizer, image_transform, open_image
+from clipfast import Tokenizer
 from clipfast.data import Batch, CroppedImages, IndexCache, ShardSource, open_shards
 from clipfast.data.loader import stacked
 from clipfast.tokenizer import CONTEXT_LENGTH, trim_padding
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can 
 
 # A coarsely decoded photograph differs by 3% from one that is decoded whole (more than 35 dB); their means hardly do.
 PIXELS, MEANS = 20.0, 5.0
+THEIRS = "OpenCLIP"
 Make = Callable[[], AnyFunction]
 
 
@@ -61,18 +62,19 @@ class Photographs:
         """Return the names of tar files of the pairs."""
         return pairs.shards(self.count, self.width, self.height)
 
-    def crops(self, oversampling: float = 1.0) -> CroppedImages:
+    @property
+    def crops(self) -> CroppedImages:
         """Return our crops of the images."""
-        return CroppedImages(self.size, oversampling=oversampling)
+        return CroppedImages(self.size)
 
     def source(self) -> ShardSource:
         """Return the shards, indexed."""
         return open_shards(self.shards, index=IndexCache(Path(self.shards[0]).parent / "index"))
 
-    def open_clip_transform(self, *, is_train: bool = True) -> Callable[[Image.Image], Tensor]:
-        """Return OpenCLIP's transform, which for training is a crop."""
+    def open_clip_transform(self) -> Callable[[Image.Image], Tensor]:
+        """Return OpenCLIP's transform for training, which is a crop."""
         open_clip: Any = peers.need("open_clip", "open_clip_torch")
-        return open_clip.image_transform(self.size, is_train=is_train)
+        return open_clip.image_transform(self.size, is_train=True)
 
     def of_each(self, function: Callable[[bytes], Any]) -> list[Any]:
         """Return what ``function`` makes of each file, with the random numbers that its place determines."""
@@ -160,83 +162,46 @@ def _thumbnail(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.resize((8, 8), Image.Resampling.BOX))).double()
 
 
-def _each(photographs: Photographs, function: Callable[[bytes], Any], seen: Callable[[Any], Tensor]) -> _Each:
-    files = photographs.files
-    return _Each(lambda number: function(files[number]), seen)
-
-
 def _read(photographs: Photographs, _: torch.device) -> Stage:
-    return Stage(
-        {
-            OURS: lambda: _Each(photographs.source().read, _lengths),
-            "OpenCLIP": lambda: _OpenClipRead(photographs.shards),
-        },
-        note="in any order",
-        unit="pairs",
-    )
+    make: dict[str, Make] = {
+        OURS: lambda: _Each(photographs.source().read, _lengths),
+        THEIRS: lambda: _OpenClipRead(photographs.shards),
+    }
+    return Stage(make, note="in any order", unit="pairs")
 
 
 def _decode(photographs: Photographs, _: torch.device) -> Stage:
-    each = functools.partial(_each, photographs)
-
-    def open_clip() -> AnyFunction:
-        peers.need("open_clip", "open_clip_torch")
-        return each(_pil, _thumbnail)
-
-    return Stage(
-        {
-            OURS: lambda: each(photographs.crops().decoded, lambda found: _thumbnail(found[0])),
-            f"{OURS}, whole": lambda: each(open_image, _thumbnail),
-            "OpenCLIP": open_clip,
-        },
-        note="as finely as the crop needs",
-        slack=MEANS,
-    )
+    files = photographs.files
+    make: dict[str, Make] = {
+        OURS: lambda: _Each(lambda n: photographs.crops.decoded(files[n]), lambda found: _thumbnail(found[0])),
+        THEIRS: lambda: _Each(lambda n: _pil(files[n]), _thumbnail),
+    }
+    return Stage(make, note="as finely as the crop needs", slack=MEANS)
 
 
 def _resize(photographs: Photographs, _: torch.device) -> Stage:
     def ours() -> AnyFunction:
-        crops = photographs.crops()
+        crops = photographs.crops
         decoded = photographs.of_each(crops.decoded)
         return _Each(lambda number: crops.resized(*decoded[number]), denormalized)
 
-    def open_clip() -> AnyFunction:
+    def theirs() -> AnyFunction:
         transform, decoded = photographs.open_clip_transform(), photographs.of_each(_pil)
         return _Each(lambda number: transform(decoded[number]), denormalized)
 
-    return Stage({OURS: ours, "OpenCLIP": open_clip}, note="bytes, of a coarser image", slack=PIXELS)
-
-
-def _crop(photographs: Photographs, _: torch.device) -> Stage:
-    each = functools.partial(_each, photographs, seen=denormalized)
-
-    def open_clip() -> AnyFunction:
-        transform = photographs.open_clip_transform()
-        return each(lambda file: transform(_pil(file)))
-
-    return Stage(
-        {
-            OURS: lambda: each(photographs.crops()),
-            f"{OURS}, whole": lambda: each(photographs.crops(float("inf"))),
-            "OpenCLIP": open_clip,
-        },
-        note="decode and resize",
-        slack=PIXELS,
-    )
+    return Stage({OURS: ours, THEIRS: theirs}, note="bytes, of a coarser image", slack=PIXELS)
 
 
 def _collate(photographs: Photographs, _: torch.device) -> Stage:
     def ours() -> AnyFunction:
-        return _Joined(
-            photographs.of_each(photographs.crops()), lambda images: stacked(images, len(images)), denormalized
-        )
+        images = photographs.of_each(photographs.crops)
+        return _Joined(images, lambda batch: stacked(batch, len(batch)), denormalized)
 
-    def open_clip() -> AnyFunction:
+    def theirs() -> AnyFunction:
         transform = photographs.open_clip_transform()
-        images = photographs.of_each(lambda file: transform(_pil(file)))
-        return _Joined(images, default_collate, denormalized)
+        return _Joined(photographs.of_each(lambda file: transform(_pil(file))), default_collate, denormalized)
 
-    return Stage({OURS: ours, "OpenCLIP": open_clip}, note="bytes", slack=PIXELS)
+    return Stage({OURS: ours, THEIRS: theirs}, note="bytes", slack=PIXELS)
 
 
 def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
@@ -246,11 +211,11 @@ def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
         tokenizer = Tokenizer()
         return _Joined(texts, lambda batch: trim_padding(tokenizer(batch)), padded)
 
-    def open_clip() -> AnyFunction:
+    def theirs() -> AnyFunction:
         tokenizer = peers.need("open_clip", "open_clip_torch").SimpleTokenizer()
         return _Joined(texts, lambda batch: default_collate([tokenizer(text)[0] for text in batch]), padded)
 
-    return Stage({OURS: ours, "OpenCLIP": open_clip}, note="a batch at a time", unit="captions")
+    return Stage({OURS: ours, THEIRS: theirs}, note="a batch at a time", unit="captions")
 
 
 def _transfer(photographs: Photographs, device: torch.device) -> Stage:
@@ -269,55 +234,28 @@ def _transfer(photographs: Photographs, device: torch.device) -> Stage:
 
         return copy
 
-    return Stage(
-        {
-            OURS: lambda: make(torch.uint8, pinned=True),
-            f"{OURS}, floats": lambda: make(torch.float32, pinned=True),
-            "OpenCLIP": lambda: make(torch.float32, pinned=False),
-        },
-        note="bytes, from pinned memory",
-        unit="pairs",
-    )
+    made: dict[str, Make] = {
+        OURS: functools.partial(make, torch.uint8, pinned=True),
+        THEIRS: functools.partial(make, torch.float32, pinned=False),
+    }
+    return Stage(made, note="bytes, from pinned memory", unit="pairs")
 
 
 def _pipeline(photographs: Photographs, _: torch.device) -> Stage:
     def ours(workers: int) -> AnyFunction:
-        return OurBatches(photographs.source(), photographs.crops(), workers)
+        return OurBatches(photographs.source(), photographs.crops, workers)
 
-    def open_clip(workers: int) -> AnyFunction:
+    def theirs(workers: int) -> AnyFunction:
         return OpenClipBatches(photographs.shards, photographs.count, photographs.open_clip_transform(), workers)
 
-    return Stage(
-        {
-            OURS: lambda: ours(0),
-            "OpenCLIP": lambda: open_clip(0),
-            f"{OURS}, 1 worker": lambda: ours(1),
-            "OpenCLIP, 1 worker": lambda: open_clip(1),
-        },
-        note="with all stages but the copy to the device",
-        slack=MEANS,
-        unit="pairs",
-    )
-
-
-def _decode_and_transform(photographs: Photographs, _: torch.device) -> Stage:
-    each = functools.partial(_each, photographs, seen=denormalized)
-
-    def ours(*, uint8: bool) -> AnyFunction:
-        transform = image_transform(photographs.size, is_train=False, uint8=uint8)
-        return each(lambda file: transform(open_image(file)))
-
-    def open_clip() -> AnyFunction:
-        transform = photographs.open_clip_transform(is_train=False)
-        return each(lambda file: transform(_pil(file)))
-
-    return Stage(
-        {OURS: lambda: ours(uint8=True), f"{OURS}, floats": lambda: ours(uint8=False), "OpenCLIP transform": open_clip},
-        note="bytes, normalised on the device",
-    )
+    made: dict[str, Make] = {
+        OURS: lambda: ours(0), THEIRS: lambda: theirs(0),
+        f"{OURS}, 1 worker": lambda: ours(1), f"{THEIRS}, 1 worker": lambda: theirs(1),
+    }  # fmt: skip
+    return Stage(made, note="with all stages but the copy to the device", slack=MEANS, unit="pairs")
 
 
 STAGES: dict[str, Callable[[Photographs, torch.device], Stage]] = {
-    "read": _read, "decode": _decode, "resize": _resize, "crop": _crop, "collate": _collate, "tokenize": _tokenize,
-    "transfer": _transfer, "pipeline": _pipeline, "decode_and_transform": _decode_and_transform,
+    "read": _read, "decode": _decode, "resize": _resize, "collate": _collate, "tokenize": _tokenize,
+    "transfer": _transfer, "pipeline": _pipeline,
 }  # fmt: skip

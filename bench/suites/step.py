@@ -1,12 +1,22 @@
 """A whole training step: forward, loss, backward and AdamW, on images that stay bytes until the model takes them.
 
+MFU (model FLOPs utilisation; Chowdhery et al. 2022, PaLM, appendix B) = model FLOPs of a step / (seconds of the step x
+peak rate of the matrix units). A multiply-add is two operations; only products and convolutions are counted, by PyTorch
+on meta tensors. Backward takes two products for each product of the forward pass, so a step is three forward passes and
+the loss. Two numbers belong to a step of N pairs with D features, and they differ on purpose:
+
+* :func:`step_flops`, for MFU, counts the published architecture, whatever an implementation leaves out or does twice.
+  Every token counts in every layer, and all scores of a causal layer count. The published loss keeps its logits, so it
+  needs one product of the features forward and two backward, each of 2 N^2 D: 6 N^2 D.
+* :func:`step_floor_flops`, for "of floor", counts the products of our own step. Our loss keeps no N x N matrix and
+  computes the logits once more in backward: 8 N^2 D, as the specification of ``contrastive_loss`` says. Our
+  attention pool of a ResNet has one query, where the published one has as many as there are positions.
+
 AdamW counts its steps on the host here, so a step cannot be a CUDA graph, and its time includes the host that launches
-the kernels. The inputs are on the device when the time begins. What it costs to send them there, as bytes or as floats,
-is reported separately.
+the kernels. The inputs are on the device when the time begins.
 """
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,23 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipfast import create_model, get_model_config
 from clipfast.kernels import contrastive_loss, reference
+from clipfast.kernels.contrastive.cases import LossShape
 from clipfast.kernels.dtypes import DTYPES
-from clipfast.kernels.spec import Floor
+from clipfast.kernels.spec import Floor, specs
 from clipfast.models import SigLIPConfig
+from clipfast.models.resnet import ModifiedResNet
 from clipfast.training.optim import adamw
 from clipfast.verify.models import draw_batch
 
-from ..breakdown import Breakdown, copy_seconds, trace
+from ..breakdown import Breakdown, trace
 from ..case import OURS, Candidate, Case, Function, Inputs, Sizes
 from ..categories import LOSS_RANGE
-from ..flops import step_floor_flops, step_flops
-from ..machine import synchronize
 from . import peers
 
-Mark = Callable[[str], None]
 # Opens a range of the profiler, by its name.
 Range = Callable[[str], AbstractContextManager[object]]
 FIELDS: Sizes = {"model": "ViT-B-32", "batch": 256}
@@ -81,7 +91,6 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         reference=Candidate("reference", functools.partial(_ours, name, "fp32", device, "torch")),
         floor=Floor(step_floor_flops(name, batch), 0),
         model_flops=step_flops(name, batch),
-        transfers={pixels: _sent_bytes(name, batch, pixels) for pixels in ("uint8", "float32")},
         items=(batch, "pairs"),
     )  # fmt: skip
 
@@ -108,7 +117,7 @@ def _open_clip(name: str, dtype: str, device: torch.device) -> "MeasuredStep":
     # made from our configuration, because OpenCLIP does not know the small model by name
     model = open_clip.CLIP(**get_model_config(name).to_dict()).to(device)
     model.load_state_dict(_weights(name))
-    return MeasuredStep(name, _Normalizing(model), open_clip.ClipLoss(), dtype, pixels="float32")
+    return MeasuredStep(name, _Normalizing(model), open_clip.ClipLoss(), dtype)
 
 
 def _compiled(make: Callable[[], "MeasuredStep"], device: torch.device, *, fullgraph: bool) -> "MeasuredStep":
@@ -135,55 +144,32 @@ class MeasuredStep:
     """One step of AdamW on a batch, as a function of images and texts.
 
     The model computes both features and the logit scale, and the loss takes these three. ``dtype`` is the name of the
-    autocast dtype or "fp32", ``pixels`` that of the pixels that users of this implementation send to the device.
+    autocast dtype or "fp32".
     """
 
-    def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str, pixels: str = "uint8") -> None:
-        self.name, self.pixels = name, pixels
+    def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str) -> None:
+        self.name = name
         self.model: Callable[..., Any] = model.train()
         # OpenCLIP's model has the same names, behind the prefix of the module that normalises
         self.parameters = {name.removeprefix("model."): p for name, p in model.named_parameters()}
         self.loss, self.dtype = loss, dtype
         self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)
 
-    def __call__(
-        self, images: Tensor, texts: Tensor, mark: Mark = lambda _: None, loss_range: Range = nullcontext
-    ) -> Tensor:
-        """Take a step and return the loss before it. ``mark`` is told of each part that ends."""
-        *_, loss = self._forward(images, texts, mark, loss_range)
+    def __call__(self, images: Tensor, texts: Tensor, loss_range: Range = nullcontext) -> Tensor:
+        """Take a step and return the loss before it."""
+        *_, loss = self._forward(images, texts, loss_range)
         loss.backward()
-        mark("backward")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        mark("optimizer")
         return loss.detach()
 
-    def phases(self, images: Tensor, texts: Tensor) -> dict[str, float]:
-        """Take a step and return the seconds of each part. The host waits for the device after each."""
-        times: dict[str, float] = {}
-        synchronize(images.device)
-        last = time.perf_counter()
-
-        def mark(phase: str) -> None:
-            nonlocal last
-            synchronize(images.device)
-            now = time.perf_counter()
-            times[phase], last = now - last, now
-
-        self(images, texts, mark)
-        return times
-
     def breakdown(self, images: Tensor, texts: Tensor, seconds: float) -> Breakdown:
-        """Trace steps, which take ``seconds`` without a profiler, and return where the time goes.
-
-        The transfer of the inputs to the device counts too: bytes [B, 3, H, W] and token ids [B, context_length].
-        """
+        """Trace steps, which take ``seconds`` without a profiler, and return where the time goes."""
         step = functools.partial(self, images, texts, loss_range=record_function)
         result = trace(step, images.device, seconds)
         if isinstance(get_model_config(self.name).vision.layers, int):
-            result = result.with_convolutions_as_input()
-        sent = copy_seconds(_sent_bytes(self.name, len(images), self.pixels), images.device)
-        return result if sent is None else result.with_data(sent)
+            return result.with_convolutions_as_input()
+        return result
 
     def observe(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Return loss, features and the gradient of all parameters, without taking the step."""
@@ -194,20 +180,45 @@ class MeasuredStep:
         self.optimizer.zero_grad(set_to_none=True)
         return {"value": loss.detach(), "image": image.detach(), "text": text.detach(), "d_parameters": flat}
 
-    def _forward(
-        self, images: Tensor, texts: Tensor, mark: Mark = lambda _: None, loss_range: Range = nullcontext
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, images: Tensor, texts: Tensor, loss_range: Range = nullcontext) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(images.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
             image, text, scale = self.model(images, texts)[:3]
-            mark("both encoders")
             with loss_range(LOSS_RANGE):
                 loss = self.loss(image, text, scale)
-            mark("loss")
         return image, text, loss
 
 
-def _sent_bytes(name: str, batch: int, pixels: str) -> int:
-    """Return the bytes of a batch: images with pixels of the dtype ``pixels``, and texts."""
-    config = get_model_config(name)
-    image = 3 * config.vision.image_size**2 * getattr(torch, pixels).itemsize
-    return int(batch * (image + config.text.context_length * torch.long.itemsize))
+def step_flops(name: str, pairs: int) -> float:
+    """Return the model FLOPs of a training step of the published model ``name`` on ``pairs`` pairs."""
+    flops, embed_dim = forward_flops(name)
+    return 3.0 * pairs * flops + 6.0 * pairs**2 * embed_dim
+
+
+def step_floor_flops(name: str, pairs: int) -> float:
+    """Return the FLOPs that our own training step needs at least.
+
+    The counter sees all rows of the last block, also those that a step does not need. So a step may come nearer to this
+    floor than seems possible.
+    """
+    flops, embed_dim = forward_flops(name, published=False)
+    loss = specs()["contrastive_loss"]
+    shape = LossShape(pairs, embed_dim)
+    return 3.0 * pairs * flops + loss.floor(shape, 0, False).flops + loss.floor(shape, 0, True).flops
+
+
+@functools.cache
+def forward_flops(name: str, *, published: bool = True) -> tuple[float, int]:
+    """Return the FLOPs of one pair through both towers of the model ``name``, and the number of features.
+
+    ``published`` counts the attention pool of a ResNet as published: the queries, keys and values of all positions.
+    """
+    model = create_model(name, device="meta", backend="torch")
+    size, embed_dim, pool = model.visual.image_size, model.config.embed_dim, 0.0
+    if published and isinstance(model.visual, ModifiedResNet):
+        tokens, width = model.visual.attnpool.positional_embedding.shape
+        pool = tokens * (6.0 * width**2 + 4.0 * tokens * width + 2.0 * width * embed_dim)
+        model.visual.add_module("attnpool", nn.Identity())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encode_image(torch.empty(1, 3, size, size, device="meta"))
+        model.encode_text(torch.empty(1, model.context_length, dtype=torch.long, device="meta"))
+    return pool + counter.get_total_flops(), embed_dim

@@ -81,7 +81,7 @@ def run_session(monkeypatch, no_roofs, tmp_path):
 
     def run(*cases, **options):
         monkeypatch.setattr(session, "build", mock.Mock(side_effect=cases))
-        options = {"memory": False, "plots": False, **options}
+        options = {"memory": False, **options}
         keys = [("loss", {}, "fp32")] * len(cases)
         result = session.measure_all(keys, CPU, Budget(0.0, 2, 2), tmp_path / "run.json", **options)
         validate(result)

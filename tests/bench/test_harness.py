@@ -11,10 +11,9 @@ import torch
 
 from clipfast.bench import checkout, cli, compare, harness, machine, results, session, tables
 from clipfast.bench.case import OURS, Candidate, MissingError
-from clipfast.bench.harness import Budget, leaves, measure, ratio_interval
+from clipfast.bench.harness import Budget, measure, ratio_interval
 from clipfast.bench.memory import peak_bytes
 from clipfast.bench.suites import SUITES, build
-from clipfast.kernels.spec import Floor
 
 from .conftest import CPU, case, double, quickly, smallest, validate
 
@@ -49,12 +48,9 @@ def test_candidates_take_turns():
 
     measure(case((candidate("a"), candidate("b"))), Budget(seconds=100, rounds=4))
     assert calls[-8:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-
-
-def test_budget_ends_a_case_but_not_before_the_least():
-    slow = case((Candidate(OURS, lambda: lambda x: time.sleep(0.02) or 2 * x),))
-    (timing,), _ = measure(slow, Budget(seconds=0.0, rounds=50, min_rounds=4))
-    assert len(timing.samples) == 4
+    # a budget of no time still takes the least number of rounds
+    timings, _ = measure(case((candidate("a"),)), Budget(seconds=0.0, rounds=50, min_rounds=4))
+    assert len(timings[0].samples) == 4
 
 
 def test_interval_of_the_ratio():
@@ -64,19 +60,13 @@ def test_interval_of_the_ratio():
     median, low, high = ratio_interval(ours, other)
     assert low < median < high
     assert 1.4 < low < 1.5 < high < 1.6
-    assert ratio_interval([1.0, 1.0], [1.0, 1.0]) == (1, 1, 1)
 
 
-@pytest.mark.parametrize(
-    ("interval", "word"),
-    [((1.06, 1.2), "slower"), ((1.01, 1.2), "undecided"), ((0.97, 1.04), "same"), ((0.7, 0.9), "faster")],
-)
-def test_verdict(interval, word):
-    assert compare.verdict(*interval, False) == word
-    assert compare.verdict(*interval, True) == "throttled"
-
-
-def test_processes_count_more_than_samples():
+def test_a_verdict_counts_processes_more_than_samples():
+    intervals = {(1.06, 1.2): "slower", (1.01, 1.2): "undecided", (0.97, 1.04): "same", (0.7, 0.9): "faster"}
+    for interval, word in intervals.items():
+        assert compare.verdict(*interval, False) == word
+        assert compare.verdict(*interval, True) == "throttled"
     # Many samples that agree within a process prove nothing about the next process.
     base, head = [[1.0] * 50, [1.3] * 50, [0.8] * 50], [[1.2] * 50, [0.9] * 50, [1.1] * 50]
     _, low, high = compare.ratio_of_processes(base, head)
@@ -96,13 +86,8 @@ def test_every_suite_runs_and_validates(suite, tmp_path, no_roofs, capsys):
     validate(json.loads(path.read_text()))
     entry = next(c for c in run["cases"][0]["candidates"] if c["name"] == OURS)
     assert (entry["refused"], len(entry["samples_s"])) == (None, 2)
-    printed = capsys.readouterr().out
-    assert built.op in printed
-    pictures = (["floor"] if built.floor else []) + (["step", "breakdown"] if suite == "step" else [])
-    assert all((tmp_path / f"run-{picture}.png").stat().st_size > 1000 for picture in pictures)
-    if suite == "step":
-        assert list(entry["phases_s"]) == ["both encoders", "loss", "backward", "optimizer"]
-        assert entry["mfu"]["measured"] > 0
+    assert built.op in capsys.readouterr().out
+    assert suite != "step" or entry["mfu"]["measured"] > 0
 
 
 def test_a_whole_name_means_that_candidate_alone():
@@ -114,7 +99,6 @@ def test_a_whole_name_means_that_candidate_alone():
     assert names() == [OURS]
     assert names("Peer") == [OURS, "peer"]
     assert names("pee") == [OURS, "peer", "peer compiled"]
-    assert names("peer", "compiled") == [OURS, f"{OURS} compiled", "peer", "peer compiled"]
     with pytest.raises(ValueError, match="--only 'nobody'"):
         names("peer", "nobody")
 
@@ -132,90 +116,63 @@ def test_committed_results_validate_and_a_broken_one_does_not():
 LOSSES = ["clipfast, memory=min", "Inf-CL", "memeff", "Cut Cross-Entropy x2", "Liger x2"]
 
 
-@pytest.mark.parametrize(
-    ("suite", "peers"), [("loss", LOSSES), ("sigmoid", ["siglip-kernel"]), ("attention", ["flash-attn"])]
-)
-def test_gpu_only_peers_are_listed_not_forgotten(suite, peers):
-    built = smallest(suite)
-    timings = quickly(dataclasses.replace(built, candidates=[c for c in built.candidates if c.name in peers]))
-    assert {name: timing.refused for name, timing in timings.items()} == dict.fromkeys(peers, "missing: needs a GPU")
+def test_gpu_only_peers_are_listed_not_forgotten():
+    for suite, peers in (("loss", LOSSES), ("sigmoid", ["siglip-kernel"]), ("attention", ["flash-attn"])):
+        built = smallest(suite)
+        timings = quickly(dataclasses.replace(built, candidates=[c for c in built.candidates if c.name in peers]))
+        assert {name: t.refused for name, t in timings.items()} == dict.fromkeys(peers, "missing: needs a GPU")
 
 
 def test_peak_memory_is_the_calls_own():
-    # 4096 x 4096 float32 logits are 64 MiB; the reference holds several, ours none.
-    logits = 4096 * 4096 * 4
-    built = build("loss", {"pairs": 4096, "embed_dim": 64}, "fp32", CPU)
+    # 2048 x 2048 float32 logits are 16 MiB; the reference holds several, ours none.
+    pairs, logits = 2048, 2048 * 2048 * 4
+    built = build("loss", {"pairs": pairs, "embed_dim": 64}, "fp32", CPU)
     by_name = {candidate.name: candidate for candidate in built.candidates}
     theirs, ours = peak_bytes(built, by_name["PyTorch"]), peak_bytes(built, by_name[OURS])
     assert 2 * logits < theirs < 10 * logits
-    assert 2 * 4096 * 64 * 4 <= ours < logits  # at least the two gradients
-
-    with pytest.raises(RuntimeError, match="not enough values to unpack"):
-        peak_bytes(built, Candidate("nobody", lambda: double))
+    assert 2 * pairs * 64 * 4 <= ours < logits  # at least the two gradients
 
 
-def test_a_cpu_has_roofs_and_no_telemetry():
-    assert machine.telemetry(CPU) == {"available": False, "why": "no GPU"}
-    assert all(rate > 1e6 for rate in machine.measure_roofs(CPU, torch.float32).values())
-
-
-def test_floor_is_the_larger_of_work_and_traffic():
-    for floor in (Floor(100, 10), Floor(10, 100)):
-        assert floor.seconds(flops_per_s=10, bytes_per_s=10) == 10
-
-
-def test_inputs_rotate_past_the_cache(monkeypatch):
-    monkeypatch.setattr("clipfast.bench.harness.cache_bytes", lambda device: 100)
+def test_inputs_rotate_past_the_cache_and_do_not_fill_the_memory(monkeypatch):
     seen = set()
 
     def run(x):
         seen.add(x.data_ptr())
         return 2 * x
 
-    measure(case((Candidate(OURS, lambda: run),), reference=None), Budget(seconds=0, rounds=12, min_rounds=12))
+    built = case((Candidate(OURS, lambda: run),), reference=None)
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 100)
+    measure(built, Budget(seconds=0, rounds=12, min_rounds=12))
     assert len(seen) == math.ceil(3 * 100 / 32)
-
-
-def test_inputs_do_not_fill_the_memory(monkeypatch):
-    built = case((Candidate(OURS, lambda: double),))
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 2**20)
     for free, sets in ((10 * 32, 1 + 2), (2**30, harness.MAX_SETS)):  # a fifth of ten sets, and the first
         monkeypatch.setattr(harness, "free_bytes", lambda device, free=free: free)
         assert len(harness._input_sets(built)) == sets
-    assert len(harness._input_sets(dataclasses.replace(built, graph=False))) == 1
-
-
-def test_leaves_take_no_more_gradients_than_asked():
-    built = smallest("attention")
-    inputs = leaves(built, built.inputs())
-    assert inputs["qkv"].requires_grad
-    assert not inputs["grad"].requires_grad
 
 
 BAD = [
     (["loss", "--device", "tpu"], "--device must be cpu, cuda or auto, got 'tpu'"),
     (["loss", "--dtype", "int8"], "dtype must be one of fp32, fp16, bf16, got 'int8'"),
     (["loss", "--shape", "pairs=x"], "--shape: pairs must be like 16384, got 'x'"),
-    (["loss", "--shape", "rows=3"], "--shape: loss has no 'rows'; it has pairs, embed_dim"),
+    (["loss", "--shape", "rows=3"], "--shape: loss has no 'rows'"),
     (["loss", "--shape", "pairs=3"], "a shape of loss looks like 'pairs=16384 embed_dim=512'"),
     (["loss", "--shape", "pairs=0 embed_dim=4"], "pairs=0 must be like 16384, and positive"),
     (["ops", "--shape", "pairs=3 embed_dim=4"], "--shape needs one suite, not 'ops'"),
     (["step", "--shape", "model=ViT-X batch=2"], "unknown model 'ViT-X'"),
-    (["step", "--shape", "model=ViT-B-16-SigLIP batch=2"], "step: ViT-B-16-SigLIP is trained with the sigmoid loss"),
+    (["step", "--shape", "model=ViT-B-16-SigLIP batch=2"], "sigmoid loss"),
     (["loss", "--seconds", "0"], "--seconds must be more than 0, got 0"),
-    (["loss", "--shape", "pairs=8 embed_dim=4", "--only", "nobody", "--json", "x.json"], "--only 'nobody': loss has"),
-    (["loss", "--compare", "no-such-commit"], "--compare no-such-commit: no such commit here"),
-    (["plot", "nowhere.json"], "nowhere.json is not a result file"),
+    (["loss", "--shape", "pairs=8 embed_dim=4", "--only", "nobody", "--json", "x.json"], "--only 'nobody'"),
+    (["loss", "--compare", "no-such-commit"], "--compare no-such-commit"),
+    (["data", "--pairs-per-second", "0"], "--pairs-per-second must be more than 0"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message[:40] for _, message in BAD])
 def test_bad_arguments_are_one_clear_line(arguments, message, capsys, tmp_path, no_roofs, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    device = [] if "--device" in arguments or arguments[0] == "plot" else ["--device", "cpu"]
+    device = [] if "--device" in arguments else ["--device", "cpu"]
     assert cli.main([*arguments, *device]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert message in error
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,35 +183,28 @@ Tokenizer.__call__ = lambda self, *args, **kwargs: time.sleep(0.02) or _call(sel
 """
 
 
-def test_compare_measures_each_side_with_its_own_kernels(tmp_path, monkeypatch):
-    # The base's tokenizer takes 20 ms longer: it is the base's code that has to run, whatever is installed.
+def test_compare_measures_each_side_with_its_own_code_and_judges(tmp_path, monkeypatch, capsys):
+    # The head's tokenizer takes 20 ms longer: it is the head's code that has to run, whatever is installed.
     monkeypatch.setattr(compare, "TURNS", 1)
-    medians = {}
+    runs = {}
     for side in ("base", "head"):
         site = checkout.link_packages(tmp_path / f"site-{side}")
-        if side == "base":
+        if side == "head":
             tokenizer = site / "clipfast" / "tokenizer.py"
             source = tokenizer.read_text()
             tokenizer.unlink()
             tokenizer.write_text(source + SLOWER)
-        keys = [("tokenizer", {"captions": 5, "text": "ascii"}, "fp32")]
-        run = compare._measure(site, keys, CPU, Budget(0.0, 3, 3), tmp_path / f"{side}.json")
-        medians[side] = run["cases"][0]["candidates"][0]["median_s"]
-    assert medians["base"] > 0.02
-    assert medians["head"] < medians["base"] / 2
+        sizes = {**SUITES["data"].smallest, "stage": "tokenize"}
+        keys = [("data", sizes, "fp32")]
+        runs[side] = [compare._measure(site, keys, CPU, Budget(0.0, 3, 3), tmp_path / f"{side}.json")]
+    assert compare._verdicts(runs, "main") == 1
+    assert "slower" in capsys.readouterr().out
+    assert compare._verdicts({"base": runs["head"], "head": runs["base"]}, "main") == 0
 
 
-def test_table_without_openclip():
-    ours = {"name": "clipfast", "refused": None, "median_s": 2e-3, "peak_bytes": 2**20}
-    missing = {"name": "OpenCLIP ClipLoss", "refused": "missing: not installed"}
-    case = {"suite": "loss", "shape": {"pairs": 4096, "embed_dim": 512}, "dtype": "bf16", "candidates": [ours, missing]}
-    run = {
-        "machine": {"gpu": "a GPU"}, "versions": {"torch": "2.11.0", "open_clip_torch": None}, "cases": [case],
-        "when": "2026-11-26T00:00", "git": {"sha": "0123456789"},
-    }  # fmt: skip
-    text = tables.page_table([run])
-    assert "| 4,096 | 2 ms | - | - | 1.0 MiB | - |" in text
-    assert "OpenCLIP not installed" in text
+def test_a_cpu_has_roofs_and_no_telemetry():
+    assert machine.telemetry(CPU) == {"available": False, "why": "no GPU"}
+    assert all(rate > 1e6 for rate in machine.measure_roofs(CPU, torch.float32).values())
 
 
 @pytest.mark.parametrize(("page", "row"), [("README.md", "| 1,024 |"), ("docs/benchmarks.md", "| ViT-B-32, 64 |")])
@@ -263,3 +213,14 @@ def test_tables_of_pages_are_made_of_the_results(page, row):
     text = (root / page).read_text()
     assert text.count(row) == 1
     assert tables.fill_tables(text.replace(row, "| 7 |"), root / "bench" / "results") == text
+
+
+def test_a_table_without_openclip():
+    ours = {"name": "clipfast", "refused": None, "median_s": 2e-3, "peak_bytes": 2**20}
+    missing = {"name": "OpenCLIP ClipLoss", "refused": "missing: not installed"}
+    case = {"suite": "loss", "shape": {"pairs": 4096, "embed_dim": 512}, "dtype": "bf16", "candidates": [ours, missing]}
+    run = {
+        "machine": {"gpu": "a GPU"}, "versions": {"torch": "2.11.0", "open_clip_torch": None}, "cases": [case],
+        "when": "2026-11-26T00:00", "git": {"sha": "0123456789"},
+    }  # fmt: skip
+    assert "| 4,096 | 2 ms | - | - | 1.0 MiB | - |" in tables.page_table([run])

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from clipfast.bench.inspection import model, offline, sass, workloads
+from clipfast.bench.inspection import forecast, model, offline, sass
 from clipfast.bench.inspection.model.arguments import bank
 from clipfast.bench.inspection.model.arithmetic import execute, signed
 from clipfast.bench.inspection.model.machine import H100
@@ -148,29 +148,21 @@ def follow(*lines: str, constants=None, **special: int) -> Path:
     return code(*lines).follow(State(constants or {}, special, lambda address, size: None))
 
 
-def lengths(path: Path) -> list[int]:
-    return [last - first for first, last in path.pieces]
+LOOP = ("MOV R0, RZ", "VIADD R0, R0, 0x3", "ISETP.LT.AND P0, PT, R0, c[0x0][0x210], PT", "@P0 BRA 0x10", "EXIT")
+PLACE = ("S2R R0, SR_CTAID.X", "ISETP.GE.AND P0, PT, R0, 0x2, PT", "@P0 BRA 0x50", "NOP", "NOP", "EXIT")
+SLOW = ("FADD R0, R1, R2", "ISETP.GT.U32.AND P0, PT, R0, RZ, PT", "@!P0 BRA 0x40", "CALL.REL.NOINC 0x50", "EXIT")
 
 
-def test_loops_run_as_often_as_their_counters_say():
-    loop = ("MOV R0, RZ", "VIADD R0, R0, 0x3", "ISETP.LT.AND P0, PT, R0, c[0x0][0x210], PT", "@P0 BRA 0x10", "EXIT")
+def test_loops_branches_and_calls_are_followed():
     for limit in (1, 3, 4, 100):
-        path = follow(*loop, constants={0x210: limit})
+        path = follow(*LOOP, constants={0x210: limit})
         assert (path.length, path.guesses) == (2 + 3 * -(-limit // 3), 0)
-
-
-def test_branches_depend_on_the_place_in_the_grid():
-    lines = ("S2R R0, SR_CTAID.X", "ISETP.GE.AND P0, PT, R0, 0x2, PT", "@P0 BRA 0x50", "NOP", "NOP", "EXIT")
-    assert follow(*lines, **{"SR_CTAID.X": 1}).length == 6
-    assert follow(*lines, **{"SR_CTAID.X": 2}).length == 4
-
-
-def test_calls_return_diverged_code_joins_and_slow_paths_of_float_functions_are_not_taken():
-    assert lengths(follow("CALL.REL.NOINC 0x30", "NOP", "EXIT", "NOP", "RET.REL.NODEC R4 0x0")) == [1, 2, 2]
-    assert lengths(follow("BSSY B0, 0x40", "BRA 0x30", "NOP", "BSYNC B0", "EXIT")) == [2, 2]
-    assert lengths(follow("BRA.U UP0, 0x20", "EXIT", "EXIT")) == [2]  # unknown: a guess, and the code falls through
-    slow = ("FADD R0, R1, R2", "ISETP.GT.U32.AND P0, PT, R0, RZ, PT", "@!P0 BRA 0x40", "CALL.REL.NOINC 0x50", "EXIT")
-    path = follow(*slow, "RET.REL.NODEC R4 0x0")
+    assert [follow(*PLACE, **{"SR_CTAID.X": place}).length for place in (1, 2)] == [6, 4]
+    # calls return, and diverged code joins
+    assert follow("CALL.REL.NOINC 0x30", "NOP", "EXIT", "NOP", "RET.REL.NODEC R4 0x0").length == 5
+    assert follow("BSSY B0, 0x40", "BRA 0x30", "NOP", "BSYNC B0", "EXIT").length == 4
+    # the slow path of a float function is not taken, and that is no guess
+    path = follow(*SLOW, "RET.REL.NODEC R4 0x0")
     assert (path.length, path.guesses) == (4, 0)
 
 
@@ -197,7 +189,6 @@ def test_samples_are_spread_over_the_grid_and_rare_paths_join_others():
     assert sample(6, 10) == [0, 1, 2, 3, 4, 5]
     places = sample(7000, 48)
     assert (len(places), places[0], len({place % 7 for place in places})) == (48, 0, 7)
-    assert max(b - a for a, b in itertools.pairwise([*places, 7000])) < 250
     paths = [Path(((0, length),), 0) for length in (6, 5, 5, 5, 50, 50)]
     assert kinds(dict(enumerate(paths)), 2) == [(paths[1], [1, 2, 3, 0]), (paths[4], [4, 5])]
 
@@ -240,13 +231,10 @@ def test_units_take_the_cycles_that_are_counted_by_hand(lines, warps, expected):
     assert marginal(lines, warps) == pytest.approx(expected, rel=0.02)
 
 
-def test_a_scoreboard_holds_up_what_waits_for_it():
+def test_scoreboards_barriers_and_bandwidth_hold_up_what_waits_for_them():
     lines = ("LDG.E R0, desc[UR4][R2.64]", "FADD R1, R0, R0", "FADD R1, R1, R1")
     assert cycles(*lines, codes=[SETS, WAITS, NEITHER]) == cycles(*lines, codes=[SETS, NEITHER, WAITS]) + 1
     assert cycles(*lines, codes=[SETS, NEITHER, NEITHER]) > H100.hbm_latency > 10 * cycles(*lines, codes=[NEITHER] * 3)
-
-
-def test_barriers_of_a_block_and_bandwidth():
     barrier, nothing = (cycles(line, warps=4, codes=[NEITHER]) for line in ("BAR.SYNC.DEFER_BLOCKING 0x0", "NOP"))
     assert barrier > nothing + 20
     per_load = marginal(["LDG.E.128 R0, desc[UR4][R2.64]"], warps=4)
@@ -280,7 +268,7 @@ def walk(n: int, m: int, *, flag: int = 1, grid: int = 3) -> Launch:
     return Launch(_walk_kernel, (grid,), args, {"BLOCK": 128}, options)
 
 
-@pytest.mark.parametrize(("n", "m", "flag"), [(5, 300, 1), (17, 128, 1), (9, 1000, 1), (40, 257, 0)])
+@pytest.mark.parametrize(("n", "m", "flag"), [(5, 300, 1), (17, 128, 1), (40, 257, 0)])
 def test_loops_of_a_compiled_kernel_run_as_its_arguments_say(n, m, flag):
     launch = walk(n, m, flag=flag)
     kernel = model.load(offline.compile_kernel(launch, 90))
@@ -333,20 +321,16 @@ def test_bytes_are_those_of_what_is_loaded_and_stored():
     assert used(long_form) == ({"p"}, {"q"})
 
 
-def test_arguments_that_do_not_fit_the_kernel_are_an_error():
-    launch = walk(8, 1000)
-    kernel = model.load(offline.compile_kernel(launch, 90))
-    with pytest.raises(ValueError, match="parameters, and 9 are given"):
-        bank(kernel.ptx, 90, launch.grid, kernel.warps, [(str(n), 1) for n in range(9)])
-    with pytest.raises(model.NoModel, match="sm_90, and the kernel is for sm_80"):
-        model.load(offline.compile_kernel(launch, 80))
+def test_a_kernel_for_another_gpu_has_no_model():
+    with pytest.raises(model.NoModel, match="sm_80"):
+        model.load(offline.compile_kernel(walk(8, 1000), 80))
 
 
 def only_launch(op: str, part: str, **sizes: object) -> Launch:
     """The first launch of an op, at its first benchmarked shape with other sizes, whose kernel's name has ``part``."""
     spec = specs()[op]
     shape = dataclasses.replace(spec.bench["cuda"][0], **sizes)
-    launches = [launch for _, launch in workloads.op_work(spec, shape, "bf16").launches]
+    launches = [launch for _, launch in forecast.op_work(spec, shape, "bf16").launches]
     return next(one for one in launches if part in one.kernel.__name__ and "online" not in one.kernel.__name__)
 
 
@@ -359,31 +343,24 @@ def assert_flops(launch: Launch, expected: int) -> None:
     assert (found.flops, found.guesses) == (expected, 0)
 
 
-@pytest.mark.parametrize(("pairs", "dim"), [(4096, 512), (1000, 200)])
-def test_products_of_the_loss_are_those_of_its_tiles(pairs, dim):
-    launch = only_launch("contrastive_loss", "_stats", pairs=pairs, embed_dim=dim)
+def test_products_are_those_of_the_tiles():
+    launch = only_launch("contrastive_loss", "_stats", pairs=1000, embed_dim=200)
     m, n, k = (launch.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    assert_flops(launch, 2 * rounded_up(pairs, m) * rounded_up(pairs, n) * rounded_up(dim, k))
-
-
-@pytest.mark.parametrize("tokens", [50, 197])
-def test_products_of_attention_are_those_of_its_tiles(tokens):
-    launch = only_launch("attention", "fwd", batch=8, tokens=tokens, heads=12, head_dim=64, causal=False)
+    assert_flops(launch, 2 * rounded_up(1000, m) * rounded_up(1000, n) * rounded_up(200, k))
+    launch = only_launch("attention", "fwd", batch=8, tokens=50, heads=12, head_dim=64, causal=False)
     sizes = launch.constexprs
-    block = sizes.get("BLOCK_N")
-    keys = sum(sizes["N_PARTS"]) if "N_PARTS" in sizes else tokens // block * block + sizes["TAIL"]
-    assert_flops(launch, 8 * 12 * 2 * 2 * rounded_up(tokens, sizes["BLOCK_M"]) * keys * 64)
+    keys = sum(sizes["N_PARTS"]) if "N_PARTS" in sizes else 50 // sizes["BLOCK_N"] * sizes["BLOCK_N"] + sizes["TAIL"]
+    assert_flops(launch, 8 * 12 * 2 * 2 * rounded_up(50, sizes["BLOCK_M"]) * keys * 64)
 
 
 # How many rows a program of these adds depends on the values of the tokens.
 DATA_DEPENDENT = ("_segment_sums_kernel",)
+QUICK = ("attention", "bias_gelu", "layer_norm")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("op", specs())
+@pytest.mark.parametrize("op", [op if op in QUICK else pytest.param(op, marks=pytest.mark.slow) for op in specs()])
 def test_the_paths_of_every_op_are_known(op):
     spec = specs()[op]
-    for _, launch in workloads.op_work(spec, spec.small[0], "bf16").launches:
-        kernel = model.load(offline.compile_kernel(launch, 90))
-        guesses = sum(path.guesses for path in model.follow(kernel, launch.grid, launch.args, 3).values())
-        assert guesses == 0 or kernel.name in DATA_DEPENDENT, kernel.name
+    for _, launch in forecast.op_work(spec, spec.small[0], "bf16").launches:
+        name = launch.kernel.__name__
+        assert model.predict_launch(launch, H100, model.QUICK).guesses == 0 or name in DATA_DEPENDENT, name

@@ -3,7 +3,6 @@
 import pytest
 
 from clipfast.bench.inspection import sass
-from clipfast.bench.inspection.matrix import mma_kinds
 from clipfast.bench.inspection.sass import Control
 
 from .listing import listing
@@ -39,28 +38,7 @@ def test_the_control_code_is_read_from_the_second_half_of_an_instruction(control
     assert one.control == control
 
 
-TENSOR = "UTCHMMA gdesc[UR4], gdesc[UR12], tmem[UR10], tmem[UR20], idesc[UR21], UPT"
-# After these, the descriptor in UR21 is not certain.
-WRITERS = ["UMOV UR21, UR6", "ULDC.64 UR20, c[0x0][0x210]", "@UP0 UMOV UR21, 0x8100490", "UMOV UR21, 0x3"]
-
-
-@pytest.mark.parametrize(
-    ("lines", "kinds"),
-    [
-        ([MMA_90, "EXIT"], ("HGMMA 64x64x16 bf16",)),
-        (["HMMA.1688.F32.TF32 R4, R8, R12, R4", MMA_90, "EXIT"], ("HGMMA 64x64x16 bf16", "HMMA 16x8x8 tf32")),
-        (["HMMA.SP.16832.F32 R4, R8, R12, R4, R2", "EXIT"], ("HMMA ? unknown",)),
-        (["DMMA.8x8x4 R4, R8, R12, R4", "EXIT"], ("DMMA ? unknown",)),
-        (["HFMA2.MMA R1, -RZ, RZ, 0, 0", "EXIT"], ()),
-        (["EXIT", MMA_90], ()),  # cannot be reached
-        ([MMA_90, "BRX R4 -0x10", "EXIT"], ("HGMMA",)),  # where an indirect branch goes is not known
-        ([MMA_90, "BRA 0x8888", "EXIT"], ("HGMMA",)),
-        ([TENSOR, "EXIT"], ("UTCHMMA ? unknown",)),
-        *((["UMOV UR21, 0x8100490", writer, TENSOR, "EXIT"], ("UTCHMMA ? unknown",)) for writer in WRITERS),
-        # fields of 0x8100490: M / 16 = 8, N / 8 = 8, operands of type 1 (bf16)
-        (["UMOV UR21, 0x8100490", "@P1 BRA 0x40", "NOP", TENSOR, "EXIT"], ("UTCHMMA 128x64x16 bf16",)),
-        (["BSSY B0, 0x20", "BRA 0x40", MMA_90, "BRA 0x50", "BSYNC B0", "EXIT"], ("HGMMA 64x64x16 bf16",)),
-    ],
-)
-def test_the_matrix_instructions_of_a_kernel(lines, kinds):
-    assert mma_kinds(sass.parse(listing(*lines))) == kinds
+def test_the_matrix_instructions_of_a_kernel():
+    lines = ("HFMA2.MMA R1, -RZ, RZ, 0, 0", MMA_90, MMA_90, "HMMA.1688.F32.TF32 R4, R8, R12, R4", "UTCHMMA gdesc[UR4]")
+    found = sass.matrix_instructions(sass.parse(listing(*lines, "EXIT")))
+    assert found == ("HGMMA.64x64x16.F32.BF16", "HMMA.1688.F32.TF32", "UTCHMMA")

@@ -198,7 +198,7 @@ def test_the_remaining_time_of_unequal_steps(seconds, last, total, expected):
 
 @pytest.mark.parametrize("name", ["ViT-T-8-32", "RN50"])
 def test_flops_are_three_forward_passes_and_the_loss(name):
-    from clipfast.bench.flops import forward_flops
+    from clipfast.bench.suites.step import forward_flops
 
     forward, embed_dim = forward_flops(name, published=False)
     expected = 64 * 3 * forward + 6 * 64**2 * embed_dim

@@ -4,7 +4,7 @@ used, and the assembler warns of nothing.
 ``resources.json`` holds what was compiled, by Triton version, so that a change shows up as a difference to be read:
 ``pytest tests/kernels/test_offline.py --slow --update-resources`` rewrites what this version makes of it. Every run
 compiles bfloat16 for sm_80 and sm_90. Whoever changes a kernel compiles the rest by ``--slow``: the other dtypes and
-architectures, and the distances of copies on all but sm_90.
+architectures.
 """
 
 import dataclasses
@@ -19,18 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
-from clipfast.bench.inspection import offline, snapshot
-from clipfast.bench.inspection.command import ARCHS, SNAPSHOT, VERSION
-from clipfast.bench.inspection.shipped import KNOWN_WARNINGS, known_problems, shipped_cases
-from clipfast.bench.inspection.waves import ARCH, Waves, waves_of
-from clipfast.bench.inspection.workloads import measured_shapes
+from clipfast.bench.inspection import offline, shipped
+from clipfast.bench.inspection.command import ARCHS, VERSION
+from clipfast.bench.inspection.shipped import KNOWN_WARNINGS, SNAPSHOT, known_problems, shipped_cases
 from clipfast.kernels import attention, configs
 from clipfast.kernels.hardware import ARCHITECTURES, architecture
 from clipfast.kernels.launch import Launch
 
 CASES = shipped_cases()
-STOOD_FOR = {int(arch[3:]): int(other[3:]) for arch, other in snapshot.STANDS_FOR.items()}
-OPS = {f"{spec.name} {shape}": (spec, shape) for spec, shape in measured_shapes()}
+STOOD_FOR = {int(arch[3:]): int(other[3:]) for arch, other in shipped.STANDS_FOR.items()}
 # Products of two sizes that 32 bits hold: tiles of segments of 16,384 rows, rows that a descriptor counts, and partial
 # sums that no memory holds 2^31 of.
 NARROW = ("_stats_kernel", "_grad_tile_kernel", "_weight_sums_kernel", "_unfold_grad_kernel")
@@ -43,37 +40,22 @@ def is_quick(arch: int, case: str) -> bool:
 
 
 @functools.cache
-def committed() -> snapshot.Snapshot:
-    return snapshot.loads(SNAPSHOT.read_text())
+def committed() -> shipped.Snapshot:
+    return shipped.loads(SNAPSHOT.read_text())
 
 
-def compare(request, found, part, *keys, without=()):
-    """Compare what was compiled with the snapshot, or put it there; ``keys`` lead to it under the Triton version.
-
-    The fields ``without`` are not compared.
-    """
+def compare(request, arch, case, found):
+    """Compare the resources of a case with the snapshot, or put them there."""
     if request.config.getoption("--update-resources"):
         with SNAPSHOT.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # other workers write it too
-            held = snapshot.loads(SNAPSHOT.read_text() or "{}")
-            at = getattr(held, part)
-            for key in (VERSION, *keys[:-1]):
-                at = at.setdefault(key, {})
-            at[keys[-1]] = found
-            SNAPSHOT.write_text(snapshot.dumps(held))
+            held = shipped.loads(SNAPSHOT.read_text())
+            held.setdefault(VERSION, {}).setdefault(arch, {})[case] = found
+            SNAPSHOT.write_text(shipped.dumps(held))
         return
-    if VERSION not in committed().resources:
+    if VERSION not in committed():
         pytest.skip(f"resources.json has no entry for Triton {VERSION}: {UPDATE}")
-    held = functools.reduce(dict.__getitem__, keys, getattr(committed(), part)[VERSION])
-    assert chosen(found, without) == chosen(held, without), UPDATE
-
-
-def chosen(kernels, without):
-    """The fields of kernels, some left out."""
-    return {
-        kernel: {name: value for name, value in fields.items() if name not in without}
-        for kernel, fields in kernels.items()
-    }
+    assert found == committed()[VERSION][arch][case], UPDATE
 
 
 @pytest.mark.parametrize(
@@ -85,13 +67,11 @@ def chosen(kernels, without):
     ],
 )
 def test_resources(case, arch, request):
-    option = request.config.getoption
-    copies = arch == ARCH or option("--slow") or option("--update-resources")
     compiled = {}
     for key, launch in offline.named(offline.record(arch, CASES[case])).items():
         kernel = offline.compile_kernel(launch, arch)
-        resources = offline.resources(kernel, copies=copies)
-        compiled[key] = snapshot.as_fields(resources)
+        resources = offline.resources(kernel)
+        compiled[key] = shipped.as_fields(resources)
         found = offline.problems(resources, arch, half=not case.endswith("fp32"), multiplies=offline.multiplies(kernel))
         known = known_problems(VERSION, arch, case)
         assert [problem for problem in found if problem not in known] == [], f"{case} {key} sm_{arch}"
@@ -100,29 +80,20 @@ def test_resources(case, arch, request):
             if case.startswith("attention "):  # it copies a tensor in which 32 bits do not hold the offset of a head
                 narrow = [text for text in narrow if not re.search(r"%stride_[qkvg]h\b", text)]
             assert narrow == [], f"{case} {key}: widen one factor to 64 bits"
-    compare(request, compiled, "resources", f"sm_{arch}", case, without=() if copies else ("copies",))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_waves(op, request):
-    found = waves_of(*OPS[op])
-    assert all(0 <= kernel.filled <= 100 and kernel.launches <= kernel.waves for kernel in found.values())
-    compare(request, {name: snapshot.as_fields(kernel) for name, kernel in found.items()}, "waves", op)
+    compare(request, f"sm_{arch}", case, compiled)
 
 
 def test_snapshot_holds_nothing_else():
-    held = committed()
-    for version, archs in held.resources.items():
+    for version, archs in committed().items():
         assert sorted(archs) == sorted(f"sm_{arch}" for arch in ARCHS), version
         for arch, cases in archs.items():
             assert sorted(cases) == sorted(CASES), f"{version} {arch}"
-        assert sorted(held.waves[version]) == sorted(OPS), version
 
 
 def test_warnings_of_the_assembler_that_stay_are_known_and_those_that_are_known_stay():
     found = {
         (version, int(arch[3:]), case, f"the assembler warns of {code}")
-        for version, archs in committed().resources.items()
+        for version, archs in committed().items()
         for arch, cases in archs.items()
         for case, kernels in cases.items()
         for kernel in kernels.values()
@@ -132,8 +103,15 @@ def test_warnings_of_the_assembler_that_stay_are_known_and_those_that_are_known_
 
 
 def test_snapshot_is_written_as_it_is_read():
-    # what another architecture stands for is left out
-    assert snapshot.dumps(committed()) == SNAPSHOT.read_text()
+    assert shipped.dumps(committed()) == SNAPSHOT.read_text()
+
+
+def test_snapshot_leaves_out_what_another_architecture_stands_for():
+    alike, own = ({"kernel 0": shipped.as_fields(offline.Resources(n, 0, 0, 0, "none"))} for n in (1, 2))
+    held = {"3.x": {"sm_86": {"a": alike, "b": alike}, "sm_89": {"a": alike, "b": own}}}
+    text = shipped.dumps(held)
+    assert text.count("kernel 0") == 3
+    assert shipped.loads(text) == held
 
 
 @pytest.mark.parametrize(("arch", "other"), STOOD_FOR.items())
@@ -231,10 +209,3 @@ def test_planted_wait_that_the_assembler_injects_is_a_problem():
     found = offline.resources(bad)
     assert found.warnings == ("C7517",)
     assert offline.problems(found, 90, half=True, multiplies=True) == ["the assembler warns of C7517"]
-
-
-def test_waves_counted_by_hand():
-    # 64 launches of 561 tiles on 132 multiprocessors: 4.25 waves each, paid as 5
-    assert Waves.of([561] * 64, 132) == Waves(64, 35904, 132, 320, filled=85)
-    assert Waves.of([512] * 64, 128) == Waves(64, 32768, 128, 256, filled=100)
-    assert Waves.of([1], 132) == Waves(1, 1, 132, 1, filled=0)

@@ -7,7 +7,7 @@ and ``predict`` lays the result over the grid. ``machine`` holds every constant.
 
 from .kernel import ARCH, Kernel, NoModel, load
 from .machine import H100, H200, MACHINES, Machine
-from .predict import FULL, QUICK, Effort, Prediction, follow, predict, predict_launch
+from .predict import FULL, QUICK, Effort, Prediction, predict, predict_launch
 
 __all__ = [
     "ARCH",
@@ -21,7 +21,6 @@ __all__ = [
     "Machine",
     "NoModel",
     "Prediction",
-    "follow",
     "load",
     "predict",
     "predict_launch",

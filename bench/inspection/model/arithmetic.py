@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 
 from ..sass import Instruction
-from .registers import MASK, WIDE_MASK, Operand, State, following, operand_of, operands, slot, written
+from .registers import MASK, WIDE_MASK, Operand, State, Unknown, following, operand_of, operands, slot, written
 
 _ADDRESS = re.compile(r"\[(?P<parts>[^\[\]]+)\]$")
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
@@ -25,13 +25,14 @@ def execute(state: State, instruction: Instruction) -> None:
     holds = state.holds(instruction.guard)
     if holds is False:
         return
-    found, modifiers = operands(instruction.operands), instruction.modifiers
-    run = _MEANING.get(instruction.name) if holds else None
-    if run is None:
+    meaning = _MEANING.get(instruction.name) if holds else None
+    try:
+        if meaning is None:
+            raise Unknown
+        meaning(state, instruction.modifiers, operands(instruction.operands), instruction)
+    except Unknown:
         for operand, words in written(instruction):
             state.write(operand, None, words)
-    else:
-        run(state, modifiers, found, instruction)
 
 
 def signed(value: int) -> int:
@@ -71,8 +72,7 @@ def _simple(arithmetic: Callable[[list[str], list[int]], int]) -> Meaning:
     def run(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
         result, rest = _split(found)[1:]
         values = [state.read(operand) for operand in rest if not operand.is_predicate]
-        known = [value for value in values if value is not None]
-        state.write(result, arithmetic(modifiers, known) & MASK if len(known) == len(values) else None)
+        state.write(result, arithmetic(modifiers, values) & MASK)
 
     return run
 
@@ -104,65 +104,40 @@ def _extend(modifiers: list[str], values: list[int]) -> int:
     return value - (1 << bits) if bits and "U32" not in modifiers and value >> bits - 1 else value
 
 
-def _high_of_product(state: State, modifiers: list[str], rest: list[Operand]) -> int | None:
-    a, b, c = state.read(rest[0]), state.read(rest[1]), state.read_wide(rest[2])
-    if a is None or b is None or c is None:
-        return None
-    product = a * b if "U32" in modifiers else signed(a) * signed(b)
-    return (product + c & WIDE_MASK) >> 32
-
-
 @_means("IMAD", "UIMAD")
 def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     carries, result, rest = _split(found)
     for carry in carries:
         state.set(carry, None)
     if "HI" in modifiers:
-        state.write(result, _high_of_product(state, modifiers, rest))
+        a, b, c = state.read(rest[0]), state.read(rest[1]), state.read(rest[2], wide=True)
+        product = a * b if "U32" in modifiers else signed(a) * signed(b)
+        state.write(result, (product + c & WIDE_MASK) >> 32)
         return
     wide = "WIDE" in modifiers
-    a, b = state.read(rest[0]), state.read(rest[1])
     # zero times an unknown value is zero: the assembler writes moves and additions in this way
-    a, b = (0, 0) if 0 in (a, b) else (a, b)
-    c = state.read_wide(rest[2]) if wide else state.read(rest[2])
-    if a is None or b is None or c is None:
-        state.write(result, None, 2 if wide else 1)
-        return
+    is_zero = 0 in (state.peek(rest[0]), state.peek(rest[1]))
+    a, b = (0, 0) if is_zero else (state.read(rest[0]), state.read(rest[1]))
     if wide and "U32" not in modifiers:
         a, b = signed(a), signed(b)
-    total = a * b + c
+    total = a * b + state.read(rest[2], wide=wide)
     if "X" in modifiers:
-        carry_in = state.predicate(rest[3])
-        if carry_in is None:
-            state.write(result, None)
-            return
-        total += carry_in
+        total += state.flag(rest[3])
     state.write(result, total & (WIDE_MASK if wide else MASK), 2 if wide else 1)
 
 
-def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int | None:
+def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int:
     """Return an operand of an addition with all bits of its negation, which decide on the carry."""
     if operand.is_predicate:
-        carry = state.predicate(operand) if takes_carry else False
-        return None if carry is None else int(carry)
+        return int(takes_carry and state.flag(operand))
     value = state.read(operand._replace(sign=""))
-    if value is None or not operand.sign:
-        return value
-    return (~value & MASK) + (operand.sign == "-")
+    return (~value & MASK) + (operand.sign == "-") if operand.sign else value
 
 
 @_means("IADD3", "UIADD3")
 def _add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     carries, result, rest = _split(found)
-    total = 0
-    for operand in rest:
-        value = _addend(state, operand, takes_carry="X" in modifiers)
-        if value is None:
-            for carry in carries:
-                state.set(carry, None)
-            state.write(result, None)
-            return
-        total += value
+    total = sum(_addend(state, operand, takes_carry="X" in modifiers) for operand in rest)
     for place, carry in enumerate(carries):
         state.set(carry, total >> 32 > place)
     state.write(result, total & MASK)
@@ -171,22 +146,15 @@ def _add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Inst
 @_means("LEA", "ULEA")
 def _shift_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     carries, result, rest = _split(found)
-    numbers = [operand for operand in rest if not operand.is_predicate]
-    carry_in = [state.predicate(operand) for operand in rest if operand.is_predicate] if "X" in modifiers else []
-    values = [state.read(operand) for operand in numbers]
-    if None in values or None in carry_in:
-        for carry in carries:
-            state.set(carry, None)
-        state.write(result, None)
-        return
-    known = [value for value in values if value is not None]
+    known = [state.read(operand) for operand in rest if not operand.is_predicate]
+    carry_in = [state.flag(operand) for operand in rest if operand.is_predicate] if "X" in modifiers else []
     a, b, amount = known[0], known[1], known[-1] & 31
     if "HI" in modifiers:
         high = known[2] if len(known) == 4 else (-1 if "SX32" in modifiers and a >> 31 else 0)
         total = ((((high << 32) | a) << amount) >> 32 & MASK) + b
     else:
         total = (a << amount & MASK) + b
-    total += sum(map(bool, carry_in))
+    total += sum(carry_in)
     for carry in carries:
         state.set(carry, total >> 32 > 0)
     state.write(result, total & MASK)
@@ -195,7 +163,7 @@ def _shift_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _
 @_means("ISETP", "UISETP")
 def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     (first, second), (a, b), rest = found[:2], found[2:4], found[4:]
-    left, right = state.read(a), state.read(b)
+    left, right = state.peek(a), state.peek(b)
     compare = next((_COMPARE[name] for name in modifiers if name in _COMPARE), None)
     result: bool | None = None
     if left is not None and right is not None and compare is not None:
@@ -269,31 +237,26 @@ def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruct
 @_means("IMNMX", "VIMNMX", "UIMNMX", "VIADDMNMX")
 def _extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     *addends, other, chooses_min = found[1:]  # VIADDMNMX adds two numbers first
-    values, is_min = [state.read(operand) for operand in (*addends, other)], state.predicate(chooses_min)
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or is_min is None:
-        state.write(found[0], None)
-        return
+    first, second = sum(state.read(operand) for operand in addends) & MASK, state.read(other)
     key = (lambda value: value) if "U32" in modifiers else signed
-    state.write(found[0], (min if is_min else max)(sum(known[:-1]) & MASK, known[-1], key=key))
+    state.write(found[0], (min if state.flag(chooses_min) else max)(first, second, key=key))
 
 
 @_means("HFMA2")
 def _half_constants(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
     """Zero times zero plus two float16 numbers is how the assembler moves a constant."""
     texts = [text.strip() for text in instruction.operands.split(",")]
-    value = None
-    if all(operand.number == 0 for operand in found[1:3]) and len(texts) == 5:
-        high, low = (int.from_bytes(struct.pack("<e", float(text)), "little") for text in texts[3:])
-        value = high << 16 | low
-    state.write(found[0], value)
+    if any(operand.number != 0 for operand in found[1:3]) or len(texts) != 5:
+        raise Unknown
+    high, low = (int.from_bytes(struct.pack("<e", float(text)), "little") for text in texts[3:])
+    state.write(found[0], high << 16 | low)
 
 
 @_means("LDC", "ULDC", "LDCU", "MOV", "UMOV", "R2UR")
 def _move(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     result, rest = _split(found)[1:]
     if "64" in modifiers:
-        state.write(result, state.read_wide(rest[0]), 2)
+        state.write(result, state.read(rest[0], wide=True), 2)
     elif not set(modifiers) & {"128", "U8", "S8", "U16", "S16"}:
         state.write(result, state.read(rest[0]))
     else:
@@ -309,7 +272,9 @@ def _special(state: State, modifiers: list[str], found: tuple[Operand, ...], ins
 
 @_means("SHFL")
 def _shuffle(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    state.write(found[1], state.read(found[2]) if "IDX" in modifiers else None)  # used to make a value uniform
+    if "IDX" not in modifiers:  # this one is used to make a value uniform
+        raise Unknown
+    state.write(found[1], state.read(found[2]))
 
 
 @_means("VOTE", "VOTEU", "ELECT", "SYNCS")
@@ -345,16 +310,17 @@ def _unpack(state: State, _: list[str], found: tuple[Operand, ...], instruction:
 
 @_means("LDG")
 def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
-    address, known = 0, True
-    match = _ADDRESS.search(instruction.operands)
-    for part in match["parts"].split("+") if match else []:
-        operand = operand_of(part.removesuffix(".64").removesuffix(".U32"))
-        value = state.read_wide(operand) if part.endswith(".64") else state.read(operand)
-        known, address = known and value is not None, address + (value or 0)
-    size = next((size for name, size in (("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)) if name in modifiers), 4)
     wide = "64" in modifiers or "128" in modifiers
-    value = state.memory(address, size) if known and match and not wide else None
-    state.write(found[0], None if value is None else value & MASK, written(instruction)[0][1] if wide else 1)
+    match = _ADDRESS.search(instruction.operands)
+    if match is None or wide:
+        raise Unknown
+    address = 0
+    for part in match["parts"].split("+"):
+        operand = operand_of(part.removesuffix(".64").removesuffix(".U32"))
+        address += state.read(operand, wide=part.endswith(".64"))
+    size = next((size for name, size in (("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)) if name in modifiers), 4)
+    value = state.memory(address, size)
+    state.write(found[0], None if value is None else value & MASK)
 
 
 @_means("STL", "LDL")
@@ -381,16 +347,21 @@ def _bits(value: float, *, up: bool = False) -> int:
 @_means("I2F", "I2FP", "F2I", "MUFU")
 def _convert(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
     """The steps of an integer division: an estimate in float32, which integer steps then make exact."""
-    is_wide = "U64" in modifiers
-    value = state.read_wide(found[1]) if is_wide and instruction.name == "I2F" else state.read(found[1])
-    result: int | None = None
-    if value is not None and instruction.name in ("I2F", "I2FP"):
-        result = _bits(float(value if {"U32", "U64"} & set(modifiers) else signed(value)), up="RP" in modifiers)
-    elif value is not None and instruction.name == "MUFU" and "RCP" in modifiers and _float(value):
-        result = _bits(1.0 / _float(value))
-    elif value is not None and instruction.name == "F2I" and {"U32", "U64"} & set(modifiers):
-        result = max(0, int(_float(value)))
-    state.write(found[0], result, 2 if is_wide and instruction.name == "F2I" else 1)
+    name, is_wide, unsigned = instruction.name, "U64" in modifiers, {"U32", "U64"} & set(modifiers)
+    words = 2 if is_wide and name == "F2I" else 1
+    try:
+        value = state.read(found[1], wide=is_wide and name == "I2F")
+        if name in ("I2F", "I2FP"):
+            result = _bits(float(value if unsigned else signed(value)), up="RP" in modifiers)
+        elif name == "MUFU" and "RCP" in modifiers and _float(value):
+            result = _bits(1.0 / _float(value))
+        elif name == "F2I" and unsigned:
+            result = max(0, int(_float(value)))
+        else:
+            raise Unknown
+        state.write(found[0], result, words)
+    except Unknown:
+        state.write(found[0], None, words)
 
 
 _MEANING |= {

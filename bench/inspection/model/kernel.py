@@ -101,7 +101,7 @@ def load(compiled: Any) -> Kernel:
     instructions = parse(disassemble(compiled))
     if "ttg.warp_specialize" in compiled.asm["ttgir"] or any(one.name == "USETMAXREG" for one in instructions):
         raise NoModel("its warps run different code")
-    fits, warps = occupancy_of(compiled, resources(compiled, copies=False)), threads(compiled) // WARP
+    fits, warps = occupancy_of(compiled, resources(compiled)), threads(compiled) // WARP
     names = tuple(name for name, kind in compiled.src.signature.items() if kind != "constexpr")
     if fits.blocks == 0:
         raise NoModel("a program does not fit on a multiprocessor")

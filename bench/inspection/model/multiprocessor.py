@@ -18,7 +18,7 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
-from ..occupancy import SUB_PARTITIONS
+from ..offline import SUB_PARTITIONS
 from .machine import Machine
 from .steps import PIPES, UNIFORM, Kind, Step
 

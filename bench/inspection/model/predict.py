@@ -115,15 +115,6 @@ def predict_launch(launch: Launch, machine: Machine, effort: Effort = FULL) -> P
     return predict(load(compile_kernel(launch, ARCH)), launch.grid, launch.args, machine, effort=effort)
 
 
-def follow(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], most: int) -> dict[int, Path]:
-    """Return the paths of at most ``most`` programs, by number; raise :class:`NoModel` if one cannot be followed."""
-    return _sampled(_follower(kernel, grid, arguments), math.prod(grid), most)
-
-
-def _sampled(path_of: Callable[[int], Path], programs: int, most: int) -> dict[int, Path]:
-    return {number: path_of(number) for number in sample(programs, most)}
-
-
 def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any]) -> Callable[[int], Path]:
     """Return a function from the number of a program to its path."""
     start = bank(kernel.ptx, ARCH, grid, kernel.warps, [(name, arguments[name]) for name in kernel.names])
@@ -189,7 +180,7 @@ class _Grid:
     ) -> None:
         self.kernel, self.hbm_bytes, self.effort, self.programs = kernel, hbm_bytes, effort, math.prod(grid)
         path_of = _follower(kernel, grid, arguments)
-        paths = _sampled(path_of, self.programs, effort.programs)
+        paths = {number: path_of(number) for number in sample(self.programs, effort.programs)}
         self.guesses = max(path.guesses for path in paths.values())
         found = kinds(paths, effort.kinds)
         self.kinds = [path for path, _ in found]

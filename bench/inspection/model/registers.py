@@ -16,6 +16,10 @@ _SLOT = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]")
 _CONSTANT = re.compile(r"(?P<sign>-?)\|?c\[0x0\]\[0x(?P<address>[0-9a-f]+)\]\|?(\.\w+)*$")
 
 
+class Unknown(Exception):  # noqa: N818  (what follows from it is unknown too)
+    """A value is not known."""
+
+
 class Operand(NamedTuple):
     """One operand: a register ("R5", "UP0"), a number, or a word of the constant bank; ``sign`` is "-", "~", "!" or
     empty.
@@ -92,8 +96,15 @@ class State:
         value = 1 if operand.register in _TRUE else self.registers.get(operand.register)
         return None if value is None else bool(value) != (operand.sign == "!")
 
-    def read(self, operand: Operand) -> int | None:
-        """Return 32 bits of an operand, with its sign applied."""
+    def flag(self, operand: Operand) -> bool:
+        """Return the value of a predicate operand, or raise :class:`Unknown`."""
+        value = self.predicate(operand)
+        if value is None:
+            raise Unknown
+        return value
+
+    def peek(self, operand: Operand) -> int | None:
+        """Return 32 bits of an operand, with its sign applied, or None if they are unknown."""
         value = self._bare(operand, 0)
         if value is None:
             return None
@@ -101,11 +112,19 @@ class State:
             value = min(value, -value & MASK)
         return {"-": -value, "~": ~value}.get(operand.sign, value) & MASK
 
-    def read_wide(self, operand: Operand) -> int | None:
-        """Return 64 bits of an operand: a register and the one behind it, or two words of the constant bank."""
+    def read(self, operand: Operand, *, wide: bool = False) -> int:
+        """Return 32 bits of an operand, with its sign applied, or raise :class:`Unknown`.
+
+        With ``wide``, return 64 bits: a register and the one behind it, or two words of the constant bank.
+        """
+        if not wide:
+            value = self.peek(operand)
+            if value is None:
+                raise Unknown
+            return value
         low, high = self._bare(operand, 0), self._bare(operand, 1)
         if low is None or high is None:
-            return None
+            raise Unknown
         value = high << 32 | low
         return {"-": -value, "~": ~value}.get(operand.sign, value) & WIDE_MASK
 
@@ -120,7 +139,7 @@ class State:
 
     def read_bits(self, operand: Operand) -> tuple[int, int]:
         """Return what is known of 32 bits of an operand: their values, and a mask of the bits that are known."""
-        value = self.read(operand)
+        value = self.peek(operand)
         if value is not None:
             return value, MASK
         bits, known = self.parts.get(operand.register, (0, 0)) if operand.sign in ("", "~") else (0, 0)

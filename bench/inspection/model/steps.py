@@ -4,7 +4,6 @@ import enum
 import re
 from typing import NamedTuple
 
-from ..matrix import WARP_SHAPES
 from ..sass import Instruction
 from .machine import WARP
 
@@ -27,6 +26,8 @@ _SPECIAL_LATENCY, _SHARED_LATENCY, _STORE_LATENCY, _CONSTANT_LATENCY, _REGISTER_
 _LINE = 128  # bytes of shared memory that one access moves at least
 # mma.sync reaches two thirds of the rate of wgmma on Hopper: arXiv:2402.13499 measured 63%.
 _WARP_PRODUCT = 1.5
+# The sizes of mma.sync by the first modifier of its instruction.
+_WARP_SHAPES = {"1688": (16, 8, 8), "1684": (16, 8, 4), "16816": (16, 8, 16), "16832": (16, 8, 32)}
 PRODUCTS = ("HGMMA", "QGMMA", "HMMA", "QMMA")
 
 
@@ -94,7 +95,7 @@ def product(one: Instruction) -> tuple[float, float, float]:
         m, n, k = (int(size) for size in one.modifiers[0].split("x"))
         in_registers = re.match(r"R\d+, R\d+, gdesc", one.operands) is not None
         return n / 2, ((0 if in_registers else 2048) + 32 * n) / 4, 2 * m * n * k / 4
-    m, n, k = WARP_SHAPES.get(one.modifiers[0], (16, 8, 16))
+    m, n, k = _WARP_SHAPES.get(one.modifiers[0], (16, 8, 16))
     flops = 2 * m * n * k
     return flops / 1024 * _WARP_PRODUCT, 0, flops
 

@@ -11,7 +11,6 @@ docs/gpu-model.md`` writes the tables of that document again.
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -20,8 +19,11 @@ from typing import Any
 
 import triton
 
+from clipfast.files import replace_text
+
+from ..model import NoModel
 from . import FOLDER, peers, tables
-from .figures import Answer, Figure, NoModel, answer, figures
+from .figures import answer, figures
 from .sources import Missing, how_to_fetch
 
 RESULTS = FOLDER / "results.json"
@@ -41,68 +43,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.peers:
         for row in peers.compare(options.sources, lambda case: re.search(options.only, case)):
-            print(peers.line(*row), flush=True)
+            print(row, flush=True)
         return 0
     version = ".".join(triton.__version__.split(".")[:2])
-    for figure in figures():
-        wanted = figure.only_triton in ("", version) and re.search(options.only, f"{figure.kind}: {figure.name}")
-        if not wanted:
+    results = read_results()
+    for figure, result in zip(figures(), results, strict=True):
+        label = f"{figure.kind}: {figure.name}"
+        if figure.only_triton not in ("", version) or not re.search(options.only, label):
             continue
-        found = _asked(figure, options.sources)
-        print(_line(figure, found), flush=True)
-        _keep(figure, found, version)
-    results = _results()
-    (FOLDER / "errors.json").write_text(json.dumps(tables.errors_of(results), indent=1) + "\n")
+        try:
+            found = answer(figure, options.sources)
+            result["published_ms"] = round(found.published, 6)
+            result["predicted_ms"][version], result["limit"][version] = round(found.predicted, 6), found.limit
+            times = f"{found.published:.3f} ms, predicted {found.predicted:.3f}"
+            print(f"{label}: {times}, {found.predicted / found.published:.2f}, {found.limit}", flush=True)
+        except Exception as error:  # upstream code that fails must not end the others
+            reason = str(error) if isinstance(error, Missing | NoModel) else f"{type(error).__name__}: {error}"
+            result["limit"][version] = reason
+            result["predicted_ms"].pop(version, None)
+            print(f"{label}: {reason}", flush=True)
+        replace_text(RESULTS, json.dumps(results, indent=1) + "\n")  # so that an interrupted run is not lost
+    replace_text(FOLDER / "errors.json", json.dumps(tables.errors_of(results), indent=1) + "\n")
     print(tables.summaries(results))
     if options.document:
         tables.write(options.document, results)
     return 0
 
 
-def _asked(figure: Figure, folder: Path) -> Answer | str:
-    """Return the answer, or why there is none."""
-    try:
-        return answer(figure, folder)
-    except (Missing, NoModel) as error:
-        return str(error)
-    except Exception as error:  # upstream code that fails must not end the others
-        return f"{type(error).__name__}: {error}"
-
-
-def _line(figure: Figure, found: Answer | str) -> str:
-    if isinstance(found, str):
-        return f"{figure.kind}: {figure.name}: {found}"
-    ratio = found.predicted / found.published
-    times = f"{found.published:.3f} ms, predicted {found.predicted:.3f}, {ratio:.2f}"
-    return f"{figure.kind}: {figure.name}: {times}, {found.limit}"
-
-
-def _keep(figure: Figure, found: Answer | str, version: str) -> None:
-    """Put an answer into the results; after each figure, so that an interrupted run is not lost."""
-    results = _results()
-    result = next(one for one in results if one["name"] == figure.name)
-    if isinstance(found, Answer):
-        result["published_ms"] = round(found.published, 6)
-        result["predicted_ms"][version], result["limit"][version] = round(found.predicted, 6), found.limit
-    else:
-        result["limit"][version] = found
-        result["predicted_ms"].pop(version, None)
-    written = RESULTS.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(results, indent=1) + "\n")
-    written.replace(RESULTS)  # at once, for runs that go on beside this one
-
-
-def _results() -> list[dict[str, Any]]:
+def read_results() -> list[dict[str, Any]]:
     """Return the results that there are, in the order of the figures."""
-    kept = {one["name"]: one for one in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    kept = {one["name"]: one for one in json.loads(RESULTS.read_text())}
     results = []
     for figure in figures():
-        old = kept.get(figure.name, {})
+        answers = {"published_ms": None, "predicted_ms": {}, "limit": {}}
+        answers |= {key: value for key, value in kept.get(figure.name, {}).items() if key in answers}
         results.append({
             "name": figure.name, "kind": figure.kind, "source": figure.source, "machine": figure.machine,
-            "in_view": figure.in_view,
-            "published": f"{figure.value} {figure.unit}", "published_ms": old.get("published_ms"),
-            "predicted_ms": dict(old.get("predicted_ms", {})), "limit": dict(old.get("limit", {})),
+            "in_view": figure.in_view, "published": f"{figure.value} {figure.unit}", **answers,
         })  # fmt: skip
     return results
 

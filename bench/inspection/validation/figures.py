@@ -6,12 +6,11 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..model import H100, H200, Machine, NoModel, load, predict
 from . import FOLDER, Band, kernels, passes
 from .kernels import Work
-from .recording import Launched
 
 # The 96 GB of a GH200 move 4 TB/s by its data sheet; copies are taken to reach the same part of it as on an H100.
 GH200 = dataclasses.replace(H100, name="GH200", hbm_rate=4.0e12 * 3.0 / 3.35)
@@ -43,18 +42,12 @@ class Figure:
         return self.value / 1e3 if self.unit == "ms" else work.flops / (self.value * 1e12)
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What the model says to a figure, in milliseconds."""
 
     published: float
     predicted: float
     limit: str
-
-    @property
-    def error(self) -> float:
-        """Return the natural logarithm of predicted over published."""
-        return math.log(self.predicted / self.published)
 
 
 def figures() -> Iterator[Figure]:
@@ -98,20 +91,16 @@ def answer(figure: Figure, folder: Path) -> Answer:
 
 def time_of(work: Work, machine: Machine) -> tuple[float, str]:
     """Return the time of all kernels one after another, and what limits the longest of those that were launched."""
-    times: dict[int, tuple[float, str]] = {}  # a launch that is repeated is predicted once
+    found: dict[int, tuple[float, str]] = {}  # a launch that is repeated is predicted once
     for launched, moved in work.launches:
-        if id(launched) not in times:
-            times[id(launched)] = predict_launch(launched, machine, moved)
-    total = sum(times[id(launched)][0] for launched, _ in work.launches)
+        if id(launched) not in found:
+            kernel = load(launched.compiled)
+            prediction = predict(kernel, launched.grid, launched.arguments, machine, hbm_bytes=moved)
+            found[id(launched)] = prediction.seconds, prediction.limit
+    total = sum(found[id(launched)][0] for launched, _ in work.launches)
     for other in work.others:
         total += max(other.moved / machine.hbm_rate, other.flops / machine.power_flops) + machine.launch
-    return total, max(times.values())[1]
-
-
-def predict_launch(launched: Launched, machine: Machine, hbm_bytes: float | None) -> tuple[float, str]:
-    """Return seconds and limit of one launch; ``hbm_bytes`` is None for each tensor once."""
-    found = predict(load(launched.compiled), launched.grid, launched.arguments, machine, hbm_bytes=hbm_bytes)
-    return found.seconds, found.limit
+    return total, max(found.values())[1]
 
 
 def bands(answers: Iterable[tuple[str, float]]) -> dict[str, Band]:
@@ -128,6 +117,3 @@ def _band(found: list[float]) -> Band:
     nine_in_ten = sizes[math.ceil(0.9 * len(sizes)) - 1]
     numbers = (statistics.fmean(found), statistics.median(sizes), nine_in_ten, sizes[-1])
     return Band(len(found), *(round(number, 3) for number in numbers))
-
-
-__all__ = ["Answer", "Figure", "NoModel", "answer", "bands", "figures", "sources", "time_of"]

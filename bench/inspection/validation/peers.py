@@ -4,19 +4,17 @@ The kernels are launched by their own wrappers, in 16 bits. PyTorch's kernels be
 their FLOPs, whichever takes longer, as ours do.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from clipfast.columns import align
 from clipfast.units import SECONDS, scaled
 
-from ..forecast import forecast_op
+from ...case import short
+from ..forecast import forecast, measured_shapes
 from ..model import H100, NoModel
-from ..workloads import measured_shapes
 from . import flex
 from .figures import time_of
 from .kernels import Work, configured, half, of
@@ -24,7 +22,6 @@ from .recording import as_on_an_h100, recording
 from .sources import Missing, module, package
 
 BF16 = torch.bfloat16
-OURS = "clipfast"
 
 
 def loss_by_memeff(folder: Path, pairs: int, width: int) -> list[Work]:
@@ -87,42 +84,32 @@ PEERS: dict[str, tuple[tuple[str, ...], dict[str, Peer]]] = {
 }
 
 
-def compare(folder: Path, wanted: Callable[[str], object]) -> Iterator[tuple[str, str, float | str, float]]:
-    """Yield case, peer, its seconds or why there are none, and ours, for the cases whose name is ``wanted``."""
+def compare(folder: Path, wanted: Callable[[str], object]) -> Iterator[str]:
+    """Yield a row for each peer in the cases whose name is ``wanted``: its time and ours, or why it has none."""
     for number, (spec, shape) in enumerate(measured_shapes()):
         sizes = shape.to_dict()
         names, peers = PEERS.get(spec.name, ((), {}))
         case = " ".join([spec.name, *(f"{name}={sizes[name]}" for name in names if name in sizes)])
         if not peers or not wanted(case) or sizes.get("head_dim", 64) != 64:
             continue
-        ours = forecast_op(number, "bf16", H100, H100.power_flops).seconds
+        ours = forecast(number, "bf16").seconds
         for peer, call in peers.items():
-            yield (
-                case,
-                peer,
-                _seconds(functools.partial(call, folder, *(sizes.get(name, False) for name in names))),
-                ours,
-            )
-
-
-def _seconds(call: Callable[[], Sequence[Work]]) -> float | str:
-    """Return the time of the fastest way to run a peer, or why it has none."""
-    found: list[Any] = []
-    try:
-        for work in call():
             try:
-                found.append(time_of(work, H100)[0])
-            except NoModel as error:
-                found.append(str(error))
-    except Exception as error:  # upstream code that fails must not end the others
-        return f"{type(error).__name__}: {error}".splitlines()[0] if not isinstance(error, Missing) else str(error)
-    return min((one for one in found if isinstance(one, float)), default=found[0])
+                theirs = _fastest(call(folder, *(sizes.get(name, False) for name in names)))
+                cells = [scaled(theirs, SECONDS), f"{theirs / ours:.2f}x"]
+            except Exception as error:  # upstream code that fails must not end the others
+                cells = [str(error) if isinstance(error, Missing | NoModel) else short(error)]
+            row = [case, "clipfast", scaled(ours, SECONDS), peer, *cells]
+            yield align([row], right=(2, 4, 5), at_least=(56, 8, 8, 15, 8, 6))
 
 
-def line(case: str, peer: str, seconds: float | str, ours: float) -> str:
-    """Return a row of the table; rows that are printed one after another stand in the same columns."""
-    theirs = [seconds] if isinstance(seconds, str) else [scaled(seconds, SECONDS), f"{seconds / ours:.2f}x"]
-    return align([[case, OURS, scaled(ours, SECONDS), peer, *theirs]], right=(2, 4, 5), at_least=_WIDTHS)
-
-
-_WIDTHS = (56, 8, 8, 15, 8, 6)
+def _fastest(works: Sequence[Work]) -> float:
+    """Return the time of the fastest way to run a peer; raise :class:`NoModel` if the model covers none."""
+    found = []
+    for work in works:
+        try:
+            found.append(time_of(work, H100)[0])
+        except NoModel:
+            if not found and work is works[-1]:
+                raise
+    return min(found)

@@ -13,20 +13,17 @@ BEGIN, END = "<!-- validation: begin, written by the command -->", "<!-- validat
 
 def errors_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return the errors by kind; where several Tritons compile a kernel the newest one counts."""
-    pairs = [
-        (one["kind"], math.log(predicted / one["published_ms"]))
-        for one in results
-        if (predicted := _newest(one)) is not None
-    ]
+    pairs = []
+    for one in results:
+        if predicted := one["predicted_ms"]:
+            pairs.append((one["kind"], math.log(predicted[max(predicted, key=_number)] / one["published_ms"])))
     return {kind: dataclasses.asdict(band) for kind, band in bands(pairs).items()}
 
 
 def summary(errors: Mapping[str, Mapping[str, float]]) -> str:
     """Return the errors by kind as a table."""
-    lines = [
-        "| kind | figures | predicted / published, mean | median error | nine in ten within | worst |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["kind", "figures", "predicted / published, mean", "median error", "nine in ten within", "worst"]
+    lines = [f"| {' | '.join(head)} |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for kind, band in sorted(errors.items(), key=lambda item: (item[0] == "all", item[0])):
         off = [f"{math.exp(band[name]) - 1:.0%}" for name in ("median", "p90", "worst")]
         lines.append(f"| {kind} | {band['points']} | {math.exp(band['bias']):.2f} | {' | '.join(off)} |")
@@ -50,13 +47,18 @@ def write(document: Path, results: Sequence[Mapping[str, Any]]) -> None:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{document} has no place for the table: it needs the lines {BEGIN!r} and {END!r}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    parts = [summaries(results), _figures(results), _sources(results)]
+    known, order = sources(), list(dict.fromkeys(one["source"] for one in results))
+    notes = [
+        f"{number}. [{known[key]['title']}]({known[key]['url']}). Card: {known[key]['card']}. "
+        f"Versions: {known[key]['versions']}. Timed: {known[key]['timed']}."
+        for number, key in enumerate(order, 1)
+    ]
+    parts = [summaries(results), _figures(results, order), "\n".join(notes)]
     document.write_text("\n\n".join([before + BEGIN, *parts, END]) + after)
 
 
-def _figures(results: Sequence[Mapping[str, Any]]) -> str:
+def _figures(results: Sequence[Mapping[str, Any]], order: Sequence[str]) -> str:
     versions = sorted({version for one in results for version in one["predicted_ms"]}, key=_number, reverse=True)
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(one["source"] for one in results), 1)}
     ratios = " | ".join(f"ratio, Triton {version}" for version in versions)
     lines = [f"| kind | kernel and case | source | published, ms | {ratios} | limit |"]
     lines.append("| --- " * (5 + len(versions)) + "|")
@@ -68,26 +70,9 @@ def _figures(results: Sequence[Mapping[str, Any]]) -> str:
         limit = next((one["limit"][version] for version in versions if version in one["predicted_ms"]), "")
         name = one["name"] if one["machine"] == "H100" else f"{one['name']} ({one['machine']})"
         name += " *" if one["in_view"] else ""
-        columns = [one["kind"], name, f"[{numbers[one['source']]}]", f"{one['published_ms']:.4g}", *cells, limit]
-        lines.append(f"| {' | '.join(columns)} |")
+        published, source = f"{one['published_ms']:.4g}", f"[{order.index(one['source']) + 1}]"
+        lines.append(f"| {' | '.join([one['kind'], name, source, published, *cells, limit])} |")
     return "\n".join(lines)
-
-
-def _sources(results: Sequence[Mapping[str, Any]]) -> str:
-    known = sources()
-    lines = []
-    for number, key in enumerate(dict.fromkeys(one["source"] for one in results), 1):
-        source = known[key]
-        lines.append(
-            f"{number}. [{source['title']}]({source['url']}). Card: {source['card']}. Versions: {source['versions']}. "
-            f"Timed: {source['timed']}."
-        )
-    return "\n".join(lines)
-
-
-def _newest(result: Mapping[str, Any]) -> float | None:
-    predicted: Mapping[str, float] = result["predicted_ms"]
-    return predicted[max(predicted, key=_number)] if predicted else None
 
 
 def _number(version: str) -> tuple[int, ...]:
