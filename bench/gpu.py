@@ -91,7 +91,6 @@ WHEELS = {
     "open_clip": ("open-clip-torch==3.3.0 torchvision timm huggingface-hub tqdm", "OpenCLIP is not compared"),
     "pynvml": ("nvidia-ml-py", "no clocks and temperatures beside the timings"),
     "memeff": ("memeff", "a loss is not compared"),
-    "inf_cl": ("inf-cl", "a loss is not compared"),
     "cut_cross_entropy": ("cut-cross-entropy", "a loss is not compared"),
     "liger_kernel": ("liger-kernel", "losses and norms are not compared"),
     "siglip_kernel": ("siglip-kernel", "a loss is not compared"),

@@ -19,7 +19,7 @@ from clipfast.verify.context import exact_float32
 
 # Packages whose versions every result names, installed or not.
 PACKAGES = (
-    "torch", "triton", "numpy", "open_clip_torch", "memeff", "inf-cl", "cut-cross-entropy", "liger-kernel",
+    "torch", "triton", "numpy", "open_clip_torch", "memeff", "cut-cross-entropy", "liger-kernel",
     "siglip-kernel", "flash-attn",
 )  # fmt: skip
 

@@ -42,38 +42,32 @@ def case_table(case: dict[str, Any]) -> str:
 
 
 def _utilisation(case: dict[str, Any]) -> list[str]:
-    """Say what MFU is relative to, and how many bytes a step sends to the device."""
-    lines = []
-    if flops := case.get("model_flops"):
-        peaks = flops["peak_flops_per_s"]
-        against = f"{peaks['measured'] / 1e12:.3g} TFLOP/s measured in this run"
-        if peaks["data_sheet"]:
-            against += f" (in brackets: {peaks['data_sheet'] / 1e12:.4g} of the data sheet)"
-        lines.append(f"  MFU: {flops['value'] / 1e9:.4g} GFLOP, {flops['definition']}, against {against}")
-    return lines
+    """Say what MFU is relative to."""
+    if "model_flops" not in case:
+        return []
+    flops, peaks = case["model_flops"], case["model_flops"]["peak_flops_per_s"]
+    against = f"{peaks['measured'] / 1e12:.3g} TFLOP/s measured in this run"
+    if peaks["data_sheet"]:
+        against += f" (in brackets: {peaks['data_sheet'] / 1e12:.4g} of the data sheet)"
+    return [f"  MFU: {flops['value'] / 1e9:.4g} GFLOP, {flops['definition']}, against {against}"]
 
 
 def _breakdown(case: dict[str, Any]) -> list[str]:
     """Return the table of where the time goes, one row for each candidate, and the names that belong to no category."""
+    rows, remarks = [], []
     found = [c for c in case["candidates"] if c.get("breakdown")]
-    remarks = [
-        f"  no breakdown: {c['name']}: {c['breakdown_refused']}"
-        for c in case["candidates"]
-        if c.get("breakdown_refused")
-    ]
-    if not found:
-        return remarks
     used = [name for name in CATEGORIES if name == HOST or any(c["breakdown"]["seconds"][name] for c in found)]
-    rows = [["where the time goes", "step", *used, "traced"]]
-    for candidate in found:
-        breakdown = candidate["breakdown"]
-        step_s = breakdown["step_s"]
-        shares = [f"{100 * breakdown['seconds'][name] / step_s:.1f}%" for name in used]
-        rows.append([candidate["name"], seconds(step_s), *shares, seconds(breakdown["traced_s"])])
-        unknown = [f"{name[:80]} {100 * s / step_s:.2f}%" for name, s in breakdown["unknown"].items()]
-        if unknown:
-            remarks.append(f"  in other, {candidate['name']}: {', '.join(unknown)}")
-    return [align(rows, right=range(1, len(rows[0])), indent="  "), *remarks]
+    for candidate in case["candidates"]:
+        if reason := candidate.get("breakdown_refused"):
+            remarks.append(f"  no breakdown: {candidate['name']}: {reason}")
+        if breakdown := candidate.get("breakdown"):
+            step_s = breakdown["step_s"]
+            shares = [f"{100 * breakdown['seconds'][name] / step_s:.1f}%" for name in used]
+            rows.append([candidate["name"], seconds(step_s), *shares, seconds(breakdown["traced_s"])])
+            unknown = [f"{name[:80]} {100 * s / step_s:.2f}%" for name, s in breakdown["unknown"].items()]
+            remarks += [f"  in other, {candidate['name']}: {', '.join(unknown)}"] if unknown else []
+    head = ["where the time goes", "step", *used, "traced"]
+    return [*([align([head, *rows], right=range(1, len(head)), indent="  ")] if rows else []), *remarks]
 
 
 def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:

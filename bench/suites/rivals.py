@@ -1,7 +1,6 @@
 """Other implementations of the ops, by the op's name: plain PyTorch, and what others have published."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipfast.kernels import contrastive_loss, reference
 
-from ..case import OURS, AnyFunction, Candidate, Function, MissingError, Results
+from ..case import OURS, AnyFunction, Candidate, Function, Results
 from . import peers
 
 SDPA = {
@@ -97,26 +96,6 @@ def _two_sided(one_sided: Function) -> Function:
     return run
 
 
-def _linear_cross_entropy() -> Function:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise MissingError("needs torch 2.13")
-    options = peers.need("torch.nn", "torch").LinearCrossEntropyOptions()
-    return _two_sided(functools.partial(F.linear_cross_entropy, options=options))
-
-
-def _inf_cl() -> Function:
-    flash_loss = peers.need("inf_cl.flash", "inf-cl").cal_flash_loss
-
-    def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        # heads must divide the width, and be a power of two of at most 256
-        head_dim = math.gcd(image.shape[1], 256)
-        loss = flash_loss(image, text, None, logit_scale, head_dim)
-        loss = loss + flash_loss(text, image, None, logit_scale, head_dim)
-        return loss.mean() / 2
-
-    return run
-
-
 def _memeff() -> Function:
     module = peers.need("memeff", "memeff")
 
@@ -160,8 +139,6 @@ RIVALS: dict[str, Callable[[Mapping[str, Any]], tuple[Candidate, ...]]] = {
         Candidate(f"{OURS}, memory=min", lambda: _least_memory, note=COPYLESS, needs_gpu=True),
         Candidate("OpenCLIP ClipLoss", _open_clip),
         Candidate("OpenCLIP ClipLoss compiled", lambda: peers.compiled(_open_clip())),
-        Candidate("F.linear_cross_entropy x2", _linear_cross_entropy),
-        Candidate("Inf-CL", _inf_cl, needs_gpu=True),
         Candidate("memeff", _memeff, lacks=("logit_scale",), note=PYTHON_SCALE, needs_gpu=True),
         Candidate("Cut Cross-Entropy x2", _cut_cross_entropy, needs_gpu=True),
         Candidate("Liger x2", _liger, needs_gpu=True),

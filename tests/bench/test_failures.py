@@ -9,7 +9,6 @@ import torch
 
 from clipfast.bench import cli, harness, results, session, tables
 from clipfast.bench.case import OURS, Candidate
-from clipfast.bench.graphs import Graphs
 from clipfast.bench.suites import peers
 
 from .conftest import TELEMETRY, break_loss, case, double, quickly, smallest
@@ -130,25 +129,3 @@ def test_what_gets_no_memory_figure_or_no_graph_is_timed_and_says_so(monkeypatch
     timing.samples += [runner.sample(), runner.sample()]
     table = tables.case_table(results.case_result(built, [timing], TELEMETRY, {}, {}))
     assert "no CUDA graph: clipfast: RuntimeError: called a synchronizing" in table
-
-
-def test_a_failed_capture_is_ended_and_the_next_works(monkeypatch):
-    # The fake has what captures use of PyTorch. Its third capture fails at the end, as one with a host sync does.
-    fake = mock.MagicMock()
-    cuda, streams = fake.cuda, [mock.Mock() for _ in range(3)]
-    cuda.current_stream.side_effect = streams
-    cuda.graph_pool_handle.side_effect = [1, 2]
-    failed = RuntimeError("operation failed due to a previous error during capture")
-    cuda.graph.return_value.__exit__.side_effect = [False, False, failed, False, False]
-    fake._C._cuda_endAllocateToPool.side_effect = RuntimeError("not currently recording to mempool_id")
-    monkeypatch.setattr("clipfast.bench.graphs.torch", fake)
-    call = mock.Mock()
-    graphs = Graphs(torch.device("cuda", 0))
-    assert len(graphs.capture([call, call])) == 2
-    with pytest.raises(RuntimeError, match="previous error during capture"):
-        graphs.capture([call])
-    fake._C._cuda_endAllocateToPool.assert_called_once_with(0, 1)
-    cuda.set_stream.assert_called_once_with(streams[1])  # that was current before the failed capture
-    assert graphs.capture([call])
-    # all share a pool, until one fails; PyTorch's random numbers need one that works after it
-    assert [graph.kwargs["pool"] for graph in cuda.graph.call_args_list] == [1, 1, 1, 2, 2]

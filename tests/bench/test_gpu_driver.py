@@ -132,22 +132,17 @@ def test_an_hour_runs_modules_that_do_something_with_tests_for_gpus_first(tmp_pa
         assert "sys.exit(main())" in text or "SystemExit" in text, module
 
 
-def test_an_earlier_run_is_not_taken_for_this_one(tmp_path):
-    for folder in ("tables", "tables-of-the-stub"):
-        (tmp_path / folder).mkdir()
-    for name in ("bench-loss.json", "summary.txt", "tables/sm_90.json", "mine.txt"):
-        (tmp_path / name).write_text("{}")
-    gpu.clear(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_summary_names_refusals_and_a_rehearsal(tmp_path):
+def test_summary_is_of_this_run_and_names_refusals_and_a_rehearsal(tmp_path):
     candidates = [
         {"name": "clipfast", "refused": "OutOfMemoryError: no", "eager": None},
         {"name": "slow", "refused": None, "eager": "RuntimeError: syncs"},
         {"name": "fine", "refused": None, "eager": None},
     ]
     case = {"op": "loss", "shape": {"pairs": 8}, "dtype": "bf16", "candidates": candidates}
+    for name in ("bench-step.json", "verify.json", "mine.txt"):
+        (tmp_path / name).write_text("of an earlier run")
+    gpu.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     (tmp_path / "bench-loss.json").write_text(json.dumps({"cases": [case]}))
     gpu.summarise([gpu.Done("loss", "stopped after 9 s", 9.0, ["a table"])], tmp_path, stub=True)
     summary = (tmp_path / "summary.txt").read_text()
@@ -198,13 +193,6 @@ runpy.run_path("tests/conftest.py")
 print(importlib.machinery.PathFinder.find_spec("clipfast", sys.path).origin)
 """
     assert run_beside(site, code, checkout.ROOT).startswith(str(site))
-
-
-def test_wheels_name_what_is_missing(monkeypatch):
-    here = set(gpu.WHEELS) - {"ftfy"}
-    monkeypatch.setattr("importlib.util.find_spec", lambda module: module in here or None)
-    (fetch,) = (line for line in gpu.wheels().splitlines() if "pip download" in line)
-    assert fetch.endswith("-d .whl ftfy wcwidth")
 
 
 def test_what_is_written_goes_elsewhere_where_the_checkout_is_read_only(tmp_path, monkeypatch):

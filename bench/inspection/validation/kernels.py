@@ -65,39 +65,34 @@ def _product(call: Callable[..., object], block: Sequence[int], k: int, order: C
 
 def gluon_synchronous(folder: Path, block_m: int, block_n: int, block_k: int, warps: int) -> list[Work]:
     """Launch the product that waits for each load and each wgmma."""
-    tutorial = gluon(folder, "wgmma")
-    call = lambda a, b, c: tutorial.blocked_matmul(a, b, c, block_m, block_n, block_k, False, warps)  # noqa: E731
-    return _product(call, (block_m, block_n), 16384, row_major)
+    run = gluon(folder, "wgmma").blocked_matmul
+    block = block_m, block_n, block_k
+    return _product(lambda a, b, c: run(a, b, c, *block, False, warps), block, 16384, row_major)
 
 
 def gluon_overlapped(folder: Path, block_m: int, block_n: int, block_k: int, warps: int) -> list[Work]:
     """Launch the product that loads while wgmma runs."""
-    tutorial = gluon(folder, "wgmma")
-    call = lambda a, b, c: tutorial.blocked_matmul_pipelined(a, b, c, block_m, block_n, block_k, warps)  # noqa: E731
-    return _product(call, (block_m, block_n), 16384, row_major)
+    run = gluon(folder, "wgmma").blocked_matmul_pipelined
+    block = block_m, block_n, block_k
+    return _product(lambda a, b, c: run(a, b, c, *block, warps), block, 16384, row_major)
 
 
 def gluon_pipelined(folder: Path, k: int, block_k: int, buffers: int) -> list[Work]:
     """Launch the product with several buffers, one tile for each program."""
-    tutorial = gluon(folder, "persistence")
-    call = lambda a, b, c: tutorial.matmul_pipelined(a, b, c, 128, 256, block_k, buffers, 8)  # noqa: E731
-    return _product(call, (128, 256), k, row_major)
+    run = gluon(folder, "persistence").matmul_pipelined
+    return _product(lambda a, b, c: run(a, b, c, 128, 256, block_k, buffers, 8), (128, 256), k, row_major)
 
 
-def gluon_persistent(folder: Path, k: int, block_k: int, buffers: int) -> list[Work]:
+def gluon_persistent(folder: Path, k: int, block_k: int, buffers: int, name: str = "persistent_matmul") -> list[Work]:
     """Launch the product whose programs go through several tiles."""
     tutorial = gluon(folder, "persistence")
-    scheduler = tutorial.PersistentTileScheduler
-    call = lambda a, b, c: tutorial.persistent_matmul(a, b, c, 128, 256, block_k, buffers, 8, scheduler)  # noqa: E731
-    return _product(call, (128, 256), k, _chunked)
+    run, scheduler = getattr(tutorial, name), tutorial.PersistentTileScheduler
+    return _product(lambda a, b, c: run(a, b, c, 128, 256, block_k, buffers, 8, scheduler), (128, 256), k, _chunked)
 
 
 def gluon_persistent_pipelined(folder: Path, k: int, block_k: int, buffers: int) -> list[Work]:
     """Launch the product that loads the next tile's panels while it stores a tile."""
-    tutorial = gluon(folder, "persistence")
-    scheduler = tutorial.PersistentTileScheduler
-    run = tutorial.persistent_matmul_pipelined
-    return _product(lambda a, b, c: run(a, b, c, 128, 256, block_k, buffers, 8, scheduler), (128, 256), k, _chunked)
+    return gluon_persistent(folder, k, block_k, buffers, "persistent_matmul_pipelined")
 
 
 def _chunked(rows: int, columns: int, at_once: int) -> Iterator[list[tuple[int, int]]]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import json
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from unittest import mock
 
 import triton
 
+from . import FOLDER
 from .recording import as_on_an_h100
 
 
@@ -44,55 +46,8 @@ class File:
         return Path(self.repository, self.commit, self.path)
 
 
-_TRITON = "triton-lang/triton"
-# Tutorials change with the names that Gluon gives its functions: for Triton 3.6 to 3.8, and from 3.9 on.
-_GLUON = "06179e48e9cd5812798ee6650a5c12ac050e333b"
-_GLUON_36 = "1f238120a0552cd89ec712fc42e6228beae8c2e9"
-FILES = {
-    "gluon wgmma": File(
-        _TRITON, _GLUON, "python/tutorials/gluon/05-wgmma.py",
-        "39555077df44992d3fd32ef66b0b7d3b345ff0b1ff259a06cb06316816543049",
-    ),
-    "gluon persistence": File(
-        _TRITON, _GLUON, "python/tutorials/gluon/07-persistence.py",
-        "8d95fc876b7412166bf72f0ae0305925901155e596d8824a250166abe2775984",
-    ),
-    "gluon wgmma 3.6": File(
-        _TRITON, _GLUON_36, "python/tutorials/gluon/05-wgmma.py",
-        "b36ac002453a3b50a47f834f56d0417d96d48e470cdd696b84618d941860762f",
-    ),
-    "gluon persistence 3.6": File(
-        _TRITON, _GLUON_36, "python/tutorials/gluon/07-persistence.py",
-        "293a2fa45f7d295f3aabcb5e688ff52eb06b88ba1d32625820139637664d825b",
-    ),
-    "attention": File(
-        _TRITON, "345d5e405f12a4c9f6941e4f27c3ae34e47f0e81", "python/tutorials/06-fused-attention.py",
-        "b82f6b5ac7de34f6d17bfd35b02ac2b67ef649445cb7c8f623de9c3e3e13b6b6",
-    ),
-    "attention with descriptors": File(
-        _TRITON, "75d27b0b425329bad8c13b9cd47177d93590ec31", "python/tutorials/06-fused-attention.py",
-        "ecc9a056a371cd13a0585b6342e4e0bc7e3b9e6c0fbdf8124dd67905271e6e92",
-    ),
-    "integer product": File(
-        "meta-pytorch/tritonbench", "db2155c807755c19f5d98c64917ec897f24061f3",
-        "tritonbench/operators/bf16xint16_gemm/kernel.py",
-        "32f0c2576c0e5a8a0fab63cec94feb9d74b0e763ede97be43a185f04c08113a3",
-    ),
-    "bytes": File(
-        _TRITON, "9181d1e33c231f8db266414a65b50c9b711cb7af",
-        "python/triton_kernels/triton_kernels/numerics_details/mxfp_details/_upcast_from_mxfp.py",
-        "fb253ec1544d3ffcf2a5220b5bbf223a00b070ec9c8bcb8188aad2673e304954",
-    ),
-    "bytes, constants": File(
-        _TRITON, "9181d1e33c231f8db266414a65b50c9b711cb7af",
-        "python/triton_kernels/triton_kernels/numerics_details/mxfp_details/_downcast_to_mxfp.py",
-        "a0acdbdf166a0cf7c2350b894bf748aa4fd30057289edf26736293c6fd21ee23",
-    ),
-    "linear cross-entropy": File(
-        "verl-project/verl", "1dda039b9c6311889a9c9a26040677e1254814f9", "verl/utils/kernel/kernels.py",
-        "6d8dda8032ffd3caeb8fb2b6c3307126e0892135aee719f69dd26febc76c012b",
-    ),
-}  # fmt: skip
+# Tutorials change with the names of Gluon's functions: there is one for Triton 3.6 to 3.8, and one from 3.9 on.
+FILES = {name: File(*row) for name, row in json.loads((FOLDER / "figures.json").read_text())["files"].items()}
 # Packages with the versions that were measured, or are compared with.
 PACKAGES = {
     "memeff": ("0.3.1",),
