@@ -7,8 +7,8 @@ constants from the host, and waits for values that the host reads. They are reco
 from typing import Any
 
 import torch
-
-from .modes import InsideOps
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Ops that wait for the GPU, since the size or the value of their result is read on the host.
 SYNCHRONISE = frozenset((
@@ -17,6 +17,25 @@ SYNCHRONISE = frozenset((
 ))  # fmt: skip
 # The op that makes a tensor of Python numbers, and so copies them from the host.
 COPY_FROM_HOST = "lift_fresh"
+
+
+class InsideOps(TorchDispatchMode):
+    """Call :meth:`see` for each PyTorch op before it runs, also for those within our own ops."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def see(self, func: Any, args: Any) -> None:
+        """Look at one call of a PyTorch op."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "clipfast":
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        self.see(func, args)
+        return func(*args, **kwargs)
 
 
 class CaptureError(Exception):

@@ -18,8 +18,8 @@ from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import Call, Draw, OpSpec, Shape, specs
 
+from .capture import InsideOps
 from .driver import load, on_device
-from .modes import InsideOps
 
 # The GPU that launches are counted for.
 ARCH = 90

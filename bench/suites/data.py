@@ -1,21 +1,271 @@
 """The data pipeline and each of its stages, from shards of photographs to batches on the device, against OpenCLIP's.
 
-Data workers are processes of one thread each, so what counts is the CPU time of one thread; only the copy to the device
-is timed by the clock.
+A stage works on what the stage before it has made, which lies in memory. Data workers are processes of one thread each,
+so what counts is the CPU time of one thread; only the copy to the device is timed by the clock.
 """
 
+from __future__ import annotations
+
 import contextlib
+import dataclasses
+import functools
+import io
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import default_collate
 
-from ..case import OURS, Candidate, Case, Sizes
+from clipfast import Tokenizer
+from clipfast.data import Batch, CroppedImages, IndexCache, ShardSource, open_shards
+from clipfast.data.loader import stacked
+from clipfast.tokenizer import CONTEXT_LENGTH, trim_padding
+from clipfast.training.step import Upload
+
+from ..case import OURS, AnyFunction, Candidate, Case, MissingError, Sizes
 from ..machine import cpu_seconds
-from .pipelines import BATCH
-from .stages import STAGES, Photographs
+from . import pairs, peers
+from .pipelines import BATCH, OpenClipBatches, OurBatches, denormalized, open_clip_data, padded
 
+if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can run the other suites
+    from PIL import Image
+
+# A coarsely decoded photograph differs by 3% from one that is decoded whole (more than 35 dB); their means hardly do.
+PIXELS, MEANS = 20.0, 5.0
+THEIRS = "OpenCLIP"
+Make = Callable[[], AnyFunction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Who can do a stage: how each is made, ours first; a note on ours; and by which factor results may differ."""
+
+    make: Mapping[str, Make]
+    note: str = ""
+    slack: float = 1.0
+    unit: str = "images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Photographs:
+    """Pairs of a size in pixels, and the crops that are made of their images."""
+
+    count: int
+    width: int
+    height: int
+    size: int
+
+    @property
+    def files(self) -> list[bytes]:
+        """Return the images as JPEG files."""
+        return pairs.jpegs(self.count, self.width, self.height)
+
+    @property
+    def shards(self) -> list[str]:
+        """Return the names of tar files of the pairs."""
+        return pairs.shards(self.count, self.width, self.height)
+
+    @property
+    def crops(self) -> CroppedImages:
+        """Return our crops of the images."""
+        return CroppedImages(self.size)
+
+    def source(self) -> ShardSource:
+        """Return the shards, indexed."""
+        return open_shards(self.shards, index=IndexCache(Path(self.shards[0]).parent / "index"))
+
+    def open_clip_transform(self) -> Callable[[Image.Image], Tensor]:
+        """Return OpenCLIP's transform for training, which is a crop."""
+        open_clip: Any = peers.need("open_clip", "open_clip_torch")
+        return open_clip.image_transform(self.size, is_train=True)
+
+    def of_each(self, function: Callable[[bytes], Any]) -> list[Any]:
+        """Return what ``function`` makes of each file, with the random numbers that its place determines."""
+        made = []
+        for number, file in enumerate(self.files):
+            torch.manual_seed(number)
+            made.append(function(file))
+        return made
+
+
+class _Each:
+    """A function of the samples in some order that treats each by itself.
+
+    Args:
+        work: of the sample with a number.
+        seen: of the results, what all candidates must agree on.
+    """
+
+    def __init__(self, work: Callable[[int], Any], seen: Callable[[Any], Tensor]) -> None:
+        self.work, self.seen = work, seen
+
+    def __call__(self, order: Tensor) -> Tensor:
+        for number in order.tolist():
+            self.work(number)
+        return order
+
+    def observe(self, order: Tensor) -> dict[str, Tensor]:
+        """Return what is seen of each result, with random numbers that depend on the sample alone."""
+        found = []
+        for number in order.tolist():
+            torch.manual_seed(number)
+            found.append(self.seen(self.work(number)))
+        return {"value": torch.stack(found)}
+
+
+class _Joined:
+    """A function of the samples in some order that makes one tensor of them."""
+
+    def __init__(
+        self, samples: Sequence[Any], join: Callable[[list[Any]], Tensor], seen: Callable[..., Tensor]
+    ) -> None:
+        self.samples, self.join, self.seen = samples, join, seen
+
+    def __call__(self, order: Tensor) -> Tensor:
+        return self.join([self.samples[number] for number in order.tolist()])
+
+    def observe(self, order: Tensor) -> dict[str, Tensor]:
+        """Return what is seen of the result."""
+        return {"value": self.seen(self(order))}
+
+
+class _OpenClipRead:
+    """OpenCLIP's reading of shards from the beginning to the end, which is the order that it has."""
+
+    def __init__(self, shards: list[str]) -> None:
+        self.shards, self.data = shards, open_clip_data()
+
+    def __call__(self, order: Tensor) -> Tensor:
+        for _ in self._samples():
+            pass
+        return order
+
+    def observe(self, order: Tensor) -> dict[str, Tensor]:
+        """Return the lengths of the files of each sample."""
+        found = {int(sample["__key__"]): _lengths(sample) for sample in self._samples()}
+        return {"value": torch.stack([found[number] for number in order.tolist()])}
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        return self.data.tarfile_to_samples_nothrow({"url": shard} for shard in self.shards)
+
+
+def _lengths(sample: Mapping[str, Any]) -> Tensor:
+    return torch.tensor([len(sample["jpg"]), len(sample["txt"])], dtype=torch.float64)
+
+
+def _pil(file: bytes) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(file)).convert("RGB")
+
+
+def _thumbnail(image: Image.Image) -> Tensor:
+    from PIL import Image
+
+    return torch.from_numpy(np.array(image.resize((8, 8), Image.Resampling.BOX))).double()
+
+
+def _read(photographs: Photographs, _: torch.device) -> Stage:
+    make: dict[str, Make] = {
+        OURS: lambda: _Each(photographs.source().read, _lengths),
+        THEIRS: lambda: _OpenClipRead(photographs.shards),
+    }
+    return Stage(make, note="in any order", unit="pairs")
+
+
+def _decode(photographs: Photographs, _: torch.device) -> Stage:
+    files = photographs.files
+    make: dict[str, Make] = {
+        OURS: lambda: _Each(lambda n: photographs.crops.decoded(files[n]), lambda found: _thumbnail(found[0])),
+        THEIRS: lambda: _Each(lambda n: _pil(files[n]), _thumbnail),
+    }
+    return Stage(make, note="as finely as the crop needs", slack=MEANS)
+
+
+def _resize(photographs: Photographs, _: torch.device) -> Stage:
+    def ours() -> AnyFunction:
+        crops = photographs.crops
+        decoded = photographs.of_each(crops.decoded)
+        return _Each(lambda number: crops.resized(*decoded[number]), denormalized)
+
+    def theirs() -> AnyFunction:
+        transform, decoded = photographs.open_clip_transform(), photographs.of_each(_pil)
+        return _Each(lambda number: transform(decoded[number]), denormalized)
+
+    return Stage({OURS: ours, THEIRS: theirs}, note="bytes, of a coarser image", slack=PIXELS)
+
+
+def _collate(photographs: Photographs, _: torch.device) -> Stage:
+    def ours() -> AnyFunction:
+        images = photographs.of_each(photographs.crops)
+        return _Joined(images, lambda batch: stacked(batch, len(batch)), denormalized)
+
+    def theirs() -> AnyFunction:
+        transform = photographs.open_clip_transform()
+        return _Joined(photographs.of_each(lambda file: transform(_pil(file))), default_collate, denormalized)
+
+    return Stage({OURS: ours, THEIRS: theirs}, note="bytes", slack=PIXELS)
+
+
+def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
+    texts = pairs.captions(photographs.count)
+
+    def ours() -> AnyFunction:
+        tokenizer = Tokenizer()
+        return _Joined(texts, lambda batch: trim_padding(tokenizer(batch)), padded)
+
+    def theirs() -> AnyFunction:
+        tokenizer = peers.need("open_clip", "open_clip_torch").SimpleTokenizer()
+        return _Joined(texts, lambda batch: default_collate([tokenizer(text)[0] for text in batch]), padded)
+
+    return Stage({OURS: ours, THEIRS: theirs}, note="a batch at a time", unit="captions")
+
+
+def _transfer(photographs: Photographs, device: torch.device) -> Stage:
+    def make(pixels: torch.dtype, *, pinned: bool) -> AnyFunction:
+        if device.type != "cuda":
+            raise MissingError("nothing is copied to a CPU")
+        shape = (photographs.count, 3, photographs.size, photographs.size)
+        texts = torch.zeros(photographs.count, CONTEXT_LENGTH, dtype=torch.long)
+        batch, upload = Batch(torch.zeros(shape, dtype=pixels), texts, []), Upload(device)
+        batch = batch.pin_memory() if pinned else batch
+
+        def copy(order: Tensor) -> Tensor:
+            images, _ = upload(batch)
+            torch.cuda.synchronize(device)
+            return images.flatten()[: len(order)].float()
+
+        return copy
+
+    made: dict[str, Make] = {
+        OURS: functools.partial(make, torch.uint8, pinned=True),
+        THEIRS: functools.partial(make, torch.float32, pinned=False),
+    }
+    return Stage(made, note="bytes, from pinned memory", unit="pairs")
+
+
+def _pipeline(photographs: Photographs, _: torch.device) -> Stage:
+    def ours(workers: int) -> AnyFunction:
+        return OurBatches(photographs.source(), photographs.crops, workers)
+
+    def theirs(workers: int) -> AnyFunction:
+        return OpenClipBatches(photographs.shards, photographs.count, photographs.open_clip_transform(), workers)
+
+    made: dict[str, Make] = {
+        OURS: lambda: ours(0), THEIRS: lambda: theirs(0),
+        f"{OURS}, 1 worker": lambda: ours(1), f"{THEIRS}, 1 worker": lambda: theirs(1),
+    }  # fmt: skip
+    return Stage(made, note="with all stages but the copy to the device", slack=MEANS, unit="pairs")
+
+
+STAGES: dict[str, Callable[[Photographs, torch.device], Stage]] = {
+    "read": _read, "decode": _decode, "resize": _resize, "collate": _collate, "tokenize": _tokenize,
+    "transfer": _transfer, "pipeline": _pipeline,
+}  # fmt: skip
 FIELDS: Sizes = {"stage": "pipeline", "images": 1024, "width": 512, "height": 512, "size": 224}
 SMALLEST: Sizes = {"stage": "pipeline", "images": 4, "width": 64, "height": 48, "size": 32}
 # Photographs of a size that is common on the web, resized to what most models take.

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import inspect
 import re
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import clipfast
-from clipfast import run
 from clipfast.bench.adoption import __main__ as command
 from clipfast.bench.adoption import table
 
@@ -136,8 +133,3 @@ def test_the_command_writes_a_section_in_the_place_of_its_older_one(tmp_path, mo
     with pytest.raises(SystemExit):
         command.main(["open-clip", "--file", str(path)])
     assert "open-clip" in capsys.readouterr().err
-
-
-def test_the_parts_of_models_are_the_switches():
-    switches = list(inspect.signature(clipfast.apply_to_open_clip).parameters)[1:]
-    assert list(table.PARTS) == list(run.MODEL_PARTS) == switches

@@ -12,7 +12,7 @@ from clipfast.bench import cli, harness
 from clipfast.bench.case import OURS, Candidate
 from clipfast.bench.machine import cpu_seconds
 from clipfast.bench.suites import SUITES, build, pairs, pipelines
-from clipfast.bench.suites.stages import STAGES
+from clipfast.bench.suites.data import STAGES
 from clipfast.bench.supply import supply
 from clipfast.tokenizer import Tokenizer
 

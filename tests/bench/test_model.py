@@ -15,7 +15,7 @@ from clipfast.bench.inspection.model.arguments import bank
 from clipfast.bench.inspection.model.arithmetic import execute, signed
 from clipfast.bench.inspection.model.machine import H100
 from clipfast.bench.inspection.model.multiprocessor import run
-from clipfast.bench.inspection.model.paths import Code, Lost, Path, kinds, sample, shortened
+from clipfast.bench.inspection.model.paths import Code, Lost, Path, sample, shortened
 from clipfast.bench.inspection.model.predict import runs
 from clipfast.bench.inspection.model.registers import State
 from clipfast.bench.inspection.model.steps import decode
@@ -183,14 +183,6 @@ def test_long_repetitions_are_shortened_and_continued_in_a_straight_line():
     assert (short.length, double.length) == (repeated(10).length, repeated(20).length)
     assert short.length + factor * (double.length - short.length) == whole.length
     assert shortened(repeated(20), 10)[2] == 0
-
-
-def test_samples_are_spread_over_the_grid_and_rare_paths_join_others():
-    assert sample(6, 10) == [0, 1, 2, 3, 4, 5]
-    places = sample(7000, 48)
-    assert (len(places), places[0], len({place % 7 for place in places})) == (48, 0, 7)
-    paths = [Path(((0, length),), 0) for length in (6, 5, 5, 5, 50, 50)]
-    assert kinds(dict(enumerate(paths)), 2) == [(paths[1], [1, 2, 3, 0]), (paths[4], [4, 5])]
 
 
 # Control codes: set the first scoreboard when the result is there, wait for it, or neither.

@@ -21,14 +21,6 @@ def judged(case, *candidates):
     return timings
 
 
-def test_texts_of_a_step_end_anywhere_and_are_read_there():
-    torch.manual_seed(0)
-    texts = build("step", {"model": "ViT-T-8-32", "batch": 64}, "fp32", CPU).inputs()["texts"]
-    end = texts.argmax(1)
-    assert len(end.unique()) > 20
-    assert (texts.gather(1, end[:, None]) == 49407).all()
-
-
 @pytest.mark.parametrize(
     ("fault", "wrong"),
     [
@@ -80,13 +72,6 @@ def test_commit_of_a_copy_without_its_history(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert machine.commit(tmp_path) == {"sha": "abc123", "dirty": None}
     assert machine.commit(checkout.ROOT)["sha"] != "abc123"
-
-
-def test_images_that_are_floats_take_a_gradient():
-    sizes = {name: size for name, size in SUITES["patch"].smallest.items() if name != "uint8"}
-    bytes_, floats = (build("patch", sizes | {"uint8": uint8}, "fp32", CPU) for uint8 in (True, False))
-    assert "images" in floats.wants_grad
-    assert "images" not in bytes_.wants_grad
 
 
 def test_every_op_is_measured_at_published_sizes():

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from clipfast.bench.inspection import validation
-from clipfast.bench.inspection.validation import figures, kernels, panels, passes, sources, tables
+from clipfast.bench.inspection.validation import figures, kernels, passes, sources, tables
 from clipfast.bench.inspection.validation.__main__ import main
 from clipfast.bench.inspection.validation.recording import recording
 
@@ -55,11 +55,11 @@ def test_errors_are_logarithms_of_what_the_newest_triton_says():
 
 def test_panels_are_read_once_by_a_wave_and_again_when_they_have_left_l2():
     waves = [[(0, 0), (1, 0)], [(0, 1), (1, 1)]]
-    assert panels.panel_bytes(waves, a_panel=10e6, b_panel=5e6) == 2 * 10e6 + 2 * 5e6
-    assert panels.panel_bytes(waves, a_panel=30e6, b_panel=5e6) == 2 * 30e6 + 5e6 + 2 * 30e6 + 5e6 - 30e6
+    assert kernels.panel_bytes(waves, a_panel=10e6, b_panel=5e6) == 2 * 10e6 + 2 * 5e6
+    assert kernels.panel_bytes(waves, a_panel=30e6, b_panel=5e6) == 2 * 30e6 + 5e6 + 2 * 30e6 + 5e6 - 30e6
 
 
-@pytest.mark.parametrize("order", [panels.row_major(5, 7, 4), panels.grouped(5, 7, 4, 2)])
+@pytest.mark.parametrize("order", [kernels.row_major(5, 7, 4), kernels.grouped(5, 7, 4, 2)])
 def test_waves_have_every_tile_once(order):
     tiles = [tile for wave in order for tile in wave]
     assert sorted(tiles) == [(row, column) for row in range(5) for column in range(7)]
