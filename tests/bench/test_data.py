@@ -36,8 +36,8 @@ def test_every_stage_runs_and_what_mixes_up_its_samples_is_refused(stage):
     right = built.ours.make()
 
     class Faulty:
-        def observe(self, order):
-            return {name: value.roll(1, 0) for name, value in right.observe(order).items()}
+        def observe(self, **inputs):
+            return {name: value.roll(1, 0) for name, value in right.observe(**inputs).items()}
 
     faulty = harness.Timing(Candidate("faulty", Faulty))
     harness.pass_gate(built, [faulty])

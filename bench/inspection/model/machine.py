@@ -53,10 +53,6 @@ class Machine:
         """Return the cycles that one byte takes of a multiprocessor's share of a rate of the whole GPU."""
         return self.clock * self.multiprocessors / rate
 
-    def boosted(self) -> "Machine":
-        """Return the same GPU at its highest clock."""
-        return dataclasses.replace(self, clock=self.boost)
-
 
 H100 = Machine()
 # Copies are taken to reach the same part of the data sheet's rate as on an H100.

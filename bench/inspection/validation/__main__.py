@@ -75,7 +75,7 @@ def read_results() -> list[dict[str, Any]]:
     kept = {one["name"]: one for one in json.loads(RESULTS.read_text())}
     results = []
     for figure in figures():
-        answers = {"published_ms": None, "predicted_ms": {}, "limit": {}}
+        answers: dict[str, Any] = {"published_ms": None, "predicted_ms": {}, "limit": {}}
         answers |= {key: value for key, value in kept.get(figure.name, {}).items() if key in answers}
         results.append({
             "name": figure.name, "kind": figure.kind, "source": figure.source, "machine": figure.machine,
