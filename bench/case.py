@@ -98,7 +98,7 @@ def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs
 
 
 def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
-    """Return what is compared with the reference: the function's own ``observe()`` if it has one, else one call."""
+    """Return the tensors to compare with the reference: from the function's ``observe()``, or else from a call."""
     if hasattr(function, "observe"):
         with candidate.context():
             values: dict[str, Tensor] = function.observe(**inputs)

@@ -85,7 +85,7 @@ def patched_pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -
 
 
 def inputs(model: nn.Module, padding: str | None = None, batch: int = 3) -> dict[str, Tensor]:
-    """Return what the model takes: pairs, images or texts.
+    """Return inputs for a model: pairs, images or texts.
 
     Args:
         model: of :func:`make`.

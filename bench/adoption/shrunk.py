@@ -151,7 +151,7 @@ def _kind(config: dict[str, Any]) -> Any:
 
 
 def _patches(config: dict[str, Any]) -> Iterator[Any]:
-    """Yield what makes the parts small that a configuration only names."""
+    """Yield patches that shrink the parts of a model that its configuration only names."""
     import timm
 
     if timm_name := config.get("vision_cfg", {}).get("timm_model_name"):
@@ -258,7 +258,7 @@ def _patches_of(width: int, batch: int, dtype: torch.dtype) -> Input:
 
 
 def outputs(model: nn.Module, *args: Input) -> list[Tensor]:
-    """Return what the model returns that is a floating tensor, in a list."""
+    """Return the floating tensors among the results of a model."""
     out = model(*args)
     values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else [out]
     return [value for value in values if isinstance(value, Tensor) and value.requires_grad]

@@ -68,7 +68,7 @@ class Resources:
 
 
 def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -> list[str]:
-    """Return what is wrong with a compiled kernel.
+    """Return the faults of a compiled kernel.
 
     It spills, exceeds a limit, multiplies with the wrong unit, or the assembler warns of it: it does so where it runs
     the products of an asynchronous matrix unit one after another, which costs up to half of their rate. A kernel that
@@ -109,7 +109,7 @@ def distinct(launches: Sequence[Launch]) -> list[Launch]:
 
 
 def identity(launch: Launch) -> str:
-    """Return what is the same for launches that are compiled alike."""
+    """Return a key that is equal for launches that are compiled alike."""
     return f"{launch.kernel.__name__} {_specialise(launch)} {launch.options}"
 
 
@@ -134,7 +134,7 @@ def compile_kernel(launch: Launch, arch: int) -> Any:
 
 
 def assembler_log(kernel: Any) -> str:
-    """Return what the assembler said of a compiled kernel, which Triton throws away.
+    """Return the assembler's messages about a compiled kernel, which Triton throws away.
 
     A kernel from Triton's cache is assembled again, by Triton and so with the same options.
     """
@@ -148,7 +148,7 @@ def assembler_log(kernel: Any) -> str:
 
 
 def resources(kernel: Any) -> Resources:
-    """Return what a compiled kernel takes, read from the machine code that would run."""
+    """Return the resources of a compiled kernel, read from the machine code that would run."""
     usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
     # Spills are in the stack frame: without one there are none to count.
     spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(disassemble(kernel))
@@ -228,7 +228,7 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
 
 @functools.lru_cache(maxsize=8)
 def _cuobjdump(cubin: bytes, option: str) -> str:
-    """Return what Triton's cuobjdump prints. Several readers ask for the same kernel, and one run takes 0.3 s."""
+    """Return the output of Triton's cuobjdump. Several readers ask for the same kernel, and one run takes 0.3 s."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

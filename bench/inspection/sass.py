@@ -17,7 +17,7 @@ NO_SCOREBOARD = 7
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """What the assembler tells the scheduler about an instruction: bits 105 to 125 of it, since Volta.
+    """The control code of an instruction, bits 105 to 125, by which the assembler tells the scheduler when to issue it.
 
     Attributes:
         stall: cycles until the warp may issue its next instruction.

@@ -1,4 +1,4 @@
-"""What a CUDA graph forbids while it is captured, for calls on CPU tensors that stand for those of a GPU.
+"""The calls that a CUDA graph forbids while it is captured, found with CPU tensors that stand for those of a GPU.
 
 The stub driver refuses forbidden calls of the driver. PyTorch makes others, which CPU tensors do not show: it copies
 constants from the host, and waits for values that the host reads. They are recognised by the PyTorch op.

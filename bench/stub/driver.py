@@ -55,7 +55,7 @@ class LastLaunch(ctypes.Structure):
 
 
 class TensorMap(ctypes.Structure):
-    """What the stub writes into a tensor map; ``StubMap`` in gpu.h."""
+    """The fields that the stub writes into a tensor map; ``StubMap`` in gpu.h."""
 
     _fields_ = (
         ("magic", ctypes.c_uint64), ("unused", ctypes.c_uint64), ("base", ctypes.c_uint64),

@@ -1,4 +1,4 @@
-"""What a call costs the host: launches, PyTorch ops beside them, and the time to issue both.
+"""The cost of a call for the host: launches, PyTorch ops beside them, and the time to issue both.
 
 A GPU waits for its host where kernels are short. The counts need no GPU and no stub driver; the times are taken on the
 stub, so that Triton's launcher really runs, while PyTorch's ops are those of a CPU at the smallest size.

@@ -1,4 +1,4 @@
-"""What can be measured: every op by its specification, and a module for each other kind of computation."""
+"""The suites of benchmarks: one for each op, by its specification, and a module for each other computation."""
 
 import dataclasses
 import functools

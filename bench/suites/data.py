@@ -84,7 +84,7 @@ class Photographs:
         return open_clip.image_transform(self.size, is_train=True)
 
     def of_each(self, function: Callable[[bytes], Any]) -> list[Any]:
-        """Return what ``function`` makes of each file, with the random numbers that its place determines."""
+        """Return the result of ``function`` for each file, with random numbers that depend on its place alone."""
         made = []
         for number, file in enumerate(self.files):
             torch.manual_seed(number)
@@ -109,7 +109,7 @@ class _Each:
         return order
 
     def observe(self, order: Tensor) -> dict[str, Tensor]:
-        """Return what is seen of each result, with random numbers that depend on the sample alone."""
+        """Return ``seen`` of each result, with random numbers that depend on the sample alone."""
         found = []
         for number in order.tolist():
             torch.manual_seed(number)
@@ -129,7 +129,7 @@ class _Joined:
         return self.join([self.samples[number] for number in order.tolist()])
 
     def observe(self, order: Tensor) -> dict[str, Tensor]:
-        """Return what is seen of the result."""
+        """Return ``seen`` of the result."""
         return {"value": self.seen(self(order))}
 
 

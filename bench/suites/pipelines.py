@@ -35,7 +35,7 @@ class _Batches:
         raise NotImplementedError
 
     def observe(self, **_: Tensor) -> dict[str, Tensor]:
-        """Return what depends neither on the order of the pairs nor on crops: colours on average, and all texts."""
+        """Return the average colour and all texts, which depend neither on the order of the pairs nor on crops."""
         colours, texts = [], []
         for images, ids in self.batches():
             colours.append(denormalized(images).mean((2, 3)))

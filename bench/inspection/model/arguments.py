@@ -39,7 +39,7 @@ class Bank:
     tensors: Mapping[int, tuple[str, torch.Tensor]]
 
     def state(self, place: Sequence[int]) -> State:
-        """Return what the first thread of the program at ``place`` in the grid knows when it starts."""
+        """Return the known registers of the first thread of the program at ``place`` in the grid, at its start."""
         special = dict(zip(("SR_CTAID.X", "SR_CTAID.Y", "SR_CTAID.Z"), place, strict=True))
         return State(self.words, special, self.memory)
 

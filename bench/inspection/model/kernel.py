@@ -46,7 +46,7 @@ class Kernel:
         return self.code.instructions
 
     def steps(self, path: Path) -> list[Step]:
-        """Return what one warp runs along a path."""
+        """Return the steps that one warp runs along a path."""
         decoded = self._decoded(self._staged(path))
         return [step for first, last in path.pieces for step in decoded[first:last]]
 

@@ -1,4 +1,4 @@
-"""The rates and latencies of a GPU, each with its source. No constant belongs to a kernel."""
+"""The rates and latencies of a GPU, each with its source. None was chosen for one particular kernel."""
 
 import dataclasses
 

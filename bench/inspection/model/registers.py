@@ -138,7 +138,7 @@ class State:
         return self.registers.get(following(operand.register, offset) if offset else operand.register)
 
     def read_bits(self, operand: Operand) -> tuple[int, int]:
-        """Return what is known of 32 bits of an operand: their values, and a mask of the bits that are known."""
+        """Return the values of 32 bits of an operand, and a mask of the bits that are known."""
         value = self.peek(operand)
         if value is not None:
             return value, MASK

@@ -43,7 +43,7 @@ class Figure:
 
 
 class Answer(NamedTuple):
-    """What the model says to a figure, in milliseconds."""
+    """The published and the predicted time of a figure, in milliseconds."""
 
     published: float
     predicted: float

@@ -30,7 +30,7 @@ Wave = list[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one way of running a figure's case launches.
+    """The launches of one way to run the case of a figure.
 
     Attributes:
         launches: with the bytes that each moves from and to device memory; None for each tensor once.

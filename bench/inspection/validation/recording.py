@@ -55,14 +55,14 @@ class Other:
 
 @dataclasses.dataclass
 class Recorded:
-    """What a call launched, in order of each kind."""
+    """The launches of a call, and its PyTorch ops, each in order."""
 
     launches: list[Launched] = dataclasses.field(default_factory=list)
     others: list[Other] = dataclasses.field(default_factory=list)
 
 
 class _Driver(DriverBase):  # type: ignore[misc]
-    """What Triton asks a driver before it compiles."""
+    """A driver that answers the questions that Triton has before it compiles."""
 
     def __init__(self) -> None:
         """Do nothing: there is no library to load."""

@@ -1,4 +1,4 @@
-"""Where the kernels of the validation come from: files of public repositories at one commit, and packages.
+"""The origin of the kernels of the validation: files of public repositories at one commit, and packages.
 
 None of them is part of this repository. The files lie in one folder, each under its repository, commit and path;
 :func:`how_to_fetch` says how to get them. The packages are installed in folders of their own, one for each version,
@@ -37,12 +37,12 @@ class File:
 
     @property
     def url(self) -> str:
-        """Where the file can be had."""
+        """Return the address that the file is downloaded from."""
         return f"https://raw.githubusercontent.com/{self.repository}/{self.commit}/{self.path}"
 
     @property
     def place(self) -> Path:
-        """The file's place in the folder of sources."""
+        """Return the path of the file in the folder of sources."""
         return Path(self.repository, self.commit, self.path)
 
 
