@@ -173,19 +173,12 @@ def _outputs(output: Any) -> tuple[Any, ...]:
     found = tuple(output[name] for name in OUTPUTS if name in output) if isinstance(output, Mapping) else output
     if not isinstance(found, (tuple, list)) or len(found) not in (3, 4) or found[2] is None:
         raise TypeError(
-            f"the model must return {', '.join(OUTPUTS[:3])} and perhaps {OUTPUTS[3]}, got {_kinds(output)}"
+            f"the model must return {', '.join(OUTPUTS[:3])} and perhaps {OUTPUTS[3]}, got {type(output).__name__}"
         )
     if not isinstance(found[0], Tensor) or not isinstance(found[1], Tensor):
-        raise TypeError(f"the model must return features of images and of texts, got {_kinds(output)}")
+        kinds = ", ".join(type(one).__name__ for one in found)
+        raise TypeError(f"the model must return features of images and of texts, got ({kinds})")
     return tuple(found) if found[-1] is not None else tuple(found[:3])
-
-
-def _kinds(output: Any) -> str:
-    if isinstance(output, Mapping):
-        return f"a dict with {', '.join(map(str, output))}"
-    if isinstance(output, (tuple, list)):
-        return f"({', '.join(type(one).__name__ for one in output)})"
-    return type(output).__name__
 
 
 def _join(features: list[tuple[Any, ...]], num_pairs: int) -> tuple[Any, ...]:

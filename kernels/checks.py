@@ -21,8 +21,7 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{op}: {name} is bfloat16, which Triton's interpreter multiplies as raw bits: use float32 or float16"
         )
-    on_cpu_path = tensor.device.type in ("cpu", "meta") and not launch.executes_on_cpu()
-    if tensor.dtype == torch.float64 and not on_cpu_path:
+    if tensor.dtype == torch.float64 and (tensor.device.type not in ("cpu", "meta") or launch.executes_on_cpu()):
         raise TypeError(f"{op}: {name} is float64, which only the CPU path and backend='torch' compute in")
 
 

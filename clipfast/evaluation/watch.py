@@ -19,11 +19,10 @@ from torch import Tensor
 from ..checkpoint import CheckpointError, load_weights, own_config, own_preprocessing, read_checkpoint
 from ..factory import set_preprocessing, tokenizer_for, transform_of
 from ..models import CLIPConfig, build
-from ..training.history import is_run
 from ..training.reports import NO_TENSORBOARD, TensorBoard, evaluation_metrics
 from ..training.run import RunFolder, append, read_lines
 from ..training.sharded import MANIFEST, read_parts
-from ..training.status import FINISHED, WANTED, metrics_text, read_status
+from ..training.status import FINISHED, WANTED, is_run, metrics_text, read_status
 from .encoder import Encoder
 from .evaluate import evaluate
 from .features import encode_set

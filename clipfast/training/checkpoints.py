@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from ..files import DiskFullError, replace_file
-from .background import Background
-from .host_copy import HostCopy
+from .background import Background, HostCopy
 from .sharded import read_parts, read_rest, write_parts
 from .world import ALONE, World
 
@@ -130,8 +129,9 @@ class Checkpoints:
             _remove(path)
 
     def save(
-        self, checkpoint: dict[str, Any], step: int, *, milestone: int | None = None, good: int | None = None
-    ) -> None:
+        self, checkpoint: dict[str, Any], step: int, *, milestone: int | None = None, good: int | None = None,
+        in_parts: bool = False,
+    ) -> None:  # fmt: skip
         """Copy a checkpoint, and write the copy in the background, after the write before is done.
 
         Args:
@@ -139,27 +139,26 @@ class Checkpoints:
             step: number of steps that are finished.
             milestone: number of finished epochs, to keep it as ``epoch_N.pt``.
             good: the newest checkpoint that is not of a later step is kept too.
+            in_parts: write a folder, with a part by each process of ``world``. All of them must call it, and an error
+                that one of them meets is that of all. Otherwise this process writes alone, even if there are others.
         """
         self._background.wait()
         self.saved_at = time.monotonic()
-        copied = self._host_copy(checkpoint)
-        self._background.start(lambda: self._write(copied, step, milestone, good))
-
-    def save_parts(self, checkpoint: dict[str, Any], step: int, *, good: int | None = None) -> None:
-        """Copy what this process holds of a checkpoint, and write it in the background, together with the others.
-
-        All processes of ``world`` must call it. An error that one of them meets is that of all.
-        """
-        self._background.wait()
-        self.saved_at = time.monotonic()
-        copied = self._host_copy(checkpoint)
-        path = self.step_path(step).with_suffix("")
+        copied, path = self._host_copy(checkpoint), self.step_path(step)
+        path = path.with_suffix("") if in_parts else path
 
         def write() -> None:
-            self._world.on_main(self._refuse_another)
-            write_parts(path, copied, self._world)
+            if in_parts:
+                self._world.on_main(self._refuse_another)
+                write_parts(path, copied, self._world)
+                return
+            self._refuse_another()
+            write_checkpoint(path, copied)
+            self._link(path, self.latest)
+            if milestone is not None:
+                self._link(path, self.folder / f"epoch_{milestone}.pt")
 
-        self._background.start(lambda: self._written(path, step, write, good=good))
+        self._background.start(lambda: self._written(path, step, write, milestone, good))
 
     def wait(self, seconds: float = math.inf) -> Exception | None:
         """Wait until nothing is being written, or for so long, and return the error of the last write, if it failed."""
@@ -176,20 +175,8 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def _write(self, checkpoint: dict[str, Any], step: int, milestone: int | None, good: int | None) -> None:
-        path = self.step_path(step)
-
-        def write() -> None:  # this process writes alone, even if there are others
-            self._refuse_another()
-            write_checkpoint(path, checkpoint)
-            self._link(path, self.latest)
-            if milestone is not None:
-                self._link(path, self.folder / f"epoch_{milestone}.pt")
-
-        self._written(path, step, write, milestone, good)
-
     def _written(
-        self, path: Path, step: int, write: Callable[[], object], milestone: int | None = None, good: int | None = None
+        self, path: Path, step: int, write: Callable[[], object], milestone: int | None, good: int | None
     ) -> None:
         """Write the state after ``step`` steps to ``path``, and remove what it replaces."""
         try:
@@ -217,7 +204,7 @@ class Checkpoints:
             raise OSError(f"{self.folder.parent} was renamed or removed")
 
     def _folders_after(self, file: Path) -> list[Path]:
-        """Return the folders of later steps than that of a file, the newest first.
+        """Return the folders ``step_N`` whose step is later than the step of ``file``, the newest first.
 
         A file has lost its name ``step_N.pt`` when there were enough of later steps, or when the folder was copied.
         """

@@ -1,8 +1,12 @@
-"""``clipfast train``: its arguments, and the options that a recipe or a checkpoint adds to them."""
+"""``clipfast train``: its arguments, and the options that a recipe or a checkpoint adds to them.
+
+A command of OpenCLIP that names no training data only evaluates, which is ``clipfast eval`` here.
+"""
 
 import argparse
 import os
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +14,6 @@ from ..files import local_path
 from . import open_clip_flags
 from .arguments import add_arguments
 from .config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
-from .evaluation_only import evaluate, is_evaluation
 from .options import flag_name
 from .recipes import describe, list_recipes, read_recipe
 
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Start(NamedTuple):
-    """Where a run starts: its options, where each is from, the checkpoint that it goes on from, and what to warn of."""
+    """The start of a run: its options, their origins, the checkpoint that it continues, and warnings for the log."""
 
     options: dict[str, Any]
     origins: dict[str, str]
@@ -85,7 +88,7 @@ class _Start(NamedTuple):
 
 
 def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool = False) -> _Start:
-    """Return where a run starts. After a failure, torchrun runs the same command again, and it goes on by itself."""
+    """Return the start of a run. After a failure, torchrun repeats the command, which takes the newest checkpoint."""
     found = _named(args.resume, given)
     start = _composed(args, given, found)
     if is_restart and "name" in start.options:
@@ -234,3 +237,58 @@ def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> 
             "--remote-sync '' to leave it"
         )
     return options
+
+
+SETS = ("val_data", "imagenet_val", "imagenet_v2")
+PASSED = (
+    "model", "pretrained", "cache_dir", "tokenizer", "device", "backend", "image_key", "text_key", "json_text_key",
+    "csv_separator",
+)  # fmt: skip
+UNKNOWN = (  # to clipfast eval, though they change what is computed
+    "force_quick_gelu", "force_image_size", "force_context_length", "image_mean", "image_std", "image_interpolation",
+    "image_resize_mode",
+)  # fmt: skip
+
+
+def is_evaluation(options: Mapping[str, Any]) -> bool:
+    """Return True if options name data to evaluate on, and none to train on."""
+    return "train_data" not in options and any(options.get(name) for name in SETS)
+
+
+def commands(options: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the command for each set that the options name, without the name of the program.
+
+    Raises:
+        ValueError: ``clipfast eval`` does not have one of the options.
+    """
+    from ..evaluation.imagenet import imagenet_set
+
+    unknown = ", ".join(flag_name(name) for name in UNKNOWN if options.get(name))
+    if unknown:
+        raise ValueError(
+            f"without --train-data this only evaluates, and clipfast eval does not have {unknown}: give the model as "
+            "local-dir:FOLDER, whose open_clip_config.json says it"
+        )
+    passed = ["eval", "zeroshot"]
+    for name in PASSED:
+        value = options.get(name)
+        if value:
+            passed += [flag_name(name), *(value if isinstance(value, tuple) else (str(value),))]
+    for name in SETS:
+        if name == "val_data" and options.get(name):
+            yield [*passed, "--data", options[name]]
+        elif options.get(name):
+            folder = imagenet_set(options[name]).data
+            yield [*passed, "--data", folder, "--classnames", "imagenet", "--templates", "openai"]
+
+
+def evaluate(options: Mapping[str, Any]) -> int:
+    """Run ``clipfast eval`` for each set, which prints the results, and return the exit code.
+
+    Raises:
+        ValueError: as above.
+    """
+    from ..cli import main
+    from .build import registered
+
+    return max(map(main, list(commands({**options, "model": registered(str(options["model"]))}))))

@@ -35,7 +35,6 @@ from ..data import (
     pair_loader,
 )
 from ..data.keys import IMAGE_KEYS, TEXT_KEYS
-from ..data.order import Stretch
 from ..data.samples import sample_name
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
@@ -44,14 +43,13 @@ from ..images import MAX_PIXELS, SampleError, augmentation
 from ..models import CLIP
 from ..tokenizer import Tokenizer
 from .config import AUGMENTATIONS, TrainConfig
-from .epochs import Epochs
-from .errors import TrainingError
+from .ending import TrainingError
 from .optim import parse_arguments
 from .options import KEY_OPTIONS, flag_name
+from .schedule import Epochs
 from .world import ALONE, World
 
 BY_CHANCE = 1e-3  # at most: how probably one look stops a run whose share of bad pairs is just what it may be
-DESCRIBED = 5  # shards of a batch that are named
 NO_FILES = Keys((), ())  # to read a sample without the files that it names
 ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
 
@@ -148,7 +146,9 @@ class TrainingData:
         Args:
             number: of the batch, from 0.
         """
-        mine, names = self._samples(number), []
+        part, first = self.batch_size // self.world.size, number * self.batch_size
+        mine = self.order(first, first + self.batch_size)[self.world.rank * part : (self.world.rank + 1) * part]
+        names = []
         for place, sample in zip(mine.source.tolist(), mine.sample.tolist(), strict=True):
             source = self.sources[place]
             try:
@@ -156,19 +156,6 @@ class TrainingData:
             except SampleError:
                 names.append(source.name(sample))
         return names
-
-    def describe(self, number: int) -> str:
-        """Return which shards this rank's part of a batch is from."""
-        mine = self._samples(number)
-        places = zip(mine.source.tolist(), mine.sample.tolist(), strict=True)
-        shards = list(dict.fromkeys(self.sources[place].name(sample).rpartition(", ")[0] for place, sample in places))
-        more = f" and {len(shards) - DESCRIBED} more" if len(shards) > DESCRIBED else ""
-        return f"of {', '.join(shards[:DESCRIBED])}{more}"
-
-    def _samples(self, number: int) -> Stretch:
-        """Return which samples this rank's part of a batch has, unless some of them cannot be used."""
-        part, first = self.batch_size // self.world.size, number * self.batch_size
-        return self.order(first, first + self.batch_size)[self.world.rank * part : (self.world.rank + 1) * part]
 
 
 def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:
@@ -233,7 +220,7 @@ def pair_batches(
 
 
 def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_open: int = MAX_OPEN) -> list[Source]:
-    """Return the sources of pairs, read as the options of a run say; arguments and errors are those of open_sources."""
+    """Return the sources of pairs by the options of a run, with the arguments and the errors of ``open_sources``."""
     return open_sources(names, workers, IndexCache(separator=config.separator()), max_open)
 
 

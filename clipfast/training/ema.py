@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checkpoint import check_weights, plain_names
 from ..models import CLIP
-from ..shards import fill, local
+from ..shards import fill, to_local
 
 TOGETHER = 16  # tensors that are averaged at the same time, for which a step has to hold their change
 
@@ -89,4 +89,4 @@ class WeightAverage:
 
 def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the parts of tensors that this process holds; FSDP2 may have cut some of them."""
-    return [local(value) for value in tensors.values()]
+    return [to_local(value) for value in tensors.values()]

@@ -22,7 +22,7 @@ from .world import World
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:
-    """Return True if weights are to be cut. One process alone keeps them whole, whatever ``--fsdp`` says."""
+    """Return True if FSDP2 is to shard the weights. One process alone keeps full weights, whatever ``--fsdp`` says."""
     return config.fsdp and world.size > 1
 
 

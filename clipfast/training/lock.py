@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from .errors import TrainingError
+from .ending import TrainingError
 
 log = logging.getLogger("clipfast")
 
@@ -45,7 +45,7 @@ class Lock:
         self._file = self._taken()
 
     def is_held(self) -> bool:
-        """Return False if the folder was removed or renamed, and what lies there may be another run's."""
+        """Return False if the folder was removed or renamed, so that a folder of its name may be another run's."""
         with contextlib.suppress(OSError):
             return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         return False

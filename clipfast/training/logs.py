@@ -1,25 +1,29 @@
-"""Log lines in OpenCLIP's format on the console and in ``out.log``, and metrics in the folder of the run."""
+"""Log lines in OpenCLIP's format, metrics in the folder of the run, and the meters behind them."""
 
 import collections
 import contextlib
-import functools
 import logging
 import logging.handlers
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch
+from ..flops import training_flops
+from ..host import gpu_state, proc_bytes, throttles
+from ..kernels.hardware import card_named
+from ..models import CLIP
 from ..progress import duration
-from .epochs import Epochs
 from .guard import Figures
-from .meters import Meters, Remaining
 from .run import RunFolder
+from .schedule import Epochs
 from .spikes import Signs
 from .world import ALONE, World
 
@@ -27,6 +31,88 @@ if TYPE_CHECKING:
     from .reports import Reports
 
 log = logging.getLogger("clipfast")
+
+
+class Meters:
+    """The meters of one rank.
+
+    Args:
+        device: of the rank.
+        parallel: what is called in a step; ``DistributedDataParallel`` measures its communication itself.
+        every: steps between two readings.
+    """
+
+    def __init__(self, device: torch.device, parallel: nn.Module | None = None, every: int = 1) -> None:
+        self.device, self.parallel = device, parallel
+        self._seconds_at_peak = 0.0  # that a step would take at an MFU of 1; 0 if that is unknown
+        self._tells_nvml = device.type == "cuda"
+        self._was_throttled = False
+        if isinstance(parallel, DistributedDataParallel):
+            parallel._set_ddp_runtime_logging_sample_rate(every)
+
+    def count_flops(self, model: Callable[[], CLIP], pairs: int, ranks: int, *, half: bool) -> str | None:
+        """Count the FLOPs of a step, and return a sentence on what MFU means in this run; None if there is none.
+
+        Args:
+            model: builds the model on "meta".
+            pairs: of all ranks together.
+            ranks: how many there are.
+            half: whether products have 16 bits.
+        """
+        card = card_named(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if card is None:
+            return None
+        flops, peak = training_flops(model(), pairs), ranks * card.peak(half=half)
+        self._seconds_at_peak = flops / peak
+        return (
+            f"MFU: a step has {flops / 1e12:,.4g} TFLOP of the model, without what is computed a second time, and "
+            f"{ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the data sheet"
+        )
+
+    def read(self, step_seconds: float) -> dict[str, Any]:
+        """Return the figures for a line of metrics; what cannot be measured here is left out.
+
+        ``mfu``: of the peak of all ranks' GPUs. ``communication``: the share of a step's time in which
+        ``DistributedDataParallel`` sums gradients, or waits for a slower rank to do so, after the backward pass has
+        computed them, in the last step that it looked at; the exchange of features in the loss is not part of it.
+        ``memory``: bytes, on a GPU the peak so far. ``gpu``: what NVML says.
+
+        Args:
+            step_seconds: duration of a step.
+        """
+        found: dict[str, Any] = {"memory": self._memory()}
+        if self._seconds_at_peak:
+            found["mfu"] = self._seconds_at_peak / step_seconds
+        times = self.parallel._get_ddp_logging_data() if isinstance(self.parallel, DistributedDataParallel) else {}
+        whole, hidden = times.get("backward_comm_time"), times.get("backward_compute_comm_overlap_time")
+        if whole is not None and hidden is not None:  # after the first steps that it looks at
+            found["communication"] = min(max(whole - hidden, 0) * 1e-9 / step_seconds, 1.0)
+        if self._tells_nvml:
+            found |= self._gpu()
+        return found
+
+    def _memory(self) -> dict[str, int]:
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+            return {"allocated": allocated(self.device), "reserved": reserved(self.device)}
+        with contextlib.suppress(OSError, RuntimeError):
+            return {"resident": proc_bytes("self/status", "VmRSS")}
+        return {}
+
+    def _gpu(self) -> dict[str, Any]:
+        try:
+            state = gpu_state(self.device)
+        except Exception:  # a driver may lack NVML, or a container may hide it: a run needs none of it
+            self._tells_nvml = False
+            return {}
+        if state["throttled"] and not self._was_throttled:
+            self._was_throttled = True
+            log.warning(
+                f"{self.device} runs slower than it could, by {', '.join(throttles(state['reasons']))}: "
+                f"{state['sm_mhz']} MHz, {state['power_w']:.0f} W, {state['temperature_c']} °C. It is said once; "
+                "metrics.jsonl has the figures of each line."
+            )
+        return {"gpu": state}
 
 
 class _OutLog(logging.handlers.WatchedFileHandler):
@@ -89,23 +175,15 @@ class TrainLog:
         reports: where figures go beside the log and ``metrics.jsonl``; None until they are opened, and on other ranks.
     """
 
-    def __init__(
-        self, folder: RunFolder, epochs: Epochs, world: World = ALONE, meters: Meters | None = None,
-        signs: Signs | None = None,
-    ) -> None:  # fmt: skip
-        self.folder, self.epochs, self.world, self.meters = folder, epochs, world, meters
+    def __init__(self, folder: RunFolder, epochs: Epochs, world: World, meters: Meters, signs: Signs) -> None:
+        self.folder, self.epochs, self.world, self.meters, self.signs = folder, epochs, world, meters, signs
         self.reports: Reports | None = None
-        self._remaining, self.signs = Remaining(), signs or Signs(0)
+        self._first: tuple[int, float] | None = None  # step and time of the first line
         self._left: float | None = None  # seconds
         self._start_again()
 
-    def watch(
-        self, batches: Iterator[Batch], step: int, describe: Callable[[int], str] | None = None
-    ) -> Iterator[Batch]:
-        """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each.
-
-        ``describe`` says where a batch is from, by its number.
-        """
+    def watch(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+        """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each."""
         from tqdm import tqdm
 
         epoch, first, stop = self.epochs.after(step)
@@ -115,8 +193,7 @@ class TrainLog:
         with tqdm(total=stop - first, initial=step - first, desc=description, **options) as bar:
             for number in range(step, stop):
                 asked = time.perf_counter()
-                detail = None if describe is None else functools.partial(describe, number)
-                with self.world.phase("data", number + 1, detail):
+                with self.world.phase("data", number + 1):
                     batch = next(batches)
                 self._waiting += time.perf_counter() - asked
                 self._stages.update(batch.seconds)
@@ -152,10 +229,7 @@ class TrainLog:
         kept = [one for one in figures if not one.skipped]
         means = {}
         if kept:
-            means = {
-                "loss": math.fsum(one.loss for one in kept) / len(kept),
-                "grad_norm": math.fsum(one.grad_norm for one in kept) / len(kept),
-            }
+            means = {key: statistics.fmean(getattr(one, key) for one in kept) for key in ("loss", "grad_norm")}
         now = time.perf_counter()
         elapsed = now - self._started
         line: dict[str, Any] = {
@@ -168,9 +242,11 @@ class TrainLog:
             "data_wait": self._waiting / elapsed,
             "pairs_per_second": self._pairs / elapsed,
             "pairs_per_second_per_gpu": self._pairs / elapsed / self.world.size,
-            **({} if self.meters is None else self.meters.read(elapsed / len(figures))),
+            **self.meters.read(elapsed / len(figures)),
         }  # fmt: skip
-        self._left = self._remaining.at(step, self.epochs.total_steps, now)
+        first, seconds = self._first = self._first or (step, now)  # much is prepared in the steps before it
+        if step > first:  # evaluations and saves are spread over all steps
+            self._left = (self.epochs.total_steps - step) * (now - seconds) / (step - first)
         if self._left is not None:
             line["eta"] = round(self._left, 1)
         line["data_seconds"] = dict(self._stages)  # of all data workers together

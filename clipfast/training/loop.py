@@ -19,14 +19,14 @@ from ..file_tokenizer import FileTokenizer
 from ..files import replace_text
 from .checkpoints import read_saved
 from .config import TrainConfig
-from .interruption import Interrupted, Interruption
+from .ending import Interrupted, Interruption
 from .lock import locked
 from .logs import log, logging_to
 from .options import flag_name
 from .preflight import preflight
 from .recipes import describe
 from .remote import RemoteCopy
-from .reports import check_wandb, reporting
+from .reports import Reports, check_wandb
 from .run import RunFolder
 from .trainer import Trainer
 from .world import ALONE, World
@@ -94,7 +94,7 @@ def train(
             logging_to(folder, world, by_machine=config.log_local),
             Interruption(quiet=world.size > 1) as interruption,
             remote,  # it uploads what the reports have closed
-            reporting(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
+            Reports(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
         ):
             if world.is_main:
                 for warning in warnings:
@@ -151,7 +151,7 @@ def _check_steps(trainer: Trainer) -> None:
 
 
 def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which rank 0 uploads what a run writes that goes on after ``step``, or begins.
+    """Return a context in which rank 0 uploads the files of a run; ``step`` is the one that it goes on from, or None.
 
     Raises:
         ValueError: the place cannot be used, or holds another run.
@@ -218,7 +218,7 @@ def _record_losses(trainer: Trainer) -> None:
 
 
 def _evaluate_and_finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
-    """Evaluate what the last epoch has not, and let rank 0 finish; all ranks must call it."""
+    """Make the evaluations that the last epoch did not make, and let rank 0 finish; all ranks must call it."""
     validation, step = trainer.validation, trainer.progress.step
     evaluation = evaluation or validation.evaluate(step)
     raw = validation.evaluate_last_weights()

@@ -13,7 +13,7 @@ from torch import nn
 from ..models import CLIP
 from ..models.freezing import Group as Layers
 from ..models.freezing import groups_of_text, parameters_of
-from ..shards import is_cut
+from ..shards import is_dtensor
 from .config import TrainConfig
 
 MUON = "muon"
@@ -66,14 +66,14 @@ def make_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.Optimizer:
 def _construct(
     config: TrainConfig, kind: type[torch.optim.Optimizer], groups: list[Group], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return an optimizer with ``options`` and what ``--opt-kwargs`` says.
+    """Return an optimizer with ``options``, to which ``--opt-kwargs`` adds.
 
     Raises:
         ValueError: it does not take them.
         NotImplementedError: it reads parameters, and they have no values, on PyTorch's "meta" device.
     """
     given = parse_arguments(config.opt_kwargs)
-    is_cut_by_fsdp = any(is_cut(parameter) for group in groups for parameter in group["params"])
+    is_cut_by_fsdp = any(is_dtensor(parameter) for group in groups for parameter in group["params"])
     fused = _FUSED_IF_CUT if is_cut_by_fsdp else _FUSED
     if kind in fused and given.keys().isdisjoint(("foreach", "fused", "differentiable")):
         options |= {"fused": True}
@@ -154,7 +154,7 @@ def layer_scales(model: CLIP, config: TrainConfig) -> dict[nn.Parameter, float] 
 
 
 def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return the class that ``--opt`` names, and what its name stands for in options.
+    """Return the class that ``--opt`` names, and the options that the name implies.
 
     Raises:
         ValueError: there is none, or it is not an optimizer that training can use.
@@ -181,7 +181,7 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
 
 
 def _timm_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return the class that timm has under a name, and what the name stands for in its options.
+    """Return the class that timm has under a name, and the options that the name implies.
 
     Raises:
         ValueError: timm has none of this name.
@@ -239,7 +239,7 @@ def adam_defaults(config: TrainConfig, model: CLIP) -> tuple[tuple[float, float]
 
 
 def parse_arguments(words: Iterable[str]) -> dict[str, Any]:
-    """Return the arguments that words such as ``nesterov=True`` name; what is not a Python literal is a string.
+    """Return the arguments that words such as ``nesterov=True`` give. A value that is no Python literal is a string.
 
     Of true, false and none, the case does not matter.
     """
@@ -296,7 +296,7 @@ def _make_muon(config: TrainConfig, model: CLIP, groups: list[Group]) -> "MuonAn
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers as one: it holds the groups of the first and then those of the second, and the state of both."""
+    """Two optimizers as one, which holds the groups of the first, the groups of the second, and the state of both."""
 
     def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
         self.parts = (first, second)

@@ -22,16 +22,15 @@ from ..images import SampleError
 from ..models import CLIP
 from ..tokenizer import Tokenizer
 from ..units import BYTES, scaled
-from .build import bare_model, build_device, build_loss, build_tokenizer
+from .build import Distillation, bare_model, build_device, build_loss, build_tokenizer
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .data import pair_batches, parts, sources_of, validation_set, whole_batch
-from .distillation import Distillation
 from .ema import WeightAverage
 from .fsdp import is_sharded
-from .imagenet import ImageNet
 from .optim import make_optimizer
 from .run import RunFolder
+from .validation import ImageNet
 from .world import ALONE, World
 
 SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried

@@ -115,7 +115,7 @@ class RemoteCopy:
             return found
 
     def sync(self) -> None:
-        """Upload what is new: checkpoints, then records, and at last ``epoch_latest.pt``; then remove old checkpoints.
+        """Upload new files: checkpoints, then records, and at last ``epoch_latest.pt``; then remove old checkpoints.
 
         Raises:
             Exception: whatever stops it.
@@ -168,7 +168,7 @@ class RemoteCopy:
             yield path.relative_to(self.folder.path).as_posix(), path
 
     def _is_hidden(self, path: Path) -> bool:
-        """Return True for what is being written; DCP's list in a folder of parts has a name with a dot too."""
+        """Return True for a file that is still being written, by the dot before its name, which DCP's list has too."""
         within = path.relative_to(self.folder.path).parts
         if STEP.fullmatch(path.parent.name):
             within = within[:-1]
@@ -238,7 +238,7 @@ class RemoteCopy:
         return [path for path in (path.rstrip("/") for path in paths) if STEP.fullmatch(path.rpartition("/")[2])]
 
     def _download(self, step: int, remote: str) -> str | None:
-        """Download the checkpoint of a step with the records; returns what is wrong with it."""
+        """Download the checkpoint of a step with the records, and return why it cannot be used, or None."""
         checkpoints = Checkpoints(self.folder.checkpoints)
         path = self.folder.checkpoints / remote.rpartition("/")[2]
 

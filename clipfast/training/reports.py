@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,14 @@ class TensorBoard:
 
 
 class Reports:
-    """All places for the figures of a run, for rank 0; see :func:`reporting`."""
+    """All places for the figures of a run, for rank 0; a context that closes them at its end.
+
+    Raises:
+        ValueError: Weights & Biases cannot be used.
+    """
 
     def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
-        lines = [
-            line for line in folder.metrics() if "warning" not in line and (validation(line) is None or "epoch" in line)
-        ]
+        lines = [line for line in folder.metrics() if "epoch" in line]  # the others are warnings
         self._folder, self._results = folder, folder.checkpoints / "results.jsonl"
         results = "".join(map(_result, lines))
         if results or self._results.exists():
@@ -140,8 +142,10 @@ class Reports:
             # Its axis is the step for evaluations too.
             self._wandb.log({**scalars, "step": line["step"] - 1, "epoch": line["epoch"]}, step=line["step"] - 1)
 
-    def close(self) -> None:
-        """Write what is left."""
+    def __enter__(self) -> "Reports":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._tensorboard is not None:
             with contextlib.suppress(OSError):
                 self._tensorboard.close()
@@ -153,20 +157,6 @@ class Reports:
             f"TensorBoard's files cannot be written: {error}. Training goes on, and a resumed run writes them anew."
         )
         self._tensorboard = None
-
-
-@contextlib.contextmanager
-def reporting(config: TrainConfig, folder: RunFolder) -> Iterator[Reports]:
-    """Open all places for the figures of a run, whose folder has been made, and close them at the end.
-
-    Raises:
-        ValueError: Weights & Biases cannot be used.
-    """
-    reports = Reports(config, folder)
-    try:
-        yield reports
-    finally:
-        reports.close()
 
 
 def backends(report_to: str) -> set[str]:

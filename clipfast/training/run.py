@@ -49,7 +49,7 @@ class RunFolder:
             )
 
     def is_held(self) -> bool:
-        """Return False if the folder was removed or renamed: nothing must be written to what lies there now."""
+        """Return False if the folder was removed or renamed: a folder that has its name now must not be written to."""
         return self.lock is None or self.lock.is_held()
 
     def hold(self) -> bool:
@@ -82,7 +82,7 @@ class RunFolder:
         return Checkpoints(self.checkpoints).kept()
 
     def record_options(self, options: dict[str, Any], changed: dict[str, Any], step: int | None) -> None:
-        """Write ``config.json``: the options that the run began with, and what has changed after which step.
+        """Write ``config.json``: the options that the run began with, and each later change with its step.
 
         Args:
             options: those of a run that begins, or that the continued checkpoint holds.

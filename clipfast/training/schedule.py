@@ -1,23 +1,72 @@
-"""The learning rate of each step: a pure function of the step, so that a run that goes on needs no state of it.
+"""The epochs of a run, and the learning rate of each step.
 
-Schedules and flags are OpenCLIP's, with one more: ``wsd`` (warm-up, stable, decay: Hu et al. 2024), which differs from
-``const-cooldown`` in that the length of the decay is a share of the run.
+The rate is a pure function of the step, so that a run that goes on needs no state of it. Schedules and flags are
+OpenCLIP's, with one more, ``wsd`` (warm-up, stable, decay: Hu et al. 2024), where the length of the decay is a share of
+the run.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 
 from .config import TrainConfig
-from .epochs import Epochs
+
+
+class Epoch(NamedTuple):
+    """An epoch of a run: its number from 0, and after how many steps of the run it begins and ends."""
+
+    number: int
+    first: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """Epochs of ``num_samples`` pairs, in one sequence of batches, of which each can belong to two epochs.
+
+    The run ends with the batch in which it has seen ``samples_seen`` pairs, which may be within an epoch.
+    """
+
+    num_samples: int
+    batch_size: int
+    samples_seen: int
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of the run."""
+        return -(-self.samples_seen // self.batch_size)
+
+    @property
+    def number(self) -> int:
+        """The number of epochs of the run, the last of which may be cut short."""
+        return self.after(self.total_steps - 1).number + 1
+
+    def steps_before(self, epoch: int) -> int:
+        """Return after how many steps of a run ``epoch`` epochs are finished."""
+        return -(-epoch * self.num_samples // self.batch_size)
+
+    def finished_after(self, step: int) -> int:
+        """Return how many epochs are finished after ``step`` steps."""
+        return step * self.batch_size // self.num_samples
+
+    def ends_with(self, step: int) -> bool:
+        """Return True if an epoch is finished by step ``step``, counted from 1."""
+        return self.finished_after(step) > self.finished_after(step - 1)
+
+    def after(self, step: int) -> Epoch:
+        """Return the epoch that goes on, or begins, after ``step`` steps. The end of the run is also its end."""
+        number = self.finished_after(step)
+        return Epoch(number, self.steps_before(number), min(self.steps_before(number + 1), self.total_steps))
+
 
 LONGEST_AUTO_WARMUP = 2000  # steps, as in Radford et al. 2021
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A rise from 0 to ``base_lr`` in a straight line, and what follows.
+    """A learning rate that rises from 0 to ``base_lr`` in a straight line, stays there or not, and falls.
 
     Attributes:
         base_lr: the highest learning rate.

@@ -1,4 +1,4 @@
-"""Checkpoints in parts: a folder into which every rank writes what it holds, by ``torch.distributed.checkpoint`` (DCP).
+"""Checkpoints in parts: a folder into which every rank writes its tensors by ``torch.distributed.checkpoint`` (DCP).
 
 ``manifest.json`` has the size and the SHA-256 of every file, and is written last: a folder without it, or one whose
 files differ from it, is no checkpoint. Nothing in a folder is unpickled but classes of DCP's lists, tensors and plain
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointError
 from ..conversion.distributed import METADATA_NAME, read_metadata, read_tensor
 from ..files import read_json, replace_text, sync
-from ..shards import is_cut
+from ..shards import is_dtensor
 from .world import World
 
 MANIFEST = "manifest.json"
@@ -75,13 +75,13 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
 
 
 def _written(folder: Path, content: dict[str, Any], world: World) -> "dict[str, dict[str, Any]] | OSError":
-    """Write what this rank holds, and return the size and the SHA-256 of its files, or why it cannot be written."""
+    """Write the part of this rank, and return the size and SHA-256 of each of its files, or the error that was met."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors: dict[str, Tensor] = {}
     rest = _without_tensors(content, "", tensors)
-    mine = {name: tensor for name, tensor in tensors.items() if world.is_main or is_cut(tensor)}
+    mine = {name: tensor for name, tensor in tensors.items() if world.is_main or is_dtensor(tensor)}
     try:
         save(dict(mine), checkpoint_id=folder, process_group=world.hosts)
         files = sorted(folder.glob(f"__{world.rank}_*"))
@@ -125,7 +125,7 @@ def check_parts(folder: Path) -> None:
 
 
 def read_parts(folder: Path, *, without: Collection[str] = ()) -> dict[str, Any]:
-    """Return what :func:`write_parts` wrote, with whole tensors, on any number of processes.
+    """Return a checkpoint that :func:`write_parts` wrote, with full tensors, on any number of processes.
 
     Args:
         folder: the checkpoint.
@@ -155,7 +155,7 @@ def read_parts(folder: Path, *, without: Collection[str] = ()) -> dict[str, Any]
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """Return what :func:`write_parts` wrote, without the tensors.
+    """Return a checkpoint that :func:`write_parts` wrote, without its tensors.
 
     Raises:
         CheckpointError: it is damaged, or holds anything but plain values.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError, load_weights, preprocessing_of
 from ..models import CLIP
-from ..shards import cut_like, gathered, local
+from ..shards import distribute_like, gather_full, to_local
 from .config import TrainConfig
 from .data import SkipBudget, TrainingData
 from .ema import WeightAverage
-from .epochs import Epochs
-from .errors import NotFiniteError
+from .ending import NotFiniteError
 from .options import AUTO, flag_name
+from .schedule import Epochs
 from .step import TrainingStep
 
 CHECKPOINT_VERSION = 1
@@ -53,12 +53,12 @@ class RunState:
     average: WeightAverage | None = None
 
     def check(self, content: dict[str, Any]) -> float:
-        """Refuse to keep what :meth:`state_dict` returned if it is of no use, and return the largest of its weights.
+        """Refuse a state dict whose weights are not finite, and return the absolute value of its largest weight.
 
         Raises:
             NotFiniteError: the weights are not finite.
         """
-        weights = [local(content["state_dict"][name]) for name, _ in self.model.named_parameters()]
+        weights = [to_local(content["state_dict"][name]) for name, _ in self.model.named_parameters()]
         largest = torch.stack([weight.abs().max().float().cpu() for weight in weights if weight.numel()]).max().item()
         if not math.isfinite(largest):
             raise NotFiniteError("the weights are", self.progress.step)
@@ -66,7 +66,7 @@ class RunState:
 
     def state_dict(self, *, is_main: bool = True) -> dict[str, Any]:
         """Return the content of a checkpoint. All ranks must call it, and it is complete where ``is_main``."""
-        complete: dict[str, Any] = gathered(self.parts(), keep=is_main)
+        complete: dict[str, Any] = gather_full(self.parts(), keep=is_main)
         return complete
 
     def parts(self) -> dict[str, Any]:
@@ -123,24 +123,19 @@ class RunState:
             for field in dataclasses.fields(Progress):
                 setattr(self.progress, field.name, progress.get(field.name, field.default))
             self.budget.seen = progress["seen"]
-            earlier = {"unusable sample": progress.get("skipped", 0)}  # what versions before the kinds counted
-            self.budget.kinds.update(progress.get("kinds", earlier))
+            self.budget.kinds.update(progress["kinds"])
         data = self.data.state_dict()
         changed = {key: stream.get(key) for key, now in data.items() if stream.get(key) != now} if stream else {}
-        if changed and not _ends_epoch(checkpoint["epoch"], self.progress.step, stream):
-            self._refuse_within_epoch(changed)
         if changed:
+            before = Epochs(stream["num_samples"], stream["batch_size"], 0)
+            if self.progress.step != before.steps_before(checkpoint["epoch"]):
+                self._refuse_within_epoch(changed)
             self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
         is_same_option = own.get("config", {}).get("micro_batch_size") == self.config.micro_batch_size
         if self.config.micro_batch_size == AUTO and is_same_option and "batch_size" not in changed:
             self.step.micro_batch_size = own["micro_batch_size"]
 
     def _refuse_within_epoch(self, changed: dict[str, Any]) -> None:
-        if "order" in changed:
-            raise ValueError(
-                "the checkpoint is from within an epoch of an earlier version of clipfast, which had another order of "
-                "the data: start from its weights with --pretrained"
-            )
         names = {"batch_size": "batch_size" if self.data.batch_size == self.config.batch_size else "global_batch_size"}
         flags = [
             f"{flag_name(names.get(key, key))} (was {was})" for key, was in changed.items() if hasattr(self.config, key)
@@ -186,16 +181,9 @@ class RunState:
             like = parameters.get(index)
             if like is None or not isinstance(value, Tensor) or value.shape != like.shape:
                 return value
-            return cut_like(value, like)
+            return distribute_like(value, like)
 
         moments = {
             index: {name: cut(index, value) for name, value in found.items()} for index, found in state["state"].items()
         }
         return state | {"state": moments}
-
-
-def _ends_epoch(epoch: int, step: int, stream: dict[str, Any]) -> bool:
-    """Return True if a run with this data has just finished an epoch."""
-    if "steps_per_epoch" in stream:  # of versions whose epochs were whole numbers of batches
-        return bool(step == epoch * stream["steps_per_epoch"])
-    return step == Epochs(stream["num_samples"], stream["batch_size"], 0).steps_before(epoch)

@@ -129,7 +129,7 @@ class TrainingStep:
             buffer.copy_(value)
 
     def fit_micro_batch(self, batch_size: int, loss: Callable[..., Tensor], world: World = ALONE) -> None:
-        """Halve the micro-batch until it fits into the memory of every GPU, and log what came of it.
+        """Halve the micro-batch until it fits into the memory of every GPU, and log the size that was found.
 
         Args:
             batch_size: pairs of this process.

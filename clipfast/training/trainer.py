@@ -15,20 +15,17 @@ from torch import Tensor
 
 from ..data import Batch, Skipped
 from ..evaluation.evaluate import Evaluation
-from ..shards import gathered
-from .build import bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
+from ..shards import gather_full
+from .build import Distillation, bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .data import SkipBudget, TrainingData, whole_batch
-from .distillation import Distillation
 from .ema import WeightAverage
-from .errors import NotFiniteError, TrainingError
+from .ending import Interrupted, Interruption, NotFiniteError, TrainingError, elected
 from .fsdp import is_sharded
-from .interruption import Interrupted, Interruption, elected
+from .guard import SkippedSteps
 from .lock import FolderLostError
-from .logs import TrainLog, log
-from .meters import Meters
-from .nonfinite import SkippedSteps
+from .logs import Meters, TrainLog, log
 from .optim import make_optimizer
 from .options import AUTO, source_command
 from .run import RunFolder, by_step
@@ -36,7 +33,7 @@ from .schedule import schedule_of, set_lr
 from .spikes import SENSIBLE, Signs, guessing
 from .state import Progress, RunState
 from .step import GraphedStep, TrainingStep, Upload, seed_step
-from .validation import Validation, validation_sets
+from .validation import Validation
 from .watchdog import STEP
 from .world import ALONE, LateSum, World
 
@@ -67,7 +64,6 @@ class Trainer:
         with world.local_first():
             self.data = TrainingData(config, whole, world)
         self.total_steps = self.data.total_steps
-        sets = validation_sets(config)
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device, world)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model, world)
@@ -98,7 +94,7 @@ class Trainer:
         doctor = source_command(["doctor", "--data", config.train_data, "--all"], vars(config))
         self.budget = SkipBudget(config.max_bad_fraction, folder.skipped_path, doctor)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
-        self.validation = Validation(config, sets, self.model, self.tokenizer, self.average, self.log, world)
+        self.validation = Validation(config, self.model, self.tokenizer, self.average, self.log, world)
         self.state = RunState(
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress,
             self.average,
@@ -147,7 +143,7 @@ class Trainer:
         return evaluation
 
     def conclude(self, interruption: Interruption) -> None:
-        """Ask all ranks whether they were interrupted, and if so, say what is saved."""
+        """Ask all ranks whether they were interrupted, and if so, log the path of the newest checkpoint."""
         self._hear(interruption)
         if self.signum is not None:
             kept = self.folder.kept()
@@ -193,13 +189,13 @@ class Trainer:
         return evaluation
 
     def _is_due(self, frequency: int) -> bool:
-        """Return True at the end of every so many epochs, and at that of the run."""
+        """Return True at the end of every ``frequency`` epochs, and at the end of the run."""
         step, epochs = self.progress.step, self.data.epochs
         is_turn = epochs.ends_with(step) and epochs.finished_after(step) % max(1, frequency) == 0
         return frequency > 0 and (is_turn or step == self.total_steps)
 
     def _rescue(self, error: Exception) -> None:
-        """Save what an error would lose, if it is sound, and say how to go on."""
+        """Save the steps that an error would lose, if the weights are sound, and log how to go on."""
         if isinstance(error, FolderLostError):
             return
         is_sound = not self.step.is_updating and not isinstance(error, NotFiniteError)
@@ -216,7 +212,7 @@ class Trainer:
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")
 
     def _finish_saving(self) -> None:
-        """Wait until all that was done is on the disk; what could not be written within the run is tried once more.
+        """Wait until all steps are in a checkpoint on the disk. If the last write failed, it is tried once more.
 
         Raises:
             TrainingError, OSError: the weights are not finite, or cannot be written.
@@ -234,7 +230,7 @@ class Trainer:
         last = self.data.epochs.after(progress.step).stop
         self.model.train()
         started = time.perf_counter()
-        for batch in self.log.watch(batches, progress.step, self.data.describe):
+        for batch in self.log.watch(batches, progress.step):
             self.log.step(self._train_step(batch), len(batch))
             if not self._has_begun:
                 self.world.settle()
@@ -258,7 +254,7 @@ class Trainer:
         return progress.step == last
 
     def _count(self, batch: Batch, interruption: Interruption) -> None:
-        """Count a batch, and hear what has come to all ranks: signals, the time to save, and pairs that are not usable.
+        """Count a batch, and learn from all ranks of signals, of the time to save, and of pairs that cannot be used.
 
         Raises:
             TrainingError: too many pairs cannot be used.
@@ -337,7 +333,7 @@ class Trainer:
             parts, largest = self.state.parts(), list[float]()
             self.world.agree(lambda: largest.append(self.state.check(parts)))
             self._judge(parts, max(self.world.gather(largest[0]), default=0.0))
-            self.checkpoints.save_parts(parts, self.progress.step, good=self.progress.good_step)
+            self.checkpoints.save(parts, self.progress.step, good=self.progress.good_step, in_parts=True)
         else:
             content = self.state.state_dict(is_main=self.world.is_main)
             self.world.on_main(lambda: self._write(content))
@@ -370,5 +366,5 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that the model has now, complete on rank 0; all ranks must call it."""
-        found: dict[str, Tensor] = gathered(self.model.state_dict(), keep=self.world.is_main)
+        found: dict[str, Tensor] = gather_full(self.model.state_dict(), keep=self.world.is_main)
         return found

@@ -1,37 +1,106 @@
 """Evaluation during training, on all ranks: each encodes its part of the images, and rank 0 has the results."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
 
 from ..data import Skipped
 from ..evaluation.encoder import Encoder
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.features import LabelledFeatures, encode_set
+from ..evaluation.imagenet import imagenet_accuracy, imagenet_classifier, imagenet_set
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..file_tokenizer import FileTokenizer
 from ..models import CLIP
-from ..progress import Advance, lines
+from ..progress import Advance, Progress, lines, progress
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .data import validation_set
 from .ema import WeightAverage
+from .ending import Interruption
 from .fsdp import is_sharded, unsharded
-from .imagenet import ImageNet
-from .interruption import Interruption
 from .logs import TrainLog, log
 from .world import INDEXING, World
 
-BATCH_SIZE = 256
 
+class ImageNet:
+    """The ImageNet folders of a run, and the accuracy on them.
 
-def validation_sets(config: TrainConfig) -> tuple[LabelledSet | None, ImageNet]:
-    """Return what a run is evaluated on, before anything is built.
+    Attributes:
+        sets: the images by OpenCLIP's name of their figures.
+        results: the last figures, under OpenCLIP's names.
 
     Raises:
-        ValueError: a set cannot be used.
+        ValueError: a folder is not ImageNet's; the message names the flag.
     """
-    return validation_set(config), ImageNet(config)
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.sets: dict[str, LabelledSet] = {}
+        self.results: dict[str, float] = {}
+        self._part: Tensor | None = None  # of the classifier: that of this rank
+        if config.zeroshot_frequency == 0:
+            return
+        for flag, name, folder in (
+            ("--imagenet-val", "imagenet-zeroshot-val", config.imagenet_val),
+            ("--imagenet-v2", "imagenetv2-zeroshot-val", config.imagenet_v2),
+        ):
+            try:
+                if folder is not None:
+                    self.sets[name] = imagenet_set(folder)
+                    self.sets[name].check()
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}") from error
+
+    def evaluate(
+        self,
+        model: CLIP,
+        tokenizer: Callable[[list[str]], Tensor],
+        encoded: Callable[[LabelledSet], LabelledFeatures | None],
+        device: torch.device,
+        world: World,
+        show: Progress = progress,
+    ) -> dict[str, float]:
+        """Return the accuracy of ``model`` on each folder; all ranks must call it.
+
+        The prompts are encoded anew if the weights that encode them are trained.
+
+        Args:
+            model: in evaluation mode.
+            tokenizer: of the model.
+            encoded: encodes a set; all ranks call it, and rank 0 gets its features.
+            device: of the model.
+            world: the processes, each of which encodes the prompts of some classes.
+            show: shows how far it is.
+        """
+
+        def encode() -> None:
+            with world.phase("evaluation"):
+                self._part = imagenet_classifier(model, tokenizer, device, world.rank, world.size, show).cpu()
+
+        if self._part is None or _trains_texts(model):
+            world.agree(encode)
+        assert self._part is not None
+        parts = world.gather(self._part)
+        figures: dict[str, float] = {}
+        for name, images in self.sets.items():
+            features = encoded(images)
+            if features is not None:
+                accuracy = imagenet_accuracy(images, features, torch.cat(parts, 1).to(device))
+                figures |= {f"{name}-{kind}": value for kind, value in accuracy.items()}
+        self.results = world.on_main(lambda: figures)
+        return self.results
+
+
+def _trains_texts(model: CLIP) -> bool:
+    """Return True if any weight is trained on which the features of a text depend."""
+    others = ("visual.", "logit_")
+    return any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(others))
+
+
+BATCH_SIZE = 256
 
 
 class Validation:
@@ -39,7 +108,6 @@ class Validation:
 
     Args:
         config: options of the run.
-        sets: what to evaluate on, as :func:`validation_sets` returns it.
         model, tokenizer: what is evaluated; the model is in evaluation mode afterwards.
         average: of the weights, which is evaluated in their place; None if there is none.
         train_log: of the run.
@@ -50,7 +118,7 @@ class Validation:
         imagenet: the folders of ImageNet, and the last figures on them.
         interruption: of the run; None heeds no signals.
 
-    Evaluations that a signal interrupts raise :class:`clipfast.training.interruption.Interrupted` on all ranks.
+    Evaluations that a signal interrupts raise :class:`clipfast.training.ending.Interrupted` on all ranks.
     """
 
     interruption: Interruption | None = None
@@ -58,7 +126,6 @@ class Validation:
     def __init__(
         self,
         config: TrainConfig,
-        sets: tuple[LabelledSet | None, ImageNet],
         model: CLIP,
         tokenizer: Tokenizer | FileTokenizer,
         average: WeightAverage | None,
@@ -66,7 +133,7 @@ class Validation:
         world: World,
     ) -> None:
         self.config, self.model, self.tokenizer, self.average = config, model, tokenizer, average
-        self.labelled, self.imagenet = sets
+        self.labelled, self.imagenet = validation_set(config), ImageNet(config)
         self.log, self.world = train_log, world
         self._is_sharded = is_sharded(config, world)
 

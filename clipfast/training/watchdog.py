@@ -18,14 +18,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 if TYPE_CHECKING:
-    from .interruption import Interruption
+    from .ending import Interruption
 
 log = logging.getLogger("clipfast")
 BEAT = 1.0  # seconds between two beats; less if the timeout is short
@@ -39,7 +39,6 @@ PHASES = {"data": "has waited for its data for"}  # what is said of a rank that 
 BLAMED, SIGNAL = "blamed", "signal"
 ANSWER = 10.0  # seconds that the store has to answer
 NAMED = 5  # ranks that are named
-FLIGHTS = 2000  # collectives that NCCL's flight recorder remembers
 _numbers = itertools.count()  # of the watchdogs of this process, which are made on all ranks alike
 
 
@@ -48,7 +47,6 @@ class _Place(NamedTuple):
 
     phase: str
     since: float
-    detail: Callable[[], str] | None = None
 
 
 class Beat(NamedTuple):
@@ -59,7 +57,6 @@ class Beat(NamedTuple):
         step: that it is at.
         phase: that it is in.
         seconds: for how long.
-        detail: more about the phase.
         process: and machine, for a person who looks for them.
     """
 
@@ -67,12 +64,11 @@ class Beat(NamedTuple):
     step: int
     phase: str
     seconds: float
-    detail: str
     process: str
 
 
 class Watchdog:
-    """The thread, and what the main thread tells it.
+    """The thread that writes and reads beats; the main thread tells it the step and the phase.
 
     Args:
         store: of the processes; the thread has a connection of its own.
@@ -106,9 +102,9 @@ class Watchdog:
         self._thread.start()
 
     @contextlib.contextmanager
-    def phase(self, name: str, detail: Callable[[], str] | None = None) -> Iterator[None]:
-        """Say what the main thread does within the context: what ``detail`` returns is asked for if it takes long."""
-        before, self._place = self._place, _Place(name, time.monotonic(), detail)
+    def phase(self, name: str) -> Iterator[None]:
+        """Name the phase of the main thread within the context."""
+        before, self._place = self._place, _Place(name, time.monotonic())
         try:
             yield
         finally:
@@ -150,12 +146,8 @@ class Watchdog:
     def _say(self) -> None:
         """Write a beat, and hear whether a rank is blamed."""
         place, self._count = self._place, self._count + 1
-        seconds, detail = time.monotonic() - place.since, ""
-        if place.detail is not None and seconds > self.timeout / 2:
-            with contextlib.suppress(Exception):  # a thread that ends would be taken for a rank that has stopped
-                detail = place.detail()
         process = f"process {os.getpid()} on {socket.gethostname()}"
-        beat = Beat(self._count, self.step, place.phase, seconds, detail, process)
+        beat = Beat(self._count, self.step, place.phase, time.monotonic() - place.since, process)
         with self._lock:
             self._store.set(str(self.rank), json.dumps(beat))
             is_blamed = self._store.check([BLAMED])
@@ -187,7 +179,7 @@ class Watchdog:
             os._exit(1)
 
     def _watch(self) -> None:
-        """Name whoever this rank waits for, shortly before it has waited for too long; after that, end it."""
+        """Name the ranks that this rank waits for, shortly before the timeout; after the timeout, end this rank."""
         place = self._place
         waited = time.monotonic() - place.since
         if self.step != self._diagnosed:
@@ -254,11 +246,11 @@ def _silence(beat: Beat) -> str:
 
 def _delay(beat: Beat) -> str:
     what = PHASES.get(beat.phase, f"is in the phase {beat.phase!r} since")
-    return f"{beat.process} {what} {beat.seconds:.0f} s at step {beat.step}{f' ({beat.detail})' if beat.detail else ''}"
+    return f"{beat.process} {what} {beat.seconds:.0f} s at step {beat.step}"
 
 
 def _listed(ranks: Iterable[int], said: Iterable[str]) -> str:
-    """Return what is said of some ranks, of the first few in words."""
+    """Return one text from a remark on each rank: the first few remarks, and the number of the others."""
     lines = [f"rank {rank}, {what}" for rank, what in zip(ranks, said, strict=True)]
     more = len(lines) - NAMED
     return "; ".join(lines[:NAMED]) + (f"; and {more} more" if more > 0 else "")
@@ -287,20 +279,3 @@ def ended_with_torchrun() -> Iterator[None]:
         yield
     finally:
         is_over.set()
-
-
-def record_flights() -> None:
-    """Let NCCL record its last collectives, and write them down if one times out, unless the environment says else."""
-    _set_default(("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), str(FLIGHTS))
-    _set_default(("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1")
-
-
-def write_flights_to(folder: Path) -> None:
-    """Let NCCL write its records to ``folder``, as ``nccl_N`` for rank N; it reads this when it writes the first."""
-    _set_default(("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), f"{folder}/nccl_")
-
-
-def _set_default(names: Sequence[str], value: str) -> None:
-    """Set an environment variable by all of its names, of PyTorch's versions, unless it is set by one."""
-    if not any(name in os.environ for name in names):
-        os.environ |= dict.fromkeys(names, value)

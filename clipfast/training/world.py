@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..factory import resolve_device
-from .watchdog import ANSWER, EXCHANGE, PATIENT, Watchdog, ended_with_torchrun, record_flights, write_flights_to
+from .watchdog import ANSWER, EXCHANGE, PATIENT, Watchdog, ended_with_torchrun
 
 PATIENCE = 600.0  # seconds for what takes long: the start, and the work of rank 0 while the others wait
 INDEXING = 7 * 24 * 3600.0  # seconds: the first pass over a large data set
@@ -88,35 +88,31 @@ class World:
         return torch.device("cuda", self.local_rank)
 
     def for_thread(self) -> "World":
-        """Return the same processes with a group of their own, for what a thread exchanges beside training.
+        """Return a world of the same processes with a process group of its own, for a thread that runs beside training.
 
-        All ranks must call it together. Nobody watches what is exchanged there.
+        All ranks must call it together. The watchdog does not watch that group.
         """
         if self.size == 1:
             return self
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(PATIENCE, self.timeout)))
         return dataclasses.replace(self, hosts=group, patient=group, watchdog=None)
 
-    def phase(
-        self, name: str, step: int | None = None, detail: Callable[[], str] | None = None
-    ) -> contextlib.AbstractContextManager[None]:
+    def phase(self, name: str, step: int | None = None) -> contextlib.AbstractContextManager[None]:
         """Return a context in which this process does something that others may have to wait for.
 
         Args:
             name: of what it does.
             step: of the run, if it has changed.
-            detail: says more, if it takes long; a thread calls it.
         """
         if self.watchdog is None:
             return contextlib.nullcontext()
         self.watchdog.step = self.watchdog.step if step is None else step
-        return self.watchdog.phase(name, detail)
+        return self.watchdog.phase(name)
 
     def write_to(self, folder: Path) -> None:
-        """Let what is known of a rank that is stuck be written to ``folder``."""
+        """Let the watchdog write the stacks of all ranks to ``folder`` when a rank is stuck."""
         if self.watchdog is not None:
             self.watchdog.folder = folder
-            write_flights_to(folder)
 
     def settle(self) -> None:
         """Hold all collectives to ``timeout`` from now on; until all ranks have done a step they have more time."""
@@ -134,7 +130,7 @@ class World:
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
-        """Let one process of each machine do what the others then find done."""
+        """Let one process of each machine do the work of the context first; the others then find its results."""
         if self.local_rank > 0:
             self.meet(INDEXING)
         yield
@@ -241,7 +237,7 @@ class LateSum:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, values: Sequence[int]) -> list[int]:
-        """Give the values of this rank, and return the sums of the call before; with one process, those of this one."""
+        """Start to sum the values of all ranks, and return the sums of the call before; one process gets its own."""
         if self.world.size == 1:
             return list(values)
         before = self.close() or [0] * len(values)
@@ -289,7 +285,6 @@ def _joined(device: str, timeout: float, by_rank: bool) -> Iterator[World]:
         on_gpu = own.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(own)
-        record_flights()
         first = datetime.timedelta(seconds=max(PATIENCE, timeout))
         place: dict[str, Any] = {"rank": rank, "world_size": size}
         store = _store(world, first)

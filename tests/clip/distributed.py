@@ -15,7 +15,7 @@ from clipfast.data.index import ShardError
 from clipfast.models import SigLIPConfig, TextConfig, VisionConfig
 from clipfast.ranks import run_ranks
 from clipfast.training import TrainConfig
-from clipfast.training.errors import TrainingError
+from clipfast.training.ending import TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
@@ -34,9 +34,9 @@ CLIP = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
 }
 SIGLIP = SigLIPConfig(16, VisionConfig(24, 1, 16, 8, 2.0, 8), TextConfig(12, 300, 8, 1, 1)).to_dict()
-# Options of 30 steps of 12 pairs, by the name of the run. No epoch is a whole number of batches.
+# Options of 12 steps of 12 pairs, by the name of the run. No epoch is a whole number of batches.
 CASES = {
-    "unique": {"unique_by": "label", "micro_batch_size": 2, "train_num_samples": 90, "epochs": 4},
+    "unique": {"unique_by": "label", "micro_batch_size": 2, "train_num_samples": 47, "epochs": 3},
     "mix": {
         "train_data_upsampling_factors": (1.0, 2.5), "force_patch_dropout": 0.5, "grad_checkpointing": True,
         "grad_clip_norm": 0.5, "micro_batch_size": 3,
@@ -66,7 +66,7 @@ def options_in(made):
         tokenizer = f"{made}/tokenizer" if case == "siglip" else None
         given = {
             "train_data": data, "model": f"{made}/{'siglip' if tokenizer else 'clip'}.json", "tokenizer": tokenizer,
-            "global_batch_size": 12, "train_num_samples": 357, "epochs": 1, "warmup": 2, "lr": 1e-3, "workers": 0,
+            "global_batch_size": 12, "train_num_samples": 141, "epochs": 1, "warmup": 2, "lr": 1e-3, "workers": 0,
             "log_every_n_steps": 1, "save_frequency": 0, "name": case, "logs": str(logs),
             "val_data": f"{made}/val.tar" if case in CASES else None,
         }  # fmt: skip

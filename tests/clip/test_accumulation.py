@@ -35,13 +35,11 @@ class Toy(nn.Module):
         self.project, self.words = nn.Linear(2 * DIM, DIM), nn.Embedding(VOCABULARY, DIM)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
         self.logit_bias = nn.Parameter(torch.tensor(-1.0)) if bias else None
-        self.seen = []
 
     def forward(self, images, texts):
         pooled = self.norm(F.gelu(self.columns(images.to(self.logit_scale.dtype))).mean((1, 2)))
         image = F.normalize(self.project(self.image_dropout(pooled)), dim=-1)
         text = F.normalize(self.text_dropout(self.words(texts)).mean(1), dim=-1)
-        self.seen.append((image.detach(), text.detach()))
         if not self.output_dict:
             return image, text, self.logit_scale.exp(), self.logit_bias
         output = {"image_features": image, "text_features": text, "logit_scale": self.logit_scale.exp()}
@@ -100,31 +98,24 @@ def both(model, data, size, loss=contrastive_loss, whole=False):
     return model, truth
 
 
-@pytest.mark.parametrize("size", [1, 5, 8, 16, 100])
+@pytest.mark.parametrize("size", [1, 5, 16])
 def test_vision_transformer_is_as_the_whole_batch(size):
     agree(*both(clip("ViT"), batch(16 if size > 1 else 4), size, whole=True), rel=1e-12)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_patch_dropout_is_as_the_whole_batch(checkpointing):
+def test_patch_dropout_is_as_the_whole_batch():
     # Each pair draws its own numbers, which are the same in micro-batches of any size.
     model = clip("ViT", patch_dropout=0.5)
-    model.set_grad_checkpointing(checkpointing)
+    model.set_grad_checkpointing(True)
     agree(*both(model, batch(), 4, whole=True), rel=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize(("dtype", "rel", "size"), [(torch.float64, 1e-12, 6), (torch.float32, 1e-5, 2)])
 def test_dropout_and_batch_norm_are_as_one_graph_of_micro_batches(dtype, rel, size):
     model = Toy().to(dtype)
-    before = copy.deepcopy(model.norm)
     data = batch(16, dtype)
     agree(*both(model, data, size), rel=rel)
-    parts = -(-16 // size)
-    assert model.norm.num_batches_tracked == parts
-    assert not torch.equal(model.norm.running_mean, before.running_mean)
-    for first, second in zip(model.seen[:parts], model.seen[parts:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert model.norm.num_batches_tracked == -(-16 // size)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -139,11 +130,10 @@ def test_resnet(frozen):
 @pytest.mark.parametrize(
     ("owner", "name", "model"),
     [
-        (accumulation, "_set_random_state", Toy),
         (accumulation, "_set_random_state", lambda: clip("ViT", patch_dropout=0.5)),
         (accumulation._Buffers, "restore", Toy),
     ],
-    ids=["random", "patch dropout", "buffers"],
+    ids=["random numbers", "buffers"],
 )
 def test_faults_are_seen(monkeypatch, owner, name, model):
     monkeypatch.setattr(owner, name, lambda *_: None)
@@ -185,35 +175,10 @@ def test_buffers_and_generators_are_as_after_one_pass_in_spite_of_checkpointing(
 
 
 @pytest.mark.parametrize("output_dict", [False, True])
-@pytest.mark.parametrize("loss", [ClipLoss(), SigLipLoss(), lambda *x: SigLipLoss()(*x) + x[0].square().sum()])
-def test_losses_with_a_bias(loss, output_dict):
+def test_losses_with_a_bias(output_dict):
     model = Toy(bias=True, output_dict=output_dict).double()
-    agree(*both(model, batch(), 4, loss), rel=1e-12)
+    agree(*both(model, batch(), 4, lambda *x: SigLipLoss()(*x) + x[0].square().sum()), rel=1e-12)
     assert model.logit_bias.grad is not None
-
-
-def test_a_loss_with_parameters_and_a_scale_that_is_a_number():
-    class Loss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.temperature = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
-
-        def forward(self, image, text, scale):
-            return contrastive_loss(image, text, scale * self.temperature.exp())
-
-    class Model(Toy):
-        def forward(self, images, texts):
-            return (*super().forward(images, texts)[:2], 5.0)
-
-    losses = Loss(), Loss()
-    models = Model().double(), Model().double()
-    models[1].load_state_dict(models[0].state_dict())
-    data = batch()
-    for step, model, loss in zip((accumulate_gradients, in_one_graph), models, losses, strict=True):
-        torch.manual_seed(1)
-        step(model, *data, 4, loss)
-    agree(*models, rel=1e-12)
-    assert losses[0].temperature.grad == pytest.approx(losses[1].temperature.grad.item(), rel=1e-12)
 
 
 def test_gradients_are_added_and_scaled():
@@ -232,8 +197,7 @@ def test_frozen_tower():
     model = clip("ViT")
     model.visual.requires_grad_(False)
     agree(*both(model, batch(), 4), rel=1e-12)
-    # only the scale learns
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # but for the scale
     model.zero_grad()
     model.logit_scale.requires_grad_()
     agree(*both(model, batch(), 4), rel=1e-12)
@@ -250,10 +214,10 @@ def test_autocast():
 def test_bad_input_changes_nothing():
     model = Toy().double()
     images, texts = batch()
-    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    state = torch.get_rng_state()
     for arguments, message in (
-        ((images, texts, 0), "micro_batch_size must be at least 1, got 0"),
-        ((images[:0], texts[:0], 4), "equally many, at least one, got 0 and 0"),
+        ((images, texts, 0), "at least 1, got 0"),
+        ((images[:0], texts[:0], 4), "got 0 and 0"),
         ((images, texts[:-1], 4), "got 16 and 15"),
     ):
         for call in (accumulate_gradients, lambda *x: largest_micro_batch(*x[:3], start=x[3])):
@@ -261,42 +225,40 @@ def test_bad_input_changes_nothing():
                 call(model, *arguments)
     assert torch.equal(state, torch.get_rng_state())
     assert gradients(model) == {}
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.norm.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("size", [4, 16])
+class Other(nn.Linear):
+    """A model that returns what a function makes of its features."""
+
+    def __init__(self, output):
+        super().__init__(4, 4)
+        self.output = output
+
+    def forward(self, images, texts):
+        return self.output(super().forward(images), texts)
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda image, text: image, r"must return image_features, text_features, logit_scale .*, got Tensor"),
-        (lambda image, text: (image, text), r"got \(Tensor, Tensor\)"),
-        (lambda image, text: (image, None, 1.0), r"features of images and of texts, got \(Tensor, NoneType, float\)"),
-        (lambda image, text: {"logits": image}, "got a dict with logits"),
+        (lambda image, text: image, "must return .*, got Tensor"),
+        (lambda image, text: (image, text), "must return .*, got tuple"),
+        (lambda image, text: (image, None, 1.0), r"got \(Tensor, NoneType, float\)"),
+        (lambda image, text: {"logits": image}, "must return .*, got dict"),
+        (lambda image, text: (image[:1], text, 1.0), "one feature per image and text, got 4 and 16 for 16"),
     ],
 )
-def test_a_model_that_gives_something_else(output, message, size):
-    class Model(nn.Linear):
-        def forward(self, images, texts):
-            return output(super().forward(images), texts)
-
-    with pytest.raises(TypeError, match=message):
-        accumulate_gradients(Model(4, 4), torch.randn(16, 4), torch.randn(16, 4), size)
+def test_a_model_that_returns_something_else(output, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        accumulate_gradients(Other(output), torch.randn(16, 4), torch.randn(16, 4), 4)
 
 
-def test_a_loss_or_features_of_another_shape():
+def test_a_loss_that_is_no_number():
     model, data = clip("ViT"), batch()
-    with pytest.raises(TypeError, match=r"the loss must be a tensor of one element, got shape \(16,\)"):
-        accumulate_gradients(model, *data, 4, lambda image, text, scale: (image * text).sum(1))
-    with pytest.raises(TypeError, match="one element, got dict"):
-        accumulate_gradients(model, *data, 4, lambda *x: ClipLoss()(*x, output_dict=True))
-
-    class Pooling(Toy):
-        def forward(self, images, texts):
-            image, *rest = super().forward(images, texts)
-            return (image[:1], *rest)
-
-    with pytest.raises(ValueError, match="one feature per image and text, got 4 and 16 for 16"):
-        accumulate_gradients(Pooling().double(), *data, 4)
+    for loss in (lambda image, text, scale: (image * text).sum(1), lambda *x: ClipLoss()(*x, output_dict=True)):
+        with pytest.raises(TypeError, match=r"one element, got (shape \(16,\)|dict)"):
+            accumulate_gradients(model, *data, 4, loss)
 
 
 def test_activations_are_those_of_a_micro_batch():

@@ -13,7 +13,7 @@ from clipfast.data import CroppedImages, EncodedCrops, Mix, Order, PairBatches, 
 from clipfast.data.encoded import EncodedCrop, check_decoder, decodable
 from clipfast.images import ImageError, open_image
 from clipfast.tokenizer import Tokenizer
-from clipfast.training.errors import TrainingError
+from clipfast.training.ending import TrainingError
 from clipfast.training.loop import train
 
 from .conftest import picture, sample, write_shard

@@ -11,7 +11,7 @@ from clipfast.models import build, get_model_config
 from clipfast.ranks import run_ranks
 from clipfast.training.step import TrainingStep
 
-ROWS, STEPS = 9, 3
+ROWS, STEPS = 9, 2
 
 
 def loss_of(ranks, image, text, scale):

@@ -16,10 +16,9 @@ from clipfast.data import Batch
 from clipfast.ranks import run_ranks
 from clipfast.tokenizer import Tokenizer
 from clipfast.training import TrainConfig
-from clipfast.training.errors import TrainingError
-from clipfast.training.guard import Guard, GuardedLoss
+from clipfast.training.ending import TrainingError
+from clipfast.training.guard import Guard, GuardedLoss, SkippedSteps
 from clipfast.training.loop import train
-from clipfast.training.nonfinite import SkippedSteps
 from clipfast.training.run import RunFolder
 from clipfast.training.schedule import set_lr
 from clipfast.training.state import Progress
@@ -29,7 +28,7 @@ from clipfast.training.world import ALONE
 
 from .conftest import TINY, picture, sample, write_shard
 from .distributed import averages, empty, folder_of, on_rank
-from .test_training import losses, saved_step, weights
+from .test_training import losses, weights
 
 ranks.PRELOAD.append("clipfast.training.trainer")
 
@@ -157,7 +156,7 @@ def assert_as_without(folder, expected):
 @pytest.mark.parametrize(
     ("size", "cases"),
     [
-        (1, list(CASES)),
+        (1, ["micro", "momentum", "resnet"]),
         pytest.param(2, ["plain", "resnet-micro"], marks=pytest.mark.long),
         pytest.param(3, ["momentum"], marks=pytest.mark.long),
     ],
@@ -194,8 +193,6 @@ def test_what_is_written_of_a_batch_and_the_norm_that_is_logged(options, tmp_pat
     texts = [sample(int(key.removeprefix("a.tar/")))["txt"].decode() for key in rank["keys"]]
     batch = seen[STEP]
     assert Tokenizer(16)(texts)[:, : batch.texts.shape[1]].equal(batch.texts)
-    pixels = {"min": batch.images.min(), "max": batch.images.max(), "mean": pytest.approx(batch.images.double().mean())}
-    assert (rank["longest_text"], rank["pixels"]) == (batch.texts.shape[1], pixels)
     assert found["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
     said = "Step 4 changed nothing, .* norm is nan, with 1 parameter.* text_proj"
     assert re.search(said, (folder_of(given).path / "out.log").read_text())
@@ -249,19 +246,3 @@ def test_a_run_that_was_stopped_can_go_on_on_a_gpu(tmp_path):
             skips(batch)
         with pytest.raises(TrainingError, match="the last 3 steps changed nothing"):
             skips.settle()
-
-
-TWICE = {1: "gradient", STEP: "gradient"}, 0
-
-
-def test_a_resumed_run_is_one_that_never_stopped(options, tmp_path):
-    whole, part = options(tmp_path / "whole", "resnet"), options(tmp_path / "part", "resnet", save_every=1)
-    assert run(ALONE, whole, TWICE) is None
-    part |= {"max_nonfinite_steps": 1}
-    assert "the last 1 steps" in run(ALONE, part, TWICE)
-    assert saved_step(folder_of(part).path) == 2
-    part |= {"max_nonfinite_steps": 10}
-    assert run(ALONE, part, TWICE, True) is None
-    assert_equal(folder_of(part), folder_of(whole))
-    assert [line["step"] for line in skips(folder_of(part))] == [2, STEP + 1]
-    assert skips(folder_of(part)) == skips(folder_of(whole))

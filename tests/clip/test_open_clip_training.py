@@ -27,9 +27,8 @@ from clipfast.evaluation.imagenet import imagenet_set
 from clipfast.images import ImageError
 from clipfast.ranks import run_ranks
 from clipfast.training import TrainConfig, read_recipe
-from clipfast.training.build import bare_model, build_tokenizer
+from clipfast.training.build import Distillation, bare_model, build_tokenizer
 from clipfast.training.data import pair_batches, sources_of
-from clipfast.training.distillation import Distillation
 from clipfast.training.logs import log, logging_to
 from clipfast.training.loop import train
 from clipfast.training.open_clip_flags import FLAGS, LATER, page, translated

@@ -8,9 +8,8 @@ import pytest
 
 from clipfast.checkpoint import read_checkpoint
 from clipfast.training import TrainConfig
-from clipfast.training.epochs import Epochs
 from clipfast.training.loop import changed_options
-from clipfast.training.schedule import LONGEST_AUTO_WARMUP, Schedule, schedule_of, warmup_steps
+from clipfast.training.schedule import LONGEST_AUTO_WARMUP, Epochs, Schedule, schedule_of, warmup_steps
 
 from .conftest import cases
 from .test_training import same, whole_and_resumed

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -25,10 +26,10 @@ from clipfast.training.loop import train
 from clipfast.training.remote import RemoteCopy
 from clipfast.training.run import RunFolder
 from clipfast.training.status import read_status
-from clipfast.training.world import ALONE, joined
 
 from .conftest import run_command
-from .distributed import CLIP, assert_near, befalling, empty
+from .distributed import CLIP, assert_near, befalling, empty, on_rank
+from .test_endings import flip
 from .test_training import losses, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -68,30 +69,21 @@ def trained(world, given, fate=None, faults=None):
             return "stopped"
 
 
-def on_rank(rank, size, jobs):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
-    found = []
-    for job in jobs:
-        with joined("cpu", 20) as world:
-            found.append(trained(world, *job))
-    return found
+def run_on(folder, size, *jobs):
+    """Do jobs, one after the other, on so many ranks, and return what each rank found."""
+    return run_ranks(on_rank, size, size, jobs, trained, folder=empty(folder), timeout=120)
 
 
 @pytest.fixture
 def together(tmp_path):
-    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
-
-    def run(size, *jobs):
-        return run_ranks(on_rank, size, size, jobs, folder=empty(tmp_path), timeout=120)
-
-    return run
+    return functools.partial(run_on, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(options, tmp_path_factory):
     """The folder of a run of 2 ranks that nothing befell."""
     logs = tmp_path_factory.mktemp("undisturbed")
-    assert run_ranks(on_rank, 2, 2, [(options(logs),)], folder=empty(logs), timeout=120) == [[None]] * 2
+    assert run_on(logs, 2, (options(logs),)) == [[None]] * 2
     return RunFolder(logs / "run")
 
 
@@ -99,8 +91,7 @@ def undisturbed(options, tmp_path_factory):
 def stopped(options, tmp_path_factory):
     """The logs of a run of 3 ranks that stopped after 22 steps, as a kill would."""
     logs = tmp_path_factory.mktemp("stopped")
-    jobs = [(options(logs), ("stop", (0, 1, 2), 22))]
-    assert run_ranks(on_rank, 3, 3, jobs, folder=empty(logs), timeout=120) == [["stopped"]] * 3
+    assert run_on(logs, 3, (options(logs), ("stop", (0, 1, 2), 22))) == [["stopped"]] * 3
     return logs
 
 
@@ -151,7 +142,7 @@ def killed_in_a_write(rank):
 def test_one_rank_is_killed_in_a_write_and_in_training(options, undisturbed, together, tmp_path):
     given, folder = options(tmp_path), RunFolder(tmp_path / "run")
     for fate, faults, newest in ((None, killed_in_a_write, "step_15"), ((signal.SIGKILL, (1,), 22), None, "step_20")):
-        processes = start_ranks(on_rank, 2, 2, [(given, fate, faults)], folder=empty(tmp_path))
+        processes = start_ranks(on_rank, 2, 2, [(given, fate, faults)], trained, folder=empty(tmp_path))
         wait_for(processes, 60)
         assert [process.exitcode for process in processes] == [1, -signal.SIGKILL]
         assert folder.kept()[0].name == newest
@@ -173,22 +164,13 @@ def test_a_signal_saves_and_a_folder_is_gone_on_from(options, undisturbed, toget
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "sessions",
-    [
-        [(3, True, "sharded"), (2, True, "sharded"), (1, True, "sharded")],
-        [(2, True, "full"), (3, True, "sharded"), (2, False, "full")],
-    ],
-    ids=["fewer ranks", "full, sharded, DDP"],
-)
-def test_ranks_and_kind_change(sessions, options, undisturbed, together, tmp_path):
+def test_ranks_and_kind_change(options, undisturbed, together, tmp_path):
+    """From parts to one file and back, with and without FSDP."""
+    sessions = [(3, True, "sharded"), (2, False, "full"), (2, True, "sharded")]
     for number, (size, fsdp, kind) in enumerate(sessions):
         given = options(tmp_path, fsdp=fsdp, fsdp_checkpoint=kind)
         job = (given, ("stop", range(size), 7 + 10 * number) if number < 2 else None)
-        if size == 1:
-            trained(ALONE, *job)
-        else:
-            together(size, job)
+        together(size, job)
         if number < 2:
             newest = Checkpoints(tmp_path / "run/checkpoints").newest_whole()
             assert newest.content["clipfast"]["progress"]["step"] == 5 + 10 * number
@@ -244,31 +226,16 @@ def test_a_full_disk_stops_nothing_and_what_is_written_late_is_a_copy(options, u
     assert all(value.equal(theirs["state_dict_ema"][name]) for name, value in ours["state_dict_ema"].items())
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGE = {
-    "a flipped byte": (lambda folder: flip(folder / "__1_0.distcp"), "__1_0.distcp is not the file that was written"),
-    "a missing part": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
-}
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_folder_is_named_and_the_one_before_is_taken(damage, run, undisturbed, capsys):
-    do, message = DAMAGE[damage]
-    do(run.checkpoints / "step_20")
+def test_a_damaged_folder_is_named_and_the_one_before_is_taken(run, undisturbed, capsys):
+    flip(run.checkpoints / "step_20" / "__1_0.distcp")
+    damaged = "step_20.*__1_0.distcp is not the file that was written"
     code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_20")
     assert code == 2
-    assert message in err
-    assert err.strip().endswith(f"the one before is {run.checkpoints}/step_15")
+    assert re.search(f"{damaged}.*the one before is {run.checkpoints}/step_15$", err.strip())
     code, _, err = run_command(capsys, "train", "--resume", run.path)
     assert code == 0, err
-    assert re.search(rf"step_20.*{message}.*; the run goes on from {run.checkpoints}/step_15", err)
+    assert re.search(f"{damaged}.*; the run goes on from {run.checkpoints}/step_15", err)
     assert_like(run, undisturbed)
 
 
@@ -287,15 +254,15 @@ def state(step):
 
 
 @pytest.fixture
-def store(tmp_path):
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    return Checkpoints(tmp_path / "run/checkpoints", 3)
+def store(store):
+    store.keep_last = 3
+    return store
 
 
 def saved(store, *steps):
     """Save steps: as folders those that are text."""
     for step in steps:
-        store.save_parts(state(int(step)), int(step)) if isinstance(step, str) else store.save(state(step), step)
+        store.save(state(int(step)), int(step), in_parts=isinstance(step, str))
         store.finish()
 
 
@@ -326,30 +293,15 @@ class TestOrder:
     @pytest.mark.parametrize(
         ("steps", "resumed", "expected"),
         [
-            (["1", "2", 3], "step_1", ["step_1"]),
             (["1", 2, "3"], "epoch_latest.pt", ["epoch_latest.pt", "step_1"]),
             (["1", 2, "3"], "step_1", ["step_1"]),
             ([1, "2", "3"], "step_2", ["step_2", "epoch_latest.pt"]),
-            ([1, "2", "3"], "step_3", ["step_3", "step_2", "epoch_latest.pt"]),
         ],
     )
     def test_a_run_that_goes_on_from_an_earlier_one(self, steps, resumed, expected, store):
         saved(store, *steps)
         store.begin(store.folder / resumed)
         assert kept(store) == expected
-
-    def test_one_step_has_one_checkpoint(self, store):
-        saved(store, "1", 1)
-        assert kept(store) == ["epoch_latest.pt"]
-        saved(store, "1")
-        assert kept(store) == ["step_1", "epoch_latest.pt"]
-
-    def test_leftovers_go(self, store):
-        saved(store, "1")
-        shutil.copytree(store.folder / "step_1", store.folder / ".step_2.tmp")
-        assert kept(store) == ["step_1"]
-        store.begin(store.folder / "step_1")
-        assert [path.name for path in store.folder.iterdir()] == ["step_1"]
 
 
 def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
@@ -379,11 +331,6 @@ def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
     assert "rest.pt is not the file that was written" in said[0]
     assert said[1:] == ["Step 1 was downloaded from memory://copies/run"]
     assert kept(Checkpoints(third.checkpoints)) == ["epoch_latest.pt"]
-    # a folder that is removed here goes there too
-    saved(store, "4", "5")
-    RemoteCopy(folder, "memory://copies").sync()
-    left = sorted(path.removeprefix(f"{root}/") for path in fs.ls(root, detail=False))
-    assert left == ["epoch_latest.pt", "step_3", "step_4", "step_5"]
     fs.store.clear()
 
 
@@ -391,8 +338,3 @@ def same_content(folder, expected):
     content = read_saved(folder)
     assert content["state_dict"].pop("w").equal(expected["state_dict"].pop("w"))
     return content == expected
-
-
-def test_it_needs_fsdp():
-    with pytest.raises(ValueError, match="--fsdp-checkpoint sharded needs --fsdp: give it, or --fsdp-checkpoint full"):
-        TrainConfig(train_data="x.tar", fsdp_checkpoint="sharded")

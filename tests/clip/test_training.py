@@ -20,7 +20,7 @@ from clipfast import add_model_config, create_model, get_model_config, load_chec
 from clipfast.checkpoint import read_checkpoint
 from clipfast.cli import main
 from clipfast.training import TrainConfig
-from clipfast.training.errors import TrainingError
+from clipfast.training.ending import TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer

@@ -16,10 +16,9 @@ from clipfast import ranks
 from clipfast.data.loader import PairBatches
 from clipfast.ranks import error_of, run_ranks, start_ranks
 from clipfast.training import TrainConfig, watchdog
-from clipfast.training import world as world_module
 from clipfast.training.checkpoints import Checkpoints
-from clipfast.training.imagenet import ImageNet
-from clipfast.training.watchdog import Watchdog, record_flights, write_flights_to
+from clipfast.training.validation import ImageNet
+from clipfast.training.watchdog import Watchdog
 
 from .conftest import TINY, sample, write_shard
 from .distributed import on_rank, trained
@@ -78,24 +77,21 @@ def wait_until(condition, seconds=60.0):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_that_is_stopped_is_named_by_all_others(size, given, tmp_path):
+def test_a_rank_that_is_stopped_is_named_by_all_others(given, tmp_path):
     folder = tmp_path / "ranks"
-    with started(size, [(given, False, (signal.SIGSTOP, (1,), 5))], folder) as processes:
+    with started(3, [(given, False, (signal.SIGSTOP, (1,), 5))], folder) as processes:
         wait_until(lambda: is_stopped(processes[1]))
         stopped = time.monotonic()
-        others = [rank for rank in range(size) if rank != 1]
-        for rank in others:
+        for rank in (0, 2):
             processes[rank].join(20)
-        # its collective fails at the timeout
-        assert time.monotonic() - stopped < TIMEOUT + 1.5
-        assert [processes[rank].exitcode for rank in others] == [1] * len(others)
+        assert time.monotonic() - stopped < TIMEOUT + 1.5  # its collective fails at the timeout
+        assert [processes[rank].exitcode for rank in (0, 2)] == [1, 1]
         name = f"rank 1, process {processes[1].pid} on {os.uname().nodename} gives no sign of life; the last was"
-        for rank in others:
+        for rank in (0, 2):
             assert f"RuntimeError: rank {rank}: another rank is lost: {name} from step " in error_of(folder, rank)
             assert "_train_step" in (tmp_path / "run" / "stacks" / f"rank_{rank}.txt").read_text()
-        said = re.search(r"ERROR \| at step 6, this rank waits: rank 1,", (tmp_path / "run" / "out.log").read_text())
-        assert said
+        log = (tmp_path / "run" / "out.log").read_text()
+        assert "ERROR | at step 6, this rank waits: rank 1," in log
     assert saved_step(tmp_path / "run") == 3
 
 
@@ -106,8 +102,8 @@ def test_a_rank_without_data_is_named_with_its_stack(given, tmp_path):
         for process in processes:
             process.join(60)
         assert [process.exitcode for process in processes] == [1, 1]
-    name = r"rank 0: another rank is lost: rank 1, process \d+ on \S+ has waited for its data for \d s at step 6 "
-    assert re.search(name + r"\(of a.tar\); .*/stacks/rank_N.txt holds the stacks", error_of(folder, 0))
+    name = r"rank 0: another rank is lost: rank 1, process \d+ on \S+ has waited for its data for \d s at step 6"
+    assert re.search(name + r"; .*/stacks/rank_N.txt holds the stacks", error_of(folder, 0))
     stack = (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
     assert "in slow" in stack
     assert "in _train_epoch" in stack
@@ -115,60 +111,29 @@ def test_a_rank_without_data_is_named_with_its_stack(given, tmp_path):
 
 @pytest.mark.long
 def test_slow_ranks_are_not_stuck(given, tmp_path):
-    """A start, an evaluation and a checkpoint may take longer than the timeout, and data nearly as long."""
+    """The first batch, a checkpoint, and the classifier of ImageNet may take longer than the timeout."""
     folder = tmp_path / "ranks"
     folder.mkdir()
-    given |= {"dist_timeout": 4}
-    assert run_ranks(on_rank, 2, 2, [(given, 1, 5.0, 0)], slowly, folder=folder) == [[None]] * 2
+    given |= {"dist_timeout": 3, "samples_seen": 48}
+    assert run_ranks(on_rank, 2, 2, [(given,)], slowly, folder=folder) == [[(None, {})]] * 2
     assert "ERROR" not in (tmp_path / "run" / "out.log").read_text()
     assert not (tmp_path / "run" / "stacks").exists()
 
 
-def slowly(world, *job):
-    save = Checkpoints.save
-
-    def slow(*args, **options):
-        time.sleep(5)
-        return save(*args, **options)
-
-    with mock.patch.object(Checkpoints, "save", slow):
-        return stalling(world, *job)
-
-
-def meeting(rank, size):
-    """Meet, where rank 0 comes later than a collective of the hosts may take."""
-    with mock.patch.object(world_module, "PATIENCE", 1.0):
-        (found,) = on_rank(rank, size, [({"dist_timeout": 1},)], lambda world, _: late(world))
-    return found
-
-
-def late(world):
-    time.sleep(0 if world.rank else 4)
-    world.meet(30)
-    return True
-
-
-def test_all_ranks_wait_for_rank_0(tmp_path):
-    assert run_ranks(meeting, 2, 2, folder=tmp_path) == [True, True]
-
-
-def classified(world, given):
-    """Make the classifier of ImageNet, of which one rank's part takes longer than the timeout."""
-    world.settle()
-
+def slowly(world, given):
     def slow(*_):
-        time.sleep(3 * world.rank)
+        time.sleep(4 * world.rank)
         return torch.full((2, 3), world.rank)
 
-    images = ImageNet(TrainConfig(**given, imagenet_val=None))
-    with mock.patch("clipfast.training.imagenet.imagenet_classifier", slow):
-        return images.evaluate(None, None, None, torch.device("cpu"), world)
+    def save(*args, **options):
+        time.sleep(4)
+        return original(*args, **options)
 
-
-def test_the_classifier_of_imagenet_may_take_longer_than_the_timeout(given, tmp_path):
-    (tmp_path / "ranks").mkdir()
-    given |= {"dist_timeout": 1}
-    assert run_ranks(on_rank, 2, 2, [(given,)], classified, folder=tmp_path / "ranks") == [[{}]] * 2
+    original, images = Checkpoints.save, ImageNet(TrainConfig(**given, imagenet_val=None))
+    with mock.patch.object(Checkpoints, "save", save):
+        ended = stalling(world, given, 1, 4.0, 0)
+    with mock.patch("clipfast.training.validation.imagenet_classifier", slow):
+        return ended, images.evaluate(None, None, None, torch.device("cpu"), world)
 
 
 def watched(rank, what):
@@ -178,7 +143,7 @@ def watched(rank, what):
     dog.arm()
     dist.barrier()
     if rank == 1:
-        with dog.phase("step" if what == "step" else what, lambda: "of x.tar"):
+        with dog.phase(what):
             if what == "dead":
                 dog.close()
             time.sleep(2.5)
@@ -201,7 +166,7 @@ def watched(rank, what):
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("data", r"rank 1, process \d+ on \S+ has waited for its data for 1 s at step 0 \(of x.tar\)"),
+        ("data", r"rank 1, process \d+ on \S+ has waited for its data for 1 s at step 0"),
         ("evaluation", r"rank 1, .* is in the phase 'evaluation' since 1 s at step 0"),
         ("dead", r"rank 1, .* gives no sign of life; the last was from step 0, phase .*: stopped"),
         ("step", ""),
@@ -223,7 +188,7 @@ def blamed_twice(rank, folder, late):
     for step in (3, 7):
         dog.step = step + late if rank == 0 else step
         dist.barrier()
-        with dog.phase("data" if rank == 1 else "step", lambda: 1 / 0):  # what is told of a phase may fail
+        with dog.phase("data" if rank == 1 else "step"):
             time.sleep(1.5)
         found += [path.read_text() for path in folder.glob("rank_1.txt")]
         dist.barrier()
@@ -234,9 +199,8 @@ def blamed_twice(rank, folder, late):
     return found, dog.diagnosis
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_a_rank_can_be_named_again(late, tmp_path):
-    (stacks, said), _ = run_ranks(blamed_twice, 2, tmp_path / "stacks", late, folder=tmp_path)
+def test_a_rank_can_be_named_again(tmp_path):
+    (stacks, said), _ = run_ranks(blamed_twice, 2, tmp_path / "stacks", 1, folder=tmp_path)
     assert len(stacks) == 2
     assert re.match(r"rank 1, process \d+ on \S+ has waited for its data for 1 s at step 7", said), said
 
@@ -251,31 +215,8 @@ def endless(rank, late):
         time.sleep(60)
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_ranks_that_do_not_come_out_are_ended(late, tmp_path):
-    processes = start_ranks(endless, 2, late, folder=tmp_path)
+def test_ranks_that_do_not_come_out_are_ended(tmp_path):
+    processes = start_ranks(endless, 2, 1, folder=tmp_path)
     for process in processes:
         process.join(20)
     assert [process.exitcode for process in processes] == [1, 1]
-
-
-def test_the_flight_recorder_is_on_unless_the_user_says_else(monkeypatch, tmp_path):
-    names = {
-        "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
-    }  # fmt: skip
-    for name in names:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    record_flights()
-    write_flights_to(tmp_path)
-    assert {name: os.environ[name] for name in names} == {
-        "TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/nccl_", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{tmp_path}/nccl_",
-    }  # fmt: skip
-    for name in names:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "0")
-    record_flights()
-    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
-    assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "0"

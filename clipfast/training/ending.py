@@ -1,16 +1,33 @@
-"""Ctrl-C, SIGTERM, Slurm's SIGUSR1, and SIGHUP from a terminal that is closed: the step is finished and saved first."""
+"""What ends a run: errors, and signals, after which the step is finished and saved first.
 
+The signals are Ctrl-C, SIGTERM, Slurm's SIGUSR1, and SIGHUP from a terminal that is closed.
+"""
+
+import logging
 import signal
 from collections.abc import Sequence
 from types import FrameType
 
-from .logs import log
-
+log = logging.getLogger("clipfast")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message gives the reason, and the last checkpoint."""
+
+
+class NotFiniteError(TrainingError):
+    """The weights are infinite or NaN: there is nothing worth saving."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(what, step)  # from which another process can make it again
+
+    def __str__(self) -> str:
+        return "{} not finite at step {}: lower --lr, or set --grad-clip-norm".format(*self.args)
+
+
 class Interrupted(Exception):  # noqa: N818
-    """A signal came in the middle of what need not be finished, such as an evaluation."""
+    """A signal came in the middle of work that need not be finished, such as an evaluation."""
 
 
 class Interruption:
@@ -41,26 +58,21 @@ class Interruption:
             signal.signal(signum, handler)
 
     def check(self) -> None:
-        """Refuse to go on with what need not be finished if a signal came to any process.
-
-        Raises:
-            Interrupted: one did.
-        """
+        """Raise Interrupted if a signal came to any process."""
         if self.signum is not None or self.others is not None:
             raise Interrupted
 
     def votes(self) -> list[int]:
-        """Return 1 for the signal that came and 0 for the others; sums over processes say what came to any of them."""
+        """Return 1 for the signal that came and 0 for each other one; the processes add up their votes."""
         return [int(signum == self.signum) for signum in SIGNALS]
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None:
-            if signum == signal.SIGINT:
-                raise KeyboardInterrupt
-            return
-        self.signum = signum
-        if not self.quiet:
-            log.info("Stopping after this step; press Ctrl-C to stop at once, without saving.")
+        if self.signum is None:
+            self.signum = signum
+            if not self.quiet:
+                log.info("Stopping after this step; press Ctrl-C to stop at once, without saving.")
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
 
 
 def elected(votes: Sequence[int]) -> int | None:
