@@ -188,7 +188,8 @@ def committed(key: str, arch: int) -> dict[str, int] | None:
 
 
 def _lookup_any(kind: type[C], key: str, arch: int) -> C | None:
-    config = _overrides.get(key) or _from_table(kind, key, arch)
+    cached: Any = kind  # as mypy does not take a class for a key of a cache
+    config = _overrides.get(key) or _from_table(cached, key, arch)
     if config is not None and not isinstance(config, kind):
         raise TypeError(f"{key}: expected a {kind.__name__}, got {config!r}")
     return config
