@@ -76,11 +76,15 @@ class Guard:
         self.names, self._parameters = list(trained), list(trained.values())
         self._norms_of = norms_of_parts if any(map(is_dtensor, self._parameters)) else norms_of
         self.figures = torch.zeros(len(Figures._fields), device=device)
-        self.skipped = self.figures[Figures._fields.index("skipped")]  # a scalar in the same memory
         self.norms = torch.zeros(len(trained), device=device)
         normalisations = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for module in normalisations for buffer in module.buffers()]
         self._before = [buffer.clone() for buffer in self._statistics]
+
+    @property
+    def skipped(self) -> Tensor:
+        """The verdict on the last step: 1 if it changed no weight, else 0; a scalar on the device."""
+        return self.figures[Figures._fields.index("skipped")]
 
     def begin(self) -> None:
         """Copy the running statistics of BatchNorm, which the forward pass changes."""
