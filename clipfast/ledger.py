@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -57,7 +56,6 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         phase: name of the part of the run; to be set by the caller.
-        settle_s: seconds to wait at a new peak: a thread of gloo may hold a block for a moment after it has arrived.
         events: kernels and collectives in order.
         live: bytes of live tensors by category.
         peak: ``live`` at the moment when the sum was largest.
@@ -68,7 +66,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.launches = [] if launches is None else launches
         self.categories = {} if categories is None else categories
-        self.phase, self.settle_s = "", 0.0
+        self.phase = ""
         self.events: list[Event] = []
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -139,13 +137,6 @@ class Ledger(TorchDispatchMode):
         with mock.patch.object(torch.UntypedStorage, "resize_", resize_and_book):
             yield
 
-    def move(self, tensor: Tensor, category: str) -> None:
-        """Count the storage of ``tensor`` to another category."""
-        key = tensor.untyped_storage()._cdata
-        old, size, reference = self._storages[key]
-        self._storages[key] = category, size, reference
-        self.live.update({old: -size, category: size})
-
     def _add_kernel(self, flops: int, tensors: list[Tensor]) -> None:
         if _nbytes(tensors) > 0:
             self.events.append(Event(self.phase, _nbytes(tensors), self._enter(tensors), flops))
@@ -167,8 +158,6 @@ class Ledger(TorchDispatchMode):
         most = self.peaks.get(self.phase)
         if most is not None and self.live.total() <= most.total():
             return
-        if self.settle_s and self.live.total() > self.peak.total():
-            time.sleep(self.settle_s)
         self.peaks[self.phase] = self.live.copy()
         self.peak = max(self.peak, self.peaks[self.phase], key=Counter.total)
 

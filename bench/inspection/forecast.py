@@ -36,7 +36,7 @@ from clipfast.kernels.hardware import ARCHITECTURES, CARDS, Card
 from clipfast.kernels.launch import Launch, record_launches
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.ledger import Event, Ledger
-from clipfast.plan.step import Problem, run_step
+from clipfast.plan.step import Setup, rank_of
 from clipfast.units import SECONDS, scaled
 
 from .. import categories
@@ -112,10 +112,13 @@ def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
 
 def step_work(model: str, pairs: int, card: Card = CARDS["h100"]) -> Work:
     """Return one training step of a published model on one GPU, under autocast to bfloat16, with AdamW."""
-    ledger = run_step(Problem(pairs, model=model), "default", card, ledger_type=_Recorder)
-    assert isinstance(ledger, _Recorder)
-    ledger.work.ops = list(ledger.events)
-    return ledger.work
+    setup = Setup(model, gpus=1)
+    with rank_of(setup, setup.config, card, ledger_type=_Recorder) as rank:
+        rank.optimizer.zero_grad()
+        rank.step(pairs, is_whole=True)
+    assert isinstance(rank.ledger, _Recorder)
+    rank.ledger.work.ops = list(rank.ledger.events)
+    return rank.ledger.work
 
 
 def measured_shapes() -> list[tuple[OpSpec, Shape]]:
@@ -255,7 +258,7 @@ def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort
 def _shares(parts: Sequence[Part], ops: Sequence[Event], times: Sequence[float]) -> dict[str, float]:
     """Return seconds by category. The kernel of a launch has that of its op; of PyTorch's ops, the phase decides."""
     of_kernel = {kernel: spec.category for spec in specs().values() for kernel in spec.kernels}
-    of_phase = {"update": categories.OPTIMIZER, "loss forward": categories.LOSS, "loss backward": categories.LOSS}
+    of_phase = {"update": categories.OPTIMIZER, "loss": categories.LOSS}
     found = dict.fromkeys(categories.CATEGORIES, 0.0)
     for part in parts:
         found[of_kernel.get(part.kernel, categories.OTHER)] += part.seconds

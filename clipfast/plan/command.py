@@ -1,14 +1,12 @@
-"""Predict what a training step needs on every GPU: memory, FLOPs, bytes sent, kernels and time.
+"""Predict what a training needs on every GPU: memory, FLOPs, bytes sent, kernels and time.
 
-There is a row for each mode of distributed_contrastive_loss (on one GPU, for each value of contrastive_loss's memory=)
-and one for OpenCLIP's ClipLoss(local_loss=True, gather_with_grad=True). With --model, the step is that of the model
-under autocast, the loss, DistributedDataParallel and AdamW; without it, the loss alone. It runs on fake tensors, as
-rank 0 of processes that are not there, so it needs neither a GPU nor memory.
+With --train, that is a step of clipfast train with a model, under DDP or FSDP2: memory by what it is for, time,
+pairs/s, and what a training of --samples-seen pairs takes. --fit says which batches fit on these GPUs, for many models
+at once. Without them, it is the loss alone: a row for each mode of distributed_contrastive_loss (on one GPU, for each
+value of contrastive_loss's memory=) and one for OpenCLIP's ClipLoss(local_loss=True, gather_with_grad=True).
 
-With --train, it is a step of clipfast train with a model, under DDP or FSDP2: memory by what it is for, time, pairs/s,
-and what a training of --samples-seen pairs takes. --fit says which batches fit on these GPUs, for many models at once.
-
-These are predictions: no time was ever measured on a GPU. --check compares a step on fake tensors with a real one.
+The step runs on fake tensors, as rank 0 of processes that are not there, so it needs neither a GPU nor memory. These
+are predictions: no time was ever measured on a GPU.
 """
 
 import argparse
@@ -16,31 +14,34 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import Count, add_output
+from ..arguments import BATCH, COUNT, Count, add_output
 from ..columns import align
 from ..files import replace_text
 from ..units import BYTES, COUNTS, ONES, SECONDS, scaled
-from . import training_command
 
 if TYPE_CHECKING:
     from ..kernels.hardware import Cluster
-    from .step import Problem
+    from .fit import Assumptions
+    from .step import Problem, Setup
 
 EPILOG = """\
 examples:
   clipfast plan --pairs 32768 --gpus 256
-  clipfast plan --pairs 32768 --gpus 64 --model ViT-L-14 --card h200 --largest
   clipfast plan --fit --gpus 8 --card h100               what fits: every model, DDP and FSDP2, each checkpointing
   clipfast plan --train --model ViT-L-14 --gpus 64 --parallel fsdp --ema --samples-seen 12.8e9 --price-per-gpu-hour 2.5
-  clipfast plan --check --gpus 3                         runs three processes on this machine
-  clipfast plan --check --train --model ViT-T-8-32       compares steps of DDP and FSDP2 on this machine
 
 Figures are those of one rank, memory at its peak. Kernels and messages are counted as one rank starts them, messages by
 ring algorithms. "exposed" is what messages add to the time of computing; "(auto)" is the mode that mode="auto" takes.
-exit code: 0 printed, 1 --check found a figure wrong, 2 bad arguments"""
+exit code: 0 printed, 2 bad arguments"""
 NOTE = "Predicted, never measured on a GPU: rates are published, and latencies are assumed unless you gave them."
+TRAINING_NOTE = """\
+Predicted, never measured on a GPU. Counted on fake tensors: activations, gathered weights, scratch, weights, optimizer,
+FLOPs, kernels. Assumed: published rates of the card, reached by every kernel that is large; latencies; CUDA, NCCL and
+allocator as marked; messages and kernels that do not slow each other down; no wait for data, evaluation or checkpoints.
+The kernels of attention and of the loss are slower than that (docs/predicted.md), so take times as lower limits."""
 PAIRS, GPUS = Count(1, 2**24), Count(1, 2**16)
 # Options of the machine: the fields of Card or Cluster that each sets, their unit, and its help.
 MACHINE = {
@@ -52,6 +53,14 @@ MACHINE = {
     "latency_us": (("latency_s",), 1e-6, "microseconds that a message takes (default: 5)"),
     "launch_us": (("launch_s",), 1e-6, "microseconds in which the host starts a kernel (default: 10)"),
 }
+# The plans that an option belongs to, if it is not of all of them.
+TRAIN, FIT, OF_LOSS = "--train", "--fit", "a plan of the loss"
+PLANS: dict[str, tuple[str, ...]] = {"pairs": (TRAIN, OF_LOSS), "batch_size": (TRAIN,)}
+PLANS |= dict.fromkeys(("dtype", "embed_dim"), (OF_LOSS,))
+PLANS |= dict.fromkeys(
+    ("model", "parallel", "checkpointing", "accumulation", "precision", "opt", "ema", "no_reshard", "samples_seen",
+     "price_per_gpu_hour", "context_gb", "slack"), (TRAIN, FIT),
+)  # fmt: skip
 
 
 def _number(*, or_zero: bool = False) -> Callable[[str], float]:
@@ -59,7 +68,7 @@ def _number(*, or_zero: bool = False) -> Callable[[str], float]:
         value = float(text)
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
-        if not (value > 0 or (or_zero and value == 0)):
+        if value < 0 or (value == 0 and not or_zero):
             raise argparse.ArgumentTypeError(f"must be {'at least' if or_zero else 'more than'} 0, got {text}")
         return value
 
@@ -73,83 +82,78 @@ def add_parser(commands: Any) -> None:
         "plan", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pairs", type=PAIRS, metavar="N", help="pairs of all GPUs (default: 32768; with --check 256 for each GPU)")
-    add("--gpus", type=GPUS, metavar="W", help="GPUs that share the batch (default: 1; with --check 3)")
-    add("--model", metavar="NAME", help="model that is trained; without it, the loss is planned alone")
-    add("--embed-dim", type=Count(1, 2**16), metavar="D", help="size of the features without --model (default: 512)")
-    add("--dtype", default="bf16", help="dtype of features and autocast: bf16, fp16 or fp32 (default: bf16)")
+    add("--pairs", type=PAIRS, metavar="N", help="pairs of all GPUs (default: 32768)")
+    add("--gpus", type=GPUS, metavar="W", help="GPUs that share the batch (default: 8; of the loss alone 1)")
+    add("--embed-dim", type=Count(1, 2**16), metavar="D", help="of the loss alone: size of the features (default: 512)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of the loss alone: dtype of the features (default: bf16)")
     add("--card", help="a100, h100, h200 or b200 (default: h100)")
     for name, (_, _, text) in MACHINE.items():
         kind = GPUS if name == "gpus_per_node" else _number(or_zero=name.endswith("_us"))
-        add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
-    add("--largest", action="store_true", help="also search the largest batch that fits, in minutes, up to 16384 a GPU")
-    add("--check", action="store_true", help="run the step on this machine, and compare with the prediction")
+        add(_flag(name), type=kind, metavar="X", help=text)
     add_output(parser, "--json", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
-    training_command.add_arguments(parser, _number)
+    _add_training(parser)
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the plan, or what the check found, and return the exit code."""
-    training_command.check_arguments(args)
-    if args.train or args.fit:
-        return training_command.run(args, _cluster(args))
-    from .predict import check, predict
-
-    problem, cluster = _problem(args), _cluster(args)
-    ranks = f"{problem.gpus} ranks of {problem.rows:,} pairs" if problem.gpus > 1 else "one rank"
-    trained = f"a step of {problem.model}" if problem.model else "the loss alone"
-    rounded = f" (rounded up from {problem.pairs:,})" if problem.pairs % problem.gpus else ""
-    print(
-        f"{problem.rows * problem.gpus:,} pairs{rounded}, D = {problem.embed_dim}, {args.dtype}; {ranks}; {trained}\n"
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a training step of the trainer")
+    add, or_zero = group.add_argument, _number(or_zero=True)
+    add("--train", action="store_true", help="plan a whole step of clipfast train, part by part")
+    add(
+        "--fit", action="store_true",
+        help="find the largest batch of each model under DDP and FSDP2 with each kind of checkpointing, and mark the "
+        "row with the most pairs/s",
+    )  # fmt: skip
+    models = "model; with --fit several, separated by commas (default: the seven ViTs from B-32 to bigG-14)"
+    add("--model", "--models", metavar="NAME", help=models)
+    add("--parallel", help="how GPUs share the work (default: ddp; with --fit, each)", choices=("ddp", "fsdp"))
+    kinds = ("none", "selective", "full")
+    add(
+        "--checkpointing", choices=kinds, help="what the backward pass computes again (default: none; with --fit, each)"
     )
-    rows = check(problem) if args.check else predict(problem, cluster, searches=args.largest)
-    (_print_check if args.check else _print_plan)(rows)
-    if not args.check:
-        print(f"\n{_basis(problem, cluster)}\n{NOTE}")
-    if args.json is not None:
-        size = dataclasses.asdict(problem) | {"dtype": args.dtype, "rows": problem.rows}
-        plan = {"note": NOTE, "machine": dataclasses.asdict(cluster), "modes": rows}
-        result = {"check": rows} if args.check else plan
-        replace_text(args.json, json.dumps({"problem": size, **result}, indent=1) + "\n")
-    return int(args.check and not all(row["agrees"] for row in rows))
+    add("--batch-size", help="with --train: pairs of a GPU, in place of --pairs", type=BATCH, metavar="N")
+    add("--accumulation", help="micro-batches of which a batch is made (default: 1)", type=COUNT, metavar="N")
+    precisions = ("amp_bf16", "pure_bf16", "fp32")
+    add("--precision", help="as of clipfast train (default: amp_bf16)", choices=precisions)
+    add("--opt", help="optimizer, as of clipfast train (default: adamw)", metavar="NAME")
+    add("--ema", help="keep an average of the weights", action="store_true")
+    add("--no-reshard", help="FSDP2 keeps a block whole from its forward to its backward pass", action="store_true")
+    samples = "pairs of the training, such as 12.8e9: also print days and GPU-hours"
+    add("--samples-seen", help=samples, type=_number(), metavar="N")
+    add("--price-per-gpu-hour", help="also print what the training costs", type=_number(), metavar="X")
+    add("--context-gb", help="1e9 bytes for CUDA, cuBLAS and NCCL (assumed: 1.5)", type=or_zero, metavar="X")
+    add("--slack", help="share that the allocator holds beyond tensors (assumed: 0.05)", type=or_zero, metavar="X")
 
 
-def _problem(args: argparse.Namespace) -> "Problem":
-    from ..kernels.dtypes import DTYPES
-    from ..models import SigLIPConfig, get_model_config
-    from .step import Problem
+def run(args: argparse.Namespace) -> int:
+    """Print the plan, and return the exit code.
 
-    gpus = args.gpus or (3 if args.check else 1)
-    pairs = args.pairs or (256 * gpus if args.check else 32768)
-    if args.dtype not in DTYPES:
-        raise ValueError(f"--dtype: unknown {args.dtype!r}; known: {', '.join(DTYPES)}")
-    for flag, value, most in (("gpus", gpus, 8), ("pairs", pairs, 16384)):
-        if args.check and value > most:
-            raise ValueError(f"--check runs every rank on this machine: --{flag} must be at most {most}, got {value}")
-    if args.model is not None and args.embed_dim is not None:
-        raise ValueError("--embed-dim is the model's own with --model: leave it out")
-    config = None if args.model is None else get_model_config(args.model)
-    if isinstance(config, SigLIPConfig):
-        raise ValueError(
-            f"--model {args.model} is trained with the sigmoid loss, and a plan is made for the contrastive loss only: "
-            "take a CLIP model"
-        )
-    dim = (args.embed_dim or 512) if config is None else config.embed_dim
-    return Problem(pairs, gpus, DTYPES[args.dtype], args.model, dim)
+    Raises:
+        ValueError: options do not go together; the message names the option and what to do.
+    """
+    if args.fit and args.train:
+        raise ValueError("--fit and --train are two plans: leave one out")
+    kind = FIT if args.fit else TRAIN if args.train else OF_LOSS
+    for name, plans in PLANS.items():
+        if getattr(args, name) not in (None, False) and kind not in plans:
+            raise ValueError(f"{_flag(name)} has no effect on {kind}: leave it out, or make the plan of {plans[0]}")
+    cluster = _cluster(args)
+    (_plan_loss if kind == OF_LOSS else _plan_training)(args, cluster)
+    return 0
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _cluster(args: argparse.Namespace) -> "Cluster":
     from ..kernels.hardware import CARDS, Cluster
 
-    given = [name for name in ("card", *MACHINE) if getattr(args, name) is not None]
-    if args.check and given:
-        raise ValueError(f"--{given[0].replace('_', '-')} has no effect with --check: leave it out")
     if args.card not in (None, *CARDS):
         raise ValueError(f"--card: unknown {args.card!r}; known: {', '.join(CARDS)}. For another, take the nearest of "
                          "these and give --tflops, --memory-gb, --link-gbs and --network-gbs")  # fmt: skip
-    values = {name: getattr(args, name) * MACHINE[name][1] for name in given if name != "card"}
+    values = {name: getattr(args, name) * MACHINE[name][1] for name in MACHINE if getattr(args, name) is not None}
     fields = {field: value for name, value in values.items() for field in MACHINE[name][0]}
     if args.tflops is not None:  # this is what products reach
         fields |= {"half_reached": 1.0, "single_reached": 1.0}
@@ -158,7 +162,35 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
     return Cluster(dataclasses.replace(card, **of_card), **fields)
 
 
-def _basis(problem: "Problem", cluster: "Cluster") -> str:
+def _write(path: Path | None, plan: dict[str, Any]) -> None:
+    if path is not None:
+        replace_text(path, json.dumps(plan, indent=1) + "\n")
+
+
+def _plan_loss(args: argparse.Namespace, cluster: "Cluster") -> None:
+    from ..kernels.dtypes import DTYPES
+    from .loss import predict
+    from .step import Problem
+
+    dtype = args.dtype or "bf16"
+    problem = Problem(args.pairs or 32768, args.gpus or 1, DTYPES[dtype], args.embed_dim or 512)
+    ranks = f"{problem.gpus} ranks of {problem.rows:,} pairs" if problem.gpus > 1 else "one rank"
+    rounded = f" (rounded up from {problem.pairs:,})" if problem.pairs % problem.gpus else ""
+    print(f"The loss of {problem.rows * problem.gpus:,} pairs{rounded}, D = {problem.embed_dim}, {dtype}; {ranks}\n")
+    modes = predict(problem, cluster)
+    names = [found["mode"] + " (auto)" * found["is_auto"] for found in modes]
+    heads = [head for head in modes[0] if head not in ("mode", "is_auto") and not isinstance(modes[0][head], dict)]
+    rows = [[name, *(_cell(head, found[head]) for head in heads)] for name, found in zip(names, modes, strict=True)]
+    print(align([["mode", *heads], *rows], right=range(1, len(heads) + 1), indent="  "))
+    for what in ("memory by category", "time by phase", "sent by collective"):
+        parts = [", ".join(f"{part} {_cell(what, value)}" for part, value in found[what].items()) for found in modes]
+        print(f"\n{what}\n" + align(list(zip(names, parts, strict=True)), indent="  "))
+    print(f"\n{_rates(problem, cluster)}\n{NOTE}")
+    size = dataclasses.asdict(problem) | {"dtype": dtype, "rows": problem.rows}
+    _write(args.json, {"problem": size, "note": NOTE, "machine": dataclasses.asdict(cluster), "modes": modes})
+
+
+def _rates(problem: "Problem", cluster: "Cluster") -> str:
     card = cluster.card
     gb, gb_per_s = card.memory_bytes / 1e9, card.memory_bytes_per_s / 1e9
     tflops = card.reached(half=problem.dtype.itemsize == 2) / 1e12
@@ -170,25 +202,6 @@ def _basis(problem: "Problem", cluster: "Cluster") -> str:
     return f"taken for {card.name}: {rates}, {cluster.launch_s * 1e6:g} us of the host for a kernel."
 
 
-def _print_plan(modes: list[dict[str, Any]]) -> None:
-    names = [found["mode"] + " (auto)" * found["is_auto"] for found in modes]
-    heads = [head for head in modes[0] if head not in ("mode", "is_auto") and not isinstance(modes[0][head], dict)]
-    rows = [[name, *(_cell(head, found[head]) for head in heads)] for name, found in zip(names, modes, strict=True)]
-    print(align([["mode", *heads], *rows], right=range(1, len(heads) + 1), indent="  "))
-    for what in ("memory by category", "time by phase", "sent by collective"):
-        parts = [", ".join(f"{part} {_cell(what, value)}" for part, value in found[what].items()) for found in modes]
-        print(f"\n{what}\n" + align(list(zip(names, parts, strict=True)), indent="  "))
-
-
-def _print_check(rows: list[dict[str, Any]]) -> None:
-    heads = ["path", "mode", "what", "predicted", "measured"]
-    cells = [[*(f"{row[head]:,}" if isinstance(row[head], int) else row[head] for head in heads),
-              "" if row["agrees"] else "WRONG"] for row in rows]  # fmt: skip
-    print(align([[*heads, ""], *cells], right=(3, 4), indent="  "))
-    wrong = sum(not row["agrees"] for row in rows)
-    print(f"\n{len(rows)} figures: {len(rows) - wrong} as predicted, {wrong} not.")
-
-
 def _cell(name: str, value: Any) -> str:
     if name == "sent by collective":
         return f"{scaled(value['bytes'], BYTES)} in {value['messages']:,} messages"
@@ -197,3 +210,118 @@ def _cell(name: str, value: Any) -> str:
     if name.startswith(("memory", "sent")):
         return scaled(value, BYTES)
     return scaled(value, SECONDS) if isinstance(value, float) else scaled(value, COUNTS if name == "FLOPs" else ONES)
+
+
+def _plan_training(args: argparse.Namespace, cluster: "Cluster") -> None:
+    from .fit import Assumptions
+
+    if args.price_per_gpu_hour is not None and args.samples_seen is None:
+        raise ValueError("--price-per-gpu-hour needs --samples-seen: the length of the training")
+    assumed = Assumptions(samples_seen=args.samples_seen and round(args.samples_seen), price=args.price_per_gpu_hour)
+    if args.context_gb is not None:
+        assumed = dataclasses.replace(assumed, context_bytes=args.context_gb * 1e9)
+    if args.slack is not None:
+        assumed = dataclasses.replace(assumed, slack=args.slack)
+    steps = _fit(args, cluster, assumed) if args.fit else [_train(args, cluster, assumed)]
+    print(f"\n{TRAINING_NOTE}")
+    machine = {"machine": dataclasses.asdict(cluster), "assumed": dataclasses.asdict(assumed)}
+    _write(args.json, {"note": TRAINING_NOTE, **machine, "steps": steps})
+
+
+def _setup(args: argparse.Namespace, model: str) -> "Setup":
+    from ..models import SigLIPConfig, get_model_config
+    from ..training.optim import optimizer_class
+    from .step import Setup
+
+    if isinstance(get_model_config(model), SigLIPConfig):
+        raise ValueError(f"{model} is trained with the sigmoid loss, and plans are made for the contrastive loss only")
+    gpus, parallel, opt = args.gpus or 8, args.parallel or "ddp", args.opt or "adamw"
+    if opt.lower() != "muon":
+        optimizer_class(opt)
+    elif gpus > 1 and (parallel == "fsdp" or (args.fit and args.parallel is None)):
+        raise ValueError("--opt muon needs whole matrices, which FSDP2 cuts: set --parallel ddp")
+    if args.no_reshard and not args.fit and (parallel != "fsdp" or gpus == 1):
+        raise ValueError("--no-reshard is of FSDP2 on several GPUs: set --parallel fsdp and --gpus, or leave it out")
+    return Setup(
+        model, gpus, parallel, args.checkpointing or "none", args.precision or "amp_bf16", opt, args.ema,
+        not args.no_reshard,
+    )  # fmt: skip
+
+
+def _fit(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions") -> list[dict[str, Any]]:
+    from .fit import MODELS, combinations, fit
+
+    models = list(MODELS) if args.model is None else [name.strip() for name in args.model.split(",")]
+    setups = [_setup(args, model) for model in models]
+    rows = fit(combinations(setups[0], models, args.parallel, args.checkpointing), cluster, assumed,
+               args.accumulation or 1)  # fmt: skip
+    card = cluster.card
+    print(f"The largest batch that fits on {setups[0].gpus} x {card.name}, {_gb(card.memory_bytes)} each\n")
+    print(fit_table(rows))
+    print('\n"*" marks the row of each model with the most pairs/s.')
+    return rows
+
+
+def fit_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of what fits."""
+    heads = ["", "model", "parallel", "checkpointing", "per GPU", "global batch", "memory", "step", "pairs/s", "MFU"]
+    extra = [name for name in ("days", "gpu_hours", "cost") if any(name in row for row in rows)]
+    cells = [["*" if row["is_best"] else "", *fit_cells(row), *(_amount(row, name) for name in extra)] for row in rows]
+    heads += [{"gpu_hours": "GPU-hours"}.get(name, name) for name in extra]
+    return align([heads, *cells], right=range(4, len(heads)))
+
+
+def fit_cells(row: dict[str, Any]) -> list[str]:
+    """Return the cells of a row of what fits, from the model to the utilisation."""
+    names = [row["model"], row["parallel"].replace("fsdp", "fsdp2"), row["checkpointing"]]
+    if not row["fits"]:
+        return [*names, "none fits", *[""] * 5]
+    return [
+        *names, f"{row['batch_per_gpu']:,}", f"{row['global_batch']:,}", _gb(row["memory"]),
+        scaled(row["time"], SECONDS), f"{row['pairs_per_s']:,.0f}", f"{row['mfu']:.0%}",
+    ]  # fmt: skip
+
+
+def _train(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions") -> dict[str, Any]:
+    from .fit import Batch, StepPlan, describe
+
+    if args.model is None:
+        raise ValueError("--train needs --model: the model that is trained")
+    if args.batch_size is not None and args.pairs is not None:
+        raise ValueError("--batch-size and --pairs both say how large a batch is: leave one out")
+    setup, accumulation = _setup(args, args.model), args.accumulation or 1
+    pairs = args.batch_size or -(-(args.pairs or 32768) // setup.gpus)
+    if accumulation > pairs:
+        raise ValueError(f"--accumulation {accumulation} is more than the {pairs} pairs of a GPU")
+    found = describe(StepPlan(setup, cluster, cluster.card), Batch(pairs, -(-pairs // accumulation)), assumed)
+    parts = f" in {accumulation} micro-batches" if accumulation > 1 else ""
+    print(
+        f"{setup.model} on {setup.gpus} x {cluster.card.name}: {found['global_batch']:,} pairs, {pairs:,} a GPU"
+        f"{parts}; {setup.parallel if setup.gpus > 1 else 'one GPU'}, checkpointing {setup.checkpointing}, "
+        f"{setup.precision}, {setup.opt}"
+    )
+    _print_parts("memory of a GPU at its peak", found["memory_by_category"], _gb)
+    print(f"  {'fits' if found['fits'] else 'DOES NOT FIT'} into {_gb(cluster.card.memory_bytes)}")
+    _print_parts("time of a step", found["time_by_part"], lambda value: scaled(value, SECONDS))
+    if found["sent_by_part"]:
+        _print_parts("sent by a GPU in a step", found["sent_by_part"], lambda value: scaled(value, BYTES))
+    print(f"\n{found['pairs_per_s']:,.0f} pairs/s of the cluster, MFU {found['mfu']:.1%}")
+    if "days" in found:
+        days, hours, cost = (_amount(found, name) for name in ("days", "gpu_hours", "cost"))
+        time = f"{days} days" if found["days"] >= 1 else f"{24 * found['days']:,.2g} hours"
+        print(f"{assumed.samples_seen:,} pairs: {time}, {hours} GPU-hours" + f", costs {cost}" * bool(cost))
+    return found
+
+
+def _print_parts(title: str, parts: dict[str, float], shown: Callable[[Any], str]) -> None:
+    rows = [*parts.items(), ("together", sum(parts.values()))]
+    print(f"\n{title}\n" + align([[name, shown(value)] for name, value in rows], right=(1,), indent="  "))
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value < 1e10 else f"{value / 1e9:.1f} GB"
+
+
+def _amount(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    return "" if value is None else f"{value:.2g}" if value < 1 else f"{value:,.{1 if value < 1000 else 0}f}"

@@ -1,16 +1,49 @@
-"""The largest batch of a model that fits on so many GPUs, and what a step and a whole training then take."""
+"""Memory and time of a training step with any batch, and the largest batch that fits.
+
+What the towers and the loss take comes from :mod:`.probe`; weights, gradients, optimizer and average from an update of
+the whole model. What is sent follows from the sizes of the parameters:
+
+    DDP      one ring all-reduce of all gradients, in buckets of 25 MiB that are the gradients themselves
+    FSDP2    for each block, ring all-gathers of its weights for the forward and again for the backward pass, and a ring
+             reduce-scatter of its gradients, in float32; weights are gathered in the dtype that they have
+
+It is assumed that messages and kernels do not slow each other down. DDP's buckets fill evenly in the course of the
+backward pass, of the last micro-batch if there are several. FSDP2 gathers the next block while one computes, but never
+more than two at a time, and does so in every micro-batch. Gradients are counted as living through the whole step.
+"""
 
 import dataclasses
 import functools
+import math
 import multiprocessing
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from ..host import cores
-from ..kernels.hardware import Cluster
-from .setup import CHECKPOINTINGS, PARALLELS, Setup
-from .training import Batch, StepPlan
+from ..kernels.hardware import Card, Cluster
+from ..ledger import Ledger
+from ..models import build
+from ..training.fsdp import blocks_of
+from .loss import seconds
+from .probe import BACKWARD, FORWARD, held, loss_ledger, probe
+from .step import (
+    CHECKPOINTINGS,
+    IMAGE_BACKWARD,
+    IMAGE_FORWARD,
+    INPUTS,
+    LOSS,
+    PARALLELS,
+    TEXT_BACKWARD,
+    TEXT_FORWARD,
+    UPDATE,
+    Problem,
+    Setup,
+)
 
 # What the published models were trained in, from small to large.
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
@@ -18,11 +51,186 @@ MOST_ROWS = 2**16  # pairs of a GPU up to which the largest batch is searched
 MULTIPLE = 8  # the largest batch is a multiple of this, if it is not smaller
 CONTEXT, SLACK = "CUDA and NCCL (assumed)", "allocator slack (assumed)"
 DAY = 86400.0
+BUCKET = 25 * 2**20  # bytes of DDP's buckets
+
+
+class Batch(NamedTuple):
+    """Pairs of one rank, of which ``micro_rows`` have their activations in memory at a time."""
+
+    rows: int
+    micro_rows: int
+
+    @property
+    def parts(self) -> list[int]:
+        """Pairs of each micro-batch."""
+        full, rest = divmod(self.rows, self.micro_rows)
+        return [self.micro_rows] * full + [rest] * (rest > 0)
+
+
+class StepPlan:
+    """A training step: what it takes with any batch.
+
+    Args:
+        setup: what is trained.
+        cluster: the GPUs.
+        card: the GPU that kernels are recorded for; None runs the kernels of the CPU.
+    """
+
+    batches_held = 2  # the next batch is uploaded during a step
+
+    def __init__(self, setup: Setup, cluster: Cluster, card: Card | None) -> None:
+        self.setup, self.cluster, self.card = setup, cluster, card
+        alone = dataclasses.replace(setup, checkpointing="none", gpus=1, parallel="ddp", reshards=True)
+        each = dataclasses.replace(setup, checkpointing="none") if setup.is_sharded else alone
+        self._plain, plain = (dataclasses.replace(one, has_ema=False, opt="adamw") for one in (alone, each))
+        self.probe = probe(plain, card)[setup.checkpointing]
+        self.held = held(each, cluster)
+        self._is_half = setup.dtype.itemsize == 2
+        self._count_weights()
+
+    def _count_weights(self) -> None:
+        """Count the weights that FSDP2 gathers at a time: of each block of a tower, and of all else but scalars."""
+        with torch.device("meta"):
+            model = build(self.setup.config)
+        ranks = self.setup.gpus if self.setup.is_sharded else 1
+
+        def padded(parameters: Iterable[nn.Parameter]) -> int:
+            return sum(-(-len(p) // ranks) * ranks * p[0].numel() for p in parameters if p.ndim)
+
+        texts = set(model.transformer.modules())
+        blocks = blocks_of(model)
+        self.image_blocks = [padded(block.parameters()) for block in blocks if block not in texts]
+        self.text_blocks = [padded(block.parameters()) for block in blocks if block in texts]
+        self.other_weights = padded(model.parameters()) - sum(self.image_blocks) - sum(self.text_blocks)
+        self.all_weights = sum(p.numel() for p in model.parameters())
+
+    def memory(self, batch: Batch, *, with_loss: bool = True) -> Counter[str]:
+        """Return the bytes of tensors by category, at the peak of the step.
+
+        ``with_loss=False`` leaves the loss out. It takes nearly all of the time here, since it runs for each batch.
+        """
+        config, has_parts = self.setup.config, len(batch.parts) > 1
+        image_bytes = 3 * config.vision.image_size**2 + 8 * config.text.context_length
+        base = self.held.bytes + Counter({INPUTS: self.batches_held * batch.rows * image_bytes})
+        # The features of the micro-batches, all in one, and their gradients.
+        features = 2 * batch.rows * config.embed_dim * self.setup.dtype.itemsize
+        kept = base + Counter({"features": 3 * features if has_parts else 0})
+        in_loss = Counter({LOSS: self._loss(batch).peak[LOSS] if with_loss else 0})
+        peaks = {phase: self.probe.peak(phase, batch.micro_rows) for phase in (*FORWARD, LOSS, *BACKWARD)}
+        phases = [kept + peaks[phase] for phase in (*FORWARD, *BACKWARD)]
+        phases.append(kept + in_loss + (Counter() if has_parts else peaks[LOSS]))
+        phases.append(base + Counter({"update scratch": self.held.update_bytes}))
+        return max(phases, key=Counter.total)
+
+    def sent(self, batch: Batch) -> dict[str, int]:
+        """Return the bytes that a rank sends in a step, by what they are."""
+        ranks, parts, width = self.setup.gpus, len(batch.parts), self.setup.weight_dtype.itemsize
+        if ranks == 1:
+            return {}
+        loss = sum(event.bytes for event in self._loss(batch).events if event.messages)
+        share = (ranks - 1) / ranks
+        if not self.setup.is_sharded:
+            return {"gradients": round(2 * share * self.all_weights * width), "loss": loss}
+        # The weights in no block are not freed between the passes. With micro-batches, there are two forward passes.
+        blocks = sum(self.image_blocks) + sum(self.text_blocks)
+        passes = 2 + (parts > 1) if self.setup.reshards else 1
+        weights = (passes * blocks + self.other_weights) * width
+        gradients = (blocks + self.other_weights) * torch.float32.itemsize
+        return {"weights": round(share * weights * parts), "gradients": round(share * gradients * parts), "loss": loss}
+
+    def times(self, batch: Batch) -> dict[str, float]:
+        """Return seconds: of computing by phase, and of messages that computing does not hide."""
+        forwards, parts = 1 + (len(batch.parts) > 1), Counter(batch.parts)
+        silent, both = (
+            sum(seconds(self._loss(batch).events, self.cluster, self.setup.gpus, is_half=self._is_half,
+                        with_messages=on).values())
+            for on in (False, True)
+        )  # fmt: skip
+        exposed = both - silent
+        if self.setup.is_sharded:
+            exposed += sum(count * self._exposed_sharded(rows, forwards) for rows, count in parts.items())
+        elif self.setup.gpus > 1:
+            exposed += self._exposed_reduction(self._seconds(BACKWARD, batch.parts[-1]))
+        return {
+            "forward": forwards * sum(count * self._seconds(FORWARD, rows) for rows, count in parts.items()),
+            "loss": silent,
+            "backward": sum(count * self._seconds(BACKWARD, rows) for rows, count in parts.items()),
+            UPDATE: self.held.update_seconds,
+            "exposed": exposed,
+        }
+
+    def model_flops(self, rows: int) -> float:
+        """Return three times the FLOPs of a forward pass of the whole model: the FLOPs that utilisation counts.
+
+        Utilisation does not count FLOPs that checkpointing computes a second time.
+        """
+        plain = probe(self._plain, self.card)["none"]  # the blocks of FSDP2 also compute rows that nobody reads
+        return 3 * sum(plain.flops(phase, rows) for phase in FORWARD)
+
+    def _loss(self, batch: Batch) -> Ledger:
+        setup = self.setup
+        return loss_ledger(Problem(batch.rows * setup.gpus, setup.gpus, setup.dtype, setup.config.embed_dim), self.card)
+
+    def _seconds(self, phases: Sequence[str], rows: int) -> float:
+        return sum(self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[0] for phase in phases)
+
+    def _wire(self, whole_bytes: int) -> float:
+        """Return the seconds of a ring all-gather or reduce-scatter of so many bytes."""
+        ranks = self.setup.gpus
+        rate = self.cluster.bytes_per_s(ranks, is_ring=False)
+        return whole_bytes * (ranks - 1) / ranks / rate + self.cluster.latency_s * (ranks - 1)
+
+    def _exposed_reduction(self, backward: float) -> float:
+        """Return what the all-reduce of DDP adds to a backward pass of so many seconds."""
+        size = self.all_weights * self.setup.weight_dtype.itemsize
+        buckets = math.ceil(size / BUCKET)
+        last = 2 * self._wire(size // buckets)
+        return max(last, buckets * last - backward * (1 - 1 / buckets))
+
+    def _exposed_sharded(self, rows: int, forwards: int) -> float:
+        """Return what FSDP2's messages add to the passes over a micro-batch."""
+        blocks = [*self.image_blocks, *self.text_blocks]
+        width = self.setup.weight_dtype.itemsize
+        gather = [self._wire(width * count) for count in blocks]
+        reduce = [self._wire(torch.float32.itemsize * count) for count in blocks]
+        root = self._wire(width * self.other_weights), self._wire(torch.float32.itemsize * self.other_weights)
+
+        def of_blocks(*phases: str) -> list[float]:
+            images, texts = (
+                self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[1] for phase in phases
+            )
+            return [images] * len(self.image_blocks) + [texts] * len(self.text_blocks)
+
+        # The weights in no block, embeddings and projections, are gathered first, and compute around the blocks.
+        computing = [0.0, *of_blocks(IMAGE_FORWARD, TEXT_FORWARD)]
+        forward = overlap([root[0], *gather], computing, [0.0] * len(computing))
+        again = gather[::-1] if self.setup.reshards else [0.0] * len(gather)
+        computing = [*reversed(of_blocks(IMAGE_BACKWARD, TEXT_BACKWARD)), 0.0]
+        return forwards * forward + overlap([*again, 0.0], computing, [*reversed(reduce), root[1]])
+
+
+def overlap(gather: Sequence[float], compute: Sequence[float], reduce: Sequence[float]) -> float:
+    """Return how much longer groups take than to compute, if each is gathered before and reduced afterwards.
+
+    There is one wire. A group may be gathered from when the one before it starts to compute, for then the one before
+    that is freed. What takes no time is not sent.
+    """
+    wire = arrived = gather[0]
+    gpu = 0.0
+    for needed, following, reducing in zip(compute, [*gather[1:], 0.0], reduce, strict=True):
+        start = max(gpu, arrived)
+        arrived = 0.0
+        if following:
+            arrived = wire = max(wire, start) + following
+        gpu = start + needed
+        if reducing:
+            wire = max(wire, gpu) + reducing
+    return max(gpu, wire) - sum(compute)
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Assumptions on what no count of tensors can tell, and what the training is to be.
+    """Figures that no count of tensors gives: memory beyond tensors, and the length and the price of the training.
 
     Attributes:
         context_bytes: the CUDA context, the workspaces of cuBLAS and the buffers of NCCL.
@@ -79,17 +287,11 @@ def describe(plan: StepPlan, batch: Batch, assumed: Assumptions) -> dict[str, An
         "mfu": plan.model_flops(batch.rows) / seconds / card.peak(half=setup.dtype.itemsize == 2),
     }  # fmt: skip
     if assumed.samples_seen is not None:
-        found |= length(assumed, setup.gpus, pairs / seconds)
+        found["days"] = assumed.samples_seen / found["pairs_per_s"] / DAY
+        found["gpu_hours"] = found["days"] * 24 * setup.gpus
+        if assumed.price is not None:
+            found["cost"] = found["gpu_hours"] * assumed.price
     return found
-
-
-def length(assumed: Assumptions, gpus: int, pairs_per_s: float) -> dict[str, float]:
-    """Return days, GPU-hours and, if there is a price, the costs of a training."""
-    if assumed.samples_seen is None:
-        raise ValueError("the length of a training needs samples_seen")
-    days = assumed.samples_seen / pairs_per_s / DAY
-    found = {"days": days, "gpu_hours": days * 24 * gpus}
-    return found if assumed.price is None else found | {"cost": found["gpu_hours"] * assumed.price}
 
 
 def fit(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batches: int = 1) -> list[dict[str, Any]]:
@@ -100,19 +302,16 @@ def fit(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batch
     models = list(dict.fromkeys(setup.model for setup in setups))
     jobs = [[setup for setup in setups if setup.model == model] for model in models]
     one = functools.partial(_fit_model, cluster=cluster, assumed=assumed, micro_batches=micro_batches)
-    workers = min(len(jobs), cores())
-    if workers == 1:
-        found = list(map(one, jobs))
-    else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
-            found = list(pool.map(one, reversed(jobs)))[::-1]  # the largest first, which take longest
-    return [row for rows in found for row in rows]
+    if len(jobs) == 1:
+        return one(jobs[0])
+    with ProcessPoolExecutor(min(len(jobs), cores()), multiprocessing.get_context("forkserver")) as pool:
+        return [row for rows in pool.map(one, jobs) for row in rows]
 
 
 def _fit_model(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batches: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for setup in setups:
-        plan = StepPlan(setup, cluster, cluster.card, tuple(dict.fromkeys(one.checkpointing for one in setups)))
+        plan = StepPlan(setup, cluster, cluster.card)
         most = largest_rows(plan, assumed, micro_batches)
         if most:
             rows.append(describe(plan, Batch(most, most // micro_batches), assumed))

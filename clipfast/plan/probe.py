@@ -1,4 +1,4 @@
-"""Memory and time of the towers, from steps on fake tensors of a model with few blocks.
+"""What the towers and the loss take, from steps of a model with few blocks on fake tensors.
 
 Bytes, FLOPs and kernels of a step are linear in the number of blocks of each tower, and with a given number of blocks
 in the batch: so the steps of towers of 3 and of 4 blocks with two batches tell those of the whole model with any batch.
@@ -9,11 +9,18 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.contrastive.distributed import choose_mode
 from ..kernels.hardware import Card, Cluster
-from ..ledger import Ledger
+from ..ledger import GATHERED, Ledger
 from ..models import CLIPConfig
-from .setup import (
+from .loss import seconds
+from .step import (
+    CHECKPOINTINGS,
     EMBEDDING_BACKWARD,
     IMAGE_BACKWARD,
     IMAGE_FORWARD,
@@ -23,8 +30,10 @@ from .setup import (
     TEXT_BACKWARD,
     TEXT_FORWARD,
     TEXTS,
+    Problem,
     Setup,
-    staged,
+    rank_of,
+    run_loss,
 )
 
 DEPTHS = (3, 4)  # a first, a last and a middle block, which differ; and one more in the middle
@@ -32,135 +41,112 @@ BATCHES = (256, 512)  # large enough for activations to outweigh what does not d
 FEW = 2  # small enough for the opposite: a phase never takes less than with so many pairs
 FORWARD = (IMAGE_FORWARD, TEXT_FORWARD)
 BACKWARD = (TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD)
-OF_IMAGES = (IMAGE_FORWARD, IMAGE_BACKWARD, IMAGES)  # what grows with the blocks of the image tower
-OF_TEXTS = (TEXT_FORWARD, TEXT_BACKWARD, TEXTS)
-GATHERED = "gathered weights"
 PROBED = (IMAGES, TEXTS, SCRATCH, GATHERED)  # categories; what lives from step to step is counted elsewhere
-Work = tuple[int, int]  # FLOPs and bytes of a kernel
+STATIC = ("weights", "gradients", "optimizer state", "average of weights")
+Array = NDArray[np.float64]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A step with one depth and one batch: memory at the peak of each phase by category, and kernels by phase."""
+class Sample(NamedTuple):
+    """A step with one depth and one batch.
 
-    peaks: dict[str, Counter[str]]
-    kernels: dict[str, list[Work]]
+    Attributes:
+        peaks: memory at the peak of each phase, an element for each category of ``PROBED``.
+        kernels: FLOPs and bytes of each kernel, by phase.
+    """
 
-    @classmethod
-    def of(cls, ledger: Ledger) -> "Sample":
-        """Take from a ledger what the towers have to do with it."""
-        phases = (*FORWARD, LOSS, *BACKWARD)
-        kernels: dict[str, list[Work]] = {phase: [] for phase in phases}
-        for event in ledger.events:
-            if not event.collective and event.phase in kernels:
-                kernels[event.phase].append((event.flops, event.bytes))
-        peaks = {phase: Counter({name: ledger.peaks[phase][name] for name in PROBED}) for phase in phases}
-        return cls(peaks, kernels)
+    peaks: dict[str, Array]
+    kernels: dict[str, Array]
+
+
+def sample_of(ledger: Ledger) -> Sample:
+    """Take from a ledger what the towers have to do with it."""
+    kernels: dict[str, list[tuple[int, int]]] = {phase: [] for phase in (*FORWARD, LOSS, *BACKWARD)}
+    for event in ledger.events:
+        if not event.collective and event.phase in kernels:
+            kernels[event.phase].append((event.flops, event.bytes))
+    peaks = {phase: np.array([ledger.peaks[phase][name] for name in PROBED], float) for phase in kernels}
+    return Sample(peaks, {phase: np.array(work, float).reshape(-1, 2) for phase, work in kernels.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Samples by depth and batch.
+    """Samples of few blocks, and what they say of all blocks.
 
     Attributes:
-        more_images, more_texts: blocks that the towers have beyond those of the first samples.
-        samples: for one depth, or for two of which the second has one block more in each tower; by batch.
+        more_images, more_texts: blocks that the towers have beyond those of the first depth.
+        samples: for one depth, or for two of which the second has one block more in each tower: both ``BATCHES``.
         least: for each depth, a step with hardly any pairs, without checkpointing.
     """
 
     more_images: int
     more_texts: int
-    samples: Sequence[dict[int, Sample]]
+    samples: Sequence[Sequence[Sample]]
     least: Sequence[Sample]
 
-    def peaks(self, rows: float) -> dict[str, Counter[str]]:
-        """Return the bytes at the peak of each phase, by category, for ``rows`` pairs."""
-        return {phase: self._peak(phase, rows) for phase in (*FORWARD, LOSS, *BACKWARD)}
+    def peak(self, phase: str, rows: int) -> Counter[str]:
+        """Return the bytes at the peak of ``phase``, by category, for ``rows`` pairs."""
+        more = np.array([self.more_images, self.more_texts, 0, 0])
+        lines = [_at(rows, *(sample.peaks[phase] for sample in depth)) for depth in self.samples]
+        least = [sample.peaks[phase] for sample in self.least]
+        found = max((few[0] + more * (few[-1] - few[0]) for few in (lines, least)), key=np.sum)
+        return Counter(dict(zip(PROBED, found.clip(0).round().astype(int).tolist(), strict=True)))
 
-    def seconds(self, phase: str, rows: float, cluster: Cluster, *, is_half: bool) -> float:
-        """Return how long ``phase`` takes: by its kernels one after another, or by the host that starts them."""
-        return self._whole(phase, [self._seconds(depth, phase, rows, cluster, is_half) for depth in self.samples])
+    def seconds(self, phase: str, rows: int, cluster: Cluster, *, is_half: bool) -> tuple[float, float]:
+        """Return how long ``phase`` takes, and how long each block of a tower takes in it.
 
-    def block_seconds(self, phase: str, rows: float, cluster: Cluster, *, is_half: bool) -> float:
-        """Return how long a block takes in ``phase``; of one whose blocks were not told apart, an even share."""
-        both = [self._seconds(depth, phase, rows, cluster, is_half) for depth in self.samples]
-        return both[1] - both[0] if len(both) == 2 else 0.0
-
-    def flops(self, phase: str, rows: float) -> float:
-        """Return the FLOPs of ``phase``."""
-        totals = []
+        Kernels run one after another, unless the host that starts them takes longer.
+        """
+        rates = np.array([cluster.card.reached(half=is_half), cluster.card.memory_bytes_per_s])
+        found = []
         for depth in self.samples:
-            totals.append(_at(rows, {batch: sum(flops for flops, _ in s.kernels[phase]) for batch, s in depth.items()}))
-        return self._whole(phase, totals)
+            small, large = (sample.kernels[phase] / rates for sample in depth)
+            if len(small) == len(large):
+                took = _at(rows, small, large).max(1).sum()
+            else:  # the number of kernels depends on the batch
+                took = _at(rows, small.max(1).sum(), large.max(1).sum())
+            found.append(max(float(took), len(small) * cluster.launch_s))
+        block = found[-1] - found[0]
+        return found[0] + self._more(phase) * block, block
 
-    def _peak(self, phase: str, rows: float) -> Counter[str]:
-        lines = {
-            name: [_at(rows, {batch: s.peaks[phase][name] for batch, s in depth.items()}) for depth in self.samples]
-            for name in PROBED
-        }
-        least = {name: [sample.peaks[phase][name] for sample in self.least] for name in PROBED}
-        return max(
-            (
-                Counter({name: max(0, round(self._whole(name, found[name]))) for name in PROBED})
-                for found in (lines, least)
-            ),
-            key=Counter.total,
-        )
+    def flops(self, phase: str, rows: int) -> float:
+        """Return the FLOPs of ``phase``."""
+        found = [_at(rows, *(sample.kernels[phase][:, 0].sum() for sample in depth)) for depth in self.samples]
+        return float(found[0] + self._more(phase) * (found[-1] - found[0]))
 
-    def _whole(self, name: str, by_depth: Sequence[float]) -> float:
-        """Return what the whole model takes of ``name``, a phase or a category, from what few blocks take."""
-        more = self.more_images if name in OF_IMAGES else self.more_texts if name in OF_TEXTS else 0
-        return by_depth[0] + more * (by_depth[-1] - by_depth[0])
+    def _more(self, phase: str) -> int:
+        of_images, of_texts = (IMAGE_FORWARD, IMAGE_BACKWARD), (TEXT_FORWARD, TEXT_BACKWARD)
+        return self.more_images if phase in of_images else self.more_texts if phase in of_texts else 0
 
-    @staticmethod
-    def _seconds(depth: dict[int, Sample], phase: str, rows: float, cluster: Cluster, is_half: bool) -> float:
-        flops_per_s, bytes_per_s = cluster.card.reached(half=is_half), cluster.card.memory_bytes_per_s
 
-        def together(kernels: Sequence[tuple[float, float]]) -> float:
-            return sum(max(flops / flops_per_s, moved / bytes_per_s) for flops, moved in kernels)
-
-        (first, small), (second, large) = [(batch, sample.kernels[phase]) for batch, sample in depth.items()]
-        if len(small) == len(large):
-            pairs = zip(small, large, strict=True)
-            at = [[_at(rows, {first: few[i], second: many[i]}) for i in range(2)] for few, many in pairs]
-            gpu = together([(flops, moved) for flops, moved in at])
-        else:  # some kernel is of another number with another batch
-            gpu = max(0.0, _at(rows, {first: together(small), second: together(large)}))
-        return max(gpu, len(small) * cluster.launch_s)
+def _at(rows: int, small: Any, large: Any) -> Any:
+    """Return the value for ``rows`` pairs on the line through the values for both ``BATCHES``."""
+    return small + (large - small) * (rows - BATCHES[0]) / (BATCHES[1] - BATCHES[0])
 
 
 @functools.lru_cache(maxsize=64)
-def probe(setup: Setup, card: Card | None, checkpointings: tuple[str, ...]) -> dict[str, Probe]:
-    """Run the small steps, and return a probe for each kind of checkpointing.
+def probe(setup: Setup, card: Card | None) -> dict[str, Probe]:
+    """Run the small steps, and return a probe for each kind of checkpointing, whatever that of ``setup`` is.
 
-    Args:
-        setup: what is trained; its own ``checkpointing`` has no effect. DistributedDataParallel changes nothing that
-            is probed: its buckets are the gradients.
-        card: the GPU that kernels are recorded for; None runs the kernels of the CPU.
-        checkpointings: the kinds.
+    ``card`` is the GPU that kernels are recorded for; None runs the kernels of the CPU.
     """
-    config, shallow, least = setup.config, _layers(setup.config), []
-    samples: dict[str, list[dict[int, Sample]]] = {kind: [] for kind in checkpointings}
-    can_cut = all(layers is None or layers > max(DEPTHS) for layers in shallow)
-    alone = setup if setup.is_sharded else dataclasses.replace(setup, gpus=1)
+    config, least = setup.config, list[Sample]()
+    layers = config.vision.layers if isinstance(config.vision.layers, int) else None, config.text.layers
+    can_cut = all(count is None or count > max(DEPTHS) for count in layers)  # a ResNet has no count
+    samples: dict[str, list[list[Sample]]] = {kind: [] for kind in CHECKPOINTINGS}
     for depth in DEPTHS if can_cut else (None,):
-        with staged(alone, _cut(config, depth), card) as rank:
-            for _ in range(2):  # FSDP2 allocates in the first step what it keeps
-                rank.step(FEW)
-            least.append(Sample.of(rank.ledger))
-            for kind in checkpointings:
+        with rank_of(setup, _cut(config, depth), card) as rank:
+
+            def sampled(rows: int, rank: Any = rank) -> Sample:
+                rank.step(rows)
+                return sample_of(rank.ledger)
+
+            sampled(FEW)  # FSDP2 allocates in the first step what it keeps
+            least.append(sampled(FEW))
+            for kind in CHECKPOINTINGS:
                 rank.set_checkpointing(kind)
-                samples[kind].append({})
-                for rows in BATCHES:
-                    rank.step(rows)
-                    samples[kind][-1][rows] = Sample.of(rank.ledger)
-    more = [0 if layers is None or not can_cut else layers - DEPTHS[0] for layers in shallow]
-    return {kind: Probe(more[0], more[1], samples[kind], least) for kind in checkpointings}
-
-
-def _layers(config: CLIPConfig) -> tuple[int | None, int]:
-    """Return the blocks of both towers, with None for a ResNet."""
-    return config.vision.layers if isinstance(config.vision.layers, int) else None, config.text.layers
+                samples[kind].append([sampled(rows) for rows in BATCHES])
+    more = [0 if count is None or not can_cut else count - DEPTHS[0] for count in layers]
+    return {kind: Probe(more[0], more[1], samples[kind], least) for kind in CHECKPOINTINGS}
 
 
 def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
@@ -172,7 +158,28 @@ def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, layers=depth))
 
 
-def _at(rows: float, by_batch: dict[int, float]) -> float:
-    """Return the value for ``rows`` pairs on the line through two points."""
-    (first, low), (second, high) = by_batch.items()
-    return low + (high - low) * (rows - first) / (second - first)
+class Held(NamedTuple):
+    """What a rank holds from step to step, by category, and what its update takes."""
+
+    bytes: Counter[str]
+    update_bytes: int
+    update_seconds: float
+
+
+@functools.lru_cache(maxsize=64)
+def held(setup: Setup, cluster: Cluster) -> Held:
+    """Return what a rank holds, by an update of the whole model."""
+    with rank_of(setup, setup.config, None) as rank:
+        ledger = rank.ledger
+        ledger.begin()
+        rank.update()
+        took = sum(seconds(ledger.events, cluster, is_half=setup.dtype.itemsize == 2).values())
+        return Held(Counter({name: ledger.live[name] for name in STATIC}), ledger.peak["update scratch"], took)
+
+
+@functools.lru_cache(maxsize=4096)
+def loss_ledger(problem: Problem, card: Card | None) -> Ledger:
+    """Return the ledger of the loss in the mode that the trainer takes, with features that are there already."""
+    sizes = [problem.rows] * problem.gpus
+    mode = "default" if problem.gpus == 1 else choose_mode(sizes, problem.embed_dim, problem.dtype)
+    return run_loss(problem, mode, card)

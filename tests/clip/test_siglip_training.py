@@ -15,7 +15,7 @@ from clipfast.training.config import TrainConfig
 from clipfast.training.data import TrainingData
 from clipfast.verify.models import verify_model
 
-from .conftest import TINY, run_command
+from .conftest import run_command, sample, write_shard
 from .siglip import CONFIGS, inputs, known_to_timm, make_model, save_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -72,11 +72,10 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys, m
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [16, 6])
-def test_the_first_loss_is_the_sigmoid_loss(size, arguments, tmp_path, capsys, monkeypatch):
+def test_the_first_loss_is_the_sigmoid_loss(arguments, tmp_path, capsys, monkeypatch):
     """The texts keep their padding, and micro-batches change nothing."""
     monkeypatch.setattr(clipfast.training.loop, "_pictures", lambda *_: [])
-    code, _, error = run_command(capsys, *arguments, "--siglip", "--epochs", 1, "--micro-batch-size", size)
+    code, _, error = run_command(capsys, *arguments, "--siglip", "--epochs", 1, "--micro-batch-size", 6)
     assert code == 0, error
     torch.manual_seed(0)
     config = TrainConfig(train_data=str(arguments[2]), batch_size=16, workers=0, crop_scale=(1.0, 1.0))
@@ -115,34 +114,12 @@ def test_zero_shot_reads_the_padding(tmp_path):
         assert encode_texts(model, tokenizer, ["a"], "cpu").shape == (1, 32)
 
 
-@pytest.mark.long
-def test_what_is_refused(arguments, tmp_path, capsys):
-    without = [value for value in arguments if value not in ("--tokenizer", tmp_path / "tokenizer")]
-    clip = [TINY if value == tmp_path / "small.json" else value for value in without]
-    for given, message in (
-        (without, "needs the file tokenizer.json of its tokenizer, which clipfast does not ship: pass its path"),
-        (
-            [*without, "--tokenizer", tmp_path / "none"],
-            f"there is no tokenizer at {tmp_path}/none: give tokenizer.json",
-        ),
-        (
-            [*arguments, "--no-siglip"],
-            "small.json is a SigLIP model, which is trained with the sigmoid loss: leave the",
-        ),
-        (
-            [*clip, "--siglip"],
-            "tiny.json is a CLIP model, which has no logit_bias: take a model with SigLIP in its name",
-        ),
-        ([*clip, "--tokenizer", tmp_path], "tiny.json has CLIP's tokenizer, which needs no file: leave it out"),
-        (
-            ["plan", "--model", "ViT-B-16-SigLIP"],
-            "trained with the sigmoid loss, and a plan is made for the contrastive",
-        ),
-    ):
-        code, out, error = run_command(capsys, *given)
-        assert (code, out) == (2, ""), message
-        assert message in error
-    assert not (tmp_path / "run" / "checkpoints").exists()
+@pytest.mark.usefixtures("arguments")
+def test_what_is_refused(tmp_path, refusal):
+    write_shard(tmp_path / "x.tar", [sample(number) for number in range(8)])
+    siglip = {"model": tmp_path / "small.json", "tokenizer": tmp_path / "tokenizer"}
+    assert "small.json is a SigLIP model, which is trained with the sigmoid loss" in refusal("--no-siglip", **siglip)
+    assert "tiny.json has CLIP's tokenizer, which needs no file" in refusal(tokenizer=tmp_path)
 
 
 @pytest.mark.parametrize("peer", ["model", "openclip", "hf"])

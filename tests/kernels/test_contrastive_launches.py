@@ -11,7 +11,7 @@ from clipfast.kernels.configs import GemmConfig
 from clipfast.kernels.contrastive.block_sizes import block_edges, most_bytes
 from clipfast.kernels.hardware import CARDS
 from clipfast.kernels.launch import record_launches
-from clipfast.plan.step import Problem, run_step
+from clipfast.plan.step import Problem, run_loss
 
 from .conftest import Recorded
 from .test_contrastive import call_of, each_loss
@@ -31,7 +31,7 @@ def test_blocks_are_whole_waves_and_small(pairs, width, limit):
     tiles = (rows // 128) * (cols // 256)
     assert tiles / H100 > 0.95 * -(-tiles // H100)
     assert pairs % rows == pairs % cols == 0
-    ledger = run_step(Problem(pairs, embed_dim=width), "default", CARDS["h100"])
+    ledger = run_loss(Problem(pairs, embed_dim=width), "default", CARDS["h100"])
     assert ledger.peak.total() - ledger.peak["inputs"] <= limit * 1e6
 
 
