@@ -214,6 +214,11 @@ class TestFlags:
         for words in ("--accum-freq 1", "--dataset-type webdataset", "--dataset-type csv", "--dataset-type auto"):
             assert printed(*words.split()) == printed()
 
+    def test_of_small_factors_only_the_ratio_counts(self):
+        for given, expected in (((0.001, 0.01), (0.1, 1.0)), ((1.0, 2.0), (1.0, 2.0))):
+            options = translated({"train_data_upsampling_factors": given}, {}, resuming=False)
+            assert options["train_data_upsampling_factors"] == pytest.approx(expected)
+
     def test_accumulation_of_a_recipe_and_of_a_checkpoint(self):
         for given, earlier, pairs in (
             ({}, {"batch_size": 64}, 64), ({}, {}, 256), ({"batch_size": 8}, {"global_batch_size": 32}, 8),
@@ -732,7 +737,7 @@ class TestCommands:
     def test_processes_of_srun(self, places, tmp_path):
         words = [*smaller(WORDS["slurm"], places), "--device", "cpu", "--logs", str(tmp_path), "--name", "run"]
         (tmp_path / "ranks").mkdir()
-        assert run_ranks(as_task, 2, words, folder=tmp_path / "ranks") == [0, 0]
+        assert run_ranks(as_task, 2, words, folder=tmp_path / "ranks", timeout=300.0) == [0, 0]
         assert json.loads((tmp_path / "run" / "results.json").read_text())["samples_seen"] == 16
         assert "8 on each of 2 processes" in (tmp_path / "run" / "out.log").read_text()
 
