@@ -49,7 +49,7 @@ def shortened(arguments):
 
 def smaller(arguments):
     """The arguments of another command with a small model and few images."""
-    changes = {"ViT-B-32": "ViT-T-8-32", "bundled:emoji/noto": SMALL, "bundled:emoji/fluent": SMALL}
+    changes = {"ViT-B-32": "ViT-T-8-32", "bundled:emoji/noto": SMALL, "bundled:emoji/fluent": "data/001.tar"}
     return [changes.get(word, word) for word in arguments]
 
 
