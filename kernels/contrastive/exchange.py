@@ -70,8 +70,8 @@ class Ranks:
         The next block is received while the caller works on the one before.
         """
         if 0 in self.sizes:
-            # A rank without rows to send and to receive takes no part in a transfer. NCCL does not define what happens
-            # if that is the first communication of the group, so one that all ranks take part in goes before it.
+            # A rank without rows takes no part in a transfer. NCCL does not define a transfer between some ranks as the
+            # first communication of their group. Therefore all ranks communicate once before it.
             gather_equal(rows.new_zeros(1), self.group)
         owner, block = self.rank, rows.contiguous()
         for _ in self.sizes[1:]:
