@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from clipfast.arguments import COUNT, Parser, add_output
-from clipfast.arguments import run as run_checked
+from clipfast.cli.arguments import COUNT, Parser, add_output
+from clipfast.cli.arguments import run as run_checked
 from clipfast.kernels.dtypes import DTYPES
 
 from . import results, tables, tune

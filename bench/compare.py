@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipfast.units import SECONDS, scaled
+from clipfast.io.units import SECONDS, scaled
 
 from . import results, session
 from .checkout import ROOT, environment_with, link_packages

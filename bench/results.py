@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipfast.files import replace_text
+from clipfast.io.files import replace_text
 from clipfast.kernels.hardware import card_named
 
 from . import machine

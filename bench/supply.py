@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clipfast.columns import align
 from clipfast.host import cores as usable_cores
+from clipfast.io.text import align
 
 from .case import OURS
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clipfast.columns import align
+from clipfast.io.text import align
 
 from . import results
 from .case import OURS

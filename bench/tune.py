@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clipfast.arguments import COUNT
-from clipfast.files import replace_text
+from clipfast.cli.arguments import COUNT
+from clipfast.io.files import replace_text
 from clipfast.kernels import configs
 from clipfast.kernels.configs import Config
 from clipfast.kernels.dtypes import DTYPES

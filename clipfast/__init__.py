@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # kernels/ lies beside clipfast/ in a checkout, and an installation puts it inside.
 if find_spec(f"{__name__}.kernels") is None:
@@ -18,35 +18,35 @@ if find_spec(f"{__name__}.kernels") is None:
 
 # The public names by the module that defines them. ``api`` lists them once more, for type checkers.
 _NAMES = {
-    "accumulation": ("accumulate_gradients", "largest_micro_batch"),
+    "losses.accumulation": ("accumulate_gradients", "largest_micro_batch"),
     "adopt": ("apply_to_hf", "apply_to_open_clip", "apply_to_timm", "hf_collator", "revert_model"),
-    "aug_cfg": ("image_transform",),
-    "checkpoint": ("CheckpointError", "export_open_clip", "load_checkpoint"),
-    "coca_loss": ("CoCaLoss",),
-    "conversion.convert": ("convert_checkpoint",),
-    "conversion.inspection": ("CheckpointInfo", "inspect_checkpoint"),
-    "distill_loss": ("DistillClipLoss",),
-    "evaluation.retrieval": ("recall_at",),
-    "evaluation.zero_shot": (
+    "models.aug_cfg": ("image_transform",),
+    "checkpoints.checkpoint": ("CheckpointError", "export_open_clip", "load_checkpoint"),
+    "losses.coca_loss": ("CoCaLoss",),
+    "checkpoints.convert": ("convert_checkpoint",),
+    "checkpoints.inspection": ("CheckpointInfo", "inspect_checkpoint"),
+    "losses.distill_loss": ("DistillClipLoss",),
+    "evaluate.retrieval": ("recall_at",),
+    "evaluate.zero_shot": (
         "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "build_zero_shot_classifier",
     ),
     "factory": ("create_model", "create_model_and_transforms", "create_model_from_pretrained", "get_tokenizer"),
-    "file_tokenizer": ("FileTokenizer",),
-    "images": ("ImageError", "open_image"),
+    "models.file_tokenizer": ("FileTokenizer",),
+    "models.images": ("ImageError", "open_image"),
     "kernels": (
         "attention", "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "contrastive_loss",
         "info_nce_loss", "layer_norm", "nt_xent_loss", "patch_embed", "retrieval_ranks", "sigmoid_loss", "text_embed",
         "top_k",
     ),
-    "losses": ("ClipLoss",),
+    "losses.clip_loss": ("ClipLoss",),
     "models": ("CLIP", "SigLIP", "add_model_config", "dense_features", "get_model_config", "list_models"),
-    "pretrained": (
+    "checkpoints.pretrained": (
         "get_pretrained_cfg", "list_pretrained", "list_pretrained_models_by_tag", "list_pretrained_tags_by_model",
     ),
-    "routes": ("report_kernels",),
+    "adopt.routes": ("report_kernels",),
     "search.embeddings": ("Embeddings",),
-    "siglip_loss": ("SigLipLoss",),
-    "tokenizer": ("Tokenizer", "tokenize"),
+    "losses.siglip_loss": ("SigLipLoss",),
+    "models.tokenizer": ("Tokenizer", "tokenize"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 # Names of version 0.1, which still work, and the present ones.

@@ -1,24 +1,25 @@
 """The public names of clipfast, as type checkers see them: ``clipfast.X`` is ``clipfast.api.X``."""
 
 from . import kernels
-from .accumulation import accumulate_gradients, largest_micro_batch
 from .adopt import apply_to_hf, apply_to_open_clip, apply_to_timm, hf_collator, revert_model
-from .aug_cfg import image_transform
-from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
-from .coca_loss import CoCaLoss
-from .conversion.convert import convert_checkpoint
-from .conversion.inspection import CheckpointInfo, inspect_checkpoint
-from .distill_loss import DistillClipLoss
-from .evaluation.retrieval import recall_at
-from .evaluation.zero_shot import (
+from .adopt.routes import report_kernels
+from .checkpoints.checkpoint import CheckpointError, export_open_clip, load_checkpoint
+from .checkpoints.convert import convert_checkpoint
+from .checkpoints.inspection import CheckpointInfo, inspect_checkpoint
+from .checkpoints.pretrained import (
+    get_pretrained_cfg,
+    list_pretrained,
+    list_pretrained_models_by_tag,
+    list_pretrained_tags_by_model,
+)
+from .evaluate.retrieval import recall_at
+from .evaluate.zero_shot import (
     IMAGENET_CLASSNAMES,
     OPENAI_IMAGENET_TEMPLATES,
     SIMPLE_IMAGENET_TEMPLATES,
     build_zero_shot_classifier,
 )
 from .factory import create_model, create_model_and_transforms, create_model_from_pretrained, get_tokenizer
-from .file_tokenizer import FileTokenizer
-from .images import ImageError, open_image
 from .kernels import (
     attention,
     attention_pool,
@@ -35,18 +36,17 @@ from .kernels import (
     text_embed,
     top_k,
 )
-from .losses import ClipLoss
+from .losses.accumulation import accumulate_gradients, largest_micro_batch
+from .losses.clip_loss import ClipLoss
+from .losses.coca_loss import CoCaLoss
+from .losses.distill_loss import DistillClipLoss
+from .losses.siglip_loss import SigLipLoss
 from .models import CLIP, SigLIP, add_model_config, dense_features, get_model_config, list_models
-from .pretrained import (
-    get_pretrained_cfg,
-    list_pretrained,
-    list_pretrained_models_by_tag,
-    list_pretrained_tags_by_model,
-)
-from .routes import report_kernels
+from .models.aug_cfg import image_transform
+from .models.file_tokenizer import FileTokenizer
+from .models.images import ImageError, open_image
+from .models.tokenizer import Tokenizer, tokenize
 from .search.embeddings import Embeddings
-from .siglip_loss import SigLipLoss
-from .tokenizer import Tokenizer, tokenize
 
 __all__ = [
     "CLIP",

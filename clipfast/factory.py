@@ -8,15 +8,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .aug_cfg import training_options
-from .checkpoint import PREPROCESSING_KEYS, check_preprocessing, complete_preprocessing, preprocessing_of
-from .file_tokenizer import FILE_NAME as TOKENIZER_NAME
-from .file_tokenizer import FileTokenizer, tokenizer_of
-from .images import make_transform
+from .checkpoints.checkpoint import PREPROCESSING_KEYS, check_preprocessing, complete_preprocessing, preprocessing_of
+from .checkpoints.sources import ModelSource, load_source, resolve_source
 from .models import CLIP, CLIPConfig, SigLIPConfig, build
+from .models.aug_cfg import training_options
+from .models.file_tokenizer import FILE_NAME as TOKENIZER_NAME
+from .models.file_tokenizer import FileTokenizer, tokenizer_of
+from .models.images import make_transform
 from .models.layers import lower_weights
-from .sources import ModelSource, load_source, resolve_source
-from .tokenizer import Tokenizer
+from .models.tokenizer import Tokenizer
 
 # The dtype of all weights for each precision. With "amp", the caller uses autocast.
 PRECISIONS = {
@@ -214,7 +214,7 @@ def create_model_and_transforms(
         image_mean, image_std: normalise images with these, in place of the model's own.
         image_interpolation: "bicubic" or "bilinear", in place of the model's own; crops in training are bicubic.
         image_resize_mode: "shortest", "longest" or "squash", in place of the model's own; in evaluation only.
-        aug_cfg: augmentations in training (:func:`clipfast.aug_cfg.training_options`).
+        aug_cfg: augmentations in training (:func:`clipfast.models.aug_cfg.training_options`).
         uint8: make the preprocessing return bytes, which the model normalises itself. They take a quarter of the memory
             of floats, and of the time to copy them to the GPU.
 
@@ -235,7 +235,7 @@ def transform_of(model: CLIP, **options: Any) -> Callable[..., Tensor]:
 
     Args:
         model: the model, which knows how its images are prepared.
-        **options: more arguments of :func:`clipfast.images.make_transform`.
+        **options: more arguments of :func:`clipfast.models.images.make_transform`.
     """
     preprocessing = preprocessing_of(model)
     given = {key: preprocessing[key] for key in PREPROCESSING_KEYS}
@@ -332,25 +332,3 @@ def tokenizer_for(
             "use the tokenizer that the model was trained with"
         )
     return tokenizer
-
-
-def resolve_device(name: str) -> str:
-    """Return "cuda" or "cpu" for "auto", by whether there is a GPU, and another name as it is.
-
-    Raises:
-        ValueError: this machine has no such device, or clipfast does not run on it.
-    """
-    has_gpu = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if has_gpu else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: use cpu, cuda, cuda:N or auto") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"clipfast runs on cpu and cuda, not on {name!r}")
-    if device.type == "cuda" and not has_gpu:
-        raise ValueError(f"no GPU for {name!r}: PyTorch finds none that CUDA or ROCm can use; use cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no GPU for {name!r}: there are {torch.cuda.device_count()}")
-    return name

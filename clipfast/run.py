@@ -27,10 +27,10 @@ NEWEST = (4, 2)  # the last version of OpenCLIP whose files were read, or tested
 SCRIPT_ENDINGS = (".py", ".pyc", ".pyz", ".zip")
 # OpenCLIP's losses, and the modules that ours are in. The latter import PyTorch, so they wait until OpenCLIP has.
 LOSSES = {
-    "ClipLoss": "clipfast.losses",
-    "SigLipLoss": "clipfast.siglip_loss",
-    "DistillClipLoss": "clipfast.distill_loss",
-    "CoCaLoss": "clipfast.coca_loss",
+    "ClipLoss": "clipfast.losses.clip_loss",
+    "SigLipLoss": "clipfast.losses.siglip_loss",
+    "DistillClipLoss": "clipfast.losses.distill_loss",
+    "CoCaLoss": "clipfast.losses.coca_loss",
 }
 # What apply_to_open_clip does to a model, by the names of its arguments.
 MODEL_PARTS = {

@@ -26,16 +26,13 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipfast import ranks
-
 # Indices of test data belong to no user.
 os.environ["CLIPFAST_CACHE"] = tempfile.mkdtemp(prefix="clipfast-cache-")
 atexit.register(shutil.rmtree, os.environ["CLIPFAST_CACHE"], ignore_errors=True)
 
-# The processes of clipfast.ranks find the test modules by this path, and are forked with open_clip in memory. The first
-# path stays in front of it: on a bare machine that has links to the packages, and clipfast/ in a checkout is not whole.
+# The processes that tests start find the test modules by this path. The first path stays in front of it: on a bare
+# machine that has links to the packages, and clipfast/ in a checkout is not whole.
 sys.path.insert(1, str(Path(__file__).parent.parent))
-ranks.PRELOAD.append("open_clip")
 # On that path, transformers (and OpenCLIP, which imports it if it is there) would take the folder "kernels" for the
 # package of that name, import it a second time, and so register its ops over those that are tested.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]

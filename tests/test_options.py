@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from clipfast import arguments, cli, files
-from clipfast.arguments import Output
 from clipfast.bench import cli as bench
-from clipfast.training.config import TrainConfig
-from clipfast.training.options import check_value
+from clipfast.cli import arguments
+from clipfast.cli import main as cli
+from clipfast.cli.arguments import Output
+from clipfast.io import files
+from clipfast.train.option_checks import check_value
+from clipfast.train.train_config import TrainConfig
 
-from .clip.conftest import run_command
+from .small_runs import run_command
 
 # These options name a path that is read, or a place that several commands share: no output that is made anew.
 READ = {

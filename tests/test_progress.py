@@ -2,7 +2,7 @@
 
 import time
 
-from clipfast.progress import each, lines
+from clipfast.io.progress import each, lines
 
 
 def test_lines_come_less_and_less_often(monkeypatch):

@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from clipfast import Embeddings, convert_checkpoint, create_model
-from clipfast.checkpoint import CheckpointError, export_open_clip, read_checkpoint
-from clipfast.conversion.layouts import read_contents
+from clipfast.checkpoints.checkpoint import CheckpointError, export_open_clip, read_checkpoint
+from clipfast.checkpoints.layouts import read_contents
+from clipfast.checkpoints.of_run import Checkpoints
+from clipfast.checkpoints.sharded import check_parts
+from clipfast.cli.search_arguments import Pictures
 from clipfast.data import IndexCache, open_shards
-from clipfast.evaluation.offline_layout import find_sets
-from clipfast.file_tokenizer import FileTokenizer
-from clipfast.images import open_image
+from clipfast.evaluate.offline_layout import find_sets
+from clipfast.models.file_tokenizer import FileTokenizer
+from clipfast.models.images import open_image
 from clipfast.models.registry import read_model_config
 from clipfast.search import approximate, layout
-from clipfast.search.arguments import Pictures
-from clipfast.search.samples import Samples
-from clipfast.training.checkpoints import Checkpoints
-from clipfast.training.sharded import check_parts
+from clipfast.search.source_samples import Samples
 
-from .clip.conftest import sample, write_shard
-from .convert.conftest import CONFIGS, make_model
+from .checkpoints.conftest import CONFIGS, make_model
+from .small_runs import sample, write_shard
 
 
 def shard(path):

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     libraries = {library.module: library for library in table.LIBRARIES}
     parser = argparse.ArgumentParser(prog="python -m clipfast.bench.adoption", description=table.__doc__)
     parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=f"of {', '.join(libraries)} (default: all)")
-    parser.add_argument("--file", type=Path, default=Path("docs/adopt-table.md"), help="default: %(default)s")
+    parser.add_argument("--file", type=Path, default=Path("docs/tables/adopt.md"), help="default: %(default)s")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.libraries) - set(libraries))
     if unknown:

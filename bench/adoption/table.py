@@ -1,6 +1,6 @@
 """The table of what models of other libraries run on after ``apply_to_...``, with the largest errors.
 
-Each library has a section of ``docs/adopt-table.md``, which names its version. ``python -m clipfast.bench.adoption``
+Each library has a section of ``docs/tables/adopt.md``, which names its version. ``python -m clipfast.bench.adoption``
 writes those of the versions that are installed, and leaves the others; OpenCLIP's main branch may be in ``PYTHONPATH``.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import clipfast
-from clipfast.adopt.report import BEFORE, place_lines
+from clipfast.adopt.tabulate import BEFORE, place_lines
 from clipfast.run import MODEL_PARTS
 
 from . import hf_models, shrunk

@@ -11,12 +11,12 @@ from typing import Any
 
 import triton
 
-from clipfast.arguments import COUNT, Count, add_output
-from clipfast.files import replace_text
+from clipfast.cli.arguments import COUNT, Count, add_output
+from clipfast.io.files import replace_text
+from clipfast.io.progress import each
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import INTERPRET, Launch
-from clipfast.progress import each
 
 from . import forecast, offline
 from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, load, predict

@@ -30,14 +30,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clipfast.columns import align
+from clipfast.io.text import align
+from clipfast.io.units import SECONDS, scaled
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES, CARDS, Card
 from clipfast.kernels.launch import Launch, record_launches
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
-from clipfast.ledger import Event, Ledger
-from clipfast.plan.step import Setup, rank_of
-from clipfast.units import SECONDS, scaled
+from clipfast.plan.ledger import Event, Ledger
+from clipfast.plan.planned_step import Setup, rank_of
 
 from .. import categories
 from ..case import OURS, short

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from clipfast.columns import align
+from clipfast.io.text import align
 
 from .model import Prediction
 from .offline import Occupancy, Resources

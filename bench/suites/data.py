@@ -23,8 +23,8 @@ from torch.utils.data import default_collate
 from clipfast import Tokenizer
 from clipfast.data import Batch, CroppedImages, IndexCache, ShardSource, open_shards
 from clipfast.data.loader import stacked
-from clipfast.tokenizer import CONTEXT_LENGTH, trim_padding
-from clipfast.training.step import Upload
+from clipfast.models.tokenizer import CONTEXT_LENGTH, trim_padding
+from clipfast.train.step import Upload
 
 from ..case import OURS, AnyFunction, Candidate, Case, MissingError, Sizes
 from ..machine import cpu_seconds

@@ -15,7 +15,7 @@ from torch import Tensor
 from clipfast import Tokenizer
 from clipfast.data import CroppedImages, Mix, Order, PairBatches, ShardSource, pair_loader
 from clipfast.kernels.reference import CLIP_MEAN, CLIP_STD
-from clipfast.tokenizer import CONTEXT_LENGTH
+from clipfast.models.tokenizer import CONTEXT_LENGTH
 
 from . import peers
 

@@ -33,7 +33,7 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import Floor, specs
 from clipfast.models import SigLIPConfig
 from clipfast.models.resnet import ModifiedResNet
-from clipfast.training.optim import adamw
+from clipfast.train.optim import adamw
 from clipfast.verify.models import draw_batch
 
 from ..breakdown import Breakdown, trace

@@ -10,7 +10,7 @@ libraries' classes are recognised by their names, so that none has to be install
 from .apply import apply_to_hf, apply_to_open_clip, apply_to_timm
 from .hf_model import hf_collator
 from .places import revert_model
-from .report import count_places, place_lines, report_places
+from .tabulate import count_places, place_lines, report_places
 
 __all__ = [
     "apply_to_hf", "apply_to_open_clip", "apply_to_timm", "count_places", "hf_collator", "place_lines", "report_places",

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_loss
 from ..kernels.contrastive.exchange import gather_equal
-from ..losses import mean_over_ranks
-from ..siglip_loss import SigLipLoss
+from ..losses.clip_loss import mean_over_ranks
+from ..losses.siglip_loss import SigLipLoss
 from .hf import asks_nothing, part_of, split_name
 from .hf_towers import pooled_image, pooled_text, why_not_pooled
 from .last_row import KIND as ROW

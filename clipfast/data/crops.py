@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..images import DEFAULT_RATIO, MAX_PIXELS, open_image, opened, to_rgb
+from ..models.images import DEFAULT_RATIO, MAX_PIXELS, open_image, opened, to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..images import ImageError, open_image, opened
+from ..models.images import ImageError, open_image, opened
 from .crops import ORIENTATION, UPRIGHT, CroppedImages
 
 log = logging.getLogger("clipfast")

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import open_regular, replace_file
-from ..images import SampleError
+from ..io.files import open_regular, replace_file
+from ..models.images import SampleError
 from .counts import Counts
 from .formats import Extents, Format
 from .names import is_remote
 from .remote import EXHAUSTED, FetchError, Found, if_there
-from .staging import (
+from .staging import (  # fmt: skip
     copy_path,
     exclusive,
     file_name,
@@ -38,7 +38,7 @@ from .staging import (
     room,
     staged,
     stamp,
-)  # fmt: skip
+)
 
 VERSION = 3
 LOST = "damaged shard"  # the kind of samples that lie where a shard cannot be read

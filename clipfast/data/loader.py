@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from ..file_tokenizer import FileTokenizer
-from ..images import SampleError
-from ..tokenizer import Tokenizer, trim_padding
+from ..models.file_tokenizer import FileTokenizer
+from ..models.images import SampleError
+from ..models.tokenizer import Tokenizer, trim_padding
 from .index import LOST, ShardIndex
 from .keys import DEFAULT_KEYS, Keys
 from .order import Mix, Stretch, Unique, permutation, random_words

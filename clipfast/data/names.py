@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
-from ..arguments import meant
-from ..files import read_json
+from ..io.files import read_json
+from ..io.text import meant
 
 BUNDLED_PREFIX = "bundled:"
 SYNTHETIC_PREFIX = "synthetic:"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar, cast
 
-from ..files import DiskFullError, open_regular
+from ..io.files import DiskFullError, open_regular
 from .names import PIPE, is_remote
 from .rows import ContentError
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import MAX_MEMBER, open_regular, read_regular
+from ..io.files import MAX_MEMBER, open_regular, read_regular
 from .names import has_footer
 
 ARROW_FILE = b"ARROW1"  # with this begins Arrow's file format; its stream format, which datasets writes, does not

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import MAX_MEMBER, read_regular
-from ..images import ImageError, SampleError, open_image
+from ..io.files import MAX_MEMBER, read_regular
+from ..models.images import ImageError, SampleError, open_image
 from .keys import DEFAULT_KEYS, Keys
 from .names import is_remote
 

@@ -13,8 +13,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..images import SampleError
-from ..progress import each
+from ..io.progress import each
+from ..models.images import SampleError
 from .formats import Extents, unpacked
 from .index import IndexCache, ShardError, ShardIndex
 from .keys import DEFAULT_KEYS, Keys
@@ -93,7 +93,7 @@ def open_sources(
     Raises:
         ShardError: a shard is missing, or is not of its format.
     """
-    from .shapes import ShapesSource
+    from .drawn_shapes import ShapesSource
     from .synthetic import SyntheticSource
 
     shards = [name for name in names if not is_synthetic(name)]

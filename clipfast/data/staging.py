@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from ..files import DiskFullError, open_regular, replace_file
+from ..io.files import DiskFullError, open_regular, replace_file
 from .contained import Writable, copy_rows
 from .folders import FOLDER, folder_stamp, write_list
 from .formats import Format

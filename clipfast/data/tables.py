@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from ..images import SampleError
+from ..models.images import SampleError
 from .formats import MAX_LENGTH, Extents, Format, extents
 from .keys import IMAGE_EXTENSIONS
 from .names import is_folder

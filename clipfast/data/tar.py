@@ -15,8 +15,8 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from ..files import MAX_MEMBER
-from ..images import SampleError
+from ..io.files import MAX_MEMBER
+from ..models.images import SampleError
 from .formats import Extents, Format, extents
 from .samples import RawSample, is_pair
 

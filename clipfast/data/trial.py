@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ..images import SampleError
+from ..models.images import SampleError
 from .loader import Batch, PairBatches, Skipped
 from .order import Mix, Order
 from .samples import sample_name

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from ..files import DiskFullError
+from ..io.files import DiskFullError
 
 PREFETCH = 2  # batches that each data worker makes ahead
 PATIENCE = 2.0  # seconds in which a worker ends whose pipe broke

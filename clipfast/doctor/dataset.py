@@ -5,12 +5,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..files import replace_text
 from ..host import cores
-from ..progress import each, progress
-from ..training.config import TrainConfig
-from ..training.options import SOURCE_OPTIONS, keys_of, separator_of, source_command
-from ..units import BYTES, scaled
+from ..io.files import replace_text
+from ..io.progress import each, progress
+from ..io.units import BYTES, scaled
+from ..train.option_checks import SOURCE_OPTIONS, keys_of, separator_of, source_command
+from ..train.train_config import TrainConfig
 from .machine import NOTE, PROBLEM, Finding, judged
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
     import torch
 
     from ..models import CLIP, get_model_config
-    from ..tokenizer import Tokenizer
-    from ..training.preflight import try_shards
+    from ..models.tokenizer import Tokenizer
+    from ..train.preflight import try_shards
 
     given = {name: options[name] for name in SOURCE_OPTIONS if name in options}
     given |= {"json_text_key": tuple(options.get("json_text_key", ()))}
@@ -85,7 +85,7 @@ def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
 
 def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBatches":
     from ..data import ANY_ORDER, CroppedImages, PairBatches
-    from ..tokenizer import Tokenizer
+    from ..models.tokenizer import Tokenizer
 
     return PairBatches(sources, ANY_ORDER, CroppedImages(SIDE), Tokenizer(), PAIRS, keys=keys_of(options))
 
@@ -93,7 +93,7 @@ def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBa
 def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexCache") -> Finding:
     """Read and decode every pair on all cores, as training does, and say how many cannot be used, and why."""
     from ..data import LOST, EveryPair, Skipped, lost_parts, made_by_workers, open_sources
-    from ..images import SampleError
+    from ..models.images import SampleError
 
     sources, bad = list["Source"](), list[Skipped]()
     for name in each(names, "index", "shards"):

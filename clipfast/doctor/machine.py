@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..host import ROOT, available_memory, cores, free_bytes, nearest, proc_bytes, processor
-from ..units import BYTES, scaled
+from ..io.units import BYTES, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -177,9 +177,9 @@ def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
 
 def default_run(logs: Path) -> Iterator[Finding]:
     """Look for what would stop a run with default options on drawn pairs, as the run itself does."""
-    from ..training.config import TrainConfig
-    from ..training.preflight import preflight
-    from ..training.run import RunFolder
+    from ..runs.folder import RunFolder
+    from ..train.preflight import preflight
+    from ..train.train_config import TrainConfig
 
     config = TrainConfig(train_data="synthetic:65536", logs=str(logs))
     try:

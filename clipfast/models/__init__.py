@@ -1,8 +1,8 @@
 """The CLIP layer: towers that call the kernels, in the layout of the published checkpoints."""
 
 from .clip import CLIP, CLIPOutput
-from .config import CLIPConfig, TextConfig, VisionConfig
 from .dense import dense_features
+from .model_config import CLIPConfig, TextConfig, VisionConfig
 from .registry import add_model_config, get_model_config, list_models
 from .siglip import SigLIP, SigLIPOutput
 from .siglip_config import SigLIPConfig

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import CLIPConfig
 from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
 from .layers import LayerNorm, lowered
+from .model_config import CLIPConfig
 from .resnet import AttentionPool2d, ModifiedResNet
 from .transformer import MLP, Attention, Transformer, embed_text, read_rows
 from .vision import VisionTransformer

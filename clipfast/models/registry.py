@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from ..arguments import meant
-from ..files import read_json
-from .config import CLIPConfig, TextConfig, VisionConfig
+from ..io.files import read_json
+from ..io.text import meant
+from .model_config import CLIPConfig, TextConfig, VisionConfig
 from .siglip_config import PUBLISHED, published_config
 
 QUICK_GELU_SUFFIX = "-quickgelu"

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.reference import CLIP_MEAN, CLIP_STD, normalize_uint8
-from .config import VisionConfig
 from .freezing import Group, freeze, freeze_statistics
 from .intermediates import Indices, check_format, chosen
 from .layers import single_query_attention
+from .model_config import VisionConfig
 
 
 class Bottleneck(nn.Module):

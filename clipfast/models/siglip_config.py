@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .config import CLIPConfig, TextConfig, VisionConfig
+from .model_config import CLIPConfig, TextConfig, VisionConfig
 
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0
 EXACT, TANH = "none", "tanh"  # as the argument ``approximate`` of nn.GELU says it

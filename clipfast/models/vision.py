@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..kernels import patch_embed
 from ..kernels.dtypes import accumulate_dtype
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
-from .config import VisionConfig
 from .freezing import Group, freeze, groups_of_blocks
 from .intermediates import Indices, check_format, collect_blocks
 from .layers import LayerNorm
+from .model_config import VisionConfig
 from .transformer import Transformer, read_rows
 
 

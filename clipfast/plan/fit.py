@@ -26,12 +26,11 @@ from torch import nn
 
 from ..host import cores
 from ..kernels.hardware import Card, Cluster
-from ..ledger import Ledger
 from ..models import build
-from ..training.fsdp import blocks_of
+from ..train.fsdp import blocks_of
+from .ledger import Ledger
 from .loss import seconds
-from .probe import BACKWARD, FORWARD, held, loss_ledger, probe
-from .step import (
+from .planned_step import (
     CHECKPOINTINGS,
     IMAGE_BACKWARD,
     IMAGE_FORWARD,
@@ -44,6 +43,7 @@ from .step import (
     Problem,
     Setup,
 )
+from .probe import BACKWARD, FORWARD, held, loss_ledger, probe
 
 # What the published models were trained in, from small to large.
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")

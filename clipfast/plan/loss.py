@@ -5,8 +5,8 @@ from typing import Any
 
 from ..kernels.contrastive.distributed import choose_mode
 from ..kernels.hardware import Cluster
-from ..ledger import Event, Ledger
-from .step import LOSS_FORWARD, OPENCLIP, Problem, run_loss
+from .ledger import Event, Ledger
+from .planned_step import LOSS_FORWARD, OPENCLIP, Problem, run_loss
 
 
 def seconds(

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from ..kernels.contrastive.distributed import choose_mode
 from ..kernels.hardware import Card, Cluster
-from ..ledger import GATHERED, Ledger
 from ..models import CLIPConfig
+from .ledger import GATHERED, Ledger
 from .loss import seconds
-from .step import (
+from .planned_step import (
     CHECKPOINTINGS,
     EMBEDDING_BACKWARD,
     IMAGE_BACKWARD,

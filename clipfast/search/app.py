@@ -19,15 +19,14 @@ from torch import Tensor
 
 from ..data import Skipped
 from ..data.names import is_local
-from ..evaluation.encoder import Encoder
-from ..evaluation.zero_shot import TEMPLATES
-from ..images import ImageError, open_image
-from ..page import thumbnail
-from .arguments import row_of
-from .classify_command import probabilities
-from .embeddings import Embeddings
+from ..evaluate.encoder import Encoder
+from ..evaluate.zero_shot import TEMPLATES
+from ..io.page import thumbnail
+from ..models.images import ImageError, open_image
+from .embeddings import Embeddings, row_of
 from .heatmap import heat_maps, limits_of, overlay, side_of, to_tensor
-from .samples import Samples
+from .similar import probabilities
+from .source_samples import Samples
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,8 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.arguments import DEFAULT_TEMPLATES
-from ..evaluation.zero_shot import TEMPLATES
+from ..evaluate.results import DEFAULT_TEMPLATES
+from ..evaluate.zero_shot import TEMPLATES
 from .app import FOUND, MAX_MAPS, Desk, answer
 
 HOST = "127.0.0.1"

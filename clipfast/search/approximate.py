@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.index import cache_folder
 from ..data.staging import file_name
-from ..files import replace_file, replace_text
+from ..io.files import replace_file, replace_text
 from .embeddings import Found
 from .layout import ABOUT, IMAGES, SUFFIXES, TEXTS
 

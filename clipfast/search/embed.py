@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import Skipped, made_by_workers
-from ..evaluation.encoder import Encoder
-from ..evaluation.zero_shot import encode_texts
-from ..files import replace_text
-from ..training.lock import LOCK_NAME
+from ..evaluate.encoder import Encoder
+from ..evaluate.zero_shot import encode_texts
+from ..io.files import replace_text
+from ..runs.lock import LOCK_NAME
 from .layout import (
     ABOUT,
     IMAGES,
@@ -41,7 +41,7 @@ from .layout import (
     write_about,
     write_part,
 )
-from .samples import Samples, table_of
+from .source_samples import Samples, table_of
 
 log = logging.getLogger("clipfast")
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}

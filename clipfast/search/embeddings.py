@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import write_folder
+from ..io.files import write_folder
 from ..kernels import top_k
 from .layout import DTYPES, Part, read_about, read_parts, write_about, write_part
 from .where import rows_where
+
+NAMES = ("key", "image_path", "caption")  # columns that tell an item from others
 
 if TYPE_CHECKING:
     import pyarrow
@@ -325,3 +327,14 @@ def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
             texts = [None if value is None else str(value) for value in table.column(number).to_pylist()]
             table = table.set_column(number, field.name, pyarrow.array(texts, pyarrow.string()))
     return table
+
+
+def names_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that tell an item from others."""
+    return {name: row[name] for name in NAMES if row.get(name) is not None}
+
+
+def row_of(embeddings: Embeddings, place: int) -> dict[str, Any]:
+    """Return the metadata of an item."""
+    found: dict[str, Any] = embeddings.metadata.slice(place, 1).to_pylist()[0]
+    return found

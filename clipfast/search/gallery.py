@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..images import ImageError, open_image
-from ..page import thumbnail, write_page
+from ..io.page import thumbnail, write_page
+from ..models.images import ImageError, open_image
 
 if TYPE_CHECKING:
     from PIL import Image

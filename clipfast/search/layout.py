@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import open_regular, read_json, replace_file, replace_text
+from ..io.files import open_regular, read_json, replace_file, replace_text
 
 if TYPE_CHECKING:
     import pyarrow

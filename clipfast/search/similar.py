@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.common import slices
+
+if TYPE_CHECKING:
+    from ..evaluate.encoder import Encoder
 
 ROWS, COLUMNS = 8192, 1024  # of the block of similarities that exists at a time: 32 MiB
 RESCORED = 1 << 20  # elements of features that are widened to float64 at once
@@ -146,3 +149,21 @@ def cosines_of_pairs(features: Tensor, places: Tensor) -> Tensor:
     """Return the cosines of the pairs of features at these places [P, 2], float64, on the CPU."""
     blocks = places.to(features.device).split(max(1, RESCORED // max(1, features.shape[1])))
     return torch.cat([cosines(*(features[side] for side in block.unbind(1))) for block in blocks])
+
+
+def probabilities(encoder: Encoder, images: Tensor, classifier: Tensor) -> Tensor:
+    """Return the probability of each class for each image, [N, C], on the CPU.
+
+    Args:
+        encoder: gives the scale of the logits, and their bias if the model has one: then each class is judged alone.
+        images: unit features [N, D].
+        classifier: weights [D, C].
+    """
+    import torch
+
+    model: Any = encoder.model
+    with torch.no_grad():
+        logits = model.logit_scale.exp() * (images @ classifier)
+        if model.logit_bias is None:
+            return logits.softmax(1).cpu()
+        return (logits + model.logit_bias).sigmoid().cpu()

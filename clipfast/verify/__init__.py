@@ -10,7 +10,7 @@ runs, ``child`` runs a leg in another process, and ``report`` writes the results
 from .options import Options
 from .report import CheckResult, exit_code, read_json, summary, table, write_json, write_junit
 from .rule import Figure, Judgement, judge
-from .run import iter_groups, run_verify
+from .runner import iter_groups, run_verify
 
 __all__ = [
     "CheckResult", "Figure", "Judgement", "Options", "exit_code", "iter_groups", "judge", "read_json", "run_verify",

@@ -99,7 +99,7 @@ def main() -> None:
     os.dup2(2, 1)  # anything else that is printed goes to stderr, and not between the results
     from .ops import timed
     from .options import Options
-    from .run import checks, here
+    from .runner import checks, here
 
     options = Options.from_dict(json.loads(sys.argv[1]))
     for check in checks(options, here()):

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..kernels import contrastive_loss
 from ..kernels.spec import CUDA
 from ..models import CLIP, get_model_config
-from ..training.optim import adamw
-from ..training.schedule import cosine_lr, set_lr
+from ..train.optim import adamw
+from ..train.schedule import cosine_lr, set_lr
 from .context import exact_float32
 from .options import CURVE
 from .report import CheckResult, results_of

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..conversion.hugging_face_layout import NoCounterpartError, from_ours, to_ours, to_settings
+from ..checkpoints.hugging_face_layout import NoCounterpartError, from_ours, to_ours, to_settings
 from ..factory import create_model
 from ..kernels import contrastive_loss, reference, sigmoid_loss
 from ..kernels.reference import normalize_uint8

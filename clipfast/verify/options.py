@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import meant
+from ..io.text import meant
 from ..kernels.dtypes import DTYPES as DTYPES_BY_NAME
 from ..kernels.dtypes import dtype_name
 from ..kernels.spec import LEGS, specs

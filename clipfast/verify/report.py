@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import triton
 
-from ..columns import align
-from ..files import replace_text
+from ..io.files import replace_text
+from ..io.text import align
 from .rule import KINDS, Figure, Judgement
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"

@@ -29,14 +29,7 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
 from .cpu import suits_whole, whole_operands
-from .shared import (
-    check_pairs,
-    gradients_in_strips,
-    logit_blocks,
-    new_gradient,
-    operand_dtype,
-    scale_tensor,
-)
+from .shared import check_pairs, gradients_in_strips, logit_blocks, new_gradient, operand_dtype, scale_tensor
 from .stats import pairs_in
 
 

@@ -10,13 +10,7 @@ from ..common import matrix_tiles, new_rows
 from ..configs import gemm_config, row_config
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
-from .matrix_kernels import (
-    _fold_kernel,
-    _lay_out_kernel,
-    _tokens_kernel,
-    _unfold_grad_kernel,
-    _weight_sums_kernel,
-)
+from .matrix_kernels import _fold_kernel, _lay_out_kernel, _tokens_kernel, _unfold_grad_kernel, _weight_sums_kernel
 
 # Images are taken in groups whose patches take at most so many bytes: few enough to be found, and so many that the
 # ends of the launches do not show.

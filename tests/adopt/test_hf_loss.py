@@ -11,8 +11,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import clipfast
-from clipfast.ranks import run_ranks
 
+from ..processes import run_ranks
 from . import hf_models
 from .pairs import HF_NAMES, made, pair, patch
 

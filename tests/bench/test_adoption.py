@@ -12,7 +12,7 @@ from torch import nn
 from clipfast.bench.adoption import __main__ as command
 from clipfast.bench.adoption import table
 
-TABLE = Path(__file__).parents[2] / "docs" / "adopt-table.md"
+TABLE = Path(__file__).parents[2] / "docs/tables/adopt.md"
 
 
 def open_clip_library() -> table.Library:

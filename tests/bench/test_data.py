@@ -14,7 +14,7 @@ from clipfast.bench.machine import cpu_seconds
 from clipfast.bench.suites import SUITES, build, pairs, pipelines
 from clipfast.bench.suites.data import STAGES
 from clipfast.bench.supply import supply
-from clipfast.tokenizer import Tokenizer
+from clipfast.models.tokenizer import Tokenizer
 
 from .conftest import CPU, quickly
 

@@ -10,7 +10,7 @@ from clipfast.bench import categories
 from clipfast.bench.inspection import forecast, offline
 from clipfast.bench.inspection.forecast import Forecast, Part
 from clipfast.bench.inspection.model import H100, QUICK, predict_launch
-from clipfast.cli import main
+from clipfast.cli.main import main
 from clipfast.kernels import contrastive_loss
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import specs

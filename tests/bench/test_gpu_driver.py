@@ -16,7 +16,7 @@ from clipfast.bench import checkout, gpu, gpu_environment
 from clipfast.bench import cli as bench_cli
 from clipfast.bench.stub import build
 from clipfast.bench.stub import gpu as stub_gpu
-from clipfast.cli import main
+from clipfast.cli.main import main
 
 from .conftest import CPU, ROOFS, break_loss
 

@@ -16,7 +16,7 @@ from clipfast.bench.inspection import offline
 from clipfast.bench.inspection.offline import occupancy
 from clipfast.bench.inspection.report import differences, table
 from clipfast.bench.inspection.shipped import SNAPSHOT, as_fields, loads, shipped_cases
-from clipfast.cli import main
+from clipfast.cli.main import main
 from clipfast.kernels import configs
 from clipfast.kernels.launch import Launch
 

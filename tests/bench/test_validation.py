@@ -17,7 +17,7 @@ from clipfast.bench.inspection.validation.__main__ import main
 from clipfast.bench.inspection.validation.recording import recording
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs/gpu-model.md"
+DOCUMENT = ROOT / "docs/tables/gpu-model.md"
 
 
 def kept():

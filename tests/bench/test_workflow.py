@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clipfast.bench import checkout
-from clipfast.cli import main
+from clipfast.cli.main import main
 
 FOLDER = Path(checkout.ROOT, "bench", "ci")
 

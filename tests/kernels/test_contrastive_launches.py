@@ -11,7 +11,7 @@ from clipfast.kernels.configs import GemmConfig
 from clipfast.kernels.contrastive.block_sizes import block_edges, most_bytes
 from clipfast.kernels.hardware import CARDS
 from clipfast.kernels.launch import record_launches
-from clipfast.plan.step import Problem, run_loss
+from clipfast.plan.planned_step import Problem, run_loss
 
 from .conftest import Recorded
 from .test_contrastive import call_of, each_loss

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from clipfast.kernels import contrastive_loss, distributed_contrastive_loss
 from clipfast.kernels.contrastive.cases import LossShape
 from clipfast.kernels.contrastive.distributed import choose_mode
-from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
 from clipfast.verify.rule import in_double, value_and_grads
 
 from ..conftest import INTERPRET
+from ..processes import error_of, run_ranks, start_ranks, wait_for
 from .conftest import Recorded, call_at, leaves_of
 
 MODES = ("gather", "ring", "scalars")

@@ -7,9 +7,9 @@ import torch
 
 from clipfast import create_model
 from clipfast.kernels import contrastive_loss
-from clipfast.training.optim import adamw
-from clipfast.training.schedule import set_lr
-from clipfast.training.step import GraphedStep, TrainingStep
+from clipfast.train.optim import adamw
+from clipfast.train.schedule import set_lr
+from clipfast.train.step import GraphedStep, TrainingStep
 
 from .conftest import call_of, each_call, each_gradient, leaves_of
 

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from clipfast import Embeddings, create_model
-from clipfast.checkpoint import export_open_clip
-from clipfast.cli import main
-from clipfast.evaluation.encoder import Encoder
+from clipfast.checkpoints.checkpoint import export_open_clip
+from clipfast.cli.main import main
+from clipfast.evaluate.encoder import Encoder
 from clipfast.search.app import Desk, Pictures
 
-from ..clip.conftest import picture, sample, write_shard
-from ..clip.faults import faulty_samples
+from ..small_runs import picture, sample, write_shard
+from ..train.faults import faulty_samples
 from .embedding import TINY, options
 
 EVIL = "<img onerror=alert(1)>.png"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from clipfast import Embeddings
 
-from ..clip.conftest import run_command
+from ..small_runs import run_command
 
 TINY = "ViT-T-8-32"
 

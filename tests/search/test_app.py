@@ -12,11 +12,11 @@ import torch
 from PIL import Image, ImageOps
 
 from clipfast import Embeddings
-from clipfast.data.shapes import held_out_scene
-from clipfast.images import ImageError
+from clipfast.data.drawn_shapes import held_out_scene
+from clipfast.models.images import ImageError
 from clipfast.search.app import MAP_SIDE, MAX_FOUND, MAX_LABELS, MAX_MAPS, MAX_RATIO, MAX_TEXT, Desk, Pictures, answer
 from clipfast.search.heatmap import heat_maps, overlay, to_tensor
-from clipfast.search.samples import Samples
+from clipfast.search.source_samples import Samples
 
 from .conftest import CAPTION, EVIL, FOLDER, rows
 

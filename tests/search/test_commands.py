@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from clipfast import Embeddings
-from clipfast.cli import main
-from clipfast.columns import align
+from clipfast.cli.main import main
 from clipfast.data import expand_shards, open_shards
-from clipfast.evaluation.encoder import Encoder
-from clipfast.evaluation.zero_shot import TEMPLATES
-from clipfast.images import open_image
-from clipfast.search import samples as samples_module
-from clipfast.search.classify_command import probabilities
-from clipfast.search.samples import Samples, write_shards
+from clipfast.evaluate.encoder import Encoder
+from clipfast.evaluate.zero_shot import TEMPLATES
+from clipfast.io.text import align
+from clipfast.models.images import open_image
+from clipfast.search import source_samples as samples_module
+from clipfast.search.similar import probabilities
+from clipfast.search.source_samples import Samples, write_shards
 
-from ..clip.conftest import picture, run_command
+from ..small_runs import picture, run_command
 
 
 @pytest.fixture(autouse=True)

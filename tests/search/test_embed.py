@@ -13,15 +13,17 @@ from unittest import mock
 import pytest
 import torch
 
-from clipfast import Embeddings, create_model, files
-from clipfast.checkpoint import export_open_clip
-from clipfast.cli import main
-from clipfast.evaluation.encoder import Encoder
-from clipfast.ranks import run_ranks
-from clipfast.search import embed, embed_command, layout
-from clipfast.training.lock import LOCK_NAME
+from clipfast import Embeddings, create_model
+from clipfast.checkpoints.checkpoint import export_open_clip
+from clipfast.cli import embed as embed_command
+from clipfast.cli.main import main
+from clipfast.evaluate.encoder import Encoder
+from clipfast.io import files
+from clipfast.runs.lock import LOCK_NAME
+from clipfast.search import embed, layout
 
-from ..clip.conftest import run_command, sample, write_shard
+from ..processes import run_ranks
+from ..small_runs import run_command, sample, write_shard
 from .embedding import TINY, content, make, options
 
 

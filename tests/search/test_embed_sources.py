@@ -11,12 +11,12 @@ import torch
 
 from clipfast import Embeddings
 from clipfast.data import Skipped
-from clipfast.evaluation.encoder import Encoder
-from clipfast.search import samples as samples_module
-from clipfast.search.samples import Samples, table_of
+from clipfast.evaluate.encoder import Encoder
+from clipfast.search import source_samples as samples_module
+from clipfast.search.source_samples import Samples, table_of
 
-from ..clip.conftest import picture, run_command, sample, write_shard
-from ..clip.faults import PLACES
+from ..small_runs import picture, run_command, sample, write_shard
+from ..train.faults import PLACES
 from .embedding import make, options
 
 pyarrow = pytest.importorskip("pyarrow")

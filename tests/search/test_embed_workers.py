@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from clipfast import host
-from clipfast.evaluation.encoder import Encoder
-from clipfast.files import DiskFullError
-from clipfast.search import embed_command
+from clipfast.cli import embed as embed_command
+from clipfast.evaluate.encoder import Encoder
+from clipfast.io.files import DiskFullError
 from clipfast.search.embed import SMALL_BATCH, Work
-from clipfast.search.samples import Samples
+from clipfast.search.source_samples import Samples
 
-from ..clip.conftest import run_command
+from ..small_runs import run_command
 from .embedding import options
 
 

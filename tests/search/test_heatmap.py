@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import clipfast
-from clipfast.data.shapes import held_out_scene
+from clipfast.data.drawn_shapes import held_out_scene
 from clipfast.models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig, build
 from clipfast.search.heatmap import draw, heat_maps, overlay, shares, to_tensor
 
-from ..clip.conftest import run_command
+from ..small_runs import run_command
 
 TEXT = TextConfig(context_length=16, vocab_size=512, width=64, heads=1, layers=1)
 

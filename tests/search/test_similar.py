@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipfast.cli.filter import best_share
 from clipfast.search import similar
-from clipfast.search.filter_command import best_share
 from clipfast.search.similar import cosines, similar_pairs
 
 

@@ -1,4 +1,4 @@
-"""Every command and program of docs/use.md runs, with a small model."""
+"""Every command and program of docs/use.md and docs/heatmaps.md runs, with a small model."""
 
 import argparse
 import importlib.util
@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from clipfast import create_model
-from clipfast.checkpoint import export_open_clip
-from clipfast.cli import main
-from clipfast.ranks import run_ranks
-from clipfast.search.app_command import add_parser, desk_of
+from clipfast.checkpoints.checkpoint import export_open_clip
+from clipfast.cli.app import add_parser, desk_of
+from clipfast.cli.main import main
 
-from ..clip.conftest import picture, sample, write_shard
-from ..clip.test_training_docs import as_rank
+from ..processes import run_ranks
+from ..small_runs import picture, sample, write_shard
+from ..train.test_training_docs import as_rank
 
 pytest.importorskip("pyarrow")
 
-PAGE = (Path(__file__).parent.parent.parent / "docs/use.md").read_text()
+DOCS = Path(__file__).parent.parent.parent / "docs"
+PAGE = (DOCS / "use.md").read_text() + (DOCS / "heatmaps.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL)
 
 

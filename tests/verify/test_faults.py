@@ -27,7 +27,7 @@ from clipfast.kernels.text_embed import launches as text_launches
 from clipfast.verify import Options, curve, exit_code, models, run_verify
 from clipfast.verify.models import verify_model
 from clipfast.verify.report import FAIL, PASS
-from clipfast.verify.run import here
+from clipfast.verify.runner import here
 
 from .conftest import GRADIENTS, SMALL
 

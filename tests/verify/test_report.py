@@ -6,10 +6,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from clipfast.verify import CheckResult, Figure, Options, child, options, run, run_verify, summary, table
+from clipfast.verify import CheckResult, Figure, Options, child, options, run_verify, summary, table
+from clipfast.verify import runner as run
 from clipfast.verify.report import FAIL, PASS, SKIP, read_json, write_json, write_junit
 
-from ..clip.conftest import run_command
+from ..small_runs import run_command
 
 GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
 BAD = Figure("rms", 2e-7, 1e-8, float("inf"))

@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from clipfast.files import replace_text
+from clipfast.io.files import replace_text
 
 from ..model import NoModel
 from . import FOLDER, peers, tables

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from clipfast.columns import align
-from clipfast.units import SECONDS, scaled
+from clipfast.io.text import align
+from clipfast.io.units import SECONDS, scaled
 
 from ...case import short
 from ..forecast import forecast, measured_shapes

@@ -1,0 +1,86 @@
+"""``clipfast app``: a page on this machine that searches an embedded folder, classifies, and shows heat maps."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import Count
+from .search_arguments import add_encoder_arguments, add_folder_argument, encoder_of
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..search.app import Desk, Pictures
+
+PORT = 7860
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command. Files and names are checked when it runs."""
+    parser = commands.add_parser(
+        "app",
+        help="search an embedded folder on a page of this machine, by words or a dropped picture",
+        description="Serve a page to this machine alone that searches an embedded folder by words, a dropped picture "
+        "or both, with filters on the metadata, classifies a dropped picture with labels of one's own, and shows where "
+        "in it is what texts say. Nothing is sent to anybody. Ctrl-C ends it. It needs Gradio: "
+        "pip install 'clipfast[app]'.",
+        epilog="Example: clipfast app embedded/photos",
+    )
+    add = parser.add_argument
+    add_folder_argument(parser)
+    add_encoder_arguments(parser)
+    pictures = "folders whose pictures may be shown (default: what was embedded)"
+    add("--pictures", type=Path, nargs="+", metavar="FOLDER", help=pictures)
+    add("--port", type=Count(1, 65535), default=PORT, metavar="INT", help=f"port to listen on (default: {PORT})")
+    add("--no-browser", action="store_true", help="do not open the page in a browser")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C, and return the exit code."""
+    import importlib.util
+
+    from ..search.app_server import check_port, serving, wait
+
+    check_port(args.port)
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("clipfast app needs Gradio: pip install 'clipfast[app]'")
+    desk = desk_of(args)
+    count = f"{len(desk.embeddings):,} items"
+    title = f"<h1>{html.escape(str(args.folder))}</h1><p class='quiet'>{count}, by {html.escape(desk.encoder.name)}</p>"
+    with serving(desk, title, args.port, browser=not args.no_browser) as address:
+        wait(f"{address} searches {count} of {args.folder}; Ctrl-C ends it")
+    return 0
+
+
+def desk_of(args: argparse.Namespace) -> Desk:
+    """Return the embedded set with its model, as the arguments name them.
+
+    Raises:
+        ValueError: the folder, the model or a folder of pictures cannot be used.
+    """
+    from ..search.app import Desk, Pictures
+    from ..search.embeddings import Embeddings
+
+    missing = [str(folder) for folder in args.pictures or () if not folder.is_dir()]
+    if missing:
+        raise ValueError(f"--pictures {missing[0]} is not a folder")
+    embeddings = Embeddings.open(args.folder)
+    pictures = Pictures(args.pictures) if args.pictures else _pictures(embeddings.about)
+    encoder = encoder_of(args, embeddings)
+    return Desk(embeddings.to(encoder.device), encoder, pictures)
+
+
+def _pictures(about: Mapping[str, Any]) -> Pictures:
+    """Return the pictures of the source that was embedded; print the reason if they cannot be shown."""
+    from ..search.app import Pictures
+
+    try:
+        return Pictures.of(about)
+    except (ValueError, OSError) as error:
+        print(f"clipfast app: pictures are not shown: {error}; --pictures names their folder", file=sys.stderr)
+        return Pictures()

@@ -1,0 +1,174 @@
+"""Arguments that mean the same in every command, and the checks of its outputs before it begins."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..io.files import check_target, together
+from ..io.text import meant, printable
+
+# A name with braces stands for any number of names, which is why they are not expanded to look for one file.
+BRACES = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
+DRAWN = ("drawn",)  # in place of the endings of an output: those that matplotlib can draw
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, which suggests the word that was meant if there is a similar one."""
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Parse all arguments, so that a wrong one is an error of the subcommand that it was given to."""
+        found, left = super().parse_known_args(*args, **options)
+        if left:
+            flags = [word.partition("=")[0] for word in left if word.startswith("--")]
+            suggestion = meant(flags[0], self._option_string_actions) if flags else ""
+            self.error(f"unrecognized arguments: {' '.join(left)}{suggestion}")
+        return found, left
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            suggestion = meant(str(value), known)
+            if not suggestion or len(known) < 10:  # the word that looks most like it may be another: bf16 for fp16
+                suggestion += f" (choose from {', '.join(known)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggestion}")
+
+    def format_help(self) -> str:
+        """Return the help, which ends with the exit codes."""
+        text = super().format_help()
+        codes = "exit code: 0 done, 2 an error, which is one line on stderr, 130 interrupted\n"
+        return text if "exit code" in text.lower() else f"{text}\n{codes}"
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        message = re.sub("^argument (.+?): must", r"\1 must", message)
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
+
+
+class Output(argparse.Action):
+    """The name of something that the command writes; it is the last word of options that take several.
+
+    Args:
+        ends: what the name must end in: one of some suffixes, or of those that matplotlib draws (``DRAWN``); or any.
+        is_folder: it is a folder, which is never replaced.
+        is_held: it appears with the other outputs at the end, and not at all after an error.
+    """
+
+    def __init__(
+        self, *args: Any, ends: Iterable[str] = (), is_folder: bool = False, is_held: bool = True, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self.ends, self.is_folder, self.is_held = tuple(ends), is_folder, is_held
+
+    def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
+        """Keep the value, and note in ``outputs`` of the namespace what is written."""
+        if values is None:  # a positional argument that may be given as an option, and was
+            return
+        setattr(namespace, self.dest, values)
+        path = Path(values[-1] if isinstance(values, list) else values)
+        namespace.outputs = getattr(namespace, "outputs", {}) | {self.dest: (self, path)}
+
+    def check(self, path: Path, inputs: Iterable[Path], *, overwrites: bool) -> None:
+        """Refuse to write to ``path`` if it cannot be written, exists, or is an input or in a folder that is one.
+
+        Raises:
+            ValueError: as above.
+        """
+        flag = self.option_strings[0] if self.option_strings else str(self.metavar)
+        ends = _drawn_ends() if self.ends == DRAWN else self.ends
+        if ends and path.suffix.lower() not in ends:
+            raise ValueError(f"{flag} {path}: the name must end in {'one of ' * (len(ends) > 1)}{', '.join(ends)}")
+        if os.path.lexists(path) and (self.is_folder or path.is_dir()):
+            raise ValueError(f"{flag} {path} exists already: give another name, or remove it")
+        check_target(path)
+        if not os.path.lexists(path):
+            return
+        if not overwrites:
+            raise ValueError(f"{flag} {path} exists already: give another name, or --overwrite to replace it")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{flag} {path} is no regular file, so that it cannot be replaced")
+        for read in inputs:
+            if path.exists() and read.samefile(path):
+                raise ValueError(f"{flag} {path} is an input of this command: give another name")
+            if read.resolve() in path.resolve().parents:
+                raise ValueError(f"{flag} {path} is in {read}, which this command reads: give another name")
+
+
+def add_output(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
+    """Add an option for something to write, with the settings of :class:`Output`, and ``--overwrite`` if it lacks."""
+    if options.get("nargs") != 2:
+        options = {"type": Path, "metavar": "FILE"} | options
+    parser.add_argument(*names, action=Output, **options)
+    if "--overwrite" not in parser._option_string_actions:
+        parser.add_argument("--overwrite", action="store_true", help="replace files to write that exist already")
+
+
+class Count:
+    """The type of an integer option, from ``least`` to ``most``."""
+
+    def __init__(self, least: int = 1, most: int = 2**31 - 1) -> None:
+        self.least, self.most, self.__name__ = least, most, "integer"
+
+    def __call__(self, text: str) -> int:
+        """Return the integer that ``text`` says."""
+        value = int(text)
+        if not self.least <= value <= self.most:
+            bound = f"at least {self.least}" if value < self.least else f"at most {self.most}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+
+COUNT, OR_ZERO = Count(), Count(0)
+BATCH, PIXELS, SEED = Count(1, 2**20), Count(1, 2**13), Count(0, 2**32 - 1)
+WORKERS = Count(0, 1024)  # processes
+SECONDS = Count(1, 366 * 24 * 60 * 60)
+
+
+def folder(text: str) -> Path:
+    """Return the path of a folder, which need not exist."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+    return path
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what a command will write, run it, and return its exit code.
+
+    Raises:
+        ValueError: an output cannot be written, exists already, is an input, or is named twice.
+    """
+    outputs: dict[str, tuple[Output, Path]] = getattr(args, "outputs", {})
+    places = [path.resolve() for _, path in outputs.values()]
+    for number, (_, path) in enumerate(outputs.values()):
+        if places[number] in places[:number]:
+            raise ValueError(f"two outputs would be written to {path}: give another name to one of them")
+    for output, path in outputs.values():
+        output.check(path, _inputs(args), overwrites=args.overwrite)
+    shows_at_once = getattr(args, "watch", None)  # a command that waits for more shows its results so far
+    held = [path for output, path in outputs.values() if output.is_held and not shows_at_once]
+    with together(held):
+        code: int = args.run(args)
+        return code
+
+
+def _inputs(args: argparse.Namespace) -> Iterator[Path]:
+    """Yield all files and folders that exist of those that arguments name, except outputs."""
+    for name, value in vars(args).items():
+        if name in args.outputs:
+            continue
+        for word in value if isinstance(value, list | tuple) else [value]:
+            parts = {str(word), *re.split("::|,", BRACES.sub("*", str(word)))} if isinstance(word, str | Path) else ()
+            for part in (re.sub("^(local-dir:|file:(//)?)", "", part) for part in parts):
+                yield from map(Path, {*glob.iglob(BRACES.sub("*", part)), *filter(os.path.exists, [part])})
+
+
+def _drawn_ends() -> tuple[str, ...]:
+    from matplotlib.figure import Figure
+
+    return tuple(f".{name}" for name in sorted(Figure().canvas.get_supported_filetypes()))

@@ -1,0 +1,374 @@
+"""The arguments that all tasks of ``clipfast eval`` share, what these stand for, and how results go out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..evaluate.results import DEFAULT_TEMPLATES, report_left_out, result_about
+from ..io.files import local_path
+from ..io.text import meant
+from ..train.option_checks import SOURCE_OPTIONS, keys_of, separator_of
+from .arguments import BATCH, DRAWN, SECONDS, WORKERS, add_output, folder
+from .options import add_arguments
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..distributed.world import World
+    from ..evaluate.encoder import Encoder
+    from ..evaluate.features import LabelledFeatures
+    from ..evaluate.labelled import LabelledSet
+    from ..evaluate.store import FeatureStore
+
+DATA_HELP = (
+    "image folder with a sub-folder per class, or pairs as --train-data of clipfast train takes them; "
+    "'bundled:emoji/fluent' ships with the package, 'synthetic:2048' is drawn"
+)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are, and breaks those of a description."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False) -> None:
+    """Add what names the model and its weights, or those of several models."""
+    add = parser.add_argument
+    model = "folder of a run (its newest checkpoint, if it is not finished) or of a model, .pt file, model name, "
+    model += "hf-hub:ORG/REPO, or open_clip:NAME for any model that OpenCLIP builds"
+    if several:
+        add("--model", nargs="+", default=[], help=f"{model}; NAME,TAG is a model name with its weights")
+    else:
+        add("--model", required=required, help=model)
+    weights = "weights of a model name: a tag of clipfast list-pretrained, or a checkpoint (.pt, .bin, .safetensors)"
+    add("--pretrained", metavar="TAG", help=weights)
+    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names a labelled set, and says how it is read."""
+    parser.add_argument("--data", required=True, help=DATA_HELP)
+    add_reading_arguments(parser)
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how labelled sets are read."""
+    add_arguments(parser, SOURCE_OPTIONS)
+    label = "column or json key that names the class (default: the caption does)"
+    parser.add_argument("--label-by", metavar="KEY", help=label)
+    group = "column or json key that names the group of an image; KEY+KEY crosses them"
+    parser.add_argument("--group-by", metavar="KEY", help=group)
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which prompts are made from which class names."""
+    names = "'imagenet', or a text file with one name per class, in their order (default: the labels)"
+    parser.add_argument("--classnames", metavar="FILE", help=names)
+    add_templates_argument(parser)
+
+
+def add_templates_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what says which prompts are made from a name."""
+    templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
+    default = f"{templates} (default: {DEFAULT_TEMPLATES})"
+    parser.add_argument("--templates", default=DEFAULT_TEMPLATES, metavar="NAME", help=default)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what computes."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+
+
+def add_backend_argument(parser: argparse.ArgumentParser) -> None:
+    """Add by which implementation it computes."""
+    backends = ("auto", "triton", "torch")
+    parser.add_argument("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how the work is done, and where its results go."""
+    add = parser.add_argument
+    kept = "keep features here, so that a task that was stopped goes on, and the next one starts with them"
+    add("--features", type=folder, metavar="FOLDER", help=kept)
+    add("--batch-size", type=BATCH, default=256, metavar="INT", help="images to encode at once (default: 256)")
+    add("--workers", type=WORKERS, default=0, metavar="INT", help="processes that read and decode images (default: 0)")
+    add_device_argument(parser)
+    add_backend_argument(parser)
+    timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
+    add("--dist-timeout", type=SECONDS, default=600, metavar="INT", help=timeout)
+    add_output(parser, "--json", help="also write the results to this file")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
+    plot = "also draw the results, in the format that the name ends in, such as .png, .svg or .pdf"
+    add_output(parser, "--plot", ends=DRAWN, help=plot)
+
+
+def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what watches a run; ``name`` is that of the file in its folder for the lines."""
+    add = parser.add_argument
+    watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
+    add("--watch", type=local_path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/{name}")
+    add("--interval", type=float, metavar="SECONDS", help="time between two looks at RUN (default: 30)")
+    raw = "the weights themselves where a checkpoint of RUN also has their average (EMA)"
+    add("--raw", action="store_true", help=f"evaluate {raw}")
+
+
+def check_unwatched(args: argparse.Namespace) -> None:
+    """Refuse a command that names nothing to evaluate, and flags that have no use without ``--watch``.
+
+    Raises:
+        ValueError: as above.
+    """
+    if not args.model:
+        raise ValueError("--model or --watch is needed: what to evaluate")
+    if args.raw or args.interval is not None:
+        name = "--raw" if args.raw else "--interval"
+        raise ValueError(f"{name} is for the checkpoints of a run: give --watch RUN in place of --model")
+
+
+class Session(NamedTuple):
+    """The models, the store and the ranks that a task works with.
+
+    Attributes:
+        encoders: the models.
+        store: keeps features; None if they are not to be kept.
+        world: the ranks that share the work.
+    """
+
+    encoders: Sequence[Encoder]
+    store: FeatureStore | None
+    world: World
+
+    @property
+    def encoder(self) -> Encoder:
+        """The first of the models."""
+        return self.encoders[0]
+
+
+@contextlib.contextmanager
+def session(args: argparse.Namespace, models: Sequence[tuple[str, str]] = ()) -> Iterator[Session]:
+    """Join the other ranks, if there are any, and build models: the one that the arguments name, or several.
+
+    Models that prepare images alike share the transform, and so its results.
+
+    Args:
+        args: the arguments of a task.
+        models: names and weights of several models, as :func:`named_models` returns them.
+
+    Raises:
+        ValueError: a model, its weights or the device cannot be used.
+    """
+    from ..distributed.world import joined
+    from ..evaluate.store import FeatureStore
+
+    with joined(args.device, args.dist_timeout) as world:
+        named = models or [(args.model, args.pretrained)]
+        encoders = [load_encoder(args, name, weights or None, world) for name, weights in named]
+        transforms: dict[str, Any] = {}
+        for encoder in encoders:
+            encoder.transform = transforms.setdefault(repr(encoder.transform), encoder.transform)
+        yield Session(encoders, None if args.features is None else FeatureStore(args.features), world)
+
+
+def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, world: World) -> Encoder:
+    """Return a model with its weights, on the device and with the tokenizer that the arguments name.
+
+    Raises:
+        ValueError: the model, its weights or the device cannot be used.
+    """
+    from ..evaluate.encoder import Encoder
+
+    return Encoder.load(
+        model, pretrained, device=str(world.device(args.device)), tokenizer_file=args.tokenizer,
+        cache_dir=args.cache_dir, backend=args.backend,
+    )  # fmt: skip
+
+
+def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str, str]]:
+    """Return the name and the weights of each model; the weights are "" where the name says them.
+
+    Args:
+        given: names, or NAME,TAG.
+        pretrained: the weights of those without a tag.
+
+    Raises:
+        ValueError: the results of two models would have the same name.
+    """
+    from ..evaluate.suite import file_name, label
+
+    models: list[tuple[str, str]] = []
+    for text in given:
+        name, _, tag = (text, "", "") if ":" in text or Path(text).exists() else text.partition(",")
+        models.append((name, tag or pretrained or ""))
+    names: dict[str, tuple[str, str]] = {}
+    for model in models:
+        other = names.setdefault(file_name("", *model, ""), model)
+        if other is not model:
+            raise ValueError(f"results of {label(*other)} and {label(*model)} would have the same file names")
+    return models
+
+
+def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledSet:
+    """Return the set that the arguments name, or another one that is read in the same way.
+
+    Raises:
+        ValueError: the arguments do not fit together, or a folder has not as many classes as there are class names.
+    """
+    from ..evaluate.evaluate import names_of
+    from ..evaluate.labelled import LabelledSet
+
+    options = vars(args)
+    keys, separator = keys_of(options), separator_of(options)
+    images = LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
+    given = None if data else read_classnames(options.get("classnames"))
+    labels = given and images.folder_labels()
+    if labels:  # before hours of encoding
+        names_of(labels, given)
+    return images
+
+
+def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> LabelledFeatures:
+    """Return the features of a set, and name the images that are left out on stderr; empty on ranks other than 0.
+
+    Raises:
+        ValueError: the set cannot be read, or not one of its images can be used.
+    """
+    return encoded_by(args, at, at.encoders, images)[0]
+
+
+def encoded_by(
+    args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], images: LabelledSet, *, report: bool = True
+) -> list[LabelledFeatures]:
+    """Return the features of a set by each encoder; on ranks other than 0 they are empty.
+
+    Args:
+        args: say how the work is done.
+        at: the store and the ranks.
+        encoders: the models.
+        images: the set.
+        report: name the images that are left out on stderr.
+
+    Raises:
+        ValueError: the set cannot be read, or not one of its images can be used.
+    """
+    from ..evaluate.features import LabelledFeatures, encode_set
+
+    found = encode_set(
+        encoders, images, batch_size=args.batch_size, workers=args.workers, store=at.store, world=at.world
+    )
+    if found and report:
+        report_left_out(found[0].left_out.values())
+    return found or [LabelledFeatures.empty()] * len(encoders)
+
+
+def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the same of the data and the model that the arguments of a task name."""
+    return result_about(args.data, args.model, args.pretrained, task, metrics, **more)
+
+
+def write_results(
+    args: argparse.Namespace, results: dict[str, Any], table: Callable[[dict[str, Any]], str], shown: Path | None = None
+) -> None:
+    """Print results as JSON, or with ``--table`` as a table, and write JSON to the file that ``--json`` names.
+
+    Args:
+        args: of the command.
+        results: as plain values.
+        table: says them for people.
+        shown: a page with the results, which takes the place of what is printed.
+
+    Raises:
+        DiskFullError: there is no space for the file.
+    """
+    from ..io.files import replace_text
+
+    text = json.dumps(results, indent=2)
+    if args.table or shown is None:
+        print(table(results) if args.table else text)
+    if args.json:
+        replace_text(args.json, text + "\n")
+
+
+def read_templates(name: str) -> tuple[str, ...]:
+    """Return the prompt templates of ``name``, which may be a file.
+
+    Raises:
+        ValueError: there is no such file, it is empty, or a line has no place for the class name.
+    """
+    from ..evaluate.zero_shot import TEMPLATES
+
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    templates = _lines(name, f"--templates must be one of {', '.join(TEMPLATES)} or a file{meant(name, TEMPLATES)}")
+    lacking = [template for template in templates if "{}" not in template]
+    if lacking:
+        raise ValueError(f"template {lacking[0]!r} in {name} has no {{}} for the class name")
+    return templates
+
+
+def read_classnames(name: str | None) -> tuple[str, ...] | None:
+    """Return the class names that ``name`` stands for, which may be a file; None keeps the labels of the data.
+
+    Raises:
+        ValueError: there is no such file, or it is empty.
+    """
+    from ..evaluate.zero_shot import IMAGENET_CLASSNAMES
+
+    if name is None:
+        return None
+    return IMAGENET_CLASSNAMES if name == "imagenet" else _lines(name, "--classnames must be 'imagenet' or a file")
+
+
+def read_texts(path: Path, flag: str = "--queries") -> tuple[str, ...]:
+    """Return the lines of a file of texts, which ``flag`` names.
+
+    Raises:
+        ValueError: there is no such file, or it is empty.
+    """
+    return _lines(str(path), f"{flag} must be a file")
+
+
+def _lines(path: str, otherwise: str) -> tuple[str, ...]:
+    """Return the lines of a text file that are not empty; ``otherwise`` is the error if there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{otherwise}, got {path!r}")
+    lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    return lines
+
+
+def check_watch(args: argparse.Namespace, refused: Iterable[str]) -> float:
+    """Refuse what cannot be watched, and flags that have no use then.
+
+    Args:
+        args: the arguments.
+        refused: names of these flags.
+
+    Returns:
+        The seconds between two looks at the run.
+
+    Raises:
+        ValueError: there is no run, a flag is refused, or the interval is no time.
+    """
+    from ..evaluate.watch import INTERVAL
+    from ..runs.status import is_run
+
+    given = [flag for flag in refused if getattr(args, flag)]
+    if given:
+        raise ValueError(f"--watch cannot be used with --{given[0].replace('_', '-')}")
+    if not is_run(args.watch):
+        raise ValueError(f"--watch {args.watch}: there is no run in that folder")
+    interval: float = INTERVAL if args.interval is None else args.interval
+    if not 0 < interval < math.inf:
+        raise ValueError(f"--interval must be more than 0, and finite, got {interval}")
+    return interval

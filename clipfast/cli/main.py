@@ -1,0 +1,121 @@
+"""The command line, ``clipfast COMMAND``: a table of commands, of which only the chosen one is imported."""
+
+import argparse
+import atexit
+import contextlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from .. import __version__
+from ..io.text import printable
+from .arguments import Parser, run
+
+# Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
+COMMANDS = {
+    "train": ("train a model on image-text pairs", "clipfast.cli.train"),
+    "status": ("show how far runs are, and plot them", "clipfast.cli.status"),
+    "index": ("index shards, so that a training run starts at once", "clipfast.cli.index"),
+    "eval": ("evaluate a checkpoint", "clipfast.cli.eval"),
+    "interpolate": (
+        "mix the weights of two checkpoints, and evaluate the models between them (WiSE-FT)",
+        "clipfast.cli.interpolate",
+    ),
+    "heatmap": ("show where in a picture is what texts say", "clipfast.cli.heatmap"),
+    "embed": ("compute the features of pictures and texts", "clipfast.cli.embed"),
+    "search": ("find embedded pictures by words, by a picture, or by both", "clipfast.cli.search"),
+    "app": ("search an embedded folder on a page of this machine", "clipfast.cli.app"),
+    "dedup": ("find near duplicates among embedded pictures", "clipfast.cli.dedup"),
+    "filter": ("choose embedded pairs whose image and text fit together", "clipfast.cli.filter"),
+    "cluster": ("group embedded pictures by likeness", "clipfast.cli.cluster"),
+    "classify": ("say which of some labels fits pictures", "clipfast.cli.classify"),
+    "convert": ("convert a checkpoint between OpenCLIP, transformers and clipfast", "clipfast.cli.convert"),
+    "inspect-checkpoint": ("say what a checkpoint is, and its checksum", "clipfast.cli.inspect_checkpoint"),
+    "list-pretrained": ("list the published weights that are loaded by name", "clipfast.cli.list_pretrained"),
+    "verify": ("check the numerics of kernels, model and training", "clipfast.cli.verify"),
+    "inspect": ("show what the compiler made of every kernel, without a GPU", "clipfast.bench.inspection.command"),
+    "plan": ("predict memory and time of the loss or of training", "clipfast.cli.plan"),
+    "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.cli.doctor"),
+}
+# The command that begins each group of ``clipfast --help``, and the title of the group.
+GROUPS = {
+    "train": "train", "eval": "evaluate", "embed": "search and sort pictures", "convert": "checkpoints",
+    "verify": "kernels and machines",
+}  # fmt: skip
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
+BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 2 if the user made a mistake, which is one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = arguments[0] if arguments else ""
+    _complete()
+    hint, shown = "", Exception()
+    try:
+        if chosen == BENCH[0]:
+            bench: Callable[..., int] = pkgutil.resolve_name(f"{BENCH[2]}:main")
+            return bench(arguments[1:], prog="clipfast bench")
+        return run(_parser(chosen).parse_args(arguments))
+    except KeyboardInterrupt:
+        print(f"clipfast {chosen}: interrupted", file=sys.stderr)
+        if argv is None:
+            _exit_at_once(INTERRUPTED)
+        return INTERRUPTED
+    except ImportError as error:
+        hint, shown = "; install what it needs: pip install 'clipfast[data,eval]'", error
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        shown = error
+    if {"--traceback", "--debug"} & set(arguments):
+        raise shown
+    lines = "\n".join(map(printable, f"{shown}{hint}".split("\n")))
+    print(f"clipfast {chosen}: error: {lines}", file=sys.stderr)
+    return 2
+
+
+def _complete() -> None:
+    """Answer a shell that asks for completions of a word, if argcomplete is installed, and end."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            words = os.environ.get("COMP_LINE", "").split()
+            argcomplete.autocomplete(_parser(words[1] if len(words) > 1 else ""))
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """End the process at once: a thread in the middle of C++ code, as of a checkpoint's write, would abort it."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _parser(chosen: str) -> argparse.ArgumentParser:
+    """Return the parser with the whole of the chosen command, or else with the name and help line of every command."""
+    parser = Parser(
+        prog="clipfast",
+        description="Train and evaluate CLIP on Triton kernels.",
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"clipfast {__version__}")
+    shown = "one of those below; clipfast COMMAND --help says more of it"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=shown)
+    if chosen in COMMANDS:
+        add_parser: Callable[[object], None] = pkgutil.resolve_name(f"{COMMANDS[chosen][1]}:add_parser")
+        add_parser(commands)
+        return parser
+    for name in (*COMMANDS, BENCH[0]):
+        commands.add_parser(name, add_help=False)
+    return parser
+
+
+def _overview() -> str:
+    """Return the commands in groups, a line each."""
+    lines = []
+    for name, (text, _) in {**COMMANDS, BENCH[0]: BENCH[1:]}.items():
+        lines += [f"\n{GROUPS[name]}:"] if name in GROUPS else []
+        lines.append(f"  {name:20}{text}")
+    return "\n".join(lines).strip()

@@ -1,0 +1,363 @@
+"""The flags of OpenCLIP's training command, and what ``clipfast train`` does with each of them.
+
+The parser, ``docs/openclip-flags.md`` (``python -m clipfast.cli.open_clip_flags``) and the tests are made of this
+table. It follows ``params.py`` of OpenCLIP's main branch at 89fb801, and has the flags of ``LATER`` besides.
+"""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from ..train.train_config import TrainConfig
+from .arguments import COUNT
+
+GROUP = "for commands of OpenCLIP"
+
+
+class Rule(NamedTuple):
+    """What happens to a flag.
+
+    Attributes:
+        how: "same": an option of this name has the same meaning. "mapped": other options stand for it. "accepted": what
+            it asks for is so already, or concerns nothing that is computed. "refused": it is an error.
+        note: what differs from OpenCLIP; or what the flag stands for, why it changes nothing, or what to use instead.
+        takes: arguments of argparse for a flag that is no option.
+    """
+
+    how: Literal["same", "mapped", "accepted", "refused"]
+    note: str = ""
+    takes: Mapping[str, Any] = {}
+
+
+SWITCH = {"nargs": 0}
+NO_AUDIO = Rule("refused", "clipfast trains on images and texts only: use OpenCLIP for audio")
+NO_NAFLEX = Rule("refused", "clipfast's images all have one size: use --force-image-size, or OpenCLIP for NaFlex")
+NO_COCA = Rule(
+    "refused", "clipfast trains no captioner: use OpenCLIP for CoCa and MaMMUT (their loss is clipfast.CoCaLoss)"
+)  # fmt: skip
+NO_BUCKETS = Rule(
+    "refused", "it would change which pairs are in a batch, and texts are padded to the longest of their batch only: "
+    "leave it out",
+)  # fmt: skip
+SAME = Rule("same")
+
+
+def _local_url(text: str) -> str:
+    if text != "env://":
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: start by torchrun, and give the address to its --rdzv-endpoint; only env:// is accepted"
+        )
+    return text
+
+
+FLAGS: dict[str, Rule] = {
+    "--train-data": SAME,
+    "--train-data-upsampling-factors": Rule(
+        "same", "if all are below 1, they are divided by the largest: an epoch sees its pairs once"
+    ),
+    "--val-data": Rule("same", "retrieval, clip_val_loss, and accuracy with each caption as a class"),
+    "--train-num-samples": Rule("same", "not needed: pairs are counted"),
+    "--val-num-samples": Rule("accepted", "pairs are counted, and all of them are evaluated", {"type": COUNT}),
+    "--dataset-type": Rule(
+        "mapped", "names say the type of data; synthetic is --train-data synthetic:N, with N of --train-num-samples",
+        {"choices": ("webdataset", "csv", "synthetic", "auto")},
+    ),
+    "--audio-ext": NO_AUDIO,
+    "--pretrained-audio": NO_AUDIO,
+    "--audio-fill": NO_AUDIO,
+    "--audio-trunc": NO_AUDIO,
+    "--audio-fusion": NO_AUDIO,
+    "--audio-int16-normalize": NO_AUDIO,
+    "--audio-zeroshot-dataset": NO_AUDIO,
+    "--audio-zeroshot-split": NO_AUDIO,
+    "--audio-zeroshot-audio-key": NO_AUDIO,
+    "--audio-zeroshot-target-key": NO_AUDIO,
+    "--audio-zeroshot-class-key": NO_AUDIO,
+    "--audio-zeroshot-template": NO_AUDIO,
+    "--audio-zeroshot-workers": NO_AUDIO,
+    "--audio-zeroshot-multiprocessing-context": NO_AUDIO,
+    "--audio-multiprocessing-context": NO_AUDIO,
+    "--dataset-resampled": SAME,
+    "--csv-separator": Rule("same", "without it, or where a header does not have it, the file says its own"),
+    "--csv-img-key": Rule("same", "another name of --image-key"),
+    "--csv-caption-key": Rule("same", "another name of --text-key"),
+    "--image-key": SAME,
+    "--max-image-pixels": Rule("same", "0 does not go beyond the 89,478,485 that are safe to decode"),
+    "--text-key": SAME,
+    "--json-text-key": SAME,
+    "--json-text-key-probs": SAME,
+    "--imagenet-val": SAME,
+    "--imagenet-v2": Rule("same", "a folder that is there already: nothing is downloaded"),
+    "--cache-dir": SAME,
+    "--logs": Rule("same", "a run always has a folder: 'none' is refused"),
+    "--log-local": SAME,
+    "--name": Rule("same", "the name of a run that has none is made of the model and the time"),
+    "--workers": SAME,
+    "--batch-size": SAME,
+    "--epochs": SAME,
+    "--epochs-cooldown": SAME,
+    "--lr": SAME,
+    "--beta1": SAME,
+    "--beta2": SAME,
+    "--eps": SAME,
+    "--wd": SAME,
+    "--momentum": SAME,
+    "--warmup": SAME,
+    "--opt": Rule("same", "also optimizers of torch.optim, and import paths"),
+    "--opt-kwargs": SAME,
+    "--opt-fallback-list": Rule(
+        "refused", "which parameters an optimizer takes is its own matter: --opt muon takes the matrices of the blocks "
+        "and the projections, and AdamW the rest",
+    ),
+    "--text-layer-decay": SAME,
+    "--image-layer-decay": SAME,
+    "--audio-layer-decay": NO_AUDIO,
+    "--wd-exclude": Rule("same", "positions have weight decay unless it names them"),
+    "--text-pooler-own-group": Rule("refused", "clipfast's text towers have no pooler: leave it out"),
+    "--use-bn-sync": SAME,
+    "--skip-scheduler": SAME,
+    "--lr-scheduler": SAME,
+    "--lr-cooldown-end": SAME,
+    "--lr-cooldown-power": SAME,
+    "--save-frequency": Rule("same", "with 0, the last epoch is in epoch_latest.pt only"),
+    "--save-most-recent": Rule("accepted", "epoch_latest.pt is always written", SWITCH),
+    "--zeroshot-frequency": SAME,
+    "--val-frequency": SAME,
+    "--val-retrieval-chunk-size": Rule(
+        "accepted", "ranks are exact, and the matrix of scores is never held as a whole", {"type": COUNT}
+    ),
+    "--val-retrieval-precision": Rule(
+        "accepted", "it is always fp32: scores are summed in float32, of features as the model gives them",
+        {"choices": ("fp32", "model")},
+    ),
+    "--resume": Rule("same", "a run goes on at its step, with its data and random state; folders are taken too"),
+    "--precision": Rule(
+        "same", "amp, which is float16 there, is amp_bf16; fp16 and pure_fp16 are refused: use amp_bf16"
+    ),
+    "--model": SAME,
+    "--pretrained": SAME,
+    "--pretrained-image": Rule("refused", "clipfast loads no weights of one tower: use --pretrained"),
+    "--lock-image": SAME,
+    "--lock-image-unlocked-groups": SAME,
+    "--lock-image-freeze-bn-stats": SAME,
+    "--image-mean": SAME,
+    "--image-std": SAME,
+    "--image-interpolation": SAME,
+    "--image-resize-mode": SAME,
+    "--aug-cfg": Rule("same", "without what timm does there (use_timm, re_prob, re_count), which is refused"),
+    "--grad-checkpointing": SAME,
+    "--local-loss": Rule("accepted", "the loss never holds more than a rank's part of the matrix", SWITCH),
+    "--gather-with-grad": Rule("accepted", "gradients always are those of the whole batch", SWITCH),
+    "--force-context-length": SAME,
+    "--force-image-size": SAME,
+    "--force-quick-gelu": SAME,
+    "--force-patch-dropout": SAME,
+    "--force-custom-text": Rule(
+        "accepted", "it only names the weights in another way, and OpenCLIP reads both ways", SWITCH
+    ),
+    "--torchcompile": SAME,
+    "--torchcompile-strategy": Rule(
+        "accepted", "the model is what is compiled: the loss and the optimizer are kernels of their own",
+        {"choices": ("model", "task", "step")},
+    ),
+    "--torchcompile-backend": SAME,
+    "--torchcompile-mode": SAME,
+    "--accum-freq": Rule(
+        "mapped", "--accum-freq K with --batch-size B is --batch-size K*B with --micro-batch-size B", {"type": COUNT}
+    ),
+    "--device": SAME,
+    "--dist-url": Rule("accepted", "env:// is what torchrun and Slurm set", {"type": _local_url}),
+    "--dist-backend": Rule("accepted", "NCCL on GPUs, gloo on CPUs", {"choices": ("nccl", "gloo")}),
+    "--report-to": SAME,
+    "--wandb-notes": SAME,
+    "--wandb-project-name": SAME,
+    "--debug": Rule("same", "another name of --traceback: a run always says all that it has to say"),
+    "--copy-codebase": Rule("refused", "install clipfast at a fixed version instead: runs do not read its source tree"),
+    "--ddp-static-graph": SAME,
+    "--fsdp": SAME,
+    "--fsdp-no-reshard-after-forward": SAME,
+    "--fsdp-offload-cpu": SAME,
+    "--fsdp-checkpoint": Rule("same", "epoch_N.pt and the last checkpoint are one file in any case"),
+    "--no-set-device-rank": SAME,
+    "--seed": SAME,
+    "--grad-clip-norm": SAME,
+    "--lock-text": SAME,
+    "--lock-text-unlocked-layers": SAME,
+    "--lock-text-freeze-layer-norm": Rule("same", "layer norms are always locked with their block"),
+    "--log-every-n-steps": SAME,
+    "--log-metric-every-n-steps": Rule("same", "without it, there are as many as lines in the log"),
+    "--train-loss-ema-samples": Rule(
+        "accepted", "the loss in parentheses is the mean since the line before", {"type": COUNT}
+    ),
+    "--coca-caption-loss-weight": NO_COCA,
+    "--coca-contrastive-loss-weight": NO_COCA,
+    "--remote-sync": Rule("same", "fsspec does it, with s3:// too; --resume latest also brings the copy back"),
+    "--remote-sync-frequency": SAME,
+    "--remote-sync-protocol": Rule(
+        "accepted", "the URL of --remote-sync says it, such as s3://", {"choices": ("s3", "fsspec")}
+    ),
+    "--delete-previous-checkpoint": Rule("same", "it concerns epoch_N.pt: epoch_latest.pt is replaced in any case"),
+    "--distill-model": Rule("same", "it needs --distill-pretrained; it works with --accum-freq too"),
+    "--distill-pretrained": Rule("same", "it needs --distill-model"),
+    "--use-bnb-linear": Rule("refused", "clipfast has no int8 layers: use --precision pure_bf16 to save memory"),
+    "--siglip": Rule("same", "for models with SigLIP in their name, which have a logit_bias"),
+    "--loss-dist-impl": Rule(
+        "accepted", "the sigmoid loss has one way over ranks, with the same result",
+        {"choices": ("bidir", "shift", "reduce", "gather")},
+    ),
+    "--use-naflex": NO_NAFLEX,
+    "--force-naflex-vision": NO_NAFLEX,
+    "--naflex-num-train-image-tokens": NO_NAFLEX,
+    "--naflex-patch-sizes": NO_NAFLEX,
+    "--naflex-patch-size-probs": NO_NAFLEX,
+    "--naflex-seq-lens": NO_NAFLEX,
+    "--naflex-seq-len-probs": NO_NAFLEX,
+    "--naflex-max-tokens-per-batch": NO_NAFLEX,
+    "--naflex-max-text-tokens": NO_NAFLEX,
+    "--naflex-batch-divisor": NO_NAFLEX,
+    "--naflex-loss-scale": NO_NAFLEX,
+    "--length-bucketing": NO_BUCKETS,
+    "--bucket-pool": NO_BUCKETS,
+    "--bucket-chunk": NO_BUCKETS,
+    "--bucket-prefetch-pools": NO_BUCKETS,
+    "--naflex-pad-multiple": NO_NAFLEX,
+    "--text-pad-multiple": Rule(
+        "refused", "texts are padded to the longest of their batch, and to the whole context with --cuda-graphs: leave "
+        "it out",
+    ),
+    "--text-attention-mask": Rule(
+        "refused", "it is for captioners, and no model that clipfast trains reads it: leave it out"
+    ),
+    "--caption-z-loss-weight": NO_COCA,
+    "--caption-loss-compute-dtype": NO_COCA,
+    "--caption-loss-chunk-size": NO_COCA,
+}  # fmt: skip
+LATER = tuple(FLAGS)[-4:]  # those that 4.2.1 has and 89fb801 does not, as far as its other files tell
+
+
+class _Refused(argparse.Action):
+    """A flag that is an error, which says what to use."""
+
+    def __init__(self, note: str, **options: Any) -> None:
+        self.note = note
+        super().__init__(nargs="*", **options)
+
+    def __call__(self, *_: object) -> NoReturn:
+        raise argparse.ArgumentError(self, f"this flag of OpenCLIP is not supported: {self.note}")
+
+
+class _Accepted(argparse.Action):
+    """A flag that changes nothing."""
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+
+class _Mapped(argparse.Action):
+    """A flag whose value :func:`translated` reads."""
+
+    def __call__(
+        self, _: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, __: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
+
+
+ACTIONS: dict[str, type[argparse.Action]] = {"mapped": _Mapped, "accepted": _Accepted, "refused": _Refused}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the table that are no options. Help shows those that do something, in a group at its end."""
+    group = parser.add_argument_group(GROUP, "docs/openclip-flags.md lists all flags of OpenCLIP")
+    for name, rule in FLAGS.items():
+        if rule.how == "same":
+            continue
+        is_refused = rule.how == "refused"
+        takes: Mapping[str, Any] = {"note": rule.note} if is_refused else rule.takes
+        shown = f"changes nothing: {rule.note}" if rule.how == "accepted" else rule.note
+        group.add_argument(
+            name, action=ACTIONS[rule.how], default=argparse.SUPPRESS, dest=name.strip("-").replace("-", "_"),
+            help=argparse.SUPPRESS if is_refused else shown, **takes,
+        )  # fmt: skip
+
+
+def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
+    """Return the options that flags stand for, with those among them that are no options replaced by such.
+
+    Args:
+        given: the values of flags.
+        earlier: options that a recipe or a checkpoint sets.
+        resuming: whether the batch of ``earlier`` is that of a checkpoint.
+
+    Raises:
+        ValueError: the flags contradict each other.
+    """
+    options = dict(given)
+    if options.pop("dataset_type", None) == "synthetic":
+        pairs = options.get("train_num_samples", earlier.get("train_num_samples"))
+        if pairs is None:
+            raise ValueError("--dataset-type synthetic needs --train-num-samples, or use --train-data synthetic:65536")
+        options["train_data"] = f"synthetic:{pairs}"
+    factors = options.get("train_data_upsampling_factors", ())
+    if factors and 0 < max(factors) < 1:  # there only their ratio counts, and here they would leave next to no pairs
+        options["train_data_upsampling_factors"] = tuple(factor / max(factors) for factor in factors)
+    passes = options.pop("accum_freq", 1)
+    if passes < 1:
+        raise ValueError(f"--accum-freq must be more than 0, got {passes}")
+    if passes > 1:
+        return options | _accumulated(passes, options, earlier, resuming=resuming)
+    return options
+
+
+def _accumulated(
+    passes: int, given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming: bool
+) -> dict[str, Any]:
+    for flag in ("--micro-batch-size", "--global-batch-size"):
+        if flag.strip("-").replace("-", "_") in given:
+            raise ValueError(f"--accum-freq {passes} and {flag} both say how a batch is divided: leave one out")
+    if resuming and "batch_size" not in given:
+        raise ValueError(f"--accum-freq {passes} with --resume needs --batch-size, the pairs of one pass")
+    if earlier.get("global_batch_size") is not None and "batch_size" not in given:
+        raise ValueError(
+            f"--accum-freq {passes} would replace --global-batch-size {earlier['global_batch_size']}: give "
+            "--batch-size, the pairs of one pass, or keep the batch and give --micro-batch-size instead of --accum-freq"
+        )
+    pairs = given.get("batch_size", earlier.get("batch_size", TrainConfig.batch_size))
+    return {"batch_size": passes * pairs, "micro_batch_size": pairs}
+
+
+TITLES = {
+    "same": "The same here",
+    "mapped": "Mapped to other options",
+    "accepted": "Accepted without effect",
+    "refused": "Refused",
+}
+"""The flags of each kind have a table under such a title."""
+
+
+def page() -> str:
+    """Return ``docs/openclip-flags.md``."""
+    return INTRODUCTION + "".join(map(_section, TITLES))
+
+
+INTRODUCTION = """\
+# OpenCLIP's flags
+
+`clipfast train` takes the training commands of OpenCLIP: write it in place of `python -m open_clip_train.main`, and
+`clipfast train` in place of `open_clip_train.main` after `torchrun ... -m` and `srun python -m`. (With `--logs`, write
+`torchrun ... -m clipfast -- train`: otherwise torchrun takes the flag for one of its own, as with OpenCLIP's trainer.)
+This page lists every flag of its main branch (89fb801), and the four of 4.2.1 that its files for captioners name.
+`python -m clipfast.cli.open_clip_flags` writes it, from the table that the command itself uses.
+
+A flag that is left out may have another value here (batches, warm-up, model and so on): `--recipe openclip-defaults`
+gives all of them OpenCLIP's values. A command without `--train-data` evaluates, as `clipfast eval zeroshot` does.
+"""
+
+
+def _section(how: str) -> str:
+    rows = "".join(f"| `{name}` | {rule.note} |\n" for name, rule in FLAGS.items() if rule.how == how)
+    heading = "what to use" if how == "refused" else "what differs" if how == "same" else "what it is here"
+    return f"\n## {TITLES[how]}\n\n| flag | {heading} |\n|---|---|\n{rows}"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

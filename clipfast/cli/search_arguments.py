@@ -1,0 +1,151 @@
+"""What the commands on a folder of embeddings share: their arguments, the model, and the pictures that they show."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..io.units import BYTES, scaled
+from .arguments import add_output
+from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..evaluate.encoder import Encoder
+    from ..search.embeddings import Embeddings
+    from ..search.gallery import Item
+
+
+def add_folder_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of embeddings."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="embeddings, as clipfast embed writes them")
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the options that name the model and the device."""
+    add_model_arguments(parser, required=required)
+    add_device_argument(parser)
+    add_backend_argument(parser)
+
+
+def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
+    """Add the forms of the results; ``page`` describes the content of the page."""
+    add = parser.add_argument
+    add_output(parser, "--html", help=f"write a page with {page} to this file, and print no JSON")
+    add_output(parser, "--json", help="also write the results to this file")
+    add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
+    add("--traceback", action="store_true", help="show where an error was raised")
+
+
+def check_pictures(paths: Iterable[Path]) -> None:
+    """Refuse paths that are no files, before the model is read.
+
+    Raises:
+        ValueError: one of them is a folder, or not there.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name the pictures in it, as in {path}/*.jpg")
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such picture")
+
+
+def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
+    """Return the model that made the embeddings.
+
+    Raises:
+        ValueError: they do not name it, it cannot be loaded, or the one that the arguments name is another one.
+    """
+    from ..distributed.world import ALONE
+
+    about = embeddings.about
+    model, pretrained = args.model, args.pretrained
+    if model is None:
+        if "model" not in about:
+            raise ValueError(f"{args.folder} does not say which model made it: give it to --model")
+        model, pretrained = about["model"], pretrained or about.get("pretrained")
+    encoder = load_encoder(args, model, pretrained, ALONE)
+    if about.get("digest", encoder.digest) != encoder.digest:
+        raise ValueError(
+            f"{args.folder} was embedded with {about.get('model')}, and {model} has other weights or prepares images "
+            "and texts in another way: their features cannot be compared. Give that model to --model, or embed again"
+        )
+    return encoder
+
+
+def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
+    """Return the features of one kind.
+
+    Raises:
+        ValueError: there are none, or not one item.
+    """
+    found = embeddings.of_kind(kind)
+    if found is None:
+        how = " pictures that have captions, such as beach.txt beside beach.jpg," if kind == "text" else ""
+        raise ValueError(
+            f"{use} needs {kind} features, and there are none: embed{how} with --images --texts to another folder"
+        )
+    if not len(found):
+        raise ValueError("the embeddings have no items")
+    return found
+
+
+class Pictures:
+    """The pictures of embeddings, read again from the source that was embedded.
+
+    Raises:
+        ValueError: the source has changed since.
+    """
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        from ..search.source_samples import Samples
+
+        self.embeddings = embeddings
+        self.samples: Samples | None = None
+        if embeddings.about.get("images") and "keys" in embeddings.about:
+            self.samples = Samples.of(embeddings.about)
+
+    def item(self, place: int, score: float | None = None, group: str = "", mark: str = "", **more: Any) -> Item:
+        """Return an item to show, with its picture if it can be read; ``more`` stands before its metadata."""
+        from ..search.embeddings import NAMES, row_of
+        from ..search.gallery import Item
+
+        row = row_of(self.embeddings, place)
+        path = str(row.get("image_path") or row.get("key") or "")
+        others = {name: value for name, value in row.items() if name not in NAMES}
+        caption = str(row.get("caption") or "")
+        return Item(self._image(row, path), caption, score, path, group, {**more, **others}, mark)
+
+    def _image(self, row: Mapping[str, Any], path: str) -> Any:
+        if self.samples is None:
+            return Path(path) if Path(path).is_file() else None
+        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # one that is left out by now has none
+
+
+def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **options: Any) -> None:
+    """Write a page of pictures, and say so; options are those of :func:`~clipfast.search.gallery.gallery`.
+
+    Raises:
+        DiskFullError: there is no space.
+    """
+    from ..search.gallery import gallery
+
+    size = gallery(path, title, items, about=about, **options)
+    print(f"wrote {path}, {scaled(size, BYTES)}", file=sys.stderr)
+
+
+def write_keys(path: Path, embeddings: Embeddings, places: Iterable[int]) -> None:
+    """Write the keys of items, one a line.
+
+    Raises:
+        ValueError: the metadata have no keys.
+        DiskFullError: there is no space.
+    """
+    from ..io.files import replace_text
+
+    if "key" not in embeddings.metadata.column_names:
+        raise ValueError("the metadata have no column 'key'")
+    keys = embeddings.metadata.column("key").to_pylist()
+    replace_text(path, "".join(f"{keys[place]}\n" for place in places))

@@ -1,0 +1,83 @@
+"""``clipfast verify``: its arguments, progress, and what it prints."""
+
+import argparse
+import contextlib
+import sys
+import time
+from typing import Any
+
+from .arguments import add_output
+
+DESCRIPTION = """\
+Hold every kernel, a whole model and a training curve to PyTorch, and say by how much they keep the rule.
+
+The rule: against a float64 truth, the maximum and the RMS error of each output are at most 2x PyTorch's own error at
+the same dtype (3x for gradients), plus one unit in the last place of each value. NaN and infinity sit where the truth
+has them. Each row shows three figures for either error: ours, PyTorch's, allowed.
+
+On a CPU: the PyTorch paths in this process, and the Triton kernels interpreted in a second one (float32, float16).
+On a GPU: the Triton kernels natively, at the sizes of real use. What could not be run is listed."""
+
+EPILOG = """\
+examples:
+  clipfast verify --quick                              a minute: is this installation sound?
+  clipfast verify                                      everything that this machine can run
+  clipfast verify --op attention --dtype fp32          one op
+  clipfast verify --op model --model ViT-B-32 --against openclip hf
+  clipfast verify --junit verify.xml --json verify.json      for CI
+
+exit code: 0 all that ran passed, 1 something failed, 2 bad arguments, 130 interrupted"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    from ..verify.options import OPS
+
+    parser = commands.add_parser(
+        "verify", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add, several = parser.add_argument, {"nargs": "+", "action": "extend"}
+    add("--op", **several, metavar="OP", help=f"what to check: {', '.join(OPS)} (default: all)")
+    add("--model", **several, metavar="NAME", help="models for the model check (default: ViT-T-8-32)")
+    add("--dtype", **several, metavar="DTYPE", help="fp32, fp16, bf16 (default: all)")
+    peers = "openclip, hf: other models with the same weights (default: openclip if installed)"
+    add("--against", **several, metavar="PEER", help=peers)
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--quick", action="store_true", help="fewer cases, about a minute")
+    add("--all-rows", action="store_true", help="print every output, not the nearest to its limit")
+    add_output(parser, "--junit", is_held=False, help="write JUnit XML, a testcase for each row")
+    add_output(parser, "--json", is_held=False, help="write all rows, kept up to date while it runs")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the checks, print the report, and return the exit code."""
+    from ..verify.options import Options
+    from ..verify.report import CheckResult, exit_code, summary, table
+    from ..verify.runner import run_verify
+
+    given = {"ops": args.op, "models": args.model, "dtypes": args.dtype, "against": args.against}
+    chosen: dict[str, Any] = {key: tuple(value) for key, value in given.items() if value is not None}
+    options = Options(device=args.device, quick=args.quick, **chosen)
+    rows: list[CheckResult] = []
+    started, complete = time.perf_counter(), False
+    bar: Any = None
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        bar = tqdm(unit="case", desc="verify", leave=False, file=sys.stderr, disable=None)  # None: only on a terminal
+    shown: dict[str, Any] = {} if bar is None else {"on_total": bar.reset, "on_group": lambda _: bar.update()}
+    try:
+        run_verify(options, json_path=args.json, junit_path=args.junit, rows=rows, **shown)
+        complete = True
+    except KeyboardInterrupt:
+        print("clipfast verify: interrupted", file=sys.stderr)
+    finally:
+        if bar is not None:
+            bar.close()
+    if rows:
+        print(table(rows, all_rows=args.all_rows), end="\n\n")
+    print(summary(rows, time.perf_counter() - started, complete=complete))
+    return exit_code(rows) if complete else 130

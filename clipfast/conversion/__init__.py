@@ -1,1 +1,0 @@
-"""Checkpoints from one layout into another, and what a checkpoint is."""

@@ -1,0 +1,1 @@
+"""The processes that work together: their group, their messages, and tensors that are cut between them."""

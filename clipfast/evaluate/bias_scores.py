@@ -1,0 +1,275 @@
+"""Groups of images: how far shares differ between them, their added labels, and how uneven search results are.
+
+Added labels follow Radford et al. 2021, section 7.1; skew is that of Geyik et al. 2019, for CLIP of Berg et al. 2022.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .intervals import wilson
+from .labelled import CROSSED_GROUPS, CROSSED_KEYS, in_order
+from .neighbours import nearest
+from .significance import DRAWS, independence
+
+
+@dataclasses.dataclass
+class Grouping:
+    """The groups of images by one key, or by several that are crossed.
+
+    Attributes:
+        key: as it was named, such as "race" or "race+gender".
+        names: of the groups.
+        members: [N], the number of each image's group; -1 for an image that has no value.
+        min_count: images that a group needs to be compared with others.
+    """
+
+    key: str
+    names: list[str]
+    members: Tensor
+    min_count: int
+
+    @property
+    def counts(self) -> Tensor:
+        """The number of images of each group."""
+        return torch.bincount(self.members[self.members >= 0], minlength=len(self.names))
+
+    @property
+    def compared(self) -> list[int]:
+        """The numbers of the groups that are large enough to be compared."""
+        return (self.counts >= self.min_count).nonzero()[:, 0].tolist()
+
+    def hits(self, marks: Tensor) -> Tensor:
+        """Return how many images of each group are marked, [G] or [G, L]; ``marks`` are [N] or [N, L]."""
+        inside = self.members >= 0
+        found = torch.zeros(len(self.names), *marks.shape[1:], dtype=torch.long)
+        return found.index_add_(0, self.members[inside], marks[inside].long())
+
+
+def keys_of(group_by: Sequence[str]) -> list[str]:
+    """Return the distinct keys among those that are given alone or crossed, in their order."""
+    return list(dict.fromkeys(key for one in group_by for key in one.split(CROSSED_KEYS)))
+
+
+def groupings(groups: Sequence[str], group_by: Sequence[str], min_count: int) -> list[Grouping]:
+    """Return the groups of images by each of some keys.
+
+    Args:
+        groups: of the images, crossed over all keys in the order of :func:`keys_of`.
+        group_by: keys, some of which may be crossed, as "race+gender".
+        min_count: images that a group needs to be compared.
+
+    Raises:
+        ValueError: a value cannot be told from two, or not two groups of a key are large enough.
+    """
+    keys = keys_of(group_by)
+    columns = [tuple(group.split(CROSSED_GROUPS)) for group in groups]
+    wrong = [group for group, values in zip(groups, columns, strict=True) if len(values) != len(keys)]
+    if wrong:
+        values = f"values that may not contain {CROSSED_GROUPS!r}" if wrong[0] else "which a folder of classes has not"
+        raise ValueError(f"--group-by needs columns or json keys, {values}; got {wrong[0]!r} for {', '.join(keys)}")
+    return [_grouping(one, keys, columns, min_count) for one in dict.fromkeys(group_by)]
+
+
+def _grouping(one: str, keys: list[str], columns: list[tuple[str, ...]], min_count: int) -> Grouping:
+    places = [keys.index(key) for key in one.split(CROSSED_KEYS)]
+    values = [tuple(row[place] for place in places) for row in columns]
+    of_images = ["" if "" in row else CROSSED_GROUPS.join(row) for row in values]
+    names = in_order(name for name in of_images if name)
+    numbers = {name: number for number, name in enumerate(names)}
+    found = Grouping(one, names, torch.tensor([numbers.get(name, -1) for name in of_images]), min_count)
+    if len(found.compared) < 2:
+        counts = ", ".join(f"{name!r} ({count})" for name, count in zip(names, found.counts.tolist(), strict=True))
+        raise ValueError(
+            f"--group-by {one}: two groups must have at least {min_count} images (--min-count), got {counts or 'none'}"
+        )
+    return found
+
+
+def compare(hits: Tensor, grouping: Grouping) -> dict[str, Any]:
+    """Return the share of hits in each group, and how far those of the groups that are large enough lie apart.
+
+    Args:
+        hits: [G], the images of each group that are hit.
+        grouping: the groups.
+
+    Returns:
+        "groups" with count, share and Wilson's 95% interval of each; "lowest" and "highest", names of groups; "gap",
+        the difference of their shares; "ratio", the lowest share divided by the highest, None if both are 0; "p_value",
+        of a permutation test that the share does not depend on the group.
+    """
+    rows = {
+        name: {"count": hit, "share": hit / count, "interval": wilson(hit, count)}
+        for name, hit, count in zip(grouping.names, hits.tolist(), grouping.counts.tolist(), strict=True)
+    }
+    compared = [grouping.names[number] for number in grouping.compared]
+    low, high = (choose(compared, key=lambda name: rows[name]["share"]) for choose in (min, max))
+    lowest, highest = rows[low]["share"], rows[high]["share"]
+    p_value = independence([rows[name]["count"] for name in compared], grouping.counts[grouping.compared].tolist())
+    return {
+        "groups": rows, "lowest": low, "highest": high, "gap": highest - lowest,
+        "ratio": lowest / highest if highest else None, "p_value": p_value,
+    }  # fmt: skip
+
+
+def read_added_labels(path: Path, classnames: Sequence[str]) -> dict[str, list[str]]:
+    """Return the labels of each category in a file with lines of a category, a tab and a label.
+
+    Args:
+        path: the file.
+        classnames: names of the classes in prompts, which no label may have.
+
+    Raises:
+        ValueError: there is no such file, it is empty, a line has another form, or a label is there twice.
+    """
+    if not path.is_file():
+        raise ValueError(f"--added-labels: there is no file {path}")
+    found: dict[str, list[str]] = {}
+    known = set(classnames)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        category, _, label = (part.strip() for part in line.partition("\t"))
+        if not category or not label:
+            raise ValueError(f"{path}, line {number}: must be a category, a tab and a label, got {line!r}")
+        if label in known:
+            raise ValueError(f"{path}, line {number}: the label {label!r} is there before, here or among the classes")
+        known.add(label)
+        found.setdefault(category, []).append(label)
+    if not found:
+        raise ValueError(f"{path} is empty")
+    return found
+
+
+class Assigned(NamedTuple):
+    """The labels that a model gives to images.
+
+    Attributes:
+        right: [N], True where the best class is the image's own; added labels do not compete.
+        best: [N], the number of the best of all labels, the classes and after them the added ones.
+        above: for each threshold and each grouping the images of each group whose probability of a label is above it,
+            [G, L].
+    """
+
+    right: Tensor
+    best: Tensor
+    above: list[list[Tensor]]
+
+
+@torch.no_grad()
+def assign(
+    features: Tensor, weights: Tensor, scale: float, classes: Sequence[int], count: int, groupings: Sequence[Grouping],
+    thresholds: Sequence[float], block: int = 4096,
+) -> Assigned:  # fmt: skip
+    """Return the labels of images. Only the scores of ``block`` images are held at a time.
+
+    Args:
+        features: of the images [N, D], of unit length.
+        weights: of all labels [D, L], the classes first.
+        scale: what similarities are multiplied by before the softmax over all labels, as in training.
+        classes: [N], the number of each image's class.
+        count: of classes.
+        groupings: the groups of the images.
+        thresholds: of the probability.
+        block: how many images to score at once.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    right, best, own = [], [], torch.tensor(classes)
+    above = [[torch.zeros(len(one.names), weights.shape[1], dtype=torch.long) for one in groupings] for _ in thresholds]
+    for numbers in torch.arange(len(features)).split(block):
+        scores = (features[numbers] @ weights).float().cpu()
+        if not scores.isfinite().all():
+            raise ValueError("bias: features contain NaN or infinity")
+        right.append(scores[:, :count].argmax(1) == own[numbers])
+        best.append(scores.argmax(1))
+        shares = (scale * scores).softmax(1)
+        for threshold, totals in zip(thresholds, above, strict=True):
+            for one, total in zip(groupings, totals, strict=True):
+                part = dataclasses.replace(one, members=one.members[numbers])
+                total += part.hits(shares > threshold)
+    return Assigned(torch.cat(right), torch.cat(best), above)
+
+
+def skews(counts: Tensor, of_set: Tensor) -> Tensor:
+    """Return the log of each group's share among the first results, divided by its share in the set, [..., G].
+
+    Args:
+        counts: [..., G], images of each group among the first results.
+        of_set: [G], images of each group in the set.
+    """
+    shares = counts.double() / counts.sum(-1, keepdim=True)
+    return (shares / (of_set.double() / of_set.sum())).log()
+
+
+def ndkl(order: Tensor, of_set: Tensor) -> float:
+    """Return the normalised discounted divergence of groups in results from those in the set: 0 if they never differ.
+
+    Args:
+        order: [k], the number of each result's group, the best result first.
+        of_set: [G], images of each group in the set.
+    """
+    places = torch.arange(1, len(order) + 1, dtype=torch.float64)
+    shares = torch.nn.functional.one_hot(order, len(of_set)).double().cumsum(0) / places[:, None]
+    divergence = torch.special.xlogy(shares, shares / (of_set.double() / of_set.sum())).sum(1)
+    discounts = 1 / (places + 1).log2()
+    return ((discounts * divergence).sum() / discounts.sum()).item()
+
+
+def max_skew_by_chance(of_set: Tensor, k: int, seed: int = 0) -> float:
+    """Return the mean of the largest skew among the first k results if images come in random order, by drawing some."""
+    import numpy as np
+
+    drawn = np.random.default_rng(seed).multivariate_hypergeometric(of_set.numpy(), k, DRAWS, method="marginals")
+    return skews(torch.from_numpy(drawn), of_set).amax(-1).mean().item()
+
+
+def retrieval_skew(
+    queries: Sequence[str], texts: Tensor, images: Tensor, grouping: Grouping, ks: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return for each k how uneven the first k results of each query are.
+
+    Args:
+        queries: the texts.
+        texts: their features [Q, D].
+        images: features [N, D].
+        grouping: the groups of the images; those of groups that are too small are not searched.
+        ks: numbers of results.
+
+    Raises:
+        ValueError: there are fewer images than results, or a feature is not finite.
+    """
+    kept = torch.isin(grouping.members, torch.tensor(grouping.compared))
+    if max(ks) > int(kept.sum()):
+        raise ValueError(f"--k must be at most the {int(kept.sum())} images of {grouping.key}, got {max(ks)}")
+    numbers = torch.tensor([-1] * (len(grouping.names) + 1))
+    numbers[grouping.compared] = torch.arange(len(grouping.compared))
+    members, names = numbers[grouping.members[kept]], [grouping.names[number] for number in grouping.compared]
+    of_set = torch.bincount(members, minlength=len(names))
+    order = members[nearest(texts, images[kept], max(ks))[1].cpu()]
+    rows = []
+    for k in sorted(set(ks)):
+        found = [_of_query(query, groups[:k], of_set, names) for query, groups in zip(queries, order, strict=True)]
+        means = {f"mean_{name}": sum(row[name] for row in found) / len(found) for name in ("max_skew", "ndkl")}
+        rows.append({"k": k, **means, "max_skew_by_chance": max_skew_by_chance(of_set, k), "queries": found})
+    return rows
+
+
+def _of_query(query: str, order: Tensor, of_set: Tensor, names: list[str]) -> dict[str, Any]:
+    counts = torch.bincount(order, minlength=len(names))
+    skew = skews(counts, of_set)
+    return {
+        "query": query,
+        "groups": dict(zip(names, counts.tolist(), strict=True)),
+        "max_skew": skew.max().item(),
+        "max_skew_group": names[int(skew.argmax())],
+        "ndkl": ndkl(order, of_set),
+        "p_value": independence(counts.tolist(), of_set.tolist()),
+    }

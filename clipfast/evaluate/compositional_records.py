@@ -1,0 +1,234 @@
+"""Files of ARO, SugarCrepe and Winoground as they are published, beside a folder of images: their cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data.keys import IMAGE_EXTENSIONS, Keys
+from ..data.samples import LINKS, Links, RawSample, decode_image, load_links
+from ..data.staging import file_stamp
+from ..models.images import MAX_PIXELS, SampleError
+from .compositional_scores import Case, order_case
+from .labelled import LabelledImage, LabelledSet, Place, loader
+
+BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+WRONG_KEYS = ("negative_caption", "negative_captions", "false_caption", "false_captions")
+# The names of the published files, and of the folders of their images (val2017 is COCO's, for SugarCrepe).
+NAMES = (
+    "visual_genome_*.json", "add_*.json", "replace_*.json", "swap_*.json", "examples.jsonl", "*_karpathy_*.json",
+    "flickr30k_*.json",
+)  # fmt: skip
+IMAGE_FOLDERS = ("images", "val2017")
+Record = dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """The keys of a record of one format.
+
+    Attributes:
+        images: the keys of the names of image files.
+        captions: the keys of the right captions, one for each image; "order" has a list of them for one image.
+        wrong: the key of the wrong captions, one or a list.
+        groups: the keys that divide the cases into groups; the mean is taken over the first division.
+    """
+
+    images: tuple[str, ...]
+    captions: tuple[str, ...]
+    wrong: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that every record has."""
+        return (*self.images, *self.captions, *self.wrong)
+
+
+# A record is of the first format whose keys it has. SugarCrepe's category is the name of a file.
+LAYOUTS = {
+    "winoground": Layout(
+        ("image_0", "image_1"), ("caption_0", "caption_1"), (), ("collapsed_tag", "tag", "secondary_tag")
+    ),
+    "aro": Layout(("image_path",), ("true_caption",), ("false_caption",), ("relation_name", "attributes")),
+    "sugarcrepe": Layout(("filename",), ("caption",), ("negative_caption",), ("category",)),
+    "order": Layout(("image",), ("caption",)),
+}  # fmt: skip
+
+
+class Picture(NamedTuple):
+    """An image in a file, or a part of it."""
+
+    name: str
+    box: tuple[float, ...] | None = None  # left, top, width and height
+
+
+@dataclasses.dataclass
+class Pictures(LabelledSet):
+    """The images that records name, each once.
+
+    Attributes:
+        folder: the folder that they lie in.
+        pictures: the images.
+    """
+
+    folder: str = ""
+    pictures: Sequence[Picture] = ()
+
+    def places(self) -> list[Place]:
+        """Return what reads each image."""
+        return [functools.partial(loader, picture.name, _load, self.folder, picture) for picture in self.pictures]
+
+    def stamp(self) -> str:
+        """Return a text that changes when the images do."""
+        return repr((self.folder, [(*picture, _stamp(Path(self.folder, picture.name))) for picture in self.pictures]))
+
+
+def _stamp(path: Path) -> str:
+    try:
+        return file_stamp(os.stat(path))
+    except (OSError, ValueError):
+        return "missing"
+
+
+def _load(folder: str, picture: Picture) -> LabelledImage:
+    sample: RawSample = {LINKS: Links(folder, {"image": picture.name})}
+    keys = Keys(images=("image",))
+    load_links(sample, keys)
+    image = decode_image(sample, keys)
+    if picture.box is not None:
+        left, top, width, height = picture.box
+        is_sane = all(abs(value) <= MAX_PIXELS for value in picture.box)  # neither NaN nor infinite
+        if not (is_sane and width > 0 and height > 0 and width * height <= MAX_PIXELS):
+            box = f"the box of {width:g}x{height:g} pixels at {left:g}, {top:g}"
+            raise SampleError(f"{box} cannot be cut out", "broken box")
+        image = image.crop((left, top, left + width, top + height))
+    return LabelledImage(image, "", ("",))
+
+
+def files_of(data: str) -> list[Path]:
+    """Return the files of records that a name stands for: itself, or those in a folder; none if it is something else.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    path = Path(data)
+    if os.path.isdir(data):  # which a list of shards may be too long a name for
+        return sorted(file for name in NAMES for file in path.glob(name) if file.is_file())
+    # lines of other formats are pairs, as for training
+    is_ours = path.suffix.lower() == ".json" or (
+        path.suffix.lower() == ".jsonl" and os.path.isfile(data) and layout_of(path) not in (None, "order")
+    )
+    return [path] if is_ours and os.path.isfile(data) else []
+
+
+def _records(path: Path, most: int | None = None) -> list[Record]:
+    """Return the records of a file: lines, of which no more than ``most`` are read, a list, or an object of them.
+
+    Raises:
+        ValueError: it is not JSON, is empty, or something in it is no record.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            if path.suffix.lower() == ".jsonl":
+                found: Any = [json.loads(line) for line in itertools.islice(filter(str.strip, file), most)]
+            else:
+                found = json.load(file)
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    found = list(found.values()) if isinstance(found, dict) else found
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path} holds no records")
+    for number, record in enumerate(found):
+        if not isinstance(record, dict):
+            raise ValueError(f"record {number} of {path} is no object but {record!r:.40}")
+    return found
+
+
+def layout_of(path: Path) -> str | None:
+    """Return the format of a file by its first record; None if it has none of them."""
+    first = set(_records(path, 1)[0])
+    known = [name for name, layout in LAYOUTS.items() if set(layout.keys) <= first]
+    return None if not known or (known[0] == "order" and first & set(WRONG_KEYS)) else known[0]
+
+
+def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pictures, list[Case]]:
+    """Return the images of files of one format, and the cases that name them.
+
+    Args:
+        files: the files of records.
+        form: the format.
+        folder: of the images; by default ``images`` or ``val2017`` beside a file, or else its own folder.
+
+    Raises:
+        ValueError: a file cannot be read, a record lacks something, or the folder does not exist.
+    """
+    beside = [files[0].parent / name for name in IMAGE_FOLDERS]
+    root = Path(folder) if folder else next((path for path in beside if path.is_dir()), files[0].parent)
+    if not root.is_dir():
+        raise ValueError(f"--images {folder}: there is no such folder")
+    pictures: dict[Picture, int] = {}
+    cases: list[Case] = []
+    for path in files:
+        for number, record in enumerate(_records(path)):
+            try:
+                own = {"category": path.stem} if form == "sugarcrepe" else {}
+                cases += _cases({**record, **own}, f"{path.name}, record {number}", form, root, pictures)
+            except ValueError as error:
+                raise ValueError(f"record {number} of {path} {error}") from error
+    return Pictures(os.fspath(files[0].parent), folder=os.fspath(root), pictures=list(pictures)), cases
+
+
+def _cases(record: Record, name: str, form: str, root: Path, pictures: dict[Picture, int]) -> Iterator[Case]:
+    """Yield the cases of a record, and add its images to all pictures with their numbers."""
+    layout, box = LAYOUTS[form], _box(record)
+    named = [Picture(_file(root, _text(record, key)), box) for key in layout.images]
+    images = tuple(pictures.setdefault(picture, len(pictures)) for picture in named)
+    if form == "order":
+        captions = _texts(record, layout.captions[0])
+        yield from filter(None, (order_case(name, images[0], caption) for caption in captions))
+        return
+    texts = [_text(record, key) for key in layout.captions]
+    texts += [text for key in layout.wrong for text in _texts(record, key)]
+    groups = {}
+    for key in layout.groups:
+        if value := record.get(key):
+            groups[key] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    yield Case(name, images, tuple(texts), groups)
+
+
+def _box(record: Record) -> tuple[float, ...] | None:
+    values = [record.get(key) for key in BOX]
+    if values == [None] * len(BOX):
+        return None
+    if not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"has no numbers in {', '.join(BOX)}, but {values}")
+    return tuple(float(record[key]) for key in BOX)
+
+
+def _texts(record: Record, key: str) -> list[str]:
+    """Return the texts of a key, which has one or a list."""
+    values = record.get(key)
+    return [_text({key: value}, key) for value in values] if isinstance(values, list) else [_text(record, key)]
+
+
+def _text(record: Record, key: str) -> str:
+    if key not in record:
+        raise ValueError(f"has no {key!r}, only {', '.join(map(repr, record))}")
+    value = record[key]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"has no text as {key!r} but {value!r:.40}")
+    return value
+
+
+def _file(root: Path, name: str) -> str:
+    """Return the name of an image's file; Winoground's come without their suffix."""
+    if "." in Path(name).name:
+        return name
+    found = (f"{name}.{suffix}" for suffix in IMAGE_EXTENSIONS)
+    return next((file for file in found if (root / file).is_file()), name)

@@ -1,0 +1,231 @@
+"""A model that encodes images and texts for evaluations: one of clipfast, or of any package with the same methods."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adopt import apply_to_open_clip
+from ..checkpoints.sources import resolve_source
+from ..distributed.world import ALONE, World
+from ..factory import create_model, get_tokenizer, transform_of
+from ..io.progress import each
+from .store import FeatureStore
+from .zero_shot import TEXTS, Template, encode_texts, prompts_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Change = Callable[["Image.Image"], "Image.Image"]
+OPEN_CLIP_PREFIX = "open_clip:"
+PROBES = ("a photo of a cat.", "Größe: 10 000 × 3, naïve 猫 &amp; Co.", "word " * 100)
+
+
+@dataclasses.dataclass
+class Encoder:
+    """A model with what prepares its images and texts.
+
+    Attributes:
+        name: of the model, for people.
+        model: in evaluation mode; ``encode_image`` and ``encode_text`` take ``normalize=True``.
+        tokenizer: turns a list of texts into ids.
+        transform: turns a PIL image into a tensor [3, H, W].
+        device: of the model.
+        pretrained: the name of its weights, for people.
+        normalize: whether features of images have unit length.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    transform: Callable[..., Tensor]
+    device: str | torch.device = "cpu"
+    pretrained: str | None = None
+    normalize: bool = True
+
+    @classmethod
+    def load(
+        cls, name: str, pretrained: str | None = None, *, device: str, tokenizer_file: str | None = None,
+        cache_dir: str | Path | None = None, backend: str = "auto",
+    ) -> "Encoder":  # fmt: skip
+        """Build a model with its weights; arguments are those of :func:`clipfast.create_model` and ``get_tokenizer``.
+
+        ``open_clip:NAME`` is the model that OpenCLIP builds by that name, on the kernels of this package.
+
+        Raises:
+            ValueError: the model has no weights, there is no such model, or OpenCLIP is not installed.
+        """
+        if not name.startswith(OPEN_CLIP_PREFIX):
+            source = dataclasses.replace(resolve_source(name, pretrained, cache_dir=cache_dir), name=name)
+            model = create_model(source, require_pretrained=True, device=device, backend=backend).eval()
+            tokenizer = get_tokenizer(source, tokenizer_file=tokenizer_file)
+            return cls(name, model, tokenizer, transform_of(model, uint8=True), device, pretrained)
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ValueError(f"--model {name} needs OpenCLIP: pip install open-clip-torch") from error
+        theirs = name.removeprefix(OPEN_CLIP_PREFIX)
+        if not pretrained and ":" not in theirs:
+            raise ValueError(f"{name} has no weights of its own: give --pretrained a tag of OpenCLIP or a checkpoint")
+        folder = None if cache_dir is None else str(cache_dir)
+        model, _, transform = open_clip.create_model_and_transforms(theirs, pretrained, device=device, cache_dir=folder)
+        apply_to_open_clip(model)
+        return cls(name, model.eval(), open_clip.get_tokenizer(theirs), transform, device, pretrained)
+
+    @functools.cached_property
+    def blank(self) -> Tensor:
+        """The input [3, H, W] for an image without content, which has the size and the dtype of any other."""
+        from PIL import Image
+
+        return self.transform(Image.new("RGB", (1, 1)))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A SHA-256 of everything that the features depend on but the input: weights, architecture, preparation."""
+        model = self.model
+        found = hashlib.sha256(repr(model.config if hasattr(model, "config") else model).encode())
+        found.update(re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform)).encode())
+        found.update(repr(self.tokenizer(list(PROBES)).tolist()).encode())  # stands for the whole tokenizer
+        for name, value in model.state_dict().items():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        """Return what features by this model depend on, as plain values, and its name."""
+        about = {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
+        return about if self.normalize else {**about, "normalized": False}
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        """Return the features [B, D] of images [B, 3, H, W]."""
+        features: Tensor = self.model.encode_image(pixels.to(self.device), normalize=self.normalize)
+        return features
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str], store: FeatureStore | None = None, world: World = ALONE) -> Tensor:
+        """Return the features [N, D], of unit length, of texts, which need not be distinct, on rank 0.
+
+        Several ranks share the work; all of them must call this method.
+
+        Args:
+            texts: on rank 0; others need not know them.
+            store: keeps the features, or None.
+            world: the ranks. Other ranks get no features.
+        """
+        distinct = world.on_main(lambda: list(dict.fromkeys(texts)))
+        content = hashlib.sha256(json.dumps(distinct).encode()).hexdigest()[:32]
+        section = None if store is None else world.on_main(lambda: store.section("texts", self.about()))
+        if section is None or not world.on_main(lambda: section.holds(content)):
+            batches = [distinct[start : start + TEXTS] for start in range(0, len(distinct), TEXTS)]
+            mine = each(batches[world.rank :: world.size], "texts", "batches", shown=world.is_main)
+            found = [encode_texts(self.model, self.tokenizer, batch, self.device).cpu() for batch in mine]
+            world.meet()  # parts take different times
+            everyones = world.gather(found)
+            if not world.is_main:
+                return torch.empty(0)
+            in_order = [everyones[number % world.size][number // world.size] for number in range(len(batches))]
+            features = torch.cat(in_order) if in_order else torch.empty(0)
+            if section is not None:
+                section.save(content, {"features": features}, {"texts": distinct})
+        elif world.is_main:
+            features = section.load(content)[0]["features"]
+        else:
+            return torch.empty(0)
+        if len(distinct) == len(texts):
+            return features.to(self.device)  # which may fill half of the memory: without a copy
+        numbers = {text: number for number, text in enumerate(distinct)}
+        return features[[numbers[text] for text in texts]].to(self.device)
+
+    def classifier(
+        self, classnames: Sequence[str], templates: Sequence[Template], store: FeatureStore | None = None,
+        world: World = ALONE,
+    ) -> Tensor:  # fmt: skip
+        """Return classifier weights [D, len(classnames)], as :func:`clipfast.build_zero_shot_classifier` does.
+
+        Raises:
+            ValueError: there are no classes or no templates.
+        """
+        features = self.texts(prompts_of(classnames, templates), store, world)
+        if not world.is_main:
+            return torch.empty(0)
+        return F.normalize(features.unflatten(0, (len(classnames), len(templates))).mean(1), dim=-1).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A change of PIL images, and the transform that follows it."""
+
+    change: Change
+    transform: Callable[..., Tensor]
+
+    def __call__(self, image: "Image.Image") -> Tensor:
+        """Return the changed image as the transform makes it."""
+        return self.transform(self.change(image))
+
+
+class PreparedEncoder(Encoder):
+    """An encoder whose images are changed before another one prepares and encodes them."""
+
+    @classmethod
+    def of(cls, encoder: Encoder, change: Change) -> "PreparedEncoder":
+        """Return the encoder with a change before its transform.
+
+        Args:
+            encoder: has the model.
+            change: of images; if features are kept, its ``repr`` must say everything that it depends on.
+        """
+        fields = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(Encoder)}
+        prepared = cls(**{**fields, "transform": Prepared(change, encoder.transform)})
+        prepared._of, prepared._change = encoder, change
+        return prepared
+
+    _of: Encoder
+    _change: Change
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Return the features of images as the other encoder does."""
+        return self._of.images(pixels)
+
+    def about(self) -> dict[str, Any]:
+        """Return what features by this model depend on, as plain values, and its name."""
+        return {**self._of.about(), "change": repr(self._change)}
+
+
+SIDE = 16  # of thumbnails whose pixels are compared
+
+
+def small_pixels(image: "Image.Image") -> Tensor:
+    """Return an image scaled to 16 x 16 pixels, uint8 [3, 16, 16]."""
+    import numpy as np
+    from PIL import Image
+
+    small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).movedim(-1, 0).contiguous()
+
+
+class PixelEncoder(Encoder):
+    """Takes the place of a model: the similarity of two images is the correlation of the pixels of their thumbnails.
+
+    It finds copies of an image, where a model sees only the content. It has no features of texts.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        super().__init__("pixels", None, None, small_pixels, device)
+
+    def about(self) -> dict[str, Any]:
+        """Return what the features depend on, as plain values."""
+        return {"model": self.name, "side": SIDE}
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Return the features [B, 768] of thumbnails [B, 3, 16, 16], of mean 0 and unit length; 0 for one grey."""
+        flat = pixels.to(self.device).float().flatten(1)
+        return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)

@@ -1,0 +1,236 @@
+"""Features of labelled sets, from which every evaluation starts: encoded block by block, on all ranks, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data import Skipped, made_by_workers
+from ..distributed.world import ALONE, World
+from ..io.progress import Progress, progress
+from .encoder import Encoder
+from .labelled import LabelledSet, in_order, load
+from .store import FeatureStore, Section
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BLOCK = 256  # places of a set that are encoded, and kept, together
+COLUMNS = ("labels", "captions", "groups", "numbers", "digests")
+
+
+@dataclasses.dataclass
+class LabelledFeatures:
+    """Features of an image set, and what is known of each image.
+
+    ``twins`` numbers images by their pixels: images that are equal to the last bit have the same number. No model can
+    tell such images apart, so the label of each is right for all of them.
+    """
+
+    features: Tensor  # [N, embed_dim], unit length
+    labels: list[str]
+    captions: list[tuple[str, ...]]
+    groups: list[str]
+    twins: list[int] = dataclasses.field(default_factory=list)
+    numbers: list[int] = dataclasses.field(default_factory=list)  # places in the set
+    digests: list[bytes] = dataclasses.field(default_factory=list)  # of the pixels
+    left_out: dict[int, Skipped] = dataclasses.field(default_factory=dict)  # by their places
+
+    @classmethod
+    def empty(cls) -> LabelledFeatures:
+        """Return the features of no images."""
+        return cls(torch.empty(0), [], [], [])
+
+    def to(self, device: str | torch.device) -> LabelledFeatures:
+        """Return the same with the features on another device."""
+        return dataclasses.replace(self, features=self.features.to(device))
+
+    @property
+    def classnames(self) -> list[str]:
+        """The distinct labels, sorted; by value if all of them are numbers."""
+        return in_order(self.labels)
+
+    def accepted(self) -> list[set[str]]:
+        """Return, for each image, the labels that are right for it: its own and those of its twins."""
+        by_twin: dict[int, set[str]] = {}
+        for twin, label in zip(self.twins, self.labels, strict=True):
+            by_twin.setdefault(twin, set()).add(label)
+        return [by_twin[twin] for twin in self.twins]
+
+
+def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
+    """Return the features of a whole set, in its order, from those of its parts.
+
+    Raises:
+        ValueError: there are none, or not one image of the set can be used.
+    """
+    left_out = dict(sorted(item for part in parts for item in part.left_out.items()))
+    numbers = [number for part in parts for number in part.numbers]
+    if not numbers:
+        first = next(iter(left_out.values()), None)
+        raise ValueError(
+            "the evaluation set has no images"
+            if first is None
+            else f"not one of the {len(left_out)} images of the evaluation set can be used; first: {first}"
+        )
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    columns: dict[str, list[Any]] = {}
+    for name in COLUMNS:
+        column = [value for part in parts for value in getattr(part, name)]
+        columns[name] = [column[place] for place in order]
+    first_with: dict[bytes, int] = {}
+    twins = [first_with.setdefault(digest, len(first_with)) for digest in columns["digests"]]
+    features = torch.cat([part.features for part in parts if part.numbers])[order]
+    return LabelledFeatures(features, twins=twins, left_out=left_out, **columns)
+
+
+@dataclasses.dataclass
+class _Block:
+    """Images of some places, ready to be encoded: ``pixels`` has a tensor [B, 3, H, W] for each distinct transform."""
+
+    pixels: list[Tensor]
+    found: LabelledFeatures  # without features
+
+
+class _Blocks(Dataset[_Block]):
+    """The blocks of a set, each read, decoded and transformed by whoever asks for it, such as a data worker.
+
+    Encoders with the same transform share its pixels.
+    """
+
+    def __init__(self, images: LabelledSet, encoders: Sequence[Encoder]) -> None:
+        places = images.places()
+        self.places = places if images.numbers is None else [places[number] for number in images.numbers]
+        self.transforms: list[Callable[[Image.Image], Tensor]] = []
+        for encoder in encoders:
+            if encoder.transform not in self.transforms:
+                self.transforms.append(encoder.transform)
+
+    def __getitem__(self, numbers: Sequence[int]) -> _Block:
+        found, images = LabelledFeatures.empty(), []
+        for number in numbers:
+            image = load(self.places[number], number)
+            if isinstance(image, Skipped):
+                found.left_out[number] = image
+                continue
+            pixels = image.image
+            images.append(pixels)
+            found.numbers.append(number)
+            found.digests.append(hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest())
+            found.labels.append(image.label)
+            found.captions.append(image.captions)
+            found.groups.append(image.group)
+        return _Block([torch.stack([f(image) for image in images]) for f in self.transforms if images], found)
+
+
+def encode_set(
+    encoders: Sequence[Encoder],
+    images: LabelledSet,
+    *,
+    batch_size: int = BLOCK,
+    workers: int = 0,
+    store: FeatureStore | None = None,
+    world: World = ALONE,
+    show: Progress | None = None,
+) -> list[LabelledFeatures]:
+    """Return the features of a set by each of several models, for which every image is decoded once.
+
+    Several ranks share the work; all of them must call this function. What ``store`` holds already is not computed
+    again, so that a run that was killed goes on where it was.
+
+    Args:
+        encoders: the models.
+        images: the set. On rank 0 it knows afterwards what was left out on any rank.
+        batch_size: images to encode at once. The features do not depend on the number of ranks, since a batch holds
+            what is usable among ``batch_size`` neighbours.
+        workers: processes of this rank that read and decode; 0 for none but this one.
+        store: keeps the features, or None. Several machines must see the same files.
+        world: the ranks.
+        show: shows the progress of each rank; default: on rank 0.
+
+    Returns:
+        The features on the CPU, one element for each encoder, on rank 0; nothing on other ranks.
+
+    Raises:
+        ValueError: the set cannot be read, or not one of its images can be used.
+    """
+    with world.local_first():  # the others find what it indexes
+        blocks = _Blocks(images, encoders)
+    count = len(blocks.places)
+    ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    sections = world.on_main(lambda: _sections(encoders, images, batch_size, store))
+    numbers = range(len(ranges)) if sections else ()
+    kept = world.on_main(lambda: [n for n in numbers if all(section.holds(_name(n)) for section in sections)])
+    missing = sorted(set(range(len(ranges))) - set(kept))
+    mine = missing[world.rank :: world.size]
+    parts: list[list[LabelledFeatures]] = []
+    show = show or functools.partial(progress, shown=world.is_main)
+
+    def encode() -> None:
+        with (
+            world.phase("evaluation"),
+            show(sum(len(ranges[n]) for n in mine), f"images of {images.data}", "images") as advance,
+            made_by_workers(blocks, [ranges[n] for n in mine], min(workers, len(mine))) as made,
+        ):
+            for number, part in zip(mine, _encode(encoders, blocks, made), strict=True):
+                for section, found in zip(sections, part, strict=False):
+                    section.save(_name(number), *_packed(found))
+                parts.append(part)
+                advance(len(ranges[number]))
+
+    world.agree(encode)
+    everyones = [part for theirs in world.gather(parts) for part in theirs]
+    whole: list[LabelledFeatures] = []
+
+    def join() -> None:
+        read = [[_unpacked(*section.load(_name(number))) for section in sections] for number in kept]
+        whole.extend(join_parts(list(of_one)) for of_one in zip(*everyones, *read, strict=True))
+        images.left_out = dict(whole[0].left_out)
+
+    world.on_main(join)  # all ranks hear of a set of which not one image can be used
+    return whole
+
+
+def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]) -> Iterator[list[LabelledFeatures]]:
+    """Yield the features of blocks by each encoder."""
+    inputs = [blocks.transforms.index(encoder.transform) for encoder in encoders]
+    for block in made:
+        features = [torch.empty(0)] * len(encoders)
+        if block.pixels:
+            features = [encoder.images(block.pixels[i]) for encoder, i in zip(encoders, inputs, strict=True)]
+        yield [dataclasses.replace(block.found, features=x.cpu()) for x in features]
+
+
+def _sections(
+    encoders: Sequence[Encoder], images: LabelledSet, batch_size: int, store: FeatureStore | None
+) -> list[Section]:
+    """Return where the features by each encoder are kept; nothing without a store."""
+    if store is None:
+        return []
+    data = {"data": images.data, "stamp": images.digest(), "block": batch_size}
+    return [store.section("images", {**encoder.about(), **data}) for encoder in encoders]
+
+
+def _name(number: int) -> str:
+    return f"block_{number:06}"
+
+
+def _packed(found: LabelledFeatures) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the features as tensors, and what is known of the images as plain values."""
+    columns: dict[str, Any] = {name: getattr(found, name) for name in COLUMNS}
+    columns["digests"] = [digest.hex() for digest in found.digests]
+    return {"features": found.features}, {**columns, "left_out": {str(n): x for n, x in found.left_out.items()}}
+
+
+def _unpacked(tensors: dict[str, Tensor], columns: dict[str, Any]) -> LabelledFeatures:
+    left_out = {int(number): Skipped(*skipped) for number, skipped in columns.pop("left_out").items()}
+    columns["digests"] = [bytes.fromhex(digest) for digest in columns["digests"]]
+    columns["captions"] = [tuple(texts) for texts in columns["captions"]]
+    return LabelledFeatures(tensors["features"], left_out=left_out, **columns)

@@ -1,0 +1,180 @@
+"""Models between two checkpoints, by interpolation of their weights (WiSE-FT: Wortsman et al. 2022).
+
+A model that was finetuned on new images has often lost some of what it knew before. On the straight line from the
+weights before to the weights after lie models that are good at both. BatchNorm's statistics are interpolated as well.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import (
+    CheckpointError,
+    check_preprocessing,
+    complete_preprocessing,
+    write_open_clip_folder,
+)
+from ..checkpoints.contents import Contents, copy_tokenizer
+from ..checkpoints.layouts import read_contents
+from ..checkpoints.resolve import Wishes, resolve
+from ..factory import set_preprocessing, tokenizer_for, transform_of
+from ..io.files import write_folder
+from ..models import CLIP, CLIPConfig, SigLIPConfig, build
+from ..models.file_tokenizer import FileTokenizer
+from ..models.tokenizer import Tokenizer
+from .encoder import Encoder
+from .evaluate import evaluate
+from .features import encode_set
+from .labelled import LabelledSet
+from .zero_shot import Template
+
+# Settings that the weights of a trained model do not depend on.
+_FREE = ("patch_dropout", "init_logit_scale", "init_logit_bias", "tokenizer")
+
+
+class Interpolation:
+    """The models between two checkpoints.
+
+    Args:
+        first, second: as :func:`clipfast.convert_checkpoint` takes its source.
+        model, activation: the model of both, as for :func:`clipfast.convert_checkpoint`, if they do not say it.
+        cache_dir: the folder of the hub's cache.
+
+    Raises:
+        CheckpointError: one cannot be read, or they hold different models or prepare images differently.
+    """
+
+    def __init__(
+        self,
+        first: str | Path,
+        second: str | Path,
+        *,
+        model: str | None = None,
+        activation: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        wishes = Wishes(model, activation)
+        self.first, self.second = (
+            resolve(read_contents(source, cache_dir=cache_dir), wishes) for source in (first, second)
+        )
+        self.config = self.first.settled_config
+        is_siglip = isinstance(self.config, SigLIPConfig)
+        self.preprocessing, theirs = (
+            complete_preprocessing(one.preprocessing, is_siglip=is_siglip) for one in (self.first, self.second)
+        )
+        check_preprocessing(self.preprocessing, self.first.source)
+        _refuse_difference(self.first, self.second, _settings(self.config), _settings(self.second.settled_config))
+        _refuse_difference(self.first, self.second, self.preprocessing, theirs)
+
+    def weights(self, alpha: float) -> dict[str, Tensor]:
+        """Return the weights (1 - alpha) * first + alpha * second, in float32.
+
+        At 0 and 1 they are those of the checkpoints to the last bit. What is no floating number is the first's.
+
+        Raises:
+            ValueError: ``alpha`` is not from 0 to 1.
+        """
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be from 0 (the first checkpoint) to 1 (the second), got {alpha}")
+        return {
+            name: torch.lerp(value.float(), self.second.state[name].float(), alpha)
+            if value.is_floating_point()
+            else value
+            for name, value in self.first.state.items()
+        }
+
+    def build(self, device: str | torch.device, backend: str = "auto") -> CLIP:
+        """Return a model in evaluation mode, whose weights are random."""
+        with torch.device(device):
+            model = build(self.config).eval()
+        set_preprocessing(model, self.preprocessing)
+        model.set_backend(backend)
+        return model
+
+    def tokenizer(self, file: str | Path | None = None) -> Tokenizer | FileTokenizer:
+        """Return the tokenizer of the models; for SigLIP it is in ``file``, or lies beside a checkpoint.
+
+        Raises:
+            ValueError: there is none, or it does not fit the model.
+        """
+        beside = next((path.parent for one in (self.first, self.second) for path in one.tokenizer), None)
+        return tokenizer_for(self.config, str(self.first.source), file, beside)
+
+    def save(self, alpha: float, folder: Path) -> None:
+        """Write the model at ``alpha`` as a folder in OpenCLIP's layout.
+
+        Raises:
+            ValueError: ``alpha`` is not from 0 to 1.
+            FileExistsError: there is something at ``folder``.
+            DiskFullError: there is no space.
+        """
+        weights = self.weights(alpha)
+
+        def write(temporary: Path) -> None:
+            write_open_clip_folder(temporary, self.config, self.preprocessing, weights)
+            copy_tokenizer(temporary, self.first.tokenizer or self.second.tokenizer)
+
+        write_folder(folder, write)
+
+
+def evaluate_path(
+    models: Interpolation,
+    alphas: Iterable[float],
+    data: Mapping[str, LabelledSet],
+    templates: Sequence[Template] = ("{}",),
+    *,
+    classnames: Sequence[str] | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+    backend: str = "auto",
+    tokenizer: str | Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield for each alpha ``{"alpha": ..., "results": {name of the set: its results}}``.
+
+    Args:
+        models: the models.
+        alphas: from 0 to 1.
+        data: the sets by name.
+        templates, classnames: as :func:`~clipfast.evaluate.evaluate.evaluate` takes them.
+        batch_size: images to encode at once.
+        device, backend: what to compute on, and by which implementation of the ops.
+        tokenizer: the file of a SigLIP model.
+
+    Raises:
+        ValueError: an alpha, a set or the tokenizer cannot be used.
+    """
+    model = models.build(device, backend)
+    transform = transform_of(model, uint8=True)
+    encoder = Encoder(str(models.first.source), model, models.tokenizer(tokenizer), transform, device)
+    for alpha in alphas:
+        model.load_state_dict(models.weights(alpha))
+        results = {}
+        for name, images in data.items():
+            (features,) = encode_set([encoder], images, batch_size=batch_size)
+            results[name] = evaluate(
+                model, encoder.tokenizer, features.to(device), templates, classnames=classnames,
+                skipped=len(images.skipped),
+            ).results  # fmt: skip
+        yield {"alpha": alpha, "results": results}
+
+
+def _settings(config: CLIPConfig) -> dict[str, Any]:
+    """Return what two models must share for their weights to be interpolated, flat."""
+    flat: dict[str, Any] = {"kind": type(config).__name__}
+    for key, value in dataclasses.asdict(config).items():
+        parts = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{part}" if part else key: one for part, one in parts.items()}
+    return {key: value for key, value in flat.items() if key.rpartition(".")[2] not in _FREE}
+
+
+def _refuse_difference(first: Contents, second: Contents, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if keys:
+        raise CheckpointError(
+            f"{first.source} and {second.source} cannot be interpolated: "
+            + "; ".join(f"{key} is {ours.get(key)} in the first and {theirs.get(key)} in the second" for key in keys)
+        )

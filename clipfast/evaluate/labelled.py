@@ -1,0 +1,254 @@
+"""Labelled image sets: reading them, in any order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import LOST, IndexCache, Keys, Skipped, Source, decode_image, expand_shards, open_sources
+from ..data.folders import has_texts
+from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS
+from ..data.names import is_folder
+from ..data.samples import RawSample, captions, field, sample_name
+from ..data.staging import file_stamp
+from ..models.images import SampleError, open_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CHECKED = 64  # images of a set of which one must be usable
+CROSSED_KEYS, CROSSED_GROUPS = "+", " + "  # "race+gender" makes groups such as "White + Male"
+
+
+@dataclasses.dataclass
+class LabelledImage:
+    """One image of an evaluation set.
+
+    Attributes:
+        image: the image.
+        label: the name of its class.
+        captions: its texts, at least one.
+        group: the group that it belongs to; "" without groups.
+        number: its place in the set.
+    """
+
+    image: Image.Image
+    label: str
+    captions: tuple[str, ...]
+    group: str = ""
+    number: int = 0
+
+    @property
+    def caption(self) -> str:
+        """The first of the texts."""
+        return self.captions[0]
+
+
+Loader = tuple[str, Callable[[], LabelledImage]]  # the name of an image, and what decodes it
+Place = Callable[[], Loader]  # reads what is at a place of a set
+
+
+@dataclasses.dataclass
+class LabelledSet:
+    """The images of a folder with one sub-folder per class, or of shards; each iteration reads them anew.
+
+    A folder in which a text or a json lies beside an image is a shard.
+
+    Attributes:
+        data: a folder, or shards as :func:`clipfast.data.expand_shards` takes them.
+        group_by: key of the shards' json that names the group of an image; several joined by "+" cross their groups.
+        label_by: key of the shards' json that names the class; without it the caption does.
+        keys: under which names a sample has its image and its caption.
+        separator: of CSV files, as :class:`clipfast.data.IndexCache` takes it.
+        numbers: the places of the images that are looked at, in rising order; None for all.
+        classes: the sub-folders that are read, if they are classes; None for all.
+        left_out: every image that the last iteration had to leave out, by its place in the set.
+    """
+
+    data: str
+    group_by: str | None = None
+    label_by: str | None = None
+    keys: Keys = DEFAULT_KEYS
+    separator: str | None = None
+    numbers: Sequence[int] | None = None
+    classes: frozenset[str] | None = None
+    left_out: dict[int, Skipped] = dataclasses.field(default_factory=dict)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Every image that the last iteration had to leave out."""
+        return list(self.left_out.values())
+
+    def only(self, numbers: Sequence[int]) -> LabelledSet:
+        """Return the part of the set at some places, in rising order."""
+        return dataclasses.replace(self, left_out={}, numbers=numbers)
+
+    def __iter__(self) -> Iterator[LabelledImage]:
+        """Yield the images in their order.
+
+        Raises:
+            ValueError: there are no images, or not one of them can be used; a part may be empty.
+        """
+        yield from self._usable()
+
+    def check(self) -> None:
+        """Refuse a set that has no images, or of whose first images not one can be used.
+
+        Raises:
+            ValueError: as above.
+        """
+        next(self._usable(CHECKED))
+
+    def _usable(self, most: int | None = None) -> Iterator[LabelledImage]:
+        """Yield the images that can be used among the first ``most``, and note the others."""
+        self.left_out.clear()
+        places, usable = self.places(), 0
+        for number in itertools.islice(range(len(places)) if self.numbers is None else self.numbers, most):
+            found = load(places[number], number)
+            if isinstance(found, Skipped):
+                self.left_out[number] = found
+            else:
+                usable += 1
+                yield found
+        if self.numbers is None and not usable:
+            if not self.left_out:
+                raise ValueError(f"{self.data} holds no images")
+            first = "" if most is None else f"first {len(self.left_out)} "
+            raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
+
+    def places(self) -> list[Place]:
+        """Return what reads each image of the set, whichever of them are looked at.
+
+        Raises:
+            ValueError: the set cannot be read, or a class has no images.
+        """
+        root = self._root_of_classes()
+        if root is not None:
+            return [
+                functools.partial(loader, str(path), _from_file, path)
+                for path in _images_of_classes(root, self.classes)
+            ]
+        shards = expand_shards(self.data)
+        return [place for source in self._sources(shards) for place in self._samples(source)]
+
+    def names(self, numbers: Iterable[int]) -> list[str]:
+        """Return the names of the images at some places; they are read, but not decoded."""
+        places = self.places()
+        return [places[number]()[0] for number in numbers]
+
+    def stamp(self) -> str:
+        """Return a text that changes when the images of the set do, or what is said of them.
+
+        Raises:
+            ValueError: as above.
+        """
+        root = self._root_of_classes()
+        if root is not None:
+            files = [(str(path), file_stamp(os.stat(path))) for path in _images_of_classes(root, self.classes)]
+        else:
+            sources = self._sources(expand_shards(self.data))
+            files = [(shard.name, shard.stamp) for source in sources for shard in source.shards]
+        return repr((self.data, self.group_by, self.label_by, self.keys, self.separator, files))
+
+    def digest(self) -> str:
+        """Return a checksum of the stamp, under which what was made of the set is kept.
+
+        Raises:
+            ValueError: as above.
+        """
+        return hashlib.sha256(self.stamp().encode()).hexdigest()
+
+    def _root_of_classes(self) -> Path | None:
+        """Return the folder whose sub-folders are classes, if the set is one."""
+        shards = expand_shards(self.data)
+        is_classes = len(shards) == 1 and is_folder(shards[0]) and not has_texts(shards[0], self.keys)
+        return Path(shards[0]) if is_classes else None
+
+    def folder_labels(self) -> list[str] | None:
+        """Return the labels of a folder of classes, in their order, without a look at images; None for other sets."""
+        root = self._root_of_classes()
+        return None if root is None else in_order(path.name for path in root.iterdir() if path.is_dir())
+
+    def _sources(self, names: Sequence[str]) -> list[Source]:
+        return open_sources(names, index=IndexCache(separator=self.separator))
+
+    def _samples(self, source: Source) -> Iterator[Place]:
+        """Yield what reads each image of each shard, and after them what stands for each that is lost."""
+        numbers = itertools.count()
+        for shard in source.shards:
+            for number in itertools.islice(numbers, shard.count):
+                yield functools.partial(self._read, source, number)
+            for damage, count in shard.damage.items():
+                place, _, reason = damage.partition(": ")
+                lost = SampleError(f"a pair is lost: {reason}", LOST)
+                for pair in range(count):
+                    name = f"{Path(shard.name).name}/{place}, pair {pair + 1}"
+                    yield functools.partial(loader, name, _fail, lost)
+
+    def _read(self, source: Source, number: int) -> Loader:
+        try:
+            sample = source.read(number, self.keys)
+        except SampleError as error:
+            return loader(source.name(number), _fail, error)
+        return loader(sample_name(sample), self._from_sample, sample)
+
+    def _from_sample(self, sample: RawSample) -> LabelledImage:
+        texts = tuple(captions(sample, keys=self.keys))
+        label = texts[0] if self.label_by is None else field(sample, self.label_by)
+        keys = [] if self.group_by is None else self.group_by.split(CROSSED_KEYS)
+        group = CROSSED_GROUPS.join(field(sample, key) for key in keys)
+        return LabelledImage(decode_image(sample, self.keys), label, texts, group)
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Return the distinct labels in the order of their classes: sorted, by value if all of them are numbers."""
+    names = set(labels)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def load(place: Place, number: int) -> LabelledImage | Skipped:
+    """Return the image at a place of a set, or what is wrong with it."""
+    name, decode = place()
+    try:
+        return dataclasses.replace(decode(), number=number)
+    except ValueError as error:
+        return Skipped(name, getattr(error, "kind", "unusable sample"), str(error))
+
+
+def _images_of_classes(root: Path, classes: frozenset[str] | None) -> list[Path]:
+    """Return the images of each sub-folder of ``root``, or of some, whose name is their label and caption.
+
+    Raises:
+        ValueError: there are no sub-folders, or one has no images.
+    """
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and (classes is None or path.name in classes))
+    if not folders:
+        raise ValueError(f"{root} has no sub-folders; an image folder has one per class")
+    found = {folder: sorted(path for path in folder.iterdir() if _is_image(path)) for folder in folders}
+    empty = [folder for folder, paths in found.items() if not paths]
+    if empty:
+        raise ValueError(f"{empty[0]} has no images ({', '.join(IMAGE_EXTENSIONS)})")
+    return list(itertools.chain(*found.values()))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+
+
+def loader(name: str, load: Callable[..., LabelledImage], *of: Any) -> Loader:
+    """Return the name of an image, and what loads it of something."""
+    return name, functools.partial(load, *of)
+
+
+def _fail(error: SampleError) -> LabelledImage:
+    raise error
+
+
+def _from_file(path: Path) -> LabelledImage:
+    return LabelledImage(open_image(path), path.parent.name, (path.parent.name,))

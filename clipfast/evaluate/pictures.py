@@ -1,0 +1,190 @@
+"""Pictures: the style that all of them share, the learning curve and the images of a run, and curves over steps."""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..io.files import save_figure
+from .evaluate import Evaluation
+from .labelled import LabelledImage
+
+RIGHT, WRONG, CHANCE = "#1a7f37", "#57606a", "tab:red"
+MOST_CURVES = 12  # that are named in a legend
+Interval = tuple[float, float]
+
+
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """Return a figure of a size in inches, with a title over all its axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def title_of(results: Mapping[str, Any]) -> str:
+    """Return the model and the data of results, for a title."""
+    return f"{shorten(results['model'], 60)} on {shorten(results['dataset'], 60)}"
+
+
+def shorten(text: str, length: int, *, keep_end: bool = False) -> str:
+    """Return a text of at most ``length`` characters: a longer one loses its end, or its beginning."""
+    if len(text) <= length:
+        return text
+    return "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
+
+
+def draw_chance(axis: Axes, classes: int) -> None:
+    """Draw the accuracy by chance among so many classes as a line."""
+    axis.axhline(100 / classes, linestyle=":", color=CHANCE, label=f"chance: {100 / classes:.2g}%")
+
+
+def error_bars(shares: Sequence[float], intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
+    """Return how far intervals reach below and above shares, in percent, as matplotlib takes it."""
+    # a bootstrap's interval need not hold the share itself
+    below = [100 * max(0.0, share - low) for share, (low, _) in zip(shares, intervals, strict=True)]
+    above = [100 * max(0.0, high - share) for share, (_, high) in zip(shares, intervals, strict=True)]
+    return below, above
+
+
+def bars(
+    axis: Axes, names: Sequence[str], series: Mapping[str, Sequence[tuple[float, Interval]]],
+    chances: Mapping[str, Sequence[float]] | None = None,
+) -> None:  # fmt: skip
+    """Draw groups of bars with their intervals.
+
+    Args:
+        axis: the place to draw on.
+        names: the names of the groups.
+        series: for each kind of bar a share and its interval in each group.
+        chances: the shares by chance, likewise.
+    """
+    width = 0.8 / len(series)
+    for number, (label, found) in enumerate(series.items()):
+        places = [place + width * (number + 0.5) - 0.4 for place in range(len(names))]
+        shares, intervals = zip(*found, strict=True)
+        heights = [100 * share for share in shares]
+        drawn = axis.bar(places, heights, 0.95 * width, label=label)
+        behind = {"color": "white", "alpha": 0.8, "pad": 1}
+        axis.bar_label(drawn, fmt="%.1f", label_type="center", fontsize=8, bbox=behind, zorder=5)
+        axis.errorbar(places, heights, error_bars(shares, intervals), fmt="none", color="black", capsize=3)
+        if chances:
+            levels = [100 * share for share in chances[label]]
+            ends = [place - width / 2 for place in places], [place + width / 2 for place in places]
+            axis.hlines(levels, *ends, CHANCE, ":", label="" if number else "chance")
+    rotation = 30 if max(map(len, names)) > 10 else 0
+    axis.set_xticks(range(len(names)), names, rotation=rotation, ha="right" if rotation else "center", fontsize=8)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8, loc="upper right")
+
+
+def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, path: Path) -> None:
+    """Draw the figures of a watched run over the steps of training.
+
+    Args:
+        points: steps, in any order, and the shares after each, by name.
+        title: the title of the picture.
+        path: the file to write.
+    """
+    figure = new_figure(8, 5, shorten(title, 90))
+    axis = figure.subplots()
+    names = list(dict.fromkeys(name for _, found in points for name in found))
+    for name in names:
+        steps, values = zip(*sorted((step, 100 * found[name]) for step, found in points if name in found), strict=True)
+        is_mean = name.startswith("mean")
+        label = f"{shorten(name, 50)}: {values[-1]:.1f}%" if is_mean or len(names) <= MOST_CURVES else None
+        axis.plot(steps, values, "o-", linewidth=2.5 if is_mean else 1, markersize=4, label=label)
+    axis.set(xlabel="step", ylabel="%")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    save_figure(figure, path)
+
+
+def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Plot the training loss, and the accuracy on the validation set if there is one, against the step."""
+    losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
+    evals = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
+    figure = new_figure(8, 4.5)
+    axis = figure.subplots()
+    if losses:
+        axis.plot(*zip(*losses, strict=True), color="tab:blue")
+    axis.set(title=title, xlabel="step")
+    axis.set_ylabel("training loss (mean since last point)", color="tab:blue")
+    axis.set_ylim(bottom=0)
+    if evals:
+        right = axis.twinx()
+        curves = {
+            "zero-shot top-5": ("--", [found["zero_shot"]["top5"] for _, found in evals]),
+            "zero-shot top-1": ("-", [found["zero_shot"]["top1"] for _, found in evals]),
+            "text to image R@1": (":", [found["retrieval"]["text_to_image"]["R@1"] for _, found in evals]),
+        }
+        for name, (style, shares) in curves.items():
+            color = "tab:green" if style == ":" else "tab:orange"
+            values = [100 * share for share in shares]
+            label = f"{name}: {values[-1]:.1f}%"
+            right.plot([step for step, _ in evals], values, style, marker="o", color=color, label=label)
+        draw_chance(right, evals[-1][1]["classes"])
+        right.set_ylabel("validation, %", color="tab:orange")
+        right.set_ylim(bottom=0)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save_figure(figure, path)
+
+
+def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path: Path) -> None:
+    """Draw some images, each with the five captions that the model finds most like it; right captions are marked."""
+    rows, columns, total = 6, 4, len(evaluation.predictions)
+    chosen = set(random.Random(0).sample(range(total), min(rows * columns, total)))
+    shown = [(index, item) for index, item in enumerate(images) if index in chosen]
+    results = evaluation.results
+    title = (
+        f"{len(shown)} of {total} validation images with their five best captions of {results['classes']}; "
+        f"right ones in bold green\noverall top-1 {results['zero_shot']['top1']:.1%}, "
+        f"top-5 {results['zero_shot']['top5']:.1%}"
+    )
+    figure = new_figure(4.1 * columns, 1.55 * rows + 0.7, title)
+    axes = figure.subplots(rows, 2 * columns, width_ratios=(1, 2.1) * columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for place, (index, item) in enumerate(shown):
+        picture, text = axes.flat[2 * place], axes.flat[2 * place + 1]
+        picture.imshow(item.image)
+        picture.set_title(shorten(item.label, 18), fontsize=8)
+        for k, (caption, right) in enumerate(zip(evaluation.predictions[index], evaluation.right[index], strict=True)):
+            label = f"{'✓' if right else k + 1} {shorten(caption, 30)}"
+            color, weight = (RIGHT, "bold") if right else (WRONG, "normal")
+            text.text(0, 0.92 - 0.2 * k, label, fontsize=8.5, va="top", color=color, weight=weight)
+    save_figure(figure, path, dpi=110)
+
+
+def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Plot zero-shot accuracy on each set over alpha; with two sets or more, also that on the others over the first's.
+
+    Args:
+        rows: as :func:`~clipfast.evaluate.interpolation.evaluate_path` yields them.
+        title: the title of the picture.
+        path: the file to write.
+    """
+    alphas, sets = [row["alpha"] for row in rows], rows[0]["results"]
+    top1 = {name: [100 * row["results"][name]["zero_shot"]["top1"] for row in rows] for name in sets}
+    (first, x), *others = top1.items()
+    figure = new_figure(11 if others else 6, 4.5, title)
+    axes = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
+    for name, y in top1.items():
+        axes[0].plot(alphas, y, marker="o", label=shorten(name, 40))
+    for classes in sorted({found["classes"] for found in sets.values()}):
+        draw_chance(axes[0], classes)
+    axes[0].set(xlabel="alpha", ylabel="zero-shot top-1, %")
+    for number, (name, y) in enumerate(others, 1):
+        axes[1].plot(x, y, marker="o", color=f"C{number}", label=shorten(name, 40))
+        axes[1].set(xlabel=f"top-1 on {shorten(first, 40)}, %", ylabel="top-1 on the others, %")
+    for alpha, *place in zip(alphas, x, others[0][1], strict=True) if others else ():
+        axes[1].annotate(f"{alpha:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
+    for axis in axes:
+        axis.legend()
+    save_figure(figure, path)

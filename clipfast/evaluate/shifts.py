@@ -1,0 +1,156 @@
+"""Synthetic shifts: images made worse in six ways, with five strengths each, as ImageNet-C does (Hendrycks 2019).
+
+A strength means the same for images of every size. Lengths are shares of the shorter side. Noise and JPEG have the
+grain of an image of 224 pixels. In a smaller image the grain is halfway between that and its own pixels, on a
+logarithmic scale, so that both are weaker there, but not averaged away. What is drawn at random depends on the pixels
+of the image, the shift and the seed: it is the same in every process, and a larger strength has more of the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no Pillow
+    from PIL import Image
+
+SIDE = 224  # of the images that the strengths are made for, in pixels
+GREY = (128, 128, 128)
+# How much of it, for the strengths 1 to 5.
+AMOUNTS: dict[str, tuple[float, ...]] = {
+    "blur": (1, 2, 4, 7, 11),  # standard deviation of the Gaussian in an image of 224 pixels
+    "noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation, where white is 1
+    "jpeg": (25, 18, 15, 10, 7),  # quality
+    "hue": (0.05, 0.1, 0.2, 0.3, 0.5),  # share of the colour wheel, either way
+    "rotation": (10, 20, 40, 60, 90),  # degrees, either way
+    "occlusion": (0.05, 0.1, 0.2, 0.35, 0.5),  # share of the area under a grey rectangle
+}
+SHIFTS = tuple(AMOUNTS)
+STRENGTHS = range(1, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """One shift of images; called with an image, it returns the shifted one.
+
+    Attributes:
+        name: one of ``SHIFTS``.
+        strength: from 1 to 5.
+        seed: of what is drawn at random.
+        amount: what the strength stands for, so that the text of the shift says it.
+    """
+
+    name: str
+    strength: int
+    seed: int = 0
+    amount: float = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what there is not.
+
+        Raises:
+            ValueError: there is no such shift or strength.
+        """
+        if self.name not in AMOUNTS:
+            raise ValueError(f"shift must be one of {', '.join(SHIFTS)}, got {self.name!r}")
+        if self.strength not in STRENGTHS:
+            raise ValueError(f"strength of a shift must be from 1 to 5, got {self.strength}")
+        object.__setattr__(self, "amount", AMOUNTS[self.name][self.strength - 1])
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the shifted image, of the same size; ``image`` must be RGB."""
+        return _FUNCTIONS[self.name](image, self.amount, self._generator(image))
+
+    def _generator(self, image: Image.Image) -> np.random.Generator:
+        content = hashlib.sha256(f"{self.name} {self.seed} {image.size}".encode() + image.tobytes()).digest()
+        return np.random.default_rng(int.from_bytes(content[:16], "little"))
+
+
+def _blur(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Image:
+    from PIL import ImageFilter
+
+    return image.filter(ImageFilter.GaussianBlur(amount * min(image.size) / SIDE))
+
+
+def _noise(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
+    width, height = _grained(image.size)
+    noise = amount * 255 * generator.standard_normal((height, width, 3), np.float32)
+    return _added(image, noise)
+
+
+def _jpeg(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Image:
+    from PIL import Image
+
+    from ..models.images import compressed
+
+    clean = image.resize(_grained(image.size), Image.Resampling.BICUBIC)
+    return _added(image, np.asarray(compressed(clean, int(amount)), np.float32) - np.asarray(clean, np.float32))
+
+
+def _hue(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
+    from PIL import Image
+
+    pixels = np.array(image.convert("HSV"))
+    pixels[..., 0] += np.uint8(round(256 * _either_way(amount, generator)) % 256)  # which wraps round, as hues do
+    return Image.frombytes("HSV", image.size, pixels.tobytes()).convert("RGB")
+
+
+def _rotation(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
+    from PIL import Image
+
+    pixels = np.asarray(image, np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    corners = tuple(round(float(value)) for value in np.median(border, axis=0))
+    return image.rotate(_either_way(amount, generator), Image.Resampling.BICUBIC, fillcolor=corners)
+
+
+def _occlusion(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
+    # At the same share of the room that there is, a larger rectangle covers what a smaller one does.
+    box = []
+    for side in image.size:
+        length = max(1, round(math.sqrt(amount) * side))
+        start = round(generator.random() * (side - length))
+        box.append((start, start + length))
+    (left, right), (top, bottom) = box
+    shifted = image.copy()
+    shifted.paste(GREY, (left, top, right, bottom))
+    return shifted
+
+
+_FUNCTIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.Image]] = {
+    "blur": _blur,
+    "noise": _noise,
+    "jpeg": _jpeg,
+    "hue": _hue,
+    "rotation": _rotation,
+    "occlusion": _occlusion,
+}
+
+
+def _either_way(amount: float, generator: np.random.Generator) -> float:
+    return amount if generator.random() < 0.5 else -amount
+
+
+def _grained(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of the image whose pixels are the grain of noise, and the blocks of JPEG, in an image."""
+    shorter = min(size)
+    scale = SIDE / shorter if shorter > SIDE else math.sqrt(SIDE / shorter)
+    width, height = (max(1, round(scale * side)) for side in size)
+    return width, height
+
+
+def _added(image: Image.Image, change: np.ndarray) -> Image.Image:
+    """Return an image with a change [H, W, 3] of another size added to it."""
+    from PIL import Image
+
+    planes = [
+        Image.fromarray(np.ascontiguousarray(change[..., channel])).resize(image.size, Image.Resampling.BOX)
+        for channel in range(3)
+    ]
+    pixels = np.asarray(image, np.float32) + np.stack([np.asarray(plane) for plane in planes], -1)
+    return Image.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8))

@@ -1,0 +1,87 @@
+"""A folder of features that were computed once, each with a note of what made them."""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..io.files import replace_file, replace_text
+
+log = logging.getLogger("clipfast")
+ABOUT = "about.json"
+VERSION = 1
+
+
+class FeatureStore:
+    """``FOLDER/<kind>/<digest of what made them>/``, with the parts of one set of features in files.
+
+    A part is whole or not there, whenever a process is killed. Nothing is ever removed: delete what you do not need.
+
+    Args:
+        folder: is made if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def section(self, kind: str, about: dict[str, Any]) -> "Section":
+        """Return the part of the store for features of one origin.
+
+        Args:
+            kind: "images" or "texts".
+            about: what the features depend on, as plain values; it is written into the folder.
+        """
+        about = {"version": VERSION, **about}
+        text = json.dumps(about, indent=2, sort_keys=True) + "\n"
+        folder = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / ABOUT).exists():
+            replace_text(folder / ABOUT, text)
+        return Section(folder)
+
+
+class Section(NamedTuple):
+    """The features of one origin."""
+
+    folder: Path
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def holds(self, name: str) -> bool:
+        """Return True if there is a part of this name, and it can be read."""
+        if not self._path(name).exists():
+            return False
+        try:
+            self.load(name)
+        except Exception as error:  # Broken files make the reader raise almost anything.
+            log.warning(f"{self._path(name)} cannot be read, and is computed again: {error}")
+            return False
+        return True
+
+    def save(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Write a part: tensors, and plain values.
+
+        Raises:
+            DiskFullError: there is no space.
+        """
+        from safetensors.torch import save_file
+
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in contiguous.values())
+        # Several processes may compute the same part: each has a temporary file of its own.
+        own = self.folder / f"{name}.{os.getpid()}.safetensors"
+        replace_file(own, lambda path: save_file(contiguous, path, {"values": json.dumps(values)}), size)
+        own.replace(self._path(name))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return a part as it was saved."""
+        from safetensors import safe_open
+
+        with safe_open(self._path(name), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["values"])

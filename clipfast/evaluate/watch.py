@@ -1,0 +1,277 @@
+"""Evaluation of the checkpoints of a run as they appear, from another process than the one that trains."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import CheckpointError, load_weights, own_config, own_preprocessing, read_checkpoint
+from ..checkpoints.sharded import MANIFEST, read_parts
+from ..factory import set_preprocessing, tokenizer_for, transform_of
+from ..models import CLIPConfig, build
+from ..runs.folder import RunFolder, append, read_lines
+from ..runs.metrics import NO_TENSORBOARD, TensorBoard, evaluation_metrics
+from ..runs.status import FINISHED, WANTED, metrics_text, read_status
+from .encoder import Encoder
+from .evaluate import evaluate
+from .features import encode_set
+from .labelled import LabelledSet
+from .zero_shot import Template
+
+log = logging.getLogger("clipfast")
+NAME = "evaluations.jsonl"
+INTERVAL = 30  # seconds between two looks at a run
+
+
+@dataclasses.dataclass
+class CheckpointModel:
+    """The model of a run's checkpoints, which is built once.
+
+    Attributes:
+        device, backend: what to compute on, and by which implementation of the ops.
+        tokenizer_file: of a SigLIP model.
+    """
+
+    device: str = "cpu"
+    backend: str = "auto"
+    tokenizer_file: str | None = None
+    _encoder: Encoder | None = None
+    _config: CLIPConfig | None = None
+
+    def load(self, checkpoint: dict[str, Any], source: Path) -> Encoder:
+        """Return the model with the weights of a checkpoint, until the next one is loaded.
+
+        Raises:
+            ValueError: the checkpoint does not say its model, or cannot be loaded.
+        """
+        config = own_config(checkpoint, source)
+        if config is None:
+            raise CheckpointError(
+                f"{source} does not say which model it is of: evaluate it by --model NAME --pretrained {source}"
+            )
+        if self._encoder is None or config != self._config:
+            with torch.device(self.device):
+                model = build(config).eval()
+            set_preprocessing(model, own_preprocessing(checkpoint))
+            model.set_backend(self.backend)
+            tokenizer = tokenizer_for(config, str(source), self.tokenizer_file)
+            self._encoder = Encoder(str(source), model, tokenizer, transform_of(model, uint8=True), self.device)
+            self._config = config
+        load_weights(self._encoder.model, checkpoint, source)
+        return self._encoder
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Evaluates checkpoints of one run on a labelled set.
+
+    Attributes:
+        images: the set.
+        templates, classnames, leave_out: as :func:`~clipfast.evaluate.evaluate.evaluate` takes them.
+        batch_size: images to encode at once.
+        workers: processes that read and decode them; 0 for none but this one.
+        model: of the checkpoints.
+    """
+
+    images: LabelledSet
+    templates: Sequence[Template] = ("{}",)
+    classnames: Sequence[str] | None = None
+    leave_out: Sequence[str] = ()
+    batch_size: int = 256
+    workers: int = 0
+    model: CheckpointModel = dataclasses.field(default_factory=CheckpointModel)
+
+    def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+        """Return the figures of a checkpoint, as :func:`~clipfast.evaluate.evaluate.evaluate` does.
+
+        Raises:
+            ValueError: the checkpoint does not say its model, or cannot be loaded, or the set cannot be evaluated.
+        """
+        encoder = self.model.load(checkpoint, source)
+        (features,) = encode_set([encoder], self.images, batch_size=self.batch_size, workers=self.workers)
+        return evaluate(
+            encoder.model, encoder.tokenizer, features.to(encoder.device), self.templates, classnames=self.classnames,
+            leave_out=self.leave_out, skipped=len(self.images.skipped),
+        ).results  # fmt: skip
+
+
+class Shown(NamedTuple):
+    """What is shown of the results of a checkpoint.
+
+    Attributes:
+        scalars: the figures for TensorBoard.
+        drawn: the shares that a picture has, by their names for people.
+        words: a line for the terminal.
+    """
+
+    scalars: Callable[[Mapping[str, Any]], Mapping[str, float]]
+    drawn: Callable[[Mapping[str, Any]], Mapping[str, float]]
+    words: Callable[[Mapping[str, Any]], str]
+
+
+def _drawn(results: Mapping[str, Any]) -> dict[str, float]:
+    found = evaluation_metrics(results)
+    return {name: found[key] for name, key in WANTED if key in found} | {"chance of top-1": 1 / results["classes"]}
+
+
+ZERO_SHOT = Shown(evaluation_metrics, _drawn, lambda results: metrics_text(evaluation_metrics(results)))
+
+
+class Watch:
+    """The evaluations of a run's checkpoints, of which each is a line in a file in its folder.
+
+    Args:
+        folder: of the run.
+        evaluator: gives the figures of a checkpoint, from its content and its path.
+        settings: what the figures depend on, such as the data. A checkpoint is evaluated once for the same settings.
+        average: evaluate the average of the weights (EMA) where a checkpoint has one.
+        name: of the file.
+        shown: what TensorBoard, a picture and the terminal show of the figures.
+
+    Attributes:
+        lines: those of the file that have the same settings.
+    """
+
+    def __init__(
+        self, folder: Path, evaluator: Callable[[dict[str, Any], Path], dict[str, Any]], settings: Mapping[str, Any],
+        *, average: bool = True, name: str = NAME, shown: Shown = ZERO_SHOT,
+    ) -> None:  # fmt: skip
+        self.folder, self.evaluator, self.average, self.shown = RunFolder(folder), evaluator, average, shown
+        self.settings = {**settings, "average": average}
+        self.path = folder / name
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            append(self.path, "\n")  # the next line must not continue one that a kill cut short
+        self.lines = [line for line in read_lines(self.path) if self.settings.items() <= line.items()]
+        self._files = {(line["file_time"], line["bytes"]) for line in self.lines}
+        self._weights = {(line["step"], line["weights"]) for line in self.lines}
+        self._tensorboard: TensorBoard | None = None
+        place = Path(name).stem + "-" + re.sub(r"\W+", "-", str(settings.get("data", ""))).strip("-")[-60:]
+        try:
+            points = ((line["step"], self._scalars(line), line["time"]) for line in self.lines)
+            self._tensorboard = TensorBoard(folder / "tensorboard" / place, points)
+        except ImportError:
+            log.warning(NO_TENSORBOARD)
+
+    def _scalars(self, line: Mapping[str, Any]) -> dict[str, float]:
+        return {f"val/{name}": value for name, value in self.shown.scalars(line["eval"]).items()}
+
+    def run(self, interval: float) -> Iterator[dict[str, Any]]:
+        """Evaluate what there is and what comes, the oldest first, until the run is finished; yield each line.
+
+        Args:
+            interval: seconds between two looks at the folder.
+        """
+        while True:
+            # A run that is finished before the look has written its last checkpoint before it.
+            is_finished = read_status(self.folder.path)["state"] == FINISHED
+            yield from self.look()
+            if is_finished:
+                return
+            time.sleep(interval)
+
+    def look(self) -> Iterator[dict[str, Any]]:
+        """Evaluate the checkpoints that there are and that were not evaluated yet."""
+        while (oldest := self._oldest()) is not None:
+            line = self._evaluated(*oldest)
+            if line is not None:
+                yield line
+
+    def _oldest(self) -> tuple[Path, tuple[int, int]] | None:
+        """Return the oldest checkpoint that was not evaluated yet, and what is known of its file."""
+        files = {file: path for path in self.folder.kept() if (file := _file(path)) is not None}
+        new = files.keys() - self._files
+        return (files[min(new)], min(new)) if new else None
+
+    def _evaluated(self, path: Path, file: tuple[int, int]) -> dict[str, Any] | None:
+        """Evaluate a checkpoint and record it; None if it is gone, damaged, or was evaluated under another name.
+
+        The name may have moved to a newer file, or be gone while the file has another name: the next look finds both.
+        """
+        try:
+            # the state of the optimizer may be twice the size of the weights
+            checkpoint = read_parts(path, without=("optimizer",)) if path.is_dir() else read_checkpoint(path)
+        except CheckpointError as error:
+            if _file(path) == file:
+                self._files.add(file)
+                print(f"clipfast eval: left out: {error}", file=sys.stderr)
+            return None
+        if _file(path) != file:
+            return None
+        self._files.add(file)
+        if self.average and "state_dict_ema" in checkpoint:
+            checkpoint["state_dict"] = checkpoint["state_dict_ema"]
+        progress = checkpoint.get("clipfast", {}).get("progress", {})
+        step, weights = progress.get("step", 0), _digest(checkpoint["state_dict"])
+        if (step, weights) in self._weights:
+            return None
+        results = self.evaluator(checkpoint, path)
+        line = {
+            "step": step, "samples_seen": progress.get("seen"), "epoch": checkpoint.get("epoch"),
+            "time": round(time.time(), 3), "checkpoint": path.name, "file_time": file[0], "bytes": file[1],
+            "weights": weights, **self.settings, "eval": results,
+        }  # fmt: skip
+        self._weights.add((step, weights))
+        self.lines.append(line)
+        append(self.path, json.dumps(line) + "\n")
+        if self._tensorboard is not None:
+            self._tensorboard.add(step, self._scalars(line), line["time"])
+        return line
+
+    def close(self) -> None:
+        """Write what is left for TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) -> None:
+    """Print a line for each checkpoint, and draw all of them anew, until the run is finished, or Ctrl-C.
+
+    Args:
+        watch: evaluates the checkpoints.
+        interval: seconds between two looks at the folder.
+        title: the title of the picture.
+        plot: the file of the picture, or None.
+    """
+
+    def draw() -> None:
+        if plot is not None and watch.lines:
+            from .pictures import steps_plot
+
+            steps_plot([(line["step"], watch.shown.drawn(line["eval"])) for line in watch.lines], title, plot)
+
+    try:
+        draw()
+        for line in watch.run(interval):
+            print(f"step {line['step']} ({line['checkpoint']}): {watch.shown.words(line['eval'])}", flush=True)
+            draw()
+    except KeyboardInterrupt:
+        pass  # the usual end
+    finally:
+        watch.close()
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    """Return the time and the size of a checkpoint, of a folder those of its list of files; None if it is not there."""
+    try:
+        status = (path / MANIFEST if path.is_dir() else path).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Return a checksum of weights: a run that goes on may write the same checkpoint anew, or another one."""
+    found = hashlib.sha256()
+    for name, value in state.items():
+        found.update(name.encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]

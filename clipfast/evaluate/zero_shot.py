@@ -1,0 +1,108 @@
+"""Zero-shot classification by prompts made from the class names (Radford et al. 2021, section 3.1)."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..io.progress import Progress, progress
+from ..models import CLIP
+from ..models.tokenizer import trim_padding
+
+TEXTS = 256  # texts to encode at once
+Template = str | Callable[[str], str]
+
+
+@functools.cache
+def _assets() -> dict[str, tuple[str, ...]]:
+    raw: dict[str, list[str]] = json.loads(files("clipfast").joinpath("assets/imagenet_zero_shot.json").read_text())
+    return {key: tuple(value) for key, value in raw.items()}
+
+
+OPENAI_IMAGENET_TEMPLATES = _assets()["templates"]
+SIMPLE_IMAGENET_TEMPLATES = _assets()["simple_templates"]
+IMAGENET_CLASSNAMES = _assets()["classnames"]
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "plain": ("{}",),
+    "simple": SIMPLE_IMAGENET_TEMPLATES,
+    "openai": OPENAI_IMAGENET_TEMPLATES,
+}
+
+
+def encode_texts(
+    model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device
+) -> Tensor:
+    """Return the normalised features [len(texts), embed_dim] of texts.
+
+    Padding is left out if the model says that it does not read it. Other packages' models do not say, and keep theirs.
+    """
+    ids = tokenizer(texts)
+    ids = ids if getattr(model, "reads_padding", True) else trim_padding(ids)
+    return model.encode_text(ids.to(device), normalize=True)
+
+
+def prompts_of(classnames: Sequence[str], templates: Sequence[Template]) -> list[str]:
+    """Return the prompts of each class, one for each template, class after class.
+
+    Raises:
+        ValueError: there are no classes or no templates.
+    """
+    if not classnames or not templates:
+        raise ValueError(
+            f"zero-shot classifier needs class names and templates, got {len(classnames)} and {len(templates)}"
+        )
+    return [t.replace("{}", name) if isinstance(t, str) else t(name) for name in classnames for t in templates]
+
+
+@torch.no_grad()
+def build_zero_shot_classifier(
+    model: CLIP,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[Template],
+    num_classes_per_batch: int = 10,
+    device: str | torch.device = "cpu",
+    use_tqdm: bool = False,
+    show: Progress | None = None,
+) -> Tensor:
+    """Return classifier weights: the mean of each class's prompt features, scaled to unit length.
+
+    Args:
+        model: must be in evaluation mode.
+        tokenizer: of the model, as :func:`clipfast.get_tokenizer` returns it.
+        classnames: one name per class.
+        templates: strings with ``{}`` in place of the name, or functions that turn a name into a prompt.
+        num_classes_per_batch: number of classes to encode at once, each with all templates.
+        device: the model's device.
+        use_tqdm: show how far it is.
+        show: shows that in place of the usual bar or lines.
+
+    Returns:
+        [embed_dim, len(classnames)]; features of images @ these weights are cosine similarities.
+
+    Raises:
+        ValueError: there are no classes or no templates.
+    """
+    prompts = prompts_of(classnames, templates)
+    weights = []
+    show = show or functools.partial(progress, shown=use_tqdm)
+    with show(len(classnames), "prompts of classes", "classes") as advance:
+        for start in range(0, len(classnames), num_classes_per_batch):
+            batch = prompts[start * len(templates) : (start + num_classes_per_batch) * len(templates)]
+            features = encode_texts(model, tokenizer, batch, device).unflatten(0, (-1, len(templates)))
+            weights.append(F.normalize(features.mean(1), dim=-1))
+            advance(len(features))
+    return torch.cat(weights).T
+
+
+def top_classes(image_features: Tensor, classifier: Tensor, k: int, block: int = 4096) -> Tensor:
+    """Return the ``k`` most similar classes of each image, best first: [N, embed_dim] -> [N, k].
+
+    Only the scores of ``block`` images are held at a time.
+    """
+    k = min(k, classifier.shape[1])
+    return torch.cat([(rows @ classifier).topk(k, dim=1).indices for rows in image_features.split(block)])

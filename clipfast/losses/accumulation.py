@@ -1,0 +1,277 @@
+"""Exact gradients of a large batch in the memory of a small one.
+
+To sum the gradients of the losses of small batches would lose the negatives between them.
+
+With micro-batches X_k, features F_k = f(X_k; w), scale s and the loss L of all features at once:
+
+    pass 1, without a graph      F_k = f(X_k; w)
+    loss                         L(F_1, ..., F_n, s),  G_k = dL/dF_k,  dL/ds
+    pass 2, one graph at a time  f(X_k; w) again, backward from G_k:  dL/dw = sum_k G_k dF_k/dw
+
+That is the chain rule, so nothing is approximated, provided that pass 2 computes the same features as pass 1. Therefore
+it draws the same random numbers and starts from the same buffers. It costs one more forward pass. Memory holds the
+activations of one micro-batch, and the features and their gradients, [B, D], of the whole batch.
+
+What equals what: the loss and its gradients are always those of L(f(X_1), ..., f(X_n)) in one graph. They are those of
+the whole batch, L(f(X)), if f treats every pair on its own:
+
+    layer normalisation, attention, ...      yes
+    BatchNorm in eval mode, or frozen        yes
+    BatchNorm in train mode                  no: each micro-batch is normalised by its own statistics ("ghost batch
+                                             normalisation", Hoffer et al. 2017), as each GPU would do with its share
+    dropout, patch dropout, random depth     in distribution: random numbers are drawn micro-batch by micro-batch, so
+                                             from the same seed a whole batch draws others
+
+Running statistics are updated once per micro-batch, in order, as in one pass over the micro-batches.
+Method: GradCache (Gao et al. 2021).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..kernels import contrastive_loss
+
+OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
+
+
+def accumulate_gradients(
+    model: nn.Module, images: Tensor, texts: Tensor, micro_batch_size: int,
+    loss: Callable[..., Tensor] = contrastive_loss, *, loss_scale: Tensor | float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Do what ``loss(*model(images, texts)).backward()`` does, with the activations of one micro-batch at a time.
+
+    Gradients are added to ``.grad``. Afterwards, random number generators and buffers are as one forward pass over the
+    micro-batches would leave them. Call it inside ``torch.autocast`` if the model is to run under autocast; backward
+    passes run outside. If one micro-batch holds the whole batch, that plain expression is computed.
+
+    ``DistributedDataParallel`` exchanges gradients in the last micro-batch only. The loss may be distributed
+    (``distributed_contrastive_loss``, ``ClipLoss``), since it gets all features of this rank at once.
+
+    Args:
+        model: is called with images and texts of a micro-batch. It returns (image_features, text_features,
+            logit_scale) and perhaps logit_bias, as a tuple or as a dict with these names. Scale and bias must be the
+            same for every micro-batch. All state that its forward pass changes must be in buffers.
+        images, texts: [B, ...] each.
+        micro_batch_size: number of pairs in a micro-batch, at least 1; the last micro-batch may be smaller.
+        loss: a ``ClipLoss``, a ``SigLipLoss`` or any function that maps the outputs of the model for all B pairs, in
+            the order above, to one number. Parameters of the loss get their gradients as well.
+        loss_scale: factor on all gradients, such as that of a ``GradScaler``: ``scaler.scale(torch.ones((), ...))``.
+
+    Returns the loss, without ``loss_scale`` and without a graph.
+
+    Raises:
+        ValueError: if there are no pairs, not as many images as texts, a micro-batch size below 1, or a model that
+            does not return one feature per image and text.
+        TypeError: if the model returns something else, or the loss is not a tensor of one element.
+    """
+    _check(images, texts, micro_batch_size)
+    if micro_batch_size >= len(images):
+        return _loss_backward(loss, _outputs(model(images, texts)), loss_scale)
+    parts = list(zip(images.split(micro_batch_size), texts.split(micro_batch_size), strict=True))
+    devices = _accelerators(model, images, texts)
+    before, random_states, features = _Buffers(model), [], []
+    with torch.no_grad():
+        for part in parts:
+            random_states.append(_random_state(devices))
+            features.append(_outputs(model(*part)))
+    torch.clear_autocast_cache()  # it holds cast weights of this pass, through which no gradient flows
+    after = _Buffers(model)
+    inputs = _join(features, len(images))
+    value = _loss_backward(loss, inputs, loss_scale)
+    random_after = _random_state(devices)
+    gradients = _gradients(inputs, micro_batch_size)
+    before.restore()
+    try:
+        for index, (part, state) in enumerate(zip(parts, random_states, strict=True)):
+            _set_random_state(devices, state)
+            with _without_exchange(model, when=index < len(parts) - 1):
+                _backward_from(model(*part), gradients[index])
+    finally:
+        after.restore()
+        _set_random_state(devices, random_after)
+    return value
+
+
+def largest_micro_batch(
+    model: nn.Module,
+    images: Tensor,
+    texts: Tensor,
+    loss: Callable[..., Tensor] = contrastive_loss,
+    *,
+    start: int | None = None,
+    reserve: int = 0,
+) -> int:
+    """Find by trying the largest micro-batch size for which :func:`accumulate_gradients` fits into the memory of a GPU.
+
+    It starts at ``start`` and halves the size at each ``torch.cuda.OutOfMemoryError``. Gradients, buffers and random
+    number generators are left as they were. With several processes, call it before ``DistributedDataParallel`` and
+    use the smallest result.
+
+    Args:
+        model: the model as it will be trained, under the same autocast.
+        images: [B, ...], a whole batch of the largest shape that will occur; values do not matter.
+        texts: [B, ...], likewise.
+        loss: as for :func:`accumulate_gradients`.
+        start: the first size to try; the whole batch if it is None.
+        reserve: bytes to leave free for what the first step allocates, such as the moments of the optimizer.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: if not even one pair at a time fits.
+        ValueError, TypeError: as for :func:`accumulate_gradients`.
+    """
+    size = len(images) if start is None else start
+    _check(images, texts, size)
+    devices = _accelerators(model, images, texts)
+    buffers, random_state = _Buffers(model), _random_state(devices)
+    gradients = [(parameter, parameter.grad) for parameter in _parameters(model, loss)]
+    held = torch.empty(reserve, dtype=torch.uint8, device=images.device)
+    try:
+        while not _fits(model, images, texts, size, loss):
+            size = (size + 1) // 2
+        return size
+    finally:
+        del held
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        buffers.restore()
+        _set_random_state(devices, random_state)
+
+
+def _fits(model: nn.Module, images: Tensor, texts: Tensor, size: int, loss: Callable[..., Tensor]) -> bool:
+    for parameter in _parameters(model, loss):
+        parameter.grad = None
+    try:
+        accumulate_gradients(model, images, texts, size, loss)
+    except torch.cuda.OutOfMemoryError:
+        if size == 1:
+            raise
+    else:
+        return True
+    # Inside the except clause, the exception would still hold the tensors of its frames.
+    torch.cuda.empty_cache()
+    return False
+
+
+def _parameters(model: nn.Module, loss: Callable[..., Tensor]) -> list[nn.Parameter]:
+    return [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
+
+
+def _check(images: Tensor, texts: Tensor, size: int) -> None:
+    if len(images) != len(texts) or len(images) == 0:
+        raise ValueError(f"images and texts must be equally many, at least one, got {len(images)} and {len(texts)}")
+    if size < 1:
+        raise ValueError(f"micro_batch_size must be at least 1, got {size}")
+
+
+def _outputs(output: Any) -> tuple[Any, ...]:
+    """Return what a model returned as a tuple (image_features, text_features, logit_scale[, logit_bias])."""
+    found = tuple(output[name] for name in OUTPUTS if name in output) if isinstance(output, Mapping) else output
+    if not isinstance(found, (tuple, list)) or len(found) not in (3, 4) or found[2] is None:
+        raise TypeError(
+            f"the model must return {', '.join(OUTPUTS[:3])} and perhaps {OUTPUTS[3]}, got {type(output).__name__}"
+        )
+    if not isinstance(found[0], Tensor) or not isinstance(found[1], Tensor):
+        kinds = ", ".join(type(one).__name__ for one in found)
+        raise TypeError(f"the model must return features of images and of texts, got ({kinds})")
+    return tuple(found) if found[-1] is not None else tuple(found[:3])
+
+
+def _join(features: list[tuple[Any, ...]], num_pairs: int) -> tuple[Any, ...]:
+    """Return the inputs of the loss: features of all pairs, scale and bias, as leaves at which gradients stop."""
+    images, texts = (torch.cat([outputs[side] for outputs in features]) for side in range(2))
+    if len(images) != num_pairs or len(texts) != num_pairs:
+        raise ValueError(
+            f"the model must return one feature per image and text, got {len(images)} and {len(texts)} for {num_pairs}"
+        )
+    inputs = (images, texts, *features[-1][2:])
+    return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in inputs)
+
+
+def _loss_backward(loss: Callable[..., Tensor], inputs: tuple[Any, ...], loss_scale: Tensor | float) -> Tensor:
+    value = loss(*inputs)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"the loss must be a tensor of one element, got {kind}")
+    # full_like fills the number in on the device. A copy from the host would wait, and a CUDA graph cannot hold it.
+    factor = loss_scale.to(value) if isinstance(loss_scale, Tensor) else torch.full_like(value, loss_scale)
+    _backward([value], [factor.expand_as(value)])
+    return value.detach()
+
+
+def _gradients(inputs: tuple[Any, ...], size: int) -> list[tuple[Tensor | None, ...]]:
+    """Return for each micro-batch the gradients of its outputs.
+
+    Scale and bias have one gradient for the whole batch. The last micro-batch gets it, because that is where
+    ``DistributedDataParallel`` waits for a gradient of every parameter.
+    """
+    rows = [(torch.zeros_like(x) if x.grad is None else x.grad).split(size) for x in inputs[:2]]
+    shared = tuple(x.grad if isinstance(x, Tensor) else None for x in inputs[2:])
+    gradients = [(*pair, *(None for _ in shared)) for pair in zip(*rows, strict=True)]
+    gradients[-1] = (*gradients[-1][:2], *shared)
+    return gradients
+
+
+def _backward_from(output: Any, gradients: tuple[Tensor | None, ...]) -> None:
+    """Run backward from those outputs of a model that need a gradient and that the loss used."""
+    pairs = zip(_outputs(output), gradients, strict=True)
+    used = [(x, gradient) for x, gradient in pairs if gradient is not None and x.requires_grad]
+    if used:
+        _backward([x for x, _ in used], [gradient for _, gradient in used])
+
+
+def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
+    with torch.autocast(outputs[0].device.type, enabled=False):
+        torch.autograd.backward(outputs, gradients)
+
+
+def _without_exchange(model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    for module in model.modules() if when else ():
+        if isinstance(module, DistributedDataParallel):
+            stack.enter_context(module.no_sync())
+    return stack
+
+
+def _accelerators(model: nn.Module, *tensors: Tensor) -> list[torch.device]:
+    """Return the devices that have their own random number generators, apart from the CPU."""
+    found = {tensor.device for tensor in (*model.parameters(), *tensors)}
+    return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
+
+
+def _random_state(devices: Iterable[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in devices)]
+
+
+def _set_random_state(devices: Iterable[torch.device], states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+class _Buffers:
+    """A copy of a model's buffers, and the tensors that they were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if not _is_expanded(buffer)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the values back into the same tensors, and those tensors back into the modules."""
+        for module, name, buffer, value in self.saved:
+            buffer.copy_(value)
+            setattr(module, name, buffer)
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Return True if elements share memory: nothing writes to such a tensor, and nothing could restore it."""
+    return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))

@@ -1,0 +1,137 @@
+"""OpenCLIP's ``SigLipLoss`` on :func:`clipfast.kernels.sigmoid_loss`, which never holds the N x N logits."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+from ..kernels import sigmoid_loss
+from ..kernels.contrastive.exchange import Ranks
+from .clip_loss import RankLoss, logits_of
+
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+
+class SigLipLoss(RankLoss):
+    """The sigmoid loss of Zhai et al. 2023, in one process or in several that each hold a part of the batch.
+
+    Each process computes the loss of its images with all texts, divided by the number of its images. Gradients of the
+    texts are sums over processes, as OpenCLIP's are, and data parallelism averages those of parameters. All processes
+    must hold equally many pairs.
+
+    Args:
+        cache_labels: is accepted because OpenCLIP has it; there are no labels to keep.
+        rank, world_size: as for :class:`RankLoss`.
+        dist_impl: how texts reach the other processes. "bidir" (the default) and "shift" pass them to the neighbours,
+            in both directions or in one, and compute the loss with the texts of one process at a time. "gather"
+            collects all texts first and computes the loss in one call, and so does "reduce", with OpenCLIP's result.
+        chunk_size: is accepted because OpenCLIP's main branch has it, for the number of rows of logits that it holds at
+            once. The blocks of the kernels are smaller, so it changes nothing.
+
+    Raises:
+        ValueError: if ``dist_impl`` is unknown or ``rank`` is not below a ``world_size`` of several.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__(rank, world_size, cache_labels=cache_labels)
+        if dist_impl is not None and dist_impl not in DIST_IMPLS:
+            raise ValueError(f"SigLipLoss: dist_impl must be one of {', '.join(DIST_IMPLS)}, got {dist_impl!r}")
+        if world_size > 1 and not 0 <= rank < world_size:
+            raise ValueError(f"SigLipLoss: rank must be in [0, world_size), got {rank} of {world_size}")
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """Return labels [num_logits, num_logits]: 1 for pairs and -1 for all others."""
+        labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """Return the logits [N, M]."""
+        return logits_of(image_features, text_features, logit_scale, logit_bias)
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """Compute the loss of images [N, D] with the texts [N, D] of one rank; with ``negative_only``, without pairs.
+
+        It has the name and the arguments that OpenCLIP's subclasses and tests know.
+        """
+        bias = 0.0 if logit_bias is None else logit_bias
+        # Past the last text nothing is a pair. An offset of 0 would make pairs, so it is 1 where there are no texts.
+        offset = max(len(text_features), 1) if negative_only else 0
+        return sigmoid_loss(image_features, text_features, logit_scale, bias, offset=offset)
+
+    def _of_rank(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
+        if self.world_size > 1 and self.dist_impl in ("reduce", "gather"):
+            texts = all_gather(text.contiguous())
+            ordered = torch.cat([*texts[: self.rank], *texts[self.rank + 1 :], texts[self.rank]])
+            bias = 0.0 if bias is None else bias
+            return sigmoid_loss(image, ordered, scale, bias, offset=len(ordered) - len(text))
+        loss = self._loss(image, text, scale, bias)
+        if self.world_size > 1:
+            for others in self._texts_of_others(text):
+                loss = loss + self._loss(image, others, scale, bias, negative_only=True)
+        return loss
+
+    def _texts_of_others(self, text: Tensor) -> Iterator[Tensor]:
+        """Yield the texts of each other process once."""
+        ranks = Ranks(None, self.rank, (len(text),) * self.world_size)
+        others = self.world_size - 1
+        steps = (1, -1) if self.dist_impl == "bidir" else (1,)
+        passed: tuple[Tensor, ...] = (text,) * len(steps)
+        for _ in range(others // len(steps)):
+            passed = _exchange(ranks, steps, *passed)
+            yield from passed
+        if others % len(steps):  # The last texts would arrive from both directions.
+            yield from _exchange(ranks, steps[:1], passed[0])
+
+
+def _exchange(ranks: Ranks, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    received: tuple[Tensor, ...] = _Exchange.apply(ranks, steps, *tensors)  # type: ignore[no-untyped-call]
+    return received
+
+
+class _Exchange(torch.autograd.Function):
+    """Pass each tensor as many ranks on in the ring as ``steps`` says; their gradients come back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.ranks, ctx.steps = ranks, steps
+        received = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+        # One batch of operations, so that both directions are under way at once.
+        operations = [
+            operation
+            for step, sent, place in zip(steps, tensors, received, strict=True)
+            for operation in ranks.operations(sent.contiguous(), place, step)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, None, *_exchange(ctx.ranks, tuple(-step for step in ctx.steps), *gradients)

@@ -1,0 +1,302 @@
+"""Steps of one rank, run on fake tensors for what they take: a step of ``clipfast train``, or of the loss alone.
+
+A rank of a training is built as the trainer builds it: the model, FSDP2, the optimizer, the average of the weights.
+What FSDP2 shards, and how, is said in :mod:`clipfast.train.fsdp`. DistributedDataParallel changes only what is sent.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..kernels import contrastive_loss, distributed_contrastive_loss
+from ..kernels.hardware import Card
+from ..kernels.launch import record_launches
+from ..losses.accumulation import accumulate_gradients
+from ..losses.clip_loss import ClipLoss
+from ..models import CLIP, CLIPConfig, build, get_model_config
+from ..train.ema import WeightAverage
+from ..train.fsdp import shard
+from ..train.optim import make_optimizer
+from ..train.train_config import TrainConfig
+from .ledger import Ledger
+
+PARALLELS = ("ddp", "fsdp")
+CHECKPOINTINGS = ("none", "selective", "full")
+PRECISIONS = ("amp_bf16", "pure_bf16", "fp32")
+# The phases of a step. In the backward passes, the text tower comes first.
+IMAGE_FORWARD, TEXT_FORWARD, LOSS = "forward of images", "forward of texts", "loss"
+TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD = "backward of texts", "backward of tokens", "backward of images"
+UPDATE = "update"
+# Categories of memory that have another name than the phase in which they are allocated.
+INPUTS, IMAGES, TEXTS, SCRATCH = "inputs", "activations of images", "activations of texts", "backward scratch"
+CATEGORIES = {
+    IMAGE_FORWARD: IMAGES,
+    TEXT_FORWARD: TEXTS,
+    TEXT_BACKWARD: SCRATCH,
+    EMBEDDING_BACKWARD: SCRATCH,
+    IMAGE_BACKWARD: SCRATCH,
+    UPDATE: "update scratch",
+}
+# The phases of a step of the loss alone, and their category.
+LOSS_FORWARD, LOSS_BACKWARD = "loss forward", "loss backward"
+OF_LOSS = {LOSS_FORWARD: LOSS, LOSS_BACKWARD: LOSS}
+OPENCLIP = "openclip"
+LOGIT_SCALE = 14.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The features of a batch, and the GPUs that share it."""
+
+    pairs: int  # of all GPUs; every GPU holds as many, so they are rounded up to a multiple of ``gpus``
+    gpus: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    embed_dim: int = 512
+
+    @property
+    def rows(self) -> int:
+        """Pairs of one GPU."""
+        return -(-self.pairs // self.gpus)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Modes of the loss that there are on so many GPUs."""
+        return ("default", "min") if self.gpus == 1 else ("gather", "ring", "scalars")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a training step, apart from its batch.
+
+    Attributes:
+        model: a name of :func:`clipfast.list_models`.
+        gpus: ranks.
+        parallel: "ddp" or "fsdp". On one GPU both are the model alone.
+        checkpointing: what the backward pass computes again: "none", "selective" or "full".
+        precision: "amp_bf16", "pure_bf16" or "fp32", as of ``clipfast train``.
+        opt: the optimizer, as of ``clipfast train``.
+        has_ema: keep an average of the weights.
+        reshards: FSDP2 frees a block after its forward pass, and gathers it again for its backward pass.
+    """
+
+    model: str
+    gpus: int = 8
+    parallel: str = "ddp"
+    checkpointing: str = "none"
+    precision: str = "amp_bf16"
+    opt: str = "adamw"
+    has_ema: bool = False
+    reshards: bool = True
+
+    @property
+    def config(self) -> CLIPConfig:
+        """The configuration of the model."""
+        return get_model_config(self.model)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if a rank holds only its part of the weights."""
+        return self.parallel == "fsdp" and self.gpus > 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products and of features."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the weights that the optimizer updates."""
+        return torch.bfloat16 if self.precision == "pure_bf16" else torch.float32
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The same setup as options of ``clipfast train``."""
+        return TrainConfig(
+            train_data="synthetic:1", opt=self.opt, fsdp=self.is_sharded,
+            fsdp_no_reshard_after_forward=self.is_sharded and not self.reshards,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _fake_processes(gpus: int, *, is_fake: bool) -> Iterator[None]:
+    """Make this process rank 0 of processes that are not there, if ``is_fake`` and there are several."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    with warnings.catch_warnings(action="ignore"):  # the address of a fake tensor, and a gather, are deprecated
+        if not is_fake or gpus == 1:
+            yield
+            return
+        dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _ledger_of(
+    card: Card | None, categories: Mapping[str, str], ledger_type: type[Ledger], *, is_fake: bool
+) -> Iterator[Ledger]:
+    """Yield an open ledger of the tensors that are made, which are fake ones if ``is_fake``."""
+    with contextlib.ExitStack() as stack:
+        if is_fake:
+            stack.enter_context(FakeTensorMode())
+        launches = [] if card is None else stack.enter_context(record_launches(card.arch, card.multiprocessors))
+        ledger = stack.enter_context(ledger_type(launches, categories))
+        stack.enter_context(ledger.following_resizes())
+        yield ledger
+
+
+def run_loss(
+    problem: Problem, mode: str, card: Card | None, *, is_fake: bool = True, ledger_type: type[Ledger] = Ledger
+) -> Ledger:
+    """Run the loss of all ranks and its backward pass on one rank, and return the ledger.
+
+    Args:
+        problem: what to run.
+        mode: one of ``problem.modes``, or "openclip".
+        card: the GPU that kernels are recorded for. Tensors are on the CPU all the same, because PyTorch without CUDA
+            computes no gradients of fake tensors on "cuda". None runs the kernels of the CPU.
+        is_fake: run rank 0 on fake tensors, so that nothing is computed or sent; otherwise the rank of this process.
+        ledger_type: the kind of ledger to keep.
+    """
+    with (
+        _fake_processes(problem.gpus, is_fake=is_fake),
+        _ledger_of(card, OF_LOSS, ledger_type, is_fake=is_fake) as ledger,
+    ):
+        ledger.phase = INPUTS
+        shape = problem.rows, problem.embed_dim
+        image, text = (F.normalize(torch.randn(shape), dim=-1).to(problem.dtype).requires_grad_() for _ in range(2))
+        scale = torch.full((), LOGIT_SCALE, requires_grad=True)
+        ledger.begin()
+        ledger.phase = LOSS_FORWARD
+        loss = _loss(problem, mode, image, text, scale)
+        ledger.phase = LOSS_BACKWARD
+        loss.backward()
+        ledger.book_launches()
+    return ledger
+
+
+def _loss(problem: Problem, mode: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    if mode == OPENCLIP:  # its ClipLoss under autocast, which takes cross-entropies in float32
+        rank = dist.get_rank() if problem.gpus > 1 else 0
+        options = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=problem.gpus)
+        labels = options.get_ground_truth(image.device, len(image))
+        of_images, of_texts = options.get_logits(image, text, scale)
+        return (F.cross_entropy(of_images.float(), labels) + F.cross_entropy(of_texts.float(), labels)) / 2
+    if problem.gpus == 1:
+        return contrastive_loss(image, text, scale, memory=mode)
+    return distributed_contrastive_loss(image, text, scale, mode=mode, sizes=[problem.rows] * problem.gpus)
+
+
+@contextlib.contextmanager
+def rank_of(
+    setup: Setup, config: CLIPConfig, card: Card | None, *, is_fake: bool = True, ledger_type: type[Ledger] = Ledger
+) -> Iterator["Rank"]:
+    """Yield a rank of a training with its ledger open.
+
+    Args:
+        setup: what is trained.
+        config: the setup's configuration of the model, or one with fewer blocks.
+        card, is_fake, ledger_type: as for :func:`run_loss`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with torch.device("meta"):
+        model = build(config).to(setup.weight_dtype)
+    with _fake_processes(setup.gpus, is_fake=is_fake):
+        mesh = init_device_mesh("cpu", (setup.gpus,)) if setup.is_sharded else None
+        with _ledger_of(card, CATEGORIES, ledger_type, is_fake=is_fake) as ledger:
+            yield Rank(setup, model, mesh, ledger)
+
+
+class Rank:
+    """What one rank holds from step to step.
+
+    Args:
+        setup: what is trained.
+        model: on "meta", in the dtype of its weights.
+        mesh: all ranks, if the weights are sharded.
+        ledger: the ledger that is open, which is told what is what.
+    """
+
+    def __init__(self, setup: Setup, model: CLIP, mesh: Any, ledger: Ledger) -> None:
+        self.setup, self.model, self.ledger = setup, model, ledger
+        ledger.phase = "weights"
+        model._apply(lambda meta: torch.zeros(meta.shape, dtype=meta.dtype))  # type: ignore[no-untyped-call]
+        if mesh is not None:
+            shard(setup.train_config, model, mesh)
+        ledger.phase = "gradients"
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        ledger.phase = "optimizer state"
+        self.optimizer = make_optimizer(setup.train_config, model)
+        self.optimizer.step()
+        ledger.phase = "average of weights"
+        self.average = WeightAverage(model, 0.999) if setup.has_ema else None
+        self.trained: nn.Module = model
+        for name, forward, backward in (
+            ("encode_image", IMAGE_FORWARD, IMAGE_BACKWARD),
+            ("encode_text", TEXT_FORWARD, TEXT_BACKWARD),
+            ("embed_text", TEXT_FORWARD, EMBEDDING_BACKWARD),
+        ):
+            setattr(model, name, self._marked(getattr(model, name), forward, backward))
+
+    def set_checkpointing(self, checkpointing: str) -> None:
+        """Choose what the backward pass computes again."""
+        self.model.set_grad_checkpointing(checkpointing != "none", selective=checkpointing == "selective")
+
+    def step(self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False) -> None:
+        """Compute the gradients of a batch.
+
+        Args:
+            rows: pairs of this rank.
+            micro_rows: pairs whose activations are held at a time; None for all.
+            is_whole: take the loss of all ranks and update the weights; otherwise a sum takes the place of the loss.
+        """
+        self.ledger.phase = INPUTS
+        images = torch.zeros(rows, 3, *[self.model.visual.image_size] * 2, dtype=torch.uint8)
+        texts = torch.zeros(rows, self.model.context_length, dtype=torch.long)
+        self.ledger.begin()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.setup.precision == "amp_bf16"):
+            loss = functools.partial(self._loss, is_whole=is_whole)
+            accumulate_gradients(self.trained, images, texts, micro_rows or rows, loss)
+        if is_whole:
+            self.update()
+        self.ledger.book_launches()
+
+    def update(self) -> None:
+        """Update the weights and their average."""
+        self.ledger.phase = UPDATE
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(1, torch.zeros(()))
+
+    def _loss(self, image: Tensor, text: Tensor, scale: Tensor, *, is_whole: bool) -> Tensor:
+        self.ledger.phase = LOSS
+        if not is_whole:
+            return (image * text).sum() * scale
+        if self.setup.gpus == 1:
+            return contrastive_loss(image, text, scale)
+        return distributed_contrastive_loss(image, text, scale, sizes=[len(image)] * self.setup.gpus)
+
+    def _marked(self, function: Callable[..., Tensor], forward: str, backward: str) -> Callable[..., Tensor]:
+        """Return ``function``, which tells the ledger when it and its backward pass begin."""
+
+        def call(*args: Any, **options: Any) -> Tensor:
+            self.ledger.phase = forward
+            out = function(*args, **options)
+            if out.requires_grad:
+                out.register_hook(lambda _: setattr(self.ledger, "phase", backward))
+            return out
+
+        return call

@@ -1,0 +1,89 @@
+"""Names of the figures of a run, as OpenCLIP has them, and the files that TensorBoard shows."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+NO_TENSORBOARD = "No TensorBoard files: they need the package tensorboard, pip install 'clipfast[train]'"
+# OpenCLIP's name of a figure, and ours in a line of metrics.
+TRAIN_NAMES = {
+    "data_time": "data_time", "batch_time": "batch_time", "samples_per_second": "pairs_per_second",
+    "samples_per_second_per_gpu": "pairs_per_second_per_gpu", "logit_scale": "logit_scale",
+    "logit_bias": "logit_bias", "lr": "lr", "contrastive_loss": "loss", "loss": "loss",
+    # from here on our own
+    "grad_norm": "grad_norm", "data_wait": "data_wait", "communication": "communication", "mfu": "mfu",
+}  # fmt: skip
+
+
+def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scalars of a line of metrics on training."""
+    found = {f"train/{name}": line[key] for name, key in TRAIN_NAMES.items() if key in line}
+    found |= {f"memory/{kind}_gb": size / 1e9 for kind, size in line.get("memory", {}).items()}
+    gpu = line.get("gpu", {})
+    return found | {f"gpu/{name}": gpu[name] for name in ("power_w", "sm_mhz", "temperature_c") if name in gpu}
+
+
+def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of an evaluation on ``--val-data``, by OpenCLIP's names or similar ones."""
+    zero_shot = {f"zeroshot-val-{key}": results["zero_shot"][key] for key in ("top1", "top5")}
+    ways = ("image_to_text", "text_to_image")
+    recall = {f"{way}_{name}": value for way in ways for name, value in results["retrieval"][way].items()}
+    groups = {f"{group}-top1": found["top1"] for group, found in results.get("by_group", {}).items()}
+    loss = {"clip_val_loss": results["clip_val_loss"]} if "clip_val_loss" in results else {}
+    return zero_shot | recall | loss | groups | {"num_samples": results["images"]}
+
+
+def validation(line: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the figures of a line of metrics on an evaluation, by name; None for a line on training."""
+    if "eval" in line:
+        return evaluation_metrics(line["eval"])
+    return dict(line["imagenet"]) if "imagenet" in line else None
+
+
+def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
+    """Return where a line of metrics is on OpenCLIP's axis, and its scalars.
+
+    OpenCLIP counts steps from 0, so its number of a step is one less than the steps that are finished then. Evaluations
+    are at the epoch that they come after.
+    """
+    figures = validation(line)
+    if figures is None:
+        return line["step"] - 1, train_scalars(line)
+    return line["epoch"], {f"val/{name}": value for name, value in figures.items()}
+
+
+class TensorBoard:
+    """TensorBoard's files in a folder.
+
+    They are written anew from the lines that there are, so that a run that goes on has no point twice, and none is lost
+    by a kill. Whatever TensorBoard shows already of the folder, it forgets.
+
+    Args:
+        folder: of the files; what TensorBoard wrote there is removed.
+        lines: those that there are.
+
+    Raises:
+        ImportError: tensorboard is missing.
+        OSError: the files cannot be written.
+    """
+
+    def __init__(self, folder: Path, lines: Iterable[tuple[int, Mapping[str, float], float | None]]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        for path in folder.glob("events.out.tfevents.*"):
+            path.unlink(missing_ok=True)
+        self._writer = SummaryWriter(str(folder), purge_step=0)
+        for step, scalars, seconds in lines:
+            self.add(step, scalars, seconds, flush=False)
+        self._writer.flush()
+
+    def add(self, step: int, scalars: Mapping[str, float], seconds: float | None = None, *, flush: bool = True) -> None:
+        """Add the scalars of a step, which were known at some time in ``seconds`` since 1970."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step, walltime=seconds)
+        if flush:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

@@ -1,0 +1,271 @@
+"""The pictures and texts of any source of the package, by their places in it, with what else is known of each."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import IndexCache, Keys, Skipped, Source, decode_image, expand_shards, metadata, open_sources
+from ..data.folders import others_in
+from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS, read_separator
+from ..data.names import PIPE, is_folder
+from ..data.samples import RawSample, captions, sample_name
+from ..io.files import sync, write_folder
+from ..io.progress import progress
+from ..kernels.common import slices
+from ..models.images import SampleError
+
+if TYPE_CHECKING:
+    import pyarrow
+    from PIL import Image
+
+SHARD_SIZE = 10_000  # samples of a shard that is written
+LOOKED_AT = 64  # first samples of which one must have a caption, if texts are to be embedded without being asked for
+# Columns that all sources have, and their types in Arrow; a source's own columns cannot replace them.
+OWN = {
+    "number": "int64",
+    "key": "string",
+    "image_path": "string",
+    "caption": "string",
+    "width": "int64",
+    "height": "int64",
+}
+OF_IMAGES = ("image_path", "width", "height")
+
+
+@dataclasses.dataclass
+class Sample:
+    """One item.
+
+    Attributes:
+        image: as RGB, or None if images are not asked for.
+        caption: the first of its texts, or None.
+        row: its metadata: ``number``, its place in the source; ``key``; ``image_path``, a path or the shard and the
+            member in it; ``caption``; ``width`` and ``height`` of the image; and its json or further columns.
+    """
+
+    image: Image.Image | None
+    caption: str | None
+    row: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Samples:
+    """The items of a source.
+
+    Attributes:
+        data: the source, as :func:`clipfast.data.expand_shards` takes it; a folder of images needs no captions.
+        images, texts: whether an item is usable only with an image, or with a text; images are decoded only then.
+        keys: under which names an item has its image and its caption.
+        separator: of CSV files, as :class:`clipfast.data.IndexCache` takes it.
+        columns: keys of the json, or columns, that become metadata; None for all.
+
+    Raises:
+        ValueError: the source cannot be read.
+    """
+
+    data: str
+    images: bool = True
+    texts: bool = False
+    keys: Keys = DEFAULT_KEYS
+    separator: str | None = None
+    columns: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.sources = open_sources(expand_shards(self.data), index=IndexCache(separator=self.separator))
+        self.first = list(itertools.accumulate(map(len, self.sources), initial=0))
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> Samples:
+        """Return the source that embeddings were made from, by what they say of themselves.
+
+        Raises:
+            ValueError: they do not say it, or the source cannot be read, has changed since, or is the output of a
+                command. Embeddings may come from elsewhere, and to look at them must run no command.
+        """
+        try:
+            given = {name: about[name] for name in ("data", "images", "texts", "separator", "columns")}
+            keys = Keys.from_dict(about["keys"])
+        except KeyError as error:
+            raise ValueError(f"the embeddings do not say what they were made from: there is no {error}") from None
+        if not isinstance(given["data"], str) or not all(isinstance(name, str) for name in given["columns"] or ()):
+            raise ValueError(f"the embeddings do not say what they were made from, but {given}")
+        read_separator(given["separator"])
+        command = next((shard for shard in expand_shards(given["data"]) if shard.startswith(PIPE)), None)
+        if command is not None:
+            raise ValueError(
+                f"the embeddings were made from the output of a command, which is not run again: {command}"
+            )
+        found = cls(**given, keys=keys)
+        if found.about()["stamp"] != about.get("stamp"):
+            raise ValueError(f"{found.data} has changed since it was embedded: embed it again")
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """Return what the samples depend on, as plain values."""
+        told = {name: getattr(self, name) for name in ("data", "images", "texts", "separator")}
+        columns = None if self.columns is None else list(self.columns)
+        keys = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self.keys).items()}
+        files = [(shard.name, shard.stamp) for source in self.sources for shard in source.shards]
+        stamp = hashlib.sha256(repr(files).encode("utf-8", "surrogateescape")).hexdigest()
+        return {**told, "columns": columns, "keys": keys, "stamp": stamp, "samples": len(self)}
+
+    def __len__(self) -> int:
+        """Return the number of samples, usable or not."""
+        return self.first[-1]
+
+    def losses(self) -> list[str]:
+        """Return a sentence for each damaged part of the source, as far as it has been read."""
+        return [loss for source in self.sources for shard in source.shards for loss in shard.losses()]
+
+    def others(self) -> list[str]:
+        """Return a sentence for each folder of the source with files that are neither images nor of one."""
+        folders = [shard.name for source in self.sources for shard in source.shards if is_folder(shard.name)]
+        return [
+            f"in {folder} these files were not taken: {others} (images are {', '.join(IMAGE_EXTENSIONS)})"
+            for folder in folders
+            if (others := others_in(folder, self.keys))
+        ]
+
+    def have_captions(self) -> bool:
+        """Return True if one of the first samples has a caption."""
+        keys = dataclasses.replace(self.keys, images=())  # no image is read
+        for number in range(min(LOOKED_AT, len(self))):
+            source, within = self._place(number)
+            with contextlib.suppress(SampleError):
+                return bool(captions(source.read(within, keys), keys=keys))
+        return False
+
+    def read(self, number: int) -> Sample | Skipped:
+        """Return the sample at a place, or the reason why it cannot be used."""
+        keys = self.keys if self.images else dataclasses.replace(self.keys, images=())
+        name = f"number {number!r:.80}"
+        try:
+            source, within = self._place(number)
+            name = source.name(within)
+            raw = source.read(within, keys)
+            name = sample_name(raw)
+            texts = self._captions(raw)
+            image = decode_image(raw, keys) if self.images else None
+        except SampleError as error:
+            return Skipped(name, error.kind, str(error))
+        return Sample(image, texts[0] if texts else None, self._row(number, raw, texts, image))
+
+    def files(self, number: int) -> dict[str, bytes]:
+        """Return the files of a sample by their extensions, as they are.
+
+        Raises:
+            SampleError: it cannot be read.
+        """
+        source, within = self._place(number)
+        found = source.read(within, self.keys)
+        return {name: data for name, data in found.items() if not name.startswith("__") and isinstance(data, bytes)}
+
+    def _place(self, number: int) -> tuple[Source, int]:
+        """Return the source that a sample is in, and its number there.
+
+        Raises:
+            SampleError: there is no such sample: metadata from elsewhere may name any.
+        """
+        if not isinstance(number, int) or not 0 <= number < len(self):
+            raise SampleError(f"there is no sample {number!r:.80} in {self.data}, which has {len(self)}", "no sample")
+        place = bisect.bisect_right(self.first, number) - 1
+        return self.sources[place], number - self.first[place]
+
+    def _captions(self, raw: RawSample) -> list[str]:
+        try:
+            return captions(raw, keys=self.keys)
+        except SampleError:
+            if self.texts:
+                raise
+            return []
+
+    def _row(self, number: int, raw: RawSample, texts: Sequence[str], image: Image.Image | None) -> dict[str, Any]:
+        row: dict[str, Any] = {"number": number, "key": raw["__key__"], "caption": texts[0] if texts else None}
+        if image is not None:
+            member = next(key for key in self.keys.images if key in raw)
+            path = raw.get("__path__") or f"{raw['__url__']}/{raw['__key__']}.{member}"
+            row |= {"image_path": path, "width": image.width, "height": image.height}
+        with contextlib.suppress(SampleError):  # a picture is of use without its json
+            found = metadata(raw)
+            wanted = found if self.columns is None else self.columns
+            row |= {name: found.get(name) for name in wanted if name not in OWN}
+        return row
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], with_images: bool = True) -> pyarrow.Table:
+    """Return rows as a table; after the columns that all sources have, others are in the order in which they occur.
+
+    A column is of whole numbers, of numbers, of truth values or else of text, in which lists and objects are JSON.
+    """
+    import pyarrow
+
+    own = {name: kind for name, kind in OWN.items() if with_images or name not in OF_IMAGES}
+    others = dict.fromkeys(name for row in rows for name in row if name not in own)
+    columns = {name: pyarrow.array([_plain(row[name]) for row in rows], kind) for name, kind in own.items()}
+    return pyarrow.table(columns | {name: _column([row.get(name) for row in rows]) for name in others})
+
+
+def _column(values: Sequence[Any]) -> pyarrow.Array:
+    import pyarrow
+
+    kinds = {type(value) for value in values if value is not None}
+    with contextlib.suppress(OverflowError, pyarrow.ArrowException):  # a number with more than 64 bits
+        if kinds == {int, float}:
+            return pyarrow.array(values, "float64")
+        if len(kinds) <= 1 and kinds <= {bool, int, float}:
+            return pyarrow.array(values)
+    texts = (json.dumps(x, ensure_ascii=False) if not isinstance(x, str | None) else x for x in values)
+    return pyarrow.array([_plain(text) for text in texts], "string")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with text that Arrow takes: the names of files may hold bytes that are no letters."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list[str]:
+    """Copy samples, file by file as they are, to tar shards 00000.tar, 00001.tar and so on in a new folder.
+
+    A sample is called by its number in the source, since keys of several shards may be the same. The folder appears as
+    a whole.
+
+    Returns:
+        A sentence for each sample that cannot be read any more.
+
+    Raises:
+        FileExistsError: there is something at ``folder``.
+        DiskFullError: there is no space.
+    """
+    lost: list[str] = []
+
+    def write(path: Path) -> None:
+        with progress(len(numbers), "copying", "samples") as advance:
+            for shard, rows in enumerate(slices(len(numbers), SHARD_SIZE)):
+                with tarfile.open(path / f"{shard:05}.tar", "w") as tar:
+                    for number in numbers[rows]:
+                        try:
+                            _add(tar, number, samples.files(number))
+                        except SampleError as error:
+                            lost.append(f"sample {number}: {error}")
+                        advance(1)
+                sync(path / f"{shard:05}.tar")
+
+    write_folder(folder, write)
+    return lost
+
+
+def _add(tar: tarfile.TarFile, number: int, files: dict[str, bytes]) -> None:
+    for extension, data in files.items():
+        info = tarfile.TarInfo(f"{number:09}.{extension}")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))

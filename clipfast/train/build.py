@@ -1,0 +1,241 @@
+"""The model with its loss, teacher and tokenizer, and the device that the options of a run ask for."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoints.checkpoint import complete_preprocessing
+from ..data import check_decoder
+from ..distributed.world import ALONE, World
+from ..factory import create_model, set_precision, set_preprocessing
+from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_loss
+from ..losses.distill_loss import DistillClipLoss
+from ..losses.siglip_loss import SigLipLoss
+from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
+from ..models.file_tokenizer import FileTokenizer, tokenizer_of
+from ..models.tokenizer import Tokenizer
+from .fsdp import is_sharded, shard
+from .train_config import TrainConfig
+
+
+def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
+    """Return the device of this process.
+
+    Raises:
+        ValueError: an option does not work on that device, or in several processes.
+    """
+    device = world.device(config.device, by_rank=config.set_device_rank)
+    if config.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a GPU, and this run is on {device}")
+    if config.cuda_graphs and world.size > 1:
+        raise ValueError(f"--cuda-graphs works in one process, and there are {world.size}: leave it out")
+    if config.use_bn_sync and world.size > 1 and device.type != "cuda":
+        raise ValueError(f"--use-bn-sync needs GPUs, as PyTorch's SyncBatchNorm does, and this run is on {device}")
+    if config.decode_on_device:
+        check_decoder(device)
+    return device
+
+
+def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device, world: World = ALONE) -> CLIP:
+    """Build the model of a run on ``device``, in training mode, and compile it if that is asked for.
+
+    FSDP2 compiles its blocks later.
+
+    ``saved`` is what clipfast noted in the checkpoint that is continued, if there is one. Its configuration of the
+    model replaces ``config.model``, and the weights are those of the checkpoint, which are loaded later.
+
+    Raises:
+        ValueError: the model is unknown, or its configuration or weights cannot be used.
+    """
+    model = bare_model(config, saved, device)
+    selective = config.selective_checkpointing
+    model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
+    if config.torchcompile and not is_sharded(config, world):
+        model.compile(fullgraph=True, backend=config.torchcompile_backend, mode=config.torchcompile_mode)
+    return model
+
+
+def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device) -> CLIP:
+    """Build the model of a run as :func:`build_model` does, without what changes how it is run.
+
+    On "meta" it takes no memory, and weights are neither downloaded nor read.
+    """
+    precision = config.precision if config.precision in ("bf16", "pure_bf16") else "fp32"
+    forced = _forced_preprocessing(config)
+    if "model_config" in saved:
+        model_config = CLIPConfig.from_dict(saved["model_config"])
+        with device:
+            model = build(model_config.with_vision(patch_dropout=config.force_patch_dropout))
+        if "preprocess_cfg" in saved:
+            set_preprocessing(model, complete_preprocessing(saved["preprocess_cfg"] | forced))
+        model.set_backend(config.backend)
+        set_precision(model, precision)
+    else:
+        name, size = registered(config.model), config.force_image_size or None
+        model = create_model(
+            name, config.pretrained, precision=precision, device=device, cache_dir=config.cache_dir,
+            force_quick_gelu=config.force_quick_gelu, force_patch_dropout=config.force_patch_dropout,
+            force_image_size=size, force_context_length=config.force_context_length,
+            force_preprocess_cfg=forced, backend=config.backend, load_weights=device.type != "meta",
+        )  # fmt: skip
+    _lock(config, model)
+    return model
+
+
+def registered(name: str) -> str:
+    """Return the name of a model, which may be given by the path of its JSON."""
+    if name.endswith(".json"):
+        add_model_config(name)
+        return Path(name).stem
+    return name
+
+
+def _forced_preprocessing(config: TrainConfig) -> dict[str, Any]:
+    """Return what ``--image-mean`` and the flags beside it ask for, in OpenCLIP's words."""
+    given = {
+        "mean": config.image_mean, "std": config.image_std, "interpolation": config.image_interpolation,
+        "resize_mode": config.image_resize_mode,
+    }  # fmt: skip
+    return {key: value * 3 if len(value) == 1 else value for key, value in given.items() if value}
+
+
+def _lock(config: TrainConfig, model: CLIP) -> None:
+    """Make the parameters constant that are not to be trained."""
+    if config.lock_image:
+        model.lock_image_tower(config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
+    if config.lock_text:
+        model.lock_text_tower(config.lock_text_unlocked_layers)
+
+
+def build_parallel(config: TrainConfig, model: CLIP, world: World, device: torch.device) -> nn.Module:
+    """Return what takes the place of ``model`` in a step, so that all ranks get the mean of their gradients."""
+    if world.size == 1:
+        return model
+    if is_sharded(config, world):
+        shard(config, model, init_device_mesh(device.type, (world.size,)))
+        return model
+    if config.use_bn_sync:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, static_graph=config.ddp_static_graph,
+        gradient_as_bucket_view=True,
+    )  # fmt: skip
+
+
+def build_loss(config: TrainConfig, model: CLIP, world: World = ALONE) -> Callable[..., Tensor]:
+    """Return the loss of a model's outputs: the sigmoid loss for SigLIP, the contrastive loss for CLIP.
+
+    With several ranks, the mean of the ranks' losses is the loss of the whole batch, and so are the gradients. These
+    losses have one implementation for each kind of device, whatever ``--backend`` is.
+
+    Raises:
+        ValueError: ``--siglip`` or ``--no-siglip`` asks for the other one.
+    """
+    is_siglip = isinstance(model.config, SigLIPConfig)
+    if config.siglip is not None and config.siglip != is_siglip:
+        raise ValueError(
+            f"--no-siglip: {config.model} is a SigLIP model, which is trained with the sigmoid loss: leave the flag out"
+            if is_siglip
+            else f"--siglip: {config.model} is a CLIP model, which has no logit_bias: take a model with SigLIP in its "
+            "name, or leave the flag out"
+        )
+    if world.size == 1:
+        return functools.partial(sigmoid_loss if is_siglip else contrastive_loss, backend=config.backend)
+    if is_siglip:
+        return SigLipLoss(rank=world.rank, world_size=world.size)
+    return functools.partial(_of_equal_parts, world.size)
+
+
+def _of_equal_parts(ranks: int, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Return the loss of this rank's pairs, of which all ranks have equally many: they need not ask each other."""
+    return distributed_contrastive_loss(image, text, logit_scale, sizes=[len(image)] * ranks)
+
+
+def build_tokenizer(config: TrainConfig, model: CLIP) -> Tokenizer | FileTokenizer:
+    """Return the tokenizer of a model, which for SigLIP is in the file that ``--tokenizer`` names.
+
+    Raises:
+        ValueError: the file is missing, wrong, or not needed.
+        ImportError: the tokenizers package is missing, for SigLIP.
+    """
+    if isinstance(model.config, SigLIPConfig):
+        return tokenizer_of(model.config, config.model, config.tokenizer, None)
+    if config.tokenizer is not None:
+        raise ValueError(f"--tokenizer: {config.model} has CLIP's tokenizer, which needs no file: leave it out")
+    tokenizer = Tokenizer(model.context_length)
+    if tokenizer.vocab_size > model.config.text.vocab_size:
+        raise ValueError(
+            f"CLIP's tokenizer has {tokenizer.vocab_size} tokens, and {config.model} knows only "
+            f"{model.config.text.vocab_size}: set vocab_size of its text_cfg to {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+class Distillation:
+    """The contrastive loss plus the cross-entropy of the logits against a teacher's, as OpenCLIP adds them.
+
+    The teacher sees the images and texts that the student sees, without dropped patches.
+
+    Args:
+        config: of the run.
+        student: the model that is trained.
+        device: of both; on "meta" the teacher's weights are not read.
+        world: the processes.
+        autocast: makes the context of the teacher's forward pass.
+
+    Raises:
+        ValueError: there is no such teacher, or its inputs are not the student's.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: CLIP,
+        device: torch.device,
+        world: World = ALONE,
+        autocast: Callable[[], torch.autocast] | None = None,
+    ) -> None:
+        if config.distill_model is None:
+            raise ValueError("distillation needs --distill-model: the name of the teacher")
+        self.teacher = create_model(
+            registered(config.distill_model), config.distill_pretrained, device=device, backend=config.backend,
+            cache_dir=config.cache_dir, load_weights=device.type != "meta", force_patch_dropout=None,
+        ).eval().requires_grad_(False)  # fmt: skip
+        for what, mine, theirs in (
+            ("images of", student.visual.image_size, self.teacher.visual.image_size),
+            ("texts of", student.context_length, self.teacher.context_length),
+            ("a vocabulary of", student.config.text.vocab_size, self.teacher.config.text.vocab_size),
+        ):
+            if mine != theirs:
+                raise ValueError(
+                    f"--distill-model {config.distill_model} has {what} {theirs}, and {config.model} of {mine}: a "
+                    "teacher must take the inputs of its student"
+                )
+        if SigLIPConfig in map(type, (student.config, self.teacher.config)):
+            raise ValueError("--distill-model works with CLIP's loss only, not with SigLIP models")
+        self._autocast = autocast
+        self._loss = DistillClipLoss(
+            local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.size
+        )  # whose gradients, averaged over ranks, are those of the whole batch
+        self._targets: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def look(self, images: Tensor, texts: Tensor, size: int) -> None:
+        """Let the teacher encode the batch of the next step, so many pairs at a time."""
+        assert self._autocast is not None
+        with self._autocast():
+            parts = [self.teacher(*part)[:2] for part in zip(images.split(size), texts.split(size), strict=True)]
+        image_features, text_features = (torch.cat(side) for side in zip(*parts, strict=True))
+        self._targets = image_features, text_features, self.teacher.logit_scale.exp()
+
+    def __call__(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        """Return the loss of the student's outputs for the batch that the teacher has looked at last."""
+        assert self._targets is not None
+        contrastive, distill = self._loss(image_features, text_features, logit_scale, *self._targets)
+        return contrastive + distill

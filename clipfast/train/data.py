@@ -1,0 +1,326 @@
+"""The training data of a run: its pairs, the batches of each epoch, and how many pairs may be unusable."""
+
+import collections
+import dataclasses
+import hashlib
+import math
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import (
+    MAX_OPEN,
+    Batch,
+    CroppedImages,
+    EncodedCrops,
+    IndexCache,
+    Keys,
+    Mix,
+    Order,
+    PairBatches,
+    ShardIndex,
+    Skipped,
+    Source,
+    SyntheticBatches,
+    SyntheticSource,
+    Unique,
+    WholeImages,
+    expand_shards,
+    identities,
+    open_limit,
+    open_sources,
+    pair_loader,
+)
+from ..data.keys import IMAGE_KEYS, TEXT_KEYS
+from ..data.samples import sample_name
+from ..distributed.ending import TrainingError
+from ..distributed.world import ALONE, World
+from ..evaluate.labelled import LabelledSet
+from ..factory import transform_of
+from ..models import CLIP
+from ..models.aug_cfg import training_options
+from ..models.file_tokenizer import FileTokenizer
+from ..models.images import MAX_PIXELS, SampleError, augmentation
+from ..models.tokenizer import Tokenizer
+from .optim import parse_arguments
+from .option_checks import KEY_OPTIONS, flag_name
+from .schedule import Epochs
+from .train_config import AUGMENTATIONS, TrainConfig
+
+BY_CHANCE = 1e-3  # at most: how probably one look stops a run whose share of bad pairs is just what it may be
+NO_FILES = Keys((), ())  # to read a sample without the files that it names
+ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
+
+
+class TrainingData:
+    """The pairs of a run and the batches of them, in an order that the data and the seed determine.
+
+    The batches of all epochs follow each other in one sequence, so that an epoch need not be a whole number of batches.
+
+    Args:
+        config: options of the run.
+        batch_size: pairs of all processes together; ``config``'s by default.
+        world: the processes, of which each gets its part of every batch.
+
+    Attributes:
+        shards: the names of all shards.
+        sizes: the number of pairs in each.
+        content: a checksum of what in the shards the order depends on.
+        epochs: of the run.
+        total_steps: of the run.
+        is_synthetic: whether all pairs are, so that the device draws them.
+        damaged: the shards of which parts are known to be lost.
+
+    Raises:
+        ValueError: a shard is missing or hardly readable, or the shards hold less than one batch.
+    """
+
+    def __init__(self, config: TrainConfig, batch_size: int | None = None, world: World = ALONE) -> None:
+        self.config, self.world = config, world
+        self.batch_size = batch_size = batch_size or config.batch_size
+        groups = [expand_shards(part) for part in parts(config)]
+        self.shards = [shard for group in groups for shard in group]
+        max_open = open_limit(len(groups))
+        opened = [sources_of(config, group, config.workers, max_open) for group in groups]
+        self.sources = [source for group in opened for source in group]
+        self.is_synthetic = all(isinstance(source, SyntheticSource) for source in self.sources)
+        if self.is_synthetic:
+            _refuse_changes(config)
+        self.sizes = [size for source in self.sources for size in source.sizes]
+        self.damaged = _damaged(self.sources, config.max_bad_fraction)
+        seed, replacement = config.seed, config.dataset_resampled
+        if not all(map(len, self.sources)):
+            raise ValueError(f"the shards hold no samples: {config.train_data}")
+        orders = [
+            Order(source.sizes, seed, source=number, replacement=replacement)
+            for number, source in enumerate(self.sources)
+        ]
+        given = config.train_data_upsampling_factors or (1.0,)
+        factors = [factor for factor, group in zip(given, opened, strict=True) for _ in group]
+        mix = Mix(orders, factors, seed)
+        _refuse_less_than_a_batch(len(mix), config.train_num_samples, batch_size)
+        self.order: Mix | Unique = mix
+        content = hashlib.sha256(b"".join(np.array(source.sizes, "<i8").tobytes() for source in self.sources))
+        if config.unique_by is not None:
+            alike = [identities(source, config.unique_by, config.keys()) for source in self.sources]
+            self.order = Unique(mix, alike, batch_size)
+            for numbers in alike:
+                content.update(np.ascontiguousarray(numbers, "<u8").data)  # on most machines, without a copy
+        self.content = content.hexdigest()
+        num_samples = config.train_num_samples or len(self.order)
+        self.epochs = Epochs(num_samples, batch_size, config.samples_seen or config.epochs * num_samples)
+        self.total_steps = self.epochs.total_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the order of the data depends on."""
+        keys = ("train_data", "train_data_upsampling_factors", "dataset_resampled", "seed", "unique_by")
+        found = {key: getattr(self.config, key) for key in keys} | {"batch_size": self.batch_size}
+        found["train_data_upsampling_factors"] = list(found["train_data_upsampling_factors"])
+        return {"order": ORDER, "num_samples": self.epochs.num_samples, "content": self.content, **found}
+
+    def batches(
+        self, first: int, model: CLIP, tokenizer: Tokenizer | FileTokenizer, *, pin_memory: bool
+    ) -> Generator[Batch, None, None]:
+        """Return the batches of the run from number ``first``, decoded and augmented by the data workers.
+
+        Args:
+            first: number of the first batch, from 0; what is before it is not read.
+            model, tokenizer: what the images and the texts are prepared for.
+            pin_memory: place batches in memory that a GPU can copy from asynchronously.
+
+        Raises:
+            ValueError: far too many pairs cannot be used, or a data worker died.
+        """
+        world = self.world
+        batches = pair_batches(self.config, self.sources, self.order, model, tokenizer, self.batch_size, world)
+        if self.is_synthetic:
+            batches = SyntheticBatches(**vars(batches), image_size=model.visual.image_size)
+        workers, ranks = self.config.workers, world.local_size
+        return pair_loader(batches, first, self.total_steps, workers, pin_memory=pin_memory, local_ranks=ranks)
+
+    def names(self, number: int) -> list[str]:
+        """Return shard and key of each pair of this rank's part of a batch; of one that cannot be read, its place.
+
+        Args:
+            number: of the batch, from 0.
+        """
+        part, first = self.batch_size // self.world.size, number * self.batch_size
+        mine = self.order(first, first + self.batch_size)[self.world.rank * part : (self.world.rank + 1) * part]
+        names = []
+        for place, sample in zip(mine.source.tolist(), mine.sample.tolist(), strict=True):
+            source = self.sources[place]
+            try:
+                names.append(sample_name(source.read(sample, NO_FILES)))
+            except SampleError:
+                names.append(source.name(sample))
+        return names
+
+
+def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:
+    """Return how many pairs all processes together see in a step.
+
+    A run that goes on keeps the batch that it had, on any number of processes, unless its options change.
+
+    Args:
+        config: options of the run.
+        world: the processes.
+        saved: what clipfast noted in the checkpoint that is continued; {} without one.
+
+    Raises:
+        ValueError: the batch cannot be divided among the processes.
+    """
+    options, stream = saved.get("config", {}), saved.get("stream", {})
+    whole = config.global_batch_size or config.batch_size * world.size
+    is_kept = config.global_batch_size is None and options.get("batch_size") == config.batch_size
+    if is_kept and options.get("global_batch_size") is None:
+        whole = stream.get("batch_size", whole)
+    if whole % world.size:
+        raise ValueError(
+            f"a batch of {whole} pairs cannot be divided among {world.size} processes: start a number that divides it, "
+            f"or give another --global-batch-size{' at the end of an epoch' if stream else ''}"
+        )
+    return whole
+
+
+def pair_batches(
+    config: TrainConfig,
+    sources: Sequence[Source],
+    order: Mix | Unique,
+    model: CLIP,
+    tokenizer: Tokenizer | FileTokenizer,
+    batch_size: int,
+    world: World = ALONE,
+) -> PairBatches:
+    """Return the batches of a run in an order, decoded and augmented as its options say, for ``model``.
+
+    Args:
+        config: the options.
+        sources, order: of the pairs.
+        model, tokenizer: what the images and the texts are prepared for.
+        batch_size: pairs of all processes together.
+        world: the processes, of which this one gets its part of every batch.
+    """
+    augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
+    cut = training_options(parse_arguments(config.aug_cfg)) if config.aug_cfg else {"scale": config.crop_scale}
+    cut = {"augment": augment, **cut}
+    max_pixels = config.max_image_pixels or MAX_PIXELS
+    crops = CroppedImages(model.visual.image_size, **cut, max_pixels=max_pixels)
+    batches = PairBatches(
+        sources, order, crops, tokenizer, batch_size, config.seed, config.unique_by, config.keyword_prob,
+        config.keys(), model.reads_padding, world.rank, world.size,
+    )  # fmt: skip
+    if config.decode_on_device:
+        encoded = EncodedCrops(crops)
+        batches.transform, batches.gather = encoded, encoded.gathered
+    elif cut == {"augment": augment, "scale": (1.0, 1.0)}:
+        batches.transform = WholeImages(transform_of(model, train=True, uint8=True, **cut), max_pixels)
+    return batches
+
+
+def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_open: int = MAX_OPEN) -> list[Source]:
+    """Return the sources of pairs by the options of a run, with the arguments and the errors of ``open_sources``."""
+    return open_sources(names, workers, IndexCache(separator=config.separator()), max_open)
+
+
+def validation_set(config: TrainConfig) -> LabelledSet | None:
+    """Return the validation data of a run, whose names may differ from the training data's; None if none are used."""
+    if config.val_data is None or config.val_frequency == 0:
+        return None
+    given = config.keys()
+    keys = Keys((*given.images, *IMAGE_KEYS), (*given.texts, *TEXT_KEYS), given.is_json)
+    return LabelledSet(config.val_data, config.val_group_by, keys=keys, separator=config.separator())
+
+
+def parts(config: TrainConfig) -> list[str]:
+    """Return the sources of a mix; without factors, all shards are one."""
+    factors, named = config.train_data_upsampling_factors, config.train_data.split("::")
+    if factors and len(factors) != len(named):
+        raise ValueError(
+            f"--train-data-upsampling-factors needs a factor for each of the {len(named)} parts of --train-data, got "
+            f"{len(factors)}"
+        )
+    return named if factors else [config.train_data]
+
+
+def _refuse_changes(config: TrainConfig) -> None:
+    """Refuse options that would change images or captions, of which those that the device draws have their own."""
+    given = [flag_name(key) for key in (*AUGMENTATIONS, "aug_cfg", *KEY_OPTIONS) if getattr(config, key)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: synthetic pairs are drawn on the device as they are: leave it out")
+
+
+def _refuse_less_than_a_batch(pairs: int, num_samples: int | None, batch_size: int) -> None:
+    if pairs < batch_size:
+        raise ValueError(
+            f"the shards hold {pairs} pairs, less than one batch of {batch_size}: lower --batch-size, or name more "
+            "shards in --train-data"
+        )
+    if num_samples is not None and num_samples < batch_size:
+        raise ValueError(
+            f"--train-num-samples {num_samples} is less than one batch of {batch_size} pairs of all processes"
+        )
+
+
+def _damaged(sources: Sequence[Source], limit: float) -> list[ShardIndex]:
+    """Return the damaged shards, and refuse them if they have lost too much.
+
+    How much a shard that is cut short has lost cannot be told, and is not counted.
+
+    Raises:
+        ValueError: more than the share ``limit`` of all pairs is lost.
+    """
+    damaged = list({shard.name: shard for source in sources for shard in source.shards if shard.damage}.values())
+    lost = sum(shard.lost for shard in damaged)
+    total = lost + sum(map(len, sources))
+    if lost > limit * total:
+        raise ValueError(
+            f"about {lost} of {total} pairs are lost in {len(damaged)} damaged shard(s), more than --max-bad-fraction "
+            f"{limit}; the first is {damaged[0].name}"
+        )
+    return damaged
+
+
+@dataclasses.dataclass
+class SkipBudget:
+    """How many pairs were seen, how many of them could not be used for which reasons, and how many may be."""
+
+    limit: float  # largest share of skipped pairs
+    listed_in: Path  # the file that lists the skipped pairs, for the error
+    doctor: str  # the command that lists all bad pairs, for the error
+    seen: int = 0
+    kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    @property
+    def skipped(self) -> int:
+        """The number of skipped pairs."""
+        return self.kinds.total()
+
+    def is_exceeded_by(self, skipped: int) -> bool:
+        """Return True if of the pairs that were seen so many may not be skipped.
+
+        Of the first few pairs, more than the share of all may be bad. By Chernoff's bound, it is less probable than
+        ``BY_CHANCE`` that so many are, where this is True.
+        """
+        if skipped <= self.limit * self.seen or self.limit == 0:
+            return skipped > self.limit * self.seen
+        bad = min(1.0, skipped / self.seen)  # of several ranks, the last pairs may be counted twice
+        good = 1 - bad
+        divergence = bad * math.log(bad / self.limit) + (good * math.log(good / (1 - self.limit)) if good else 0.0)
+        return math.exp(-self.seen * divergence) < BY_CHANCE
+
+    def count(self, skipped: Sequence[Skipped]) -> None:
+        """Count skipped pairs.
+
+        Raises:
+            TrainingError: they are too many.
+        """
+        self.kinds.update(sample.kind for sample in skipped)
+        if skipped and self.is_exceeded_by(self.skipped):
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in self.kinds.most_common())
+            raise TrainingError(
+                f"{self.skipped} of {self.seen} pairs could not be used, more than --max-bad-fraction {self.limit}: "
+                f"{kinds}; they are listed in {self.listed_in}; last: {skipped[-1]}; all bad pairs are listed by: "
+                f"{self.doctor}"
+            )

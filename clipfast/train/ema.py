@@ -1,0 +1,92 @@
+"""The exponential moving average of a model's weights, which often is a better model than the last weights are."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import check_weights, plain_names
+from ..distributed.dtensors import fill, to_local
+from ..models import CLIP
+
+TOGETHER = 16  # tensors that are averaged at the same time, for which a step has to hold their change
+
+
+class WeightAverage:
+    """An average over the steps of every weight that is trained, and of the statistics of BatchNorm, in float32.
+
+    The statistics are averaged over the same steps as the weights, since those of the last weights would not fit. What
+    is no floating number, such as BatchNorm's count, is that of the model.
+
+    Args:
+        model: the model, whose state dict must keep its tensors.
+        decay: weight of the average so far, from 0 to 1. After ``n`` steps it is at most (1 + n) / (10 + n), so that
+            the weights that training began with are soon forgotten.
+    """
+
+    def __init__(self, model: CLIP, decay: float) -> None:
+        self.model, self.decay = model, decay
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        changing = trained | {name for name, _ in model.named_buffers()}
+        self._live = {
+            name: value for name, value in model.state_dict().items() if name in changing and value.is_floating_point()
+        }
+        self.averages = {name: value.detach().float().clone() for name, value in self._live.items()}
+        self._devices = {value.device for value in self.averages.values()}  # FSDP2 may keep some in the host's memory
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the average takes."""
+        return sum(average.nbytes for average in self.averages.values())
+
+    @torch.no_grad()
+    def update(self, steps: int, skipped: Tensor) -> None:
+        """Take the weights into the average after ``steps`` steps, which count from 1.
+
+        ``skipped`` is 1 if the last of them changed no weight, and leaves the average as it is, else 0.
+        """
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        share = (1 - decay) * (1 - skipped)
+        if self._devices != {share.device}:
+            share = share.cpu()  # which goes with any device
+        averages, live = _locals(self.averages), _locals(self._live)
+        for start in range(0, len(averages), TOGETHER):
+            some = averages[start : start + TOGETHER]
+            change = torch._foreach_sub([value.float() for value in live[start : start + TOGETHER]], some)
+            torch._foreach_mul_(change, share)
+            torch._foreach_add_(some, change)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the model the average for as long as the context lasts."""
+        live = _locals(self._live)
+        with torch.no_grad():
+            trained = [value.clone() for value in live]
+            torch._foreach_copy_(live, _locals(self.averages))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(live, trained)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole state of the model with the average in it."""
+        return {name: self.averages.get(name, value) for name, value in self.model.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
+        """Go on from a state that :meth:`state_dict` returned; without one, from the weights that the model has now.
+
+        Raises:
+            CheckpointError: the state does not fit the model.
+        """
+        found = self._live if state is None else plain_names(state)
+        found = {name: found[name] for name in self.averages if name in found}
+        check_weights(found, self.averages, "state_dict_ema of the checkpoint")
+        for name, average in self.averages.items():
+            fill(average, found[name])
+
+
+def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the parts of tensors that this process holds; FSDP2 may have cut some of them."""
+    return [to_local(value) for value in tensors.values()]

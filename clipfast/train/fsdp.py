@@ -1,0 +1,128 @@
+"""FSDP2: every process holds a part of the weights, their gradients and the optimizer's state.
+
+Each block is a unit whose weights are gathered when it runs, and so is what remains of the model. PyTorch's
+``fully_shard`` cuts tensors along their first dimension, and so takes no scalars. The logit scale and the logit bias
+stay whole on every process, with the shape that OpenCLIP gives them, and :func:`exchange_scalars` averages their
+gradients.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..distributed.world import World
+from ..models import CLIP
+from ..models.resnet import ModifiedResNet
+from ..models.transformer import ResidualAttentionBlock
+from .train_config import TrainConfig
+
+
+def is_sharded(config: TrainConfig, world: World) -> bool:
+    """Return True if FSDP2 is to shard the weights. One process alone keeps full weights, whatever ``--fsdp`` says."""
+    return config.fsdp and world.size > 1
+
+
+def blocks_of(model: CLIP) -> list[nn.Module]:
+    """Return the parts of a model whose weights are gathered one after the other."""
+    blocks: list[nn.Module] = [part for part in model.modules() if isinstance(part, ResidualAttentionBlock)]
+    visual: nn.Module = model.visual
+    if isinstance(visual, ModifiedResNet):
+        blocks += [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+    return blocks
+
+
+def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
+    """Cut the weights of ``model`` in place among the ranks of ``mesh``, and compile its blocks if that is asked for.
+
+    The arithmetic stays that of DistributedDataParallel: autocast chooses the precision, and gradients are summed in
+    float32.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.fsdp_offload_cpu else OffloadPolicy()
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "offload_policy": offload,
+    }
+    compiler: Any = {"backend": config.torchcompile_backend, "mode": config.torchcompile_mode}
+    for block in blocks_of(model):
+        if config.torchcompile:
+            # The hooks that gather the weights run outside of what is compiled.
+            block.forward = torch.compile(block.forward, fullgraph=True, **compiler)
+        fully_shard(block, reshard_after_forward=_reshards(config), **options)
+    # What remains is needed again as soon as the backward pass begins, so it stays gathered until then.
+    fully_shard(model, reshard_after_forward=False, ignored_params=set(_scalars(model)), **options)
+    _gather_for_direct_calls(model)
+
+
+def _gather_for_direct_calls(model: CLIP) -> None:
+    """Let the encoders gather the weights when they are called, except by the forward pass, which has gathered them.
+
+    If a part of the forward pass were such a call too, PyTorch would free the weights at its end, and gather them again
+    for the backward pass.
+    """
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    running = False
+    forward = model.forward
+
+    def whole_forward(*args: Any, **options: Any) -> Any:
+        nonlocal running
+        running = True
+        try:
+            return forward(*args, **options)
+        finally:
+            running = False
+
+    def chosen(plain: Callable[..., Tensor], gathering: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **options: (plain if running else gathering)(*args, **options)
+
+    for name in ("encode_image", "encode_text"):
+        plain = getattr(model, name)
+        register_fsdp_forward_method(model, name)
+        setattr(model, name, chosen(plain, getattr(model, name)))
+    model.forward = whole_forward  # type: ignore[method-assign]
+
+
+def _reshards(config: TrainConfig) -> bool:
+    """Return True if a block frees the weights of other ranks between its forward and its backward pass."""
+    return not config.fsdp_no_reshard_after_forward
+
+
+def _scalars(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.ndim == 0]
+
+
+def exchange_scalars(model: nn.Module, world: World) -> None:
+    """Replace the gradients of scalars, which FSDP2 leaves alone, by their means over the ranks."""
+    gradients = [parameter.grad for parameter in _scalars(model) if parameter.grad is not None]
+    if gradients:
+        means = world.mean(torch.stack([gradient.float() for gradient in gradients]))
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean)
+
+
+@contextlib.contextmanager
+def unsharded(config: TrainConfig, model: nn.Module) -> Iterator[None]:
+    """Give every rank all weights for as long as the context lasts, so that its forward passes wait for no other rank.
+
+    Ranks may then compute different numbers of forward passes, or none. All of them must enter and leave it together.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in parts:
+            part.reshard()  # weights may change before the next forward pass, which would find the old ones
+            part.set_reshard_after_forward(_reshards(config) and part is not model, recurse=False)

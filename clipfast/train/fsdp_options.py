@@ -1,0 +1,40 @@
+"""Which options work with ``--fsdp``."""
+
+from typing import TYPE_CHECKING
+
+from .option_checks import AUTO, flag_name
+
+if TYPE_CHECKING:
+    from .train_config import TrainConfig
+
+# These treat every number by itself, and so work on parts of weights.
+FSDP_OPTIMIZERS = (
+    "adamw", "adam", "nadam", "nadamw", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "asgd", "sgd",
+)  # fmt: skip
+
+
+def check_fsdp(config: "TrainConfig") -> None:
+    """Refuse options that do not work with FSDP2, and those that mean nothing without it.
+
+    Raises:
+        ValueError: there is one; the message names it, and what to leave out.
+    """
+    parts = [name for name in ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu") if getattr(config, name)]
+    if not config.fsdp and parts:
+        raise ValueError(f"{flag_name(parts[0])} needs --fsdp")
+    if not config.fsdp and config.fsdp_checkpoint != "full":
+        raise ValueError(f"--fsdp-checkpoint {config.fsdp_checkpoint} needs --fsdp: give it, or --fsdp-checkpoint full")
+    refused = {
+        "--cuda-graphs": (config.cuda_graphs, "weights are gathered anew in every step"),
+        "--ddp-static-graph": (config.ddp_static_graph, "it is for DistributedDataParallel"),
+        "--use-bn-sync": (config.use_bn_sync, "a ResNet fits on one GPU"),
+        "--micro-batch-size auto": (config.micro_batch_size == AUTO, "a rank that tries alone would wait for others"),
+    }
+    for flag, (is_set, reason) in refused.items() if config.fsdp else ():
+        if is_set:
+            raise ValueError(f"{flag} does not work with --fsdp, since {reason}: leave one of them out")
+    if config.fsdp and config.opt.lower() not in FSDP_OPTIMIZERS:
+        raise ValueError(
+            f"--opt {config.opt} does not work with --fsdp, which cuts every weight into parts: choose one of "
+            f"{', '.join(FSDP_OPTIMIZERS)}, or leave out --fsdp"
+        )

@@ -1,0 +1,330 @@
+"""Log lines in OpenCLIP's format, metrics in the folder of the run, and the meters behind them."""
+
+import collections
+import contextlib
+import logging
+import logging.handlers
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data import Batch
+from ..distributed.world import ALONE, World
+from ..host import gpu_state, proc_bytes, throttles
+from ..io.progress import duration
+from ..kernels.hardware import card_named
+from ..models import CLIP
+from ..models.model_flops import training_flops
+from ..runs.folder import RunFolder
+from .guard import Figures
+from .schedule import Epochs
+from .spikes import Signs
+
+if TYPE_CHECKING:
+    from .reports import Reports
+
+log = logging.getLogger("clipfast")
+
+
+class Meters:
+    """The meters of one rank.
+
+    Args:
+        device: of the rank.
+        parallel: what is called in a step; ``DistributedDataParallel`` measures its communication itself.
+        every: steps between two readings.
+    """
+
+    def __init__(self, device: torch.device, parallel: nn.Module | None = None, every: int = 1) -> None:
+        self.device, self.parallel = device, parallel
+        self._seconds_at_peak = 0.0  # that a step would take at an MFU of 1; 0 if that is unknown
+        self._tells_nvml = device.type == "cuda"
+        self._was_throttled = False
+        if isinstance(parallel, DistributedDataParallel):
+            parallel._set_ddp_runtime_logging_sample_rate(every)
+
+    def count_flops(self, model: Callable[[], CLIP], pairs: int, ranks: int, *, half: bool) -> str | None:
+        """Count the FLOPs of a step, and return a sentence on what MFU means in this run; None if there is none.
+
+        Args:
+            model: builds the model on "meta".
+            pairs: of all ranks together.
+            ranks: how many there are.
+            half: whether products have 16 bits.
+        """
+        card = card_named(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if card is None:
+            return None
+        flops, peak = training_flops(model(), pairs), ranks * card.peak(half=half)
+        self._seconds_at_peak = flops / peak
+        return (
+            f"MFU: a step has {flops / 1e12:,.4g} TFLOP of the model, without what is computed a second time, and "
+            f"{ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the data sheet"
+        )
+
+    def read(self, step_seconds: float) -> dict[str, Any]:
+        """Return the figures for a line of metrics; what cannot be measured here is left out.
+
+        ``mfu``: of the peak of all ranks' GPUs. ``communication``: the share of a step's time in which
+        ``DistributedDataParallel`` sums gradients, or waits for a slower rank to do so, after the backward pass has
+        computed them, in the last step that it looked at; the exchange of features in the loss is not part of it.
+        ``memory``: bytes, on a GPU the peak so far. ``gpu``: what NVML says.
+
+        Args:
+            step_seconds: duration of a step.
+        """
+        found: dict[str, Any] = {"memory": self._memory()}
+        if self._seconds_at_peak:
+            found["mfu"] = self._seconds_at_peak / step_seconds
+        times = self.parallel._get_ddp_logging_data() if isinstance(self.parallel, DistributedDataParallel) else {}
+        whole, hidden = times.get("backward_comm_time"), times.get("backward_compute_comm_overlap_time")
+        if whole is not None and hidden is not None:  # after the first steps that it looks at
+            found["communication"] = min(max(whole - hidden, 0) * 1e-9 / step_seconds, 1.0)
+        if self._tells_nvml:
+            found |= self._gpu()
+        return found
+
+    def _memory(self) -> dict[str, int]:
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+            return {"allocated": allocated(self.device), "reserved": reserved(self.device)}
+        with contextlib.suppress(OSError, RuntimeError):
+            return {"resident": proc_bytes("self/status", "VmRSS")}
+        return {}
+
+    def _gpu(self) -> dict[str, Any]:
+        try:
+            state = gpu_state(self.device)
+        except Exception:  # a driver may lack NVML, or a container may hide it: a run needs none of it
+            self._tells_nvml = False
+            return {}
+        if state["throttled"] and not self._was_throttled:
+            self._was_throttled = True
+            log.warning(
+                f"{self.device} runs slower than it could, by {', '.join(throttles(state['reasons']))}: "
+                f"{state['sm_mhz']} MHz, {state['power_w']:.0f} W, {state['temperature_c']} °C. It is said once; "
+                "metrics.jsonl has the figures of each line."
+            )
+        return {"gpu": state}
+
+
+class _OutLog(logging.handlers.WatchedFileHandler):
+    """The file ``out.log``, opened again where the folder of the run is made again."""
+
+    def __init__(self, path: Path, folder: RunFolder) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.folder = folder
+
+    def reopenIfNeeded(self) -> None:  # noqa: N802
+        """Open the file again if it is another one, unless it is that of another run."""
+        if self.folder.lock is not None and self.folder.is_held():
+            super().reopenIfNeeded()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or lose it if the file cannot be opened again."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Lose a line that cannot be written: a full disk would print a traceback for each."""
+
+
+@contextlib.contextmanager
+def logging_to(folder: RunFolder, world: World = ALONE, *, by_machine: bool = False) -> Iterator[None]:
+    """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format.
+
+    Ranks other than 0 log warnings and errors, and to the console only. With ``by_machine``, one rank of each machine
+    logs to a file of its own, ``out-RANK``.
+    """
+    rank = "" if world.is_main else f"rank {world.rank} | "
+    formatter = logging.Formatter(f"%(asctime)s | %(levelname)s | {rank}%(message)s", "%Y-%m-%d,%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if world.local_rank == 0 if by_machine else world.is_main:
+        folder.path.mkdir(parents=True, exist_ok=True)  # another machine may have its own disk
+        handlers.append(_OutLog(folder.path / (f"out-{world.rank}" if by_machine else "out.log"), folder))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        log.addHandler(handler)
+    log.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+class TrainLog:
+    """Progress bar, log lines and metrics of a run.
+
+    Args:
+        folder: of the run.
+        epochs: of the run.
+        world: the processes; rank 0 writes, and the times and meters are its own.
+        meters: of this rank.
+        signs: of trouble, which are reported.
+
+    Attributes:
+        reports: where figures go beside the log and ``metrics.jsonl``; None until they are opened, and on other ranks.
+    """
+
+    def __init__(self, folder: RunFolder, epochs: Epochs, world: World, meters: Meters, signs: Signs) -> None:
+        self.folder, self.epochs, self.world, self.meters, self.signs = folder, epochs, world, meters, signs
+        self.reports: Reports | None = None
+        self._first: tuple[int, float] | None = None  # step and time of the first line
+        self._left: float | None = None  # seconds
+        self._start_again()
+
+    def watch(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+        """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each."""
+        from tqdm import tqdm
+
+        epoch, first, stop = self.epochs.after(step)
+        description = f"epoch {epoch + 1}/{self.epochs.number}"
+        self._start_again()
+        options: dict[str, Any] = {"unit": "step", "disable": None if self.world.is_main else True, "leave": False}
+        with tqdm(total=stop - first, initial=step - first, desc=description, **options) as bar:
+            for number in range(step, stop):
+                asked = time.perf_counter()
+                with self.world.phase("data", number + 1):
+                    batch = next(batches)
+                self._waiting += time.perf_counter() - asked
+                self._stages.update(batch.seconds)
+                yield batch
+                if self._left is not None:
+                    bar.set_postfix_str(f"run ETA {duration(self._left)}", refresh=False)
+                bar.update()
+
+    def step(self, figures: Tensor, pairs: int) -> None:
+        """Count a finished step of so many pairs of this process.
+
+        ``figures`` are those of :class:`clipfast.train.guard.Guard`, and stay on their device until they are logged.
+        """
+        self._figures.append(figures)
+        self._pairs += pairs * self.world.size
+
+    def write(
+        self, step: int, lr: float, logit_scale: Tensor, logit_bias: Tensor | None = None, *, shown: bool = True
+    ) -> None:
+        """Log and record the steps since the last line; all ranks must call it.
+
+        Steps that the guard skipped count for the times, and not for the losses.
+
+        Args:
+            step: number of steps that are finished.
+            lr: learning rate of the last one.
+            logit_scale: scalar, the factor of the cosines after the last one.
+            logit_bias: scalar, what SigLIP adds to them.
+            shown: whether there is a line in the log too.
+        """
+        self.look(step)
+        figures = self._known
+        kept = [one for one in figures if not one.skipped]
+        means = {}
+        if kept:
+            means = {key: statistics.fmean(getattr(one, key) for one in kept) for key in ("loss", "grad_norm")}
+        now = time.perf_counter()
+        elapsed = now - self._started
+        line: dict[str, Any] = {
+            "step": step, "total_steps": self.epochs.total_steps, "epoch": self.epochs.after(step - 1).number,
+            "epochs": self.epochs.number, "time": round(time.time(), 3),
+            **means, "skipped_steps": len(figures) - len(kept), "lr": lr,
+            "logit_scale": logit_scale.item(), **({} if logit_bias is None else {"logit_bias": logit_bias.item()}),
+            "batch_time": elapsed / len(figures),
+            "data_time": self._waiting / len(figures),
+            "data_wait": self._waiting / elapsed,
+            "pairs_per_second": self._pairs / elapsed,
+            "pairs_per_second_per_gpu": self._pairs / elapsed / self.world.size,
+            **self.meters.read(elapsed / len(figures)),
+        }  # fmt: skip
+        first, seconds = self._first = self._first or (step, now)  # much is prepared in the steps before it
+        if step > first:  # evaluations and saves are spread over all steps
+            self._left = (self.epochs.total_steps - step) * (now - seconds) / (step - first)
+        if self._left is not None:
+            line["eta"] = round(self._left, 1)
+        line["data_seconds"] = dict(self._stages)  # of all data workers together
+        if shown:
+            log.info(self._text(line, kept[-1].loss if kept else math.nan))
+        self.record(line)
+        self._start_again()
+
+    def look(self, step: int) -> None:
+        """Look for signs of trouble in the steps that were finished since it last was done; all ranks must call it."""
+        if not self._figures:
+            return
+        stacked = torch.stack(self._figures)
+        stacked[:, 0] = self.world.mean(stacked[:, 0])
+        new = [Figures(*row) for row in stacked.tolist()]
+        self._report(step - len(new), new)
+        self._known += new
+        self._figures.clear()
+
+    def _report(self, before: int, figures: Sequence[Figures]) -> None:
+        """Warn of signs that the run goes wrong, and record them; ``before`` steps were finished before the first."""
+        for step, one in enumerate(figures, before + 1):
+            for sign in self.signs.see(step, one) if self.world.is_main and not one.skipped else ():
+                log.warning(sign.text[0].upper() + sign.text[1:])
+                self.folder.record(step=step, warning=sign.kind, value=sign.value, usual=sign.usual)
+
+    def _text(self, line: dict[str, Any], last: float) -> str:
+        """Return OpenCLIP's log line with ours at its end; ``last`` is the loss of the last step."""
+        _, first, stop = self.epochs.after(line["step"] - 1)
+        pairs, total = ((count - first) * self.epochs.batch_size for count in (line["step"], stop))
+        mean = line.get("loss", math.nan)  # all steps may have been skipped
+        return (
+            f"Train Epoch: {line['epoch']} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "
+            f"Data (t): {line['data_time']:.3f} Batch (t): {line['batch_time']:.3f}, "
+            f"{line['pairs_per_second']:#g}/s, {line['pairs_per_second_per_gpu']:#g}/s/gpu "
+            f"LR: {line['lr']:5f} Logit Scale: {line['logit_scale']:.3f} "
+            f"Contrastive_loss: {last:#.5g} ({mean:#.5g}) Loss: {last:#.5g} ({mean:#.5g}) " + " ".join(self._ours(line))
+        )
+
+    def _ours(self, line: dict[str, Any]) -> Iterator[str]:
+        """Yield what OpenCLIP's line does not have."""
+        if line.get("memory"):
+            yield f"Mem: {next(iter(line['memory'].values())) / 1e9:.1f} GB"
+        for name, key in (("MFU", "mfu"), ("Comm", "communication"), ("Data-wait", "data_wait")):
+            if key in line:
+                yield f"{name}: {100 * line[key]:.1f}%"
+        if line["data_seconds"]:
+            yield f"({self._stages.most_common(1)[0][0]})"
+        if "eta" in line:
+            yield f"ETA: {duration(line['eta'])}"
+
+    def evaluation(self, step: int, results: dict[str, Any]) -> None:
+        """Log and record an evaluation after ``step`` steps."""
+        from ..runs.metrics import evaluation_metrics
+
+        overall = {name: value for name, value in results.items() if name != "by_group"}  # groups can be many
+        self._evaluated(step, evaluation_metrics(overall), {"eval": results})
+
+    def imagenet(self, step: int, accuracy: dict[str, float]) -> None:
+        """Log and record the accuracy on ImageNet after ``step`` steps, by OpenCLIP's names."""
+        self._evaluated(step, accuracy, {"imagenet": accuracy})
+
+    def _evaluated(self, step: int, figures: dict[str, float], content: dict[str, Any]) -> None:
+        # OpenCLIP counts the epochs that are finished; the last may be cut
+        epoch = self.epochs.after(step - 1).number + 1
+        shown = "\t".join(f"{name}: {value:.4f}" for name, value in figures.items())
+        log.info(f"Eval Epoch: {epoch} {shown}\tafter step {step}")
+        self.record({"step": step, "epoch": epoch, "time": round(time.time(), 3), **content})
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics, on rank 0, to all places for them."""
+        if self.world.is_main:
+            self.folder.record(**line)
+        if self.reports is not None:
+            self.reports.add(line)
+
+    def _start_again(self) -> None:
+        self._figures: list[Tensor] = []  # of steps that were not looked at yet
+        self._known: list[Figures] = []  # of those before them
+        self._stages: collections.Counter[str] = collections.Counter()
+        self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

@@ -1,0 +1,216 @@
+"""What can be known of a run in seconds, before its data are indexed and its model is built.
+
+The model is there only on PyTorch's "meta" device, and of the data a few pairs are read. The index of their shards is
+kept; nothing else is written.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.of_run import Checkpoints
+from ..data import ANY_ORDER, PREFETCH, Batch, expand_shards, spread, try_pairs
+from ..data.index import ShardError
+from ..data.staging import is_direct
+from ..distributed.world import ALONE, World
+from ..host import SHARED_MEMORY, available_memory, free_bytes
+from ..io.units import BYTES, scaled
+from ..models import CLIP
+from ..models.file_tokenizer import FileTokenizer
+from ..models.images import SampleError
+from ..models.tokenizer import Tokenizer
+from ..runs.folder import RunFolder
+from .build import Distillation, bare_model, build_device, build_loss, build_tokenizer
+from .data import pair_batches, parts, sources_of, validation_set, whole_batch
+from .ema import WeightAverage
+from .fsdp import is_sharded
+from .optim import make_optimizer
+from .train_config import TrainConfig
+from .validation import ImageNet
+
+SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What was found of a run that can start.
+
+    Attributes:
+        tried: pairs that were read.
+        unusable: those of them that cannot be used, each with the reason.
+        checkpoint: bytes of a checkpoint.
+        free: bytes that are free for checkpoints.
+        loader: bytes of the batches that are made ahead.
+    """
+
+    tried: int
+    unusable: list[str]
+    checkpoint: int
+    free: int
+    loader: int
+
+    def __str__(self) -> str:
+        unusable = f", and {len(self.unusable)} of them cannot be used: {self.unusable[0]}" if self.unusable else ""
+        return (
+            f"a checkpoint takes {scaled(self.checkpoint, BYTES)} of {scaled(self.free, BYTES)} that are free, the "
+            f"batches that are made ahead {scaled(self.loader, BYTES)} of memory; {self.tried} pairs were tried"
+            f"{unusable}"
+        )
+
+
+def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], world: World = ALONE) -> Preflight:
+    """Look for what would stop a run later.
+
+    Args:
+        config: its options.
+        folder: of the run, which exists on rank 0.
+        saved: what clipfast noted in the checkpoint that is continued, if there is one.
+        world: the processes, each of which looks for itself: at its own GPU, and at what all of its machine need.
+
+    Raises:
+        ValueError: the run cannot work; the message names the value that is wrong, and what would do.
+        ImportError: a package is missing that reads the data.
+    """
+    device = build_device(config, world)
+    batch_size = whole_batch(config, world, saved) // world.size
+    try:
+        groups = [expand_shards(part) for part in parts(config)]
+    except ValueError as error:
+        raise ValueError(f"--train-data: {error}") from error
+    model = bare_model(config, saved, torch.device("meta"))
+    build_loss(config, model)
+    if config.distill_model is not None:
+        Distillation(config, model, torch.device("meta"))
+    with contextlib.suppress(NotImplementedError):  # an imported one may read values, which are not there yet
+        make_optimizer(config, model)
+    tokenizer = build_tokenizer(config, model)
+    checkpoint, free = _check_disk(config, folder, model, world)
+    loader = _check_loader(config, model, batch_size, world.local_size)
+    if device.type == "cuda":
+        _check_gpu(config, model, device, world)
+    _check_validation(config)
+    ImageNet(config)
+    batches = [try_shards(config, names, model, tokenizer) for names in groups]
+    unusable = [str(sample) for batch in batches for sample in batch.skipped]
+    return Preflight(sum(map(len, batches)) + len(unusable), unusable, checkpoint, free, loader)
+
+
+def _nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
+    """Return the bytes of all weights, of those that are trained, and of what is kept for these at least.
+
+    That is AdamW's two moments (other optimizers may have none), and the average of the weights if there is one.
+    """
+    parameters = list(model.parameters())
+    weights = _nbytes([*parameters, *model.buffers()])
+    trained = _nbytes([weight for weight in parameters if weight.requires_grad])
+    average = 0 if config.ema_decay is None else WeightAverage(model, config.ema_decay).nbytes
+    return weights, trained, (2 * trained if config.opt == "adamw" else 0) + average
+
+
+def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: World) -> tuple[int, int]:
+    """Return the bytes of a checkpoint, and those that are free for it, which matter on rank 0.
+
+    A new checkpoint is written beside those that are kept, and in the end the weights by themselves.
+    """
+    weights, _, kept = _sizes(config, model)
+    checkpoint, free = weights + kept, free_bytes(folder.path)
+    there = min(config.keep_last, len(Checkpoints(folder.checkpoints).steps()))
+    needed = checkpoint * (config.keep_last + 1 - there) + weights
+    if world.is_main and free < needed:
+        raise ValueError(
+            f"--logs {config.logs} has {scaled(free, BYTES)} free, and the run needs {scaled(needed, BYTES)}: "
+            f"{scaled(checkpoint, BYTES)} for each of --keep-last {config.keep_last} checkpoints of {config.model}, as "
+            f"much again while one is written, and {scaled(weights, BYTES)} for the exported model; make room, give "
+            "another folder to --logs, or keep fewer"
+        )
+    return checkpoint, free
+
+
+def _check_loader(config: TrainConfig, model: CLIP, batch_size: int, ranks: int) -> int:
+    """Return the bytes of the batches that ``ranks`` processes make ahead; data workers hold them in shared memory."""
+    batch = batch_size * pair_bytes(model.visual.image_size, model.context_length)
+    workers = ranks * config.workers
+    shared = workers * PREFETCH * batch
+    fix = "use fewer --workers, or a smaller --batch-size"
+    if config.workers and SHARED_MEMORY.is_dir():
+        free = free_bytes(SHARED_MEMORY)
+        if free < shared:
+            raise ValueError(
+                f"{SHARED_MEMORY} has {scaled(free, BYTES)} free, and {workers} data workers hold "
+                f"{PREFETCH} batches each of {scaled(batch, BYTES)} there: {fix}, or make it larger (docker run "
+                f"--shm-size={-(-shared // 2**30)}g)"
+            )
+    available = available_memory()
+    held = workers * PREFETCH + ranks
+    if available is not None and available < held * batch:
+        raise ValueError(
+            f"{scaled(available, BYTES)} of memory are available, and {held} batch(es) of "
+            f"{scaled(batch, BYTES)} are held at a time: {fix}"
+        )
+    return shared or ranks * batch
+
+
+def pair_bytes(image_size: int, context_length: int) -> int:
+    """Return the bytes of one pair in a batch: an image in bytes, and the ids of its text."""
+    return 3 * image_size**2 + context_length * torch.int64.itemsize
+
+
+def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device, world: World) -> None:
+    weights, trained, kept = _sizes(config, model)
+    free, total = torch.cuda.mem_get_info(device)
+    needed = weights + trained + kept
+    if is_sharded(config, world):
+        needed = 0 if config.fsdp_offload_cpu else needed // world.size
+    if free < needed:
+        raise ValueError(
+            f"{device} has {scaled(free, BYTES)} of its {scaled(total, BYTES)} free, and weights, gradients and "
+            f"the optimizer's state of {config.model} take {scaled(needed, BYTES)}: end what else runs there (see "
+            "nvidia-smi), take another GPU by --device cuda:N or a smaller --model, or halve it by --precision "
+            "pure_bf16"
+        )
+
+
+def _check_validation(config: TrainConfig) -> None:
+    validation = validation_set(config)
+    try:
+        if validation is not None:
+            validation.check()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--val-data cannot be used: {error}") from error
+
+
+def try_shards(config: TrainConfig, names: list[str], model: CLIP, tokenizer: Tokenizer | FileTokenizer) -> Batch:
+    """Return a few pairs of a few shards as a batch.
+
+    Of shards that must be copied as a whole, there is only one.
+
+    Raises:
+        ValueError: a shard cannot be read, or not one of the pairs can be used.
+    """
+    unreadable = [name for name in names if os.path.exists(name) and not os.access(name, os.R_OK)]
+    if unreadable:
+        raise ValueError(
+            f"--train-data: no permission to read {unreadable[0]} ({len(unreadable)} of {len(names)} shards): chmod "
+            "a+r, or leave it out"
+        )
+    few = [names[number] for number in spread(len(names), SHARDS)]
+    few = few if all(map(is_direct, few)) else few[:1]
+    try:
+        sources = [source for source in sources_of(config, few) if len(source)]
+    except ShardError as error:
+        raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
+    if not sources:
+        return Batch(torch.empty(0), torch.empty(0), [])  # the others may hold some
+    try:
+        return try_pairs(pair_batches(config, sources, ANY_ORDER, model, tokenizer, PAIRS), PAIRS)
+    except SampleError as error:
+        raise ValueError(f"--train-data: {error}") from error

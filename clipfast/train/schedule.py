@@ -1,0 +1,148 @@
+"""The epochs of a run, and the learning rate of each step.
+
+The rate is a pure function of the step, so that a run that goes on needs no state of it. Schedules and flags are
+OpenCLIP's, with one more, ``wsd`` (warm-up, stable, decay: Hu et al. 2024), where the length of the decay is a share of
+the run.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+
+from .train_config import TrainConfig
+
+
+class Epoch(NamedTuple):
+    """An epoch of a run: its number from 0, and after how many steps of the run it begins and ends."""
+
+    number: int
+    first: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """Epochs of ``num_samples`` pairs, in one sequence of batches, of which each can belong to two epochs.
+
+    The run ends with the batch in which it has seen ``samples_seen`` pairs, which may be within an epoch.
+    """
+
+    num_samples: int
+    batch_size: int
+    samples_seen: int
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of the run."""
+        return -(-self.samples_seen // self.batch_size)
+
+    @property
+    def number(self) -> int:
+        """The number of epochs of the run, the last of which may be cut short."""
+        return self.after(self.total_steps - 1).number + 1
+
+    def steps_before(self, epoch: int) -> int:
+        """Return after how many steps of a run ``epoch`` epochs are finished."""
+        return -(-epoch * self.num_samples // self.batch_size)
+
+    def finished_after(self, step: int) -> int:
+        """Return how many epochs are finished after ``step`` steps."""
+        return step * self.batch_size // self.num_samples
+
+    def ends_with(self, step: int) -> bool:
+        """Return True if an epoch is finished by step ``step``, counted from 1."""
+        return self.finished_after(step) > self.finished_after(step - 1)
+
+    def after(self, step: int) -> Epoch:
+        """Return the epoch that goes on, or begins, after ``step`` steps. The end of the run is also its end."""
+        number = self.finished_after(step)
+        return Epoch(number, self.steps_before(number), min(self.steps_before(number + 1), self.total_steps))
+
+
+LONGEST_AUTO_WARMUP = 2000  # steps, as in Radford et al. 2021
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A learning rate that rises from 0 to ``base_lr`` in a straight line, stays there or not, and falls.
+
+    Attributes:
+        base_lr: the highest learning rate.
+        warmup: number of steps of the rise.
+        total: number of steps of the run.
+        cooldown: number of steps of the decay at the end; None decays as half a cosine from the rise on, to zero.
+        end_lr: what the decay of ``cooldown`` steps ends at.
+        power: 1 for a decay in a straight line; a higher one falls faster at first.
+    """
+
+    base_lr: float
+    warmup: int
+    total: int
+    cooldown: int | None = None
+    end_lr: float = 0.0
+    power: float = 1.0
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of ``step``, counted from 0."""
+        if self.cooldown is None or step < self.warmup:
+            return cosine_lr(step, self.base_lr, self.warmup, self.total)
+        begin = self.total - self.cooldown
+        if step < begin:
+            return self.base_lr
+        decay = (1 - (step - begin) / max(1, self.cooldown)) ** self.power
+        return self.end_lr + decay * (self.base_lr - self.end_lr)
+
+
+def cosine_lr(step: int, base_lr: float, warmup: int, total: int) -> float:
+    """Return the learning rate of ``step``, counted from 0, in CLIP's schedule (Radford et al. 2021, section 2.5).
+
+    It rises linearly to ``base_lr`` over ``warmup`` steps, and falls as half a cosine to zero at ``total`` steps.
+    """
+    if step < warmup:
+        return base_lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return base_lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def schedule_of(config: TrainConfig, total: int, epochs: Epochs) -> Schedule:
+    """Return the schedule of a run of ``total`` steps.
+
+    Raises:
+        ValueError: the cool-down is longer than the run.
+    """
+    if config.skip_scheduler:
+        return Schedule(config.lr, 0, total, 0)
+    warmup, cooldown = warmup_steps(config.warmup, total), None
+    if config.lr_scheduler == "const":
+        cooldown = 0
+    elif config.lr_scheduler == "const-cooldown":
+        cooldown = epochs.steps_before(config.epochs_cooldown or 0)
+    elif config.lr_scheduler == "wsd":
+        cooldown = math.ceil(config.decay_fraction * total)
+    if cooldown is not None and cooldown > total:
+        raise ValueError(
+            f"--epochs-cooldown {config.epochs_cooldown} is {cooldown} steps, more than the {total} of the whole run"
+        )
+    return Schedule(config.lr, warmup, total, cooldown, config.lr_cooldown_end, config.lr_cooldown_power)
+
+
+def warmup_steps(warmup: float | str, total: int) -> int:
+    """Return the steps of a warm-up that is given as a number of steps, as a share of ``total`` steps, or as "auto"."""
+    if isinstance(warmup, str):
+        return min(LONGEST_AUTO_WARMUP, total // 10)
+    return round(warmup * total) if warmup < 1 else int(warmup)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter, times the ``lr_scale`` of its group if that has one.
+
+    A learning rate that is a tensor is changed in place.
+    """
+    for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

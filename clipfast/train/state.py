@@ -1,0 +1,189 @@
+"""What a checkpoint holds of a run, and how a run is continued from one."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import CheckpointError, load_weights, preprocessing_of
+from ..distributed.dtensors import distribute_like, gather_full, to_local
+from ..distributed.ending import NotFiniteError
+from ..models import CLIP
+from .data import SkipBudget, TrainingData
+from .ema import WeightAverage
+from .option_checks import AUTO, flag_name
+from .schedule import Epochs
+from .step import TrainingStep
+from .train_config import TrainConfig
+
+CHECKPOINT_VERSION = 1
+MOMENTS = ("exp_avg", "momentum_buffer")  # in most optimizers' states: one number for each of the parameter
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # steps that are finished
+    seconds: float = 0.0  # spent training, over all sessions
+    skipped_steps: int = 0  # whose loss or gradient was not finite, so that they changed no weight
+    skipped_in_a_row: int = 0  # of these, since the last step that did
+    good_step: int | None = None  # the last one after which the model was better than guessing, as far as that is known
+
+
+@dataclasses.dataclass
+class RunState:
+    """Everything of a run that a checkpoint holds, in OpenCLIP's layout with one key more, ``clipfast``.
+
+    Weights, optimizer state and progress are restored to the last bit. The options stay those of this run, which may
+    differ from the checkpoint's; only the data cannot change within an epoch.
+    """
+
+    config: TrainConfig
+    name: str
+    model: CLIP
+    optimizer: torch.optim.Optimizer
+    step: TrainingStep
+    data: TrainingData
+    budget: SkipBudget
+    progress: Progress
+    average: WeightAverage | None = None
+
+    def check(self, content: dict[str, Any]) -> float:
+        """Refuse a state dict whose weights are not finite, and return the absolute value of its largest weight.
+
+        Raises:
+            NotFiniteError: the weights are not finite.
+        """
+        weights = [to_local(content["state_dict"][name]) for name, _ in self.model.named_parameters()]
+        largest = torch.stack([weight.abs().max().float().cpu() for weight in weights if weight.numel()]).max().item()
+        if not math.isfinite(largest):
+            raise NotFiniteError("the weights are", self.progress.step)
+        return largest
+
+    def state_dict(self, *, is_main: bool = True) -> dict[str, Any]:
+        """Return the content of a checkpoint. All ranks must call it, and it is complete where ``is_main``."""
+        complete: dict[str, Any] = gather_full(self.parts(), keep=is_main)
+        return complete
+
+    def parts(self) -> dict[str, Any]:
+        """Return the content of a checkpoint, with tensors that are cut as they are."""
+        optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "kinds": dict(self.budget.kinds)}
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
+        average = {} if self.average is None else {"state_dict_ema": self.average.state_dict()}
+        return {
+            "epoch": self.data.epochs.finished_after(self.progress.step),
+            "name": self.name,
+            "state_dict": self.model.state_dict(),
+            "optimizer": optimizer,
+            **average,
+            "clipfast": {
+                "version": CHECKPOINT_VERSION,
+                "model_config": self.model.config.to_dict(),
+                "preprocess_cfg": preprocessing_of(self.model),
+                "progress": dataclasses.asdict(self.progress) | counts,
+                "stream": self.data.state_dict(),
+                "micro_batch_size": self.step.micro_batch_size,  # BatchNorm depends on it
+                "groups": self._groups(),
+                "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
+            },
+        }
+
+    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Continue from the content of a checkpoint of this package or of OpenCLIP.
+
+        Raises:
+            CheckpointError: the checkpoint has no optimizer state, or does not fit the model.
+            ValueError: the checkpoint is from within an epoch, and this run has other data.
+        """
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            raise CheckpointError(
+                "the checkpoint has no optimizer state, so training cannot go on from it: "
+                "use --pretrained to start from its weights"
+            )
+        own: dict[str, Any] = checkpoint.get("clipfast", {})
+        was = own.get("config", {}).get("opt", "adamw")  # that of OpenCLIP and of earlier versions
+        if was.lower() != self.config.opt.lower():
+            raise CheckpointError(
+                f"the checkpoint holds the optimizer state of --opt {was}, and this run has --opt {self.config.opt}: "
+                "leave --opt as it was, or start from the weights with --pretrained"
+            )
+        load_weights(self.model, checkpoint, "the checkpoint")
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.get("state_dict_ema"))
+        self._load_optimizer(checkpoint["optimizer"], own.get("groups"))
+        progress, stream = own.get("progress"), own.get("stream", {})
+        if progress is None:  # OpenCLIP's
+            self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
+        else:
+            for field in dataclasses.fields(Progress):
+                setattr(self.progress, field.name, progress.get(field.name, field.default))
+            self.budget.seen = progress["seen"]
+            self.budget.kinds.update(progress["kinds"])
+        data = self.data.state_dict()
+        changed = {key: stream.get(key) for key, now in data.items() if stream.get(key) != now} if stream else {}
+        if changed:
+            before = Epochs(stream["num_samples"], stream["batch_size"], 0)
+            if self.progress.step != before.steps_before(checkpoint["epoch"]):
+                self._refuse_within_epoch(changed)
+            self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
+        is_same_option = own.get("config", {}).get("micro_batch_size") == self.config.micro_batch_size
+        if self.config.micro_batch_size == AUTO and is_same_option and "batch_size" not in changed:
+            self.step.micro_batch_size = own["micro_batch_size"]
+
+    def _refuse_within_epoch(self, changed: dict[str, Any]) -> None:
+        names = {"batch_size": "batch_size" if self.data.batch_size == self.config.batch_size else "global_batch_size"}
+        flags = [
+            f"{flag_name(names.get(key, key))} (was {was})" for key, was in changed.items() if hasattr(self.config, key)
+        ]
+        what = f"leave {', '.join(flags)} as it was" if flags else "the shards have other samples than they had"
+        raise ValueError(f"the checkpoint is from within an epoch, whose data cannot change: {what}")
+
+    def _groups(self) -> list[list[str]]:
+        """Return the names of the parameters in each group of the optimizer, which knows them only by their places."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
+
+    def _load_optimizer(self, state: dict[str, Any], groups: list[list[str]] | None) -> None:
+        """Load the moments of an optimizer; its learning rate and other options stay those of this run.
+
+        ``groups`` are those of the checkpoint; None if it does not say them, as OpenCLIP's and earlier ones.
+        """
+        for group, mine in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
+            group.update({key: value for key, value in mine.items() if key != "params"})
+        try:
+            self.optimizer.load_state_dict(self._cut(state))
+            if groups not in (None, self._groups()):
+                raise ValueError("its groups hold other parameters")
+            # A fused optimizer that is given moments of another shape writes beyond their end.
+            for parameter, moments in self.optimizer.state.items():
+                if any(name in moments and moments[name].shape != parameter.shape for name in MOMENTS):
+                    raise ValueError("its moments have other shapes than the parameters")
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint's optimizer state does not fit the model: {error}. Which parameters are trained, and "
+                "in which groups, must stay: locked towers, --wd-exclude, --image-layer-decay and --text-layer-decay. "
+                "In a checkpoint of OpenCLIP's main branch, positions have no weight decay: --wd-exclude "
+                f"{' '.join(sorted(self.model.no_weight_decay()))}"
+            ) from error
+
+    def _cut(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the optimizer with the moments cut as the weights are."""
+        parameters: dict[int, Tensor] = {}
+        for saved, group in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
+            parameters |= zip(saved["params"], group["params"], strict=False)
+
+        def cut(index: int, value: Any) -> Any:
+            like = parameters.get(index)
+            if like is None or not isinstance(value, Tensor) or value.shape != like.shape:
+                return value
+            return distribute_like(value, like)
+
+        moments = {
+            index: {name: cut(index, value) for name, value in found.items()} for index, found in state["state"].items()
+        }
+        return state | {"state": moments}

@@ -1,0 +1,238 @@
+"""One step of training on a device: forward, loss, backward and optimizer, as one CUDA graph if that is asked for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data import Batch
+from ..data.order import random_words
+from ..distributed.world import ALONE, World
+from ..losses.accumulation import accumulate_gradients, largest_micro_batch
+from ..models import CLIP
+from .fsdp import exchange_scalars
+from .guard import Guard, GuardedLoss
+from .logs import log
+
+WARMUP_STEPS = 3  # before the graph is captured: everything that is allocated or compiled once must exist by then
+
+
+class Upload:
+    """The copy of batches to a device, on a stream of its own: the step before can still run meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` lies in pinned memory."""
+        if self._stream is None:
+            return self._on_device(batch)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            images, texts = self._on_device(batch)
+        current.wait_stream(self._stream)
+        for x in (images, texts):
+            x.record_stream(current)  # else the other stream, which owns the memory, could use it again too early
+        return images, texts
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.images_on(self.device), batch.texts.to(self.device, non_blocking=True)
+
+
+class TrainingStep:
+    """Gradients of a batch, and the update of the weights.
+
+    Args:
+        model, optimizer: the model must be in training mode when a step is taken.
+        loss: as :func:`clipfast.accumulate_gradients` takes it.
+        autocast: makes the context of the forward pass.
+        grad_clip_norm: largest norm of the gradient; None does not clip it.
+        micro_batch_size: pairs whose activations are held at a time.
+        parallel: is called in place of the model, if there are several processes.
+        shards: the processes among which FSDP2 has cut the weights; None if each has all of them.
+
+    Attributes:
+        guard: knows of the last step whether its gradient was finite. If it was not, nothing has changed.
+    """
+
+    def __init__(
+        self,
+        model: CLIP,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[..., Tensor],
+        autocast: Callable[[], torch.autocast],
+        grad_clip_norm: float | None,
+        micro_batch_size: int,
+        parallel: nn.Module | None = None,
+        shards: World | None = None,
+    ) -> None:
+        self.parallel, self.shards = parallel or model, shards
+        self.model, self.optimizer, self.loss = model, optimizer, GuardedLoss(loss)
+        self.autocast, self.micro_batch_size = autocast, micro_batch_size
+        self.guard = Guard(model, optimizer, grad_clip_norm)
+        self.is_updating = False  # True after an error that came in the middle of an update
+
+    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Take a step and return the loss of the batch before it, a scalar without a graph."""
+        self._zero_gradients(len(images))
+        self.guard.begin()
+        loss = self.backward(images, texts)
+        self.guard.judge(loss)
+        self.is_updating = True
+        self.guard.step()
+        self.model.clamp_logit_scale()
+        self.is_updating = False
+        return loss
+
+    def backward(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Add the gradients of a batch to ``.grad`` and return its loss, a scalar without a graph."""
+        loss = self._backward(images, texts)
+        if self.shards is not None:
+            exchange_scalars(self.model, self.shards)
+        return loss
+
+    def _backward(self, images: Tensor, texts: Tensor) -> Tensor:
+        if self.micro_batch_size < len(images):
+            with self.autocast():
+                return accumulate_gradients(self.parallel, images, texts, self.micro_batch_size, self.loss)
+        with self.autocast():
+            loss = self.loss(*self.parallel(images, texts))
+        loss.backward()
+        return loss.detach()
+
+    def _zero_gradients(self, pairs: int) -> None:
+        """Forget all gradients before those of a batch of so many pairs.
+
+        Those of DistributedDataParallel are views of what it sends. Without them, the sums over micro-batches would
+        live beside that memory, of which only the last micro-batch makes use.
+        """
+        has_sums = self.micro_batch_size < pairs and isinstance(self.parallel, DistributedDataParallel)
+        self.optimizer.zero_grad(set_to_none=not has_sums)
+
+    def rehearse(self, images: Tensor, texts: Tensor) -> None:
+        """Compute gradients of a micro-batch and forget them. Their values have no meaning.
+
+        DistributedDataParallel packs gradients in the order in which they come in its first backward pass, and sums of
+        more than two ranks depend on where in a pack they are. So a run that goes on has the sums of one that never
+        stopped only if that pass is no step of either. From then on, gradients are views of the packs.
+        """
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        with self.autocast():
+            outputs = self.parallel(images[: self.micro_batch_size], texts[: self.micro_batch_size])
+        torch.stack([output.float().sum() for output in outputs if output is not None]).sum().backward()
+        self._zero_gradients(len(images))
+        for buffer, value in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+    def fit_micro_batch(self, batch_size: int, loss: Callable[..., Tensor], world: World = ALONE) -> None:
+        """Halve the micro-batch until it fits into the memory of every GPU, and log the size that was found.
+
+        Args:
+            batch_size: pairs of this process.
+            loss: of the pairs of one process: a GPU that runs out of memory must not leave others waiting for it.
+            world: the processes.
+        """
+        how = "a CPU does not say what fits: nothing was tried"
+        device = self.model.logit_scale.device
+        if _can_run_out(device):
+            size = self.model.visual.image_size
+            images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
+            texts = torch.zeros(batch_size, self.model.context_length, dtype=torch.long, device=device)
+            weights = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+            self.model.train()
+            with self.autocast():
+                self.micro_batch_size = largest_micro_batch(
+                    self.model, images, texts, loss, start=self.micro_batch_size,
+                    reserve=0 if self.optimizer.state else 2 * weights,  # AdamW's moments
+                )  # fmt: skip
+            how = "the most that was found to fit"
+        sizes = world.gather(self.micro_batch_size)
+        found = self.micro_batch_size = world.on_main(lambda: min(sizes))
+        pairs = f"{found} of {batch_size} pairs" if found < batch_size else f"the whole batch of {batch_size} pairs"
+        log.info(f"--micro-batch-size auto: {pairs} at a time ({how})")
+
+
+def _can_run_out(device: torch.device) -> bool:
+    """Return True if there is an error to catch when the memory of ``device`` runs out."""
+    return device.type == "cuda"
+
+
+def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
+    """Set the state of all random number generators for the part of a step that ``rank`` does.
+
+    On a CPU, each pair of the batch gets the numbers that it gets in one process. Other generators have numbers for
+    calls, not for pairs, so each rank has a seed of its own there.
+
+    Args:
+        seed: of the step.
+        model: of which only the vision transformer draws numbers, for the patches that it drops.
+        pairs: of each rank.
+        rank: of this process.
+    """
+    torch.manual_seed(seed)
+    visual: Any = model.visual
+    if rank == 0 or not getattr(visual, "patch_dropout", 0):
+        return
+    if model.logit_scale.device.type == "cpu":
+        grid = (visual.trunk if hasattr(visual, "trunk") else visual).grid_size
+        torch.rand(rank * pairs, grid[0] * grid[1])
+    else:
+        torch.manual_seed(int(random_words(1, seed, rank)[0]) >> 1)
+
+
+class GraphedStep:
+    """A step as one CUDA graph, so that the host starts one graph in place of a thousand kernels.
+
+    The first calls run the step directly. Then it is captured, and replayed for every batch of the same size. A smaller
+    batch, of which some pairs could not be decoded, runs directly.
+
+    Args:
+        step: takes a step; everything that changes from call to call must be a tensor, learning rates included.
+        context_length: length in tokens that texts are padded to, so that every batch has the same shape.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], context_length: int) -> None:
+        self.step, self.context_length = step, context_length
+        self._calls = 0
+        self._stream: torch.cuda.Stream | None = None
+        self._inputs: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Take a step and return the loss of the batch before it, a scalar without a graph."""
+        texts = F.pad(texts, (0, self.context_length - texts.shape[1]))
+        if self._inputs is None and self._calls < WARMUP_STEPS:
+            self._calls += 1
+            return self._beside(images, texts)
+        if self._inputs is None:
+            self._inputs = images.clone(), texts.clone()
+            self._replay, self._loss = self._capture(*self._inputs)
+        if images.shape != self._inputs[0].shape:
+            return self.step(images, texts)
+        for static, new in zip(self._inputs, (images, texts), strict=True):
+            static.copy_(new)
+        self._replay()
+        return self._loss.clone()
+
+    def _beside(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Run the step on a stream of its own, as it will be captured: the default stream cannot capture."""
+        self._stream = self._stream or torch.cuda.Stream(images.device)
+        current = torch.cuda.current_stream(images.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            loss = self.step(images, texts)
+        current.wait_stream(self._stream)
+        return loss
+
+    def _capture(self, images: Tensor, texts: Tensor) -> tuple[Callable[[], None], Tensor]:
+        """Capture the step on these tensors; returns the function that replays it, and the loss that it writes."""
+        # Without a device and a stream PyTorch captures on the current GPU, which need not be that of the batch.
+        # Only calls of this thread are held to the rules of a capture: the thread of the data loader pins memory.
+        with torch.cuda.device(images.device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                loss = self.step(images, texts)
+        return graph.replay, loss

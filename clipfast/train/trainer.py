@@ -1,0 +1,370 @@
+"""The trainer: it builds the components of a training run, and runs the loop over epochs and steps."""
+
+import collections
+import contextlib
+import functools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.of_run import Checkpoints
+from ..data import Batch, Skipped
+from ..distributed.dtensors import gather_full
+from ..distributed.ending import Interrupted, Interruption, NotFiniteError, TrainingError, elected
+from ..distributed.watchdog import STEP
+from ..distributed.world import ALONE, LateSum, World
+from ..evaluate.evaluate import Evaluation
+from ..runs.folder import RunFolder, by_step
+from ..runs.lock import FolderLostError
+from .build import Distillation, bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
+from .data import SkipBudget, TrainingData, whole_batch
+from .ema import WeightAverage
+from .fsdp import is_sharded
+from .guard import SkippedSteps
+from .logs import Meters, TrainLog, log
+from .optim import make_optimizer
+from .option_checks import AUTO, source_command
+from .schedule import schedule_of, set_lr
+from .spikes import SENSIBLE, Signs, guessing
+from .state import Progress, RunState
+from .step import GraphedStep, TrainingStep, Upload, seed_step
+from .train_config import TrainConfig
+from .validation import Validation
+
+
+class Trainer:
+    """One run, which writes to ``folder``.
+
+    ``checkpoint`` is what it continues from, written by this package or by OpenCLIP; the model configuration in it, if
+    there is one, replaces ``config.model``. With several ranks in ``world``, each of them has a trainer, and all call
+    the same methods in the same order.
+
+    Attributes:
+        signum: the signal that interrupted the run on any rank.
+        about_mfu: a sentence on what MFU means in this run; None if it cannot be told.
+
+    Raises:
+        ValueError: options, data or the checkpoint cannot be used.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, checkpoint: dict[str, Any] | None = None, world: World = ALONE
+    ) -> None:
+        self.config, self.folder, self.world = config, folder, world
+        saved: dict[str, Any] = (checkpoint or {}).get("clipfast", {})
+        self.device = build_device(config, world)
+        whole = whole_batch(config, world, saved)
+        self.batch_size = whole // world.size  # of this rank
+        with world.local_first():
+            self.data = TrainingData(config, whole, world)
+        self.total_steps = self.data.total_steps
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, saved, self.device, world)
+        self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model, world)
+        parallel = build_parallel(config, self.model, world, self.device)
+        self._is_sharded = is_sharded(config, world)
+        self.optimizer = make_optimizer(config, self.model)
+        self.schedule = schedule_of(config, self.total_steps, self.data.epochs)
+        on_amp = config.precision.startswith("amp") or (config.precision == "auto" and self.device.type == "cuda")
+        autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=on_amp)
+        self.distillation = None
+        if config.distill_model is not None:
+            loss = self.distillation = Distillation(config, self.model, self.device, world, autocast)
+        size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else self.batch_size
+        self.step = TrainingStep(
+            self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel,
+            world if self._is_sharded else None,
+        )  # fmt: skip
+        self.upload = Upload(self.device)
+        self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
+        meters = Meters(self.device, parallel, config.log_metric_every_n_steps or config.log_every_n_steps)
+        self.about_mfu = meters.count_flops(
+            lambda: bare_model(config, saved, torch.device("meta")), whole, world.size,
+            half=on_amp or config.precision == "pure_bf16",
+        )  # fmt: skip
+        signs = Signs(self.schedule.warmup, guessing(config, self.model, whole))
+        self.log = TrainLog(folder, self.data.epochs, world, meters, signs)
+        self.progress = Progress()
+        doctor = source_command(["doctor", "--data", config.train_data, "--all"], vars(config))
+        self.budget = SkipBudget(config.max_bad_fraction, folder.skipped_path, doctor)
+        self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
+        self.validation = Validation(config, self.model, self.tokenizer, self.average, self.log, world)
+        self.state = RunState(
+            config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress,
+            self.average,
+        )  # fmt: skip
+        self._writes_parts = self._is_sharded and config.fsdp_checkpoint == "sharded"
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, config.keep_last, only_last_epoch=config.delete_previous_checkpoint,
+            is_held=folder.is_held,
+            world=world.for_thread() if self._writes_parts else ALONE,
+        )  # fmt: skip
+        self._has_begun, self._unsaved = False, False  # whether steps were taken at all, and since the last checkpoint
+        self._is_time_to_save = False  # whether rank 0 wants to save, as all ranks have heard
+        self.signum: int | None = None
+        self._skipped: list[tuple[int, Skipped]] = []  # of this rank, with their steps, since they were last recorded
+        self._news = LateSum(world)
+        self.skips = SkippedSteps(self.step.guard, self.data, self.progress, config.max_nonfinite_steps, folder, world)
+        if checkpoint is not None:
+            self.state.load_state_dict(checkpoint)
+            signs.good = self.progress.good_step
+
+    def fit(self, interruption: Interruption) -> Evaluation | None:
+        """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
+
+        Whatever error ends it, weights that are finite are saved, unless an update of them is not complete, or the
+        error met only some of several ranks.
+
+        Raises:
+            TrainingError: losses, gradients or weights are not finite, or too many pairs cannot be decoded.
+            ValueError: the data cannot be read.
+            DiskFullError: there is no space for the last checkpoint.
+            OSError: it cannot be written for another reason.
+        """
+        self.validation.interruption = interruption
+        if self.world.watchdog is not None:
+            self.world.watchdog.interruption = interruption
+        try:
+            if self.config.micro_batch_size == AUTO and self.progress.step < self.total_steps:
+                self.step.fit_micro_batch(self.batch_size, build_loss(self.config, self.model), self.world)
+            evaluation = self._train(interruption)
+            self._finish_saving()
+            self._news.close()
+            self.conclude(interruption)
+        except Exception as error:
+            self._rescue(error)
+            raise
+        return evaluation
+
+    def conclude(self, interruption: Interruption) -> None:
+        """Ask all ranks whether they were interrupted, and if so, log the path of the newest checkpoint."""
+        self._hear(interruption)
+        if self.signum is not None:
+            kept = self.folder.kept()
+            log.info(f"Interrupted. {self._saved(kept[0]) if kept else 'No step was finished.'}")
+
+    def _saved(self, path: Path) -> str:
+        return f"Saved {path}; {self._continuation}"
+
+    @property
+    def _continuation(self) -> str:
+        start = "clipfast" if self.world.size == 1 else f"torchrun --nproc-per-node {self.world.size} -m clipfast"
+        return f"go on with: {start} train --resume {self.folder.path}"
+
+    def _hear(self, interruption: Interruption) -> None:
+        """Ask all ranks whether they were interrupted."""
+        self.signum = elected(self.world.sum(interruption.votes()))
+
+    def _train(self, interruption: Interruption) -> Evaluation | None:
+        """Train epoch after epoch, and return the last evaluation."""
+        evaluation, config = None, self.config
+        batches = self.data.batches(
+            self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
+        )
+        with contextlib.closing(batches):  # an error must not leave the workers waiting
+            try:
+                self._hear(interruption)
+                while self.progress.step < self.total_steps and self.signum is None:
+                    with self.world.phase(STEP):
+                        is_whole_epoch = self._train_epoch(batches, interruption)
+                    if is_whole_epoch:
+                        step = self.progress.step
+                        self.save()
+                        with contextlib.suppress(Interrupted):
+                            evaluation = self.validation.evaluate(step) if self._is_due(config.val_frequency) else None
+                            if self._is_due(config.zeroshot_frequency):
+                                self.validation.evaluate_imagenet(step)
+                        self._hear(interruption)
+            except RuntimeError as error:
+                if not isinstance(error, TrainingError):
+                    # it may be PyTorch's report of a dead data worker, which can come at any moment: the loader knows
+                    batches.throw(error)
+                raise
+        return evaluation
+
+    def _is_due(self, frequency: int) -> bool:
+        """Return True at the end of every ``frequency`` epochs, and at the end of the run."""
+        step, epochs = self.progress.step, self.data.epochs
+        is_turn = epochs.ends_with(step) and epochs.finished_after(step) % max(1, frequency) == 0
+        return frequency > 0 and (is_turn or step == self.total_steps)
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the steps that an error would lose, if the weights are sound, and log how to go on."""
+        if isinstance(error, FolderLostError):
+            return
+        is_sound = not self.step.is_updating and not isinstance(error, NotFiniteError)
+        if self._unsaved and is_sound and self.world.is_shared(error):
+            try:
+                self._finish_saving()
+                log.info(self._saved(self.folder.kept()[0]))
+                return
+            except Exception as failure:
+                log.error(f"Step {self.progress.step} cannot be saved: {failure}")
+        # A rank that is lost would hold up for long those that write parts with it.
+        self.checkpoints.wait(self.world.timeout if self._writes_parts else math.inf)
+        if self.folder.kept():
+            log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")
+
+    def _finish_saving(self) -> None:
+        """Wait until all steps are in a checkpoint on the disk. If the last write failed, it is tried once more.
+
+        Raises:
+            TrainingError, OSError: the weights are not finite, or cannot be written.
+        """
+        failed = self.world.on_main(lambda: self.checkpoints.wait() is not None)
+        is_new = self.world.on_main(self.folder.hold)
+        if self._unsaved or failed or is_new:
+            self.save()
+            self.world.on_main(self.checkpoints.finish)
+        self.checkpoints.wait()  # parts are written by all ranks
+
+    def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
+        """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""
+        config, progress = self.config, self.progress
+        last = self.data.epochs.after(progress.step).stop
+        self.model.train()
+        started = time.perf_counter()
+        for batch in self.log.watch(batches, progress.step):
+            self.log.step(self._train_step(batch), len(batch))
+            if not self._has_begun:
+                self.world.settle()
+            self._has_begun = True
+            progress.step += 1
+            self._unsaved = True
+            now = time.perf_counter()
+            progress.seconds, started = progress.seconds + now - started, now
+            self.skips(batch)
+            self._count(batch, interruption)
+            shown = progress.step == last or progress.step % config.log_every_n_steps == 0
+            if shown or progress.step % (config.log_metric_every_n_steps or self.total_steps) == 0:
+                self._record_skipped()
+                lr, scale = self.schedule.at(progress.step - 1), self.model.logit_scale.exp()
+                self.log.write(progress.step, lr, scale, getattr(self.model, "logit_bias", None), shown=shown)
+            by_steps = config.save_every > 0 and progress.step % config.save_every == 0
+            if progress.step < last and (by_steps or self._is_time_to_save):
+                self.save()
+            if self.signum is not None:
+                break
+        return progress.step == last
+
+    def _count(self, batch: Batch, interruption: Interruption) -> None:
+        """Count a batch, and learn from all ranks of signals, of the time to save, and of pairs that cannot be used.
+
+        Raises:
+            TrainingError: too many pairs cannot be used.
+        """
+        self.budget.seen += len(batch) * self.world.size
+        self._skipped += [(self.progress.step, sample) for sample in batch.skipped]
+        is_lost = not self.folder.is_held()
+        skipped, lost, due, *votes = self._news(
+            [len(self._skipped), is_lost, self._vote_to_save(), *interruption.votes()]
+        )
+        if lost:
+            self.world.on_main(self.folder.hold)
+        self._is_time_to_save = due > 0
+        if skipped > 0 and self.budget.is_exceeded_by(self.budget.skipped + skipped):
+            self._record_skipped()
+        self.signum = elected(votes)
+        if self.signum is not None and self.world.size > 1:
+            log.info(f"Stopping after step {self.progress.step}: {signal.Signals(self.signum).name} came to some rank.")
+
+    def _vote_to_save(self) -> int:
+        """Return 1 if the clock of rank 0 says that it is time to save, once each time."""
+        minutes, now = self.config.save_every_minutes, time.monotonic()
+        if not self.world.is_main or minutes == 0 or now - self.checkpoints.saved_at < 60 * minutes:
+            return 0
+        self.checkpoints.saved_at = now
+        return 1
+
+    def _record_skipped(self) -> None:
+        """Record and count the pairs that could not be used on any rank.
+
+        Raises:
+            TrainingError: they are too many.
+        """
+        if self.world.sum([len(self._skipped)]) == [0]:
+            return
+        everyones = self.world.gather(self._skipped)
+        self._skipped = []
+
+        def record() -> dict[str, int]:
+            for step, skipped in by_step(everyones):
+                self.folder.record_skipped(step, skipped)
+            self.budget.count([sample for mine in everyones for _, sample in mine])
+            return dict(self.budget.kinds)
+
+        self.budget.kinds = collections.Counter(self.world.on_main(record))
+
+    def _train_step(self, batch: Batch) -> Tensor:
+        """Set the learning rate of the current step, take the step and return its figures."""
+        set_lr(self.optimizer, self.schedule.at(self.progress.step))
+        images, texts = self.upload(batch)
+        if self.distillation is not None:
+            self.distillation.look(images, texts, self.step.micro_batch_size)
+        if self.world.size > 1 and not self._has_begun and not self._is_sharded:
+            self.step.rehearse(images, texts)
+        # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
+        seed_step(self.config.seed + self.progress.step, self.model, self.batch_size, self.world.rank)
+        self._take_step(images, texts)
+        if self.average is not None:
+            self.step.is_updating = True
+            self.average.update(self.progress.step + 1, self.step.guard.skipped)
+            self.step.is_updating = False
+        return self.step.guard.figures.clone()
+
+    def save(self) -> None:
+        """Copy the state of the run, which is then written in the background, at the end of an epoch for good.
+
+        With ``--fsdp-checkpoint sharded``, all ranks write their parts, unless it is to be kept or the last one.
+
+        Raises:
+            TrainingError: the weights are not finite.
+        """
+        self._record_skipped()
+        self.skips.settle()
+        self.log.look(self.progress.step)
+        if self._writes_parts and not self._is_milestone and self.progress.step < self.total_steps:
+            parts, largest = self.state.parts(), list[float]()
+            self.world.agree(lambda: largest.append(self.state.check(parts)))
+            self._judge(parts, max(self.world.gather(largest[0]), default=0.0))
+            self.checkpoints.save(parts, self.progress.step, good=self.progress.good_step, in_parts=True)
+        else:
+            content = self.state.state_dict(is_main=self.world.is_main)
+            self.world.on_main(lambda: self._write(content))
+        self._unsaved = False
+
+    def _write(self, content: dict[str, Any]) -> None:
+        """Begin to write the content of a checkpoint if its weights are finite."""
+        self._judge(content, self.state.check(content))
+        milestone = content["epoch"] if self._is_milestone else None
+        self.checkpoints.save(content, self.progress.step, milestone=milestone, good=self.progress.good_step)
+
+    def _judge(self, content: dict[str, Any], largest: float) -> None:
+        """Note on rank 0 which step is the last good one, and warn of a weight that is larger than those of a model."""
+        step, good = self.progress.step, self.progress.good_step
+        if largest > SENSIBLE:
+            last = "no step that was saved was better" if good is None else f"step {good} is the last good one"
+            log.warning(
+                f"The largest weight after step {step} is {largest:.1e}, beyond any sensible range: {last}; lower "
+                "--lr, or set --grad-clip-norm"
+            )
+            self.folder.record(step=step, warning="weights", value=largest, usual=SENSIBLE)
+        else:
+            self.progress.good_step = (self.log.signs.has_fallen and self.log.signs.good) or step
+        content["clipfast"]["progress"]["good_step"] = self.progress.good_step
+
+    @property
+    def _is_milestone(self) -> bool:
+        """True if the state is kept as ``epoch_N.pt``. The end of the run may cut its last epoch short."""
+        return self.data.epochs.ends_with(self.progress.step) and self._is_due(self.config.save_frequency)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that the model has now, complete on rank 0; all ranks must call it."""
+        found: dict[str, Tensor] = gather_full(self.model.state_dict(), keep=self.world.is_main)
+        return found

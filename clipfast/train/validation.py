@@ -1,0 +1,218 @@
+"""Evaluation during training, on all ranks: each encodes its part of the images, and rank 0 has the results."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..data import Skipped
+from ..distributed.ending import Interruption
+from ..distributed.world import INDEXING, World
+from ..evaluate.encoder import Encoder
+from ..evaluate.evaluate import Evaluation, evaluate
+from ..evaluate.features import LabelledFeatures, encode_set
+from ..evaluate.imagenet import imagenet_accuracy, imagenet_classifier, imagenet_set
+from ..evaluate.labelled import LabelledSet
+from ..factory import transform_of
+from ..io.progress import Advance, Progress, lines, progress
+from ..models import CLIP
+from ..models.file_tokenizer import FileTokenizer
+from ..models.tokenizer import Tokenizer
+from .data import validation_set
+from .ema import WeightAverage
+from .fsdp import is_sharded, unsharded
+from .logs import TrainLog, log
+from .train_config import TrainConfig
+
+
+class ImageNet:
+    """The ImageNet folders of a run, and the accuracy on them.
+
+    Attributes:
+        sets: the images by OpenCLIP's name of their figures.
+        results: the last figures, under OpenCLIP's names.
+
+    Raises:
+        ValueError: a folder is not ImageNet's; the message names the flag.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.sets: dict[str, LabelledSet] = {}
+        self.results: dict[str, float] = {}
+        self._part: Tensor | None = None  # of the classifier: that of this rank
+        if config.zeroshot_frequency == 0:
+            return
+        for flag, name, folder in (
+            ("--imagenet-val", "imagenet-zeroshot-val", config.imagenet_val),
+            ("--imagenet-v2", "imagenetv2-zeroshot-val", config.imagenet_v2),
+        ):
+            try:
+                if folder is not None:
+                    self.sets[name] = imagenet_set(folder)
+                    self.sets[name].check()
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}") from error
+
+    def evaluate(
+        self,
+        model: CLIP,
+        tokenizer: Callable[[list[str]], Tensor],
+        encoded: Callable[[LabelledSet], LabelledFeatures | None],
+        device: torch.device,
+        world: World,
+        show: Progress = progress,
+    ) -> dict[str, float]:
+        """Return the accuracy of ``model`` on each folder; all ranks must call it.
+
+        The prompts are encoded anew if the weights that encode them are trained.
+
+        Args:
+            model: in evaluation mode.
+            tokenizer: of the model.
+            encoded: encodes a set; all ranks call it, and rank 0 gets its features.
+            device: of the model.
+            world: the processes, each of which encodes the prompts of some classes.
+            show: shows how far it is.
+        """
+
+        def encode() -> None:
+            with world.phase("evaluation"):
+                self._part = imagenet_classifier(model, tokenizer, device, world.rank, world.size, show).cpu()
+
+        if self._part is None or _trains_texts(model):
+            world.agree(encode)
+        assert self._part is not None
+        parts = world.gather(self._part)
+        figures: dict[str, float] = {}
+        for name, images in self.sets.items():
+            features = encoded(images)
+            if features is not None:
+                accuracy = imagenet_accuracy(images, features, torch.cat(parts, 1).to(device))
+                figures |= {f"{name}-{kind}": value for kind, value in accuracy.items()}
+        self.results = world.on_main(lambda: figures)
+        return self.results
+
+
+def _trains_texts(model: CLIP) -> bool:
+    """Return True if any weight is trained on which the features of a text depend."""
+    others = ("visual.", "logit_")
+    return any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(others))
+
+
+BATCH_SIZE = 256
+
+
+class Validation:
+    """The evaluations of a run. All ranks call the same methods in the same order.
+
+    Args:
+        config: options of the run.
+        model, tokenizer: what is evaluated; the model is in evaluation mode afterwards.
+        average: of the weights, which is evaluated in their place; None if there is none.
+        train_log: of the run.
+        world: the processes.
+
+    Attributes:
+        labelled: the images of ``--val-data``; None if there are none.
+        imagenet: the folders of ImageNet, and the last figures on them.
+        interruption: of the run; None heeds no signals.
+
+    Evaluations that a signal interrupts raise :class:`clipfast.distributed.ending.Interrupted` on all ranks.
+    """
+
+    interruption: Interruption | None = None
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: CLIP,
+        tokenizer: Tokenizer | FileTokenizer,
+        average: WeightAverage | None,
+        train_log: TrainLog,
+        world: World,
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.average = config, model, tokenizer, average
+        self.labelled, self.imagenet = validation_set(config), ImageNet(config)
+        self.log, self.world = train_log, world
+        self._is_sharded = is_sharded(config, world)
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Return zero-shot accuracy and retrieval after ``step`` steps, logged and recorded; None without any data."""
+        images = self.labelled
+        if images is None:
+            return None
+        with self.averaged():
+            evaluation = self._evaluated(images)
+        self.world.on_main(lambda: self._record(step, evaluation, images.skipped))
+        return evaluation
+
+    def evaluate_last_weights(self) -> Evaluation | None:
+        """Return the same figures of the last weights, beside those of their average; None without average or data."""
+        return None if self.labelled is None or self.average is None else self._evaluated(self.labelled)
+
+    def evaluate_imagenet(self, step: int) -> None:
+        """Log and record the zero-shot accuracy on ImageNet after ``step`` steps, if that was asked for."""
+        if not self.imagenet.sets:
+            return
+        self.model.eval()
+        device = self.model.logit_scale.device
+        with self.averaged(), self._whole():
+            found = self.imagenet.evaluate(self.model, self.tokenizer, self._encoded, device, self.world, self._show)
+        self.log.imagenet(step, found)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model has the average of its weights, if there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    @contextlib.contextmanager
+    def _show(self, total: int, what: str, unit: str) -> Iterator[Advance]:
+        """Log how far an evaluation is, and heed signals."""
+        say = lines(total, what, unit, log.info)
+
+        def advance(new: int) -> None:
+            say(new)
+            if self.interruption is not None:
+                self.interruption.check()
+
+        yield advance
+
+    def _record(self, step: int, evaluation: Evaluation, skipped: Sequence[Skipped]) -> None:
+        """Log and record an evaluation, and the images that it left out."""
+        folder = self.log.folder
+        if skipped:
+            folder.record_skipped(step, skipped)
+            log.warning(
+                f"{len(skipped)} validation image(s) cannot be used and are left out, as {folder.skipped_path} says; "
+                f"first: {skipped[0]}"
+            )
+        self.log.evaluation(step, evaluation.results)
+
+    def _evaluated(self, images: LabelledSet) -> Evaluation:
+        """Return zero-shot accuracy and retrieval of the weights that the model has now."""
+        self.model.eval()
+        with self._whole():
+            features = self._encoded(images)
+            return self.world.on_main(lambda: self._results(features, len(images.left_out)), INDEXING)
+
+    def _results(self, features: LabelledFeatures | None, skipped: int) -> Evaluation:
+        if features is None:
+            raise RuntimeError("the features of an evaluation are on rank 0, and this is another one")
+        at_once = self.config.micro_batch_size
+        return evaluate(
+            self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=skipped,
+            loss_batch=at_once if isinstance(at_once, int) else self.config.batch_size, show=self._show,
+        )  # fmt: skip
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which every rank has all weights, and encodes what it likes without the others."""
+        return unsharded(self.config, self.model) if self._is_sharded else contextlib.nullcontext()
+
+    def _encoded(self, images: LabelledSet) -> LabelledFeatures | None:
+        """Return the features of a set on rank 0, of which each rank encodes its part."""
+        device = self.model.logit_scale.device
+        self.world.share_buffers(self.model)
+        transform = transform_of(self.model, uint8=True)
+        encoder = Encoder(self.config.model, self.model, self.tokenizer, transform, device)
+        found = encode_set([encoder], images, batch_size=BATCH_SIZE, world=self.world, show=self._show)
+        return found[0].to(device) if found else None

@@ -1,0 +1,110 @@
+"""Small models whose every tensor is random, and their checkpoints in each layout."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipfast import CLIP, convert_checkpoint
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig
+
+from ..small_runs import copied, finished, options, refusal, run_small, server, shards, small, store, together  # noqa: F401
+
+TEXT = TextConfig(16, 600, 32, 2, 2)
+CONFIGS = {
+    "ViT": CLIPConfig(24, VisionConfig(32, 2, 64, 32, patch_size=8), TEXT),
+    "QuickGELU": CLIPConfig(24, VisionConfig(32, 2, 64, 16, 2.5, patch_size=8), TEXT, quick_gelu=True),
+    "ResNet": CLIPConfig(24, VisionConfig(64, (1, 2, 1, 1), 8, patch_size=None), TEXT),
+}
+VITS = ["ViT", "QuickGELU"]
+
+
+def make_model(config: CLIPConfig) -> CLIP:
+    """A model in evaluation mode, with statistics, biases and norms that are not those of a new one."""
+    model = CLIP(config).eval()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.ndim < 2:
+            value.add_(torch.rand_like(value) * 0.2)
+        elif name.endswith("num_batches_tracked"):
+            value.fill_(7)
+    return model
+
+
+def save_own(model: CLIP, path: Path, **more: object) -> Path:
+    """A clipfast checkpoint with the model's configuration."""
+    own = {"model_config": model.config.to_dict(), **more}
+    torch.save({"epoch": 2, "name": "run", "state_dict": model.state_dict(), "clipfast": own}, path)
+    return path
+
+
+def save_config(config: CLIPConfig, path: Path) -> Path:
+    """OpenCLIP's JSON file of a configuration."""
+    path.write_text(json.dumps(config.to_dict()))
+    return path
+
+
+def same_bits(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether both have the same tensors by name, shape, dtype and content."""
+    return state.keys() == other.keys() and all(
+        value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in state.items()
+    )
+
+
+def inputs(config: CLIPConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised images, and texts of different lengths."""
+    images = torch.randn(3, 3, config.vision.image_size, config.vision.image_size)
+    texts = torch.randint(1, config.text.vocab_size - 2, (3, config.text.context_length))
+    for row, end in enumerate((3, 9, config.text.context_length - 1)):
+        texts[row, end:] = 0
+        texts[row, end] = config.text.vocab_size - 1
+    return images, texts
+
+
+def hugging_face_output(kind: str, folder: Path, images: torch.Tensor, texts: torch.Tensor) -> tuple[Any, Any]:
+    """A model of transformers from a folder, and what it returns for these pairs."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, kind).from_pretrained(folder).eval()
+    return model, model(input_ids=texts, pixel_values=images)
+
+
+@pytest.fixture(autouse=True)
+def safetensors() -> None:
+    """A machine made for PyTorch and Triton may lack it."""
+    pytest.importorskip("safetensors")
+
+
+@pytest.fixture
+def vit() -> CLIP:
+    return make_model(CONFIGS["ViT"])
+
+
+@pytest.fixture
+def own(vit, tmp_path) -> Path:
+    """The ViT as a clipfast checkpoint, own.pt."""
+    return save_own(vit, tmp_path / "own.pt")
+
+
+@pytest.fixture
+def hf_folder(own, tmp_path) -> Path:
+    """The ViT as a transformers folder, hf."""
+    convert_checkpoint(own, tmp_path / "hf", "hf")
+    return tmp_path / "hf"
+
+
+class Payload:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def quick(config: CLIPConfig) -> CLIPConfig:
+    """The same with QuickGELU."""
+    return dataclasses.replace(config, quick_gelu=True)

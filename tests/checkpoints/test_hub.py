@@ -1,0 +1,337 @@
+"""Models by the names of repositories and tags, from a cache of the hub that these tests fill. There is no network."""
+
+import hashlib
+import json
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from PIL import Image
+
+import clipfast
+from clipfast import (
+    convert_checkpoint,
+    create_model,
+    create_model_and_transforms,
+    create_model_from_pretrained,
+    get_tokenizer,
+)
+from clipfast.checkpoints import pretrained
+from clipfast.checkpoints.hub import HubError, fetch, repository_of
+
+from ..small_runs import run_command
+from .conftest import CONFIGS, inputs, make_model, quick, same_bits, save_config, save_own
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOLERANCE = {"rtol": 0, "atol": 1e-6}
+PREPARED = {"mean": [0.5, 0.25, 0.125], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "resize_mode": "squash"}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch) -> None:
+    """The hub's package, which knows that there is no network."""
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, which is the default one as well: transformers and tokenizers have no other."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def fill(cache: Path, repository: str, folder: Path) -> None:
+    """Lay the files of ``folder`` out in the cache as a download of ``repository`` would."""
+    home = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = home / "snapshots" / COMMIT
+    for part in (home / "blobs", home / "refs", snapshot):
+        part.mkdir(parents=True, exist_ok=True)
+    (home / "refs" / "main").write_text(COMMIT)
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        blob = home / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / blob.name)
+
+
+def open_clip_folder(folder: Path, kind: str, safe: bool | str = "both", **prepared: object) -> Path:
+    """A folder as OpenCLIP uploads it, by OpenCLIP's own code, of a model with random weights."""
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip.push_to_hf_hub import save_for_hf
+
+    config = CONFIGS[kind].to_dict()
+    model = open_clip.CLIP(**config)
+    model.load_state_dict(make_model(CONFIGS[kind]).state_dict())
+    open_clip.model.set_model_preprocess_cfg(model, {"size": 32, **PREPARED, **prepared})
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    save_for_hf(model, tokenizer, config, str(folder), safe_serialization=safe)
+    return folder
+
+
+@torch.no_grad()
+def features(model, config):
+    torch.manual_seed(1)
+    return model.eval()(*inputs(config))[:2]
+
+
+def assert_same(ours, theirs):
+    assert same_bits(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(features(ours, ours.config), features(theirs, ours.config), **TOLERANCE)
+
+
+def assert_prepares_as(preprocess, theirs):
+    image = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
+    torch.testing.assert_close(preprocess(image), theirs(image), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "safe"), [("QuickGELU", True), ("ResNet", False)])
+def test_a_repository_of_open_clip(kind, safe, cache, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    fill(cache, "org/tiny", open_clip_folder(tmp_path / "made", kind, safe))
+    name = "hf-hub:org/tiny"
+    theirs, _, their_preprocess = open_clip.create_model_and_transforms(name, cache_dir=str(cache))
+    ours, _, preprocess = create_model_and_transforms(name, cache_dir=cache)
+    assert ours.config == CONFIGS[kind]
+    assert_same(ours, theirs)
+    as_tuples = {key: tuple(PREPARED[key]) for key in ("mean", "std")}
+    assert ours.visual.preprocess_cfg | {"size": None} == theirs.visual.preprocess_cfg | {"size": None, **as_tuples}
+    assert_prepares_as(preprocess, their_preprocess)
+    with pytest.raises(ValueError, match="tiny has a vocabulary of 600 tokens, and CLIP's tokenizer has 49408"):
+        get_tokenizer(name, cache_dir=cache)
+    assert same_bits(create_model("org/tiny", cache_dir=cache).state_dict(), ours.state_dict())
+    # what is forced has the last word, in either package
+    forced = {"image_mean": (0.5, 0.5, 0.5), "image_resize_mode": "longest", "image_interpolation": "bicubic"}
+    preprocess = create_model_from_pretrained(name, cache_dir=cache, **forced)[1]
+    assert_prepares_as(preprocess, open_clip.create_model_from_pretrained(name, cache_dir=str(cache), **forced)[1])
+
+
+def test_a_repository_of_transformers(cache, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    convert_checkpoint(save_own(make_model(CONFIGS["QuickGELU"]), tmp_path / "own.pt"), tmp_path / "hf", "hf")
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
+    theirs.save_pretrained(tmp_path / "made", max_shard_size="50KB")
+    assert (tmp_path / "made" / "model.safetensors.index.json").exists()
+    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text()) | {"image_mean": [0.5] * 3}
+    (tmp_path / "made" / "preprocessor_config.json").write_text(json.dumps(processor))
+    fill(cache, "openai/tiny", tmp_path / "made")
+    model, preprocess = create_model_from_pretrained("openai/tiny")
+    assert model.visual.image_mean == (0.5, 0.5, 0.5)
+    black = preprocess(Image.new("RGB", (40, 40), "black"))[:, 0, 0]
+    torch.testing.assert_close(black, -0.5 / torch.tensor(model.visual.image_std))
+    torch.manual_seed(1)
+    images, texts = inputs(model.config)
+    with torch.no_grad():
+        output = theirs(input_ids=texts, pixel_values=images)
+    torch.testing.assert_close(features(model, model.config), (output.image_embeds, output.text_embeds), **TOLERANCE)
+    info = convert_checkpoint("hf-hub:openai/tiny", tmp_path / "back.pt", "clipfast")
+    assert (info.mean, info.activation) == ((0.5, 0.5, 0.5), "QuickGELU")
+    assert same_bits(create_model(str(tmp_path / "back.pt")).state_dict(), model.state_dict())
+
+
+def test_all_files_are_of_one_commit(cache, hf_folder, monkeypatch):
+    """A repository may change while its files are fetched."""
+    import huggingface_hub
+
+    fill(cache, "org/tiny", hf_folder)
+    download, asked = huggingface_hub.hf_hub_download, []
+
+    def note(repository, name, **options):
+        asked.append(options["revision"])
+        return download(repository, name, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", note)
+    create_model("hf-hub:org/tiny", cache_dir=cache)
+    assert set(asked) == {None, COMMIT}
+    first = asked.index(COMMIT)
+    assert set(asked[first : asked.index(None, first)]) == {COMMIT}  # from the configuration to the next configuration
+
+
+@pytest.fixture
+def tagged(cache, tmp_path, monkeypatch, open_clip_registry) -> str:
+    """A small model with the tags "plain" and "quick" in both packages' tables, whose weights are in the cache."""
+    open_clip = pytest.importorskip("open_clip")
+    path = save_config(CONFIGS["ViT"], tmp_path / "tiny-tagged.json")
+    for package in (clipfast, open_clip):
+        package.add_model_config(path)
+    entries = {
+        "plain": pretrained._entry("org/plain half squash"),
+        "quick": pretrained._entry("org/quick quick_gelu"),
+    }
+    monkeypatch.setattr(pretrained, "_table", lambda: {"tiny-tagged": entries})
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-tagged", entries)
+    for tag in entries:
+        fill(cache, f"org/{tag}", open_clip_folder(tmp_path / tag, "ViT"))
+    yield "tiny-tagged"
+    clipfast.models.registry._CONFIGS.pop("tiny-tagged")
+
+
+def test_a_tag(tagged, cache):
+    open_clip = pytest.importorskip("open_clip")
+    ours, _, preprocess = create_model_and_transforms(tagged, "plain", cache_dir=cache)
+    theirs, _, their_preprocess = open_clip.create_model_and_transforms(tagged, "plain", cache_dir=str(cache))
+    assert_same(ours, theirs)
+    # images are prepared as the tag says, not as the repository does
+    assert ours.visual.preprocess_cfg | {"size": 32} == theirs.visual.preprocess_cfg | {"size": 32}
+    assert ours.visual.image_mean == (0.5, 0.5, 0.5)
+    assert_prepares_as(preprocess, their_preprocess)
+    random = create_model(tagged, "plain", load_weights=False)
+    assert not torch.equal(random.visual.proj, ours.visual.proj)
+
+
+def test_weights_with_quick_gelu_make_a_model_with_quick_gelu(tagged, tmp_path, capsys):
+    open_clip = pytest.importorskip("open_clip")
+    with pytest.warns(UserWarning, match="the weights 'quick' of tiny-tagged were trained with QuickGELU"):
+        ours = create_model(tagged, "quick")
+    assert ours.config == quick(CONFIGS["ViT"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # there is nothing to warn of
+        assert create_model(tagged, "quick", force_quick_gelu=True).config == ours.config
+    assert_same(ours, open_clip.create_model(tagged, "quick", force_quick_gelu=True))
+    info = convert_checkpoint(f"{tagged}:quick", tmp_path / "out.pt", "clipfast")
+    assert (info.activation, info.interpolation) == ("QuickGELU", "bicubic")
+    assert same_bits(create_model(str(tmp_path / "out.pt")).state_dict(), ours.state_dict())
+    code, out, _ = run_command(capsys, "inspect-checkpoint", f"{tagged}:plain")
+    assert (code, "0.5, 0.5, 0.5; 0.5, 0.5, 0.5" in out, "resize mode squash" in out) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-32", "laion3b", "ViT-B-32 has no such tag; its tags are openai, laion"),
+        ("ViT-S-32", "openai", "ViT-S-32 has no such tag; it has no tags"),
+        ("ViT-B-32", "openai", "timm/vit_base_patch32_clip_224.openai is not in .*, run: hf down"),
+        ("hf-hub:org/none", None, "open_clip_config.json or config.json of hf-hub:org/none is not in the cache"),
+        ("org/none", None, "org/none is no model .*, and as a repository: open_clip_config"),
+        ("hf-hub:a/b/c", None, "hf-hub:a/b/c is no name of a repository, which is ORG/REPO"),
+        ("hf-hub:org/bare", None, "_pytorch_model.bin of hf-hub:org/bare is not in the cache .*HF_HUB_OFFLINE is set"),
+        ("hf-hub:org/siglip", None, "hf-hub:org/siglip: .*pool_type.*open_clip.create_model"),
+        ("ViT-B-16-Unknown", None, "unknown model 'ViT-B-16-Unknown'.*open_clip.create_model.*apply_to_open_clip"),
+        ("runs/demo", None, "no runs/demo in the folder runs; a repository on the hub is hf-hub:runs/demo"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the weights 'openai'")
+def test_what_is_missing(name, pretrained, message, cache, tmp_path, vit, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    config = vit.config.to_dict()
+    for repository, changes in (("bare", {}), ("siglip", {"pool_type": "last"})):
+        (tmp_path / repository).mkdir()
+        described = {"model_cfg": config | {"text_cfg": config["text_cfg"] | changes}}
+        (tmp_path / repository / "open_clip_config.json").write_text(json.dumps(described))
+        fill(cache, f"org/{repository}", tmp_path / repository)
+    if name == "hf-hub:org/bare":
+        create_model(name, load_weights=False)  # it needs no weights
+    with pytest.raises(ValueError, match=message):
+        create_model(name, pretrained)
+
+
+def test_without_the_package(monkeypatch, cache):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(HubError, match=r"config.json of hf-hub:org/tiny needs huggingface_hub, .*'clipfast\[hub\]'"):
+        create_model("hf-hub:org/tiny")
+
+
+def test_what_is_a_repository():
+    assert repository_of("hf-hub:org/repo") == repository_of("org/repo") == "org/repo"
+    others = "ViT-B-32 a/b/c /a/b ../b org/epoch_1.pt org/w.safetensors local-dir:a/b"
+    assert not any(repository_of(name) for name in others.split())
+
+
+def test_every_tag_is_that_of_open_clip():
+    """For every model that clipfast builds: the same tags, repositories, activations and images."""
+    open_clip = pytest.importorskip("open_clip")
+    built = set(clipfast.list_models()) & set(open_clip.list_models())
+    assert len(built) > 40
+    theirs = [pair for pair in open_clip.list_pretrained() if pair[0] in built]
+    assert sorted(clipfast.list_pretrained()) == sorted(theirs)
+    assert clipfast.list_pretrained(as_str=True) == [":".join(pair) for pair in clipfast.list_pretrained()]
+    for model, tag in theirs:
+        entry = dict(open_clip.pretrained.get_pretrained_cfg(model, tag))
+        entry.pop("url")
+        assert clipfast.get_pretrained_cfg(model, tag.upper().replace("_", "-")) == entry, (model, tag)
+    tags = open_clip.list_pretrained_tags_by_model("ViT-B-32")
+    assert sorted(clipfast.list_pretrained_tags_by_model("ViT-B-32")) == sorted(tags)
+    expected = built.intersection(open_clip.list_pretrained_models_by_tag("openai"))
+    assert set(clipfast.list_pretrained_models_by_tag("openai")) == expected
+    assert clipfast.get_pretrained_cfg("ViT-B-32", "none") == clipfast.get_pretrained_cfg("none", "openai") == {}
+
+
+def test_every_plain_model_of_open_clip_is_built():
+    open_clip = pytest.importorskip("open_clip")
+    built = 0
+    for name in open_clip.list_models():
+        try:
+            config = clipfast.models.CLIPConfig.from_dict(open_clip.get_model_config(name))
+        except ValueError:  # a tower that clipfast does not have
+            continue
+        assert clipfast.get_model_config(name) == config, name
+        built += 1
+    assert built > 40
+
+
+def test_list_command(capsys):
+    code, out, _ = run_command(capsys, "list-pretrained", "--model", "ViT-B/32", "--tag", "openai")
+    assert (code, out.splitlines()[1].split()[0]) == (0, "ViT-B-32:openai")
+    code, out, _ = run_command(capsys, "list-pretrained", "--json")
+    listed = sorted((entry["model"], entry["tag"]) for entry in json.loads(out))
+    assert listed == sorted(clipfast.list_pretrained())
+    code, _, error = run_command(capsys, "list-pretrained", "--model", "RN101", "--tag", "laion")
+    assert (code, "known for RN101 laion; RN101 has the tags openai, yfcc15m" in error) == (2, True)
+
+
+def answer(status: int) -> object:
+    """As much of a response as errors look at."""
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+def test_what_the_hub_answers(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    for error, message in (
+        (
+            errors.RepositoryNotFoundError("no", response=answer(404)),
+            "does not exist on the hub, or is private",
+        ),
+        (errors.GatedRepoError("no", response=answer(403)), "private or gated: .*: hf auth login"),
+        (errors.RemoteEntryNotFoundError("no", response=answer(404)), "^hf-hub:org/x has no a.bin or b$"),
+        (errors.HfHubHTTPError("server down", response=answer(500)), "cannot be downloaded: server down"),
+        (RuntimeError("broken pipe"), "a.bin or b of hf-hub:org/x cannot be downloaded: broken pipe"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=error))
+        with pytest.raises(HubError, match=message):
+            fetch("org/x", "a.bin", "b")
+
+
+def test_no_other_file_is_downloaded_in_place_of_one_that_may_be_there(monkeypatch, tmp_path):
+    """After a time-out, config.json would make a repository of OpenCLIP one of transformers."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def download(repository, name, *, local_files_only=False, **options):
+        if name == "missing" and not local_files_only:
+            raise errors.RemoteEntryNotFoundError("no", response=answer(404))
+        if local_files_only and name != "cached":
+            raise errors.LocalEntryNotFoundError("not in the cache")
+        if name == "first":
+            raise failure
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for failure, message in (  # noqa: B007
+        (TimeoutError("timed out"), "timed out"),
+        (errors.LocalEntryNotFoundError("no cache"), "the hub cannot be reached"),
+    ):
+        assert fetch("org/x", "missing", "second") == tmp_path / "second"
+        with pytest.raises(HubError, match=message):
+            fetch("org/x", "first", "second")
+        assert fetch("org/x", "first", "cached") == tmp_path / "cached"

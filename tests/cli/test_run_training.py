@@ -1,0 +1,147 @@
+"""``clipfast run`` with a trainer of OpenCLIP: it prints the same losses, and writes the same checkpoints."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import clipfast
+
+from ..small_runs import TINY
+from .test_run import LINE, MODEL_LINE, python, stand_in_for_pandas
+
+SHARDS = [Path(clipfast.__file__).parent / "assets" / "emoji" / f"{style}.tar.gz" for style in ("fluent", "noto")]
+# Runs OpenCLIP's trainer once for each list of options, so that Python and PyTorch start once.
+# Without a buffer, their loader does not shuffle, which it does by the clock. Their DistributedDataParallel names
+# devices, which CPUs may not have. Layers of bitsandbytes need a GPU.
+PROGRAM = """
+import json, logging, sys, types
+import open_clip, torch
+from open_clip_train import data, main
+open_clip.add_model_config("models")
+data._SAMPLE_SHUFFLE_SIZE = data._SAMPLE_SHUFFLE_INITIAL = 1
+class OnCPU(torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, module, device_ids=None, **options):
+        super().__init__(module, **options)
+torch.nn.parallel.DistributedDataParallel = OnCPU
+class OtherLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+layers = types.SimpleNamespace(triton_based_modules=types.SimpleNamespace(OtherLinear=OtherLinear))
+sys.modules["bitsandbytes"] = types.SimpleNamespace(nn=layers)
+for options in json.loads(sys.argv[1]):
+    logging.getLogger().handlers.clear()
+    main.main(options)
+    torch.distributed.init_process_group = lambda **options: None  # once for all runs
+"""
+
+KINDS = {
+    "clip": ["tiny"],
+    "siglip": ["tiny", "--siglip"],
+    "distill": ["tiny", "--distill-model", "tiny", "--distill-pretrained", "teacher.pt"],
+    "coca": ["coca_tiny", "--pretrained", "coca.pt"],
+}
+COCA = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1, "mlp_ratio": 2}
+
+
+def prepare(folder, models):
+    """Write the program and the configurations of models into a folder."""
+    (folder / "trainer.py").write_text(PROGRAM)
+    (folder / "models").mkdir()
+    for name, config in models.items():
+        (folder / "models" / f"{name}.json").write_text(json.dumps(config))
+    stand_in_for_pandas(folder)
+
+
+def trainer_options(model, name, logs, steps=4, batch=16):
+    """Return the options of OpenCLIP's trainer; it logs each step in the folder ``logs``/``name``."""
+    return [
+        "--model", model, "--train-data", "::".join(map(str, SHARDS)), "--dataset-type", "webdataset",
+        "--train-num-samples", str(steps * batch), "--batch-size", str(batch), "--epochs", "1", "--lr", "1e-4",
+        "--warmup", "1", "--precision", "fp32", "--device", "cpu", "--log-every-n-steps", "1", "--logs", logs,
+        "--name", name, "--save-frequency", "0", "--workers", "0",
+    ]  # fmt: skip
+
+
+def command(ranks, *, ours):
+    """Return the arguments of Python that run the program, up to its own."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [*start, "-m", *(["clipfast.run"] if ours else []), "trainer"]
+
+
+def printed_losses(folder):
+    """Return the losses that each run in ``folder`` has logged, as they are printed: a list for each step."""
+    found = {}
+    for path in folder.glob("*/out.log"):
+        lines = [line for line in path.read_text().splitlines() if "Train Epoch" in line]
+        found[path.parent.name] = [re.findall(r"(\w*[Ll]oss): (\S+)", line) for line in lines]
+    return found
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A folder with what the trainer needs."""
+    open_clip = pytest.importorskip("open_clip")
+    pytest.importorskip("open_clip_train")
+    config = json.loads(Path(TINY).read_text())
+    torch.save(open_clip.CLIP(**config).state_dict(), tmp_path / "teacher.pt")
+    vision = config["vision_cfg"] | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    text = config["text_cfg"] | {"embed_cls": True, "output_tokens": True}
+    coca = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "multimodal_cfg": COCA, "custom_text": True}
+    prepare(tmp_path, {"tiny": config, "coca_tiny": coca})
+    # OpenCLIP leaves some weights of its CoCa uninitialised.
+    weights = open_clip.CoCa(**{name: value for name, value in coca.items() if name != "custom_text"}).state_dict()
+    for name, x in weights.items():
+        if name != "logit_scale" and not name.endswith("attn_mask"):
+            weights[name] = 0.1 * torch.randn_like(x)
+    torch.save(weights, tmp_path / "coca.pt")
+    return tmp_path
+
+
+def options_of(kind, name, logs, *more):
+    model, *options = KINDS[kind]
+    return [*trainer_options(model, name, logs), *options, *more]
+
+
+def compare_trainings(folder, ranks, runs):
+    """Train without our parts and with them, on ``ranks`` processes; ``runs`` has the kind and the options of each."""
+    for logs in ("theirs", "ours"):
+        options = [options_of(kind, f"{index}", logs, *more) for index, (kind, *more) in enumerate(runs)]
+        found = python(folder, *command(ranks, ours=logs == "ours"), json.dumps(options))
+        assert found.returncode == 0, found.stderr[-3000:]
+        said = [line for line in found.stderr.splitlines() if line.startswith("clipfast: ")]
+        assert said[:2] == ([LINE, MODEL_LINE] if logs == "ours" else [])
+        assert all(line.startswith("clipfast: a ") for line in said[2:])
+        models = len(runs) + sum(kind == "distill" for kind, *_ in runs)
+        assert len(said) == (2 + models if logs == "ours" else 0)
+    ours, theirs = (printed_losses(folder / logs) for logs in ("ours", "theirs"))
+    assert len(ours) == len(runs)
+    assert ours == theirs
+    for losses in ours.values():
+        assert losses
+        assert losses[0] != losses[-1]
+        assert all(float(number) > 0 for line in losses for _, number in line)
+
+
+@pytest.mark.long
+def test_losses_and_checkpoints_are_those_of_open_clip(training):
+    path = "{}/0/checkpoints/epoch_1.pt"
+    options = (
+        "--save-frequency 1", f"--epochs 2 --resume {path.format('theirs')}", "--grad-checkpointing --lock-image",
+        "--lock-text --lock-text-freeze-layer-norm --accum-freq 2", "--force-patch-dropout 0.5", "--torchscript",
+        "--use-bnb-linear OtherLinear",
+    )  # fmt: skip
+    others = [["siglip"], ["distill"], ["coca"]]
+    compare_trainings(training, 1, [*(["clip", *more.split()] for more in options), *others])
+    ours, theirs = (torch.load(training / path.format(logs), weights_only=True) for logs in ("ours", "theirs"))
+    assert list(ours["state_dict"]) == list(theirs["state_dict"])
+    torch.testing.assert_close(ours["optimizer"], theirs["optimizer"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.long
+def test_open_clip_trains_on_two_ranks_with_the_same_printed_losses(training):
+    mode = ["--local-loss", "--gather-with-grad"]
+    runs = [["clip"], ["clip", *mode[:1]], ["clip", *mode], ["distill", *mode], ["siglip"], ["coca", *mode]]
+    compare_trainings(training, 2, runs)

@@ -1,0 +1,73 @@
+"""Pairs for tests, and what writes them as tables and folders."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from clipfast.data import CroppedImages, Keys, Mix, Order, PairBatches, caption, expand_shards, open_shards
+from clipfast.data.samples import image_bytes
+from clipfast.models.tokenizer import Tokenizer
+
+from ..small_runs import picture
+
+NO_IMAGE = Keys(images=())
+TEXTS = [
+    "a cat",
+    'a "quoted" cat, with a comma',
+    "two\nlines\r\nand a tab\t",
+    "é 世界 🙂",
+    "semi;colon | bar",
+    "a\u2028b",
+]
+PAIRS = [(f"{index:03d}.png", picture(index), text) for index, text in enumerate(TEXTS * 4)]
+
+
+def write_images(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data, _ in PAIRS:
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_csv(path: Path, header=("filepath", "title"), separator=",", end="\n", start="", rows=None) -> Path:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter=separator, lineterminator=end)
+    writer.writerow(header)
+    writer.writerows([(name, text) for name, _, text in PAIRS] if rows is None else rows)
+    path.write_bytes((start + stream.getvalue()).encode())
+    return path
+
+
+def write_jsonl(path: Path, image="file_name", text="caption", many=False) -> Path:
+    lines = [json.dumps({image: name, text: [words] if many else words}) for name, _, words in PAIRS]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def write_side_cars(folder: Path) -> Path:
+    for index, (name, _, text) in enumerate(PAIRS):
+        (folder / name).with_suffix(".txt").write_text(text, newline="")
+        if index % 2:
+            (folder / name).with_suffix(".json").write_text(json.dumps({"label": text}))
+    return folder
+
+
+def pairs_of(source):
+    """Image and caption of every sample, read in random order."""
+    found = {}
+    for number in np.random.default_rng(0).permutation(sum(source.sizes)).tolist():
+        raw = source.read(number)
+        found[number] = image_bytes(raw), caption(raw)
+    return [found[number] for number in sorted(found)]
+
+
+EXPECTED = [(data, text.strip()) for _, data, text in PAIRS]
+
+
+def batches(shard):
+    """Batches of eight pairs, as training makes them."""
+    source = open_shards(expand_shards(str(shard)))
+    return PairBatches([source], Mix([Order(source.sizes, 3)], [1], 3), CroppedImages(16), Tokenizer(16), 8, 3)

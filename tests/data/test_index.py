@@ -1,0 +1,136 @@
+"""The index of shards is kept, is shared by processes, and notices every change; sources hold few files open."""
+
+import errno
+import json
+import os
+import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+
+from clipfast.data import IndexCache, ShardIndex, ShardSource, identities, open_shards
+from clipfast.models.images import SampleError
+
+from ..small_runs import run_command, sample, write_shard
+
+
+def index_in_a_process(arguments):
+    names, folder = arguments
+    return [shard.count for shard in IndexCache(folder).shards(names)]
+
+
+def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
+    """Three processes on one cache, in which there is room for one shard."""
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "700000")
+    names = []
+    for number in range(6):
+        noise = bytes(600_000 // (number + 1))
+        write_shard(tmp_path / f"{number}.tar.gz", [sample(i, noise=noise) for i in range(number + 1)])
+        names.append(f"{tmp_path}/{number}.tar.gz")
+    twice = [*names, *names]
+    with ProcessPoolExecutor(3) as pool:
+        found = list(pool.map(index_in_a_process, [(twice, tmp_path / "cache")] * 3))
+    assert found == [[1, 2, 3, 4, 5, 6] * 2] * 3
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) <= 3
+
+
+def test_index_command(tmp_path, capsys):
+    names = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (3, 5)]
+    code, _, _ = run_command(
+        capsys, "index", "::".join(names), "--unique-by", "category", "--json", tmp_path / "found.json"
+    )
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (code, found["samples"], found["lost"], found["different"]) == (0, 8, 0, 2)
+
+
+def test_known_shards_are_indexed_again_if_they_or_their_entries_change(tmp_path, monkeypatch):
+    index = IndexCache(tmp_path / "cache")
+    paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (3, 5)]
+    first = list(index.shards(paths))
+    with monkeypatch.context() as patch:
+        patch.setattr("clipfast.data.index.format_of", None)  # nothing is read
+        assert list(index.shards(paths)) == first
+    write_shard(tmp_path / "3.tar", [sample(i) for i in range(4)])
+    os.utime(tmp_path / "3.tar", ns=(1, 1))
+    for _ in range(2):
+        assert [shard.count for shard in index.shards(paths)] == [4, 5]
+        for entry in (tmp_path / "cache" / "index").rglob("*"):
+            if entry.is_file():
+                entry.write_bytes(b"{broken")
+
+
+def test_large_entries_are_shared_by_processes(tmp_path, monkeypatch):
+    names = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (0, 3)]
+    monkeypatch.setattr("clipfast.data.index.SHARED", 0)
+    source = open_shards(names, index=IndexCache(tmp_path / "cache"))
+    assert all(isinstance(source.index.extents(name), np.memmap) for name in names)
+    assert [source.read(number)["txt"] for number in range(3)] == [sample(number)["txt"] for number in range(3)]
+
+
+def test_changes_during_a_run_are_named(tmp_path):
+    path = write_shard(tmp_path / "s.tar", [sample(index) for index in range(8)])
+    good = path.read_bytes()
+
+    def kind_after(change, *, is_open=False):
+        path.write_bytes(good)
+        source = open_shards([str(path)])
+        if is_open:
+            source.read(7)
+        change()
+        with pytest.raises(SampleError) as error:
+            source.read(7)
+        return error.value.kind
+
+    assert kind_after(path.unlink) == "missing shard"
+    assert kind_after(lambda: os.truncate(path, len(good) // 2)) == "truncated shard"
+    assert kind_after(lambda: os.truncate(path, len(good) // 2), is_open=True) == "truncated shard"
+    assert kind_after(lambda: write_shard(path, [sample(i + 1) for i in range(8)])) == "replaced shard"
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EMFILE])
+def test_an_error_of_one_shard_does_not_end_a_run(code, tmp_path, monkeypatch):
+    path = str(write_shard(tmp_path / "s.tar", [sample(0)]))
+    source = open_shards([path], index=IndexCache(tmp_path / "cache"))
+    original = os.open
+
+    def failing(name, *arguments, **options):
+        if str(name) == path:
+            raise OSError(code, os.strerror(code))
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    # what this process lacks is no fault of the shard
+    with pytest.raises(OSError if code == errno.EMFILE else SampleError, match=os.strerror(code)):
+        source.read(0)
+
+
+def test_few_shards_are_open_at_once(tmp_path):
+    paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(n)])) for n in range(10)]
+    source = open_shards(paths, max_open=3)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in [*range(10), *range(10)]:
+        assert source.read(number)["txt"].decode().endswith(f"thing {number}")
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    del source
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_identities_outlive_an_outage_and_take_their_own_size_only(tmp_path):
+    path = write_shard(tmp_path / "s.tar", [sample(0), sample(0), sample(1)])
+    index, count = IndexCache(tmp_path / "cache"), 1 << 14
+    source = open_shards([str(path)], index=index)
+    path.rename(tmp_path / "away.tar")
+    with pytest.raises(SampleError, match="cannot be opened"):
+        identities(source, "caption")
+    (tmp_path / "away.tar").rename(path)
+    assert len(set(identities(source, "caption").tolist())) == 2
+    shards = [ShardIndex(f"{number}.tar", "", 0, count, {}) for number in range(32)]
+    for number, shard in enumerate(shards):
+        index.keep_column(shard, "label", np.full(count, number, np.uint64))
+    tracemalloc.start()
+    found = identities(ShardSource(index, shards), "label")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found == np.repeat(np.arange(32), count)).all()
+    assert peak < 1.5 * found.nbytes

@@ -1,0 +1,269 @@
+"""Parquet and Arrow shards: row i is sample i, whatever is in it, and damage in one ends nothing else."""
+
+import datetime
+import decimal
+import io
+import multiprocessing
+import os
+import re
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipfast.data import IndexCache, contained, expand_shards, identities, open_shards
+from clipfast.data.contained import count_rows
+from clipfast.data.rows import members
+from clipfast.models.images import SampleError
+
+from .rows import IMAGE, downloaded, fields, save_to_disk, write_parquet
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def write_arrow(path, table, form="stream", rows=50):
+    with (pa.ipc.new_stream if form == "stream" else pa.ipc.new_file)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["parquet", "stream", "file"])
+def test_every_row_is_the_sample_of_its_number(form, tmp_path):
+    table = downloaded(120)
+    path = write_parquet(tmp_path / "x.parquet", table) if form == "parquet" else tmp_path / "x.arrow"
+    if form != "parquet":
+        write_arrow(path, table, form)
+    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [120]
+    assert not list((tmp_path / "cache").glob("shards/*"))  # nothing is copied to count them
+    for number in np.random.default_rng(0).permutation(120).tolist():
+        raw = source.read(number)
+        found = fields(raw)
+        assert (found["key"], found["width"], found["error_message"]) == (f"{number:09d}", 24, None)
+        assert found["similarity"] == (None if number % 2 else 0.25)
+        assert found["caption"] == (None if number % 10 == 3 else f"a caption {number}, été 猫")
+        assert raw.get("jpg") == (None if number % 10 in (3, 5) else b"image %d" % number)
+
+
+def test_no_rows(tmp_path):
+    path = write_parquet(tmp_path / "0.parquet", downloaded(0))
+    for whole in (False, True):
+        assert open_shards([path], index=IndexCache(tmp_path / "cache"), whole=whole).sizes == [0]
+
+
+def test_values_that_are_not_json(tmp_path):
+    moment = datetime.datetime(2024, 2, 29, 12, 30)
+    offsets = pa.py_buffer(np.array([0, 4], np.int32).tobytes())
+    table = pa.table({
+        "png": [b"x"],
+        "when": [moment],
+        "late": pa.array([2**60], pa.timestamp("ms")),  # a year that Python does not have
+        "price": pa.array([decimal.Decimal("1.50")]),
+        "nested": [{"inner": [b"bytes", b""], "infinite": float("inf"), "text": "é"}],
+        "pairs": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        "kind": pa.array(["red"]).dictionary_encode(),
+        # bytes that are not UTF-8, which Parquet does not check
+        "text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"caf\xe9")]),
+        "json": ['{"label": "thing", "price": "0"}'],
+        "Wörter/Bilder": [b"y"],
+    })  # fmt: skip
+    raw = open_shards([write_parquet(tmp_path / "t.parquet", table)], index=IndexCache(tmp_path / "cache")).read(0)
+    assert fields(raw) == {
+        "when": str(moment), "late": None, "price": "1.50", "pairs": [["a", 1]], "kind": "red", "text": None,
+        "nested": {"inner": [None, None], "infinite": None, "text": "é"}, "label": "thing",
+    }  # fmt: skip
+    assert (raw["png"], raw["wörter_bilder"]) == (b"x", b"y")
+
+
+def test_images_by_path(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(b"image 0")
+    os.mkfifo(tmp_path / "pipe")
+    paths = ["images/0.png", "missing.png", f"{tmp_path}/images/0.png", "pipe", "images", "nul\0", None]
+    images = pa.array([{"bytes": None, "path": path} for path in paths], IMAGE)
+    path = write_parquet(tmp_path / "p.parquet", pa.table({"image": images, "text": paths}))
+    expected = [b"image 0", None, b"image 0", None, None, None, None]
+    source = open_shards([path, f"file://{path}"], index=IndexCache(tmp_path / "cache"))
+    # what comes from elsewhere names no files of this machine
+    assert [source.read(number).get("image") for number in range(14)] == [*expected, *[None] * 7]
+
+
+def test_folders_of_shards(tmp_path):
+    names = save_to_disk(tmp_path / "saved" / "train", [9, 4, 7])
+    save_to_disk(tmp_path / "saved" / "test", [1])
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    folder = tmp_path / "saved" / "train"
+    (folder / "cache-1.arrow").write_bytes(b"left by another program")
+    shards = expand_shards(str(folder))
+    assert shards == [str(folder / name) for name in reversed(names)]
+    source = open_shards(shards, index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [7, 4, 9]
+    for number, row in enumerate([*range(13, 20), *range(9, 13), *range(9)]):
+        raw = source.read(number)
+        assert fields(raw) == {"captions": [f"a {row}", f"b {row}"]}
+        assert raw.get("image") == (b"image %d" % row if row % 5 else None)
+    with pytest.raises(ValueError, match=r"saved holds the splits test, train: name one of them, as .*saved/test"):
+        expand_shards(f"{tmp_path}/saved")
+    (folder / "state.json").write_text('{"_data_files": 3}')
+    with pytest.raises(ValueError, match=r"state\.json does not list the files of a dataset"):
+        expand_shards(str(folder))
+    for suffix in (".parquet", ".tar"):  # beside tar files, img2dataset's Parquet files have no images
+        for name in ("1", "0", "note.txt"):
+            (tmp_path / (name + suffix)).touch()
+        (tmp_path / f"note.txt{suffix}").rename(tmp_path / "note.txt")
+        assert expand_shards(str(tmp_path)) == [f"{tmp_path}/0{suffix}", f"{tmp_path}/1{suffix}"]
+
+
+BATCH = re.compile(b"\xff\xff\xff\xff..\0\0", re.DOTALL)  # the beginning of a batch of rows in an Arrow file
+
+
+def wild_offsets(data):
+    at = data.index(np.cumsum([0, *(len(b"image %d" % n) for n in range(8))]).astype("<i4").tobytes())
+    return data[: at + 12] + b"\xff\xff\xff\x7f" + data[at + 16 :]
+
+
+def zeroed_batch(data):
+    at = [match.start() for match in BATCH.finditer(data)][2]
+    return data[:at] + bytes(8) + data[at + 8 :]
+
+
+def short_footer(data):
+    """Let the footer list one batch less."""
+    first = [match.start() for match in BATCH.finditer(data)][1]
+    at = data.index((5).to_bytes(4, "little") + first.to_bytes(8, "little"))
+    return data[:at] + (4).to_bytes(4, "little") + data[at + 4 :]
+
+
+NO_PARQUET, NO_ARROW = "it is damaged, or not a Parquet file", "it is damaged, or not an Arrow file"
+DAMAGE = {
+    "cut": ("parquet", lambda data: data[: len(data) * 6 // 10], NO_PARQUET),
+    "text": ("parquet", lambda data: b"key,caption\n" * 100, NO_PARQUET),
+    "cut stream": ("stream", lambda data: data[: len(data) * 6 // 10], NO_ARROW),
+    "no bytes": ("stream", lambda data: b"", NO_ARROW),
+    "no end": ("stream", lambda data: data[:-8], "do not end as an Arrow stream does"),
+    "zeros": ("stream", zeroed_batch, r"its end mark stands at byte \d+ of \d+"),
+    "offsets": ("stream", wild_offsets, "it is damaged"),  # pyarrow reads other memory there, or ends the process
+    "offsets in a file": ("file", wild_offsets, "it is damaged"),
+    "footer": ("file", short_footer, "it has 5 batches of rows, but its footer lists 4"),
+}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(case, whole, tmp_path):
+    form, damage, message = DAMAGE[case]
+    table = pa.table({"jpg": [b"image %d" % n for n in range(40)], "text": [f"words {n}" for n in range(40)]})
+    path = tmp_path / ("x.parquet" if form == "parquet" else "x.arrow")
+    write_parquet(path, table) if form == "parquet" else write_arrow(path, table, form, rows=8)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SampleError, match=rf"x\.(arrow|parquet) cannot be read: .*{message}"):
+        # what is wrong in the values is met when the shard is copied
+        open_shards([str(path)], index=IndexCache(tmp_path / "cache"), whole=whole).read(0)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"url": ["x"], "caption": ["y"]}, "it has no column of image bytes, only url, caption"),
+        ({"jpg": [b"x"], "JPG": [b"y"]}, "two of its columns have the same name in lower case: jpg, JPG"),
+    ],
+)
+def test_columns_that_cannot_be_used(table, message, tmp_path):
+    with pytest.raises(SampleError, match=message):
+        open_shards([write_parquet(tmp_path / "x.parquet", pa.table(table))], index=IndexCache(tmp_path / "cache"))
+
+
+def test_an_outage_is_not_taken_for_damage():
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise TimeoutError("the network is down")
+
+    with pytest.raises(TimeoutError, match="the network is down"):
+        count_rows(Failing(bytes(1000)), "https://example.com/x.parquet")
+
+
+def test_few_rows_are_in_memory_at_once(tmp_path):
+    images = [os.urandom(50_000) for _ in range(1000)]
+    table, path = pa.table({"jpg": images, "n": list(range(1000))}), f"{tmp_path}/x.parquet"
+    # a row group that is the whole file, of pages that are not
+    pq.write_table(table, path, row_group_size=1000, use_dictionary=False, write_batch_size=16)
+    del table
+    before = pa.total_allocated_bytes()
+    del images
+    most = 0
+    tracemalloc.start()
+    with Path(path).open("rb") as file:
+        for _ in members(file, path):
+            most = max(most, pa.total_allocated_bytes() - before)
+    _, python = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most + python < 15e6  # of 50 MB
+
+
+def test_a_file_that_was_replaced(tmp_path):
+    index, path = IndexCache(tmp_path / "cache"), tmp_path / "x.parquet"
+    write_parquet(path, downloaded(20))
+    counted, opened = open_shards([str(path)], index=index), open_shards([str(path)], index=index)
+    assert fields(opened.read(3))["key"] == "000000003"
+    write_parquet(path, downloaded(20, first=100))
+    os.utime(path, ns=(1, 1))
+    assert fields(opened.read(4))["key"] == "000000004"  # it was opened before
+    with pytest.raises(SampleError, match="the shard was replaced after its samples were counted"):
+        counted.read(3)
+    again = open_shards([str(path)], index=index)
+    assert fields(again.read(3))["key"] == "000000103"
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
+
+
+def test_identities_of_rows_are_kept(tmp_path):
+    images = pa.array([b"x"] * 6)
+    path = write_parquet(tmp_path / "x.parquet", pa.table({"jpg": images, "label": ["a", "b", "a", "c", "c", "c"]}))
+    index = IndexCache(tmp_path / "cache")
+    first = identities(open_shards([path], index=index), "label")
+    assert len(set(first.tolist())) == 3
+    (tmp_path / "cache" / "shards").rename(tmp_path / "away")
+    assert identities(open_shards([path], index=index), "label").tolist() == first.tolist()
+    assert not (tmp_path / "cache" / "shards").exists()
+
+
+@pytest.mark.parametrize(("number", "said"), [(11, "damaged: .* ended with SIGSEGV"), (9, "was killed, as .* memory")])
+def test_a_reader_that_ends_names_the_file_and_is_replaced(number, said, tmp_path, monkeypatch):
+    path, index = write_parquet(tmp_path / "x.parquet", downloaded(20)), IndexCache(tmp_path / "cache")
+    assert open_shards([path], index=index).sizes == [20]
+    contained._reader.kill()
+    contained._reader.wait()
+    assert open_shards([path], index=index).sizes == [20]  # it had not ended by this file
+    contained._end()
+    with monkeypatch.context() as patch:
+        patch.setattr(contained, "PROGRAM", f"import os; input(); os.kill(os.getpid(), {number})")
+        with pytest.raises(SampleError, match=rf"x\.parquet cannot be read: .*{said}"):
+            open_shards([path], index=index)
+    assert open_shards([path], index=index).sizes == [20]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(tmp_path, monkeypatch):
+    """The process lives on, as a data worker does."""
+    path = write_parquet(tmp_path / "x.parquet", downloaded(20))
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600], daemon=True)
+
+    class Lock:
+        def __enter__(self):
+            child.start()
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(contained, "_lock", Lock())
+    options = {"index": IndexCache(tmp_path / "cache"), "whole": True}
+    copying = threading.Thread(target=open_shards, args=[[path]], kwargs=options, daemon=True)
+    copying.start()
+    copying.join(30)
+    child.kill()
+    child.join()
+    assert not copying.is_alive()
+    assert open_shards([path], index=options["index"]).shards[0].size

@@ -1,0 +1,235 @@
+"""Shards that are read from copies: how they are brought, notice changes, and make room."""
+
+import bz2
+import errno
+import gzip
+import http.server
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from clipfast.data import IndexCache, identities, open_shards, remote, staging
+from clipfast.io.files import DiskFullError
+from clipfast.models.images import SampleError
+
+from ..small_runs import sample, write_shard
+from .rows import write_parquet
+
+
+def texts(source):
+    return [source.read(number)["txt"] for number in range(len(source))]
+
+
+def copies(tmp_path):
+    return list((tmp_path / "cache" / "shards").glob("*.tar"))
+
+
+def test_shards_from_elsewhere(tmp_path, monkeypatch):
+    """A command, a URL, and compressed files are brought to a bounded folder."""
+    samples = [sample(index) for index in range(6)]
+    write_shard(tmp_path / "a.tar", samples)
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    index, expected = IndexCache(tmp_path / "cache"), [one["txt"] for one in samples]
+    for name in (f"pipe:cat {tmp_path}/a.tar", f"file://{tmp_path}/b.tar.gz", f"{tmp_path}/b.tar.gz"):
+        assert texts(open_shards([name], index=index)) == expected
+    assert len(copies(tmp_path)) == 3
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str((tmp_path / "a.tar").stat().st_size))
+    assert texts(open_shards([f"pipe:cat {tmp_path}/a.tar;"], index=index)) == expected
+    assert len(copies(tmp_path)) == 1
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    with pytest.raises(SampleError, match="the command ended with status 3"):
+        open_shards(["pipe:exit 3"], index=index)
+
+
+def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path, monkeypatch):
+    """When it is copied again: until then, the copy is read without a question."""
+    path = tmp_path / "s.tar.gz"
+    write_shard(path, [sample(index) for index in range(8)])
+    source, late = (open_shards([str(path)], index=IndexCache(tmp_path / "cache")) for _ in range(2))
+    write_shard(path, [sample(index + 1) for index in range(8)])
+    os.utime(path, ns=(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "stamp", None)
+        assert source.read(0)["txt"] == sample(0)["txt"]
+    shutil.rmtree(tmp_path / "cache" / "shards")
+    with pytest.raises(SampleError, match="the shard was replaced after it was indexed"):
+        late.read(0)
+
+
+def test_a_shard_that_is_too_large_for_the_cache_is_refused(tmp_path, monkeypatch):
+    """A few bytes may be decompressed to as many as there is space for."""
+    (tmp_path / "s.tar.bz2").write_bytes(bz2.compress(bytes(30_000_000)))
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "2000000")
+    with pytest.raises(SampleError, match=r"bz2 cannot be read: .* 2,000,000 bytes .* CLIPFAST_CACHE_BYTES") as error:
+        open_shards([f"{tmp_path}/s.tar.bz2"], index=IndexCache(tmp_path / "cache"))
+    assert error.value.kind == "unreadable shard"
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "64G")
+    with pytest.raises(ValueError, match="CLIPFAST_CACHE_BYTES is '64G'"):
+        IndexCache()
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """Five compressed shards of two pairs, of which two copies have room."""
+    paths = [write_shard(tmp_path / f"{n}.tar.gz", [sample(n), sample(n + 1)]) for n in range(5)]
+    source = open_shards([str(path) for path in paths], index=IndexCache(tmp_path / "cache"))
+    size = max(path.stat().st_size for path in copies(tmp_path))
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(2 * size))
+    for path in copies(tmp_path):
+        path.unlink()
+    return source
+
+
+def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, monkeypatch):
+    def removed_and_open():
+        paths = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        return sum(os.readlink(path).endswith(".tar (deleted)") for path in paths if os.path.lexists(path))
+
+    monkeypatch.setattr("clipfast.data.source.IDLE", 6)
+    for number in (0, 2, 4, 6, 1, 3, 5, 7):  # all of these are read again and again
+        copied.read(number)
+    assert removed_and_open() == 2
+    for _ in range(6):
+        copied.read(6)
+    copied.read(8)
+    assert removed_and_open() == 1  # the copy of the third shard, which has made room just now
+    assert copied.read(0)["txt"] == sample(0)["txt"]
+    copied.close()
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(identities(copied, "caption")) == 10
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
+    """The disk has space for a little more than three copies, whatever the limit for them is."""
+    folder, copy = tmp_path / "cache" / "shards", staging._copy
+    copied.read(0)
+    size = copies(tmp_path)[0].stat().st_size
+    capacity = size * 16 // 5
+    monkeypatch.delenv("CLIPFAST_CACHE_BYTES")
+
+    def free():
+        return capacity - sum(path.stat().st_size for path in copies(tmp_path))
+
+    def limited(*arguments):
+        if free() < size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(*arguments)
+
+    monkeypatch.setattr(staging, "_copy", limited)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free()))
+    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"  # by a killed process, and by a running one
+    left.touch()
+    written.touch()
+    with staging.exclusive(folder / staging.LOCKS / "written.tar"):
+        for number in range(10):
+            copied.read(number)
+            assert free() >= capacity // 10  # for other files
+    assert (left.exists(), written.exists()) == (False, True)
+    copied.close()
+    capacity = size * 2  # other files take what was left
+    assert copied.read(0)["__key__"] == "000"
+    capacity = size - 1
+    with pytest.raises(DiskFullError):
+        copied.read(3)
+
+
+def test_a_failing_network_is_asked_again(server, tmp_path, monkeypatch):
+    write_shard(tmp_path / "web" / "a.tar", [sample(0)])
+    index = IndexCache(tmp_path / "cache")
+    server.failing |= {"a.tar": 3, "gone.tar": 1000}
+    assert texts(open_shards([f"{server.url}/a.tar"], index=index, whole=True)) == [sample(0)["txt"]]
+    for message in (r"shard http://.*gone\.tar cannot be read", "is not asked for again so soon"):
+        with pytest.raises(SampleError, match=message):
+            open_shards([f"{server.url}/gone.tar"], index=index, whole=True)
+    monkeypatch.setattr(staging, "BEGIN", time.time() + 1)  # as in another run, after a repair
+    server.failing.clear()
+    write_shard(tmp_path / "web" / "gone.tar", [sample(1)])
+    assert texts(open_shards([f"{server.url}/gone.tar"], index=index, whole=True)) == [sample(1)["txt"]]
+
+
+def test_an_attempt_that_fails_late_is_made_once_more(monkeypatch):
+    """As it happens with a large shard whose connection breaks."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    answers = [[b"all of it"], []]
+    assert remote.retried("https://example.com/s.tar", lambda: answers.pop()[0]) == b"all of it"
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A server of one file, without parts of it: each GET goes on to the next of its versions, bytes and mark."""
+
+    def do_HEAD(self):
+        """Answer HEAD, and the beginning of GET."""
+        self.server.asked += 1
+        self.server.is_answering.wait(20)
+        if "/s." not in self.path:
+            self.send_error(404)
+            return b""
+        data, mark = self.server.versions[0]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", mark)
+        self.end_headers()
+        return data
+
+    def do_GET(self):
+        """Answer GET."""
+        self.wfile.write(self.do_HEAD())
+        if "/s." in self.path and len(self.server.versions) > 1:
+            del self.server.versions[0]
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """Such a server, with a shard that is larger than what fsspec asks for at once, and a later one."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    data = []
+    for first in (0, 8):
+        samples = [sample(first + index, txt=os.urandom(800_000).hex().encode()) for index in range(8)]
+        data.append(write_shard(tmp_path / "s.tar", samples).read_bytes())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as running:
+        running.asked, running.versions, running.is_answering = 0, [(data[0], "1"), (data[1], "2")], threading.Event()
+        running.is_answering.set()
+        running.url = f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.is_answering.set()
+        running.shutdown()
+
+
+def test_a_server_that_sends_no_parts(answers, tmp_path):
+    rows = pytest.importorskip("pyarrow").table({"jpg": [os.urandom(400_000) for _ in range(20)]})
+    answers.versions = [(Path(write_parquet(tmp_path / "s.parquet", rows)).read_bytes(), "1")]
+    source = open_shards([f"{answers.url}/s.parquet"], index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [20]
+    assert source.shards[0].counted_in is None  # it was copied to be counted
+    with pytest.raises(SampleError, match=r"gone\.parquet cannot be read"):
+        open_shards([f"{answers.url}/gone.parquet"], index=IndexCache(tmp_path / "cache"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(answers, tmp_path, caplog):
+    """One version of the file is read, under the stamp of that version."""
+    later = answers.versions[1]
+    source = open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"))
+    assert source.shards[0].stamp == f"{len(later[0])}/2"
+    assert [source.read(number)["png"] for number in range(8)] == [sample(8 + number)["png"] for number in range(8)]
+    assert "attempt 1 has failed" in caplog.text
+
+
+def test_a_server_that_never_answers_is_given_up(answers, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "READ", 0.3)
+    monkeypatch.setattr(remote, "PATIENCE", 1.0)
+    answers.is_answering.clear()
+    for whole in (False, True):
+        with pytest.raises(SampleError, match=rf"{answers.url}/s.tar cannot be read: .*[Tt]imeout"):
+            open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"), whole=whole)
+    assert answers.asked < 20

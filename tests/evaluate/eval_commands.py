@@ -1,0 +1,88 @@
+"""Commands of ``clipfast eval``: what they print, how they refuse wrong input, and that ranks change nothing."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from clipfast import create_model
+from clipfast.cli.main import main
+
+from .. import processes
+from ..processes import run_ranks
+from ..small_runs import everything, run_command
+
+processes.PRELOAD.append("clipfast.evaluate.encoder")
+
+
+def save_model(path: Path, seed: int = 0) -> list[str]:
+    """Write the weights of a small model, and return the words that name it."""
+    torch.manual_seed(seed)
+    torch.save(create_model("ViT-T-8-32").state_dict(), path)
+    return ["--model", "ViT-T-8-32", "--pretrained", str(path)]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
+    """Stdout and stderr of a task that succeeds."""
+    code, out, err = run_command(capsys, "eval", *words)
+    assert code == 0, err
+    return out, err
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    """The results of a task that succeeds."""
+    return json.loads(printed(capsys, *words)[0])
+
+
+def split(words: str, **folders: object) -> list[str]:
+    """Words as a shell splits them, with the names of folders in place."""
+    return shlex.split(words.format(**folders))
+
+
+def check_refused(capsys: pytest.CaptureFixture[str], folder: Path, message: str, *words: object) -> None:
+    """Exit code 2, one line that has the message, and nothing new in the folder."""
+    before = everything(folder)
+    code, out, err = run_command(capsys, "eval", *words)
+    assert (code, out) == (2, ""), err
+    last = err.splitlines()[-1]
+    assert last.startswith("clipfast eval")
+    assert "error: " in last
+    assert message in last
+    assert everything(folder) == before
+
+
+def check_page(page: str, count: int, *sizes: int) -> None:
+    """A page loads nothing and runs nothing, and shows so many square images of some sizes."""
+    assert not re.search(r"<script|https?://|<link|<iframe", page)
+    assert "default-src 'none'" in page
+    sources = re.findall(r'<img src="data:image/jpeg;base64,(.*?)"', page)
+    assert len(sources) == page.count("<img ") == page.count("<figure") == count
+    for source in sources:
+        assert Image.open(io.BytesIO(base64.b64decode(source))).size in {(size, size) for size in sizes}
+
+
+def as_rank(rank: int, size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Run commands as one of the processes of torchrun; exit code, stdout, and stderr of those that fail."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ.update(dict(zip(names, map(str, (rank, rank, size, size)), strict=True)))
+    found = []
+    for words in commands:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = main(words)
+        found.append((code, out.getvalue(), err.getvalue() if code else ""))
+    return found
+
+
+def check_ranks(capsys: pytest.CaptureFixture[str], folder: Path, commands: list[list[object]], run=as_rank) -> None:
+    """The first of three ranks prints what one process prints, and the others nothing."""
+    commands = [["eval", *map(str, words), "--device", "cpu"] for words in commands]
+    alone = [(0, printed(capsys, *words[1:])[0], "") for words in commands]
+    assert run_ranks(run, 3, 3, commands, folder=folder, timeout=300) == [alone, *[[(0, "", "")] * len(commands)] * 2]

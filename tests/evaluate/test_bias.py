@@ -1,0 +1,241 @@
+"""``clipfast eval bias``: a bias that was planted is found with its size, none is found where there is none."""
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clipfast.evaluate.bias_scores import (
+    Grouping,
+    assign,
+    compare,
+    groupings,
+    keys_of,
+    max_skew_by_chance,
+    ndkl,
+    retrieval_skew,
+    skews,
+)
+from clipfast.evaluate.encoder import Encoder
+from clipfast.evaluate.intervals import wilson
+from clipfast.evaluate.significance import independence
+
+from ..small_runs import picture, sample, write_shard
+from .eval_commands import check_refused, printed, save_model, split
+
+
+def grouping(members, names=("a", "b", "c"), min_count=1):
+    return Grouping("race", list(names), torch.tensor(members), min_count)
+
+
+def test_groups_by_one_key_and_by_two():
+    assert keys_of(["race", "age", "race+gender"]) == ["race", "age", "gender"]
+    groups = ["x + 10 + f", "y + 9 + f", "x + 9 + m", " + 10 + m", "x + 10 + m", "y + 10 + f"]
+    race, age, both = groupings(groups, ["race", "age", "race+gender", "race"], 1)
+    assert (race.names, race.members.tolist(), race.counts.tolist()) == (["x", "y"], [0, 1, 0, -1, 0, 1], [3, 2])
+    assert age.names == ["9", "10"]
+    assert (both.names, both.members.tolist()) == (["x + f", "x + m", "y + f"], [0, 2, 1, -1, 1, 2])
+    (strict,) = groupings(["x + f", "x + m", "y + f", "y + f", "x + m"], ["race+gender"], 2)
+    assert strict.compared == [1, 2]
+
+
+def test_shares_and_the_gap_between_groups_that_are_large_enough():
+    one = grouping([0] * 40 + [1] * 50 + [2] * 3, min_count=10)
+    found = compare(torch.tensor([10, 40, 0]), one)
+    assert found["groups"]["b"] == {"count": 40, "share": 0.8, "interval": wilson(40, 50)}
+    assert found["groups"]["c"]["share"] == 0.0  # reported, but neither the lowest nor in the test
+    del found["groups"]
+    assert found == {
+        "lowest": "a", "highest": "b", "gap": pytest.approx(0.55), "ratio": 0.25 / 0.8,
+        "p_value": independence([10, 40], [40, 50]),
+    }  # fmt: skip
+    assert found["p_value"] == 1e-4
+    nothing = compare(torch.tensor([0, 0, 3]), one)
+    assert (nothing["gap"], nothing["ratio"], nothing["p_value"]) == (0.0, None, 1.0)
+
+
+def test_labels_are_those_of_the_whole_matrix():
+    features, weights = F.normalize(torch.randn(200, 8), dim=1), F.normalize(torch.randn(8, 7), dim=0)
+    classes, one = torch.randint(5, (200,)), grouping(torch.randint(-1, 3, (200,)).tolist())
+    found = assign(features, weights, 20.0, classes.tolist(), 5, [one], [0.1, 0.4], block=33)
+    scores = features @ weights
+    assert torch.equal(found.best, scores.argmax(1))
+    assert torch.equal(found.right, scores[:, :5].argmax(1) == classes)
+    shares = (20 * scores).softmax(1)
+    for threshold, (above,) in zip((0.1, 0.4), found.above, strict=True):
+        expected = torch.stack([(shares[one.members == group] > threshold).sum(0) for group in range(3)])
+        assert torch.equal(above, expected.to(above.dtype))
+
+
+def test_skew_is_the_log_of_shares():
+    """Half of the set and three quarters of the results: log(1.5); a group without a result has -inf."""
+    counts, of_set = torch.tensor([[30, 10, 0]]), torch.tensor([500, 300, 200])
+    expected = [math.log(0.75 / 0.5), math.log(0.25 / 0.3), -math.inf]
+    assert skews(counts, of_set).tolist() == [pytest.approx(expected)]
+
+
+def test_the_divergence_is_the_mean_over_places_with_their_discounts():
+    of_set = torch.tensor([50, 50])
+    first = math.log(2)
+    discount = 1 / math.log2(3)
+    for order, expected in (([0], first), ([0, 1], first / (1 + discount)), ([0, 0], first)):
+        assert ndkl(torch.tensor(order), of_set) == pytest.approx(expected)
+    assert ndkl(torch.tensor([1, 0, 0, 1]), torch.tensor([1, 1])) == ndkl(torch.tensor([0, 1, 1, 0]), of_set)
+
+
+def test_random_results_have_the_skew_of_chance_and_sorted_ones_the_largest():
+    torch.manual_seed(1)
+    members = [0] * 300 + [1] * 500 + [2] * 200 + [-1] * 100
+    images, texts = (F.normalize(torch.randn(count, 64), dim=1) for count in (1100, 30))
+    one = grouping(members, min_count=150)
+    (found,) = retrieval_skew([*map(str, range(30))], texts, images, one, [40])
+    assert found["mean_max_skew"] == pytest.approx(found["max_skew_by_chance"], rel=0.2)
+    assert found["max_skew_by_chance"] == max_skew_by_chance(torch.tensor([300, 500, 200]), 40)
+    assert sum(row["p_value"] <= 0.1 for row in found["queries"]) <= 9
+    direction = F.normalize(torch.randn(1, 64), dim=1)
+    images[800:1000] = F.normalize(images[800:1000] + direction, dim=1)
+    few, many = retrieval_skew(["x"], direction, images, one, [100, 10, 100])
+    assert (few["k"], many["k"]) == (10, 100)
+    assert few["queries"][0]["max_skew"] == pytest.approx(math.log(5))
+    assert (many["queries"][0]["max_skew_group"], many["queries"][0]["p_value"]) == ("c", 1e-4)
+    small = grouping(members, min_count=250)  # too small a group is not searched
+    assert retrieval_skew(["x"], direction, images, small, [10])[0]["queries"][0]["groups"].keys() == {"a", "b"}
+
+
+NAMES = ("man", "woman", "thief", "gorilla", "other")
+
+
+class ColourEncoder(Encoder):
+    """A model that sees only the brightness of an image, 10 for the first of the names, 20 for the next, and so on."""
+
+    def images(self, pixels):
+        return F.one_hot(pixels[:, 0, 0, 0].long() // 10 - 1, len(NAMES)).float()
+
+    def texts(self, texts, store=None, world=None):
+        return F.one_hot(torch.tensor([NAMES.index(text) for text in texts], dtype=torch.long), len(NAMES)).float()
+
+
+def brightness(image):
+    return torch.full((3, 1, 1), image.getpixel((0, 0))[0], dtype=torch.uint8)
+
+
+def shown(name):
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4), (10 * NAMES.index(name) + 10,) * 3).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_people(path, people):
+    """A shard of people: who each is, what the model sees in them, and their groups."""
+    samples = []
+    for who, seen, race, age in people:
+        text = json.dumps({"gender": who, "race": race, "age": age}).encode()
+        samples.append({"png": shown(seen), "txt": who.encode(), "json": text})
+    return write_shard(path, samples)
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    model = SimpleNamespace(logit_scale=torch.tensor(100.0).log())
+    encoder = ColourEncoder("colours", model, None, brightness)
+    monkeypatch.setattr(Encoder, "load", lambda *args, **options: encoder)
+    return ["bias", "--model", "colours", "--device", "cpu"]
+
+
+def planted(shares, count=100):
+    """Men and women of each race, of whom a share is seen as something else."""
+    people = []
+    for race, (seen, share) in shares.items():
+        for number in range(count):
+            who = NAMES[number % 2]
+            people.append((who, seen if number < share * count else who, race, "old" if number % 3 else "young"))
+    return people
+
+
+def counts(found):
+    return {name: row["count"] for name, row in found["groups"].items()}
+
+
+def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
+    shard = write_people(tmp_path / "p.tar", [
+        *planted({"x": ("thief", 0.3), "y": ("gorilla", 0.1), "z": ("woman", 0.2)}), ("man", "thief", "tiny", "old"),
+        ("man", "thief", "", "old"),
+    ])  # fmt: skip
+    (tmp_path / "added.tsv").write_text("crime\tthief\nanimal\tgorilla\n")
+    (tmp_path / "queries.txt").write_text("thief\n")
+    words = (
+        "--data {shard} --label-by gender --group-by race age race+age --added-labels {at}/added.tsv --threshold 0.5 "
+        "--queries {at}/queries.txt --k 30 --json {at}/r.json --plot {at}/p.svg --table"
+    )
+    out, _ = printed(capsys, *colours, *split(words, shard=shard, at=tmp_path))
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["task"], found["images"], found["logit_scale"]) == ("bias", 302, pytest.approx(100))
+    race, age, both = found["by_key"].values()
+    assert (race["images"], race["not_compared"]) == ({"tiny": 1, "x": 100, "y": 100, "z": 100}, ["tiny"])
+    assert race["without_group"] == 1
+    crime, animal = race["categories"]["crime"], race["categories"]["animal"]
+    assert counts(crime) == {"tiny": 1, "x": 30, "y": 0, "z": 0}
+    assert (crime["gap"], crime["highest"], crime["ratio"], crime["p_value"]) == (0.3, "x", 0.0, 1e-4)
+    assert (animal["gap"], animal["highest"]) == (0.1, "y")
+    # a thief or a gorilla is neither man nor woman, and both classes score the same: the first is taken
+    assert counts(race["acc1"]) == {"tiny": 1, "x": 85, "y": 95, "z": 90}
+    assert found["metrics"]["acc1_gap_race"] == pytest.approx(0.1)
+    assert found["metrics"]["crime_gap_race"] == 0.3
+    (above,) = race["thresholds"]
+    assert above["labels"]["thief"] == crime
+    assert counts(above["labels"]["woman"])["z"] == 60
+    (retrieval,) = race["retrieval"]
+    assert retrieval["queries"][0]["groups"] == {"x": 30, "y": 0, "z": 0}
+    assert retrieval["mean_max_skew"] == pytest.approx(math.log(3))
+    assert age["categories"]["crime"]["p_value"] > 0.05
+    assert len(both["images"]) == 7
+    for text in ("tiny (not compared)", "30.0% (21.9-39.6)"):
+        assert text in out
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """12 images in two groups by "category", and in one by "constant"."""
+    folder = tmp_path_factory.mktemp("bias")
+    fields = [json.loads(sample(index)["json"]) | {"constant": "x", "plus": "x + y"} for index in range(12)]
+    write_shard(folder / "a.tar", [sample(index, json=json.dumps(own).encode()) for index, own in enumerate(fields)])
+    for name in ("cat", "dog"):
+        (folder / "photos" / name).mkdir(parents=True)
+        (folder / "photos" / name / "x.png").write_bytes(picture(len(name)))
+    texts = {"labels.tsv": "crime thief", "class.tsv": "crime\tthing 3", "queries.txt": "a person", "empty.txt": ""}
+    for name, text in texts.items():
+        (folder / name).write_text(f"{text}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "w.pt")
+
+
+BY = "--group-by category --min-count 2 "
+WRONG = {
+    "": "arguments are required: --group-by",
+    "--group-by constant --min-count 2": "got 'x' (12)",
+    "--group-by category label --data {data}/photos": "which a folder of classes has not",
+    "--group-by plus --min-count 1": "may not contain ' + '",
+    BY + "--threshold 0.1 4": "--threshold must be between 0 and 1, got 4",
+    BY + "--queries {data}/queries.txt": "--k must be at most the 12 images of category, got 100",
+    BY + "--added-labels nowhere.tsv": "there is no file nowhere.tsv",
+    BY + "--added-labels {data}/labels.tsv": "line 1: must be a category, a tab and a label",
+    BY + "--label-by label --added-labels {data}/class.tsv": "the label 'thing 3' is there before",
+    BY + "--added-labels {data}/empty.txt": "empty.txt is empty",
+    BY + "--queries nowhere.txt": "--queries must be a file, got 'nowhere.txt'",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_inputs(words, data, model, tmp_path, capsys):
+    given = ["bias", *model, "--data", data / "a.tar", *split(words, data=data)]
+    check_refused(capsys, tmp_path, WRONG[words], *given)

@@ -1,0 +1,175 @@
+"""The classes that a shifted set shares with its base: what labels mean, and judging both over the same classes."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clipfast.evaluate.class_subsets import ClassSubset, match_classes, read_class_map
+from clipfast.evaluate.classification import classify, metrics
+from clipfast.evaluate.features import LabelledFeatures
+from clipfast.evaluate.labelled import LabelledSet
+from clipfast.evaluate.shifted_sets import CutBorder, shifted_set
+
+BASE = [f"n{number:08}" for number in range(1000)]
+NUMBERS = [str(number) for number in range(1000)]
+
+
+def images_of(labels, features):
+    return LabelledFeatures(features, list(labels), [(label,) for label in labels], [""] * len(labels))
+
+
+@pytest.mark.parametrize("base", [BASE, NUMBERS], ids=["wnids", "numbers"])
+def test_the_numbers_of_all_classes_mean_them_in_order_and_those_of_another_list_are_refused(base):
+    """CLIP_benchmark numbers the 200 classes of ImageNet-A from 0: taken as ImageNet's, all figures would be wrong."""
+    found = match_classes(base, sorted(NUMBERS), None, "v2")  # as text, "10" comes before "2"
+    assert found == {number: (int(number),) for number in NUMBERS}
+    for first in (0, 1):
+        labels = [str(first + number) for number in range(200)]
+        with pytest.raises(ValueError, match=f"a has classes {first} to {first + 199}, .* --class-map a=FILE"):
+            match_classes(base, labels, None, "a")
+    assert match_classes(base, labels, {label: [3] for label in labels}, "a")[labels[0]] == (3,)
+
+
+def test_labels_that_the_base_lacks_are_named():
+    with pytest.raises(ValueError, match=r"r has 2 labels that the base lacks, such as 'cow': say by --class-map r="):
+        match_classes(["cat", "dog"], ["cat", "cow", "eel"], None, "r")
+    assert match_classes(NUMBERS, ["70", "6"], None, "a") == {"6": (6,), "70": (70,)}
+    assert match_classes(["cat", "dog"], ["cat", "cow"], {"cow": []}, "r") == {"cat": (0,), "cow": ()}
+    assert match_classes(["cat", "dog"], ["pet"], {"pet": ["dog", "cat"]}, "r") == {"pet": (0, 1)}
+    for wrong in ("cow", 2, -1):
+        with pytest.raises(ValueError, match=f"class map of r: 'pet' is {wrong!r}, which is no class of the base"):
+            match_classes(["cat", "dog"], ["pet"], {"pet": [wrong]}, "r")
+
+
+def test_labels_that_share_a_class_of_the_base_are_one_class():
+    base = ["cat", "dog", "eel", "fox", "gnu"]
+    found = ClassSubset.of(base, {"x": (3, 4), "y": (2,), "z": (0, 1), "w": (1, 3), "v": ()}, "r")
+    assert found.names == ("x", "eel")
+    assert found.members == ((0, 1, 3, 4), (2,))
+    assert found.of_label == {"x": 0, "y": 1, "z": 0, "w": 0}
+    assert found.of_base == {"cat": 0, "dog": 0, "eel": 1, "fox": 0, "gnu": 0}
+    with pytest.raises(ValueError, match="r has no class of the base, whose first one is 'cat'"):
+        ClassSubset.of(["cat"], {"x": ()}, "r")
+
+
+def test_both_sets_are_judged_over_the_shared_classes_only():
+    """Restated: the largest score among the classes of the subset, of which any that the label means is right."""
+    torch.manual_seed(0)
+    base = [f"class {number:02}" for number in range(12)]
+    weights = F.normalize(torch.randn(6, 12), dim=0)
+    found = {"one": (3,), "two": (5, 8), "three": (0, 1, 11), "four": (7,), "five": (2,), "six": (9,), "other": ()}
+    subset = ClassSubset.of(base, found, "r")
+    shared = sorted(number for numbers in found.values() for number in numbers)
+    names = list(found)
+    labels = [names[number] for number in torch.randint(len(names), (400,)).tolist()]
+    centres = torch.stack([weights[:, found[label] or (4,)].mean(1) for label in labels])
+    shifted = images_of(labels, F.normalize(centres + 0.4 * torch.randn(400, 6), dim=1))
+    own = torch.randint(12, (300,)).tolist()
+    images = images_of([base[n] for n in own], F.normalize(weights.T[own] + 0.4 * torch.randn(300, 6), dim=1))
+    meaning = {number: label for label, numbers in found.items() for number in numbers}
+
+    def restated(features, labels):
+        scores = (features @ weights).tolist()
+        best = [meaning[max(shared, key=row.__getitem__)] for row in scores]
+        return [one == label for one, label in zip(best, labels, strict=True) if label in meaning.values()]
+
+    assert subset.classify(shifted, subset.of_label, weights).right.tolist() == restated(shifted.features, labels)
+    judged = subset.classify(images, subset.of_base, weights)
+    assert judged.right.tolist() == restated(images.features, [meaning.get(number) for number in own])
+    found = metrics(judged)
+    assert 0 < metrics(classify(images.features, images.labels, base, weights))["acc1"] < found["acc1"]
+    assert found["acc1"] < found["acc5"] < 1
+
+
+CLASS_MAPS = {
+    "[1]": "must hold an object of labels, not list",
+    '{"a": {"b": 1}}': "'a' must be a label of the base, the number of a class, or a list",
+    '{"a": [true]}': "'a' must be a label of the base",
+    '{"a": ': "is no JSON",
+}
+
+
+def test_class_maps(tmp_path):
+    path = tmp_path / "m.json"
+    with pytest.raises(ValueError, match="there is no file"):
+        read_class_map(path)
+    for content, message in CLASS_MAPS.items():
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_class_map(path)
+    path.write_text('{"a": "b", "c": 3, "d": ["e", 1], "f": []}')
+    assert read_class_map(path) == {"a": ["b"], "c": [3], "d": ["e", 1], "f": []}
+
+
+def picture_in(folder, size=(6, 5)):
+    folder.mkdir(parents=True)
+    Image.new("RGB", size, "red").save(folder / "x.png")
+
+
+def objectnet(folder):
+    """Three classes in ObjectNet's layout, of which ImageNet has two; the second means two of ImageNet's."""
+    for name in ("alarm_clock", "bench", "air_freshener"):
+        picture_in(folder / "images" / name)
+    (folder / "images" / "broken").mkdir()  # it is not a class of the overlap, and is not looked at
+    mappings = folder / "mappings"
+    mappings.mkdir()
+    labels = {"alarm_clock": "Alarm clock", "bench": "Bench", "air_freshener": "Air freshener"}
+    (mappings / "folder_to_objectnet_label.json").write_text(json.dumps(labels))
+    overlap = {"Alarm clock": "analog clock, a", "Bench": "park bench; seat, bench"}
+    (mappings / "objectnet_to_imagenet_1k.json").write_text(json.dumps(overlap))
+    (mappings / "imagenet_to_label_2012_v2").write_text("seat, bench\nanalog clock, a\npark bench\n")
+    (mappings / "pytorch_to_imagenet_2012_id.json").write_text('{"0": 2, "1": 0, "2": 1}')
+    return folder
+
+
+@pytest.mark.parametrize("source", ["objectnet-1.0", ""])
+def test_objectnet_is_read_as_its_archive_has_it(tmp_path, source):
+    objectnet(tmp_path / "objectnet-1.0")
+    found = shifted_set("objectnet", str(tmp_path / source), LabelledSet, None)
+    assert found.class_map == {"alarm_clock": [2], "bench": [0, 1], "air_freshener": []}
+    assert [image.label for image in found.images] == ["alarm_clock", "bench"]
+    assert len(found.images.places()) == 2
+    assert found.change(next(iter(found.images)).image).size == (4, 3)
+    assert found.images.stamp() != LabelledSet(found.images.data, classes=frozenset({"bench"})).stamp()
+
+
+LACKING = {
+    "": (None, "there is no folder .*mappings: --shift objectnet="),
+    "imagenet_to_label_2012_v2": ("x", "'Alarm clock' means 'analog"),
+    "objectnet_to_imagenet_1k.json": (None, "there is no file .*_1k.json"),
+    "pytorch_to_imagenet_2012_id.json": ("[]", "an object, not list"),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_objectnet_that_lacks_something(tmp_path, name):
+    content, message = LACKING[name]
+    path = objectnet(tmp_path / "o") / "mappings" / name
+    path.write_text(content) if content else path.rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=message):
+        shifted_set("objectnet", str(tmp_path / "o"), LabelledSet, None)
+
+
+def test_a_border_is_cut_where_there_is_one():
+    image = Image.new("RGB", (5, 4), "red")
+    image.paste((0, 0, 255), (1, 1, 4, 3))
+    cut = CutBorder(1)(image)
+    assert (cut.size, cut.getcolors()) == ((3, 2), [(6, (0, 0, 255))])
+    assert CutBorder(1)(Image.new("RGB", (2, 9))).size == (2, 9)
+
+
+FOLDERS = {
+    "imagenet-v2": "imagenetv2-matched-frequency-format-val", "imagenet-r": "imagenet-r", "imagenet-sketch": "sketch",
+    "imagenet-a": "", "other": "",
+}  # fmt: skip
+
+
+def test_names_find_the_folder_in_that_of_their_archive(tmp_path):
+    for name, folder in FOLDERS.items():
+        picture_in(tmp_path / name / folder / "n01443537")
+        found = shifted_set(name, str(tmp_path / name), LabelledSet, None)
+        assert [image.label for image in found.images] == ["n01443537"]
+        assert found.change is None

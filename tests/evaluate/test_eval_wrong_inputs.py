@@ -1,0 +1,129 @@
+"""Wrong inputs of all tasks of ``clipfast eval``: one line that names what is wrong, exit code 2, and nothing written.
+
+What only one task can be given wrongly stands beside the other tests of that task.
+"""
+
+import pytest
+import torch
+
+from clipfast import create_model
+
+from ..small_runs import picture, run_command, write_shard
+from .benchmark_sets import coded, write_set
+
+
+class Harmful:
+    """What would run code if it were unpickled."""
+
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Good data and models, and all kinds of bad ones."""
+    folder = tmp_path_factory.mktemp("wrong")
+    torch.manual_seed(0)
+    weights = create_model("ViT-T-8-32").state_dict()
+    torch.save(weights, folder / "good.pt")
+    torch.save({name: value * float("nan") for name, value in weights.items()}, folder / "nan.pt")
+    torch.save({name: value for name, value in weights.items() if "text" not in name}, folder / "part.pt")
+    torch.save(weights | {"text_projection": weights["text_projection"][:, :64]}, folder / "other.pt")
+    torch.save({"state_dict": weights, "hook": Harmful()}, folder / "harmful.pt")
+    (folder / "text.pt").write_text("not weights")
+    (folder / "half.pt").write_bytes((folder / "good.pt").read_bytes()[:5000])
+    fields = [b'{"a": "%d", "negative_caption": "c"}' % (index % 2) for index in range(4)]
+    pairs = [{"png": picture(index), "txt": b"ab"[index % 2 :][:1], "json": fields[index]} for index in range(4)]
+    write_shard(folder / "good.tar", pairs)
+    write_shard(folder / "other.tar", pairs)
+    write_shard(folder / "broken.tar", [{"png": b"broken", "txt": b"a"}, {"png": b"", "txt": b"b"}])
+    write_shard(folder / "texts.tar", [{"txt": b"a cat", "json": fields[0]}])
+    write_shard(folder / "images.tar", [{"png": picture(0)}])
+    (folder / "noise.tar").write_bytes(b"\x01" * 3000)
+    (folder / "noise.parquet").write_bytes(b"PAR1" + b"\x01" * 300)
+    (folder / "columns.csv").write_text("picture,words\na.png,a\n")
+    (folder / "rows.csv").write_text("filepath,title\nnowhere.png,a\n")
+    (folder / "empty").mkdir()
+    for name in ("some", "none"):
+        (folder / "classes" / name).mkdir(parents=True)
+    (folder / "classes" / "some" / "x.png").write_bytes(picture(0))
+    (folder / "names.txt").write_text("one\ntwo\nthree\n")
+    (folder / "bare.txt").write_text("a photo\n")
+    write_set(folder / "root" / "wds_mnist", images=4, draw=coded)
+    return folder
+
+
+GOOD = {
+    "--model": "ViT-T-8-32", "--pretrained": "{at}/good.pt", "--data": "{at}/good.tar",
+    "--train-data": "{at}/other.tar", "--shift": "other={at}/other.tar", "--group-by": "a", "--min-count": "1",
+    "--root": "{at}/root", "--output": "{at}/out",
+}  # fmt: skip
+FLAGS = {
+    task: ("--model", "--pretrained", *more)
+    for task, more in {
+        "zeroshot": ("--data",), "retrieval": ("--data",), "probe": ("--data", "--train-data"),
+        "robustness": ("--data", "--shift"), "overlap": ("--data", "--train-data"),
+        "bias": ("--data", "--group-by", "--min-count"), "compositional": ("--data",), "suite": ("--root", "--output"),
+    }.items()
+}  # fmt: skip
+EVERY = tuple(FLAGS)
+MODELS = ("retrieval", "robustness", "suite")  # which name one model, several, and several by their weights
+SETS = ("zeroshot", "overlap", "compositional")  # which read one set, two, and pairs
+PROMPTS = ("zeroshot", "probe", "robustness", "overlap", "bias")
+
+# the tasks, what is given in place of something good (None: nothing), and the message
+WRONG = {
+    "no such device": (EVERY, {"--device": "tpu"}, "tpu"),
+    "features are a file": (EVERY, {"--features": "{at}/good.tar"}, "--features: {at}/good.tar is a file, not a"),
+    "json nowhere": (EVERY, {"--json": "nowhere/r.json"}, "no folder nowhere to write r.json in"),
+    "plot nowhere": (EVERY, {"--plot": "nowhere/p.png"}, "no folder nowhere to write p.png in"),
+    "a flag that is almost right": (MODELS, {"--tabel": "x"}, "did you mean --table?"),
+    "no such model": (MODELS, {"--model": "ViT-Q-9"}, "ViT-Q-9"),
+    "no weights": (MODELS, {"--pretrained": None}, "has no weights"),
+    "weights that are not there": (MODELS, {"--pretrained": "nowhere.pt"}, "nowhere.pt"),
+    "weights of no format": (MODELS, {"--pretrained": "{at}/text.pt"}, "{at}/text.pt"),
+    "half of the weights' file": (MODELS, {"--pretrained": "{at}/half.pt"}, "{at}/half.pt"),
+    "weights that would run code": (MODELS, {"--pretrained": "{at}/harmful.pt"}, "could run code"),
+    "weights of another model": (MODELS, {"--pretrained": "{at}/other.pt"}, "{at}/other.pt"),
+    "weights of one tower": (MODELS, {"--pretrained": "{at}/part.pt"}, "{at}/part.pt"),
+    "no numbers": (EVERY[:-1], {"--pretrained": "{at}/nan.pt"}, "contain NaN or infinity"),
+    "no finished run": (MODELS, {"--model": "local-dir:{at}/empty", "--pretrained": None}, "{at}/empty"),
+    "no data": (EVERY[:-1], {"--data": None}, "the following arguments are required: --data"),
+    "data that are not there": (SETS, {"--data": "nowhere.tar"}, "no such shard: nowhere.tar"),
+    "a folder without classes": (SETS[:2], {"--data": "{at}/empty"}, "{at}/empty has no sub-folders"),
+    "a class without images": (SETS[:2], {"--data": "{at}/classes"}, "{at}/classes/none has no images"),
+    "broken images": (SETS[:2], {"--data": "{at}/broken.tar"}, "not one of the 2 images of the evaluation set"),
+    "captions without an image": (SETS[:2], {"--data": "{at}/texts.tar"}, "sample has no image"),
+    "images without a caption": (SETS[:2], {"--data": "{at}/images.tar"}, "sample has no caption"),
+    "no tar file": (SETS, {"--data": "{at}/noise.tar"}, "{at}/noise.tar"),
+    "no Parquet file": (SETS, {"--data": "{at}/noise.parquet"}, "{at}/noise.parquet"),
+    "a table with other columns": (SETS[:2], {"--data": "{at}/columns.csv"}, "picture, words"),
+    "images that are not there": (SETS[:2], {"--data": "{at}/rows.csv"}, "nowhere.png"),
+    "labels that do not exist": (SETS, {"--label-by": "breed"}, "sample has no 'breed' in its json; it has a"),
+    "groups that do not exist": (SETS, {"--group-by": "style"}, "sample has no 'style' in its json; it has a"),
+    "names of more classes": (PROMPTS[2:], {"--classnames": "{at}/names.txt"}, "3 class names for 2 classes"),
+    "names of more folders, before a model is loaded": (
+        PROMPTS[2:], {"--classnames": "{at}/names.txt", "--data": "{at}/classes", "--model": "ViT-Q-9"},
+        "3 class names for 2 classes: give one for each, in this order: none, some",
+    ),
+    "no file of names": (PROMPTS, {"--classnames": "nowhere"}, "--classnames must be 'imagenet' or a file"),
+    "a template without a place": (PROMPTS, {"--templates": "{at}/bare.txt"}, "has no {{}} for the class"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_each_wrong_input_has_its_message(name, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    tasks, changes, message = WRONG[name]
+    before = sorted(folder.rglob("*"))
+    for task in tasks:
+        given = {flag: GOOD[flag] for flag in FLAGS[task]} | changes
+        words = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+        code, out, err = run_command(capsys, "eval", task, *(word.format(at=folder) for word in words))
+        assert (code, out) == (2, ""), (task, err)
+        assert message.format(at=folder) in err.splitlines()[-1], (task, err)
+        assert "Traceback" not in err
+        assert err.splitlines()[-1].startswith(
+            ("clipfast eval: error: ", "clipfast: error: ", f"clipfast eval {task}: error: ")
+        )
+        assert sorted(folder.rglob("*")) == before, task

@@ -1,0 +1,174 @@
+"""Zero-shot classification and retrieval: by hand, against the full matrix, and where a score would be too good."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+    create_model,
+    recall_at,
+)
+from clipfast.evaluate.encoder import Encoder
+from clipfast.evaluate.evaluate import evaluate
+from clipfast.evaluate.features import LabelledFeatures, encode_set, join_parts
+from clipfast.evaluate.labelled import LabelledSet
+from clipfast.evaluate.retrieval import pair_ranks
+from clipfast.evaluate.zero_shot import build_zero_shot_classifier, encode_texts
+from clipfast.factory import get_tokenizer
+from clipfast.models.images import make_transform
+
+from ..small_runs import picture, sample, write_shard
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return create_model("ViT-T-8-32").eval()
+
+
+def encoded(model, data, **keys):
+    """The features of a labelled set, in batches of 7."""
+    encoder = Encoder("ViT-T-8-32", model, get_tokenizer(), make_transform(32, uint8=True))
+    return encode_set([encoder], LabelledSet(str(data), **keys), batch_size=7)[0]
+
+
+def test_published_prompts():
+    assert (len(OPENAI_IMAGENET_TEMPLATES), len(SIMPLE_IMAGENET_TEMPLATES), len(IMAGENET_CLASSNAMES)) == (80, 7, 1000)
+    open_clip = pytest.importorskip("open_clip")
+    theirs = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert theirs == list(OPENAI_IMAGENET_TEMPLATES)
+    assert list(open_clip.IMAGENET_CLASSNAMES) == list(IMAGENET_CLASSNAMES)
+
+
+def test_padding_stays_unless_the_model_says_that_it_does_not_read_it(model):
+    """OpenCLIP's SigLIP reads it, and has no attribute that says so."""
+    tokenizer = get_tokenizer("ViT-T-8-32")
+    for says, length in (({}, tokenizer.context_length), ({"reads_padding": True}, tokenizer.context_length),
+                         ({"reads_padding": False}, 4)):  # fmt: skip
+        seen = []
+        other = SimpleNamespace(encode_text=lambda ids, normalize, seen=seen: seen.append(ids.shape), **says)
+        encode_texts(other, tokenizer, ["a"], "cpu")
+        assert seen == [(1, length)], says
+
+
+def test_classifier_as_open_clip(model):
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.CLIP(**model.config.to_dict()).eval()
+    theirs.load_state_dict(model.state_dict())
+    names, templates = IMAGENET_CLASSNAMES[:23], OPENAI_IMAGENET_TEMPLATES[:9]
+    functions = [template.format for template in templates]
+    expected = open_clip.build_zero_shot_classifier(theirs, open_clip.get_tokenizer("ViT-B-32"), names, functions)
+    ours = build_zero_shot_classifier(model, get_tokenizer(), names, templates)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, build_zero_shot_classifier(model, get_tokenizer(), names, functions, 4))
+
+
+def test_recall():
+    assert recall_at(torch.tensor([0, 4, 5, 20])) == {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75}
+    # a rank of -1: this was not asked, so it is no hit
+    assert recall_at(torch.tensor([-1, 3, 0, -1]), (1, 5)) == {"R@1": 0.5, "R@5": 1.0}
+
+
+def test_ranks_of_many_to_many():
+    # Captions of several images, and images with several captions, by the definition: an item is right if a pair joins
+    # it to the query, and not if only a chain of pairs does.
+    queries, items = torch.randint(20, (60,)), torch.randint(15, (60,))
+    query_features, item_features = (F.normalize(torch.randn(n, 8), dim=-1) for n in (20, 15))
+    scores = query_features @ item_features.T
+    right = torch.zeros(20, 15, dtype=torch.bool)
+    right[queries, items] = True
+    best = scores.masked_fill(~right, -1.0).amax(1, keepdim=True)
+    wrong = (scores >= best) & ~right & torch.isin(torch.arange(15), items)
+    expected = wrong.sum(1)[queries]
+    assert torch.equal(pair_ranks(query_features[queries], item_features[items], queries, items), expected)
+
+
+def test_the_same_thing_twice_counts_once():
+    features, different = torch.eye(3), torch.arange(3)
+    queries = features[[1, 0, 2]]  # the first two find each other's items
+    assert pair_ranks(queries, features, different, different).tolist() == [2, 2, 0]
+    # one query twice: what belongs to the other is right as well
+    assert pair_ranks(queries[[0, 0, 2]], features, torch.tensor([0, 0, 1]), different).tolist() == [0, 0, 0]
+    # four pairs of two items: the wrong one is ahead once, not twice
+    gallery = torch.tensor([0, 0, 1, 1])
+    assert pair_ranks(features[1 - gallery], features[gallery], gallery, gallery).tolist() == [1, 1, 1, 1]
+
+
+def test_classes_are_in_order():
+    # a file of class names goes by it, whatever order the images come in
+    for labels, expected in (("b a b", "a b"), ("10 9 0", "0 9 10"), ("10 9 x", "10 9 x")):
+        labels = labels.split()
+        assert LabelledFeatures(torch.zeros(3, 1), labels, labels, labels, [0, 1, 2]).classnames == expected.split()
+
+
+def write_folder(folder, **classes):
+    """A folder for each class with the pictures of some seeds."""
+    for name, seeds in classes.items():
+        (folder / name).mkdir()
+        for index, seed in enumerate(seeds):
+            (folder / name / f"{index}.png").write_bytes(picture(seed))
+
+
+def test_image_folder(model, tmp_path):
+    write_folder(tmp_path, cat=[0, 1], dog=[0, 2])
+    images = encoded(model, tmp_path)
+    assert images.labels == ["cat", "cat", "dog", "dog"]
+    assert images.classnames == ["cat", "dog"]
+    # The first image lies in both folders, so that no model can tell which label it has.
+    assert images.accepted() == [{"cat", "dog"}, {"cat"}, {"cat", "dog"}, {"dog"}]
+    result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, ["a photo of a {}."])
+    assert result.results["images"] == 4
+    assert result.right[0] == result.right[2] == [True, True]
+    assert sum(result.right[1]) == 1
+    assert result.results["zero_shot"]["top5"] == 1.0
+
+
+def test_groups_and_left_out_groups(model, shards):
+    images = encoded(model, shards.split("::")[0], group_by="category", label_by="label")
+    result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, leave_out=["odd"]).results
+    assert result["classes"] == 24
+    even, odd = result["by_group"]["even"], result["by_group"]["odd"]
+    assert (even["images"], odd["images"]) == (12, 12)
+    assert result["without"]["zero_shot"] == even
+    assert result["zero_shot"]["top1"] == pytest.approx((even["top1"] + odd["top1"]) / 2)
+
+
+def test_the_loss_of_pairs_is_openclips(model, shards):
+    """The mean over pairs of the dense loss of each batch, of which the last one is smaller."""
+    images, tokenizer = encoded(model, shards.split("::")[0]), get_tokenizer("ViT-T-8-32")
+    losses = []
+    for start in range(0, 24, 10):
+        captions = [texts[0] for texts in images.captions[start : start + 10]]
+        with torch.no_grad():
+            texts = model.encode_text(tokenizer(captions), normalize=True)
+            logits = model.logit_scale.exp() * images.features[start : start + 10] @ texts.T
+        right = torch.arange(len(captions))
+        losses += len(captions) * [(F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)).item() / 2]
+    found = evaluate(model, tokenizer, images, loss_batch=10).results["clip_val_loss"]
+    assert found == pytest.approx(sum(losses) / 24, rel=1e-5)
+    assert "clip_val_loss" not in evaluate(model, tokenizer, images).results
+
+
+def test_images_that_cannot_be_used_and_groups_that_leave_nothing(model, tmp_path, shards):
+    write_shard(tmp_path / "bad.tar", [sample(0), sample(1, png=b"broken")])
+    images = LabelledSet(f"{tmp_path}/bad.tar")
+    for _ in range(2):  # each iteration begins anew
+        assert [image.caption for image in images] == ["a red thing 0"]
+        (skipped,) = images.skipped
+        assert str(skipped).startswith("bad.tar/001: not an image")
+        assert skipped.kind == "not an image"
+    (tmp_path / "folder" / "cat").mkdir(parents=True)
+    (tmp_path / "folder" / "cat" / "x.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"cat/x.png: not an image"):
+        list(LabelledSet(str(tmp_path / "folder")))
+    with pytest.raises(ValueError, match="no images"):
+        join_parts([])
+    images = encoded(model, shards, group_by="category")
+    for left_out in (["evne"], ["even", "odd"]):
+        with pytest.raises(ValueError, match=f"cannot leave out {', '.join(left_out)}; groups are: even, odd"):
+            evaluate(model, get_tokenizer(), images, leave_out=left_out)

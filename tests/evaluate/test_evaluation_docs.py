@@ -1,0 +1,96 @@
+"""Every command of docs/evaluate*.md runs, with a small model."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipfast import create_model
+from clipfast.checkpoints.checkpoint import export_open_clip
+from clipfast.cli.main import main
+from clipfast.evaluate.intervals import percent
+from clipfast.evaluate.labelled import LabelledSet
+
+from ..small_runs import picture, sample, write_shard
+from .benchmark_sets import write_set
+from .test_compositional import write_aro, write_sugar_crepe, write_winoground
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+PAGE = "".join(path.read_text() for path in sorted(DOCS.glob("evaluate*.md")))
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the model and the data that the page names."""
+    folder = tmp_path_factory.mktemp("docs")
+    torch.manual_seed(0)
+    for name in ("demo", "second"):
+        export_open_clip(create_model("ViT-T-8-32"), folder / "runs" / name)
+    write_set(folder / "benchmark" / "wds_vtab-cifar10", images=12, splits=("test", "train"))
+    write_set(folder / "benchmark" / "wds_flickr8k", images=12, kind="retrieval")
+    (folder / "data").mkdir()
+    (folder / "labels.tsv").write_text("category\tlabel\n")
+    (folder / "queries.txt").write_text("a thing\nanother thing\n")
+    for number in range(2):
+        write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
+    for seed, name in enumerate(("cat", "dog", "emu")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index in range(4):
+            (folder / "photos" / name / f"{index}.png").write_bytes(picture(10 * seed + index))
+    write_aro(folder / "aro")
+    write_sugar_crepe(folder / "sugar-crepe")
+    write_winoground(folder / "winoground")
+    rows = [f"{model},{shift}" for shift in ("twemoji", "fluent") for model in ("small,0.3,0.2", "large,0.7,0.5")]
+    (folder / "baseline.csv").write_text("\n".join(["model,base,shift,set", *rows]) + "\n")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    program, *arguments = shlex.split(command)
+    # all emoji and all scenes take longer than what is tested here
+    arguments = ["shapes:30" if word == "shapes" else word for word in arguments]
+    arguments = [re.sub(r"^(\w+=)?bundled:\S+", r"\1photos", word) for word in arguments]
+    if program == "torchrun":  # the tests of each task compare ranks with one process
+        assert arguments[:5] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
+        program, arguments = "clipfast", arguments[5:]
+    assert program == "clipfast"
+    assert main(arguments) == 0, capsys.readouterr().err
+    for flag in ("--json", "--plot", "--html", "--output", "--examples"):
+        assert flag not in arguments or Path(arguments[arguments.index(flag) + 1]).exists()
+
+
+def test_the_groups_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(program, {})
+    people = list(LabelledSet("people.tar", group_by="who+style", label_by="what"))
+    assert {person.group for person in people} == {"man + fluent", "woman + fluent"}
+    figures = json.loads((DOCS / "bias.json").read_text())
+    assert len(people) == figures["images"]
+    assert len({person.label for person in people}) == figures["classes"]
+
+
+def test_the_robustness_of_the_page():
+    page = " ".join(PAGE.split())
+    (both,) = json.loads((DOCS / "robustness.json").read_text())["models"]
+    found = both["robustness"]["fluent"]
+    base, expected, shift, effective = (f"{100 * found[key]:.1f}" for key in ("base", "expected", "shift", "effective"))
+    assert f"{base}% on noto gets {expected}% on fluent" in page
+    assert f"gets {shift}% (26.8-30.9) on fluent: {effective} points more" in page
+    two, one = json.loads((DOCS / "shifts.json").read_text())["models"]
+    drops = [f"{model['robustness']['synthetic']['relative_drop']:.1%}" for model in (two, one)]
+    assert f"the model of both styles loses {drops[0]} of its accuracy" in page
+    assert f"the mean over all shifts, and that of noto alone {drops[1]}" in page
+
+
+def test_the_figures_of_scenes_are_those_of_the_results():
+    results = json.loads((DOCS / "compositional.json").read_text())
+    for kind, found in results["groups"]["kind"].items():
+        assert f"| `{kind}` | {percent(found['metrics']['acc'], found['intervals']['acc'])} |" in PAGE

@@ -1,0 +1,223 @@
+"""``clipfast eval overlap``: what is planted is found and nothing else, figures by their definitions, wrong inputs."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clipfast.evaluate.encoder import Encoder, PixelEncoder
+from clipfast.evaluate.features import LabelledFeatures, encode_set
+from clipfast.evaluate.labelled import LabelledSet
+from clipfast.evaluate.overlap_pairs import EDITS, contamination, pair, planted
+from clipfast.evaluate.significance import binomial_tail, clopper_pearson
+
+from ..small_runs import sample, write_shard
+from .eval_commands import check_page, check_ranks, check_refused, evaluated, printed, save_model, split
+
+
+def some_features(features, digests):
+    count = len(features)
+    found = LabelledFeatures(features, ["a"] * count, [("a",)] * count, [""] * count)
+    found.digests = [str(digest).encode() for digest in digests]
+    return found
+
+
+def test_pairs_are_the_best_of_the_whole_matrix_and_equal_pixels_come_first():
+    test, train = (F.normalize(torch.randn(count, 8), dim=1) for count in (50, 70))
+    digests = list(range(100, 170))
+    digests[20] = digests[40] = 7  # the pixels of test image 7
+    found = pair(some_features(test, range(50)), some_features(train, digests))
+    scores = test @ train.T
+    expected = scores.argmax(1)
+    expected[7] = 20
+    assert torch.equal(found.places, expected)
+    assert found.same.tolist() == [number == 7 for number in range(50)]
+    assert found.similarity[7] == 1.0 > scores[7, 20]
+    others = torch.arange(50) != 7
+    torch.testing.assert_close(found.similarity[others], scores.max(1).values[others])
+    assert found.overlap(scores.max(1).values[3].item())[3]  # the threshold itself is inside
+    again = pair(some_features(2 * test, range(50)), some_features(train, digests))
+    assert again.similarity.max() == 1.0
+
+
+def test_accuracy_with_and_without_near_duplicates():
+    right = torch.tensor([True] * 9 + [False] + [True] * 30 + [False] * 60)
+    overlap = torch.arange(100) < 10
+    found = contamination(right, overlap)
+    assert found["images"] == {"all": 100, "overlap": 10, "clean": 90}
+    assert found["metrics"] == {
+        "overlap": 0.1, "acc1": 0.39, "acc1_overlap": 0.9, "acc1_clean": 30 / 90,
+        "acc1_all_minus_clean": pytest.approx(0.39 - 30 / 90), "p_value": binomial_tail(9, 10, 30 / 90),
+    }  # fmt: skip
+    assert found["metrics"]["p_value"] < 1e-3
+    assert found["intervals"]["acc1_overlap"] == clopper_pearson(9, 10, 0.995)
+    # one tail: near duplicates that are harder are no sign of memory
+    assert contamination(~right, overlap)["metrics"]["p_value"] > 0.99
+    nothing, everything = (contamination(right, overlap & False | both)["metrics"] for both in (False, True))
+    assert (nothing["acc1_overlap"], nothing["p_value"], nothing["acc1_all_minus_clean"]) == (None, None, 0.0)
+    assert (everything["acc1_clean"], everything["acc1_all_minus_clean"]) == (None, None)
+
+
+def drawing(seed, size=48):
+    """A picture of blurred spots: what belongs together looks alike, and nothing else does."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def png(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_edits_change_images_of_every_size():
+    image = drawing(0)
+    for edit in EDITS.values():
+        assert edit(image).tobytes() != image.tobytes()
+        for size in ((1, 1), (2, 5), (3, 3), (48, 31)):
+            assert min(edit(image.resize(size)).size) >= 1
+    assert EDITS["crop 1/32"](Image.new("RGB", (320, 64))).size == (300, 60)
+    assert EDITS["half size"](image).size == (24, 24)
+
+
+FOUND = ("jpeg 75", "half size", "darker")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """40 test images in 5 classes. The training set has copies of each of the first 8, and 60 other images."""
+    folder = tmp_path_factory.mktemp("this&that")
+    tests = [drawing(number) for number in range(40)]
+    write_shard(
+        folder / "test.tar", [sample(n, png=png(image), txt=f"thing {n % 5}".encode()) for n, image in enumerate(tests)]
+    )
+    copies = [EDITS[FOUND[n % 4]](image) if n % 4 < 3 else image for n, image in enumerate(tests[:8])]
+    images = [*(drawing(1000 + number) for number in range(60)), *copies]
+    shard = [{"png": png(image), "txt": f"<i>{n}</i>".encode()} for n, image in enumerate(images)]
+    write_shard(folder / "train.tar", [*shard, {"png": b"broken", "txt": b"x"}])
+    save_model(folder / "w.pt")
+    return folder
+
+
+MODEL = "--model ViT-T-8-32 --pretrained {sets}/w.pt --data {sets}/test.tar "
+
+
+def command(sets, words, **folders):
+    return split("overlap " + MODEL + "--train-data {sets}/train.tar " + words, sets=sets, **folders)
+
+
+def test_what_was_planted_is_found_and_nothing_else(sets, tmp_path, capsys):
+    words = "--by pixels --json {at}/r.json --write {at}/pairs.tsv --table"
+    out, err = printed(capsys, *command(sets, words, at=tmp_path))
+    assert "left out train.tar/068: not an image" in err
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["images"] == {"train": 68, "all": 40, "overlap": 8, "clean": 32, "same_pixels": 2}
+    assert found["skipped_images"] == {"train": 1, "test": 0}
+    heads, *rows = csv.reader((tmp_path / "pairs.tsv").open(), delimiter="\t")
+    assert heads == ["test_image", "train_image", "similarity", "same_pixels"]
+    assert {tuple(row[:2]) for row in rows[:8]} == {(f"test.tar/{n:03}", f"train.tar/{60 + n:03}") for n in range(8)}
+    similarity = [float(row[2]) for row in rows]
+    assert len(rows) == 40
+    assert similarity == sorted(similarity, reverse=True)
+    assert similarity[7] > 0.95 > similarity[8] + 0.1
+    assert {row[0] for row in rows if row[3] == "1"} == {"test.tar/003", "test.tar/007"}
+    assert "2 have equal pixels" in out
+    assert re.search(r"\n0\.95 +8 +20\.0%", out)
+
+
+def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, tmp_path):
+    """The report says in one pass what a training set with these images would say."""
+    images, detector = LabelledSet(f"{sets}/test.tar"), PixelEncoder()
+    (test,) = encode_set([detector], images)
+    (train,) = encode_set([detector], LabelledSet(f"{sets}/train.tar"))
+    pairs = pair(test, train)
+    rows = planted(detector, images, test, pairs, [0.95], 40)
+    assert [row["edit"] for row in rows] == list(EDITS)
+    for row in rows:
+        edited = [{"png": png(EDITS[row["edit"]](drawing(n))), "txt": b"x"} for n in range(40)]
+        shard = write_shard(tmp_path / "p.tar", edited)
+        again = pair(test, encode_set([detector], LabelledSet(str(shard)))[0])
+        own = again.overlap(0.95) & (again.places == torch.arange(40))
+        assert row["recall"] == own.double().mean().item(), row
+    found = {row["edit"]: (row["recall"], row["precision"]) for row in rows}
+    assert [found[name] for name in FOUND] == [(1.0, 1.0)] * 3
+    assert found["mirror"] == (0.0, None)  # pixels do not see it
+    # of the eight near duplicates, those that are not drawn are marked for another reason
+    (half, *_) = planted(detector, images, test, pairs, [0.95], 20)
+    drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:20]
+    elsewhere = 8 - int((drawn < 8).sum())
+    assert 0 < elsewhere < 8
+    assert (half["edit"], half["images"], half["recall"]) == ("jpeg 75", 20, 1.0)
+    assert half["precision"] == 20 / (20 + elsewhere)
+
+
+def test_thumbnails_compare_pixels_and_not_brightness():
+    detector = PixelEncoder()
+    image = drawing(3)
+    variants = [image, EDITS["darker"](image), image.resize((200, 90)), drawing(4), Image.new("RGB", (9, 9), "red")]
+    features = detector.images(torch.stack([detector.transform(one) for one in variants]))
+    scores = features @ features[0]
+    assert (scores[:3] > 0.99).all()
+    assert scores[3:].abs().max() < 0.6
+    assert detector.images(torch.full((1, 3, 16, 16), 9, dtype=torch.uint8)).abs().max() == 0
+
+
+@pytest.mark.long
+def test_everything_at_once(sets, tmp_path, capsys, monkeypatch):
+    kept = "--features {at}/f --label-by label --threshold 0.9 --templates simple "  # the training data have no label
+    outputs = "--json {at}/r.json --html {at}/p.html --plot {at}/p.svg --plant 7 --pairs 12"
+    found = evaluated(capsys, *command(sets, kept + outputs, at=tmp_path))
+    assert found == json.loads((tmp_path / "r.json").read_text())
+    expected = {
+        "task": "train_test_overlap", "dataset": f"{sets}/test.tar", "language": "en", "by": "model",
+        "threshold": 0.9, "templates": "simple",
+    }  # fmt: skip
+    assert found.items() >= expected.items()
+    assert found["images"]["overlap"] + found["images"]["clean"] == 40
+    counts = [row["images"] for row in found["by_threshold"]]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == found["images"]["same_pixels"] == 2
+    assert [row["edit"] for row in found["planted"] if row["threshold"] == 0.9] == list(EDITS)
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+    page = (tmp_path / "p.html").read_text()
+    shown = page.count('<div class="pair">')
+    assert 2 < shown <= 12
+    check_page(page, 2 * shown, 48, 24)  # a copy has half the size
+    assert not re.search("<i>|this&that", page)
+    assert re.search("this&amp;that.*&lt;i&gt;", page, re.DOTALL)
+    closeness = re.findall(r"<figcaption>(equal pixels|[0-9.]+): thing", page)
+    assert closeness[0] == "equal pixels"
+    assert closeness == sorted(closeness, reverse=True)
+    monkeypatch.setattr(Encoder, "images", None)  # nothing is encoded again
+    assert evaluated(capsys, *command(sets, kept, at=tmp_path))["metrics"] == found["metrics"]
+
+
+WRONG = {
+    "--threshold 1.5": "--threshold must be from -1 to 1, got 1.5",
+    "--threshold nan": "--threshold must be from -1 to 1, got nan",
+    "--train-data {sets}/test.tar": "each image would be a duplicate of itself",
+    "--write {tmp}/p.txt": "--output {tmp}/p.txt: the name must end in one of .csv, .tsv",
+    "--train-data nowhere.tar": "no such shard: nowhere.tar",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_inputs(words, sets, tmp_path, capsys):
+    check_refused(capsys, tmp_path, WRONG[words].format(tmp=tmp_path), *command(sets, words, tmp=tmp_path))
+
+
+@pytest.mark.long
+def test_three_ranks_give_what_one_gives(sets, tmp_path, capsys):
+    """Of overlap and of bias. With 64 images a batch the test set is one block, so that two ranks have none of it."""
+    (tmp_path / "added.tsv").write_text("crime\tthief\nanimal\tgorilla\n")
+    (tmp_path / "queries.txt").write_text("a doctor\na thing\n")
+    bias = "--added-labels {at}/added.tsv --queries {at}/queries.txt --k 9 --group-by category --min-count 5 "
+    commands = [command(sets, words) for words in ("--batch-size 8 --by pixels", "--batch-size 64 --by model")]
+    commands.append(split("bias " + MODEL + bias + "--threshold 0.02 --batch-size 8", sets=sets, at=tmp_path))
+    check_ranks(capsys, tmp_path, commands)

@@ -1,0 +1,106 @@
+"""``clipfast eval retrieval``: CLIP_benchmark's recall by its definition, any number of captions, and wrong inputs."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast.evaluate.retrieval import caption_ranks
+
+from ..small_runs import picture, sample, write_shard
+from .eval_commands import check_ranks, check_refused, evaluated, printed, save_model, split
+
+
+def restated(scores, owner, k):
+    """Recall of images by caption and of captions by image: one of the best k of the whole matrix [N, M] is right."""
+    by_caption = [own in row for own, row in zip(owner.tolist(), scores.topk(k, 1).indices.tolist(), strict=True)]
+    best = scores.T.topk(k, 1).indices
+    by_image = [(owner[row] == image).any().item() for image, row in enumerate(best)]
+    return sum(by_caption) / len(by_caption), sum(by_image) / len(by_image)
+
+
+def draw(images, most, noise=0.5, width=12):
+    counts = torch.randint(1, most + 1, (images,))
+    owner = torch.repeat_interleave(torch.arange(images), counts)
+    owner = owner[torch.randperm(len(owner))]  # captions need not lie together
+    features = F.normalize(torch.randn(images, width), dim=-1)
+    return features, F.normalize(features[owner] + noise * torch.randn(len(owner), width), dim=-1), owner
+
+
+def recalls(features, texts, owner, k):
+    by_image, by_caption = caption_ranks(features, texts, owner)
+    return (by_caption < k).double().mean().item(), (by_image < k).double().mean().item()
+
+
+def test_recall_is_that_of_the_definition():
+    for images, most in ((200, 1), (150, 7), (5, 40)):
+        features, texts, owner = draw(images, most)
+        for k in (1, 2, 5):
+            expected = restated(texts @ features.T, owner, k)
+            assert recalls(features, texts, owner, k) == pytest.approx(expected, abs=1e-12), (images, most, k)
+            assert images == 5 or 0.05 < expected[0] < 0.95
+
+
+def test_a_tie_counts_as_wrong():
+    features, owner = F.normalize(torch.ones(6, 4), dim=-1), torch.arange(12) // 2
+    assert recalls(features, features[owner], owner, 5) == (0.0, 0.0)
+    assert recalls(features, features[owner], owner, 6) == (1.0, 0.0)  # ten other captions are ahead of an image
+
+
+def test_features_that_are_no_numbers_are_refused():
+    bad = torch.full((3, 4), math.nan)
+    for images, texts in ((bad, torch.eye(3, 4)), (torch.eye(3, 4), bad)):
+        with pytest.raises(ValueError, match="features contain NaN"):
+            caption_ranks(images, texts, torch.arange(3))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "w.pt")
+
+
+def several(index):
+    """A sample with one to four captions."""
+    texts = [f"caption {number} of {index}" for number in range(1 + index % 4)]
+    return {"png": picture(index), "json": json.dumps({"caption": texts}).encode()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """40 images with several captions each, of which the last is broken; two images and two captions are the same."""
+    folder = tmp_path_factory.mktemp("data")
+    again = {"png": picture(0), "json": json.dumps({"caption": ["caption 0 of 1"]}).encode()}
+    return write_shard(folder / "a.tar", [*map(several, range(40)), again, sample(0, png=b"broken")])
+
+
+def test_the_command(model, data, tmp_path, capsys):
+    given = ["retrieval", *model, "--data", data, "--features", tmp_path / "f"]
+    out, err = printed(capsys, *given, *split("--k 2 1 2 41 --json {at}/r.json --plot {at}/p.svg --table", at=tmp_path))
+    found = json.loads((tmp_path / "r.json").read_text())
+    expected = {"task": "zeroshot_retrieval", "images": 41, "captions": 101, "skipped_images": 1}
+    assert found.items() >= expected.items()
+    metrics = found["metrics"]
+    assert list(metrics) == [f"{way}_retrieval_recall@{k}" for k in (1, 2, 41) for way in ("image", "text")]
+    assert found["repeated"] == {"captions": 1, "images": 1}
+    assert "1 captions and 1 images are there before" in err
+    assert 0 < metrics["text_retrieval_recall@41"] < 1 == metrics["image_retrieval_recall@41"]
+    for name, (low, high) in found["intervals"].items():
+        assert low <= metrics[name] <= high, name
+    assert [line.split()[0] for line in out.splitlines() if line] == ["41", "k", "1", "2", "41"]
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+    again = evaluated(capsys, *given)["metrics"]
+    assert again["text_retrieval_recall@1"] == metrics["text_retrieval_recall@1"]
+
+
+def test_images_without_captions_are_told(model, tmp_path, capsys):
+    data = write_shard(tmp_path / "empty.tar", [{"png": picture(0), "json": b'{"caption": ["", " "]}'}])
+    check_refused(capsys, tmp_path, "caption is empty", "retrieval", *model, "--data", data)
+
+
+@pytest.mark.long
+def test_three_ranks_give_what_one_gives(model, data, tmp_path, capsys):
+    """With 64 images a batch there is one block, so that two ranks have none."""
+    tasks = ("retrieval --batch-size 64", "zeroshot --batch-size 8 --templates simple")
+    check_ranks(capsys, tmp_path, [[*task.split(), *model, "--data", data] for task in tasks])

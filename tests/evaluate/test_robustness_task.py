@@ -1,0 +1,232 @@
+"""``clipfast eval robustness``: perfect and random models, subsets, baselines, ranks, kills, pictures, wrong inputs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clipfast.evaluate.encoder import Encoder
+
+from . import eval_commands
+from .eval_commands import check_ranks, check_refused, evaluated, printed, split
+
+COLOURS = {
+    "red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40),
+    "cyan": (40, 210, 210), "violet": (200, 50, 210), "grey": (128, 128, 128),
+}  # fmt: skip
+NAMES = sorted(COLOURS)
+
+
+class ByColour(Encoder):
+    """A model that knows images and texts by the colour of their class, as far as its name says: a share, or at random.
+
+    What it gets wrong is the same in every process, and for every batch.
+    """
+
+    @classmethod
+    def load(cls, name, pretrained=None, **_):
+        return cls(name, None, None, mean_colour, "cpu", pretrained)
+
+    def about(self):
+        return {"model": self.name, "pretrained": self.pretrained}
+
+    def images(self, pixels):
+        found = pixels.flatten(1).float()
+        near = torch.cdist(found, torch.tensor([COLOURS[name] for name in NAMES]).float()).argmin(1)
+        if self.name != "perfect":
+            keys = (found @ torch.tensor([977.0, 31.0, 7.0]) % 101) / 101
+            share = 0.0 if self.name == "random" else float(self.name)
+            spread = (found @ torch.tensor([13.0, 457.0, 3.0])).long() % len(NAMES)
+            near = torch.where(keys < share, near, spread)
+        return F.one_hot(near, len(NAMES)).float()
+
+    def texts(self, texts, store=None, world=None):
+        return F.one_hot(torch.tensor([NAMES.index(text) for text in texts], dtype=torch.long), len(NAMES)).float()
+
+
+def mean_colour(image):
+    return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)).round())[:, None, None]
+
+
+@pytest.fixture(autouse=True)
+def by_colour(monkeypatch):
+    monkeypatch.setattr("clipfast.evaluate.encoder.Encoder", ByColour)
+
+
+def write_classes(folder, classes, count, seed):
+    """A folder of classes with images near the colour of each; ``classes`` maps folders to colours."""
+    rng = np.random.default_rng(seed)
+    for name, colour in classes.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            base = np.clip(np.array(COLOURS[colour]) + rng.integers(-9, 10, 3), 0, 255)
+            Image.fromarray(np.full((12, 10, 3), base, np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+POINTS = {  # accuracies of baseline models, for lack of which, or with which, a line is drawn
+    "points": "model,set,base,shift\na,some,0.3,0.2\nb,some,0.6,0.5\nc,some,0.9,0.8\n",
+    "one": "model,base,shift\na,0.3,0.2\n",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A base of seven classes; shifts with all of them, with three, and with classes of other names."""
+    folder = tmp_path_factory.mktemp("robustness")
+    write_classes(folder / "base", {name: name for name in NAMES}, 30, 0)
+    write_classes(folder / "all", {str(number): name for number, name in enumerate(NAMES)}, 20, 1)
+    write_classes(folder / "some", {name: name for name in ("red", "green", "blue")}, 25, 2)
+    write_classes(folder / "mixed", {"warm": "red", "cold": "blue", "odd": "grey"}, 10, 3)
+    (folder / "mixed" / "warm" / "broken.png").write_bytes(b"broken")
+    (folder / "map.json").write_text(json.dumps({"warm": ["red", "yellow"], "cold": [NAMES.index("blue")], "odd": []}))
+    write_classes(folder / "unknown", {"red": "red", "umber": "red"}, 2, 4)
+    for name, lines in POINTS.items():
+        (folder / f"{name}.csv").write_text(lines)
+    return folder
+
+
+SOME = "--shift some={data}/some "
+NATURAL = SOME + "--shift all={data}/all --shift mixed={data}/mixed --class-map mixed={data}/map.json "
+
+
+def command(data, words, *more, model="perfect"):
+    start = ["robustness", "--model", *model.split(), "--data", data / "base", "--device", "cpu"]
+    return [*start, *split(words, data=data), *more]
+
+
+def test_a_perfect_model_is_right_and_loses_nothing(data, capsys, tmp_path):
+    picture = tmp_path / "p.svg"  # of accuracies whose log-odds are infinite
+    out, err = printed(capsys, *command(data, NATURAL + "--synthetic blur jpeg", "--plot", picture))
+    results = json.loads(out)
+    assert "<svg" in picture.read_text()
+    assert results["metrics"]["acc1"] == 1.0
+    (model,) = results["models"]
+    assert list(model["robustness"]) == ["some", "all", "mixed", "average", "blur", "jpeg", "synthetic"]
+    for row in model["robustness"].values():
+        assert [row[key] for key in ("base", "shift", "drop", "relative_drop", "effective")] == [1, 1, 0, 0, None]
+    assert (err.count("left out"), err.count("broken.png")) == (1, 1)
+    counts = {row["shift"]: (row["classes"], row["images"], row["base"]["images"]) for row in results["sets"]}
+    assert counts == {"some": (3, 75, 90), "all": (7, 140, 210), "mixed": (2, 20, 90)}
+    mixed = results["sets"][2]
+    assert (mixed["other_classes"], mixed["skipped_images"]) == (10, 1)
+    for row in (results, *results["sets"], *results["synthetic"]):
+        assert {"dataset", "model", "pretrained", "language", "intervals"} <= row.keys()
+        assert row["task"] == "zeroshot_classification"
+        assert row["metrics"].keys() == {"acc1", "acc5", "mean_per_class_recall"}
+    assert [(row["shift"], row["strength"]) for row in results["synthetic"]] == [
+        (kind, strength) for kind in ("blur", "jpeg") for strength in range(1, 6)
+    ]
+
+
+def test_a_random_model_scores_chance_over_the_classes_of_each_set(data, capsys):
+    results = evaluated(capsys, *command(data, NATURAL, model="random"))
+    found = results["models"][0]["robustness"]
+    assert [found["all"]["base"], found["all"]["shift"]] == pytest.approx([1 / 7] * 2, abs=0.12)
+    # it says one of seven classes; where that is not in the subset, all scores are equal and the first is taken
+    assert 0.2 < found["some"]["shift"] < 0.5
+    low, high = found["all"]["base_interval"]
+    assert low < found["all"]["base"] < high < low + 0.12
+
+
+def test_effective_robustness_is_what_is_beyond_the_line(data, capsys, tmp_path):
+    words = SOME + "--baseline {data}/points.csv"
+    results = evaluated(capsys, *command(data, words, "--json", tmp_path / "r.json", model="0.8 0.5"))
+    line = results["baseline"]["some"]
+    assert line["models"] == 3
+    for model in results["models"]:
+        row = model["robustness"]["some"]
+        log_odds = np.log(row["base"] / (1 - row["base"]))
+        expected = 1 / (1 + np.exp(-(line["slope"] * log_odds + line["intercept"])))
+        assert row["expected"] == pytest.approx(expected)
+        assert row["effective"] == pytest.approx(row["shift"] - expected)
+        assert row["relative_drop"] == pytest.approx((row["base"] - row["shift"]) / row["base"])
+    assert [row["robustness"] for row in results["sets"]] == [row["robustness"]["some"] for row in results["models"]]
+    roles = {row["model"]: row["role"] for row in results["points"]}
+    assert roles == dict.fromkeys(("0.8", "0.5"), "model") | dict.fromkeys("abc", "baseline")
+    # the results of one call are a baseline of the next
+    again = evaluated(capsys, *command(data, SOME, "--baseline", tmp_path / "r.json"))
+    assert again["baseline"]["some"]["models"] == 5
+    assert again["models"][0]["robustness"]["some"]["expected"] == 1.0  # of all that is right on the base
+
+
+def test_models_of_the_baseline_are_evaluated_alike(data, capsys):
+    words = NATURAL + "--synthetic hue "
+    results = evaluated(capsys, *command(data, words + "--baseline-model 0.3 0.6 0.9", model="0.7"))
+    alone = evaluated(capsys, *command(data, words, model="0.6"))
+    own = alone["models"][0]["robustness"]
+    assert results["baseline"].keys() == own.keys() == {"some", "all", "mixed", "average", "hue"}
+    assert {name: (row["base"], row["shift"]) for name, row in own.items()} == {
+        row["set"]: (row["base"], row["shift"]) for row in results["points"] if row["model"] == "0.6"
+    }
+    strengths = [row["metrics"]["acc1"] for row in alone["synthetic"]]
+    assert own["hue"]["shift"] == pytest.approx(np.mean(strengths)) != strengths[0]
+    for key in ("base", "shift"):
+        assert own["average"][key] == pytest.approx(np.mean([own[name][key] for name in ("all", "some", "mixed")]))
+    low, high = own["average"]["base_interval"]
+    assert low < own["average"]["base"] < high
+
+
+def test_models_are_told_apart_by_their_weights(data, capsys):
+    words = "--synthetic blur --pretrained large --baseline-model 0.3 0.9,other"
+    results = evaluated(capsys, *command(data, words, model="0.5,small 0.5"))
+    assert [(row["model"], row["pretrained"]) for row in results["models"]] == [("0.5", "small"), ("0.5", "large")]
+    assert [row["pretrained"] for row in results["synthetic"]] == ["small"] * 5 + ["large"] * 5
+    assert [row["model"] for row in results["points"]] == ["0.5 small", "0.5 large", "0.3 large", "0.9 other"]
+
+
+def test_outputs(data, capsys, tmp_path):
+    words = NATURAL + "--synthetic hue jpeg --baseline-model 0.3 0.6 random --table "
+    files = split("--plot {at}/p.png --examples {at}/e.png --json {at}/r", at=tmp_path)
+    out, _ = printed(capsys, *command(data, words, *files, model="0.7 0.9"))
+    results = json.loads((tmp_path / "r").read_text())
+    row = results["models"][0]["robustness"]["some"]
+    (found,) = re.findall(r"^some +3 +(\S+) .* (\S+)$", out, re.MULTILINE)[:1]
+    assert found == (f"{row['base']:.1%}", f"{row['effective']:+.1%}")
+    hue = [f"{row['metrics']['acc1']:.1%}" for row in results["synthetic"] if row["shift"] == "hue"]
+    rows = [line.split() for line in out.splitlines() if line.startswith("hue ")]
+    assert rows[1::2] == [["hue", *hue[:5]], ["hue", *hue[5:]]]  # after the row of each model's table of shifts
+    for name in ("p.png", "e.png"):
+        assert Image.open(tmp_path / name).size[0] > 500
+
+
+def as_rank(rank, size, commands):
+    from clipfast.evaluate import encoder
+
+    encoder.Encoder = ByColour
+    return eval_commands.as_rank(rank, size, commands)
+
+
+@pytest.mark.long
+def test_three_ranks_equal_one_process(data, capsys, tmp_path):
+    """The ranks have uneven shares of images with 16 in a block; with 512, two of them have none."""
+    words = NATURAL + "--synthetic hue occlusion --baseline-model 0.3 0.6 --batch-size"
+    check_ranks(capsys, tmp_path, [command(data, words, size, model="0.7") for size in (16, 512)], as_rank)
+
+
+ALL = "--shift a={data}/all "
+WRONG = {
+    "": "--shift or --synthetic is needed",
+    "--shift {data}/all": "--shift must be a name and a source",
+    ALL + ALL: "--shift a is given twice",
+    "--shift blur={data}/all": "--shift blur: results have that name",
+    "--shift a={data}/unknown": "the base lacks, such as 'umber'",
+    "--synthetic --class-map a={data}/map.json": "--class-map a has no --shift",
+    ALL + "--class-map a={data}/none": "there is no file {data}/none",
+    "--synthetic fog": "must be one of blur, noise, jpeg, hue, rotation, occlusion",
+    ALL + "--examples {tmp}/x.png": "give --synthetic",
+    "--synthetic --baseline-model 0.5 0.5": "0.5 and 0.5",
+    ALL + "--baseline {data}/one.csv": "a line needs at least two",
+    ALL + "--baseline {data}/points.csv": "points.csv has no points of a",
+    "--synthetic --examples {tmp}/x.txt": "--examples {tmp}/x.txt: the name must",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_inputs(words, data, capsys, tmp_path):
+    given = command(data, words.format(data=data, tmp=tmp_path))
+    check_refused(capsys, tmp_path, WRONG[words].format(data=data, tmp=tmp_path), *given)

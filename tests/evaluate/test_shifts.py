@@ -1,0 +1,145 @@
+"""Synthetic shifts: each with its sense, the same everywhere, and alike for images of every size."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipfast import create_model
+from clipfast.evaluate.encoder import Encoder, PreparedEncoder
+from clipfast.evaluate.features import encode_set
+from clipfast.evaluate.labelled import LabelledSet
+from clipfast.evaluate.shifts import AMOUNTS, SHIFTS, STRENGTHS, Shift
+from clipfast.evaluate.store import FeatureStore
+from clipfast.factory import get_tokenizer, transform_of
+
+from ..small_runs import sample, write_shard
+
+
+def scene(size, seed=0):
+    """Smooth coloured blobs on white, drawn alike at every size."""
+    width, height = size
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    x, y = (x + 0.5) / width, (y + 0.5) / height
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 255.0)
+    for _ in range(4):
+        cx, cy = rng.uniform(0.25, 0.75, 2)
+        weight = 1 / (1 + np.exp(60 * (np.hypot(x - cx, y - cy) - 0.15)))
+        pixels += weight[..., None] * (rng.uniform(0, 255, 3) - pixels)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def distance(first, second):
+    """Root mean square of the difference, where white is 1."""
+    return np.sqrt(np.mean((np.asarray(first, float) - np.asarray(second, float)) ** 2)) / 255
+
+
+SIZES = ((1, 1), (1, 9), (2, 400), (31, 47), (300, 225))
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_size_and_mode_stay_and_the_image_is_not_touched(name):
+    for size in SIZES:
+        image = scene(size)
+        before = image.tobytes()
+        for strength in STRENGTHS:
+            shifted = Shift(name, strength)(image)
+            assert (shifted.size, shifted.mode) == (size, "RGB")
+            assert Shift(name, strength)(image).tobytes() == shifted.tobytes()
+        assert image.tobytes() == before
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_a_larger_strength_changes_more(name):
+    for size in ((32, 32), (300, 225)):
+        changes = [distance(Shift(name, strength)(scene(size)), scene(size)) for strength in STRENGTHS]
+        assert changes == sorted(changes)
+        assert changes[4] > 1.5 * max(changes[0], 0.01), changes
+
+
+@pytest.mark.parametrize("name", ["blur", "hue", "rotation"])
+def test_a_small_and_a_large_image_are_changed_alike(name):
+    # what depends on chance is drawn from the content, so that the two may differ: with some seed they are alike
+    small, large = scene((48, 48)), scene((480, 480))
+    expected = Shift(name, 4)(small)
+    shifted = [Shift(name, 4, seed)(large).resize((48, 48), Image.Resampling.BOX) for seed in range(8)]
+    assert min(distance(one, expected) for one in shifted) < 0.25 * distance(expected, small) + 0.02
+
+
+def test_noise_has_the_spread_that_is_stated():
+    grey = {side: Image.new("RGB", (side, side), (128, 128, 128)) for side in (32, 224, 448)}
+    spread = {side: np.asarray(Shift("noise", 1)(image), float).std() / 255 for side, image in grey.items()}
+    assert spread[224] == pytest.approx(0.08, rel=0.02)
+    assert spread[448] == pytest.approx(0.08, rel=0.02)  # in squares of two pixels
+    assert spread[32] == pytest.approx(0.08 * (32 / 224) ** 0.5, rel=0.1)
+    blocks = np.asarray(Shift("noise", 1)(grey[448])).reshape(224, 2, 224, 2, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all()
+
+
+def test_jpeg_is_that_of_pillow_at_224_pixels():
+    image = scene((224, 224))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=10)
+    assert Shift("jpeg", 4)(image).tobytes() == Image.open(stream).tobytes()
+
+
+def test_hue_turns_colours_and_leaves_grey():
+    red = Image.new("RGB", (4, 4), (200, 40, 40))
+    assert Shift("hue", 5)(red).getpixel((0, 0)) == pytest.approx((40, 200, 200), abs=3)
+    grey = Image.new("RGB", (4, 4), (77, 77, 77))
+    assert all(Shift("hue", strength)(grey).getpixel((1, 1)) == (77, 77, 77) for strength in STRENGTHS)
+
+
+def test_rotation_turns_and_fills_with_the_border():
+    image = Image.new("RGB", (41, 41), (250, 240, 10))
+    image.paste((0, 0, 0), (15, 5, 25, 20))
+    both = {np.rot90(np.asarray(image), k).tobytes() for k in (1, 3)}
+    assert {Shift("rotation", 5, seed)(image).tobytes() for seed in range(10)} == both
+    assert Shift("rotation", 3)(image).getpixel((0, 0)) == (250, 240, 10)
+
+
+def test_occlusion_covers_its_share_at_places_that_differ():
+    places = set()
+    for seed in range(20):
+        image, before = Image.new("RGB", (60, 40) if seed % 2 else (400, 600), "white"), False
+        for strength, share in zip(STRENGTHS, AMOUNTS["occlusion"], strict=True):
+            covered = (np.asarray(Shift("occlusion", strength, seed)(image)) == 128).all(2)
+            assert covered.mean() == pytest.approx(share, abs=0.03)
+            assert (covered >= before).all()  # a larger strength covers more of the same
+            before = covered
+        places.add(tuple(np.argwhere(covered)[0]))
+    assert len(places) > 15
+
+
+def test_chance_depends_on_content_and_seed():
+    greys = [Image.new("RGB", (32, 32), (value,) * 3) for value in (120, 121)]
+
+    def noise(seed, image):
+        return np.asarray(Shift("noise", 1, seed)(image), int) - np.asarray(image, int)
+
+    assert not np.array_equal(noise(0, greys[0]), noise(1, greys[0]))
+    assert not np.array_equal(noise(0, greys[0]), noise(0, greys[1]))
+
+
+def test_features_of_shifts_are_the_same_with_workers_and_kept_apart(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("ViT-T-8-32").eval()
+    encoder = Encoder("ViT-T-8-32", model, get_tokenizer("ViT-T-8-32"), transform_of(model, uint8=True))
+    images = LabelledSet(str(write_shard(tmp_path / "a.tar", [sample(index) for index in range(9)])))
+    shifts = [Shift("noise", 2), Shift("noise", 3), Shift("noise", 3, seed=1), Shift("occlusion", 3)]
+    encoders = [encoder, *(PreparedEncoder.of(encoder, shift) for shift in shifts)]
+    store = FeatureStore(tmp_path / "kept")
+    found = encode_set(encoders, images, batch_size=4, store=store)
+    assert len(list((tmp_path / "kept").glob("images/*"))) == 5
+    for first in range(5):
+        for second in range(first):
+            assert not torch.equal(found[first].features, found[second].features)
+    for options in ({"workers": 2}, {"store": store}):
+        again = encode_set(encoders, images, batch_size=4, **options)
+        assert all(torch.equal(x.features, y.features) for x, y in zip(found, again, strict=True)), options
+    by_hand = torch.stack([encoder.transform(Shift("noise", 3)(image.image)) for image in images])
+    torch.testing.assert_close(found[2].features, encoder.images(by_hand), rtol=0, atol=1e-5)
+    assert found[0].digests == found[2].digests  # those of the images as they are

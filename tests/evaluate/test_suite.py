@@ -1,0 +1,311 @@
+"""``clipfast eval suite``: figures by their definitions, each image decoded once, and nothing done twice."""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from clipfast.cli.tasks.suite import rows_of
+from clipfast.evaluate import encoder as encoder_module
+from clipfast.evaluate import offline_layout
+from clipfast.evaluate.encoder import Encoder
+from clipfast.evaluate.offline_layout import find_sets
+from clipfast.evaluate.pages import SORT, suite_page
+from clipfast.evaluate.store import FeatureStore
+from clipfast.evaluate.suite import Settings, evaluate_set, file_name, means
+from clipfast.evaluate.suite_scores import PROBING, RETRIEVING, ZERO_SHOT, average_precision, headlines
+
+from ..processes import run_ranks
+from ..small_runs import run_command, write_shard
+from .benchmark_sets import clueless, coded, perfect, write_set
+from .eval_commands import as_rank, check_refused, save_model, split
+
+CLASSES = 7
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """One set of each kind, and one that is not whole."""
+    root = tmp_path_factory.mktemp("root")
+    write_set(root / "wds_vtab-cifar10", classes=CLASSES, splits=("test", "train", "val"), draw=coded)
+    write_set(root / "wds_flickr8k", kind="retrieval", images=17, draw=coded)
+    write_set(root / "wds_voc2007_multilabel", kind="multilabel", images=11, draw=coded)
+    (write_set(root / "wds_mnist", images=2, draw=coded) / "classnames.txt").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """What names two models."""
+    folder = tmp_path_factory.mktemp("models")
+    return [",".join(save_model(folder / f"{seed}.pt", seed)[1::2]) for seed in (0, 1)]
+
+
+def arguments(root, models, output, *more):
+    flags = ["--probe", "--solver", "torch", "--batch-size", 8]
+    return ["eval", "suite", "--root", root, "--model", *models, "--output", output, *flags, *more]
+
+
+def contents(folder):
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def figures(root, encoders, **settings):
+    """All figures of the sets, by set, task and model."""
+    given = Settings(probe=True, **settings)
+    found = {}
+    for one in find_sets(root, ["vtab/cifar10", "flickr8k", "voc2007_multilabel"]).sets:
+        wanted = {task: list(range(len(encoders))) for task in given.tasks_of(one)}
+        for done in evaluate_set(one, encoders, wanted, given):
+            assert done.reason is None, done.reason
+            found[one.name, done.task, done.model] = done.score.metrics
+    return found
+
+
+def test_a_perfect_model_is_always_right(root):
+    one_class = figures(root, [perfect(lambda number: {number % CLASSES})])
+    assert set(one_class["vtab/cifar10", ZERO_SHOT, 0].values()) == {1.0}
+    probe = one_class["vtab/cifar10", PROBING, 0]
+    assert {probe[f"lp_{name}"] for name in ("acc1", "acc5", "mean_per_class_recall")} == {1.0}
+    two = figures(root, [perfect(lambda number: {number % CLASSES, (number + 2) % CLASSES})])
+    assert two["voc2007_multilabel", ZERO_SHOT, 0] == {"mean_average_precision": 1.0}
+    each = figures(root, [perfect(lambda number: {number})], ks=(1, 5))
+    assert set(each["flickr8k", RETRIEVING, 0].values()) == {1.0}
+
+
+def test_average_precision_is_that_of_its_definition():
+    features, classifier = torch.randn(40, 6, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    rows = torch.rand(40, 5) < 0.3
+    rows[:, 4] = False
+    found = average_precision(features, rows, classifier)
+    for column in range(4):
+        order = (features @ classifier)[:, column].argsort(descending=True).tolist()
+        hits = [place for place, image in enumerate(order, 1) if rows[image, column]]
+        assert found[column].item() == pytest.approx(sum((i + 1) / place for i, place in enumerate(hits)) / len(hits))
+    assert found[4] == 0
+
+
+def test_all_models_see_each_image_once_and_texts_are_encoded_once(tmp_path, monkeypatch):
+    for name in ("imagenet1k", "imagenetv2"):
+        write_set(tmp_path / f"wds_{name}", splits=("test", "train"), images=10, draw=coded)
+    decoded, encoded = [], []
+    original, encode = offline_layout.decode_image, encoder_module.encode_texts
+
+    def counted(sample, keys):
+        decoded.append(sample["__url__"] + sample["__key__"])
+        return original(sample, keys)
+
+    def texts_of(model, tokenizer, texts, device):
+        encoded.append((id(model), tuple(texts)))
+        return encode(model, tokenizer, texts, device)
+
+    monkeypatch.setattr(offline_layout, "decode_image", counted)
+    monkeypatch.setattr(encoder_module, "encode_texts", texts_of)
+    encoders, store = [clueless(seed) for seed in range(3)], FeatureStore(tmp_path / "kept")
+    for one in find_sets(tmp_path).sets:
+        wanted = {ZERO_SHOT: [0, 1, 2], PROBING: [2, 0]}
+        done = evaluate_set(one, encoders, wanted, Settings(probe=True), store)
+        assert all(found.score for found in done)
+        assert [(found.task, found.model) for found in done] == [(task, n) for task in wanted for n in wanted[task]]
+    assert len(decoded) == len(set(decoded)) == 2 * (10 + 10)
+    assert len(encoded) == len(set(encoded)) == 3  # both sets have the same class names
+
+
+def test_the_command_writes_what_clip_benchmark_would(root, models, tmp_path, capsys):
+    outputs = split("--json {at}/all.json --plot {at}/p.png --html {at}/p.html --table", at=tmp_path)
+    code, out, err = run_command(capsys, *arguments(root, models, tmp_path / "out", *outputs))
+    assert code == 1, err  # one set is not whole
+    assert "37 sets are not there: imagenet1k, " in err
+    assert "left out mnist: classnames.txt is missing" in err
+    found = contents(tmp_path / "out")
+    assert len(found) == 8
+    probe = found["vtab_cifar10_1.pt_ViT-T-8-32_en_linear_probe.json"]
+    model, _, weights = models[1].partition(",")
+    expected = {"dataset": "wds/vtab/cifar10", "model": model, "pretrained": weights, "task": PROBING, "language": "en"}
+    assert probe.items() >= expected.items()
+    assert probe["metrics"].keys() >= {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall", "fewshot_k", "normalized"}
+    assert probe["images"] == probe["train_images"] == probe["validation_images"] == 31
+    for name, task, metrics in (
+        ("flickr8k", RETRIEVING, {"image_retrieval_recall@5", "text_retrieval_recall@5"}),
+        ("vtab_cifar10", ZERO_SHOT, {"acc1", "acc5", "mean_per_class_recall"}),
+    ):
+        assert found[f"{name}_0.pt_ViT-T-8-32_en_{task}.json"]["metrics"].keys() == metrics
+    summary = json.loads((tmp_path / "all.json").read_text())
+    assert sorted(map(json.dumps, summary["results"])) == sorted(map(json.dumps, found.values()))
+    assert summary["problems"] == [{"name": "mnist", "reason": "classnames.txt is missing"}]
+    assert f"{probe['metrics']['lp_acc1']:.1%} (" in out
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    check_page((tmp_path / "p.html").read_text(), summary)
+
+
+def check_page(page, summary):
+    """It loads nothing, runs one script, which its policy names by content, and shows every figure."""
+    assert not re.search(r"https?://|<link|<iframe", page)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert script == SORT
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in page
+    for result in summary["results"]:
+        for metric in result["intervals"]:
+            assert f'data-value="{result["metrics"][metric]}"' in page, metric
+    assert "Left out: mnist" in page
+
+
+def test_names_on_the_page_are_text():
+    hostile = "<script>alert('x')</script>"
+    named = {"model": hostile, "pretrained": hostile}
+    figures = {"metrics": {"acc1": 0.5, "acc5": None}, "intervals": {"acc1": (0.25, 0.75), "acc5": None}}
+    results = {
+        "root": hostile, "split": hostile, "models": [named, {"model": "b", "pretrained": ""}], "means": [],
+        "results": [{**named, **figures, "dataset": f"wds/{hostile}", "task": ZERO_SHOT, "images": 4}],
+        "problems": [{"name": hostile, "reason": hostile}], "missing": [hostile],
+    }  # fmt: skip
+    page = suite_page(results, [], rows_of(results, every=True))
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(") >= 6
+    assert page.count('<td data-value="-1.0">-</td>') == 3  # no acc5, and nothing of the second model
+
+
+@pytest.mark.long
+def test_what_is_done_is_not_done_again(root, models, tmp_path, capsys, monkeypatch):
+    output, copied = tmp_path / "out", tmp_path / "root"
+    shutil.copytree(root, copied)
+    run_command(capsys, *arguments(copied, models[:1], output))
+    before = contents(output)
+    assert len(before) == 4
+    calls = []
+    original = Encoder.images
+    monkeypatch.setattr(Encoder, "images", lambda self, pixels: calls.append(self.pretrained) or original(self, pixels))
+    code, out, _ = run_command(capsys, *arguments(copied, models[:1], output))
+    assert (code, calls, contents(output)) == (1, [], before)
+    assert len(json.loads(out)["results"]) == 4
+    # another model: the first one is not encoded again
+    run_command(capsys, *arguments(copied, models, output))
+    assert {weights.rpartition("/")[2] for weights in calls} == {"1.pt"}
+    # a lost file, one of another program, other prompts, other data, and another k: all that depends on them
+    probe = f"vtab_cifar10_0.pt_ViT-T-8-32_en_{PROBING}.json"
+    captions = f"flickr8k_0.pt_ViT-T-8-32_en_{RETRIEVING}.json"
+    (output / probe).write_text("{")
+    (output / captions).write_text("[]")
+    assert changed(copied, models[:1], output, capsys) == {probe, captions}
+    (copied / "wds_vtab-cifar10" / "zeroshot_classification_templates.txt").write_text("one {c}\n")
+    write_shard(copied / "wds_voc2007_multilabel" / "test" / "0.tar", [])
+    names = changed(copied, models[:1], output, capsys, "--k", "1", "3")
+    assert {name.partition("_0.pt")[0] for name in names} == {"vtab_cifar10", "voc2007_multilabel", "flickr8k"}
+    assert "recall@3" in (output / captions).read_text()
+
+
+def changed(root, models, output, capsys, *more):
+    """The results that a run writes anew; at least one."""
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    run_command(capsys, *arguments(root, models, output, *more))
+    names = {path.name for path in output.iterdir() if before.get(path) != path.stat().st_mtime_ns}
+    assert names
+    return names
+
+
+def test_one_set_or_model_that_fails_does_not_stop_the_others(root, models, tmp_path, capsys, monkeypatch):
+    copied = tmp_path / "root"
+    shutil.copytree(root, copied)
+    (copied / "wds_vtab-cifar10" / "classnames.txt").write_text("a\nb\nc\nd\ne\nf\n")
+    for shard in ("0.tar", "1.tar"):
+        write_shard(copied / "wds_flickr8k" / "test" / shard, [{"webp": b"broken", "txt": b"a"}] * 8)
+    original = Encoder.images
+
+    def broken(self, pixels):
+        return original(self, pixels) * (math.nan if self.pretrained.endswith("1.pt") else 1)
+
+    monkeypatch.setattr(Encoder, "images", broken)
+    code, out, err = run_command(capsys, *arguments(copied, models, tmp_path / "out"))
+    assert code == 1
+    assert list(contents(tmp_path / "out")) == ["voc2007_multilabel_0.pt_ViT-T-8-32_en_zeroshot_classification.json"]
+    reasons = {(problem["name"], problem["reason"]) for problem in json.loads(out)["problems"]}
+    cifar = "by ViT-T-8-32 0.pt: classnames.txt has 6 names, but the class of image 6 is 6 (counted from 0)"
+    nan = "zeroshot_classification by ViT-T-8-32 1.pt: zero-shot classification: features contain NaN or infinity"
+    assert reasons >= {("vtab/cifar10", f"{PROBING} {cifar}"), ("voc2007_multilabel", nan)}
+    assert any("not one of the first 16 images" in reason for _, reason in reasons)
+    assert f"left out vtab/cifar10: {ZERO_SHOT} {cifar}" in err
+
+
+def test_means_are_of_the_sets_that_all_models_have():
+    models = [("a", ""), ("b", "x")]
+    results = [
+        {"dataset": name, "model": model, "pretrained": weights, "task": ZERO_SHOT, "metrics": {"acc1": value}}
+        for name, model, weights, value in (
+            ("one", "a", "", 0.5), ("one", "b", "x", 0.25), ("two", "a", "", 0.7), ("two", "b", "x", 0.75),
+            ("three", "a", "", 1),
+        )
+    ]  # fmt: skip
+    expected = {"task": ZERO_SHOT, "metric": "acc1", "sets": 2, "values": [pytest.approx(0.6), 0.5]}
+    assert means(results, models) == [expected]
+    assert means(results[-1:], models) == []
+    assert headlines(RETRIEVING, {"text_retrieval_recall@10": 0, "text_retrieval_recall@5": 0})[0].endswith("@5")
+
+
+@pytest.mark.long
+def test_three_ranks_equal_one_process(root, models, tmp_path, capsys):
+    one, three = (
+        list(map(str, arguments(root, models[:1], tmp_path / name, "--device", "cpu"))) for name in ("one", "three")
+    )
+    found = run_ranks(as_rank, 3, 3, [three], folder=tmp_path)
+    assert [code for ((code, *_),) in found] == [1, 0, 0]
+    run_command(capsys, *one)
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    assert len(contents(tmp_path / "one")) == 4
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_goes_on(root, models, tmp_path, capsys):
+    output, features = tmp_path / "out", tmp_path / "features"
+    chosen = ("--sets", "flickr8k", "voc2007_multilabel", "--batch-size", "1")
+    given = [*map(str, arguments(root, models, output, *chosen, "--features", features))]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "clipfast", *given], stderr=subprocess.DEVNULL, env=environment)
+    while len(list(features.glob("images/*/*.safetensors"))) < 2 * 17 + 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in [*output.glob("*.json"), *features.glob("*/*/*.safetensors")]}
+    assert len(list(output.glob("*.json"))) == 2
+    assert run_command(capsys, *given)[0] == 0
+    again = [path for path, time_ns in kept.items() if path.stat().st_mtime_ns != time_ns]
+    assert len(again) <= 1  # a part that was written for the first model only
+    run_command(capsys, *arguments(root, models, tmp_path / "whole", *chosen))
+    assert contents(output) == contents(tmp_path / "whole")
+    assert len(contents(output)) == 4
+
+
+def test_file_names_hold_no_folders(tmp_path):
+    assert file_name("vtab/dtd", "local-dir:runs/a", "", "t") == "vtab_dtd__local-dir:runs_a_en_t.json"
+    weights = tmp_path / "w.pt"
+    assert file_name("a", "b", str(weights), "t") == f"a_{str(weights).replace('/', '_')}_b_en_t.json"
+    weights.touch()
+    assert file_name("a", "b", str(weights), "t") == "a_w.pt_b_en_t.json"
+
+
+WRONG = {
+    "--root nowhere": "--root nowhere: there is no such folder",
+    "--sets cifar11": "none of the sets cifar11; it has flickr8k, mnist, voc",
+    "--model a/w.pt,x a_w.pt,x": "a/w.pt x and a_w.pt x",
+    "--output {root}/wds_flickr8k/dataset_type.txt": "is a file, not a folder",
+    "--output nowhere/a": "no folder nowhere to make a in",
+    "--output {tmp} --json {tmp}/all.json": "clip_benchmark build takes every .json",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_inputs(words, root, models, tmp_path, capsys):
+    given = ["suite", "--root", root, "--model", models[0], "--output", tmp_path / "out"]
+    message = WRONG[words].format(tmp=tmp_path)
+    check_refused(capsys, tmp_path, message, *given, *split(words, root=root, tmp=tmp_path))

@@ -1,0 +1,153 @@
+"""``clipfast eval zeroshot``: CLIP_benchmark's figures by their definitions, intervals, pages, and wrong inputs."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast.evaluate.classification import Classified, classify, intervals, metrics, recalls, worst_classes
+from clipfast.evaluate.intervals import percent, wilson
+
+from ..small_runs import sample, write_shard
+from .eval_commands import check_page, check_refused, printed, save_model, split
+
+NAMES = ("acc1", "acc5", "mean_per_class_recall")
+
+
+def restated(scores, classes):
+    """The figures by their definitions, from the whole matrix of scores [N, C]."""
+    hits = [(scores.topk(k).indices == classes[:, None]).any(1).double() for k in (1, 5)]
+    recall = torch.stack([hits[0][classes == c].mean() for c in classes.unique()])
+    return [found.mean().item() for found in (*hits, recall)]
+
+
+def draw(images=500, classes=23, width=8):
+    labels = torch.randint(classes - 1, (images,))  # the last class has no images
+    weights = F.normalize(torch.randn(width, classes), dim=0)
+    features = F.normalize(weights.T[labels] + torch.randn(images, width), dim=-1)
+    names = [f"class {number:02}" for number in range(classes)]
+    return features, labels, names, weights
+
+
+def test_figures_are_those_of_the_definitions():
+    features, labels, names, weights = draw()
+    found = classify(features, [names[c] for c in labels], names, weights, block=64)
+    assert [metrics(found)[name] for name in NAMES] == pytest.approx(restated(features @ weights, labels), abs=1e-12)
+    own = (features @ weights).gather(1, labels[:, None])
+    assert torch.equal(found.ahead, ((features @ weights) > own).sum(1))
+    assert 0.1 < metrics(found)["acc1"] < metrics(found)["acc5"] < 0.99
+
+
+def test_wilson_solves_its_equation():
+    # the ends are the shares from which the one that was seen is as far as 1.96 standard errors
+    for hits, count in ((3, 10), (50, 60), (1, 1000)):
+        for end in wilson(hits, count):
+            assert abs(hits / count - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), rel=1e-5)
+    assert wilson(0, 20)[0] == 0.0 < wilson(0, 20)[1] < 0.2
+    assert wilson(20, 20)[1] == 1.0
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    inside = {"acc1": 0, "mean_per_class_recall": 0}
+    for _ in range(40):
+        right = torch.rand(200) < 0.3
+        best = (torch.arange(200) + ~right)[:, None]
+        found = Classified([str(n) for n in range(200)], torch.arange(200), best, torch.zeros(200))
+        for name in inside:
+            low, high = intervals(found)[name]
+            inside[name] += low <= 0.3 <= high
+    assert 33 <= min(inside.values()) < 40, inside
+
+
+def test_worst_classes_and_what_they_were_taken_for():
+    best = torch.tensor([[0], [1], [1], [2], [0], [0], [2]])
+    found = Classified(["a", "b", "c"], torch.tensor([0, 0, 0, 1, 2, 2, 2]), best, torch.tensor([0, 1, 2, 2, 2, 2, 0]))
+    assert recalls(found).tolist() == pytest.approx([1 / 3, 0, 1 / 3])
+    assert worst_classes(found, 2) == [
+        {"class": "b", "images": 1, "recall": 0.0, "mean_place": 3.0, "taken_for": {"c": 1}},
+        {"class": "c", "images": 3, "recall": 1 / 3, "mean_place": 1 + 4 / 3, "taken_for": {"a": 2}},
+    ]
+    assert len(worst_classes(found, 9)) == 3
+
+
+HOSTILE = "<script>alert('x')</script>&"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "w.pt")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Seven classes, of which one would run in a page; one image is broken."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [HOSTILE if index % 7 == 0 else f"thing {index % 7}" for index in range(30)]
+    samples = [sample(index, txt=text.encode()) for index, text in enumerate(texts)]
+    return write_shard(folder / "a.tar", [*samples, sample(0, png=b"broken")])
+
+
+@pytest.mark.long
+def test_everything_at_once(model, data, tmp_path, capsys):
+    given = ["zeroshot", *model, "--data", data, *split("--templates simple --features {at}/f", at=tmp_path)]
+    out, err = printed(capsys, *given)
+    assert "left out a.tar/030: not an image" in err
+    plain = json.loads(out)
+    expected = {
+        "task": "zeroshot_classification", "dataset": str(data), "language": "en", "images": 30, "skipped_images": 1,
+        "classes": 7, "templates": "simple",
+    }  # fmt: skip
+    assert plain.items() >= expected.items()
+    figures, top = plain["metrics"], plain["zero_shot"]
+    assert (figures["acc1"], figures["acc5"]) == (top["top1"], top["top5"])  # no two images are equal
+    more = "--compare-templates --table --worst 3 --json {at}/r.json --html {at}/p.html --plot {at}/p.png"
+    out, _ = printed(capsys, *given, *split(more, at=tmp_path))
+    full = json.loads((tmp_path / "r.json").read_text())
+    by_templates = full.pop("by_templates")
+    assert {key: found["templates"] for key, found in by_templates.items()} == {"plain": 1, "simple": 7, "openai": 80}
+    assert by_templates["simple"]["metrics"] == full["metrics"]
+    assert full["worst_classes"] == plain.pop("worst_classes")[:3]
+    assert full.items() >= plain.items()
+    for text in (*by_templates, f"{full['metrics']['acc1']:.1%} ("):
+        assert text in out
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<figure") > 3
+    check_page(page, page.count("<figure"), 24)
+    shown = {name for row in full["worst_classes"] for name in (row["class"], *row["taken_for"])}
+    assert HOSTILE in shown  # or else the page was not tested
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;" in page
+    assert page.count("<h2>") == 3
+
+
+def test_groups_are_shown_and_nothing_of_classes_with_one_image_each(model, tmp_path, capsys):
+    data = write_shard(tmp_path / "a.tar", [sample(index, txt=f"thing {index}".encode()) for index in range(4)])
+    words = "--group-by category --leave-out odd --table --json {at}/r.json --plot {at}/p.png"
+    out, _ = printed(capsys, "zeroshot", *model, "--data", data, *split(words, at=tmp_path))
+    found, rows = json.loads((tmp_path / "r.json").read_text()), [line.split() for line in out.splitlines()]
+    for name, one in (*found["by_group"].items(), ("all", found["zero_shot"])):
+        top1 = percent(one["top1"], wilson(round(one["top1"] * one["images"]), one["images"]))
+        assert [name, str(one["images"]), *top1.split(), f"{one['top5']:.1%}"] in rows
+    assert ["without", "odd"] in [row[:2] for row in rows]
+    assert "worst classes" not in out
+    assert (found["metrics"]["acc5"], found["intervals"]["acc5"]) == (None, None)  # of fewer than five classes
+    assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+WRONG = {
+    "--html nowhere/p.html": "no folder nowhere to write p.html in",
+    "--html {tmp}": "{tmp} exists already: give another name",
+    "--plot {tmp}/p.txt": "--plot {tmp}/p.txt: the name must end in one of .",
+    "--leave-out odd": "cannot leave out odd; groups are: none",
+    "--templates nowhere.txt": "--templates must be one of plain, simple, openai or a file",
+    "--templates {tmp}/empty.txt": "{tmp}/empty.txt is empty",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_inputs(words, model, data, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    given = ["zeroshot", *model, "--data", data, *split(words, tmp=tmp_path)]
+    check_refused(capsys, tmp_path, WRONG[words].format(tmp=tmp_path), *given)

@@ -1,0 +1,249 @@
+"""Small image-text shards, with everything that a real one has."""
+
+import functools
+import http.server
+import io
+import json
+import shutil
+import tarfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipfast.checkpoints.of_run import Checkpoints
+from clipfast.cli.main import main
+from clipfast.runs.folder import RunFolder
+from clipfast.train import trainer
+from clipfast.train.loop import train
+from clipfast.train.optim import parse_arguments
+
+# The configuration of a vision transformer whose checkpoints are written in no time.
+TINY = str(Path(__file__).with_name("tiny.json"))
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
+
+
+def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    """A tar file of samples: ``{"png": ..., "txt": ...}`` under keys 000, 001, ..."""
+    mode = "w:gz" if path.suffix == ".gz" else "w"
+    with tarfile.open(path, mode) as tar:
+        for index, sample in enumerate(samples):
+            for extension, content in sample.items():
+                info = tarfile.TarInfo(f"{index:03d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def picture(seed: int, size: int = 24) -> bytes:
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 256, 3)
+    pixels = np.clip(base + rng.integers(-20, 20, (size, size, 3)), 0, 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def sample(index: int, **changes: bytes) -> dict[str, bytes]:
+    """A good sample, with ``changes`` to its files."""
+    colour = COLOURS[index % len(COLOURS)]
+    meta = {"label": f"thing {index}", "keywords": [colour, "noise"], "category": "even" if index % 2 == 0 else "odd"}
+    return {
+        "png": picture(index),
+        "txt": f"a {colour} thing {index}".encode(),
+        "json": json.dumps(meta).encode(),
+    } | changes
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``clipfast``."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    return code, *capsys.readouterr()
+
+
+def cases(text: str) -> pytest.MarkDecorator:
+    """Parametrise over lines such as ``lr=-1.0 opt=sgd: --lr must be``: options, and an expression of what is said."""
+    lines = [line.split(": ", 1) for line in text.strip().splitlines()]
+    return pytest.mark.parametrize(
+        ("options", "said"), [(parse_arguments(words.split()), said) for words, said in lines]
+    )
+
+
+class BuildsModelError(Exception):
+    """Raised in place of a model being built: nothing refuses the run before that."""
+
+
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """A function that starts a run, and returns the line that refuses it, or "" if its model would be built."""
+
+    def build_model(*_):
+        raise BuildsModelError
+
+    monkeypatch.setattr(trainer, "build_model", build_model)
+
+    def start(*flags: str, **options: object) -> str:
+        values = {"train_data": tmp_path / "x.tar", "model": TINY, "batch_size": 8, "logs": tmp_path / "logs"} | options
+        before = everything(tmp_path)
+        arguments = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
+        try:
+            code, out, error = run_command(capsys, "train", *arguments, *flags)
+        except BuildsModelError:
+            return ""
+        assert (code, out) == (2, "")
+        assert everything(tmp_path) == before, "something was written"
+        (line,) = error.splitlines()
+        assert line.startswith("clipfast train: error: ")
+        return line
+
+    return start
+
+
+@pytest.fixture
+def small(shards, tmp_path):
+    """A function that returns the options of eight steps on the small shards, with changes."""
+    from .train.test_training import config
+
+    return functools.partial(config, shards, tmp_path)
+
+
+@pytest.fixture
+def run_small(small):
+    """A function that trains for eight steps on the small shards, or goes on, and returns the folder of the run."""
+    return lambda resume=None, name="run", **options: train(replace(small(**options), name=name), resume)[0]
+
+
+@pytest.fixture(scope="session")
+def finished(shards, tmp_path_factory):
+    """The folder of a finished run of eight steps with two evaluations. Tests read it and change nothing."""
+    from .train.test_training import config
+
+    validation = {"val_data": shards, "val_group_by": "category", "val_leave_out": ("odd",)}
+    return train(config(shards, tmp_path_factory.mktemp("finished"), save_every=3, save_frequency=1, **validation))[0]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, for tests that change it."""
+    shutil.copytree(finished.path, tmp_path / "run")
+    store = Checkpoints(tmp_path / "run/checkpoints")
+    store.latest.unlink()
+    store.begin(store.step_path(8))  # the copy has no links
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Checkpoints:
+    """The checkpoints of the run in the folder "run"."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    return Checkpoints(tmp_path / "run/checkpoints")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two shards of 24 samples with the same labels, the second one gzipped."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "a.tar", [sample(index) for index in range(24)])
+    write_shard(folder / "b.tar.gz", [sample(index, png=picture(100 + index)) for index in range(24)])
+    return f"{folder}/a.tar::{folder}/b.tar.gz"
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves stretches of files too, and counts what is asked for."""
+
+    def refused(self, path):
+        """Answer for a file that is not there, or that fails for some more requests."""
+        left = self.server.failing.get(path.name, 0)
+        self.server.failing[path.name] = max(left - 1, 0)
+        if left or not path.is_file():
+            self.send_error(503 if left else 404)
+        return left or not path.is_file()
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if self.refused(path):
+            return
+        data, asked = path.read_bytes(), self.headers.get("Range")
+        first, last = 0, len(data) - 1
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            first, last = int(first), min(int(last or len(data)), len(data) - 1)
+        self.server.served.append((path.name, last + 1 - first))
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def send_head(self):
+        """Answer HEAD."""
+        path = Path(self.translate_path(self.path))
+        if self.refused(path):
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(path.stat().st_size))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", str(path.stat().st_mtime_ns))
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """An HTTP server of the folder "web"; ``served`` lists names and bytes, ``failing`` how many requests will fail."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
+    (tmp_path / "web").mkdir()
+
+    def handler(*args):
+        return Ranges(*args, directory=str(tmp_path / "web"))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        running.served, running.failing, running.url = [], {}, f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A function that returns the options of a case of ``distributed``, with changes, for a run in a folder.
+
+    Files with other cases have a fixture of their own.
+    """
+    from .train.distributed import options_in
+
+    return options_in(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def together(tmp_path):
+    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
+    from .train.distributed import run_together
+
+    return functools.partial(run_together, tmp_path)
+
+
+def assert_initialised_alike(model, reference):
+    """Constants are equal, and random parameters as wide."""
+    expected = dict(reference.named_parameters())
+    for name, own in model.named_parameters():
+        other = expected[name]
+        if other.numel() == 1 or not other.std() > 0:
+            torch.testing.assert_close(own, other, msg=name)
+            continue
+        tolerance = 0.15 if other.numel() > 1000 else 0.5
+        assert own.std().item() == pytest.approx(other.std().item(), rel=tolerance), name

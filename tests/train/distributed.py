@@ -1,0 +1,166 @@
+"""Runs on several processes, and what befalls their ranks."""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from clipfast.checkpoints.checkpoint import read_checkpoint
+from clipfast.data.index import ShardError
+from clipfast.distributed.ending import TrainingError
+from clipfast.distributed.world import joined
+from clipfast.models import SigLIPConfig, TextConfig, VisionConfig
+from clipfast.runs.folder import RunFolder
+from clipfast.train import TrainConfig
+from clipfast.train.loop import train
+from clipfast.train.trainer import Trainer
+
+from .. import processes
+from ..models.siglip import save_tokenizer
+from ..processes import run_ranks
+from ..small_runs import picture, sample, write_shard
+from .faults import faulty_samples
+from .test_training import losses, weights
+
+processes.PRELOAD.append("clipfast.train.trainer")
+
+CLIP = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+}
+SIGLIP = SigLIPConfig(16, VisionConfig(24, 1, 16, 8, 2.0, 8), TextConfig(12, 300, 8, 1, 1)).to_dict()
+# Options of 12 steps of 12 pairs, by the name of the run. No epoch is a whole number of batches.
+CASES = {
+    "unique": {"unique_by": "label", "micro_batch_size": 2, "train_num_samples": 47, "epochs": 3},
+    "mix": {
+        "train_data_upsampling_factors": (1.0, 2.5), "force_patch_dropout": 0.5, "grad_checkpointing": True,
+        "grad_clip_norm": 0.5, "micro_batch_size": 3,
+    },
+    "siglip": {"dataset_resampled": True, "ddp_static_graph": True, "grad_checkpointing": True},
+    "faults": {"max_bad_fraction": 0.3, "log_every_n_steps": 4},
+    "average": {"ema_decay": 0.9, "samples_seen": 100, "epochs": TrainConfig.epochs, "lock_image": True},
+    "drawn": {
+        "train_data": "synthetic:400", "ema_decay": 0.9, "lock_text": True, "lock_text_unlocked_layers": 1,
+        "lock_image": True, "lock_image_unlocked_groups": 1, "micro_batch_size": 2,
+    },
+}  # fmt: skip
+
+
+def options_in(made):
+    """Return a function that returns the options of a case, with changes, for a run; ``made`` is for what they name."""
+    write_shard(made / "a.tar", [sample(index) for index in range(60)])
+    write_shard(made / "b.tar", [sample(index, png=picture(100 + index)) for index in range(41)])
+    write_shard(made / "faults.tar", faulty_samples())
+    write_shard(made / "val.tar", [*faulty_samples(), *(sample(index, png=picture(3)) for index in range(40))])
+    for name, content in (("clip", CLIP), ("siglip", SIGLIP)):
+        (made / f"{name}.json").write_text(json.dumps(content))
+    save_tokenizer(made / "tokenizer")
+
+    def of_case(logs, case="unique", **changes):
+        data = f"{made}/faults.tar" if case == "faults" else f"{made}/a.tar::{made}/b.tar"
+        tokenizer = f"{made}/tokenizer" if case == "siglip" else None
+        given = {
+            "train_data": data, "model": f"{made}/{'siglip' if tokenizer else 'clip'}.json", "tokenizer": tokenizer,
+            "global_batch_size": 12, "train_num_samples": 141, "epochs": 1, "warmup": 2, "lr": 1e-3, "workers": 0,
+            "log_every_n_steps": 1, "save_frequency": 0, "name": case, "logs": str(logs),
+            "val_data": f"{made}/val.tar" if case in CASES else None,
+        }  # fmt: skip
+        return given | CASES.get(case, {}) | changes
+
+    return of_case
+
+
+def folder_of(given):
+    return RunFolder(Path(given["logs"]) / given["name"])
+
+
+@contextlib.contextmanager
+def befalling(rank, what, victims, step):
+    """Let something happen to some ranks before the step that follows ``step``; in a "stop" they do not save again."""
+    original = Trainer._train_step
+
+    def befallen(trainer, batch):
+        if trainer.progress.step == step:
+            trainer.checkpoints.wait()
+        if trainer.progress.step == step and rank in victims:
+            if what == "stop":
+                raise KeyboardInterrupt
+            if what == "hang":
+                time.sleep(600)
+            if what == "error":
+                raise ShardError("shard x is gone")
+            os.kill(os.getpid(), what)
+        return original(trainer, batch)
+
+    with mock.patch.object(Trainer, "_train_step", befallen):
+        yield
+
+
+def trained(world, given, resume=False, fate=None):
+    """Train, and return the signal that ended it, an error that all ranks met, or None."""
+    with (
+        mock.patch("clipfast.train.loop._pictures", return_value=[]),
+        mock.patch("clipfast.train.validation.BATCH_SIZE", 16),
+        befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
+    ):
+        try:
+            return train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)[1]
+        except KeyboardInterrupt:
+            return "stopped"
+        except TrainingError as error:
+            return str(error)
+
+
+def on_rank(rank, size, jobs, do=trained):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    found = []
+    for job in jobs:
+        with joined("cpu", job[0].get("dist_timeout", 30)) as world:
+            found.append(do(world, *job))
+    return found
+
+
+def skipped_in(folder):
+    return sorted(folder.skipped_path.read_text().splitlines())
+
+
+def assert_like(folder, expected):
+    assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
+    assert skipped_in(folder) == skipped_in(expected)
+    assert_near(weights(folder.path) | averages(folder), weights(expected.path) | averages(expected))
+    ours, theirs = (json.loads((run.path / "results.json").read_text()) for run in (folder, expected))
+    assert ours.keys() == theirs.keys()
+    for key in ("steps", "samples_seen", "skipped_pairs", "skipped_kinds", "images", "skipped_images", "classes"):
+        assert ours[key] == theirs[key], key
+
+
+def assert_near(found, expected):
+    """Compare weights. AdamW divides a gradient by its size, so the rounding of one near zero moves a weight."""
+    for name, value in found.items():
+        assert (value - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-7, name
+
+
+def averages(folder):
+    """Return the average of the weights, if there is one, in the latest checkpoint of a run."""
+    found = read_checkpoint(folder.latest).get("state_dict_ema", {})
+    return {f"average of {name}": value for name, value in found.items()}
+
+
+def run_together(folder, size, *jobs):
+    """Do jobs, one after the other, on so many ranks, and return what each rank found."""
+    return run_ranks(on_rank, size, size, jobs, folder=empty(folder), timeout=240)
+
+
+def empty(tmp_path):
+    """A folder for what the processes tell each other."""
+    path = tmp_path / f"ranks {time.monotonic_ns()}"
+    path.mkdir()
+    return path
+
+
+SHORT = {"train_num_samples": 144, "save_every": 3, "unique_by": "label", "log_every_n_steps": 5}

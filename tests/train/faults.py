@@ -1,0 +1,37 @@
+"""Samples that cannot be used, one of each of nine kinds."""
+
+import functools
+import io
+
+from PIL import Image
+
+from ..small_runs import picture, sample
+
+PLACES = range(7, 180, 20)  # where the faulty ones are among 180
+
+
+@functools.cache
+def faults() -> dict[str, dict[str, bytes | None]]:
+    """For each kind, what of a good sample is something else, or is missing if it is None."""
+    whole, bomb = picture(5, size=64), io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    return {
+        "broken image": {"png": whole[: len(whole) // 2]},
+        "empty image": {"png": b""},
+        "not an image": {"png": b"<html>404</html>"},
+        "huge image": {"png": bomb.getvalue()},
+        "no image": {"png": None},
+        "no caption": {"txt": b" \n"},
+        "broken caption": {"txt": b"\xff\xfe"},
+        "broken json": {"json": b"{"},
+        "no such field": {"json": b"{}"},
+    }
+
+
+def faulty_samples() -> list[dict[str, bytes]]:
+    """180 samples, of which one in twenty is faulty, each in its own way."""
+    samples = [sample(index) for index in range(180)]
+    for place, changes in zip(PLACES, faults().values(), strict=True):
+        changed = samples[place] | changes
+        samples[place] = {extension: content for extension, content in changed.items() if content is not None}
+    return samples

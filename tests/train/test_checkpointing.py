@@ -1,0 +1,275 @@
+"""Checkpoints that hold: written beside training, on failing disks, by time, and when a run is told to stop."""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from clipfast.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from clipfast.checkpoints.of_run import Checkpoints
+from clipfast.distributed.ending import Interruption
+from clipfast.io.files import DiskFullError, replace_file
+from clipfast.runs.folder import RunFolder
+from clipfast.runs.lock import LOCK_NAME, FolderLostError, locked
+from clipfast.train.trainer import Trainer
+
+from ..small_runs import run_command
+from .test_training import before_step, command, results_of, saved_step
+
+
+def state(step, value=0.0):
+    return {"epoch": step // 4, "state_dict": {"w": torch.full((8,), value)}, "clipfast": {"progress": {"step": step}}}
+
+
+def saved(store, *steps, **options):
+    for step in steps:
+        store.save(state(step), step, **options)
+        store.finish()
+
+
+def names(store):
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+class Gate:
+    """Writes that wait until they may go on."""
+
+    def __init__(self, monkeypatch):
+        self.begun, self.open, self.written = threading.Semaphore(0), threading.Event(), []
+
+        def write(path, content):
+            self.begun.release()
+            assert self.open.wait(30)
+            write_checkpoint(path, content)
+            self.written.append(path.name)
+
+        monkeypatch.setattr("clipfast.checkpoints.of_run.write_checkpoint", write)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    return Gate(monkeypatch)
+
+
+def weights_of(path):
+    return read_checkpoint(path)["state_dict"]["w"].tolist()
+
+
+class TestWriting:
+    """The writer beside training."""
+
+    def test_training_goes_on_meanwhile_and_changes_nothing(self, store, gate):
+        content = state(1, 7.0)
+        store.save(content, 1)
+        assert gate.begun.acquire(timeout=10)
+        content["state_dict"]["w"].fill_(8)
+        content["clipfast"]["progress"]["step"] = 2
+        assert not store.latest.exists()
+        gate.open.set()
+        store.finish()
+        assert weights_of(store.latest) == [7.0] * 8
+        assert saved_step(store.folder.parent) == 1
+
+    def test_names(self, store):
+        saved(store, 2)
+        saved(store, 4, milestone=1)
+        saved(store, 6, 8, 10)
+        assert names(store) == ["epoch_1.pt", "epoch_latest.pt", "step_10.pt", "step_8.pt"]
+        assert store.latest.samefile(store.step_path(10))
+        assert read_checkpoint(store.folder / "epoch_1.pt")["clipfast"]["progress"]["step"] == 4
+        assert [path.name for path in store.kept()] == ["epoch_latest.pt", "step_8.pt", "epoch_1.pt"]
+
+    def test_without_links_there_are_copies(self, store, monkeypatch):
+        refusing = mock.Mock(side_effect=OSError(errno.EPERM, "Operation not permitted"))
+        monkeypatch.setattr(Path, "hardlink_to", refusing)
+        saved(store, 1, milestone=1)
+        assert len({path.stat().st_ino for path in store.folder.iterdir()}) == 3
+        assert len({path.read_bytes() for path in store.folder.iterdir()}) == 1
+
+    def test_latest_moves_when_the_data_is_on_the_disk(self, store, monkeypatch):
+        saved(store, 1)
+        done, fsync, replace = [], os.fsync, Path.replace
+        monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+        monkeypatch.setattr(Path, "replace", lambda self, to: (done.append(f"to {to.name}"), replace(self, to)))
+        saved(store, 2)
+        folder = str(store.folder)
+        assert [name for name in done if name.startswith("to")] == ["to step_2.pt", "to epoch_latest.pt"]
+        written, moved, latest = (
+            done.index(n) for n in (f"{folder}/.step_2.pt.tmp", "to step_2.pt", "to epoch_latest.pt")
+        )
+        assert written < moved < done.index(folder) < latest
+        assert done[-1] == folder
+
+    def test_a_branch_that_was_left_is_removed_when_the_other_is_saved(self, store):
+        saved(store, 2, 4)
+        store.begin(store.step_path(2))
+        assert [path.name for path in store.kept()] == ["epoch_latest.pt", "step_4.pt"]
+        assert saved_step(store.folder.parent) == 2
+        saved(store, 3)
+        assert names(store) == ["epoch_latest.pt", "step_2.pt", "step_3.pt"]
+
+    def test_only_the_last_epoch_is_kept_of_a_new_branch_too(self, store):
+        store.only_last_epoch = True
+        for step, milestone in ((4, 1), (20, 5), (8, 2), (9, None)):
+            saved(store, step, milestone=milestone)
+        assert [name for name in names(store) if name[6].isdecimal()] == ["epoch_2.pt"]
+
+    def test_leftovers_are_no_checkpoints_and_go(self, store):
+        (store.folder / ".step_9.pt.tmp").write_bytes(b"x")
+        (store.folder / ".step_9.tmp").mkdir()
+        assert store.kept() == []
+        assert store.newest_whole().path is None
+        store.begin()
+        assert names(store) == []
+
+
+class TestFailingDisk:
+    """Writes that fail within a run, and at its end."""
+
+    @pytest.fixture
+    def failing(self, monkeypatch):
+        """The errors of the writes that are to fail, by the name of the file."""
+        errors, save = {}, torch.save
+
+        def failing_save(content, path):
+            if errors.get(path.name):
+                path.write_bytes(b"half")
+                raise errors[path.name].pop()
+            save(content, path)
+
+        monkeypatch.setattr(torch, "save", failing_save)
+        return errors
+
+    def test_training_goes_on_and_the_next_one_is_written(self, failing, run_small):
+        failing[".step_3.pt.tmp"] = [OSError(errno.EIO, "Input/output error")]
+        folder = run_small(save_every=1, epochs=1)
+        said = (folder.path / "out.log").read_text()
+        assert "step_3.pt cannot be written: Input/output error" in said
+        assert f"last good checkpoint is {folder.latest}" in said
+        assert saved_step(folder.path) == 4
+        assert not list(folder.checkpoints.glob(".*"))
+
+    def test_a_full_disk_is_told_in_bytes(self, failing, store, monkeypatch):
+        """The words of PyTorch say nothing, and what was written is smaller than what was wanted."""
+        saved(store, 1)
+        failing[".step_2.pt.tmp"] = [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")]
+        monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=0))
+        monkeypatch.setattr("clipfast.checkpoints.checkpoint._nbytes", lambda content: 10**9)
+        with pytest.raises(DiskFullError, match=r"step_2\.pt cannot be written: .*1,000.0 MB are wanted and 0.0 MB"):
+            saved(store, 2)
+        monkeypatch.undo()
+        assert names(store) == ["epoch_latest.pt", "step_1.pt"]
+        with pytest.raises(RuntimeError, match=r"^broken$"):  # another error is no full disk
+            replace_file(store.folder / "x", mock.Mock(side_effect=RuntimeError("broken")), size=1000)
+        assert not (store.folder / "x").exists()
+
+    def test_the_last_one_is_tried_again(self, failing, run_small):
+        failing[".step_4.pt.tmp"] = [OSError(errno.EIO, "Input/output error")]
+        folder = run_small(epochs=1, save_frequency=1)
+        assert failing == {".step_4.pt.tmp": []}
+        assert (folder.checkpoints / "epoch_1.pt").samefile(folder.latest)
+        assert saved_step(folder.path) == 4
+
+    def test_the_failure_of_the_last_one_is_that_of_the_run(self, failing, shards, tmp_path, capsys):
+        failing[".step_24.pt.tmp"] = [OSError(errno.EROFS, "Read-only file system") for _ in range(2)]
+        code, _, err = run_command(capsys, *command(shards, tmp_path, "--workers", "0"))
+        assert code == 2
+        assert f"error: {tmp_path}/run/checkpoints/step_24.pt cannot be written: Read-only file system" in err
+        assert saved_step(tmp_path / "run") == 23
+
+    def test_records_that_cannot_be_written_do_not_end_a_run(self, tmp_path):
+        folder = RunFolder(tmp_path / "nowhere")
+        with mock.patch.object(logging.getLogger("clipfast"), "error") as said:
+            for step in (1, 2):
+                folder.record(step=step)
+        assert "metrics.jsonl cannot be written: No such file or directory" in said.call_args.args[0]
+
+
+class TestFolderOfARun:
+    """A folder that is removed or replaced while its run goes on."""
+
+    @pytest.mark.parametrize(("step", "is_renamed"), [(1, True), (3, False)])
+    def test_is_made_again(self, step, is_renamed, run_small, tmp_path):
+        def remove(trainer):
+            trainer.checkpoints.wait()
+            trainer.folder.path.rename(tmp_path / "old") if is_renamed else shutil.rmtree(trainer.folder.path)
+
+        with before_step(step, remove):
+            folder = run_small(save_every=1, epochs=1, log_every_n_steps=1)
+        assert saved_step(folder.path) == 4
+        assert results_of(folder.path)["steps"] == 4
+        said = (folder.path / "out.log").read_text()
+        assert re.search(
+            f"{folder.path} was renamed or removed: .*{f'now {tmp_path}/old' if is_renamed else 'gone'}", said
+        )
+        if is_renamed:
+            assert saved_step(tmp_path / "old") == 1
+        assert [line["step"] for line in folder.metrics() if "loss" in line][-1] == 4
+
+    @pytest.mark.parametrize("is_held", [False, True])
+    def test_stays_as_it_is_if_it_is_another_runs_by_now(self, is_held, run_small, tmp_path):
+        other = tmp_path / "run"
+        with contextlib.ExitStack() as stack:
+
+            def replace(trainer):
+                trainer.checkpoints.wait()
+                other.rename(tmp_path / "old")
+                stack.enter_context(locked(other))
+                (other / "metrics.jsonl").touch()
+                if not is_held:
+                    stack.close()
+
+            with before_step(2, replace), pytest.raises(FolderLostError, match=f"another folder .*{tmp_path}/old"):
+                run_small(save_every=1, epochs=1, log_every_n_steps=1)
+        assert {path.name for path in other.iterdir()} - {LOCK_NAME} == {"metrics.jsonl"}
+        assert (other / "metrics.jsonl").read_text() == ""
+        assert saved_step(tmp_path / "old") == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_scheduler_and_torchrun_both_signal(signum):
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
+    assert interruption.signum == signal.SIGTERM
+
+
+def test_a_signal_during_a_save(run_small, gate):
+    def open_later():
+        assert gate.begun.acquire(timeout=30)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        gate.open.set()
+
+    thread = threading.Thread(target=open_later)
+    thread.start()
+    folder = run_small(save_every=2, epochs=100)
+    thread.join()
+    assert gate.written[0] == "step_2.pt"
+    newest = Checkpoints(folder.checkpoints).newest_whole()
+    assert newest.damaged == []
+    assert newest.content["clipfast"]["progress"]["step"] == int(gate.written[-1][5:-3]) < 400
+
+
+def test_by_the_clock(run_small, monkeypatch):
+    clock, original, steps = [time.monotonic()], Trainer._train_step, []
+
+    def slow(trainer, batch):
+        clock[0] += 35
+        return original(trainer, batch)
+
+    monkeypatch.setattr("clipfast.train.trainer.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(Trainer, "_train_step", slow)
+    monkeypatch.setattr(Checkpoints, "save", lambda store, state, step, **_: steps.append(step))
+    run_small(epochs=1, save_every_minutes=1.0)
+    assert steps == [2, 4]

@@ -1,0 +1,62 @@
+"""How long a run is: epochs that need not be whole numbers of batches, and a budget of pairs in their place."""
+
+import math
+
+import pytest
+
+from clipfast.checkpoints.checkpoint import read_checkpoint
+from clipfast.cli.main import main
+from clipfast.train import TrainConfig
+from clipfast.train.loop import train
+from clipfast.train.schedule import Epochs, cosine_lr
+
+from .test_training import results_of
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(32, 8), (30, 8), (7, 7), (100, 33), (9, 8)])
+@pytest.mark.parametrize("samples_seen", [1, 30, 31, 64, 1001])
+def test_every_step_is_in_one_epoch(num_samples, batch_size, samples_seen):
+    epochs = Epochs(num_samples, batch_size, samples_seen)
+    assert epochs.total_steps == math.ceil(samples_seen / batch_size)
+    step, ends = 0, []
+    while step < epochs.total_steps:
+        epoch = epochs.after(step)
+        assert epoch.first <= step < epoch.stop <= epochs.total_steps
+        assert epochs.after(epoch.stop - 1) == epoch
+        step = epoch.stop
+        ends.append(step)
+        # an epoch ends with the batch that brings its last pair, and not before
+        whole = (epoch.number + 1) * num_samples
+        assert epochs.ends_with(step) == (step * batch_size >= whole)
+        assert epochs.ends_with(step) or step == epochs.total_steps
+    assert len(ends) == epochs.number
+    assert [n for n in range(1, epochs.total_steps) if epochs.ends_with(n)] == [n for n in ends if n < step]
+
+
+def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_path, capsys):
+    """Epochs have 32 pairs in steps of 8."""
+    budget = {"epochs": TrainConfig.epochs, "save_frequency": 1, "samples_seen": 43}
+    folder, _ = train(small(**budget))
+    lines = [line for line in folder.metrics() if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[-1]["lr"] == cosine_lr(5, 1e-3, 2, 6)
+    # epoch_1.pt is the one epoch that was finished
+    steps = {path.name: steps_of(path) for path in folder.checkpoints.glob("*.pt")}
+    assert steps == {"epoch_1.pt": 4, "step_4.pt": 4, "step_6.pt": 6, "epoch_latest.pt": 6}
+    assert "Train Epoch: 1 [16/16 (100%)]" in (folder.path / "out.log").read_text()
+    assert (results_of(folder.path)["steps"], results_of(folder.path)["samples_seen"]) == (6, 48)
+    with pytest.raises(ValueError, match=r"within an epoch, .* --batch-size \(was 8"):
+        train(small(**budget | {"samples_seen": 96}, batch_size=16), folder.latest)
+    with pytest.raises(ValueError, match=r"finished after 6 steps.*more --samples-seen"):
+        train(small(**budget, wd=0.5), folder.latest)
+    assert main(["train", "--resume", str(folder.path), "--samples-seen", "72"]) == 0
+    assert "--samples-seen 43 -> 72" in capsys.readouterr().err
+    assert (results_of(folder.path)["steps"], results_of(folder.path)["samples_seen"]) == (9, 72)
+    # --epochs takes the place of a budget, and a budget that of --epochs
+    for flag, value, step in (("--epochs", "3", 12), ("--samples-seen", "112", 14)):
+        assert main(["train", "--resume", str(folder.path), flag, value]) == 0
+        assert steps_of(folder.latest) == step
+
+
+def steps_of(path):
+    return read_checkpoint(path)["clipfast"]["progress"]["step"]

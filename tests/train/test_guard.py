@@ -1,0 +1,248 @@
+"""Steps whose loss or gradient is not finite: no rank takes them, and the run says which pairs they had."""
+
+import contextlib
+import json
+import math
+import re
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from clipfast.data import Batch
+from clipfast.distributed.ending import TrainingError
+from clipfast.distributed.world import ALONE
+from clipfast.models.tokenizer import Tokenizer
+from clipfast.runs.folder import RunFolder
+from clipfast.train import TrainConfig
+from clipfast.train.guard import Guard, GuardedLoss, SkippedSteps
+from clipfast.train.loop import train
+from clipfast.train.schedule import set_lr
+from clipfast.train.state import Progress
+from clipfast.train.step import TrainingStep
+from clipfast.train.trainer import Trainer
+
+from .. import processes
+from ..processes import run_ranks
+from ..small_runs import TINY, picture, sample, write_shard
+from .distributed import averages, empty, folder_of, on_rank
+from .test_training import losses, weights
+
+processes.PRELOAD.append("clipfast.train.trainer")
+
+RESNET = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "patch_size": None, "head_width": 32},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+}
+# Options of ten steps of 12 pairs, by the name of the run.
+CASES = {
+    "plain": {"ema_decay": 0.9, "grad_clip_norm": 0.5},
+    "micro": {"micro_batch_size": 2, "opt": "adam"},
+    "momentum": {"opt": "sgd", "momentum": 0.9, "ema_decay": 0.9},
+    "resnet": {"ema_decay": 0.9, "grad_checkpointing": True},
+    "resnet-micro": {"micro_batch_size": 2, "opt": "muon"},
+}
+STRIKES = {3: "gradient", 6: "loss"}  # steps that are to be skipped, from 0
+STEP = 3
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A function that returns the options of a case, with changes, for a run in a folder."""
+    made = tmp_path_factory.mktemp("made")
+    write_shard(made / "a.tar", [sample(index, png=picture(index)) for index in range(70)])
+    (made / "resnet.json").write_text(json.dumps(RESNET))
+
+    def of_case(logs, case="plain", **changes):
+        model = f"{made}/resnet.json" if case.startswith("resnet") else TINY
+        given = {
+            "train_data": f"{made}/a.tar", "model": model, "global_batch_size": 12, "samples_seen": 120, "warmup": 2,
+            "lr": 1e-3, "workers": 0, "log_every_n_steps": 1, "save_frequency": 0, "name": case, "logs": str(logs),
+            "train_num_samples": 120,
+        }  # fmt: skip
+        return given | CASES[case] | changes
+
+    return of_case
+
+
+@contextlib.contextmanager
+def struck(rank, what, victim):
+    """Ruin what ``what`` names by its step, on one rank: a "gradient", the "loss" alone; or leave out "all"."""
+    backward, original = TrainingStep.backward, Trainer._train_step
+    trainers = []
+
+    def remembered(trainer, batch):
+        trainers[:] = [trainer]
+        if what.get(trainer.progress.step) == "all":
+            set_lr(trainer.optimizer, trainer.schedule.at(trainer.progress.step))
+            trainer.step.guard.figures.copy_(torch.tensor([math.nan, math.nan, 1, 1]))
+            return trainer.step.guard.figures.clone()
+        return original(trainer, batch)
+
+    def ruined(step, images, texts):
+        struck = what.get(trainers[0].progress.step) if rank == victim else None
+        if struck in (None, "all"):
+            return backward(step, images, texts)
+        if struck == "gradient":
+            handle = step.model.text_projection.register_hook(lambda gradient: gradient.index_fill(0, ONE, math.nan))
+            found = backward(step, images, texts)
+            handle.remove()
+            return found
+        plain = step.loss
+        step.loss = GuardedLoss(lambda *outputs: plain.loss(*outputs) + math.inf)
+        found = backward(step, images, texts)
+        step.loss = plain
+        return found
+
+    with mock.patch.object(Trainer, "_train_step", remembered), mock.patch.object(TrainingStep, "backward", ruined):
+        yield
+
+
+ONE = torch.tensor([1])
+
+
+def run(world, given, strike, resume=False):
+    """Train with a strike; return the error that ended it, or None."""
+    with mock.patch("clipfast.train.loop._pictures", return_value=[]), struck(world.rank, *strike):
+        try:
+            train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)
+        except TrainingError as error:
+            return str(error)
+    return None
+
+
+@pytest.fixture
+def together(tmp_path):
+    """A function that does jobs on so many ranks."""
+
+    def do(size, *jobs):
+        if size == 1:
+            return [[run(ALONE, *job) for job in jobs]]
+        return run_ranks(on_rank, size, size, jobs, run, folder=empty(tmp_path), timeout=240)
+
+    return do
+
+
+def everything(folder):
+    """Return all tensors of the latest checkpoint, flat."""
+    return {key: value for key, value in (weights(folder.path) | averages(folder)).items() if value is not None}
+
+
+def skips(folder):
+    return [json.loads(line) for line in folder.nonfinite_path.read_text().splitlines()]
+
+
+def assert_equal(folder, expected):
+    """The latest checkpoints of two runs are equal to the last bit."""
+    ours, theirs = everything(folder), everything(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+
+
+def assert_as_without(folder, expected):
+    """The run is, to the last bit, one that left the steps out."""
+    assert_equal(folder, expected)
+    assert losses(folder) == losses(expected)
+    assert len(losses(folder)) == 10 - len(STRIKES)
+    skipped = [line["skipped_steps"] for line in folder.metrics() if "lr" in line]
+    assert skipped == [step in STRIKES for step in range(10)]
+    assert [line["step"] for line in skips(folder)] == [step + 1 for step in STRIKES]
+    assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == len(STRIKES)
+
+
+@pytest.mark.parametrize(
+    ("size", "cases"),
+    [
+        (1, ["micro", "momentum", "resnet"]),
+        pytest.param(2, ["plain", "resnet-micro"], marks=pytest.mark.long),
+        pytest.param(3, ["momentum"], marks=pytest.mark.long),
+    ],
+)
+def test_no_rank_takes_the_step(size, cases, options, together, tmp_path):
+    given = [options(tmp_path / kind, case) for kind in ("ours", "without") for case in cases]
+    strikes = [(STRIKES, size - 1)] * len(cases) + [(dict.fromkeys(STRIKES, "all"), 0)] * len(cases)
+    assert together(size, *zip(given, strikes, strict=True)) == [[None] * len(given)] * size
+    for case in cases:
+        folder = RunFolder(tmp_path / "ours" / case)
+        assert_as_without(folder, RunFolder(tmp_path / "without" / case))
+        for what, found in zip(STRIKES.values(), skips(folder), strict=True):
+            lost = [rank["loss"] for rank in found["ranks"] if isinstance(rank["loss"], str)]
+            assert lost == (["inf"] if what == "loss" else [])
+            assert (found["grad_norm"], len(found["ranks"])) == ("nan", size)
+            assert (found["parameters"] == ["text_projection"]) == (what == "gradient")
+
+
+def test_what_is_written_of_a_batch_and_the_norm_that_is_logged(options, tmp_path):
+    seen, original, clip = {}, Trainer._train_step, nn.utils.clip_grads_with_norm_
+
+    def watching(trainer, batch):
+        seen[trainer.progress.step] = batch
+        return original(trainer, batch)
+
+    given = options(tmp_path, "plain")
+    clipping = mock.patch.object(nn.utils, "clip_grads_with_norm_", side_effect=clip)
+    with mock.patch.object(Trainer, "_train_step", watching), clipping as clipped:
+        run(ALONE, given, ({STEP: "gradient"}, 0))
+    norms = [call.args[2].item() for call in clipped.call_args_list if call.args[2].isfinite()]
+    assert [line["grad_norm"] for line in folder_of(given).metrics() if "loss" in line] == pytest.approx(norms)
+    (found,) = skips(folder_of(given))
+    (rank,) = found["ranks"]
+    texts = [sample(int(key.removeprefix("a.tar/")))["txt"].decode() for key in rank["keys"]]
+    batch = seen[STEP]
+    assert Tokenizer(16)(texts)[:, : batch.texts.shape[1]].equal(batch.texts)
+    assert found["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
+    said = "Step 4 changed nothing, .* norm is nan, with 1 parameter.* text_proj"
+    assert re.search(said, (folder_of(given).path / "out.log").read_text())
+
+
+@pytest.mark.long
+def test_too_many_in_a_row_stop_all_ranks(options, together, tmp_path):
+    given = options(tmp_path, "plain", max_nonfinite_steps=3)
+    strike = (dict.fromkeys((1, 2, 4, 5, 6, 7, 8), "loss"), 1)
+    found = together(2, (given, strike), (given, strike, True), (given, ({}, 0), True))
+    first, second, third = found[0]
+    assert found[1] == found[0]
+    folder = folder_of(given)
+    assert re.search(f"the last 3 steps changed nothing, .* --max-.*{folder.nonfinite_path}", first)
+    # it was saved after step 7, and goes on there: the count of those in a row, too
+    assert second.startswith("the last 4 steps changed nothing")
+    assert third is None
+    assert [line["step"] for line in skips(folder)] == [2, 3, 5, 6, 7, 8]
+    assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == 6
+    assert all(value.isfinite().all() for value in everything(folder).values())
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", True), ("cpu", False)])
+def test_the_host_waits_for_the_verdict_if_it_has_the_weights(device, waits):
+    with FakeTensorMode():
+        model = nn.Linear(2, 2)
+        model.logit_scale = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
+        optimizer = torch.optim.AdamW([model.weight], fused=True)
+        assert Guard(model, optimizer, None).waits == waits
+
+
+def on_gpu(*values):
+    """A tensor whose device says later what is in it."""
+    held = torch.tensor(values)
+    return mock.Mock(is_cuda=True, to=lambda *_, **__: held, clone=lambda: held)
+
+
+def test_a_run_that_was_stopped_can_go_on_on_a_gpu(tmp_path):
+    """There the verdict on the first step is not known yet when that is finished."""
+    guard, data = mock.Mock(figures=on_gpu(1.0, 2.0, 0.0, 14.0), norms=on_gpu(2.0), names=["w"]), mock.Mock()
+    data.names.return_value = []
+    progress = Progress(step=8, skipped_steps=3, skipped_in_a_row=3)
+    skips = SkippedSteps(guard, data, progress, 3, RunFolder(tmp_path), ALONE)
+    batch = Batch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, 4), [])
+    with mock.patch("torch.cuda.Event"):
+        for progress.step in (9, 10):
+            skips(batch)
+        assert progress.skipped_in_a_row == 0
+        guard.figures = on_gpu(1.0, math.nan, 1.0, 14.0)
+        for progress.step in (11, 12, 13):
+            skips(batch)
+        with pytest.raises(TrainingError, match="the last 3 steps changed nothing"):
+            skips.settle()

@@ -1,0 +1,156 @@
+"""Shared memory, host memory, disk and GPU memory that a run would need: what is refused before it is built."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from clipfast.distributed.world import ALONE, World
+from clipfast.runs import lock
+from clipfast.runs.folder import RunFolder
+from clipfast.train import loop
+from clipfast.train import preflight as module
+from clipfast.train.loop import train
+from clipfast.train.preflight import preflight
+
+from ..small_runs import write_shard
+from .test_preflight import PAIRS
+from .test_training import config
+
+BATCH = 8 * (3 * 32 * 32 + 8 * 16)  # eight images of 32 pixels in bytes, and texts of 16 ids
+
+
+@pytest.fixture(autouse=True)
+def shard(tmp_path):
+    write_shard(tmp_path / "x.tar", PAIRS)
+
+
+@pytest.fixture
+def check(tmp_path):
+    """A function that looks at what a run would need, and returns the error, or "" if nothing is missing."""
+
+    def look(world=ALONE, **options):
+        given = config(f"{tmp_path}/x.tar", tmp_path / "logs", **{"workers": 0} | options)
+        try:
+            preflight(given, RunFolder(tmp_path / "logs/run"), {}, world)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return look
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """The bytes of the model's weights."""
+    model = module.bare_model(config("x", tmp_path), {}, torch.device("meta"))
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+MACHINE = World(rank=5, size=8, local_rank=1, local_size=4)  # processes of one machine share it
+
+
+@pytest.mark.parametrize(
+    ("world", "workers", "batches"), [(ALONE, 0, 1), (ALONE, 2, 5), (MACHINE, 0, 4), (MACHINE, 2, 20)]
+)
+def test_host_memory(world, workers, batches, check, monkeypatch):
+    given = {"batch_size": 8, "train_num_samples": 64, "workers": workers}
+    for missing in (1, 0):
+        monkeypatch.setattr(module, "available_memory", lambda missing=missing: batches * BATCH - missing)
+        assert (f" {batches} batch(es) of 25.0 KiB" in check(world, **given)) == bool(missing)
+    monkeypatch.setattr(module, "available_memory", lambda: None)  # where nothing says it
+    assert check(world, **given) == ""
+
+
+def test_shared_memory(tmp_path, check, monkeypatch):
+    original = module.free_bytes
+    monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(module, "free_bytes", lambda path: room if path == tmp_path else original(path))
+    room = 6 * BATCH - 1  # three workers have two batches each
+    assert re.search("3 data workers hold 2 batches each of 25.0 KiB .*--shm-size=1g", check(workers=3))
+    assert check(workers=2) == check(workers=0) == ""
+    room = 6 * BATCH
+    assert check(workers=3) == ""
+    # another process of the same machine has as many
+    assert "6 data workers" in check(World(rank=1, size=2, local_rank=1, local_size=2), workers=3)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_the_estimate_of_a_checkpoint_is_that_of_the_file(ema_decay, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_pictures", lambda *_: [])
+    options = config(f"{tmp_path}/x.tar", tmp_path / "logs", train_num_samples=8, epochs=1, ema_decay=ema_decay)
+    folder, _ = train(options)
+    found = preflight(options, folder, {})
+    size = folder.latest.stat().st_size
+    assert size * 0.98 < found.checkpoint < size
+    assert str(found).split(" of ")[0] in (folder.path / "out.log").read_text()
+
+
+def test_space_for_checkpoints(tmp_path, weights, check, monkeypatch):
+    checkpoints = RunFolder(tmp_path / "logs/run").checkpoints
+    checkpoints.mkdir(parents=True)
+    for there in range(3):
+        if there:
+            (checkpoints / f"step_{there}.pt").touch()
+        for missing in (1, 0):
+            free = (3 - there) * 3 * weights + weights - missing
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: mock.Mock(free=free))
+            assert ("--keep-last 2" in check()) == bool(missing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=2**20))
+    assert f"--logs {tmp_path}/logs has 1.00 MiB free" in check()
+    assert check(World(rank=1, size=2)) == ""  # it writes nothing
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, refusal, monkeypatch):
+    (tmp_path / "file").touch()
+    line = refusal(logs=tmp_path / "file/logs", name="run")
+    assert re.search(f"{tmp_path}/file/logs/run cannot be written: Not a directory: .*--logs", line)
+    original = os.mkdir
+
+    def refusing(path, *arguments, **options):
+        if Path(path).name == "run":
+            raise OSError(30, "Read-only file system", str(path))
+        original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", refusing)
+        assert "logs/run cannot be written: Read-only file system" in refusal(name="run")
+    with monkeypatch.context() as patch:  # a disk on which folders can be made, and no files
+        patch.setattr(lock, "LOCK_NAME", "none/run.lock")
+        assert "logs/run cannot be written: No such file or directory" in refusal(name="run")
+    assert not (tmp_path / "logs").exists()
+
+
+class TestGPU:
+    """A GPU that is not there, or is full. Nothing here needs one: a run is refused before it is asked for more."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        """A function that sets how many GPUs are there, and the free bytes of each."""
+
+        def set_gpus(count, free=0):
+            for name, value in (("is_available", count > 0), ("device_count", count), ("mem_get_info", (free, 2**36))):
+                monkeypatch.setattr(torch.cuda, name, mock.Mock(return_value=value))
+
+        return set_gpus
+
+    def test_it_is_not_there_or_full(self, weights, refusal, gpu):
+        gpu(0)
+        assert "no GPU for 'cuda': PyTorch finds none" in refusal(device="cuda")
+        gpu(2)
+        assert "no GPU for 'cuda:2': there are 2" in refusal(device="cuda:2")
+        gpu(1, 4 * weights - 1)
+        assert re.search("cuda has .* of its 64.0 GiB free, .*nvidia-smi", refusal(device="cuda"))
+        assert refusal(device="cuda", precision="pure_bf16") == ""  # takes half of it
+        gpu(1, 4 * weights)
+        assert refusal(device="cuda") == ""
+
+    @pytest.mark.parametrize(("size", "fsdp", "is_refused"), [(2, True, False), (2, False, True), (1, True, True)])
+    def test_each_process_has_a_part(self, size, fsdp, is_refused, weights, check, gpu, monkeypatch):
+        gpu(1, 2 * weights)
+        monkeypatch.setattr(module, "build_device", lambda *_: torch.device("cuda"))
+        assert ("GiB free" in check(World(size=size), fsdp=fsdp)) == is_refused

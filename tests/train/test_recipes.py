@@ -1,0 +1,116 @@
+"""Recipes: every bundled one is whole and names no data, what differs by model, and the options with their origins."""
+
+import dataclasses
+import re
+
+import pytest
+
+from clipfast import list_models
+from clipfast.train import TrainConfig, list_recipes, read_recipe
+from clipfast.train.recipes import BY_MODEL
+
+from ..small_runs import TINY, run_command
+
+OWN_DATA = ("train_data", "val_data")  # of recipes whose data ships with the package, or is drawn
+
+
+def rows(text):
+    """The lines of a description by flag: value and origin."""
+    lines = [re.fullmatch(r"(--\S+) +(.*?) +\((.*)\)", line).groups() for line in text.splitlines()]
+    return {flag: [value, origin] for flag, value, origin in lines}
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_recipe_is_whole_and_names_no_data(name):
+    recipe = read_recipe(name)
+    assert recipe["model"] in list_models()
+    assert name in ("emoji", "shapes") or not set(recipe) & {*OWN_DATA, "name", "logs", "pretrained", "resume"}
+    TrainConfig(**({"train_data": "x.tar"} | recipe))
+
+
+def test_the_recipes_that_there_are():
+    openclip = ["openclip-defaults", "openclip-laion"]
+    assert list_recipes() == ["clip-paper", "emoji", "finetune", "lit", *openclip, "shapes", "siglip"]
+    assert TrainConfig(**read_recipe("emoji")).unique_by == "label"
+
+
+@pytest.mark.parametrize(("model", "rate", "epochs"), [("RN50x64", 3.6e-4, 32), ("ViT-L-14-336", 2e-5, 1)])
+def test_the_paper_has_a_rate_for_each_model(model, rate, epochs):
+    for name in (model, f"{model}-quickgelu"):
+        recipe = read_recipe("clip-paper", name)
+        assert (recipe["lr"], recipe["epochs"]) == (rate, epochs)
+        assert BY_MODEL not in recipe
+
+
+def test_what_a_recipe_says_by_model(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        'model = "A"\nlr = 1.0\n[by-model.A]\nlr = 2.0\n[by-model.B]\nbatch-size = 4\ncrop-scale = [0.5, 1]'
+    )
+    assert read_recipe(str(mine)) == {"model": "A", "lr": 2.0}
+    assert read_recipe(str(mine), "B") == {"model": "A", "lr": 1.0, "batch_size": 4, "crop_scale": (0.5, 1)}
+    assert read_recipe(str(mine), "C") == {"model": "A", "lr": 1.0}
+    for text, message in (
+        ("by_model = 3", "by_model must hold a table for each model"),
+        ("[by_model]\nRN50 = 3", "by_model must hold a table for each model, such as"),
+        ("[by_model.RN50]\nrate = 3", "has unknown options: rate"),
+        ("by_model = [1]", "by_model must hold a table for each model"),
+        ("[by_model.RN50.by_model.RN50]\nlr = 3", "has unknown options: by_model"),
+    ):
+        mine.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_recipe(str(mine))
+
+
+@pytest.fixture
+def printed(capsys):
+    """A function that returns the options which ``clipfast train`` prints, with their origins."""
+
+    def run(*words):
+        code, out, error = run_command(capsys, "train", *words, "--print-config")
+        assert code == 0, error
+        return rows(out)
+
+    return run
+
+
+def test_every_option_is_printed_with_its_origin(printed, capsys):
+    paper = ["--recipe", "clip-paper"]
+    found = printed(*paper, "--model", "ViT-L-14", "--epochs", 3)
+    assert len(found) == len(dataclasses.fields(TrainConfig))
+    assert {
+        "--epochs": ["3", "flag"], "--model": ["ViT-L-14", "flag"], "--lr": ["0.0004", "recipe clip-paper"],
+        "--crop-scale": ["0.9 1.0", "recipe clip-paper"], "--seed": ["0", "default"],
+        "--train-data": ["(needed)", "nowhere"],
+    }.items() <= found.items()  # fmt: skip
+    # of two options that exclude each other, the flag takes the place of the recipe's
+    found = printed(*paper, "--samples-seen", 9)
+    assert {found["--samples-seen"][1], found["--epochs"][1]} == {"flag", "default"}
+    for flag in ("--batch-size", "--global-batch-size"):
+        found = printed(*paper, flag, 8)
+        assert (found[flag], found["--epochs"]) == (["8", "flag"], ["32", "recipe clip-paper"])
+        assert {found["--batch-size"][1], found["--global-batch-size"][1]} == {"flag", "default"}
+    # it is checked like the options of a run
+    code, out, error = run_command(capsys, "train", *paper, "--batch-size", 0, "--print-config")
+    assert (code, out) == (2, "")
+    assert "--batch-size must be more than 0" in error
+
+
+def test_a_run_keeps_a_list_of_its_options(shards, tmp_path, capsys, printed):
+    (tmp_path / "mine.toml").write_text(f'model = "{TINY}"\nbatch_size = 8\nepochs = 1\nwarmup = "auto"\nworkers = 0')
+    options = ["--train-data", shards, "--logs", tmp_path, "--name", "run"]
+    code, _, error = run_command(capsys, "train", "--recipe", tmp_path / "mine.toml", *options)
+    assert code == 0, error
+    origin, again = f"recipe {tmp_path}/mine.toml", ["--resume", tmp_path / "run"]
+    found = printed(*again, "--epochs", 2)
+    assert found["--epochs"] == ["2", "flag"]
+    assert found["--batch-size"] == ["8", f"checkpoint {tmp_path}/run/checkpoints/epoch_latest.pt"]
+    # the batch of all processes comes before that of each, which stays as it was
+    other = printed(*again, "--global-batch-size", 16)
+    assert (other["--batch-size"], other["--global-batch-size"]) == (found["--batch-size"], ["16", "flag"])
+    found = rows((tmp_path / "run" / "params.txt").read_text())
+    assert [found[flag] for flag in ("--warmup", "--epochs", "--name")] == [
+        ["auto", origin],
+        ["1", origin],
+        ["run", "flag"],
+    ]

@@ -1,0 +1,169 @@
+"""Checkpoints in parts: written by several ranks, read by any number, and refused if they are damaged."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from clipfast.checkpoints import sharded
+from clipfast.checkpoints.checkpoint import CheckpointError
+from clipfast.checkpoints.sharded import check_parts, read_parts, write_parts
+from clipfast.distributed.world import ALONE, joined
+
+from ..processes import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+CONTENT = {
+    "epoch": 3, "name": "run", "empty": {}, "list": [1, (2.5, None, True)],
+    "state_dict": {"a.weight": torch.arange(35.0).reshape(7, 5), "logit_scale": torch.tensor(2.5)},
+    "optimizer": {"state": {0: {"step": torch.tensor(4.0), "exp_avg": torch.arange(4.0).bfloat16()}}},
+}  # fmt: skip
+
+
+def same(ours, theirs):
+    if isinstance(theirs, torch.Tensor):
+        return isinstance(ours, torch.Tensor) and ours.dtype == theirs.dtype and ours.equal(theirs)
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, list | tuple):
+        return type(ours) is type(theirs) and len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+def written(rank, size, folder):
+    """Write the content with its matrix cut among the ranks, the second time with another value."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    with joined("cpu", 30) as world:
+        for epoch in (2, 3):
+            weight = distribute_tensor(
+                CONTENT["state_dict"]["a.weight"] - 3 + epoch, init_device_mesh("cpu", (size,)), [Shard(0)]
+            )
+            content = CONTENT | {"epoch": epoch, "state_dict": CONTENT["state_dict"] | {"a.weight": weight}}
+            write_parts(folder, content, world)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parts")
+    (path / "ranks").mkdir()
+    run_ranks(written, 3, 3, path / "step_7", folder=path / "ranks")
+    return path / "step_7"
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "step_7")
+
+
+def test_every_rank_writes_and_one_process_reads(whole):
+    files = json.loads((whole / "manifest.json").read_text())
+    assert sorted(path.name for path in whole.iterdir()) == sorted([*files, "manifest.json"])
+    assert sum(name.endswith(".distcp") for name in files) == 3
+    assert same(read_parts(whole), CONTENT)
+    assert [path.name for path in whole.parent.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def remanifested(folder, change):
+    files = json.loads((folder / "manifest.json").read_text())
+    change(files)
+    (folder / "manifest.json").write_text(json.dumps(files))
+
+
+def cut_off(folder):
+    os.truncate(folder / ".metadata", (folder / ".metadata").stat().st_size - 1)
+    return r".metadata is not the file that was written"
+
+
+def missing(folder):
+    (folder / "__2_0.distcp").unlink()
+    return "__2_0.distcp is missing"
+
+
+def without_manifest(folder):
+    (folder / "manifest.json").unlink()
+    return "is no whole checkpoint: manifest.json cannot be read"
+
+
+def manifest_of_something_else(folder):
+    (folder / "manifest.json").write_text("[1]")
+    return "is no whole checkpoint: manifest.json cannot be read"
+
+
+def manifest_without_a_file(folder):
+    remanifested(folder, lambda files: files.pop(".metadata"))
+    return r"manifest.json does not list .metadata"
+
+
+def manifest_of_elsewhere(folder):
+    shutil.move(folder / "__1_0.distcp", folder.parent / "x")
+    remanifested(folder, lambda files: files.update({"../x": files.pop("__1_0.distcp")}))
+    return "../x is missing"
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def resealed(folder, name):
+    """Make the manifest fit a file, as somebody who means harm would."""
+    remanifested(folder, lambda files: files.update({name: sharded._seal(folder / name)}))
+
+
+def code_in_the_list(folder):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.planner_data = Evil(str(folder.parent / "ran"))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    resealed(folder, ".metadata")
+    return "is refused: it is damaged, or is no list"
+
+
+def code_in_the_rest(folder):
+    torch.save({"a": Evil(str(folder.parent / "ran"))}, folder / "rest.pt")
+    resealed(folder, "rest.pt")
+    return "rest.pt is refused: it is damaged, or could run code"
+
+
+def a_tensor_that_is_not_there(folder):
+    torch.save({"a": {"name of a tensor": "b"}}, folder / "rest.pt")
+    resealed(folder, "rest.pt")
+    return "is damaged: it does not hold b"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_off, missing, without_manifest, manifest_of_something_else, manifest_without_a_file,
+        manifest_of_elsewhere, code_in_the_list, code_in_the_rest, a_tensor_that_is_not_there,
+    ],
+    ids=lambda damage: damage.__name__,
+)  # fmt: skip
+def test_damage(damage, folder):
+    message = damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        read_parts(folder)
+    assert not (folder.parent / "ran").exists()
+
+
+def test_a_write_that_fails_leaves_the_folder_as_it_was(folder, monkeypatch):
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("clipfast.checkpoints.sharded.replace_text", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_parts(folder, CONTENT | {"epoch": 9}, ALONE)
+    check_parts(folder)
+    assert same(read_parts(folder), CONTENT)
+    monkeypatch.undo()
+    write_parts(folder, CONTENT | {"epoch": 9}, ALONE)
+    assert read_parts(folder)["epoch"] == 9

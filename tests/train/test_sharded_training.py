@@ -1,0 +1,341 @@
+"""Checkpoints that all ranks of ``--fsdp`` write together: any number of them goes on, whatever ended the run."""
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+import fsspec
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from clipfast.checkpoints import sharded
+from clipfast.checkpoints.checkpoint import read_checkpoint
+from clipfast.checkpoints.of_run import Checkpoints, read_saved
+from clipfast.runs.folder import RunFolder
+from clipfast.runs.status import read_status
+from clipfast.train import TrainConfig
+from clipfast.train.loop import train
+from clipfast.train.remote_sync import RemoteCopy
+
+from .. import processes
+from ..processes import run_ranks, start_ranks, wait_for
+from ..small_runs import run_command
+from .distributed import CLIP, assert_near, befalling, empty, on_rank
+from .test_endings import flip
+from .test_training import losses, same, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+processes.PRELOAD.append("clipfast.train.trainer")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A function that returns the options of a run of 24 steps of 12 pairs, in two epochs, which saves every 5."""
+    made = tmp_path_factory.mktemp("made")
+    (made / "clip.json").write_text(json.dumps(CLIP))
+
+    def in_folder(logs, **changes):
+        return {
+            "train_data": "synthetic:400", "model": f"{made}/clip.json", "global_batch_size": 12, "name": "run",
+            "train_num_samples": 144, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0, "log_every_n_steps": 1,
+            "save_every": 5, "save_frequency": 1, "logs": str(logs), "fsdp": True, "fsdp_checkpoint": "sharded",
+            "force_patch_dropout": 0.5, "grad_clip_norm": 0.5, "ema_decay": 0.9,
+        } | changes  # fmt: skip
+
+    return in_folder
+
+
+def trained(world, given, fate=None, faults=None):
+    """Train from the newest whole checkpoint, if there is one, and return which signal or stop ended it."""
+    found = Checkpoints(Path(given["logs"]) / given["name"] / "checkpoints").newest_whole()
+    if not given["fsdp"]:
+        given = given | {"fsdp_checkpoint": "full"}
+    with (
+        mock.patch("clipfast.train.loop._pictures", return_value=[]),
+        befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
+        faults(world.rank) if faults else contextlib.nullcontext(),
+    ):
+        try:
+            return train(TrainConfig(**given), found.path, world=world)[1]
+        except KeyboardInterrupt:
+            return "stopped"
+
+
+def run_on(folder, size, *jobs):
+    """Do jobs, one after the other, on so many ranks, and return what each rank found."""
+    return run_ranks(on_rank, size, size, jobs, trained, folder=empty(folder), timeout=120)
+
+
+@pytest.fixture
+def together(tmp_path):
+    return functools.partial(run_on, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options, tmp_path_factory):
+    """The folder of a run of 2 ranks that nothing befell."""
+    logs = tmp_path_factory.mktemp("undisturbed")
+    assert run_on(logs, 2, (options(logs),)) == [[None]] * 2
+    return RunFolder(logs / "run")
+
+
+@pytest.fixture(scope="module")
+def stopped(options, tmp_path_factory):
+    """The logs of a run of 3 ranks that stopped after 22 steps, as a kill would."""
+    logs = tmp_path_factory.mktemp("stopped")
+    assert run_on(logs, 3, (options(logs), ("stop", (0, 1, 2), 22))) == [["stopped"]] * 3
+    return logs
+
+
+@pytest.fixture
+def run(stopped, tmp_path):
+    """A copy of that run, which may be damaged."""
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+def assert_same(folder, expected):
+    assert losses(folder) == losses(expected)
+    assert same(folder.path, expected.path)
+
+
+def assert_like(folder, expected):
+    assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
+    assert_near(weights(folder.path), weights(expected.path))
+
+
+@pytest.mark.long
+def test_names(undisturbed, stopped):
+    assert names(undisturbed) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_20", "step_24.pt"]
+    assert names(RunFolder(stopped / "run")) == ["epoch_1.pt", "epoch_latest.pt", "step_15", "step_20"]
+    assert read_status(stopped / "run")["checkpoint"]["name"] == "step_20"
+    content = read_checkpoint(undisturbed.checkpoints / "epoch_1.pt")
+    assert content["clipfast"]["progress"]["step"] == 12
+    assert read_saved(stopped / "run/checkpoints/step_20")["state_dict"].keys() == content["state_dict"].keys()
+
+
+def killed_in_a_write(rank):
+    """Let rank 1 die while the state after 20 steps is written."""
+
+    def seal(path):
+        if rank == 1 and path.parent.name == ".step_20.tmp":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path)
+
+    original = sharded._seal
+    return mock.patch.object(sharded, "_seal", seal)
+
+
+@pytest.mark.long
+def test_one_rank_is_killed_in_a_write_and_in_training(options, undisturbed, together, tmp_path):
+    given, folder = options(tmp_path), RunFolder(tmp_path / "run")
+    for fate, faults, newest in ((None, killed_in_a_write, "step_15"), ((signal.SIGKILL, (1,), 22), None, "step_20")):
+        processes = start_ranks(on_rank, 2, 2, [(given, fate, faults)], trained, folder=empty(tmp_path))
+        wait_for(processes, 60)
+        assert [process.exitcode for process in processes] == [1, -signal.SIGKILL]
+        assert folder.kept()[0].name == newest
+        assert (folder.checkpoints / ".step_20.tmp").exists() == (newest == "step_15")
+    assert together(2, (given,)) == [[None]] * 2
+    assert_same(folder, undisturbed)
+    assert names(folder) == names(undisturbed)
+
+
+@pytest.mark.long
+def test_a_signal_saves_and_a_folder_is_gone_on_from(options, undisturbed, together, tmp_path):
+    given = options(tmp_path)
+    assert together(2, (given, (signal.SIGTERM, (1,), 6)), (given,)) == [[signal.SIGTERM, None]] * 2
+    folder = RunFolder(tmp_path / "run")
+    said = (folder.path / "out.log").read_text()
+    at = re.search(rf"Interrupted. Saved {folder.checkpoints}/step_(\d+); go on with: torchrun", said)[1]
+    assert f"Resuming from {folder.checkpoints}/step_{at} at step {at} of 24" in said
+    assert_same(folder, undisturbed)
+
+
+@pytest.mark.long
+def test_ranks_and_kind_change(options, undisturbed, together, tmp_path):
+    """From parts to one file and back, with and without FSDP."""
+    sessions = [(3, True, "sharded"), (2, False, "full"), (2, True, "sharded")]
+    for number, (size, fsdp, kind) in enumerate(sessions):
+        given = options(tmp_path, fsdp=fsdp, fsdp_checkpoint=kind)
+        job = (given, ("stop", range(size), 7 + 10 * number) if number < 2 else None)
+        together(size, job)
+        if number < 2:
+            newest = Checkpoints(tmp_path / "run/checkpoints").newest_whole()
+            assert newest.content["clipfast"]["progress"]["step"] == 5 + 10 * number
+            assert newest.path.is_dir() == (kind == "sharded")
+    assert_like(RunFolder(tmp_path / "run"), undisturbed)
+
+
+def failing(rank):
+    """No space for the part of rank 1, its seal, and the manifest; and what is written last is written late."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def write_data(self, plan, planner):
+        if rank == 1 and Path(self.path).name == ".step_5.tmp":
+            raise full
+        return original_write(self, plan, planner)
+
+    def seal(path):
+        if rank == 1 and path.parent.name == ".step_10.tmp":
+            raise full
+        return original_seal(path)
+
+    def replace(path, text):
+        if path.parent.name == ".step_15.tmp":
+            raise full
+        return original_replace(path, text)
+
+    def written(folder, content, world):
+        if folder.name == ".step_20.tmp":
+            time.sleep(1)
+        return original_written(folder, content, world)
+
+    original_write, original_seal = FileSystemWriter.write_data, sharded._seal
+    original_replace, original_written = sharded.replace_text, sharded._written
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(FileSystemWriter, "write_data", write_data))
+    for name, fake in (("_seal", seal), ("replace_text", replace), ("_written", written)):
+        stack.enter_context(mock.patch.object(sharded, name, fake))
+    return stack
+
+
+@pytest.mark.long
+def test_a_full_disk_stops_nothing_and_what_is_written_late_is_a_copy(options, undisturbed, together, tmp_path):
+    assert together(2, (options(tmp_path), None, failing)) == [[None]] * 2
+    folder = RunFolder(tmp_path / "run")
+    said = (folder.path / "out.log").read_text()
+    for step, rank in ((5, " (rank 1)"), (10, " (rank 1)"), (15, "")):
+        line = f"step_{step} cannot be written: No space left on device{rank}. Training goes on."
+        assert said.count(line) == 1
+    assert_same(folder, undisturbed)
+    assert names(folder) == names(undisturbed)
+    ours, theirs = (read_saved(run.checkpoints / "step_20") for run in (folder, undisturbed))
+    assert all(value.equal(theirs["state_dict"][name]) for name, value in ours["state_dict"].items())
+    assert all(value.equal(theirs["state_dict_ema"][name]) for name, value in ours["state_dict_ema"].items())
+
+
+@pytest.mark.long
+def test_a_damaged_folder_is_named_and_the_one_before_is_taken(run, undisturbed, capsys):
+    flip(run.checkpoints / "step_20" / "__1_0.distcp")
+    damaged = "step_20.*__1_0.distcp is not the file that was written"
+    code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_20")
+    assert code == 2
+    assert re.search(f"{damaged}.*the one before is {run.checkpoints}/step_15$", err.strip())
+    code, _, err = run_command(capsys, "train", "--resume", run.path)
+    assert code == 0, err
+    assert re.search(f"{damaged}.*; the run goes on from {run.checkpoints}/step_15", err)
+    assert_like(run, undisturbed)
+
+
+@pytest.mark.long
+def test_one_process_goes_on_from_an_earlier_folder(run, undisturbed, capsys):
+    given = ["--no-fsdp", "--fsdp-checkpoint", "full"]
+    code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_15", *given)
+    assert code == 0, err
+    assert "step_15 at step 15 of 24" in err
+    assert_like(run, undisturbed)
+    assert names(run) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_20.pt", "step_24.pt"]
+
+
+def state(step):
+    return {"epoch": 0, "state_dict": {"w": torch.full((8,), float(step))}, "clipfast": {"progress": {"step": step}}}
+
+
+@pytest.fixture
+def store(store):
+    store.keep_last = 3
+    return store
+
+
+def saved(store, *steps):
+    """Save steps: as folders those that are text."""
+    for step in steps:
+        store.save(state(int(step)), int(step), in_parts=isinstance(step, str))
+        store.finish()
+
+
+def kept(store):
+    return [path.name for path in store.kept()]
+
+
+class TestOrder:
+    """Which checkpoint is the newest."""
+
+    def test_by_steps(self, store):
+        saved(store, "1", 2, "3")
+        assert kept(store) == ["step_3", "epoch_latest.pt", "step_1"]
+        assert store.newest_whole().damaged == []
+        saved(store, "4", 5)
+        assert kept(store) == ["epoch_latest.pt", "step_4", "step_3"]
+        saved(store, "6", "7", "8")  # the latest file has no other name now
+        assert kept(store) == ["step_8", "step_7", "step_6", "epoch_latest.pt"]
+
+    def test_in_a_copy_without_links(self, store, tmp_path):
+        saved(store, 1, "2")
+        copy = Checkpoints(Path(shutil.copytree(store.folder, tmp_path / "copy")))
+        assert kept(copy) == ["step_2", "epoch_latest.pt", "step_1.pt"]
+        saved(store, 3)
+        copy = Checkpoints(Path(shutil.copytree(store.folder, tmp_path / "other")))
+        assert kept(copy) == ["epoch_latest.pt", "step_3.pt", "step_2", "step_1.pt"]
+
+    @pytest.mark.parametrize(
+        ("steps", "resumed", "expected"),
+        [
+            (["1", 2, "3"], "epoch_latest.pt", ["epoch_latest.pt", "step_1"]),
+            (["1", 2, "3"], "step_1", ["step_1"]),
+            ([1, "2", "3"], "step_2", ["step_2", "epoch_latest.pt"]),
+        ],
+    )
+    def test_a_run_that_goes_on_from_an_earlier_one(self, steps, resumed, expected, store):
+        saved(store, *steps)
+        store.begin(store.folder / resumed)
+        assert kept(store) == expected
+
+
+def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    put = []
+    original = type(fs).put_file
+    monkeypatch.setattr(type(fs), "put_file", lambda self, *args: (put.append(args[1]), original(self, *args))[1])
+    saved(store, 1, "2", "3")
+    shutil.copytree(store.folder / "step_3", store.folder / ".step_4.tmp")
+    folder = RunFolder(store.folder.parent)
+    RemoteCopy(folder, "memory://copies").sync()
+    root = "/copies/run/checkpoints"
+    sent = [path.removeprefix(f"{root}/step_3/") for path in put if "/step_3/" in path]
+    assert sent == [".metadata", "__0_0.distcp", "rest.pt", "manifest.json"]
+    assert not any(".step_4" in path for path in put)
+    other = RunFolder(tmp_path / "other/run")
+    assert RemoteCopy(other, "memory://copies").restore() == ["Step 3 was downloaded from memory://copies/run"]
+    assert same_content(other.checkpoints / "step_3", state(3))
+    # what is damaged there, or not all there yet, is not taken
+    fs.rm_file(f"{root}/step_3/manifest.json")
+    fs.pipe_file(f"{root}/step_2/rest.pt", b"x")
+    third = RunFolder(tmp_path / "third/run")
+    copy = RemoteCopy(third, "memory://copies")
+    said = copy.restore()
+    assert "checkpoints/step_2 is not used: " in said[0]
+    assert "rest.pt is not the file that was written" in said[0]
+    assert said[1:] == ["Step 1 was downloaded from memory://copies/run"]
+    assert kept(Checkpoints(third.checkpoints)) == ["epoch_latest.pt"]
+    fs.store.clear()
+
+
+def same_content(folder, expected):
+    content = read_saved(folder)
+    assert content["state_dict"].pop("w").equal(expected["state_dict"].pop("w"))
+    return content == expected

@@ -1,0 +1,130 @@
+"""Signs of trouble: what is one, and what is not."""
+
+import math
+import random
+import re
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast.kernels import contrastive_loss, sigmoid_loss
+from clipfast.train import TrainConfig
+from clipfast.train.guard import Figures
+from clipfast.train.spikes import FIRST, FLAT_FOR, PAUSE, SATURATED_FOR, Signs, guessing
+from clipfast.train.step import TrainingStep
+from clipfast.train.trainer import Trainer
+
+
+def course(steps, seed=0):
+    """Figures of a usual run: a loss that falls, with noise, and a gradient norm with a heavy tail."""
+    rng = random.Random(seed)
+    for step in range(1, steps + 1):
+        loss = (0.5 + 5 * math.exp(-step / 3000)) * math.exp(rng.gauss(0, 0.05))
+        yield step, Figures(loss, 0.5 * math.exp(rng.gauss(0, 0.4)), 0.0, min(14 + step / 20, 99.0))
+
+
+def seen(signs, figures):
+    return [(step, sign.kind) for step, one in figures for sign in signs.see(step, one)]
+
+
+def test_no_alarm_in_a_usual_course():
+    assert [seen(Signs(50), course(3000, seed)) for seed in range(3)] == [[]] * 3
+
+
+@pytest.mark.parametrize(("field", "kind", "factor"), [("loss", "loss", 3), ("grad_norm", "gradient norm", 60)])
+def test_a_spike_is_reported_once_and_does_not_become_usual(field, kind, factor):
+    def spiked(at):
+        for step, one in course(1200):
+            yield step, one._replace(**{field: factor * getattr(one, field)}) if step in at else one
+
+    assert seen(Signs(50), spiked((600,))) == [(600, kind)]
+    assert seen(Signs(700), spiked((600,))) == []  # in the warm-up
+    assert seen(Signs(0), spiked((FIRST // 2,))) == []  # nothing is usual yet
+    # one report, however many spikes come, until the pause is over; the last one is as unusual as the first
+    many = [600, 601, 602, 640, 600 + PAUSE[kind] - 1, 600 + PAUSE[kind]]
+    assert seen(Signs(50), spiked(many)) == [(600, kind), (600 + PAUSE[kind], kind)]
+
+
+def test_a_logit_scale_at_its_limit_is_reported():
+    figures = [(step, Figures(1.0, 1.0, 0.0, 100.0)) for step in range(1, SATURATED_FOR + PAUSE["logit scale"] + 1)]
+    assert seen(Signs(0), figures) == [(SATURATED_FOR, "logit scale"), (figures[-1][0], "logit scale")]
+    figures[300] = 301, figures[300][1]._replace(logit_scale=99.0)
+    assert seen(Signs(0), figures)[0] == (301 + SATURATED_FOR, "logit scale")
+
+
+def flat(signs, first, steps, **changes):
+    one = Figures(math.log(32), 1e-6, 0.0, 1.0)._replace(**changes)
+    return seen(signs, [(step, one) for step in range(first, first + steps)])
+
+
+def test_a_collapse_is_reported_with_the_last_good_step():
+    guess = math.log(32)
+    signs = Signs(0, guess)
+    assert seen(signs, [(step, Figures(guess + 0.01, 1.0, 0.0, 14.0)) for step in range(1, 301)]) == []
+    assert signs.good is None
+    assert seen(signs, [(step, Figures(0.9 * guess, 1.0, 0.0, 14.0)) for step in range(301, 401)]) == []
+    assert flat(signs, 401, FLAT_FOR - 1) == []
+    assert flat(signs, 400 + FLAT_FOR, 300) == [(400 + FLAT_FOR, "collapse")]
+    assert signs.good == 400
+    for changes in ({"grad_norm": 0.1}, {"loss": guess + 0.1}):  # it learns nothing yet, or it is off
+        assert flat(Signs(0, guess), 1, 200, **changes) == []
+    assert flat(Signs(0), 1, 200) == []  # other losses are added to this one
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+def test_the_loss_of_guessing(siglip):
+    same = F.normalize(torch.ones(8, 4), dim=-1)
+    scale = torch.tensor(1.0)
+    if siglip:  # each pair is one of 8
+        found = sigmoid_loss(same, same, scale, torch.tensor(math.log(1 / 7)) - 1)
+    else:
+        found = contrastive_loss(same, same, scale)
+    model = mock.Mock(logit_bias=torch.zeros(()) if siglip else None)
+    assert guessing(TrainConfig(train_data="x"), model, 8) == pytest.approx(found.item(), rel=1e-6)
+    assert guessing(TrainConfig(train_data="x"), model, 1) is None
+
+
+@pytest.mark.parametrize("what", ["collapse", "weights"])
+def test_the_last_good_checkpoint_is_kept(what, run_small, monkeypatch):
+    """It was saved after step 6, of 24 steps of which each is saved, and the last two are kept."""
+    monkeypatch.setattr("clipfast.train.spikes.FLAT_FOR", 8)
+    original = Trainer._train_step
+
+    def changed(trainer, batch):
+        figures, is_good = original(trainer, batch), trainer.progress.step < 6
+        if what == "weights" and not is_good:
+            trainer.model.text_projection.data.fill_(1e9)
+        return figures.copy_(torch.tensor([1.0, 1.0, 0.0, 14.0] if is_good else [math.log(8), 1e-6, 0.0, 1.0]))
+
+    def kept(folder):
+        return {path.name for path in folder.checkpoints.glob("step_*")}
+
+    options = {"save_every": 1, "log_every_n_steps": 3, "workers": 0}
+    with mock.patch.object(Trainer, "_train_step", changed):
+        folder = run_small(epochs=6, **options)
+        assert kept(folder) == {"step_6.pt", "step_23.pt", "step_24.pt"}
+        warned = [line["step"] for line in folder.metrics() if line.get("warning") == what]
+        assert warned[0] == (14 if what == "collapse" else 7)
+        assert re.search("step 6 (is|was) the last good one", (folder.path / "out.log").read_text())
+        run_small(folder.latest, epochs=7, **options)
+    assert kept(folder) == {"step_6.pt", "step_27.pt", "step_28.pt"}
+
+
+def test_a_spike_is_in_the_log_and_in_the_metrics(run_small, monkeypatch):
+    monkeypatch.setattr("clipfast.train.spikes.FIRST", 3)
+    original, calls = TrainingStep.backward, []
+
+    def spiked(step, images, texts):
+        loss = original(step, images, texts)
+        calls.append(loss)
+        return loss * 30 if len(calls) == 6 else loss
+
+    monkeypatch.setattr(TrainingStep, "backward", spiked)
+    folder = run_small(lr=1e-6)
+    (warning,) = (line for line in folder.metrics() if "warning" in line)
+    assert (warning["step"], warning["warning"]) == (6, "loss")
+    assert warning["value"] == pytest.approx(30 * warning["usual"], rel=0.3)
+    assert "WARNING | The loss of step 6 is " in (folder.path / "out.log").read_text()
+    assert torch.isfinite(torch.stack(calls)).all()

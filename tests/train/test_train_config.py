@@ -1,0 +1,66 @@
+"""Options of training: what cannot work is refused, and recipes are read."""
+
+from pathlib import Path
+
+import pytest
+
+from clipfast.cli.train import _saved_options
+from clipfast.train import TrainConfig, read_recipe
+
+from ..small_runs import cases
+from .test_training import SMALL
+
+
+@cases(r"""
+lr=-1.0: --lr must be more than 0
+beta2=1.0: --beta2 must be less than 1, got 1.0
+grad_clip_norm=0.0: --grad-clip-norm must be more than 0, got 0.0
+eps=1e999: --eps must be a finite number, got inf
+seed=9223372036854775808: --seed must be at most
+name=../x: --name .*'../x'
+name=..: --name must be the name of a folder in --logs
+warmup=-1: --warmup must not be negative
+crop_scale=(0.9,0.1): --crop-scale needs two shares of the area
+train_num_samples=4: --train-num-samples 4 is less than one batch of 8
+precision=fp8: --precision must be one of auto, fp32
+hue=0.7: --hue must be at most 0.5, got 0.7
+keyword_prob=1.5: --keyword-prob must be at most 1
+epochs=1.5: --epochs must be int, got 1.5
+samples_seen=0: --samples-seen must be more than 0, got 0
+samples_seen=64: --samples-seen 64 and --epochs 2 .* leave one out
+batch_size='256': --batch-size must be int, got '256'
+val_leave_out=Flags: --val-leave-out must be a list of str, got 'Flags'
+val_leave_out=('Flags',): --val-leave-out needs --val-group-by
+cuda_graphs=True micro_batch_size=4: --cuda-graphs .* leave out --micro-batch
+micro_batch_size=many: --micro-batch-size must be int or 'auto', got 'many'
+micro_batch_size=True: --micro-batch-size must be int or 'auto', got True
+force_patch_dropout=-0.1: --force-patch-dropout must not be negative, got -0.1
+force_patch_dropout=1.0: --force-patch-dropout must be less than 1, got 1.0
+""")
+def test_bad_options(options, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(**({"train_data": "x.tar"} | SMALL | options))
+
+
+def test_a_share_that_is_no_number():
+    with pytest.raises(ValueError, match="--force-patch-dropout must be a finite number, got nan"):
+        TrainConfig("x.tar", force_patch_dropout=float("nan"))
+
+
+def test_recipes(tmp_path):
+    (tmp_path / "mine.toml").write_text("batch-size = 4\ncrop-scale = [0.5, 1.0]")
+    assert read_recipe(str(tmp_path / "mine.toml")) == {"batch_size": 4, "crop_scale": (0.5, 1.0)}
+    (tmp_path / "typo.toml").write_text("bach_size = 4")
+    for name, message in (("typo.toml", "unknown options: bach_size"), ("none.toml", "no recipe")):
+        with pytest.raises(ValueError, match=message):
+            read_recipe(str(tmp_path / name))
+
+
+def test_a_resumed_run_keeps_the_form_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("r", None):  # None: nobody named the run, and its folder is named after its time
+        content = {"clipfast": {"config": {"logs": "runs", "name": name}}}
+        for folder in (Path("runs/r"), tmp_path / "runs" / "r"):
+            assert _saved_options(folder / "checkpoints" / "step_1.pt", content) == {"logs": "runs", "name": "r"}
+    moved = _saved_options(Path("other/s/checkpoints/step_1.pt"), content)
+    assert moved == {"logs": str(tmp_path / "other"), "name": "s"}

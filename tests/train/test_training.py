@@ -1,0 +1,338 @@
+"""Training: what a run leaves, resumption to the last bit, kill -9, Ctrl-C, and options of a run that goes on."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from clipfast import add_model_config, create_model, get_model_config, load_checkpoint
+from clipfast.checkpoints.checkpoint import read_checkpoint
+from clipfast.cli.main import main
+from clipfast.distributed.ending import TrainingError
+from clipfast.runs.folder import RunFolder
+from clipfast.train import TrainConfig
+from clipfast.train.loop import train
+from clipfast.train.trainer import Trainer
+
+from ..small_runs import TINY, everything, run_command, sample, write_shard
+
+SMALL = {
+    "model": TINY, "batch_size": 8, "train_num_samples": 32, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0,
+    "log_every_n_steps": 2, "save_frequency": 0,
+}  # fmt: skip
+
+
+def config(shards, tmp_path, **options):
+    """Eight steps on the small shards."""
+    return TrainConfig(
+        **{"train_data": shards, "logs": str(tmp_path), "name": "run", "unique_by": "label"} | SMALL | options
+    )
+
+
+def losses(folder: RunFolder) -> list[float]:
+    return [line["loss"] for line in folder.metrics() if "loss" in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimiser state of a run's latest checkpoint, flat."""
+    checkpoint = read_checkpoint(RunFolder(folder).latest)
+    states = checkpoint["optimizer"]["state"].items()
+    moments = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
+    return checkpoint["state_dict"] | moments
+
+
+def same(a: Path, b: Path) -> bool:
+    """Return True if the latest checkpoints of two runs are equal to the last bit."""
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def before_step(step, do):
+    """Call ``do`` with the trainer before the step that follows ``step``."""
+    original = Trainer._train_step
+
+    def interrupted(trainer, batch):
+        if trainer.progress.step == step:
+            do(trainer)
+        return original(trainer, batch)
+
+    return mock.patch.object(Trainer, "_train_step", interrupted)
+
+
+@contextlib.contextmanager
+def stopped_after(step: int):
+    """Stop a run after ``step`` steps and before it saves anything more, as a kill would."""
+
+    def stop(trainer):
+        trainer.checkpoints.wait()
+        raise KeyboardInterrupt
+
+    with before_step(step, stop), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+def whole_and_resumed(shards, tmp_path, **options) -> tuple[RunFolder, RunFolder]:
+    """The folders of two runs with the same options: one without a stop, and one that was stopped and went on."""
+    whole, _ = train(config(shards, tmp_path / "whole", **options))
+    part = config(shards, tmp_path / "part", save_every=1, **options)
+    with stopped_after(5):
+        train(part)
+    folder, _ = train(part, RunFolder(tmp_path / "part" / "run").latest)
+    return whole, folder
+
+
+def command(shards, tmp_path, *extra: str) -> list[str]:
+    """The command line for a run of 24 steps that saves after each, and keeps no more than the last ones."""
+    options = "--name run --batch-size 8 --train-num-samples 96 --epochs 2 --warmup 2 --save-every 1 --unique-by label"
+    options += " --save-frequency 0"
+    return ["train", "--train-data", shards, "--model", TINY, "--logs", str(tmp_path), *options.split(), *extra]
+
+
+def started(arguments: list[str], **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "clipfast", *arguments], stdout=subprocess.DEVNULL, **options)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the run ended by itself: {process.communicate()}"
+        if RunFolder(folder).latest.exists() and saved_step(folder) >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail("no checkpoint after two minutes")
+
+
+def saved_step(folder: Path) -> int:
+    """Step of the latest checkpoint; reading it fails if it is ever broken."""
+    return read_checkpoint(RunFolder(folder).latest)["clipfast"]["progress"]["step"]
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_leaves_what_it_should(finished):
+    results = results_of(finished.path)
+    assert (results["steps"], results["images"], results["without"]["groups"]) == (8, 48, ["odd"])
+    metrics = finished.metrics()
+    assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in metrics if "eval" in line] == [4, 8]
+    names = {"epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_6.pt", "step_8.pt"}
+    assert {path.name for path in finished.checkpoints.glob("*.pt")} == names
+    for name in ("learning_curve.png", "contact_sheet.png"):
+        assert (finished.path / name).stat().st_size > 10_000
+    model = create_model(f"local-dir:{finished.path}")
+    assert torch.equal(model.visual.proj, weights(finished.path)["visual.proj"])
+
+
+def test_eight_pairs_are_learned(run_small, tmp_path):
+    write_shard(tmp_path / "s.tar", [sample(index) for index in range(8)])
+    found = losses(run_small(train_data=f"{tmp_path}/s.tar", train_num_samples=240, epochs=1))
+    assert found[-1] < 0.1 * found[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_is_the_same_to_the_last_bit(workers, small, run_small, tmp_path):
+    # the patches that a step drops depend on the random state too
+    options = {"workers": workers, "force_patch_dropout": 0.5}
+    whole, part = run_small(name="whole", **options), RunFolder(tmp_path / "part")
+    options |= {"name": "part", "save_every": 3}
+    for resume, step in ((None, 3), (part.latest, 4)):  # within an epoch, and after one
+        with stopped_after(step):
+            train(small(**options), resume)
+        assert saved_step(part.path) == step
+    run_small(part.latest, **options)
+    assert same(whole.path, part.path)
+    assert [line["step"] for line in part.metrics() if "loss" in line] == [2, 4, 6, 8]
+
+
+def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, capsys):
+    folder = tmp_path / "killed" / "run"
+    arguments = command(shards, tmp_path / "killed")
+    process = started(arguments, stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(process, folder, 3)
+    process.send_signal(signal.SIGSTOP)
+    before = everything(folder)
+    for words in (arguments, ["train", "--resume", str(folder)]):
+        code, _, err = run_command(capsys, *words)
+        assert code == 2
+        assert re.search(f"run is in use by process {process.pid} on .* since 20", err)
+    assert everything(folder) == before
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert workers
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 2  # the loader's own watch takes five seconds
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "a data worker lives on"
+        time.sleep(0.02)
+    assert 3 <= saved_step(folder) < 24
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert main(command(shards, tmp_path / "whole", "--workers", "0")) == 0
+    assert same(tmp_path / "whole" / "run", folder)
+    assert [path.name for path in folder.rglob("*.tmp")] == []
+    assert results_of(folder)["steps"] == 24
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_ctrl_c_saves_and_says_where(shards, tmp_path):
+    """A terminal sends it to the data workers as well."""
+    arguments = command(shards, tmp_path, "--epochs", "2000")
+    process = started(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_checkpoint(process, tmp_path / "run", 3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert log.count(f"clipfast train --resume {tmp_path / 'run'}") == 1
+    assert not re.search("Traceback|killed by signal", log)
+
+
+def test_open_clip_loads_our_checkpoint(run_small, tmp_path, open_clip_registry):
+    open_clip = pytest.importorskip("open_clip")
+    folder = run_small(model="ViT-T-8-32", epochs=1)
+    model = create_model("ViT-T-8-32")
+    load_checkpoint(model, folder.latest)
+    # through the exported folder, and from the training checkpoint
+    exported = open_clip.create_model(f"local-dir:{folder.path}")
+    (tmp_path / "emoji.json").write_text(json.dumps(model.config.to_dict()))
+    open_clip.add_model_config(tmp_path / "emoji.json")
+    trained = open_clip.create_model("emoji", pretrained=str(folder.latest))
+    for theirs in (exported, trained):
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_open_clip_training_can_be_gone_on_with(small, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.CLIP(**get_model_config("ViT-T-8-32").to_dict())
+
+    # the two groups of their trainer: without and with weight decay
+    def exclude(name, p):
+        return p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
+
+    named = list(theirs.named_parameters())
+    groups = [[p for name, p in named if exclude(name, p)], [p for name, p in named if not exclude(name, p)]]
+    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=1.0)
+    for _, p in named:
+        # a moment that says which parameter it belongs to
+        p.grad = torch.full_like(p, p.numel() % 997 + 1.0)
+    optimizer.step()
+    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in named}
+    checkpoint = {"epoch": 1, "name": "theirs", "state_dict": theirs.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(checkpoint, tmp_path / "epoch_1.pt")
+    options = small(model="ViT-T-8-32")
+    trainer = Trainer(options, RunFolder(tmp_path / "x"), read_checkpoint(tmp_path / "epoch_1.pt"))
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(trainer.optimizer.state[p]["exp_avg"], moments[name]), name
+    # the options are this run's own
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.2]
+    folder, _ = train(options, tmp_path / "epoch_1.pt")
+    assert [line["step"] for line in folder.metrics() if "loss" in line] == [6, 8]
+
+
+def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, capsys):
+    before = copied.latest.read_bytes()
+    with pytest.raises(ValueError, match=r"--resume .*run, or .* --name"):
+        train(small())
+    assert copied.latest.read_bytes() == before
+    # two steps of 16 pairs, after two epochs that are four such steps
+    changes = ["--epochs", "3", "--wd", "0.5", "--beta2", "0.9", "--batch-size", "16", "--val-frequency", "0"]
+    assert main(["train", "--resume", "latest", "--name", "run", "--logs", str(copied.path.parent), *changes]) == 0
+    checkpoint = read_checkpoint(copied.latest)
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.0, (0.9, 0.9)), (0.5, (0.9, 0.9))]
+    assert (checkpoint["epoch"], checkpoint["clipfast"]["progress"]["step"]) == (3, 6)
+    recorded = json.loads((copied.path / "config.json").read_text())
+    change = {"after_step": 4, "epochs": 3, "wd": 0.5, "beta2": 0.9, "batch_size": 16, "val_frequency": 0}
+    assert (recorded["batch_size"], recorded["changes"]) == (8, [change])
+    for words, said in (
+        (["--resume", "latest"], "--name"),
+        (["--resume", copied.path, "--model", "RN50"], "--model"),
+        (["--resume", copied.path, "--model", "RN50", "--name", "other"], "--model"),
+        (["--resume", copied.path, "--lr", "1"], "finished after 6 steps, .*--lr 0.001 -> 1"),
+    ):
+        code, _, err = run_command(capsys, "train", *words)
+        assert code == 2
+        assert re.search(said, err)
+    assert json.loads((copied.path / "config.json").read_text()) == recorded
+    assert not (copied.path.parent / "other").exists()
+
+
+def test_model_and_length_come_from_the_checkpoint(small, tmp_path):
+    # what the run was started from may be gone by now
+    shutil.copy(TINY, tmp_path / "mine.json")
+    add_model_config(tmp_path / "mine.json")
+    torch.save(create_model("mine").state_dict(), tmp_path / "start.pt")
+    own = {"model": str(tmp_path / "mine.json"), "pretrained": str(tmp_path / "start.pt")}
+    options = small(**own, train_num_samples=None)
+    folder, _ = train(dataclasses.replace(options, epochs=1))
+    for name in ("mine.json", "start.pt"):
+        (tmp_path / name).unlink()
+    train(options, folder.latest)
+    assert saved_step(folder.path) == 2 * (48 // 8)
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(copied, tmp_path):
+    (tmp_path / "home" / "downloads").mkdir(parents=True)
+    downloaded = copied.latest.rename(tmp_path / "home" / "downloads" / "epoch_latest.pt")
+    shutil.rmtree(copied.path)
+    words = ["--resume", str(downloaded), "--epochs", "3", "--val-frequency", "0", "--logs", str(tmp_path)]
+    assert main(["train", *words]) == 0
+    assert (tmp_path / "run" / "results.json").exists()
+    assert [path.name for path in (tmp_path / "home").rglob("*")] == ["downloads", "epoch_latest.pt"]
+
+
+@pytest.mark.parametrize("shard", ["pipe:touch owned", "bundled:pipe:touch owned", "a.tar::https://e.org/b.tar"])
+def test_a_checkpoint_cannot_bring_a_shell_command(tmp_path, capsys, monkeypatch, shard):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "clipfast": {"config": {"train_data": shard}}}, tmp_path / "run.pt")
+    (tmp_path / "recipe.toml").write_text(f'train_data = "{shard}"')
+    for arguments in (["--resume", "run.pt"], ["--recipe", "recipe.toml"]):
+        assert main(["train", *arguments]) == 2
+        assert re.search(f"{re.escape(repr(shard))}.*--train-data", capsys.readouterr().err)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_validation_data_is_looked_at_before_training_and_after_an_epoch_is_saved(shards, run_small, tmp_path):
+    for options, message in (
+        ({"val_data": "nowhere.tar"}, "nowhere.tar"),
+        ({"val_data": shards, "val_group_by": "breed"}, "breed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_small(**options)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="evne"):
+        run_small(val_data=shards, val_group_by="category", val_leave_out=("evne",))
+    assert saved_step(tmp_path / "run") == 4
+
+
+def test_weights_that_are_not_finite_stop_and_spare_the_checkpoint(run_small, tmp_path):
+    original = Trainer._train_step
+
+    def ruined(trainer, batch):
+        figures = original(trainer, batch)
+        if trainer.progress.step == 5:
+            trainer.model.text_projection.data[0, 0] = float("inf")
+        return figures
+
+    ruining = mock.patch.object(Trainer, "_train_step", ruined)
+    with ruining, pytest.raises(TrainingError, match=r"weights are not finite at step 6.*--lr"):
+        run_small(save_every=1, log_every_n_steps=1)
+    assert saved_step(tmp_path / "run") == 5
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())

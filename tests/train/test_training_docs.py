@@ -1,0 +1,125 @@
+"""Every command of docs/training.md runs, with a tiny model in place of its own, and two processes in place of many."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipfast.cli.main import main
+
+from .. import processes
+from ..processes import run_ranks
+from ..small_runs import sample, write_shard
+
+processes.PRELOAD.append("clipfast.train.trainer")
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "training.md").read_text()
+COMMANDS = [
+    shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
+]
+(SCRIPT,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+TINY = str(Path(__file__).with_name("tiny.json"))
+SMALL = "data/000.tar"
+FEWER = {"--batch-size": "8", "--global-batch-size": "16", "--micro-batch-size": "4", "--warmup": "1"}
+
+
+def shortened(arguments):
+    """The arguments of a command with a tiny model, small batches and two steps."""
+    given = list(arguments)
+    for flag, value in (*FEWER.items(), ("--model", TINY), ("--remote-sync", f"file://{Path.cwd()}/copies")):
+        if flag in given:
+            given[given.index(flag) + 1] = value
+    if "--samples-seen" in given:
+        given[given.index("--samples-seen") + 1] = "32"
+    elif "--print-config" not in given and "--resume" not in given:
+        given += ["--samples-seen", "32"]
+    if "--recipe" in given and "--print-config" not in given:
+        given += ["--global-batch-size", "16"]
+    if "emoji" in given:
+        given += ["--val-data", SMALL, "--val-leave-out", "odd"]
+    return given
+
+
+def smaller(arguments):
+    """The arguments of another command with a small model and few images."""
+    changes = {"ViT-B-32": "ViT-T-8-32", "bundled:emoji/noto": SMALL, "bundled:emoji/fluent": "data/001.tar"}
+    return [changes.get(word, word) for word in arguments]
+
+
+def as_rank(rank, folder, arguments):
+    """Run a command as one of the processes of torchrun, and return its errors."""
+    os.chdir(folder)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ.update(dict(zip(names, map(str, (rank, rank, 2, 2)), strict=True)))
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            code = main(arguments)
+        except SystemExit as ended:  # another rank says why
+            code = ended.code
+    return errors.getvalue() if code else ""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the data that the page names."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "data").mkdir()
+    for number in range(4):
+        write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
+    yield folder
+    shutil.rmtree(folder)  # with the checkpoints of many runs
+
+
+@pytest.mark.long
+def test_commands(folder, monkeypatch, capsys):
+    """They run in the order of the page, since some go on with what others have made."""
+    monkeypatch.chdir(folder)
+    for number, (program, *arguments) in enumerate(COMMANDS):
+        command = shlex.join([program, *arguments])
+        if program == "torchrun":
+            start = arguments.index("--") + 1
+            assert arguments[2:start] == ["-m", "clipfast", "--"], command
+            given = shortened(arguments[start:])
+            if "--resume" not in given:
+                given += ["--workers", "0"]  # these processes can have no workers
+            place = folder / f"ranks{number}"
+            place.mkdir()
+            assert run_ranks(as_rank, 2, str(folder), given, folder=place, timeout=300.0) == ["", ""], command
+            continue
+        assert program == "clipfast"
+        is_training = arguments[0] == "train"
+        assert main((shortened if is_training else smaller)(arguments)) == 0, (command, capsys.readouterr().err)
+    runs = {path.name for path in (folder / "runs").iterdir()}
+    assert runs >= {"demo", "eight", "sharded", "kept", "finetuned", "lit"}
+
+
+@pytest.mark.long
+def test_the_script_for_slurm(folder):
+    """``srun`` and ``scontrol`` are stand-ins, for one machine with two processes; torchrun is the real one."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, line in (
+        ("srun", 'exec "$@"'), ("scontrol", "echo localhost"),
+        ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"'),
+    ):  # fmt: skip
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    script = SCRIPT.replace("--model ViT-B-32", f"--model {TINY} --device cpu").replace("amp_bf16", "fp32")
+    script = script.replace("32768", "16 --samples-seen 64 --warmup 1").replace(
+        "29500", str(29500 + os.getpid() % 1000)
+    )
+    environment = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a",
+        "GPUS": "2", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = ["bash", "-c", script]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs" / "months" / "results.json").exists()

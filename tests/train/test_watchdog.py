@@ -1,0 +1,223 @@
+"""A rank that is stuck is named in the errors of the others, in time, and says where it is if it still can."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clipfast.checkpoints.of_run import Checkpoints
+from clipfast.data.loader import PairBatches
+from clipfast.distributed import watchdog
+from clipfast.distributed.watchdog import Watchdog
+from clipfast.train import TrainConfig
+from clipfast.train.validation import ImageNet
+
+from .. import processes
+from ..processes import error_of, run_ranks, start_ranks
+from ..small_runs import TINY, sample, write_shard
+from .distributed import on_rank, trained
+from .test_training import saved_step
+
+processes.PRELOAD.append("clipfast.train.trainer")
+TIMEOUT = 4  # seconds
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Options of a run of twelve steps."""
+    write_shard(tmp_path / "a.tar", [sample(index) for index in range(24)])
+    return {
+        "train_data": f"{tmp_path}/a.tar", "model": TINY, "global_batch_size": 12, "samples_seen": 144, "warmup": 2,
+        "train_num_samples": 144, "workers": 0, "save_every": 3, "name": "run", "logs": str(tmp_path),
+        "dist_timeout": TIMEOUT,
+    }  # fmt: skip
+
+
+def stalling(world, given, rank, seconds, number):
+    """Train, with a data loader of one rank that sleeps before it makes a batch."""
+    original = PairBatches.__getitem__
+
+    def slow(batches, index):
+        if world.rank == rank and index == number:
+            time.sleep(seconds)
+        return original(batches, index)
+
+    with mock.patch.object(PairBatches, "__getitem__", slow):
+        return trained(world, given)
+
+
+@contextlib.contextmanager
+def started(size, jobs, folder, do=trained):
+    folder.mkdir()
+    processes = start_ranks(on_rank, size, size, jobs, do, folder=folder)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def is_stopped(process):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+    return False
+
+
+def wait_until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.long
+def test_a_rank_that_is_stopped_is_named_by_all_others(given, tmp_path):
+    folder = tmp_path / "ranks"
+    with started(3, [(given, False, (signal.SIGSTOP, (1,), 5))], folder) as processes:
+        wait_until(lambda: is_stopped(processes[1]))
+        stopped = time.monotonic()
+        for rank in (0, 2):
+            processes[rank].join(20)
+        assert time.monotonic() - stopped < TIMEOUT + 1.5  # its collective fails at the timeout
+        assert [processes[rank].exitcode for rank in (0, 2)] == [1, 1]
+        name = f"rank 1, process {processes[1].pid} on {os.uname().nodename} gives no sign of life; the last was"
+        for rank in (0, 2):
+            assert f"RuntimeError: rank {rank}: another rank is lost: {name} from step " in error_of(folder, rank)
+            assert "_train_step" in (tmp_path / "run" / "stacks" / f"rank_{rank}.txt").read_text()
+        log = (tmp_path / "run" / "out.log").read_text()
+        assert "ERROR | at step 6, this rank waits: rank 1," in log
+    assert saved_step(tmp_path / "run") == 3
+
+
+@pytest.mark.long
+def test_a_rank_without_data_is_named_with_its_stack(given, tmp_path):
+    folder = tmp_path / "ranks"
+    with started(2, [(given, 1, 600, 5)], folder, stalling) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [1, 1]
+    name = r"rank 0: another rank is lost: rank 1, process \d+ on \S+ has waited for its data for \d s at step 6"
+    assert re.search(name + r"; .*/stacks/rank_N.txt holds the stacks", error_of(folder, 0))
+    stack = (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
+    assert "in slow" in stack
+    assert "in _train_epoch" in stack
+
+
+@pytest.mark.long
+def test_slow_ranks_are_not_stuck(given, tmp_path):
+    """The first batch, a checkpoint, and the classifier of ImageNet may take longer than the timeout."""
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    given |= {"dist_timeout": 3, "samples_seen": 48}
+    assert run_ranks(on_rank, 2, 2, [(given,)], slowly, folder=folder) == [[(None, {})]] * 2
+    assert "ERROR" not in (tmp_path / "run" / "out.log").read_text()
+    assert not (tmp_path / "run" / "stacks").exists()
+
+
+def slowly(world, given):
+    def slow(*_):
+        time.sleep(4 * world.rank)
+        return torch.full((2, 3), world.rank)
+
+    def save(*args, **options):
+        time.sleep(4)
+        return original(*args, **options)
+
+    original, images = Checkpoints.save, ImageNet(TrainConfig(**given, imagenet_val=None))
+    with mock.patch.object(Checkpoints, "save", save):
+        ended = stalling(world, given, 1, 4.0, 0)
+    with mock.patch("clipfast.train.validation.imagenet_classifier", slow):
+        return ended, images.evaluate(None, None, None, torch.device("cpu"), world)
+
+
+def watched(rank, what):
+    """Return what a watchdog says on rank 0, while rank 1 does something."""
+    store = dist.distributed_c10d._get_default_store()
+    dog = Watchdog(store, rank, 2, 1.0)
+    dog.arm()
+    dist.barrier()
+    if rank == 1:
+        with dog.phase(what):
+            if what == "dead":
+                dog.close()
+            time.sleep(2.5)
+        found = ""
+    else:
+        with dog.phase("step"):
+            time.sleep(0.95)
+            found = dog.diagnosis
+            with dog.phase("exchange"):
+                time.sleep(0.5)
+            if what == "later":
+                dog.step = 1
+                time.sleep(0.2)
+                found = dog.diagnosis
+    dist.barrier()
+    dog.close()
+    return [found]
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("data", r"rank 1, process \d+ on \S+ has waited for its data for 1 s at step 0"),
+        ("evaluation", r"rank 1, .* is in the phase 'evaluation' since 1 s at step 0"),
+        ("dead", r"rank 1, .* gives no sign of life; the last was from step 0, phase .*: stopped"),
+        ("step", ""),
+        ("wait", ""),
+        ("later", ""),  # it went on
+    ],
+)
+def test_who_holds_up_the_others(what, expected, tmp_path):
+    (found,), _ = run_ranks(watched, 2, what, folder=tmp_path)
+    assert re.match(expected or "$", found), found
+
+
+def blamed_twice(rank, folder, late):
+    """Return the stacks of rank 1 after each of two waits for its data, of which the first one ends."""
+    dog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, 1.0)
+    dog.folder = folder
+    dog.arm()
+    found = []
+    for step in (3, 7):
+        dog.step = step + late if rank == 0 else step
+        dist.barrier()
+        with dog.phase("data" if rank == 1 else "step"):
+            time.sleep(1.5)
+        found += [path.read_text() for path in folder.glob("rank_1.txt")]
+        dist.barrier()
+        if rank == 0:
+            (folder / "rank_1.txt").unlink()
+    dist.barrier()
+    dog.close()
+    return found, dog.diagnosis
+
+
+def test_a_rank_can_be_named_again(tmp_path):
+    (stacks, said), _ = run_ranks(blamed_twice, 2, tmp_path / "stacks", 1, folder=tmp_path)
+    assert len(stacks) == 2
+    assert re.match(r"rank 1, process \d+ on \S+ has waited for its data for 1 s at step 7", said), said
+
+
+def endless(rank, late):
+    """Wait for ever in a phase of the step, as in a collective of GPUs that does not return."""
+    dog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, 1.0)
+    dog.step = late if rank == 0 else 0
+    dog.arm()
+    dist.barrier()
+    with mock.patch.object(watchdog, "GRACE", 0.2), dog.phase("step" if rank == 0 else "data"):
+        time.sleep(60)
+
+
+def test_ranks_that_do_not_come_out_are_ended(tmp_path):
+    processes = start_ranks(endless, 2, 1, folder=tmp_path)
+    for process in processes:
+        process.join(20)
+    assert [process.exitcode for process in processes] == [1, 1]
