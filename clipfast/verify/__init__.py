@@ -1,6 +1,6 @@
 """Numerics as a report: every op, a whole model and a training curve, held to PyTorch.
 
-``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. ``options`` and ``run`` say what
+``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. ``options`` and ``runner`` say what
 runs, ``child`` runs a leg in another process, and ``report`` writes the results.
 
     from clipfast.verify import Options, exit_code, run_verify
