@@ -32,29 +32,33 @@ from .dtypes import accumulate_dtype
 from .launch import arch_of, launch, programs_at_once, triton_runs_on
 from .spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 
-# Registers of a thread, about. In backward the sums over rows stay in registers.
+# About how many registers a thread takes. The backward kernel takes more, since it keeps its sums over rows in them.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
 
 
 @triton.jit
 def _quick_gelu(u):
+    """Return QuickGELU(u) of a tile."""
     return u * tl.sigmoid(1.702 * u)
 
 
 @triton.jit
 def _quick_gelu_slope(u):
+    """Return the derivative of QuickGELU at each element of a tile."""
     p = tl.sigmoid(1.702 * u)
-    # u comes last: 1.702 * u may be infinite, and infinity times zero is NaN
+    # The factor u comes last: 1.702 * u may be infinite, and infinity times zero would be NaN.
     return p + 1.702 * (p * (1.0 - p) * u)
 
 
 @triton.jit
 def _gelu(u):
+    """Return GELU(u) of a tile, by the error function."""
     return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
 
 
 @triton.jit
 def _gelu_slope(u):
+    """Return the derivative of GELU at each element of a tile."""
     density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
     return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * density
 
@@ -67,7 +71,9 @@ def _bias_act_fwd_kernel(
     M, N, stride_xm, stride_xn,
     IS_QUICK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk tiles of rows in the BLOCK_N columns of this program, so that the bias is loaded once."""
+    """Compute GELU(x + bias), or QuickGELU, in the BLOCK_N columns of this program. It loads the bias once for all
+    rows.
+    """
     num_n = tl.cdiv(N, BLOCK_N)
     offs_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -93,12 +99,12 @@ def _bias_act_bwd_kernel(
     IS_QUICK: tl.constexpr, HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk tiles of rows in the BLOCK_N columns of this program, and keep its part of the sums over rows."""
+    """Compute dx in the BLOCK_N columns of this program, and sum dx over its rows for the gradient of the bias."""
     num_n = tl.cdiv(N, BLOCK_N)
     offs_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
-    # one sum for each row of the tile; these are added up at the end
+    # Each row of the tile has its own sum. The sums of the rows are added up at the end.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first, step = (tl.program_id(0) // num_n).to(tl.int64), tl.num_programs(0) // num_n
     for tile in tl.range(first, tl.cdiv(M, BLOCK_M), step, num_stages=NUM_STAGES):
@@ -110,13 +116,17 @@ def _bias_act_bwd_kernel(
         dx = dy.to(tl.float32) * (_quick_gelu_slope(u) if IS_QUICK else _gelu_slope(u))
         tl.store(dx_ptr + rows * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_SUMS:
-            acc += dx  # past the last row, dx is zero since dy is
+            acc += dx  # past the last row, dx is zero, because dy is zero there
     if HAS_SUMS:
         tl.store(sums_ptr + first * N + offs_n, tl.sum(acc, 0), mask=mask_n)
 
 
 def _grid(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, tuple[int], dict[str, int]]:
-    """Return the configuration, the number of programs for each block of columns, the grid, and the sizes of a tile."""
+    """Return how a bias-and-activation kernel is launched.
+
+    Returns:
+        The configuration, the number of programs for each block of columns, the grid, and the sizes of a tile.
+    """
     num_rows, width = x.shape
     cfg = row_config(kernel, arch_of(x.device), x.dtype)
     num_n = triton.cdiv(width, cfg.block_n)
@@ -127,6 +137,7 @@ def _grid(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, tuple
 
 
 def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
+    """Compute GELU(x + bias), or QuickGELU if ``quick``, by the Triton kernel."""
     y = x.new_empty(x.shape)
     cfg, _, grid, tile = _grid("bias_act_fwd", x, FWD_REGISTERS)
     launch(
@@ -137,6 +148,7 @@ def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
 
 
 def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of x and of the bias by the Triton kernel."""
     dx = x.new_empty(x.shape)
     cfg, per_block, grid, tile = _grid("bias_act_bwd", x, BWD_REGISTERS)
     sums = x.new_empty(per_block, x.shape[1] if with_sums else 0, dtype=torch.float32)
@@ -148,11 +160,13 @@ def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: b
 
 
 def _fwd_cpu(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
+    """Compute GELU(x + bias), or QuickGELU if ``quick``, in PyTorch."""
     u = x.to(accumulate_dtype(x.dtype)) + bias
     return (u * torch.sigmoid(1.702 * u) if quick else F.gelu(u)).to(x.dtype).contiguous()
 
 
 def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of x and of the bias in PyTorch."""
     dtype = accumulate_dtype(x.dtype)
     u, grad = x.to(dtype) + bias, grad.to(dtype)
     if quick:
@@ -244,7 +258,7 @@ def _bias_act(op: str, x: Tensor, bias: Tensor, backend: str) -> Tensor:
 
 
 def make(shape: RowShape, values: str, draw: Draw) -> Call:
-    """Make rows, a bias and a gradient; ``values`` says how large they are."""
+    """Make the input rows, the bias and the upstream gradient of a case; ``values`` says how large they are."""
     size = shape.rows, shape.width
     scale = {"large": 1e3, "tiny": 1e-4}.get(values, 1.0)
     x = 2 * scale * draw.normal(*size)
@@ -255,14 +269,16 @@ def make(shape: RowShape, values: str, draw: Draw) -> Call:
 
 
 def floor(shape: RowShape, itemsize: int, backward: bool) -> Floor:
-    """Count a float32 bias. Forward reads one tensor and writes one; backward also reads the gradient, and writes that
-    of the bias.
+    """Count the operations and bytes of bias and activation, with the bias in float32.
+
+    The forward pass reads x and writes the result. The backward pass reads x and the upstream gradient, and writes the
+    gradients of x and of the bias.
     """
     tensors, parameters = (3, 2) if backward else (2, 1)
     return Floor(20 * shape.elements, tensors * shape.elements * itemsize + parameters * shape.width * 4)
 
 
-FEW = 6  # draws to judge as one: the error of the gradient of a narrow bias is that of a few sums
+FEW = 6  # draws that are judged as one, since a narrow bias has few gradients whose errors can be compared
 CASES = [
     Case(RowShape(37, 3), "three columns", draws=FEW, sanitize=True),
     Case(RowShape(67, 77), "odd rows and an odd width", quick=True, sanitize=True),
@@ -283,7 +299,7 @@ CASES = [
     Case.extreme(RowShape(33, 72), "tiny", "next to zero, where the slope is a half"),
     *Case.repeats(RowShape(517, 96), RowShape(65792, 4096)),
 ]
-# tokens and width of the MLP in the towers L/14, B/16, H/14 and bigG/14, and how many images are measured together
+# The number of tokens and the width of the MLP in the towers L/14, B/16, H/14 and bigG/14.
 TOWERS = ((257, 4096), (197, 3072), (257, 5120), (257, 8192))
 IMAGES = {"cpu": 4, "cuda": 256}
 TILES = {"block_m": (2, 4, 8, 16), "block_n": (128, 256, 512, 1024), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}

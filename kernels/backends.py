@@ -1,4 +1,4 @@
-"""The choice of what an op runs on: its registered implementation, or the PyTorch reference."""
+"""The choice of the implementation of an op (the registered op or the PyTorch reference), and its registration."""
 
 import functools
 import warnings
@@ -21,8 +21,9 @@ BACKENDS = ("auto", "triton", "torch")
 def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
     """Decide what ``backend`` means for ``tensor``: True for the PyTorch reference, False for the registered op.
 
-    A registered op has one derivative, in reverse mode, and no rule for the transforms of ``torch.func``: PyTorch would
-    take its forward-mode derivative for zero, without a word. There, "auto" means the reference, and a warning says so.
+    A registered op has a first derivative in reverse mode, and no rule for the transforms of ``torch.func``. PyTorch
+    would silently take its forward-mode derivative to be zero. Therefore, under a transform, "auto" means the
+    reference, and a warning says so.
 
     Raises:
         ValueError: an unknown backend.
@@ -54,14 +55,16 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# A compiler asks when it traces, and compiles again for another transform: see attention's _least_keys_of_sdpa.
+# torch.compile may take the result as a constant, since it compiles again under another transform. The attribute is
+# explained at ``_least_keys_of_sdpa`` in attention/op.py.
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def registered(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Make a function the implementation of the PyTorch op ``clipfast::<name>``, on CPUs and GPUs, outside autocast.
 
-    Its derivative is an error until the op registers one. That is what a second derivative of the losses meets.
+    A call of its derivative raises an error until the op registers one. The backward ops of the losses register none,
+    so a second derivative of a loss raises this error.
     """
 
     def no_derivative(ctx: object, *grads: Tensor) -> None:

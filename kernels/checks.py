@@ -1,4 +1,4 @@
-"""Checks of an op's input. Each error names the op, the argument, what was expected and what came."""
+"""Checks of an op's input. Each error names the op, the argument, the expected value and the value that was given."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check_float(op: str, name: str, tensor: Tensor) -> None:
-    """Refuse a floating dtype that the op's kernels cannot compute in where they would run.
+    """Refuse a floating dtype that the op's kernels cannot compute in on the device of ``tensor``.
 
     Raises:
         TypeError: bfloat16 under Triton's interpreter, or float64 anywhere but on the CPU path.

@@ -12,7 +12,7 @@ LN2 = math.log(2.0)
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Reshape [..., N] to [M, N]; the result is a view where the rows lie evenly apart."""
+    """Reshape [..., N] to [M, N]; the result is a view if one stride leads from each row to the next, else a copy."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 

@@ -19,11 +19,12 @@ import torch
 from .hardware import ARCHITECTURES, architecture
 
 TUNED = Path(__file__).parent / "tuned"
-# The architectures, newest first. Each has a table, for what was tuned on it or what no other table has in a size that
-# fits; :attr:`Architecture.tables` says which others serve it.
+# The architectures, newest first. Each has a table. It holds the entries that were tuned on the architecture, and those
+# whose sizes in the older tables do not fit it. :attr:`Architecture.tables` names the tables that serve it after its
+# own.
 ARCHS = tuple(sorted(ARCHITECTURES, reverse=True))
-# Attention has an entry for head dimensions up to each of these limits, and its short kernels have one for numbers of
-# keys up to each of these.
+# Attention has an entry for head dimensions up to each limit in HEAD_DIMS. Its short kernels have one for numbers of
+# keys up to each limit in the next line.
 HEAD_DIMS = (64, 96, 128)
 NUM_KEYS = (64, 128, 208, 256, 272)
 # A kernel that holds whole rows has an entry for widths up to each of these limits.
@@ -32,11 +33,11 @@ WIDTHS = (1024, 2048, 4096, 8192)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """How a kernel is compiled, whatever its tile is.
+    """The compile options of a kernel that do not depend on the shape of its tile.
 
     Attributes:
         num_warps: warps of a program.
-        num_stages: steps of a loop whose loads are under way at once.
+        num_stages: the number of loop steps whose loads are in flight at once.
         max_registers: registers that a thread may take, so that more programs run at once; None sets no limit.
     """
 
@@ -82,7 +83,7 @@ class RowConfig(KernelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SdpaConfig:
-    """The numbers of keys from which on PyTorch's own attention is faster than ours, without and with a causal mask."""
+    """The least numbers of keys for which PyTorch's attention is faster than ours, without and with a causal mask."""
 
     min_keys: int
     min_keys_causal: int
@@ -123,7 +124,9 @@ def short_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_
 
 
 def sdpa_config(arch: int, dtype: torch.dtype, head_dim: int) -> SdpaConfig | None:
-    """Return from how many keys on PyTorch's own attention is used on ``arch``, or None if it never was faster."""
+    """Return the least numbers of keys for which ``arch`` uses PyTorch's own attention, or None if it never was
+    faster.
+    """
     return _lookup_any(SdpaConfig, config_key("attention_sdpa", dtype, head_dim), arch)
 
 
@@ -149,7 +152,7 @@ def override(key: str, config: Config) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def overrides(configs: Mapping[str, Config]) -> Iterator[None]:
-    """Do as :func:`override` does, for several entries."""
+    """Replace several entries of the tables of launch configurations, as :func:`override` does with one."""
     before = dict(_overrides)
     _overrides.update(configs)
     try:
@@ -160,21 +163,21 @@ def overrides(configs: Mapping[str, Config]) -> Iterator[None]:
 
 
 def table_path(arch: int) -> Path:
-    """Return the file of the committed table of ``arch``."""
+    """Return the path of the committed table of launch configurations of ``arch``."""
     return TUNED / f"sm_{arch}.json"
 
 
 def read_table(arch: int) -> dict[str, dict[str, int]]:
-    """Return the committed table of ``arch``; its keys are those of :func:`config_key`.
+    """Return the committed launch configurations of ``arch``, by the names that :func:`config_key` returns.
 
-    In the file, ``"by"`` says of some entries whether they were measured or chosen by the model of a GPU.
+    Some entries of the file have a ``"by"``, which says whether they were measured or chosen by the model of a GPU.
     """
     table: dict[str, dict[str, Any]] = json.loads(table_path(arch).read_text())
     return {key: entry and {name: entry[name] for name in entry if name != "by"} for key, entry in table.items()}
 
 
 def entry_of(config: Config) -> dict[str, int]:
-    """Return a configuration as the tables have it: what is None is left out."""
+    """Return a launch configuration in the form of a table entry, without the fields that are None."""
     return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
 
 
@@ -182,13 +185,13 @@ def entry_of(config: Config) -> dict[str, int]:
 def committed(key: str, arch: int) -> dict[str, int] | None:
     """Return the committed entry ``key`` that serves ``arch``, or None if no table has it.
 
-    An entry may be null: then the tables behind it do not serve the architecture either.
+    An entry may be null. The search ends there as well, so a later table does not serve the architecture.
     """
     return next((table[key] for known in architecture(arch).tables if key in (table := read_table(known))), None)
 
 
 def _lookup_any(kind: type[C], key: str, arch: int) -> C | None:
-    cached: Any = kind  # as mypy does not take a class for a key of a cache
+    cached: Any = kind  # mypy does not accept a class as the key of a cache
     config = _overrides.get(key) or _from_table(cached, key, arch)
     if config is not None and not isinstance(config, kind):
         raise TypeError(f"{key}: expected a {kind.__name__}, got {config!r}")

@@ -1,8 +1,8 @@
 """Softmax attention at CLIP's lengths.
 
-``op`` holds the ops, and ``launches`` decides which kernels serve a shape: those in ``short`` hold a whole head, those
-in ``looped`` walk it. ``tiles`` is what they share, ``cpu`` is the path without a GPU, and ``spec`` says what is
-checked and measured.
+``op`` holds the ops, and ``launches`` decides which kernels serve a shape. The kernels in ``short`` and ``unrolled``
+hold a whole head at once, and the kernels in ``looped`` walk it block by block. ``tiles`` has the functions that all of
+them share, ``cpu`` computes attention without a GPU, and ``spec`` lists the cases that are checked and measured.
 """
 
 from .launches import Route, attention_route

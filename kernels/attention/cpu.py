@@ -29,7 +29,7 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Write the gradients to ``grads``, and return the sums that ``launches.backward`` returns."""
+    """Write the gradients of q, k and v to ``grads``, and return the same sums as ``launches.backward``."""
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()
@@ -49,12 +49,15 @@ def backward(
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    # PyTorch's kernel needs unit stride along a head
+    """Return tensors [B, N, H, D] as [B, H, N, D] with unit stride along D, as PyTorch's flash kernel needs them."""
     return [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors]
 
 
 def _without_hidden(k: Tensor, v: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return keys and values with zeros behind each end, where anything may be, and a mask to add to the scores."""
+    """Return keys and values with zeros at the hidden tokens, and a mask to add to the scores; None hides no token.
+
+    The memory of a hidden token may hold NaN, which a mask on the scores alone would not keep out of the products.
+    """
     if seqlens is None:
         return k, v, None
     hidden = torch.arange(k.shape[1], device=k.device) >= seqlens[:, None]

@@ -20,7 +20,7 @@ from .looped import _key_bwd_kernel, _looped_fwd_kernel, _query_bwd_kernel
 from .short import _short_bwd_kernel, _short_fwd_kernel
 from .unrolled import _unrolled_bwd_kernel
 
-# Rows that the kernel without a loop takes beyond one block.
+# The most rows beyond one whole block that the unrolled backward kernel takes.
 UNROLLED_REST = 16
 
 
@@ -124,14 +124,16 @@ def _two_phases(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Write the gradients by the kernels that loop, and return the sums of each of their blocks."""
+    """Compute the gradients of attention by the two looped kernels; return each block's sums of dq and dv over its
+    rows.
+    """
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
     scales = scale * LOG2E, scale
     of_query, of_key = (
         looped_config(f"attention_{owner}_bwd", arch_of(device), q.dtype, head_dim, n) for owner in ("query", "key")
     )
-    # as many as the blocks of both kernels divide, which are powers of two
+    # The number of rows is a multiple of the block sizes of both kernels, which are powers of two.
     block = max(of_query.block_m, of_key.block_m)
     rows = triton.cdiv(m, block) * block
     num_m, num_n = rows // of_query.block_m, triton.cdiv(n, of_key.block_n)
@@ -155,9 +157,10 @@ def _two_phases(
 
 
 def _with_near_heads(x: Tensor) -> Tensor:
-    """Return a tensor [B, N, H, D], as a copy if 32 bits do not hold where its last head begins within an image.
+    """Return a tensor [B, N, H, D], or a copy if the offset of its last head within an image does not fit into 32 bits.
 
-    The kernels compute it in 32 bits: 64 would take registers, and a quarter of the programs that run at once.
+    The kernels compute this offset in 32 bits: with 64 bits they would take more registers, and a quarter fewer
+    programs would run at once.
     """
     return x if (x.shape[2] - 1) * x.stride(2) < 2**31 else x.contiguous()
 
@@ -165,7 +168,7 @@ def _with_near_heads(x: Tensor) -> Tensor:
 def _of_whole_heads(
     arch: int, dtype: torch.dtype, head_dim: int, m: int, n: int
 ) -> tuple[ShortConfig | None, ShortConfig | None]:
-    """Return the configurations of the backward kernels that hold a head, without a loop and with one, if they do."""
+    """Return the configurations of the unrolled and of the short backward kernel; None for one that does not fit."""
     unrolled = short_config("attention_unrolled_bwd", arch, dtype, head_dim, n)
     if unrolled is not None and max(m, n) > unrolled.block_m + UNROLLED_REST:
         unrolled = None
@@ -173,16 +176,18 @@ def _of_whole_heads(
 
 
 def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Return buffers for each tile's sums of the gradients of q and of v, [B, tiles, H * D]; empty if not wanted."""
+    """Return buffers [B, tiles, H * D] for the sums of dq and of dv over the rows of each tile; empty unless
+    ``wanted``.
+    """
     batch, _, heads, head_dim = q.shape
     dq, dv = (q.new_empty(batch, num, heads * head_dim if wanted else 0, dtype=torch.float32) for num in (num_q, num_k))
     return dq, dv
 
 
 def _options(seqlens: Tensor | None, causal: bool, *sources: Tensor) -> dict[str, Any]:
-    """Return the compile-time constants that all these kernels take for tensors [B, N, H, D]."""
+    """Return the compile-time constants that all attention kernels take for tensors [B, N, H, D]."""
     head_dim = sources[0].shape[-1]
-    # a number of elements at whose multiples every head begins
+    # Every head begins at a multiple of this number of elements.
     multiple = math.gcd(8, head_dim, *(stride for x in sources for stride in (x.stride(0), x.stride(2))))
     return {
         "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "MULTIPLE": multiple,
@@ -191,23 +196,26 @@ def _options(seqlens: Tensor | None, causal: bool, *sources: Tensor) -> dict[str
 
 
 def _tail(rows: int, block: int, seqlens: Tensor | None, causal: bool) -> int:
-    """Return how many of the walked rows a kernel takes at a time behind the last whole block.
+    """Return the number of rows in the last tile of an attention loop, after the last whole block.
 
-    Without a mask, only what is left there needs it, so that a smaller tile will do.
+    If no mask hides rows of whole blocks, this tile only has to hold the remaining rows, so it can be smaller than a
+    block.
     """
     return block if causal or seqlens is not None else (*_rest(rows, block), 16)[0]
 
 
 def _rest(rows: int, block: int) -> tuple[int, ...]:
-    """Return the size of a tile for what is left behind the last whole block, as matrix units need it, if any is."""
+    """Return the size of a tile for the rows after the last whole block, as matrix units need it; () if no row
+    is left.
+    """
     return (max(16, triton.next_power_of_2(rows % block)),) if rows % block else ()
 
 
 def _tiles(rows: int, seqlens: Tensor | None, *sources: Tensor) -> list[TensorDescriptor | None]:
-    """Return what :func:`walked_rows` takes for blocks of ``rows`` rows: two descriptors or None of each source.
+    """Return the arguments of :func:`walked_rows` for blocks of ``rows`` rows: two descriptors of each source, or None.
 
-    Lengths have none: a descriptor would load what lies past the end of an image, and NaN times a probability of zero
-    is NaN.
+    With ``seqlens`` there are no descriptors: a descriptor would also load the hidden tokens of an image, which may
+    hold NaN, and NaN times a probability of zero is NaN.
     """
     parts = _head_parts(sources[0].shape[-1])
     if seqlens is not None or not all(_is_tileable(x) for x in sources):
@@ -220,7 +228,10 @@ def _tiles(rows: int, seqlens: Tensor | None, *sources: Tensor) -> list[TensorDe
 
 
 def _is_tileable(x: Tensor) -> bool:
-    """Return whether tensor descriptors can bring blocks of a tensor [B, N, H, D] to a matrix unit that takes them."""
+    """Return whether the attention kernels load blocks of a tensor [B, N, H, D] through tensor descriptors.
+
+    The strides must suit a descriptor, and the matrix unit must read its operands from shared memory.
+    """
     if x.dtype.itemsize != 2 or x.numel() == 0 or not architecture(arch_of(x.device)).multiplies_from_shared:
         return False
     steps = [stride * x.dtype.itemsize for stride in x.stride()[:3]]
@@ -229,7 +240,7 @@ def _is_tileable(x: Tensor) -> bool:
 
 
 def _is_held(x: Tensor) -> bool:
-    """Return whether products run on a matrix unit that works beside the program and adds in registers."""
+    """Return whether products of ``x`` run on wgmma, which works asynchronously and accumulates in registers."""
     unit = architecture(arch_of(x.device)).matrix_unit
     return unit == "wgmma.mma_async" and x.dtype.itemsize == 2 and not INTERPRET
 

@@ -1,12 +1,12 @@
 """Attention of any length: a program owns a block of queries or of keys and walks the other side.
 
-The backward pass has two phases. The first owns queries, and leaves delta for the second, which owns keys: each block
-of each gradient has one writer, so that the result is deterministic without atomics. The price is that the scores are
-computed twice, where the short kernels compute them once. Each phase is a kernel of its own, since the registers that
-the second one needs would otherwise limit how many programs of the first one run at once.
+The backward pass has two phases. A program of the first phase owns queries, and stores delta for the second phase,
+whose programs own keys. So each block of each gradient has one writer, and the result is deterministic without atomics.
+The price is that the scores are computed twice; the short kernels compute them once. Each phase is a kernel of its own,
+since the second one needs more registers, with which fewer programs of the first one would run at once.
 
-The walked side comes in whole blocks, and in one of ``TAIL`` rows behind the last whole one. Whole blocks come through
-tensor descriptors where there are some: the addresses of loads would take registers and instructions.
+The side that is walked is loaded in whole blocks, and its last rows in a tile of ``TAIL`` rows. Whole blocks are loaded
+through tensor descriptors on GPUs that have them: the addresses of plain loads would take registers and instructions.
 """
 
 import triton
@@ -70,7 +70,7 @@ def _looped_fwd_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_rows(BLOCK_M, D_PARTS)
-    # a whole block that every query sees needs no mask
+    # A whole block needs no mask if every query sees all of its keys.
     whole = num_keys // BLOCK_N * BLOCK_N
     if IS_CAUSAL:
         whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
@@ -115,7 +115,7 @@ def _query_bwd_kernel(
     seqlens_ptr,  # [B] int32
     stats_ptr,  # [B, H, 2, ROWS] fp32, written
     dq_ptr,  # [B, M, H, D]
-    dq_sum_ptr,  # [B, blocks of M, H, D] fp32, over the queries of each
+    dq_sum_ptr,  # [B, blocks of M, H, D] fp32, the sum of dq over the queries of each block
     M, N, H, ROWS,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
@@ -126,10 +126,11 @@ def _query_bwd_kernel(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of BLOCK_M queries, which one program owns, and what the keys need of each query.
+    """Compute the gradients of BLOCK_M queries, which one program owns, and store their lse and delta for the key
+    phase.
 
-    That is lse and delta, or infinity and 0 from the last query up to ROWS, which both kernels' blocks divide: loads
-    that need no mask take several numbers at a time. The gradients of a head are contiguous.
+    From the last query up to ROWS, which is a multiple of both kernels' blocks, infinity and 0 are stored. The key
+    phase can then load lse and delta without a mask, several numbers at a time. The gradients of a head are contiguous.
     """
     num_m = ROWS // BLOCK_M
     pid_bh, pid = tl.program_id(0) // num_m, tl.program_id(0) % num_m
@@ -197,7 +198,7 @@ def _key_bwd_kernel(
     seqlens_ptr,  # [B] int32
     dk_ptr,  # [B, N, H, D]
     dv_ptr,  # [B, N, H, D]
-    dv_sum_ptr,  # [B, blocks of N, H, D] fp32, over the values of each
+    dv_sum_ptr,  # [B, blocks of N, H, D] fp32, the sum of dv over the values of each block
     M, N, H, ROWS,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
@@ -211,7 +212,8 @@ def _key_bwd_kernel(
 ):  # fmt: skip
     """Compute the gradients of BLOCK_N keys and values, which one program owns, from transposed scores.
 
-    They are zero for keys that do not exist. The gradients of a head are contiguous, and dv has the strides of dk.
+    Keys past the end of the sequence get gradients of zero. The gradients of a head are contiguous, and dv has the
+    strides of dk.
     """
     num_n = tl.cdiv(N, BLOCK_N)
     pid_bh, pid = tl.program_id(0) // num_n, tl.program_id(0) % num_n
@@ -258,7 +260,8 @@ def _key_bwd_kernel(
             acc_dk, acc_dv, k, v, q, do, stats_ptr, offs_n, whole, ROWS, qk_scale,
             BLOCK_N, TAIL, IS_CAUSAL, dtype,
         )  # fmt: skip
-    # A key that does not exist has score 0, and 2^(0 - lse) can be infinite. It has rows of its own.
+    # A key past the end has score 0, and 2^(0 - lse) can be infinite. This spoils only the key's own rows, which become
+    # zero here.
     exists = (offs_n < num_keys)[:, None]
     acc_dk, acc_dv = masked_rows(acc_dk, exists), masked_rows(acc_dv, exists)
     dk_ptr = head_of(dk_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)
@@ -277,7 +280,7 @@ def _key_step(
     stats_ptr, offs_n, start_m, ROWS, qk_scale,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Return the gradients of keys and values with what BLOCK_M queries add."""
+    """Add the contributions of BLOCK_M queries to the gradients of the keys and values that a program owns."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     shift = tl.load(stats_ptr + offs_m)
     delta = tl.load(stats_ptr + ROWS + offs_m)

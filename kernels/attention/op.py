@@ -1,7 +1,7 @@
 """Attention on a packed projection or on separate queries, keys and values.
 
-The packed projection is [B, N, 3 H D] and the output [B, N, H D]. The kernels read the one and write the other as they
-are, so that nothing is transposed or copied.
+The packed projection is [B, N, 3 H D] and the output [B, N, H D]. The kernels read and write these layouts directly,
+so nothing is transposed or copied.
 
 Per image and head, with scores s_ij = scale q_i . k_j (j <= i where causal; j < seqlen where lengths are given):
 
@@ -9,8 +9,8 @@ Per image and head, with scores s_ij = scale q_i . k_j (j <= i where causal; j <
     delta_i = do_i . o_i            ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i    dv_j = sum_i p_ij do_i
 
-The gradient of a bias on the projection is the sum of these over images and tokens. That of the keys' part is zero,
-since a term that all keys of a query have in common does not change its softmax.
+The gradient of a bias on the projection is the sum of dq, dk and dv over images and tokens. The gradient of the keys'
+bias is zero, since a term that all keys of a query have in common does not change the softmax.
 
 A head of N tokens moves 4 N D items forward, and 7 N D (short), 8 N D (unrolled) or 12 N D and more (two phases)
 backward. It takes 4 N^2 D FLOPs forward, and 10 N^2 D (short, unrolled) or 14 N^2 D (two phases) backward.
@@ -36,11 +36,13 @@ MAX_HEAD_DIM = 128
 
 
 def _kernels(x: Tensor) -> ModuleType:
+    """Return the module that computes attention for ``x``: the Triton launches, or PyTorch on a CPU."""
     return launches if triton_runs_on(x.device) else cpu
 
 
 def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    # -1 would be ambiguous for an empty batch
+    """Return the queries, keys and values [B, N, H, D] as views of a packed projection."""
+    # unflatten could not infer a -1 for an empty batch.
     q, k, v = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads))).unbind(2)
     return q, k, v
 
@@ -260,13 +262,15 @@ def _takes_sdpa(backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: 
 
 
 def _least_keys_of_sdpa(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
-    """Return the number of keys from which on PyTorch's own attention serves, for each head dimension of the tables."""
+    """Return the least number of keys for which PyTorch's own attention is used, for each head dimension of the
+    tables.
+    """
     arch = arch_of(device)
     return tuple((limit, launches.least_keys_of_sdpa(arch, dtype, limit, causal=causal)) for limit in HEAD_DIMS)
 
 
-# Tables are read, which cannot be traced. This is what torch.compiler.assume_constant_result does, which would import
-# the compiler for everybody.
+# The function reads the tables, which torch.compile cannot trace. torch.compiler.assume_constant_result would set the
+# same attribute, but calling it would import the compiler in every process.
 _least_keys_of_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

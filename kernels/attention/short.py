@@ -1,9 +1,9 @@
 """Attention of short sequences: one program owns a head, reads it once and writes it once.
 
-Programs share nothing, so each result has one writer. The forward pass holds whole rows of scores, and its softmax
-needs no running maximum. It holds the keys in parts, 257 as 256 + 16, so that little is computed for keys that do not
-exist. The backward pass holds the gradients of all keys and values in registers and walks the queries, on transposed
-scores. There delta_i = sum_j p_ij (do_i . v_j) / sum_j p_ij, so that the output is not read again.
+Programs share no results, so each result has one writer. The forward pass holds whole rows of scores, and its softmax
+needs no running maximum. It holds the keys in parts, 257 as 256 + 16, so that few scores are computed for padding. The
+backward pass holds the gradients of all keys and values in registers and walks the queries, on transposed scores. It
+computes delta_i = sum_j p_ij (do_i . v_j) / sum_j p_ij, so it does not read the output again.
 """
 
 import triton
@@ -66,18 +66,18 @@ def _short_fwd_kernel(
         scores = ()
         for j in tl.static_range(len(N_PARTS)):
             tile = inner(q, keys[j], BLOCK_M, size_of(N_PARTS, j))
-            # only the last part contains offsets past the keys
+            # Only the last part contains offsets past the last key.
             if IS_CAUSAL or HAS_SEQLENS or j == len(N_PARTS) - 1:
                 offs_n = offs_of(N_PARTS, j)
                 tile = tl.where(visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL), tile, float("-inf"))
             row_max = tl.maximum(row_max, tl.max(tile, 1))
             scores = scores + (tile,)
-        # the pivot is finite: where no key is seen, the maximum minus itself would be NaN
+        # The pivot is finite: for a query that sees no key, the maximum -inf minus itself would be NaN.
         pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_rows(BLOCK_M, D_PARTS)
         for j in tl.static_range(len(N_PARTS)):
-            # the difference is taken before it is scaled, since it is exact where scores are close
+            # The difference is taken before the scaling, because it is exact if the scores are close to each other.
             p = tl.exp2((scores[j] - pivot[:, None]) * qk_scale)
             row_sum += tl.sum(p, 1)
             acc = add_product(acc, p.to(q_ptr.dtype.element_ty), values[j])
@@ -145,12 +145,12 @@ def _short_bwd_kernel(
         )  # [BN, BM]
         acc_dv = add_product(acc_dv, p_t.to(dtype), do)
         dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
-        # the sum of p is 1 but for the rounding of lse; without the division that rounding would stay in dp - delta
+        # The sum of p differs from 1 by the rounding of lse. The division keeps this error out of dp - delta.
         total = tl.sum(p_t, 0)
         delta = tl.sum(p_t * dp_t, 0) / tl.where(total == 0.0, 1.0, total)  # [BM]
         ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
         acc_dk = add_product(acc_dk, ds_t, q)
-        # transposed, since D rows fill the matrix unit and BLOCK_M rows would not
+        # dq is computed transposed, since D rows fill the matrix unit and BLOCK_M rows would not.
         dq_t = add_transposed_product(zero_columns(BLOCK_M, D_PARTS), k, ds_t)  # [D, BM]
         if HAS_SUMS:
             dq_sum = _added(dq_sum, dq_t)
@@ -164,7 +164,7 @@ def _short_bwd_kernel(
 
 @triton.jit
 def _added(a, b):
-    """Return the sum of two tiles."""
+    """Return the sum of two tiles, for a reduction in an attention kernel."""
     parts = ()
     for i in tl.static_range(len(a)):
         parts = parts + (a[i] + b[i],)

@@ -1,5 +1,6 @@
-"""The specifications of both attentions, on a packed projection and on separate tensors: sizes, inputs, cases, floors,
-and what ships.
+"""The specifications of both attention ops, on a packed projection and on separate tensors.
+
+They list sizes, inputs, cases, floors, and the calls that the offline compiler compiles.
 """
 
 import dataclasses
@@ -17,9 +18,7 @@ from .op import attention, attention_qkv
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape(Shape):
-    """A packed projection [batch, tokens, 3 heads head_dim], with the bias that it contains and with lengths, or without
-    them.
-    """
+    """The sizes of a packed projection [batch, tokens, 3 heads head_dim], optionally with a bias and with lengths."""
 
     batch: int
     tokens: int
@@ -67,7 +66,7 @@ def draw_lengths(draw: Draw, batch: int, tokens: int, dtype: torch.dtype) -> Ten
 
 
 def make(shape: AttentionShape, values: str, draw: Draw) -> Call:
-    """Make a random projection; ``values`` says what the scores are like."""
+    """Make a random packed projection for a case of attention; ``values`` names the kind of scores that it leads to."""
     width = shape.heads * shape.head_dim
     qkv = draw.normal(shape.batch, shape.tokens, 3 * width)
     q, k = qkv[..., :width], qkv[..., width : 2 * width]
@@ -94,7 +93,7 @@ def make(shape: AttentionShape, values: str, draw: Draw) -> Call:
 
 
 def make_qkv(shape: QkvShape, values: str, draw: Draw) -> Call:
-    """Make random queries, keys and values; ``values`` says what the scores are like."""
+    """Make random queries, keys and values; ``values`` names the kind of scores that they lead to."""
     factor = {"one-hot": 8.0, "uniform": 1e-4}.get(values, 1.0)
     inputs = {
         "q": factor * draw.normal(shape.batch, shape.queries, shape.heads, shape.head_dim),
@@ -124,7 +123,7 @@ def fused_reference_qkv(
     mask = None
     if seqlens is not None:
         keys = torch.arange(k.shape[1], device=k.device)
-        # each query sees a key at least, since fused kernels do not agree on the softmax of nothing
+        # Each query sees at least one key, since PyTorch's fused kernels do not agree on the softmax over no keys.
         mask = (keys < seqlens.clamp(min=1)[:, None])[:, None, None]
         if causal:
             mask = mask & (keys <= torch.arange(q.shape[1], device=k.device)[:, None])
@@ -134,7 +133,7 @@ def fused_reference_qkv(
 
 
 def floor(shape: AttentionShape, itemsize: int, backward: bool) -> Floor:
-    """Count two products forward. Backward recomputes one of them and needs four more.
+    """Count the work of attention: two products forward. Backward recomputes one of them and needs four more.
 
     Forward reads q, k and v and writes the output. Backward reads q, k, v and the output's gradient, and writes three
     gradients; the output need not be read again, since its product with the gradient follows from the other two.
@@ -147,7 +146,7 @@ def floor_qkv(shape: QkvShape, itemsize: int, backward: bool) -> Floor:
     """Count as :func:`floor` does."""
     scores = shape.queries * shape.keys
     if shape.causal:
-        # query i sees keys 0 .. i: a triangle, and whole rows for the queries after it
+        # Query i sees keys 0 .. i. These scores form a triangle; queries after the last key see all keys.
         side = min(shape.queries, shape.keys)
         scores = side * (side + 1) // 2 + (shape.queries - side) * shape.keys
     product = 2 * shape.batch * shape.heads * scores * shape.head_dim
@@ -158,7 +157,9 @@ def floor_qkv(shape: QkvShape, itemsize: int, backward: bool) -> Floor:
 
 
 def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Take 16 rows at a time in every kernel. Up to 272 keys a program holds them all, and above it walks them."""
+    """Let every attention kernel take 16 rows at a time. A program holds up to 272 keys at once, and walks more
+    keys.
+    """
     small: dict[str, Config] = {}
     for head_dim in HEAD_DIMS:
         for num_keys in NUM_KEYS:
@@ -170,7 +171,7 @@ def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
     return overrides(small)
 
 
-FEW = 6  # draws of inputs so small that PyTorch's largest error can be next to nothing by chance
+FEW = 6  # draws of inputs that are so small that PyTorch's largest error can be close to zero by chance
 
 CASES = [
     *Case.in_use(AttentionShape(2, 50, 12, 64), AttentionShape(1, 50, 2, 64), "B/32's images", quick=True),
@@ -186,7 +187,7 @@ CASES = [
     Case(AttentionShape(64, 77, 8, 64, True), "B's texts, a batch", on(CUDA)),
     Case(AttentionShape(16, 577, 16, 64), "L/14's images at 336 pixels", on(CUDA)),
     Case(AttentionShape(16, 257, 16, 104), "bigG/14's images, a batch", on(CUDA)),
-    # nasty ones
+    # edge cases
     Case(AttentionShape(1, 1, 1, 64), "one token: softmax of one (PyTorch: eager or fused)", quick=True, draws=FEW, cancels=True, sanitize=True),
     Case(AttentionShape(2, 2, 1, 64, True), "two tokens under the mask"),
     Case(AttentionShape(3, 7, 1, 8, True), "less than any tile in both directions", sanitize=True),
@@ -214,15 +215,15 @@ CASES = [
     *Case.repeats(AttentionShape(2, 77, 2, 64, True), AttentionShape(64, 257, 16, 64)),
 ]  # fmt: skip
 
-# Where there are few queries, a narrow head would make PyTorch's eager error smaller than the rounding of the log-sum-exp
-# with which every fused attention computes its gradients.
+# With few queries and a narrow head, PyTorch's eager error would be smaller than the rounding error of the log-sum-exp,
+# from which every fused attention computes its gradients. So these cases have wider heads.
 QKV_CASES = [
     *Case.in_use(QkvShape(2, 1, 196, 12, 64), QkvShape(1, 1, 196, 1, 64), "SigLIP B/16's pool: one query for all tokens of an image", quick=True),
     *Case.in_use(QkvShape(1, 76, 255, 12, 64), QkvShape(1, 76, 255, 1, 64), "CoCa's texts on the tokens of an image"),
     Case(QkvShape(1, 256, 257, 8, 96), "CoCa L/14's pool: 256 queries", NOT_INTERPRETED),
     Case(QkvShape(64, 76, 255, 12, 64), "CoCa's texts, a batch", on(CUDA)),
     Case(QkvShape(2, 77, 77, 8, 64, True), "B's texts, not packed", NOT_INTERPRETED),
-    # nasty ones
+    # edge cases
     Case(QkvShape(1, 1, 1, 1, 8), "one of everything (PyTorch: eager or fused)", draws=FEW, cancels=True),
     Case(QkvShape(2, 2, 33, 2, 64), "a key past a small tile, two queries", sanitize=True),
     Case(QkvShape(2, 2, 33, 2, 64, True), "most keys are seen by no query, one query sees one key (PyTorch: eager or fused)", draws=FEW, quick=True, cancels=True),
@@ -253,9 +254,9 @@ SHIPPED = (
         for tokens, head_dim in ((257, 64), (257, 80), (257, 88), (257, 104))
     ),
     Shipped("N17 D32", AttentionShape(2, 17, 16, 32), BOTH, small_tiles=True),
-    # fp16 is here too, since its configurations are those of bf16
+    # fp16 is compiled at one shape only, since it takes the configurations of bf16.
     Shipped("N77 D64 causal", AttentionShape(2, 77, 16, 64, True), (*BOTH, "fp16")),
-    # B/32, B/16, and L/14 at 336 pixels, which only 16 bits treat in another way
+    # B/32, B/16, and L/14 at 336 pixels; their lengths have kernels of their own in 16 bits only.
     *(Shipped(f"N{tokens} D64", AttentionShape(2, tokens, 16, 64)) for tokens in (50, 197, 577)),
 )
 LONG = tuple(
@@ -278,7 +279,7 @@ SPECS = (
         reference=reference.attention,
         make=make,
         cases=CASES,
-        # without the bias, whose gradient is by design not the one that gradcheck finds
+        # These shapes have no bias: qkv contains it already, so gradcheck would expect its gradient to be zero.
         small=(AttentionShape(2, 9, 2, 8, True, bias=False), AttentionShape(2, 9, 2, 8, lengths=True, bias=False)),
         category="attention",
         kernels=KERNELS,

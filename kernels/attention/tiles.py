@@ -1,7 +1,7 @@
-"""Tiles of rows of one head. A head dimension that is no power of two is held in parts, 80 as 64 + 16.
+"""Triton functions on tiles of rows of one attention head, which all attention kernels share.
 
-A tile of rows is a tuple of [rows, part]. Padding 80 to 128 instead would cost 1.6 times the products and the shared
-memory.
+A head dimension that is no power of two is held in parts, 80 as 64 + 16, so a tile of rows is a tuple of tiles
+[rows, part]. Padding 80 to 128 instead would take 1.6 times the products and the shared memory.
 """
 
 import triton
@@ -12,19 +12,19 @@ from ..tiles import online_softmax_step
 
 @triton.constexpr_function
 def size_of(parts, i):
-    """Return the size of part ``i``."""
+    """Return the size of part ``i`` of a head dimension or of a sequence."""
     return parts[i]
 
 
 @triton.constexpr_function
 def start_of(parts, i):
-    """Return where part ``i`` begins."""
+    """Return the offset at which part ``i`` of a head dimension or of a sequence begins."""
     return sum(parts[:i])
 
 
 @triton.jit
 def offs_of(PARTS: tl.constexpr, i: tl.constexpr):
-    """Return the offsets that part ``i`` covers."""
+    """Return the offsets in part ``i`` of a head dimension or of a sequence."""
     return start_of(PARTS, i) + tl.arange(0, size_of(PARTS, i))
 
 
@@ -32,8 +32,8 @@ def offs_of(PARTS: tl.constexpr, i: tl.constexpr):
 def head_of(ptr, b, h, stride_b, stride_h, MULTIPLE: tl.constexpr):
     """Return the address of head ``h`` of image ``b``. Heads begin at multiples of MULTIPLE elements.
 
-    The compiler finds this out where strides are multiples of 16, and could not load several elements of a head of 88
-    at a time.
+    The compiler knows the alignment of strides that are multiples of 16. For others, such as a head of 88 elements, it
+    must be told, or it would load one element at a time.
     """
     return ptr + tl.multiple_of(b.to(tl.int64) * stride_b + h * stride_h, MULTIPLE)
 
@@ -74,7 +74,7 @@ def walked_rows(
 def store_rows(
     ptr, parts, factor, offs_r, num_rows, stride_r, stride_d, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr
 ):  # fmt: skip
-    """Store ``factor`` times a tile. ``factor`` is one number, or one for each row: [rows, 1]."""
+    """Store ``factor`` times a tile of rows. ``factor`` is one number, or one for each row: [rows, 1]."""
     for i in tl.static_range(len(D_PARTS)):
         offs_d = offs_of(D_PARTS, i)
         mask = (offs_r < num_rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -125,10 +125,10 @@ def zero_rows(ROWS: tl.constexpr, D_PARTS: tl.constexpr):
 
 @triton.jit
 def held(parts):
-    """Return accumulators of wgmma, after their products have ended.
+    """Return accumulators of wgmma after waiting for their products to end.
 
-    To read one, if only in an empty instruction, makes Triton wait for it at once. A product that goes on while the
-    next step begins would take registers of its own.
+    An empty instruction reads them, so Triton waits for the products here. A product that still ran while the next step
+    begins would take registers of its own.
     """
     kept = ()
     for i in tl.static_range(len(parts)):
@@ -156,32 +156,35 @@ def inner(a, b, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def shift_of(lse, qk_scale, IS_EXACT: tl.constexpr):
-    """Return what :func:`probabilities` takes of a log-sum-exp in units of q . k.
+    """Return the ``shift`` of :func:`probabilities` for a log-sum-exp in units of q . k.
 
-    Where probabilities are rounded to 16 bits afterwards, it is scaled here, which saves them an operation. If IS_EXACT
-    it is not: after scaling, scores of thousands would have lost the digits in which they differ.
+    If probabilities are rounded to 16 bits afterwards, the log-sum-exp is scaled here, which saves an operation for
+    each probability. If IS_EXACT, it is not scaled: scores of several thousand would lose the digits in which they
+    differ.
     """
     return lse if IS_EXACT else lse * qk_scale
 
 
 @triton.jit
 def probabilities(scores, shift, qk_scale, IS_EXACT: tl.constexpr):
-    """Return 2^(qk_scale (scores - lse)); ``shift`` is that of :func:`shift_of`, and broadcasts against the scores."""
+    """Return 2^(qk_scale (scores - lse)), where :func:`shift_of` has made ``shift`` from lse; it broadcasts to the
+    scores.
+    """
     return tl.exp2((scores - shift) * qk_scale) if IS_EXACT else tl.exp2(scores * qk_scale - shift)
 
 
 @triton.jit
 def softmax_step(scores, row_max, row_sum, qk_scale, IS_EXACT: tl.constexpr):
-    """Fold scores [M, N] into a running softmax; see :func:`online_softmax_step`, which this is if IS_EXACT.
+    """Fold scores [M, N] of attention into a running softmax; if IS_EXACT, as :func:`online_softmax_step` does.
 
-    Otherwise the exponent takes one operation: the row's maximum is scaled and rounded before the difference, by the
-    same amount for all scores of the row, so that the rounding drops out where the row is divided by its sum.
+    Otherwise the exponent takes one operation, a multiply-add: the row's maximum is scaled and rounded first. This
+    rounding error is the same for all scores of the row, so it cancels when the row is divided by its sum.
     """
     if IS_EXACT:
         p, decay, new_max, new_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
     else:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # a finite pivot: while all scores of a row are -inf, its maximum minus itself would be NaN
+        # The pivot is finite: while all scores of a row are -inf, its maximum minus itself would be NaN.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max) * qk_scale
         decay = tl.exp2(row_max * qk_scale - pivot)
         p = tl.exp2(scores * qk_scale - pivot[:, None])
@@ -209,13 +212,13 @@ def transposed_probabilities(
     visible = (offs_n < num_keys)[:, None]
     if IS_CAUSAL:
         visible = visible & (offs_n[:, None] <= offs_m[None, :])
-    # the mask is applied here, since a key that is not there has score 0, and 2^(0 - lse) can be infinite
+    # The mask is applied here, because a key past the end has score 0, and 2^(0 - lse) can be infinite.
     return tl.where(visible, p_t, 0.0)
 
 
 @triton.jit
 def add_product(acc, weights, rows):
-    """Return acc + weights rows."""
+    """Return acc + weights @ rows, for a tile of rows in parts."""
     parts = ()
     for i in tl.static_range(len(acc)):
         parts = parts + (tl.dot(weights, rows[i], acc[i], input_precision="ieee"),)
@@ -224,7 +227,7 @@ def add_product(acc, weights, rows):
 
 @triton.jit
 def add_transposed_product(acc, rows, weights):
-    """Return acc + rows^T weights."""
+    """Return acc + rows^T @ weights, for a tile of rows in parts."""
     parts = ()
     for i in tl.static_range(len(acc)):
         parts = parts + (tl.dot(rows[i].T, weights, acc[i], input_precision="ieee"),)
@@ -233,7 +236,7 @@ def add_transposed_product(acc, rows, weights):
 
 @triton.jit
 def scaled_rows(parts, factor):
-    """Return ``factor`` [rows, 1] times a tile."""
+    """Return ``factor`` [rows, 1] times a tile of rows in parts."""
     scaled = ()
     for i in tl.static_range(len(parts)):
         scaled = scaled + (parts[i] * factor,)
@@ -242,7 +245,7 @@ def scaled_rows(parts, factor):
 
 @triton.jit
 def masked_rows(parts, mask):
-    """Return a tile with zeros where ``mask`` [rows, 1] is false."""
+    """Return a tile of rows in parts, with zeros in the rows where ``mask`` [rows, 1] is false."""
     masked = ()
     for i in tl.static_range(len(parts)):
         masked = masked + (tl.where(mask, parts[i], 0.0),)
@@ -251,7 +254,7 @@ def masked_rows(parts, mask):
 
 @triton.jit
 def transposed(parts):
-    """Return the rows of an accumulator of :func:`zero_columns`."""
+    """Return a tile of rows from an accumulator of transposed rows, as :func:`zero_columns` makes it."""
     rows = ()
     for i in tl.static_range(len(parts)):
         rows = rows + (parts[i].T,)
@@ -260,7 +263,7 @@ def transposed(parts):
 
 @triton.jit
 def row_dot(a, b):
-    """Return the product of each row of ``a`` with the same row of ``b``, in float32."""
+    """Return the dot product of each row of ``a`` with the same row of ``b``, in float32."""
     total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(a)):
         total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)

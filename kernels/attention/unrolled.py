@@ -1,7 +1,8 @@
-"""The backward pass of a head of one block of rows and a few more, as the 77 tokens of a text: nothing is looped over.
+"""The backward pass of attention for heads that are slightly longer than a block, such as the 77 tokens of a text.
 
-A program holds all queries, their gradients and the sums of dq, and takes the keys block by block. A loop over queries
-with all keys at hand, as in ``short.py``, would pad 77 keys to 128, and could not leave out what a causal mask hides.
+The kernel has no loop: its blocks are unrolled at compile time. A program holds all queries, their gradients and the
+accumulators of dq, and takes the keys block by block. A loop over queries with all keys in registers, as in
+``short.py``, would pad 77 keys to 128, and could not skip the blocks that a causal mask hides.
 """
 
 import triton
@@ -91,7 +92,7 @@ def _unrolled_bwd_kernel(
         acc_dk, acc_dv = zero_rows(size_of(N_PARTS, i), D_PARTS), zero_rows(size_of(N_PARTS, i), D_PARTS)
         updated = ()
         for j in tl.static_range(len(M_PARTS)):
-            # no query of an earlier block sees a key of this one
+            # Under a causal mask, no query of an earlier block sees a key of this block.
             if IS_CAUSAL and start_of(M_PARTS, j + 1) <= start_of(N_PARTS, i):
                 updated = updated + (acc_dq[j],)
             else:

@@ -1,6 +1,6 @@
 """Attention pooling on a CPU, in plain PyTorch, with the arguments and results of the launches.
 
-The log-sum-exp is the natural one here, and products are in float32 at least, as in the kernels.
+The log-sum-exp is to the base e here (the kernels take base 2). Products are in float32 or wider, as in the kernels.
 """
 
 import torch
@@ -37,11 +37,15 @@ def backward(
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
+    """Return the operands of attention pooling in float32, or in float64 if they are float64."""
     return [x.to(accumulate_dtype(x.dtype)) for x in tensors]
 
 
 def _without_hidden(tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the tokens with zeros where no query looks, since anything may be there, and [B, 1, N], True there."""
+    """Return the tokens with zeros at the hidden ones, and the mask [B, 1, N] that is True for a hidden token.
+
+    A hidden token may hold NaN, and NaN times a weight of zero is NaN.
+    """
     if seqlens is None:
         return tokens, None
     hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]

@@ -1,6 +1,6 @@
 """The kernels of attention pooling: one program owns an image, and holds the weights of all its queries and tokens.
 
-Only the width is walked, ``BLOCK_K`` columns at a time, so that no gradient has two writers.
+A program loops over the width only, ``BLOCK_K`` columns at a time, so no gradient has two writers.
 """
 
 import triton
@@ -26,7 +26,7 @@ def _pool_fwd_kernel(
     stride_qb, stride_qh, stride_qc, stride_xb, stride_xn, stride_xc, log2e,
     HAS_SEQLENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Pool an image; each program owns one.
+    """Pool the tokens of one image by its queries; each program owns one image.
 
     p = softmax(q x^T) over the tokens, and out = p x. The tokens are read twice, the second time from the cache.
     """
@@ -44,10 +44,10 @@ def _pool_fwd_kernel(
         scores = tl.dot(q, x.T, scores, input_precision="ieee")
     scores = tl.where((tokens < N)[None, :], scores * log2e, float("-inf"))
     row_max = tl.max(scores, 1)
-    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)  # without any token, -inf minus itself would be NaN
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)  # without tokens, -inf minus -inf would be NaN
     p = tl.exp2(scores - row_max[:, None])
     row_sum = tl.sum(p, 1)
-    # with this log-sum-exp, every weight is 0 in the backward pass
+    # For an image without tokens, an infinite log-sum-exp makes every weight 0 in the backward pass.
     lse = tl.where(row_sum == 0.0, float("inf"), row_max + tl.log2(row_sum))
     tl.store(lse_ptr + b * H + heads, lse, mask=heads < H)
     p = (p / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]).to(x_ptr.dtype.element_ty)  # [BH, BN]
@@ -72,7 +72,7 @@ def _pool_bwd_kernel(
     stride_gb, stride_gh, stride_gc, stride_qb, stride_qh, stride_qc, stride_xb, stride_xn, stride_xc, log2e,
     HAS_SEQLENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute both gradients of an image; each program owns one.
+    """Compute the gradients of the queries and tokens of one image; each program owns one image.
 
     dp = do x^T, ds = p (dp - sum_m p_m dp_m), dq = ds x, and dx = p^T do + ds^T q. A token that no query sees gets a
     gradient of zero.

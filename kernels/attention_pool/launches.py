@@ -11,7 +11,7 @@ from ..configs import row_config
 from ..launch import arch_of, launch
 from .kernels import _pool_bwd_kernel, _pool_fwd_kernel
 
-MAX_TILE = 16384  # elements of a tile of tokens
+MAX_TILE = 16384  # the most elements of a tile of tokens
 
 
 def forward(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -40,11 +40,13 @@ def backward(
 
 
 def _constexprs(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> dict[str, Any]:
-    """Return what both kernels are compiled for: tiles of all queries, of all tokens, and of some columns."""
+    """Return the compile-time constants of both pooling kernels: a tile holds all queries, all tokens and some
+    columns.
+    """
     cfg = row_config("attention_pool", arch_of(query.device), query.dtype)
     block_h, block_n = (max(16, triton.next_power_of_2(x.shape[1])) for x in (query, tokens))
     return {
         "config": cfg, "device": query.device, "HAS_SEQLENS": seqlens is not None,
-        # the kernels walk the columns, which a RowConfig calls block_n
+        # The kernels loop over columns; a RowConfig has their number per step in block_n.
         "BLOCK_H": block_h, "BLOCK_N": block_n, "BLOCK_K": min(cfg.block_n, MAX_TILE // block_n),
     }  # fmt: skip

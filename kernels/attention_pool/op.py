@@ -7,9 +7,9 @@ Per image, with queries q [H, C] and tokens x [N, C]:
     dq_h = sum_n ds_hn x_n              dx_n = sum_h p_hn do_h + ds_hn q_h
 
 CLIP's ResNets pool with one query per head. There a head's key projection can be folded into its query, and its value
-projection can be applied to what was pooled: with C = 2048 and N = 50 that is one fiftieth of the products. The last
-block of a transformer is such a pooling too if only one of its rows is read; in a causal one, that row sees the tokens
-up to its own.
+projection can be applied to the pooled tokens. With C = 2048 and N = 50 this takes one fiftieth of the products. If
+only one row of a transformer's output is read, the attention of its last block is a pooling as well. In a causal
+transformer, that row sees only the tokens up to its own.
 
 The kernels read the tokens twice in the forward pass, the second time from the cache, and twice in the backward pass.
 FLOPs: 4 B H N C forward, 10 B H N C backward.
@@ -32,6 +32,7 @@ MAX_HEADS, MAX_TOKENS = 64, 1024
 
 
 def _path(x: Tensor) -> ModuleType:
+    """Return the module that computes attention pooling for ``x``: the Triton launches, or PyTorch on a CPU."""
     return launches if triton_runs_on(x.device) else cpu
 
 

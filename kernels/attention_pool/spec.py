@@ -1,4 +1,4 @@
-"""The specification of attention pooling: sizes, inputs, cases, floor, and what ships."""
+"""The specification of attention pooling: sizes, inputs, cases, floor, and the calls that are compiled offline."""
 
 import dataclasses
 from contextlib import AbstractContextManager
@@ -29,8 +29,10 @@ class PoolShape(Shape):
 
 
 def make(shape: PoolShape, values: str, draw: Draw) -> Call:
-    """Make random tokens, and queries of such a length that weights are neither equal nor one; ``values`` says what
-    else the weights are like.
+    """Make random tokens and queries for a case of attention pooling.
+
+    The length of the queries is chosen so that the weights are neither all equal nor all zero or one, unless ``values``
+    asks for other weights.
     """
     query = draw.normal(shape.batch, shape.queries, shape.width) / shape.width**0.5
     tokens = draw.normal(shape.batch, shape.tokens, shape.width)
@@ -47,10 +49,10 @@ def make(shape: PoolShape, values: str, draw: Draw) -> Call:
 
 
 def floor(shape: PoolShape, itemsize: int, backward: bool) -> Floor:
-    """Count two products forward. Backward recomputes one of them and needs four more.
+    """Count the work of attention pooling: two products forward. Backward recomputes one and needs four more.
 
-    Forward reads queries and tokens and writes as much as the queries. Backward reads both and the gradient, and
-    writes the gradients of both.
+    Forward reads queries and tokens, and writes a result as large as the queries. Backward reads queries, tokens and
+    the upstream gradient, and writes the gradients of queries and tokens.
     """
     product = 2 * shape.batch * shape.queries * shape.tokens * shape.width
     query, key = (shape.batch * rows * shape.width * itemsize for rows in (shape.queries, shape.tokens))
@@ -60,7 +62,7 @@ def floor(shape: PoolShape, itemsize: int, backward: bool) -> Floor:
 
 
 def few_columns(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Take 16 columns at a time, so that a narrow case takes several steps."""
+    """Let the pooling kernels take 16 columns at a time, so that their loops have several steps in a narrow case."""
     return override(config_key("attention_pool", dtype), RowConfig(16, 16, num_warps=4, num_stages=1))
 
 
@@ -70,7 +72,7 @@ CASES = [
     Case(PoolShape(1, 48, 145, 3072), "RN50x16", NOT_INTERPRETED),
     Case(PoolShape(1, 64, 197, 4096), "RN50x64", NOT_INTERPRETED),
     Case(PoolShape(256, 32, 50, 2048), "RN50, a batch", on(CUDA)),
-    # nasty ones
+    # edge cases
     Case(PoolShape(1, 1, 1, 8), "one of everything: the weight is 1, and the query's gradient 0", sanitize=True),
     Case(PoolShape(3, 2, 5, 24), "less than any tile", quick=True, sanitize=True),
     Case(PoolShape(1, 17, 33, 40), "one past a small tile in both directions", sanitize=True),
