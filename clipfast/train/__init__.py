@@ -1,4 +1,4 @@
-"""Training: what ``clipfast train`` does.
+"""Training: the implementation of ``clipfast train``.
 
 ``train_config`` holds the options, ``option_checks`` their limits, and ``recipes`` sets of them. ``loop.train`` is the
 entry point: it lets ``preflight`` refuse a run that cannot work, and ``trainer`` loop over the components of a run:

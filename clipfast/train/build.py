@@ -25,7 +25,7 @@ from .train_config import TrainConfig
 
 
 def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
-    """Return the device of this process.
+    """Return the device that this process trains on.
 
     Raises:
         ValueError: an option does not work on that device, or in several processes.
@@ -47,8 +47,8 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
 
     FSDP2 compiles its blocks later.
 
-    ``saved`` is what clipfast noted in the checkpoint that is continued, if there is one. Its configuration of the
-    model replaces ``config.model``, and the weights are those of the checkpoint, which are loaded later.
+    ``saved`` is the entry ``clipfast`` of the checkpoint that the run continues, if there is one. Its model
+    configuration replaces ``config.model``. The weights of the checkpoint are loaded later.
 
     Raises:
         ValueError: the model is unknown, or its configuration or weights cannot be used.
@@ -62,9 +62,9 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
 
 
 def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device) -> CLIP:
-    """Build the model of a run as :func:`build_model` does, without what changes how it is run.
+    """Build the model of a training run as :func:`build_model` does, without torch.compile, locks or a change of mode.
 
-    On "meta" it takes no memory, and weights are neither downloaded nor read.
+    On the device "meta", the model takes no memory, and weights are neither downloaded nor read.
     """
     precision = config.precision if config.precision in ("bf16", "pure_bf16") else "fp32"
     forced = _forced_preprocessing(config)
@@ -89,7 +89,7 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
 
 
 def registered(name: str) -> str:
-    """Return the name of a model, which may be given by the path of its JSON."""
+    """Return the name of a model. If ``model`` is the path of a JSON file, register its configuration first."""
     if name.endswith(".json"):
         add_model_config(name)
         return Path(name).stem
@@ -97,7 +97,7 @@ def registered(name: str) -> str:
 
 
 def _forced_preprocessing(config: TrainConfig) -> dict[str, Any]:
-    """Return what ``--image-mean`` and the flags beside it ask for, in OpenCLIP's words."""
+    """Return OpenCLIP's preprocessing arguments from ``--image-mean``, ``--image-std`` and the flags beside them."""
     given = {
         "mean": config.image_mean, "std": config.image_std, "interpolation": config.image_interpolation,
         "resize_mode": config.image_resize_mode,
@@ -106,7 +106,7 @@ def _forced_preprocessing(config: TrainConfig) -> dict[str, Any]:
 
 
 def _lock(config: TrainConfig, model: CLIP) -> None:
-    """Make the parameters constant that are not to be trained."""
+    """Freeze the parts of the towers that ``--lock-image`` and ``--lock-text`` exclude from training."""
     if config.lock_image:
         model.lock_image_tower(config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
     if config.lock_text:
@@ -114,7 +114,7 @@ def _lock(config: TrainConfig, model: CLIP) -> None:
 
 
 def build_parallel(config: TrainConfig, model: CLIP, world: World, device: torch.device) -> nn.Module:
-    """Return what takes the place of ``model`` in a step, so that all ranks get the mean of their gradients."""
+    """Wrap ``model`` in DistributedDataParallel, or shard it by FSDP2, to average gradients over all ranks."""
     if world.size == 1:
         return model
     if is_sharded(config, world):
@@ -129,13 +129,13 @@ def build_parallel(config: TrainConfig, model: CLIP, world: World, device: torch
 
 
 def build_loss(config: TrainConfig, model: CLIP, world: World = ALONE) -> Callable[..., Tensor]:
-    """Return the loss of a model's outputs: the sigmoid loss for SigLIP, the contrastive loss for CLIP.
+    """Build the training loss on a model's outputs: the sigmoid loss for SigLIP, the contrastive loss for CLIP.
 
     With several ranks, the mean of the ranks' losses is the loss of the whole batch, and so are the gradients. These
     losses have one implementation for each kind of device, whatever ``--backend`` is.
 
     Raises:
-        ValueError: ``--siglip`` or ``--no-siglip`` asks for the other one.
+        ValueError: ``--siglip`` or ``--no-siglip`` asks for the loss that does not fit the model.
     """
     is_siglip = isinstance(model.config, SigLIPConfig)
     if config.siglip is not None and config.siglip != is_siglip:
@@ -153,12 +153,12 @@ def build_loss(config: TrainConfig, model: CLIP, world: World = ALONE) -> Callab
 
 
 def _of_equal_parts(ranks: int, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Return the loss of this rank's pairs, of which all ranks have equally many: they need not ask each other."""
+    """Return the loss of this rank's pairs. All ranks have the same number of pairs, so no sizes are exchanged."""
     return distributed_contrastive_loss(image, text, logit_scale, sizes=[len(image)] * ranks)
 
 
 def build_tokenizer(config: TrainConfig, model: CLIP) -> Tokenizer | FileTokenizer:
-    """Return the tokenizer of a model, which for SigLIP is in the file that ``--tokenizer`` names.
+    """Build the tokenizer of a training run. SigLIP's is read from the file that ``--tokenizer`` names.
 
     Raises:
         ValueError: the file is missing, wrong, or not needed.
@@ -178,14 +178,14 @@ def build_tokenizer(config: TrainConfig, model: CLIP) -> Tokenizer | FileTokeniz
 
 
 class Distillation:
-    """The contrastive loss plus the cross-entropy of the logits against a teacher's, as OpenCLIP adds them.
+    """The contrastive loss plus the cross-entropy of the logits against a teacher's logits, as OpenCLIP adds them.
 
     The teacher sees the images and texts that the student sees, without dropped patches.
 
     Args:
-        config: of the run.
+        config: options of the run.
         student: the model that is trained.
-        device: of both; on "meta" the teacher's weights are not read.
+        device: device of student and teacher; on "meta" the teacher's weights are not read.
         world: the processes.
         autocast: makes the context of the teacher's forward pass.
 
@@ -222,12 +222,12 @@ class Distillation:
         self._autocast = autocast
         self._loss = DistillClipLoss(
             local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.size
-        )  # whose gradients, averaged over ranks, are those of the whole batch
+        )  # the mean of its gradients over the ranks is the gradient of the whole batch
         self._targets: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def look(self, images: Tensor, texts: Tensor, size: int) -> None:
-        """Let the teacher encode the batch of the next step, so many pairs at a time."""
+        """Let the teacher encode the batch of the next step, in parts of ``size`` pairs."""
         assert self._autocast is not None
         with self._autocast():
             parts = [self.teacher(*part)[:2] for part in zip(images.split(size), texts.split(size), strict=True)]
@@ -235,7 +235,7 @@ class Distillation:
         self._targets = image_features, text_features, self.teacher.logit_scale.exp()
 
     def __call__(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        """Return the loss of the student's outputs for the batch that the teacher has looked at last."""
+        """Return the loss of the student's outputs for the batch that the teacher encoded last."""
         assert self._targets is not None
         contrastive, distill = self._loss(image_features, text_features, logit_scale, *self._targets)
         return contrastive + distill

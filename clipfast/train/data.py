@@ -49,7 +49,7 @@ from .option_checks import KEY_OPTIONS, flag_name
 from .schedule import Epochs
 from .train_config import AUGMENTATIONS, TrainConfig
 
-BY_CHANCE = 1e-3  # at most: how probably one look stops a run whose share of bad pairs is just what it may be
+BY_CHANCE = 1e-3  # upper bound of the probability that one check stops a run whose share of bad pairs is at the limit
 NO_FILES = Keys((), ())  # to read a sample without the files that it names
 ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
 
@@ -67,14 +67,14 @@ class TrainingData:
     Attributes:
         shards: the names of all shards.
         sizes: the number of pairs in each.
-        content: a checksum of what in the shards the order depends on.
-        epochs: of the run.
-        total_steps: of the run.
+        content: a checksum of all properties of the shards on which the order depends.
+        epochs: the epochs of the run, as numbers of steps.
+        total_steps: the number of steps of the run.
         is_synthetic: whether all pairs are, so that the device draws them.
-        damaged: the shards of which parts are known to be lost.
+        damaged: the shards that are known to have lost parts.
 
     Raises:
-        ValueError: a shard is missing or hardly readable, or the shards hold less than one batch.
+        ValueError: a shard is missing, a shard has lost too much, or the shards hold less than one batch.
     """
 
     def __init__(self, config: TrainConfig, batch_size: int | None = None, world: World = ALONE) -> None:
@@ -126,8 +126,8 @@ class TrainingData:
         """Return the batches of the run from number ``first``, decoded and augmented by the data workers.
 
         Args:
-            first: number of the first batch, from 0; what is before it is not read.
-            model, tokenizer: what the images and the texts are prepared for.
+            first: number of the first batch, from 0; no earlier batch is read.
+            model, tokenizer: set the preprocessing of the images and the texts.
             pin_memory: place batches in memory that a GPU can copy from asynchronously.
 
         Raises:
@@ -141,10 +141,10 @@ class TrainingData:
         return pair_loader(batches, first, self.total_steps, workers, pin_memory=pin_memory, local_ranks=ranks)
 
     def names(self, number: int) -> list[str]:
-        """Return shard and key of each pair of this rank's part of a batch; of one that cannot be read, its place.
+        """Return shard and key of each training pair in this rank's part of a batch; the place, if it cannot be read.
 
         Args:
-            number: of the batch, from 0.
+            number: number of the batch, from 0.
         """
         part, first = self.batch_size // self.world.size, number * self.batch_size
         mine = self.order(first, first + self.batch_size)[self.world.rank * part : (self.world.rank + 1) * part]
@@ -159,14 +159,14 @@ class TrainingData:
 
 
 def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:
-    """Return how many pairs all processes together see in a step.
+    """Return the global batch size: the pairs that all processes together see in a training step.
 
-    A run that goes on keeps the batch that it had, on any number of processes, unless its options change.
+    A resumed run keeps its global batch size on any number of processes, unless its options change.
 
     Args:
         config: options of the run.
         world: the processes.
-        saved: what clipfast noted in the checkpoint that is continued; {} without one.
+        saved: the entry ``clipfast`` of the checkpoint that the run continues; {} without a checkpoint.
 
     Raises:
         ValueError: the batch cannot be divided among the processes.
@@ -198,7 +198,7 @@ def pair_batches(
     Args:
         config: the options.
         sources, order: of the pairs.
-        model, tokenizer: what the images and the texts are prepared for.
+        model, tokenizer: set the preprocessing of the images and the texts.
         batch_size: pairs of all processes together.
         world: the processes, of which this one gets its part of every batch.
     """
@@ -225,7 +225,7 @@ def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_
 
 
 def validation_set(config: TrainConfig) -> LabelledSet | None:
-    """Return the validation data of a run, whose names may differ from the training data's; None if none are used."""
+    """Return the validation pairs of a run, whose keys and columns may differ from the training data's, or None."""
     if config.val_data is None or config.val_frequency == 0:
         return None
     given = config.keys()
@@ -234,7 +234,7 @@ def validation_set(config: TrainConfig) -> LabelledSet | None:
 
 
 def parts(config: TrainConfig) -> list[str]:
-    """Return the sources of a mix; without factors, all shards are one."""
+    """Return the sources of a mix of training data; without factors, all shards form one source."""
     factors, named = config.train_data_upsampling_factors, config.train_data.split("::")
     if factors and len(factors) != len(named):
         raise ValueError(
@@ -245,7 +245,7 @@ def parts(config: TrainConfig) -> list[str]:
 
 
 def _refuse_changes(config: TrainConfig) -> None:
-    """Refuse options that would change images or captions, of which those that the device draws have their own."""
+    """Refuse options that change images or captions if the data are synthetic pairs, which the device draws."""
     given = [flag_name(key) for key in (*AUGMENTATIONS, "aug_cfg", *KEY_OPTIONS) if getattr(config, key)]
     if given:
         raise ValueError(f"{', '.join(given)}: synthetic pairs are drawn on the device as they are: leave it out")
@@ -266,7 +266,7 @@ def _refuse_less_than_a_batch(pairs: int, num_samples: int | None, batch_size: i
 def _damaged(sources: Sequence[Source], limit: float) -> list[ShardIndex]:
     """Return the damaged shards, and refuse them if they have lost too much.
 
-    How much a shard that is cut short has lost cannot be told, and is not counted.
+    A shard that is cut short has lost an unknown number of pairs, which are not counted.
 
     Raises:
         ValueError: more than the share ``limit`` of all pairs is lost.
@@ -284,7 +284,7 @@ def _damaged(sources: Sequence[Source], limit: float) -> list[ShardIndex]:
 
 @dataclasses.dataclass
 class SkipBudget:
-    """How many pairs were seen, how many of them could not be used for which reasons, and how many may be."""
+    """Counts the pairs that training has seen and skipped, by reason, and stops the run when too many were skipped."""
 
     limit: float  # largest share of skipped pairs
     listed_in: Path  # the file that lists the skipped pairs, for the error
@@ -298,14 +298,14 @@ class SkipBudget:
         return self.kinds.total()
 
     def is_exceeded_by(self, skipped: int) -> bool:
-        """Return True if of the pairs that were seen so many may not be skipped.
+        """Return True if more of the seen pairs were skipped than ``limit`` allows, chance set aside.
 
-        Of the first few pairs, more than the share of all may be bad. By Chernoff's bound, it is less probable than
-        ``BY_CHANCE`` that so many are, where this is True.
+        The bad share of the first few pairs may exceed the limit by chance. This returns True only where, by Chernoff's
+        bound, data at the limit would have so many bad pairs with a probability of less than ``BY_CHANCE``.
         """
         if skipped <= self.limit * self.seen or self.limit == 0:
             return skipped > self.limit * self.seen
-        bad = min(1.0, skipped / self.seen)  # of several ranks, the last pairs may be counted twice
+        bad = min(1.0, skipped / self.seen)  # with several ranks, the last pairs may be counted twice
         good = 1 - bad
         divergence = bad * math.log(bad / self.limit) + (good * math.log(good / (1 - self.limit)) if good else 0.0)
         return math.exp(-self.seen * divergence) < BY_CHANCE

@@ -10,14 +10,14 @@ from ..checkpoints.checkpoint import check_weights, plain_names
 from ..distributed.dtensors import fill, to_local
 from ..models import CLIP
 
-TOGETHER = 16  # tensors that are averaged at the same time, for which a step has to hold their change
+TOGETHER = 16  # tensors that are averaged in one call, which holds the changes of all of them in memory
 
 
 class WeightAverage:
-    """An average over the steps of every weight that is trained, and of the statistics of BatchNorm, in float32.
+    """The exponential moving average of every trained weight and of BatchNorm's running statistics, in float32.
 
-    The statistics are averaged over the same steps as the weights, since those of the last weights would not fit. What
-    is no floating number, such as BatchNorm's count, is that of the model.
+    The statistics are averaged over the same steps as the weights, since the statistics of the last weights would not
+    fit averaged weights. Integer tensors, such as BatchNorm's count, are taken from the model without averaging.
 
     Args:
         model: the model, whose state dict must keep its tensors.
@@ -44,12 +44,12 @@ class WeightAverage:
     def update(self, steps: int, skipped: Tensor) -> None:
         """Take the weights into the average after ``steps`` steps, which count from 1.
 
-        ``skipped`` is 1 if the last of them changed no weight, and leaves the average as it is, else 0.
+        ``skipped`` is 1 if the last step changed no weight; the average then stays as it is. Otherwise it is 0.
         """
         decay = min(self.decay, (1 + steps) / (10 + steps))
         share = (1 - decay) * (1 - skipped)
         if self._devices != {share.device}:
-            share = share.cpu()  # which goes with any device
+            share = share.cpu()  # a scalar on the CPU can be combined with tensors of any device
         averages, live = _locals(self.averages), _locals(self._live)
         for start in range(0, len(averages), TOGETHER):
             some = averages[start : start + TOGETHER]
@@ -59,7 +59,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the average for as long as the context lasts."""
+        """Swap the averaged weights into the model for as long as the context lasts."""
         live = _locals(self._live)
         with torch.no_grad():
             trained = [value.clone() for value in live]
@@ -75,7 +75,7 @@ class WeightAverage:
         return {name: self.averages.get(name, value) for name, value in self.model.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
-        """Go on from a state that :meth:`state_dict` returned; without one, from the weights that the model has now.
+        """Restore the average from a state that :meth:`state_dict` returned; without one, copy the model's weights.
 
         Raises:
             CheckpointError: the state does not fit the model.
@@ -88,5 +88,5 @@ class WeightAverage:
 
 
 def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the parts of tensors that this process holds; FSDP2 may have cut some of them."""
+    """Return the parts of tensors that this process holds; some may be DTensors of FSDP2."""
     return [to_local(value) for value in tensors.values()]

@@ -1,9 +1,9 @@
 """FSDP2: every process holds a part of the weights, their gradients and the optimizer's state.
 
-Each block is a unit whose weights are gathered when it runs, and so is what remains of the model. PyTorch's
-``fully_shard`` cuts tensors along their first dimension, and so takes no scalars. The logit scale and the logit bias
-stay whole on every process, with the shape that OpenCLIP gives them, and :func:`exchange_scalars` averages their
-gradients.
+Each block is a unit whose weights are gathered when it runs. The rest of the model is one more unit. PyTorch's
+``fully_shard`` shards tensors along their first dimension, and so takes no scalars. The logit scale and the logit bias
+are therefore replicated on every process, with the shape that OpenCLIP gives them, and :func:`exchange_scalars`
+averages their gradients.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def blocks_of(model: CLIP) -> list[nn.Module]:
 
 
 def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
-    """Cut the weights of ``model`` in place among the ranks of ``mesh``, and compile its blocks if that is asked for.
+    """Shard the weights of ``model`` in place over the ranks of ``mesh``, and compile its blocks if that is asked for.
 
     The arithmetic stays that of DistributedDataParallel: autocast chooses the precision, and gradients are summed in
     float32.
@@ -55,7 +55,7 @@ def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
             # The hooks that gather the weights run outside of what is compiled.
             block.forward = torch.compile(block.forward, fullgraph=True, **compiler)
         fully_shard(block, reshard_after_forward=_reshards(config), **options)
-    # What remains is needed again as soon as the backward pass begins, so it stays gathered until then.
+    # The weights outside of the blocks are needed again as soon as the backward pass begins, so they stay gathered.
     fully_shard(model, reshard_after_forward=False, ignored_params=set(_scalars(model)), **options)
     _gather_for_direct_calls(model)
 
@@ -63,8 +63,8 @@ def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
 def _gather_for_direct_calls(model: CLIP) -> None:
     """Let the encoders gather the weights when they are called, except by the forward pass, which has gathered them.
 
-    If a part of the forward pass were such a call too, PyTorch would free the weights at its end, and gather them again
-    for the backward pass.
+    If an encoder gathered them within the forward pass too, PyTorch would free the weights at the end of the encoder,
+    and gather them again for the backward pass.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -99,7 +99,7 @@ def _scalars(model: nn.Module) -> list[nn.Parameter]:
 
 
 def exchange_scalars(model: nn.Module, world: World) -> None:
-    """Replace the gradients of scalars, which FSDP2 leaves alone, by their means over the ranks."""
+    """Average the gradients of scalar parameters, which FSDP2 does not reduce, over the ranks."""
     gradients = [parameter.grad for parameter in _scalars(model) if parameter.grad is not None]
     if gradients:
         means = world.mean(torch.stack([gradient.float() for gradient in gradients]))
@@ -109,9 +109,10 @@ def exchange_scalars(model: nn.Module, world: World) -> None:
 
 @contextlib.contextmanager
 def unsharded(config: TrainConfig, model: nn.Module) -> Iterator[None]:
-    """Give every rank all weights for as long as the context lasts, so that its forward passes wait for no other rank.
+    """Gather all FSDP2 weights on every rank while the context lasts; forward passes then need no communication.
 
-    Ranks may then compute different numbers of forward passes, or none. All of them must enter and leave it together.
+    Ranks may then compute different numbers of forward passes, or none. All ranks must enter and leave the context
+    together.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -124,5 +125,5 @@ def unsharded(config: TrainConfig, model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for part in parts:
-            part.reshard()  # weights may change before the next forward pass, which would find the old ones
+            part.reshard()  # weights may change before the next forward pass, which would otherwise use the old ones
             part.set_reshard_after_forward(_reshards(config) and part is not model, recurse=False)

@@ -7,17 +7,17 @@ from .option_checks import AUTO, flag_name
 if TYPE_CHECKING:
     from .train_config import TrainConfig
 
-# These treat every number by itself, and so work on parts of weights.
+# The updates of these optimizers are elementwise, so they also work on shards of weights.
 FSDP_OPTIMIZERS = (
     "adamw", "adam", "nadam", "nadamw", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "asgd", "sgd",
 )  # fmt: skip
 
 
 def check_fsdp(config: "TrainConfig") -> None:
-    """Refuse options that do not work with FSDP2, and those that mean nothing without it.
+    """Refuse training options that do not work with FSDP2, and options that mean nothing without it.
 
     Raises:
-        ValueError: there is one; the message names it, and what to leave out.
+        ValueError: an option is refused; the message names it, and the option to leave out.
     """
     parts = [name for name in ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu") if getattr(config, name)]
     if not config.fsdp and parts:

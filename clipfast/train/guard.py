@@ -1,8 +1,8 @@
-"""What keeps a gradient that is not finite away from the weights, on all ranks or on none, and records such steps.
+"""The guard against gradients that are not finite: it skips their steps on all ranks or on none, and records them.
 
-The verdict needs no message of its own between the ranks. A loss that is not finite makes its rank's gradients NaN, the
-mean of the ranks' gradients carries that to all, and so all find the same norm and decide the same. The verdict stays
-on the device, where fused Adam and AdamW take it. Other optimizers cannot, and for them the host waits for it.
+The verdict needs no communication of its own. A loss that is not finite makes its rank's gradients NaN. The mean of the
+ranks' gradients then is NaN on all ranks, so all ranks find the same norm and decide the same. The verdict stays on the
+device, where fused Adam and AdamW read it. Other optimizers cannot read it there, so the host waits for it.
 """
 
 import collections
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from .state import Progress
 
 log = logging.getLogger("clipfast")
-NAMED = 5  # parameters that are named of those whose gradients are not finite
+NAMED = 5  # a message names at most this many of the parameters whose gradients are not finite
 
 
 class Figures(NamedTuple):
-    """The figures of a step, as numbers of the host.
+    """The figures of a training step, as Python numbers on the host.
 
     Attributes:
-        loss: of this rank's pairs.
-        grad_norm: of the gradient of all ranks, before it is clipped.
+        loss: the loss of this rank's pairs.
+        grad_norm: the norm of the gradient of all ranks, before it is clipped.
         skipped: 1 if the step changed no weight, else 0.
-        logit_scale: the factor of the cosines that the step began with.
+        logit_scale: the factor of the cosine similarities at the beginning of the step.
     """
 
     loss: float
@@ -50,20 +50,20 @@ class Figures(NamedTuple):
 
 
 class Guard:
-    """Takes the step of an optimizer if the gradient is finite, and otherwise leaves everything as it was.
+    """Takes the step of an optimizer if the gradient is finite, and skips it otherwise.
 
-    That is the weights, the state of the optimizer, and the running statistics of BatchNorm.
+    Otherwise the weights, the state of the optimizer and the running statistics of BatchNorm stay as they were.
 
     Args:
-        model, optimizer: the optimizer's parameters are the model's. FSDP2 has cut them already, if it is used.
+        model, optimizer: the optimizer's parameters are the model's. With FSDP2, they are sharded already.
         grad_clip_norm: largest norm of the gradient; None does not clip it.
 
     Attributes:
         waits: whether the host waits for each verdict.
-        figures: those of the last step, as float32 on the device, in the order of :class:`Figures`. Each step writes to
-            the same tensor, as a CUDA graph must.
-        norms: the norm of the gradient of each of ``names``, likewise.
-        names: of the parameters that are trained.
+        figures: the figures of the last step, as float32 on the device, in the order of :class:`Figures`. Each step
+            writes to the same tensor, as a CUDA graph must.
+        norms: the gradient norm of each parameter in ``names``; each step writes to the same tensor here too.
+        names: the names of the trained parameters.
     """
 
     def __init__(self, model: CLIP, optimizer: torch.optim.Optimizer, grad_clip_norm: float | None) -> None:
@@ -93,7 +93,7 @@ class Guard:
 
     @torch.no_grad()
     def judge(self, loss: Tensor) -> None:
-        """Compute the figures of a step from its loss and the gradients in ``.grad``, and clip these."""
+        """Compute the figures of a training step from its loss and the gradients in ``.grad``, and clip these."""
         gradients = [parameter.grad for parameter in self._parameters]
         norms = iter(self._norms_of([gradient for gradient in gradients if gradient is not None]))
         zero = self.norms.new_zeros(())
@@ -119,12 +119,12 @@ class Guard:
 
 @dataclasses.dataclass
 class GuardedLoss:
-    """A loss whose gradients are NaN if it is not finite itself, so that every rank finds out; else it is the same."""
+    """Wraps a loss: if its value is not finite, its gradients become NaN, which every rank then sees in their mean."""
 
     loss: Callable[..., Tensor]
 
     def __call__(self, *outputs: Any) -> Tensor:
-        """Return the loss of a model's outputs."""
+        """Return the loss of a model's outputs, whose gradients are NaN if it is not finite."""
         value = self.loss(*outputs)
         if value.requires_grad:
             poison = 0 * value.detach()
@@ -133,16 +133,16 @@ class GuardedLoss:
 
 
 def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norm of each gradient in float32."""
+    """Return the norm of each gradient, computed in float32."""
     return list(torch._foreach_norm(list(gradients), dtype=torch.float32)) if gradients else []
 
 
 def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norms of gradients of which FSDP2 has cut some: for each, the norm of all its parts together."""
+    """Return the norm of each gradient; for a DTensor of FSDP2, the norm over its shards on all ranks."""
     norms = norms_of(list(map(to_local, gradients)))
     cut = [place for place, gradient in enumerate(gradients) if is_dtensor(gradient)]
     if cut:
-        like: Any = gradients[cut[0]]  # FSDP2 cuts all gradients alike
+        like: Any = gradients[cut[0]]  # FSDP2 shards all gradients over the same mesh
         mesh = like.device_mesh
         # The parts may lie on the host, and the square of a large number is beyond float32.
         squares = torch.stack([norms[place] for place in cut]).to(mesh.device_type, torch.float64).square_()
@@ -157,7 +157,7 @@ def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
 class _Step(NamedTuple):
     """A step whose verdict may still be on its way from the device."""
 
-    number: int  # of steps that were finished with it
+    number: int  # the number of finished steps, with this one
     figures: Tensor
     ready: torch.cuda.Event | None
     norms: Tensor
@@ -165,17 +165,17 @@ class _Step(NamedTuple):
 
 
 class SkippedSteps:
-    """Hears which steps the guard skipped, writes down their batches, and stops the run after too many of them.
+    """Counts the training steps that the guard skipped, records their batches, and stops the run after too many.
 
-    On a GPU it hears of a step one step later, so that the host does not wait for the step itself. All ranks call the
-    same methods in the same order, and hear the same.
+    On a GPU it reads the verdict on a step one step later, so that the host does not wait for the step itself. All
+    ranks call the same methods in the same order, and get the same verdicts.
 
     Args:
-        guard: of the steps.
-        data: of the run, which knows what was in a batch.
-        progress: the counts, which a checkpoint keeps.
-        most: so many skipped steps in a row end the run.
-        folder: of the run.
+        guard: the guard that judges the steps.
+        data: the training data of the run, which can name the pairs of a batch.
+        progress: the counts of steps, which are kept in checkpoints.
+        most: the number of skipped steps in a row that ends the run.
+        folder: folder of the run.
         world: the processes.
     """
 
@@ -187,7 +187,7 @@ class SkippedSteps:
         self._pending: collections.deque[_Step] = collections.deque()
 
     def __call__(self, batch: Batch) -> None:
-        """Take note of the step that was just finished with ``batch``.
+        """Note the step that was just finished on ``batch``, and count it once its verdict is known.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -217,16 +217,17 @@ class SkippedSteps:
             self.progress.skipped_steps += 1
             self.progress.skipped_in_a_row += 1
             self._record(step, figures)
-            # Not without a new verdict: a run that was stopped so goes on with this count, and other options.
+            # Only a new verdict may stop the run: a run that was stopped here may be resumed with this count and a
+            # higher limit.
             if self.progress.skipped_in_a_row >= self.most:
                 self.world.on_main(self._stop)
 
     def _record(self, step: _Step, figures: Figures) -> None:
-        """Write down a step that was skipped."""
+        """Log a skipped step, and record its batch in the run's folder."""
         with self.world.phase("names of a batch"):
             skipped = [sample.name for sample in step.batch.skipped]
             mine = {"loss": figures.loss, "keys": self.data.names(step.number - 1), "unusable": skipped}
-        self.world.meet()  # names take different times
+        self.world.meet()  # the ranks need different times to look up the names
         ranks = self.world.gather(mine)
         self.world.on_main(lambda: self._write(step, figures, ranks))
 
@@ -255,7 +256,7 @@ class SkippedSteps:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return ``value`` with strings in place of numbers that JSON has no word for."""
+    """Return ``value`` with strings in place of infinities and NaN, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _jsonable(one) for key, one in value.items()}
     if isinstance(value, list):

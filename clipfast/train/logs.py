@@ -34,29 +34,29 @@ log = logging.getLogger("clipfast")
 
 
 class Meters:
-    """The meters of one rank.
+    """Measures throughput, MFU, memory and GPU state of one rank for the training log.
 
     Args:
-        device: of the rank.
-        parallel: what is called in a step; ``DistributedDataParallel`` measures its communication itself.
+        device: device of the rank.
+        parallel: the model as a step calls it; ``DistributedDataParallel`` measures its own communication.
         every: steps between two readings.
     """
 
     def __init__(self, device: torch.device, parallel: nn.Module | None = None, every: int = 1) -> None:
         self.device, self.parallel = device, parallel
-        self._seconds_at_peak = 0.0  # that a step would take at an MFU of 1; 0 if that is unknown
+        self._seconds_at_peak = 0.0  # seconds that a step would take at an MFU of 1; 0 if unknown
         self._tells_nvml = device.type == "cuda"
         self._was_throttled = False
         if isinstance(parallel, DistributedDataParallel):
             parallel._set_ddp_runtime_logging_sample_rate(every)
 
     def count_flops(self, model: Callable[[], CLIP], pairs: int, ranks: int, *, half: bool) -> str | None:
-        """Count the FLOPs of a step, and return a sentence on what MFU means in this run; None if there is none.
+        """Count the FLOPs of a training step, and return a sentence on what MFU means in this run, or None.
 
         Args:
-            model: builds the model on "meta".
-            pairs: of all ranks together.
-            ranks: how many there are.
+            model: a function that builds the model on "meta".
+            pairs: the number of pairs of all ranks together.
+            ranks: the number of ranks.
             half: whether products have 16 bits.
         """
         card = card_named(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
@@ -70,12 +70,12 @@ class Meters:
         )
 
     def read(self, step_seconds: float) -> dict[str, Any]:
-        """Return the figures for a line of metrics; what cannot be measured here is left out.
+        """Return the measured figures for a line of ``metrics.jsonl``; without those that cannot be measured here.
 
-        ``mfu``: of the peak of all ranks' GPUs. ``communication``: the share of a step's time in which
+        ``mfu`` is relative to the peak of all ranks' GPUs. ``communication`` is the share of a step's time in which
         ``DistributedDataParallel`` sums gradients, or waits for a slower rank to do so, after the backward pass has
         computed them, in the last step that it looked at; the exchange of features in the loss is not part of it.
-        ``memory``: bytes, on a GPU the peak so far. ``gpu``: what NVML says.
+        ``memory`` is in bytes, on a GPU the peak so far. ``gpu`` holds the values that NVML gives.
 
         Args:
             step_seconds: duration of a step.
@@ -85,7 +85,7 @@ class Meters:
             found["mfu"] = self._seconds_at_peak / step_seconds
         times = self.parallel._get_ddp_logging_data() if isinstance(self.parallel, DistributedDataParallel) else {}
         whole, hidden = times.get("backward_comm_time"), times.get("backward_compute_comm_overlap_time")
-        if whole is not None and hidden is not None:  # after the first steps that it looks at
+        if whole is not None and hidden is not None:  # both are set after the first steps that DDP measures
             found["communication"] = min(max(whole - hidden, 0) * 1e-9 / step_seconds, 1.0)
         if self._tells_nvml:
             found |= self._gpu()
@@ -102,7 +102,7 @@ class Meters:
     def _gpu(self) -> dict[str, Any]:
         try:
             state = gpu_state(self.device)
-        except Exception:  # a driver may lack NVML, or a container may hide it: a run needs none of it
+        except Exception:  # a driver may lack NVML, or a container may hide it: a run does not need it
             self._tells_nvml = False
             return {}
         if state["throttled"] and not self._was_throttled:
@@ -116,14 +116,14 @@ class Meters:
 
 
 class _OutLog(logging.handlers.WatchedFileHandler):
-    """The file ``out.log``, opened again where the folder of the run is made again."""
+    """The file ``out.log``, which is opened again if the folder of the run had to be made again."""
 
     def __init__(self, path: Path, folder: RunFolder) -> None:
         super().__init__(path, encoding="utf-8")
         self.folder = folder
 
     def reopenIfNeeded(self) -> None:  # noqa: N802
-        """Open the file again if it is another one, unless it is that of another run."""
+        """Open the file again if another file has its path, unless that file belongs to another run."""
         if self.folder.lock is not None and self.folder.is_held():
             super().reopenIfNeeded()
 
@@ -133,7 +133,7 @@ class _OutLog(logging.handlers.WatchedFileHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Lose a line that cannot be written: a full disk would print a traceback for each."""
+        """Drop a line that cannot be written: with a full disk, each line would print a traceback otherwise."""
 
 
 @contextlib.contextmanager
@@ -169,21 +169,21 @@ class TrainLog:
         epochs: of the run.
         world: the processes; rank 0 writes, and the times and meters are its own.
         meters: of this rank.
-        signs: of trouble, which are reported.
+        signs: looks for signs of trouble, which the log reports.
 
     Attributes:
-        reports: where figures go beside the log and ``metrics.jsonl``; None until they are opened, and on other ranks.
+        reports: TensorBoard and the other receivers of figures; None until they are opened, and on ranks other than 0.
     """
 
     def __init__(self, folder: RunFolder, epochs: Epochs, world: World, meters: Meters, signs: Signs) -> None:
         self.folder, self.epochs, self.world, self.meters, self.signs = folder, epochs, world, meters, signs
         self.reports: Reports | None = None
         self._first: tuple[int, float] | None = None  # step and time of the first line
-        self._left: float | None = None  # seconds
+        self._left: float | None = None  # estimated seconds until the end
         self._start_again()
 
     def watch(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
-        """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each."""
+        """Pass on the batches from ``step`` to the end of its epoch, and time how long training waits for each."""
         from tqdm import tqdm
 
         epoch, first, stop = self.epochs.after(step)
@@ -203,9 +203,9 @@ class TrainLog:
                 bar.update()
 
     def step(self, figures: Tensor, pairs: int) -> None:
-        """Count a finished step of so many pairs of this process.
+        """Count a finished training step, in which this process had ``pairs`` pairs.
 
-        ``figures`` are those of :class:`clipfast.train.guard.Guard`, and stay on their device until they are logged.
+        ``figures`` come from :class:`clipfast.train.guard.Guard`, and stay on their device until they are logged.
         """
         self._figures.append(figures)
         self._pairs += pairs * self.world.size
@@ -213,16 +213,16 @@ class TrainLog:
     def write(
         self, step: int, lr: float, logit_scale: Tensor, logit_bias: Tensor | None = None, *, shown: bool = True
     ) -> None:
-        """Log and record the steps since the last line; all ranks must call it.
+        """Write a log line and a line of metrics on the training steps since the last line; all ranks must call it.
 
-        Steps that the guard skipped count for the times, and not for the losses.
+        Steps that the guard skipped are part of the times, but not of the mean losses.
 
         Args:
             step: number of steps that are finished.
-            lr: learning rate of the last one.
-            logit_scale: scalar, the factor of the cosines after the last one.
-            logit_bias: scalar, what SigLIP adds to them.
-            shown: whether there is a line in the log too.
+            lr: learning rate of the last step.
+            logit_scale: scalar, the factor of the cosine similarities after the last step.
+            logit_bias: scalar, SigLIP's bias of the logits.
+            shown: whether to write the log line too; otherwise only the line of metrics is written.
         """
         self.look(step)
         figures = self._known
@@ -244,19 +244,19 @@ class TrainLog:
             "pairs_per_second_per_gpu": self._pairs / elapsed / self.world.size,
             **self.meters.read(elapsed / len(figures)),
         }  # fmt: skip
-        first, seconds = self._first = self._first or (step, now)  # much is prepared in the steps before it
-        if step > first:  # evaluations and saves are spread over all steps
+        first, seconds = self._first = self._first or (step, now)  # earlier steps include one-time work
+        if step > first:  # this average includes evaluations and saves
             self._left = (self.epochs.total_steps - step) * (now - seconds) / (step - first)
         if self._left is not None:
             line["eta"] = round(self._left, 1)
-        line["data_seconds"] = dict(self._stages)  # of all data workers together
+        line["data_seconds"] = dict(self._stages)  # seconds of all data workers together
         if shown:
             log.info(self._text(line, kept[-1].loss if kept else math.nan))
         self.record(line)
         self._start_again()
 
     def look(self, step: int) -> None:
-        """Look for signs of trouble in the steps that were finished since it last was done; all ranks must call it."""
+        """Look for signs of trouble in the training steps since the last look; all ranks must call it."""
         if not self._figures:
             return
         stacked = torch.stack(self._figures)
@@ -267,14 +267,14 @@ class TrainLog:
         self._figures.clear()
 
     def _report(self, before: int, figures: Sequence[Figures]) -> None:
-        """Warn of signs that the run goes wrong, and record them; ``before`` steps were finished before the first."""
+        """Warn of signs that training goes wrong, and record them; ``before`` steps came before the first."""
         for step, one in enumerate(figures, before + 1):
             for sign in self.signs.see(step, one) if self.world.is_main and not one.skipped else ():
                 log.warning(sign.text[0].upper() + sign.text[1:])
                 self.folder.record(step=step, warning=sign.kind, value=sign.value, usual=sign.usual)
 
     def _text(self, line: dict[str, Any], last: float) -> str:
-        """Return OpenCLIP's log line with ours at its end; ``last`` is the loss of the last step."""
+        """Return the log line: OpenCLIP's text, then clipfast's own figures; ``last`` is the loss of the last step."""
         _, first, stop = self.epochs.after(line["step"] - 1)
         pairs, total = ((count - first) * self.epochs.batch_size for count in (line["step"], stop))
         mean = line.get("loss", math.nan)  # all steps may have been skipped
@@ -287,7 +287,7 @@ class TrainLog:
         )
 
     def _ours(self, line: dict[str, Any]) -> Iterator[str]:
-        """Yield what OpenCLIP's line does not have."""
+        """Yield the parts of the log line that OpenCLIP's line lacks."""
         if line.get("memory"):
             yield f"Mem: {next(iter(line['memory'].values())) / 1e9:.1f} GB"
         for name, key in (("MFU", "mfu"), ("Comm", "communication"), ("Data-wait", "data_wait")):
@@ -310,21 +310,21 @@ class TrainLog:
         self._evaluated(step, accuracy, {"imagenet": accuracy})
 
     def _evaluated(self, step: int, figures: dict[str, float], content: dict[str, Any]) -> None:
-        # OpenCLIP counts the epochs that are finished; the last may be cut
+        # OpenCLIP counts the epochs that are finished; the last epoch may be cut short
         epoch = self.epochs.after(step - 1).number + 1
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in figures.items())
         log.info(f"Eval Epoch: {epoch} {shown}\tafter step {step}")
         self.record({"step": step, "epoch": epoch, "time": round(time.time(), 3), **content})
 
     def record(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics, on rank 0, to all places for them."""
+        """Write a line of metrics to ``metrics.jsonl`` and to all reports, on rank 0."""
         if self.world.is_main:
             self.folder.record(**line)
         if self.reports is not None:
             self.reports.add(line)
 
     def _start_again(self) -> None:
-        self._figures: list[Tensor] = []  # of steps that were not looked at yet
-        self._known: list[Figures] = []  # of those before them
+        self._figures: list[Tensor] = []  # figures of steps in which signs of trouble were not looked for yet
+        self._known: list[Figures] = []  # figures of the steps before them
         self._stages: collections.Counter[str] = collections.Counter()
         self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

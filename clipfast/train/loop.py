@@ -1,4 +1,4 @@
-"""From options to a finished run: what ``clipfast train`` does."""
+"""From options to a finished run: the entry point of ``clipfast train``."""
 
 import collections
 import contextlib
@@ -31,11 +31,11 @@ from .reports import Reports, check_wandb
 from .train_config import TrainConfig
 from .trainer import Trainer
 
-SHOWN = 10  # parts of shards that are lost, in the log
+SHOWN = 10  # the log names at most this many lost parts of shards
 
-PLACE = ("logs", "name")  # options that say where the run lies, so that its folder may be moved
+PLACE = ("logs", "name")  # options for the place of the run; they may change, since its folder may be moved
 
-OF_MODEL = ("model", "force_quick_gelu", "force_image_size", "force_context_length")  # options that make another one
+OF_MODEL = ("model", "force_quick_gelu", "force_image_size", "force_context_length")  # options that change the model
 
 
 def train(
@@ -49,21 +49,21 @@ def train(
 
     Args:
         config: all options.
-        resume: checkpoint to continue from. A run whose own checkpoint it is continues in its folder.
-        origins: where options are from that are no defaults, for ``params.txt``, which lists all options.
+        resume: checkpoint to continue from. If the checkpoint belongs to this run, the run continues in its folder.
+        origins: the origin of each option that is not at its default, for ``params.txt``, which lists all options.
         world: the processes that train together; each of them calls this function.
-        warnings: what else the log is to say at the start.
+        warnings: further lines for the log at the start.
 
     Returns:
         The run's folder, and the signal that interrupted the run if one did.
 
     Raises:
         ImportError: a package is missing that reads the data.
-        ValueError: options, data or the checkpoint cannot be used, or another process writes to the folder; nothing has
-            been trained then.
+        ValueError: options, data or the checkpoint cannot be used, or another process writes to the folder. This is
+            raised before the first step.
         TrainingError: losses, gradients or weights are not finite, or too many pairs cannot be decoded.
         DiskFullError: there is no space for the last checkpoint or the results.
-        OSError: they cannot be written for another reason.
+        OSError: the last checkpoint or the results cannot be written for another reason.
     """
     # The clocks of the ranks may differ.
     name = world.on_main(lambda: config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
@@ -75,7 +75,7 @@ def train(
         world.on_main(lambda: check_wandb(config.report_to))
         checkpoint = read_saved(resume) if resume is not None else {}
         own = checkpoint.get("clipfast", {})
-        with world.local_first():  # what it indexes, the other processes of a machine find
+        with world.local_first():  # the first process of a machine writes the index, which the others then find
             found = preflight(config, folder, own, world)
         trainer = Trainer(config, folder, checkpoint or None, world)
         del checkpoint  # training needs the memory
@@ -93,7 +93,7 @@ def train(
         with (
             logging_to(folder, world, by_machine=config.log_local),
             Interruption(quiet=world.size > 1) as interruption,
-            remote,  # it uploads what the reports have closed
+            remote,  # entered before the reports, so that it uploads their files after they are closed
             Reports(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
         ):
             if world.is_main:
@@ -112,15 +112,15 @@ def train(
 
 
 def _refuse_changes(trainer: Trainer, changed: Mapping[str, str], own: Mapping[str, Any] | None) -> None:
-    """Refuse options that cannot change any more.
+    """Refuse options of a resumed run that differ from its checkpoint and cannot change any more.
 
     Args:
-        trainer: has gone on from the checkpoint.
-        changed: the flags of the options that are not as they were, by their names.
-        own: what the checkpoint says of its run, if that is the one that goes on; otherwise None.
+        trainer: the trainer, which has loaded the checkpoint.
+        changed: the flags of the options that differ from the checkpoint, by option name.
+        own: the entry ``clipfast`` of the checkpoint if the checkpoint belongs to this run; otherwise None.
 
     Raises:
-        ValueError: they make another model, or the run is finished.
+        ValueError: the options change the model, or the run is finished.
     """
     other_model = ", ".join(changed[key] for key in OF_MODEL if key in changed)
     if other_model:
@@ -133,10 +133,10 @@ def _refuse_changes(trainer: Trainer, changed: Mapping[str, str], own: Mapping[s
 
 
 def _check_steps(trainer: Trainer) -> None:
-    """Refuse ranks that go on from different checkpoints.
+    """Refuse to train if the ranks resume from checkpoints of different steps.
 
     Raises:
-        ValueError: as above; on all ranks.
+        ValueError: the steps differ; raised on all ranks.
     """
     steps = trainer.world.gather(trainer.progress.step)
 
@@ -151,7 +151,7 @@ def _check_steps(trainer: Trainer) -> None:
 
 
 def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which rank 0 uploads the files of a run; ``step`` is the one that it goes on from, or None.
+    """Return a context in which rank 0 uploads the files of a run; ``step`` is the one that it resumes from, or None.
 
     Raises:
         ValueError: the place cannot be used, or holds another run.
@@ -170,9 +170,10 @@ def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractConte
 
 
 def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Return the options that differ from those in a checkpoint, each as "--flag was -> is".
+    """Return the training options that differ from those in a checkpoint, each as "--flag was -> is".
 
-    An option that is newer than the checkpoint had its default; a checkpoint of OpenCLIP has none.
+    An option that the checkpoint lacks counts as its default, since it is newer. Checkpoints of OpenCLIP hold no
+    options.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     earlier, options = (json.loads(json.dumps(values)) for values in (defaults | saved, dataclasses.asdict(config)))
@@ -208,7 +209,7 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
 
 
 def _record_losses(trainer: Trainer) -> None:
-    """Say which shards have lost pairs, and list them, as of step 0, with the pairs that cannot be used."""
+    """Log which shards have lost pairs, and record these in the list of skipped pairs, under step 0."""
     lost = lost_parts(trainer.data.damaged)
     for _, _, loss in lost[:SHOWN]:
         log.warning(loss)
@@ -218,7 +219,7 @@ def _record_losses(trainer: Trainer) -> None:
 
 
 def _evaluate_and_finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
-    """Make the evaluations that the last epoch did not make, and let rank 0 finish; all ranks must call it."""
+    """Make the evaluations that the last epoch left out, and let rank 0 write the results; all ranks must call it."""
     validation, step = trainer.validation, trainer.progress.step
     evaluation = evaluation or validation.evaluate(step)
     raw = validation.evaluate_last_weights()
@@ -235,10 +236,10 @@ def finish(
     """Write ``results.json``, the exported model and the pictures of a finished run into its folder.
 
     Args:
-        trainer: of the run.
-        evaluation: of what is exported, if there are validation data.
-        raw: of the last weights, if their average is exported.
-        weights: what is exported.
+        trainer: the trainer of the run.
+        evaluation: the evaluation of the exported weights, if there are validation data.
+        raw: the evaluation of the last weights, if their average is exported.
+        weights: the exported weights: their average, or the last ones.
     """
     folder, config, model = trainer.folder, trainer.config, trainer.model
     folder.hold()
@@ -264,7 +265,7 @@ def finish(
         **trainer.validation.imagenet.results,
     }
     if trainer.average is not None:
-        # What stands above is of the average, which is exported.
+        # The entries above belong to the average of the weights, which is exported.
         results["ema"] = {"decay": trainer.average.decay}
     if raw is not None:
         results["raw"] = raw.results
@@ -274,7 +275,7 @@ def finish(
 
 
 def _pictures(trainer: Trainer, evaluation: Evaluation | None) -> list[str]:
-    """Draw the pictures of a run, if matplotlib is there, and return the names of their files."""
+    """Draw the curves of a finished run, if matplotlib is installed, and return the names of the files."""
     try:
         from ..evaluate.pictures import contact_sheet, learning_curve
     except ImportError:

@@ -1,4 +1,4 @@
-"""The optimizer of a run: which parameters it trains, at which rate and with which decay."""
+"""The optimizer of a run: its parameter groups, their learning rates and their weight decay."""
 
 import ast
 import inspect
@@ -18,10 +18,10 @@ from .train_config import TrainConfig
 
 MUON = "muon"
 TIMM = "timm/"  # OpenCLIP's prefix for names that timm knows
-# These need more than a gradient of every weight: a function that computes the loss, or gradients that are sparse.
+# A step of these optimizers needs more than dense gradients: a closure that computes the loss, or sparse gradients.
 _UNFIT = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-_FUSED_IF_CUT = (torch.optim.AdamW, torch.optim.Adam)  # of weights that FSDP2 has cut, PyTorch takes no fused SGD
+_FUSED_FOR_DTENSORS = (torch.optim.AdamW, torch.optim.Adam)  # PyTorch has no fused SGD for DTensors
 Group = dict[str, Any]
 
 
@@ -66,15 +66,15 @@ def make_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.Optimizer:
 def _construct(
     config: TrainConfig, kind: type[torch.optim.Optimizer], groups: list[Group], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return an optimizer with ``options``, to which ``--opt-kwargs`` adds.
+    """Construct the optimizer of a training run with ``options`` and the arguments of ``--opt-kwargs``.
 
     Raises:
-        ValueError: it does not take them.
-        NotImplementedError: it reads parameters, and they have no values, on PyTorch's "meta" device.
+        ValueError: the optimizer does not take one of these arguments.
+        NotImplementedError: the parameters are on the "meta" device, and the constructor reads their values.
     """
     given = parse_arguments(config.opt_kwargs)
-    is_cut_by_fsdp = any(is_dtensor(parameter) for group in groups for parameter in group["params"])
-    fused = _FUSED_IF_CUT if is_cut_by_fsdp else _FUSED
+    has_dtensors = any(is_dtensor(parameter) for group in groups for parameter in group["params"])
+    fused = _FUSED_FOR_DTENSORS if has_dtensors else _FUSED
     if kind in fused and given.keys().isdisjoint(("foreach", "fused", "differentiable")):
         options |= {"fused": True}
     options |= given
@@ -91,9 +91,9 @@ def _construct(
 
 
 def takes_verdict(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if an optimizer's step reads from ``found_inf``, on the device, whether it may change anything.
+    """Return True if the optimizer skips a step on the device itself when the tensor ``found_inf`` is 1.
 
-    Fused SGD does too, but a first step that it skips leaves a momentum behind that was never written.
+    Fused SGD reads ``found_inf`` too, but if it skips its first step, it leaves an uninitialized momentum behind.
     """
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
 
@@ -104,14 +104,14 @@ def parameter_groups(
     exclude: Sequence[str] = (),
     scales: Mapping[nn.Parameter, float] | None = None,
 ) -> list[Group]:
-    """Return the parameters that are trained, in groups of the same weight decay and the same share of the rate.
+    """Return the trained parameters in groups for the optimizer, by weight decay and by factor on the learning rate.
 
     Args:
         model: the model.
-        weight_decay: that of all but gains, biases and scalars.
+        weight_decay: weight decay of all parameters but gains, biases and scalars.
         exclude: patterns of names of more parameters without weight decay.
-        scales: share of the learning rate of each parameter, which its group holds as ``lr_scale``; 1 for those that
-            are not in it. Without it the groups hold no such key.
+        scales: factor on the learning rate of each parameter, which its group holds as ``lr_scale``; 1 for parameters
+            that are not in ``scales``. Without ``scales`` the groups have no ``lr_scale``.
 
     Raises:
         ValueError: a pattern fits no parameter.
@@ -132,10 +132,10 @@ def parameter_groups(
 
 
 def layer_scales(model: CLIP, config: TrainConfig) -> dict[nn.Parameter, float] | None:
-    """Return the share of the learning rate that each parameter of a tower gets; None if all get the whole.
+    """Return the factor on the learning rate of each parameter under layer-wise decay; None if all factors are 1.
 
-    From the projection, which gets the whole, to the embedding, each layer gets the decay of the tower times what the
-    layer after it gets.
+    The projection has the factor 1. From there down to the embedding, the factor of each layer is the factor of the
+    layer after it, times the decay of the tower.
     """
     towers: list[tuple[list[Layers], float | None]]
     towers = [
@@ -154,10 +154,10 @@ def layer_scales(model: CLIP, config: TrainConfig) -> dict[nn.Parameter, float] 
 
 
 def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return the class that ``--opt`` names, and the options that the name implies.
+    """Return the optimizer class that ``--opt`` names, and the options that the name implies.
 
     Raises:
-        ValueError: there is none, or it is not an optimizer that training can use.
+        ValueError: there is no class of this name, or training cannot use it.
     """
     if name.lower() == "nadamw":  # OpenCLIP's name
         return torch.optim.NAdam, {"decoupled_weight_decay": True}
@@ -181,14 +181,14 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
 
 
 def _timm_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Return the class that timm has under a name, and the options that the name implies.
+    """Return the optimizer class that timm has under ``name``, and the options that the name implies.
 
     Raises:
         ValueError: timm has none of this name.
     """
     import timm.optim
 
-    timm_optim: Any = timm.optim  # whose names are not declared as exported
+    timm_optim: Any = timm.optim  # timm does not declare these names as exported
     known = timm_optim.list_optimizers()
     if name.removeprefix(TIMM) not in known:
         raise ValueError(f"--opt {name}: timm knows {', '.join(known)}")
@@ -201,7 +201,7 @@ def _is_fit(kind: object) -> bool:
 
 
 def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP) -> dict[str, Any]:
-    """Return the arguments of an optimizer that options of their own stand for.
+    """Return the arguments of the optimizer that have options of their own, such as ``--momentum``.
 
     Raises:
         ValueError: an option was given that the optimizer does not have.
@@ -222,7 +222,7 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
             without = "set --wd 0" if argument == "weight_decay" else f"leave out {flag}"
             raise ValueError(f"--opt {config.opt} has no argument {argument}: {without}")
     betas, eps = adam_defaults(config, model)
-    # Other packages' optimizers have good values of their own.
+    # Optimizers of other packages keep their own defaults.
     if betas_given or ("betas" in known and is_torch):
         options["betas"] = betas
     if eps_given or ("betas" in known and is_torch):
@@ -233,15 +233,15 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
 
 
 def adam_defaults(config: TrainConfig, model: CLIP) -> tuple[tuple[float, float], float]:
-    """Return betas and epsilon of Adam; those that are not given depend on the image tower, as in OpenCLIP."""
+    """Return Adam's betas and epsilon. Values that are not given depend on the image tower, as in OpenCLIP."""
     is_vit = isinstance(model.config.vision.layers, int)
     return (config.beta1, config.beta2 or (0.98 if is_vit else 0.999)), config.eps or (1e-6 if is_vit else 1e-8)
 
 
 def parse_arguments(words: Iterable[str]) -> dict[str, Any]:
-    """Return the arguments that words such as ``nesterov=True`` give. A value that is no Python literal is a string.
+    """Parse the words of ``--opt-kwargs``, such as ``nesterov=True``. A value that is no Python literal is a string.
 
-    Of true, false and none, the case does not matter.
+    The words true, false and none may be written in any case.
     """
     arguments: dict[str, Any] = {}
     for word in words:
@@ -254,9 +254,9 @@ def parse_arguments(words: Iterable[str]) -> dict[str, Any]:
 
 
 def _set_rates(groups: list[Group], lr: float, *, capturable: bool) -> None:
-    """Set the learning rate of each group: a number, or a tensor if a step is captured in a CUDA graph.
+    """Set the learning rate of each optimizer group: a number, or a tensor if the step is captured in a CUDA graph.
 
-    A graph would keep a number as it was at the capture; a tensor it reads anew.
+    A graph would keep a number as it was at the capture, whereas it reads a tensor at every replay.
     """
     for group in groups:
         rate = lr * group.get("lr_scale", 1.0)
@@ -264,7 +264,7 @@ def _set_rates(groups: list[Group], lr: float, *, capturable: bool) -> None:
 
 
 def _make_muon(config: TrainConfig, model: CLIP, groups: list[Group]) -> "MuonAndAdamW":
-    """Return Muon for the matrices of ``groups`` that are no tables of embeddings, with AdamW for the rest.
+    """Return Muon for the matrices of ``groups`` that are no embeddings, combined with AdamW for the other parameters.
 
     Raises:
         ValueError: this PyTorch has no Muon, no matrix is trained, or steps are to be captured in a CUDA graph.
@@ -286,7 +286,7 @@ def _make_muon(config: TrainConfig, model: CLIP, groups: list[Group]) -> "MuonAn
     matrices, rest = part(of_matrices=True), part(of_matrices=False)
     if not matrices:
         raise ValueError("--opt muon trains matrices, and all of them are locked")
-    # The updates have the size of AdamW's, so that the same --lr and --wd fit both.
+    # This adjustment scales the updates to the size of AdamW's updates, so the same --lr and --wd fit both.
     options: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
     if config.momentum is not None:
         options["momentum"] = config.momentum
@@ -311,7 +311,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step with both.
+        """Take a step with both optimizers.
 
         Raises:
             ValueError: there is a ``closure``, which is not supported.

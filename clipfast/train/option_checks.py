@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ..data import Keys
 
 AUTO = "auto"
-MOST = 2**31 - 1  # of an integer, if its option has no limit of its own
+MOST = 2**31 - 1  # the largest integer for options without a limit of their own
 KEY_OPTIONS = ("image_key", "text_key", "json_text_key", "json_text_key_probs")
-# For commands that draw no random captions.
+# This is for commands that draw no random captions.
 SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")
 
 
@@ -22,7 +22,7 @@ def flag_name(field: str) -> str:
 
 
 def check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a value of another type than its option has, which a recipe can contain."""
+    """Refuse an option value of the wrong type, which a recipe in TOML can contain."""
     kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
     if (value is None and field.default is None) or (auto and value == AUTO):
         return
@@ -36,7 +36,7 @@ def check_type(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def check_value(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a number beyond the limits of its option, and a word that is not one of the choices."""
+    """Refuse an option value beyond the limits of its option, and a word that is not one of the choices."""
     meta, flag = field.metadata, flag_name(field.name)
     if "choices" in meta and value is not None and value not in meta["choices"]:
         raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
@@ -56,10 +56,10 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def keys_of(options: Mapping[str, Any]) -> "Keys":
-    """Return under which names a pair has its image and its captions, as options say; others may be among them.
+    """Return the keys of a pair's image and captions by the options of a command; it may have other options as well.
 
     Raises:
-        ValueError: they cannot work.
+        ValueError: the options contradict each other.
     """
     from ..data import read_keys
 
@@ -67,7 +67,7 @@ def keys_of(options: Mapping[str, Any]) -> "Keys":
 
 
 def source_command(words: Iterable[str], options: Mapping[str, Any]) -> str:
-    """Return a command of clipfast, for the user to copy, that reads pairs as options say."""
+    """Return a command line of clipfast, for the user to copy, that reads pairs with the given options."""
     line = ["clipfast", *words]
     for name in SOURCE_OPTIONS:
         value = options.get(name) or ()
@@ -76,10 +76,10 @@ def source_command(words: Iterable[str], options: Mapping[str, Any]) -> str:
 
 
 def separator_of(options: Mapping[str, Any]) -> str | None:
-    """Return the separator of CSV files, as options say; None if each file tells it.
+    """Return the separator of CSV files by the options; None if the header of each file decides.
 
     Raises:
-        ValueError: it cannot be one.
+        ValueError: the option's value cannot be a separator.
     """
     from ..data import read_separator
 

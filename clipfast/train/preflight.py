@@ -1,6 +1,6 @@
-"""What can be known of a run in seconds, before its data are indexed and its model is built.
+"""Checks of a run that take seconds, before its data are indexed and its model is built.
 
-The model is there only on PyTorch's "meta" device, and of the data a few pairs are read. The index of their shards is
+The model is built only on PyTorch's "meta" device, and only a few training pairs are read. The index of their shards is
 kept; nothing else is written.
 """
 
@@ -33,16 +33,16 @@ from .optim import make_optimizer
 from .train_config import TrainConfig
 from .validation import ImageNet
 
-SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried
+SHARDS, PAIRS = 4, 4  # number of shards from which pairs are tried, and number of pairs from each
 
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """What was found of a run that can start.
+    """The findings of the checks on a run that can start.
 
     Attributes:
         tried: pairs that were read.
-        unusable: those of them that cannot be used, each with the reason.
+        unusable: the tried pairs that cannot be used, each with the reason.
         checkpoint: bytes of a checkpoint.
         free: bytes that are free for checkpoints.
         loader: bytes of the batches that are made ahead.
@@ -64,16 +64,16 @@ class Preflight:
 
 
 def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], world: World = ALONE) -> Preflight:
-    """Look for what would stop a run later.
+    """Check a training run before it starts for problems that would stop it later.
 
     Args:
-        config: its options.
-        folder: of the run, which exists on rank 0.
-        saved: what clipfast noted in the checkpoint that is continued, if there is one.
-        world: the processes, each of which looks for itself: at its own GPU, and at what all of its machine need.
+        config: options of the run.
+        folder: folder of the run, which exists on rank 0.
+        saved: the entry ``clipfast`` of the checkpoint that the run continues, if there is one.
+        world: the processes, each of which checks its own GPU, and the memory that all processes of its machine need.
 
     Raises:
-        ValueError: the run cannot work; the message names the value that is wrong, and what would do.
+        ValueError: the run cannot work; the message names the wrong value, and a value that would work.
         ImportError: a package is missing that reads the data.
     """
     device = build_device(config, world)
@@ -86,7 +86,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
     build_loss(config, model)
     if config.distill_model is not None:
         Distillation(config, model, torch.device("meta"))
-    with contextlib.suppress(NotImplementedError):  # an imported one may read values, which are not there yet
+    with contextlib.suppress(NotImplementedError):  # other packages' optimizers may read values
         make_optimizer(config, model)
     tokenizer = build_tokenizer(config, model)
     checkpoint, free = _check_disk(config, folder, model, world)
@@ -105,9 +105,10 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
-    """Return the bytes of all weights, of those that are trained, and of what is kept for these at least.
+    """Return the bytes of all weights, of the trained weights, and the least bytes of their optimizer state.
 
-    That is AdamW's two moments (other optimizers may have none), and the average of the weights if there is one.
+    The optimizer state counts AdamW's two moments (other optimizers may have none), and the moving average of the
+    weights if there is one.
     """
     parameters = list(model.parameters())
     weights = _nbytes([*parameters, *model.buffers()])
@@ -117,9 +118,10 @@ def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
 
 
 def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: World) -> tuple[int, int]:
-    """Return the bytes of a checkpoint, and those that are free for it, which matter on rank 0.
+    """Return the bytes of a checkpoint, and the free bytes of the run's disk; only rank 0 refuses a lack of space.
 
-    A new checkpoint is written beside those that are kept, and in the end the weights by themselves.
+    A new checkpoint is written while the kept ones are still there. At the end, the weights are exported as a file of
+    their own.
     """
     weights, _, kept = _sizes(config, model)
     checkpoint, free = weights + kept, free_bytes(folder.path)
@@ -136,7 +138,7 @@ def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: Worl
 
 
 def _check_loader(config: TrainConfig, model: CLIP, batch_size: int, ranks: int) -> int:
-    """Return the bytes of the batches that ``ranks`` processes make ahead; data workers hold them in shared memory."""
+    """Return the bytes of the batches that the data workers of ``ranks`` processes make ahead, in shared memory."""
     batch = batch_size * pair_bytes(model.visual.image_size, model.context_length)
     workers = ranks * config.workers
     shared = workers * PREFETCH * batch
@@ -160,7 +162,7 @@ def _check_loader(config: TrainConfig, model: CLIP, batch_size: int, ranks: int)
 
 
 def pair_bytes(image_size: int, context_length: int) -> int:
-    """Return the bytes of one pair in a batch: an image in bytes, and the ids of its text."""
+    """Return the bytes of one pair in a training batch: the uint8 pixels of its image and its token ids."""
     return 3 * image_size**2 + context_length * torch.int64.itemsize
 
 
@@ -189,9 +191,9 @@ def _check_validation(config: TrainConfig) -> None:
 
 
 def try_shards(config: TrainConfig, names: list[str], model: CLIP, tokenizer: Tokenizer | FileTokenizer) -> Batch:
-    """Return a few pairs of a few shards as a batch.
+    """Read a few pairs of a few training shards as a batch, to see whether they can be used.
 
-    Of shards that must be copied as a whole, there is only one.
+    If any of these shards would have to be copied as a whole, only the first one is read.
 
     Raises:
         ValueError: a shard cannot be read, or not one of the pairs can be used.
@@ -209,7 +211,7 @@ def try_shards(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
     except ShardError as error:
         raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
     if not sources:
-        return Batch(torch.empty(0), torch.empty(0), [])  # the others may hold some
+        return Batch(torch.empty(0), torch.empty(0), [])  # the shards that were not tried may hold some
     try:
         return try_pairs(pair_batches(config, sources, ANY_ORDER, model, tokenizer, PAIRS), PAIRS)
     except SampleError as error:

@@ -1,4 +1,4 @@
-"""Recipes: sets of options that ship with the package or lie in a TOML file, and where each option of a run is from."""
+"""Recipes: sets of options that ship with the package or are in a TOML file, and the origin of each option of a run."""
 
 import dataclasses
 import tomllib
@@ -11,21 +11,21 @@ from ..io.text import meant
 from .option_checks import flag_name
 from .train_config import TrainConfig
 
-BY_MODEL = "by_model"  # the table of a recipe that holds what differs for some models
+BY_MODEL = "by_model"  # the table of a recipe with the options that differ for some models
 
 
 def list_recipes() -> list[str]:
-    """Return the names of the recipes that ship with the package."""
+    """Return the names of the training recipes that ship with the package."""
     return sorted(path.name.removesuffix(".toml") for path in files("clipfast").joinpath("recipes").iterdir())
 
 
 def read_recipe(name: str, model: str | None = None) -> dict[str, Any]:
-    """Return the options that a bundled recipe or a TOML file sets.
+    """Return the training options that a bundled recipe or a TOML file sets.
 
     Args:
-        name: of the recipe, or the path of the file.
-        model: the model to train, if it is not the one that the recipe names. What the recipe says in its table
-            ``by_model`` of a model holds for that model only.
+        name: name of the recipe, or the path of the file.
+        model: the model to train, if it is not the one that the recipe names. The options in the recipe's table
+            ``by_model`` apply only to the model under whose name they stand.
 
     Raises:
         ValueError: there is no such recipe or file, it is not TOML, or one of its keys is not an option.
@@ -47,7 +47,7 @@ def read_recipe(name: str, model: str | None = None) -> dict[str, Any]:
 
 
 def _options(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table of a recipe with the names and types of options."""
+    """Convert a TOML table of a recipe to the names and types of training options."""
     options = {key.replace("-", "_"): tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
     unknown = set(options) - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
@@ -56,12 +56,12 @@ def _options(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(config: TrainConfig, origins: Mapping[str, str]) -> str:
-    """Return all options of a run, one a line, each with its value and where that is from.
+    """Return the text of ``params.txt``: all options of a run, one a line, each with its value and its origin.
 
     Args:
         config: the options.
-        origins: where those are from that are no defaults; what is not in it and differs from the default was given in
-            Python.
+        origins: the origin of each option that is not at its default. An option that is not in ``origins`` and differs
+            from its default was given in Python.
     """
     rows = []
     for field in dataclasses.fields(config):

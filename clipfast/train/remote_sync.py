@@ -1,4 +1,4 @@
-"""The copy of a run's folder in another place that fsspec knows, such as s3:// or gs://: ``--remote-sync``."""
+"""``--remote-sync``: a copy of the run's folder at a URL that fsspec can write to, such as s3:// or gs://."""
 
 import contextlib
 import functools
@@ -20,17 +20,18 @@ from ..runs.folder import RunFolder
 from ..runs.lock import LOCK_NAME, locked
 
 log = logging.getLogger("clipfast")
-ATTEMPTS, FIRST_WAIT = 3, 1.0  # tries of each file, and seconds before the second one; then twice as long each time
+ATTEMPTS, FIRST_WAIT = 3, 1.0  # attempts to send each file; seconds before the second one, doubled for each further one
 LAST_UPLOAD = 600.0  # seconds that the end of a run waits for the last upload
-# Where a file is replaced only by renaming another one. Object stores show a file when all of it is there.
+# On these file systems a file must be uploaded under another name and then renamed, or readers could see half of it.
+# Object stores show a file only when it is complete.
 RENAMING = {"file", "local", "sftp", "ssh", "smb", "hdfs", "arrow_hdfs", "webhdfs"}
-RECORDS = ("config.json", "metrics.jsonl", "skipped.tsv", "out.log")  # what a run that goes on adds to
+RECORDS = ("config.json", "metrics.jsonl", "skipped.tsv", "out.log")  # the files to which a resumed run appends
 
-Version = tuple[int, int, int]  # of a file: its number, time and size
+Version = tuple[int, int, int]  # the inode, modification time and size of a file
 
 
 class RemoteCopy:
-    """A folder of the run's name at ``url``, which gets the run's new files.
+    """The remote copy of a run's folder: a folder of its name at ``url``, to which new files are uploaded.
 
     As a context, it uploads on a thread of its own: after each checkpoint, but not more often than every ``frequency``
     seconds, and at the end. Failures are logged and never end a run.
@@ -65,7 +66,7 @@ class RemoteCopy:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not issubclass(kind, Exception):
-            return  # somebody does not want to wait
+            return  # a second Ctrl-C means that the user does not want to wait
         self._stop.set()
         self._wake.set()
         join(self._thread, LAST_UPLOAD)
@@ -73,11 +74,11 @@ class RemoteCopy:
             log.error(f"--remote-sync: the last upload to {self.url} is not done after {LAST_UPLOAD:.0f} s; it is left")
 
     def notify(self) -> None:
-        """Say that there is something new to upload."""
+        """Tell the uploading thread that the run has new files."""
         self._wake.set()
 
     def refuse_other_run(self, step: int | None) -> None:
-        """Refuse a copy that holds another run, or more of this one than ``step``, where it goes on.
+        """Refuse a remote copy that holds another run, or that is further than ``step``, from which this run resumes.
 
         Raises:
             ValueError: as above.
@@ -90,12 +91,12 @@ class RemoteCopy:
             )
 
     def restore(self) -> list[str]:
-        """Download the newest whole checkpoint, with the run's records, if the folder has none that is as new.
+        """Download the newest complete checkpoint with the run's records, unless the local folder has one as new.
 
-        What is downloaded is checked, and read, like any other checkpoint.
+        A downloaded checkpoint is checked and read like any other checkpoint.
 
         Returns:
-            One line for each checkpoint that was downloaded, or is damaged.
+            One line for each checkpoint that was downloaded or found damaged.
 
         Raises:
             ValueError: another process writes to the folder.
@@ -115,19 +116,19 @@ class RemoteCopy:
             return found
 
     def sync(self) -> None:
-        """Upload new files: checkpoints, then records, and at last ``epoch_latest.pt``; then remove old checkpoints.
+        """Upload new files: checkpoints, then records, then ``epoch_latest.pt``. Then remove old remote checkpoints.
 
         Raises:
-            Exception: whatever stops it.
+            Exception: any error of the file system that stops the upload.
         """
         if not self.folder.is_held():
-            return  # what lies there may be another run's
+            return  # another run may have its folder there now
         sent = 0
         for name, path in self._local_files():
             try:
                 sent += self._send(name, path)
             except FileNotFoundError:
-                if path.exists():  # else training has removed it meanwhile
+                if path.exists():  # if it does not exist, training has removed it meanwhile
                     raise
         kept = Checkpoints(self.folder.checkpoints).steps()
         there = {path.name for path in kept.values()}
@@ -151,7 +152,7 @@ class RemoteCopy:
             self._stop.wait(self.frequency)
 
     def _local_files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the names and paths of the run's own files, in the order in which they are uploaded."""
+        """Yield the names and paths of the run's files in the order in which they are uploaded."""
         found = [
             path
             for path in self.folder.path.rglob("*")
@@ -168,19 +169,19 @@ class RemoteCopy:
             yield path.relative_to(self.folder.path).as_posix(), path
 
     def _is_hidden(self, path: Path) -> bool:
-        """Return True for a file that is still being written, by the dot before its name, which DCP's list has too."""
+        """Return True for a file that is still being written: a dot begins its name, except for DCP's ``.metadata``."""
         within = path.relative_to(self.folder.path).parts
         if STEP.fullmatch(path.parent.name):
             within = within[:-1]
         return any(part.startswith(".") for part in within)
 
     def _send(self, name: str, path: Path) -> int:
-        """Upload a file if it is new, and return the bytes of it that were sent."""
+        """Upload a file unless the remote copy has it, and return the bytes that were sent."""
         status = path.stat()
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if self._sent.get(name) == version:
             return 0
-        # Another name of a file that is there already is copied there.
+        # If the same file was uploaded under another name (a hard link), the remote side copies it.
         twin = next((other for other, theirs in self._sent.items() if theirs == version), None)
         remote, sent = f"{self._root}/{name}", 0
         if not self._is_there(remote, status):
@@ -212,7 +213,7 @@ class RemoteCopy:
         return sent
 
     def _is_there(self, remote: str, status: os.stat_result) -> bool:
-        """Return True if an earlier session uploaded a file, which was not changed since."""
+        """Return True if an earlier session uploaded a file, and the local file has not changed since."""
         try:
             is_as_long = self._fs.info(remote)["size"] == status.st_size
             return bool(is_as_long and self._fs.modified(remote).timestamp() >= status.st_mtime)
@@ -220,7 +221,7 @@ class RemoteCopy:
             return False
 
     def _steps(self) -> dict[int, str]:
-        """Return the paths of the remote checkpoints by their steps; a folder is one when its manifest is there."""
+        """Return the paths of the complete remote checkpoints by step; a folder is complete once it has a manifest."""
         found = {}
         for path in self._checkpoints():
             match = STEP.fullmatch(path.rpartition("/")[2])
@@ -229,7 +230,7 @@ class RemoteCopy:
         return found
 
     def _checkpoints(self) -> list[str]:
-        """Return the paths of the remote ``step_N.pt`` and ``step_N``."""
+        """Return the paths of all remote checkpoints, ``step_N.pt`` and ``step_N``."""
         self._fs.invalidate_cache()
         try:
             paths = self._fs.ls(f"{self._root}/checkpoints", detail=False)
@@ -256,7 +257,7 @@ class RemoteCopy:
             if path.suffix:
                 replace_file(path, download)
             else:
-                shutil.rmtree(path, ignore_errors=True)  # it is damaged, or it would not be replaced
+                shutil.rmtree(path, ignore_errors=True)  # a damaged local one would not be replaced
                 write_folder(path, download)
         except CheckpointError as error:
             return f"{self.url}/checkpoints/{path.name} is not used: {error}"
@@ -271,7 +272,7 @@ class RemoteCopy:
 
 
 def _step_of(checkpoint: dict[str, Any]) -> int:
-    """Return the steps that are finished in a checkpoint of this package; -1 for others."""
+    """Return the number of finished steps in a checkpoint of clipfast; -1 for other checkpoints."""
     own = checkpoint.get("clipfast")
     progress = own.get("progress") if isinstance(own, dict) else None
     return int(progress["step"]) if isinstance(progress, dict) else -1

@@ -1,6 +1,6 @@
-"""Where figures of a run go beside the log: TensorBoard, Weights & Biases, and OpenCLIP's file ``results.jsonl``.
+"""Reports of a run's figures beside the log: TensorBoard, Weights & Biases, and OpenCLIP's file ``results.jsonl``.
 
-All of them follow from the lines of ``metrics.jsonl``, and have OpenCLIP's names.
+All of these figures are computed from the lines of ``metrics.jsonl``, and have OpenCLIP's names.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from ..runs.metrics import NO_TENSORBOARD, TensorBoard, points, validation
 from .logs import log
 from .train_config import TrainConfig
 
-BACKENDS = ("tensorboard", "wandb", "all")  # values of --report-to, which commas join
+BACKENDS = ("tensorboard", "wandb", "all")  # values of --report-to, which takes several joined by commas
 
 
 class Reports:
-    """All places for the figures of a run, for rank 0; a context that closes them at its end.
+    """All reports of a run's figures, on rank 0. It is a context that closes them at its end.
 
     Raises:
         ValueError: Weights & Biases cannot be used.
     """
 
     def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
-        lines = [line for line in folder.metrics() if "epoch" in line]  # the others are warnings
+        lines = [line for line in folder.metrics() if "epoch" in line]  # lines without an epoch are warnings
         self._folder, self._results = folder, folder.checkpoints / "results.jsonl"
         results = "".join(map(_result, lines))
         if results or self._results.exists():
@@ -44,7 +44,7 @@ class Reports:
         self._wandb = _started_wandb(config, folder) if "wandb" in backends(config.report_to) else None
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Pass on a line of metrics."""
+        """Send a line of metrics to TensorBoard, Weights & Biases and ``results.jsonl``."""
         step, scalars = points(line)
         is_held = self._folder.is_held()
         if validation(line) is not None and is_held:
@@ -56,7 +56,7 @@ class Reports:
             except OSError as error:
                 self._give_up(error)
         if self._wandb is not None:
-            # Its axis is the step for evaluations too.
+            # In W&B, the axis of evaluations is the step too.
             self._wandb.log({**scalars, "step": line["step"] - 1, "epoch": line["epoch"]}, step=line["step"] - 1)
 
     def __enter__(self) -> "Reports":
@@ -125,6 +125,6 @@ def _started_wandb(config: TrainConfig, folder: RunFolder) -> Any:
 
 
 def _result(line: Mapping[str, Any]) -> str:
-    """Return the line for ``results.jsonl``; nothing for a line on training."""
+    """Return the line of ``results.jsonl`` for a line of metrics; "" for a line on training."""
     figures = validation(line)
     return "" if figures is None else json.dumps(figures | {"epoch": line["epoch"], "step": line["step"]}) + "\n"

@@ -1,8 +1,8 @@
 """The epochs of a run, and the learning rate of each step.
 
-The rate is a pure function of the step, so that a run that goes on needs no state of it. Schedules and flags are
-OpenCLIP's, with one more, ``wsd`` (warm-up, stable, decay: Hu et al. 2024), where the length of the decay is a share of
-the run.
+The rate is a pure function of the step, so a resumed run needs no state of it. Schedules and flags are OpenCLIP's. One
+schedule is new: ``wsd`` (warm-up, stable, decay: Hu et al. 2024), in which the length of the decay is a share of the
+run.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from .train_config import TrainConfig
 
 
 class Epoch(NamedTuple):
-    """An epoch of a run: its number from 0, and after how many steps of the run it begins and ends."""
+    """An epoch of a training run: its number from 0, and the steps of the run at its beginning and its end."""
 
     number: int
     first: int
@@ -24,9 +24,9 @@ class Epoch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """Epochs of ``num_samples`` pairs, in one sequence of batches, of which each can belong to two epochs.
+    """The epochs of a training run, ``num_samples`` pairs each, in one sequence of batches. A batch may span two.
 
-    The run ends with the batch in which it has seen ``samples_seen`` pairs, which may be within an epoch.
+    The run ends with the batch that completes ``samples_seen`` pairs. That may be in the middle of an epoch.
     """
 
     num_samples: int
@@ -44,11 +44,11 @@ class Epochs:
         return self.after(self.total_steps - 1).number + 1
 
     def steps_before(self, epoch: int) -> int:
-        """Return after how many steps of a run ``epoch`` epochs are finished."""
+        """Return the number of steps of the run after which ``epoch`` epochs are finished."""
         return -(-epoch * self.num_samples // self.batch_size)
 
     def finished_after(self, step: int) -> int:
-        """Return how many epochs are finished after ``step`` steps."""
+        """Return the number of epochs that are finished after ``step`` steps."""
         return step * self.batch_size // self.num_samples
 
     def ends_with(self, step: int) -> bool:
@@ -56,7 +56,7 @@ class Epochs:
         return self.finished_after(step) > self.finished_after(step - 1)
 
     def after(self, step: int) -> Epoch:
-        """Return the epoch that goes on, or begins, after ``step`` steps. The end of the run is also its end."""
+        """Return the epoch of the step that follows ``step`` finished steps; the end of the run cuts the last epoch."""
         number = self.finished_after(step)
         return Epoch(number, self.steps_before(number), min(self.steps_before(number + 1), self.total_steps))
 
@@ -73,7 +73,7 @@ class Schedule:
         warmup: number of steps of the rise.
         total: number of steps of the run.
         cooldown: number of steps of the decay at the end; None decays as half a cosine from the rise on, to zero.
-        end_lr: what the decay of ``cooldown`` steps ends at.
+        end_lr: the learning rate at the end of the decay of ``cooldown`` steps.
         power: 1 for a decay in a straight line; a higher one falls faster at first.
     """
 
@@ -107,7 +107,7 @@ def cosine_lr(step: int, base_lr: float, warmup: int, total: int) -> float:
 
 
 def schedule_of(config: TrainConfig, total: int, epochs: Epochs) -> Schedule:
-    """Return the schedule of a run of ``total`` steps.
+    """Return the learning-rate schedule that the options ask for, for a run of ``total`` steps.
 
     Raises:
         ValueError: the cool-down is longer than the run.
@@ -129,7 +129,7 @@ def schedule_of(config: TrainConfig, total: int, epochs: Epochs) -> Schedule:
 
 
 def warmup_steps(warmup: float | str, total: int) -> int:
-    """Return the steps of a warm-up that is given as a number of steps, as a share of ``total`` steps, or as "auto"."""
+    """Return the number of warm-up steps for ``--warmup``: a number of steps, a share of ``total``, or "auto"."""
     if isinstance(warmup, str):
         return min(LONGEST_AUTO_WARMUP, total // 10)
     return round(warmup * total) if warmup < 1 else int(warmup)

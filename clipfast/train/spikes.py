@@ -1,4 +1,4 @@
-"""Signs of a run that goes wrong while all of its figures are finite; they are only reported."""
+"""Signs that training goes wrong while all figures are finite, such as loss spikes. They are only reported."""
 
 import dataclasses
 import math
@@ -7,34 +7,34 @@ from ..models import CLIP
 from .guard import Figures
 from .train_config import TrainConfig
 
-HORIZON = 200  # steps that the usual value is the mean of, the last ones more than those before
-FIRST = 100  # steps before anything is judged
-DEVIATIONS = 8.0  # so far above the usual value is a spike, if it is also as much more as LEAST says
+HORIZON = 200  # time constant in steps of the exponential mean that is the usual value
+FIRST = 100  # steps at the beginning that are not judged
+DEVIATIONS = 8.0  # a spike is this far above the usual value, and above it by the factor in LEAST too
 LEAST = {"loss": 1.2, "gradient norm": 5.0}
-LARGEST = 3.0  # deviations that a value may change the usual one by
-SATURATED = 99.9  # of the factor of the cosines, which is kept at 100 at most
-SATURATED_FOR = 500  # steps
-BETTER = 0.98  # of the loss of guessing: a model whose loss is less has learned something
-FLAT, FLAT_FOR = 1e-3, 50  # a gradient norm, and a share that the loss is off that of guessing; steps of a collapse
-SENSIBLE = 1e4  # more is no weight of a model that works; half precision ends at 6.5e4
-# Steps between two reports of the same sign.
+LARGEST = 3.0  # a value is clipped to this many deviations before it enters the mean
+SATURATED = 99.9  # a logit scale from here on counts as saturated; training keeps it at 100 at most
+SATURATED_FOR = 500  # steps of saturation before it is reported
+BETTER = 0.98  # times the loss of guessing: a model with a lower loss has learned something
+FLAT, FLAT_FOR = 1e-3, 50  # largest gradient norm, and distance of the loss from guessing's, in a collapse; its steps
+SENSIBLE = 1e4  # weights of a model that works are smaller; half precision ends at 6.5e4
+# The least number of steps between two reports of the same sign.
 PAUSE = {"loss": 100, "gradient norm": 100, "logit scale": 5000, "collapse": 5000}
 
 
 @dataclasses.dataclass
 class Usual:
-    """The logarithm of a figure as it usually is: mean and mean deviation over the last steps."""
+    """The usual value of a training figure: running mean and mean deviation of its logarithm over the last steps."""
 
     mean: float = 0.0
     deviation: float = 0.0
     count: int = 0
 
     def factor(self) -> float:
-        """Return how many times the usual value is the least that is unusual."""
+        """Return the factor on the usual value from which on a value is a spike."""
         return math.exp(DEVIATIONS * self.deviation)
 
     def take(self, value: float) -> None:
-        """Take a value into the mean; one that is far off counts as one at the edge, so that a spike is soon over."""
+        """Update the running mean by a value, which is clipped first: one spike hardly changes the usual value."""
         self.count += 1
         share = max(1 / HORIZON, 1 / self.count)
         change = value - self.mean
@@ -42,25 +42,25 @@ class Usual:
             limit = LARGEST * self.deviation
             change = min(max(change, -limit), limit)
         self.mean += share * change
-        # The first value has nothing to deviate from.
+        # There is no mean yet from which the first value could deviate.
         self.deviation += share * (abs(change) - self.deviation) if self.count > 1 else 0.0
 
 
 def guessing(config: TrainConfig, model: CLIP, pairs: int) -> float | None:
-    """Return the loss of a model that gives all pairs of a batch the same logit.
+    """Return the loss of guessing: the loss of a model that gives all pairs of a batch the same logit.
 
-    It is None if other losses are added, or if there is one pair, which is no choice.
+    It is None if other losses are added, or if the batch has only one pair, which leaves nothing to choose.
     """
     if config.distill_model is not None or pairs == 1:
         return None
     if getattr(model, "logit_bias", None) is None:
         return math.log(pairs)
-    return math.log(pairs) - (pairs - 1) * math.log1p(-1 / pairs)  # SigLIP's, with the best logit of all
+    return math.log(pairs) - (pairs - 1) * math.log1p(-1 / pairs)  # the sigmoid loss with the best constant logit
 
 
 @dataclasses.dataclass
 class Sign:
-    """Something to be reported of a step."""
+    """A warning about a training step: its kind, its text, the value and the usual value."""
 
     kind: str
     text: str
@@ -69,15 +69,15 @@ class Sign:
 
 
 class Signs:
-    """Looks at the figures of one step after the other.
+    """Looks for signs of trouble in the figures of one training step after the other.
 
     Args:
-        warmup: steps of the schedule's rise, in which figures change fast and no spike is one.
-        guessing: the loss of a model that gives all pairs the same logit; None if that is not known.
+        warmup: number of warm-up steps, in which figures change fast and spikes are not reported.
+        guessing: the loss of a model that gives all pairs the same logit; None if it is not known.
 
     Attributes:
-        good: the last step whose loss was better than that; None if there was none.
-        has_fallen: whether a step after it was one of a collapse.
+        good: the last step whose loss was better than guessing; None if there was none.
+        has_fallen: whether a step after ``good`` showed a collapse.
     """
 
     def __init__(self, warmup: int, guessing: float | None = None) -> None:
@@ -90,7 +90,7 @@ class Signs:
         self._reported: dict[str, int] = {}
 
     def see(self, step: int, figures: Figures) -> list[Sign]:
-        """Return what is to be reported of ``step``, which counts from 1; the guard did not skip it."""
+        """Return the warnings about ``step``, which counts from 1 and was not skipped by the guard."""
         found = []
         for kind, value in (("loss", figures.loss), ("gradient norm", figures.grad_norm)):
             usual = self._usual[kind]
@@ -112,7 +112,7 @@ class Signs:
         return [sign for sign in found if self._is_news(sign.kind, step)]
 
     def _collapse(self, step: int, figures: Figures) -> list[Sign]:
-        """Return a sign if the model has given all pairs the same features for a while, which no gradient undoes."""
+        """Return a warning if the model has collapsed: for a while, all pairs had equal features and no gradient."""
         if self.guessing is None:
             return []
         if figures.loss < BETTER * self.guessing:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how a run is continued from one."""
+"""The content of a run's checkpoints, and how a run resumes from one."""
 
 import dataclasses
 import json
@@ -20,23 +20,23 @@ from .step import TrainingStep
 from .train_config import TrainConfig
 
 CHECKPOINT_VERSION = 1
-MOMENTS = ("exp_avg", "momentum_buffer")  # in most optimizers' states: one number for each of the parameter
+MOMENTS = ("exp_avg", "momentum_buffer")  # in most optimizers' state; of the parameter's shape
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a training run, which its checkpoints hold."""
 
-    step: int = 0  # steps that are finished
-    seconds: float = 0.0  # spent training, over all sessions
-    skipped_steps: int = 0  # whose loss or gradient was not finite, so that they changed no weight
-    skipped_in_a_row: int = 0  # of these, since the last step that did
-    good_step: int | None = None  # the last one after which the model was better than guessing, as far as that is known
+    step: int = 0  # number of finished steps
+    seconds: float = 0.0  # time spent training, over all sessions
+    skipped_steps: int = 0  # steps that changed no weight, since their loss or gradient was not finite
+    skipped_in_a_row: int = 0  # skipped steps since the last step that changed the weights
+    good_step: int | None = None  # the last step after which the model was better than guessing, if known
 
 
 @dataclasses.dataclass
 class RunState:
-    """Everything of a run that a checkpoint holds, in OpenCLIP's layout with one key more, ``clipfast``.
+    """The state of a run that a checkpoint holds, in OpenCLIP's layout with an additional key, ``clipfast``.
 
     Weights, optimizer state and progress are restored to the last bit. The options stay those of this run, which may
     differ from the checkpoint's; only the data cannot change within an epoch.
@@ -65,12 +65,12 @@ class RunState:
         return largest
 
     def state_dict(self, *, is_main: bool = True) -> dict[str, Any]:
-        """Return the content of a checkpoint. All ranks must call it, and it is complete where ``is_main``."""
+        """Return the content of a checkpoint. All ranks must call it; it is complete where ``is_main`` is True."""
         complete: dict[str, Any] = gather_full(self.parts(), keep=is_main)
         return complete
 
     def parts(self) -> dict[str, Any]:
-        """Return the content of a checkpoint, with tensors that are cut as they are."""
+        """Return the content of a checkpoint with DTensors as they are, for a checkpoint in parts."""
         optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "kinds": dict(self.budget.kinds)}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
@@ -87,7 +87,7 @@ class RunState:
                 "preprocess_cfg": preprocessing_of(self.model),
                 "progress": dataclasses.asdict(self.progress) | counts,
                 "stream": self.data.state_dict(),
-                "micro_batch_size": self.step.micro_batch_size,  # BatchNorm depends on it
+                "micro_batch_size": self.step.micro_batch_size,  # BatchNorm's statistics depend on it
                 "groups": self._groups(),
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
@@ -98,7 +98,7 @@ class RunState:
 
         Raises:
             CheckpointError: the checkpoint has no optimizer state, or does not fit the model.
-            ValueError: the checkpoint is from within an epoch, and this run has other data.
+            ValueError: the checkpoint was written in the middle of an epoch, and this run has other data.
         """
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             raise CheckpointError(
@@ -106,7 +106,7 @@ class RunState:
                 "use --pretrained to start from its weights"
             )
         own: dict[str, Any] = checkpoint.get("clipfast", {})
-        was = own.get("config", {}).get("opt", "adamw")  # that of OpenCLIP and of earlier versions
+        was = own.get("config", {}).get("opt", "adamw")  # the optimizer of OpenCLIP and of earlier versions
         if was.lower() != self.config.opt.lower():
             raise CheckpointError(
                 f"the checkpoint holds the optimizer state of --opt {was}, and this run has --opt {self.config.opt}: "
@@ -117,7 +117,7 @@ class RunState:
             self.average.load_state_dict(checkpoint.get("state_dict_ema"))
         self._load_optimizer(checkpoint["optimizer"], own.get("groups"))
         progress, stream = own.get("progress"), own.get("stream", {})
-        if progress is None:  # OpenCLIP's
+        if progress is None:  # the checkpoint is OpenCLIP's
             self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
         else:
             for field in dataclasses.fields(Progress):
@@ -144,22 +144,23 @@ class RunState:
         raise ValueError(f"the checkpoint is from within an epoch, whose data cannot change: {what}")
 
     def _groups(self) -> list[list[str]]:
-        """Return the names of the parameters in each group of the optimizer, which knows them only by their places."""
+        """Return the names of the parameters in each optimizer group; the optimizer's state only has their indices."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
 
     def _load_optimizer(self, state: dict[str, Any], groups: list[list[str]] | None) -> None:
-        """Load the moments of an optimizer; its learning rate and other options stay those of this run.
+        """Load the optimizer's moments from a checkpoint; the learning rate and other options stay those of this run.
 
-        ``groups`` are those of the checkpoint; None if it does not say them, as OpenCLIP's and earlier ones.
+        ``groups`` holds the parameter names of each group in the checkpoint; None if the checkpoint has no names, as
+        those of OpenCLIP and of earlier versions.
         """
         for group, mine in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
             group.update({key: value for key, value in mine.items() if key != "params"})
         try:
-            self.optimizer.load_state_dict(self._cut(state))
+            self.optimizer.load_state_dict(self._distribute_moments(state))
             if groups not in (None, self._groups()):
                 raise ValueError("its groups hold other parameters")
-            # A fused optimizer that is given moments of another shape writes beyond their end.
+            # A fused optimizer would write beyond the end of moments whose shape is wrong.
             for parameter, moments in self.optimizer.state.items():
                 if any(name in moments and moments[name].shape != parameter.shape for name in MOMENTS):
                     raise ValueError("its moments have other shapes than the parameters")
@@ -171,19 +172,19 @@ class RunState:
                 f"{' '.join(sorted(self.model.no_weight_decay()))}"
             ) from error
 
-    def _cut(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state of the optimizer with the moments cut as the weights are."""
+    def _distribute_moments(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the optimizer's state with the moments as DTensors, sharded as the weights are."""
         parameters: dict[int, Tensor] = {}
         for saved, group in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
             parameters |= zip(saved["params"], group["params"], strict=False)
 
-        def cut(index: int, value: Any) -> Any:
+        def own(index: int, value: Any) -> Any:
             like = parameters.get(index)
             if like is None or not isinstance(value, Tensor) or value.shape != like.shape:
                 return value
             return distribute_like(value, like)
 
         moments = {
-            index: {name: cut(index, value) for name, value in found.items()} for index, found in state["state"].items()
+            index: {name: own(index, value) for name, value in found.items()} for index, found in state["state"].items()
         }
         return state | {"state": moments}

@@ -17,11 +17,11 @@ from .fsdp import exchange_scalars
 from .guard import Guard, GuardedLoss
 from .logs import log
 
-WARMUP_STEPS = 3  # before the graph is captured: everything that is allocated or compiled once must exist by then
+WARMUP_STEPS = 3  # steps before the capture of the graph, in which one-time allocations and compilations happen
 
 
 class Upload:
-    """The copy of batches to a device, on a stream of its own: the step before can still run meanwhile."""
+    """Copies batches to the GPU on a stream of its own, while the previous step may still run."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -36,7 +36,7 @@ class Upload:
             images, texts = self._on_device(batch)
         current.wait_stream(self._stream)
         for x in (images, texts):
-            x.record_stream(current)  # else the other stream, which owns the memory, could use it again too early
+            x.record_stream(current)  # otherwise the copying stream, which owns the memory, could reuse it too early
         return images, texts
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -44,19 +44,19 @@ class Upload:
 
 
 class TrainingStep:
-    """Gradients of a batch, and the update of the weights.
+    """A training step: computes the gradients of a batch and updates the weights.
 
     Args:
         model, optimizer: the model must be in training mode when a step is taken.
-        loss: as :func:`clipfast.accumulate_gradients` takes it.
-        autocast: makes the context of the forward pass.
+        loss: the loss function, as :func:`clipfast.accumulate_gradients` takes it.
+        autocast: a function that makes the autocast context of the forward pass.
         grad_clip_norm: largest norm of the gradient; None does not clip it.
-        micro_batch_size: pairs whose activations are held at a time.
-        parallel: is called in place of the model, if there are several processes.
-        shards: the processes among which FSDP2 has cut the weights; None if each has all of them.
+        micro_batch_size: number of pairs whose activations are held at a time.
+        parallel: the wrapped model, which is called in place of ``model`` if there are several processes.
+        shards: the processes over which FSDP2 has sharded the weights; None if each process has all weights.
 
     Attributes:
-        guard: knows of the last step whether its gradient was finite. If it was not, nothing has changed.
+        guard: holds the verdict on the last step. If its gradient was not finite, the step has changed nothing.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class TrainingStep:
         self.model, self.optimizer, self.loss = model, optimizer, GuardedLoss(loss)
         self.autocast, self.micro_batch_size = autocast, micro_batch_size
         self.guard = Guard(model, optimizer, grad_clip_norm)
-        self.is_updating = False  # True after an error that came in the middle of an update
+        self.is_updating = False  # stays True after an error in the middle of an update
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Take a step and return the loss of the batch before it, a scalar without a graph."""
+        """Take a training step, and return the loss of its batch before the update, a scalar without a graph."""
         self._zero_gradients(len(images))
         self.guard.begin()
         loss = self.backward(images, texts)
@@ -105,20 +105,22 @@ class TrainingStep:
         return loss.detach()
 
     def _zero_gradients(self, pairs: int) -> None:
-        """Forget all gradients before those of a batch of so many pairs.
+        """Reset all gradients before the backward pass of a batch of ``pairs`` pairs.
 
-        Those of DistributedDataParallel are views of what it sends. Without them, the sums over micro-batches would
-        live beside that memory, of which only the last micro-batch makes use.
+        DistributedDataParallel's gradients are views of its communication buckets, and are set to zero in place if
+        micro-batches are summed. If they were set to None, the sums would take memory of their own beside the buckets,
+        which only the last micro-batch would use.
         """
         has_sums = self.micro_batch_size < pairs and isinstance(self.parallel, DistributedDataParallel)
         self.optimizer.zero_grad(set_to_none=not has_sums)
 
     def rehearse(self, images: Tensor, texts: Tensor) -> None:
-        """Compute gradients of a micro-batch and forget them. Their values have no meaning.
+        """Run a backward pass of a micro-batch before the first training step, and discard its gradients.
 
-        DistributedDataParallel packs gradients in the order in which they come in its first backward pass, and sums of
-        more than two ranks depend on where in a pack they are. So a run that goes on has the sums of one that never
-        stopped only if that pass is no step of either. From then on, gradients are views of the packs.
+        DistributedDataParallel packs gradients into buckets in the order of its first backward pass, and the rounding
+        of sums over more than two ranks depends on the place in a bucket. The first backward pass of a session is
+        therefore never a step: otherwise a resumed run would round differently from a run that never stopped. After
+        this pass, gradients are views of the buckets.
         """
         before = [buffer.clone() for buffer in self.model.buffers()]
         with self.autocast():
@@ -132,8 +134,9 @@ class TrainingStep:
         """Halve the micro-batch until it fits into the memory of every GPU, and log the size that was found.
 
         Args:
-            batch_size: pairs of this process.
-            loss: of the pairs of one process: a GPU that runs out of memory must not leave others waiting for it.
+            batch_size: number of pairs of this process.
+            loss: a loss of the pairs of one process, without communication: if this GPU runs out of memory, no other
+                rank may be left waiting for it.
             world: the processes.
         """
         how = "a CPU does not say what fits: nothing was tried"
@@ -147,7 +150,7 @@ class TrainingStep:
             with self.autocast():
                 self.micro_batch_size = largest_micro_batch(
                     self.model, images, texts, loss, start=self.micro_batch_size,
-                    reserve=0 if self.optimizer.state else 2 * weights,  # AdamW's moments
+                    reserve=0 if self.optimizer.state else 2 * weights,  # room for AdamW's moments
                 )  # fmt: skip
             how = "the most that was found to fit"
         sizes = world.gather(self.micro_batch_size)
@@ -157,21 +160,21 @@ class TrainingStep:
 
 
 def _can_run_out(device: torch.device) -> bool:
-    """Return True if there is an error to catch when the memory of ``device`` runs out."""
+    """Return True if PyTorch raises an error that can be caught when the memory of ``device`` runs out."""
     return device.type == "cuda"
 
 
 def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
-    """Set the state of all random number generators for the part of a step that ``rank`` does.
+    """Seed PyTorch's random number generators for the part of a training step that ``rank`` computes.
 
-    On a CPU, each pair of the batch gets the numbers that it gets in one process. Other generators have numbers for
-    calls, not for pairs, so each rank has a seed of its own there.
+    On a CPU, each pair of the batch gets the random numbers that it would get in a run of one process. A GPU's
+    generator draws by calls and not by pairs, so there each rank has a seed of its own.
 
     Args:
-        seed: of the step.
-        model: of which only the vision transformer draws numbers, for the patches that it drops.
-        pairs: of each rank.
-        rank: of this process.
+        seed: seed of the step.
+        model: the model, in which only the vision transformer draws random numbers, for the patches that it drops.
+        pairs: number of pairs of each rank.
+        rank: rank of this process.
     """
     torch.manual_seed(seed)
     visual: Any = model.visual
@@ -185,14 +188,15 @@ def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
 
 
 class GraphedStep:
-    """A step as one CUDA graph, so that the host starts one graph in place of a thousand kernels.
+    """A training step as one CUDA graph: the host starts one graph in place of a thousand kernels.
 
-    The first calls run the step directly. Then it is captured, and replayed for every batch of the same size. A smaller
-    batch, of which some pairs could not be decoded, runs directly.
+    The first calls run the step directly. Then the step is captured, and replayed for every batch of the same size. A
+    smaller batch, from which some pairs are missing since they could not be decoded, runs directly.
 
     Args:
-        step: takes a step; everything that changes from call to call must be a tensor, learning rates included.
-        context_length: length in tokens that texts are padded to, so that every batch has the same shape.
+        step: the function that takes a step. Everything that changes from call to call must be a tensor, including
+            learning rates.
+        context_length: number of tokens to which texts are padded, so that every batch has the same shape.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], context_length: int) -> None:
@@ -202,7 +206,7 @@ class GraphedStep:
         self._inputs: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Take a step and return the loss of the batch before it, a scalar without a graph."""
+        """Take a training step, and return the loss of its batch before the update, a scalar without a graph."""
         texts = F.pad(texts, (0, self.context_length - texts.shape[1]))
         if self._inputs is None and self._calls < WARMUP_STEPS:
             self._calls += 1
@@ -218,7 +222,7 @@ class GraphedStep:
         return self._loss.clone()
 
     def _beside(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Run the step on a stream of its own, as it will be captured: the default stream cannot capture."""
+        """Run the step on a side stream, like the later capture, which the default stream does not allow."""
         self._stream = self._stream or torch.cuda.Stream(images.device)
         current = torch.cuda.current_stream(images.device)
         self._stream.wait_stream(current)
@@ -228,9 +232,9 @@ class GraphedStep:
         return loss
 
     def _capture(self, images: Tensor, texts: Tensor) -> tuple[Callable[[], None], Tensor]:
-        """Capture the step on these tensors; returns the function that replays it, and the loss that it writes."""
-        # Without a device and a stream PyTorch captures on the current GPU, which need not be that of the batch.
-        # Only calls of this thread are held to the rules of a capture: the thread of the data loader pins memory.
+        """Capture the step on static inputs; return a function that replays it, and the tensor that holds its loss."""
+        # Without a device and a stream, PyTorch captures on the current GPU, which may not be the GPU of the batch. The
+        # capture forbids certain CUDA calls in this thread only, since the data loader's thread pins memory meanwhile.
         with torch.cuda.device(images.device):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):

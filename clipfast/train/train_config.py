@@ -1,4 +1,4 @@
-"""The options of ``clipfast train``: one table, from which come the flags, the keys of recipes and the checks."""
+"""The options of ``clipfast train``, in one table that defines the flags, the keys of recipes and the checks."""
 
 import dataclasses
 import math
@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from .fsdp_options import check_fsdp
 from .option_checks import check_type, check_value, flag_name, keys_of, separator_of
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ..data import Keys
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "pure_bf16")
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
-BUDGETS = ("epochs", "samples_seen")  # of these two options, one says how long a run is
-# The option whose value in a recipe or a checkpoint is dropped if a flag gives this one.
+BUDGETS = ("epochs", "samples_seen")  # two options for the length of a run, of which one is used
+# If a flag gives an option that is a key here, the value of the other option in a recipe or a checkpoint is dropped.
 REPLACED = {"epochs": "samples_seen", "samples_seen": "epochs", "batch_size": "global_batch_size"}
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
 SCHEDULERS = ("cosine", "const", "const-cooldown", "wsd")
-COOLDOWN_OPTIONS = {  # and the schedulers that use them
+COOLDOWN_OPTIONS = {  # each with the schedulers that use it
     "epochs_cooldown": ("const-cooldown",), "decay_fraction": ("wsd",),
     "lr_cooldown_end": ("const-cooldown", "wsd"), "lr_cooldown_power": ("const-cooldown", "wsd"),
 }  # fmt: skip
@@ -27,14 +27,14 @@ LOCKED_PARTS = ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats", "loc
 
 
 def _flag(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
-    """Return the field of an option.
+    """Return the dataclass field of a training option.
 
     Args:
-        default: value of a run that does not set it.
-        text: what ``--help`` says.
+        default: value for runs that do not set the option.
+        text: help text for ``--help``.
         kind: type of the value, or of each value if it is a tuple.
-        limits: what :func:`check_value` looks at: ``choices``, ``positive``, ``not_negative``, ``most`` and ``below``.
-            With ``auto=True``, "auto" is a value as well. ``aliases`` are further flags of the option.
+        limits: the limits that :func:`check_value` checks: ``choices``, ``positive``, ``not_negative``, ``most`` and
+            ``below``. With ``auto=True``, "auto" is a value as well. ``aliases`` are further flags of the option.
     """
     return dataclasses.field(default=default, metadata={"help": text, "kind": kind, **limits})
 
@@ -315,10 +315,10 @@ class TrainConfig:
     logs: str = _flag("runs", "folder in which the run gets a folder of its own")
 
     def __post_init__(self) -> None:
-        """Check every option before anything is built.
+        """Check every training option before anything is built.
 
         Raises:
-            ValueError: an option cannot work; the message names the flag, its value, and what would fit.
+            ValueError: an option cannot work; the message names the flag, its value, and values that would work.
         """
         for field in dataclasses.fields(self):
             check_type(field, getattr(self, field.name))
@@ -393,13 +393,13 @@ class TrainConfig:
 
     @property
     def budget(self) -> str:
-        """The option that says how long the run is."""
+        """The option that sets the length of the run: "epochs" or "samples_seen"."""
         return BUDGETS[self.samples_seen is not None]
 
     def keys(self) -> "Keys":
-        """Return under which names a pair has its image and its captions."""
+        """Return the keys under which a training pair has its image and its captions."""
         return keys_of(vars(self))
 
     def separator(self) -> str | None:
-        """Return the separator of CSV files, or None if each of them tells it."""
+        """Return the separator of CSV files of training pairs, or None if the header of each file decides."""
         return separator_of(vars(self))

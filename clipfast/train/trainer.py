@@ -39,15 +39,15 @@ from .validation import Validation
 
 
 class Trainer:
-    """One run, which writes to ``folder``.
+    """Trains one run and writes to its ``folder``.
 
-    ``checkpoint`` is what it continues from, written by this package or by OpenCLIP; the model configuration in it, if
-    there is one, replaces ``config.model``. With several ranks in ``world``, each of them has a trainer, and all call
-    the same methods in the same order.
+    ``checkpoint`` is the content of the checkpoint that the run resumes from, written by clipfast or OpenCLIP. If it
+    has a model configuration, that replaces ``config.model``. With several ranks in ``world``, each rank has a trainer,
+    and all ranks call the same methods in the same order.
 
     Attributes:
         signum: the signal that interrupted the run on any rank.
-        about_mfu: a sentence on what MFU means in this run; None if it cannot be told.
+        about_mfu: a sentence on what MFU means in this run; None if MFU is unknown.
 
     Raises:
         ValueError: options, data or the checkpoint cannot be used.
@@ -60,7 +60,7 @@ class Trainer:
         saved: dict[str, Any] = (checkpoint or {}).get("clipfast", {})
         self.device = build_device(config, world)
         whole = whole_batch(config, world, saved)
-        self.batch_size = whole // world.size  # of this rank
+        self.batch_size = whole // world.size  # pairs of this rank
         with world.local_first():
             self.data = TrainingData(config, whole, world)
         self.total_steps = self.data.total_steps
@@ -105,10 +105,10 @@ class Trainer:
             is_held=folder.is_held,
             world=world.for_thread() if self._writes_parts else ALONE,
         )  # fmt: skip
-        self._has_begun, self._unsaved = False, False  # whether steps were taken at all, and since the last checkpoint
-        self._is_time_to_save = False  # whether rank 0 wants to save, as all ranks have heard
+        self._has_begun, self._unsaved = False, False  # steps taken at all, and since the last checkpoint
+        self._is_time_to_save = False  # whether rank 0 has told all ranks that it is time to save
         self.signum: int | None = None
-        self._skipped: list[tuple[int, Skipped]] = []  # of this rank, with their steps, since they were last recorded
+        self._skipped: list[tuple[int, Skipped]] = []  # this rank's skips since the last record, with steps
         self._news = LateSum(world)
         self.skips = SkippedSteps(self.step.guard, self.data, self.progress, config.max_nonfinite_steps, folder, world)
         if checkpoint is not None:
@@ -118,14 +118,14 @@ class Trainer:
     def fit(self, interruption: Interruption) -> Evaluation | None:
         """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
 
-        Whatever error ends it, weights that are finite are saved, unless an update of them is not complete, or the
-        error met only some of several ranks.
+        If an error ends training, finite weights are saved, unless an update of them is incomplete, or only some of
+        several ranks met the error.
 
         Raises:
             TrainingError: losses, gradients or weights are not finite, or too many pairs cannot be decoded.
             ValueError: the data cannot be read.
             DiskFullError: there is no space for the last checkpoint.
-            OSError: it cannot be written for another reason.
+            OSError: the last checkpoint cannot be written for another reason.
         """
         self.validation.interruption = interruption
         if self.world.watchdog is not None:
@@ -167,7 +167,7 @@ class Trainer:
         batches = self.data.batches(
             self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
         )
-        with contextlib.closing(batches):  # an error must not leave the workers waiting
+        with contextlib.closing(batches):  # after an error, the data workers must be ended too
             try:
                 self._hear(interruption)
                 while self.progress.step < self.total_steps and self.signum is None:
@@ -183,7 +183,7 @@ class Trainer:
                         self._hear(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
-                    # it may be PyTorch's report of a dead data worker, which can come at any moment: the loader knows
+                    # This may be PyTorch's report of a dead data worker, which can come anywhere. The loader can tell.
                     batches.throw(error)
                 raise
         return evaluation
@@ -195,7 +195,7 @@ class Trainer:
         return frequency > 0 and (is_turn or step == self.total_steps)
 
     def _rescue(self, error: Exception) -> None:
-        """Save the steps that an error would lose, if the weights are sound, and log how to go on."""
+        """Save a checkpoint of the steps that an error would lose, if the weights are sound, and log how to resume."""
         if isinstance(error, FolderLostError):
             return
         is_sound = not self.step.is_updating and not isinstance(error, NotFiniteError)
@@ -206,7 +206,7 @@ class Trainer:
                 return
             except Exception as failure:
                 log.error(f"Step {self.progress.step} cannot be saved: {failure}")
-        # A rank that is lost would hold up for long those that write parts with it.
+        # With a lost rank, the ranks that write a checkpoint in parts would wait for it for long.
         self.checkpoints.wait(self.world.timeout if self._writes_parts else math.inf)
         if self.folder.kept():
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")
@@ -222,7 +222,7 @@ class Trainer:
         if self._unsaved or failed or is_new:
             self.save()
             self.world.on_main(self.checkpoints.finish)
-        self.checkpoints.wait()  # parts are written by all ranks
+        self.checkpoints.wait()  # all ranks write parts
 
     def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""
@@ -254,7 +254,7 @@ class Trainer:
         return progress.step == last
 
     def _count(self, batch: Batch, interruption: Interruption) -> None:
-        """Count a batch, and learn from all ranks of signals, of the time to save, and of pairs that cannot be used.
+        """Count a training batch, and sum over all ranks: signals, votes to save, and pairs that cannot be used.
 
         Raises:
             TrainingError: too many pairs cannot be used.
@@ -275,7 +275,7 @@ class Trainer:
             log.info(f"Stopping after step {self.progress.step}: {signal.Signals(self.signum).name} came to some rank.")
 
     def _vote_to_save(self) -> int:
-        """Return 1 if the clock of rank 0 says that it is time to save, once each time."""
+        """Return 1 once on rank 0 each time that ``--save-every-minutes`` have passed, and 0 otherwise."""
         minutes, now = self.config.save_every_minutes, time.monotonic()
         if not self.world.is_main or minutes == 0 or now - self.checkpoints.saved_at < 60 * minutes:
             return 0
@@ -283,10 +283,10 @@ class Trainer:
         return 1
 
     def _record_skipped(self) -> None:
-        """Record and count the pairs that could not be used on any rank.
+        """Record the skipped pairs of all ranks in the run's folder, and count them.
 
         Raises:
-            TrainingError: they are too many.
+            TrainingError: too many pairs were skipped.
         """
         if self.world.sum([len(self._skipped)]) == [0]:
             return
@@ -309,7 +309,8 @@ class Trainer:
             self.distillation.look(images, texts, self.step.micro_batch_size)
         if self.world.size > 1 and not self._has_begun and not self._is_sharded:
             self.step.rehearse(images, texts)
-        # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
+        # The seed depends only on --seed and the step, so a resumed run drops the same patches as one that never
+        # stopped.
         seed_step(self.config.seed + self.progress.step, self.model, self.batch_size, self.world.rank)
         self._take_step(images, texts)
         if self.average is not None:
@@ -319,9 +320,9 @@ class Trainer:
         return self.step.guard.figures.clone()
 
     def save(self) -> None:
-        """Copy the state of the run, which is then written in the background, at the end of an epoch for good.
+        """Copy the state of the run and write it as a checkpoint in the background; at milestones, it is kept for good.
 
-        With ``--fsdp-checkpoint sharded``, all ranks write their parts, unless it is to be kept or the last one.
+        With ``--fsdp-checkpoint sharded``, all ranks write their parts, except for a milestone or the last checkpoint.
 
         Raises:
             TrainingError: the weights are not finite.
@@ -340,13 +341,13 @@ class Trainer:
         self._unsaved = False
 
     def _write(self, content: dict[str, Any]) -> None:
-        """Begin to write the content of a checkpoint if its weights are finite."""
+        """Begin to write a full checkpoint, if its weights are finite."""
         self._judge(content, self.state.check(content))
         milestone = content["epoch"] if self._is_milestone else None
         self.checkpoints.save(content, self.progress.step, milestone=milestone, good=self.progress.good_step)
 
     def _judge(self, content: dict[str, Any], largest: float) -> None:
-        """Note on rank 0 which step is the last good one, and warn of a weight that is larger than those of a model."""
+        """Note the last good step in a checkpoint, or warn of a weight that is larger than any model's."""
         step, good = self.progress.step, self.progress.good_step
         if largest > SENSIBLE:
             last = "no step that was saved was better" if good is None else f"step {good} is the last good one"
@@ -361,10 +362,10 @@ class Trainer:
 
     @property
     def _is_milestone(self) -> bool:
-        """True if the state is kept as ``epoch_N.pt``. The end of the run may cut its last epoch short."""
+        """True if the checkpoint is kept as ``epoch_N.pt``. The last epoch may be cut short by the end of the run."""
         return self.data.epochs.ends_with(self.progress.step) and self._is_due(self.config.save_frequency)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights that the model has now, complete on rank 0; all ranks must call it."""
+        """Return the model's current weights, gathered in full on rank 0; all ranks must call it."""
         found: dict[str, Tensor] = gather_full(self.model.state_dict(), keep=self.world.is_main)
         return found

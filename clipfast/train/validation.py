@@ -1,4 +1,4 @@
-"""Evaluation during training, on all ranks: each encodes its part of the images, and rank 0 has the results."""
+"""Evaluation during training on all ranks: each rank encodes its part of the images, and rank 0 gets the results."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ class ImageNet:
     """The ImageNet folders of a run, and the accuracy on them.
 
     Attributes:
-        sets: the images by OpenCLIP's name of their figures.
+        sets: the image folders by the name that OpenCLIP gives to their accuracy.
         results: the last figures, under OpenCLIP's names.
 
     Raises:
@@ -40,7 +40,7 @@ class ImageNet:
     def __init__(self, config: TrainConfig) -> None:
         self.sets: dict[str, LabelledSet] = {}
         self.results: dict[str, float] = {}
-        self._part: Tensor | None = None  # of the classifier: that of this rank
+        self._part: Tensor | None = None  # the rows of the classifier that this rank computes
         if config.zeroshot_frequency == 0:
             return
         for flag, name, folder in (
@@ -63,17 +63,17 @@ class ImageNet:
         world: World,
         show: Progress = progress,
     ) -> dict[str, float]:
-        """Return the accuracy of ``model`` on each folder; all ranks must call it.
+        """Return the zero-shot accuracy of ``model`` on each ImageNet folder; all ranks must call it.
 
-        The prompts are encoded anew if the weights that encode them are trained.
+        The prompts are encoded again for each evaluation if the text tower is trained.
 
         Args:
-            model: in evaluation mode.
-            tokenizer: of the model.
-            encoded: encodes a set; all ranks call it, and rank 0 gets its features.
-            device: of the model.
+            model: the model, in evaluation mode.
+            tokenizer: tokenizer of the model.
+            encoded: a function that encodes a set; all ranks call it, and rank 0 gets the features.
+            device: device of the model.
             world: the processes, each of which encodes the prompts of some classes.
-            show: shows how far it is.
+            show: shows the progress.
         """
 
         def encode() -> None:
@@ -95,7 +95,7 @@ class ImageNet:
 
 
 def _trains_texts(model: CLIP) -> bool:
-    """Return True if any weight is trained on which the features of a text depend."""
+    """Return True if any trained weight affects text features, so that prompts must be encoded again."""
     others = ("visual.", "logit_")
     return any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(others))
 
@@ -108,15 +108,15 @@ class Validation:
 
     Args:
         config: options of the run.
-        model, tokenizer: what is evaluated; the model is in evaluation mode afterwards.
-        average: of the weights, which is evaluated in their place; None if there is none.
-        train_log: of the run.
+        model, tokenizer: the model, which is in evaluation mode afterwards, and its tokenizer.
+        average: the moving average of the weights, which is evaluated in their place; None without one.
+        train_log: log of the run.
         world: the processes.
 
     Attributes:
         labelled: the images of ``--val-data``; None if there are none.
-        imagenet: the folders of ImageNet, and the last figures on them.
-        interruption: of the run; None heeds no signals.
+        imagenet: the folders of ImageNet, and the last accuracies on them.
+        interruption: the signals that came to the run; with None, signals do not interrupt an evaluation.
 
     Evaluations that a signal interrupts raise :class:`clipfast.distributed.ending.Interrupted` on all ranks.
     """
@@ -138,7 +138,7 @@ class Validation:
         self._is_sharded = is_sharded(config, world)
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """Return zero-shot accuracy and retrieval after ``step`` steps, logged and recorded; None without any data."""
+        """Compute, log and record zero-shot accuracy and retrieval after ``step`` steps; None without data."""
         images = self.labelled
         if images is None:
             return None
@@ -148,7 +148,7 @@ class Validation:
         return evaluation
 
     def evaluate_last_weights(self) -> Evaluation | None:
-        """Return the same figures of the last weights, beside those of their average; None without average or data."""
+        """Return the validation figures of the last weights, if the others are of their average; None otherwise."""
         return None if self.labelled is None or self.average is None else self._evaluated(self.labelled)
 
     def evaluate_imagenet(self, step: int) -> None:
@@ -162,12 +162,12 @@ class Validation:
         self.log.imagenet(step, found)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model has the average of its weights, if there is one."""
+        """Return a context in which the model has the moving average of its weights, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     @contextlib.contextmanager
     def _show(self, total: int, what: str, unit: str) -> Iterator[Advance]:
-        """Log how far an evaluation is, and heed signals."""
+        """Log the progress of an evaluation during training, and stop it after a signal."""
         say = lines(total, what, unit, log.info)
 
         def advance(new: int) -> None:
@@ -178,7 +178,7 @@ class Validation:
         yield advance
 
     def _record(self, step: int, evaluation: Evaluation, skipped: Sequence[Skipped]) -> None:
-        """Log and record an evaluation, and the images that it left out."""
+        """Log and record the figures of an evaluation during training, and the images that it left out."""
         folder = self.log.folder
         if skipped:
             folder.record_skipped(step, skipped)
@@ -189,7 +189,7 @@ class Validation:
         self.log.evaluation(step, evaluation.results)
 
     def _evaluated(self, images: LabelledSet) -> Evaluation:
-        """Return zero-shot accuracy and retrieval of the weights that the model has now."""
+        """Return zero-shot accuracy and retrieval of the model's current weights on the validation data."""
         self.model.eval()
         with self._whole():
             features = self._encoded(images)
@@ -205,11 +205,11 @@ class Validation:
         )  # fmt: skip
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which every rank has all weights, and encodes what it likes without the others."""
+        """Return a context in which every rank has all weights, and can encode images without the other ranks."""
         return unsharded(self.config, self.model) if self._is_sharded else contextlib.nullcontext()
 
     def _encoded(self, images: LabelledSet) -> LabelledFeatures | None:
-        """Return the features of a set on rank 0, of which each rank encodes its part."""
+        """Encode a validation set, each rank its part, and return the features on rank 0."""
         device = self.model.logit_scale.device
         self.world.share_buffers(self.model)
         transform = transform_of(self.model, uint8=True)
