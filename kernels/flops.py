@@ -8,30 +8,33 @@ from .launch import Launch
 def launch_flops(launch: Launch) -> int:
     """Return the FLOPs of a launch's matrix products; zero for a kernel that has none.
 
-    ``_online_stats_kernel`` counts as none: for the logits of unit features it ends at once.
+    ``_online_stats_kernel`` counts as zero: for the logits of unit features it ends at once.
     """
     count = _FLOPS.get(launch.kernel.__name__)
     return 0 if count is None else count(launch)
 
 
 def _block(launch: Launch) -> int:
-    """One product of [M, D] and [N, D] features."""
+    """Return the FLOPs of a block of logits: one product of [M, D] and [N, D] features."""
     return 2 * launch.args["M"] * launch.args["N"] * launch.args["D"]
 
 
 def _block_products(launch: Launch) -> int:
-    """G y by the first ``num_x_tiles`` programs, and G^T x by the others; one of them may be missing."""
+    """Return the FLOPs of G y in the first ``num_x_tiles`` programs, and of G^T x in the others; one may be missing."""
     of_x = launch.args["num_x_tiles"]
     return ((of_x > 0) + (launch.grid[0] > of_x)) * _block(launch)
 
 
 def _scores(launch: Launch) -> int:
-    """One product of attention. Every score counts, also where a causal mask leaves it out."""
+    """Return the FLOPs of one product of attention. Every score counts, even if a causal mask hides it."""
     return 2 * launch.args["q_ptr"].numel() * launch.args["N"]
 
 
 def _patches(launch: Launch) -> int:
-    """One product of patches [ROWS, K] and the weight [E, K]. Where patches are laid out, class tokens are rows too."""
+    """Return the FLOPs of one product of patches [ROWS, K] and the weight [E, K].
+
+    If the patches are laid out as a matrix, class tokens are rows of it too.
+    """
     return 2 * launch.args["ROWS"] * launch.args["E"] * launch.args["K"]
 
 

@@ -1,6 +1,6 @@
 """The one table of hardware: limits of GPU architectures, and published rates of cards.
 
-What a card reaches is taken from publications; nothing here was measured by this project.
+The rates that a card reaches in practice are taken from publications; none was measured by this project.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ class Architecture:
 
     Attributes:
         tables: the architectures whose tables of launch configurations serve this one. The first table that has an
-            entry decides. What multiplies by mma.sync takes no entry that was made for another matrix unit.
+            entry decides. An architecture that multiplies by mma.sync uses no table that was made for wgmma or tcgen05.
         shared_bytes: shared memory of a multiprocessor.
         block_shared_bytes: shared memory that one block may ask for.
         matrix_unit: the PTX instruction of the tensor cores that half-precision products must reach.
@@ -38,10 +38,11 @@ class Architecture:
 
     @property
     def multiplies_from_shared(self) -> bool:
-        """Whether its matrix unit reads operands from shared memory, where the tensor memory accelerator brings them.
+        """Whether its matrix unit reads operands from shared memory, into which the tensor memory accelerator loads
+        them.
 
-        mma.sync reads registers. sm_120 has the accelerator and multiplies by mma.sync, so it loads as sm_80 does,
-        whose configurations it takes.
+        mma.sync reads operands from registers. sm_120 has the accelerator but multiplies by mma.sync, so its kernels
+        load as on sm_80, with the configurations of sm_80.
         """
         return self.matrix_unit != "mma.sync"
 
@@ -63,12 +64,12 @@ ARCHITECTURES = {
 
 
 def architecture(capability: int) -> Architecture:
-    """Return what is known of a compute capability (86 for 8.6): the newest architecture that is not newer than it.
+    """Return the limits for a compute capability (86 for 8.6): those of the newest architecture that is not newer.
 
     So 8.7 counts as 8.6, 10.3 as 10.0 and 12.1 as 12.0.
 
     Raises:
-        ValueError: one older than 8.0, which the kernels do not run on.
+        ValueError: the compute capability is below 8.0, and the kernels do not run on it.
     """
     known = [arch for arch in ARCHITECTURES if arch <= capability]
     if not known:
@@ -128,19 +129,19 @@ CARDS = {
 
 
 def card_named(gpu: str) -> Card | None:
-    """Return the card whose driver name is part of ``gpu``, or None where the table does not have it."""
+    """Return the card whose name is part of ``gpu``, the name that the driver gives; None if the table lacks it."""
     return next((card for card in CARDS.values() if card.name in gpu), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind in nodes of some, with what is assumed of the host and of messages.
+    """A cluster of nodes with GPUs of one kind, and the assumed times of kernel launches and messages.
 
     Attributes:
         card: the GPU.
         gpus_per_node: GPUs with fast links to each other.
-        launch_s: seconds in which the host starts a kernel.
-        latency_s: seconds that a message takes beyond its bytes.
+        launch_s: seconds that the host takes to launch a kernel.
+        latency_s: seconds that a message takes in addition to the transfer of its bytes.
     """
 
     card: Card
@@ -151,8 +152,8 @@ class Cluster:
     def bytes_per_s(self, gpus: int, *, is_ring: bool) -> float:
         """Return the rate at which each of ``gpus`` sends to others.
 
-        Between nodes, a collective spreads over the adapters of all GPUs of a node, as NCCL's rings do; a ring of
-        single messages enters and leaves a node by one.
+        Between nodes, a collective uses the adapters of all GPUs of a node, as NCCL's rings do. A ring of single
+        messages enters and leaves a node through one adapter.
         """
         if gpus <= self.gpus_per_node:
             return self.card.link_bytes_per_s

@@ -20,10 +20,10 @@ from .hardware import ARCHITECTURES
 INTERPRET: bool = triton.knobs.runtime.interpret
 # Interpreted kernels take the configurations of this architecture; tests set another one.
 CPU_ARCH = 80
-# On a CPU, kernels that walk rows are launched as if there were this few multiprocessors: then even a small test has
-# more rows than programs.
+# On a CPU, kernels that walk rows are launched as if there were only this many multiprocessors. Then even a small test
+# has more rows than programs.
 CPU_MULTIPROCESSORS = 2
-RECORDED_MULTIPROCESSORS = 132  # those of an H100, for launches that fill a GPU and are recorded without one
+RECORDED_MULTIPROCESSORS = 132  # of an H100; launches that fill a GPU are recorded with this number
 
 _execute_on_cpu = INTERPRET
 _target: "_Target | None" = None
@@ -42,7 +42,10 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """A GPU that kernels are launched for without its tensors: a recorder's, or ``device`` of a stub of the driver."""
+    """The GPU that kernels are launched for although no tensor is on it.
+
+    Its launches are recorded, or go to ``device`` if the driver is a stub.
+    """
 
     arch: int
     multiprocessors: int | None
@@ -52,6 +55,7 @@ class _Target:
 
 @contextlib.contextmanager
 def _launches_for(target: _Target) -> Iterator[None]:
+    """Launch the kernels in this context for ``target``."""
     global _target
     outer, _target = _target, target
     try:
@@ -64,7 +68,7 @@ def _launches_for(target: _Target) -> Iterator[None]:
 def record_launches(arch: int, multiprocessors: int | None = None) -> Iterator[list[Launch]]:
     """Collect launches instead of running them, configured for compute capability ``arch`` (90 for sm_90).
 
-    With ``multiprocessors``, sizes that depend on their number are those of a GPU that has so many.
+    With ``multiprocessors``, sizes that depend on the number of multiprocessors are those of a GPU that has this many.
     """
     launches: list[Launch] = []
     with _launches_for(_Target(arch, multiprocessors, launches=launches)):
@@ -73,7 +77,9 @@ def record_launches(arch: int, multiprocessors: int | None = None) -> Iterator[l
 
 @contextlib.contextmanager
 def execute_on_cpu() -> Iterator[None]:
-    """Launch the Triton kernels for CPU tensors too; this is for tools that take over the launch."""
+    """Launch the Triton kernels for CPU tensors too; this is for tools that replace the launch by their own
+    execution.
+    """
     global _execute_on_cpu
     outer, _execute_on_cpu = _execute_on_cpu, True
     try:
@@ -86,19 +92,19 @@ def execute_on_cpu() -> Iterator[None]:
 def stand_in(device: torch.device, arch: int, multiprocessors: int) -> Iterator[None]:
     """Launch the Triton kernels for CPU tensors as if they were tensors of ``device``, a GPU of the given kind.
 
-    This is for a stub of the driver: the device is made current for each launch, as for tensors that are really there.
+    This is for a stub of the driver: the device is made current for each launch, as if the tensors were on it.
     """
     with _launches_for(_Target(arch, multiprocessors, device)), execute_on_cpu():
         yield
 
 
 def _target_of(device: torch.device) -> _Target | None:
-    """Return the GPU that kernels are launched for in place of ``device``, if there is one."""
+    """Return the GPU that kernels are launched for in place of ``device``, or None."""
     return _target if _target is not None and (_target.launches is not None or device.type == "cpu") else None
 
 
 def executes_on_cpu() -> bool:
-    """Return whether kernels really run for CPU tensors: interpreted, or by a tool that took over the launch."""
+    """Return whether kernels run for CPU tensors: in the interpreter, or in a tool that replaces the launch."""
     return _execute_on_cpu
 
 
@@ -129,18 +135,19 @@ def _arch_of_gpu(device: torch.device) -> int:
 
 
 def programs_at_once(device: torch.device, num_warps: int, registers: int) -> int:
-    """Return how many programs run at once if each thread takes ``registers``.
+    """Return how many programs of a kernel run on a GPU at once if each thread takes ``registers``.
 
-    A kernel that walks rows is given this many programs. More of them would load its parameters again, and would leave
-    more partial sums to add up.
+    A kernel that walks rows is launched with this many programs. With more programs, its parameters would be loaded
+    more often, and there would be more partial sums to add up.
     """
     per_multiprocessor = max(1, ARCHITECTURES[80].registers // (32 * num_warps * registers))
     return multiprocessors(device, CPU_MULTIPROCESSORS) * per_multiprocessor
 
 
 def multiprocessors(device: torch.device, on_cpu: int) -> int:
-    """Return the number of multiprocessors of a GPU; for the CPU, where kernels are interpreted or recorded,
-    ``on_cpu`` unless the recorder says another number.
+    """Return the number of multiprocessors of a GPU.
+
+    For a CPU, whose kernels are interpreted or recorded, return ``on_cpu`` unless the recorder has another number.
     """
     target = _target and _target_of(device)
     if target is not None and target.multiprocessors is not None:
@@ -158,7 +165,7 @@ def launch(
 ) -> None:
     """Start ``kernel`` on ``device``; an empty grid starts nothing.
 
-    FP fusion is set explicitly: its default differs between Triton versions, and the last bits of the results with it.
+    FP fusion is set explicitly: its default differs between Triton versions, and changes the last bits of the results.
     """
     if 0 in grid:
         return

@@ -1,8 +1,8 @@
-"""What each op computes, in plain PyTorch: the specification that the kernels are held to.
+"""The reference implementation of each op in plain PyTorch, which specifies the results of the kernels.
 
 The functions have the signatures of the ops, take any floating dtype, and use autograd in every step. With
-float64 input a function here is the truth; with the op's own dtype it is the yardstick for how large an error is
-allowed to be.
+float64 input, a function here gives the result that counts as exact. With the op's own dtype, its error determines how
+large the op's error may be.
 """
 
 from collections.abc import Sequence
@@ -40,13 +40,14 @@ def pairwise_loss(
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype in which the reference accumulates: float32, or float64 for float64."""
     return x.to(accumulate_dtype(x.dtype))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return what ``F.cross_entropy`` returns.
+    """Return the cross-entropy of logits and labels, as ``F.cross_entropy`` does.
 
-    In float64, where the result is the truth, it is computed so that losses far below the precision of 1 are exact too.
+    In float64 it is computed in another way, with which losses far below the precision of 1 are exact too.
     """
     if logits.dtype != torch.float64:
         return F.cross_entropy(logits, labels)
@@ -216,7 +217,8 @@ def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float],
 
 
 def _per_channel(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # The values are filled in on the device: a copy from the host cannot be captured in a CUDA graph
+    """Return the mean or the std of each channel as a tensor that broadcasts to images."""
+    # The values are filled in on the device: a copy from the host cannot be captured in a CUDA graph.
     return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
 
 

@@ -1,4 +1,4 @@
-"""The specification of an op: all that tools must know about it, in one place beside the op.
+"""The classes of an op's specification: everything that tools must know about the op, in one place next to it.
 
 ``SPECS`` is a tuple with an ``OpSpec`` for each op. It stands at the end of the file of a small op, and in ``spec.py``
 of the folder of a larger one. :func:`specs` finds them all. The verification, the benchmarks, the tuner, the offline
@@ -137,8 +137,8 @@ class Floor:
     """The least work of a pass: floating-point operations (a multiply-add is two) and bytes of device memory.
 
     Each input is read once and each output is written once. Scratch memory is not counted, since a better kernel needs
-    less of it. No implementation can take less time than :meth:`seconds` returns, so whatever a measured time has
-    beyond that is what can still be gained.
+    less of it. No implementation can take less time than :meth:`seconds` returns. The excess of a measured time over it
+    is the most that a faster implementation can save.
     """
 
     flops: float
@@ -304,14 +304,14 @@ class OpSpec:
             operands of ``itemsize`` bytes per element.
         bench: shapes to measure on a "cpu" and on a "cuda" device, the most telling first, since a run may be stopped.
         bench_values: the kind of values to measure with.
-        items: what a throughput counts: the name of a size, and the noun for what it counts, as in ("batch", "texts").
+        items: the unit of a throughput: the name of a size, and the noun for it, as in ("batch", "texts").
         gate: smaller sizes, by type of device, at which a benchmark compares the op with the reference if the reference
             does not fit into memory at the shapes that are measured.
         frozen: inputs for which benchmarks compute no gradient.
         float32: inputs that stay float32 when the others have 16 bits, as parameters do under autocast.
         follows_autocast: whether autocast decides the dtype of the result.
         shipped: calls that the offline compiler compiles.
-        targets: what the tuner tunes.
+        targets: the kernels and shapes that the tuner tunes.
         small_tiles: overrides configurations so that a small case has several tiles or blocks.
         fused: PyTorch's fused implementation, which is a second yardstick for cases that cancel.
     """

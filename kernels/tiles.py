@@ -1,4 +1,4 @@
-"""Tile arithmetic shared by the kernels: functions of values, and the load of a tile."""
+"""Triton functions on tiles that the kernels of several ops share: arithmetic, and the load of a tile."""
 
 import triton
 import triton.language as tl
@@ -11,15 +11,16 @@ def online_softmax_step(
     row_sum,  # [M]
     scale,
 ):  # fmt: skip
-    """Fold one tile into a running softmax of 2^(scale s):  m' = max(m, max_j s_j);  l' = l 2^(scale (m - m')) + sum_j
-    2^(scale (s_j - m')).
+    """Fold one tile of scores into a running softmax of 2^(scale s).
+
+    m' = max(m, max_j s_j) and l' = l 2^(scale (m - m')) + sum_j 2^(scale (s_j - m')).
 
     Returns ``(p, decay, m', l')`` with ``p = 2^(scale (s - m'))`` and ``decay = 2^(scale (m - m'))``, the factor for
-    anything accumulated so far (Milakov and Gimelshein 2018). ``scale`` is positive. The difference is taken before it
-    is scaled: it is exact where it matters.
+    anything accumulated so far (Milakov and Gimelshein 2018). ``scale`` is positive. The difference is taken before the
+    scaling, since it is exact for scores that are close to the maximum.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # a finite pivot: while all scores of a row are -inf, its maximum minus itself would be NaN
+    # The pivot is finite: while all scores of a row are -inf, its maximum minus itself would be NaN.
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     decay = tl.exp2((row_max - pivot) * scale)
     p = tl.exp2((scores - pivot[:, None]) * scale)  # [M, N]
@@ -46,7 +47,9 @@ def log_1p(e):
 
 @triton.jit
 def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Tile of program ``pid`` when tiles are walked in groups of ``GROUP_M`` rows, so that operands stay in L2."""
+    """Return the tile of program ``pid`` if tiles are taken in groups of ``GROUP_M`` rows, which keeps operands
+    in L2.
+    """
     group = pid // (GROUP_M * num_n)
     first_m = group * GROUP_M
     rows = tl.minimum(num_m - first_m, GROUP_M)
@@ -59,9 +62,9 @@ def load_tile(
     source, row, col, num_rows, num_cols, stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Tile [ROWS, COLS] at (row, col) of a matrix [num_rows, num_cols] with unit stride along rows; zeros past its end.
+    """Load a tile [ROWS, COLS] at (row, col) of a matrix [num_rows, num_cols], with zeros past its end.
 
-    ``source`` is a tensor descriptor whose block is the tile, or a pointer.
+    The matrix has unit stride along rows. ``source`` is a tensor descriptor whose block is the tile, or a pointer.
     """
     if IS_TMA:
         tile = source.load([row, col])

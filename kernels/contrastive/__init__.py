@@ -1,11 +1,11 @@
-"""The contrastive losses: logits are computed in blocks, and never exist all at once.
+"""The contrastive losses: logits are computed in blocks, and the whole matrix of logits is never in memory.
 
-``contrastive``, ``sigmoid`` and ``nce`` hold the losses: equations, public functions, registration. ``distributed`` is
-the loss of a batch spread over processes, and ``exchange`` has the messages of these processes. They share ``shared``
-(checks of arguments, gradients) and ``stats`` (pairs, vectors of maxima and sums).
+``contrastive``, ``sigmoid`` and ``nce`` hold the losses: equations, public functions, registration. ``distributed`` has
+the loss of a batch that is spread over processes, and ``exchange`` the messages of these processes. All losses use
+``shared`` (checks of arguments, gradients) and ``stats`` (pairs, vectors of maxima and sums).
 
-``launches`` launches the kernels in ``softmax_kernels`` and ``kernels``, in blocks that ``block_sizes`` chooses;
-``tiles`` is what the kernels share. ``cpu`` does the same in PyTorch.
+``launches`` launches the kernels in ``softmax_kernels`` and ``kernels``, in blocks whose sizes ``block_sizes`` chooses.
+``tiles`` has the Triton functions that the kernels share. ``cpu`` has the functions of ``launches`` in PyTorch.
 """
 
 from .contrastive import contrastive_loss

@@ -1,13 +1,15 @@
-"""The sizes of the blocks of logits that a loss takes one after the other, and the programs of a block.
+"""The choice of the sizes of the blocks of logits that a loss computes one after the other, and of a block's programs.
 
-A block of R x C logits is one launch of the gradient kernel, which writes G, and one of the products G y and G^T x. On
-``multiprocessors`` that each run one program at a time, both should end with few of them idle, and launches should be
-few. The rule is an estimate of the time, in steps of a program's loop:
+A block of R x C logits takes one launch of the gradient kernel, which writes G, and one launch of the kernel for the
+products G y and G^T x. Each of the ``multiprocessors`` runs one program at a time. Both launches should end with few
+idle multiprocessors, and there should be few launches. The choice minimises an estimate of the time, which is counted
+in steps of a program's loop:
 
     gradient    each multiprocessor takes tiles after each other, of D / BLOCK_K steps
     products    tiles of G y have C / BLOCK_K steps and those of G^T x R / BLOCK_K; the longer ones start first
 
-What a block leaves over is idle time at the end of each launch, so a block a little larger can cost a wave more.
+At the end of a launch, multiprocessors without a program are idle. So a slightly larger block, whose programs need one
+more wave, can take much longer.
 """
 
 import functools
@@ -21,24 +23,26 @@ from torch import Tensor
 from ..configs import GemmConfig, gemm_config
 from ..launch import arch_of
 
-# Beside its steps a tile takes as long as so many steps to be stored, and a launch takes as long as so many more. Both
-# are what a model of an H100 gives for tiles of 128 x 256.
+# The time in loop steps that a tile takes in addition to its loop (to be stored), and that a launch takes in addition
+# to its tiles. Both numbers come from the model of an H100 for tiles of 128 x 256.
 STEPS_AROUND_LOOP = 5
 STEPS_OF_LAUNCH = 4
 # Smaller blocks are not considered: their launches would take longer to start than to run.
 LEAST_EDGE = 1024
-# The numbers of blocks, from the least on, that are considered in each direction.
+# How many different numbers of blocks are considered for the rows and for the columns, from the least number on.
 ROW_COUNTS, COL_COUNTS = 16, 4
 MOST_SEGMENTS = 32
-# A walk of so few tiles saves less than it takes to compute the tiles with pairs after it (by the model of an H100).
+# A program that walks down at most this many tiles saves less time than the extra programs for tiles with pairs take
+# (by the model of an H100).
 SHORT_WALK = 4
 
 
 def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
-    """Return into how many segments each of ``num_n`` columns of ``num_m`` tiles is cut, and the tiles of a segment.
+    """Return the number of segments that each of ``num_n`` columns of ``num_m`` tiles is cut into, and a segment's
+    tiles.
 
-    A program takes a segment, and ``at_once`` programs run at once. All together should take few rounds; of equals, the
-    fewest segments leave the fewest sums to add up.
+    A program computes one segment, and ``at_once`` programs run at the same time. The number of segments is chosen for
+    the least total time. Of equally fast numbers the smallest is taken, since it leaves the fewest sums to add up.
     """
 
     def rounds(segments: int) -> int:
@@ -49,8 +53,10 @@ def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
 
 
 class GradGrid(NamedTuple):
-    """The programs that compute a block of G. Some of them may each walk down one of so many segments of a column of
-    tiles; the others compute one tile each.
+    """The programs that compute a block of G.
+
+    If ``segments`` is not 0, each column of tiles is cut into that many segments, and a program walks down each of
+    them. The other programs compute one tile each.
     """
 
     programs: int
@@ -59,7 +65,10 @@ class GradGrid(NamedTuple):
 
 
 def grad_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, at_once: int, *, walks: bool) -> GradGrid:
-    """Return the programs of a block of G [rows, cols] with the pairs (i, i + offset), of which none may walk."""
+    """Return the programs that compute a block of G [rows, cols] with the pairs (i, i + offset).
+
+    Only with ``walks``, some programs may walk down a column of tiles.
+    """
     num_m, num_n = triton.cdiv(rows, cfg.block_m), triton.cdiv(cols, cfg.block_n)
     has_pairs = -num_m * cfg.block_m < offset < num_n * cfg.block_n
     segments, tiles = segments_of_column(num_m, num_n, at_once) if walks else (0, 0)
@@ -74,10 +83,11 @@ def span(cfg: GemmConfig) -> int:
 
 
 def most_bytes(cols: int, width: int) -> int:
-    """Return how many bytes a block of G may take where the columns' gradients have ``cols`` rows of ``width``.
+    """Return the most bytes that a block of G may take if the columns' gradients have ``cols`` rows of ``width``.
 
-    It is as much as their float32 accumulator, but at least 32 MiB and at most 128 MiB. Then the loss of 32,768 pairs
-    of 512 dimensions takes 176 MB beyond its inputs: gradient of the rows 34, accumulators 75, G 67.
+    The limit is the size of their float32 accumulator, but at least 32 MiB and at most 128 MiB. With it, the loss of
+    32,768 pairs of 512 dimensions takes 176 MB beyond its inputs: 34 for the gradient of the rows, 75 for accumulators
+    and 67 for G.
     """
     return max(2**25, min(2**27, 4 * cols * width))
 
@@ -100,8 +110,8 @@ def block_edges(
         rows, cols, width: sizes of the features.
         itemsize: bytes of an element of G.
         most_edge: the most rows, and the most columns, that a block may have.
-        multiprocessors: those of the GPU.
-        gradient, products: tiles of the two kernels.
+        multiprocessors: the number of multiprocessors of the GPU.
+        gradient, products: the configurations of the gradient kernel and of the kernel for the products.
     """
     limit = most_bytes(cols, width) // itemsize
     unit = max(gradient.block_m, gradient.block_n, products.block_m)
@@ -119,9 +129,10 @@ def block_edges(
 
 
 def _edges(size: int, unit: int, most: int, count: int) -> Iterator[int]:
-    """Yield edges that divide ``size`` into equal parts but for the last: the fewest parts, then one more, and so on.
+    """Yield candidates for the rows or columns of a block, if ``size`` rows or columns are divided into blocks.
 
-    An edge is a multiple of ``unit`` and not above ``most``, unless ``most`` itself is less than ``unit``.
+    The first candidate gives the fewest blocks, the next one block more, and so on; all blocks but the last are equally
+    large. A candidate is a multiple of ``unit`` and at most ``most``, unless ``most`` itself is less than ``unit``.
     """
     most = max(most // unit * unit, min(most, unit), 1)
     fewest = triton.cdiv(max(size, 1), most)
@@ -134,7 +145,7 @@ def _edges(size: int, unit: int, most: int, count: int) -> Iterator[int]:
 def steps_of_block(
     rows: int, cols: int, width: int, multiprocessors: int, gradient: GemmConfig, products: GemmConfig
 ) -> float:
-    """Return the estimated time of a block, in steps of the products."""
+    """Return the estimated time of a block of logits, in loop steps of the kernel for the products."""
     num_m, num_n = triton.cdiv(rows, gradient.block_m), triton.cdiv(cols, gradient.block_n)
     segments, tiles = segments_of_column(num_m, num_n, multiprocessors)
     rounds = triton.cdiv(num_n * segments, multiprocessors) * tiles
@@ -149,14 +160,18 @@ def steps_of_block(
 
 
 def _elements(config: GemmConfig) -> int:
-    """Return the multiply-adds of a step."""
+    """Return the number of multiply-adds in one loop step of a kernel."""
     return config.block_m * config.block_n * config.block_k
 
 
 def _makespan(long: int, num_long: int, short: int, num_short: int, multiprocessors: int) -> int:
-    """Return when the last program ends if the long ones start first, and each next one as soon as there is room."""
+    """Return when the last of a launch's programs ends.
+
+    The long programs start first, and each next program starts as soon as a multiprocessor is free.
+    """
     rounds, late = divmod(num_long, multiprocessors)
-    # So many multiprocessors take short programs from ``start`` on, and ``late`` of them one long program later.
+    # Most multiprocessors take short programs from ``start`` on. The other ``late`` ones first run one more long
+    # program.
     start = rounds * long
     end = start + long if late else start
 

@@ -60,7 +60,8 @@ class SigmoidShape(PairShape):
 
 @dataclasses.dataclass(frozen=True)
 class QueueShape(Shape):
-    """Queries and keys [pairs, embed_dim] and a queue [queue, embed_dim] of negatives; with 0 the loss is given none.
+    """Queries and keys [pairs, embed_dim] and a queue [queue, embed_dim] of negatives; if ``queue`` is 0, there is
+    none.
 
     With ``in_batch``, the keys of the other queries are negatives as well.
     """
@@ -84,9 +85,9 @@ class QueueShape(Shape):
         return self.pairs * self.columns
 
 
-FEW = 6  # draws, since the loss and the gradient of its scale are single numbers
-MANY = 32  # draws, where PyTorch has no error at all in some of them
-HALF = ("float16",)  # slow on a CPU
+FEW = 6  # draws that are judged together, since the loss and the gradient of its scale are single numbers
+MANY = 32  # draws for cases in which PyTorch sometimes has no error at all
+HALF = ("float16",)  # the dtypes that are too slow on a CPU
 # Scale and likeness of the pairs at the start, in the middle and at the end of training.
 STAGES = EARLY, MIDDLE, END = (1 / 0.07, 0.0), (50.0, 0.2), (100.0, 0.3)
 # Scales for which sums with one shift for all rows are exact, and for which each row needs its own maximum.
@@ -98,7 +99,7 @@ extreme = functools.partial(Case, check=EXTREME, draws=FEW)
 
 
 def laid_out(shape: Shape) -> list[Case]:
-    """Return a case for each memory layout of the features."""
+    """Return a case of a contrastive loss for each memory layout of the features."""
     layouts = {
         "transposed": "columns contiguous",
         "sliced": "every second column of a wider tensor",
@@ -130,7 +131,7 @@ CONTRASTIVE = [
     Case(LossShape(16384, 512), "B/32 at a large batch", on(CUDA)),
     Case(LossShape(16384, 1024, 100.0, 0.3), "H/14 at a large batch, late in training", on(CUDA)),
     Case(LossShape(32768, 512), "CLIP's published batch", on(CUDA)),
-    # tiles and blocks, and the kernels that normalise
+    # several tiles and blocks, and the kernels that normalise
     *(
         few(LossShape(pairs, embed_dim, scale, 0.3, normalize=True), why, sanitize=True)
         for pairs, embed_dim, why in ((1, 16, "one pair, normalised"), (67, 40, "normalised; several small blocks"))
@@ -139,7 +140,7 @@ CONTRASTIVE = [
     few(LossShape(45, 24, 20.0, 0.3, normalize=True), LENGTHS, values="lengths"),
     few(LossShape(70, 0), NO_WIDTH),
     *laid_out(LossShape(67, 40, 20.0, 0.5)),
-    # extremes
+    # extreme values
     extreme(LossShape(129, 72, 100.0, 1.0), "largest scale in training, pairs exactly alike"),
     extreme(LossShape(67, 40, 100.0, 0.3), "every feature occurs twice: two positives", values="duplicate rows", quick=True),
     extreme(LossShape(50, 16, 100.0), "all features equal: the loss is log N", values="all-equal rows"),
@@ -148,7 +149,7 @@ CONTRASTIVE = [
     extreme(LossShape(37, 24, 0.0, 0.3), "scale 0: every logit is 0"),
     extreme(LossShape(37, 24, -30.0, 0.3), "negative scale: the best pair is the worst"),
     extreme(LossShape(37, 24, 1e4, 0.3), "a scale far beyond training: one-hot softmaxes"),
-    # repeats
+    # the same bits in every run
     Case(LossShape(129, 72, 50.0, 0.5), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(LossShape(2053, 256, 50.0, 0.5), "several chunks, two threads", on(CPU), DETERMINISM, slow=HALF),
     Case(LossShape(4099, 512, 50.0, 0.5), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
@@ -169,7 +170,7 @@ SIGMOID = [
     Case(SigmoidShape(0, 16), "no images: the mean of nothing is NaN"),
     Case(SigmoidShape(1021, 512), "a prime of the size of one GPU's share", NOT_INTERPRETED, slow=HALF),
     Case(SigmoidShape(8192, 768, *LATE), "a large batch, late in training", on(CUDA)),
-    # tiles and blocks, with and without pairs
+    # several tiles and blocks, with and without pairs
     *(
         few(SigmoidShape(pairs, embed_dim, 20.0, matched=0.3, offset=offset), why, sanitize=True)
         for pairs, embed_dim in ((1, 16), (67, 40))
@@ -178,7 +179,7 @@ SIGMOID = [
     few(SigmoidShape(45, 24, matched=0.3, normalize=True), LENGTHS, values="lengths"),
     few(SigmoidShape(70, 0), NO_WIDTH),
     *laid_out(SigmoidShape(67, 40)),
-    # extremes
+    # extreme values
     extreme(SigmoidShape(67, 40, *LATE), "every feature occurs twice", values="duplicate rows"),
     extreme(SigmoidShape(50, 16, 14.3), "all features equal: pairs are as the others", values="all-equal rows"),
     extreme(SigmoidShape(45, 24, 100.0), "features of zeros: their logits are the bias", values="zero rows"),
@@ -188,7 +189,7 @@ SIGMOID = [
     extreme(SigmoidShape(37, 24, -30.0, 2.0, 0.3), "negative scale: the best pair is the worst"),
     extreme(SigmoidShape(37, 24, 10.0, -60.0, 0.3), "a bias that excludes even the pairs"),
     extreme(SigmoidShape(37, 24, 10.0, 1e4, 0.3), "a bias for which everything is a pair"),
-    # repeats
+    # the same bits in every run
     Case(SigmoidShape(129, 72, *LATE), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(SigmoidShape(4099, 512), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip
@@ -206,7 +207,7 @@ INFO_NCE = [
     Case(QueueShape(0, 16, 16), "no queries: the mean of nothing is NaN"),
     Case(QueueShape(256, 4099, 128), "a long queue, a prime", NOT_INTERPRETED, slow=HALF),
     Case(QueueShape(256, 65536, 128, 14.3, 0.3), "MoCo's queue", on(CUDA)),
-    # tiles and blocks
+    # several tiles and blocks
     *(
         few(QueueShape(67, 70, 40, scale, 0.3, in_batch), "several tiles and small blocks", sanitize=True)
         for in_batch in (True, False)
@@ -218,7 +219,7 @@ INFO_NCE = [
     few(QueueShape(67, 0, 40, 20.0, 0.3, True), "no queue at all; several tiles and small blocks", sanitize=True),
     *(few(QueueShape(40, 50, 24, 20.0, 0.3, True), "one block of columns suits the shared shift, the other does not", values=values) for values in ("long keys", "long negatives")),
     *laid_out(QueueShape(67, 70, 40, in_batch=True)),
-    # extremes
+    # extreme values
     extreme(QueueShape(67, 70, 40, 100.0, 0.3, True), "every key occurs twice: two positives", values="duplicate rows"),
     extreme(QueueShape(50, 37, 16, 100.0), "all features equal: the loss is log(K + 1)", values="all-equal rows"),
     extreme(QueueShape(45, 20, 24, 100.0), "features of zeros: their logits are 0", values="zero rows"),
@@ -228,7 +229,7 @@ INFO_NCE = [
         for in_batch in (True, False)
         for scale, why in ((0.0, "every logit is 0"), (1e4, "one-hot softmaxes"), (-30.0, "the best pair is the worst"))
     ),
-    # repeats
+    # the same bits in every run
     Case(QueueShape(129, 150, 72, 100.0, 0.3, True), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(QueueShape(1021, 16384, 256, in_batch=True), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip
@@ -246,22 +247,22 @@ NT_XENT = [
     Case(ViewShape(0, 16, *EARLY), "no views: the mean of nothing is NaN"),
     Case(ViewShape(509, 128, *EARLY), "SimCLR's dimension, a prime batch", NOT_INTERPRETED, slow=HALF),
     Case(ViewShape(4096, 128, *EARLY), "SimCLR's batch", on(CUDA)),
-    # tiles and blocks
+    # several tiles and blocks
     *(few(ViewShape(67, 40, scale, 0.3), "several tiles and small blocks", sanitize=True) for scale in SHIFTS),
     few(ViewShape(45, 24, 20.0, 0.3), LENGTHS, values="lengths"),
     few(ViewShape(70, 0), NO_WIDTH),
     *laid_out(ViewShape(67, 40, *EARLY)),
-    # extremes
+    # extreme values
     extreme(ViewShape(37, 24, *END), "every view occurs twice: two positives", values="duplicate rows"),
     Case(ViewShape(50, 16, 100.0), "all views equal: the loss is log(2N - 1)", check=EXTREME, values="all-equal rows", draws=MANY),
-    # the gradient of a row of zeros that is normalised is 10^12 times the others'
+    # These are not normalised: the gradient of a row of zeros would be 10^12 times as large as those of other rows.
     extreme(ViewShape(45, 24, 100.0, normalize=False), "features of zeros: their logits are 0", values="zero rows"),
     extreme(ViewShape(67, 40, 100.0, 1.0), "both views exactly alike: losses of nearly nothing"),
     *(
         extreme(ViewShape(37, 24, scale, 0.3), why)
         for scale, why in ((0.0, "every logit is 0"), (1e4, "one-hot softmaxes"), (-30.0, "the best pair is the worst"))
     ),
-    # repeats
+    # the same bits in every run
     Case(ViewShape(129, 72, *END), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(ViewShape(4099, 256, *EARLY), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip

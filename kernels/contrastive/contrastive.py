@@ -1,4 +1,4 @@
-"""Symmetric contrastive loss of image and text features, blockwise: the M x N logits never exist.
+"""Symmetric contrastive loss of image and text features, in blocks: the M x N logits are never all in memory.
 
 With features x [M, D], y [N, D], scale s, logits s_ij = s x_i . y_j and pairs (i, j = i + offset):
 
@@ -6,9 +6,9 @@ With features x [M, D], y [N, D], scale s, logits s_ij = s x_i . y_j and pairs (
     G_ij = exp(s_ij) (1/Zr_i + 1/Zc_j), without the pairs        g_i = (1 - p of its row) + (1 - p of its column)
     dL/dx = s/(2P) (G y - g * y)    dL/dy = s/(2P) (G^T x - g * x)    dL/ds = 1/(2P) sum_i (G y - g * y)_i . x_i
 
-A pair is in neither the sums nor G. Late in training its probability p is nearly 1, and all that is left to learn from
-is 1 - p: it is computed from the sum of the other logits, never as a difference from 1, and never passes through a
-16-bit tile.
+The sums and G leave out the pairs. Late in training the probability p of a pair is nearly 1, and the gradient depends
+on 1 - p. Therefore 1 - p is computed from the sum over the other logits, never as a difference from 1, and it is never
+stored in 16 bits.
 
 FLOPs: 2 M N D forward (one product gives both sums), 6 M N D backward (one recomputed product feeds both gradients).
 Memory beyond inputs and gradients: vectors of M and N, one tile of G, and float32 accumulators: [N, D] and a strip of
@@ -44,9 +44,9 @@ def _contrastive_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor,
     offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss and what the backward pass needs: row [3, M], col [3, N] and uses_shared_shift [].
+    """Return the contrastive loss, and for the backward pass row [3, M], col [3, N] and uses_shared_shift [].
 
-    row and col hold maximum, inv_denom and g, which is one_minus_p summed over the directions of the loss.
+    row and col hold maximum, inv_denom and g. g is one_minus_p summed over the directions of the loss.
     """
     blocks = logit_blocks(image.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (image, text))
@@ -67,7 +67,7 @@ def _contrastive_bwd(
     row: Tensor, col: Tensor, uses_shared_shift: Tensor,
     offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of images, texts and scale."""
+    """Return the gradients of the contrastive loss with respect to images, texts and scale."""
     normalizers = Normalizers(row, col, uses_shared_shift)
     blocks = logit_blocks(image.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
@@ -88,7 +88,7 @@ def _contrastive_bwd(
         return [blocks.add_gradients(x.rows, y.rows[strip], logit_scale, part, offset - strip.start, None, acc)]
 
     parts = gradients_in_strips(blocks, x, y.rows, offset, row_one_minus_p, factor, image_grad, add_images)
-    text_grad = new_gradient(text)  # in the memory that G had
+    text_grad = new_gradient(text)  # allocated here, so that it can reuse the memory of G
     if acc_text is None:
         gradients_in_strips(blocks, y, x.rows, -offset, col_one_minus_p, factor, text_grad, add_texts)
     else:
@@ -149,7 +149,7 @@ def pairwise_loss(
 ) -> Tensor:  # fmt: skip
     """Return the loss of rows against columns, in ``both`` directions or of the rows only; arguments are checked.
 
-    ``op`` and ``row_name`` are for errors: the name of the loss, and what it calls ``rows``.
+    ``op`` and ``row_name`` appear in errors: the name of the loss, and the name of its argument for ``rows``.
     """
     if uses_reference(op, backend, rows):
         return reference.pairwise_loss(rows, cols, logit_scale, both=both, normalize=normalize, offset=offset)

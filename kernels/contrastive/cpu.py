@@ -1,12 +1,14 @@
-"""The work on blocks of logits on a CPU: the kernels' algorithm in PyTorch. ``launches`` describes the functions.
+"""The computation of blocks of logits on a CPU: the kernels' algorithm in PyTorch. ``launches`` describes the
+functions.
 
-A chunk of rows times all columns is one product, large enough for BLAS to run at its best. What follows goes through
-the chunk in pieces that stay in a core's cache. Products are in float32, or in float64 for float64 features. Those of
-bfloat16 features run on the CPU's bfloat16 instructions where it has some: they are exact to the same digits, but round
-G as the kernels of a GPU do.
+A chunk of rows is multiplied by all columns at once, a product that is large enough for BLAS to run at full speed. The
+steps after it go through the chunk in pieces that fit into a core's cache. Products are in float32, or in float64 for
+float64 features. Products of bfloat16 features use the CPU's bfloat16 instructions if it has them. The logits are then
+as exact as in float32, but G is rounded to bfloat16, as in the kernels of a GPU.
 
-The logits of a small batch fit into the cache as a whole, and blockwise work would cost more in calls than in
-arithmetic. ``whole_loss`` has the formulas of :mod:`.contrastive` for it, with one shift, 0, for all rows and columns.
+The logits of a small batch fit into the cache all at once, and in blocks the calls would take longer than the
+arithmetic. For such batches ``whole_loss`` has the formulas of :mod:`.contrastive` with the shift 0 for all rows and
+columns.
 """
 
 import contextlib
@@ -38,18 +40,18 @@ from .stats import (
 
 __all__ = ["pair_losses"]  # the losses find it here as in ``launches``
 
-MOST_LOGITS = 2**20  # of a small batch: 4 MiB of float32
-# Sums and powers from ``LEAST_SUM`` to this have neither overflowed nor lost a term that matters.
+MOST_LOGITS = 2**20  # the most logits of a small batch: 4 MiB of float32
+# Sums and powers between ``LEAST_SUM`` and this number have neither overflowed nor lost a term that matters.
 LARGEST_SUM = 2.0**120
 LEAST_SCALE = 2.0**-10  # below it, dividing by the scale would not give the gradient of the scale
 CHUNK_ROWS = 1024  # more rows would not make the products faster
-CHUNK_ELEMENTS = 2**24  # of the logits of a chunk: 64 MiB of float32
+CHUNK_ELEMENTS = 2**24  # the most logits of a chunk: 64 MiB of float32
 EPS = 1e-12  # the least norm that torch.nn.functional.normalize divides by
-PIECE_ELEMENTS = 2**17  # of each thread: 512 KiB of float32, a quarter to a half of a core's second-level cache
+PIECE_ELEMENTS = 2**17  # logits of a piece per thread: 512 KiB of float32, a quarter to a half of a core's L2 cache
 
 
 def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
-    """Return contiguous rows in ``dtype``."""
+    """Return features in the form that products take: contiguous rows in ``dtype``, normalised if asked for."""
     if not normalize:
         return Features(x.to(dtype).contiguous(), None)
     wide = x.to(accumulate_dtype(x.dtype))
@@ -58,17 +60,20 @@ def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
 
 
 def new_accumulator(rows: int, like: Tensor) -> Tensor:
-    """Return zeros [rows, D] in float32 or float64."""
+    """Return zeros [rows, D] in float32 or float64, to which the gradients of features are added."""
     return like.new_zeros(rows, like.shape[1], dtype=accumulate_dtype(like.dtype))
 
 
 def strips(x: Tensor, y: Tensor) -> list[slice]:
-    """Return all rows as one strip; the accumulators are then as large as the gradients in float32."""
+    """Return one strip with all rows of x, so accumulators on a CPU are as large as the gradients in float32."""
     return [slice(0, len(x))]
 
 
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
-    """Take one product and one exponential per logit, for rows and columns at once, if the shared shift is exact."""
+    """Return the statistics of the logits of x against y.
+
+    If the shared shift is exact, this takes one product, and one exponential per logit for rows and columns together.
+    """
     result = new_stats(x, y)
     shift = shared_shift(logit_scale)
     is_shifted = bool(shift)
@@ -90,7 +95,10 @@ def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softma
 
 
 def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, result: SoftmaxStats) -> None:
-    """Write the statistics of any logits: with a maximum for each row and column, and two exponentials per logit."""
+    """Write statistics of logits to ``result`` if the shared shift is not exact.
+
+    Each row and each column then has its own maximum, and a logit takes two exponentials.
+    """
     result.col_max.fill_(float("-inf"))
     result.col_sum.zero_()
     for rows, logits in _chunks(x, y, logit_scale * LOG2E):
@@ -110,7 +118,7 @@ def add_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
     acc_x: Tensor | None, acc_y: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """Add G y to acc_x and G^T x to acc_y; return sums of G_ij x_i . y_j if products round G."""
+    """Add G y to acc_x and G^T x to acc_y for a softmax loss; return sums of G_ij x_i . y_j if products round G."""
     shift, factor = shared_shift(logit_scale), logit_scale * LOG2E
     is_shifted, y = bool(shift), _wide(y)
     row_max, row_inv_denoms = finite(normalizers.row[0]), normalizers.row[1]
@@ -121,7 +129,7 @@ def add_gradients(
         for piece in _pieces(tiles):
             tile, row_inv_denom = tiles[piece], row_inv_denoms[rows][piece, None]
             grad, weight = (buffer[: tile.numel()].view_as(tile) for buffer in (grads, weights))
-            # where G is rounded, the cosines are needed again; otherwise these are logits, which G may replace
+            # If G is rounded, the cosines in ``tile`` are needed again. Otherwise G may overwrite the logits there.
             grad = torch.mul(tile, factor, out=grad) if _rounds(x) else tile
             if normalizers.uses_shared_shift:
                 torch.add(row_inv_denom, col_inv_denom, out=weight)
@@ -138,7 +146,9 @@ def add_gradients(
 
 
 def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Return one_minus_p of the pairs, and what they add to the loss and to the gradients of bias and scale."""
+    """Return one_minus_p of the pairs, and the terms that they add to the sigmoid loss and to its bias and scale
+    gradients.
+    """
     paired, partners = pairs_in(len(x), len(y), offset)
     cosines = pair_products(x[paired], y[partners])
     logits = -(cosines * logit_scale + logit_bias)
@@ -148,7 +158,7 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 
 
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    """Return numbers whose sum is the loss of all but the pairs."""
+    """Return numbers whose sum is the sigmoid loss of all logits except those of the pairs."""
     losses = []
     for rows, logits in _chunks(x, y):
         for piece in _pieces(logits):
@@ -161,7 +171,7 @@ def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor
 def add_sigmoid_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
 ) -> Tensor:
-    """Add G y to acc_x and G^T x to acc_y; return what all but the pairs sum up to."""
+    """Add G y to acc_x and G^T x to acc_y for the sigmoid loss; return the sums over all logits except the pairs."""
     (grads,) = _scratch(x, y, 1)
     y = _wide(y)
     sums = []
@@ -182,7 +192,10 @@ def add_sigmoid_gradients(
 def finish(
     acc: Tensor, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor
 ) -> Tensor:
-    """Write factor * (acc - one_minus_p * positive) to out, through the normalisation; return its product with own."""
+    """Write the gradient of features, factor * (acc - one_minus_p * positive) through the normalisation, to ``out``.
+
+    Return the product of each row's gradient and features, before factor and normalisation.
+    """
     paired, partners = pairs_in(len(acc), len(other), offset)
     rows = own.rows.to(acc.dtype)
     acc[paired].addcmul_(one_minus_p[paired, None], other[partners].to(acc.dtype), value=-1)
@@ -190,7 +203,7 @@ def finish(
     if _rounds(own.rows):
         of_scale = -one_minus_p[paired] * pair_products(own.rows[paired], other[partners])
     if own.inv_norm is not None:
-        # where the norm was raised to EPS, it is a constant: nothing flows through it
+        # A norm that was raised to EPS is a constant, so no gradient flows through it.
         along = dot.where(own.inv_norm < 0.999 / EPS, 0)
         acc.addcmul_(along[:, None], rows, value=-1).mul_(own.inv_norm[:, None])
     out.copy_(acc.mul_(factor))
@@ -208,7 +221,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, y: Tensor, factor: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of rows and ``factor`` times their products with y; each reuses the memory of the one before."""
+    """Yield chunks of logits: a slice of the rows of x, and ``factor`` times their products with y.
+
+    Each chunk reuses the memory of the one before.
+    """
     m, n = len(x), len(y)
     if m == 0 or n == 0:
         return
@@ -238,10 +254,10 @@ def _has_bfloat16() -> bool:
 
 @contextlib.contextmanager
 def _instructions_for(dtype: torch.dtype) -> Iterator[None]:
-    """Let products of float32 matrices use bfloat16 instructions, if the features are of that ``dtype``.
+    """Let products of float32 matrices use the CPU's bfloat16 instructions, if the features have the dtype bfloat16.
 
-    The values of such features stay exact, and sums are in float32. PyTorch has one switch for the whole process: a
-    product that another thread starts meanwhile takes bfloat16 as well.
+    The values of such features stay exact, and sums are in float32. PyTorch has one switch for the whole process, so a
+    product that another thread starts meanwhile uses bfloat16 as well.
     """
     if dtype != torch.bfloat16 or not _has_bfloat16():
         yield
@@ -261,13 +277,13 @@ def _scaled(tile: Tensor, factor: Tensor, bias: Tensor, out: Tensor | None = Non
 
 
 def _scratch(x: Tensor, y: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Return buffers, each for as many numbers as a piece of the logits has."""
+    """Return ``count`` buffers that each hold as many numbers as a piece of the logits of x and y."""
     size = max(_piece_elements(), len(y))
     return x.new_empty(count, size, dtype=accumulate_dtype(x.dtype)).unbind()
 
 
 def _pieces(chunk: Tensor) -> list[slice]:
-    """Return slices of the rows of a chunk, each of which fits the cache."""
+    """Return slices of the rows of a chunk of logits, so that each piece fits into the cache."""
     return slices(len(chunk), max(1, _piece_elements() // chunk.shape[1]))
 
 
@@ -276,9 +292,9 @@ def _piece_elements() -> int:
 
 
 def suits_whole(rows: Tensor, cols: Tensor, dtype: torch.dtype, ranks: int = 1) -> bool:
-    """Return True if all logits of features such as these on ``ranks`` ranks may be computed at once, in ``dtype``.
+    """Return True if :func:`whole_loss` may compute all logits of a batch of this size on ``ranks`` ranks at once.
 
-    The formulas here read values, so tensors that have none, such as a tracer's, do not suit them.
+    It reads values of tensors, so tensors without values, as a tracer makes them, do not suit it.
     """
     if torch.compiler.is_compiling():
         return False
@@ -292,9 +308,10 @@ def suits_whole(rows: Tensor, cols: Tensor, dtype: torch.dtype, ranks: int = 1) 
 
 
 def whole_operands(x: Tensor, y: Tensor, *, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return features in float32, rounded to ``dtype`` as the blockwise products take them; outside autocast.
+    """Return features for :func:`whole_loss`: in float32, but rounded to ``dtype``, as the products in blocks take
+    them.
 
-    Their gradients are not rounded.
+    Autocast is switched off for this. The gradients are not rounded.
     """
     x, y = (F.normalize(side.float(), dim=-1) if normalize else side.float() for side in (x, y))
     if dtype != torch.float32:
@@ -303,7 +320,7 @@ def whole_operands(x: Tensor, y: Tensor, *, normalize: bool, dtype: torch.dtype)
 
 
 class _Rounded(torch.autograd.Function):
-    """Values in float32 that another dtype can hold; the gradient is that of the values before."""
+    """A rounding of float32 features to another dtype and back, through which gradients pass unchanged."""
 
     @staticmethod
     def forward(_ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -315,9 +332,10 @@ class _Rounded(torch.autograd.Function):
 
 
 def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
-    """Return the loss of features [N, D] in both directions, or None if its powers need another shift than 0.
+    """Return the contrastive loss of a small batch from all its logits at once; None if its powers need a shift.
 
-    The gradients are computed with the loss if they will be needed, because computing them later takes more calls.
+    The features x and y are [N, D], and the loss has both directions. If gradients will be needed, they are computed
+    together with the loss, because computing them later takes more calls.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or logit_scale.requires_grad)
     with torch.no_grad():
@@ -361,7 +379,7 @@ def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool)
 
 
 class _WholeLoss(torch.autograd.Function):
-    """The loss, whose gradients were computed along with it."""
+    """The contrastive loss of a small batch, whose gradients were computed together with it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, loss: Tensor, *gradients: Tensor) -> Tensor:
@@ -373,7 +391,7 @@ class _WholeLoss(torch.autograd.Function):
         inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         if not torch.is_grad_enabled():
             return *(gradient * grad_loss for gradient in gradients), *[None] * 4
-        # With create_graph=True the gradients depend on the inputs again. The reference has every derivative.
+        # With create_graph=True, the gradients must depend on the inputs. The reference has derivatives of every order.
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         found = iter(torch.autograd.grad(reference.contrastive_loss(*inputs), wanted, grad_loss, create_graph=True))
         return *(next(found) if tensor.requires_grad else None for tensor in inputs), *[None] * 4

@@ -54,7 +54,9 @@ LARGEST_GATHER = 2**30  # bytes
 
 
 class Options(NamedTuple):
-    """The arguments of the loss that are not tensors, checked and completed."""
+    """The arguments of the distributed contrastive loss that are not tensors, after checks and with all defaults filled
+    in.
+    """
 
     ranks: Ranks
     mode: str  # "gather", "ring" or "scalars"
@@ -145,13 +147,13 @@ def _pair_weight(ranks: Ranks) -> float:
 def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     """Return the statistics of the logits of x against y, where row i and column i + offset are a pair."""
     if len(x) == 0 or len(y) == 0:
-        # A block without logits must not keep the others from using the shared shift.
+        # A block without logits must not prevent the other blocks from using the shared shift.
         return new_stats(x, y)._replace(uses_shared_shift=torch.ones((), dtype=torch.int8, device=x.device))
     return logit_blocks(x.device).statistics(x, y, logit_scale, offset)
 
 
 def _prepared(rows: Tensor, options: Options) -> Tensor:
-    """Return rows that a rank has sent, already normalised, in the form that the products take."""
+    """Return features that a rank has sent in the form that the products take; the sender has normalised them."""
     return logit_blocks(rows.device).prepare(rows, options.dtype, normalize=False).rows
 
 
@@ -169,7 +171,7 @@ def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Optio
 def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
     """Compute the statistics of this rank's images against all texts, which are gathered or come round the ring.
 
-    That gives a part of the statistics of every column. Each rank sends these parts to the ranks that own the columns.
+    This gives a part of the statistics of every column. Each rank sends these parts to the ranks that own the columns.
     """
     ranks, rows = options.ranks, y.to(options.dtype)
     gathered: tuple[Tensor, ...] = ()
@@ -196,7 +198,10 @@ def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options
 def _accumulate_strips(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, gathered: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Return G y for this rank's images, G^T x for its texts, and what ``add_gradients`` returns for the images."""
+    """Return G y for this rank's images, G^T x for its texts, and the images' terms of the gradient of the scale.
+
+    These terms are the result of ``add_gradients``.
+    """
     own, blocks = options.ranks.own, logit_blocks(x.device)
     row, col, uses_shared_shift = normalizers
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
@@ -233,7 +238,7 @@ def _accumulate_rows(
     return acc_x, reduce.result(), scale_sums
 
 
-# as torch.compiler.disable, which would import the compiler at once, and not when the function is first called
+# This is torch.compiler.disable, except that it imports the compiler when the function is first called, not now.
 @_disable_dynamo
 def distributed_contrastive_loss(
     image: Tensor,

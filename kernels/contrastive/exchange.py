@@ -1,4 +1,6 @@
-"""What processes that share a batch send each other: rows, statistics of columns, and gradients of columns.
+"""Communication between the processes that share a batch of the contrastive loss.
+
+They send each other rows of features, statistics of columns of logits, and gradients of columns.
 
 Every process makes the same calls in the same order, and no size is read back from a device. Sums are added in a fixed
 order, except in :class:`OwnerReduce`, which leaves the order to the backend.
@@ -49,10 +51,10 @@ class Ranks:
         return torch.cat([block[:size] for block, size in zip(out, self.sizes, strict=True)])
 
     def to_owners(self, columns: Tensor) -> Tensor:
-        """Send each rank the part about its own columns, from [N, ...] on every rank.
+        """Send each rank the results for its own columns, from the results [N, ...] for all columns on every rank.
 
         Returns:
-            [ranks, own, ...], what every rank has computed about this rank's columns.
+            [ranks, own, ...], the results of every rank for this rank's columns.
         """
         size = self.sizes[self.rank]
         out = columns.new_empty(len(self.sizes), size, *columns.shape[1:])
@@ -61,7 +63,7 @@ class Ranks:
         return out
 
     def spread(self, of_ranks: Tensor) -> Tensor:
-        """Return for each row of the batch, [N], the value of the rank that holds it, from ``of_ranks`` [ranks]."""
+        """Return [N]: for each row of the batch, the entry of ``of_ranks`` [ranks] for the rank that holds the row."""
         return torch.cat([value.expand(size) for value, size in zip(of_ranks, self.sizes, strict=True)])
 
     def ring(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -92,7 +94,9 @@ class Ranks:
         return Transfer(dist.batch_isend_irecv(operations) if operations else [], block, received)
 
     def operations(self, block: Tensor, received: Tensor, step: int) -> "list[dist.P2POp]":
-        """Return the operations that send ``block`` ``step`` ranks onwards and fill ``received`` from as far back.
+        """Return the operations that send ``block`` to the rank ``step`` places ahead in the ring.
+
+        They also fill ``received`` with the block of the rank ``step`` places behind.
 
         An empty block has no operation: it is not sent.
         """
@@ -105,7 +109,7 @@ def check_initialised(op: str) -> None:
     """Refuse to run where ``torch.distributed`` is not initialised.
 
     Raises:
-        RuntimeError: it is not.
+        RuntimeError: ``torch.distributed`` is not initialised.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -138,14 +142,14 @@ def gather_equal(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
 
 @dataclasses.dataclass
 class Transfer:
-    """A block that is being sent while another is being received."""
+    """A transfer in the ring: one block is being sent while another one is being received."""
 
     works: "list[dist.Work]"
     sent: Tensor  # kept, since its memory must not be used again before it has been sent
     received: Tensor
 
     def wait(self) -> Tensor:
-        """Return the received block; what is computed from now on can use it."""
+        """Return the received block; operations that are started from now on can use it."""
         for work in self.works:
             work.wait()
         return self.received
@@ -159,11 +163,11 @@ class OwnerReduce:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.pending: tuple[dist.Work | None, Tensor] | None = None  # with the block, which must stay as it is
+        self.pending: tuple[dist.Work | None, Tensor] | None = None  # the block must not change until it is reduced
         self.own: Tensor | None = None
 
     def add(self, owner: int, block: Tensor) -> None:
-        """Start to reduce ``block`` to its owner, after the block before; the reduction may overwrite it."""
+        """Wait for the previous reduction, and start to reduce ``block`` to its owner; this may overwrite ``block``."""
         self._wait()
         if owner == self.ranks.rank:
             self.own = block
@@ -184,9 +188,9 @@ class OwnerReduce:
 
 
 class RingReduce:
-    """The same reduction where every rank adds its blocks in the order of :meth:`Ranks.ring`.
+    """The same reduction as :class:`OwnerReduce`, but every rank adds its blocks in the order of :meth:`Ranks.ring`.
 
-    The sum for an owner follows the owner's rows round the ring, one step behind them, and so ends with the owner.
+    The sum for an owner travels round the ring one step behind the owner's rows, so it ends at the owner.
     """
 
     def __init__(self, ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels that all losses share, and those of the sigmoid loss.
+"""The Triton kernels that all contrastive losses share, and the kernels of the sigmoid loss.
 
     normalize  unit rows, and one over the length that each row had
     products   acc_x += G y and acc_y += G^T x in float32; one program writes each tile
@@ -12,7 +12,8 @@ The sigmoid loss has logits l_ij = scale * x_i . y_j + bias.
     gradient  G_ij = 1 / (1 + exp -l_ij), 0 for pairs, in the operands' dtype; and the sums of log(1 + exp l), of G_ij
               and of G_ij x_i . y_j of one tile without its pairs
 
-They are not in base 2: its factor would round both terms of a logit, and where the two cancel, the error would stay.
+These logits are not in base 2: the factor log2(e) would round both terms of a logit, and if the terms cancel, their
+rounding errors remain.
 """
 
 import triton
@@ -67,7 +68,7 @@ def _products_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     IS_TMA: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Add grad y to acc_x (the first ``num_x_tiles`` programs) and grad^T x to acc_y (the others)."""
+    """Add grad y to acc_x (in the first ``num_x_tiles`` programs) and grad^T x to acc_y (in the other programs)."""
     pid = tl.program_id(0)
     num_d = tl.cdiv(D, BLOCK_N)
     if pid < num_x_tiles:
@@ -86,8 +87,8 @@ def _products_kernel(
             g = load_tile(grad_cols, start_k, start_m, M, N, stride_grad, BLOCK_K, BLOCK_M, IS_TMA)  # [BK, BM]
             b = load_tile(x, start_k, start_d, M, D, stride_x, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
             acc = tl.dot(g.T, b, acc, input_precision="ieee")
-        # The barrier costs nothing, and keeps LLVM from merging what the two branches do after their loops. If they
-        # were merged, ptxas could not tell which products are still under way there, and would wait for each one.
+        # The barrier costs nothing. It keeps LLVM from merging the code after the loops of the two branches. In merged
+        # code, ptxas could not tell which products are still running, and would wait for each of them.
         tl.debug_barrier()
         _last(acc_y, acc, start_m, start_d, N, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED)
 
@@ -96,8 +97,10 @@ def _products_kernel(
 def _first(
     acc, start_m, start_d, M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_ADDED: tl.constexpr
 ):  # fmt: skip
-    """Return what the products are added to: zeros if they are added in L2, or else the accumulator itself, since after
-    the products no registers would be left to load it.
+    """Return the initial value of a tile of products: zeros, or the accumulator's tile.
+
+    With IS_ADDED, the products are added to the accumulator in L2 later, so the tile starts at zero. Otherwise the
+    accumulator is loaded before the products, since no registers would be left to load it after them.
     """
     if IS_ADDED:
         first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -119,7 +122,7 @@ def _last(
         left, right = halves_of_columns(tile, BLOCK_M, BLOCK_N)
         _last(acc, left, start_m, start_d, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED)
         _last(acc, right, start_m, start_d + HALF, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED)
-    elif IS_INTERPRETED:  # Triton's interpreter cannot add
+    elif IS_INTERPRETED:  # Triton's interpreter has no atomic_add of descriptors
         acc.store([start_m, start_d], acc.load([start_m, start_d]) + tile)
     else:
         acc.atomic_add([start_m, start_d], tile)  # this launch adds to each element once, so the sums are reproducible
@@ -138,10 +141,12 @@ def _finish_kernel(
     N, C, D, offset, stride_own, stride_other, inv_grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_NORM: tl.constexpr, IS_ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Compute total = acc - one_minus_p * positive;  dot = total . own;  grad = factor * total, or through the
-    normalisation grad = factor / norm * (total - dot * own).
+    """Compute the gradient of features from the accumulator of G times the other side, through the normalisation.
 
-    of_scale is dot, or the part -one_minus_p * positive . own of it where ``acc`` is of a rounded G.
+    total = acc - one_minus_p * positive;  dot = total . own;  grad = factor * total, or with a normalisation
+    grad = factor / norm * (total - dot * own).
+
+    of_scale is dot. If ``acc`` was computed from a rounded G, of_scale has only the part -one_minus_p * positive . own.
     """
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
@@ -153,8 +158,8 @@ def _finish_kernel(
     scale = tl.zeros((BLOCK_M,), tl.float32) + factor
     dot = tl.zeros((BLOCK_M,), tl.float32)
     of_pair = tl.zeros((BLOCK_M,), tl.float32)
-    # With a normalisation, a first pass finds the dot product, which the second pass needs; what that reads again is in
-    # the cache.
+    # With a normalisation, the first pass computes the dot product, which the second pass needs. The second pass reads
+    # its operands from the cache.
     FIRST: tl.constexpr = 0 if HAS_NORM else 1
     for last in tl.static_range(FIRST, 2):
         for start_k in range(0, D, BLOCK_K):
@@ -177,7 +182,7 @@ def _finish_kernel(
                 tl.store(grad_ptr + rows * D + dims, grad.to(grad_ptr.dtype.element_ty), mask=mask)
         if last == 0:
             inv_norm = tl.load(inv_norm_ptr + offs_n, mask=mask_n, other=0.0)
-            # where the norm was raised to EPS, it is a constant: nothing flows through it
+            # A norm that was raised to EPS is a constant, so no gradient flows through it.
             along = tl.where(inv_norm < 0.999 / EPS, dot, 0.0)
             scale = factor * inv_norm
     tl.store(of_scale_ptr + offs_n, of_pair if IS_ROUNDED else dot, mask=mask_n)
@@ -185,9 +190,9 @@ def _finish_kernel(
 
 @triton.jit
 def _probability(logits, e):
-    """Return 1 / (1 + exp -logits), given e = exp -|logits|.
+    """Return the probabilities 1 / (1 + exp -logits) of the sigmoid loss, given e = exp -|logits|.
 
-    A division would first look whether its divisor is too large to be inverted, which 1 + e never is.
+    A plain division would also test whether its divisor is too large to be inverted, but 1 + e is at most 2.
     """
     root = tl.rsqrt(1.0 + e)
     return tl.where(logits > 0, 1.0, e) * (root * root)
@@ -195,31 +200,31 @@ def _probability(logits, e):
 
 @triton.jit
 def _of_product(a, b):
-    """Return (1 + a) (1 + b) - 1; to round 1 + a would take the digits of a small a away."""
+    """Return (1 + a) (1 + b) - 1 without computing 1 + a, which would round off the digits of a small a."""
     return a * b + (a + b)
 
 
 @triton.jit
 def _exp_of_minus(distance):
-    """Return exp -distance for distances of at least 0."""
+    """Return exp -distance for the absolute values of logits, which are at least 0."""
     return tl.exp2(distance * -1.4426950408889634)
 
 
 @triton.jit
 def _sums(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return parts [BM, 4] of the sum of a tile [BM, BN].
+    """Return partial sums [BM, 4] of a tile of logits or of G [BM, BN].
 
-    A thread holds two neighbours of each 8 columns of a product: to add these, of all groups of 8, takes no exchange
-    between threads.
+    In the layout of a product, a thread holds two neighbours of each group of 8 columns. Adding these over all groups
+    takes no exchange between threads.
     """
     return tl.sum(tl.sum(tl.reshape(tile, (BLOCK_M, BLOCK_N // 8, 4, 2)), 3), 1)
 
 
 @triton.jit
 def _loss_sums(logits, e, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return parts [BM, 4] of the sum of log(1 + exp logits), given e = exp -|logits|.
+    """Return partial sums [BM, 4] of the sigmoid losses log(1 + exp logits), given e = exp -|logits|.
 
-    A thread takes one logarithm for eight logits, of the product of their 1 + e.
+    A thread multiplies the 1 + e of eight logits, and computes one logarithm of the product.
     """
     left, right = tl.split(tl.reshape(e, (BLOCK_M, BLOCK_N // 2, 2)))
     products = _of_product(left, right)
@@ -273,13 +278,13 @@ def _sigmoid_sums_kernel(
     """Store the sum of the losses of one tile without its pairs (i, i + offset)."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # before the loop, during which they arrive
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # loaded before the loop, so that they arrive meanwhile
     cosines = cosine_tile(
         x, y, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
     )  # fmt: skip
     logits = cosines * scale + bias
-    # Logits that are left out become -inf, which has no loss.
+    # The logits of pairs and past the edges become -inf, whose loss is 0.
     logits = without_pairs(logits, None, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
     losses = _loss_sums(logits, _exp_of_minus(tl.abs(logits)), BLOCK_M, BLOCK_N)
     tl.store(loss_ptr + pid, tl.sum(losses))
@@ -304,7 +309,7 @@ def _sigmoid_grad_tile_kernel(
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # before the loop, during which they arrive
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # loaded before the loop, so that they arrive meanwhile
     cosines = cosine_tile(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
     zero = tl.zeros((BLOCK_M, 4), tl.float32)
     loss, bias_sum, scale_sum = _store_grad(
@@ -322,9 +327,10 @@ def _store_grad(
     GRAD_SCALE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Store GRAD_SCALE * G for cosines [BM, BN]; return the three sums [BM, 4] and what these add to them.
+    """Store GRAD_SCALE * G of the sigmoid loss for cosines [BM, BN]; return the three sums [BM, 4] with this tile
+    added.
 
-    The columns are taken in ``PARTS`` parts, one after the other: all of G at once would not fit the registers.
+    The columns are taken in ``PARTS`` parts, one after the other: all of G at once would not fit into the registers.
     """
     if PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2
@@ -340,8 +346,9 @@ def _store_grad(
     else:
         offs_m = start_m + tl.arange(0, BLOCK_M)
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        # Pairs and what lies past the edges get a logit of -inf, which has no loss and no probability. A branch around
-        # this would cost more than it saves: the compiler moves sums behind it, and their terms wait in registers.
+        # Pairs and elements past the edges get a logit of -inf, whose loss and probability are 0. A branch that skips
+        # this in other tiles would cost more than it saves: the compiler moves the sums behind the branch, and keeps
+        # their terms in registers until then.
         row_bias = tl.where(offs_m < M, bias, float("-inf"))[:, None]
         col_bias = tl.where(offs_n < N, 0.0, float("-inf"))[None, :]
         is_pair = (offs_m + offset)[:, None] == offs_n[None, :]

@@ -1,4 +1,4 @@
-"""The work on blocks of logits by Triton kernels: their launches.
+"""The launches of the Triton kernels that compute blocks of logits for the contrastive losses.
 
 A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist.
 """
@@ -36,18 +36,18 @@ from .softmax_kernels import (
 )
 from .stats import Features, Normalizers, SoftmaxStats, is_exact, pairs_in, shared_shift
 
-# The most rows and columns of a block of logits: their sums by tile take at most 64 MiB, whatever M and N are.
+# The most rows and columns of a block of logits. The sums of its tiles then take at most 64 MiB for any M and N.
 MAX_EDGE = 16384
-# The kernels of vectors: rows or columns of a program, and for sums of tiles so many tiles at a time.
+# Kernels on vectors: block_m rows or columns for each program. MERGE adds the sums of block_n tiles at a time.
 MERGE = RowConfig(block_m=64, block_n=16, num_warps=8, num_stages=1)
 TERMS = RowConfig(block_m=128, block_n=1, num_warps=4, num_stages=1)
 GROUP_M = 8
-PART_COLS = 64  # tiles are computed and stored in parts of so many columns
+PART_COLS = 64  # the columns of a part: tiles are computed and stored part by part
 
 
 @contextlib.contextmanager
 def small_blocks(edge: int) -> Iterator[None]:
-    """Take blocks of at most ``edge`` rows and columns, so that a few features already need several blocks."""
+    """Limit blocks of logits to ``edge`` rows and columns, so that a test with few features has several blocks."""
     global MAX_EDGE
     before, MAX_EDGE = MAX_EDGE, edge
     try:
@@ -111,7 +111,7 @@ def _accumulate_stats(
 ) -> None:
     arch, processors = arch_of(x.device), multiprocessors(x.device, RECORDED_MULTIPROCESSORS)
     cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch, x.dtype)
-    # These hold the sums of each tile's rows and of its columns; where maxima are taken, they come before the sums.
+    # These buffers hold the sums of each tile's rows and columns, after their maxima if there are any.
     most_rows, most_cols = min(MAX_EDGE, len(x)), min(MAX_EDGE, len(y))
     sizes = triton.cdiv(most_cols, cfg.block_n) * most_rows, triton.cdiv(most_rows, cfg.block_m) * most_cols
     of_rows, of_cols = (result.row_sum.new_empty(2 if is_online else 1, size) for size in sizes)
@@ -150,7 +150,7 @@ def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor
         config=TERMS, device=like.device, IS_BOTH=both, BLOCK=TERMS.block_m,
     )  # fmt: skip
     paired, _ = pairs_in(m, n, offset)
-    # a mean of nothing is NaN
+    # The mean over no pairs is NaN.
     terms = (2 if both else 1) * (paired.stop - paired.start)
     return nll.sum() * (1 / terms if terms else float("nan")), row, col
 
@@ -164,8 +164,8 @@ def add_gradients(
     Both are multiplied by a constant that :func:`finish` takes out again.
 
     Returns:
-        [any], numbers whose sum is that of G_ij x_i . y_j, if G is rounded to 16 bits for the products; they are taken
-        before the rounding. None if G is not rounded, since :func:`finish` then gives the sum as exactly.
+        If G is rounded to 16 bits for the products: [any], numbers whose sum is the sum of G_ij x_i . y_j before the
+        rounding. If G is not rounded: None, since :func:`finish` then gives this sum with the same accuracy.
     """
 
     def inputs(rows: slice, cols: slice) -> tuple[Tensor, ...]:
@@ -178,11 +178,11 @@ def add_gradients(
 
 
 def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Return what the sigmoid loss needs of the pairs, whose logits are l = logit_scale * x . y + logit_bias.
+    """Return the terms of the pairs in the sigmoid loss; the logit of a pair is l = logit_scale * x . y + logit_bias.
 
     Returns:
-        one_minus_p = 1 / (1 + exp l) [M], 0 in a row without a pair; and [3, any], numbers whose sums are those of
-        log(1 + exp -l), -one_minus_p and -one_minus_p x . y.
+        one_minus_p = 1 / (1 + exp l) [M], 0 in a row without a pair; and [3, any], numbers that add up to the sums of
+        log(1 + exp -l), of -one_minus_p and of -one_minus_p x . y.
     """
     cfg = _rows_config(x)
     one_minus_p = x.new_empty(len(x), dtype=torch.float32)
@@ -193,7 +193,7 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 
 
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    """Return [any], numbers whose sum is that of log(1 + exp l) over all but the pairs."""
+    """Return [any], numbers whose sum is the sigmoid loss log(1 + exp l) of all logits except those of the pairs."""
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the kernel of the sums has the same loop
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
@@ -210,11 +210,11 @@ def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor
 def add_sigmoid_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
 ) -> Tensor:
-    """Do as :func:`add_gradients` does, with G of the sigmoid loss.
+    """Add G y to acc_x and G^T x to acc_y, as :func:`add_gradients` does, with the G of the sigmoid loss.
 
     Returns:
-        [3, any], numbers whose sums are those of log(1 + exp l), G_ij and G_ij x_i . y_j over all but the pairs. They
-        are taken before G is rounded.
+        [3, any], numbers that add up to the sums of log(1 + exp l), of G_ij and of G_ij x_i . y_j over all logits
+        except those of the pairs, with G before it is rounded.
     """
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
     inputs = logit_scale, logit_bias
@@ -224,7 +224,7 @@ def add_sigmoid_gradients(
 
 
 class _Part(NamedTuple):
-    """The rows of one side that take part in a block."""
+    """The features of one side (rows or columns) that take part in a block of logits."""
 
     start: int
     features: Tensor
@@ -240,15 +240,14 @@ def _add_products(
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
     Args:
-        kernel: writes a tile of grad_scale * G, and for each program the sum of G_ij x_i . y_j over its tiles; that of
-            the sigmoid loss first writes those of the losses and of G_ij.
-        inputs: ``inputs(rows, cols)`` returns what the kernel takes besides features to compute a block of G.
-        is_softmax: whether its programs walk down columns of tiles where there are descriptors.
+        kernel: writes a tile of grad_scale * G, and for each program the sum of G_ij x_i . y_j over its tiles. The
+            kernel of the sigmoid loss also writes the sums of the losses and of G_ij, before that sum.
+        inputs: ``inputs(rows, cols)`` returns the kernel's other inputs (besides features) for a block of G.
+        is_softmax: whether the kernel's programs may walk down columns of tiles, if there are descriptors.
 
     Returns:
-        The kernel's sums of all programs [1 or 3, programs]. They are taken before G is rounded to 16 bits. The
-        accumulators already contain the rounding error of G, so a gradient of the scale taken from them would contain
-        it too.
+        The kernel's sums of all programs [1 or 3, programs], from G before it is rounded to 16 bits. The accumulators
+        contain the rounding error of G, and so would a gradient of the scale that is computed from them.
     """
     products = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
     edges, grad_scale = _block_edges(x, y), _grad_scale(x.dtype)
@@ -295,7 +294,7 @@ def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) ->
     num_y_tiles = 0 if cols.acc is None else triton.cdiv(n, cfg.block_m) * num_d
     is_added, parts = _has_tma(x) and d % 4 == 0, max(1, cfg.block_n // PART_COLS)
     wanted = [acc for acc in (rows.acc, cols.acc) if acc is not None]
-    # one that is not wanted has no program, and the other stands in its place
+    # No program writes an accumulator that is not wanted. The other one is passed in its place.
     accs = [_tiles(acc, cfg.block_m, cfg.block_n // parts, x) if is_added else acc for acc in (wanted[0], wanted[-1])]
     launch(
         _products_kernel, (num_x_tiles + num_y_tiles,),
@@ -344,7 +343,7 @@ def _rows_config(x: Tensor) -> RowConfig:
 def _launch_on_rows(
     kernel: triton.JITFunction, cfg: RowConfig, x: Tensor, *args: Tensor | float, **constants: bool
 ) -> None:
-    """Launch a kernel whose programs take rows of its first argument."""
+    """Launch a kernel of the contrastive losses whose programs each take some rows of its first argument."""
     launch(
         kernel, (triton.cdiv(len(x), cfg.block_m),), x, *args,
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, **constants,
@@ -355,7 +354,7 @@ def _launch_on_tiles(
     kernel: triton.JITFunction, programs: int, cfg: GemmConfig, x: Tensor, y: Tensor, offset: int,
     pointers: tuple[Tensor | TensorDescriptor, ...], *numbers: float, **constants: float,
 ) -> None:  # fmt: skip
-    """Launch a kernel whose programs take tiles of the products x y^T.
+    """Launch a kernel of the contrastive losses whose programs each take a tile of the logits x y^T.
 
     Its arguments are x, y, ``pointers``, the sizes and strides of x and y, and ``numbers``.
     """
@@ -383,18 +382,18 @@ def _block_edges(x: Tensor, y: Tensor) -> tuple[int, int]:
 def _has_tma(x: Tensor) -> bool:
     """Return True if products of features ``x`` [M, D] load their tiles through tensor descriptors.
 
-    Float32 products stay exact, so they do not use the matrix units for which descriptors bring tiles. Without a
-    dimension, features have no tile, and a descriptor of nothing would be an error.
+    Float32 products do not: they stay exact, so they do not use the matrix units that read shared memory. For D = 0
+    there is no tile, and a descriptor of an empty tensor would be an error.
     """
     return x.dtype.itemsize == 2 and x.shape[1] > 0 and architecture(arch_of(x.device)).multiplies_from_shared
 
 
 def _tiles(matrix: Tensor, rows: int, cols: int, x: Tensor) -> Tensor | TensorDescriptor:
-    """Return what ``load_tile`` takes for tiles [rows, cols] of a matrix in a product of features ``x``."""
+    """Return a descriptor of tiles [rows, cols] of a matrix, or the matrix if products of ``x`` load by pointers."""
     return matrix_tiles(matrix, rows, cols) if _has_tma(x) else matrix
 
 
 def _is_aligned(x: Tensor) -> bool:
-    # A stride below the width is that of expanded or overlapping rows, which a tensor descriptor cannot describe.
+    # A stride below the width belongs to expanded or overlapping rows, which a tensor descriptor cannot describe.
     is_matrix = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
     return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0

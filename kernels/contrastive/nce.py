@@ -7,10 +7,11 @@ negatives q [K, D] and scale s:
     L = 1/N sum_i log(1 + Z_i / exp(s x_i . y_i))               p_i = exp(s x_i . y_i) / (Z_i + exp(s x_i . y_i))
     dL/dx = s/N (P_q q + P_y y - (1 - p) * y)    dL/dq = s/N P_q^T x    dL/dy = s/N (P_y^T x - (1 - p) * x)
 
-P_q and P_y hold the probabilities of the negatives. Keys and negatives are two blocks of columns. The statistics of
-each are merged before the loss is taken from them, and each block's gradients use the merged ones, so no block needs to
-know of the other. As in ``contrastive``, a pair is in no sum and passes through no 16-bit tile, and the logits never
-exist. Without a queue this is the loss of ``contrastive`` in one direction.
+P_q and P_y hold the probabilities of the negatives. The keys and the queue are two blocks of columns. The statistics of
+both blocks are merged before the loss is computed from them. The gradients of each block use the merged statistics, so
+they do not depend on the other block otherwise. As in ``contrastive``, the logits of pairs are left out of all sums and
+are never stored in 16 bits, and the whole matrix of logits is never in memory. Without a queue this is the loss of
+``contrastive`` in one direction.
 
 FLOPs for C columns: 2 N C D forward and 6 N C D backward (4 where the columns need no gradient).
 
@@ -20,8 +21,7 @@ NT-Xent: with views x, y [N, D] and scale s, each of the 2N views is classified 
     L = 1/2N sum over all views of log(1 + Z / exp(s x_i . y_i))
 
 The product x y^T serves both views, and x x^T and y y^T are symmetric. That makes three products in place of four:
-6 N^2 D FLOPs forward and 14 N^2 D backward. As in ``contrastive``, a pair is in no sum and passes through no 16-bit
-tile, and the logits never exist.
+6 N^2 D FLOPs forward and 14 N^2 D backward. Pairs and logits are treated as in InfoNCE.
 """
 
 import torch
@@ -51,13 +51,13 @@ def _info_nce_fwd(
     query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
     in_batch: bool, normalize: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss and what the backward pass needs: row [3, N] and uses_shared_shift [].
+    """Return the InfoNCE loss, and for the backward pass row [3, N] and uses_shared_shift [].
 
     row holds maximum, inv_denom and one_minus_p of the queries.
     """
     blocks = logit_blocks(query.device)
     x, y, queue = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (query, key, negatives))
-    # With this offset no negative of the queue is a pair.
+    # With this offset, no query and entry of the queue form a pair.
     parts = [blocks.statistics(x, queue, logit_scale, len(queue)) if len(queue) else new_stats(x, queue)]
     if in_batch:
         parts.append(blocks.statistics(x, y, logit_scale, 0))
@@ -84,7 +84,10 @@ def _info_nce_bwd(
     row: Tensor, uses_shared_shift: Tensor,
     in_batch: bool, normalize: bool, dtype: torch.dtype, needs_key: bool, needs_negatives: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of queries, keys, negatives (these two without rows if not needed) and scale."""
+    """Return the InfoNCE gradients of queries, keys, negatives and scale.
+
+    The gradients of keys and negatives have no rows if they are not needed.
+    """
     blocks = logit_blocks(query.device)
     x, y, queue = (blocks.prepare(side, dtype, normalize=normalize) for side in (query, key, negatives))
     coefficient = grad_loss.to(row.dtype) / max(len(query), 1)
@@ -107,12 +110,12 @@ def _info_nce_bwd(
         return scale_sums
 
     parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, query_grad, add)
-    key_grad = new_gradient(key if needs_key else key[:0])  # these two in the memory that G had
+    key_grad = new_gradient(key if needs_key else key[:0])  # both reuse the memory of G
     negatives_grad = new_gradient(negatives if needs_negatives else negatives[:0])
     if acc_key is not None:
         blocks.finish(acc_key, y, x.rows, 0, one_minus_p, factor, key_grad)
     if acc_queue is not None:
-        # With this offset no negative has a positive.
+        # With this offset, no entry of the queue is part of a pair.
         zeros = row.new_zeros(len(negatives))
         blocks.finish(acc_queue, queue, x.rows, len(query), zeros, factor, negatives_grad)
     return query_grad, key_grad, negatives_grad, scale_gradient(parts, coefficient)
@@ -122,9 +125,9 @@ register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))
 
 
 def _nothing_from_columns(row: Tensor, columns: int) -> Tensor:
-    """Return normalizers [2, columns] with which columns add nothing to G, however large a logit is."""
+    """Return normalizers [2, columns] with which columns contribute 0 to G for logits of any size."""
     col = row.new_zeros(2, columns)
-    col[0].fill_(float("inf"))  # an assignment would make a tensor of the number first
+    col[0].fill_(float("inf"))  # col[0] = inf would first make a tensor of the number
     return col
 
 
@@ -189,15 +192,16 @@ def info_nce_loss(
 def _nt_xent_fwd(
     first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss and what the backward pass needs: row [2, 3, N], col [2, 3, N] and uses_shared_shift [].
+    """Return the NT-Xent loss, and for the backward pass row [2, 3, N], col [2, 3, N] and uses_shared_shift [].
 
-    row is of the first views, col of the second. Each holds maximum, inv_denom and one_minus_p (summed over both views
-    of the pair) twice: [0] for a view as a row among the views of its own side, [1] for it as a column there. The two
-    are the same numbers, but for rounding.
+    ``row`` belongs to the first views and ``col`` to the second. Both hold maximum, inv_denom and one_minus_p (summed
+    over both views of the pair) twice: [0] treats a view as a row of the logits of its own side, and [1] as a column.
+    These logits are symmetric, so [0] and [1] differ by rounding only.
     """
     blocks = logit_blocks(first.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (first, second))
-    # The pairs of a side with itself are its views with themselves: they are left out, all others are negatives.
+    # Within one side, the pairs with offset 0 are each view with itself. They are left out; all other logits belong to
+    # negatives.
     within = [blocks.statistics(side, side, logit_scale, 0) for side in (x, y)]
     across = blocks.statistics(x, y, logit_scale, 0)
     sums = [
@@ -225,7 +229,7 @@ def _nt_xent_bwd(
     grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
     row: Tensor, col: Tensor, uses_shared_shift: Tensor, normalize: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of both views and of the scale."""
+    """Return the NT-Xent gradients of both views and of the scale."""
     blocks = logit_blocks(first.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (first, second))
     coefficient = grad_loss.to(row.dtype) / max(2 * len(first), 1)
@@ -239,19 +243,19 @@ def _nt_xent_bwd(
         own, start = x.rows[strip], strip.start
         normalizers = Normalizers(row[:, strip], col, uses_shared_shift)
         across = blocks.add_gradients(own, y.rows, logit_scale, normalizers, start, acc, acc_second)
-        # G of a side with itself is symmetric, so its rows hold the whole gradient. Row and column sums differ by
-        # rounding only, but for a probability near 1 the sum must be the one that the logit was added to.
+        # The G of a side with itself is symmetric, so its rows hold the whole gradient. Row sums and column sums differ
+        # by rounding only. But if a probability is near 1, it must be computed from the sum that contains its logit.
         normalizers = Normalizers(row[:, strip], row_within, uses_shared_shift)
         within = blocks.add_gradients(own, x.rows, logit_scale, normalizers, start, acc, None)
-        # both views of a pair meet in ``across``
+        # Pairs of a first and a second view are in ``across``.
         return [across, across, within]
 
     parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add)
     normalizers = Normalizers(col, col_within, uses_shared_shift)
     parts.append(blocks.add_gradients(y.rows, y.rows, logit_scale, normalizers, 0, acc_second, None))
-    second_grad = new_gradient(second)  # in the memory that G had
+    second_grad = new_gradient(second)  # allocated here, so that it can reuse the memory of G
     parts.append(blocks.finish(acc_second, y, x.rows, 0, one_minus_p, factor, second_grad))
-    # Each logit is a product of two features, and the features' gradients count it for both.
+    # Each logit is a product of two features, and the gradients of both count it. Therefore the sum is halved.
     return first_grad, second_grad, scale_gradient(parts, coefficient / 2)
 
 

@@ -1,8 +1,8 @@
-"""What the losses share: the checks of their arguments, the choice of the implementation, and their gradients.
+"""Functions that all contrastive losses share: checks of arguments, choice of the implementation, and gradients.
 
 A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist.
-:mod:`.launches` does the work on blocks by Triton kernels and describes its functions; :mod:`.cpu` has the same
-functions in PyTorch.
+:mod:`.launches` computes blocks by Triton kernels and describes its functions; :mod:`.cpu` has the same functions in
+PyTorch.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ def logit_blocks(device: torch.device) -> ModuleType:
 def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:
     """Refuse features that are not [M, D] and [N, D], of one dtype on one device, with M = N.
 
-    ``names`` are what the loss ``op`` calls ``first`` and ``second``. Where it takes an ``offset``, M and N may differ
-    if that is not 0.
+    ``names`` are the names that the loss ``op`` gives to ``first`` and ``second``. If the loss has an ``offset`` and it
+    is not 0, M and N may differ.
 
     Raises:
         TypeError: not tensors, or dtypes that are not floating or not the same.
@@ -38,7 +38,7 @@ def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, 
     is_usual = isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim == 2
     if is_usual and first.shape == second.shape and first.dtype == second.dtype and first.dtype in FLOATS:
         check_device(op, names[1], second, names[0], first)
-        return  # All that follows is about errors.
+        return  # The rest of the function only finds out which error to raise.
     for name, features in zip(names, (first, second), strict=True):
         check_tensor(op, name, features, 2)
     sides = f"{names[0]} and {names[1]}"
@@ -54,9 +54,9 @@ def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, 
 def scale_tensor(
     op: str, logit_scale: Tensor | float, like: Tensor, *, name: str = "logit_scale", like_name: str = "image"
 ) -> Tensor:
-    """Return a number, or a tensor of one element, as a tensor without dimensions on the device of ``like``.
+    """Return the scale of the logits, a number or a tensor of one element, as a 0-dim tensor on the device of ``like``.
 
-    ``name`` and ``like_name`` are what the loss ``op`` calls ``logit_scale`` and ``like``.
+    ``name`` and ``like_name`` are the names that the loss ``op`` gives to ``logit_scale`` and ``like``.
 
     Raises:
         TypeError: neither a number nor a floating tensor.
@@ -89,7 +89,7 @@ def operand_dtype(op: str, name: str, features: Tensor) -> torch.dtype:
 def new_gradient(features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return an uninitialised gradient, contiguous, with the shape of the features, in their dtype or in ``dtype``.
 
-    What is not written before the last block of G should not be made before: it can then have the memory of G.
+    A gradient that is written after the last block of G should be allocated after it: it can then reuse G's memory.
     """
     return torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -100,11 +100,11 @@ def gradients_in_strips(
 ) -> list[Tensor | None]:  # fmt: skip
     """Accumulate and finish the gradient of features strip by strip, so that only a strip is held in float32.
 
-    ``add(strip, acc)`` adds G times features to the accumulator ``acc`` of the rows ``strip``, and returns what each
-    call of :func:`.launches.add_gradients` has returned. The other arguments are those of :func:`.launches.finish`.
+    ``add(strip, acc)`` adds G times features to the accumulator ``acc`` of the rows ``strip``, and returns the results
+    of its calls of :func:`.launches.add_gradients`. The other arguments are those of :func:`.launches.finish`.
 
     Returns:
-        What :func:`scale_gradient` takes: what ``finish`` and ``add`` have returned.
+        The terms of the gradient of the scale, for :func:`scale_gradient`: the results of ``finish`` and ``add``.
     """
     parts = []
     for strip in blocks.strips(own.rows, other):
@@ -120,8 +120,8 @@ def scale_gradient(parts: Sequence[Tensor | None], coefficient: Tensor) -> Tenso
     """Return the gradient of the scale: ``coefficient`` times the sum of all numbers in ``parts``, added in float64.
 
     Args:
-        parts: what :func:`.launches.finish` returns for the rows, and what :func:`.launches.add_gradients` returns
-            for each block.
+        parts: the results of :func:`.launches.finish` for the rows, and of :func:`.launches.add_gradients` for each
+            block.
         coefficient: [], the gradient of the loss divided by the number of terms in its mean.
     """
     numbers = [part for part in parts if part is not None]
@@ -131,7 +131,7 @@ def scale_gradient(parts: Sequence[Tensor | None], coefficient: Tensor) -> Tenso
 
 
 def register_gradients(forward: CustomOpDef, backward: CustomOpDef, *, optional: Sequence[int] = ()) -> None:
-    """Make ``backward`` the gradient of ``forward``, and say what shapes it returns.
+    """Register ``backward`` as the gradient of the loss ``forward``, with a fake that returns the right shapes.
 
     Args:
         forward: an op ``(*tensors, *options) -> (loss, *saved)``.

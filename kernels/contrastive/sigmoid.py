@@ -1,4 +1,4 @@
-"""Sigmoid loss of image and text features, blockwise: the M x N logits never exist.
+"""Sigmoid loss of image and text features, in blocks: the M x N logits are never all in memory.
 
 With features x [M, D], y [N, D], scale s, bias b, logits z_ij = s x_i . y_j + b and pairs (i, j = i + offset):
 
@@ -7,16 +7,16 @@ With features x [M, D], y [N, D], scale s, bias b, logits z_ij = s x_i . y_j + b
     dL/dx = s/M (G y - g * y)    dL/dy = s/M (G^T x - g * x)
     dL/ds = 1/M sum_i (G y - g * y)_i . x_i    dL/db = 1/M (sum_ij G_ij - sum_i g_i)
 
-A pair passes through no 16-bit tile. Late in training its g is small, and nothing else holds the pair together, so g
-must not be rounded.
+Pairs are never stored in 16 bits. Late in training the g of a pair is small, but it is the only force that holds the
+pair together, so it must not be rounded.
 
-No sum must be known before G is, so the forward pass makes the gradients, where any will be needed: the tile of logits
-that the loss takes is not computed a second time, and the backward pass multiplies by dL.
+G does not depend on a sum over logits. Therefore the forward pass computes the gradients as well, if any will be
+needed: it uses each tile of logits for both the loss and G, and the backward pass only multiplies by dL.
 
 FLOPs: 6 M N D with gradients (one product of logits, two for the features), 2 M N D without.
 Memory beyond inputs and gradients: vectors of M and N, one tile of G, and float32 accumulators: [N, D] and a strip of
-[M, D]. Between the passes the gradients are held, those of float16 features in float32: there a small gradient would
-lose its digits, since the scale of the loss is known only in the backward pass.
+[M, D]. Between the passes the gradients stay in memory. Gradients of float16 features are kept in float32: in float16 a
+small one would lose its digits, since the factor of the loss is known only in the backward pass.
 Method: the loss of Zhai et al. 2023 (equation 1).
 """
 
@@ -38,7 +38,7 @@ def _sigmoid_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     offset: int, normalize: bool, dtype: torch.dtype, with_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss, and with ``with_grads`` its gradients of images, of texts, and of bias and scale [2]."""
+    """Return the sigmoid loss, and with ``with_grads`` its gradients of images, of texts, and of bias and scale [2]."""
     blocks = logit_blocks(image.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
     one_minus_p, of_pairs = blocks.sigmoid_pairs(x.rows, y.rows, logit_scale, logit_bias, offset)
@@ -57,7 +57,7 @@ def _sigmoid_fwd(
         return []
 
     gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add)
-    text_grad = _held_gradient(text)  # in the memory that G had
+    text_grad = _held_gradient(text)  # reuses the memory of G
     of_texts = one_minus_p
     if offset or len(image) != len(text):
         paired, partners = pairs_in(len(image), len(text), offset)
@@ -72,11 +72,12 @@ def _sigmoid_fwd(
 
 
 def _no_gradients(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty tensors in place of the gradients of a sigmoid loss that needs none."""
     return like.new_empty(0), like.new_empty(0), like.new_empty(0)
 
 
 def _held_gradient(features: Tensor) -> Tensor:
-    """Return an uninitialised gradient for the time between the passes."""
+    """Return an uninitialised gradient of the sigmoid loss, which is kept between the forward and the backward pass."""
     return new_gradient(features, torch.float32 if features.dtype == torch.float16 else None)
 
 
@@ -95,7 +96,9 @@ def _(
 def _sigmoid_bwd(
     grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients times that of the loss, and those of the features in ``dtype``."""
+    """Return the sigmoid loss's gradients multiplied by the upstream gradient; those of the features are in
+    ``dtype``.
+    """
     of_images, of_texts = ((grad * grad_loss).to(dtype) for grad in (image_grad, text_grad))
     return of_images, of_texts, number_grads * grad_loss
 

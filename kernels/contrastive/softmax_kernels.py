@@ -1,14 +1,16 @@
-"""The Triton kernels of the losses with a softmax. Logits are in base 2: l_ij = log2e * scale * x_i . y_j.
+"""The Triton kernels of the softmax losses (contrastive, InfoNCE, NT-Xent).
+
+Logits are in base 2: l_ij = log2e * scale * x_i . y_j.
 
     statistics  row sums_i = sum_j 2^(l_ij - m) and column sums_j = sum_i 2^(l_ij - m) of each tile, without the pairs
     merge       the sums of tiles, added in the order of the tiles
     pair terms  loss, inv_denom and one_minus_p of the pairs, as ``stats.pair_terms`` computes them
     gradient    G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j, 0 for pairs, in the operands' dtype
 
-With the shared shift, m and all maxima are one number. Then one exponential serves both directions and no maximum is
-taken, so the exponentials take half of the time that the product takes, and overlap with it. Logits that the shared
-shift does not suit need a maximum for each row and column (``IS_ONLINE``). Which of the two holds is known on the
-device only: the kernels of both cases start, and those of the other case read the flag and end.
+With the shared shift, m and all maxima are one number. Then one exponential serves both directions, and no maximum is
+computed. The exponentials take half as long as the product, and overlap with it. Logits that the shared shift does not
+suit need a maximum for each row and column (``IS_ONLINE``). Only the device knows which case holds: the kernels of both
+cases start, and the kernels of the case that does not hold read a flag and end.
 """
 
 import triton
@@ -150,10 +152,10 @@ def _merge_kernel(
     row_tiles, M, has_rows, col_tiles, N, has_cols, log2e,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, IS_ONLINE: tl.constexpr,
 ):  # fmt: skip
-    """Fold the maxima and sums of tiles into those of all tiles before them: of rows (the first programs) and columns.
+    """Merge the softmax statistics of new tiles into those of the tiles before; the first programs take rows.
 
-    With the shared shift, that stands in the place of each maximum, and sums start at zero. Otherwise ``has_rows`` and
-    ``has_cols`` say whether there were tiles before.
+    The other programs take columns. With the shared shift, the shift is stored as each maximum, and sums start at zero.
+    Otherwise ``has_rows`` and ``has_cols`` say whether there are statistics of earlier tiles.
     """
     if IS_ONLINE and tl.load(uses_shared_shift_ptr) != 0:
         return
@@ -176,6 +178,7 @@ def _merge(
     tile_max_ptr, tile_sum_ptr, max_ptr, sum_ptr, start, num_tiles, N, has_sums, shift,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, IS_ONLINE: tl.constexpr,
 ):  # fmt: skip
+    """Merge the softmax statistics of tiles for BLOCK rows or BLOCK columns."""
     offs_n = start + tl.arange(0, BLOCK)
     mask = offs_n < N
     total = tl.load(sum_ptr + offs_n, mask=mask, other=0.0)
@@ -221,10 +224,10 @@ def _grad_tile_kernel(
 ):  # fmt: skip
     """Compute grad = grad_scale * G, and each program's sum of G_ij x_i . y_j before grad is rounded.
 
-    With tensor descriptors and the shared shift, the first programs each walk down the ``tiles`` tiles of one of
-    ``num_segments`` segments of a column of tiles, and the others compute the tiles with pairs, which the walks leave
-    out: of a row of tiles, ``SPAN`` may hold some. Without the shared shift, or without segments, all programs take
-    tiles in turns. Without descriptors, a program computes one tile.
+    With tensor descriptors and the shared shift, each column of tiles is cut into ``num_segments`` segments. Each of
+    the first programs walks down the ``tiles`` tiles of a segment, and leaves out the tiles that may hold pairs. The
+    other programs compute these, at most ``SPAN`` in a row of tiles. Without the shared shift, or without segments, all
+    programs take tiles in turns. Without descriptors, a program computes one tile.
     """
     pid = tl.program_id(0)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -271,9 +274,9 @@ def _grad_tile(
     pid_m, pid_n, M, N, D, offset, stride_x, stride_y, stride_grad, log2e, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Store one tile of grad; return the sum of its product with the cosines."""
+    """Store one tile of the softmax losses' G; return the sum of its elements times the cosines."""
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    # What is loaded before the loop arrives while the loop runs.
+    # These are loaded before the loop, so that they arrive while it runs.
     factor = tl.load(scale_ptr) * log2e
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     row_inv_denom = tl.load(row_inv_denom_ptr + offs_m, mask=offs_m < M, other=0.0) * grad_scale
@@ -293,10 +296,10 @@ def _store_grad(
     start_m, start_n, M, N, offset, stride_grad,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Store grad_scale * G [BM, BN] for cosines [BM, BN]; add their products, from G before rounding, to ``scale_sum``.
+    """Store grad_scale * G [BM, BN] of a softmax loss, and add the products of G and the cosines to ``scale_sum``.
 
-    Both inv_denom, [BM] and [BN], are already multiplied by grad_scale. The columns are taken in ``PARTS`` parts, one
-    after the other: all maxima at once would not fit the registers.
+    The products are computed before G is rounded. Both inv_denom, [BM] and [BN], are already multiplied by grad_scale.
+    The columns are taken in ``PARTS`` parts, one after the other: all maxima at once would not fit into the registers.
     """
     if PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2
@@ -324,7 +327,7 @@ def _store_grad(
                 tl.exp2(cosines * factor - row_max[:, None]) * row_inv_denom[:, None]
                 + tl.exp2(cosines * factor - col_max[None, :]) * col_inv_denom[None, :]
             )
-            # Past the edges the logit is 0, which may be far above the maximum: its power of 2 may be infinite.
+            # Past the edges the logit is 0. It may be far above the maximum, and its power of 2 may then be infinite.
             if start_m + BLOCK_M > M:
                 tile = tl.where((offs_m < M)[:, None], tile, 0.0)
             if start_n + BLOCK_N > N:
@@ -338,8 +341,8 @@ def _store_grad(
 @triton.jit
 def _terms(maximum, total, positive):
     """Return loss, inv_denom and one_minus_p of one direction, given statistics and positives in base 2, each [B]."""
-    # The sum is split as frexp splits it. The whole part of log2(total) joins the distance without rounding where the
-    # two cancel, and only a logarithm in [-1, 0] is rounded. Sums below the normal numbers are scaled first.
+    # The sum is split into exponent and mantissa, as by frexp. The exponent is subtracted from the distance, without
+    # rounding if the two cancel, and only a logarithm in [-1, 0] is rounded. Subnormal sums are scaled first.
     is_tiny = total < 1.1754943508222875e-38
     bits = tl.where(is_tiny, total * 16777216.0, total).to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 255) - tl.where(is_tiny, 150, 126)
@@ -364,7 +367,7 @@ def _pair_terms_kernel(
     M, N, offset,
     IS_BOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write maximum, inv_denom and one_minus_p of rows (the first programs) and of columns, and sums of the losses.
+    """Write maximum, inv_denom and one_minus_p of rows (in the first programs) and of columns, and sums of the losses.
 
     inv_denom and one_minus_p are 0 without a pair; one_minus_p is summed over the directions of the loss. Unless
     IS_BOTH, the columns have no direction.

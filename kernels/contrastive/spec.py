@@ -1,4 +1,4 @@
-"""The specifications of the contrastive losses: inputs, floors, what ships and what is tuned."""
+"""The specifications of the contrastive losses: inputs, floors, calls that are compiled offline, and tuning targets."""
 
 import contextlib
 import functools
@@ -44,19 +44,19 @@ def features(shape: LossShape | SigmoidShape | QueueShape, values: str, draw: Dr
 
 
 def number(value: float, draw: Draw) -> Tensor:
-    """Make a tensor without dimensions."""
+    """Make the scale or the bias of a loss's logits: a 0-dim tensor with this value."""
     return torch.tensor(value, device=draw.device)
 
 
 def make_contrastive(shape: LossShape, values: str, draw: Draw) -> Call:
-    """Make features and the scale of the logits."""
+    """Make the inputs of a contrastive loss: image and text features, and the scale of the logits."""
     image, text = features(shape, values, draw)
     inputs = {"image": image, "text": text, "logit_scale": number(shape.scale, draw)}
     return Call(inputs, (ONE,), {"normalize": shape.normalize})
 
 
 def make_sigmoid(shape: SigmoidShape, values: str, draw: Draw) -> Call:
-    """Make features, and scale and bias of the logits."""
+    """Make the inputs of a sigmoid loss: image and text features, and the scale and bias of the logits."""
     image, text = features(shape, values, draw)
     numbers = {"logit_scale": number(shape.scale, draw), "logit_bias": number(shape.bias, draw)}
     options = {"offset": shape.offset, "normalize": shape.normalize}
@@ -64,7 +64,7 @@ def make_sigmoid(shape: SigmoidShape, values: str, draw: Draw) -> Call:
 
 
 def make_info_nce(shape: QueueShape, values: str, draw: Draw) -> Call:
-    """Make queries, keys, a queue of negatives if there is one, and the scale of the logits."""
+    """Make the inputs of an InfoNCE loss: queries, keys, the queue of negatives if there is one, and the scale."""
     query, key = features(shape, values, draw)
     negatives = draw.unit(shape.queue, shape.embed_dim)
     if values == "all-equal rows":
@@ -80,33 +80,37 @@ def make_info_nce(shape: QueueShape, values: str, draw: Draw) -> Call:
 
 
 def make_nt_xent(shape: ViewShape, values: str, draw: Draw) -> Call:
-    """Make two views and the scale of the logits."""
+    """Make the inputs of an NT-Xent loss: the features of two views, and the scale of the logits."""
     first, second = features(shape, values, draw)
     inputs = {"first": first, "second": second, "logit_scale": number(shape.scale, draw)}
     return Call(inputs, (ONE,), {"normalize": shape.normalize})
 
 
 def contrastive_floor(shape: LossShape, itemsize: int, backward: bool) -> Floor:
-    """Forward, one product gives both log-sum-exps. Backward recomputes it, and each of the two gradients is another.
+    """Count the least work of the contrastive loss: 8 N^2 D operations without an N x N matrix between the passes.
 
-    These 8 N^2 D operations are the least of versions that keep no N x N matrix between the passes. A version that
-    keeps it needs no recomputation (6 N^2 D), and may be faster than this floor where the matrix fits.
+    Forward, one product gives both log-sum-exps. Backward recomputes this product, and computes one more for each of
+    the two gradients. A version that keeps the N x N matrix needs no recomputation (6 N^2 D). It may be faster than
+    this floor if the matrix fits into memory.
     """
     product, bytes_of_features = _product_and_bytes(shape.pairs, shape.embed_dim, itemsize)
     return Floor(3 * product, 2 * bytes_of_features) if backward else Floor(product, bytes_of_features)
 
 
 def sigmoid_floor(shape: SigmoidShape, itemsize: int, backward: bool) -> Floor:
-    """One product gives the loss and G, since no sum must be known first: G counts as made in the forward pass.
-    Backward, each of the two gradients is a product.
+    """Count the least work of the sigmoid loss.
+
+    Forward, one product gives the loss and G, since G does not depend on a sum over logits. Backward, each of the two
+    gradients takes one product.
     """
     product, bytes_of_features = _product_and_bytes(shape.pairs, shape.embed_dim, itemsize)
     return Floor(2 * product, 2 * bytes_of_features) if backward else Floor(product, bytes_of_features)
 
 
 def info_nce_floor(shape: QueueShape, itemsize: int, backward: bool) -> Floor:
-    """Forward, one product gives the sums. Backward recomputes it, and the gradient of the queries is another; keys and
-    queue have none.
+    """Count the least work of InfoNCE with gradients of the queries only.
+
+    Forward, one product gives the sums. Backward recomputes it, and computes one more for the gradient of the queries.
     """
     row = shape.embed_dim * itemsize
     product, reading = 2 * shape.pairs * shape.columns * shape.embed_dim, (2 * shape.pairs + shape.queue) * row
@@ -114,8 +118,10 @@ def info_nce_floor(shape: QueueShape, itemsize: int, backward: bool) -> Floor:
 
 
 def nt_xent_floor(shape: ViewShape, itemsize: int, backward: bool) -> Floor:
-    """A logit serves two views, so half a product gives the sums. Backward recomputes that half, and the gradient is a
-    whole product.
+    """Count the least work of NT-Xent.
+
+    Each logit serves two views, so the sums take half a product. Backward recomputes that half, and computes a whole
+    product for the gradient.
     """
     views = 2 * shape.pairs
     product, bytes_of_views = 2 * views**2 * shape.embed_dim, views * shape.embed_dim * itemsize
@@ -132,7 +138,9 @@ TILED = ("contrastive_stats", "contrastive_online_stats", "contrastive_grad_tile
 
 @contextlib.contextmanager
 def small_tiles(dtype: torch.dtype) -> Iterator[None]:
-    """Take tiles of 32 x 32 logits, and blocks of 64 x 64."""
+    """Let the contrastive kernels take tiles of 32 x 32 and blocks of 64 x 64 logits, so that small cases have
+    several.
+    """
     small = {name: GemmConfig(32, 32, 64, num_warps=4, num_stages=1) for name in TILED}
     small["contrastive_products"] = GemmConfig(16, 8, 64, num_warps=4, num_stages=1)
     with contextlib.ExitStack() as stack:
@@ -143,7 +151,7 @@ def small_tiles(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _gemm(*kernels: str) -> tuple[Tunable, ...]:
-    """Return kernels with a matrix product, by their names in the tables."""
+    """Return tunable kernels with a matrix product, given their names in the tables of configurations."""
     functions = (f"_{kernel.removeprefix('contrastive_')}_kernel" for kernel in kernels)
     return tuple(Tunable(*names, GemmConfig) for names in zip(kernels, functions, strict=True))
 
@@ -169,14 +177,14 @@ SPECS = (
             "cuda": tuple(LossShape(*size) for size in GPU_SIZES),
         },
         gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},
-        # 1001: a last batch of any size, where nothing is aligned; fp16 has a scale of its own for G
+        # 1001 stands for a last batch of any size, whose rows are not aligned. fp16 is here because it scales G.
         shipped=(
             Shipped("N1024 D512", LossShape(1024, 512, 10.0), DTYPES),
             Shipped("N1001 D512", LossShape(1001, 512, 10.0)),
         ),
         targets=(
             Target("contrastive", LossShape(16384, 512), (*PRODUCTS, ROWS)),
-            # the scale is so large that sums with one shift underflow, and maxima are needed
+            # With this large scale, sums with one shift would underflow, so the kernels with maxima run.
             Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_online_stats")),
         ),
     ),

@@ -1,7 +1,7 @@
 """Features and their pairs; the statistics of a softmax over logits in blocks, and the loss that follows from them.
 
-A block is the logits of some rows against some columns. Logits, maxima and positives are in base 2 here, log2e times
-what they are in the loss. The logit of a pair (i, i + offset) is left out of the sums. Therefore the loss of a pair,
+A block is the logits of some rows against some columns. Logits, maxima and positives are in base 2 here: they are
+multiplied by log2e. The logit of a pair (i, i + offset) is left out of the sums. Therefore the loss of a pair,
 log(1 + others / positive), and one minus its probability, others / (others + positive), are exact however small they
 are.
 """
@@ -17,20 +17,21 @@ from torch import Tensor
 from ..common import LN2, LOG2E
 from ..dtypes import accumulate_dtype
 
-# The largest logit of unit features after the shared shift: 2^28 powers of that size still fit float32's exponent.
+# The largest logit of unit features after the shared shift. The sum of 2^28 powers of this size does not overflow
+# float32.
 HEADROOM = 100.0
 # A sum below this may lack terms that underflowed. Above it, such terms are less than the rounding of the sum.
 LEAST_SUM = 2.0**-70
 ALL = slice(None)
-# Pairs whose features are converted to float32 at once.
+# The number of pairs whose features are converted to float32 at a time.
 PAIR_ROWS = 4096
 
 
 class Features(NamedTuple):
-    """Features that are ready for products."""
+    """Features in the form that the products of the contrastive losses take."""
 
     rows: Tensor  # [N, D]
-    inv_norm: Tensor | None  # [N], one over the norm of each row before it was normalised; None if it was not
+    inv_norm: Tensor | None  # [N], 1 / norm of each row before it was normalised; None without a normalisation
 
     def part(self, rows: slice) -> "Features":
         """Return the features of some rows."""
@@ -54,8 +55,8 @@ def pair_products(x: Tensor, y: Tensor) -> Tensor:
 class SoftmaxStats(NamedTuple):
     """Statistics of the logits of M rows against N columns, float32 (float64 for float64 features).
 
-    A sum is that of 2^(logit - maximum) over all logits but those of pairs. With the shared shift, this one number
-    stands in the place of every maximum.
+    A sum is the sum of 2^(logit - maximum) over all logits except those of pairs. With the shared shift, every maximum
+    is this one number.
     """
 
     row_max: Tensor  # [M]
@@ -77,7 +78,7 @@ class SoftmaxStats(NamedTuple):
 
 
 class PairTerms(NamedTuple):
-    """What follows for rows (or columns) that have a positive, each [P]."""
+    """The loss and the terms of its gradient, for rows (or columns) that have a positive; each field is [P]."""
 
     nll: Tensor  # the loss: minus the logarithm of the positive's probability
     inv_denom: Tensor  # 1 / (others + positive), in units of 2^-maximum
@@ -85,10 +86,10 @@ class PairTerms(NamedTuple):
 
 
 class Normalizers(NamedTuple):
-    """What turns logits into G: G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j.
+    """The vectors from which G is computed: G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j.
 
-    ``row`` [2 or more, M] has the maxima of the rows, then their inv_denom; ``col`` [2 or more, N] those of the
-    columns. What stands below these two is not used for G.
+    ``row`` [2 or more, M] has the maxima of the rows, then their inv_denom. ``col`` [2 or more, N] has the same of the
+    columns. Further entries of ``row`` and ``col`` are not used for G.
     """
 
     row: Tensor
@@ -109,10 +110,10 @@ def new_stats(x: Tensor, y: Tensor) -> SoftmaxStats:
 
 
 def shared_shift(logit_scale: Tensor) -> Tensor:
-    """Return one shift [] for all rows and columns, such that no 2^(logit - shift) of unit features overflows.
+    """Return one shift [] for all rows and columns with which no 2^(logit - shift) of unit features overflows.
 
-    For a scale of up to 78 none of them underflows either. The shift is a whole number, and 0 for as long as possible,
-    so that the subtraction does not round.
+    For scales of up to 78 no power underflows either. The shift is a whole number, and 0 for all scales that permit it;
+    then the subtraction does not round.
     """
     return ((logit_scale.abs() * LOG2E).ceil() - HEADROOM).clamp(min=0)
 
@@ -122,7 +123,7 @@ def is_exact(*sums: Tensor) -> Tensor:
     checks = []
     for total in sums:
         if total.numel() > 0:
-            least, largest = torch.aminmax(total)  # NaN if there is one
+            least, largest = torch.aminmax(total)  # both are NaN if a sum is NaN
             checks.append((least >= LEAST_SUM) & (largest < float("inf")))
     if not checks:
         return torch.ones((), dtype=torch.int8, device=sums[0].device)
@@ -130,7 +131,9 @@ def is_exact(*sums: Tensor) -> Tensor:
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return maximum and sum over several blocks, given those of each block; sums are added in the order given."""
+    """Return the maximum and the sum over several blocks of logits from those of each block, added in the given
+    order.
+    """
     maximum = torch.stack([part_max for part_max, _ in parts]).amax(0)
     pivot = finite(maximum)
     total = torch.zeros_like(maximum)
@@ -140,27 +143,28 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def finite(maximum: Tensor) -> Tensor:
-    """Return the maxima with 0 for -inf: where every logit is -inf, the logit minus its maximum would be NaN."""
+    """Return the maxima of logits with 0 in place of -inf: otherwise -inf minus its maximum -inf would be NaN."""
     return maximum.where(maximum > float("-inf"), 0)
 
 
 def pair_terms(maximum: Tensor, total: Tensor, positive: Tensor) -> PairTerms:
     """Return loss, inv_denom and one_minus_p of rows (or columns) with these statistics and positives, all [P]."""
-    # log2(total) would be rounded in proportion to its size. frexp splits it: the whole part is added to the maximum's
-    # distance without rounding where the two cancel, and only a logarithm in [-1, 0] is rounded.
+    # The rounding error of log2(total) would be proportional to its size. Therefore frexp splits total: the exponent is
+    # combined with the distance, without rounding if the two cancel, and only a logarithm in [-1, 0] is rounded.
     mantissa, exponent = torch.frexp(total)
     distance = positive - maximum
     others = ((exponent - distance) + mantissa.log2()) * LN2  # log(others / positive)
     inv_denom = (total + distance.exp2()).reciprocal()
-    # Above the threshold, log(1 + e^x) is x for every digit of float64.
+    # Above the threshold, log(1 + e^x) equals x to the last digit of float64.
     return PairTerms(F.softplus(others, threshold=50.0), inv_denom, others.sigmoid())
 
 
 def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean loss of the pairs (i, i + offset), in ``both`` directions or of the rows only, and for rows
-    [3, M] and columns [3, N] maximum, inv_denom and one_minus_p, summed over the directions of the loss.
+    """Return the mean loss of the pairs (i, i + offset), in ``both`` directions or of the rows only.
 
-    inv_denom and one_minus_p are 0 without a pair; so is inv_denom of columns without a direction.
+    Also return maximum, inv_denom and one_minus_p for rows [3, M] and for columns [3, N]; one_minus_p is summed over
+    the directions of the loss. inv_denom and one_minus_p are 0 in a row or column without a pair. If the loss has only
+    the direction of the rows, inv_denom of the columns is 0 too.
     """
     paired, partners = pairs_in(len(stats.row_max), len(stats.col_max), offset)
     maximum = torch.stack([stats.row_max[paired], stats.col_max[partners]])  # [2, P]
@@ -174,7 +178,9 @@ def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor
 
 
 def _with_pairs(maximum: Tensor, inv_denom: Tensor | None, one_minus_p: Tensor, pairs: slice) -> Tensor:
-    """Return [3, N]: maximum [N], inv_denom and one_minus_p [P]; these two are 0 but for the pairs, as is None."""
+    """Return [3, N] from maximum [N] and the pairs' inv_denom and one_minus_p [P]; these are 0 without a pair or if
+    None.
+    """
     if inv_denom is not None and len(maximum) == len(one_minus_p):
         return torch.stack([maximum, inv_denom, one_minus_p])
     result = maximum.new_zeros(3, len(maximum))

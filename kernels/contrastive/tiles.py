@@ -1,8 +1,9 @@
-"""Triton functions on tiles of logits or of G, which the kernels of the losses share.
+"""Triton functions on tiles of logits or of G, which the kernels of the contrastive losses share.
 
 ``sum_segment`` and ``grad_segment`` walk down a column of tiles, on GPUs with tensor descriptors. The steps of all
-their tiles are one loop, so that the first operands of a tile arrive while the last one is still used. The vectors of
-the columns stay in registers all the way. The kernels that call these functions have the equations.
+tiles of a segment form one loop, so the first operands of a tile are loaded while the tile before is still computed.
+The vectors of the columns stay in registers for the whole segment. The kernels that call these functions state the
+equations.
 """
 
 import triton
@@ -65,8 +66,8 @@ def without_pairs(
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    # Most tiles hold no pair and no edge, and masks would cost them time. One mask after the other needs fewer
-    # registers than all at once.
+    # Most tiles hold no pair and no edge, so they skip the masks. The masks are applied one after the other, since this
+    # needs fewer registers than all of them at once.
     if has_pairs(start_m, start_n, offset, BLOCK_M, BLOCK_N):
         paired = offs_m + offset
         is_pair = paired[:, None] == offs_n[None, :]  # [BM, BN]
@@ -112,12 +113,16 @@ def sum_segment(
     x, y, scale_ptr, row_sum_ptr, col_sum_ptr, M, N, D, offset, num_segments, tiles, log2e,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of a segment's rows, tile by tile, and those of its columns."""
+    """Store the sums of 2^(logit - shift) over the rows and over the columns of a segment of tiles.
+
+    The sums of the rows are stored for each tile, and the sums of the columns for the whole segment.
+    """
     segment, pid_n = tl.program_id(0) % num_segments, tl.program_id(0) // num_segments
     factor = tl.load(scale_ptr) * log2e
     shift = shared_shift(factor)
-    # The warps hold WARP_ROWS rows of a product at a time, 16 each, and a thread the rows r and r + 8 of its warp's. To
-    # sum what a thread holds takes no exchange between threads; these sums are added once, after the last tile.
+    # All warps together hold WARP_ROWS rows of a product at a time, 16 each. A thread holds the rows r and r + 8 of its
+    # warp's 16. Adding the elements of one thread takes no exchange between threads. The sums of different threads are
+    # added once, after the last tile.
     col_sum = tl.zeros((WARP_ROWS // 16, 8, BLOCK_N), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(D, BLOCK_K)
@@ -131,8 +136,9 @@ def sum_segment(
         y_tile = y.load([pid_n * BLOCK_N, step * BLOCK_K])  # [BN, BK]
         acc = tl.dot(x_tile, y_tile.T, acc, input_precision="ieee")
         if step == steps - 1:
-            # The accumulator must be used before ``without_pairs`` branches: in a branch, the compiler would wait for
-            # the product on one of the two ways only. To store the pairs here as well would take the last registers.
+            # The accumulator must be used before the branch in ``without_pairs``: otherwise the compiler would wait for
+            # the product in only one of the two paths. Storing the pairs here as well would need more registers than
+            # there are.
             logits = acc * factor
             logits = without_pairs(logits, None, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
             p = tl.exp2(logits - shift)  # [BM, BN]
@@ -148,7 +154,10 @@ def sum_segment(
 
 @triton.jit
 def tile_with_pairs(tile, offset, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr):
-    """Return row and column of a tile that may hold pairs, and whether it may: ``tile`` counts ``SPAN`` in each row."""
+    """Return row and column of the ``tile``-th candidate for a tile with pairs, and whether it is such a tile.
+
+    There are ``SPAN`` candidates in each row of tiles.
+    """
     pid_m = tile // SPAN
     pid_n = tl.maximum(pid_m * BLOCK_M + offset, 0) // BLOCK_N + tile % SPAN
     is_one = has_pairs(pid_m * BLOCK_M, pid_n * BLOCK_N, offset, BLOCK_M, BLOCK_N) & (pid_n * BLOCK_N < N)
@@ -161,13 +170,14 @@ def grad_segment(
     M, N, D, offset, num_segments, tiles, log2e, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Store grad_scale * G of a segment but for its tiles with pairs; return the sum of its products with cosines."""
+    """Store grad_scale * G of a segment of tiles, except in tiles with pairs; return the sum of G times the cosines."""
     segment, pid_n = tl.program_id(0) % num_segments, tl.program_id(0) // num_segments
     start_n = pid_n * BLOCK_N
     factor = tl.load(scale_ptr) * log2e
     offs_n = start_n + tl.arange(0, BLOCK_N)
     col_inv_denom = tl.load(col_inv_denom_ptr + offs_n, mask=offs_n < N, other=0.0) * grad_scale
-    # A thread holds two neighbours of each 8 columns of a product: to add these, of all groups of 8, takes no exchange.
+    # A thread holds two neighbours of each group of 8 columns of a product. Adding these over all groups takes no
+    # exchange between threads.
     scale_sum = tl.zeros((BLOCK_M, 4), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(D, BLOCK_K)
@@ -178,7 +188,8 @@ def grad_segment(
         if step == 0:
             pid_m += 1
         start_m = pid_m * BLOCK_M
-        # Only what the last step loads is used, but a load in the branch below would be waited for.
+        # Only the vectors that are loaded in the last step of a tile are used. They are loaded in every step, because a
+        # load in the branch below would have to be waited for.
         offs_m = start_m + tl.arange(0, BLOCK_M)
         row_inv_denom = tl.load(row_inv_denom_ptr + offs_m, mask=offs_m < M, other=0.0) * grad_scale
         x_tile = x.load([start_m, step * BLOCK_K])  # [BM, BK]
@@ -187,8 +198,8 @@ def grad_segment(
         if step == steps - 1:
             is_left_out = has_pairs(start_m, start_n, offset, BLOCK_M, BLOCK_N)
             before = scale_sum
-            # To leave a tile out by a branch would cost registers in all tiles. The descriptor stores nothing past the
-            # last row.
+            # A branch that skips a tile would cost registers in all tiles. Instead, a tile that is left out gets a row
+            # past the end, where the descriptor stores nothing.
             scale_sum = _store_parts(
                 grad, acc, scale_sum, factor, row_inv_denom, col_inv_denom, tl.where(is_left_out, M, start_m), start_n,
                 BLOCK_M, BLOCK_N, PARTS,
@@ -205,7 +216,7 @@ def _store_parts(
 ):  # fmt: skip
     """Store grad_scale * G for cosines [BM, BN], one part of the columns after the other.
 
-    Return ``scale_sum`` [BM, 4], and what they add to it.
+    Return ``scale_sum`` [BM, 4] with the products of G and the cosines added.
     """
     if PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2

@@ -1,4 +1,5 @@
-"""Layer norm on the CPU: PyTorch's own, in float32 at least, since in 16 bits it would round the sums over rows.
+"""Layer norm on the CPU by PyTorch's own functions, in float32 or wider: in 16 bits they would round the sums over
+rows.
 
 The functions have the arguments and results of those in ``launches``; with float64 input they compute in float64.
 """
@@ -12,7 +13,7 @@ from ..dtypes import accumulate_dtype
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute y, s (empty without a residual), and mean and rstd [M] of each row."""
+    """Compute the layer norm y, the sum s (empty without a residual), and mean and rstd [M] of each row."""
     s = x if residual is None else torch.add(x, residual).to(residual.dtype).contiguous()
     dtype = accumulate_dtype(s.dtype)
     y, mean, rstd = torch.native_layer_norm(s.to(dtype), s.shape[1:], weight.to(dtype), bias.to(dtype), eps)
@@ -22,7 +23,7 @@ def forward(
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ds, dx (empty where it has the dtype of ds), and dw and db [2, N] (empty unless ``with_sums``)."""
+    """Compute ds, dx (empty if it has the dtype of ds), and dw and db [2, N] (empty unless ``with_sums``)."""
     dtype = accumulate_dtype(s.dtype)
     weight = weight.to(dtype)
     ds, *sums = torch.ops.aten.native_layer_norm_backward(

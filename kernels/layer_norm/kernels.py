@@ -1,8 +1,8 @@
 """Triton kernels of the layer norm. Each program walks tiles of whole rows, which stay in registers.
 
-The width N is known when a kernel is compiled: columns past it, which make a tile as wide as a power of two, then cost
-neither instructions nor registers where all columns of a register are such. For this they are zero in all that is
-computed from them, by ``tl.where`` and not by the load, of which the compiler knows nothing.
+A tile is as wide as the next power of two, so it may have padding columns past the width N. N is known when a kernel is
+compiled. A register that holds only padding then takes no instructions, and is left out. For this the compiler must see
+that padding is zero in every intermediate result. ``tl.where`` shows it that; the mask of a load does not.
 """
 
 import triton
@@ -11,9 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def centred_rows(s, mask_n, N: tl.constexpr, eps):
-    """Return rows [BM, BN] less their means, the means [BM], and the rstds [BM]. Past its end, a row must be zero."""
+    """Return rows [BM, BN] minus their means, the means [BM], and the rstds [BM]. A row must be zero past its end."""
     mean = tl.sum(s, 1) / N
-    # around the mean, since E[s^2] - mean^2 cancels; what lies past the end of a row must not count
+    # The variance is computed around the mean, since E[s^2] - mean^2 would cancel. Elements past the end of a row must
+    # not count.
     centred = tl.where(mask_n[None, :], s - mean[:, None], 0.0)
     return centred, mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / N + eps)
 
@@ -22,7 +23,7 @@ def centred_rows(s, mask_n, N: tl.constexpr, eps):
 def grad_of_rows(dy, weight, normed, rstd, N: tl.constexpr):
     """Return ds [BM, BN] from dy, weight and normalised rows; ``dy`` and ``normed`` are zero past the end of a row."""
     g = dy * weight
-    # both sums together, so that the warps of a program wait for each other once
+    # Both sums are computed together, so the warps of a program wait for each other only once.
     g_mean, g_slope = tl.split(tl.sum(tl.join(g, g * normed), 1) / N)
     return (g - g_mean[:, None] - normed * g_slope[:, None]) * rstd
 
@@ -41,7 +42,7 @@ def _layer_norm_fwd_kernel(
     stride_xm, stride_xn, stride_rm, stride_rn,
     N: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk tiles of whole rows, so that weight and bias are loaded once."""
+    """Add the residual and normalise, tile by tile of whole rows; a program loads weight and bias once."""
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
@@ -81,12 +82,12 @@ def _layer_norm_bwd_kernel(
     N: tl.constexpr, HAS_GRAD_S: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk tiles of whole rows, and keep this program's part of the sums over rows."""
+    """Compute ds and dx tile by tile of whole rows, and this program's part of the sums over rows, dw and db."""
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
     columns = offs_n.to(tl.int64)[None, :]
-    # one sum for each row of the tile; these are added up at the end
+    # Each row of the tile has its own sum. The sums of the rows are added up at the end.
     acc_dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.program_id(0).to(tl.int64)

@@ -11,8 +11,8 @@ from ..configs import RowConfig, row_config
 from ..launch import arch_of, launch, programs_at_once
 from .kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
 
-# Registers of a thread, about, where a configuration sets no limit. Parameters stay in registers, and in backward the
-# sums over rows for their gradients.
+# About how many registers a thread takes if a configuration sets no limit. Parameters stay in registers, and so do the
+# sums over rows for their gradients in the backward kernel.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
 
 
@@ -36,7 +36,7 @@ def row_tiles(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, d
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute y, s (empty without a residual), and mean and rstd [M] of each row."""
+    """Compute the layer norm y, the sum s (empty without a residual), and mean and rstd [M] of each row."""
     num_rows = x.shape[0]
     stream = x if residual is None else residual
     y = x.new_empty(x.shape)
@@ -54,7 +54,7 @@ def forward(
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ds, dx (empty where it has the dtype of ds), and dw and db [2, N] (empty unless ``with_sums``)."""
+    """Compute ds, dx (empty if it has the dtype of ds), and dw and db [2, N] (empty unless ``with_sums``)."""
     num_rows, width = s.shape
     with_dx = grad_y.dtype != s.dtype
     cfg, programs, tile = row_tiles("layer_norm_bwd", s, BWD_REGISTERS)

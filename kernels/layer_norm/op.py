@@ -8,7 +8,8 @@ Per row, with width N and, where a residual is given, s = x + residual rounded o
     g_n = dy_n w_n              ds_n = rstd (g_n - mean(g) - x^_n mean(g x^)) + the gradient that arrives through s
     dw_n = sum over rows of dy_n x^_n                  db_n = sum over rows of dy_n
 
-The norm takes s as it is stored, rounded: y is a function of that, so the backward pass has all it needs.
+The norm is computed from the rounded s that is stored. So y is a function of the stored s, which is all that the
+backward pass needs.
 
 Bytes for M rows: forward 2 M N items, with a residual 4 M N; backward 3 M N, with a residual 4 M N: every tensor is
 read or written once, and a row stays in registers. Statistics and sums are in float32.
@@ -34,7 +35,7 @@ MAX_WIDTH = WIDTHS[-1]
 
 
 def check_eps(op: str, name: str, eps: float) -> None:
-    """Refuse what cannot be added to a variance.
+    """Refuse an eps that cannot be added to a variance.
 
     Raises:
         TypeError: not a number.
@@ -47,7 +48,7 @@ def check_eps(op: str, name: str, eps: float) -> None:
 
 
 def check_width(op: str, x: Tensor) -> None:
-    """Refuse rows that do not fit into the registers of a program.
+    """Refuse rows that the layer norm's kernels cannot hold in the registers of a program.
 
     Raises:
         ValueError: an empty row, or one that is too wide.
@@ -60,7 +61,7 @@ def check_width(op: str, x: Tensor) -> None:
 def _layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, s (empty without a residual), and mean and rstd [...] of each row."""
+    """Return the layer norm y, the sum s (empty without a residual), and mean and rstd [...] of each row."""
     path = launches if triton_runs_on(x.device) else cpu
     y, s, mean, rstd = path.forward(as_rows(x), None if residual is None else as_rows(residual), weight, bias, eps)
     rows = x.shape[:-1]
@@ -83,7 +84,7 @@ def _layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of s, of x, and of weight and bias in float32 [2, N].
 
-    That of x is empty where it has the dtype of s, and those of the parameters are empty unless ``with_sums``.
+    The gradient of x is empty if it has the dtype of s, and those of the parameters are empty unless ``with_sums``.
     """
     path = launches if triton_runs_on(s.device) else cpu
     rows_of_s = None if grad_s is None else as_rows(grad_s)
@@ -113,7 +114,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None, *_: None) 
     if not ctx.has_sum:
         grad_s = None  # a compiled graph makes a gradient even for the empty tensor that stands for s
     if grad_y is None:
-        # only the sum was used
+        # Only the sum s was used, not the norm.
         return grad_s if grad_s is None else grad_s.to(ctx.x_dtype), grad_s, None, None, None
     s, weight, mean, rstd = ctx.saved_tensors
     with_sums = any(ctx.needs_input_grad[2:4])

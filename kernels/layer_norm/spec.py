@@ -1,4 +1,4 @@
-"""The specification of layer norm: sizes, inputs, cases, floors, and what ships."""
+"""The specification of layer norm: sizes, inputs, cases, floors, and the calls that are compiled offline."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ class NormShape(RowShape):
 
 
 def make(shape: NormShape, values: str, draw: Draw) -> Call:
-    """Make rows, the parameters, and one gradient for each result."""
+    """Make the inputs of a layer norm: rows, parameters, and an upstream gradient for each result."""
     inputs = {"x": rows_of(shape, values, draw), "weight": draw.normal(shape.width), "bias": draw.normal(shape.width)}
     if shape.residual:
         inputs["residual"] = rows_of(shape, values, draw)
@@ -28,7 +28,7 @@ def make(shape: NormShape, values: str, draw: Draw) -> Call:
 
 
 def rows_of(shape: RowShape, values: str, draw: Draw) -> Tensor:
-    """Make rows whose mean is not zero, or what ``values`` asks for."""
+    """Make rows for a layer norm: with a mean that is not zero, or of the kind that ``values`` names."""
     x = draw.normal(shape.rows, shape.width) + 0.5
     if values == "zeros":
         x.zero_()
@@ -47,16 +47,16 @@ def rows_of(shape: RowShape, values: str, draw: Draw) -> Tensor:
 
 
 def gradients(shape: RowShape, values: str, draw: Draw, results: int) -> tuple[Tensor, ...]:
-    """Make a gradient for each result; for rows of zeros it is 1 or -1, so that its sums are exact."""
+    """Make an upstream gradient for each result; for rows of zeros its elements are 1 or -1, whose sums are exact."""
     grads = tuple(draw.normal(shape.rows, shape.width) for _ in range(results))
     return tuple(grad.sign() for grad in grads) if values == "zeros" else grads
 
 
 def floor(shape: NormShape, itemsize: int, backward: bool) -> Floor:
-    """Count float32 parameters, and mean and rstd of each row in float32.
+    """Count the work of a layer norm, with parameters, means and rstds in float32.
 
-    Forward reads what is added and writes the result and the sum. Backward reads what was normalised, the gradient of
-    each result and the weight; it writes one gradient for all that was added, and those of both parameters.
+    Forward reads x and the residual, and writes the norm and the sum. Backward reads the sum, the gradient of each
+    result and the weight; it writes one gradient for both x and the residual, and the gradients of both parameters.
     """
     tensors = (4 if shape.residual else 3) if backward else (4 if shape.residual else 2)
     parameters = (3 if backward else 2) * shape.width * 4
@@ -64,7 +64,7 @@ def floor(shape: NormShape, itemsize: int, backward: bool) -> Floor:
     return Floor(flops, tensors * shape.elements * itemsize + parameters + 8 * shape.rows)
 
 
-FEW = 6  # draws to judge as one: the errors of narrow rows are those of a few sums
+FEW = 6  # draws that are judged as one, since narrow rows have few sums whose errors can be compared
 
 
 def cases(sized: Callable[[int, int], RowShape]) -> list[Case]:
@@ -99,25 +99,27 @@ def cases(sized: Callable[[int, int], RowShape]) -> list[Case]:
 
 after_residual = functools.partial(NormShape, residual=True)
 
-# tokens and width of the image towers L/14, B/16, H/14 and bigG/14, and how many images are measured together
+# The number of tokens and the width of the image towers L/14, B/16, H/14 and bigG/14.
 TOWERS = ((257, 1024), (197, 768), (257, 1280), (257, 1664))
 IMAGES = {"cpu": 4, "cuda": 256}
 
 
 def towers(device_type: str, sized: Callable[[int, int], RowShape]) -> tuple[RowShape, ...]:
-    """Return the shape of one layer of each image tower."""
+    """Return the shape of one layer norm of each image tower, for benchmarks."""
     return tuple(sized(IMAGES[device_type] * tokens, width) for tokens, width in TOWERS)
 
 
 def target(op: str, shape: RowShape) -> Target:
-    """Return both kernels of an op, to be tuned at a shape: a tile has up to four rows, as wide as the entry allows."""
+    """Return the tuning target of a layer norm's two kernels at a shape: a tile holds up to four rows of the widest
+    size.
+    """
     widest = min(limit for limit in WIDTHS if shape.width <= limit)
     axes = {"block_m": (1, 2, 4), "block_n": (widest,), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3)}
     kernels = Tunable.named(RowConfig, f"{op}_bwd", f"{op}_fwd", axes=axes, per_width=True)
     return Target(f"{op}-{widest}", shape, kernels)
 
 
-# 256 images of L/14 and of bigG/14; no model is as wide as the others
+# 256 images of L/14 and of bigG/14; the other two widths occur in no published model.
 TUNED_SHAPES = (65792, 1024), (65792, 1664), (16384, 4096), (8192, 8192)
 
 SPECS = (
@@ -134,7 +136,8 @@ SPECS = (
         items=("rows", "rows"),
         float32=("weight", "bias"),
         follows_autocast=False,
-        # B, L, H and bigG; the widest of all; a 16-bit x that is added to a float32 stream, as under autocast
+        # The widths of B, L, H and bigG; the largest width; and a 16-bit x that is added to a float32 residual stream,
+        # as under autocast.
         shipped=(
             *(Shipped(f"residual N{width}", after_residual(64, width)) for width in (768, 1280, 1664, 4096)),
             *(Shipped(f"residual N{width}", after_residual(64, width), ("bf16", "fp32")) for width in (1024, 8192)),

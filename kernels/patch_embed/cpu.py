@@ -1,4 +1,4 @@
-"""The patch embedding on a CPU: the same functions as in ``launches``, by PyTorch.
+"""The patch embedding on a CPU: the same functions as in ``launches``, in PyTorch.
 
 Products are taken in float32 or more. Dropped patches are not gathered, so that memory stays as small as on a GPU.
 """
@@ -37,7 +37,7 @@ def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> T
     if keep is None:
         return grad.sum(0, dtype=dtype)
     out = grad.new_zeros(1 + num_patches, grad.shape[2], dtype=dtype)
-    # The order of the sum is fixed: it goes image by image, and a position is at most once in each.
+    # The order of the sum is fixed: it goes image by image, and each position occurs at most once in an image.
     for positions, gradient in zip(_positions(keep), grad, strict=True):
         out[positions] += gradient
     return out

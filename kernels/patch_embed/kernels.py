@@ -1,7 +1,7 @@
 """The Triton kernels of the patch embedding; ``op`` has the equations.
 
-A row of a product is a token. Token 1 + i of an image is its patch i or, where patches are dropped, its patch keep[i].
-The number of the patch is known before a pixel is loaded, so that dropped patches are never read.
+A row of a product is a token. Token 1 + i of an image is its patch i or, if patches are dropped, its patch keep[i].
+The index of the patch is known before a pixel is loaded, so dropped patches are never read.
 """
 
 import triton
@@ -14,10 +14,10 @@ def _image_and_index(
     offsets,  # [R] int32
     PER_IMAGE,
 ):  # fmt: skip
-    """Return the image of each row ``first + offsets``, int64, and its index there, int32, if each image has PER_IMAGE.
+    """Return the image of each row ``first + offsets``, int64, and the row's index in the image, int32.
 
-    A division in 64 bits is a call of a function. Here only numbers that are the same for a whole program are divided
-    so, and the compiler takes them out of loops.
+    Each image has PER_IMAGE rows. A division in 64 bits is a function call. Only numbers that are the same for a whole
+    program are divided in 64 bits here, and the compiler moves these divisions out of loops.
     """
     index = (first % PER_IMAGE).to(tl.int32) + offsets
     return first // PER_IMAGE + index // PER_IMAGE, index % PER_IMAGE
@@ -31,7 +31,9 @@ def _kept_patch(
     KEPT, NUM_PATCHES,
     HAS_KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return the patch that is kept as the index-th of its image, [R], and whether the image has such a patch, [R]."""
+    """Return the index-th kept patch of each row's image, [R], and whether the image has a patch with that
+    number, [R].
+    """
     patch = index
     if HAS_KEEP:
         patch = tl.load(keep_ptr + image * KEPT + index, mask=mask, other=-1)
@@ -77,13 +79,13 @@ def _load_pixels(pointers, mask, dtype: tl.constexpr, IS_UINT8: tl.constexpr):
 @triton.jit
 def tokens_of_sums(
     acc,  # [BM, BN] fp32
-    position,  # [BM], -1 where an index is no patch's
+    position,  # [BM], -1 for an index that belongs to no patch
     offs_n, mask_n,  # [BN]
     mask,  # [BM, BN]
     bias_ptr, class_ptr, pos_ptr, E,
     HAS_KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return sums of products with the class token or the bias added, and the positions."""
+    """Return tokens from the products of patches and weight: add the class token or the bias, and the positions."""
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
     class_token = tl.load(class_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     acc += tl.where((position == 0)[:, None], class_token[None, :], bias[None, :])
@@ -109,7 +111,7 @@ def _patch_embed_fwd_kernel(
     PATCH_SIZE: tl.constexpr, IS_UINT8: tl.constexpr, HAS_KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK_M tokens x BLOCK_N dimensions. The class token is a row without pixels."""
+    """Compute BLOCK_M tokens x BLOCK_N dimensions of the patch embedding. The class token is a row without pixels."""
     num_n = tl.cdiv(E, BLOCK_N)
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -119,7 +121,7 @@ def _patch_embed_fwd_kernel(
     image = offs_m // T
     patch, has_pixels = _kept_patch(keep_ptr, image, token - 1, is_patch, T - 1, NUM_PATCHES, HAS_KEEP)
     first_pixel = images_ptr + _patch_offsets(image, patch, GRID_W, stride_ib, stride_ih, stride_iw, PATCH_SIZE)  # [BM]
-    # The loop needs only one number for each row: its position, or -1 where the index is no patch's.
+    # The loop needs only one number for each row: its position, or -1 if its index belongs to no patch.
     position = token
     if HAS_KEEP:
         position = tl.where(has_pixels, patch + 1, tl.where(is_patch, -1, 0))
@@ -183,7 +185,7 @@ def _token_of_position_kernel(
     B, KEPT, NUM_PATCHES,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write token[p, b], the token of image b that position p was added to; -1 stays where its patch was dropped."""
+    """Write token[p, b], the token of image b to which position p was added; it stays -1 if the patch was dropped."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     image, token = tokens // (1 + KEPT), tokens % (1 + KEPT)
     mask = image < B
@@ -203,13 +205,13 @@ def _patch_embed_bwd_pos_kernel(
     stride_gb, stride_gt, stride_ge,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sum dpos of one position image by image, so that each row of the tokens' gradient is read once."""
+    """Compute the gradient of one position, image by image, so that each row of the tokens' gradient is read once."""
     num_e = tl.cdiv(E, BLOCK_N)
     position = (tl.program_id(0) // num_e).to(tl.int64)
     offs_e = tl.program_id(0) % num_e * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_e = offs_e < E
     columns = offs_e.to(tl.int64)[None, :] * stride_ge
-    # Each row of the tile has its own sum, so that loads overlap; the rows are added at the end.
+    # Each row of the tile has its own sum, so that loads overlap. The sums of the rows are added up at the end.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_b in tl.range(0, B, BLOCK_M, num_stages=NUM_STAGES):
         image = (start_b + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -231,7 +233,9 @@ def _patch_embed_bwd_images_kernel(
     PATCH_SIZE: tl.constexpr, HAS_KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute dpixels = g W and store it where forward read. A pixel is in one patch, so it has one writer."""
+    """Compute dpixels = g W and store it at the pixels that forward read. A pixel is in one patch, so it has one
+    writer.
+    """
     num_n = tl.cdiv(K, BLOCK_N)
     start_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M
     rows = start_m + tl.arange(0, BLOCK_M)

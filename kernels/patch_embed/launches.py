@@ -1,4 +1,4 @@
-"""The launches of the patch embedding's Triton kernels that gather patches as they multiply them."""
+"""The launches of the patch embedding's Triton kernels that gather the pixels of patches within the product."""
 
 import torch
 import triton
@@ -15,10 +15,11 @@ from .kernels import (
     _token_of_position_kernel,
 )
 
-# The gradient of the weight is a sum over patches, which is split among at most so many programs of so many patches.
+# The gradient of the weight is a sum over patches. It is split into at most MAX_SPLITS partial sums, each over at least
+# the number of patches in the next line.
 MAX_SPLITS = 32
 PATCHES_PER_SPLIT = 1024
-TOKENS_PER_PROGRAM = 512  # of the kernel that finds the token of each position: a few for each thread
+TOKENS_PER_PROGRAM = 512  # in the kernel that finds the token of each position; a thread takes a few of them
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 

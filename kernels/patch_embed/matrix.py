@@ -1,4 +1,4 @@
-"""The launches of the patch embedding for patches that are laid out as a matrix; ``matrix_kernels.py`` says why."""
+"""The launches of the patch embedding for patches that are laid out as a matrix; ``matrix_kernels.py`` explains why."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,8 +12,8 @@ from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
 from .matrix_kernels import _fold_kernel, _lay_out_kernel, _tokens_kernel, _unfold_grad_kernel, _weight_sums_kernel
 
-# Images are taken in groups whose patches take at most so many bytes: few enough to be found, and so many that the
-# ends of the launches do not show.
+# Images are taken in groups whose patches take at most this many bytes. This is little enough for free GPU memory, and
+# enough for the idle time at the end of each launch not to matter.
 GROUP_BYTES = 256 * 2**20
 # Columns that a program of the first product stores at a time: those of a whole tile would take too many registers.
 PART_COLS = 64
@@ -21,7 +21,9 @@ BLOCK = 256  # pixels of a channel that the kernels of the weight take at a time
 
 
 def is_laid_out(images: Tensor, dtype: torch.dtype, embed_dim: int) -> bool:
-    """Return whether products of ``dtype`` take patches that are laid out, which descriptors bring."""
+    """Return whether patches are laid out as a matrix for products of ``dtype``, which load it by tensor
+    descriptors.
+    """
     arch = architecture(arch_of(images.device))
     return arch.multiplies_from_shared and dtype.itemsize == 2 and embed_dim % 8 == 0 and images.numel() > 0
 
@@ -61,11 +63,11 @@ def backward_weight(
     grad: Tensor, images: Tensor, weight: Tensor, factors: tuple[Sequence[float], Sequence[float]],
     bias_grad: Tensor, keep: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the weight in float32, with ``bias_grad`` the sum of the gradients of all patches."""
+    """Return the gradient of the projection in float32; ``bias_grad`` is the sum of the gradients of all patches."""
     (_, tokens, embed_dim), patch_size, k = grad.shape, weight.shape[-1], weight[0].numel()
     cfg = gemm_config("patch_embed_weight_sums", arch_of(images.device), grad.dtype)
     tiles = triton.cdiv(embed_dim, cfg.block_m) * triton.cdiv(k, cfg.block_n)
-    # as many as make the programs of all tiles fill the GPU once
+    # With this number of splits, the programs of all tiles fill the GPU once.
     splits = max(1, multiprocessors(images.device, RECORDED_MULTIPROCESSORS) // tiles)
     grad, partials = _aligned(grad.contiguous()), []
     for group, patches in _groups(images, keep, tokens, patch_size, grad.dtype):
@@ -92,10 +94,12 @@ def backward_weight(
 def _groups(
     images: Tensor, keep: Tensor | None, tokens: int, patch_size: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield groups of images, and their patches as a matrix with a row for each token, in memory that is used again."""
+    """Yield groups of images, and their patches as a matrix with a row for each token; all groups use the same
+    memory.
+    """
     batch, k = len(images), images.shape[1] * patch_size**2
     group = min(batch, max(1, GROUP_BYTES // (tokens * k * dtype.itemsize)))
-    group = triton.cdiv(batch, triton.cdiv(batch, group))  # about equally many in each
+    group = triton.cdiv(batch, triton.cdiv(batch, group))  # so that all groups are about equally large
     patches = new_rows(images, group * tokens, k, dtype)
     cfg = row_config("patch_embed_rows", arch_of(images.device), dtype)
     height, width = images.shape[2] // patch_size, images.shape[3] // patch_size

@@ -1,8 +1,9 @@
 """The Triton kernels of the patch embedding on GPUs with tensor descriptors; ``op`` has the equations.
 
-Patches are first laid out as a matrix, a row for each token, in the dtype of the products. Then both products are plain
-ones whose tiles come through descriptors. To gather and convert pixels within the products, as ``kernels.py`` does,
-would repeat it for each tile of the embedding, and takes longer than the products themselves.
+Patches are first laid out as a matrix, a row for each token, in the dtype of the products. Both products are then plain
+matrix products, whose tiles are loaded through descriptors. If pixels were gathered and converted within the products,
+as in ``kernels.py``, this work would be repeated for each tile of the embedding, and would take longer than the
+products.
 """
 
 import triton
@@ -23,7 +24,7 @@ def _lay_out_kernel(
     PATCH_SIZE: tl.constexpr, IS_UINT8: tl.constexpr, HAS_KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write the pixels of BLOCK_M tokens, BLOCK_N at a time; zeros for the class token and for an index of no patch."""
+    """Lay out the pixels of BLOCK_M tokens, BLOCK_N at a time; zeros for the class token and an index of no patch."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     image, index = (offs_m // T).to(tl.int64), offs_m % T - 1
     patch, has_pixels = _kept_patch(
@@ -47,7 +48,9 @@ def _fold_kernel(
     K, stride_f,
     GAINS: tl.constexpr, SHIFTS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute W' = gain_c W and b' = sum of shift_c W for one dimension of the embedding, in channels of PIXELS."""
+    """Compute W' = gain_c W and b' = sum of shift_c W for one dimension of the embedding; a channel has PIXELS
+    weights.
+    """
     e = tl.program_id(0).to(tl.int64)
     bias = 0.0
     for c in tl.static_range(len(GAINS)):

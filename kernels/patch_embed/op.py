@@ -61,13 +61,18 @@ def _unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], 
 
 
 def _factors(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return what the weights of each channel are multiplied by, and what each weight adds to the bias."""
+    """Return for each channel the gain that its weights are multiplied by, and the factor with which they enter the
+    bias.
+
+    Both fold the normalisation of bytes into the projection.
+    """
     if images.dtype == torch.uint8:
         return _gains(std), _shifts(mean, std)
     return [1.0] * images.shape[1], [0.0] * images.shape[1]
 
 
 def _gains(std: Sequence[float]) -> list[float]:
+    """Return the gain of each channel, 128 / (255 std), for the folded normalisation."""
     return [128 / (255 * s) for s in std]
 
 
@@ -76,12 +81,15 @@ def _shifts(mean: Sequence[float], std: Sequence[float]) -> list[float]:
 
 
 def _scale_channels(weight: Tensor, factors: Sequence[float]) -> Tensor:
-    # The factors stay numbers, since a tensor of them would be copied to the device, which a CUDA graph cannot capture.
+    """Multiply the projection's weights of each channel by its factor."""
+    # The factors stay numbers: a tensor of them would be copied to the device, which a CUDA graph cannot capture.
     return torch.stack([weight[:, c] * factor for c, factor in enumerate(factors)], dim=1)
 
 
 def _check_indices(keep: Tensor | None, num_patches: int) -> None:
-    """Refuse an index of no patch, and a patch that is kept twice. On a GPU a look at them would have to wait."""
+    """Refuse an index of no patch, and a patch that is kept twice; not on a GPU, where reading them would have
+    to wait.
+    """
     if keep is None or keep.device.type != "cpu":
         return
     wrong = (keep < 0) | (keep >= num_patches)

@@ -1,4 +1,4 @@
-"""The specification of the patch embedding: sizes, inputs, cases, floor, and what ships."""
+"""The specification of the patch embedding: sizes, inputs, cases, floor, and the calls that are compiled offline."""
 
 import dataclasses
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from .op import patch_embed
 class PatchShape(Shape):
     """Images [batch, 3, height, width] as bytes or floats, and a projection [embed_dim, 3, patch_size, patch_size].
 
-    With ``keep``, so many patches of each image become tokens.
+    With ``keep``, only this many patches of each image become tokens.
     """
 
     batch: int
@@ -43,7 +43,7 @@ class PatchShape(Shape):
 
 
 def make(shape: PatchShape, values: str, draw: Draw) -> Call:
-    """Make random images, parameters and, with ``keep``, the patches to keep of each image, in any order."""
+    """Make random images, parameters and, with ``keep``, the indices of the kept patches in random order."""
     size = shape.batch, 3, shape.height, shape.width
     images = draw.integers(0, 256, *size, dtype=torch.uint8) if shape.uint8 else draw.normal(*size)
     weight = draw.normal(shape.embed_dim, 3, shape.patch_size, shape.patch_size) / shape.patch_size
@@ -57,7 +57,7 @@ def make(shape: PatchShape, values: str, draw: Draw) -> Call:
         images = images[:1].repeat(shape.batch, 1, 1, 1)
     elif values == "tiny weight":
         weight *= 1e-3
-    scale = 0.0 if values == "tiny weight" else 1.0  # what is added to the products must not hide them
+    scale = 0.0 if values == "tiny weight" else 1.0  # class token and positions must not hide tiny products
     inputs = {
         "images": images,
         "weight": weight,
@@ -70,10 +70,11 @@ def make(shape: PatchShape, values: str, draw: Draw) -> Call:
 
 
 def floor(shape: PatchShape, itemsize: int, backward: bool) -> Floor:
-    """Forward, one product reads the pixels that are kept, the parameters and 8 bytes of index for each kept patch.
+    """Count the work of the patch embedding.
 
-    Backward, one product gives the gradient of the weight, and each position has a gradient. Floating images have one
-    as well: another product, which reads the weight.
+    Forward, one product reads the pixels of kept patches, the parameters and 8 bytes of index for each kept patch.
+    Backward, one product gives the gradient of the weight, and each position has a gradient. The gradient of floating
+    images takes another product, which reads the weight.
     """
     pixels_of_patch, row = 3 * shape.patch_size**2, shape.embed_dim * itemsize
     product = 2 * shape.batch * shape.kept * pixels_of_patch * shape.embed_dim
@@ -103,7 +104,7 @@ def small_tiles(dtype: torch.dtype) -> AbstractContextManager[object]:
 TINY = PatchShape(2, 8, 12, 4, 10, uint8=False)
 SMALL, WIDE = PatchShape(2, 28, 28, 14, 40), PatchShape(2, 28, 42, 14, 40)
 
-# Of images as bytes; the same cases are checked of floats.
+# Cases that are checked with images as bytes and with floating images.
 OF_BOTH = [
     Case(PatchShape(2, 224, 224, 32, 768), "B/32", NOT_INTERPRETED, quick=True),
     Case(PatchShape(1, 224, 224, 16, 768), "B/16", NOT_INTERPRETED),
@@ -113,7 +114,7 @@ OF_BOTH = [
     Case(PatchShape(1, 224, 224, 14, 1408), "g/14", on(CUDA)),
     Case(PatchShape(1, 224, 224, 14, 1664), "bigG/14", NOT_INTERPRETED),
     Case(PatchShape(64, 224, 224, 16, 768), "B/16, a batch: the weight gradient is split", on(CUDA)),
-    # nasty ones
+    # edge cases
     Case(PatchShape(1, 8, 8, 8, 16), "one patch, one image"),
     Case(PatchShape(2, 28, 28, 14, 24), "patch size 14, several tiles of pixels", sanitize=True),
     Case(SMALL, "patch size 14, and a width that no tile divides", quick=True),
@@ -164,20 +165,22 @@ CASES = [
     *Case.repeats(PatchShape(8, 112, 112, 16, 256), PatchShape(64, 224, 224, 16, 768, False)),
 ]  # fmt: skip
 
-# L/14, B/16, B/32 and H/14: the most telling first
+# L/14, B/16, B/32 and H/14, the most informative first.
 TOWERS = ((14, 1024), (16, 768), (32, 768), (14, 1280))
 PARAMETERS = {"class_embedding": "fp32", "positional_embedding": "fp32"}
 
 
 def _bench(batch: int) -> tuple[PatchShape, ...]:
-    """Return the first layer of the published towers: of bytes, with half of the patches dropped, and of floats."""
+    """Return the patch embeddings of the published towers: with bytes, with half of the patches dropped, with
+    floats.
+    """
     whole = [PatchShape(batch, 224, 224, patch_size, embed_dim) for patch_size, embed_dim in TOWERS]
     kept = [shape.changed(keep=shape.patches // 2) for shape in whole]
     return *whole, *kept, *(shape.changed(uint8=False) for shape in whole)
 
 
 def _shipped(patch_size: int, dtypes: tuple[str, ...], *, uint8: bool = True, keep: int | None = None) -> Shipped:
-    """Return a call of B's width, whose class token and positions are parameters in float32."""
+    """Return a patch embedding of B's width to compile; class token and positions are parameters in float32."""
     label = f"P{patch_size} {'bytes' if uint8 else 'floats'}" + ("" if keep is None else f" keep{keep}")
     shape = PatchShape(2, 224, 224, patch_size, 768, uint8, keep)
     return Shipped(label, shape, dtypes, casts=PARAMETERS, tf32_by_triton_36=uint8)
@@ -198,7 +201,7 @@ LAID_OUT = (
 )
 TARGETS = (
     Target("patch_embed", PatchShape(256, 224, 224, 14, 1024), LAID_OUT),
-    # a width that descriptors do not take
+    # Tensor descriptors do not support this width.
     Target("patch_embed_gathered", PatchShape(256, 224, 224, 14, 1020), Tunable.named(GemmConfig, "patch_embed_fwd", "patch_embed_bwd_weight")),
     Target("patch_embed_kept", PatchShape(256, 224, 224, 16, 768, keep=98), Tunable.named(RowConfig, "patch_embed_bwd_pos")),
     Target("patch_embed_images", PatchShape(64, 224, 224, 14, 1024, False), Tunable.named(GemmConfig, "patch_embed_bwd_images")),

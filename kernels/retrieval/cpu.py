@@ -1,4 +1,4 @@
-"""Ranks on the CPU: tile after tile of the scores, by PyTorch's own product."""
+"""Retrieval ranks on the CPU: the scores are computed tile by tile, by PyTorch's own matrix product."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 from ..common import slices
 from ..dtypes import accumulate_dtype
 
-TILE = 768  # side of a tile: its scores and marks stay in cache
+TILE = 768  # side of a tile of scores; its scores and marks fit into the cache
 TILE_UNIT = 192  # a multiple of the rows and columns that any BLAS keeps in registers
 
 
@@ -34,7 +34,8 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
             row = owner[texts] - images.start
             column = ((row >= 0) & (row < rows)).nonzero().squeeze(1)
             pairs = row[column], column
-            # own pairs and worse scores are not ahead, and have a 1; sums of ones are exact
+            # Pairs with the own image or text and lower scores are not ahead; they are marked by 1. Sums of ones are
+            # exact.
             behind = torch.lt(tile, image_best[images, None], out=mark).index_put_(pairs, one)
             image_ahead[images] -= behind.sum(1).long()
             behind = torch.lt(tile, text_best[texts], out=mark).index_put_(pairs, one)
@@ -43,14 +44,14 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def slots(owner: Tensor, num_images: int) -> Tensor:
-    """Return the index of each text's image; texts of no image share one more place, ``num_images``."""
+    """Return the index of each text's image; texts of no image get the extra index ``num_images``."""
     return owner.masked_fill(owner < 0, num_images)
 
 
 def best_scores(own: Tensor, owner: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
     """Return the best own score of each image [M] and of each text [N]: -inf where there is none, or only NaN.
 
-    Nothing is worse than -inf, so all others are ahead of such an image or text.
+    No score is below -inf, so all others are ahead of an image or text with this best score.
     """
     text_best = own.masked_fill((owner < 0) | own.isnan(), float("-inf"))
     image_best = own.new_full((num_images + 1,), float("-inf"))

@@ -1,6 +1,6 @@
-"""Triton kernels of the ranks: the score of each text with its own image, and the counts of others ahead.
+"""Triton kernels of the retrieval ranks: the score of each text with its own image, and the counts of others ahead.
 
-Both compute scores by ``row_products``, so that equal rows have equal bits in both.
+Both kernels compute scores by ``row_products``, so equal rows give scores with equal bits in both.
 """
 
 import triton
@@ -45,8 +45,10 @@ def _count_ahead_kernel(
     stride_xm, stride_xd, stride_yn, stride_yd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Count the others that come before the best own one, for BLOCK_M images and SPAN texts. Programs add up integers,
-    so their order does not matter.
+    """Count for each of BLOCK_M images and SPAN texts the candidates of others that score at least as high as its own
+    best.
+
+    Programs add integers, so the order in which they run does not matter.
     """
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, SPAN), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)

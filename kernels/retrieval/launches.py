@@ -1,4 +1,4 @@
-"""Host side of the ranks' kernels."""
+"""The launches of the retrieval ranks' Triton kernels."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from ..launch import arch_of, launch
 from .cpu import best_scores
 from .kernels import _count_ahead_kernel, _own_score_kernel
 
-SPAN = 1024  # texts that one program compares with its images: fewer atomics than with one program for each tile
+SPAN = 1024  # texts that one program compares with its images; this takes fewer atomics than a program per tile
 
 
 def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,16 @@
-"""Ranks for recall@k, blockwise: the M x N scores of images and texts never exist.
+"""Ranks for recall@k, in blocks: the M x N scores of images and texts are never all in memory.
 
 With features x [M, D], y [N, D], scores s_ij = x_i . y_j, and o_j the image that text j belongs to:
 
     text rank_j  = #{i : i != o_j, not s_ij < s_(o_j)j}
     image rank_i = #{j : o_j != i, not s_ij < b_i}        b_i = max over o_j = i of s_(o_j)j
 
-A tie counts against, and so does NaN, since no comparison with it holds. For ties to be exact, a score must have the
-same bits wherever it is computed: the own scores come from tiles of the same shape and arithmetic as all others, with
-images gathered so that the pairs lie on the diagonal.
+A tie makes the rank worse, and so does NaN, since no comparison with it holds. For ties to be exact, a score must have
+the same bits in every place where it is computed. Therefore the scores of texts with their own images are computed in
+tiles of the same shape and arithmetic as all others; the images are gathered so that the pairs lie on the diagonal.
 
-FLOPs: 2 M N D, and 2 N T D for the own scores, T the side of a tile. Memory beyond the inputs: O(M + N), and
-on the CPU a few tiles.
+FLOPs: 2 M N D, and 2 N T D for the scores with the own images, where T is the side of a tile. Memory beyond the inputs:
+O(M + N), and on the CPU a few tiles.
 """
 
 import torch
@@ -25,7 +25,10 @@ from .cpu import slots
 
 
 def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:
-    """Refuse an index that belongs to no image. On a GPU, where this would wait, such a text counts as one of none."""
+    """Refuse an index of ``text_image`` that belongs to no image.
+
+    On a GPU the check would have to wait for the device; there a text with a wrong index counts as having no image.
+    """
     if text_image.device.type != "cpu":
         return
     wrong = (text_image < -1) | (text_image >= num_images)

@@ -1,4 +1,4 @@
-"""The specification of the ranks: sizes, inputs, cases, floor, and what ships."""
+"""The specification of the ranks: sizes, inputs, cases, floor, and the calls that are compiled offline."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -28,8 +28,10 @@ class RankShape(Shape):
 
 
 def make(shape: RankShape, values: str, draw: Draw) -> Call:
-    """Make features of small whole numbers, and an image or none for each text. Scores are exact in any order of
-    summation, and often tie. With the values "unit", features have unit length and texts belong to images in turn.
+    """Make the features of images and texts, and the image (or none) that each text belongs to.
+
+    The features are small whole numbers, so scores are exact in any order of summation, and often tie. With the values
+    "unit", features have unit length, and texts belong to images in turn.
     """
     sizes = (shape.images, shape.embed_dim), (shape.texts, shape.embed_dim)
     if values == "unit":
@@ -48,7 +50,7 @@ def make(shape: RankShape, values: str, draw: Draw) -> Call:
 
 
 def floor(shape: RankShape, itemsize: int, backward: bool) -> Floor:
-    """Count one product, the features that are read and the ranks that are written; there is no backward pass."""
+    """Count the work of the ranks: one product, reading the features, writing the ranks; there is no backward pass."""
     if backward:
         return Floor(0, 0)
     rows = shape.images + shape.texts
@@ -57,7 +59,7 @@ def floor(shape: RankShape, itemsize: int, backward: bool) -> Floor:
 
 @contextmanager
 def small_tiles(dtype: torch.dtype) -> Iterator[None]:
-    """Let two programs add to the same images, and let a CPU take several tiles."""
+    """Shrink the tiles of the ranks: two programs then add to the same images, and a CPU takes several tiles."""
     before = launches.SPAN, cpu.TILE
     launches.SPAN, cpu.TILE = 128, cpu.TILE_UNIT
     try:
@@ -106,7 +108,7 @@ SPECS = (
         bench_values="unit",
         items=("texts", "texts"),
         follows_autocast=False,
-        # rows in whole tiles, and rows of which none is aligned
+        # a width of whole tiles, and a width with which rows are not aligned
         shipped=(
             Shipped("M1024 N5120 D512", RankShape(1024, 5120, 512), ("bf16", "fp32", "fp16")),
             Shipped("M1001 N5005 D512", RankShape(1001, 5005, 512)),

@@ -15,7 +15,7 @@ def _text_embed_fwd_kernel(
     stride_tb, stride_tl, stride_ev, stride_en, stride_pl, stride_pn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each program owns BLOCK_M positions x BLOCK_N columns and walks over texts, so it loads its positions once."""
+    """Embed the ids at BLOCK_M positions of all texts, in BLOCK_N columns; a program loads its positions once."""
     num_n = tl.cdiv(N, BLOCK_N)
     num_tiles = tl.cdiv(L, BLOCK_M) * num_n
     tile = tl.program_id(0) % num_tiles
@@ -44,10 +44,13 @@ def clear_rows(
     block, M, N, V, num_steps,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write zeros to the rows of block ``block`` that no id names. A search among M ids takes ``num_steps`` steps."""
+    """Write zeros to the rows of the table's gradient in block ``block`` that no id selects.
+
+    A binary search among M ids takes ``num_steps`` steps.
+    """
     offs_v = block * ROWS + tl.arange(0, ROWS)
     mask_v = offs_v < V
-    # the number of ids below each row
+    # low becomes the number of ids that are less than the index of each row.
     low = tl.zeros((ROWS,), tl.int32)
     high = low + M
     for _ in range(num_steps):
@@ -68,7 +71,10 @@ def sum_segments(
     HAS_ORDER: tl.constexpr, IS_LAST: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sum the segments in CHUNK rows x BLOCK_N columns. Those at the ends may be parts of longer ones."""
+    """Sum the gradients of equal ids (a segment) in CHUNK rows x BLOCK_N columns.
+
+    The first and the last segment may be parts of longer ones.
+    """
     num_n = tl.cdiv(N, BLOCK_N)
     chunk = (pid // num_n).to(tl.int64)
     block_n = pid % num_n
@@ -92,7 +98,7 @@ def sum_segments(
         # A mask in place of a branch lets the loads of later rows run ahead of the store.
         of_current = out_ptr + current.to(tl.int64) * N + offs_n
         tl.store(of_current, acc.to(out_ptr.dtype.element_ty), mask=offs_n < tl.where(is_complete, N, 0))
-        # a row that belongs to no id may hold anything
+        # A row that belongs to no id may hold NaN, and must not be added.
         acc = tl.where(opens, 0.0, acc) + tl.where(token >= 0, x, 0.0)
         current = tl.where(opens, token, current)
     mask = offs_n < tl.where(current >= 0, N, 0)
@@ -120,7 +126,10 @@ def _segment_sums_kernel(
     HAS_ORDER: tl.constexpr, IS_LAST: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, CLEAR_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Each of the first ``num_sums`` programs sums segments. The others, of the first launch only, clear rows."""
+    """Sum the token embeddings' gradients by id in the first ``num_sums`` programs.
+
+    The other programs, which only the first launch has, clear the rows of the table's gradient without a token.
+    """
     pid = tl.program_id(0)
     if pid < num_sums:
         sum_segments(

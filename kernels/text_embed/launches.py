@@ -10,8 +10,8 @@ from ..launch import arch_of, launch, programs_at_once
 from .kernels import _segment_sums_kernel, _text_embed_fwd_kernel
 
 FWD_REGISTERS = 64  # about as many as a thread of the forward kernel takes
-CLEAR_ROWS = 16  # rows of the table that a program looks for among the ids; with more, it takes more registers
-# Rows and columns of a program that sums partial sums, at most. These are few: short walks of narrow blocks keep more
+CLEAR_ROWS = 16  # rows of the table that one program searches for among the ids; more rows take more registers
+# The most rows and columns of a program that adds partial sums. They are small, since many short programs keep more
 # multiprocessors busy for less time.
 LATER_CHUNK, LATER_BLOCK_N = 64, 32
 
@@ -19,7 +19,7 @@ LATER_CHUNK, LATER_BLOCK_N = 64, 32
 def forward(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens [B, L, N] in ``dtype``, and the ids [B, L] in 32 bits, -1 where one is no row of the table."""
+    """Return the tokens [B, L, N] in ``dtype``, and the ids [B, L] in 32 bits, -1 for an id outside the table."""
     (batch, length), (vocab, width) = text.shape, token_embedding.shape
     out = token_embedding.new_empty(batch, length, width, dtype=dtype)
     ids = text.new_empty(batch, length, dtype=torch.int32)
@@ -36,7 +36,7 @@ def forward(
 
 
 def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of the table, [V, N] in ``dtype``.
+    """Return the gradient of the table of token embeddings, [V, N] in ``dtype``.
 
     Each launch sums the segments that end inside a chunk of rows, and leaves two partial sums of each chunk to the next
     launch, until one chunk is left. Programs of the first launch write zeros where the table has no token.
@@ -45,7 +45,7 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
     ids, order = ids.reshape(-1).sort(stable=True)
     out = grad.new_empty(vocab, grad.shape[-1], dtype=dtype)
     cfg = row_config("text_embed_bwd", arch_of(grad.device), grad.dtype)
-    rows_of_chunk = cfg.block_m  # a program walks the rows one by one, and so its tile has as many as a chunk
+    rows_of_chunk = cfg.block_m  # the program walks these rows one by one
     block_n, is_first, is_last = cfg.block_n, True, False
     while not is_last:
         chunks = triton.cdiv(len(ids), rows_of_chunk)

@@ -6,14 +6,15 @@ Forward goes from the table to the residual stream in one step, and rounds the s
 bits for backward, -1 where one is no row of the table. Backward reads g twice, since its two sums take the rows in
 different orders.
 
-dE needs no atomics. The ids are sorted stably, so that equal ids keep their order, and each program walks a chunk of
-CHUNK rows in that order. A segment of equal ids that begins and ends inside the chunk is complete, and its sum goes to
+dE needs no atomics. A stable sort of the ids keeps the order of equal ids, and each program walks a chunk of CHUNK rows
+in that order. A segment of equal ids that begins and ends inside the chunk is complete, and its sum goes to
 dE. The first and the last segment may continue in the neighbouring chunks: their sums and ids go to a list, which has
 two rows for each chunk. That list is sorted as well, so the same kernel sums it, again and again until one chunk is
-left, in which every segment is complete. All sums have a fixed order, and they take log_{CHUNK/2}(B L) launches however
-often an id occurs: start, end and padding are in every text. CHUNK is at least 4, or the list would not get shorter; a
-list has shorter chunks than g, since one walk takes long for its few bytes. The rows of dE that no token has are found
-among the sorted ids, and become zero in the first launch.
+left, in which every segment is complete. All sums have a fixed order. The number of launches is log_{CHUNK/2}(B L),
+even if an id occurs very often, as the start, end and padding tokens do. CHUNK is at least 4, since the list would
+otherwise not get shorter. The chunks of a list are shorter than those of g: a list is small, and a long walk by one
+program would take most of the time. Programs of the first launch search the sorted ids for the rows of dE without a
+token, and set them to zero.
 
 Bytes: forward, one row of E and one of x for each token; backward, two rows of g for each token, and dE and dP once.
 Method: token and position embeddings of Vaswani et al. 2017, summed by a segmented reduction (Blelloch 1990).
@@ -37,7 +38,7 @@ from . import cpu, launches
 def _text_embed_fwd(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens in ``dtype``, and the ids as int32, -1 where one is no row of the table."""
+    """Return the embedded tokens in ``dtype``, and the ids as int32, -1 for an id outside the table."""
     forward = launches.forward if triton_runs_on(text.device) else cpu.forward
     return forward(text, token_embedding, positional_embedding, dtype)
 

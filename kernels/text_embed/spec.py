@@ -1,4 +1,4 @@
-"""The specification of the text embedding: sizes, inputs, cases, floor, and what ships."""
+"""The specification of the text embedding: sizes, inputs, cases, floor, and the calls that are compiled offline."""
 
 import dataclasses
 from contextlib import AbstractContextManager
@@ -26,11 +26,11 @@ class TextShape(Shape):
         return max(self.batch * self.tokens, self.vocab) * self.width
 
 
-WORDS = 10  # of a padded text; the rest is id 0
+WORDS = 10  # the number of words in a padded text; its other ids are 0
 
 
 def make(shape: TextShape, values: str, draw: Draw) -> Call:
-    """Make random ids, a table and positions; ``values`` says which ids there are."""
+    """Make random token ids, a table and positions; ``values`` says which ids occur."""
     text = draw.integers(0, shape.vocab, shape.batch, shape.tokens)
     if values == "one id":
         text.fill_(shape.vocab - 1)
@@ -47,8 +47,9 @@ def make(shape: TextShape, values: str, draw: Draw) -> Call:
 
 
 def floor(shape: TextShape, itemsize: int, backward: bool) -> Floor:
-    """Count each token as another row of the table. Backward reads the gradient twice, for two sums that take it in
-    different orders.
+    """Count the work of the text embedding, as if each token read another row of the table.
+
+    Backward reads the gradient twice, since its two sums take it in different orders.
     """
     ids, elements = 8 * shape.batch * shape.tokens, shape.batch * shape.tokens * shape.width
     positions = shape.tokens * shape.width * itemsize
@@ -59,7 +60,9 @@ def floor(shape: TextShape, itemsize: int, backward: bool) -> Floor:
 
 
 def small_chunks(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Sum chunks of 4 rows and 16 columns, so that a few rows take several launches."""
+    """Let the text embedding's gradient be summed in chunks of 4 rows and 16 columns, so few rows take several
+    launches.
+    """
     return override(config_key("text_embed_bwd", dtype), RowConfig(4, 16, num_warps=1, num_stages=2))
 
 
@@ -69,7 +72,7 @@ CASES = [
     Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", quick=True),
     Case(TextShape(512, 77, 49408, 768), "L/14's texts, a batch", on(CUDA)),
     Case(TextShape(4096, 77, 49408, 512), "B's texts, a large batch: four launches", on(CUDA)),
-    # nasty ones
+    # edge cases
     Case(TextShape(1, 1, 1, 1), "one of everything", sanitize=True),
     Case(TextShape(67, 1, 7, 24), "one position; every id in many texts"),
     Case(TextShape(11, 7, 5, 40), "several chunks of the sums, the last one short", sanitize=True),
@@ -109,7 +112,8 @@ SPECS = (
         },
         bench_values="padded",
         items=("batch", "texts"),
-        # a table in float32 under autocast, as in training, of B, L and bigG; 128 texts take all three kinds of launch
+        # The tables of B, L and bigG in float32 under autocast, as in training. 128 texts take all three kinds of
+        # launches.
         shipped=(
             *(
                 Shipped(f"fp32 table N{width}", TextShape(128, 77, 49408, width), autocast=True)

@@ -1,4 +1,4 @@
-"""The best items of each query by the product of features, for search."""
+"""The k items that score highest with each query, by the product of features, for search."""
 
 from .op import top_k
 

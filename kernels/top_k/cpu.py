@@ -1,4 +1,4 @@
-"""Scores for the search on the CPU, by PyTorch's own product."""
+"""The scores of top_k on the CPU, by PyTorch's own matrix product."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
 
 GROUP = 32  # neighbouring items that share one maximum
-TILE = 1 << 23  # scores that are computed at once; with fewer, threads that other processes hold up wait longer
-CONVERTED = 1 << 22  # elements of items of 16 bits that are widened at once
+TILE = 1 << 23  # scores that are computed at once; smaller tiles make threads wait for each other more often
+CONVERTED = 1 << 22  # elements of 16-bit items that are converted to float32 at once
 GATHERED = 1 << 22  # elements of the chosen groups' items that are gathered at once, for the same reason
 
 
@@ -28,13 +28,13 @@ def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor
             scores.masked_fill_(~allowed[rows], float("-inf"))
         groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
         torch.amax(_in_groups(scores), 2, out=maxima[:, groups])
-        if maxima[:, groups].isnan().any():  # seldom: amax passes NaN on, and here it is worse than all others
+        if maxima[:, groups].isnan().any():  # rare; amax propagates NaN, but here a NaN counts as the lowest score
             maxima[:, groups] = _in_groups(scores.masked_fill_(scores.isnan(), float("-inf"))).amax(2)
     return maxima
 
 
 def _in_groups(scores: Tensor) -> Tensor:
-    """Return scores [Q, N] as [Q, G, GROUP]; the last group is filled up with -inf."""
+    """Return the scores of items [Q, N] by groups of items [Q, G, GROUP]; the last group is filled up with -inf."""
     lacking = -scores.shape[1] % GROUP
     if lacking:
         scores = torch.nn.functional.pad(scores, (0, lacking), value=float("-inf"))
@@ -63,12 +63,12 @@ def best_places(scores: Tensor, k: int) -> Tensor:
     """
     best = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     least = best.values[:, k - 1 : k]
-    # A GPU would have to wait for the answer whether there are others of the lowest score.
+    # On a GPU, the test whether more scores equal the lowest one would have to wait for the device.
     if not triton_runs_on(scores.device) and not (best.values[:, k:] == least).any():
         return best.indices[:, :k].sort(dim=1).values
     above, level = scores > least, scores == least
     room = k - above.sum(1, keepdim=True, dtype=torch.int32)
     chosen = above | (level & (level.cumsum(1, dtype=torch.int32) <= room))
-    slots = (chosen.cumsum(1) - 1).masked_fill_(~chosen, k)  # what is not chosen shares one more slot
+    slots = (chosen.cumsum(1) - 1).masked_fill_(~chosen, k)  # scores that are not chosen share an extra slot
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(slots)
     return slots.new_empty(len(scores), k + 1).scatter_(1, slots, places)[:, :k]

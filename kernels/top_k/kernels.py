@@ -1,4 +1,4 @@
-"""Triton kernels of the search: the best score of each group of items, and the scores of chosen groups.
+"""Triton kernels of top_k: the best score of each group of items, and the scores of the items in chosen groups.
 
 group_maxima:  g_qb = max over the items i of group b of x_q . y_i
 group_scores:  s_qci = x_q . y_(GROUP b_qc + i), for the chosen groups b_qc
@@ -31,7 +31,7 @@ def _group_maxima_kernel(
     acc = row_products(x_rows, y_rows, mask_m, mask_n, D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K)  # [BM, BN]
     if HAS_ALLOWED:
         mask_n = mask_n & (tl.load(allowed_ptr + offs_n, mask=mask_n, other=0) != 0)
-    # NaN fails the comparison with itself, and counts as the worst score
+    # A NaN differs from itself; it counts as the lowest score.
     scores = tl.where(mask_n[None, :] & (acc == acc), acc, float("-inf"))
     maxima = tl.max(tl.reshape(scores, (BLOCK_M, BLOCK_N // GROUP, GROUP)), 2)  # [BM, BN / GROUP]
     offs_g = pid_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)

@@ -1,4 +1,4 @@
-"""Host side of the search's kernels."""
+"""The launches of top_k's Triton kernels."""
 
 import torch
 import triton

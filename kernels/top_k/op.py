@@ -1,12 +1,12 @@
-"""The k best items of each query by the product of features, exactly; the Q x N scores never exist as a whole.
+"""The k best items of each query by the product of features, exactly; the Q x N scores are never all in memory.
 
 With queries x [Q, D], items y [N, D], scores s_qi = x_q . y_i, and groups of GROUP neighbouring items:
 
     g_qb = max over the items i of group b of s_qi
 
-An item that is among the k best of a query lies in one of the k groups of the highest maxima: k groups ahead of its own
-would each have an item ahead of it. So one pass over the scores keeps only the maxima, and a second one computes the
-scores in the k best groups of each query, of which the best are taken.
+An item that is among the k best of a query lies in one of the k groups with the highest maxima: otherwise k other
+groups would each have an item that scores higher. So the first pass over the scores keeps only the maxima. The second
+pass computes the scores of the items in the k best groups of each query, and takes the k best of these.
 
 FLOPs: 2 Q N D, and 2 Q k GROUP D for the second pass. Memory beyond the inputs: a limited number of maxima and of items
 at a time, since queries are taken in blocks; on the CPU a tile of scores.
@@ -51,7 +51,7 @@ def _top_k_fake(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) ->
 
 
 def _of_block(path: ModuleType, query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Return scores and indices for some of the queries."""
+    """Return the scores and the indices of the k best items for a block of queries."""
     maxima = path.group_maxima(query, items, allowed)
     groups = best_places(maxima, min(k, maxima.shape[1]))  # [Q, C]
     scores = path.group_scores(query, items, groups).flatten(1)

@@ -1,4 +1,4 @@
-"""The specification of the search: sizes, inputs, cases, floor, and what ships."""
+"""The specification of top_k: sizes, inputs, cases, floor, and the calls that are compiled offline."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -29,8 +29,10 @@ class SearchShape(Shape):
 
 
 def make(shape: SearchShape, values: str, draw: Draw) -> Call:
-    """Make features of small whole numbers. Scores are exact in any order of summation, and often tie. With the values
-    "unit", features have unit length; "allowed" hides two thirds of the items; the others have extreme features.
+    """Make the features of queries and items for top_k.
+
+    The features are small whole numbers, so scores are exact in any order of summation, and often tie. With the values
+    "unit", features have unit length; "allowed" hides two thirds of the items; other kinds have extreme features.
     """
     sizes = (shape.queries, shape.embed_dim), (shape.items, shape.embed_dim)
     query, items = (draw.unit(*size) if values == "unit" else draw.integers(-2, 3, *size).float() for size in sizes)
@@ -47,7 +49,7 @@ def make(shape: SearchShape, values: str, draw: Draw) -> Call:
 
 
 def floor(shape: SearchShape, itemsize: int, backward: bool) -> Floor:
-    """Count one product, the features that are read and what is found; there is no backward pass."""
+    """Count the work of top_k: one product, reading the features, writing the results; there is no backward pass."""
     if backward:
         return Floor(0, 0)
     features = (shape.queries + shape.items) * shape.embed_dim * itemsize
@@ -56,7 +58,7 @@ def floor(shape: SearchShape, itemsize: int, backward: bool) -> Floor:
 
 @contextmanager
 def small_tiles(dtype: torch.dtype) -> Iterator[None]:
-    """Let a CPU take several tiles, and let queries be taken in several blocks."""
+    """Shrink the tiles and blocks of top_k, so that a CPU takes several tiles and queries several blocks."""
     before = cpu.TILE, cpu.CONVERTED, op.MAXIMA
     cpu.TILE, cpu.CONVERTED, op.MAXIMA = 1 << 12, 1 << 12, 64
     try:
@@ -109,7 +111,7 @@ SPECS = (
         bench_values="unit",
         items=("queries", "queries"),
         follows_autocast=False,
-        # rows in whole tiles, and rows of which none is aligned
+        # a width of whole tiles, and a width with which rows are not aligned
         shipped=(
             Shipped("Q1024 N65536 D512", SearchShape(1024, 65536, 512), ("bf16", "fp32", "fp16")),
             Shipped("Q101 N10001 D512", SearchShape(101, 10001, 512)),
