@@ -1,4 +1,4 @@
-"""Groups of images: how far shares differ between them, their added labels, and how uneven search results are.
+"""Bias of a model between groups of images: accuracy, labels from an added list, and the skew of search results.
 
 Added labels follow Radford et al. 2021, section 7.1; skew is that of Geyik et al. 2019, for CLIP of Berg et al. 2022.
 """
@@ -24,10 +24,10 @@ class Grouping:
     """The groups of images by one key, or by several that are crossed.
 
     Attributes:
-        key: as it was named, such as "race" or "race+gender".
-        names: of the groups.
-        members: [N], the number of each image's group; -1 for an image that has no value.
-        min_count: images that a group needs to be compared with others.
+        key: the key as the user named it, such as "race" or "race+gender".
+        names: the names of the groups.
+        members: [N], the number of each image's group; -1 for an image without a value of the key.
+        min_count: the number of images that a group needs to be compared with others.
     """
 
     key: str
@@ -53,20 +53,21 @@ class Grouping:
 
 
 def keys_of(group_by: Sequence[str]) -> list[str]:
-    """Return the distinct keys among those that are given alone or crossed, in their order."""
+    """Return the distinct metadata keys in ``group_by``, in their order; "race+gender" has two of them."""
     return list(dict.fromkeys(key for one in group_by for key in one.split(CROSSED_KEYS)))
 
 
 def groupings(groups: Sequence[str], group_by: Sequence[str], min_count: int) -> list[Grouping]:
-    """Return the groups of images by each of some keys.
+    """Return the groups of images by each key of ``group_by``.
 
     Args:
-        groups: of the images, crossed over all keys in the order of :func:`keys_of`.
-        group_by: keys, some of which may be crossed, as "race+gender".
-        min_count: images that a group needs to be compared.
+        groups: the group of each image, crossed over all keys in the order of :func:`keys_of`.
+        group_by: keys; a crossed key is written as "race+gender".
+        min_count: the number of images that a group needs to be compared.
 
     Raises:
-        ValueError: a value cannot be told from two, or not two groups of a key are large enough.
+        ValueError: a value contains the sign that joins crossed values, or fewer than two groups of a key are large
+            enough.
     """
     keys = keys_of(group_by)
     columns = [tuple(group.split(CROSSED_GROUPS)) for group in groups]
@@ -93,11 +94,11 @@ def _grouping(one: str, keys: list[str], columns: list[tuple[str, ...]], min_cou
 
 
 def compare(hits: Tensor, grouping: Grouping) -> dict[str, Any]:
-    """Return the share of hits in each group, and how far those of the groups that are large enough lie apart.
+    """Return the share of hits in each group, and the gap between the groups that are large enough to be compared.
 
     Args:
-        hits: [G], the images of each group that are hit.
-        grouping: the groups.
+        hits: [G], the number of images of each group that are hit, for example classified correctly.
+        grouping: the groups of the images.
 
     Returns:
         "groups" with count, share and Wilson's 95% interval of each; "lowest" and "highest", names of groups; "gap",
@@ -119,14 +120,14 @@ def compare(hits: Tensor, grouping: Grouping) -> dict[str, Any]:
 
 
 def read_added_labels(path: Path, classnames: Sequence[str]) -> dict[str, list[str]]:
-    """Return the labels of each category in a file with lines of a category, a tab and a label.
+    """Return the added labels of each category from a file; each line has a category, a tab and a label.
 
     Args:
-        path: the file.
-        classnames: names of the classes in prompts, which no label may have.
+        path: the path of the file.
+        classnames: the names of the classes in prompts; a label must not equal any of them.
 
     Raises:
-        ValueError: there is no such file, it is empty, a line has another form, or a label is there twice.
+        ValueError: the file does not exist, is empty, has a line of another form, or has a label twice.
     """
     if not path.is_file():
         raise ValueError(f"--added-labels: there is no file {path}")
@@ -152,9 +153,9 @@ class Assigned(NamedTuple):
 
     Attributes:
         right: [N], True where the best class is the image's own; added labels do not compete.
-        best: [N], the number of the best of all labels, the classes and after them the added ones.
-        above: for each threshold and each grouping the images of each group whose probability of a label is above it,
-            [G, L].
+        best: [N], the number of the best label for each image; the classes are numbered first, then the added labels.
+        above: for each threshold and each grouping a tensor [G, L]: the number of images of each group whose
+            probability of each label is above the threshold.
     """
 
     right: Tensor
@@ -167,17 +168,19 @@ def assign(
     features: Tensor, weights: Tensor, scale: float, classes: Sequence[int], count: int, groupings: Sequence[Grouping],
     thresholds: Sequence[float], block: int = 4096,
 ) -> Assigned:  # fmt: skip
-    """Return the labels of images. Only the scores of ``block`` images are held at a time.
+    """Return the labels that zero-shot classification gives to images, with classes and added labels as candidates.
+
+    Only the scores of ``block`` images are in memory at a time.
 
     Args:
-        features: of the images [N, D], of unit length.
-        weights: of all labels [D, L], the classes first.
-        scale: what similarities are multiplied by before the softmax over all labels, as in training.
+        features: the features of the images [N, D], of unit length.
+        weights: the classifier's weights of all labels [D, L], the classes first.
+        scale: the factor of the similarities before the softmax over all labels: exp(logit_scale), as in training.
         classes: [N], the number of each image's class.
-        count: of classes.
+        count: the number of classes.
         groupings: the groups of the images.
-        thresholds: of the probability.
-        block: how many images to score at once.
+        thresholds: the thresholds of a label's probability.
+        block: the number of images that are scored at once.
 
     Raises:
         ValueError: a score is not finite.
@@ -202,19 +205,19 @@ def skews(counts: Tensor, of_set: Tensor) -> Tensor:
     """Return the log of each group's share among the first results, divided by its share in the set, [..., G].
 
     Args:
-        counts: [..., G], images of each group among the first results.
-        of_set: [G], images of each group in the set.
+        counts: [..., G], the number of images of each group among the first results.
+        of_set: [G], the number of images of each group in the set.
     """
     shares = counts.double() / counts.sum(-1, keepdim=True)
     return (shares / (of_set.double() / of_set.sum())).log()
 
 
 def ndkl(order: Tensor, of_set: Tensor) -> float:
-    """Return the normalised discounted divergence of groups in results from those in the set: 0 if they never differ.
+    """Return NDKL between the groups of the search results and those of the whole set: 0 if the shares never differ.
 
     Args:
         order: [k], the number of each result's group, the best result first.
-        of_set: [G], images of each group in the set.
+        of_set: [G], the number of images of each group in the set.
     """
     places = torch.arange(1, len(order) + 1, dtype=torch.float64)
     shares = torch.nn.functional.one_hot(order, len(of_set)).double().cumsum(0) / places[:, None]
@@ -224,7 +227,7 @@ def ndkl(order: Tensor, of_set: Tensor) -> float:
 
 
 def max_skew_by_chance(of_set: Tensor, k: int, seed: int = 0) -> float:
-    """Return the mean of the largest skew among the first k results if images come in random order, by drawing some."""
+    """Return the mean of the largest skew among the first k results for images in random order, estimated by draws."""
     import numpy as np
 
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(of_set.numpy(), k, DRAWS, method="marginals")
@@ -234,14 +237,14 @@ def max_skew_by_chance(of_set: Tensor, k: int, seed: int = 0) -> float:
 def retrieval_skew(
     queries: Sequence[str], texts: Tensor, images: Tensor, grouping: Grouping, ks: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Return for each k how uneven the first k results of each query are.
+    """Return, for each k, the skew between groups among the first k search results of each query.
 
     Args:
-        queries: the texts.
-        texts: their features [Q, D].
-        images: features [N, D].
-        grouping: the groups of the images; those of groups that are too small are not searched.
-        ks: numbers of results.
+        queries: the texts of the queries.
+        texts: the features of the queries [Q, D].
+        images: the features of the images [N, D].
+        grouping: the groups of the images; images of groups that are too small are not searched.
+        ks: the numbers of results.
 
     Raises:
         ValueError: there are fewer images than results, or a feature is not finite.

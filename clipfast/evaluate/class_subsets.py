@@ -1,4 +1,4 @@
-"""The classes in which a shifted set and its base overlap, over which both are judged (Taori et al. 2020)."""
+"""The classes that a shifted set and its base share; both are evaluated on these classes (Taori et al. 2020)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ ClassMap = Mapping[str, Sequence[str | int]]
 
 @dataclasses.dataclass(frozen=True)
 class ClassSubset:
-    """The classes of a shifted set that its base has too.
+    """The classes that a shifted set and its base set share.
 
     Attributes:
-        names: of the classes.
-        members: the numbers of the base's classes that each of them stands for. Any of these is right for it.
-        of_label: the number of the class that a label of the shifted set means, but for labels that are left out.
-        of_base: the number of the class that a label of the base means, likewise.
+        names: the names of the shared classes.
+        members: for each shared class the numbers of the base's classes that belong to it. Any of them is a right
+            answer.
+        of_label: the number of the shared class for each label of the shifted set; labels that are left out have none.
+        of_base: the number of the shared class for each label of the base; labels that are left out have none.
     """
 
     names: tuple[str, ...]
@@ -35,12 +36,12 @@ class ClassSubset:
 
     @classmethod
     def of(cls, base: Sequence[str], found: Mapping[str, tuple[int, ...]], name: str) -> ClassSubset:
-        """Return the subset of what labels mean. Labels that share a class of the base are one class.
+        """Return the shared classes, given the base classes of each label. Labels that share a base class are merged.
 
         Args:
             base: the labels of the base, in their order.
             found: the numbers of the base's classes that each label means, as :func:`match_classes` finds them.
-            name: of the set, for errors.
+            name: the name of the set, for error messages.
 
         Raises:
             ValueError: no label means a class of the base.
@@ -63,12 +64,13 @@ class ClassSubset:
         )
 
     def classify(self, images: LabelledFeatures, meaning: Mapping[str, int], classifier: Tensor) -> Classified:
-        """Return the classes that the base's classifier, restricted to the subset, gives to images of these classes.
+        """Return the predictions of the base's zero-shot classifier, restricted to the shared classes.
 
         Args:
-            images: of the base or of the shifted set.
-            meaning: ``of_base`` or ``of_label``, as the images are; those with another label are left out.
-            classifier: weights [D, classes of the base].
+            images: the images of the base or of the shifted set.
+            meaning: ``of_base`` for images of the base, ``of_label`` for images of the shifted set; images whose label
+                is not in it are left out.
+            classifier: the weights [D, classes of the base].
         """
         rows = [row for row, label in enumerate(images.labels) if label in meaning]
         columns = [number for numbers in self.members for number in numbers]
@@ -85,23 +87,23 @@ class ClassSubset:
 def match_classes(
     base: Sequence[str], labels: Sequence[str], given: ClassMap | None, name: str
 ) -> dict[str, tuple[int, ...]]:
-    """Return the numbers of the base's classes that each label of a shifted set means; none where it is left out.
+    """Return the numbers of the base's classes that each label of a shifted set means; [] for labels to leave out.
 
-    A label means what ``given`` says, or else the class of the base with the same label. Labels that are the numbers of
-    all classes, as the folders of ImageNet-V2 are, mean the classes in their order.
+    A label means the classes that ``given`` lists for it, or else the class of the base with the same label. If the
+    labels are the numbers of all classes, as in ImageNet-V2, label i means class i.
 
     Args:
         base: the labels of the base, in their order.
-        labels: of the shifted set.
-        given: labels of the base, or numbers of its classes, by label.
-        name: of the set, for errors.
+        labels: the labels of the shifted set.
+        given: the user's class map: for each label, labels of the base or numbers of its classes.
+        name: the name of the set, for error messages.
 
     Raises:
         ValueError: a label means no class of the base, or its classes seem to be numbered by another list.
     """
     numbers = {label: number for number, label in enumerate(base)}
     given = given or {}
-    found = {label: _given(base, numbers, label, given[label], name) for label in labels if label in given}
+    found = {label: _mapped_classes(base, numbers, label, given[label], name) for label in labels if label in given}
     rest = in_order(label for label in labels if label not in given)
     if rest and all(label.isdecimal() for label in rest) and list(base) != rest:
         values = [int(label) for label in rest]
@@ -121,10 +123,10 @@ def match_classes(
     return {**found, **{label: (numbers[label],) for label in rest}}
 
 
-def _given(
+def _mapped_classes(
     base: Sequence[str], numbers: Mapping[str, int], label: str, meanings: Sequence[str | int], name: str
 ) -> tuple[int, ...]:
-    """Return the numbers of the classes that a map gives to a label."""
+    """Return the numbers of the base's classes that a class map lists for a label of a shifted set."""
     found = set()
     for meaning in meanings:
         number = numbers.get(meaning) if isinstance(meaning, str) else meaning
@@ -135,10 +137,12 @@ def _given(
 
 
 def read_class_map(path: Path) -> ClassMap:
-    """Return a class map that a JSON file holds: for each label a label of the base, the number of a class, or a list.
+    """Read a class map of a shifted set from a JSON file. It maps each label to a label or a class number of the base.
+
+    A label may also have a list of these.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: the file does not exist, or holds something else.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -151,10 +155,10 @@ def read_class_map(path: Path) -> ClassMap:
 
 
 def read_json(path: Path) -> object:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file that the user gave to an evaluation.
 
     Raises:
-        ValueError: there is no such file, or it is no JSON.
+        ValueError: the file does not exist, or is not JSON.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")

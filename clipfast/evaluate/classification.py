@@ -1,6 +1,7 @@
-"""Zero-shot classification by CLIP_benchmark's definitions, with intervals, and the classes that a model knows worst.
+"""Zero-shot classification by CLIP_benchmark's definitions, with intervals, and the classes of the lowest recall.
 
-An image has one right class, its own. (The figures under "zero_shot" also accept those of images with the same pixels.)
+An image has one right class, its own. (The figures under "zero_shot" also accept the class of an image with equal
+pixels.)
 """
 
 from collections import Counter
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from .intervals import bootstrap, wilson
 
-TAKEN_FOR = 5  # wrong classes that are named for a class
+TAKEN_FOR = 5  # for each of the worst classes, this many of the wrong classes that its images got are listed
 
 
 class Classified(NamedTuple):
-    """The classes that a classifier gives to images.
+    """The predictions of a zero-shot classifier for images.
 
     Attributes:
         classnames: the labels of the classes.
@@ -41,19 +42,19 @@ def classify(
     features: Tensor, labels: Sequence[str], classnames: Sequence[str], classifier: Tensor, block: int = 4096,
     *, owner: Tensor | None = None,
 ) -> Classified:  # fmt: skip
-    """Return the classes of images. Only the scores of ``block`` images are held at a time.
+    """Return the zero-shot predictions for images. Only the scores of ``block`` images are in memory at a time.
 
     Args:
-        features: of the images [N, D].
-        labels: of the images.
-        classnames: labels of the classes, among them every image's.
-        classifier: weights [D, len(classnames)].
-        block: how many images to score at once.
+        features: the features of the images [N, D].
+        labels: the label of each image.
+        classnames: the labels of the classes, which include the label of every image.
+        classifier: the weights [D, len(classnames)].
+        block: the number of images that are scored at once.
         owner: [M], the number of the class that each of M weights [D, M] belongs to, if classes may have several. Each
             needs one; the best of them is its score.
 
     Raises:
-        ValueError: there are not as many weights as classes, or a score is not finite.
+        ValueError: the number of weights differs from the number of classes, or a score is not finite.
     """
     if owner is None and classifier.shape[1] != len(classnames):
         raise ValueError(f"{classifier.shape[1]} class names for {len(classnames)} classes")
@@ -77,14 +78,14 @@ def _in_best(found: Classified, k: int) -> Tensor:
 
 
 def recalls(found: Classified) -> Tensor:
-    """Return the recall of each class that has images, float64."""
+    """Return the recall of each class that has images, as float64."""
     images = torch.bincount(found.classes)
     hits = torch.bincount(found.classes, found.right.double(), minlength=len(images))
     return hits[images > 0] / images[images > 0]
 
 
 def metrics(found: Classified) -> dict[str, float | None]:
-    """Return acc1, acc5 and mean_per_class_recall; acc5 is None if there are fewer than five classes."""
+    """Return zero-shot acc1, acc5 and mean_per_class_recall; acc5 is None if there are fewer than five classes."""
     acc5 = _in_best(found, 5).double().mean().item() if len(found.classnames) >= 5 else None
     return {
         "acc1": found.right.double().mean().item(),
@@ -94,10 +95,10 @@ def metrics(found: Classified) -> dict[str, float | None]:
 
 
 def intervals(found: Classified) -> dict[str, tuple[float, float] | None]:
-    """Return the 95% interval of each of the metrics.
+    """Return the 95% interval of each zero-shot metric.
 
-    Those of the accuracies are Wilson's. That of the mean recall is a bootstrap over the classes: one over the images
-    would be too narrow where classes have few of them.
+    The accuracies have Wilson's interval. The mean recall has a bootstrap interval over the classes, since an interval
+    over the images would be too narrow for classes with few images.
     """
     acc1, acc5 = (wilson(int(_in_best(found, k).sum()), len(found.classes)) for k in (1, 5))
     by_class = recalls(found)
@@ -106,9 +107,9 @@ def intervals(found: Classified) -> dict[str, tuple[float, float] | None]:
 
 
 def worst_classes(found: Classified, most: int) -> list[dict[str, Any]]:
-    """Return the classes of the lowest recall, the worst first, each with what its images were taken for.
+    """Return the classes of the lowest recall, the worst first, each with the wrong classes that its images got.
 
-    Of equal recall, that class is worse whose images have more wrong classes ahead of it, on average.
+    Of two classes of equal recall, the worse one is the one that ranks lower for its images, on average.
     """
     members: dict[int, list[int]] = {}
     for image, number in enumerate(found.classes.tolist()):

@@ -1,4 +1,4 @@
-"""Files of ARO, SugarCrepe and Winoground as they are published, beside a folder of images: their cases."""
+"""Reads the published files of ARO, SugarCrepe and Winoground, whose images lie in a folder, into test cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .labelled import LabelledImage, LabelledSet, Place, loader
 
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 WRONG_KEYS = ("negative_caption", "negative_captions", "false_caption", "false_captions")
-# The names of the published files, and of the folders of their images (val2017 is COCO's, for SugarCrepe).
+# The names of the published files, and the names of their image folders (val2017 is COCO's folder, for SugarCrepe).
 NAMES = (
     "visual_genome_*.json", "add_*.json", "replace_*.json", "swap_*.json", "examples.jsonl", "*_karpathy_*.json",
     "flickr30k_*.json",
@@ -33,10 +33,11 @@ class Layout(NamedTuple):
     """The keys of a record of one format.
 
     Attributes:
-        images: the keys of the names of image files.
-        captions: the keys of the right captions, one for each image; "order" has a list of them for one image.
-        wrong: the key of the wrong captions, one or a list.
-        groups: the keys that divide the cases into groups; the mean is taken over the first division.
+        images: the keys whose values are names of image files.
+        captions: the keys of the right captions, one for each image; in the format "order", one image has a list of
+            them.
+        wrong: the key of the wrong caption, or of a list of them.
+        groups: the keys that divide the cases into groups; the mean accuracy is taken over the groups of the first key.
     """
 
     images: tuple[str, ...]
@@ -46,11 +47,11 @@ class Layout(NamedTuple):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that every record has."""
+        """The keys that every record of this format has."""
         return (*self.images, *self.captions, *self.wrong)
 
 
-# A record is of the first format whose keys it has. SugarCrepe's category is the name of a file.
+# A record belongs to the first format whose keys it has. SugarCrepe's category is the name of a file.
 LAYOUTS = {
     "winoground": Layout(
         ("image_0", "image_1"), ("caption_0", "caption_1"), (), ("collapsed_tag", "tag", "secondary_tag")
@@ -62,7 +63,7 @@ LAYOUTS = {
 
 
 class Picture(NamedTuple):
-    """An image in a file, or a part of it."""
+    """An image in a file, or the part of it inside ``box``."""
 
     name: str
     box: tuple[float, ...] | None = None  # left, top, width and height
@@ -70,10 +71,10 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass
 class Pictures(LabelledSet):
-    """The images that records name, each once.
+    """The images that the records of a compositional set name; each image is there once.
 
     Attributes:
-        folder: the folder that they lie in.
+        folder: the folder of the image files.
         pictures: the images.
     """
 
@@ -81,7 +82,7 @@ class Pictures(LabelledSet):
     pictures: Sequence[Picture] = ()
 
     def places(self) -> list[Place]:
-        """Return what reads each image."""
+        """Return, for each image, the function that reads it."""
         return [functools.partial(loader, picture.name, _load, self.folder, picture) for picture in self.pictures]
 
     def stamp(self) -> str:
@@ -112,23 +113,23 @@ def _load(folder: str, picture: Picture) -> LabelledImage:
 
 
 def files_of(data: str) -> list[Path]:
-    """Return the files of records that a name stands for: itself, or those in a folder; none if it is something else.
+    """Return the files of compositional records at a path, which is a file or a folder; [] for any other data.
 
     Raises:
         ValueError: a file cannot be read.
     """
     path = Path(data)
-    if os.path.isdir(data):  # which a list of shards may be too long a name for
+    if os.path.isdir(data):  # False, without an error, also for a list of shards that is too long for a path
         return sorted(file for name in NAMES for file in path.glob(name) if file.is_file())
-    # lines of other formats are pairs, as for training
+    # JSON lines of other formats are image-text pairs, as for training
     is_ours = path.suffix.lower() == ".json" or (
         path.suffix.lower() == ".jsonl" and os.path.isfile(data) and layout_of(path) not in (None, "order")
     )
     return [path] if is_ours and os.path.isfile(data) else []
 
 
-def _records(path: Path, most: int | None = None) -> list[Record]:
-    """Return the records of a file: lines, of which no more than ``most`` are read, a list, or an object of them.
+def _read_records(path: Path, most: int | None = None) -> list[Record]:
+    """Read the records of a compositional file: JSON lines (at most ``most``), a list, or an object of records.
 
     Raises:
         ValueError: it is not JSON, is empty, or something in it is no record.
@@ -151,19 +152,20 @@ def _records(path: Path, most: int | None = None) -> list[Record]:
 
 
 def layout_of(path: Path) -> str | None:
-    """Return the format of a file by its first record; None if it has none of them."""
-    first = set(_records(path, 1)[0])
+    """Return the format of a compositional file, which its first record tells; None for an unknown format."""
+    first = set(_read_records(path, 1)[0])
     known = [name for name, layout in LAYOUTS.items() if set(layout.keys) <= first]
     return None if not known or (known[0] == "order" and first & set(WRONG_KEYS)) else known[0]
 
 
 def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pictures, list[Case]]:
-    """Return the images of files of one format, and the cases that name them.
+    """Read the images and the test cases from compositional files of one format.
 
     Args:
-        files: the files of records.
+        files: the paths of the files.
         form: the format.
-        folder: of the images; by default ``images`` or ``val2017`` beside a file, or else its own folder.
+        folder: the folder of the images; by default ``images`` or ``val2017`` beside a file, or else the file's own
+            folder.
 
     Raises:
         ValueError: a file cannot be read, a record lacks something, or the folder does not exist.
@@ -175,7 +177,7 @@ def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pi
     pictures: dict[Picture, int] = {}
     cases: list[Case] = []
     for path in files:
-        for number, record in enumerate(_records(path)):
+        for number, record in enumerate(_read_records(path)):
             try:
                 own = {"category": path.stem} if form == "sugarcrepe" else {}
                 cases += _cases({**record, **own}, f"{path.name}, record {number}", form, root, pictures)
@@ -185,16 +187,16 @@ def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pi
 
 
 def _cases(record: Record, name: str, form: str, root: Path, pictures: dict[Picture, int]) -> Iterator[Case]:
-    """Yield the cases of a record, and add its images to all pictures with their numbers."""
+    """Yield the test cases of a record, and add its new images to ``pictures``, which numbers them."""
     layout, box = LAYOUTS[form], _box(record)
-    named = [Picture(_file(root, _text(record, key)), box) for key in layout.images]
+    named = [Picture(_image_file_of(root, _text(record, key)), box) for key in layout.images]
     images = tuple(pictures.setdefault(picture, len(pictures)) for picture in named)
     if form == "order":
-        captions = _texts(record, layout.captions[0])
+        captions = _captions_of(record, layout.captions[0])
         yield from filter(None, (order_case(name, images[0], caption) for caption in captions))
         return
     texts = [_text(record, key) for key in layout.captions]
-    texts += [text for key in layout.wrong for text in _texts(record, key)]
+    texts += [text for key in layout.wrong for text in _captions_of(record, key)]
     groups = {}
     for key in layout.groups:
         if value := record.get(key):
@@ -211,8 +213,8 @@ def _box(record: Record) -> tuple[float, ...] | None:
     return tuple(float(record[key]) for key in BOX)
 
 
-def _texts(record: Record, key: str) -> list[str]:
-    """Return the texts of a key, which has one or a list."""
+def _captions_of(record: Record, key: str) -> list[str]:
+    """Return the captions under a key of a record, whose value is one text or a list of texts."""
     values = record.get(key)
     return [_text({key: value}, key) for value in values] if isinstance(values, list) else [_text(record, key)]
 
@@ -226,8 +228,8 @@ def _text(record: Record, key: str) -> str:
     return value
 
 
-def _file(root: Path, name: str) -> str:
-    """Return the name of an image's file; Winoground's come without their suffix."""
+def _image_file_of(root: Path, name: str) -> str:
+    """Return the file name of an image of a record; Winoground's records name images without their suffix."""
     if "." in Path(name).name:
         return name
     found = (f"{name}.{suffix}" for suffix in IMAGE_EXTENSIONS)

@@ -1,8 +1,8 @@
-"""Which captions a model prefers: cases of images with right and wrong captions, and the shares of them that are right.
+"""Scores of compositional benchmarks: how often a model prefers the right caption of an image to the wrong ones.
 
-A case has one image and several captions, of which the first is right; or two images and two captions, of which each is
-right for the image in its place. A wrong caption with the same score as the right one counts as before it, so that a
-model for which all scores are equal gets nothing.
+A case has one image and several captions, of which the first is right; or it has two images and two captions, and
+caption i is right for image i. In a tie between a wrong and the right caption the wrong one wins: a model for which all
+scores are equal gets 0.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 
 from .intervals import bootstrap, wilson
 
-BLOCK = 1 << 16  # scores that are computed at once
-MEAN = "mean_acc"  # the metric that is the mean of groups
-CHANCE = {"text_acc": 1 / 4, "image_acc": 1 / 4, "acc": 1 / 6}  # of two images and two captions
+BLOCK = 1 << 16  # the number of scores that are computed at once
+MEAN = "mean_acc"  # the name of the metric that is the mean over groups
+CHANCE = {"text_acc": 1 / 4, "image_acc": 1 / 4, "acc": 1 / 6}  # for cases of two images and two captions
 
 
 class Case(NamedTuple):
     """Images and captions to be matched.
 
     Attributes:
-        name: for people.
-        images: places of the images in the set; one or two.
-        captions: of one image, the right one first; of two images, one for each.
-        groups: what the case is a case of, by the name of a division, such as ``{"tag": "Object"}``.
-        wrong: what each of the wrong captions is, if they differ in kind.
+        name: the name of the case, for people.
+        images: the positions of the one or two images in the set.
+        captions: with one image, the right caption and then the wrong ones; with two images, one caption for each.
+        groups: the group of the case in each division of the cases, such as ``{"tag": "Object"}``.
+        wrong: the kind of each wrong caption, if there are several kinds.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Judged(NamedTuple):
 
     @property
     def verdicts(self) -> dict[str, bool]:
-        """What is right of the case, by the metrics of CLIP_benchmark.
+        """Whether the model is right about the case, for each metric of CLIP_benchmark.
 
         ``text_acc``: each image prefers its caption. ``image_acc``: each caption prefers its image. ``acc``: both. With
         one image there is ``acc`` alone: its caption is preferred.
@@ -63,12 +63,12 @@ class Judged(NamedTuple):
 
     @property
     def chance(self) -> dict[str, float]:
-        """How likely each verdict is by scores at random."""
+        """The probability of each verdict if the scores are random."""
         return CHANCE if len(self.scores) == 2 else {"acc": 1 / len(self.scores[0])}
 
     @property
     def lead(self) -> float:
-        """By how much the right captions are ahead of the best wrong ones, at the image where this is least."""
+        """The margin of the right caption over the best wrong one; of two images, the smaller margin."""
         return min(
             row[own] - max(score for place, score in enumerate(row) if place != own)
             for own, row in enumerate(self.scores)
@@ -79,14 +79,14 @@ class Judged(NamedTuple):
 def judge(
     cases: Sequence[Case], images: Tensor, rows: Mapping[int, int], texts: Mapping[str, int], captions: Tensor
 ) -> list[Judged]:
-    """Return the scores of cases.
+    """Return compositional cases with the score of each caption for each image.
 
     Args:
-        cases: all of whose images have features.
-        images: their features, [N, D] of unit length.
-        rows: the row of each place of the set among these.
-        texts: the row of each caption among the following.
-        captions: features [M, D] of unit length.
+        cases: the cases; each of their images must have features.
+        images: the features of the images, [N, D] of unit length.
+        rows: for each position in the set, the row of its image in ``images``.
+        texts: for each caption, its row in ``captions``.
+        captions: the features of the captions, [M, D] of unit length.
 
     Raises:
         ValueError: a feature is not finite.
@@ -99,14 +99,14 @@ def judge(
     ).reshape(-1, 2)
     found: list[float] = []
     for block in pairs.split(BLOCK):
-        # Row by row, so that equal features have equal scores.
+        # Each row is multiplied on its own: a batched product could round equal features to different scores.
         found += (images[block[:, 0]].float() * captions[block[:, 1]].float()).sum(1).tolist()
     scores = iter(found)
     return [Judged(case, [[next(scores) for _ in case.captions] for _ in case.images]) for case in cases]
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Any]:
-    """Return the number of cases, and the share of right ones by each metric with its 95% interval and chance.
+    """Return the number of cases, and each compositional metric with its 95% interval and its value by chance.
 
     Raises:
         ValueError: there are no cases.
@@ -125,7 +125,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def by_group(judged: Sequence[Judged], division: str) -> dict[str, dict[str, Any]]:
-    """Return the figures of each group of a division, in the order in which they come up; a case may be in none."""
+    """Return the compositional metrics of each group of a division, in order of first occurrence."""
     members: dict[str, list[Judged]] = {}
     for one in judged:
         if name := one.case.groups.get(division):
@@ -134,7 +134,7 @@ def by_group(judged: Sequence[Judged], division: str) -> dict[str, dict[str, Any
 
 
 def by_wrong(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
-    """Return the figures of each kind of wrong captions: how often the right caption is ahead of that one."""
+    """Return how often the right caption scores above a wrong caption, for each kind of wrong caption."""
     pairs = []
     for one in judged:
         right, *others = one.scores[0]
@@ -146,9 +146,9 @@ def by_wrong(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
 def mean_of_groups(
     groups: Mapping[str, Mapping[str, Any]], fewest: int = 1
 ) -> tuple[float, tuple[float, float]] | None:
-    """Return the mean accuracy of groups that have at least ``fewest`` cases, and its interval; None if none has.
+    """Return the mean accuracy over groups with at least ``fewest`` cases, and its interval; None without any of these.
 
-    The interval is a bootstrap over the groups.
+    The interval comes from a bootstrap over the groups.
     """
     shares = [found["metrics"]["acc"] for found in groups.values() if found["cases"] >= fewest]
     if not shares:
@@ -160,13 +160,14 @@ SHUFFLES = ("all words", "trigrams", "within trigrams")
 
 
 def shuffled(caption: str, kind: str) -> str | None:
-    """Return a caption with its words in another order, the same in every call; None if no order differs.
+    """Return a caption with its words in another order, the same in every call; None if all orders are equal.
 
-    Two of ARO's four tests of order need to know which words are nouns and adjectives, and are not made here.
+    Two of ARO's four tests of word order need a tagger for nouns and adjectives, so they are not implemented.
 
     Args:
-        caption: words between spaces.
-        kind: "all words"; "trigrams", which change places as wholes; or "within trigrams".
+        caption: the caption; its words are separated by spaces.
+        kind: "all words" shuffles words, "trigrams" shuffles groups of three words, "within trigrams" shuffles the
+            words of each group.
     """
     words = caption.split()
     groups = [words[start : start + 3] for start in range(0, len(words), 3)]
@@ -183,6 +184,6 @@ def shuffled(caption: str, kind: str) -> str | None:
 
 
 def order_case(name: str, image: int, caption: str) -> Case | None:
-    """Return a case of a caption against itself in other orders; None if there is no other order."""
+    """Return a case whose wrong captions are the right one in other word orders; None if there is no other order."""
     found = {kind: text for kind in SHUFFLES if (text := shuffled(caption, kind))}
     return Case(name, (image,), (caption, *found.values()), wrong=tuple(found)) if found else None

@@ -1,4 +1,4 @@
-"""The sets of ``clipfast eval compositional``: what a name stands for, its images, and the cases that they make."""
+"""Opens the sets of ``clipfast eval compositional``: recognises the format of data, and reads images and test cases."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .labelled import LabelledImage, LabelledSet, Place, loader
 
 SHAPES = SHAPES_PREFIX.rstrip(":")
 DEFAULT_SCENES = 1200
-LOOKED_AT = 64  # samples of which one must be readable to tell the format
+LOOKED_AT = 64  # the format is told from the first readable sample among this many
 
 
 class CaseSet(NamedTuple):
-    """Images, and the cases that they make.
+    """The images of a compositional set, and the test cases that are made from them.
 
     Attributes:
         form: the format.
-        images: the set of the images.
-        cases: makes the cases of what is known of the images, of which some may be left out.
-        divisions: the names of the groups of the cases.
+        images: the images.
+        cases: a function that makes the cases from the metadata of the images; it leaves out cases of unusable images.
+        divisions: the names of the keys that divide the cases into groups.
     """
 
     form: str
@@ -41,10 +41,10 @@ class CaseSet(NamedTuple):
 
 
 def format_of(images: LabelledSet) -> str:
-    """Return the format of what a name stands for.
+    """Return the compositional format of the data that the user named.
 
     Raises:
-        ValueError: it cannot be told.
+        ValueError: the format cannot be told.
     """
     data = images.data
     if data == SHAPES or data.startswith(SHAPES_PREFIX):
@@ -64,7 +64,7 @@ def format_of(images: LabelledSet) -> str:
 
 
 def _fields_of(images: LabelledSet) -> set[str]:
-    """Return the keys of the json of a sample."""
+    """Return the keys in the json of a sample of a compositional set."""
     source = open_sources(expand_shards(images.data), index=IndexCache(separator=images.separator))[0]
     for number in range(min(len(source), LOOKED_AT)):
         with contextlib.suppress(SampleError):
@@ -84,15 +84,15 @@ def _format_of_files(files: Sequence[Path]) -> str:
 
 
 def open_cases(images: LabelledSet, form: str, folder: str | None) -> CaseSet:
-    """Return the set that a name stands for.
+    """Open a compositional set.
 
     Args:
-        images: says what is read, and how.
+        images: the data source of the set, and how it is read.
         form: the format, as :func:`format_of` returns it.
-        folder: of the images, for files that name them.
+        folder: the folder of the images, for files of records, which only name their images.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the set cannot be read.
     """
     files = files_of(images.data)
     if folder is not None and not files:
@@ -123,7 +123,7 @@ def open_cases(images: LabelledSet, form: str, folder: str | None) -> CaseSet:
 
 
 def _left_out(found: LabelledFeatures) -> list[Case]:
-    """Return what stands for the cases of the images that cannot be used, whose captions are not known."""
+    """Return placeholders for the cases of unusable images, whose captions are unknown."""
     return [Case(skipped.name, (number,), ()) for number, skipped in found.left_out.items()]
 
 
@@ -136,7 +136,7 @@ def _order_cases(found: LabelledFeatures) -> list[Case]:
 
 
 def _pair_cases(found: LabelledFeatures, group: str | None, label: str | None = None) -> list[Case]:
-    """Return a case for each image, of all its captions; ``group`` and ``label`` name the divisions by these."""
+    """Return a case for each image with all its captions; ``group`` and ``label`` are the names of two divisions."""
     cases, divisions = _left_out(found), {label: found.labels, group: found.groups}
     for row, number in enumerate(found.numbers):
         groups = {name: column[row] for name, column in divisions.items() if name and column[row]}
@@ -146,7 +146,7 @@ def _pair_cases(found: LabelledFeatures, group: str | None, label: str | None = 
 
 @dataclasses.dataclass
 class _WithWrong(LabelledSet):
-    """Images whose captions are the right one, and after it the wrong ones."""
+    """Images of a compositional set, each with its right caption first and the wrong captions after it."""
 
     def stamp(self) -> str:
         return f"with wrong captions: {super().stamp()}"
@@ -159,7 +159,7 @@ class _WithWrong(LabelledSet):
 
 @dataclasses.dataclass
 class _Scenes(LabelledSet):
-    """Generated test scenes."""
+    """The generated test scenes (``scenes:``) as a compositional set."""
 
     count: int = 0
     seed: int = 0
@@ -178,7 +178,7 @@ def _draw(number: int, seed: int) -> LabelledImage:
 
 @dataclasses.dataclass
 class _Winoground(LabelledSet):
-    """The first images of all rows of a table, and after them the second images."""
+    """Winoground's table as images: the first image of every row, and after these the second image of every row."""
 
     def halves(self) -> list[LabelledSet]:
         layout = LAYOUTS["winoground"]

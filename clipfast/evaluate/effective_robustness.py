@@ -1,7 +1,7 @@
 """Effective robustness: accuracy under a shift beyond what accuracy on the base predicts (Taori et al. 2020).
 
-Over many models the two accuracies lie near a straight line if each is put on the scale of its log-odds. A line through
-baseline models says what to expect of a model; what it has beyond that is its effective robustness.
+Over many models the two accuracies lie near a straight line on the scale of log-odds. A line through baseline models
+predicts the accuracy of a model under the shift; its accuracy minus the prediction is its effective robustness.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Line:
     """A straight line on the scale of log-odds.
 
     Attributes:
-        slope, intercept: of the line.
-        points: through which it was fitted.
+        slope, intercept: the parameters of the line.
+        points: the points to which the line was fitted.
     """
 
     slope: float
@@ -46,15 +46,15 @@ class Line:
     points: tuple[Point, ...]
 
     def __call__(self, base: float) -> float:
-        """Return the accuracy under the shift that the line predicts for one on the base."""
-        if base in (0.0, 1.0):  # to which the line leads if it rises
+        """Return the accuracy under the shift that the line predicts from the accuracy ``base`` on the base."""
+        if base in (0.0, 1.0):  # the log-odds are infinite; a rising line maps 0 to 0 and 1 to 1
             return base if self.slope > 0 else 1 - base
         return 1 / (1 + math.exp(-(self.intercept + self.slope * math.log(base / (1 - base)))))
 
     def band(self, bases: Sequence[float]) -> list[Interval]:
-        """Return the 95% interval of the prediction for each accuracy on the base, by resampling the points.
+        """Return the 95% interval of the line's prediction for each accuracy on the base, by resampling the points.
 
-        Resamples in which all points have the same accuracy on the base say nothing, and are left out.
+        Resamples in which all points have the same accuracy on the base determine no line, and are left out.
         """
         generator = torch.Generator().manual_seed(0)
         x, y = _logits(self.points)
@@ -71,19 +71,19 @@ class Line:
 
 
 def is_usable(point: Point) -> bool:
-    """Return whether both accuracies have log-odds."""
+    """Return whether both accuracies have finite log-odds, as a fit needs."""
     return 0 < point.base < 1 and 0 < point.shift < 1
 
 
 def fit(points: Iterable[Point], name: str) -> Line:
-    """Return the line with the least squares on the scale of log-odds.
+    """Fit the baseline's line of accuracy under a shift by least squares on the scale of log-odds.
 
     Args:
-        points: accuracies of 0 and 1 have no log-odds, and are left out.
-        name: of the shift, for errors.
+        points: the baseline models; accuracies of 0 and 1 have no finite log-odds, and are left out.
+        name: the name of the shift, for error messages.
 
     Raises:
-        ValueError: there are no two points of different accuracies on the base.
+        ValueError: no two points have different accuracies on the base.
     """
     usable = tuple(filter(is_usable, points))
     if len({point.base for point in usable}) < 2:
@@ -103,11 +103,11 @@ def _logits(points: Sequence[Point]) -> tuple[Tensor, Tensor]:
 
 
 def figures(base: float, shift: float, line: Line | None) -> dict[str, float | None]:
-    """Return how robust a model is.
+    """Return the robustness of a model under one shift.
 
     Args:
-        base, shift: its accuracies.
-        line: of the baseline, or None without one.
+        base, shift: the model's accuracies on the base and under the shift.
+        line: the line of the baseline models, or None without a baseline.
 
     Returns:
         ``drop``; ``relative_drop``, as a share of the accuracy on the base; ``expected``, the accuracy that the line
@@ -123,9 +123,9 @@ def figures(base: float, shift: float, line: Line | None) -> dict[str, float | N
 
 
 def mean_interval(shares: Sequence[float], intervals: Sequence[Interval]) -> Interval:
-    """Return the interval of the mean of shares that were measured on separate images.
+    """Return the interval of the mean of several accuracies that were measured on separate images.
 
-    The distances to the ends of their own intervals are added in squares (Zou and Donner 2008).
+    The distances from each accuracy to the ends of its interval are squared and added (Zou and Donner 2008).
     """
     count, mean = len(shares), sum(shares) / len(shares)
     low = math.sqrt(sum((share - ends[0]) ** 2 for share, ends in zip(shares, intervals, strict=True))) / count
@@ -134,16 +134,16 @@ def mean_interval(shares: Sequence[float], intervals: Sequence[Interval]) -> Int
 
 
 def read_points(path: Path, shifts: Sequence[str], unnamed: str) -> dict[str, list[Point]]:
-    """Return the points of baseline models by shift, from a file.
+    """Read the accuracies of baseline models under each shift from a file.
 
     Args:
         path: CSV with the columns model, base, shift, and set, which names the shift; or a JSON list of objects with
             these keys; or the results of ``clipfast eval robustness``.
-        shifts: the names that there may be; of others the points are left out.
-        unnamed: the shift of points without ``set``.
+        shifts: the names of the shifts that are wanted; points of other shifts are left out.
+        unnamed: the shift to which points without ``set`` belong.
 
     Raises:
-        ValueError: the file cannot be read, lacks a column, or holds something that is no accuracy.
+        ValueError: the file cannot be read, lacks a column, or holds a value that is no accuracy.
     """
     found: dict[str, list[Point]] = {}
     for number, row in enumerate(_rows(path), 1):
@@ -167,7 +167,7 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
             return list(csv.DictReader(file))
     content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("points"), list):
-        content = content["points"]  # the results of this task
+        content = content["points"]  # the file holds the results of ``clipfast eval robustness``
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError(f"{path} must hold a list of objects with {', '.join(COLUMNS)}, or results of this task")
     return content

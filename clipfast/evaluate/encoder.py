@@ -1,4 +1,4 @@
-"""A model that encodes images and texts for evaluations: one of clipfast, or of any package with the same methods."""
+"""Encoders for evaluations: a model of clipfast, or of any package with the same methods, with its preprocessing."""
 
 import dataclasses
 import functools
@@ -31,16 +31,16 @@ PROBES = ("a photo of a cat.", "Größe: 10 000 × 3, naïve 猫 &amp; Co.", "wo
 
 @dataclasses.dataclass
 class Encoder:
-    """A model with what prepares its images and texts.
+    """A model together with its tokenizer and its image transform.
 
     Attributes:
-        name: of the model, for people.
+        name: the name of the model, for people.
         model: in evaluation mode; ``encode_image`` and ``encode_text`` take ``normalize=True``.
         tokenizer: turns a list of texts into ids.
         transform: turns a PIL image into a tensor [3, H, W].
-        device: of the model.
-        pretrained: the name of its weights, for people.
-        normalize: whether features of images have unit length.
+        device: the device of the model.
+        pretrained: the name of the weights, for people.
+        normalize: whether the features of images are scaled to unit length.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Encoder:
         cls, name: str, pretrained: str | None = None, *, device: str, tokenizer_file: str | None = None,
         cache_dir: str | Path | None = None, backend: str = "auto",
     ) -> "Encoder":  # fmt: skip
-        """Build a model with its weights; arguments are those of :func:`clipfast.create_model` and ``get_tokenizer``.
+        """Build an encoder for evaluation, by the arguments of :func:`clipfast.create_model` and ``get_tokenizer``.
 
-        ``open_clip:NAME`` is the model that OpenCLIP builds by that name, on the kernels of this package.
+        ``open_clip:NAME`` builds the model by OpenCLIP and applies the kernels of this package to it.
 
         Raises:
             ValueError: the model has no weights, there is no such model, or OpenCLIP is not installed.
@@ -82,25 +82,25 @@ class Encoder:
 
     @functools.cached_property
     def blank(self) -> Tensor:
-        """The input [3, H, W] for an image without content, which has the size and the dtype of any other."""
+        """A black input image [3, H, W] with the size and the dtype that the transform returns."""
         from PIL import Image
 
         return self.transform(Image.new("RGB", (1, 1)))
 
     @functools.cached_property
     def digest(self) -> str:
-        """A SHA-256 of everything that the features depend on but the input: weights, architecture, preparation."""
+        """The SHA-256 of everything that determines the features of an input: weights, architecture, preprocessing."""
         model = self.model
         found = hashlib.sha256(repr(model.config if hasattr(model, "config") else model).encode())
         found.update(re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform)).encode())
-        found.update(repr(self.tokenizer(list(PROBES)).tolist()).encode())  # stands for the whole tokenizer
+        found.update(repr(self.tokenizer(list(PROBES)).tolist()).encode())  # identifies the tokenizer
         for name, value in model.state_dict().items():
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def about(self) -> dict[str, Any]:
-        """Return what features by this model depend on, as plain values, and its name."""
+        """Return plain values that identify the model of stored features: its names and its digest."""
         about = {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
         return about if self.normalize else {**about, "normalized": False}
 
@@ -112,13 +112,13 @@ class Encoder:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], store: FeatureStore | None = None, world: World = ALONE) -> Tensor:
-        """Return the features [N, D], of unit length, of texts, which need not be distinct, on rank 0.
+        """Return the features [N, D] of texts, of unit length, on rank 0. Equal texts are encoded once.
 
         Several ranks share the work; all of them must call this method.
 
         Args:
-            texts: on rank 0; others need not know them.
-            store: keeps the features, or None.
+            texts: the texts; only rank 0 needs them.
+            store: the store that keeps the features, or None.
             world: the ranks. Other ranks get no features.
         """
         distinct = world.on_main(lambda: list(dict.fromkeys(texts)))
@@ -128,7 +128,7 @@ class Encoder:
             batches = [distinct[start : start + TEXTS] for start in range(0, len(distinct), TEXTS)]
             mine = each(batches[world.rank :: world.size], "texts", "batches", shown=world.is_main)
             found = [encode_texts(self.model, self.tokenizer, batch, self.device).cpu() for batch in mine]
-            world.meet()  # parts take different times
+            world.meet()  # ranks finish their parts at different times
             everyones = world.gather(found)
             if not world.is_main:
                 return torch.empty(0)
@@ -141,7 +141,7 @@ class Encoder:
         else:
             return torch.empty(0)
         if len(distinct) == len(texts):
-            return features.to(self.device)  # which may fill half of the memory: without a copy
+            return features.to(self.device)  # moved without a copy, since the features may fill half of the memory
         numbers = {text: number for number, text in enumerate(distinct)}
         return features[[numbers[text] for text in texts]].to(self.device)
 
@@ -162,26 +162,27 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A change of PIL images, and the transform that follows it."""
+    """A transform that changes the PIL image, for example by a synthetic shift, before it applies another transform."""
 
     change: Change
     transform: Callable[..., Tensor]
 
     def __call__(self, image: "Image.Image") -> Tensor:
-        """Return the changed image as the transform makes it."""
+        """Change the image, and return the transform of the result."""
         return self.transform(self.change(image))
 
 
 class PreparedEncoder(Encoder):
-    """An encoder whose images are changed before another one prepares and encodes them."""
+    """An encoder that changes images, for example by a synthetic shift, before it encodes them by another encoder."""
 
     @classmethod
     def of(cls, encoder: Encoder, change: Change) -> "PreparedEncoder":
-        """Return the encoder with a change before its transform.
+        """Return ``encoder`` with a change of images before its transform.
 
         Args:
-            encoder: has the model.
-            change: of images; if features are kept, its ``repr`` must say everything that it depends on.
+            encoder: the encoder that holds the model.
+            change: a function of PIL images; if features are stored, its ``repr`` must contain everything it depends
+                on.
         """
         fields = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(Encoder)}
         prepared = cls(**{**fields, "transform": Prepared(change, encoder.transform)})
@@ -192,15 +193,15 @@ class PreparedEncoder(Encoder):
     _change: Change
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Return the features of images as the other encoder does."""
+        """Return the features that the other encoder computes for images."""
         return self._of.images(pixels)
 
     def about(self) -> dict[str, Any]:
-        """Return what features by this model depend on, as plain values, and its name."""
+        """Return plain values that identify the model of stored features: its names and its digest."""
         return {**self._of.about(), "change": repr(self._change)}
 
 
-SIDE = 16  # of thumbnails whose pixels are compared
+SIDE = 16  # the width and height of the thumbnails whose pixels are compared
 
 
 def small_pixels(image: "Image.Image") -> Tensor:
@@ -213,19 +214,19 @@ def small_pixels(image: "Image.Image") -> Tensor:
 
 
 class PixelEncoder(Encoder):
-    """Takes the place of a model: the similarity of two images is the correlation of the pixels of their thumbnails.
+    """An encoder without a model: the similarity of two images is the correlation of their thumbnails' pixels.
 
-    It finds copies of an image, where a model sees only the content. It has no features of texts.
+    It finds copies of an image, where a model finds images of similar content. It has no features of texts.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         super().__init__("pixels", None, None, small_pixels, device)
 
     def about(self) -> dict[str, Any]:
-        """Return what the features depend on, as plain values."""
+        """Return plain values that identify stored features of thumbnails."""
         return {"model": self.name, "side": SIDE}
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Return the features [B, 768] of thumbnails [B, 3, 16, 16], of mean 0 and unit length; 0 for one grey."""
+        """Return the features [B, 768] of thumbnails [B, 3, 16, 16]: mean 0 and unit length; 0 for a uniform image."""
         flat = pixels.to(self.device).float().flatten(1)
         return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)

@@ -78,7 +78,7 @@ def samples_of(found: LabelledFeatures, classnames: Sequence[str], name: str) ->
     Args:
         found: the set.
         classnames: of the training set.
-        name: of the set, for errors.
+        name: the name of the set, for error messages.
 
     Raises:
         ValueError: there is a label that is not in the training set, or a feature is not finite.
