@@ -17,11 +17,11 @@ from .zero_shot import TEXTS, Template, build_zero_shot_classifier, encode_texts
 
 @dataclasses.dataclass
 class Evaluation:
-    """The figures as plain values for ``results.json``, and the predictions behind them."""
+    """The results of an evaluation as plain values for ``results.json``, and the zero-shot predictions behind them."""
 
     results: dict[str, Any]
     predictions: list[list[str]]  # the five best classes of each image, the best first
-    right: list[list[bool]]  # True for those of them that are right
+    right: list[list[bool]]  # True for each prediction that is right
 
 
 def evaluate(
@@ -44,22 +44,23 @@ def evaluate(
         templates: prompt templates; their features are averaged for each class.
         classnames: the name of each class in prompts, in the order of ``images.classnames``; default: the labels.
         leave_out: groups to leave out of a second overall accuracy.
-        skipped: how many images of the set could not be used, which the results state.
-        loss_batch: also compute the mean contrastive loss of batches of so many pairs, as OpenCLIP does.
-        show: shows how many of the texts are encoded.
+        skipped: the number of unusable images of the set, for the results.
+        loss_batch: also compute the mean contrastive loss of batches of this size, as OpenCLIP does.
+        show: makes the progress bar of encoding the texts.
 
     Raises:
-        ValueError: there are not as many names as classes, a group to leave out does not exist, or none would remain.
+        ValueError: the number of names differs from the number of classes, a group to leave out does not exist, or no
+            group would remain.
     """
     names, device = names_of(images.classnames, classnames), images.features.device
     captions = distinct_captions(images)
-    # One plain prompt of a class often is the caption of its images: each text is encoded once.
+    # With one plain template, the prompt of a class often equals the caption of its images: each text is encoded once.
     prompts = prompts_of(names, templates) if len(templates) == 1 else []
     numbers = {text: number for number, text in enumerate(dict.fromkeys([*captions, *prompts]))}
     encoded = _encoded(model, tokenizer, list(numbers), device, show)
     if prompts:
         classifier = encoded[[numbers[prompt] for prompt in prompts]].T
-    else:  # which holds the features of a few classes at a time
+    else:  # build_zero_shot_classifier holds the features of only a few classes at a time
         at_once = TEXTS // len(templates) + 1
         classifier = build_zero_shot_classifier(model, tokenizer, names, templates, at_once, device, show=show)
     best = top_classes(images.features, classifier, 5)
@@ -71,10 +72,10 @@ def evaluate(
 
 
 def names_of(labels: list[str], classnames: Sequence[str] | None) -> list[str]:
-    """Return the name of each class in prompts, which is its label if there are no others.
+    """Return the name of each class for zero-shot prompts: the given names, or else the labels.
 
     Raises:
-        ValueError: there are not as many names as classes.
+        ValueError: the number of names differs from the number of classes.
     """
     names = labels if classnames is None else list(classnames)
     if len(names) != len(labels):
@@ -86,29 +87,30 @@ def names_of(labels: list[str], classnames: Sequence[str] | None) -> list[str]:
 
 
 def distinct_captions(images: LabelledFeatures) -> list[str]:
-    """Return the first captions of the images, each once, in their order."""
+    """Return the distinct first captions of the images, as the texts of retrieval, in order of first occurrence."""
     return list(dict.fromkeys(texts[0] for texts in images.captions))
 
 
 def figures(
     images: LabelledFeatures, best_classes: Tensor, texts: Tensor, *, leave_out: Iterable[str] = (), skipped: int = 0
 ) -> Evaluation:
-    """Return the figures of :func:`evaluate` from features.
+    """Return zero-shot accuracy and retrieval recall, as :func:`evaluate` does, from features.
 
     Args:
         images: the labelled set.
         best_classes: the numbers of the best five classes of each image, the best first.
-        texts: features of :func:`distinct_captions`.
+        texts: the features of the texts that :func:`distinct_captions` returns.
         leave_out, skipped: as :func:`evaluate` takes them.
 
     Raises:
-        ValueError: a group to leave out does not exist, or none would remain.
+        ValueError: a group to leave out does not exist, or no group would remain.
     """
     labels = images.classnames
     best = [[labels[index] for index in row] for row in best_classes.tolist()]
     accepted = images.accepted()
     right = [[label in names for label in row] for row, names in zip(best, accepted, strict=True)]
-    # Position of the first right class among the best; beyond the last class if none of them is right.
+    # The position of the first right class among the best classes, or the number of all classes if none of them is
+    # right.
     hits = torch.tensor([row.index(True) if True in row else len(labels) for row in right])
     groups = sorted(set(images.groups) - {""})
     left_out = sorted(set(leave_out))
@@ -130,7 +132,7 @@ def figures(
 
 
 def _accuracy(hits: Tensor) -> dict[str, float | int]:
-    """Return top-1 and top-5 accuracy; ``hits`` [N] are the positions of the right classes, from 0."""
+    """Return zero-shot top-1 and top-5 accuracy; ``hits`` [N] has the position of the right class, from 0."""
     return {"top1": (hits < 1).double().mean().item(), "top5": (hits < 5).double().mean().item(), "images": len(hits)}
 
 
@@ -138,7 +140,7 @@ def _accuracy(hits: Tensor) -> dict[str, float | int]:
 def _encoded(
     model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device, show: Progress
 ) -> Tensor:
-    """Return the features [len(texts), embed_dim] of texts."""
+    """Encode texts for retrieval, and return their features [len(texts), embed_dim]."""
     parts = []
     with show(len(texts), "texts", "texts") as advance:
         for start in range(0, len(texts), TEXTS):
@@ -148,7 +150,7 @@ def _encoded(
 
 
 def _retrieval(images: LabelledFeatures, features: Tensor) -> dict[str, dict[str, float]]:
-    """Return recall of images by text and of text by images; equal texts count as one, and so do equal images."""
+    """Return the recall of text-to-image and image-to-text retrieval; equal texts, or images, count as one."""
     device = images.features.device
     numbers = {text: number for number, text in enumerate(distinct_captions(images))}
     text_keys = torch.tensor([numbers[texts[0]] for texts in images.captions], device=device)
@@ -161,6 +163,6 @@ def _retrieval(images: LabelledFeatures, features: Tensor) -> dict[str, dict[str
 
 
 def _loss(images: Tensor, texts: Tensor, logit_scale: Tensor, size: int) -> float:
-    """Return the mean over pairs of the contrastive loss in batches of ``size`` neighbours; the last may be smaller."""
+    """Return the validation loss: the mean contrastive loss of the pairs, in consecutive batches of ``size`` pairs."""
     batches = zip(images.float().split(size), texts.float().split(size), strict=True)
     return sum(len(image) * contrastive_loss(image, text, logit_scale).item() for image, text in batches) / len(images)

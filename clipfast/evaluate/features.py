@@ -1,4 +1,4 @@
-"""Features of labelled sets, from which every evaluation starts: encoded block by block, on all ranks, once."""
+"""Features of labelled image sets, from which every evaluation starts. All ranks encode them, block by block, once."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .store import FeatureStore, Section
 if TYPE_CHECKING:
     from PIL import Image
 
-BLOCK = 256  # places of a set that are encoded, and kept, together
+BLOCK = 256  # the number of neighbouring images that are encoded, and stored, together
 COLUMNS = ("labels", "captions", "groups", "numbers", "digests")
 
 
 @dataclasses.dataclass
 class LabelledFeatures:
-    """Features of an image set, and what is known of each image.
+    """The features of an image set, with the label, captions, group and pixel checksum of each image.
 
-    ``twins`` numbers images by their pixels: images that are equal to the last bit have the same number. No model can
-    tell such images apart, so the label of each is right for all of them.
+    ``twins`` numbers the images by their pixels, and images with equal pixels have the same number. No model can tell
+    them apart, so the label of each is right for all of them.
     """
 
     features: Tensor  # [N, embed_dim], unit length
@@ -39,26 +39,26 @@ class LabelledFeatures:
     captions: list[tuple[str, ...]]
     groups: list[str]
     twins: list[int] = dataclasses.field(default_factory=list)
-    numbers: list[int] = dataclasses.field(default_factory=list)  # places in the set
-    digests: list[bytes] = dataclasses.field(default_factory=list)  # of the pixels
-    left_out: dict[int, Skipped] = dataclasses.field(default_factory=dict)  # by their places
+    numbers: list[int] = dataclasses.field(default_factory=list)  # the positions of the images in the set
+    digests: list[bytes] = dataclasses.field(default_factory=list)  # the checksums of the pixels
+    left_out: dict[int, Skipped] = dataclasses.field(default_factory=dict)  # the unusable images by their positions
 
     @classmethod
     def empty(cls) -> LabelledFeatures:
-        """Return the features of no images."""
+        """Return features of an image set without images."""
         return cls(torch.empty(0), [], [], [])
 
     def to(self, device: str | torch.device) -> LabelledFeatures:
-        """Return the same with the features on another device."""
+        """Return the labelled features with the tensor on another device."""
         return dataclasses.replace(self, features=self.features.to(device))
 
     @property
     def classnames(self) -> list[str]:
-        """The distinct labels, sorted; by value if all of them are numbers."""
+        """The distinct labels of the set in sorted order; labels that are all numbers are sorted by value."""
         return in_order(self.labels)
 
     def accepted(self) -> list[set[str]]:
-        """Return, for each image, the labels that are right for it: its own and those of its twins."""
+        """Return the labels that are right for each image: its own and the labels of images with equal pixels."""
         by_twin: dict[int, set[str]] = {}
         for twin, label in zip(self.twins, self.labels, strict=True):
             by_twin.setdefault(twin, set()).add(label)
@@ -66,10 +66,10 @@ class LabelledFeatures:
 
 
 def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
-    """Return the features of a whole set, in its order, from those of its parts.
+    """Join the features of the parts of a set into the features of the set, in the order of the set.
 
     Raises:
-        ValueError: there are none, or not one image of the set can be used.
+        ValueError: there are no parts, or no image of the set can be used.
     """
     left_out = dict(sorted(item for part in parts for item in part.left_out.items()))
     numbers = [number for part in parts for number in part.numbers]
@@ -93,14 +93,14 @@ def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
 
 @dataclasses.dataclass
 class _Block:
-    """Images of some places, ready to be encoded: ``pixels`` has a tensor [B, 3, H, W] for each distinct transform."""
+    """A block of images that is ready to be encoded: ``pixels`` has a [B, 3, H, W] for each distinct transform."""
 
     pixels: list[Tensor]
-    found: LabelledFeatures  # without features
+    found: LabelledFeatures  # labels and other metadata; its tensor of features is empty
 
 
 class _Blocks(Dataset[_Block]):
-    """The blocks of a set, each read, decoded and transformed by whoever asks for it, such as a data worker.
+    """The blocks of a set as a PyTorch dataset: the data worker that indexes a block reads, decodes and transforms it.
 
     Encoders with the same transform share its pixels.
     """
@@ -140,18 +140,18 @@ def encode_set(
     world: World = ALONE,
     show: Progress | None = None,
 ) -> list[LabelledFeatures]:
-    """Return the features of a set by each of several models, for which every image is decoded once.
+    """Encode an image set by several models, and return its features by each; every image is decoded only once.
 
-    Several ranks share the work; all of them must call this function. What ``store`` holds already is not computed
-    again, so that a run that was killed goes on where it was.
+    Several ranks share the work; all of them must call this function. Blocks that are in ``store`` are not computed
+    again: after a kill, the next call continues with the first missing block.
 
     Args:
         encoders: the models.
-        images: the set. On rank 0 it knows afterwards what was left out on any rank.
-        batch_size: images to encode at once. The features do not depend on the number of ranks, since a batch holds
-            what is usable among ``batch_size`` neighbours.
-        workers: processes of this rank that read and decode; 0 for none but this one.
-        store: keeps the features, or None. Several machines must see the same files.
+        images: the set. Afterwards its ``left_out`` on rank 0 has the unusable images of all ranks.
+        batch_size: the number of images to encode at once. A batch holds the usable images among ``batch_size``
+            neighbours of the set, whatever the number of ranks, and so features do not depend on that number.
+        workers: the number of data worker processes of this rank; with 0, this process reads and decodes.
+        store: the store that keeps the features, or None. Several machines must see the same files.
         world: the ranks.
         show: shows the progress of each rank; default: on rank 0.
 
@@ -159,9 +159,9 @@ def encode_set(
         The features on the CPU, one element for each encoder, on rank 0; nothing on other ranks.
 
     Raises:
-        ValueError: the set cannot be read, or not one of its images can be used.
+        ValueError: the set cannot be read, or none of its images can be used.
     """
-    with world.local_first():  # the others find what it indexes
+    with world.local_first():  # one process of each machine indexes the set; the others read its index
         blocks = _Blocks(images, encoders)
     count = len(blocks.places)
     ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -181,7 +181,7 @@ def encode_set(
         ):
             for number, part in zip(mine, _encode(encoders, blocks, made), strict=True):
                 for section, found in zip(sections, part, strict=False):
-                    section.save(_name(number), *_packed(found))
+                    section.save(_name(number), *_for_store(found))
                 parts.append(part)
                 advance(len(ranges[number]))
 
@@ -194,12 +194,12 @@ def encode_set(
         whole.extend(join_parts(list(of_one)) for of_one in zip(*everyones, *read, strict=True))
         images.left_out = dict(whole[0].left_out)
 
-    world.on_main(join)  # all ranks hear of a set of which not one image can be used
+    world.on_main(join)  # every rank raises the error of a set without usable images
     return whole
 
 
 def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]) -> Iterator[list[LabelledFeatures]]:
-    """Yield the features of blocks by each encoder."""
+    """Encode blocks of an image set, and yield the features of each block by each encoder."""
     inputs = [blocks.transforms.index(encoder.transform) for encoder in encoders]
     for block in made:
         features = [torch.empty(0)] * len(encoders)
@@ -211,7 +211,7 @@ def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]
 def _sections(
     encoders: Sequence[Encoder], images: LabelledSet, batch_size: int, store: FeatureStore | None
 ) -> list[Section]:
-    """Return where the features by each encoder are kept; nothing without a store."""
+    """Return the section of the feature store for each encoder; [] without a store."""
     if store is None:
         return []
     data = {"data": images.data, "stamp": images.digest(), "block": batch_size}
@@ -222,8 +222,8 @@ def _name(number: int) -> str:
     return f"block_{number:06}"
 
 
-def _packed(found: LabelledFeatures) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the features as tensors, and what is known of the images as plain values."""
+def _for_store(found: LabelledFeatures) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split labelled features into tensors and plain values, the two kinds that a feature store saves."""
     columns: dict[str, Any] = {name: getattr(found, name) for name in COLUMNS}
     columns["digests"] = [digest.hex() for digest in found.digests]
     return {"features": found.features}, {**columns, "left_out": {str(n): x for n, x in found.left_out.items()}}

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy on ImageNet and ImageNet-V2, by OpenAI's names of the classes and their prompts."""
+"""Zero-shot accuracy on ImageNet and ImageNet-V2, with OpenAI's class names and prompt templates."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +12,16 @@ from .features import LabelledFeatures
 from .labelled import LabelledSet, in_order
 from .zero_shot import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier, top_classes
 
-CLASSES = 4  # whose prompts are encoded at once
-# What ImageNet-V2's own package and its archive call the folder of the images that OpenCLIP evaluates on.
+CLASSES = 4  # the prompts of this many classes are encoded at once
+# The names that ImageNet-V2's package and its archive give to the folder of images that OpenCLIP evaluates on.
 V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
 
 
 def imagenet_set(folder: str) -> LabelledSet:
-    """Return the images of a folder with one sub-folder for each class, or of ImageNet-V2's folder in it.
+    """Return ImageNet's validation images in a folder with a sub-folder for each class, or ImageNet-V2's inside it.
 
     Raises:
-        ValueError: there is no such folder, or it has not as many classes as ImageNet.
+        ValueError: the folder does not exist, or the number of its classes is not ImageNet's.
     """
     found = next((path for name in V2_FOLDERS if (path := Path(folder, name)).is_dir()), Path(folder))
     count = len(_classes(found)) if found.is_dir() else None
@@ -32,7 +32,7 @@ def imagenet_set(folder: str) -> LabelledSet:
 
 
 def _classes(folder: Path) -> list[str]:
-    """Return the names of the sub-folders in the order of the classes: those of ImageNet-V2 are numbers."""
+    """Return the names of ImageNet's class folders in the order of the classes; ImageNet-V2's are sorted as numbers."""
     return in_order(path.name for path in folder.iterdir() if path.is_dir())
 
 
@@ -40,7 +40,7 @@ def imagenet_classifier(
     model: CLIP, tokenizer: Callable[[list[str]], Tensor], device: torch.device, rank: int = 0, ranks: int = 1,
     show: Progress = progress,
 ) -> Tensor:  # fmt: skip
-    """Return the classifier's weights [embed_dim, classes] of the part of one of several ranks: a run of classes."""
+    """Return one rank's part of ImageNet's zero-shot classifier: weights [embed_dim, n] of n consecutive classes."""
     count = len(IMAGENET_CLASSNAMES)
     names = IMAGENET_CLASSNAMES[rank * count // ranks : (rank + 1) * count // ranks]
     return build_zero_shot_classifier(
@@ -49,7 +49,7 @@ def imagenet_classifier(
 
 
 def imagenet_accuracy(images: LabelledSet, features: LabelledFeatures, classifier: Tensor) -> dict[str, float]:
-    """Return the shares of images whose class is the best, and among the best five: ``{"top1": ..., "top5": ...}``."""
+    """Return zero-shot top-1 and top-5 accuracy on ImageNet: ``{"top1": ..., "top5": ...}``."""
     numbers = {name: number for number, name in enumerate(_classes(Path(images.data)))}
     classes = torch.tensor([numbers[label] for label in features.labels], device=features.features.device)
     right = top_classes(features.features, classifier, 5) == classes[:, None]

@@ -1,7 +1,7 @@
 """Models between two checkpoints, by interpolation of their weights (WiSE-FT: Wortsman et al. 2022).
 
-A model that was finetuned on new images has often lost some of what it knew before. On the straight line from the
-weights before to the weights after lie models that are good at both. BatchNorm's statistics are interpolated as well.
+A model that was finetuned on new images is often worse on other images than before. Models on the straight line from
+the weights before to the weights after can be good at both. BatchNorm's statistics are interpolated as well.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from .features import encode_set
 from .labelled import LabelledSet
 from .zero_shot import Template
 
-# Settings that the weights of a trained model do not depend on.
+# Settings that do not change what the weights of a trained model compute.
 _FREE = ("patch_dropout", "init_logit_scale", "init_logit_bias", "tokenizer")
 
 
@@ -40,12 +40,12 @@ class Interpolation:
     """The models between two checkpoints.
 
     Args:
-        first, second: as :func:`clipfast.convert_checkpoint` takes its source.
-        model, activation: the model of both, as for :func:`clipfast.convert_checkpoint`, if they do not say it.
+        first, second: the checkpoints; anything that :func:`clipfast.convert_checkpoint` takes as its source.
+        model, activation: as for :func:`clipfast.convert_checkpoint`, for checkpoints that do not tell their model.
         cache_dir: the folder of the hub's cache.
 
     Raises:
-        CheckpointError: one cannot be read, or they hold different models or prepare images differently.
+        CheckpointError: a checkpoint cannot be read, or the two hold different models or prepare images differently.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Interpolation:
     def weights(self, alpha: float) -> dict[str, Tensor]:
         """Return the weights (1 - alpha) * first + alpha * second, in float32.
 
-        At 0 and 1 they are those of the checkpoints to the last bit. What is no floating number is the first's.
+        At 0 and 1 they equal the weights of the checkpoints bit by bit. Integer tensors are taken from the first one.
 
         Raises:
             ValueError: ``alpha`` is not from 0 to 1.
@@ -88,7 +88,7 @@ class Interpolation:
         }
 
     def build(self, device: str | torch.device, backend: str = "auto") -> CLIP:
-        """Return a model in evaluation mode, whose weights are random."""
+        """Build the model of the two checkpoints in evaluation mode, with random weights."""
         with torch.device(device):
             model = build(self.config).eval()
         set_preprocessing(model, self.preprocessing)
@@ -96,16 +96,16 @@ class Interpolation:
         return model
 
     def tokenizer(self, file: str | Path | None = None) -> Tokenizer | FileTokenizer:
-        """Return the tokenizer of the models; for SigLIP it is in ``file``, or lies beside a checkpoint.
+        """Return the tokenizer of the interpolated models; SigLIP's is read from ``file``, or from beside a checkpoint.
 
         Raises:
-            ValueError: there is none, or it does not fit the model.
+            ValueError: no tokenizer is found, or it does not fit the model.
         """
         beside = next((path.parent for one in (self.first, self.second) for path in one.tokenizer), None)
         return tokenizer_for(self.config, str(self.first.source), file, beside)
 
     def save(self, alpha: float, folder: Path) -> None:
-        """Write the model at ``alpha`` as a folder in OpenCLIP's layout.
+        """Write the interpolated model at ``alpha`` as a folder in OpenCLIP's layout.
 
         Raises:
             ValueError: ``alpha`` is not from 0 to 1.
@@ -133,7 +133,7 @@ def evaluate_path(
     backend: str = "auto",
     tokenizer: str | Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield for each alpha ``{"alpha": ..., "results": {name of the set: its results}}``.
+    """Evaluate the model at each alpha, and yield ``{"alpha": ..., "results": {name of the set: its results}}``.
 
     Args:
         models: the models.
@@ -141,8 +141,8 @@ def evaluate_path(
         data: the sets by name.
         templates, classnames: as :func:`~clipfast.evaluate.evaluate.evaluate` takes them.
         batch_size: images to encode at once.
-        device, backend: what to compute on, and by which implementation of the ops.
-        tokenizer: the file of a SigLIP model.
+        device, backend: the device, and the implementation of the ops.
+        tokenizer: the tokenizer's file, for a SigLIP model.
 
     Raises:
         ValueError: an alpha, a set or the tokenizer cannot be used.
@@ -163,7 +163,7 @@ def evaluate_path(
 
 
 def _settings(config: CLIPConfig) -> dict[str, Any]:
-    """Return what two models must share for their weights to be interpolated, flat."""
+    """Return the settings that two models must share for their weights to be interpolated, as one flat dict."""
     flat: dict[str, Any] = {"kind": type(config).__name__}
     for key, value in dataclasses.asdict(config).items():
         parts = value if isinstance(value, dict) else {"": value}

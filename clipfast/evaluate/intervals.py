@@ -1,13 +1,13 @@
-"""Confidence intervals of shares, at 95%."""
+"""Confidence intervals of accuracies and other shares, at 95%."""
 
 import math
 
 import torch
 from torch import Tensor
 
-Z = 1.959963984540054  # of the normal distribution, at 97.5%
+Z = 1.959963984540054  # the 97.5% quantile of the normal distribution
 RESAMPLES = 1000
-BLOCK = 1 << 19  # numbers that are drawn at once
+BLOCK = 1 << 19  # the number of random numbers that are drawn at once
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -19,15 +19,16 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def of_share(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's score interval of a share of ``count`` independent trials."""
+    """Return Wilson's score interval of an accuracy or another share of ``count`` independent trials."""
     return wilson(round(share * count), count)
 
 
 def bootstrap(hits: Tensor, trials: Tensor) -> tuple[float, float]:
-    """Return the percentile interval of ``hits.sum() / trials.sum()``, by resampling; the same in every call.
+    """Return the bootstrap percentile interval of ``hits.sum() / trials.sum()``; it is the same in every call.
 
     Args:
-        hits, trials: [N] of the things that are resampled, such as the right answers and the queries of each image.
+        hits, trials: [N] each; the N items are resampled. An item may be an image with its right answers and its
+            queries.
     """
     generator, count = torch.Generator().manual_seed(0), len(hits)
     both = torch.stack([hits, trials], 1).double().cpu()
@@ -41,7 +42,7 @@ def bootstrap(hits: Tensor, trials: Tensor) -> tuple[float, float]:
 
 
 def percent(share: float | None, interval: tuple[float, float] | None) -> str:
-    """Return a share and its interval in words, such as "29.2% (27.1-31.3)"; "-" if there is none."""
+    """Format a share and its interval, such as "29.2% (27.1-31.3)"; "-" if there is no share."""
     if share is None or interval is None:
         return "-"
     return f"{share:.1%} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"

@@ -1,4 +1,4 @@
-"""Labelled image sets: reading them, in any order."""
+"""Labelled image sets for evaluation, from folders of classes or shards, with access to images in any order."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..models.images import SampleError, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-CHECKED = 64  # images of a set of which one must be usable
-CROSSED_KEYS, CROSSED_GROUPS = "+", " + "  # "race+gender" makes groups such as "White + Male"
+CHECKED = 64  # at least one of this many first images must be usable
+CROSSED_KEYS, CROSSED_GROUPS = "+", " + "  # the key "race+gender" makes groups such as "White + Male"
 
 
 @dataclasses.dataclass
@@ -33,9 +33,9 @@ class LabelledImage:
     Attributes:
         image: the image.
         label: the name of its class.
-        captions: its texts, at least one.
-        group: the group that it belongs to; "" without groups.
-        number: its place in the set.
+        captions: the captions of the image, at least one.
+        group: the name of the group of the image; "" without groups.
+        number: the position of the image in the set.
     """
 
     image: Image.Image
@@ -46,12 +46,12 @@ class LabelledImage:
 
     @property
     def caption(self) -> str:
-        """The first of the texts."""
+        """The first caption of the image."""
         return self.captions[0]
 
 
-Loader = tuple[str, Callable[[], LabelledImage]]  # the name of an image, and what decodes it
-Place = Callable[[], Loader]  # reads what is at a place of a set
+Loader = tuple[str, Callable[[], LabelledImage]]  # the name of an image, and the function that decodes it
+Place = Callable[[], Loader]  # reads the sample at one position of a set
 
 
 @dataclasses.dataclass
@@ -64,11 +64,11 @@ class LabelledSet:
         data: a folder, or shards as :func:`clipfast.data.expand_shards` takes them.
         group_by: key of the shards' json that names the group of an image; several joined by "+" cross their groups.
         label_by: key of the shards' json that names the class; without it the caption does.
-        keys: under which names a sample has its image and its caption.
-        separator: of CSV files, as :class:`clipfast.data.IndexCache` takes it.
-        numbers: the places of the images that are looked at, in rising order; None for all.
-        classes: the sub-folders that are read, if they are classes; None for all.
-        left_out: every image that the last iteration had to leave out, by its place in the set.
+        keys: the names under which a sample has its image and its caption.
+        separator: the separator of CSV files, as :class:`clipfast.data.IndexCache` takes it.
+        numbers: the positions of the images that are read, in rising order; None for all.
+        classes: the class folders that are read; None for all.
+        left_out: every image that the last iteration had to leave out, by its position in the set.
     """
 
     data: str
@@ -86,19 +86,19 @@ class LabelledSet:
         return list(self.left_out.values())
 
     def only(self, numbers: Sequence[int]) -> LabelledSet:
-        """Return the part of the set at some places, in rising order."""
+        """Return the subset of the images at some positions, in rising order."""
         return dataclasses.replace(self, left_out={}, numbers=numbers)
 
     def __iter__(self) -> Iterator[LabelledImage]:
-        """Yield the images in their order.
+        """Yield the labelled images in their order.
 
         Raises:
-            ValueError: there are no images, or not one of them can be used; a part may be empty.
+            ValueError: there are no images, or none of them can be used. A subset of a set may be empty.
         """
         yield from self._usable()
 
     def check(self) -> None:
-        """Refuse a set that has no images, or of whose first images not one can be used.
+        """Refuse a labelled set without images, or without a usable image among the first 64.
 
         Raises:
             ValueError: as above.
@@ -106,7 +106,7 @@ class LabelledSet:
         next(self._usable(CHECKED))
 
     def _usable(self, most: int | None = None) -> Iterator[LabelledImage]:
-        """Yield the images that can be used among the first ``most``, and note the others."""
+        """Yield the usable images among the first ``most``, and record the others in ``left_out``."""
         self.left_out.clear()
         places, usable = self.places(), 0
         for number in itertools.islice(range(len(places)) if self.numbers is None else self.numbers, most):
@@ -123,7 +123,7 @@ class LabelledSet:
             raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
     def places(self) -> list[Place]:
-        """Return what reads each image of the set, whichever of them are looked at.
+        """Return a function for each image of the set, ``numbers`` or not, that reads it.
 
         Raises:
             ValueError: the set cannot be read, or a class has no images.
@@ -138,12 +138,12 @@ class LabelledSet:
         return [place for source in self._sources(shards) for place in self._samples(source)]
 
     def names(self, numbers: Iterable[int]) -> list[str]:
-        """Return the names of the images at some places; they are read, but not decoded."""
+        """Return the names of the images at some positions; their samples are read, but not decoded."""
         places = self.places()
         return [places[number]()[0] for number in numbers]
 
     def stamp(self) -> str:
-        """Return a text that changes when the images of the set do, or what is said of them.
+        """Return a text that changes whenever images, labels or captions of the set change.
 
         Raises:
             ValueError: as above.
@@ -157,7 +157,7 @@ class LabelledSet:
         return repr((self.data, self.group_by, self.label_by, self.keys, self.separator, files))
 
     def digest(self) -> str:
-        """Return a checksum of the stamp, under which what was made of the set is kept.
+        """Return the checksum of :meth:`stamp`; the feature store keeps the features of the set under it.
 
         Raises:
             ValueError: as above.
@@ -165,13 +165,13 @@ class LabelledSet:
         return hashlib.sha256(self.stamp().encode()).hexdigest()
 
     def _root_of_classes(self) -> Path | None:
-        """Return the folder whose sub-folders are classes, if the set is one."""
+        """Return the folder whose sub-folders are the classes; None for other sets."""
         shards = expand_shards(self.data)
         is_classes = len(shards) == 1 and is_folder(shards[0]) and not has_texts(shards[0], self.keys)
         return Path(shards[0]) if is_classes else None
 
     def folder_labels(self) -> list[str] | None:
-        """Return the labels of a folder of classes, in their order, without a look at images; None for other sets."""
+        """Return the labels of a folder of classes in their order, without reading images; None for other sets."""
         root = self._root_of_classes()
         return None if root is None else in_order(path.name for path in root.iterdir() if path.is_dir())
 
@@ -179,7 +179,7 @@ class LabelledSet:
         return open_sources(names, index=IndexCache(separator=self.separator))
 
     def _samples(self, source: Source) -> Iterator[Place]:
-        """Yield what reads each image of each shard, and after them what stands for each that is lost."""
+        """Yield a function that reads each image of each shard, and one that fails for each lost sample of a shard."""
         numbers = itertools.count()
         for shard in source.shards:
             for number in itertools.islice(numbers, shard.count):
@@ -207,13 +207,13 @@ class LabelledSet:
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Return the distinct labels in the order of their classes: sorted, by value if all of them are numbers."""
+    """Return the distinct labels in the order of the classes: sorted, and by value if all of them are numbers."""
     names = set(labels)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
 def load(place: Place, number: int) -> LabelledImage | Skipped:
-    """Return the image at a place of a set, or what is wrong with it."""
+    """Read and decode the labelled image at one position; return it, or the reason why it cannot be used."""
     name, decode = place()
     try:
         return dataclasses.replace(decode(), number=number)
@@ -222,10 +222,10 @@ def load(place: Place, number: int) -> LabelledImage | Skipped:
 
 
 def _images_of_classes(root: Path, classes: frozenset[str] | None) -> list[Path]:
-    """Return the images of each sub-folder of ``root``, or of some, whose name is their label and caption.
+    """Return the images of each class folder in ``root``; the name of the folder is the label and the caption.
 
     Raises:
-        ValueError: there are no sub-folders, or one has no images.
+        ValueError: there are no class folders, or one of them has no images.
     """
     folders = sorted(path for path in root.iterdir() if path.is_dir() and (classes is None or path.name in classes))
     if not folders:
@@ -242,7 +242,7 @@ def _is_image(path: Path) -> bool:
 
 
 def loader(name: str, load: Callable[..., LabelledImage], *of: Any) -> Loader:
-    """Return the name of an image, and what loads it of something."""
+    """Return the name of an image, and ``load`` with its arguments as the function that decodes the image."""
     return name, functools.partial(load, *of)
 
 

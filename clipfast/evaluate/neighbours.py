@@ -1,4 +1,4 @@
-"""Exact nearest neighbours among features, without the matrix of all similarities."""
+"""Exact nearest neighbours among features, for retrieval and overlap, without the matrix of all similarities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import top_k
 
-QUERIES = 1024  # that are compared at once, between two steps of a progress bar
+QUERIES = 1024  # the number of queries that are compared at once; each block is a step of the progress bar
 
 
 def nearest(
@@ -22,17 +22,17 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Return the k items of a gallery that are most similar to each query, the best first.
 
-    The similarity is the product of features, which is the cosine if they are of unit length.
+    The similarity is the inner product of features, which is the cosine for features of unit length.
 
     Args:
         queries: [N, D] of any float dtype.
         gallery: [M, D] of the same dtype.
-        k: how many items; there are fewer if the gallery has fewer.
-        device: computes the similarities; by default that of the queries.
+        k: the number of items for each query; a smaller gallery gives fewer.
+        device: the device that computes the similarities; default: the device of the queries.
         progress: wraps the list of blocks of queries, as tqdm does.
 
     Returns:
-        Similarities and places in the gallery, both [N, min(k, M)], on the device of the queries.
+        The similarities and the positions in the gallery, both [N, min(k, M)], on the device of the queries.
 
     Raises:
         ValueError: shapes do not fit together, k is below 1, or a feature is not finite.

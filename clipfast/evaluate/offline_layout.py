@@ -1,10 +1,10 @@
 """Evaluation sets in the offline layout of CLIP_benchmark, which its exporter ``clip_benchmark_export_wds`` writes.
 
 ``ROOT/wds_NAME/`` has a folder for each split with ``nshards.txt`` and the shards ``0.tar``, ``1.tar``, and so on.
-Beside these folders stand ``classnames.txt`` (line i is the name of class i), ``zeroshot_classification_templates.txt``
-(``{c}`` is the place of the name) and ``dataset_type.txt`` ("classification" if there is none). A sample has an image
+Beside these folders lie ``classnames.txt`` (line i is the name of class i), ``zeroshot_classification_templates.txt``
+(``{c}`` stands for the name) and ``dataset_type.txt`` ("classification" if there is none). A sample has an image
 and its class number (``.cls``), a row with 0 or 1 for each class (``.npy``, in a "multilabel" set), or a caption in
-each line of its text (``.txt``, in a "retrieval" set). In names of folders, "-" stands for "/".
+each line of its text (``.txt``, in a "retrieval" set). In the name of a folder, "-" replaces the "/" of the set's name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OTHERS = (
     "fer2013", "voc2007", "voc2007_multilabel", "sun397", "cars", "fgvc_aircraft", "mnist", "stl10", "gtsrb",
     "country211", "renderedsst2",
 )  # fmt: skip
-# CLIP_benchmark's names of groups of sets.
+# The names that CLIP_benchmark gives to groups of sets, and the sets in each.
 COLLECTIONS = {
     "vtab": (*VTAB, "sun397"),
     "vtab+": ("imagenet1k", *SHIFTED, *OTHERS, "vtab/cifar10", *VTAB),
@@ -49,18 +49,18 @@ KNOWN = (*COLLECTIONS["vtab+"], "imagenet-o", "vtab/dsprites_label_y_position", 
 
 @dataclasses.dataclass
 class BenchmarkSet(LabelledSet):
-    """The images of one split.
+    """The images of one split of a CLIP_benchmark set.
 
-    The label of an image is its class number, or in a multi-label set a row of 0 and 1; in a retrieval set it is empty.
+    The label of an image is its class number, in a multi-label set a row of 0 and 1, and in a retrieval set empty.
 
     Attributes:
-        kind: of the set, one of ``KINDS``.
+        kind: the kind of the set, one of ``KINDS``.
     """
 
     kind: str = CLASSIFICATION
 
     def stamp(self) -> str:
-        """Return a text that changes when the images of the set do, or what is said of them."""
+        """Return a text that changes whenever images or labels of the split change."""
         return repr((self.kind, super().stamp()))
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:
@@ -102,7 +102,7 @@ def _row(sample: RawSample) -> str:
 
     try:
         row = np.load(io.BytesIO(_member(sample, "npy")), allow_pickle=False)
-    except Exception as error:  # also of Python's tokenizer, which NumPy reads a header with
+    except Exception as error:  # NumPy reads the header by Python's tokenizer, which has errors of its own
         raise SampleError(f"row of labels cannot be read: {error}", "broken label") from error
     if row.ndim != 1 or not np.isin(row, (0, 1)).all():
         raise SampleError("row of labels is not a row of 0 and 1", "broken label")
@@ -110,14 +110,14 @@ def _row(sample: RawSample) -> str:
 
 
 class OfflineSet(NamedTuple):
-    """A set that can be evaluated.
+    """A complete CLIP_benchmark set, which can be evaluated.
 
     Attributes:
-        name: CLIP_benchmark's, without "wds/".
+        name: the name of the set in CLIP_benchmark, without "wds/".
         kind: one of ``KINDS``.
-        shards: names of the shards of each split that there is, as :func:`clipfast.data.expand_shards` takes them.
-        classnames: by class number; empty for retrieval.
-        templates: with ``{}`` in the place of the name; empty for retrieval.
+        shards: the shards of each split that exists, as :func:`clipfast.data.expand_shards` takes them.
+        classnames: the class names by class number; empty for retrieval.
+        templates: the prompt templates, with ``{}`` for the name; empty for retrieval.
     """
 
     name: str
@@ -127,24 +127,24 @@ class OfflineSet(NamedTuple):
     templates: tuple[str, ...] = ()
 
     def images(self, split: str) -> BenchmarkSet:
-        """Return the images of a split."""
+        """Return the images of a split of the set."""
         return BenchmarkSet(self.shards[split], kind=self.kind)
 
 
 class Problem(NamedTuple):
-    """A set that is left out, or a part of its evaluation, and why."""
+    """A set, or a part of its evaluation, that is left out, with the reason."""
 
     name: str
     reason: str
 
 
 class Layout(NamedTuple):
-    """What a folder holds.
+    """The content of a folder in CLIP_benchmark's offline layout.
 
     Attributes:
-        sets: those that can be evaluated.
-        problems: those that are there but incomplete.
-        missing: names of those that were asked for and are not there; of all known ones, if none was asked for.
+        sets: the sets that can be evaluated.
+        problems: the incomplete sets, with the reasons.
+        missing: the names of the wanted sets that are not there; all known sets are wanted by default.
     """
 
     sets: list[OfflineSet]
@@ -153,15 +153,15 @@ class Layout(NamedTuple):
 
 
 def find_sets(root: Path, wanted: Sequence[str] = (), split: str = "test") -> Layout:
-    """Return the sets in CLIP_benchmark's layout in a folder. No image is read.
+    """Find the sets of CLIP_benchmark's offline layout in a folder. No image is read.
 
     Args:
         root: the folder.
-        wanted: names of sets, as CLIP_benchmark or their folders spell them, and of its groups of sets; none for all.
-        split: the one that is evaluated, which every set must have.
+        wanted: the names of sets, as CLIP_benchmark or their folders spell them, or of its groups of sets; [] for all.
+        split: the split that is evaluated, which every set must have.
 
     Raises:
-        ValueError: the folder does not exist, or has none of the sets, or none that is whole.
+        ValueError: the folder does not exist, or holds none of the wanted sets, or only incomplete ones.
     """
     if not root.is_dir():
         raise ValueError(f"--root {root}: there is no such folder")
@@ -190,23 +190,23 @@ def find_sets(root: Path, wanted: Sequence[str] = (), split: str = "test") -> La
 
 
 def _folder(name: str) -> str:
-    """Return the name of the folder of a set."""
+    """Return the name of the folder of a CLIP_benchmark set."""
     short = name.removeprefix("wds/").removeprefix(PREFIX)
     return PREFIX + short.replace("/", "-")
 
 
 def _name(folder: str) -> str:
-    """Return CLIP_benchmark's name of the set in a folder: "-" may stand for itself."""
+    """Return the CLIP_benchmark name of the set in a folder. A "-" in a folder's name may stand for "/" or itself."""
     known = {_folder(name): name for name in KNOWN}
     short = folder.removeprefix(PREFIX)
     return known.get(folder, short.replace("vtab-", "vtab/", 1) if short.startswith("vtab-") else short)
 
 
 def _read(folder: Path, split: str) -> OfflineSet:
-    """Return the set in a folder.
+    """Read the description of a CLIP_benchmark set from its folder.
 
     Raises:
-        ValueError: a file is missing, or says what is not so.
+        ValueError: a file is missing or wrong.
     """
     name, type_file = _name(folder.name), folder / "dataset_type.txt"
     kind = _text(type_file).strip().lower() if type_file.exists() else CLASSIFICATION
@@ -226,10 +226,10 @@ def _read(folder: Path, split: str) -> OfflineSet:
 
 
 def _shards(path: Path) -> str:
-    """Return the names of the shards of a split, from its ``nshards.txt``.
+    """Return the paths of the shards of a split, whose number is in ``nshards.txt``.
 
     Raises:
-        ValueError: it holds no number, or there are not as many shards.
+        ValueError: ``nshards.txt`` holds no number, or shards are missing.
     """
     folder, text = path.parent, _text(path).strip()
     if not text.isdecimal() or int(text) == 0:
@@ -253,10 +253,10 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    """Return the lines of a file; a class may have an empty name.
+    """Return the lines of a text file of a CLIP_benchmark set. Empty lines count: the name of a class may be empty.
 
     Raises:
-        ValueError: there is no such file, or it is empty.
+        ValueError: the file does not exist, or is empty.
     """
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
@@ -267,5 +267,5 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 
 def about(one: OfflineSet) -> dict[str, Any]:
-    """Return what the classifiers of a set are made of, as plain values."""
+    """Return the class names and templates from which the classifiers of a set are made, as plain values."""
     return {"kind": one.kind, "classnames": one.classnames, "templates": one.templates}

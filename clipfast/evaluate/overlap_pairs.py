@@ -19,8 +19,8 @@ from .labelled import LabelledSet
 from .neighbours import nearest
 from .significance import binomial_tail, clopper_pearson
 
-LEVEL = 0.995  # of the interval of the accuracy on near duplicates, as in the paper
-THRESHOLDS = (0.9, 0.95, 0.97, 0.98, 0.99, 1.0)  # that are shown beside the chosen one
+LEVEL = 0.995  # the confidence level of the interval of the accuracy on near duplicates, as in the paper
+THRESHOLDS = (0.9, 0.95, 0.97, 0.98, 0.99, 1.0)  # results are shown for these besides the chosen threshold
 
 
 @dataclasses.dataclass
@@ -28,8 +28,8 @@ class Pairs:
     """The training image that is most similar to each test image.
 
     Attributes:
-        similarity: [N], at most 1; 1 for equal pixels.
-        places: [N], of the training images.
+        similarity: [N], the similarity of each pair, at most 1; 1 for equal pixels.
+        places: [N], the position of the training image of each pair.
         same: [N], True where all pixels are equal.
     """
 
@@ -48,11 +48,11 @@ def pair(
     device: str | torch.device = "cpu",
     progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
 ) -> Pairs:
-    """Return the pairs of two sets. An image with the same pixels is the most similar one, the first if there are more.
+    """Find the most similar training image for each test image. A training image with equal pixels always wins.
 
     Args:
-        test, train: the sets, with features of unit length by the same encoder.
-        device: computes the similarities.
+        test, train: the sets, with features of unit length from the same encoder.
+        device: the device that computes the similarities.
         progress: as :func:`~clipfast.evaluate.neighbours.nearest` takes it.
 
     Raises:
@@ -70,16 +70,16 @@ def pair(
 
 
 def contamination(right: Tensor, overlap: Tensor) -> dict[str, Any]:
-    """Return accuracy on all images, the near duplicates ("overlap") and the others ("clean"), and the difference.
+    """Return accuracy on all test images, on near duplicates ("overlap") and the others ("clean"), and the difference.
 
     Args:
-        right: [N], True for test images whose class is right.
+        right: [N], True for test images that are classified correctly.
         overlap: [N], True for near duplicates.
 
     Returns:
-        "metrics", "intervals" and the number of "images". The p-value is the probability of as many right near
-        duplicates, or more, if they were as easy as the others: a one-tailed binomial test. What a subset without
-        images would say is None.
+        "metrics", "intervals" and the number of "images". The p-value is that of a one-tailed binomial test: the
+        probability of at least as many right near duplicates if these were as easy as the other images. Figures of a
+        subset without images are None.
     """
     metrics: dict[str, float | None] = {"overlap": overlap.double().mean().item()}
     intervals: dict[str, tuple[float, float] | None] = {"overlap": wilson(int(overlap.sum()), len(right))}
@@ -100,23 +100,23 @@ def contamination(right: Tensor, overlap: Tensor) -> dict[str, Any]:
 
 
 def half_size(image: Image.Image) -> Image.Image:
-    """Return an image with half as many pixels in each direction."""
+    """Edit an image for the test of the duplicate detector: halve its width and height."""
     return image.resize((max(1, image.width // 2), max(1, image.height // 2)))
 
 
 def crop(image: Image.Image) -> Image.Image:
-    """Return an image without a thirty-second of its width and height at each side, which is at least one pixel."""
+    """Edit an image for the test of the duplicate detector: cut 1/32 of its size, at least a pixel, from each side."""
     x, y = (max(1, side // 32) if side > 2 else 0 for side in image.size)
     return image.crop((x, y, image.width - x, image.height - y))
 
 
 def brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Return an image with each value multiplied by a factor."""
+    """Edit an image for the test of the duplicate detector: multiply every value by a factor."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def grey(image: Image.Image) -> Image.Image:
-    """Return an image without its colours."""
+    """Edit an image for the test of the duplicate detector: remove its colours."""
     return image.convert("L").convert("RGB")
 
 
@@ -131,23 +131,23 @@ def planted(
     detector: Encoder, images: LabelledSet, test: LabelledFeatures, pairs: Pairs, thresholds: Sequence[float],
     count: int, workers: int = 0,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Return how many of some test images would be found if the training data had edited copies of them.
+    """Test the duplicate detector: how many test images would it find if the training data had edited copies of them?
 
-    The images are drawn by a fixed seed.
+    The images are drawn with a fixed seed.
 
     Args:
-        detector: the encoder of the features.
+        detector: the encoder that computed the features.
         images: the test set.
-        test: its features.
-        pairs: of test images and training images as they are.
-        thresholds: similarities from which on an image is a near duplicate.
-        count: how many images; at most all.
-        workers: processes that read and edit images.
+        test: the features of the test set.
+        pairs: the most similar training image of each test image.
+        thresholds: an image is a near duplicate if its similarity is at least the threshold.
+        count: the number of images to draw; at most all are drawn.
+        workers: the number of processes that read and edit images.
 
     Returns:
-        For each threshold and edit the share that is found ("recall"), and the share of planted ones among all images
-        that are marked then ("precision"): an image that is marked for another reason counts as wrong, be it a near
-        duplicate or not.
+        For each threshold and edit, "recall" is the share of the drawn images that are found, and "precision" is the
+        share of the drawn images among all images that are found. Any other image that is found counts as wrong, even
+        a true near duplicate.
     """
     drawn = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[:count].sort().values
     part = images.only([test.numbers[place] for place in drawn.tolist()])

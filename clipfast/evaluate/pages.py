@@ -1,4 +1,4 @@
-"""The pages of ``--html``, for each task: its figures, and images of its data."""
+"""The HTML pages of ``clipfast eval ... --html``: for each task a table of its results, and images of its data."""
 
 import base64
 import io
@@ -14,12 +14,12 @@ from .labelled import LabelledSet
 from .overlap_pairs import LEVEL, Pairs
 from .suite import label
 
-EXAMPLES = 6  # images that are shown of a class
-BELOW = 4  # of so many pairs one lies below the threshold
-MOST_GROUPS = 12  # that have pictures: those with the most cases
+EXAMPLES = 6  # the number of images that are shown for a class
+BELOW = 4  # one of this many shown pairs lies below the threshold
+MOST_GROUPS = 12  # pictures are shown for at most this many groups, those with the most cases
 INTERVALS = "95% intervals in brackets."
 
-# Sorts a table by the column whose head is pressed, numbers by value; pressed again, the other way round.
+# A click on the head of a column sorts the table by it, numbers by value; a second click reverses the order.
 SORT = """
 for (const button of document.querySelectorAll("th button")) button.onclick = () => {
   const head = button.parentNode, body = head.closest("table").tBodies[0];
@@ -33,7 +33,7 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
 
 
 def thumbnails(images: LabelledSet, found: LabelledFeatures, places: Iterable[int]) -> dict[int, str]:
-    """Return small images by their places among the features; they are read from the set again."""
+    """Return thumbnails of the images at some positions of the features, for a page; the set is read again."""
     by_number = {found.numbers[place]: place for place in places}
     return {by_number[item.number]: thumbnail(item.image) for item in images.only(sorted(by_number))}
 
@@ -42,14 +42,14 @@ def zeroshot_page(
     results: dict[str, Any], rows: Sequence[Sequence[str]], images: LabelledSet, found: LabelledFeatures,
     classified: Classified,
 ) -> str:  # fmt: skip
-    """Return the body of a page with the figures, and images of the worst classes: those that fit least come first.
+    """Return the HTML of zero-shot results with images of the worst classes, the least similar to their class first.
 
     Args:
-        results: of ``clipfast eval zeroshot``.
-        rows: its table.
+        results: the results of ``clipfast eval zeroshot``.
+        rows: the rows of its table.
         images: the set.
-        found: the labels of its images.
-        classified: their classes.
+        found: the features and labels of its images.
+        classified: the predictions for its images.
     """
     members: dict[str, list[int]] = {}
     for place, name in enumerate(found.labels):
@@ -81,13 +81,14 @@ def overlap_page(
     results: dict[str, Any], test: tuple[LabelledSet, LabelledFeatures], train: tuple[LabelledSet, LabelledFeatures],
     pairs: Pairs, most: int,
 ) -> str:  # fmt: skip
-    """Return the body of a page with pairs of pictures, the most similar first.
+    """Return the HTML of overlap results with pairs of test and training images, the most similar pairs first.
 
     Args:
-        results: of ``clipfast eval overlap``.
-        test, train: the sets with what is known of their images.
-        pairs: the pairs of these images.
-        most: how many pairs to show: some of the near duplicates at equal distances, and the next ones below them.
+        results: the results of ``clipfast eval overlap``.
+        test, train: each set with its features.
+        pairs: the pairs of test and training images.
+        most: the number of pairs to show: near duplicates at equal distances in rank, and the first pairs below the
+            threshold.
     """
     order = pairs.similarity.argsort(descending=True, stable=True).tolist()
     count, threshold = results["images"]["overlap"], f"{results['threshold']:g}"
@@ -118,13 +119,13 @@ def overlap_page(
 
 
 def _spread(places: Sequence[int], most: int) -> list[int]:
-    """Return at most so many of some places, at equal distances, with the first and the last."""
+    """Choose at most ``most`` of some positions at equal distances, with the first and the last, to show on a page."""
     count = min(most, len(places))
     return [places[round(number * (len(places) - 1) / max(1, count - 1))] for number in range(count)]
 
 
 def compositional_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Return a table of the figures of each group and of all cases, each beside chance; the first row is its head."""
+    """Return the table of compositional results: a head, a row for each group, and a row for all cases, with chance."""
     names = [name for name in results["metrics"] if name != MEAN]
     rows = [["group", "cases", *(word for name in names for word in (name, "chance")), ""]]
     groups = {f"{division}: {name}": x for division, some in results["groups"].items() for name, x in some.items()}
@@ -137,7 +138,7 @@ def compositional_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _against_chance(found: dict[str, Any]) -> str:
-    """Return in words on which side of chance the interval of the accuracy lies."""
+    """Return in words whether the interval of an accuracy lies above chance, below it, or includes it."""
     (low, high), chance = found["intervals"]["acc"], found["chance"]["acc"]
     if low > chance:
         return "above chance"
@@ -145,13 +146,13 @@ def _against_chance(found: dict[str, Any]) -> str:
 
 
 def compositional_page(results: dict[str, Any], images: LabelledSet, judged: Sequence[Judged], examples: int) -> str:
-    """Return the body of a page with the figures, and images of cases with the scores of their captions.
+    """Return the HTML of compositional results with images of some cases and the scores of their captions.
 
     Args:
-        results: of ``clipfast eval compositional``.
+        results: the results of ``clipfast eval compositional``.
         images: the set.
         judged: the cases with their scores.
-        examples: how many cases of each group to show.
+        examples: the number of cases to show for each group.
     """
     about = (
         f"{results['cases']:,} cases. {INTERVALS} Chance is the share that scores at random would have; a tie counts "
@@ -160,7 +161,7 @@ def compositional_page(results: dict[str, Any], images: LabelledSet, judged: Seq
     )
     title = f"Compositional: {results['model']} on {results['data']}"
     parts = [section(title, about, level=1), table(compositional_rows(results))]
-    # the first division of which there are groups of cases; without one, all cases are one group
+    # the first division that has groups of cases; without any, all cases form one group
     division = next((name for name in results["groups"] if any(name in one.case.groups for one in judged)), None)
     members: dict[str, list[Judged]] = {}
     for one in judged:
@@ -180,9 +181,9 @@ def compositional_page(results: dict[str, Any], images: LabelledSet, judged: Seq
 
 
 def chosen(members: Sequence[Judged], examples: int) -> list[Judged]:
-    """Return cases to show: right and wrong ones, half of each where there are as many.
+    """Choose compositional cases to show on a page, half of them right and half wrong if there are enough of both.
 
-    The first is the one about which the model is most sure, right or wrong, and the last the one that it all but ties.
+    The first case has the largest margin between the captions, right or wrong, and the last one the smallest.
     """
     right, wrong = ([one for one in members if one.verdicts["acc"] == is_right] for is_right in (True, False))
     of_wrong = min(len(wrong), max(examples // 2, examples - len(right)))
@@ -194,7 +195,7 @@ def chosen(members: Sequence[Judged], examples: int) -> list[Judged]:
 
 
 def _case(one: Judged, pictures: dict[int, str]) -> list[str]:
-    """Return the images of a case, each with its captions; an arrow marks the one with the highest score."""
+    """Return the HTML of a compositional case: its images with their captions. An arrow marks the highest score."""
     shown = []
     for own, (image, scores) in enumerate(zip(one.case.images, one.scores, strict=True)):
         lines = []
@@ -206,12 +207,12 @@ def _case(one: Judged, pictures: dict[int, str]) -> list[str]:
 
 
 def suite_page(results: dict[str, Any], chief: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """Return the body of a page with every figure of every set by every model.
+    """Return the HTML of the results of a suite: every metric of every set and model.
 
     Args:
-        results: of ``clipfast eval suite``.
-        chief: the rows of its table, which are drawn.
-        rows: those of all figures.
+        results: the results of ``clipfast eval suite``.
+        chief: the rows of its table of main metrics, which the picture shows.
+        rows: the rows of all metrics.
     """
     names = [label(model["model"], model["pretrained"]) for model in results["models"]]
     about = f"Split {results['split']}. {INTERVALS} A head sorts its column."

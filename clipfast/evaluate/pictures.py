@@ -1,4 +1,4 @@
-"""Pictures: the style that all of them share, the learning curve and the images of a run, and curves over steps."""
+"""Plots of evaluations and runs: their common style, learning curves, contact sheets, and metrics over steps."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +14,12 @@ from .evaluate import Evaluation
 from .labelled import LabelledImage
 
 RIGHT, WRONG, CHANCE = "#1a7f37", "#57606a", "tab:red"
-MOST_CURVES = 12  # that are named in a legend
+MOST_CURVES = 12  # if there are more curves than this, the legend names only the means
 Interval = tuple[float, float]
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """Return a figure of a size in inches, with a title over all its axes."""
+    """Return a matplotlib figure of a size in inches, with a title over all its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=10)
@@ -27,25 +27,25 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def title_of(results: Mapping[str, Any]) -> str:
-    """Return the model and the data of results, for a title."""
+    """Return the title of a plot: the model and the data of its results."""
     return f"{shorten(results['model'], 60)} on {shorten(results['dataset'], 60)}"
 
 
 def shorten(text: str, length: int, *, keep_end: bool = False) -> str:
-    """Return a text of at most ``length`` characters: a longer one loses its end, or its beginning."""
+    """Shorten a text of a plot to at most ``length`` characters; it loses its end or its beginning."""
     if len(text) <= length:
         return text
     return "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
 
 
 def draw_chance(axis: Axes, classes: int) -> None:
-    """Draw the accuracy by chance among so many classes as a line."""
+    """Draw the chance accuracy of ``classes`` classes as a line."""
     axis.axhline(100 / classes, linestyle=":", color=CHANCE, label=f"chance: {100 / classes:.2g}%")
 
 
 def error_bars(shares: Sequence[float], intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
-    """Return how far intervals reach below and above shares, in percent, as matplotlib takes it."""
-    # a bootstrap's interval need not hold the share itself
+    """Return the lengths of error bars below and above shares, in percent, as matplotlib takes them."""
+    # a bootstrap interval need not contain the share itself, and error bars must not be negative
     below = [100 * max(0.0, share - low) for share, (low, _) in zip(shares, intervals, strict=True)]
     above = [100 * max(0.0, high - share) for share, (_, high) in zip(shares, intervals, strict=True)]
     return below, above
@@ -55,13 +55,13 @@ def bars(
     axis: Axes, names: Sequence[str], series: Mapping[str, Sequence[tuple[float, Interval]]],
     chances: Mapping[str, Sequence[float]] | None = None,
 ) -> None:  # fmt: skip
-    """Draw groups of bars with their intervals.
+    """Draw a plot of grouped bars with their intervals.
 
     Args:
-        axis: the place to draw on.
+        axis: the axes to draw on.
         names: the names of the groups.
-        series: for each kind of bar a share and its interval in each group.
-        chances: the shares by chance, likewise.
+        series: for each kind of bar, a share and its interval for each group.
+        chances: for each kind of bar, the share by chance for each group.
     """
     width = 0.8 / len(series)
     for number, (label, found) in enumerate(series.items()):
@@ -83,10 +83,10 @@ def bars(
 
 
 def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, path: Path) -> None:
-    """Draw the figures of a watched run over the steps of training.
+    """Plot the metrics of a watched run over the steps of training.
 
     Args:
-        points: steps, in any order, and the shares after each, by name.
+        points: pairs of a step and the shares after it by name, in any order.
         title: the title of the picture.
         path: the file to write.
     """
@@ -137,7 +137,7 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
 
 
 def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path: Path) -> None:
-    """Draw some images, each with the five captions that the model finds most like it; right captions are marked."""
+    """Draw some images, each with the five captions that the model ranks highest; right captions are marked."""
     rows, columns, total = 6, 4, len(evaluation.predictions)
     chosen = set(random.Random(0).sample(range(total), min(rows * columns, total)))
     shown = [(index, item) for index, item in enumerate(images) if index in chosen]
@@ -163,7 +163,7 @@ def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path:
 
 
 def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Plot zero-shot accuracy on each set over alpha; with two sets or more, also that on the others over the first's.
+    """Plot zero-shot accuracy of interpolated models over alpha; of several sets also against that on the first set.
 
     Args:
         rows: as :func:`~clipfast.evaluate.interpolation.evaluate_path` yields them.

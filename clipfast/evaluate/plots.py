@@ -1,4 +1,4 @@
-"""The pictures of ``--plot``, for each task from its results; those of eval robustness have a file of their own."""
+"""The plots of ``clipfast eval ... --plot``, made from results; ``robustness_plots`` has those of eval robustness."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +14,13 @@ from .overlap_pairs import LEVEL, Pairs
 from .pictures import CHANCE, bars, draw_chance, error_bars, new_figure, shorten, title_of
 from .suite import label
 
-MOST = 25  # bars beside each other, those of the largest groups
+MOST = 25  # at most this many bars beside each other: those of the largest groups
 
 
 def zeroshot_plot(results: dict[str, Any], classified: Classified, path: Path) -> None:
-    """Plot the figures, by templates if several were compared, by group, and the recall of all classes."""
+    """Plot zero-shot results: metrics (by templates if several were compared), groups, and the recall of each class."""
     groups, classes = results.get("by_group", {}), results["classes"]
-    has_curve = results["images"] > classes  # a class with one image is known, or it is not
+    has_curve = results["images"] > classes  # with one image per class, every recall is 0 or 1
     columns = 1 + bool(groups) + has_curve
     figure = new_figure(2 + 4.5 * columns, 4.5, title_of(results))
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
@@ -46,12 +46,12 @@ def zeroshot_plot(results: dict[str, Any], classified: Classified, path: Path) -
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:
-    """Return each of some figures with its interval, row after row."""
+    """Return each of some metrics with its interval from each row of results."""
     return [(row["metrics"][name], row["intervals"][name]) for row in rows for name in names]
 
 
 def retrieval_plot(results: dict[str, Any], path: Path) -> None:
-    """Plot recall over k, in both directions, with its intervals."""
+    """Plot retrieval recall over k, in both directions, with its intervals."""
     figure = new_figure(6.5, 4.5, title_of(results))
     axis = figure.subplots()
     ks = sorted({int(name.rpartition("@")[2]) for name in results["metrics"]})
@@ -71,7 +71,7 @@ def retrieval_plot(results: dict[str, Any], path: Path) -> None:
 
 
 def probe_plot(results: dict[str, Any], path: Path) -> None:
-    """Plot accuracy over the number of training images per class beside zero-shot, as figure 6 of the CLIP paper."""
+    """Plot probe accuracy over the training images per class, beside zero-shot, like figure 6 of the CLIP paper."""
     curve = results["few_shot"]
     places = range(1, len(curve) + 1)
     zero_shot, full = 100 * results["zero_shot"]["metrics"]["acc1"], 100 * results["metrics"]["lp_acc1"]
@@ -93,7 +93,7 @@ def probe_plot(results: dict[str, Any], path: Path) -> None:
 
 
 def compositional_plot(results: dict[str, Any], path: Path) -> None:
-    """Plot the figures of each group beside chance."""
+    """Plot compositional accuracy of each group beside chance."""
     divisions = results["groups"] or {"": {"all cases": results}}
     names = [name for name in results["metrics"] if name != MEAN]
     counts = [min(MOST, len(groups)) for groups in divisions.values()]
@@ -110,7 +110,7 @@ def compositional_plot(results: dict[str, Any], path: Path) -> None:
 
 
 def overlap_plot(results: dict[str, Any], pairs: Pairs, path: Path) -> None:
-    """Plot how similar test images are to training images, and the accuracy on near duplicates and others."""
+    """Plot the similarities of test images to training images, and the accuracy on near duplicates and other images."""
     figure = new_figure(11, 4.5, f"{title_of(results)}, against {shorten(results['train_data'], 60)}")
     similarities, accuracy = figure.subplots(1, 2, width_ratios=(3, 2))
     similarities.hist(pairs.similarity.tolist(), bins=60, log=True)
@@ -128,7 +128,7 @@ def overlap_plot(results: dict[str, Any], pairs: Pairs, path: Path) -> None:
 
 
 def bias_plot(results: dict[str, Any], path: Path) -> None:
-    """Plot for each key accuracy by group, the share of each category of added labels, and the skew of queries."""
+    """Plot bias results for each key: accuracy by group, the share of each category of added labels, and skew."""
     keys = results["by_key"]
     has_queries = any("retrieval" in found for found in keys.values())
     columns = 1 + bool(results["added_labels"]) + has_queries
@@ -158,10 +158,10 @@ def _shares(compared: Mapping[str, Any]) -> list[Any]:
 
 
 def suite_figure(results: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
-    """Return the picture of a suite: the chief figures of each set by each model, with their intervals.
+    """Plot the results of a suite: the main metrics of each set and model, with their intervals.
 
     Args:
-        results: of ``clipfast eval suite``.
+        results: the results of ``clipfast eval suite``.
         rows: the rows of its table.
     """
     models = [label(model["model"], model["pretrained"]) for model in results["models"]]

@@ -1,11 +1,11 @@
-"""Linear probes: logistic regression with an L2 penalty, by scikit-learn or in PyTorch on any device.
+"""Linear probes on image features: logistic regression with an L2 penalty, by scikit-learn or PyTorch.
 
 Over a training set of N samples, both minimise
 
     mean of cross_entropy(x @ weights + bias)  +  |weights|^2 / (2 * C * N)
 
-With two classes scikit-learn has one column of weights. The same as two columns, w / 2 and -w / 2, it has half the
-norm, so that the penalty is twice as large. C is searched as in Radford et al. 2021, appendix A.3.
+With two classes scikit-learn has one column of weights, w. The equivalent columns w / 2 and -w / 2 have half its
+squared norm, and so scikit-learn's penalty is twice as large. C is searched as in Radford et al. 2021, appendix A.3.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from ..io.progress import each
 from .classification import Classified, classify, metrics
 from .features import LabelledFeatures
 
-# The values of C that can be chosen: 12 decades with 8 steps each.
+# The values of C among which the search chooses: 12 decades with 8 steps each.
 VALUES = tuple(10.0 ** (step / 8 - 6) for step in range(97))
-FIRST_STEP = 16  # two decades
-VALIDATION_SHARE = 0.2  # of the training set, without a validation set
+FIRST_STEP = 16  # the search starts with values that are two decades apart
+VALIDATION_SHARE = 0.2  # the share of the training set that is held out if there is no validation set
 MAX_ITERATIONS = 1000
-TOLERANCE = 1e-6  # of the gradient in the coordinates of TorchSolver, in which weights are about as large as min(1, C)
-FIRST = 100  # iterations after which weights are scaled anew, for the first time, and then after twice as many
-HISTORY = 10  # pairs of steps and changes of the gradient that L-BFGS remembers
-BLOCK = 2**24  # scores that are held at a time
+TOLERANCE = 1e-6  # for the gradient in the coordinates of TorchSolver, where weights have about the size min(1, C)
+FIRST = 100  # TorchSolver first scales its coordinates anew after this many iterations, then after twice as many
+HISTORY = 10  # the number of steps and gradient differences that L-BFGS remembers
+BLOCK = 2**24  # the number of scores in memory at a time
 
 
 class Samples(NamedTuple):
-    """Features [N, D] and the numbers of their classes [N], on the CPU."""
+    """A set of a linear probe: features [N, D] and class numbers [N], on the CPU."""
 
     features: Tensor
     classes: Tensor
 
     def take(self, numbers: Tensor) -> Samples:
-        """Return some of the samples."""
+        """Return the samples at some positions."""
         return Samples(self.features[numbers], self.classes[numbers])
 
     def and_those_of(self, others: Samples) -> Samples:
-        """Return these samples and others."""
+        """Return these samples, followed by the samples of another set."""
         return Samples(*(torch.cat(pair) for pair in zip(self, others, strict=True)))
 
 
@@ -57,8 +57,8 @@ class Classifier(NamedTuple):
 
     Attributes:
         weights: float64 [D + 1, K], of which the last row is the bias.
-        iterations: of the solver.
-        converged: False if it was stopped after so many.
+        iterations: the number of iterations of the solver.
+        converged: False if the solver stopped at its limit of iterations.
     """
 
     weights: Tensor
@@ -66,22 +66,22 @@ class Classifier(NamedTuple):
     converged: bool
 
     def classify(self, samples: Samples, classnames: Sequence[str]) -> Classified:
-        """Return what the classifier makes of samples."""
+        """Return the predictions of the linear probe for samples."""
         x = samples.features.to(self.weights)
         labels = [classnames[number] for number in samples.classes.tolist()]
         return classify(torch.cat([x, x.new_ones(len(x), 1)], 1), labels, classnames, self.weights)
 
 
 def samples_of(found: LabelledFeatures, classnames: Sequence[str], name: str) -> Samples:
-    """Return the features of a set with the numbers of their classes.
+    """Return the features of an image set with class numbers, for a linear probe.
 
     Args:
-        found: the set.
-        classnames: of the training set.
+        found: the features and labels of the set.
+        classnames: the labels of the training set.
         name: the name of the set, for error messages.
 
     Raises:
-        ValueError: there is a label that is not in the training set, or a feature is not finite.
+        ValueError: a label does not occur in the training set, or a feature is not finite.
     """
     numbers = {label: number for number, label in enumerate(classnames)}
     unknown = Counter(label for label in found.labels if label not in numbers)
@@ -97,7 +97,7 @@ def samples_of(found: LabelledFeatures, classnames: Sequence[str], name: str) ->
 
 
 def split(train: Samples, seed: int) -> tuple[Samples, Samples]:
-    """Return a training and a validation set: a fifth of each class, at least one image if it has two.
+    """Split a probe's training set: a fifth of each class, or at least one of two images, becomes the validation set.
 
     Raises:
         ValueError: no class has two images.
@@ -113,7 +113,7 @@ def split(train: Samples, seed: int) -> tuple[Samples, Samples]:
 
 
 def members_of_classes(train: Samples, seed: int) -> list[torch.Tensor]:
-    """Return the numbers of the images of each class, in an order drawn by a seed."""
+    """Return the positions of the images of each class in random order, for a seed."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train.classes), generator=generator)
     by_class = order[train.classes[order].argsort(stable=True)]
@@ -123,14 +123,15 @@ def members_of_classes(train: Samples, seed: int) -> list[torch.Tensor]:
 class TorchSolver:
     """L-BFGS in coordinates in which the objective is curved about equally in all directions.
 
-    Features of an image encoder have a large mean and few directions that vary, so that plain L-BFGS needs many more
-    iterations. The optimum does not depend on the coordinates: the bias takes up the mean, and a rotation, here to the
-    principal directions, keeps the norm of the weights. Each weight is then scaled by the curvature along it, once in a
-    while.
+    The features of an image encoder have a large mean and vary mostly in a few directions, where plain L-BFGS needs
+    many
+    more iterations. The optimum does not depend on the coordinates: the bias absorbs the mean, and a rotation to the
+    principal directions keeps the norm of the weights. From time to time each weight is scaled by the curvature in its
+    direction.
 
     Args:
-        train: the training set; each class has a sample.
-        device: that it is moved to.
+        train: the training set, with at least one sample of each class.
+        device: the device to which the training set is moved.
     """
 
     def __init__(self, train: Samples, device: str | torch.device = "cpu") -> None:
@@ -140,7 +141,7 @@ class TorchSolver:
         self.mean = x.mean(0)
         x = x - self.mean
         self.directions = torch.linalg.eigh(x.T @ x).eigenvectors
-        # the last column is the bias's
+        # the last column multiplies the bias
         self.inputs = torch.cat([x @ self.directions, x.new_ones(len(x), 1)], 1)
 
     def fit(self, C: float) -> Classifier:
@@ -174,9 +175,9 @@ class TorchSolver:
         return point.detach() * scale, optimizer.state[point]["n_iter"]
 
     def _objective(self, solution: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-        """Return C times the summed cross entropy with the penalty, and its gradient [D + 1, K]."""
+        """Return the probe's objective (C times the summed cross entropy, plus the penalty) and gradient [D + 1, K]."""
         gradient = solution.clone()
-        gradient[-1] = 0  # the bias is not penalised
+        gradient[-1] = 0  # the penalty does not include the bias
         loss = gradient.square().sum() / 2
         for x, classes in self._blocks():
             log_likely = (x @ solution).log_softmax(1)
@@ -187,9 +188,9 @@ class TorchSolver:
         return loss, gradient
 
     def _curvature(self, solution: Tensor, weight: float) -> Tensor:
-        """Return the diagonal of the Hessian [D + 1, K]."""
+        """Return the diagonal of the Hessian of the probe's objective, [D + 1, K]."""
         curvature = torch.ones_like(solution)
-        curvature[-1] = 1e-12  # more than nothing
+        curvature[-1] = 1e-12  # not 0, since a scale is computed from it
         for x, _ in self._blocks():
             likely = (x @ solution).softmax(1)
             curvature += weight * (x.square().T @ (likely * (1 - likely)))
@@ -204,7 +205,7 @@ class ScikitLearnSolver:
     """scikit-learn's logistic regression by L-BFGS; arguments are those of :class:`TorchSolver`."""
 
     def __init__(self, train: Samples) -> None:
-        self.mean = train.features.double().mean(0)  # the bias takes it up, and the solver gets further without it
+        self.mean = train.features.double().mean(0)  # the bias absorbs it, and the solver converges faster
         self.features, self.classes = (train.features - self.mean).numpy(), train.classes.numpy()
 
     def fit(self, C: float) -> Classifier:
@@ -214,11 +215,11 @@ class ScikitLearnSolver:
 
         model = LogisticRegression(C=C, max_iter=MAX_ITERATIONS, tol=1e-12)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # iterations say the same
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the number of iterations already shows it
             model.fit(self.features, self.classes)
         weights, bias = torch.from_numpy(model.coef_.T), torch.from_numpy(model.intercept_)
         weights = torch.cat([weights, (bias - self.mean @ weights)[None]])
-        if weights.shape[1] == 1:  # two classes: the scores of the second, against 0
+        if weights.shape[1] == 1:  # two classes: scikit-learn scores only the second one, against 0
             weights = torch.cat([torch.zeros_like(weights), weights], 1)
         iterations = int(model.n_iter_.max())
         return Classifier(weights, iterations, iterations < MAX_ITERATIONS)
@@ -228,10 +229,10 @@ Solver = TorchSolver | ScikitLearnSolver
 
 
 def chosen_solver(name: str, device: str | torch.device) -> str:
-    """Return the solver that a value of ``--solver`` stands for.
+    """Return the probe's solver for a value of ``--solver``; "auto" is scikit-learn on a CPU, if it is installed.
 
     Raises:
-        ValueError: it is scikit-learn, which is not installed.
+        ValueError: scikit-learn is wanted and not installed.
     """
     is_installed = importlib.util.find_spec("sklearn") is not None
     if name == "scikit-learn" and not is_installed:
@@ -242,20 +243,20 @@ def chosen_solver(name: str, device: str | torch.device) -> str:
 
 
 class Choice(NamedTuple):
-    """A value of C, and the share of the validation set that is right with each value that was tried."""
+    """The chosen value of C, and the validation accuracy with each value that was tried."""
 
     C: float
     tried: dict[float, float]
 
 
 def choose(right: Callable[[float], float]) -> Choice:
-    """Search the value of C with the largest share of right classes, as the paper does.
+    """Search the value of C with the highest validation accuracy, as the CLIP paper does.
 
-    It starts with one value every two decades, and halves the interval around the best until it is an eighth of a
-    decade. Of equal shares that of the strongest penalty is the best.
+    The search starts with values two decades apart, and halves the interval around the best one until it is an eighth
+    of a decade. Of equal accuracies, the one with the strongest penalty is the best.
 
     Args:
-        right: the share for a value of C.
+        right: returns the validation accuracy for a value of C.
     """
     tried: dict[int, float] = {}
 
@@ -275,13 +276,13 @@ def choose(right: Callable[[float], float]) -> Choice:
 
 @dataclasses.dataclass
 class Probe:
-    """Fits classifiers, each with a value of C of its own.
+    """Fits linear classifiers; C is searched for each of them, unless it is given.
 
     Attributes:
-        solver: makes a solver for a training set.
-        classnames: of the training set.
-        validation: chooses C; None for a given one.
-        C: the given one.
+        solver: a function that makes a solver for a training set.
+        classnames: the labels of the training set.
+        validation: the validation set, which chooses C; None if C is given.
+        C: the given value, or None.
     """
 
     solver: Callable[[Samples], Solver]
@@ -290,11 +291,11 @@ class Probe:
     C: float = 1.0
 
     def fit(self, train: Samples, *, then_all: bool = False) -> tuple[Classifier, Choice]:
-        """Return the classifier of a training set, and how its C was chosen.
+        """Fit a linear probe to a training set, and return it with the choice of its C.
 
         Args:
-            train: the training set, without what chooses C.
-            then_all: with the chosen value, fit the classifier to both.
+            train: the training set, without the validation set.
+            then_all: fit the returned classifier, with the chosen C, to the training and the validation set.
         """
         solver = self.solver(train)
         validation = self.validation
@@ -309,7 +310,7 @@ class Probe:
 
 
 def make_solver(name: str, device: str | torch.device, train: Samples) -> Solver:
-    """Return the solver "scikit-learn" or "torch" for a training set."""
+    """Make the probe's solver "scikit-learn" or "torch" for a training set."""
     return ScikitLearnSolver(train) if name == "scikit-learn" else TorchSolver(train, device)
 
 
@@ -317,17 +318,18 @@ def fit_probe(
     samples: dict[str, Samples], classnames: Sequence[str], solver: str, device: str | torch.device, seed: int,
     C: float | None = None,
 ) -> tuple[Probe, Samples, Classifier, Choice]:  # fmt: skip
-    """Return what fits classifiers, the training set without what chooses C, the classifier, and how C was chosen.
+    """Fit a linear probe; return the :class:`Probe`, the training set without validation, the classifier, and its C.
 
     Args:
-        samples: "train", and "val", which chooses C; without it a part of the training set does.
-        classnames: of the training set.
+        samples: the sets "train" and perhaps "val", which chooses C; without it, a part of "train" is held out for
+            that.
+        classnames: the labels of the training set.
         solver, device: as :func:`make_solver` takes them.
-        seed: of the part.
+        seed: the seed of the part that is held out.
         C: a given value, for which nothing is held out.
 
     Raises:
-        ValueError: no part can be held out.
+        ValueError: no part of the training set can be held out.
     """
     train, validation = samples["train"], samples.get("val")
     if C is None and validation is None:
@@ -337,21 +339,21 @@ def fit_probe(
 
 
 def draw(train: Samples, shots: int, seed: int) -> Samples:
-    """Return ``shots`` images of each class, or all that it has; a draw of more shots holds those of fewer."""
+    """Draw ``shots`` training images of each class, or all that it has; more shots contain the images of fewer."""
     return train.take(torch.cat([members[:shots] for members in members_of_classes(train, seed)]))
 
 
 def curve(
     probe: Probe, train: Samples, test: Samples, shots: Iterable[int], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Return mean and standard deviation of the figures for each number of shots, and those of each draw.
+    """Return the probe's few-shot metrics: mean and standard deviation for each number of shots, and each draw's own.
 
     Args:
         probe: fits the classifiers.
-        train: what images are drawn from.
-        test: what the classifiers are judged on.
-        shots: numbers of images per class.
-        seeds: of the draws.
+        train: the set from which images are drawn.
+        test: the set on which the classifiers are evaluated.
+        shots: the numbers of images per class.
+        seeds: the seeds of the draws.
     """
     draws: dict[int, list[dict[str, Any]]] = {}
     for count, seed in each([(count, seed) for count in shots for seed in seeds], "few-shot", "draws"):

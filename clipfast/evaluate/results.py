@@ -1,4 +1,4 @@
-"""What results of evaluations are called, and which images were left out of them."""
+"""The results of evaluations under CLIP_benchmark's keys, and reports of the images that were left out."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -6,11 +6,11 @@ from typing import Any
 
 from ..io.text import printable
 
-DEFAULT_TEMPLATES = "plain"  # of all commands, and of the app
+DEFAULT_TEMPLATES = "plain"  # the default templates of all commands and of the app
 
 
 def report_left_out(skipped: Iterable[object], command: str = "eval", most: int = 20) -> None:
-    """Name what cannot be used on stderr."""
+    """Name the images that an evaluation left out on stderr."""
     listed = list(skipped)
     for one in listed[:most]:
         print(f"clipfast {command}: left out {printable(str(one))}", file=sys.stderr)
@@ -21,12 +21,12 @@ def report_left_out(skipped: Iterable[object], command: str = "eval", most: int 
 def result_about(
     dataset: str, model: str, pretrained: str | None, task: str, metrics: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """Return results under the keys of CLIP_benchmark.
+    """Return the results of an evaluation under the keys of CLIP_benchmark.
 
     Args:
-        dataset, model, pretrained: their names.
-        task: as CLIP_benchmark names it, such as "zeroshot_classification".
-        metrics: the figures.
+        dataset, model, pretrained: the names of the data, the model and the weights.
+        task: CLIP_benchmark's name of the task, such as "zeroshot_classification".
+        metrics: the metrics by name.
         **more: further keys.
     """
     about = {"dataset": dataset, "model": model, "pretrained": pretrained or "", "task": task}

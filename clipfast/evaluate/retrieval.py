@@ -14,11 +14,10 @@ from .intervals import bootstrap
 def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
     """Return, for each query of N pairs, the number of wrong items that come before its best right item.
 
-    Pair i joins query i and item i of the gallery. Queries that are the same thing, such as one caption of several
-    images, have the same key, and so do items that are the same: these count as one item, or else the names of large
-    classes would crowd the ranks. An item is right for a query if some pair joins their keys. A wrong item with the
-    same score as the right one counts as before it, so that a collapsed model, for which all scores are equal, gets no
-    credit.
+    Pair i joins query i and item i of the gallery. Equal queries, such as one caption of several images, have the same
+    key, and so do equal items. Equal items count as one item, since otherwise the names of large classes would fill the
+    first ranks. An item is right for a query if some pair joins their keys. In a tie the wrong item counts as before
+    the right one: a collapsed model, for which all scores are equal, gets no credit.
 
     Args:
         queries, gallery: features [N, D] of unit length.
@@ -32,7 +31,7 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
     """
     if not (queries.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("retrieval: features contain NaN or infinity")
-    query_places: dict[int, int] = {}  # where each query stands first
+    query_places: dict[int, int] = {}  # the first position of each query
     item_places: dict[int, int] = {}
     right: dict[int, set[int]] = {}
     for place, (query, item) in enumerate(zip(query_keys.tolist(), gallery_keys.tolist(), strict=True)):
@@ -42,7 +41,7 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
     by_key = query_keys.new_zeros(max(query_places, default=-1) + 1)
     numbers = {item: number for number, item in enumerate(item_places)}
     items = gallery[list(item_places.values())]
-    for turn in _turns(right):
+    for turn in _without_common_items(right):
         owner = [-1] * len(items)
         for number, query in enumerate(turn):
             for item in right[query]:
@@ -53,15 +52,15 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
 
 
 def caption_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rank of each image and of each caption in the other's results, as CLIP_benchmark counts them.
+    """Return the retrieval rank of each image's best caption and of each caption's image, as CLIP_benchmark counts.
 
-    Every caption belongs to one image, and every other caption is wrong for it, be it the same text. A wrong item with
-    the same score as the right one counts as before it. Memory beyond the features: a few bytes for each of them.
+    Every caption belongs to one image, and is wrong for every other image, even if that has a caption of the same text.
+    In a tie the wrong item counts as before the right one. Apart from the features, memory is a few bytes per item.
 
     Args:
         images: features [M, D] of unit length.
         texts: features [N, D] of captions.
-        owner: [N] int64, the place of each caption's image.
+        owner: [N] int64, the position of each caption's image.
 
     Returns:
         [M] int64, the wrong captions before the best right one; -1 for an image without captions. [N] int64, the wrong
@@ -84,8 +83,8 @@ def caption_recalls(
     Args:
         images: features [M, D] of unit length.
         texts: features [N, D] of all captions, image after image.
-        counts: how many captions each image has.
-        ks: in how many of the best results a right one is looked for.
+        counts: the number of captions of each image.
+        ks: the values of k.
 
     Raises:
         ValueError: a feature is not finite.
@@ -95,7 +94,7 @@ def caption_recalls(
     image_ranks, text_ranks = (ranks.cpu() for ranks in caption_ranks(images, texts, owner.to(texts.device)))
     metrics, intervals = {}, {}
     for k in sorted(set(ks)):
-        # hits of each image's own queries, and how many these are: a resample of images takes their captions with them
+        # hits and number of the queries of each image: the bootstrap resamples images together with their captions
         by_caption = torch.bincount(owner, (text_ranks < k).double(), minlength=len(counts))
         by_image = ((image_ranks < k) & (image_ranks >= 0)).double()
         for name, hits, queries in (
@@ -107,8 +106,8 @@ def caption_recalls(
     return metrics, intervals
 
 
-def _turns(right: dict[int, set[int]]) -> list[list[int]]:
-    """Split queries into groups without a common right item: ``retrieval_ranks`` lets an item belong to one query."""
+def _without_common_items(right: dict[int, set[int]]) -> list[list[int]]:
+    """Split queries into groups without a common right item, since ``retrieval_ranks`` allows one query per item."""
     turns: dict[int, list[int]] = defaultdict(list)
     next_turn: dict[int, int] = defaultdict(int)
     for query, items in right.items():
@@ -119,7 +118,7 @@ def _turns(right: dict[int, set[int]]) -> list[list[int]]:
 
 
 def recall_at(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Return ``{"R@1": ..., ...}``, the shares of queries with a right item among the first k.
+    """Return retrieval recall ``{"R@1": ..., ...}``: the share of queries with a right item among the first k.
 
     A negative rank marks a row that is not a query, and is left out.
     """

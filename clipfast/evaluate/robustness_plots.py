@@ -1,4 +1,4 @@
-"""The pictures of ``clipfast eval robustness``: accuracy under a shift over that on the base, and shifted images."""
+"""The plots of ``clipfast eval robustness``: accuracy under a shift over accuracy on the base, and shifted images."""
 
 import itertools
 import math
@@ -16,12 +16,12 @@ from .shifts import SHIFTS, STRENGTHS, Shift
 from .suite import name_of
 
 COLUMNS = 3
-LEAST = 1e-3  # the smallest accuracy, and error, that has a place on a scale of log-odds
+LEAST = 1e-3  # accuracies below this, and above 1 minus this, are drawn at the edge of the scale of log-odds
 MARKERS = "osD^vP*X"
 
 
 def robustness_plot(results: Mapping[str, Any], path: Path) -> None:
-    """Plot accuracy under each shift over that on the base, with the baseline's line, and accuracy over strength."""
+    """Plot accuracy under each shift over accuracy on the base with the baseline's line, and accuracy over strength."""
     natural = list(dict.fromkeys(row["shift"] for row in results["sets"]))
     synthetic = [SYNTHETIC] if SYNTHETIC in results["baseline"] else []
     sets = [*([AVERAGE] if len(natural) > 1 else []), *natural, *synthetic]
@@ -48,7 +48,7 @@ def robustness_plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _scatter(axis: Axes, results: Mapping[str, Any], name: str) -> None:
-    """Draw models by their accuracies on the base and under one shift, both on the scale of log-odds."""
+    """Draw a scatter plot of models: accuracy on the base and under one shift, both on the scale of log-odds."""
     points = [Point(row["model"], row["base"], row["shift"]) for row in results["points"] if row["set"] == name]
     found = [model["robustness"][name] for model in results["models"]]
     bases = [math.log(_inside(point.base) / (1 - _inside(point.base))) for point in points]
@@ -69,7 +69,7 @@ def _scatter(axis: Axes, results: Mapping[str, Any], name: str) -> None:
 
 
 def _baseline(axis: Axes, about: Mapping[str, Any], points: Sequence[Point], steps: Sequence[float]) -> None:
-    """Draw the baseline's models, the line through them, and its interval at some accuracies on the base."""
+    """Draw the baseline models, the line that was fitted to them, and the interval of the line."""
     line = Line(about["slope"], about["intercept"], tuple(filter(is_usable, points)))
     places = [_inside(point.base) for point in points], [_inside(point.shift) for point in points]
     axis.plot(*places, "o", markersize=4, color="tab:blue", label="baseline", zorder=3)
@@ -79,7 +79,7 @@ def _baseline(axis: Axes, about: Mapping[str, Any], points: Sequence[Point], ste
 
 
 def _point(axis: Axes, row: Mapping[str, Any], style: dict[str, Any]) -> None:
-    """Draw a model with its intervals, and how far it is above the line."""
+    """Draw a model with the intervals of its accuracies, and its distance from the baseline's line."""
     place = _inside(row["base"]), _inside(row["shift"])
     errors = [
         [[abs(_inside(end) - value)] for end in row[f"{key}_interval"]]
@@ -92,7 +92,7 @@ def _point(axis: Axes, row: Mapping[str, Any], style: dict[str, Any]) -> None:
 
 
 def _strengths(axis: Axes, results: Mapping[str, Any], kind: str) -> None:
-    """Draw the accuracy of each model over the strength of one synthetic shift, from none on."""
+    """Draw the accuracy of each model over the strength of one synthetic shift, starting with no shift."""
     for number, model in enumerate(results["models"]):
         rows = [row for row in results["synthetic"] if (row["shift"], name_of(row)) == (kind, name_of(model))]
         start = model["robustness"][kind]
@@ -114,9 +114,9 @@ def _style(number: int, model: str, line: str) -> dict[str, Any]:
 
 
 def examples_sheet(base: LabelledSet, results: Mapping[str, Any], path: Path) -> None:
-    """Draw an image of the base for each synthetic shift, as it is and with the five strengths.
+    """Draw an image of the base for each synthetic shift, first unchanged and then with the five strengths.
 
-    The accuracies of the first model stand over the images.
+    The accuracy of the first model is written above each image.
     """
     first = name_of(results["models"][0])
     accuracies = {

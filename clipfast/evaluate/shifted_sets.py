@@ -1,8 +1,7 @@
-"""Where the shifted versions of ImageNet have their images, and what their folders mean.
+"""The folders of ImageNet's shifted versions (ImageNet-V2, -A, -R, -Sketch and ObjectNet), and their classes.
 
-ImageNet-A, ImageNet-R and ImageNet-Sketch name their folders by WordNet ids, as ImageNet does, so that the folders that
-are there are the classes. ImageNet-V2 numbers them. ObjectNet has files beside its images that say which classes of
-ImageNet its own ones mean.
+ImageNet-A, ImageNet-R and ImageNet-Sketch name their folders by WordNet ids, as ImageNet does, and each folder is a
+class. ImageNet-V2 numbers its folders. ObjectNet has files beside its images that map its classes to ImageNet's.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OBJECTNET = "objectnet"
-# What archives and builders call the folder of the images.
+# The name of the folder of images in each archive, or as its builder writes it.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "imagenet-v2": V2_FOLDERS,
     "imagenet-a": ("imagenet-a",),
@@ -32,7 +31,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CutBorder:
-    """Called with an image, it cuts off so many pixels on each side; a smaller image stays as it is."""
+    """A change of images that cuts some pixels off each side; an image that is too small stays unchanged."""
 
     pixels: int
 
@@ -48,10 +47,10 @@ class ShiftedSet:
     """A shifted version of a base set.
 
     Attributes:
-        name: of the shift.
-        images: the set.
-        change: what is done to its images first, or None.
-        class_map: what its labels mean, or None if they are those of the base.
+        name: the name of the shift.
+        images: the images.
+        change: a function that changes each image before it is encoded, or None.
+        class_map: the classes of the base that each label means, or None if the labels are those of the base.
     """
 
     name: str
@@ -61,16 +60,17 @@ class ShiftedSet:
 
 
 def shifted_set(name: str, source: str, read: Callable[[str], LabelledSet], class_map: ClassMap | None) -> ShiftedSet:
-    """Return the set of a name and a source, where the names of ImageNet's shifted versions have a meaning.
+    """Open a shifted set. For ImageNet's shifted versions, images and classes are found in the unpacked archive.
 
     Args:
-        name: of the shift.
-        source: as the base is given, or the folder of the archive of a shifted version of ImageNet.
-        read: returns the set of a source.
-        class_map: what its labels mean, if somebody says it.
+        name: the name of the shift.
+        source: data in any form that the base may have, or the folder of an unpacked archive of ImageNet's shifted
+            version.
+        read: opens the labelled set of a source.
+        class_map: the user's class map, or None.
 
     Raises:
-        ValueError: it is ObjectNet, and a file or folder of it is not there.
+        ValueError: a file or folder of ObjectNet is missing.
     """
     if name == OBJECTNET and class_map is None:
         return _objectnet(source, read)
@@ -80,7 +80,7 @@ def shifted_set(name: str, source: str, read: Callable[[str], LabelledSet], clas
 
 
 def _objectnet(source: str, read: Callable[[str], LabelledSet]) -> ShiftedSet:
-    """Return ObjectNet's images of classes that ImageNet has, without the red line around them."""
+    """Return ObjectNet's images of the classes that ImageNet has, without the red border around each image."""
     nested = Path(source, "objectnet-1.0")
     root = nested if nested.is_dir() else Path(source)
     images, mappings = root / "images", root / "mappings"
@@ -96,13 +96,13 @@ def _objectnet(source: str, read: Callable[[str], LabelledSet]) -> ShiftedSet:
 
 
 def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
-    """Return the numbers of ImageNet's classes that each folder of ObjectNet means.
+    """Return the numbers of ImageNet's classes for each folder of ObjectNet.
 
     ``imagenet_to_label_2012_v2`` has the names of the classes in the order of the challenge of 2012, and
     ``pytorch_to_imagenet_2012_id.json`` the places in it of those that are sorted by WordNet id.
 
     Raises:
-        ValueError: a file is not there, or names a class that another one lacks.
+        ValueError: a file is missing, or names a class that another file lacks.
     """
     names = mappings / "imagenet_to_label_2012_v2"
     if not names.is_file():

@@ -1,9 +1,10 @@
 """Synthetic shifts: images made worse in six ways, with five strengths each, as ImageNet-C does (Hendrycks 2019).
 
-A strength means the same for images of every size. Lengths are shares of the shorter side. Noise and JPEG have the
-grain of an image of 224 pixels. In a smaller image the grain is halfway between that and its own pixels, on a
-logarithmic scale, so that both are weaker there, but not averaged away. What is drawn at random depends on the pixels
-of the image, the shift and the seed: it is the same in every process, and a larger strength has more of the same.
+A strength has the same effect on images of every size. Lengths are shares of the shorter side. Noise and JPEG are
+computed on a grid of 224 pixels and scaled to the image: the grains of noise and the blocks of JPEG keep their size
+relative to the image. For a smaller image the grid is the geometric mean of 224 and its own size, which makes both
+weaker, but does not average them away. Random draws depend on the pixels of the image, the shift and the seed: they are
+the same in every process, and a larger strength uses the same draws.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no Pillow
+if TYPE_CHECKING:  # imported at run time only where it is used, since ``--help`` needs no Pillow
     from PIL import Image
 
-SIDE = 224  # of the images that the strengths are made for, in pixels
+SIDE = 224  # the side of the images for which the strengths are defined, in pixels
 GREY = (128, 128, 128)
-# How much of it, for the strengths 1 to 5.
+# The amount of each shift for the strengths 1 to 5.
 AMOUNTS: dict[str, tuple[float, ...]] = {
-    "blur": (1, 2, 4, 7, 11),  # standard deviation of the Gaussian in an image of 224 pixels
+    "blur": (1, 2, 4, 7, 11),  # standard deviation of the Gaussian, in pixels of an image of 224 pixels
     "noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation, where white is 1
     "jpeg": (25, 18, 15, 10, 7),  # quality
-    "hue": (0.05, 0.1, 0.2, 0.3, 0.5),  # share of the colour wheel, either way
-    "rotation": (10, 20, 40, 60, 90),  # degrees, either way
-    "occlusion": (0.05, 0.1, 0.2, 0.35, 0.5),  # share of the area under a grey rectangle
+    "hue": (0.05, 0.1, 0.2, 0.3, 0.5),  # share of the colour wheel, in either direction
+    "rotation": (10, 20, 40, 60, 90),  # degrees, in either direction
+    "occlusion": (0.05, 0.1, 0.2, 0.35, 0.5),  # share of the area that a grey rectangle covers
 }
 SHIFTS = tuple(AMOUNTS)
 STRENGTHS = range(1, 6)
@@ -41,8 +42,8 @@ class Shift:
     Attributes:
         name: one of ``SHIFTS``.
         strength: from 1 to 5.
-        seed: of what is drawn at random.
-        amount: what the strength stands for, so that the text of the shift says it.
+        seed: the seed of random draws.
+        amount: the amount that the strength stands for. It is a field so that ``repr`` shows it.
     """
 
     name: str
@@ -51,10 +52,10 @@ class Shift:
     amount: float = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        """Refuse what there is not.
+        """Refuse an unknown shift or strength.
 
         Raises:
-            ValueError: there is no such shift or strength.
+            ValueError: the shift or the strength is unknown.
         """
         if self.name not in AMOUNTS:
             raise ValueError(f"shift must be one of {', '.join(SHIFTS)}, got {self.name!r}")
@@ -78,9 +79,9 @@ def _blur(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Im
 
 
 def _noise(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
-    width, height = _grained(image.size)
+    width, height = _grid_of_noise(image.size)
     noise = amount * 255 * generator.standard_normal((height, width, 3), np.float32)
-    return _added(image, noise)
+    return _add_resized(image, noise)
 
 
 def _jpeg(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Image:
@@ -88,15 +89,15 @@ def _jpeg(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Im
 
     from ..models.images import compressed
 
-    clean = image.resize(_grained(image.size), Image.Resampling.BICUBIC)
-    return _added(image, np.asarray(compressed(clean, int(amount)), np.float32) - np.asarray(clean, np.float32))
+    clean = image.resize(_grid_of_noise(image.size), Image.Resampling.BICUBIC)
+    return _add_resized(image, np.asarray(compressed(clean, int(amount)), np.float32) - np.asarray(clean, np.float32))
 
 
 def _hue(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
     from PIL import Image
 
     pixels = np.array(image.convert("HSV"))
-    pixels[..., 0] += np.uint8(round(256 * _either_way(amount, generator)) % 256)  # which wraps round, as hues do
+    pixels[..., 0] += np.uint8(round(256 * _either_way(amount, generator)) % 256)  # the sum wraps around, as hues do
     return Image.frombytes("HSV", image.size, pixels.tobytes()).convert("RGB")
 
 
@@ -110,7 +111,7 @@ def _rotation(image: Image.Image, amount: float, generator: np.random.Generator)
 
 
 def _occlusion(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
-    # At the same share of the room that there is, a larger rectangle covers what a smaller one does.
+    # A rectangle at the same relative position covers everything that a smaller one covers.
     box = []
     for side in image.size:
         length = max(1, round(math.sqrt(amount) * side))
@@ -136,16 +137,16 @@ def _either_way(amount: float, generator: np.random.Generator) -> float:
     return amount if generator.random() < 0.5 else -amount
 
 
-def _grained(size: tuple[int, int]) -> tuple[int, int]:
-    """Return the size of the image whose pixels are the grain of noise, and the blocks of JPEG, in an image."""
+def _grid_of_noise(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of the grid on which the shifts "noise" and "jpeg" are computed, for an image of ``size``."""
     shorter = min(size)
     scale = SIDE / shorter if shorter > SIDE else math.sqrt(SIDE / shorter)
     width, height = (max(1, round(scale * side)) for side in size)
     return width, height
 
 
-def _added(image: Image.Image, change: np.ndarray) -> Image.Image:
-    """Return an image with a change [H, W, 3] of another size added to it."""
+def _add_resized(image: Image.Image, change: np.ndarray) -> Image.Image:
+    """Add a change [H, W, 3], such as noise on a coarser grid, to an image, after resizing it to the image."""
     from PIL import Image
 
     planes = [

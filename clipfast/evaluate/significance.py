@@ -1,4 +1,4 @@
-"""Tests of significance, and exact intervals, of shares."""
+"""Significance tests and exact confidence intervals for accuracies and other shares."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 DRAWS = 9999
-HALVINGS = 60  # after which float64 cannot tell the ends of an interval apart
+HALVINGS = 60  # after this many halvings of an interval, its ends are equal in float64
 
 
 def binomial_tail(hits: int, count: int, share: float) -> float:
-    """Return the probability of at least ``hits`` in ``count`` independent trials that hit with probability ``share``.
+    """Return the probability of at least ``hits`` successes in ``count`` independent trials of probability ``share``.
 
     It is the p-value of a one-tailed binomial test.
     """
@@ -31,8 +31,8 @@ def clopper_pearson(hits: int, count: int, level: float = 0.95) -> tuple[float, 
     """Return Clopper and Pearson's exact interval of ``hits`` among ``count`` independent trials.
 
     Args:
-        hits, count: of the trials.
-        level: of confidence.
+        hits, count: the number of hits and of trials.
+        level: the confidence level.
     """
     tail = (1 - level) / 2
     low = _share_with_tail(hits, count, tail) if hits else 0.0
@@ -40,7 +40,7 @@ def clopper_pearson(hits: int, count: int, level: float = 0.95) -> tuple[float, 
 
 
 def _share_with_tail(hits: int, count: int, tail: float) -> float:
-    """Return the share of which :func:`binomial_tail` is ``tail``, by halving an interval: the tail rises with it."""
+    """Return the share for which :func:`binomial_tail` is ``tail``, by bisection; the tail rises with the share."""
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -51,13 +51,13 @@ def _share_with_tail(hits: int, count: int, tail: float) -> float:
 def independence(hits: Sequence[int], counts: Sequence[int], seed: int = 0) -> float:
     """Return the p-value of a permutation test that hits do not depend on the group.
 
-    The hits are dealt out to the groups at random, 9,999 times. The p-value is the share of deals, the observed one
-    among them, in which the chi-square statistic is at least as large. It needs no group to be large.
+    The hits are assigned to the groups at random, 9,999 times. The p-value is the share of assignments, the observed
+    one included, whose chi-square statistic is at least the observed one. The test is valid for small groups too.
 
     Args:
-        hits: of each group.
+        hits: the number of hits in each group.
         counts: the size of each group.
-        seed: of the deals.
+        seed: the seed of the random assignments.
     """
     import numpy as np
 
@@ -67,7 +67,7 @@ def independence(hits: Sequence[int], counts: Sequence[int], seed: int = 0) -> f
     expected = sizes * (total / sizes.sum())
     dealt = np.random.default_rng(seed).multivariate_hypergeometric(sizes, total, DRAWS, method="marginals")
 
-    # chi-square but for a factor that is the same in all deals
+    # chi-square up to a factor, which is the same for all assignments
     def statistic(found: Any) -> Any:
         return ((found - expected) ** 2 / sizes).sum(-1)
 

@@ -1,4 +1,4 @@
-"""A folder of features that were computed once, each with a note of what made them."""
+"""The feature store (``--features``): a folder of features with a description of the model and data that made them."""
 
 import hashlib
 import json
@@ -19,17 +19,18 @@ VERSION = 1
 class FeatureStore:
     """``FOLDER/<kind>/<digest of what made them>/``, with the parts of one set of features in files.
 
-    A part is whole or not there, whenever a process is killed. Nothing is ever removed: delete what you do not need.
+    If a process is killed, each part is complete or absent. The store never removes features; delete unneeded folders
+    yourself.
 
     Args:
-        folder: is made if it does not exist.
+        folder: the folder, which is made if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def section(self, kind: str, about: dict[str, Any]) -> "Section":
-        """Return the part of the store for features of one origin.
+        """Return the section of the feature store for features of one model and one input.
 
         Args:
             kind: "images" or "texts".
@@ -45,7 +46,7 @@ class FeatureStore:
 
 
 class Section(NamedTuple):
-    """The features of one origin."""
+    """The features of one model and one input in the feature store, in parts."""
 
     folder: Path
 
@@ -53,7 +54,7 @@ class Section(NamedTuple):
         return self.folder / f"{name}.safetensors"
 
     def holds(self, name: str) -> bool:
-        """Return True if there is a part of this name, and it can be read."""
+        """Return True if the store has a part of this name that can be read."""
         if not self._path(name).exists():
             return False
         try:
@@ -64,7 +65,7 @@ class Section(NamedTuple):
         return True
 
     def save(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Write a part: tensors, and plain values.
+        """Write a part of the stored features: tensors and plain values.
 
         Raises:
             DiskFullError: there is no space.
@@ -79,7 +80,7 @@ class Section(NamedTuple):
         own.replace(self._path(name))
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return a part as it was saved."""
+        """Read a part of the stored features."""
         from safetensors import safe_open
 
         with safe_open(self._path(name), framework="pt") as file:

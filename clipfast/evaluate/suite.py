@@ -1,4 +1,4 @@
-"""Several models on the sets of CLIP_benchmark's offline layout: what is done is a file, and is not done again."""
+"""Evaluates several models on the sets of CLIP_benchmark's offline layout; each result is a file, and is kept."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from .suite_scores import (
 )
 from .watch import CheckpointModel
 
-VERSION = 1  # of what the figures mean; results of another one are computed again
+VERSION = 1  # the version of the metrics' definitions; results of another version are computed again
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How sets are evaluated.
+    """The settings of a suite's evaluations.
 
     Attributes:
-        split: the one that is judged on.
-        ks: in how many results a right one is looked for, in retrieval.
+        split: the split on which models are evaluated.
+        ks: the values of k for retrieval recall at k.
         probe: also train a linear probe where there is a training split.
-        solver, seed: of the probe.
+        solver, seed: the solver and the seed of the probe.
         batch_size, workers: as :func:`~clipfast.evaluate.features.encode_set` takes them.
     """
 
@@ -56,28 +56,28 @@ class Settings:
     workers: int = 0
 
     def tasks_of(self, one: OfflineSet) -> list[str]:
-        """Return the tasks of a set: one of zero-shot, and a linear probe if it is asked for and can be trained."""
+        """Return the tasks of a set: zero-shot classification or retrieval, and a probe if wanted and possible."""
         if one.kind == RETRIEVAL:
             return [RETRIEVING]
         is_probed = self.probe and one.kind != MULTILABEL and "train" in one.shards and self.split != "train"
         return [ZERO_SHOT, PROBING] if is_probed else [ZERO_SHOT]
 
     def of_task(self, task: str) -> dict[str, Any]:
-        """Return what the figures of a task depend on."""
+        """Return the settings on which the results of a task depend, as plain values."""
         probe = {"solver": self.solver, "seed": self.seed}
         more: dict[str, dict[str, Any]] = {RETRIEVING: {"k": sorted(set(self.ks))}, PROBING: probe}
         return {"split": self.split, **more.get(task, {})}
 
 
 class Done(NamedTuple):
-    """What became of a task of one model: figures, or why there are none.
+    """The result of one model on one task of a set: metrics, or the reason why there are none.
 
     Attributes:
-        task: its name.
-        model: number of the model.
-        images, skipped: how many were judged on, and how many had to be left out.
-        score: the figures, or None.
-        reason: what was wrong, or None.
+        task: the name of the task.
+        model: the number of the model.
+        images, skipped: the number of images that were used, and of those that had to be left out.
+        score: the metrics, or None.
+        reason: the reason for missing metrics, or None.
     """
 
     task: str
@@ -92,16 +92,16 @@ def evaluate_set(
     one: OfflineSet, encoders: Sequence[Encoder], wanted: dict[str, list[int]], settings: Settings,
     store: FeatureStore | None = None, world: World = ALONE,
 ) -> list[Done]:  # fmt: skip
-    """Return what models score on a set, on rank 0. Every image is decoded once for all models and tasks.
+    """Evaluate models on one set; rank 0 gets the results. Every image is decoded once for all models and tasks.
 
     All ranks must call this function.
 
     Args:
         one: the set.
         encoders: the models.
-        wanted: the numbers of the models by task.
-        settings: how the set is evaluated.
-        store: keeps the features, or None.
+        wanted: for each task the numbers of the models to evaluate.
+        settings: the settings of the evaluation.
+        store: the feature store, or None.
         world: the ranks.
 
     Raises:
@@ -146,19 +146,19 @@ def evaluate_set(
 
 
 def _fitted_on(one: OfflineSet, settings: Settings) -> list[str]:
-    """Return the splits of a set that a linear probe is trained with."""
+    """Return the splits of a set on which a linear probe is trained and validated."""
     return [name for name in ("train", "val") if name in one.shards and name != settings.split]
 
 
 @dataclasses.dataclass
 class ResultFolder:
-    """The results of models on sets, a file for each, with the names and the keys that CLIP_benchmark gives them.
+    """The folder of a suite's results: a file for each model and set, with the names and keys of CLIP_benchmark.
 
     Attributes:
-        folder: exists.
-        models: name and weights of each, as the user gave them.
+        folder: the folder, which must exist.
+        models: the name and the weights of each model, as the user gave them.
         encoders: the models.
-        settings: how sets are evaluated.
+        settings: the settings of the evaluation.
     """
 
     folder: Path
@@ -167,14 +167,14 @@ class ResultFolder:
     settings: Settings
 
     def path(self, one: OfflineSet, task: str, model: int) -> Path:
-        """Return the path of a result."""
+        """Return the path of the file of a suite's result."""
         return self.folder / file_name(one.name, *self.models[model], task)
 
     def wanted(self, one: OfflineSet) -> dict[str, list[int]]:
-        """Return, by task, the numbers of the models whose results are not there.
+        """Return, by task, the numbers of the models whose results are missing.
 
         Raises:
-            ValueError: something is wanted, and the set cannot be read, or not one of its first images can be used.
+            ValueError: a result is missing, and the set cannot be read, or none of its first images can be used.
         """
         settings, models, tasks = self.settings, range(len(self.models)), self.settings.tasks_of(one)
         lacking = {task: [number for number in models if self.read(one, task, number) is None] for task in tasks}
@@ -184,7 +184,7 @@ class ResultFolder:
         return found
 
     def read(self, one: OfflineSet, task: str, model: int) -> dict[str, Any] | None:
-        """Return a result; None if there is none, or it was made of something else."""
+        """Read a result of a suite; None if it is missing, or was made from other data, weights or settings."""
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.path(one, task, model).read_text("utf-8"))
             if isinstance(found, dict) and found.get("made_of") == self.made_of(one, task, model):
@@ -192,7 +192,7 @@ class ResultFolder:
         return None
 
     def write(self, one: OfflineSet, done: Done, score: Score) -> None:
-        """Write a result.
+        """Write a result of a suite.
 
         Raises:
             DiskFullError: there is no space.
@@ -206,34 +206,34 @@ class ResultFolder:
         replace_text(self.path(one, done.task, done.model), json.dumps(result, indent=2) + "\n")
 
     def made_of(self, one: OfflineSet, task: str, model: int) -> dict[str, Any]:
-        """Return what a result depends on, as plain values."""
+        """Return the model, data and settings on which a result depends, as plain values."""
         return {"version": VERSION, "model": self.encoders[model].digest, **made_of(one, task, self.settings)}
 
 
 def made_of(one: OfflineSet, task: str, settings: Settings) -> dict[str, Any]:
-    """Return what a result depends on but for the model, as plain values."""
+    """Return the data and settings on which a result depends, as plain values; the model is not among them."""
     splits = [settings.split, *(_fitted_on(one, settings) if task == PROBING else ())]
     stamps = [one.images(split).stamp() for split in splits]
     return {"data": digest(stamps), "classes": digest(about(one)), "settings": settings.of_task(task)}
 
 
 def file_name(name: str, model: str, pretrained: str, task: str) -> str:
-    """Return the name that CLIP_benchmark gives to a file of results. No part of it is a folder."""
+    """Return CLIP_benchmark's name for a file of results, without a slash."""
     weights = Path(pretrained).name if Path(pretrained).is_file() else pretrained
     return "_".join(part.replace("/", "_") for part in (name, weights, model, "en", task)) + ".json"
 
 
 def digest(value: Any) -> str:
-    """Return a checksum of plain values."""
+    """Return a checksum of plain values, under which a suite's results are kept."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def means(results: Sequence[dict[str, Any]], models: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return the mean of each task's chief figures over those sets on which every model has them, for each model.
+    """Return, for each model and task, the mean of the main metrics over the sets on which every model has them.
 
     Args:
-        results: of all models.
-        models: name and weights of each.
+        results: the results of all models.
+        models: the name and the weights of each model.
     """
     rows = []
     chief = [(found["task"], name) for found in results for name in headlines(found["task"], found["metrics"])]
@@ -251,7 +251,7 @@ def means(results: Sequence[dict[str, Any]], models: Sequence[tuple[str, str]]) 
 
 
 def problems_of(one: OfflineSet, done: Sequence[Done], models: Sequence[tuple[str, str]]) -> list[Problem]:
-    """Return what went wrong with a set."""
+    """Return the messages about what went wrong in the evaluation of a set."""
     return [
         Problem(one.name, f"{found.task} by {label(*models[found.model])}: {found.reason}")
         for found in done
@@ -260,23 +260,23 @@ def problems_of(one: OfflineSet, done: Sequence[Done], models: Sequence[tuple[st
 
 
 def label(model: str, pretrained: str) -> str:
-    """Return how a model is called in tables: of a file of weights, only its name is shown."""
+    """Return a model's name for tables; a file of weights appears without its folder."""
     return f"{model} {Path(pretrained).name}".strip()
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """Return how the model of a row of results is called in tables and pictures."""
+    """Return the model's name of a row of results, for tables and plots."""
     return label(row["model"], row["pretrained"])
 
 
 @dataclasses.dataclass
 class SuiteEvaluator:
-    """Evaluates checkpoints of one run on sets.
+    """Evaluates checkpoints of one run on the sets of a suite.
 
     Attributes:
         sets: the sets.
-        settings: how they are evaluated.
-        model: of the checkpoints.
+        settings: the settings of the evaluation.
+        model: the model of the checkpoints.
     """
 
     sets: Sequence[OfflineSet]
@@ -284,7 +284,7 @@ class SuiteEvaluator:
     model: CheckpointModel
 
     def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
-        """Return the results of a checkpoint on each set, their means, and what went wrong.
+        """Evaluate a checkpoint on each set; return the results, their means, and the messages about problems.
 
         Raises:
             ValueError: the checkpoint cannot be loaded, or a set cannot be read.
@@ -303,7 +303,7 @@ class SuiteEvaluator:
 
 
 def chief_figures(found: Mapping[str, Any]) -> dict[str, float]:
-    """Return the chief figures of each set, and their means, by name, from what :class:`SuiteEvaluator` returns."""
+    """Return the main metrics of each set and their means by name, from the result of :class:`SuiteEvaluator`."""
     figures = {f"mean of {mean['metric']}": mean["values"][0] for mean in found["means"] if mean["sets"] > 1}
     for result in found["results"]:
         name = result["dataset"].removeprefix("wds/")
@@ -313,7 +313,7 @@ def chief_figures(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def words(found: Mapping[str, Any]) -> str:
-    """Return the chief figures in words."""
+    """Format the main metrics of a suite as one line."""
     figures = ", ".join(f"{name} {value:.1%}" for name, value in chief_figures(found).items())
     wrong = "".join(f"; left out {problem['name']}: {problem['reason']}" for problem in found["problems"])
     return figures + wrong

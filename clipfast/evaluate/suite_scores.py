@@ -1,4 +1,4 @@
-"""What a model scores on one set of the suite, from features, under CLIP_benchmark's names."""
+"""Metrics of a model on one set of the suite, computed from features, under CLIP_benchmark's names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ZERO_SHOT, RETRIEVING, PROBING = "zeroshot_classification", "zeroshot_retrieval"
 
 
 class Score(NamedTuple):
-    """The figures of one task.
+    """The metrics of a model on one task of a set.
 
     Attributes:
-        metrics: by CLIP_benchmark's names, and what the probe was trained with.
-        intervals: of each of the figures.
-        more: further facts.
+        metrics: the metrics by CLIP_benchmark's names.
+        intervals: the 95% interval of each metric.
+        more: further facts for the file of results.
     """
 
     metrics: dict[str, Any]
@@ -33,14 +33,14 @@ class Score(NamedTuple):
 
 
 def headlines(task: str, metrics: dict[str, Any]) -> list[str]:
-    """Return the names of the figures that stand for a task in tables and means."""
+    """Return the names of the main metrics of a task, for tables and means."""
     if task == RETRIEVING:
         return sorted(metrics, key=lambda name: (int(name.rpartition("@")[2]), name))
     return ["lp_acc1"] if task == PROBING else [next(iter(metrics))]
 
 
 def zero_shot_score(one: OfflineSet, found: LabelledFeatures, classifier: Tensor) -> Score:
-    """Return acc1, acc5 and mean_per_class_recall, or mean_average_precision for a multi-label set.
+    """Return zero-shot acc1, acc5 and mean_per_class_recall, or mean_average_precision for a multi-label set.
 
     Raises:
         ValueError: the labels do not fit the class names, or a feature is not finite.
@@ -59,10 +59,10 @@ def zero_shot_score(one: OfflineSet, found: LabelledFeatures, classifier: Tensor
 
 
 def check_classes(one: OfflineSet, found: LabelledFeatures) -> None:
-    """Refuse class numbers that have no name.
+    """Refuse a set that has class numbers without a class name.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a class number has no name.
     """
     last = max(map(int, found.labels))
     if last >= len(one.classnames):
@@ -73,10 +73,10 @@ def check_classes(one: OfflineSet, found: LabelledFeatures) -> None:
 
 
 def _rows(one: OfflineSet, found: LabelledFeatures) -> Tensor:
-    """Return the rows of labels, bool [N, classes].
+    """Return the labels of a multi-label set, bool [N, classes].
 
     Raises:
-        ValueError: a row has not as many labels as there are classes.
+        ValueError: the length of a row differs from the number of classes.
     """
     for number, row in zip(found.numbers, found.labels, strict=True):
         if len(row) != len(one.classnames):
@@ -87,14 +87,15 @@ def _rows(one: OfflineSet, found: LabelledFeatures) -> Tensor:
 
 
 def average_precision(features: Tensor, rows: Tensor, classifier: Tensor) -> Tensor:
-    """Return, for each class, the mean over its images of the precision down to that image, float64 [classes].
+    """Return the average precision of each class, float64 [classes], for a multi-label set.
 
-    It is 0 for a class without images, as CLIP_benchmark has it.
+    It is the mean, over the images of the class, of the precision among all images that score at least as high. A class
+    without images gets 0, as in CLIP_benchmark.
 
     Args:
-        features: of the images [N, D].
-        rows: the classes that are right for each image, bool [N, classes].
-        classifier: weights [D, classes].
+        features: the features of the images [N, D].
+        rows: the right classes of each image, bool [N, classes].
+        classifier: the classifier's weights [D, classes].
 
     Raises:
         ValueError: a score is not finite.
@@ -109,7 +110,7 @@ def average_precision(features: Tensor, rows: Tensor, classifier: Tensor) -> Ten
 
 
 def retrieval_score(found: LabelledFeatures, texts: Tensor, ks: Sequence[int]) -> Score:
-    """Return recall@k of images by caption and of captions by image.
+    """Return recall@k of text-to-image and image-to-text retrieval on a set.
 
     Raises:
         ValueError: a feature is not finite.
@@ -121,17 +122,17 @@ def retrieval_score(found: LabelledFeatures, texts: Tensor, ks: Sequence[int]) -
 def probe_score(
     one: OfflineSet, found: dict[str, LabelledFeatures], solver: str, device: Any, seed: int, test: str
 ) -> Score:
-    """Return lp_acc1, lp_acc5 and lp_mean_per_class_recall, and with which C.
+    """Train a linear probe on a set; return lp_acc1, lp_acc5 and lp_mean_per_class_recall, and the chosen C.
 
     Args:
         one: the set.
-        found: features by split; "val" chooses C, or without it a part of "train".
+        found: the features by split; "val" chooses C, or without it a part of "train".
         solver, device: as :func:`~clipfast.evaluate.probe_fit.make_solver` takes them.
-        seed: of what is drawn.
-        test: the split to judge on.
+        seed: the seed of random draws.
+        test: the split on which the probe is evaluated.
 
     Raises:
-        ValueError: the classes do not fit, or a feature is not finite.
+        ValueError: the classes of the splits differ, or a feature is not finite.
     """
     for images in found.values():
         check_classes(one, images)

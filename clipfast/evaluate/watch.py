@@ -1,4 +1,4 @@
-"""Evaluation of the checkpoints of a run as they appear, from another process than the one that trains."""
+"""``--watch``: evaluates the checkpoints of a run as they appear, in another process than training."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ from .zero_shot import Template
 
 log = logging.getLogger("clipfast")
 NAME = "evaluations.jsonl"
-INTERVAL = 30  # seconds between two looks at a run
+INTERVAL = 30  # a run's folder is checked for new checkpoints every 30 seconds
 
 
 @dataclasses.dataclass
@@ -37,8 +37,8 @@ class CheckpointModel:
     """The model of a run's checkpoints, which is built once.
 
     Attributes:
-        device, backend: what to compute on, and by which implementation of the ops.
-        tokenizer_file: of a SigLIP model.
+        device, backend: the device, and the implementation of the ops.
+        tokenizer_file: the tokenizer's file, for a SigLIP model.
     """
 
     device: str = "cpu"
@@ -48,10 +48,10 @@ class CheckpointModel:
     _config: CLIPConfig | None = None
 
     def load(self, checkpoint: dict[str, Any], source: Path) -> Encoder:
-        """Return the model with the weights of a checkpoint, until the next one is loaded.
+        """Load a checkpoint into the one model, and return the model; the next call replaces its weights.
 
         Raises:
-            ValueError: the checkpoint does not say its model, or cannot be loaded.
+            ValueError: the checkpoint does not tell its model, or cannot be loaded.
         """
         config = own_config(checkpoint, source)
         if config is None:
@@ -77,9 +77,9 @@ class Evaluator:
     Attributes:
         images: the set.
         templates, classnames, leave_out: as :func:`~clipfast.evaluate.evaluate.evaluate` takes them.
-        batch_size: images to encode at once.
-        workers: processes that read and decode them; 0 for none but this one.
-        model: of the checkpoints.
+        batch_size: the number of images to encode at once.
+        workers: the number of data worker processes; with 0, this process reads and decodes.
+        model: the model of the checkpoints.
     """
 
     images: LabelledSet
@@ -91,10 +91,10 @@ class Evaluator:
     model: CheckpointModel = dataclasses.field(default_factory=CheckpointModel)
 
     def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
-        """Return the figures of a checkpoint, as :func:`~clipfast.evaluate.evaluate.evaluate` does.
+        """Evaluate a checkpoint, and return the results of :func:`~clipfast.evaluate.evaluate.evaluate`.
 
         Raises:
-            ValueError: the checkpoint does not say its model, or cannot be loaded, or the set cannot be evaluated.
+            ValueError: the checkpoint does not tell its model, or cannot be loaded, or the set cannot be evaluated.
         """
         encoder = self.model.load(checkpoint, source)
         (features,) = encode_set([encoder], self.images, batch_size=self.batch_size, workers=self.workers)
@@ -105,12 +105,12 @@ class Evaluator:
 
 
 class Shown(NamedTuple):
-    """What is shown of the results of a checkpoint.
+    """The parts of a checkpoint's results that are shown in TensorBoard, in a plot and in the terminal.
 
     Attributes:
-        scalars: the figures for TensorBoard.
-        drawn: the shares that a picture has, by their names for people.
-        words: a line for the terminal.
+        scalars: the scalars for TensorBoard.
+        drawn: the shares for the plot, by their names for people.
+        words: the line for the terminal.
     """
 
     scalars: Callable[[Mapping[str, Any]], Mapping[str, float]]
@@ -127,18 +127,19 @@ ZERO_SHOT = Shown(evaluation_metrics, _drawn, lambda results: metrics_text(evalu
 
 
 class Watch:
-    """The evaluations of a run's checkpoints, of which each is a line in a file in its folder.
+    """Evaluates the checkpoints of a run, and writes each result as a line of a file in the run's folder.
 
     Args:
-        folder: of the run.
-        evaluator: gives the figures of a checkpoint, from its content and its path.
-        settings: what the figures depend on, such as the data. A checkpoint is evaluated once for the same settings.
+        folder: the folder of the run.
+        evaluator: returns the results of a checkpoint, given its content and its path.
+        settings: the values on which results depend, such as the data. A checkpoint is evaluated once for equal
+            settings.
         average: evaluate the average of the weights (EMA) where a checkpoint has one.
-        name: of the file.
-        shown: what TensorBoard, a picture and the terminal show of the figures.
+        name: the name of the file.
+        shown: selects the results for TensorBoard, the plot and the terminal.
 
     Attributes:
-        lines: those of the file that have the same settings.
+        lines: the lines of the file with the same settings.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Watch:
         self.settings = {**settings, "average": average}
         self.path = folder / name
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            append(self.path, "\n")  # the next line must not continue one that a kill cut short
+            append(self.path, "\n")  # a kill may have cut the last line short, and the next one must not continue it
         self.lines = [line for line in read_lines(self.path) if self.settings.items() <= line.items()]
         self._files = {(line["file_time"], line["bytes"]) for line in self.lines}
         self._weights = {(line["step"], line["weights"]) for line in self.lines}
@@ -165,10 +166,10 @@ class Watch:
         return {f"val/{name}": value for name, value in self.shown.scalars(line["eval"]).items()}
 
     def run(self, interval: float) -> Iterator[dict[str, Any]]:
-        """Evaluate what there is and what comes, the oldest first, until the run is finished; yield each line.
+        """Evaluate existing and new checkpoints, the oldest first, until the run is finished; yield each result line.
 
         Args:
-            interval: seconds between two looks at the folder.
+            interval: the number of seconds between two checks of the folder.
         """
         while True:
             # A run that is finished before the look has written its last checkpoint before it.
@@ -179,22 +180,24 @@ class Watch:
             time.sleep(interval)
 
     def look(self) -> Iterator[dict[str, Any]]:
-        """Evaluate the checkpoints that there are and that were not evaluated yet."""
+        """Evaluate the existing checkpoints of the run that were not evaluated yet."""
         while (oldest := self._oldest()) is not None:
             line = self._evaluated(*oldest)
             if line is not None:
                 yield line
 
     def _oldest(self) -> tuple[Path, tuple[int, int]] | None:
-        """Return the oldest checkpoint that was not evaluated yet, and what is known of its file."""
+        """Return the oldest checkpoint that was not evaluated yet, with the time and size of its file."""
         files = {file: path for path in self.folder.kept() if (file := _file(path)) is not None}
         new = files.keys() - self._files
         return (files[min(new)], min(new)) if new else None
 
     def _evaluated(self, path: Path, file: tuple[int, int]) -> dict[str, Any] | None:
-        """Evaluate a checkpoint and record it; None if it is gone, damaged, or was evaluated under another name.
+        """Evaluate a checkpoint and record the result; None if it is gone, damaged, or already evaluated.
 
-        The name may have moved to a newer file, or be gone while the file has another name: the next look finds both.
+        A checkpoint that was evaluated under another name is not evaluated again.
+
+        If training has meanwhile renamed the file, or given its name to a newer one, the next check finds both.
         """
         try:
             # the state of the optimizer may be twice the size of the weights
@@ -227,19 +230,19 @@ class Watch:
         return line
 
     def close(self) -> None:
-        """Write what is left for TensorBoard."""
+        """Write the remaining scalars to TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
 
 def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) -> None:
-    """Print a line for each checkpoint, and draw all of them anew, until the run is finished, or Ctrl-C.
+    """Print a line for each checkpoint, and update the plot of all, until the run is finished, or until Ctrl-C.
 
     Args:
         watch: evaluates the checkpoints.
-        interval: seconds between two looks at the folder.
-        title: the title of the picture.
-        plot: the file of the picture, or None.
+        interval: the folder is checked for new checkpoints every ``interval`` seconds.
+        title: the title of the plot.
+        plot: the file of the plot, or None.
     """
 
     def draw() -> None:
@@ -254,13 +257,13 @@ def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) 
             print(f"step {line['step']} ({line['checkpoint']}): {watch.shown.words(line['eval'])}", flush=True)
             draw()
     except KeyboardInterrupt:
-        pass  # the usual end
+        pass  # Ctrl-C is the usual way to stop
     finally:
         watch.close()
 
 
 def _file(path: Path) -> tuple[int, int] | None:
-    """Return the time and the size of a checkpoint, of a folder those of its list of files; None if it is not there."""
+    """Return the time and size of a checkpoint's file, or of the manifest of a sharded one; None if there is none."""
     try:
         status = (path / MANIFEST if path.is_dir() else path).stat()
     except FileNotFoundError:
@@ -269,7 +272,7 @@ def _file(path: Path) -> tuple[int, int] | None:
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
-    """Return a checksum of weights: a run that goes on may write the same checkpoint anew, or another one."""
+    """Return a checksum of weights, since a resumed run may write the same checkpoint again, or another one."""
     found = hashlib.sha256()
     for name, value in state.items():
         found.update(name.encode())

@@ -13,7 +13,7 @@ from ..io.progress import Progress, progress
 from ..models import CLIP
 from ..models.tokenizer import trim_padding
 
-TEXTS = 256  # texts to encode at once
+TEXTS = 256  # the number of texts that are encoded at once
 Template = str | Callable[[str], str]
 
 
@@ -38,7 +38,8 @@ def encode_texts(
 ) -> Tensor:
     """Return the normalised features [len(texts), embed_dim] of texts.
 
-    Padding is left out if the model says that it does not read it. Other packages' models do not say, and keep theirs.
+    Padding is cut off if the model declares that it does not read it (``reads_padding``), as other packages' models do
+    not.
     """
     ids = tokenizer(texts)
     ids = ids if getattr(model, "reads_padding", True) else trim_padding(ids)
@@ -78,8 +79,8 @@ def build_zero_shot_classifier(
         templates: strings with ``{}`` in place of the name, or functions that turn a name into a prompt.
         num_classes_per_batch: number of classes to encode at once, each with all templates.
         device: the model's device.
-        use_tqdm: show how far it is.
-        show: shows that in place of the usual bar or lines.
+        use_tqdm: show progress.
+        show: makes the progress bar, in place of the usual one.
 
     Returns:
         [embed_dim, len(classnames)]; features of images @ these weights are cosine similarities.
@@ -100,9 +101,9 @@ def build_zero_shot_classifier(
 
 
 def top_classes(image_features: Tensor, classifier: Tensor, k: int, block: int = 4096) -> Tensor:
-    """Return the ``k`` most similar classes of each image, best first: [N, embed_dim] -> [N, k].
+    """Return the ``k`` most similar zero-shot classes of each image, best first: [N, embed_dim] -> [N, k].
 
-    Only the scores of ``block`` images are held at a time.
+    Only the scores of ``block`` images are in memory at a time.
     """
     k = min(k, classifier.shape[1])
     return torch.cat([(rows @ classifier).topk(k, dim=1).indices for rows in image_features.split(block)])
