@@ -1,1 +1,1 @@
-"""Throughput and resources of the kernels, measured or, where there is no GPU, read off what the compiler made."""
+"""Benchmarks of the kernels: their measured throughput and, without a GPU, the resources of the compiled kernels."""

@@ -1,12 +1,12 @@
 """Where the time of a step goes: a few steps under PyTorch's profiler, outside of the timing, summed by category.
 
-On a GPU, the device's work is counted: each kernel, copy and fill, by its name and by the ops that launched it. Where
-two of them overlap, the one that began first has the time, so the categories add up to the time that the device was
-busy. The rest of the step are gaps in which the device waits for the host. They are computed from the time of a step
-without a profiler, which slows the host down.
+On a GPU, the device's work is counted: each kernel, copy and fill, by its name and by the ops that launched it. If two
+of them overlap, the time goes to the one that began first, so the categories add up to the time that the device was
+busy. In the rest of the step the device waits for the host. This rest is computed from the time of a step without a
+profiler, since the profiler slows the host down.
 
-On a CPU, each op counts without the ops that it calls, in the thread that takes the step. Time outside of ops, and the
-bookkeeping of PyTorch, belong to the host. The step is the traced one.
+On a CPU, each op counts without the ops that it calls, in the thread that runs the step. Time outside of ops, and the
+bookkeeping of PyTorch, belong to the host. The time of the step is that of the traced step.
 
 A backward op has the category of its forward op: the profiler connects the two by a sequence number.
 """
@@ -30,9 +30,9 @@ from .harness import LONG_S
 from .machine import synchronize
 
 STEP_RANGE = "step: traced"
-# Steps that are traced; a long step is traced once.
+# The number of steps that are traced; a long step is traced once.
 STEPS = 3
-# Unknown names that are reported.
+# The most unknown names that are reported.
 NAMED = 5
 # Microseconds by category or by name.
 Sums = defaultdict[str, float]
@@ -46,12 +46,12 @@ class Breakdown:
     """Seconds of one step, by category."""
 
     step_s: float  # the sum of all categories
-    traced_s: float  # of a step under the profiler
+    traced_s: float  # the time of a step under the profiler
     seconds: dict[str, float]  # for all of CATEGORIES
     unknown: tuple[tuple[str, float], ...] = ()  # names that belong to no category, the longest first
 
     def with_convolutions_as_input(self) -> "Breakdown":
-        """Return the same for a model whose only convolution cuts images into patches."""
+        """Return the breakdown with convolutions counted as input, for models whose only convolution embeds patches."""
         moved = {**self.seconds, INPUT: self.seconds[INPUT] + self.seconds[CONVOLUTION], CONVOLUTION: 0.0}
         return dataclasses.replace(self, seconds=moved)
 
@@ -67,21 +67,23 @@ class _Range:
     sequence: int | None  # connects a forward op with its backward op
     is_backward: bool
     correlation: int | None  # connects a launch with the device's work; only launches have one
-    self_us: float = 0.0  # outside of the ranges inside this one
-    names: tuple[str, ...] = ()  # of the ranges around this one, the outermost first, and its own
+    self_us: float = 0.0  # the time of this range outside of the ranges inside it
+    names: tuple[str, ...] = ()  # names of the ranges around this one, outermost first, then its own
 
 
 @exact_float32()
 def trace(step: Callable[[], object], device: torch.device, seconds: float) -> Breakdown:
-    """Take a few steps under the profiler; ``step`` has run before and takes ``seconds`` without a profiler.
+    """Run a few steps under the profiler and return their breakdown.
+
+    ``step`` has run before, and takes ``seconds`` without a profiler.
 
     Raises:
-        RuntimeError: the profiler saw nothing of the device.
+        RuntimeError: the profiler recorded no work of the device.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     steps = 1 if seconds > LONG_S else STEPS
     if device.type != "cuda":
-        # on a CPU, it would only print that it starts and stops
+        # On a CPU, the profiler's log would only say that it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=activities) as profiler:
         step()  # the profiler starts up during this one
@@ -133,7 +135,7 @@ def of_host(events: Sequence[dict[str, Any]]) -> Breakdown:
     windows = _steps(ranges)
     (thread,) = {r.thread for r in ranges if r.name == STEP_RANGE}
     parts = [
-        # the last digit of a start or an end may be off, so a difference may be below zero
+        # Starts and ends are rounded, so a difference may be slightly below zero.
         (HOST if r.name == STEP_RANGE else classify_op(r.names), r.name, max(0.0, r.self_us))
         for r in ranges
         if r.thread == thread and any(low <= r.start and r.end <= high for low, high in windows)
@@ -181,8 +183,8 @@ def _ranges(events: Iterable[dict[str, Any]]) -> list[_Range]:
             around = (*around, *forward[r.sequence])
         r.names = (*around, r.name)
         if r.sequence is not None and not r.is_backward:
-            # An op that makes no node of the autograd graph has the number of the next one that does. The last op with
-            # a number has made the node.
+            # An op that makes no node of the autograd graph has the sequence number of the next op that makes one. So
+            # the last op with a number is the one that made the node.
             forward[r.sequence] = r.names
         stack.append(r)
     return found

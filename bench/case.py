@@ -28,7 +28,7 @@ class MissingError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One implementation.
+    """One implementation of the computation in a benchmark case.
 
     ``make`` imports and prepares what it needs, and returns a function that takes the case's inputs by name. It raises
     :class:`MissingError` if something that it needs is missing.
@@ -37,21 +37,21 @@ class Candidate:
     name: str
     make: Callable[[], AnyFunction]
     lacks: tuple[str, ...] = ()  # inputs for which it gives no gradient
-    note: str = ""  # what else a reader must know to compare
+    note: str = ""  # a note that a reader needs for the comparison
     needs_gpu: bool = False  # whether it has kernels for GPUs only
     context: Callable[[], AbstractContextManager[object]] = nullcontext  # entered around every call and its backward
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One computation at one shape."""
+    """A benchmark case: one computation at one shape, with its candidates."""
 
     suite: str  # the name by which :func:`clipfast.bench.suites.build` finds it
     op: str  # such as "contrastive_loss.fwd_bwd"
     shape: Sizes
     dtype: str  # name of the dtype of the floating inputs
     device: torch.device
-    inputs: Callable[[], Inputs]  # draws fresh ones
+    inputs: Callable[[], Inputs]  # draws new random inputs
     candidates: tuple[Candidate, ...]  # OURS is among them
     # The same computation in plain PyTorch. A candidate that differs from it is not timed. If it is None, the results
     # are not compared.
@@ -75,7 +75,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Return op, sizes and dtype in one line."""
+        """Return the name of the case: op, sizes and dtype in one line."""
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
 
 
@@ -107,7 +107,10 @@ def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inp
 
 
 def short(error: BaseException) -> str:
-    """Return type and first line of an error, and its last line if the first, as in Triton, only names a place."""
+    """Return type and first line of an error.
+
+    If the first line only names a place in the code, as in errors of Triton, also return the last line.
+    """
     lines = str(error).strip().splitlines() or [""]
     text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
     return f"{type(error).__name__}: {text[:200]}"

@@ -1,6 +1,6 @@
-"""The categories of what a step spends its time on. The names of kernels, and of the ops around them, decide.
+"""The categories that the time of a training step is divided into, by the names of kernels and of the ops around them.
 
-:func:`classify` sees nothing but names. The first of these that has a category decides:
+:func:`classify` only looks at names. It takes the category of the first of these that has one:
 
 1. an op around the kernel that owns everything inside it: the loss, the optimizer, attention, or an op of ours;
 2. the kernel's name, if a compiler has fused the kernel; the most expensive op in that name decides;

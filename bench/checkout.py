@@ -1,5 +1,7 @@
-"""The package layout of an installation, made of links to a checkout: for machines where nothing can be installed, and
-for two commits side by side. This module imports only the standard library.
+"""Make the package layout of an installation from links to a checkout.
+
+This is for machines where nothing can be installed, and for comparing two commits. The module imports only the standard
+library.
 """
 
 import os

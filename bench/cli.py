@@ -23,7 +23,7 @@ from .suites import SUITES, build
 from .supply import supply
 
 _OPS = {name: suite.op for name, suite in SUITES.items() if suite.op is not None}
-_NAMES = {op.name: name for name, op in _OPS.items()}  # the suite of each op, which is called by the op's name
+_NAMES = {op.name: name for name, op in _OPS.items()}  # the suite of each op by the op's name
 # Names that stand for several suites.
 GROUPS = {
     "ops": tuple(_OPS),
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Add a subcommand for each suite and group of suites, and those that work on results."""
+    """Add a subcommand for each suite and group of suites, and the subcommands that read results."""
     commands = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
     everything = {name: suite.help for name, suite in SUITES.items()}
     everything |= {group: ", ".join(suites) for group, suites in GROUPS.items()} | {"all": "every suite"}
@@ -118,7 +118,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the parsed command line asks for."""
+    """Run the benchmark command that the parsed command line selects."""
     args.bench = _NAMES.get(args.bench, args.bench)
     if args.bench == "tune":
         return tune.run(args)
@@ -164,7 +164,7 @@ def _device(name: str) -> torch.device:
 
 
 def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Sizes, str]]:
-    """Suite, shape and dtype of each case; all are checked before anything is measured."""
+    """Return suite, shape and dtype of each benchmark case; all are checked before anything is measured."""
     chosen = {**GROUPS, "all": tuple(SUITES)}.get(args.bench, (args.bench,))
     if args.shape and len(chosen) > 1:
         raise ValueError(f"--shape needs one suite, not {args.bench!r}: {', '.join(chosen)}")
@@ -181,7 +181,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Siz
 
 
 def _parse_shape(suite: str, text: str) -> Sizes:
-    """``"pairs=4096 embed_dim=512"`` as a dictionary, in the types of the suite's fields."""
+    """Read a shape such as ``"pairs=4096 embed_dim=512"`` into a dictionary, in the types of the suite's fields."""
     fields = SUITES[suite].fields
     shape: dict[str, Any] = {}
     for item in text.replace(",", " ").split():

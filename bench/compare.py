@@ -1,7 +1,8 @@
-"""Is this checkout slower than another commit? Both are timed in turns on one machine, and judged by an interval.
+"""Compare the speed of this checkout with another commit, the base, by an interval of the ratio of their times.
 
-The same benchmarks measure both sides: kernels and model layer are those of the base, bench/ is that of this checkout.
-Each side runs in processes of its own, since one process cannot register two versions of an op.
+Both sides are timed in turns on one machine, by the benchmarks of this checkout: the base side has kernels/ and
+clipfast/ of the base commit, and bench/ of this checkout. Each side runs in processes of its own, since one process
+cannot register two versions of an op.
 """
 
 import json
@@ -27,7 +28,7 @@ from .tables import sizes
 
 TURNS = 5
 TOLERANCE = 1.05
-# Finders of editable installations are removed: they would take modules that a side lacks from this checkout.
+# Finders of editable installations are removed: they would import a module from this checkout if a side lacks it.
 _START = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "_Editable" not in repr(finder)]
@@ -66,8 +67,8 @@ def ratio_of_processes(
 ) -> tuple[float, float, float]:
     """Return how many times as long ``head`` takes as ``base``: the ratio of medians, and low and high end at 95%.
 
-    Both are samples in seconds, by process. Processes differ more from one another (memory layout, clocks) than the
-    samples of one process, so the bootstrap draws processes first, and then samples of each.
+    Both are samples in seconds, one list for each process. Processes differ more from one another (memory layout,
+    clocks) than the samples of one process. Therefore the bootstrap first draws processes, and then samples of each.
     """
     rng = np.random.default_rng(0)
 
@@ -82,7 +83,7 @@ def ratio_of_processes(
 
 
 def verdict(low: float, high: float, throttled: bool) -> str:
-    """Return the verdict on an interval of the ratio, in one word."""
+    """Return in one word whether the interval of the ratio of times means slower, faster or equal."""
     if throttled:
         return "throttled"
     if low > TOLERANCE:
@@ -93,7 +94,7 @@ def verdict(low: float, high: float, throttled: bool) -> str:
 
 
 def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
-    """Print a verdict on each case; our candidate is the only one of it: see :func:`main`."""
+    """Print a verdict on each case. A case has our candidate only, since :func:`main` measures no other."""
     words = []
     for index, case in enumerate(runs["head"][0]["cases"]):
         label = f"{case['op']} {sizes(case)} {case['dtype']}"

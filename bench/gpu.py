@@ -51,7 +51,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 FIRST = ("runs", "same bits", "capture", "environment")
-# The steps of each part, the most valuable first, and what ``tests``, ``verify`` and ``tune`` are limited to in it.
+# The steps of each part, the most valuable first, and the limits of ``tests``, ``verify`` and ``tune`` in the part.
 PARTS: dict[str, tuple[str, ...]] = {
     "all": (*FIRST, "loss", "attention", "model", "step", "blocks", "tests", "verify", "tune", "sanitizer"),
     "first": (*FIRST, "loss", "attention", "model"),
@@ -76,10 +76,10 @@ LIMITED = {
     },
 }  # fmt: skip
 BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
-# Our model and PyTorch's, without the time to compile ours. The part "step" has that time.
+# Our model and PyTorch's. Our compiled model is left out, since only the part "step" has the time to compile it.
 STEP_CANDIDATES = ("--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
 STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
-# Packages that one may carry to the machine: module, name on PyPI if it is another, and the loss without it.
+# Packages that may be copied to the machine: module, name on PyPI if it differs, and the results that lack without it.
 WHEELS = {
     "pytest": ("pytest", "no tests at all"),
     "xdist": ("pytest-xdist execnet", "tests compile in one process"),
@@ -100,12 +100,12 @@ WHEELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One process."""
+    """One step of the GPU run: a process with its command and its share of the time."""
 
     name: str
     command: list[str]
-    seconds: float = 0.0  # that it gets in any case
-    lines: int = 20  # of the end of its output, for the summary
+    seconds: float = 0.0  # the time that the step gets in any case
+    lines: int = 20  # the number of last lines of its output in the summary
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables that only this step has
 
 
@@ -122,11 +122,12 @@ class Done:
 def steps(part: str, out: Path, total_s: float, *, stub: bool = False) -> list[Step]:
     """Return the steps of ``part``, the most valuable first. Together they take at most ``total_s``.
 
-    With ``stub``, they are the same commands. Tests take differences between values for granted, and the tuner writes
-    its table where nobody takes it for one.
+    With ``stub``, the commands are the same, but tests ignore differences between values, and the tuner writes its
+    table to a place where it cannot be mistaken for a real one.
     """
     command = _commands(part, out, stub=stub)
-    # memory behind a tensor in a cached block is allocated too, so the sanitizer would see no error in an overrun
+    # With PyTorch's caching allocator, the memory behind a tensor is usually allocated too, so the sanitizer would not
+    # find an access past the end of the tensor.
     environments = {"sanitizer": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}
     names = PARTS[part]
     share = min(1.0, (total_s - GRACE_S) / sum(SECONDS[name] for name in names))
@@ -140,7 +141,7 @@ def steps(part: str, out: Path, total_s: float, *, stub: bool = False) -> list[S
 
 
 def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
-    """Return the command of every step."""
+    """Return the command of every step of the GPU run."""
     python = [sys.executable, "-P", "-m"]
     pytest = [*python, "pytest", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short", "--maxfail=100"]
     pytest += ["-p", "clipfast.bench.stub.values"] if stub else []
@@ -201,7 +202,7 @@ def main() -> int:
 
 
 def _need_gpu(parser: argparse.ArgumentParser) -> None:
-    """End with exit code 2, before anything is written, if PyTorch sees no GPU; another process asks it."""
+    """Exit with code 2 before anything is written if PyTorch sees no GPU; another process asks PyTorch."""
     code = "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no GPU of NVIDIA')"
     asked = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     if asked.returncode:
@@ -210,7 +211,10 @@ def _need_gpu(parser: argparse.ArgumentParser) -> None:
 
 
 def surroundings(scratch: Path, *, stub: bool = False) -> dict[str, str]:
-    """Return the variables of all steps. What is written goes to ``scratch`` where its usual place is read-only."""
+    """Return the environment variables of all steps of the GPU run.
+
+    Caches and other files go to ``scratch`` if their usual folder is read-only.
+    """
     site = ROOT / "build" / "site"
     try:
         link_packages(site)
@@ -223,7 +227,10 @@ def surroundings(scratch: Path, *, stub: bool = False) -> dict[str, str]:
 
 
 def _on_the_stub(environment: dict[str, str]) -> dict[str, str]:
-    """Return ``environment`` with the variables of the stub driver, which another process builds: it needs PyTorch."""
+    """Return ``environment`` with the variables of the stub driver.
+
+    Another process builds the driver, because this needs PyTorch.
+    """
     code = "import json; from clipfast.bench.stub.gpu import gpu_environment; print(json.dumps(gpu_environment()))"
     run = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
     if run.returncode:
@@ -239,7 +246,7 @@ def _writable(folder: Path) -> bool:
 
 
 def clear(out: Path) -> None:
-    """Make the folder ``out`` and remove the files of an earlier run, which would be taken for those of this run."""
+    """Make the folder ``out``, and remove files of an earlier run, which could be mistaken for results of this run."""
     out.mkdir(parents=True, exist_ok=True)
     for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "*.tmp"):
         for path in out.glob(pattern):
@@ -251,7 +258,8 @@ def clear(out: Path) -> None:
 def run_steps(
     todo: list[Step], out: Path, environment: dict[str, str], total_s: float = PART_S, *, stub: bool = False
 ) -> int:
-    """Run ``todo`` in order until ``total_s`` are over, and return 0 if all of them succeeded or are not here.
+    """Run the steps ``todo`` in order until ``total_s`` are over; return 0 if each one succeeded or is not available
+    here.
 
     A step that fails or hangs does not keep the others from running. An interrupt or SIGTERM ends the running step, and
     the results so far are kept.
@@ -274,7 +282,7 @@ def run_steps(
 def summarise(done: list[Done], out: Path, *, stub: bool = False) -> None:
     """Write summary.txt: the end of each step's output, what the benchmarks refused, and the result of each step.
 
-    With ``stub``, it says first and last that it is a rehearsal.
+    With ``stub``, its first and last line say that the run is a rehearsal.
     """
     lines: list[str] = [STUB_NOTE, ""] if stub else []
     for step in done:
@@ -302,7 +310,7 @@ def _run(step: Step, out: Path, environment: dict[str, str], seconds: float) -> 
         log.flush()
         begin = log.tell()
         try:
-            # in a session of its own, so that processes that the step starts can be stopped with it
+            # The step gets a session of its own, so that the processes that it starts can be stopped with it.
             process = subprocess.Popen(
                 command, cwd=ROOT, env={**environment, **step.environment}, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -326,7 +334,7 @@ def _run(step: Step, out: Path, environment: dict[str, str], seconds: float) -> 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process and all that it has started, so that they can report what they have; then kill them."""
+    """Interrupt a step's process and its child processes, let them report their results, and then kill them."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
@@ -338,7 +346,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Turn SIGTERM, and SIGINT, which a shell lets programs in its background ignore, into a KeyboardInterrupt."""
+    """Turn SIGTERM and SIGINT into a KeyboardInterrupt; programs in the background of a shell would ignore SIGINT."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A step of ``bench.gpu``: run each op once, and print what this machine is and the rates that it can reach."""
+"""A step of ``bench.gpu``: run each op once, and print a description of this machine and the rates that it reaches."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ from .suites import SUITES, build
 
 
 def main() -> int:
-    """Run each op, then print machine and rates; return 1 if an op fails or is wrong, else 0."""
+    """Run each op, then print machine and rates; return 1 if an op fails or gives wrong results, else 0."""
     device = machine.use(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found, versions, commit = machine.describe(device), machine.versions(), machine.commit()
     print(

@@ -1,4 +1,4 @@
-"""Calls as CUDA graphs: the time of a short kernel is then its own, and not that of the host that launches it."""
+"""Capture of calls as CUDA graphs, so that the time of a short kernel does not include the host's time to launch it."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ class Graphs:
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _no_host_sync():
-            calls[0]()  # a library allocates its workspace for this stream now, outside of the graph
+            calls[0]()  # libraries allocate their workspaces for this stream now, outside of the graph
         current.wait_stream(self._stream)
         try:
             return [self._capture(call) for call in calls]
@@ -51,11 +51,11 @@ class Graphs:
     def _end_failed(self, current: torch.cuda.Stream) -> None:
         torch.cuda.set_stream(current)
         with contextlib.suppress(RuntimeError):
-            # it raises where the allocator has left the pool already
+            # The call raises an error if the allocator has left the pool already.
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
         self._renew()
         torch.cuda.synchronize(self.device)
-        # only a capture that succeeds takes the random number generator out of the failed one
+        # The random number generator stays in the failed capture until another capture succeeds.
         self._capture(lambda: torch.zeros(1, device=self.device))
         torch.cuda.synchronize(self.device)
 

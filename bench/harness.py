@@ -1,4 +1,4 @@
-"""The measurement of several implementations ("candidates") of one computation, such that timings can be trusted.
+"""The measurement of several implementations ("candidates") of one computation, with reliable timings.
 
 A candidate is timed only after it gave the reference's result at that shape. Candidates take turns, sample by sample,
 so that a drift of the clocks affects all of them. Calls rotate through sets of inputs that fill the cache three times,
@@ -60,10 +60,10 @@ class Timing:
 
     candidate: Candidate
     samples: list[float] = dataclasses.field(default_factory=list)  # one for each round
-    timer: str = ""  # what the time is measured with
-    refused: str | None = None  # why it was not timed
-    eager: str | None = None  # why a call is no CUDA graph although it should be; the host's time is then included
-    function: Any = None  # what the candidate's ``make`` returned
+    timer: str = ""  # the clock that measured the time
+    refused: str | None = None  # the reason why it was not timed
+    eager: str | None = None  # the reason why a call is no CUDA graph; the time then includes the host
+    function: Any = None  # the function that the candidate's ``make`` returned
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # relative errors by output
 
 
@@ -91,7 +91,7 @@ def measure(case: Case, budget: Budget) -> tuple[list[Timing], dict[str, Any]]:
 
 
 def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
-    """Warm up every candidate that is not refused, and return its runner; refuse those that fail meanwhile."""
+    """Warm up every candidate that is not refused, and return its runner; refuse a candidate that fails here."""
     chosen = [timing for timing in timings if timing.refused is None]
     running: dict[Timing, _Runner] = {}
     with _refusing(*chosen):
@@ -164,7 +164,7 @@ def leaves(case: Case, inputs: Inputs) -> Inputs:
 
 @exact_float32()
 def pass_gate(case: Case, timings: list[Timing]) -> None:
-    """Make each candidate's function, and refuse the candidate unless it agrees with the reference on fresh inputs."""
+    """Make each candidate's function, and refuse the candidate unless it agrees with the reference on new inputs."""
     with _refusing(*timings):
         inputs = leaves(case, (case.gate_inputs or case.inputs)())
         exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
@@ -185,7 +185,7 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
 
 
 def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the relative error: the norm of the difference over the norm of ``truth``."""
+    """Return the relative error of a candidate's result: the norm of the difference over the norm of ``truth``."""
     return ((value.double() - truth).norm() / truth.double().norm().clamp(min=1e-30)).item()
 
 
@@ -218,7 +218,7 @@ class _Runner:
         self.repeats = max(1, min(200, math.ceil(MIN_SAMPLE_S[self.device.type] / estimate)))
 
     def sample(self) -> float:
-        """Time as many calls as a sample takes, and return the seconds per call."""
+        """Time the calls of one sample, and return the seconds per call."""
         return self._timed(self.repeats) / self.repeats
 
     def _warm_up(self, seconds: float) -> None:

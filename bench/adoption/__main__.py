@@ -14,7 +14,7 @@ from . import table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the sections of the libraries that are asked for, and return 0."""
+    """Write the sections of the requested libraries in the table of adopted models, and return 0."""
     libraries = {library.module: library for library in table.LIBRARIES}
     parser = argparse.ArgumentParser(prog="python -m clipfast.bench.adoption", description=table.__doc__)
     parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=f"of {', '.join(libraries)} (default: all)")
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"{', '.join(unknown)}: there are {', '.join(libraries)}")
     warnings.simplefilter("ignore")  # the libraries' own
-    places.CPU_DTYPES = (*places.CPU_DTYPES, torch.float32)  # the errors are those of ours
+    places.CPU_DTYPES = (*places.CPU_DTYPES, torch.float32)  # so that the errors of our CPU path are measured
     torch.set_num_threads(1)  # threads that wait for each other cost more than they gain in small models
     for library in [libraries[name] for name in args.libraries or libraries]:
         rows = {}

@@ -49,7 +49,7 @@ TOWERS = [
 
 
 def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
-    """Return a model by one of the names above, in training mode."""
+    """Return a small model of transformers by one of the names above, in training mode."""
     import transformers
 
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
     text, vision = {**TEXT, **text}, {**VISION, **vision}
     if family == "CLIP":
         options["projection_dim"] = 31
-    else:  # there is no projection of images
+    else:  # these models have no projection of images
         text.setdefault("projection_size", vision["hidden_size"])
     if family == "Siglip2":
         vision["num_patches"] = 16  # the square grid that positions are resized from
@@ -79,7 +79,7 @@ def _built(kind: type[nn.Module], config: object) -> nn.Module:
 
 
 def patched_pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[nn.Module, nn.Module]:
-    """Return a model, and a patched copy."""
+    """Return a small model of transformers, and a patched copy of it."""
     model = make(name).to(dtype)
     return model, clipfast.apply_to_hf(copy.deepcopy(model), **flags)
 
@@ -144,7 +144,7 @@ def naflex(
 
 
 def flat(output: object, name: str = "") -> dict[str, Tensor]:
-    """Return all tensors of an output, of its towers too, by name."""
+    """Return all tensors of a model's output by name, including those of its towers."""
     if isinstance(output, Tensor):
         return {name: output}
     items: Any = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
@@ -152,7 +152,10 @@ def flat(output: object, name: str = "") -> dict[str, Tensor]:
 
 
 def packed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the gradients of the biases of queries, keys and values into one tensor: that of keys is rounding error."""
+    """Put the gradients of the biases of queries, keys and values into one tensor.
+
+    The gradient of the keys' bias alone is only rounding error, and cannot be compared.
+    """
     for name in [name for name in gradients if name.endswith("k_proj.bias")]:
         names = [name.replace("k_proj", f"{each}_proj") for each in "qkv"]
         gradients[name.replace("k_proj", "qkv")] = torch.cat(
@@ -167,7 +170,7 @@ def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False,
     if "pixel_values" in given:
         given["pixel_values"] = given["pixel_values"].clone().requires_grad_()
     model.zero_grad()
-    torch.manual_seed(1)  # for whatever is dropped
+    torch.manual_seed(1)  # so that both models drop the same elements
     output = model(**given, **options)
     if loss_only:
         output.loss.backward()
@@ -188,6 +191,6 @@ def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False,
 def assert_equal(
     model: nn.Module, patched: nn.Module, given: dict[str, Tensor], limit: float = 1e-10, **options: Any
 ) -> None:
-    """Refuse a pair that does not compute the same, forward and backward."""
+    """Raise an error unless a model of transformers and its patched copy agree, forward and backward."""
     error, where = shrunk.largest_error(results(patched, given, **options), results(model, given, **options))
     assert error <= limit, where

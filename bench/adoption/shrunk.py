@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 VOCABULARY = 300
 Input = Tensor | dict[str, Tensor]
-# The models of transformers that OpenCLIP's configurations name, without the download of what their hub says of them.
+# Configurations of the transformers models that OpenCLIP's configurations name. They stand here so that none has to be
+# downloaded from the Hugging Face hub.
 _BY_HEADS = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
 _TEXT_MODELS: dict[str, dict[str, Any]] = {
     "xlm-roberta": {"model_type": "xlm-roberta", **_BY_HEADS},
@@ -28,7 +29,7 @@ _TEXT_MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _HTSAT = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
 _SECONDS_OF_AUDIO = 2
-# timm's transformers of different kinds, and a convolutional network, by what makes each small.
+# timm's transformers of different kinds and a convolutional network, with the arguments that make each model small.
 _SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 2, "num_classes": 5, "drop_path_rate": 0.1}
 TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_base_patch32_224": {},
@@ -50,7 +51,7 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
 
 
 def timm_model(name: str) -> nn.Module:
-    """Return a small model of ``TIMM_MODELS`` with weights that hide nothing, and something dropped."""
+    """Return a small model of ``TIMM_MODELS`` with random weights in every parameter, and with dropout."""
     import timm
 
     small = {} if "convnext" in name else _SMALL
@@ -67,12 +68,14 @@ def timm_sizes(name: str) -> dict[str, Any]:
     if "swin" in name:
         return {"depths": (1, 2), "num_heads": (2, 4), "embed_dim": 32}
     if "vitamin" in name or "vit_base_mci" in name:
-        return {"depth": 2, "img_size": timm_image_size(name)}  # the width is that of its stem
+        return {"depth": 2, "img_size": timm_image_size(name)}  # its width follows from its stem
     return {"depth": 3, "embed_dim": 64, "num_heads": 2, "img_size": timm_image_size(name)}
 
 
 def timm_image_size(name: str) -> int | None:
-    """Return a few patches of a vision transformer of timm; None for a model whose images stay as large as they are."""
+    """Return a small image size, a few patches, for a vision transformer of timm; None for a model of fixed
+    image size.
+    """
     if not name.startswith(("vit", "eva")):
         return None
     patch = re.search(r"patch(\d+)", name)
@@ -80,7 +83,7 @@ def timm_image_size(name: str) -> int | None:
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a small model of the same kind."""
+    """Return an OpenCLIP configuration of the same kind of model, but small."""
     config = copy.deepcopy(config)
     config["embed_dim"] = 48
     _shrink_vision(config.get("vision_cfg", {}))
@@ -128,13 +131,13 @@ def open_clip_model(name: str) -> nn.Module:
             stack.enter_context(patch)
         model = randomised(kind(**config))
     encoder: Any = getattr(getattr(model, "audio", None), "encoder", None)
-    if hasattr(encoder, "bn0"):  # the sound before it is float32 in every model
+    if hasattr(encoder, "bn0"):  # the sound before this layer is float32 in every model
         encoder.bn0.register_forward_pre_hook(_as_weight)
     return model
 
 
 def _kind(config: dict[str, Any]) -> Any:
-    """Return the class of a configuration, as OpenCLIP's factory does."""
+    """Return the model class for an OpenCLIP configuration, as OpenCLIP's factory chooses it."""
     import open_clip
 
     if "genlip_cfg" in config:
@@ -186,9 +189,10 @@ def _as_weight(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Fill in parameters that begin as zeros or tiny values, which would hide errors behind them, or as nothing.
+    """Draw new values for parameters that are zero, tiny or uninitialised, and return the model.
 
-    (OpenCLIP does not initialise the last projection of CoCa's decoder.)
+    Behind zeros or tiny values, errors would not show. OpenCLIP does not initialise the last projection of CoCa's
+    decoder.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -203,7 +207,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert a model in place, but for what makes a spectrogram of sound, which OpenCLIP computes in float32."""
+    """Convert a model to a dtype in place, except the modules that compute a spectrogram, which OpenCLIP runs in
+    float32.
+    """
     model.to(dtype)
     encoder = getattr(getattr(model, "audio", None), "encoder", None)
     for name in ("spectrogram_extractor", "logmel_extractor"):
@@ -229,7 +235,7 @@ def inputs(model: Any, batch: int = 3) -> tuple[Input, ...]:
 
 def _texts(model: Any, batch: int) -> Tensor:
     length: int = min(getattr(model, "context_length", 0) or 77, 77)
-    length -= hasattr(model, "text_decoder")  # CoCa's decoder has a position less than its texts
+    length -= hasattr(model, "text_decoder")  # CoCa's decoder has one position less than its texts
     texts = torch.randint(3, VOCABULARY - 1, (batch, length))
     texts[:, length // 2] = VOCABULARY - 1
     texts[:, length // 2 + 1 :] = 0
@@ -250,7 +256,7 @@ def _sound(model: Any, batch: int, dtype: torch.dtype) -> Input:
 
 
 def _patches_of(width: int, batch: int, dtype: torch.dtype) -> Input:
-    """Return patches of a width in a grid of two rows, of which the last ones are padding in the last item."""
+    """Return patches with ``width`` numbers each, in a grid of two rows; the last item ends with padding patches."""
     coordinates = torch.cartesian_prod(torch.arange(2), torch.arange(6)).expand(batch, -1, -1)
     valid = torch.ones(batch, 12, dtype=torch.bool)
     valid[-1, 9:] = False
@@ -265,11 +271,11 @@ def outputs(model: nn.Module, *args: Input) -> list[Tensor]:
 
 
 def results(model: nn.Module, *args: Input) -> dict[str, Tensor]:
-    """Return outputs, and the gradients of all parameters and of what the model sees or hears, by name."""
+    """Return a model's outputs, and the gradients of all parameters and of its images or sounds, by name."""
     seen = args[0] if isinstance(args[0], dict) else {"images": args[0]}
     seen = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in seen.items()}
     model.zero_grad()
-    torch.manual_seed(1)  # for whatever is dropped
+    torch.manual_seed(1)  # so that both models drop the same elements
     out = outputs(model, seen if isinstance(args[0], dict) else seen["images"], *args[1:])
     generator = torch.Generator().manual_seed(2)
     loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in out)
@@ -283,8 +289,8 @@ def results(model: nn.Module, *args: Input) -> dict[str, Tensor]:
 def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     """Return the largest error relative to the largest value of its tensor, and the name of that tensor.
 
-    The gradient of a bias that cancels is rounding error in both. Gradients are measured against a thousandth of the
-    largest of all at least.
+    Some gradients of biases cancel to rounding error in both models. Therefore an error of a gradient is divided by at
+    least a thousandth of the largest gradient of all.
     """
     assert got.keys() == expected.keys()
     floor = 1e-3 * max(float(x.abs().max()) for name, x in expected.items() if not name.startswith("output"))

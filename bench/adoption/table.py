@@ -44,13 +44,13 @@ class Library:
     """A library, and how its models are built, patched and run.
 
     Attributes:
-        module: the name by which it is imported.
-        title: its name.
+        module: the name by which the library is imported.
+        title: the name of the library in the table.
         names: returns the names of its models.
         build: returns a small model by its name.
-        apply: gives our kernels to a model.
-        inputs: returns what a model is called with.
-        results: returns outputs and gradients by name, of a model and its inputs.
+        apply: replaces parts of a model by our ops.
+        inputs: returns the arguments of a model's forward pass.
+        results: returns outputs and gradients by name, given a model and its inputs.
         parts: the switches of ``apply``: the columns of its section.
     """
 
@@ -64,12 +64,12 @@ class Library:
     parts: tuple[str, ...] = PARTS
 
     def heading(self) -> str:
-        """Return its title and the version that is installed."""
+        """Return the heading of the library's section: its title and the installed version."""
         return f"{self.title} {importlib.import_module(self.module).__version__}"
 
 
 def _open_clip_names() -> Iterable[str]:
-    """Return the names of the configurations in the package, without those that a program has registered since."""
+    """Return the names of the configurations in the OpenCLIP package, without any that were registered at run time."""
     folder = importlib.resources.files("open_clip").joinpath("model_configs")
     return sorted(path.name.removesuffix(".json") for path in folder.iterdir() if path.name.endswith(".json"))
 
@@ -92,12 +92,13 @@ LIBRARIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The places of one model, and what they run on.
+    """The row of one model in the table: how many of its layers run on our ops.
 
     Attributes:
-        places: for each part, how many places run on what, or on what they ran before and why.
-        errors: the largest error in each dtype of ``LIMITS``; None if it cannot be built.
-        refusal: why it cannot be built.
+        places: for each switch of ``apply``, the number of layers by the op that they run on, or by the original op
+            that they keep and the reason.
+        errors: the largest error in each dtype of ``LIMITS``; None if the model cannot be built.
+        refusal: the reason why the model cannot be built.
     """
 
     places: Mapping[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
@@ -134,7 +135,10 @@ def measure(library: Library, name: str) -> Row:
 
 
 def section(library: Library, rows: Mapping[str, Row]) -> str:
-    """Return the section of a library: its models, those with the same places in one row, and notes on what is left."""
+    """Return the section of a library as Markdown.
+
+    Models whose layers run on the same ops share a row. Notes give the reasons for layers that keep their original op.
+    """
     notes: dict[str, int] = {}
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, row in rows.items():
@@ -151,7 +155,7 @@ def section(library: Library, rows: Mapping[str, Row]) -> str:
 
 
 def _versions() -> Iterator[str]:
-    """Yield name and version of the libraries that others are made of."""
+    """Yield name and version of PyTorch and the other packages that the libraries depend on."""
     for name in ("torch", "timm", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield f"{name} {importlib.metadata.version(name)}"

@@ -1,4 +1,4 @@
-"""What pytest-benchmark stores beside its figures: the card and the versions that they depend on."""
+"""Let pytest-benchmark store the card and the versions together with its timings, which depend on them."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from clipfast.bench import machine
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse to start without the plugin that times.
+    """Refuse to start without pytest-benchmark, the plugin that measures the time.
 
     Raises:
-        pytest.UsageError: it is not installed, or it is switched off.
+        pytest.UsageError: the plugin is not installed, or it is switched off.
     """
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("the gates need pytest-benchmark: run pip install -e '.[bench]'")
@@ -20,6 +20,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str, Any]) -> None:  # noqa: ARG001
-    """Add our description of the machine."""
+    """Add our description of the machine to the record of pytest-benchmark."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine_info["clipfast"] = {"machine": machine.describe(device), "versions": machine.versions()}

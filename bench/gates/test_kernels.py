@@ -1,4 +1,4 @@
-"""One timing for each op, forward and backward, to be held against an earlier run on the same machine.
+"""One timing for each op, forward and backward, to be compared with an earlier run on the same machine.
 
     pytest bench/gates --benchmark-save=base
     pytest bench/gates --benchmark-compare --benchmark-compare-fail=median:5%

@@ -1,4 +1,6 @@
-"""``clipfast inspect``: report what the compiler made of every kernel on every architecture, without a GPU."""
+"""``clipfast inspect``: report the resources and faults of every compiled kernel on every architecture, without
+a GPU.
+"""
 
 import argparse
 import dataclasses
@@ -42,10 +44,10 @@ leaves out."""
 
 
 def inspect_launch(launch: Launch, arch: int, *, case: str = "", kernel: str = "", predicts: bool = True) -> Report:
-    """Compile a launch from :func:`offline.record`, and report what it takes, what is wrong with it, and its time.
+    """Compile a launch from :func:`offline.record`, and report its resources, its faults and its predicted time.
 
-    ``case`` and ``kernel`` are names for the report; the kernel has its own one by default. ``predicts`` says whether
-    its time on an H100 is predicted.
+    ``case`` and ``kernel`` are names for the report; by default the kernel keeps its own name. ``predicts`` says
+    whether the time on an H100 is predicted.
 
     Raises:
         triton.CompilationError, RuntimeError: the kernel does not compile.
@@ -72,7 +74,7 @@ def inspect_launch(launch: Launch, arch: int, *, case: str = "", kernel: str = "
 
 
 def inspect_case(arch: int, case: str) -> list[Report]:
-    """Report the launches of a shipped case."""
+    """Return the reports on all launches of a shipped case."""
     known = known_problems(VERSION, arch, case)
     return [
         dataclasses.replace(inspect_launch(launch, arch, case=case, kernel=name), known=known)
@@ -81,7 +83,7 @@ def inspect_case(arch: int, case: str) -> list[Report]:
 
 
 def inspect_all(archs: Sequence[int] = ARCHS, *, substring: str = "", jobs: int | None = None) -> list[Report]:
-    """Report all shipped kernels in the cases that contain ``substring``, in order.
+    """Return the reports on all shipped kernels in the cases whose names contain ``substring``, in order.
 
     Raises:
         ValueError: an architecture is unknown, or no case matches.
@@ -109,7 +111,7 @@ def _need_compiler() -> None:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand to those of ``clipfast``."""
+    """Add the subcommand ``inspect`` to the command line of ``clipfast``."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser("inspect", description=explain(), epilog=EPILOG, formatter_class=raw)
     add = parser.add_argument
@@ -138,7 +140,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the command line asks for; return 1 if a shipped kernel has a problem, else 0.
+    """Run ``clipfast inspect``; return 1 if a shipped kernel has a problem, else 0.
 
     Raises:
         ValueError, RuntimeError: see :func:`inspect_all`.
@@ -150,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    """Print the table and the differences from the snapshot."""
+    """Print the table of compiled kernels and their differences from the snapshot."""
     snapshot = _read_snapshot(Path(args.snapshot or SNAPSHOT))
     reports = inspect_all(args.arch, substring=args.case, jobs=args.jobs)
     changes = differences(reports, snapshot, VERSION)
@@ -172,7 +174,7 @@ def _read_snapshot(path: Path) -> Snapshot:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    """Print predicted times of ops and steps, and measured ones beside them."""
+    """Print the predicted times of ops and steps, next to measured times if there are any."""
     _need_compiler()
     if not args.tflops > 0:
         raise ValueError(f"--tflops must be more than 0, got {args.tflops:g}")
@@ -187,7 +189,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.chart is not None:
         if not steps:
             raise ValueError(f"--chart draws steps, and no step contains {args.case!r}")
-        # It is imported here, since only pictures need matplotlib, and before minutes would be lost without it.
+        # The import stands here because only pictures need matplotlib. It comes before the predictions, which take
+        # minutes that would be lost if the import failed.
         from ..plots import draw_steps
     predict_one = functools.partial(
         forecast.forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
@@ -201,7 +204,7 @@ def _predict(args: argparse.Namespace) -> int:
         for one in offline.spread(predict_one, tasks, args.jobs):
             print(forecast.rows(one, measured), flush=True)
             record["forecasts"].append(forecast.to_json(one))
-            if args.json:  # predictions take minutes: what is known is kept, should the run be ended
+            if args.json:  # predictions take minutes, so those that are done are kept if the run is stopped
                 replace_text(args.json, json.dumps(record, indent=1) + "\n")
     if args.chart is not None:
         draw_steps(record, args.chart)

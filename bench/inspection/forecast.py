@@ -44,12 +44,12 @@ from ..case import OURS, short
 from .model import FULL, H100, QUICK, Effort, Machine, NoModel, Prediction, predict_launch
 from .validation import Band, errors
 
-# Pairs of a step of each published model, which fit into 80 GB; ``clipfast plan --fit`` finds the most that do.
+# The pairs in a step of each published model. They fit into 80 GB; ``clipfast plan --fit`` finds the largest number.
 STEPS = {
     "RN50": 256, "RN101": 256, "RN50x4": 128, "RN50x16": 64, "RN50x64": 32, "ViT-B-32": 1024, "ViT-B-16": 512,
     "ViT-L-14": 128, "ViT-L-14-336": 64, "ViT-H-14": 64, "ViT-g-14": 64, "ViT-bigG-14": 32,
 }  # fmt: skip
-# The kind of published kernels that stand for an op's, by the op's category.
+# The kind of published kernels whose error is taken for an op's kernels, by the op's category.
 KINDS = {
     "attention": ("attention forward", "attention backward"), "loss": ("loss",), "patch, text input": ("patch",),
     "norm, activation": ("norm forward", "norm backward"),
@@ -60,7 +60,7 @@ FORWARD, BACKWARD = "forward", "backward"
 
 @dataclasses.dataclass
 class Work:
-    """Launches and PyTorch ops in order, each with the phase that it belongs to."""
+    """The launches and PyTorch ops of an op or a step, in order, each with its phase (forward, backward, optimizer)."""
 
     launches: list[tuple[str, Launch]] = dataclasses.field(default_factory=list)
     ops: list[Event] = dataclasses.field(default_factory=list)
@@ -85,9 +85,9 @@ class _Recorder(Ledger):
 
 
 def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
-    """Return the forward and the backward pass of an op at a shape, on a GPU of a compute capability."""
+    """Return the launches and PyTorch ops of an op's forward and backward pass at a shape, for a compute capability."""
     with (
-        warnings.catch_warnings(action="ignore"),  # the address of a fake tensor is deprecated
+        warnings.catch_warnings(action="ignore"),  # taking the address of a fake tensor gives a deprecation warning
         FakeTensorMode(allow_non_fake_inputs=True),
         record_launches(arch, ARCHITECTURES[arch].multiprocessors) as launches,
         _Recorder(launches) as ledger,
@@ -111,7 +111,7 @@ def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
 
 
 def step_work(model: str, pairs: int, card: Card = CARDS["h100"]) -> Work:
-    """Return one training step of a published model on one GPU, under autocast to bfloat16, with AdamW."""
+    """Return the launches and PyTorch ops of a published model's training step in bfloat16 with AdamW on one GPU."""
     setup = Setup(model, gpus=1)
     with rank_of(setup, setup.config, card, ledger_type=_Recorder) as rank:
         rank.optimizer.zero_grad()
@@ -127,7 +127,7 @@ def measured_shapes() -> list[tuple[OpSpec, Shape]]:
 
 
 def standing_in(launch: Launch) -> Launch:
-    """Return a launch whose tensors have size, strides, dtype and alignment, but no memory."""
+    """Return a copy of a launch whose tensors keep layout, dtype and alignment, but have no memory."""
     with _disable_current_modes():
         stand_in = functools.cache(_empty)
         return dataclasses.replace(
@@ -154,14 +154,14 @@ def _empty(
 
 
 def error_band(kinds: Sequence[str]) -> Band | None:
-    """Return the largest error on kinds of published kernels, or None if nothing is known of them."""
+    """Return the model's largest error on these kinds of published kernels, or None if none was validated."""
     found = [errors()[kind] for kind in kinds if kind in errors()]
     return max(found, key=lambda band: band.p90, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Equal launches of an op or a step."""
+    """A group of equal launches of an op or a step, which are predicted once."""
 
     kernel: str
     launches: int
@@ -170,7 +170,7 @@ class Part:
 
     @property
     def seconds(self) -> float:
-        """Return the time of all of them."""
+        """Return the predicted time of all launches in the group."""
         return self.launches * self.prediction.seconds if self.prediction else 0.0
 
 
@@ -179,16 +179,16 @@ class Forecast:
     """The predicted time of one op, forward and backward, or of one step.
 
     Attributes:
-        name: of the op, or "step".
-        shape: its sizes; of a step, the model and the number of pairs.
+        name: the name of the op, or "step".
+        shape: the sizes of the op; for a step, the model and the number of pairs.
         dtype: name of the dtype.
         items: how many things one call handles.
-        kinds: of the published kernels that its error is taken from; none for a step.
-        parts: its launches.
-        torch_ops: number of PyTorch ops beside them.
-        torch_seconds: time of these without products.
+        kinds: the kinds of published kernels whose error is taken for this forecast; none for a step.
+        parts: the launches in groups of equal ones.
+        torch_ops: the number of PyTorch ops in addition to the launches.
+        torch_seconds: the time of the PyTorch ops that are no products.
         product_seconds: time of PyTorch's matrix products and convolutions.
-        shares: the time by what it is spent on, one of the categories of a measured step.
+        shares: the seconds by category, with the categories of a measured step.
     """
 
     name: str
@@ -204,7 +204,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Return the time of everything."""
+        """Return the predicted time of all launches and PyTorch ops."""
         return sum(part.seconds for part in self.parts) + self.torch_seconds + self.product_seconds
 
     @property
@@ -223,7 +223,7 @@ def forecast(
         dtype: name of the dtype of an op.
         machine: the GPU.
         product_flops: FLOP/s of PyTorch's own matrix products.
-        effort: how much the model runs.
+        effort: the limits on how much the model simulates.
     """
     if isinstance(task, int):
         return forecast_shape(*measured_shapes()[task], dtype, machine, product_flops, effort)
@@ -256,7 +256,7 @@ def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort
 
 
 def _shares(parts: Sequence[Part], ops: Sequence[Event], times: Sequence[float]) -> dict[str, float]:
-    """Return seconds by category. The kernel of a launch has that of its op; of PyTorch's ops, the phase decides."""
+    """Return predicted seconds by category: a launch has that of its op, and a PyTorch op that of its phase."""
     of_kernel = {kernel: spec.category for spec in specs().values() for kernel in spec.kernels}
     of_phase = {"update": categories.OPTIMIZER, "loss": categories.LOSS}
     found = dict.fromkeys(categories.CATEGORIES, 0.0)
@@ -287,7 +287,7 @@ def _size(value: Any) -> Any:
 
 
 def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
-    # of blocks in a row, one that is neither the first nor in the middle has no pairs, like most
+    # Most blocks of logits hold no pairs. This block is neither the first nor in the middle, so it is one of them.
     launch = same[len(same) // 3]
     name = launch.kernel.__name__
     try:
@@ -338,7 +338,7 @@ def _aligned(is_step: bool, cells: Sequence[Sequence[str]]) -> str:
 
 
 def label(name: str, shape: dict[str, Any], dtype: str) -> str:
-    """Return op, sizes and dtype in one text."""
+    """Return op, sizes and dtype as one string, by which forecasts and measurements are matched."""
     return " ".join([name, *(f"{size}={value}" for size, value in shape.items()), dtype])
 
 

@@ -1,8 +1,9 @@
 """A model of an H100 that runs the machine code of compiled kernels, and says how long a launch takes.
 
-``kernel`` takes what Triton compiled. ``arguments``, ``registers`` and ``arithmetic`` compute the integers that its
-branches depend on, and ``paths`` follows them. ``steps`` says what each instruction uses, ``multiprocessor`` runs them,
-and ``predict`` lays the result over the grid. ``machine`` holds every constant.
+``kernel`` holds a kernel that Triton compiled. ``arguments``, ``registers`` and ``arithmetic`` compute the integers
+that its branches depend on, and ``paths`` follows the branches. ``steps`` lists the units that each instruction uses,
+``multiprocessor`` simulates one multiprocessor, and ``predict`` extends the result to the whole grid. ``machine`` holds
+all constants of the hardware.
 """
 
 from .kernel import ARCH, Kernel, NoModel, load

@@ -1,7 +1,8 @@
-"""The constant bank that a kernel finds its launch in: sizes of the grid, and the arguments as the driver packs them.
+"""The constant bank of a launch: the sizes of the grid, and the arguments as the driver packs them.
 
-Pointers get addresses of their own, so that an address that the code computes leads back to the tensor. What a kernel
-reads there is known only for integers, which Triton kernels branch on, and for what :data:`ASSUMED` names.
+Each tensor gets an address range of its own, so an address that the code computes identifies the tensor. Values in
+tensors are known only for tensors of integers, on which Triton kernels branch, and for those that :data:`ASSUMED`
+names.
 """
 
 import dataclasses
@@ -61,10 +62,10 @@ def bank(ptx: str, arch: int, grid: Sequence[int], warps: int, values: Sequence[
     """Pack the arguments of a launch.
 
     Args:
-        ptx: of the kernel, which says where each parameter stands.
+        ptx: the PTX of the kernel, which gives the place of each parameter.
         arch: compute capability.
         grid: number of programs along each axis.
-        warps: of a program.
+        warps: the number of warps of a program.
         values: names and values of the arguments that are not constants, in order.
 
     Raises:
@@ -78,7 +79,7 @@ def bank(ptx: str, arch: int, grid: Sequence[int], warps: int, values: Sequence[
     places = _parameters(ptx, FIRST_ARGUMENT[arch])
     if len(places) < len(pieces):
         raise ValueError(f"the kernel takes {len(places)} parameters, and {len(pieces)} are given")
-    # Triton's own parameters, for scratch memory, stand behind those of the kernel
+    # Triton's own parameters, for scratch memory, come after those of the kernel.
     for (address, size), piece in zip(places, pieces, strict=False):
         if piece is not None:
             raw = piece.ljust(-(-size // 4) * 4, b"\0")
@@ -95,14 +96,14 @@ def _parameters(ptx: str, first: int) -> list[tuple[int, int]]:
         if match := _PARAMETER.search(line.strip()):
             size = _BYTES[match[2]] * int(match[3] or 1)
             align = int(match[1] or _BYTES[match[2]])
-            address = -(-address // align) * align  # in the bank, and not from the first argument on
+            address = -(-address // align) * align  # aligned relative to the bank, not to the first argument
             found.append((address, size))
             address += size
     return found
 
 
 def _pieces(name: str, value: Any, tensors: dict[int, tuple[str, torch.Tensor]]) -> list[bytes | None]:
-    """Return the parameters that an argument becomes: its bytes, or None where nobody computes with them."""
+    """Return the kernel parameters for one argument, as bytes; None for a parameter that no code computes with."""
     if isinstance(value, TensorDescriptor):
         shape, strides = value.shape, value.strides
         return [None, *(struct.pack("<i", size) for size in shape), *(struct.pack("<q", step) for step in strides)]

@@ -1,9 +1,9 @@
-"""The integer arithmetic of machine code: what decides how often a loop runs and which branch is taken.
+"""The integer arithmetic of machine code, on which the number of loop iterations and the branches depend.
 
-Integers come from the arguments of the launch and from the thread's place in the grid. What depends on anything else,
-such as the result of a float instruction or a value from shared memory, is unknown, and so is what follows from it. The
-instructions are those that ``nvdisasm`` prints for compute capability 8.0 and up. NVIDIA documents no more than their
-names, in the list of the CUDA binary utilities; their meaning here is the one that compiled code shows.
+Integers come from the arguments of the launch and from the thread's place in the grid. Other values, such as the
+results of float instructions or values from shared memory, are unknown, and so are all values that are computed from
+them. The names of instructions are those that ``nvdisasm`` prints for compute capability 8.0 and up. NVIDIA documents
+only these names, in the list of the CUDA binary utilities; the meanings here were inferred from compiled code.
 """
 
 import re
@@ -21,7 +21,7 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
 
 
 def execute(state: State, instruction: Instruction) -> None:
-    """Run one instruction; what it writes becomes unknown where its meaning or an operand is not known."""
+    """Run one instruction; the registers that it writes become unknown if its meaning or an operand is unknown."""
     holds = state.holds(instruction.guard)
     if holds is False:
         return
@@ -36,7 +36,7 @@ def execute(state: State, instruction: Instruction) -> None:
 
 
 def signed(value: int) -> int:
-    """Return 32 bits as a two's complement number."""
+    """Return the signed number that 32 bits of a register represent in two's complement."""
     return value - (1 << 32) if value >> 31 else value
 
 
@@ -54,7 +54,7 @@ def _means(*names: str) -> Callable[[Meaning], Meaning]:
 
 
 def _split(found: tuple[Operand, ...]) -> tuple[list[Operand], Operand, list[Operand]]:
-    """Return the predicates that are written, the register that is written, and the other operands."""
+    """Split an instruction's operands into written predicates, the written register, and the other operands."""
     before = []
     position = 0
     while found[position].is_predicate:
@@ -127,7 +127,9 @@ def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...]
 
 
 def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int:
-    """Return an operand of an addition with all bits of its negation, which decide on the carry."""
+    """Return an operand of an integer addition; if it is negated, with all bits of the negation, which affect the
+    carry.
+    """
     if operand.is_predicate:
         return int(takes_carry and state.flag(operand))
     value = state.read(operand._replace(sign=""))
@@ -212,7 +214,7 @@ def _look_up(table: int, values: list[tuple[int, int]]) -> tuple[int, int]:
 def _predicate_logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
     inputs = [state.predicate(operand) for operand in found[2:5]]
     for result, table in zip(found[:2], found[5:7], strict=True):
-        # an unknown input does not matter where both of its values give the same
+        # An unknown input does not matter if both of its values give the same result.
         options = {
             bool((table.number or 0) >> (4 * a + 2 * b + c) & 1)
             for a in _either(inputs[0]) for b in _either(inputs[1]) for c in _either(inputs[2])
@@ -228,7 +230,7 @@ def _either(value: bool | None) -> tuple[bool, ...]:
 def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
     chosen = state.predicate(found[3])
     a, b = (state.read_bits(operand) for operand in found[1:3])
-    if chosen is None:  # bits that both have alike are known
+    if chosen is None:  # a bit is known if both operands have the same one
         state.write_bits(found[0], a[0], a[1] & b[1] & ~(a[0] ^ b[0]))
     else:
         state.write_bits(found[0], *(a if chosen else b))
@@ -244,7 +246,7 @@ def _extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], _:
 
 @_means("HFMA2")
 def _half_constants(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
-    """Zero times zero plus two float16 numbers is how the assembler moves a constant."""
+    """Run HFMA2 for zero times zero plus two float16 numbers, which is how the assembler loads a constant."""
     texts = [text.strip() for text in instruction.operands.split(",")]
     if any(operand.number != 0 for operand in found[1:3]) or len(texts) != 5:
         raise Unknown
@@ -272,14 +274,17 @@ def _special(state: State, modifiers: list[str], found: tuple[Operand, ...], ins
 
 @_means("SHFL")
 def _shuffle(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    if "IDX" not in modifiers:  # this one is used to make a value uniform
+    if "IDX" not in modifiers:  # shuffles by an index only make a value uniform
         raise Unknown
     state.write(found[1], state.read(found[2]))
 
 
 @_means("VOTE", "VOTEU", "ELECT", "SYNCS")
 def _agree(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    """Every lane votes as this one does, this lane is the elected one, and a barrier that is tried has been reached."""
+    """Run a vote, an election or a test of a barrier.
+
+    All lanes are assumed to vote as this one does, this lane is elected, and the barrier has been reached.
+    """
     results = [operand for operand in found if operand.is_predicate and operand.sign != "!"]
     if "ARRIVE" in modifiers or "EXCH" in modifiers or not results:
         return
@@ -325,7 +330,7 @@ def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instru
 
 @_means("STL", "LDL")
 def _spill(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
-    """Move registers to local memory and back. A sub-word is unknown."""
+    """Run a spill or a fill: move registers to local memory or back. Parts of words become unknown."""
     here, spills = slot(instruction), instruction.name == "STL"
     result, words = written(instruction)[0]
     source = found[1] if spills else here
@@ -346,7 +351,10 @@ def _bits(value: float, *, up: bool = False) -> int:
 
 @_means("I2F", "I2FP", "F2I", "MUFU")
 def _convert(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
-    """The steps of an integer division: an estimate in float32, which integer steps then make exact."""
+    """Run a conversion between integer and float, as in an integer division.
+
+    The division starts from an estimate in float32, which integer instructions then make exact.
+    """
     name, is_wide, unsigned = instruction.name, "U64" in modifiers, {"U32", "U64"} & set(modifiers)
     words = 2 if is_wide and name == "F2I" else 1
     try:

@@ -1,4 +1,4 @@
-"""A compiled kernel as the model takes it."""
+"""A compiled kernel in the form that the model of the GPU simulates."""
 
 import dataclasses
 import functools
@@ -11,25 +11,25 @@ from .machine import WARP
 from .paths import Code, Path
 from .steps import PRODUCTS, Kind, Step, decode, lane_bytes, product, tma_loads
 
-ARCH = 90  # the compute capability that the model is of
+ARCH = 90  # the compute capability that is modelled
 
 
 class NoModel(ValueError):  # noqa: N818  (a finding, not a failure)
-    """A kernel that the model does not cover."""
+    """The error for a kernel that the model of the GPU does not cover."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
-    """A compiled kernel: its code, and what one program takes of a multiprocessor.
+    """A compiled kernel: its code, and the share of a multiprocessor that one program takes.
 
     Attributes:
-        name: of the Triton function.
-        code: its machine code.
-        ptx: PTX that the machine code was assembled from.
+        name: the name of the Triton function.
+        code: the machine code.
+        ptx: the PTX that the machine code was assembled from.
         ttir: Triton's first intermediate code.
-        warps: of a program.
-        at_once: programs that fit on a multiprocessor.
-        names: of the arguments that are not constants, in order.
+        warps: the number of warps of a program.
+        at_once: the number of programs that fit on a multiprocessor.
+        names: the names of the arguments that are not constants, in order.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Kernel:
         return self.code.instructions
 
     def steps(self, path: Path) -> list[Step]:
-        """Return the steps that one warp runs along a path."""
+        """Return the decoded instructions that one warp runs along a path."""
         decoded = self._decoded(self._staged(path))
         return [step for first, last in path.pieces for step in decoded[first:last]]
 
@@ -69,7 +69,9 @@ class Kernel:
         return [one for first, last in path.pieces for one in self.instructions[first:last]]
 
     def _staged(self, path: Path) -> float:
-        """Return the bytes of one TMA store: an equal part of what all warps put into shared memory."""
+        """Return the bytes of one TMA store: the bytes that all warps wrote to shared memory, over the number of
+        stores.
+        """
         staged, stores = 0.0, 0
         for one in self.along(path):
             if one.name in ("UTMASTG", "UTMAREDG"):
@@ -90,7 +92,7 @@ class Kernel:
 
 
 def load(compiled: Any) -> Kernel:
-    """Return a kernel from what Triton compiled for compute capability 9.0.
+    """Return a kernel for the model, from a kernel that Triton compiled for compute capability 9.0.
 
     Raises:
         NoModel: it was compiled for another architecture, or its warps run different code.

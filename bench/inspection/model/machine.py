@@ -14,24 +14,25 @@ class Machine:
     (a) assumed.
 
     Attributes:
-        name: of the card.
-        clock: Hz, of kernels that keep the matrix unit busy (a). The data sheet's 989 TFLOP/s are 132 multiprocessors
+        name: the name of the card.
+        clock: Hz, for kernels that keep the matrix unit busy (a). The data sheet's 989 TFLOP/s are 132 multiprocessors
             times 4096 times 1.83 GHz; under a full load of random 16-bit values, 700 W lower the clock.
-        boost: Hz, of the others: the highest clock of an H100 SXM (s).
-        multiprocessors: their number (s).
-        l2_rate: of TMA. L2 reads 5,120 bytes per cycle in all (s, of the A100; GH100 has the same two halves).
-        lane_rate: of loads and stores by lanes, cp.async too: 5.5 to 5.7 TB/s on the 114 multiprocessors of an H100
-            PCIe at 1.755 GHz (m), which is 28 bytes per cycle for each. This and ``boost`` were chosen with published
-            times of kernels in view (docs/gpu-model.md).
-        hbm_rate: what copies reach: 3.0 of the data sheet's 3.35 TB/s (m).
+        boost: Hz, for all other kernels: the highest clock of an H100 SXM (s).
+        multiprocessors: the number of multiprocessors (s).
+        l2_rate: the rate of TMA loads. L2 reads 5,120 bytes per cycle in all (s, of the A100; GH100 has the same two
+        halves).
+        lane_rate: the rate of loads and stores by lanes, including cp.async: 5.5 to 5.7 TB/s on the 114 multiprocessors
+            of an H100 PCIe at 1.755 GHz (m), which is 28 bytes per cycle for each. This and ``boost`` were chosen with
+            published times of kernels in view (docs/gpu-model.md).
+        hbm_rate: the rate that copies reach: 3.0 of the data sheet's 3.35 TB/s (m).
         l2_latency: cycles from a load to its use, 260 to 280 (m).
-        hbm_latency: the same of memory, 600 to 700 (m).
-        tma_latency: cycles that a TMA load takes on top (m).
+        hbm_latency: the same for device memory, 600 to 700 (m).
+        tma_latency: cycles that a TMA load takes in addition (m).
         shared_rate: bytes per cycle of one multiprocessor's shared memory (s).
         block_gap: cycles from the end of a block to the start of the next one in its place (a).
-        launch: seconds that a kernel takes on the device with nothing to do, back to back in a stream (a).
-        power_flops: FLOP/s of the matrix unit, those of padding included, beyond which 700 W lower the clock (a). The
-            best products with random values end at 650 to 750 TFLOP/s.
+        launch: seconds that an empty kernel takes on the device, if kernels follow each other in a stream (a).
+        power_flops: FLOP/s of the matrix unit, padding included, above which the limit of 700 W lowers the clock (a).
+            The best products with random values end at 650 to 750 TFLOP/s.
     """
 
     name: str = "H100"
@@ -50,11 +51,11 @@ class Machine:
     power_flops: float = 700e12
 
     def cycles_per_byte(self, rate: float) -> float:
-        """Return the cycles that one byte takes of a multiprocessor's share of a rate of the whole GPU."""
+        """Return the cycles per byte at one multiprocessor's share of ``rate``, which is that of the whole GPU."""
         return self.clock * self.multiprocessors / rate
 
 
 H100 = Machine()
-# Copies are taken to reach the same part of the data sheet's rate as on an H100.
+# Copies are assumed to reach the same fraction of the data sheet's rate as on an H100.
 H200 = dataclasses.replace(H100, name="H200", hbm_rate=4.8e12 * 3.0 / 3.35)
 MACHINES = {"h100": H100, "h200": H200}

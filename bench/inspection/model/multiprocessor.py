@@ -22,17 +22,17 @@ from ..offline import SUB_PARTITIONS
 from .machine import Machine
 from .steps import PIPES, UNIFORM, Kind, Step
 
-_MATRIX_LATENCY = 24  # cycles from the last one of a product to its group being complete
+_MATRIX_LATENCY = 24  # cycles from the end of a group's last product until the group counts as complete
 _BARRIER = 22
-_RETRY = 20  # cycles until a warp tries again for a TMA load that nobody has asked for yet
+_RETRY = 20  # cycles until a warp tests a barrier again whose TMA load has not been started yet
 _NONE = 7
-# Loads that mostly hit in L2 are there after its latency.
+# If at most this share of the bytes comes from HBM, loads arrive after the latency of L2.
 _MOSTLY_HITS = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Cycles until the last block is through, and the cycles for which each unit was busy."""
+    """The result of a simulation: cycles until the last block ends, and the cycles for which each unit was busy."""
 
     cycles: float
     busy: dict[str, float]
@@ -41,21 +41,23 @@ class Run:
 def run(
     program: Sequence[Step], warps: int, *, blocks: int = 1, rounds: int = 1, machine: Machine, hbm_share: float = 1.0
 ) -> Run:
-    """Run ``blocks`` blocks at once, and in the place of each ``rounds`` after one another.
+    """Simulate a multiprocessor that runs ``blocks`` blocks at once, ``rounds`` times one after another.
 
     Args:
-        program: what each warp runs.
-        warps: of a block.
-        blocks: that share the multiprocessor.
-        rounds: of blocks in each place.
+        program: the instructions that each warp runs.
+        warps: the number of warps of a block.
+        blocks: the number of blocks that share the multiprocessor.
+        rounds: the number of blocks that run one after another in each place.
         machine: rates and latencies.
-        hbm_share: of the bytes that are loaded and stored, the part that HBM moves; the rest is in L2.
+        hbm_share: the fraction of loaded and stored bytes that HBM moves; the rest is in L2.
     """
     return _Multiprocessor(program, warps, blocks, rounds, machine, hbm_share).run()
 
 
 class _Warp:
-    """The state of one warp: its place in the program, and what it has started and not waited for."""
+    """The state of one simulated warp: its place in the program, and the operations that it has started and not
+    awaited.
+    """
 
     __slots__ = ("at", "block", "boards", "copies", "copying", "groups", "leads", "number", "part", "rounds", "tries")
 
@@ -64,7 +66,7 @@ class _Warp:
         self.at = self.rounds = self.tries = 0
         self.boards = [0.0] * 6  # when each scoreboard is free
         self.groups: collections.deque[float] = collections.deque()  # when each group of products is complete
-        self.copies: collections.deque[float] = collections.deque()  # the same of cp.async
+        self.copies: collections.deque[float] = collections.deque()  # when each group of cp.async is complete
         self.copying = 0.0
 
     def restart(self) -> None:
@@ -158,7 +160,7 @@ class _Multiprocessor:
         return need
 
     def _move(self, now: float, amount: float, cost: float) -> float:
-        """Ask L2, and HBM for its share, for so many bytes; return when they are there."""
+        """Load or store ``amount`` bytes through L2, and HBM for its share; return when they arrive."""
         self.l2 = max(self.l2, now) + amount * cost
         self.hbm = max(self.hbm, now) + amount * self.hbm_cost
         self.busy["l2"] += amount * cost
@@ -166,7 +168,7 @@ class _Multiprocessor:
         return max(now + self.load_latency, self.l2, self.hbm)
 
     def _issue(self, warp: _Warp, step: Step, now: float) -> float | None:
-        """Issue an instruction; return when the warp is ready again, or None if something else will say so."""
+        """Issue an instruction; return when the warp is ready again, or None if another event wakes it."""
         part, busy = warp.part, self.busy
         self.free[part] = now + 1
         busy["issue"] += 1
@@ -188,7 +190,7 @@ class _Multiprocessor:
             warp.rounds += 1
             if warp.rounds == self.rounds:
                 return None
-            # the next block starts when all warps of this one are through
+            # The next block starts when all warps of this block have ended.
             warp.restart()
             if warp.leads:
                 warp.block.arrivals = []
@@ -209,7 +211,7 @@ class _Multiprocessor:
             waiting.clear()
 
     def _start(self, warp: _Warp, step: Step, now: float) -> float:
-        """Start what an instruction does besides using its pipe; return when its result is there."""
+        """Start an instruction's memory access, product or copy, if it has one; return when its result is available."""
         kind, amount, block = step.kind, step.amount, warp.block
         if kind == Kind.SHARED:
             spent = amount / self.machine.shared_rate
@@ -242,7 +244,7 @@ class _Multiprocessor:
     def _multiply(self, warp: _Warp, step: Step, now: float) -> float:
         operands, busy = step.amount / self.machine.shared_rate, self.busy
         busy["matrix"] += step.cycles
-        busy["operands"] += operands  # read beside other uses of shared memory, and not queued with them
+        busy["operands"] += operands  # read in parallel to other uses of shared memory, without queueing
         spent = max(step.cycles, SUB_PARTITIONS * operands)
         self.matrix_free[warp.part] = max(self.matrix_free[warp.part], now) + spent
         busy["matrix and operands"] += spent

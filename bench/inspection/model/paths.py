@@ -1,8 +1,8 @@
 """The path of a program through its machine code, from the arguments of its launch.
 
-The branches are decided by computing what they depend on, for one thread of the first warp. A branch that depends on
-something else, such as a value from memory, is a guess: a forward branch falls through, because such a branch usually
-skips work, and a branch back leaves its loop. The number of guesses is part of the result. The slow paths of float
+A branch is decided by computing its condition for one thread of the first warp. If the condition depends on an unknown
+value, such as one from memory, the branch is guessed: a forward branch is not taken, because it usually skips work, and
+a backward branch leaves its loop. The number of guesses is part of the result. The slow paths of float
 functions, which are subroutines, are not taken.
 """
 
@@ -14,11 +14,11 @@ from ..sass import Instruction, target
 from .arithmetic import execute
 from .registers import Operand, State, following, operands, slot, written
 
-MOST_STEPS = 5_000_000  # a longer path is an error of the model, or a kernel that is not for it
+MOST_STEPS = 5_000_000  # a longer path means an error of the model or an unsuitable kernel
 
 
 class Lost(Exception):  # noqa: N818  (a finding, not a failure)
-    """The path cannot be followed."""
+    """The error for a path through machine code that cannot be followed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Path:
 
     @functools.cached_property
     def length(self) -> int:
-        """Return the number of instructions."""
+        """Return the number of instructions along the path."""
         return sum(last - first for first, last in self.pieces)
 
 
@@ -46,7 +46,7 @@ class Code:
         relevant = _relevant(self.instructions)
         stops = [index for index, one in enumerate(instructions) if one.name in _CONTROL or index in relevant]
         self._relevant = relevant
-        self._next = [0] * len(instructions)  # the next instruction from here on that must be looked at
+        self._next = [0] * len(instructions)  # the next instruction from here on that affects a branch
         for index in reversed(range(len(instructions))):
             while stops and len(stops) > 1 and stops[-2] >= index:
                 stops.pop()
@@ -108,15 +108,15 @@ class Code:
     def _branch(self, index: int, state: State, holds: bool | None) -> tuple[int | None, int]:
         one, behind = self.instructions[index], index + 1
         if "DIV" in one.modifiers or "CONV" in one.modifiers:
-            return behind, 0  # taken only where the threads of a warp differ
+            return behind, 0  # taken only if the threads of a warp differ
         found = operands(one.operands)
         if len(found) > 1 and found[0].is_predicate and holds:  # a predicate as an operand: BRA.U UP0, 0x40
             holds = state.predicate(found[0])
         to = self._target(one)
         if to == index:
-            return None, 0  # behind the end, a branch to itself
+            return None, 0  # the code ends with a branch to itself
         if holds is None:
-            # what such a branch skips may be the slow path of a float function, for numbers that hardly occur
+            # Such a branch may skip the slow path of a float function, which rare numbers take.
             skips_call = any(other.name == "CALL" for other in self.instructions[behind:to])
             return (to, 0) if skips_call else (behind, 1)
         return (to if holds else behind), 0
@@ -132,7 +132,7 @@ _CONTROL = frozenset(("BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "BRX", "BRX
 
 
 def _relevant(instructions: Sequence[Instruction]) -> frozenset[int]:
-    """Return the indices of the instructions that may decide on a branch.
+    """Return the indices of the instructions whose results a branch may depend on.
 
     This is an analysis of live registers in which only branches make a register live, and an instruction makes its
     operands live only if its own result is.
@@ -157,7 +157,7 @@ def _relevant(instructions: Sequence[Instruction]) -> frozenset[int]:
             now = after | reads[index]
         elif writes[index] & after:
             found.add(index)
-            # a result that is written under a guard may also stay what it was
+            # If an instruction has a guard, its result register may also keep the old value.
             now = (after if one.guard else after - writes[index]) | reads[index]
         if now != live[index]:
             live[index] = now
@@ -198,7 +198,7 @@ def _names(results: Sequence[tuple[Operand, int]]) -> frozenset[str]:
     )
 
 
-# Their results are unknown whatever their operands are.
+# Instructions whose results are always unknown.
 _OPAQUE = frozenset(
     ("HGMMA", "QGMMA", "HMMA", "QMMA", "LDS", "LDSM", "ATOMS", "ATOMG", "FADD", "FMUL", "FFMA", "SYNCS", "RET")
 )
@@ -221,7 +221,7 @@ def _read(one: Instruction) -> frozenset[str]:
 
 
 def shortened(path: Path, most_turns: int) -> tuple[Path, Path, float]:
-    """Return two shorter paths and a factor, from which the time of a long one follows in a straight line.
+    """Return two shorter paths and a factor, from which the time of a long path is extrapolated linearly.
 
     If the path repeats the same pieces more than twice ``most_turns`` times in a row, the first path has them
     ``most_turns`` times and the second twice as often. The time is that of the first path, and ``factor`` times the
@@ -264,14 +264,14 @@ def sample(programs: int, most: int) -> list[int]:
     """Return numbers of programs spread over a grid, the first among them: all if they are at most ``most``."""
     if programs <= most:
         return list(range(programs))
-    # steps of the golden ratio fall on every part of the grid, and into no rhythm of it
+    # Multiples of the golden ratio are spread over the whole grid, and do not follow any of its periods.
     return sorted({int(programs * (n * 0.6180339887498949 % 1)) for n in range(most)})
 
 
 def kinds(paths: Mapping[int, Path], most: int) -> list[tuple[Path, list[int]]]:
     """Return the different paths of programs, the most frequent first, each with the numbers of its programs.
 
-    Of more than ``most`` kinds, the rare ones are counted to the frequent one whose length is nearest.
+    If there are more than ``most``, the programs of a rare path count for the frequent path of the nearest length.
     """
     places: dict[Path, list[int]] = {}
     for place, path in paths.items():

@@ -1,4 +1,4 @@
-"""The predicted time of a launch: the paths of its programs, run on one multiprocessor, and laid over all of them."""
+"""The predicted time of a launch: its programs are simulated on one multiprocessor, and the result is scaled to all."""
 
 import dataclasses
 import functools
@@ -18,22 +18,22 @@ from .multiprocessor import run
 from .paths import Lost, Path, kinds, sample, shortened
 from .traffic import moved_bytes
 
-# Below this part of what the power allows the matrix unit, a kernel runs at the highest clock.
+# A kernel runs at the highest clock if its FLOP/s are below this fraction of the rate that the power limit allows.
 BOOST_BELOW = 0.25
-# The places where the kind of programs changes along a grid are searched for if there are at most so many of them.
+# If the kind of programs changes at most this often along a grid, the exact places of the changes are searched for.
 MOST_SEARCHED = 4
 _OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # the other units are those of a sub-partition
 
 
 class Effort(NamedTuple):
-    """How much is run for a prediction.
+    """The limits on how much is simulated for a prediction.
 
     Attributes:
-        steps: instructions of all warps that a run of several rounds may take.
-        turns: a loop with more than twice as many turns is run for so many and twice as many, and then continued in a
-            straight line.
-        programs: of a grid, whose paths are followed.
-        kinds: different paths that are run.
+        steps: the most instructions of all warps in a simulation of several rounds.
+        turns: a loop of more than twice this many iterations is simulated with this number and twice this number; its
+            time is extrapolated linearly from the two.
+        programs: the number of programs of a grid whose paths are followed.
+        kinds: the number of different paths that are simulated.
     """
 
     steps: int
@@ -48,20 +48,20 @@ QUICK = Effort(steps=150_000, turns=6, programs=12, kinds=2)  # for a table of m
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The predicted time of one launch, and what it consists of.
+    """The predicted time of one launch, and the figures that it is computed from.
 
     Attributes:
-        seconds: on the device, with the overhead of a launch.
-        programs: of the grid.
-        at_once: programs on a multiprocessor.
-        waves: programs over those that run at once on all multiprocessors.
-        cycles: per program, when the multiprocessor is full of them.
-        alone: cycles of one program on an empty multiprocessor.
-        busy: cycles per program of each unit of a multiprocessor (of one sub-partition, for what each of them has).
-        flops: of the matrix unit in all programs, padding included.
-        hbm_bytes: that all programs move from and to device memory.
-        guesses: branches of a path that depend on what the model does not know.
-        by_power: whether the limit of power set the time.
+        seconds: the time on the device, with the overhead of a launch.
+        programs: the number of programs of the grid.
+        at_once: the number of programs that run on a multiprocessor at once.
+        waves: the number of programs divided by the number that runs at once on all multiprocessors.
+        cycles: cycles per program on a multiprocessor that is full of programs.
+        alone: cycles of one program on an otherwise empty multiprocessor.
+        busy: cycles per program for which each unit is busy; for a unit of the sub-partitions, those of one of them.
+        flops: the FLOPs of the matrix unit in all programs, padding included.
+        hbm_bytes: the bytes that all programs move from and to device memory.
+        guesses: the number of branches of a path whose conditions the model does not know.
+        by_power: whether the power limit determined the time.
     """
 
     seconds: float
@@ -92,12 +92,13 @@ def predict(
     """Predict one launch.
 
     Args:
-        kernel: that is launched.
-        grid: programs along each axis.
-        arguments: of the launch by name. Of tensors, only size and dtype matter, and the values of integer tensors.
+        kernel: the compiled kernel.
+        grid: the number of programs along each axis.
+        arguments: the arguments of the launch by name. Only sizes and dtypes of tensors matter, and the values of
+            integer tensors.
         machine: rates and latencies.
-        hbm_bytes: that all programs together move from and to device memory; by default each tensor once.
-        effort: how much is run.
+        hbm_bytes: the bytes that all programs together move from and to device memory; by default each tensor once.
+        effort: the limits on how much is simulated.
 
     Raises:
         NoModel: the path of its programs cannot be followed.
@@ -132,8 +133,8 @@ def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any])
 def runs(known: Mapping[int, int], kind_of: Callable[[int], int | None]) -> list[tuple[int, int]]:
     """Return the first program, and the kind, of each run of programs of one kind.
 
-    If the kind changes rarely, the places where it does are searched for. Otherwise, a program of unknown kind is taken
-    to be like the last one before it whose kind is known.
+    If the kind changes rarely along the grid, the exact places of the changes are searched for. Otherwise, a program of
+    unknown kind is assumed to be like the last program before it whose kind is known.
 
     Args:
         known: kind by number of program, for some of them, the first among them.
@@ -152,9 +153,9 @@ def runs(known: Mapping[int, int], kind_of: Callable[[int], int | None]) -> list
 
 @dataclasses.dataclass(frozen=True)
 class _Timed:
-    """Cycles of programs of one kind, and what one of them does."""
+    """The simulated cycles of programs of one kind, and the work of one of them."""
 
-    ramp: float  # until the first blocks are through
+    ramp: float  # cycles until the first blocks end
     cycles: float
     alone: float
     flops: float
@@ -162,7 +163,7 @@ class _Timed:
 
 
 def _sum(parts: Sequence[tuple[_Timed, float]]) -> _Timed:
-    """Return a weighted sum."""
+    """Return the weighted sum of the simulated times of several kinds of programs."""
 
     def total(name: str) -> float:
         return sum(weight * getattr(part, name) for part, weight in parts)
@@ -173,7 +174,7 @@ def _sum(parts: Sequence[tuple[_Timed, float]]) -> _Timed:
 
 
 class _Grid:
-    """The programs of a launch."""
+    """The programs of a launch, grouped by the path that they take."""
 
     def __init__(
         self, kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], hbm_bytes: float, effort: Effort
@@ -207,7 +208,7 @@ class _Grid:
         fits = self.kernel.at_once
         busiest = -(-self.programs // machine.multiprocessors)  # programs of the multiprocessor that has most
         work = busiest * mean.cycles if len(timed) == 1 else self._longest([one.cycles for one in timed], machine)
-        # the first programs of a multiprocessor start together, and have no others to hide behind
+        # The first programs of a multiprocessor start together, so no other program runs while they wait.
         cycles = work + mean.ramp - min(fits, busiest) * mean.cycles
         seconds, flops = cycles / machine.clock, mean.flops * self.programs
         by_power = flops / machine.power_flops > seconds
@@ -219,7 +220,9 @@ class _Grid:
         )  # fmt: skip
 
     def _longest(self, cycles: Sequence[float], machine: Machine) -> float:
-        """Return the cycles of the multiprocessor that has most work, if each takes the next program when it can."""
+        """Return the cycles of the multiprocessor with the most work, if each takes the next program when it is
+        free.
+        """
         loads = [0.0] * machine.multiprocessors
         for kind, start, end in self._spans():
             for _ in range(start, end):
@@ -232,7 +235,10 @@ class _Grid:
         return first if factor == 0 else _sum([(first, 1 - factor), (self._run(double, machine), factor)])
 
     def _run(self, path: Path, machine: Machine) -> _Timed:
-        """Run a program alone, and then as many rounds as are affordable: blocks start in step and drift apart."""
+        """Simulate a program alone, and then as many rounds of programs as ``effort`` allows.
+
+        Several rounds are needed, because blocks start at the same time and then drift apart.
+        """
         kernel, steps = self.kernel, self.kernel.steps(path)
         busiest = -(-self.programs // machine.multiprocessors)
         places = min(kernel.at_once, busiest)

@@ -1,4 +1,4 @@
-"""The registers of one thread, as far as they are known, and the operands that instructions name them by."""
+"""The registers of one thread, as far as their values are known, and the operands of instructions that name them."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ _CONSTANT = re.compile(r"(?P<sign>-?)\|?c\[0x0\]\[0x(?P<address>[0-9a-f]+)\]\|?(
 
 
 class Unknown(Exception):  # noqa: N818  (what follows from it is unknown too)
-    """A value is not known."""
+    """The error for reading a register or an operand whose value is unknown."""
 
 
 class Operand(NamedTuple):
@@ -33,18 +33,18 @@ class Operand(NamedTuple):
 
     @property
     def is_predicate(self) -> bool:
-        """Return whether it is a predicate register."""
+        """Return whether the operand is a predicate register."""
         return self.register.lstrip("U").startswith("P")
 
 
 @functools.lru_cache(maxsize=65536)
 def operands(text: str) -> tuple[Operand, ...]:
-    """Read the operands of an instruction."""
+    """Parse the text of an instruction's operands."""
     return tuple(operand_of(part.strip()) for part in text.split(",") if part.strip())
 
 
 def operand_of(text: str) -> Operand:
-    """Read one operand."""
+    """Parse the text of one operand of an instruction."""
     bare = text.lstrip("-~!").replace(".reuse", "").split(".")[0].strip("|")
     sign = text[0] if text[0] in "-~!" else ""
     if bare in _ZERO:
@@ -61,7 +61,7 @@ def operand_of(text: str) -> Operand:
 
 
 def following(register: str, offset: int) -> str:
-    """Return the register ``offset`` places behind another."""
+    """Return the name of the register ``offset`` places after ``register``."""
     file = register.rstrip("0123456789")
     return f"{file}{int(register[len(file) :]) + offset}"
 
@@ -73,10 +73,10 @@ class State:
     Attributes:
         constants: 32-bit words of constant bank 0 by address: launch dimensions and arguments.
         special: values of special registers, such as SR_CTAID.X.
-        memory: the integer at an address of global memory, of so many bytes, or None.
+        memory: a function that returns the integer of a number of bytes at an address of global memory, or None.
         registers: known registers by name; predicates are 0 or 1.
-        parts: of registers with some known bits, those bits and a mask of what is known. The assembler packs predicates
-            into registers, and some of them are not known.
+        parts: for registers of which only some bits are known: the bits and a mask of the known ones. The assembler
+            packs predicates into registers, and some predicates are unknown.
     """
 
     constants: Mapping[int, int]
@@ -115,7 +115,7 @@ class State:
     def read(self, operand: Operand, *, wide: bool = False) -> int:
         """Return 32 bits of an operand, with its sign applied, or raise :class:`Unknown`.
 
-        With ``wide``, return 64 bits: a register and the one behind it, or two words of the constant bank.
+        With ``wide``, return 64 bits: those of a register and the next one, or two words of the constant bank.
         """
         if not wide:
             value = self.peek(operand)
@@ -146,13 +146,13 @@ class State:
         return (~bits if operand.sign == "~" else bits) & known, known
 
     def write_bits(self, operand: Operand, bits: int, known: int) -> None:
-        """Set a register of which some bits are known."""
+        """Set a register of which only some bits are known."""
         self.write(operand, bits if known == MASK else None)
         if known != MASK and known and operand.register:
             self.parts[operand.register] = bits & known, known
 
     def write(self, operand: Operand, value: int | None, words: int = 1) -> None:
-        """Set a register, and with ``words`` those behind it too; an unknown value makes them unknown."""
+        """Set a register, and with ``words`` the following registers too; an unknown value makes them unknown."""
         if not operand.register or operand.register in _TRUE:
             return
         for word in range(words):

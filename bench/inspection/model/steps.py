@@ -1,4 +1,6 @@
-"""Instructions as the multiprocessor sees them: which unit each one uses, for how long, and what it moves."""
+"""Instructions as the simulated multiprocessor sees them: the unit that each uses, for how long, and the moved
+bytes.
+"""
 
 import enum
 import re
@@ -32,7 +34,7 @@ PRODUCTS = ("HGMMA", "QGMMA", "HMMA", "QMMA")
 
 
 class Kind(enum.IntEnum):
-    """The kinds of instructions, by what they do besides using a pipe."""
+    """The kinds of instructions, by the effect that they have in addition to occupying a pipe."""
 
     PLAIN = 0
     SHARED = 1  # moves data of shared memory, or between lanes
@@ -45,8 +47,8 @@ class Kind(enum.IntEnum):
     PRODUCT_WAIT = 8
     TMA_LOAD = 9
     TMA_STORE = 10
-    EXPECT = 11  # tells a barrier what TMA will bring
-    ARRIVAL = 12  # waits for such a barrier
+    EXPECT = 11  # tells a barrier how many bytes TMA will load
+    ARRIVAL = 12  # waits for a barrier of a TMA load
     BARRIER = 13  # waits for the other warps of the block
 
 
@@ -54,10 +56,10 @@ class Step(NamedTuple):
     """One instruction of a warp.
 
     Attributes:
-        kind: what it does.
+        kind: the kind of the instruction.
         pipe: the pipe of the sub-partition that it occupies, or None.
-        cycles: for how long; for a product, cycles of the matrix unit.
-        latency: cycles until its result is there; for a product, 1 if it ends a group.
+        cycles: the cycles for which it occupies the pipe; for a product, the cycles of the matrix unit.
+        latency: cycles until its result is available; for a product, 1 if it ends a group.
         amount: bytes that it moves; for a wait, the groups that may stay open.
         stall: cycles until the warp may issue again.
         write: scoreboard that its result sets, or 7.
@@ -101,7 +103,7 @@ def product(one: Instruction) -> tuple[float, float, float]:
 
 
 def decode(one: Instruction, box: float) -> Step:
-    """Read one instruction; ``box`` is the number of bytes that it moves, if it is one of TMA."""
+    """Decode one instruction for the simulation; ``box`` is the number of bytes that it moves if it uses TMA."""
     name = one.name
     pipe, cycles = _PIPE.get(name, (None, 1.0))
     if pipe is None and name[0] == "U" and not name.startswith("UTMA") and name != "USETMAXREG":
@@ -123,7 +125,7 @@ def decode(one: Instruction, box: float) -> Step:
 
 
 def _memory(one: Instruction, box: float) -> tuple[Kind, float, float]:
-    """Return kind, latency and amount of an instruction that moves data or waits for some."""
+    """Return kind, latency and amount of an instruction that moves data or waits for data."""
     name, moved = one.name, float(WARP * lane_bytes(one))
     match name:
         case "LDS" | "STS" | "LDSM" | "STSM" | "ATOMS":
@@ -166,7 +168,9 @@ def _waits(one: Instruction) -> tuple[Kind, float, float]:
 
 
 def tma_loads(ptx: str) -> list[float]:
-    """Return the bytes of each TMA load in the PTX: an equal part of what the barrier before it is told to expect."""
+    """Return the bytes of each TMA load in the PTX: the bytes that its barrier expects, over the number of its
+    loads.
+    """
     sizes: list[tuple[float, int]] = []
     for line in ptx.splitlines():
         if expected := re.search(r"expect_tx\S*\s+_,\s*\[[^]]*\],\s*(\d+)", line):

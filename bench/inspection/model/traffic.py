@@ -1,8 +1,8 @@
 """The bytes that a launch moves from and to device memory, from the tensors that it is given.
 
-A tensor that the kernel loads is read once, and one that it stores is written once: what several programs load is taken
-to stay in L2. Which tensors these are, Triton's own intermediate code says: an argument is loaded or stored if a load
-or a store has a pointer that comes from it.
+A tensor that the kernel loads is read once, and one that it stores is written once: data that several programs load is
+assumed to stay in L2. Triton's intermediate code shows which tensors these are: an argument is loaded or stored if the
+pointer of a load or a store is computed from it.
 """
 
 import re
@@ -30,7 +30,7 @@ def used(ttir: str) -> tuple[frozenset[str], frozenset[str]]:
             names = re.findall(r"(%\w+): ", begin[1])
             if not origins:  # the kernel's own arguments
                 origins = {name: frozenset((name.lstrip("%"),)) for name in names}
-            for name, operand in zip(names[1:], bounds[3:], strict=False):  # what the turns of a loop hand on
+            for name, operand in zip(names[1:], bounds[3:], strict=False):  # values that iterations hand on
                 origins[name] = origins.get(operand, frozenset())
             continue
         op = _OP.match(line)
