@@ -1,5 +1,5 @@
-"""Using a model's features: pictures and texts that are embedded once are searched, filtered, sorted and looked at.
+"""Search of pictures and texts by a model's features: embedding, search, filters, duplicates, clusters, and the app.
 
-``embeddings`` holds features with what is known of each item, in memory or in the folder that ``layout`` describes, and
-``where`` chooses items by that.
+``embeddings`` holds features with the metadata of each item, in memory or in the folder that ``layout`` describes, and
+``where`` filters items by their metadata.
 """

@@ -1,7 +1,7 @@
-"""The answers of the page of ``clipfast app``: each function takes the values of a form and returns HTML.
+"""The answers of ``clipfast app``: each function takes the values of a form on the page and returns HTML.
 
-All that comes from the user, from files and from metadata is text, and is shown as text. Pictures stand in the HTML
-itself, as small JPEGs that are made here, so that no address leads to a file.
+Everything from the user, from files and from metadata is escaped and shown as text. Pictures are embedded in the HTML
+as small JPEGs, and so no URL of the page leads to a file.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
-IMAGE_PATH, NUMBER = "image_path", "number"  # the columns that name the file of a picture, and its place in the source
-FOUND, MAX_FOUND = 24, 200  # items that are shown, by default and at most
-SAMPLES, TRIED = 4, 32  # captions that are offered as queries, and those among which they are chosen
+IMAGE_PATH, NUMBER = "image_path", "number"  # metadata columns: a picture's path, its position in the source
+FOUND, MAX_FOUND = 24, 200  # the number of items that are shown, by default and at most
+SAMPLES, TRIED = 4, 32  # this many captions are offered as queries, chosen among that many
 MAX_LABELS = 1000
 MAX_MAPS = 6
-MAX_RATIO = 5  # of the sides of a picture under heat maps: the time grows with it
-MAX_TEXT = 10_000  # characters of words, of an expression, or of all labels
-MAX_SAMPLE = 24  # characters of a caption that is offered
-SIDE, MAP_SIDE, LARGE_SIDE = 224, 448, 768  # of pictures, in pixels
+MAX_RATIO = 5  # the largest ratio of a picture's sides for heat maps, whose time grows with it
+MAX_TEXT = 10_000  # the most characters of a query, of an expression, or of all labels together
+MAX_SAMPLE = 24  # the most characters of a caption that is offered as a query
+SIDE, MAP_SIDE, LARGE_SIDE = 224, 448, 768  # the sides of pictures in results, heat maps and details, in pixels
 
 
 class Pictures:
-    """The pictures that may be shown: those of the source that was embedded, or files in some folders.
+    """The pictures that the app may show: those of the embedded source, or files in the folders ``roots``.
 
     Args:
-        roots: the folders. A link inside them that leads out of them is not followed.
+        roots: the folders. Symbolic links that lead out of them are not followed.
         samples: the source, from which pictures are read by their numbers.
     """
 
@@ -57,24 +57,25 @@ class Pictures:
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> Pictures:
-        """Return the pictures that a set was made from, by what it says of itself.
+        """Return the pictures that an embedded set was made from, as its ``about.json`` describes them.
 
         Raises:
-            ValueError: it does not say it; or the source is not on this machine, cannot be read, or has changed.
+            ValueError: the description is missing; or the source is not on this machine, cannot be read, or has
+                changed.
         """
-        if not is_local(str(about.get("data"))):  # a name with a scheme may be a command
+        if not is_local(str(about.get("data"))):  # a name with a scheme may run a command (``pipe:``)
             raise ValueError(f"{about['data']} is not on this machine")
         return cls(samples=Samples.of(about))
 
     def open(self, metadata: Mapping[str, Any]) -> Image.Image:
-        """Decode the picture of an item.
+        """Decode the picture of a found item.
 
         Args:
-            metadata: ``number`` is the place in the source; ``image_path`` is absolute, or relative to the working
+            metadata: ``number`` is the position in the source; ``image_path`` is absolute, or relative to the working
                 folder or to one of the folders.
 
         Raises:
-            ImageError: there is no such picture, or it cannot be decoded.
+            ImageError: the picture does not exist, may not be shown, or cannot be decoded.
         """
         if self.samples is None:
             return open_image(self._file(metadata.get(IMAGE_PATH)))
@@ -88,25 +89,25 @@ class Pictures:
         if not self.roots:
             raise ImageError("no folder of pictures is known: name it with --pictures")
         try:
-            # a resolved path holds neither links nor "..": what is compared is what is opened
+            # a resolved path has no links and no "..": the path that is checked is the path that is opened
             for file in (Path(path).resolve(), *((root / path).resolve() for root in self.roots)):
                 if any(file.is_relative_to(root.resolve()) for root in self.roots) and file.is_file():
                     return file
-        except (OSError, ValueError, TypeError) as error:  # a name that no file can have
+        except (OSError, ValueError, TypeError) as error:  # the path is not valid for any file
             raise ImageError(f"the path cannot be used: {error}") from error
         raise ImageError("no such file in the folders of pictures")
 
 
 class Desk:
-    """An embedded set with the model that embedded it, which answers the page.
+    """Answers the requests of the app's page, from an embedded set and the model that embedded it.
 
     Args:
         embeddings: the set.
         encoder: the model.
-        pictures: the files that may be shown.
+        pictures: the pictures that may be shown.
 
     Raises:
-        ValueError: the set is empty, or its features have another width than the model's.
+        ValueError: the set is empty, or the width of its features is not the model's.
     """
 
     def __init__(self, embeddings: Embeddings, encoder: Encoder, pictures: Pictures) -> None:
@@ -122,20 +123,20 @@ class Desk:
             )
 
     def columns(self) -> str:
-        """Return the names of the columns that a filter can name."""
+        """Return the names of the metadata columns that a filter expression can use."""
         table = self.embeddings.metadata
         there = (name for name in table.column_names if table.column(name).null_count < len(table))
         names = (f"<code>{html.escape(name)}</code>" for name in there)
         return f'<p class="quiet">Columns: {", ".join(names)}</p>'
 
     def start(self) -> str:
-        """Return items from all over the set, which the page shows before anybody has asked."""
+        """Return items spread evenly over the set, which the page shows before the first query."""
         count = len(self.embeddings)
         cards = [self._card(row) for row in range(0, count, -(-count // FOUND))]
         return _cards(f"{len(cards):,} of {count:,}, from all over the set", cards)
 
     def samples(self) -> str:
-        """Return captions as queries to begin with: such as find their own item, by this model."""
+        """Return captions as example queries: short ones for which the model finds their own item first."""
         if "caption" not in self.embeddings.metadata.column_names:
             return ""
         captions, count = self.embeddings.metadata.column("caption"), len(self.embeddings)
@@ -149,17 +150,18 @@ class Desk:
         return f'<p class="samples">{chips}</p>'
 
     def search(self, words: str, picture: str | None, weight: float | None, where: str, k: float | None) -> str:
-        """Return the items that fit words, a picture, or both best.
+        """Return the items that are most similar to a text, a picture, or both.
 
         Args:
             words: the query, or "".
             picture: a file, or None.
             weight: the share of the picture, from 0 to 1, if there are words too.
-            where: an expression that the metadata must fulfil, or "".
-            k: how many items to find.
+            where: a filter expression on the metadata, or "".
+            k: the number of items to find.
 
         Raises:
-            ValueError: there is neither, the picture or the expression cannot be used, or a number is out of range.
+            ValueError: text and picture are both missing, the picture or the expression cannot be used, or a number is
+                out of range.
         """
         words = _checked(words, "words").strip()
         if not words and not picture:
@@ -176,18 +178,18 @@ class Desk:
         return self._found(found[0], where, k)
 
     def similar(self, row: int, where: str, k: float | None) -> str:
-        """Return the items that are most similar to one of them, without this one.
+        """Return the items that are most similar to an item of the set, without the item itself.
 
         Raises:
-            ValueError: there is no such item, the expression cannot be used, or ``k`` is out of range.
+            ValueError: the item does not exist, the expression cannot be used, or ``k`` is out of range.
         """
         return self._found(self.embeddings.feature(row, self.kind), where, k, without=row)
 
     def detail(self, row: int) -> str:
-        """Return an item as a large picture with all that is known of it.
+        """Return the details of an item: a large picture and all its metadata.
 
         Raises:
-            ValueError: there is no such item.
+            ValueError: the item does not exist.
         """
         self.embeddings.feature(row, self.kind)  # refuses a row that does not exist
         metadata = row_of(self.embeddings, row)
@@ -200,15 +202,15 @@ class Desk:
         return f'<div class="detail">{self._picture(metadata, LARGE_SIDE)}<div>{similar}<dl>{cells}</dl></div></div>'
 
     def classify(self, picture: str | None, labels: str, templates: str) -> str:
-        """Return how well each label fits a picture, the best first.
+        """Classify a picture zero-shot: return the probability of each label, the highest first.
 
         Args:
             picture: a file, or None.
-            labels: one in each line.
-            templates: the name of the prompts that are averaged.
+            labels: the labels, one in each line.
+            templates: the name of the prompt templates, over which features are averaged.
 
         Raises:
-            ValueError: something is missing, unknown, or too much.
+            ValueError: a value is missing, unknown, or too long.
         """
         picture, names = _dropped(picture), _lines(labels, "labels", MAX_LABELS)
         if templates not in TEMPLATES:
@@ -224,14 +226,14 @@ class Desk:
         return f'<table class="labels" role="status"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
     def heat_map(self, picture: str | None, texts: str) -> str:
-        """Return a picture under its heat map for each text.
+        """Return a picture overlaid with its heat map for each text.
 
         Args:
             picture: a file, or None.
-            texts: one in each line.
+            texts: the texts, one in each line.
 
         Raises:
-            ValueError: something is missing or too much, the picture cannot be used, or the model is none of clipfast.
+            ValueError: a value is missing or too long, the picture cannot be used, or the model is not one of clipfast.
         """
         from PIL import ImageOps
 
@@ -256,7 +258,7 @@ class Desk:
         return f'<p class="quiet" role="status">{legend}</p><ul class="cards maps">{"".join(figures)}</ul>'
 
     def _seen(self, picture: str) -> Tensor:
-        """Return the features of a picture that was dropped."""
+        """Return the features of a picture that the user uploaded."""
         return self.encoder.images(self.encoder.transform(open_image(picture))[None])[0]
 
     def _found(self, query: Tensor, where: str, k: float | None, without: int | None = None) -> str:
@@ -282,7 +284,7 @@ class Desk:
         )
 
     def _picture(self, metadata: dict[str, Any], side: int) -> str:
-        """Return the picture of an item, or words in its place."""
+        """Return the HTML of an item's picture, or of a message in its place."""
         if IMAGE_PATH not in metadata:
             return '<span class="none">no picture</span>'
         try:
@@ -298,27 +300,27 @@ def _cards(count: str, cards: Sequence[str]) -> str:
 
 
 def answer(function: Callable[..., str], *given: Any) -> str:
-    """Return the HTML of an answer, or of a message that says why there is none."""
+    """Return the HTML that a function of the app answers with, or the HTML of its error."""
     try:
         found = function(*given)
     except ValueError as error:
         found = message(str(error))
-    except Exception as error:  # one request that fails must not end the others
+    except Exception as error:  # a failing request must not end the others
         log.exception("a request failed")
         found = message(f"this failed: {error}")
-    return found.encode("utf-8", "replace").decode()  # a request may hold halves of surrogate pairs
+    return found.encode("utf-8", "replace").decode()  # a request may contain lone surrogates, which UTF-8 lacks
 
 
 def message(text: str) -> str:
-    """Return the HTML of a message about an error."""
+    """Return the HTML of an error message."""
     return f'<p class="message" role="alert">{html.escape(text)}</p>'
 
 
 def _checked(text: str | None, name: str) -> str:
-    """Return a text of a form; an empty field may be None.
+    """Return the text of a form's field; an empty field may be None.
 
     Raises:
-        ValueError: it is too long.
+        ValueError: the text is too long.
     """
     if len(text or "") > MAX_TEXT:
         raise ValueError(f"{name}: at most {MAX_TEXT:,} characters, got {len(text or ''):,}")
@@ -332,10 +334,10 @@ def _dropped(picture: str | None) -> str:
 
 
 def _lines(text: str | None, name: str, most: int) -> list[str]:
-    """Return the distinct lines of a text of a form that are not empty.
+    """Return the distinct non-empty lines of the text of a form's field.
 
     Raises:
-        ValueError: the text is too long, or lines are too many or missing.
+        ValueError: the text is too long, or has no lines or too many.
     """
     lines = list(dict.fromkeys(line.strip() for line in _checked(text, name).splitlines() if line.strip()))
     if not 1 <= len(lines) <= most:

@@ -1,4 +1,4 @@
-"""The page of ``clipfast app`` in Gradio, served to this machine alone."""
+"""The Gradio page of ``clipfast app``, and its server, which only this machine can reach."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..evaluate.zero_shot import TEMPLATES
 from .app import FOUND, MAX_MAPS, Desk, answer
 
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")  # by which a browser may call it: not by a stranger's name that leads here
-FILES = ("file=", "file/", "proxy=")  # beginnings of the addresses by which Gradio serves a file
-MAX_UPLOAD = 50 * 2**20  # bytes of a dropped picture
-KEPT = 3600  # seconds after which uploads are removed
-SESSIONS = 16  # whose state Gradio keeps, 100 KB for each that asks: here it is the same for all
+NAMES = (HOST, "localhost")  # allowed host names: another site's name may resolve to this machine (DNS rebinding)
+FILES = ("file=", "file/", "proxy=")  # the prefixes of the URL paths under which Gradio serves files
+MAX_UPLOAD = 50 * 2**20  # the largest upload, in bytes
+KEPT = 3600  # uploads are removed after this many seconds
+SESSIONS = 16  # Gradio keeps the state of this many sessions, 100 KB each; here the state is the same for all
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; font-src 'self' data:; connect-src 'self'; "
@@ -45,8 +45,8 @@ watch('value', () => {
   if (top < 0 || top > innerHeight * 0.7) shown.scrollIntoView();
 });
 """
-SAID = {"common.complete": "done"}  # Gradio says the key itself to screen readers, after each answer
-NARROW = "() => { if (innerWidth < 640) document.querySelector('#more button')?.click() }"  # results come soon
+SAID = {"common.complete": "done"}  # without this text, Gradio reads the key itself to screen readers after each answer
+NARROW = "() => { if (innerWidth < 640) document.querySelector('#more button')?.click() }"  # results soon in view
 HEADERS = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -58,12 +58,12 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """Stands before Gradio: only its own page may ask, and no file is served but uploads.
+    """ASGI middleware in front of Gradio, which accepts requests of the app's own page only, and serves only uploads.
 
-    A page of another origin can send requests to this machine, though it cannot read the answers.
+    Without it, a page of another origin could send requests to this machine, though it could not read the answers.
 
     Args:
-        app: the application that is guarded.
+        app: the ASGI application behind the guard.
         uploads: the folder of the uploads.
     """
 
@@ -71,7 +71,7 @@ class Guard:
         self.app, self.uploads = app, uploads.resolve()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Answer an ASGI request: pass it on to Gradio, or refuse it."""
         if scope["type"] == "http" and not self._may_ask(scope):
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"not served\n"})
@@ -85,14 +85,14 @@ class Guard:
         await self.app(scope, receive, answer)
 
     def _may_ask(self, scope: Message) -> bool:
-        """Return whether a program, the page itself or a link to it asks, and for no file that is not an upload."""
+        """Return whether the page itself, a link to it or a program asks, and for no file except an upload."""
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
-        is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # by a link
+        is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # links go to "/"
         return is_own and given.get(b"origin", own) == own and self._allows(path)
 
     def _allows(self, path: str) -> bool:
-        """Return False for the address of a file that is no upload."""
+        """Return False for the URL path of a file that is not an upload."""
         for mark in FILES:
             _, found, file = path.partition(f"/{mark}")
             if found:
@@ -104,10 +104,10 @@ class Guard:
 
 
 def check_port(port: int) -> None:
-    """Refuse a port that cannot be used.
+    """Refuse a port on which the app cannot listen.
 
     Raises:
-        ValueError: this user may not use it, or somebody uses it.
+        ValueError: this user may not use the port, or it is in use.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -121,16 +121,16 @@ def check_port(port: int) -> None:
 
 @contextlib.contextmanager
 def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iterator[str]:
-    """Serve the page while the context lasts; the value is its address.
+    """Serve the app's page within a context, whose value is the address of the page.
 
     Args:
-        desk: answers the requests.
-        title: of the page; as text.
-        port: to listen on.
-        browser: open the page in the user's browser.
+        desk: the functions that answer requests.
+        title: the title of the page, as plain text.
+        port: the port to listen on.
+        browser: whether to open the page in the user's browser.
     """
     with tempfile.TemporaryDirectory(prefix="clipfast-app-") as folder:
-        # Gradio reads these when it is imported, or when a page is made.
+        # Gradio reads these environment variables when it is imported, or when a page is made.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
         import gradio
         from starlette.middleware import Middleware
@@ -153,7 +153,7 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
 
 
 def wait(said: str) -> None:
-    """Print a line, and wait for Ctrl-C or for a signal to end, which may come as soon as that is read."""
+    """Print a line, and wait for Ctrl-C or SIGTERM, which a reader of the line may send at once."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         print(said, flush=True)
@@ -161,7 +161,7 @@ def wait(said: str) -> None:
 
 
 def _page(desk: Desk, title: str, uploads: Path) -> Any:
-    """Return the page; ``uploads`` is the folder of dropped pictures."""
+    """Return the app's page as Gradio blocks; ``uploads`` is the folder of uploaded pictures."""
     import gradio
 
     labels = {"label": "Labels, one in each line", "lines": 6, "max_lines": 20}
@@ -180,11 +180,11 @@ def _page(desk: Desk, title: str, uploads: Path) -> Any:
 
 
 def _picture_field(uploads: Path, **options: Any) -> Any:
-    """Return a field for a picture, whose value is an upload; only :class:`Desk` decodes it."""
+    """Return the page's field for a picture; its value is the uploaded file, which only :class:`Desk` decodes."""
     import gradio
 
     def uploaded(path: str) -> str:
-        try:  # a file elsewhere is refused in the same words, whether it exists or not
+        try:  # a path outside of the uploads gets the same error whether the file exists or not
             file = Path(path).resolve()
             if file.is_relative_to(uploads) and file.is_file():
                 return str(file)
@@ -196,8 +196,8 @@ def _picture_field(uploads: Path, **options: Any) -> Any:
         return uploaded(path)
 
     field: Any = gradio.Image(type="filepath", sources=["upload", "clipboard"], height=220, **options)
-    # not a subclass, for which Gradio would write a file beside this one. Its own check passes over payloads without
-    # "meta", and before that it downloads what an address names
+    # Methods of the instance are replaced, since for a subclass Gradio would write a file beside this one. Gradio's own
+    # check ignores payloads without "meta", and before it checks, it downloads any URL in the payload.
     field.async_move_resource_to_block_cache = moved
     field.preprocess = lambda payload: None if payload is None else uploaded(payload.path)
     return field
@@ -235,7 +235,7 @@ def _search_tab(desk: Desk, uploads: Path) -> None:
     def sample(event: gradio.EventData) -> str:
         return str(event.words)
 
-    # names of annotations are looked up by Gradio among globals, where gradio is not
+    # Gradio looks up the names in annotations among the globals of the module, and gradio is imported locally here
     for function in (show, similar, sample):
         function.__annotations__["event"] = gradio.EventData
     fields = [words, picture, weight, where, k]
@@ -252,14 +252,14 @@ def _search_tab(desk: Desk, uploads: Path) -> None:
 def _picture_tab(
     function: Callable[..., str], uploads: Path, lines: dict[str, Any], button: str, templates: Sequence[str] = ()
 ) -> None:
-    """Add a tab that asks a function about a dropped picture and lines of text, and about templates if there are any.
+    """Add a tab to the page in which the user uploads a picture, writes lines of text, and may choose templates.
 
     Args:
-        function: a method of :class:`Desk`, whose name is also that of the function for programs.
-        uploads: the folder of dropped pictures.
-        lines: the options of the field of text.
-        button: the words on it.
-        templates: the names to choose from.
+        function: the method of :class:`Desk` that answers; programs call it over the API by its name.
+        uploads: the folder of uploaded pictures.
+        lines: the options of the text field.
+        button: the label of the button.
+        templates: the names of the templates to choose from.
     """
     import gradio
 

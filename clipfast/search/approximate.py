@@ -1,4 +1,4 @@
-"""An approximate index of embeddings by faiss, kept in the user's cache, and how much of the exact answer it finds."""
+"""An approximate search index of embeddings by faiss, which is kept in the user's cache with its measured recall."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from .embeddings import Embeddings
 
 FOLDER = "faiss"
-RECALL = 0.95  # for which lists are looked through, on the sample
-SAMPLE, SAMPLE_K = 200, 10  # queries by which recall is measured, and how many items each finds
-PER_LIST = 39  # items that faiss wants for each list, at least, to train on
-WHOLE = 5_000_000  # items from which on vectors are kept in 8 bits
+RECALL = 0.95  # the number of lists to search is chosen for this recall on the sample
+SAMPLE, SAMPLE_K = 200, 10  # the number of queries by which recall is measured, and the k of its recall@k
+PER_LIST = 39  # faiss wants at least this many training vectors for each list
+WHOLE = 5_000_000  # from this many items on, the index stores features in 8 bits
 
 
 def search(
     embeddings: Embeddings, folder: Path, query: Tensor, k: int, mask: NDArray[np.bool_] | None, kind: str
 ) -> tuple[Found, dict[str, Any]]:
-    """Search the index in a folder, which is made first if there is none, or if the embeddings have changed.
+    """Search embeddings by an approximate index, which is built first if it is missing or the embeddings have changed.
 
     Args:
-        embeddings: of the folder.
-        folder: of the embeddings.
-        query: features [Q, D] on the CPU.
-        k: how many items to find.
-        mask: a bool for each item, False for those that are not to be found.
+        embeddings: the embeddings in the folder.
+        folder: the folder of the embeddings.
+        query: the features of the queries [Q, D] on the CPU.
+        k: the number of items to find for each query.
+        mask: a bool for each item; items with False are not found.
         kind: "image" or "text".
 
     Returns:
-        What was found, and what is known of the index, with its ``recall`` against exact search.
+        The found items, and the description of the index, with its ``recall`` against exact search.
 
     Raises:
         ValueError: faiss is not installed.
@@ -64,10 +64,11 @@ def search(
 
 
 def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
-    """Return the index with its figures, such as its recall."""
+    """Return the faiss index of embeddings with its description, such as its recall; build it if necessary."""
     import faiss
 
-    # In the user's own cache, since faiss trusts an index wholly, and a folder may be anybody's.
+    # The index lies in the user's own cache, since faiss reads index files without checks, and a folder may come from
+    # anybody.
     home = cache_folder() / FOLDER / file_name(str(folder.resolve()))
     path, note = home / f"{kind}.index", home / f"{kind}.json"
     stamp = _stamp(folder, kind)
@@ -75,12 +76,12 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
         about: dict[str, Any] = json.loads(note.read_text("utf-8"))
         if about.get("stamp") == stamp:
             return faiss.read_index(str(path)), about
-    note.unlink(missing_ok=True)  # it vouches for the index
+    note.unlink(missing_ok=True)  # the description says that the index is complete, so it must not outlive the old one
     features = embeddings.of_kind(kind)
     if features is None:
         raise ValueError(f"{folder} has no {kind} features to index")
     others = embeddings.of_kind("text" if kind == "image" else "image")
-    # queries are texts, by which people search pictures; without texts, they are items
+    # recall is measured with queries of the other kind, since texts search pictures; without these, with the items
     index, about = make_index(features, sample(features if others is None else others))
     about |= {"stamp": stamp, "folder": str(folder.resolve())}
     _drop_left(home.parent)
@@ -91,16 +92,16 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
 
 
 def _drop_left(homes: Path) -> None:
-    """Remove the indexes of folders that are gone."""
+    """Remove cached indexes whose folders of embeddings are gone."""
     for note in homes.glob("*/*.json"):
-        with contextlib.suppress(OSError, ValueError):  # another process removes or writes it
+        with contextlib.suppress(OSError, ValueError):  # another process may remove or write the file
             folder = json.loads(note.read_text("utf-8")).get("folder")
             if folder is None or not Path(folder).exists():
                 shutil.rmtree(note.parent)
 
 
 def _stamp(folder: Path, kind: str) -> str:
-    """Return a text that changes when the features do."""
+    """Return a text that changes whenever the features of the folder change."""
     part = IMAGES if kind == "image" else TEXTS
     paths = [folder / ABOUT, *sorted((folder / part).glob(f"{part}_*{SUFFIXES[part]}"))]
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
@@ -108,22 +109,22 @@ def _stamp(folder: Path, kind: str) -> str:
 
 
 def sample(features: Tensor) -> Tensor:
-    """Return some of the features, to measure recall by."""
+    """Draw some features at random, as the queries that measure the recall of an index."""
     places = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:SAMPLE]
     return features[places].float()
 
 
 def make_index(features: Tensor, queries: Tensor) -> tuple[Any, dict[str, Any]]:
-    """Make an index that looks through as many of its lists as it needs for a recall of 95% on some queries.
+    """Build a faiss index; it searches as many of its lists as a recall of 95% on some queries takes.
 
-    There are about 4 sqrt(N) lists. Features are kept as they are, in float32, or in 8 bits from five million on.
+    There are about 4 sqrt(N) lists. Features are stored in float32, or in 8 bits from five million items on.
 
     Args:
-        features: of the items [N, D].
-        queries: features [Q, D], float32.
+        features: the features of the items [N, D].
+        queries: the features of the queries [Q, D], float32.
 
     Returns:
-        The index, and what is known of it.
+        The index and its description.
     """
     import faiss
 
@@ -143,7 +144,8 @@ def make_index(features: Tensor, queries: Tensor) -> tuple[Any, dict[str, Any]]:
     while probes < lists and recall < RECALL:
         probes = min(max(1, 2 * probes), lists)
         scores, _ = index.search(queries.numpy(), k, params=faiss.SearchParametersIVF(nprobe=probes))
-        # an item that is as good as the last of the exact answer is right, whichever of equal ones it is
+        # a found item counts as right if its score reaches that of the last exact item, since equal items are
+        # interchangeable
         recall = float((torch.from_numpy(scores) >= exact[:, -1:] - 1e-3 * exact[:, -1:].abs()).float().mean())
     return index, {
         "factory": factory, "lists": lists, "probes": probes, "recall": recall, "k": k, "sample": len(queries),

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..kernels.common import slices
 from .similar import check_features, unit
 
-TILE = 1 << 22  # similarities that exist at once
-SAMPLED = 256  # features for each cluster, among which the first centres are chosen
+TILE = 1 << 22  # the number of similarities in memory at once
+SAMPLED = 256  # the first centres are chosen among this many features for each cluster
 
 
 @dataclasses.dataclass
@@ -21,9 +21,9 @@ class Clusters:
 
     Attributes:
         centres: [k, D], of unit length, float32.
-        groups: [N], int64: the number of each feature's cluster.
-        similarity: [N], float32: the cosine of each feature and its centre.
-        rounds: how often the centres were computed.
+        groups: [N], int64: the number of the cluster of each feature.
+        similarity: [N], float32: the cosine of each feature and the centre of its cluster.
+        rounds: the number of times that the centres were computed.
         is_settled: False if features still changed their clusters in the last round.
     """
 
@@ -35,11 +35,11 @@ class Clusters:
 
     @property
     def sizes(self) -> Tensor:
-        """[k]: how many features each cluster has."""
+        """The number of features in each cluster, [k]."""
         return self.groups.bincount(minlength=len(self.centres))
 
     def nearest(self, group: int, count: int) -> list[int]:
-        """Return the features of a cluster that are nearest to its centre, the nearest first."""
+        """Return the positions of the features of a cluster that are nearest to its centre, the nearest first."""
         members = (self.groups == group).nonzero().squeeze(1)
         order = self.similarity[members].sort(descending=True, stable=True).indices[:count]
         return members[order].tolist()
@@ -50,19 +50,19 @@ def spherical_k_means(
     features: Tensor, k: int, *, seed: int = 0, rounds: int = 100, init: str = "k-means++",
     device: str | torch.device | None = None,
 ) -> Clusters:  # fmt: skip
-    """Divide features into k clusters, so that the sum of the cosines of features and their centres is high.
+    """Divide features into k clusters by spherical k-means, which maximises the sum of the cosines to the centres.
 
-    The result depends on nothing but the arguments and the kind of device. A centre that loses all its features moves
-    to the feature that is the furthest from its own.
+    The result depends only on the arguments and the kind of device. A centre that loses all its features moves to the
+    feature that is furthest from the centre of its cluster.
 
     Args:
-        features: [N, D] of floats, of any length but 0. They may stay in the memory of the CPU, and go to the device
-            block by block.
-        k: how many clusters, at most N.
-        seed: of the first centres.
-        rounds: how often centres are computed at most; the work ends before if no feature changes its cluster.
-        init: "k-means++" chooses first centres that are far from each other, "random" any features.
-        device: computes; by default that of the features.
+        features: [N, D] of floats, of any length except 0. They may lie in CPU memory; they go to the device block by
+            block.
+        k: the number of clusters, at most N.
+        seed: the seed of the first centres.
+        rounds: the most times that centres are computed; k-means ends earlier if no feature changes its cluster.
+        init: "k-means++" chooses first centres that are far from each other, "random" chooses random features.
+        device: the device that computes; default: the device of the features.
 
     Returns:
         The clusters, on the CPU.
@@ -86,36 +86,36 @@ def spherical_k_means(
 
 
 class _Work:
-    """Features that are read block by block."""
+    """The features that k-means clusters, which are read block by block."""
 
     def __init__(self, features: Tensor, k: int, device: torch.device) -> None:
         self.features, self.k, self.device = features, k, device
         self.blocks = slices(len(features), max(1, TILE // max(k, features.shape[1])))
 
     def block(self, rows: slice | Tensor) -> Tensor:
-        """Return some of the features with unit length, float32."""
+        """Return a block of the features, scaled to unit length, in float32."""
         return unit(self.features[rows], self.device)
 
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the number of the nearest centre of each feature, the first of equal ones, and their cosine."""
+        """Return the number of each feature's nearest centre (of equally near ones the first) and the cosine to it."""
         found = [(self.block(rows) @ centres.T).max(dim=1) for rows in self.blocks]
         return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
 
     def centres_of(self, groups: Tensor, similarity: Tensor, before: Tensor) -> Tensor:
-        """Return the direction of the sum of each cluster's features."""
+        """Return the new centre of each cluster: the sum of its features, scaled to unit length."""
         sums = torch.zeros(self.k, self.features.shape[1], device=self.device)
         for rows in self.blocks:
-            # a product in place of additions in an order of their own, in which a GPU would do them
+            # a matrix product, because scattered additions on a GPU happen in random order and give different sums
             chosen = F.one_hot(groups[rows], self.k).to(sums.dtype)
             sums += chosen.T @ self.block(rows)
         empty = (groups.bincount(minlength=self.k) == 0).nonzero().squeeze(1)
         if len(empty):
             sums[empty] = self.block(similarity.sort(stable=True).indices[: len(empty)])
         lengths = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-        return torch.where(lengths > 0, sums / lengths, before)  # opposite features have no direction
+        return torch.where(lengths > 0, sums / lengths, before)  # features that cancel out have no mean direction
 
     def first_centres(self, seed: int, init: str) -> Tensor:
-        """Return features that were drawn as centres."""
+        """Draw features as the first centres of k-means."""
         random = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self.features), generator=random)
         if init == "random":
@@ -124,7 +124,7 @@ class _Work:
         centres = some[:1]
         distance = 1 - some @ centres[0]
         for _ in range(1, self.k):
-            # the square of the distance is twice this, and its share is the probability of k-means++
+            # the squared distance is twice this; k-means++ draws features with probabilities in proportion to it
             sums = distance.clamp(min=0).double().cumsum(0).cpu()
             place = torch.searchsorted(sums, torch.rand((), generator=random).double() * sums[-1], right=True)
             centres = torch.cat([centres, some[place.clamp(max=len(some) - 1)][None]])

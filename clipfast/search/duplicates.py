@@ -1,4 +1,4 @@
-"""Groups of near duplicates, and which items of each are kept."""
+"""Groups of near duplicates among embedded images, and the choice of the items that are kept."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .similar import Pairs, check_features, cosines, cosines_of_pairs, linked, s
 if TYPE_CHECKING:
     from .embeddings import Embeddings
 
-DIGESTS = ("sha256", "md5")  # columns of metadata: items with the same value are equal
+DIGESTS = ("sha256", "md5")  # metadata columns with checksums: items with the same value are duplicates
 
 
 @dataclasses.dataclass
 class Group:
-    """Items that are linked by near duplicates.
+    """A group of near duplicates: items that are linked, perhaps through a chain of others.
 
     Attributes:
-        kept: the items that stay, the best first. There are several in a chain, whose ends are no near duplicates.
-        why: the reason why each of these is kept.
-        dropped: the others, in their order.
-        of: the kept item that each of these is a near duplicate of: of several, the most similar one.
-        similarity: of each of the dropped items with that one.
+        kept: the items that are kept, the best first. A chain may keep several, since its ends are no near duplicates.
+        why: the reason for keeping each of the kept items.
+        dropped: the dropped items, in their order.
+        of: for each dropped item the most similar kept item of which it is a near duplicate.
+        similarity: the similarity of each dropped item and that kept item.
     """
 
     kept: list[int] = dataclasses.field(default_factory=list)
@@ -44,25 +44,26 @@ def near_duplicates(
     embeddings: Embeddings, threshold: float = 0.95, keep: str = "first", *, device: str | torch.device | None = None,
     progress: Callable[[list[slice]], Iterable[slice]] = iter,
 ) -> list[Group]:  # fmt: skip
-    """Find the near duplicates among images.
+    """Find near duplicates among embedded images, and choose the ones to keep.
 
     Two items are near duplicates if their features have a cosine of at least the threshold, or if a column "sha256" or
-    "md5" of the metadata has the same value for both. Items are looked at from the best to the worst, and an item is
-    dropped if it is a near duplicate of one that was kept before. So no two of those that are kept are near duplicates,
-    and each that is dropped has its like among them. Chains of near duplicates are groups.
+    "md5" of the metadata has the same value for both. Items are visited from the best to the worst, and an item is
+    dropped if it is a near duplicate of an item that was kept before. Therefore no two kept items are near duplicates,
+    and every dropped item is a near duplicate of a kept one. Chains of near duplicates form groups.
 
     Args:
-        embeddings: with features of images.
+        embeddings: the embeddings, which must have features of images.
         threshold: from -1 to 1.
-        keep: which item is better: the "first", the "largest" by width x height, or the "best" by the product of the
-            features of image and text. Of equal ones it is the first.
+        keep: which item is the best: the "first", the "largest" by width x height, or the "best" by the similarity of
+            image and text. Of equally good items the first is the best.
         device, progress: as :func:`~clipfast.search.similar.similar_pairs` takes them.
 
     Returns:
-        The groups with more than one item, in the order of the first items.
+        The groups with more than one item, ordered by their first items.
 
     Raises:
-        ValueError: there is not what ``keep`` needs; or as :func:`~clipfast.search.similar.similar_pairs`.
+        ValueError: features or columns that ``keep`` needs are missing; or as
+            :func:`~clipfast.search.similar.similar_pairs`.
     """
     features = embeddings.features
     assert features is not None
@@ -90,12 +91,12 @@ def near_duplicates(
 
 
 def _kept_ones(pairs: Pairs, order: Tensor, digests: Sequence[Sequence[object]]) -> Tensor:
-    """Return for each item [N] the kept one that it is a near duplicate of: itself if it is kept.
+    """Return, for each item [N], the kept item of which it is a near duplicate; a kept item has itself.
 
     Args:
-        pairs: of similar items.
+        pairs: the pairs of similar items.
         order: the items, the best first.
-        digests: lists of a value for each item, or None: items with the same one are near duplicates.
+        digests: lists with a checksum or None for each item; items with the same checksum are near duplicates.
     """
     ranks = order.argsort()[pairs.places]
     better = ranks.amin(1)
@@ -119,10 +120,10 @@ def _kept_ones(pairs: Pairs, order: Tensor, digests: Sequence[Sequence[object]])
 
 
 def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
-    """Return the worth of each item (None for their order), and words for it.
+    """Return a number for each item by which ``keep`` prefers it (None for their order), and the reason in words.
 
     Raises:
-        ValueError: features or columns that this needs are missing.
+        ValueError: features or columns that ``keep`` needs are missing.
     """
     if keep == "first":
         return None, "first"
@@ -140,13 +141,13 @@ def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
 
 
 def _digests(embeddings: Embeddings) -> list[list[object]]:
-    """Return a list for each column that says which items are equal, with None where it says nothing."""
+    """Return the values of each checksum column of the metadata, with None for items without one."""
     names = [name for name in DIGESTS if name in embeddings.metadata.column_names]
     return [[(name, x) if x else None for x in embeddings.metadata.column(name).to_pylist()] for name in names]
 
 
 def _equal(digests: Sequence[Sequence[object]]) -> Tensor:
-    """Return pairs of items with the same digest: each with the first that has it."""
+    """Return pairs of duplicates by checksum: each item with the first item of the same checksum."""
     first: dict[object, int] = {}
     pairs = [(first.setdefault(one, place), place) for column in digests for place, one in enumerate(column) if one]
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)

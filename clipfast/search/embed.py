@@ -1,8 +1,8 @@
-"""Embedding the pictures and texts of a source, part by part, into a folder for :class:`clipfast.Embeddings`.
+"""Embeds the pictures and texts of a source, part by part, into a folder for :class:`clipfast.Embeddings`.
 
-Which samples are in which part and batch follows from their places alone, and on a CPU each batch is computed by one
-thread, several at a time. So the content of the folder depends neither on the number of processes, threads and data
-workers nor on how often the work was interrupted.
+The part and the batch of a sample follow from its position alone, and on a CPU each batch is computed by one thread,
+with several batches at a time. Therefore the content of the folder does not depend on the number of processes, threads
+and data workers, or on interruptions.
 """
 
 from __future__ import annotations
@@ -45,26 +45,27 @@ from .source_samples import Samples, table_of
 
 log = logging.getLogger("clipfast")
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
-SKIPPED = "skipped"  # the key of the samples left out of a part, in the metadata of its Parquet file
+SKIPPED = "skipped"  # the key under which the metadata of a part's Parquet file lists the samples that were left out
 SKIPPED_FILE = "skipped.tsv"
-GPU_BATCH = 256  # samples that are encoded at once, by default
-# On a CPU, each thread encodes as many at once as have CPU_PIXELS pixels, within these bounds: more of small images.
+GPU_BATCH = 256  # the default number of samples that are encoded at once on a GPU
+# On a CPU, the batch of each thread has about CPU_PIXELS pixels, within these bounds: smaller images make larger
+# batches.
 CPU_BATCH, SMALL_BATCH, CPU_PIXELS = 32, 128, 1 << 17
 
 
 @dataclasses.dataclass
 class _Batch:
-    """Samples that are encoded together, with ``rows`` of metadata; those that cannot be used are in ``skipped``."""
+    """A batch of samples to embed, with ``rows`` of metadata; ``skipped`` has the unusable samples."""
 
     pixels: list[Tensor] | Tensor = dataclasses.field(default_factory=list)
     texts: list[str] = dataclasses.field(default_factory=list)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     skipped: list[tuple[int, Skipped]] = dataclasses.field(default_factory=list)
-    features: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by IMAGES and TEXTS
+    features: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # the keys are IMAGES and TEXTS
 
 
 class _Batches(Dataset[_Batch]):
-    """Batches by their places, each read, decoded and transformed by whoever asks for it, such as a data worker."""
+    """The batches of a source as a dataset: the data worker that indexes a batch reads, decodes and transforms it."""
 
     def __init__(self, samples: Samples, transform: Callable[..., Tensor]) -> None:
         self.samples, self.transform = samples, transform
@@ -87,15 +88,15 @@ class _Batches(Dataset[_Batch]):
 
 @dataclasses.dataclass
 class Work:
-    """What is to be embedded, how, and where to.
+    """The work of ``clipfast embed``: the source, the model, the options, and the folder of the embeddings.
 
     Attributes:
         encoder: the model.
         samples: the source.
-        folder: gets the parts.
-        precision: "fp16" or "fp32", in which features are kept.
-        part_size: samples of a part, usable or not.
-        batch_size: samples that are encoded at once; None for a number that suits the device.
+        folder: the folder into which the parts are written.
+        precision: the precision in which features are stored, "fp16" or "fp32".
+        part_size: the number of samples of a part, usable or not.
+        batch_size: the number of samples that are encoded at once; None for a number that suits the device.
     """
 
     encoder: Encoder
@@ -116,18 +117,18 @@ class Work:
 
     @property
     def parts(self) -> list[range]:
-        """The places of the samples of each part."""
+        """The positions of the samples of each part."""
         return _cut(range(len(self.samples)), self.part_size)
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """What the content of the folder depends on, as plain values."""
+        """The model, source and options on which the content of the folder depends, as plain values."""
         made_by = {**self.encoder.about(), "normalized": True, "precision": self.precision}
         sizes = {"part_size": self.part_size, "parts": len(self.parts)}
         return {"version": 1, **made_by, **self.samples.about(), **sizes}
 
     def begin(self) -> None:
-        """Write ``about.json`` into the folder, or compare it with the one that is there.
+        """Write ``about.json`` into the folder of embeddings, or compare it with the existing one.
 
         Raises:
             ValueError: the folder holds something else.
@@ -146,11 +147,11 @@ class Work:
             )
 
     def missing(self) -> list[int]:
-        """Return the numbers of the parts that are not in the folder, or cannot be read."""
+        """Return the numbers of the parts of the embeddings that are missing in the folder or cannot be read."""
         return [number for number in range(len(self.parts)) if not self.holds(number)]
 
     def holds(self, number: int) -> bool:
-        """Return True if a part is in the folder, and can be read."""
+        """Return True if a part of the embeddings is in the folder and can be read."""
         files = {kind: part_path(self.folder, kind, number, len(self.parts)) for kind in (*self.kinds, METADATA)}
         if not files[METADATA].exists():
             return False
@@ -163,16 +164,16 @@ class Work:
 
     @property
     def kinds(self) -> list[str]:
-        """The folders of features: of images, of texts, or both."""
+        """The kinds of features to embed, which are also names of folders: of images, of texts, or both."""
         return [kind for kind, wanted in ((IMAGES, self.samples.images), (TEXTS, self.samples.texts)) if wanted]
 
     def make(self, numbers: Sequence[int], workers: int = 0, advance: Callable[[int], object] = lambda _: None) -> None:
-        """Make the parts with these numbers.
+        """Embed the samples of some parts, and write the parts.
 
         Args:
-            numbers: of the parts.
-            workers: processes that read and decode; 0 for none but this one.
-            advance: is called with the number of samples that are done, again and again.
+            numbers: the numbers of the parts.
+            workers: the number of data worker processes; with 0, this process reads and decodes.
+            advance: is called after each batch with the number of its samples.
 
         Raises:
             ValueError: a data worker died.
@@ -194,7 +195,7 @@ class Work:
 
     @functools.cached_property
     def samples_at_once(self) -> int:
-        """How many samples a batch has."""
+        """The number of samples in a batch."""
         if self.batch_size is not None:
             return self.batch_size
         if torch.device(self.encoder.device).type != "cpu":
@@ -206,11 +207,11 @@ class Work:
 
     @property
     def batch_bytes(self) -> int:
-        """The bytes of the images of a batch, which data workers hold in shared memory."""
+        """The size of a batch's images in bytes, which data workers hold in shared memory."""
         return self.samples_at_once * self.encoder.blank.nbytes if self.samples.images else 0
 
     def _encoded(self, batches: Iterable[_Batch]) -> Generator[_Batch]:
-        """Yield batches with their features, in order."""
+        """Encode batches, and yield them with their features in order."""
         if torch.device(self.encoder.device).type != "cpu":
             yield from map(self._encode, batches)
             return
@@ -234,7 +235,7 @@ class Work:
         return batch
 
     def _write(self, number: int, done: Sequence[_Batch]) -> None:
-        """Write a part."""
+        """Write a part of the embeddings: its features and its metadata."""
         rows = [row for batch in done for row in batch.rows]
         skipped = [(place, *reason) for batch in done for place, reason in batch.skipped]
         table = table_of(rows, self.samples.images).replace_schema_metadata({SKIPPED: json.dumps(skipped)})
@@ -247,14 +248,14 @@ class Work:
 
     @property
     def width(self) -> int:
-        """The width of the features."""
+        """The width D of the features [N, D] to embed."""
         return int(self.encoder.texts([""]).shape[1])
 
     def finish(self) -> tuple[int, list[tuple[int, Skipped]]]:
-        """Write the list of samples that were left out, and return the number of rows and that list.
+        """Complete the folder with the list of samples that were left out; return the number of rows and that list.
 
         Raises:
-            ValueError: a part is missing or damaged, or not one sample can be used.
+            ValueError: a part is missing or damaged, or no sample can be used.
         """
         from pyarrow import parquet
 
@@ -276,20 +277,20 @@ class Work:
 
 
 def _unshared(batch: _Batch) -> _Batch:
-    """Return a batch with its images in this process's own memory: several wait here, and shared memory is scarce."""
+    """Copy a batch's images out of shared memory, which is scarce, since several batches wait in this process."""
     if isinstance(batch.pixels, Tensor) and batch.pixels.is_shared():
         batch.pixels = batch.pixels.clone()
     return batch
 
 
 def refuse_others(folder: Path) -> None:
-    """Refuse a folder that holds something, but no embeddings.
+    """Refuse to embed into a folder that holds something other than embeddings.
 
     Raises:
         ValueError: as above.
     """
     if folder.is_dir() and not read_about(folder):
-        left = {f".{name}.tmp" for name in (LOCK_NAME, ABOUT)}  # by a process that was killed
+        left = {f".{name}.tmp" for name in (LOCK_NAME, ABOUT)}  # temporary files of a process that was killed
         others = {path.name for path in folder.iterdir()} - {LOCK_NAME, *left}
         if others:
             raise ValueError(f"{folder} holds something else ({min(others)}): give a new folder to --output")
@@ -302,7 +303,7 @@ def _cut(places: range, size: int) -> list[range]:
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[Any], Any], values: Iterable[Any], ahead: int
 ) -> Iterator[Any]:
-    """Yield the results of a function in order, of which at most ``ahead`` are under way."""
+    """Yield the results of a function for each item in order; at most ``ahead`` calls run ahead in threads."""
     pending: collections.deque[Future[Any]] = collections.deque()
     try:
         for value in values:

@@ -1,4 +1,4 @@
-"""Features with the metadata of each item: opened, made, joined, searched and saved."""
+"""``Embeddings``: features with the metadata of each item, which are opened, appended, searched and saved."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ..kernels import top_k
 from .layout import DTYPES, Part, read_about, read_parts, write_about, write_part
 from .where import rows_where
 
-NAMES = ("key", "image_path", "caption")  # columns that tell an item from others
+NAMES = ("key", "image_path", "caption")  # the metadata columns that identify an item
 
 if TYPE_CHECKING:
     import pyarrow
     from numpy.typing import NDArray
 
-PART_SIZE = 10_000  # rows of a part, by default
+PART_SIZE = 10_000  # the default number of rows of a part
 KINDS = ("image", "text")
 
 
 class Found(NamedTuple):
-    """The best items of each query, in falling order; where there are fewer than k, scores -inf and indices -1."""
+    """The best items for each query, best first. If there are fewer than k, the rest has scores -inf and indices -1."""
 
     scores: Tensor  # [Q, k]
     indices: Tensor  # [Q, k], int64
 
 
 class Embeddings:
-    """Features of images, of texts, or of both for each item, with a table of what else is known of the items.
+    """Features of images, of texts, or of both for each item, with a table of metadata.
 
     Args:
         features: of the images, [N, D] in float32 or float16; None if there are only texts.
@@ -52,16 +52,16 @@ class Embeddings:
         text_features: Tensor | None = None, about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.about = dict(about or {})
-        self._parts = [_part(features, text_features, metadata)]
+        self._parts = [_checked_part(features, text_features, metadata)]
         self._folder: Path | None = None
-        self._saved = 0  # parts that are in the folder
+        self._saved = 0  # the number of parts that are in the folder
         self._joined: dict[str, Any] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> Embeddings:
         """Open a folder that ``clipfast embed``, :meth:`save` or clip-retrieval wrote.
 
-        Features are mapped into memory: only what is looked at is read.
+        Features are memory-mapped: only the rows that are used are read from the disk.
 
         Raises:
             ValueError: the folder holds no embeddings, is not finished, or is damaged.
@@ -74,7 +74,7 @@ class Embeddings:
         return found
 
     def __len__(self) -> int:
-        """Return the number of items."""
+        """Return the number of embedded items."""
         return sum(map(len, self._parts))
 
     def __repr__(self) -> str:
@@ -83,31 +83,31 @@ class Embeddings:
 
     @property
     def features(self) -> Tensor | None:
-        """Features of the images [N, D], or None. Those of a folder with several parts are read into memory."""
+        """Features of the images [N, D], or None. The features of a folder with several parts are read into memory."""
         return self.of_kind("image")
 
     @property
     def text_features(self) -> Tensor | None:
-        """Features of the texts [N, D], or None. Those of a folder with several parts are read into memory."""
+        """Features of the texts [N, D], or None. The features of a folder with several parts are read into memory."""
         return self.of_kind("text")
 
     @property
     def metadata(self) -> pyarrow.Table:
-        """What is known of each item."""
+        """The table of metadata, with a row for each item."""
         if "metadata" not in self._joined:
             self._joined["metadata"] = _joined_tables([part.metadata for part in self._parts])
         return self._joined["metadata"]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of features that there are: "image", "text", or both."""
+        """The kinds of features of the embeddings: "image", "text", or both."""
         return tuple(kind for kind in KINDS if self._parts[0].of_kind(kind) is not None)
 
     def feature(self, number: int, kind: str = "image") -> Tensor:
-        """Return the features [D] of one item, without reading those of others.
+        """Return the features [D] of one item, without reading the features of others.
 
         Raises:
-            ValueError: there is no such item, or there are no features of this kind.
+            ValueError: the item does not exist, or the embeddings have no features of this kind.
         """
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self):
             raise ValueError(f"there is no item {number!r}; there are {len(self)}, from 0 on")
@@ -116,10 +116,10 @@ class Embeddings:
             if place < len(part):
                 break
             place -= len(part)
-        return _given(part, kind)[place]
+        return _existing_features(part, kind)[place]
 
     def of_kind(self, kind: str) -> Tensor | None:
-        """Return the features of one kind, "image" or "text", as the two properties do."""
+        """Return the features of one kind, "image" or "text": :attr:`features` or :attr:`text_features`."""
         if kind not in self._joined:
             parts = [part.of_kind(kind) for part in self._parts]
             there = [part for part in parts if part is not None]
@@ -128,7 +128,7 @@ class Embeddings:
         return found
 
     def to(self, device: str | torch.device) -> Embeddings:
-        """Return the same with the features on another device, on which they are searched."""
+        """Return the embeddings with the features on another device, on which they are then searched."""
 
         def moved(features: Tensor | None) -> Tensor | None:
             return None if features is None else features.to(device)
@@ -142,14 +142,14 @@ class Embeddings:
         self, features: Tensor | None = None, metadata: pyarrow.Table | Mapping[str, Sequence[Any]] | None = None, *,
         text_features: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Add items at the end; arguments are those of the constructor. A folder is unchanged until :meth:`save`.
+        """Append items; the arguments are those of the constructor. A folder stays unchanged until :meth:`save`.
 
         Columns that only some of the items have are null for the others.
 
         Raises:
-            ValueError: the features do not fit together, or not to those that are there.
+            ValueError: the new features do not fit together, or do not fit the existing ones.
         """
-        part = _part(features, text_features, metadata, first=len(self))
+        part = _checked_part(features, text_features, metadata, first=len(self))
         for kind in KINDS:
             old, new = self._parts[0].of_kind(kind), part.of_kind(kind)
             was, is_ = (None if x is None else (x.shape[1], x.dtype, x.device) for x in (old, new))
@@ -159,17 +159,18 @@ class Embeddings:
         self._joined.clear()
 
     def save(self, folder: str | Path, *, part_size: int = PART_SIZE) -> None:
-        """Write the items to a folder, in clip-retrieval's layout; or only those that are new, if it was opened there.
+        """Write the embeddings to a folder in clip-retrieval's layout; into the folder they came from, only new items.
 
-        A new folder appears as a whole, and new items appear together, whenever the process is killed.
+        If the process is killed, a new folder is complete or absent, and so are new items in an existing folder.
 
         Args:
-            folder: where nothing is yet, or the folder that this was opened from or saved to.
-            part_size: items of a part.
+            folder: a path where nothing exists, or the folder from which these embeddings were opened or to which they
+                were saved.
+            part_size: the number of items of a part.
 
         Raises:
             ValueError: the part size is below 1.
-            FileExistsError: there is something else at ``folder``.
+            FileExistsError: ``folder`` exists, and these embeddings do not belong to it.
             DiskFullError: there is no space.
         """
         if part_size < 1:
@@ -183,7 +184,7 @@ class Embeddings:
         self._folder = folder.resolve()
 
     def _write(self, folder: Path, first: int, part_size: int) -> None:
-        """Write the parts from ``first`` on, cut to their size, and then how many there are."""
+        """Write the parts from ``first`` on, each of ``part_size`` items, and then the number of parts."""
         new = [
             part.slice(start, part_size)
             for part in self._parts[first:]
@@ -200,13 +201,14 @@ class Embeddings:
         self, query: Tensor, k: int = 10, *, where: str | Tensor | NDArray[np.bool_] | Sequence[bool] | None = None,
         kind: str = "image",
     ) -> Found:  # fmt: skip
-        """Find the k best items of each query, exactly, by the product of the features; part by part.
+        """Find the k best items for each query by the inner product of features. The search is exact, part by part.
 
         Args:
-            query: features [Q, D], or those of one query [D]. They are brought to the dtype and device of the items'.
-            k: how many items to find.
-            where: only items for which this holds are found: an expression on the metadata, such as
-                ``"width >= 256 and caption contains cat"``, or a bool for each item.
+            query: the features of the queries [Q, D], or of one query [D]. They are converted to the dtype and device
+                of the items' features.
+            k: the number of items to find.
+            where: a filter for the items: an expression on the metadata, such as ``"width >= 256 and caption contains
+                cat"``, or a bool for each item.
             kind: search the features of "image" or of "text".
 
         Returns:
@@ -219,7 +221,7 @@ class Embeddings:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-        first = _given(self._parts[0], kind)
+        first = _existing_features(self._parts[0], kind)
         if query.ndim == 1:
             query = query[None]
         query = query.detach().to(first)
@@ -229,16 +231,16 @@ class Embeddings:
         begin = 0
         for part in self._parts:
             rows = slice(begin, begin + len(part))
-            best = top_k(query, _given(part, kind), k, allowed=None if allowed is None else allowed[rows])
-            scores, indices = _better(Found(scores, indices), best, begin)
+            best = top_k(query, _existing_features(part, kind), k, allowed=None if allowed is None else allowed[rows])
+            scores, indices = _merge_found(Found(scores, indices), best, begin)
             begin = rows.stop
         return Found(scores, indices)
 
     def mask(self, where: str | Tensor | NDArray[np.bool_] | Sequence[bool]) -> NDArray[np.bool_]:
-        """Return a bool for each item, from an expression on the metadata or from such bools.
+        """Return a filter as a bool for each item; it is given as an expression on the metadata, or as bools already.
 
         Raises:
-            ValueError: the expression cannot be read, or there is not one bool for each item.
+            ValueError: the expression cannot be read, or the number of bools differs from the number of items.
         """
         if isinstance(where, str):
             chosen: NDArray[Any] = rows_where(self.metadata, where).to_numpy(zero_copy_only=False)
@@ -252,11 +254,11 @@ class Embeddings:
         return chosen
 
 
-def _given(part: Part, kind: str) -> Tensor:
-    """Return the features of one kind.
+def _existing_features(part: Part, kind: str) -> Tensor:
+    """Return the features of one kind, which must exist.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the embeddings have no features of this kind.
     """
     found = part.of_kind(kind)
     if found is None:
@@ -264,8 +266,8 @@ def _given(part: Part, kind: str) -> Tensor:
     return found
 
 
-def _better(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:
-    """Return the best of the items found so far and of those from ``begin`` on; the first of equal ones."""
+def _merge_found(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:
+    """Merge the best items so far with those of the part that begins at ``begin``; the first of equal ones wins."""
     scores, indices = more
     indices = torch.where(indices < 0, indices, indices + begin)
     scores, order = torch.cat([best.scores, scores], 1).sort(dim=1, descending=True, stable=True)
@@ -277,11 +279,11 @@ def _words(about: tuple[int, torch.dtype, torch.device] | None) -> str:
     return "absent" if about is None else f"{about[0]} wide in {about[1]} on {about[2]}"
 
 
-def _part(
+def _checked_part(
     images: Tensor | None, texts: Tensor | None, metadata: pyarrow.Table | Mapping[str, Sequence[Any]] | None,
     first: int = 0,
 ) -> Part:  # fmt: skip
-    """Return rows that have been checked; ``first`` is the number of the first of them."""
+    """Check features and metadata, and return them as a part of embeddings, whose first item is number ``first``."""
     import pyarrow
 
     given = [features for features in (images, texts) if features is not None]
@@ -305,7 +307,7 @@ def _part(
 
 
 def _joined_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
-    """Return the rows of all tables. A column becomes text where tables have it in types that nothing else joins."""
+    """Concatenate tables of metadata. A column whose types in the tables have no common type becomes text."""
     import pyarrow
 
     try:
@@ -330,11 +332,11 @@ def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
 
 
 def names_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns that tell an item from others."""
+    """Return the metadata columns that identify an item."""
     return {name: row[name] for name in NAMES if row.get(name) is not None}
 
 
 def row_of(embeddings: Embeddings, place: int) -> dict[str, Any]:
-    """Return the metadata of an item."""
+    """Return the metadata of an embedded item as a dict."""
     found: dict[str, Any] = embeddings.metadata.slice(place, 1).to_pylist()[0]
     return found

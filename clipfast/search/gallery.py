@@ -1,4 +1,4 @@
-"""A page of found pictures in one file: thumbnails with scores, captions and metadata, to be sorted and filtered."""
+"""The HTML page of found pictures (``--html``): sortable thumbnails with scores, captions and metadata, in one file."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from ..models.images import ImageError, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-SIDE = 256  # of a thumbnail, in pixels
+SIDE = 256  # the side of a thumbnail, in pixels
 
 
 @dataclass(frozen=True)
 class Item:
-    """What was found, to be shown on a page.
+    """A found picture to be shown on a page.
 
     Attributes:
-        image: a picture, or the path or the bytes of one; without one, or if it cannot be decoded, the page says so.
-        caption: is shown below it.
-        score: higher is better; the pictures can be sorted and filtered by it.
-        path: where the picture is from. If it is a file, there is a link to it.
-        group: pictures with the same one are shown together below its name.
-        metadata: by the names of columns; values that are ``None`` are left out.
-        mark: a word that stands out, such as "kept".
+        image: the picture, or its path or bytes; the page has a message in place of a picture that is missing or
+            broken.
+        caption: the text below the picture.
+        score: the score, where higher is better; the page can sort and filter by it.
+        path: the path or URL of the picture. The page links to it if it is a file.
+        group: the name of a group; pictures of a group are shown together below its name.
+        metadata: the values by column; values that are ``None`` are left out.
+        mark: a highlighted word, such as "kept".
     """
 
     image: Image.Image | Path | bytes | None
@@ -44,14 +45,14 @@ class Item:
 
 
 def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str = "", side: int = SIDE) -> int:
-    """Write a page of pictures that needs nothing but its file; all text is shown as it is, whatever it contains.
+    """Write a self-contained HTML page of pictures. All text is escaped, and shown as it is.
 
     Args:
-        path: the file.
-        title: of the page.
+        path: the file to write.
+        title: the title of the page.
         items: the pictures to show, in this order. They are taken one at a time, and only thumbnails are kept.
         about: a sentence or two below the title, such as the query, the folder and the model.
-        side: of the thumbnails, in pixels. Those of more than the default are shown larger.
+        side: the side of the thumbnails in pixels. With more than the default, they are also shown larger.
 
     Returns:
         The size of the file in bytes.
@@ -87,13 +88,13 @@ def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str =
 
 
 def _columns(item: Item) -> list[str]:
-    """Return the names by which an item can be sorted."""
+    """Return the names of the values by which the page can sort an item."""
     own = {"score": item.score, "caption": item.caption or None, "path": item.path or None}
     return [name for name, value in {**own, **item.metadata}.items() if value is not None]
 
 
 def _controls(columns: list[str]) -> str:
-    """Return the controls that sort and filter; they appear if scripts run."""
+    """Return the HTML of the page's controls for sorting and filtering; they are hidden unless scripts run."""
     options = "".join(f'<option value="{html.escape(name)}">{html.escape(name)}</option>' for name in columns)
     bounds = (
         '<span class="bounds"><label>score from <input type="number" step="any" id="least"></label>'
@@ -111,7 +112,7 @@ def _controls(columns: list[str]) -> str:
 
 
 def _card(item: Item, folder: Path, side: int) -> str:
-    """Return an item as an element of a list."""
+    """Return the HTML of a found picture as an element of the page's list."""
     parts = []
     if item.score is not None:
         parts.append(f'<b class="score" data-value="{float(item.score)!r}">{float(item.score):.4f}</b>')
@@ -129,7 +130,7 @@ def _card(item: Item, folder: Path, side: int) -> str:
 
 
 def _picture(item: Item, side: int) -> str:
-    """Return the thumbnail of an item, or words in its place."""
+    """Return the HTML of a found picture's thumbnail, or of a message in its place."""
     if item.image is None:
         return "no picture"
     try:
@@ -141,7 +142,7 @@ def _picture(item: Item, side: int) -> str:
 
 
 def _path(path: str, folder: Path) -> str:
-    """Return a cell with a path, which is a link, relative to the page, if there is such a file."""
+    """Return a table cell with the path of a found picture; an existing file gets a link relative to the page."""
     if not os.path.isfile(path):
         return f"<dd>{html.escape(path)}</dd>"
     address = urllib.parse.quote(os.fsencode(os.path.relpath(path, folder)))
@@ -149,7 +150,7 @@ def _path(path: str, folder: Path) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a cell with a value; of a float fewer digits are shown than it is sorted by."""
+    """Return a table cell with a metadata value. A float is shown with fewer digits, but sorted by all of them."""
     if isinstance(value, float):
         return f'<dd data-value="{value!r}">{value:.6g}</dd>'
     return f"<dd>{html.escape(str(value))}</dd>"

@@ -1,4 +1,4 @@
-"""Heat maps: how well each place of a picture fits texts, by a model that was trained on whole pictures."""
+"""Heat maps: the similarity of each pixel of a picture to texts, by a model that was trained on whole pictures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-STEPS = 8  # windows move by so many parts of their side
-MARGIN = 4  # and begin such a part outside of the picture, whose edge is repeated there
-COLOURS = "inferno"  # equal steps of a value look equally large, also in grey
-OPACITY = 0.55  # of the colours over a picture
+STEPS = 8  # windows move by 1/8 of their side
+MARGIN = 4  # the first window starts 1/4 of its side outside of the picture, whose edge pixels are repeated there
+COLOURS = "inferno"  # a perceptually uniform colour map, also when it is printed in grey
+OPACITY = 0.55  # the opacity of the colours over a picture
 
 
 def side_of(model: Any) -> int:
-    """Return the side of the images that a model was trained with, in pixels.
+    """Return the side of the images on which a model was trained, in pixels, which is the size of a heat map's windows.
 
     Raises:
         ValueError: the model is none of clipfast.
@@ -40,25 +40,25 @@ def heat_maps(
     model: CLIP, image: Tensor, texts: Tensor, *, features: str = "values", stride: int | None = None,
     margin: int | None = None, batch_size: int = 64,
 ) -> Tensor:  # fmt: skip
-    """Compute the cosine similarity of each pixel of an image and each text.
+    """Compute heat maps of an image: the cosine similarity of each pixel and each text.
 
-    Windows of the size that the model was trained with move over the image. The similarities of a window's patches are
-    interpolated bilinearly between their centres. Where windows overlap, these are averaged, and count the more the
-    nearer a pixel is to the centre of a window.
+    A window of the model's training size moves over the image. In each window, the similarities of the patches are
+    interpolated bilinearly between the centres of the patches. Where windows overlap, their similarities are averaged,
+    with a weight that falls with the distance from the centre of the window.
 
     Args:
         model: a model of clipfast in evaluation mode.
-        image: [3, H, W] of bytes, or normalised floats.
-        texts: features [T, D].
+        image: [3, H, W] of uint8, or of normalised floats.
+        texts: the features of the texts [T, D].
         features: as :func:`clipfast.dense_features` takes it.
-        stride: by how many pixels windows move; by default an eighth of their side. With less than a patch, the map is
-            finer than patches.
-        margin: by how many pixels the image is extended, at least, by the pixels of its edge; by default a quarter of
-            the side of a window.
-        batch_size: windows to encode at once.
+        stride: the number of pixels by which the window moves; default: an eighth of its side. With a stride of less
+            than a patch, the map is finer than patches.
+        margin: the least number of pixels by which the image is extended on each side, with the pixels of its edge;
+            default: a quarter of the side of the window.
+        batch_size: the number of windows to encode at once.
 
     Returns:
-        [T, H, W], from -1 to 1.
+        The heat maps [T, H, W], from -1 to 1.
 
     Raises:
         ValueError: the model is none of clipfast, stride or margin are out of range, or as
@@ -91,7 +91,7 @@ def heat_maps(
 
 
 def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int]:
-    """Return how many pixels are added before and after so many, so that windows fill the whole."""
+    """Return the number of pixels to add before and after a side of an image, so that windows cover it exactly."""
     extended = max(length + 2 * margin, side)
     extended += -(extended - side) % stride
     before = (extended - length) // 2
@@ -104,10 +104,10 @@ def _places(size: Sequence[int], side: int, stride: int) -> list[tuple[int, int]
 
 
 def shares(maps: Tensor, logit_scale: float) -> Tensor:
-    """Return the softmax over the texts of similarities [T, H, W]: how much more one fits than the others.
+    """Return the softmax over the texts of heat maps [T, H, W], as the share of each text at each pixel.
 
     Raises:
-        ValueError: there is one text, whose share is 1 everywhere.
+        ValueError: there is only one text, whose share would be 1 everywhere.
     """
     if len(maps) < 2:
         raise ValueError("heat maps by softmax compare texts: two are needed at least, got 1")
@@ -115,7 +115,7 @@ def shares(maps: Tensor, logit_scale: float) -> Tensor:
 
 
 def to_tensor(picture: Image.Image, size: int) -> Tensor:
-    """Return a picture as bytes [3, H, W], its shorter side resized to ``size`` pixels."""
+    """Convert a picture for a heat map to uint8 [3, H, W], with its shorter side resized to ``size`` pixels."""
     import numpy as np
     from PIL import Image
 
@@ -126,7 +126,7 @@ def to_tensor(picture: Image.Image, size: int) -> Tensor:
 
 
 def overlay(picture: Image.Image, heat: Tensor, limits: tuple[float, float]) -> Image.Image:
-    """Return a picture with a heat map [h, w] over it: dark at the lower of the limits, and bright at the upper one."""
+    """Return a picture overlaid with a heat map [h, w]: dark at the lower limit, and bright at the upper one."""
     import matplotlib as mpl
     import numpy as np
     from PIL import Image
@@ -138,17 +138,17 @@ def overlay(picture: Image.Image, heat: Tensor, limits: tuple[float, float]) -> 
 
 
 def limits_of(maps: Tensor) -> tuple[float, float]:
-    """Return the lowest and the highest value of the maps [T, h, w] of a picture, which share a scale."""
+    """Return the limits of the common colour scale of a picture's heat maps [T, h, w]: the lowest and highest value."""
     return float(maps.min()), float(maps.max())
 
 
 def draw(picture: Image.Image, maps: Tensor, texts: Sequence[str], label: str = "cosine similarity") -> Figure:
-    """Draw a picture and its heat maps [T, h, w], which share a scale and have their texts as titles.
+    """Draw a picture and its heat maps [T, h, w] with a common colour scale and the texts as titles.
 
     Args:
         picture: the picture.
-        maps: of the texts.
-        texts: the titles.
+        maps: the heat maps of the texts.
+        texts: the texts, which become the titles.
         label: the meaning of the scale.
     """
     from matplotlib.cm import ScalarMappable

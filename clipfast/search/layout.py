@@ -1,10 +1,10 @@
 """The folder of embeddings, in the layout of clip-retrieval: numbered parts of features and metadata.
 
-Part 3 has its rows in ``img_emb/img_emb_0003.npy``, ``text_emb/text_emb_0003.npy`` and
-``metadata/metadata_0003.parquet``, of which one of the first two may be missing in all parts. ``about.json``, which
-clip-retrieval does not need, says what made the features and how many parts there are.
+Part 3 consists of ``img_emb/img_emb_0003.npy``, ``text_emb/text_emb_0003.npy`` and
+``metadata/metadata_0003.parquet``. Either ``img_emb`` or ``text_emb`` may be missing altogether. ``about.json``, which
+clip-retrieval does not need, describes the model and source of the features, and has the number of parts.
 
-The metadata of a part are written last: a part is there if these are.
+The metadata of a part are written last: a part with metadata is complete.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 ABOUT = "about.json"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 SUFFIXES = {IMAGES: ".npy", TEXTS: ".npy", METADATA: ".parquet"}
-DIGITS = 4  # of a part's number, at least
-MAX_FOOTER = 1 << 26  # bytes of the footer of a file of metadata
-MAX_TABLE = 1 << 30  # bytes that the metadata of a part may take in memory
+DIGITS = 4  # the least number of digits of a part's number
+MAX_FOOTER = 1 << 26  # the largest footer of a Parquet file that is read, in bytes
+MAX_TABLE = 1 << 30  # the most memory for the metadata of a part, in bytes
 SMALLER = "write it anew, in smaller parts, if you trust it"
-ROWS = 256  # of metadata that are read at once
+ROWS = 256  # the number of rows of metadata that are read at once
 DTYPES = (torch.float32, torch.float16)
 
 
-# The entries of about.json that are used, and their types. Each may be missing.
+# The entries of about.json that clipfast reads, and their types. Each of them is optional.
 KINDS: dict[str, type] = {
     **dict.fromkeys(("model", "pretrained", "digest", "data", "separator", "stamp"), str), "images": bool,
     "texts": bool, "keys": dict, "columns": list,
@@ -49,11 +49,11 @@ KINDS: dict[str, type] = {
 
 @dataclasses.dataclass
 class Part:
-    """Neighbouring rows of embeddings.
+    """A part of embeddings: some consecutive items.
 
     Attributes:
-        images, texts: features [N, D]; one of them may be None.
-        source: the metadata, or the file that holds them.
+        images, texts: features [N, D]; either of them may be None.
+        source: the metadata, or the file from which they are read.
     """
 
     images: Tensor | None
@@ -66,40 +66,41 @@ class Part:
 
     @functools.cached_property
     def metadata(self) -> pyarrow.Table:
-        """What is known of each row."""
+        """The table of metadata, with a row for each item of the part."""
         if not isinstance(self.source, Path):
             return self.source
         return read_table(self.source)
 
     def of_kind(self, kind: str) -> Tensor | None:
-        """Return the features of one kind, "image" or "text", if there are any."""
+        """Return the part's features of one kind, "image" or "text", or None."""
         return {"image": self.images, "text": self.texts}.get(kind)
 
     def slice(self, first: int, size: int) -> Part:
-        """Return some neighbouring rows."""
+        """Return some consecutive items of the part as a part."""
         images, texts = (None if x is None else x[first : first + size] for x in (self.images, self.texts))
         return Part(images, texts, self.metadata.slice(first, size))
 
 
 def part_path(folder: Path, kind: str, number: int, count: int = 0) -> Path:
-    """Return the path of a file of a part.
+    """Return the path of one file of a part of embeddings.
 
     Args:
-        folder: of the embeddings.
+        folder: the folder of the embeddings.
         kind: ``IMAGES``, ``TEXTS`` or ``METADATA``.
-        number: of the part.
-        count: of all parts: their numbers have as many digits as the last one, so that readers sort them by name.
+        number: the number of the part.
+        count: the number of parts. All part numbers have the digits of the largest one, since readers sort files by
+            name.
     """
     digits = max(DIGITS, len(str(count - 1)))
     return folder / kind / f"{kind}_{number:0{digits}}{SUFFIXES[kind]}"
 
 
 def write_part(folder: Path, part: Part, number: int, count: int = 0) -> None:
-    """Write a part; each file is whole or not there, and the metadata come last.
+    """Write a part of embeddings. Each file is complete or absent, and the metadata are written last.
 
     Raises:
         DiskFullError: there is no space.
-        ValueError: the metadata are more than :func:`read_table` reads.
+        ValueError: the metadata are larger than :func:`read_table` accepts.
     """
     from pyarrow import parquet
 
@@ -120,16 +121,16 @@ def write_part(folder: Path, part: Part, number: int, count: int = 0) -> None:
 
 
 def _save(array: np.ndarray[Any, Any], path: Path) -> None:
-    with path.open("wb") as file:  # given a path, NumPy would add a suffix
+    with path.open("wb") as file:  # given a path instead of a file, NumPy would append ".npy"
         np.save(file, array)
 
 
 def read_parts(folder: Path, count: int | None = None) -> list[Part]:
-    """Return the parts of a folder in order; features are mapped into memory, metadata are read when asked for.
+    """Open the parts of a folder of embeddings in order. Features are memory-mapped; metadata are read on first use.
 
     Args:
-        folder: of the embeddings.
-        count: how many parts there are; None for all that are found.
+        folder: the folder of the embeddings.
+        count: the expected number of parts; None for all that are found.
 
     Raises:
         ValueError: parts are missing, damaged, or do not belong together.
@@ -138,7 +139,7 @@ def read_parts(folder: Path, count: int | None = None) -> list[Part]:
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ValueError(f"{folder / ABOUT} says that there are {count!r:.80} parts: it must be a whole number from 1")
     numbers = sorted(files[METADATA]) if count is None else range(count)
-    total = len(files[METADATA]) if count is None else count  # which a range of any length would not say
+    total = len(files[METADATA]) if count is None else count  # ``len`` fails for a huge range
     if not numbers or not (files[IMAGES] or files[TEXTS]):
         raise ValueError(f"{folder} holds no embeddings; clipfast embed --output {folder} makes them")
     kinds = [found for kind, found in files.items() if found or kind == METADATA]
@@ -162,10 +163,10 @@ def read_parts(folder: Path, count: int | None = None) -> list[Part]:
 
 
 def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
-    """Return the part in these files.
+    """Open a part of embeddings from its files.
 
     Raises:
-        ValueError: one of them is damaged, or they have different numbers of rows.
+        ValueError: a file is damaged, or the files have different numbers of rows.
     """
     found = [None if path is None else _mapped(path) for path in (images, texts)]
     with opened_metadata(metadata) as file:
@@ -178,9 +179,9 @@ def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
 
 def _mapped(path: Path) -> Tensor:
     try:
-        open_regular(path).close()  # a pipe would be waited for
-        features = torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of memory that cannot be written
-    except Exception as error:  # NumPy, which tokenizes headers as Python, and the system raise several
+        open_regular(path).close()  # refuses a pipe, on which NumPy would wait forever
+        features = torch.from_numpy(np.load(path, mmap_mode="c"))  # mode "c", since PyTorch warns of read-only memory
+    except Exception as error:  # NumPy, which parses headers as Python, raises many kinds of errors
         raise ValueError(f"{path} cannot be read as features: {error}") from error
     if features.ndim != 2 or not features.shape[1] or features.dtype not in DTYPES:
         raise ValueError(
@@ -191,10 +192,10 @@ def _mapped(path: Path) -> Tensor:
 
 @contextlib.contextmanager
 def opened_metadata(path: Path) -> Iterator[parquet.ParquetFile]:
-    """Open the file of a part's metadata.
+    """Open the Parquet file of a part's metadata.
 
     Raises:
-        ValueError: it cannot be read, or has a footer that is too large.
+        ValueError: the file cannot be read, or its footer is too large.
     """
     from pyarrow import ArrowException, parquet
 
@@ -211,10 +212,10 @@ def opened_metadata(path: Path) -> Iterator[parquet.ParquetFile]:
 
 
 def read_table(path: Path) -> pyarrow.Table:
-    """Return the metadata in the file of a part.
+    """Read the metadata of a part of embeddings from its Parquet file.
 
     Raises:
-        ValueError: it cannot be read, or takes too much memory.
+        ValueError: the file cannot be read, or takes too much memory.
     """
     import pyarrow
 
@@ -226,21 +227,21 @@ def read_table(path: Path) -> pyarrow.Table:
         for batch in file.iter_batches(ROWS, use_threads=False):
             batches.append(batch)
             taken += batch.nbytes
-            if taken > MAX_TABLE:  # a few bytes may stand for as many rows as one likes
+            if taken > MAX_TABLE:  # a compressed file of a few bytes may expand to any number of rows
                 raise ValueError(f"its rows take more than the {MAX_TABLE:,} bytes that are read; {SMALLER}")
         table = pyarrow.Table.from_batches(batches, file.schema_arrow)
     return table.combine_chunks().replace_schema_metadata(None)
 
 
 def _numbered(folder: Path, kind: str) -> dict[int, Path]:
-    """Return the files of a kind by the numbers of their parts."""
+    """Return the files of one kind (``img_emb``, ``text_emb`` or ``metadata``) by the numbers of their parts."""
     pattern = re.compile(rf"{kind}_([0-9]+)\{SUFFIXES[kind]}")
     found = [(pattern.fullmatch(path.name), path) for path in (folder / kind).glob(f"{kind}_*")]
     return {int(match[1]): path for match, path in found if match}
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Return the content of ``about.json`` in a folder of embeddings; {} if there is no such file.
+    """Read ``about.json`` in a folder of embeddings; {} if the file does not exist.
 
     Raises:
         ValueError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Cosines of features, pairs that are at least as similar as a threshold, and the groups that such pairs link."""
+"""Pairs of features whose cosine reaches a threshold, and the groups that these pairs link, for duplicates."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..kernels.common import slices
 if TYPE_CHECKING:
     from ..evaluate.encoder import Encoder
 
-ROWS, COLUMNS = 8192, 1024  # of the block of similarities that exists at a time: 32 MiB
-RESCORED = 1 << 20  # elements of features that are widened to float64 at once
+ROWS, COLUMNS = 8192, 1024  # the size of the block of similarities that is in memory at a time: 32 MiB
+RESCORED = 1 << 20  # the number of elements of features that are converted to float64 at once
 MOST_PAIRS = 50_000_000
 
 
 class Pairs(NamedTuple):
-    """Pairs of features, in rising order of the first and then of the second one.
+    """Pairs of similar features, sorted by the first feature and then by the second.
 
     Attributes:
-        places: [P, 2], int64; the first of each pair is the smaller one.
-        similarity: [P], float64: the cosines.
+        places: [P, 2], int64: the positions of both features; the smaller one comes first.
+        similarity: [P], float64: the cosine of each pair.
     """
 
     places: Tensor
@@ -37,14 +37,14 @@ def similar_pairs(
 ) -> Pairs:  # fmt: skip
     """Find all pairs whose cosine is at least a threshold, exactly: no N x N matrix ever exists.
 
-    Each pair is looked at once, in float32. Those that come within rounding of the threshold are then decided in
-    float64, so the answer does not depend on the blocks. Equal features have a cosine of exactly 1.
+    Each pair is compared once, in float32. Pairs whose cosine is within rounding of the threshold are then compared in
+    float64, and so the result does not depend on the blocks. Equal features have a cosine of exactly 1.
 
     Args:
-        features: [N, D] of floats, of any length but 0. They may stay in the memory of the CPU, and go to the device
-            block by block.
+        features: [N, D] of floats, of any length except 0. They may lie in CPU memory; they go to the device block by
+            block.
         threshold: from -1 to 1.
-        device: computes the similarities; by default that of the features.
+        device: the device that computes the similarities; default: the device of the features.
         progress: wraps the list of blocks of rows, as tqdm does.
 
     Returns:
@@ -63,7 +63,7 @@ def similar_pairs(
         for columns in slices(len(features), COLUMNS):
             if columns.stop <= rows.start:
                 continue
-            left = block[: columns.stop - rows.start]  # those below are looked at as columns of other blocks
+            left = block[: columns.stop - rows.start]  # rows below the diagonal are columns of other blocks
             tile = buffer[: len(left) * (columns.stop - columns.start)].view(len(left), -1)
             torch.mm(left, unit(features[columns], device).T, out=tile)
             if tile.amax() < least:
@@ -83,20 +83,20 @@ def similar_pairs(
 
 
 def linked(pairs: Tensor, count: int) -> Tensor:
-    """Return the group of each of ``count`` items: the first item that it is linked with, through any chain of pairs.
+    """Return the group of each item, named by its first item: items are linked by pairs, also through chains of pairs.
 
     Args:
-        pairs: places [P, 2], int64.
-        count: of the items.
+        pairs: the positions of the items of each pair, [P, 2], int64.
+        count: the number of items.
 
     Returns:
-        [count], int64. An item that is in no pair is its own group.
+        [count], int64: the first item of each item's group. An item without a pair is its own group.
     """
     groups = torch.arange(count)
     a, b = pairs.unbind(1)
     while True:
         least = torch.minimum(groups[a], groups[b])
-        # the root of either side learns of the smaller group, and so does all that points to it
+        # the roots of both items take the smaller group, and then every item takes the group of its root
         joined = groups.clone()
         for side in (a, b):
             joined.scatter_reduce_(0, groups[side], least, "amin")
@@ -108,17 +108,17 @@ def linked(pairs: Tensor, count: int) -> Tensor:
 
 
 def _rounding(width: int) -> float:
-    """Return how far a product of unit features can be from their cosine."""
+    """Return a bound for the rounding error of the inner product of unit features, compared to their cosine."""
     if torch.get_float32_matmul_precision() != "highest":
-        return 2**-6  # of products in bfloat16
+        return 2**-6  # the error of products in bfloat16, which a GPU may use
     return (width + 8) * 2**-24
 
 
 def check_features(features: Tensor) -> None:
-    """Refuse features without a direction.
+    """Refuse features that have no cosine.
 
     Raises:
-        ValueError: a feature is not finite, or has no length.
+        ValueError: a feature is not finite, or has length 0.
     """
     for start in range(0, len(features), ROWS):
         lengths = torch.linalg.vector_norm(features[start : start + ROWS].double(), dim=1)
@@ -129,35 +129,36 @@ def check_features(features: Tensor) -> None:
 
 
 def unit(features: Tensor, device: torch.device) -> Tensor:
-    """Return features with unit length, float32, on a device."""
+    """Return features on a device, scaled to unit length, in float32."""
     found = features.to(device).float()
     return found / torch.linalg.vector_norm(found, dim=1, keepdim=True, dtype=torch.float64).float()
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine of each row of one matrix with that row of another one, float64, on the CPU."""
+    """Return the cosine of each row of one matrix of features and the same row of another, in float64, on the CPU."""
     found = [torch.empty(0, dtype=torch.float64)]
     rows = max(1, RESCORED // max(1, a.shape[1]))
     for x, y in zip(a.split(rows), b.split(rows), strict=True):
         x, y = x.double(), y.double()
-        # the root of a square is exact, so equal features have a cosine of exactly 1
+        # the square root of a square is exact, and so equal features have a cosine of exactly 1
         found.append(((x * y).sum(1) / ((x * x).sum(1) * (y * y).sum(1)).sqrt()).clamp(-1, 1).cpu())
     return torch.cat(found)
 
 
 def cosines_of_pairs(features: Tensor, places: Tensor) -> Tensor:
-    """Return the cosines of the pairs of features at these places [P, 2], float64, on the CPU."""
+    """Return the cosine of each pair of features, given the positions [P, 2], in float64, on the CPU."""
     blocks = places.to(features.device).split(max(1, RESCORED // max(1, features.shape[1])))
     return torch.cat([cosines(*(features[side] for side in block.unbind(1))) for block in blocks])
 
 
 def probabilities(encoder: Encoder, images: Tensor, classifier: Tensor) -> Tensor:
-    """Return the probability of each class for each image, [N, C], on the CPU.
+    """Return the zero-shot probability of each class for each embedded image, [N, C], on the CPU.
 
     Args:
-        encoder: gives the scale of the logits, and their bias if the model has one: then each class is judged alone.
-        images: unit features [N, D].
-        classifier: weights [D, C].
+        encoder: its model has the scale of the logits. If it also has a bias, as SigLIP does, each class gets a
+            probability of its own by the sigmoid; otherwise a softmax over the classes is taken.
+        images: the features of the images, of unit length, [N, D].
+        classifier: the classifier's weights [D, C].
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The pictures and texts of any source of the package, by their places in it, with what else is known of each."""
+"""Samples to embed: the pictures and texts of any data source by their positions, with their metadata."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import pyarrow
     from PIL import Image
 
-SHARD_SIZE = 10_000  # samples of a shard that is written
-LOOKED_AT = 64  # first samples of which one must have a caption, if texts are to be embedded without being asked for
-# Columns that all sources have, and their types in Arrow; a source's own columns cannot replace them.
+SHARD_SIZE = 10_000  # the number of samples in each shard that is written
+LOOKED_AT = 64  # by default, texts are embedded if one of this many first samples has a caption
+# Metadata columns of all sources, with their Arrow types; a source's own columns cannot replace them.
 OWN = {
     "number": "int64",
     "key": "string",
@@ -44,13 +44,14 @@ OF_IMAGES = ("image_path", "width", "height")
 
 @dataclasses.dataclass
 class Sample:
-    """One item.
+    """A sample to embed, with its metadata.
 
     Attributes:
-        image: as RGB, or None if images are not asked for.
-        caption: the first of its texts, or None.
-        row: its metadata: ``number``, its place in the source; ``key``; ``image_path``, a path or the shard and the
-            member in it; ``caption``; ``width`` and ``height`` of the image; and its json or further columns.
+        image: the image in RGB, or None if images are not wanted.
+        caption: the first caption, or None.
+        row: the metadata: ``number``, the position in the source; ``key``; ``image_path``, which is a path, or a shard
+            and its member; ``caption``; ``width`` and ``height`` of the image; and the sample's json or further
+            columns.
     """
 
     image: Image.Image | None
@@ -60,14 +61,15 @@ class Sample:
 
 @dataclasses.dataclass
 class Samples:
-    """The items of a source.
+    """The samples of a data source, to embed, show or copy them.
 
     Attributes:
         data: the source, as :func:`clipfast.data.expand_shards` takes it; a folder of images needs no captions.
-        images, texts: whether an item is usable only with an image, or with a text; images are decoded only then.
-        keys: under which names an item has its image and its caption.
-        separator: of CSV files, as :class:`clipfast.data.IndexCache` takes it.
-        columns: keys of the json, or columns, that become metadata; None for all.
+        images, texts: whether a usable sample needs an image, and a text. Images are decoded only if ``images`` is
+            True.
+        keys: the names under which a sample has its image and its caption.
+        separator: the separator of CSV files, as :class:`clipfast.data.IndexCache` takes it.
+        columns: the keys of the json, or columns, that become metadata; None for all.
 
     Raises:
         ValueError: the source cannot be read.
@@ -86,11 +88,11 @@ class Samples:
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> Samples:
-        """Return the source that embeddings were made from, by what they say of themselves.
+        """Open the source from which embeddings were made, as their ``about.json`` describes it.
 
         Raises:
-            ValueError: they do not say it, or the source cannot be read, has changed since, or is the output of a
-                command. Embeddings may come from elsewhere, and to look at them must run no command.
+            ValueError: the description is missing, or the source cannot be read, has changed, or is the output of a
+                command. Embeddings may come from somebody else, and opening them must not run a command.
         """
         try:
             given = {name: about[name] for name in ("data", "images", "texts", "separator", "columns")}
@@ -111,7 +113,7 @@ class Samples:
         return found
 
     def about(self) -> dict[str, Any]:
-        """Return what the samples depend on, as plain values."""
+        """Return the source and the options on which the samples depend, as plain values."""
         told = {name: getattr(self, name) for name in ("data", "images", "texts", "separator")}
         columns = None if self.columns is None else list(self.columns)
         keys = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self.keys).items()}
@@ -120,15 +122,15 @@ class Samples:
         return {**told, "columns": columns, "keys": keys, "stamp": stamp, "samples": len(self)}
 
     def __len__(self) -> int:
-        """Return the number of samples, usable or not."""
+        """Return the number of samples of the source, usable or not."""
         return self.first[-1]
 
     def losses(self) -> list[str]:
-        """Return a sentence for each damaged part of the source, as far as it has been read."""
+        """Return a message about each damaged part of the source, as far as it has been read."""
         return [loss for source in self.sources for shard in source.shards for loss in shard.losses()]
 
     def others(self) -> list[str]:
-        """Return a sentence for each folder of the source with files that are neither images nor of one."""
+        """Return a message about each folder of the source that has files which belong to no image."""
         folders = [shard.name for source in self.sources for shard in source.shards if is_folder(shard.name)]
         return [
             f"in {folder} these files were not taken: {others} (images are {', '.join(IMAGE_EXTENSIONS)})"
@@ -137,7 +139,7 @@ class Samples:
         ]
 
     def have_captions(self) -> bool:
-        """Return True if one of the first samples has a caption."""
+        """Return True if one of the first samples of the source has a caption."""
         keys = dataclasses.replace(self.keys, images=())  # no image is read
         for number in range(min(LOOKED_AT, len(self))):
             source, within = self._place(number)
@@ -146,7 +148,7 @@ class Samples:
         return False
 
     def read(self, number: int) -> Sample | Skipped:
-        """Return the sample at a place, or the reason why it cannot be used."""
+        """Read and decode the sample at a position of the source; return it, or the reason why it cannot be used."""
         keys = self.keys if self.images else dataclasses.replace(self.keys, images=())
         name = f"number {number!r:.80}"
         try:
@@ -161,20 +163,20 @@ class Samples:
         return Sample(image, texts[0] if texts else None, self._row(number, raw, texts, image))
 
     def files(self, number: int) -> dict[str, bytes]:
-        """Return the files of a sample by their extensions, as they are.
+        """Return the bytes of each file of a sample, by extension, without decoding.
 
         Raises:
-            SampleError: it cannot be read.
+            SampleError: the sample cannot be read.
         """
         source, within = self._place(number)
         found = source.read(within, self.keys)
         return {name: data for name, data in found.items() if not name.startswith("__") and isinstance(data, bytes)}
 
     def _place(self, number: int) -> tuple[Source, int]:
-        """Return the source that a sample is in, and its number there.
+        """Return the source (one of several) that has a sample, and the number of the sample in it.
 
         Raises:
-            SampleError: there is no such sample: metadata from elsewhere may name any.
+            SampleError: the sample does not exist, since metadata from somebody else may have any number.
         """
         if not isinstance(number, int) or not 0 <= number < len(self):
             raise SampleError(f"there is no sample {number!r:.80} in {self.data}, which has {len(self)}", "no sample")
@@ -195,7 +197,7 @@ class Samples:
             member = next(key for key in self.keys.images if key in raw)
             path = raw.get("__path__") or f"{raw['__url__']}/{raw['__key__']}.{member}"
             row |= {"image_path": path, "width": image.width, "height": image.height}
-        with contextlib.suppress(SampleError):  # a picture is of use without its json
+        with contextlib.suppress(SampleError):  # a picture is usable without its json
             found = metadata(raw)
             wanted = found if self.columns is None else self.columns
             row |= {name: found.get(name) for name in wanted if name not in OWN}
@@ -203,9 +205,9 @@ class Samples:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], with_images: bool = True) -> pyarrow.Table:
-    """Return rows as a table; after the columns that all sources have, others are in the order in which they occur.
+    """Return the metadata of samples as a table: first the columns of all sources, then others in order of occurrence.
 
-    A column is of whole numbers, of numbers, of truth values or else of text, in which lists and objects are JSON.
+    A column has integers, floats, or bools; any other column becomes text, with lists and objects as JSON.
     """
     import pyarrow
 
@@ -219,7 +221,7 @@ def _column(values: Sequence[Any]) -> pyarrow.Array:
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
-    with contextlib.suppress(OverflowError, pyarrow.ArrowException):  # a number with more than 64 bits
+    with contextlib.suppress(OverflowError, pyarrow.ArrowException):  # an integer with more than 64 bits
         if kinds == {int, float}:
             return pyarrow.array(values, "float64")
         if len(kinds) <= 1 and kinds <= {bool, int, float}:
@@ -229,21 +231,21 @@ def _column(values: Sequence[Any]) -> pyarrow.Array:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with text that Arrow takes: the names of files may hold bytes that are no letters."""
+    """Return a metadata value with text that Arrow accepts: names of files may contain bytes that are not UTF-8."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list[str]:
-    """Copy samples, file by file as they are, to tar shards 00000.tar, 00001.tar and so on in a new folder.
+    """Copy samples of a source without decoding to the tar shards 00000.tar, 00001.tar, ... of a new folder.
 
-    A sample is called by its number in the source, since keys of several shards may be the same. The folder appears as
-    a whole.
+    The key of a sample in the new shards is its number in the source, since keys of several shards may be equal. If the
+    process is killed, the folder is complete or absent.
 
     Returns:
-        A sentence for each sample that cannot be read any more.
+        A message about each sample that can no longer be read.
 
     Raises:
-        FileExistsError: there is something at ``folder``.
+        FileExistsError: ``folder`` exists.
         DiskFullError: there is no space.
     """
     lost: list[str] = []

@@ -1,8 +1,9 @@
-"""Choosing rows of a table by an expression, such as ``width >= 256 and caption contains cat``.
+"""Filter expressions (``--where``) on the metadata of embeddings, such as ``width >= 256 and caption contains cat``.
 
 A comparison is a column, one of ``= == != < <= > >= contains``, and a value; ``and``, ``or``, ``not`` and parentheses
-join comparisons. A column or a value with spaces or other signs in it stands in quotes, '...' or "...", in which a
-backslash takes the next character as it is. Python's parser reads the structure, and nothing is evaluated but this.
+join comparisons. A column or a value with spaces or other signs needs quotes, '...' or "...", in which a backslash
+escapes the next character. Python's parser parses the expression, and only these forms are evaluated, never Python
+code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Eq: "equal", ast.NotEq: "not_equal", ast.Lt: "less", ast.LtE: "less_equal", ast.Gt: "greater",
     ast.GtE: "greater_equal", ast.In: "contains",
 }  # fmt: skip
-WORDS = {"and": "and", "or": "or", "not": "not", "contains": "in"}  # in Python's words
+WORDS = {"and": "and", "or": "or", "not": "not", "contains": "in"}  # the Python operators that the parser sees
 BOOLEANS = {"true": True, "false": False}
 TOKEN = re.compile(r"""
     (?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
@@ -30,13 +31,13 @@ HELP = "an expression is made as in: width >= 256 and (caption contains cat or n
 
 
 def rows_where(table: pyarrow.Table, expression: str) -> pyarrow.Array:
-    """Return, for each row of a table, whether the expression holds: a bool array without nulls.
+    """Evaluate a filter expression for each row of metadata; return an Arrow array of bools without nulls.
 
-    Text is compared as it is, but ``contains`` does not tell upper from lower case. Numbers are compared as numbers. A
-    row without a value in a column fulfils no comparison with it.
+    Comparisons of text are case-sensitive, except ``contains``. Numbers are compared by value. A row whose value in a
+    column is null fulfils no comparison with that column.
 
     Raises:
-        ValueError: the expression cannot be read, names no column, or compares what cannot be compared.
+        ValueError: the expression cannot be parsed, names an unknown column, or compares values of different types.
     """
     texts, source = list[str](), list[str]()
     for match in TOKEN.finditer(expression):
@@ -50,28 +51,28 @@ def rows_where(table: pyarrow.Table, expression: str) -> pyarrow.Array:
             texts.append(re.sub(r"\\(.)", r"\1", text[1:-1]) if match.lastgroup == "quoted" else text)
     try:
         tree = ast.parse(" ".join(source), mode="eval").body
-        return _rows(table, tree, texts).combine_chunks()
+        return _evaluate_node(table, tree, texts).combine_chunks()
     except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"the expression {expression!r:.200} cannot be read; {HELP}") from None
 
 
-def _rows(table: pyarrow.Table, node: ast.expr, texts: list[str]) -> Any:
-    """Return whether a part of an expression holds, for each row.
+def _evaluate_node(table: pyarrow.Table, node: ast.expr, texts: list[str]) -> Any:
+    """Evaluate one node of a parsed filter expression for each row.
 
     Raises:
-        SyntaxError: it is none of the forms that there are.
+        SyntaxError: the node is none of the forms of a filter expression.
     """
     from pyarrow import compute
 
     match node:
         case ast.BoolOp():
             join = compute.or_ if isinstance(node.op, ast.Or) else compute.and_
-            found = _rows(table, node.values[0], texts)
+            found = _evaluate_node(table, node.values[0], texts)
             for value in node.values[1:]:
-                found = join(found, _rows(table, value, texts))
+                found = join(found, _evaluate_node(table, value, texts))
             return found
         case ast.UnaryOp():
-            return compute.invert(_rows(table, node.operand, texts))
+            return compute.invert(_evaluate_node(table, node.operand, texts))
         case ast.Compare(ast.Name(column), [operator], [ast.Name(value)]) if type(operator) in COMPARISONS:
             name, text = (texts[int(one[1:])] for one in (column, value))
             return compute.fill_null(_compared(table, name, COMPARISONS[type(operator)], text), False)
@@ -79,10 +80,10 @@ def _rows(table: pyarrow.Table, node: ast.expr, texts: list[str]) -> Any:
 
 
 def _compared(table: pyarrow.Table, column: str, operator: str, text: str) -> Any:
-    """Return the values of a column compared with a text or what it stands for.
+    """Compare the values of a column with the value in a filter expression, converted to the type of the column.
 
     Raises:
-        ValueError: there is no such column, or its values cannot be compared in this way.
+        ValueError: the column does not exist, or its values cannot be compared in this way.
     """
     from pyarrow import compute, types
 
@@ -91,7 +92,7 @@ def _compared(table: pyarrow.Table, column: str, operator: str, text: str) -> An
     values = table.column(column)
     kind = values.type
     if types.is_null(kind):
-        return compute.is_valid(values)  # nothing holds
+        return compute.is_valid(values)  # all values are null: no row fulfils the comparison
     if types.is_string(kind) or types.is_large_string(kind):
         if operator == "contains":
             return compute.match_substring(values, text, ignore_case=True)
