@@ -21,7 +21,7 @@ from .rows import ContentError
 MAX_FOOTER = 1 << 28  # bytes of the footer of a Parquet file
 FOOTER_GUESS = 1 << 16  # bytes of the end of a Parquet file that are read first: most footers are in them
 MAGIC = b"PAR1"
-# The package's own modules import PyTorch, which takes seconds, and which the reader does not need.
+# The reader does not import clipfast's own modules, since these import PyTorch, which takes seconds.
 PROGRAM = """
 import sys, types
 for name, folder in zip(("clipfast", "clipfast.data"), sys.argv[1:]):
@@ -35,19 +35,17 @@ _reader: subprocess.Popen[bytes] | None = None
 
 
 class Writable(Protocol):
-    """A file, or anything else, that bytes are written to."""
+    """An object with a ``write`` method that takes bytes, such as a file."""
 
     def write(self, data: bytes, /) -> object:
         """Write the bytes."""
 
 
 def count_rows(file: IO[bytes], name: str) -> int:
-    """Return the number of rows. Of a Parquet file, which may be elsewhere, only the footer is read.
+    """Return the number of rows of a Parquet or Arrow shard. Only the footer of a Parquet file is read, even remotely.
 
-    Raises:
-        ContentError: it cannot be read, or has no column of bytes.
-        OSError: the disk failed.
-        ImportError: there is no pyarrow.
+    Raises: ContentError: the file cannot be read, or has no column of bytes. OSError: the disk failed. ImportError:
+    there is no pyarrow.
     """
     with tempfile.TemporaryFile() as footer:
         if has_footer(name):
@@ -57,7 +55,7 @@ def count_rows(file: IO[bytes], name: str) -> int:
 
 
 def copy_rows(file: IO[bytes], name: str, target: Writable, folder: Path | None = None) -> None:
-    """Write the rows of a file of this machine as a tar file.
+    """Write the rows of a local Parquet or Arrow shard as a tar file.
 
     Args:
         file: of this machine.
@@ -89,10 +87,10 @@ def _copy_footer(file: IO[bytes], target: IO[bytes]) -> None:
 
 
 def _ask(file: IO[bytes], request: dict[str, Any], target: Writable | None = None) -> Any:
-    """Return the reader's answer; one thread at a time asks, and after an error the next one gets another reader."""
+    """Send a request to the reader process and return its answer. One thread at a time asks; errors end the reader."""
     global _reader
     with _lock:
-        if _reader is not None and _reader.poll() is not None:  # whoever has ended it: no file is to blame
+        if _reader is not None and _reader.poll() is not None:  # something else ended the reader: no file is to blame
             _end()
         reader = _reader = _reader or _start()
         try:
@@ -115,15 +113,15 @@ def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-c", PROGRAM, str(folder.parent), str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        bufsize=0,  # a buffer has a lock, which a forked process may find taken
-        start_new_session=True,  # a Ctrl-C is for the process that asks
+        bufsize=0,  # the lock of a buffer could be held when the process forks
+        start_new_session=True,  # a Ctrl-C must reach only the process that asks
     )  # fmt: skip
 
 
 def _answer(reader: subprocess.Popen[bytes], request: dict[str, Any], target: Writable | None) -> list[Any]:
     assert reader.stdin is not None
     assert reader.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it has ended, as its answer will show
+    with contextlib.suppress(BrokenPipeError):  # the reader has ended; reading its answer will show that
         reader.stdin.write(json.dumps(request).encode() + b"\n")
     with open(reader.stdout.fileno(), "rb", closefd=False) as answer:
         while (line := answer.readline()).endswith(b"\n"):
@@ -147,9 +145,9 @@ def _end() -> None:
 
 
 def _forget() -> None:
-    """Close what this process has of the reader, which ends when the last process has done so.
+    """Close this process's pipes to the reader, which ends when the last process has closed its pipes.
 
-    A forked process takes no lock for that: a thread that it does not have might hold it.
+    A forked process takes no lock here: a thread that exists only in the parent might hold it.
     """
     global _reader
     if _reader is not None:

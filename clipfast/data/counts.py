@@ -1,7 +1,8 @@
-"""How many samples a shard has, by what says so without the whole shard being brought here.
+"""Sample counts of shards from small files and footers, without a copy of the whole shard.
 
-That is the footer of a Parquet file; an Arrow file of this machine; and for other shards ``sizes.json`` beside them, as
-WebDataset and OpenCLIP know it, or the file in which img2dataset notes how many images of a shard it could download.
+The count of a Parquet file is in its footer. A local Arrow file is counted directly. Counts of other shards are read
+from ``sizes.json`` beside them, as WebDataset and OpenCLIP write it, or from the statistics of img2dataset, which say
+how many images of a shard it could download.
 """
 
 import json
@@ -17,27 +18,27 @@ from .rows import ContentError
 from .staging import is_direct
 
 SIZES = "sizes.json"  # {"00000.tar": 10000, ...}
-STATS = "_stats.json"  # of img2dataset, which notes under "successes" how many samples a shard has
+STATS = "_stats.json"  # suffix of img2dataset's statistics, whose entry "successes" is the number of samples
 MAX_DIGITS = 15
 
 log = logging.getLogger("clipfast")
 
 
 class Counts:
-    """Counts of shards. What is said about many of them is read once."""
+    """Looks up sample counts of shards. A file with the counts of many shards is read once."""
 
     def __init__(self) -> None:
         self._sizes: dict[str, dict[str, Any] | FetchError] = {}
         self._lock = threading.Lock()
 
     def of(self, name: str) -> tuple[int, str] | None:
-        """Return the number of samples of a shard, and the file that says so.
+        """Return the number of samples of a shard, and the name of the file with this count.
 
-        It is None if nothing says so, and if the shard is a tar file that can be read where it is.
+        Return None if no file has the count, and for a tar file that can be read in place.
 
         Raises:
-            FetchError: the file that may say so cannot be read, or the shard is a Parquet or Arrow file that is
-                damaged, or has no images in it.
+            FetchError: the file with the count cannot be read, or the shard is a Parquet or Arrow file that is damaged
+                or has no images.
         """
         if name.startswith(PIPE) or is_direct(name):
             return None
@@ -60,7 +61,7 @@ class Counts:
             if path not in self._sizes:
                 try:
                     self._sizes[path] = _object(path)
-                except FetchError as error:  # the other threads that wait for it do not ask again
+                except FetchError as error:  # threads that wait for this file get the error, too
                     self._sizes[path] = error
             found = self._sizes[path]
         if isinstance(found, FetchError):
@@ -69,24 +70,25 @@ class Counts:
 
 
 def _rows_of(name: str) -> Callable[[IO[bytes]], int | None]:
-    """Return a function that counts the rows of a file; it returns None if a server sends nothing but whole files."""
+    """Return a function that counts the rows of a file, or returns None if the server can only send whole files."""
 
     def count(file: IO[bytes]) -> int | None:
         try:
             return count_rows(file, name)
         except ContentError:
             raise
-        except ValueError:  # as fsspec says that it cannot read from the middle
+        except ValueError:  # fsspec raises this if the server cannot send parts of a file
             return None
 
     return count
 
 
 def _object(path: str) -> dict[str, Any]:
-    """Return the object in a file; it is empty if there is no such file.
+    """Return the JSON object in a file with sample counts; {} if there is no such file.
 
     Raises:
-        FetchError: nobody says whether there is one: without it, all shards would be copied to count them.
+        FetchError: the server did not say whether the file exists. To go on without it would copy all shards to count
+            them.
     """
     try:
         data = _read(path, lambda file: file.read(), "file")
@@ -101,7 +103,10 @@ def _object(path: str) -> dict[str, Any]:
 
 
 def _read(path: str, read: Callable[[IO[bytes]], Found], what: str, *, whole: bool = True) -> Found | None:
-    """Return what ``read`` does with a file, from its beginning if ``whole``; None if there is no such file."""
+    """Open a file with sample counts and return what ``read`` finds in it; None if there is no such file.
+
+    With ``whole``, it is read from its beginning to its end, which every server allows.
+    """
 
     def attempt() -> Found:
         with opened(path, whole=whole) as file:

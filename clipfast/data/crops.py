@@ -1,4 +1,4 @@
-"""Random crops of images for training, of which JPEG files are decoded only as finely as the crop needs."""
+"""Random crops of training images; JPEG files are decoded at the lowest resolution that the crop allows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..models.images import DEFAULT_RATIO, MAX_PIXELS, open_image, opened, to_rg
 if TYPE_CHECKING:
     from PIL import Image
 
-UPRIGHT = 1  # an EXIF orientation
-ORIENTATION = 0x0112  # its tag
+UPRIGHT = 1  # the EXIF orientation of an upright image
+ORIENTATION = 0x0112  # the EXIF tag of the orientation
 Box = tuple[float, float, float, float]
 
 
 class WholeImages:
-    """Turns the bytes of an image into a tensor by a transform of the whole decoded image."""
+    """Decodes the bytes of an image in full, and turns the image into a tensor by a transform."""
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], max_pixels: int = MAX_PIXELS) -> None:
         self.transform, self.max_pixels = transform, max_pixels
 
     def __call__(self, data: bytes) -> Tensor:
-        """Return what the transform returns.
+        """Return the transform of the decoded image.
 
         Raises:
             ImageError: the image cannot be used.
@@ -40,16 +40,16 @@ class CroppedImages:
 
     A JPEG file can be decoded at a half, a quarter or an eighth of its size, which costs less than to decode it whole
     and to shrink it then. The coarsest size is taken at which the crop still has at least ``oversampling`` times as
-    many pixels a side as the result. With 1, a photograph differs from what the whole file gives by about as much as
-    JPEG compression itself changes it (in the tests, more than 35 dB of signal to noise); sharp edges, as of drawings
-    and letters, differ more. With ``inf``, files are decoded whole.
+    many pixels a side as the result. With ``oversampling=1``, the crop of a photograph differs from a crop of the fully
+    decoded file by about as much as JPEG compression changes the photograph (in the tests, more than 35 dB of signal to
+    noise); sharp edges, as in drawings and letters, differ more. With ``inf``, files are decoded at full size.
 
     Args:
         image_size: side of the result in pixels.
         scale: smallest and largest share of the area that a crop keeps.
         augment: transforms of torchvision for PIL images, applied after the crop.
-        oversampling: as above.
-        ratio: smallest and largest width of a crop over its height.
+        oversampling: least ratio of the crop's decoded size to ``image_size``, as described above.
+        ratio: smallest and largest ratio of a crop's width to its height.
         max_pixels: images with more pixels are refused.
     """
 
@@ -66,7 +66,7 @@ class CroppedImages:
         self.oversampling, self.ratio, self.max_pixels = oversampling, tuple(ratio), max_pixels
 
     def __call__(self, data: bytes) -> Tensor:
-        """Return the crop; random numbers come from torch's generator.
+        """Return a random crop of the image, drawn with torch's generator.
 
         Raises:
             ImageError: the image cannot be used.
@@ -74,7 +74,7 @@ class CroppedImages:
         return self.resized(*self.decoded(data))
 
     def decoded(self, data: bytes) -> tuple[Image.Image, Box]:
-        """Return the image as finely as the crop needs it, and the crop in its pixels.
+        """Decode the image at the resolution that a random crop needs; return the image, and the crop in its pixels.
 
         Raises:
             ImageError: the image cannot be used.
@@ -94,18 +94,19 @@ class CroppedImages:
             return to_rgb(image), (x0, y0, min(x1, image.width), min(y1, image.height))
 
     def resized(self, image: Image.Image, box: Box) -> Tensor:
-        """Return a crop of a decoded image, resized and augmented."""
+        """Return a crop of a decoded training image, resized and augmented."""
         from PIL import Image
 
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
         for transform in self.augment:
             image = transform(image)
-        # Pillow packs each row as its reds, greens and blues, so that whole rows are copied and not single bytes
+        # Pillow can store each row as all reds, then all greens, then all blues: then whole rows are copied, not single
+        # bytes
         rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
         return torch.from_numpy(rows.transpose(1, 0, 2).copy())
 
     def box(self, width: int, height: int) -> Box:
-        """Return the edges of a crop of an image of this size: left, top, right, bottom."""
+        """Draw a random crop of an image of this size; return its edges: left, top, right, bottom."""
         from torchvision.transforms import RandomResizedCrop
 
         sized = torch.empty(3, height, width, device="meta")

@@ -1,11 +1,12 @@
-"""Pictures of one coloured shape each, drawn by operations of PyTorch on the device that will use them.
+"""Pictures of one coloured shape each, drawn by PyTorch operations on the device that trains.
 
-Everything is an integer: sides and distances are counted in 64ths of a pixel, and cosines in 4096ths. So a picture has
-the same bits on every device, with any number of threads, compiled or not.
+All numbers are integers: sides and distances are counted in 64ths of a pixel, and cosines in 4096ths. Therefore a
+picture has the same bits on every device, with any number of threads, compiled or not.
 
-The distance of a pixel from a straight edge, and nearly that from a circle, is a number for its row plus one for its
-column. A shape combines such distances: a convex one takes the largest, and two shapes together the smaller one. Where
-the distance is less than half a pixel, the shape covers a part of the pixel.
+The distance of a pixel from a straight edge is a term of its row plus a term of its column, and so, nearly, is the
+distance from a circle. Distances are combined: that of a convex shape is the largest of those of its edges, and that of
+the union of two shapes is the smaller one. Where the distance is less than half a pixel, the shape covers a part of the
+pixel.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 PIXEL = 64
-ONE = 4096  # a cosine of 1
-SIDE = 1024  # in which places and radii are given
+ONE = 4096  # the integer that stands for a cosine of 1
+SIDE = 1024  # side of a picture in the units of places and radii
 FRAMES_PER_SIDE = 24
-# Parts of a batch that are drawn together: on a CPU they fit into its cache, and a GPU is filled by them.
+# The number of pixels that are drawn together: on a CPU they fit into its cache, and they are enough to fill a GPU.
 PIXELS_ON_CPU, PIXELS_ON_GPU = 1 << 16, 1 << 24
 
 
@@ -46,7 +47,7 @@ WIDTH = COLUMNS.frame.stop
 
 @dataclasses.dataclass(frozen=True)
 class Drawings:
-    """Pictures that are still to be drawn, as the integers that say what is in them.
+    """A batch of pictures that are still to be drawn, as integers that describe their content.
 
     Attributes:
         numbers: int32 [B, 14] on the host, with what ``COLUMNS`` says in each column: the number of a shape in
@@ -62,18 +63,18 @@ class Drawings:
         return len(self.numbers)
 
     def pin_memory(self) -> Drawings:
-        """Return the drawings as they are: so few bytes need no pinned memory."""
+        """Return the drawings unchanged: their few bytes need no pinned memory."""
         return self
 
     def on(self, device: torch.device) -> Tensor:
-        """Return the pictures on ``device``: uint8, [B, 3, image_size, image_size]."""
+        """Draw the pictures on ``device``: uint8, [B, 3, image_size, image_size]."""
         size = self.image_size
         images = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=device)
         together = max((PIXELS_ON_GPU if device.type == "cuda" else PIXELS_ON_CPU) // size**2, 1)
         shapes = self.numbers[:, COLUMNS.shape]
         for shape, distances in enumerate(SHAPES.values()):
             for places in (shapes == shape).nonzero()[:, 0].split(together):
-                if len(places):  # splitting nothing gives one part
+                if len(places):  # torch.split of an empty tensor gives one part
                     numbers = self.numbers[places].to(device, non_blocking=True)
                     coverage = _coverage(distances(_Plane(numbers, size)))
                     images.index_copy_(0, places.to(device, non_blocking=True), _painted(numbers, coverage))
@@ -81,7 +82,7 @@ class Drawings:
 
 
 class _Plane:
-    """The pixels of pictures, as seen from the centres of their shapes.
+    """The pixel grids of pictures, relative to the centres of their shapes, in which shapes are drawn as distances.
 
     Lengths are given in thousandths of the shape's radius. Distances are int32 [B, S, S], negative inside.
     """
@@ -94,23 +95,23 @@ class _Plane:
         self.degrees = columns[:, COLUMNS.degrees]
 
     def edge(self, degrees: int, length: int) -> Tensor:
-        """Return the distances from a line, which is ``length`` away from the centre in the direction ``degrees``."""
+        """Return each pixel's distance from a line, ``length`` away from the centre in the direction ``degrees``."""
         cosines = _cosines(self.x.device)
         cos, sin = (cosines[(self.degrees + turned) % 360] for turned in (degrees, degrees + 270))
         return (cos * self.x // ONE).int() + (sin * self.y // ONE - self.radius * length // 1000).int()
 
     def disc(self, length: int) -> Tensor:
-        """Return about the distances from a circle: exact to the first order where they are small."""
+        """Return the approximate distance of each pixel from a circle, exact to first order where it is small."""
         radius = (self.radius * length // 1000).clamp(min=1)
         return (self.x**2 // (2 * radius)).int() + ((self.y**2 - radius**2) // (2 * radius)).int()
 
     def polygon(self, *lengths: int) -> Tensor:
-        """Return the distances from a polygon with equal angles, whose edges are so far away from the centre."""
+        """Return each pixel's distance from a polygon with equal angles; its edges are ``lengths`` from the centre."""
         edges = (self.edge(360 * k // len(lengths), length) for k, length in enumerate(lengths))
         return functools.reduce(torch.maximum, edges)
 
     def star(self, length: int) -> Tensor:
-        """Return the distances from a star with five points, in which a point is inside of four of the five edges."""
+        """Return each pixel's distance from a five-pointed star: its pixels are inside of four of the five edges."""
         largest = self.edge(0, length)
         second = torch.full_like(largest, torch.iinfo(torch.int32).min)
         for k in range(1, 5):
@@ -134,17 +135,17 @@ SHAPES: dict[str, Callable[[_Plane], Tensor]] = {
 
 @functools.cache
 def _cosines(device: torch.device) -> Tensor:
-    """Return the cosine of every whole number of degrees."""
+    """Return the cosine of every whole number of degrees, as integers in 4096ths."""
     return torch.from_numpy(np.rint(np.cos(np.arange(360) * np.pi / 180) * ONE).astype(np.int64)).to(device)
 
 
 def _coverage(distances: Tensor) -> Tensor:
-    """Return how many 64ths of each pixel are covered: int16 [B, 1, S, S]."""
+    """Return how many 64ths of each pixel a shape covers: int16 [B, 1, S, S]."""
     return distances.neg_().add_(PIXEL // 2).clamp_(0, PIXEL).to(torch.int16)[:, None]
 
 
 def _painted(numbers: Tensor, coverage: Tensor) -> Tensor:
-    """Return the pictures whose shapes cover so much of each pixel: uint8 [B, 3, S, S]."""
+    """Blend the colours of shapes and backgrounds by the coverage of each pixel: uint8 [B, 3, S, S]."""
     size = coverage.shape[-1]
     colour, background, frame = (
         numbers[:, columns, None, None].to(torch.int16)

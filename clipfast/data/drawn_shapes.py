@@ -1,12 +1,13 @@
-"""Scenes of coloured shapes whose captions say how things are put together, for training and for tests.
+"""Scenes of coloured shapes with captions about composition (colour, number, position), for training and for tests.
 
-``shapes:20000`` names so many scenes for training, and ``shapes:20000@1`` so many others. What is in a scene follows
-from its number. A test scene (:func:`held_out_scene`) has a second caption that is wrong in one respect, its kind.
+``shapes:20000`` names 20000 scenes for training, and ``shapes:20000@1`` names 20000 other ones. The content of a scene
+is determined by its number. A test scene (:func:`held_out_scene`) has a second caption that is wrong in one respect,
+which is called its kind.
 
-Some combinations of colours and shapes are kept for tests: a third of those of one colour and one shape, and a fifth of
-those of two colours and two shapes. If tests draw a red circle beside a blue square, training draws neither that nor a
-blue circle beside a red square. So neither of the two captions of a test is better known. Every colour and every shape
-is in both.
+Some combinations of colours and shapes are kept for tests: a third of the combinations of one colour and one shape, and
+a fifth of the combinations of two colours and two shapes. If tests draw a red circle beside a blue square, training
+draws neither this scene nor a blue circle beside a red square. Therefore a trained model knows neither of the two
+captions of a test better than the other. Every colour and every shape occurs in training and in tests.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from .source import DrawnSource
 if TYPE_CHECKING:
     from PIL import Image
 
-SIDE = 64  # of the pictures, in pixels
-FINER = 4  # times as many pixels a side are drawn, and averaged
-STAMP = "0/1"  # as of a file without bytes; the second number changes when scenes change
+SIDE = 64  # side of the pictures in pixels
+FINER = 4  # pictures are drawn at this many times their size, and averaged
+STAMP = "0/1"  # stamp of a shard, as for an empty file; the second number changes when scenes change
 COLOURS = {
     "red": (215, 35, 35), "yellow": (245, 205, 30), "green": (30, 150, 65), "blue": (40, 85, 220),
     "purple": (150, 55, 185), "black": (25, 25, 25),
 }  # fmt: skip
-SHADE = 12  # how far each channel may lie from that of the colour's name
+SHADE = 12  # how far each channel may differ from the colour of the name
 LIGHTEST, DARKEST = 250, 222  # backgrounds are grey
-TURN = 12  # degrees to either side
+TURN = 12  # shapes are turned by up to this many degrees to either side
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-KINDS = ("colour", "shape", "binding", "relation", "count", "order")  # of test scenes, in turn
+KINDS = ("colour", "shape", "binding", "relation", "count", "order")  # kinds of test scenes, in turn
 TRAINED = {"one": 1, "two": 4, "relation": 4, "count": 2}  # kinds of training scenes, and how often each is drawn
 
 
@@ -58,7 +59,7 @@ def _scaled(points: Sequence[tuple[float, float]], factor: float) -> tuple[tuple
 
 # The corners of a cross; its arms are two wide and six long.
 _CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
-# Corners of a shape around its centre, in radii; none for what is round.
+# Corners of a shape around its centre, in radii; none for round shapes.
 SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     "circle": (),
     "square": _scaled(_regular(4, first=45), 1.2),
@@ -70,7 +71,7 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
 HOLE = 0.55  # radius of the hole of a ring
 
 Pair = tuple[str, str]
-# The colours and the shapes of scenes: for training, and for tests.
+# These are the combinations of colours and shapes in scenes for training, and in scenes for tests.
 ONES: tuple[list[Pair], list[Pair]] = ([], [])
 TWOS: tuple[list[tuple[Pair, Pair]], list[tuple[Pair, Pair]]] = ([], [])
 for (_c, _colour), (_s, _shape) in itertools.product(enumerate(COLOURS), enumerate(SHAPES)):
@@ -82,7 +83,7 @@ for (_c, _colours), (_s, _shapes) in itertools.product(
 
 
 class Thing(NamedTuple):
-    """A shape in a picture; lengths are in pixels."""
+    """A coloured shape in a drawn scene; lengths are in pixels."""
 
     colour: str
     shape: str
@@ -94,13 +95,13 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What is in a picture.
+    """The content of a drawn picture, with its captions.
 
     Attributes:
-        kind: what captions say of it.
+        kind: the kind of statement that the captions make, one of ``KINDS`` or ``TRAINED``.
         things: the shapes.
-        grey: of the background.
-        caption: is right.
+        grey: grey level of the background.
+        caption: the right caption.
         wrong: a caption that is wrong in one respect; "" in training.
         relation: where the first thing of the caption is; "" if the caption does not say that.
     """
@@ -113,7 +114,7 @@ class Scene(NamedTuple):
     relation: str = ""
 
     def picture(self) -> Image.Image:
-        """Return the picture, 64 pixels a side."""
+        """Draw the picture of the scene, 64 pixels a side."""
         from PIL import Image, ImageDraw
 
         image = Image.new("RGB", (FINER * SIDE, FINER * SIDE), (self.grey,) * 3)
@@ -135,17 +136,17 @@ class Scene(NamedTuple):
 
 
 def training_scene(number: int, seed: int = 0) -> Scene:
-    """Return a scene for training."""
+    """Return a scene of coloured shapes for training, which ``number`` and ``seed`` determine."""
     rng = random.Random(f"shapes {seed} {number}")
     (kind,) = rng.choices(list(TRAINED), list(TRAINED.values()))
     return _DRAWN_BY[kind](rng, kind, is_test=False)
 
 
 def held_out_scene(number: int, seed: int = 0) -> Scene:
-    """Return a scene for tests with a right and a wrong caption; its kind follows from the number.
+    """Return a scene of coloured shapes for tests, with a right and a wrong caption; the number determines its kind.
 
-    Which of the two captions is right is even for the kinds, but for "order", so that a model that does not see the
-    picture is right about half of the time.
+    Except for the kind "order", each form of a caption is the right one as often as the wrong one. Therefore a model
+    that does not see the picture is right about half of the time.
     """
     kind = KINDS[number % len(KINDS)]
     rng = random.Random(f"test of shapes {seed} {number}")
@@ -160,7 +161,7 @@ def _one(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
     radius = rng.uniform(9, 17)
     x, y = (rng.uniform(radius + 6, SIDE - radius - 6) for _ in range(2))
     thing = _thing(rng, colour, shape, x, y, radius)
-    # What differs by the kind only, and training does not draw either.
+    # The wrong caption differs only in the kind, and training does not draw its combination either.
     near = {
         "colour": [(other, shape) for other in COLOURS if (other, shape) in ONES[is_test] and other != colour],
         "shape": [(colour, other) for other in SHAPES if (colour, other) in ONES[is_test] and other != shape],
@@ -170,7 +171,7 @@ def _one(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
 
 
 def _two(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
-    """Return two things, anywhere."""
+    """Draw a scene of two things at random places."""
     angle, distance = rng.uniform(0, 2 * math.pi), rng.uniform(30, 36)
     first, second = _couple(rng, math.cos(angle) * distance, math.sin(angle) * distance, is_test=is_test)
     caption = f"a {first.colour} {first.shape} and a {second.colour} {second.shape}"
@@ -179,7 +180,7 @@ def _two(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
 
 
 def _related(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
-    """Return two things of which one is beside, above or below the other."""
+    """Draw a scene of two things, of which one is beside, above or below the other."""
     relation, (right, down) = rng.choice(list(RELATIONS.items()))
     along, across = rng.uniform(30, 36), rng.uniform(-6, 6)
     # The first thing of the caption lies in the direction of the relation.
@@ -190,10 +191,10 @@ def _related(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
 
 
 def _counted(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
-    """Return several equal things, one in each of some of nine cells."""
+    """Draw a scene of several equal things, each in one of nine cells."""
     colour, shape = rng.choice(ONES[is_test])
     fewer = rng.choice([number for number in COUNTS if number + 1 in COUNTS])
-    count, other = rng.sample((fewer, fewer + 1), 2)  # each as often as the other
+    count, other = rng.sample((fewer, fewer + 1), 2)  # each number is the right one as often as the wrong one
     radius, cell = rng.uniform(5.5, 7.5), SIDE / 3
     things = []
     for place in rng.sample(range(9), count):
@@ -209,12 +210,12 @@ _DRAWN_BY = {
 
 
 def _couple(rng: random.Random, x: float, y: float, *, is_test: bool) -> tuple[Thing, Thing]:
-    """Return two things of different colours and shapes; the second is (x, y) away from the first."""
+    """Return two things of a scene with different colours and shapes; the second is (x, y) away from the first."""
     colours, shapes = (rng.sample(both, 2) for both in rng.choice(TWOS[is_test]))
     radii = [rng.uniform(9, 12) for _ in range(2)]
     first = []
     for offset in (x, y):
-        # Both keep their distance from the edges.
+        # Both things keep a distance from the edges of the picture.
         low, high = max(14, 14 - offset), min(SIDE - 14, SIDE - 14 - offset)
         first.append(rng.uniform(low, high))
     places = ((first[0], first[1]), (first[0] + x, first[1] + y))
@@ -239,7 +240,7 @@ def _plural(shape: str) -> str:
 
 
 def _shuffled(rng: random.Random, caption: str) -> str:
-    """Return the words of a caption in an order that is no caption."""
+    """Return the words of a caption in an order that does not make a caption."""
 
     def classes(words: Sequence[str]) -> list[str]:
         return ["colour" if word in COLOURS else "shape" if word in SHAPES else word for word in words]
@@ -252,15 +253,15 @@ def _shuffled(rng: random.Random, caption: str) -> str:
 
 
 class ShapesSource(DrawnSource):
-    """Scenes for training that follow from their numbers, as one shard without a file."""
+    """A source of drawn scenes for training: one shard without a file, in which the number determines the scene."""
 
     prefix, stamp = SHAPES_PREFIX, STAMP
 
     def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
-        """Return a pair: the caption as ``txt``, it and its kind as ``json``, and the picture as ``png``.
+        """Return a drawn pair: the caption as ``txt``, caption and kind as ``json``, and the picture as ``png``.
 
         Args:
-            number: of the pair.
+            number: number of the pair.
             keys: the picture is only drawn if ``png`` is among its names.
         """
         scene = training_scene(number, self.seed)

@@ -1,10 +1,10 @@
-"""JPEG files that are decoded on the device that trains: data workers only check them and choose the crops.
+"""JPEG decoding on the device that trains: data workers only check the files and choose the crops.
 
-A worker sends those files that it knows to be decodable, and decodes all others. It knows this without decoding: in a
-baseline file with one scan, libjpeg refuses nothing but what stands in front of the scan, and an end that is missing;
-whatever is wrong within the scan is at most a warning. So the worker decodes the file without its scan, at an eighth of
-its size, and looks for the marker that ends the scan. A file that cannot be used is therefore found by the worker, and
-replaced there as always. A file that only the device refuses is decoded by the host.
+A worker sends the files that the device can certainly decode, and decodes all others itself. The check is cheap: in a
+baseline file with one scan, libjpeg raises errors only for the headers before the scan and for a missing end; for
+anything wrong within the scan, it gives at most a warning. The worker therefore decodes the file without its scan, at
+an eighth of its size, and looks for the marker that ends the scan. In this way the worker finds every file that cannot
+be used, and replaces it as always. If only the device refuses a file, the host decodes it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .crops import ORIENTATION, UPRIGHT, CroppedImages
 log = logging.getLogger("clipfast")
 
 START, SCAN, END = b"\xff\xd8", 0xDA, b"\xff\xd9"
-OTHER_FRAMES = frozenset(range(0xC1, 0xD0)) - {0xC4, 0xC8, 0xCC}  # which are no frames
-MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # neither a byte 255 of the data nor a restart
-MAX_PIXELS = 1 << 26  # that are decoded together: 192 MiB
+OTHER_FRAMES = frozenset(range(0xC1, 0xD0)) - {0xC4, 0xC8, 0xCC}  # these three markers begin no frame
+MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # any marker but an escaped byte 255 and a restart
+MAX_PIXELS = 1 << 26  # pixels that are decoded together: 192 MiB
 
 
 class EncodedCrop(NamedTuple):
@@ -44,9 +44,9 @@ class EncodedCrop(NamedTuple):
 
 
 class EncodedCrops:
-    """Turns the bytes of an image into a crop to decode, with the same random numbers as ``crops``.
+    """Turns the bytes of an image into a crop to decode on the device, with the same random numbers as ``crops``.
 
-    Of images that are no upright colour photographs in baseline JPEG, it returns what ``crops`` does.
+    For images that are not upright RGB images in baseline JPEG, it returns the decoded crop, as ``crops`` does.
     """
 
     def __init__(self, crops: CroppedImages) -> None:
@@ -66,7 +66,7 @@ class EncodedCrops:
         return EncodedCrop(file, width, height, (left, top, right, bottom))
 
     def gathered(self, crops: Iterable[EncodedCrop | Tensor], count: int) -> EncodedImages:  # noqa: ARG002
-        """Return the images of a batch."""
+        """Collect the crops of a batch: undecoded files, and pixels that were decoded already."""
         files, pixels, places = [], [], ([], [])  # type: ignore[var-annotated]
         for place, crop in enumerate(crops):
             is_pixels = isinstance(crop, Tensor)
@@ -86,9 +86,9 @@ class EncodedCrops:
 
 
 def decodable(data: bytes) -> tuple[bytes, int, int] | None:
-    """Return a JPEG file without what may follow it, and width and height of its image.
+    """Return a JPEG file that the device can decode, cut at its end marker, and width and height of its image.
 
-    None means that the file is no baseline JPEG with one scan, or not an upright RGB image, or broken.
+    Return None if the file is no baseline JPEG with one scan, is not an upright RGB image, or is broken.
     """
     scan = _scan(data)
     if scan is None:
@@ -101,13 +101,13 @@ def decodable(data: bytes) -> tuple[bytes, int, int] | None:
         if is_plain and image.getexif().get(ORIENTATION, UPRIGHT) == UPRIGHT:
             width, height = image.size
             image.draft("RGB", (-(-width // 8), -(-height // 8)))
-            image.load()  # meets everything that libjpeg refuses
+            image.load()  # raises every error that libjpeg would raise
             return data[: end.end()], width, height
     return None
 
 
 def _scan(data: bytes) -> int | None:
-    """Return where the data of the scan of a baseline JPEG file begin; None if it is another file."""
+    """Return the offset of the scan's data in a baseline JPEG file; None if the file is not baseline JPEG."""
     at = len(START)
     if not data.startswith(START):
         return None
@@ -123,16 +123,16 @@ def _scan(data: bytes) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImages:
-    """The images of a batch, of which most are still files.
+    """The images of a batch, most of which are still JPEG files to decode on the device.
 
     Attributes:
         image_size: side of the images in pixels.
-        files: the bytes of all JPEG files, one behind the other: uint8.
-        numbers: int64 [F, 6], for each file its length, how many pixels it has, and left, top, right and bottom of its
+        files: the concatenated bytes of all JPEG files: uint8.
+        numbers: int64 [F, 6], for each file its length, its number of pixels, and left, top, right and bottom of its
             crop.
-        places: of the files in the batch: int64 [F].
-        pixels: of the other images: uint8 [P, 3, S, S].
-        pixel_places: of the other images in the batch: int64 [P].
+        places: indices of the files' images in the batch: int64 [F].
+        pixels: the images that were decoded already: uint8 [P, 3, S, S].
+        pixel_places: indices of these images in the batch: int64 [P].
     """
 
     image_size: int
@@ -146,14 +146,14 @@ class EncodedImages:
         return len(self.places) + len(self.pixel_places)
 
     def pin_memory(self) -> EncodedImages:
-        """Return the batch with its pixels in pinned memory; the decoder takes files from any."""
+        """Return the images with their pixels in pinned memory; the decoder takes files from any memory."""
         return dataclasses.replace(self, pixels=self.pixels.pin_memory())
 
     def on(self, device: torch.device) -> Tensor:
-        """Decode the files on ``device``, and return the crops: uint8 [B, 3, S, S].
+        """Decode the JPEG files on ``device``, and return all crops: uint8 [B, 3, S, S].
 
         Raises:
-            ImageError: neither the device nor the host can decode a file, which a worker should have found.
+            ImageError: neither the device nor the host can decode a file. A worker should have replaced it.
         """
         size = self.image_size
         images = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=device)
@@ -173,7 +173,7 @@ class EncodedImages:
         return [self.files[begins[index] : ends[index]] for index in range(first, stop)]
 
     def _parts(self) -> Iterator[tuple[int, int]]:
-        """Yield the first file, and that after the last, of parts that are decoded together."""
+        """Split the JPEG files into parts that are decoded together; yield begin and end index of each part."""
         first, pixels = 0, 0
         for index, count in enumerate(self.numbers[:, 1].tolist()):
             if pixels and pixels + count > MAX_PIXELS:
@@ -185,7 +185,7 @@ class EncodedImages:
 
 
 def _resized(image: Tensor, size: int) -> Tensor:
-    """Return an image [3, H, W] with ``size`` pixels a side, by bicubic interpolation with antialiasing, as floats."""
+    """Resize a decoded image [3, H, W] to ``size`` pixels a side, bicubic with antialiasing; floats from 0 to 255."""
     resized = F.interpolate(image[None].float(), (size, size), mode="bicubic", antialias=True)[0]
     return resized.round_().clamp_(0, 255)
 
@@ -193,8 +193,7 @@ def _resized(image: Tensor, size: int) -> Tensor:
 def decoded(files: list[Tensor], device: torch.device) -> list[Tensor]:
     """Decode JPEG files on ``device``: uint8, [3, H, W] each. The host decodes those that the device refuses.
 
-    Raises:
-        ImageError: neither can.
+    Raises: ImageError: neither can decode a file.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -203,7 +202,7 @@ def decoded(files: list[Tensor], device: torch.device) -> list[Tensor]:
         return images
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # it does not say which file is the reason
+    except RuntimeError as error:  # the error does not say which file is the reason
         half = len(files) // 2
         if half:
             return decoded(files[:half], device) + decoded(files[half:], device)
@@ -218,10 +217,10 @@ def _warn_once(device: str, reason: str) -> None:
 
 
 def check_decoder(device: torch.device) -> None:
-    """Decode a file on ``device``.
+    """Decode a small JPEG file on ``device``, to see whether it can decode.
 
     Raises:
-        ValueError: that is not possible.
+        ValueError: the device cannot decode JPEG files.
     """
     from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 

@@ -1,7 +1,7 @@
-"""Folders of images with text files beside them. A folder is read by the list of its images.
+"""Folders of images with text files beside them. Samples are found by a list of the folder's images.
 
-The list is a file that :mod:`clipfast.data.staging` keeps in the cache. It has a line of JSON for each image: the files
-that are called like it, by their extensions.
+The list is a file that :mod:`clipfast.data.staging` keeps in the cache. It has a line of JSON for each image: an object
+of the files with the image's name, by extension.
 """
 
 import collections
@@ -19,11 +19,11 @@ from .samples import LINKS, Links, RawSample, metadata
 from .tables import JSONL
 
 IMAGE_KINDS = frozenset(IMAGE_EXTENSIONS)
-MOST_KINDS = 8  # of the files that are not taken, which are named
+MOST_KINDS = 8  # a message names at most this many kinds of unused files
 
 
 def write_list(folder: str, path: Path) -> None:
-    """Write the list of a folder's images to ``path``.
+    """Write the list of the images in a folder, which serves as its index, to ``path``.
 
     Raises:
         OSError: a folder cannot be read.
@@ -33,10 +33,10 @@ def write_list(folder: str, path: Path) -> None:
 
 
 def images_in(folder: str) -> Iterator[dict[str, str]]:
-    """Yield, for each image in a folder and its sub-folders, the files of its pair: their names by their extensions.
+    """Yield the files of each image-text pair in a folder and its sub-folders: their names by extension.
 
-    These are the files beside each other whose names agree up to the last dot. Images are in the order of their names,
-    and those of sub-folders come last. What begins with a dot is left out.
+    A pair consists of the files of one folder whose names agree up to the last dot. Images are in the order of their
+    names; the images of sub-folders come last. Names that begin with a dot are left out.
     """
     for named in _alike(folder):
         files = dict(named)
@@ -48,9 +48,9 @@ def images_in(folder: str) -> Iterator[dict[str, str]]:
 
 
 def others_in(folder: str, keys: Keys) -> str:
-    """Say how many files of which kinds in a folder and its sub-folders belong to no pair, such as "2 heic, 1 pdf".
+    """Count the files in a folder and its sub-folders that belong to no pair, by kind: "2 heic, 1 pdf".
 
-    They are told by their names. What begins with a dot is left out.
+    Kinds are told by the names of the files. Names that begin with a dot are left out.
     """
     kinds = collections.Counter[str]()
     for named in _alike(folder):
@@ -65,11 +65,11 @@ def others_in(folder: str, keys: Keys) -> str:
 
 
 def _alike(folder: str) -> Iterator[list[tuple[str, str]]]:
-    """Yield the files beside each other whose names agree up to the last dot, as pairs of extension and name."""
+    """Group the file names of a folder that agree up to the last dot; yield each group as (extension, name) pairs."""
     for inside, names in _walk(folder):
         parts = [name.rpartition(".") for name in names]
         yield from ([("", os.path.join(inside, name))] for stem, _, name in parts if not stem)
-        # No name has a zero byte: with it in place of the dot, what belongs together lies together when it is sorted.
+        # Sorted with a zero byte, which no name has, in place of the dot, the files of a group are next to each other.
         row = sorted(f"{stem}\0{extension}" for stem, _, extension in parts if stem)
         for stem, group in itertools.groupby(row, key=lambda name: name.partition("\0")[0]):
             extensions = [name.partition("\0")[2] for name in group]
@@ -77,17 +77,17 @@ def _alike(folder: str) -> Iterator[list[tuple[str, str]]]:
 
 
 def has_texts(folder: str, keys: Keys) -> bool:
-    """Return True if there is a text file or a json beside an image of a folder."""
+    """Return True if any image of a folder has a text file or a json with captions beside it."""
     return any(key in files for files in images_in(folder) for key in (*keys.texts, "json"))
 
 
 def folder_stamp(folder: str) -> str:
-    """Return a text that changes when files are added beside the images of a folder, removed or renamed.
+    """Return the stamp of a folder of images: a text that changes when files are added, removed or renamed.
 
-    What is in the files is not looked at: it is read anew whenever a pair is.
+    It does not depend on the content of the files, which is read again with every pair.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the folder cannot be read.
     """
     content = hashlib.sha256()
     for inside, names in _walk(folder):
@@ -97,13 +97,13 @@ def folder_stamp(folder: str) -> str:
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder in ``root``, itself included: its path from there, and the names of its files."""
+    """Yield ``root`` and all folders in it: the path relative to ``root``, and the names of the files."""
     pending, seen = [""], set[tuple[int, int]]()
     while pending:
         inside = pending.pop()
         folder = os.path.join(root, inside)
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # links can make a circle
+        if (status.st_dev, status.st_ino) in seen:  # links can make a loop
             continue
         seen.add((status.st_dev, status.st_ino))
         names, folders = list[str](), list[str]()
@@ -118,12 +118,12 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, for instance
+    except OSError:  # for instance a link to itself
         return False
 
 
 def _scan(file: BinaryIO, name: str) -> tuple[Extents, dict[str, int]]:
-    """Return the extents of the lines of a list.
+    """Return the extents of the lines in the list of a folder's images.
 
     Raises:
         ValueError: there are no lines.
@@ -136,7 +136,7 @@ def _scan(file: BinaryIO, name: str) -> tuple[Extents, dict[str, int]]:
 
 
 def _parser(folder: str, _: int) -> Callable[[bytes], RawSample]:
-    """Return a function that makes a sample of the bytes of a line."""
+    """Return a function that makes a sample of the bytes of a line in the list of a folder's images."""
 
     def parse(data: bytes) -> RawSample:
         files: dict[str, str] = metadata({"json": data})

@@ -1,4 +1,4 @@
-"""The format of a shard says how its samples are found in a file, and made from their bytes."""
+"""Formats of shards: how the samples of a shard are found in its file, and made from their bytes."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ from .samples import RawSample
 
 LENGTH_BITS = 24
 MAX_BEGIN, MAX_LENGTH = 1 << (64 - LENGTH_BITS), 1 << LENGTH_BITS
-Extents = NDArray[np.uint64]  # for each sample, where it begins and how long it is, in units of its format
+Extents = NDArray[np.uint64]  # begin and length of each sample, in units of the format
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One way to keep samples in a file.
+    """A file format of shards: how samples are found, and how they are parsed.
 
     Attributes:
-        unit: in bytes; beginnings and lengths of extents are counted in it.
+        unit: number of bytes in which begins and lengths of extents are counted.
         scan: takes an uncompressed shard and its name, and returns the extents of its samples, and how many samples
             are estimated to be lost in each damaged part of it; raises ValueError if it is not of this format.
         parser: takes the shard's name and a descriptor of it, and returns a function that makes a sample of the bytes
@@ -33,7 +33,7 @@ class Format:
 
 
 def extents(begins: Sequence[int], lengths: Sequence[int]) -> Extents:
-    """Return extents in 64 bits each.
+    """Pack begins and lengths of samples into 64 bits each, for the index of a shard.
 
     Raises:
         ValueError: an extent is too long or too far from the beginning.
@@ -44,6 +44,6 @@ def extents(begins: Sequence[int], lengths: Sequence[int]) -> Extents:
 
 
 def unpacked(extent: np.uint64) -> tuple[int, int]:
-    """Return where an extent begins, and its length."""
+    """Unpack the begin and the length of a sample from an extent in the index."""
     begin, length = divmod(int(extent), MAX_LENGTH)
     return begin, length

@@ -1,10 +1,10 @@
-"""The index of a shard says where each sample lies. It is made in one pass, and kept outside of the data.
+"""The index of a shard: the place of each sample. It is made in one pass, and kept in a cache outside of the data.
 
-Each shard has one entry in the cache. The entry keeps the shard's size and time of change, by which a replaced shard is
-noticed, and eight bytes for each sample: the extent that holds it. A sample is then read with one call, whatever its
-place. A shard that is compressed, is no file of this machine or holds rows is indexed as the copy that
-:mod:`clipfast.data.staging` makes of it. If :mod:`clipfast.data.counts` knows how many samples such a shard has, that
-is enough to begin with, and the shard is indexed when it is first opened.
+Each shard has one entry in the cache. The entry holds the shard's size and modification time, by which a replaced shard
+is noticed, and eight bytes for each sample: the extent that holds it. Any sample can then be read with one call. For a
+shard that is compressed, remote, or made of rows, :mod:`clipfast.data.staging` makes a copy, and the copy is indexed.
+If :mod:`clipfast.data.counts` knows the number of samples of such a shard, training can begin with this number, and the
+shard is indexed when it is first opened.
 """
 
 import contextlib
@@ -41,20 +41,20 @@ from .staging import (  # fmt: skip
 )
 
 VERSION = 3
-LOST = "damaged shard"  # the kind of samples that lie where a shard cannot be read
+LOST = "damaged shard"  # the kind of skipped samples that were in a damaged part of a shard
 CACHE_VARIABLE = "CLIPFAST_CACHE"
-LOOKUPS = 16  # entries that are looked up at the same time
+LOOKUPS = 16  # number of entries that are looked up at the same time
 QUEUED = 4096  # names that are queued for threads or processes at the same time
-SHARED = 1 << 22  # bytes of an entry from which on processes map it, and so share it; a mapping holds the file open
+SHARED = 1 << 22  # bytes; larger entries are mapped, which processes share, but a mapping holds the file open
 Words = NDArray[np.uint64]
 
 
 class ShardError(SampleError):
-    """A shard that is missing, cannot be read, or is not what it was when it was indexed."""
+    """A shard that is missing, cannot be read, or has changed since it was indexed."""
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made anew: CLIPFAST_CACHE, or ``clipfast`` in the user's cache folder."""
+    """Return clipfast's cache folder: the variable CLIPFAST_CACHE, or ``clipfast`` in the user's cache folder."""
     own = os.environ.get(CACHE_VARIABLE)
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own) if own else Path(shared) / "clipfast"
@@ -62,17 +62,17 @@ def cache_folder() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """The index of one shard.
+    """The index entry of one shard: its stamp, its number of samples, and its damaged parts.
 
     Attributes:
-        name: of the shard.
+        name: name of the shard.
         stamp: a text that changes when the shard does.
-        size: bytes of the uncompressed shard.
+        size: size of the uncompressed shard in bytes.
         count: the number of samples.
-        damage: how many samples are estimated to be lost in each damaged part, of which the key says where it
-            begins and why it cannot be read; 0 if nobody can tell.
-        counted_in: the file that says how many samples there are, if the shard was not read: its size is 0 then, and
-            its damage is unknown.
+        damage: the estimated number of lost samples in each damaged part, or 0 if it is unknown. The key says where the
+            part begins and why it cannot be read.
+        counted_in: the file from which ``count`` was taken, if the shard was not read. Its size is 0 then, and its
+            damage is unknown.
     """
 
     name: str
@@ -84,16 +84,16 @@ class ShardIndex:
 
     @property
     def is_copied(self) -> bool:
-        """Return True if it is read from a copy, as its size, which is not that in the stamp, tells."""
+        """Return True if the shard is read from a copy: then its size differs from the size in the stamp."""
         return self.counted_in is not None or is_remote(self.name) or self.stamp.split("/")[0] != str(self.size)
 
     @property
     def lost(self) -> int:
-        """The number of samples that are estimated to be lost."""
+        """The estimated number of samples that the shard has lost."""
         return sum(self.damage.values())
 
     def losses(self) -> list[str]:
-        """Return a sentence for each damaged part."""
+        """Return a sentence about each damaged part of the shard."""
         return [
             f"{f'about {count} pair(s)' if count else 'parts'} of shard {self.name} are lost: {place}"
             for place, count in self.damage.items()
@@ -104,29 +104,29 @@ class IndexCache:
     """The indices of shards in a cache folder.
 
     Args:
-        folder: by default, that of :func:`cache_folder`.
-        separator: of the fields of CSV files, in place of what their names and headers say.
+        folder: the cache folder; by default, :func:`cache_folder`.
+        separator: field separator of CSV files, which overrides their names and headers.
 
     Raises:
-        ValueError: the limit for copies of shards is no number.
+        ValueError: the variable with the size limit for copies of shards is not a number.
     """
 
     def __init__(self, folder: Path | None = None, separator: str | None = None) -> None:
         self.folder, self.separator = folder or cache_folder(), separator
-        max_bytes()  # refused now, and not by a data worker
+        max_bytes()  # refuse a wrong variable here, and not in a data worker
 
     def format_of(self, name: str) -> Format:
-        """Return the format of a shard."""
+        """Return the file format of a shard by its name."""
         return format_of(name, self.separator)
 
     def shards(self, names: Sequence[str], workers: int = 0, *, whole: bool = False) -> Iterator[ShardIndex]:
-        """Yield the index of each shard in order; those that are not in the cache are made and put there.
+        """Yield the index of each shard in order; missing indices are made and put into the cache.
 
         Args:
-            names: of the shards, as :func:`clipfast.data.expand_shards` gives them.
-            workers: so many processes make indices; this one does if they are fewer than two.
-            whole: also make those of shards that would have to be copied, even if their samples can be counted without
-                that; otherwise their ``counted_in`` is set.
+            names: names of the shards, as :func:`clipfast.data.expand_shards` returns them.
+            workers: number of processes that make indices; with fewer than two, this process makes them.
+            whole: also index shards that must be copied for it, even if their samples can be counted without a copy;
+                otherwise such a shard is only counted, and its ``counted_in`` is set.
 
         Raises:
             ShardError: a shard is missing, or is not of its format.
@@ -141,15 +141,15 @@ class IndexCache:
             yield found or done[name]
 
     def known(self, names: Sequence[str], *, whole: bool = True) -> list[ShardIndex | None]:
-        """Return the index of each shard that is in the cache, and None for the others.
+        """Return the cached index of each shard, and None for shards that are not in the cache.
 
-        Without ``whole``, shards whose samples can be counted without reading them are known too.
+        Without ``whole``, this includes shards whose samples can be counted without reading them.
 
         Raises:
-            ShardError: a file that says how many samples it has cannot be read.
+            ShardError: the file with the sample count of a shard cannot be read.
         """
         counts = Counts()
-        with ThreadPoolExecutor(LOOKUPS) as pool:  # each waits for its file system
+        with ThreadPoolExecutor(LOOKUPS) as pool:  # the threads mostly wait for the file system
             return list(_in_slices(pool, self._known if whole else lambda name: self._counted(name, counts), names))
 
     def _made(self, names: Sequence[str], workers: int) -> Iterator[ShardIndex]:
@@ -160,7 +160,7 @@ class IndexCache:
             yield from _in_slices(pool, self._make, names)
 
     def _counted(self, name: str, counts: Counts) -> ShardIndex | None:
-        """Return what is known of a shard without reading it: its index, or its count; None if nothing is known."""
+        """Return the cached index of a shard, or only its sample count from a file beside it; None without either."""
         known = self._known(name)
         if known is not None:
             return known
@@ -172,12 +172,13 @@ class IndexCache:
         return None if now is None or found is None else ShardIndex(name, now, 0, found[0], {}, found[1])
 
     def complete(self, shard: ShardIndex) -> ShardIndex:
-        """Return the index of a shard that was only counted, which is made if another process has not done so.
+        """Index a shard that was only counted before, unless another process has done so, and return the index.
 
-        It is not kept if the count is another: every start has to come to the same order, whatever was read before.
+        The index is not cached if its number of samples differs from the count: every start of a run must use the same
+        counts, and so the same order, no matter which shards were read before.
 
         Raises:
-            ShardError: it is missing, is not of its format, or was changed after it was counted.
+            ShardError: the shard is missing, is not of its format, or was changed after it was counted.
         """
         index = self._make(shard.name, shard.count)
         if index.stamp != shard.stamp:
@@ -185,7 +186,7 @@ class IndexCache:
         return index
 
     def bring(self, name: str) -> int:
-        """Bring a shard that cannot be read where it is into the cache, and return the size of its copy.
+        """Copy a shard that cannot be read in place into the cache, and return the size of the copy.
 
         Raises:
             FetchError, DiskFullError: as :func:`clipfast.data.staging.staged`.
@@ -195,13 +196,13 @@ class IndexCache:
             return os.fstat(copy.fileno()).st_size
 
     def room(self) -> int:
-        """Return how many bytes copies of shards may take together."""
+        """Return the number of bytes that all copies of shards in the cache may take together."""
         self._copies.mkdir(parents=True, exist_ok=True)
         return room(self._copies)
 
     def touch(self, name: str) -> None:
-        """Let other copies than that of this shard make room."""
-        with contextlib.suppress(OSError):  # it is not there, or the file system refuses
+        """Mark the copy of this shard as just used, so that other copies are removed first."""
+        with contextlib.suppress(OSError):  # there is no copy, or the file system refuses
             os.utime(copy_path(name, self._copies))
 
     @property
@@ -209,7 +210,7 @@ class IndexCache:
         return self.folder / "shards"
 
     def extents(self, name: str) -> Extents:
-        """Return where each sample of a shard lies."""
+        """Return begin and length of each sample of a shard, from its index."""
         with self._entry(name).open("rb") as file:
             file.readline()
             if os.fstat(file.fileno()).st_size < SHARED:
@@ -217,7 +218,7 @@ class IndexCache:
             return np.memmap(file, "<u8", "r", file.tell())
 
     def column(self, shard: ShardIndex, name: str) -> Words | None:
-        """Return the numbers that were kept for the samples of a shard under ``name``; None if there are none."""
+        """Return the cached column ``name`` of a shard: a 64-bit number for each sample; None if there is none."""
         try:
             with self._column(shard, name).open("rb") as file:
                 is_current = file.readline() == self._mark(shard, name)
@@ -226,7 +227,7 @@ class IndexCache:
             return None
 
     def keep_column(self, shard: ShardIndex, name: str, numbers: Words) -> None:
-        """Keep a 64-bit number for each sample of a shard under ``name``."""
+        """Cache a column of a shard, a 64-bit number for each sample, under ``name``."""
         content = self._mark(shard, name) + numbers.astype("<u8").tobytes()
         path = self._column(shard, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,10 +241,10 @@ class IndexCache:
         return json.dumps([VERSION, shard.name, shard.stamp, name]).encode() + b"\n"
 
     def open(self, shard: ShardIndex) -> int:
-        """Return a descriptor of a shard's uncompressed bytes.
+        """Open an indexed shard, or its copy, and return the descriptor of its uncompressed bytes.
 
         Raises:
-            ShardError: it is missing, or is not what it was when it was indexed.
+            ShardError: the shard is missing, or has changed since it was indexed.
         """
         descriptor, now = self._descriptor(shard.name, shard.stamp)
         size = os.fstat(descriptor).st_size
@@ -255,12 +256,12 @@ class IndexCache:
         raise ShardError("the shard was replaced after it was indexed", "replaced shard")
 
     def _descriptor(self, name: str, stamped: str | None = None) -> tuple[int, str]:
-        """Return a descriptor of a shard's uncompressed bytes, and the stamp of the shard.
+        """Open a shard or its copy; return the descriptor of its uncompressed bytes, and its stamp.
 
-        A copy that has the stamp ``stamped`` is good enough, whatever the shard is by now.
+        A copy with the stamp ``stamped`` is accepted without a look at the original shard.
 
         Raises:
-            ShardError: it cannot be opened or brought here.
+            ShardError: the shard cannot be opened or copied.
         """
         try:
             if not is_direct(name):
@@ -281,12 +282,12 @@ class IndexCache:
         return self.folder / "index" / entry[:2] / entry
 
     def _known(self, name: str) -> ShardIndex | None:
-        """Return the index in the cache; None if there is none of the shard as it is now."""
+        """Return the cached index of a shard; None if it is missing, or the shard has changed since."""
         try:
             with self._entry(name).open("rb") as file:
                 header: dict[str, Any] = json.loads(file.readline())
             now = stamp(name)
-        except Exception:  # every file system has errors of its own; making the index meets them again
+        except Exception:  # any error of a file system: indexing will raise it again
             return None
         if header.pop("version", None) != VERSION or (header["name"], header["stamp"]) != (name, now):
             return None
@@ -295,7 +296,7 @@ class IndexCache:
     def _make(self, name: str, counted: int | None = None) -> ShardIndex:
         """Index a shard, and put the index into the cache, unless another process has just done so.
 
-        With ``counted``, an index of another number of samples is not kept.
+        With ``counted``, an index with a different number of samples is not cached.
         """
         entry = self._entry(name)
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -313,7 +314,7 @@ class IndexCache:
             if counted not in (None, index.count):
                 return index
             kept = {"version": VERSION, **dataclasses.asdict(index)}
-            del kept["counted_in"]  # which is None, and was not there in earlier entries
+            del kept["counted_in"]  # always None here, and absent from entries of earlier versions
             header = json.dumps(kept).encode() + b"\n"
             content = header + found.astype("<u8").tobytes()
             replace_file(entry, lambda temporary: temporary.write_bytes(content), len(content))
@@ -321,6 +322,6 @@ class IndexCache:
 
 
 def _in_slices(pool: Executor, function: Callable[[str], Found], names: Sequence[str]) -> Iterator[Found]:
-    """Yield the results of a function in order. (A pool's own ``map`` queues all names at once.)"""
+    """Map a function over names of shards in slices, since ``map`` of a pool would queue all names at once."""
     for first in range(0, len(names), QUEUED):
         yield from pool.map(function, names[first : first + QUEUED])

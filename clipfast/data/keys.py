@@ -1,4 +1,4 @@
-"""Under which names a sample has its image and its captions."""
+"""Keys of samples: the names under which a sample has its image and its captions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ TEXT_KEYS = ("txt", "caption", "text", "title")
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """The names that are looked for in a sample, in this order.
+    """The keys under which the image and the captions of a sample are looked for, in this order.
 
     Attributes:
-        images: extension of the member that is the image; or, in a table, the column that names the image's file.
-        texts: extension of the member that is the caption; or, if there is none of them, key of the json that holds the
-            caption, or a list of captions.
+        images: extensions of the image's member; or, in a table, columns with the name of the image's file.
+        texts: extensions of the caption's member; or, if the sample has no such member, keys of its json that hold a
+            caption or a list of captions.
         is_json: whether captions are only looked for in the json.
-        weights: how often each of ``texts`` is the first that is looked for in the json, while one with weight 1 is so
-            once; those with weight 0 come last. Without weights, the order is always the same.
+        weights: how often each of ``texts`` is looked for first in the json, relative to the others. Keys with weight 0
+            come last. Without weights, the order is always the same.
     """
 
     images: tuple[str, ...] = IMAGE_KEYS
@@ -33,10 +33,9 @@ class Keys:
 
     @classmethod
     def from_dict(cls, values: Any) -> Keys:
-        """Return the keys with these attributes, as JSON has them.
+        """Construct the keys of a sample from a dict of these attributes, which was read from JSON.
 
-        Raises:
-            ValueError: they are something else.
+        Raises: ValueError: the dict does not describe keys.
         """
         kinds = {"images": str, "texts": str, "weights": int | float}
         is_right = isinstance(values, dict) and all(
@@ -50,10 +49,11 @@ class Keys:
         return cls(**found)
 
     def ordered_texts(self, rng: random.Random | None) -> Sequence[str]:
-        """Return ``texts`` in the order in which they are looked for in the json; ``rng`` draws it if it can vary."""
+        """Return the caption keys in the order of their search in a sample's json; with weights, ``rng`` draws it."""
         if rng is None or not self.weights:
             return self.texts
-        # The earliest of several random times with these rates is each one's with a probability as its rate.
+        # Of exponential random times with these rates, each is the earliest with a probability proportional to its
+        # rate.
         turns = [rng.expovariate(weight) if weight else math.inf for weight in self.weights]
         return [self.texts[place] for place in sorted(range(len(turns)), key=turns.__getitem__)]
 
@@ -67,7 +67,7 @@ def read_keys(
     json_text_key: Sequence[str] = (),
     json_text_key_probs: Sequence[float] = (),
 ) -> Keys:
-    """Return the keys that the flags of these names ask for; each text may hold alternatives, which ';' separates.
+    """Parse the flags for the keys of samples; each value may have alternatives, separated by ';'.
 
     Raises:
         ValueError: a flag names no key, or the probabilities do not fit.
@@ -87,7 +87,7 @@ def read_keys(
 
 
 def read_separator(text: str | None) -> str | None:
-    r"""Return the character that ``--csv-separator`` asks for; ``\t`` in two characters is a tab.
+    r"""Parse the value of ``--csv-separator``: one character, or backslash and t for a tab.
 
     Raises:
         ValueError: it is not a character that can separate fields.

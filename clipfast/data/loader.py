@@ -30,12 +30,12 @@ from .samples import RawSample, caption, field, image_bytes, sample_name
 from .source import Source
 from .workers import PREFETCH, made_by_workers
 
-# If a sample and so many substitutes cannot be used, the run stops: nothing in the data seems to be usable.
+# If a sample and this many substitutes cannot be used, the run stops: nothing in the data seems to be usable.
 MAX_SUBSTITUTES = 100
 
 
 class Skipped(NamedTuple):
-    """A sample that could not be used: its name, why in two words, and why in a sentence."""
+    """A skipped sample: its name, the kind of the reason in two words, and the reason in a sentence."""
 
     name: str
     kind: str
@@ -46,32 +46,32 @@ class Skipped(NamedTuple):
 
 
 def lost_parts(shards: Iterable[ShardIndex]) -> list[Skipped]:
-    """Return what is lost of shards, one for each damaged part."""
+    """Return an entry for the list of skipped samples for each damaged part of the shards."""
     return [Skipped(os.path.basename(shard.name), LOST, loss) for shard in shards for loss in shard.losses()]
 
 
 class DeviceImages(Protocol):
-    """Images that are still to be made, on the device that trains."""
+    """Images of a batch that are still to be decoded or drawn on the device that trains."""
 
     def __len__(self) -> int: ...
 
     def pin_memory(self) -> DeviceImages:
-        """Return the same with what is copied to a GPU in pinned memory."""
+        """Return these images with all data for a GPU in pinned memory."""
 
     def on(self, device: torch.device) -> Tensor:
-        """Return the images on ``device``: uint8, [B, 3, H, W]."""
+        """Decode or draw the images on ``device``: uint8, [B, 3, H, W]."""
 
 
 @dataclasses.dataclass
 class Batch:
-    """Images and their texts, and what it took to make them.
+    """A training batch: images, texts, and statistics of its making.
 
     Attributes:
-        images: uint8 or float, [B, 3, H, W], or what makes them on a device.
+        images: uint8 or float, [B, 3, H, W]; or images that are still to be made on the device.
         texts: token ids, [B, L].
-        skipped: samples that could not be used; others stand in their places.
+        skipped: samples that could not be used and were replaced by others.
         seconds: time spent on each stage: "read", "decode", "tokenize" and "other".
-        bytes_read: from the shards and the files that they name.
+        bytes_read: bytes read from the shards and from the files that they name.
     """
 
     images: Tensor | DeviceImages
@@ -84,7 +84,7 @@ class Batch:
         return len(self.images)
 
     def images_on(self, device: torch.device) -> Tensor:
-        """Return the images on ``device``. From pinned memory, they are copied to a GPU asynchronously."""
+        """Return the images of the batch on ``device``. From pinned memory, they are copied to a GPU asynchronously."""
         if isinstance(self.images, Tensor):
             return self.images.to(device, non_blocking=True)
         return self.images.on(device)
@@ -95,7 +95,7 @@ class Batch:
 
 
 def stacked(images: Iterable[Tensor], count: int) -> Tensor:
-    """Return ``count`` images of one size as one tensor."""
+    """Stack ``count`` images of one size into the image tensor of a batch."""
     for index, image in enumerate(images):
         if index == 0:
             together = room_for(count, image)
@@ -104,7 +104,7 @@ def stacked(images: Iterable[Tensor], count: int) -> Tensor:
 
 
 def room_for(count: int, like: Tensor) -> Tensor:
-    """Return an empty tensor for ``count`` images; a data worker shares its memory with the process that trains."""
+    """Allocate a tensor for ``count`` images; in a data worker, its memory is shared with the process that trains."""
     shape = (count, *like.shape)
     if get_worker_info() is None:
         return like.new_empty(shape)
@@ -114,23 +114,23 @@ def room_for(count: int, like: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class PairBatches(Dataset[Batch]):
-    """All batches of a run by their numbers, or one rank's part of each.
+    """The batches of a run as a map-style dataset: batch ``number``, or this rank's part of it.
 
     Attributes:
         sources: the sets of pairs.
-        order: says which samples are in which batch.
-        transform: turns the bytes of an image into a tensor, or into what ``gather`` takes; it draws its random numbers
+        order: the order of the samples, which determines every batch.
+        transform: turns the bytes of an image into a tensor, or into another input for ``gather``, with random numbers
             from torch's generator.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         batch_size: pairs of all ranks together.
-        seed: of the augmentations.
-        unique_by: "caption" or a key of the samples' json. ``order`` lets no two samples of a batch have the same value
-            of it; samples that lack it cannot be used.
+        seed: seed of the augmentations.
+        unique_by: "caption" or a key of the samples' json. ``order`` puts no two samples with the same value into a
+            batch; samples without the key cannot be used.
         keyword_prob: as :func:`clipfast.data.caption` takes it.
-        keys: under which names a sample has its image and its captions.
-        reads_padding: whether the model reads the padding of texts, which then stays.
+        keys: the keys of the image and the captions in a sample.
+        reads_padding: whether the model reads the padding of texts; otherwise common padding is cut off.
         rank, world_size: this rank takes the ``rank``-th of ``world_size`` equal parts of each batch.
-        gather: makes the images of a batch of what ``transform`` returns for each, and their number.
+        gather: makes the images of a batch from the results of ``transform`` and the number of images.
     """
 
     sources: Sequence[Source]
@@ -148,10 +148,10 @@ class PairBatches(Dataset[Batch]):
     gather: Callable[[Iterable[Any], int], Tensor | DeviceImages] = stacked
 
     def __post_init__(self) -> None:
-        """Refuse a batch that is empty, or cannot be divided among the ranks.
+        """Refuse a batch size that is less than 1, or cannot be divided among the ranks.
 
         Raises:
-            ValueError: as above.
+            ValueError: the batch size is refused.
         """
         if self.batch_size < 1:
             raise ValueError(f"a batch must have at least one pair, got batch_size {self.batch_size}")
@@ -159,7 +159,7 @@ class PairBatches(Dataset[Batch]):
             raise ValueError(f"a batch of {self.batch_size} pairs cannot be divided among {self.world_size} ranks")
 
     def __getitem__(self, number: int) -> Batch:
-        """Return batch ``number`` of the run, from 0.
+        """Read, decode and tokenize batch ``number`` of the run, counted from 0.
 
         Raises:
             ValueError: far too many samples cannot be used.
@@ -182,15 +182,15 @@ class PairBatches(Dataset[Batch]):
         return Batch(images, texts, skipped, clock.seconds, self._bytes_read() - before)
 
     def token_ids(self, captions: list[str]) -> Tensor:
-        """Return the texts of a batch, without the padding that all of them have unless the model reads it."""
+        """Tokenize the texts of a batch; unless the model reads padding, cut off the padding that all texts have."""
         texts = self.tokenizer(captions)
         return texts if self.reads_padding else trim_padding(texts)
 
     def samples(self, number: int) -> Stretch:
-        """Return which samples batch ``number`` has on this rank; none of them is read.
+        """Return the places of the samples of batch ``number`` on this rank, without reading them.
 
         Raises:
-            ValueError: as the order.
+            ValueError: the order cannot be computed.
         """
         return self._part(self._whole(number))
 
@@ -206,13 +206,13 @@ class PairBatches(Dataset[Batch]):
         return sum(source.bytes_read for source in self.sources)
 
     def _identities(self, stretch: Stretch) -> set[int]:
-        """Return the identities of a batch, which no substitute may have."""
+        """Return the identities of all samples of a batch, which no substitute may have."""
         return set(self.order.identities_of(stretch).tolist()) if isinstance(self.order, Unique) else set()
 
     def _usable(
         self, source: int, data_pass: int, sample: int, taken: set[int], skipped: list[Skipped], clock: _Clock
     ) -> tuple[Any, str]:
-        """Return image and caption of a sample, or of the substitute that its number determines if it is unusable."""
+        """Return image and caption of a training sample, or of its first usable substitute; list the skipped ones."""
         tried: list[Skipped] = []
         for substitute in self._substitutes(source, data_pass, sample, taken):
             name = self.sources[source].name(substitute)
@@ -226,15 +226,15 @@ class PairBatches(Dataset[Batch]):
                 return pair
             except SampleError as error:
                 tried.append(Skipped(name, error.kind, str(error)))
-                if len(tried) == 1:  # a substitute that cannot be used is counted at its own place in the order
+                if len(tried) == 1:  # an unusable substitute is not listed here, but at its own place in the order
                     skipped.append(tried[0])
         raise ValueError(f"not one of {len(tried)} samples can be used; first: {tried[0]}")
 
     def _substitutes(self, source: int, data_pass: int, sample: int, taken: set[int]) -> Iterator[int]:
-        """Yield ``sample``, and then others that may take its place, which depend on nothing but its own place.
+        """Yield ``sample``, then its substitutes, which depend only on the seed and on its place in the order.
 
-        With ``unique_by`` these are, first, those of its own identity, and then those of identities that the batch does
-        not have. (Two substitutes in one batch may still be alike.)
+        With ``unique_by``, samples of the same identity come first, then samples of identities that the batch does not
+        have. (Two substitutes in one batch may still have the same identity.)
         """
         yield sample
         key = (self.seed, source, data_pass, sample)
@@ -248,22 +248,22 @@ class PairBatches(Dataset[Batch]):
                 yield other
 
     def pair(self, raw: RawSample, seed: int) -> tuple[Any, str]:
-        """Return image and caption of a sample, augmented by random numbers that ``seed`` determines.
+        """Decode and augment the image of a training sample and choose its caption, by random numbers from ``seed``.
 
         Raises:
-            SampleError: it cannot be used.
+            SampleError: the sample cannot be used.
         """
         if self.unique_by not in (None, "caption"):
             field(raw, self.unique_by)
         text = caption(raw, self.keyword_prob, random.Random(seed), self.keys)
         data = image_bytes(raw, self.keys)
-        with torch.random.fork_rng(devices=[]):  # without data workers, this is the process that trains
+        with torch.random.fork_rng(devices=[]):  # the training process keeps its random state
             torch.default_generator.manual_seed(seed)
             return self.transform(data), text
 
 
 class _Clock:
-    """The time since the last stop, added up by the name of what was done."""
+    """A stopwatch that adds up the seconds of each stage of making a batch."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -278,17 +278,18 @@ class _Clock:
 def pair_loader(
     batches: PairBatches, first: int, stop: int, num_workers: int, *, pin_memory: bool = False, local_ranks: int = 1
 ) -> Generator[Batch, None, None]:
-    """Yield batches ``first`` to ``stop - 1``, made by ``num_workers`` processes; with 0, this process makes them.
+    """Yield training batches ``first`` to ``stop - 1``, made by ``num_workers`` processes, or by this one if 0.
 
-    Shards that are read from copies are copied ahead by threads of this process, one of ``local_ranks`` on this machine
-    that share the room for copies. Closing the generator tells processes and threads to end, and waits a moment for
-    them; the processes that have not ended then are killed.
+    Threads of this process copy shards ahead of their use, if they are read from copies. The room for copies is shared
+    by the ``local_ranks`` processes of this machine. Closing the generator tells workers and threads to end, and waits
+    a moment for them; workers that have not ended then are killed.
 
     Raises:
-        ValueError: an error of the batches, or a data worker died.
+        ValueError: a batch could not be made, or a data worker died.
         DiskFullError: there is no space for the copy of a shard.
     """
-    # The workers come first: a process that is forked while a thread holds a lock cannot take that lock.
+    # The workers start before the threads: in a process that is forked while a thread holds a lock, the lock stays
+    # taken.
     with (
         made_by_workers(batches, range(first, stop), num_workers, pin_memory=pin_memory) as iterator,
         ReadAhead(batches, first, stop, num_workers * PREFETCH, local_ranks) as ahead,

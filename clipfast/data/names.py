@@ -1,4 +1,4 @@
-"""The names of shards: what a pattern stands for, and what kind of shard a name means."""
+"""The names of shards: expansion of patterns, and the kind of shard that a name stands for."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ DRAWN = (SYNTHETIC_PREFIX, SHAPES_PREFIX)
 PIPE = "pipe:"
 PARQUET = ".parquet"
 ARROW = ".arrow"
-FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # either makes its folder a table
+FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # a folder with one of these is read as a table
 NO_SHARDS = (".json", ".txt")
-MAX_SHARDS = 1 << 22  # that are named at once
-MAX_NESTED = 9  # braces within braces
-MAX_SYNTHETIC = 1 << 40  # pairs
+MAX_SHARDS = 1 << 22  # largest number of shards that one pattern may name
+MAX_NESTED = 9  # largest depth of nested braces
+MAX_SYNTHETIC = 1 << 40  # largest number of synthetic pairs
 
 
 def expand_shards(pattern: str | Iterable[str]) -> list[str]:
-    """Return the shards that ``pattern`` names.
+    """Expand a pattern to the names of its shards.
 
     Args:
         pattern: paths with braces (``{000..099}``) or wildcards (``*.tar``, in sorted order), joined by ``::``. A
             folder stands for the tar files in it, or else its Parquet files, or for the dataset that
-            ``datasets.save_to_disk`` wrote there, or for its ``metadata.jsonl`` or ``metadata.csv``; any other is one
-            shard of images, whose name ends with a slash. ``bundled:emoji/noto`` is a shard of this package. Names with
-            a scheme (``https:``, ``pipe:``) stay as they are, and so do ``synthetic:N``, ``shapes:N``, and both with
-            ``@SEED``.
+            ``datasets.save_to_disk`` wrote there, or for its ``metadata.jsonl`` or ``metadata.csv``; any other folder
+            is one shard of images, and its name ends with a slash. ``bundled:emoji/noto`` is a shard of this package.
+            Names with a scheme (``https:``, ``pipe:``) stay as they are, and so do ``synthetic:N``, ``shapes:N``, and
+            both with ``@SEED``.
 
     Raises:
         ValueError: a local file does not exist, is a pipe or a device, or is no shard by its name, a name of synthetic
@@ -54,10 +54,10 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
 
 
 def _named_by(pattern: str) -> Iterator[str]:
-    """Return the names that a pattern with braces stands for.
+    """Expand the braces in a pattern of shard names.
 
     Raises:
-        ValueError: they may be too many; they are counted before they are written down.
+        ValueError: the pattern stands for too many names. They are counted before the list is made.
     """
     from braceexpand import braceexpand
 
@@ -74,7 +74,7 @@ def _named_by(pattern: str) -> Iterator[str]:
         return ""
 
     found = 0
-    for _ in range(MAX_NESTED):  # from the innermost on
+    for _ in range(MAX_NESTED):  # from the innermost braces outward
         left, found = re.subn(r"\{([^{}]*)\}", count, left)
     if most > MAX_SHARDS or found:
         raise ValueError(f"{pattern:.80} may name more than {MAX_SHARDS:,} shards: use wildcards, or name a folder")
@@ -82,7 +82,7 @@ def _named_by(pattern: str) -> Iterator[str]:
 
 
 def _bundled(shard: str) -> str:
-    """Return the path of a bundled shard, and any other shard as it is."""
+    """Return the path of a shard that ships with clipfast for its ``bundled:`` name; return other names unchanged."""
     if not shard.startswith(BUNDLED_PREFIX):
         return shard
     name = shard.removeprefix(BUNDLED_PREFIX)
@@ -94,7 +94,7 @@ def _bundled(shard: str) -> str:
 
 
 def _matches(shard: str) -> list[str]:
-    """Return the files that a local name with wildcards or of a folder means, and any other name as it is."""
+    """Expand a local name with wildcards, or of a folder, to the shards it stands for; return other names unchanged."""
     if not shard or ":" in shard:
         return [shard]
     if Path(shard).is_dir():
@@ -108,10 +108,10 @@ def _matches(shard: str) -> list[str]:
 
 
 def _shards_in(folder: Path) -> list[str]:
-    """Return the shards of a folder in order.
+    """Return the names of the shards in a folder, in order.
 
-    These are the Arrow files of a dataset that ``datasets.save_to_disk`` wrote; or all tar files; or, if there is no
-    tar file, all Parquet files.
+    The shards are the Arrow files of a dataset that ``datasets.save_to_disk`` wrote; or all tar files; or, if there is
+    no tar file, all Parquet files.
 
     Raises:
         ValueError: the dataset has several splits, or does not say which files it has.
@@ -131,10 +131,10 @@ def _shards_in(folder: Path) -> list[str]:
 
 
 def _checked(shard: str) -> str:
-    """Return the name of a shard; a folder is named by its table, or else with a slash at the end.
+    """Check the name of a shard and return it; for a folder, return its table, or its name with a slash at the end.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the name cannot be a shard.
     """
     if ":" in shard:
         if is_synthetic(shard):
@@ -144,7 +144,7 @@ def _checked(shard: str) -> str:
     if path.is_dir():
         tables = (str(path / name) for name in FOLDER_TABLES if (path / name).is_file())
         return next(tables, shard.rstrip("/") + "/")
-    if not path.is_file():  # as <(cat a.tar) names: a first look would take its bytes
+    if not path.is_file():  # for example a pipe from <(cat a.tar), whose bytes a first look would consume
         raise ValueError(
             f"{shard} is neither a file nor a folder: shards are read from any place in them, so write it to a "
             "file, or name the command that makes it, as in 'pipe:cat a.tar'"
@@ -158,43 +158,43 @@ def _checked(shard: str) -> str:
 
 
 def is_remote(shard: str) -> bool:
-    """Return True if a shard is not a file of this machine."""
+    """Return True if the name of a shard is not a local file: a URL or a ``pipe:`` command."""
     return shard.startswith(PIPE) or "://" in shard
 
 
 def is_folder(shard: str) -> bool:
-    """Return True if a shard is a folder of images, by its name."""
+    """Return True if the name of a shard is that of a folder of images: it ends with a slash."""
     return shard.endswith("/") and not is_remote(shard)
 
 
 def without_query(shard: str) -> str:
-    """Return the name of a shard in lower case, without what follows the path in a URL."""
+    """Return the name of a shard in lower case, without query and fragment of a URL."""
     return (shard.partition("?")[0] if is_remote(shard) else shard).lower()
 
 
 def has_footer(shard: str) -> bool:
-    """Return True if the end of a shard says how many samples it has: it is a Parquet file, by its name."""
+    """Return True if a shard is a Parquet file by its name, so its footer holds the number of samples."""
     return without_query(shard).endswith(PARQUET)
 
 
 def has_rows(shard: str) -> bool:
-    """Return True if a shard is a Parquet or Arrow file, by its name."""
+    """Return True if a shard is a Parquet or Arrow file by its name."""
     return without_query(shard).endswith((PARQUET, ARROW))
 
 
 def is_local(pattern: str) -> bool:
-    """Return True if ``pattern`` names only files: a name with a scheme may be opened by a shell command."""
+    """Return True if ``pattern`` names only local shards; names with a scheme may be opened by a shell command."""
     own = "|".join((BUNDLED_PREFIX, *DRAWN))
     return all(":" not in re.sub(f"^({own})", "", part) for part in pattern.split("::"))
 
 
 def is_synthetic(shard: str) -> bool:
-    """Return True if a name stands for synthetic pairs, which need no files."""
+    """Return True if the name of a shard stands for synthetic pairs, which need no files."""
     return shard.startswith(DRAWN)
 
 
 def synthetic_pairs(name: str) -> tuple[int, int]:
-    """Return how many pairs a name such as ``synthetic:N`` or ``synthetic:N@SEED`` stands for, and their seed.
+    """Parse a name such as ``synthetic:N`` or ``synthetic:N@SEED``; return the number of synthetic pairs and the seed.
 
     Raises:
         ValueError: the name has another form, or N is 0 or too large.

@@ -1,13 +1,12 @@
-"""The order of a training set: which sample stands at each position of an endless sequence.
+"""The order of a training set: the sample at each position of an endless sequence of samples.
 
-The order is a function of the number of samples in each shard, the seed and the options of the order, and of nothing
-else: not of the machine or the number of processes. Any stretch of it is computed by itself, so that a run can begin at
-any position at once. After N positions every one of N samples has been seen once; then another pass begins, in another
-order.
+The order depends only on the number of samples in each shard, the seed and the options of the order. It does not depend
+on the machine or the number of processes. Any stretch of it can be computed directly, so a run can begin at any
+position. After N positions, every one of N samples has been seen once; then another pass begins, in another order.
 
-Within a pass, the shards are permuted, and the row of all their samples is cut into equally long streams. A window
-takes the next few samples of every stream and is then permuted as a whole. So a window mixes samples of many shards,
-while each stream is read from its beginning to its end, which suits disks and caches.
+Within a pass, the shards are permuted, and the concatenation of their samples is divided into streams of equal length.
+A window takes the next few samples of every stream and is then permuted as a whole. In this way a window mixes samples
+of many shards, while each stream is read sequentially, which suits disks and caches.
 """
 
 import dataclasses
@@ -23,12 +22,12 @@ T = TypeVar("T")
 
 WINDOW = 1 << 16
 STREAMS = 64
-MIX_BLOCK = 1 << 12  # positions of a mix in which every source has its exact share
-MAX_SOURCES = 64  # of a mix
-# At least so many batches are dealt out together, so that samples that are alike can go to different ones.
+MIX_BLOCK = 1 << 12  # every source has its exact share in each block of this many positions of a mix
+MAX_SOURCES = 64  # largest number of sources of a mix
+# At least this many batches are filled together, so samples with the same identity can go to different batches.
 MIN_DEALT = 16
-MAX_DRAWS = 16  # of samples that take the places of those that are alike too often
-COMPARED = 1 << 18  # identities that are compared at once
+MAX_DRAWS = 16  # attempts to draw replacements for samples whose identity is too frequent
+COMPARED = 1 << 18  # number of identities that are compared at once
 
 _GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -36,13 +35,13 @@ _GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476
 def random_words(count: int, *key: int) -> Words:
     """Return ``count`` random 64-bit words that ``key`` determines, the same on every machine and version of NumPy.
 
-    They are those of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
     """
     return random_words_at(np.arange(count, dtype=np.uint64), *key)
 
 
 def random_words_at(places: Words, *key: int) -> Words:
-    """Return those of the words that :func:`random_words` gives for ``key`` which stand at ``places``."""
+    """Return the elements at ``places`` of the sequence that :func:`random_words` returns for ``key``."""
     state = np.zeros(1, np.uint64)
     for word in key:
         state = _mix(state ^ np.uint64(int(word) % (1 << 64)))
@@ -63,7 +62,7 @@ def permutation(count: int, *key: int) -> Ints:
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Samples that follow each other in an order: for each, the source, the pass over it, and its number in it."""
+    """Consecutive samples of an order: for each, the source, the pass over the data, and its number in the source."""
 
     source: Ints
     data_pass: Ints
@@ -77,13 +76,13 @@ class Stretch:
 
 
 def _joined(parts: Sequence[Stretch]) -> Stretch:
-    """Return the parts one behind the other."""
+    """Concatenate stretches of an order."""
     columns = ("source", "data_pass", "sample")
     return Stretch(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
 
 class _Latest(Generic[T]):
-    """A function of integers that caches its last two results: a reader that moves on is in two windows at most."""
+    """Caches the last two results of a function: a sequential reader of an order needs at most two windows at once."""
 
     def __init__(self, make: Callable[..., T]) -> None:
         self._make = make
@@ -96,14 +95,14 @@ class _Latest(Generic[T]):
 
 
 class Order:
-    """The order of one source.
+    """The order of the samples of one source, as a function of the position.
 
     Args:
         sizes: the number of samples in each shard.
-        seed: of every choice.
-        source: the number of this source in a mix.
-        window: about how many samples are permuted together.
-        streams: from how many places of the data a window takes its samples.
+        seed: seed of all random choices.
+        source: number of this source in a mix.
+        window: approximate number of samples that are permuted together.
+        streams: number of streams, the places of the data from which a window takes its samples.
         replacement: let each stream of a window begin at a random place, so that a pass may have a sample several times
             or not at all.
 
@@ -128,12 +127,12 @@ class Order:
         self.seed, self.source, self.replacement = seed, source, replacement
         self.streams = min(streams, self.length)
         self.windows = -(-self.length // window)
-        self._first = np.concatenate([[0], self.sizes.cumsum()])  # number of each shard's first sample
+        self._first = np.concatenate([[0], self.sizes.cumsum()])  # number of the first sample of each shard
         self._cuts = np.arange(self.streams + 1) * self.length // self.streams  # where the streams begin and end
         self._passes, self._windows = _Latest(self._shards), _Latest(self._window)
 
     def __len__(self) -> int:
-        """Return the number of samples of a pass."""
+        """Return the number of samples in a pass over the source."""
         return self.length
 
     def __call__(self, start: int, stop: int) -> Stretch:
@@ -149,15 +148,15 @@ class Order:
         return _joined(parts) if parts else Stretch(*(np.empty(0, np.int64),) * 3)
 
     def _takes(self, number: int) -> Ints:
-        """Return how many samples the windows before ``number`` take of each stream."""
+        """Return the number of samples that the windows before window ``number`` take from each stream."""
         return np.diff(self._cuts) * number // self.windows
 
     def _begin(self, number: int) -> int:
-        """Return the position in a pass at which a window begins."""
+        """Return the position at which a window begins within a pass."""
         return int(self._takes(number).sum())
 
     def _window_at(self, position: int) -> int:
-        """Return the number of the window in which ``position`` of a pass lies."""
+        """Return the number of the window that contains ``position`` of a pass."""
         number = min(position * self.windows // self.length, self.windows - 1)
         while self._begin(number) > position:
             number -= 1
@@ -166,12 +165,12 @@ class Order:
         return number
 
     def _shards(self, data_pass: int) -> tuple[Ints, Ints]:
-        """Return the shards in the order of a pass, and where each begins in the row of all samples."""
+        """Return the permutation of the shards in a pass, and the offset of each among all samples of the pass."""
         shards = permutation(len(self.sizes), self.seed, self.source, data_pass)
         return shards, np.concatenate([[0], self.sizes[shards].cumsum()])
 
     def _window(self, data_pass: int, number: int) -> Ints:
-        """Return the samples of a window, in their order."""
+        """Return the samples of a window in their permuted order."""
         shards, begins = self._passes(data_pass)
         low, high = self._takes(number), self._takes(number + 1)
         key = (self.seed, self.source, data_pass, number + 1)
@@ -181,18 +180,18 @@ class Order:
             places = self._cuts[:-1] + low
         counts = high - low
         steps = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        row = (np.repeat(places, counts) + steps) % self.length  # positions in the row of all samples
+        row = (np.repeat(places, counts) + steps) % self.length  # positions in the concatenation of all samples
         row = row[permutation(len(row), *key, 0)]
         at = np.searchsorted(begins, row, side="right") - 1
         return self._first[shards[at]] + row - begins[at]
 
 
 class Mix:
-    """Several orders interleaved, of which each has its exact share in every few thousand positions.
+    """Interleaves the orders of several sources; each has its exact share in every block of a few thousand positions.
 
     Args:
-        orders: one for each source.
-        factors: how often a sample of each source is seen while one of a source with factor 1 is seen once.
+        orders: the order of each source.
+        factors: how often a sample of each source is seen, relative to a source with factor 1.
 
     Raises:
         ValueError: there is not one positive factor for each order, or there are too many orders.
@@ -210,7 +209,7 @@ class Mix:
         self._blocks = _Latest(self._block)
 
     def __len__(self) -> int:
-        """Return the number of positions in which each sample is seen, on average, as often as its factor says."""
+        """Return the length of a pass of the mix, in which each sample is seen ``factor`` times on average."""
         return self.length
 
     def __call__(self, start: int, stop: int) -> Stretch:
@@ -226,7 +225,7 @@ class Mix:
         return _joined(parts)
 
     def _taken(self, blocks: int) -> Ints:
-        """Return how many samples of each source are in the first ``blocks`` blocks."""
+        """Return the number of samples of each source in the first ``blocks`` blocks of a mix."""
         taken = np.floor(self.shares * (blocks * MIX_BLOCK)).astype(np.int64)
         taken[self.shares.argmax()] += blocks * MIX_BLOCK - taken.sum()
         return taken
@@ -235,7 +234,8 @@ class Mix:
         low, high = self._taken(block), self._taken(block + 1)
         parts = [order(int(a), int(b)) for order, a, b in zip(self.orders, low, high, strict=True)]
         turns = np.repeat(np.arange(len(parts)), high - low)[permutation(MIX_BLOCK, self.seed, block, 2)]
-        # The samples of a source keep their order: those at the turns of a source are its samples, one after the other.
+        # The samples of a source keep their order: its places in the permuted block take its samples one after the
+        # other.
         places = np.empty(MIX_BLOCK, np.int64)
         places[np.argsort(turns, kind="stable")] = np.arange(MIX_BLOCK)
         return _joined(parts)[places]
@@ -244,15 +244,15 @@ class Mix:
 class Unique:
     """An order in which no two samples of a batch have the same identity.
 
-    Stretches of about ``window`` positions are dealt out to their batches anew. Samples that are alike more often than
-    there are batches in a stretch give their places to others, drawn from the whole set. What is left of a pass after
-    its last whole batch is left out, in every pass something else.
+    The samples in each stretch of about ``window`` positions are reassigned to the batches of the stretch. If an
+    identity has more samples than the stretch has batches, surplus samples are replaced by others, drawn from the whole
+    set. The samples after the last full batch of a pass are left out; they differ from pass to pass.
 
     Args:
-        order: says which samples come together in a stretch.
-        identities: one 64-bit number for each sample of each source, by which samples count as the same.
-        batch_size: of the whole batch over all ranks.
-        window: about how many positions are dealt out together.
+        order: the order that determines the samples of each stretch.
+        identities: one 64-bit number for each sample of each source; samples with equal numbers have the same identity.
+        batch_size: number of samples in the batch of all ranks together.
+        window: approximate number of positions that are reassigned together.
 
     Raises:
         ValueError: the order is shorter than a batch.
@@ -262,19 +262,19 @@ class Unique:
         if len(order) < batch_size:
             raise ValueError(f"{len(order)} samples are less than one batch of {batch_size}")
         self.order, self.identities, self.batch_size = order, identities, batch_size
-        self.batches = len(order) // batch_size  # of a pass
-        self.group = min(max(MIN_DEALT, window // batch_size), self.batches)  # batches that are dealt out together
+        self.batches = len(order) // batch_size  # number of batches in a pass
+        self.group = min(max(MIN_DEALT, window // batch_size), self.batches)  # batches that are filled together
         self._groups = _Latest(self._dealt)
 
     def __len__(self) -> int:
-        """Return the number of positions of a pass."""
+        """Return the number of positions in a pass, a multiple of the batch size."""
         return self.batches * self.batch_size
 
     def __call__(self, start: int, stop: int) -> Stretch:
         """Return what stands at the positions from ``start`` up to but without ``stop``.
 
         Raises:
-            ValueError: there are too few identities for batches of this size.
+            ValueError: there are too few different identities for batches of this size.
         """
         parts = []
         while start < stop:
@@ -306,7 +306,7 @@ class Unique:
         )
 
     def identities_of(self, stretch: Stretch) -> Words:
-        """Return the identity of each sample of a stretch."""
+        """Return the identity of each sample in a stretch of an order."""
         found = np.empty(len(stretch), np.uint64)
         for source, identities in enumerate(self.identities):
             mine = stretch.source == source
@@ -314,16 +314,16 @@ class Unique:
         return found
 
     def alike(self, source: int, sample: int) -> Ints:
-        """Return the samples of a source that have the identity of ``sample``, which is one of them."""
+        """Return all samples of a source with the identity of ``sample``, including ``sample``."""
         identities = self.identities[source]
         parts = [
             begin + np.flatnonzero(identities[begin : begin + COMPARED] == identities[sample])
-            for begin in range(0, len(identities), COMPARED)  # a mask of the whole set could fill the memory
+            for begin in range(0, len(identities), COMPARED)  # a mask of the whole source could fill the memory
         ]
         return np.concatenate(parts)
 
     def _drawn(self, count: int, data_pass: int, *key: int) -> Stretch:
-        """Return samples drawn from the whole set, each source by its share."""
+        """Draw replacement samples from all sources, from each in proportion to its share."""
         turns, numbers = random_words(count, *key, 8), random_words(count, *key, 9)
         bounds = self.order.shares.cumsum()[:-1]
         source = np.searchsorted(bounds, turns / 2.0**64, side="right")
@@ -332,7 +332,7 @@ class Unique:
 
 
 def at_most(identities: Words, count: int) -> Ints:
-    """Return the places, in their order, that are left when of each identity the first ``count`` stay."""
+    """Keep the first ``count`` samples of each identity; return the places of the kept samples in ascending order."""
     order = np.argsort(identities, kind="stable")
     _, begins, counts = np.unique(identities[order], return_index=True, return_counts=True)
     rank = np.arange(len(order)) - np.repeat(begins, counts)
@@ -340,10 +340,10 @@ def at_most(identities: Words, count: int) -> Ints:
 
 
 def deal(identities: Words, batches: int, *key: int) -> Ints:
-    """Return the places of the samples with these identities in the order of their batches, one behind the other.
+    """Assign samples to batches without a repeated identity; return their places, batch after batch.
 
-    Samples of one identity lie together in a row, which is dealt out like cards: one to each batch in turn. So no two
-    of them meet in a batch, if of none there are more than ``batches``.
+    The samples are sorted by identity and dealt to the batches like cards, one to each batch in turn. Two samples of
+    one identity are in different batches as long as no identity has more than ``batches`` samples.
     """
     unique, which = np.unique(identities, return_inverse=True)
     row = np.argsort(random_words(len(unique), *key, 4)[which], kind="stable")

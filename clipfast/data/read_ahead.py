@@ -1,8 +1,8 @@
-"""Shards that are read from copies are copied before the data workers need them.
+"""Read-ahead: threads copy shards that cannot be read in place before the data workers need them.
 
-The order of the samples says which shards come next. A few threads of the process that owns the data workers bring
-them into the cache; a worker that needs a shard earlier waits for the same lock, or brings it itself. A shard that is
-needed soon counts as just used, so that other copies make room first.
+The order of the samples determines the next shards. A few threads of the process that owns the data workers copy them
+into the cache. A worker that needs a shard earlier waits for the same lock, or copies the shard itself. A shard that is
+needed soon counts as just used, so other copies are removed first.
 """
 
 import collections
@@ -17,27 +17,28 @@ if TYPE_CHECKING:
     from .loader import PairBatches
 
 THREADS = 4
-BATCHES = 64  # that are looked at ahead of the data workers, unless they have more than POSITIONS samples
+BATCHES = 64  # look this many batches ahead of the data workers, unless they have more than POSITIONS samples
 POSITIONS = 1 << 16
-PATIENCE = 1.0  # seconds that threads wait before they look again
+PATIENCE = 1.0  # seconds between two looks of a waiting thread
 
 
 class _Wanted(NamedTuple):
-    batch: int  # the first that needs the shard
+    batch: int  # number of the first batch that needs the shard
     source: ShardSource
     name: str
 
 
 class ReadAhead:
-    """Copies shards from entering the context until leaving it. If no shard is read from a copy, it does nothing.
+    """Copies shards ahead of training while the context lasts. If all shards are read in place, it does nothing.
 
-    What goes wrong is left to the worker that needs the shard.
+    Errors are ignored here: the data worker that needs the shard meets them again and raises them.
 
     Args:
-        batches: of the run.
+        batches: the batches of the run.
         first, stop: number of the first batch that is made, and of the first that is not.
-        in_flight: how many batches the data workers make at the same time, behind the one that is waited for.
-        sharers: processes of this machine that copy ahead, of which this is one.
+        in_flight: number of batches that the data workers make at the same time, after the batch that training waits
+            for.
+        sharers: number of processes on this machine that copy ahead, including this one.
     """
 
     def __init__(self, batches: "PairBatches", first: int, stop: int, in_flight: int = 0, sharers: int = 1) -> None:
@@ -47,17 +48,17 @@ class ReadAhead:
             for number, source in enumerate(batches.sources)
             if isinstance(source, ShardSource) and any(shard.is_copied for shard in source.shards)
         }
-        # Half of the room is for the copies that are being read.
+        # The other half of the room is for the copies that are being read.
         self._room = min((source.index.room() for source in self._sources.values()), default=0) // sharers // 2
         self._horizon = in_flight + max(min(BATCHES, POSITIONS // batches.batch_size), 1)
-        self._at = first  # the batch that is waited for
-        self._looked = first  # the first batch that was not looked at
-        self._touched = -1  # the batch that was waited for when copies were last said to be needed
-        # The shards that the batches from there on need, as source and shard, and the last batch that needs each.
+        self._at = first  # the batch that training waits for
+        self._looked = first  # the first batch whose shards were not looked up yet
+        self._touched = -1  # the value of _at when copies were last marked as needed
+        # The shards that the batches from _at on need, as (source, shard), with the last batch that needs each.
         self._needed: dict[tuple[int, int], int] = {}
         self._queue: collections.deque[_Wanted] = collections.deque()
-        self._bringing, self._largest = 0, 0  # shards that are being copied; bytes of the largest so far
-        self._ahead: list[tuple[int, int]] = []  # of copies that are not needed yet, the first batch, and the bytes
+        self._bringing, self._largest = 0, 0  # number of shards that are being copied; bytes of the largest copy so far
+        self._ahead: list[tuple[int, int]] = []  # first batch and bytes of each copy that is not needed yet
         self._closed, self._changed = False, threading.Condition()
 
     def __enter__(self) -> Self:
@@ -73,18 +74,19 @@ class ReadAhead:
             self._changed.notify_all()
 
     def reached(self, number: int) -> None:
-        """Go on, as batch ``number`` is now waited for."""
+        """Note that training now waits for batch ``number``, and let the copying threads go on."""
         self._at = number
-        # Otherwise a thread looks at the order, which takes a while, and does so again before it waits.
+        # If the lock is taken, a thread is looking at the order. It looks again before it waits, and finds the new
+        # number.
         if self._changed.acquire(blocking=False):
             self._changed.notify_all()
             self._changed.release()
 
     def _run(self) -> None:
-        with contextlib.suppress(ValueError):  # of an order that cannot be, which the data workers meet too
+        with contextlib.suppress(ValueError):  # an impossible order: the data workers raise the same error
             while (wanted := self._next()) is not None:
                 size = 0
-                with contextlib.suppress(Exception):  # the worker that needs the shard meets the error again
+                with contextlib.suppress(Exception):  # the data worker that needs the shard raises the error again
                     size = wanted.source.index.bring(wanted.name)
                 with self._changed:
                     self._bringing -= 1
@@ -93,13 +95,13 @@ class ReadAhead:
                     self._changed.notify_all()
 
     def _next(self) -> _Wanted | None:
-        """Return the shard to copy next, as soon as there is room for it; None at the end."""
+        """Wait until there is room for the next shard, and return it; None at the end of the run."""
         with self._changed:
             while not self._closed:
                 if self._touched < self._at:
                     self._look()
                     continue
-                while self._queue and self._queue[0].batch < self._at:  # a worker was faster
+                while self._queue and self._queue[0].batch < self._at:  # a data worker has copied it already
                     self._queue.popleft()
                 if self._queue and self._fits(self._queue[0].batch):
                     self._bringing += 1
@@ -108,8 +110,8 @@ class ReadAhead:
         return None
 
     def _look(self) -> None:
-        """Queue the shards that the next batches need, in the order in which they are needed."""
-        at = self._at  # another thread changes it
+        """Queue the shards that the next batches need, in the order of their first use, to be copied."""
+        at = self._at  # another thread may change it
         self._needed = {shard: last for shard, last in self._needed.items() if last >= at}
         end = min(at + self._horizon, self._stop)
         for number in range(self._looked, end):
@@ -128,12 +130,12 @@ class ReadAhead:
         self._looked, self._touched = max(self._looked, end), at
 
     def _fits(self, batch: int) -> bool:
-        """Return True if a shard is needed now, or if there is room for it beside the copies that are ahead."""
+        """Return True if a shard is needed now, or if it fits into the room beside the copies that were made ahead."""
         now = self._at + self._in_flight
         if batch <= now:
             return True
         self._ahead = [(first, size) for first, size in self._ahead if first > now]
-        if self._bringing and not self._largest:  # nobody knows yet how large a shard is
+        if self._bringing and not self._largest:  # the size of a shard is not known yet
             return False
         taken = sum(size for _, size in self._ahead)
         return taken + (self._bringing + 1) * self._largest <= self._room

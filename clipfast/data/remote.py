@@ -1,4 +1,4 @@
-"""Files that are elsewhere are asked for with patience, but not for ever. fsspec reads whatever has a URL."""
+"""Remote shards and files: they are opened through fsspec, and retried after errors for a limited time."""
 
 import contextlib
 import errno
@@ -16,21 +16,21 @@ from .rows import ContentError
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that are about this process, and no file
-PATIENCE = 120.0  # seconds after which there is no third or later attempt
-CONNECT, READ = 10.0, 20.0  # seconds that a web server has to take a connection, and to send the next bytes
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of this process's limits, not of a file
+PATIENCE = 120.0  # seconds after which no third or later attempt is made
+CONNECT, READ = 10.0, 20.0  # seconds that a web server may take to accept a connection, and to send the next bytes
 WEB = ("http://", "https://")
-BUSY = (408, 429)  # the answers of a web server that are about the moment
+BUSY = (408, 429)  # answers of a web server that may change soon
 
 log = logging.getLogger("clipfast")
 Found = TypeVar("Found")
 
 
 class FetchError(ValueError):
-    """A shard that could not be brought here, after several attempts.
+    """A shard that could not be fetched or read, after several attempts.
 
     Attributes:
-        kind: "unreadable shard" if it was read, but cannot be used; otherwise "missing shard".
+        kind: "unreadable shard" if the shard was fetched but cannot be used; otherwise "missing shard".
     """
 
     def __init__(self, message: str, kind: str = "missing shard") -> None:
@@ -39,13 +39,13 @@ class FetchError(ValueError):
 
 
 def file_system_of(name: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path there."""
+    """Return fsspec's file system for a URL, and the path in it."""
     from fsspec import get_filesystem_class
     from fsspec.core import url_to_fs
 
     if not name.startswith(WEB):
         return url_to_fs(name)
-    get_filesystem_class("http")  # which says what to install
+    get_filesystem_class("http")  # raises an ImportError that names the missing package
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=READ)
@@ -53,16 +53,16 @@ def file_system_of(name: str) -> tuple[Any, str]:
 
 
 def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found:
-    """Return what ``attempt`` does. If its file is from elsewhere, it is called again after errors, with growing waits.
+    """Call ``attempt`` and return its result. For a remote file, retry after errors, with growing waits.
 
     Args:
-        name: of the file.
-        attempt: reads it.
-        what: kind of file, for the error.
+        name: name or URL of the file.
+        attempt: a function that reads the file.
+        what: kind of file, for the error message.
 
     Raises:
-        FetchError: the last attempt failed, or another one would be no use.
-        DiskFullError, ImportError: as ``attempt``.
+        FetchError: the last attempt failed, or another attempt would be useless.
+        DiskFullError, ImportError: raised by ``attempt``.
     """
     waits = [FIRST_WAIT * 2**number for number in range(ATTEMPTS - 1)] if is_remote(name) else []
     begin = time.monotonic()
@@ -73,12 +73,12 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
             raise
         except ContentError as error:
             raise FetchError(f"{what} {name} cannot be read: {error}", "unreadable shard") from error
-        except Exception as error:  # every file system has errors of its own; some call an outage "not found"
+        except Exception as error:  # file systems have errors of their own; some report an outage as "not found"
             if isinstance(error, OSError) and error.errno in EXHAUSTED:
                 raise
             cause = error.__cause__ or error
             reason = " ".join(str(cause).split()) or type(cause).__name__
-            if not waits or (number > 1 and time.monotonic() - begin > PATIENCE):  # the first may have brought much
+            if not waits or (number > 1 and time.monotonic() - begin > PATIENCE):  # the first may have been long
                 tried = f" ({number} attempts)" if number > 1 else ""
                 raise FetchError(f"{what} {name} cannot be read: {reason}{tried}") from error
             log.warning(f"{what} {name}: attempt {number} has failed ({reason}); the next one is in {waits[0]:g} s")
@@ -87,12 +87,12 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
 
 
 def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found | None:
-    """Return what ``attempt`` does, as :func:`retried`; None if it says that there is no such file."""
+    """Call ``attempt`` with retries like :func:`retried`; return None if the remote or local file does not exist."""
 
     def attempt_or_none() -> Found | None:
         try:
             return attempt()
-        except Exception as error:  # every file system has errors of its own
+        except Exception as error:  # file systems have errors of their own
             if _is_absent(name, error):
                 return None
             raise
@@ -101,8 +101,8 @@ def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fo
 
 
 def _is_absent(name: str, error: Exception) -> bool:
-    """Return True if an error says that there is no file that may be read, and not that nobody has answered."""
-    if name.startswith(WEB):  # fsspec calls every failure "not found": its cause is the answer
+    """Return True if an error means that a file does not exist or may not be read, and not that the server failed."""
+    if name.startswith(WEB):  # fsspec reports every failure as "not found"; the cause has the server's answer
         status = getattr(error.__cause__ or error, "status", 0)
         return 400 <= status < 500 and status not in BUSY
     return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
@@ -110,14 +110,14 @@ def _is_absent(name: str, error: Exception) -> bool:
 
 @contextlib.contextmanager
 def opened(name: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
-    """Open a shard, or another file beside it, to be read from its beginning; without ``whole``, from any place."""
+    """Open a local or remote shard, or a file beside it, to be read in sequence; without ``whole``, at any offset."""
     if not name.startswith(PIPE):
         if not is_remote(name):
             with open_regular(name) as file:
                 yield file
             return
         file_system, path = file_system_of(name)
-        # One answer of a web server is one version of the file; and some servers do not send parts.
+        # A single response holds a single version of the file, and some servers cannot send parts.
         options = {"block_size": 0} if whole and name.startswith(WEB) else {}
         with file_system.open(path, "rb", **options) as remote:
             yield remote

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files of pairs, of which each row becomes a sample of a tar file.
+"""Parquet and Arrow shards: each row is converted to a sample of a tar file.
 
 Row number i is sample number i. Its members are ``NNNNNNNNN.<column>`` for each column of bytes, and
 ``NNNNNNNNN.json``, an object of all other columns. A column of bytes is binary, as in the files that img2dataset
@@ -19,18 +19,18 @@ from typing import IO, Any
 from ..io.files import MAX_MEMBER, open_regular, read_regular
 from .names import has_footer
 
-ARROW_FILE = b"ARROW1"  # with this begins Arrow's file format; its stream format, which datasets writes, does not
-ROWS = 32  # that are in memory at once
+ARROW_FILE = b"ARROW1"  # magic of Arrow's file format; the stream format, which datasets writes, has none
+ROWS = 32  # number of rows that are in memory at once
 BUFFER = 1 << 20  # bytes of a Parquet column that are read at once
 MAX_MEMORY = 8 << 30  # bytes that the process may take
 
 
 class ContentError(ValueError):
-    """A shard that was read, but is damaged, or not what its name says, or too large: to ask for it again is no use."""
+    """A shard that is damaged, not of the format that its name says, or too large, so another attempt is useless."""
 
 
 def count(file: IO[bytes], name: str) -> int:
-    """Return the number of rows; of a Parquet file only the footer is read, of an Arrow file all but the values.
+    """Count the rows of a shard; only the footer of a Parquet file is read, and only the metadata of an Arrow file.
 
     Raises:
         ContentError: it cannot be read, or has no column of bytes.
@@ -56,12 +56,10 @@ def count(file: IO[bytes], name: str) -> int:
 
 
 def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[tuple[str, bytes]]:
-    """Yield names and bytes of the members that the rows become. A few rows are in memory at once.
+    """Convert the rows of a shard to members of a tar file, a few at a time; yield their names and bytes.
 
-    Args:
-        file: of this machine.
-        name: of the shard.
-        folder: that paths of images in the file start from; with None, such images are missing.
+    Args: file: a local file. name: name of the shard. folder: folder from which paths of images in the file start; with
+    None, such images are missing.
 
     Raises:
         ContentError: it cannot be read, or has no column of bytes.
@@ -84,14 +82,14 @@ def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Say of pyarrow's errors which file they are about, and what to do."""
+    """Turn pyarrow's errors into errors that name the shard, and say what to do."""
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise  # it is not pyarrow's, but says that the disk or the network failed
+            raise  # this is the system's error: the disk or the network failed
         kind = "a Parquet" if has_footer(name) else "an Arrow"
         raise ContentError(f"it is damaged, or not {kind} file: {error}; copy or write it again") from error
 
@@ -99,14 +97,14 @@ def _reading(name: str) -> Iterator[None]:
 def _parquet_batches(file: IO[bytes]) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
-    # A column of a row group, which may be as large as the file, is read piece by piece.
+    # This reads a column in pieces: in one row group, it may be as large as the file.
     yield from ParquetFile(file, buffer_size=BUFFER, pre_buffer=False).iter_batches(ROWS, use_threads=False)
 
 
 def _arrow_batches(file: IO[bytes]) -> Iterator[Any]:
-    """Yield the batches of an Arrow file, and refuse one that has more in it than is read.
+    """Yield the record batches of an Arrow shard, and refuse a file with batches that pyarrow does not read.
 
-    The file is mapped: only those of its pages are read whose bytes are looked at.
+    The file is memory-mapped, so only the pages that are used are read.
     """
     import pyarrow
     from pyarrow import ArrowInvalid, ipc
@@ -122,7 +120,7 @@ def _arrow_batches(file: IO[bytes]) -> Iterator[Any]:
         return
     source.seek(0)
     yield from ipc.open_stream(source)
-    # A stream that is cut between two batches, or has zeros where one begins, can be read without an error.
+    # pyarrow reads a stream without an error if it is cut between two batches, or has zeros where a batch should begin.
     source.seek(source.tell() - 4)
     if source.read(4) != bytes(4):
         raise ArrowInvalid(f"its {size} bytes do not end as an Arrow stream does")
@@ -131,20 +129,20 @@ def _arrow_batches(file: IO[bytes]) -> Iterator[Any]:
 
 
 def _messages(source: Any, size: int) -> int:
-    """Return how many batches of rows stand in a file before its footer, whatever that says."""
+    """Count the record batches in an Arrow file up to its footer, without relying on the footer."""
     from pyarrow import ipc
 
     source.seek(size - len(ARROW_FILE) - 4)
     footer = size - len(ARROW_FILE) - 4 - int.from_bytes(source.read(4), "little")
-    source.seek(8)  # the file's magic is padded
+    source.seek(8)  # the file's magic, with its padding
     found = 0
-    while source.tell() + 8 < footer:  # the end mark has 8 bytes, if there is one
+    while source.tell() + 8 < footer:  # the end mark, if there is one, has 8 bytes
         found += ipc.read_message(source).type == "record batch"
     return found
 
 
 def _validate(batch: Any) -> None:
-    """Refuse values that point to where there are none; text that is not UTF-8 is left to :func:`_value`."""
+    """Refuse Arrow data whose offsets are outside of its buffers; text that is not UTF-8 is left to :func:`_value`."""
     from pyarrow import ArrowInvalid
 
     for column in batch.columns:
@@ -156,10 +154,10 @@ def _validate(batch: Any) -> None:
 
 
 def _bytes_columns(schema: Any) -> dict[int, str]:
-    """Return the numbers of the columns of bytes, and the extensions of their members.
+    """Return the indices of the columns that hold bytes, and the file extensions of their tar members.
 
     Raises:
-        ContentError: there is none, or two would have the same extension.
+        ContentError: there is no such column, or two would have the same extension.
     """
     found = {
         number: field.name.lower().replace("/", "_")
@@ -188,7 +186,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _value(scalar: Any) -> Any:
-    """Return a value of Arrow as one of Python; None if Python has none, as for text that is not UTF-8."""
+    """Convert an Arrow value to Python; None if that is not possible, as for text that is not UTF-8."""
     try:
         return scalar.as_py()
     except (ValueError, OverflowError):
@@ -196,7 +194,7 @@ def _value(scalar: Any) -> Any:
 
 
 def _bytes(value: Any, folder: Path | None) -> bytes | None:
-    """Return the bytes in a column of bytes; None if there are none."""
+    """Return the bytes in a cell of a Parquet or Arrow column, or those of the image file that it names, or None."""
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
         value = _file(folder / path) if data is None and path and folder is not None else data
@@ -204,7 +202,7 @@ def _bytes(value: Any, folder: Path | None) -> bytes | None:
 
 
 def _file(path: Path) -> bytes | None:
-    """Return the bytes of an image's file. Anything else that a table may name, such as a device, is missing."""
+    """Read the image file that a cell names. Anything but a regular file, such as a device, counts as missing."""
     try:
         return read_regular(path, MAX_MEMBER)
     except (OSError, ValueError):
@@ -212,7 +210,7 @@ def _file(path: Path) -> bytes | None:
 
 
 def _json(values: list[tuple[str, Any]]) -> bytes:
-    """Return the values of a row as an object. The fields of a column "json" stand beside the other columns."""
+    """Return the other columns of a row as a JSON object; the fields of a column "json" are merged into it."""
     fields: dict[str, Any] = {}
     for name, value in values:
         found = _plain(value)
@@ -224,19 +222,19 @@ def _json(values: list[tuple[str, Any]]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold of a value: numbers that are not finite and bytes become null, other things text."""
+    """Convert a value to JSON: bytes and numbers that are not finite become null, objects of other types text."""
     text = json.dumps(value, default=lambda other: None if isinstance(other, bytes) else str(other))
     return json.loads(text, parse_constant=lambda _: None)
 
 
 def serve() -> None:
-    """Answer the requests that come as lines of JSON on the standard input, until it is closed.
+    """Run the reader process: answer requests, lines of JSON on the standard input, until it is closed.
 
-    A request names a file, and asks for its rows or only for their number. The answer is the tar file of the rows, in
-    pieces of which each has its length on a line before it, and then a line with what was found.
+    A request names a file, and asks for its rows or only for their number. The answer is the tar file of the rows in
+    pieces, each after a line with its length, and then a line with the result.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(ValueError, OSError):  # the limit is lower already, or the system has none
+    with contextlib.suppress(ValueError, OSError):  # the limit may be lower already, or the system may not support it
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
     for line in sys.stdin.buffer:
         answer = _answer(json.loads(line))
@@ -245,7 +243,7 @@ def serve() -> None:
 
 
 def _answer(request: dict[str, Any]) -> list[Any]:
-    """Return the kind of an answer and what belongs to it."""
+    """Carry out a request to the reader process; return the kind of the answer and its content."""
     try:
         with open_regular(request["path"]) as file:
             if not request["rows"]:
@@ -265,7 +263,7 @@ def _answer(request: dict[str, Any]) -> list[Any]:
         return ["system", error.errno, error.strerror]
     except MemoryError:
         return ["content", f"reading it takes more than {MAX_MEMORY >> 30} GiB of memory: write smaller batches"]
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # any error that a damaged file may cause
         return ["content", f"it is damaged: {error!r:.200}; copy or write it again"]
 
 

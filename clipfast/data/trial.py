@@ -1,4 +1,4 @@
-"""A trial: a few pairs are read and prepared as in training, to see what all of them are like."""
+"""Trials of data: a few pairs are read and prepared as in training, to see whether pairs can be used."""
 
 import collections
 from typing import Any
@@ -11,10 +11,10 @@ from .order import Mix, Order
 from .samples import sample_name
 from .source import Source
 
-PIECE = 64  # pairs of one source that a process reads before it says what it found
+PIECE = 64  # number of pairs of one source that a process checks before it reports
 
-ANY_ORDER = Mix([Order([1], 0)], [1.0], 0)  # for batches that are only tried: no trial asks for their order
-# These say what to do if most pairs cannot be used for one reason, by its kind, where the reason does not say it.
+ANY_ORDER = Mix([Order([1], 0)], [1.0], 0)  # a placeholder for batches of a trial, which never use the order
+# Advice for the case that most pairs cannot be used for one kind of reason, if the reason itself gives none.
 FIXES = {
     "no such field": "name a key that the pairs have",
     "not an image": "convert such images, or leave their shards out",
@@ -28,7 +28,7 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def try_pair(batches: PairBatches, source: Source, number: int) -> tuple[Any, str] | Skipped:
-    """Return image and caption of a sample of one of the sources, prepared as in training, or why it cannot be used."""
+    """Read a sample of one source and prepare it as in training; return image and caption, or why it cannot be used."""
     name = source.name(number)
     try:
         raw = source.read(number, batches.keys)
@@ -39,7 +39,7 @@ def try_pair(batches: PairBatches, source: Source, number: int) -> tuple[Any, st
 
 
 class EveryPair(Dataset[list[Skipped]]):
-    """All pairs of ``batches`` by pieces, of which each is the list of the pairs in it that cannot be used."""
+    """A check of all pairs of ``batches`` as a dataset: each item is the list of unusable pairs in a piece."""
 
     def __init__(self, batches: PairBatches) -> None:
         self.batches = batches
@@ -50,20 +50,20 @@ class EveryPair(Dataset[list[Skipped]]):
         ]
 
     def __getitem__(self, piece: tuple[int, int, int]) -> list[Skipped]:
-        """Return what cannot be used of a piece: the place of its source, its first pair, and the one behind it."""
+        """Return the unusable pairs of a piece, which is a triple: index of the source, first pair, end."""
         place, first, stop = piece
         source = self.batches.sources[place]
         tried = [try_pair(self.batches, source, number) for number in range(first, stop)]
-        source.close()  # there may be more shards than a process may hold open
+        source.close()  # otherwise too many shards could be open
         return [one for one in tried if isinstance(one, Skipped)]
 
 
 def try_pairs(batches: PairBatches, each: int) -> Batch:
-    """Return up to ``each`` pairs of every shard as one batch, prepared as ``batches`` prepares them.
+    """Try up to ``each`` pairs of every shard; return the usable ones as one batch, prepared as in training.
 
     Raises:
-        SampleError: not one of them can be used, or there are none; the message counts the reasons, and says what to
-            do about the most common one.
+        SampleError: no pair can be used, or there are no pairs. The message counts the reasons, and gives advice on the
+            most common one.
     """
     images, captions, skipped = list[Any](), list[str](), list[Skipped]()
     for source in batches.sources:

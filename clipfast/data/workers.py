@@ -1,4 +1,4 @@
-"""Data workers: processes that read and decode batches ahead, how they end, and what is said when one is lost."""
+"""Data workers: processes that read and decode batches ahead. Their start, their end, and errors when one is lost."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..io.files import DiskFullError
 
-PREFETCH = 2  # batches that each data worker makes ahead
-PATIENCE = 2.0  # seconds in which a worker ends whose pipe broke
-GRACE = 1.0  # seconds that data workers have at the end for the batches that they make
-MAX_INTERRUPTIONS = 3  # by PyTorch's reports of a dead worker
+PREFETCH = 2  # number of batches that each data worker makes ahead
+PATIENCE = 2.0  # seconds to wait for the end of a worker whose pipe broke
+GRACE = 1.0  # seconds that data workers get at the end to finish their batches
+MAX_INTERRUPTIONS = 3  # PyTorch's reports of a dead worker may interrupt the cleanup this often
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
 
 T = TypeVar("T")
 
 
 class _Reporting(Dataset[T | ValueError | DiskFullError]):
-    """Batches, or the error that a batch ends with: PyTorch would wrap one that a worker raised into a traceback."""
+    """A dataset of batches that returns errors: raised ones would reach the user as a traceback of a data worker."""
 
     def __init__(self, batches: Dataset[T]) -> None:
         self.batches = batches
@@ -36,7 +36,7 @@ class _Reporting(Dataset[T | ValueError | DiskFullError]):
             return self.batches[number]
         except DiskFullError as error:
             return DiskFullError(str(error))
-        except ValueError as error:  # of any kind, which another process may not be able to make again
+        except ValueError as error:  # a subclass may not survive pickling, so only the message is sent
             return ValueError(str(error))
 
 
@@ -44,19 +44,19 @@ class _Reporting(Dataset[T | ValueError | DiskFullError]):
 def made_by_workers(
     batches: Dataset[T], numbers: Sequence[Any], workers: int, *, pin_memory: bool = False
 ) -> Iterator[Iterator[T]]:
-    """Start processes that make batches; in the context these come in order. At its end the processes are told to end.
+    """Start data workers; the context yields their batches in order. At its end the workers are told to end.
 
-    Those that have not ended after a moment are killed.
+    Workers that have not ended after a moment are killed.
 
     Args:
-        batches: of which each element is a batch.
-        numbers: of the elements, in order.
-        workers: how many processes; 0 for none but this one.
-        pin_memory: copy tensors into memory from which a GPU reads without waiting.
+        batches: a dataset whose elements are batches.
+        numbers: indices of the elements, in order.
+        workers: number of processes; with 0, this process makes the batches.
+        pin_memory: copy tensors into pinned memory, from which copies to a GPU are asynchronous.
 
     Raises:
-        ValueError: a worker died, in whichever way the context met its loss first; or an error of a batch.
-        DiskFullError: an error of a batch.
+        ValueError: a data worker died, no matter how its loss was noticed; or a batch could not be made.
+        DiskFullError: a batch could not be made since the disk is full.
     """
     options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker, "collate_fn": _unchanged}
     options["prefetch_factor"] = PREFETCH if workers else None
@@ -73,18 +73,18 @@ def made_by_workers(
             f"a data worker died: {death}; if it ran out of memory, as the system's log would say, use fewer --workers"
         ) from error
     finally:
-        # Tracebacks keep an iterator alive, and its workers would then wait at the end of the process.
+        # A traceback could keep the iterator alive, and with it workers, for which the end of the process would wait.
         if workers:
             _end_workers(iterator)
 
 
 def _unchanged(batch: T) -> T:
-    """Return a batch as it is; PyTorch would look through everything in it for arrays to convert."""
+    """Return a batch unchanged, in place of PyTorch's conversion, which would look for arrays in all of it."""
     return batch
 
 
 def _unless_error(batches: Iterator[T | ValueError | DiskFullError]) -> Iterator[T]:
-    """Yield batches, and raise the first error that stands in the place of one."""
+    """Yield the batches of data workers, and raise the first error that was returned in place of a batch."""
     for batch in batches:
         if isinstance(batch, (ValueError, DiskFullError)):
             raise batch
@@ -93,47 +93,47 @@ def _unless_error(batches: Iterator[T | ValueError | DiskFullError]) -> Iterator
 
 def _end_workers(iterator: Any) -> None:
     """End the data workers of an iterator; those that are still busy after ``GRACE`` seconds are killed."""
-    # PyTorch ends its own thread first, which must not read what a killed worker has half written. Then it waits for
-    # up to ten seconds for each worker in turn; that is over as soon as all of them are killed.
+    # PyTorch first ends its own thread, which must not read the half-written message of a killed worker. Then it waits
+    # for each worker in turn, up to ten seconds; this ends as soon as all workers are killed.
     killer = threading.Timer(GRACE, lambda: [worker.kill() for worker in iterator._workers])
-    # PyTorch reports a dead worker by an error at any moment, even here, and has ended the others then.
+    # PyTorch may raise its error about a dead worker at any moment, even here; it has ended the other workers then.
     with contextlib.suppress(RuntimeError):
         killer.start()
         iterator._shutdown_workers()
     killer.cancel()
-    for worker in iterator._workers:  # such an error came before PyTorch had waited for all of them
+    for worker in iterator._workers:  # the error may have come before PyTorch had waited for all workers
         with contextlib.suppress(RuntimeError):
             worker.kill()
             worker.join(GRACE)
 
 
 def _first_death(workers: Sequence[BaseProcess]) -> str | None:
-    """Say how the first of the processes that have died did so; None if there is none.
+    """Describe how the first dead data worker died; None if none has died.
 
-    A worker that has nothing left to do ends with status 0, which is no death.
+    A worker that has nothing left to do ends with status 0, which does not count as a death.
     """
     if not workers:
         return None
     by_sentinel = {worker.sentinel: worker for worker in workers}
     for _ in range(MAX_INTERRUPTIONS):
-        with contextlib.suppress(RuntimeError):  # PyTorch's own report, which may come now
-            ended = wait(list(by_sentinel), timeout=PATIENCE)  # its pipes break before it has ended
+        with contextlib.suppress(RuntimeError):  # PyTorch's own error may be raised here
+            ended = wait(list(by_sentinel), timeout=PATIENCE)  # the pipes of a worker break before it has ended
             code = next((code for one in ended if (code := by_sentinel[one].exitcode) != 0), 0)  # type: ignore[index]
             if code == 0:
                 return None
-            if code is None:  # PyTorch's report came while the status was read, which can be done only once
+            if code is None:  # PyTorch has read the exit status first, which can be read only once
                 return "it has ended, and its status is lost"
             return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
     return "it has ended"
 
 
 def _start_worker(_: int) -> None:
-    # A terminal or a job scheduler sends these signals to every process. The process that started this one decides when
-    # to stop, and needs batches until then. A second SIGTERM ends the worker.
+    # A terminal or a job scheduler sends these signals to every process. The parent process decides when to stop, and
+    # needs batches until then. A second SIGTERM ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
-    # A process that is killed tells its workers nothing. On Linux, the kernel can.
+    # A killed process cannot end its workers. On Linux, the kernel can signal them.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
