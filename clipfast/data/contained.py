@@ -44,8 +44,10 @@ class Writable(Protocol):
 def count_rows(file: IO[bytes], name: str) -> int:
     """Return the number of rows of a Parquet or Arrow shard. Only the footer of a Parquet file is read, even remotely.
 
-    Raises: ContentError: the file cannot be read, or has no column of bytes. OSError: the disk failed. ImportError:
-    there is no pyarrow.
+    Raises:
+        ContentError: the file cannot be read, or has no column of bytes.
+        OSError: the disk failed.
+        ImportError: there is no pyarrow.
     """
     with tempfile.TemporaryFile() as footer:
         if has_footer(name):

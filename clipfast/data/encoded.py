@@ -193,7 +193,8 @@ def _resized(image: Tensor, size: int) -> Tensor:
 def decoded(files: list[Tensor], device: torch.device) -> list[Tensor]:
     """Decode JPEG files on ``device``: uint8, [3, H, W] each. The host decodes those that the device refuses.
 
-    Raises: ImageError: neither can decode a file.
+    Raises:
+        ImageError: neither can decode a file.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 

@@ -35,7 +35,8 @@ class Keys:
     def from_dict(cls, values: Any) -> Keys:
         """Construct the keys of a sample from a dict of these attributes, which was read from JSON.
 
-        Raises: ValueError: the dict does not describe keys.
+        Raises:
+            ValueError: the dict does not describe keys.
         """
         kinds = {"images": str, "texts": str, "weights": int | float}
         is_right = isinstance(values, dict) and all(

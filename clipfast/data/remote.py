@@ -110,7 +110,7 @@ def _is_absent(name: str, error: Exception) -> bool:
 
 @contextlib.contextmanager
 def opened(name: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
-    """Open a local or remote shard, or a file beside it, to be read in sequence; without ``whole``, at any offset."""
+    """Open a local or remote shard, or a file beside it, to be read in sequence; without ``whole``, at any place."""
     if not name.startswith(PIPE):
         if not is_remote(name):
             with open_regular(name) as file:

@@ -58,8 +58,10 @@ def count(file: IO[bytes], name: str) -> int:
 def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[tuple[str, bytes]]:
     """Convert the rows of a shard to members of a tar file, a few at a time; yield their names and bytes.
 
-    Args: file: a local file. name: name of the shard. folder: folder from which paths of images in the file start; with
-    None, such images are missing.
+    Args:
+        file: a local file.
+        name: name of the shard.
+        folder: folder from which paths of images in the file start; with None, such images are missing.
 
     Raises:
         ContentError: it cannot be read, or has no column of bytes.

@@ -1,4 +1,4 @@
-"""What is in a sample: its image, its captions, and the files that it names. Nothing is unpickled."""
+"""The content of a sample: its image, its captions, and the files that it names. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-LINKS = "__links__"  # the key under which a sample has the names of files until they are read
+LINKS = "__links__"  # the key of a sample under which it holds the names of files until they are read
 
 RawSample = dict[str, Any]
 
 
 def is_pair(sample: RawSample) -> bool:
-    """Return True if a sample has an image and what its caption may be in."""
+    """Return True if a sample has an image, and a member that may hold a caption."""
     texts, images = (*DEFAULT_KEYS.texts, "json"), DEFAULT_KEYS.images
     return any(key in sample for key in texts) and any(key in sample for key in images)
 
 
 def sample_name(sample: RawSample) -> str:
-    """Return the file name of the shard and the key of the sample, as a person would look for it."""
+    """Return a name by which a person can find a sample: the file name of its shard, and its key."""
     return f"{Path(sample['__url__']).name}/{sample['__key__']}"
 
 
 def decode_image(sample: RawSample, keys: Keys = DEFAULT_KEYS) -> Image.Image:
-    """Return the image of a sample.
+    """Decode the image of a sample.
 
     Raises:
         ImageError: the sample has no image, or the image cannot be decoded.
@@ -47,7 +47,7 @@ def decode_image(sample: RawSample, keys: Keys = DEFAULT_KEYS) -> Image.Image:
 
 
 def image_bytes(sample: RawSample, keys: Keys = DEFAULT_KEYS) -> bytes:
-    """Return the member of a sample that is its image.
+    """Return the undecoded bytes of a sample's image.
 
     Raises:
         ImageError: the sample has no image.
@@ -63,7 +63,7 @@ def image_bytes(sample: RawSample, keys: Keys = DEFAULT_KEYS) -> bytes:
 
 
 def _found(sample: RawSample) -> str:
-    """Return what a sample has, and what may be wrong with the shard, for errors."""
+    """Describe the members of a sample, and likely mistakes in the shard, for error messages."""
     extensions = sorted(key for key in sample if not key.startswith("__"))
     with contextlib.suppress(SampleError):
         fields = ", ".join(metadata(sample)) or "nothing"
@@ -79,7 +79,7 @@ def metadata(sample: RawSample) -> dict[str, Any]:
     """Return the ``json`` of a sample, or an empty dict if it has none.
 
     Raises:
-        SampleError: it is not valid JSON, or not an object.
+        SampleError: the member is not valid JSON, or not an object.
     """
     try:
         parsed = json.loads(sample.get("json", b"{}"))
@@ -94,7 +94,7 @@ def field(sample: RawSample, key: str) -> str:
     """Return the value of ``key`` in the ``json`` of a sample.
 
     Raises:
-        SampleError: there is no such key, and the message lists those that there are; or as :func:`metadata`.
+        SampleError: there is no such key; the message lists the existing keys. Or as for :func:`metadata`.
     """
     fields = metadata(sample)
     if key not in fields:
@@ -106,7 +106,7 @@ def field(sample: RawSample, key: str) -> str:
 def caption(
     sample: RawSample, keyword_prob: float = 0.0, rng: random.Random | None = None, keys: Keys = DEFAULT_KEYS
 ) -> str:
-    """Return the caption of a sample, one of several if it has a list of them: ``rng`` draws it, or it is the first.
+    """Return a caption of a sample; from a list of several, ``rng`` draws one, or without ``rng`` it is the first.
 
     With probability ``keyword_prob``, from one to three of the ``keywords`` in its ``json`` are appended, drawn by
     ``rng``.
@@ -126,12 +126,12 @@ def caption(
 
 
 def captions(sample: RawSample, rng: random.Random | None = None, keys: Keys = DEFAULT_KEYS) -> list[str]:
-    """Return the captions of a sample: its member, or the first that is not empty of the values in its ``json``.
+    """Return all captions of a sample: its text member, or the first value in its ``json`` that is not empty.
 
-    ``rng`` draws which of the keys of the json comes first, if there are probabilities for that.
+    If the keys have weights, ``rng`` draws the order in which the keys of the json are tried.
 
     Raises:
-        SampleError: there is none, or it is not UTF-8.
+        SampleError: there is no caption, or it is not UTF-8.
     """
     member = None if keys.is_json else next((key for key in keys.texts if key in sample), None)
     values: list[Any]
@@ -160,11 +160,11 @@ def captions(sample: RawSample, rng: random.Random | None = None, keys: Keys = D
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """The names of files that may become members of a sample, by their keys.
+    """The names of files that a sample refers to; when they are read, they become members of the sample.
 
     Attributes:
-        folder: where a name that is not absolute is looked for first; after that, it is in the working folder.
-        images: names of images; values that are no text name none.
+        folder: the folder in which relative names are looked for first; after that, in the working folder.
+        images: values that may name images, by key; a value that is not text names none.
         texts: names of side-car files.
     """
 
@@ -174,9 +174,9 @@ class Links:
 
 
 def load_links(sample: RawSample, keys: Keys) -> int:
-    """Read into a sample its side-cars that ``keys`` name, its json and its image; return how many bytes these have.
+    """Read the files that a sample names (json, image and texts in ``keys``) into it; return their bytes in total.
 
-    ``__path__`` of the sample is that of its image.
+    The key ``__path__`` of the sample is set to the path of its image.
 
     Raises:
         SampleError: a file is missing, is no regular file, or is too large; or no key of an image names a file.
@@ -200,13 +200,13 @@ def load_links(sample: RawSample, keys: Keys) -> int:
 
 
 def _read(folder: str, name: str, what: str) -> tuple[str, bytes]:
-    """Return the path and the content of a file."""
+    """Return the path and the content of a file that a sample names."""
     for path in dict.fromkeys((os.path.join(folder, name), name)):
         try:
             return path, read_regular(path, MAX_MEMBER)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        except (OSError, ValueError) as error:  # ValueError: the name is impossible for a file
             reason, is_huge = getattr(error, "strerror", None) or error, getattr(error, "errno", 0) == errno.EFBIG
             raise SampleError(
                 f"{path!r:.200} cannot be read: {reason}", f"{'huge' if is_huge else 'missing'} {what}"

@@ -1,4 +1,4 @@
-"""Sets of pairs of which any sample can be read by its number."""
+"""Sources: sets of pairs in which any sample can be read by its number."""
 
 import collections
 import dataclasses
@@ -22,49 +22,49 @@ from .names import is_folder, is_synthetic, synthetic_pairs
 from .order import STREAMS
 from .samples import RawSample, caption, field, load_links
 
-MAX_OPEN = 256  # shards that a process holds open for all its sources, unless a mix of them needs more
-OTHER_FILES = 512  # that a process may have open beside shards
-IDLE = 1024  # reads of others after which a shard is done: each of an order's 64 streams is read from far more often
+MAX_OPEN = 256  # number of shards that a process holds open for all its sources, unless a mix needs more
+OTHER_FILES = 512  # number of files that a process may have open beside shards
+IDLE = 1024  # a shard is closed after this many reads of others: each of an order's 64 streams is read far more often
 
-CAPTION = "caption"  # by which samples can count as the same
+CAPTION = "caption"  # value of --unique-by: samples with equal captions have the same identity
 
 log = logging.getLogger("clipfast")
 
 
 class Source(Protocol):
-    """A set of pairs in shards, of which any sample can be read."""
+    """A set of pairs in shards, in which any sample can be read by its number."""
 
     @property
     def index(self) -> IndexCache:
-        """The cache in which numbers of the samples are kept."""
+        """The cache of indices, which can also keep a number for each sample."""
 
     @property
     def shards(self) -> Sequence[ShardIndex]:
-        """The index of each shard, or only its count."""
+        """The index of each shard, or only its sample count."""
 
     @property
     def sizes(self) -> Sequence[int]:
-        """The number of samples in each shard; a sample's number counts through all shards."""
+        """The number of samples in each shard; samples are numbered through all shards."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes this process has read."""
+        """The number of bytes that this process has read from the source."""
 
     def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
-        """Return a sample, undecoded, with the files that it names and ``keys`` ask for.
+        """Read an undecoded sample, with the files that it names and ``keys`` ask for.
 
         Raises:
-            SampleError: it cannot be read.
+            SampleError: the sample cannot be read.
         """
 
     def name(self, number: int) -> str:
-        """Return shard and place of a sample, for a person who looks for it; nothing is read."""
+        """Return shard and place of a sample as text for a person, without reading it."""
 
     def close(self) -> None:
-        """Let go of what is open; it is opened again when it is read."""
+        """Close all open shards; they are opened again when they are read."""
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class _OpenShard:
     extents: Extents
     unit: int
     parse: Callable[[bytes], RawSample]
-    last: int = 0  # the number of the last read from it
+    last: int = 0  # number of the last read from this shard
 
 
 def open_sources(
@@ -84,11 +84,11 @@ def open_sources(
     *,
     whole: bool = False,
 ) -> list[Source]:
-    """Return the sources of pairs: one of all shards, if there are any, and one for each name of synthetic pairs.
+    """Open sources of pairs: one for all shards, if there are any, and one for each name of synthetic pairs.
 
     Args:
-        names: as :func:`clipfast.data.expand_shards` gives them.
-        workers, index, max_open, whole: as :func:`clipfast.data.open_shards` takes them.
+        names: names of shards, from :func:`clipfast.data.expand_shards`.
+        workers, index, max_open, whole: arguments of :func:`clipfast.data.open_shards`.
 
     Raises:
         ShardError: a shard is missing, or is not of its format.
@@ -112,14 +112,14 @@ def open_shards(
     *,
     whole: bool = False,
 ) -> "ShardSource":
-    """Return the samples of shards, which are indexed first unless they have been before, or can be counted.
+    """Open shards as a source of samples; shards without an index are indexed first, unless they can be counted.
 
     Args:
-        names: as :func:`clipfast.data.expand_shards` gives them.
-        workers: processes that make indices; fewer than two mean that this one does.
-        index: to use in place of that in the user's cache folder.
-        max_open: shards that a process holds open.
-        whole: index every shard, as :meth:`IndexCache.shards` says.
+        names: names of shards, from :func:`clipfast.data.expand_shards`.
+        workers: number of processes that make indices; with fewer than two, this process makes them.
+        index: cache of indices in place of the user's cache folder.
+        max_open: number of shards that a process holds open.
+        whole: index every shard, see :meth:`IndexCache.shards`.
 
     Raises:
         ShardError: a shard is missing, or is not of its format.
@@ -131,9 +131,10 @@ def open_shards(
 
 
 def open_limit(sources: int) -> int:
-    """Return how many shards of each source of a mix a process holds open, as a reader of its order needs them.
+    """Return how many shards of each source a process should hold open to read a mix of ``sources`` in its order.
 
-    For that, the process's limit of open files is raised if need be and as far as it may be. Data workers inherit it.
+    If necessary, the process's limit of open files is raised as far as the system allows. Data workers inherit the
+    limit.
     """
     wanted = max(MAX_OPEN // sources, 2 * STREAMS)  # a stream is seldom in more than two shards within a window
     needed = wanted * sources + OTHER_FILES
@@ -145,12 +146,12 @@ def open_limit(sources: int) -> int:
 
 
 class ShardSource:
-    """The samples of indexed shards.
+    """A source of the samples in indexed shards, which are opened when they are read.
 
     Args:
-        index: that the shards are in.
-        shards: in order.
-        max_open: shards that a process holds open.
+        index: cache with the indices of the shards.
+        shards: indices of the shards in order.
+        max_open: number of shards that a process holds open.
     """
 
     def __init__(self, index: IndexCache, shards: Sequence[ShardIndex], max_open: int = MAX_OPEN) -> None:
@@ -159,7 +160,7 @@ class ShardSource:
         self.bytes_read = self._reads = 0
         self._first: NDArray[np.int64] = np.cumsum([0, *self.sizes])
         self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
-        self._refused: dict[int, tuple[str, str]] = {}  # why shards that were only counted before cannot be used
+        self._refused: dict[int, tuple[str, str]] = {}  # reasons why shards that were only counted cannot be used
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -170,7 +171,7 @@ class ShardSource:
         return self.__dict__ | {"_open": collections.OrderedDict()}
 
     def shards_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return which shard each of the samples with these numbers is in."""
+        """Return the number of the shard that holds each of these samples."""
         return np.searchsorted(self._first, numbers, side="right") - 1
 
     def _place(self, number: int) -> tuple[int, int]:
@@ -178,21 +179,21 @@ class ShardSource:
         return shard, number - int(self._first[shard])
 
     def name(self, number: int) -> str:
-        """Return the shard's name and the number of the sample in it."""
+        """Return the name of the shard and the number of the sample in it, as text for a person."""
         shard, within = self._place(number)
         return f"{Path(self.shards[shard].name).name}, sample {within}"
 
     def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
-        """Return ``__key__``, ``__url__`` and bytes by file extension, by one call to the system if it holds its image.
+        """Read a sample: ``__key__``, ``__url__`` and bytes by file extension; one system call, unless it names files.
 
         Args:
-            number: of the sample.
-            keys: say which of the files are read that a sample names in place of holding them.
+            number: number of the sample.
+            keys: keys of the image and the captions; they select the files to read of those that the sample names.
 
         Raises:
-            ShardError: the shard is missing, or was changed; no sample is where the index says; or it has not as many
-                samples as was said.
-            SampleError: the sample is broken, or a file that it names cannot be read.
+            ShardError: the shard is missing or has changed; no sample is at the place in the index; or the shard's
+                number of samples differs from the count.
+            SampleError: the sample is damaged, or a file that it names cannot be read.
         """
         shard, within = self._place(number)
         opened = self._opened(shard)
@@ -234,26 +235,26 @@ class ShardSource:
         return found
 
     def _close_removed(self) -> None:
-        """Let go of the space of copies that have made room for others, and are not read from any more."""
+        """Close copies of shards that were removed from the cache and are no longer read, to free their disk space."""
         for shard, opened in list(self._open.items()):
             if self._reads - opened.last > IDLE and os.fstat(opened.descriptor).st_nlink == 0:
                 self._close(shard)
 
     def _index(self, shard: int) -> ShardIndex:
-        """Return the index of a shard, which is made now if its samples were only counted."""
+        """Return the index of a shard for a read; a shard that was only counted is indexed now."""
         if self.shards[shard].counted_in is not None:
             if shard in self._refused:
                 raise ShardError(*self._refused[shard])
             try:
                 self.shards[shard] = self._completed(self.shards[shard])
             except ShardError as error:
-                if error.kind != "missing shard":  # it may be there again later
+                if error.kind != "missing shard":  # the shard may be there again later
                     self._refused[shard] = str(error), error.kind
                 raise
         return self.shards[shard]
 
     def _completed(self, counted: ShardIndex) -> ShardIndex:
-        """Return the index of a shard that was only counted."""
+        """Index a shard that was only counted before, and refuse it if the count was wrong."""
         index = self.index.complete(counted)
         for loss in index.losses():
             log.warning(loss)
@@ -269,7 +270,7 @@ class ShardSource:
         os.close(self._open.pop(shard).descriptor)
 
     def close(self) -> None:
-        """Close all shards; those that are read from are opened again."""
+        """Close all shards; they are opened again when they are read."""
         for shard in list(self._open):
             self._close(shard)
 
@@ -278,16 +279,16 @@ class ShardSource:
 
 
 class DrawnSource:
-    """Pairs that follow from their numbers, as one shard without a file.
+    """A source of pairs that are determined by their numbers, as one shard without a file.
 
     Args:
-        count: of the pairs.
-        seed: the pairs of another seed are all different.
-        index: keeps the identities of the pairs; by default that in the user's cache folder.
+        count: number of pairs.
+        seed: seed of the pairs, which are all different for another seed.
+        index: cache for the identities of the pairs; by default in the user's cache folder.
 
     Attributes:
-        prefix: with which names of such sets begin.
-        stamp: as of a file; it changes when pairs do.
+        prefix: the beginning of the names of these sources.
+        stamp: stamp as of a file, which changes when the content of pairs changes.
     """
 
     prefix: ClassVar[str]
@@ -304,35 +305,35 @@ class DrawnSource:
         return self.sizes[0]
 
     def name(self, number: int) -> str:
-        """Return the name of the source and the number of the pair."""
+        """Return the name of the source and the number of the pair, as text for a person."""
         return f"{self.url}, sample {number}"
 
     def close(self) -> None:
-        """Do nothing, as nothing is open."""
+        """Do nothing, since a source without a file holds nothing open."""
 
     def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
-        """Return a pair; its image is only drawn if ``keys`` name it."""
+        """Return the pair with this number; its image is only drawn if ``keys`` name it."""
         raise NotImplementedError
 
 
 def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDArray[np.uint64]:
-    """Return a 64-bit number for each sample, which two samples share if they have the same value of ``unique_by``.
+    """Return a 64-bit identity for each sample, which is equal for samples with the same value of ``unique_by``.
 
-    Every sample is read once; after that, the numbers are in the cache, unless the shard is a folder.
+    This reads every sample once. After that, the identities are in the cache, unless the shard is a folder.
 
     Args:
-        source: the samples.
-        unique_by: "caption", or a key of the samples' json. A sample that lacks it is like no other.
-        keys: say what the caption is; of several captions of a sample, the first counts.
+        source: the source of the samples.
+        unique_by: "caption", or a key of the samples' json. A sample that lacks it gets an identity of its own.
+        keys: keys of the caption; of several captions of a sample, the first counts.
 
     Raises:
         ShardError: a shard cannot be read.
     """
-    keys = dataclasses.replace(keys, images=())  # no image is read
+    keys = dataclasses.replace(keys, images=())  # images are not read
     column = f"{unique_by} by {keys.texts}, {keys.is_json}" if unique_by == CAPTION else unique_by
     found, first = np.empty(len(source), np.uint64), 0
     for number, shard in enumerate(each(source.shards, f"reading every {unique_by}", "shards")):
-        is_kept = not is_folder(shard.name)  # whose stamp stays as it is when its texts change
+        is_kept = not is_folder(shard.name)  # the stamp of a folder does not change with its texts
         known = source.index.column(shard, column) if is_kept else None
         if known is None:
             numbers = range(first, first + shard.count)
@@ -341,7 +342,7 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
                 source.index.keep_column(shard, column, known)
         found[first : first + shard.count] = known
         first += source.sizes[number]
-    source.close()  # data workers would inherit what is open, and keep its space
+    source.close()  # data workers would inherit open shards, and so keep their disk space
     return found
 
 

@@ -1,10 +1,10 @@
-"""A shard that cannot be read from the middle is first copied, whole and uncompressed, to a folder with a limit.
+"""Staging: shards without random access are first copied, whole and uncompressed, to a cache of limited size.
 
-These are compressed files, commands (``pipe:``), and whatever has a URL, through fsspec. The copy of a Parquet or Arrow
-file is a tar file of its rows, and that of a folder of images a list of its files. A shard that is already there is not
-brought again. When the folder is full, the shards that were opened longest ago make room. A process that still reads
-one of them can go on, and its space is free as soon as that process has closed it: it comes on top of the limit, as
-does what is being copied.
+These shards are compressed files, commands (``pipe:``), and everything with a URL, through fsspec. The copy of a
+Parquet or Arrow file is a tar file of its rows, and the copy of a folder of images is a list of its files. A shard that
+has a copy is not copied again. When the cache is full, the copies that were opened longest ago are removed. A process
+that still reads a removed copy can go on; its disk space is freed when that process closes it. The limit does not count
+such copies, nor unfinished ones.
 """
 
 import bz2
@@ -35,23 +35,23 @@ from .tar import BLOCK, CHUNK, TAR, read_header
 
 MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
 MAX_BYTES = 64 << 30
-LOCKS = "locks"  # a folder in that of the copies
-FORGET = 300.0  # seconds after which a shard that could not be brought here is asked for again
-BEGIN = time.time()  # of this process, or of the one that it was forked from: failures of earlier runs do not count
+LOCKS = "locks"  # sub-folder of the cache with the locks of the copies
+FORGET = 300.0  # seconds after a failure in which a shard is not fetched again
+BEGIN = time.time()  # start of this process, or of its parent before a fork: failures of earlier runs do not count
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".bz2", ".xz")
 COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile
 }  # fmt: skip
-BZ2_ERROR = "Invalid data stream"  # of an OSError without a number, as errors of pipes are
+BZ2_ERROR = "Invalid data stream"  # text of an OSError without an errno, like errors of pipes
 MARKS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated")
 
 log = logging.getLogger("clipfast")
 
 
 def format_of(name: str, separator: str | None = None) -> Format:
-    """Return the format of a shard by its name; ``separator`` is that of CSV files, as :func:`csv_format` takes it."""
+    """Return the file format of a shard by its name; ``separator`` is CSV's, as :func:`csv_format` takes it."""
     if is_folder(name):
         return FOLDER
     stem, suffix = os.path.splitext(without_query(name))
@@ -63,7 +63,7 @@ def format_of(name: str, separator: str | None = None) -> Format:
 
 
 def is_compressed(start: bytes) -> bool:
-    """Return True if a file that begins with these bytes is compressed; ``start`` has a block, or the whole file.
+    """Return True if a shard that begins with ``start``, one block or the whole file, is compressed.
 
     The name of a member of a tar file may begin like a compressed file.
     """
@@ -71,18 +71,18 @@ def is_compressed(start: bytes) -> bool:
 
 
 def is_direct(name: str) -> bool:
-    """Return True if a shard can be read where it is: it is a file of this machine, and not compressed."""
+    """Return True if a shard can be read in place: it is a local file, and not compressed."""
     if is_remote(name) or is_folder(name) or has_rows(name):
         return False
     try:
         with open_regular(name) as file:
             return not is_compressed(file.read(BLOCK))
     except OSError:
-        return True  # whoever opens it will say what is wrong
+        return True  # opening the shard will raise the error
 
 
 def stamp(name: str) -> str:
-    """Return a text that changes when the shard does, as far as its source can tell.
+    """Return the stamp of a shard: a text that changes with the shard, as far as its server can tell.
 
     Raises:
         OSError: there is no such shard.
@@ -99,25 +99,25 @@ def stamp(name: str) -> str:
 
 
 def file_stamp(status: os.stat_result) -> str:
-    """Return the stamp of a file of this machine."""
+    """Return the stamp of a local shard, by its size and modification time."""
     return f"{status.st_size}/{status.st_mtime_ns}"
 
 
 def file_name(shard: str) -> str:
-    """Return the name that what is kept of a shard has in the cache."""
+    """Return the file name under which the index or the copy of a shard is cached."""
     return hashlib.sha256(shard.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def staged(name: str, folder: Path, stamped: str | None = None) -> tuple[int, str]:
-    """Return a descriptor of the whole, uncompressed shard, brought to ``folder`` if need be, and its stamp.
+    """Open the uncompressed copy of a shard, which is first made if necessary; return its descriptor and its stamp.
 
     Args:
-        name: of the shard.
-        folder: of the copies.
-        stamped: a stamp of which a copy is good enough; without it, the shard is asked whether it has changed.
+        name: name of the shard.
+        folder: folder of the copies.
+        stamped: a copy with this stamp is used without a look at the shard; otherwise the shard is checked for changes.
 
     Raises:
-        FetchError: it cannot be brought here, after several attempts with growing waits between them.
+        FetchError: the shard cannot be fetched, after several attempts with growing waits between them.
         DiskFullError: there is no space.
     """
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def staged(name: str, folder: Path, stamped: str | None = None) -> tuple[int, st
             note.unlink(missing_ok=True)
             try:
                 known = _fetch(name, path, now, failure)
-            except DiskFullError:  # others have filled the disk, or the shard is a large one
+            except DiskFullError:  # other files have filled the disk, or the shard is large
                 _make_room(folder, 0.5)
                 known = _fetch(name, path, now, failure)
             note.write_text(known)
@@ -143,20 +143,20 @@ def staged(name: str, folder: Path, stamped: str | None = None) -> tuple[int, st
 
 
 def copy_path(name: str, folder: Path) -> Path:
-    """Return where the copy of a shard is, if there is one."""
+    """Return the path of the copy of a shard, which need not exist."""
     return folder / f"{file_name(name)}.tar"
 
 
 def _lock(path: Path) -> Path:
-    """Return a path for the lock of a copy. Locks are never removed, and are not among what is looked through."""
+    """Return the path of the lock of a copy. Locks are never removed, and have a folder of their own."""
     return path.parent / LOCKS / path.name
 
 
 def max_bytes() -> int:
-    """Return how many bytes the copies may take: CLIPFAST_CACHE_BYTES, or 64 GiB.
+    """Return how many bytes the copies of shards may take: CLIPFAST_CACHE_BYTES, or 64 GiB.
 
     Raises:
-        ValueError: the variable is no number.
+        ValueError: the variable is not a number.
     """
     given = os.environ.get(MAX_BYTES_VARIABLE, str(MAX_BYTES))
     if not given.isdecimal():
@@ -165,29 +165,30 @@ def max_bytes() -> int:
 
 
 def room(folder: Path) -> int:
-    """Return how many bytes the copies in a folder may take, so that other files have a tenth of what space there is.
+    """Return how many bytes the copies of shards may take in a folder; a tenth of the space is left for other files.
 
     Raises:
-        ValueError: as :func:`max_bytes`.
+        ValueError: see :func:`max_bytes`.
     """
     taken = sum(size for _, size, _ in _copies(folder))
     return min(max_bytes(), (taken + shutil.disk_usage(folder).free) * 9 // 10)
 
 
 def _stamp_or_none(name: str) -> str | None:
-    """Return the stamp of a shard; None if it cannot be asked for now."""
-    with contextlib.suppress(Exception):  # every file system has errors of its own, and fetching will meet them again
+    """Return the stamp of a shard; None if its server does not answer now."""
+    with contextlib.suppress(Exception):  # any error of a file system: fetching will raise it again
         return stamp(name)
     return None
 
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Let one process at a time write ``path``. The system releases the lock of a process that ends.
+    """Lock a file of the cache, so only one process at a time writes it. The system releases locks of ended processes.
 
     Args:
-        path: the file that is written; the lock is a file beside it.
-        wait: until the other process has finished; otherwise the context's value is False if there is one.
+        path: the file to write; the lock is a file beside it.
+        wait: wait until no other process holds the lock; otherwise the context's value is False if another process
+            holds it.
     """
     with path.with_suffix(".lock").open("a") as file:
         try:
@@ -197,26 +198,26 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
             return
         try:
             yield True
-        finally:  # a process that was forked meanwhile has the file open too, and closing it would not release the lock
+        finally:  # closing would not unlock: a process forked meanwhile has the file open too
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _refuse_again(failure: Path) -> None:
-    """Raise the error of another attempt of a moment ago, perhaps by a process that this one has waited for."""
+    """Raise the error of a recent attempt to fetch a shard, which another process may have made."""
     if failure.exists() and max(BEGIN, time.time() - FORGET) < failure.stat().st_mtime:
         kind, _, reason = failure.read_text("utf-8").partition("\n")
         raise FetchError(f"{reason}; this was a moment ago, and it is not asked for again so soon", kind)
 
 
 def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
-    """Copy a shard to ``path``, and return its stamp: ``now``, or, if that is None, what it is asked for here.
+    """Copy a shard to ``path`` and return its stamp, which is ``now`` if that is given, else read here.
 
-    The reason why it cannot be brought is written to ``failure``.
+    If the shard cannot be fetched, the reason is written to the file ``failure``.
     """
 
     def attempt() -> str:
         nonlocal now
-        known, now = stamp(name) if now is None else now, None  # a further attempt asks again
+        known, now = stamp(name) if now is None else now, None  # the next attempt reads the stamp again
 
         def write(temporary: Path) -> None:
             _copy(name, temporary)
@@ -234,7 +235,7 @@ def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
 
 
 class _Limited:
-    """A file that becomes no larger than all copies may get together, as a few bytes might that are decompressed."""
+    """A file that refuses to grow beyond the limit of all copies: a few compressed bytes may expand without end."""
 
     def __init__(self, file: Writable) -> None:
         self._file, self._written, self._limit = file, 0, max_bytes()
@@ -250,13 +251,13 @@ class _Limited:
 
 
 class _Joined:
-    """Bytes that were read already, and then the rest of their source."""
+    """A stream of the bytes that were already read from a source, followed by the rest of the source."""
 
     def __init__(self, start: bytes, rest: IO[bytes]) -> None:
         self._start, self._rest = start, rest
 
     def read(self, size: int = -1, /) -> bytes:
-        """Return up to ``size`` bytes; none at the end."""
+        """Read up to ``size`` bytes; none at the end."""
         data, self._start = self._start[:size], self._start[size:]
         return data or self._rest.read(size)
 
@@ -264,7 +265,7 @@ class _Joined:
 
 
 def _copy(name: str, path: Path) -> None:
-    """Copy what can be read of a tar file, as the end that is missing shows when the copy is indexed; others whole."""
+    """Copy a shard to the cache. A damaged tar file is copied as far as it is readable; its index notes the rest."""
     if is_folder(name):
         write_list(name, path)
         return
@@ -273,7 +274,7 @@ def _copy(name: str, path: Path) -> None:
             _copy_decompressed(name, source, file)
         elif not is_remote(name):
             copy_rows(source, name, _Limited(file), Path(name).parent)
-        else:  # it is first brought here as it is
+        else:  # download the file unchanged first
             with tempfile.TemporaryFile(dir=path.parent) as whole:
                 shutil.copyfileobj(source, _Limited(whole), CHUNK)
                 whole.flush()
@@ -289,7 +290,7 @@ def _copy_decompressed(name: str, source: IO[bytes], file: IO[bytes]) -> None:
         decompress = next(found for magic, found in COMPRESSIONS.items() if start.startswith(magic))
         stream = decompress(cast(IO[bytes], stream))
     try:
-        while data := stream.read1(CHUNK):  # read would lose the bytes before an error
+        while data := stream.read1(CHUNK):  # ``read`` would lose the bytes before an error
             target.write(data)
             kept = len(data.rstrip(b"\0"))
             content = written + kept if kept else content
@@ -301,15 +302,15 @@ def _copy_decompressed(name: str, source: IO[bytes], file: IO[bytes]) -> None:
         if format_of(name) is not TAR:
             raise ContentError(f"{broken}; copy or write it again") from error
         log.warning(f"shard {name}: {broken}")
-        file.truncate(content)  # zeros would be taken for the end of a tar file
-    while source.read(CHUNK):  # a command that cannot write would fail
+        file.truncate(content)  # zeros would look like the end of a tar file
+    while source.read(CHUNK):  # a ``pipe:`` command would fail if its output were not read to the end
         pass
 
 
 def _make_room(folder: Path, share: float = 1.0) -> None:
-    """Remove the copies that were opened longest ago, until the rest fits into a share of the room for them.
+    """Remove the copies of shards that were opened longest ago, until the rest fits into ``share`` of their room.
 
-    What a process that was killed has left of a copy is removed too.
+    Unfinished copies of killed processes are removed too.
     """
     for path in folder.glob(".*.tmp"):
         with exclusive(_lock(folder / path.name[1:-4]), wait=False) as is_mine:
@@ -320,7 +321,7 @@ def _make_room(folder: Path, share: float = 1.0) -> None:
     for _, size, path in sorted(found):
         if total <= limit:
             return
-        with exclusive(_lock(path), wait=False) as is_mine:  # whoever has it is opening it
+        with exclusive(_lock(path), wait=False) as is_mine:  # a process that holds the lock is opening the copy
             if is_mine:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".stamp").unlink(missing_ok=True)
@@ -328,10 +329,10 @@ def _make_room(folder: Path, share: float = 1.0) -> None:
 
 
 def _copies(folder: Path) -> list[tuple[int, int, Path]]:
-    """Return of each copy when it was opened last, its size, and its path."""
+    """List the copies of shards: the time of the last opening, the size, and the path of each."""
     found = []
     for path in folder.glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):  # another process makes room
+        with contextlib.suppress(FileNotFoundError):  # another process is removing copies
             status = path.stat()
             found.append((status.st_mtime_ns, status.st_size, path))
     return found

@@ -1,8 +1,9 @@
-"""Image-text pairs that need no files: one coloured shape each, and a caption that says what can be seen.
+"""Synthetic image-text pairs, which need no files: pictures of one coloured shape, with captions that describe them.
 
-What is in a pair follows from its number. ``synthetic:65536`` names so many pairs, and ``synthetic:65536@1`` so many
-others. As any other source, they can be read one by one; for training on nothing else, the device draws the pictures
-of a whole batch at once, at the size that the model takes (:mod:`clipfast.data.drawing`).
+The content of a pair is determined by its number. ``synthetic:65536`` names 65536 pairs, and ``synthetic:65536@1``
+names 65536 other ones. They can be read one by one like samples of any other source. If a run trains on synthetic pairs
+alone, the device draws the pictures of a whole batch at once, at the image size of the model
+(:mod:`clipfast.data.drawing`).
 """
 
 from __future__ import annotations
@@ -25,31 +26,31 @@ from .order import Ints, Words, random_words_at
 from .samples import RawSample
 from .source import DrawnSource
 
-READ_SIZE = 224  # side of the pictures that are read one by one
-STAMP = "0/1"  # as of a file without bytes; the second number changes when pairs say something else
+READ_SIZE = 224  # side in pixels of pictures that are read one by one
+STAMP = "0/1"  # stamp of a shard, as for an empty file; the second number changes when the content of pairs changes
 COLOURS = {
     "red": (215, 40, 40), "orange": (245, 135, 25), "yellow": (240, 220, 45), "green": (40, 160, 70),
     "blue": (40, 85, 215), "purple": (125, 50, 170), "pink": (245, 160, 195), "brown": (115, 70, 40),
     "black": (20, 20, 20), "white": (238, 238, 238), "grey": (130, 130, 130),
 }  # fmt: skip
-SHADE = 10  # how far a colour may lie from that of its name
+SHADE = 10  # how far a colour may differ from the colour of its name
 SIZES = {"small": 120, "medium": 190, "large": 270}  # radii
-SPREAD = 12  # how far a radius may lie from these
+SPREAD = 12  # how far a radius may differ from the radius of its name
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
-STEP, SHIFT = 195, 25  # between two places, and how far a centre may lie from its place
+STEP, SHIFT = 195, 25  # distance between two places, and of a centre from its place
 NO_FRAME = "none"
 WORDS = {
     "shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS), "frame": tuple(COLOURS),
     "size": tuple(SIZES), "place": PLACES,
 }  # fmt: skip
-CHOICES = 18  # random words for each pair
+CHOICES = 18  # number of random words for each pair
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """The content of pairs: for each, the numbers in the tables above of its shape, colours, size and place.
+    """The content of synthetic pairs: for each, the indices of its shape, colours, size and place in the tables above.
 
-    ``frame`` is that of the background where there is no frame.
+    ``frame`` is the index of the background's colour for pictures without a frame.
     """
 
     shape: Ints
@@ -58,16 +59,16 @@ class Scenes:
     frame: Ints
     size: Ints
     place: Ints
-    words: Words  # for everything that captions do not say
+    words: Words  # random words for details that captions do not mention
 
 
 class SyntheticSource(DrawnSource):
-    """Pairs that follow from their numbers, as one shard without a file."""
+    """A source of synthetic pairs: one shard without a file, in which the number determines the pair."""
 
     prefix, stamp = SYNTHETIC_PREFIX, STAMP
 
     def scenes(self, numbers: Sequence[int] | Ints) -> Scenes:
-        """Return what is in the pairs with these numbers."""
+        """Return the content of the synthetic pairs with these numbers."""
         places = np.asarray(numbers, np.int64)[:, None] * CHOICES + np.arange(CHOICES)
         words = random_words_at(places.astype(np.uint64), self.seed)
         drawn = functools.partial(_drawn, words)
@@ -79,10 +80,10 @@ class SyntheticSource(DrawnSource):
         return Scenes(drawn(0, len(SHAPES)), colour, background, frame, size, place, words[:, 7:])
 
     def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
-        """Return a pair: the caption as ``txt``, what it says as ``json``, and the image as ``png``, 224 pixels a side.
+        """Return a synthetic pair: the caption as ``txt``, its facts as ``json``, the image as ``png`` (224 pixels).
 
         Args:
-            number: of the pair.
+            number: number of the pair.
             keys: the image is only drawn if ``png`` is among its names.
         """
         from PIL import Image
@@ -100,12 +101,12 @@ class SyntheticSource(DrawnSource):
 
 
 def _drawn(words: Words, column: int, count: int) -> Ints:
-    """Return numbers below ``count``, drawn by a column of random words."""
+    """Map a column of random words to integers below ``count``."""
     return (words[:, column] % np.uint64(count)).astype(np.int64)
 
 
 def _named(scenes: Scenes) -> dict[str, list[str]]:
-    """Return the words for what is in each pair."""
+    """Return the words of the captions for the content of each synthetic pair."""
     named = {}
     for key, table in WORDS.items():
         named[key] = [table[number] for number in getattr(scenes, key).tolist()]
@@ -117,7 +118,7 @@ def _named(scenes: Scenes) -> dict[str, list[str]]:
 
 
 def captions(scenes: Scenes) -> list[str]:
-    """Return the captions: "a small red triangle on a blue background, top left, in a white frame"."""
+    """Return captions such as "a small red triangle on a blue background, top left, in a white frame"."""
     named = _named(scenes)
     columns = (named[key] for key in ("size", "colour", "shape", "background", "place", "frame"))
     return [
@@ -132,7 +133,7 @@ def _with_article(word: str) -> str:
 
 
 def drawings(scenes: Scenes, image_size: int) -> Drawings:
-    """Return the images of pairs, to be drawn at this size."""
+    """Return the pictures of synthetic pairs as drawings for the device, at this size."""
     drawn = functools.partial(_drawn, scenes.words)
     numbers = np.empty((len(scenes.words), WIDTH), np.int32)
     numbers[:, COLUMNS.shape] = scenes.shape
@@ -151,7 +152,7 @@ def drawings(scenes: Scenes, image_size: int) -> Drawings:
 
 @dataclasses.dataclass
 class SyntheticBatches(PairBatches):
-    """Batches of nothing but synthetic pairs, whose images the device draws.
+    """Training batches of synthetic pairs alone, whose images the device draws.
 
     Neither ``transform`` nor ``keys`` is used.
 
@@ -162,7 +163,7 @@ class SyntheticBatches(PairBatches):
     image_size: int = READ_SIZE
 
     def __getitem__(self, number: int) -> Batch:
-        """Return batch ``number`` of the run, from 0; the images are still to be drawn."""
+        """Return batch ``number`` of the run, counted from 0; its images are drawn later, on the device."""
         started = time.perf_counter()
         pairs = self.samples(number)
         numbers = torch.empty(len(pairs), WIDTH, dtype=torch.int32)

@@ -1,6 +1,7 @@
 """Tables whose records name an image file and hold its caption: CSV, TSV and JSON Lines.
 
-A sample has its record as ``json``. The image becomes the member that is called like the column which names its file.
+The record becomes the ``json`` of the sample. The image becomes a member under the name of the column that names its
+file.
 """
 
 import array
@@ -24,7 +25,7 @@ from .samples import LINKS, Links, RawSample, metadata
 
 SEPARATORS = ",\t;|"
 IMAGE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})\b", re.IGNORECASE)
-HEADER_BYTES = 1 << 20  # in which the header must end
+HEADER_BYTES = 1 << 20  # the header must end within these
 BOM = codecs.BOM_UTF8.decode("latin-1")
 UTF16 = tuple(mark.decode("latin-1") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 OPEN_QUOTE = "nothing closes a quote of this row, which takes in all lines below"
@@ -33,36 +34,38 @@ EXAMPLE = "the first line must name the columns, as in 'filepath,title'"
 
 
 def csv_format(own: str, separator: str | None) -> Format:
-    """Return the format of CSV files.
+    """Return the shard format of CSV and TSV files.
 
     Args:
-        own: the separator that the name of the file stands for. If the header does not have it, it is the one of ``,``,
-            tab, ``;`` and ``|`` which the header has most often.
-        separator: to take before these, if the header has it.
+        own: the separator that the file extension implies. If the header does not contain it, the separator is the
+            character among ``,``, tab, ``;`` and ``|`` that is most frequent in the header.
+        separator: a separator that is preferred to these if the header contains it.
     """
     choose = functools.partial(_separator, own, separator)
     return Format(1, functools.partial(_scan_csv, choose), functools.partial(_csv_parser, choose))
 
 
 def _separator(own: str, given: str | None, header: str) -> str:
-    # A header without the separator names one column, and pairs have two: it is that of another table in the same run.
+    # A header without the given separator has one column, and pairs need two: the separator is for another table of the
+    # run.
     named = next((one for one in (given, own) if one and one in header), None)
     return named or max(own + SEPARATORS, key=header.count)
 
 
 class _Lines(Iterator[str]):
-    """The lines of a file, with a character for every byte, and without a mark of the byte order.
+    """The lines of a table, with one character for every byte, and without a byte order mark.
 
-    After the last one comes an empty line: a reader of rows finds no row in it, unless a quote is still open.
+    An empty line is added at the end: the CSV reader finds no row in it, unless a quote is still open.
 
     Attributes:
-        offset: of the next line in bytes.
-        count: of the lines so far.
-        ended: whether the file has no more lines.
+        offset: offset of the next line in bytes.
+        count: number of lines so far.
+        ended: whether the end of the file was reached.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        # Every byte is a character in Latin-1, and no part of a letter in UTF-8 looks like a separator or a quote.
+        # Latin-1 decodes every byte to one character, and no byte of a multi-byte UTF-8 character is a separator or a
+        # quote.
         self._text = io.TextIOWrapper(file, "latin-1", newline="")
         self.offset = self.count = 0
         self.ended = False
@@ -79,19 +82,19 @@ class _Lines(Iterator[str]):
         return line if self.count > 1 else line.removeprefix(BOM)
 
     def detach(self) -> None:
-        """Leave the file open for others."""
+        """Detach from the file without closing it."""
         self._text.detach()
 
 
 class _Records:
-    """The records that were found: where each begins, how long it is, and what is lost beside them."""
+    """Collects the extents of the records in a table, and the lines that belong to no record."""
 
     def __init__(self) -> None:
         self.begins, self.lengths = array.array("Q"), array.array("Q")
         self.damage: dict[str, int] = {}
 
     def add(self, begin: int, end: int, line: int) -> None:
-        """Add the record in these bytes, which begins in this line."""
+        """Add the record in these bytes, which begins in the given line."""
         if end - begin >= MAX_LENGTH:
             self.damage[f"line {line}: a record has {MAX_LENGTH} bytes or more, which is too long"] = 1
             return
@@ -99,29 +102,29 @@ class _Records:
         self.lengths.append(end - begin)
 
     def found(self, empty: str = "") -> tuple[Extents, dict[str, int]]:
-        """Return what ``scan`` of a format does; if there is nothing at all, refuse it for the reason ``empty``."""
+        """Return the result for ``Format.scan``; refuse a table without any record, for the reason ``empty``."""
         if empty and not (self.begins or self.damage):
             raise ValueError(f"it is empty: {empty}")
         return extents(self.begins, self.lengths), self.damage
 
 
 def _csv_rows(lines: Iterator[str], choose: Callable[[str], str]) -> tuple[Iterator[list[str]], str]:
-    """Return a reader of rows, of which the first is the header, and the separator of their fields."""
+    """Return a CSV reader, whose first row is the header, and the separator of the fields."""
     first = next((line for line in lines if line.strip("\r\n")), "")
     separator = choose(first)
     return _reader(itertools.chain([first], lines), separator), separator
 
 
 def _reader(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
-    # A quote begins a field behind a space too, as in 'a.jpg, "a cat, asleep"'.
+    # A quote may begin a field after a space too, as in 'a.jpg, "a cat, asleep"'.
     return csv.reader(lines, delimiter=separator, skipinitialspace=separator != " ")
 
 
 def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tuple[Extents, dict[str, int]]:
-    """Return the extents of the rows behind the header, and the lines that are in no row.
+    """Return the extents of the rows of a CSV file after the header, and the lines that belong to no row.
 
     Raises:
-        ValueError: there is no header, or nothing below it.
+        ValueError: there is no header, or no row below it.
     """
     lines, records, held = _Lines(file), _Records(), list[str]()
     try:
@@ -133,7 +136,7 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
             held.clear()
             try:
                 row = next(rows, None)
-            except csv.Error as error:  # as of a quote that is closed nowhere near
+            except csv.Error as error:  # for example a quote that is not closed
                 records.damage[f"line {count + 1}: {error}"] = lines.count - count
                 continue
             if row is None:
@@ -150,14 +153,14 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
 
 
 def _kept(lines: Iterable[str], held: list[str]) -> Iterator[str]:
-    """Yield lines, and append them to ``held``."""
+    """Yield the lines of a CSV file, and collect them in ``held``."""
     for line in lines:
         held.append(line)
         yield line
 
 
 def _swallows(row: list[str], more: list[str], columns: int, separator: str) -> bool:
-    """Return True if a row goes on in lines of which one is shaped like one, with another image's name."""
+    """Return True if a CSV row with an open quote spans a line that looks like the row of another image."""
     for line in filter(IMAGE_NAME.search, more):
         names = {place: value for place, value in enumerate(row) if _extension(value) in IMAGE_EXTENSIONS}
         with contextlib.suppress(csv.Error, StopIteration):
@@ -187,7 +190,7 @@ def _extension(name: str) -> str:
 
 
 def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Callable[[bytes], RawSample]:
-    """Return a function that makes a sample of the bytes of a row."""
+    """Return a function that makes a sample of the bytes of a CSV row."""
     start = os.pread(descriptor, HEADER_BYTES, 0).decode("utf-8-sig", "replace")
     rows, separator = _csv_rows(io.StringIO(start, newline=""), choose)
     columns = next(rows, [])
@@ -211,7 +214,7 @@ def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Cal
             )
         record: dict[str, str] = {}
         for column, value in zip(columns, row, strict=False):
-            record.setdefault(column, value)  # of columns of one name the first counts, as for pandas
+            record.setdefault(column, value)  # the first of several columns with one name counts, as in pandas
         return _sample(name, json.dumps(record).encode(), record)
 
     return parse
@@ -222,11 +225,10 @@ def _sample(name: str, data: bytes, record: dict[str, Any]) -> RawSample:
 
 
 def _scan_jsonl(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
-    """Return the extents of the lines that are not empty.
+    """Return the extents of the lines of a JSON Lines file that are not empty.
 
     Raises:
-        ValueError: the first of them is no JSON object, or there is none, which the list of a folder is refused for
-            elsewhere.
+        ValueError: the first line is no JSON object, or a table has no line; empty folders are refused elsewhere.
     """
     lines, records = _Lines(file), _Records()
     begin = 0
@@ -251,7 +253,7 @@ def _check_object(line: str) -> None:
 
 
 def _jsonl_parser(name: str, _: int) -> Callable[[bytes], RawSample]:
-    """Return a function that makes a sample of the bytes of a line."""
+    """Return a function that makes a sample of the bytes of a line of JSON."""
     return lambda data: _sample(name, data, metadata({"json": data}))
 
 

@@ -1,9 +1,9 @@
-"""Samples in tar files: where each lies, how it is read from there, and what is damaged.
+"""Samples in tar files: their places, how they are read from there, and damage to the archive.
 
-Readers of the standard library end in silence at a header whose checksum is wrong, so that half of a shard can go
-missing without a word. Here every stretch of bytes that belongs to no member becomes a :class:`Damage`, and reading
-goes on at the next good header. That header may stand anywhere, since garbage need not be a multiple of a block. It is
-recognised by its checksum and by the word "ustar", which all current writers put there.
+Python's tarfile stops silently at a header whose checksum is wrong, so half of a shard could be lost unnoticed. Here
+every stretch of bytes that belongs to no member becomes a :class:`Damage`, and reading goes on at the next good header.
+That header may be at any offset, since the length of garbage need not be a multiple of a block. It is recognised by its
+checksum and by the word "ustar", which all current writers put there.
 """
 
 import bisect
@@ -22,43 +22,43 @@ from .samples import RawSample, is_pair
 
 BLOCK = tarfile.BLOCKSIZE
 MAGIC = b"ustar"
-MAGIC_OFFSET = 257  # of the magic in a header
-CHUNK = 1 << 20  # bytes that are searched for a header at once
-MAX_DIGITS = 20  # of the length of a record in a pax header
-MAX_HOPS = 8  # from one link to the next
+MAGIC_OFFSET = 257  # offset of the magic in a header
+CHUNK = 1 << 20  # number of bytes that are searched for a header at once
+MAX_DIGITS = 20  # largest number of digits in the length of a pax record
+MAX_HOPS = 8  # largest number of links that are followed one after another
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 GNU_LONG = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 WITHOUT_DATA = (*LINKS, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
-# An archive ends with two blocks of zeros, and most writers then fill a record. Other zeros are not an end but a hole.
+# An archive ends with two blocks of zeros, which most writers pad to a full record. More zeros are damage.
 MAX_ZEROS = tarfile.RECORDSIZE + 2 * BLOCK
-SMALLEST_PAIR = 4 * BLOCK  # bytes of an image and a caption in a tar file, each with its header
+SMALLEST_PAIR = 4 * BLOCK  # least bytes of an image and a caption in a tar file, each with its header
 NO_HEADER = "these bytes hold no valid header of a member"
 MANY_ZEROS = "more zeros stand at the end than the end mark of a tar file has"
 NO_END = "the file ends here, without the end mark of a tar file"
 
 
 class Member(NamedTuple):
-    """A file in the archive."""
+    """A file or link in the tar archive."""
 
     name: str
     data: bytes
-    offset: int  # of its first header in the archive
-    size: int  # bytes that it takes there, with its headers
-    link: str = ""  # the path in the archive of the file that it stands for, if it is a link: it has no data then
+    offset: int  # offset of its first header in the archive
+    size: int  # bytes that it takes in the archive, with its headers
+    link: str = ""  # for a link, the path of its target in the archive; a link has no data
 
 
 class Damage(NamedTuple):
-    """Bytes of the archive that belong to no member that can be read."""
+    """A damaged part of a tar archive: bytes that belong to no readable member."""
 
-    offset: int  # of the first of them
-    size: int | None  # how many, if that says how much is lost; None if the archive ends too early, or at a huge member
+    offset: int  # offset of the first byte
+    size: int | None  # number of bytes; None if the loss is unknown: the archive is cut short, or ends at a huge member
     reason: str
 
 
 class Header(NamedTuple):
-    """What the header of a member says."""
+    """The fields of a tar member's header."""
 
     name: str
     kind: bytes
@@ -67,10 +67,10 @@ class Header(NamedTuple):
 
 
 def read_tar(file: BinaryIO, size: int, *, with_data: bool = False) -> Iterator[Member | Damage]:
-    """Yield the files and links of a tar archive of ``size`` bytes, and what is damaged.
+    """Yield the files and links of a tar archive of ``size`` bytes, and its damaged parts.
 
-    Without ``with_data``, only headers are read. Several archives, one behind the other, are read as one. The file is
-    not mapped into memory: if it is cut meanwhile, or cannot be read, the system would end the process.
+    Without ``with_data``, only headers are read. Concatenated archives are read as one. The file is not memory-mapped:
+    if it were truncated or unreadable meanwhile, the system would kill the process.
 
     Raises:
         ValueError: there is no header of a member in the whole file.
@@ -92,7 +92,7 @@ def read_tar(file: BinaryIO, size: int, *, with_data: bool = False) -> Iterator[
         is_ended = is_ended or zeros > 0
         is_record = zeros == 2 * BLOCK or (zeros <= MAX_ZEROS and (at - archive) % tarfile.RECORDSIZE == 0)
         if zeros and ((at == size and zeros <= MAX_ZEROS) or (is_record and read_header(_read(file, at, BLOCK)))):
-            archive = at  # another archive begins here, or the file ends
+            archive = at  # another archive begins here, or the end of the file
             continue
         only_zeros = at == size
         at = _next_header(file, at, size)
@@ -113,14 +113,14 @@ def _read(file: BinaryIO, at: int, size: int) -> bytes:
 
 
 def read_header(block: bytes) -> Header | None:
-    """Return the header in ``block``; None if it holds none, as its checksum or its length shows."""
+    """Parse the tar header in ``block``; None if its checksum or its length shows that it is no header."""
     try:
         stated = int(block[148:156].split(b"\0", 1)[0], 8)
         size = int(block[124:136].rstrip(b" \0") or b"0", 8)
     except ValueError:
         stated = size = -1
     if size < 0 or len(block) < BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != stated:
-        try:  # it may have another form of numbers or of checksums, of which tarfile knows all
+        try:  # tarfile knows the other forms of numbers and checksums
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             return None
@@ -138,9 +138,9 @@ def _text(field: bytes) -> str:
 def _member(
     file: BinaryIO, start: int, size: int, header: Header, *, with_data: bool
 ) -> tuple[Member | Damage | None, int]:
-    """Return the member whose headers begin at ``start``, or its damage, or None for a folder; and where it ends.
+    """Read the member whose headers begin at ``start``; return it, its damage or None for a folder, and its end.
 
-    Extended headers in front of the member's own apply to it.
+    Extended headers before the member's own header apply to it.
     """
     at, extended = start, dict[str, str]()
     while True:
@@ -168,14 +168,14 @@ def _member(
         return Member(name, _read(file, begin, length) if with_data else b"", start, at - start), at
     if header.kind not in LINKS:
         return None, at
-    # A symbolic link begins where its own member stands, and a hard link where the archive does.
+    # A symbolic link is relative to its own folder, and a hard link to the root of the archive.
     folder = posixpath.dirname(name) if header.kind == tarfile.SYMTYPE else ""
     target = posixpath.normpath(posixpath.join(folder, extended.get("linkpath") or header.target))
     return Member(name, b"", start, at - start, target), at
 
 
 def pax_records(data: bytes) -> dict[str, str]:
-    """Return the records "length key=value" of a pax header, up to the first that is malformed."""
+    """Parse the records "length key=value" of a pax header, up to the first malformed one."""
     records, at = dict[str, str](), 0
     while at < len(data):
         length, _, _ = data[at : at + MAX_DIGITS + 1].partition(b" ")
@@ -189,14 +189,14 @@ def pax_records(data: bytes) -> dict[str, str]:
 
 
 def _behind_zeros(file: BinaryIO, at: int, size: int) -> int:
-    """Return where the first block begins that is not all zeros, or the end."""
+    """Return the offset of the first block of a tar file from ``at`` on that is not all zeros, or the end."""
     while (block := _read(file, at, BLOCK)) and not any(block):
         at += len(block)
     return min(at, size)
 
 
 def _next_header(file: BinaryIO, at: int, size: int) -> int:
-    """Return where the next header begins, or the end."""
+    """Search a tar file from ``at`` on for the next header; return its offset, or the end."""
     while data := _read(file, at, CHUNK):
         found = data.find(MAGIC, MAGIC_OFFSET)
         while found >= 0:
@@ -206,12 +206,12 @@ def _next_header(file: BinaryIO, at: int, size: int) -> int:
             found = data.find(MAGIC, found + 1)
         if len(data) < CHUNK:
             break
-        at += CHUNK - BLOCK + 1  # a header may begin in the last block and end in the next chunk
+        at += CHUNK - BLOCK + 1  # a header may begin in this chunk and end in the next one
     return size
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return the key and the extension in the name of a member; None for a member that belongs to no sample."""
+    """Split the name of a tar member into sample key and extension; None if the member belongs to no sample."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     if not stem or not dot or extension.startswith("__"):
@@ -220,7 +220,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def group_members(shard: str, members: Iterable[Member]) -> Iterator[tuple[RawSample, int, int]]:
-    """Yield the samples that the members of a shard make, with the places where they begin and end in it."""
+    """Group the members of a tar shard into samples; yield each sample with its begin and its end in the shard."""
     sample: RawSample = {}
     begin = end = 0
     for member in members:
@@ -239,7 +239,7 @@ def group_members(shard: str, members: Iterable[Member]) -> Iterator[tuple[RawSa
 
 
 def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
-    """Return the extents of the samples of a tar file in blocks, and its damage, as :class:`Format` has it.
+    """Return the extents of the samples in a tar file, in blocks, and the losses by damage, as for :class:`Format`.
 
     Only the headers are read.
 
@@ -262,29 +262,29 @@ def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
     for hole in holes:
         after = bisect.bisect(begins, hole.offset)
         beside = found[max(after - 1, 0) : after + 1]
-        if after and found[after - 1][1] > hole.offset:  # it lies within a sample
+        if after and found[after - 1][1] > hole.offset:  # the damage is within a sample
             del beside[1:]
         cropped = sum(not is_whole for _, _, is_whole in beside)
         lost = ((hole.size or 0) - cropped * 2 * BLOCK) // smallest
         damage[f"byte {hole.offset}: {hole.reason}"] = max(lost, 0 if cropped else 1)
-    first = [begin // BLOCK for begin in begins]  # a sample after damage need not begin with a block
+    first = [begin // BLOCK for begin in begins]  # a sample after damage need not begin at a multiple of a block
     blocks = [-(-end // BLOCK) - place for place, (_, end, _) in zip(first, found, strict=True)]
     return extents(first, blocks), damage
 
 
 def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
-    """Return a function that makes a sample of the bytes of its members: bytes by file extension."""
+    """Return a function that makes a sample, bytes by file extension, from its extent in a tar file."""
     places = functools.cache(functools.partial(_places, descriptor))
 
     def content(member: Member, hops: int = MAX_HOPS) -> Member:
-        """Return a member with the data of the file that it stands for."""
+        """Return a link as a member with the data of its target."""
         if not member.link:
             return member
         extent = places().get(member.link)
         if extent is None or not hops:
             why = "which is not in the shard" if extent is None else "and that to another, too many times"
             raise SampleError(f"{member.name} is a link to {member.link}, {why}", "broken link")
-        (target,) = _members(os.pread(descriptor, extent[1], extent[0]))  # otherwise a ValueError: it was replaced
+        (target,) = _members(os.pread(descriptor, extent[1], extent[0]))  # a ValueError here: the shard was replaced
         return member._replace(data=content(target, hops - 1).data)
 
     def parse(data: bytes) -> RawSample:
@@ -300,8 +300,8 @@ def _members(data: bytes) -> Iterator[Member]:
 
 
 def _places(descriptor: int) -> dict[str, tuple[int, int]]:
-    """Return where each member of a tar file begins and how many bytes it takes, by its path."""
-    # A forked data worker would share the place in a duplicated descriptor, and read elsewhere while another one reads.
+    """Return begin and length in bytes of each member of a tar file by path, to follow links."""
+    # Forked data workers would share the file offset of a duplicated descriptor, and disturb each other's reads.
     with open(f"/dev/fd/{descriptor}", "rb") as file:
         members = (part for part in read_tar(file, os.fstat(descriptor).st_size) if isinstance(part, Member))
         return {posixpath.normpath(member.name): (member.offset, member.size) for member in members}
