@@ -1,6 +1,6 @@
-"""Processors, memory and disks that this process may use, and NVIDIA's management library of GPUs (NVML).
+"""Facts about this machine: processors, memory and disks that this process may use, and GPUs through NVIDIA's NVML.
 
-The functions read the files of Linux below ``root``. They return None if a file is missing, as on other systems.
+The functions read Linux's files below ``root``. On other systems these are missing, and the functions return None.
 """
 
 import contextlib
@@ -12,22 +12,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # importing it takes longer than all that is read here
+if TYPE_CHECKING:  # importing it takes longer than all reads of this module
     import torch
 
 ROOT = Path("/")
 SHARED_MEMORY = Path("/dev/shm")
 UNLIMITED = 1 << 60  # bytes: version 1 of cgroups writes "no limit" as about eight times this
-# Limits of the clocks that make a card slower than usual, by their bits (nvml.h, nvmlClocksEventReasons). The power cap
-# is normal under load, so it is none of them.
+# Reasons for low clocks that make a GPU slower than usual, by their bits (nvml.h, nvmlClocksEventReasons). The power
+# cap is not among them, since it is normal under load.
 THROTTLES = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat (hardware)", 0x80: "power brake"}
 
 
 def proc_bytes(file: str, name: str, root: Path = ROOT) -> int:
-    """Return the figure called ``name`` in a file of /proc, in bytes.
+    """Return the value of the field ``name`` in a file of /proc, such as /proc/meminfo, in bytes.
 
     Raises:
-        RuntimeError: the file has no such figure.
+        RuntimeError: the file has no such field.
     """
     found = re.search(rf"^{name}:\s+(\d+) kB", (root / "proc" / file).read_text(), re.MULTILINE)
     if found is None:
@@ -36,7 +36,7 @@ def proc_bytes(file: str, name: str, root: Path = ROOT) -> int:
 
 
 def available_memory(root: Path = ROOT) -> int | None:
-    """Return the bytes of memory that the machine and the cgroups leave to this process.
+    """Return the bytes of memory that are available to this process on the machine and in its cgroups.
 
     Cached files count as available, because the system drops them when memory is short.
     """
@@ -53,7 +53,7 @@ def available_memory(root: Path = ROOT) -> int | None:
 
 
 def _cached(folder: Path, is_v2: bool) -> int:
-    """Return the bytes of file caches in a cgroup, which count as used and make room when memory is short."""
+    """Return the bytes of file caches in a cgroup, which count as used but are dropped when memory is short."""
     prefix = "" if is_v2 else "total_"
     with contextlib.suppress(OSError):
         text = (folder / "memory.stat").read_text()
@@ -69,7 +69,8 @@ def cores() -> int:
 def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
     """Yield the folders of the cgroups that limit this process, and whether they are of version 2.
 
-    All cgroups above its own limit it too. A container sees its own as the top, whatever /proc calls it.
+    The parents of its own cgroup limit the process too. In a container, its own cgroup is the root of the tree,
+    whatever its name in /proc is.
     """
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -83,14 +84,14 @@ def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None if there is no such file, or something else in it, such as "max"."""
+    """Return the number in a file of a cgroup; None if there is no such file, or it holds no number, such as "max"."""
     with contextlib.suppress(OSError, ValueError):
         return int(path.read_text())
     return None
 
 
 def processor(root: Path = ROOT) -> str:
-    """Return the name of the processor."""
+    """Return the model name of this machine's processor."""
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*:\s*(.+)", (root / "proc/cpuinfo").read_text())
         if found:
@@ -99,7 +100,7 @@ def processor(root: Path = ROOT) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free bytes of the file system that ``path`` is or would be on."""
+    """Return the free disk space in bytes for ``path``, which need not exist yet."""
     return shutil.disk_usage(nearest(path)).free
 
 
@@ -110,7 +111,7 @@ def nearest(path: Path) -> Path:
 
 
 def nvml_card(device: "torch.device") -> tuple[Any, Any]:
-    """Return NVML, which knows of a GPU what CUDA does not say, and its handle of ``device``.
+    """Return the NVML module, for facts about a GPU that CUDA does not offer, and its handle of ``device``.
 
     Raises:
         ImportError: nvidia-ml-py is missing.
@@ -129,7 +130,7 @@ def gpu_state(device: "torch.device") -> dict[str, Any]:
 
     Raises:
         ImportError: nvidia-ml-py is missing.
-        pynvml.NVMLError: the driver does not tell.
+        pynvml.NVMLError: the driver does not give these values.
     """
     nvml, card = nvml_card(device)
     reasons = int(nvml.nvmlDeviceGetCurrentClocksEventReasons(card))
@@ -144,5 +145,5 @@ def gpu_state(device: "torch.device") -> dict[str, Any]:
 
 
 def throttles(reasons: int) -> list[str]:
-    """Return the names of the limits that make a card slower than usual, among the bits that NVML gives."""
+    """Return the names of the limits that make a GPU slower than usual, from NVML's bits of clock event reasons."""
     return [name for bit, name in THROTTLES.items() if reasons & bit]

@@ -1,1 +1,1 @@
-"""The processes that work together: their group, their messages, and tensors that are cut between them."""
+"""The processes that train together: their process groups, their communication, and DTensors."""

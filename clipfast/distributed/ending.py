@@ -1,6 +1,6 @@
-"""What ends a run: errors, and signals, after which the step is finished and saved first.
+"""The end of a run by errors and signals. After a signal, the step is finished and saved first.
 
-The signals are Ctrl-C, SIGTERM, Slurm's SIGUSR1, and SIGHUP from a terminal that is closed.
+The signals are SIGINT from Ctrl-C, SIGTERM, Slurm's SIGUSR1, and SIGHUP from a closed terminal.
 """
 
 import logging
@@ -20,27 +20,28 @@ class NotFiniteError(TrainingError):
     """The weights are infinite or NaN: there is nothing worth saving."""
 
     def __init__(self, what: str, step: int) -> None:
-        super().__init__(what, step)  # from which another process can make it again
+        super().__init__(what, step)  # the arguments from which pickle can make it again in another process
 
     def __str__(self) -> str:
         return "{} not finite at step {}: lower --lr, or set --grad-clip-norm".format(*self.args)
 
 
 class Interrupted(Exception):  # noqa: N818
-    """A signal came in the middle of work that need not be finished, such as an evaluation."""
+    """Raised if a signal came during work that need not be finished, such as an evaluation."""
 
 
 class Interruption:
     """A context that remembers the first of ``SIGNALS`` in ``signum``; a Ctrl-C after it raises KeyboardInterrupt.
 
     Other signals after the first one change nothing: a scheduler sends SIGTERM to every process of a job, and torchrun
-    passes its own on to the processes that have it already. A SIGHUP that is ignored, as under nohup, stays ignored.
+    then sends it again to its processes, which have received it already. If SIGHUP is ignored, as under nohup, it stays
+    ignored.
 
     Args:
-        quiet: log nothing, since this is one of several processes, which stop together.
+        quiet: do not log the signal, because this is one of several processes that stop together.
 
     Attributes:
-        others: the signal that came to another process, which tells this one; None if there is none.
+        others: a signal that came to another process and was reported to this one; None if there is none.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -58,12 +59,12 @@ class Interruption:
             signal.signal(signum, handler)
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came to any process."""
+        """Raise ``Interrupted`` if a signal came to this or another process of the run."""
         if self.signum is not None or self.others is not None:
             raise Interrupted
 
     def votes(self) -> list[int]:
-        """Return 1 for the signal that came and 0 for each other one; the processes add up their votes."""
+        """Return a vote for each of ``SIGNALS``: 1 for the signal that came, else 0. The ranks sum up their votes."""
         return [int(signum == self.signum) for signum in SIGNALS]
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
@@ -76,5 +77,5 @@ class Interruption:
 
 
 def elected(votes: Sequence[int]) -> int | None:
-    """Return a signal that has votes; None if there is none."""
+    """Return the signal that some rank voted for; None if there are no votes."""
     return next((int(signum) for signum, count in zip(SIGNALS, votes, strict=True) if count > 0), None)

@@ -1,10 +1,11 @@
-"""Who holds up the others: a thread of each rank tells the others where the rank is, and names one that is stuck.
+"""The watchdog: a thread of each rank tells the other ranks what the rank is doing, and names a rank that is stuck.
 
-A collective that fails says how long it waited, and not for whom. So each rank writes a beat into torchrun's store
-every second: a count, the step, and the phase, which says whether it waits for others or they wait for it. A rank that
-has waited for most of ``--dist-timeout`` looks at the beats of all. One whose beats have stopped was stopped itself, or
-its machine is lost. One that is in a phase of its own, such as "data", is what the others wait for. Every other rank
-names it in its error, and all ranks that still can write the stacks of their threads into the run's folder.
+The error of a failed collective says how long it waited, but not for which rank. Therefore each rank writes a beat (a
+heartbeat) into torchrun's store every second: a count, the step, and the phase, which tells whether the rank waits for
+others or the others wait for it. A rank that has waited for most of ``--dist-timeout`` reads the beats of all ranks. If
+the beats of a rank have stopped, its process was stopped, or its machine is lost. If a rank is in a phase of its own,
+such as "data", the others wait for it. Every other rank names the stuck rank in its error, and all ranks that are still
+able to write the stacks of their threads into the run's folder.
 """
 
 import contextlib
@@ -29,35 +30,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clipfast")
 BEAT = 1.0  # seconds between two beats; less if the timeout is short
-BEATS = 20  # at least so many fit into the timeout
-MISSED = 4  # so many beats that did not come are a rank that has stopped
-LATE = 0.8  # share of the timeout after which a rank that waits looks for whom
-GRACE = 3.0  # seconds that a rank has to end by itself once its collective has failed
+BEATS = 20  # least number of beats within the timeout
+MISSED = 4  # a rank that has missed this many beats counts as stopped
+LATE = 0.8  # share of the timeout after which a waiting rank looks for the rank that it waits for
+GRACE = 3.0  # seconds that a rank gets to end by itself after its collective has failed
 STEP, EXCHANGE, PATIENT = "step", "exchange", "wait"
-WAITING = (STEP, EXCHANGE)  # in which a rank waits for others for at most the timeout
-PHASES = {"data": "has waited for its data for"}  # what is said of a rank that others wait for
+WAITING = (STEP, EXCHANGE)  # phases in which a rank waits for other ranks, for at most the timeout
+PHASES = {"data": "has waited for its data for"}  # the text about a rank in this phase for which others wait
 BLAMED, SIGNAL = "blamed", "signal"
-ANSWER = 10.0  # seconds that the store has to answer
-NAMED = 5  # ranks that are named
-_numbers = itertools.count()  # of the watchdogs of this process, which are made on all ranks alike
+ANSWER = 10.0  # seconds that the store gets to answer
+NAMED = 5  # an error names at most this many ranks
+_numbers = itertools.count()  # numbers the watchdogs of this process, which are equal on all ranks
 
 
 class _Place(NamedTuple):
-    """Where the main thread of a rank is."""
+    """The phase that the main thread of a rank is in, and since when."""
 
     phase: str
     since: float
 
 
 class Beat(NamedTuple):
-    """What a rank says of itself.
+    """The heartbeat of a rank, which the watchdogs of the other ranks read.
 
     Attributes:
-        number: of its beats.
-        step: that it is at.
-        phase: that it is in.
-        seconds: for how long.
-        process: and machine, for a person who looks for them.
+        number: count of its beats.
+        step: step of the run that it is at.
+        phase: phase that it is in.
+        seconds: how long it has been in this phase.
+        process: process and machine, for a person who looks for them.
     """
 
     number: int
@@ -68,18 +69,18 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-    """The thread that writes and reads beats; the main thread tells it the step and the phase.
+    """The watchdog's thread, which writes and reads beats; the main thread tells it the step and the phase.
 
     Args:
-        store: of the processes; the thread has a connection of its own.
-        rank, size: number of this process, and how many there are.
+        store: torchrun's store; the thread has a connection of its own.
+        rank, size: number of this process, and number of processes.
         timeout: seconds that a collective may take.
 
     Attributes:
-        folder: for the stacks; None writes none.
-        step: that the main thread is at.
-        diagnosis: who holds up this rank, once that is known.
-        interruption: of this process, which hears of signals that came to others; None if it heeds none.
+        folder: folder for the stacks of threads; None writes none.
+        step: step that the main thread is at.
+        diagnosis: text on the ranks that this rank waits for, once they are known.
+        interruption: receives the signals that came to other ranks; None if this process does not heed signals.
     """
 
     interruption: "Interruption | None" = None
@@ -91,11 +92,11 @@ class Watchdog:
         self.beat = min(BEAT, timeout / BEATS)
         self._store = PrefixStore(f"clipfast/watchdog {next(_numbers)}", store.clone())  # type: ignore[attr-defined]
         self._store.set_timeout(datetime.timedelta(seconds=ANSWER))
-        self._lock = threading.Lock()  # the store must not be asked by two threads at a time
+        self._lock = threading.Lock()  # only one thread at a time may use the store
         self._place = _Place("start", time.monotonic())
         self._count, self._diagnosed, self._is_armed = 0, 0, False
-        self._blamed: tuple[int, float] | None = None  # at which step some rank was last, and since when
-        self._heard: dict[int, tuple[Beat, float]] = {}  # the last beat of each rank, and when it was new
+        self._blamed: tuple[int, float] | None = None  # the step at which a rank was last blamed, and the time
+        self._heard: dict[int, tuple[Beat, float]] = {}  # last beat of each rank, and when it was first read
         self._ended = threading.Event()
         self._say()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -103,7 +104,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name the phase of the main thread within the context."""
+        """Tell the watchdog the phase of the main thread while the context lasts."""
         before, self._place = self._place, _Place(name, time.monotonic())
         try:
             yield
@@ -111,22 +112,22 @@ class Watchdog:
             self._place = before._replace(since=time.monotonic())
 
     def arm(self) -> None:
-        """Look for a rank that is stuck from now on: before the first step, some may take much longer than others."""
+        """Begin to look for stuck ranks. Before the first step, some ranks may take much longer than others."""
         self._is_armed = True
 
     def close(self) -> None:
-        """End the thread."""
+        """End the watchdog's thread."""
         self._ended.set()
         self._thread.join(GRACE)
 
     def explain(self) -> str:
-        """Return who holds up this rank, after a look at the beats of all; "" if that is not to be seen.
+        """Return text on the ranks that this rank waits for, after a look at all beats; "" if they cannot be found.
 
-        To be called by the main thread when a collective has failed. All ranks that still live write their stacks.
+        The main thread calls it when a collective has failed. All ranks that are alive then write their stacks.
         """
         if self.diagnosis:
             return self.diagnosis
-        self._is_armed = False  # the thread looks no more
+        self._is_armed = False  # the thread stops looking
         with contextlib.suppress(Exception):  # the store may be lost as well
             self._look()
             time.sleep((MISSED + 1) * self.beat)
@@ -144,7 +145,7 @@ class Watchdog:
                 log.debug(f"rank {self.rank}: torchrun's store does not answer: {error}")
 
     def _say(self) -> None:
-        """Write a beat, and hear whether a rank is blamed."""
+        """Write a beat of this rank, and read whether any rank is blamed."""
         place, self._count = self._place, self._count + 1
         process = f"process {os.getpid()} on {socket.gethostname()}"
         beat = Beat(self._count, self.step, place.phase, time.monotonic() - place.since, process)
@@ -157,17 +158,17 @@ class Watchdog:
             self._hear_blame(place)
 
     def _share_signals(self, interruption: "Interruption") -> None:
-        """Tell the others of a signal that came to this rank, or hear of one that came to another."""
+        """Report a signal that came to this rank to the other ranks, or read one that came to another rank."""
         if interruption.signum is not None:
             self._store.set(SIGNAL, str(int(interruption.signum)))
         elif self._store.check([SIGNAL]):
             interruption.others = int(self._store.get(SIGNAL))
 
     def _hear_blame(self, place: _Place) -> None:
-        """Write the stacks; if the others wait for this rank, and still do so later, end it."""
+        """Write the stacks after a rank was blamed. If it is this rank, and it stays stuck, end this process."""
         with self._lock:
             ranks, step = json.loads(self._store.get(BLAMED))
-        # The host of a GPU that waits may have begun the next step.
+        # The ranks that wait may be one step further: their hosts run ahead of their GPUs.
         is_mine = self.rank in ranks and step in (self.step, self.step + 1) and place.phase not in WAITING
         now = time.monotonic()
         if self._blamed is None or self._blamed[0] != step:
@@ -183,7 +184,7 @@ class Watchdog:
         place = self._place
         waited = time.monotonic() - place.since
         if self.step != self._diagnosed:
-            self.diagnosis = ""  # whoever it was went on
+            self.diagnosis = ""  # the rank that was stuck has gone on
         if not self._is_armed:
             return
         if place.phase not in WAITING or waited < self.timeout / 2:
@@ -192,11 +193,11 @@ class Watchdog:
         self._look()
         if waited > LATE * self.timeout and self._diagnose(self.timeout / 5, LATE * self.timeout):
             log.error(f"at step {self.step}, this rank waits: {self.diagnosis}")
-        if self.diagnosis and waited > self.timeout + GRACE:  # a collective of GPUs does not return
+        if self.diagnosis and waited > self.timeout + GRACE:  # a collective of GPUs does not return by itself
             os._exit(1)
 
     def _look(self) -> None:
-        """Read the beats of all ranks."""
+        """Read the beats of all ranks from the store."""
         with self._lock:
             values = self._store.multi_get([str(rank) for rank in range(self.size)])
         now = time.monotonic()
@@ -206,11 +207,11 @@ class Watchdog:
                 self._heard[rank] = beat, now
 
     def _diagnose(self, silence: float, busy: float) -> bool:
-        """Find out who holds up this rank, and let all ranks know; return True if that is news.
+        """Find the ranks that hold up this rank, and blame them in the store; return True if they were not known yet.
 
         Args:
-            silence: seconds after which a rank that says nothing has stopped.
-            busy: seconds after which a rank that is in a phase of its own holds up the others.
+            silence: seconds without a beat after which a rank counts as stopped.
+            busy: seconds in a phase of its own after which a rank counts as holding up the others.
         """
         now, others = time.monotonic(), {rank: heard for rank, heard in self._heard.items() if rank != self.rank}
         found = {rank: beat for rank, (beat, since) in others.items() if now - since >= silence}
@@ -231,7 +232,7 @@ class Watchdog:
         return True
 
     def _write_stacks(self) -> None:
-        """Write the stacks of all threads to a file of this rank."""
+        """Write the stacks of all threads of this rank to a file."""
         if self.folder is None:
             return
         with contextlib.suppress(OSError):
@@ -258,10 +259,10 @@ def _listed(ranks: Iterable[int], said: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def ended_with_torchrun() -> Iterator[None]:
-    """End this process as SIGTERM does, which saves, if torchrun ends before the context does: it was killed.
+    """Send this process SIGTERM, after which it saves and ends, if torchrun is killed while the context lasts.
 
-    The system's own signal at a parent's death would come for the death of a thread too, and not for a parent that was
-    dead before it was asked for.
+    PR_SET_PDEATHSIG is not used: it would also fire when only a thread of the parent ends, and it would not fire if the
+    parent was dead before the call.
     """
     parent, is_over = os.getppid(), threading.Event()
 

@@ -1,7 +1,8 @@
-"""The processes that train one model: those that torchrun started, or one alone.
+"""The processes that train one model together: the processes that torchrun or srun started, or a single one.
 
-Numbers that decide what happens next, such as signals to stop, go over a process group of the hosts (gloo), and not
-over that of the GPUs: a host that asked its GPU for them would wait for everything that the GPU still has to do.
+Numbers that control the run, such as signals to stop, are exchanged over a process group of the hosts (gloo) and not
+over the group of the GPUs: a host that reads such a number from its GPU would wait for all work that the GPU still has
+to do.
 """
 
 import contextlib
@@ -23,27 +24,27 @@ from torch.distributed.rendezvous import rendezvous
 
 from .watchdog import ANSWER, EXCHANGE, PATIENT, Watchdog, ended_with_torchrun
 
-PATIENCE = 600.0  # seconds for what takes long: the start, and the work of rank 0 while the others wait
+PATIENCE = 600.0  # seconds for long waits: at the start, and for work of rank 0
 INDEXING = 7 * 24 * 3600.0  # seconds: the first pass over a large data set
-LAST_WORD = 2.0  # seconds for torchrun to find the rank that failed before those that only lost it
-COMMUNICATION = ("gloo", "NCCL", "nccl")  # in errors of collectives, which have no type of their own
-FAILED = "clipfast/failed"  # the key by which the ranks tell each other that one has failed
+LAST_WORD = 2.0  # seconds that other ranks delay their end, so torchrun finds the rank that failed first
+COMMUNICATION = ("gloo", "NCCL", "nccl")  # words in errors of collectives, which have no type of their own
+FAILED = "clipfast/failed"  # the store's key with the rank that failed first
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass
 class World:
-    """One process among those that train together.
+    """This process's view of the processes that train together: its rank, their number, and their communication.
 
     Attributes:
-        rank, size: number of this process, and how many there are.
-        local_rank, local_size: number of this process on its machine, and how many there are.
+        rank, size: number of this process, and number of processes.
+        local_rank, local_size: number of this process on its machine, and number of processes on it.
         timeout: seconds that a collective may take after the first step.
-        hosts: process group of the hosts; None if there is one process.
-        watchdog: says who holds up the others; None if there is one process.
-        patient: as ``hosts``, to meet after what takes long: in a barrier only rank 0 heeds the time that it is given,
-            and the others that of the group.
+        hosts: process group of the hosts (gloo); None if there is one process.
+        watchdog: names the ranks that hold up the others; None if there is one process.
+        patient: a group like ``hosts`` for barriers after long work, with a long timeout of its own: in a barrier only
+            rank 0 uses the timeout of the call; the other ranks use the timeout of the group.
     """
 
     rank: int = 0
@@ -58,15 +59,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True for the one process that writes the run's folder."""
+        """True on rank 0, the one process that writes to the run's folder."""
         return self.rank == 0
 
     def device(self, name: str, *, by_rank: bool = True) -> torch.device:
-        """Return the device of this process, for the value of ``--device``.
+        """Return the device of this process for the value of ``--device``.
 
         Args:
             name: the value.
-            by_rank: give each process of a machine the GPU of its number, and not the first one that it sees.
+            by_rank: give each process of a machine the GPU with its local rank, and not the first visible GPU.
 
         Raises:
             ValueError: the device is unknown, or there are fewer GPUs than processes on this machine.
@@ -97,11 +98,11 @@ class World:
         return dataclasses.replace(self, hosts=group, patient=group, watchdog=None)
 
     def phase(self, name: str, step: int | None = None) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which this process does something that others may have to wait for.
+        """Return a context for work for which other ranks may have to wait; the watchdog learns its name.
 
         Args:
-            name: of what it does.
-            step: of the run, if it has changed.
+            name: name of the phase.
+            step: step of the run, if it has changed.
         """
         if self.watchdog is None:
             return contextlib.nullcontext()
@@ -114,7 +115,7 @@ class World:
             self.watchdog.folder = folder
 
     def settle(self) -> None:
-        """Hold all collectives to ``timeout`` from now on; until all ranks have done a step they have more time."""
+        """Apply ``timeout`` to all collectives from now on; before the first step is done, they have more time."""
         self.meet()
         for group in (None, self.hosts) if self.size > 1 else ():
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.timeout), group)
@@ -122,7 +123,7 @@ class World:
             self.watchdog.arm()
 
     def meet(self, seconds: float = PATIENCE) -> None:
-        """Wait until all ranks are here, for longer than a collective may take."""
+        """Wait until all ranks have called this (a barrier), longer than the timeout of collectives."""
         if self.size > 1:
             with self.phase(PATIENT):
                 dist.monitored_barrier(self.patient, datetime.timedelta(seconds=max(seconds, self.timeout)))
@@ -137,7 +138,7 @@ class World:
             self.meet(INDEXING)
 
     def sum(self, values: Sequence[int]) -> list[int]:
-        """Return the sums of the ranks' values."""
+        """Return the elementwise sums of the values of all ranks."""
         tensor = torch.tensor(values)
         if self.size > 1:
             with self.phase(EXCHANGE):
@@ -145,7 +146,7 @@ class World:
         return tensor.tolist()
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of the ranks' values, which lie on the device that trains."""
+        """Return the mean of a tensor over all ranks, on the device that trains."""
         if self.size > 1:
             values = values.clone()
             with self.phase(EXCHANGE):
@@ -153,7 +154,7 @@ class World:
         return values / self.size
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks on rank 0, and nothing on others."""
+        """Gather the values of all ranks in a list on rank 0; return an empty list on other ranks."""
         if self.size == 1:
             return [value]
         everyones: list[Any] | None = [None] * self.size if self.is_main else None
@@ -162,10 +163,10 @@ class World:
         return everyones or []
 
     def on_main(self, work: Callable[[], T], seconds: float = PATIENCE) -> T:
-        """Return on all ranks what ``work`` returns on rank 0, while the others wait, for at most so many seconds.
+        """Call ``work`` on rank 0 and return its result on all ranks, which wait for at most ``seconds``.
 
         Raises:
-            Exception: what ``work`` raises, on all ranks.
+            Exception: the error that ``work`` raised, on all ranks.
         """
         if self.size == 1:
             return work()
@@ -186,10 +187,10 @@ class World:
         return result
 
     def agree(self, work: Callable[[], object]) -> None:
-        """Do ``work`` on all ranks, which may take different times.
+        """Call ``work`` on all ranks, and raise on all ranks if it fails on any; ranks may need different times.
 
         Raises:
-            Exception: what it raises on the first rank where it fails, on all ranks.
+            Exception: the error of the first rank on which ``work`` failed, on all ranks.
         """
         error = None
         try:
@@ -206,17 +207,17 @@ class World:
         self.on_main(fail)
 
     def is_shared(self, error: BaseException) -> bool:
-        """Return True if all ranks met ``error`` at the same place, and so can still act together."""
+        """Return True if all ranks raised ``error`` at the same place, so they can still communicate."""
         return self.size == 1 or error is self._shared
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks rank 0's buffers: without ``--use-bn-sync``, BatchNorm's statistics differ."""
+        """Broadcast rank 0's buffers to all ranks: without ``--use-bn-sync``, BatchNorm's statistics differ."""
         with self.phase(EXCHANGE):
             for buffer in model.buffers() if self.size > 1 else ():
                 dist.broadcast(buffer, 0)
 
     def _is_first_to_fail(self) -> bool:
-        """Return True on the rank that failed first, and on all if they cannot ask each other any more."""
+        """Return True on the rank that failed first, and on every rank if the store is lost."""
         try:
             store = dist.distributed_c10d._get_default_store()
             mine = str(self.rank)
@@ -229,14 +230,14 @@ ALONE = World()
 
 
 class LateSum:
-    """Sums of numbers over the ranks, of which each is known one call later, so that no rank waits for another."""
+    """Asynchronous sums over the ranks: each call returns those of the previous call, so no rank waits for another."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, values: Sequence[int]) -> list[int]:
-        """Start to sum the values of all ranks, and return the sums of the call before; one process gets its own."""
+        """Start to sum the values of all ranks, and return the sums of the previous call; one process gets its own."""
         if self.world.size == 1:
             return list(values)
         before = self.close() or [0] * len(values)
@@ -245,7 +246,7 @@ class LateSum:
         return before
 
     def close(self) -> list[int] | None:
-        """Return the sums of the last call, if they have not been asked for."""
+        """Return the sums of the last call, which no further call has returned; None without one."""
         if self._pending is None:
             return None
         (work, tensor), self._pending = self._pending, None
@@ -256,17 +257,18 @@ class LateSum:
 
 @contextlib.contextmanager
 def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[World]:
-    """Join the processes that torchrun or srun started, and leave them at the end; without these, be one alone.
+    """Initialize the process groups of the processes that torchrun or srun started, and destroy them at the end.
 
-    Of an error, the rank that met it first tells the user. The others lose that rank, which is no news.
+    Without torchrun and srun, the context yields a world of one process. Only the rank that fails first reports its
+    error to the user. The other ranks fail because they lose that rank, and do not report that.
 
     Args:
         device: value of ``--device``.
         timeout: seconds that a collective may take after the first step.
-        by_rank: as for :meth:`World.device`.
+        by_rank: see :meth:`World.device`.
 
     Raises:
-        ValueError: ``device`` cannot be used, or srun's processes do not know where to meet.
+        ValueError: ``device`` cannot be used, or the processes of srun have no address to connect to.
     """
     with ended_with_torchrun():
         yield from _joined(device, timeout, by_rank)
@@ -314,7 +316,7 @@ def _joined(device: str, timeout: float, by_rank: bool) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Ignore SIGTERM: torchrun sends it when a rank is gone, and those that are left take seconds to say which."""
+    """Ignore SIGTERM for a while: torchrun sends it when a rank is lost, and the others need seconds to name it."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         yield
@@ -323,10 +325,10 @@ def _deaf() -> Iterator[None]:
 
 
 def _places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """Return rank, number of ranks, and both on this machine, as torchrun or srun say; (0, 1, 0, 1) without these.
+    """Return rank, world size, local rank and local world size from torchrun's or srun's environment, or (0, 1, 0, 1).
 
     Raises:
-        ValueError: srun started several processes, and nothing says where they meet.
+        ValueError: srun started several processes, but no address for them to connect to is set.
     """
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environment):
         rank, size, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -341,7 +343,7 @@ def _places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
             "name of the first node, and MASTER_PORT as a port that is free there"
         )
     machines: list[int] = []
-    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):  # such as 4(x3),2
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):  # for example 4(x3),2
         count, _, times = part.rstrip(")").partition("(x")
         machines += [int(count)] * int(times or 1)
     rank, local_rank, machine = (int(environment[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
@@ -349,26 +351,26 @@ def _places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
 
 
 def _store(world: World, timeout: datetime.timedelta) -> Store | None:
-    """Return the store in which ranks that torchrun has started find each other; None for the usual one.
+    """Return the store through which the ranks of torchrun connect to each other; None for PyTorch's default store.
 
-    It stays the same when torchrun starts ranks again, and these would find addresses of processes that have ended. The
-    attempts of several machines are not counted together, so there each is the first.
+    torchrun's store outlives a restart of the ranks, and would contain the addresses of ended processes. Therefore each
+    attempt has a prefix of its own. Several machines do not count attempts together, so there the number is always 0.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return None
-    # It was there before this process: if it does not answer soon, torchrun is gone.
+    # The store existed before this process: if it does not answer soon, torchrun is gone.
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=datetime.timedelta(seconds=ANSWER)))
     store.set_timeout(timeout)
     return PrefixStore(f"attempt {restarts() if world.local_size == world.size else 0}", store)
 
 
 def restarts() -> int:
-    """Return how often torchrun has started the processes of this machine again after a failure."""
+    """Return how often torchrun has restarted the processes of this machine after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _portable(error: Exception) -> Exception:
-    """Return ``error`` if other processes can be sent it, and one that says the same otherwise."""
+    """Return ``error`` if it can be pickled for other processes, and otherwise an error with the same text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -377,10 +379,10 @@ def _portable(error: Exception) -> Exception:
 
 
 def resolve_device(name: str) -> str:
-    """Return "cuda" or "cpu" for "auto", by whether there is a GPU, and another name as it is.
+    """Return the device for ``--device``: for "auto", "cuda" if there is a GPU, else "cpu"; other names unchanged.
 
     Raises:
-        ValueError: this machine has no such device, or clipfast does not run on it.
+        ValueError: this machine has no such device, or clipfast does not support it.
     """
     has_gpu = torch.cuda.is_available()
     if name == "auto":

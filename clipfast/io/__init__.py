@@ -1,1 +1,1 @@
-"""What every room needs to read and write: files, locks of folders, tables of text, progress bars, pages of HTML."""
+"""Input and output for all parts of clipfast: files, tables of text, progress bars, pages of HTML."""

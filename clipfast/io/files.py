@@ -1,6 +1,6 @@
-"""Files that are replaced as a whole: a reader, or a kill at any moment, never meets half of one.
+"""Atomic writes of files: no reader ever sees half of a file, and none is left if the process is killed.
 
-Files that may be anybody's are opened here too: nothing is waited for that a writer would have to come to.
+Files from untrusted sources are opened here too, without waiting at a named pipe for a writer.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's, in front of the names of folders
-MAX_SETTINGS = 1 << 26  # bytes of a file of settings, of which the largest are tables of weights in parts
-MAX_MEMBER = 1 << 28  # bytes of the largest file of a pair that is read into memory
+LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's prefix for the paths of folders
+MAX_SETTINGS = 1 << 26  # limit in bytes of a file of settings; the largest are tables of sharded weights
+MAX_MEMBER = 1 << 28  # limit in bytes of a pair's file that is read into memory
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_held: dict[Path, Path | None] = {}  # the files and folders that wait for each other, and where they are by now
+_held: dict[Path, Path | None] = {}  # files that ``together`` holds back, and their temporary paths
 
 
 def local_path(name: str | Path) -> Path:
-    """Return the path that a user means by it, or by it behind ``local-dir:``."""
+    """Return the path that a user's argument names, without OpenCLIP's prefix ``local-dir:``."""
     return Path(str(name).removeprefix(LOCAL_DIR_PREFIX))
 
 
 class DiskFullError(OSError):
-    """A file could not be written for lack of space; the file that it was to replace is as it was."""
+    """A file could not be written for lack of disk space; the file that it should replace is unchanged."""
 
 
 def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
@@ -40,10 +40,10 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
 
     Args:
         path: the file to replace; its folder must exist.
-        write: writes the whole content to the path that it is given. If it raises, ``path`` stays as it was and the
-            temporary file is removed. What a killed process leaves is overwritten by the next write.
-        size: the approximate number of bytes that it writes. With it, an error that names another cause is recognised
-            as a full disk, and says how much was wanted.
+        write: writes the whole content to the path that it gets. If it raises, ``path`` is unchanged, and the temporary
+            file is removed. The temporary file of a killed process is overwritten by the next write.
+        size: the approximate number of bytes that ``write`` writes. With it, a full disk is recognised even if the
+            error has another text, and the new error says how much space was needed.
 
     Raises:
         DiskFullError: there is no space, or a quota or a limit on the size of files is reached.
@@ -54,7 +54,7 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors puts a file in its place that only the owner may read
+        temporary.chmod(mode)  # safetensors replaces the file by one that only the owner may read
         sync(temporary)
         _place(temporary, path)
     except Exception as error:
@@ -77,12 +77,12 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: the folder to make; it must not exist, and its parent must.
-        write: writes the whole content into the folder that it is given. If it raises, the folder is removed, and there
-            is nothing at ``path``. What a killed process leaves is removed by the next write.
+        write: writes the whole content into the folder that it gets. If it raises, the folder is removed, and there is
+            nothing at ``path``. The temporary folder of a killed process is removed by the next write.
 
     Raises:
-        FileExistsError: there is something at ``path``.
-        DiskFullError: there is no space, as ``write`` says.
+        FileExistsError: ``path`` exists.
+        DiskFullError: ``write`` found no space.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -100,7 +100,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def together(paths: Iterable[Path]) -> Iterator[None]:
-    """Let ``replace_file`` and ``write_folder`` put some files and folders in place at the end, or none on an error."""
+    """Let ``replace_file`` and ``write_folder`` put ``paths`` in place together at the end, or none on an error."""
     _held.update(dict.fromkeys(path.absolute() for path in paths))
     try:
         yield
@@ -115,7 +115,7 @@ def together(paths: Iterable[Path]) -> Iterator[None]:
 
 
 def _place(temporary: Path, path: Path) -> None:
-    """Move what is written into place and onto the disk, or note where it is until others are written."""
+    """Move a temporary file or folder into place and sync it; if ``together`` holds it back, only note its path."""
     if path.absolute() in _held:
         _held[path.absolute()] = temporary
         return
@@ -124,15 +124,15 @@ def _place(temporary: Path, path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Write a figure of matplotlib in the format that the name ends in."""
+    """Write a figure of matplotlib to a file, in the format of its extension."""
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower()))
 
 
 def check_target(path: Path) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold.
+    """Refuse an output file that cannot be written, before the work on its content begins.
 
     Raises:
-        ValueError: its folder does not exist, or it is a folder itself.
+        ValueError: the folder of the file does not exist, or the file is a folder.
     """
     if not path.absolute().parent.is_dir():
         raise ValueError(f"no folder {path.parent} to write {path.name} in")
@@ -141,15 +141,15 @@ def check_target(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace ``path`` by a file that holds ``text``."""
+    """Write ``text`` to the file ``path`` atomically."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file to read it, if it is a regular one: a named pipe would be waited for, and a device has no end.
+    """Open a regular file for reading. Anything else is refused: a named pipe could block, and a device has no end.
 
     Raises:
-        OSError: there is no such file, it cannot be opened, or it is something else.
+        OSError: there is no such file, it cannot be opened, or it is not a regular file.
     """
     file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -162,7 +162,7 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        OSError: as :func:`open_regular`; or the file has more than ``limit`` bytes.
+        OSError: see :func:`open_regular`; or the file has more than ``limit`` bytes.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -172,11 +172,11 @@ def read_regular(path: str | Path, limit: int) -> bytes:
 
 
 def read_json(path: str | Path) -> Any:
-    """Return what is in a JSON file of settings.
+    """Return the content of a JSON file of settings, such as a model configuration.
 
     Raises:
-        OSError: as :func:`read_regular`.
-        ValueError: it is not JSON, or nested too deeply.
+        OSError: see :func:`read_regular`.
+        ValueError: the file is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(read_regular(path, MAX_SETTINGS))
@@ -185,7 +185,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def _lack_of_space(error: Exception) -> str | None:
-    """Return the system's words if an error says that there is no space, as an OSError or in the words of Rust."""
+    """Return the system's message if an error means a lack of disk space: an OSError, or one of a Rust library."""
     codes = [
         code for code in OUT_OF_SPACE if getattr(error, "errno", None) == code or f"(os error {code})" in str(error)
     ]
@@ -193,12 +193,12 @@ def _lack_of_space(error: Exception) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, so that a power failure does not lose it."""
+    """Flush a file, or the entries of a folder, to the disk, so a power failure does not lose it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # which file systems say that do not sync folders
+        if error.errno != errno.EINVAL:  # EINVAL comes from file systems that do not sync folders
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The shell of a page of pictures in one file, which shows everything without a network."""
+"""HTML pages with pictures in a single file, which need no network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from .files import replace_text
 
-if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can write pages without pictures
+if TYPE_CHECKING:  # imported at run time only where it is used: pages without pictures need no Pillow
     from PIL import Image
 
-Cell = str | tuple[str, float]  # its text, and what it is sorted by if not by the text
-SIDE = 96  # of a thumbnail, in pixels
+Cell = str | tuple[str, float]  # the text of a table's cell, or the text and a number to sort by
+SIDE = 96  # side of a thumbnail in pixels
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --quiet: #57606a; --back: #fff; --soft: #f6f8fa; --line: #d0d7de;
         --good: #1a7f37; --bad: #cf222e; --link: #0969da }
@@ -40,39 +40,39 @@ tfoot td { border-top: 1px solid var(--line); font-weight: 600 }
 
 
 def thumbnail(image: Image.Image, side: int = SIDE) -> str:
-    """Return a small JPEG of an image as an address that holds it.
+    """Return a small JPEG of an image as a data URL for a page.
 
     Args:
-        image: is made smaller if its longer side has more than ``side`` pixels.
-        side: in pixels.
+        image: the image, which is scaled down if its longer side has more than ``side`` pixels.
+        side: longer side in pixels.
     """
     small = image.convert("RGB")
     small.thumbnail((side, side))
     stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85, subsampling=0)  # colours of so small pictures would run
+    small.save(stream, "JPEG", quality=85, subsampling=0)  # subsampled colours of small pictures would blur
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def figure(address: str, caption: str, kind: str) -> str:
-    """Return a picture with its caption, whose lines stay apart, in a border by its kind: right, wrong or other."""
+    """Return the HTML of a picture with the lines of its caption, in a border by its kind: right, wrong or other."""
     text = "<br>".join(map(html.escape, caption.splitlines()))
     return f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{text}</figcaption></figure>'
 
 
 def section(heading: str, words: str, figures: Iterable[str] = (), level: int = 2) -> str:
-    """Return a heading with a paragraph, and pictures in a row below them."""
+    """Return the HTML of a section: a heading, a paragraph, and a row of pictures."""
     pictures = "".join(figures)
     row = f'\n<div class="row">{pictures}</div>' if pictures else ""
     return f"<h{level}>{html.escape(heading)}</h{level}>\n<p>{html.escape(words)}</p>{row}"
 
 
 def table(rows: Iterable[Sequence[Cell]], heads: Sequence[str] = (), last: Iterable[Sequence[Cell]] = ()) -> str:
-    """Return a table.
+    """Return the HTML of a table for a page.
 
     Args:
-        rows: of cells: texts, or texts with the numbers that they are sorted by.
-        heads: of the columns, as buttons, which a script may let sort the rows.
-        last: rows that stay below them.
+        rows: rows of cells: texts, or texts with numbers to sort by.
+        heads: titles of the columns, as buttons by which a script may sort the rows.
+        last: rows that always stay at the end.
     """
     body = _rows(rows)
     if heads:
@@ -93,14 +93,14 @@ def _cell(cell: Cell) -> str:
 
 
 def write_page(path: Path, title: str, body: str, *, script: str = "", style: str = "") -> int:
-    """Write a page whose policy forbids to load anything, and to run anything but one script.
+    """Write an HTML page whose content security policy forbids all loads, and all scripts but one.
 
     Args:
         path: the file.
-        title: as text; of the window, not in the page.
-        body: its content.
-        script: what it runs.
-        style: rules beside those of all pages.
+        title: title of the window, as text.
+        body: HTML of the page's content.
+        script: the script of the page.
+        style: CSS rules beside those of all pages.
 
     Returns:
         The size of the file in bytes.
@@ -118,7 +118,7 @@ def write_page(path: Path, title: str, body: str, *, script: str = "", style: st
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}{style}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
-    # Names of files that are not UTF-8 have halves of surrogate pairs in them.
+    # File names that are not UTF-8 contain lone surrogates.
     text = text.encode("utf-8", "replace").decode()
     replace_text(path, text)
     return len(text.encode())

@@ -1,4 +1,4 @@
-"""How far work is, with its rate and the time that is left: a bar on a terminal; elsewhere lines, if it takes long."""
+"""Progress with rate and remaining time: a bar on a terminal, or lines of text elsewhere if the work takes long."""
 
 import contextlib
 import datetime
@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
-FIRST, LONGEST = 5.0, 60.0  # seconds until the first line, and at most between two
+FIRST, LONGEST = 5.0, 60.0  # seconds until the first line, and longest time between two lines
 
 T = TypeVar("T")
-Advance = Callable[[int], object]  # takes the number of units that are new
-Progress = Callable[[int, str, str], contextlib.AbstractContextManager[Advance]]  # takes total, what is done, and unit
+Advance = Callable[[int], object]  # a function that takes the number of newly finished units
+Progress = Callable[[int, str, str], contextlib.AbstractContextManager[Advance]]  # takes total, task and unit
 
 
 @contextlib.contextmanager
 def progress(total: int, what: str, unit: str, *, shown: bool = True) -> Iterator[Advance]:
-    """Show how much of ``total`` is done; what is yielded takes the number of units that are new."""
+    """Show the progress of work with ``total`` units; the context yields a function that takes newly finished units."""
     if not shown:
         yield lambda _: None
     elif sys.stderr.isatty():
@@ -30,7 +30,7 @@ def progress(total: int, what: str, unit: str, *, shown: bool = True) -> Iterato
 
 
 def each(items: Iterable[T], what: str, unit: str, total: int | None = None, *, shown: bool = True) -> Iterator[T]:
-    """Yield ``items``, and show how many of them are done; ``total`` is their number if they do not know it."""
+    """Yield ``items`` and show progress over them; ``total`` is their number if they have no length."""
     with progress(len(items) if isinstance(items, Sized) else total or 0, what, unit, shown=shown) as advance:
         for item in items:
             yield item
@@ -38,7 +38,7 @@ def each(items: Iterable[T], what: str, unit: str, total: int | None = None, *, 
 
 
 def lines(total: int, what: str, unit: str, say: Callable[[str], Any]) -> Advance:
-    """Return what takes the number of new units, and says now and then how many are done, less and less often."""
+    """Return a function that takes newly finished units and prints progress lines, at growing intervals."""
     started = said = time.monotonic()
     done, pause = 0, FIRST
 

@@ -1,4 +1,4 @@
-"""Tables as text: lined up in columns for people, or with commas or tabs between the cells for programs."""
+"""Tables as text: aligned columns for people, or CSV and TSV for programs."""
 
 import csv
 import difflib
@@ -10,24 +10,24 @@ from pathlib import Path
 from .files import replace_text
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-FORMULA = re.compile(r"[=+\-@\t\r](?![0-9.]+$)")  # what begins one; a number with a sign is none
+FORMULA = re.compile(r"[=+\-@\t\r](?![0-9.]+$)")  # the beginning of a spreadsheet formula; a number with a sign is none
 
 
 def printable(text: str) -> str:
-    """Return the text with escapes in place of line breaks and whatever else a terminal would obey."""
+    """Return text for a terminal: line breaks and other control characters are replaced by escapes."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def align(
     rows: Sequence[Sequence[object]], *, right: Sequence[int] = (), indent: str = "", at_least: Sequence[int] = ()
 ) -> str:
-    """Join cells with two spaces between columns that are as wide as their longest cell.
+    """Format rows as a text table with aligned columns, two spaces apart.
 
     Args:
-        rows: cells by row; every row has as many as the first.
-        right: indices of the columns whose cells are pushed to the right, as numbers are.
-        indent: stands in front of every line.
-        at_least: widths of the first columns, for tables that are printed in pieces.
+        rows: rows of cells; every row has as many cells as the first.
+        right: indices of the right-aligned columns, such as numbers.
+        indent: prefix of every line.
+        at_least: minimal widths of the first columns, for tables that are printed in pieces.
 
     Returns:
         One line for each row, without spaces at the ends. Control characters are escaped.
@@ -46,13 +46,13 @@ def align(
 
 
 def without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return rows without the columns that are empty below their heads, which are the first row."""
+    """Remove the columns of a table that are empty below their titles in the first row."""
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     return [list(row) for row in zip(*kept, strict=True)]
 
 
 def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows of cells to a .csv or .tsv file; a text that a spreadsheet would run as a formula begins with a quote.
+    """Write a table to a .csv or .tsv file; texts that a spreadsheet would run as formulas get a quote in front.
 
     Raises:
         DiskFullError: there is no space.
@@ -65,6 +65,6 @@ def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Return the question whether a known word was meant; "" if none is like it."""
+    """Return a question for error messages whether a similar known word was meant; "" if none is similar."""
     similar = difflib.get_close_matches(word, known, 1)
     return f" (did you mean {similar[0]}?)" if similar else ""

@@ -1,4 +1,4 @@
-"""The folder of a run: metrics, checkpoints, and the list of samples that could not be used."""
+"""The folder of a run: metrics, checkpoints, and the list of skipped samples."""
 
 import contextlib
 import itertools
@@ -18,15 +18,15 @@ log = logging.getLogger("clipfast")
 
 
 class RunFolder:
-    """``runs/<name>/`` and the names in it.
+    """The folder of a training run, ``runs/<name>/``, and the files in it.
 
     Attributes:
         checkpoints: the folder of the checkpoints.
         latest: the checkpoint that ``--resume`` continues from.
         metrics_path: a file with one JSON object per line: training figures, evaluations and warnings by step.
-        skipped_path: the list of samples that could not be used: step, name, kind and reason, tab-separated.
+        skipped_path: the list of skipped samples, which could not be used: step, name, kind and reason, tab-separated.
         nonfinite_path: a file with one JSON object for each step whose loss or gradient was not finite.
-        lock: of the process that writes here; None for those that only read.
+        lock: the lock of the process that writes to the folder; None in processes that only read.
     """
 
     lock: Lock | None = None
@@ -38,10 +38,10 @@ class RunFolder:
         self.nonfinite_path = path / "nonfinite.jsonl"
 
     def refuse_other_run(self, *, resuming: bool) -> None:
-        """Refuse a folder that holds another run.
+        """Refuse to train into a folder that holds another run.
 
         Raises:
-            ValueError: it holds a run, and this run does not resume it.
+            ValueError: the folder holds a run, and this run does not resume it.
         """
         if self.kept() and not resuming:
             raise ValueError(
@@ -53,10 +53,10 @@ class RunFolder:
         return self.lock is None or self.lock.is_held()
 
     def hold(self) -> bool:
-        """Make the folder again if it was removed or renamed, and return whether it was.
+        """Make the run's folder again if it was removed or renamed, and return True in that case.
 
         Raises:
-            FolderLostError: another run has it by now.
+            FolderLostError: another run has taken its place.
         """
         is_new = self.lock is not None and self.lock.hold()
         if is_new:
@@ -64,9 +64,9 @@ class RunFolder:
         return is_new
 
     def create(self, *, after_step: int | None) -> None:
-        """Make the folder. Records of an earlier session are kept up to ``after_step``, and removed if it is None.
+        """Make the run's folder. Records of earlier sessions are kept up to ``after_step``, or removed if it is None.
 
-        What was lost before the first step is recorded anew by every session.
+        Every session records the lost samples of damaged shards again, under step 0.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         last = -1 if after_step is None else after_step
@@ -78,16 +78,16 @@ class RunFolder:
         replace_text(self.skipped_path, "".join(kept))
 
     def kept(self) -> list[Path]:
-        """Return the checkpoints that there are, the newest first."""
+        """Return the checkpoints in the run's folder, the newest first."""
         return Checkpoints(self.checkpoints).kept()
 
     def record_options(self, options: dict[str, Any], changed: dict[str, Any], step: int | None) -> None:
         """Write ``config.json``: the options that the run began with, and each later change with its step.
 
         Args:
-            options: those of a run that begins, or that the continued checkpoint holds.
-            changed: the options that differ from these from now on.
-            step: the number of finished steps of a run that goes on, or None.
+            options: the options with which the run began, from the checkpoint if the run is resumed.
+            changed: the options that differ from ``options`` from now on.
+            step: the number of finished steps of a resumed run; None for a new run.
         """
         path = self.path / "config.json"
         if step is None:
@@ -100,23 +100,23 @@ class RunFolder:
         self.write_json(path.name, recorded | ({"changes": changes} if changes else {}))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Replace the file ``name`` of the folder by ``content`` as JSON."""
+        """Write ``content`` as JSON to the file ``name`` of the run's folder."""
         replace_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def record(self, **values: Any) -> None:
-        """Append a line of metrics."""
+        """Append a line to ``metrics.jsonl``."""
         self._append(self.metrics_path, json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics that are complete: a kill can cut the last one short."""
+        """Return the complete lines of ``metrics.jsonl``; the last line may be cut short if the run was killed."""
         return read_lines(self.metrics_path)
 
     def record_nonfinite(self, values: dict[str, Any]) -> None:
-        """Append a step whose loss or gradient was not finite."""
+        """Append a line on a training step whose loss or gradient was not finite."""
         self._append(self.nonfinite_path, json.dumps(values) + "\n")
 
     def record_skipped(self, step: int, skipped: Iterable[Skipped]) -> None:
-        """Append samples that could not be used."""
+        """Append samples that could not be used to the list of skipped samples."""
         lines = (f"{step}\t{_in_line(name)}\t{kind}\t{_in_line(reason)}\n" for name, kind, reason in skipped)
         self._append(self.skipped_path, "".join(lines))
 
@@ -125,18 +125,18 @@ class RunFolder:
             append(path, text)
 
     def skipped_count(self) -> int:
-        """Return how many samples are in the list of those that could not be used."""
+        """Return the number of samples in the run's list of skipped samples."""
         return len(self._skipped())
 
     def _skipped(self) -> list[str]:
-        """Return the lines of skipped samples that are complete."""
+        """Return the complete lines of the list of skipped samples."""
         text = self.skipped_path.read_text("utf-8", "replace") if self.skipped_path.exists() else ""
         lines = text.splitlines(keepends=True)
         return [line for line in lines if line.endswith("\n") and line.split("\t")[0].isdecimal()]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in a file of one per line, without lines that are not complete; none if there is no file."""
+    """Return the objects in a file of JSON lines, without incomplete lines; [] if there is no file."""
     found = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -145,7 +145,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, text: str) -> None:
-    """Append to a file of records. If it cannot be written, the records are lost, and training goes on."""
+    """Append to a file of a run's records. If it cannot be written, the records are lost, and training goes on."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -154,7 +154,7 @@ def append(path: Path, text: str) -> None:
 
 
 def by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:
-    """Yield the samples of all ranks step by step."""
+    """Merge the skipped samples of all ranks, and yield them step by step."""
     rows = sorted(itertools.chain(*everyones), key=lambda row: row[0])
     for step, group in itertools.groupby(rows, key=lambda row: row[0]):
         yield step, [sample for _, sample in group]

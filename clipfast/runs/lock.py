@@ -21,22 +21,23 @@ LOCK_NAME = "run.lock"
 
 
 class FolderLostError(TrainingError):
-    """Another process has taken the place of a run's folder."""
+    """Another process uses a folder at the path of this run's folder."""
 
 
 class Lock:
-    """The lock of a folder, which this process holds: one process at a time may write there.
+    """The lock of a folder, held by this process: only one process at a time may write to the folder.
 
     The system releases it when the process ends, however it ends, so a lock file left by a killed run blocks nobody.
-    Data workers do not inherit it. It also works between machines, if the network file system supports locks; otherwise
-    nothing is locked.
+    Data workers do not inherit it. It also works between machines if the network file system supports locks; otherwise
+    there is no protection.
 
     Args:
-        folder: to hold; it is made if need be.
-        flag: that named the folder, for errors.
+        folder: the folder to lock; it is made if necessary.
+        flag: the flag that named the folder, for error messages.
 
     Raises:
-        ValueError: the folder cannot be written, or another process holds it; the message says which, and since when.
+        ValueError: the folder cannot be written, or another process holds its lock; the message says which one, and
+            since when.
     """
 
     def __init__(self, folder: Path, flag: str = "--logs") -> None:
@@ -45,16 +46,16 @@ class Lock:
         self._file = self._taken()
 
     def is_held(self) -> bool:
-        """Return False if the folder was removed or renamed, so that a folder of its name may be another run's."""
+        """Return False if the locked folder was removed or renamed: its path may belong to another run."""
         with contextlib.suppress(OSError):
             return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         return False
 
     def hold(self) -> bool:
-        """Make the folder again if it was removed or renamed, and return whether it was.
+        """Make and lock the folder again if it was removed or renamed, and return True in that case.
 
         Raises:
-            FolderLostError: another run has it by now.
+            FolderLostError: another run has taken its place.
         """
         if self.is_held():
             return False
@@ -79,7 +80,7 @@ class Lock:
                 raise ValueError(f"there is another folder of that name by now, with {min(found)}")
 
     def release(self) -> None:
-        """Give the folder free. The lock file and folders that were made go too if nothing else is in them."""
+        """Release the lock. The lock file is removed, and so are folders that were made for it if they are empty."""
         if self.is_held() and os.listdir(self.folder) == [LOCK_NAME]:
             self.path.unlink()
             _remove(self._made)
@@ -117,7 +118,7 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(folder: Path, flag: str = "--logs") -> Iterator[Lock]:
-    """Hold ``folder`` for as long as the context lasts, as :class:`Lock` does."""
+    """Hold the lock of ``folder`` while the context lasts, see :class:`Lock`."""
     lock = Lock(folder, flag)
     try:
         yield lock
@@ -126,10 +127,10 @@ def locked(folder: Path, flag: str = "--logs") -> Iterator[Lock]:
 
 
 def holder(folder: Path) -> str | None:
-    """Return which process holds the folder of a run; None if none does, or the file system knows no locks.
+    """Return the process that holds the lock of a run's folder; None without one, or if locks are not supported.
 
-    Nothing is taken, so a run can start meanwhile. A process that holds the folder itself must not ask: it would
-    release it.
+    This takes no lock, so a run can start meanwhile. A process that holds the lock itself must not call it, since
+    closing the file would release the lock.
     """
     question = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
     try:
@@ -141,7 +142,7 @@ def holder(folder: Path) -> str | None:
 
 
 def _remove(folders: list[Path]) -> None:
-    """Remove folders, the innermost first, up to one that is not empty."""
+    """Remove empty folders, the innermost first, up to the first one that is not empty."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -152,7 +153,7 @@ def _remove(folders: list[Path]) -> None:
 
 
 def _holder(content: str) -> str:
-    """Return the process that a lock file names."""
+    """Return the process that is named in the lock file of a folder."""
     try:
         return "process {process} on {host} since {since}".format(**json.loads(content))
     except (ValueError, KeyError, TypeError):

@@ -1,22 +1,22 @@
-"""Names of the figures of a run, as OpenCLIP has them, and the files that TensorBoard shows."""
+"""OpenCLIP's names for the figures of a run, and the files that TensorBoard shows."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 NO_TENSORBOARD = "No TensorBoard files: they need the package tensorboard, pip install 'clipfast[train]'"
-# OpenCLIP's name of a figure, and ours in a line of metrics.
+# The keys are OpenCLIP's names of figures, and the values our names in a line of metrics.
 TRAIN_NAMES = {
     "data_time": "data_time", "batch_time": "batch_time", "samples_per_second": "pairs_per_second",
     "samples_per_second_per_gpu": "pairs_per_second_per_gpu", "logit_scale": "logit_scale",
     "logit_bias": "logit_bias", "lr": "lr", "contrastive_loss": "loss", "loss": "loss",
-    # from here on our own
+    # OpenCLIP does not have the figures from here on
     "grad_norm": "grad_norm", "data_wait": "data_wait", "communication": "communication", "mfu": "mfu",
 }  # fmt: skip
 
 
 def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalars of a line of metrics on training."""
+    """Return the scalars in a line of training metrics, by OpenCLIP's names."""
     found = {f"train/{name}": line[key] for name, key in TRAIN_NAMES.items() if key in line}
     found |= {f"memory/{kind}_gb": size / 1e9 for kind, size in line.get("memory", {}).items()}
     gpu = line.get("gpu", {})
@@ -24,7 +24,7 @@ def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of an evaluation on ``--val-data``, by OpenCLIP's names or similar ones."""
+    """Return the figures of an evaluation on ``--val-data`` by OpenCLIP's names, or similar ones if it has none."""
     zero_shot = {f"zeroshot-val-{key}": results["zero_shot"][key] for key in ("top1", "top5")}
     ways = ("image_to_text", "text_to_image")
     recall = {f"{way}_{name}": value for way in ways for name, value in results["retrieval"][way].items()}
@@ -34,17 +34,17 @@ def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def validation(line: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the figures of a line of metrics on an evaluation, by name; None for a line on training."""
+    """Return the figures in a line of metrics by name if the line is on an evaluation; None for a line on training."""
     if "eval" in line:
         return evaluation_metrics(line["eval"])
     return dict(line["imagenet"]) if "imagenet" in line else None
 
 
 def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
-    """Return where a line of metrics is on OpenCLIP's axis, and its scalars.
+    """Return the position of a line of metrics on OpenCLIP's x-axis, and its scalars.
 
-    OpenCLIP counts steps from 0, so its number of a step is one less than the steps that are finished then. Evaluations
-    are at the epoch that they come after.
+    OpenCLIP counts steps from 0, so its number of a step is the number of finished steps minus one. The position of an
+    evaluation is the number of finished epochs.
     """
     figures = validation(line)
     if figures is None:
@@ -53,14 +53,14 @@ def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
 
 
 class TensorBoard:
-    """TensorBoard's files in a folder.
+    """Writes a run's figures to TensorBoard's files in a folder.
 
-    They are written anew from the lines that there are, so that a run that goes on has no point twice, and none is lost
-    by a kill. Whatever TensorBoard shows already of the folder, it forgets.
+    The files are first written again from all existing lines of metrics. Therefore a resumed run has no point twice,
+    and no point is lost by a kill. A running TensorBoard forgets the points that it has read before.
 
     Args:
-        folder: of the files; what TensorBoard wrote there is removed.
-        lines: those that there are.
+        folder: folder of the files; earlier files of TensorBoard in it are removed.
+        lines: all existing lines of metrics.
 
     Raises:
         ImportError: tensorboard is missing.
@@ -78,12 +78,12 @@ class TensorBoard:
         self._writer.flush()
 
     def add(self, step: int, scalars: Mapping[str, float], seconds: float | None = None, *, flush: bool = True) -> None:
-        """Add the scalars of a step, which were known at some time in ``seconds`` since 1970."""
+        """Add the scalars of a step to TensorBoard's files, with their time in ``seconds`` since 1970."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step, walltime=seconds)
         if flush:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush TensorBoard's files and close them."""
         self._writer.close()

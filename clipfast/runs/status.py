@@ -1,4 +1,4 @@
-"""The records of a run, and the text that ``clipfast status`` makes of them."""
+"""The records of a run, and the text that ``clipfast status`` prints about them."""
 
 import contextlib
 import dataclasses
@@ -18,20 +18,20 @@ from .lock import holder
 from .metrics import validation
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (\w+) \| (.*)$", re.MULTILINE)
-TAIL = 1 << 20  # bytes of a log in which warnings are looked for
+TAIL = 1 << 20  # number of bytes at the end of a log in which warnings are looked for
 
 
 @dataclasses.dataclass
 class History:
-    """The records of a run.
+    """The records of a training run, as ``clipfast status`` reads them from its folder.
 
     Attributes:
-        folder: of the run.
-        lines: on training, each with step, epoch, time (seconds since 1970; None if unknown), loss, lr and more.
-        evaluations: each with step, epoch and ``metrics``, by OpenCLIP's names.
-        total_steps: of the whole run; None if that is not known.
-        epochs: of the whole run; None if that is not known.
-        log: the last lines of its log: level and message of each.
+        folder: folder of the run.
+        lines: lines on training, each with step, epoch, time (seconds since 1970; None if unknown), loss, lr and more.
+        evaluations: lines on evaluations, each with step, epoch and ``metrics`` by OpenCLIP's names.
+        total_steps: number of steps of the whole run; None if unknown.
+        epochs: number of epochs of the whole run; None if unknown.
+        log: level and message of each of the last lines of the log.
     """
 
     folder: RunFolder
@@ -43,15 +43,15 @@ class History:
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a folder is that of a run."""
+    """Return True if a folder holds a training run."""
     return any((path / name).exists() for name in ("metrics.jsonl", "config.json", "out.log", "params.txt"))
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
-    """Return the folders of runs that are meant by folders of runs, or of several runs each.
+    """Return the folders of runs for paths that are folders of runs, or folders with several runs in them.
 
     Raises:
-        ValueError: there is no run in one of them.
+        ValueError: there is no run in one of the paths.
     """
     found: list[Path] = []
     for path in paths:
@@ -63,11 +63,11 @@ def find_runs(paths: list[Path]) -> list[Path]:
 
 
 def read_history(path: Path) -> History:
-    """Read what is there of a run; lines that are not complete yet are left out."""
+    """Read the records of a run from its folder; incomplete lines are left out."""
     folder = RunFolder(path)
     log = _last_lines(path / "out.log")
     records = [line for line in folder.metrics() if isinstance(line.get("step"), int)]
-    lines = [line for line in records if "lr" in line]  # a loss is missing where all steps were skipped
+    lines = [line for line in records if "lr" in line]  # the loss is missing if all steps were skipped
     evaluated = ((line, validation(line)) for line in [*records, *read_lines(path / "evaluations.jsonl")])
     evaluations = [line | {"metrics": figures} for line, figures in evaluated if figures is not None]
     last = lines[-1] if lines else {}
@@ -76,7 +76,7 @@ def read_history(path: Path) -> History:
 
 
 def _last_lines(path: Path) -> list[tuple[str, str]]:
-    """Return level and message of the last lines of a log."""
+    """Return level and message of the last lines of a run's log."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -86,19 +86,19 @@ def _last_lines(path: Path) -> list[tuple[str, str]]:
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, DEAD = "running", "finished", "interrupted", "failed", "dead"
 ENDED = (FINISHED, INTERRUPTED, FAILED, DEAD)
-RECENT = 20  # log lines that the usual time between two of them is taken from
-SILENCE = 10.0  # a line that comes so many times later than usual is missed
-LEAST_SILENCE = 60.0  # seconds
+RECENT = 20  # number of log lines from which the usual time between two lines is computed
+SILENCE = 10.0  # a warning appears if the next line is later than this many times the usual time
+LEAST_SILENCE = 60.0  # seconds without a line before a warning appears
 SHOWN_WARNINGS = 3
 FIGURES = ("epoch", "loss", "lr", "logit_scale", "pairs_per_second", "data_wait", "communication", "mfu", "memory")
 
 
 def read_status(path: Path, now: float | None = None) -> dict[str, Any]:
-    """Return what there is to say of the run in a folder; what is not known is None, or left out.
+    """Return the status of the run in a folder as a dict; unknown values are None or left out.
 
     Args:
         path: the folder of a run.
-        now: seconds since 1970; by default, the time it is.
+        now: seconds since 1970; by default, the current time.
     """
     now = time.time() if now is None else now
     history = read_history(path)
@@ -122,18 +122,18 @@ def read_status(path: Path, now: float | None = None) -> dict[str, Any]:
 
 
 def _changed(path: Path) -> float | None:
-    """Return the time of a file; None if it was removed meanwhile."""
+    """Return the modification time of a file of a run; None if it was removed meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mtime
     return None
 
 
 def _state(history: History, process: str | None, step: int) -> str:
-    """Return what became of the process of a run."""
+    """Return the state of a run: finished, running, or how its process ended."""
     if process is not None:
         return RUNNING
     results = history.folder.path / "results.json"
-    # Those of a run that went on for more epochs are older than its last steps.
+    # If a finished run was resumed for more epochs, its old results are older than its last steps.
     if results.exists() and json.loads(results.read_text("utf-8")).get("steps", 0) >= step:
         return FINISHED
     messages = [message for _, message in history.log[-3:]]
@@ -143,7 +143,7 @@ def _state(history: History, process: str | None, step: int) -> str:
 
 
 def _evaluation(history: History) -> dict[str, Any] | None:
-    """Return the last evaluation, with the metrics of all after the same step: one is on ImageNet, for example."""
+    """Return the last evaluation of a run, merged with others after the same step, such as that on ImageNet."""
     if not history.evaluations:
         return None
     last, metrics = history.evaluations[-1], dict[str, Any]()
@@ -153,7 +153,7 @@ def _evaluation(history: History) -> dict[str, Any] | None:
 
 
 def _silence(lines: list[dict[str, Any]], now: float) -> list[str]:
-    """Return a warning if the next line is overdue."""
+    """Return a warning if the next line of a run's log is overdue."""
     times = [line["time"] for line in lines[-RECENT:] if line.get("time") is not None]
     if len(times) < 2:
         return []
@@ -165,7 +165,7 @@ def _silence(lines: list[dict[str, Any]], now: float) -> list[str]:
 
 
 def described(status: dict[str, Any]) -> str:
-    """Return the status of one run as lines of text."""
+    """Return the status of one run as lines of text for ``clipfast status``."""
     process = f" by {status['process']}" if status["process"] else ""
     rows = [("run", f"{status['run']}: {status['state']}{process}"), ("step", _progress(status))]
     if "loss" in status:
@@ -213,18 +213,18 @@ WANTED = (
 
 
 def metrics_text(metrics: dict[str, float]) -> str:
-    """Return the figures of an evaluation that matter most."""
+    """Return the most important figures of an evaluation as text."""
     return ", ".join(f"{name} {100 * metrics[key]:.1f}%" for name, key in WANTED if key in metrics)
 
 
 def table(statuses: Sequence[dict[str, Any]]) -> str:
-    """Return the status of several runs as a table with a line for each; a figure that is not known is empty."""
+    """Return the status of several runs as a table, a line for each run; unknown figures are empty."""
     rows = list(map(_row, statuses))
     return align([tuple(rows[0]), *(tuple(row.values()) for row in rows)], right=range(2, len(rows[0])))
 
 
 def _row(status: dict[str, Any]) -> dict[str, str]:
-    """Return the cells of a run by the titles of their columns."""
+    """Return the cells of a run's line in the table of runs, by the titles of the columns."""
     total, checkpoint = status["total_steps"], status["checkpoint"]
     metrics = (status["evaluation"] or {}).get("metrics", {})
     top1 = metrics.get("zeroshot-val-top1", metrics.get("imagenet-zeroshot-val-top1"))
