@@ -1,4 +1,4 @@
-"""Models by name, with their preprocessing and tokenizer: OpenCLIP's entry points."""
+"""OpenCLIP's entry points: ``create_model`` and its variants, which build models with preprocessing and tokenizer."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -27,15 +27,15 @@ PRECISIONS = {
     "pure_bf16": torch.bfloat16,
     "pure_fp16": torch.float16,
 }
-# The dtype of the weights of products; norms, embeddings and the logit scale stay in float32.
+# The dtype of the weights of matrix products; norms, embeddings and logit_scale stay in float32.
 MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TOWER_WEIGHTS = "clipfast loads no weights of one tower: build the model, then load them into its tower"
 _NO_SOUND = "clipfast builds no models of sound"
-# Further arguments of OpenCLIP's entry points: the values that change nothing, and why no other one is accepted.
+# Further arguments of OpenCLIP's entry points: the values that change nothing, and the reason for refusing all others.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_image": ((False,), _NO_TOWER_WEIGHTS),
     "pretrained_image_path": ((None,), _NO_TOWER_WEIGHTS),
-    # Both concern text towers of transformers, of which clipfast builds none.
+    # Both concern text towers from transformers, which clipfast does not build.
     "pretrained_text": ((False, True), _NO_TOWER_WEIGHTS),
     "pretrained_text_path": ((None,), _NO_TOWER_WEIGHTS),
     "pretrained_hf": ((False, True), _NO_TOWER_WEIGHTS),
@@ -67,7 +67,7 @@ def create_model(
     output_dict: bool | None = False,
     **others: Any,
 ) -> CLIP:
-    """Build a model with random weights or those of a tag, of a file, or of a repository on the Hugging Face hub.
+    """Build a model with random weights, or with weights of a tag, a file, or a repository on the Hugging Face hub.
 
     Args:
         model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` or ``FOLDER`` for a folder with
@@ -115,7 +115,7 @@ def create_model(
         )
     changes = {"patch_dropout": force_patch_dropout, "image_size": force_image_size}
     config = _changed(source.config, force_quick_gelu, force_context_length, changes)
-    preprocessing = _forced(source.preprocessing, force_preprocess_cfg)
+    preprocessing = _forced_preprocessing(source.preprocessing, force_preprocess_cfg)
     with torch.device(device):
         model = build(config, output_dict=bool(output_dict))
     model.set_backend(backend)
@@ -135,7 +135,7 @@ def set_precision(model: CLIP, precision: str) -> None:
 
 
 def _check_arguments(precision: str, others: Mapping[str, Any]) -> None:
-    """Refuse an unknown precision, and further arguments, except values of OpenCLIP's arguments that change nothing.
+    """Check the arguments of ``create_model``: an unknown precision, and OpenCLIP's unsupported arguments, are refused.
 
     Raises:
         ValueError, TypeError: as above.
@@ -152,22 +152,22 @@ def _check_arguments(precision: str, others: Mapping[str, Any]) -> None:
 
 
 def _changed(config: CLIPConfig, quick_gelu: bool, context_length: int | None, vision: Mapping[str, Any]) -> CLIPConfig:
-    """Return the configuration with what the caller forces. A square may be given as height and width."""
+    """Return a model's configuration changed by the ``force_...`` arguments. The size may be a pair of equal sides."""
     size = vision["image_size"]
     if isinstance(size, tuple | list) and len(set(size)) == 1:
         vision = {**vision, "image_size": size[0]}
     if context_length is not None:
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, context_length=context_length))
     if quick_gelu:
-        config = dataclasses.replace(config, quick_gelu=True)  # which a SigLIP model refuses
+        config = dataclasses.replace(config, quick_gelu=True)  # a SigLIP configuration refuses this
     return config.with_vision(**vision)
 
 
-def _forced(preprocessing: Mapping[str, Any], forced: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return how images are prepared, with what the caller forces.
+def _forced_preprocessing(preprocessing: Mapping[str, Any], forced: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a model's preprocessing settings, changed by the argument ``force_preprocess_cfg``.
 
     Raises:
-        ValueError: it is unknown, or has no such value.
+        ValueError: a setting is unknown, or has an invalid value.
     """
     unknown = set(forced or {}) - set(PREPROCESSING_KEYS)
     if unknown:
@@ -184,7 +184,7 @@ def _forced(preprocessing: Mapping[str, Any], forced: Mapping[str, Any] | None) 
 
 
 def set_preprocessing(model: CLIP, preprocessing: Mapping[str, Any]) -> None:
-    """Note on the image tower how its images are prepared, by the names that OpenCLIP gives it."""
+    """Store the preprocessing settings as attributes of the model's image tower, as OpenCLIP does."""
     visual: Any = model.visual
     visual.image_mean, visual.image_std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
     visual.resize_mode = preprocessing["resize_mode"]
@@ -231,10 +231,10 @@ def create_model_and_transforms(
 
 
 def transform_of(model: CLIP, **options: Any) -> Callable[..., Tensor]:
-    """Return the preprocessing of a model's images, for evaluation if ``options`` say nothing else.
+    """Return the image preprocessing of a model; without ``options`` it is that of evaluation.
 
     Args:
-        model: the model, which knows how its images are prepared.
+        model: the model, which has its preprocessing settings.
         **options: more arguments of :func:`clipfast.models.images.make_transform`.
     """
     preprocessing = preprocessing_of(model)
@@ -308,13 +308,13 @@ def tokenizer_for(
     beside: Path | None = None,
     context_length: int | None = None,
 ) -> Tokenizer | FileTokenizer:
-    """Return the tokenizer of a configuration.
+    """Return the tokenizer that fits a model's configuration.
 
     Args:
-        config: of the model.
-        name: of the model, for errors.
+        config: the configuration of the model.
+        name: the name of the model, for error messages.
         file: for SigLIP, as ``tokenizer_file`` of :func:`get_tokenizer`.
-        beside: the folder of the model, if SigLIP's file is in it.
+        beside: for SigLIP, the folder of the model, which may have the tokenizer's file.
         context_length: tokens per text; default: those of the model.
 
     Raises:

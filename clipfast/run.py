@@ -1,7 +1,7 @@
-"""``python -m clipfast.run MODULE_OR_SCRIPT ARGS...``: a program that uses OpenCLIP, with parts of clipfast inside.
+"""``python -m clipfast.run MODULE_OR_SCRIPT ARGS...`` runs a program that uses OpenCLIP, with clipfast's parts in it.
 
-Nothing of OpenCLIP is imported here. A hook waits until the program imports the module that a part belongs to, and
-replaces what is in it before anything else can take it from there.
+OpenCLIP is not imported here. An import hook waits until the program imports one of OpenCLIP's modules, and replaces
+classes and functions of that module before other code can import them from it.
 """
 
 import builtins
@@ -22,17 +22,18 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 VARIABLE = "CLIPFAST_DISABLE"
-NEWEST = (4, 2)  # the last version of OpenCLIP whose files were read, or tested with
-# What ends like this, or has a slash in it, is a file; everything else is a module.
+NEWEST = (4, 2)  # the newest version of OpenCLIP that was tested or whose source was read
+# A name with such a suffix, or with a slash, is a file; any other name is a module.
 SCRIPT_ENDINGS = (".py", ".pyc", ".pyz", ".zip")
-# OpenCLIP's losses, and the modules that ours are in. The latter import PyTorch, so they wait until OpenCLIP has.
+# OpenCLIP's loss classes, and clipfast's modules with the replacements. These import PyTorch, and so they are imported
+# only after OpenCLIP has imported it.
 LOSSES = {
     "ClipLoss": "clipfast.losses.clip_loss",
     "SigLipLoss": "clipfast.losses.siglip_loss",
     "DistillClipLoss": "clipfast.losses.distill_loss",
     "CoCaLoss": "clipfast.losses.coca_loss",
 }
-# What apply_to_open_clip does to a model, by the names of its arguments.
+# The arguments of apply_to_open_clip, as the names of parts, with a summary of each.
 MODEL_PARTS = {
     "attention": "attention of images and texts, and the attention pooling of ResNets",
     "norms": "layer norms, each in one pass with the addition before it",
@@ -44,18 +45,19 @@ MODEL_PARTS = {
 
 
 class Part(NamedTuple):
-    """A part of OpenCLIP that is replaced."""
+    """A part of OpenCLIP that ``clipfast.run`` replaces."""
 
-    module: str  # the module after whose import it is replaced
-    # Replaces it, and says what it replaced. Parts that share it are replaced by one call, which is given their names.
+    module: str  # the module of OpenCLIP after whose import the part is replaced
+    # The function that replaces the part, and returns a line about it. Parts with the same function are replaced by one
+    # call, which gets their names.
     replace: Callable[[ModuleType, Sequence[str]], str]
     summary: str  # for --help
 
 
 def replace_losses(loss: ModuleType, names: Sequence[str]) -> str:
-    """Replace the classes of ``open_clip.loss`` wherever OpenCLIP has them, and return a line that says which.
+    """Replace the loss classes in all modules of OpenCLIP, and return a line that names them.
 
-    A class that takes arguments which ours does not know, as one of a later version could, is left as it is.
+    A class with arguments that clipfast's class does not have, as in a later version of OpenCLIP, is not replaced.
     """
     replaced, left = [], []
     for name, module in LOSSES.items():
@@ -73,10 +75,10 @@ def replace_losses(loss: ModuleType, names: Sequence[str]) -> str:
 
 
 def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
-    """Let each model that ``open_clip.create_model`` returns run on our kernels, and return a line that says so.
+    """Patch ``open_clip.create_model``: each model that it returns runs on clipfast's kernels. Return a line about it.
 
-    ``create_model_and_transforms`` and ``create_model_from_pretrained`` call this one; models of ``load_openai_model``
-    stay as they are. ``names`` are the parts of the model to replace.
+    ``create_model_and_transforms`` and ``create_model_from_pretrained`` call ``create_model``; models of
+    ``load_openai_model`` are not changed. ``names`` are the parts of the model to replace.
     """
     theirs = factory.create_model
 
@@ -91,17 +93,18 @@ def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
 
 
 def apply_to_model(model: Any, names: Sequence[str]) -> str:
-    """Replace the parts ``names`` of a model, and return a line with the number of places where each was replaced.
+    """Replace the parts ``names`` in a model of OpenCLIP; return a line with the number of replaced modules for each.
 
-    A model in which nothing can be replaced, such as one that TorchScript has compiled, is left as it is, and so is one
-    of a later version of OpenCLIP in which something that our code looks for is missing: the program goes on.
+    A model in which nothing can be replaced, such as a TorchScript model, is not changed. Nor is a model of a later
+    version
+    of OpenCLIP that lacks something which our code uses: the program continues with the original.
     """
     adopt = importlib.import_module("clipfast.adopt")
     kind = type(model).__name__
     try:
         adopt.apply_to_open_clip(model, **{name: name in names for name in MODEL_PARTS})
     except Exception as error:
-        with contextlib.suppress(TypeError):  # it is no module
+        with contextlib.suppress(TypeError):  # the model is not an nn.Module
             adopt.revert_model(model)
         return f"a {kind} is left as it is ({error})"
     places = adopt.count_places(model)
@@ -109,7 +112,7 @@ def apply_to_model(model: Any, names: Sequence[str]) -> str:
     return f"a {kind} runs on clipfast in these places (on a CPU, most of them as before): {', '.join(counts)}"
 
 
-# The one list of what can be replaced, and switched off by name.
+# The one list of the parts that are replaced. An environment variable (``VARIABLE``) switches parts off by name.
 PARTS = {
     "loss": Part("open_clip.loss", replace_losses, f"{', '.join(LOSSES)}, which then never hold N x N logits"),
     **{name: Part("open_clip.factory", replace_create_model, summary) for name, summary in MODEL_PARTS.items()},
@@ -145,7 +148,7 @@ The replacement works in this process and in those that it forks. Those that the
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return 0; what it raises, ``SystemExit`` too, passes through. A wrong call returns 2."""
+    """Run the program and return 0; return 2 for wrong arguments. The program's exceptions and SystemExit propagate."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
@@ -168,10 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def enabled_parts(disabled: str) -> dict[str, Part]:
-    """Return the parts that are not in ``disabled``, names separated by commas.
+    """Return the parts to replace: those that are not in ``disabled``, whose names are separated by commas.
 
     Raises:
-        ValueError: a name that no part has.
+        ValueError: a name is not the name of a part.
     """
     names = {name.strip() for name in disabled.split(",")} - {""}
     unknown = sorted(names - set(PARTS))
@@ -183,10 +186,10 @@ def enabled_parts(disabled: str) -> dict[str, Part]:
 
 
 class ImportHook(MetaPathFinder):
-    """Finds modules as the other finders do, and replaces each part as soon as its module has been executed."""
+    """An import hook that replaces each part of OpenCLIP as soon as the import system has executed its module."""
 
     def __init__(self, parts: dict[str, Part]) -> None:
-        # The names of the parts that a function replaces, by the function and the module that it waits for.
+        # For each pair of a replacing function and a module, the names of the parts.
         self.waiting: dict[str, dict[Callable[[ModuleType, Sequence[str]], str], list[str]]] = {}
         for name, part in parts.items():
             self.waiting.setdefault(part.module, {}).setdefault(part.replace, []).append(name)
@@ -198,13 +201,13 @@ class ImportHook(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module that a part waits for, with a loader that replaces; of other modules None."""
+        """Return the spec of a module with parts to replace, whose loader replaces them; None for other modules."""
         if fullname not in self.waiting:
             return None
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
-            # The loader stays what it is, because tracebacks and inspect ask it for the source.
+            # The loader object stays the original one, because tracebacks and inspect ask it for the source.
             execute = spec.loader.exec_module
 
             def execute_and_replace(module: ModuleType) -> None:
@@ -215,7 +218,7 @@ class ImportHook(MetaPathFinder):
         return spec
 
     def say_what_never_happened(self) -> None:
-        """Print to stderr which parts are switched off, and which modules the program never imported."""
+        """Print to stderr the parts that were not replaced: switched off, or of a module that was never imported."""
         if self.disabled:
             _say(f"{', '.join(self.disabled)} of open_clip left as they are ({VARIABLE})")
         never = sorted(set(self.waiting) - self.done)
@@ -234,7 +237,7 @@ class ImportHook(MetaPathFinder):
 
 
 def unknown_version(package: str) -> str:
-    """Return a sentence if OpenCLIP is of a version that clipfast does not know, else an empty text."""
+    """Return a warning if the version of OpenCLIP is newer than clipfast knows, else ""."""
     version = str(getattr(importlib.import_module(package), "__version__", "0"))
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers <= NEWEST:
@@ -246,7 +249,7 @@ def unknown_version(package: str) -> str:
 
 
 def _say(text: str) -> None:
-    """Print a line to stderr, on one of the processes that torchrun starts."""
+    """Print a line of ``clipfast.run`` to stderr, on only one of torchrun's processes."""
     if os.environ.get("RANK", "0") == "0":
         print(f"clipfast: {text}", file=sys.stderr, flush=True)
 
@@ -256,13 +259,13 @@ def _leaves(names: Sequence[str]) -> str:
 
 
 def _arguments(kind: type) -> set[str]:
-    """Return the names of all arguments of a module's constructor and of its call."""
+    """Return the names of all arguments of a loss class's constructor and of its ``forward``."""
     methods = (getattr(kind, name) for name in ("__init__", "forward"))
     return {name for method in methods for name in inspect.signature(method).parameters}
 
 
 def _replace_everywhere(theirs: object, ours: object) -> None:
-    """Replace an object in every module of OpenCLIP that is loaded."""
+    """Replace an object in every loaded module of OpenCLIP."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in ("open_clip", "open_clip_train"):
             for attribute in [key for key, value in vars(module).items() if value is theirs]:
@@ -274,24 +277,24 @@ def _is_script(program: str) -> bool:
 
 
 def _module_runner(name: str) -> Callable[[], object]:
-    """Return what runs a module.
+    """Return a function that runs a module as the program, like ``python -m``.
 
     Raises:
-        ValueError: it is an option, or there is no module or package of this name.
+        ValueError: the name is an option, or there is no module or package of this name.
     """
     if name.startswith("-"):
         raise ValueError(f"there is no option {name}: the first argument is a module or a script (see --help)")
-    top = name.partition(".")[0]  # To look for what is in a package would import the package.
+    top = name.partition(".")[0]  # searching inside a package would import it
     if importlib.util.find_spec(top) is None:
         raise ValueError(f"there is no module {top!r} in {os.getcwd()} or sys.path; a script is given as ./{name}")
     return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _script_runner(path: str) -> Callable[[], object]:
-    """Return what runs a script, or a folder or an archive with a ``__main__.py``.
+    """Return a function that runs a script, or a folder or an archive with a ``__main__.py``, as the program.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: the file does not exist.
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no file {path!r}")
@@ -301,14 +304,14 @@ def _script_runner(path: str) -> Callable[[], object]:
 def _run_script(path: str) -> None:
     whole_path = os.path.abspath(path)
     is_source = os.path.isfile(path) and not path.endswith((".pyc", ".pyz", ".zip"))
-    # The first path is the working directory, as for a module. A script has its own folder there, and runpy adds what
-    # is no script.
+    # sys.path[0] is the working directory, as for a module. For a script it must be the script's folder; for a folder
+    # or an archive, runpy adds the entry itself.
     if not sys.flags.safe_path:
         sys.path[:1] = [os.path.dirname(os.path.realpath(path))] if is_source else []
     if not is_source:
         runpy.run_path(whole_path, run_name="__main__")
         return
-    # runpy would give the script another __file__ or another sys.argv[0] than Python does.
+    # runpy is not used for a script, since __file__ or sys.argv[0] would differ from those that Python sets.
     program, loader = ModuleType("__main__"), SourceFileLoader("__main__", whole_path)
     program.__dict__.update(__file__=whole_path, __builtins__=builtins, __loader__=loader)
     sys.modules["__main__"] = program

@@ -1,1 +1,1 @@
-"""The losses as modules, under OpenCLIP's names, and gradients of large batches in small parts."""
+"""The losses as modules under OpenCLIP's names, and exact gradients of large batches by micro-batches."""

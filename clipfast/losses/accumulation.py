@@ -1,6 +1,7 @@
-"""Exact gradients of a large batch in the memory of a small one.
+"""Exact gradients of a large batch in the memory of a micro-batch (GradCache: Gao et al. 2021).
 
-To sum the gradients of the losses of small batches would lose the negatives between them.
+Plain gradient accumulation, which sums the gradients of the micro-batches' losses, would lose the negatives between
+them.
 
 With micro-batches X_k, features F_k = f(X_k; w), scale s and the loss L of all features at once:
 
@@ -8,12 +9,12 @@ With micro-batches X_k, features F_k = f(X_k; w), scale s and the loss L of all 
     loss                         L(F_1, ..., F_n, s),  G_k = dL/dF_k,  dL/ds
     pass 2, one graph at a time  f(X_k; w) again, backward from G_k:  dL/dw = sum_k G_k dF_k/dw
 
-That is the chain rule, so nothing is approximated, provided that pass 2 computes the same features as pass 1. Therefore
-it draws the same random numbers and starts from the same buffers. It costs one more forward pass. Memory holds the
-activations of one micro-batch, and the features and their gradients, [B, D], of the whole batch.
+This is the chain rule, and it is exact if pass 2 computes the same features as pass 1. Therefore pass 2 draws the same
+random numbers and starts from the same buffers. The cost is one more forward pass. Memory holds the activations of one
+micro-batch, and the features and their gradients, [B, D] each, of the whole batch.
 
-What equals what: the loss and its gradients are always those of L(f(X_1), ..., f(X_n)) in one graph. They are those of
-the whole batch, L(f(X)), if f treats every pair on its own:
+The loss and its gradients always equal those of L(f(X_1), ..., f(X_n)) in one graph. They also equal those of the whole
+batch, L(f(X)), if f computes the features of a pair independently of other pairs:
 
     layer normalisation, attention, ...      yes
     BatchNorm in eval mode, or frozen        yes
@@ -23,7 +24,6 @@ the whole batch, L(f(X)), if f treats every pair on its own:
                                              from the same seed a whole batch draws others
 
 Running statistics are updated once per micro-batch, in order, as in one pass over the micro-batches.
-Method: GradCache (Gao et al. 2021).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -43,11 +43,11 @@ def accumulate_gradients(
     model: nn.Module, images: Tensor, texts: Tensor, micro_batch_size: int,
     loss: Callable[..., Tensor] = contrastive_loss, *, loss_scale: Tensor | float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Do what ``loss(*model(images, texts)).backward()`` does, with the activations of one micro-batch at a time.
+    """Compute ``loss(*model(images, texts)).backward()`` with the activations of only one micro-batch at a time.
 
-    Gradients are added to ``.grad``. Afterwards, random number generators and buffers are as one forward pass over the
-    micro-batches would leave them. Call it inside ``torch.autocast`` if the model is to run under autocast; backward
-    passes run outside. If one micro-batch holds the whole batch, that plain expression is computed.
+    Gradients are added to ``.grad``. Afterwards, random number generators and buffers have the state that one forward
+    pass over the micro-batches would leave. Call it inside ``torch.autocast`` if the model is to run under autocast;
+    backward passes run outside. If one micro-batch holds the whole batch, the plain expression above is computed.
 
     ``DistributedDataParallel`` exchanges gradients in the last micro-batch only. The loss may be distributed
     (``distributed_contrastive_loss``, ``ClipLoss``), since it gets all features of this rank at once.
@@ -60,7 +60,7 @@ def accumulate_gradients(
         micro_batch_size: number of pairs in a micro-batch, at least 1; the last micro-batch may be smaller.
         loss: a ``ClipLoss``, a ``SigLipLoss`` or any function that maps the outputs of the model for all B pairs, in
             the order above, to one number. Parameters of the loss get their gradients as well.
-        loss_scale: factor on all gradients, such as that of a ``GradScaler``: ``scaler.scale(torch.ones((), ...))``.
+        loss_scale: a factor for all gradients, such as ``scaler.scale(torch.ones((), ...))`` of a ``GradScaler``.
 
     Returns the loss, without ``loss_scale`` and without a graph.
 
@@ -79,7 +79,7 @@ def accumulate_gradients(
         for part in parts:
             random_states.append(_random_state(devices))
             features.append(_outputs(model(*part)))
-    torch.clear_autocast_cache()  # it holds cast weights of this pass, through which no gradient flows
+    torch.clear_autocast_cache()  # pass 2 must not reuse casts of weights that have no graph
     after = _Buffers(model)
     inputs = _join(features, len(images))
     value = _loss_backward(loss, inputs, loss_scale)
@@ -108,14 +108,14 @@ def largest_micro_batch(
 ) -> int:
     """Find by trying the largest micro-batch size for which :func:`accumulate_gradients` fits into the memory of a GPU.
 
-    It starts at ``start`` and halves the size at each ``torch.cuda.OutOfMemoryError``. Gradients, buffers and random
-    number generators are left as they were. With several processes, call it before ``DistributedDataParallel`` and
-    use the smallest result.
+    The search starts at ``start`` and halves the size at each ``torch.cuda.OutOfMemoryError``. Afterwards, gradients,
+    buffers and random number generators are as before. With several processes, call it before
+    ``DistributedDataParallel``, and use the smallest result.
 
     Args:
         model: the model as it will be trained, under the same autocast.
         images: [B, ...], a whole batch of the largest shape that will occur; values do not matter.
-        texts: [B, ...], likewise.
+        texts: [B, ...], as for ``images``.
         loss: as for :func:`accumulate_gradients`.
         start: the first size to try; the whole batch if it is None.
         reserve: bytes to leave free for what the first step allocates, such as the moments of the optimizer.
@@ -152,7 +152,7 @@ def _fits(model: nn.Module, images: Tensor, texts: Tensor, size: int, loss: Call
             raise
     else:
         return True
-    # Inside the except clause, the exception would still hold the tensors of its frames.
+    # Not inside the except clause, where the exception's traceback still holds the tensors of its frames.
     torch.cuda.empty_cache()
     return False
 
@@ -169,7 +169,7 @@ def _check(images: Tensor, texts: Tensor, size: int) -> None:
 
 
 def _outputs(output: Any) -> tuple[Any, ...]:
-    """Return what a model returned as a tuple (image_features, text_features, logit_scale[, logit_bias])."""
+    """Check a model's outputs; return them as (image_features, text_features, logit_scale[, logit_bias])."""
     found = tuple(output[name] for name in OUTPUTS if name in output) if isinstance(output, Mapping) else output
     if not isinstance(found, (tuple, list)) or len(found) not in (3, 4) or found[2] is None:
         raise TypeError(
@@ -182,7 +182,7 @@ def _outputs(output: Any) -> tuple[Any, ...]:
 
 
 def _join(features: list[tuple[Any, ...]], num_pairs: int) -> tuple[Any, ...]:
-    """Return the inputs of the loss: features of all pairs, scale and bias, as leaves at which gradients stop."""
+    """Join micro-batches into the inputs of the loss (features of all pairs, scale, bias), as leaves of a new graph."""
     images, texts = (torch.cat([outputs[side] for outputs in features]) for side in range(2))
     if len(images) != num_pairs or len(texts) != num_pairs:
         raise ValueError(
@@ -204,9 +204,9 @@ def _loss_backward(loss: Callable[..., Tensor], inputs: tuple[Any, ...], loss_sc
 
 
 def _gradients(inputs: tuple[Any, ...], size: int) -> list[tuple[Tensor | None, ...]]:
-    """Return for each micro-batch the gradients of its outputs.
+    """Return the gradients of each micro-batch's outputs, from the gradients of the loss's inputs.
 
-    Scale and bias have one gradient for the whole batch. The last micro-batch gets it, because that is where
+    Scale and bias have one gradient for the whole batch. The last micro-batch gets it, because there
     ``DistributedDataParallel`` waits for a gradient of every parameter.
     """
     rows = [(torch.zeros_like(x) if x.grad is None else x.grad).split(size) for x in inputs[:2]]
@@ -217,7 +217,7 @@ def _gradients(inputs: tuple[Any, ...], size: int) -> list[tuple[Tensor | None, 
 
 
 def _backward_from(output: Any, gradients: tuple[Tensor | None, ...]) -> None:
-    """Run backward from those outputs of a model that need a gradient and that the loss used."""
+    """Run the backward pass of a micro-batch, from those outputs that require a gradient and that the loss used."""
     pairs = zip(_outputs(output), gradients, strict=True)
     used = [(x, gradient) for x, gradient in pairs if gradient is not None and x.requires_grad]
     if used:
@@ -238,7 +238,7 @@ def _without_exchange(model: nn.Module, *, when: bool) -> AbstractContextManager
 
 
 def _accelerators(model: nn.Module, *tensors: Tensor) -> list[torch.device]:
-    """Return the devices that have their own random number generators, apart from the CPU."""
+    """Return the accelerators of a model and its inputs, whose random number generators must be restored."""
     found = {tensor.device for tensor in (*model.parameters(), *tensors)}
     return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
 
@@ -254,7 +254,7 @@ def _set_random_state(devices: Iterable[torch.device], states: list[Tensor]) -> 
 
 
 class _Buffers:
-    """A copy of a model's buffers, and the tensors that they were."""
+    """A snapshot of a model's buffers: the buffer tensors themselves, and copies of their values."""
 
     def __init__(self, model: nn.Module) -> None:
         self.saved = [
@@ -266,12 +266,12 @@ class _Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write the values back into the same tensors, and those tensors back into the modules."""
+        """Restore the buffers: write the copied values into the original tensors, and put these into the modules."""
         for module, name, buffer, value in self.saved:
             buffer.copy_(value)
             setattr(module, name, buffer)
 
 
 def _is_expanded(buffer: Tensor) -> bool:
-    """Return True if elements share memory: nothing writes to such a tensor, and nothing could restore it."""
+    """Return True for an expanded buffer, whose elements share memory: it can be neither written nor restored."""
     return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))

@@ -13,12 +13,12 @@ from ..kernels.contrastive.exchange import check_ranks, gather_equal
 
 
 class RankLoss(nn.Module):
-    """The part that OpenCLIP's losses have in common: options about ranks, and the form of the result.
+    """The base class of the losses: options about ranks, and the form of the result.
 
     Args:
         rank: rank of this process in the default process group.
-        world_size: number of processes; with one, or with 0 as some of OpenCLIP's callers say, nothing is exchanged.
-        cache_labels: see the subclass.
+        world_size: number of processes. With 1, or with 0 as some of OpenCLIP's callers pass, nothing is exchanged.
+        cache_labels: its effect depends on the subclass.
     """
 
     def __init__(self, rank: int, world_size: int, *, cache_labels: bool) -> None:
@@ -38,14 +38,14 @@ class RankLoss(nn.Module):
         Args:
             image_features: [b, D], float32, float16 or bfloat16.
             text_features: [b, D], the same dtype; row i belongs to row i of ``image_features``.
-            logit_scale: factor on the cosine similarities, one element: a number, or a tensor of shape [] or [1], as
-                FSDP makes it. Its gradient has its shape.
-            logit_bias: what is added to every logit, likewise; None adds nothing.
+            logit_scale: factor on the cosine similarities, one element: a number, or a tensor of shape [] or, as FSDP
+                needs it, [1]. Its gradient has the same shape.
+            logit_bias: the bias of every logit, in the same form; None adds nothing.
             output_dict: return ``{"contrastive_loss": loss}`` instead of the loss, a scalar.
 
         Raises:
             ValueError, TypeError: if shapes, devices or dtypes do not fit together, or if rank or number of processes
-                are not those of the default process group.
+                differ from the default process group.
             RuntimeError: if there are several processes and ``torch.distributed`` is not initialised.
         """
         self._check_ranks()
@@ -53,7 +53,7 @@ class RankLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _of_rank(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
-        """Compute this rank's loss of its pairs, with the features of other ranks where the loss takes them."""
+        """Compute the loss of this rank, with features of other ranks if the subclass uses them."""
         raise NotImplementedError
 
     def _check_ranks(self) -> None:
@@ -64,7 +64,7 @@ class RankLoss(nn.Module):
 def logits_of(
     features: Tensor, partners: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
 ) -> Tensor:
-    """Return the logits [N, M] of ``features`` [N, D] and ``partners`` [M, D], which the losses never hold."""
+    """Return the logits [N, M] of ``features`` [N, D] and ``partners`` [M, D], which the losses never form."""
     logits = logit_scale * features @ partners.T
     return logits if logit_bias is None else logits + logit_bias
 
@@ -72,9 +72,10 @@ def logits_of(
 class ClipLoss(RankLoss):
     """A drop-in for ``open_clip.ClipLoss`` (3.3.0 and main) that never holds the matrix of logits.
 
-    With several ranks it gathers features over the default process group; as with OpenCLIP's, every rank must hold as
-    many pairs as the others. ``logit_bias`` changes nothing, because no softmax depends on it, and its gradient is
-    zero. With b of N pairs per rank, W ranks, L the loss of all pairs and L_r the loss of the pairs of rank r:
+    With several ranks it gathers features over the default process group; as in OpenCLIP, every rank must hold the same
+    number of pairs. ``logit_bias`` does not change the loss, because no softmax depends on it, and its gradient is
+    zero.
+    With b of N pairs per rank, W ranks, L the loss of all pairs and L_r the loss of the pairs of rank r:
 
         local_loss  gather_with_grad  value  gradient of own features                gradient of logit_scale
         False       False             L      dL                                      dL
@@ -83,8 +84,9 @@ class ClipLoss(RankLoss):
         True        False             L_r    dL_r, but not through own features      dL_r
                                              as partners of other features
 
-    In the third row, a single rank differs from OpenCLIP, but the mean over ranks that DistributedDataParallel takes
-    does not. Where gradients cross ranks, they are OpenCLIP's if the gradient of the loss is the same on every rank.
+    In the third row, the gradient on a single rank differs from OpenCLIP, but the mean over ranks, which
+    DistributedDataParallel takes, is the same. Gradients that cross ranks equal OpenCLIP's if the gradient of the loss
+    is the same on every rank.
 
     Args:
         local_loss: compute the loss of this rank's pairs, not of all pairs.
@@ -138,7 +140,7 @@ class ClipLoss(RankLoss):
         )
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
-        """Return for each row of the logits the column of its pair."""
+        """Return the labels of the softmax: for each row of the logits the column of its pair."""
         if self.prev_num_logits == num_logits and device in self.labels:
             return self.labels[device]
         first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
@@ -162,17 +164,19 @@ class ClipLoss(RankLoss):
                 raise ValueError(
                     f"{type(self).__name__}: logit_bias must have one element, got shape {tuple(bias.shape)}"
                 )
-            # DistributedDataParallel waits for a gradient of every parameter, so this one must be zero and not None.
+            # DistributedDataParallel waits for a gradient of every parameter, and so this one must be zero, and not
+            # None.
             loss = loss + 0.0 * bias.sum()
         return loss
 
     def _is_small(self, image: Tensor, text: Tensor) -> bool:
-        """Return True if collecting all features costs less than exchanging sums and gradients: few pairs on a CPU."""
+        """Return True if gathering all features is cheaper than exchanging sums and gradients: few pairs on a CPU."""
         return image.shape == text.shape and suits_whole(image, text, image.dtype, self.world_size)
 
     def _distributed_loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
         if not (self.local_loss or self.gather_with_grad) and isinstance(scale, Tensor) and scale.requires_grad:
-            # _Mean passes 1/W of the gradient on. Features get it back as a sum over the W ranks, the scale does not.
+            # _Mean passes on 1/W of the gradient. For features, the sum over W ranks makes up for it; for the scale
+            # nothing does.
             scale = scale.view_as(scale)
             scale.register_hook(lambda grad: grad * self.world_size)
         loss = distributed_contrastive_loss(image, text, scale, sizes=[len(image)] * self.world_size)
@@ -183,7 +187,7 @@ class ClipLoss(RankLoss):
         return loss if self.local_loss else _Mean.apply(loss, self.gather_with_grad)  # type: ignore[no-untyped-call]
 
     def _among_all(self, features: Tensor, partners: Tensor, scale: Tensor | float) -> Tensor:
-        """Compute the loss of own features among the partners of all ranks, through which no gradient flows."""
+        """Compute the loss of this rank's features among the partners of all ranks, which get no gradient."""
         gathered = gather_equal(partners.detach(), None)
         others = torch.cat([gathered[: self.rank], gathered[self.rank + 1 :]]).flatten(0, 1)
         return info_nce_loss(features, partners.detach(), scale, negatives=others)
@@ -198,12 +202,12 @@ class ClipLoss(RankLoss):
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Return the mean of a scalar over ranks, from all of which gradients flow back."""
+    """Return the mean of a loss over ranks; gradients flow back from the means of all ranks."""
     return _Mean.apply(value, True)  # type: ignore[no-untyped-call]
 
 
 class _Mean(torch.autograd.Function):
-    """Mean of a value over ranks; backward, the gradient flows from the means of all ranks, or from this rank's."""
+    """The mean of a loss over ranks. Its gradient comes from the means of all ranks, or only from this rank's mean."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, from_all: bool) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .clip_loss import ClipLoss
 
-_IGNORED = -100  # the label that does not count
+_IGNORED = -100  # tokens with this label do not count
 _COMPUTE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
     "": None, "model": None, None: None, "float32": torch.float32, "fp32": torch.float32, torch.float32: torch.float32,
 }  # fmt: skip
@@ -14,16 +14,18 @@ _COMPUTE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
 class CoCaLoss(ClipLoss):
     """A drop-in for ``open_clip.CoCaLoss`` (3.3.0 to 4.2.1) that never holds the N x N logits of the contrastive loss.
 
-    The cross-entropy of the captions is PyTorch's, since their logits are given, or the model's.
+    The cross-entropy of the captions is computed by PyTorch from given logits, or has been computed by the model.
 
     Args:
         caption_loss_weight: factor on the loss of the captions.
-        clip_loss_weight: factor on the contrastive loss, which is not computed if it is 0.
-        pad_id: the token that does not count in captions, beside labels of -100; None if only those do not.
+        clip_loss_weight: factor on the contrastive loss; with 0 that loss is not computed.
+        pad_id: the id of the padding token, which does not count in captions; labels of -100 never count. None if there
+            is no padding token.
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as for :class:`ClipLoss`.
-        z_loss_weight: factor on the mean square of the captions' logsumexp, from OpenCLIP 4 on.
-        compute_dtype: from OpenCLIP 4 on: torch.float32 or its name, to which logits are cast, or "model" for their
-            own. With it, the returned dict also has the parts of the captions' loss, detached, as there.
+        z_loss_weight: factor on the mean square of the captions' logsumexp; OpenCLIP has it from version 4 on.
+        compute_dtype: the dtype to which logits are cast, torch.float32 or its name, or "model" to keep theirs;
+            OpenCLIP has it from version 4 on. If it is given, the returned dict also has the detached parts of the
+            captions' loss.
 
     Raises:
         ValueError: if ``use_horovod`` is True, ``z_loss_weight`` negative, or ``compute_dtype`` unknown.
@@ -65,7 +67,7 @@ class CoCaLoss(ClipLoss):
         caption_loss_ce: Tensor | None = None,
         caption_loss_z: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """Compute both losses, each times its weight.
+        """Compute the contrastive loss and the loss of the captions, each times its weight.
 
         Args:
             image_features, text_features, logit_scale: as for :class:`ClipLoss`.
@@ -101,14 +103,14 @@ class CoCaLoss(ClipLoss):
         return {"contrastive_loss": contrastive, "caption_loss": caption, **given}
 
     def _of_captions(self, logits: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the cross-entropy of the captions, and the mean square of their logsumexp if it has a weight."""
+        """Return the cross-entropy of the captions, and the mean square of their logsumexp if ``z_loss_weight``."""
         if logits is None or labels is None:
             raise ValueError("CoCaLoss: give logits and labels, or caption_loss_ce")
         if self.pad_id is not None:
             labels = labels.masked_fill(labels == self.pad_id, _IGNORED)
         if self.compute_dtype is not None:
             logits = logits.to(self.compute_dtype)
-        entropy: Tensor = self.caption_loss(logits.transpose(1, 2), labels)  # PyTorch wants classes before tokens
+        entropy: Tensor = self.caption_loss(logits.transpose(1, 2), labels)  # PyTorch expects classes in dimension 1
         if not self.z_loss_weight:
             return entropy, None
         counts = labels != _IGNORED

@@ -7,9 +7,9 @@ With student features x, y and scale s, teacher features u, v and scale t, S = s
     G = P_S - P_T + Q_S - Q_T, for M = N                          dL/dx = s/2N G y    dL/dy = s/2N G^T x
     dL/ds = 1/2N sum_i (G y)_i . x_i
 
-The contrastive loss runs on the kernels. The cross-entropy with the teacher is plain PyTorch on every device: it walks
-down strips of rows, which hold all that a row needs, and carries maximum and sums of the columns from strip to strip.
-The backward pass computes the logits again. Memory: a few strips of logits beyond features and their gradients, never
+The contrastive loss runs on the kernels. The cross-entropy with the teacher is plain PyTorch on every device. It goes
+through strips of rows: a strip has complete rows, and maximum and sums of the columns are carried from strip to strip.
+The backward pass recomputes the logits. Memory: a few strips of logits besides features and their gradients, never
 N x N. FLOPs: 4 N^2 D forward and 8 N^2 D backward, in float32 (float64 for float64 features). Over several ranks, each
 takes its b images among all texts and its b texts among all images: 8 b N D and 16 b N D.
 """
@@ -31,14 +31,14 @@ from ..kernels.dtypes import accumulate_dtype, autocast_dtype
 from .clip_loss import ClipLoss
 
 OP = "DistillClipLoss"
-# Logits of a strip: some five matrices of this size are held at once, which should stay in the cache of a CPU, and be
-# large enough to fill a GPU. Products with fewer rows than that would be slow.
+# The number of logits in a strip, and the least number of rows. About five matrices of this size are in memory at once,
+# which should stay in the cache of a CPU, and be large enough to fill a GPU. Products with fewer rows would be slow.
 STRIP_LOGITS = {"cpu": 2**20, "cuda": 2**24}
 LEAST_ROWS = 64
 
 
 class Logits(NamedTuple):
-    """Factors of a matrix of logits that is never held as a whole: scale * rows @ cols.T."""
+    """A matrix of logits by its factors, scale * rows @ cols.T; it is never in memory as a whole."""
 
     rows: Tensor  # [M, D]
     cols: Tensor  # [N, D]
@@ -50,13 +50,13 @@ class Logits(NamedTuple):
 
 
 class Columns:
-    """Maximum and sum of the powers of each column of logits, [N] each, gathered strip by strip."""
+    """The log-sum-exp state of each column of logits: maximum and sum of exponentials, [N] each, updated per strip."""
 
     def __init__(self, cols: Tensor) -> None:
         self.maximum, self.sum = cols.new_full(cols.shape[:1], -torch.inf), cols.new_zeros(cols.shape[:1])
 
     def add(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a strip [rows, N]. Return its powers, and the factor [N] by which earlier sums of powers shrink."""
+        """Add a strip [rows, N]. Return its exponentials, and the factor [N] that rescales earlier sums of them."""
         before, self.maximum = self.maximum, torch.maximum(self.maximum, logits.amax(0))
         powers, factor = (logits - self.maximum).exp_(), (before - self.maximum).exp_()
         self.sum = self.sum * factor + powers.sum(0)
@@ -73,12 +73,12 @@ def _strips(logits: Logits) -> Iterator[slice]:
 class Options(NamedTuple):
     """The arguments of the cross-entropy that are not tensors."""
 
-    both: bool  # L at the top of this file; otherwise L_row alone, and M may differ from N
+    both: bool  # True computes L of the equations above; False computes only L_row, where M may differ from N
     student_dtype: torch.dtype  # the features are rounded to it, as autocast would round the operands of a product
     teacher_dtype: torch.dtype
 
     def logits(self, x: Tensor, y: Tensor, s: Tensor, u: Tensor, v: Tensor, t: Tensor) -> tuple[Logits, Logits]:
-        """Return the logits of student and teacher, whose factors are in the dtype that they are multiplied in."""
+        """Return the logits of student and teacher, with factors in the dtype of the matrix product."""
         dtype = torch.promote_types(*map(accumulate_dtype, (self.student_dtype, self.teacher_dtype)))
         x, y = (side.to(self.student_dtype).to(dtype) for side in (x, y))
         u, v = (side.to(self.teacher_dtype).to(dtype) for side in (u, v))
@@ -96,8 +96,9 @@ class _CrossEntropy(torch.autograd.Function):
         student, teacher = options.logits(x, y, s, u, v, t)
         total = student.scale.new_zeros(())
         of_student, of_teacher = Columns(student.cols), Columns(teacher.cols)
-        # Column j needs the mean of S_ij over i, weighted by the teacher. Logits of 100 would leave few digits for a
-        # difference of 0.01 between that and the column's log sum, so both are taken relative to the pair's logit.
+        # Column j needs the mean of S_ij over i, weighted by the teacher, minus the column's log sum. With logits of
+        # 100 and a difference of 0.01, few digits would remain, and so both are computed relative to the logit of the
+        # pair.
         weighted = torch.zeros_like(of_student.sum)
         pair = student.scale * torch.linalg.vecdot(student.rows, student.cols) if options.both else weighted
         for strip in _strips(student):
@@ -123,7 +124,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """The gradients of :class:`_CrossEntropy`, as a function whose own derivative is an error instead of missing."""
+    """The gradients of :class:`_CrossEntropy`, as a function of its own, so a second derivative raises an error."""
 
     @staticmethod
     @outside_autocast
@@ -169,13 +170,13 @@ def _cross_entropy(student: Logits, teacher: Logits, *, both: bool) -> Tensor:
 class DistillClipLoss(ClipLoss):
     """A drop-in for ``open_clip.DistillClipLoss`` (3.3.0 and main) that never holds a matrix of logits.
 
-    The arguments of the constructor are those of :class:`ClipLoss`, and so are value and gradients of the contrastive
-    loss. Those of the distillation loss are OpenCLIP's in all four combinations of ``local_loss`` and
+    The arguments of the constructor, and value and gradients of the contrastive loss, are those of :class:`ClipLoss`.
+    Value and gradients of the distillation loss equal OpenCLIP's in all four combinations of ``local_loss`` and
     ``gather_with_grad``, if the gradient of the loss is the same on every rank. No gradient flows to the teacher.
     """
 
     def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        """Return the mean over rows of the cross-entropy of logits [N, M] against the softmax of a teacher's."""
+        """Return the mean over rows of the cross-entropy of logits [N, M] against the softmax of a teacher's logits."""
         return F.cross_entropy(student_logits, teacher_logits.softmax(1))
 
     def forward(  # type: ignore[override]  # OpenCLIP's call, which has no bias
@@ -188,7 +189,7 @@ class DistillClipLoss(ClipLoss):
         dist_logit_scale: Tensor | float,
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """Compute both losses of normalised features.
+        """Compute the contrastive loss and the distillation loss of normalised features.
 
         Args:
             image_features, text_features, logit_scale: the student's, as for :class:`ClipLoss`.
@@ -222,8 +223,8 @@ class DistillClipLoss(ClipLoss):
     def _distillation(self, student: Logits, teacher: Logits) -> Tensor:
         if self.world_size <= 1:
             return _cross_entropy(student, teacher, both=True)
-        # Each rank takes its own rows of both directions, among the columns of all ranks: the mean over ranks is the
-        # loss of all rows, which OpenCLIP computes on every rank if not ``local_loss``.
+        # Each rank computes its own rows of both directions, with the columns of all ranks. The mean over ranks is the
+        # loss of all rows, which OpenCLIP computes on every rank without ``local_loss``.
         student = student._replace(scale=self._scale_of_ranks(student.scale))
         is_constant = self.local_loss and not self.gather_with_grad
         images, texts = (self._of_all(side, constant=is_constant) for side in student[:2])
@@ -235,24 +236,24 @@ class DistillClipLoss(ClipLoss):
         return self._over_ranks((of_images + of_texts) / 2)
 
     def _scale_of_ranks(self, scale: Tensor) -> Tensor:
-        """Return the scale, whose gradient is the same on every rank, unless each has the loss of its own pairs."""
+        """Return the scale with a gradient that is averaged over ranks, unless each rank has its own loss."""
         if self.local_loss or not scale.requires_grad:
             return scale
         # Each rank has the gradient of its own rows. Without ``gather_with_grad``, the mean of the losses over ranks
-        # passes 1/W of the gradient on, and features get it back as a sum over ranks.
+        # passes on 1/W of the gradient; for features, the sum over ranks makes up for it.
         factor = 1 if self.gather_with_grad else self.world_size
         return _MeanGradient.apply(scale, factor)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _of_all(features: Tensor, *, constant: bool) -> Tensor:
-        """Collect the features [b, D] of every rank into [N, D]; gradients flow back unless it is ``constant``."""
+        """Gather the features [b, D] of every rank into [N, D]; gradients flow back unless ``constant``."""
         if constant:
             return gather_equal(features.detach(), None).flatten(0, 1)
         return torch.cat(all_gather(features.contiguous()))
 
 
 class _MeanGradient(torch.autograd.Function):
-    """The number itself; its gradient is the mean over ranks, times a factor."""
+    """The identity of a scalar, whose gradient is averaged over ranks and multiplied by a factor."""
 
     @staticmethod
     def forward(ctx: Any, number: Tensor, factor: float) -> Tensor:
@@ -268,10 +269,10 @@ class _MeanGradient(torch.autograd.Function):
 
 
 def _check_teacher(student: Logits, teacher: Logits) -> None:
-    """Refuse a teacher with another number of rows, on another device, or one that needs a gradient.
+    """Refuse teacher features with another number of rows, on another device, or that require a gradient.
 
     Raises:
-        ValueError: any of these.
+        ValueError: as above.
     """
     if len(teacher.rows) != len(student.rows) or teacher.rows.device != student.rows.device:
         raise ValueError(

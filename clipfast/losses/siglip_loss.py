@@ -16,20 +16,20 @@ DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
 class SigLipLoss(RankLoss):
-    """The sigmoid loss of Zhai et al. 2023, in one process or in several that each hold a part of the batch.
+    """The sigmoid loss (Zhai et al. 2023), in one process or in several, each with a part of the batch.
 
-    Each process computes the loss of its images with all texts, divided by the number of its images. Gradients of the
-    texts are sums over processes, as OpenCLIP's are, and data parallelism averages those of parameters. All processes
-    must hold equally many pairs.
+    Each process computes the loss of its images with all texts, divided by the number of its images. As in OpenCLIP,
+    the gradients of the texts are summed over processes; data parallelism then averages the gradients of parameters.
+    All processes must hold the same number of pairs.
 
     Args:
-        cache_labels: is accepted because OpenCLIP has it; there are no labels to keep.
+        cache_labels: accepted because OpenCLIP has it; it changes nothing.
         rank, world_size: as for :class:`RankLoss`.
-        dist_impl: how texts reach the other processes. "bidir" (the default) and "shift" pass them to the neighbours,
-            in both directions or in one, and compute the loss with the texts of one process at a time. "gather"
-            collects all texts first and computes the loss in one call, and so does "reduce", with OpenCLIP's result.
-        chunk_size: is accepted because OpenCLIP's main branch has it, for the number of rows of logits that it holds at
-            once. The blocks of the kernels are smaller, so it changes nothing.
+        dist_impl: how texts reach the other processes. "bidir" (the default) and "shift" pass them around a ring, in
+            both directions or in one, and compute the loss with the texts of one process at a time. "gather" and
+            "reduce" gather all texts first and compute the loss in one call; the result equals OpenCLIP's.
+        chunk_size: accepted because OpenCLIP's main branch has it, for the number of rows of logits in memory at once.
+            It changes nothing, since the blocks of the kernels are smaller.
 
     Raises:
         ValueError: if ``dist_impl`` is unknown or ``rank`` is not below a ``world_size`` of several.
@@ -54,7 +54,7 @@ class SigLipLoss(RankLoss):
     def get_ground_truth(
         self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
     ) -> Tensor:
-        """Return labels [num_logits, num_logits]: 1 for pairs and -1 for all others."""
+        """Return the labels of the sigmoid loss [num_logits, num_logits]: 1 for pairs and -1 for all others."""
         labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
         return labels if negative_only else labels.fill_diagonal_(1)
 
@@ -65,7 +65,7 @@ class SigLipLoss(RankLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
-        """Return the logits [N, M]."""
+        """Return the logits [N, M] of the sigmoid loss."""
         return logits_of(image_features, text_features, logit_scale, logit_bias)
 
     def _loss(
@@ -76,12 +76,13 @@ class SigLipLoss(RankLoss):
         logit_bias: Tensor | float | None = None,
         negative_only: bool = False,
     ) -> Tensor:
-        """Compute the loss of images [N, D] with the texts [N, D] of one rank; with ``negative_only``, without pairs.
+        """Compute the sigmoid loss of images [N, D] and the texts [N, D] of one rank; ``negative_only`` means no pairs.
 
-        It has the name and the arguments that OpenCLIP's subclasses and tests know.
+        Its name and arguments are those of OpenCLIP, since subclasses of OpenCLIP's loss and tests call it.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        # Past the last text nothing is a pair. An offset of 0 would make pairs, so it is 1 where there are no texts.
+        # With an offset past the last text, no image has a pair. It is at least 1, since an offset of 0 would make
+        # pairs.
         offset = max(len(text_features), 1) if negative_only else 0
         return sigmoid_loss(image_features, text_features, logit_scale, bias, offset=offset)
 
@@ -98,7 +99,7 @@ class SigLipLoss(RankLoss):
         return loss
 
     def _texts_of_others(self, text: Tensor) -> Iterator[Tensor]:
-        """Yield the texts of each other process once."""
+        """Yield the text features of each other process once, as they arrive through the ring."""
         ranks = Ranks(None, self.rank, (len(text),) * self.world_size)
         others = self.world_size - 1
         steps = (1, -1) if self.dist_impl == "bidir" else (1,)
@@ -106,7 +107,7 @@ class SigLipLoss(RankLoss):
         for _ in range(others // len(steps)):
             passed = _exchange(ranks, steps, *passed)
             yield from passed
-        if others % len(steps):  # The last texts would arrive from both directions.
+        if others % len(steps):  # With an odd number of others, the last texts would arrive from both directions.
             yield from _exchange(ranks, steps[:1], passed[0])
 
 
@@ -116,13 +117,13 @@ def _exchange(ranks: Ranks, steps: tuple[int, ...], *tensors: Tensor) -> tuple[T
 
 
 class _Exchange(torch.autograd.Function):
-    """Pass each tensor as many ranks on in the ring as ``steps`` says; their gradients come back the same way."""
+    """Send each tensor around the ring of ranks by a number of ``steps``; its gradient takes the same way back."""
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.ranks, ctx.steps = ranks, steps
         received = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-        # One batch of operations, so that both directions are under way at once.
+        # One batch of operations: both directions transfer at the same time.
         operations = [
             operation
             for step, sent, place in zip(steps, tensors, received, strict=True)

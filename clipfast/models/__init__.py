@@ -1,4 +1,4 @@
-"""The CLIP layer: towers that call the kernels, in the layout of the published checkpoints."""
+"""CLIP and SigLIP models whose towers call the kernels, with the parameter names of the published checkpoints."""
 
 from .clip import CLIP, CLIPOutput
 from .dense import dense_features
@@ -15,7 +15,7 @@ __all__ = [
 
 
 def build(config: CLIPConfig, *, output_dict: bool = False) -> CLIP:
-    """Return a new model of ``config``: a :class:`SigLIP` if that is a :class:`SigLIPConfig`, otherwise a CLIP."""
+    """Build a model with random weights: a :class:`SigLIP` from a :class:`SigLIPConfig`, otherwise a :class:`CLIP`."""
     if isinstance(config, SigLIPConfig):
         return SigLIP(config, output_dict=output_dict)
     return CLIP(config, output_dict=output_dict)

@@ -10,7 +10,7 @@ from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .images import DEFAULT_RATIO, make_transform
 
 _KNOWN = ("scale", "ratio", "color_jitter", "color_jitter_prob", "gray_scale_prob")
-# OpenCLIP hands these to timm.
+# OpenCLIP passes these settings on to timm.
 _TIMM_ONLY = ("re_prob", "re_count", "use_timm", "naflex")
 
 
@@ -31,9 +31,9 @@ def image_transform(
     Args:
         image_size: side of the square result, in pixels.
         is_train: take a random crop and resize it, bicubically; otherwise images are resized as ``resize_mode`` says.
-        mean, std: of each channel, or one number for all; default: OpenAI's.
+        mean, std: the mean and standard deviation of each channel, or one number for all; default: OpenAI's.
         resize_mode: "shortest" (the default) resizes the shorter side and crops the centre, "longest" resizes the
-            longer side and fills up with black, "squash" resizes both sides; in evaluation only.
+            longer side and pads with black, "squash" resizes both sides; in evaluation only.
         interpolation: "bicubic" (the default) or "bilinear", in evaluation only; "random" is bicubic.
         fill_color: must be 0.
         aug_cfg: augmentations in training (:func:`training_options`).
@@ -62,7 +62,7 @@ def image_transform(
 
 
 def training_options(aug_cfg: Mapping[str, Any] | object | None) -> dict[str, Any]:
-    """Return the arguments of :func:`clipfast.models.images.make_transform` that an ``aug_cfg`` of OpenCLIP stands for.
+    """Translate OpenCLIP's ``aug_cfg`` into arguments of :func:`clipfast.models.images.make_transform`.
 
     Args:
         aug_cfg: settings by name, or OpenCLIP's ``AugmentationCfg``. ``scale`` and ``ratio`` are ranges of the random
@@ -71,7 +71,7 @@ def training_options(aug_cfg: Mapping[str, Any] | object | None) -> dict[str, An
             their colour. None is OpenCLIP's default: crops of 0.9 to 1 of the area.
 
     Raises:
-        ValueError: a setting is unknown, has no such value, or is one that OpenCLIP hands to timm.
+        ValueError: a setting is unknown, has an invalid value, or is one that OpenCLIP passes on to timm.
     """
     raw: Any = aug_cfg or {}
     if dataclasses.is_dataclass(raw) and not isinstance(raw, type):

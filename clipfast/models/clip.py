@@ -20,7 +20,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class CLIPOutput(NamedTuple):
-    """The input of a loss: features of unit length, and the factor on their cosine similarities."""
+    """The output of a CLIP model, for the loss: features of unit length, and the factor of their similarities."""
 
     image_features: Tensor | None  # [B, embed_dim]
     text_features: Tensor | None  # [B, embed_dim]
@@ -52,7 +52,7 @@ class CLIP(nn.Module):
         self.ln_final = LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
-        self.logit_bias: Tensor | None = None  # as OpenCLIP's models without one say it
+        self.logit_bias: Tensor | None = None  # OpenCLIP's models without a bias have this attribute too
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=text.width**-0.5)
@@ -69,7 +69,7 @@ class CLIP(nn.Module):
             [B, embed_dim].
 
         Raises:
-            TypeError, ValueError: ``image`` is not such a tensor.
+            TypeError, ValueError: ``image`` is not a tensor of this shape and dtype.
         """
         if not isinstance(image, Tensor):
             raise TypeError(f"encode_image: image must be a tensor [B, 3, H, W], got a {type(image).__name__}")
@@ -109,13 +109,13 @@ class CLIP(nn.Module):
         return lowered(x, self.text_projection)
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of all pairs.
+        """Return the logits of all pairs of images and texts.
 
         Args:
             image, text: as for :meth:`encode_image` and :meth:`encode_text`, B images and T texts.
 
         Returns:
-            ``(image_logits, text_logits)``: [B, T], and the same transposed.
+            ``(image_logits, text_logits)``: [B, T], and its transpose.
         """
         features = (self.encode_image(image, normalize=True), self.encode_text(text, normalize=True))
         logits = pair_logits(*features, self.logit_scale.exp(), self.logit_bias)
@@ -141,23 +141,24 @@ class CLIP(nn.Module):
         """Return the outputs of blocks, beside the features, as OpenCLIP's method of this name does.
 
         Args:
-            image, text: as for :meth:`encode_image` and :meth:`encode_text`; what is None is left out.
-            image_indices, text_indices: which blocks: the last so many if it is a number, those that are listed
-                (negative ones from the end), or all. A ResNet's are its stem and its four stages.
-            stop_early: leave out the image blocks after the last one that is returned; a vision transformer's features
-                are then those of that block.
+            image, text: as for :meth:`encode_image` and :meth:`encode_text`; either may be None.
+            image_indices, text_indices: the blocks: a number n for the last n, a list of indices (negative ones count
+                from the end), or None for all. A ResNet's blocks are its stem and its four stages.
+            stop_early: do not run the image blocks after the last one that is returned; a vision transformer's features
+                are then computed from that block.
             normalize: divide the features by their length.
             normalize_intermediates: apply the tower's last norm to the output of every block.
             intermediates_only: leave out the features and the logits.
             image_output_fmt: "NCHW" for [B, width, h, w], "NLC" for [B, h * w, width].
-            image_output_extra_tokens: return the class token of every image block too.
+            image_output_extra_tokens: also return the class token of every image block.
             text_output_fmt, text_output_extra_tokens: change nothing, as in OpenCLIP: texts are [B, L, width].
             output_logits: return the logits of all pairs.
             output_logit_scale_bias: return exp(logit_scale), and the bias of the logits if there is one.
 
         Returns:
-            Of ``image_intermediates``, ``image_intermediates_prefix``, ``image_features``, ``text_intermediates``,
-            ``text_features``, ``image_logits``, ``text_logits``, ``logit_scale`` and ``logit_bias`` what was asked for.
+            A dict with those of ``image_intermediates``, ``image_intermediates_prefix``, ``image_features``,
+            ``text_intermediates``, ``text_features``, ``image_logits``, ``text_logits``, ``logit_scale`` and
+            ``logit_bias`` that the arguments select.
 
         Raises:
             ValueError: an index or a format is unknown, or logits are asked for without images or texts.
@@ -183,9 +184,10 @@ class CLIP(nn.Module):
         """Make the parameters of the image tower constant (LiT: Zhai et al. 2022).
 
         Args:
-            unlocked_groups: how many groups stay trainable, counted from the output: the projection (or the attention
-                pooling of a ResNet or of SigLIP), then the blocks (or stages), then the embedding (or stem).
-            freeze_bn_stats: let BatchNorm always use the statistics that it has, in the groups that are locked.
+            unlocked_groups: the number of groups that stay trainable, counted from the output: the projection (or the
+                attention pooling of a ResNet or of SigLIP), then the blocks (or stages), then the embedding (or stem).
+            freeze_bn_stats: let BatchNorm in the locked groups always use its running statistics, and never update
+                them.
         """
         self.visual.lock(unlocked_groups, freeze_bn_stats)
 
@@ -193,8 +195,8 @@ class CLIP(nn.Module):
         """Make the parameters of the text tower constant.
 
         Args:
-            unlocked_layers: how many groups stay trainable, counted from the output: the projection, then the blocks,
-                then the embedding.
+            unlocked_layers: the number of groups that stay trainable, counted from the output: the projection, then the
+                blocks, then the embedding.
             freeze_layer_norm: must be True, as in OpenCLIP: norms are frozen with their block.
 
         Raises:
@@ -205,12 +207,12 @@ class CLIP(nn.Module):
         freeze(groups_of_text(self), unlocked_layers)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay should leave, besides those of one dimension."""
+        """Return the names of the parameters without weight decay, apart from parameters of one dimension."""
         names: Any = getattr(self.visual, "no_weight_decay", set)()
         return {"positional_embedding", *(f"visual.{name}" for name in names)}
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> CLIPOutput | dict[str, Tensor | None]:
-        """Return normalised features of the inputs that are given, and exp(logit_scale); a dict if ``output_dict``."""
+        """Return normalised features of the given images and texts, and exp(logit_scale); a dict if ``output_dict``."""
         output = CLIPOutput(
             None if image is None else self.encode_image(image, normalize=True),
             None if text is None else self.encode_text(text, normalize=True),
@@ -227,13 +229,13 @@ class CLIP(nn.Module):
         """Recompute transformer blocks in the backward pass instead of keeping their activations.
 
         Args:
-            enable: False keeps the activations, as a new model does.
-            impl: "inline", of OpenCLIP's two.
-            selective: recompute norms and activation functions only, and keep the results of matrix products and
-                attention. It saves less memory, and costs hardly any time.
+            enable: False keeps the activations, which is the default of a new model.
+            impl: must be "inline"; OpenCLIP has another implementation too.
+            selective: recompute only norms and activation functions, and keep the results of matrix products and
+                attention. This saves less memory, and costs hardly any time.
 
         Raises:
-            ValueError: ``impl`` is another one.
+            ValueError: ``impl`` is not "inline".
         """
         if impl != "inline":
             raise ValueError(f"set_grad_checkpointing: impl must be 'inline', got {impl!r}")

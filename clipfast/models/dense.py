@@ -1,7 +1,8 @@
-"""Features of patches in the space of texts, from models that were trained to give one feature for an image.
+"""Dense features: a feature of each patch in the embedding space of texts, from models trained on whole images.
 
-The pooling at the end of an image tower is attention by one query. What it averages, the values, goes through the same
-layers as the average, and so each value is a feature of its patch (MaskCLIP: Zhou et al. 2022).
+The pooling at the end of an image tower is attention with one query, which averages the values of the patches. The
+layers after the average can be applied to each value too, and the result is a feature of its patch (MaskCLIP: Zhou et
+al. 2022).
 """
 
 from typing import Any
@@ -18,24 +19,25 @@ KINDS = ("values", "tokens")
 
 
 def dense_features(model: CLIP, images: Tensor, features: str = "values") -> Tensor:
-    """Compute a feature of each patch, to be compared with features of texts.
+    """Compute dense features: one for each patch, which can be compared with features of texts.
 
-    Of a vision transformer, "values" are what the last block's attention would average, after its output projection,
-    and neither the rest of that block nor its input are added. "tokens" are the outputs of the last block. Of a ResNet,
-    the values are those of its attention pooling, without positions as in MaskCLIP, and of SigLIP those of its pooling
-    with the layers after it.
+    For a vision transformer, "values" are the values of the last block's attention after its output projection, without
+    the residual stream and the MLP of that block; "tokens" are the outputs of the last block. For a ResNet, "values"
+    are the values of its attention pooling, without positions as in MaskCLIP. For SigLIP, they are the values of its
+    attention pooling, followed by the layers after it.
 
     Args:
-        model: one of clipfast, in evaluation mode if it drops patches in training.
+        model: a model of clipfast, in evaluation mode if it drops patches in training.
         images: [B, 3, H, W], as for ``encode_image``.
         features: "values", or for a CLIP vision transformer "tokens".
 
     Returns:
-        [B, h, w, embed_dim], not of unit length, for h rows of w patches; a ResNet's have 32 pixels a side.
+        [B, h, w, embed_dim], not of unit length, for h rows of w patches. A ResNet's patches are 32 pixels wide and
+        high.
 
     Raises:
-        TypeError: the model is none of clipfast.
-        ValueError: the features have another name, or the model does not have them; or patches are dropped.
+        TypeError: the model is not one of clipfast.
+        ValueError: the name of the features is unknown, the model does not have them, or patches are dropped.
     """
     if features not in KINDS:
         raise ValueError(f"dense_features: features must be {' or '.join(KINDS)}, got {features!r}")
@@ -72,7 +74,7 @@ def _of_vit(visual: VisionTransformer, images: Tensor, features: str) -> Tensor:
 
 
 def _values(block: ResidualAttentionBlock, normed: Tensor) -> Tensor:
-    """Return the output of a block's attention as if each token saw itself only."""
+    """Return the output of a block's attention as if each token attended only to itself."""
     values: Tensor = block.attn.in_proj(normed).chunk(3, -1)[2]
     return block.attn.out_proj(values)
 

@@ -1,6 +1,6 @@
-"""Tokenizers in the file format of the tokenizers package, as SigLIP (T5's) and SigLIP 2 (Gemma's) have them.
+"""Tokenizers in the file format of the tokenizers package, for SigLIP (T5's tokenizer) and SigLIP 2 (Gemma's).
 
-They are read from a local file: clipfast ships none, and downloads none.
+They are read from a local file: clipfast ships no such file, and this module downloads none.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ class FileTokenizer:
     """A tokenizer from ``tokenizer.json``, which turns text into token ids and back as OpenCLIP's ``HFTokenizer`` does.
 
     Args:
-        path: the file, or the folder that holds it. Files of transformers beside it say which token is padding.
+        path: the file, or its folder. If files of transformers lie beside it, they tell the padding token.
         context_length: tokens per text, including those that the file adds, such as the end of the text.
-        clean: how texts are prepared: "canonicalize" (lower case, without punctuation), "lower" or "whitespace".
-        pad_id: the id of padding where no file says it.
+        clean: the cleaning of texts: "canonicalize" (lower case, without punctuation), "lower" or "whitespace".
+        pad_id: the id of the padding token if no file tells it.
 
     Raises:
-        ValueError: there is no such file, it is not a tokenizer, or an argument is wrong.
+        ValueError: the file does not exist or is not a tokenizer, or an argument is wrong.
         ImportError: the tokenizers package is missing.
     """
 
@@ -59,7 +59,7 @@ class FileTokenizer:
         self.vocab_size = int(self._tokenizer.get_vocab_size())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.encode("a photo of a \u2603")  # some files fail at what they do not know
+        self.encode("a photo of a \u2603")  # some files load, but fail on unknown characters
         self._added = int(self._tokenizer.num_special_tokens_to_add(False))
         self._check_length(context_length)
 
@@ -72,7 +72,7 @@ class FileTokenizer:
         if not isinstance(text, str):
             raise TypeError(f"tokenizer: text must be a string, got {type(text).__name__}: {text!r:.80}")
         with _refusing(self.file):
-            ids: list[int] = self._tokenizer.encode(_cleaned(text, self.clean)).ids
+            ids: list[int] = self._tokenizer.encode(_clean_text(text, self.clean)).ids
         return ids
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
@@ -86,11 +86,11 @@ class FileTokenizer:
         Args:
             texts: one text or several.
             context_length: tokens per text; default: the tokenizer's own.
-            truncate: cut texts that are too long, and keep their end token; if False they are an error.
+            truncate: cut texts that are too long and keep their end token; with False they are an error.
 
         Returns:
-            [len(texts), context_length] int64; each row is filled up with the id of padding, at its end unless the
-            files of transformers say otherwise.
+            [len(texts), context_length] int64; each row is padded with the padding token, at its end unless the files
+            of transformers say otherwise.
 
         Raises:
             TypeError: a text is not a string.
@@ -110,9 +110,9 @@ class FileTokenizer:
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files into ``folder``, from which clipfast, OpenCLIP and transformers read them.
+        """Write the tokenizer's files into ``folder`` in a form that clipfast, OpenCLIP and transformers read.
 
-        The settings always say which token is padding, since it may have been another file that said it.
+        The written settings always include the padding token, which may originally have come from another file.
         """
         replace_text(folder / FILE_NAME, self.file.read_text(encoding="utf-8"))
         settings = _read_settings(self.file.parent / SETTINGS_NAME) or {
@@ -123,7 +123,7 @@ class FileTokenizer:
         replace_text(folder / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
 
     def _truncated(self, text: str, length: int) -> list[int]:
-        """Return the ids of ``text`` cut to ``length``; only the file knows where its special tokens go."""
+        """Return the token ids of ``text`` cut to ``length``; the tokenizers package places the special tokens."""
         self._tokenizer.enable_truncation(length)
         try:
             return self.encode(text)
@@ -139,7 +139,7 @@ class FileTokenizer:
 
 @contextlib.contextmanager
 def _refusing(file: Path) -> Iterator[None]:
-    """Say of errors which file they are of. The package raises no narrower class, and its panics are no Exception.
+    """Turn errors of the tokenizers package, whose classes are broad, into a ValueError that names the file.
 
     Raises:
         ValueError: as above.
@@ -153,16 +153,16 @@ def _refusing(file: Path) -> Iterator[None]:
 
 
 def tokenizer_of(config: SigLIPConfig, name: str, path: str | Path | None, context_length: int | None) -> FileTokenizer:
-    """Return the tokenizer of a SigLIP model.
+    """Open the tokenizer of a SigLIP model, and check that it fits the model.
 
     Args:
         config: the model's configuration.
-        name: the name of the model in errors.
+        name: the name of the model for error messages.
         path: the tokenizer's file or folder.
         context_length: tokens per text, in place of the model's.
 
     Raises:
-        ValueError: there is no path, or as for :class:`FileTokenizer`, or its ids are more than the model's.
+        ValueError: ``path`` is None, or as for :class:`FileTokenizer`, or the vocabulary is larger than the model's.
     """
     if path is None:
         where = f", that of the Hugging Face repository {config.tokenizer}" if config.tokenizer else ""
@@ -181,7 +181,7 @@ def tokenizer_of(config: SigLIPConfig, name: str, path: str | Path | None, conte
 
 
 def _pad_id(tokenizer: Any, folder: Path, otherwise: int) -> int:
-    """Return the id of padding: that of transformers' files in ``folder``, of the tokenizer's own file, or another."""
+    """Return the id of the padding token: from transformers' files in ``folder``, the tokenizer's file, or default."""
     for name in (SETTINGS_NAME, "special_tokens_map.json"):
         token = _read_settings(folder / name).get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
@@ -192,7 +192,7 @@ def _pad_id(tokenizer: Any, folder: Path, otherwise: int) -> int:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a file of transformers, and none if it is missing or something else."""
+    """Read the tokenizer settings in a JSON file of transformers; {} if the file is missing or not an object."""
     try:
         raw = read_json(path)
     except (OSError, ValueError):
@@ -200,8 +200,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _cleaned(text: str, clean: str) -> str:
-    """Return ``text`` as OpenCLIP's cleaning of this name does; "canonicalize" is big_vision's for SigLIP's prompts."""
+def _clean_text(text: str, clean: str) -> str:
+    """Clean a text like OpenCLIP's function of this name; "canonicalize" is big_vision's cleaning for SigLIP."""
     text = unescaped(text)
     if clean == "canonicalize":
         text = text.replace("_", " ").translate(_NO_PUNCTUATION)

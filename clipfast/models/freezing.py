@@ -1,4 +1,4 @@
-"""Freezing a tower but for its last parts: OpenCLIP's ``lock_image_tower`` and ``lock_text_tower``."""
+"""Freezes a tower except for its last layers, for OpenCLIP's ``lock_image_tower`` and ``lock_text_tower``."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ Group = list[nn.Module | nn.Parameter]
 
 
 def freeze(groups: Sequence[Group], unlocked: int) -> None:
-    """Make all parameters of ``groups`` constant but for those of the last ``unlocked`` groups.
+    """Freeze the parameters of all ``groups`` of a tower, except for the last ``unlocked`` groups.
 
     Raises:
         ValueError: ``unlocked`` is negative.
@@ -25,32 +25,32 @@ def freeze(groups: Sequence[Group], unlocked: int) -> None:
 
 
 def parameters_of(group: Group) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a group."""
+    """Yield the parameters of a group of a tower's layers."""
     for part in group:
         yield from part.parameters() if isinstance(part, nn.Module) else [part]
 
 
 def groups_of_text(model: "CLIP") -> list[Group]:
-    """Return the parts of a text tower, from the input to the output: embedding, blocks, projection if there is one."""
-    tower = getattr(model, "text", model)  # SigLIP's is a module of its own
+    """Return the groups of a text tower's layers, from input to output: embedding, blocks, and any projection."""
+    tower = getattr(model, "text", model)  # SigLIP's text tower is a module of its own
     embedding: Group = [tower.token_embedding, tower.positional_embedding]
     head: list[Group] = [] if tower.text_projection is None else [[tower.text_projection]]
     return [embedding, *groups_of_blocks(tower.transformer.resblocks, tower.ln_final), *head]
 
 
 def groups_of_blocks(blocks: nn.ModuleList, norm: nn.Module) -> list[Group]:
-    """Return a group for each block; the norm after the last one belongs to it."""
+    """Return a group of layers for each block of a tower; the last group includes the norm after the blocks."""
     groups: list[Group] = [[block] for block in blocks]
     groups[-1].append(norm)
     return groups
 
 
 def freeze_statistics(module: nn.Module, only: Sequence[object] | None = None) -> None:
-    """Replace every BatchNorm in ``module`` by one that always uses the statistics it has.
+    """Replace every BatchNorm in ``module`` by one that always uses its running statistics, and never updates them.
 
     Args:
-        module: the module to look through.
-        only: its children to look through; None for all.
+        module: the module.
+        only: the children of ``module`` to change; None for all.
     """
     from torchvision.ops import FrozenBatchNorm2d
 

@@ -1,7 +1,7 @@
-"""Opening images that nobody has checked, and transforming them into the input of a model.
+"""Decodes untrusted image files, and transforms images into the input of a model.
 
-Only formats that occur in image-text data are decoded, and only images whose header names an acceptable size. A file
-that cannot be decoded completely is refused with an :class:`ImageError`; half an image is never returned.
+Only formats that occur in image-text data are decoded, and only if the size in the header is acceptable. A file that
+cannot be decoded completely is refused with an :class:`ImageError`; a partial image is never returned.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from ..io.files import open_regular
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 
-if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can import the models
+if TYPE_CHECKING:  # imported at run time only where it is used: a machine without Pillow can import the models
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
 MAX_ASPECT = 200
-# The filters and the ways of resizing images, by OpenCLIP's names; the first of each is the default.
+# OpenCLIP's names of interpolations and resize modes; the first of each is the default.
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
 DEFAULT_RATIO = (3 / 4, 4 / 3)
@@ -35,7 +35,7 @@ _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used: the message says why, and ``kind`` says it in two words, to count by."""
+    """A sample that cannot be used: the message is the reason, and ``kind`` is the reason in two words, for counts."""
 
     def __init__(self, message: str, kind: str = "unusable sample") -> None:
         super().__init__(message)
@@ -71,7 +71,7 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> I
 
 @contextlib.contextmanager
 def opened(source: io.BytesIO | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """Open an image and look at its header; whatever goes wrong with it in this context is an ImageError.
+    """Open an image and check its header; within the context, every error of the decoder becomes an ImageError.
 
     Raises:
         ImageError: as :func:`open_image`.
@@ -93,22 +93,22 @@ def opened(source: io.BytesIO | Path, max_pixels: int = MAX_PIXELS) -> Iterator[
         raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}", "not an image") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"image is refused by its size: {error}", "huge image") from error
-    except Exception as error:  # on broken files, decoders raise anything, even struct.error and SyntaxError
-        raise ImageError(f"image cannot be decoded: {error}", "broken image") from error
+    except Exception as error:  # for broken files, decoders raise all kinds of errors, even struct.error and
+        SyntaxError raise ImageError(f"image cannot be decoded: {error}", "broken image") from error
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
-    """Refuse an image by the size in its header, before anything is decoded."""
+    """Refuse an image whose header has an unacceptable size, before it is decoded."""
     size = f"{image.width}x{image.height}"
     if image.width * image.height > max_pixels:
         raise ImageError(f"image has {size} pixels, more than the limit of {max_pixels}", "huge image")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        # When its shorter side is scaled to the model's size, the longer one would need gigabytes.
+        # Scaling the shorter side to the model's size would make the longer one so long that the image needs gigabytes.
         raise ImageError(f"image has {size} pixels, its sides differ more than {MAX_ASPECT} times", "huge image")
 
 
 def compressed(image: Image.Image, quality: int) -> Image.Image:
-    """Return an image as RGB, as JPEG compression leaves it."""
+    """Return an image in RGB after JPEG compression and decompression, for the shift "jpeg"."""
     from PIL import Image
 
     stream = io.BytesIO()
@@ -117,9 +117,9 @@ def compressed(image: Image.Image, quality: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB; one that is RGB is returned itself. Transparency is dropped, as in OpenCLIP.
+    """Convert an image of any mode to RGB; an RGB image is returned itself. Transparency is dropped, as in OpenCLIP.
 
-    Pixels of 16 bits are scaled to 8 bits; Pillow would clip them.
+    16-bit pixels are scaled to 8 bits; Pillow would clip them.
     """
     from PIL import Image
 
@@ -135,11 +135,11 @@ def augmentation(affine: float, color_jitter: float, hue: float, gray_prob: floa
     """Return training augmentations for PIL images; an argument of 0 leaves one out.
 
     Args:
-        affine: an image is scaled by up to this share, shifted by up to half of it, and rotated by up to 100 times
-            this in degrees; the parts that this uncovers are white.
-        color_jitter: largest share by which brightness, contrast and saturation change.
-        hue: largest share of the colour wheel by which colours turn.
-        gray_prob: probability that an image loses its colour.
+        affine: an image is scaled by up to this share, shifted by up to half of this share, and rotated by up to 100
+            times this number of degrees; uncovered pixels are white.
+        color_jitter: the largest relative change of brightness, contrast and saturation.
+        hue: the largest shift of the hue, as a share of the colour wheel.
+        gray_prob: the probability that an image becomes grey.
     """
     from torchvision.transforms import v2
 
@@ -174,22 +174,22 @@ def make_transform(
     Args:
         image_size: side of the square result, in pixels.
         train: take a random crop and resize it, bicubically; otherwise images are resized as ``resize_mode`` says.
-        scale: smallest and largest share of the area that a random crop keeps; with (1, 1) and without ``ratio`` there
+        scale: the smallest and largest share of the area that a random crop keeps; with (1, 1) and no ``ratio`` there
             is no random crop.
         ratio: smallest and largest width of a random crop over its height; default: 3/4 to 4/3.
         augment: torchvision transforms for PIL images, applied after the crop in training only.
         uint8: return bytes, for models that normalise them on the device (a quarter of the traffic); otherwise floats
             normalised with ``mean`` and ``std``, as other packages expect.
-        mean, std: of each channel, for floats only.
+        mean, std: the mean and standard deviation of each channel, for floats only.
         interpolation: "bicubic" or "bilinear"; "random" is bicubic.
         resize_mode: "shortest" resizes the shorter side and crops the centre, "longest" resizes the longer side and
-            fills up with black, "squash" resizes both sides.
+            pads with black, "squash" resizes both sides.
 
     Returns:
         A function that turns a PIL image into a tensor [3, image_size, image_size].
 
     Raises:
-        ValueError: interpolation or resize mode are unknown.
+        ValueError: the interpolation or the resize mode is unknown.
     """
     from PIL import Image
     from torchvision.transforms import v2
@@ -214,7 +214,7 @@ def make_transform(
 
 
 def _resizing(image_size: int, interpolation: str, resize_mode: str) -> list[nn.Module]:
-    """Return the transforms that bring PIL images to a square, without anything random."""
+    """Return the deterministic transforms that resize and crop, or pad, PIL images to a square for a model."""
     from PIL import Image
     from torchvision.transforms import v2
 
@@ -224,11 +224,11 @@ def _resizing(image_size: int, interpolation: str, resize_mode: str) -> list[nn.
     if resize_mode == "shortest":
         return [v2.Resize(image_size, interpolation=mode), v2.CenterCrop(image_size)]
     longer = functools.partial(_resize_longer_side, image_size, mode)
-    return [v2.Lambda(longer, Image.Image), v2.CenterCrop(image_size)]  # which fills up what is missing
+    return [v2.Lambda(longer, Image.Image), v2.CenterCrop(image_size)]  # CenterCrop pads an image that is smaller
 
 
 def _resize_longer_side(image_size: int, mode: Any, image: Image.Image) -> Image.Image:
-    """Resize an image so that its longer side has ``image_size`` pixels, and its sides their ratio."""
+    """Resize an image for a model: its longer side becomes ``image_size`` pixels, and its aspect ratio stays."""
     from torchvision.transforms.v2 import functional
 
     size = [max(1, round(side * image_size / max(image.size))) for side in (image.height, image.width)]

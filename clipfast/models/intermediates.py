@@ -1,4 +1,4 @@
-"""The outputs of single blocks, beside the features: OpenCLIP's ``forward_intermediates``."""
+"""The outputs of a tower's blocks in addition to the features, for OpenCLIP's ``forward_intermediates``."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,14 @@ Indices = int | Sequence[int] | None
 
 
 def chosen(count: int, indices: Indices) -> list[int]:
-    """Return which of ``count`` stages are meant.
+    """Return the indices of the blocks that the user selects among a tower's ``count`` blocks.
 
     Args:
-        count: how many stages there are.
-        indices: the last so many if it is a number, those that are listed (negative ones from the end), all if None.
+        count: the number of blocks.
+        indices: a number n for the last n, a list of indices (negative ones count from the end), or None for all.
 
     Raises:
-        ValueError: there are not as many.
+        ValueError: an index or a number is out of range.
     """
     if indices is None:
         return list(range(count))
@@ -40,13 +40,13 @@ def chosen(count: int, indices: Indices) -> list[int]:
 def collect_blocks(
     transformer: nn.Module, x: Tensor, indices: Indices, stop_early: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the residual stream after the blocks, and after each chosen block: [B, N, width] all.
+    """Run a tower's blocks; return the residual stream after them, and after each chosen block, all [B, N, width].
 
     Args:
         transformer: the stack of blocks.
         x: [B, N, width].
-        indices: which blocks are chosen.
-        stop_early: leave out the blocks after the last one that is chosen; the stream is the one there.
+        indices: the indices of the chosen blocks.
+        stop_early: end after the last chosen block, whose output is then the returned stream.
     """
     blocks: Any = transformer.resblocks
     taken = chosen(len(blocks), indices)
@@ -60,7 +60,7 @@ def collect_blocks(
 
 
 def check_format(output_fmt: str, known: tuple[str, ...]) -> None:
-    """Refuse a format of the outputs that is not known."""
+    """Refuse an unknown output format of ``forward_intermediates``."""
     if output_fmt not in known:
         raise ValueError(f"forward_intermediates: image_output_fmt must be {' or '.join(known)}, got {output_fmt!r}")
 
@@ -68,7 +68,7 @@ def check_format(output_fmt: str, known: tuple[str, ...]) -> None:
 def text_intermediates(
     model: "CLIP", text: Tensor, *, indices: Indices, normalize_intermediates: bool, intermediates_only: bool
 ) -> dict[str, Any]:
-    """Return the outputs of blocks of the text tower, and the features of the texts, of any length."""
+    """Run the text tower; return the outputs of the chosen blocks, and the features of the texts, not normalised."""
     x, found = collect_blocks(model.transformer, model.embed_text(text), indices)
     if normalize_intermediates:
         found = [model.ln_final(stage) for stage in found]
@@ -79,7 +79,7 @@ def text_intermediates(
 
 
 def add_logits(model: "CLIP", output: dict[str, Any], *, logits: bool, scale_and_bias: bool) -> None:
-    """Add the logits of all pairs to ``output``, and the factor and the offset that make them."""
+    """Add the logits of all pairs, and their scale and bias, to the ``output`` of ``forward_intermediates``."""
     scale, bias = model.logit_scale.exp(), model.logit_bias
     if logits:
         output["image_logits"] = pair_logits(output["image_features"], output["text_features"], scale, bias)
@@ -97,7 +97,7 @@ def pair_logits(image_features: Tensor, text_features: Tensor, scale: Tensor, bi
 
 
 def normalized(output: dict[str, Any], *names: str) -> None:
-    """Divide the features of these names in ``output`` by their length."""
+    """Scale the features with these names in the ``output`` of ``forward_intermediates`` to unit length."""
     for name in names:
         if name in output:
             output[name] = F.normalize(output[name], dim=-1)

@@ -1,4 +1,4 @@
-"""The layers that the blocks of a transformer are made of, with OpenCLIP's parameter names."""
+"""The layers of transformer blocks, with OpenCLIP's parameter names."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -18,7 +18,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 class LayerNorm(nn.LayerNorm):
     """Layer norm whose output has the dtype of its input.
 
-    Under autocast, PyTorch's would return float32, and the residual stream would have to be cast back.
+    Under autocast, PyTorch's layer norm would return float32, and the residual stream would have to be cast back.
     """
 
     backend = "auto"
@@ -29,10 +29,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's weights were trained with."""
+    """QuickGELU, x sigmoid(1.702 x): the approximation of GELU with which OpenAI's weights were trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to each element."""
+        """Apply QuickGELU to each element."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -77,13 +77,14 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
 def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the packed projection of queries, keys and values, and the bias whose gradient attention is to compute.
 
-    Attention sums that gradient from values that it holds; the linear layer would read the gradient of qkv again.
+    The attention kernel sums that gradient from values that it already has on the chip; the linear layer would read
+    the gradient of qkv again.
     """
     return F.linear(x, weight, None if bias is None else bias.detach()), bias
 
 
 def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool) -> tuple[Tensor, Tensor]:
-    """Return ``x + branch`` and ``norm(x + branch)``, in one pass if ``fused``, which needs a norm that is plain."""
+    """Return ``x + branch`` and ``norm(x + branch)``, in one kernel if ``fused``, which requires a plain norm."""
     if not fused:
         x = x + branch
         return x, norm(x)
@@ -112,11 +113,11 @@ def attend_row(
 
     Args:
         x: the tokens.
-        rows: [B], the row of each sequence; None for the first.
+        rows: [B], the row of each sequence to compute; None for the first.
         heads: the number of heads.
         weights, biases: of the projections to queries, keys and values.
-        causal: a token sees those before it only.
-        seqlens: [B], how many tokens of each sequence are seen; None for all.
+        causal: each token attends only to itself and the tokens before it.
+        seqlens: [B], the number of leading tokens of each sequence to attend to; None for all.
         backend: as for :func:`clipfast.kernels.attention_pool`.
     """
     q = F.linear(take_rows(x, rows), weights[0], biases[0]).unflatten(1, (heads, -1))
@@ -147,7 +148,7 @@ def single_query_attention(
         q: [B, heads, head_dim], or [1, heads, head_dim] if every sequence has the same query.
         tokens: [B, N, width].
         weight_k, weight_v: [heads, head_dim, width].
-        seqlens: [B], the number of leading tokens of each sequence that are seen; all if it is None.
+        seqlens: [B], the number of leading tokens of each sequence to attend to; None for all.
         backend: as for :func:`clipfast.kernels.attention_pool`.
         bias_k, bias_v: [heads * head_dim], both or neither.
 
@@ -160,20 +161,20 @@ def single_query_attention(
     out = torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
     if bias_k is None or bias_v is None:
         return out
-    # The gradient of the keys' bias is zero, and must not be None, because DistributedDataParallel waits for it.
+    # The gradient of the keys' bias is zero. It must not be None, because DistributedDataParallel waits for it.
     return out + (bias_v + 0 * bias_k).to(out.dtype)
 
 
-# These parameters stay in float32. They are added to activations or scale them, and are small.
+# These parameters stay in float32: they are small, and are only added to activations or scale them.
 _FULL_MODULES = (nn.LayerNorm, nn.BatchNorm2d, nn.Embedding)
 _FULL_PARAMETERS = ("positional_embedding", "class_embedding", "logit_scale", "logit_bias")
 
 
 def lower_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the weights of products in ``model`` to ``dtype``, in place.
+    """Convert the weights of matrix products and convolutions in ``model`` to ``dtype``, in place.
 
-    Norms, embeddings, positions and the scale of the logits keep their dtype, as in OpenCLIP; of SigLIP, whose image
-    tower is timm's there, only the norms of the text tower do. The activations have the dtype of the products.
+    Norms, embeddings, positions and logit_scale keep their dtype, as in OpenCLIP. In SigLIP, whose image tower is
+    timm's in OpenCLIP, only the norms of the text tower keep their dtype. Activations have the dtype of the products.
     """
     text: Any = getattr(model, "text", None)
     if text is not None:
@@ -192,5 +193,5 @@ def lower_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def lowered(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x`` in the dtype of ``weight`` if that has 16 bits and ``x`` has more."""
+    """Cast the activations ``x`` to the dtype of ``weight`` if that has 16 bits and ``x`` has more."""
     return x.to(weight.dtype) if weight.dtype.itemsize == 2 < x.dtype.itemsize else x

@@ -1,10 +1,10 @@
-"""The configuration of a CLIP model, in OpenCLIP's words."""
+"""The configuration of a CLIP model, with OpenCLIP's names of settings."""
 
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-# A configuration may be anybody's: larger models are not built.
+# A configuration may come from an untrusted file: larger models are refused.
 MAX_LAYERS, MAX_SIZE = 1000, 1 << 24
 
 
@@ -48,18 +48,18 @@ class VisionConfig:
 
     @property
     def channels(self) -> int:
-        """The width of the transformer, or of the ResNet's attention pooling."""
+        """The width of the image transformer, or of the ResNet's attention pooling."""
         return self.width if isinstance(self.layers, int) else self.width * 32
 
     @property
     def heads(self) -> int:
-        """The number of attention heads of the transformer, or of the ResNet's attention pooling."""
+        """The number of attention heads of the image transformer, or of the ResNet's attention pooling."""
         return self.channels // self.head_width
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Settings of the text tower: a causal transformer that is read at the end-of-text token."""
+    """Settings of the text tower: a causal transformer whose output at the end-of-text token is the feature."""
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -99,7 +99,7 @@ class CLIPConfig:
 
     @property
     def least_parameters(self) -> int:
-        """Fewer than the model has, but most of them; counted without building it."""
+        """A lower bound of the number of parameters, near that number, which needs no built model."""
         vision, text = self.vision, self.text
         count = text.layers * (4 + 2 * text.mlp_ratio) * text.width**2
         count += (text.vocab_size + text.context_length + self.embed_dim) * text.width
@@ -112,21 +112,21 @@ class CLIPConfig:
 
     @property
     def activation(self) -> str:
-        """The name of the activation in words: "GELU" or "QuickGELU"."""
+        """The name of the model's activation for people: "GELU" or "QuickGELU"."""
         return "QuickGELU" if self.quick_gelu else "GELU"
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "CLIPConfig":
         """Read OpenCLIP's layout: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and, optionally, ``quick_gelu``.
 
-        ``custom_text`` may be there as well: it changes the names of weights, and not what they compute. A model with a
+        ``custom_text`` is accepted as well: it changes the names of weights, but not the computation. A model with a
         SigLIP tower of timm becomes a :class:`~clipfast.models.siglip_config.SigLIPConfig`.
 
         Raises:
-            ValueError: if a key is missing, or is one that this package does not implement; to ignore it would build
+            ValueError: a key is missing, or is one that this package does not implement. Ignoring it would build
                 another model.
         """
-        from .siglip_config import SigLIPConfig, is_siglip  # which is made of this class
+        from .siglip_config import SigLIPConfig, is_siglip  # imported here, since that module imports this one
 
         if not isinstance(raw, dict):
             raise ValueError(f"model config must be an object of settings, got {raw!r:.80}")
@@ -144,12 +144,12 @@ class CLIPConfig:
         return cls(raw["embed_dim"], VisionConfig(**vision), TextConfig(**text), raw.get("quick_gelu", False))
 
     def with_vision(self, **changes: Any) -> "CLIPConfig":
-        """Return a copy with other settings of the image tower; a setting that is None stays as it is."""
+        """Return a copy of the configuration with other settings of the image tower; None leaves a setting as it is."""
         changes = {name: value for name, value in changes.items() if value is not None}
         return dataclasses.replace(self, vision=dataclasses.replace(self.vision, **changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration in OpenCLIP's layout, which either package loads."""
+        """Return the configuration in OpenCLIP's layout, which OpenCLIP and clipfast load."""
         raw: dict[str, Any] = {
             "embed_dim": self.embed_dim,
             "vision_cfg": dataclasses.asdict(self.vision),
@@ -168,7 +168,7 @@ def _check_sizes(section: str, config: object, names: Iterable[str]) -> None:
 
 
 def _check_size(section: str, name: str, value: object, limit: int = MAX_SIZE) -> None:
-    """Refuse a value that is no positive number up to a limit. All sizes but mlp_ratio must be whole numbers."""
+    """Refuse a size of a model that is not a positive number up to a limit; all but mlp_ratio must be integers."""
     kind = "number" if name == "mlp_ratio" else "whole number"
     right = isinstance(value, int | float if name == "mlp_ratio" else int) and not isinstance(value, bool)
     if not right or not value > 0:  # type: ignore[operator]

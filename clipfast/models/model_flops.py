@@ -5,21 +5,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import CLIP
 
-COUNTED = 2  # pairs that are run: attention has more FLOPs for more tokens, but each pair has as many as another
+COUNTED = 2  # FLOPs are counted for this many pairs, and then multiplied, since every pair has the same number
 
 
 def training_flops(model: CLIP, pairs: int) -> float:
     """Return the model FLOPs of a training step on ``pairs`` pairs, of all processes together.
 
-    Counted are the products and convolutions of the forward pass, and of the backward pass for what is trained: a
-    locked tower has none. Texts count with all their tokens, and so does padding. What is computed a second time, to
-    save memory, does not count. The loss counts as published, with logits that are kept: 6 N^2 D.
+    The count includes the matrix products and convolutions of the forward pass, and of the backward pass for trainable
+    layers; a locked tower has no backward pass. All tokens of a text count, including padding. Recomputation to save
+    memory does not count. The loss counts as if the logits were kept, with 6 N^2 D.
 
     Args:
-        model: lies on "meta", so that nothing is computed.
-        pairs: N.
+        model: the model on the device "meta", on which nothing is computed.
+        pairs: the number of pairs N.
     """
-    model.set_backend("torch")  # the counter knows PyTorch's own ops
+    model.set_backend("torch")  # PyTorch's counter knows only PyTorch's own ops
     size = model.visual.image_size
     model.train()
     with FlopCounterMode(display=False) as counter:

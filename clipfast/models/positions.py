@@ -1,7 +1,7 @@
-"""The positions of patches in a state dict: under which name they are, for which grid, and in another size.
+"""The positional embeddings in a state dict: their names, their grids of patches, and resizing to other sizes.
 
-A vision transformer's have the class token in front of a square grid, a ResNet's attention pooling the mean of all, and
-SigLIP's nothing.
+Before the positions of the square grid of patches, a vision transformer has a position of the class token, a ResNet's
+attention pooling one of the mean of all patches, and SigLIP none.
 """
 
 import math
@@ -21,20 +21,20 @@ _NAMES = (POSITIONS_NAME, POOL_POSITIONS_NAME, TRUNK_POSITIONS_NAME)
 
 
 def positions_name(state: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the positions of patches in ``state``, or None if there are none."""
+    """Return the name of the positional embedding of patches in a state dict, or None if it has none."""
     return next((name for name in _NAMES if name in state), None)
 
 
 def text_positions_name(state: Mapping[str, Tensor]) -> str:
-    """Return the name of the positions of texts."""
+    """Return the name of the positional embedding of texts in a state dict."""
     return f"text.{TEXT_POSITIONS_NAME}" if TRUNK_POSITIONS_NAME in state else TEXT_POSITIONS_NAME
 
 
 def grid_side(name: str, positions: Tensor) -> int:
-    """Return the side of the square grid that the positions ``name`` belong to.
+    """Return the side of the square grid of patches to which the positional embedding ``name`` belongs.
 
     Raises:
-        ValueError: there is no such grid.
+        ValueError: the positions are not those of a square grid.
     """
     is_bare = name == TRUNK_POSITIONS_NAME
     count = positions.shape[-2] - (not is_bare) if positions.ndim == 2 + is_bare else 0
@@ -46,10 +46,10 @@ def grid_side(name: str, positions: Tensor) -> int:
 
 
 def resize_positions(name: str, positions: Tensor, side: int) -> Tensor:
-    """Resize the positions ``name`` to a square grid of ``side`` patches; see :func:`interpolate_positions`.
+    """Resize the positional embedding ``name`` to ``side`` x ``side`` patches; see :func:`interpolate_positions`.
 
     Raises:
-        ValueError: they are not those of a square grid.
+        ValueError: the positions are not those of a square grid.
     """
     old, new = (grid_side(name, positions),) * 2, (side, side)
     if name != TRUNK_POSITIONS_NAME:
@@ -58,7 +58,7 @@ def resize_positions(name: str, positions: Tensor, side: int) -> Tensor:
 
 
 def resize_context(positions: Tensor, context_length: int) -> Tensor:
-    """Resize the positions of texts [L, width] to [context_length, width], linearly, as OpenCLIP does on loading."""
+    """Resize the positional embedding of texts [L, width] to [context_length, width], linearly as OpenCLIP does."""
     columns = positions.to(accumulate_dtype(positions.dtype)).T[None]
     resized = F.interpolate(columns, context_length, mode="linear", align_corners=False)
     return resized[0].T.contiguous().to(positions.dtype)

@@ -1,4 +1,4 @@
-"""The models by name: those that OpenCLIP publishes, and those that a JSON file of OpenCLIP's describes."""
+"""The registry of models: configurations of OpenCLIP's models by name, and configurations from JSON files."""
 
 import dataclasses
 from pathlib import Path

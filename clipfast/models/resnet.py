@@ -1,7 +1,7 @@
 """CLIP's ResNets (Radford et al. 2021, section 2.4), with a stem of three convolutions, average pooling in place of
 strides, and attention pooling at the end.
 
-Parameters have their published names; the children "0" and "1" of ``downsample`` are part of them.
+Parameters have their published names, which is why the children of ``downsample`` are "0" and "1".
 """
 
 from collections import OrderedDict
@@ -19,7 +19,7 @@ from .model_config import VisionConfig
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3 and 1x1 with a shortcut; average pooling in place of a stride uses every pixel."""
+    """A residual block of 1x1, 3x3 and 1x1 convolutions; average pooling, in place of a stride, uses every pixel."""
 
     expansion = 4
 
@@ -68,19 +68,19 @@ class AttentionPool2d(nn.Module):
         """[B, width, H, W] -> [B, embed_dim]."""
         x = x.flatten(2).transpose(1, 2)  # [B, HW, width]
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
-        # Only the output of the first token is used, so there is one query.
+        # Only the output of the first token is used, and so there is one query.
         q, weight_k, weight_v = (
             t.unflatten(dim, (self.num_heads, -1))
             for t, dim in ((self.q_proj(x[:, 0]), 1), (self.k_proj.weight, 0), (self.v_proj.weight, 0))
         )
         values = single_query_attention(q, x, weight_k, weight_v, None, self.backend) + self.v_proj.bias
-        # A bias of all keys does not change the softmax. Its gradient is zero, and must not be None, because
+        # The bias of the keys does not change the softmax. Its gradient is zero, and must not be None, because
         # DistributedDataParallel waits for it.
         return self.c_proj(values + 0 * self.k_proj.bias)
 
 
 class ModifiedResNet(nn.Module):
-    """The image tower; it normalises uint8 images, and expects floating images to be normalised already."""
+    """The ResNet image tower; it normalises uint8 images, and expects floating images to be normalised already."""
 
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
@@ -113,8 +113,8 @@ class ModifiedResNet(nn.Module):
 
     def stem(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, width, H / 4, W / 4]."""
-        # Convolutions are faster if the channels of a pixel lie side by side, and every layer keeps that layout.
-        # Weights stay contiguous, since FSDP shards no others.
+        # Convolutions are faster in the channels-last layout, which every layer keeps.
+        # Weights stay contiguous, since FSDP shards only contiguous parameters.
         images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype == torch.uint8:
             images = normalize_uint8(images, self.image_mean, self.image_std, self.conv1.weight.dtype)
@@ -136,11 +136,12 @@ class ModifiedResNet(nn.Module):
 
         Args:
             x: images, [B, 3, H, W].
-            indices: which of the five are returned: the last so many, those that are listed, or all.
-            stop_early: with ``intermediates_only``, leave out the stages after the last one that is returned.
+            indices: the outputs to return, among the five: a number n for the last n, a list of indices, or None for
+                all.
+            stop_early: with ``intermediates_only``, do not run the stages after the last one that is returned.
             normalize_intermediates, output_extra_tokens: have no meaning for a ResNet, as in OpenCLIP.
             intermediates_only: leave the features out.
-            output_fmt: "NCHW".
+            output_fmt: must be "NCHW".
 
         Returns:
             ``image_intermediates``, [B, C, h, w] each, and ``image_features`` [B, embed_dim].
@@ -155,14 +156,14 @@ class ModifiedResNet(nn.Module):
         return {"image_intermediates": found} | ({} if intermediates_only else {"image_features": self.attnpool(x)})
 
     def layer_groups(self) -> list[Group]:
-        """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
+        """Return the groups of the tower's layers, from input to output, for locking and layer-wise learning rates."""
         stem: Group = [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3]
         return [stem, [self.layer1], [self.layer2], [self.layer3], [self.layer4], [self.attnpool]]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Make the parameters constant, but for those of the last groups.
+        """Freeze the image tower, except for its last groups of layers.
 
-        With ``freeze_bn_stats``, BatchNorm in the locked groups keeps its statistics; see ``CLIP``.
+        With ``freeze_bn_stats``, BatchNorm in the frozen groups uses its running statistics, and never updates them.
         """
         groups = self.layer_groups()
         freeze(groups, unlocked_groups)

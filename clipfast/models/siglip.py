@@ -1,7 +1,7 @@
 """SigLIP and SigLIP 2 at a fixed resolution, with the parameter names of OpenCLIP's ``CustomTextCLIP``.
 
-The image tower is one of timm's vision transformers, and so has timm's names: ``visual.trunk.blocks.0.attn.qkv``. Its
-layers are those of :mod:`.transformer` under these names, and run through the same code.
+The image tower has the parameter names of timm's vision transformers, such as ``visual.trunk.blocks.0.attn.qkv``. Its
+layers are subclasses of those of :mod:`.transformer` with other names, and run through the same code.
 """
 
 from typing import Any, NamedTuple
@@ -30,11 +30,11 @@ from .transformer import (
 from .vision import draw_kept_patches, resize_grid
 
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
-_WEIGHT_STD = 0.02  # of timm's linear layers and positions
+_WEIGHT_STD = 0.02  # the standard deviation of timm's initial weights of linear layers and positions
 
 
 class SigLIPOutput(NamedTuple):
-    """The input of the sigmoid loss: features of unit length, the factor on their cosine similarities, and the bias."""
+    """The output of a SigLIP model, for the sigmoid loss: features of unit length, logit scale, and logit bias."""
 
     image_features: Tensor | None  # [B, embed_dim]
     text_features: Tensor | None  # [B, embed_dim]
@@ -43,12 +43,12 @@ class SigLIPOutput(NamedTuple):
 
 
 def _renamed(name: str) -> Any:
-    """Return a property for the attribute ``name``, so that a class can have timm's names beside our own."""
+    """Return a property that aliases the attribute ``name``: a layer with timm's names also has clipfast's names."""
     return property(lambda self: getattr(self, name))
 
 
 class TimmMLP(MLP):
-    """Our MLP with timm's names."""
+    """:class:`MLP` with timm's parameter names."""
 
     c_fc, gelu, c_proj = _renamed("fc1"), _renamed("act"), _renamed("fc2")
 
@@ -60,7 +60,7 @@ class TimmMLP(MLP):
 
 
 class TimmAttention(Attention):
-    """Our attention with timm's names."""
+    """:class:`Attention` with timm's parameter names."""
 
     in_proj, out_proj = _renamed("qkv"), _renamed("proj")
 
@@ -72,7 +72,7 @@ class TimmAttention(Attention):
 
 
 class TimmBlock(ResidualAttentionBlock):
-    """Our block with timm's names."""
+    """:class:`ResidualAttentionBlock` with timm's parameter names."""
 
     ln_1, ln_2 = _renamed("norm1"), _renamed("norm2")
 
@@ -117,17 +117,18 @@ class LatentPool(nn.Module):
 
 
 class SigLIPTrunk(nn.Module):
-    """The vision transformer, with timm's names: no class token, no norm before the blocks, pooling by attention."""
+    """SigLIP's vision transformer with timm's names: no class token, no norm before the blocks, attention pooling."""
 
     def __init__(self, config: SigLIPConfig) -> None:
         super().__init__()
         vision, gelu = config.vision, config.image_gelu
-        assert isinstance(vision.layers, int)  # the configuration has checked both
+        assert isinstance(vision.layers, int)  # the configuration has checked this
         assert vision.patch_size is not None
         width, hidden = vision.width, int(vision.width * vision.mlp_ratio)
         self.grid_size = (vision.image_size // vision.patch_size,) * 2
         self.grad_checkpointing: bool | str = False
-        # Only its weight and bias are read. A convolution gives them their names and their initialisation.
+        # Only weight and bias of this convolution are used, by the patch embedding op. It gives them timm's names and
+        # initial values.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, vision.patch_size, vision.patch_size)})
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], width))
         self.blocks = nn.ModuleList(TimmBlock(width, vision.heads, hidden, gelu) for _ in range(vision.layers))
@@ -146,7 +147,7 @@ class SigLIPTrunk(nn.Module):
 
     @property
     def projection(self) -> nn.Conv2d:
-        """The projection of patches."""
+        """The convolution whose weight and bias project the patches."""
         projection: Any = self.patch_embed["proj"]
         return projection
 
@@ -158,10 +159,10 @@ class SigLIPTrunk(nn.Module):
 
 
 class SigLIPVision(nn.Module):
-    """The image tower.
+    """SigLIP's image tower.
 
     It takes images as :class:`~clipfast.models.vision.VisionTransformer` does, in any size of at least one patch. Rows
-    and columns of pixels that fill no patch are left out, as OpenCLIP does.
+    and columns of pixels at the edge that fill no patch are cut off, as in OpenCLIP.
     """
 
     image_mean: tuple[float, ...] = IMAGE_MEAN
@@ -187,7 +188,7 @@ class SigLIPVision(nn.Module):
         if grid != self.trunk.grid_size and min(grid) > 0:
             positions = resize_grid(positions, self.trunk.grid_size, grid)
         keep = draw_kept_patches(len(images), grid, self.patch_dropout, images.device) if self.training else None
-        # The op embeds a class token too. Here it is zero, and left out again.
+        # The op also adds a class token. Here it is zero, and the output leaves it out.
         bias: Any = projection.bias
         positions = F.pad(positions + bias, (0, 0, 1, 0))
         if min(grid) > 0:
@@ -199,17 +200,17 @@ class SigLIPVision(nn.Module):
         return tokens[:, 1:].contiguous()
 
     def layer_groups(self) -> list[Group]:
-        """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
+        """Return the groups of the tower's layers, from input to output, for locking and layer-wise learning rates."""
         trunk = self.trunk
         return [[trunk.patch_embed, trunk.pos_embed], *groups_of_blocks(trunk.blocks, trunk.norm), [trunk.attn_pool]]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
-        """Make parameters constant but for those of the last groups; see ``CLIP``. There is no BatchNorm."""
+        """Freeze SigLIP's image tower, except for its last groups of layers. The tower has no BatchNorm."""
         freeze(self.layer_groups(), unlocked_groups)
 
 
 class SigLIPText(nn.Module):
-    """The text tower, which sees the whole text and is read at its last position, padding included."""
+    """SigLIP's text tower: without a causal mask; the output at the last position, even of padding, is the feature."""
 
     backend = "auto"
 
@@ -251,7 +252,7 @@ class SigLIP(CLIP):
     reads_padding = True
 
     def __init__(self, config: SigLIPConfig, *, output_dict: bool = False) -> None:
-        nn.Module.__init__(self)  # CLIP's own would make CLIP's towers
+        nn.Module.__init__(self)  # CLIP's constructor would build CLIP's towers
         self.config, self.output_dict = config, output_dict
         self.context_length, self.vocab_size = config.text.context_length, config.text.vocab_size
         self.visual = SigLIPVision(config)
@@ -278,16 +279,16 @@ class SigLIP(CLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """Do what :meth:`CLIP.embed_text` does: [B, L] -> [B, L, width]."""
+        """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width]."""
         check_text(text, self.context_length)
         return self.text.embed(text)
 
     def forward(  # type: ignore[override]
         self, image: Tensor | None = None, text: Tensor | None = None
     ) -> SigLIPOutput | dict[str, Tensor | None]:
-        """Return normalised features of the inputs that are given, exp(logit_scale) and logit_bias.
+        """Return the normalised features of the given images and texts, exp(logit_scale) and logit_bias.
 
-        It is a dict if ``output_dict``.
+        The result is a dict if ``output_dict``.
         """
         output = SigLIPOutput(
             None if image is None else self.encode_image(image, normalize=True),
@@ -298,7 +299,7 @@ class SigLIP(CLIP):
         return output._asdict() if self.output_dict else output
 
     def forward_intermediates(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """Refuse: only CLIP models have it.
+        """Raise an error, since only CLIP models return the outputs of their blocks.
 
         Raises:
             NotImplementedError: always; the message names a model that has it.
@@ -309,15 +310,15 @@ class SigLIP(CLIP):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay should leave, besides those of one dimension."""
+        """Return the names of SigLIP's parameters without weight decay, apart from parameters of one dimension."""
         return {"visual.trunk.pos_embed", "text.positional_embedding"}
 
     def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", *, selective: bool = False) -> None:
-        """Do what :meth:`CLIP.set_grad_checkpointing` does, for both towers."""
+        """Recompute the blocks of both towers in the backward pass; see :meth:`CLIP.set_grad_checkpointing`."""
         super().set_grad_checkpointing(enable, impl, selective=selective)
         self.visual.trunk.grad_checkpointing = "selective" if enable and selective else enable
 
     def set_backend(self, backend: str) -> None:
-        """Do what :meth:`CLIP.set_backend` does, for both towers."""
+        """Set the backend of every op of both towers; see :meth:`CLIP.set_backend`."""
         super().set_backend(backend)
         self.visual.backend = self.visual.trunk.attn_pool.backend = self.text.backend = backend

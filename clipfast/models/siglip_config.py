@@ -1,4 +1,4 @@
-"""The configuration of a SigLIP model, in OpenCLIP's words, which leave the image tower to a name of timm's."""
+"""The configuration of a SigLIP model. OpenCLIP's form of it only names the image tower, by timm's name."""
 
 import dataclasses
 import math
@@ -9,22 +9,22 @@ from typing import Any
 from .model_config import CLIPConfig, TextConfig, VisionConfig
 
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0
-EXACT, TANH = "none", "tanh"  # as the argument ``approximate`` of nn.GELU says it
-EPS = 1e-6  # of every layer norm
-# This name stands for a tokenizer that is not said. Without a name, OpenCLIP would take CLIP's tokenizer, even where
-# tokenizer.json lies in the folder; and this one is no name of a repository.
+EXACT, TANH = "none", "tanh"  # values of the argument ``approximate`` of nn.GELU
+EPS = 1e-6  # the epsilon of every layer norm
+# The name that is written if the tokenizer is unknown. It is not the name of any repository. Without a name, OpenCLIP
+# would use CLIP's tokenizer, even if the folder has a tokenizer.json.
 _TOKENIZER_NOT_SAID = "tokenizer.json beside this file"
-CLEANINGS = ("canonicalize", "lower", "whitespace")  # of texts, by OpenCLIP's names
+CLEANINGS = ("canonicalize", "lower", "whitespace")  # OpenCLIP's names of the ways to clean texts
 _WORDS = {EXACT: "GELU", TANH: "tanh GELU"}
 
-# By timm's word for a size: layers, width, width of a head, and the ratio of hidden units.
+# For each of timm's names of a size: layers, width, width of a head, and mlp_ratio.
 _SIZES = {
     "base": (12, 768, 64, 4.0),
     "large": (24, 1024, 64, 4.0),
     "so400m": (27, 1152, 72, 3.7362),
     "giantopt": (40, 1536, 96, 4.0),
 }
-# The towers that timm has, and the activation of each.
+# The SigLIP towers of timm, and the GELU of each.
 _TIMM = dict.fromkeys(
     (
         "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_256", "vit_base_patch16_siglip_384",
@@ -53,7 +53,7 @@ PUBLISHED = (
 
 _VISION_SIZES = tuple(field.name for field in dataclasses.fields(VisionConfig))
 _TEXT_SIZES = tuple(field.name for field in dataclasses.fields(TextConfig))
-# Settings in OpenCLIP's files of this family, each with the only value that makes such a model.
+# Settings in OpenCLIP's files of SigLIP models, each with the only value that clipfast's model implements.
 _VISION_FIXED = {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
 _TEXT_FIXED = {"no_causal_mask": True, "pool_type": "last", "norm_kwargs": {"eps": EPS}}
 
@@ -63,15 +63,16 @@ class SigLIPConfig(CLIPConfig):
     """Settings of a SigLIP (Zhai et al. 2023) or SigLIP 2 (Tschannen et al. 2025) model for images of one size.
 
     The image tower is a vision transformer without a class token, which attention pools; its width is ``embed_dim``.
-    The text tower sees the whole text and is read at its last position. Layer norms have an epsilon of 1e-6.
+    The text tower has no causal mask, and its output at the last position is the feature. Layer norms have an epsilon
+    of 1e-6.
 
     Attributes:
         image_gelu, text_gelu: the GELU of each tower: "none" is exact, "tanh" is the approximation by tanh.
         text_proj: whether a linear layer ends the text tower.
-        tokenizer: the Hugging Face repository whose ``tokenizer.json`` turns texts into ids; None if it is not said.
-        clean: how texts are prepared for it: "canonicalize" (lower case, no punctuation), "lower" or "whitespace".
-        init_logit_scale: the logarithm of the scale of a new model.
-        init_logit_bias: the bias of its logits.
+        tokenizer: the Hugging Face repository whose ``tokenizer.json`` turns texts into ids; None if it is unknown.
+        clean: the cleaning of texts: "canonicalize" (lower case, no punctuation), "lower" or "whitespace".
+        init_logit_scale: the initial logit_scale, the logarithm of the factor.
+        init_logit_bias: the initial logit_bias.
     """
 
     image_gelu: str = EXACT
@@ -83,7 +84,7 @@ class SigLIPConfig(CLIPConfig):
     init_logit_bias: float = INIT_LOGIT_BIAS
 
     def __post_init__(self) -> None:
-        """Refuse widths that do not fit together, and names that are not known.
+        """Refuse widths of towers that do not fit together, and unknown names.
 
         Raises:
             ValueError: as above.
@@ -109,21 +110,22 @@ class SigLIPConfig(CLIPConfig):
 
     @property
     def activation(self) -> str:
-        """The activation in words, of both towers if they differ."""
+        """The name of the activation for people; of both towers if they differ."""
         image, text = _WORDS[self.image_gelu], _WORDS[self.text_gelu]
         return image if image == text else f"{image} for images, {text} for texts"
 
     @property
     def pad_id(self) -> int:
-        """The id of padding where a tokenizer's files do not name one: Gemma's for SigLIP 2, and T5's otherwise."""
+        """The id of the padding token if the tokenizer's files name none: Gemma's for SigLIP 2, and T5's otherwise."""
         return 0 if self.text.vocab_size == 256000 else 1
 
     @property
     def timm_model_name(self) -> str:
-        """The name of timm's tower with these sizes and this activation.
+        """The name of timm's image tower with these sizes and this activation.
 
-        If timm has none, it is a name that timm does not know, so that OpenCLIP refuses it instead of building another
-        tower.
+        If timm has no such tower, it is a name that timm does not know: OpenCLIP then refuses the configuration instead
+            of
+        building another tower.
         """
         vision = self.vision
         known: dict[tuple[object, ...], str] = {sizes: word for word, sizes in _SIZES.items()}
@@ -140,7 +142,7 @@ class SigLIPConfig(CLIPConfig):
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "SigLIPConfig":
-        """Read OpenCLIP's layout, in which the image tower is a name of timm's.
+        """Read the configuration in OpenCLIP's layout, which names the image tower by timm's name.
 
         A tower that timm does not have is described by its sizes beside the name, and by ``act_kwargs``.
 
@@ -172,7 +174,7 @@ class SigLIPConfig(CLIPConfig):
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration in OpenCLIP's layout, which either package loads if timm has such a tower."""
+        """Return the configuration in OpenCLIP's layout, which OpenCLIP loads too if timm has the image tower."""
         raw = super().to_dict()
         raw["vision_cfg"] |= {"timm_model_name": self.timm_model_name} | _VISION_FIXED
         raw["text_cfg"] |= _TEXT_FIXED | ({"proj_bias": True} if self.text_proj else {"proj_type": "none"})
@@ -193,7 +195,7 @@ def is_siglip(raw: Mapping[str, Any]) -> bool:
 
 
 def _read_vision(raw: Mapping[str, Any]) -> tuple[VisionConfig, str]:
-    """Return the sizes and the activation of the image tower."""
+    """Read the sizes and the activation of SigLIP's image tower from ``vision_cfg``."""
     settings = dict(raw)
     name = str(settings.pop("timm_model_name"))
     sizes = {key: settings.pop(key) for key in _VISION_SIZES if key in settings}
@@ -220,7 +222,7 @@ def _read_gelu(section: str, act_kwargs: Mapping[str, Any] | None) -> str:
 def _check_fixed(
     section: str, settings: Mapping[str, Any], fixed: Mapping[str, Any], optional: tuple[str, ...] = ()
 ) -> None:
-    """Refuse settings that no SigLIP model has."""
+    """Refuse settings that a SigLIP model of clipfast does not implement."""
     expected = {key: value for key, value in fixed.items() if key in settings or key not in optional}
     if dict(settings) != expected:
         differ = {key: settings.get(key) for key in {**settings, **expected} if settings.get(key) != expected.get(key)}
@@ -228,7 +230,7 @@ def _check_fixed(
 
 
 def timm_tower(name: str) -> tuple[VisionConfig, str]:
-    """Return the sizes and the activation of a tower that timm has."""
+    """Return the sizes and the activation of one of timm's SigLIP image towers, by its name."""
     match = re.fullmatch(r"vit_(\w+)_patch(\d+)_siglip_(\d+)", name)
     assert match is not None
     layers, width, head_width, mlp_ratio = _SIZES[match[1]]
@@ -236,7 +238,7 @@ def timm_tower(name: str) -> tuple[VisionConfig, str]:
 
 
 def published_config(name: str) -> SigLIPConfig:
-    """Return the configuration of a published model, which its name says."""
+    """Return the configuration of a published SigLIP model, which follows from its name."""
     match = re.fullmatch(r"ViT-(\w+)-(\d+)-SigLIP(2?)(-i18n)?-?(\d*)", name)
     assert match is not None
     size, patch_size, is_second, is_multilingual, image_size = match.groups()

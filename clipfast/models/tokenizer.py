@@ -1,8 +1,8 @@
 """CLIP's byte-pair tokenizer: 49,408 ids, lower-cased, exact on any Unicode.
 
 Text is cleaned as OpenAI's tokenizer does (ftfy, HTML unescaped twice, white space folded, lower case) and split into
-words, and the UTF-8 bytes of each word are merged by rank (Sennrich et al. 2016). Two things make it fast: plain ASCII
-is not cleaned, since that would not change it, and the ids of each word are cached.
+words, and the UTF-8 bytes of each word are merged by rank (Sennrich et al. 2016). It is fast for two reasons: plain
+ASCII skips the cleaning, which would not change it, and the ids of each word are cached.
 """
 
 import functools
@@ -23,9 +23,9 @@ NUM_MERGES = 49152 - 256 - 2
 WORD_CACHE_SIZE = 2**17
 
 _SPECIAL_AND_CONTRACTIONS = rf"{START_OF_TEXT}|{END_OF_TEXT}|'s|'t|'re|'ve|'m|'ll|'d"
-# Words of lower-case ASCII, for which the standard library's faster engine is enough.
+# Matches words of lower-case ASCII, for which the standard library's faster engine is enough.
 _ASCII_WORD = re.compile(_SPECIAL_AND_CONTRACTIONS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
-# Any character but printable ASCII and white space without "&": ftfy and HTML unescaping change nothing else.
+# Matches "&" and every character except printable ASCII and white space: ftfy and HTML unescaping change nothing else.
 _NEEDS_CLEANING = re.compile(r"[^\t\n\r -%'-~]")
 
 
@@ -50,7 +50,7 @@ class Tokenizer:
         self._word_ids = functools.lru_cache(WORD_CACHE_SIZE)(self._encode_word)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int]]:
-        """Pickle the argument only: another process rebuilds the tokenizer, with an empty cache."""
+        """Pickle only the context length: another process rebuilds the tokenizer, with an empty cache."""
         return Tokenizer, (self.context_length,)
 
     def encode(self, text: str) -> list[int]:
@@ -69,7 +69,7 @@ class Tokenizer:
         return [token for word in words for token in word_ids(word)]
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
-        """Return the text of token ids, with a space after each word, and with start and end by their names."""
+        """Return the text of token ids, with a space after each word, and the names of the start and end tokens."""
         symbols = {index: symbol for symbol, index in self.vocabulary.items()}
         to_byte = {symbol: byte for byte, symbol in self._byte_symbols.items()}
         text = "".join(symbols[int(token)] for token in tokens)
@@ -81,10 +81,11 @@ class Tokenizer:
         Args:
             texts: one text or several.
             context_length: tokens per text; default: the tokenizer's own.
-            truncate: cut texts that are too long, and keep their end token; if False they are an error.
+            truncate: cut texts that are too long and keep their end token; with False they are an error.
 
         Returns:
-            [len(texts), context_length] int64; each row is start, tokens, end, zeros.
+            [len(texts), context_length] int64; each row has the start token, the tokens of the text, the end token, and
+            zeros.
 
         Raises:
             TypeError: a text is not a string.
@@ -107,7 +108,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
-        """Return the token ids of a word: its bytes, merged pair by pair, the pair of lowest rank first."""
+        """Return the token ids of a word by byte-pair encoding: the pair of lowest rank is merged first."""
         if word in (START_OF_TEXT, END_OF_TEXT):
             return (self.vocabulary[word],)
         parts = [self._byte_symbols[byte] for byte in word.encode("utf-8")]
@@ -121,7 +122,7 @@ class Tokenizer:
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join every occurrence of ``pair``, from left to right."""
+    """Merge every occurrence of a pair of BPE symbols, from left to right."""
     merged: list[str] = []
     index = 0
     while index < len(parts):
@@ -136,21 +137,21 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 @functools.cache
 def _any_word() -> Any:
-    """Return the pattern of a word in any script, which the standard library's engine cannot express."""
-    import regex  # not at the top, for the reason that ftfy is not
+    """Return the pattern of a word in any script; it needs the regex package, since ``re`` cannot express it."""
+    import regex  # not at the top: plain ASCII does not need it
 
     return regex.compile(_SPECIAL_AND_CONTRACTIONS + r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def unescaped(text: str) -> str:
-    """Repair what encodings and HTML did to a text."""
-    import ftfy  # not at the top: ASCII needs no cleaning, so that a machine without ftfy can train on it
+    """Clean a text that is not plain ASCII: ftfy repairs wrong encodings, and HTML is unescaped."""
+    import ftfy  # not at the top: a machine without ftfy can train on ASCII
 
     return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def _byte_symbols() -> dict[int, str]:
-    """Return a printable character for each byte, in vocabulary order.
+    """Return the printable character that stands for each byte in the BPE vocabulary, in vocabulary order.
 
     A visible character stands for itself; the other bytes get the characters from U+0100 on.
     """
@@ -160,7 +161,7 @@ def _byte_symbols() -> dict[int, str]:
 
 
 def _read_merges() -> list[tuple[str, str]]:
-    """Return the pairs of symbols that are merged, in the order of their rank."""
+    """Read the BPE merges: the pairs of symbols that are merged, in the order of their rank."""
     packed = files("clipfast").joinpath("assets/bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : NUM_MERGES + 1]
     return [(first, second) for first, second in (line.split() for line in lines)]
@@ -168,7 +169,7 @@ def _read_merges() -> list[tuple[str, str]]:
 
 @functools.cache
 def _tables() -> tuple[list[tuple[str, str]], dict[str, int], dict[tuple[str, str], int]]:
-    """Return merges, vocabulary and the rank of each merge, which take long to read: all tokenizers share them."""
+    """Return the BPE merges, vocabulary and merge ranks; all tokenizers share them, since reading them takes long."""
     merges = _read_merges()
     symbols = list(_byte_symbols().values())
     vocabulary = (
@@ -182,9 +183,9 @@ def _tables() -> tuple[list[tuple[str, str]], dict[str, int], dict[tuple[str, st
 
 
 def trim_padding(texts: Tensor, multiple: int = 4) -> Tensor:
-    """Cut columns that are padding in every row, so that a multiple of ``multiple`` remains: [B, L] -> [B, L'].
+    """Cut columns of token ids that are padding in every row, down to a multiple of ``multiple``: [B, L] -> [B, L'].
 
-    A causal text tower gives the same features without them. (SigLIP's is none: it reads the padding.)
+    A causal text tower returns the same features without them. (SigLIP's tower is not causal, and reads the padding.)
     """
     longest = int(texts.argmax(-1).max()) + 1
     return texts[:, : min(texts.shape[1], -(-longest // multiple) * multiple)].contiguous()

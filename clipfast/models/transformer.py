@@ -32,7 +32,7 @@ from .layers import InProjection, LayerNorm, QuickGELU, attend_row, is_plain, pr
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; parameters as in ``nn.MultiheadAttention``, and both projections as linear layers."""
+    """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention`` and with linear projections."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x))."""
+    """A pre-norm transformer block: x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x))."""
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool, approximate: str = "none",
@@ -97,13 +97,13 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks.
+    """A stack of transformer blocks.
 
-    The activation is QuickGELU, or GELU, which ``approximate`` may approximate as it does in ``nn.GELU``. ``eps`` is
-    that of the layer norms.
+    The activation is QuickGELU, or GELU with the argument ``approximate`` of ``nn.GELU``. ``eps`` is the epsilon of the
+    layer norms.
 
-    ``grad_checkpointing`` recomputes each block in the backward pass. If it is "selective", only norms and activations
-    are recomputed, which saves about a third of the memory (11 of 16 widths per token stay).
+    ``grad_checkpointing`` recomputes each block in the backward pass. With "selective", only norms and activations are
+    recomputed, which saves about a third of the memory (of 16 x width values per token, 11 x width are kept).
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         )
 
     def init_scaled(self) -> None:
-        """Initialise as in the published text tower: the deeper the stack, the smaller the weights of output layers."""
+        """Initialise the blocks like CLIP's text tower: output layers get smaller weights in deeper stacks."""
         output_std = self.width**-0.5 * (2 * len(self.resblocks)) ** -0.5
         for module in self.modules():
             if isinstance(module, Attention):
@@ -138,19 +138,20 @@ class Transformer(nn.Module):
 
 
 class Plan(NamedTuple):
-    """The steps that a stack of blocks takes in one call."""
+    """The plan of one call of a stack of blocks."""
 
-    recompute: bool | str  # whether the backward pass computes blocks again; "selective": only what is cheap
+    recompute: bool | str  # whether the backward pass recomputes blocks; "selective" recomputes only cheap ops
     blocks: Sequence[nn.Module]  # the blocks that compute every row
     last: ResidualAttentionBlock | None = None  # the block after them, which computes only the row that is read
 
 
 def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
-    """Decide what ``transformer`` fuses, leaves out or recomputes in one call.
+    """Decide which ops of a transformer one call fuses, skips or recomputes.
 
     Args:
         transformer: the stack.
-        num_tokens: the number of tokens in a sequence if the caller reads one row of it; None if it reads every row.
+        num_tokens: the number of tokens in a sequence if the caller needs only one row of the output; None if it needs
+            every row.
     """
     recompute = torch.is_grad_enabled() and transformer.grad_checkpointing
     blocks = list(transformer.resblocks)
@@ -165,12 +166,12 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
 
 
 def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Compute the rows of ``transformer(x)`` that a tower reads.
+    """Compute only the row of ``transformer(x)`` that a tower uses, such as the class token's.
 
     Args:
-        transformer: the stack of a tower, or the module that has taken its place.
+        transformer: the stack of a tower, or a module by which the user has replaced it.
         x: [B, N, width].
-        rows: [B], the index of the row that is read in each sequence; the first row if it is None.
+        rows: [B], the index of the row in each sequence; None for the first row.
 
     Returns:
         [B, width].
@@ -187,14 +188,14 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | None = None) -> 
 def run_blocks(
     steps: Plan, x: Tensor, kind: type[ResidualAttentionBlock] = ResidualAttentionBlock
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the residual stream after the blocks, and the last branch, which the caller must still add to it.
+    """Run transformer blocks; return the residual stream and the last branch, which the caller must still add to it.
 
-    ``kind`` is the class of the blocks that are taken apart; any other is called.
+    ``kind`` is the class of blocks whose ops are fused; blocks of other classes are called as modules.
     """
     branch: Tensor | None = None
     for block in steps.blocks:
         if steps.recompute:
-            # Checkpointing keeps the arguments. This is one tensor; x and a branch apart would be two.
+            # Checkpointing keeps its arguments: the sum is one tensor, while x and the branch would be two.
             x = recomputed(steps, block, x)
         elif is_plain(block, kind):
             x, normed = add_norm(x, branch, block.ln_1)
@@ -206,14 +207,14 @@ def run_blocks(
 
 
 def _run_last(block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | None) -> Tensor:
-    """Return one row of what ``block`` returns for ``x + branch``: [B, N, width] -> [B, width]."""
+    """Run the last block for ``x + branch``, and return one row of its output: [B, N, width] -> [B, width]."""
     x, normed = add_norm(x, branch, block.ln_1)
     x, normed = add_norm(take_rows(x, rows), block.attn.forward_row(normed, rows), block.ln_2)
     return x + block.mlp(normed)
 
 
 def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> Tensor:
-    """Call ``function`` so that the backward pass computes it again."""
+    """Call ``function`` under activation checkpointing: the backward pass recomputes it."""
     if steps.recompute != "selective":
         return checkpoint(function, *args, use_reentrant=False)
     kept = functools.partial(create_selective_checkpoint_contexts, list(_KEPT))
@@ -230,8 +231,8 @@ def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor,
 def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> Tensor:
     """Return ``gelu(linear(x))``.
 
-    On a GPU the activation adds the bias, and sums its gradient in the same pass. On a CPU that would cost one pass
-    more, since PyTorch's linear layer adds the bias at no cost.
+    On a GPU, the activation kernel adds the bias, and its backward pass also sums the bias's gradient. On a CPU this
+    would cost another pass over memory, since PyTorch's linear layer adds the bias at no cost.
     """
     is_exact = getattr(gelu, "approximate", "none") == "none"
     if backend == "torch" or not is_exact or not triton_runs_on(x.device):
@@ -246,15 +247,15 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor, bac
     """Return ``table(text)`` with the embedding of each position added: [B, L] ids -> [B, L, width]."""
     if is_plain(table, nn.Embedding):
         options = (table.padding_idx, table.max_norm, table.scale_grad_by_freq, table.sparse)
-        if options == (None, None, False, False):  # it does nothing but look up
+        if options == (None, None, False, False):  # a plain look-up, without padding_idx or scaling
             return text_embed(text, table.weight, positional_embedding, backend=backend)
     return table(text) + positional_embedding[: text.shape[1]]
 
 
-# The classes that a block consists of.
+# The classes of a plain block's modules.
 _PLAIN = (ResidualAttentionBlock, LayerNorm, Attention, InProjection, MLP, nn.Linear, nn.GELU, QuickGELU)
 
-# The results that selective checkpointing keeps; it recomputes everything else, which is norms and activations.
+# The ops whose results selective checkpointing keeps; it recomputes all others, which are norms and activations.
 _KEPT = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,

@@ -31,7 +31,7 @@ def interpolate_positions(positional_embedding: Tensor, old_grid: tuple[int, int
         [1 + H * W, E] in the same dtype; ``positional_embedding`` itself if the grids are equal.
 
     Raises:
-        ValueError: if a grid is empty, or ``old_grid`` does not have as many positions as there are.
+        ValueError: a grid is empty, or the size of ``old_grid`` differs from the number of positions.
     """
     if min(*old_grid, *new_grid) < 1 or len(positional_embedding) != 1 + old_grid[0] * old_grid[1]:
         raise ValueError(
@@ -44,9 +44,10 @@ def interpolate_positions(positional_embedding: Tensor, old_grid: tuple[int, int
 
 
 def resize_grid(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Do what :func:`interpolate_positions` does, for positions without a class token: [h * w, E] -> [H * W, E]."""
+    """Resize positions without a class token like :func:`interpolate_positions`: [h * w, E] -> [H * W, E]."""
     grid = patches.to(accumulate_dtype(patches.dtype)).unflatten(0, old_grid)  # [h, w, E]
-    # Two matrix products, because F.interpolate uses atomics for its gradient on a GPU, which is not deterministic.
+    # Two matrix products, because the backward pass of F.interpolate on a GPU uses atomics, which are not
+    # deterministic.
     with torch.autocast(grid.device.type, enabled=False):
         rows = (_resizing(old_grid[0], new_grid[0], grid) @ grid.flatten(1)).unflatten(1, grid.shape[1:])  # [H, w, E]
         resized = _resizing(old_grid[1], new_grid[1], grid) @ rows  # [H, W, E]
@@ -54,15 +55,15 @@ def resize_grid(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int,
 
 
 def _resizing(old: int, new: int, like: Tensor) -> Tensor:
-    """Return [new, old], the weight of each old value in each new value along one side of the grid."""
+    """Return the interpolation matrix [new, old] of positions along one side of the grid."""
     identity = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
     return F.interpolate(identity, (new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]
 
 
 def draw_kept_patches(batch: int, grid: tuple[int, int], dropout: float, device: torch.device) -> Tensor | None:
-    """Draw the indices [batch, K] of the patches of a grid that remain when the share ``dropout`` is dropped.
+    """Draw the indices [batch, K] of the patches that patch dropout keeps; it drops the share ``dropout``.
 
-    At least one remains. None stands for all of them.
+    At least one patch is kept. None means that all are kept.
     """
     if dropout == 0:
         return None
@@ -72,7 +73,7 @@ def draw_kept_patches(batch: int, grid: tuple[int, int], dropout: float, device:
 
 
 class VisionTransformer(nn.Module):
-    """The image tower.
+    """CLIP's image tower: a vision transformer.
 
     It takes uint8 images as decoded, which the patch embedding normalises by ``image_mean`` and ``image_std``, or
     floating images that are normalised already. Height and width may be any multiples of the patch size; if they are
@@ -97,8 +98,7 @@ class VisionTransformer(nn.Module):
         self.grid_size = (config.image_size // config.patch_size,) * 2
         tokens = 1 + self.grid_size[0] * self.grid_size[1]
         std = config.width**-0.5
-        # The patch embedding reads only the weight. A convolution gives it the key and the initialisation of the
-        # published models.
+        # The patch embedding op uses only the weight. The convolution gives it the published name and initial values.
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(std * torch.randn(config.width))
         self.positional_embedding = nn.Parameter(std * torch.randn(tokens, config.width))
@@ -118,7 +118,7 @@ class VisionTransformer(nn.Module):
         """Return the class token and the patches with their positions: [B, 3, H, W] -> [B, tokens, width]."""
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         positions: Tensor = self.positional_embedding
-        # The patch embedding refuses an empty grid, with a better message.
+        # For an empty grid, the patch embedding op below raises a clearer error.
         if grid != self.grid_size and min(grid) > 0:
             positions = interpolate_positions(positions, self.grid_size, grid)
         keep = draw_kept_patches(len(images), grid, self.patch_dropout, images.device) if self.training else None
@@ -141,18 +141,19 @@ class VisionTransformer(nn.Module):
 
         Args:
             x: images, [B, 3, H, W].
-            indices: which blocks: the last so many if it is a number, those that are listed, or all.
-            stop_early: leave out the blocks after the last one that is returned. The features are those of that block.
+            indices: the blocks: a number n for the last n, a list of indices, or None for all.
+            stop_early: do not run the blocks after the last one that is returned; features are computed from that
+                block.
             normalize_intermediates: apply the last norm to the output of every block.
             intermediates_only: leave the features out.
             output_fmt: "NCHW" for [B, width, h, w], "NLC" for [B, h * w, width].
-            output_extra_tokens: return the class token of every block too.
+            output_extra_tokens: also return the class token of every block.
 
         Returns:
             ``image_intermediates``, ``image_intermediates_prefix`` ([B, 1, width] each) and ``image_features``.
 
         Raises:
-            ValueError: an index or a format is unknown, or a grid is asked for where patches are dropped.
+            ValueError: an index or a format is unknown, or "NCHW" is wanted while patches are dropped.
         """
         check_format(output_fmt, ("NCHW", "NLC"))
         height, width = (side // self.patch_size for side in x.shape[-2:])
@@ -175,14 +176,14 @@ class VisionTransformer(nn.Module):
         return output
 
     def layer_groups(self) -> list[Group]:
-        """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
+        """Return the groups of the tower's layers, from input to output, for locking and layer-wise learning rates."""
         embedding: Group = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
         return [embedding, *groups_of_blocks(self.transformer.resblocks, self.ln_post), [self.proj]]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
-        """Make parameters constant but for those of the last groups; see ``CLIP``. There is no BatchNorm."""
+        """Freeze the image tower, except for its last groups of layers. The tower has no BatchNorm."""
         freeze(self.layer_groups(), unlocked_groups)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters with two dimensions, or of tokens, that weight decay should leave."""
+        """Return the names of the image tower's embeddings and positions, which get no weight decay."""
         return {"positional_embedding", "class_embedding"}
