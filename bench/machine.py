@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of this package and of all :data:`PACKAGES`; None for what is not installed."""
+    """Return the versions of Python, of this package and of all :data:`PACKAGES`; None if one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "clipfast": __version__}
     for package in PACKAGES:
         try:
@@ -88,7 +88,7 @@ def card(device: torch.device) -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the size of the last cache before memory. Inputs rotate past it."""
+    """Return the size of the last cache before memory; sets of inputs must be larger, so that none stays cached."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -119,7 +119,8 @@ def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def _best(run: Callable[[], object], device: torch.device, rounds: int = 8) -> float:
-    # the first runs create handles and workspaces, and raise the clocks
+    """Return the shortest time of ``run`` over several rounds, for the rates of the machine."""
+    # The first runs create handles and workspaces, and raise the clocks.
     for _ in range(3):
         run()
     return min(elapsed(run, device) for _ in range(rounds))

@@ -1,7 +1,7 @@
-"""Peak memory of one call beyond its inputs, measured apart from the timing, which it would slow down.
+"""Peak memory of one call beyond its inputs; it is measured apart from the timing, which it would slow down.
 
-On a GPU it is the allocator's figure. On a CPU it is the high-water mark of a fresh process, since a process that has
-worked before keeps pages; ``python -m clipfast.bench.memory`` is that process.
+On a GPU, PyTorch's allocator gives the figure. On a CPU it is the high-water mark of the memory of a new process, since
+a process that has worked before keeps pages. That process runs ``python -m clipfast.bench.memory``.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ TIMEOUT_S = 600
 def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = None) -> int:
     """Return the bytes that a call of ``candidate`` needs in addition to its inputs, outputs included.
 
-    ``function`` is what the candidate has made already. On a CPU it is made again, in a process of its own.
+    ``function`` is the function that the candidate's ``make`` returned. On a CPU it is made again, in a new process.
 
     Raises:
         RuntimeError: the call fails.
@@ -37,7 +37,7 @@ def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = 
         return _peak_on_gpu(case, candidate, function or candidate.make())
     request = json.dumps([case.suite, dict(case.shape), case.dtype, candidate.name, torch.get_num_threads()])
     command = [sys.executable, "-m", "clipfast.bench.memory", request]
-    # freed tensors go back to the system at once (mallopt(3)), so resident memory is memory in use
+    # With this variable, freed tensors return to the system at once (mallopt(3)), so resident memory is memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S, env=environment)
@@ -65,7 +65,7 @@ def _peak_on_gpu(case: Case, candidate: Candidate, function: AnyFunction) -> int
 def _peak_on_cpu(case: Case, candidate: Candidate) -> int:
     inputs = leaves(case, case.inputs())
     function = candidate.make()
-    call(case, candidate, function, inputs)  # threads, libraries and compilers allocate now
+    call(case, candidate, function, inputs)  # threads, libraries and compilers allocate during this call
     return growth(lambda: call(case, candidate, function, inputs))
 
 

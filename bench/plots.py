@@ -1,4 +1,4 @@
-"""The picture of where the time of predicted training steps goes."""
+"""The bar chart of predicted training steps: the time of each step by category."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from . import categories
 
-# Products are green; what a step could do without is grey.
+# Matrix products are green; work that a better implementation could avoid is grey.
 COLOURS = {
     categories.GEMM: "#0b6e4f", categories.CONVOLUTION: "#5aa17f", categories.ATTENTION: "#2c7fb8",
     categories.NORM: "#7fcdbb", categories.INPUT: "#c7a252", categories.LOSS: "#d95f0e",
@@ -17,9 +17,10 @@ COLOURS = {
 
 
 def draw_steps(record: dict[str, Any], path: Path) -> None:
-    """Draw into a file where the time of predicted steps goes; ``record`` is that of ``clipfast inspect --predict``.
+    """Draw the time of predicted training steps by category into a file.
 
-    A step is a horizontal bar of its parts, with the rate behind it. Parts that no step has are left out of the legend.
+    ``record`` is the JSON of ``clipfast inspect --predict``. Each step is a horizontal bar of its categories, followed
+    by its rate. Categories that no step has are left out of the legend.
     """
     steps = [one for one in record["forecasts"] if one["name"] == "step"]
     used = [name for name in COLOURS if any(one["shares"].get(name) for one in steps)]

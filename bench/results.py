@@ -1,4 +1,4 @@
-"""One JSON file for each run, with every sample and everything it was measured on. ``schema.json`` describes it."""
+"""The result file of a benchmark run: JSON with every sample, the machine and the versions; see ``schema.json``."""
 
 import datetime
 import json
@@ -25,7 +25,7 @@ SMOKE_FOLDER = Path("runs/bench")  # git ignores it
 
 
 def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return a result without cases."""
+    """Return the result of a benchmark run that has no cases yet."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     where = {"git": machine.commit(), "machine": machine.describe(device), "versions": machine.versions()}
     return {"schema": SCHEMA, "when": when, **where, "roofs": roofs, "cases": []}
@@ -39,9 +39,9 @@ def case_result(
     roof: dict[str, float],
     breakdowns: Mapping[str, Breakdown | str] | None = None,
 ) -> dict[str, Any]:
-    """Return one entry of ``cases``, from timings, telemetry and the rates (``roof``) of this run.
+    """Return one entry of a result's ``cases``, from timings, telemetry and the rates (``roof``) of this run.
 
-    ``peaks`` and ``breakdowns`` hold by candidate a figure, or the reason why there is none.
+    ``peaks`` and ``breakdowns`` hold for each candidate a figure, or the reason why there is none.
     """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
@@ -105,7 +105,7 @@ def default_path(device: torch.device, suite: str, *, smoke: bool = False) -> Pa
 
 
 def write(run: dict[str, Any], path: Path) -> None:
-    """Replace ``path`` by ``run``. A measurement that is stopped keeps what was written before."""
+    """Write the result ``run`` to ``path`` atomically, so that a measurement that is stopped leaves a complete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(run, indent=1, allow_nan=False) + "\n")
 

@@ -1,4 +1,6 @@
-"""A run of several cases. The file is written again after each case, so a run that is stopped keeps what it has."""
+"""A run of several benchmark cases. The result file is written after each case, so a stopped run keeps the cases so
+far.
+"""
 
 import dataclasses
 import functools
@@ -22,7 +24,7 @@ from .memory import peak_bytes
 from .suites import build
 
 T = TypeVar("T")
-# What :func:`build` makes a case from: suite, shape and dtype.
+# The arguments of :func:`build`, which makes a case: suite, shape and dtype.
 CaseKey = tuple[str, Sizes, str]
 
 
@@ -32,8 +34,9 @@ def measure_all(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the case of each of ``keys``, print its table, and write everything to the result file ``path``.
 
-    ``only`` names candidates, see :func:`chosen`. ``memory`` measures peak memory too, ``breakdown`` traces where the
-    time of whole steps goes. No case is begun after ``total_s`` seconds; those that are left are named.
+    ``only`` names candidates, see :func:`chosen`. ``memory`` measures peak memory too, and ``breakdown`` divides the
+    time of whole steps into categories. No case begins after ``total_s`` seconds; the names of the remaining ones are
+    printed.
     """
     start = time.monotonic()
     roofs = {dtype: measure_roofs(device, DTYPES[dtype]) for dtype in sorted({dtype for _, _, dtype in keys})}
@@ -55,7 +58,8 @@ def measure_all(
 def _measure_one(
     case: Case, budget: Budget, roof: dict[str, float], *, memory: bool, breakdown: bool
 ) -> dict[str, Any]:
-    # a function of its own, so that whole models that the candidates have made are freed before the next case
+    """Measure one case and return its entry in the result."""
+    # This is a function of its own so that the candidates' models are freed before the next case.
     timings, telemetry = measure(case, budget)
     breakdowns, peaks = {}, {}
     for timing in timings:
@@ -75,7 +79,10 @@ def _breakdown(case: Case, timing: Timing) -> Breakdown:
 
 
 def refused_of_ours(run: dict[str, Any]) -> list[str]:
-    """Return op, candidate and reason of each refused candidate of ours, but for those that only need a GPU."""
+    """Return a line with op, name and reason for each of our candidates in a result that was refused.
+
+    Candidates that could not run because the machine lacks something, such as a GPU, are left out.
+    """
     found = []
     for case in run["cases"]:
         for candidate in case["candidates"]:
@@ -86,7 +93,7 @@ def refused_of_ours(run: dict[str, Any]) -> list[str]:
 
 
 def _or_reason(function: Callable[[], T]) -> T | str:
-    """Return the result of ``function``, or in one line why it failed."""
+    """Return the result of ``function``, or its error in one line, for the benchmark's result file."""
     try:
         return function()
     except Exception as error:
@@ -96,7 +103,7 @@ def _or_reason(function: Callable[[], T]) -> T | str:
 def chosen(case: Case, only: Sequence[str] | None) -> Case:
     """Return ``case`` with our candidate and those that ``only`` names, or with all of them if it is None.
 
-    A part of a name selects all candidates that have it, the whole name of a candidate that candidate alone.
+    A part of a name selects all candidates whose names contain it. A whole name selects that candidate only.
 
     Raises:
         ValueError: no candidate of the case has such a name.

@@ -1,4 +1,4 @@
-"""The summary of a data pipeline: how many cores each of its stages takes at a given rate, and which one limits."""
+"""The summary of a data pipeline: the number of cores that each stage takes at a given rate, and the slowest stage."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from clipfast.io.text import align
 
 from .case import OURS
 
-# The stages in a data worker. The pipeline with a worker has all of them, and passes the batches on.
+# The stages in a data worker. The pipeline with a worker has all of them, and also transfers the batches.
 WORK = ("read", "decode", "resize", "collate", "tokenize")
 
 
@@ -18,9 +18,9 @@ def supply(cases: Sequence[dict[str, Any]], pairs_per_second: float, cores: int 
     """Yield the summary of the measured stages, for each size of images.
 
     Args:
-        cases: of a result, as :func:`clipfast.bench.results.case_result` makes them.
-        pairs_per_second: that a training run takes.
-        cores: of this machine; default: those that this process may use.
+        cases: the cases of a result, as :func:`clipfast.bench.results.case_result` makes them.
+        pairs_per_second: the rate of a training run.
+        cores: the number of cores of this machine; default: the number that this process may use.
     """
     cores = cores or usable_cores()
     by_size = itertools.groupby(sorted((case for case in cases if case["suite"] == "data"), key=_size), _size)

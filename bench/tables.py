@@ -1,4 +1,6 @@
-"""Results as text: the table that is printed after a case, and the tables of pages, made from committed results."""
+"""Tables of benchmark results: the one printed after each case, and those in the documentation, from committed
+results.
+"""
 
 import re
 from pathlib import Path
@@ -19,7 +21,9 @@ def sizes(case: dict[str, Any]) -> str:
 
 
 def case_table(case: dict[str, Any]) -> str:
-    """Return the table of one case: a row for each candidate, and remarks on what was not measured like the rest."""
+    """Return the table of one case: a row for each candidate, and notes on candidates that were measured
+    differently.
+    """
     head = f"{case['op']}  {sizes(case)}  {case['dtype']}"
     if case["floor"]:
         head += f"   floor {seconds(case['floor']['seconds'])}"
@@ -42,7 +46,7 @@ def case_table(case: dict[str, Any]) -> str:
 
 
 def _utilisation(case: dict[str, Any]) -> list[str]:
-    """Say what MFU is relative to."""
+    """Return notes on the peak rates that the table's MFU refers to."""
     if "model_flops" not in case:
         return []
     flops, peaks = case["model_flops"], case["model_flops"]["peak_flops_per_s"]
@@ -53,7 +57,7 @@ def _utilisation(case: dict[str, Any]) -> list[str]:
 
 
 def _breakdown(case: dict[str, Any]) -> list[str]:
-    """Return the table of where the time goes, one row for each candidate, and the names that belong to no category."""
+    """Return the table of time by category, one row for each candidate, and the names that belong to no category."""
     rows, remarks = [], []
     found = [c for c in case["candidates"] if c.get("breakdown")]
     used = [name for name in CATEGORIES if name == HOST or any(c["breakdown"]["seconds"][name] for c in found)]
@@ -108,9 +112,9 @@ def size(value: int | None) -> str:
 
 
 def page_table(runs: list[dict[str, Any]]) -> str:
-    """Return a table of ours against OpenCLIP's: of the loss by batch, or of training steps by model.
+    """Return a table of our times and OpenCLIP's: for the loss by batch size, or for training steps by model.
 
-    Where OpenCLIP was not measured, perhaps for want of memory or of a network, its columns have a dash.
+    If OpenCLIP was not measured, for example because memory was too small, its columns have a dash.
     """
     cases = [case for run in runs for case in run["cases"]]
     is_step = all(case["suite"] == "step" for case in cases)
@@ -139,7 +143,7 @@ def page_table(runs: list[dict[str, Any]]) -> str:
 
 
 def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
-    """Say on which machine, with which versions, at which commit and when ``runs`` were measured."""
+    """Return the caption of a page's table: machine, versions, commit and date of the measurements ``runs``."""
 
     def one(values: set[str]) -> str:
         return ", ".join(sorted(values))
@@ -154,7 +158,7 @@ def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
 
 
 def fill_tables(text: str, folder: Path) -> str:
-    """Return ``text``, a page, with each table from ``<!-- bench FILE... -->`` to ``<!-- /bench -->`` made again.
+    """Return the page ``text`` with each table from ``<!-- bench FILE... -->`` to ``<!-- /bench -->`` regenerated.
 
     The files are results in ``folder``; several may hold the training steps of one table.
     """

@@ -46,10 +46,10 @@ from .suites import build
 
 # An error may grow by at most this factor. It may grow at all because sums are then taken in another order.
 ERROR_GROWTH = 1.5
-# A configuration is worth a change if its time over the committed one's is below this, with the whole interval.
+# A configuration replaces the committed one if the whole interval of the ratio of their times is below this.
 WORTH = 0.98
 MIN_ROUNDS = 20
-# The model sets two configurations of a kernel apart if its times differ by more than this; see docs/gpu-model.md.
+# By the model, a configuration counts as faster if the ratio of predicted times is below this; see docs/gpu-model.md.
 WORTH_BY_MODEL = 0.95
 MEASURED, MODEL = "measured", "model"
 _TILES, _SMALL_TILES, _STAGES = (64, 128, 256), (16, 32, 64, 128), (1, 2, 3, 4)
@@ -104,8 +104,8 @@ class Search:
     dtype: str
     arch: int
     keep: int  # how many configurations of a kernel are timed
-    limit: int | None  # how many are compiled; None: all
-    pool: concurrent.futures.Executor  # compiles them
+    limit: int | None  # how many configurations are compiled; None: all
+    pool: concurrent.futures.Executor  # the processes that compile them
 
     def configurations(self, tunable: Tunable) -> list[Config]:
         """Return the configurations of a kernel to compile, spread evenly over all of them."""
@@ -118,7 +118,7 @@ class Candidate(NamedTuple):
 
     config: Config
     report: Report
-    seconds: float  # infinite where there is no model of the GPU
+    seconds: float  # infinite if there is no model of the GPU
 
     @property
     def rank(self) -> tuple[Any, ...]:
@@ -130,9 +130,10 @@ class Candidate(NamedTuple):
 def prune(
     tunable: Tunable, target: Target, candidates: Sequence[Config], search: Search, effort: Effort = QUICK
 ) -> list[Candidate]:
-    """Return the best sound configurations, the best first.
+    """Return the best usable configurations of a kernel, the best first.
 
-    A sound one compiles, and its report has no failure. Print how many are not sound, and why the first one is not.
+    A usable configuration compiles, and its report has no failure. Print the number of the others, and the reason for
+    the first of them.
     """
     say(f"{key_of(tunable, target, search.dtype)}: compiling {len(candidates)} configurations")
     inspect = functools.partial(_inspect, tunable, target, search.dtype, search.arch, effort)
@@ -177,7 +178,7 @@ def launches(target: Target, dtype: str, arch: int) -> list[Launch]:
     return [launch for _, launch in op_work(spec, target.shape, dtype, arch).launches]
 
 
-# A way to choose returns a configuration that is better than the committed one of a kernel, or None.
+# A function that returns a better configuration of a kernel than the committed one, or None.
 Choose = Callable[[Tunable, Target, Config, Search], Config | None]
 
 
@@ -201,7 +202,7 @@ def tune(op: str, search: Search, choose: Choose) -> Iterator[tuple[str, Config 
 def by_timing(
     tunable: Tunable, target: Target, committed: Config, search: Search, device: torch.device, budget: Budget
 ) -> Config | None:
-    """Choose by timing the whole op; choose nothing if the card was throttled meanwhile."""
+    """Choose a configuration by timing the whole op; return None if the card was throttled meanwhile."""
     spec, _ = TARGETS[target.name]
     case = build(spec.suite_name, target.shape.to_dict(), search.dtype, device)
     found = prune(tunable, target, search.configurations(tunable), search)
@@ -229,7 +230,7 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
     found: list[tuple[float, Config]] = []
     for timing, config in zip(others, candidates, strict=True):
         limits = {name: ERROR_GROWTH * error + 1e-7 for name, error in committed.errors.items()}
-        # An error that is NaN fails this comparison, as it should.
+        # A NaN error fails this comparison, and so refuses the configuration.
         if timing.refused is not None or not all(error <= limits[name] for name, error in timing.errors.items()):
             continue
         ratio, _, high = ratio_interval(committed.samples, timing.samples)
@@ -239,7 +240,7 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
 
 
 def by_model(tunable: Tunable, target: Target, committed: Config, search: Search) -> Config | None:
-    """Choose by the predicted times of the kernel's launches."""
+    """Choose a configuration by the predicted times of the kernel's launches."""
     few = [one.config for one in prune(tunable, target, search.configurations(tunable), search)]
     found = prune(tunable, target, [committed, *(one for one in few if one != committed)], search, FULL)
     before = next((one.seconds for one in found if one.config == committed), float("inf"))
@@ -249,8 +250,9 @@ def by_model(tunable: Tunable, target: Target, committed: Config, search: Search
 def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TUNED, *, by: str) -> Path:
     """Add ``entries`` to the table of ``arch`` in ``folder``, and return its path.
 
-    They replace entries with the same keys, but what a model chose does not replace what was measured. A table that
-    does not exist yet starts as a copy of the committed one. ``by`` says who chose them: ``MEASURED`` or ``MODEL``.
+    They replace entries with the same keys, but an entry that the model chose does not replace a measured one. A table
+    that does not exist yet starts as a copy of the committed one. ``by`` says how the entries were chosen: ``MEASURED``
+    or ``MODEL``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"sm_{arch}.json"
@@ -278,7 +280,7 @@ def run(args: Any) -> int:
         name = torch.cuda.get_device_name(device)
         if args.card is None or args.card.lower() not in name.lower():
             raise ValueError(f"--card must name the card that is tuned for, part of {name!r}, got {args.card!r}")
-        # The table that serves the card is that of the newest architecture that is not newer.
+        # The card is served by the table of the newest architecture that is not newer than the card.
         major, minor = torch.cuda.get_device_capability(device)
         arch = next(known for known in configs.ARCHS if known <= 10 * major + minor)
         choose = functools.partial(by_timing, device=device, budget=Budget(args.seconds, min_rounds=MIN_ROUNDS))
@@ -308,7 +310,7 @@ def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose) -> i
 
 
 def _print_rankings(ops: Sequence[str], search: Search) -> int:
-    """Print the best configurations of each kernel of ``ops``, ranked by what the compiler made of them."""
+    """Print the best configurations of each kernel of ``ops``, ranked by their compiled code."""
     for op in ops:
         _, target = TARGETS[op]
         for tunable in target.kernels:

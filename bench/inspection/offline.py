@@ -1,7 +1,7 @@
-"""Compile the kernels that an op launches for a GPU that need not be there, and read the resources that they take.
+"""Compile the kernels that an op launches for a GPU that this machine may lack, and read the resources that they take.
 
-The launches are recorded from the op itself, so the compiled kernels are those that would run: with the same constants
-and the same specialisation of the arguments.
+The launches are recorded from calls of the op, so the compiled kernels are exactly those that would run: they have the
+same constants and the same specialisation of the arguments.
 """
 
 import concurrent.futures
@@ -29,13 +29,13 @@ from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import Launch, record_launches
 
 MATRIX_UNITS = tuple(dict.fromkeys(architecture.matrix_unit for architecture in ARCHITECTURES.values()))
-# Units of allocation, as cuda_occupancy.h rounds. Registers are allocated for a warp at a time, in one of four
+# Units in which resources are allocated, from cuda_occupancy.h. Registers are allocated warp by warp, in one of four
 # sub-partitions.
 REGISTER_UNIT = 256
 SUB_PARTITIONS = 4
-SHARED_RESERVED = 1024  # bytes of each block that the system takes
+SHARED_RESERVED = 1024  # bytes of shared memory that the system reserves in each block
 SHARED_UNIT = 128
-TENSOR_UNIT = 32  # and a power of two
+TENSOR_UNIT = 32  # the number of columns must also be a power of two
 # Triton's names of dtypes.
 _TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
@@ -48,15 +48,15 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """The resources of a multiprocessor that one compiled kernel takes, and what the assembler made of it.
+    """The resources of a multiprocessor that one compiled kernel takes, and the warnings of the assembler.
 
     Attributes:
-        registers: of a thread.
-        spill_bytes: bytes of a thread that found no register.
+        registers: registers of a thread.
+        spill_bytes: bytes of a thread that are spilled from registers to local memory.
         shared_bytes: shared memory of a block.
         tmem_columns: columns of tensor memory of a block.
-        mma: the matrix units that it uses, by their PTX instruction.
-        warnings: codes of what the assembler warns of, such as C7515.
+        mma: the matrix units that the kernel uses, by their PTX instruction.
+        warnings: codes of the assembler's warnings, such as C7515.
     """
 
     registers: int
@@ -70,10 +70,10 @@ class Resources:
 def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -> list[str]:
     """Return the faults of a compiled kernel.
 
-    It spills, exceeds a limit, multiplies with the wrong unit, or the assembler warns of it: it does so where it runs
-    the products of an asynchronous matrix unit one after another, which costs up to half of their rate. A kernel that
-    ``multiplies`` operands of 16 bits (``half``) must use the tensor cores. Float32 must stay exact, and so must not
-    use them.
+    It may spill registers, exceed a limit, or multiply with the wrong unit. The assembler may warn that it serialises
+    the products of an asynchronous matrix unit, which costs up to half of their rate. A kernel that ``multiplies``
+    operands of 16 bits (``half``) must use the tensor cores. Float32 products must stay exact, so they must not use
+    them.
     """
     limits = ARCHITECTURES[arch]
     found = []
@@ -82,7 +82,7 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
     if resources.shared_bytes > limits.block_shared_bytes:
         found.append(f"needs {resources.shared_bytes} bytes of shared memory, {limits.block_shared_bytes} are allowed")
     if resources.tmem_columns > limits.tensor_columns:
-        # Triton compiles such a kernel to an empty body, without a message
+        # Triton silently compiles a kernel that needs too much tensor memory to an empty body.
         found.append(f"needs {resources.tmem_columns} columns of tensor memory, {limits.tensor_columns} exist")
     expected = limits.matrix_unit if half and multiplies else "none"
     if resources.mma != expected:
@@ -104,12 +104,12 @@ def record(arch: int, op: Callable[[], object]) -> list[Launch]:
 
 
 def distinct(launches: Sequence[Launch]) -> list[Launch]:
-    """Return launches that are compiled differently, each once."""
+    """Return the launches without those that compile to the same kernel as an earlier one."""
     return list({identity(launch): launch for launch in launches}.values())
 
 
 def identity(launch: Launch) -> str:
-    """Return a key that is equal for launches that are compiled alike."""
+    """Return a key that is equal for launches that compile to the same kernel."""
     return f"{launch.kernel.__name__} {_specialise(launch)} {launch.options}"
 
 
@@ -128,15 +128,15 @@ def compile_kernel(launch: Launch, arch: int) -> Any:
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     with _logged() as log:
         kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    if log.getvalue():  # nothing, if the kernel comes from Triton's cache
+    if log.getvalue():  # the log is empty if the kernel comes from Triton's cache
         _logs[kernel.hash] = log.getvalue()
     return kernel
 
 
 def assembler_log(kernel: Any) -> str:
-    """Return the assembler's messages about a compiled kernel, which Triton throws away.
+    """Return the assembler's messages about a compiled kernel, which Triton discards.
 
-    A kernel from Triton's cache is assembled again, by Triton and so with the same options.
+    A kernel from Triton's cache is assembled again. Triton does this too, so the options are the same.
     """
     if kernel.hash not in _logs:
         target = kernel.metadata.target
@@ -150,10 +150,10 @@ def assembler_log(kernel: Any) -> str:
 def resources(kernel: Any) -> Resources:
     """Return the resources of a compiled kernel, read from the machine code that would run."""
     usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
-    # Spills are in the stack frame: without one there are none to count.
+    # Spilled registers are in the stack frame, so a kernel without a stack frame has no spills.
     spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(disassemble(kernel))
     ptx = kernel.asm["ptx"]
-    # The assembler warns of the products of wgmma only, so it is asked about no other kernel.
+    # The assembler only has warnings about the products of wgmma, so its log is read for kernels with wgmma only.
     warnings = re.findall(r"\((C7\d+)\)", assembler_log(kernel)) if "wgmma.mma_async" in ptx else []
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
@@ -171,9 +171,10 @@ def multiplies(kernel: Any) -> bool:
 
 
 def narrow_products(kernel: Any) -> list[str]:
-    """Return the products in 32 bits of a compiled kernel that may need more: of two sizes, strides or places.
+    """Return the 32-bit integer products of a compiled kernel that may overflow: those of two sizes, strides or
+    indices.
 
-    A constant is none of these, and neither is a quotient, which is a number of tiles.
+    Products with a constant or with a quotient are left out, because a quotient is a number of tiles.
     """
     ttir = kernel.asm["ttir"]
     # MLIR writes either arith.muli %a, %b : i32 or "arith.muli"(%a, %b) ... : (i32, i32)
@@ -194,7 +195,7 @@ def disassemble(kernel: Any) -> str:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[io.StringIO]:
-    """Collect what Triton prints, with the log of the assembler among it."""
+    """Collect the output of Triton in this context, which includes the log of the assembler."""
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
@@ -248,8 +249,8 @@ class Occupancy:
 def occupancy(arch: int, *, registers: int, warps: int, shared_bytes: int, tmem_columns: int = 0) -> Occupancy:
     """Compute the occupancy of a kernel.
 
-    ``registers`` are those of a thread. Warps, shared memory (static and dynamic) and columns of tensor memory are
-    those of a block. Tensor memory is a limit, because a block waits for free columns.
+    ``registers`` is the number for a thread. Warps, shared memory (static and dynamic) and columns of tensor memory are
+    given for a block. Tensor memory limits the occupancy, because a block waits for free columns.
     """
     limits = ARCHITECTURES[arch]
     per_warp = triton.cdiv(max(registers, 1) * 32, REGISTER_UNIT) * REGISTER_UNIT
@@ -276,7 +277,7 @@ def occupancy_of(kernel: Any, found: Resources) -> Occupancy:
 
 
 def _stored_bytes(sass: str) -> int:
-    """Return the bytes per thread that are stored to local memory, which is where spills go. Each store counts once."""
+    """Return the bytes per thread that are spilled, which means stored to local memory. Each store counts once."""
     return sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.[A-Z]+)*(?:\.(\d+))?\b", sass))
 
 
@@ -289,8 +290,8 @@ def _number(pattern: str, text: str) -> int:
 
 @contextlib.contextmanager
 def compilers(jobs: int) -> Iterator[concurrent.futures.Executor]:
-    """Start ``jobs`` processes that compile. Tasks that still wait when the context ends are dropped."""
-    # A fork server imports everything once, and its children have no thread of this process and none of its GPU.
+    """Start ``jobs`` processes that compile kernels. Tasks that still wait when the context ends are dropped."""
+    # A fork server imports everything once. Its child processes inherit neither threads nor the GPU of this process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.command"])
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,))
@@ -303,7 +304,7 @@ def compilers(jobs: int) -> Iterator[concurrent.futures.Executor]:
 def spread(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int | None = None) -> Iterator[Result]:
     """Yield the results of ``function`` in the order of the tasks, by as many processes as there are cores.
 
-    ``jobs`` is another number of processes. With one, the work is done in this process.
+    ``jobs`` sets another number of processes. If it is 1, the work is done in this process.
     """
     wanted = min(jobs or os.cpu_count() or 1, len(tasks))
     if wanted <= 1:

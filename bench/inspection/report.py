@@ -53,7 +53,7 @@ class Report:
     tma: bool  # whether it uses the tensor memory accelerator
     prediction: Prediction | None  # of the launch on an H100; None for other architectures
     unpredicted: str  # why there is no prediction, or ""
-    problems: tuple[str, ...]  # what :func:`clipfast.bench.inspection.offline.problems` found
+    problems: tuple[str, ...]  # the faults from :func:`clipfast.bench.inspection.offline.problems`
     known: tuple[str, ...] = ()  # problems that the compiler causes and clipfast cannot avoid
 
     @property
@@ -65,8 +65,8 @@ class Report:
     def rank(self) -> tuple[bool, float, float]:
         """Return the key that sorts configurations of one kernel, the best first.
 
-        Sound ones come first; then the predicted time decides, and where there is none the warps on a multiprocessor. A
-        kernel that does not fit on a multiprocessor is not sound.
+        Configurations without faults come first. Among these the predicted time decides, or without a prediction the
+        number of warps on a multiprocessor. A kernel that does not fit on a multiprocessor has a fault.
         """
         unsound = bool(self.failures) or self.occupancy.blocks == 0
         return unsound, self.prediction.seconds if self.prediction else float("inf"), -self.occupancy.warps

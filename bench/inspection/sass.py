@@ -5,11 +5,11 @@ import functools
 import re
 
 _FUNCTION = re.compile(r"\s*Function : (\S+)")
-# The disassembler of Triton 3.6 adds notes for sm_120, such as "&req={2} ?trans2", which the control code says too.
+# For sm_120, the disassembler of Triton 3.6 adds notes such as "&req={2} ?trans2", which repeat the control code.
 _LINE = re.compile(r"\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*?)(?:\s+[&?][^;]*)?\s*;")
 _CODE = re.compile(r"\s*/\* 0x(?P<code>[0-9a-f]{16}) \*/")  # the second half of an instruction, on the line below it
 _TEXT = re.compile(r"(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z]\w*(?:\.\w+)*)\s*(?P<operands>.*)")
-_MMA = re.compile(r"(UTC)?[A-Z]G?MMA$")  # HFMA2.MMA runs elsewhere
+_MMA = re.compile(r"(UTC)?[A-Z]G?MMA$")  # HFMA2.MMA does not run on the matrix unit
 
 
 NO_SCOREBOARD = 7
@@ -40,7 +40,9 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction: its address in bytes, guard predicate (None: always), opcode with modifiers, operands."""
+    """One machine instruction: address in bytes, guard predicate (None: always runs), opcode with modifiers,
+    operands.
+    """
 
     address: int
     guard: str | None
@@ -55,7 +57,7 @@ class Instruction:
 
     @property
     def modifiers(self) -> list[str]:
-        """Return the modifiers behind the opcode's name."""
+        """Return the modifiers that follow the opcode's name."""
         return self.opcode.split(".")[1:]
 
 

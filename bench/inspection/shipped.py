@@ -1,7 +1,8 @@
-"""The calls that ship: every op at the shapes of the published models, and the resources that its kernels take.
+"""The shipped calls, every op at the shapes of the published models, and the resources that their kernels take.
 
-``resources.json`` holds the resources by version of Triton ("3.9"), architecture ("sm_90"), case and kernel. A kernel
-is a line, so that a change is a difference that one can read. The lists hold the fields of ``Resources`` in order.
+``resources.json`` holds the resources by version of Triton ("3.9"), architecture ("sm_90"), case and kernel. Each
+kernel has a line of its own, so that a diff of the file is readable. The lists hold the fields of ``Resources`` in
+order.
 """
 
 import dataclasses
@@ -23,14 +24,15 @@ from .offline import Resources
 Case = Callable[[], object]
 SNAPSHOT = Path(__file__).with_name("resources.json")
 FIELDS = tuple(field.name for field in dataclasses.fields(Resources))
-# The compiler makes the same of both, as a test asserts, so the snapshot has sm_89 only where it differs from sm_86.
+# The compiler usually makes the same code for both, so the snapshot has sm_89 only where it differs from sm_86. A test
+# checks this.
 STANDS_FOR = {"sm_89": "sm_86"}
-# Resources by version, architecture, case and kernel; of a kernel, by the name of the field.
+# Resources by version, architecture, case, kernel and name of the field.
 Snapshot = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
-# What the assembler warns of and clipfast leaves, by Triton version, architecture and case: the reason and the cost.
+# Warnings of the assembler that are accepted, by Triton version, architecture and case, with the reason and the cost.
 KNOWN_WARNINGS: dict[tuple[str, int, str], tuple[str, ...]] = {}
-# Three registers of a tile with pairs find no place where a batch is no multiple of 16. The sigmoid loss keeps two or
-# four numbers of a tile in memory for a while; without a limit of registers it keeps none, but takes a fifth longer.
+# Spills that are accepted. If a batch is no multiple of 16, a tile with pairs spills three registers. The sigmoid loss
+# spills two or four registers of a tile; without a limit of registers it spills none, but takes a fifth longer.
 KNOWN_SPILLS = {
     ("3.6", 90, "contrastive_loss N1001 D512 bf16"): ("spills 12 bytes",),
     ("3.9", 90, "sigmoid_loss N1001 D512 bf16"): ("spills 16 bytes",),
@@ -40,7 +42,7 @@ KNOWN_SPILLS = {
 
 
 def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
-    """Return the problems that a case may have under a Triton version ("3.9") and that clipfast cannot help."""
+    """Return the faults that a shipped case may have under a Triton version ("3.9") because of the compiler."""
     _, shipped, dtype = _named()[case]
     for known in (KNOWN_WARNINGS, KNOWN_SPILLS):
         if (version, arch, case) in known:
@@ -53,14 +55,16 @@ def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
 
 
 def small_tile_problems(arch: int) -> tuple[str, ...]:
-    """Return the problems of a kernel whose tiles have fewer rows than the matrix units of ``arch`` want."""
+    """Return the faults that are expected of a kernel with fewer rows in a tile than the matrix units of
+    ``arch`` need.
+    """
     unit = ARCHITECTURES[arch].matrix_unit
     kinds = ("mma.sync", f"mma.sync+{unit}") if ARCHITECTURES[arch].multiplies_from_shared else ()
     return tuple(f"multiplies with {found}, expected {unit}" for found in kinds)
 
 
 def shipped_cases() -> dict[str, Case]:
-    """Return forward and backward calls by name, ``<op> <label> <dtype>``."""
+    """Return the shipped calls, each forward and backward, by name: ``<op> <label> <dtype>``."""
     return {name: functools.partial(run, *named) for name, named in _named().items()}
 
 
@@ -75,7 +79,7 @@ def _named() -> dict[str, tuple[OpSpec, Shipped, str]]:
 
 
 def run(spec: OpSpec, shipped: Shipped, dtype: str) -> None:
-    """Call the op forward and backward on tensors whose values nobody reads."""
+    """Call a shipped op forward and backward on tensors without values, to record its launches."""
     given = torch.float32 if shipped.autocast else DTYPES[dtype]
     call = spec.call(shipped.shape, "", Draw(empty=True), given)
     inputs = call.inputs | {name: call.inputs[name].to(DTYPES[cast]) for name, cast in shipped.casts.items()}
@@ -88,12 +92,12 @@ def run(spec: OpSpec, shipped: Shipped, dtype: str) -> None:
 
 
 def as_fields(found: Resources) -> dict[str, Any]:
-    """Return resources as the snapshot holds them."""
+    """Return a kernel's resources in the form of the snapshot."""
     return dataclasses.asdict(found) | {"warnings": list(found.warnings)}
 
 
 def loads(text: str) -> Snapshot:
-    """Read a snapshot.
+    """Read a snapshot of the shipped kernels' resources from text.
 
     Raises:
         ValueError: the text is no snapshot.
@@ -112,7 +116,7 @@ def loads(text: str) -> Snapshot:
 
 
 def dumps(snapshot: Snapshot) -> str:
-    """Return the text of a snapshot."""
+    """Return the text of a snapshot of the shipped kernels' resources."""
     kept: dict[str, Any] = {"fields": FIELDS}
     for version, archs in snapshot.items():
         kept[version] = {}

@@ -1,7 +1,7 @@
 """A CUDA driver that runs nothing: Triton's own launcher, and everything around it, on a machine without a GPU.
 
 ``gpu.c``, ``cubin.c`` and ``driver.c`` are the driver, which ``build`` compiles with gcc at first use. It checks every
-launch and every tensor map by the rules of the real one. ``driver`` loads it into this process, ``arguments`` compares
-what it was given with what the kernels were called with, ``walk`` goes through all ops, and ``host`` says what a call
-costs the host. ``python -m bench.stub`` is the command line.
+launch and every tensor map by the rules of the real one. ``driver`` loads it into this process. ``arguments`` compares
+the arguments that the driver received with those of the kernels' calls. ``walk`` calls all ops, and ``host`` measures
+the host's cost of a call. ``python -m bench.stub`` is the command line.
 """

@@ -14,7 +14,7 @@ CASES = ("shipped", "odd", "quick", "captured")
 
 
 def main() -> int:
-    """Run the command line; return 1 if the driver would refuse a call, and 2 where gcc is missing."""
+    """Run the stub driver's command line; return 1 if the driver would refuse a call, and 2 if gcc is missing."""
     parser = argparse.ArgumentParser("python -m bench.stub", description=__doc__)
     add = parser.add_argument
     add("--arch", type=int, default=90, choices=tuple(ARCHITECTURES), help="compute capability (default: 90)")

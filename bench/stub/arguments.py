@@ -1,4 +1,4 @@
-"""The arguments of each launch, as the driver received them, held against those that the kernel was called with."""
+"""Compare the arguments that the stub driver received in each launch with those that the kernel was called with."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ _SCRATCH = 2  # pointers that the launcher adds at the end: scratch memory for t
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """One launch: the kernel, its grid and threads, and how many tensor maps are among its arguments."""
+    """One checked launch: the kernel, its grid and threads, and the number of tensor maps among its arguments."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -70,7 +70,7 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
 def _check_parameters(
     kernel: str, signature: Mapping[str, str], named: Mapping[str, Any], received: list[bytes]
 ) -> int:
-    """Compare parameter by parameter, and return how many are tensor maps."""
+    """Compare the parameters of a launch one by one, and return how many are tensor maps."""
     place = maps = 0
 
     def take(name: str, size: int) -> bytes:
@@ -109,7 +109,7 @@ def _check_parameters(
 
 
 def _check_map(kernel: str, name: str, found: TensorMap, expected: TensorDescriptor) -> None:
-    """Compare a tensor map, whose dimensions are in reverse order, with the descriptor that it was made of."""
+    """Compare a tensor map, whose dimensions are in reverse order, with the descriptor that it was made from."""
     base: Any = expected.base
     rank, bytes_each = len(expected.shape), base.dtype.itemsize
     sizes = [last + 1 for last in found.last[:rank]][::-1]
@@ -124,7 +124,7 @@ def _check_map(kernel: str, name: str, found: TensorMap, expected: TensorDescrip
 
 
 def _check_alignment(kernel: str, attributes: Any, names: list[str], named: Mapping[str, Any]) -> None:
-    """Refuse a launch whose arguments are not as divisible as the compiled kernel takes them to be."""
+    """Refuse a launch whose arguments are not as divisible as the compiled kernel assumes."""
     for path, found in attributes.items():
         value = named.get(names[path[0]])
         number = value.data_ptr() if isinstance(value, torch.Tensor) else value
@@ -137,10 +137,11 @@ def _check_alignment(kernel: str, attributes: Any, names: list[str], named: Mapp
 def without_body(kernel: Any) -> Any:
     """Return a kernel with the name and the parameters of ``kernel`` that does nothing.
 
-    The launcher packs arguments by a kernel's signature, its configuration and how its arguments are specialised,
-    whatever the kernel computes. Without a body it compiles in a tenth of the time, so that all odd shapes and layouts
-    of all ops can be launched. The box and the swizzle of a tensor map do depend on the body: the shipped shapes are
-    launched with it, and odd shapes are as well by ``python -m bench.stub --whole``.
+    The launcher packs arguments by the kernel's signature, its configuration and the specialisation of its arguments;
+    the body of the kernel does not matter for this. Without a body a kernel compiles in a tenth of the time, so that
+    all odd shapes and layouts of all ops can be launched. The box and the swizzle of a tensor map do depend on the
+    body. Therefore the shipped shapes are launched with bodies, and ``python -m bench.stub --whole`` does the same for
+    odd shapes.
     """
     copy: Any = JITFunction(kernel.fn)
     copy.params = kernel.params

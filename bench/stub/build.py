@@ -12,7 +12,7 @@ from pathlib import Path
 import triton
 
 HERE = Path(__file__).resolve().parent
-# The sources of each library. PyTorch and its tools look for a library by this name, and find one that is loaded.
+# The sources of each library. PyTorch and its tools look for a library of this name, and find it if it is loaded.
 DRIVER = {"libcuda.so.1": ("gpu.c", "cubin.c", "driver.c")}
 GPU = {
     "libcuda.so.1": (*DRIVER["libcuda.so.1"], "runtime.c", "kernels.c"),
@@ -35,7 +35,7 @@ def build(libraries: Mapping[str, Sequence[str]] = DRIVER, includes: Sequence[Pa
 
     Args:
         libraries: the sources of each library, files in this folder.
-        includes: folders of CUDA's headers, in front of that of Triton, which has ``cuda.h``.
+        includes: folders of CUDA's headers, which are searched before Triton's folder with ``cuda.h``.
 
     Raises:
         RuntimeError: gcc or Python.h is missing, or gcc fails.
@@ -52,7 +52,9 @@ def build(libraries: Mapping[str, Sequence[str]] = DRIVER, includes: Sequence[Pa
 
 
 def _cache() -> Path:
-    """Return the folder of all builds: beside Triton's cache, or in the temporary folder where that is read-only."""
+    """Return the folder of all builds of the stub: next to Triton's cache, or a temporary folder if that is
+    read-only.
+    """
     home = os.environ.get("TRITON_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     for folder in (Path(home, "clipfast-stub"), Path(tempfile.gettempdir(), f"clipfast-stub-{os.getuid()}")):
         try:
@@ -65,7 +67,7 @@ def _cache() -> Path:
 
 
 def _compile(libraries: Mapping[str, Sequence[str]], includes: Sequence[str], folder: Path) -> None:
-    """Build into a new folder and rename it: another process may do the same at the same time."""
+    """Build the stub in a new folder and rename the folder, since another process may build it at the same time."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch, "made")
         made.mkdir()

@@ -1,7 +1,8 @@
-"""The calls that a CUDA graph forbids while it is captured, found with CPU tensors that stand for those of a GPU.
+"""Find calls that are forbidden during the capture of a CUDA graph, with CPU tensors in place of GPU tensors.
 
-The stub driver refuses forbidden calls of the driver. PyTorch makes others, which CPU tensors do not show: it copies
-constants from the host, and waits for values that the host reads. They are recognised by the PyTorch op.
+The stub driver refuses forbidden calls of the driver. But on CPU tensors PyTorch does not make all the calls that it
+makes on a GPU: there it copies constants from the host, and waits for values that the host reads. These calls are
+recognised by the PyTorch op that makes them.
 """
 
 from typing import Any
@@ -15,18 +16,18 @@ SYNCHRONISE = frozenset((
     "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive",
     "equal", "bincount", "repeat_interleave.Tensor", "multinomial", "to_sparse", "_assert_scalar", "item",
 ))  # fmt: skip
-# The op that makes a tensor of Python numbers, and so copies them from the host.
+# The op that makes a tensor from Python numbers, which copies them from the host.
 COPY_FROM_HOST = "lift_fresh"
 
 
 class InsideOps(TorchDispatchMode):
-    """Call :meth:`see` for each PyTorch op before it runs, also for those within our own ops."""
+    """A dispatch mode that calls :meth:`see` before each PyTorch op, including the ops within our own ops."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def see(self, func: Any, args: Any) -> None:
-        """Look at one call of a PyTorch op."""
+        """Inspect one call of a PyTorch op; subclasses define this."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,14 +40,14 @@ class InsideOps(TorchDispatchMode):
 
 
 class CaptureError(Exception):
-    """A call did what a CUDA graph cannot capture."""
+    """The error for a call that a CUDA graph cannot capture."""
 
 
 class CaptureRules(InsideOps):
     """Raise :class:`CaptureError` for a PyTorch op that a CUDA graph cannot capture."""
 
     def see(self, func: Any, args: Any) -> None:
-        """Refuse one call, or let it pass."""
+        """Raise an error if a CUDA graph cannot capture this call."""
         name = func._schema.name.split("::")[1]
         full = f"{name}.{func._overloadname}"
         if name in SYNCHRONISE or full in SYNCHRONISE:

@@ -1,8 +1,8 @@
-"""The stub driver in this process: Triton's own launcher then launches on GPUs that are not there.
+"""Load the stub driver into this process, so that Triton's own launcher launches on GPUs that do not exist.
 
 CPU tensors stand for those of a GPU (:func:`clipfast.kernels.launch.stand_in`). Kernels are compiled for its
-architecture and handed to the launcher, which packs their arguments and encodes tensor maps as for a real driver; the
-stub checks what it is given by the rules of the real one, and runs nothing. A call that breaks a rule raises Triton's
+architecture and passed to the launcher, which packs their arguments and encodes tensor maps as for a real driver. The
+stub checks these calls by the rules of the real driver, and runs no kernel. A call that breaks a rule raises Triton's
 own RuntimeError with the rule.
 """
 
@@ -67,7 +67,7 @@ class TensorMap(ctypes.Structure):
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How many calls the stub has seen."""
+    """The numbers of calls that the stub driver has accepted and refused."""
 
     launches: int
     maps: int
@@ -75,7 +75,7 @@ class Counts:
 
 
 class Stub:
-    """The library, the streams of its devices, and what Triton and PyTorch ask about the current device."""
+    """The stub driver's library, the streams of its devices, and the answers to questions about the current device."""
 
     def __init__(self, library: ctypes.CDLL, arch: int) -> None:
         self.library, self.arch = library, arch
@@ -107,18 +107,18 @@ class Stub:
         return launch
 
     def own(self, tensors: list[torch.Tensor], device: int) -> None:
-        """Say that the memory of ``tensors``, and no other, is memory of ``device``."""
+        """Declare that the memory of ``tensors``, and no other memory, belongs to ``device``."""
         self.library.stub_disown_all()
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self.library.stub_own(storage.data_ptr(), storage.nbytes(), device)
 
     def current_device(self) -> int:
-        """Return the device that is current; the first one where none is."""
+        """Return the current device, or the first one if none is current."""
         return max(0, int(self.library.stub_current_device()))
 
     def exchange_device(self, device: int) -> int:
-        """Make ``device`` current and return the one before; a negative number changes nothing, as in PyTorch."""
+        """Make ``device`` current and return the previous one; a negative number changes nothing, as in PyTorch."""
         if device < 0:
             return -1
         before = self.current_device()
@@ -165,10 +165,10 @@ def load(arch: int) -> Stub:
 
 
 def _share_cache() -> None:
-    """Let the launcher find what the offline compiler has compiled.
+    """Let the launcher use the kernels in Triton's cache that the offline compiler has compiled.
 
-    Both ask for the same kernels. The launcher also lists the arguments of which nothing is known, with an empty list
-    for each, and Triton's cache would take the two for different kernels.
+    Both compile the same kernels. But the launcher also passes an empty list of attributes for each argument without
+    attributes, so Triton's cache would treat the two as different kernels.
     """
     initialise = ASTSource.__init__
 

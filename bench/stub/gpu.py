@@ -1,8 +1,8 @@
-"""A GPU for PyTorch itself: the variables with which a process takes the stub for one, under a CUDA build of PyTorch.
+"""Environment variables with which a process uses the stub as its GPU, under a CUDA build of PyTorch.
 
-PyTorch's allocator, streams, events, graphs and device guards are then the real ones, and so is everything that
-measures with them. No kernel runs, PyTorch's own included, and the memory of the GPU always reads as zero: results
-agree with each other, and mean nothing. Times are those of the host.
+PyTorch's allocator, streams, events, graphs and device guards are then the real ones, and so is all code that measures
+with them. No kernel runs, not even PyTorch's own, and the memory of the GPU always reads as zero. So results agree with
+each other, but have no meaning. Times are those of the host.
 """
 
 import importlib.util
@@ -17,13 +17,13 @@ from clipfast.kernels.hardware import CARDS
 from .build import GPU, build
 from .driver import VARIABLE, gpu_numbers
 
-# A part of the name of the card, by which a result file can be told from one of a real GPU.
+# This text is part of the card's name, so that a result file can be distinguished from one of a real GPU.
 MARK = "stub driver, nothing runs"
 NAME_VARIABLE = "CLIPFAST_STUB_NAME"
 
 
 def gpu_environment(card: str = "h100", devices: int = 1, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables of a process that takes the stub for ``devices`` GPUs of a card in the hardware table.
+    """Return the variables for a process that uses the stub as ``devices`` GPUs of a card in the hardware table.
 
     Raises:
         RuntimeError: PyTorch is built without CUDA, or gcc is missing.

@@ -1,7 +1,7 @@
-"""The cost of a call for the host: launches, PyTorch ops beside them, and the time to issue both.
+"""The cost of an op's call for the host: the number of launches and PyTorch ops, and the time to issue both.
 
-A GPU waits for its host where kernels are short. The counts need no GPU and no stub driver; the times are taken on the
-stub, so that Triton's launcher really runs, while PyTorch's ops are those of a CPU at the smallest size.
+A GPU waits for its host if kernels are short. The counts need no GPU and no stub driver. The times are measured with
+the stub, so Triton's launcher really runs, but PyTorch's ops run on the CPU at the smallest size.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from .driver import load, on_device
 
 # The GPU that launches are counted for.
 ARCH = 90
-# Calls that are timed, after as many that are not.
+# The number of calls that are timed, after the same number of calls for warming up.
 REPEATS = 15
 
 
@@ -54,7 +54,7 @@ class Count:
 
 
 def count(spec: OpSpec, shape: Shape) -> Count:
-    """Count what a call of an op in bf16 starts on a GPU, without one."""
+    """Count the launches and PyTorch ops that a call of an op in bf16 would start on a GPU."""
     call = _leaves(spec.call(shape, "", Draw(empty=True), torch.bfloat16))
     numbers = []
     with record_launches(ARCH, ARCHITECTURES[ARCH].multiprocessors) as launches, Ops() as ops:
@@ -65,7 +65,9 @@ def count(spec: OpSpec, shape: Shape) -> Count:
 
 
 def counts() -> dict[str, Count]:
-    """Count for every op at each small shape and at the first shape of its benchmarks on a GPU, by op and shape."""
+    """Count the launches and PyTorch ops of every op, at its small shapes and at the first shape of its GPU
+    benchmarks.
+    """
     return {
         f"{spec.name} {shape}": count(spec, shape)
         for spec in specs().values()
@@ -76,12 +78,12 @@ def counts() -> dict[str, Count]:
 def microseconds(spec: OpSpec, shape: Shape) -> tuple[float, float]:
     """Return the median microseconds of processor time in which a thread issues a forward and a backward call in bf16.
 
-    A thread that waits for a busy machine takes longer, but no more processor time.
+    Processor time is measured, because on a busy machine a thread also waits.
     """
     stub = load(ARCH)
     call = _leaves(spec.call(shape, "", Draw(), torch.bfloat16))
     samples: list[tuple[float, float]] = []
-    # the memory of every tensor is a GPU's: only the launcher is to be timed
+    # All memory counts as memory of the GPU, since only the launcher is timed here.
     stub.library.stub_own(1, 2**63, 0)
     before, cpu.MOST_LOGITS = cpu.MOST_LOGITS, 0
     try:
@@ -100,7 +102,7 @@ def microseconds(spec: OpSpec, shape: Shape) -> tuple[float, float]:
 
 
 def table() -> str:
-    """Return a table of all ops at their smallest shape."""
+    """Return a table of the host's cost of all ops at their smallest shape."""
     lines = [f"{'op and shape':72} {'launches':>9} {'ops':>7} {'us forward':>11} {'us backward':>12}"]
     for spec in specs().values():
         for shape in spec.small:

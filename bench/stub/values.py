@@ -1,8 +1,8 @@
-"""A plugin of pytest for the stub driver: ``-p clipfast.bench.stub.values``.
+"""A pytest plugin for the stub driver, ``-p clipfast.bench.stub.values``: failed comparisons of values are skipped.
 
-No kernel runs there, so a test that compares values with those of a CPU fails by an AssertionError, and one that takes
-the finite values of a result finds none. Such a test has run up to its comparison, and is reported as skipped. Any
-other error is one.
+No kernel runs on the stub. A test that compares values with those of a CPU then fails with an AssertionError, and a
+test that selects the finite values of a result finds none. These tests have run up to their comparison, so they are
+reported as skipped. All other errors are reported as errors.
 """
 
 from collections.abc import Generator
@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-# What PyTorch says of the largest of no values.
+# A part of PyTorch's message about the maximum of an empty tensor.
 NO_VALUES = "numel() == 0"
 REASON = "no kernel runs on the stub driver, so values cannot be compared"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]:  # noqa: ARG001
-    """Report a comparison that failed as skipped."""
+    """Report a test whose comparison of values failed as skipped."""
     report = yield
     error = call.excinfo.value if report.failed and call.excinfo is not None else None
     if isinstance(error, AssertionError) or (isinstance(error, RuntimeError) and NO_VALUES in str(error)):

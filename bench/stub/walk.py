@@ -1,4 +1,6 @@
-"""All ops through Triton's launcher on the stub driver: the shipped shapes, and the odd ones with their layouts."""
+"""Call all ops through Triton's launcher on the stub driver: at the shipped shapes, and in all cases with odd
+layouts.
+"""
 
 import collections
 import contextlib
@@ -20,17 +22,17 @@ from .arguments import Watched, watched
 from .capture import CaptureRules
 from .driver import Stub, load, on_device
 
-# Cases of which the reference's largest tensor has more elements are not drawn: their values are left undefined.
+# If the reference's largest tensor in a case has more elements than this, its inputs are left uninitialised.
 DRAWN_ELEMENTS = 2**20
-# Cases with more elements take a CPU too long between the launches.
+# Cases with more elements are left out, since a CPU takes too long for the PyTorch ops between the launches.
 MOST_ELEMENTS = 2**26
-# Tensors are those of the second device while the first is current, so that a missing device guard shows.
+# Tensors belong to the second device while the first one is current, so that a missing device guard shows.
 DEVICE, CURRENT = 1, 0
 
 
 @dataclasses.dataclass
 class Walked:
-    """How many calls were made, and the launches and tensor maps of each op."""
+    """The result of a walk through the ops: the number of calls, and the launches and tensor maps of each op."""
 
     arch: int
     calls: int = 0
@@ -45,7 +47,7 @@ class Walked:
 
     @contextlib.contextmanager
     def call(self, op: str, name: str, stub: Stub, *, emptied: bool) -> Iterator[list[Watched]]:
-        """Count what is launched in the context, and note a fault instead of raising it."""
+        """Count the launches in this context, and record an error instead of raising it."""
         self.calls += 1
         before = stub.counts.refused
         try:
@@ -105,7 +107,7 @@ def captured(arch: int, *, whole_kernels: bool = False) -> Walked:
 
 
 def _call(spec: OpSpec, case: Case, dtype: torch.dtype) -> Call:
-    """Make the inputs of a case; large ones hold no values, only their memory and layout matter here."""
+    """Make the inputs of a case. Large inputs hold no values, since only their memory and layout matter here."""
     if case.shape.elements <= DRAWN_ELEMENTS:
         return inputs_of(spec, case, dtype, "cpu")
     call = spec.call(case.shape, case.values, Draw(empty=True), dtype)
@@ -121,7 +123,9 @@ def _run(spec: OpSpec, call: Call) -> None:
 
 @contextlib.contextmanager
 def _in_blocks() -> Iterator[None]:
-    """Send small batches of the loss through the kernels too, which a CPU computes at once."""
+    """Send small batches of the contrastive loss through the kernels too; a CPU would compute all their logits
+    at once.
+    """
     before, cpu.MOST_LOGITS = cpu.MOST_LOGITS, 0
     try:
         yield
@@ -130,7 +134,7 @@ def _in_blocks() -> Iterator[None]:
 
 
 def describe(walked: Walked) -> str:
-    """Return one line about a walk."""
+    """Return one line with the counts of a walk through the ops."""
     found = walked.to_dict()
     return (
         f"sm_{walked.arch}: {found['calls']} calls, {found['launches']} launches, {found['maps']} tensor maps, "

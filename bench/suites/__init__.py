@@ -15,15 +15,15 @@ from . import data, ops, step
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A kind of computation."""
+    """A suite of benchmarks: one kind of computation, with its default shapes and the function that makes its cases."""
 
     help: str  # one line
     shapes: Mapping[str, list[Sizes]]  # default shapes by the type of device, "cpu" or "cuda"
     build: Callable[[Sizes, str, torch.device], Case]  # makes a case from a shape, a dtype's name and a device
     fields: Sizes  # sizes that a shape has, with an example of each
-    smallest: Sizes  # a shape that shows whether everything runs
+    smallest: Sizes  # a small shape for testing that everything runs
     optional: frozenset[str] = frozenset()  # sizes that a shape need not name
-    dtypes: tuple[str, ...] = ()  # the only ones that make sense; none means any
+    dtypes: tuple[str, ...] = ()  # the dtypes that the suite supports; empty means all
     op: OpSpec | None = None  # the op's specification, if it measures one
 
 

@@ -1,7 +1,7 @@
 """The data pipeline and each of its stages, from shards of photographs to batches on the device, against OpenCLIP's.
 
-A stage works on what the stage before it has made, which lies in memory. Data workers are processes of one thread each,
-so what counts is the CPU time of one thread; only the copy to the device is timed by the clock.
+A stage takes the output of the stage before it, which lies in memory. Data workers are processes of one thread each, so
+the CPU time of one thread is measured; only the copy to the device is timed by the wall clock.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from .pipelines import BATCH, OpenClipBatches, OurBatches, denormalized, open_cl
 if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can run the other suites
     from PIL import Image
 
-# A coarsely decoded photograph differs by 3% from one that is decoded whole (more than 35 dB); their means hardly do.
+# A coarsely decoded photograph differs by 3% (more than 35 dB) from one that is decoded whole; their means hardly
+# differ.
 PIXELS, MEANS = 20.0, 5.0
 THEIRS = "OpenCLIP"
 Make = Callable[[], AnyFunction]
@@ -42,7 +43,7 @@ Make = Callable[[], AnyFunction]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Who can do a stage: how each is made, ours first; a note on ours; and by which factor results may differ."""
+    """The implementations of a stage, ours first, a note on ours, and the factor by which results may differ."""
 
     make: Mapping[str, Make]
     note: str = ""
@@ -52,7 +53,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Photographs:
-    """Pairs of a size in pixels, and the crops that are made of their images."""
+    """The pairs of a data benchmark: photographs of one size in pixels with captions, and the crops of the images."""
 
     count: int
     width: int
@@ -84,7 +85,7 @@ class Photographs:
         return open_clip.image_transform(self.size, is_train=True)
 
     def of_each(self, function: Callable[[bytes], Any]) -> list[Any]:
-        """Return the result of ``function`` for each file, with random numbers that depend on its place alone."""
+        """Return the result of ``function`` for each file, with random numbers that depend only on the file's index."""
         made = []
         for number, file in enumerate(self.files):
             torch.manual_seed(number)
@@ -93,11 +94,11 @@ class Photographs:
 
 
 class _Each:
-    """A function of the samples in some order that treats each by itself.
+    """A candidate of a stage that processes samples one by one, in a given order.
 
     Args:
-        work: of the sample with a number.
-        seen: of the results, what all candidates must agree on.
+        work: a function that processes the sample with a given number.
+        seen: a function that extracts from a result the tensor on which all candidates must agree.
     """
 
     def __init__(self, work: Callable[[int], Any], seen: Callable[[Any], Tensor]) -> None:
@@ -109,7 +110,7 @@ class _Each:
         return order
 
     def observe(self, order: Tensor) -> dict[str, Tensor]:
-        """Return ``seen`` of each result, with random numbers that depend on the sample alone."""
+        """Return ``seen`` of each result, with random numbers that depend only on the sample."""
         found = []
         for number in order.tolist():
             torch.manual_seed(number)
@@ -118,7 +119,7 @@ class _Each:
 
 
 class _Joined:
-    """A function of the samples in some order that makes one tensor of them."""
+    """A candidate of a stage that makes one tensor from all samples, in a given order."""
 
     def __init__(
         self, samples: Sequence[Any], join: Callable[[list[Any]], Tensor], seen: Callable[..., Tensor]
@@ -129,12 +130,12 @@ class _Joined:
         return self.join([self.samples[number] for number in order.tolist()])
 
     def observe(self, order: Tensor) -> dict[str, Tensor]:
-        """Return ``seen`` of the result."""
+        """Return the tensor on which all candidates must agree."""
         return {"value": self.seen(self(order))}
 
 
 class _OpenClipRead:
-    """OpenCLIP's reading of shards from the beginning to the end, which is the order that it has."""
+    """OpenCLIP's reading of shards, which always goes from the beginning to the end."""
 
     def __init__(self, shards: list[str]) -> None:
         self.shards, self.data = shards, open_clip_data()

@@ -1,7 +1,7 @@
 """The benchmarks of the ops: each is made from the op's specification.
 
-A case times the forward and the backward pass of our op, of the reference, of the compiled reference, and of what
-:mod:`clipfast.bench.suites.rivals` knows of other people's implementations.
+A case times the forward and the backward pass of our op, of the reference, of the compiled reference, and of the other
+people's implementations in :mod:`clipfast.bench.suites.rivals`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from .rivals import PLAIN, RIVALS
 
 
 def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
-    """Make the case of an op at the given sizes; all floating inputs take gradients but those that the op freezes."""
+    """Make the benchmark case of an op; all floating inputs take gradients, except those that the op's spec freezes."""
     shape = type(spec.small[0])(**sizes)
     draw = functools.partial(_inputs, spec, dtype=dtype, device=device)
     smaller = {name: min(size, getattr(shape, name)) for name, size in spec.gate.get(device.type, {}).items()}
@@ -42,7 +42,7 @@ def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
 
 
 def _inputs(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Inputs:
-    seed = int(torch.randint(2**31, ()))  # another one for each set of inputs
+    seed = int(torch.randint(2**31, ()))  # each set of inputs gets another seed
     call = spec.call(shape, spec.bench_values, Draw(seed, device), DTYPES[dtype])
     return call.inputs | {name: grad for name, grad in zip(GRADS, call.grads, strict=False) if grad.ndim}
 

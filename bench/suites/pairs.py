@@ -1,4 +1,4 @@
-"""Pairs that cost as much to read as those of the web: JPEG files and captions, by themselves and in shards."""
+"""Generated pairs for benchmarks that take as long to read as pairs from the web: JPEG files, captions, shards."""
 
 import functools
 import io
@@ -35,10 +35,11 @@ def jpegs(count: int, width: int, height: int) -> list[bytes]:
 
 
 def captions(count: int) -> list[str]:
-    """Return captions of about ten words, from three to fifty, as alternative texts of web images have.
+    """Return captions of about ten words (three to fifty), like the alternative texts of web images.
 
-    Words recur as in a language: the n-th is 1/n as frequent as the first. Every fourth caption also has a number,
-    every fourth a name that no other has, and every twentieth letters that are not ASCII.
+    The frequencies of words are as in a language: the n-th word is 1/n as frequent as the first. Every fourth caption
+    also has a number, every fourth a name that occurs in no other caption, and every twentieth letters that are not
+    ASCII.
     """
     rng = random.Random(0)
     text = " ".join(OPENAI_IMAGENET_TEMPLATES + IMAGENET_CLASSNAMES).replace("{}", "").replace(".", "")
@@ -60,7 +61,7 @@ def captions(count: int) -> list[str]:
 
 @functools.cache
 def _folder(count: int, width: int, height: int) -> tempfile.TemporaryDirectory[str]:
-    """Return a folder with the shards of :func:`shards`, which goes with the process."""
+    """Return a temporary folder with the shards of :func:`shards`; it is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="clipfast-bench-")
     images, texts = jpegs(count, width, height), captions(count)
     bounds = [count * shard // SHARDS for shard in range(SHARDS + 1)]
@@ -75,5 +76,5 @@ def _folder(count: int, width: int, height: int) -> tempfile.TemporaryDirectory[
 
 
 def shards(count: int, width: int, height: int) -> list[str]:
-    """Return tar files with ``count`` pairs altogether."""
+    """Return the names of tar files with ``count`` generated pairs in total."""
     return sorted(str(path) for path in Path(_folder(count, width, height).name).glob("*.tar"))

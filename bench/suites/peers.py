@@ -1,4 +1,4 @@
-"""Other people's implementations, where they are installed."""
+"""Import and compile other people's implementations for benchmarks, if they are installed."""
 
 import functools
 import importlib
@@ -14,33 +14,33 @@ R = TypeVar("R")
 
 
 def need(module: str, package: str) -> ModuleType:
-    """Import ``module``, which ``pip install package`` gives.
+    """Import ``module``, which ``pip install package`` installs.
 
     Raises:
-        MissingError: it is not installed, or cannot be imported here.
+        MissingError: the module is not installed, or cannot be imported here.
     """
     try:
         return importlib.import_module(module)
     except Exception as error:
-        # some peers ask for a GPU, or for another Triton, when they are imported
+        # Some peers require a GPU or another version of Triton when they are imported.
         if isinstance(error, ImportError) and error.name == module.split(".")[0]:
             raise MissingError(f"not installed (pip install {package})") from error
         raise MissingError(f"{package} cannot be imported: {short(error)}") from error
 
 
 def compiled(function: Callable[..., R], *, fullgraph: bool = False) -> Callable[..., R]:
-    """Compile a candidate for the shape at hand. ``harness.measure`` forgets what was compiled for earlier cases."""
-    # on a CPU, the profiler sees what TorchInductor has compiled only if it was told so
+    """Compile a candidate for static shapes. ``harness.measure`` drops the code that was compiled for earlier cases."""
+    # With this option, the profiler also records TorchInductor's kernels on a CPU.
     options: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.enable_kernel_profile": True}
     return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=options)
 
 
 @functools.cache
 def need_compiler(device: torch.device) -> None:
-    """Compile something small for ``device``.
+    """Check that TorchInductor can compile a small function for ``device``.
 
     Raises:
-        MissingError: TorchInductor cannot do it here, for want of a compiler perhaps.
+        MissingError: TorchInductor cannot compile here, for example because there is no C++ compiler.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))

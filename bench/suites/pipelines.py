@@ -1,4 +1,6 @@
-"""Whole data pipelines, ours and that of OpenCLIP's trainer: one pass over shards of pairs, in batches."""
+"""Benchmarks of whole data pipelines, ours and that of OpenCLIP's trainer: one pass over shards of pairs, in
+batches.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ BATCH = 256  # pairs, or all if there are fewer
 
 
 class _Batches:
-    """A function that makes the batches of a pass; a subclass yields them."""
+    """A benchmark candidate that makes all batches of one pass over the pairs; subclasses yield the batches."""
 
     def __call__(self, order: Tensor) -> Tensor:
         for _ in self.batches():
@@ -44,7 +46,7 @@ class _Batches:
 
 
 class OurBatches(_Batches):
-    """Batches of :func:`clipfast.data.pair_loader`."""
+    """The batches of our pipeline, :func:`clipfast.data.pair_loader`."""
 
     def __init__(self, source: ShardSource, crops: CroppedImages, workers: int) -> None:
         pairs = len(source)
@@ -60,7 +62,7 @@ class OurBatches(_Batches):
 
 
 class OpenClipBatches(_Batches):
-    """Batches of the pipeline that OpenCLIP's trainer makes of shards."""
+    """The batches of the pipeline that OpenCLIP's trainer builds for shards."""
 
     def __init__(self, shards: list[str], pairs: int, transform: Callable[[Any], Tensor], workers: int) -> None:
         self.data, self.transform = open_clip_data(), transform
@@ -78,7 +80,7 @@ class OpenClipBatches(_Batches):
             yield images, texts
         if self.options.workers:
             del found
-            gc.collect()  # ends the workers, whose time is known only then
+            gc.collect()  # ends the workers, whose CPU time is known only after their end
 
 
 @functools.cache
@@ -86,17 +88,18 @@ def open_clip_data() -> Any:
     """Return the module of OpenCLIP's trainer that reads data.
 
     Raises:
-        MissingError: it is not there.
+        MissingError: OpenCLIP's trainer is not installed.
     """
     data: Any = peers.need("open_clip_train.data", "'open_clip_torch[training]'")
     if "eof_value" in inspect.signature(data.tar_file_expander).parameters:
-        # webdataset marks the ends of shards since 0.2.90, and OpenCLIP takes a mark for a file without a name
+        # Since version 0.2.90, webdataset marks the ends of shards. OpenCLIP would treat a mark as a file without a
+        # name.
         data.tar_file_expander = functools.partial(data.tar_file_expander, eof_value=None)
     return data
 
 
 def denormalized(images: Tensor) -> Tensor:
-    """Return pixels from 0 to 1, of images that are bytes or normalised floats, [..., 3, H, W]."""
+    """Return images [..., 3, H, W], given as bytes or as normalised floats, as pixels from 0 to 1."""
     if images.dtype == torch.uint8:
         return images / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))

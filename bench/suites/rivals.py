@@ -20,14 +20,14 @@ SDPA = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
-LOGIT_SCALE = 1 / 0.07  # of the benchmarks, and of the start of training
+LOGIT_SCALE = 1 / 0.07  # the scale in the benchmarks, which is CLIP's at the start of training
 PYTHON_SCALE = "its temperature is a number, not learned"
 COPYLESS = "10 N^2 D operations, no float32 copy of the text gradients"
 IN_A_PASS = "the bias in a pass, where a linear layer adds it in its product"
 
 
-# What a model in the dtype of the case does: it casts float32 parameters, which takes next to nothing, and leaves the
-# arithmetic to PyTorch's own kernels. The references compute in float32.
+# These functions compute as a PyTorch model in the dtype of the case: they cast float32 parameters, which takes very
+# little time, and call PyTorch's own kernels. The references compute in float32.
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:
@@ -81,7 +81,7 @@ _least_memory = functools.partial(contrastive_loss, memory="min")
 
 def _open_clip() -> Function:
     loss = peers.need("open_clip.loss", "open_clip_torch").ClipLoss()
-    # the parameters of its forward have other names
+    # The parameters of ClipLoss.forward have other names.
     return lambda image, text, logit_scale: loss(image, text, logit_scale)
 
 
@@ -126,13 +126,13 @@ def _siglip_kernel() -> Function:
     return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale.log(), logit_bias)
 
 
-# What stands in place of the reference as "PyTorch", with a note for the reader.
+# Functions that are measured as "PyTorch" in place of the reference, each with a note for the reader.
 PLAIN: dict[str, tuple[AnyFunction, str]] = {
     "layer_norm": (_norm, ""),
     "bias_gelu": (_bias_gelu, IN_A_PASS),
     "bias_quick_gelu": (_bias_quick_gelu, IN_A_PASS),
 }
-# More candidates, from the options of a call.
+# Functions that return further candidates for an op, given the options of a call.
 RIVALS: dict[str, Callable[[Mapping[str, Any]], tuple[Candidate, ...]]] = {
     "attention": _attention,
     "contrastive_loss": lambda _: (

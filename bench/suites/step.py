@@ -41,14 +41,14 @@ from ..case import OURS, Candidate, Case, Function, Inputs, Sizes
 from ..categories import LOSS_RANGE
 from . import peers
 
-# Opens a range of the profiler, by its name.
+# A function that opens a range of the profiler, given its name.
 Range = Callable[[str], AbstractContextManager[object]]
 FIELDS: Sizes = {"model": "ViT-B-32", "batch": 256}
 SMALLEST: Sizes = {"model": "ViT-T-8-32", "batch": 2}
 # The reference keeps the scores of every layer in float32, so a large batch would not fit.
 GATE_BATCH = 16
-# The loss depends on the differences between the features of a batch, and random weights make them nearly equal: in
-# bf16, PyTorch's own gradients are off by 3% where its features are off by 1%.
+# The loss depends on the differences between the features of a batch, and with random weights the features are nearly
+# equal. In bf16, PyTorch's own gradients have an error of 3% if its features have an error of 1%.
 SLACK = {"d_parameters": 3.0}
 # Published models, each at a batch that fills a GPU; on a CPU one model at a small batch.
 SHAPES: dict[str, list[Sizes]] = {
@@ -61,7 +61,7 @@ SHAPES: dict[str, list[Sizes]] = {
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
-    """Return the case of one model and batch.
+    """Return the benchmark case of a training step of one model with one batch size.
 
     All candidates start from the same random weights. The first step of each is compared with the reference: the loss,
     the features and all gradients.
@@ -87,7 +87,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
             Candidate("OpenCLIP", theirs),
             Candidate("OpenCLIP compiled", lambda: _compiled(theirs, device, fullgraph=False)),
         ),
-        # its model exists only while the truth is computed, to save memory
+        # The reference's model exists only while the true results are computed, to save memory.
         reference=Candidate("reference", functools.partial(_ours, name, "fp32", device, "torch")),
         floor=Floor(step_floor_flops(name, batch), 0),
         model_flops=step_flops(name, batch),
@@ -129,7 +129,7 @@ def _compiled(make: Callable[[], "MeasuredStep"], device: torch.device, *, fullg
 
 
 class _Normalizing(nn.Module):
-    """OpenCLIP's model behind a normalisation on the device: it takes floats, and sending bytes is cheaper."""
+    """OpenCLIP's model after a normalisation on the device: the model takes floats, but bytes are faster to send."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class MeasuredStep:
         return loss.detach()
 
     def breakdown(self, images: Tensor, texts: Tensor, seconds: float) -> Breakdown:
-        """Trace steps, which take ``seconds`` without a profiler, and return where the time goes."""
+        """Trace steps, which take ``seconds`` without a profiler, and return their time by category."""
         step = functools.partial(self, images, texts, loss_range=record_function)
         result = trace(step, images.device, seconds)
         if isinstance(get_model_config(self.name).vision.layers, int):
@@ -195,10 +195,10 @@ def step_flops(name: str, pairs: int) -> float:
 
 
 def step_floor_flops(name: str, pairs: int) -> float:
-    """Return the FLOPs that our own training step needs at least.
+    """Return the least FLOPs of our own training step.
 
-    The counter sees all rows of the last block, also those that a step does not need. So a step may come nearer to this
-    floor than seems possible.
+    The count includes all rows of the last block, although a step does not need all of them. So a step may seem to come
+    closer to this floor than is possible.
     """
     flops, embed_dim = forward_flops(name, published=False)
     loss = specs()["contrastive_loss"]

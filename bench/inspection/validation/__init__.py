@@ -1,10 +1,11 @@
-"""The model of a GPU against published measurements of other people's kernels.
+"""Validation of the model of a GPU against published measurements of other people's kernels.
 
-``figures.json`` holds what was published, with the source of each figure; ``results.json`` what the model says to it,
-for each Triton; ``errors.json`` the error of each kind, which ``clipfast inspect`` quotes. ``python -m
-clipfast.bench.inspection.validation`` makes the last two, and the table in docs/gpu-model.md. The kernels themselves
-are not part of this repository: ``sources`` says where they are from, ``kernels`` and ``passes`` call them, and
-``recording`` keeps what they launch. docs/gpu-model.md says what was chosen with figures in view.
+``figures.json`` holds the published figures with their sources, ``results.json`` the model's prediction of each figure
+for each version of Triton, and ``errors.json`` the error for each kind of kernel, which ``clipfast inspect`` quotes.
+``python -m clipfast.bench.inspection.validation`` writes the last two files, and the table in docs/gpu-model.md. The
+kernels are not part of this repository: ``sources`` lists their origin, ``kernels`` and ``passes`` call them, and
+``recording`` records their launches. docs/gpu-model.md says which constants of the model were chosen with knowledge of
+some figures.
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ FOLDER = Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """How far predictions of one kind of kernel are from published figures, as natural logarithms of their ratio.
+    """The errors of predictions for one kind of kernel, as natural logarithms of predicted over published time.
 
     Attributes:
         points: number of figures.
-        bias: mean; negative where the model is too fast.
-        median: of the absolute values.
-        p90: nine in ten absolute values are no larger.
+        bias: the mean; negative if the predicted times are too short.
+        median: the median of the absolute values.
+        p90: the 90th percentile of the absolute values.
         worst: the largest absolute value.
     """
 
@@ -36,5 +37,5 @@ class Band:
 
 @functools.cache
 def errors() -> dict[str, Band]:
-    """Return the error of each kind of kernel, as of the last validation."""
+    """Return the error band of each kind of kernel from the last validation."""
     return {kind: Band(**values) for kind, values in json.loads((FOLDER / "errors.json").read_text()).items()}

@@ -30,7 +30,7 @@ RESULTS = FOLDER / "results.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Run the validation that the command line selects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, default=Path("sources"), help="folder of kernels (default: ./sources)")
     parser.add_argument("--fetch", action="store_true", help="print the commands that fill the folder, and end")
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_results() -> list[dict[str, Any]]:
-    """Return the results that there are, in the order of the figures."""
+    """Return the committed results of the validation, in the order of the figures."""
     kept = {one["name"]: one for one in json.loads(RESULTS.read_text())}
     results = []
     for figure in figures():

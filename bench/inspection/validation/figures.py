@@ -1,4 +1,4 @@
-"""The published figures, what the model says to them, and the errors of each kind."""
+"""The published figures, the model's predictions of them, and the errors of each kind of kernel."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ from ..model import H100, H200, Machine, NoModel, load, predict
 from . import FOLDER, Band, kernels, passes
 from .kernels import Work
 
-# The 96 GB of a GH200 move 4 TB/s by its data sheet; copies are taken to reach the same part of it as on an H100.
+# The 96 GB of a GH200 have 4 TB/s by its data sheet; copies are assumed to reach the same fraction as on an H100.
 GH200 = dataclasses.replace(H100, name="GH200", hbm_rate=4.0e12 * 3.0 / 3.35)
 MACHINES = {"H100": H100, "H200": H200, "GH200": GH200}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One published figure: what was run, and the value with its unit."""
+    """One published figure: the kernel and its sizes, and the measured value with its unit."""
 
     kernel: str
     kind: str
@@ -28,17 +28,17 @@ class Figure:
     case: dict[str, Any]
     value: float
     unit: str
-    only_triton: str = ""  # the Triton that compiles the kernel, where not all do
+    only_triton: str = ""  # the version of Triton that compiles the kernel, if not all do
     in_view: bool = False  # whether it was known when the last constants of the model were chosen
 
     @property
     def name(self) -> str:
-        """Identify the figure in results and tables."""
+        """Return the name of the figure in results and tables."""
         case = " ".join(f"{key} {value}" if value is not True else key for key, value in self.case.items() if value)
         return f"{self.kernel.replace('_', ' ')}, {case.replace('_', ' ')}"
 
     def seconds(self, work: Work) -> float:
-        """Return the published time."""
+        """Return the published time of the figure in seconds."""
         return self.value / 1e3 if self.unit == "ms" else work.flops / (self.value * 1e12)
 
 
@@ -71,7 +71,7 @@ def answer(figure: Figure, folder: Path) -> Answer:
     """Compile the kernels of a figure and predict their time.
 
     Raises:
-        Missing: a source is not there.
+        Missing: a source file is missing.
         NoModel: the model does not cover a kernel.
     """
     call = getattr(kernels, figure.kernel, None) or getattr(passes, figure.kernel)
@@ -83,14 +83,14 @@ def answer(figure: Figure, folder: Path) -> Answer:
         except NoModel:
             if not answers and work is works[-1]:
                 raise
-            continue  # such as tiles that do not fit, which an autotuner leaves out too
+            continue  # for example a tile that does not fit, which an autotuner skips too
         limits = f"{work.variant}, {limit}" if work.variant else limit
         answers.append(Answer(figure.seconds(work) * 1e3, seconds * 1e3, limits))
     return min(answers, key=lambda one: one.predicted)
 
 
 def time_of(work: Work, machine: Machine) -> tuple[float, str]:
-    """Return the time of all kernels one after another, and what limits the longest of those that were launched."""
+    """Return the predicted time of all kernels of a figure together, and the limiting unit of the longest launch."""
     found: dict[int, tuple[float, str]] = {}  # a launch that is repeated is predicted once
     for launched, moved in work.launches:
         if id(launched) not in found:
@@ -104,7 +104,7 @@ def time_of(work: Work, machine: Machine) -> tuple[float, str]:
 
 
 def bands(answers: Iterable[tuple[str, float]]) -> dict[str, Band]:
-    """Return the band of each kind from pairs of kind and error; "all" is that of all figures."""
+    """Return the error band of each kind from pairs of kind and error; "all" is the band of all figures."""
     by_kind: dict[str, list[float]] = {}
     for kind, error in answers:
         by_kind.setdefault(kind, []).append(error)

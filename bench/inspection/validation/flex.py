@@ -1,8 +1,8 @@
 """FlexAttention's kernels without a mask, made from the templates in the installed PyTorch.
 
 TorchInductor fills its templates when a model is compiled on a GPU. Here they are filled in the same way for a call
-without ``score_mod`` and ``mask_mod``, for which the functions to fill in are the identity and "everything is seen".
-The tiles are those that PyTorch takes on an H100 for dimensions 64 and 128 without ``max_autotune``.
+without ``score_mod`` and ``mask_mod``: they become the identity and a mask that hides nothing. The tiles are those that
+PyTorch takes on an H100 for dimensions 64 and 128 without ``max_autotune``.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jinja2
 import torch
 
 _IMPORTS = "import triton\nimport triton.language as tl\n\nINDEX_DTYPE: tl.constexpr = tl.int32\n\n"
-_EVERYTHING = 1 << 30  # FlexAttention's block size where there is no block mask
+_EVERYTHING = 1 << 30  # FlexAttention's block size without a block mask
 
 
 def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -85,7 +85,7 @@ def _kernel(
     name: str, templates: Sequence[str], names: Sequence[str], tensors: dict[str, torch.Tensor], out: torch.Tensor,
     options: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """Return the kernel that a template gives for these tensors; its last argument is ``out``."""
+    """Return the FlexAttention kernel that a template gives for these tensors; its last argument is ``out``."""
     folder = Path(torch.__file__).parent / "_inductor/kernel/flex/templates"
     text = "\n".join((folder / f"{one}.py.jinja").read_text() for one in templates)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)

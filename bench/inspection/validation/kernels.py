@@ -1,11 +1,11 @@
-"""Products for the validation, called as their own projects call them, with the bytes that they move.
+"""Matrix products of other projects for the validation, called as these projects call them, with the bytes they move.
 
-Each function takes the folder of sources and the columns of a figure, and returns what was launched. A product that is
-tuned on the GPU comes in several variants, of which the fastest counts.
+Each function takes the folder of sources and the columns of a figure, and returns the launches. A product that is tuned
+on the GPU has several variants, and the fastest one counts.
 
-A tiled product reads panels from device memory: each wave of blocks reads once the row panels of A and the column
-panels of B that it needs, unless they are still in L2 from the waves before. Blocks of a wave move along K together, so
-that they share what they read.
+A tiled product reads panels from device memory: each wave of blocks reads the row panels of A and the column panels of
+B that it needs once, unless they are still in L2 from earlier waves. The blocks of a wave advance along K together, so
+they share the data that they read.
 """
 
 import collections
@@ -23,7 +23,7 @@ from .recording import MULTIPROCESSORS, Launched, Other, Recorded, recording
 from .sources import gluon, module
 
 HALF = 2  # bytes of an element in 16 bits
-# Of the 50 MB of L2 some serve other things.
+# The part of the 50 MB of L2 that holds panels.
 L2_BYTES = 40e6
 Wave = list[tuple[int, int]]
 
@@ -33,10 +33,11 @@ class Work:
     """The launches of one way to run the case of a figure.
 
     Attributes:
-        launches: with the bytes that each moves from and to device memory; None for each tensor once.
+        launches: the launches, each with the bytes that it moves from and to device memory; None counts each tensor
+        once.
         others: kernels of PyTorch in the same pass.
-        flops: of the case, as the source counts them for a rate.
-        variant: what the autotuner would have chosen.
+        flops: the FLOPs of the case, as the source counts them for its rate.
+        variant: the name of the configuration that an autotuner could choose.
     """
 
     launches: tuple[tuple[Launched, float | None], ...]
@@ -46,17 +47,17 @@ class Work:
 
 
 def of(found: Recorded, flops: float = 0.0, *, moved: float | None = None, variant: str = "") -> Work:
-    """Return all that was recorded as one piece of work; each launch moves ``moved`` bytes."""
+    """Return all recorded launches as one piece of work; each launch moves ``moved`` bytes."""
     return Work(tuple((one, moved) for one in found.launches), tuple(found.others), flops, variant)
 
 
 def half(*shape: int, dtype: torch.dtype = torch.float16, grad: bool = False) -> torch.Tensor:
-    """Return a tensor without values, in 16 bits."""
+    """Return an uninitialised 16-bit tensor, as an argument of a recorded kernel."""
     return torch.empty(shape, dtype=dtype, requires_grad=grad)
 
 
 def panel_bytes(waves: Iterable[Wave], *, a_panel: float, b_panel: float) -> float:
-    """Return the bytes that are read; ``waves`` has the row and column of each tile of each wave."""
+    """Return the bytes that a tiled product reads; ``waves`` has the row and column of each tile of each wave."""
     total = 0.0
     held: collections.OrderedDict[tuple[str, int], float] = collections.OrderedDict()
     for tiles in waves:
@@ -107,39 +108,39 @@ def _product(call: Callable[..., object], block: Sequence[int], k: int, order: C
 
 
 def gluon_synchronous(folder: Path, block_m: int, block_n: int, block_k: int, warps: int) -> list[Work]:
-    """Launch the product that waits for each load and each wgmma."""
+    """Launch the Gluon product that waits for each load and each wgmma."""
     run = gluon(folder, "wgmma").blocked_matmul
     block = block_m, block_n, block_k
     return _product(lambda a, b, c: run(a, b, c, *block, False, warps), block, 16384, row_major)
 
 
 def gluon_overlapped(folder: Path, block_m: int, block_n: int, block_k: int, warps: int) -> list[Work]:
-    """Launch the product that loads while wgmma runs."""
+    """Launch the Gluon product that loads while wgmma runs."""
     run = gluon(folder, "wgmma").blocked_matmul_pipelined
     block = block_m, block_n, block_k
     return _product(lambda a, b, c: run(a, b, c, *block, warps), block, 16384, row_major)
 
 
 def gluon_pipelined(folder: Path, k: int, block_k: int, buffers: int) -> list[Work]:
-    """Launch the product with several buffers, one tile for each program."""
+    """Launch the Gluon product with several buffers, one tile for each program."""
     run = gluon(folder, "persistence").matmul_pipelined
     return _product(lambda a, b, c: run(a, b, c, 128, 256, block_k, buffers, 8), (128, 256), k, row_major)
 
 
 def gluon_persistent(folder: Path, k: int, block_k: int, buffers: int, name: str = "persistent_matmul") -> list[Work]:
-    """Launch the product whose programs go through several tiles."""
+    """Launch the Gluon product whose programs each compute several tiles."""
     tutorial = gluon(folder, "persistence")
     run, scheduler = getattr(tutorial, name), tutorial.PersistentTileScheduler
     return _product(lambda a, b, c: run(a, b, c, 128, 256, block_k, buffers, 8, scheduler), (128, 256), k, _chunked)
 
 
 def gluon_persistent_pipelined(folder: Path, k: int, block_k: int, buffers: int) -> list[Work]:
-    """Launch the product that loads the next tile's panels while it stores a tile."""
+    """Launch the Gluon product that loads the next tile's panels while it stores a tile."""
     return gluon_persistent(folder, k, block_k, buffers, "persistent_matmul_pipelined")
 
 
 def _chunked(rows: int, columns: int, at_once: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield the tiles that run at once where each program takes a run of neighbouring tiles."""
+    """Yield the tiles that run at once if each program takes a run of neighbouring tiles."""
     tiles = [(tile % rows, tile // rows) for tile in range(rows * columns)]
     each = -(-len(tiles) // at_once)
     for step in range(each):
@@ -158,10 +159,10 @@ def bf16_product(folder: Path, m: int, n: int, k: int) -> list[Work]:
 
 
 def integer_product(folder: Path, m: int, n: int, k: int) -> list[Work]:
-    """Launch the same with int16 on the right, turned into bfloat16 in the kernel.
+    """Launch tutorial 03's product with an int16 right operand, which the kernel converts to bfloat16.
 
-    The configuration that the source names needs more shared memory under today's Triton than there is, so that the
-    autotuner would take another of its own: those with large tiles are tried.
+    Under the current Triton, the configuration that the source names needs more shared memory than there is, and the
+    autotuner would choose another one. Therefore the autotuner's configurations with large tiles are tried.
     """
     kernels = module(folder, "integer product")
     tuner, call = kernels.bf16xint16_matmul_kernel, kernels.bf16xint16_matmul
@@ -189,7 +190,7 @@ def _tutorial_product(
 
 @contextlib.contextmanager
 def configured(tuner: Autotuner, **wanted: int) -> Iterator[None]:
-    """Leave an autotuner one configuration: the one with these constants, warps and stages."""
+    """Reduce an autotuner to the one configuration that has these constants, warps and stages."""
     chosen = [config for config in tuner.configs if wanted.items() <= config.all_kwargs().items()]
     if len(chosen) != 1:
         raise ValueError(f"{len(chosen)} configurations of {tuner.base_fn.__name__} have {wanted}, not one")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.tensor  # Liger looks there without importing it
+import torch.distributed.tensor  # Liger uses this module without importing it
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import flex
@@ -21,7 +21,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def linear_cross_entropy(folder: Path, tokens: int, width: int, vocabulary: int) -> list[Work]:
-    """Launch verl's forward pass: product and online softmax over the vocabulary, logits never stored."""
+    """Launch verl's forward pass: product and online softmax over the vocabulary, without storing the logits."""
     kernels = module(folder, "linear cross-entropy")
     hidden, weight = half(tokens, width, dtype=BF16), half(vocabulary, width, dtype=BF16)
     with recording() as found:
@@ -68,7 +68,7 @@ def total_variation(folder: Path, vocabulary: int) -> list[Work]:
 
 
 def sigmoid_pass(folder: Path, pairs: int) -> list[Work]:
-    """Launch siglip-kernel's pass over one of the chunks of logits, as many as there are."""
+    """Launch siglip-kernel's pass over a chunk of logits once for each chunk."""
     chunk = 4096
     with package(folder, "siglip-kernel", "0.1.2") as imported:
         one = torch.tensor(1.0)
@@ -135,7 +135,7 @@ def layer_norm(folder: Path, rows: int, width: int, backward: bool) -> list[Work
 
 
 def megatron_rms_norm(folder: Path, rows: int, width: int, both: bool) -> list[Work]:
-    """Launch Liger's RMSNorm in bfloat16: forward, or both passes with the sum between them that is differentiated."""
+    """Launch Liger's RMSNorm in bfloat16: the forward pass, or with ``both`` also a sum and the backward pass."""
     with package(folder, "liger-kernel", "0.8.0") as imported:
         Norm = imported("liger_kernel.ops.rms_norm").LigerRMSNormFunction
         tensors = [half(rows, 1, width, dtype=BF16, grad=True), half(width, dtype=BF16, grad=True)]
@@ -147,7 +147,7 @@ def megatron_rms_norm(folder: Path, rows: int, width: int, both: bool) -> list[W
 
 
 def add_rms_norm(folder: Path, rows: int, width: int, backward: bool) -> list[Work]:
-    """Launch Liger's RMSNorm of a sum, which it returns as well, in float32."""
+    """Launch Liger's RMSNorm of a sum in float32; it returns the sum as well."""
     with package(folder, "liger-kernel", "0.8.0") as imported:
         Norm = imported("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction
         shapes = ((1, rows, width), (1, rows, width), (width,))

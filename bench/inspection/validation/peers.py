@@ -1,7 +1,7 @@
-"""Other people's kernels beside ours at CLIP's sizes: forward and backward, both predicted for an H100.
+"""Predicted times of other people's kernels and ours on an H100 at CLIP's sizes, forward and backward.
 
-The kernels are launched by their own wrappers, in 16 bits. PyTorch's kernels beside them count with their bytes or
-their FLOPs, whichever takes longer, as ours do.
+The kernels are launched by their own wrappers, in 16 bits. The PyTorch kernels that a wrapper calls count with their
+bytes or their FLOPs, whichever takes longer, as for our ops.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ def loss_by_memeff(folder: Path, pairs: int, width: int) -> list[Work]:
 def sigmoid_by_siglip_kernel(folder: Path, pairs: int, width: int) -> list[Work]:
     """Launch siglip-kernel's loss in the variant that it takes for 16 bits."""
     with package(folder, "siglip-kernel", "0.1.2") as imported:
-        with as_on_an_h100():  # it asks for the GPU when it is imported
+        with as_on_an_h100():  # the module asks for the GPU when it is imported
             loss = imported("siglip_kernel").fused_siglip_loss
         image, text = (half(pairs, width, dtype=BF16, grad=True) for _ in range(2))
         scale, bias = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
@@ -72,7 +72,7 @@ def attention_by_inductor(_: Path, batch: int, heads: int, tokens: int, causal: 
     return [of(found)]
 
 
-# By op: the peers that compile here, and the sizes of the op that they take.
+# The peers that compile here by op, and the sizes of the op that they take.
 Peer = Callable[..., list[Work]]
 PEERS: dict[str, tuple[tuple[str, ...], dict[str, Peer]]] = {
     "contrastive_loss": (("pairs", "embed_dim"), {"memeff": loss_by_memeff}),
@@ -85,7 +85,7 @@ PEERS: dict[str, tuple[tuple[str, ...], dict[str, Peer]]] = {
 
 
 def compare(folder: Path, wanted: Callable[[str], object]) -> Iterator[str]:
-    """Yield a row for each peer in the cases whose name is ``wanted``: its time and ours, or why it has none."""
+    """Yield a row for each peer in the cases whose name is ``wanted``: its time and ours, or the reason for no time."""
     for number, (spec, shape) in enumerate(measured_shapes()):
         sizes = shape.to_dict()
         names, peers = PEERS.get(spec.name, ((), {}))

@@ -1,7 +1,7 @@
 """Launches of other people's kernels on a machine without a GPU: compiled for an H100, recorded, and not run.
 
-Upstream code is called as it is. Where it asks for a GPU it is told of an H100, and its tensors are CPU tensors without
-values, whose memory nobody touches.
+Upstream code is called unchanged. If it asks for the GPU, it is told that there is an H100. Its tensors are CPU tensors
+without values, whose memory is never accessed.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ARCH = 90
 MULTIPROCESSORS = 132
-SMALL = 2**20  # elements that an op may really compute
-# PyTorch ops that launch no kernel: they make a tensor without values, or look at one in another way.
+SMALL = 2**20  # the most elements for which a PyTorch op is really computed
+# PyTorch ops that launch no kernel: they make a tensor without values, or a view of a tensor.
 _FREE = frozenset((
     "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "view", "_unsafe_view", "expand",
     "detach", "alias", "t", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "as_strided",
@@ -46,7 +46,9 @@ class Launched:
 
 @dataclasses.dataclass(frozen=True)
 class Other:
-    """A kernel of PyTorch's own beside the launches, the bytes of its tensors, read or written, and its FLOPs."""
+    """A PyTorch kernel that was called between the launches: the bytes of its tensors (read or written) and its
+    FLOPs.
+    """
 
     name: str
     moved: int
@@ -62,7 +64,7 @@ class Recorded:
 
 
 class _Driver(DriverBase):  # type: ignore[misc]
-    """A driver that answers the questions that Triton has before it compiles."""
+    """A Triton driver for recording: it answers the questions that Triton asks before it compiles, as an H100 would."""
 
     def __init__(self) -> None:
         """Do nothing: there is no library to load."""
@@ -94,7 +96,7 @@ class _Driver(DriverBase):  # type: ignore[misc]
 
 
 class _Others(TorchDispatchMode):
-    """Note the PyTorch ops that would launch a kernel, and run none that computes much."""
+    """Record the PyTorch ops that would launch a kernel, without running large ones."""
 
     def __init__(self, found: list[Other]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -109,7 +111,7 @@ class _Others(TorchDispatchMode):
         tensors = {id(one): one for one in leaves if isinstance(one, torch.Tensor)}
         moved = sum(
             min(one.nbytes, one.untyped_storage().nbytes()) for one in tensors.values()
-        )  # an expanded one is less
+        )  # an expanded tensor has less memory than elements
         count = flop_registry.get(func._overloadpacket)
         flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
         self.found.append(Other(name, moved, flops))
@@ -117,7 +119,7 @@ class _Others(TorchDispatchMode):
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that makes on the CPU what is asked for on the GPU that the tensors claim to be on."""
+    """Return a version of ``function`` that makes its tensor on the CPU if it is asked for one on the claimed GPU."""
 
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +130,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an op on small tensors; on large ones, whose values nobody reads, make only the results' memory."""
+    """Run a PyTorch op on small tensors; for large ones, whose values are never read, only allocate the results."""
     leaves = [one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
     if sum(one.numel() for one in leaves) < SMALL:
         return func(*args, **kwargs)
@@ -147,7 +149,7 @@ def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recorded]:
-    """Record what is launched in the context. Every kernel is compiled, and nothing runs."""
+    """Record the launches in this context. Every kernel is compiled, and no kernel runs."""
     found = Recorded()
     run = JITFunction.run
 
@@ -174,7 +176,7 @@ def recording() -> Iterator[Recorded]:
 
 @contextlib.contextmanager
 def as_on_an_h100() -> Iterator[None]:
-    """Answer what Triton and upstream code ask about the GPU. Modules that ask while they are imported need it too."""
+    """Answer questions of Triton and upstream code about the GPU as on an H100; some modules ask when imported."""
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_Driver())
     properties = types.SimpleNamespace(
@@ -198,7 +200,7 @@ def as_on_an_h100() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """Return an argument as Triton's own type where Gluon has another one for the same."""
+    """Return a kernel's argument in Triton's own type if it has Gluon's type for the same thing."""
     if type(value).__name__ == "TensorDescriptor" and not isinstance(value, TensorDescriptor):
         return TensorDescriptor(value.base, value.shape, value.strides, value.block_shape)
     return getattr(value, "value", value) if type(value).__name__ == "constexpr" else value

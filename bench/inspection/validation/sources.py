@@ -46,9 +46,9 @@ class File:
         return Path(self.repository, self.commit, self.path)
 
 
-# Tutorials change with the names of Gluon's functions: there is one for Triton 3.6 to 3.8, and one from 3.9 on.
+# The names of Gluon's functions changed: one version of the tutorials is for Triton 3.6 to 3.8, another from 3.9 on.
 FILES = {name: File(*row) for name, row in json.loads((FOLDER / "figures.json").read_text())["files"].items()}
-# Packages with the versions that were measured, or are compared with.
+# Packages in the versions that the figures were measured with, or that are compared with ours.
 PACKAGES = {
     "memeff": ("0.3.1",),
     "liger-kernel": ("0.6.0", "0.8.0", "0.8.1"),
@@ -57,7 +57,9 @@ PACKAGES = {
 
 
 class Missing(Exception):  # noqa: N818  (it is reported, and not a failure)
-    """A file or a package is not in the folder of sources, or not the one that was pinned."""
+    """The error for a file or a package that the folder of sources lacks, or has in another version than the pinned
+    one.
+    """
 
 
 def how_to_fetch(folder: Path) -> list[str]:
@@ -74,7 +76,7 @@ def module(folder: Path, name: str) -> ModuleType:
     """Return the module of a file in :data:`FILES`, as it is upstream.
 
     Raises:
-        Missing: the file is not there, or it is another one than was pinned.
+        Missing: the file is missing, or differs from the pinned one.
     """
     return _module(folder.resolve(), name)
 
@@ -115,10 +117,10 @@ def gluon(folder: Path, name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def package(folder: Path, name: str, version: str) -> Iterator[Callable[[str], Any]]:
-    """Give a function that imports modules of a package in the folder of sources, inside the context.
+    """Yield a function that imports modules of a package from the folder of sources while the context is open.
 
     Raises:
-        Missing: it is not installed there.
+        Missing: the package is not installed there.
     """
     path = folder.resolve() / f"{name}-{version}"
     if not path.is_dir():
@@ -139,7 +141,7 @@ def _capability_at_least(major: int, minor: int = 0) -> bool:
 
 @contextlib.contextmanager
 def _standing_in() -> Iterator[None]:
-    """Let the stand-ins be imported; what else is imported meanwhile stays."""
+    """Let the stand-ins be imported while the context is open; other imported modules stay imported after it."""
     modules = _stand_ins()
     sys.modules.update(modules)
     try:
@@ -150,7 +152,7 @@ def _standing_in() -> Iterator[None]:
 
 
 def _stand_ins() -> dict[str, ModuleType]:
-    """Return modules for what the files import of their own projects: questions about the GPU."""
+    """Return stand-ins for the modules that the files import from their own projects, which ask about the GPU."""
     answers: dict[str, dict[str, Any]] = {
         "tritonbench.utils.env_utils": {"is_cuda": lambda: True},
         "triton_kernels.target_info": {"cuda_capability_geq": _capability_at_least},
@@ -170,7 +172,7 @@ def _stand_ins() -> dict[str, ModuleType]:
 
 
 def _bind_old_names() -> None:
-    """Give a function of Gluon the name that the tutorials know it by, where Triton has removed that name."""
+    """Define the old name of a Gluon function that the tutorials use, if Triton has removed it."""
     from triton.experimental.gluon.language.nvidia.hopper import tma
 
     if hasattr(tma, "async_store"):

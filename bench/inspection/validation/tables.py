@@ -12,7 +12,7 @@ BEGIN, END = "<!-- validation: begin, written by the command -->", "<!-- validat
 
 
 def errors_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the errors by kind; where several Tritons compile a kernel the newest one counts."""
+    """Return the errors by kind of kernel; if several versions of Triton compile a kernel, the newest one counts."""
     pairs = []
     for one in results:
         if predicted := one["predicted_ms"]:
@@ -21,7 +21,7 @@ def errors_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 def summary(errors: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the errors by kind as a table."""
+    """Return the validation's errors by kind of kernel as a table."""
     head = ["kind", "figures", "predicted / published, mean", "median error", "nine in ten within", "worst"]
     lines = [f"| {' | '.join(head)} |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for kind, band in sorted(errors.items(), key=lambda item: (item[0] == "all", item[0])):
@@ -31,7 +31,9 @@ def summary(errors: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def summaries(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the errors of all figures as a table, and those of the figures that were not in view."""
+    """Return a table of the errors of all figures, and one without the figures that were known when constants were
+    chosen.
+    """
     others = [one for one in results if not one["in_view"]]
     title = f"Without the {len(results) - len(others)} figures that were in view (marked * below):"
     return "\n\n".join([summary(errors_of(results)), title, summary(errors_of(others))])
