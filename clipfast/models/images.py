@@ -93,8 +93,8 @@ def opened(source: io.BytesIO | Path, max_pixels: int = MAX_PIXELS) -> Iterator[
         raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}", "not an image") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"image is refused by its size: {error}", "huge image") from error
-    except Exception as error:  # for broken files, decoders raise all kinds of errors, even struct.error and
-        SyntaxError raise ImageError(f"image cannot be decoded: {error}", "broken image") from error
+    except Exception as error:  # on broken files, decoders raise anything, even struct.error and SyntaxError
+        raise ImageError(f"image cannot be decoded: {error}", "broken image") from error
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
