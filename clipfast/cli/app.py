@@ -19,7 +19,7 @@ PORT = 7860
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast app``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "app",
         help="search an embedded folder on a page of this machine, by words or a dropped picture",
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve the page until Ctrl-C, and return the exit code."""
+    """Run ``clipfast app``: serve the page until Ctrl-C, and return the exit code."""
     import importlib.util
 
     from ..search.app_server import check_port, serving, wait

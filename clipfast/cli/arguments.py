@@ -1,4 +1,4 @@
-"""Arguments that mean the same in every command, and the checks of its outputs before it begins."""
+"""Arguments that are common to the commands, and the checks of a command's outputs before it begins."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any, NoReturn
 from ..io.files import check_target, together
 from ..io.text import meant, printable
 
-# A name with braces stands for any number of names, which is why they are not expanded to look for one file.
+# A name with braces may stand for a huge number of names, so names are not expanded to find one file.
 BRACES = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
-DRAWN = ("drawn",)  # in place of the endings of an output: those that matplotlib can draw
+DRAWN = ("drawn",)  # in place of the suffixes of an output: all that matplotlib can draw
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, which suggests the word that was meant if there is a similar one."""
+    """A command-line parser whose errors are one line, with a suggestion if a similar word is known."""
 
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
-        """Parse all arguments, so that a wrong one is an error of the subcommand that it was given to."""
+        """Parse all arguments here, so an unknown argument is reported by the parser of its own subcommand."""
         found, left = super().parse_known_args(*args, **options)
         if left:
             flags = [word.partition("=")[0] for word in left if word.startswith("--")]
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
             suggestion = meant(str(value), known)
-            if not suggestion or len(known) < 10:  # the word that looks most like it may be another: bf16 for fp16
+            if not suggestion or len(known) < 10:  # of few words, the most similar may mislead: bf16 for fp16
                 suggestion += f" (choose from {', '.join(known)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggestion}")
 
@@ -45,18 +45,18 @@ class Parser(argparse.ArgumentParser):
         return text if "exit code" in text.lower() else f"{text}\n{codes}"
 
     def error(self, message: str) -> NoReturn:
-        """Print the error and exit with code 2."""
+        """Print the error of a wrong argument, and exit with code 2."""
         message = re.sub("^argument (.+?): must", r"\1 must", message)
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 class Output(argparse.Action):
-    """The name of something that the command writes; it is the last word of options that take several.
+    """The argparse action of an option that names an output; of several words, the output is the last one.
 
     Args:
-        ends: what the name must end in: one of some suffixes, or of those that matplotlib draws (``DRAWN``); or any.
-        is_folder: it is a folder, which is never replaced.
-        is_held: it appears with the other outputs at the end, and not at all after an error.
+        ends: the allowed suffixes of the name, or ``DRAWN`` for all that matplotlib can draw; without ``ends``, any.
+        is_folder: the output is a folder, which is never replaced.
+        is_held: the output appears together with the others at the end, and not at all after an error.
     """
 
     def __init__(
@@ -66,18 +66,18 @@ class Output(argparse.Action):
         self.ends, self.is_folder, self.is_held = tuple(ends), is_folder, is_held
 
     def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
-        """Keep the value, and note in ``outputs`` of the namespace what is written."""
-        if values is None:  # a positional argument that may be given as an option, and was
+        """Store the value of the option, and add the output to ``outputs`` of the namespace."""
+        if values is None:  # a positional argument that was given as an option instead
             return
         setattr(namespace, self.dest, values)
         path = Path(values[-1] if isinstance(values, list) else values)
         namespace.outputs = getattr(namespace, "outputs", {}) | {self.dest: (self, path)}
 
     def check(self, path: Path, inputs: Iterable[Path], *, overwrites: bool) -> None:
-        """Refuse to write to ``path`` if it cannot be written, exists, or is an input or in a folder that is one.
+        """Refuse an output path that cannot be written, exists, is an input, or is in a folder that is an input.
 
         Raises:
-            ValueError: as above.
+            ValueError: the path is refused.
         """
         flag = self.option_strings[0] if self.option_strings else str(self.metavar)
         ends = _drawn_ends() if self.ends == DRAWN else self.ends
@@ -100,7 +100,7 @@ class Output(argparse.Action):
 
 
 def add_output(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
-    """Add an option for something to write, with the settings of :class:`Output`, and ``--overwrite`` if it lacks."""
+    """Add an option for an output of a command, with settings for :class:`Output`, and ``--overwrite`` if missing."""
     if options.get("nargs") != 2:
         options = {"type": Path, "metavar": "FILE"} | options
     parser.add_argument(*names, action=Output, **options)
@@ -109,13 +109,13 @@ def add_output(parser: argparse.ArgumentParser, *names: str, **options: Any) -> 
 
 
 class Count:
-    """The type of an integer option, from ``least`` to ``most``."""
+    """The argparse type of an integer option, from ``least`` to ``most``."""
 
     def __init__(self, least: int = 1, most: int = 2**31 - 1) -> None:
         self.least, self.most, self.__name__ = least, most, "integer"
 
     def __call__(self, text: str) -> int:
-        """Return the integer that ``text`` says."""
+        """Parse the integer in ``text``, and check its limits."""
         value = int(text)
         if not self.least <= value <= self.most:
             bound = f"at least {self.least}" if value < self.least else f"at most {self.most}"
@@ -125,12 +125,12 @@ class Count:
 
 COUNT, OR_ZERO = Count(), Count(0)
 BATCH, PIXELS, SEED = Count(1, 2**20), Count(1, 2**13), Count(0, 2**32 - 1)
-WORKERS = Count(0, 1024)  # processes
+WORKERS = Count(0, 1024)  # number of processes
 SECONDS = Count(1, 366 * 24 * 60 * 60)
 
 
 def folder(text: str) -> Path:
-    """Return the path of a folder, which need not exist."""
+    """Parse the argument of a folder, which need not exist, to a path."""
     path = Path(text)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
@@ -138,7 +138,7 @@ def folder(text: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check what a command will write, run it, and return its exit code.
+    """Check the outputs of any command of clipfast, run the command, and return its exit code.
 
     Raises:
         ValueError: an output cannot be written, exists already, is an input, or is named twice.
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"two outputs would be written to {path}: give another name to one of them")
     for output, path in outputs.values():
         output.check(path, _inputs(args), overwrites=args.overwrite)
-    shows_at_once = getattr(args, "watch", None)  # a command that waits for more shows its results so far
+    shows_at_once = getattr(args, "watch", None)  # a command that keeps watching a run shows its results so far
     held = [path for output, path in outputs.values() if output.is_held and not shows_at_once]
     with together(held):
         code: int = args.run(args)
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> Iterator[Path]:
-    """Yield all files and folders that exist of those that arguments name, except outputs."""
+    """Yield all existing files and folders that are named by the arguments, except outputs."""
     for name, value in vars(args).items():
         if name in args.outputs:
             continue

@@ -9,11 +9,11 @@ from typing import Any
 from .eval_arguments import add_templates_argument, read_classnames, read_templates, write_results
 from .search_arguments import add_encoder_arguments, add_result_arguments, check_pictures
 
-SHOWN = 5  # labels of a picture in a table
+SHOWN = 5  # number of labels that a table shows for each picture
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast classify``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "classify",
         help="say which of some labels fits pictures",
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Classify, show the probabilities, and return the exit code."""
+    """Run ``clipfast classify``: classify, show the probabilities, and return the exit code."""
     labels, templates = _labels(args), read_templates(args.templates)
     check_pictures(args.images)
     from ..distributed.world import ALONE
@@ -63,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _labels(args: argparse.Namespace) -> list[str]:
-    """Return the labels.
+    """Return the class labels from the arguments of ``clipfast classify``.
 
     Raises:
-        ValueError: there are none, or some twice, or they are given in two ways.
+        ValueError: there are no labels, a label occurs twice, or labels are given in two ways.
     """
     if (args.labels is None) == (args.classnames is None):
         raise ValueError("give either --labels or --classnames")

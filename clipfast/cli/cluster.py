@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from ..search.gallery import Item
     from .search_arguments import Pictures
 
-EXAMPLES = 12  # pictures of a cluster on the page
-SHOWN = 60  # characters of a name in a table
+EXAMPLES = 12  # number of pictures on the page for each cluster
+SHOWN = 60  # number of characters of a name in a table
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast cluster``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "cluster",
         help="group the pictures of an embedded folder by likeness",
@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Cluster, show the clusters, and return the exit code."""
+    """Run ``clipfast cluster``: cluster, show the clusters, and return the exit code."""
     from ..distributed.world import resolve_device
     from ..search.clusters import spherical_k_means
     from ..search.embeddings import Embeddings
@@ -88,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _nearest(found: Clusters, texts: Tensor, names: Sequence[str]) -> list[str]:
-    """Return for each cluster the name whose features, of ``texts``, are nearest to its centre."""
+    """Return the name for each cluster: the one whose text features, in ``texts``, are nearest to its centre."""
     from ..kernels import top_k
 
     return [names[place] for place in top_k(found.centres, texts.float().cpu(), 1)[1][:, 0].tolist()]
 
 
 def _names(embeddings: Embeddings, found: Clusters, label_by: str | None) -> list[str]:
-    """Return a name for each cluster; "" for one that is empty or has no captions."""
+    """Return a name for each cluster; "" for a cluster that is empty or has no captions."""
     from ..kernels import top_k
 
     k = len(found.centres)
@@ -156,7 +156,7 @@ def _items(pictures: Pictures, found: Clusters, clusters: list[dict[str, Any]]) 
 
 
 def _write(path: Path, embeddings: Embeddings, found: Clusters) -> None:
-    """Write number, key, cluster and similarity of each item."""
+    """Write a table with number, key, cluster and similarity of each item of an embedded folder."""
     import pyarrow
     from pyarrow import parquet
 

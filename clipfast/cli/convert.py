@@ -35,7 +35,7 @@ exit code: 0 written, 2 an error; then DST does not exist"""
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand. Names and files are checked when it runs."""
+    """Add the parser of ``clipfast convert``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert the checkpoint, print what was written, and return the exit code."""
+    """Run ``clipfast convert``: convert the checkpoint, print what was written, and return the exit code."""
     from ..checkpoints.convert import convert_checkpoint
     from .inspect_checkpoint import describe
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ..search.gallery import Item
     from .search_arguments import Pictures
 
-SHOWN = 200  # groups on the page
+SHOWN = 200  # number of groups on the page
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast dedup``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "dedup",
         help="find near duplicates among the pictures of an embedded folder",
@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find the duplicates, say how many there are, and return the exit code."""
+    """Run ``clipfast dedup``: find the duplicates, say how many there are, and return the exit code."""
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
     from ..distributed.world import resolve_device
@@ -93,7 +93,7 @@ def _sentence(results: dict[str, Any]) -> str:
 
 
 def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
-    """Yield the pictures of the largest groups, each after the kept one that it is like."""
+    """Yield the pictures of the largest groups of duplicates, the kept picture of a group first."""
     largest = sorted(groups, key=len, reverse=True)[:SHOWN]
     for number, group in enumerate(largest, 1):
         name = f"group {number}"
@@ -103,7 +103,7 @@ def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
 
 
 def _rows(group: Group) -> list[tuple[int, int, float, str]]:
-    """Return the kept item, an item, their similarity, and why it is kept (or ""): each kept one before its like."""
+    """Return the rows of the table of duplicates: kept item, item, similarity, and the reason to keep it or ""."""
     rows = {kept: [(kept, kept, 1.0, why)] for kept, why in zip(group.kept, group.why, strict=True)}
     for place, of, similarity in zip(group.dropped, group.of, group.similarity, strict=True):
         rows[of].append((of, place, similarity, ""))
@@ -111,7 +111,7 @@ def _rows(group: Group) -> list[tuple[int, int, float, str]]:
 
 
 def _write(path: Path, embeddings: Embeddings, groups: list[Group]) -> None:
-    """Write a line for each item of each group."""
+    """Write the table of duplicates, a line for each item of each group."""
     from ..search.embeddings import NAMES, row_of
 
     lines: list[list[object]] = [["group", "kept", "similarity", "of", "why", "place", *NAMES]]

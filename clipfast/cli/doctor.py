@@ -29,7 +29,7 @@ exit code: 0 no problem, 1 there is one, 2 bad arguments"""
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add the parser of ``clipfast doctor``."""
     parser = commands.add_parser(
         "doctor", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is found, group by group, and return the exit code."""
+    """Run ``clipfast doctor``: print what is found, group by group, and return the exit code."""
     if (args.all and args.data is None) or (args.list is not None and not args.all):
         raise ValueError("--all needs --data, and --list needs --all")
     found: dict[str, list[Finding]] = {}

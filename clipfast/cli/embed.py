@@ -18,7 +18,7 @@ from .arguments import BATCH, SECONDS, WORKERS
 from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 from .options import add_arguments
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ..data import Skipped
     from ..distributed.world import World
     from ..search.embed import Work
@@ -27,11 +27,11 @@ DATA_HELP = (
     "a folder of pictures, with or without captions and sub-folders, or pairs as --train-data of clipfast train takes "
     "them: shards, Parquet, CSV; 'bundled:emoji/fluent' ships with the package"
 )
-MAX_WORKERS = 8  # processes that read and decode, at most, by default
+MAX_WORKERS = 8  # largest default number of processes that read and decode
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast embed``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "embed",
         help="compute the features of pictures and texts, to search them and look at them",
@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the parts that are missing, print how many samples the folder holds, and return the exit code."""
+    """Run ``clipfast embed``: make the missing parts, print the number of samples, and return the exit code."""
     if args.engine == "ray" and args.workers == 0:
         raise ValueError("--workers 0 leaves --engine ray no actor: leave it out, or give at least 1")
     from ..distributed.world import joined
@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
             make_parts(args, work, missing, advance)
         else:
             work.make(mine, _workers(args, work, world), advance)
-    world.meet(INDEXING)  # parts take different times
+    world.meet(INDEXING)  # the ranks need different times for their parts
     seconds = time.perf_counter() - started
     rows, skipped = world.on_main(work.finish)
     if world.is_main:
@@ -106,7 +106,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
 
 
 def work_of(args: argparse.Namespace, world: World) -> Work:
-    """Return the work that the arguments ask for.
+    """Return the work of ``clipfast embed`` that the arguments describe.
 
     Raises:
         ValueError: the model or the source cannot be used, or the arguments do not fit.
@@ -116,7 +116,7 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
 
     options = vars(args)
     keys, separator = keys_of(options), separator_of(options)
-    with world.local_first():  # the others find the index that it makes
+    with world.local_first():  # the first process writes the index, and the others read it
         samples = Samples(args.data, args.images, args.texts, keys, separator, args.metadata)
     if not (args.images or args.texts):
         samples.images, samples.texts = True, samples.have_captions()
@@ -125,7 +125,7 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
 
 
 def _workers(args: argparse.Namespace, work: Work, world: World) -> int:
-    """Return the number of data workers; by default only so many that their batches fill half of the shared memory."""
+    """Return the number of data workers; by default, their batches may fill at most half of the shared memory."""
     if args.workers is not None:
         return int(args.workers)
     from ..data import PREFETCH
@@ -141,14 +141,14 @@ def _workers(args: argparse.Namespace, work: Work, world: World) -> int:
 
 @contextlib.contextmanager
 def _held(folder: Path, world: World) -> Iterator[None]:
-    """Hold the folder for this work alone."""
+    """Lock the output folder of ``clipfast embed``, so no other process writes to it."""
     from ..runs.lock import locked
     from ..search.embed import refuse_others
 
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
-            refuse_others(folder)  # before a lock is left there
+            refuse_others(folder)  # before a lock file is made there
             stack.enter_context(locked(folder, "--output"))
 
         world.on_main(hold)
@@ -156,14 +156,14 @@ def _held(folder: Path, world: World) -> Iterator[None]:
 
 
 def _bar(work: Work, numbers: Sequence[int], world: World) -> contextlib.AbstractContextManager[Advance]:
-    """Show how many samples of this process are done, how many a second, and how long the others will take."""
+    """Show the progress of embedding: samples of this process, samples per second, and the remaining time."""
     total = sum(len(work.parts[number]) for number in numbers)
     unit = "images" if work.samples.images else "texts"
     return progress(total, unit, unit, shown=world.is_main)
 
 
 def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
-    """Name the samples that were left out; if captions were not asked for, say that --images takes pictures without."""
+    """Print which samples ``clipfast embed`` left out; suggest --images for pictures without captions."""
     report_left_out((one for _, one in skipped), "embed")
     silent = sum(one.kind == "no caption" for _, one in skipped)
     if silent and not wants_texts:
@@ -172,7 +172,7 @@ def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
 
 
 class PartMaker:
-    """An actor that makes parts. A part that a killed actor had begun is made again by another one.
+    """A Ray actor that embeds parts. If it is killed, another actor makes its unfinished part again.
 
     Args:
         args: of the command.
@@ -186,20 +186,20 @@ class PartMaker:
         self.work = work_of(args, ALONE)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make the parts whose numbers are in ``batch``, unless they are there."""
+        """Embed the parts whose numbers are in ``batch``, unless they exist already."""
         numbers = [int(number) for number in batch["part"]]
         self.work.make([number for number in numbers if not self.work.holds(number)])
         return batch
 
 
 def make_parts(args: argparse.Namespace, work: Work, numbers: Sequence[int], advance: Callable[[int], object]) -> None:
-    """Make the parts with these numbers on the Ray cluster that there is (RAY_ADDRESS), or on this machine.
+    """Embed the parts with these numbers on an existing Ray cluster (RAY_ADDRESS), or on this machine.
 
     Args:
-        args: of the command. All machines must see its model, its data and its output under the same names.
-        work: that they stand for.
-        numbers: of the parts.
-        advance: is called with the number of samples that are done.
+        args: arguments of the command. All machines must see model, data and output under the same names.
+        work: the work that the arguments describe.
+        numbers: numbers of the parts.
+        advance: a function that is called with the number of newly finished samples.
 
     Raises:
         ValueError: Ray is not installed.

@@ -4,12 +4,12 @@ from typing import Any
 
 from .tasks import bias, compositional, overlap, probe, retrieval, robustness, suite, zeroshot
 
-# Each adds a parser of its own; what takes long to import is imported when the task runs.
+# Each module adds a parser of its own; slow imports happen when the task runs.
 TASKS = (zeroshot, retrieval, probe, robustness, compositional, overlap, bias, suite)
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand with its tasks. Files and names are checked when one runs."""
+    """Add the parser of ``clipfast eval`` with all its tasks. Files and names are checked when a task runs."""
     parser = commands.add_parser("eval", description="Evaluate a checkpoint without training on the task.")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for task in TASKS:

@@ -1,4 +1,4 @@
-"""The arguments that all tasks of ``clipfast eval`` share, what these stand for, and how results go out."""
+"""The arguments that the tasks of ``clipfast eval`` share, the objects that these name, and the output of results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..train.option_checks import SOURCE_OPTIONS, keys_of, separator_of
 from .arguments import BATCH, DRAWN, SECONDS, WORKERS, add_output, folder
 from .options import add_arguments
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ..distributed.world import World
     from ..evaluate.encoder import Encoder
     from ..evaluate.features import LabelledFeatures
@@ -31,7 +31,7 @@ DATA_HELP = (
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of examples as they are, and breaks those of a description."""
+    """A help formatter that keeps the lines of examples and wraps descriptions."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text:
@@ -40,7 +40,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False) -> None:
-    """Add what names the model and its weights, or those of several models."""
+    """Add the arguments of an evaluation for the model and its weights, or for several models."""
     add = parser.add_argument
     model = "folder of a run (its newest checkpoint, if it is not finished) or of a model, .pt file, model name, "
     model += "hf-hub:ORG/REPO, or open_clip:NAME for any model that OpenCLIP builds"
@@ -55,13 +55,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what names a labelled set, and says how it is read."""
+    """Add the arguments of an evaluation for a labelled set and the way to read it."""
     parser.add_argument("--data", required=True, help=DATA_HELP)
     add_reading_arguments(parser)
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says how labelled sets are read."""
+    """Add the arguments of an evaluation for the way to read labelled sets."""
     add_arguments(parser, SOURCE_OPTIONS)
     label = "column or json key that names the class (default: the caption does)"
     parser.add_argument("--label-by", metavar="KEY", help=label)
@@ -70,32 +70,32 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says which prompts are made from which class names."""
+    """Add the arguments of an evaluation for prompt templates and class names."""
     names = "'imagenet', or a text file with one name per class, in their order (default: the labels)"
     parser.add_argument("--classnames", metavar="FILE", help=names)
     add_templates_argument(parser)
 
 
 def add_templates_argument(parser: argparse.ArgumentParser) -> None:
-    """Add what says which prompts are made from a name."""
+    """Add the argument of an evaluation for prompt templates."""
     templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
     default = f"{templates} (default: {DEFAULT_TEMPLATES})"
     parser.add_argument("--templates", default=DEFAULT_TEMPLATES, metavar="NAME", help=default)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add what computes."""
+    """Add the argument ``--device`` of an evaluation."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
 
 
 def add_backend_argument(parser: argparse.ArgumentParser) -> None:
-    """Add by which implementation it computes."""
+    """Add the argument ``--backend`` of an evaluation, which selects the implementation of the ops."""
     backends = ("auto", "triton", "torch")
     parser.add_argument("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says how the work is done, and where its results go."""
+    """Add the arguments of an evaluation for batch size, workers and outputs."""
     add = parser.add_argument
     kept = "keep features here, so that a task that was stopped goes on, and the next one starts with them"
     add("--features", type=folder, metavar="FOLDER", help=kept)
@@ -113,7 +113,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add what watches a run; ``name`` is that of the file in its folder for the lines."""
+    """Add the arguments to watch a training run; ``name`` is the file in its folder for the lines of results."""
     add = parser.add_argument
     watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
     add("--watch", type=local_path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/{name}")
@@ -123,7 +123,7 @@ def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def check_unwatched(args: argparse.Namespace) -> None:
-    """Refuse a command that names nothing to evaluate, and flags that have no use without ``--watch``.
+    """Refuse an evaluation that names no model or data, and flags that need ``--watch``.
 
     Raises:
         ValueError: as above.
@@ -136,11 +136,11 @@ def check_unwatched(args: argparse.Namespace) -> None:
 
 
 class Session(NamedTuple):
-    """The models, the store and the ranks that a task works with.
+    """The models, the feature store and the ranks of a task of ``clipfast eval``.
 
     Attributes:
         encoders: the models.
-        store: keeps features; None if they are not to be kept.
+        store: the store of features; None if features are not kept.
         world: the ranks that share the work.
     """
 
@@ -150,18 +150,18 @@ class Session(NamedTuple):
 
     @property
     def encoder(self) -> Encoder:
-        """The first of the models."""
+        """The first of the models, for tasks with a single model."""
         return self.encoders[0]
 
 
 @contextlib.contextmanager
 def session(args: argparse.Namespace, models: Sequence[tuple[str, str]] = ()) -> Iterator[Session]:
-    """Join the other ranks, if there are any, and build models: the one that the arguments name, or several.
+    """Join the other ranks of an evaluation, if there are any, and build its models.
 
-    Models that prepare images alike share the transform, and so its results.
+    Models with equal preprocessing share one transform, and so its results.
 
     Args:
-        args: the arguments of a task.
+        args: arguments of a task.
         models: names and weights of several models, as :func:`named_models` returns them.
 
     Raises:
@@ -180,7 +180,7 @@ def session(args: argparse.Namespace, models: Sequence[tuple[str, str]] = ()) ->
 
 
 def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, world: World) -> Encoder:
-    """Return a model with its weights, on the device and with the tokenizer that the arguments name.
+    """Build the model to evaluate with its weights, tokenizer and device from the arguments.
 
     Raises:
         ValueError: the model, its weights or the device cannot be used.
@@ -194,11 +194,11 @@ def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, w
 
 
 def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str, str]]:
-    """Return the name and the weights of each model; the weights are "" where the name says them.
+    """Return name and weights of each model to evaluate; the weights are "" if the name implies them.
 
     Args:
-        given: names, or NAME,TAG.
-        pretrained: the weights of those without a tag.
+        given: names of models, or NAME,TAG.
+        pretrained: the weights of models without a tag.
 
     Raises:
         ValueError: the results of two models would have the same name.
@@ -218,7 +218,7 @@ def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str
 
 
 def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledSet:
-    """Return the set that the arguments name, or another one that is read in the same way.
+    """Return the labelled set that the arguments name, or another set that is read in the same way.
 
     Raises:
         ValueError: the arguments do not fit together, or a folder has not as many classes as there are class names.
@@ -231,13 +231,13 @@ def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledS
     images = LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
     given = None if data else read_classnames(options.get("classnames"))
     labels = given and images.folder_labels()
-    if labels:  # before hours of encoding
+    if labels:  # check this before hours of encoding
         names_of(labels, given)
     return images
 
 
 def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> LabelledFeatures:
-    """Return the features of a set, and name the images that are left out on stderr; empty on ranks other than 0.
+    """Encode a labelled set and print the left-out images on stderr; ranks other than 0 get empty features.
 
     Raises:
         ValueError: the set cannot be read, or not one of its images can be used.
@@ -248,14 +248,14 @@ def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> Label
 def encoded_by(
     args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], images: LabelledSet, *, report: bool = True
 ) -> list[LabelledFeatures]:
-    """Return the features of a set by each encoder; on ranks other than 0 they are empty.
+    """Encode a labelled set by each of several models; features are empty on ranks other than 0.
 
     Args:
-        args: say how the work is done.
-        at: the store and the ranks.
+        args: arguments with batch size and workers.
+        at: session with the feature store and the ranks.
         encoders: the models.
-        images: the set.
-        report: name the images that are left out on stderr.
+        images: the labelled set.
+        report: print the left-out images on stderr.
 
     Raises:
         ValueError: the set cannot be read, or not one of its images can be used.
@@ -271,20 +271,20 @@ def encoded_by(
 
 
 def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return the same of the data and the model that the arguments of a task name."""
+    """Return the result of an evaluation task, which names the data and the model from the arguments."""
     return result_about(args.data, args.model, args.pretrained, task, metrics, **more)
 
 
 def write_results(
     args: argparse.Namespace, results: dict[str, Any], table: Callable[[dict[str, Any]], str], shown: Path | None = None
 ) -> None:
-    """Print results as JSON, or with ``--table`` as a table, and write JSON to the file that ``--json`` names.
+    """Print the results of an evaluation as JSON, or as a table with ``--table``; write JSON to the file of ``--json``.
 
     Args:
-        args: of the command.
-        results: as plain values.
-        table: says them for people.
-        shown: a page with the results, which takes the place of what is printed.
+        args: arguments of the command.
+        results: results as plain values.
+        table: a function that formats the results for people.
+        shown: a page with the results; if it is given, JSON is not printed.
 
     Raises:
         DiskFullError: there is no space for the file.
@@ -299,10 +299,10 @@ def write_results(
 
 
 def read_templates(name: str) -> tuple[str, ...]:
-    """Return the prompt templates of ``name``, which may be a file.
+    """Return the prompt templates that ``name`` stands for, which may be a file.
 
     Raises:
-        ValueError: there is no such file, it is empty, or a line has no place for the class name.
+        ValueError: there is no such file, it is empty, or a template has no place for the class name.
     """
     from ..evaluate.zero_shot import TEMPLATES
 
@@ -316,7 +316,7 @@ def read_templates(name: str) -> tuple[str, ...]:
 
 
 def read_classnames(name: str | None) -> tuple[str, ...] | None:
-    """Return the class names that ``name`` stands for, which may be a file; None keeps the labels of the data.
+    """Return the class names that ``name`` stands for, which may be a file; None means the labels of the data.
 
     Raises:
         ValueError: there is no such file, or it is empty.
@@ -329,7 +329,7 @@ def read_classnames(name: str | None) -> tuple[str, ...] | None:
 
 
 def read_texts(path: Path, flag: str = "--queries") -> tuple[str, ...]:
-    """Return the lines of a file of texts, which ``flag`` names.
+    """Return the texts in a file with one text per line, which ``flag`` names.
 
     Raises:
         ValueError: there is no such file, or it is empty.
@@ -348,17 +348,17 @@ def _lines(path: str, otherwise: str) -> tuple[str, ...]:
 
 
 def check_watch(args: argparse.Namespace, refused: Iterable[str]) -> float:
-    """Refuse what cannot be watched, and flags that have no use then.
+    """Refuse a ``--watch`` that cannot work, and flags that are useless with it.
 
     Args:
-        args: the arguments.
-        refused: names of these flags.
+        args: arguments of the evaluation.
+        refused: names of the flags that are useless with ``--watch``.
 
     Returns:
         The seconds between two looks at the run.
 
     Raises:
-        ValueError: there is no run, a flag is refused, or the interval is no time.
+        ValueError: there is no run, a flag is refused, or the interval is not positive.
     """
     from ..evaluate.watch import INTERVAL
     from ..runs.status import is_run

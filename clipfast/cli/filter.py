@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from ..search.gallery import Item
     from .search_arguments import Pictures
 
-SHOWN = 24  # pictures at each place of the page
-SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the quantiles in the results
+SHOWN = 24  # number of pictures in each section of the page
+SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles of the scores in the results
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast filter``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "filter",
         help="choose the pairs of an embedded folder whose image and text fit together",
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Filter, say how many pairs are kept, and return the exit code."""
+    """Run ``clipfast filter``: filter, say how many pairs are kept, and return the exit code."""
     _check(args)
     from ..search.embeddings import Embeddings
     from ..search.similar import check_features, cosines
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options that cannot work, before anything is read.
+    """Refuse options of ``clipfast filter`` that cannot work, before anything is read.
 
     Raises:
-        ValueError: no or two criteria are given, or one is out of range.
+        ValueError: no criterion or more than one is given, or a value is out of range.
     """
     if (args.min_score is None) == (args.top is None):
         raise ValueError("give either --min-score or --top")
@@ -89,13 +89,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def best_share(scores: Tensor, top: float) -> Tensor:
-    """Return which pairs are kept, bool [N]: a share of them, rounded up, with the highest scores.
+    """Select the pairs with the highest scores, a share of all, rounded up; return bool [N], True for kept pairs.
 
-    Of equal scores, the first are kept.
+    Among equal scores, the first pairs are kept.
     """
     import torch
 
-    count = math.ceil(round(top * len(scores), 6))  # 0.07 * 100 is a little more than 7
+    count = math.ceil(round(top * len(scores), 6))  # without rounding, 0.07 * 100 is a little more than 7
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[scores.sort(descending=True, stable=True).indices[:count]] = True
     return kept
@@ -104,7 +104,7 @@ def best_share(scores: Tensor, top: float) -> Tensor:
 def _results(args: argparse.Namespace, scores: Tensor, kept: Tensor) -> dict[str, Any]:
     import numpy as np
 
-    values = np.quantile(scores.numpy(), SHARES)  # torch's takes 16 million values at most
+    values = np.quantile(scores.numpy(), SHARES)  # torch.quantile takes at most 16 million values
     least = float(scores[kept].min()) if kept.any() else None
     return {
         "data": str(args.folder), "pairs": len(scores), "kept": int(kept.sum()), "min_score": args.min_score,
@@ -124,7 +124,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _items(pictures: Pictures, scores: Tensor, kept: Tensor) -> Iterator[Item]:
-    """Yield pairs of the highest scores, the last that are kept, the first that are not, and those of the lowest."""
+    """Yield pairs for the page: the highest scores, the last kept, the first dropped, and the lowest scores."""
     order = scores.sort(descending=True, stable=True).indices
     inside, outside = order[kept[order]].tolist(), order[~kept[order]].tolist()
     parts = {
@@ -149,7 +149,7 @@ def _write_shards(folder: Path, pictures: Pictures, embeddings: Embeddings, kept
 
 
 def _plot(path: Path, scores: Tensor, results: dict[str, Any]) -> None:
-    """Draw a histogram of the scores, with the least score that is kept."""
+    """Draw a histogram of the scores, with a line at the lowest kept score."""
     from matplotlib.figure import Figure
 
     from ..io.files import save_figure

@@ -15,7 +15,7 @@ example:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast heatmap``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "heatmap",
         description="Show where in a picture is what texts say, by the features of its patches.",
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the heat maps, say where each is highest, and return the exit code."""
+    """Run ``clipfast heatmap``: write the heat maps, say where each is highest, and return the exit code."""
     from ..distributed.world import ALONE
     from ..io.files import save_figure
     from ..models.images import open_image
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _peak(heat: Any, size: tuple[int, int]) -> tuple[float, int, int]:
-    """Return the highest value of a map, and its column and row in a picture of some size."""
+    """Return the highest value of a heat map, and its column and row in the pixels of the picture."""
     y, x = divmod(int(heat.argmax()), heat.shape[1])
     return float(heat.max()), int((x + 0.5) / heat.shape[1] * size[0]), int((y + 0.5) / heat.shape[0] * size[1])
 

@@ -29,7 +29,7 @@ exit code: 0 indexed, 2 a shard is missing, or cannot be read"""
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add the parser of ``clipfast index``."""
     parser = commands.add_parser(
         "index", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Index the shards, print what was found, and return the exit code."""
+    """Run ``clipfast index``: index the shards, print what was found, and return the exit code."""
     from ..data import IndexCache, expand_shards, identities, open_sources
 
     started = time.perf_counter()

@@ -28,7 +28,7 @@ exit code: 0 printed, 2 it cannot be read, or holds no model that clipfast can b
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add the parser of ``clipfast inspect-checkpoint``."""
     parser = commands.add_parser(
         "inspect-checkpoint",
         description=__doc__,
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the checkpoint is, and return the exit code."""
+    """Run ``clipfast inspect-checkpoint``: print what the checkpoint is, and return the exit code."""
     from ..checkpoints.inspection import inspect_checkpoint
 
     info = inspect_checkpoint(args.file, trust=args.trust, cache_dir=args.cache_dir)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(info: "CheckpointInfo") -> str:
-    """Return a table of what is known of a checkpoint."""
+    """Return the facts about a checkpoint as a text table."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in info.dtypes.items())
     images = f"{info.image_size} x {info.image_size}, {info.resize_mode} side resized, {info.interpolation}"
     if info.resize_mode != "shortest":

@@ -28,7 +28,7 @@ ALPHAS = tuple(tenth / 10 for tenth in range(11))
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast interpolate``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "interpolate",
         description="Interpolate the weights of two checkpoints of one architecture, such as a model before and after "
@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate the models, print a table, save what was asked for, and return the exit code."""
+    """Run ``clipfast interpolate``: evaluate the models, print a table, save a model if asked, return the exit code."""
     from ..distributed.world import resolve_device
     from ..evaluate.interpolation import Interpolation, evaluate_path
     from ..evaluate.labelled import LabelledSet
@@ -113,10 +113,10 @@ def _line(*words: str) -> str:
 
 
 def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:
-    """Return the alpha and the folder of ``--save``.
+    """Parse the alpha and the folder of ``--save``.
 
     Raises:
-        ValueError: the first is no number.
+        ValueError: the alpha is not a number.
     """
     if words is None:
         return None
@@ -128,10 +128,10 @@ def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:
 
 
 def _check(args: argparse.Namespace, alphas: Iterable[float]) -> None:
-    """Refuse what cannot work before anything is read.
+    """Refuse arguments of ``clipfast interpolate`` that cannot work, before anything is read.
 
     Raises:
-        ValueError: there is nothing to do, an alpha is out of range, or a set or a file is of no use.
+        ValueError: there is nothing to do, an alpha is out of range, or a set or a file cannot be used.
     """
     if not args.val_data and args.save is None:
         raise ValueError("--val-data or --save is needed: what to evaluate on, or what to write")

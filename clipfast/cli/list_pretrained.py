@@ -25,7 +25,7 @@ exit code: 0 listed, 2 there is nothing of that name"""
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add the parser of ``clipfast list-pretrained``."""
     parser = commands.add_parser(
         "list-pretrained", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list, and return the exit code."""
+    """Run ``clipfast list-pretrained``: print the list, and return the exit code."""
     from ..checkpoints.pretrained import find_pretrained
 
     found = find_pretrained(args.model, args.tag)

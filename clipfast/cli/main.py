@@ -13,7 +13,8 @@ from .. import __version__
 from ..io.text import printable
 from .arguments import Parser, run
 
-# Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
+# Each entry has a name, a line for ``clipfast --help``, and the module whose ``add_parser`` adds the parser and
+# ``run``.
 COMMANDS = {
     "train": ("train a model on image-text pairs", "clipfast.cli.train"),
     "status": ("show how far runs are, and plot them", "clipfast.cli.status"),
@@ -49,7 +50,7 @@ BENCH = ("bench", "time ops, training steps and data loading against other imple
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 2 if the user made a mistake, which is one line on stderr."""
+    """Run ``clipfast`` and return its exit code; a mistake of the user gives one line on stderr and the code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = arguments[0] if arguments else ""
     _complete()
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete() -> None:
-    """Answer a shell that asks for completions of a word, if argcomplete is installed, and end."""
+    """If a shell asks for completions of a word, answer by argcomplete, if it is installed, and end."""
     if "_ARGCOMPLETE" in os.environ:
         with contextlib.suppress(ImportError):
             import argcomplete
@@ -86,14 +87,14 @@ def _complete() -> None:
 
 
 def _exit_at_once(code: int) -> NoReturn:
-    """End the process at once: a thread in the middle of C++ code, as of a checkpoint's write, would abort it."""
+    """End the process without Python's cleanup, which aborts if a thread is in C++ code, such as in a write."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(code)
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
-    """Return the parser with the whole of the chosen command, or else with the name and help line of every command."""
+    """Return the parser of ``clipfast`` with the chosen command in full, or with name and help of every command."""
     parser = Parser(
         prog="clipfast",
         description="Train and evaluate CLIP on Triton kernels.",
@@ -113,7 +114,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
 
 
 def _overview() -> str:
-    """Return the commands in groups, a line each."""
+    """Return the overview of all commands for ``clipfast --help``: groups, with a line for each command."""
     lines = []
     for name, (text, _) in {**COMMANDS, BENCH[0]: BENCH[1:]}.items():
         lines += [f"\n{GROUPS[name]}:"] if name in GROUPS else []

@@ -1,7 +1,7 @@
-"""The flags of OpenCLIP's training command, and what ``clipfast train`` does with each of them.
+"""The flags of OpenCLIP's training command, and their treatment by ``clipfast train``.
 
-The parser, ``docs/openclip-flags.md`` (``python -m clipfast.cli.open_clip_flags``) and the tests are made of this
-table. It follows ``params.py`` of OpenCLIP's main branch at 89fb801, and has the flags of ``LATER`` besides.
+This table is the source of the parser, of ``docs/openclip-flags.md`` (``python -m clipfast.cli.open_clip_flags``) and
+of the tests. It follows ``params.py`` of OpenCLIP's main branch at 89fb801, with the flags in ``LATER`` in addition.
 """
 
 import argparse
@@ -15,13 +15,14 @@ GROUP = "for commands of OpenCLIP"
 
 
 class Rule(NamedTuple):
-    """What happens to a flag.
+    """The treatment of a flag of OpenCLIP.
 
     Attributes:
-        how: "same": an option of this name has the same meaning. "mapped": other options stand for it. "accepted": what
-            it asks for is so already, or concerns nothing that is computed. "refused": it is an error.
-        note: what differs from OpenCLIP; or what the flag stands for, why it changes nothing, or what to use instead.
-        takes: arguments of argparse for a flag that is no option.
+        how: "same": an option of this name has the same meaning. "mapped": it is translated to other options.
+            "accepted": it is ignored, since clipfast always behaves in this way, or since it does not affect the
+            computation. "refused": it is an error.
+        note: the difference from OpenCLIP; or the translation, the reason why it is ignored, or the replacement.
+        takes: argparse arguments for a flag that is not an option of clipfast.
     """
 
     how: Literal["same", "mapped", "accepted", "refused"]
@@ -232,11 +233,11 @@ FLAGS: dict[str, Rule] = {
     "--caption-loss-compute-dtype": NO_COCA,
     "--caption-loss-chunk-size": NO_COCA,
 }  # fmt: skip
-LATER = tuple(FLAGS)[-4:]  # those that 4.2.1 has and 89fb801 does not, as far as its other files tell
+LATER = tuple(FLAGS)[-4:]  # flags that 4.2.1 has and 89fb801 lacks, as far as its other files tell
 
 
 class _Refused(argparse.Action):
-    """A flag that is an error, which says what to use."""
+    """The argparse action of a refused flag of OpenCLIP: an error that names the replacement."""
 
     def __init__(self, note: str, **options: Any) -> None:
         self.note = note
@@ -247,14 +248,14 @@ class _Refused(argparse.Action):
 
 
 class _Accepted(argparse.Action):
-    """A flag that changes nothing."""
+    """The argparse action of an accepted flag of OpenCLIP, which is ignored."""
 
     def __call__(self, *_: object) -> None:
         pass
 
 
 class _Mapped(argparse.Action):
-    """A flag whose value :func:`translated` reads."""
+    """The argparse action of a mapped flag of OpenCLIP, whose value :func:`translated` reads."""
 
     def __call__(
         self, _: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, __: str | None = None
@@ -266,7 +267,7 @@ ACTIONS: dict[str, type[argparse.Action]] = {"mapped": _Mapped, "accepted": _Acc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the table that are no options. Help shows those that do something, in a group at its end."""
+    """Add the flags of OpenCLIP that are not options of clipfast; ``--help`` shows the mapped ones in a last group."""
     group = parser.add_argument_group(GROUP, "docs/openclip-flags.md lists all flags of OpenCLIP")
     for name, rule in FLAGS.items():
         if rule.how == "same":
@@ -281,12 +282,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
-    """Return the options that flags stand for, with those among them that are no options replaced by such.
+    """Translate flags of OpenCLIP: return the options of clipfast that the given flags stand for.
 
     Args:
-        given: the values of flags.
+        given: values of the flags.
         earlier: options that a recipe or a checkpoint sets.
-        resuming: whether the batch of ``earlier`` is that of a checkpoint.
+        resuming: whether the batch size in ``earlier`` comes from a checkpoint.
 
     Raises:
         ValueError: the flags contradict each other.
@@ -298,7 +299,7 @@ def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming
             raise ValueError("--dataset-type synthetic needs --train-num-samples, or use --train-data synthetic:65536")
         options["train_data"] = f"synthetic:{pairs}"
     factors = options.get("train_data_upsampling_factors", ())
-    if factors and 0 < max(factors) < 1:  # there only their ratio counts, and here they would leave next to no pairs
+    if factors and 0 < max(factors) < 1:  # OpenCLIP reads only their ratio; here they would leave few pairs
         options["train_data_upsampling_factors"] = tuple(factor / max(factors) for factor in factors)
     passes = options.pop("accum_freq", 1)
     if passes < 1:
@@ -335,7 +336,7 @@ TITLES = {
 
 
 def page() -> str:
-    """Return ``docs/openclip-flags.md``."""
+    """Return the text of ``docs/openclip-flags.md``."""
     return INTRODUCTION + "".join(map(_section, TITLES))
 
 

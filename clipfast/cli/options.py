@@ -1,4 +1,4 @@
-"""The flags of ``clipfast train``, and of other commands that take some of its options."""
+"""The flags for training options, for ``clipfast train`` and for other commands that take some of these options."""
 
 import argparse
 import dataclasses
@@ -19,9 +19,9 @@ GROUPS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
-    """Add a flag for each option, or for those in ``only``.
+    """Add a flag for each training option, or only for the options in ``only``.
 
-    A flag that is not given leaves no attribute, so that a recipe can set it.
+    A flag that is not given leaves no attribute, so a recipe can set the option.
     """
     group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(TrainConfig):
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None 
 
 
 class _Separated(argparse.Action):
-    """Values in words of their own, or several in one word, as OpenCLIP takes them."""
+    """The argparse action of an option with several values: separate words, or joined in one word as in OpenCLIP."""
 
     def __call__(
         self, _: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, __: str | None = None

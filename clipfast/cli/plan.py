@@ -43,7 +43,7 @@ FLOPs, kernels. Assumed: published rates of the card, reached by every kernel th
 allocator as marked; messages and kernels that do not slow each other down; no wait for data, evaluation or checkpoints.
 The kernels of attention and of the loss are slower than that (docs/predicted.md), so take times as lower limits."""
 PAIRS, GPUS = Count(1, 2**24), Count(1, 2**16)
-# Options of the machine: the fields of Card or Cluster that each sets, their unit, and its help.
+# Each option of the machine has the fields of Card or Cluster that it sets, their unit, and a help text.
 MACHINE = {
     "tflops": (("half_peak", "single_peak"), 1e12, "1e12 FLOPs per second that products reach"),
     "memory_gb": (("memory_bytes",), 1e9, "1e9 bytes that the step may take"),
@@ -53,7 +53,7 @@ MACHINE = {
     "latency_us": (("latency_s",), 1e-6, "microseconds that a message takes (default: 5)"),
     "launch_us": (("launch_s",), 1e-6, "microseconds in which the host starts a kernel (default: 10)"),
 }
-# The plans that an option belongs to, if it is not of all of them.
+# For options that do not belong to every kind of plan: the plans that they belong to.
 TRAIN, FIT, OF_LOSS = "--train", "--fit", "a plan of the loss"
 PLANS: dict[str, tuple[str, ...]] = {"pairs": (TRAIN, OF_LOSS), "batch_size": (TRAIN,)}
 PLANS |= dict.fromkeys(("dtype", "embed_dim"), (OF_LOSS,))
@@ -77,7 +77,7 @@ def _number(*, or_zero: bool = False) -> Callable[[str], float]:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand. Values that need an import to be checked are checked when it runs."""
+    """Add the parser of ``clipfast plan``. Values whose check needs an import are checked when the command runs."""
     parser = commands.add_parser(
         "plan", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -127,10 +127,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan, and return the exit code.
+    """Run ``clipfast plan``: print the plan, and return the exit code.
 
     Raises:
-        ValueError: options do not go together; the message names the option and what to do.
+        ValueError: options contradict each other; the message names the option and a remedy.
     """
     if args.fit and args.train:
         raise ValueError("--fit and --train are two plans: leave one out")
@@ -155,7 +155,7 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
                          "these and give --tflops, --memory-gb, --link-gbs and --network-gbs")  # fmt: skip
     values = {name: getattr(args, name) * MACHINE[name][1] for name in MACHINE if getattr(args, name) is not None}
     fields = {field: value for name, value in values.items() for field in MACHINE[name][0]}
-    if args.tflops is not None:  # this is what products reach
+    if args.tflops is not None:  # this option is the rate that matrix products reach
         fields |= {"half_reached": 1.0, "single_reached": 1.0}
     card = CARDS[args.card or "h100"]
     of_card = {name: fields.pop(name) for name in [*fields] if hasattr(card, name)}
@@ -263,7 +263,7 @@ def _fit(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions") -
 
 
 def fit_table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of what fits."""
+    """Return the table of ``clipfast plan --fit``: the batches that fit into memory."""
     heads = ["", "model", "parallel", "checkpointing", "per GPU", "global batch", "memory", "step", "pairs/s", "MFU"]
     extra = [name for name in ("days", "gpu_hours", "cost") if any(name in row for row in rows)]
     cells = [["*" if row["is_best"] else "", *fit_cells(row), *(_amount(row, name) for name in extra)] for row in rows]
@@ -272,7 +272,7 @@ def fit_table(rows: list[dict[str, Any]]) -> str:
 
 
 def fit_cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells of a row of what fits, from the model to the utilisation."""
+    """Return the cells of a row in the table of ``--fit``, from the model to the utilisation."""
     names = [row["model"], row["parallel"].replace("fsdp", "fsdp2"), row["checkpointing"]]
     if not row["fits"]:
         return [*names, "none fits", *[""] * 5]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast search``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "search",
         help="find the pictures of an embedded folder by words, by a picture, or by both",
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, show the items that were found, and return the exit code."""
+    """Run ``clipfast search``: search, show the items that were found, and return the exit code."""
     texts = [*args.text, *(read_texts(args.queries) if args.queries else [])]
     _check(args, texts)
     from ..search.embeddings import Embeddings
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         found, index = search(embeddings, args.folder, queries.cpu(), most, mask, args.kind)
     else:
         found, index = embeddings.search(queries.cpu(), most, where=mask, kind=args.kind), None
-    left_out *= len(names) // max(1, len(left_out))  # one picture is combined with each text
+    left_out *= len(names) // max(1, len(left_out))  # a single picture is combined with each text
     results = _results(args, embeddings, names, found, index, left_out or [set()] * len(names))
     if pictures is not None:
         items = (
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, texts: list[str]) -> None:
-    """Refuse queries that cannot be searched for.
+    """Refuse arguments of ``clipfast search`` that make no valid query.
 
     Raises:
         ValueError: there is no query, texts and pictures do not make pairs, or a number is out of range.
@@ -112,12 +112,12 @@ def _check(args: argparse.Namespace, texts: list[str]) -> None:
 def query_features(
     encoder: Encoder, texts: list[str], images: list[Path], weight: float = 0.5
 ) -> tuple[list[str], Tensor]:
-    """Return names and unit features of queries by texts, by pictures, or by pairs of both.
+    """Encode the queries of a search: texts, pictures, or pairs of both; return names and normalized features.
 
     Args:
         encoder: the model.
-        texts, images: as many of both, one of either, or only one kind.
-        weight: the share of the picture.
+        texts, images: equal numbers of both, a single one of either kind, or only one kind.
+        weight: weight of the picture in a pair, from 0 to 1.
 
     Raises:
         ImageError: a picture cannot be used.
@@ -136,10 +136,10 @@ def query_features(
 
 
 def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
-    """Return the unit features of pictures in files.
+    """Encode picture files as queries of a search; return normalized features.
 
     Raises:
-        ImageError: one of them cannot be used.
+        ImageError: a picture cannot be used.
     """
     import torch
 
@@ -155,12 +155,12 @@ def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
 
 
 def _places(embeddings: Embeddings, picture: Path) -> set[int]:
-    """Return the places of the items that are from this file."""
+    """Return the indices of the embedded items that come from this file, which is a query."""
     import pyarrow.compute
 
     if "image_path" not in embeddings.metadata.column_names:
         return set()
-    paths = embeddings.metadata.column("image_path").cast("string")  # from elsewhere it may have no value, and no type
+    paths = embeddings.metadata.column("image_path").cast("string")  # other programs may write no values or type
     same_name = pyarrow.compute.ends_with(paths, picture.name).fill_null(False).to_numpy().nonzero()[0].tolist()
     return {place for place in same_name if (path := Path(paths[place].as_py())).is_file() and path.samefile(picture)}
 
@@ -184,7 +184,7 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return a table of the items that were found for each query."""
+    """Return the text table of the items that were found for each query of a search."""
     from ..io.text import align, printable, without_empty
 
     parts = []

@@ -1,4 +1,4 @@
-"""What the commands on a folder of embeddings share: their arguments, the model, and the pictures that they show."""
+"""The shared parts of commands on a folder of embeddings: arguments, the model, and the pictures that they show."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ..io.units import BYTES, scaled
 from .arguments import add_output
 from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ..evaluate.encoder import Encoder
     from ..search.embeddings import Embeddings
     from ..search.gallery import Item
 
 
 def add_folder_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the folder of embeddings."""
+    """Add the argument for the folder of embeddings."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="embeddings, as clipfast embed writes them")
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add the options that name the model and the device."""
+    """Add the options for the model that made the embeddings, and the device."""
     add_model_arguments(parser, required=required)
     add_device_argument(parser)
     add_backend_argument(parser)
 
 
 def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
-    """Add the forms of the results; ``page`` describes the content of the page."""
+    """Add the options for the forms of a command's results; ``page`` describes the content of the HTML page."""
     add = parser.add_argument
     add_output(parser, "--html", help=f"write a page with {page} to this file, and print no JSON")
     add_output(parser, "--json", help="also write the results to this file")
@@ -40,10 +40,10 @@ def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
 
 
 def check_pictures(paths: Iterable[Path]) -> None:
-    """Refuse paths that are no files, before the model is read.
+    """Refuse paths of query pictures that are not files, before the model is loaded.
 
     Raises:
-        ValueError: one of them is a folder, or not there.
+        ValueError: a path is a folder, or does not exist.
     """
     for path in paths:
         if path.is_dir():
@@ -53,10 +53,10 @@ def check_pictures(paths: Iterable[Path]) -> None:
 
 
 def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
-    """Return the model that made the embeddings.
+    """Load the model that made the embeddings.
 
     Raises:
-        ValueError: they do not name it, it cannot be loaded, or the one that the arguments name is another one.
+        ValueError: the embeddings do not name their model, it cannot be loaded, or the arguments name another model.
     """
     from ..distributed.world import ALONE
 
@@ -76,10 +76,10 @@ def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
 
 
 def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
-    """Return the features of one kind.
+    """Return the image features or the text features of a folder of embeddings.
 
     Raises:
-        ValueError: there are none, or not one item.
+        ValueError: the folder has no features of this kind, or no items.
     """
     found = embeddings.of_kind(kind)
     if found is None:
@@ -93,7 +93,7 @@ def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
 
 
 class Pictures:
-    """The pictures of embeddings, read again from the source that was embedded.
+    """Reads the pictures of embedded items again, from the source that was embedded.
 
     Raises:
         ValueError: the source has changed since.
@@ -108,7 +108,7 @@ class Pictures:
             self.samples = Samples.of(embeddings.about)
 
     def item(self, place: int, score: float | None = None, group: str = "", mark: str = "", **more: Any) -> Item:
-        """Return an item to show, with its picture if it can be read; ``more`` stands before its metadata."""
+        """Return an embedded item to show, with its picture if it can be read; ``more`` precedes its metadata."""
         from ..search.embeddings import NAMES, row_of
         from ..search.gallery import Item
 
@@ -121,11 +121,11 @@ class Pictures:
     def _image(self, row: Mapping[str, Any], path: str) -> Any:
         if self.samples is None:
             return Path(path) if Path(path).is_file() else None
-        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # one that is left out by now has none
+        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # None if now left out
 
 
 def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **options: Any) -> None:
-    """Write a page of pictures, and say so; options are those of :func:`~clipfast.search.gallery.gallery`.
+    """Write an HTML page of embedded pictures and print its path. Options are those of ``gallery``.
 
     Raises:
         DiskFullError: there is no space.
@@ -137,10 +137,10 @@ def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **o
 
 
 def write_keys(path: Path, embeddings: Embeddings, places: Iterable[int]) -> None:
-    """Write the keys of items, one a line.
+    """Write the keys of embedded items to a file, one a line.
 
     Raises:
-        ValueError: the metadata have no keys.
+        ValueError: the metadata of the embeddings have no keys.
         DiskFullError: there is no space.
     """
     from ..io.files import replace_text

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import local_path
 from .arguments import DRAWN, add_output
 
-if TYPE_CHECKING:  # at run time where they are used: help needs neither
+if TYPE_CHECKING:  # imported at run time only where they are used: help needs neither
     from matplotlib.axes import Axes
 
     from ..runs.status import History
 
-# Title of a panel, the figure of a line that it shows, and a factor on it.
+# Each panel has a title, the name of the figure that it shows, and a factor on the figure.
 PANELS = (
     ("training loss", "loss", 1.0), ("learning rate", "lr", 1.0), ("logit scale", "logit_scale", 1.0),
     ("pairs per second", "pairs_per_second", 1.0), ("waiting for data, %", "data_wait", 100.0),
@@ -28,7 +28,7 @@ METRICS = (
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add the parser of ``clipfast status``."""
     parser = commands.add_parser(
         "status",
         description="Show how far runs are: loss, speed, remaining time, the last evaluation and checkpoint, warnings. "
@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the status of all runs, and return the exit code."""
+    """Run ``clipfast status``: print the status of all runs, and return the exit code."""
     from ..runs.status import ENDED, described, find_runs, read_history, read_status, table
 
     if not args.interval > 0:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             plot_runs([read_history(path) for path in runs], args.plot)
         text = described(statuses[0]) if len(statuses) == 1 else table(statuses)
         if args.follow and sys.stdout.isatty():
-            print("\x1b[H\x1b[J", end="")  # in place of what was printed before
+            print("\x1b[H\x1b[J", end="")  # clear the terminal, to replace the previous output
         print(json.dumps(statuses, indent=2) if args.json else text, flush=True)
         if not args.follow or all(status["state"] in ENDED for status in statuses):
             return 0
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plot_runs(histories: Sequence["History"], path: Path) -> None:
-    """Draw loss, learning rate, logit scale, speed, waiting and evaluations of runs over each other."""
+    """Plot loss, learning rate, logit scale, speed, waiting times and evaluations of training runs for comparison."""
     from matplotlib.figure import Figure
 
     from ..io.files import save_figure
@@ -98,7 +98,7 @@ def plot_runs(histories: Sequence["History"], path: Path) -> None:
 
 
 def _curve(axis: "Axes", points: Sequence[tuple[int, float]], colour: str, **style: Any) -> None:
-    """Draw points that follow each other; a single one would be an invisible line, and is a mark."""
+    """Draw a curve of a run's figure; a single point, which would be invisible as a line, is drawn as a marker."""
     if points:
         marker = {"marker": "o"} if len(points) == 1 else {}
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, **marker | style)

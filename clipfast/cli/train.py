@@ -1,6 +1,6 @@
-"""``clipfast train``: its arguments, and the options that a recipe or a checkpoint adds to them.
+"""``clipfast train``: its arguments, combined with the options from a recipe or a checkpoint.
 
-A command of OpenCLIP that names no training data only evaluates, which is ``clipfast eval`` here.
+A command of OpenCLIP without training data only evaluates. Here ``clipfast eval`` does that.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from ..train.train_config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
 from . import open_clip_flags
 from .options import add_arguments
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ..checkpoints.of_run import Found
 
-BY_TIME = "recipe and time"  # where the name of a run is from that nobody named
+BY_TIME = "recipe and time"  # the origin of the name if the user did not give one
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand. Values are checked when it runs, so that ``--help`` needs no PyTorch."""
+    """Add the parser of ``clipfast train``. Values are checked when it runs: ``--help`` needs no PyTorch."""
     parser = commands.add_parser(
         "train",
         description="Train CLIP on image-text pairs. Ctrl-C saves and stops; --resume continues.",
@@ -47,13 +47,13 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, print ``results.json``, and return the exit code: 0, also if a signal stopped the run and it is saved."""
+    """Run ``clipfast train``: train, print ``results.json``, and return the exit code: 0 also after a saved signal."""
     own = ("command", "run", "traceback", "recipe", "resume", "print_config")
     given = _tuples({key: value for key, value in vars(args).items() if key not in own})
     start = _start(args, given)
     options, origins = start.options, start.origins
     if args.print_config:
-        # What is printed need not be complete: most recipes name no data.
+        # The printed options may be incomplete: most recipes name no data.
         complete = TrainConfig(**({"train_data": "(needed)"} | options))
         print(describe(complete, origins | ({} if "train_data" in options else {"train_data": "nowhere"})))
         return 0
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = TrainConfig(**options)
     with joined(config.device, config.dist_timeout, by_rank=config.set_device_rank) as world:
-        is_restart = world.sum([restarts()]) != [0]  # each machine counts for itself
+        is_restart = world.sum([restarts()]) != [0]  # each machine counts its own restarts
         is_copied = bool(config.remote_sync) and (is_restart or args.resume == "latest")
         downloaded = world.on_main(lambda: _restore(config), INDEXING) if is_copied else []
         if is_restart or is_copied:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Start(NamedTuple):
-    """The start of a run: its options, their origins, the checkpoint that it continues, and warnings for the log."""
+    """The start of a training run: its options, their origins, the checkpoint to resume from, and warnings to log."""
 
     options: dict[str, Any]
     origins: dict[str, str]
@@ -88,7 +88,7 @@ class _Start(NamedTuple):
 
 
 def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool = False) -> _Start:
-    """Return the start of a run. After a failure, torchrun repeats the command, which takes the newest checkpoint."""
+    """Determine the start of a run from its arguments; after a restart by torchrun, it is the newest checkpoint."""
     found = _named(args.resume, given)
     start = _composed(args, given, found)
     if is_restart and "name" in start.options:
@@ -104,7 +104,7 @@ def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool 
 
 
 def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -> _Start:
-    """Return the options of a run that goes on from a checkpoint, if there is one, and where they are from."""
+    """Combine the options of a run from flags, recipe and checkpoint; return them with the origin of each."""
     options: dict[str, Any] = {}
     origins: dict[str, str] = {}
     checkpoint = found.path
@@ -119,7 +119,7 @@ def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -
             origins.setdefault("name", BY_TIME)
     given = open_clip_flags.translated(given, options, resuming=checkpoint is not None)
     replaced = {REPLACED[key] for key in given if key in REPLACED}
-    if "lr_scheduler" in given:  # what only the earlier schedule used could not be left out otherwise
+    if "lr_scheduler" in given:  # drop the options that only the earlier schedule used
         replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
     options = {key: value for key, value in options.items() if key not in replaced}
     origins = {key: origin for key, origin in origins.items() if key not in replaced}
@@ -128,17 +128,17 @@ def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of ``options`` with tuples in place of lists, as ``TrainConfig`` wants them."""
+    """Return a copy of training options with tuples in place of lists, as ``TrainConfig`` requires."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
 def _run_folder(options: dict[str, Any]) -> Path:
-    """Return the folder of the run that options name."""
+    """Return the folder of the run from its options."""
     return Path(options.get("logs", TrainConfig.logs)) / options["name"]
 
 
 def _restore(config: TrainConfig) -> list[str]:
-    """Download the newest checkpoint of a run if it is newer than those that are here, and return what was done."""
+    """Download a run's newest checkpoint from ``--remote-sync`` if it is newer than the local ones; return notes."""
     from ..runs.folder import RunFolder
     from ..train.remote_sync import RemoteCopy
 
@@ -146,9 +146,10 @@ def _restore(config: TrainConfig) -> list[str]:
 
 
 def _named(resume: str | None, given: dict[str, Any]) -> "Found":
-    """Return the checkpoint that ``--resume`` names: itself, the newest whole one of a run, or that of ``--name``.
+    """Return the checkpoint for ``--resume``: a given one, the newest complete one of a run, or that of ``--name``.
 
-    The run of ``--name`` may have none yet: so one command can begin it, and go on with it whenever it is repeated.
+    The run of ``--name`` may have no checkpoint yet. Therefore the same command can begin a run, and resume it when it
+    is repeated.
     """
     from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.of_run import Found, read_saved
@@ -180,7 +181,7 @@ def _named(resume: str | None, given: dict[str, Any]) -> "Found":
 
 
 def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
-    """Return the newest whole checkpoint of a run's folder, or none, also if there may be a whole one elsewhere."""
+    """Return the newest complete checkpoint in a run's folder; None without one, if the remote copy may have one."""
     from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.of_run import Checkpoints, Found
     from ..runs.folder import RunFolder
@@ -194,7 +195,7 @@ def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
 
 
 def _is_in_parts(folder: Path) -> bool:
-    """Return True for the folder of a checkpoint, False for that of a run."""
+    """Return True for the folder of a checkpoint in parts, and False for the folder of a run."""
     from ..checkpoints.of_run import STEP
 
     return STEP.fullmatch(folder.resolve().name) is not None and not (folder / "checkpoints").exists()
@@ -205,22 +206,22 @@ def _is_in_run(checkpoint: Path) -> bool:
 
 
 def _saved_options(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the run that wrote ``checkpoint``; none if OpenCLIP wrote it."""
+    """Return the options of the run that wrote ``checkpoint``; {} if OpenCLIP wrote it."""
     options = _tuples(content.get("clipfast", {}).get("config", {}))
     if options and _is_in_run(checkpoint):
-        # The run continues where its checkpoint lies, even if the folder was moved or renamed.
+        # The run continues in the folder of its checkpoint, even if the folder was moved or renamed.
         run = checkpoint.resolve().parent.parent
-        options["name"] = options.get("name") or run.name  # a run that nobody named has none in its options
-        if _run_folder(options).resolve() != run:  # otherwise its paths keep the form in which they were given
+        options["name"] = options.get("name") or run.name  # the options hold no name if the user gave none
+        if _run_folder(options).resolve() != run:  # else the path keeps its given form
             options |= {"logs": str(run.parent), "name": run.name}
     return options
 
 
 def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> dict[str, Any]:
-    """Refuse data that is not local, an optimizer that is imported, and a copy elsewhere, unless the user typed it.
+    """Refuse remote data, imported optimizers and remote copies in a recipe or a checkpoint that the user did not type.
 
-    A recipe or a checkpoint may come from anybody, data that is not local may be opened by a shell command that
-    contains its name, to import a module runs it, and a copy gives everything away.
+    A recipe or a checkpoint may come from an untrusted source. Remote data may be opened by a shell command that
+    contains its name, the import of a module runs its code, and a remote copy gives away all results.
     """
     from ..data.names import is_local
 
@@ -244,19 +245,19 @@ PASSED = (
     "model", "pretrained", "cache_dir", "tokenizer", "device", "backend", "image_key", "text_key", "json_text_key",
     "csv_separator",
 )  # fmt: skip
-UNKNOWN = (  # to clipfast eval, though they change what is computed
+UNKNOWN = (  # options that clipfast eval lacks, though they would change its results
     "force_quick_gelu", "force_image_size", "force_context_length", "image_mean", "image_std", "image_interpolation",
     "image_resize_mode",
 )  # fmt: skip
 
 
 def is_evaluation(options: Mapping[str, Any]) -> bool:
-    """Return True if options name data to evaluate on, and none to train on."""
+    """Return True if training options name data to evaluate on, and no data to train on."""
     return "train_data" not in options and any(options.get(name) for name in SETS)
 
 
 def commands(options: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the command for each set that the options name, without the name of the program.
+    """Yield the arguments of ``clipfast eval`` for each set that the training options name.
 
     Raises:
         ValueError: ``clipfast eval`` does not have one of the options.
@@ -283,10 +284,10 @@ def commands(options: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def evaluate(options: Mapping[str, Any]) -> int:
-    """Run ``clipfast eval`` for each set, which prints the results, and return the exit code.
+    """Run ``clipfast eval`` for each set that the training options name, and return the exit code.
 
     Raises:
-        ValueError: as above.
+        ValueError: see :func:`commands`.
     """
     from ..train.build import registered
     from .main import main

@@ -30,7 +30,7 @@ exit code: 0 all that ran passed, 1 something failed, 2 bad arguments, 130 inter
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add the parser of ``clipfast verify``."""
     from ..verify.options import OPS
 
     parser = commands.add_parser(
@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the checks, print the report, and return the exit code."""
+    """Run ``clipfast verify``: run the checks, print the report, and return the exit code."""
     from ..verify.options import Options
     from ..verify.report import CheckResult, exit_code, summary, table
     from ..verify.runner import run_verify

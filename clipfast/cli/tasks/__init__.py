@@ -1,1 +1,1 @@
-"""The tasks of ``clipfast eval``: each module adds the parser of one, and runs it."""
+"""The tasks of ``clipfast eval``: each module adds the parser of one task, and runs the task."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ...evaluate.bias_scores import Assigned, Grouping
     from ...evaluate.features import LabelledFeatures
 
-SHOWN = 10  # labels above a threshold, and queries, that a table lists
+SHOWN = 10  # a table lists at most this many labels above a threshold, and queries
 EPILOG = """\
 example:
   clipfast eval bias --model ViT-B-32 --pretrained laion2b_s34b_b79k --data fairface_label_val.csv \\
@@ -40,7 +40,7 @@ example:
 
 
 def add_parser(tasks: Any) -> None:
-    """Add the task. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast eval bias``. Files and names are checked when the command runs."""
     parser = tasks.add_parser(
         "bias",
         help="how accuracy, labels and search results differ between groups of images",
@@ -70,7 +70,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare the groups, print the results, and return the exit code."""
+    """Run ``clipfast eval bias``: compare the groups, print the results, and return the exit code."""
     wrong = [threshold for threshold in args.threshold if not 0 < threshold < 1]
     if wrong:
         raise ValueError(f"--threshold must be between 0 and 1, got {wrong[0]:g}")
@@ -117,7 +117,7 @@ def _of_grouping(
     number: int, one: Grouping, thresholds: list[float], labels: list[str], classes: int, added: dict[str, list[str]],
     assigned: Assigned,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the figures of one grouping: accuracy, categories, and labels above each threshold."""
+    """Return the figures of ``clipfast eval bias`` for one grouping: accuracy, categories, labels by threshold."""
     from ...evaluate.bias_scores import compare
 
     counts, categories, start = dict(zip(one.names, one.counts.tolist(), strict=True)), {}, classes
@@ -158,7 +158,7 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the results for people: for each key a table of its groups, then labels above thresholds, and queries."""
+    """Format the results of ``clipfast eval bias`` as text: a table of groups for each key, then labels and queries."""
     parts = [f"{results['images']:,} images; 95% intervals in brackets"]
     for key, figures in results["by_key"].items():
         parts.append(_groups_table(key, figures))

@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ...evaluate.features import LabelledFeatures
 
 FORMATS = ("auto", "aro", "sugarcrepe", "winoground", "order", "pairs", "shapes")
-NAMED = 20  # cases that are left out and named
-ATTRIBUTES, FEWEST = "attributes", 25  # ARO's mean over attributes counts those with so many cases
+NAMED = 20  # number of left-out cases that are named
+ATTRIBUTES, FEWEST = "attributes", 25  # ARO's mean over attributes includes attributes with at least this many cases
 EPILOG = """\
 examples:
   clipfast eval compositional --model local-dir:runs/shapes --data shapes --table --html shapes.html
@@ -37,7 +37,7 @@ examples:
 
 
 def add_parser(tasks: Any) -> None:
-    """Add the task. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast eval compositional``. Files and names are checked when the command runs."""
     parser = tasks.add_parser(
         "compositional",
         help="right captions against wrong ones of almost the same words",
@@ -67,7 +67,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate the checkpoint, print the results, and return the exit code."""
+    """Run ``clipfast eval compositional``: evaluate the checkpoint, print the results, and return the exit code."""
     images = labelled_set(args)
     from ...evaluate.compositional_sets import format_of, open_cases
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _judged(at: Session, case_set: CaseSet, found: LabelledFeatures) -> tuple[list[Judged], int]:
-    """Return the cases with their scores, and how many are left out since an image of theirs cannot be used."""
+    """Score the compositional cases; return them, and the number of cases left out for an unusable image."""
     from ...evaluate.compositional_scores import judge
 
     rows = {number: row for row, number in enumerate(found.numbers)}
@@ -143,7 +143,7 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the results for people: the figures of each group beside chance."""
+    """Format the results of ``clipfast eval compositional`` as text: the figures of each group beside chance."""
     from ...evaluate.intervals import percent
     from ...evaluate.pages import compositional_rows
     from ...io.text import align

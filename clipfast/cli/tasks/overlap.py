@@ -38,7 +38,7 @@ example:
 
 
 def add_parser(tasks: Any) -> None:
-    """Add the task. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast eval overlap``. Files and names are checked when the command runs."""
     parser = tasks.add_parser(
         "overlap",
         help="near duplicates between training and test data, and accuracy with and without them",
@@ -69,7 +69,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare the sets, print the results, and return the exit code."""
+    """Run ``clipfast eval overlap``: compare the sets, print the results, and return the exit code."""
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
     if args.train_data == args.data:
@@ -137,7 +137,7 @@ def _results(
 def _write_pairs(
     path: Path, images: LabelledSet, known: LabelledSet, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs
 ) -> None:
-    """Write the pairs as a table, the most similar first."""
+    """Write the near-duplicate pairs of test and training data as a table, the most similar first."""
     order = pairs.similarity.argsort(descending=True, stable=True).tolist()
     of_test = images.names(test.numbers[place] for place in order)
     of_train = known.names(train.numbers[pairs.places[place]] for place in order)
@@ -148,7 +148,7 @@ def _write_pairs(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the results for people: accuracy on all, near duplicates and others, at the threshold and at others."""
+    """Format the results of ``clipfast eval overlap`` as text: accuracy on all, near duplicates and others."""
     from ...evaluate.intervals import percent
     from ...evaluate.overlap_pairs import LEVEL
 

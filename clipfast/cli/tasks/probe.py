@@ -1,4 +1,4 @@
-"""``clipfast eval probe``: a linear classifier on the features of images, by all of a training set or a few of it."""
+"""``clipfast eval probe``: a linear classifier on image features, trained on all or a few images of a training set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SOLVERS = ("auto", "scikit-learn", "torch")
 
 
 def add_parser(tasks: Any) -> None:
-    """Add the task. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast eval probe``. Files and names are checked when the command runs."""
     parser = tasks.add_parser(
         "probe",
         help="linear probe: train a linear classifier on the features of images",
@@ -69,7 +69,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fit and judge the classifiers, print the results, and return the exit code."""
+    """Run ``clipfast eval probe``: fit and judge the classifiers, print the results, and return the exit code."""
     _check(args)
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     from ...evaluate.classification import classify
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is read.
+    """Refuse arguments of ``clipfast eval probe`` that cannot work, before anything is read.
 
     Raises:
         ValueError: numbers are out of range, or arguments do not fit together.
@@ -165,7 +165,7 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the results for people."""
+    """Format the results of ``clipfast eval probe`` as text."""
     from ...evaluate.intervals import percent
     from ...io.text import align
 

@@ -26,7 +26,7 @@ DIRECTIONS = ("image_retrieval", "text_retrieval")
 
 
 def add_parser(tasks: Any) -> None:
-    """Add the task. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast eval retrieval``. Files and names are checked when the command runs."""
     parser = tasks.add_parser(
         "retrieval",
         help="recall@k of images by caption and of captions by image",
@@ -44,7 +44,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate the checkpoint, print the results, and return the exit code."""
+    """Run ``clipfast eval retrieval``: evaluate the checkpoint, print the results, and return the exit code."""
     images = labelled_set(args)
 
     with session(args) as at:
@@ -83,7 +83,7 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the results for people: recall by k, in both directions."""
+    """Format the results of ``clipfast eval retrieval`` as text: recall by k, in both directions."""
     from ...evaluate.intervals import percent
     from ...io.text import align
 

@@ -39,11 +39,11 @@ examples:
   clipfast eval robustness --model ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/val --classnames imagenet \\
       --templates openai --shift imagenet-v2=v2 --shift imagenet-r=imagenet-r --baseline resnets.csv --table"""
 NAMED = "imagenet-v2, -a, -r, -sketch and objectnet find their folders and classes"
-AT_ONCE = 1 << 30  # bytes of a pass: transformed images in one block, and features, over all shifts and models
+AT_ONCE = 1 << 30  # byte limit of one pass: transformed images of a block, and features, over all shifts and models
 
 
 def add_parser(tasks: Any) -> None:
-    """Add the task. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast eval robustness``. Files and names are checked when the command runs."""
     parser = tasks.add_parser(
         "robustness",
         help="zero-shot accuracy under natural and synthetic shifts",
@@ -75,7 +75,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate the models, print the results, and return the exit code."""
+    """Run ``clipfast eval robustness``: evaluate the models, print the results, and return the exit code."""
     _check(args)
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     base, shifts, synthetic = labelled_set(args), _shifted_sets(args), _synthetic(args)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from .robustness_results import judge, lines_of, read_baselines, results_of, table
 
     baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
-    if not args.baseline_model:  # which would add to them
+    if not args.baseline_model:  # baseline models would add points
         lines_of(baselines)
     named = named_models([*args.model, *args.baseline_model], args.pretrained)
     with session(args, named) as at:
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
         prompted = at.world.on_main(prepare)
         classifiers = [encoder.classifier(prompted, templates, at.store, at.world) for encoder in at.encoders]
-        kept = 2 * sum(features.features.nbytes for features in found)  # blocks, and the whole that they are joined to
+        kept = 2 * sum(features.features.nbytes for features in found)  # the blocks, and their concatenation
         drawn = _on_synthetic(args, at, classifiers, base, synthetic, kept)
         if not at.world.is_main:
             return 0
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is read.
+    """Refuse arguments of ``clipfast eval robustness`` that cannot work, before anything is read.
 
     Raises:
         ValueError: there is no shift, or arguments do not fit together.
@@ -142,10 +142,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
-    """Return the values of an option by the names before them.
+    """Parse the NAME=VALUE words of an option to a dict.
 
     Raises:
-        ValueError: a name is missing, or there twice.
+        ValueError: a name is missing or occurs twice.
     """
     found: dict[str, str] = {}
     for word in given:
@@ -191,16 +191,17 @@ def _on_synthetic(
     args: argparse.Namespace, at: Session, classifiers: Sequence[Tensor], base: LabelledSet, shifts: Sequence[Shift],
     kept: int,
 ) -> list[dict[Shift, Classified]]:  # fmt: skip
-    """Return the classes that each model gives to the base under each shift; on ranks other than 0 there are none.
+    """Classify the base set under each synthetic shift by each model; ranks other than 0 get no results.
 
-    Each pass over the base does as many shifts as fit into memory, and its features are let go when it is judged.
+    Each pass over the base set computes as many shifts as fit into memory; its features are freed after the
+    classification.
 
     Args:
-        args, at: of the task.
-        classifiers: the weights of each model for the classes of the base.
-        base: the set.
-        shifts: the changes of its images.
-        kept: bytes that the features under one shift by all models take, on rank 0.
+        args, at: arguments and session of the task.
+        classifiers: the classifier weights of each model for the classes of the base set.
+        base: the base set.
+        shifts: the synthetic changes of its images.
+        kept: bytes of the features of all models under one shift, on rank 0.
     """
     from ...data import PREFETCH
     from ...evaluate.encoder import PreparedEncoder

@@ -34,17 +34,17 @@ from ...io.text import align
 
 TASK = "zeroshot_classification"
 HEAD = ("shift", "classes", "base", "shifted", "relative drop", "expected", "effective robustness")
-Share = tuple[float, Interval]  # an accuracy and its 95% interval
+Share = tuple[float, Interval]  # an accuracy and its 95% confidence interval
 
 
 class OnShift(NamedTuple):
-    """The classes that a model gives to a shifted set, and to the images of the base that are of the same classes.
+    """A model's predictions on a shifted set, and on the images of the base set with the same classes.
 
     Attributes:
-        shifted, base: the classes.
-        members: [images of the base], True for those.
-        left_out: images of the shifted set whose class the base lacks.
-        skipped: images of the shifted set that cannot be used.
+        shifted, base: the predicted and true classes.
+        members: bool [images of the base set], True for images with these classes.
+        left_out: number of images of the shifted set whose class the base set lacks.
+        skipped: number of images of the shifted set that cannot be used.
     """
 
     shifted: Classified
@@ -56,14 +56,14 @@ class OnShift(NamedTuple):
 
 @dataclasses.dataclass
 class Judged:
-    """The classes that a model gives to images.
+    """All predictions of one model for the robustness results.
 
     Attributes:
-        model, pretrained: its name, and its weights where the name does not say them.
-        base: the classes of the base.
-        skipped: images of the base that cannot be used.
-        natural: by the name of the shifted set.
-        synthetic: by shift.
+        model, pretrained: name of the model, and its weights if the name does not imply them.
+        base: predictions on the base set.
+        skipped: number of images of the base set that cannot be used.
+        natural: predictions on natural shifts, by the name of the shifted set.
+        synthetic: predictions on the base set under synthetic shifts, by shift.
     """
 
     model: str
@@ -82,13 +82,13 @@ class Judged:
         base, right = _acc1(self.base), {shift: one.right.double() for shift, one in self.synthetic.items()}
         kinds = list(dict.fromkeys(shift.name for shift in right))
         for kind in (*kinds, *([SYNTHETIC] if len(kinds) > 1 else [])):
-            # the mean over all strengths, whose images are the same
+            # the mean over all strengths, which have the same images
             rows = torch.stack([row for shift, row in right.items() if kind in (shift.name, SYNTHETIC)])
             found[kind] = base, (rows.mean().item(), bootstrap(rows.mean(0), torch.ones(rows.shape[1])))
         return found
 
     def _average(self, bases: Sequence[Share], shifts: Sequence[Share]) -> tuple[Share, Share]:
-        """Return the means over the natural shifts. Images of the base are in the subsets of several."""
+        """Return the mean accuracies over natural shifts. A base image may be in the subsets of several shifts."""
         hits, trials = torch.zeros(2, len(self.base.classes), dtype=torch.double)
         for on in self.natural.values():
             hits[on.members] += on.base.right.double() / len(on.base.classes)
@@ -98,7 +98,7 @@ class Judged:
         return base, (sum(values) / len(values), mean_interval(values, ends))
 
     def points(self) -> list[tuple[str, Point]]:
-        """Return the same as points, each with the name of its shift."""
+        """Return the accuracies of a model as points for the fit of the baseline, each with the name of its shift."""
         name = label(self.model, self.pretrained)
         return [(key, Point(name, base, shift)) for key, ((base, _), (shift, _)) in self.accuracies.items()]
 
@@ -112,14 +112,14 @@ def judge(
     model: tuple[str, str], base: LabelledFeatures, natural: Mapping[str, tuple[ClassSubset, LabelledFeatures]],
     synthetic: dict[Shift, Classified], classifier: Tensor,
 ) -> Judged:  # fmt: skip
-    """Return the classes that a model gives to images.
+    """Classify all images of the robustness task by one model, from its features.
 
     Args:
-        model: its name and its weights.
-        base: its features of the base.
-        natural: for each shifted set the classes that it shares with the base, and the features of its images.
-        synthetic: the classes that it gives to the base under each synthetic shift.
-        classifier: weights [D, classes of the base].
+        model: name and weights of the model.
+        base: its features of the base set.
+        natural: for each shifted set, the classes that it shares with the base set, and its features.
+        synthetic: the predictions on the base set under each synthetic shift.
+        classifier: zero-shot weights [D, classes of the base set].
     """
     on_shifts = {}
     for name, (subset, images) in natural.items():
@@ -132,15 +132,15 @@ def judge(
 
 
 def all_classes(images: LabelledFeatures, classifier: Tensor) -> Classified:
-    """Return the classes of images, of which there are as many as the classifier has."""
+    """Classify images of a robustness set by all classes of the zero-shot classifier."""
     return classify(images.features.to(classifier.device), images.labels, images.classnames, classifier)
 
 
 def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Sequence[Shift]) -> dict[str, list[Point]]:
-    """Return the points of all baseline files by shift.
+    """Read the points of all baseline files, for effective robustness, by shift.
 
-    A point that names no shift is one of the only shifted set, or of the mean of several; without any, of the only
-    synthetic shift, or of their mean.
+    A point without the name of a shift belongs to the only shifted set, or to the mean of several. Without shifted
+    sets, it belongs to the only synthetic shift, or to the mean of several.
 
     Raises:
         ValueError: a file cannot be used.
@@ -156,10 +156,10 @@ def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Seq
 
 
 def lines_of(points: Mapping[str, Sequence[Point]]) -> dict[str, Line]:
-    """Return the line through the baseline models of each shift.
+    """Fit a line through the baseline models for each shift.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few baseline models.
     """
     return {name: fit(some, name) for name, some in points.items()}
 
@@ -168,14 +168,14 @@ def results_of(
     args: argparse.Namespace, models: Sequence[Judged], baseline_models: Sequence[Judged],
     baselines: Mapping[str, Sequence[Point]], sources: Mapping[str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the results as plain values; at the top those of the first model on the base.
+    """Return the results of the robustness task as plain values; the top level has the first model's on the base set.
 
     Args:
-        args: of the command.
-        models: the models to judge.
-        baseline_models: models of the baseline that were evaluated here.
+        args: arguments of the command.
+        models: predictions of the models to judge.
+        baseline_models: predictions of baseline models that were evaluated here.
         baselines: points of other baseline models.
-        sources: of the shifted sets.
+        sources: sources of the shifted sets.
 
     Raises:
         ValueError: no line can be fitted to the baseline.
@@ -219,14 +219,14 @@ def results_of(
 
 
 def _result(judged: Judged, data: str, found: Classified, **more: Any) -> dict[str, Any]:
-    """Return the figures of classes that a model gives, by CLIP_benchmark's keys."""
+    """Return the accuracy figures of a model's predictions, by CLIP_benchmark's keys."""
     return result_about(
         data, judged.model, judged.pretrained, TASK, metrics(found), intervals=intervals(found), **more
     )  # fmt: skip
 
 
 def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
-    """Return the accuracies of a model, and how robust it is, for each shifted set and each mean."""
+    """Return accuracy and effective robustness of a model for each shifted set and each mean."""
     rows = {}
     for name, ((base, base_interval), (shift, shift_interval)) in judged.accuracies.items():
         rows[name] = {
@@ -246,7 +246,7 @@ def _set_row(judged: Judged, name: str, source: str, robustness: dict[str, Any])
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Return the results for people: a table of shifts for each model, and one of the strengths of synthetic ones."""
+    """Format the robustness results as text: a table of shifts for each model, and a table of synthetic strengths."""
     parts = [f"{results['images']:,} images of the base, {results['classes']:,} classes; 95% intervals in brackets"]
     classes = {(name_of(row), row["shift"]): f"{row['classes']:,}" for row in results["sets"]}
     for model in results["models"]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ...evaluate.store import FeatureStore
     from ...evaluate.suite import ResultFolder, Settings
 
-LINES = "suite.jsonl"  # the file of a watched run
+LINES = "suite.jsonl"  # name of the results file in a watched run's folder
 NOT_WATCHED = ("model", "pretrained", "cache_dir", "output", "features", "json", "html", "table")
 EPILOG = """\
 exit code: 0 if all that was asked for is there; 1 if a set or a task had to be left out, which stderr and the results
@@ -37,7 +37,7 @@ example:
 
 
 def add_parser(tasks: Any) -> None:
-    """Add the task. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast eval suite``. Files and names are checked when the command runs."""
     parser = tasks.add_parser(
         "suite",
         help="all sets of a folder in CLIP_benchmark's layout, by several models",
@@ -68,7 +68,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate the models on the sets, print the results, and return the exit code."""
+    """Run ``clipfast eval suite``: evaluate the models on the sets, print the results, and return the exit code."""
     if args.watch is not None:
         return watch(args)
     models = _check(args)
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return the name and the weights of each model.
+    """Check the arguments of ``clipfast eval suite``; return name and weights of each model.
 
     Raises:
         ValueError: numbers are out of range, or arguments do not fit together.
@@ -134,7 +134,7 @@ def _settings(args: argparse.Namespace, solver: str) -> Settings:
 
 
 def _tell(layout: Layout) -> None:
-    """Name what is missing or incomplete on stderr."""
+    """Print the missing and incomplete sets of a suite on stderr."""
     if layout.missing:
         print(f"clipfast eval: {len(layout.missing)} sets are not there: {', '.join(layout.missing)}", file=sys.stderr)
     for problem in layout.problems:
@@ -142,21 +142,21 @@ def _tell(layout: Layout) -> None:
 
 
 def report(problem: Problem) -> None:
-    """Name what is left out on stderr."""
+    """Print the left-out images of a set on stderr."""
     print(f"clipfast eval: left out {problem.name}: {problem.reason}", file=sys.stderr)
 
 
 def _evaluate(
     sets: Sequence[OfflineSet], folder: ResultFolder, store: FeatureStore | None, world: World
 ) -> list[Problem]:
-    """Write the results that are not there yet, and return what went wrong, on rank 0."""
+    """Evaluate the sets of a suite whose results do not exist yet, and return the errors, on rank 0."""
     from ...evaluate.offline_layout import Problem
     from ...evaluate.suite import evaluate_set, problems_of
 
     problems: list[Problem] = []
     for one in sets:
         found, done = [], []
-        try:  # all ranks meet the same error
+        try:  # all ranks raise the same error
             wanted = world.on_main(lambda one=one: folder.wanted(one))  # type: ignore[misc]
         except ValueError as error:
             wanted, found = {}, [Problem(one.name, str(error))]
@@ -177,7 +177,7 @@ def _evaluate(
 def _summary(
     args: argparse.Namespace, layout: Layout, folder: ResultFolder, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Return all results that are there, and what is missing."""
+    """Return all existing results of a suite, and the missing ones."""
     from ...evaluate.suite import means
 
     kept = (
@@ -196,11 +196,11 @@ def _summary(
 
 
 def rows_of(results: dict[str, Any], *, every: bool = False) -> list[dict[str, Any]]:
-    """Return a row for each figure of each set, with the value and the interval by each model, or None.
+    """Return the rows of a suite's results, one per figure and set: value and interval for each model, or None.
 
     Args:
-        results: of the command.
-        every: all figures, in place of the chief ones of each task.
+        results: results of the command.
+        every: return all figures, in place of the main figures of each task.
     """
     from ...evaluate.suite_scores import headlines
 
@@ -217,7 +217,7 @@ def rows_of(results: dict[str, Any], *, every: bool = False) -> list[dict[str, A
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results for people: sets by models, then the means by task, and what is missing."""
+    """Format the results of a suite as text: sets by models, then the means by task, and the missing results."""
     from ...evaluate.intervals import percent
     from ...evaluate.suite import label
     from ...io.text import align
@@ -235,7 +235,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def watch(args: argparse.Namespace) -> int:
-    """Evaluate the checkpoints of a run until it is finished, or Ctrl-C; print a line for each."""
+    """Evaluate each new checkpoint of a run on a suite until the run is finished or Ctrl-C; print a line for each."""
     from ...distributed.world import resolve_device
     from ...evaluate.offline_layout import find_sets
     from ...evaluate.probe_fit import chosen_solver

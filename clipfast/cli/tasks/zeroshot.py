@@ -20,12 +20,12 @@ from ..eval_arguments import (
     write_results,
 )
 
-COMPARED = ("plain", "simple", "openai")  # 1, 7 and 80 templates
+COMPARED = ("plain", "simple", "openai")  # they have 1, 7 and 80 templates
 NOT_WATCHED = ("model", "pretrained", "cache_dir", "json", "features", "html", "compare_templates", "table")
 
 
 def add_parser(tasks: Any) -> None:
-    """Add the task. Files and names are checked when it runs."""
+    """Add the parser of ``clipfast eval zeroshot``. Files and names are checked when the command runs."""
     parser = tasks.add_parser(
         "zeroshot",
         help="zero-shot accuracy and image-text retrieval",
@@ -49,7 +49,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate the checkpoint, print the results, and return the exit code."""
+    """Run ``clipfast eval zeroshot``: evaluate the checkpoint, print the results, and return the exit code."""
     if args.watch is not None:
         return watch(args)
     check_unwatched(args)
@@ -108,7 +108,7 @@ def _results(
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
-    """Return a table of the figures of each set of templates; the first row is its head."""
+    """Return the zero-shot figures for each set of templates as table rows; the first row has the titles."""
     from ...evaluate.intervals import percent
 
     names = list(results["metrics"])
@@ -119,7 +119,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the results for people: the figures of each set of templates, of each group, and the worst classes."""
+    """Format the zero-shot results as text: the figures of each set of templates and each group, the worst classes."""
     from ...evaluate.intervals import of_share, percent
     from ...io.text import align
 
@@ -134,7 +134,7 @@ def _table(results: dict[str, Any]) -> str:
             top1 = percent(one["top1"], of_share(one["top1"], one["images"]))
             rows.append([name, f"{one['images']:,}", top1, f"{one['top5']:.1%}"])
         parts.append(align(rows, right=(1,)))
-    if results["images"] > results["classes"] and results["worst_classes"]:  # a class of one image is right or wrong
+    if results["images"] > results["classes"] and results["worst_classes"]:  # some class has several images
         worst = [["worst classes", "images", "acc1", "taken for"]]
         for row in results["worst_classes"]:
             taken = ", ".join(f"{name} ({count})" for name, count in row["taken_for"].items())
@@ -144,7 +144,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def watch(args: argparse.Namespace) -> int:
-    """Evaluate the checkpoints of a run until it is finished, or Ctrl-C; print a line for each."""
+    """Evaluate each new checkpoint of a run zero-shot until it is finished or Ctrl-C, and print a line for each."""
     from ...distributed.world import resolve_device
     from ...evaluate.suite import digest
     from ...evaluate.watch import CheckpointModel, Evaluator, Watch, follow
