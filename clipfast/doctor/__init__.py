@@ -1,1 +1,3 @@
-"""``clipfast doctor`` prints what a machine offers to clipfast, and what is wrong with it."""
+"""``clipfast doctor`` reports the hardware and software of a machine, and the problems that clipfast would have
+there.
+"""

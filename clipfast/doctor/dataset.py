@@ -1,4 +1,4 @@
-"""The shards that a run would train on."""
+"""The checks of ``clipfast doctor`` on a data set: the shards that a run would train on."""
 
 import collections
 import os
@@ -16,15 +16,15 @@ from .machine import NOTE, PROBLEM, Finding, judged
 if TYPE_CHECKING:
     from ..data import IndexCache, PairBatches, Source
 
-PAIRS = 64  # of a batch, when every pair is read
-SIDE = 224  # pixels of the images that are made of them
+PAIRS = 64  # the size of a batch if every pair is read
+SIDE = 224  # the side of the cropped images in pixels
 
 
 def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
-    """Look at the shards that ``pattern`` names, and read a few pairs from a few of them.
+    """Check the shards that ``pattern`` names, and read a few pairs from a few of them.
 
-    ``options`` say which keys and which separator the pairs have, as the flags of ``SOURCE_OPTIONS``. With ``all``,
-    every pair of all shards is read, and the file ``list`` gets those that cannot be used.
+    ``options`` hold the keys and the separator of the pairs, as the flags of ``SOURCE_OPTIONS``. With ``all``, every
+    pair of all shards is read, and pairs that cannot be used are written to the file ``list``.
     """
     from ..data import IndexCache, expand_shards
     from ..data.names import is_folder, is_synthetic
@@ -44,7 +44,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
         "elsewhere": len(names) - len(files) - len(folders) - drawn,
     }
     yield Finding("shards", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count))
-    pairs = _few_pairs(names, options)  # which keeps the index of their shards
+    pairs = _few_pairs(names, options)  # this also stores the index of their shards
     here = [*files, *folders]
     indexed = [shard for shard in index.known(here) if shard is not None]
     if here:
@@ -62,7 +62,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
-    """Try a few pairs of a few shards as a run with these options would, and with the defaults of all others."""
+    """Read a few pairs of a few shards as a training run with these options would, with defaults for all others."""
     import torch
 
     from ..models import CLIP, get_model_config
@@ -91,7 +91,7 @@ def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBa
 
 
 def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexCache") -> Finding:
-    """Read and decode every pair on all cores, as training does, and say how many cannot be used, and why."""
+    """Read and decode every pair on all cores, as training does, and report how many cannot be used and why."""
     from ..data import LOST, EveryPair, Skipped, lost_parts, made_by_workers, open_sources
     from ..models.images import SampleError
 

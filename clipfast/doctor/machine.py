@@ -1,6 +1,6 @@
-"""What this machine has: packages, GPUs, processors, memory, folders; and whether a run with default options can start.
+"""The checks of ``clipfast doctor`` on a machine: packages, GPUs, processors, memory, folders, and a default run.
 
-What a look needs is imported when it is taken, so that a missing package is a finding, not an error.
+Each check imports the packages that it needs when it runs, so a missing package is a finding and not an error.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ INTERPRET = "TRITON_INTERPRET"
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_HUB_OFFLINE")
 PREFIXES = ("CLIPFAST_", "NCCL_", "TRITON_", "TORCH_")
 OURS = ("CLIPFAST_CACHE", "CLIPFAST_CACHE_BYTES", "CLIPFAST_DISABLE", "CLIPFAST_COMMIT")
-EXTRAS = ("data", "eval", "train", "bench", "hub", "siglip")  # the others concern work on clipfast itself
-DRIVER = Path("proc/driver/nvidia/version")  # of NVIDIA; below the root
-OLDEST = (8, 0)  # compute capability that the kernels are checked for
+EXTRAS = ("data", "eval", "train", "bench", "hub", "siglip")  # the other extras are for developing clipfast
+DRIVER = Path("proc/driver/nvidia/version")  # the version of NVIDIA's driver; relative to the root folder
+OLDEST = (8, 0)  # the least compute capability that the kernels are checked for
 LEAST_FREE = 1 << 30
 LIMITS = {  # the flag of ``ulimit``, and the least that clipfast needs
     "open files": (resource.RLIMIT_NOFILE, "-n", 1024),
@@ -40,13 +40,13 @@ LIMITS = {  # the flag of ``ulimit``, and the least that clipfast needs
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the report.
+    """One line of the report of ``clipfast doctor``.
 
     Attributes:
-        name: of what was looked at.
-        value: what was found.
+        name: the thing that was checked.
+        value: its value on this machine.
         status: "ok", "note" (worth knowing) or "problem" (clipfast does not work, or not as it should).
-        fix: what to do about it.
+        fix: the advice for a note or a problem.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Finding:
 
 
 def judged(name: str, value: str, status: str, fix: str, *, applies: bool) -> Finding:
-    """Return a finding that has a status and a fix if it ``applies``, and is fine otherwise."""
+    """Return a finding with this status and fix if the problem ``applies``, otherwise one with the status "ok"."""
     return Finding(name, value, status, fix) if applies else Finding(name, value)
 
 
 def looks(logs: Path) -> dict[str, Callable[[], Iterable[Finding]]]:
-    """Return the looks to take, by the title of each; ``logs`` is the folder of runs."""
+    """Return the checks of the machine by title; ``logs`` is the folder of runs."""
     return {
         "software": packages, "GPUs": gpus, "processors and memory": host,
         "folders": functools.partial(folders, logs), "environment": variables,
@@ -70,7 +70,7 @@ def looks(logs: Path) -> dict[str, Callable[[], Iterable[Finding]]]:
 
 
 def packages() -> Iterator[Finding]:
-    """Look at clipfast, Python, and the packages that the installed clipfast says that it needs."""
+    """Check clipfast, Python, and the packages that the installed clipfast requires."""
     yield Finding("clipfast", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
     pattern = r"""([\w.-]+)(?:.*extra\s*==\s*['"](\w+))?"""
@@ -90,7 +90,7 @@ def packages() -> Iterator[Finding]:
 
 
 def gpus(root: Path = ROOT) -> Iterator[Finding]:
-    """Look at every GPU, and run a kernel on it."""
+    """Check every GPU, and run a kernel on it."""
     import torch
 
     for number in range(torch.cuda.device_count()):
@@ -115,7 +115,7 @@ def gpus(root: Path = ROOT) -> Iterator[Finding]:
 
 
 def try_kernel(device: "torch.device") -> Finding:
-    """Compile and run a small kernel of clipfast's on a GPU, and compare with PyTorch."""
+    """Compile and run a small kernel of clipfast on a GPU, and compare its result with PyTorch's."""
     import torch
 
     from ..kernels import bias_gelu
@@ -135,7 +135,7 @@ def try_kernel(device: "torch.device") -> Finding:
 
 
 def host() -> Iterator[Finding]:
-    """Look at processors, memory, and the limits of this process."""
+    """Check processors, memory, and the limits of this process."""
     yield Finding("cores", f"{cores()} of {os.cpu_count()}, {processor()}")
     available = available_memory()
     if available is not None:
@@ -149,7 +149,7 @@ def host() -> Iterator[Finding]:
 
 
 def folders(logs: Path) -> Iterator[Finding]:
-    """Look whether the cache folder and the folder of runs can be written; one that does not exist is not made."""
+    """Check whether the cache folder and the folder of runs can be written, without creating them."""
     from ..data.index import cache_folder
 
     for name, folder, other in (("cache", cache_folder(), "CLIPFAST_CACHE"), ("runs", logs, "--logs")):
@@ -164,7 +164,7 @@ def folders(logs: Path) -> Iterator[Finding]:
 
 
 def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Look at the environment variables that change what clipfast or its libraries do."""
+    """Check the environment variables that change the behaviour of clipfast or its libraries."""
     for name, value in sorted(environment.items()):
         if name == INTERPRET and value not in ("", "0"):
             fix = f"unset {name}: it interprets kernels on the CPU, for tests"
@@ -176,7 +176,7 @@ def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
 
 
 def default_run(logs: Path) -> Iterator[Finding]:
-    """Look for what would stop a run with default options on drawn pairs, as the run itself does."""
+    """Check whether a training run with default options on drawn pairs could start, by the run's own checks."""
     from ..runs.folder import RunFolder
     from ..train.preflight import preflight
     from ..train.train_config import TrainConfig
@@ -189,14 +189,14 @@ def default_run(logs: Path) -> Iterator[Finding]:
 
 
 def looked(look: Callable[[], Iterable[Finding]], *, traceback: bool = False) -> list[Finding]:
-    """Return all that a look finds; an error ends it, and is a finding too, unless ``traceback`` is True."""
+    """Return all findings of a check. An error ends the check; it becomes a finding, unless ``traceback`` is True."""
     found: list[Finding] = []
     try:
         found.extend(look())
     except ImportError as error:
         fix = "pip install 'clipfast[data,eval]' installs all that training needs"
         found.append(Finding("missing", f"the rest needs {error.name}, which is not there", PROBLEM, fix))
-    except Exception as error:  # one part of a machine must not hide the others
+    except Exception as error:  # an error in one check must not hide the others
         if traceback:
             raise
         found.append(Finding("failed", f"{type(error).__name__}: {error}", PROBLEM, "see clipfast doctor --traceback"))

@@ -1,1 +1,1 @@
-"""What a training step on many GPUs will need, predicted by running the step of one rank on fake tensors."""
+"""Predict memory and time of a training step on many GPUs, by running the step of one rank on fake tensors."""

@@ -1,15 +1,15 @@
-"""Memory and time of a training step with any batch, and the largest batch that fits.
+"""Predict memory and time of a training step with any batch, and find the largest batch that fits.
 
-What the towers and the loss take comes from :mod:`.probe`; weights, gradients, optimizer and average from an update of
-the whole model. What is sent follows from the sizes of the parameters:
+:mod:`.probe` gives memory and time of the towers and the loss. An update of the whole model on fake tensors gives the
+memory of weights, gradients, optimizer and average. The messages follow from the sizes of the parameters:
 
     DDP      one ring all-reduce of all gradients, in buckets of 25 MiB that are the gradients themselves
     FSDP2    for each block, ring all-gathers of its weights for the forward and again for the backward pass, and a ring
              reduce-scatter of its gradients, in float32; weights are gathered in the dtype that they have
 
-It is assumed that messages and kernels do not slow each other down. DDP's buckets fill evenly in the course of the
-backward pass, of the last micro-batch if there are several. FSDP2 gathers the next block while one computes, but never
-more than two at a time, and does so in every micro-batch. Gradients are counted as living through the whole step.
+It is assumed that messages and kernels do not slow each other down. DDP's buckets fill evenly during the backward pass
+of the last micro-batch. In every micro-batch, FSDP2 gathers the next block while one computes, and never holds more
+than two. Gradients are counted for the whole step.
 """
 
 import dataclasses
@@ -45,9 +45,9 @@ from .planned_step import (
 )
 from .probe import BACKWARD, FORWARD, held, loss_ledger, probe
 
-# What the published models were trained in, from small to large.
+# The published models that a table has by default, from small to large.
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
-MOST_ROWS = 2**16  # pairs of a GPU up to which the largest batch is searched
+MOST_ROWS = 2**16  # the upper limit of the search for the largest batch of a GPU
 MULTIPLE = 8  # the largest batch is a multiple of this, if it is not smaller
 CONTEXT, SLACK = "CUDA and NCCL (assumed)", "allocator slack (assumed)"
 DAY = 86400.0
@@ -55,23 +55,23 @@ BUCKET = 25 * 2**20  # bytes of DDP's buckets
 
 
 class Batch(NamedTuple):
-    """Pairs of one rank, of which ``micro_rows`` have their activations in memory at a time."""
+    """The pairs of one rank, in micro-batches of ``micro_rows`` pairs whose activations are in memory at a time."""
 
     rows: int
     micro_rows: int
 
     @property
     def parts(self) -> list[int]:
-        """Pairs of each micro-batch."""
+        """The number of pairs in each micro-batch."""
         full, rest = divmod(self.rows, self.micro_rows)
         return [self.micro_rows] * full + [rest] * (rest > 0)
 
 
 class StepPlan:
-    """A training step: what it takes with any batch.
+    """The plan of a training step: its memory and time for any batch.
 
     Args:
-        setup: what is trained.
+        setup: the model, optimizer and parallelism of the step.
         cluster: the GPUs.
         card: the GPU that kernels are recorded for; None runs the kernels of the CPU.
     """
@@ -89,7 +89,7 @@ class StepPlan:
         self._count_weights()
 
     def _count_weights(self) -> None:
-        """Count the weights that FSDP2 gathers at a time: of each block of a tower, and of all else but scalars."""
+        """Count the weights that FSDP2 gathers together: those of each block, and all others except scalars."""
         with torch.device("meta"):
             model = build(self.setup.config)
         ranks = self.setup.gpus if self.setup.is_sharded else 1
@@ -107,12 +107,12 @@ class StepPlan:
     def memory(self, batch: Batch, *, with_loss: bool = True) -> Counter[str]:
         """Return the bytes of tensors by category, at the peak of the step.
 
-        ``with_loss=False`` leaves the loss out. It takes nearly all of the time here, since it runs for each batch.
+        ``with_loss=False`` leaves out the loss, whose run on fake tensors takes nearly all of the time of this method.
         """
         config, has_parts = self.setup.config, len(batch.parts) > 1
         image_bytes = 3 * config.vision.image_size**2 + 8 * config.text.context_length
         base = self.held.bytes + Counter({INPUTS: self.batches_held * batch.rows * image_bytes})
-        # The features of the micro-batches, all in one, and their gradients.
+        # The features of all micro-batches together, and their gradients.
         features = 2 * batch.rows * config.embed_dim * self.setup.dtype.itemsize
         kept = base + Counter({"features": 3 * features if has_parts else 0})
         in_loss = Counter({LOSS: self._loss(batch).peak[LOSS] if with_loss else 0})
@@ -123,7 +123,7 @@ class StepPlan:
         return max(phases, key=Counter.total)
 
     def sent(self, batch: Batch) -> dict[str, int]:
-        """Return the bytes that a rank sends in a step, by what they are."""
+        """Return the bytes that a rank sends in a training step, by the kind of message."""
         ranks, parts, width = self.setup.gpus, len(batch.parts), self.setup.weight_dtype.itemsize
         if ranks == 1:
             return {}
@@ -131,7 +131,7 @@ class StepPlan:
         share = (ranks - 1) / ranks
         if not self.setup.is_sharded:
             return {"gradients": round(2 * share * self.all_weights * width), "loss": loss}
-        # The weights in no block are not freed between the passes. With micro-batches, there are two forward passes.
+        # Weights outside of blocks are not freed between the passes. With micro-batches, there are two forward passes.
         blocks = sum(self.image_blocks) + sum(self.text_blocks)
         passes = 2 + (parts > 1) if self.setup.reshards else 1
         weights = (passes * blocks + self.other_weights) * width
@@ -139,7 +139,7 @@ class StepPlan:
         return {"weights": round(share * weights * parts), "gradients": round(share * gradients * parts), "loss": loss}
 
     def times(self, batch: Batch) -> dict[str, float]:
-        """Return seconds: of computing by phase, and of messages that computing does not hide."""
+        """Return the predicted seconds of each phase, and of the messages that are not hidden behind computation."""
         forwards, parts = 1 + (len(batch.parts) > 1), Counter(batch.parts)
         silent, both = (
             sum(seconds(self._loss(batch).events, self.cluster, self.setup.gpus, is_half=self._is_half,
@@ -160,11 +160,11 @@ class StepPlan:
         }
 
     def model_flops(self, rows: int) -> float:
-        """Return three times the FLOPs of a forward pass of the whole model: the FLOPs that utilisation counts.
+        """Return the model FLOPs of a step for MFU: three times the FLOPs of a forward pass of the whole model.
 
-        Utilisation does not count FLOPs that checkpointing computes a second time.
+        They do not include the FLOPs that checkpointing computes a second time.
         """
-        plain = probe(self._plain, self.card)["none"]  # the blocks of FSDP2 also compute rows that nobody reads
+        plain = probe(self._plain, self.card)["none"]  # under FSDP2, blocks also compute rows that are not used
         return 3 * sum(plain.flops(phase, rows) for phase in FORWARD)
 
     def _loss(self, batch: Batch) -> Ledger:
@@ -175,20 +175,20 @@ class StepPlan:
         return sum(self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[0] for phase in phases)
 
     def _wire(self, whole_bytes: int) -> float:
-        """Return the seconds of a ring all-gather or reduce-scatter of so many bytes."""
+        """Return the seconds of a ring all-gather or reduce-scatter of ``whole_bytes``."""
         ranks = self.setup.gpus
         rate = self.cluster.bytes_per_s(ranks, is_ring=False)
         return whole_bytes * (ranks - 1) / ranks / rate + self.cluster.latency_s * (ranks - 1)
 
     def _exposed_reduction(self, backward: float) -> float:
-        """Return what the all-reduce of DDP adds to a backward pass of so many seconds."""
+        """Return the seconds that DDP's all-reduce adds to a backward pass of ``backward`` seconds."""
         size = self.all_weights * self.setup.weight_dtype.itemsize
         buckets = math.ceil(size / BUCKET)
         last = 2 * self._wire(size // buckets)
         return max(last, buckets * last - backward * (1 - 1 / buckets))
 
     def _exposed_sharded(self, rows: int, forwards: int) -> float:
-        """Return what FSDP2's messages add to the passes over a micro-batch."""
+        """Return the seconds that FSDP2's messages add to the passes over a micro-batch."""
         blocks = [*self.image_blocks, *self.text_blocks]
         width = self.setup.weight_dtype.itemsize
         gather = [self._wire(width * count) for count in blocks]
@@ -201,7 +201,8 @@ class StepPlan:
             )
             return [images] * len(self.image_blocks) + [texts] * len(self.text_blocks)
 
-        # The weights in no block, embeddings and projections, are gathered first, and compute around the blocks.
+        # Weights outside of blocks (embeddings and projections) are gathered first. Their computation counts as zero,
+        # since it comes before and after the blocks.
         computing = [0.0, *of_blocks(IMAGE_FORWARD, TEXT_FORWARD)]
         forward = overlap([root[0], *gather], computing, [0.0] * len(computing))
         again = gather[::-1] if self.setup.reshards else [0.0] * len(gather)
@@ -210,10 +211,11 @@ class StepPlan:
 
 
 def overlap(gather: Sequence[float], compute: Sequence[float], reduce: Sequence[float]) -> float:
-    """Return how much longer groups take than to compute, if each is gathered before and reduced afterwards.
+    """Return the seconds that messages add to the computation of FSDP2's groups of weights.
 
-    There is one wire. A group may be gathered from when the one before it starts to compute, for then the one before
-    that is freed. What takes no time is not sent.
+    Each group is gathered before its computation and reduced after it, over one link. The gather of a group may start
+    when the group before it starts to compute, because the second last group is freed then. A message of zero seconds
+    is not sent.
     """
     wire = arrived = gather[0]
     gpu = 0.0
@@ -230,13 +232,13 @@ def overlap(gather: Sequence[float], compute: Sequence[float], reduce: Sequence[
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Figures that no count of tensors gives: memory beyond tensors, and the length and the price of the training.
+    """The assumptions of a plan: memory beyond tensors, and length and price of the training.
 
     Attributes:
         context_bytes: the CUDA context, the workspaces of cuBLAS and the buffers of NCCL.
-        slack: what the allocator holds beyond tensors, as a share of them.
-        samples_seen: pairs of the whole training; None leaves its length out.
-        price: money for an hour of one GPU; None leaves the costs out.
+        slack: the memory that the allocator holds beyond tensors, as a fraction of the tensors.
+        samples_seen: the pairs of the whole training; with None, the length of the training is not predicted.
+        price: the price for an hour of one GPU; with None, the cost is not predicted.
     """
 
     context_bytes: float = 1.5e9
@@ -246,15 +248,15 @@ class Assumptions:
 
 
 def memory_of(plan: StepPlan, batch: Batch, assumed: Assumptions, *, with_loss: bool = True) -> Counter[str]:
-    """Return the bytes of a GPU by category, with what is assumed on top of the tensors."""
+    """Return the predicted bytes on a GPU by category: those of tensors, and the assumed memory beyond tensors."""
     found = plan.memory(batch, with_loss=with_loss)
     return found + Counter({CONTEXT: round(assumed.context_bytes), SLACK: round(assumed.slack * found.total())})
 
 
 def largest_rows(plan: StepPlan, assumed: Assumptions, micro_batches: int = 1) -> int:
-    """Return the most pairs of a GPU that fit, or 0 if not even one in each micro-batch does.
+    """Return the most pairs per GPU that fit into memory, or 0 if not even one pair in each micro-batch fits.
 
-    The micro-batches are equal, and multiples of 8 unless that is too much.
+    The micro-batches are equally large. Their size is a multiple of 8 if that fits.
     """
 
     def does(rows: int, *, with_loss: bool = True) -> bool:
@@ -270,12 +272,12 @@ def largest_rows(plan: StepPlan, assumed: Assumptions, micro_batches: int = 1) -
         return low
 
     step = MULTIPLE * micro_batches if does(MULTIPLE * micro_batches) else micro_batches
-    most = search(MOST_ROWS // step + 1, with_loss=False)  # nearly always right, and at once
+    most = search(MOST_ROWS // step + 1, with_loss=False)  # fast, and nearly always the right result
     return step * (most if most == 0 or does(most * step) else search(most, with_loss=True))
 
 
 def describe(plan: StepPlan, batch: Batch, assumed: Assumptions) -> dict[str, Any]:
-    """Return everything that is predicted of a step and of the training, with plain keys and numbers."""
+    """Return all predictions about a step and the training as a dictionary of plain keys and numbers, for JSON."""
     setup, card = plan.setup, plan.cluster.card
     memory, times, sent = memory_of(plan, batch, assumed), plan.times(batch), plan.sent(batch)
     seconds, pairs = sum(times.values()), batch.rows * setup.gpus
@@ -295,9 +297,9 @@ def describe(plan: StepPlan, batch: Batch, assumed: Assumptions) -> dict[str, An
 
 
 def fit(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batches: int = 1) -> list[dict[str, Any]]:
-    """Return what the largest batch of each setup takes; several models are planned in processes of their own.
+    """Return the plan of the largest batch that fits for each setup; several models are planned in parallel processes.
 
-    Of each model, the row with the most pairs/s among those that fit has ``is_best``.
+    For each model, ``is_best`` marks the row with the most pairs/s among those that fit.
     """
     models = list(dict.fromkeys(setup.model for setup in setups))
     jobs = [[setup for setup in setups if setup.model == model] for model in models]
@@ -322,7 +324,10 @@ def _fit_model(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micr
 
 
 def combinations(setup: Setup, models: list[str], parallel: str | None, checkpointing: str | None) -> list[Setup]:
-    """Return the setups of a table: every model with every way that is not fixed. On one GPU there is no other way."""
+    """Return the setups of a plan's table: every model with every value of the options that are None.
+
+    On one GPU, "ddp" and "fsdp" are the same.
+    """
     ways = [parallel] if parallel else PARALLELS if setup.gpus > 1 else PARALLELS[:1]
     kinds = [checkpointing] if checkpointing else CHECKPOINTINGS
     return [

@@ -1,4 +1,4 @@
-"""A dispatch mode that writes down what a run allocates, computes and sends, whether its tensors are real or fake."""
+"""A dispatch mode that records the allocations, FLOPs and messages of a run on real or fake tensors."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from ..kernels.launch import Launch
 
 ATEN = torch.ops.aten
 GATHERED = "gathered weights"
-# What PyTorch's own counter lacks: a product in place, and attention on a CPU.
+# FLOPs of ops that PyTorch's own FLOP counter lacks: in-place products, and attention on a CPU.
 ATEN_FLOPS = flop_registry | {
     ATEN.addmm_: flop_registry[ATEN.addmm],
     ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
@@ -47,12 +47,12 @@ class Event:
 class Ledger(TorchDispatchMode):
     """Bytes of live tensors by category, and an :class:`Event` for each kernel and each collective.
 
-    It sees the ops of its own thread. Kernels of this package are seen where they are recorded; on a GPU, what an op
-    allocates within itself is not.
+    It sees the ops of its own thread. It sees kernels of this package if their launches are recorded. On a GPU it does
+    not see memory that an op allocates internally.
 
     Args:
         launches: the list of :func:`~clipfast.kernels.launch.record_launches`, if kernels are recorded.
-        categories: the category of what is allocated, by phase; without an entry it has the name of the phase.
+        categories: the category of memory by the phase in which it is allocated; by default the name of the phase.
 
     Attributes:
         phase: name of the part of the run; to be set by the caller.
@@ -74,7 +74,7 @@ class Ledger(TorchDispatchMode):
         self._storages: dict[int, tuple[str, int, object]] = {}  # category, bytes and weak reference by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` and book it. An op of this package runs as the ops inside it, which its fake would hide."""
+        """Run ``func`` and record it. An op of this package runs as the ops inside it, which its fake would hide."""
         self.book_launches()
         kwargs = kwargs or {}
         if func.namespace == "clipfast" or (func.namespace == "aten" and func._can_decompose()):
@@ -82,8 +82,8 @@ class Ledger(TorchDispatchMode):
             with self:
                 return inner(*args, **kwargs)
         if func is ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # Only the CPU path asks: whether an input is wrong (bool), whether the shared shift suits (int8), and for
-            # the scale and the shared shift, which is 0 for the scales of training.
+            # Only the CPU path reads values: whether an input is wrong (bool), whether the shared shift suits (int8),
+            # the scale, and the shared shift, which is 0 for the scales of training.
             dtype = args[0].dtype
             return 0.0 if dtype.is_floating_point else dtype != torch.bool
         given = _tensors([*args, *kwargs.values()])
@@ -103,7 +103,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def book_launches(self) -> None:
-        """Book the kernels that have been recorded, and let go of their arguments."""
+        """Add an event for each kernel launch that was recorded, and release the arguments of the launches."""
         for launch in self.launches:  # a tensor descriptor has its tensor as ``base``
             self._add_kernel(
                 launch_flops(launch), _tensors([getattr(arg, "base", arg) for arg in launch.args.values()])
@@ -111,16 +111,16 @@ class Ledger(TorchDispatchMode):
         self.launches.clear()
 
     def begin(self) -> None:
-        """Forget what was before, except for the tensors that are alive."""
+        """Start a new record: drop all events and peaks, but keep the tensors that are alive."""
         self.events.clear()
         self.peak = self.live.copy()
         self.peaks.clear()
 
     @contextlib.contextmanager
     def following_resizes(self) -> Iterator[None]:
-        """See that storages grow and shrink, as FSDP2 lets those of gathered parameters do.
+        """Record that storages are resized while the context is open, as FSDP2 resizes those of gathered parameters.
 
-        What has been emptied once is counted to the category ``GATHERED`` from then on.
+        A storage that has been emptied once belongs to the category ``GATHERED`` from then on.
         """
         resize = torch.UntypedStorage.resize_
 
@@ -164,7 +164,7 @@ class Ledger(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
-        return [getattr(tree, "_local_tensor", tree)]  # of a DTensor, what this rank holds
+        return [getattr(tree, "_local_tensor", tree)]  # for a DTensor, the part that this rank holds
     return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
 
 
@@ -192,5 +192,5 @@ def _sent(name: str, args: Any, first: int, second: int = 0) -> tuple[int, int]:
         case "reduce_scatter":
             return first * (ranks - 1), ranks - 1
         case "alltoall":
-            return second * (ranks - 1) // ranks, ranks - 1  # every rank has as many pairs
+            return second * (ranks - 1) // ranks, ranks - 1  # every rank has equally many pairs
     raise NotImplementedError(f"bytes that the collective {name} sends")

@@ -1,4 +1,4 @@
-"""What the loss of all GPUs takes in each of its modes: figures that are counted, and times that follow from them."""
+"""Predict memory, messages and time of the distributed contrastive loss in each of its modes."""
 
 from collections import Counter
 from typing import Any
@@ -12,11 +12,11 @@ from .planned_step import LOSS_FORWARD, OPENCLIP, Problem, run_loss
 def seconds(
     events: list[Event], cluster: Cluster, gpus: int = 1, *, is_half: bool = True, with_messages: bool = True
 ) -> dict[str, float]:
-    """Return the seconds of each phase, by clocks of the host, of the GPU and of the wire.
+    """Return the predicted seconds of each phase of the loss, with separate clocks for host, GPU and link.
 
-    The host starts one kernel after another. A kernel runs when the one before it has ended and what it uses has
-    arrived, for its FLOPs or its bytes, whichever takes longer. A message leaves when what it sends is there and the
-    message before it has left.
+    The host launches one kernel after another. A kernel starts when the kernel before it has ended and its inputs have
+    arrived. It takes the time of its FLOPs or of its bytes, whichever is longer. A message starts when its data is
+    ready and the message before it has been sent.
     """
     host = gpu = wire = 0.0
     arrivals: dict[int, float] = {}
@@ -38,7 +38,7 @@ def seconds(
 
 
 def figures(ledger: Ledger) -> dict[str, int]:
-    """Return what is counted of a step; bytes and messages are those that this rank sends."""
+    """Return the counts of a step of the loss: memory, FLOPs, and the bytes and messages that this rank sends."""
     sent = Counter[bool]()
     for event in ledger.events:
         sent[event.phase == LOSS_FORWARD] += event.bytes if event.collective else 0
@@ -53,7 +53,9 @@ def figures(ledger: Ledger) -> dict[str, int]:
 
 
 def predict(problem: Problem, cluster: Cluster) -> list[dict[str, Any]]:
-    """Return figures, seconds, and what they consist of, for each mode and for OpenCLIP's loss."""
+    """Return the counts and the predicted seconds with their parts, for each mode of the loss and for
+    OpenCLIP's loss.
+    """
     auto = choose_mode([problem.rows] * problem.gpus, problem.embed_dim, problem.dtype) if problem.gpus > 1 else None
     rows = []
     for mode in (*problem.modes, OPENCLIP):

@@ -1,7 +1,7 @@
-"""Steps of one rank, run on fake tensors for what they take: a step of ``clipfast train``, or of the loss alone.
+"""Run a step of one rank on fake tensors to count its memory and work: a step of ``clipfast train``, or the loss alone.
 
 A rank of a training is built as the trainer builds it: the model, FSDP2, the optimizer, the average of the weights.
-What FSDP2 shards, and how, is said in :mod:`clipfast.train.fsdp`. DistributedDataParallel changes only what is sent.
+:mod:`clipfast.train.fsdp` describes the sharding. DistributedDataParallel changes only the messages.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ PRECISIONS = ("amp_bf16", "pure_bf16", "fp32")
 IMAGE_FORWARD, TEXT_FORWARD, LOSS = "forward of images", "forward of texts", "loss"
 TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD = "backward of texts", "backward of tokens", "backward of images"
 UPDATE = "update"
-# Categories of memory that have another name than the phase in which they are allocated.
+# Categories of memory whose name differs from the phase in which the memory is allocated.
 INPUTS, IMAGES, TEXTS, SCRATCH = "inputs", "activations of images", "activations of texts", "backward scratch"
 CATEGORIES = {
     IMAGE_FORWARD: IMAGES,
@@ -46,7 +46,7 @@ CATEGORIES = {
     IMAGE_BACKWARD: SCRATCH,
     UPDATE: "update scratch",
 }
-# The phases of a step of the loss alone, and their category.
+# The phases of a step of the loss alone, and the category of their memory.
 LOSS_FORWARD, LOSS_BACKWARD = "loss forward", "loss backward"
 OF_LOSS = {LOSS_FORWARD: LOSS, LOSS_BACKWARD: LOSS}
 OPENCLIP = "openclip"
@@ -55,21 +55,21 @@ LOGIT_SCALE = 14.3
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The features of a batch, and the GPUs that share it."""
+    """The sizes of a distributed loss: the features of a batch, and the GPUs that share the batch."""
 
-    pairs: int  # of all GPUs; every GPU holds as many, so they are rounded up to a multiple of ``gpus``
+    pairs: int  # on all GPUs together; rounded up to a multiple of ``gpus``
     gpus: int = 1
     dtype: torch.dtype = torch.bfloat16
     embed_dim: int = 512
 
     @property
     def rows(self) -> int:
-        """Pairs of one GPU."""
+        """The number of pairs on one GPU."""
         return -(-self.pairs // self.gpus)
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Modes of the loss that there are on so many GPUs."""
+        """The modes of the loss that exist for this number of GPUs."""
         return ("default", "min") if self.gpus == 1 else ("gather", "ring", "scalars")
 
 
@@ -79,13 +79,13 @@ class Setup:
 
     Attributes:
         model: a name of :func:`clipfast.list_models`.
-        gpus: ranks.
-        parallel: "ddp" or "fsdp". On one GPU both are the model alone.
-        checkpointing: what the backward pass computes again: "none", "selective" or "full".
-        precision: "amp_bf16", "pure_bf16" or "fp32", as of ``clipfast train``.
-        opt: the optimizer, as of ``clipfast train``.
-        has_ema: keep an average of the weights.
-        reshards: FSDP2 frees a block after its forward pass, and gathers it again for its backward pass.
+        gpus: the number of ranks.
+        parallel: "ddp" or "fsdp". On one GPU, both mean the plain model.
+        checkpointing: the activations that the backward pass recomputes: "none", "selective" or "full".
+        precision: "amp_bf16", "pure_bf16" or "fp32", as in ``clipfast train``.
+        opt: the optimizer, as in ``clipfast train``.
+        has_ema: whether an average of the weights is kept.
+        reshards: whether FSDP2 frees a block after its forward pass, and gathers it again for its backward pass.
     """
 
     model: str
@@ -128,10 +128,10 @@ class Setup:
 
 @contextlib.contextmanager
 def _fake_processes(gpus: int, *, is_fake: bool) -> Iterator[None]:
-    """Make this process rank 0 of processes that are not there, if ``is_fake`` and there are several."""
+    """Make this process rank 0 of a fake process group, if ``is_fake`` and there are several GPUs."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    with warnings.catch_warnings(action="ignore"):  # the address of a fake tensor, and a gather, are deprecated
+    with warnings.catch_warnings(action="ignore"):  # addresses of fake tensors and gathers give deprecation warnings
         if not is_fake or gpus == 1:
             yield
             return
@@ -146,7 +146,7 @@ def _fake_processes(gpus: int, *, is_fake: bool) -> Iterator[None]:
 def _ledger_of(
     card: Card | None, categories: Mapping[str, str], ledger_type: type[Ledger], *, is_fake: bool
 ) -> Iterator[Ledger]:
-    """Yield an open ledger of the tensors that are made, which are fake ones if ``is_fake``."""
+    """Yield an open ledger that records the tensors of this context; they are fake tensors if ``is_fake``."""
     with contextlib.ExitStack() as stack:
         if is_fake:
             stack.enter_context(FakeTensorMode())
@@ -162,11 +162,11 @@ def run_loss(
     """Run the loss of all ranks and its backward pass on one rank, and return the ledger.
 
     Args:
-        problem: what to run.
+        problem: the sizes of the loss.
         mode: one of ``problem.modes``, or "openclip".
         card: the GPU that kernels are recorded for. Tensors are on the CPU all the same, because PyTorch without CUDA
             computes no gradients of fake tensors on "cuda". None runs the kernels of the CPU.
-        is_fake: run rank 0 on fake tensors, so that nothing is computed or sent; otherwise the rank of this process.
+        is_fake: run rank 0 on fake tensors without computing or sending anything; otherwise run this process's rank.
         ledger_type: the kind of ledger to keep.
     """
     with (
@@ -187,7 +187,7 @@ def run_loss(
 
 
 def _loss(problem: Problem, mode: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    if mode == OPENCLIP:  # its ClipLoss under autocast, which takes cross-entropies in float32
+    if mode == OPENCLIP:  # OpenCLIP's ClipLoss under autocast, which computes cross-entropies in float32
         rank = dist.get_rank() if problem.gpus > 1 else 0
         options = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=problem.gpus)
         labels = options.get_ground_truth(image.device, len(image))
@@ -205,7 +205,7 @@ def rank_of(
     """Yield a rank of a training with its ledger open.
 
     Args:
-        setup: what is trained.
+        setup: the model, optimizer and parallelism of the training.
         config: the setup's configuration of the model, or one with fewer blocks.
         card, is_fake, ledger_type: as for :func:`run_loss`.
     """
@@ -220,13 +220,13 @@ def rank_of(
 
 
 class Rank:
-    """What one rank holds from step to step.
+    """The state of one rank of a planned training: model, optimizer and average.
 
     Args:
-        setup: what is trained.
-        model: on "meta", in the dtype of its weights.
-        mesh: all ranks, if the weights are sharded.
-        ledger: the ledger that is open, which is told what is what.
+        setup: the model, optimizer and parallelism of the training.
+        model: the model on "meta", in the dtype of its weights.
+        mesh: the mesh of all ranks, if the weights are sharded.
+        ledger: the open ledger; the rank sets its phase.
     """
 
     def __init__(self, setup: Setup, model: CLIP, mesh: Any, ledger: Ledger) -> None:
@@ -252,7 +252,7 @@ class Rank:
             setattr(model, name, self._marked(getattr(model, name), forward, backward))
 
     def set_checkpointing(self, checkpointing: str) -> None:
-        """Choose what the backward pass computes again."""
+        """Choose the activations that the backward pass recomputes."""
         self.model.set_grad_checkpointing(checkpointing != "none", selective=checkpointing == "selective")
 
     def step(self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False) -> None:
@@ -261,7 +261,8 @@ class Rank:
         Args:
             rows: pairs of this rank.
             micro_rows: pairs whose activations are held at a time; None for all.
-            is_whole: take the loss of all ranks and update the weights; otherwise a sum takes the place of the loss.
+            is_whole: compute the loss of all ranks and update the weights; otherwise the sum of the features replaces
+                the loss.
         """
         self.ledger.phase = INPUTS
         images = torch.zeros(rows, 3, *[self.model.visual.image_size] * 2, dtype=torch.uint8)
@@ -290,7 +291,7 @@ class Rank:
         return distributed_contrastive_loss(image, text, scale, sizes=[len(image)] * self.setup.gpus)
 
     def _marked(self, function: Callable[..., Tensor], forward: str, backward: str) -> Callable[..., Tensor]:
-        """Return ``function``, which tells the ledger when it and its backward pass begin."""
+        """Return a version of ``function`` that sets the ledger's phase when it and its backward pass begin."""
 
         def call(*args: Any, **options: Any) -> Tensor:
             self.ledger.phase = forward

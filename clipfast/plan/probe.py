@@ -1,8 +1,9 @@
-"""What the towers and the loss take, from steps of a model with few blocks on fake tensors.
+"""Extrapolate memory and time of the towers from steps of a model with few blocks on fake tensors.
 
-Bytes, FLOPs and kernels of a step are linear in the number of blocks of each tower, and with a given number of blocks
-in the batch: so the steps of towers of 3 and of 4 blocks with two batches tell those of the whole model with any batch.
-The peak of memory is taken in each phase by itself, because which phase has the highest one depends on both.
+Bytes, FLOPs and kernels of a step are linear in the number of blocks of each tower and, for a given number of blocks,
+in the batch. Therefore steps of towers with 3 and with 4 blocks, with two batches each, determine those of the whole
+model with any batch. The peak of memory is extrapolated for each phase separately, because the phase with the highest
+peak depends on the number of blocks and on the batch.
 """
 
 import dataclasses
@@ -36,18 +37,18 @@ from .planned_step import (
     run_loss,
 )
 
-DEPTHS = (3, 4)  # a first, a last and a middle block, which differ; and one more in the middle
-BATCHES = (256, 512)  # large enough for activations to outweigh what does not depend on the batch
-FEW = 2  # small enough for the opposite: a phase never takes less than with so many pairs
+DEPTHS = (3, 4)  # a first, a middle and a last block, which differ; the second depth has two middle blocks
+BATCHES = (256, 512)  # large enough for activations to outweigh memory that does not depend on the batch
+FEW = 2  # so few pairs that activations hardly count; a phase never takes less than with them
 FORWARD = (IMAGE_FORWARD, TEXT_FORWARD)
 BACKWARD = (TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD)
-PROBED = (IMAGES, TEXTS, SCRATCH, GATHERED)  # categories; what lives from step to step is counted elsewhere
+PROBED = (IMAGES, TEXTS, SCRATCH, GATHERED)  # categories; memory that lives from step to step is counted in Held
 STATIC = ("weights", "gradients", "optimizer state", "average of weights")
 Array = NDArray[np.float64]
 
 
 class Sample(NamedTuple):
-    """A step with one depth and one batch.
+    """The counts of one probed step, with one depth and one batch.
 
     Attributes:
         peaks: memory at the peak of each phase, an element for each category of ``PROBED``.
@@ -59,7 +60,7 @@ class Sample(NamedTuple):
 
 
 def sample_of(ledger: Ledger) -> Sample:
-    """Take from a ledger what the towers have to do with it."""
+    """Return the counts of the towers from the ledger of a step."""
     kernels: dict[str, list[tuple[int, int]]] = {phase: [] for phase in (*FORWARD, LOSS, *BACKWARD)}
     for event in ledger.events:
         if not event.collective and event.phase in kernels:
@@ -70,12 +71,13 @@ def sample_of(ledger: Ledger) -> Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Samples of few blocks, and what they say of all blocks.
+    """Samples of steps with few blocks, from which those of the whole model are extrapolated.
 
     Attributes:
-        more_images, more_texts: blocks that the towers have beyond those of the first depth.
-        samples: for one depth, or for two of which the second has one block more in each tower: both ``BATCHES``.
-        least: for each depth, a step with hardly any pairs, without checkpointing.
+        more_images, more_texts: the number of blocks that each tower has in addition to the first depth.
+        samples: the samples of both ``BATCHES`` for each depth. There are one or two depths; the second has one more
+            block in each tower.
+        least: for each depth, the sample of a step with very few pairs, without checkpointing.
     """
 
     more_images: int
@@ -92,9 +94,9 @@ class Probe:
         return Counter(dict(zip(PROBED, found.clip(0).round().astype(int).tolist(), strict=True)))
 
     def seconds(self, phase: str, rows: int, cluster: Cluster, *, is_half: bool) -> tuple[float, float]:
-        """Return how long ``phase`` takes, and how long each block of a tower takes in it.
+        """Return the predicted seconds of ``phase``, and those of each block of a tower in it.
 
-        Kernels run one after another, unless the host that starts them takes longer.
+        Kernels run one after another. If the host takes longer to launch them, its time counts.
         """
         rates = np.array([cluster.card.reached(half=is_half), cluster.card.memory_bytes_per_s])
         found = []
@@ -109,7 +111,7 @@ class Probe:
         return found[0] + self._more(phase) * block, block
 
     def flops(self, phase: str, rows: int) -> float:
-        """Return the FLOPs of ``phase``."""
+        """Return the extrapolated FLOPs of ``phase`` for ``rows`` pairs."""
         found = [_at(rows, *(sample.kernels[phase][:, 0].sum() for sample in depth)) for depth in self.samples]
         return float(found[0] + self._more(phase) * (found[-1] - found[0]))
 
@@ -119,19 +121,19 @@ class Probe:
 
 
 def _at(rows: int, small: Any, large: Any) -> Any:
-    """Return the value for ``rows`` pairs on the line through the values for both ``BATCHES``."""
+    """Extrapolate linearly from the values for both ``BATCHES`` to the value for ``rows`` pairs."""
     return small + (large - small) * (rows - BATCHES[0]) / (BATCHES[1] - BATCHES[0])
 
 
 @functools.lru_cache(maxsize=64)
 def probe(setup: Setup, card: Card | None) -> dict[str, Probe]:
-    """Run the small steps, and return a probe for each kind of checkpointing, whatever that of ``setup`` is.
+    """Run the steps with few blocks, and return a probe for every kind of checkpointing.
 
     ``card`` is the GPU that kernels are recorded for; None runs the kernels of the CPU.
     """
     config, least = setup.config, list[Sample]()
     layers = config.vision.layers if isinstance(config.vision.layers, int) else None, config.text.layers
-    can_cut = all(count is None or count > max(DEPTHS) for count in layers)  # a ResNet has no count
+    can_cut = all(count is None or count > max(DEPTHS) for count in layers)  # a ResNet has no number of blocks
     samples: dict[str, list[list[Sample]]] = {kind: [] for kind in CHECKPOINTINGS}
     for depth in DEPTHS if can_cut else (None,):
         with rank_of(setup, _cut(config, depth), card) as rank:
@@ -140,7 +142,7 @@ def probe(setup: Setup, card: Card | None) -> dict[str, Probe]:
                 rank.step(rows)
                 return sample_of(rank.ledger)
 
-            sampled(FEW)  # FSDP2 allocates in the first step what it keeps
+            sampled(FEW)  # in the first step, FSDP2 allocates memory that it keeps
             least.append(sampled(FEW))
             for kind in CHECKPOINTINGS:
                 rank.set_checkpointing(kind)
@@ -150,7 +152,7 @@ def probe(setup: Setup, card: Card | None) -> dict[str, Probe]:
 
 
 def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
-    """Return the configuration with ``depth`` blocks in each transformer; with as many as it has if that is None."""
+    """Return the configuration with ``depth`` blocks in each transformer; unchanged if ``depth`` is None."""
     if depth is None:
         return config
     if isinstance(config.vision.layers, int):
@@ -159,7 +161,7 @@ def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
 
 
 class Held(NamedTuple):
-    """What a rank holds from step to step, by category, and what its update takes."""
+    """The memory that a rank holds from step to step, by category, and the time of its update."""
 
     bytes: Counter[str]
     update_bytes: int
@@ -168,7 +170,7 @@ class Held(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def held(setup: Setup, cluster: Cluster) -> Held:
-    """Return what a rank holds, by an update of the whole model."""
+    """Return the memory that a rank holds from step to step, from an update of the whole model on fake tensors."""
     with rank_of(setup, setup.config, None) as rank:
         ledger = rank.ledger
         ledger.begin()
@@ -179,7 +181,7 @@ def held(setup: Setup, cluster: Cluster) -> Held:
 
 @functools.lru_cache(maxsize=4096)
 def loss_ledger(problem: Problem, card: Card | None) -> Ledger:
-    """Return the ledger of the loss in the mode that the trainer takes, with features that are there already."""
+    """Return the ledger of the loss in the trainer's mode, without the memory of the features, which exist already."""
     sizes = [problem.rows] * problem.gpus
     mode = "default" if problem.gpus == 1 else choose_mode(sizes, problem.embed_dim, problem.dtype)
     return run_loss(problem, mode, card)

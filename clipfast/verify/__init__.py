@@ -1,7 +1,7 @@
-"""Numerics as a report: every op, a whole model and a training curve, held to PyTorch.
+"""``clipfast verify``: compare the numerics of every op, of whole models and of a training curve with PyTorch's.
 
-``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. ``options`` and ``runner`` say what
-runs, ``child`` runs a leg in another process, and ``report`` writes the results.
+``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. ``options`` and ``runner`` choose the
+checks that run, ``child`` runs a leg in another process, and ``report`` writes the results.
 
     from clipfast.verify import Options, exit_code, run_verify
     rows = run_verify(Options(ops=("attention",)), json_path=Path("verify.json"))

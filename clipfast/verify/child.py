@@ -1,7 +1,7 @@
-"""A leg in a process of its own, since Triton decides on import whether kernels are interpreted.
+"""Run a leg of the verification in another process, since Triton decides on import whether it interprets kernels.
 
-The child writes one line of JSON for each check, and a last one that says that it has finished. Anything else that
-happens to it (a crash, a hang, an early end) becomes a result that fails, with the end of its stderr.
+The child process writes one line of JSON for each check, and a last line when it has finished. If it crashes, hangs or
+ends early, this becomes a failed result with the end of its stderr.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from .report import FAIL, CheckResult
 
 PROGRAM = "from clipfast.verify.child import main; main()"
 FINISHED = "finished"
-STDERR_TAIL = 1500  # characters
+STDERR_TAIL = 1500  # the most characters of stderr in a result
 
 
 def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
     """Start ``leg`` in a subprocess, and return a generator of the results of one check after the other.
 
-    The subprocess runs beside the caller from the start, on one thread. Closing the generator kills it, and so does a
-    silence of ``hang_seconds`` while the caller waits for it. ``options`` come from
+    The subprocess starts at once and runs in parallel to the caller, on one thread. It is killed if the generator is
+    closed, or if it writes nothing for ``hang_seconds`` while the caller waits for it. ``options`` come from
     :meth:`clipfast.verify.Options.to_dict`.
     """
     groups = _groups(options, leg, hang_seconds)
@@ -36,7 +36,7 @@ def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> G
 
 
 def _groups(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
-    """Yield an empty group as soon as the process runs, and then what it writes."""
+    """Yield an empty group as soon as the subprocess runs, and then the results of each check that it writes."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if leg == INTERPRETER:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -96,7 +96,7 @@ def _failed(leg: str, what: str, stderr: IO[str]) -> CheckResult:
 def main() -> None:
     """Run the leg that the first argument describes, in this process."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # anything else that is printed goes to stderr, and not between the results
+    os.dup2(2, 1)  # other output goes to stderr, so that it does not mix with the results
     from .ops import timed
     from .options import Options
     from .runner import checks, here

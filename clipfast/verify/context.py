@@ -1,4 +1,4 @@
-"""Settings of PyTorch while something is verified or measured."""
+"""Contexts with settings of PyTorch for verification and measurement: exact float32, and NaN in new memory."""
 
 import contextlib
 import warnings
@@ -12,9 +12,9 @@ import torch
 def exact_float32() -> Iterator[None]:
     """Compute float32 products and convolutions in float32 while the context is open.
 
-    cuDNN uses TF32 by default. A yardstick in TF32 would allow a thousand times the error, and the truth that a
-    benchmark compares with would be as wrong. PyTorch has an old and a new setting of this. Both are set here, because
-    TorchInductor reads the old one, which raises an error where the two disagree.
+    cuDNN uses TF32 by default. A yardstick in TF32 would allow a thousand times the error, and so would a benchmark's
+    reference results in TF32. PyTorch has an old and a new setting for this. Both are set here, because TorchInductor
+    reads the old one, and reading it raises an error if the two disagree.
     """
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
@@ -35,13 +35,13 @@ def exact_float32() -> Iterator[None]:
 def poisoned() -> Iterator[None]:
     """Fill uninitialised memory with NaN while the context is open.
 
-    A value that a kernel forgets to write is then NaN, and not the right answer that another call left there.
+    A value that a kernel forgets to write is then NaN, and not the right result that an earlier call has left there.
     """
     settings: Any = torch.utils.deterministic
     fill, mode = settings.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
     settings.fill_uninitialized_memory = True
     with warnings.catch_warnings():
-        # PyTorch fills memory only with deterministic algorithms on, and warns where an op has no such algorithm
+        # PyTorch fills memory only if deterministic algorithms are on. It then warns of ops that have none.
         warnings.simplefilter("ignore", UserWarning)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

@@ -1,9 +1,9 @@
-"""Fifty steps of training: does the loss take the same course as with PyTorch?
+"""Verify a training curve: compare the losses of fifty training steps with those of PyTorch.
 
-A small difference in one gradient grows from step to step, so the curve shows what no single call does. The allowed
-difference is measured and not chosen. With the reference backend, training in float32 drifts away from training in
-float64, and drifts in another way if the pairs of each batch come in another order, which changes only the order of the
-sums. As the rule has it for gradients, three times the larger of these drifts is allowed.
+A small difference in one gradient grows from step to step, so the curve shows errors that no single call shows. The
+allowed difference is measured and not chosen. With the reference backend, the losses of training in float32 differ from
+those in float64. They differ in another way if the pairs of each batch come in another order, which changes only the
+order of sums. Three times the larger of these differences is allowed, as for gradients.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from .rule import GRADIENT, KINDS, Figure, Judgement
 
 MODEL_NAME = "ViT-T-8-32"
 STEPS, BATCH, CLASSES, TOKENS = 50, 16, 64, 12
-VOCABULARY = 1024  # all 49,408 words would only cost time
+VOCABULARY = 1024  # a small vocabulary, since all 49,408 tokens would only take longer
 LEARNING_RATE, WARMUP = 1e-3, 5
 ORDERS = 2  # runs of the reference, the first in the same order as ours
 
 
 def verify_curve(leg: str, dtype: str) -> list[CheckResult]:
-    """Check the loss of each step, in float32 or with bfloat16 autocast: its relative difference from float64."""
+    """Check the relative difference of each step's loss from float64, in float32 or with bfloat16 autocast."""
     device = "cuda" if leg == CUDA else "cpu"
     autocast = None if dtype == "float32" else torch.bfloat16
     ours = train("auto", device, autocast=autocast)
@@ -61,7 +61,7 @@ def train(
 ) -> Tensor:
     """Train a model and return its losses [STEPS] in float64. Every call begins with the same weights.
 
-    ``order`` is the number of the order of the pairs within each batch.
+    Each value of ``order`` gives another order of the pairs within each batch.
     """
     torch.manual_seed(0)
     config = get_model_config(MODEL_NAME)
@@ -83,7 +83,9 @@ def train(
 
 
 def _batches(order: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of pairs that can be learned: a pattern of colours with noise, and the words of its class."""
+    """Yield batches of pairs that a model can learn: each image is a noisy pattern of its class, each text has its
+    words.
+    """
     generator = torch.Generator().manual_seed(1)
     patterns = 255 * torch.rand(CLASSES, 3, 4, 4, generator=generator)
     words = torch.randint(1, VOCABULARY - 2, (CLASSES, TOKENS), generator=generator)

@@ -1,7 +1,7 @@
-"""Whole models, forward and all gradients: this package against its own reference backend, OpenCLIP or Hugging Face.
+"""Verify whole models, forward and all gradients, against the reference backend, OpenCLIP or Hugging Face.
 
-Both models get the same weights and inputs. The truth is the other model in float64, the yardstick is the other model
-in the dtype of the check.
+Both models get the same weights and inputs. The truth is the other model in float64, and the yardstick is the other
+model in the dtype of the check.
 """
 
 import copy
@@ -32,7 +32,7 @@ from .rule import Draw, judge_fairly
 # A float64 model and its gradients take 16 bytes for each parameter. For a model with more parameters than this, the
 # truth is in float32, and judges only half precision.
 FLOAT64_PARAMETERS = 1e9
-SMALL_PARAMETERS = 2e7  # models of up to so many are fast, and get several draws
+SMALL_PARAMETERS = 2e7  # models with at most this many parameters are fast, and are checked with several draws
 BATCH, DRAWS = 4, 2
 
 
@@ -64,7 +64,7 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
     def draw(number: int) -> Draw:
         batch = draw_batch(model.config, BATCH, torch.Generator().manual_seed(1000 + number))
         images, texts = (x.to(device) for x in batch)
-        if peer != MODEL:  # other packages' models take no bytes
+        if peer != MODEL:  # models of other packages do not take uint8 images
             images = normalize_uint8(images, model.visual.image_mean, model.visual.image_std, TORCH_DTYPES[dtype])
         with poisoned():
             result = ours.results(images, texts)
@@ -77,13 +77,13 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
 
 @dataclasses.dataclass
 class Model:
-    """A model to compare."""
+    """A model of this package or of a peer, in the form in which ``clipfast verify`` compares models."""
 
     module: nn.Module
     loss: Callable[..., Tensor] = reference.contrastive_loss
-    # called in place of a module that takes other arguments than ours
+    # This function is called in place of a module that takes other arguments than ours.
     call: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None
-    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # gives gradients our names
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # gives gradients our parameters' names
 
     def results(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Return features of images [B, 3, H, W] and texts [B, L], the loss, and ``d_<name>`` of every parameter."""
@@ -161,7 +161,7 @@ def build_hugging_face(model: CLIP) -> nn.Module:
 def _hide_own_kernels() -> None:
     """Keep transformers from importing the folder ``kernels`` of a checkout that is the working directory.
 
-    It would take it for the package of that name, and so register its ops over those that are verified.
+    transformers would import the folder as the package of that name, and register its ops over those that are verified.
     """
     spec = importlib.util.find_spec("kernels")
     if spec is not None and spec.origin is not None and Path(spec.origin).samefile(str(kernels.__file__)):
@@ -169,7 +169,10 @@ def _hide_own_kernels() -> None:
 
 
 def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """Return a function like our models: it gives normalised image and text features, exp(logit_scale), and a bias."""
+    """Return a function that calls another package's model, and returns the same results as our models.
+
+    These are the normalised image and text features, exp(logit_scale), and the bias if there is one.
+    """
 
     def call(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
         output = other(input_ids=texts, pixel_values=images)
@@ -185,6 +188,6 @@ def _their_config(config: CLIPConfig) -> Any:
 
     kind: Any = TheirSigLIP if isinstance(config, SigLIPConfig) else TheirCLIP
     theirs = kind(**to_settings(config))
-    # the other implementation computes the softmax in float32 for every dtype, so it cannot be the truth
+    # The "eager" implementation computes the softmax in float32 for every dtype, so it cannot give the truth.
     theirs._attn_implementation = "sdpa"
     return theirs

@@ -1,4 +1,4 @@
-"""The checks of the ops: each case of a specification is held to the rule, or repeated bit by bit."""
+"""Verify the ops: the errors of each case are judged by the rule, or its results must have the same bits each time."""
 
 import dataclasses
 import functools
@@ -17,10 +17,10 @@ from .rule import Draw as DrawResults
 from .rule import Judgement, cast_floats, judge_fairly, value_and_grads
 
 TORCH_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
-# The truth is computed in float64 up to this many elements of the reference's largest tensor, of which eight exist at
-# once. Above, it is computed in float32, which can only judge the half-precision dtypes.
+# The truth is computed in float64 if the reference's largest tensor has at most this many elements; eight tensors of
+# that size exist at once. For larger ones it is computed in float32, which can only judge the half-precision dtypes.
 FLOAT64_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}
-# A case that fails over a few draws is judged over as many of these as the elements allow.
+# A case that fails over a few draws is judged again, over up to MANY_DRAWS draws with MANY_ELEMENTS elements together.
 MANY_DRAWS, MANY_ELEMENTS = 32, 2**25
 INTERPRETER_DRAWS = 3
 REPEATS = {CPU: 5, CUDA: 100}
@@ -82,7 +82,7 @@ def _finite(name: str, judgement: Judgement, draws: Sequence[DrawResults]) -> Ju
 
 
 def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> list[CheckResult]:
-    """Run the same call again and again, and expect the same bits; there is a row for each output."""
+    """Run the same call of an op repeatedly, and check that the bits are the same; return a row for each output."""
     first = _results(spec.op, call)
     changed: dict[str, str] = {}
     for repeat in range(1, repeats + 1):
@@ -113,7 +113,7 @@ def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterato
 
 
 def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[CheckResult]:
-    """Return ``rows()`` with the seconds that it took, shared out evenly; an exception becomes one row that fails."""
+    """Return the results of a check, with its seconds divided evenly among them; an exception becomes a failed row."""
     started = time.perf_counter()
     try:
         result = rows()
@@ -125,7 +125,7 @@ def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[
 
 
 def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number: int = 0) -> Call:
-    """Make the inputs of a case: in each draw (``number``) the same values on every machine, device and leg."""
+    """Make the inputs of a case; a draw (``number``) has the same values on every machine, device and leg."""
     draw = Draw(zlib.crc32(f"{case.name} {number}".encode()))
     call = spec.call(case.shape, case.values, draw, dtype)
     inputs = {name: lay_out(x.to(device), case.layout) for name, x in call.inputs.items()}
@@ -139,7 +139,7 @@ def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """Return the same values in another memory layout; a tensor that the layout does not suit stays as it is."""
+    """Return a tensor with the same values in another memory layout, or unchanged if the layout does not suit it."""
     if x.ndim == 0:
         return x
     if layout == "transposed":
@@ -151,7 +151,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         wide[..., ::2] = x
         return wide[..., ::2]
     if layout == "offset":
-        # one element past an aligned address, where a vector load would fault
+        # The tensor starts one element past an aligned address, where a vector load would fail.
         flat = x.new_zeros(x.numel() + 1)
         flat[1:] = x.flatten()
         return flat[1:].view(x.shape)

@@ -1,4 +1,4 @@
-"""What to verify: names of ops, models, dtypes and peers, checked before anything runs."""
+"""The options of a verification: names of ops, models, dtypes and peers, which are checked before anything runs."""
 
 import dataclasses
 import importlib.util
@@ -18,10 +18,10 @@ OPENCLIP, HF = "openclip", "hf"
 OPS = (*specs(), MODEL, CURVE)
 DTYPES = tuple(map(dtype_name, DTYPES_BY_NAME.values()))
 DTYPE_NAMES = {short: dtype_name(dtype) for short, dtype in DTYPES_BY_NAME.items()} | {name: name for name in DTYPES}
-# Module that each peer is imported as, and how it is installed.
+# The module of each peer, and the argument of ``pip install`` for it.
 PEERS = {OPENCLIP: ("open_clip", "open-clip-torch==3.3.0"), HF: ("transformers", "transformers")}
 DEFAULT_MODEL = "ViT-T-8-32"
-HANG_SECONDS = 300.0  # without a row, after which the interpreter counts as hung
+HANG_SECONDS = 300.0  # if the interpreter's process gives no row for this long, it counts as hung
 
 
 def installed(peer: str) -> bool:
@@ -31,20 +31,20 @@ def installed(peer: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to verify. Each list is checked here.
+    """The options of ``clipfast verify``. Each list is checked when an instance is made.
 
     Raises:
-        ValueError: an unknown name; the message lists what is known.
-        RuntimeError: a device or a package that is asked for and is not there.
+        ValueError: a name is unknown; the message lists the known names.
+        RuntimeError: a requested device or package is missing.
     """
 
     ops: tuple[str, ...] = OPS
     models: tuple[str, ...] = (DEFAULT_MODEL,)
     dtypes: tuple[str, ...] = DTYPES  # or their short names, such as "fp32"
-    against: tuple[str, ...] | None = None  # "openclip", "hf"; None: OpenCLIP where it is installed
-    device: str = "auto"  # a GPU where there is one; or "cpu" or "cuda"
-    quick: bool = False  # fewer cases, for a minute
-    legs: tuple[str, ...] | None = None  # of LEGS; None: those of the device
+    against: tuple[str, ...] | None = None  # "openclip", "hf"; None: OpenCLIP if it is installed
+    device: str = "auto"  # "auto" is a GPU if there is one; or "cpu" or "cuda"
+    quick: bool = False  # fewer cases, which take about a minute
+    legs: tuple[str, ...] | None = None  # some of LEGS; None: the legs of the device
     hang_seconds: float = HANG_SECONDS  # how long the subprocess may be silent
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Options:
 
     @property
     def on_gpu(self) -> bool:
-        """Return whether the kernels run natively."""
+        """Return whether the verification runs the kernels natively on a GPU."""
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     def to_dict(self) -> dict[str, Any]:

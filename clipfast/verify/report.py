@@ -1,4 +1,4 @@
-"""The results of checks, and how they are written: as tables with a summary for people, as JSON and as JUnit XML."""
+"""The results of a verification, and their output as tables with a summary, as JSON and as JUnit XML."""
 
 import dataclasses
 import json
@@ -33,8 +33,8 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 class CheckResult:
     """The result of one check, a row of the report: one output of ``op`` in one ``case`` and dtype on one ``leg``.
 
-    ``figures`` are empty where nothing is measured (repeated calls, skipped checks). ``truth`` is the dtype of the
-    truth, ``why`` the reason why the case is in the list, and ``seconds`` the share of the case's time.
+    ``figures`` are empty if no error is measured (repeated calls, skipped checks). ``truth`` is the dtype of the truth,
+    ``why`` the reason why the case is checked, and ``seconds`` the row's share of the time of the case.
     """
 
     op: str
@@ -52,12 +52,12 @@ class CheckResult:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """Return what the result has in common with those of the other outputs of its case."""
+        """Return the fields that are equal for all outputs of one case; they identify the case."""
         return self.op, self.leg, self.check, self.case, self.dtype
 
     @property
     def ratio(self) -> float:
-        """Return the larger error as a share of the allowed one."""
+        """Return the largest ratio of an error to the allowed error."""
         return max((figure.ratio for figure in self.figures), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,12 +96,12 @@ def exit_code(rows: Sequence[CheckResult]) -> int:
 
 
 def count(rows: Sequence[CheckResult]) -> dict[str, int]:
-    """Count the results by verdict."""
+    """Return the number of results for each verdict."""
     return {verdict: sum(row.verdict == verdict for row in rows) for verdict in (PASS, FAIL, SKIP)}
 
 
 def environment() -> dict[str, str]:
-    """Return the versions and the hardware that the figures belong to."""
+    """Return the versions and the hardware on which the verification ran."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     found |= {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
@@ -110,7 +110,7 @@ def environment() -> dict[str, str]:
 
 
 def write_json(path: Path, rows: Sequence[CheckResult], options: Mapping[str, Any], *, complete: bool) -> None:
-    """Replace ``path`` by a report of all results so far."""
+    """Write a JSON report of all results so far to ``path``, replacing an earlier one."""
     report = {
         "format": FORMAT, "complete": complete, "environment": environment(), "options": dict(options),
         "summary": count(rows), "rows": [row.to_dict() for row in rows],
@@ -165,7 +165,11 @@ def _all_figures(row: CheckResult) -> str:
 
 
 def table(rows: Sequence[CheckResult], *, all_rows: bool = False) -> str:
-    """Return a table for each op: of every output, or of a case that passes only the one nearest to its limit."""
+    """Return a table of results for each op.
+
+    With ``all_rows`` it has a row for every output. Otherwise a case that passes has one row, for the output whose
+    error is nearest to its limit.
+    """
     by_op: dict[str, list[CheckResult]] = defaultdict(list)
     for row in rows:
         by_op[row.op].append(row)
@@ -177,7 +181,10 @@ def table(rows: Sequence[CheckResult], *, all_rows: bool = False) -> str:
 
 
 def _nearest(rows: Iterable[CheckResult]) -> list[tuple[CheckResult, int]]:
-    """Return each result that did not pass; and for each case one that did, with the number that it stands for."""
+    """Return the rows of a short table, each with the number of outputs that it represents.
+
+    Each result that did not pass has a row, and each case has one row for its outputs that passed.
+    """
     shown: list[tuple[CheckResult, int]] = []
     for _, group in groupby(rows, key=lambda row: row.group):
         members = list(group)

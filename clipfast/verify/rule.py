@@ -1,7 +1,7 @@
-"""The rule for errors: a result may be only so much less accurate than PyTorch's result at the same dtype.
+"""The rule for errors: the error of a result may be at most a few times that of PyTorch's result at the same dtype.
 
-The error of either is its difference from a truth of higher precision. The allowed error is ``k`` times PyTorch's, plus
-a unit in the last place of each value. ``k`` is 2 for values and 3 for gradients, after FlashAttention's tests (Dao et
+Both errors are differences from a truth of higher precision. The allowed error is ``k`` times PyTorch's, plus a unit in
+the last place of each value. ``k`` is 2 for values and 3 for gradients, after FlashAttention's tests (Dao et
 al. 2022). The rule holds for the maximum and for the root mean square of the error, so that neither one wrong value
 among many nor a small bias of all of them can pass.
 """
@@ -31,7 +31,7 @@ Results = Sequence[Mapping[str, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One of ``KINDS`` of error: ours, PyTorch's at the same dtype, and what is allowed."""
+    """One of the ``KINDS`` of error: the value of ours, of PyTorch's at the same dtype, and the allowed value."""
 
     kind: str
     ours: float
@@ -59,8 +59,8 @@ class Judgement:
     """The judgement of the rule about one output."""
 
     figures: tuple[Figure, ...] = ()
-    fault: str = ""  # what is wrong besides the figures; an output with a fault fails, whatever its figures are
-    note: str = ""  # how the figures came about, or why there are none
+    fault: str = ""  # a problem other than the figures; an output with a fault always fails
+    note: str = ""  # how the figures were computed, or why there are none
     no_yardstick: bool = False  # whether PyTorch's own result has no finite value to compare with
 
     @property
@@ -70,7 +70,7 @@ class Judgement:
 
     @property
     def reason(self) -> str:
-        """Return what is wrong, or why nothing was judged; empty for a plain pass."""
+        """Return the fault, or the reason why the output was not judged; empty for an output that passes."""
         return self.fault or "; ".join(str(f) for f in self.figures if not f.passed) or self.note
 
 
@@ -101,7 +101,7 @@ def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgemen
 
 
 def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple[Figure, ...]:
-    """Return each kind of error, with what is allowed."""
+    """Return the figure of each kind of error, with its allowed value."""
     exact = truth.double()
     info = torch.finfo(ours.dtype)
     rounding = (exact.abs() * info.eps).clamp(min=info.smallest_normal * info.eps)
@@ -136,7 +136,7 @@ def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict
     """Judge ``few`` draws, which are ``draw(0)``, ``draw(1)`` and so on, and judge ``many`` if they may fail by chance.
 
     The errors of two correct implementations differ by chance: over six losses, PyTorch's largest error is less than
-    half of ours about once in twenty times. Over thirty draws that does not happen, while a real fault still fails.
+    half of ours about once in twenty times. Over thirty draws this does not happen, but a real fault still fails.
 
     Returns:
         The judgement of each output, and the draws that were judged.

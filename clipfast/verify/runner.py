@@ -1,4 +1,4 @@
-"""A run of the checks: which run on which leg, which cannot run here, and the results case by case."""
+"""Run a verification: choose the checks of each leg, report those that cannot run here, and collect the results."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,9 @@ BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A check: ``rows`` runs it and returns its result rows; ``template`` is filled in as its row if that raises."""
+    """A check: ``rows`` runs it and returns its result rows; if it raises an error, ``template`` becomes a
+    failed row.
+    """
 
     template: CheckResult
     rows: Callable[[], list[CheckResult]]
@@ -35,13 +37,13 @@ def here() -> str:
 
 
 def legs_of(options: Options) -> tuple[str, ...]:
-    """Return the legs to run, in order."""
+    """Return the legs that a verification runs, in order."""
     by_device = (CUDA,) if options.on_gpu else (CPU, INTERPRETER)
     return by_device if options.legs is None else options.legs
 
 
 def checks(options: Options, leg: str) -> list[Check]:
-    """Return everything that runs on ``leg``; the interpreter is too slow for models and training."""
+    """Return all checks that run on ``leg``; the interpreter is too slow for models and training."""
     dtypes = [name for name in options.dtypes if not (leg == INTERPRETER and name == "bfloat16")]
     found: list[Check] = []
     for op in options.ops:
@@ -70,7 +72,7 @@ def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
 def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
     """Return the training checks: in float32, and under bfloat16 autocast on a GPU.
 
-    On a CPU, bfloat16 takes minutes and runs only if it is the only dtype that is asked for.
+    On a CPU, bfloat16 takes minutes, so it runs only if it is the only requested dtype.
     """
     wanted = [] if options.quick and leg == CPU else [name for name in dtypes if name != "float16"]
     if leg == CPU and "float32" in wanted:
@@ -82,7 +84,7 @@ def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
 
 
 def not_run(options: Options) -> list[CheckResult]:
-    """Return what cannot be run here, as rows that are skipped."""
+    """Return the checks that cannot run here, as skipped rows."""
     legs = legs_of(options)
     rows: list[CheckResult] = []
     if options.legs is None and CUDA in legs:
@@ -118,7 +120,7 @@ def iter_groups(options: Options, *, on_total: Callable[[int], None] | None = No
         children = []
         for leg in [
             leg for leg in by_leg if leg not in (CUDA, here())
-        ]:  # it runs in another process, beside the checks of this one
+        ]:  # it runs in another process, in parallel to the checks of this one
             of_leg = dataclasses.replace(options, legs=(leg,), device="cpu").to_dict()
             child = groups_of_child(of_leg, leg, options.hang_seconds)
             children.append(stack.enter_context(contextlib.closing(child)))
@@ -143,9 +145,9 @@ def run_verify(
 ) -> list[CheckResult]:
     """Run all checks and return the results. ``clipfast.verify.exit_code`` makes an exit code of them.
 
-    The JSON file is written again after every case, so that a kill at any moment leaves the results so far; its field
-    ``complete`` is true only at the end. The JUnit file is written at the end, also of an interrupted run. ``on_group``
-    is called with the results of each case, and ``on_total`` as by :func:`iter_groups`. The results are appended to
+    The JSON file is written after every case, so a run that is killed leaves the results so far; its field ``complete``
+    is true only at the end. The JUnit file is written at the end, even if the run is interrupted. ``on_group`` is
+    called with the results of each case, and ``on_total`` as by :func:`iter_groups`. The results are appended to
     ``rows``, for a caller that handles an interruption.
     """
     rows = [] if rows is None else rows
