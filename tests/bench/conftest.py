@@ -29,7 +29,7 @@ def double(x):
 
 
 def grad_twice(x):
-    """``x``, with twice its gradient."""
+    """Return ``x``, but double its gradient."""
     return 2 * x - x.detach()
 
 
@@ -40,7 +40,7 @@ def case(candidates, reference=double, **kwargs):
 
 
 def smallest(suite):
-    """The case of ``suite`` at its smallest shape."""
+    """Return the benchmark case of ``suite`` at its smallest shape."""
     return build(suite, SUITES[suite].smallest, "fp32", CPU)
 
 
@@ -53,7 +53,7 @@ def break_loss(monkeypatch):
 
 
 def validate(run):
-    """Refuse a result that does not fit the schema."""
+    """Raise an error if a benchmark result does not match the schema."""
     pytest.importorskip("jsonschema").validate(run, SCHEMA)
 
 
@@ -64,20 +64,20 @@ def quickly(case):
 
 @pytest.fixture(autouse=True)
 def compiled_kernels():
-    """Skip on the interpreter leg: benchmarks time what users run."""
+    """Skip the test if kernels are interpreted, since benchmarks time compiled kernels."""
     if INTERPRET:
         pytest.skip("benchmarks time what users run")
 
 
 @pytest.fixture
 def no_roofs(monkeypatch):
-    """Sessions that do not measure the machine, which takes seconds."""
+    """Let benchmark sessions skip the measurement of the machine's rates, which takes seconds."""
     monkeypatch.setattr(session, "measure_roofs", lambda device, dtype: ROOFS)
 
 
 @pytest.fixture
 def run_session(monkeypatch, no_roofs, tmp_path):
-    """A function that measures the given cases in a session, and returns a result that fits the schema."""
+    """Return a function that measures cases in a session, and returns the result after checking it by the schema."""
 
     def run(*cases, **options):
         monkeypatch.setattr(session, "build", mock.Mock(side_effect=cases))

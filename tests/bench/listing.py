@@ -1,4 +1,4 @@
-"""Listings in the disassembler's form."""
+"""Machine code in the form of the disassembler's listings, for tests."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ PLAIN = 0x000FE20000000000  # a control code: one cycle, no scoreboard
 
 
 def listing(*lines: str, codes: Sequence[int] = ()) -> str:
-    """A listing with 16 bytes for each instruction; ``codes`` are the second halves, with the control codes."""
+    """Return a listing with 16 bytes for each instruction; ``codes`` are the second 8 bytes, with the control codes."""
     header = '\n\t\tFunction : kernel\n\t.headerflags\t@"EF_CUDA_SM90"\n'
     codes = codes or [PLAIN] * len(lines)
     return header + "".join(

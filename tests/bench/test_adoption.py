@@ -1,4 +1,4 @@
-"""The committed table of what models of other libraries run on, and what writes it."""
+"""Test the committed table of the ops that models of other libraries run on, and the command that writes it."""
 
 import collections
 import dataclasses
@@ -22,12 +22,12 @@ def open_clip_library() -> table.Library:
 
 
 def expanded(cell: str, notes: dict[int, str]) -> str:
-    """A cell with its notes in place of their numbers."""
+    """Return a cell of the table with the texts of its notes in place of their numbers."""
     return re.sub(r"\(([\d, ]+)\)", lambda found: str([notes[int(n)] for n in found[1].split(", ")]), cell)
 
 
 def read_section(document: str, heading: str) -> dict[str, list[str]]:
-    """The cells of each model of a section, with notes in place."""
+    """Return the cells of each model in a section of the table, with the texts of notes."""
     (section,) = [part for part in document.split("\n## ") if part.startswith(heading)]
     notes = {int(number): text for number, text in re.findall(r"^(\d+)\. (.*)$", section, re.MULTILINE)}
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
@@ -64,7 +64,7 @@ def test_no_error_of_the_committed_table_is_beyond_its_limit():
 
 
 def library_of(model: nn.Module, **changes: object) -> table.Library:
-    """A library with one model, whose patched copy is the model itself."""
+    """Return a library for the table with one model, whose patched copy is the model itself."""
     images = torch.ones(2, 3)
 
     def inputs(each: nn.Module) -> tuple[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: names to categories, and categories that add up to the step."""
+"""Test the breakdown of a step's time: names have the right categories, and the categories add up to the step."""
 
 import json
 import re
@@ -40,25 +40,25 @@ KERNELS = {
     OTHER: ["mystery_kernel_7"],
 }  # fmt: skip
 LAUNCHED = [
-    # what is around it takes everything
+    # The range or op around the kernel decides.
     ("nvjet_x", (LOSS_RANGE, "aten::matmul", "aten::mm"), LOSS),
     (ELEMENTWISE, ("Optimizer.step#AdamW.step", "aten::_foreach_add_"), OPTIMIZER),
     ("ampere_sgemm", ("clipfast::contrastive_bwd", "aten::addmm"), LOSS),
     ("ampere_sgemm", ("aten::scaled_dot_product_attention", "aten::bmm"), ATTENTION),
     ("any_kernel", ("clipfast::layer_norm_fwd",), NORM),
-    # the innermost op, where its name says more than the kernel's
+    # The innermost op decides, because its name is more specific than the kernel's.
     ("void reduce_kernel", ("aten::linear", "aten::addmm"), GEMM),
     ("cutlass_gemm_relu", ("aten::linear", "aten::addmm"), GEMM),
     ("cutlass_gemm", ("aten::conv2d", "aten::cudnn_convolution"), CONVOLUTION),
     (ELEMENTWISE, ("aten::linear", "aten::to", "aten::_to_copy", "aten::copy_"), COPIES),
     (ELEMENTWISE, ("aten::addmm", "aten::copy_"), COPIES),
     ("nvjet_x", ("aten::linear", "somebody::s_linear"), GEMM),
-    # what a compiler made is no part of the op that happens to be around it
+    # The name of a compiled kernel decides, not the op around it.
     ("triton_poi_fused_gelu_1", ("CompiledFunction", "aten::mm"), NORM),
     ("mystery_kernel_7", ("aten::view", "autograd::engine::evaluate_function: FooBackward0"), OTHER),
 ]
 LAUNCHED += [(name, (), category) for category, names in KERNELS.items() for name in names]
-# Ops of a CPU, each behind those around it.
+# Names of CPU ops, each after the ops around it.
 OPS = {
     GEMM: ["aten::linear > aten::addmm"],
     ATTENTION: ["clipfast::attention_pool_bwd > aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu"],
@@ -111,7 +111,7 @@ def kernel(name, start, end, correlation=None, cat="kernel"):
 
 
 def microseconds(found):
-    """By category; categories add up to the step."""
+    """Return the microseconds of each category, after checking that they add up to the step."""
     assert sum(found.seconds.values()) == pytest.approx(found.step_s)
     return {category: 1e6 * seconds for category, seconds in found.seconds.items() if seconds}
 
@@ -119,14 +119,14 @@ def microseconds(found):
 def test_time_of_a_cpu_is_that_of_ops_without_the_ops_they_call():
     found = of_host(
         [
-            op("aten::mm", 0, 50),  # the profiler's own start: in no marked step
+            op("aten::mm", 0, 50),  # during the start of the profiler, outside of all marked steps
             op(STEP_RANGE, 100, 200),
             op("aten::linear", 100, 140),
             op("aten::addmm", 105, 135),
             op("aten::copy_", 110, 115),
             op("aten::gelu", 140, 160),
             op("somebody::op", 160, 163),
-            op("aten::mm", 100, 200, thread=2),  # not the thread that takes the step
+            op("aten::mm", 100, 200, thread=2),  # on another thread than the step
         ]
     )
     assert microseconds(found) == pytest.approx({GEMM: 25, COPIES: 5, NORM: 20, OTHER: 3, HOST: 37 + 10})
@@ -139,7 +139,7 @@ def test_a_backward_op_belongs_where_its_forward_does():
         op(STEP_RANGE, 0, 100),
         op("aten::linear", 0, 10, sequence=4),
         op("aten::addmm", 1, 9, sequence=5),
-        op("aten::argmax", 10, 11, sequence=6),  # makes no node: the next one has its number
+        op("aten::argmax", 10, 11, sequence=6),  # makes no node of the graph, so the next op has the same number
         op(LOSS_RANGE, 20, 40),
         op("aten::mm", 20, 40, sequence=6),
         op("autograd::engine::evaluate_function: MmBackward0", 50, 70, sequence=6, forward_thread=1),
@@ -152,7 +152,7 @@ def test_a_backward_op_belongs_where_its_forward_does():
 
 
 def steps_of_a_device():
-    """Two steps on the host's thread 1; backward is launched from thread 2."""
+    """Return events of two steps on a GPU; the host runs them on thread 1, and launches backward from thread 2."""
     events = [kernel("nvjet_warm_up", 0, 900)]
     for base, correlation in ((1000, 10), (2000, 20)):
         events += [
@@ -164,7 +164,7 @@ def steps_of_a_device():
                sequence=correlation, forward_thread=1),
             launch(base + 55, correlation + 2, thread=2),
             kernel("nvjet_a", base + 100, base + 200, correlation),
-            kernel("nvjet_b", base + 150, base + 250, correlation + 1),  # half of it hidden by the one before
+            kernel("nvjet_b", base + 150, base + 250, correlation + 1),  # half of it overlaps with the kernel before
             kernel("nvjet_c", base + 300, base + 330, correlation + 2),
             kernel("mystery", base + 330, base + 334),
             kernel("Memset (Device)", base + 340, base + 346, cat="gpu_memset"),
@@ -177,7 +177,7 @@ def test_time_of_a_device_counts_no_moment_twice_and_gaps_are_the_rest():
     assert microseconds(found) == pytest.approx({GEMM: 100, LOSS: 50 + 30, OTHER: 4, COPIES: 6, HOST: 400 - 190})
     assert found.unknown == (("mystery", pytest.approx(4e-6)),)
     assert (found.step_s, found.traced_s) == (400e-6, pytest.approx(500e-6))
-    # a device that was slower under the profiler has no gaps
+    # If the device was slower under the profiler, there are no gaps.
     slower = of_device(steps_of_a_device(), seconds=100e-6)
     assert HOST not in microseconds(slower)
     assert slower.step_s == pytest.approx(190e-6)
@@ -229,7 +229,7 @@ def test_a_breakdown_is_written_and_printed():
     table = tables.case_table(run["cases"][0])
     for expected in ("50.0%", "75.0%", "12.5%", "mystery_kernel 12.50%", "clipfast compiled: RuntimeError: no CUPTI"):
         assert expected in table
-    del ours["breakdown"]["seconds"][GEMM]  # the schema wants every category
+    del ours["breakdown"]["seconds"][GEMM]  # the schema requires every category
     with pytest.raises(Exception, match="'GEMM' is a required property"):
         validate(run)
 

@@ -1,4 +1,4 @@
-"""The stages of the data pipeline: all of them run, are held to the same pixels and ids, and add up to cores."""
+"""Test the benchmarks of the data pipeline: all stages run, agree on pixels and ids, and are summed up as cores."""
 
 import io
 import os
@@ -103,7 +103,7 @@ def test_cpu_seconds_count_processes_that_have_ended_but_not_waiting():
 
 
 def measured(stage, seconds, size=224):
-    """A result of ``stage`` that takes each of the named candidates some seconds for 100 pairs."""
+    """Return a result of ``stage`` in which each of the named candidates takes the given seconds for 100 pairs."""
     candidates = [{"name": name, "samples_s": [s] if s else [], "median_s": s} for name, s in seconds.items()]
     shape = {"stage": stage, "width": 512, "height": 512, "size": size}
     return {"suite": "data", "shape": shape, "items": {"count": 100}, "candidates": candidates}

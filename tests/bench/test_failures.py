@@ -1,4 +1,4 @@
-"""What fails while it is measured is refused with its reason, and the others go on."""
+"""Test that a candidate that fails during a benchmark is refused with its reason, and that the others go on."""
 
 import time
 import weakref
@@ -17,12 +17,12 @@ FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
 def fails(error, after=0):
-    """Return what makes a function that is right for ``after`` calls."""
+    """Return a candidate's ``make`` whose function works for ``after`` calls, and then raises ``error``."""
     return lambda: mock.Mock(double, wraps=double, side_effect=[mock.DEFAULT] * after + [error])
 
 
 def test_an_error_while_timing_refuses_one_candidate():
-    # calls: one at the gate, one to warm up, one for the estimate, then a sample each
+    # The first call is at the gate, the second warms up, and the third is for the estimate. Then each call is a sample.
     candidates = (
         Candidate("late", fails(FULL, after=4)),
         Candidate("warm-up", fails(RuntimeError("no kernel image"), after=1)),
@@ -59,7 +59,7 @@ def test_what_a_case_has_made_is_gone_before_the_next(run_session):
     "fault",
     [
         {"inputs": mock.Mock(side_effect=FULL)},
-        {"inputs": mock.Mock(side_effect=[{"x": torch.ones(8)}, FULL])},  # for the gate they fit
+        {"inputs": mock.Mock(side_effect=[{"x": torch.ones(8)}, FULL])},  # the inputs of the gate fit
         {"reference": mock.Mock(double, side_effect=FULL)},
     ],
     ids=["gate", "sets", "reference"],
@@ -85,7 +85,7 @@ def test_an_op_of_ours_that_is_refused_is_exit_code_1(tmp_path, monkeypatch, no_
 def test_a_machine_that_cannot_compile_is_missing_something_and_nobody_is_wrong(monkeypatch):
     fail = mock.Mock(side_effect=RuntimeError("Python.h: no such file"))
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: fail)
-    monkeypatch.setattr(peers, "need_compiler", peers.need_compiler.__wrapped__)  # nothing is remembered
+    monkeypatch.setattr(peers, "need_compiler", peers.need_compiler.__wrapped__)  # without the cache of earlier results
     built = smallest("step")
     (timing,) = [harness.Timing(c) for c in built.candidates if c.name == f"{OURS} compiled"]
     harness.pass_gate(built, [timing])

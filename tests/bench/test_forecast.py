@@ -1,4 +1,4 @@
-"""``clipfast inspect --predict``: what an op and a step run, how long that takes, and measurements beside it."""
+"""Test ``clipfast inspect --predict``: the launches of ops and steps, their predicted times, and measured times."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_time_is_the_sum_of_its_parts_beside_measured_ones(capsys, tmp_path):
     assert found["seconds"] == pytest.approx(launches + found["torch_seconds"] + found["product_seconds"])
     assert sum(found["shares"].values()) == pytest.approx(found["seconds"])
     assert found["shares"].keys() <= {categories.NORM, categories.COPIES}
-    # both passes move 2 and 3 tensors of 50,432 x 768 in bf16, at 3 TB/s
+    # The two passes move 2 and 3 tensors of 50,432 x 768 in bf16, at 3 TB/s.
     least = 5 * 50432 * 768 * 2 / H100.hbm_rate
     assert least < found["seconds"] < 2 * least
     (row,) = [line.split() for line in out.splitlines() if line.startswith(LAYER_NORM)]

@@ -1,4 +1,4 @@
-"""The driver of ``python3 -m bench.gpu``: a stop at any moment leaves what came before, and a rehearsal says so."""
+"""Test ``python3 -m bench.gpu``: a stop at any moment keeps the results so far, and a rehearsal is marked as one."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def test_steps_that_fail_or_hang_do_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE_S", 2.0)
     todo = [
         step("fails", "raise SystemExit(3)"),
-        # it starts a process of its own, which must not outlive it although it cannot be interrupted
+        # This step starts a child process that ignores interrupts. It must not outlive the step.
         step("hangs", HANGS.format(late=LATE, path=str(tmp_path / "late")), seconds=5.0),
         gpu.Step("tool", ["no-such-tool-anywhere"], 20),
         step("asks", "import os; print('got', os.environ['MINE'])", environment={"MINE": "yes"}),
@@ -62,7 +62,7 @@ def test_steps_that_fail_or_hang_do_not_stop_the_others(tmp_path, monkeypatch):
     assert results_in(summary) == expected
     assert "so far: 7" in summary
     assert "got yes" in summary
-    # time that is left goes to the next step, and the last one has all of it
+    # Time that a step leaves goes to the next step, so the last step has all of it.
     (told,) = re.findall(r"has (\d+)", summary)
     assert 40 < int(told) <= 85 - gpu.MARGIN_S
     assert gpu.run_steps([step("late", "pass")], tmp_path, dict(os.environ), total_s=2.5) == 1
@@ -93,7 +93,7 @@ sys.exit(gpu.run_steps(todo, Path({str(tmp_path)!r}), dict(os.environ)))
 
 
 def test_every_part_ends_in_time_and_its_options_exist(tmp_path, capsys):
-    # a step that ends with a usage message is found before there is a GPU
+    # A step that only prints a usage message is found here, without a GPU.
     for part in gpu.PARTS:
         total_s = gpu.HOUR_S if part == "all" else gpu.PART_S
         for stub in (False, True):
@@ -149,13 +149,13 @@ def test_smoke_says_which_op_is_wrong(monkeypatch, capsys):
 
 
 def run_beside(site, code, folder):
-    """What code prints that finds packages in ``site`` first."""
+    """Return the output of Python code that imports packages from ``site`` first."""
     command, environment = [sys.executable, "-P", "-c", code], checkout.environment_with(site)
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def test_package_runs_from_links_alone(tmp_path):
-    # on a GPU machine with PyTorch and Triton, these are what is missing
+    # A GPU machine with PyTorch and Triton lacks only these packages.
     site = checkout.link_packages(tmp_path / "site")
     code = """
 import sys
@@ -168,11 +168,12 @@ assert clipfast.tokenize("a photo of a cat")[0, 1] == 320
 print(clipfast.__file__, k.__file__, b.__file__)
 """
     assert all(path.startswith(str(site)) for path in run_beside(site, code, tmp_path).split())
-    # and again, over what is there, which Python's own files are among
+    # The links are made again over the existing ones, and over the files that Python has added.
     (site / "clipfast" / "__pycache__").mkdir(exist_ok=True)
     (site / "clipfast" / "__pycache__" / "x.pyc").touch()
     assert checkout.link_packages(site) == site
-    # Processes of tests get the path of the process that started them, and clipfast/ in a checkout is no whole package.
+    # Processes of tests inherit the import path of the process that started them. There, clipfast/ of a checkout comes
+    # first, which is not a complete package.
     code = """
 import importlib.machinery, runpy, sys
 runpy.run_path("tests/conftest.py")
@@ -197,7 +198,7 @@ def test_what_is_written_goes_elsewhere_where_the_checkout_is_read_only(tmp_path
 
 
 def run_driver(folder, *options):
-    """Exit code and stderr of the command."""
+    """Run ``python3 -m bench.gpu`` and return its exit code and stderr."""
     command = [sys.executable, "-m", "bench.gpu", *options, "--out", str(folder)]
     run = subprocess.run(command, cwd=checkout.ROOT, capture_output=True, text=True)
     return run.returncode, run.stderr

@@ -1,4 +1,4 @@
-"""Timings: what is refused, what is kept, and whether the judgement is right."""
+"""Test the timing of candidates: the refused ones, the kept samples, and the verdict on the ratio of times."""
 
 import dataclasses
 import json
@@ -48,14 +48,14 @@ def test_candidates_take_turns():
 
     measure(case((candidate("a"), candidate("b"))), Budget(seconds=100, rounds=4))
     assert calls[-8:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    # a budget of no time still takes the least number of rounds
+    # Even with a budget of zero seconds, the least number of rounds is run.
     timings, _ = measure(case((candidate("a"),)), Budget(seconds=0.0, rounds=50, min_rounds=4))
     assert len(timings[0].samples) == 4
 
 
 def test_interval_of_the_ratio():
     rng = np.random.default_rng(1)
-    drift = 1 + np.arange(60) / 30  # both slow down together: it must cancel
+    drift = 1 + np.arange(60) / 30  # both slow down together, and this must cancel in the ratio
     ours, other = drift * rng.normal(1, 0.05, 60), drift * rng.normal(1.5, 0.05, 60)
     median, low, high = ratio_interval(ours, other)
     assert low < median < high
@@ -67,7 +67,7 @@ def test_a_verdict_counts_processes_more_than_samples():
     for interval, word in intervals.items():
         assert compare.verdict(*interval, False) == word
         assert compare.verdict(*interval, True) == "throttled"
-    # Many samples that agree within a process prove nothing about the next process.
+    # Even if the samples of a process agree well, the next process may differ.
     base, head = [[1.0] * 50, [1.3] * 50, [0.8] * 50], [[1.2] * 50, [0.9] * 50, [1.1] * 50]
     _, low, high = compare.ratio_of_processes(base, head)
     assert low < 0.8
@@ -145,7 +145,7 @@ def test_inputs_rotate_past_the_cache_and_do_not_fill_the_memory(monkeypatch):
     measure(built, Budget(seconds=0, rounds=12, min_rounds=12))
     assert len(seen) == math.ceil(3 * 100 / 32)
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 2**20)
-    for free, sets in ((10 * 32, 1 + 2), (2**30, harness.MAX_SETS)):  # a fifth of ten sets, and the first
+    for free, sets in ((10 * 32, 1 + 2), (2**30, harness.MAX_SETS)):  # memory of ten sets: a fifth of them, and one
         monkeypatch.setattr(harness, "free_bytes", lambda device, free=free: free)
         assert len(harness._input_sets(built)) == sets
 
@@ -184,7 +184,8 @@ Tokenizer.__call__ = lambda self, *args, **kwargs: time.sleep(0.02) or _call(sel
 
 
 def test_compare_measures_each_side_with_its_own_code_and_judges(tmp_path, monkeypatch, capsys):
-    # The head's tokenizer takes 20 ms longer: it is the head's code that has to run, whatever is installed.
+    # The head's tokenizer takes 20 ms longer. The difference shows only if the head's code runs, and not installed
+    # code.
     monkeypatch.setattr(compare, "TURNS", 1)
     runs = {}
     for side in ("base", "head"):

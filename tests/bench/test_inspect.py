@@ -1,6 +1,6 @@
-"""``clipfast inspect``: occupancy counted by hand, the order of kernels whose worth is known, and the exit code.
+"""Test ``clipfast inspect``: occupancy against values computed by hand, the ranking of configurations, the exit code.
 
-The kernels are compiled here, for GPUs that are not there.
+The kernels are compiled by the tests, for GPUs that need not be present.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ SMALL = "attention N17 D32 bf16"
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of ``clipfast inspect``, in this process."""
+    """Run ``clipfast inspect`` in this process and return its exit code, stdout and stderr."""
     code = main(["inspect", "--jobs", "1", *arguments])
     out, err = capsys.readouterr()
     return code, out, err
@@ -39,7 +39,8 @@ def reports():
     return inspect.inspect_case(90, SMALL)
 
 
-# Where registers, warps, blocks, shared memory or tensor memory end, as CUDA's occupancy calculator has it.
+# Cases in which registers, warps, blocks, shared memory or tensor memory limit the occupancy, with the values of CUDA's
+# occupancy calculator.
 @pytest.mark.parametrize(
     ("arch", "registers", "warps", "memory", "blocks", "limits"),
     [
@@ -47,15 +48,16 @@ def reports():
         (80, 32, 8, {}, 8, "warps registers"),
         (120, 32, 8, {}, 6, "warps"),
         (86, 16, 1, {}, 16, "blocks"),
-        # 6,400 registers a warp: 10 warps in all, but only 2 in each of four parts
+        # A warp takes 6,400 registers: the registers suffice for 10 warps, but each of the four sub-partitions holds
+        # only 2.
         (90, 200, 5, {}, 1, "registers"),
         (80, 32, 4, {"shared_bytes": 166912}, 1, "shared"),
         (80, 32, 4, {"shared_bytes": 166913}, 0, "shared"),
-        # two blocks of 114 KiB fill 228 KiB, 1 KiB of each being the system's
+        # Two blocks of 114 KiB fill 228 KiB; the system reserves 1 KiB of each block.
         (90, 32, 4, {"shared_bytes": 115712}, 2, "shared"),
         (90, 32, 4, {"shared_bytes": 115713}, 1, "shared"),
         (100, 64, 4, {"tmem_columns": 256}, 2, "tmem"),
-        (100, 64, 4, {"tmem_columns": 257}, 1, "tmem"),  # handed out in powers of two
+        (100, 64, 4, {"tmem_columns": 257}, 1, "tmem"),  # allocated in powers of two
         (100, 64, 4, {"tmem_columns": 576}, 0, "tmem"),
     ],
 )
@@ -66,7 +68,7 @@ def test_occupancy(arch, registers, warps, memory, blocks, limits):
 
 
 def product(config: configs.GemmConfig) -> inspect.Report:
-    """The contrastive loss's plain matrix product on sm_90, with another tile."""
+    """Return the report on the contrastive loss's product kernel on sm_90 with the given configuration."""
     with configs.override(configs.config_key("contrastive_products", torch.bfloat16), config):
         launches = offline.named(offline.record(90, shipped_cases()["contrastive_loss N1024 D512 bf16"]))
     return inspect.inspect_launch(launches["_products_kernel 0"], 90)
@@ -74,14 +76,14 @@ def product(config: configs.GemmConfig) -> inspect.Report:
 
 def test_rank_orders_what_is_known():
     clean = product(configs.GemmConfig(128, 128, 64, num_warps=8, num_stages=3))
-    # wgmma needs 64 rows; 128 x 256 scores in the registers of one warpgroup do not fit
+    # wgmma needs 64 rows. 128 x 256 scores do not fit into the registers of one warpgroup.
     narrow = product(configs.GemmConfig(32, 128, 64, num_warps=4, num_stages=3))
     spilling = product(configs.GemmConfig(128, 256, 64, num_warps=4, num_stages=3))
     assert (clean.problems, clean.mma) == ((), ("HGMMA.64x128x16.F32.BF16",))
     assert narrow.problems == ("multiplies with mma.sync, expected wgmma.mma_async",)
     assert spilling.problems[0].startswith("spills")
     assert min((narrow, spilling, clean), key=lambda report: report.rank) is clean
-    # the model alone also puts the narrow tile behind
+    # The predicted time of the narrow tile is longer as well.
     assert narrow.prediction.seconds > clean.prediction.seconds
     excused = dataclasses.replace(spilling, known=spilling.problems)
     assert excused.rank < spilling.rank
@@ -111,7 +113,7 @@ def test_tma_is_seen_and_what_the_model_does_not_cover_is_said(reports, monkeypa
     assert inspect.inspect_launch(descriptor_launch(specialise=False), 90).tma
     assert not any(report.tma for report in reports)
     report = inspect.inspect_launch(descriptor_launch(specialise=True), 100)
-    assert (report.prediction, report.unpredicted) == (None, "")  # the model is of sm_90
+    assert (report.prediction, report.unpredicted) == (None, "")  # the model covers sm_90 only
     assert report.warps > 4
 
     def refuse(compiled):

@@ -1,5 +1,8 @@
-"""The model of the GPU: its arithmetic against Python's, its paths against loops that are counted by hand, its cycles
-against small programs, and the FLOPs of shipped kernels against those of their tiles."""
+"""Test the model of the GPU.
+
+Its arithmetic is compared with Python's, its paths with loops that are counted by hand, its cycles with those of small
+programs, and the FLOPs of shipped kernels with those of their tiles.
+"""
 
 import dataclasses
 import itertools
@@ -32,7 +35,7 @@ M32, M64 = 2**32 - 1, 2**64 - 1
 
 
 def after(*lines: str, **registers: int) -> dict[str, int]:
-    """The registers after some instructions."""
+    """Run some instructions in the model and return the registers after them."""
     state = State({}, {}, lambda address, size: None, dict(registers))
     for one in sass.parse(listing(*lines)):
         execute(state, one)
@@ -74,7 +77,7 @@ ARITHMETIC = {
 def test_integer_instructions_compute_what_python_computes(line):
     for a, b, c in DRAWS:
         assert after(line, R1=a, R2=b, R3=c)["R0"] == ARITHMETIC[line](a, b, c) & M32, (a, b, c)
-    assert "R0" not in after(line, R0=5)  # of unknown operands, the result is unknown
+    assert "R0" not in after(line, R0=5)  # with unknown operands, the result is unknown
 
 
 WIDE = (
@@ -108,7 +111,7 @@ SPILL, FILL = "STL.64 [R1+0x8], R4; ", "LDL.LU R0, [R1+0xc]"
     [
         ("ISETP.GE.OR P0, PT, R1, R2, P1", "R1=1 R2=2 P1=1", "P0=1"),
         ("ISETP.GE.AND P0, PT, R1, R2, !P1", "R1=3 R2=2 P1=1", "P0=0"),
-        # one known operand decides an "and" and an "or"
+        # One known operand can decide the result of "and" and "or".
         ("ISETP.GE.OR P0, PT, R9, R2, P1", "R2=2 P1=1", "P0=1"),
         ("ISETP.GE.AND P0, PT, R9, R2, P1", "R2=2 P1=1", "P0 unknown"),
         ("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x0", "P1=1 P2=1", "P0=1"),
@@ -118,17 +121,17 @@ SPILL, FILL = "STL.64 [R1+0x8], R4; ", "LDL.LU R0, [R1+0xc]"
         ("@P0 MOV R0, 0x5", "R0=1 P0=0", "R0=1"),
         ("@!P0 MOV R0, 0x5", "R0=1 P0=0", "R0=5"),
         ("@P3 MOV R0, 0x5", "R0=1", "R0 unknown"),
-        # of packed predicates, the known ones stay known
+        # If some of the packed predicates are known, they stay known.
         (PACKED + "R2P PR, R0, 0x3; LOP3.LUT P5, RZ, R0, 0x2, RZ, 0xc0, !PT", "P1=1", "P5=1"),
         (PACKED + "R2P PR, R0, 0x3", "P1=1", "P1=1"),
         (PACKED + "R2P PR, R0, 0x3", "P1=1", "P0 unknown"),
         (PACKED + "LOP3.LUT P5, RZ, R0, 0x1, RZ, 0xc0, !PT", "P1=1", "P5 unknown"),
         ("SEL R0, RZ, 0x20, P0; LOP3.LUT P5, RZ, R0, 0x40, RZ, 0xc0, !PT", "", "P5=0"),
         ("SEL R0, R1, R2, P0", "R1=1 R2=2 P0=0", "R0=2"),
-        # constants in halves
+        # Constants are loaded as two float16 numbers.
         ("HFMA2.MMA R0, -RZ, RZ, 0, 5.9604644775390625e-08", "", "R0=1"),
         ("HFMA2.MMA R0, R1, R2, 0, 1", "R1=1 R2=1", "R0 unknown"),
-        # spilled registers come back
+        # Spilled registers are restored.
         (SPILL + FILL, "R4=3 R5=7", "R0=7"),
         (SPILL + "STL [R1+0xc], R6; " + FILL, "R0=1 R4=3 R5=7", "R0 unknown"),
     ],
@@ -158,10 +161,10 @@ def test_loops_branches_and_calls_are_followed():
         path = follow(*LOOP, constants={0x210: limit})
         assert (path.length, path.guesses) == (2 + 3 * -(-limit // 3), 0)
     assert [follow(*PLACE, **{"SR_CTAID.X": place}).length for place in (1, 2)] == [6, 4]
-    # calls return, and diverged code joins
+    # Calls return, and diverged threads join again.
     assert follow("CALL.REL.NOINC 0x30", "NOP", "EXIT", "NOP", "RET.REL.NODEC R4 0x0").length == 5
     assert follow("BSSY B0, 0x40", "BRA 0x30", "NOP", "BSYNC B0", "EXIT").length == 4
-    # the slow path of a float function is not taken, and that is no guess
+    # The slow path of a float function is not taken, and this does not count as a guess.
     path = follow(*SLOW, "RET.REL.NODEC R4 0x0")
     assert (path.length, path.guesses) == (4, 0)
 
@@ -185,19 +188,21 @@ def test_long_repetitions_are_shortened_and_continued_in_a_straight_line():
     assert shortened(repeated(20), 10)[2] == 0
 
 
-# Control codes: set the first scoreboard when the result is there, wait for it, or neither.
+# Control codes that set the first scoreboard when the result is available, wait for it, or do neither.
 SETS, WAITS, NEITHER = ((1 | board << 5 | 7 << 8 | wait << 11) << 41 for board, wait in ((0, 0), (7, 1), (7, 0)))
 
 
 def cycles(*lines: str, warps: int = 1, codes=(), **options) -> float:
-    """Cycles of a program that waits at its end for the first scoreboard, which all instructions set by default."""
+    """Return the modelled cycles of a program whose end waits for the first scoreboard; by default all instructions set
+    it.
+    """
     codes = [*(codes or [SETS] * len(lines)), WAITS]
     steps = [decode(one, 0.0) for one in sass.parse(listing(*lines, "EXIT", codes=codes))]
     return run(steps, warps, machine=H100, **options).cycles
 
 
 def marginal(lines: list[str], warps: int = 1) -> float:
-    """Cycles that each of many repetitions adds."""
+    """Return the modelled cycles that each repetition of some instructions adds."""
     return (cycles(*lines * 64, warps=warps) - cycles(*lines * 32, warps=warps)) / 32
 
 
@@ -209,7 +214,7 @@ def marginal(lines: list[str], warps: int = 1) -> float:
         (["MUFU.EX2 R0, R1"], 1, 8),  # four lanes
         (["FADD R0, R1, R2"], 4, 1),  # a warp on each sub-partition
         (["FADD R0, R1, R2"], 8, 2),
-        (["IADD3 R0, R1, R2, RZ", "FADD R0, R1, R2"], 8, 4),  # two pipes, two warps: side by side
+        (["IADD3 R0, R1, R2, RZ", "FADD R0, R1, R2"], 8, 4),  # two pipes and two warps work in parallel
         (["SHFL.BFLY PT, R0, R1, 0x1, 0x1f"], 8, 8),  # one per cycle and multiprocessor
         (["LDS.128 R0, [R4]"], 4, 16),  # 512 bytes a warp at 128 a cycle
         (["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 128),  # N / 2
@@ -239,7 +244,7 @@ def test_scoreboards_barriers_blocks_and_bandwidth_hold_up_what_waits_for_them()
 
 @triton.jit
 def _walk_kernel(x_ptr, out_ptr, flag_ptr, N, M, BLOCK: tl.constexpr):
-    """Two nested loops whose lengths depend on arguments and on the program, and a branch on a flag in memory."""
+    """Run two nested loops whose lengths depend on arguments and on the program, and a branch on a flag in memory."""
     start = tl.program_id(0) * N // M
     acc = tl.zeros((BLOCK,), tl.float32)
     offs = tl.arange(0, BLOCK)
@@ -274,7 +279,7 @@ def test_more_programs_than_places_take_another_wave():
         return model.predict_launch(walk(1, 6000, grid=grid), model.H100, model.QUICK).seconds
 
     places = 132 * model.predict_launch(walk(1, 6000), model.H100, model.QUICK).at_once
-    # one program more than a full wave takes as long as one more on each multiprocessor
+    # One program more than a full wave takes as long as one more program on each multiprocessor.
     assert seconds(places) > 1.1 * seconds(places // 2)
     assert 1.02 * seconds(places) < seconds(places + 1) == pytest.approx(seconds(places + 132), rel=0.02)
 
@@ -305,7 +310,10 @@ def test_a_kernel_for_another_gpu_has_no_model():
 
 
 def only_launch(op: str, part: str, **sizes: object) -> Launch:
-    """The first launch of an op, at its first benchmarked shape with other sizes, whose kernel's name has ``part``."""
+    """Return the first launch of an op whose kernel's name contains ``part``.
+
+    The op is called at its first benchmarked shape, with ``sizes`` changed.
+    """
     spec = specs()[op]
     shape = dataclasses.replace(spec.bench["cuda"][0], **sizes)
     launches = [launch for _, launch in forecast.op_work(spec, shape, "bf16").launches]
@@ -331,7 +339,7 @@ def test_products_are_those_of_the_tiles():
     assert_flops(launch, 8 * 12 * 2 * 2 * rounded_up(50, sizes["BLOCK_M"]) * keys * 64)
 
 
-# How many rows a program of these adds depends on the values of the tokens.
+# Kernels whose programs add a number of rows that depends on the values of the tokens.
 DATA_DEPENDENT = ("_segment_sums_kernel",)
 QUICK = ("attention", "bias_gelu", "layer_norm")
 

@@ -1,4 +1,4 @@
-"""Machine code read from short listings."""
+"""Test the parser of machine code on short listings."""
 
 import pytest
 

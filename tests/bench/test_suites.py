@@ -1,4 +1,6 @@
-"""These tests check what suites draw, how a step is judged, its FLOPs, and what is known of the machine."""
+"""Test the suites of benchmarks: their inputs, the comparison of a training step, its FLOPs, and the record of the
+machine.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from .conftest import CPU, grad_twice
 
 
 def judged(case, *candidates):
-    """The timings of candidates, which have passed the gate or not."""
+    """Return the timings of candidates after the gate, which refuses those with wrong results."""
     timings = [harness.Timing(candidate) for candidate in candidates]
     harness.pass_gate(case, timings)
     return timings
@@ -78,7 +80,7 @@ def test_every_op_is_measured_at_published_sizes():
     for name, spec in specs().items():
         assert SUITES[spec.suite_name].op is spec
         for device_type in ("cpu", "cuda"):
-            # the kernels of attention_qkv are those of attention
+            # attention_qkv has the same kernels as attention, so it needs no benchmark of its own.
             assert spec.bench[device_type] or name == "attention_qkv"
             assert all(spec.floor(shape, 2, False).bytes > 0 for shape in spec.bench[device_type])
 
@@ -98,7 +100,7 @@ def test_count_agrees_with_what_open_clip_computes(name):
 
 
 def test_a_step_is_three_forwards_and_the_loss():
-    # 14.8 GFLOP for a pair, as OpenCLIP's own table of models has it
+    # OpenCLIP's table of models gives 14.8 GFLOP for a pair.
     flops, _ = forward_flops("ViT-B-32")
     assert flops == pytest.approx(14.78e9, rel=0.001)
     assert step_flops("ViT-B-32", 8) == 24 * flops + 6 * 64 * 512

@@ -1,4 +1,4 @@
-"""The tuner: what it drops, what it refuses, and what it writes."""
+"""Test the tuner: the configurations that it drops or refuses, and the tables that it writes."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ OTHER = configs.LoopedConfig(32, 64, num_warps=4, num_stages=2)
 SPILLS = configs.LoopedConfig(128, 128, num_warps=4, num_stages=1)
 NO_POWER_OF_2 = configs.LoopedConfig(24, 64, num_warps=4, num_stages=1)
 TOO_LARGE = configs.LoopedConfig(128, 128, num_warps=4, num_stages=30)
-SEARCH = tune.Search("bf16", 90, keep=3, limit=None, pool=mock.Mock(map=map))  # compiles in this process
+SEARCH = tune.Search("bf16", 90, keep=3, limit=None, pool=mock.Mock(map=map))  # the pool compiles in this process
 
 
 def test_what_is_not_sound_is_dropped_and_said(capsys):
@@ -100,7 +100,9 @@ def test_entries_join_the_committed_table_and_what_was_measured_stays(tmp_path, 
 
 @pytest.fixture
 def tune_all(monkeypatch, tmp_path):
-    """A function that tunes ops as on a card, where each kernel is measured with the next of the given outcomes."""
+    """Return a function that tunes ops without a card; the timings of each kernel are the next of the given
+    outcomes.
+    """
     monkeypatch.setattr(tune, "prune", lambda *args: [tune.Candidate(OTHER, None, 0.0)])
     monkeypatch.setattr(tune, "build", lambda suite, shape, dtype, device: build(suite, SMALLEST, dtype, device))
 
@@ -167,7 +169,7 @@ def test_every_tunable_kernel_is_launched_and_has_a_committed_entry():
             assert tunable.function in names["bf16"]
             assert tune.key_of(tunable, target, "bf16") in ENTRIES
             if tunable.function in names["fp32"] and tune.key_of(tunable, target, "fp32") not in ENTRIES:
-                # of looped attention, some numbers of keys have an entry of their own, and the others' serves float32
+                # Looped attention has separate entries for some numbers of keys. float32 uses the general entry.
                 assert tunable.kind is configs.LoopedConfig
                 assert tune.key_of(tunable, target, "fp32").split(" keys<=")[0] in ENTRIES
 

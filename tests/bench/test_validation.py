@@ -1,4 +1,4 @@
-"""The published figures, the errors that are kept of them, and the document that shows both."""
+"""Test the validation of the GPU model: published figures, committed errors, and the document that shows both."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def double_kernel(x, y, n, BLOCK: tl.constexpr = 1024):
 
 
 def doubled(x):
-    """A wrapper as upstream ones are: it asks where its tensors are, and runs an operation of PyTorch as well."""
+    """Launch a kernel like an upstream wrapper: ask for the device of the tensors, and run a PyTorch op as well."""
     assert x.is_cuda
     assert torch.cuda.get_device_capability(x.device) == (9, 0)
     y = torch.empty_like(x)
@@ -126,7 +126,7 @@ def test_a_figure_is_answered_by_all_kernels_of_the_fastest_variant(monkeypatch,
 
 
 def test_peers_stand_beside_ours(tmp_path, capsys):
-    """Without its sources the tutorial's row says what is missing, and that of the installed PyTorch has a time."""
+    """Without its sources, the tutorial's row names the missing file; the row of the installed PyTorch has a time."""
     assert main(["--sources", str(tmp_path), "--peers", "--only", "attention .* tokens=50$"]) == 0
     tutorial, inductor = capsys.readouterr().out.splitlines()
     assert re.search("Triton tutorial.* is missing: get it from https://", tutorial)

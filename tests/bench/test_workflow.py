@@ -1,4 +1,4 @@
-"""The workflows that users copy call commands that exist, with options that they have."""
+"""Test that workflows for users to copy call commands and options that exist."""
 
 import re
 from pathlib import Path

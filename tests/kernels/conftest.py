@@ -1,6 +1,7 @@
-"""What the kernel tests share: the legs that each test runs on, calls of every op, odd layouts, and the sanitizer.
+"""Helpers of the kernel tests: the legs that each test runs on, calls of every op, odd layouts, and the sanitizer.
 
-The fixtures that a test asks for say where it runs. So no test does the same work on two legs:
+A test requests one of these fixtures, which decides the legs that it runs on. So no test does the same work on two
+legs:
 
     device          on every leg: on a CPU, on a GPU, and interpreted
     native          on a CPU and on a GPU
@@ -39,12 +40,12 @@ LEGS = {
     "native": ("cpu", "gpu"),
     "device": ("cpu", "gpu", "interpreter"),
 }
-MAP_NORESERVE = 0x4000  # of Linux; mmap has it from Python 3.13 on
+MAP_NORESERVE = 0x4000  # the value on Linux; Python's mmap has the name since 3.13
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 needs_sanitizer = pytest.mark.skipif(
     TRITON < (3, 8), reason="ttsem knows Triton 3.8 and newer; races and bf16 go UNCHECKED"
 )
-# Each op in each way in which it can be called.
+# A call of each op in each way in which it can be called, by name.
 CALLS: dict[str, tuple[OpSpec, Shape]] = {
     f"{name} {shape}": (spec, shape) for name, spec in specs().items() for shape in spec.small
 }
@@ -54,7 +55,7 @@ each_gradient = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
 def runs_here(item: pytest.Item) -> bool:
-    """Whether a test belongs to this leg."""
+    """Return whether a test runs on the leg of this process."""
     if not item.path.is_relative_to(Path(__file__).parent):
         return True
     asked = next((legs for name, legs in LEGS.items() if name in item.fixturenames), ("cpu",))
@@ -62,7 +63,7 @@ def runs_here(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of other legs."""
+    """Deselect the tests that run on other legs than this process."""
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
     items[:] = filter(runs_here, items)
 
@@ -74,7 +75,7 @@ interpreted, gpu, triton_device, native = (
 
 
 class OpCall(NamedTuple):
-    """An op and its reference as functions of tensors by name, the tensors, and a gradient for each result."""
+    """A call of an op: the op and its reference as functions of named tensors, the tensors, and upstream gradients."""
 
     op: Callable[..., Any]
     reference: Callable[..., Any]
@@ -82,15 +83,15 @@ class OpCall(NamedTuple):
     grads: tuple[Tensor, ...]
 
     def results(self, **changed: Tensor) -> dict[str, Tensor]:
-        """Results and gradients of the op, with the ``changed`` inputs in place of its own."""
+        """Return results and gradients of the op, with the ``changed`` inputs in place of its own."""
         return value_and_grads(self.op, self.inputs | changed, self.grads)
 
     def truth(self) -> dict[str, Tensor]:
-        """Results and gradients of the reference in float64."""
+        """Return results and gradients of the reference in float64."""
         return value_and_grads(self.reference, in_double(self.inputs), self.grads)
 
     def backward(self, results: Any, **options: Any) -> None:
-        """Send the gradients, if the op has any, back from its results."""
+        """Run the backward pass from the op's results with the upstream gradients, if the op has gradients."""
         if self.grads:
             values = tuple_of(results)
             grads = [grad.to(value) for grad, value in zip(self.grads, values, strict=True)]
@@ -100,7 +101,7 @@ class OpCall(NamedTuple):
 def call_at(
     op: str, shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
 ) -> OpCall:
-    """A call of an op at any shape; ``options`` are arguments beyond those that the shape decides."""
+    """Return a call of an op at any shape; ``options`` are arguments in addition to those of the shape."""
     spec = specs()[op]
     call = spec.call(shape, "", Draw(), dtype)
     functions = (functools.partial(function, **call.options, **options) for function in (spec.op, spec.reference))
@@ -111,24 +112,24 @@ def call_at(
 def call_of(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, scale: int = 1
 ) -> OpCall:
-    """One of ``CALLS``, its first size (the batch) times ``scale``."""
+    """Return one of ``CALLS`` with its first size (the batch) multiplied by ``scale``."""
     spec, shape = CALLS[name]
     first = dataclasses.fields(shape)[0].name
     return call_at(spec.name, shape.changed(**{first: scale * getattr(shape, first)}), device, dtype)
 
 
 def leaves_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs as leaves of a graph; the floating ones take gradients."""
+    """Return an op's inputs as leaves of a graph; the floating ones require gradients."""
     return {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
 
 
 def tuple_of(results: Any) -> tuple[Tensor, ...]:
-    """Results as a tuple, also where there is only one."""
+    """Return an op's results as a tuple, even if there is only one."""
     return results if isinstance(results, tuple) else (results,)
 
 
 class Recorded(TorchDispatchMode):
-    """A record of all calls of PyTorch's ops and of ours: (op, arguments, result)."""
+    """A dispatch mode that records all calls of PyTorch's ops and ours as (op, arguments, result)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,13 +143,13 @@ class Recorded(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send small batches through the blockwise path of CPUs too; ``TestWhole`` checks the other path."""
+    """Compute the losses of small batches in blocks on a CPU too; ``TestWhole`` checks the path for small batches."""
     monkeypatch.setattr(cpu, "MOST_LOGITS", 0)
 
 
 @pytest.fixture
 def moved(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows by the bytes of each load and store that the interpreter does."""
+    """Return a list to which the interpreter appends the bytes of each load and store."""
     sizes: list[int] = []
 
     def counting(name: str, mask_at: int) -> None:
@@ -166,21 +167,22 @@ def moved(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[in
 
 
 def far_apart(x: Tensor, axis: int) -> Tensor:
-    """The same values, one axis of which strides over more than 2^31 elements. 32 bits hold the stride if they can.
+    """Return a tensor with the same values whose elements along ``axis`` span more than 2^31 elements of memory.
 
-    They lie in zeros of which only touched pages exist. An offset that wraps to 32 bits finds one of these.
+    The stride fits into 32 bits if possible. The memory between the values is zero, and only touched pages exist. If a
+    kernel's offset wraps at 32 bits, it reads one of these zeros.
     """
     stride = 2**31 // max(1, x.shape[axis] - 1) + 16
     rest = iter(torch.empty(x.shape[:axis] + x.shape[axis + 1 :], device="meta").stride())
     strides = [stride if i == axis else next(rest) for i in range(x.ndim)]
-    # nothing is reserved for these pages
+    # No memory is reserved for pages that are never touched.
     zeros = mmap.mmap(-1, (2**33 + 2**20) * x.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     return torch.frombuffer(zeros, dtype=x.dtype).as_strided(x.shape, strides, 2**32).copy_(x)
 
 
 @contextlib.contextmanager
 def sanitizer_session() -> Iterator[Any]:
-    """ttsem for sm_90; what it pretends of torch.cuda is taken back, since other tests share the process."""
+    """Yield a session of ttsem for sm_90; its patches of torch.cuda are undone, since other tests share the process."""
     sanitize = pytest.importorskip(
         "ttsem.sanitize",
         reason="ttsem is not installed: 'make test' installs the pinned version; races and bf16 go UNCHECKED",
@@ -196,7 +198,7 @@ def sanitizer_session() -> Iterator[Any]:
 
 @pytest.fixture
 def sanitizer() -> Iterator[Any]:
-    """Every launch is executed and checked; a fault is raised out of it."""
+    """Let ttsem execute and check every launch in the test; a launch with a fault raises an error."""
     with sanitizer_session() as session, execute_on_cpu():
         yield session
         assert session.launches > 0, "nothing was launched"

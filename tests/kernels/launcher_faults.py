@@ -1,6 +1,6 @@
-"""Faults planted for the stub driver, each launched in this process; prints those that are not caught, as JSON.
+"""Plant faults in launches on the stub driver, and print as JSON the faults that the stub does not catch.
 
-``test_launcher.py`` runs it, because the stub driver takes over the driver of the process that loads it.
+``test_launcher.py`` runs this program in a process of its own, because the stub replaces the driver of its process.
 """
 
 import contextlib
@@ -42,14 +42,14 @@ def _copy_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 
 def compiled_copy():
-    """The compiled kernel, launched once without a fault, with its arguments."""
+    """Return the compiled copy kernel, which has been launched once without a fault, and its arguments."""
     x = torch.zeros(1000)
     y = torch.zeros(1000)
     return _copy_kernel[(1,)](x, y, 1000, BLOCK=1024), (x, y)
 
 
 def encode(*, base=0, box=(128, 64), shape=(500, 512), strides=(512, 1)):
-    """Encode a tensor map in bf16 by Triton's own code; without arguments it is a legal one."""
+    """Encode a tensor map in bf16 by Triton's own code; without arguments the map is valid."""
     x = torch.zeros(500 * 512 + 64, dtype=torch.bfloat16)
     STUB.own([x], 0)
     utils = triton.runtime.driver.active.utils
@@ -81,7 +81,7 @@ def grid_y_over_65535():
 
 @contextlib.contextmanager
 def packed(**changed):
-    """The kernel launched with other numbers of warps, blocks of a cluster or bytes of shared memory than it has."""
+    """Launch the copy kernel with wrong numbers of warps, blocks of a cluster or bytes of shared memory."""
     kernel, _ = compiled_copy()
     before = kernel.packed_metadata
     kernel.packed_metadata = tuple((dict(zip(("warps", "blocks", "shared"), before, strict=True)) | changed).values())
@@ -137,7 +137,7 @@ def compiled_for_more_alignment():
     x = torch.zeros(1001)[1:]
     cache = _copy_kernel.device_caches[0][0]
     with mock.patch.dict(cache):
-        # the launcher finds the kernel of aligned pointers for any arguments
+        # The launcher's cache now returns the kernel for aligned pointers for all arguments.
         cache.update(dict.fromkeys(cache, aligned))
         compiled_for_any = mock.MagicMock()
         compiled_for_any.get.return_value = aligned
@@ -174,7 +174,7 @@ def guard_that_does_not_return():
 
 @contextlib.contextmanager
 def capture():
-    """A stream of device 0 that is captured."""
+    """Capture the stream of device 0 in this context, as for a CUDA graph."""
     with STUB.capturing(0), CaptureRules():
         yield
 
@@ -201,7 +201,7 @@ def kernel_loaded_in_capture():
 
 
 def raised_by(plant, context):
-    """What ``plant`` raises in ``context``; nothing is an empty text."""
+    """Return the text of the error that ``plant`` raises in ``context``, or an empty text."""
     try:
         with context:
             plant()
@@ -211,7 +211,7 @@ def raised_by(plant, context):
 
 
 def main():
-    """Print what each fault raises that is not caught as it should be, and the number of faults."""
+    """Print the number of faults, and the error of each fault that was not caught with the expected error."""
     wrong = {}
     with on_device(STUB):
         wrong["nothing"] = raised_by(encode, watched(STUB))

@@ -1,4 +1,4 @@
-"""Attention: both families of kernels at every length, exact properties, strides, and its own errors.
+"""Test attention beyond its cases: both families of kernels at every length, exact properties, strides, errors.
 
 ``test_cases.py`` runs the cases of the specifications with the kernels that the tables choose.
 """
@@ -23,7 +23,7 @@ from .test_cases import hold
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-# one below, at and above each width at which something changes; test_one_token has the length 1
+# Lengths just below, at and just above each length at which the kernels change; test_one_token has the length 1.
 LENGTHS = (15, 16, 17, 49, 50, 63, 64, 65, 77, 145, 196, 197, 255, 256, 257, 272, 273, 577, 730)
 HEAD_DIMS = (8, 64, 80, 88, 104)
 QUICK_LENGTHS = (16, 50, 65, 77, 197, 257, 273)
@@ -34,9 +34,10 @@ either_mask = pytest.mark.parametrize("causal", [False, True], ids=["full", "cau
 
 
 def each_size(families, is_quick):
-    """Every family with every length and head dimension; what is not quick is marked as slow.
+    """Return parameters for every family of attention kernels with every length and head dimension.
 
-    Heads that are too long to be held are walked by the looped kernels, whichever family is asked for.
+    Parameters that are not quick are marked as slow. Heads that are too long for the family that holds them are
+    computed by the looped kernels.
     """
     sizes = [
         pytest.param(family, n, d, marks=[] if is_quick(n, d) else pytest.mark.slow)
@@ -50,12 +51,12 @@ def each_size(families, is_quick):
 
 @pytest.fixture
 def kernels(request, monkeypatch):
-    """Choose the kernels that hold a head, up to the lengths that they serve, or those that walk it."""
+    """Choose the attention kernels that hold a whole head, if its length permits, or those that walk it."""
 
     def whole_head(kernel, arch, dtype, head_dim, n):
         if n > NUM_KEYS[-1] or (kernel == "attention_unrolled_bwd" and request.param != "unrolled"):
             return None
-        # 77 rows are one block of 64 and a few more
+        # With blocks of 64, 77 rows are one block and a few more rows.
         return ShortConfig(64 if kernel == "attention_unrolled_bwd" else 32, num_warps=4, num_stages=1)
 
     if request.param != "auto":
@@ -63,17 +64,17 @@ def kernels(request, monkeypatch):
 
 
 def problem(*shape, device, dtype=torch.float32, **options):
-    """A call on a projection without a bias."""
+    """Return a call of attention on a projection without a bias."""
     return call_at("attention", AttentionShape(*shape, bias=False), device, dtype, **options)
 
 
 def cases_by_family():
-    """The cases of both specifications that are small enough for the interpreter to run them by each family."""
+    """Return the cases of both attention ops that are small enough to be interpreted with each family of kernels."""
     for spec in (specs()["attention"], specs()["attention_qkv"]):
         for number, case in enumerate(spec.cases):
             if INTERPRETER in case.legs and case.check != DETERMINISM:
                 marks = [pytest.mark.slow] if case.shape.elements > 2**16 else []
-                # in float32 the tables choose the looped kernels for test_cases.py
+                # In float32, the tables choose the looped kernels, so test_cases.py covers these.
                 for kernels in FAMILIES:
                     label = f"{spec.name}-{number} {case.name}-{kernels}"
                     yield pytest.param(spec, case, kernels, id=label, marks=marks)
@@ -81,13 +82,13 @@ def cases_by_family():
 
 @pytest.mark.parametrize(("spec", "case", "kernels"), [*cases_by_family()], indirect=["kernels"])
 def test_case_by_each_family(spec, case, kernels, interpreted):
-    # many draws are for rare misfortunes of the CPU path
+    # Many draws are for rare bad luck of the CPU path. Here two are enough.
     hold(spec, dataclasses.replace(case, draws=min(case.draws, 2)), "float16")
 
 
 def hold_one_head(length, head_dim, causal, dtype):
     shape = AttentionShape(1, length, 1, head_dim, causal, bias=False)
-    # of few numbers, PyTorch's largest error is small by chance
+    # With few numbers, PyTorch's largest error may be small by chance.
     draws = 3 if head_dim == 8 else 1
     hold(specs()["attention"], Case(shape, "no stride is easy", layout="transposed", draws=draws), dtype)
 
@@ -124,7 +125,7 @@ def test_nothing_behind_the_end_counts(length, causal, device, kernels):
     result = call.results()
     assert not result["value"][2].any()
     assert not result["d_qkv"][2].any()
-    # not even as NaN
+    # Even NaN there must not have an effect.
     call.inputs["qkv"][3, 37:, 16:] = float("nan")
     poisoned = call.results()
     assert torch.equal(poisoned["value"][3, :37], result["value"][3, :37])
@@ -142,7 +143,7 @@ def test_scale(device, kernels):
 def test_gradient_of_the_bias(shape, dtype, device, kernels):
     call = problem(*shape, dtype=dtype, device=device)
     plain = call.results()
-    # in float32, in which it is added up from gradients that are not rounded yet
+    # The bias is float32: its gradient is summed in float32 from gradients that are not rounded yet.
     call.inputs["bias"] = torch.randn(call.inputs["qkv"].shape[-1]).to(device)
     compare(*call)
     result = call.results()
@@ -151,7 +152,7 @@ def test_gradient_of_the_bias(shape, dtype, device, kernels):
 
 
 def test_registration_with_a_bias(native):
-    # the shapes that test_registration.py uses have none, since gradcheck would not find the gradient that it gets
+    # The shapes in test_registration.py have no bias, since gradcheck would expect another gradient of the bias.
     inputs = call_at("attention", AttentionShape(2, 9, 2, 8, lengths=True), native).inputs
     qkv, bias = (inputs[name].requires_grad_() for name in ("qkv", "bias"))
     torch.library.opcheck(torch.ops.clipfast.attention_fwd.default, (qkv, bias, inputs["seqlens"].int(), 2, True, 0.5))
@@ -179,7 +180,7 @@ def test_configurations_of_other_architectures(shape, arch, interpreted, monkeyp
 
 @by_each_family
 def test_scores_of_minus_infinity(device, kernels):
-    # a whole first tile has no weight, and its maximum minus itself must not become NaN
+    # All weights of the first tile are zero. Its maximum -inf minus itself must not become NaN.
     op, expected, inputs, _ = problem(1, 70, 1, 16, device=device)
     qkv = inputs["qkv"]
     qkv[..., :16].abs_()

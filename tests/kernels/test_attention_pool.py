@@ -1,4 +1,4 @@
-"""Attention pooling: lengths, the ResNets' pool against the projections of every token, and its own errors."""
+"""Test attention pooling beyond its cases: lengths, the pool of a ResNet with all projections, and its errors."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_behind_the_end_counts(dtype, device):
-    # none, one, some, all, and more than there are, which 32 bits would not hold
+    # No token, one, some, all, and a length above the number of tokens that does not fit into 32 bits.
     seqlens = torch.tensor([0, 1, 9, 17, 2**63 - 1], device=device)
     call = call_at("attention_pool", PoolShape(5, 3, 17, 24), device, dtype, seqlens=seqlens)
     call.inputs["tokens"][2, 9:] = float("inf")

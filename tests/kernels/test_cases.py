@@ -1,4 +1,4 @@
-"""Every case of every specification, held to the rule of ``clipfast.verify`` on the leg that the tests run on."""
+"""Check every case of every op's specification by the rule of ``clipfast.verify``, on the leg that the tests run on."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from .conftest import needs_sanitizer
 
 VERIFY_LEG = CUDA if LEG == "gpu" else LEG
 NAMES = [name for name, dtype in TORCH_DTYPES.items() if dtype in DTYPES]
-# Elements of the reference's largest tensor up to which a CPU checks a case among the tests. "clipfast verify" checks
-# the larger ones too.
+# The tests check a case on a CPU if the reference's largest tensor has at most this many elements. "clipfast verify"
+# checks larger cases too.
 MOST_ELEMENTS = 2**14 if INTERPRET else 2**20
 
 
 def cases(dtypes: Sequence[str], wanted: Callable[[Case], bool]) -> list[object]:
-    """The cases that are wanted, each with each dtype."""
+    """Return the cases for which ``wanted`` is true, each with each dtype, as parameters of a test."""
     found = []
     for spec in specs().values():
         for number, case in enumerate(spec.cases):
@@ -36,7 +36,7 @@ def cases(dtypes: Sequence[str], wanted: Callable[[Case], bool]) -> list[object]
 
 
 def hold(spec: OpSpec, case: Case, dtype: str, *, draws: int | None = None) -> None:
-    """Fail with what the report would say; ``draws`` replaces how many draws are judged at first."""
+    """Check a case by the rule and fail with the text of the report; ``draws`` replaces the first number of draws."""
     case = dataclasses.replace(case, draws=draws or case.draws)
     rows = verify_case(spec, VERIFY_LEG, case, dtype, quick=True)
     assert rows
@@ -49,7 +49,7 @@ def test_case(spec, case, dtype, device, request):
     if INTERPRET and dtype == "float16" and not (case.quick or request.config.getoption("--slow")):
         pytest.skip("the interpreter takes minutes, and float32 says enough")
     if case.check == DETERMINISM:
-        request.getfixturevalue("two_threads")  # sums could then come in any order
+        request.getfixturevalue("two_threads")  # with several threads, sums could be added in any order
     hold(spec, case, dtype)
 
 
@@ -81,7 +81,7 @@ def test_specification_is_whole(spec):
     ],
 )
 class TestSanitized:
-    """The kernels under ttsem, which executes Triton's own IR on the CPU: bounds, races between programs, bfloat16."""
+    """Run the kernels under ttsem, which executes Triton's IR on the CPU and checks bounds, races and bfloat16."""
 
     def test_case(self, spec, case, dtype, sanitizer):
         with spec.small_tiles(TORCH_DTYPES[dtype]):

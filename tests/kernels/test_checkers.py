@@ -1,4 +1,4 @@
-"""Each checker catches the fault that it exists for: the rule on errors, registration, gradients, poison, ttsem."""
+"""Test that each checker catches planted faults: the rule for errors, registration, gradients, poison, ttsem."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_an_error_of_two_percent_fails(dtype):
     compare(*call)
     with pytest.raises(AssertionError, match=r"value: (rms|max)"):
         compare(lambda qkv: 1.02 * call.op(qkv), *call[1:])
-    # Gradients of the loss are about 1 / N: an allowance that is absolute would let anything pass.
+    # Gradients of the loss are about 1 / N, so an absolute tolerance would let any error pass.
     loss = call_at("contrastive_loss", LossShape(129, 72), dtype=dtype)
 
     def wrong(image, text, logit_scale):
@@ -31,7 +31,7 @@ def test_an_error_of_two_percent_fails(dtype):
 
 
 def test_constant_bias_fails():
-    # Each value is within the largest error of the yardstick, all of them together are not.
+    # The error of each value is within the yardstick's largest error, but their root mean square is not.
     truth = torch.randn(10000, dtype=torch.float64)
     yardstick = truth.float()
     yardstick[0] += 1e-4
@@ -46,7 +46,7 @@ def test_unwritten_output_is_seen(poison):
 
 @triton.jit
 def _column_sum_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Planted faults: every program adds its row into one buffer; without the mask, past its end."""
+    """Add rows to one buffer with planted faults: programs race, and without the mask they write past its end."""
     offs = tl.arange(0, BLOCK)
     mask = offs < N if HAS_MASK else offs < BLOCK
     total = tl.load(out_ptr + offs, mask=mask)

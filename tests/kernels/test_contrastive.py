@@ -1,4 +1,4 @@
-"""The contrastive losses beyond their specifications: shapes, blocks, exactness, and what counts as a negative."""
+"""Test the contrastive losses beyond their cases: shapes, blocks, exactness, and the choice of negatives."""
 
 import functools
 import math
@@ -32,12 +32,12 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-
 
 @pytest.fixture
 def few_multiprocessors(monkeypatch):
-    """Give each program several tiles."""
+    """Pretend that there are few multiprocessors, so that each program of a loss computes several tiles."""
     monkeypatch.setattr(launches, "RECORDED_MULTIPROCESSORS", 3)
 
 
 def call_of(loss, device, dtype=torch.float32, **changed):
-    """Return a call of a loss at the size of ``SHAPES`` but for the fields that are changed."""
+    """Return a call of a loss at its size in ``SHAPES``, with some fields changed."""
     return call_at(loss, SHAPES[loss].changed(**changed), device, dtype)
 
 
@@ -119,7 +119,7 @@ def test_empty_queue(in_batch, device):
 
 
 def test_a_view_is_not_its_own_negative(device):
-    # All views alike: 2N - 1 candidates, the positive among them. With itself there would be 2N.
+    # All views are equal. Each view has 2N - 1 candidates, one of them its positive; with itself there would be 2N.
     ones = F.normalize(torch.ones(50, 16), dim=-1).to(device)
     assert nt_xent_loss(ones, ones, 100.0).item() == pytest.approx(math.log(99), rel=1e-6)
 
@@ -136,7 +136,7 @@ def test_zero_rows_when_normalized(device):
 
 @pytest.mark.parametrize("cosine", [-1.0, -0.5, 0.0, 1.0])
 def test_any_cosine_at_scale_100(cosine, device):
-    # All images alike and all texts alike: at -1 every term of the shared shift underflows.
+    # All images are equal, and all texts are equal. At a cosine of -1, every term with the shared shift underflows.
     call = call_of("contrastive_loss", device, pairs=40, embed_dim=16, scale=100.0)
     for name, components in (("image", [1.0, 0.0]), ("text", [cosine, (1 - cosine**2) ** 0.5])):
         call.inputs[name].zero_()[:, :2] = torch.tensor(components)
@@ -145,9 +145,9 @@ def test_any_cosine_at_scale_100(cosine, device):
     assert_equal(result, call.truth(), atol=1e-5)
 
 
-# Each stage of training has a scale, and the standard deviations by which the cosine of a pair exceeds that of chance.
-# With fewer in the middle, the gradient of the scale would be next to zero, and its relative error would mean nothing.
-# In the last stage the scale is that of a trained model, but the features are not.
+# Stages of training, each with a scale and with the number of standard deviations by which the cosine of a pair exceeds
+# that of random features. With a smaller number in the middle, the gradient of the scale would be nearly zero, and its
+# relative error would be meaningless. The last stage has the scale of a trained model with random features.
 STAGES = {"start": (14.3, 0.0), "middle": (50.0, 3.0), "end": (100.0, 3.5), "new at 100": (100.0, 0.0)}
 
 
@@ -161,9 +161,9 @@ def call_in(stage, loss, device):
 
 
 def errors(ours, truth):
-    """Return the relative error of each result, and the worst relative error of a row.
+    """Return the relative error of each result, and the largest relative error of a row.
 
-    Rows far smaller than the largest are left out: they are below what 16 bits can hold beside it.
+    Rows that are much smaller than the largest one are left out, since 16 bits cannot represent both.
     """
     found = {}
     for name, value in ours.items():
@@ -180,9 +180,9 @@ def errors(ours, truth):
 @pytest.mark.parametrize("stage", STAGES)
 @each_loss
 def test_16_bit_operands(loss, stage, device, few_multiprocessors, monkeypatch):
-    # The features are float32, but their values fit 16 bits. Under autocast the operands then have 16 bits, while the
-    # gradients are returned in float32, before they are rounded. The interpreter has no bfloat16; float16 takes the
-    # same way through the kernels.
+    # The features are float32, but their values fit into 16 bits. Under autocast the operands have 16 bits, but the
+    # gradients are returned in float32, before they would be rounded. The interpreter has no bfloat16, but float16
+    # takes the same path through the kernels.
     monkeypatch.setattr(launch, "CPU_ARCH", 90)
     dtype = torch.float16 if INTERPRET else torch.bfloat16
     call = call_in(stage, loss, device)
@@ -192,7 +192,7 @@ def test_16_bit_operands(loss, stage, device, few_multiprocessors, monkeypatch):
     first = f"d_{next(iter(call.inputs))}"
     assert ours[first].dtype == torch.float32
     found = errors(ours, call.truth())
-    # G is rounded to 16 bits: by up to 2e-3 in bfloat16, and 8 times as finely in the float16 that stands for it
+    # G is rounded to 16 bits, with an error of up to 2e-3 in bfloat16, and an eighth of that in float16.
     gradient, number = (6e-4, 1.25e-5) if INTERPRET else (2e-3, 1e-4)
     for name, error in found.items():
         limit = {"value": 1e-6, "d_logit_scale": number, "d_logit_bias": number}.get(name, gradient)
@@ -206,17 +206,17 @@ def test_16_bit_operands(loss, stage, device, few_multiprocessors, monkeypatch):
     ("loss", "changed"),
     [
         ("contrastive_loss", {"matched": 0.3}),
-        # the bias makes all gradients vanish but those of the pairs
+        # With this bias, only the pairs have gradients that are not zero.
         ("sigmoid_loss", {"matched": 0.9, "bias": -80.0}),
         ("info_nce_loss", {"matched": 0.3, "in_batch": False}),
         ("nt_xent_loss", {"matched": 0.3, "normalize": False}),
     ],
 )
 def test_late_training_keeps_every_row(loss, changed, device):
-    # A positive's probability is nearly 1. Rounded before it is subtracted from 1, it would leave rows without one
-    # correct digit.
+    # The probability of a positive is nearly 1. If it were rounded before it is subtracted from 1, some rows of the
+    # gradient would have no correct digit.
     call = call_of(loss, device, DTYPES[-1], pairs=129, embed_dim=72, scale=100.0, **changed)
-    # loss scaling does the same: otherwise float16 could not hold the gradients
+    # The upstream gradient is large, as with loss scaling; otherwise float16 could not hold the gradients.
     call = call._replace(grads=(torch.tensor(2.0**14),))
     found = errors(call.results(), call.truth())
     for name in features_of(call.inputs)[:2]:
@@ -234,7 +234,7 @@ def test_value_of_the_sigmoid_loss_is_exact(device):
 
 
 def test_sigmoid_loss_without_gradients(device):
-    # it takes another kernel, and computes no gradient
+    # Without gradients, another kernel computes the loss.
     call = call_of("sigmoid_loss", device)
     with torch.no_grad():
         alone = call.op(**call.inputs)
@@ -266,7 +266,7 @@ by_torch = functools.partial(contrastive_loss, backend="torch")
 
 
 class TestWhole:
-    """The loss of a small batch on a CPU, whose matrix of logits is made as a whole."""
+    """Test the contrastive loss of a small batch on a CPU, whose logits are all computed at once."""
 
     @pytest.fixture(autouse=True)
     def as_a_whole(self, monkeypatch, in_blocks):

@@ -1,4 +1,4 @@
-"""What the losses launch on a GPU, recorded without one: blocks of whole waves, memory, descriptors, few other ops."""
+"""Test the launches of the contrastive losses, recorded without a GPU: block sizes, memory, descriptors, other ops."""
 
 import pytest
 import torch
@@ -44,12 +44,12 @@ def test_edges_of_any_size(rows, cols, width, tiles):
     edges = edges_of(rows, cols, width, tiles=tiles)
     assert all(1 <= edge <= 16384 for edge in edges)
     assert edges[0] * edges[1] * 2 <= most_bytes(cols, width)
-    # a strip of so many rows is one row of blocks again
+    # A strip with the rows of one block is again divided into a single row of blocks.
     assert edges_of(min(rows, edges[0]), cols, width, tiles=tiles)[0] >= min(rows, edges[0])
 
 
 class RecordedInside(Recorded):
-    """A record of PyTorch's ops within ours as well."""
+    """A dispatch mode that also records the PyTorch ops inside our ops."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "clipfast":
@@ -101,7 +101,7 @@ def test_gradients_of_the_sigmoid_loss_are_computed_where_they_are_wanted():
 
 
 def test_other_ops_do_not_grow_with_the_number_of_blocks(monkeypatch):
-    # What is no view of a tensor is a kernel of PyTorch, or memory from its allocator.
+    # Every op that does not return a view starts a PyTorch kernel or allocates memory.
     counts = []
     for cols in (512, 128):
         monkeypatch.setattr("clipfast.kernels.contrastive.launches._block_edges", lambda *_, cols=cols: (512, cols))

@@ -1,4 +1,6 @@
-"""The loss of a batch spread over processes has the values and gradients of one process, always in the same bits."""
+"""Test that the loss of a batch spread over processes has the values and gradients of one process, in the same bits
+each time.
+"""
 
 import functools
 import itertools
@@ -39,7 +41,7 @@ class Case(NamedTuple):
 
     @property
     def dtype(self):
-        """Float64, in which even a small mistake exceeds the limit, where the kernels take it."""
+        """The dtype: float64 if the kernels take it, since even a small mistake then exceeds the limit."""
         return torch.float32 if INTERPRET or self.kind == "normalized" else torch.float64
 
     @property
@@ -48,7 +50,7 @@ class Case(NamedTuple):
 
     @property
     def limit(self):
-        """The largest relative error allowed; in float32, a logit of 100 itself is only right to 6e-6."""
+        """The largest allowed relative error; in float32, even a logit of 100 has a rounding error of up to 6e-6."""
         return 1e-12 if self.dtype == torch.float64 else 1e-6 if KINDS[self.kind] < 100 else 2e-7 * KINDS[self.kind]
 
 
@@ -77,7 +79,7 @@ def rows_of(inputs, rows):
 
 
 def part(case, rank):
-    """Return what a rank holds."""
+    """Return the arguments of the distributed loss on one rank."""
     return rows_of(batch(case), slice(sum(case.sizes[:rank]), sum(case.sizes[: rank + 1])))
 
 
@@ -86,7 +88,7 @@ def of_rank(inputs, grad=ONE, **options):
 
 
 def of_batch(ranks):
-    """Return what DistributedDataParallel makes of the ranks' results."""
+    """Return the results of the whole batch from those of the ranks, averaged as by DistributedDataParallel."""
     mean = {name: torch.stack([rank[name] for rank in ranks]).mean(0) for name in ("value", "d_logit_scale")}
     return mean | {name: torch.cat([rank[name] for rank in ranks]) / len(ranks) for name in ("d_image", "d_text")}
 
@@ -131,7 +133,7 @@ def test_16_bit_operands(tmp_path, device):
     by_rank = run_ranks(in_16_bits, 2, folder=tmp_path)
     # the scale stays in float32
     truth = call_at("contrastive_loss", LATE, dtype=HALF).truth()
-    # G is rounded to 16 bits as the features are, in the interpreter's float16 8 times as finely as in bfloat16
+    # G is rounded to 16 bits like the features. The error in float16, for the interpreter, is an eighth of bfloat16's.
     scalars, features = (1e-4, 6e-4) if INTERPRET else (2e-5, 2e-3)
     for mode, *ranks in zip(MODES, *by_rank, strict=True):
         found = of_batch(ranks)
@@ -148,7 +150,7 @@ def largest(mode):
 
 
 def ways_to_use_it(rank):
-    """Run everything that one process group can serve, and return what this rank finds."""
+    """Run all checks that can share one process group, and return the results of this rank."""
     case = Case("gather", (3, 2, 4), "shared")
     inputs = part(case, rank)
     found = {"largest": {mode: largest(mode) for mode in MODES}}
@@ -227,7 +229,7 @@ def test_ways_to_use_it(tmp_path):
     by_rank = value_and_grads(functools.partial(weighted, case.sizes), whole, ONE) | {"value": expected["value"]}
     wide = 3 * 64 * 4096
     for rank in ranks:
-        # The largest tensor is the rank's own features in the ring, and everyone's otherwise.
+        # The largest tensor holds the rank's own features in the ring, and the features of all ranks in other modes.
         assert rank["largest"] == {"ring": wide // 3, "gather": wide, "scalars": wide}
         for pattern, text in zip(REFUSED, rank["refused"], strict=True):
             assert re.match(pattern, text), (pattern, text)
@@ -325,7 +327,7 @@ def test_no_process_group():
         ([1024] * 8 + [1025], torch.bfloat16, "gather"),
         ([131072] * 8, torch.bfloat16, "gather"),
         ([131072] * 7 + [131073], torch.bfloat16, "ring"),
-        ([131072] * 8, torch.float32, "ring"),  # the limit of a gather is one of bytes
+        ([131072] * 8, torch.float32, "ring"),  # the limit of a gather is in bytes
     ],
     ids=str,
 )

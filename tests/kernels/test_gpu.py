@@ -15,7 +15,7 @@ from .conftest import call_of, each_call, each_gradient, leaves_of
 
 
 def step(name, gpu):
-    """A forward and backward call of one op on fixed inputs, and where its gradients go."""
+    """Return a function that runs one op forward and backward on fixed inputs, and the inputs, which get gradients."""
     call = call_of(name, gpu, torch.bfloat16)
     leaves = leaves_of(call.inputs)
 
@@ -28,7 +28,7 @@ def step(name, gpu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_call
 def test_finite(name, dtype, gpu):
-    # small and plain, for compute-sanitizer to watch
+    # This test is small and simple, so that compute-sanitizer can run it.
     assert all(value.isfinite().all() for value in call_of(name, gpu, dtype).results().values())
 
 

@@ -1,8 +1,8 @@
-"""Triton's own launcher on a stub of the CUDA driver: every op as a GPU would be asked for it, and nothing runs.
+"""Test the launches of every op through Triton's own launcher on the stub driver, which runs no kernel.
 
-The stub takes over the driver of its process, so each test starts one. Shipped shapes are launched with the kernels
-that ``test_offline.py`` compiles, and odd ones with kernels without a body; ``--slow`` launches all. A change of the
-launches or of the PyTorch ops beside them shows up in ``launches.json``, which ``--update-resources`` rewrites.
+The stub replaces the driver of its process, so each test starts a new process. Shipped shapes are launched with the
+kernels that ``test_offline.py`` compiles, and odd shapes with kernels without a body; ``--slow`` launches all of them.
+``launches.json`` holds the numbers of launches and PyTorch ops; ``--update-resources`` writes it again.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ TELLING = (80, 90, 120)
 
 
 def run(*command):
-    """Run a Python program that loads the stub driver; what it prints, after its exit code was 0 or 1."""
+    """Run a Python program that loads the stub driver, check that its exit code is 0 or 1, and return its output."""
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     )
@@ -41,7 +41,7 @@ def run(*command):
 
 
 def walk(arch, cases, *options):
-    """Launch ``cases`` of every op; the figures of what was launched, without a fault."""
+    """Launch ``cases`` of every op on the stub driver, check that there is no fault, and return the counts."""
     printed = run("-m", "clipfast.bench.stub", "--json", "--arch", str(arch), "--cases", cases, *options)
     found = json.loads(printed.splitlines()[-1])
     assert found["faults"] == []
@@ -50,7 +50,7 @@ def walk(arch, cases, *options):
 
 
 def shipped_launches(arch, dtypes):
-    """How many kernels the shipped calls launch, without the launcher."""
+    """Return the number of kernels that the shipped calls launch, from recorded launches."""
     with record_launches(arch, ARCHITECTURES[arch].multiprocessors) as launches:
         for name, case in CASES.items():
             if name.split()[-1] in dtypes:
@@ -59,7 +59,7 @@ def shipped_launches(arch, dtypes):
 
 
 def quick_dtypes(arch):
-    """The dtypes in which ``test_offline.py`` compiles in every run."""
+    """Return the dtypes for which ``test_offline.py`` compiles kernels in every run."""
     return [dtype for dtype in DTYPES if is_quick(arch, f"any {dtype}")]
 
 

@@ -1,11 +1,11 @@
-"""Neither the losses nor the retrieval ranks ever hold N x N, as the peak memory of a fresh process shows."""
+"""Test by the peak memory of a new process that neither losses nor retrieval ranks hold an N x N matrix."""
 
 import subprocess
 import sys
 
 import pytest
 
-# The first lines make inputs and load what a call loads. A peak is that of one call beyond what there was before it.
+# The first lines make the inputs and load all libraries. A peak is the memory of one call beyond that before the call.
 PEAKS = """
 import re, torch
 from torch.nn.functional import normalize
@@ -33,7 +33,7 @@ retrieval_ranks(image[:9], text[:9])
 
 
 def peaks_mib(setup: str, *calls: str) -> list[int]:
-    """Return the peak memory of each of ``calls`` in MiB, beyond what there was before it."""
+    """Return the peak memory of each of ``calls`` in MiB, beyond the memory before the call."""
     code = PEAKS.format(setup=setup, calls=calls)
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return [int(line) for line in lines.split()]
@@ -72,5 +72,5 @@ def test_ranks_of_100000_captions():
     ours, reference = peaks_mib(RANKS, "retrieval_ranks(image, text, text_image=owner)", some)
     # 64 million scores in float32 are 256 MiB: if the reference takes less, the measurement is wrong.
     assert reference > 256
-    # The scores would be 3.7 GiB. Four tiles are 9 MiB, and what is kept of each caption 5 MiB.
+    # All scores would take 3.7 GiB. Four tiles take 9 MiB, and the vectors with a number for each caption 5 MiB.
     assert ours < 40

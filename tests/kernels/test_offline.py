@@ -1,10 +1,10 @@
-"""Every shipped configuration, compiled for GPUs that are not there: nothing spills, limits hold, tensor cores are
-used, and the assembler warns of nothing.
+"""Compile every shipped configuration for GPUs that need not be present, and check the compiled kernels.
 
-``resources.json`` holds what was compiled, by Triton version, so that a change shows up as a difference to be read:
-``pytest tests/kernels/test_offline.py --slow --update-resources`` rewrites what this version makes of it. Every run
-compiles bfloat16 for sm_80 and sm_90. Whoever changes a kernel compiles the rest by ``--slow``: the other dtypes and
-architectures.
+They must not spill, they must keep the limits and use the tensor cores, and the assembler must not warn of them.
+``resources.json`` holds the resources of the compiled kernels for each version of Triton, so that a change is visible
+in a diff. ``pytest tests/kernels/test_offline.py --slow --update-resources`` writes the entries of the installed
+version. Every run compiles bfloat16 for sm_80 and sm_90. After a change of a kernel, ``--slow`` compiles the other
+dtypes and architectures as well.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from clipfast.kernels.launch import Launch
 
 CASES = shipped_cases()
 STOOD_FOR = {int(arch[3:]): int(other[3:]) for arch, other in shipped.STANDS_FOR.items()}
-# Products of two sizes that 32 bits hold: tiles of segments of 16,384 rows, rows that a descriptor counts, and partial
-# sums that no memory holds 2^31 of.
+# Kernels with 32-bit products of two sizes that cannot overflow: tiles of segments of 16,384 rows, row numbers of a
+# descriptor, and indices of partial sums, of which fewer than 2^31 fit into memory.
 NARROW = ("_stats_kernel", "_grad_tile_kernel", "_weight_sums_kernel", "_unfold_grad_kernel")
 UPDATE = "run with --slow --update-resources and read the difference"
 
 
 def is_quick(arch: int, case: str) -> bool:
-    """Whether a case is compiled in every run."""
+    """Return whether a shipped case is compiled in every run, and not only with ``--slow``."""
     return arch in (80, 90) and case.endswith("bf16")
 
 
@@ -45,10 +45,10 @@ def committed() -> shipped.Snapshot:
 
 
 def compare(request, arch, case, found):
-    """Compare the resources of a case with the snapshot, or put them there."""
+    """Compare the resources of a case with the snapshot, or write them there with ``--update-resources``."""
     if request.config.getoption("--update-resources"):
         with SNAPSHOT.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # other workers write it too
+            fcntl.flock(file, fcntl.LOCK_EX)  # other test workers write the file too
             held = shipped.loads(SNAPSHOT.read_text())
             held.setdefault(VERSION, {}).setdefault(arch, {})[case] = found
             SNAPSHOT.write_text(shipped.dumps(held))
@@ -77,7 +77,7 @@ def test_resources(case, arch, request):
         assert [problem for problem in found if problem not in known] == [], f"{case} {key} sm_{arch}"
         if launch.kernel.__name__ not in NARROW:
             narrow = offline.narrow_products(kernel)
-            if case.startswith("attention "):  # it copies a tensor in which 32 bits do not hold the offset of a head
+            if case.startswith("attention "):  # attention copies a tensor if the offset of a head exceeds 32 bits
                 narrow = [text for text in narrow if not re.search(r"%stride_[qkvg]h\b", text)]
             assert narrow == [], f"{case} {key}: widen one factor to 64 bits"
     compare(request, f"sm_{arch}", case, compiled)
@@ -119,7 +119,7 @@ def test_snapshot_leaves_out_what_another_architecture_stands_for():
 def test_an_architecture_that_another_stands_for_has_the_same_code(case, arch, other):
     def code(arch: int) -> list[str]:
         kernels = [offline.compile_kernel(launch, arch) for launch in offline.record(arch, CASES[case])]
-        # what stands behind the code names the folder of the checkout that compiled it first
+        # The text after the code names the folder of the checkout that compiled the kernel first.
         return [re.sub(rf"\.target sm_{arch}\b", "", kernel.asm["ptx"]).partition("\t.file")[0] for kernel in kernels]
 
     assert code(arch) == code(other)
@@ -179,7 +179,7 @@ def test_planted_excess_is_seen(changed, problem):
 
 
 def test_planted_product_of_sizes_in_32_bits_is_seen():
-    assert len(offline.narrow_products(product(2))) == 1  # rows * K; those with DIM are of a constant
+    assert len(offline.narrow_products(product(2))) == 1  # rows * K; products with DIM have a constant factor
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def product(stages: int) -> Any:
 def test_planted_wait_that_the_assembler_injects_is_a_problem():
     good = product(3)
     assert offline.resources(good).warnings == ()
-    # without the waits that Triton wrote, the assembler puts its own between the products
+    # Without Triton's waits, the assembler inserts waits of its own between the products.
     ptx = re.sub(r"wgmma\.wait_group[^;]*;", "", good.asm["ptx"])
     bad = SimpleNamespace(hash="without waits", metadata=good.metadata, asm={**good.asm, "ptx": ptx})
     found = offline.resources(bad)

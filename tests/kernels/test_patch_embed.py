@@ -1,4 +1,4 @@
-"""Patch embedding: normalisation, splits, what is not read, wrong indices, dtypes that differ, bytes that move."""
+"""Test the patch embedding beyond its cases: normalisation, splits, dropped patches, wrong indices, dtypes, traffic."""
 
 import re
 
@@ -37,7 +37,7 @@ def test_reference_copies_nothing_from_the_host():
 
 @pytest.mark.parametrize("keep", [None, 29], ids=["all", "some"])
 def test_splits_add_up(keep, triton_device, monkeypatch):
-    # 36 or 29 patches of each of 3 images in several splits, the last one short
+    # 3 images have 36 or 29 patches each. They are divided into several splits, of which the last one is shorter.
     monkeypatch.setattr(launches, "PATCHES_PER_SPLIT", 40)
     compare(*call_at("patch_embed", PatchShape(3, 48, 48, 8, 24, keep=keep), triton_device))
 
@@ -61,7 +61,7 @@ def test_tiles_of_an_h100(interpreted, monkeypatch):
 class TestSanitized:
     @pytest.mark.parametrize("shape", [(3, 16, 24, 8, 24), (2, 21, 35, 7, 40, True, 3)], ids=str)
     def test_gradient_of_patches_that_are_laid_out(self, shape, sanitizer, monkeypatch):
-        # ttsem sees what is loaded through descriptors, and not what is stored: the tokens themselves are interpreted
+        # ttsem checks loads through descriptors but not stores, so the test above interprets the kernel for the tokens.
         monkeypatch.setattr(launch, "CPU_ARCH", 90)
         call = call_at("patch_embed", PatchShape(*shape), "cpu", torch.bfloat16)
         images, weight, *_, keep = (*call.inputs.values(), None)[:5]
@@ -76,7 +76,7 @@ class TestSanitized:
 
 
 def test_dropped_patches_are_not_read(device):
-    # A NaN in a pixel or a position would make everything NaN that it is multiplied by or added to.
+    # If a NaN in a dropped pixel or position were read, it would make tokens NaN.
     call = call_at("patch_embed", SOME_DROPPED, device)
     inputs, expected = call.inputs, call.results()
     dropped = torch.ones(2, 15, dtype=torch.bool, device=device).scatter_(1, inputs["keep"], False)
@@ -93,7 +93,7 @@ def test_dropped_patches_are_not_read(device):
 
 @pytest.mark.parametrize("keep", [None, 3], ids=["all", "some"])
 def test_mixed_dtypes_keep_theirs(keep, device):
-    # as under autocast: a half-precision weight, float32 positions and pixels
+    # The weight has half precision, positions and pixels are float32, as under autocast.
     call = call_at("patch_embed", SMALL.changed(uint8=False, keep=keep), device)
     call.inputs["weight"] = call.inputs["weight"].half()
     compare(*call._replace(grads=(call.grads[0].half(),)))
@@ -126,7 +126,7 @@ def test_an_index_of_no_patch_reads_nothing_and_shows(wrong, triton_device):
 
 
 def test_autocast_of_kept_patches(native):
-    # of floats, since the weight of bytes is rounded after the normalisation is folded in
+    # The images are floats. For bytes, the weight is rounded after the normalisation is folded in.
     call = call_at("patch_embed", SMALL.changed(uint8=False, keep=2), native)
     with torch.autocast(native.type, torch.bfloat16):
         actual = call.results()
@@ -146,7 +146,7 @@ def test_bytes_are_rounded_less_than_normalised_pixels(native):
     leaves = leaves_of(inputs)
     with torch.autocast(native.type, torch.bfloat16):
         ours, theirs = (op(**leaves, backend=backend) for backend in ("auto", "torch"))
-    # both round the tokens as well
+    # Both implementations also round the tokens.
     assert (ours - truth).norm() < 0.9 * (theirs - truth).norm()
     ours.backward(grad.to(ours.dtype))
     gradient = leaves["weight"].grad

@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: registration, compilation, autocast, backends, transforms, and wrong tensors."""
+"""Test the ops' integration with PyTorch: registration, compilation, autocast, backends, transforms, wrong tensors."""
 
 import functools
 
@@ -17,7 +17,7 @@ from .conftest import CALLS, Recorded, call_of, each_call, each_gradient, far_ap
 
 
 def recorded(call, leaves):
-    """The registered ops that a call, forward and backward, comes down to."""
+    """Return the registered ops that a call of an op runs, forward and backward."""
     with Recorded() as mode:
         call.backward(call.op(**leaves))
     found = [(op, arguments) for op, arguments, _ in mode.calls if op.namespace == "clipfast"]
@@ -26,14 +26,14 @@ def recorded(call, leaves):
 
 
 def again(x):
-    """The same argument as a leaf of its own."""
+    """Return an argument as a new leaf with the same value."""
     return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
 def check(calls):
-    """opcheck of registered ops; the arguments of a backward pass need no gradient."""
+    """Run opcheck on registered ops; the arguments of a backward op require no gradient."""
     for op, arguments in calls:
-        if "bwd" in op.name() or INTERPRET:  # how an op is registered does not depend on what runs
+        if "bwd" in op.name() or INTERPRET:  # registration does not depend on the implementation that runs
             detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
             torch.library.opcheck(op, tuple(detached), test_utils=("test_schema", "test_faketensor"))
         else:
@@ -42,7 +42,7 @@ def check(calls):
 
 @each_call
 def test_registered_ops(name, device):
-    # With other strides than the fake promises, compiled code would read results wrongly.
+    # If the strides of a result differed from those of the fake, compiled code would read wrong elements.
     call, transposed = call_of(name, device), functools.partial(lay_out, layout="transposed")
     leaves = leaves_of({key: transposed(x) for key, x in call.inputs.items()})
     check(recorded(call._replace(grads=tuple(map(transposed, call.grads))), leaves))
@@ -50,7 +50,7 @@ def test_registered_ops(name, device):
 
 @each_gradient
 def test_gradient_of_each_input_alone(name, device):
-    # frozen parameters: a gradient that is not needed may be left out, and the others stay the same
+    # With frozen parameters, a gradient that is not needed may be left out. The others must stay the same.
     call = call_of(name, device)
     expected = call.results()
     for wanted, x in call.inputs.items():
@@ -78,7 +78,7 @@ def test_compiles_without_a_break(name, native):
     backend = AotEagerAndRecordGraphs()
     compiled = torch.compile(lambda **kwargs: call.op(**kwargs), backend=backend, fullgraph=True)
     torch.testing.assert_close(value_and_grads(compiled, call.inputs, call.grads), expected)
-    # the op, and not the reference
+    # The graphs contain the op, not the reference.
     graphs = backend.fw_graphs + backend.bw_graphs
     assert all("torch.ops.clipfast." in graph.code for graph in graphs)
 
@@ -94,7 +94,7 @@ def test_compiles_once_for_every_batch_size(name, native):
         results = compiled(call.op, leaves_of(call.inputs))
         torch.testing.assert_close(results, call.op(**call.inputs))
         call.backward(results)
-        # one compilation may ask twice; another batch size must not ask again
+        # One compilation may call the backend twice. Another batch size must not call it again.
         counts.append(backend.frame_count)
     assert counts == [counts[0]] * 3
 
@@ -155,7 +155,7 @@ def test_autocast_takes_operands_down(name, native):
     half = call_of(name, native, torch.bfloat16).inputs
     with torch.autocast(native.type, torch.bfloat16):
         values, inside = tuple_of(call.op(**leaves)), tuple_of(call.op(**half))
-    # only the operands are converted: what follows is as exact as without autocast
+    # Autocast converts only the operands, so the results equal those for 16-bit operands without autocast.
     assert all(map(torch.equal, inside, tuple_of(call.op(**half))))
     if call.grads:
         # a loss stays in float32, and an op without a product takes its stream as it is
@@ -177,7 +177,7 @@ def test_meta_tensors_give_shapes_and_nothing_comes_from_the_host(name, native):
 
 
 class ReferenceRanError(Exception):
-    """A function of the reference was called."""
+    """The error that a test raises if a function of the reference is called."""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,7 +208,7 @@ WARNING = "torch.func and forward-mode derivatives take the PyTorch reference"
 
 
 def split(call):
-    """The function of the inputs that have gradients, and these inputs."""
+    """Return an op as a function of its inputs with gradients only, and these inputs."""
     floats = {name: x.detach() for name, x in call.inputs.items() if x.is_floating_point()}
     others = {name: x for name, x in call.inputs.items() if name not in floats}
 
@@ -257,7 +257,7 @@ def test_second_derivative_is_refused(name, device):
 
 @each_call
 def test_triton_has_no_transform(name, interpreted):
-    # elsewhere, backend='triton' is refused for another reason, or runs on a GPU
+    # Without the interpreter, backend='triton' is refused for another reason, or runs on a GPU.
     function, tensors = split(call_of(name, interpreted))
     with pytest.raises(RuntimeError, match=r"backend='triton' has no forward-mode derivative and no torch\.func"):
         torch.func.jvp(lambda *xs: function(*xs, backend="triton"), tensors, tensors)

@@ -1,4 +1,4 @@
-"""Ranks for recall@k: ties to the last bit, NaN never a good rank, and what no case of the specification has."""
+"""Test the ranks for recall@k beyond their cases: exact ties, no good rank for NaN, float64, autocast, errors."""
 
 import re
 
@@ -32,7 +32,7 @@ def test_pairs_by_default(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features_of_any_value(dtype, device):
-    # Where rounding decides, a rank may be that of a score that is a little higher or lower.
+    # Rounding may decide the order of nearly equal scores, so a rank may be that of a slightly higher or lower score.
     image, text = (F.normalize(torch.randn(n, 96), dim=-1).to(device, dtype) for n in (90, 211))
     owner = torch.randint(90, (211,), device=device)
     scores = image.double() @ text.double().T
@@ -51,8 +51,8 @@ def test_features_of_any_value(dtype, device):
 @pytest.mark.parametrize("width", [1, 72, 511])
 @pytest.mark.parametrize("size", [(2, 5), (37, 3), (71, 213)], ids=str)
 def test_collapsed_features_get_no_credit(size, width, dtype, device):
-    # All scores are equal in mathematics; one that differs in its last bit would give credit. A product of just these
-    # sizes would differ: BLAS sums an incomplete block in another order.
+    # All scores are mathematically equal. If one differed in its last bit, it would get a better rank. A plain product
+    # of these sizes would have such differences, because BLAS sums an incomplete block in another order.
     image, text = (torch.randn(1, width).to(device, dtype).expand(n, width) for n in size)
     m, n = size
     owner = torch.arange(n, device=device) % m
@@ -64,8 +64,8 @@ def test_collapsed_features_get_no_credit(size, width, dtype, device):
 @pytest.mark.parametrize("dtype", [*DTYPES, *FINEST], ids=str)
 @pytest.mark.parametrize("width", [5, 513])
 def test_duplicates_tie_wherever_they_are(width, dtype, device):
-    # A few distinct rows at many places. Their products differ enough for float64 to tell the order, and equal rows
-    # must tie to the last bit, the own pair included.
+    # A few distinct rows occur many times. Their products differ enough for float64 to give the order. Equal rows must
+    # tie to the last bit, including the own pair.
     m, n = (1001, 779) if LEG == "cpu" else (131, 203)
     kinds_x, kinds_y = torch.randn(4, width).to(dtype), torch.randn(6, width).to(dtype)
     pick_x, pick_y = torch.randint(4, (m,)), torch.randint(6, (n,))
@@ -85,10 +85,11 @@ def test_nan_never_helps(device):
     text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [nan, 1.0], [0.0, nan], [0.6, 0.8]], device=device)
     owner = torch.tensor([0, 1, 2, 3, 1, 3], device=device)
     image_ranks, text_ranks = retrieval_ranks(image, text, text_image=owner)
-    # every image: both NaN texts are ahead unless they are its own; image 2 is NaN, so all five others are ahead;
-    # images 1 and 3 have a NaN text, which counts for nothing
+    # For each image, both NaN texts are ahead unless they are its own. Image 2 is NaN, so all five texts of others are
+    # ahead. Images 1 and 3 have a NaN text, which is ignored.
     assert image_ranks.tolist() == [2, 1, 5, 1]
-    # every text: image 2 is ahead unless it is its own; texts 2, 3 and 4 have a NaN score with their own, and come last
+    # For each text, image 2 is ahead unless it is its own. Texts 2, 3 and 4 have a NaN score with their own image, so
+    # all other images are ahead.
     assert text_ranks.tolist() == [1, 1, 3, 3, 3, 1]
     everything = torch.full_like(image, nan)
     assert [x.tolist() for x in retrieval_ranks(everything, everything)] == [[3] * 4] * 2
@@ -116,7 +117,7 @@ def test_autocast_changes_nothing(device):
     ids=str,
 )
 def test_both_kernels_multiply_alike(shape, dtype, arch):
-    # The own scores tie with their duplicates only if both kernels sum them by the same instructions.
+    # The scores of own pairs tie with equal scores of others only if both kernels add by the same instructions.
     spec = specs()["retrieval_ranks"]
     with record_launches(arch) as launches:
         spec.op(**spec.call(shape, "", Draw(empty=True), dtypes.DTYPES[dtype]).inputs)

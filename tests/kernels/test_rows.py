@@ -1,5 +1,6 @@
-"""Ops on rows, which are the layer norms and the activations: axes, layouts and dtypes that no case of the
-specifications has, algorithms, bytes, errors.
+"""Test layer norm and the activations, which work row by row, beyond their cases.
+
+The tests are about axes, layouts, dtypes, algorithms, memory traffic and errors.
 """
 
 import functools
@@ -30,7 +31,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def call(kind, size, device, dtype=torch.float32, **options):
-    """A call on streams of any number of axes; their shape is ``size``."""
+    """Return a call of a layer norm or an activation on inputs with any number of axes, of the shape ``size``."""
     op, shape = KINDS[kind]
     flat = call_at(op, shape(math.prod(size[:-1]), size[-1]), device, dtype, **options)
     inputs = {name: x.view(size) if x.ndim == 2 else x for name, x in flat.inputs.items()}
@@ -102,7 +103,7 @@ def test_the_sum_is_rounded_once_and_what_is_stored_is_normalised(dtype, device)
 
 
 def test_constant_rows(device):
-    # no variance: eps alone keeps the scale finite
+    # The variance is zero, so only eps keeps the scale finite.
     norm = call("alone", (3, 64), device, eps=1e-2)
     norm.inputs["x"].copy_(torch.tensor([[3.0], [-8192.0], [0.0]]))
     compare(*norm)
@@ -121,7 +122,7 @@ def test_nan_stays_in_its_row(kind, device):
 @each_kind
 @pytest.mark.parametrize("size", [(64, 768), (33, 77)], ids=str)
 def test_each_tensor_is_read_or_written_once(size, kind, monkeypatch, moved):
-    # one program for each block of columns, which loads the parameters once
+    # There is one program for each block of columns, so the parameters are loaded once.
     for module in (launches, activation):
         monkeypatch.setattr(module, "programs_at_once", lambda *args: 1)
     op, _, inputs, grads = call(kind, size, "cpu", torch.float16)

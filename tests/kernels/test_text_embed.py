@@ -1,4 +1,4 @@
-"""Text embedding: the recursion of the segmented sums, ids of every kind, parameters of other dtypes, bytes."""
+"""Test the text embedding beyond its cases: segmented sums over several launches, kinds of ids, dtypes, errors."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ RUNS = {
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 def test_runs_of_ids(runs, device):
-    # every second row of the table has no token, the first and the last row have some
+    # Every second row of the table has no token. The first and the last row have tokens.
     vocab = 2 * len(runs) - 1
     ids = torch.arange(0, vocab, 2).repeat_interleave(torch.tensor(runs))
     with small_chunks(torch.float32):
@@ -56,13 +56,13 @@ def test_any_ids_in_chunks_of_any_size(chunk, triton_device):
     with configs.override(configs.config_key("text_embed_bwd", torch.float32), small):
         for size in (1, chunk - 1, chunk, chunk + 1, 2 * chunk + 1, 61):
             for vocab in (1, 2, 100):
-                # small ids more often, as words are
+                # Small ids occur more often, as frequent words do.
                 assert_exact((vocab * torch.rand(size) ** 3).long(), vocab, 5, triton_device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES[1:]], ids=str)
 def test_ten_thousand_times_the_same_id(dtype, device):
-    # Start, end and padding are in every text: their sums must not lose small terms.
+    # Start, end and padding tokens are in every text, so their sums have many terms and must not lose small ones.
     repeats = 700 if INTERPRET else 10_000
     ids = torch.full((repeats, 1), 3, dtype=torch.int32)
     ids[repeats // 2] = 0

@@ -1,4 +1,4 @@
-"""The tile arithmetic that kernels share, by itself."""
+"""Test the tile arithmetic that kernels share in a small kernel of its own."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""The search: the right items in the right order, ties, and what no case of the specification has."""
+"""Test top_k beyond its cases: the right items in the right order, ties, independent queries, autocast, errors."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def same(ours, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 40])
 def test_features_of_any_value(k, dtype, device):
-    # Where rounding decides, an item may take the place of one that is a little better.
+    # Rounding may decide the order of nearly equal scores, so an item may replace one with a slightly higher score.
     query, items = (F.normalize(torch.randn(n, 96), dim=-1).to(device, dtype) for n in (33, 411))
     scores, indices = top_k(query, items, k)
     exact = query.double() @ items.double().T
