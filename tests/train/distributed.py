@@ -1,4 +1,4 @@
-"""Runs on several processes, and what befalls their ranks."""
+"""Training runs on several processes for tests, with failures of some ranks."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ CLIP = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
 }
 SIGLIP = SigLIPConfig(16, VisionConfig(24, 1, 16, 8, 2.0, 8), TextConfig(12, 300, 8, 1, 1)).to_dict()
-# Options of 12 steps of 12 pairs, by the name of the run. No epoch is a whole number of batches.
+# Options of runs of 12 steps of 12 pairs, by the name of the run. No epoch is a whole number of batches.
 CASES = {
     "unique": {"unique_by": "label", "micro_batch_size": 2, "train_num_samples": 47, "epochs": 3},
     "mix": {
@@ -52,7 +52,7 @@ CASES = {
 
 
 def options_in(made):
-    """Return a function that returns the options of a case, with changes, for a run; ``made`` is for what they name."""
+    """Return a function that returns a run's options for a case, with changes; files that they name are in ``made``."""
     write_shard(made / "a.tar", [sample(index) for index in range(60)])
     write_shard(made / "b.tar", [sample(index, png=picture(100 + index)) for index in range(41)])
     write_shard(made / "faults.tar", faulty_samples())
@@ -81,7 +81,7 @@ def folder_of(given):
 
 @contextlib.contextmanager
 def befalling(rank, what, victims, step):
-    """Let something happen to some ranks before the step that follows ``step``; in a "stop" they do not save again."""
+    """Let an event happen to some ranks of a training run after ``step`` steps; at a "stop", they save nothing more."""
     original = Trainer._train_step
 
     def befallen(trainer, batch):
@@ -102,7 +102,7 @@ def befalling(rank, what, victims, step):
 
 
 def trained(world, given, resume=False, fate=None):
-    """Train, and return the signal that ended it, an error that all ranks met, or None."""
+    """Train, and return the signal that ended the run, an error that all ranks raised, or None."""
     with (
         mock.patch("clipfast.train.loop._pictures", return_value=[]),
         mock.patch("clipfast.train.validation.BATCH_SIZE", 16),
@@ -140,24 +140,24 @@ def assert_like(folder, expected):
 
 
 def assert_near(found, expected):
-    """Compare weights. AdamW divides a gradient by its size, so the rounding of one near zero moves a weight."""
+    """Compare weights with a tolerance: AdamW divides gradients by their size, so rounding of tiny ones matters."""
     for name, value in found.items():
         assert (value - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-7, name
 
 
 def averages(folder):
-    """Return the average of the weights, if there is one, in the latest checkpoint of a run."""
+    """Return the moving average of the weights in the latest checkpoint of a run, or None."""
     found = read_checkpoint(folder.latest).get("state_dict_ema", {})
     return {f"average of {name}": value for name, value in found.items()}
 
 
 def run_together(folder, size, *jobs):
-    """Do jobs, one after the other, on so many ranks, and return what each rank found."""
+    """Run training jobs one after the other on a group of ranks, and return the results of each rank."""
     return run_ranks(on_rank, size, size, jobs, folder=empty(folder), timeout=240)
 
 
 def empty(tmp_path):
-    """A folder for what the processes tell each other."""
+    """A folder for the files by which the processes communicate."""
     path = tmp_path / f"ranks {time.monotonic_ns()}"
     path.mkdir()
     return path

@@ -1,4 +1,4 @@
-"""Samples that cannot be used, one of each of nine kinds."""
+"""Samples for tests that cannot be used, one of each of nine kinds."""
 
 import functools
 import io
@@ -7,12 +7,12 @@ from PIL import Image
 
 from ..small_runs import picture, sample
 
-PLACES = range(7, 180, 20)  # where the faulty ones are among 180
+PLACES = range(7, 180, 20)  # places of the faulty samples among 180
 
 
 @functools.cache
 def faults() -> dict[str, dict[str, bytes | None]]:
-    """For each kind, what of a good sample is something else, or is missing if it is None."""
+    """Return, for each kind of fault, the members of a good sample that are replaced, or removed if None."""
     whole, bomb = picture(5, size=64), io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
     return {
@@ -29,7 +29,7 @@ def faults() -> dict[str, dict[str, bytes | None]]:
 
 
 def faulty_samples() -> list[dict[str, bytes]]:
-    """180 samples, of which one in twenty is faulty, each in its own way."""
+    """Return 180 samples, of which one in twenty has a fault, each of another kind."""
     samples = [sample(index) for index in range(180)]
     for place, changes in zip(PLACES, faults().values(), strict=True):
         changed = samples[place] | changes

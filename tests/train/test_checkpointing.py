@@ -1,4 +1,4 @@
-"""Checkpoints that hold: written beside training, on failing disks, by time, and when a run is told to stop."""
+"""Checkpoints: written in the background, on failing disks, by time, and when a run is told to stop."""
 
 import contextlib
 import errno
@@ -42,7 +42,7 @@ def names(store):
 
 
 class Gate:
-    """Writes that wait until they may go on."""
+    """A file writer that waits until the test lets it go on."""
 
     def __init__(self, monkeypatch):
         self.begun, self.open, self.written = threading.Semaphore(0), threading.Event(), []
@@ -66,7 +66,7 @@ def weights_of(path):
 
 
 class TestWriting:
-    """The writer beside training."""
+    """The background writer of checkpoints."""
 
     def test_training_goes_on_meanwhile_and_changes_nothing(self, store, gate):
         content = state(1, 7.0)
@@ -134,11 +134,11 @@ class TestWriting:
 
 
 class TestFailingDisk:
-    """Writes that fail within a run, and at its end."""
+    """Writes of checkpoints that fail during a run, and at its end."""
 
     @pytest.fixture
     def failing(self, monkeypatch):
-        """The errors of the writes that are to fail, by the name of the file."""
+        """The errors of the writes that should fail, by file name."""
         errors, save = {}, torch.save
 
         def failing_save(content, path):
@@ -160,7 +160,7 @@ class TestFailingDisk:
         assert not list(folder.checkpoints.glob(".*"))
 
     def test_a_full_disk_is_told_in_bytes(self, failing, store, monkeypatch):
-        """The words of PyTorch say nothing, and what was written is smaller than what was wanted."""
+        """PyTorch's error does not mention a lack of space, and the file on the disk is smaller than needed."""
         saved(store, 1)
         failing[".step_2.pt.tmp"] = [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")]
         monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=0))
@@ -169,7 +169,7 @@ class TestFailingDisk:
             saved(store, 2)
         monkeypatch.undo()
         assert names(store) == ["epoch_latest.pt", "step_1.pt"]
-        with pytest.raises(RuntimeError, match=r"^broken$"):  # another error is no full disk
+        with pytest.raises(RuntimeError, match=r"^broken$"):  # another error is not reported as a full disk
             replace_file(store.folder / "x", mock.Mock(side_effect=RuntimeError("broken")), size=1000)
         assert not (store.folder / "x").exists()
 
@@ -196,7 +196,7 @@ class TestFailingDisk:
 
 
 class TestFolderOfARun:
-    """A folder that is removed or replaced while its run goes on."""
+    """The folder of a run is removed or replaced while training goes on."""
 
     @pytest.mark.parametrize(("step", "is_renamed"), [(1, True), (3, False)])
     def test_is_made_again(self, step, is_renamed, run_small, tmp_path):

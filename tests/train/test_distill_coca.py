@@ -1,4 +1,4 @@
-"""DistillClipLoss and CoCaLoss in OpenCLIP's place: values and gradients, in one process and in two."""
+"""DistillClipLoss and CoCaLoss in place of OpenCLIP's: values and gradients, in one process and in two."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ def unit_rows(pairs, dim, seed):
 
 
 def inputs(scale=20.0, dtype=torch.float64, rank=0, pairs=PAIRS, shape=(), matched=0.0):
-    """The arguments of DistillClipLoss; with ``matched``, pairs are alike, as late in training."""
+    """Return arguments of DistillClipLoss; with ``matched``, features of a pair are similar, as late in training."""
     image, teacher_image = unit_rows(pairs, DIM, 4 * rank), unit_rows(pairs, TEACHER_DIM, 4 * rank + 1)
     text, teacher_text = unit_rows(pairs, DIM, 4 * rank + 2), unit_rows(pairs, TEACHER_DIM, 4 * rank + 3)
     text, teacher_text = (
@@ -41,7 +41,7 @@ def inputs(scale=20.0, dtype=torch.float64, rank=0, pairs=PAIRS, shape=(), match
 
 
 def value_and_grads(loss, arguments, names=WEIGHTS):
-    """The losses of these names, and the gradients of their weighted sum: of the student, and of logits of captions."""
+    """Return the named losses, and the gradients of their weighted sum for the student and the caption logits."""
     is_leaf = {
         name: x.is_floating_point() and not name.startswith("dist_") if isinstance(x, torch.Tensor) else False
         for name, x in arguments.items()
@@ -55,7 +55,7 @@ def value_and_grads(loss, arguments, names=WEIGHTS):
 
 @pytest.fixture
 def small_strips(monkeypatch):
-    """So that even few pairs take several strips, the last of them with fewer rows."""
+    """Make strips so small that even few pairs take several strips, the last one with fewer rows."""
     monkeypatch.setattr(distill_loss, "STRIP_LOGITS", {"cpu": 1})
     monkeypatch.setattr(distill_loss, "LEAST_ROWS", 4)
 
@@ -76,7 +76,7 @@ def test_distillation_in_one_process(scale, shape):
 
 @pytest.mark.usefixtures("small_strips")
 def test_distillation_late_in_training():
-    """Small losses of large logits keep their digits: errors add up to at most twice those of OpenCLIP."""
+    """Small losses of large logits stay accurate: the errors are at most twice those of OpenCLIP."""
     errors = {DistillClipLoss: {}, open_clip.DistillClipLoss: {}}
     for seed in range(8):
         arguments = inputs(100.0, torch.float32, rank=seed, pairs=67, matched=1.0)
@@ -188,7 +188,7 @@ def test_captions_as_from_open_clip_4_on(z_loss_weight, pad_id, compute_dtype):
     torch.testing.assert_close(found["caption_loss_ce"], entropy.detach(), **tolerance)
     torch.testing.assert_close(found["d_logits"], logits.grad, **tolerance)
     assert ("caption_loss_z" in found) == (z_loss_weight > 0)
-    # what the model has computed itself, with the words of its own loss
+    # the model has computed this loss itself, and names it
     given = {key: x for key, x in arguments.items() if key not in ("logits", "labels")}
     given |= {"caption_loss_ce": entropy.detach(), "caption_loss_z": square.detach() if z_loss_weight else None}
     torch.testing.assert_close(loss(**given)[1], expected.detach(), **tolerance)
@@ -200,7 +200,7 @@ def test_captions_as_from_open_clip_4_on(z_loss_weight, pad_id, compute_dtype):
 
 
 def every_combination(rank, world_size):
-    # In these processes no fixture has been at work.
+    # Fixtures have no effect in these processes.
     distill_loss.STRIP_LOGITS, distill_loss.LEAST_ROWS = {"cpu": 1}, 4
     found = []
     for local_loss, gather_with_grad in COMBINATIONS:
@@ -226,7 +226,7 @@ def test_two_ranks(tmp_path):
             close(*found["distill"])
             for kind in ("both", "captions"):
                 ours, theirs = (dict(result) for result in found[kind])
-                if combination == (True, True):  # ClipLoss says which share of the contrastive loss's each rank has
+                if combination == (True, True):  # each rank has the share of the contrastive loss that ClipLoss has
                     del ours["d_logit_scale"], theirs["d_logit_scale"]
                 close(ours, theirs)
         for kind in ("both", "captions"):

@@ -1,4 +1,4 @@
-"""How a run on several processes ends, and goes on: signals, bad pairs, ranks that are lost or hang, and torchrun."""
+"""Endings of runs on several processes, and their resumption: signals, bad pairs, lost or stuck ranks, and torchrun."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ from .test_training import same, saved_step, wait_for_checkpoint
 
 @pytest.fixture(scope="module")
 def whole(options, tmp_path_factory):
-    """The folder of a run on 3 ranks that nothing befell."""
+    """The folder of an undisturbed run on 3 ranks."""
     logs = tmp_path_factory.mktemp("whole")
     assert run_together(logs, 3, (options(logs, "whole", **SHORT),)) == [[None]] * 3
     return logs / "whole"
@@ -53,7 +53,7 @@ def test_too_many_bad_pairs_stop_all_ranks(options, together, tmp_path):
     assert seen == 12 * saved_step(tmp_path / "faults")
     trained(ALONE, given | {"name": "alone"})
     assert set(skipped_in(RunFolder(tmp_path / "alone"))) <= set(skipped_in(RunFolder(tmp_path / "faults")))
-    # the sum over ranks is known one step later
+    # the sum over the ranks is known one step later
     assert saved_step(tmp_path / "faults") - saved_step(tmp_path / "alone") in (0, 1)
 
 
@@ -71,7 +71,7 @@ def test_a_rank_that_is_lost_ends_the_others(what, options, together, whole, tmp
         assert "RuntimeError: rank 1: shard x is gone" in errors[1]
         assert [errors[rank].strip().splitlines()[-1] for rank in (0, 2)] == ["SystemExit: 1"] * 2
         return
-    # one of those that are left says so
+    # one of the remaining ranks says so
     (said,) = (error for error in errors if ": another rank is lost: " in error)
     assert f"rank 1, process {processes[1].pid} on " in said
     assert sum("SystemExit: 1" in error for error in errors) == 1
@@ -80,7 +80,7 @@ def test_a_rank_that_is_lost_ends_the_others(what, options, together, whole, tmp
 
 
 def started(given, size, *extra, restarts=0):
-    """Start the command with torchrun; "--" keeps torchrun from taking --logs for a flag of its own."""
+    """Start the training command with torchrun; "--" keeps torchrun from taking --logs for a flag of its own."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     launcher = f"-m torch.distributed.run --nproc-per-node {size} --max-restarts {restarts} --monitor-interval 0.2"
     command = f"{launcher} -m clipfast -- train".split()
@@ -92,7 +92,7 @@ def ranks_of(process):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     found = {}
     for pid in children:
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             found |= {int(line[5:]): int(pid) for line in variables if line.startswith(b"RANK=")}
     return found
@@ -123,8 +123,8 @@ def test_ranks_save_and_end_if_torchrun_is_killed(options, tmp_path):
     wait_for_checkpoint(process, tmp_path / "run", 3)
     assert len(ranks_of(process)) == 2
     process.kill()
-    said = process.communicate(timeout=60)[1]  # until every process that could say something has ended
-    assert f"torchrun, process {process.pid}, is gone" in said  # by the rank that noticed first
+    said = process.communicate(timeout=60)[1]  # wait until every process that may write a message has ended
+    assert f"torchrun, process {process.pid}, is gone" in said  # the message of the rank that noticed it first
     assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 1
     assert saved_step(tmp_path / "run") < 5000
 
@@ -137,12 +137,12 @@ def test_a_rank_whose_torchrun_is_gone_does_not_start(options, tmp_path, monkeyp
     for name, value in {**place, "LOCAL_RANK": 0, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("clipfast.distributed.world.ANSWER", 1)
-    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):  # otherwise after ten minutes
+    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):  # without a limit: ten minutes
         pass
 
 
 def signalled_in_evaluation(world, given, victim=None, resume=False):
-    """Train, where a signal comes to one rank while it evaluates; return how it ended, and the blocks it encoded."""
+    """Train with a signal to one rank during an evaluation; return how training ended, and the encoded blocks."""
     encode, blocks = Encoder.images, []
 
     def slow(encoder, pixels):

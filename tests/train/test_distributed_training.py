@@ -1,4 +1,4 @@
-"""Training on several processes: what one process does, on any number of them, however the run ends and goes on."""
+"""Training on several processes gives the results of one process, also when a run is stopped and resumed."""
 
 import pickle
 import re
@@ -23,7 +23,7 @@ from .test_training import losses, results_of, saved_step
 
 @pytest.fixture(scope="module")
 def one(options, tmp_path_factory):
-    """The folders of runs by one process."""
+    """The folders of training runs on one process."""
     logs = tmp_path_factory.mktemp("one")
     for case in CASES:
         assert trained(ALONE, options(logs, case)) is None
@@ -41,7 +41,7 @@ def test_the_curve_of_one_process(size, cases, one, options, together, tmp_path)
 
 @pytest.mark.long
 def test_the_evaluation_of_one_process(one, options, together, tmp_path):
-    """A finished run that goes on is evaluated only."""
+    """A finished run that is resumed is only evaluated."""
     cases = ("mix", "average")
     for case in cases:
         shutil.copytree(one[case].path, tmp_path / case)
@@ -53,7 +53,7 @@ def test_the_evaluation_of_one_process(one, options, together, tmp_path):
 
 @pytest.mark.long
 def test_the_number_of_ranks_changes_within_an_epoch(one, options, together, tmp_path):
-    # without --global-batch-size, the batch that the run began with stays
+    # without --global-batch-size, the run keeps the batch size with which it began
     given = options(tmp_path, "mix", global_batch_size=None, batch_size=6, save_every=3)
     assert together(2, (given, False, ("stop", (0, 1), 4))) == [["stopped"]] * 2
     assert saved_step(tmp_path / "mix") == 3
@@ -67,7 +67,7 @@ def test_the_number_of_ranks_changes_within_an_epoch(one, options, together, tmp
 
 
 def resumed_by_the_first(world, given):
-    """Train, where only the machine of rank 0 has the checkpoint."""
+    """Resume a run of which only the machine of rank 0 has the checkpoint."""
     try:
         return train(TrainConfig(**given), folder_of(given).latest if world.is_main else None, world=world)
     except ValueError as error:
@@ -89,7 +89,7 @@ def test_ranks_that_see_different_checkpoints_do_not_start(options, tmp_path):
         (4, {"global_batch_size": 16}, {}, 16),
         (1, {"batch_size": 3}, {"batch_size": 3}, 12),
         (6, {"batch_size": 3}, {"batch_size": 3, "global_batch_size": None}, 12),
-        (1, {"batch_size": 5}, {"batch_size": 3}, 5),  # somebody wants another one
+        (1, {"batch_size": 5}, {"batch_size": 3}, 5),  # the user asks for another batch size
         (1, {"batch_size": 3}, {"batch_size": 3, "global_batch_size": 12}, 3),
         (5, {"batch_size": 3}, {"batch_size": 3}, "a batch of 12 pairs cannot be divided among 5 processes: .* of an"),
         (3, {"global_batch_size": 16}, {}, "a batch of 16 pairs cannot be divided among 3 processes: start a number"),
@@ -143,7 +143,7 @@ def test_an_error_of_rank_0_is_the_same_on_others(error):
 
 
 def without_images(world, given):
-    """Train where rank 0 finds, when it joins the parts, that not one image of the validation set can be used."""
+    """Train with a validation set of unusable images, which rank 0 finds when it joins the parts of the ranks."""
     with mock.patch("clipfast.evaluate.features.join_parts", side_effect=ValueError("no image can be used")):
         try:
             return trained(world, given)

@@ -1,4 +1,4 @@
-"""The average of the weights: its values, BatchNorm, evaluation and export, and that a run goes on with it."""
+"""The moving average of the weights: values, BatchNorm, evaluation, export, and resumed runs."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ class Small(nn.Module):
 
 
 def moved(model, generator):
-    """Change everything that training changes."""
+    """Change all weights and statistics that training changes."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name == "norm.num_batches_tracked":
@@ -64,7 +64,7 @@ def test_values(dtype):
             expected[name] = decay * expected[name] + (1 - decay) * value.double()
     state = average.state_dict()
     assert state["norm.num_batches_tracked"] == 8
-    assert state["locked"].data_ptr() == model.locked.data_ptr()  # not held twice
+    assert state["locked"].data_ptr() == model.locked.data_ptr()  # constant weights are not copied
     for name in ("linear.weight", "linear.bias", "norm.running_mean", "norm.running_var", "norm.weight"):
         assert state[name].dtype is torch.float32
         torch.testing.assert_close(state[name].double(), expected[name], rtol=1e-5, atol=1e-6)
@@ -82,7 +82,7 @@ def test_the_model_gets_its_weights_back():
         assert not torch.equal(model.linear.weight, before["linear.weight"])
         raise ZeroDivisionError
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [value.data_ptr() for value in model.state_dict().values()] == pointers  # a CUDA graph knows them
+    assert [value.data_ptr() for value in model.state_dict().values()] == pointers  # a CUDA graph has recorded them
 
 
 def test_a_state_that_does_not_fit_is_refused():

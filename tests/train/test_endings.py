@@ -1,4 +1,4 @@
-"""How a run ends, and goes on: what errors save, damaged checkpoints, and the same command again."""
+"""Endings of a training run, and its resumption: saves after errors, damaged checkpoints, and a repeated command."""
 
 import gc
 import multiprocessing
@@ -25,7 +25,7 @@ from .test_training import before_step, command, results_of, same, saved_step
 
 
 def signalled_after(step, signum):
-    """A signal that comes while the step after ``step`` - 1 is done."""
+    """Send a signal to the process during step ``step`` of training."""
     return before_step(step - 1, lambda trainer: os.kill(os.getpid(), signum))
 
 
@@ -47,7 +47,7 @@ def test_an_error_saves_the_steps_before_it(run_small, tmp_path, error):
 def test_a_data_worker_that_is_killed_during_a_step_is_named(run_small, tmp_path):
     def kill(trainer):
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        time.sleep(30)  # PyTorch's report interrupts it
+        time.sleep(30)  # PyTorch's report of the dead worker interrupts this
 
     with before_step(3, kill), pytest.raises(ValueError, match=r"a data worker died: .* memory, .*--workers"):
         run_small(workers=2)
@@ -65,7 +65,7 @@ def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
     with mock.patch.object(torch.optim.AdamW, "step", failing), pytest.raises(RuntimeError, match="out of memory"):
         run_small()
     run = RunFolder(tmp_path / "run")
-    assert saved_step(run.path) == 4  # the end of an epoch
+    assert saved_step(run.path) == 4  # the checkpoint from the end of an epoch
     assert f"The last checkpoint is {run.latest}" in log_of(run)
 
 
@@ -85,7 +85,7 @@ with mock.patch("clipfast.checkpoints.of_run.write_checkpoint", write):
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(shards, tmp_path):
-    """It ends what Python's own exit would abort, a thread in the middle of C++ code."""
+    """It ends the process although a thread is in C++ code, where Python's own exit would abort."""
     line = [sys.executable, "-c", WRITES_FOR_EVER, *command(shards, tmp_path, "--workers", "0")]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
@@ -133,13 +133,13 @@ DAMAGE = {
 
 
 class TestDamage:
-    """The newest checkpoint cannot be used."""
+    """Runs are resumed although the newest checkpoint cannot be used."""
 
     @pytest.mark.parametrize("damage", DAMAGE)
     def test_the_one_before_is_taken(self, damage, copied, finished, capsys):
         DAMAGE[damage](copied.latest)
         named = ["latest", "--name", "run", "--logs", copied.path.parent] if damage == "empty" else [copied.path]
-        if damage != "missing":  # a file that is named is never another one
+        if damage != "missing":  # a checkpoint that the user names is never replaced by another one
             code, _, err = run_command(capsys, "train", "--resume", copied.latest)
             assert code == 2
             assert err.strip().endswith(f"the one before is {copied.checkpoints}/step_6.pt")
@@ -168,7 +168,7 @@ class TestDamage:
 
 
 def test_the_same_command_again_goes_on(shards, tmp_path, capsys, monkeypatch):
-    """A scheduler repeats --resume latest; torchrun repeats a command without it, after a failure."""
+    """A scheduler repeats a command with --resume latest. After a failure, torchrun repeats a command without it."""
     arguments = command(shards, tmp_path, "--workers", "0")
     latest = ["--resume", "latest"]
     with signalled_after(5, signal.SIGUSR1):
@@ -183,7 +183,7 @@ def test_the_same_command_again_goes_on(shards, tmp_path, capsys, monkeypatch):
         assert "at step 8 of 24" in run_command(capsys, *arguments)[2]
     code, _, err = run_command(capsys, *arguments, "--resume", tmp_path / "run/checkpoints/step_10.pt")
     assert (code, saved_step(tmp_path / "run")) == (0, 24)
-    assert "at step 11 of 24" in err  # a restart takes the newest
+    assert "at step 11 of 24" in err  # a restart resumes from the newest checkpoint
 
 
 def test_a_name_by_time_would_be_another_one_after_a_restart(shards, tmp_path, capsys, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_file_limit_is_like_a_full_disk(tmp_path):
 
 
 def test_what_a_run_of_its_own_options_leaves(run_small, monkeypatch):
-    """Files have the mode of other files, a warm-up that never ends is told, and pictures need matplotlib."""
+    """Files have the usual mode, a warm-up that never ends is logged, and curves are drawn only with matplotlib."""
     monkeypatch.setitem(sys.modules, "clipfast.evaluate.pictures", None)
     previous = os.umask(0o027)
     try:

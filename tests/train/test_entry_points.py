@@ -1,4 +1,4 @@
-"""OpenCLIP's entry points and methods do here what they do there, on the same weights."""
+"""Entry points and methods that OpenCLIP has give its results on the same weights."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ PRECISIONS = ["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp"]
 
 @pytest.fixture(params=CONFIGS)
 def folder(request, tmp_path) -> str:
-    """A folder that both packages load."""
+    """A folder of a model that OpenCLIP and clipfast load."""
     pytest.importorskip("open_clip")
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
@@ -28,7 +28,7 @@ def folder(request, tmp_path) -> str:
 
 
 def both(folder, **options):
-    """OpenCLIP's model and ours, in evaluation mode."""
+    """OpenCLIP's model and clipfast's, in evaluation mode."""
     open_clip = pytest.importorskip("open_clip")
     return open_clip.create_model(folder, **options).eval(), create_model(folder, **options).eval()
 
@@ -44,13 +44,13 @@ def test_precision(precision, folder):
     for true, own, other in zip(truth[:2], ours(images, texts), theirs(images, texts), strict=False):
         assert own.dtype == other.dtype
         errors = [(value.double() - true).square().mean().sqrt().item() for value in (own, other)]
-        # the rule of this repository: an RMS error of at most twice that of PyTorch's own at the dtype
+        # the rule of this repository: the RMS error is at most twice PyTorch's own error at this dtype
         assert errors[0] <= 2 * errors[1] + 1e-6
     assert ours.encode_image(images.mul(9).to(torch.uint8)).dtype == ours(images, texts)[0].dtype
 
 
 def test_precision_in_training(folder):
-    """Every parameter gets its gradient in its own dtype, near that of OpenCLIP's model."""
+    """Every parameter gets its gradient in its own dtype, close to the gradient in OpenCLIP's model."""
     theirs, ours = both(folder, precision="bf16")
     images, texts = inputs(ours.config)
     for model in (theirs, ours):
@@ -60,7 +60,7 @@ def test_precision_in_training(folder):
     for name, parameter in ours.named_parameters():
         assert parameter.grad.dtype == parameter.dtype, name
         expected = others[name].grad.float()
-        if not name.endswith("k_proj.bias"):  # zero, but for rounding
+        if not name.endswith("k_proj.bias"):  # its gradient is zero, but for rounding
             atol = 0.1 * expected.abs().max().item() + 1e-3
             torch.testing.assert_close(parameter.grad.float(), expected, rtol=0, atol=atol, msg=name)
 
@@ -108,7 +108,7 @@ def test_intermediates(folder):
         options = {"image_indices": indices, "text_indices": indices, "stop_early": stop_early}
         if is_vit:
             compare(images, texts, **options)
-        else:  # OpenCLIP's ResNet pools what the last index gives, and stops early where it is not to
+        else:  # OpenCLIP's ResNet pools the output of the last index, and may stop too early
             if not stop_early:
                 expected = compare(images, texts, **options, intermediates_only=True)
             early = options | {"stop_early": True, "intermediates_only": True}
@@ -161,7 +161,7 @@ def test_locking(unlocked, folder):
     is_vit = isinstance(ours.config.vision.layers, int)
     frozen = []
     for model in (theirs, ours):
-        if is_vit or unlocked == 0:  # OpenCLIP 3.3.0 locks a ResNet as a whole only
+        if is_vit or unlocked == 0:  # OpenCLIP 3.3.0 can lock a ResNet only as a whole
             model.lock_image_tower(unlocked_groups=unlocked)
         model.lock_text_tower(unlocked_layers=unlocked)
         frozen.append({name for name, parameter in model.named_parameters() if not parameter.requires_grad})
@@ -196,7 +196,7 @@ def test_locked_statistics(tmp_path):
 
 
 def _check_checkpoints_of_constant_statistics(model, tmp_path):
-    """Both packages load them into a new model, and clipfast into one that is locked in the same way."""
+    """Both packages load such checkpoints into a new model, and clipfast into a model with the same locks."""
     open_clip = pytest.importorskip("open_clip")
     images, texts = inputs(model.config)
     save_own(model, tmp_path / "own.pt")
@@ -248,13 +248,13 @@ def test_arguments_that_change_nothing(tmp_path):
                "force_naflex_vision": False, "pretrained_audio_path": None, "audio_aug_cfg": None}  # fmt: skip
     torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
     model = create_model_from_pretrained("ViT-T-8-32", tmp_path / "w.pt", return_transform=False, **options)
-    create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # OpenCLIP's defaults
+    create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # these are OpenCLIP's defaults
     assert isinstance(model, clipfast.CLIP)
     assert not model.training
 
 
 def test_weights_bring_the_preparation_of_their_images(tmp_path):
-    """Whatever names the model, its images are prepared as the checkpoint of the weights says."""
+    """The checkpoint of the weights determines the image preprocessing, no matter how the model is named."""
     pytest.importorskip("safetensors")
     model = create_model("ViT-T-8-32", force_preprocess_cfg={"mean": 0.5, "resize_mode": "squash"})
     prepared = model.visual.preprocess_cfg
@@ -269,7 +269,7 @@ def test_weights_bring_the_preparation_of_their_images(tmp_path):
     for file in ("own.pt", "same/open_clip_model.safetensors"):
         for name in ("ViT-T-8-32", f"local-dir:{tmp_path}/other"):
             assert create_model(name, tmp_path / file).visual.preprocess_cfg == prepared, (file, name)
-    # a file that says nothing leaves what the name says
+    # a file without preprocessing keeps the preprocessing of the name
     for name, mean in (("ViT-T-8-32", CLIP_MEAN), (f"local-dir:{tmp_path}/same", (0.5, 0.5, 0.5))):
         assert create_model(name, tmp_path / "bare.pt").visual.image_mean == mean
 
@@ -282,5 +282,5 @@ def test_weights_that_are_replaced_need_not_be_there(tmp_path):
     assert torch.equal(other.visual.proj, model.visual.proj)
     with pytest.raises(ValueError, match="holds no weights"):
         create_model(f"local-dir:{tmp_path}")
-    with pytest.raises(ValueError, match="no checkpoint at none: there is no such file"):  # before anything is read
+    with pytest.raises(ValueError, match="no checkpoint at none: there is no such file"):  # before any read
         create_model("hf-hub:org/none", "none")

@@ -1,4 +1,4 @@
-"""How long a run is: epochs that need not be whole numbers of batches, and a budget of pairs in their place."""
+"""The length of a training run: epochs that need not be whole numbers of batches, or a budget of pairs."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_every_step_is_in_one_epoch(num_samples, batch_size, samples_seen):
         assert epochs.after(epoch.stop - 1) == epoch
         step = epoch.stop
         ends.append(step)
-        # an epoch ends with the batch that brings its last pair, and not before
+        # an epoch ends with the batch that contains its last pair, and not before
         whole = (epoch.number + 1) * num_samples
         assert epochs.ends_with(step) == (step * batch_size >= whole)
         assert epochs.ends_with(step) or step == epochs.total_steps
@@ -40,7 +40,7 @@ def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_
     lines = [line for line in folder.metrics() if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[-1]["lr"] == cosine_lr(5, 1e-3, 2, 6)
-    # epoch_1.pt is the one epoch that was finished
+    # epoch_1.pt is from the only finished epoch
     steps = {path.name: steps_of(path) for path in folder.checkpoints.glob("*.pt")}
     assert steps == {"epoch_1.pt": 4, "step_4.pt": 4, "step_6.pt": 6, "epoch_latest.pt": 6}
     assert "Train Epoch: 1 [16/16 (100%)]" in (folder.path / "out.log").read_text()
@@ -52,7 +52,7 @@ def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_
     assert main(["train", "--resume", str(folder.path), "--samples-seen", "72"]) == 0
     assert "--samples-seen 43 -> 72" in capsys.readouterr().err
     assert (results_of(folder.path)["steps"], results_of(folder.path)["samples_seen"]) == (9, 72)
-    # --epochs takes the place of a budget, and a budget that of --epochs
+    # --epochs replaces a budget, and a budget replaces --epochs
     for flag, value, step in (("--epochs", "3", 12), ("--samples-seen", "112", 14)):
         assert main(["train", "--resume", str(folder.path), flag, value]) == 0
         assert steps_of(folder.latest) == step

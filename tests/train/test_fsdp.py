@@ -1,4 +1,4 @@
-"""FSDP2: what one process does, on ranks that hold a part of the weights each."""
+"""FSDP2: ranks that each hold a shard of the weights give the results of one process."""
 
 import functools
 import json
@@ -29,11 +29,12 @@ from .test_training import losses, results_of, saved_step
 
 processes.PRELOAD.append("clipfast.train.trainer")
 
-# No size is a multiple of 3, and of SigLIP's positions and query some ranks have nothing: their first dimension is 1.
+# No size is a multiple of 3. Some ranks have an empty shard of SigLIP's positions and query, whose first dimension is
+# 1.
 SIGLIP = SigLIPConfig(16, VisionConfig(24, 2, 16, 8, 2.0, 8), TextConfig(12, 300, 8, 1, 2)).to_dict()
 RESNET = CLIP | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 8}}
 MODELS = {"clip": CLIP, "siglip": SIGLIP, "resnet": RESNET}
-# Options of 12 steps of 12 pairs, by the name of the run.
+# Options of runs of 12 steps of 12 pairs, by the name of the run.
 CASES = {
     "many": {
         "force_patch_dropout": 0.5, "grad_checkpointing": True, "grad_clip_norm": 0.5, "micro_batch_size": 3,
@@ -52,7 +53,7 @@ ONLY_FSDP = ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu")
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A function that returns the options of a case, with changes, for a run in a folder."""
+    """A function that returns a run's options for a case, with changes."""
     made = tmp_path_factory.mktemp("made")
     for name, content in MODELS.items():
         (made / f"{name}.json").write_text(json.dumps(content))
@@ -73,7 +74,7 @@ def options(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(options, tmp_path_factory):
-    """The folders of runs by one process."""
+    """The folders of training runs on one process."""
     logs = tmp_path_factory.mktemp("one")
     for case in CASES:
         assert trained(ALONE, options(logs, case)) is None
@@ -83,7 +84,7 @@ def one(options, tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.parametrize(("size", "cases"), [(2, ["locked", "offloaded"]), (3, ["many", "siglip"])])
 def test_the_curve_and_the_evaluation_of_one_process(size, cases, one, options, together, tmp_path):
-    """Some of three ranks have nothing of a weight; of five blocks of images, no two of them have as many."""
+    """Some of the three ranks have an empty shard of a weight, and the five blocks of images are divided unevenly."""
     assert together(size, *((options(tmp_path, case),) for case in cases)) == [[None] * len(cases)] * size
     assert len(losses(one["many"])) == 12
     for case in cases:
@@ -96,7 +97,7 @@ def test_the_curve_and_the_evaluation_of_one_process(size, cases, one, options, 
 
 @pytest.mark.long
 def test_ranks_and_kind_change_within_an_epoch(one, options, together, tmp_path):
-    """More ranks, and DDP after FSDP."""
+    """A resumed run has more ranks, or uses DDP after FSDP."""
     sessions = [(2, True), (3, True), (2, False)]
     for number, (size, fsdp) in enumerate(sessions):
         given = options(tmp_path, "many", save_every=3, ema_decay=None, fsdp=fsdp)
@@ -107,14 +108,14 @@ def test_ranks_and_kind_change_within_an_epoch(one, options, together, tmp_path)
 
 
 def on_ranks(rank, size, work, *args):
-    """Return what ``work`` returns in a group of ranks."""
+    """Run ``work`` in a group of ranks, and return its result."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     with joined("cpu", 30) as world:
         return work(world, *args)
 
 
 def in_parts(world, kind, **options):
-    """A model that is cut if there are several ranks, and a batch: the same ones on every rank."""
+    """Return a model, sharded if there are several ranks, and a batch; both are equal on all ranks."""
     torch.manual_seed(0)
     model = build(CLIPConfig.from_dict(MODELS[kind]))
     size = model.visual.image_size
@@ -133,10 +134,10 @@ def objective(model, images, texts):
 
 
 def clipped(world, kind):
-    """Gradients before and after they are clipped, and the norm, for each of the factors."""
+    """Return the gradients before and after clipping, and their norm, for each of the factors."""
     model, images, texts = in_parts(world, kind)
     guard = Guard(model, torch.optim.SGD(model.parameters(), 0.1), 0.25)
-    share = 1 + (world.rank - (world.size - 1) / 2) / 2  # every rank has another gradient, and their mean is the same
+    share = 1 + (world.rank - (world.size - 1) / 2) / 2  # the ranks' gradients differ; their mean is fixed
     found = []
     for factor in FACTORS:
         model.zero_grad()
@@ -155,7 +156,7 @@ FACTORS = [1.0, 1e25, 1e-9, float("nan")]
 
 
 def each(world, work, arguments):
-    """Return what ``work`` returns for each of several arguments, in one group of ranks."""
+    """Run ``work`` on each of several arguments in one group of ranks, and return the results."""
     return [work(world, *one) for one in arguments]
 
 
@@ -176,7 +177,7 @@ def test_gradients_are_clipped_by_the_norm_of_all_parts(tmp_path):
 
 
 def optimized(world, opt):
-    """Weights after a few steps."""
+    """Return the weights after a few steps."""
     model, images, texts = in_parts(world, "clip")
     momentum = {"momentum": 0.5} if opt in ("sgd", "rmsprop") else {}
     optimizer = make_optimizer(TrainConfig(**TRAINED, opt=opt, lr=1e-2, **momentum), model)
@@ -203,12 +204,12 @@ FULL, SELECTIVE, COMPILED = ({name: True} for name in ("grad_checkpointing", "se
 KEPT, OFFLOADED = {"fsdp_no_reshard_after_forward": True}, {"fsdp_offload_cpu": True}
 EAGER = [{}, FULL, SELECTIVE, KEPT | FULL, OFFLOADED | SELECTIVE]
 ALL_COMPILED = [COMPILED, COMPILED | FULL, COMPILED | SELECTIVE | KEPT]
-SIZES = (12, 2, 2)  # of the micro-batches of each step
+SIZES = (12, 2, 2)  # sizes of the micro-batches
 TOLERANCES = {"fp32": 1e-5, "amp_bf16": 1e-2, "pure_bf16": 2e-2}
 
 
 def stepped(world, model, precision, sizes, combination):
-    """Losses of a step for each size of micro-batches, and the weights after them."""
+    """Return the losses of a step for each size of micro-batches, and the weights after these steps."""
     torch.compiler.reset()
     config = TrainConfig(
         **TRAINED, **combination, model=model, precision=precision, torchcompile_backend="aot_eager", lr=1e-3,
@@ -229,7 +230,7 @@ def stepped(world, model, precision, sizes, combination):
     for micro_batch_size in sizes:
         step.micro_batch_size = min(micro_batch_size, 12 // world.size)
         torch.manual_seed(len(found))
-        torch.rand(mine.start, 16)  # patches are drawn for each pair
+        torch.rand(mine.start, 16)  # draw the random numbers of the pairs of earlier ranks
         loss = step(images[mine], texts[mine])
         found.append(world.mean(loss).item())
     return found, gather_full(model.state_dict(), keep=True)
@@ -240,12 +241,12 @@ def stepped(world, model, precision, sizes, combination):
     ("precision", "combinations", "sizes"),
     [
         *((precision, EAGER, SIZES) for precision in TOLERANCES),
-        ("amp_bf16", ALL_COMPILED[2:], (2,)),  # each size is compiled anew, which takes seconds
+        ("amp_bf16", ALL_COMPILED[2:], (2,)),  # each size is compiled again, which takes seconds
         *(pytest.param(precision, ALL_COMPILED, SIZES, marks=pytest.mark.slow) for precision in TOLERANCES),
     ],
 )
 def test_combinations(precision, combinations, sizes, options, tmp_path):
-    """The table in docs/fsdp.md."""
+    """Try the combinations of options in the table of docs/fsdp.md."""
     tolerance = TOLERANCES[precision]
     model = options(tmp_path, "many")["model"]
     expected, weights = stepped(ALONE, model, precision, sizes, {})
@@ -256,7 +257,7 @@ def test_combinations(precision, combinations, sizes, options, tmp_path):
             assert found == pytest.approx(expected, rel=tolerance), combination
             for name, value in weights.items():
                 assert mine[name].dtype == value.dtype
-                if precision == "fp32" or value.ndim > 1:  # Adam moves a bias of 0 by the sign of what may be noise
+                if precision == "fp32" or value.ndim > 1:  # Adam moves a bias of 0 by its gradient's sign, maybe noise
                     assert (mine[name] - value).norm() <= tolerance * value.norm() + 1e-6, (name, combination)
 
 

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: no rank takes them, and the run says which pairs they had."""
+"""Steps whose loss or gradient is not finite: all ranks skip them, and the run records their pairs."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ RESNET = {
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "patch_size": None, "head_width": 32},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
 }
-# Options of ten steps of 12 pairs, by the name of the run.
+# Options of runs of ten steps of 12 pairs, by the name of the run.
 CASES = {
     "plain": {"ema_decay": 0.9, "grad_clip_norm": 0.5},
     "micro": {"micro_batch_size": 2, "opt": "adam"},
@@ -45,13 +45,13 @@ CASES = {
     "resnet": {"ema_decay": 0.9, "grad_checkpointing": True},
     "resnet-micro": {"micro_batch_size": 2, "opt": "muon"},
 }
-STRIKES = {3: "gradient", 6: "loss"}  # steps that are to be skipped, from 0
+STRIKES = {3: "gradient", 6: "loss"}  # the steps to skip, counted from 0
 STEP = 3
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A function that returns the options of a case, with changes, for a run in a folder."""
+    """A function that returns a run's options for a case, with changes."""
     made = tmp_path_factory.mktemp("made")
     write_shard(made / "a.tar", [sample(index, png=picture(index)) for index in range(70)])
     (made / "resnet.json").write_text(json.dumps(RESNET))
@@ -70,7 +70,7 @@ def options(tmp_path_factory):
 
 @contextlib.contextmanager
 def struck(rank, what, victim):
-    """Ruin what ``what`` names by its step, on one rank: a "gradient", the "loss" alone; or leave out "all"."""
+    """Make the gradient or the loss of some steps NaN on one rank, as ``what`` says by step; "all" leaves steps out."""
     backward, original = TrainingStep.backward, Trainer._train_step
     trainers = []
 
@@ -105,7 +105,7 @@ ONE = torch.tensor([1])
 
 
 def run(world, given, strike, resume=False):
-    """Train with a strike; return the error that ended it, or None."""
+    """Train with ruined steps; return the error that ended training, or None."""
     with mock.patch("clipfast.train.loop._pictures", return_value=[]), struck(world.rank, *strike):
         try:
             train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)
@@ -116,7 +116,7 @@ def run(world, given, strike, resume=False):
 
 @pytest.fixture
 def together(tmp_path):
-    """A function that does jobs on so many ranks."""
+    """A function that runs training jobs on a group of ranks."""
 
     def do(size, *jobs):
         if size == 1:
@@ -127,7 +127,7 @@ def together(tmp_path):
 
 
 def everything(folder):
-    """Return all tensors of the latest checkpoint, flat."""
+    """Return all tensors of the latest checkpoint as a flat list."""
     return {key: value for key, value in (weights(folder.path) | averages(folder)).items() if value is not None}
 
 
@@ -136,14 +136,14 @@ def skips(folder):
 
 
 def assert_equal(folder, expected):
-    """The latest checkpoints of two runs are equal to the last bit."""
+    """Assert that the latest checkpoints of two runs are bit-equal."""
     ours, theirs = everything(folder), everything(expected)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
 
 
 def assert_as_without(folder, expected):
-    """The run is, to the last bit, one that left the steps out."""
+    """Assert that the run is bit-equal to a run without the skipped steps."""
     assert_equal(folder, expected)
     assert losses(folder) == losses(expected)
     assert len(losses(folder)) == 10 - len(STRIKES)
@@ -207,7 +207,7 @@ def test_too_many_in_a_row_stop_all_ranks(options, together, tmp_path):
     assert found[1] == found[0]
     folder = folder_of(given)
     assert re.search(f"the last 3 steps changed nothing, .* --max-.*{folder.nonfinite_path}", first)
-    # it was saved after step 7, and goes on there: the count of those in a row, too
+    # it was saved after step 7 and is resumed there, with the count of skipped steps in a row
     assert second.startswith("the last 4 steps changed nothing")
     assert third is None
     assert [line["step"] for line in skips(folder)] == [2, 3, 5, 6, 7, 8]
@@ -225,13 +225,13 @@ def test_the_host_waits_for_the_verdict_if_it_has_the_weights(device, waits):
 
 
 def on_gpu(*values):
-    """A tensor whose device says later what is in it."""
+    """Return a stand-in for a GPU's verdict, whose value is known only later."""
     held = torch.tensor(values)
     return mock.Mock(is_cuda=True, to=lambda *_, **__: held, clone=lambda: held)
 
 
 def test_a_run_that_was_stopped_can_go_on_on_a_gpu(tmp_path):
-    """There the verdict on the first step is not known yet when that is finished."""
+    """On a GPU, the verdict on the first step is not known yet when the step is finished."""
     guard, data = mock.Mock(figures=on_gpu(1.0, 2.0, 0.0, 14.0), norms=on_gpu(2.0), names=["w"]), mock.Mock()
     data.names.return_value = []
     progress = Progress(step=8, skipped_steps=3, skipped_in_a_row=3)

@@ -1,4 +1,4 @@
-"""Locked towers in training: bit-equal afterwards, without optimizer state, with everything that changes a step."""
+"""Locked towers in training: they stay bit-equal and have no optimizer state, with every option that changes a step."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ TEXT = ("token_embedding", "positional_embedding", *BLOCKS, "ln_final", "text_pr
 
 
 def run_from_weights(shards, folder, raw, **options):
-    """Train from weights in a file; return them, the run, and the weights that it ended with."""
+    """Train from weights in a file; return these weights, the run, and its final weights."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
     model = build(CLIPConfig.from_dict(raw))
@@ -82,7 +82,7 @@ def test_batch_norm_of_a_locked_tower(shards, tmp_path, freeze):
     assert {name for name in statistics if not torch.equal(before[name], averages(whole)[name])} == changed & statistics
     exported = create_model(f"local-dir:{whole.path}").state_dict()
     assert all(torch.equal(exported[name], averages(whole)[name]) for name in statistics)
-    # a run goes on from BatchNorm of either kind
+    # a run can be resumed with BatchNorm of either kind
     files = {"model": str(tmp_path / "whole" / "small.json"), "pretrained": str(tmp_path / "whole" / "start.pt")}
     part = config(shards, tmp_path, **({"workers": 0, "wd": 0.5, "epochs": 1, "save_every": 1} | files | options))
     with stopped_after(2):
@@ -94,7 +94,7 @@ def test_batch_norm_of_a_locked_tower(shards, tmp_path, freeze):
 
 def test_batch_norm_that_is_frozen_has_the_precision_of_its_tower(shards, tmp_path):
     options = {"lock_image": True, "lock_image_freeze_bn_stats": True, "precision": "pure_bf16"}
-    model, run, checkpoint = run_from_weights(shards, tmp_path, RESNET, **options)  # after the pre-flight, on "meta"
+    model, run, checkpoint = run_from_weights(shards, tmp_path, RESNET, **options)  # preflight runs on "meta"
     assert all(torch.isfinite(torch.tensor(losses(run))))
     after = checkpoint["state_dict"]
     mean = "visual.bn1.running_mean"

@@ -1,4 +1,4 @@
-"""What a run says of itself: log lines and scalars by OpenCLIP's names, and the meters behind them."""
+"""The log of a run: lines and scalars by OpenCLIP's names, and the meters behind them."""
 
 import dataclasses
 import re
@@ -24,7 +24,7 @@ from ..processes import run_ranks
 from .distributed import empty, on_rank
 from .test_endings import log_of
 
-# A line of OpenCLIP's trainer, as its format string stands in open_clip_train/train.py.
+# A log line of OpenCLIP's trainer, from the format string in open_clip_train/train.py.
 NUMBER = r"[-+.\de]+"
 OPENCLIP = re.compile(
     rf"Train Epoch: (?P<epoch>\d+) \[ *(?P<samples>\d+)/(?P<total>\d+) \((?P<percent>\d+)%\)\] "
@@ -39,7 +39,7 @@ SCALARS = {
 
 
 def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All points in TensorBoard's files of a folder, by name, as TensorBoard shows them."""
+    """Return all points in TensorBoard's files of a folder, by name, as TensorBoard shows them."""
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulators.EventAccumulator(str(folder), {accumulators.SCALARS: 0}).Reload()
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
@@ -77,11 +77,11 @@ def test_evaluations_have_openclips_names(finished):
     text = log_of(finished)
     assert f"Eval Epoch: 2 zeroshot-val-top1: {results[1]['zeroshot-val-top1']:.4f}\t" in text
     assert f"\tclip_val_loss: {results[1]['clip_val_loss']:.4f}\t" in text
-    assert "odd-top1" not in text  # groups can be many
+    assert "odd-top1" not in text  # there may be many groups
 
 
 def assert_shown(folder):
-    """TensorBoard has what the metrics have, on OpenCLIP's axes, each point once."""
+    """Assert that TensorBoard shows all points of the metrics once, on OpenCLIP's axes."""
     found = read_back(folder.path / "tensorboard")
     assert {f"train/{name}" for name in SCALARS} <= set(found)
     for name, key in (("loss", "loss"), ("contrastive_loss", "loss"), ("samples_per_second", "pairs_per_second")):
@@ -95,7 +95,7 @@ def assert_shown(folder):
 
 
 def test_tensorboard_has_what_the_metrics_have(finished, copied):
-    """Also where a run goes on from before an evaluation, and after a kill that TensorBoard lost everything by."""
+    """This also holds for a run resumed from before an evaluation, and after a kill that lost TensorBoard's data."""
     assert_shown(finished)
     for path in (copied.path / "tensorboard").iterdir():
         path.unlink()
@@ -119,7 +119,7 @@ def test_a_run_without_tensorboard_or_space_for_it_says_so_once(run_small, monke
 
 
 def fake_wandb(key="key"):
-    """As much of wandb as a run needs, which knows what it was given."""
+    """A stand-in for wandb, which records its arguments."""
     return mock.Mock(**{"api.api_key": key})
 
 
@@ -162,12 +162,12 @@ def test_flops_are_three_forward_passes_and_the_loss(name):
 
     forward, embed_dim = forward_flops(name, published=False)
     expected = 64 * 3 * forward + 6 * 64**2 * embed_dim
-    # pixels need no gradient, so the first product has one backward product and not two
+    # pixels need no gradient, so the first matrix product has one backward product, not two
     assert training_flops(create_model(name, device="meta"), 64) == pytest.approx(expected, rel=0.03)
 
 
 def fake_nvml(reasons=0, error=None):
-    """As much of NVML as the meters ask, for one GPU; it can fail as drivers do."""
+    """Return a stand-in for NVML with one GPU, for the meters; it can fail as drivers do."""
     return mock.Mock(**{
         "NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "nvmlInit.side_effect": error,
         "nvmlDeviceGetCurrentClocksEventReasons.return_value": reasons,
@@ -178,7 +178,7 @@ def fake_nvml(reasons=0, error=None):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Meters of a GPU that is not there: the second of an H100 machine, which CUDA_VISIBLE_DEVICES shows first."""
+    """Make a fake GPU for the meters: the second of an H100 machine, the first in CUDA_VISIBLE_DEVICES."""
     for name, value in {
         "get_device_name": f"NVIDIA {CARDS['h100'].name}", "get_device_properties": mock.Mock(uuid="1234-second"),
         "max_memory_allocated": 31_400_000_000, "max_memory_reserved": 40_000_000_000,
@@ -193,7 +193,7 @@ def gpu(monkeypatch):
 
 
 def test_a_gpu_is_found_by_its_uuid_and_told_once_to_be_slow(gpu, caplog):
-    nvml = fake_nvml(reasons=0x4 | 0x20 | 0x80)  # the power cap, which is normal under load, heat, and power brake
+    nvml = fake_nvml(reasons=0x4 | 0x20 | 0x80)  # power cap (normal under load), heat, and power brake
     meters = gpu(nvml)
     found = [meters.read(0.5) for _ in range(3)][-1]
     nvml.nvmlDeviceGetHandleByUUID.assert_called_with("GPU-1234-second")
@@ -231,7 +231,7 @@ def test_a_cpu_has_no_peak_and_no_nvml():
 
 
 def trained_slowly(rank, size, given):
-    """Train on several ranks, of which rank 1 has the last of its gradients half a second later."""
+    """Train on several ranks, where the last gradient of rank 1 is half a second late."""
     original = Trainer.__init__
 
     def slowed(trainer, *args):
@@ -249,6 +249,6 @@ def test_the_wait_for_gradients_of_a_slow_rank_is_communication(small, tmp_path)
     run_ranks(trained_slowly, 2, 2, given, folder=empty(tmp_path))
     folder = RunFolder(tmp_path / "run")
     lines = lines_with(folder, "communication")
-    assert len(lines) > 3  # PyTorch does not look at the first steps
+    assert len(lines) > 3  # PyTorch does not measure the first steps
     assert statistics.median(line["communication"] * line["batch_time"] for line in lines) > 0.25
     assert re.search(r" Comm: \d+\.\d% Data-wait: ", log_of(folder))

@@ -1,4 +1,4 @@
-"""OpenCLIP's training commands: each of its flags, what the flags change, and commands from its documentation."""
+"""OpenCLIP's training commands: each of its flags, their effects, and commands from its documentation."""
 
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ from .test_recipes import rows
 from .test_training import losses, saved_step
 
 CPU = torch.device("cpu")
-# Flags that take a value, each with one and with the other flags that it needs. All others are switches.
+# Flags that take a value, each with a value and with the other flags that it needs. All other flags are switches.
 TYPED = """
 --train-data c.tar
 --train-data-upsampling-factors 1::2 --train-data a.tar::b.tar
@@ -126,11 +126,11 @@ TYPED = """
 --lock-image-freeze-bn-stats --lock-image
 """
 TRIED = {line.split()[0]: line.split() for line in TYPED.strip().splitlines()}
-OPTION = {  # of another name than the flag
+OPTION = {  # options whose name differs from the flag
     "--csv-img-key": "--image-key", "--csv-caption-key": "--text-key", "--no-set-device-rank": "--set-device-rank",
 }  # fmt: skip
-OUTSIDE = {"--resume", "--debug"}  # options of the command and not of the run, which other tests try
-GONE = {"--horovod", "--torchscript", "--trace"}  # from OpenCLIP 3.3.0 on
+OUTSIDE = {"--resume", "--debug"}  # options of the command and not of the run, which have tests elsewhere
+GONE = {"--horovod", "--torchscript", "--trace"}  # flags that OpenCLIP has dropped since 3.3.0
 PLAIN = ["--train-data", "shards.tar", "--model", TINY]
 
 
@@ -155,7 +155,7 @@ def their_options() -> dict[str, argparse.Action]:
 
 
 def numbers(text: str) -> list[float] | str:
-    """The numbers that a text stands for, or the text. Of several below 1, only the ratio counts."""
+    """Parse a text as numbers, or return the text. Of several numbers below 1, only the ratio counts."""
     try:
         found = [float(part) for part in re.split("::| ", text)]
     except ValueError:
@@ -166,7 +166,7 @@ def numbers(text: str) -> list[float] | str:
 class TestFlags:
     @pytest.fixture
     def printed(self, capsys):
-        """A function that returns the options which ``clipfast train`` prints for the words of a command."""
+        """A function that returns the options that ``clipfast train`` prints for the words of a command."""
 
         def print_options(*words):
             code, out, err = run_command(capsys, "train", *PLAIN, *words, "--print-config")
@@ -255,15 +255,16 @@ class TestFlags:
         assert re.search(message, err)
 
     def test_the_defaults_of_theirs_are_a_recipe(self):
-        """A flag that is left out means something else here, unless the recipe says it."""
+        """An omitted flag has another default in clipfast, unless the recipe sets it."""
         recipe = read_recipe("openclip-defaults")
         ours = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
         theirs = their_options()
         assert len(set(theirs) & set(FLAGS)) > 60
-        # None, False and '' there stand for what is not asked for, or for values that both take from the paper.
+        # In OpenCLIP, None, False and '' stand for unused options, or for values that both packages take from the
+        # paper.
         same = {"--logs", "--csv-separator", "--csv-img-key", "--csv-caption-key", "--device"}
         if "OPEN_CLIP_SOURCE" not in os.environ:
-            same |= {"--precision"}  # which main has changed
+            same |= {"--precision"}  # OpenCLIP's main branch has changed this default
         for flag, action in theirs.items():
             is_ours = flag in FLAGS and FLAGS[flag].how == "same"
             if is_ours and flag not in same and action.default:
@@ -294,14 +295,14 @@ def refused(config, tmp_path):
 
 @pytest.fixture
 def one_prompt(monkeypatch):
-    """One prompt in place of 80."""
+    """Use one prompt per class in place of 80."""
     monkeypatch.setattr("clipfast.evaluate.imagenet.OPENAI_IMAGENET_TEMPLATES", ("{}",))
     monkeypatch.setattr(zero_shot, "TEMPLATES", zero_shot.TEMPLATES | {"openai": ("{}",)})
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Small data in the place of each path of a command."""
+    """Small data for each path in a command."""
     folder = tmp_path_factory.mktemp("data")
     write_shard(folder / "00000.tar", [sample(index) for index in range(24)])
     write_shard(folder / "00001.tar", [sample(index, png=picture(100 + index)) for index in range(24)])
@@ -310,7 +311,7 @@ def places(tmp_path_factory):
         (folder / f"{index}.png").write_bytes(picture(index))
         pairs.append(f"{folder}/{index}.png\ta {COLOURS[index % 8]} thing {index}")
     (folder / "pairs.csv").write_text("\n".join(pairs) + "\n")
-    for number in range(1000):  # images of ImageNet, which are all alike
+    for number in range(1000):  # images of ImageNet, which are all equal
         (folder / "val" / f"n{number:08d}").mkdir(parents=True)
         (folder / "val" / f"n{number:08d}" / "1.png").symlink_to(folder / "0.png")
     torch.save(bare_model(TrainConfig("x.tar", model=TINY), {}, CPU).state_dict(), folder / "weights.pt")
@@ -365,7 +366,7 @@ class TestModel:
 class TestData:
     @pytest.fixture
     def transform(self, config):
-        """A function that returns what a run does with an image."""
+        """A function that returns the image transform of a run."""
 
         def of_run(**changes):
             options = config(**changes)
@@ -416,7 +417,7 @@ class TestProcesses:
             _places(slurm)
 
     def test_one_process_alone(self):
-        assert _places({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == (0, 1, 0, 1)  # of a batch script, without srun
+        assert _places({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == (0, 1, 0, 1)  # a batch script without srun
 
     def test_a_log_for_each_machine(self, tmp_path):
         for rank, local_rank in ((0, 0), (2, 0), (3, 1)):
@@ -436,7 +437,7 @@ class TestEvaluation:
         lines = [line for line in run.metrics() if "imagenet" in line]
         assert [line["step"] for line in lines] == [8, 12]  # after the second epoch, and after the last one
         assert [line["step"] for line in run.metrics() if "eval" in line] == [12]
-        # All images are equal, so that one class is the best for all of them, and five are among the best.
+        # All images are equal, so one class is the best for all of them, and five classes are in the top five.
         expected = {"imagenet-zeroshot-val-top1": 0.001, "imagenet-zeroshot-val-top5": 0.005}
         assert lines[-1]["imagenet"] == expected
         assert expected.items() <= json.loads((run.path / "results.json").read_text()).items()
@@ -472,7 +473,7 @@ class TestEvaluation:
 class TestDistillation:
     @pytest.fixture
     def teacher(self, tmp_path, config):
-        """Options of a run with a teacher of the same shape and other weights."""
+        """Return options of a run with a teacher of the same shape and other weights."""
         torch.manual_seed(7)
         torch.save(bare_model(config(), {}, CPU).state_dict(), tmp_path / "teacher.pt")
         return {"distill_model": TINY, "distill_pretrained": str(tmp_path / "teacher.pt")}
@@ -500,7 +501,7 @@ class TestDistillation:
         runs = {"plain": {}, "distilled": teacher, "in parts": teacher | {"micro_batch_size": 3}}
         found = {name: losses(train(config(name=name, **given))[0]) for name, given in runs.items()}
         assert found["distilled"] == pytest.approx(found["in parts"], rel=1e-5)
-        # The logits of the teacher say next to nothing, so that their cross-entropy is that of a guess among 8 pairs.
+        # The logits of the teacher are almost uniform, so their cross-entropy is that of a guess among 8 pairs.
         assert found["distilled"][0] - found["plain"][0] == pytest.approx(math.log(8), abs=0.5)
 
     @pytest.mark.parametrize(
@@ -518,8 +519,8 @@ class TestDistillation:
         refused(message, **teacher | changes)
 
 
-# Commands of OpenCLIP's README, its docs/script_examples and its tests, below a name and the error of those that are
-# refused. Paths stand for small data.
+# Commands of OpenCLIP's README, its docs/script_examples and its tests. Each is below its name and, if it is refused,
+# the error. Paths are replaced by small data.
 DOCUMENTED = """
 sample
 --save-frequency 1 --zeroshot-frequency 1 --report-to tensorboard --train-data=TABLE --val-data=TABLE
@@ -640,7 +641,7 @@ SHARED = {
     "SYNTHETIC": "--save-frequency 1 --zeroshot-frequency 1 --dataset-type synthetic --train-num-samples 16 "
     "--warmup 1 --batch-size 4 --lr 1e-3 --wd 0.1 --epochs 1 --workers 2",
 }
-WORDS, ERRORS = {}, {}  # of the commands, by their names
+WORDS, ERRORS = {}, {}  # words and errors of the commands by name
 for paragraph in DOCUMENTED.strip().split("\n\n"):
     title, typed = paragraph.split("\n", 1)
     name, _, ERRORS[name] = title.partition(": ")
@@ -649,10 +650,10 @@ for paragraph in DOCUMENTED.strip().split("\n\n"):
         part for word in shlex.split(typed) for part in (word.split("=", 1) if word.startswith("--") else [word])
     ]
 VALID = [name for name, error in ERRORS.items() if not error]
-# Those that are run, because each of them does something else; the last two with another model.
+# The commands that are run, because each of them tests something else; the last two are run with another model.
 RUNS = ("sample", "resume", "laion-5b", "synthetic unlocked")
 OTHER_MODEL = ("roberta", "i257 t32 finetune")
-# Values of flags for two steps in no time; of these models the size is no matter.
+# Values of flags for two very short steps; the size of these models does not matter.
 NEEDED = {
     "--model": TINY, "--batch-size": "8", "--epochs": "1", "--train-num-samples": "16", "--warmup": "1",
     "--workers": "0",
@@ -664,12 +665,12 @@ SMALLER = NEEDED | {
 
 
 def located(words, places):
-    """The words with small data in the place of each path."""
+    """Replace the paths in the words of a command by small data."""
     return [re.sub("|".join(places), lambda found: places[found[0]], word) for word in words]
 
 
 def smaller(words, places):
-    """The words of a command for two steps of a small model, or for two more."""
+    """Change the words of a command to two steps of a small model, or to two further steps."""
     found = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     if "CHECKPOINT" in words:
         return located([*found, "--epochs", "2"], places)
@@ -680,7 +681,7 @@ def smaller(words, places):
 
 
 def passes_of(words):
-    """The passes of a step."""
+    """Return the passes of a training step."""
     return int(words[words.index("--accum-freq") + 1]) if "--accum-freq" in words else 1
 
 
@@ -727,7 +728,7 @@ class TestCommands:
 
     @pytest.mark.parametrize("name", [name for name in WORDS if ERRORS[name]])
     def test_a_command_that_does_not_run_says_why(self, name, places, run, tmp_path):
-        words = ["tensorboard" if word == "wandb" else word for word in WORDS[name]]  # which is not everywhere
+        words = ["tensorboard" if word == "wandb" else word for word in WORDS[name]]  # wandb may be missing
         code, _, err = run(*located(words, places))
         assert code == 2
         assert ERRORS[name] in err

@@ -1,4 +1,4 @@
-"""The optimizer of a run: its class and arguments, its groups with their rates and decays, and how a run goes on."""
+"""The optimizer of a run: its class and arguments, its groups with learning rates and decays, and resumed runs."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from .test_training import losses, same, whole_and_resumed
 
 
 class Half(torch.optim.SGD):
-    """An optimizer that another package could have."""
+    """An optimizer like one of another package."""
 
     def __init__(self, params, lr=1.0, betas=(0.5, 0.6), weight_decay=0.0, **others):
         super().__init__(params, lr=lr / 2, weight_decay=weight_decay, **others)
@@ -24,14 +24,14 @@ class Half(torch.optim.SGD):
 
 
 class Passing(torch.optim.AdamW):
-    """One that passes on what it is given."""
+    """An optimizer that passes its arguments on."""
 
     def __init__(self, params, lr=1e-3, **others):
         super().__init__(params, lr, **others)
 
 
 class Reading(torch.optim.SGD):
-    """One that needs the values of the weights, and takes no scale beyond 1."""
+    """An optimizer whose constructor reads the weights, and takes no scale beyond 1."""
 
     def __init__(self, params, lr=1.0, weight_decay=0.0, scale=1.0):
         super().__init__(params, lr=lr, weight_decay=weight_decay)
@@ -145,7 +145,7 @@ def test_one_that_reads_the_weights_is_made_where_they_are(model):
 
 
 def by_name(model, optimizer, key):
-    """What the groups of an optimizer say, by the name of the parameter."""
+    """Return the settings of the optimizer's groups by the name of the parameter."""
     return {name: group[key] for group in optimizer.param_groups for name in names_of(model, group)}
 
 
@@ -159,7 +159,7 @@ def test_weight_decay_leaves_out_what_patterns_name(model):
         assert "lr_scale" not in optimizer.param_groups[0]
 
 
-# By the beginning of a name: how many layers lie between it and the output of its tower.
+# For the beginning of a parameter's name: the number of layers between it and the output of its tower.
 VIT = {
     "visual.conv1": 3, "visual.class_embedding": 3, "visual.positional_embedding": 3, "visual.ln_pre": 3,
     "visual.transformer.resblocks.0": 2, "visual.transformer.resblocks.1": 1, "visual.ln_post": 1, "visual.proj": 0,
@@ -234,7 +234,7 @@ def test_training_goes_on_to_the_last_bit(shards, tmp_path, options):
 
 @pytest.fixture
 def as_theirs(tmp_path):
-    """A function that writes a checkpoint without what clipfast notes, as OpenCLIP's trainer does."""
+    """A function that writes a checkpoint without clipfast's own entry, as OpenCLIP's trainer does."""
 
     def write(folder):
         checkpoint = read_checkpoint(folder.latest)
@@ -256,11 +256,11 @@ def test_another_optimizer_cannot_go_on(run_small, as_theirs, tmp_path):
     refused("must stay: locked towers", folder.latest, lock_text=True)
     refused("must stay: .*--wd-exclude", folder.latest, wd_exclude=("visual.proj",))
     refused("does not fit the model: .*--image-layer-decay", folder.latest, image_layer_decay=0.5)
-    # another parameter of the same shape, so that the groups are as large as they were
+    # another parameter of the same shape, so the groups keep their size
     refused("its groups hold other parameters", folder.latest, wd_exclude=(f"{BLOCK}.1.mlp.c_fc.weight",))
     assert folder.latest.read_bytes() == before
-    # A checkpoint of OpenCLIP is of AdamW, and does not say which parameters are in its groups: what can be seen is the
-    # shapes of their moments.
+    # A checkpoint of OpenCLIP has the state of AdamW, and does not name the parameters in its groups. Only the shapes
+    # of the moments can be compared.
     theirs = as_theirs(folder)
     refused("optimizer state of --opt adamw, and this run has --opt sgd", theirs, "other", opt="sgd")
     refused("its moments have other shapes", theirs, "other", wd_exclude=("text_projection",))
@@ -269,7 +269,7 @@ def test_another_optimizer_cannot_go_on(run_small, as_theirs, tmp_path):
 
 @pytest.mark.long
 def test_a_checkpoint_of_open_clip_main_goes_on(run_small, as_theirs):
-    """Its groups are those of 3.3.0 but for the embeddings of positions and classes, which have no weight decay."""
+    """Its optimizer groups are those of 3.3.0, except that position and class embeddings have no weight decay."""
     names = ("positional_embedding", "visual.positional_embedding", "visual.class_embedding")
     theirs = as_theirs(run_small(workers=0, wd_exclude=names))
     options = {"workers": 0, "epochs": 3}
@@ -292,7 +292,7 @@ def command(shards, tmp_path, capsys):
 
 
 def test_a_recipe_or_a_checkpoint_imports_nothing(command, tmp_path):
-    """They may come from anybody, and to import a module runs it."""
+    """Recipes and checkpoints may be untrusted, and the import of a module runs its code."""
     (tmp_path / "mine.toml").write_text(f'opt = "{IMPORTED}"\nmodel = "{TINY}"')
     again = ["--resume", tmp_path / "run", "--epochs", 2]
     code, error = command("--recipe", tmp_path / "mine.toml")

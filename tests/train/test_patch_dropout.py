@@ -1,4 +1,4 @@
-"""Patch dropout of vision transformers: how many patches are kept, and the gradients of those."""
+"""Patch dropout of vision transformers: the number of kept patches, and their gradients."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def tokens_seen(model, height=32, width=32):
     return seen.pop()
 
 
-# of 16 patches; rounded down, as OpenCLIP does, but at least one
+# the kept number of 16 patches is rounded down, as in OpenCLIP, but is at least one
 KEPT = {0.0: 16, 0.01: 15, 0.25: 12, 0.3: 11, 0.5: 8, 0.55: 7, 0.9: 1, 0.999: 1}
 
 
@@ -48,7 +48,7 @@ def test_each_image_and_each_time_has_others():
     kept = [draw_kept_patches(64, (4, 4), 0.5, torch.device("cpu")) for _ in range(2)]
     assert kept[0].shape == (64, 8)
     assert len({tuple(sorted(row.tolist())) for row in torch.cat(kept)}) > 100
-    # each is kept as often as the others
+    # every patch is kept equally often
     counts = torch.cat(kept).flatten().bincount(minlength=16)
     assert counts.min() > 40
     assert counts.max() < 90
@@ -61,7 +61,7 @@ def test_gradients_are_of_all_embedded_and_some_gathered(uint8, checkpointing):
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     images = images if uint8 else images.double() / 255
     truth = copy.deepcopy(model)
-    truth.set_backend("torch")  # the reference embeds all
+    truth.set_backend("torch")  # the reference embeds all patches
     for each in (model, truth):
         torch.manual_seed(3)
         each.encode_image(images, normalize=True).square().mul(torch.arange(16)).sum().backward()
@@ -94,7 +94,7 @@ def test_flag_of_training(shards, tmp_path):
     trainer.save()
     trainer.checkpoints.finish()
     saved = torch.load(trainer.folder.latest, weights_only=True)
-    # The share of the checkpoint holds unless another is forced, such as none at the end of training.
+    # The dropout of the checkpoint is kept unless another is forced, such as 0 at the end of training.
     assert Trainer(config(shards, tmp_path), RunFolder(tmp_path), saved).model.visual.patch_dropout == 0.75
     none = Trainer(config(shards, tmp_path, force_patch_dropout=0.0), RunFolder(tmp_path), saved)
     assert tokens_seen(none.model) == 17

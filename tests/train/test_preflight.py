@@ -1,4 +1,4 @@
-"""What is refused before a run is built: by one line, with nothing written; and what is not."""
+"""The checks before a run is built: refusals are one line, and nothing is written."""
 
 import json
 import os
@@ -59,14 +59,14 @@ def test_a_shard_that_is_not_there(tmp_path, refusal):
     pattern = f"{tmp_path}/{{a,b}}.tar"
     write_shard(tmp_path / "a.tar", PAIRS)
     assert f"no such shard: {tmp_path}/b.tar (1 of 2 are missing)" in refusal(train_data=pattern)
-    (tmp_path / "b.tar").symlink_to(tmp_path / "c.tar")  # which is not there either
+    (tmp_path / "b.tar").symlink_to(tmp_path / "c.tar")  # the target of the link does not exist either
     assert f"no such shard: {tmp_path}/b.tar (1 of 2 are missing)" in refusal(train_data=pattern)
     write_shard(tmp_path / "c.tar", PAIRS)
     assert refusal(train_data=pattern) == ""
 
 
 def test_a_shard_without_permission(shard, refusal, monkeypatch):
-    """Tests may run as root, whom the system refuses nothing: its answers are replaced."""
+    """Tests may run as root, for whom no file is unreadable, so the system's answers are replaced."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: Path(path) != shard)
         assert f"no permission to read {shard} (1 of 1 shards): chmod a+r, or leave it out" in refusal()
@@ -97,7 +97,7 @@ def test_a_key_that_no_pair_has(refusal):
 def test_one_part_of_a_mix_cannot_be_used(tmp_path, refusal):
     write_shard(tmp_path / "y.tar", without("png"))
     both = {"train_data": f"{tmp_path}/x.tar::{tmp_path}/y.tar"}
-    assert refusal(**both) == ""  # half of the pairs can
+    assert refusal(**both) == ""  # half of the pairs can be used
     assert "(4 x no image); first: y.tar/000" in refusal("--train-data-upsampling-factors", "1", "3", **both)
 
 
@@ -109,7 +109,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, refusal):
     assert "CLIP's tokenizer has 49408 tokens, and " in line
     assert "knows only 1000: set vocab_size of its text_cfg to 49408" in line
     siglip = {"model": tmp_path / "small.json"}
-    siglip["model"].write_text(json.dumps(CONFIGS["exact"].to_dict()))  # 300 tokens
+    siglip["model"].write_text(json.dumps(CONFIGS["exact"].to_dict()))  # it has 300 tokens
     assert "needs the file tokenizer.json of its tokenizer, which clipfast does not ship" in refusal(**siglip)
     assert f"there is no tokenizer at {tmp_path}/none" in refusal(**siglip, tokenizer=tmp_path / "none")
     save_tokenizer(tmp_path / "wide", "gemma", vocab_size=400)
@@ -145,7 +145,7 @@ def test_the_optimizer(tmp_path, refusal):
 
 
 class TestValidation:
-    """Validation data that cannot be used."""
+    """Validation data that cannot be used is refused."""
 
     def test_it_is_refused_and_named(self, tmp_path, refusal):
         assert "--val-data cannot be used: no such shard: v.tar" in refusal(val_data="v.tar")
@@ -168,7 +168,7 @@ class TestValidation:
 
 
 class TestSample:
-    """Which shards and pairs are looked at."""
+    """The selection of shards and pairs that are tried."""
 
     @pytest.fixture(autouse=True)
     def folder(self, shard, tmp_path):
@@ -178,12 +178,12 @@ class TestSample:
 
     @pytest.fixture
     def look(self, folder):
-        """A function that looks at the pairs of shards."""
+        """A function that tries the pairs of shards."""
         return lambda name: preflight(config(f"{folder}/{name}", folder), RunFolder(folder), {})
 
     @pytest.fixture
     def indexed(self, monkeypatch):
-        """The names of the shards that are indexed, which must all be looked for in the cache first."""
+        """The names of the shards that are indexed, after all were looked up in the cache."""
         names, original = [], index.IndexCache._make
 
         def make(cache, name):

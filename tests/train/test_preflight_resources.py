@@ -1,4 +1,4 @@
-"""Shared memory, host memory, disk and GPU memory that a run would need: what is refused before it is built."""
+"""Checks of shared memory, host memory, disk and GPU memory before a run is built."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def shard(tmp_path):
 
 @pytest.fixture
 def check(tmp_path):
-    """A function that looks at what a run would need, and returns the error, or "" if nothing is missing."""
+    """A function that checks the resources of a run, and returns the error, or "" if nothing is missing."""
 
     def look(world=ALONE, **options):
         given = config(f"{tmp_path}/x.tar", tmp_path / "logs", **{"workers": 0} | options)
@@ -46,7 +46,7 @@ def check(tmp_path):
 
 @pytest.fixture
 def weights(tmp_path):
-    """The bytes of the model's weights."""
+    """The size of the model's weights in bytes."""
     model = module.bare_model(config("x", tmp_path), {}, torch.device("meta"))
     return sum(parameter.nbytes for parameter in model.parameters())
 
@@ -62,7 +62,7 @@ def test_host_memory(world, workers, batches, check, monkeypatch):
     for missing in (1, 0):
         monkeypatch.setattr(module, "available_memory", lambda missing=missing: batches * BATCH - missing)
         assert (f" {batches} batch(es) of 25.0 KiB" in check(world, **given)) == bool(missing)
-    monkeypatch.setattr(module, "available_memory", lambda: None)  # where nothing says it
+    monkeypatch.setattr(module, "available_memory", lambda: None)  # a machine that does not tell
     assert check(world, **given) == ""
 
 
@@ -70,12 +70,12 @@ def test_shared_memory(tmp_path, check, monkeypatch):
     original = module.free_bytes
     monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(module, "free_bytes", lambda path: room if path == tmp_path else original(path))
-    room = 6 * BATCH - 1  # three workers have two batches each
+    room = 6 * BATCH - 1  # three data workers have two batches each
     assert re.search("3 data workers hold 2 batches each of 25.0 KiB .*--shm-size=1g", check(workers=3))
     assert check(workers=2) == check(workers=0) == ""
     room = 6 * BATCH
     assert check(workers=3) == ""
-    # another process of the same machine has as many
+    # a second process of the same machine has as many batches
     assert "6 data workers" in check(World(rank=1, size=2, local_rank=1, local_size=2), workers=3)
 
 
@@ -102,7 +102,7 @@ def test_space_for_checkpoints(tmp_path, weights, check, monkeypatch):
             assert ("--keep-last 2" in check()) == bool(missing)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=2**20))
     assert f"--logs {tmp_path}/logs has 1.00 MiB free" in check()
-    assert check(World(rank=1, size=2)) == ""  # it writes nothing
+    assert check(World(rank=1, size=2)) == ""  # rank 1 writes nothing
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, refusal, monkeypatch):
@@ -119,18 +119,18 @@ def test_a_folder_that_cannot_be_written(tmp_path, refusal, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", refusing)
         assert "logs/run cannot be written: Read-only file system" in refusal(name="run")
-    with monkeypatch.context() as patch:  # a disk on which folders can be made, and no files
+    with monkeypatch.context() as patch:  # a disk on which folders can be made, but no files
         patch.setattr(lock, "LOCK_NAME", "none/run.lock")
         assert "logs/run cannot be written: No such file or directory" in refusal(name="run")
     assert not (tmp_path / "logs").exists()
 
 
 class TestGPU:
-    """A GPU that is not there, or is full. Nothing here needs one: a run is refused before it is asked for more."""
+    """A GPU that is missing or full. The tests need no GPU, because the run is refused before it uses one."""
 
     @pytest.fixture
     def gpu(self, monkeypatch):
-        """A function that sets how many GPUs are there, and the free bytes of each."""
+        """A function that fakes a number of GPUs, with the free bytes of each."""
 
         def set_gpus(count, free=0):
             for name, value in (("is_available", count > 0), ("device_count", count), ("mem_get_info", (free, 2**36))):
@@ -145,7 +145,7 @@ class TestGPU:
         assert "no GPU for 'cuda:2': there are 2" in refusal(device="cuda:2")
         gpu(1, 4 * weights - 1)
         assert re.search("cuda has .* of its 64.0 GiB free, .*nvidia-smi", refusal(device="cuda"))
-        assert refusal(device="cuda", precision="pure_bf16") == ""  # takes half of it
+        assert refusal(device="cuda", precision="pure_bf16") == ""  # this takes half of the memory
         gpu(1, 4 * weights)
         assert refusal(device="cuda") == ""
 

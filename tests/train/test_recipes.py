@@ -1,4 +1,4 @@
-"""Recipes: every bundled one is whole and names no data, what differs by model, and the options with their origins."""
+"""Recipes: bundled ones are complete and name no data; options by model; and printed options with their origins."""
 
 import dataclasses
 import re
@@ -11,11 +11,11 @@ from clipfast.train.recipes import BY_MODEL
 
 from ..small_runs import TINY, run_command
 
-OWN_DATA = ("train_data", "val_data")  # of recipes whose data ships with the package, or is drawn
+OWN_DATA = ("train_data", "val_data")  # options of recipes whose data ships with the package, or is drawn
 
 
 def rows(text):
-    """The lines of a description by flag: value and origin."""
+    """Parse the lines of a description: value and origin by flag."""
     lines = [re.fullmatch(r"(--\S+) +(.*?) +\((.*)\)", line).groups() for line in text.splitlines()]
     return {flag: [value, origin] for flag, value, origin in lines}
 
@@ -64,7 +64,7 @@ def test_what_a_recipe_says_by_model(tmp_path):
 
 @pytest.fixture
 def printed(capsys):
-    """A function that returns the options which ``clipfast train`` prints, with their origins."""
+    """A function that returns the options that ``clipfast train`` prints, with their origins."""
 
     def run(*words):
         code, out, error = run_command(capsys, "train", *words, "--print-config")
@@ -83,14 +83,14 @@ def test_every_option_is_printed_with_its_origin(printed, capsys):
         "--crop-scale": ["0.9 1.0", "recipe clip-paper"], "--seed": ["0", "default"],
         "--train-data": ["(needed)", "nowhere"],
     }.items() <= found.items()  # fmt: skip
-    # of two options that exclude each other, the flag takes the place of the recipe's
+    # a flag replaces an option of the recipe that it excludes
     found = printed(*paper, "--samples-seen", 9)
     assert {found["--samples-seen"][1], found["--epochs"][1]} == {"flag", "default"}
     for flag in ("--batch-size", "--global-batch-size"):
         found = printed(*paper, flag, 8)
         assert (found[flag], found["--epochs"]) == (["8", "flag"], ["32", "recipe clip-paper"])
         assert {found["--batch-size"][1], found["--global-batch-size"][1]} == {"flag", "default"}
-    # it is checked like the options of a run
+    # printed options are checked like the options of a run
     code, out, error = run_command(capsys, "train", *paper, "--batch-size", 0, "--print-config")
     assert (code, out) == (2, "")
     assert "--batch-size must be more than 0" in error
@@ -105,7 +105,7 @@ def test_a_run_keeps_a_list_of_its_options(shards, tmp_path, capsys, printed):
     found = printed(*again, "--epochs", 2)
     assert found["--epochs"] == ["2", "flag"]
     assert found["--batch-size"] == ["8", f"checkpoint {tmp_path}/run/checkpoints/epoch_latest.pt"]
-    # the batch of all processes comes before that of each, which stays as it was
+    # the global batch size takes precedence over the batch size of each process, which is unchanged
     other = printed(*again, "--global-batch-size", 16)
     assert (other["--batch-size"], other["--global-batch-size"]) == (found["--batch-size"], ["16", "flag"])
     found = rows((tmp_path / "run" / "params.txt").read_text())

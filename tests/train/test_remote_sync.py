@@ -1,4 +1,4 @@
-"""The copy of a run elsewhere, in both directions: what is there is whole, and nothing that fails there stops a run."""
+"""The remote copy of a run, in both directions: it holds only complete files, and its failures never stop a run."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def memory(monkeypatch):
 
 @pytest.fixture
 def copy(memory, store):
-    """The copy of the run of ``store``, which has saved a step; nothing is there yet."""
+    """The empty remote copy of the run of ``store``, which has saved a step."""
     saved(store, 4, milestone=1)
     return RemoteCopy(RunFolder(store.folder.parent), "memory://copies")
 
@@ -67,7 +67,7 @@ def test_every_file_goes_up_once(memory, copy, store, monkeypatch):
     (store.folder.parent / "link").symlink_to("/etc/passwd")
     for _ in range(2):
         copy.sync()
-    RemoteCopy(copy.folder, "memory://copies").sync()  # nor from another process
+    RemoteCopy(copy.folder, "memory://copies").sync()  # another process does not upload it again either
     saved(store, 5)
     copy.sync()
     root = "/copies/run"
@@ -119,7 +119,7 @@ def test_another_machine_goes_on(shards, tmp_path, capsys):
     assert code == 0, err
     assert "Step 6 was downloaded from memory://copies/run" in err
     assert "at step 6 of 24" in err
-    # and the first one does not overwrite what the other did
+    # the first machine does not overwrite the work of the other
     code, _, err = run_command(capsys, *arguments[:-2], "--resume", tmp_path / "a/run")
     assert code == 2
     assert "memory://copies/run holds a checkpoint of step 24: go on from it with --resume latest" in err
@@ -133,7 +133,7 @@ def test_what_is_damaged_there_is_not_taken(memory, copy, store, tmp_path):
     root = "/copies/run/checkpoints"
     memory.pipe_file(f"{root}/step_9.pt", store.step_path(4).read_bytes())
     os.truncate(store.latest, 100)
-    copy.restore()  # a good one there replaces a damaged one here
+    copy.restore()  # a good remote checkpoint replaces a damaged local one
     assert saved_step(store.folder.parent) == 5
     memory.pipe_file(f"{root}/step_5.pt", store.step_path(5).read_bytes()[:-100])
     other = RunFolder(tmp_path / "other/run")
@@ -144,7 +144,7 @@ def test_what_is_damaged_there_is_not_taken(memory, copy, store, tmp_path):
     assert "step_5.pt is not used: " in said[1]
     assert said[2:] == ["Step 4 was downloaded from memory://copies/run"]
     memory.rm_file(f"{root}/step_9.pt")
-    assert copy.restore() == []  # a local one that is as new is left alone
+    assert copy.restore() == []  # a local checkpoint that is as new is kept
 
 
 def test_what_cannot_work_is_refused(memory, run_small, tmp_path, capsys, monkeypatch):
@@ -153,7 +153,7 @@ def test_what_cannot_work_is_refused(memory, run_small, tmp_path, capsys, monkey
         with pytest.raises(ValueError, match=said):
             run_small(remote_sync=url)
     assert not (tmp_path / "run").exists()
-    # a checkpoint from somebody else names no place to send a run to
+    # a checkpoint from somebody else may not set the URL of the copy
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": {}, "clipfast": {"config": {"train_data": "x.tar", "remote_sync": "s3://theirs"}}}
     torch.save(content, "x.pt")

@@ -1,4 +1,4 @@
-"""The learning rate: OpenCLIP's schedules step by step, warm-ups that fit the run, and what a run does with them."""
+"""The learning rate: OpenCLIP's schedules step by step, warm-ups that fit the run, and that of a resumed run."""
 
 import dataclasses
 import json
@@ -43,13 +43,13 @@ def test_schedules_are_those_of_open_clip(options, theirs, arguments):
     for warmup in (0, 1, 13, 119, 400):
         adjust = getattr(original, theirs)(SimpleNamespace(param_groups=[{}]), 7e-4, warmup, STEPS, *arguments)
         ours = schedule(**options, warmup=warmup)
-        # they may round the last digit of the angle otherwise
+        # OpenCLIP may round the last digit of the angle differently
         rates = [ours.at(step) for step in range(STEPS)]
         assert rates == pytest.approx([adjust(step) for step in range(STEPS)], rel=0, abs=1e-18)
 
 
 def test_constant_rates():
-    """A decay of no length is one, and so is no scheduler, without a warm-up too."""
+    """The rate is constant with a decay of length 0 and without a scheduler, also without a warm-up."""
     for options in ({"lr_scheduler": "wsd", "decay_fraction": 0, "warmup": 0}, {"skip_scheduler": True, "warmup": 50}):
         assert {schedule(**options).at(step) for step in range(STEPS)} == {7e-4}
     assert schedule(total=0, warmup=0).at(0) == 7e-4
@@ -69,7 +69,7 @@ def test_warmup_is_a_number_or_a_share(warmup, total, steps):
 
 
 def test_cooldown_counts_the_steps_of_whole_epochs():
-    uneven = Epochs(num_samples=10, batch_size=4, samples_seen=30)  # 3, 5 and 8 steps after one, two and three epochs
+    uneven = Epochs(num_samples=10, batch_size=4, samples_seen=30)  # epochs end after 3, 5 and 8 steps
     assert schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=2).cooldown == 5
     with pytest.raises(ValueError, match="--epochs-cooldown 4 is 10 steps, more than the 8"):
         schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=4)
@@ -103,7 +103,7 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_changed():
         "lr": "--lr 0.0005 -> 1.0", "ema_decay": "--ema-decay None -> 0.9",
         "opt_kwargs": "--opt-kwargs [] -> ['amsgrad=True']",
     }  # fmt: skip
-    assert changed_options({}, now) == {}  # of a checkpoint of OpenCLIP nobody knows
+    assert changed_options({}, now) == {}  # the options of OpenCLIP's checkpoints are unknown
 
 
 @pytest.mark.long

@@ -35,7 +35,7 @@ def same(ours, theirs):
 
 
 def written(rank, size, folder):
-    """Write the content with its matrix cut among the ranks, the second time with another value."""
+    """Write the content with its matrix sharded over the ranks, the second time with another value."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -116,7 +116,7 @@ class Evil:
 
 
 def resealed(folder, name):
-    """Make the manifest fit a file, as somebody who means harm would."""
+    """Make the manifest match a changed file, as an attacker would."""
     remanifested(folder, lambda files: files.update({name: sharded._seal(folder / name)}))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that all ranks of ``--fsdp`` write together: any number of them goes on, whatever ended the run."""
+"""Checkpoints that all ranks of ``--fsdp`` write together: any number of ranks can resume from them."""
 
 import contextlib
 import errno
@@ -55,7 +55,7 @@ def options(tmp_path_factory):
 
 
 def trained(world, given, fate=None, faults=None):
-    """Train from the newest whole checkpoint, if there is one, and return which signal or stop ended it."""
+    """Train from the newest complete checkpoint, if there is one, and return the signal or stop that ended training."""
     found = Checkpoints(Path(given["logs"]) / given["name"] / "checkpoints").newest_whole()
     if not given["fsdp"]:
         given = given | {"fsdp_checkpoint": "full"}
@@ -71,7 +71,7 @@ def trained(world, given, fate=None, faults=None):
 
 
 def run_on(folder, size, *jobs):
-    """Do jobs, one after the other, on so many ranks, and return what each rank found."""
+    """Run training jobs one after the other on a group of ranks, and return the results of each rank."""
     return run_ranks(on_rank, size, size, jobs, trained, folder=empty(folder), timeout=120)
 
 
@@ -82,7 +82,7 @@ def together(tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(options, tmp_path_factory):
-    """The folder of a run of 2 ranks that nothing befell."""
+    """The folder of an undisturbed run on 2 ranks."""
     logs = tmp_path_factory.mktemp("undisturbed")
     assert run_on(logs, 2, (options(logs),)) == [[None]] * 2
     return RunFolder(logs / "run")
@@ -90,7 +90,7 @@ def undisturbed(options, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(options, tmp_path_factory):
-    """The logs of a run of 3 ranks that stopped after 22 steps, as a kill would."""
+    """The logs of a run on 3 ranks that was stopped after 22 steps, as by a kill."""
     logs = tmp_path_factory.mktemp("stopped")
     assert run_on(logs, 3, (options(logs), ("stop", (0, 1, 2), 22))) == [["stopped"]] * 3
     return logs
@@ -98,7 +98,7 @@ def stopped(options, tmp_path_factory):
 
 @pytest.fixture
 def run(stopped, tmp_path):
-    """A copy of that run, which may be damaged."""
+    """A copy of the stopped run, which a test may damage."""
     shutil.copytree(stopped / "run", tmp_path / "run")
     return RunFolder(tmp_path / "run")
 
@@ -128,7 +128,7 @@ def test_names(undisturbed, stopped):
 
 
 def killed_in_a_write(rank):
-    """Let rank 1 die while the state after 20 steps is written."""
+    """Kill rank 1 while the state after 20 steps is written."""
 
     def seal(path):
         if rank == 1 and path.parent.name == ".step_20.tmp":
@@ -166,7 +166,7 @@ def test_a_signal_saves_and_a_folder_is_gone_on_from(options, undisturbed, toget
 
 @pytest.mark.long
 def test_ranks_and_kind_change(options, undisturbed, together, tmp_path):
-    """From parts to one file and back, with and without FSDP."""
+    """A run is resumed from parts with one file and back, with and without FSDP."""
     sessions = [(3, True, "sharded"), (2, False, "full"), (2, True, "sharded")]
     for number, (size, fsdp, kind) in enumerate(sessions):
         given = options(tmp_path, fsdp=fsdp, fsdp_checkpoint=kind)
@@ -180,7 +180,7 @@ def test_ranks_and_kind_change(options, undisturbed, together, tmp_path):
 
 
 def failing(rank):
-    """No space for the part of rank 1, its seal, and the manifest; and what is written last is written late."""
+    """Make some writes of a sharded checkpoint fail: rank 1's part, its seal, the manifest; delay the last write."""
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def write_data(self, plan, planner):
@@ -261,7 +261,7 @@ def store(store):
 
 
 def saved(store, *steps):
-    """Save steps: as folders those that are text."""
+    """Save checkpoints of steps; steps that are given as text are saved as folders."""
     for step in steps:
         store.save(state(int(step)), int(step), in_parts=isinstance(step, str))
         store.finish()
@@ -272,7 +272,7 @@ def kept(store):
 
 
 class TestOrder:
-    """Which checkpoint is the newest."""
+    """The order of checkpoints, which determines the newest one."""
 
     def test_by_steps(self, store):
         saved(store, "1", 2, "3")
@@ -280,7 +280,7 @@ class TestOrder:
         assert store.newest_whole().damaged == []
         saved(store, "4", 5)
         assert kept(store) == ["epoch_latest.pt", "step_4", "step_3"]
-        saved(store, "6", "7", "8")  # the latest file has no other name now
+        saved(store, "6", "7", "8")  # epoch_latest.pt is now the only name of its file
         assert kept(store) == ["step_8", "step_7", "step_6", "epoch_latest.pt"]
 
     def test_in_a_copy_without_links(self, store, tmp_path):
@@ -322,7 +322,7 @@ def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
     other = RunFolder(tmp_path / "other/run")
     assert RemoteCopy(other, "memory://copies").restore() == ["Step 3 was downloaded from memory://copies/run"]
     assert same_content(other.checkpoints / "step_3", state(3))
-    # what is damaged there, or not all there yet, is not taken
+    # a damaged or incomplete remote checkpoint is not used
     fs.rm_file(f"{root}/step_3/manifest.json")
     fs.pipe_file(f"{root}/step_2/rest.pt", b"x")
     third = RunFolder(tmp_path / "third/run")

@@ -1,4 +1,4 @@
-"""SigLIP from the command line: training by the sigmoid loss, going on, zero-shot evaluation, and what is refused."""
+"""SigLIP from the command line: training by the sigmoid loss, resumed runs, zero-shot evaluation, and refusals."""
 
 import copy
 import json
@@ -47,9 +47,9 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys, m
     assert code == 0, error
     found = losses(tmp_path / "run")
     assert len(found) == 18
-    assert found[0] > 9  # sixteen softplus terms of about 10 are left of each row's pair
+    assert found[0] > 9  # each row begins with softplus terms of about 10 for its pair
     assert sum(found[-3:]) < 0.7 * sum(found[:3])
-    # the folder is whole: model, tokenizer, preprocessing
+    # the exported folder is complete: model, tokenizer, preprocessing
     name = f"local-dir:{tmp_path}/run"
     model = create_model(name)
     assert model.config == CONFIG
@@ -65,7 +65,7 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys, m
     assert "needs the file tokenizer.json of its tokenizer" in error
     code, out, error = run_command(capsys, *evaluate, "--tokenizer", tmp_path / "tokenizer")
     assert json.loads(out)["retrieval"] == figures["retrieval"]
-    # the run goes on with the tokenizer that it had, and stopping in between changes nothing
+    # a resumed run has the same tokenizer, and the interruption changes nothing
     code, out, error = run_command(capsys, "train", "--resume", tmp_path / "run", "--epochs", 7)
     assert code == 0, error
     assert len(losses(tmp_path / "run")) == 21

@@ -1,4 +1,4 @@
-"""Signs of trouble: what is one, and what is not."""
+"""Signs that training goes wrong, such as spikes of the loss: which figures are reported, and which are not."""
 
 import math
 import random
@@ -18,7 +18,7 @@ from clipfast.train.trainer import Trainer
 
 
 def course(steps, seed=0):
-    """Figures of a usual run: a loss that falls, with noise, and a gradient norm with a heavy tail."""
+    """Yield figures of a usual run: a falling loss with noise, and a gradient norm with a heavy tail."""
     rng = random.Random(seed)
     for step in range(1, steps + 1):
         loss = (0.5 + 5 * math.exp(-step / 3000)) * math.exp(rng.gauss(0, 0.05))
@@ -40,9 +40,10 @@ def test_a_spike_is_reported_once_and_does_not_become_usual(field, kind, factor)
             yield step, one._replace(**{field: factor * getattr(one, field)}) if step in at else one
 
     assert seen(Signs(50), spiked((600,))) == [(600, kind)]
-    assert seen(Signs(700), spiked((600,))) == []  # in the warm-up
-    assert seen(Signs(0), spiked((FIRST // 2,))) == []  # nothing is usual yet
-    # one report, however many spikes come, until the pause is over; the last one is as unusual as the first
+    assert seen(Signs(700), spiked((600,))) == []  # nothing is reported during the warm-up
+    assert seen(Signs(0), spiked((FIRST // 2,))) == []  # there is no usual value yet
+    # there is one report until the pause is over, no matter how many spikes come; the last one is as unusual as the
+    # first
     many = [600, 601, 602, 640, 600 + PAUSE[kind] - 1, 600 + PAUSE[kind]]
     assert seen(Signs(50), spiked(many)) == [(600, kind), (600 + PAUSE[kind], kind)]
 
@@ -68,16 +69,16 @@ def test_a_collapse_is_reported_with_the_last_good_step():
     assert flat(signs, 401, FLAT_FOR - 1) == []
     assert flat(signs, 400 + FLAT_FOR, 300) == [(400 + FLAT_FOR, "collapse")]
     assert signs.good == 400
-    for changes in ({"grad_norm": 0.1}, {"loss": guess + 0.1}):  # it learns nothing yet, or it is off
+    for changes in ({"grad_norm": 0.1}, {"loss": guess + 0.1}):  # not flat, or not the loss of guessing
         assert flat(Signs(0, guess), 1, 200, **changes) == []
-    assert flat(Signs(0), 1, 200) == []  # other losses are added to this one
+    assert flat(Signs(0), 1, 200) == []  # None: other losses are added to this one
 
 
 @pytest.mark.parametrize("siglip", [False, True])
 def test_the_loss_of_guessing(siglip):
     same = F.normalize(torch.ones(8, 4), dim=-1)
     scale = torch.tensor(1.0)
-    if siglip:  # each pair is one of 8
+    if siglip:  # the logit at which each pair has a probability of 1/8
         found = sigmoid_loss(same, same, scale, torch.tensor(math.log(1 / 7)) - 1)
     else:
         found = contrastive_loss(same, same, scale)
@@ -88,7 +89,7 @@ def test_the_loss_of_guessing(siglip):
 
 @pytest.mark.parametrize("what", ["collapse", "weights"])
 def test_the_last_good_checkpoint_is_kept(what, run_small, monkeypatch):
-    """It was saved after step 6, of 24 steps of which each is saved, and the last two are kept."""
+    """The good checkpoint is from step 6 of 24. Every step is saved, and the last two checkpoints are kept."""
     monkeypatch.setattr("clipfast.train.spikes.FLAT_FOR", 8)
     original = Trainer._train_step
 

@@ -1,4 +1,4 @@
-"""``clipfast status``: what it says of runs in every state, and of folders that are incomplete."""
+"""``clipfast status`` on runs in every state, and on incomplete folders."""
 
 import fcntl
 import json
@@ -27,7 +27,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def run(copied):
-    """A finished run without its end."""
+    """A copy of a finished run without its last records."""
     (copied.path / "results.json").unlink()
     return copied.path
 
@@ -70,7 +70,7 @@ def test_a_run_is_followed_while_its_process_lives(run, finished, capsys, monkey
         found = read_status(run)
         assert (found["state"], found["process"].split()[:2]) == ("running", ["process", str(process.pid)])
         with (run / LOCK_NAME).open("a") as file, pytest.raises(BlockingIOError):
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # to ask has not released it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # status has not released the lock
         assert read_status(run, now=found["updated"] + 30)["warnings"] == []
         (warning,) = read_status(run, now=found["updated"] + 7200)["warnings"]
         assert warning.startswith("the last line is 2:00:00 old")

@@ -1,4 +1,4 @@
-"""The step of training: compiled, with selective checkpointing, as a CUDA graph, and its learning rate."""
+"""The training step: compiled, with selective checkpointing, as a CUDA graph, and its learning rate."""
 
 import contextlib
 from unittest import mock
@@ -18,13 +18,13 @@ from .test_training import config, losses
 
 
 def run(shards, folder, **options):
-    """Loss of each of eight steps, of texts whose lengths differ."""
+    """Train eight steps on texts of different lengths, and return the losses."""
     return losses(train(config(shards, folder, log_every_n_steps=1, **options))[0])
 
 
 @pytest.fixture(scope="module")
 def plain(shards, tmp_path_factory):
-    """Losses of a run without any of the options below."""
+    """The losses of a run without any of the options below."""
     return run(shards, tmp_path_factory.mktemp("plain"))
 
 
@@ -50,7 +50,7 @@ def test_a_graph_needs_a_gpu(shards, tmp_path):
 
 
 class Recorded(GraphedStep):
-    """A graph that a CPU can replay: the step again, on the tensors that it was captured with."""
+    """A stand-in for a CUDA graph on a CPU, which repeats the step on the captured tensors."""
 
     captured = replayed = beside = 0
 
@@ -70,7 +70,7 @@ class Recorded(GraphedStep):
 
 
 def batches(number, pairs=6):
-    """Random images and texts, each batch with texts of another length."""
+    """Return random images and texts, with texts of another length in each batch."""
     generator = torch.Generator().manual_seed(0)
     for index in range(number):
         texts = torch.randint(1, 40000, (pairs, 5 + index), generator=generator)
@@ -95,12 +95,12 @@ def test_a_graph_is_captured_once_and_fed_each_batch():
     # the graph writes each loss to the same place
     assert len({loss.item() for loss in losses}) == 7
     assert (graphed.beside, graphed.captured, graphed.replayed) == (WARMUP_STEPS, 1, 7 - WARMUP_STEPS)
-    # as it is where samples of a batch could not be used
+    # a batch from which unusable samples are missing
     short = next(batches(1, pairs=5))
     torch.testing.assert_close(graphed(*short), step(*short), rtol=1e-6, atol=0)
     assert (graphed.captured, graphed.replayed) == (1, 7 - WARMUP_STEPS)
     for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves them by 1e-3
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves weights by 1e-3
 
 
 def test_learning_rate_in_a_graph_is_set_in_place():
@@ -116,16 +116,16 @@ def test_learning_rate_in_a_graph_is_set_in_place():
 
 @pytest.mark.parametrize(("name", "micro_batch_size"), [("ViT-T-8-32", 4), ("RN50", 2)])
 def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, monkeypatch):
-    # it would be a wait for the device, and cannot be captured in a CUDA graph
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no "meta"
+    # a copy would wait for the device, and cannot be captured in a CUDA graph
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not support "meta"
     model = create_model(name, device="meta").train()
     size = model.visual.image_size
-    # The real one does not know "meta".
+    # The real function does not support "meta".
     optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
     step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, micro_batch_size)
     images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
     texts = torch.empty(4, 77, dtype=torch.long, device="meta")
-    # what they make on the host and copy does not pass the dispatcher
+    # their copies from the host do not pass the dispatcher
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.delattr(torch, name)
     with OnlyMeta():

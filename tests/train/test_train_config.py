@@ -1,4 +1,4 @@
-"""Options of training: what cannot work is refused, and recipes are read."""
+"""Training options: impossible values are refused, and recipes are read."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_recipes(tmp_path):
 
 def test_a_resumed_run_keeps_the_form_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("r", None):  # None: nobody named the run, and its folder is named after its time
+    for name in ("r", None):  # None: the user gave no name, and the folder is named after the time
         content = {"clipfast": {"config": {"logs": "runs", "name": name}}}
         for folder in (Path("runs/r"), tmp_path / "runs" / "r"):
             assert _saved_options(folder / "checkpoints" / "step_1.pt", content) == {"logs": "runs", "name": "r"}

@@ -1,4 +1,4 @@
-"""Training: what a run leaves, resumption to the last bit, kill -9, Ctrl-C, and options of a run that goes on."""
+"""Training: the files of a run, bit-equal resumption, kill -9, Ctrl-C, and options of a resumed run."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ SMALL = {
 
 
 def config(shards, tmp_path, **options):
-    """Eight steps on the small shards."""
+    """Return options for eight steps on the small shards."""
     return TrainConfig(
         **{"train_data": shards, "logs": str(tmp_path), "name": "run", "unique_by": "label"} | SMALL | options
     )
@@ -45,7 +45,7 @@ def losses(folder: RunFolder) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimiser state of a run's latest checkpoint, flat."""
+    """Return weights and optimizer state of a run's latest checkpoint as a flat list."""
     checkpoint = read_checkpoint(RunFolder(folder).latest)
     states = checkpoint["optimizer"]["state"].items()
     moments = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
@@ -72,7 +72,7 @@ def before_step(step, do):
 
 @contextlib.contextmanager
 def stopped_after(step: int):
-    """Stop a run after ``step`` steps and before it saves anything more, as a kill would."""
+    """Stop a run after ``step`` steps without any further save, as a kill would."""
 
     def stop(trainer):
         trainer.checkpoints.wait()
@@ -83,7 +83,7 @@ def stopped_after(step: int):
 
 
 def whole_and_resumed(shards, tmp_path, **options) -> tuple[RunFolder, RunFolder]:
-    """The folders of two runs with the same options: one without a stop, and one that was stopped and went on."""
+    """Return the folders of two runs with the same options: one never stopped, one stopped and resumed."""
     whole, _ = train(config(shards, tmp_path / "whole", **options))
     part = config(shards, tmp_path / "part", save_every=1, **options)
     with stopped_after(5):
@@ -93,7 +93,7 @@ def whole_and_resumed(shards, tmp_path, **options) -> tuple[RunFolder, RunFolder
 
 
 def command(shards, tmp_path, *extra: str) -> list[str]:
-    """The command line for a run of 24 steps that saves after each, and keeps no more than the last ones."""
+    """Return the command line of a run of 24 steps that saves after each, and keeps only the last checkpoints."""
     options = "--name run --batch-size 8 --train-num-samples 96 --epochs 2 --warmup 2 --save-every 1 --unique-by label"
     options += " --save-frequency 0"
     return ["train", "--train-data", shards, "--model", TINY, "--logs", str(tmp_path), *options.split(), *extra]
@@ -114,7 +114,7 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> N
 
 
 def saved_step(folder: Path) -> int:
-    """Step of the latest checkpoint; reading it fails if it is ever broken."""
+    """Return the step of the latest checkpoint; the read fails if the file is ever incomplete."""
     return read_checkpoint(RunFolder(folder).latest)["clipfast"]["progress"]["step"]
 
 
@@ -144,11 +144,11 @@ def test_eight_pairs_are_learned(run_small, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_is_the_same_to_the_last_bit(workers, small, run_small, tmp_path):
-    # the patches that a step drops depend on the random state too
+    # the patches that a step drops depend on the random state as well
     options = {"workers": workers, "force_patch_dropout": 0.5}
     whole, part = run_small(name="whole", **options), RunFolder(tmp_path / "part")
     options |= {"name": "part", "save_every": 3}
-    for resume, step in ((None, 3), (part.latest, 4)):  # within an epoch, and after one
+    for resume, step in ((None, 3), (part.latest, 4)):  # in the middle of an epoch, and at its end
         with stopped_after(step):
             train(small(**options), resume)
         assert saved_step(part.path) == step
@@ -173,7 +173,7 @@ def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, caps
     assert workers
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 2  # the loader's own watch takes five seconds
+    deadline = time.monotonic() + 2  # the data loader's own check takes five seconds
     while any(map(is_alive, workers)):
         assert time.monotonic() < deadline, "a data worker lives on"
         time.sleep(0.02)
@@ -193,7 +193,7 @@ def is_alive(pid):
 
 
 def test_ctrl_c_saves_and_says_where(shards, tmp_path):
-    """A terminal sends it to the data workers as well."""
+    """A terminal sends the signal to the data workers as well."""
     arguments = command(shards, tmp_path, "--epochs", "2000")
     process = started(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_checkpoint(process, tmp_path / "run", 3)
@@ -209,7 +209,7 @@ def test_open_clip_loads_our_checkpoint(run_small, tmp_path, open_clip_registry)
     folder = run_small(model="ViT-T-8-32", epochs=1)
     model = create_model("ViT-T-8-32")
     load_checkpoint(model, folder.latest)
-    # through the exported folder, and from the training checkpoint
+    # from the exported folder, and from the training checkpoint
     exported = open_clip.create_model(f"local-dir:{folder.path}")
     (tmp_path / "emoji.json").write_text(json.dumps(model.config.to_dict()))
     open_clip.add_model_config(tmp_path / "emoji.json")
@@ -222,7 +222,7 @@ def test_open_clip_training_can_be_gone_on_with(small, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     theirs = open_clip.CLIP(**get_model_config("ViT-T-8-32").to_dict())
 
-    # the two groups of their trainer: without and with weight decay
+    # the two optimizer groups of OpenCLIP's trainer: without and with weight decay
     def exclude(name, p):
         return p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
 
@@ -230,7 +230,7 @@ def test_open_clip_training_can_be_gone_on_with(small, tmp_path):
     groups = [[p for name, p in named if exclude(name, p)], [p for name, p in named if not exclude(name, p)]]
     optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=1.0)
     for _, p in named:
-        # a moment that says which parameter it belongs to
+        # a moment whose value identifies its parameter
         p.grad = torch.full_like(p, p.numel() % 997 + 1.0)
     optimizer.step()
     moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in named}
@@ -240,7 +240,7 @@ def test_open_clip_training_can_be_gone_on_with(small, tmp_path):
     trainer = Trainer(options, RunFolder(tmp_path / "x"), read_checkpoint(tmp_path / "epoch_1.pt"))
     for name, p in trainer.model.named_parameters():
         assert torch.equal(trainer.optimizer.state[p]["exp_avg"], moments[name]), name
-    # the options are this run's own
+    # the options are those of this run, not of the checkpoint
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.2]
     folder, _ = train(options, tmp_path / "epoch_1.pt")
     assert [line["step"] for line in folder.metrics() if "loss" in line] == [6, 8]
@@ -251,7 +251,7 @@ def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, 
     with pytest.raises(ValueError, match=r"--resume .*run, or .* --name"):
         train(small())
     assert copied.latest.read_bytes() == before
-    # two steps of 16 pairs, after two epochs that are four such steps
+    # two steps of 16 pairs, after two epochs, which are four such steps
     changes = ["--epochs", "3", "--wd", "0.5", "--beta2", "0.9", "--batch-size", "16", "--val-frequency", "0"]
     assert main(["train", "--resume", "latest", "--name", "run", "--logs", str(copied.path.parent), *changes]) == 0
     checkpoint = read_checkpoint(copied.latest)
@@ -275,7 +275,7 @@ def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, 
 
 
 def test_model_and_length_come_from_the_checkpoint(small, tmp_path):
-    # what the run was started from may be gone by now
+    # the recipe and the weights that the run was started from may be gone
     shutil.copy(TINY, tmp_path / "mine.json")
     add_model_config(tmp_path / "mine.json")
     torch.save(create_model("mine").state_dict(), tmp_path / "start.pt")

@@ -1,4 +1,4 @@
-"""What the trainer makes of its data: mixes, resampling, faulty pairs, and shards that change under it."""
+"""The trainer's use of its data: mixes, resampling, faulty pairs, and shards that change during a run."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ MIXED = {"unique_by": None, "epochs": 1, "train_num_samples": 64, "save_every": 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The batches that the trainer takes steps on."""
+    """Record the batches on which the trainer takes steps."""
     found: list[Batch] = []
     original = Trainer._train_step
 
@@ -119,14 +119,14 @@ def test_five_percent_of_faults(seen, tmp_path):
 @pytest.mark.parametrize(
     ("limit", "skipped", "seen", "stops"),
     [
-        (0.01, 6, 576, False),  # 1.04%, as of 31 among 3,000
+        (0.01, 6, 576, False),  # 1.04%, as for 31 pairs among 3,000
         (0.01, 60, 3000, True),
         (0.01, 1, 8, False),
         (0.01, 8, 8, True),
         (0.01, 0, 0, False),
         (0.0, 1, 8, True),
         (1.0, 8, 8, False),
-        (0.5, 9, 8, False),  # the last ones may be counted twice, and 8 of 8 are no proof
+        (0.5, 9, 8, False),  # the last pairs may be counted twice, and 8 of 8 are no proof
     ],
 )
 def test_a_share_is_judged_when_the_number_allows_it(limit, skipped, seen, stops, tmp_path):
@@ -134,12 +134,12 @@ def test_a_share_is_judged_when_the_number_allows_it(limit, skipped, seen, stops
 
 
 def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
-    """In its log, its list of skipped pairs and its results, though no batch has met it; and once if it goes on."""
+    """The loss is in the log, the list of skipped pairs and the results, though no batch has it; resuming adds none."""
     for name in "ab":
         write_shard(tmp_path / f"{name}.tar", [sample(index) for index in range(20)])
     data = bytearray((tmp_path / "b.tar").read_bytes())
     places = [match.start() for match in re.finditer(rb"007\.(png|txt|json)\0", data)]
-    assert len(places) == 3  # the headers of a pair and its json
+    assert len(places) == 3  # the headers of a pair and of its json
     for place in places:
         data[place : place + 8] = bytes(8)
     (tmp_path / "b.tar").write_bytes(data)
@@ -152,11 +152,11 @@ def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
     assert results["damaged_shards"] == {f"{tmp_path}/b.tar": results["skipped_kinds"]["damaged shard"]}
     assert results["skipped_pairs"] == sum(results["skipped_kinds"].values()) > 0
     loss = f"of shard {tmp_path}/b.tar are lost: byte {places[0]}"
-    assert [loss in line for line in (folder.path / "out.log").read_text().splitlines()].count(True) == 2  # sessions
+    assert [loss in line for line in (folder.path / "out.log").read_text().splitlines()].count(True) == 2  # sessions: 2
 
 
 def changed_after_two_steps(monkeypatch, path: Path, change):
-    """Change a shard while a run reads it, which must open it again for every sample."""
+    """Change a shard while a run reads it, and make the run open the shard again for every sample."""
     original = Trainer._train_step
 
     def changing(trainer, batch):
@@ -190,4 +190,4 @@ def test_a_shard_that_changes_during_a_run_is_named(kind, change, monkeypatch, t
     assert 10 < results["skipped_pairs"] <= 24
     listed = (folder.path / "skipped.tsv").read_text().splitlines()
     assert all(line.split("\t")[1].startswith("b.tar") for line in listed)
-    assert folder.metrics()[-1]["step"] == 9  # the whole epoch
+    assert folder.metrics()[-1]["step"] == 9  # the end of the epoch

@@ -1,4 +1,4 @@
-"""Every command of docs/training.md runs, with a tiny model in place of its own, and two processes in place of many."""
+"""Every command of docs/training.md runs, with a tiny model and two processes."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ FEWER = {"--batch-size": "8", "--global-batch-size": "16", "--micro-batch-size":
 
 
 def shortened(arguments):
-    """The arguments of a command with a tiny model, small batches and two steps."""
+    """Change the arguments of a training command to a tiny model, small batches and two steps."""
     given = list(arguments)
     for flag, value in (*FEWER.items(), ("--model", TINY), ("--remote-sync", f"file://{Path.cwd()}/copies")):
         if flag in given:
@@ -48,7 +48,7 @@ def shortened(arguments):
 
 
 def smaller(arguments):
-    """The arguments of another command with a small model and few images."""
+    """Change the arguments of another command to a small model and few images."""
     changes = {"ViT-B-32": "ViT-T-8-32", "bundled:emoji/noto": SMALL, "bundled:emoji/fluent": "data/001.tar"}
     return [changes.get(word, word) for word in arguments]
 
@@ -61,7 +61,7 @@ def as_rank(rank, folder, arguments):
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             code = main(arguments)
-        except SystemExit as ended:  # another rank says why
+        except SystemExit as ended:  # another rank prints the reason
             code = ended.code
     return errors.getvalue() if code else ""
 
@@ -74,12 +74,12 @@ def folder(tmp_path_factory):
     for number in range(4):
         write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
     yield folder
-    shutil.rmtree(folder)  # with the checkpoints of many runs
+    shutil.rmtree(folder)  # it holds the checkpoints of many runs
 
 
 @pytest.mark.long
 def test_commands(folder, monkeypatch, capsys):
-    """They run in the order of the page, since some go on with what others have made."""
+    """The commands run in the order of the page, since some use the results of others."""
     monkeypatch.chdir(folder)
     for number, (program, *arguments) in enumerate(COMMANDS):
         command = shlex.join([program, *arguments])
@@ -88,7 +88,7 @@ def test_commands(folder, monkeypatch, capsys):
             assert arguments[2:start] == ["-m", "clipfast", "--"], command
             given = shortened(arguments[start:])
             if "--resume" not in given:
-                given += ["--workers", "0"]  # these processes can have no workers
+                given += ["--workers", "0"]  # these processes cannot start data workers
             place = folder / f"ranks{number}"
             place.mkdir()
             assert run_ranks(as_rank, 2, str(folder), given, folder=place, timeout=300.0) == ["", ""], command

@@ -1,4 +1,4 @@
-"""A rank that is stuck is named in the errors of the others, in time, and says where it is if it still can."""
+"""The watchdog: a stuck rank is named in the errors of the others, in time, and writes its stacks if it can."""
 
 import contextlib
 import os
@@ -26,12 +26,12 @@ from .distributed import on_rank, trained
 from .test_training import saved_step
 
 processes.PRELOAD.append("clipfast.train.trainer")
-TIMEOUT = 4  # seconds
+TIMEOUT = 4  # seconds that a collective may take
 
 
 @pytest.fixture
 def given(tmp_path):
-    """Options of a run of twelve steps."""
+    """Return options of a run of twelve steps."""
     write_shard(tmp_path / "a.tar", [sample(index) for index in range(24)])
     return {
         "train_data": f"{tmp_path}/a.tar", "model": TINY, "global_batch_size": 12, "samples_seen": 144, "warmup": 2,
@@ -41,7 +41,7 @@ def given(tmp_path):
 
 
 def stalling(world, given, rank, seconds, number):
-    """Train, with a data loader of one rank that sleeps before it makes a batch."""
+    """Train while the data loader of one rank sleeps before it makes a batch."""
     original = PairBatches.__getitem__
 
     def slow(batches, index):
@@ -85,7 +85,7 @@ def test_a_rank_that_is_stopped_is_named_by_all_others(given, tmp_path):
         stopped = time.monotonic()
         for rank in (0, 2):
             processes[rank].join(20)
-        assert time.monotonic() - stopped < TIMEOUT + 1.5  # its collective fails at the timeout
+        assert time.monotonic() - stopped < TIMEOUT + 1.5  # the collective fails at the timeout
         assert [processes[rank].exitcode for rank in (0, 2)] == [1, 1]
         name = f"rank 1, process {processes[1].pid} on {os.uname().nodename} gives no sign of life; the last was"
         for rank in (0, 2):
@@ -138,7 +138,7 @@ def slowly(world, given):
 
 
 def watched(rank, what):
-    """Return what a watchdog says on rank 0, while rank 1 does something."""
+    """Return the diagnosis of rank 0's watchdog while rank 1 does something."""
     store = dist.distributed_c10d._get_default_store()
     dog = Watchdog(store, rank, 2, 1.0)
     dog.arm()
@@ -172,7 +172,7 @@ def watched(rank, what):
         ("dead", r"rank 1, .* gives no sign of life; the last was from step 0, phase .*: stopped"),
         ("step", ""),
         ("wait", ""),
-        ("later", ""),  # it went on
+        ("later", ""),  # the rank has gone on
     ],
 )
 def test_who_holds_up_the_others(what, expected, tmp_path):
@@ -181,7 +181,7 @@ def test_who_holds_up_the_others(what, expected, tmp_path):
 
 
 def blamed_twice(rank, folder, late):
-    """Return the stacks of rank 1 after each of two waits for its data, of which the first one ends."""
+    """Return the stacks of rank 1 after each of two waits for its data; the first wait ends."""
     dog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, 1.0)
     dog.folder = folder
     dog.arm()
@@ -207,7 +207,7 @@ def test_a_rank_can_be_named_again(tmp_path):
 
 
 def endless(rank, late):
-    """Wait for ever in a phase of the step, as in a collective of GPUs that does not return."""
+    """Wait forever in a phase of the step, like a collective of GPUs that does not return."""
     dog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, 1.0)
     dog.step = late if rank == 0 else 0
     dog.arm()
