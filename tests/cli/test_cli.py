@@ -1,4 +1,4 @@
-"""The command line: what it teaches, and what it says when something is wrong."""
+"""The command line: its help texts, and its errors for wrong input."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What ``clipfast doctor`` finds: nothing wrong where nothing is, and each problem where it is made."""
+"""``clipfast doctor`` finds nothing wrong on a sound machine, and finds each planted problem."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def by_name(found) -> dict[str, Finding]:
 
 
 class TestGPUs:
-    """GPUs that this machine need not have."""
+    """Fake GPUs, and machines without a GPU."""
 
     def test_gpus(self, monkeypatch):
         monkeypatch.setattr(machine, "try_kernel", lambda device: Finding("  Triton", "ran"))
@@ -80,7 +80,7 @@ class TestGPUs:
 
 
 class TestMachine:
-    """Packages, limits, variables and folders."""
+    """Checks of packages, limits, variables and folders of the machine."""
 
     def test_missing_packages(self, monkeypatch):
         original = machine.importlib.metadata.version
@@ -117,7 +117,7 @@ class TestMachine:
     def test_folders(self, tmp_path, monkeypatch):
         monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
         assert {finding.status for finding in machine.folders(tmp_path / "runs")} == {OK}
-        assert list(tmp_path.iterdir()) == []  # nothing is left
+        assert list(tmp_path.iterdir()) == []  # no file is left behind
         (tmp_path / "runs").touch()  # a file in place of a folder
         found = by_name(machine.folders(tmp_path / "runs/new"))
         assert (found["cache"].status, found["runs"].status) == (OK, PROBLEM)
@@ -146,7 +146,7 @@ class TestMachine:
 
 
 class TestData:
-    """Shards that are to be trained on."""
+    """Checks of shards for training."""
 
     def look(self, pattern: object, **options: object) -> dict[str, Finding]:
         return by_name(dataset.dataset(str(pattern), options))
@@ -180,7 +180,7 @@ class TestData:
 
     def test_other_kinds_of_data(self, tmp_path):
         write_shard(tmp_path / "a.tar", [sample(number) for number in range(8)])
-        found = self.look(f"pipe:cat {tmp_path}/a.tar #{{0..999}}")  # which are not asked one by one
+        found = self.look(f"pipe:cat {tmp_path}/a.tar #{{0..999}}")  # the names are not checked one by one
         assert found["shards"].value == "1,000 elsewhere"
         assert (found["pairs"].status, "indexed" in found) == (OK, False)
         (tmp_path / "folder").mkdir()
@@ -197,7 +197,7 @@ class TestData:
         assert (found["pairs"].status, found["indexed"].status) == (OK, OK)
 
     def test_every_pair_is_read_if_that_is_asked_for(self, tmp_path, monkeypatch):
-        """The pairs that training would leave out are counted and listed, and so is what the shards have lost."""
+        """Pairs that training would skip are counted and listed, and so are pairs that the shards have lost."""
         monkeypatch.setattr(dataset, "cores", lambda: 2)
         write_shard(tmp_path / "s.tar", faulty_samples())
         (tmp_path / "u.tar").write_bytes(b"no tar file")
@@ -209,7 +209,7 @@ class TestData:
         assert listed[0][:2] == ["t.tar", "damaged shard"]
         places = zip(PLACES, faults(), strict=True)
         bad = [(f"s.tar/{place:03d}", kind) for place, kind in places if kind not in ("no such field", "broken json")]
-        assert [(name, kind) for name, kind, _ in listed[1:]] == bad  # the json of the others is not looked at
+        assert [(name, kind) for name, kind, _ in listed[1:]] == bad  # the json of the other pairs is not read
         assert found.status == PROBLEM
         assert found.value.startswith("8 of 261 cannot be used: 1 x ")
         monkeypatch.setattr(dataset, "cores", lambda: 1)
@@ -220,7 +220,7 @@ class TestData:
 
 
 class TestCommand:
-    """The command as a whole."""
+    """The command ``clipfast doctor`` as a whole."""
 
     def test_this_machine(self, shards, capsys, tmp_path, monkeypatch):
         monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""What the files of a machine say that a process may have."""
+"""Memory limits of a process from the files of /proc and the cgroups."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ V1 = {
     "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": UNLIMITED_V1,
     "sys/fs/cgroup/memory/memory.limit_in_bytes": UNLIMITED_V1,
 }
-CONTAINER = {  # it sees its own cgroup at the top, whatever it is called
+CONTAINER = {  # a container sees its own cgroup as the root, whatever its name is
     "proc/self/cgroup": "4:memory:/docker/0123\n0::/",
     "sys/fs/cgroup/memory/memory.limit_in_bytes": 8 * GIB,
     "sys/fs/cgroup/memory/memory.usage_in_bytes": GIB,
@@ -48,7 +48,7 @@ TOP = {"proc/self/cgroup": "0::/"}
 @pytest.mark.parametrize(
     ("machine", "cgroups", "available"),
     [
-        (60 * GIB, V2, 3 * GIB),  # 8 - 7 + 2 of file caches
+        (60 * GIB, V2, 3 * GIB),  # limit 8, minus 7 in use, plus 2 of file caches
         (60 * GIB, V1, 3 * GIB),
         (2 * GIB, CONTAINER, 2 * GIB),  # the machine has less than the cgroup
         (60 * GIB, CONTAINER, 7 * GIB),

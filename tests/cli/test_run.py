@@ -1,4 +1,4 @@
-"""``python -m clipfast.run``: programs run as without it, with our losses in OpenCLIP's place."""
+"""``python -m clipfast.run``: programs behave as without it, but with clipfast's losses in place of OpenCLIP's."""
 
 import importlib
 import importlib.util
@@ -27,7 +27,7 @@ NEVER = "clipfast: the program did not import open_clip.factory, open_clip.loss,
 
 
 def python(folder, *arguments, **variables):
-    """Run Python in a folder, in a process of its own."""
+    """Run Python in a folder, as a separate process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     environment.pop("RANK", None)
     return subprocess.run(
@@ -57,7 +57,7 @@ if "interrupt" in sys.argv: raise KeyboardInterrupt
 
 @pytest.fixture
 def program(tmp_path):
-    """A script, a package with a module, and a folder that can be run."""
+    """Write a script, a package with a module, and a runnable folder."""
     for path in ("script.py", "package/module.py", "folder/__main__.py", "elsewhere/script.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(PROGRAM)
@@ -87,7 +87,7 @@ def test_a_program_ends_as_it_ends_without(ending, code, program):
     expected, found = (python(program, *call, "script.py", ending) for call in ([], ["-m", "clipfast.run"]))
     assert (found.returncode, found.stdout) == (code, expected.stdout)
     assert expected.returncode == code
-    # The traceback from the program on; before it there are lines of ours and of runpy, as of runpy for a module.
+    # Compare the traceback from the program's own lines on; lines of clipfast.run and runpy come before these.
     frames = [text[text.rfind('  File "', 0, text.find("script.py", 1)) :] for text in (expected.stderr, found.stderr)]
     if ending in ("fail", "interrupt"):
         assert "script.py" in frames[0]
@@ -151,7 +151,7 @@ def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, 
     said = capsys.readouterr().err
     assert said.startswith("clipfast: replaced ['loss', 'third']\nclipfast: replaced ['second']\n")
     package.one.NAME = "theirs"
-    run.ImportHook(parts)  # loaded before
+    run.ImportHook(parts)  # the module was loaded before the hook
     assert package.one.NAME == "ours"
     for name in ("package_a", "package_a.one"):
         del sys.modules[name]
@@ -180,7 +180,7 @@ def test_a_class_with_unknown_arguments_stays(monkeypatch):
     assert said.endswith("; ClipLoss is left as it is, because it takes temperature_schedule")
 
 
-LATER = {  # OpenCLIP 4.2.1, as far as clipfast.run meets it
+LATER = {  # the parts of OpenCLIP 4.2.1 that clipfast.run replaces
     "__init__.py": "from .version import __version__\nfrom .factory import create_loss, create_model",
     "version.py": "__version__ = '4.2.1'",
     "loss.py": """

@@ -13,9 +13,9 @@ from ..small_runs import TINY
 from .test_run import LINE, MODEL_LINE, python, stand_in_for_pandas
 
 SHARDS = [Path(clipfast.__file__).parent / "assets" / "emoji" / f"{style}.tar.gz" for style in ("fluent", "noto")]
-# Runs OpenCLIP's trainer once for each list of options, so that Python and PyTorch start once.
-# Without a buffer, their loader does not shuffle, which it does by the clock. Their DistributedDataParallel names
-# devices, which CPUs may not have. Layers of bitsandbytes need a GPU.
+# This program runs OpenCLIP's trainer for each list of options in turn, so Python and PyTorch start only once. Without
+# a buffer, OpenCLIP's loader does not shuffle; otherwise it would shuffle with a seed from the clock. OpenCLIP's
+# DistributedDataParallel names devices, which CPUs may not have. Layers of bitsandbytes need a GPU.
 PROGRAM = """
 import json, logging, sys, types
 import open_clip, torch
@@ -82,7 +82,7 @@ def printed_losses(folder):
 
 @pytest.fixture
 def training(tmp_path):
-    """A folder with what the trainer needs."""
+    """A folder with the data and the program for OpenCLIP's trainer."""
     open_clip = pytest.importorskip("open_clip")
     pytest.importorskip("open_clip_train")
     config = json.loads(Path(TINY).read_text())
@@ -91,7 +91,7 @@ def training(tmp_path):
     text = config["text_cfg"] | {"embed_cls": True, "output_tokens": True}
     coca = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "multimodal_cfg": COCA, "custom_text": True}
     prepare(tmp_path, {"tiny": config, "coca_tiny": coca})
-    # OpenCLIP leaves some weights of its CoCa uninitialised.
+    # OpenCLIP leaves some weights of its CoCa uninitialized.
     weights = open_clip.CoCa(**{name: value for name, value in coca.items() if name != "custom_text"}).state_dict()
     for name, x in weights.items():
         if name != "logit_scale" and not name.endswith("attn_mask"):
@@ -106,7 +106,7 @@ def options_of(kind, name, logs, *more):
 
 
 def compare_trainings(folder, ranks, runs):
-    """Train without our parts and with them, on ``ranks`` processes; ``runs`` has the kind and the options of each."""
+    """Train with and without clipfast's parts on ``ranks`` processes; ``runs`` has kind and options of each run."""
     for logs in ("theirs", "ours"):
         options = [options_of(kind, f"{index}", logs, *more) for index, (kind, *more) in enumerate(runs)]
         found = python(folder, *command(ranks, ours=logs == "ours"), json.dumps(options))

@@ -10,7 +10,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 
 def downloaded(count, first=0):
-    """A table as img2dataset writes it."""
+    """Return a table of pairs like those that img2dataset writes."""
     numbers = range(first, first + count)
     return pa.table({
         "url": [f"http://example.com/{n}" for n in numbers],
@@ -34,7 +34,7 @@ FEATURES = b'{"info": {"features": {"image": {"_type": "Image"}, "captions": {"f
 
 
 def save_to_disk(folder, counts, batch=4):
-    """A folder as ``datasets.save_to_disk`` writes it, with files of ``counts`` rows in batches."""
+    """Write a folder as ``datasets.save_to_disk`` does, with files of ``counts`` rows in batches."""
     folder.mkdir(parents=True)
     schema = pa.schema([("image", IMAGE), ("captions", pa.list_(pa.string()))], {b"huggingface": FEATURES})
     names, row = [], 0
@@ -48,7 +48,7 @@ def save_to_disk(folder, counts, batch=4):
                 writer.write_batch(pa.record_batch([pa.array(images, IMAGE), pa.array(captions)], schema=schema))
         row += rows_here
     (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {}}))
-    # in another order than that of their names
+    # the order differs from that of the file names
     state = {"_data_files": [{"filename": name} for name in reversed(names)], "_fingerprint": "x", "_split": None}
     (folder / "state.json").write_text(json.dumps(state))
     return names

@@ -1,4 +1,4 @@
-"""Pairs for tests, and what writes them as tables and folders."""
+"""Pairs for tests, and functions that write them as tables and folders."""
 
 import csv
 import io
@@ -56,7 +56,7 @@ def write_side_cars(folder: Path) -> Path:
 
 
 def pairs_of(source):
-    """Image and caption of every sample, read in random order."""
+    """Read all samples in random order; return image and caption of each."""
     found = {}
     for number in np.random.default_rng(0).permutation(sum(source.sizes)).tolist():
         raw = source.read(number)
@@ -68,6 +68,6 @@ EXPECTED = [(data, text.strip()) for _, data, text in PAIRS]
 
 
 def batches(shard):
-    """Batches of eight pairs, as training makes them."""
+    """Return batches of eight pairs, made as in training."""
     source = open_shards(expand_shards(str(shard)))
     return PairBatches([source], Mix([Order(source.sizes, 3)], [1], 3), CroppedImages(16), Tokenizer(16), 8, 3)

@@ -1,4 +1,4 @@
-"""Counts of shards that are elsewhere: they cost next to nothing, and one that is wrong or missing is met."""
+"""Sample counts of remote shards: they are cheap, and wrong or missing counts are handled."""
 
 import gzip
 import json
@@ -67,7 +67,7 @@ def test_counts_beside_remote_tar_files(kind, server, tmp_path):
     urls, index = [f"{server.url}/{name}" for name in names], IndexCache(tmp_path / "cache")
     source = open_shards(urls, index=index)
     assert source.sizes == [2, 3, 4, 5]
-    known = names if kind == "stats" else names[:3]  # the last one has no number, and was brought here to be counted
+    known = names if kind == "stats" else names[:3]  # the last shard has no count, and was copied to be counted
     assert not [name for name, _ in server.served if name in known]
     assert sum(name == "sizes.json" for name, _ in server.served) == (kind == "sizes")
     assert source.read(13)["txt"].decode().endswith("thing 4")
@@ -104,10 +104,10 @@ def test_a_wrong_count(server, tmp_path):
             source.read(number)
         assert error.value.kind == "miscounted shard"
     assert source.read(8)["__key__"] == "000"
-    # the order of the next start is the same, until someone asks for what there is
+    # the next start has the same order, until a full index is requested
     assert source.sizes == open_shards(names, index=index).sizes == [8, 3]
     assert open_shards(names, index=index, whole=True).sizes == [6, 3]
-    with pytest.raises(SampleError, match=r"shard http://.*/2\.tar cannot be read"):  # it is counted, but not there
+    with pytest.raises(SampleError, match=r"shard http://.*/2\.tar cannot be read"):  # counted, but missing
         open_shards([f"{server.url}/2.tar"], index=index)
 
 
@@ -130,7 +130,7 @@ def test_broken_notes_are_left_out_of_account(tmp_path, caplog):
     (tmp_path / f"0{STATS}").write_text("[]")
     assert open_shards([f"{tmp_path}/0.tar.gz"], index=IndexCache(tmp_path / "cache")).sizes == [1]
     assert "sizes.json is left out of account" in caplog.text
-    write_shard(tmp_path / "1.tar", [sample(0)])  # a plain file is always looked at itself
+    write_shard(tmp_path / "1.tar", [sample(0)])  # a local uncompressed file is always indexed directly
     (tmp_path / "sizes.json").write_text('{"1.tar": 7}')
     assert open_shards([f"{tmp_path}/1.tar"], index=IndexCache(tmp_path / "cache")).sizes == [1]
 

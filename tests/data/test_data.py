@@ -1,4 +1,4 @@
-"""Batches of pairs: the same sequence on any ranks and workers, samples that cannot be used, and workers that end."""
+"""Batches of pairs: the same sequence for any number of ranks and workers, unusable samples, and the end of workers."""
 
 import contextlib
 import hashlib
@@ -36,7 +36,7 @@ from ..train.faults import faults, faulty_samples
 
 
 def batches(shards, batch_size=8, seed=3, unique_by=None, **options):
-    """Batches of small images with training augmentation."""
+    """Return batches of small images with training augmentation."""
     source = open_shards(expand_shards(str(shards)))
     order = Mix([Order(source.sizes, seed)], [1], seed)
     if unique_by is not None:
@@ -59,10 +59,10 @@ def test_shards_expand(tmp_path):
         write_shard(tmp_path / name, [sample(0)])
     found = expand_shards(f"{tmp_path}/x-{{0..1}}.tar::{tmp_path}/y.tar")
     assert [shard.split("/")[-1] for shard in found] == ["x-0.tar", "x-1.tar", "y.tar"]
-    os.mkfifo(tmp_path / "z.tar")  # which would be waited for, or lose the bytes that are looked at
+    os.mkfifo(tmp_path / "z.tar")  # a read of the pipe would block, or consume its bytes
     (tmp_path / "a.txt").touch()
     for pattern, message in {
-        f"{tmp_path}/y.tar::": r"no such shard:  \(1 of 2 are missing\)",  # and not the working folder
+        f"{tmp_path}/y.tar::": r"no such shard:  \(1 of 2 are missing\)",  # the empty name is not the working folder
         f"{tmp_path}/*.xyz": "nothing matches",
         f"{tmp_path}/z.tar": "z.tar is neither a file nor a folder",
         f"{tmp_path}/a.txt": "a.txt is no shard",
@@ -89,7 +89,7 @@ def test_pickles_in_a_shard_stay_bytes(tmp_path):
 
 
 def test_the_sequence_does_not_know_of_ranks_and_workers(shards):
-    """Two epochs on four machines, as global batches: one SHA-256 for all of them, and others for other seeds."""
+    """The global batches of two epochs have the same SHA-256 on four machines, and differ between seeds."""
     digests = set()
     for world_size, workers in ((1, 0), (1, 2), (2, 1), (4, 0)):
         parts = [
@@ -110,20 +110,20 @@ def test_the_sequence_does_not_know_of_ranks_and_workers(shards):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_any_batch_can_be_the_first(shards, workers):
     made = batches(shards)
-    whole = [made[number] for number in range(13)]  # two passes and a batch
+    whole = [made[number] for number in range(13)]  # two passes and one batch
     for first in (0, 7, 12):
         rest = list(pair_loader(batches(shards), first, 13, workers))
         assert all(equal(*pair) for pair in zip(whole[first:], rest, strict=True)), f"from batch {first}"
         assert sum(batch.bytes_read for batch in rest) == sum(batch.bytes_read for batch in whole[first:])
     texts = [text for batch in whole[:12] for text in texts_of(batch)]
-    assert set(Counter(texts).values()) == {4}  # 96 samples from 48 pairs with 24 texts
+    assert set(Counter(texts).values()) == {4}  # these are 96 samples from 48 pairs with 24 texts
 
 
 def test_no_two_of_a_kind_in_a_batch(shards):
     for unique_by in ("label", None):
         made = batches(shards, batch_size=20, unique_by=unique_by)
         kinds = [len(set(texts_of(made[number]))) for number in range(10)]
-        assert (min(kinds) == 20) == (unique_by is not None)  # without the rule, both drawings of a thing do meet
+        assert (min(kinds) == 20) == (unique_by is not None)  # without unique_by, duplicates meet
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_captions_with_keywords(shards):
 
 
 def test_ten_kinds_of_faults_are_counted(tmp_path):
-    """One sample in twenty is faulty: the counts per kind are exact, and batches keep their shape."""
+    """One sample in twenty is faulty: the counts by kind are exact, and batches keep their shape."""
     samples = faulty_samples()
     samples[0] |= {"json": b'{"label": "thing 0", "keywords": [1, 2]}'}
     write_shard(tmp_path / "s.tar", samples)
@@ -172,7 +172,7 @@ def test_the_same_substitute_on_every_machine(tmp_path):
 
 
 def test_a_batch_of_all_kinds_replaces_by_the_same_kind(tmp_path):
-    """Twelve kinds in batches of twelve: only another drawing of the same kind may take the place of a broken one."""
+    """With twelve identities in batches of twelve, only a sample of the same identity may replace a broken one."""
     samples = [sample(index % 12, png=b"x" if index % 5 == 0 else picture(index)) for index in range(48)]
     write_shard(tmp_path / "s.tar", samples)
     found = [batches(f"{tmp_path}/s.tar", batch_size=12, unique_by="caption")[number] for number in range(8)]
@@ -201,7 +201,7 @@ def test_errors_of_a_batch_arrive_as_they_are(error, workers, shards, monkeypatc
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Let PyTorch's own thread pin batches for a GPU that is none."""
+    """Let PyTorch's own thread pin batches for a fake GPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
@@ -228,21 +228,21 @@ def test_closing_does_not_wait_for_busy_workers(dies, pinned, shards, monkeypatc
         with pytest.raises(ValueError, match=r"a data worker died: it (was killed by SIGKILL|has ended)"):
             next(loader)
     loader.close()
-    assert time.monotonic() - started < 20  # PyTorch alone needs ten seconds for each, and leaves some behind
+    assert time.monotonic() - started < 20  # PyTorch alone takes ten seconds for each worker, and leaves some behind
     assert not workers & children()
 
 
 def children():
-    """The processes that this one has started."""
+    """Return the child processes of this process."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread may have ended meanwhile
             found.update(map(int, (task / "children").read_text().split()))
     return found
 
 
 def reading(pid):
-    """Kilobytes of a process without the memory that it shares, where batches under way lie; and its open files."""
+    """Return the private memory of a process in kilobytes, without the shared memory of batches, and its open files."""
     status = Path(f"/proc/{pid}/status").read_text()
     fields = {key: value.split() for key, _, value in (line.partition(":") for line in status.splitlines())}
     return sum(int(fields[name][0]) for name in ("RssAnon", "RssFile")), len(os.listdir(f"/proc/{pid}/fd"))
@@ -259,9 +259,9 @@ def test_memory_and_files_of_workers_stay_the_same(tmp_path):
                 readings[pid].append(reading(pid))
     assert len(readings) == 3
     for process in readings.values():
-        memory, files = zip(*process[2:], strict=True)  # without what is read first
+        memory, files = zip(*process[2:], strict=True)  # the first readings include one-time allocations
         assert 0.98 * memory[0] < min(memory) <= max(memory) < 1.02 * memory[0]
-        # a batch under way has files, so that single readings differ
+        # each batch in flight has open files, so single readings differ
         assert abs(statistics.mean(files[-10:]) - statistics.mean(files[:10])) < 5
 
 

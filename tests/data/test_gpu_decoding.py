@@ -1,4 +1,4 @@
-"""JPEG files that the device decodes: the same crops, nearly the same pixels, and no surprise from broken files."""
+"""JPEG decoding on the device: the same crops, nearly the same pixels, and correct handling of broken files."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def cropped(crops, files):
-    """The crops of files, each with random numbers of its own."""
+    """Return a random crop of each file, with random numbers of its own."""
     for number, data in enumerate(files):
         torch.manual_seed(number)
         yield crops(data)
@@ -40,7 +40,7 @@ def usual(files, size=96, **options):
 
 
 def kind_of(data):
-    """None if the device gets the file."""
+    """Return the kind of error of a file; None if it is sent to the device."""
     found = EncodedCrops(CroppedImages(16))(data)
     return None if isinstance(found, EncodedCrop) else tuple(found.shape)
 
@@ -56,8 +56,8 @@ def test_pixels_are_nearly_those_of_the_host(scale, subsampling):
     assert (found.shape, found.dtype) == ((5, 3, 96, 96), torch.uint8)
     whole, coarse = usual(files, scale=scale, oversampling=math.inf), usual(files, scale=scale)
     for ours, exact, usually in zip(found, whole, coarse, strict=True):
-        assert decibels(ours, exact) > 43  # they differ at the edges of the crop, where PIL reads beyond it
-        assert decibels(ours, usually) > 35  # as coarsely decoded files from whole ones
+        assert decibels(ours, exact) > 43  # at the edges, PIL reads pixels outside of the crop
+        assert decibels(ours, usually) > 35  # the same tolerance as for coarsely decoded files
 
 
 def test_what_the_device_gets():
@@ -68,7 +68,7 @@ def test_what_the_device_gets():
     assert kind_of(plain) is None
     assert kind_of(jpeg(image, exif=exif_of(1))) is None
     assert kind_of(jpeg(image, restart_marker_rows=1)) is None
-    # what follows a file is not sent
+    # bytes after the end marker are not sent
     assert decodable(plain + b"\xff\xd8 and more") == (plain, 120, 90)
     for others in (
         stream.getvalue(), picture(0), jpeg(image, exif=exif_of(6)), jpeg(image, progressive=True),
@@ -81,11 +81,11 @@ def test_what_the_device_gets():
     found, expected = batch.on(CPU), usual(mixed)
     assert torch.equal(found[[0, 2, 4]], expected[[0, 2, 4]])
     assert all(decibels(found[place], expected[place]) > 35 for place in (1, 3))
-    assert torch.equal(batch_of(mixed[:1]).on(CPU), expected[:1])  # no file at all
+    assert torch.equal(batch_of(mixed[:1]).on(CPU), expected[:1])  # a batch without any file
 
 
 def damaged(data, rng):
-    """A file with a few wrong bytes, or with some missing or doubled."""
+    """Return a JPEG file with a few wrong, missing or doubled bytes."""
     content = bytearray(data)
     at, length = int(rng.integers(len(data))), int(rng.integers(1, 40))
     match rng.integers(5):
@@ -97,13 +97,13 @@ def damaged(data, rng):
             del content[at:]
         case 3:
             content[at:at] = content[at : at + length]
-        case 4:  # the header is small, and much can be wrong with it
+        case 4:  # damage the header: it is small, and many things in it can be wrong
             content[int(rng.integers(700)) % len(data)] = int(rng.integers(256))
     return bytes(content)
 
 
 def outcome(function, data):
-    """What a function returns, or the kind of its error."""
+    """Return the result of a function, or the kind of its error."""
     try:
         return function(data), None
     except ImageError as error:
@@ -112,7 +112,7 @@ def outcome(function, data):
 
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"restart_marker_rows": 1}])
 def test_workers_refuse_what_the_host_refuses(options):
-    """Without decoding: no file that is sent to the device is one that cannot be decoded."""
+    """Workers do not decode, and still no file that is sent to the device fails to decode."""
     whole, rng = jpeg(photograph(70, 50), **options), np.random.default_rng(0)
     sent = refused = 0
     for _ in range(500):
@@ -130,7 +130,7 @@ def test_workers_refuse_what_the_host_refuses(options):
 
 
 def refusing(*refused):
-    """A decoder that takes no list with one of these files, as nvJPEG does not."""
+    """Return a decoder that refuses lists with one of these files, as nvJPEG does."""
     from torchvision.io import decode_jpeg
 
     def decode(files, *arguments):
@@ -152,7 +152,7 @@ def test_the_host_decodes_what_the_device_refuses(caplog):
     assert len(caplog.records) == 1
     with (
         mock.patch("torchvision.io.decode_jpeg", side_effect=torch.OutOfMemoryError("full")),
-        pytest.raises(torch.OutOfMemoryError),  # which is no refusal
+        pytest.raises(torch.OutOfMemoryError),  # a lack of memory is no refusal
     ):
         batch_of(files).on(CPU)
 
@@ -168,7 +168,7 @@ def test_a_device_without_a_decoder():
 
 @pytest.fixture
 def photographs(tmp_path):
-    """A shard of 32 photographs, of which some are no JPEG files, and two are broken."""
+    """A shard of 32 photographs; some are not JPEG files, and two are broken."""
     samples = []
     for number in range(32):
         data = jpeg(photograph(48 + number, 40, seed=number))

@@ -1,4 +1,4 @@
-"""The index of shards is kept, is shared by processes, and notices every change; sources hold few files open."""
+"""The index of shards is cached, is shared by processes, and notices every change; sources hold few files open."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ def index_in_a_process(arguments):
 
 
 def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
-    """Three processes on one cache, in which there is room for one shard."""
+    """Three processes share a cache with room for the copy of one shard."""
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "700000")
     names = []
     for number in range(6):
@@ -49,7 +49,7 @@ def test_known_shards_are_indexed_again_if_they_or_their_entries_change(tmp_path
     paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (3, 5)]
     first = list(index.shards(paths))
     with monkeypatch.context() as patch:
-        patch.setattr("clipfast.data.index.format_of", None)  # nothing is read
+        patch.setattr("clipfast.data.index.format_of", None)  # fails if a shard is read
         assert list(index.shards(paths)) == first
     write_shard(tmp_path / "3.tar", [sample(i) for i in range(4)])
     os.utime(tmp_path / "3.tar", ns=(1, 1))
@@ -100,7 +100,7 @@ def test_an_error_of_one_shard_does_not_end_a_run(code, tmp_path, monkeypatch):
         return original(name, *arguments, **options)
 
     monkeypatch.setattr(os, "open", failing)
-    # what this process lacks is no fault of the shard
+    # a limit of this process is no fault of the shard
     with pytest.raises(OSError if code == errno.EMFILE else SampleError, match=os.strerror(code)):
         source.read(0)
 

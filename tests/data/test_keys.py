@@ -1,4 +1,4 @@
-"""Under which names the image and the captions of a sample are looked for, and which of several captions is drawn."""
+"""Keys of the image and the captions of a sample, and the draw of one of several captions."""
 
 import json
 import random
@@ -20,7 +20,7 @@ FIVE = [f"caption {number}" for number in range(5)]
 
 
 def packed(**members):
-    """A sample with these members: bytes, texts, or what is written as json."""
+    """Return a sample with these members: bytes, texts, or objects that are written as JSON."""
     return {
         key: value if isinstance(value, bytes)
         else value.encode("latin-1") if isinstance(value, str)
@@ -29,7 +29,7 @@ def packed(**members):
     }  # fmt: skip
 
 
-# A sample, flags, and the caption that is taken.
+# Each line has a sample, flags, and the expected caption.
 TAKEN = r"""
 {"txt": " a \n", "json": {"caption": "b"}} | {} | a
 {"json": {"title": "c", "text": "b", "caption": "a"}} | {} | a
@@ -43,7 +43,7 @@ TAKEN = r"""
 {"txt": "a", "json": {"long": "", "short": "b"}} | {"json_text_key": ["none;long", "short"]} | b
 {"txt": "a", "json": {"x": "b"}} | {"json_text_key": ["x"], "text_key": "txt"} | b
 """
-# A sample, flags, and an expression of what is said if it has no caption.
+# Each line has a sample without a usable caption, flags, and a pattern of the error.
 NOT_TAKEN = r"""
 {"txt": " ", "json": {"caption": "b"}} | {} | caption is empty
 {"json": {"caption": [" "], "text": null}} | {} | caption is empty
@@ -90,7 +90,7 @@ def test_which_image_is_taken():
 
 
 def drawn(raw, times=1000, **keys):
-    """How often each caption of a sample is drawn."""
+    """Count how often each caption of a sample is drawn."""
     return Counter(caption(raw, rng=random.Random(seed), **keys) for seed in range(times))
 
 
@@ -109,9 +109,9 @@ def test_keys_are_drawn_by_their_probabilities():
     assert set(found) == {"a", "b"}
     assert 700 < found["a"] < 800
     assert caption(raw, keys=keys) == "a"
-    # one with no probability takes the place of those that are not there
+    # a key with probability 0 is used if the others are missing
     assert set(drawn(packed(json={"b": "", "c": "c"}), 20, keys=keys)) == {"c"}
-    # what follows the first is drawn by the probabilities of the rest, as OpenCLIP draws it
+    # the keys after the first are drawn by the probabilities of the rest, as in OpenCLIP
     keys = read_keys(json_text_key=["none", "a", "b"], json_text_key_probs=[2, 1, 4])
     assert 750 < drawn(raw, keys=keys)["b"] < 850
 
@@ -160,7 +160,7 @@ def test_flags_reach_training_evaluation_and_the_index(capsys, tmp_path, monkeyp
         return out
 
     def losses(flags):
-        """Return the losses of two steps."""
+        """Train two steps and return their losses."""
         name = str(len(list(tmp_path.iterdir())))
         options = "--batch-size 8 --epochs 1 --workers 0 --warmup 1 --log-every-n-steps 1"
         run(f"train --model {TINY} --logs . --name {name} {options} {flags}")
@@ -176,7 +176,7 @@ def test_flags_reach_training_evaluation_and_the_index(capsys, tmp_path, monkeyp
     (tmp_path / "t.csv").write_text("view;alt;a,b,c,d\n" + rows)
     for index, one in enumerate(plain):
         (tmp_path / f"{index:02}.png").write_bytes(one["png"])
-    first = len(list(tmp_path.iterdir()))  # the name of the first run
+    first = len(list(tmp_path.iterdir()))  # number of files so far; the runs are named by it
     expected = losses("--train-data plain.tar")
     assert len(expected) == 2
     keys = "--image-key view --text-key alt"
@@ -217,7 +217,7 @@ def test_a_position_always_draws_the_same_caption_and_passes_draw_all(tmp_path):
 
 @pytest.mark.parametrize(("key", "content"), [("json", b'{"caption": "a"}'), ("caption", b"a"), ("text", b"a")])
 def test_damage_is_counted_in_a_shard_with_captions_of_any_name(tmp_path, key, content):
-    """Without a pair whose size is known, the smallest imaginable one would be taken, and far too many lost."""
+    """Lost pairs are counted by the size of known pairs. With none, the least possible size would give too many."""
     samples = [{"png": picture(index, 100), key: content} for index in range(20)]
     path = write_shard(tmp_path / "s.tar", samples)
     data = bytearray(path.read_bytes())

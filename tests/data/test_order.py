@@ -1,4 +1,4 @@
-"""The order of the data: every sample once a pass, any stretch by itself, exact mixes, no two alike in a batch."""
+"""The order of the data: each sample once a pass, any stretch directly, exact mixes, distinct identities."""
 
 import tracemalloc
 
@@ -16,7 +16,7 @@ def samples(stretch):
 
 
 def check_stretches(order, whole):
-    """Any stretch of an order is computed by itself."""
+    """Assert that any stretch of an order can be computed directly."""
     for start, stop in np.sort(np.random.default_rng(1).integers(0, len(whole) + 1, (20, 2)), axis=1).tolist():
         if start < stop:
             assert samples(order(start, stop)) == samples(whole[start:stop])
@@ -38,18 +38,18 @@ def test_a_pass_has_every_sample_once_and_any_stretch_stands_by_itself(sizes, wi
 
 
 def test_the_words_are_those_of_splitmix64():
-    """The order of a run must not change with a version of NumPy. These words are published with the algorithm."""
+    """The order of a run must not depend on NumPy's version. These words are published with the algorithm."""
     assert random_words(3).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert len({random_words(1, *key).item() for key in ((), (0,), (1,), (0, 1), (1, 0), (-1,), (2**64 - 2,))}) == 7
 
 
 def test_a_window_mixes_many_shards_evenly():
-    """A batch draws from almost as many shards as one of a full shuffle does, and no shard is over-represented."""
+    """A batch contains samples of almost as many shards as with a full shuffle, and no shard is over-represented."""
     order = Order([1000] * 200, 0, window=1 << 14, streams=64)
     batch = 256
     shards = (order(0, len(order)).sample // 1000).reshape(-1)[: len(order) // batch * batch].reshape(-1, batch)
     distinct = np.array([len(set(row.tolist())) for row in shards])
-    expected = 64 * (1 - (1 - 1 / 64) ** batch)  # of the streams
+    expected = 64 * (1 - (1 - 1 / 64) ** batch)  # expected number of streams in a batch
     assert distinct.mean() > 0.97 * expected
     most = np.array([np.bincount(row).max() for row in shards])
     assert most.mean() < 3 * batch / 64
@@ -71,7 +71,7 @@ def test_mixes_have_their_shares_everywhere():
     share = np.array([3000, 5000, 14]) / len(mix)
     for stop in (len(whole), len(whole) // 2, 4096):
         counts = np.bincount(whole.source[:stop], minlength=3)
-        # exact in every block: what lies beyond the last one may deviate
+        # shares are exact in every block; the positions after the last full block may deviate
         assert abs(counts - share * stop).max() < 0.01 * stop * share.max()
     for source, size in enumerate((1000, 5000, 7)):
         mine = whole.sample[whole.source == source]
@@ -96,7 +96,7 @@ def test_no_two_of_a_kind_in_a_batch(kinds, batch_size, window):
     for batch in whole.sample.reshape(-1, batch_size):
         assert len(set(alike[batch].tolist())) == batch_size
     seen = [len(set(part.tolist())) for part in whole.sample.reshape(3, -1)]
-    assert min(seen) > 0.9 * len(unique)  # the rest gave its place to others
+    assert min(seen) > 0.9 * len(unique)  # the other samples were replaced
     if kinds == 400:
         assert set(seen) == {len(unique)}
     check_stretches(unique, whole)

@@ -1,4 +1,4 @@
-"""Copies of shards that are made ahead of the reader: in time, within the limit, and once."""
+"""Copies of shards ahead of the data workers: in time, within the limit, and only once."""
 
 import contextlib
 import gzip
@@ -19,11 +19,11 @@ from clipfast.data.staging import exclusive
 from ..small_runs import sample, write_shard
 
 SHARDS, EACH, BATCH = 24, 10, 5
-NOISE = bytes(40_000)  # so that copies are larger than what surrounds them
+NOISE = bytes(40_000)  # makes the copies larger than their overhead
 
 
 def write_shards(folder, suffix):
-    """Shards of pairs whose captions are their numbers, and a note of how many they are."""
+    """Write shards of pairs whose captions are their numbers, and a file with their counts."""
     folder.mkdir(exist_ok=True)
     names = [f"{shard:02d}{suffix}" for shard in range(SHARDS)]
     for shard, name in enumerate(names):
@@ -33,7 +33,7 @@ def write_shards(folder, suffix):
 
 
 def numbers(captions):
-    """In place of a tokenizer."""
+    """Return numeric captions as token ids, in place of a tokenizer."""
     return torch.tensor([[int(caption) + 1] for caption in captions])
 
 
@@ -64,7 +64,7 @@ def copies(tmp_path):
 
 @pytest.fixture
 def brought(monkeypatch):
-    """The names of the shards that were copied ahead."""
+    """A list of the names of the shards that were copied ahead."""
     found, bring = [], IndexCache.bring
 
     def noted(index, name):
@@ -78,13 +78,13 @@ def brought(monkeypatch):
 
 @pytest.fixture
 def source(tmp_path):
-    """Compressed shards that were counted and never copied."""
+    """A source of compressed shards that were counted and never copied."""
     names = [f"{tmp_path}/data/{name}" for name in write_shards(tmp_path / "data", ".tar.gz")]
     return open_shards(names, index=IndexCache(tmp_path / "cache"))
 
 
 def test_copies_are_there_before_they_are_needed(source, tmp_path, brought):
-    """Also of shards that were indexed before."""
+    """This holds for shards that were indexed before, too."""
     names = [shard.name for shard in source.shards]
     for _ in range(2):
         with contextlib.closing(pair_loader(batches(source), 0, 2 * SHARDS, 0)) as loader:
@@ -115,9 +115,9 @@ def test_never_more_ahead_than_half_of_the_cache(room, sharers, source, tmp_path
             expected = min(sum(use <= at for use in first_use.values()) + room, SHARDS)
             until(lambda expected=expected: len(brought) >= expected)
             if at % 16 == 0:
-                time.sleep(0.05)  # no more come
+                time.sleep(0.05)  # no more copies appear
             assert len(brought) == expected
-            # while room is made
+            # while copies are being removed
             assert len(copies(tmp_path)) <= 2 * room * sharers + THREADS
     order = sorted(first_use, key=lambda name: first_use[name])
     assert all(set(brought[:count]) <= set(order[: count + THREADS]) for count in range(SHARDS))
@@ -144,7 +144,7 @@ def test_copies_that_are_removed_while_they_are_read(source, tmp_path, monkeypat
 
 
 def test_a_loader_does_not_wait_for_copies(source):
-    """Even of something that has no end."""
+    """This holds even for a shard without an end."""
     made = batches(source)
     good = set(source.shards_of(made.samples(0).sample).tolist())
     for shard in set(range(SHARDS)) - good:

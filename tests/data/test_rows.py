@@ -1,4 +1,4 @@
-"""Parquet and Arrow shards: row i is sample i, whatever is in it, and damage in one ends nothing else."""
+"""Parquet and Arrow shards: row i is sample i, whatever it contains, and a damaged shard does not affect others."""
 
 import datetime
 import decimal
@@ -39,7 +39,7 @@ def test_every_row_is_the_sample_of_its_number(form, tmp_path):
         write_arrow(path, table, form)
     source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
     assert source.sizes == [120]
-    assert not list((tmp_path / "cache").glob("shards/*"))  # nothing is copied to count them
+    assert not list((tmp_path / "cache").glob("shards/*"))  # rows are counted without a copy
     for number in np.random.default_rng(0).permutation(120).tolist():
         raw = source.read(number)
         found = fields(raw)
@@ -61,7 +61,7 @@ def test_values_that_are_not_json(tmp_path):
     table = pa.table({
         "png": [b"x"],
         "when": [moment],
-        "late": pa.array([2**60], pa.timestamp("ms")),  # a year that Python does not have
+        "late": pa.array([2**60], pa.timestamp("ms")),  # a year beyond Python's range
         "price": pa.array([decimal.Decimal("1.50")]),
         "nested": [{"inner": [b"bytes", b""], "infinite": float("inf"), "text": "é"}],
         "pairs": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
@@ -88,7 +88,7 @@ def test_images_by_path(tmp_path):
     path = write_parquet(tmp_path / "p.parquet", pa.table({"image": images, "text": paths}))
     expected = [b"image 0", None, b"image 0", None, None, None, None]
     source = open_shards([path, f"file://{path}"], index=IndexCache(tmp_path / "cache"))
-    # what comes from elsewhere names no files of this machine
+    # a remote shard cannot name local files
     assert [source.read(number).get("image") for number in range(14)] == [*expected, *[None] * 7]
 
 
@@ -111,7 +111,7 @@ def test_folders_of_shards(tmp_path):
     (folder / "state.json").write_text('{"_data_files": 3}')
     with pytest.raises(ValueError, match=r"state\.json does not list the files of a dataset"):
         expand_shards(str(folder))
-    for suffix in (".parquet", ".tar"):  # beside tar files, img2dataset's Parquet files have no images
+    for suffix in (".parquet", ".tar"):  # next to tar files, img2dataset's Parquet files have no images
         for name in ("1", "0", "note.txt"):
             (tmp_path / (name + suffix)).touch()
         (tmp_path / f"note.txt{suffix}").rename(tmp_path / "note.txt")
@@ -132,7 +132,7 @@ def zeroed_batch(data):
 
 
 def short_footer(data):
-    """Let the footer list one batch less."""
+    """Remove one batch from the footer's list."""
     first = [match.start() for match in BATCH.finditer(data)][1]
     at = data.index((5).to_bytes(4, "little") + first.to_bytes(8, "little"))
     return data[:at] + (4).to_bytes(4, "little") + data[at + 4 :]
@@ -146,7 +146,7 @@ DAMAGE = {
     "no bytes": ("stream", lambda data: b"", NO_ARROW),
     "no end": ("stream", lambda data: data[:-8], "do not end as an Arrow stream does"),
     "zeros": ("stream", zeroed_batch, r"its end mark stands at byte \d+ of \d+"),
-    "offsets": ("stream", wild_offsets, "it is damaged"),  # pyarrow reads other memory there, or ends the process
+    "offsets": ("stream", wild_offsets, "it is damaged"),  # pyarrow would read foreign memory, or crash
     "offsets in a file": ("file", wild_offsets, "it is damaged"),
     "footer": ("file", short_footer, "it has 5 batches of rows, but its footer lists 4"),
 }
@@ -161,7 +161,7 @@ def test_damage_is_named(case, whole, tmp_path):
     write_parquet(path, table) if form == "parquet" else write_arrow(path, table, form, rows=8)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SampleError, match=rf"x\.(arrow|parquet) cannot be read: .*{message}"):
-        # what is wrong in the values is met when the shard is copied
+        # errors in the values are found when the shard is copied
         open_shards([str(path)], index=IndexCache(tmp_path / "cache"), whole=whole).read(0)
 
 
@@ -189,7 +189,7 @@ def test_an_outage_is_not_taken_for_damage():
 def test_few_rows_are_in_memory_at_once(tmp_path):
     images = [os.urandom(50_000) for _ in range(1000)]
     table, path = pa.table({"jpg": images, "n": list(range(1000))}), f"{tmp_path}/x.parquet"
-    # a row group that is the whole file, of pages that are not
+    # one row group is the whole file, but its pages are smaller
     pq.write_table(table, path, row_group_size=1000, use_dictionary=False, write_batch_size=16)
     del table
     before = pa.total_allocated_bytes()
@@ -211,7 +211,7 @@ def test_a_file_that_was_replaced(tmp_path):
     assert fields(opened.read(3))["key"] == "000000003"
     write_parquet(path, downloaded(20, first=100))
     os.utime(path, ns=(1, 1))
-    assert fields(opened.read(4))["key"] == "000000004"  # it was opened before
+    assert fields(opened.read(4))["key"] == "000000004"  # this shard was opened before
     with pytest.raises(SampleError, match="the shard was replaced after its samples were counted"):
         counted.read(3)
     again = open_shards([str(path)], index=index)
@@ -236,7 +236,7 @@ def test_a_reader_that_ends_names_the_file_and_is_replaced(number, said, tmp_pat
     assert open_shards([path], index=index).sizes == [20]
     contained._reader.kill()
     contained._reader.wait()
-    assert open_shards([path], index=index).sizes == [20]  # it had not ended by this file
+    assert open_shards([path], index=index).sizes == [20]  # the reader did not end because of this file
     contained._end()
     with monkeypatch.context() as patch:
         patch.setattr(contained, "PROGRAM", f"import os; input(); os.kill(os.getpid(), {number})")
@@ -247,7 +247,7 @@ def test_a_reader_that_ends_names_the_file_and_is_replaced(number, said, tmp_pat
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(tmp_path, monkeypatch):
-    """The process lives on, as a data worker does."""
+    """The forked process goes on to live, as data workers do."""
     path = write_parquet(tmp_path / "x.parquet", downloaded(20))
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600], daemon=True)
 

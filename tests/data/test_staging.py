@@ -1,4 +1,4 @@
-"""Shards that are read from copies: how they are brought, notice changes, and make room."""
+"""Shards that are read from copies: how copies are made, notice changes, and are removed for others."""
 
 import bz2
 import errno
@@ -29,7 +29,7 @@ def copies(tmp_path):
 
 
 def test_shards_from_elsewhere(tmp_path, monkeypatch):
-    """A command, a URL, and compressed files are brought to a bounded folder."""
+    """Shards from a command and a URL, and compressed files, are copied to a folder of limited size."""
     samples = [sample(index) for index in range(6)]
     write_shard(tmp_path / "a.tar", samples)
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
@@ -46,7 +46,7 @@ def test_shards_from_elsewhere(tmp_path, monkeypatch):
 
 
 def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path, monkeypatch):
-    """When it is copied again: until then, the copy is read without a question."""
+    """The change is noticed when the shard is copied again. Until then, the copy is read without a check."""
     path = tmp_path / "s.tar.gz"
     write_shard(path, [sample(index) for index in range(8)])
     source, late = (open_shards([str(path)], index=IndexCache(tmp_path / "cache")) for _ in range(2))
@@ -61,7 +61,7 @@ def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_is_too_large_for_the_cache_is_refused(tmp_path, monkeypatch):
-    """A few bytes may be decompressed to as many as there is space for."""
+    """A few compressed bytes may expand until the disk is full."""
     (tmp_path / "s.tar.bz2").write_bytes(bz2.compress(bytes(30_000_000)))
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "2000000")
     with pytest.raises(SampleError, match=r"bz2 cannot be read: .* 2,000,000 bytes .* CLIPFAST_CACHE_BYTES") as error:
@@ -74,7 +74,7 @@ def test_a_shard_that_is_too_large_for_the_cache_is_refused(tmp_path, monkeypatc
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """Five compressed shards of two pairs, of which two copies have room."""
+    """Five compressed shards of two pairs each, with room for two copies."""
     paths = [write_shard(tmp_path / f"{n}.tar.gz", [sample(n), sample(n + 1)]) for n in range(5)]
     source = open_shards([str(path) for path in paths], index=IndexCache(tmp_path / "cache"))
     size = max(path.stat().st_size for path in copies(tmp_path))
@@ -90,13 +90,13 @@ def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, 
         return sum(os.readlink(path).endswith(".tar (deleted)") for path in paths if os.path.lexists(path))
 
     monkeypatch.setattr("clipfast.data.source.IDLE", 6)
-    for number in (0, 2, 4, 6, 1, 3, 5, 7):  # all of these are read again and again
+    for number in (0, 2, 4, 6, 1, 3, 5, 7):  # all samples are read again and again
         copied.read(number)
     assert removed_and_open() == 2
     for _ in range(6):
         copied.read(6)
     copied.read(8)
-    assert removed_and_open() == 1  # the copy of the third shard, which has made room just now
+    assert removed_and_open() == 1  # the copy of the third shard, which was removed just now
     assert copied.read(0)["txt"] == sample(0)["txt"]
     copied.close()
     before = len(os.listdir("/proc/self/fd"))
@@ -105,7 +105,7 @@ def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, 
 
 
 def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
-    """The disk has space for a little more than three copies, whatever the limit for them is."""
+    """The disk has space for little more than three copies, although the limit for copies is higher."""
     folder, copy = tmp_path / "cache" / "shards", staging._copy
     copied.read(0)
     size = copies(tmp_path)[0].stat().st_size
@@ -122,16 +122,16 @@ def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
 
     monkeypatch.setattr(staging, "_copy", limited)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free()))
-    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"  # by a killed process, and by a running one
+    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"  # of a killed and of a running process
     left.touch()
     written.touch()
     with staging.exclusive(folder / staging.LOCKS / "written.tar"):
         for number in range(10):
             copied.read(number)
-            assert free() >= capacity // 10  # for other files
+            assert free() >= capacity // 10  # the space that is left for other files
     assert (left.exists(), written.exists()) == (False, True)
     copied.close()
-    capacity = size * 2  # other files take what was left
+    capacity = size * 2  # other files fill the remaining space
     assert copied.read(0)["__key__"] == "000"
     capacity = size - 1
     with pytest.raises(DiskFullError):
@@ -146,14 +146,14 @@ def test_a_failing_network_is_asked_again(server, tmp_path, monkeypatch):
     for message in (r"shard http://.*gone\.tar cannot be read", "is not asked for again so soon"):
         with pytest.raises(SampleError, match=message):
             open_shards([f"{server.url}/gone.tar"], index=index, whole=True)
-    monkeypatch.setattr(staging, "BEGIN", time.time() + 1)  # as in another run, after a repair
+    monkeypatch.setattr(staging, "BEGIN", time.time() + 1)  # as for another run, after a repair
     server.failing.clear()
     write_shard(tmp_path / "web" / "gone.tar", [sample(1)])
     assert texts(open_shards([f"{server.url}/gone.tar"], index=index, whole=True)) == [sample(1)["txt"]]
 
 
 def test_an_attempt_that_fails_late_is_made_once_more(monkeypatch):
-    """As it happens with a large shard whose connection breaks."""
+    """This happens if the connection breaks during a large shard."""
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
     answers = [[b"all of it"], []]
@@ -161,10 +161,10 @@ def test_an_attempt_that_fails_late_is_made_once_more(monkeypatch):
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """A server of one file, without parts of it: each GET goes on to the next of its versions, bytes and mark."""
+    """A web server of one file that cannot send parts: each GET returns the next version, bytes and ETag."""
 
     def do_HEAD(self):
-        """Answer HEAD, and the beginning of GET."""
+        """Answer HEAD, and send the headers of GET."""
         self.server.asked += 1
         self.server.is_answering.wait(20)
         if "/s." not in self.path:
@@ -189,7 +189,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def answers(tmp_path, monkeypatch):
-    """Such a server, with a shard that is larger than what fsspec asks for at once, and a later one."""
+    """A server of a shard that is larger than fsspec's block size, and of a later version of the shard."""
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     data = []
@@ -211,13 +211,13 @@ def test_a_server_that_sends_no_parts(answers, tmp_path):
     answers.versions = [(Path(write_parquet(tmp_path / "s.parquet", rows)).read_bytes(), "1")]
     source = open_shards([f"{answers.url}/s.parquet"], index=IndexCache(tmp_path / "cache"))
     assert source.sizes == [20]
-    assert source.shards[0].counted_in is None  # it was copied to be counted
+    assert source.shards[0].counted_in is None  # the shard was copied to be counted
     with pytest.raises(SampleError, match=r"gone\.parquet cannot be read"):
         open_shards([f"{answers.url}/gone.parquet"], index=IndexCache(tmp_path / "cache"))
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(answers, tmp_path, caplog):
-    """One version of the file is read, under the stamp of that version."""
+    """The copy holds a single version of the file, and has the stamp of that version."""
     later = answers.versions[1]
     source = open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"))
     assert source.shards[0].stamp == f"{len(later[0])}/2"

@@ -1,4 +1,4 @@
-"""Pairs that are drawn: the same bits everywhere, captions that are true, and wrong ones that are not."""
+"""Drawn pairs: the same bits on every device, true captions, and wrong captions that are false."""
 
 import collections
 import itertools
@@ -96,7 +96,7 @@ def test_a_picture_depends_on_its_number_alone(size, two_threads):
     assert torch.equal(together, alone)
     assert not torch.equal(together, pictures(range(300, 320), size, seed=1))
     images = drawings(SyntheticSource(9).scenes(range(9)), size).on(torch.device("meta"))
-    assert (images.device.type, images.shape) == ("meta", (9, 3, size, size))  # nothing is made on another device
+    assert (images.device.type, images.shape) == ("meta", (9, 3, size, size))  # nothing is allocated on another device
 
 
 def test_reading_gives_the_pixels_of_the_batch():
@@ -107,7 +107,7 @@ def test_reading_gives_the_pixels_of_the_batch():
         assert np.array_equal(np.asarray(decode_image(raw)), image.permute(1, 2, 0).numpy())
         assert caption(raw) == metadata(raw)["label"] == text
     assert "png" not in source.read(0, Keys(images=("jpg",)))
-    # a pair is the same in a larger set
+    # a pair does not depend on the size of its set
     assert SyntheticSource(10, 3).read(9) | {"__url__": ""} == source.read(9) | {"__url__": ""}
 
 
@@ -146,7 +146,7 @@ def test_captions_say_what_can_be_seen():
         frame = says["background"] if says["frame"] == "none" else says["frame"]
         assert near(frame)[[0, 0, -1, -1], [0, -1, 0, -1]].all()
         rows, columns = np.nonzero(near(says["colour"]) & inner)
-        if says["shape"] not in ("half circle", "triangle", "star"):  # whose middle is not their centre
+        if says["shape"] not in ("half circle", "triangle", "star"):  # the centroid of these shapes is not their centre
             middle = [(some.max() + some.min() + 1) / 2 / size for some in (rows, columns)]
             row, column = (int((x - 0.5) / 0.19 + 1.5) for x in middle)
             assert PLACES[3 * row + column] == says["place"]
@@ -181,7 +181,7 @@ def test_no_caption_twice_in_a_batch():
     source = SyntheticSource(3000)
     known = identities(source, "caption")
     assert len(np.unique(known)) == len(set(captions(source.scenes(range(3000))))) < 3000
-    with mock.patch.object(SyntheticSource, "read", side_effect=AssertionError):  # they are kept
+    with mock.patch.object(SyntheticSource, "read", side_effect=AssertionError):  # the identities are cached
         assert np.array_equal(identities(SyntheticSource(3000), "caption"), known)
     made = batches([source], 1000)
     made.order = Unique(made.order, [known], 1000)
@@ -201,7 +201,7 @@ def test_pairs_mix_with_shards(shards, tmp_path):
         config("synthetic:{8..9}::synthetic:24@1", tmp_path, **SYNTHETIC | options | {"unique_by": None})
     )
     assert [len(order) for order in data.order.orders] == [8, 9, 24]
-    assert len(data.order) == 8 + 9 + 2 * 24  # a factor counts for all pairs of its part
+    assert len(data.order) == 8 + 9 + 2 * 24  # a factor applies to all pairs of its source
 
 
 def test_options_that_change_drawn_pairs_are_refused(tmp_path):
@@ -233,7 +233,7 @@ def test_shapes_are_learned(tmp_path, two_threads):
     )
     results = json.loads((folder.path / "results.json").read_text())
     assert results["classes"] > 120
-    assert results["zero_shot"]["top1"] > 0.1  # chance: 0.008
+    assert results["zero_shot"]["top1"] > 0.1  # chance is 0.008
     assert results["zero_shot"]["top5"] > 0.4
 
 
@@ -242,7 +242,7 @@ def combination(scene):
 
 
 def is_true(text, scene):
-    """Whether a caption says what is in a scene, and nothing else; None if it is no caption."""
+    """Return whether a caption describes a scene truthfully; None if the words are no caption."""
     words = text.replace("left of", "left").replace("right of", "right").split()
     things = scene.things
     match words:
@@ -283,13 +283,13 @@ def test_captions_of_scenes_are_true_and_wrong_ones_are_not():
 def test_training_draws_no_combination_of_a_test():
     trained, tested = ({combination(scene) for scene in scenes} for scenes in (TRAINING, TESTS))
     assert not trained & tested
-    for some in (trained, tested):  # neither lacks a colour or a shape
+    for some in (trained, tested):  # training and tests both have every colour and every shape
         assert frozenset().union(*(colours for colours, _ in some)) == set(COLOURS)
         assert frozenset().union(*(shapes for _, shapes in some)) == set(SHAPES)
 
 
 def test_which_caption_is_right_is_even():
-    """So that it cannot be told from the captions alone."""
+    """Neither form of a caption is right more often, so captions alone do not reveal the answer."""
     seen = collections.Counter((scene.caption, scene.wrong) for scene in TESTS if scene.kind != "order")
     for (right, wrong), count in seen.items():
         other = seen[wrong, right]
@@ -301,7 +301,7 @@ def test_which_caption_is_right_is_even():
 def test_things_do_not_touch_and_are_whole():
     for scene in (*TRAINING, *TESTS):
         for one, other in itertools.combinations(scene.things, 2):
-            # 1.2 radii reach to the corners of the largest shapes
+            # the corners of the largest shapes are within 1.2 radii
             assert math.hypot(one.x - other.x, one.y - other.y) > 1.2 * (one.radius + other.radius) + 1, scene
         for thing in scene.things:
             assert 1.2 * thing.radius - 1 < min(thing.x, thing.y), scene
@@ -309,7 +309,7 @@ def test_things_do_not_touch_and_are_whole():
 
 
 def test_pictures_show_what_their_scenes_say():
-    """The colours of all pixels are those of the things or of the background, and each thing is where it is said."""
+    """All pixels have a colour of the things or the background, and each thing is at its place."""
     for scene in TESTS[:24]:
         pixels = np.asarray(scene.picture()).astype(int)
         assert pixels.shape == (SIDE, SIDE, 3)

@@ -1,4 +1,4 @@
-"""Tables and folders of images: every pair is read back exactly, by its number, and what is wrong is named."""
+"""Tables and folders of images: every pair is read back exactly by its number, and errors name their cause."""
 
 import csv
 import gzip
@@ -51,9 +51,9 @@ st = pytest.importorskip("hypothesis.strategies")
     ],
 )
 def test_csv_files_of_all_kinds(tmp_path, name, options):
-    """A separator that was given for another table of the run, and that this one's header does not have, is not its."""
+    """A separator is ignored if the header lacks it: it was given for another table of the run."""
     path = write_csv(write_images(tmp_path) / name, **options)
-    path.write_bytes(path.read_bytes()[: -len(options.get("end", "\n"))])  # without the end of the last line
+    path.write_bytes(path.read_bytes()[: -len(options.get("end", "\n"))])  # cut the end of the last line
     packed = tmp_path / f"{name}.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     for shard, given in ((path, None), (path, "|"), (packed, None)):
@@ -80,7 +80,7 @@ def test_images_are_looked_for_beside_the_table_and_then_here(tmp_path, monkeypa
         assert pairs_of(open_shards([name])) == [
             (PAIRS[0][1], "a"), (b"here", "b"), (PAIRS[1][1], "c"), (PAIRS[2][1], "d"),
         ]  # fmt: skip
-    # a table from elsewhere has no folder
+    # a remote table has no local folder
     assert image_bytes(open_shards([f"file://{folder}/t.csv"]).read(0)) == b"not this one"
     assert image_bytes(open_shards([f"pipe:cat {folder}/t.csv"]).read(2)) == PAIRS[1][1]
     Path("more/x.png").unlink()
@@ -94,7 +94,7 @@ def test_extents_are_the_rows_of_pythons_csv(body, separator):
     data = f"x{separator}y\n{body}".encode()
     rows = csv.reader([*io.StringIO(data.decode(), newline=""), "\n"], delimiter=separator, skipinitialspace=True)
     expected = list(rows)
-    is_open = expected[-1] != []  # the line that was added is in a quote
+    is_open = expected[-1] != []  # the added line is within an open quote
     expected = [row for row in expected[: -1 if is_open else None] if row][1:]
     with tempfile.TemporaryFile() as file:
         file.write(data)
@@ -117,7 +117,7 @@ def test_extents_are_the_rows_of_pythons_csv(body, separator):
 
 
 def numbered(path, count, changes):
-    """A table of numbered rows, of which some are other text."""
+    """Return a table of numbered rows, some of which are replaced by other text."""
     rows = [changes.get(number, f"{number}.png,caption {number}") for number in range(count)]
     path.write_text("\n".join(["filepath,title", *rows]))
     source = open_shards([str(path)])
@@ -142,7 +142,7 @@ def test_a_quote_that_nothing_closes_loses_what_it_swallows(tmp_path):
     ("name", "header", "texts"),
     [
         ("t.tsv", ("filepath", "title"), ('"Mind the gap', 'the end"')),
-        ("t.csv", ("filepath", "title"), ('"Mind the gap', '"a cat, asleep"')),  # whose first quote ends the other
+        ("t.csv", ("filepath", "title"), ('"Mind the gap', '"a cat, asleep"')),  # its first quote ends the open one
         ("t.csv", ("n", "title", "filepath"), ('"Mind the gap', '"the end"')),
     ],
 )
@@ -155,7 +155,7 @@ def test_rows_that_a_stray_quote_swallows_are_lost_by_name(tmp_path, name, heade
     (tmp_path / name).write_text("\n".join(map(separator.join, [header, *rows])) + "\n")
     source = open_shards([str(tmp_path / name)])
     ((place, lost),) = source.shards[0].damage.items()
-    assert place.startswith("line 13: a quote")  # behind a header and a row of two lines
+    assert place.startswith("line 13: a quote")  # after a header and a row of two lines
     assert (lost, source.sizes) == (11, [29])
     assert caption(source.read(5, NO_IMAGE)).startswith("two lines,")
 
@@ -166,7 +166,7 @@ def test_quotes_spaces_and_columns_of_one_name(tmp_path):
     assert pairs_of(open_shards([f"{tmp_path}/t.csv"])) == [(PAIRS[0][1], "a cat, asleep"), (PAIRS[1][1], "two\nlines")]
     (tmp_path / "t.csv").write_text('filepath title\n001.png "a cat"\n')
     assert pairs_of(open_shards([f"{tmp_path}/t.csv"], index=IndexCache(separator=" "))) == [(PAIRS[1][1], "a cat")]
-    # which quotes begin a field, and so where rows end, depends on the separator: another one is another index
+    # the separator determines which quotes begin a field, and so the ends of rows: another separator has another index
     (tmp_path / "t.csv").write_text('a;b,c\nx;"1\ny;2"\n')
     for separator, sizes in ((";", [1]), (",", [2]), (None, [2]), (";", [1])):
         assert open_shards([f"{tmp_path}/t.csv"], index=IndexCache(tmp_path / "cache", separator)).sizes == sizes
@@ -201,7 +201,7 @@ def test_a_record_that_is_too_long_is_lost(tmp_path, monkeypatch):
         ("t.jsonl", b"", "it is empty: no line"),
         ("t.jsonl", b"<html>", "not JSON Lines.*: json cannot be read"),
         ("t.jsonl", b"7", "not JSON Lines.*: json is not an object but a int"),
-        # half of its rows would look like a whole table
+        # half of its rows would look like a complete table
         (
             "t.csv.gz",
             gzip.compress(b"filepath,title\n" + random.Random(0).randbytes(999), mtime=0)[:-99],
@@ -243,7 +243,7 @@ def test_broken_rows_are_named(tmp_path):
 
 
 def test_only_images_come_out_of_a_table(tmp_path):
-    """Whatever a table names: it is a regular file, not too large, and an image; or one clear error."""
+    """A table can only name regular image files of limited size; anything else is one clear error."""
     folder = write_images(tmp_path / "data")
     (tmp_path / "secret.txt").write_text("a secret")
     os.mkfifo(folder / "pipe.png")
@@ -266,7 +266,7 @@ def test_only_images_come_out_of_a_table(tmp_path):
 
 
 def test_large_tables_are_indexed_in_little_memory(tmp_path):
-    """A row takes bytes, not objects."""
+    """The index takes bytes for each row, not Python objects."""
     count = 50_000
     with (tmp_path / "t.csv").open("w", newline="") as file:
         file.write("filepath,title\r\n")
@@ -287,13 +287,13 @@ def test_folders(tmp_path):
     assert pairs_of(source) == EXPECTED
     assert metadata(source.read(1)) == {"label": TEXTS[1]}
     assert (source.read(3)["__key__"], source.name(3)) == ("003", "photos, sample 3")
-    # its files are in any depth, called in any way, and beside others
+    # files may be in any sub-folder, with any names, beside other files
     (folder / "b" / "c.d").mkdir(parents=True)
     for name, content in {
         "b/c.d/my.photo.v2.JPG": b"1", "b/c.d/my.photo.v2.txt": b"one", "b/c.d/my.photo.txt": b"no image",
         "b/é.webp": b"2", "b/é.caption": b"two", ".hidden.jpg": b"no", "b/notes": b"no", "b/.jpg": b"no",
         os.fsdecode(b"\xff.jpg"): b"3", os.fsdecode(b"\xff.txt"): b"three",
-        "d/a.jpg": b"4", "d/a.JPG": b"5", "d/a.txt": b"a",  # two images with one text
+        "d/a.jpg": b"4", "d/a.JPG": b"5", "d/a.txt": b"a",  # two images share one text
     }.items():  # fmt: skip
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -333,7 +333,7 @@ def test_a_folder_that_changes_is_listed_again(tmp_path, change):
         (folder / "003.png").rename(folder / "zzz.png")
     if change == "add":
         (folder / "a/b/new.png").write_bytes(picture(3))
-    assert before.read(0)["txt"].decode() == TEXTS[0]  # by the list that the run began with
+    assert before.read(0)["txt"].decode() == TEXTS[0]  # read by the list with which the run began
     shutil.rmtree(tmp_path / "cache" / "shards")
     with pytest.raises(SampleError, match=r"the shard (was replaced after|has \d+ bytes, and had)"):
         late.read(0)
@@ -364,7 +364,7 @@ def test_captions_are_compared_without_reading_images(tmp_path):
 
 @pytest.fixture
 def sources(tmp_path):
-    """The same pairs in every form."""
+    """The same pairs in every format."""
     folder = write_side_cars(write_images(tmp_path / "photos"))
     samples = [{"png": data, "txt": text.encode()} for _, data, text in PAIRS]
     return [
@@ -396,7 +396,7 @@ def test_evaluation_reads_every_source(tmp_path, sources):
 
 
 def test_an_evaluation_names_what_is_lost(tmp_path, sources):
-    """Every lost pair is left out by a name of its own, behind those of its shard."""
+    """Every lost pair is reported under a name of its own, after the pairs of its shard."""
     path, data = sources[0], bytearray(sources[0].read_bytes())
     data[len(data) // 2 : len(data) // 2 + 20_000] = bytes([7]) * 20_000
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Tar shards: pairs are read as tarfile reads them, in any order, and what is damaged is counted, whatever it is."""
+"""Tar shards: pairs are read as by Python's tarfile, in any order, and damage of any kind is counted."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ COMPRESSED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma
 
 
 def archive(names, form=tarfile.PAX_FORMAT, seed=0, **fields):
-    """A tar file of random bytes under these names, and of links and folders, if ``fields`` say so."""
+    """Return a tar file of random bytes under these names, with links and folders as in ``fields``."""
     rng, stream = random.Random(seed), io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
         for name in names:
@@ -51,7 +51,7 @@ numbers = itertools.count()
 
 @pytest.fixture
 def read(tmp_path):
-    """A function that opens the bytes of a shard, and reads all samples of it."""
+    """A function that opens a shard with these bytes, and reads all its samples."""
 
     def open_and_read(data, suffix=""):
         path = tmp_path / f"{next(numbers)}.tar{suffix}"
@@ -122,7 +122,7 @@ def repeat(data, rng):
 
 
 def counted(found):
-    """The keys of the pairs that are read, and how many samples are lost or incomplete."""
+    """Return the keys of the readable pairs, and the number of lost or incomplete samples."""
     source, raws = found
     whole = Counter(raw["__key__"] for raw in raws if is_pair(raw))
     return whole, source.shards[0].lost + len(raws) - whole.total()
@@ -134,7 +134,7 @@ def test_every_pair_is_read_or_counted_as_lost(corrupt, read):
     for seed in range(30):
         whole, lost = counted(read(corrupt(pairs(seed=seed), rng)))
         assert len(whole) + lost >= PAIRS, f"seed {seed}"
-        assert len(whole) >= PAIRS - 30  # beside the damage, everything is read
+        assert len(whole) >= PAIRS - 30  # everything outside of the damage is read
 
 
 def test_damage_costs_no_more_than_it_must(read):
@@ -147,10 +147,10 @@ def test_damage_costs_no_more_than_it_must(read):
     whole, lost = counted(read(bytes(broken)))
     assert (len(whole), lost) == (PAIRS - 1, 1)
     broken = bytearray(data)
-    broken[124:136] = b"-0000002000\0"  # a size of one block back, where the header itself begins
+    broken[124:136] = b"-0000002000\0"  # a size of minus one block, which leads back to the header itself
     broken[148:156] = b"%06o\0 " % (sum(broken[:148]) + 8 * 32 + sum(broken[156:512]))
     assert len(counted(read(bytes(broken)))[0]) == PAIRS - 1
-    for cut in range(600, len(data) - 11000, 9999):  # how many pairs stood behind it is not in the file
+    for cut in range(600, len(data) - 11000, 9999):  # the file does not tell how many pairs followed
         assert counted(read(data[:cut]))[1] == 1
     for bad in (data + bytes(50000), archive(["a.txt"], pax_headers={"GNU.sparse.major": "1"})):
         assert list(read(bad)[0].shards[0].damage.values()) == [1]
@@ -180,7 +180,7 @@ def test_broken_compression_leaves_what_can_be_read(suffix, read):
 def test_zeros_before_broken_compression_are_no_end(read, tmp_path):
     packer = zlib.compressobj(wbits=31)
     data = packer.compress(pairs()) + packer.flush(zlib.Z_FULL_FLUSH)
-    data += b"\0\0\0\xff\xff" * 100_000 + b"\xff" * 1000  # blocks without a byte in them, and what is none
+    data += b"\0\0\0\xff\xff" * 100_000 + b"\xff" * 1000  # empty compressed blocks, and then invalid ones
     assert read(data, ".gz")[0].shards[0].damage
     (tmp_path / "x.tar.gz").write_bytes(data)
     piped = open_shards([f"pipe:cat {tmp_path}/x.tar.gz"], index=IndexCache(tmp_path / "cache"))
@@ -190,7 +190,7 @@ def test_zeros_before_broken_compression_are_no_end(read, tmp_path):
 @pytest.mark.parametrize("record", [b"4 a\n", b"12 path=a/b\n"])
 def test_a_header_of_many_records_takes_no_more_than_its_length(record):
     class Counted(bytes):
-        """Bytes that count how many of them are copied."""
+        """A bytes class that counts how many bytes are copied."""
 
         copied = 0
 
@@ -218,7 +218,7 @@ def test_nothing_like_a_tar_file(data, read):
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize(("suffix", "folder"), [("", "a" * 120), (".gz", "a")])
 def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_path):
-    """``cp -al`` makes the ones, and ``ln -s`` the others."""
+    """Hard links are those of ``cp -al``, and symbolic links those of ``ln -s``."""
     root = tmp_path / "root"
     for inside in (folder, "b", "c"):
         (root / inside).mkdir(parents=True)
@@ -237,9 +237,9 @@ def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_pa
     for number in range(18):
         raw = source.read(number)
         assert {key: raw[key] for key in sample(0)} == sample(number % 6)
-    # Data workers that were forked share the descriptors.
+    # Forked data workers share the descriptors.
     assert [os.lseek(opened.descriptor, 0, os.SEEK_CUR) for opened in source._open.values()] == [0]
-    for number in (18, 19):  # a link that leads out of the shard, and one to itself
+    for number in (18, 19):  # a link to a path outside of the shard, and a link to itself
         with pytest.raises(SampleError, match=r"c/\d\.png is a link to") as error:
             source.read(number)
         assert error.value.kind == "broken link"
