@@ -191,6 +191,7 @@ def _ranges(events: Iterable[dict[str, Any]]) -> list[_Range]:
 
 
 def _steps(ranges: Iterable[_Range]) -> list[tuple[float, float]]:
+    """Return start and end of each marked step in a profiler trace."""
     found = [(r.start, r.end) for r in ranges if r.name == STEP_RANGE]
     if not found:
         raise RuntimeError(f"no range {STEP_RANGE!r} in the trace")

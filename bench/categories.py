@@ -30,6 +30,7 @@ Rules = tuple[tuple[str, re.Pattern[str]], ...]
 
 
 def _rules(*rules: tuple[str, str]) -> Rules:
+    """Compile pairs of a category and a pattern into the rules that classify names."""
     return tuple((category, re.compile(pattern)) for category, pattern in rules)
 
 

@@ -90,6 +90,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all measuring benchmark commands share."""
     parser.epilog = (
         "exit code: 0 measured, 1 a candidate of clipfast was refused, or is slower (--compare), 2 an error, 130 "
         "interrupted"
@@ -144,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _budget(args: argparse.Namespace) -> Budget:
+    """Return the time budget of a benchmark from the command line; refuse numbers that are not positive."""
     for name in ("rounds", "seconds", "min_rounds", "total", "pairs_per_second"):
         if getattr(args, name, 1) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}")
@@ -152,6 +154,7 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 
 def _device(name: str) -> torch.device:
+    """Return the device that the command line of the benchmarks names."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -116,6 +116,7 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
 
 
 def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: Budget, out: Path) -> dict[str, Any]:
+    """Measure the cases on one side, in a process that imports that side's code."""
     share = [budget.seconds / TURNS, budget.rounds, budget.min_rounds]
     request = [keys, str(device), share, torch.get_num_threads()]
     # -P keeps the current folder from coming before the side's own packages
@@ -128,6 +129,7 @@ def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: 
 
 @contextmanager
 def _worktree(base: str, folder: Path) -> Iterator[Path]:
+    """Yield a temporary git worktree of the commit ``base``."""
     command = ["git", "-C", str(ROOT), "worktree"]
     added = subprocess.run([*command, "add", "--detach", str(folder), base], capture_output=True, text=True)
     if added.returncode != 0:

@@ -300,6 +300,7 @@ def summarise(done: list[Done], out: Path, *, stub: bool = False) -> None:
 
 
 def _run(step: Step, out: Path, environment: dict[str, str], seconds: float) -> Done:
+    """Run one step of the GPU run within its time limit, and return its result."""
     start = time.monotonic()
     if seconds < GRACE_S + 1:
         return Done(step.name, "no time left", 0.0, [])

@@ -43,12 +43,14 @@ class Graphs:
             raise
 
     def _capture(self, call: Call) -> Call:
+        """Capture one call as a CUDA graph, and return the function that replays it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             call()
         return graph.replay
 
     def _end_failed(self, current: torch.cuda.Stream) -> None:
+        """Leave the state of a failed capture, so that the next capture works."""
         torch.cuda.set_stream(current)
         with contextlib.suppress(RuntimeError):
             # The call raises an error if the allocator has left the pool already.
@@ -60,11 +62,13 @@ class Graphs:
         torch.cuda.synchronize(self.device)
 
     def _renew(self) -> None:
+        """Make a new memory pool and stream for graphs."""
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
 
 @contextlib.contextmanager
 def _no_host_sync() -> Iterator[None]:
+    """Let PyTorch raise an error at calls that synchronise with the host."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

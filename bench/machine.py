@@ -97,6 +97,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _cpu_name() -> str:
+    """Return the name of the processor and its number of cores."""
     return f"{processor()}, {os.cpu_count()} cores"
 
 

@@ -50,6 +50,7 @@ def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = 
 
 @exact_float32()
 def _peak_on_gpu(case: Case, candidate: Candidate, function: AnyFunction) -> int:
+    """Measure a call's peak memory on a GPU by PyTorch's allocator."""
     inputs = leaves(case, case.inputs())
     call(case, candidate, function, inputs)  # libraries allocate their workspaces now, outside of the measurement
     torch.cuda.synchronize()
@@ -63,6 +64,7 @@ def _peak_on_gpu(case: Case, candidate: Candidate, function: AnyFunction) -> int
 
 
 def _peak_on_cpu(case: Case, candidate: Candidate) -> int:
+    """Measure a call's peak memory on a CPU, in this new process."""
     inputs = leaves(case, case.inputs())
     function = candidate.make()
     call(case, candidate, function, inputs)  # threads, libraries and compilers allocate during this call

@@ -78,6 +78,7 @@ def _add_utilisation(result: dict[str, Any], case: Case, measured: float) -> Non
 def _candidate_result(
     timing: Timing, ours: Timing | None, peak: int | str | None, floor_s: float | None
 ) -> dict[str, Any]:
+    """Return the entry of one candidate in a benchmark result."""
     result: dict[str, Any] = {
         "name": timing.candidate.name, "note": timing.candidate.note, "refused": timing.refused,
         # JSON has no NaN

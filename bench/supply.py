@@ -33,16 +33,19 @@ def supply(cases: Sequence[dict[str, Any]], pairs_per_second: float, cores: int 
 
 
 def _size(case: dict[str, Any]) -> tuple[int, int, int]:
+    """Return width, height and cropped size of the images in a data benchmark."""
     return case["shape"]["width"], case["shape"]["height"], case["shape"]["size"]
 
 
 def _seconds_per_pair(case: dict[str, Any]) -> dict[str, float]:
+    """Return the seconds per pair of each candidate in a data benchmark."""
     return {c["name"]: c["median_s"] / case["items"]["count"] for c in case["candidates"] if c["samples_s"]}
 
 
 def _summary(
     found: dict[str, dict[str, float]], work: dict[str, float], pairs_per_second: float, cores: int
 ) -> Iterator[str]:
+    """Yield the lines that summarise a data pipeline for one size of images."""
     pipelines = found.get("pipeline", {})
     total = pipelines.get(f"{OURS}, 1 worker", sum(work.values()))
     work = work | {"the rest": max(total - sum(work.values()), 0.0)}

@@ -75,6 +75,7 @@ def _breakdown(case: dict[str, Any]) -> list[str]:
 
 
 def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
+    """Return a candidate's row in the table of a benchmark case."""
     ratio = candidate.get("times_ours")
     share = candidate.get("share_of_floor")
     return [
@@ -90,10 +91,12 @@ def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
 
 
 def _rate(per_s: float) -> str:
+    """Return a throughput as text."""
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.3g}"
 
 
 def _mfu(mfu: dict[str, float | None]) -> str:
+    """Return the MFU against the measured and the data sheet's peak as text."""
     measured, data_sheet = mfu["measured"] or 0.0, mfu["data_sheet"]
     return f"{100 * measured:.1f}%" + (f" ({100 * data_sheet:.1f}%)" if data_sheet else "")
 

@@ -179,6 +179,7 @@ def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
 
 @registered("bias_act_fwd")
 def _bias_act_fwd(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
+    """Compute GELU or QuickGELU of x + bias. This is the registered op."""
     fwd = _fwd_triton if triton_runs_on(x.device) else _fwd_cpu
     return fwd(as_rows(x), bias, quick).view(x.shape)
 
@@ -203,11 +204,13 @@ def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tu
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save x and bias for the backward pass."""
     x, bias, ctx.quick = inputs
     ctx.save_for_backward(x, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x and bias to autograd."""
     x, bias = ctx.saved_tensors
     with_sums = ctx.needs_input_grad[1]
     dx, sums = torch.ops.clipfast.bias_act_bwd(grad, x, bias, ctx.quick, with_sums)
@@ -247,6 +250,7 @@ def bias_quick_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor
 
 
 def _bias_act(op: str, x: Tensor, bias: Tensor, backend: str) -> Tensor:
+    """Check the input of bias_gelu or bias_quick_gelu and compute it."""
     check_tensor(op, "x", x, None)
     check_parameter(op, "bias", bias, x)
     quick = op == "bias_quick_gelu"

@@ -191,6 +191,7 @@ def committed(key: str, arch: int) -> dict[str, int] | None:
 
 
 def _lookup_any(kind: type[C], key: str, arch: int) -> C | None:
+    """Return an overridden or committed launch configuration, or None."""
     cached: Any = kind  # mypy does not accept a class as the key of a cache
     config = _overrides.get(key) or _from_table(cached, key, arch)
     if config is not None and not isinstance(config, kind):
@@ -200,11 +201,13 @@ def _lookup_any(kind: type[C], key: str, arch: int) -> C | None:
 
 @functools.cache
 def _from_table(kind: Any, key: str, arch: int) -> Any:
+    """Return the committed launch configuration of a key, or None."""
     entry = committed(key, arch)
     return kind(**entry) if entry else None
 
 
 def _lookup(kind: type[C], key: str, arch: int) -> C:
+    """Return a launch configuration, or raise an error if there is none."""
     config = _lookup_any(kind, key, arch)
     if config is None:
         raise KeyError(f"no configuration of {key} for sm_{arch}")

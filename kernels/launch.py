@@ -127,6 +127,7 @@ def arch_of(device: torch.device) -> int:
 
 @functools.cache
 def _arch_of_gpu(device: torch.device) -> int:
+    """Return the compute capability of a GPU; refuse one that is too old."""
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         name = torch.cuda.get_device_name(device)
@@ -157,6 +158,7 @@ def multiprocessors(device: torch.device, on_cpu: int) -> int:
 
 @functools.cache
 def _multiprocessors_of(device: torch.device, on_cpu: int) -> int:
+    """Return the number of multiprocessors of a GPU, or ``on_cpu`` for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else on_cpu
 
 

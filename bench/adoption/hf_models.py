@@ -75,6 +75,7 @@ def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
 
 
 def _built(kind: type[nn.Module], config: object) -> nn.Module:
+    """Return a small model of transformers with random weights, in training mode."""
     return shrunk.randomised(kind(config)).train()
 
 

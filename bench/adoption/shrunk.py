@@ -109,6 +109,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shrink_vision(vision: dict[str, Any]) -> None:
+    """Make the vision tower of an OpenCLIP configuration small, in place."""
     if isinstance(vision.get("layers"), list):
         vision.update(layers=[1, 1, 1, 1], width=16, image_size=64)
     elif image_size := timm_image_size(vision.get("timm_model_name") or ""):
@@ -181,10 +182,12 @@ def _patches(config: dict[str, Any]) -> Iterator[Any]:
 
 
 def _whisper(kind: Any, sizes: dict[str, int], _: object, output_dim: int) -> Any:
+    """Build a small Whisper encoder for OpenCLIP's sound models."""
     return kind(**sizes, output_dim=output_dim)
 
 
 def _as_weight(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Convert the inputs of a layer to the dtype of its weight, as a hook of a sound encoder."""
     return tuple(x.to(module.weight.dtype) for x in args)
 
 
@@ -234,6 +237,7 @@ def inputs(model: Any, batch: int = 3) -> tuple[Input, ...]:
 
 
 def _texts(model: Any, batch: int) -> Tensor:
+    """Draw token ids for a small OpenCLIP model."""
     length: int = min(getattr(model, "context_length", 0) or 77, 77)
     length -= hasattr(model, "text_decoder")  # CoCa's decoder has one position less than its texts
     texts = torch.randint(3, VOCABULARY - 1, (batch, length))
@@ -243,6 +247,7 @@ def _texts(model: Any, batch: int) -> Tensor:
 
 
 def _sound(model: Any, batch: int, dtype: torch.dtype) -> Input:
+    """Draw the sound input of a small OpenCLIP model."""
     if hasattr(model, "audio_embed"):  # GenLAP
         return _patches_of(model.audio_embed.proj.in_features, batch, dtype)
     config = model.audio.cfg

@@ -102,10 +102,12 @@ def inspect_all(archs: Sequence[int] = ARCHS, *, substring: str = "", jobs: int 
 
 
 def _inspect(task: tuple[int, str]) -> list[Report]:
+    """Inspect one (architecture, case) pair, as a task of a worker process."""
     return inspect_case(*task)
 
 
 def _need_compiler() -> None:
+    """Refuse to inspect kernels while Triton's interpreter is on."""
     if INTERPRET:
         raise RuntimeError("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
 
@@ -167,6 +169,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _read_snapshot(path: Path) -> Snapshot:
+    """Read a snapshot of kernel resources from the file that the command line names."""
     try:
         return loads(path.read_text())
     except ValueError as error:

@@ -282,6 +282,7 @@ def _stored_bytes(sass: str) -> int:
 
 
 def _number(pattern: str, text: str) -> int:
+    """Return the number that ``pattern`` finds in the disassembler's output."""
     match = re.search(pattern, text)
     if match is None:
         raise RuntimeError(f"the compiler's output has no {pattern!r}: {text[:1000]}")

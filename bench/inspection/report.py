@@ -90,6 +90,7 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def _row(report: Report) -> dict[str, str]:
+    """Return a compiled kernel's report as the cells of a table row."""
     resources, prediction = report.resources, report.prediction
     name, _, number = report.kernel.partition(" ")
     label = name.removeprefix("_").removesuffix("_kernel")

@@ -70,6 +70,7 @@ def shipped_cases() -> dict[str, Case]:
 
 @functools.cache
 def _named() -> dict[str, tuple[OpSpec, Shipped, str]]:
+    """Return specification, shipped call and dtype of each shipped case by name."""
     return {
         " ".join(part for part in (spec.name, shipped.label, dtype) if part): (spec, shipped, dtype)
         for spec in specs().values()

@@ -50,6 +50,7 @@ def main() -> int:
 
 
 def _walk(kind: str, args: argparse.Namespace) -> walk.Walked:
+    """Launch the shipped, odd or captured calls on the stub driver, as the command line says."""
     if kind == "shipped":
         return walk.shipped(args.arch, tuple(args.dtype))
     if kind == "captured":

@@ -115,6 +115,7 @@ def table() -> str:
 
 
 def _leaves(call: Call) -> Call:
+    """Return a call whose floating inputs are leaves that require gradients."""
     inputs = {
         name: x.detach().requires_grad_(bool(call.grads) and x.is_floating_point()) for name, x in call.inputs.items()
     }
@@ -122,12 +123,14 @@ def _leaves(call: Call) -> Call:
 
 
 def _forward(spec: OpSpec, call: Call) -> tuple[torch.Tensor, ...]:
+    """Call an op and return its results as a tuple."""
     op: Callable[..., Any] = functools.partial(spec.op, **call.options)
     results = op(**call.inputs)
     return results if isinstance(results, tuple) else (results,)
 
 
 def _backward(results: tuple[torch.Tensor, ...], call: Call) -> None:
+    """Run the backward pass of a call from its results."""
     if not call.grads:
         return
     inputs = [x for x in call.inputs.values() if x.requires_grad]

@@ -118,6 +118,7 @@ def _call(spec: OpSpec, case: Case, dtype: torch.dtype) -> Call:
 
 
 def _run(spec: OpSpec, call: Call) -> None:
+    """Call an op on the stub driver, forward and backward."""
     value_and_grads(functools.partial(spec.op, **call.options), call.inputs, call.grads)
 
 

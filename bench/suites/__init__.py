@@ -28,6 +28,7 @@ class Suite:
 
 
 def _suite_of(spec: OpSpec) -> Suite:
+    """Return the benchmark suite of an op from its specification."""
     title = (spec.op.__doc__ or spec.name).strip().splitlines()[0].rstrip(".")
     example, fields = spec.bench["cuda"][0], dataclasses.fields(spec.small[0])
     return Suite(

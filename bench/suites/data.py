@@ -151,26 +151,31 @@ class _OpenClipRead:
         return {"value": torch.stack([found[number] for number in order.tolist()])}
 
     def _samples(self) -> Iterator[dict[str, Any]]:
+        """Yield the samples of all shards as OpenCLIP reads them."""
         return self.data.tarfile_to_samples_nothrow({"url": shard} for shard in self.shards)
 
 
 def _lengths(sample: Mapping[str, Any]) -> Tensor:
+    """Return the lengths of the files of a sample."""
     return torch.tensor([len(sample["jpg"]), len(sample["txt"])], dtype=torch.float64)
 
 
 def _pil(file: bytes) -> Image.Image:
+    """Decode an image file with Pillow."""
     from PIL import Image
 
     return Image.open(io.BytesIO(file)).convert("RGB")
 
 
 def _thumbnail(image: Image.Image) -> Tensor:
+    """Shrink an image, so that results of different decoders can be compared."""
     from PIL import Image
 
     return torch.from_numpy(np.array(image.resize((8, 8), Image.Resampling.BOX))).double()
 
 
 def _read(photographs: Photographs, _: torch.device) -> Stage:
+    """Return the stage that reads pairs from shards."""
     make: dict[str, Make] = {
         OURS: lambda: _Each(photographs.source().read, _lengths),
         THEIRS: lambda: _OpenClipRead(photographs.shards),
@@ -179,6 +184,7 @@ def _read(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _decode(photographs: Photographs, _: torch.device) -> Stage:
+    """Return the stage that decodes JPEG files."""
     files = photographs.files
     make: dict[str, Make] = {
         OURS: lambda: _Each(lambda n: photographs.crops.decoded(files[n]), lambda found: _thumbnail(found[0])),
@@ -188,6 +194,8 @@ def _decode(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _resize(photographs: Photographs, _: torch.device) -> Stage:
+    """Return the stage that crops and resizes images."""
+
     def ours() -> AnyFunction:
         crops = photographs.crops
         decoded = photographs.of_each(crops.decoded)
@@ -201,6 +209,8 @@ def _resize(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _collate(photographs: Photographs, _: torch.device) -> Stage:
+    """Return the stage that joins crops to a batch."""
+
     def ours() -> AnyFunction:
         images = photographs.of_each(photographs.crops)
         return _Joined(images, lambda batch: stacked(batch, len(batch)), denormalized)
@@ -213,6 +223,7 @@ def _collate(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
+    """Return the stage that tokenizes captions."""
     texts = pairs.captions(photographs.count)
 
     def ours() -> AnyFunction:
@@ -227,6 +238,8 @@ def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _transfer(photographs: Photographs, device: torch.device) -> Stage:
+    """Return the stage that copies batches to the device."""
+
     def make(pixels: torch.dtype, *, pinned: bool) -> AnyFunction:
         if device.type != "cuda":
             raise MissingError("nothing is copied to a CPU")
@@ -250,6 +263,8 @@ def _transfer(photographs: Photographs, device: torch.device) -> Stage:
 
 
 def _pipeline(photographs: Photographs, _: torch.device) -> Stage:
+    """Return the whole data pipeline as a stage."""
+
     def ours(workers: int) -> AnyFunction:
         return OurBatches(photographs.source(), photographs.crops, workers)
 
@@ -300,6 +315,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread, as in a data worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

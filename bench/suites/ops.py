@@ -42,12 +42,14 @@ def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
 
 
 def _inputs(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Inputs:
+    """Draw the inputs of an op's benchmark case."""
     seed = int(torch.randint(2**31, ()))  # each set of inputs gets another seed
     call = spec.call(shape, spec.bench_values, Draw(seed, device), DTYPES[dtype])
     return call.inputs | {name: grad for name, grad in zip(GRADS, call.grads, strict=False) if grad.ndim}
 
 
 def _candidates(spec: OpSpec, call: Call) -> tuple[Candidate, ...]:
+    """Return our op, the reference and other implementations as benchmark candidates."""
     ours = functools.partial(spec.op, **call.options)
     plain, note = PLAIN.get(spec.name, (functools.partial(spec.reference, **call.options), ""))
     return (

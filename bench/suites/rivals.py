@@ -31,21 +31,25 @@ IN_A_PASS = "the bias in a pass, where a linear layer adds it in its product"
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:
+    """Compute the layer norm with the residual addition in plain PyTorch."""
     s = x if residual is None else x + residual
     y = F.layer_norm(s, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))
     return y if residual is None else (y, s)
 
 
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Compute GELU(x + bias) in plain PyTorch."""
     return F.gelu(x + bias.to(x.dtype))
 
 
 def _bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Compute QuickGELU(x + bias) in plain PyTorch."""
     u = x + bias.to(x.dtype)
     return u * torch.sigmoid(1.702 * u)
 
 
 def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
+    """Return other implementations of attention on a packed projection."""
     heads, causal = options["num_heads"], options["causal"]
     return (
         *(Candidate(name, functools.partial(_sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
@@ -54,6 +58,8 @@ def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
 
 
 def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:
+    """Return attention by one backend of PyTorch's scaled_dot_product_attention."""
+
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         batch, tokens, _ = qkv.shape
         qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
@@ -66,6 +72,7 @@ def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:
 
 
 def _flash_attn(heads: int, causal: bool) -> Function:
+    """Return attention by the package flash-attn."""
     packed = peers.need("flash_attn", "flash-attn").flash_attn_qkvpacked_func
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,6 +87,7 @@ _least_memory = functools.partial(contrastive_loss, memory="min")
 
 
 def _open_clip() -> Function:
+    """Return OpenCLIP's contrastive loss."""
     loss = peers.need("open_clip.loss", "open_clip_torch").ClipLoss()
     # The parameters of ClipLoss.forward have other names.
     return lambda image, text, logit_scale: loss(image, text, logit_scale)
@@ -97,6 +105,7 @@ def _two_sided(one_sided: Function) -> Function:
 
 
 def _memeff() -> Function:
+    """Return memeff's memory-efficient contrastive loss."""
     module = peers.need("memeff", "memeff")
 
     def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:  # noqa: ARG001
@@ -107,21 +116,25 @@ def _memeff() -> Function:
 
 
 def _cut_cross_entropy() -> Function:
+    """Return the contrastive loss from the package cut-cross-entropy."""
     return _two_sided(peers.need("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy)
 
 
 def _liger() -> Function:
+    """Return the contrastive loss from Liger's fused linear cross-entropy."""
     function = peers.need("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel")
 
     return _two_sided(lambda *args: function.LigerFusedLinearCrossEntropyFunction.apply(*args)[0])
 
 
 def _open_siglip() -> Function:
+    """Return OpenCLIP's sigmoid loss."""
     loss = peers.need("open_clip.loss", "open_clip_torch").SigLipLoss()
     return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale, logit_bias)
 
 
 def _siglip_kernel() -> Function:
+    """Return the sigmoid loss of the package siglip-kernel."""
     loss = peers.need("siglip_kernel", "siglip-kernel").fused_siglip_loss
     return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale.log(), logit_bias)
 

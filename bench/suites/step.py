@@ -97,22 +97,26 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
 
 @functools.cache
 def _weights(name: str) -> dict[str, Tensor]:
+    """Return the random weights that all candidates of a training step start from."""
     torch.manual_seed(0)
     return create_model(name).state_dict()
 
 
 def _inputs(name: str, batch: int, device: torch.device) -> Inputs:
+    """Draw images and texts for a training step."""
     images, texts = draw_batch(get_model_config(name), batch)
     return {"images": images.to(device), "texts": texts.to(device)}
 
 
 def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "MeasuredStep":
+    """Return our training step."""
     model = create_model(name, device=device, backend=backend)
     model.load_state_dict(_weights(name))
     return MeasuredStep(name, model, functools.partial(contrastive_loss, backend=backend), dtype)
 
 
 def _open_clip(name: str, dtype: str, device: torch.device) -> "MeasuredStep":
+    """Return OpenCLIP's training step."""
     open_clip = peers.need("open_clip", "open_clip_torch")
     # made from our configuration, because OpenCLIP does not know the small model by name
     model = open_clip.CLIP(**get_model_config(name).to_dict()).to(device)
@@ -181,6 +185,7 @@ class MeasuredStep:
         return {"value": loss.detach(), "image": image.detach(), "text": text.detach(), "d_parameters": flat}
 
     def _forward(self, images: Tensor, texts: Tensor, loss_range: Range = nullcontext) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the loss and the features of a batch."""
         with torch.autocast(images.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
             image, text, scale = self.model(images, texts)[:3]
             with loss_range(LOSS_RANGE):

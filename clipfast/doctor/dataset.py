@@ -84,6 +84,7 @@ def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
 
 
 def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBatches":
+    """Return the batches of pairs that a training run would read."""
     from ..data import ANY_ORDER, CroppedImages, PairBatches
     from ..models.tokenizer import Tokenizer
 

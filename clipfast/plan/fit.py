@@ -168,10 +168,12 @@ class StepPlan:
         return 3 * sum(plain.flops(phase, rows) for phase in FORWARD)
 
     def _loss(self, batch: Batch) -> Ledger:
+        """Return the ledger of the loss for a batch."""
         setup = self.setup
         return loss_ledger(Problem(batch.rows * setup.gpus, setup.gpus, setup.dtype, setup.config.embed_dim), self.card)
 
     def _seconds(self, phases: Sequence[str], rows: int) -> float:
+        """Return the predicted seconds of some phases."""
         return sum(self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[0] for phase in phases)
 
     def _wire(self, whole_bytes: int) -> float:
@@ -311,6 +313,7 @@ def fit(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batch
 
 
 def _fit_model(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batches: int) -> list[dict[str, Any]]:
+    """Plan the largest batches of the setups of one model."""
     rows: list[dict[str, Any]] = []
     for setup in setups:
         plan = StepPlan(setup, cluster, cluster.card)

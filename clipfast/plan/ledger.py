@@ -138,10 +138,12 @@ class Ledger(TorchDispatchMode):
             yield
 
     def _add_kernel(self, flops: int, tensors: list[Tensor]) -> None:
+        """Add the event of a kernel that reads and writes these tensors."""
         if _nbytes(tensors) > 0:
             self.events.append(Event(self.phase, _nbytes(tensors), self._enter(tensors), flops))
 
     def _enter(self, tensors: list[Tensor]) -> frozenset[int]:
+        """Record the storages of tensors that are new, and return the addresses of all."""
         storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
         for key in [key for key in storages if key not in self._storages]:
             category, size = self.categories.get(self.phase, self.phase), storages[key].nbytes()
@@ -151,10 +153,12 @@ class Ledger(TorchDispatchMode):
         return frozenset(storages)
 
     def _leave(self, key: int, _: object) -> None:
+        """Remove a storage that was freed."""
         category, size, _ = self._storages.pop(key)
         self.live[category] -= size
 
     def _update_peak(self) -> None:
+        """Update the peaks of memory after a storage was added."""
         most = self.peaks.get(self.phase)
         if most is not None and self.live.total() <= most.total():
             return
@@ -163,6 +167,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
+    """Return all tensors in nested arguments."""
     if isinstance(tree, Tensor):
         return [getattr(tree, "_local_tensor", tree)]  # for a DTensor, the part that this rank holds
     return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
@@ -175,6 +180,7 @@ def _only_like(func: Any) -> bool:
 
 
 def _nbytes(tensors: list[Tensor]) -> int:
+    """Return the bytes of tensors; an expanded tensor counts with its storage."""
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 

@@ -187,6 +187,7 @@ def run_loss(
 
 
 def _loss(problem: Problem, mode: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Compute the loss of one rank in a mode, or OpenCLIP's loss."""
     if mode == OPENCLIP:  # OpenCLIP's ClipLoss under autocast, which computes cross-entropies in float32
         rank = dist.get_rank() if problem.gpus > 1 else 0
         options = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=problem.gpus)
@@ -283,6 +284,7 @@ class Rank:
             self.average.update(1, torch.zeros(()))
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor, *, is_whole: bool) -> Tensor:
+        """Compute the loss of all ranks, or a sum of the features in its place."""
         self.ledger.phase = LOSS
         if not is_whole:
             return (image * text).sum() * scale

@@ -116,6 +116,7 @@ class Probe:
         return float(found[0] + self._more(phase) * (found[-1] - found[0]))
 
     def _more(self, phase: str) -> int:
+        """Return how many more blocks the tower of a phase has than the probed model."""
         of_images, of_texts = (IMAGE_FORWARD, IMAGE_BACKWARD), (TEXT_FORWARD, TEXT_BACKWARD)
         return self.more_images if phase in of_images else self.more_texts if phase in of_texts else 0
 

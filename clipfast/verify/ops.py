@@ -98,6 +98,7 @@ def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> li
 
 
 def _different_bytes(first: Tensor, second: Tensor) -> int:
+    """Return how many bytes differ between two results of a repeated call."""
     one, other = (x.reshape(-1).contiguous().view(torch.uint8) for x in (first, second))
     return int((one != other).sum())
 

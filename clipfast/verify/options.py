@@ -78,6 +78,7 @@ class Options:
 
 
 def _known(flag: str, given: Iterable[str], known: tuple[str, ...]) -> None:
+    """Refuse names on the command line of ``verify`` that are unknown."""
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(

@@ -77,6 +77,7 @@ class CheckResult:
 
 
 def _finite(value: Any) -> Any:
+    """Return a number for JSON: a text if it is infinite or NaN."""
     return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
@@ -154,10 +155,12 @@ def write_junit(path: Path, rows: Sequence[CheckResult]) -> None:
 
 
 def _xml(text: str) -> str:
+    """Replace characters that XML cannot hold."""
     return _NOT_XML.sub("?", text)
 
 
 def _all_figures(row: CheckResult) -> str:
+    """Return all error figures of a check as text."""
     return "\n".join(
         f"{figure.kind}: ours {figure.ours:.3e}, PyTorch's {figure.torch:.3e}, allowed {figure.allowed:.3e}"
         for figure in row.figures
@@ -196,6 +199,7 @@ def _nearest(rows: Iterable[CheckResult]) -> list[tuple[CheckResult, int]]:
 
 
 def _cells(row: CheckResult, outputs: int) -> tuple[str, ...]:
+    """Return a check's row in the table of results."""
     figures = {figure.kind: figure for figure in row.figures}
     numbers = [
         f"{getattr(figures[kind], name):.1e}" if kind in figures else ""
@@ -230,6 +234,7 @@ def summary(rows: Sequence[CheckResult], seconds: float, *, complete: bool = Tru
 
 
 def _collect(rows: Sequence[CheckResult], verdict: str) -> dict[tuple[str, str, str], list[CheckResult]]:
+    """Collect the results with this verdict by op, leg and output."""
     found: dict[tuple[str, str, str], list[CheckResult]] = defaultdict(list)
     for row in rows:
         if row.verdict == verdict:

@@ -121,6 +121,7 @@ def judge_draws(ours: Results, same_dtype: Results, truth: Results) -> dict[str,
 
 
 def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results) -> Judgement:
+    """Judge one named output over all draws by the rule for errors."""
     if any(name not in result for result in (*ours, *same_dtype, *truth)):
         return Judgement(fault="one side has no such output")
     for got, expected in zip(ours, truth, strict=True):

@@ -51,6 +51,7 @@ def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def _attention_fwd(
     qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Compute attention on a packed projection. This is the registered op."""
     out, lse = _kernels(qkv).forward(*_views(qkv, num_heads), seqlens, causal, scale)
     return out.flatten(2), lse
 
@@ -69,6 +70,7 @@ def _attention_bwd(
     grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     num_heads: int, causal: bool, scale: float, with_bias: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of a packed projection and of its bias. This is the registered op."""
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     views = _views(qkv, num_heads)
     sums = _kernels(qkv).backward(
@@ -89,6 +91,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the packed projection and the results for the backward pass."""
     qkv, bias, seqlens, *ctx.options = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
@@ -97,6 +100,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a packed projection and of its bias to autograd."""
     if grad_out is None:
         return (None,) * 6
     with_bias = ctx.needs_input_grad[1]
@@ -111,6 +115,7 @@ _attention_fwd.register_autograd(_backward, setup_context=_setup_context)
 def _attention_qkv_fwd(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Compute attention on separate tensors. This is the registered op."""
     out, lse = _kernels(q).forward(q, k, v, seqlens, causal, scale)
     return out, lse
 
@@ -126,6 +131,7 @@ def _attention_qkv_bwd(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of queries, keys and values. This is the registered op."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _kernels(q).backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
     return dq, dk, dv
@@ -140,6 +146,7 @@ def _(
 
 
 def _setup_qkv_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save queries, keys, values and the results for the backward pass."""
     q, k, v, seqlens, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -147,6 +154,7 @@ def _setup_qkv_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _qkv_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of queries, keys and values to autograd."""
     if grad_out is None:
         return (None,) * 6
     return *torch.ops.clipfast.attention_qkv_bwd(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None
@@ -253,6 +261,7 @@ def attention_qkv(
 
 
 def _takes_sdpa(backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool) -> bool:
+    """Return whether PyTorch's own attention computes this call, by the tables."""
     if backend != "auto" or seqlens is not None or not triton_runs_on(x.device):
         return False
     for largest, least in _least_keys_of_sdpa(x.device, x.dtype, causal):
@@ -275,11 +284,13 @@ _least_keys_of_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """Compute attention [B, N, H, D] by PyTorch's scaled_dot_product_attention."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 def _check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None) -> None:
+    """Refuse a packed projection or a bias whose shape does not fit the heads."""
     check_tensor(op, "qkv", qkv, 3)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
@@ -302,6 +313,7 @@ def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor |
 
 
 def _check_head_dim(op: str, name: str, x: Tensor, head_dim: int) -> int:
+    """Refuse a head dimension or a dtype that the attention kernels do not support."""
     check_float(op, name, x)
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(

@@ -38,6 +38,7 @@ def _path(x: Tensor) -> ModuleType:
 
 @registered("attention_pool_fwd")
 def _pool_fwd(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute attention pooling. This is the registered op."""
     out, lse = _path(query).forward(query, tokens, seqlens)
     return out, lse
 
@@ -51,6 +52,7 @@ def _(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Te
 def _pool_bwd(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of attention pooling. This is the registered op."""
     dq, dx = _path(query).backward(grad_out, query, tokens, seqlens, lse)
     return dq, dx
 
@@ -61,12 +63,14 @@ def _(grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, l
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+    """Save queries, tokens and lse of the pooling for the backward pass."""
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[1])
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    """Return the gradients of queries and tokens to autograd."""
     if grad_out is None:
         return None, None, None
     dq, dx = torch.ops.clipfast.attention_pool_bwd(grad_out, *ctx.saved_tensors)

@@ -249,6 +249,7 @@ def _add_products(G: Tensor, x: Tensor, rows: slice, y: Tensor, acc_x: Tensor | 
 
 @functools.cache
 def _has_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16 matrices."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -288,6 +289,7 @@ def _pieces(chunk: Tensor) -> list[slice]:
 
 
 def _piece_elements() -> int:
+    """Return the logits of a piece that all threads share."""
     return PIECE_ELEMENTS * torch.get_num_threads()
 
 

@@ -80,6 +80,7 @@ class _RankLoss(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, options: Options) -> Tensor:
+        """Compute the loss of this rank from the statistics of all ranks."""
         ranks = options.ranks
         blocks = logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize).rows for side in (image, text))

@@ -182,6 +182,7 @@ class OwnerReduce:
         return self.own
 
     def _wait(self) -> None:
+        """Wait for the reduction that is running, if there is one."""
         if self.pending is not None and self.pending[0] is not None:
             self.pending[0].wait()
         self.pending = None

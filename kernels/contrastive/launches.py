@@ -337,6 +337,7 @@ def finish(
 
 
 def _rows_config(x: Tensor) -> RowConfig:
+    """Return the configuration of kernels that walk rows of features."""
     return row_config("contrastive_rows", arch_of(x.device), x.dtype)
 
 

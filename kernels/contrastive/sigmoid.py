@@ -112,6 +112,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the gradients of the sigmoid loss, which the forward pass has computed."""
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -119,6 +120,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the sigmoid loss to autograd."""
     if grad_loss is None:
         return (None,) * 8
     of_images, of_texts, of_numbers = _sigmoid_bwd(grad_loss, *ctx.saved_tensors, ctx.dtype)

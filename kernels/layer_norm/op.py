@@ -103,6 +103,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the sum s, the weight and the statistics of the layer norm for the backward pass."""
     x, residual, weight, bias, _ = inputs
     ctx.x_dtype, ctx.bias_dtype, ctx.has_sum = x.dtype, bias.dtype, residual is not None
     ctx.mark_non_differentiable(*output[2 if ctx.has_sum else 1 :])
@@ -111,6 +112,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the layer norm to autograd."""
     if not ctx.has_sum:
         grad_s = None  # a compiled graph makes a gradient even for the empty tensor that stands for s
     if grad_y is None:

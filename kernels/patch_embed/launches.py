@@ -110,4 +110,5 @@ def num_patches_of(images: Tensor, patch_size: int) -> int:
 
 
 def _contiguous(keep: Tensor | None) -> Tensor | None:
+    """Return the indices of kept patches as a contiguous tensor."""
     return None if keep is None else keep.contiguous()

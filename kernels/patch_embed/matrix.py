@@ -118,6 +118,7 @@ def _groups(
 
 
 def _channels(factors: tuple[Sequence[float], Sequence[float]], patch_size: int) -> dict[str, object]:
+    """Return the constants of the kernels that fold the normalisation into the weight."""
     gains, shifts = factors
     return {"GAINS": tuple(gains), "SHIFTS": tuple(shifts), "PIXELS": patch_size**2, "BLOCK": BLOCK}
 

@@ -77,6 +77,7 @@ def _gains(std: Sequence[float]) -> list[float]:
 
 
 def _shifts(mean: Sequence[float], std: Sequence[float]) -> list[float]:
+    """Return the shift of each channel, (128 / 255 - mean) / std, for the folded normalisation."""
     return [(128 / 255 - m) / s for m, s in zip(mean, std, strict=True)]
 
 
@@ -170,12 +171,14 @@ def _(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save images, weight and kept patches for the backward pass."""
     images, weight, class_embedding, positional_embedding, keep, ctx.mean, ctx.std, _ = inputs
     ctx.class_dtype, ctx.pos_dtype = class_embedding.dtype, positional_embedding.dtype
     ctx.save_for_backward(images, weight, keep)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the patch embedding to autograd."""
     ops = torch.ops.clipfast
     images, weight, keep = ctx.saved_tensors
     grad_images = ops.patch_embed_bwd_images(grad, images, weight, keep) if ctx.needs_input_grad[0] else None

@@ -42,6 +42,7 @@ def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:
 
 @registered("retrieval_ranks")
 def _retrieval_ranks(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the ranks for recall@k. This is the registered op."""
     m = len(image)
     _check_indices("retrieval_ranks", text_image, m)
     owner = text_image.where((text_image >= 0) & (text_image < m), -1)
@@ -102,6 +103,9 @@ def retrieval_ranks(
 
 
 def _owner_tensor(op: str, text_image: Tensor | None, image: Tensor, text: Tensor) -> Tensor:
+    """Return the image of each text as a tensor; by default text i belongs to image i. Refuse indices that do
+    not fit.
+    """
     if text_image is None:
         if len(image) != len(text):
             raise ValueError(

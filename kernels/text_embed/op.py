@@ -62,6 +62,7 @@ def _(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the token ids for the backward pass."""
     _, token_embedding, positional_embedding, _ = inputs
     ctx.vocab, ctx.token_dtype = len(token_embedding), token_embedding.dtype
     ctx.positions, ctx.pos_dtype = len(positional_embedding), positional_embedding.dtype
@@ -71,6 +72,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of table and positions to autograd."""
     if grad is None:
         return (None,) * 4
     (ids,) = ctx.saved_tensors

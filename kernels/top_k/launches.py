@@ -11,6 +11,7 @@ from .kernels import _group_maxima_kernel, _group_scores_kernel
 
 
 def _config(x: Tensor) -> GemmConfig:
+    """Return the launch configuration of top_k's kernels."""
     return gemm_config("top_k", arch_of(x.device), x.dtype)
 
 

@@ -33,6 +33,7 @@ GATHERED = 1 << 24  # elements of the chosen groups' items that are held at once
 
 @registered("top_k")
 def _top_k(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k best items of each query. This is the registered op."""
     scores, indices = _top_k_fake(query, items, allowed, k)
     if 0 in (len(query), len(items)):
         return scores.fill_(float("-inf")), indices.fill_(-1)
@@ -46,6 +47,7 @@ def _top_k(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tupl
 
 @_top_k.register_fake
 def _top_k_fake(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Return uninitialised results of top_k, for tracing and as buffers."""
     size = (query.shape[0], k)
     return query.new_empty(size, dtype=accumulate_dtype(query.dtype)), query.new_empty(size, dtype=torch.int64)
 

@@ -45,6 +45,8 @@ _MEANING: dict[str, Meaning] = {}
 
 
 def _means(*names: str) -> Callable[[Meaning], Meaning]:
+    """Register a function as the meaning of the instructions with these names."""
+
     def register(function: Meaning) -> Meaning:
         for name in names:
             _MEANING[name] = function
@@ -78,6 +80,7 @@ def _simple(arithmetic: Callable[[list[str], list[int]], int]) -> Meaning:
 
 
 def _shift(modifiers: list[str], values: list[int]) -> int:
+    """Compute SHF, a shift of 64 bits by a variable amount."""
     low, amount, high = values
     wide, kind = high << 32 | low, "".join(modifiers)
     amount &= 63 if "64" in kind else 31
@@ -89,6 +92,7 @@ def _shift(modifiers: list[str], values: list[int]) -> int:
 
 
 def _permute(_: list[str], values: list[int]) -> int:
+    """Compute PRMT, which selects bytes of two registers."""
     a, selector, b = values
     data, result = b << 32 | a, 0
     for place in range(4):
@@ -99,6 +103,7 @@ def _permute(_: list[str], values: list[int]) -> int:
 
 
 def _extend(modifiers: list[str], values: list[int]) -> int:
+    """Compute SGXT, which extends the sign of a bit field."""
     value, bits = values[0], min(values[1], 32)
     value &= (1 << bits) - 1
     return value - (1 << bits) if bits and "U32" not in modifiers and value >> bits - 1 else value
@@ -106,6 +111,7 @@ def _extend(modifiers: list[str], values: list[int]) -> int:
 
 @_means("IMAD", "UIMAD")
 def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    """Run IMAD, an integer multiply-add."""
     carries, result, rest = _split(found)
     for carry in carries:
         state.set(carry, None)
@@ -164,6 +170,7 @@ def _shift_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _
 
 @_means("ISETP", "UISETP")
 def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    """Run ISETP, which compares integers and sets predicates."""
     (first, second), (a, b), rest = found[:2], found[2:4], found[4:]
     left, right = state.peek(a), state.peek(b)
     compare = next((_COMPARE[name] for name in modifiers if name in _COMPARE), None)
@@ -223,11 +230,13 @@ def _predicate_logic(state: State, _: list[str], found: tuple[Operand, ...], __:
 
 
 def _either(value: bool | None) -> tuple[bool, ...]:
+    """Return the values that a predicate may have."""
     return (False, True) if value is None else (value,)
 
 
 @_means("SEL", "USEL")
 def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    """Run SEL, which selects one of two operands by a predicate."""
     chosen = state.predicate(found[3])
     a, b = (state.read_bits(operand) for operand in found[1:3])
     if chosen is None:  # a bit is known if both operands have the same one
@@ -341,10 +350,12 @@ def _spill(state: State, _: list[str], found: tuple[Operand, ...], instruction: 
 
 
 def _float(bits: int) -> float:
+    """Return the float32 number with these bits."""
     return float(struct.unpack("f", struct.pack("I", bits & MASK))[0])
 
 
 def _bits(value: float, *, up: bool = False) -> int:
+    """Return the bits of a float32 number, rounded up if ``up``."""
     bits = int(struct.unpack("I", struct.pack("f", value))[0])
     return bits + 1 if up and _float(bits) < value else bits
 

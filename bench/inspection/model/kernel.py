@@ -83,6 +83,7 @@ class Kernel:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  (a kernel lives as long as its cache)
     def _decoded(self, staged: float) -> Sequence[Step]:
+        """Decode all instructions of the kernel for the simulation."""
         loads = sum(one.name == "UTMALDG" for one in self.instructions)
         sizes = tma_loads(self.ptx)
         if len(sizes) != loads:

@@ -70,6 +70,7 @@ class _Warp:
         self.copying = 0.0
 
     def restart(self) -> None:
+        """Put the warp at the start of the program, for the next block."""
         self.at = self.tries = 0
         self.groups.clear()
         self.copies.clear()
@@ -110,6 +111,7 @@ class _Multiprocessor:
         self.order = [(0.0, part) for part in range(SUB_PARTITIONS) if self.queues[part]]
 
     def run(self) -> Run:
+        """Simulate until all warps have ended, and return the cycles."""
         order, queues, free, program = self.order, self.queues, self.free, self.program
         while order:
             _, part = heapq.heappop(order)
@@ -132,6 +134,7 @@ class _Multiprocessor:
         return Run(self.end, dict(self.busy))
 
     def _again(self, part: int, number: int, when: float) -> None:
+        """Schedule a warp to try its next instruction at cycle ``when``."""
         heapq.heappush(self.queues[part], (when, number))
         heapq.heappush(self.order, (max(self.queues[part][0][0], self.free[part]), part))
 
@@ -202,6 +205,7 @@ class _Multiprocessor:
         return following
 
     def _wait_for_block(self, warp: _Warp, since: float) -> None:
+        """Let a warp wait at a barrier, and release all warps when the last one arrives."""
         waiting = warp.block.waiting
         waiting.append((warp, since))
         if len(waiting) == warp.block.warps:
@@ -242,6 +246,7 @@ class _Multiprocessor:
         return now + step.latency
 
     def _multiply(self, warp: _Warp, step: Step, now: float) -> float:
+        """Start a product on the matrix unit; return when it ends."""
         operands, busy = step.amount / self.machine.shared_rate, self.busy
         busy["matrix"] += step.cycles
         busy["operands"] += operands  # read in parallel to other uses of shared memory, without queueing

@@ -106,6 +106,7 @@ class Code:
         return self._branch(index, state, holds)
 
     def _branch(self, index: int, state: State, holds: bool | None) -> tuple[int | None, int]:
+        """Return where a branch leads, None at the end of the code, and whether that is a guess."""
         one, behind = self.instructions[index], index + 1
         if "DIV" in one.modifiers or "CONV" in one.modifiers:
             return behind, 0  # taken only if the threads of a warp differ
@@ -122,6 +123,7 @@ class Code:
         return (to if holds else behind), 0
 
     def _target(self, one: Instruction) -> int:
+        """Return the index of the instruction that a branch leads to."""
         to = self.place.get(target(one) or 0)
         if to is None:
             raise Lost(f"{one.name} at {one.address:#x} leads to {one.operands!r}")
@@ -190,6 +192,7 @@ def _successors(instructions: Sequence[Instruction]) -> list[list[int]]:
 
 
 def _names(results: Sequence[tuple[Operand, int]]) -> frozenset[str]:
+    """Return the names of all registers that an instruction's results cover."""
     return frozenset(
         following(operand.register, word)
         for operand, words in results
@@ -205,6 +208,7 @@ _OPAQUE = frozenset(
 
 
 def _read(one: Instruction) -> frozenset[str]:
+    """Return the names of the registers that an instruction reads."""
     names = {operand.register for operand in operands(one.operands)} if one.name not in _OPAQUE else set()
     names |= {operand.register for operand in operands(one.guard or "")}
     if one.name == "LDL":

@@ -203,6 +203,7 @@ class _Grid:
             yield kind, start, end
 
     def predict(self, machine: Machine) -> Prediction:
+        """Return the prediction for the whole launch."""
         timed = [self._time(path, machine) for path in self.kinds]
         mean = _sum(list(zip(timed, self.shares, strict=True)))
         fits = self.kernel.at_once
@@ -230,6 +231,7 @@ class _Grid:
         return max(loads)
 
     def _time(self, path: Path, machine: Machine) -> _Timed:
+        """Return the simulated cycles of programs that take ``path``; long loops are extrapolated."""
         short, double, factor = shortened(path, self.effort.turns)
         first = self._run(short, machine)
         return first if factor == 0 else _sum([(first, 1 - factor), (self._run(double, machine), factor)])

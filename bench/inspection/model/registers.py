@@ -129,6 +129,7 @@ class State:
         return {"-": -value, "~": ~value}.get(operand.sign, value) & WIDE_MASK
 
     def _bare(self, operand: Operand, offset: int) -> int | None:
+        """Return 32 bits of an operand without its sign, or None if they are unknown."""
         if operand.number is not None:
             return operand.number & MASK if offset == 0 else 0
         if operand.constant is not None:

@@ -153,6 +153,9 @@ def _memory(one: Instruction, box: float) -> tuple[Kind, float, float]:
 
 
 def _waits(one: Instruction) -> tuple[Kind, float, float]:
+    """Return kind, latency and amount of an instruction that starts or awaits a barrier, or awaits copies or
+    products.
+    """
     opcode = one.opcode
     if one.name == "SYNCS" and "ARRIVE" in opcode:
         return Kind.EXPECT, 0.0, 0.0

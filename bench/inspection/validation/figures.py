@@ -113,6 +113,7 @@ def bands(answers: Iterable[tuple[str, float]]) -> dict[str, Band]:
 
 
 def _band(found: list[float]) -> Band:
+    """Return the error band of the model for a list of errors."""
     sizes = sorted(map(abs, found))
     nine_in_ten = sizes[math.ceil(0.9 * len(sizes)) - 1]
     numbers = (statistics.fmean(found), statistics.median(sizes), nine_in_ten, sizes[-1])

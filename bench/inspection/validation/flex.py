@@ -57,6 +57,7 @@ def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Non
 
 
 def _inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of FlexAttention's templates by name."""
     batch, heads, length, _ = query.shape
     rows = torch.empty(batch, heads, length)
     one, none = torch.ones(1, 1, 1, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
@@ -69,6 +70,7 @@ def _inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict
 
 
 def _options(query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
+    """Return the constants of FlexAttention's templates for these tensors."""
     dim = query.shape[-1]
     return {
         "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,

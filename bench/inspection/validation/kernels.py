@@ -88,6 +88,7 @@ def grouped(rows: int, columns: int, at_once: int, group: int) -> Iterator[Wave]
 
 
 def _waves(tiles: Wave, at_once: int) -> Iterator[Wave]:
+    """Divide the tiles of a grid into waves of tiles that run at once."""
     for first in range(0, len(tiles), at_once):
         yield tiles[first : first + at_once]
 
@@ -96,6 +97,7 @@ def _waves(tiles: Wave, at_once: int) -> Iterator[Wave]:
 
 
 def _product(call: Callable[..., object], block: Sequence[int], k: int, order: Callable[..., Any]) -> list[Work]:
+    """Record a product of the Gluon tutorials, with the bytes that it moves."""
     m = n = 8192
     with recording() as found:
         call(half(m, k), half(k, n), half(m, n))
@@ -178,6 +180,7 @@ def integer_product(folder: Path, m: int, n: int, k: int) -> list[Work]:
 def _tutorial_product(
     tuner: Autotuner, call: Callable[..., object], a: torch.Tensor, b: torch.Tensor, wanted: dict[str, int]
 ) -> Work:
+    """Record the product of Triton's tutorial in one configuration."""
     with configured(tuner, **wanted), recording() as found:
         call(a, b)
     (m, k), n = a.shape, b.shape[1]

@@ -97,6 +97,7 @@ def attention(folder: Path, batch: int, heads: int, length: int, dim: int, descr
 
 
 def _flex_tensors(length: int) -> list[torch.Tensor]:
+    """Return uninitialised queries, keys and values for FlexAttention."""
     return [half(1, length, heads, 128, dtype=BF16).transpose(1, 2) for heads in (64, 8, 8)]
 
 
@@ -117,6 +118,7 @@ def flex_backward(folder: Path, length: int) -> list[Work]:  # noqa: ARG001  (it
 
 
 def _forward_and_backward(apply: Any, tensors: Iterable[torch.Tensor], *more: Any) -> tuple[Recorded, Recorded]:
+    """Record the forward and the backward pass of an autograd function separately."""
     with recording() as forward:
         result = apply(*tensors, *more)
     results = [one for one in (result if isinstance(result, tuple) else (result,)) if one.requires_grad]

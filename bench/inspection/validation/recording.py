@@ -141,6 +141,7 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a PyTorch op on meta tensors, and return uninitialised CPU tensors of the same layout."""
     to_meta = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, lambda one: one.to("meta"))
     result = func(*to_meta(args), **(to_meta(kwargs) | ({"device": "meta"} if "device" in kwargs else {})))
     empty = lambda one: torch.empty_strided(one.shape, one.stride(), dtype=one.dtype)  # noqa: E731

@@ -83,6 +83,7 @@ def module(folder: Path, name: str) -> ModuleType:
 
 @functools.cache
 def _module(folder: Path, name: str) -> ModuleType:
+    """Import an upstream file from the folder of sources."""
     file = FILES[name]
     path = folder / file.place
     if not path.is_file():
@@ -136,6 +137,7 @@ def package(folder: Path, name: str, version: str) -> Iterator[Callable[[str], A
 
 @triton.constexpr_function
 def _capability_at_least(major: int, minor: int = 0) -> bool:
+    """Answer for an H100 whether its compute capability is at least the given one."""
     return (major, minor) <= (9, 0)
 
 

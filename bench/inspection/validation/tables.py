@@ -60,6 +60,7 @@ def write(document: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _figures(results: Sequence[Mapping[str, Any]], order: Sequence[str]) -> str:
+    """Return the validation's table of all figures as Markdown."""
     versions = sorted({version for one in results for version in one["predicted_ms"]}, key=_number, reverse=True)
     ratios = " | ".join(f"ratio, Triton {version}" for version in versions)
     lines = [f"| kind | kernel and case | source | published, ms | {ratios} | limit |"]
