@@ -1,1 +1,1 @@
-"""The command line: a module for each command, and what their arguments share."""
+"""The command line: a module for each command, and the arguments that they share."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import Count
 from .search_arguments import add_encoder_arguments, add_folder_argument, encoder_of
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ..search.app import Desk, Pictures
 
 PORT = 7860

@@ -15,7 +15,7 @@ from ..io.text import meant, printable
 
 # A name with braces may stand for a huge number of names, so names are not expanded to find one file.
 BRACES = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
-DRAWN = ("drawn",)  # in place of the suffixes of an output: all that matplotlib can draw
+DRAWN = ("drawn",)  # stands for the suffixes of all formats that matplotlib can write
 
 
 class Parser(argparse.ArgumentParser):

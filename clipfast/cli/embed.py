@@ -175,7 +175,7 @@ class PartMaker:
     """A Ray actor that embeds parts. If it is killed, another actor makes its unfinished part again.
 
     Args:
-        args: of the command.
+        args: arguments of the command.
         folder: the working folder, from which the names of files start.
     """
 

@@ -126,7 +126,7 @@ def check_unwatched(args: argparse.Namespace) -> None:
     """Refuse an evaluation that names no model or data, and flags that need ``--watch``.
 
     Raises:
-        ValueError: as above.
+        ValueError: the command is refused.
     """
     if not args.model:
         raise ValueError("--model or --watch is needed: what to evaluate")

@@ -1,4 +1,4 @@
-"""``clipfast heatmap``: its arguments, and what it writes."""
+"""``clipfast heatmap``: its arguments and its output files."""
 
 import argparse
 import sys

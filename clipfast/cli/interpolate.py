@@ -1,4 +1,4 @@
-"""``clipfast interpolate``: its arguments, and what it prints."""
+"""``clipfast interpolate``: its arguments and its printed table."""
 
 import argparse
 import json

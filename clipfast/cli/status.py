@@ -1,4 +1,4 @@
-"""``clipfast status``: its arguments, and what it prints and plots."""
+"""``clipfast status``: its arguments, its output and its plot."""
 
 import argparse
 import json

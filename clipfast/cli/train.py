@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``clipfast train``: train, print ``results.json``, and return the exit code: 0 also after a saved signal."""
+    """Run ``clipfast train``: train, print ``results.json``, and return the exit code; after a signal it is 0."""
     own = ("command", "run", "traceback", "recipe", "resume", "print_config")
     given = _tuples({key: value for key, value in vars(args).items() if key not in own})
     start = _start(args, given)

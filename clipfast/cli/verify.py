@@ -1,4 +1,4 @@
-"""``clipfast verify``: its arguments, progress, and what it prints."""
+"""``clipfast verify``: its arguments, its progress bar and its report."""
 
 import argparse
 import contextlib

@@ -1,12 +1,12 @@
 """Image-text pairs, from the files that hold them to batches.
 
-``names`` says which shards a pattern means, ``keys`` under which names a sample has its image and its captions, and
-``samples`` reads these. A shard is a tar file (``tar``), a Parquet or Arrow file (``rows``), a table (``tables``), a
-folder of images (``folders``), or pairs that are drawn without files (``synthetic``, ``drawn_shapes``). ``source``
-reads any sample by its number: ``index`` knows where each lies, ``staging`` copies shards that cannot be read from the
-middle, and ``counts`` knows how many samples these have before that. ``order`` says which sample stands where in the
-sequence of a run, ``loader`` makes batches of them, in processes that ``workers`` starts, and ``read_ahead`` brings
-their shards in time. ``trial`` makes a batch of a few, to see whether they can be used.
+``names`` expands patterns to names of shards, ``keys`` selects the image and the captions in a sample, and ``samples``
+reads these. A shard is a tar file (``tar``), a Parquet or Arrow file (``rows``), a table (``tables``), a folder of
+images (``folders``), or pairs that are drawn without files (``synthetic``, ``drawn_shapes``). ``source`` reads any
+sample by its number: ``index`` knows the place of each sample, ``staging`` copies shards without random access, and
+``counts`` finds the number of samples of a shard before it is copied. ``order`` determines the sequence of samples of a
+run, ``loader`` makes batches of them in processes that ``workers`` starts, and ``read_ahead`` copies their shards in
+time. ``trial`` makes a batch of a few samples, to see whether they can be used.
 """
 
 from .crops import CroppedImages, WholeImages

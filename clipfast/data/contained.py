@@ -60,13 +60,13 @@ def copy_rows(file: IO[bytes], name: str, target: Writable, folder: Path | None 
     """Write the rows of a local Parquet or Arrow shard as a tar file.
 
     Args:
-        file: of this machine.
-        name: of the shard.
-        target: of the tar file.
-        folder: that paths of images in the file start from; with None, such images are missing.
+        file: a local file.
+        name: name of the shard.
+        target: the tar file to write.
+        folder: folder from which paths of images in the file start; with None, such images are missing.
 
     Raises:
-        ContentError, OSError, ImportError: as :func:`count_rows`.
+        ContentError, OSError, ImportError: see :func:`count_rows`.
     """
     _ask(file, {"name": name, "rows": True, "folder": folder and str(folder)}, target)
 

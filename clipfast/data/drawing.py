@@ -4,9 +4,9 @@ All numbers are integers: sides and distances are counted in 64ths of a pixel, a
 picture has the same bits on every device, with any number of threads, compiled or not.
 
 The distance of a pixel from a straight edge is a term of its row plus a term of its column, and so, nearly, is the
-distance from a circle. Distances are combined: that of a convex shape is the largest of those of its edges, and that of
-the union of two shapes is the smaller one. Where the distance is less than half a pixel, the shape covers a part of the
-pixel.
+distance from a circle. Distances are combined: a convex shape has the largest of the distances from its edges, and the
+union of two shapes has the smaller of their two distances. Where the distance is less than half a pixel, the shape
+covers a part of the pixel.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Drawings:
     """A batch of pictures that are still to be drawn, as integers that describe their content.
 
     Attributes:
-        numbers: int32 [B, 14] on the host, with what ``COLUMNS`` says in each column: the number of a shape in
-            ``SHAPES``; its centre and radius in 1024ths of the side; by how many degrees, from 0 to 359, it is turned;
-            and its colour, that of the background, and that of a frame along the edges of the picture, from 0 to 255.
+        numbers: int32 [B, 14] on the host, with the columns of ``COLUMNS``: the number of a shape in ``SHAPES``; its
+            centre and radius in 1024ths of the side; its rotation in degrees from 0 to 359; and the colours of the
+            shape, of the background, and of a frame along the edges of the picture, from 0 to 255.
         image_size: side in pixels.
     """
 

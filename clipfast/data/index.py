@@ -189,7 +189,7 @@ class IndexCache:
         """Copy a shard that cannot be read in place into the cache, and return the size of the copy.
 
         Raises:
-            FetchError, DiskFullError: as :func:`clipfast.data.staging.staged`.
+            FetchError, DiskFullError: see :func:`clipfast.data.staging.staged`.
         """
         descriptor, _ = staged(name, self._copies)
         with os.fdopen(descriptor) as copy:

@@ -103,8 +103,8 @@ class Order:
         source: number of this source in a mix.
         window: approximate number of samples that are permuted together.
         streams: number of streams, the places of the data from which a window takes its samples.
-        replacement: let each stream of a window begin at a random place, so that a pass may have a sample several times
-            or not at all.
+        replacement: let each stream of a window begin at a random place. A pass may then have a sample several times or
+            not at all.
 
     Raises:
         ValueError: there are no samples, or a number is not positive.

@@ -99,7 +99,7 @@ def _reading(name: str) -> Iterator[None]:
 def _parquet_batches(file: IO[bytes]) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
-    # This reads a column in pieces: in one row group, it may be as large as the file.
+    # This reads each column in pieces: a column of a row group may be as large as the file.
     yield from ParquetFile(file, buffer_size=BUFFER, pre_buffer=False).iter_batches(ROWS, use_threads=False)
 
 

@@ -210,7 +210,7 @@ def _refuse_again(failure: Path) -> None:
 
 
 def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
-    """Copy a shard to ``path`` and return its stamp, which is ``now`` if that is given, else read here.
+    """Copy a shard to ``path`` and return its stamp, which is ``now`` or, without it, read from the shard.
 
     If the shard cannot be fetched, the reason is written to the file ``failure``.
     """

@@ -118,7 +118,7 @@ def _named(scenes: Scenes) -> dict[str, list[str]]:
 
 
 def captions(scenes: Scenes) -> list[str]:
-    """Return captions such as "a small red triangle on a blue background, top left, in a white frame"."""
+    """Return captions of synthetic pairs: "a small red triangle on a blue background, top left, in a white frame"."""
     named = _named(scenes)
     columns = (named[key] for key in ("size", "colour", "shape", "background", "place", "frame"))
     return [

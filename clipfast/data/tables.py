@@ -82,7 +82,7 @@ class _Lines(Iterator[str]):
         return line if self.count > 1 else line.removeprefix(BOM)
 
     def detach(self) -> None:
-        """Detach from the file without closing it."""
+        """Stop reading the lines of a table, and leave its file open for others."""
         self._text.detach()
 
 

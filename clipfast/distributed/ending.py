@@ -17,7 +17,7 @@ class TrainingError(RuntimeError):
 
 
 class NotFiniteError(TrainingError):
-    """The weights are infinite or NaN: there is nothing worth saving."""
+    """Training ends without a checkpoint, since the weights are infinite or NaN."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(what, step)  # the arguments from which pickle can make it again in another process

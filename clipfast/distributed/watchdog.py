@@ -193,7 +193,7 @@ class Watchdog:
         self._look()
         if waited > LATE * self.timeout and self._diagnose(self.timeout / 5, LATE * self.timeout):
             log.error(f"at step {self.step}, this rank waits: {self.diagnosis}")
-        if self.diagnosis and waited > self.timeout + GRACE:  # a collective of GPUs does not return by itself
+        if self.diagnosis and waited > self.timeout + GRACE:  # otherwise a collective of GPUs would never return
             os._exit(1)
 
     def _look(self) -> None:

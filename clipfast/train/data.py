@@ -55,22 +55,22 @@ ORDER = 2  # the version of the order: a checkpoint of another version cannot be
 
 
 class TrainingData:
-    """The pairs of a run and the batches of them, in an order that the data and the seed determine.
+    """The training data of a run: its pairs and their batches, in an order that the data and the seed determine.
 
-    The batches of all epochs follow each other in one sequence, so that an epoch need not be a whole number of batches.
+    The batches of all epochs form one sequence. An epoch need not be a whole number of batches.
 
     Args:
         config: options of the run.
-        batch_size: pairs of all processes together; ``config``'s by default.
-        world: the processes, of which each gets its part of every batch.
+        batch_size: number of pairs of all processes together; by default, that of ``config``.
+        world: the processes; each of them gets its part of every batch.
 
     Attributes:
         shards: the names of all shards.
-        sizes: the number of pairs in each.
+        sizes: the number of pairs in each shard.
         content: a checksum of all properties of the shards on which the order depends.
         epochs: the epochs of the run, as numbers of steps.
         total_steps: the number of steps of the run.
-        is_synthetic: whether all pairs are, so that the device draws them.
+        is_synthetic: whether all pairs are synthetic; then the device draws their images.
         damaged: the shards that are known to have lost parts.
 
     Raises:
@@ -193,14 +193,14 @@ def pair_batches(
     batch_size: int,
     world: World = ALONE,
 ) -> PairBatches:
-    """Return the batches of a run in an order, decoded and augmented as its options say, for ``model``.
+    """Return the batches of a training run in the given order, decoded and augmented as its options say.
 
     Args:
         config: the options.
-        sources, order: of the pairs.
+        sources, order: the sources of the pairs, and their order.
         model, tokenizer: set the preprocessing of the images and the texts.
-        batch_size: pairs of all processes together.
-        world: the processes, of which this one gets its part of every batch.
+        batch_size: number of pairs of all processes together.
+        world: the processes; this one gets its part of every batch.
     """
     augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
     cut = training_options(parse_arguments(config.aug_cfg)) if config.aug_cfg else {"scale": config.crop_scale}
@@ -220,7 +220,7 @@ def pair_batches(
 
 
 def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_open: int = MAX_OPEN) -> list[Source]:
-    """Return the sources of pairs by the options of a run, with the arguments and the errors of ``open_sources``."""
+    """Open the sources of pairs as the options of a run say; arguments and errors are those of ``open_sources``."""
     return open_sources(names, workers, IndexCache(separator=config.separator()), max_open)
 
 

@@ -52,7 +52,7 @@ def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
     compiler: Any = {"backend": config.torchcompile_backend, "mode": config.torchcompile_mode}
     for block in blocks_of(model):
         if config.torchcompile:
-            # The hooks that gather the weights run outside of what is compiled.
+            # The hooks that gather the weights run outside of the compiled code.
             block.forward = torch.compile(block.forward, fullgraph=True, **compiler)
         fully_shard(block, reshard_after_forward=_reshards(config), **options)
     # The weights outside of the blocks are needed again as soon as the backward pass begins, so they stay gathered.

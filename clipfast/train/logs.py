@@ -70,7 +70,7 @@ class Meters:
         )
 
     def read(self, step_seconds: float) -> dict[str, Any]:
-        """Return the measured figures for a line of ``metrics.jsonl``; without those that cannot be measured here.
+        """Return the measured figures for a line of ``metrics.jsonl``; figures that cannot be measured are left out.
 
         ``mfu`` is relative to the peak of all ranks' GPUs. ``communication`` is the share of a step's time in which
         ``DistributedDataParallel`` sums gradients, or waits for a slower rank to do so, after the backward pass has
@@ -128,7 +128,7 @@ class _OutLog(logging.handlers.WatchedFileHandler):
             super().reopenIfNeeded()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, or lose it if the file cannot be opened again."""
+        """Write a line to ``out.log``, or drop it if the file cannot be opened again."""
         with contextlib.suppress(OSError):
             super().emit(record)
 
@@ -165,10 +165,10 @@ class TrainLog:
     """Progress bar, log lines and metrics of a run.
 
     Args:
-        folder: of the run.
-        epochs: of the run.
-        world: the processes; rank 0 writes, and the times and meters are its own.
-        meters: of this rank.
+        folder: folder of the run.
+        epochs: epochs of the run.
+        world: the processes; rank 0 writes, and measures its own times.
+        meters: meters of this rank.
         signs: looks for signs of trouble, which the log reports.
 
     Attributes:
@@ -302,7 +302,7 @@ class TrainLog:
         """Log and record an evaluation after ``step`` steps."""
         from ..runs.metrics import evaluation_metrics
 
-        overall = {name: value for name, value in results.items() if name != "by_group"}  # groups can be many
+        overall = {name: value for name, value in results.items() if name != "by_group"}  # there may be many groups
         self._evaluated(step, evaluation_metrics(overall), {"eval": results})
 
     def imagenet(self, step: int, accuracy: dict[str, float]) -> None:

@@ -65,7 +65,7 @@ def train(
         DiskFullError: there is no space for the last checkpoint or the results.
         OSError: the last checkpoint or the results cannot be written for another reason.
     """
-    # The clocks of the ranks may differ.
+    # Rank 0 makes the name from the time, because the clocks of the ranks may differ.
     name = world.on_main(lambda: config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
     folder = RunFolder(Path(config.logs) / name)
     world.write_to(folder.path / "stacks")

@@ -81,7 +81,7 @@ def _construct(
     try:
         return kind(groups, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "meta" in str(error):  # PyTorch has no class of its own for this
+        if isinstance(error, RuntimeError) and "meta" in str(error):  # PyTorch has no class for this error
             raise NotImplementedError(f"--opt {config.opt} reads the values of parameters: {error}") from error
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ValueError(
@@ -323,6 +323,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned."""
+        """Load the state of both optimizers from the result of ``state_dict``."""
         super().load_state_dict(state_dict)
         self._share()

@@ -81,7 +81,7 @@ class RemoteCopy:
         """Refuse a remote copy that holds another run, or that is further than ``step``, from which this run resumes.
 
         Raises:
-            ValueError: as above.
+            ValueError: the remote copy is refused.
         """
         newest = max(self._steps(), default=None)
         if newest is not None and (step is None or newest > step):

@@ -222,7 +222,7 @@ class Trainer:
         if self._unsaved or failed or is_new:
             self.save()
             self.world.on_main(self.checkpoints.finish)
-        self.checkpoints.wait()  # all ranks write parts
+        self.checkpoints.wait()  # on every rank, since each rank writes a part of a checkpoint in parts
 
     def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""

@@ -201,7 +201,7 @@ def test_few_rows_are_in_memory_at_once(tmp_path):
             most = max(most, pa.total_allocated_bytes() - before)
     _, python = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most + python < 15e6  # of 50 MB
+    assert most + python < 15e6  # the file has 50 MB
 
 
 def test_a_file_that_was_replaced(tmp_path):

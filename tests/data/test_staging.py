@@ -122,7 +122,7 @@ def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
 
     monkeypatch.setattr(staging, "_copy", limited)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free()))
-    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"  # of a killed and of a running process
+    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"  # files of a killed and a running process
     left.touch()
     written.touch()
     with staging.exclusive(folder / staging.LOCKS / "written.tar"):

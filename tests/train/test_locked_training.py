@@ -94,7 +94,7 @@ def test_batch_norm_of_a_locked_tower(shards, tmp_path, freeze):
 
 def test_batch_norm_that_is_frozen_has_the_precision_of_its_tower(shards, tmp_path):
     options = {"lock_image": True, "lock_image_freeze_bn_stats": True, "precision": "pure_bf16"}
-    model, run, checkpoint = run_from_weights(shards, tmp_path, RESNET, **options)  # preflight runs on "meta"
+    model, run, checkpoint = run_from_weights(shards, tmp_path, RESNET, **options)  # preflight works on "meta", too
     assert all(torch.isfinite(torch.tensor(losses(run))))
     after = checkpoint["state_dict"]
     mean = "visual.bn1.running_mean"

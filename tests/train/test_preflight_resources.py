@@ -51,7 +51,7 @@ def weights(tmp_path):
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-MACHINE = World(rank=5, size=8, local_rank=1, local_size=4)  # processes of one machine share it
+MACHINE = World(rank=5, size=8, local_rank=1, local_size=4)  # a process that shares its machine with three others
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_collapse_is_reported_with_the_last_good_step():
 def test_the_loss_of_guessing(siglip):
     same = F.normalize(torch.ones(8, 4), dim=-1)
     scale = torch.tensor(1.0)
-    if siglip:  # the logit at which each pair has a probability of 1/8
+    if siglip:  # the best logit gives each pair a probability of 1/8
         found = sigmoid_loss(same, same, scale, torch.tensor(math.log(1 / 7)) - 1)
     else:
         found = contrastive_loss(same, same, scale)

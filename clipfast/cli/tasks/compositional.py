@@ -21,7 +21,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ...evaluate.compositional_scores import Case, Judged
     from ...evaluate.compositional_sets import CaseSet
     from ...evaluate.features import LabelledFeatures

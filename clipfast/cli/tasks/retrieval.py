@@ -17,7 +17,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from torch import Tensor
 
     from ...evaluate.features import LabelledFeatures

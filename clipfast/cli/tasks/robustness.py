@@ -1,4 +1,4 @@
-"""``clipfast eval robustness``: zero-shot accuracy on shifted versions of a set, and beyond what is expected."""
+"""``clipfast eval robustness``: zero-shot accuracy on shifted versions of a set, and effective robustness."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from torch import Tensor
 
     from ...evaluate.classification import Classified

@@ -20,7 +20,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
     from ...distributed.world import World
     from ...evaluate.offline_layout import Layout, OfflineSet, Problem
     from ...evaluate.store import FeatureStore
