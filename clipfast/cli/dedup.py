@@ -93,7 +93,7 @@ def _sentence(results: dict[str, Any]) -> str:
 
 
 def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
-    """Yield the pictures of the largest groups of duplicates, the kept picture of a group first."""
+    """Yield the pictures of the largest groups of duplicates: each kept picture, then the near duplicates of it."""
     largest = sorted(groups, key=len, reverse=True)[:SHOWN]
     for number, group in enumerate(largest, 1):
         name = f"group {number}"
@@ -103,7 +103,7 @@ def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
 
 
 def _rows(group: Group) -> list[tuple[int, int, float, str]]:
-    """Return the rows of the table of duplicates: kept item, item, similarity, and the reason to keep it or ""."""
+    """Return rows (kept item, item, similarity, reason to keep it or ""), each kept item before its duplicates."""
     rows = {kept: [(kept, kept, 1.0, why)] for kept, why in zip(group.kept, group.why, strict=True)}
     for place, of, similarity in zip(group.dropped, group.of, group.similarity, strict=True):
         rows[of].append((of, place, similarity, ""))
