@@ -70,7 +70,7 @@ class Case:
 
     @property
     def ours(self) -> Candidate:
-        """Return the candidate of this package."""
+        """Return the benchmark candidate that runs this package's implementation."""
         return next(candidate for candidate in self.candidates if candidate.name == OURS)
 
     @property

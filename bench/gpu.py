@@ -31,7 +31,7 @@ from .checkout import ROOT, environment_with, link_packages
 HOUR_S, PART_S = 3570.0, 570.0
 # Seconds that a step may take to end after it was interrupted.
 GRACE_S = 4.0
-# Seconds that a benchmark or the tuner needs to finish what it has begun.
+# Seconds that a benchmark or the tuner needs to finish the measurement that it has begun.
 MARGIN_S = 12.0
 # A placeholder in commands for the seconds after which the step should begin nothing new.
 LEFT = "{left}"
@@ -361,7 +361,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def wheels() -> str:
-    """Return a table of :data:`WHEELS`, whether this Python has them, and how to fetch and install those it lacks."""
+    """Return a table of :data:`WHEELS` for the GPU run: installed packages, and commands to get the missing ones."""
     lines, missing = [], []
     for module, (packages, loss) in WHEELS.items():
         is_here = importlib.util.find_spec(module) is not None

@@ -13,7 +13,7 @@ from .suites import SUITES, build
 
 
 def main() -> int:
-    """Run each op, then print machine and rates; return 1 if an op fails or gives wrong results, else 0."""
+    """Run this step of the GPU run: call each op, then print machine and rates; return 1 if an op fails or is wrong."""
     device = machine.use(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found, versions, commit = machine.describe(device), machine.versions(), machine.commit()
     print(

@@ -62,7 +62,7 @@ class Graphs:
         torch.cuda.synchronize(self.device)
 
     def _renew(self) -> None:
-        """Make a new memory pool and stream for graphs."""
+        """Make a new memory pool and stream for CUDA graphs."""
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
 

@@ -190,7 +190,7 @@ def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _differences(case: Case, errors: dict[str, float]) -> Iterator[str]:
-    """Yield a sentence for each output whose error exceeds its limit."""
+    """Yield a sentence for each output of a benchmark candidate whose error exceeds its limit."""
     for name, error in errors.items():
         limit = case.slack.get(name, 1.0) * GATE[case.dtype]
         if not error <= limit:  # NaN does not pass

@@ -25,7 +25,9 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of this package and of all :data:`PACKAGES`; None if one is not installed."""
+    """Return for a benchmark result the versions of Python, this package and :data:`PACKAGES`; None if not
+    installed.
+    """
     found: dict[str, str | None] = {"python": platform.python_version(), "clipfast": __version__}
     for package in PACKAGES:
         try:
@@ -55,7 +57,9 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
 
 
 def use(device: torch.device) -> torch.device:
-    """Make ``device`` the current one and return it with its number, which streams, events and memory figures need."""
+    """Make ``device`` current for a benchmark, and return it with the index that streams, events and memory figures
+    need.
+    """
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)

@@ -102,7 +102,7 @@ def _or_reason(function: Callable[[], T]) -> T | str:
 
 
 def chosen(case: Case, only: Sequence[str] | None) -> Case:
-    """Return ``case`` with our candidate and those that ``only`` names, or with all of them if it is None.
+    """Return a benchmark case with our candidate and those that ``only`` names; with all of them if it is None.
 
     A part of a name selects all candidates whose names contain it. A whole name selects that candidate only.
 

@@ -349,7 +349,7 @@ class OpSpec:
         return self.suite or self.name
 
     def call(self, shape: Shape, values: str, draw: Draw, dtype: torch.dtype) -> Call:
-        """Make the arguments at a shape, with floating tensors in ``dtype`` except those that stay float32."""
+        """Make the op's arguments at a shape, with floating tensors in ``dtype`` except those that stay float32."""
         made = self.make(shape, values, draw)
         wide = accumulate_dtype(dtype)
         inputs = {

@@ -76,7 +76,7 @@ def counts() -> dict[str, Count]:
 
 
 def microseconds(spec: OpSpec, shape: Shape) -> tuple[float, float]:
-    """Return the median microseconds of processor time in which a thread issues a forward and a backward call in bf16.
+    """Return the host's median microseconds to issue a forward and a backward call of an op in bf16 on the stub driver.
 
     Processor time is measured, because on a busy machine a thread also waits.
     """

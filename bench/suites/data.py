@@ -31,7 +31,7 @@ from ..machine import cpu_seconds
 from . import pairs, peers
 from .pipelines import BATCH, OpenClipBatches, OurBatches, denormalized, open_clip_data, padded
 
-if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can run the other suites
+if TYPE_CHECKING:  # functions import Pillow when they need it, so other suites run without it
     from PIL import Image
 
 # A coarsely decoded photograph differs by 3% (more than 35 dB) from one that is decoded whole; their means hardly
@@ -290,7 +290,7 @@ SHAPES = {"cpu": _DEFAULT, "cuda": _DEFAULT}
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
-    """Return the case of one stage, or of the pipeline as a whole."""
+    """Return the benchmark case of one stage of the data pipeline, or of the whole pipeline."""
     name, count = shape["stage"], shape["images"]
     if name not in STAGES:
         raise ValueError(f"data: stage must be one of {', '.join(STAGES)}, got {name!r}")

@@ -90,7 +90,7 @@ def packages() -> Iterator[Finding]:
 
 
 def gpus(root: Path = ROOT) -> Iterator[Finding]:
-    """Check every GPU, and run a kernel on it."""
+    """Check every GPU for ``clipfast doctor``, and run a kernel on it."""
     import torch
 
     for number in range(torch.cuda.device_count()):
@@ -135,7 +135,7 @@ def try_kernel(device: "torch.device") -> Finding:
 
 
 def host() -> Iterator[Finding]:
-    """Check processors, memory, and the limits of this process."""
+    """Check processors, memory and process limits for ``clipfast doctor``."""
     yield Finding("cores", f"{cores()} of {os.cpu_count()}, {processor()}")
     available = available_memory()
     if available is not None:

@@ -32,7 +32,7 @@ class Check:
 
 
 def here() -> str:
-    """Return the leg that CPU tensors run on in this process; Triton chose it when it was imported."""
+    """Return the leg of the verification that this process runs on CPU tensors; Triton chose it at its import."""
     return INTERPRETER if INTERPRET else CPU
 
 

@@ -131,7 +131,7 @@ def _attention_qkv_bwd(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of queries, keys and values. This is the registered op."""
+    """Compute the gradients of attention on separate tensors. This is the registered op."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _kernels(q).backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
     return dq, dk, dv

@@ -43,7 +43,7 @@ def _short_fwd_kernel(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the output and the log-sum-exp of a head. ``qk_scale`` is scale * log2(e)."""
+    """Compute the output and the log-sum-exp of one attention head. ``qk_scale`` is scale * log2(e)."""
     pid = tl.program_id(0)
     b, h = pid // H, pid % H
     q_ptr = head_of(q_ptr, b, h, stride_qb, stride_qh, MULTIPLE)
@@ -111,7 +111,7 @@ def _short_bwd_kernel(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of a head. BLOCK_N holds all keys.
+    """Compute the gradients of one attention head. BLOCK_N holds all keys.
 
     The gradients of a head are contiguous, and dv has the strides of dk.
     """

@@ -54,7 +54,7 @@ def _unrolled_bwd_kernel(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, M_PARTS: tl.constexpr, N_PARTS: tl.constexpr,
     MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of a head, whose queries and keys come in blocks of the sizes M_PARTS and N_PARTS.
+    """Compute the gradients of one attention head; its queries and keys are in blocks of the sizes M_PARTS and N_PARTS.
 
     The gradients of a head are contiguous, and dv has the strides of dk.
     """

@@ -95,7 +95,7 @@ def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softma
 
 
 def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, result: SoftmaxStats) -> None:
-    """Write statistics of logits to ``result`` if the shared shift is not exact.
+    """Write the softmax statistics of logits to ``result`` if the shared shift is not exact.
 
     Each row and each column then has its own maximum, and a logit takes two exponentials.
     """

@@ -36,7 +36,7 @@ def _normalize_kernel(
     N, D, stride_xn, stride_xd, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute out_i = x_i / max(|x_i|, EPS), rounded once."""
+    """Normalise features: compute out_i = x_i / max(|x_i|, EPS), rounded once."""
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
     rows = offs_n.to(tl.int64)[:, None]

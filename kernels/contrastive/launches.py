@@ -57,7 +57,7 @@ def small_blocks(edge: int) -> Iterator[None]:
 
 
 def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
-    """Return ``x`` [M, D] as the products take it, rounded to ``dtype``; with ``normalize``, as unit rows.
+    """Return features ``x`` [M, D] for the products of logits, in ``dtype``; with ``normalize``, as unit rows.
 
     Rows have unit stride and start at multiples of 16 bytes.
     """
@@ -194,7 +194,7 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     """Return [any], numbers whose sum is the sigmoid loss log(1 + exp l) of all logits except those of the pairs."""
-    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the kernel of the sums has the same loop
+    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the sums have the same loop
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
         triton.cdiv(rows.stop - rows.start, cfg.block_m) * triton.cdiv(cols.stop - cols.start, cfg.block_n)

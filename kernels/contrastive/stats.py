@@ -68,12 +68,12 @@ class SoftmaxStats(NamedTuple):
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Maximum and sum of each row."""
+        """The maximum and the sum of each row of logits."""
         return self.row_max, self.row_sum
 
     @property
     def cols(self) -> tuple[Tensor, Tensor]:
-        """Maximum and sum of each column."""
+        """The maximum and the sum of each column of logits."""
         return self.col_max, self.col_sum
 
 

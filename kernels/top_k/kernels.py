@@ -14,7 +14,7 @@ from ..tiles import grouped_tile, row_products
 def _group_maxima_kernel(
     x_ptr,  # [Q, D]
     y_ptr,  # [N, D]
-    allowed_ptr,  # [N] bytes, 0 for an item that is not to be found; only read if HAS_ALLOWED
+    allowed_ptr,  # [N] bytes, 0 for an item that must not be returned; only read if HAS_ALLOWED
     maxima_ptr,  # [Q, G] fp32
     Q, N, D, G,
     stride_xq, stride_xd, stride_yn, stride_yd,

@@ -167,6 +167,7 @@ def ways_to_use_it(rank):
 
 
 def used_twice(inputs, **options):
+    """Run the backward pass of the distributed loss twice, and return twice the loss and the summed gradients."""
     leaves = leaves_of(inputs)
     loss = distributed_contrastive_loss(**leaves, **options)
     for _ in range(2):

@@ -182,8 +182,8 @@ def test_errors(changed, error, message, backend):
 
 
 def test_gradient_of_the_weight_divides_in_64_bits_only_outside_its_loop():
-    # Such a division is a call of a function, and one for each row of each step took more time than the product. What
-    # is left finds the image of a program's first row, and the program's split.
+    # A 64-bit division is a function call. With one division for each row of each step, divisions took more time than
+    # the product. The remaining divisions find the image of a program's first row, and the program's split.
     call = call_at("patch_embed", PatchShape(4, 28, 28, 14, 64), "cpu", torch.bfloat16)
     launches = offline.named(offline.record(80, call.results))
     ptx = offline.compile_kernel(launches["_patch_embed_bwd_weight_kernel 0"], 80).asm["ptx"]

@@ -69,7 +69,7 @@ def _split(found: tuple[Operand, ...]) -> tuple[list[Operand], Operand, list[Ope
 
 
 def _simple(arithmetic: Callable[[list[str], list[int]], int]) -> Meaning:
-    """Return the meaning of an instruction whose result is a function of 32-bit operands."""
+    """Return the function that simulates a machine instruction, given its result as a function of 32-bit operands."""
 
     def run(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
         result, rest = _split(found)[1:]
@@ -350,12 +350,12 @@ def _spill(state: State, _: list[str], found: tuple[Operand, ...], instruction: 
 
 
 def _float(bits: int) -> float:
-    """Return the float32 number with these bits."""
+    """Return the float32 number that the bits of a register represent."""
     return float(struct.unpack("f", struct.pack("I", bits & MASK))[0])
 
 
 def _bits(value: float, *, up: bool = False) -> int:
-    """Return the bits of a float32 number, rounded up if ``up``."""
+    """Return the bits of a float32 number for a register, rounded up if ``up``."""
     bits = int(struct.unpack("I", struct.pack("f", value))[0])
     return bits + 1 if up and _float(bits) < value else bits
 

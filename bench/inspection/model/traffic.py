@@ -20,7 +20,7 @@ _BOTH = ("tt.atomic_rmw", "tt.atomic_cas", "tt.descriptor_reduce")
 
 
 def used(ttir: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of the arguments that a kernel loads from, and of those that it stores to."""
+    """Return from a kernel's TTIR the names of the arguments that it loads from, and of those that it stores to."""
     origins: dict[str, frozenset[str]] = {}
     loads: set[str] = set()
     stores: set[str] = set()
@@ -30,7 +30,7 @@ def used(ttir: str) -> tuple[frozenset[str], frozenset[str]]:
             names = re.findall(r"(%\w+): ", begin[1])
             if not origins:  # the kernel's own arguments
                 origins = {name: frozenset((name.lstrip("%"),)) for name in names}
-            for name, operand in zip(names[1:], bounds[3:], strict=False):  # values that iterations hand on
+            for name, operand in zip(names[1:], bounds[3:], strict=False):  # loop-carried values
                 origins[name] = origins.get(operand, frozenset())
             continue
         op = _OP.match(line)

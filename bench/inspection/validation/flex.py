@@ -94,9 +94,11 @@ def _kernel(
     environment.filters["indent_except_first"] = lambda lines, levels: textwrap.indent(lines, "    " * levels).lstrip()
 
     def size(tensor: str, axis: int) -> str:
+        """Return the code for a size in FlexAttention's template."""
         return str(tensors[tensor].shape[axis])
 
     def stride(tensor: str, axis: int | None = None) -> str:
+        """Return the code for a stride in FlexAttention's template."""
         return str(tuple(tensors[tensor].stride()) if axis is None else tensors[tensor].stride(axis))
 
     def store_output(indices: Sequence[str], value: str, mask: str, indent_width: int = 4, **_: Any) -> str:

@@ -47,7 +47,7 @@ class Work:
 
 
 def of(found: Recorded, flops: float = 0.0, *, moved: float | None = None, variant: str = "") -> Work:
-    """Return all recorded launches as one piece of work; each launch moves ``moved`` bytes."""
+    """Return the recorded launches of a published kernel as the work of one figure; each moves ``moved`` bytes."""
     return Work(tuple((one, moved) for one in found.launches), tuple(found.others), flops, variant)
 
 
