@@ -280,7 +280,7 @@ def run_steps(
 
 
 def summarise(done: list[Done], out: Path, *, stub: bool = False) -> None:
-    """Write summary.txt: the end of each step's output, what the benchmarks refused, and the result of each step.
+    """Write summary.txt: the end of each step's output, the refused candidates, and the result of each step.
 
     With ``stub``, its first and last line say that the run is a rehearsal.
     """

@@ -46,6 +46,7 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
     folder = folder or Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
+        """Return the output of a git command in the checkout, or None if it fails."""
         try:
             run = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):

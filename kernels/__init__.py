@@ -1,9 +1,9 @@
 """Triton kernels for CLIP: each op with its gradients, its CPU path and a PyTorch reference that specifies it.
 
 Each op stands in one file, or in a folder where it has several kernels. ``reference`` holds the specification of every
-op in PyTorch, ``configs`` the launch configurations, ``hardware`` the limits and rates of GPUs. What lies between an op
-and its kernels is in ``checks`` (input), ``backends`` (what an op runs on), ``dtypes`` and ``launch`` (the one place
-where a kernel starts); ``tiles`` has the arithmetic that kernels share.
+op in PyTorch, ``configs`` the launch configurations, ``hardware`` the limits and rates of GPUs. The host code that ops
+share is in ``checks`` (input), ``backends`` (the implementation that an op runs), ``dtypes`` and ``launch`` (the one
+place where a kernel starts). ``tiles`` has the arithmetic that kernels share.
 """
 
 # With a checkout's root in sys.path, transformers looks into this folder for the package "kernels". Its ops must not be

@@ -9,7 +9,7 @@ With u_mn = x_mn + b_n, Phi the distribution function of the normal distribution
 
 Bytes for M rows: forward 2 M N items, backward 3 M N. If the linear layer before it has no bias of its own,
 no other pass over dx is needed to sum up the gradient of the bias.
-FLOPs: about 20 M N either way, far below what the bytes take.
+FLOPs: about 20 M N either way; they take far less time than the bytes.
 Method: GELU by the error function (Hendrycks and Gimpel 2016), and their approximation, which OpenAI's CLIP was
 trained with.
 """
@@ -325,7 +325,7 @@ GELU = OpSpec(
     follows_autocast=False,
     # the MLPs of L and H
     shipped=(Shipped("N4096", RowShape(64, 4096), ("bf16", "fp32")), Shipped("N5120", RowShape(64, 5120))),
-    # both ops have these kernels: 256 images of L/14
+    # Both activation ops share these kernels. They are tuned for 256 images of L/14.
     targets=(
         Target("bias_act", RowShape(65792, 4096), Tunable.named(RowConfig, "bias_act_bwd", "bias_act_fwd", axes=TILES)),
     ),

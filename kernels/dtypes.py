@@ -1,4 +1,4 @@
-"""Dtypes: which ones the ops take, what they are called, and which one an op computes in."""
+"""The dtypes that the ops take, their names, and the dtype that an op computes in."""
 
 import torch
 from torch import Tensor

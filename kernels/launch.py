@@ -1,7 +1,7 @@
 """The one place where a kernel starts.
 
 Every kernel of the package starts through :func:`launch`, so that a tool can see them all. :func:`record_launches`
-collects what an op would launch on a given architecture, without a GPU; the offline compiler compiles exactly that.
+collects the launches of an op for a given architecture, without a GPU; the offline compiler compiles exactly these.
 """
 
 import contextlib

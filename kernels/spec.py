@@ -217,7 +217,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Return shape, layout and values in one line."""
+        """Return the name of the case: shape, layout and values in one line."""
         return ", ".join(part for part in (str(self.shape), self.layout, self.values) if part)
 
 

@@ -1,4 +1,4 @@
-"""``python -m clipfast.bench.adoption``: write the table of what models of other libraries run on."""
+"""``python -m clipfast.bench.adoption``: write the table of the ops that models of other libraries run on."""
 
 import argparse
 import sys

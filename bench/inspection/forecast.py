@@ -301,7 +301,7 @@ _STEP_HEAD = ("step of", "pairs", "time", "pairs/s", "kernels", "products", "oth
 
 
 def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
-    """Return the heading over the :func:`rows` of ops, or over those of steps."""
+    """Return the heading of the table of forecasts, for the :func:`rows` of ops or of steps."""
     more = ("measured", "predicted / measured") if measured is not None else ()
     return _aligned(is_step, [[*(_STEP_HEAD if is_step else _OP_HEAD), *more]])
 

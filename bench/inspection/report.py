@@ -26,7 +26,7 @@ _COLUMNS = {
 
 
 def explain() -> str:
-    """Return the text for ``--help``: what ``clipfast inspect`` does and what its columns mean."""
+    """Return the text for ``--help``: the purpose of ``clipfast inspect`` and the meaning of its columns."""
     what = (
         "Compile every shipped kernel for GPUs that need not be there, and report what each takes. The exit code is 1 "
         "if one spills, exceeds a limit or misses the matrix unit, or if the assembler warns of it, as where it runs "

@@ -284,7 +284,7 @@ STAGES: dict[str, Callable[[Photographs, torch.device], Stage]] = {
 }  # fmt: skip
 FIELDS: Sizes = {"stage": "pipeline", "images": 1024, "width": 512, "height": 512, "size": 224}
 SMALLEST: Sizes = {"stage": "pipeline", "images": 4, "width": 64, "height": 48, "size": 32}
-# Photographs of a size that is common on the web, resized to what most models take.
+# Photographs of a size that is common on the web, resized to the size that most models take.
 _DEFAULT: list[Sizes] = [{**FIELDS, "images": 1024 if stage == "pipeline" else 256, "stage": stage} for stage in STAGES]
 SHAPES = {"cpu": _DEFAULT, "cuda": _DEFAULT}
 

@@ -1,4 +1,4 @@
-"""Other implementations of the ops, by the op's name: plain PyTorch, and what others have published."""
+"""Other implementations of the ops, by the op's name: plain PyTorch, and published packages of others."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -99,7 +99,7 @@ def zero_sums(D_PARTS: tl.constexpr):
 
 @triton.jit
 def row_sums(sums, parts):
-    """Return sums over rows with those of a tile added."""
+    """Return ``sums`` over rows with the sums over the rows of a tile added."""
     added = ()
     for i in tl.static_range(len(parts)):
         added = added + (sums[i] + tl.sum(parts[i], 0),)

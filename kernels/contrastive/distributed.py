@@ -10,7 +10,8 @@ If all b_r are equal, this is OpenCLIP's ``ClipLoss(local_loss=True, gather_with
 Only ds differs: in OpenCLIP each rank has another share of it. The mean that DDP takes of ds is the same.
 
 Each rank sends the maximum and inv_denom of its rows and columns to all ranks. For features and gradients there are
-three modes. The table shows what a rank sends and holds if each of W > 2 ranks has b pairs. The unit is a row of D
+three modes. The table shows the rows that a rank sends and holds if each of W > 2 ranks has b pairs. The unit is a row
+of D
 numbers: in the dtype of the products, or in float32 where there is a prime.
 
     mode       sent forward    sent backward        FLOPs       held at most
@@ -23,8 +24,8 @@ the forward pass and again in the backward pass, in which the sums of their grad
 collects texts and images. Gradients travel while the next block is computed, and so do the texts of the ring.
 
 The table leaves out vectors, which are in float32: in the forward pass a rank sends 5 (W-1) b such numbers (7 (W-1) b
-in "gather" and "ring"), and it holds at most 10 N + b of them. It also leaves out what a block holds while it is
-computed. ``clipfast plan`` counts all of this.
+in "gather" and "ring"), and it holds at most 10 N + b of them. It also leaves out the memory of a block while it
+is computed. ``clipfast plan`` counts all of this.
 
 Methods: the loss over a rank's own rows is that of Cherti et al. 2023 (OpenCLIP), the ring that of Liu et al. 2023
 (Ring Attention), and the exchange of scalars in place of gradients that of Wei et al. 2024 (FastCLIP).

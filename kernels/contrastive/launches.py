@@ -141,7 +141,7 @@ def _accumulate_stats(
 
 
 def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of the pairs and what the gradient needs, as :func:`.stats.pair_losses` does, from one kernel."""
+    """Return the loss of the pairs and the vectors for the gradient, as :func:`.stats.pair_losses`, from one kernel."""
     m, n, like = len(stats.row_max), len(stats.col_max), stats.row_max
     row, col, nll = like.new_empty(3, m), like.new_empty(3, n), like.new_empty(triton.cdiv(m, TERMS.block_m))
     launch(
@@ -194,7 +194,7 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     """Return [any], numbers whose sum is the sigmoid loss log(1 + exp l) of all logits except those of the pairs."""
-    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the sums have the same loop
+    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the kernel has the same loop
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
         triton.cdiv(rows.stop - rows.start, cfg.block_m) * triton.cdiv(cols.stop - cols.start, cfg.block_n)

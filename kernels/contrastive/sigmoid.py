@@ -148,7 +148,7 @@ def sigmoid_loss(
         text: text features [N, D], same dtype and device as ``image``.
         logit_scale: the factor on the cosine similarities, already exponentiated: a one-element tensor, into which
             gradients flow, or a number (which ``torch.compile`` takes for a constant).
-        logit_bias: what is added to every logit; like ``logit_scale``.
+        logit_bias: the term that is added to every logit; a tensor or a number like ``logit_scale``.
         normalize: divide each row by its Euclidean norm first (at least 1e-12), in float32.
         offset: image i and text ``i + offset`` are a pair, where both exist; others are negatives. With ``offset=N``
             there are no pairs, as is right for the texts of another process. Without it, M and N must be the same.

@@ -13,7 +13,7 @@ backward pass needs.
 
 Bytes for M rows: forward 2 M N items, with a residual 4 M N; backward 3 M N, with a residual 4 M N: every tensor is
 read or written once, and a row stays in registers. Statistics and sums are in float32.
-FLOPs: about 8 M N forward and 13 M N backward, far below what the bytes take.
+FLOPs: about 8 M N forward and 13 M N backward; they take far less time than the bytes.
 Method: layer normalisation (Ba et al. 2016).
 """
 

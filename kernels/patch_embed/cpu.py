@@ -70,7 +70,7 @@ def _at(keep: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _positions(keep: Tensor) -> Tensor:
-    """Return the position of each token, [B, 1 + K]; that of the class token is 0."""
+    """Return the position of each token, [B, 1 + K]; the class token has position 0."""
     return F.pad(keep.long() + 1, (1, 0))
 
 

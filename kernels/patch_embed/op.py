@@ -252,7 +252,7 @@ def patch_embed(
 
 
 def _channel_values(name: str, values: Sequence[float], channels: int) -> list[float]:
-    """Return mean or std as numbers, and refuse what does not fit the channels."""
+    """Return the mean or std of each channel as numbers; refuse values that do not fit the channels."""
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError) as error:

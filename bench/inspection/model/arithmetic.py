@@ -265,6 +265,7 @@ def _half_constants(state: State, _: list[str], found: tuple[Operand, ...], inst
 
 @_means("LDC", "ULDC", "LDCU", "MOV", "UMOV", "R2UR")
 def _move(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    """Run a move between registers, or a load of a constant."""
     result, rest = _split(found)[1:]
     if "64" in modifiers:
         state.write(result, state.read(rest[0], wide=True), 2)
@@ -324,6 +325,7 @@ def _unpack(state: State, _: list[str], found: tuple[Operand, ...], instruction:
 
 @_means("LDG")
 def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    """Run LDG, a load from global memory, if the value is known."""
     wide = "64" in modifiers or "128" in modifiers
     match = _ADDRESS.search(instruction.operands)
     if match is None or wide:

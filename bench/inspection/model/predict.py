@@ -22,7 +22,7 @@ from .traffic import moved_bytes
 BOOST_BELOW = 0.25
 # If the kind of programs changes at most this often along a grid, the exact places of the changes are searched for.
 MOST_SEARCHED = 4
-_OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # the other units are those of a sub-partition
+_OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # all other units belong to a sub-partition
 
 
 class Effort(NamedTuple):
@@ -207,7 +207,7 @@ class _Grid:
         timed = [self._time(path, machine) for path in self.kinds]
         mean = _sum(list(zip(timed, self.shares, strict=True)))
         fits = self.kernel.at_once
-        busiest = -(-self.programs // machine.multiprocessors)  # programs of the multiprocessor that has most
+        busiest = -(-self.programs // machine.multiprocessors)  # the most programs that one multiprocessor runs
         work = busiest * mean.cycles if len(timed) == 1 else self._longest([one.cycles for one in timed], machine)
         # The first programs of a multiprocessor start together, so no other program runs while they wait.
         cycles = work + mean.ramp - min(fits, busiest) * mean.cycles

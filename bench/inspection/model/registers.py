@@ -16,7 +16,7 @@ _SLOT = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]")
 _CONSTANT = re.compile(r"(?P<sign>-?)\|?c\[0x0\]\[0x(?P<address>[0-9a-f]+)\]\|?(\.\w+)*$")
 
 
-class Unknown(Exception):  # noqa: N818  (what follows from it is unknown too)
+class Unknown(Exception):  # noqa: N818  (it only makes a result unknown)
     """The error for reading a register or an operand whose value is unknown."""
 
 

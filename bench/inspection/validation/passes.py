@@ -1,6 +1,6 @@
 """Losses, attention and norms for the validation, called as their own projects call them.
 
-See :mod:`.kernels` for what the functions take and return.
+See :mod:`.kernels` for the arguments and results of the functions.
 """
 
 import math
