@@ -1,10 +1,10 @@
-"""Kernels of this package for models of other libraries, in place.
+"""Patches models of OpenCLIP, transformers and timm in place, to run on the kernels of this package.
 
-``apply`` goes through a model. ``open_clip``, ``timm`` and ``hf`` say for each module of their library what can be done
-with it, and hold the functions that do it; ``open_clip_towers`` and ``hf_towers`` do so for whole towers, ``hf_model``
-for the losses of transformers, and ``parts`` for modules of PyTorch. ``last_row`` is the last block of a tower that
-reads one row of it. ``places`` is how a method is replaced and given back, and ``tabulate`` makes a table of what was
-done. The libraries' classes are recognised by their names, so that none has to be installed.
+``apply`` goes through the modules of a model. ``open_clip``, ``timm`` and ``hf`` propose a replacement for each module
+of their library, and hold the functions that replace its methods; ``open_clip_towers`` and ``hf_towers`` do the same
+for whole towers, ``hf_model`` for transformers' losses, and ``parts`` for PyTorch's modules. ``last_row`` computes one
+row of a tower's last block. ``places`` replaces and restores methods, and ``tabulate`` makes a table of the
+replacements. The libraries' classes are recognised by their names, and so no library has to be installed.
 """
 
 from .apply import apply_to_hf, apply_to_open_clip, apply_to_timm

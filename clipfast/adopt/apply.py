@@ -1,4 +1,4 @@
-"""The walk through a model of OpenCLIP, transformers or timm that puts our ops to each place where they fit."""
+"""Goes through a model of OpenCLIP, transformers or timm, and replaces each module's methods where our ops fit."""
 
 from collections.abc import Iterator, Mapping
 
@@ -20,21 +20,21 @@ def apply_to_open_clip(
     """Let a model of OpenCLIP run on the kernels of this package, in place.
 
     Parameters, state dict, module tree, classes and hooks stay as they are, and results are the same up to rounding.
-    What the kernels cannot compute runs as before; ``clipfast.report_kernels(model)`` says what, and why. A second call
-    starts from the original again. Apply it before ``DistributedDataParallel``, FSDP or ``torch.compile``.
+    Modules that the kernels cannot compute run as before; ``clipfast.report_kernels(model)`` lists them with reasons. A
+    second call starts from the original model. Apply it before ``DistributedDataParallel``, FSDP or ``torch.compile``.
     (``DataParallel`` copies replaced methods without their module, and does not work.)
 
     Args:
-        model: of ``open_clip.create_model``, or any module that contains towers of OpenCLIP; timm's towers included.
-        attention: self-attention of images and texts, the causal mask of texts recognised as one, and the attention
-            pooling of ResNets.
+        model: a model of ``open_clip.create_model``, or any module with towers of OpenCLIP, including towers of timm.
+        attention: self-attention of images and texts, with the causal mask of texts, and the attention pooling of
+            ResNets.
         norms: layer norms, each in one pass with the addition before it where there is one.
         activations: GELU and QuickGELU in one pass with the bias before them, on GPUs.
         patch_embed: patches to tokens in one pass, in OpenCLIP's own vision transformers. Images may then also be uint8
             as decoded, if the model knows its mean and standard deviation as those of OpenCLIP's factory do. Patch
             dropout does not read what it drops.
         text_embed: tokens plus positions in one pass.
-        pooled_last_block: the last block of a tower computes only the row that the tower reads; this needs
+        pooled_last_block: the last block of a tower computes only the row that the tower uses; this needs
             ``attention``.
 
     Returns:
@@ -42,7 +42,7 @@ def apply_to_open_clip(
 
     Raises:
         TypeError: ``model`` is not a module, or a switch is not a bool.
-        ValueError: nothing in ``model`` is of OpenCLIP.
+        ValueError: ``model`` contains no module of OpenCLIP.
     """
     flags = {
         "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
@@ -55,7 +55,7 @@ def apply_to_timm(model: nn.Module, attention: bool = True, norms: bool = True, 
     """Let a model of timm run on the kernels of this package, in place, as :func:`apply_to_open_clip` does.
 
     Args:
-        model: of ``timm.create_model``, or any module that contains one. A vision transformer gains the most.
+        model: a model of ``timm.create_model``, or any module that contains one. A vision transformer gains the most.
         attention: ``timm.layers.Attention``, with norms of queries and keys and gates.
         norms: layer norms, each in one pass with the addition before it where there is one.
         activations: GELU and QuickGELU in one pass with the bias before them, on GPUs.
@@ -65,7 +65,7 @@ def apply_to_timm(model: nn.Module, attention: bool = True, norms: bool = True, 
 
     Raises:
         TypeError: ``model`` is not a module, or a switch is not a bool.
-        ValueError: nothing in ``model`` is of timm.
+        ValueError: ``model`` contains no module of timm.
     """
     flags = {"attention": attention, "norms": norms, "activations": activations}
     return _apply("apply_to_timm", model, "timm", flags)
@@ -111,7 +111,7 @@ def apply_to_hf(
 
     Raises:
         TypeError: ``model`` is not a module, or a switch is not a bool.
-        ValueError: nothing in ``model`` is of transformers.
+        ValueError: ``model`` contains no module of transformers.
     """
     flags = {
         "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
@@ -137,12 +137,12 @@ def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bo
 
 
 def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str, nn.Module, Proposal]]:
-    """Yield what can be done with each part of ``model``, and then with each tower: name, module, proposal.
+    """Propose replacements for each module of ``model``, and then for each tower; yield name, module and proposal.
 
-    The proposals for a tower depend on which of its parts were replaced before.
+    The proposals for a tower depend on the replacements in its modules, which the caller makes first.
     """
     masks = open_clip.find_masks(model)
-    inside: set[int] = set()  # modules of which a module around them speaks
+    inside: set[int] = set()  # modules that the proposal for an enclosing module already covers
     for name, module in model.named_modules():
         inside |= {id(child) for child in hf.spoken_for(module)}
         for proposal in _propose_part(module, masks.get(id(module)), flags):
@@ -156,7 +156,7 @@ def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str
 
 
 def _propose_part(module: nn.Module, mask: parts.Mask | None, flags: Mapping[str, bool]) -> Iterator[Proposal]:
-    """Yield proposals for attention, a block, a norm or a perceptron. Only the library of its class is asked."""
+    """Propose replacements for attention, a block, a norm or an MLP, by the functions for the library of its class."""
     name = class_name(module)
     library = name.partition(".")[0]
     found: list[Proposal] = []
@@ -180,7 +180,7 @@ _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "trans
 
 
 def _propose_unknown(module: nn.Module) -> Iterator[Proposal]:
-    """Yield why an activation, attention or a norm is left alone."""
+    """Yield the reason why an activation, attention or norm of an unknown class is not replaced."""
     name, kind = class_name(module), type(module).__name__
     if name.rpartition(".")[0] in _ACTIVATIONS or name in parts.GELUS:
         yield Proposal("activations", f"{kind} is not in one of the perceptrons that are known")
@@ -192,12 +192,12 @@ def _propose_unknown(module: nn.Module) -> Iterator[Proposal]:
 
 
 def _propose_tower(module: nn.Module) -> Iterator[Proposal]:
-    """Yield proposals for the embedding and for the last block of a tower."""
+    """Propose replacements for the embedding and the last block of a tower."""
     name = class_name(module)
     if name.startswith("open_clip."):
         yield from open_clip_towers.propose_tower(module)
     elif name.startswith("timm.layers.patch_embed."):
         yield Proposal("patch_embed", "timm's patch embedding adds neither positions nor a class token")
-    else:  # a class of its own may be derived from a model of transformers
+    else:  # the user's own class may be derived from a model of transformers
         yield from hf_towers.propose_embeddings(module)
         yield from hf_model.propose_model(module)

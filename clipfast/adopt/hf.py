@@ -1,13 +1,13 @@
-"""The attention and the blocks of transformers' CLIP, SigLIP and SigLIP 2 on our kernels.
+"""Replacements of attention, blocks and MLPs of transformers' CLIP, SigLIP and SigLIP 2, which call our kernels.
 
-transformers has a registry of attention functions. It is not used here, since the configuration of a model would have
-to name ours: ``revert_model`` and every copy would have to know what it named before, and a process that reads a
-pickled model would have to fill the registry first. Methods of instances are replaced, as for the other libraries, and
-configurations stay as they are.
+transformers has a registry of attention functions. It is not used here, since a model's configuration would have to
+name our function: ``revert_model`` and every copy would need the name that it had before, and a process that unpickles
+a model would have to fill the registry first. Methods of instances are replaced, as for the other libraries, and
+configurations stay unchanged.
 
-The model makes one mask for all blocks. Without padding there is none (and an argument says whether attention is
-causal). If a mask hides only padding at the end, the number of tokens that are seen says all of it. Such a mask is
-recognised once, by the encoder, which tells its blocks.
+The model makes one mask for all blocks. Without padding there is no mask (and an argument says whether attention is
+causal). A mask that hides only padding at the end is equivalent to the number of visible tokens of each sequence. The
+encoder recognises such a mask once, and passes the numbers to its blocks.
 """
 
 import functools
@@ -30,11 +30,11 @@ _PREFIXES = {
     "Siglip": "transformers.models.siglip.modeling_siglip.Siglip",
     "Siglip2": "transformers.models.siglip2.modeling_siglip2.Siglip2",
 }
-# The argument by which an encoder hands on how many tokens of each sequence are seen.
+# The argument by which an encoder passes the number of visible tokens of each sequence to its blocks.
 SEQLENS = "clipfast_seqlens"
-# The implementations, by their names in a configuration, that compute what ours does and return no weights.
+# The attention implementations, by their names in a configuration, that ours can replace, since they return no weights.
 _IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
-# Arguments of attention functions of transformers that ours does not have.
+# Arguments of transformers' attention functions that ours does not support.
 _OTHER_ARGUMENTS = ("output_attentions", "position_bias", "softcap")
 _ROW_BY_ROW = (
     "torch.nn.modules.normalization.LayerNorm", "torch.nn.modules.linear.Linear",
@@ -60,12 +60,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def asks_nothing(values: Iterable[object]) -> bool:
-    """Return True if every value is None or False. Values are compared by identity, since some are tensors."""
+    """Return True if all arguments of a call are unset: None or False, by identity, since some are tensors."""
     return all(value is None or value is False for value in values)
 
 
 def propose(module: Any) -> Iterator[Proposal]:
-    """Yield what to do with attention, an encoder, a block or a perceptron."""
+    """Propose replacements for attention, an encoder, a block or an MLP of transformers."""
     part = part_of(module)[1]
     if part == "Encoder":
         yield Proposal("attention", "checks whether a mask is padding at the end", encoder)
@@ -96,12 +96,12 @@ def _propose_head(module: Any) -> Proposal:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Return True if ``module`` is one of the attention classes."""
+    """Return True if ``module`` is one of transformers' attention classes."""
     return part_of(module)[1] in ("Attention", "MultiheadAttentionPoolingHead")
 
 
 def spoken_for(module: Any) -> list[nn.Module]:
-    """Return the children of which the proposals for ``module`` speak: attention in a head, towers in a model."""
+    """Return the children that the proposals for ``module`` cover: attention in a pooling head, towers in a model."""
     part = part_of(module)[1]
     if part == "Model":
         return [module.vision_model, module.text_model]
@@ -112,7 +112,7 @@ def spoken_for(module: Any) -> list[nn.Module]:
 
 
 def takes(attn: Any) -> bool:
-    """Return True if ``attn`` is replaced by ours, and its configuration and mode are ones that ours computes."""
+    """Return True if attention of transformers runs on our kernel, given its replacement, configuration and mode."""
     is_ours = runs_ours(attn) and attn.config._attn_implementation in _IMPLEMENTATIONS
     return is_ours and not drops(attn, attn.dropout)
 
@@ -134,7 +134,7 @@ def block_attention(
 
 
 def is_causal(attn: Any, kwargs: dict[str, Any]) -> bool:
-    """Return True if ``attn`` is causal where it is given ``kwargs`` and no mask. (SigLIP's looks at no argument.)"""
+    """Return True if transformers' attention is causal in a call with ``kwargs`` and no mask; SigLIP's ignores them."""
     given = kwargs.get("is_causal") if part_of(attn)[0] == "CLIP" else None
     return bool(attn.is_causal if given is None else given)
 
@@ -147,7 +147,7 @@ def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Te
     Args:
         module: the head.
         hidden_state: the tokens.
-        attention_mask: SigLIP 2's, [B, N], not zero where a token is seen.
+        attention_mask: SigLIP 2's mask, [B, N], not zero for visible tokens.
     """
     attn = module.attention
     is_known, seqlens = seen_by_padding(attention_mask)
@@ -166,7 +166,7 @@ def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Te
 
 
 def _is_projection(attn: Any) -> bool:
-    """Return True if ``attn`` is PyTorch's and no layer of it has a hook or an adapter, which it would not call."""
+    """Return True if ``attn`` is PyTorch attention without hooks or adapters, which our function would not call."""
     is_theirs = type(attn) is nn.MultiheadAttention and is_untouched(attn) and not has_hooks(attn.out_proj)
     is_linear = type(attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
     is_plain_projection = attn.in_proj_bias is not None and attn.bias_k is None and not drops(attn, attn.dropout)
@@ -177,16 +177,16 @@ def _is_projection(attn: Any) -> bool:
 
 
 def seen_by_mask(mask: Tensor, causal: bool) -> Tensor | None:
-    """Return how many tokens of each sequence are seen, if a mask hides padding at the end (and later tokens).
+    """Return the number of visible tokens of each sequence, if a 4D mask hides only padding at the end.
 
     The host reads values, as transformers does when it makes the mask. Compiled code does not, and gets None.
 
     Args:
-        mask: [B, 1, N, N], True where a key is seen. Others give None.
-        causal: later tokens are hidden too.
+        mask: [B, 1, N, N], True for visible keys; for a mask of another form, the result is None.
+        causal: whether the mask must also hide later tokens.
 
     Returns:
-        [B], at least 1; None if the mask is another one.
+        [B], at least 1; None if the mask hides anything else.
     """
     is_known = mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
     if not is_known or torch.compiler.is_compiling():
@@ -197,14 +197,14 @@ def seen_by_mask(mask: Tensor, causal: bool) -> Tensor | None:
 
 
 def seen_by_padding(mask: Tensor | None) -> tuple[bool, Tensor | None]:
-    """Return whether a mask hides nothing but padding at the end, and how many tokens of each sequence are seen then.
+    """Return whether a 2D mask hides only padding at the end, and the number of visible tokens of each sequence.
 
     Args:
-        mask: [B, N], not zero where a token is seen; None if all are.
+        mask: [B, N], not zero for visible tokens; None if all are visible.
 
     Returns:
-        False and None if the mask is another one, or would have to be read by compiled code; otherwise True and [B], at
-        least 1, or None if all tokens are seen.
+        False and None if the mask hides anything else, or in compiled code, which cannot read it; otherwise True and
+        [B], at least 1, or None if all tokens are visible.
     """
     if mask is None or torch.compiler.is_compiling():
         return mask is None, None
@@ -216,7 +216,7 @@ def seen_by_padding(mask: Tensor | None) -> tuple[bool, Tensor | None]:
 
 
 def _mask_of(seqlens: Tensor, length: int, causal: bool) -> Tensor:
-    """Return the mask [B, 1, N, N] that transformers makes of padding, True where a key is seen."""
+    """Return the mask [B, 1, N, N] that transformers makes from a padding mask, True for visible keys."""
     mask = _leading(seqlens, length)[:, None, None].expand(-1, -1, length, -1)
     return mask.tril() if causal else mask
 
@@ -234,7 +234,7 @@ def encoder(module: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = 
 
     seqlens = None
     has_ours = len(module.layers) > 0 and _is_ours(module.layers[0])
-    # A mask of one sequence may stand for all of them. It says nothing about each.
+    # A mask of batch size 1 is broadcast over all sequences, and tells nothing about single ones.
     if has_ours and attention_mask is not None and attention_mask.shape[0] == len(inputs_embeds):
         seqlens = seen_by_mask(attention_mask, is_causal(module.layers[0].self_attn, kwargs))
     x = _run_layers(module.layers, inputs_embeds, attention_mask, seqlens, kwargs)
@@ -244,7 +244,7 @@ def encoder(module: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = 
 def _run_layers(
     layers: Iterable[Any], x: Tensor, attention_mask: Tensor | None, seqlens: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    """Return the tokens [B, N, E] after blocks, of which ours are told how many tokens [B] are seen."""
+    """Run the blocks of an encoder on tokens [B, N, E]; our blocks get the number of visible tokens [B]."""
     if seqlens is not None and attention_mask is None and is_left(x):
         attention_mask, seqlens = _mask_of(seqlens, x.shape[1], bool(kwargs.get("is_causal"))), None
     for layer in layers:
@@ -275,14 +275,14 @@ def mlp(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _checkpointed(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return ``function(x)``, computed once more in the backward pass where transformers would do so with ``layer``."""
+    """Return ``function(x)``, under activation checkpointing if transformers would checkpoint ``layer``."""
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(function, x)
     return function(x)
 
 
 def why_not_read(encoder: Any, num_tokens: int) -> str:
-    """Return why the last block of ``encoder`` cannot compute one row alone, or "" if it can."""
+    """Return the reason why the last block of an encoder cannot compute a single row, or "" if it can."""
     if part_of(encoder)[1] != "Encoder" or not is_untouched(encoder) or not len(encoder.layers):
         return "its stack of blocks is not transformers' own, has a hook, or has no blocks"
     last = encoder.layers[-1]
@@ -298,14 +298,14 @@ def _is_row_by_row(part: nn.Module) -> bool:
 
 
 def read_row(encoder: Any, x: Tensor, rows: Tensor | None, causal: bool, seqlens: Tensor | None) -> Tensor:
-    """Compute one row of each sequence after all blocks: [B, N, E] -> [B, E].
+    """Run the blocks of an encoder, the last one for a single row of each sequence: [B, N, E] -> [B, E].
 
     Args:
-        encoder: of which :func:`why_not_read` says nothing.
+        encoder: an encoder for which :func:`why_not_read` returns "".
         x: the tokens that enter the blocks.
-        rows: [B], the rows that are read; None for the first of each sequence.
-        causal: a token sees those before it only.
-        seqlens: [B], how many tokens of each sequence are seen; None for all.
+        rows: [B], the row of each sequence to compute; None for the first.
+        causal: each token attends only to itself and the tokens before it.
+        seqlens: [B], the number of visible tokens of each sequence; None for all.
     """
     *layers, last = encoder.layers
     x = _run_layers(layers, x, None, seqlens, {"is_causal": True} if causal else {})

@@ -1,10 +1,10 @@
-"""transformers' CLIPModel, SiglipModel and Siglip2Model in training: the loss of the whole batch, over all ranks.
+"""Replaces ``forward`` of transformers' CLIPModel, SiglipModel and Siglip2Model: the loss of the batch of all ranks.
 
-Their ``forward`` returns all that it has: the logits of all pairs of the rank, every row of both towers and, with
-``return_loss=True``, a loss whose negatives are those of the rank alone
-(https://github.com/huggingface/transformers/issues/22252). In training only the loss is wanted, so that neither the
-logits nor the other rows are computed. In evaluation mode the loss and all outputs are computed as theirs are. No rank
-waits for another then, so one of them can evaluate alone.
+transformers' ``forward`` returns the logits of all pairs of the rank, every row of both towers and, with
+``return_loss=True``, a loss whose negatives come from the rank alone
+(https://github.com/huggingface/transformers/issues/22252). In training only the loss is needed, and neither the logits
+nor the other rows are computed. In evaluation mode the loss and all outputs are those of transformers. No rank waits
+for another then, and one of them can evaluate alone.
 """
 
 import sys
@@ -28,7 +28,7 @@ _WHEN = "in training with return_loss=True"
 
 
 def propose_model(module: Any) -> Iterator[Proposal]:
-    """Yield what to do with the loss of a whole model and with the last blocks of its towers, or of a tower alone."""
+    """Propose replacements for the loss of a transformers model and the last blocks of its towers, or of one tower."""
     family, part = part_of(module)
     bases = [split_name(f"{base.__module__}.{base.__qualname__}")[1] for base in type(module).__mro__[1:]]
     if part != "Model" and "Model" in bases:
@@ -65,7 +65,7 @@ def pair_model(
     interpolate_pos_encoding: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Compute ``CLIPModel`` or ``SiglipModel``; see :func:`_forward`."""
+    """Compute ``forward`` of transformers' ``CLIPModel`` or ``SiglipModel``; see :func:`_forward`."""
     images = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
     texts = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     return _forward(model, images, texts, return_loss, **kwargs)
@@ -83,7 +83,7 @@ def siglip2_model(
     return_loss: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Compute ``Siglip2Model``; see :func:`_forward`."""
+    """Compute ``forward`` of transformers' ``Siglip2Model``; see :func:`_forward`."""
     images = {
         "pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes,
     }  # fmt: skip
@@ -101,7 +101,7 @@ def _forward(
     pools: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Compute what the class of ``model`` does, and in training with ``return_loss`` the loss of the whole batch.
+    """Compute a transformers model's ``forward``; in training with ``return_loss`` the loss is that of all ranks.
 
     Args:
         model: the model.
@@ -109,8 +109,7 @@ def _forward(
         return_loss: return a loss.
         return_logits: return the logits beside the loss in training too. transformers' own ``forward`` ignores it.
         pools: in training with ``return_loss``, the last block of a tower may compute one row only.
-        kwargs: further arguments of transformers. One that asks for something switches ``pools`` off, since it may be
-            about the rows.
+        kwargs: further arguments of transformers. Any that is set switches ``pools`` off, since it may need all rows.
     """
     is_whole = isinstance(texts["input_ids"], Tensor) and isinstance(images["pixel_values"], Tensor)
     if not (return_loss and model.training and is_whole and computes(images["pixel_values"])):
@@ -141,7 +140,7 @@ def _forward(
 
 
 def _tower_output(model: Any, side: str, inputs: dict[str, Any], pools: bool, kwargs: dict[str, Any]) -> Any:
-    """Return the output of a tower, whose pooler_output is the features; without all rows if it computes only one."""
+    """Run a tower of a transformers model, whose features are in ``pooler_output``; other rows may be missing."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     tower = getattr(model, f"{side}_model")
@@ -161,7 +160,7 @@ def _tower_output(model: Any, side: str, inputs: dict[str, Any], pools: bool, kw
 
 
 def _output_class(model: Any) -> Any:
-    """Return the class of the model's output, such as CLIPOutput for CLIPModel."""
+    """Return the output class of a transformers model, such as CLIPOutput for CLIPModel."""
     family = part_of(model)[0]
     return getattr(sys.modules[f"transformers.models.{family.lower()}.modeling_{family.lower()}"], f"{family}Output")
 
@@ -174,7 +173,7 @@ def loss_of_all_ranks(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bi
     Args:
         image, text: normalised features [b, D] of this rank.
         logit_scale: the factor on the cosine similarities, one element.
-        logit_bias: SigLIP's; None stands for CLIP's contrastive loss.
+        logit_bias: the bias of SigLIP's loss; None computes CLIP's contrastive loss.
 
     Raises:
         ValueError: the loss is SigLIP's and the ranks hold different numbers of pairs.
@@ -194,9 +193,10 @@ def loss_of_all_ranks(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bi
 
 
 class NoLogits:
-    """Stands for the logits of all pairs where they are not computed, and says so when anything is asked of it.
+    """A placeholder for the logits of all pairs, which were not computed; using it raises an error that says so.
 
-    Code that only passes outputs on (DistributedDataParallel, accelerate, transformers' Trainer) sees a plain object.
+    Code that only passes outputs on (DistributedDataParallel, accelerate, transformers' Trainer) treats it as an
+    object.
     """
 
     message = (
@@ -211,7 +211,7 @@ class NoLogits:
         return f"NoLogits: {self.message}"
 
     def __reduce__(self) -> str:
-        return "NO_LOGITS"  # the one object, in copies and other processes too
+        return "NO_LOGITS"  # copies and unpickled outputs get the one global object
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(NoLogits.message)
@@ -229,7 +229,7 @@ NO_LOGITS = NoLogits()
 
 
 def hf_collator(rows: Sequence[Any]) -> dict[str, Any]:
-    """Make a batch of rows of equal shapes as transformers' Trainer does, and ask the model for its loss.
+    """Collate rows of equal shapes into a batch as transformers' Trainer does, with ``return_loss=True``.
 
     It is the ``data_collator`` of a Trainer for CLIPModel, SiglipModel or Siglip2Model, whose losses are only computed
     with ``return_loss=True``.

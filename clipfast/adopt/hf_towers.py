@@ -1,4 +1,4 @@
-"""The towers of transformers' models: their embeddings, and the row of their last block that they read."""
+"""Replacements in towers of transformers: their embeddings, and a last block that computes one row only."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,7 @@ _IMAGES_OF_SIGLIP = {
 
 
 def propose_embeddings(module: Any) -> Iterator[Proposal]:
-    """Yield what to do with the embeddings of a tower."""
+    """Propose replacements for the embeddings of a tower of transformers."""
     family, part = part_of(module)
     if part == "VisionEmbeddings":
         refusal = _IMAGES_OF_SIGLIP.get(family, "")
@@ -43,11 +43,11 @@ def image_tokens(module: Any, pixel_values: Tensor, interpolate_pos_encoding: bo
         return type(module).forward(module, pixel_values, interpolate_pos_encoding)
     images = pixel_values.to(conv.weight.dtype)
     tokens = patch_embed(images, conv.weight, module.class_embedding, positions.weight)
-    return tokens.to(positions.weight.dtype)  # theirs has this dtype under autocast too
+    return tokens.to(positions.weight.dtype)  # transformers' result has this dtype under autocast too
 
 
 def _is_whole(module: Any, images: Tensor) -> bool:
-    """Return True if our op takes ``images`` and the weights."""
+    """Return True if our patch embedding op can compute ``images`` with the tower's weights."""
     conv, positions, size = module.patch_embedding, module.position_embedding, module.image_size
     if not isinstance(images, Tensor) or not images.is_floating_point() or not computes(images):
         return False
@@ -70,13 +70,13 @@ def text_tokens(
     """Compute ``CLIPTextEmbeddings``, ``SiglipTextEmbeddings`` or ``Siglip2TextEmbeddings``: [B, L] -> [B, L, E]."""
     if input_ids is None or position_ids is not None or inputs_embeds is not None or not _is_text(module, input_ids):
         return type(module).forward(module, input_ids, position_ids, inputs_embeds)
-    # Under autocast, these tokens keep the dtype of the table, as theirs do.
+    # Under autocast, the embeddings keep the dtype of the table, as in transformers.
     with torch.autocast(input_ids.device.type, enabled=False):
         return text_embed(input_ids, module.token_embedding.weight, module.position_embedding.weight)
 
 
 def _is_text(module: Any, text: Tensor) -> bool:
-    """Return True if our op takes ``text`` and the tables."""
+    """Return True if our text embedding op can compute ``text`` with the tower's tables."""
     if not _are_tables(module) or text.ndim != 2 or text.dtype not in (torch.int32, torch.int64):
         return False
     table, positions = module.token_embedding.weight, module.position_embedding.weight
@@ -85,11 +85,11 @@ def _is_text(module: Any, text: Tensor) -> bool:
 
 
 def why_not_pooled(tower: Any, num_tokens: int | None = None) -> str:
-    """Return why the last block of ``tower`` cannot compute one row alone, or "" if it can.
+    """Return the reason why the last block of a tower of transformers cannot compute a single row, or "" if it can.
 
     Args:
-        tower: of the model, for images or for texts.
-        num_tokens: tokens of a sequence; the most that the tower takes, by default.
+        tower: the image or text tower.
+        num_tokens: the number of tokens of a sequence; default: the most that the tower accepts.
     """
     family, part = part_of(tower)
     if part not in ("VisionModel", "TextModel") or not is_untouched(tower):
@@ -129,17 +129,17 @@ def pooled_text(
 
 
 def _ends(tower: Any, input_ids: Tensor) -> Tensor:
-    """Return the position [B] of the end of each text."""
-    if tower.eos_token_id == 2:  # that of early configurations, which is wrong: the end has the largest id
+    """Return the position [B] of the end-of-text token of each text, by transformers' rule."""
+    if tower.eos_token_id == 2:  # early configurations have this wrong value: the end token has the largest id
         return input_ids.argmax(-1)
     return (input_ids == tower.eos_token_id).int().argmax(-1)
 
 
 def _computes(tower: Any) -> bool:
-    """Return True if our ops take tokens of ``tower``, which have the device and the dtype of its weights."""
+    """Return True if our ops support the device and the dtype of the tower's weights."""
     return computes(tower.encoder.layers[-1].layer_norm1.weight) if len(tower.encoder.layers) else False
 
 
 def _records(tower: Any) -> bool:
-    """Return True if the configuration asks for the rows of all blocks, or for their weights."""
+    """Return True if the configuration asks for the hidden states or the attention weights of all blocks."""
     return any(getattr(tower.config, name, False) for name in ("output_hidden_states", "output_attentions"))

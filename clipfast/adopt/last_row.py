@@ -1,4 +1,4 @@
-"""The last block of a tower of OpenCLIP or transformers, which computes only the row that the tower reads."""
+"""Computes only the row of the last block that a tower of OpenCLIP or transformers uses, such as the class token's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +15,13 @@ ROW = "one row, by clipfast.attention_pool"
 
 
 def why_not_row(block: Any, num_tokens: int, num_heads: int, is_known: Callable[[Any], bool]) -> str:
-    """Return why the last block cannot compute one row alone, or "" if it can.
+    """Return the reason why the last block cannot compute a single row, or "" if it can.
 
     Args:
         block: the block.
-        num_tokens: the tokens of a sequence.
-        num_heads: the heads of its attention.
-        is_known: returns whether a part of the block treats each row by itself, or is the attention.
+        num_tokens: the number of tokens of a sequence.
+        num_heads: the number of attention heads.
+        is_known: returns True for a module that computes each row independently, and for known attention.
     """
     if not all(is_known(part) for part in block.modules()):
         return "its last block has parts that CLIP's has not, such as an adapter"
@@ -33,14 +33,14 @@ def why_not_row(block: Any, num_tokens: int, num_heads: int, is_known: Callable[
 
 
 def last_row(x: Tensor, rows: Tensor | None, branch: Tensor, norm: Any, mlp: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return row ``rows[b]`` of each sequence after a block: [B, N, width] -> [B, width].
+    """Compute row ``rows[b]`` of each sequence after a block, from its attention: [B, N, width] -> [B, width].
 
     Args:
-        x: what enters the block.
+        x: the input of the block.
         rows: [B]; None for the first row of each sequence.
-        branch: [B, width], the output of its attention for these rows.
-        norm: its second norm.
-        mlp: its perceptron.
+        branch: [B, width], the output of the block's attention for these rows.
+        norm: the block's second norm.
+        mlp: the block's MLP.
     """
     x, normed = add_norm(take_rows(x, rows), branch, norm)
     return x + mlp(normed)

@@ -1,8 +1,8 @@
-"""The attention, the blocks and the perceptrons of OpenCLIP on our kernels, and the masks that they are given.
+"""Replacements of attention and blocks of OpenCLIP, which call our kernels, and the recognition of causal masks.
 
-A block adds the branch of its attention in the same pass as its second norm, and tells its attention that a mask is
-causal. Everything in it is called as a module where it is not what we know. A call that asks for something else
-(padding, dropout, any mask but a causal one) runs the class's own ``forward``.
+A block adds the output of its attention to the residual stream in the same kernel as its second norm, and passes its
+attention a hint that a mask is causal. Child modules of unknown classes are called. A call with padding, dropout, or a
+mask that is not causal runs the class's own ``forward``.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ ATTENTIONS = {
 
 
 def propose_block(block: Any, mask: Mask | None, attention: bool, norms: bool) -> Iterator[Proposal]:
-    """Yield what to do with a block of OpenCLIP, if its parts need something from it."""
+    """Propose a replacement for a block of OpenCLIP, if the replacements of its norms or attention need it."""
     functions: dict[str, Callable[..., Tensor]] = {RESIDUAL: residual_block, _CUSTOM: custom_block}
     function = functions.get(class_name(block))
     if function is None:
@@ -88,9 +88,9 @@ def propose_block(block: Any, mask: Mask | None, attention: bool, norms: bool) -
 
 
 def find_masks(model: nn.Module) -> dict[int, Mask]:
-    """Return the mask of each block of OpenCLIP's text towers, by the identity of the block and of its attention.
+    """Return the mask of each block of OpenCLIP's text towers, by the ``id`` of the block and of its attention.
 
-    Blocks that see their own tokens, all of them, are not in it. timm's ``NaFlexVit`` pads images to one length.
+    Blocks without a mask are not in the result. timm's ``NaFlexVit``, which pads images, is in it.
     """
     masks: dict[int, Mask] = {}
     for module in model.modules():
@@ -114,8 +114,8 @@ def find_masks(model: nn.Module) -> dict[int, Mask]:
 
 
 def why_not_causal(tower: Any) -> str | None:
-    """Return why the mask of ``tower`` is not plainly causal, "" if it is, and None if there is no mask."""
-    mask = tower.attn_mask  # MaMMUT's decoder uses it for captions; a text alone has another mask
+    """Return the reason why the mask of an OpenCLIP tower is not causal, "" if it is, and None without a mask."""
+    mask = tower.attn_mask  # MaMMUT's decoder uses this mask for captions only; texts alone have another mask
     if hides_padding(tower) and class_name(tower) != _MAMMUT:
         return f"{_PADDING} too"
     if mask is None:
@@ -133,7 +133,7 @@ def hides_padding(tower: Any) -> bool:
 
 
 def under_mask(proposal: Proposal, mask: Mask | None) -> Proposal:
-    """Return what to do with attention that is given ``mask``."""
+    """Propose a replacement for attention of OpenCLIP that is called with ``mask``."""
     if mask is None or proposal.function is None:
         return proposal
     text = proposal.text
@@ -168,7 +168,7 @@ def _is_corner(part: Tensor, mask: Tensor) -> bool:
 
 
 def _is_still_causal(owner: Any, mask: Tensor) -> bool:
-    """Look at the values of the mask, once for each tensor and each change of it, since a look waits for the GPU."""
+    """Check the values of the mask, once for each version of the tensor, since reading them waits for the GPU."""
     version = 0 if mask.is_inference() else mask._version
     known = owner.__dict__.get(SEEN)
     if known is None or known[0] is not mask or known[1] != version:
@@ -189,7 +189,7 @@ def residual_block(
     if k_x is None and v_x is None:
         branch = _attend(block, block.ln_1(q_x), attn_mask, is_causal(attn_mask, owner))
     elif k_x is v_x and runs_ours(block.attn) and hasattr(block, "ln_1_kv") and not has_hooks(block.ln_1_kv):
-        # One norm serves keys and values. As one tensor, they are projected together.
+        # Keys and values have the same norm. Since they are one tensor, they are projected together.
         branch = _attend_context(block, block.ln_1(q_x), block.ln_1_kv(k_x), attn_mask)
     else:
         return type(block).forward(block, q_x, k_x, v_x, attn_mask)
@@ -198,9 +198,9 @@ def residual_block(
 
 
 def _attend(block: Any, x: Tensor, attn_mask: Tensor | None, causal: bool) -> Tensor:
-    """Call the attention of a ``ResidualAttentionBlock``, with a hint where the mask is causal and it takes one."""
+    """Call the attention of a ``ResidualAttentionBlock``, with a hint if the mask is causal and it accepts hints."""
     attn = block.attn
-    inner = getattr(attn, "base_layer", attn)  # peft wraps the layer, and hands all arguments on
+    inner = getattr(attn, "base_layer", attn)  # peft wraps the layer, and passes all arguments on
     attn_mask = None if attn_mask is None else attn_mask.to(x.dtype)
     if isinstance(inner, nn.MultiheadAttention):
         hint = {"is_causal": True} if causal else {}
@@ -229,7 +229,7 @@ def custom_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, *, owne
 def attention_pool_2d(module: Any, x: Tensor) -> Tensor:
     """Compute ``open_clip.modified_resnet.AttentionPool2d``: [B, C, H, W] -> [B, output_dim].
 
-    Only the mean of all positions is a query, so that the keys' and the values' projections act on it alone.
+    The mean of all positions is the only query, and so key and value projections are applied to one row instead of all.
     """
     if not _has_plain_projections(module) or not computes(x):
         return type(module).forward(module, x)
@@ -244,7 +244,7 @@ def attention_pool_2d(module: Any, x: Tensor) -> Tensor:
 
 
 def _has_plain_projections(pool: Any) -> bool:
-    """Return True if an ``AttentionPool2d`` loses nothing if its linear layers are not called."""
+    """Return True if the linear layers of an ``AttentionPool2d`` have no hooks or adapters, and need not be called."""
     return all(is_plain(layer, nn.Linear) for layer in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj))
 
 

@@ -1,4 +1,4 @@
-"""The towers of OpenCLIP: their embeddings in one pass, and the row of their last block that they read."""
+"""Replacements in towers of OpenCLIP: embeddings in one kernel, and a last block that computes one row only."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +28,7 @@ _PLAIN = {
 
 
 def propose_tower(module: nn.Module) -> Iterator[Proposal]:
-    """Yield what to do with the embedding of a tower and with its last block; nothing if ``module`` is no tower."""
+    """Propose replacements for the embedding and the last block of a tower of OpenCLIP."""
     tower: Any = module
     name = class_name(module)
     if name == "open_clip.transformer.VisionTransformer" and hasattr(module, "_embeds"):  # OpenCLIP < 3 has none
@@ -62,21 +62,21 @@ def _propose_image_tower(tower: Any) -> Iterator[Proposal]:
 
 
 def _why_not_embed(tower: Any) -> str:
-    """Return why our op cannot embed texts for ``tower``, or "" if it can."""
+    """Return the reason why our op cannot embed texts for an OpenCLIP tower, or "" if it can."""
     if hides_padding(tower):
         return "a class token follows the text, or padding is hidden"
     return "" if is_table(tower.token_embedding) else "its table has a hook, or does more than look up"
 
 
 def _why_not_read(tower: Any, pool_type: str) -> str:
-    """Return why the last block of a text tower cannot compute one row alone, or "" if it can."""
+    """Return the reason why the last block of an OpenCLIP text tower cannot compute a single row, or "" if it can."""
     if pool_type not in _POOLS or getattr(tower, "output_tokens", False):
         return "every row of the last block is read"
     return why_not_causal(tower) or _why_not_row(tower.transformer, len(tower.positional_embedding))
 
 
 def _why_not_row(stack: Any, num_tokens: int) -> str:
-    """Return why the last block of ``stack`` cannot compute one row alone, or "" if it can."""
+    """Return the reason why the last block of a stack of OpenCLIP cannot compute a single row, or "" if it can."""
     if class_name(stack) != "open_clip.transformer.Transformer" or not is_untouched(stack):
         return "its stack of blocks is not OpenCLIP's own, or has a hook"
     if not len(stack.resblocks) or not getattr(stack, "batch_first", True):
@@ -90,7 +90,7 @@ def _why_not_row(stack: Any, num_tokens: int) -> str:
 
 
 def _is_plain_attention(attn: Any) -> bool:
-    """Return True if ``attn`` projects its input, and does nothing else to it."""
+    """Return True if attention of OpenCLIP does nothing to its input before the projections."""
     if isinstance(attn, nn.MultiheadAttention):
         return attn._qkv_same_embed_dim and not drops(attn, attn.dropout)
     parts = (attn.ln_q, attn.ln_k, attn.ln_inner)
@@ -119,7 +119,7 @@ def image_tokens(tower: Any, images: Tensor) -> Tensor:
 
 
 def _grid(tower: Any, images: Tensor) -> tuple[int, int] | None:
-    """Return the rows and columns of patches; None if our op does not take ``images``."""
+    """Return the rows and columns of patches of ``images``; None if our patch embedding op cannot compute them."""
     if images.ndim != 4 or not is_projection(tower.conv1) or not computes(images):
         return None
     is_bytes = images.dtype == torch.uint8 and hasattr(tower, "image_mean") and hasattr(tower, "image_std")
@@ -132,9 +132,9 @@ def _grid(tower: Any, images: Tensor) -> tuple[int, int] | None:
 
 
 def _kept_patches(dropout: Any, batch: int, num_patches: int) -> Tensor | None:
-    """Draw the patches [B, K] that OpenCLIP's patch dropout keeps, from the same random numbers; None if it does none.
+    """Draw the patches [B, K] that OpenCLIP's patch dropout keeps, from the same random numbers; None without dropout.
 
-    None also stands for a dropout that is not OpenCLIP's own, and must be called.
+    None is also returned for a dropout module of another class, which the caller must call.
     """
     is_known = class_name(dropout) == "open_clip.transformer.PatchDropout" and is_plain(dropout, type(dropout))
     if not is_known or not dropout.training or dropout.prob == 0 or not dropout.exclude_first_token:
@@ -151,7 +151,7 @@ def text_tokens(tower: Any, text: Tensor) -> Tensor | None:
     is_text = text.ndim == 2 and text.shape[1] <= len(positions) and text.dtype in (torch.int32, torch.int64)
     if not is_same or not is_text or not computes(table.weight) or is_left(table.weight):
         return None
-    # Under autocast, these tokens keep the dtype of the table, as theirs do.
+    # Under autocast, the embeddings keep the dtype of the table, as in OpenCLIP.
     with torch.autocast(text.device.type, enabled=False):
         return text_embed(text, table.weight, positions)
 
@@ -233,7 +233,7 @@ def _text_features(
 
 
 def _rows(text: Tensor, pool_type: str, eos: Any) -> Tensor | None:
-    """Return the index [B] of the row that is read of each text; None stands for the first."""
+    """Return the index [B] of the row that an OpenCLIP text tower uses of each text; None means the first row."""
     if pool_type == "first":
         return None
     if pool_type == "argmax":

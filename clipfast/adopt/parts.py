@@ -1,7 +1,7 @@
-"""Parts that the libraries share: attention, layer norms, activations and embeddings, and those classes of PyTorch's.
+"""Replacements that all libraries share: attention, layer norms, activations and embeddings, also those of PyTorch.
 
-Each function computes what the ``forward`` of its class does, and has its arguments. A call that asks for something
-else (weights, padding, dropout, any mask but a causal one) runs the class's own ``forward``.
+Each function computes the ``forward`` of its class, and has the same arguments. A call that asks for attention weights,
+padding, dropout, or a mask that is not causal runs the class's own ``forward``.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ GELUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """The mask or the context that a block is given besides its tokens.
+    """The mask or the context of an attention module, as far as it is known when the model is patched.
 
     Attributes:
-        owner: the module that holds a causal mask for it as ``attn_mask``.
-        refusal: why its mask is not plainly causal.
-        is_cross: True if its queries are not the tokens that they see.
+        owner: the module that holds its causal mask as ``attn_mask``.
+        refusal: the reason why its mask is not causal.
+        is_cross: True for cross-attention.
         is_padding: True if there is a mask where images have patches that are padding, and none elsewhere.
     """
 
@@ -60,7 +60,7 @@ def propose_heads(head_dim: int, op: str, function: Any) -> Proposal:
 
 
 def propose_multihead(module: Any) -> Proposal:
-    """Say what to do with ``nn.MultiheadAttention``."""
+    """Propose a replacement for ``nn.MultiheadAttention``."""
     if not module.batch_first:
         return Proposal("attention", "batch_first=False")
     if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
@@ -96,7 +96,7 @@ def multihead_attention(
 
 
 def drops(module: nn.Module, probability: float) -> bool:
-    """Return True if attention drops weights now."""
+    """Return True if attention applies dropout in its current mode."""
     return module.training and probability > 0
 
 
@@ -137,7 +137,7 @@ def heads_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_cau
 
 
 def propose_norm(norm: Any) -> Proposal:
-    """Say what to do with one of ``NORMS``."""
+    """Propose a replacement for a layer norm, one of ``NORMS``."""
     if norm.weight is None or norm.bias is None:
         return Proposal("norms", "it has no weight or no bias")
     if len(norm.normalized_shape) != 1:
@@ -178,7 +178,7 @@ NORMS = {
 def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """Return ``x + branch`` and ``norm(x + branch)``, [..., N] each, in one pass where ``norm`` is ours and plain.
 
-    Under autocast, the norm then has the dtype of the branch, which the linear layer behind it would round it to.
+    Under autocast, the norm has the dtype of the branch, to which the next linear layer would round it anyway.
     """
     is_same = branch.dtype == x.dtype
     is_rounded = torch.is_autocast_enabled(x.device.type) and torch.promote_types(branch.dtype, x.dtype) == x.dtype
@@ -190,7 +190,7 @@ def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def propose_mlp(module: Any) -> Iterator[Proposal]:
-    """Yield what to do with the perceptron of an OpenCLIP block, which is an ``nn.Sequential``."""
+    """Propose a replacement for the MLP of an OpenCLIP block, which is an ``nn.Sequential``."""
     is_stack = class_name(module) == "torch.nn.modules.container.Sequential"
     if is_stack and list(module._modules) in (_LAYERS, [*_LAYERS[:2], "ln", "c_proj"]):
         yield propose_gelu(module.c_fc, module.gelu, sequential_mlp)
@@ -205,7 +205,7 @@ def sequential_mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def propose_gelu(linear: Any, act: nn.Module, function: Any) -> Proposal:
-    """Propose that the activation of a perceptron adds the bias of the layer before it."""
+    """Propose a replacement for an MLP in which the activation kernel adds the bias of the layer before it."""
     op = _gelu_of(act)
     if op is None:
         name = f"{type(act).__name__} by tanh" if _is_by_tanh(act) else type(act).__name__
@@ -220,7 +220,7 @@ def _is_by_tanh(act: nn.Module) -> bool:
 
 
 def _gelu_of(act: nn.Module) -> Any:
-    """Return the op that computes ``act`` of a sum with a bias, or None if there is none."""
+    """Return the op that computes the activation ``act`` of x + bias, or None if there is no such op."""
     return None if _is_by_tanh(act) else GELUS.get(class_name(act))
 
 
@@ -240,7 +240,7 @@ NO_PROJECTION = "its convolution has a hook, or is not a projection of square pa
 
 
 def is_projection(conv: Any) -> bool:
-    """Return True if ``conv`` is a convolution that does nothing but project square patches."""
+    """Return True if ``conv`` only projects square patches, which our patch embedding op can do."""
     if not is_plain(conv, nn.Conv2d) or conv.bias is not None or conv.groups != 1 or conv.padding not in ((0, 0), 0):
         return False
     height, width = conv.kernel_size
@@ -248,8 +248,8 @@ def is_projection(conv: Any) -> bool:
 
 
 def is_table(table: Any) -> bool:
-    """Return True if ``table`` is an embedding that does nothing but look up."""
+    """Return True if ``table`` is a plain look-up, which our text embedding op can do."""
     options = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
     values = [getattr(table, name, None) for name in options]
-    # A padding_idx of 0 equals False, and asks for something.
+    # Identity, not truth: a padding_idx of 0 is set, although 0 is false.
     return is_plain(table, nn.Embedding) and all(value is None or value is False for value in values)

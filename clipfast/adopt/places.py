@@ -1,9 +1,9 @@
-"""The record of what was replaced in somebody else's model, and how it is taken back.
+"""Replaces methods of modules in another library's model, records the replacements, and reverts them.
 
-A method of one module is replaced by an attribute of the same name in that instance, and taken back by deleting it.
-The class, the parameters, the buffers, the children and the hooks of the module stay what they are, and ``__call__``
-runs the hooks around the new ``forward``. A replacement reads weights and children from its module at each call, so
-that whatever is moved, loaded, locked or wrapped later counts.
+A method of one module is replaced by an attribute of the same name in that instance, and restored by deleting it.
+Class, parameters, buffers, children and hooks of the module are unchanged, and ``__call__`` runs the hooks around the
+new ``forward``. A replacement reads weights and children from its module at each call: later moves, loads, freezing and
+wrapping of them take effect.
 """
 
 import copy
@@ -20,22 +20,23 @@ from torch import Tensor, nn
 from ..kernels.launch import triton_runs_on
 from ..models.layers import has_hooks
 
-# Attributes of a model: the list of its places; and of a text tower: the mask that was last looked at, and the verdict.
+# Names of attributes: a model's list of places; a text tower's last checked mask with the result.
 RECORD, SEEN = "_clipfast_places", "_clipfast_mask"
-# On a CPU a pass that ours save costs less than calling them, as timings of single steps have shown. Only what
-# :func:`on_cpus` marks is faster there; everything else is for GPUs, and for float64, in which tests compare both.
+# On a CPU, most fused ops are slower than the original, as timings of single steps have shown. Only functions with the
+# mark :func:`on_cpus` are faster; all others run on GPUs, and in float64, in which tests compare them with the
+# original.
 CPU_DTYPES: tuple[torch.dtype, ...] = (torch.float64,)
 ON_GPUS = " (on a CPU as before)"
 
 
 def on_cpus(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function that is faster than the original on a CPU too, or that asks :func:`is_left` itself."""
+    """Mark a replacement that is faster than the original on a CPU too, or that calls :func:`is_left` itself."""
     function.on_cpus = True  # type: ignore[attr-defined]
     return function
 
 
 def is_left(x: Tensor) -> bool:
-    """Return True if the original is faster where ``x`` is: on a CPU."""
+    """Return True if a replaced method should run the original for ``x``, which is faster on a CPU."""
     return x.device.type == "cpu" and x.dtype not in CPU_DTYPES and not triton_runs_on(x.device)
 
 
@@ -43,14 +44,14 @@ class Replacement:
     """A method of one module, which calls ``function(module, ...)``.
 
     It is pickled and copied together with its module. (Python would unpickle a bound method as the module's own
-    ``forward``.) It does not keep its module alive, which holds it: a model is freed as soon as nobody refers to it.
+    ``forward``.) Its reference to the module is weak: a model is freed as soon as nothing else refers to it.
 
     Args:
         function: a function of a module of this package; its first argument is the module.
         module: the module whose method it replaces.
         method: the name of that method.
         owner: the module that holds the mask of ``module``'s attention. ``function`` gets it as the argument ``owner``.
-        options: switches that ``function`` gets besides.
+        options: further arguments of ``function``, which are True.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class Replacement:
         self.is_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the result of ``function``, or of the class's own method where the original is to run."""
-        if args and args[0] is self.module:  # accelerate takes it for a function, and binds it when it unwraps a model
+        """Call ``function``, or the class's own method if the original is to run."""
+        if args and args[0] is self.module:  # accelerate binds it like a function when it unwraps a model
             args = args[1:]
         if self.is_off or self._is_left((*args, *kwargs.values())):
             return self.original(*args, **kwargs)
@@ -77,7 +78,7 @@ class Replacement:
 
     @property
     def module(self) -> nn.Module:
-        """The module whose method it replaces."""
+        """The module whose method is replaced."""
         module = self._module()
         if module is None:
             raise ReferenceError(f"the module of this {self.method} is gone: keep a reference to the model that has it")
@@ -89,7 +90,7 @@ class Replacement:
 
     @property
     def owner(self) -> nn.Module | None:
-        """The module that holds the mask; None if there is none, or if it is gone."""
+        """The module that holds the attention mask; None without one, or if it was freed."""
         return None if self._owner is None else self._owner()
 
     @owner.setter
@@ -98,7 +99,7 @@ class Replacement:
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        # torch.jit.script asks for them, and shows this error.
+        # torch.jit.script reads this attribute, and shows this error.
         raise AttributeError(
             f"torch.jit.script cannot compile a {type(self.module).__name__} that runs on clipfast: call "
             "clipfast.revert_model(model) before"
@@ -130,7 +131,7 @@ class Replacement:
 
     @property
     def original(self) -> Callable[..., Any]:
-        """The method of the class."""
+        """The class's own method, which was replaced."""
         return getattr(type(self.module), self.method).__get__(self.module)
 
     @property
@@ -141,13 +142,13 @@ class Replacement:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A module that could run on kernels of this package.
+    """A module for which a replacement was proposed.
 
     Attributes:
         module: its name in the model.
         kind: the argument of ``apply_to_...`` that it belongs to.
         method: the name of the method that was replaced; None if the place was left alone.
-        text: what it runs on, or why it was left alone.
+        text: the kernel on which it runs, or the reason why it was not replaced.
     """
 
     module: str
@@ -158,14 +159,14 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """A proposal for a place: a function for one of its methods, or nothing if there is none."""
+    """A proposed replacement of one method of a module, or the reason why there is none."""
 
     kind: str
     text: str
     function: Callable[..., Any] | None = None
     method: str = "forward"
     owner: nn.Module | None = None
-    option: str | None = None  # an argument of ``function`` that is then True
+    option: str | None = None  # the name of a bool argument of ``function`` that this proposal sets
 
 
 def propose_unless(
@@ -176,12 +177,12 @@ def propose_unless(
     method: str = "forward",
     option: str | None = None,
 ) -> Proposal:
-    """Return the proposal of a function, or of nothing if there is a reason to refuse it."""
+    """Propose a function as a replacement, unless there is a reason to refuse it."""
     return Proposal(kind, refusal) if refusal else Proposal(kind, text, function, method, option=option)
 
 
 def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) -> Place:
-    """Replace the method that ``proposal`` names, if that is wanted and possible, and return the resulting place."""
+    """Replace the method of a proposal, if the switch is on and it is possible; return the resulting place."""
     kind, method = proposal.kind, proposal.method
     if not wanted:
         return Place(name, kind, None, f"{kind}=False")
@@ -196,7 +197,7 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
         module.__dict__[method] = Replacement(proposal.function, module, method, proposal.owner, options)
     elif not isinstance(there, Replacement):
         return Place(name, kind, None, f"something else has replaced its {method}")
-    elif there.is_off:  # in a wrapper that has outlived ``revert_model``
+    elif there.is_off:  # a wrapper still holds a replacement from before ``revert_model``
         there.function, there.owner, there.options, there.is_off = proposal.function, proposal.owner, options, False
     else:  # a second proposal for the same method
         there.options |= options
@@ -204,20 +205,19 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
 
 
 def _unknown_arguments(module: nn.Module, method: str, function: Callable[..., Any]) -> list[str]:
-    """Return the names of arguments of a method that ``function`` does not have. The first is given by position."""
+    """Return the arguments of a method that its replacement ``function`` does not have; the first is positional."""
     theirs = list(inspect.signature(getattr(type(module), method)).parameters)[2:]
     return [name for name in theirs if name not in inspect.signature(function).parameters]
 
 
 def revert_model(model: nn.Module) -> nn.Module:
-    """Take back everything that ``apply_to_open_clip``, ``apply_to_hf`` and ``apply_to_timm`` did to ``model``.
+    """Revert all replacements that ``apply_to_open_clip``, ``apply_to_hf`` and ``apply_to_timm`` made in ``model``.
 
-    Afterwards every module has the attributes and methods that it had before; weights are what training has made of
-    them. A part of a model, a copy and an unpickled model can be reverted too, and a model to which nothing was applied
-    stays as it is.
+    Afterwards every module has its former attributes and methods; weights keep their current values. A part of a model,
+    a copy and an unpickled model can be reverted too, and a model without replacements is not changed.
 
     Args:
-        model: any module. A wrapper, such as ``DistributedDataParallel`` or a compiled model, is looked into.
+        model: any module, also a wrapper such as ``DistributedDataParallel`` or a compiled model.
 
     Returns:
         ``model`` itself.
@@ -243,7 +243,7 @@ def revert_model(model: nn.Module) -> nn.Module:
 
 
 def check_module(function: str, model: object) -> None:
-    """Refuse anything but a module, with a TypeError."""
+    """Refuse a model that is not an ``nn.Module``, with a TypeError."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
@@ -251,13 +251,13 @@ def check_module(function: str, model: object) -> None:
 def class_name(module: nn.Module) -> str:
     """Return the full name of the class, by which classes are recognised without importing their libraries."""
     kind, base = type(module), type(module).__bases__[-1]
-    if kind.__name__ == f"FSDP{base.__name__}":  # FSDP2 makes a class of FSDPModule and the class that it was
+    if kind.__name__ == f"FSDP{base.__name__}":  # FSDP2 derives a class from the original one
         kind = base
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def runs_ours(module: nn.Module, method: str = "forward") -> bool:
-    """Return True if a method of ``module`` is replaced by ours."""
+    """Return True if a method of ``module`` is replaced by a function of this package."""
     return isinstance(module.__dict__.get(method), Replacement)
 
 
@@ -267,14 +267,14 @@ def reaches_ours(module: nn.Module, method: str = "forward") -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return the innermost function of bound methods and of wrappers with ``__wrapped__``."""
+    """Return the function inside bound methods and ``__wrapped__`` wrappers, to recognise a replacement."""
     while isinstance(value, types.MethodType) or (callable(value) and hasattr(value, "__wrapped__")):
         value = value.__func__ if isinstance(value, types.MethodType) else value.__wrapped__
     return value
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Return True if calling ``module`` runs its class's ``forward`` or our replacement, and no hook."""
+    """Return True if calling ``module`` only runs its class's ``forward`` or our replacement, without hooks."""
     return not has_hooks(module) and ("forward" not in module.__dict__ or runs_ours(module))
 
 

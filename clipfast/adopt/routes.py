@@ -1,4 +1,4 @@
-"""A report of the kernels that a model runs on."""
+"""``report_kernels``: a report of the kernels on which a model runs."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ ROUTES = {
 
 
 def report_kernels(model: nn.Module, arch: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Say which kernels a model runs on.
+    """Report the kernels on which a model runs.
 
     Args:
-        model: of :func:`create_model`, or of another library and given to :func:`apply_to_open_clip`,
+        model: a model of :func:`create_model`, or a model of another library after :func:`apply_to_open_clip`,
             :func:`apply_to_hf` or :func:`apply_to_timm`.
         arch: compute capability of a GPU, such as 90 for sm_90; the default is that of the GPU of the model, of the
             GPU at hand if the model is on none, or 90. Models of other libraries do not use it.
@@ -68,7 +68,7 @@ def report_kernels(model: nn.Module, arch: int | None = None, dtype: torch.dtype
 
 
 def _attention(arch: int, dtype: torch.dtype, attn: Any, layers: int, tokens: int, width: int) -> str:
-    """Return what the attention of so many layers runs on."""
+    """Return the line of the report about the attention kernels of a tower's layers."""
     heads, head_dim, causal = attn.num_heads, width // attn.num_heads, attn.causal
     route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
     return (

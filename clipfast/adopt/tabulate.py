@@ -1,4 +1,4 @@
-"""The table of what each place of a model runs on."""
+"""The table of a patched model's modules, and the kernels on which they run."""
 
 import collections
 import re
@@ -10,15 +10,15 @@ from ..io.text import align
 from .apply import proposals
 from .places import RECORD, Place, Proposal, check_module, reaches_ours
 
-# The text of a place that was left alone begins like this.
+# The text of a module that was not replaced begins like this.
 BEFORE = "as before: "
 
 
 def report_places(model: nn.Module) -> str:
-    """Tabulate what each place of a model of another library runs on, or why it was left alone.
+    """Tabulate the modules of a patched model with the kernels on which they run, or why they were not replaced.
 
     Args:
-        model: to which ``apply_to_open_clip``, ``apply_to_hf`` or ``apply_to_timm`` was applied.
+        model: a model after ``apply_to_open_clip``, ``apply_to_hf`` or ``apply_to_timm``.
 
     Returns:
         A line for each kind of place: its name, with ``*`` for the number of a block, how many there are, what they
@@ -39,9 +39,9 @@ def report_places(model: nn.Module) -> str:
 
 
 def count_places(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return how many places run on our kernels and how many there are, by the switch that they belong to.
+    """Return, for each switch of ``apply_to_...``, the number of modules on our kernels and the number of all.
 
-    A place that has a kernel for GPUs only counts on every device.
+    A module whose kernel runs only on GPUs counts on every device.
     """
     counts: dict[str, tuple[int, int]] = {}
     for _, kind, text in place_lines(model):
@@ -51,24 +51,24 @@ def count_places(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def place_lines(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Yield each place that something was proposed for: its name, the part that it belongs to, and what it runs on."""
+    """Yield each module with a proposal: its name, the switch to which it belongs, and the kernel on which it runs."""
     for prefix, part in _applied(model):
         yield from _lines(prefix, part)
 
 
 def _applied(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the parts of ``model`` that something was applied to, with a prefix for the names of their places."""
+    """Return the patched parts of ``model``, each with a prefix for the names of its modules."""
     parts = [(name, module) for name, module in model.named_modules() if RECORD in module.__dict__]
-    if len(parts) == 1:  # the model, or the model in a wrapper
+    if len(parts) == 1:  # the model itself, perhaps in a wrapper
         return [("", parts[0][1])]
     return [(f"{name}." if name else "", module) for name, module in parts]
 
 
 def _lines(prefix: str, part: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Yield place, kind and text of everything on the record of ``part``."""
+    """Yield name, kind and text of every recorded replacement in a patched part."""
     record: list[Place] = part.__dict__[RECORD]
     modules = dict(part.named_modules())
-    # A replacement gives way, at each call, to an adapter or a hook that has been put in its place since.
+    # At each call, a replacement runs the original if an adapter or a hook was added later.
     now = {(name, found.kind): found for name, _, found in proposals(part, {"attention": True, "norms": True})}
     for place in record:
         text = _now(place, modules, now.get((place.module, place.kind)))
@@ -80,13 +80,13 @@ def _place(name: str) -> str:
 
 
 def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:
-    """Return which kernel the place runs on now; a hook or an adapter that was added later may have changed it."""
+    """Return the kernel on which a module runs now, since a hook or adapter that was added later may change it."""
     if place.method is None:
         return f"{BEFORE}{place.text}"
     module = modules.get(place.module)
     if module is None:
         return f"{BEFORE}the module is gone"
-    module = getattr(module, "base_layer", module)  # peft wraps a layer, and calls it
+    module = getattr(module, "base_layer", module)  # peft wraps a layer, and calls the layer inside
     if not reaches_ours(module, place.method):
         return f"{BEFORE}something else took the place of the module or its {place.method}"
     if proposal is not None and proposal.function is None:

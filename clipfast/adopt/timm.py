@@ -1,7 +1,7 @@
-"""The attention classes, blocks and perceptrons of timm on our kernels.
+"""Replacements of attention, blocks and MLPs of timm, which call our kernels.
 
-Each function computes what the ``forward`` of its class does, and has its arguments. A call with a mask, or with
-dropout of weights, runs the class's own ``forward``.
+Each function computes the ``forward`` of its class, and has the same arguments. A call with a mask, or with attention
+dropout, runs the class's own ``forward``.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ ATTENTIONS = {
 
 
 def propose(module: Any, norms: bool) -> Iterator[Proposal]:
-    """Yield what to do with a block of timm's vision transformer or with a perceptron."""
+    """Propose replacements for a block of timm's vision transformer or for an MLP of timm."""
     name = class_name(module)
     if norms and name == "timm.models.vision_transformer.Block":
         yield Proposal("norms", ADDS, timm_block)
@@ -65,7 +65,7 @@ def timm_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal
 
 
 def _hint(is_causal: bool) -> dict[str, bool]:
-    """Return the argument that says that the mask is causal, which older versions do not have."""
+    """Return the argument that tells timm's attention that the mask is causal; older versions do not have it."""
     return {"is_causal": True} if is_causal else {}
 
 
@@ -96,7 +96,7 @@ def _scale(module: Any) -> float | None:
 
 
 def _project(module: Any, x: Tensor, out: Tensor) -> Tensor:
-    """Return the output of an attention module: the projection of ``out``, times the gate of ``x`` if there is one."""
+    """Return the output of timm's attention: the projection of ``out``, times a gate of ``x`` if the module has one."""
     out = module.norm(out)
     if getattr(module, "gate", None) is not None:
         out = out * module.gate(x).sigmoid()
@@ -134,7 +134,7 @@ def _projected_heads(module: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate every token by its position but those in front, such as the class token: [B, heads, N, head_dim]."""
+    """Apply rotary embeddings to all tokens except the first ones, such as the class token: [B, heads, N, head_dim]."""
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     options = {"half": True} if getattr(module, "rotate_half", False) else {}
@@ -145,7 +145,7 @@ def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
 def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """Compute ``timm.layers.AttentionPoolLatent`` with one query: [B, N, C] -> [B, out_features].
 
-    The projections of keys and values act on the query and on the pooled token, so that no other token is projected.
+    Key and value projections are applied to the query and to the pooled token, instead of to all tokens.
     """
     is_known = is_plain(module.kv, nn.Linear) and all(is_plain(x, nn.Identity) for x in (module.q_norm, module.k_norm))
     if attn_mask is not None or not is_known or x.shape[1] > MAX_TOKENS or not computes(x):

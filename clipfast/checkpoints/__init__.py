@@ -2,9 +2,9 @@
 
 ``checkpoint`` reads and writes files of weights, ``sharded`` and ``torch_dcp`` folders with a file for each process,
 and ``of_run`` keeps the checkpoints of a run, which ``background`` writes beside training from copies in host memory.
-``pretrained`` knows the published tags, ``hub`` fetches, and ``sources`` says what a name of a model stands for.
-``layouts`` recognises what a file or folder is, ``open_clip_layout`` and ``hugging_face`` know the layouts of others,
-``resolve`` completes what a checkpoint leaves open, and ``convert`` writes it anew.
+``pretrained`` lists the published tags, ``hub`` downloads files, and ``sources`` finds the weights for a name of a
+model. ``layouts`` recognises the layout of a file or folder, ``open_clip_layout`` and ``hugging_face`` read those of
+other packages, ``resolve`` determines settings that a checkpoint does not tell, and ``convert`` writes another layout.
 """
 
-TARGETS = ("open_clip", "hf", "clipfast")  # the layouts that can be written
+TARGETS = ("open_clip", "hf", "clipfast")  # the layouts that ``convert`` can write

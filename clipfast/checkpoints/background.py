@@ -1,4 +1,4 @@
-"""The copy of a run's state to host memory, and the thread that writes it while training goes on."""
+"""Copies a run's state to host memory, and writes it as a checkpoint in a thread while training continues."""
 
 import contextlib
 import copy
@@ -15,13 +15,13 @@ from torch import Tensor
 from ..distributed.dtensors import is_dtensor, to_local
 from ..distributed.world import ALONE, World
 
-PIECE = 0.5  # seconds
+PIECE = 0.5  # a thread is waited for in pieces of this many seconds
 
 
 def join(thread: threading.Thread, seconds: float = math.inf) -> None:
-    """Wait until a thread ends, or for so many seconds.
+    """Wait until a thread ends, or for ``seconds``.
 
-    It waits in pieces, since a signal that comes just before Python begins to wait is heard only after that.
+    It waits in pieces, since Python handles a signal that arrives just before a wait only after the wait.
     """
     end = time.monotonic() + seconds
     while thread.is_alive() and time.monotonic() < end:
@@ -29,9 +29,9 @@ def join(thread: threading.Thread, seconds: float = math.inf) -> None:
 
 
 class Background:
-    """A thread that does one piece of work at a time.
+    """A thread that writes checkpoints, one at a time.
 
-    It does not keep a process that ends at once: what it was doing is left undone.
+    It does not delay a process that ends at once: unfinished work is lost.
     """
 
     def __init__(self) -> None:
@@ -39,21 +39,21 @@ class Background:
         self._error: Exception | None = None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin a piece of work, after the one before is done."""
+        """Start to write in the thread, after the previous write is finished."""
         self.wait()
         self._error = None
         self._thread = threading.Thread(target=self._do, args=(work,), name="clipfast background", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float = math.inf) -> Exception | None:
-        """Wait until the last piece of work is done, or for so many seconds, and return the error that ended it."""
+        """Wait until the last write is finished, or for ``seconds``, and return its error, if it failed."""
         if self._thread is not None:
             join(self._thread, seconds)
         return self._error
 
     @property
     def is_busy(self) -> bool:
-        """True while a piece of work is being done."""
+        """True while the thread is writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def _do(self, work: Callable[[], object]) -> None:
@@ -64,24 +64,24 @@ class Background:
 
 
 class HostCopy:
-    """Copies nested dicts and lists of tensors to host memory, and keeps the memory for the next time.
+    """Copies the tensors of a run's state to host memory, and reuses that memory for the next checkpoint.
 
-    A GPU copies in the order of its current stream, so that whatever training does next comes after it, and the host
-    need not wait. Tensors that share their memory share it in the copy.
+    A GPU copies on its current stream: later steps of training run after the copy, and the host need not wait. Tensors
+    that share memory share it in the copy too.
 
     Args:
-        world: the processes among which tensors are cut. Of such a tensor each process copies its part; the copy is cut
-            in the same way, among their hosts.
+        world: the processes among which tensors are sharded. Each process copies its shard of such a tensor, and the
+            copies are shards of a tensor in host memory.
     """
 
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
-        self._copied: dict[tuple[Any, ...], Tensor] = {}  # by what they are copies of
+        self._copied: dict[tuple[Any, ...], Tensor] = {}  # the host copies, by device tensors
         self._events: list[torch.cuda.Event] = []
 
     def __call__(self, content: Any) -> Any:
-        """Return ``content`` with copies in place of its tensors; those of the call before are overwritten."""
+        """Return ``content`` with host copies in place of its tensors; they overwrite those of the previous call."""
         buffers, self._buffers, self._copied = self._buffers, {}, {}
         copied = self._copy(content, (), buffers)
         devices = {key[0] for key in self._copied if key[0].type == "cuda"}
@@ -90,7 +90,7 @@ class HostCopy:
         return copied
 
     def wait(self) -> None:
-        """Wait until a GPU has copied everything."""
+        """Wait until the GPU has copied all tensors to host memory."""
         for event in self._events:
             event.synchronize()
 
@@ -99,7 +99,7 @@ class HostCopy:
             part = self._copy_tensor(to_local(content.detach()), path, buffers)
             return self._cut(part, content) if is_dtensor(content) else part
         if isinstance(content, dict):
-            copied = copy.copy(content)  # with the attributes that PyTorch gives a state dict
+            copied = copy.copy(content)  # keeps the attributes that PyTorch adds to a state dict
             copied.update({key: self._copy(value, (*path, key), buffers) for key, value in content.items()})
             return copied
         if isinstance(content, list | tuple):
@@ -114,7 +114,7 @@ class HostCopy:
         return DeviceMesh.from_group(self._world.hosts, "cpu")
 
     def _cut(self, part: Tensor, like: Tensor) -> Tensor:
-        """Return the tensor of which the hosts hold such parts as the devices hold of ``like``."""
+        """Return a sharded tensor in host memory whose shards match those of the device tensor ``like``."""
         from torch.distributed.tensor import DTensor
 
         own: Any = like
@@ -135,8 +135,8 @@ class HostCopy:
 
 
 def _host_memory(tensor: Tensor) -> Tensor:
-    """Return memory of the host for a copy of ``tensor``, pinned if a GPU is to copy."""
+    """Return host memory for a copy of ``tensor``, pinned if it is on a GPU."""
     if tensor.device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # there is a limit to pinned memory
+        with contextlib.suppress(RuntimeError):  # pinned memory is limited; without it the copy is only slower
             return torch.empty_like(tensor, device="cpu", pin_memory=True)
     return torch.empty_like(tensor, device="cpu")

@@ -1,4 +1,4 @@
-"""Checkpoints in OpenCLIP's layout. The file on disk is always whole, and reading runs no code of a pickle.
+"""Reads and writes checkpoints in OpenCLIP's layout. A file on disk is always complete, and reading runs no code in it.
 
 A training checkpoint is ``{epoch, name, state_dict, optimizer}`` plus one key of our own, ``clipfast``, with the
 model's configuration (its activation included) and the position in training. An exported folder holds
@@ -30,13 +30,13 @@ from ..models.siglip import IMAGE_MEAN, IMAGE_STD
 log = logging.getLogger("clipfast")
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-TRUNK_PREFIX = "visual.trunk."  # of the image tower of SigLIP
-TEXT_PREFIX = "text."  # of the text tower of OpenCLIP's models with custom_text
-# DistributedDataParallel and torch.compile put these in front of the names of a model that they wrap.
+TRUNK_PREFIX = "visual.trunk."  # the prefix of names in SigLIP's image tower
+TEXT_PREFIX = "text."  # the prefix of names in the text tower of OpenCLIP's models with custom_text
+# The prefixes that DistributedDataParallel and torch.compile add to the names of a model.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-MAX_UNPACKED = 1 << 24  # bytes of the packed parts of a checkpoint
+MAX_UNPACKED = 1 << 24  # the most bytes to which compressed parts of a checkpoint may expand, besides twice their size
 _COUNT = "num_batches_tracked"  # the last part of the name of BatchNorm's count of batches
-# The preparation of images if nothing else is said, in OpenCLIP's words: for CLIP, and for SigLIP.
+# The default preprocessing settings of CLIP and of SigLIP, with OpenCLIP's names.
 _PREPROCESSING: dict[bool, dict[str, Any]] = {
     False: {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
     True: {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "squash"},
@@ -45,11 +45,11 @@ PREPROCESSING_KEYS = tuple(_PREPROCESSING[False])
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that does not fit the model; the message says why."""
+    """A checkpoint that cannot be read, or that does not fit the model; the message has the reason."""
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint. Whenever the process stops, ``path`` holds the old or the new one, and it is whole.
+    """Write a checkpoint. If the process is killed, ``path`` holds the complete old or the complete new checkpoint.
 
     Raises:
         DiskFullError: there is no space for it.
@@ -58,7 +58,7 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def _nbytes(content: Any) -> int:
-    """Return the number of bytes of all tensors in nested dicts and lists."""
+    """Return the number of bytes of all tensors in a checkpoint, which is nested dicts and lists."""
     if isinstance(content, Tensor):
         return content.nbytes
     values = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
@@ -83,7 +83,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     try:
         loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, mmap)
     except pickle.UnpicklingError as error:
-        # PyTorch's own message recommends to unpickle everything, which would run the file's code.
+        # PyTorch's own message recommends weights_only=False, which would run code in the file.
         raise CheckpointError(
             f"{path} is refused: it is damaged, or holds objects other than tensors and plain values, which could run "
             "code when they are loaded; if you trust it, save its weights anew as .safetensors"
@@ -93,7 +93,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
     except Exception as error:  # Broken files make the readers raise almost anything.
-        reason = f"{type(error).__name__}: {error}".partition(". ")[0]  # PyTorch's go on about causes
+        reason = f"{type(error).__name__}: {error}".partition(". ")[0]  # PyTorch's messages are long
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read: it is cut off, damaged or of another kind ({reason}); copy "
             "or download it again"
@@ -111,14 +111,14 @@ def _read_pickle(path: Path, mmap: bool) -> Any:
     if is_zip:
         with path.open("rb") as file:
             check_archive(file, path)
-    return torch.load(path, "cpu", weights_only=True, mmap=mmap and is_zip)  # older files are one stream
+    return torch.load(path, "cpu", weights_only=True, mmap=mmap and is_zip)  # older files cannot be mapped
 
 
 def check_archive(file: IO[bytes], name: str | Path) -> None:
-    """Compare the checksums in an archive of ``torch.save``'s, and refuse one that unpacks to much more."""
+    """Verify the checksums in a file of ``torch.save``, and refuse one that expands to far more bytes than it has."""
     with zipfile.ZipFile(file) as archive:
         packed, unpacked = file.seek(0, os.SEEK_END), sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MAX_UNPACKED + 2 * packed:  # PyTorch packs nothing but code
+        if unpacked > MAX_UNPACKED + 2 * packed:  # PyTorch compresses only code
             raise CheckpointError(
                 f"{name} is refused: its {packed:,} bytes unpack to {unpacked:,}; if you trust it, save it anew"
             )
@@ -136,11 +136,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``state`` without the prefixes that wrappers of a model put in front of every name.
+    """Return a state dict without the prefixes that wrappers such as DistributedDataParallel add to every name.
 
-    OpenCLIP's models with ``custom_text`` have another one for their text tower. It goes too, unless it belongs to
-    SigLIP's own names. BatchNorm whose statistics are constant keeps no count of batches; it gets one of 0, since
-    models are built with BatchNorm that has it.
+    OpenCLIP's models with ``custom_text`` have a prefix for their text tower. It is removed too, except for SigLIP,
+    whose own names have it. Frozen BatchNorm has no count of batches; a count of 0 is added, since a new model has the
+    count.
     """
     plain = dict(state)
     for name in [name for name in plain if name.endswith(".running_mean")]:
@@ -151,17 +151,17 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_siglip_state(names: Iterable[str]) -> bool:
-    """Return whether the names are those of a SigLIP model, or of another with an image tower of timm's."""
+    """Return whether a state dict has the names of a SigLIP model, or of another model with an image tower of timm."""
     return any(name.startswith(TRUNK_PREFIX) for name in names)
 
 
 def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str | Path) -> None:
-    """Refuse weights that do not fit a model. Tensors of one element fit whatever their shape.
+    """Refuse weights that do not fit a model. Tensors of one element fit in any shape.
 
     Args:
         weights: the weights by name.
         own: the state dict of the model, which may lie on the device "meta".
-        source: where the weights come from, for the error.
+        source: the name of the checkpoint for the error message.
 
     Raises:
         CheckpointError: if names or shapes differ, or there are integers where the model has floats.
@@ -196,12 +196,11 @@ def load_weights(
         model: the model to fill.
         checkpoint: as :func:`read_checkpoint` returns it.
         source: the name of the checkpoint in errors and in the log.
-        resize: resize the positions of patches that were trained on another image size, and those of texts of another
-            length, and log it.
-        strict: refuse names that are not those of the model. False loads those that the model has.
+        resize: resize positions that were trained for another image size or text length, and log it.
+        strict: refuse names that the model does not have. False loads only the names that the model has.
 
     Returns:
-        The names that only the model has, and those that only the checkpoint has.
+        The names that only the model has, and the names that only the checkpoint has.
 
     Raises:
         CheckpointError: if keys, shapes or the activation differ. Loading would not notice GELU in place of QuickGELU.
@@ -215,7 +214,7 @@ def load_weights(
     weights = plain_names(checkpoint["state_dict"])
     resized = _resize_positions(weights, model) if resize else []
     own = model.state_dict()
-    # BatchNorm whose statistics are constant has no count to fill.
+    # Frozen BatchNorm has no count of batches to load.
     weights = {name: value for name, value in weights.items() if name in own or not name.endswith(f".{_COUNT}")}
     differ = _IncompatibleKeys([name for name in own if name not in weights], [x for x in weights if x not in own])
     if not strict:
@@ -234,7 +233,7 @@ def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> list[str]:
     own, changes = model.state_dict(), []
     name, text_name = positions_name(weights), text_positions_name(weights)
     if name is not None and _is_resizable(weights[name], own.get(name)):
-        with contextlib.suppress(ValueError):  # the check of all shapes says what is wrong
+        with contextlib.suppress(ValueError):  # the later check of all shapes reports the problem
             old, new = grid_side(name, weights[name]), grid_side(name, own[name])
             weights[name] = resize_positions(name, weights[name], new)
             changes.append(f"{old}x{old} to {new}x{new}")
@@ -246,7 +245,7 @@ def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> list[str]:
 
 
 def _is_resizable(positions: Tensor, own: Tensor | None) -> bool:
-    """Return whether ``positions`` are as wide as the model's ``own``, but not as many."""
+    """Return whether positions of a checkpoint differ from the model's ``own`` only in number, and can be resized."""
     if own is None or not positions.is_floating_point() or positions.numel() == 0:
         return False
     return positions.ndim == own.ndim and positions.shape != own.shape and positions.shape[-1] == own.shape[-1]
@@ -267,17 +266,17 @@ def load_checkpoint(
     Args:
         model: the model to fill, on any device.
         checkpoint_path: a ``.pt``, ``.bin`` or ``.safetensors`` file.
-        strict: refuse weights whose names are not those of the model. False loads those that the model has.
+        strict: refuse names that the model does not have. False loads only the names that the model has.
         weights_only: must be True.
-        device: where OpenCLIP reads the file to. Here it is always read on the CPU.
+        device: accepted because OpenCLIP reads the file to this device. clipfast always reads it on the CPU.
 
     Returns:
-        The names that the file lacks, and those that the model lacks: ``missing_keys`` and ``unexpected_keys``.
+        ``missing_keys``, which the file lacks, and ``unexpected_keys``, which the model lacks.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint` and :func:`load_weights` do.
         ValueError: ``weights_only`` is False.
-        RuntimeError: there is no such device.
+        RuntimeError: the device does not exist.
     """
     torch.device(device)
     if not weights_only:
@@ -292,7 +291,7 @@ def load_checkpoint(
 
 
 def _own(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the key ``clipfast`` of a checkpoint; {} for checkpoints of other packages."""
+    """Return clipfast's own entry of a checkpoint, under the key ``clipfast``; {} for checkpoints of other packages."""
     own = checkpoint.get("clipfast")
     return own if isinstance(own, dict) else {}
 
@@ -311,36 +310,36 @@ def own_config(checkpoint: Mapping[str, Any], source: str | Path) -> CLIPConfig 
 
 
 def stated_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a checkpoint of this package says that images are prepared, in OpenCLIP's words; {} for others."""
+    """Return the preprocessing settings that a clipfast checkpoint states; {} for checkpoints of other packages."""
     found = _own(checkpoint).get("preprocess_cfg")
     return found if isinstance(found, dict) else {}
 
 
 def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return :func:`stated_preprocessing`, completed by the usual values for the kind of model, CLIP or SigLIP."""
+    """Return a checkpoint's preprocessing settings, with defaults of CLIP or SigLIP for those it does not state."""
     is_siglip = is_siglip_state(plain_names(checkpoint["state_dict"]))
     return complete_preprocessing(stated_preprocessing(checkpoint), is_siglip=is_siglip)
 
 
 def preprocessing_of(model: CLIP) -> dict[str, Any]:
-    """Return how images are prepared for a model, in OpenCLIP's words: mean, std, interpolation and resize_mode."""
+    """Return the preprocessing settings of a model by OpenCLIP's names: mean, std, interpolation and resize_mode."""
     visual: Any = model.visual
     given = {"mean": list(visual.image_mean), "std": list(visual.image_std), "resize_mode": visual.resize_mode}
     return complete_preprocessing(given | {"interpolation": getattr(visual, "preprocess_cfg", {}).get("interpolation")})
 
 
 def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False) -> dict[str, Any]:
-    """Return ``given`` with the usual normalisation and resizing of CLIP or SigLIP for what it leaves open.
+    """Return preprocessing settings with the defaults of CLIP or SigLIP for the settings that ``given`` lacks.
 
     Raises:
-        CheckpointError: mean or std are not three numbers.
+        CheckpointError: mean or std is not three numbers.
     """
     usual = {key: list(x) if isinstance(x, tuple) else x for key, x in _PREPROCESSING[is_siglip].items()}
     complete = usual | {key: value for key, value in given.items() if value is not None}
     for key in ("mean", "std"):
         value = complete[key]
         is_three = isinstance(value, list | tuple) and len(value) == 3
-        is_right = is_three and all(isinstance(x, int | float) and abs(x) < 1e6 for x in value)  # NaN is not
+        is_right = is_three and all(isinstance(x, int | float) and abs(x) < 1e6 for x in value)  # also False for NaN
         if not is_right or (key == "std" and min(value) <= 0):
             kind = "positive numbers" if key == "std" else "numbers"
             raise CheckpointError(f"the {key} of images must be three {kind}, got {value!r:.80}")
@@ -348,7 +347,7 @@ def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False)
 
 
 def check_preprocessing(preprocessing: Mapping[str, Any], source: str | Path) -> None:
-    """Refuse a preparation of images that this package does not implement.
+    """Refuse preprocessing settings that clipfast does not implement.
 
     Raises:
         CheckpointError: as above.
@@ -361,7 +360,7 @@ def check_preprocessing(preprocessing: Mapping[str, Any], source: str | Path) ->
 
 
 def export_open_clip(model: CLIP, folder: str | Path) -> None:
-    """Write ``model`` to a folder that ``create_model("local-dir:FOLDER")`` loads, here and in OpenCLIP.
+    """Write a model to a folder that ``create_model("local-dir:FOLDER")`` of clipfast and of OpenCLIP loads.
 
     Raises:
         DiskFullError: there is no space for it.
@@ -374,8 +373,8 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
 def write_open_clip_folder(
     folder: Path, config: CLIPConfig, preprocessing: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> None:
-    """Write configuration and weights into ``folder``, which exists; see :func:`export_open_clip`."""
-    # No shape shows which activation and which images the weights were trained with, so the file says it.
+    """Write configuration and weights of a model into an existing folder; see :func:`export_open_clip`."""
+    # The header states the activation and the preprocessing of training, since no shape of the weights shows them.
     notes = {"model_config": config.to_dict(), "preprocess_cfg": dict(preprocessing)}
     write_safetensors(folder / WEIGHTS_NAMES[0], weights, {"clipfast": json.dumps(notes)})
     raw = {"model_cfg": config.to_dict(), "preprocess_cfg": dict(preprocessing)}
@@ -401,7 +400,7 @@ def write_safetensors(path: Path, weights: Mapping[str, Tensor], notes: Mapping[
 
 
 def _sort_notes(path: Path) -> None:
-    """Put the notes in the header of a safetensors file in order, so that equal content is equal bytes."""
+    """Sort the notes in the header of a safetensors file, so equal content gives equal bytes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -411,7 +410,7 @@ def _sort_notes(path: Path) -> None:
 
 
 def read_open_clip_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
-    """Return the model's configuration, and how images are prepared, of a folder with ``open_clip_config.json``.
+    """Read the model's configuration and its preprocessing settings from a folder with ``open_clip_config.json``.
 
     Raises:
         CheckpointError: the configuration cannot be read, or this package cannot build the model.
@@ -428,10 +427,10 @@ def read_open_clip_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
 
 
 def find_open_clip_weights(folder: Path) -> Path:
-    """Return the file with the weights of a folder in OpenCLIP's layout.
+    """Return the path of the weights in a folder of OpenCLIP's layout.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder has no weights.
     """
     weights = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
     if weights is None:

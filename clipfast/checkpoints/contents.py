@@ -1,4 +1,4 @@
-"""The contents of a checkpoint, whatever its layout: the form between reading one layout and writing another."""
+"""``Contents``: the contents of a checkpoint in a common form, which is read from one layout and written to another."""
 
 import dataclasses
 import json
@@ -27,13 +27,13 @@ class Contents:
 
     Attributes:
         source: the file or folder, as the user named it.
-        layout: the kind of file or folder, in words.
+        layout: the kind of file or folder, for people.
         files: the files that hold the weights.
-        state: the weights by name. They may lie on the disk until they are used.
-        config: the configuration of the model; None if the checkpoint does not say it.
-        preprocessing: how images are prepared, in OpenCLIP's words: mean, std, interpolation and resize_mode.
-        tokenizer: the files of a tokenizer that lie beside the weights.
-        epoch, step: how far training had come, if the checkpoint says it.
+        state: the weights by name. They may be memory-mapped.
+        config: the configuration of the model; None if the checkpoint does not tell it.
+        preprocessing: the preprocessing settings by OpenCLIP's names: mean, std, interpolation and resize_mode.
+        tokenizer: the files of a tokenizer beside the weights.
+        epoch, step: the number of finished epochs and steps, if the checkpoint tells it.
     """
 
     source: Path
@@ -48,19 +48,19 @@ class Contents:
 
     @property
     def settled_config(self) -> CLIPConfig:
-        """The configuration of a model that :func:`resolve` has settled on."""
+        """The configuration of the model, after :func:`resolve` has determined it."""
         assert self.config is not None
         return self.config
 
 
 def check_size(config: CLIPConfig, files: Sequence[Path], source: str | Path) -> None:
-    """Refuse a configuration of a model that is far larger than its weights, before it is built.
+    """Refuse a checkpoint whose configuration describes a model that is far larger than its weights.
 
     Raises:
         CheckpointError: as above.
     """
     size, least = sum(file.stat().st_size for file in files if file.exists()), config.least_parameters
-    if least > size and all(file.exists() for file in files):  # a parameter has a byte at least
+    if least > size and all(file.exists() for file in files):  # a parameter has at least one byte
         raise CheckpointError(
             f"{source} does not describe the model of these weights: it has {least:,} parameters or more, and the "
             f"weights have {size:,} bytes; correct the sizes in the configuration"
@@ -72,10 +72,10 @@ def empty_state(config: CLIPConfig, source: str | Path) -> dict[str, Tensor]:
 
     Args:
         config: the configuration.
-        source: where the configuration comes from, for the error.
+        source: the name of the checkpoint for the error message.
 
     Raises:
-        CheckpointError: there is no such model.
+        CheckpointError: no model has this configuration.
     """
     try:
         with torch.device("meta"):
@@ -85,12 +85,12 @@ def empty_state(config: CLIPConfig, source: str | Path) -> dict[str, Tensor]:
 
 
 def find_tokenizer(folder: Path) -> tuple[Path, ...]:
-    """Return the files of a tokenizer in ``folder``."""
+    """Return the files of a tokenizer in a checkpoint's folder."""
     return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
 
 
 def copy_tokenizer(folder: Path, found: Sequence[Path]) -> None:
-    """Copy the files ``found`` into ``folder``."""
+    """Copy the tokenizer's files ``found`` into ``folder``."""
     for file in found:
         shutil.copyfile(file, folder / file.name)
 

@@ -56,8 +56,8 @@ def convert_checkpoint(
         What was written, as :func:`inspect_checkpoint` describes it.
 
     Raises:
-        CheckpointError: ``source`` cannot be read, leaves something open, or does not fit its model; the message names
-            the option that resolves it.
+        CheckpointError: ``source`` cannot be read, does not tell a necessary setting, or does not fit its model; the
+            message names the option that resolves it.
         ValueError: an argument is wrong, ``destination`` exists, or the layout cannot express the model
             (:class:`~clipfast.checkpoints.hugging_face_layout.NoCounterpartError`: transformers has no ResNets).
         DiskFullError: there is no space.

@@ -16,11 +16,11 @@ _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
 class HubError(CheckpointError):
-    """A file that the hub or its cache does not give; the message names it and a remedy."""
+    """A file that is neither on the hub nor in its cache; the message names the file and a remedy."""
 
 
 def repository_of(name: str) -> str | None:
-    """Return the repository that ``name`` stands for: "hf-hub:ORG/REPO", or "ORG/REPO" if that can be no path here.
+    """Return the hub repository for a model's name: "hf-hub:ORG/REPO", or "ORG/REPO" if no such path exists.
 
     Returns:
         "ORG/REPO", or None for any other name.
@@ -34,8 +34,8 @@ def repository_of(name: str) -> str | None:
 def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
     """Return the first file of ``names`` that the repository has, downloaded into the cache if it is not there.
 
-    If the hub does not say whether it has one of them, the names after it are looked for in the cache only: what would
-    be downloaded might not be the preferred file.
+    If the hub does not answer whether it has one of them, later names are only searched in the cache, since a download
+    might not be the preferred file.
 
     Args:
         repository: "ORG/REPO".
@@ -74,7 +74,7 @@ def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, rev
 
 
 def _explain(repository: str, names: tuple[str, ...], failures: list[Exception], cache: Path) -> str:
-    """Return the reason why no file was found, and a remedy."""
+    """Return the reason why the hub's file was not found, and a remedy."""
     from huggingface_hub import constants, errors
 
     wanted = " or ".join(names)

@@ -52,7 +52,7 @@ def read_folder(folder: Path) -> Contents:
 
 
 def read_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
-    """Return the model's configuration, and how images are prepared, of a folder of transformers.
+    """Read the model's configuration and its preprocessing settings from a folder of transformers.
 
     Raises:
         CheckpointError: a file is missing or cannot be read, or clipfast cannot build the model.
@@ -73,7 +73,7 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
     """Return the files with the weights of a folder of transformers.
 
     Raises:
-        CheckpointError: there are none, or the list of them names files elsewhere.
+        CheckpointError: there are no weights, or their index names files outside of the folder.
     """
     found = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
     if found is None:
@@ -98,7 +98,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path, *, is_siglip: bool) -> dict[str, Any]:
-    """Return in OpenCLIP's words how transformers' image processor prepares images.
+    """Translate the settings of transformers' image processor into OpenCLIP's preprocessing settings.
 
     Args:
         raw: the settings of the image processor.
@@ -107,7 +107,7 @@ def _from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path,
         is_siglip: take SigLIP's image processor's values for settings that are left out, in place of CLIP's.
 
     Raises:
-        CheckpointError: OpenCLIP has no words for it.
+        CheckpointError: OpenCLIP's preprocessing has no such setting.
     """
     wrong = [key for key in ("do_resize", "do_rescale", "do_normalize") if not raw.get(key, True)]
     if wrong:
@@ -129,7 +129,7 @@ def _from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path,
 
 
 def _to_image_processor(preprocessing: Mapping[str, Any], image_size: int, *, is_siglip: bool) -> dict[str, Any]:
-    """Return ``preprocessor_config.json`` for a preparation of images in OpenCLIP's words.
+    """Translate OpenCLIP's preprocessing settings into transformers' ``preprocessor_config.json``.
 
     Raises:
         NoCounterpartError: transformers' image processors cannot resize images in that way.

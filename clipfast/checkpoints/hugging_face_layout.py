@@ -1,4 +1,4 @@
-"""The settings and the names of transformers' ``CLIPModel`` and ``SiglipModel``, beside ours.
+"""Translates settings and parameter names between clipfast and transformers' ``CLIPModel`` and ``SiglipModel``.
 
 Only vision transformers have a counterpart there. A packed projection of attention is three parameters in transformers,
 except in SigLIP's attention pooling, where it is one and timm has two.
@@ -28,7 +28,7 @@ _OLD_EOS = 2  # with it, transformers reads a text at its highest id, as clipfas
 
 
 class NoCounterpartError(ValueError):
-    """Hugging Face's CLIP cannot express this model."""
+    """A model that transformers' ``CLIPModel`` and ``SiglipModel`` cannot express."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Layout:
 
     Attributes:
         architecture: the name of the model's class.
-        eps: of every layer norm.
-        activations: by their word for the activation of a tower, ours.
-        text, vision: the values that transformers takes for settings that a file leaves out.
-        names: by our names of parameters outside of blocks, or of the modules whose weight or bias these are, theirs.
+        eps: the epsilon of every layer norm.
+        activations: clipfast's name of each activation, by transformers' name.
+        text, vision: transformers' defaults for settings that a file leaves out.
+        names: transformers' name for each of clipfast's parameters outside of blocks, or for the module of a weight or
+            bias.
     """
 
     architecture: str
@@ -105,7 +106,7 @@ SIGLIP_LAYOUT = Layout(
         "text.text_projection": "text_model.head",
     },
 )
-# The same within a block, whose names in SigLIP's image tower are timm's.
+# The names of parameters within a block, in the same form; those of SigLIP's image tower are timm's.
 _IN_BLOCKS = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1",
@@ -190,14 +191,14 @@ def from_settings(raw: Mapping[str, Any], source: Path) -> CLIPConfig:
 
 
 def _settings(raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings of a tower. The second of the two names that files use for them has the last word."""
+    """Return all settings of a tower in transformers' configuration; the second of their two keys takes precedence."""
     settings = {**defaults, **(raw.get(f"{name}_config") or {})}
     again = raw.get(f"{name}_config_dict")
     return settings if again is None else {**settings, **defaults, **again}
 
 
 def _check(layout: Layout, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
-    """Refuse settings that clipfast's models do not have.
+    """Refuse settings of transformers that clipfast's models do not implement.
 
     Raises:
         ValueError: as above.
@@ -280,7 +281,7 @@ def _layout_of(names: Iterable[str]) -> Layout:
 
 
 def _theirs(layout: Layout, name: str) -> list[str]:
-    """Return transformers' names for one of our parameters: three for a packed projection in a block, else one."""
+    """Return transformers' names of one of our parameters: three for the packed attention projection, else one."""
     match = _BLOCK.fullmatch(name)
     if match is None:
         return [_renamed(name, layout.names)]

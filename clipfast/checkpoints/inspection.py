@@ -1,4 +1,4 @@
-"""A description of a checkpoint, read from the file alone."""
+"""``inspect_checkpoint``: a description of a checkpoint, from its file alone."""
 
 import dataclasses
 import hashlib
@@ -19,14 +19,14 @@ class CheckpointInfo:
     Attributes:
         source: the file or folder.
         layout: the kind of file or folder, in words.
-        models: the names of the models that it can be. They are several if it does not say the activation, and none
-            if no model that clipfast knows has its sizes.
-        parameters: how many numbers are learned.
-        dtypes: how many tensors there are of each dtype.
+        models: the names of the models that match. There are several if the checkpoint does not tell the activation,
+            and none if no model of clipfast has these sizes.
+        parameters: the number of parameters.
+        dtypes: the number of tensors of each dtype.
         activation: "GELU" or "QuickGELU"; of SigLIP "GELU" or "tanh GELU", of both towers if they differ.
         image_size, context_length: the sizes for which the weights have positions.
-        mean, std, interpolation, resize_mode: how images are prepared.
-        epoch, step: how far training had come.
+        mean, std, interpolation, resize_mode: the preprocessing settings.
+        epoch, step: the number of finished epochs and steps of training.
         sha256: the checksum of each file of weights, by name.
         file_bytes: the size of these files.
     """
@@ -52,7 +52,7 @@ class CheckpointInfo:
 def inspect_checkpoint(
     source: str | Path, *, trust: bool = False, cache_dir: str | Path | None = None
 ) -> CheckpointInfo:
-    """Say what a checkpoint is, which model, how large, and with which checksum. No model is built.
+    """Describe a checkpoint: its layout, model, sizes and checksums. No model is built.
 
     Args:
         source: as :func:`convert` takes it.

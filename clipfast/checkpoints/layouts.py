@@ -1,4 +1,4 @@
-"""Recognising the layout of a file or folder, and reading it."""
+"""Recognises the layout of a checkpoint's file or folder, and reads it."""
 
 import contextlib
 import dataclasses
@@ -80,7 +80,7 @@ def fetch_folder(
         HubError: there is no such repository, a file is missing in it, or is not in the cache of an offline machine.
     """
     config = fetch(repository, CONFIG_NAME, hugging_face.CONFIG_NAME, cache_dir=cache_dir)
-    folder = config.parent  # its name is the commit
+    folder = config.parent  # the folder's name is the commit
 
     def more(*names: str) -> Path:
         return fetch(repository, *names, cache_dir=cache_dir, revision=folder.name)
@@ -126,17 +126,18 @@ def _read_tag(source: str, config: CLIPConfig, entry: dict[str, Any], cache_dir:
 
 
 def checkpoint_of_run(folder: Path, *, is_said: bool = True) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest whole checkpoint of a run and its content, and say which it is; tensors may be left out.
+    """Return the newest complete checkpoint of a run with its content, and log its path; tensors may be left out.
 
     Args:
-        folder: of a run, of this package or of OpenCLIP's trainer; of its checkpoints; or of a checkpoint in parts.
-        is_said: False says nothing.
+        folder: the folder of a run of this package or of OpenCLIP's trainer, of its checkpoints, or of a sharded
+            checkpoint.
+        is_said: whether to log the path.
 
     Returns:
-        None for any other folder, and for that of a run whose last step is exported into it.
+        None for any other folder, and for the folder of a run into which the model of the last step is exported.
 
     Raises:
-        CheckpointError: no checkpoint of the run is whole, or it has none yet.
+        CheckpointError: the run has no checkpoint yet, or no complete one.
     """
     from .of_run import Checkpoints, read_saved
     from .sharded import MANIFEST
@@ -162,9 +163,10 @@ def checkpoint_of_run(folder: Path, *, is_said: bool = True) -> tuple[Path, dict
 
 
 def _exported_step(folder: Path) -> float:
-    """Return the step of the model that lies in a folder beside others' files; -1 if there is none.
+    """Return the step of the model that is exported into a run's folder; -1 without one.
 
-    A run that goes on after its end leaves the model of that end in its folder. What tells no step is the newest.
+    A run that continues after its end leaves the exported model of that end in its folder. A model without a step
+    counts as the newest.
     """
     if not any((folder / name).is_file() for name in (*WEIGHTS_NAMES, *hugging_face.WEIGHTS_NAMES)):
         return -1
@@ -174,10 +176,10 @@ def _exported_step(folder: Path) -> float:
 
 
 def described(path: Path, content: dict[str, Any]) -> tuple[CLIPConfig | None, dict[str, Any]]:
-    """Return the configuration of a checkpoint, and how images are prepared.
+    """Return the configuration and the preprocessing settings of a checkpoint.
 
-    OpenCLIP's checkpoints have no configuration: ``params.txt`` in the run's folder names the model. It is None if that
-    is not there, or if clipfast does not build the model.
+    OpenCLIP's checkpoints have no configuration: ``params.txt`` in the run's folder names the model. The configuration
+    is None without that file, or if clipfast cannot build the model.
 
     Raises:
         CheckpointError: the configuration cannot be read.
@@ -200,7 +202,8 @@ def described(path: Path, content: dict[str, Any]) -> tuple[CLIPConfig | None, d
 def is_hugging_face_folder(folder: Path) -> bool:
     """Return whether a folder with a model's configuration is read in the layout of transformers, not of OpenCLIP.
 
-    In a folder with both configurations, the one whose weights are there counts; if both or none are, OpenCLIP's.
+    In a folder with both configurations, the layout whose weights are there counts; with both or no weights,
+    OpenCLIP's.
     """
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     is_open_clip = CONFIG_NAME in names and (names & {*WEIGHTS_NAMES} or not names & {*hugging_face.WEIGHTS_NAMES})

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: their names, how they are written beside training, and which is the newest whole one."""
+"""The checkpoints of a run: their names, writing them during training, and finding the newest complete one."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ EPOCH = re.compile(r"epoch_(\d+)\.pt")
 class Found(NamedTuple):
     """A checkpoint with its content, and one line for each newer one that is damaged.
 
-    The content of a folder is without its tensors.
+    For a folder, the content has no tensors.
     """
 
     path: Path | None
@@ -37,15 +37,15 @@ class Checkpoints:
     """The folder of a run's checkpoints.
 
     ``step_N.pt`` is the state after N steps, and so is a folder ``step_N``, into which each process writes its parts.
-    ``epoch_latest.pt`` is a second name of the file that a run goes on from, unless there is a folder of a later step;
-    it moves to a new one only when that is on the disk. ``epoch_N.pt`` is a second name of one that is kept for good.
+    ``epoch_latest.pt`` is a hard link to the file from which a run continues, unless there is a folder of a later step.
+    It moves to a new file only when that is on the disk. ``epoch_N.pt`` is a hard link to a file that is never removed.
 
     Args:
         folder: the folder, which may not exist yet.
-        keep_last: so many of the ``step_N.pt`` and ``step_N`` are kept.
-        after_save: is called, on the thread that writes, after each checkpoint that is on the disk.
-        only_last_epoch: remove each ``epoch_N.pt`` as soon as there is a new one.
-        is_held: says whether the folder is still that of this run.
+        keep_last: the number of ``step_N.pt`` and ``step_N`` to keep.
+        after_save: a function that the writing thread calls after each checkpoint is on the disk.
+        only_last_epoch: whether to remove each ``epoch_N.pt`` as soon as there is a new one.
+        is_held: returns whether the folder still belongs to this run.
         world: the processes that write the parts of a folder, with a group of their own.
     """
 
@@ -66,15 +66,15 @@ class Checkpoints:
         self._world, self._background, self._host_copy = world, Background(), HostCopy(world)
 
     def step_path(self, step: int) -> Path:
-        """Return the path of the state after ``step`` steps as a file."""
+        """Return the path of the checkpoint file after ``step`` steps."""
         return self.folder / f"step_{step}.pt"
 
     def steps(self) -> dict[int, Path]:
-        """Return the paths of the ``step_N.pt`` and ``step_N`` that there are by their steps, the last one first."""
+        """Return the paths of all ``step_N.pt`` and ``step_N`` by their steps, the last step first."""
         return _numbered(self.folder, STEP)
 
     def kept(self) -> list[Path]:
-        """Return the checkpoints that there are, the newest first, each by the first of its names."""
+        """Return the paths of all checkpoints, the newest first, each under the first of its names."""
         steps = self.steps()
         later = self._folders_after(self.latest)
         names = [*later, self.latest, *steps.values(), *_numbered(self.folder, EPOCH).values()]
@@ -93,7 +93,7 @@ class Checkpoints:
         """
         damaged: list[str] = []
         kept = self.kept()
-        if self.steps() and kept[0] != self.latest and not kept[0].is_dir():  # OpenCLIP's runs need not have it
+        if self.steps() and kept[0] != self.latest and not kept[0].is_dir():  # OpenCLIP's runs may lack this file
             damaged.append(f"{self.latest} is missing")
         for path in kept:
             try:
@@ -107,10 +107,10 @@ class Checkpoints:
         return Found(None, {}, [])
 
     def begin(self, resumed: Path | None = None) -> None:
-        """Remove what a killed process left half written, and let the newest be what the run goes on from.
+        """Remove incomplete files of a killed process, and make the checkpoint from which the run continues the newest.
 
-        For that, ``epoch_latest.pt`` moves, and folders of later steps go, which would be newer. A folder that the run
-        goes on from becomes the newest when files of later steps go too.
+        For that, ``epoch_latest.pt`` moves, and folders of later steps are removed, which would be newer. If the run
+        continues from a folder, files of later steps are removed too.
         """
         for path in self.folder.glob(".*.tmp"):
             _remove(path)
@@ -132,15 +132,16 @@ class Checkpoints:
         self, checkpoint: dict[str, Any], step: int, *, milestone: int | None = None, good: int | None = None,
         in_parts: bool = False,
     ) -> None:  # fmt: skip
-        """Copy a checkpoint, and write the copy in the background, after the write before is done.
+        """Copy a checkpoint, and write the copy in the background, after the previous write is finished.
 
         Args:
-            checkpoint: what to save; all of its tensors are copied when this returns, or ordered to be.
+            checkpoint: the content to save; when this returns, its tensors are copied, or the GPU has the copies in its
+                queue.
             step: number of steps that are finished.
             milestone: number of finished epochs, to keep it as ``epoch_N.pt``.
-            good: the newest checkpoint that is not of a later step is kept too.
-            in_parts: write a folder, with a part by each process of ``world``. All of them must call it, and an error
-                that one of them meets is that of all. Otherwise this process writes alone, even if there are others.
+            good: a step; the newest checkpoint that is not of a later step than this is kept too.
+            in_parts: write a folder into which each process of ``world`` writes a part. All of them must call this, and
+                an error of one becomes an error of all. Otherwise only this process writes.
         """
         self._background.wait()
         self.saved_at = time.monotonic()
@@ -161,7 +162,7 @@ class Checkpoints:
         self._background.start(lambda: self._written(path, step, write, milestone, good))
 
     def wait(self, seconds: float = math.inf) -> Exception | None:
-        """Wait until nothing is being written, or for so long, and return the error of the last write, if it failed."""
+        """Wait until no checkpoint is being written, or for ``seconds``, and return the error of a failed write."""
         return self._background.wait(seconds)
 
     def finish(self) -> None:
@@ -178,7 +179,7 @@ class Checkpoints:
     def _written(
         self, path: Path, step: int, write: Callable[[], object], milestone: int | None, good: int | None
     ) -> None:
-        """Write the state after ``step`` steps to ``path``, and remove what it replaces."""
+        """Write a run's checkpoint to ``path``, and remove the checkpoints that it replaces."""
         try:
             self._host_copy.wait()
             write()
@@ -195,10 +196,10 @@ class Checkpoints:
             self.after_save()
 
     def _refuse_another(self) -> None:
-        """Refuse to write into what may be the folder of another run by now.
+        """Refuse to write into a folder that no longer belongs to this run.
 
         Raises:
-            OSError: this run's was renamed or removed.
+            OSError: the run's folder was renamed or removed.
         """
         if not self._is_held():
             raise OSError(f"{self.folder.parent} was renamed or removed")
@@ -206,7 +207,7 @@ class Checkpoints:
     def _folders_after(self, file: Path) -> list[Path]:
         """Return the folders ``step_N`` whose step is later than the step of ``file``, the newest first.
 
-        A file has lost its name ``step_N.pt`` when there were enough of later steps, or when the folder was copied.
+        A file no longer has its name ``step_N.pt`` if enough later checkpoints exist, or if the folder was copied.
         """
         folders, files = dict[int, Path](), dict[int, Path]()
         for number, path in self.steps().items():
@@ -216,7 +217,7 @@ class Checkpoints:
         return [path for number, path in folders.items() if number > last]
 
     def _remove_old(self, written: Path, step: int, milestone: int | None, good: int | None) -> None:
-        """Remove what is not to be kept, and the states of steps after ``step``, which the run has not done yet."""
+        """Remove old checkpoints, and checkpoints of steps after ``step``, which the run has not reached yet."""
         steps = self.steps()
         past = [number for number in steps if number <= step]
         kept = past[: self.keep_last] + [number for number in past if good is not None and number <= good][:1]
@@ -230,13 +231,13 @@ class Checkpoints:
                     _remove(path)
 
     def _link(self, path: Path, name: Path) -> None:
-        """Let ``name`` be a second name of the file ``path``."""
+        """Make ``name`` a hard link to the checkpoint ``path``."""
 
         def link(temporary: Path) -> None:
             temporary.unlink()
             try:
                 temporary.hardlink_to(path)
-            except OSError:  # the file system has no such links
+            except OSError:  # the file system has no hard links
                 shutil.copyfile(path, temporary)
 
         replace_file(name, link)
@@ -256,7 +257,7 @@ def read_saved(path: Path, *, tensors: bool = True) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder. Of a folder, no part remains under its name."""
+    """Remove a checkpoint, a file or a folder. A partly removed folder never keeps its name."""
     if path.is_dir():
         hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.tmp"))
         shutil.rmtree(hidden)
@@ -265,7 +266,7 @@ def _remove(path: Path) -> None:
 
 
 def _named(error: Exception, path: Path) -> OSError:
-    """Return an error that says in one line why ``path`` cannot be written."""
+    """Return an error that says in one line why the checkpoint ``path`` cannot be written."""
     if isinstance(error, DiskFullError):
         return error
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -273,6 +274,6 @@ def _named(error: Exception, path: Path) -> OSError:
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
-    """Return the paths in ``folder`` whose whole name fits, by the number in it, the largest first."""
+    """Return the checkpoints in ``folder`` whose names match a pattern, by the number in them, the largest first."""
     found = [(match, path) for path in folder.glob("*") if (match := pattern.fullmatch(path.name))]
     return dict(sorted(((int(match[1]), path) for match, path in found), reverse=True))

@@ -1,4 +1,4 @@
-"""Reading files and folders with the names of OpenCLIP, which are those of clipfast's checkpoints and OpenAI's too."""
+"""Reads files and folders with OpenCLIP's parameter names, which clipfast's and OpenAI's checkpoints have too."""
 
 import dataclasses
 import warnings
@@ -27,7 +27,7 @@ from .contents import Contents, find_tokenizer
 from .tensor_shapes import HEAD_WIDTH, config_of_weights, settled
 
 _HUGGING_FACE_NAMES = ("text_model.", "vision_model.")
-# OpenAI's modules keep these numbers among their weights.
+# OpenAI's state dicts have these numbers besides the weights.
 _NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -41,7 +41,7 @@ def read_file(path: Path) -> Contents:
 
 
 def contents_of(path: Path, checkpoint: dict[str, Any]) -> Contents:
-    """Return the contents of a file that has been read.
+    """Return the contents of a checkpoint file that has been read.
 
     Raises:
         CheckpointError: it has the names of a transformers model.

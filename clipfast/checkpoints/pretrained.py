@@ -18,7 +18,7 @@ from .checkpoint import WEIGHTS_NAMES
 from .hub import fetch
 
 _HALF = (0.5, 0.5, 0.5)
-# What each note of the table changes in a configuration.
+# The settings that each note in the table changes in a configuration.
 _NOTES: dict[str, dict[str, Any]] = {
     "quick_gelu": {"quick_gelu": True},
     "half": {"mean": _HALF, "std": _HALF},
@@ -28,7 +28,7 @@ _NOTES: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def _table() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the configuration of each tag of each model in the file, by their names."""
+    """Read the table of published weights: the configuration of each tag of each model."""
     raw = tomllib.loads(files("clipfast").joinpath("assets/pretrained.toml").read_text(encoding="utf-8"))
     table = {model: {tag: _entry(value) for tag, value in tags.items()} for model, tags in raw.items()}
     for model, tags in list(table.items()):
@@ -39,7 +39,7 @@ def _table() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _entry(value: str) -> dict[str, Any]:
-    """Return the configuration that one line of the file stands for: a repository, and notes on what is unusual."""
+    """Return the configuration of a tag from its line in the table: a repository, and notes on unusual settings."""
     repository, *notes = value.split()
     entry = {"hf_hub": f"{repository}/", "mean": CLIP_MEAN, "std": CLIP_STD}
     entry |= {"interpolation": "bicubic", "resize_mode": "shortest"}
@@ -49,7 +49,7 @@ def _entry(value: str) -> dict[str, Any]:
 
 
 def _known() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the part of the table whose models clipfast builds."""
+    """Return the part of the table of published weights whose models clipfast can build."""
     built = set(list_models())
     return {model: tags for model, tags in _table().items() if model in built}
 
@@ -75,7 +75,7 @@ def list_pretrained_models_by_tag(tag: str) -> list[str]:
 
 
 def get_pretrained_cfg(model: str, tag: str) -> dict[str, Any]:
-    """Return what is known of the weights of a tag; an empty dict if the model has no such tag.
+    """Return the configuration of the weights of a tag; an empty dict if the model has no such tag.
 
     Returns:
         ``hf_hub`` ("ORG/REPO/", the repository); ``mean``, ``std``, ``interpolation`` and ``resize_mode`` of images;
@@ -88,7 +88,7 @@ def find_pretrained(model: str | None = None, tag: str | None = None) -> list[tu
     """Return the model, the tag and the configuration of all weights, or of those of one model or tag.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no weights match.
     """
     found = [
         (known, each, get_pretrained_cfg(known, each))
@@ -106,7 +106,7 @@ def find_pretrained(model: str | None = None, tag: str | None = None) -> list[tu
 
 
 def pretrained_config(model: str, entry: dict[str, Any]) -> CLIPConfig:
-    """Return the configuration of a model as the weights of a tag were trained: with QuickGELU, if they were."""
+    """Return the configuration of a model for the weights of a tag: with QuickGELU if they were trained with it."""
     config = get_model_config(model.replace("/", "-"))
     return dataclasses.replace(config, quick_gelu=True) if entry.get("quick_gelu") else config
 

@@ -1,4 +1,4 @@
-"""Deciding which model a checkpoint holds, and resizing its positions where that was asked for."""
+"""Determines the model of a checkpoint, and resizes its positions if the user wants another size."""
 
 import contextlib
 import dataclasses
@@ -28,13 +28,13 @@ _SIGLIP: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Wishes:
-    """The user's wishes for the model, where the checkpoint says nothing or something else; None leaves it open.
+    """The user's settings of the model, for a checkpoint that does not tell them or tells others; None if not given.
 
     Attributes:
         model: the name of a model, or the path of OpenCLIP's JSON file of one.
         activation: "gelu" or "quick_gelu"; for SigLIP "gelu" or "gelu_tanh", or two of these for images and texts.
-        image_size: side of the images in pixels, to which positions are resized.
-        context_length: tokens of a text, to which positions are resized.
+        image_size: the side of images in pixels to which positions are resized.
+        context_length: the number of tokens of a text to which positions are resized.
     """
 
     model: str | None = None
@@ -43,7 +43,7 @@ class Wishes:
     context_length: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an activation that is not known.
+        """Refuse an unknown activation.
 
         Raises:
             ValueError: as above.
@@ -56,12 +56,12 @@ class Wishes:
 
 
 def resolve(contents: Contents, wishes: Wishes) -> Contents:
-    """Return ``contents`` with the configuration of its model, and with weights that fit it.
+    """Determine the model of a checkpoint; return the contents with its configuration and with weights that fit it.
 
     Raises:
-        CheckpointError: the checkpoint leaves something open, contradicts the wishes, or does not fit the model; the
+        CheckpointError: the checkpoint does not tell a setting, contradicts the user, or does not fit the model; the
             message names the flag that decides.
-        ValueError: there is no model of the name that is wished for.
+        ValueError: the model that the user names does not exist.
     """
     base = _with_activation(_base(contents, wishes), contents, wishes)
     if wishes.model is None:
@@ -83,15 +83,15 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
     )
     state = _resized(state, stored, image_size, context)
     config = _sized(base, image_size, context)
-    empty_state(config, contents.source)  # refuses an image size that patches do not divide
-    # CLIP's own tokenizer can be written anew for another length, which its files name.
+    empty_state(config, contents.source)  # refuses an image size that is not a multiple of the patch size
+    # The files of CLIP's tokenizer state the context length; they are written anew for another length.
     is_kept = context == stored_context or isinstance(config, SigLIPConfig)
     tokenizer = contents.tokenizer if is_kept else ()
     return dataclasses.replace(contents, config=config, state=state, tokenizer=tokenizer)
 
 
 def _base(contents: Contents, wishes: Wishes) -> CLIPConfig:
-    """Return the configuration that was asked for, or the checkpoint's own, or the one that its shapes show."""
+    """Return the configuration of the model that the user names, or else the checkpoint's, or else by its shapes."""
     if wishes.model is not None:
         return _asked_config(wishes.model)
     if contents.config is not None:
@@ -149,7 +149,7 @@ def _asked_config(model: str) -> CLIPConfig:
 
 
 def _with_activation(config: CLIPConfig, contents: Contents, wishes: Wishes) -> CLIPConfig:
-    """Return ``config`` with the activation, which no shape shows."""
+    """Return a checkpoint's configuration with its activation, which no shape shows."""
     if wishes.activation is not None:
         return _activated(config, wishes.activation)
     asked = None if wishes.model is None else config.activation
@@ -175,7 +175,7 @@ def _activated(config: CLIPConfig, wish: str) -> CLIPConfig:
     """Return ``config`` with the activation that ``--activation`` names.
 
     Raises:
-        ValueError: a model of this kind does not have it.
+        ValueError: a model of this kind does not have the activation.
     """
     known = _SIGLIP if isinstance(config, SigLIPConfig) else _CLIP
     if wish not in known:
@@ -185,7 +185,7 @@ def _activated(config: CLIPConfig, wish: str) -> CLIPConfig:
 
 
 def activation_flag(config: CLIPConfig) -> str:
-    """Return the value of ``--activation`` that stands for the activation of ``config``."""
+    """Return the value of ``--activation`` for the activation of a configuration."""
     known = _SIGLIP if isinstance(config, SigLIPConfig) else _CLIP
     return next(word for word in known if _activated(config, word) == config)
 
@@ -196,7 +196,7 @@ def _sized(config: CLIPConfig, image_size: int, context_length: int) -> CLIPConf
 
 
 def _wanted(what: str, flag: str, stored: int, configured: int, wished: int | None, label: str | Path) -> int:
-    """Return the size that the result is to have; one that differs from the weights' own must be wished for."""
+    """Return the size of the converted model; only the user can choose a size that differs from the weights' own."""
     if wished is None and stored != configured:
         raise CheckpointError(
             f"{label} has positions for {what} {stored}, but the model's {what} is {configured}: add {flag} "

@@ -22,7 +22,7 @@ from .checkpoint import CheckpointError
 from .torch_dcp import METADATA_NAME, read_metadata, read_tensor
 
 MANIFEST = "manifest.json"
-REST = "rest.pt"  # what is no tensor, and where the tensors belong in it
+REST = "rest.pt"  # everything that is not a tensor, with placeholders for the tensors
 _TENSOR = "name of a tensor"
 _BLOCK = 2**24
 
@@ -30,16 +30,16 @@ _BLOCK = 2**24
 def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
     """Write a checkpoint into ``folder``, which all ranks must see; they call it together.
 
-    A folder that exists is replaced. Whenever a process stops, ``folder`` is whole, or as it was, or not there.
+    An existing folder is replaced. If a process is killed, ``folder`` is complete, or as before, or absent.
 
     Args:
         folder: its parent must exist.
-        content: nested dicts and lists of tensors, which may be cut, and plain values; the same ones on every rank.
-            What is not cut is that of rank 0.
+        content: nested dicts and lists of tensors, which may be sharded, and plain values; with the same structure on
+            every rank. Tensors and values that are not sharded are taken from rank 0.
         world: the processes.
 
     Raises:
-        OSError: some rank cannot write its part; on all ranks.
+        OSError: a rank cannot write its part; all ranks raise this error.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
 
@@ -67,7 +67,7 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
     def finish_or_leave_nothing() -> None:
         try:
             finish()
-        except OSError:  # what a full disk has no room for must not fill it
+        except OSError:  # an incomplete checkpoint must not fill the disk
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
@@ -89,7 +89,7 @@ def _written(folder: Path, content: dict[str, Any], world: World) -> "dict[str, 
             torch.save(rest, folder / REST)
             files += [folder / METADATA_NAME, folder / REST]
         return {path.name: _seal(path) for path in files}
-    except CheckpointException as error:  # the same one on all ranks
+    except CheckpointException as error:  # DCP raises the same error on all ranks
         rank, (reason, _) = min(error.failures.items(), key=lambda failure: failure[0])
         return _os_error(reason, rank)
     except Exception as error:
@@ -97,7 +97,7 @@ def _written(folder: Path, content: dict[str, Any], world: World) -> "dict[str, 
 
 
 def _os_error(error: BaseException, rank: int) -> OSError:
-    """Return an error that other processes can be sent."""
+    """Return an error of writing a checkpoint in a form that can be pickled and sent to other processes."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, f"{error.strerror} (rank {rank})")
     return OSError(f"{error} (rank {rank})")
@@ -129,10 +129,10 @@ def read_parts(folder: Path, *, without: Collection[str] = ()) -> dict[str, Any]
 
     Args:
         folder: the checkpoint.
-        without: keys of the content that are left out, and whose tensors are not read.
+        without: keys of the content to leave out; their tensors are not read.
 
     Raises:
-        CheckpointError: it is damaged, or holds anything but tensors and plain values.
+        CheckpointError: the checkpoint is damaged, or holds anything but tensors and plain values.
     """
     rest = {key: value for key, value in read_rest(folder).items() if key not in without}
     metadata = read_metadata(folder / METADATA_NAME)
@@ -158,7 +158,7 @@ def read_rest(folder: Path) -> dict[str, Any]:
     """Return a checkpoint that :func:`write_parts` wrote, without its tensors.
 
     Raises:
-        CheckpointError: it is damaged, or holds anything but plain values.
+        CheckpointError: the checkpoint is damaged, or holds anything but plain values.
     """
     check_parts(folder)
     try:
@@ -171,7 +171,7 @@ def read_rest(folder: Path) -> dict[str, Any]:
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return nested dicts and lists with names in place of tensors, which are put into ``tensors``."""
+    """Replace the tensors in a checkpoint's nested dicts and lists by names, and put them into ``tensors``."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {_TENSOR: name}
@@ -183,7 +183,7 @@ def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    """Bring a file onto the disk, and return its size and its SHA-256."""
+    """Flush a checkpoint's file to the disk, and return its size and its SHA-256."""
     sync(path)
     return {"size": path.stat().st_size, "sha256": _digest(path)}
 

@@ -1,4 +1,4 @@
-"""What stands behind the name of a model: its configuration, its weights, and how its images are prepared."""
+"""Finds the source of a model by its name: its configuration, its weights, and its preprocessing settings."""
 
 import dataclasses
 import warnings
@@ -37,10 +37,10 @@ class ModelSource:
         config: the configuration.
         weights: the file of the weights, or a folder (of transformers, or a checkpoint in parts) that holds them; None
             if there are none.
-        preprocessing: how images are prepared, in OpenCLIP's words: mean, std, interpolation and resize_mode.
-        folder: where the files of the tokenizer lie, if the model has one of its own.
+        preprocessing: the preprocessing settings by OpenCLIP's names: mean, std, interpolation and resize_mode.
+        folder: the folder with the files of the tokenizer, if the model has its own.
         checkpoint: the content of ``weights``, if it had to be read to know the model.
-        name: of the model, for errors.
+        name: the name of the model, for error messages.
     """
 
     config: CLIPConfig
@@ -58,12 +58,12 @@ def model_source(
     config: CLIPConfig, weights: Path | None = None, given: Mapping[str, Any] | None = None,
     folder: Path | None = None, checkpoint: dict[str, Any] | None = None,
 ) -> ModelSource:  # fmt: skip
-    """Return the source of a model whose images are prepared as ``given`` says in OpenCLIP's words.
+    """Return the source of a model with preprocessing settings by OpenCLIP's names.
 
-    What ``given`` leaves open is as usual for the kind of model.
+    Settings that ``given`` lacks get the defaults of the kind of model, CLIP or SigLIP.
 
     Raises:
-        CheckpointError: this package does not implement the preparation of images.
+        CheckpointError: clipfast does not implement the preprocessing.
     """
     preprocessing = complete_preprocessing(given or {}, is_siglip=isinstance(config, SigLIPConfig))
     check_preprocessing(preprocessing, folder or weights or "the model")
@@ -78,12 +78,12 @@ def resolve_source(
     fetch_weights: bool = True,
     force_quick_gelu: bool = False,
 ) -> ModelSource:
-    """Return what :func:`clipfast.create_model` builds for a name, and for weights in place of its own.
+    """Return the source of the model that :func:`clipfast.create_model` builds, for a name and optional other weights.
 
     Args:
         model_name, pretrained, cache_dir: as for :func:`clipfast.create_model`.
         fetch_weights: whether weights on the hub are downloaded; False downloads only the description of the model.
-        force_quick_gelu: whether the caller builds the model with QuickGELU, so that no warning says it.
+        force_quick_gelu: whether the caller builds the model with QuickGELU in any case, and needs no warning about it.
 
     Raises:
         ValueError: the name of the model is unknown.
@@ -105,7 +105,7 @@ def resolve_source(
 
 
 def _with_file(source: ModelSource, path: Path) -> ModelSource:
-    """Return a source with the weights of a file, which may say how images are prepared."""
+    """Return the source of a model with the weights of a file, which may state its preprocessing settings."""
     content = read_checkpoint(path, mmap=True)
     preprocessing = source.preprocessing | stated_preprocessing(content)
     return model_source(source.config, path, preprocessing, source.folder, content)
@@ -118,7 +118,7 @@ def _named(
     fetch_weights: bool,
     force_quick_gelu: bool,
 ) -> ModelSource:
-    """Return a model that clipfast knows by name, with the weights of a tag or a file."""
+    """Return the source of a model in the registry, with the weights of a tag or a file."""
     config = get_model_config(name)
     if not pretrained:
         return model_source(config)
@@ -143,7 +143,7 @@ def _named(
 
 
 def _described(model_name: str, cache_dir: str | Path | None, fetch_weights: bool) -> ModelSource:
-    """Return a model that a folder, a checkpoint of this package or a repository of the hub describes."""
+    """Return the source of a model that a folder, a clipfast checkpoint or a repository of the hub describes."""
     path = local_path(model_name)
     if model_name.endswith(".pt") and not path.is_dir():
         return _of_checkpoint(path, read_checkpoint(path, mmap=True))
@@ -156,12 +156,12 @@ def _described(model_name: str, cache_dir: str | Path | None, fetch_weights: boo
             f"{HUB_PREFIX}{model_name}"
         )
     if repository is None:
-        return model_source(get_model_config(model_name))  # which refuses the name
+        return model_source(get_model_config(model_name))  # raises the error about an unknown name
     return _in_repository(repository, model_name, cache_dir, fetch_weights)
 
 
 def _in_repository(repository: str, name: str, cache_dir: str | Path | None, fetch_weights: bool) -> ModelSource:
-    """Return a model on the hub. Its weights are not fetched before it is known that clipfast builds it."""
+    """Return the source of a model on the hub. Its weights are downloaded only if clipfast can build the model."""
     try:
         folder = fetch_folder(repository, cache_dir, weights=False, tokenizer=True)
     except HubError as error:
@@ -176,7 +176,7 @@ def _in_repository(repository: str, name: str, cache_dir: str | Path | None, fet
 
 
 def read_folder(folder: Path, with_weights: bool = True) -> ModelSource:
-    """Return the model in a folder of OpenCLIP's layout, of transformers, or of a run.
+    """Return the source of the model in a folder of OpenCLIP's layout, of transformers, or of a run.
 
     Raises:
         CheckpointError: there is no readable configuration or no weights, or this package does not implement the
@@ -198,10 +198,10 @@ def _read_as(is_hugging_face: bool, folder: Path, with_weights: bool) -> ModelSo
 
 
 def _of_checkpoint(path: Path, content: dict[str, Any], folder: Path | None = None) -> ModelSource:
-    """Return the model of a checkpoint.
+    """Return the source of the model in a checkpoint file.
 
     Raises:
-        CheckpointError: nothing says which model it is.
+        CheckpointError: the checkpoint does not tell its model.
     """
     config, preprocessing = described(path, content)
     if config is None:
@@ -217,7 +217,7 @@ def load_source(model: CLIP, source: ModelSource) -> None:
     """Load the weights of a source into ``model``; positions are resized to the model's.
 
     Raises:
-        CheckpointError: there are none, they cannot be read, or do not fit.
+        CheckpointError: the source has no weights, or they cannot be read or do not fit.
     """
     weights, content = source.weights, source.checkpoint
     assert weights is not None

@@ -1,4 +1,4 @@
-"""Which model weights belong to, by the shapes of their tensors.
+"""Determines the model of a checkpoint's weights by the shapes of their tensors.
 
 Shapes show neither the activation nor the number of heads. The published models differ in other sizes too, so that the
 shapes name the model up to its activation.
@@ -25,12 +25,12 @@ from ..models.positions import (
 )
 from .checkpoint import CheckpointError, is_siglip_state
 
-HEAD_WIDTH = 64  # of every model that OpenAI published, and of most others
+HEAD_WIDTH = 64  # the head width of every model of OpenAI, and of most others
 RESNET_STRIDE = 32
 
 
 def config_of_weights(state: Mapping[str, Tensor], source: str | Path) -> CLIPConfig:
-    """Return the configuration that shapes show, with GELU and heads of 64 dimensions, which they do not show.
+    """Return a model's configuration by the shapes of its weights; GELU and heads of 64 dimensions are assumed.
 
     Raises:
         CheckpointError: these are not the weights of a CLIP model that clipfast can build.
@@ -80,7 +80,7 @@ def _resnet(state: Mapping[str, Tensor]) -> VisionConfig:
 
 
 def _head_width(width: int) -> int:
-    """Return the usual width of a head, or that of a single one where it does not divide the width."""
+    """Return the usual head width, 64, or the whole width if that is not a multiple of it."""
     return width if width % HEAD_WIDTH else HEAD_WIDTH
 
 
@@ -89,7 +89,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """Return the ratio which gives ``hidden`` units, since ``int(width * hidden / width)`` can be one less."""
+    """Return an mlp_ratio that gives ``hidden`` units; ``hidden / width`` itself may be rounded to one unit less."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -97,7 +97,7 @@ def mlp_ratio(hidden: int, width: int) -> float:
 def stored_sizes(state: Mapping[str, Tensor], config: CLIPConfig) -> tuple[int, int]:
     """Return the image size and the context length for which ``state`` has positions.
 
-    They are those of ``config`` where a tensor is missing or has no such shape, which the check of all shapes reports.
+    They are taken from ``config`` if a tensor is missing or has a wrong shape, which the later check of shapes reports.
     """
     image_size, context_length = config.vision.image_size, config.text.context_length
     name = positions_name(state)
@@ -106,19 +106,19 @@ def stored_sizes(state: Mapping[str, Tensor], config: CLIPConfig) -> tuple[int, 
         stride = (vision.patch_size if isinstance(vision.layers, int) else None) or RESNET_STRIDE
         with contextlib.suppress(ValueError):
             side = grid_side(name, state[name])
-            # Pixels at the edges that fill no patch show in no shape.
+            # No shape shows pixels at the edge that fill no patch.
             image_size = image_size if image_size // stride == side else side * stride
     text = state.get(text_positions_name(state))
     return image_size, len(text) if text is not None and text.ndim == 2 else context_length
 
 
 def models_of_shapes(config: CLIPConfig) -> list[str]:
-    """Return the names of the models whose weights have the shapes of those of ``config``."""
+    """Return the names of the models whose weights have the shapes of the model ``config``."""
     return [name for name in list_models() if _shapes(get_model_config(name)) == _shapes(config)]
 
 
 def settled(config: CLIPConfig) -> CLIPConfig:
-    """Return the configuration as it is published, if a published model equals ``config`` but for its notation.
+    """Return the published configuration that equals ``config`` up to rounding of its numbers, or else ``config``.
 
     A layout that states the hidden units of an MLP gives 4.363636 where the published configuration says 4.3637.
     """
@@ -127,7 +127,7 @@ def settled(config: CLIPConfig) -> CLIPConfig:
 
 
 def similar(config: SigLIPConfig) -> SigLIPConfig:
-    """Return ``config`` as it is published, and if only its activation is another one, with the published tokenizer.
+    """Return the published configuration like ``config``; if only the activation differs, take over its tokenizer.
 
     Transformers computes GELU by tanh in all its SigLIP models, and OpenCLIP exactly in some of them.
     """
@@ -139,7 +139,7 @@ def similar(config: SigLIPConfig) -> SigLIPConfig:
 
 
 def name_of(config: CLIPConfig) -> str | None:
-    """Return the name of the model that ``config`` is, or None if it has none."""
+    """Return the name of the model with the configuration ``config``, or None."""
     return next((name for name in models_of_shapes(config) if _hidden(get_model_config(name)) == _hidden(config)), None)
 
 
@@ -156,5 +156,5 @@ def _shapes(config: CLIPConfig) -> tuple[Any, ...]:
 
 
 def _hidden(config: CLIPConfig) -> tuple[Any, ...]:
-    """Return the settings of a model that no shape shows."""
+    """Return the settings of a model that no shape of its weights shows."""
     return config.activation, config.vision.heads, config.text.heads, config.vision.image_size

@@ -1,7 +1,7 @@
-"""Folders of ``torch.distributed.checkpoint`` (DCP): shards of tensors, and a pickled list of their places.
+"""Reads folders of ``torch.distributed.checkpoint`` (DCP): shards of tensors, and a pickled index of the shards.
 
-The list is read by an unpickler that knows the classes of such lists and nothing else, and the shards by PyTorch's
-reader of weights, so that neither can run code. Only the model's tensors are read, not the optimizer's.
+An unpickler that accepts only the classes of this index reads it, and ``torch.load(weights_only=True)`` reads the
+shards: neither can run code. Only the model's tensors are read, not the optimizer's.
 """
 
 import io
@@ -20,20 +20,20 @@ from .contents import Contents
 from .open_clip_layout import refuse_hugging_face_names
 
 METADATA_NAME = ".metadata"
-MAX_METADATA = 1 << 30  # bytes
+MAX_METADATA = 1 << 30  # the largest index that is read, in bytes
 _METADATA_CLASSES = (
     "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
     "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
 )  # fmt: skip
 _PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
-_LAST = "logit_scale"  # every model has it
+_LAST = "logit_scale"  # a parameter that every model has
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """An unpickler of the list in ``.metadata``, which refuses every other class and every function."""
+    """An unpickler of DCP's index ``.metadata``, which refuses every other class and every function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class that occurs in such lists."""
+        """Return a class that may occur in DCP's index, and refuse any other."""
         from torch.distributed.checkpoint import filesystem, metadata
 
         if module == metadata.__name__ and name in _METADATA_CLASSES:
@@ -74,10 +74,10 @@ def read_folder(folder: Path) -> Contents:
 
 
 def read_metadata(path: Path) -> Any:
-    """Read the list of the places of all shards.
+    """Read DCP's index of all shards.
 
     Raises:
-        CheckpointError: it is damaged, or holds code.
+        CheckpointError: the index is damaged, or holds code.
     """
     try:
         metadata = _MetadataUnpickler(io.BytesIO(read_regular(path, MAX_METADATA))).load()
@@ -94,7 +94,7 @@ def _prefix(folder: Path, entries: Mapping[str, Any]) -> str:
     """Return the prefix of the names of the model's weights: "" or, for instance, "app.model."."""
     names = [name for name, entry in entries.items() if hasattr(entry, "chunks")]
     found = [name.removesuffix(_LAST) for name in names if name == _LAST or name.endswith(f".{_LAST}")]
-    # The values that an optimizer or a moving average holds for it lie deeper, or are named after it.
+    # An optimizer or a moving average has entries for this parameter too, deeper or with longer names.
     if len(found) > 1:
         found = [prefix for prefix in found if "model" in prefix.split(".")] or found
     if len(found) != 1:
@@ -106,7 +106,7 @@ def _prefix(folder: Path, entries: Mapping[str, Any]) -> str:
 
 
 def read_tensor(folder: Path, name: str, entry: Any, places: Mapping[Any, Any]) -> tuple[Tensor, set[Path]]:
-    """Return a tensor, put together from its shards, and the files that they lie in."""
+    """Assemble a tensor from its DCP shards; return it with the files of the shards."""
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     files = set()
@@ -132,10 +132,10 @@ def read_tensor(folder: Path, name: str, entry: Any, places: Mapping[Any, Any]) 
 
 
 def _read_slice(folder: Path, place: Any) -> Any:
-    """Read a tensor or a value that ``torch.save`` wrote into a part of a file, and compare the checksums in it.
+    """Read a DCP shard or value, which ``torch.save`` wrote into a part of a file, and verify its checksums.
 
     Raises:
-        ValueError: the part is in another folder, is damaged, has another format, or could run code.
+        ValueError: the file is in another folder, or the part is damaged, has another format, or could run code.
     """
     if Path(place.relative_path).name != place.relative_path or getattr(place, "transform_descriptors", None):
         raise ValueError(f"it lies in {place.relative_path!r} in a form that clipfast does not read")
@@ -147,18 +147,18 @@ def _read_slice(folder: Path, place: Any) -> Any:
     try:
         return torch.load(stream, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's own message recommends to unpickle everything, which would run the file's code.
+        # PyTorch's own message recommends weights_only=False, which would run code in the file.
         raise ValueError("it is an object other than a tensor or a plain value, which could run code") from error
 
 
 def _read_number(folder: Path, metadata: Any, name: str) -> int | None:
-    """Return the whole number that is stored under ``name`` at any depth, if there is one such."""
+    """Return the integer (such as the step) that a DCP folder stores under ``name`` at any depth; None without one."""
     found = [index for index in metadata.storage_data if index.fqn == name or index.fqn.endswith(f".{name}")]
     found = [index for index in found if not hasattr(metadata.state_dict_metadata.get(index.fqn), "chunks")]
     if len(found) != 1:
         return None
     try:
         value = _read_slice(folder, metadata.storage_data[found[0]])
-    except Exception:  # it is worth no error
+    except Exception:  # a missing number is not worth an error
         return None
     return value if isinstance(value, int) else None
