@@ -197,11 +197,13 @@ def _resize(photographs: Photographs, _: torch.device) -> Stage:
     """Return the stage that crops and resizes images."""
 
     def ours() -> AnyFunction:
+        """Make our function for the stage "resize"."""
         crops = photographs.crops
         decoded = photographs.of_each(crops.decoded)
         return _Each(lambda number: crops.resized(*decoded[number]), denormalized)
 
     def theirs() -> AnyFunction:
+        """Make OpenCLIP's function for the stage "resize"."""
         transform, decoded = photographs.open_clip_transform(), photographs.of_each(_pil)
         return _Each(lambda number: transform(decoded[number]), denormalized)
 
@@ -212,10 +214,12 @@ def _collate(photographs: Photographs, _: torch.device) -> Stage:
     """Return the stage that joins crops to a batch."""
 
     def ours() -> AnyFunction:
+        """Make our function for the stage "collate"."""
         images = photographs.of_each(photographs.crops)
         return _Joined(images, lambda batch: stacked(batch, len(batch)), denormalized)
 
     def theirs() -> AnyFunction:
+        """Make OpenCLIP's function for the stage "collate"."""
         transform = photographs.open_clip_transform()
         return _Joined(photographs.of_each(lambda file: transform(_pil(file))), default_collate, denormalized)
 
@@ -227,10 +231,12 @@ def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
     texts = pairs.captions(photographs.count)
 
     def ours() -> AnyFunction:
+        """Make our function for the stage "tokenize"."""
         tokenizer = Tokenizer()
         return _Joined(texts, lambda batch: trim_padding(tokenizer(batch)), padded)
 
     def theirs() -> AnyFunction:
+        """Make OpenCLIP's function for the stage "tokenize"."""
         tokenizer = peers.need("open_clip", "open_clip_torch").SimpleTokenizer()
         return _Joined(texts, lambda batch: default_collate([tokenizer(text)[0] for text in batch]), padded)
 
@@ -241,6 +247,7 @@ def _transfer(photographs: Photographs, device: torch.device) -> Stage:
     """Return the stage that copies batches to the device."""
 
     def make(pixels: torch.dtype, *, pinned: bool) -> AnyFunction:
+        """Make a function that copies batches of this pixel dtype to the device."""
         if device.type != "cuda":
             raise MissingError("nothing is copied to a CPU")
         shape = (photographs.count, 3, photographs.size, photographs.size)
@@ -266,9 +273,11 @@ def _pipeline(photographs: Photographs, _: torch.device) -> Stage:
     """Return the whole data pipeline as a stage."""
 
     def ours(workers: int) -> AnyFunction:
+        """Make our function for the stage "pipeline"."""
         return OurBatches(photographs.source(), photographs.crops, workers)
 
     def theirs(workers: int) -> AnyFunction:
+        """Make OpenCLIP's function for the stage "pipeline"."""
         return OpenClipBatches(photographs.shards, photographs.count, photographs.open_clip_transform(), workers)
 
     made: dict[str, Make] = {

@@ -61,7 +61,9 @@ class CheckResult:
         return max((figure.ratio for figure in self.figures), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON. A figure that is not finite becomes a string, since JSON has no such numbers."""
+        """Return the fields of a check's result for JSON. A figure that is not finite becomes a string, since JSON has
+        no such numbers.
+        """
         raw = dataclasses.asdict(self)
         raw["figures"] = [{key: _finite(value) for key, value in figure.items()} for figure in raw["figures"]]
         return raw

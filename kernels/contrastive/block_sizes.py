@@ -61,7 +61,7 @@ class GradGrid(NamedTuple):
 
     programs: int
     segments: int
-    tiles: int  # of a segment
+    tiles: int  # the number of tiles of a segment
 
 
 def grad_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, at_once: int, *, walks: bool) -> GradGrid:

@@ -326,6 +326,7 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Round features to ``dtype`` and return them in float32."""
         return x.to(dtype).float()
 
     @staticmethod
