@@ -1,4 +1,4 @@
-"""What these tests need that is optional, and one thread for models that are too small for two."""
+"""Optional libraries for these tests, and a single thread, since the models are too small for two."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ ON_A_CPU = places.CPU_DTYPES
 
 @pytest.fixture(autouse=True)
 def libraries() -> Iterator[None]:
-    """Both libraries, or no test."""
+    """Skip a test unless both libraries are installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("open_clip")

@@ -15,7 +15,7 @@ PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pool
 HF_PARTS = [*PARTS, "loss"]
 HF_NAMES = ["clip", "siglip", "siglip2"]
 Given = dict[str, torch.Tensor] | None
-TRAINING = {"loss_only": True, "return_loss": True}  # what hf_models.results takes
+TRAINING = {"loss_only": True, "return_loss": True}  # arguments of hf_models.results
 
 
 def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -58,7 +58,7 @@ def results(model: nn.Module, given: Given = None, **options: object) -> dict[st
 def assert_equal(
     model: nn.Module, patched: nn.Module, limit: float = 1e-10, given: Given = None, **options: object
 ) -> None:
-    """Both compute the same, forward and backward; a model of transformers its loss too."""
+    """Check that a model and its patched copy have equal outputs and gradients, and for transformers equal losses."""
     for one in ({}, TRAINING) if is_hf(model) else ({},):
         ours, theirs = (results(each, given, **one, **options) for each in (patched, model))
         error, where = shrunk.largest_error(ours, theirs)
@@ -66,7 +66,7 @@ def assert_equal(
 
 
 def replacements(model: nn.Module) -> list[Replacement]:
-    """All that is replaced."""
+    """Return all replacements in a model."""
     return [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Replacement)]
 
 

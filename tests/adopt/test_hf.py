@@ -60,7 +60,7 @@ def test_one_part_alone(name, part):
 
 
 def called(model: torch.nn.Module, given: dict, **options: object) -> tuple[int, int]:
-    """How often attention of all rows, and of one row, ran on our kernels."""
+    """Count the calls of our attention for all rows and for one row."""
     with (
         mock.patch.object(hf, "attention_qkv", wraps=hf.attention_qkv) as whole,
         mock.patch.object(layers, "single_query_attention", wraps=layers.single_query_attention) as row,

@@ -85,7 +85,7 @@ def step_of_rank(rank: int, name: str, sizes: tuple[int, ...]) -> dict[str, torc
 def test_several_ranks_have_the_loss_of_the_whole_batch(name, sizes, tmp_path):
     model = hf_models.make(name).double()
     given = hf_models.inputs(model, "end", batch=sum(sizes))
-    loss = model(**given, return_loss=True).loss  # theirs, of the whole batch in one process
+    loss = model(**given, return_loss=True).loss  # transformers' loss of the whole batch in one process
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     largest = max(float(x.abs().max()) for x in gradients.values())

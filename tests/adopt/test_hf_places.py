@@ -144,7 +144,7 @@ def test_layers_may_be_replaced_later():
         block.mlp = nn.Linear(64, 64).double()
         each.text_model.embeddings.token_embedding.padding_idx = 0
     given = hf_models.inputs(model)
-    given["input_ids"][:, 0] = 0  # whose row gets no gradient
+    given["input_ids"][:, 0] = 0  # the row of padding_idx gets no gradient
     assert_equal(model, patched, given=given)
     assert re.search(r"(?m)^text_model\.embeddings .* as before: its tables", clipfast.report_kernels(patched))
 

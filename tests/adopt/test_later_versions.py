@@ -26,7 +26,7 @@ KINDS = {  # a configuration, and what its report says: the place, its part, and
 
 @pytest.fixture
 def heads_attention(monkeypatch):
-    """A count of the calls of our attention by OpenCLIP's own classes."""
+    """Count the calls of our attention from OpenCLIP's own classes."""
     wrapped = mock.Mock(wraps=open_clip.heads_attention)
     monkeypatch.setattr(open_clip, "heads_attention", wrapped)
     return wrapped
@@ -115,7 +115,7 @@ def test_interfaces_of_open_clip_4(make, monkeypatch):
     monkeypatch.setattr(parts, "attention", ours)
     monkeypatch.setattr(open_clip, "attention", ours)
     tower = shrunk.randomised(make()).double()
-    tower.traits = object()  # which its factory leaves on every model, and which stays
+    tower.traits = object()  # OpenCLIP's factory sets this attribute on every model; patching must keep it
     patched = clipfast.apply_to_open_clip(copy.deepcopy(tower))
     is_decoder, length = make is later_decoder, 6 if make is later_decoder else 9
     text, valid = torch.arange(2 * length).reshape(2, -1), torch.arange(length) < torch.tensor([[4], [6]])

@@ -58,7 +58,7 @@ class Ops(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast", "float64"])
 def test_what_a_cpu_runs(mode, as_on_a_cpu):
-    """Ours where it is faster there."""
+    """On a CPU, a patched model runs our kernels only where they are faster."""
     model = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32"))
     assert "clipfast.attention, causal (on a CPU as before)" in clipfast.report_kernels(model)
     model = model.to(torch.float32 if mode == "autocast" else getattr(torch, mode))

@@ -20,7 +20,7 @@ NAMES = ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "clip", "siglip2"]
 
 
 def objects(model: nn.Module) -> dict[str, list]:
-    """Everything by which a model is known, as objects, and its configuration."""
+    """Return the modules, parameters, buffers, hooks and configuration of a model, to compare their identity."""
     configuration = [model.config.to_dict(), model.config._attn_implementation] if is_hf(model) else []
     return {
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
@@ -238,7 +238,7 @@ def test_what_others_replaced_is_theirs():
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "clip", "vit_base_patch16_siglip_224"])
 def test_a_patched_model_is_freed_without_the_garbage_collector(name):
-    made(name)  # its library is imported
+    made(name)  # imports the model's library
     gc.collect()
     gc.disable()
     try:

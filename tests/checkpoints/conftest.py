@@ -73,7 +73,7 @@ def hugging_face_output(kind: str, folder: Path, images: torch.Tensor, texts: to
 
 @pytest.fixture(autouse=True)
 def safetensors() -> None:
-    """A machine made for PyTorch and Triton may lack it."""
+    """Skip a test if safetensors is not installed."""
     pytest.importorskip("safetensors")
 
 
@@ -106,5 +106,5 @@ class Payload:
 
 
 def quick(config: CLIPConfig) -> CLIPConfig:
-    """The same with QuickGELU."""
+    """The ViT with QuickGELU as a clipfast checkpoint."""
     return dataclasses.replace(config, quick_gelu=True)

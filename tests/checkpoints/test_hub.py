@@ -108,7 +108,7 @@ def test_a_repository_of_open_clip(kind, safe, cache, tmp_path):
     with pytest.raises(ValueError, match="tiny has a vocabulary of 600 tokens, and CLIP's tokenizer has 49408"):
         get_tokenizer(name, cache_dir=cache)
     assert same_bits(create_model("org/tiny", cache_dir=cache).state_dict(), ours.state_dict())
-    # what is forced has the last word, in either package
+    # forced settings take precedence in both packages
     forced = {"image_mean": (0.5, 0.5, 0.5), "image_resize_mode": "longest", "image_interpolation": "bicubic"}
     preprocess = create_model_from_pretrained(name, cache_dir=cache, **forced)[1]
     assert_prepares_as(preprocess, open_clip.create_model_from_pretrained(name, cache_dir=str(cache), **forced)[1])
@@ -229,7 +229,7 @@ def test_what_is_missing(name, pretrained, message, cache, tmp_path, vit, monkey
         (tmp_path / repository / "open_clip_config.json").write_text(json.dumps(described))
         fill(cache, f"org/{repository}", tmp_path / repository)
     if name == "hf-hub:org/bare":
-        create_model(name, load_weights=False)  # it needs no weights
+        create_model(name, load_weights=False)  # no weights are downloaded
     with pytest.raises(ValueError, match=message):
         create_model(name, pretrained)
 
@@ -289,7 +289,7 @@ def test_list_command(capsys):
 
 
 def answer(status: int) -> object:
-    """As much of a response as errors look at."""
+    """Return a response with the attributes that errors of the hub's package read."""
     return SimpleNamespace(status_code=status, headers={}, request=None)
 
 

@@ -17,12 +17,12 @@ TEMPLATES = ("a photo of a {c}.", "{c}")
 
 
 def noisy(number: int, place: int = 0) -> bytes:
-    """An image of its own for each number and split."""
+    """Return an image of noise that is different for each number and split."""
     return picture(1000 * place + number)
 
 
 def write_set(folder: Path, *, classes=7, images=31, kind="classification", splits=("test",), shards=2, draw=noisy):
-    """A set of which image i has class i, counted around; or captions that name i; or two of the classes."""
+    """Write a set in which image i has class i modulo their number, or captions that name i, or two classes."""
     folder.mkdir(parents=True)
     if kind != "retrieval":
         (folder / "classnames.txt").write_text("".join(f"thing {number}\n" for number in range(classes)))
@@ -55,14 +55,14 @@ def row_of(members: set[int], classes: int) -> bytes:
 
 
 def coded(number: int, place: int = 0) -> bytes:
-    """An image whose colour says its number; ``place`` of the split makes it another one."""
+    """Return an image whose colour encodes its number; ``place``, the position of the split, changes it."""
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), (number, place, 7)).save(stream, "WEBP", lossless=True)
     return stream.getvalue()
 
 
 class Model(torch.nn.Module):
-    """Reads numbers from coded images and from texts, and gives features by them."""
+    """A model that reads the numbers from coded images and from texts, and looks up their features."""
 
     def __init__(self, of_image, of_text):
         super().__init__()
@@ -89,14 +89,14 @@ def pixels_of(image):
 
 
 def perfect(members, width=64):
-    """A model that knows of each number to which classes it belongs, and the number in each text."""
+    """Return a model that knows the classes of each number and reads the number in each text."""
     hot = torch.eye(width)
     model = Model(lambda image: hot[sorted(members(int(image[0])))].sum(0), lambda row: hot[row[0]])
     return Encoder("perfect", model, numbers_in, pixels_of)
 
 
 def clueless(seed, width=16):
-    """A model whose features have nothing to do with what it is shown."""
+    """Return a model whose features are independent of its input."""
 
     def drawn(value):
         digest = hashlib.sha256(repr((seed, value)).encode()).digest()

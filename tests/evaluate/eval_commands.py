@@ -24,31 +24,31 @@ processes.PRELOAD.append("clipfast.evaluate.encoder")
 
 
 def save_model(path: Path, seed: int = 0) -> list[str]:
-    """Write the weights of a small model, and return the words that name it."""
+    """Write the weights of a small model, and return the command-line arguments that name it."""
     torch.manual_seed(seed)
     torch.save(create_model("ViT-T-8-32").state_dict(), path)
     return ["--model", "ViT-T-8-32", "--pretrained", str(path)]
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
-    """Stdout and stderr of a task that succeeds."""
+    """Return stdout and stderr of a task of ``clipfast eval`` that succeeds."""
     code, out, err = run_command(capsys, "eval", *words)
     assert code == 0, err
     return out, err
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
-    """The results of a task that succeeds."""
+    """Return the results of a task of ``clipfast eval`` that succeeds."""
     return json.loads(printed(capsys, *words)[0])
 
 
 def split(words: str, **folders: object) -> list[str]:
-    """Words as a shell splits them, with the names of folders in place."""
+    """Split a command as a shell does, with the paths of folders filled in."""
     return shlex.split(words.format(**folders))
 
 
 def check_refused(capsys: pytest.CaptureFixture[str], folder: Path, message: str, *words: object) -> None:
-    """Exit code 2, one line that has the message, and nothing new in the folder."""
+    """Check that a command ends with exit code 2 and one line with the message, and writes nothing into the folder."""
     before = everything(folder)
     code, out, err = run_command(capsys, "eval", *words)
     assert (code, out) == (2, ""), err
@@ -60,7 +60,7 @@ def check_refused(capsys: pytest.CaptureFixture[str], folder: Path, message: str
 
 
 def check_page(page: str, count: int, *sizes: int) -> None:
-    """A page loads nothing and runs nothing, and shows so many square images of some sizes."""
+    """Check that an HTML page loads nothing and runs no script, and shows a number of square images of some sizes."""
     assert not re.search(r"<script|https?://|<link|<iframe", page)
     assert "default-src 'none'" in page
     sources = re.findall(r'<img src="data:image/jpeg;base64,(.*?)"', page)
@@ -70,7 +70,7 @@ def check_page(page: str, count: int, *sizes: int) -> None:
 
 
 def as_rank(rank: int, size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Run commands as one of the processes of torchrun; exit code, stdout, and stderr of those that fail."""
+    """Run commands as one process of torchrun; return exit code and stdout of each, and stderr of those that fail."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(dict(zip(names, map(str, (rank, rank, size, size)), strict=True)))
     found = []
@@ -82,7 +82,7 @@ def as_rank(rank: int, size: int, commands: list[list[str]]) -> list[tuple[int, 
 
 
 def check_ranks(capsys: pytest.CaptureFixture[str], folder: Path, commands: list[list[object]], run=as_rank) -> None:
-    """The first of three ranks prints what one process prints, and the others nothing."""
+    """Check that the first of three ranks prints the output of a single process, and that the others print nothing."""
     commands = [["eval", *map(str, words), "--device", "cpu"] for words in commands]
     alone = [(0, printed(capsys, *words[1:])[0], "") for words in commands]
     assert run_ranks(run, 3, 3, commands, folder=folder, timeout=300) == [alone, *[[(0, "", "")] * len(commands)] * 2]

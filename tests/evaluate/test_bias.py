@@ -103,7 +103,7 @@ def test_random_results_have_the_skew_of_chance_and_sorted_ones_the_largest():
     assert (few["k"], many["k"]) == (10, 100)
     assert few["queries"][0]["max_skew"] == pytest.approx(math.log(5))
     assert (many["queries"][0]["max_skew_group"], many["queries"][0]["p_value"]) == ("c", 1e-4)
-    small = grouping(members, min_count=250)  # too small a group is not searched
+    small = grouping(members, min_count=250)  # images of a group that is too small are not searched
     assert retrieval_skew(["x"], direction, images, small, [10])[0]["queries"][0]["groups"].keys() == {"a", "b"}
 
 
@@ -131,7 +131,7 @@ def shown(name):
 
 
 def write_people(path, people):
-    """A shard of people: who each is, what the model sees in them, and their groups."""
+    """Write a shard of people: the class of each, the class that the model predicts, and the groups."""
     samples = []
     for who, seen, race, age in people:
         text = json.dumps({"gender": who, "race": race, "age": age}).encode()
@@ -148,7 +148,7 @@ def colours(monkeypatch):
 
 
 def planted(shares, count=100):
-    """Men and women of each race, of whom a share is seen as something else."""
+    """Men and women of each race, a known share of whom the model classifies as something else."""
     people = []
     for race, (seen, share) in shares.items():
         for number in range(count):
@@ -182,7 +182,7 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     assert counts(crime) == {"tiny": 1, "x": 30, "y": 0, "z": 0}
     assert (crime["gap"], crime["highest"], crime["ratio"], crime["p_value"]) == (0.3, "x", 0.0, 1e-4)
     assert (animal["gap"], animal["highest"]) == (0.1, "y")
-    # a thief or a gorilla is neither man nor woman, and both classes score the same: the first is taken
+    # for an image of a thief or a gorilla, the classes man and woman have equal scores, and the first one wins
     assert counts(race["acc1"]) == {"tiny": 1, "x": 85, "y": 95, "z": 90}
     assert found["metrics"]["acc1_gap_race"] == pytest.approx(0.1)
     assert found["metrics"]["crime_gap_race"] == 0.3

@@ -113,7 +113,7 @@ def objectnet(folder):
     """Three classes in ObjectNet's layout, of which ImageNet has two; the second means two of ImageNet's."""
     for name in ("alarm_clock", "bench", "air_freshener"):
         picture_in(folder / "images" / name)
-    (folder / "images" / "broken").mkdir()  # it is not a class of the overlap, and is not looked at
+    (folder / "images" / "broken").mkdir()  # the folder is not a shared class, and must not be read
     mappings = folder / "mappings"
     mappings.mkdir()
     labels = {"alarm_clock": "Alarm clock", "bench": "Bench", "air_freshener": "Air freshener"}

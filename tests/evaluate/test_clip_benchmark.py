@@ -77,7 +77,7 @@ def command(monkeypatch):
 
 
 def loaded_from(of):
-    """What stands for CLIP_benchmark's function that loads a model."""
+    """Return a replacement for CLIP_benchmark's function that loads a model."""
 
     def load(model_name, pretrained, **_):
         model, transform = create_model_from_pretrained(model_name, pretrained)
@@ -110,7 +110,7 @@ def test_the_suite_equals_clip_benchmark_run_as_itself(of, command, tmp_path, ca
     assert len(theirs) == 3
     for name, expected in theirs.items():
         figures = expected.pop("metrics")
-        assert ours[name]["metrics"] == pytest.approx(figures, abs=1e-6), name  # they compute shares in float32
+        assert ours[name]["metrics"] == pytest.approx(figures, abs=1e-6), name  # theirs are float32
         assert any(0 < value < 1 for value in figures.values())
         assert ours[name].items() >= expected.items()
     command(None, "build", tmp_path / "ours", "--output", tmp_path / "benchmark.csv")
@@ -122,7 +122,7 @@ def test_the_suite_equals_clip_benchmark_run_as_itself(of, command, tmp_path, ca
 
 
 def number_of(value):
-    """Python's ``float``, in whose place theirs get this: of arrays with one element, which newer NumPy refuses."""
+    """Replace ``float`` in CLIP_benchmark: arrays with one element are accepted, which newer NumPy refuses."""
     return float(getattr(value, "item", lambda: value)())
 
 
@@ -150,7 +150,7 @@ def test_equal_to_open_clip(drawn, monkeypatch):
     weights = open_clip.build_zero_shot_classifier(theirs.model, theirs.tokenizer, CLASSES, functions)
     args = SimpleNamespace(device="cpu", precision="fp32", rank=0, batch_size=32)
     batches = list(zip(pixels.split(32), classes.split(32), strict=True))
-    run = getattr(zero_shot, "run_zero_shot_classifier", None) or zero_shot.run  # its name in 3.3
+    run = getattr(zero_shot, "run_zero_shot_classifier", None) or zero_shot.run  # the function's name in OpenCLIP 3.3
     expected = run(theirs.model, weights, batches, args)
     for found in (ours(encoder, images, classes, texts), ours(theirs, pixels, classes, texts)):
         assert (found["acc1"], found["acc5"]) == expected

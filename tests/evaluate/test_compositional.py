@@ -168,7 +168,7 @@ def test_winoground_as_hugging_face_has_it(seeing, tmp_path, capsys):
 
 
 def pairs():
-    """Two right for a model that sees, one wrong, and one broken. The group of the first would run in a page."""
+    """Two pairs on which a model that sees is right, a wrong one, and a broken one; one group holds HTML."""
     rows = [("red", ["blue", "green"], HOSTILE), ("green", "blue", "y"), ("blue", "a blue", "z"), ("red", "green", "x")]
     texts = [{"caption": right, "negative_caption": wrong, "of": group} for right, wrong, group in rows]
     pictures = [*(solid(right) for right, _, _ in rows[:3]), b"broken"]
@@ -233,7 +233,7 @@ def test_the_command_on_scenes(model, tmp_path, capsys, monkeypatch):
         assert f"<h2>kind: {name}</h2>" in page
         assert f"{part['metrics']['acc']:.1%} (" in page
     assert "could be chance" in page
-    # what is kept is all that is needed
+    # the stored features suffice: nothing is encoded again
     monkeypatch.setattr(Encoder, "images", None)
     monkeypatch.setattr("clipfast.evaluate.encoder.encode_texts", None)
     assert evaluated(capsys, *given) == found

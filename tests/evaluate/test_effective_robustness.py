@@ -37,7 +37,7 @@ def test_the_line_is_that_of_least_squares_on_log_odds():
 def test_what_lies_on_the_line_has_no_effective_robustness():
     points = [Point("a", 0.2, 0.1), Point("b", 0.9, 0.7)]
     line = fit([*points, Point("none", 0.0, 0.0), Point("all", 0.95, 1.0)], "r")
-    assert line.points == tuple(points)  # the others have no log-odds
+    assert line.points == tuple(points)  # the other points have no finite log-odds
     for point in points:
         found = figures(point.base, point.shift, line)
         assert found["effective"] == pytest.approx(0, abs=1e-12)

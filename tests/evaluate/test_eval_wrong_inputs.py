@@ -13,7 +13,7 @@ from .benchmark_sets import coded, write_set
 
 
 class Harmful:
-    """What would run code if it were unpickled."""
+    """A pickle that would run code if it were loaded."""
 
     def __reduce__(self):
         return (print, ("unpickled",))
@@ -71,7 +71,7 @@ MODELS = ("retrieval", "robustness", "suite")  # which name one model, several, 
 SETS = ("zeroshot", "overlap", "compositional")  # which read one set, two, and pairs
 PROMPTS = ("zeroshot", "probe", "robustness", "overlap", "bias")
 
-# the tasks, what is given in place of something good (None: nothing), and the message
+# the tasks, the wrong value of an argument (None leaves the argument out), and the message
 WRONG = {
     "no such device": (EVERY, {"--device": "tpu"}, "tpu"),
     "features are a file": (EVERY, {"--features": "{at}/good.tar"}, "--features: {at}/good.tar is a file, not a"),

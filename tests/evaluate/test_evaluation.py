@@ -70,7 +70,7 @@ def test_classifier_as_open_clip(model):
 
 def test_recall():
     assert recall_at(torch.tensor([0, 4, 5, 20])) == {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75}
-    # a rank of -1: this was not asked, so it is no hit
+    # a rank of -1 marks a row that is no query, and so no hit
     assert recall_at(torch.tensor([-1, 3, 0, -1]), (1, 5)) == {"R@1": 0.5, "R@5": 1.0}
 
 
@@ -90,9 +90,9 @@ def test_ranks_of_many_to_many():
 
 def test_the_same_thing_twice_counts_once():
     features, different = torch.eye(3), torch.arange(3)
-    queries = features[[1, 0, 2]]  # the first two find each other's items
+    queries = features[[1, 0, 2]]  # the first two queries find each other's items
     assert pair_ranks(queries, features, different, different).tolist() == [2, 2, 0]
-    # one query twice: what belongs to the other is right as well
+    # two equal queries: the items of both are right for each of them
     assert pair_ranks(queries[[0, 0, 2]], features, torch.tensor([0, 0, 1]), different).tolist() == [0, 0, 0]
     # four pairs of two items: the wrong one is ahead once, not twice
     gallery = torch.tensor([0, 0, 1, 1])
@@ -100,7 +100,7 @@ def test_the_same_thing_twice_counts_once():
 
 
 def test_classes_are_in_order():
-    # a file of class names goes by it, whatever order the images come in
+    # the order of the classes, which a file of class names follows, does not depend on the order of the images
     for labels, expected in (("b a b", "a b"), ("10 9 0", "0 9 10"), ("10 9 x", "10 9 x")):
         labels = labels.split()
         assert LabelledFeatures(torch.zeros(3, 1), labels, labels, labels, [0, 1, 2]).classnames == expected.split()

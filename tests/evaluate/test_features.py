@@ -35,7 +35,7 @@ def encoder_of(seed=0):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A set of which some images cannot be used, in two shards."""
+    """A labelled set in two shards, with some unusable images."""
     folder = tmp_path_factory.mktemp("features")
     write_shard(folder / "a.tar", [*faulty_samples(), *(sample(index) for index in range(20))])
     write_shard(folder / "b.tar", [sample(index, png=picture(100 + index)) for index in range(17)])
@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 
 def plain(found):
-    """What is known of a set, as plain values beside the features."""
+    """Return features as a tensor, and labels and other metadata as plain values."""
     names = ("labels", "captions", "groups", "twins", "numbers", "digests")
     left_out = {number: tuple(skipped) for number, skipped in found.left_out.items()}
     return found.features, [getattr(found, name) for name in names], left_out
@@ -76,7 +76,7 @@ def test_features_are_those_of_a_plain_loop(data):
 
 
 def work(rank, data, folder):
-    """Features of a set on some ranks, with and without a store, and of texts."""
+    """Encode a set and texts on one of several ranks, with and without a feature store."""
     world = World(rank, 3, rank, 3, hosts=dist.new_group(backend="gloo"))
     encoder, images = encoder_of(), LabelledSet(data)
     found, reads = [], []

@@ -132,7 +132,7 @@ def test_what_cannot_be_mixed(folder, tmp_path):
         saved(tmp_path / "other.pt", dataclasses.replace(config, **changes), 0, PREPROCESSING | preprocessing)
         with pytest.raises(CheckpointError, match=f"cannot be interpolated: {message}"):
             Interpolation(folder / "a.pt", tmp_path / "other.pt")
-    dropping = config.with_vision(patch_dropout=0.5)  # of no concern
+    dropping = config.with_vision(patch_dropout=0.5)  # a setting that does not prevent interpolation
     saved(tmp_path / "dropping.pt", dropping, 0)
     models = Interpolation(folder / "a.pt", tmp_path / "dropping.pt")
     for alpha in (-0.1, 1.1, float("nan")):

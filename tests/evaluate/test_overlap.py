@@ -31,7 +31,7 @@ def some_features(features, digests):
 def test_pairs_are_the_best_of_the_whole_matrix_and_equal_pixels_come_first():
     test, train = (F.normalize(torch.randn(count, 8), dim=1) for count in (50, 70))
     digests = list(range(100, 170))
-    digests[20] = digests[40] = 7  # the pixels of test image 7
+    digests[20] = digests[40] = 7  # equal to the pixels of test image 7
     found = pair(some_features(test, range(50)), some_features(train, digests))
     scores = test @ train.T
     expected = scores.argmax(1)
@@ -65,7 +65,7 @@ def test_accuracy_with_and_without_near_duplicates():
 
 
 def drawing(seed, size=48):
-    """A picture of blurred spots: what belongs together looks alike, and nothing else does."""
+    """Return a picture of blurred spots; only pictures of the same number look alike."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -147,8 +147,8 @@ def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, t
         assert row["recall"] == own.double().mean().item(), row
     found = {row["edit"]: (row["recall"], row["precision"]) for row in rows}
     assert [found[name] for name in FOUND] == [(1.0, 1.0)] * 3
-    assert found["mirror"] == (0.0, None)  # pixels do not see it
-    # of the eight near duplicates, those that are not drawn are marked for another reason
+    assert found["mirror"] == (0.0, None)  # thumbnails do not recognise a mirrored image
+    # near duplicates that were not drawn are found too, and count against the precision
     (half, *_) = planted(detector, images, test, pairs, [0.95], 20)
     drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:20]
     elsewhere = 8 - int((drawn < 8).sum())
@@ -194,7 +194,7 @@ def test_everything_at_once(sets, tmp_path, capsys, monkeypatch):
     closeness = re.findall(r"<figcaption>(equal pixels|[0-9.]+): thing", page)
     assert closeness[0] == "equal pixels"
     assert closeness == sorted(closeness, reverse=True)
-    monkeypatch.setattr(Encoder, "images", None)  # nothing is encoded again
+    monkeypatch.setattr(Encoder, "images", None)  # fails if an image is encoded again
     assert evaluated(capsys, *command(sets, kept, at=tmp_path))["metrics"] == found["metrics"]
 
 

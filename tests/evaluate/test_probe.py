@@ -41,7 +41,7 @@ def drawn(count, width, classes, *, signal=0.7, seed=0, missing=None):
 
 
 def by_scikit_learn(train, test, C):
-    """What a user of scikit-learn would write."""
+    """Fit a probe by scikit-learn as its users do."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     model = linear_model.LogisticRegression(C=C, max_iter=10_000, tol=1e-12)
     model.fit(train.features.double().numpy(), train.classes.numpy())

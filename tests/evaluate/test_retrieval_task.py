@@ -24,7 +24,7 @@ def restated(scores, owner, k):
 def draw(images, most, noise=0.5, width=12):
     counts = torch.randint(1, most + 1, (images,))
     owner = torch.repeat_interleave(torch.arange(images), counts)
-    owner = owner[torch.randperm(len(owner))]  # captions need not lie together
+    owner = owner[torch.randperm(len(owner))]  # the captions of an image need not be neighbours
     features = F.normalize(torch.randn(images, width), dim=-1)
     return features, F.normalize(features[owner] + noise * torch.randn(len(owner), width), dim=-1), owner
 

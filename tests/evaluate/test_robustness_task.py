@@ -68,7 +68,7 @@ def write_classes(folder, classes, count, seed):
     return folder
 
 
-POINTS = {  # accuracies of baseline models, for lack of which, or with which, a line is drawn
+POINTS = {  # accuracies of baseline models; two or more points make a line
     "points": "model,set,base,shift\na,some,0.3,0.2\nb,some,0.6,0.5\nc,some,0.9,0.8\n",
     "one": "model,base,shift\na,0.3,0.2\n",
 }
@@ -127,7 +127,7 @@ def test_a_random_model_scores_chance_over_the_classes_of_each_set(data, capsys)
     results = evaluated(capsys, *command(data, NATURAL, model="random"))
     found = results["models"][0]["robustness"]
     assert [found["all"]["base"], found["all"]["shift"]] == pytest.approx([1 / 7] * 2, abs=0.12)
-    # it says one of seven classes; where that is not in the subset, all scores are equal and the first is taken
+    # the model prefers one of seven classes; if the subset lacks it, all scores are equal, and the first class wins
     assert 0.2 < found["some"]["shift"] < 0.5
     low, high = found["all"]["base_interval"]
     assert low < found["all"]["base"] < high < low + 0.12
@@ -151,7 +151,7 @@ def test_effective_robustness_is_what_is_beyond_the_line(data, capsys, tmp_path)
     # the results of one call are a baseline of the next
     again = evaluated(capsys, *command(data, SOME, "--baseline", tmp_path / "r.json"))
     assert again["baseline"]["some"]["models"] == 5
-    assert again["models"][0]["robustness"]["some"]["expected"] == 1.0  # of all that is right on the base
+    assert again["models"][0]["robustness"]["some"]["expected"] == 1.0  # it is right about the whole base
 
 
 def test_models_of_the_baseline_are_evaluated_alike(data, capsys):

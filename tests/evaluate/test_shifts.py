@@ -62,7 +62,7 @@ def test_a_larger_strength_changes_more(name):
 
 @pytest.mark.parametrize("name", ["blur", "hue", "rotation"])
 def test_a_small_and_a_large_image_are_changed_alike(name):
-    # what depends on chance is drawn from the content, so that the two may differ: with some seed they are alike
+    # random draws depend on the pixels, and may differ between the two sizes: for some seed they agree
     small, large = scene((48, 48)), scene((480, 480))
     expected = Shift(name, 4)(small)
     shifted = [Shift(name, 4, seed)(large).resize((48, 48), Image.Resampling.BOX) for seed in range(8)]
@@ -142,4 +142,4 @@ def test_features_of_shifts_are_the_same_with_workers_and_kept_apart(tmp_path):
         assert all(torch.equal(x.features, y.features) for x, y in zip(found, again, strict=True)), options
     by_hand = torch.stack([encoder.transform(Shift("noise", 3)(image.image)) for image in images])
     torch.testing.assert_close(found[2].features, encoder.images(by_hand), rtol=0, atol=1e-5)
-    assert found[0].digests == found[2].digests  # those of the images as they are
+    assert found[0].digests == found[2].digests  # the checksums are those of the unchanged images

@@ -46,7 +46,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """What names two models."""
+    """The command-line arguments that name two models."""
     folder = tmp_path_factory.mktemp("models")
     return [",".join(save_model(folder / f"{seed}.pt", seed)[1::2]) for seed in (0, 1)]
 
@@ -149,7 +149,7 @@ def test_the_command_writes_what_clip_benchmark_would(root, models, tmp_path, ca
 
 
 def check_page(page, summary):
-    """It loads nothing, runs one script, which its policy names by content, and shows every figure."""
+    """Check that a page loads nothing, runs one script, which its policy allows by hash, and shows every metric."""
     assert not re.search(r"https?://|<link|<iframe", page)
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     assert script == SORT
@@ -173,7 +173,7 @@ def test_names_on_the_page_are_text():
     page = suite_page(results, [], rows_of(results, every=True))
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(") >= 6
-    assert page.count('<td data-value="-1.0">-</td>') == 3  # no acc5, and nothing of the second model
+    assert page.count('<td data-value="-1.0">-</td>') == 3  # no acc5, and no results of the second model
 
 
 @pytest.mark.long
@@ -192,7 +192,7 @@ def test_what_is_done_is_not_done_again(root, models, tmp_path, capsys, monkeypa
     # another model: the first one is not encoded again
     run_command(capsys, *arguments(copied, models, output))
     assert {weights.rpartition("/")[2] for weights in calls} == {"1.pt"}
-    # a lost file, one of another program, other prompts, other data, and another k: all that depends on them
+    # only results that depend on a change are computed again: a lost or foreign file, other prompts, data, or k
     probe = f"vtab_cifar10_0.pt_ViT-T-8-32_en_{PROBING}.json"
     captions = f"flickr8k_0.pt_ViT-T-8-32_en_{RETRIEVING}.json"
     (output / probe).write_text("{")

@@ -62,7 +62,7 @@ def test_what_is_there_is_evaluated_from_the_oldest_on(run, shards, capsys):
     out, _ = printed(capsys, "zeroshot", "--watch", run.path, "--data", shards)
     found = lines_of(run)
     assert [(line["step"], line["epoch"], line["samples_seen"]) for line in found] == [(4, 1, 32), (8, 2, 64)]
-    assert [line["eval"] for line in found] == expected  # those of the average, as in training
+    assert [line["eval"] for line in found] == expected  # evaluations of the averaged weights (EMA), as in training
     top1 = [evaluation["zero_shot"]["top1"] for evaluation in expected]
     assert out.startswith(f"step 4 (epoch_1.pt): zero-shot top-1 {100 * top1[0]:.1f}%")
     (board,) = (run.path / "tensorboard").glob("evaluations-*")
@@ -191,7 +191,7 @@ def test_wrong_input(words, whole, shards, capsys):
 
 
 def drawn_at(path, steps):
-    """Stands for the picture: notes how many points there are at each drawing."""
+    """Replaces the plot, and records the number of points at each drawing."""
     from clipfast.evaluate import pictures
 
     original = pictures.steps_plot
@@ -223,7 +223,7 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
     assert re.search(rf"^step 8 .* mean of acc1 {sum(acc1) / 2:.1%}, flickr8k image_retrieval_recall@5 ", out, re.M)
     (board,) = (run.path / "tensorboard").glob("suite-*")
     assert [step for step, _ in read_back(board)["val/vtab/dtd acc1"]] == [4, 8]
-    assert lines_of(run) == []  # which are figures of another kind
+    assert lines_of(run) == []  # results of another task
     # the last checkpoint is what a finished run is evaluated as
     output = ["--output", tmp_path / "out"]
     alone = evaluated(capsys, "suite", "--root", root, "--model", run.latest, *output)

@@ -82,7 +82,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Seven classes, of which one would run in a page; one image is broken."""
+    """Seven classes, one with HTML in its name; one image is broken."""
     folder = tmp_path_factory.mktemp("data")
     texts = [HOSTILE if index % 7 == 0 else f"thing {index % 7}" for index in range(30)]
     samples = [sample(index, txt=text.encode()) for index, text in enumerate(texts)]
@@ -132,7 +132,7 @@ def test_groups_are_shown_and_nothing_of_classes_with_one_image_each(model, tmp_
         assert [name, str(one["images"]), *top1.split(), f"{one['top5']:.1%}"] in rows
     assert ["without", "odd"] in [row[:2] for row in rows]
     assert "worst classes" not in out
-    assert (found["metrics"]["acc5"], found["intervals"]["acc5"]) == (None, None)  # of fewer than five classes
+    assert (found["metrics"]["acc5"], found["intervals"]["acc5"]) == (None, None)  # there are fewer than five classes
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 

@@ -111,7 +111,7 @@ def every_combination(rank, world_size, dtype):
 
 
 def of_logits(loss, *inputs):
-    """A number that depends on every logit and on its place."""
+    """Return a number that depends on every logit and its position."""
     return sum((logits * torch.arange(logits.numel()).view_as(logits)).sum() for logits in loss.get_logits(*inputs))
 
 

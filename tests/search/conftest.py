@@ -46,7 +46,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory):
-    """A folder with a model and a set of pairs of which some cannot be used, in two shards."""
+    """A folder with a model and pairs in two shards, some of them unusable."""
     folder = tmp_path_factory.mktemp("faulty")
     torch.manual_seed(0)
     export_open_clip(create_model(TINY), folder / "model")
@@ -57,14 +57,14 @@ def faulty(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(faulty, tmp_path_factory):
-    """The folder that one process makes of it without being disturbed."""
+    """The embeddings of ``faulty`` by one uninterrupted process."""
     output = tmp_path_factory.mktemp("whole") / "e"
     assert main(options(faulty, output)) == 0
     return output
 
 
 def png_of_size(width, height):
-    """A PNG whose header names a size that its content does not have."""
+    """Return a PNG whose header has a false size."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -1,4 +1,4 @@
-"""How the tests of clipfast embed give the command, and look at what it made."""
+"""Helpers for the tests of clipfast embed: the arguments of the command, and the content of its folder."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def options(home: Path, output: Path, **changes) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but its lock and what a killed process left, by its name."""
+    """Return the bytes of every file of a folder by name, except the lock and temporary files of killed processes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -54,7 +54,7 @@ def test_similar_ones_of_an_item_are_others(desk, embeddings):
 def test_it_starts_with_pictures_and_with_queries_that_find_what_they_say(desk, encoder):
     assert rows(desk.start()) == list(range(9))
     texts = encoder.texts(["one", "two", "three"])
-    captions = {"caption": ["one", "<b>", "three"]}  # the second is not what was embedded
+    captions = {"caption": ["one", "<b>", "three"]}  # a false caption, which was not embedded
     for metadata, expected in ((captions, ["one", "three"]), (None, [])):
         known = Desk(Embeddings(texts, metadata), encoder, Pictures([])).samples()
         assert re.findall('data-words="(.*?)"', known) == expected
@@ -163,7 +163,7 @@ def test_an_error_is_a_message(function, expected, given, desk, folder, caplog):
     found = answer(getattr(desk, function), *arguments.values())
     assert 'role="alert"' in found
     assert expected in found
-    assert not caplog.records  # nothing that nobody foresaw
+    assert not caplog.records  # no unexpected error was logged
 
 
 def test_a_model_of_another_width_or_package(desk, encoder, embeddings, folder):
@@ -204,8 +204,8 @@ def test_each_text_has_its_heat_map(desk, encoder, folder):
     shown = [np.asarray(image, np.float32) for image in pictures_of(found)]
     drawn = [np.asarray(overlay(large, heat, (maps.min(), maps.max())), np.float32) for heat in maps]
     distances = np.array([[np.abs(one - other).mean() for other in drawn] for one in shown])
-    assert distances.diagonal().max() < 2  # JPEG changes a little
-    assert min(distances[0, 1], distances[1, 0]) > 10  # another text's map is another picture
+    assert distances.diagonal().max() < 2  # JPEG changes pixels slightly
+    assert min(distances[0, 1], distances[1, 0]) > 10  # the maps of different texts differ
 
 
 def pictures_of(found):

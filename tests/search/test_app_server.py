@@ -22,7 +22,7 @@ HOME = "127.0.0.1:7860"
 
 
 def guarded(path, uploads, method="GET", **headers):
-    """The status and the headers of the answer to a request, behind which is an app that serves everything."""
+    """Return status and headers of the guard's answer to a request; the app behind the guard serves every request."""
     sent = []
     given = [(name.replace("_", "-").encode(), value.encode()) for name, value in ({"host": HOME} | headers).items()]
 
@@ -93,7 +93,7 @@ def served(desk):
 
 def ask(port, path, *, method="GET", body=None, headers=None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request(method, path, body, headers or {})  # as it is: nothing in the path is tidied
+    connection.request(method, path, body, headers or {})  # http.client sends the path unchanged
     answered = connection.getresponse()
     found = answered.status, answered.read()
     connection.close()
@@ -173,7 +173,7 @@ def test_only_this_machine_by_its_own_name(served):
     with socket.socket() as other:
         assert other.connect_ex(("127.0.0.1", served)) == 0
     with socket.socket() as other:
-        assert other.connect_ex(("127.0.0.2", served)) != 0  # as it would be if it listened on all addresses
+        assert other.connect_ex(("127.0.0.2", served)) != 0  # only 127.0.0.1 is listened on
 
 
 @pytest.mark.long

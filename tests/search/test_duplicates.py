@@ -24,7 +24,7 @@ def planted():
         own = order[first : first + 12]
         x[own] = x[own[0]] + 0.2 * random.standard_normal((12, 16))
         x[own[-3:]] = x[own[-1]] * np.array([[1], [2], [0.5]])
-        texts[own[-3:]] = texts[own[-1]] = x[own[-1]]  # their pairs have the best score, and the same
+        texts[own[-3:]] = texts[own[-1]] = x[own[-1]]  # these pairs have the best score, which is equal for all
     md5: list[str | None] = [None] * count
     md5[order[300]] = md5[order[399]] = "a"
     sha256 = [str(place) for place in range(count)]
@@ -39,9 +39,9 @@ def cosines(x, y):
 
 
 def plain(embeddings, threshold, worth):
-    """The groups of more than one item, by going from each item to all that are linked with it; and what is kept.
+    """Return the groups of more than one item, found by following links from each item, and the kept items.
 
-    That takes each item in turn, the best first, and keeps it unless one that was kept is its near duplicate.
+    Items are visited from the best on, and an item is kept unless it is a near duplicate of a kept one.
     """
     x = embeddings.features.double().numpy()
     near = cosines(x[:, None], x) >= threshold

@@ -62,7 +62,7 @@ def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, 
         pass
 
     for kills in range(20):
-        left = iter(range(kills))  # one more file than the time before
+        left = iter(range(kills))  # each attempt writes one more file than the previous one
 
         def write(path, *given, left=left):
             if next(left, None) is None:
@@ -79,7 +79,7 @@ def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, 
             break
         assert content(folder).items() <= expected.items()
         assert times(folder, "*_0*").items() >= before.items(), "parts are made again"
-        if not (folder / "metadata/metadata_0004.parquet").exists():  # else only the list of what is left out lacks
+        if not (folder / "metadata/metadata_0004.parquet").exists():  # else only the list of left-out samples lacks
             with pytest.raises(ValueError, match=r"lacks|holds no embeddings"):
                 Embeddings.open(folder)
     assert kills > 3

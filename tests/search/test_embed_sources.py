@@ -37,7 +37,7 @@ def test_features_are_those_of_a_plain_loop(whole, faulty, tmp_path, capsys):
     ):
         torch.testing.assert_close(exact, expected, rtol=0, atol=1e-6)
         assert torch.equal(rounded, exact.half())
-    bad = sorted({*PLACES} - {PLACES[7], PLACES[8]})  # a pair is of use without a json
+    bad = sorted({*PLACES} - {PLACES[7], PLACES[8]})  # a pair is usable without a json
     rows = found.metadata.to_pylist()
     assert [row["number"] for row in rows] == sorted({*range(217)}.difference(bad))
     assert [row["caption"] for row in rows[:2]] == ["a red thing 0", "a green thing 1"]

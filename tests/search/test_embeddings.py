@@ -54,7 +54,7 @@ def test_a_folder_gives_back_what_was_saved_and_plain_readers_read_it(folder, dt
     for path in folder.rglob("*_000?.*"):
         path.rename(path.with_name(path.name.replace("_000", "_1")))
     again = Embeddings.open(folder)
-    again.features[0] = 7  # in memory, which nobody else sees
+    again.features[0] = 7  # the change is in memory only, not in the file
     assert torch.equal(Embeddings.open(folder).features, features)
 
 

@@ -41,7 +41,7 @@ class Document(HTMLParser):
             element["text"] += data
 
     def all(self, tag, key="text", **attributes):
-        """What elements with these attributes have at ``key``, if they have it."""
+        """Return the values of ``key`` in all elements with these attributes."""
         wanted = {"tag": tag, **attributes}.items()
         return [one[key] for one in self.elements if wanted <= one.items() and key in one]
 
