@@ -189,7 +189,7 @@ class ImportHook(MetaPathFinder):
     """An import hook that replaces each part of OpenCLIP as soon as the import system has executed its module."""
 
     def __init__(self, parts: dict[str, Part]) -> None:
-        # For each pair of a replacing function and a module, the names of the parts.
+        # For each module of OpenCLIP, this maps each replacing function to the names of its parts.
         self.waiting: dict[str, dict[Callable[[ModuleType, Sequence[str]], str], list[str]]] = {}
         for name, part in parts.items():
             self.waiting.setdefault(part.module, {}).setdefault(part.replace, []).append(name)

@@ -158,7 +158,7 @@ def text_tokens(tower: Any, text: Tensor) -> Tensor | None:
 
 @on_cpus
 def text_embeds(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Compute ``TextTransformer._embeds``: the tokens [B, L, width], and the mask of as many tokens."""
+    """Compute OpenCLIP's ``TextTransformer._embeds``: the tokens [B, L, width], and the mask of L tokens."""
     if attention_mask is not None:
         return type(tower)._embeds(tower, text, attention_mask)
     tokens = text_tokens(tower, text)

@@ -90,7 +90,7 @@ class Replacement:
 
     @property
     def owner(self) -> nn.Module | None:
-        """The module that holds the attention mask; None without one, or if it was freed."""
+        """The module that holds the mask of the replaced attention; None without a mask, or if it was freed."""
         return None if self._owner is None else self._owner()
 
     @owner.setter

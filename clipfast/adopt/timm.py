@@ -149,7 +149,7 @@ def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tens
     """
     is_known = is_plain(module.kv, nn.Linear) and all(is_plain(x, nn.Identity) for x in (module.q_norm, module.k_norm))
     if attn_mask is not None or not is_known or x.shape[1] > MAX_TOKENS or not computes(x):
-        options = {} if attn_mask is None else {"attn_mask": attn_mask}  # older versions do not have it
+        options = {} if attn_mask is None else {"attn_mask": attn_mask}  # older versions lack the argument
         return type(module).forward(module, x, **options)
     if module.pos_embed is not None:
         x = x + module.pos_embed.unsqueeze(0).to(x.dtype)

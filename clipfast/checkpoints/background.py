@@ -53,7 +53,7 @@ class Background:
 
     @property
     def is_busy(self) -> bool:
-        """True while the thread is writing."""
+        """True while the thread is writing a checkpoint."""
         return self._thread is not None and self._thread.is_alive()
 
     def _do(self, work: Callable[[], object]) -> None:

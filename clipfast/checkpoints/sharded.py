@@ -104,7 +104,7 @@ def _os_error(error: BaseException, rank: int) -> OSError:
 
 
 def check_parts(folder: Path) -> None:
-    """Compare the files of a folder with its manifest.
+    """Compare the files of a sharded checkpoint with its manifest.
 
     Raises:
         CheckpointError: there is no manifest, or a file is missing or differs.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .intervals import bootstrap, wilson
 
-TAKEN_FOR = 5  # for each of the worst classes, this many of the wrong classes that its images got are listed
+TAKEN_FOR = 5  # the results list at most this many wrong predictions for each of the worst classes
 
 
 class Classified(NamedTuple):

@@ -105,7 +105,7 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool2d(config.image_size // 32, width * 32, config.heads, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, embed_dim]."""
+        """Compute the features of images: [B, 3, H, W] -> [B, embed_dim]."""
         x = self.stem(images)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)

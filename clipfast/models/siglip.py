@@ -177,7 +177,7 @@ class SigLIPVision(nn.Module):
         self.trunk = SigLIPTrunk(config)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, embed_dim]."""
+        """Compute the features of images: [B, 3, H, W] -> [B, embed_dim]."""
         return self.trunk(self.embed(images))
 
     def embed(self, images: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(std * torch.randn(config.width, embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, embed_dim]."""
+        """Compute the features of images: [B, 3, H, W] -> [B, embed_dim]."""
         x = read_rows(self.transformer, self.ln_pre(self.embed(images)))
         return self.ln_post(x) @ self.proj
 

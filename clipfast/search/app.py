@@ -312,7 +312,7 @@ def answer(function: Callable[..., str], *given: Any) -> str:
 
 
 def message(text: str) -> str:
-    """Return the HTML of an error message."""
+    """Return the HTML of an error message on the app's page."""
     return f'<p class="message" role="alert">{html.escape(text)}</p>'
 
 

@@ -115,7 +115,7 @@ def _rounding(width: int) -> float:
 
 
 def check_features(features: Tensor) -> None:
-    """Refuse features that have no cosine.
+    """Refuse embedded features that have no cosine, before pairs or clusters are searched.
 
     Raises:
         ValueError: a feature is not finite, or has length 0.

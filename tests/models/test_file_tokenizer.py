@@ -44,7 +44,7 @@ def test_ids_are_those_of_open_clip(folder, clean, length):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_what_transformers_own_classes_save(folder, side, tmp_path):
-    """The classes of SigLIP's tokenizers there build their files anew from a vocabulary."""
+    """FileTokenizer reads the files that transformers' tokenizer classes of SigLIP save, made from a vocabulary."""
     transformers = pytest.importorskip("transformers")
     theirs = pytest.importorskip("open_clip.tokenizer").HFTokenizer
     model = json.loads((folder / "tokenizer.json").read_text())["model"]

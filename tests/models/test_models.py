@@ -94,7 +94,7 @@ def test_same_embeddings_as_open_clip(kind, quick_gelu):
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_backends_and_checkpointing_agree_on_values_and_gradients(kind):
-    # In float64, because BatchNorm over four images amplifies rounding errors.
+    # The models are compared in float64, because BatchNorm over four images amplifies rounding errors.
     model = small(kind).double()
     images, texts = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), torch.randint(1, 49406, (4, 12))
     texts[:, -1] = 49407

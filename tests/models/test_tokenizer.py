@@ -12,7 +12,7 @@ from clipfast.models.tokenizer import Tokenizer
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 TOKENIZER = Tokenizer()
-# What the cleaning is there for: entities, mojibake, ligatures, wide letters, control characters, odd white space,
+# Texts that need cleaning: entities, mojibake, ligatures, wide letters, control characters, odd white space,
 # lone surrogates.
 AWKWARD = st.sampled_from(
     ["&amp;", "&amp;lt;", "&#39;", "&eacute;", "Ã©", "â€™", "ﬁ", "ａｂ", "ſ", "İ", "\x00", "\x1b[1m", "\x85", "\u2028",

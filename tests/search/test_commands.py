@@ -33,7 +33,7 @@ def results(capsys, *arguments):
     code, out, err = run_command(capsys, *arguments, "--json", "results.json", "--overwrite")
     assert code == 0, err
     text = Path("results.json").read_text()
-    assert out == ("" if "--html" in arguments else text)  # a page takes the place of what is printed
+    assert out == ("" if "--html" in arguments else text)  # with --html, a page is written and nothing is printed
     return json.loads(text)
 
 
@@ -192,7 +192,7 @@ def test_cluster(capsys, home):
     for one in found["clusters"]:
         assert one["name"] in ("even", "odd")
         assert f"cluster {one['cluster']}: {one['name']} ({one['size']:,} in all)" in page
-    named = results(capsys, "cluster", "pictures", "--k", "2")["clusters"]  # by captions of the nearest pictures
+    named = results(capsys, "cluster", "pictures", "--k", "2")["clusters"]  # named by captions
     assert all(one["name"] == one["nearest"][0]["caption"] for one in named)
 
 
