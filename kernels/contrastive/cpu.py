@@ -13,7 +13,7 @@ columns.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -347,8 +347,27 @@ def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
         return None
     if not wanted:
         return found[0]
-    loss: Tensor = _WholeLoss.apply(x, y, logit_scale, *found)  # type: ignore[no-untyped-call]
-    return loss
+    loss, *gradients = found
+    return _WholeLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
+        reference.contrastive_loss, loss, x, y, logit_scale, *gradients
+    )
+
+
+def whole_sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    """Return the sigmoid loss of a small batch from all its logits at once, with its gradients if they are needed."""
+    loss_of = functools.partial(reference.sigmoid_loss, offset=offset)
+    inputs = x, y, logit_scale, logit_bias
+    wanted = [tensor.requires_grad for tensor in inputs]
+    if not (torch.is_grad_enabled() and any(wanted)):
+        return loss_of(*inputs)
+    leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, wanted, strict=True)]
+    with torch.enable_grad():
+        loss = loss_of(*leaves)
+    found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
+    gradients = [next(found) if needed else None for needed in wanted]
+    return _WholeLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
+        loss_of, loss.detach(), *inputs, *gradients
+    )
 
 
 def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool) -> tuple[Tensor, ...] | None:
@@ -382,19 +401,28 @@ def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool)
 
 
 class _WholeLoss(torch.autograd.Function):
-    """The contrastive loss of a small batch, whose gradients were computed together with it."""
+    """A loss of a small batch, whose gradients were computed together with it. Autocast does not round them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, loss: Tensor, *gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y, logit_scale, *gradients)
+    def forward(ctx: Any, loss_of: Callable[..., Tensor], loss: Tensor, *tensors: Tensor | None) -> Tensor:
+        """Return the loss; ``tensors`` are the inputs of ``loss_of``, the reference, and then their gradients."""
+        ctx.loss_of = loss_of
+        ctx.save_for_backward(*tensors)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        if not torch.is_grad_enabled():
-            return *(gradient * grad_loss for gradient in gradients), *[None] * 4
-        # With create_graph=True, the gradients must depend on the inputs. The reference has derivatives of every order.
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad(reference.contrastive_loss(*inputs), wanted, grad_loss, create_graph=True))
-        return *(next(found) if tensor.requires_grad else None for tensor in inputs), *[None] * 4
+        tensors = ctx.saved_tensors
+        count = len(tensors) // 2
+        inputs, gradients = tensors[:count], tensors[count:]
+        found = [gradient if gradient is None else gradient * grad_loss for gradient in gradients]
+        if torch.is_grad_enabled():
+            # With create_graph=True the gradients depend on the inputs, as those of the reference do. They keep their
+            # values, which are more exact than the reference's.
+            wanted = [place for place in range(count) if inputs[place].requires_grad]
+            with torch.autocast("cpu", enabled=False):
+                loss = ctx.loss_of(*inputs)
+                like = torch.autograd.grad(loss, [inputs[place] for place in wanted], grad_loss, create_graph=True)
+            for place, gradient in zip(wanted, like, strict=True):
+                found[place] = gradient + (found[place] - gradient).detach()
+        return None, None, *found, *[None] * count

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
-from .cpu import suits_whole, whole_operands
+from .cpu import suits_whole, whole_operands, whole_sigmoid_loss
 from .shared import check_pairs, gradients_in_strips, logit_blocks, new_gradient, operand_dtype, scale_tensor
 from .stats import pairs_in
 
@@ -174,7 +174,7 @@ def sigmoid_loss(
     if suits_whole(image, text, dtype):
         with torch.autocast("cpu", enabled=False):
             x, y = whole_operands(image, text, normalize=normalize, dtype=dtype)
-            return reference.sigmoid_loss(x, y, scale.to(wide), bias.to(wide), offset=offset)
+            return whole_sigmoid_loss(x, y, scale.to(wide), bias.to(wide), offset)
     inputs = image, text, scale.to(wide), bias.to(wide)
     with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _sigmoid_fwd(*inputs, offset, normalize, dtype, with_grads)[0]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from clipfast import kernels
-from clipfast.kernels import contrastive_loss, launch, nt_xent_loss, reference
+from clipfast.kernels import contrastive_loss, launch, nt_xent_loss, reference, sigmoid_loss
 from clipfast.kernels.contrastive import cpu, launches
 from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
 from clipfast.verify.rule import in_double, judge_fairly, value_and_grads
@@ -300,14 +300,16 @@ class TestWhole:
             in_double(value_and_grads(contrastive_loss, inputs, ONE)), truth, rtol=1e-3, atol=1e-7
         )
 
-    def test_autocast_in_the_backward_pass_changes_nothing_and_there_is_a_second_derivative(self):
+    @pytest.mark.parametrize("loss_of", [contrastive_loss, functools.partial(sigmoid_loss, logit_bias=-2.0)])
+    def test_autocast_in_the_backward_pass_changes_nothing_and_there_is_a_second_derivative(self, loss_of):
         leaf = torch.randn(7, 8, requires_grad=True)
         second = {}
         for backend in ("auto", "torch"):
-            loss = contrastive_loss(leaf, leaf.detach().flip(0), 2.0, normalize=True, backend=backend)
+            loss = loss_of(leaf, leaf.detach().flip(0), logit_scale=2.0, normalize=True, backend=backend)
             (expected,) = torch.autograd.grad(loss, leaf, create_graph=True)
             (second[backend],) = torch.autograd.grad(expected.square().sum(), leaf, retain_graph=True)
             if backend == "auto":
+                torch.testing.assert_close(torch.autograd.grad(loss, leaf, retain_graph=True)[0], expected)
                 with torch.autocast("cpu", torch.bfloat16):
                     torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
         torch.testing.assert_close(second["auto"], second["torch"])
