@@ -59,8 +59,6 @@ else:
 
     def __getattr__(name):
         """Import the public name that is asked for (PEP 562)."""
-        if name == "kernels":
-            return import_module(".kernels", __name__)
         if name in _RENAMED:
             new = _RENAMED[name]
             warnings.warn(
@@ -68,6 +66,8 @@ else:
             )
             return __getattr__(new)
         if name not in _MODULES:
+            if not name.startswith("__") and find_spec(f"{__name__}.{name}"):  # a room, such as clipfast.models
+                return import_module(f".{name}", __name__)
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         found = getattr(import_module(f".{_MODULES[name]}", __name__), name)
         globals()[name] = found

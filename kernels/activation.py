@@ -256,8 +256,7 @@ def _bias_act(op: str, x: Tensor, bias: Tensor, backend: str) -> Tensor:
     quick = op == "bias_quick_gelu"
     if uses_reference(op, backend, x):
         return reference.bias_quick_gelu(x, bias) if quick else reference.bias_gelu(x, bias)
-    check_float(op, "x", x)
-    check_float(op, "bias", bias)
+    check_float(op, x=x, bias=bias)
     return _bias_act_fwd(x, bias, quick)
 
 

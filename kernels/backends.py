@@ -83,11 +83,12 @@ def registered(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
 
 
 def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run an op's implementation with autocast switched off: its operands have the right dtype already."""
+    """Run an op's implementation, whose first argument is a tensor, without autocast: its operands have their dtype."""
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        first: Any = args[0]
+        device_type = first.device.type
         if not torch.is_autocast_enabled(device_type):
             return fn(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):

@@ -11,18 +11,25 @@ from .dtypes import FLOATS, dtype_name
 INTEGERS = (torch.int32, torch.int64)
 
 
-def check_float(op: str, name: str, tensor: Tensor) -> None:
-    """Refuse a floating dtype that the op's kernels cannot compute in on the device of ``tensor``.
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    """Refuse a floating dtype that the op's kernels cannot compute in on the device of the tensor.
+
+    Args:
+        op: the name of the op.
+        **tensors: its arguments by their names; None for one that is not given.
 
     Raises:
         TypeError: bfloat16 under Triton's interpreter, or float64 anywhere but on the CPU path.
     """
-    if launch.INTERPRET and tensor.dtype == torch.bfloat16:
-        raise TypeError(
-            f"{op}: {name} is bfloat16, which Triton's interpreter multiplies as raw bits: use float32 or float16"
-        )
-    if tensor.dtype == torch.float64 and (tensor.device.type not in ("cpu", "meta") or launch.executes_on_cpu()):
-        raise TypeError(f"{op}: {name} is float64, which only the CPU path and backend='torch' compute in")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if launch.INTERPRET and tensor.dtype == torch.bfloat16:
+            raise TypeError(
+                f"{op}: {name} is bfloat16, which Triton's interpreter multiplies as raw bits: use float32 or float16"
+            )
+        if tensor.dtype == torch.float64 and (tensor.device.type not in ("cpu", "meta") or launch.executes_on_cpu()):
+            raise TypeError(f"{op}: {name} is float64, which only the CPU path and backend='torch' compute in")
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, ndim: int | None, *, also: tuple[torch.dtype, ...] = ()) -> None:
@@ -76,7 +83,8 @@ def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         TypeError: not a tensor, or not floating.
         ValueError: another size or another device.
     """
-    check_tensor(op, name, tensor, 1)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.ndim != 1:
+        check_tensor(op, name, tensor, 1)
     if tensor.shape[0] != x.shape[-1] or tensor.device != x.device:
         raise ValueError(
             f"{op}: {name} must be [{x.shape[-1]}] on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"

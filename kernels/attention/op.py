@@ -314,7 +314,7 @@ def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor |
 
 def _check_head_dim(op: str, name: str, x: Tensor, head_dim: int) -> int:
     """Refuse a head dimension or a dtype that the attention kernels do not support."""
-    check_float(op, name, x)
+    check_float(op, **{name: x})
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"{op}: head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}: use more heads or backend='torch'"

@@ -111,7 +111,7 @@ def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = No
     query, tokens = autocast_to(query), autocast_to(tokens)
     if uses_reference(op, backend, query):
         return reference.attention_pool(query, tokens, seqlens=seqlens)
-    check_float(op, "query", query)
+    check_float(op, query=query)
     if query.shape[1] > MAX_HEADS or tokens.shape[1] > MAX_TOKENS:
         raise ValueError(
             f"{op}: at most {MAX_HEADS} queries and {MAX_TOKENS} tokens, got {query.shape[1]} and {tokens.shape[1]}: "

@@ -82,7 +82,7 @@ def operand_dtype(op: str, name: str, features: Tensor) -> torch.dtype:
         TypeError: the kernels cannot compute in it where they would run.
     """
     dtype = autocast_dtype(features)
-    check_float(op, name, features if dtype == features.dtype else features.new_empty(0, dtype=dtype))
+    check_float(op, **{name: features if dtype == features.dtype else features.new_empty(0, dtype=dtype)})
     return dtype
 
 

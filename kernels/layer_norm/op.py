@@ -174,9 +174,7 @@ def layer_norm(
             )
     if uses_reference(op, backend, x):
         return reference.layer_norm(x, weight, bias, eps, residual=residual)
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None:
-            check_float(op, name, tensor)
+    check_float(op, x=x, weight=weight, bias=bias, residual=residual)
     check_width(op, x)
     y, s, _, _ = _layer_norm_fwd(x, residual, weight, bias, float(eps))
     return y if residual is None else (y, s)

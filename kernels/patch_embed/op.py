@@ -247,7 +247,7 @@ def patch_embed(
         return reference.patch_embed(
             images, weight.to(dtype), class_embedding, positional_embedding, keep=keep, mean=mean, std=std
         )
-    check_float(op, "weight", weight)
+    check_float(op, weight=weight)
     return _patch_embed_fwd(images, weight, class_embedding, positional_embedding, keep, mean, std, dtype)
 
 

@@ -98,7 +98,7 @@ def retrieval_ranks(
         if not torch.compiler.is_compiling():
             _check_indices(op, owner, len(image))
         return reference.retrieval_ranks(image.detach(), text.detach(), text_image=owner)
-    check_float(op, "image", image)
+    check_float(op, image=image)
     return _retrieval_ranks(image.detach(), text.detach(), owner)
 
 

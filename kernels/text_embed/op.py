@@ -120,8 +120,7 @@ def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tens
     dtype = autocast_dtype(token_embedding)
     if uses_reference(op, backend, text):
         return reference.text_embed(text, token_embedding, positional_embedding).to(dtype)
-    check_float(op, "token_embedding", token_embedding)
-    check_float(op, "positional_embedding", positional_embedding)
+    check_float(op, token_embedding=token_embedding, positional_embedding=positional_embedding)
     tokens, _ = _text_embed_fwd(text, token_embedding, positional_embedding, dtype)
     return tokens
 

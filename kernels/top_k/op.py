@@ -114,5 +114,5 @@ def top_k(
     query, items = query.detach(), items.detach()
     if uses_reference(op, backend, query):
         return reference.top_k(query, items, k, allowed=allowed)
-    check_float(op, "query", query)
+    check_float(op, query=query)
     return _top_k(query, items, allowed, k)
