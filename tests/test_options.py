@@ -94,8 +94,11 @@ def test_an_output_replaces_nothing_unless_told_and_never_an_input(name, output,
     assert f"{path} exists already" in err
     if output.is_folder:
         return
-    taken = [one for one in ALL[name]._actions if one.metavar and not one.choices and one.type not in (int, float)]
-    read = next(one for one in taken if not isinstance(one, Output) and not isinstance(one.type, arguments.Count))
+    texts = (None, str, Path, arguments.folder)
+    taken = [one for one in ALL[name]._actions if one.metavar and not one.choices and one.type in texts]
+    read = next((one for one in taken if not isinstance(one, Output)), None)
+    if read is None:  # nothing that the command reads is named on its command line
+        return
     for value in (f"x::{path}", f"{tmp_path}/{{x,{path.stem}}}{path.suffix}", tmp_path):
         code, _, err = run_command(capsys, *line(name, {output: path, read: value}, "--overwrite"))
         assert (code, path.read_bytes()) == (2, b"kept")

@@ -237,8 +237,8 @@ def test_open_clip_4_has_our_losses_and_later_versions_are_named(version, tmp_pa
         (tmp_path / (name if name == "program.py" else f"open_clip/{name}")).write_text(text.replace("4.2.1", version))
     found = python(tmp_path, "-m", "clipfast.run", "./program.py", CLIPFAST_DISABLE=",".join(run.MODEL_PARTS))
     assert found.returncode == 0, found.stderr
-    modules = ("losses", "distill_loss", "siglip_loss", "coca_loss", "coca_loss")
-    assert found.stdout.split() == [f"clipfast.{module}" for module in modules]
+    modules = ("clip_loss", "distill_loss", "siglip_loss", "coca_loss", "coca_loss")
+    assert found.stdout.split() == [f"clipfast.losses.{module}" for module in modules]
     assert LINE in found.stderr.splitlines()
     assert ("is later than" in found.stderr) == bool(OF_VERSION[version])
     assert OF_VERSION[version] in found.stderr

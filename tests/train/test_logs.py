@@ -15,6 +15,7 @@ from clipfast import create_model
 from clipfast.cli.main import main
 from clipfast.kernels.hardware import CARDS
 from clipfast.models.model_flops import training_flops
+from clipfast.runs import metrics
 from clipfast.runs.folder import RunFolder, read_lines
 from clipfast.train import reports
 from clipfast.train.logs import Meters
@@ -199,7 +200,7 @@ def test_a_gpu_is_found_by_its_uuid_and_told_once_to_be_slow(gpu, caplog):
     nvml.nvmlDeviceGetHandleByUUID.assert_called_with("GPU-1234-second")
     assert found["memory"] == {"allocated": 31_400_000_000, "reserved": 40_000_000_000}
     assert {"power_w": 612.0, "sm_mhz": 1755, "temperature_c": 64, "throttled": True}.items() <= found["gpu"].items()
-    scalars = reports.train_scalars({"step": 1, **found})
+    scalars = metrics.train_scalars({"step": 1, **found})
     assert (scalars["gpu/power_w"], scalars["gpu/sm_mhz"], scalars["memory/allocated_gb"]) == (612.0, 1755, 31.4)
     assert len(caplog.records) == 1
     assert re.search("cuda:0 .* heat, power brake: 1755 MHz, 612 W, 64 °C", caplog.text)

@@ -16,7 +16,7 @@ from clipfast.cli.main import main
 
 from .. import processes
 from ..processes import run_ranks
-from ..small_runs import sample, write_shard
+from ..small_runs import TINY, sample, write_shard
 
 processes.PRELOAD.append("clipfast.train.trainer")
 ROOT = Path(__file__).parent.parent.parent
@@ -25,7 +25,6 @@ COMMANDS = [
     shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
 ]
 (SCRIPT,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-TINY = str(Path(__file__).with_name("tiny.json"))
 SMALL = "data/000.tar"
 FEWER = {"--batch-size": "8", "--global-batch-size": "16", "--micro-batch-size": "4", "--warmup": "1"}
 
