@@ -166,8 +166,9 @@ def single_query_attention(
     out = torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
     if bias_k is None or bias_v is None:
         return out
-    # The gradient of the keys' bias is zero. It must not be None, because DistributedDataParallel waits for it.
-    return out + (bias_v + 0 * bias_k).to(out.dtype)
+    # The gradient of the keys' bias is zero, even where others are NaN. It must not be None, because
+    # DistributedDataParallel waits for it; that is why the sum of no elements is added.
+    return out + (bias_v + bias_k[:0].sum()).to(out.dtype)
 
 
 # These parameters stay in float32: they are small, and are only added to activations or scale them.
