@@ -163,7 +163,8 @@ def from_settings(raw: Mapping[str, Any], source: Path) -> CLIPConfig:
     kind = raw.get("model_type")
     layout = {"clip": CLIP_LAYOUT, "siglip": SIGLIP_LAYOUT}.get(str(kind))
     if layout is None:
-        what = (raw.get("architectures") or [f"a model of type {kind!r}"])[0]
+        named = raw.get("architectures")
+        what = named[0] if named and isinstance(named, list) else f"a model of type {kind!r}"
         naflex = ", whose images keep their shapes (NaFlex)" if kind == "siglip2" else ""
         raise CheckpointError(
             f"{source} describes {what}{naflex}; of transformers, clipfast reads only CLIPModel and SiglipModel, which "

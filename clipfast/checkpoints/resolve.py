@@ -43,11 +43,14 @@ class Wishes:
     context_length: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown activation.
+        """Refuse an unknown activation, and sizes that no model has.
 
         Raises:
             ValueError: as above.
         """
+        for flag, value, least in (("image-size", self.image_size, 1), ("context-length", self.context_length, 2)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"--{flag} must be a whole number of at least {least}, got {value!r}")
         if self.activation is not None and self.activation not in {*_CLIP, *_SIGLIP}:
             raise ValueError(
                 f"--activation must be {' or '.join(_CLIP)}, or for SigLIP {' or '.join(_SIGLIP)}; got "

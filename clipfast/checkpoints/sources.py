@@ -91,6 +91,8 @@ def resolve_source(
             (:class:`~clipfast.checkpoints.hub.HubError` for those on the hub).
     """
     if isinstance(model_name, ModelSource):
+        if pretrained:
+            raise ValueError(f"pretrained={pretrained!r} cannot be given beside a ModelSource, which names its weights")
         return model_name
     name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
     if name in list_models():

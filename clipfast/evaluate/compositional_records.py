@@ -216,7 +216,9 @@ def _box(record: Record) -> tuple[float, ...] | None:
 def _captions_of(record: Record, key: str) -> list[str]:
     """Return the captions under a key of a record, whose value is one text or a list of texts."""
     values = record.get(key)
-    return [_text({key: value}, key) for value in values] if isinstance(values, list) else [_text(record, key)]
+    if not values or not isinstance(values, list):  # an empty list is no text either
+        return [_text(record, key)]
+    return [_text({key: value}, key) for value in values]
 
 
 def _text(record: Record, key: str) -> str:

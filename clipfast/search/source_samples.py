@@ -223,7 +223,7 @@ def _column(values: Sequence[Any]) -> pyarrow.Array:
     kinds = {type(value) for value in values if value is not None}
     with contextlib.suppress(OverflowError, pyarrow.ArrowException):  # an integer with more than 64 bits
         if kinds == {int, float}:
-            return pyarrow.array(values, "float64")
+            return pyarrow.array([x if x is None else float(x) for x in values], "float64")
         if len(kinds) <= 1 and kinds <= {bool, int, float}:
             return pyarrow.array(values)
     texts = (json.dumps(x, ensure_ascii=False) if not isinstance(x, str | None) else x for x in values)

@@ -235,6 +235,13 @@ def test_transformers_prepares_images_and_texts_as_clipfast_does(tmp_path):
     torch.testing.assert_close(pixels, preprocess(picture), rtol=0, atol=0.02)  # their resampling rounds elsewhere
 
 
+@pytest.mark.parametrize("sizes", [{"image_size": 0}, {"image_size": 32.0}, {"context_length": 1}])
+def test_sizes_that_no_model_has_are_refused(sizes, own, tmp_path):
+    with pytest.raises(ValueError, match=r"--(image-size|context-length) must be a whole number of at least [12], got"):
+        convert_checkpoint(own, tmp_path / "other", "open_clip", **sizes)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("size", [16, 64])
 def test_positions_are_resized_as_open_clip_does(size, own, vit, tmp_path):
     convert_checkpoint(own, tmp_path / "folder", "open_clip")

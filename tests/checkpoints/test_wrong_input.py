@@ -142,6 +142,7 @@ REFUSED = [
         "hf",
         "describes Blip; of",
     ),
+    (lambda: edited("hf/config.json", model_type="blip", architectures={"a": 1}), "hf", "a model of type 'blip'; of"),
     (lambda: edited("siglip/config.json", model_type="siglip2"), "siglip", "whose images keep their shapes (NaFlex)"),
     (tower("text", hidden_act="gelu_new"), "hf", "hidden_act must be one of quick_gelu, gelu, got 'gelu_new'"),
     (tower("text", hidden_act="quick_gelu"), "hf", "got quick_gelu for texts and gelu for images"),

@@ -243,7 +243,8 @@ RECORD = {"filename": "x.png", "caption": "y", "negative_caption": "z"}
 BOX = {"image_path": "x", "true_caption": "y", "false_caption": "z", "bbox_x": "1"}
 FILES = {
     "half": "{", "empty": "[]", "number": "[3]", "keys": '[{"x": 1}]', "record": [RECORD], "box": [BOX],
-    "lacking": [RECORD, {"filename": "x"}], "blank": [RECORD | {"negative_caption": " "}], "add_x": [RECORD],
+    "lacking": [RECORD, {"filename": "x"}], "blank": [RECORD | {"negative_caption": " "}],
+    "none": [RECORD | {"negative_caption": []}], "add_x": [RECORD],
     "visual_genome_x": [BOX],
 }  # fmt: skip
 WRONG = {
@@ -259,6 +260,7 @@ WRONG = {
     "{tmp}/keys.json": "has the keys of no known format: winoground has ",
     "{tmp}/lacking.json": "record 1 of {tmp}/lacking.json has no 'caption'",
     "{tmp}/blank.json": "record 0 of {tmp}/blank.json has no text as 'negative_caption' but ' '",
+    "{tmp}/none.json": "record 0 of {tmp}/none.json has no text as 'negative_caption' but []",
     "{tmp}/box.json": "record 0 of {tmp}/box.json has no numbers in bbox_x, ",
     "{tmp}/record.json --images nowhere": "--images nowhere: there is no such folder",
     "::".join(f"{number}.tar" for number in range(2000)): "no such shard: 0.tar",  # longer than a name of a file

@@ -155,6 +155,8 @@ def test_columns_have_the_types_of_their_values():
     assert table.column("string of lists").to_pylist() == ['["é"]', None, '{"a": 1}']
     assert table.column("string").to_pylist() == ["a", None, "?"]
     assert table_of([]).num_rows == 0
+    large = table_of([own | {"n": value} for value in (0.5, 2**53 + 1)], with_images=False)
+    assert str(large.schema.field("n").type) == "double"  # a comparison of numbers still works
 
 
 def test_a_part_without_a_usable_sample(faulty, tmp_path, capsys):
