@@ -83,12 +83,15 @@ def registered(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
 
 
 def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run an op's implementation, whose first argument is a tensor, without autocast: its operands have their dtype."""
+    """Run an op's implementation without autocast on the device of its first tensor: it converted its operands."""
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        first: Any = args[0]
-        device_type = first.device.type
+        device_type = "cpu"
+        for arg in args:
+            if isinstance(arg, Tensor):
+                device_type = arg.device.type
+                break
         if not torch.is_autocast_enabled(device_type):
             return fn(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
