@@ -1,7 +1,8 @@
 """Look at this machine: what it has for clipfast, what is wrong with it, and what to do about that.
 
 Each line is ok, a note (worth knowing), or a problem (clipfast does not work, or not as it should), with its fix below
-it. Nothing is written, except that with --data the index of a few shards is kept.
+it. The group "a run with default options" looks at the default model and batch, so a problem there may be none of your
+run. Nothing is written, except that with --data the index of a few shards is kept.
 """
 
 import argparse

@@ -43,8 +43,8 @@ class History:
 
 
 def is_run(path: Path) -> bool:
-    """Return True if a folder holds a training run."""
-    return any((path / name).exists() for name in ("metrics.jsonl", "config.json", "out.log", "params.txt"))
+    """Return True if a folder holds a run of clipfast; OpenCLIP's trainer writes neither of these files."""
+    return any((path / name).exists() for name in ("metrics.jsonl", "config.json"))
 
 
 def find_runs(paths: list[Path]) -> list[Path]:

@@ -116,9 +116,16 @@ class RunState:
         if self.average is not None:
             self.average.load_state_dict(checkpoint.get("state_dict_ema"))
         self._load_optimizer(checkpoint["optimizer"], own.get("groups"))
+        try:
+            self._load_progress(checkpoint["epoch"], own)
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint has no {error}: start from its weights with --pretrained") from error
+
+    def _load_progress(self, epoch: int, own: dict[str, Any]) -> None:
+        """Continue after the steps that a checkpoint of ``epoch`` epochs counts in its part ``own`` of this package."""
         progress, stream = own.get("progress"), own.get("stream", {})
         if progress is None:  # the checkpoint is OpenCLIP's
-            self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
+            self.progress.step = self.data.epochs.steps_before(epoch)
         else:
             for field in dataclasses.fields(Progress):
                 setattr(self.progress, field.name, progress.get(field.name, field.default))
@@ -128,14 +135,19 @@ class RunState:
         changed = {key: stream.get(key) for key, now in data.items() if stream.get(key) != now} if stream else {}
         if changed:
             before = Epochs(stream["num_samples"], stream["batch_size"], 0)
-            if self.progress.step != before.steps_before(checkpoint["epoch"]):
+            if self.progress.step != before.steps_before(epoch):
                 self._refuse_within_epoch(changed)
-            self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
+            self.progress.step = self.data.epochs.steps_before(epoch)
         is_same_option = own.get("config", {}).get("micro_batch_size") == self.config.micro_batch_size
         if self.config.micro_batch_size == AUTO and is_same_option and "batch_size" not in changed:
             self.step.micro_batch_size = own["micro_batch_size"]
 
     def _refuse_within_epoch(self, changed: dict[str, Any]) -> None:
+        if "order" in changed:
+            raise ValueError(
+                "the checkpoint is from within an epoch of another version of clipfast, which has another order of the "
+                "data: start from its weights with --pretrained"
+            )
         names = {"batch_size": "batch_size" if self.data.batch_size == self.config.batch_size else "global_batch_size"}
         flags = [
             f"{flag_name(names.get(key, key))} (was {was})" for key, was in changed.items() if hasattr(self.config, key)

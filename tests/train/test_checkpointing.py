@@ -80,6 +80,18 @@ class TestWriting:
         assert weights_of(store.latest) == [7.0] * 8
         assert saved_step(store.folder.parent) == 1
 
+    def test_a_second_save_waits_for_the_first(self, store, gate):
+        store.save(state(1, 1.0), 1)
+        second = threading.Thread(target=store.save, args=(state(2, 2.0), 2))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+        gate.open.set()
+        second.join(10)
+        store.finish()
+        assert gate.written == ["step_1.pt", "step_2.pt"]
+        assert [weights_of(store.step_path(step)) for step in (1, 2)] == [[1.0] * 8, [2.0] * 8]
+
     def test_names(self, store):
         saved(store, 2)
         saved(store, 4, milestone=1)

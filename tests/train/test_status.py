@@ -143,10 +143,14 @@ def test_several_runs_are_a_table_and_a_plot(finished, run, tmp_path, capsys):
     [
         (["{tmp}/nothing"], "there is no run in {tmp}/nothing"),
         (["{tmp}"], "there is no run in {tmp}"),
+        (["{tmp}/theirs"], "there is no run in {tmp}/theirs"),
         (["{run}", "--interval", "0", "--follow"], "--interval must be more than 0, got 0.0"),
     ],
 )
 def test_wrong_input(arguments, message, finished, tmp_path, capsys):
+    (tmp_path / "theirs").mkdir()
+    for name in ("out.log", "params.txt"):  # all that OpenCLIP's trainer and ours both write
+        (tmp_path / "theirs" / name).touch()
     words = (word.format(tmp=tmp_path, run=finished.path) for word in arguments)
     code, out, err = run_command(capsys, "status", *words)
     assert (code, out) == (2, "")

@@ -288,6 +288,22 @@ def test_model_and_length_come_from_the_checkpoint(small, tmp_path):
     assert saved_step(folder.path) == 2 * (48 // 8)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "said"),
+    [
+        ("progress", "kinds", "no 'kinds': start from its weights"),
+        ("stream", "num_samples", "no 'num_samples': start from its weights"),
+        ("stream", "order", "within an epoch of another version of clipfast, which has another order"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused(part, name, said, small, finished, tmp_path):
+    content = read_checkpoint(finished.latest)
+    content["clipfast"]["progress"]["step"] -= 1
+    del content["clipfast"][part][name]
+    with pytest.raises(ValueError, match=said):
+        Trainer(small(), RunFolder(tmp_path / "x"), content)
+
+
 def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(copied, tmp_path):
     (tmp_path / "home" / "downloads").mkdir(parents=True)
     downloaded = copied.latest.rename(tmp_path / "home" / "downloads" / "epoch_latest.pt")
