@@ -250,7 +250,10 @@ def measured_step(setup, config, batch):
 @on_cpu
 def test_real_steps_take_what_is_planned(tmp_path):
     ddp, fsdp = (Setup("deep", 2, way, kind, has_ema=True) for way, kind in (("ddp", "none"), ("fsdp", "full")))
-    jobs = [(ddp, Batch(24, 24)), (fsdp, Batch(24, 24))]
+    selective = dataclasses.replace(ddp, checkpointing="selective")
+    single = dataclasses.replace(fsdp, checkpointing="none", precision="fp32")
+    jobs = [(setup, Batch(24, 24)) for setup in (ddp, fsdp, selective)]
+    jobs += [(setup, Batch(101, 34)) for setup in (fsdp, single)]
     ranks = run_ranks(measured_steps, 2, jobs, ddp.config, folder=tmp_path, timeout=600.0)
     for number, (setup, batch) in enumerate(jobs):
         plan = StepPlan(setup, H100, None)

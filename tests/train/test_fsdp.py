@@ -6,11 +6,14 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from clipfast.distributed.dtensors import gather_full, is_dtensor
+from clipfast import create_model
+from clipfast.distributed.dtensors import gather_full, is_dtensor, to_local
 from clipfast.distributed.world import ALONE, joined
+from clipfast.losses.accumulation import accumulate_gradients
 from clipfast.models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig, build
 from clipfast.runs.folder import RunFolder
 from clipfast.train import TrainConfig
@@ -161,6 +164,23 @@ def each(world, work, arguments):
 
 
 @pytest.mark.long
+def test_the_gradients_of_every_micro_batch_arrive_under_autocast():
+    """Casts of weights that one micro-batch left to the next would get their gradients after FSDP2 has reduced."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain, sharded = (create_model("ViT-T-8-32") for _ in range(2))
+        sharded.load_state_dict(plain.state_dict())
+        shard(TrainConfig(train_data="synthetic:1", fsdp=True), sharded, init_device_mesh("cpu", (1,)))
+        images, texts = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(1, 49407, (4, 9))
+        for model in (plain, sharded):
+            with torch.autocast("cpu", torch.bfloat16):
+                accumulate_gradients(model, images, texts, 2)
+        for (name, ours), expected in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+            assert (to_local(ours.grad) - expected.grad).norm() <= 0.1 * expected.grad.norm(), name
+    finally:
+        dist.destroy_process_group()
+
+
 def test_gradients_are_clipped_by_the_norm_of_all_parts(tmp_path):
     everyones = run_ranks(on_ranks, 3, 3, each, clipped, [(kind,) for kind in MODELS], folder=tmp_path)
     for number, kind in enumerate(MODELS):
