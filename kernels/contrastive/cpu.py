@@ -348,7 +348,7 @@ def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
     if not wanted:
         return found[0]
     loss, *gradients = found
-    return _WholeLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return _WholeLoss.apply(  # type: ignore[no-untyped-call]
         reference.contrastive_loss, loss, x, y, logit_scale, *gradients
     )
 
@@ -365,7 +365,7 @@ def whole_sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Te
         loss = loss_of(*leaves)
     found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
     gradients = [next(found) if needed else None for needed in wanted]
-    return _WholeLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return _WholeLoss.apply(  # type: ignore[no-untyped-call]
         loss_of, loss.detach(), *inputs, *gradients
     )
 
@@ -415,7 +415,7 @@ class _WholeLoss(torch.autograd.Function):
         tensors = ctx.saved_tensors
         count = len(tensors) // 2
         inputs, gradients = tensors[:count], tensors[count:]
-        found = [gradient if gradient is None else gradient * grad_loss for gradient in gradients]
+        found: list[Any] = [gradient if gradient is None else gradient * grad_loss for gradient in gradients]
         if torch.is_grad_enabled():
             # With create_graph=True the gradients depend on the inputs, as those of the reference do. They keep their
             # values, which are more exact than the reference's.
