@@ -5,6 +5,7 @@ Each process that needs such files starts one reader at the first of them, and k
 
 import atexit
 import contextlib
+import io
 import json
 import os
 import signal
@@ -46,6 +47,7 @@ def count_rows(file: IO[bytes], name: str) -> int:
 
     Raises:
         ContentError: the file cannot be read, or has no column of bytes.
+        io.UnsupportedOperation: a Parquet file cannot be read from the middle.
         OSError: the disk failed.
         ImportError: there is no pyarrow.
     """
@@ -73,9 +75,12 @@ def copy_rows(file: IO[bytes], name: str, target: Writable, folder: Path | None 
 
 def _copy_footer(file: IO[bytes], target: IO[bytes]) -> None:
     """Write a Parquet file that has the footer of another one and no rows."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - FOOTER_GUESS, 0))
-    tail = file.read()
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - FOOTER_GUESS, 0))
+        tail = file.read()
+    except ValueError as error:  # as fsspec says that a server sends nothing but whole files
+        raise io.UnsupportedOperation(f"it cannot be read from the middle: {error}") from error
     length = int.from_bytes(tail[-8:-4], "little")
     if tail[-4:] != MAGIC or length + 12 > size:
         raise ContentError("it is damaged, or not a Parquet file: it has no footer at its end; copy or write it again")
@@ -97,17 +102,17 @@ def _ask(file: IO[bytes], request: dict[str, Any], target: Writable | None = Non
         reader = _reader = _reader or _start()
         try:
             kind, *found = _answer(reader, request | {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"}, target)
+            match kind:
+                case "found":
+                    return found[0]
+                case "content":
+                    raise ContentError(found[0])
+                case "import":
+                    raise ImportError(found[0], name=found[1])
+            raise OSError(*found)
         except BaseException:
             _end()
             raise
-    match kind:
-        case "found":
-            return found[0]
-        case "content":
-            raise ContentError(found[0])
-        case "import":
-            raise ImportError(found[0], name=found[1])
-    raise OSError(*found)
 
 
 def _start() -> subprocess.Popen[bytes]:

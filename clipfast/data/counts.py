@@ -5,6 +5,7 @@ from ``sizes.json`` beside them, as WebDataset and OpenCLIP write it, or from th
 how many images of a shard it could download.
 """
 
+import io
 import json
 import logging
 import threading
@@ -14,7 +15,6 @@ from typing import IO, Any
 from .contained import count_rows
 from .names import PIPE, has_footer, has_rows, is_remote
 from .remote import FetchError, Found, if_there, opened
-from .rows import ContentError
 from .staging import is_direct
 
 SIZES = "sizes.json"  # {"00000.tar": 10000, ...}
@@ -29,6 +29,7 @@ class Counts:
 
     def __init__(self) -> None:
         self._sizes: dict[str, dict[str, Any] | FetchError] = {}
+        self._whole = set[str]()  # folders of servers that send nothing but whole files
         self._lock = threading.Lock()
 
     def of(self, name: str) -> tuple[int, str] | None:
@@ -42,12 +43,12 @@ class Counts:
         """
         if name.startswith(PIPE) or is_direct(name):
             return None
-        if has_rows(name):
-            rows = (
-                None if is_remote(name) and not has_footer(name) else _read(name, _rows_of(name), "shard", whole=False)
-            )
-            return None if rows is None else (rows, name)
         folder, slash, file = name.rpartition("/")
+        if has_rows(name):
+            if is_remote(name) and (not has_footer(name) or folder in self._whole):
+                return None
+            rows = _read(name, lambda shard: self._rows(shard, name), "shard", whole=False)
+            return None if rows is None else (rows, name)
         path = folder + slash + SIZES
         said = self._sizes_in(path).get(file)
         if said is None:
@@ -55,6 +56,14 @@ class Counts:
             said = _object(path).get("successes")
         digits = str(said)
         return (int(digits), path) if digits.isdecimal() and len(digits) <= MAX_DIGITS else None
+
+    def _rows(self, shard: IO[bytes], name: str) -> int | None:
+        """Return the number of rows; None if a server sends nothing but whole files."""
+        try:
+            return count_rows(shard, name)
+        except io.UnsupportedOperation:
+            self._whole.add(name.rpartition("/")[0])
+            return None
 
     def _sizes_in(self, path: str) -> dict[str, Any]:
         with self._lock:
@@ -67,20 +76,6 @@ class Counts:
         if isinstance(found, FetchError):
             raise found
         return found
-
-
-def _rows_of(name: str) -> Callable[[IO[bytes]], int | None]:
-    """Return a function that counts the rows of a file, or returns None if the server can only send whole files."""
-
-    def count(file: IO[bytes]) -> int | None:
-        try:
-            return count_rows(file, name)
-        except ContentError:
-            raise
-        except ValueError:  # fsspec raises this if the server cannot send parts of a file
-            return None
-
-    return count
 
 
 def _object(path: str) -> dict[str, Any]:

@@ -281,8 +281,8 @@ def pair_loader(
     """Yield training batches ``first`` to ``stop - 1``, made by ``num_workers`` processes, or by this one if 0.
 
     Threads of this process copy shards ahead of their use, if they are read from copies. The room for copies is shared
-    by the ``local_ranks`` processes of this machine. Closing the generator tells workers and threads to end, and waits
-    a moment for them; workers that have not ended then are killed.
+    by the ``local_ranks`` processes of this machine. Closing the generator tells workers and threads to end. Workers
+    that have not ended after a moment are killed; a thread ends when its copy gets its next piece of data.
 
     Raises:
         ValueError: a batch could not be made, or a data worker died.

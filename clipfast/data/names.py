@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -43,14 +45,23 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
     shards = [path for shard in named for path in _matches(shard)]
-    missing = [shard for shard in shards if ":" not in shard and not (shard and Path(shard).exists())]
+    modes = [0 if ":" in shard else _mode(shard) for shard in shards]  # there may be many: one look at each
+    missing = [shard for shard, mode in zip(shards, modes, strict=True) if ":" not in shard and not mode]
     if missing:
         what = "shard" if not missing[0] or Path(missing[0]).suffix else "folder or shard"
         count = f" ({len(missing)} of {len(shards)} are missing)" if len(shards) > 1 else ""
         raise ValueError(f"no such {what}: {missing[0]}{count}")
     if not shards:
         raise ValueError("no shards given")
-    return [_checked(shard) for shard in shards]
+    return list(map(_checked, shards, modes))
+
+
+def _mode(path: str) -> int:
+    """Return the type and permissions of a file, as :mod:`stat` reads them; 0 if there is none."""
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return 0
 
 
 def _named_by(pattern: str) -> Iterator[str]:
@@ -130,8 +141,10 @@ def _shards_in(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.glob("*.tar")) or sorted(folder.glob(f"*{PARQUET}"))]
 
 
-def _checked(shard: str) -> str:
+def _checked(shard: str, mode: int) -> str:
     """Check the name of a shard and return it; for a folder, return its table, or its name with a slash at the end.
+
+    ``mode`` is that of the file, as :func:`_mode` returns it.
 
     Raises:
         ValueError: the name cannot be a shard.
@@ -141,10 +154,10 @@ def _checked(shard: str) -> str:
             synthetic_pairs(shard)
         return shard
     path = Path(shard)
-    if path.is_dir():
+    if stat.S_ISDIR(mode):
         tables = (str(path / name) for name in FOLDER_TABLES if (path / name).is_file())
         return next(tables, shard.rstrip("/") + "/")
-    if not path.is_file():  # for example a pipe from <(cat a.tar), whose bytes a first look would consume
+    if not stat.S_ISREG(mode):  # for example a pipe from <(cat a.tar), whose bytes a first look would consume
         raise ValueError(
             f"{shard} is neither a file nor a folder: shards are read from any place in them, so write it to a "
             "file, or name the command that makes it, as in 'pipe:cat a.tar'"

@@ -5,6 +5,7 @@ into the cache. A worker that needs a shard earlier waits for the same lock, or 
 needed soon counts as just used, so other copies are removed first.
 """
 
+import atexit
 import collections
 import contextlib
 import threading
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from .source import ShardSource
+from .staging import cancelled
 
 if TYPE_CHECKING:
     from .loader import PairBatches
@@ -31,7 +33,8 @@ class _Wanted(NamedTuple):
 class ReadAhead:
     """Copies shards ahead of training while the context lasts. If all shards are read in place, it does nothing.
 
-    Errors are ignored here: the data worker that needs the shard meets them again and raises them.
+    Errors are ignored here: the data worker that needs the shard meets them again and raises them. When the context or
+    the process ends, a copy that is being made is given up at its next piece of data, and is not waited for.
 
     Args:
         batches: the batches of the run.
@@ -59,9 +62,10 @@ class ReadAhead:
         self._queue: collections.deque[_Wanted] = collections.deque()
         self._bringing, self._largest = 0, 0  # number of shards that are being copied; bytes of the largest copy so far
         self._ahead: list[tuple[int, int]] = []  # first batch and bytes of each copy that is not needed yet
-        self._closed, self._changed = False, threading.Condition()
+        self._closed, self._changed = threading.Event(), threading.Condition()
 
     def __enter__(self) -> Self:
+        atexit.register(self._closed.set)  # of a process that ends within the context
         for _ in range(THREADS if self._sources else 0):
             threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
         return self
@@ -69,8 +73,9 @@ class ReadAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        atexit.unregister(self._closed.set)
         with self._changed:
-            self._closed = True
+            self._closed.set()
             self._changed.notify_all()
 
     def reached(self, number: int) -> None:
@@ -83,6 +88,7 @@ class ReadAhead:
             self._changed.release()
 
     def _run(self) -> None:
+        cancelled.set(self._closed)
         with contextlib.suppress(ValueError):  # an impossible order: the data workers raise the same error
             while (wanted := self._next()) is not None:
                 size = 0
@@ -97,7 +103,7 @@ class ReadAhead:
     def _next(self) -> _Wanted | None:
         """Wait until there is room for the next shard, and return it; None at the end of the run."""
         with self._changed:
-            while not self._closed:
+            while not self._closed.is_set():
                 if self._touched < self._at:
                     self._look()
                     continue

@@ -124,6 +124,10 @@ def opened(name: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
         return
     command = name.removeprefix(PIPE)
     with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-        yield cast(IO[bytes], process.stdout)
+        try:
+            yield cast(IO[bytes], process.stdout)
+        except BaseException:
+            process.kill()  # otherwise it is waited for, and a loop of a shell goes on when nobody reads
+            raise
     if process.returncode:
         raise OSError(f"the command ended with status {process.returncode}")

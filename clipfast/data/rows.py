@@ -262,7 +262,7 @@ def _answer(request: dict[str, Any]) -> list[Any]:
     except ImportError as error:
         return ["import", str(error), error.name]
     except OSError as error:
-        return ["system", error.errno, error.strerror]
+        return ["system", error.errno, error.strerror, error.filename]
     except MemoryError:
         return ["content", f"reading it takes more than {MAX_MEMORY >> 30} GiB of memory: write smaller batches"]
     except Exception as error:  # any error that a damaged file may cause

@@ -17,9 +17,11 @@ import lzma
 import os
 import shutil
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -46,6 +48,10 @@ COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
 }  # fmt: skip
 BZ2_ERROR = "Invalid data stream"  # text of an OSError without an errno, like errors of pipes
 MARKS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated")
+
+NEVER = threading.Event()
+# An event of the thread that copies: once it is set, the copy ends with an error at its next piece.
+cancelled = ContextVar("cancelled", default=NEVER)
 
 log = logging.getLogger("clipfast")
 
@@ -212,7 +218,7 @@ def _refuse_again(failure: Path) -> None:
 def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
     """Copy a shard to ``path`` and return its stamp, which is ``now`` or, without it, read from the shard.
 
-    If the shard cannot be fetched, the reason is written to the file ``failure``.
+    If the shard cannot be fetched, the reason is written to the file ``failure``, unless the copy was cancelled.
     """
 
     def attempt() -> str:
@@ -230,7 +236,8 @@ def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
     try:
         return retried(name, attempt)
     except FetchError as error:
-        failure.write_text(f"{error.kind}\n{error}", "utf-8", "replace")
+        if not cancelled.get().is_set():  # otherwise the shard may be good: a process that ends also ends its reader
+            failure.write_text(f"{error.kind}\n{error}", "utf-8", "replace")
         raise
 
 
@@ -241,6 +248,8 @@ class _Limited:
         self._file, self._written, self._limit = file, 0, max_bytes()
 
     def write(self, data: bytes, /) -> object:
+        if cancelled.get().is_set():
+            raise ContentError("nobody needs its copy any more")
         self._written += len(data)
         if self._written > self._limit:
             raise ContentError(

@@ -24,7 +24,7 @@ BLOCK = tarfile.BLOCKSIZE
 MAGIC = b"ustar"
 MAGIC_OFFSET = 257  # offset of the magic in a header
 CHUNK = 1 << 20  # number of bytes that are searched for a header at once
-MAX_DIGITS = 20  # largest number of digits in the length of a pax record
+MAX_DIGITS = 20  # largest number of digits of a number in a pax header; Python refuses to convert more than 4,300
 MAX_HOPS = 8  # largest number of links that are followed one after another
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 GNU_LONG = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
@@ -145,7 +145,8 @@ def _member(
     at, extended = start, dict[str, str]()
     while True:
         stated, name = extended.get("size", ""), extended.get("path") or header.name
-        length = 0 if header.kind in WITHOUT_DATA else int(stated) if stated.isdecimal() else header.size
+        is_number = stated.isdecimal() and len(stated) <= MAX_DIGITS
+        length = 0 if header.kind in WITHOUT_DATA else int(stated) if is_number else header.size
         begin = at + BLOCK
         if begin + length > size:
             return Damage(start, None, f"the file ends inside {name}"), size

@@ -38,8 +38,9 @@ def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
 def test_index_command(tmp_path, capsys):
     names = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (3, 5)]
     code, _, _ = run_command(
-        capsys, "index", "::".join(names), "--unique-by", "category", "--json", tmp_path / "found.json"
-    )
+        capsys, "index", "::".join(names), "--workers", "2", "--unique-by", "category",
+        "--json", tmp_path / "found.json",
+    )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())
     assert (code, found["samples"], found["lost"], found["different"]) == (0, 8, 0, 2)
 

@@ -1,5 +1,6 @@
 """Copies of shards ahead of the data workers: in time, within the limit, and only once."""
 
+import atexit
 import contextlib
 import gzip
 import json
@@ -12,11 +13,12 @@ from collections import Counter
 import pytest
 import torch
 
-from clipfast.data import IndexCache, Mix, Order, PairBatches, ShardIndex, open_shards, pair_loader
+from clipfast.data import IndexCache, Mix, Order, PairBatches, ShardIndex, contained, open_shards, pair_loader
 from clipfast.data.read_ahead import THREADS, ReadAhead
 from clipfast.data.staging import exclusive
 
 from ..small_runs import sample, write_shard
+from .rows import downloaded, write_parquet
 
 SHARDS, EACH, BATCH = 24, 10, 5
 NOISE = bytes(40_000)  # makes the copies larger than their overhead
@@ -148,7 +150,7 @@ def test_a_loader_does_not_wait_for_copies(source):
     made = batches(source)
     good = set(source.shards_of(made.samples(0).sample).tolist())
     for shard in set(range(SHARDS)) - good:
-        endless = f"pipe:for i in 1 2 3 4 5 6 7 8; do sleep 1; done; exit 3 # {shard}"
+        endless = f"pipe:while sleep 0.2; do head -c 1500000 /dev/zero; done # {shard}"
         source.shards[shard] = ShardIndex(endless, "", 0, EACH, {}, "nothing")
     loader = pair_loader(made, 0, 2 * SHARDS, 0)
     next(loader)
@@ -156,6 +158,29 @@ def test_a_loader_does_not_wait_for_copies(source):
     started = time.monotonic()
     loader.close()
     assert time.monotonic() - started < 3
+    until(lambda: threads() == [])
+
+
+@pytest.mark.parametrize("end", ["loader", "process"])
+def test_a_copy_that_is_cancelled_is_not_noted_as_a_failure(end, source, tmp_path, monkeypatch):
+    """The process that reads Parquet files ends before the thread that copies one."""
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    contained._end()
+    monkeypatch.setattr(contained, "PROGRAM", "import time; time.sleep(600)")
+    made = batches(source)
+    good = set(source.shards_of(made.samples(0).sample).tolist())
+    shard = next(shard for shard in range(SHARDS) if shard not in good)
+    path = write_parquet(tmp_path / "x.parquet", downloaded(EACH))
+    source.shards[shard] = ShardIndex(path, "", 0, EACH, {}, "nothing")
+    loader = pair_loader(made, 0, 2 * SHARDS, 0)
+    next(loader)
+    until(lambda: contained._reader is not None)
+    loader.close() if end == "loader" else at_exit.pop()()
+    contained._end()
+    until(lambda: threads() == [])
+    assert not list((tmp_path / "cache").rglob("*.failed"))
+    loader.close()
 
 
 def test_nothing_happens_for_files_that_are_read_where_they_are(tmp_path):

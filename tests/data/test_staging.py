@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from clipfast.data import IndexCache, identities, open_shards, remote, staging
+from clipfast.data.counts import Counts
 from clipfast.io.files import DiskFullError
 from clipfast.models.images import SampleError
 
@@ -212,6 +213,11 @@ def test_a_server_that_sends_no_parts(answers, tmp_path):
     source = open_shards([f"{answers.url}/s.parquet"], index=IndexCache(tmp_path / "cache"))
     assert source.sizes == [20]
     assert source.shards[0].counted_in is None  # the shard was copied to be counted
+    counts = Counts()
+    assert counts.of(f"{answers.url}/s.parquet") is None
+    asked = answers.asked
+    assert counts.of(f"{answers.url}/s.1.parquet") is None
+    assert answers.asked == asked  # once for all files of a folder
     with pytest.raises(SampleError, match=r"gone\.parquet cannot be read"):
         open_shards([f"{answers.url}/gone.parquet"], index=IndexCache(tmp_path / "cache"))
 

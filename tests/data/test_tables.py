@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfast.data import IndexCache, Unique, caption, expand_shards, identities, metadata, open_shards
+from clipfast.data import IndexCache, Unique, caption, expand_shards, identities, metadata, open_shards, pair_loader
 from clipfast.data.formats import unpacked
 from clipfast.data.samples import image_bytes
 from clipfast.data.staging import format_of
@@ -37,6 +37,8 @@ from .tables import (
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.mark.parametrize(
@@ -367,15 +369,18 @@ def sources(tmp_path):
     """The same pairs in every format."""
     folder = write_side_cars(write_images(tmp_path / "photos"))
     samples = [{"png": data, "txt": text.encode()} for _, data, text in PAIRS]
+    rows = {"png": [data for _, data, _ in PAIRS], "caption": [text for _, _, text in PAIRS]}
+    parquet = tmp_path / "s.parquet"
+    pq.write_table(pa.table(rows), parquet)
     return [
         write_shard(tmp_path / "s.tar", samples), write_csv(folder / "t.csv"), write_jsonl(folder / "t.jsonl"), folder,
+        parquet,
     ]  # fmt: skip
 
 
 def test_batches_are_the_same_from_every_source(sources):
-    made = [batches(shard) for shard in sources]
-    for number in range(4):
-        first, *others = (one[number] for one in made)
+    made = [pair_loader(batches(shard), 0, 4, shard.suffix == ".parquet") for shard in sources]
+    for first, *others in zip(*made, strict=True):
         assert first.skipped == []
         assert first.images.dtype == torch.uint8  # a quarter of the bytes that floats take on the way to a GPU
         for other in others:
@@ -390,7 +395,7 @@ def test_evaluation_reads_every_source(tmp_path, sources):
         found.append([(image.image.tobytes(), image.label, image.caption) for image in images])
         assert images.skipped == []
     assert len(found[0]) == len(PAIRS)
-    assert found == [found[0]] * 4
+    assert found == [found[0]] * len(sources)
     write_csv(tmp_path / "photos" / "t.csv", ("filepath", "title", "class", "kind"), rows=[("001.png", "a", "b", "c")])
     (image,) = LabelledSet(f"{tmp_path}/photos/t.csv", group_by="kind", label_by="class")
     assert (image.label, image.caption, image.group) == ("b", "a", "c")
