@@ -1,5 +1,6 @@
 """Reads files and folders with OpenCLIP's parameter names, which clipfast's and OpenAI's checkpoints have too."""
 
+import contextlib
 import dataclasses
 import warnings
 import zipfile
@@ -100,14 +101,12 @@ def _layout(checkpoint: Mapping[str, Any], path: Path, is_own: bool) -> str:
 
 def _training_step(checkpoint: Mapping[str, Any]) -> int | None:
     """Return the number of finished steps: clipfast's own, or the count of the optimizer."""
-    try:
+    wrong = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
+    with contextlib.suppress(*wrong):
         return int(checkpoint["clipfast"]["progress"]["step"])
-    except (KeyError, TypeError, ValueError):
-        pass
-    try:
-        return max(int(state["step"]) for state in checkpoint["optimizer"]["state"].values())
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        return None
+    with contextlib.suppress(*wrong):
+        return max(int(state["step"]) for state in checkpoint["optimizer"]["state"].values() if "step" in state)
+    return None
 
 
 def is_torchscript(path: Path) -> bool:

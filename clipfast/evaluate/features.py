@@ -215,7 +215,8 @@ def _sections(
     if store is None:
         return []
     data = {"data": images.data, "stamp": images.digest(), "block": batch_size}
-    return [store.section("images", {**encoder.about(), **data}) for encoder in encoders]
+    part = {} if images.numbers is None else {"numbers": [*images.numbers]}
+    return [store.section("images", {**encoder.about(), **data, **part}) for encoder in encoders]
 
 
 def _name(number: int) -> str:

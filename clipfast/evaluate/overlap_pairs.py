@@ -151,7 +151,8 @@ def planted(
     """
     drawn = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[:count].sort().values
     part = images.only([test.numbers[place] for place in drawn.tolist()])
-    edited = encode_set([PreparedEncoder.of(detector, edit) for edit in EDITS.values()], part, workers=workers)
+    encoders = [PreparedEncoder.of(detector, edit) for edit in EDITS.values()]
+    edited = encode_set(encoders, part, batch_size=32, workers=workers)  # a batch holds the pixels of every edit
     originals, rows = test.features[drawn].to(detector.device), []
     for name, found in zip(EDITS, edited, strict=True):
         similarity = torch.maximum(pairs.similarity, nearest(test.features, found.features)[0][:, 0])

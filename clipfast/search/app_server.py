@@ -20,7 +20,9 @@ from .app import FOUND, MAX_MAPS, Desk, answer
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # allowed host names: another site's name may resolve to this machine (DNS rebinding)
 FILES = ("file=", "file/", "proxy=")  # the prefixes of the URL paths under which Gradio serves files
-MAX_UPLOAD = 50 * 2**20  # the largest upload, in bytes
+MAX_UPLOAD, MAX_REQUEST = 50 * 2**20, 2**20  # the largest upload, and the largest other request, in bytes
+UPLOAD = "/gradio_api/upload"
+POSTED = (UPLOAD, "/gradio_api/call/", "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
 KEPT = 3600  # uploads are removed after this many seconds
 SESSIONS = 16  # Gradio keeps the state of this many sessions, 100 KB each; here the state is the same for all
 POLICY = (
@@ -85,11 +87,16 @@ class Guard:
         await self.app(scope, receive, answer)
 
     def _may_ask(self, scope: Message) -> bool:
-        """Return whether the page itself, a link to it or a program asks, and for no file except an upload."""
+        """Return whether the page itself, a link to it or a program asks, for what the page needs: no other file."""
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
         is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # links go to "/"
-        return is_own and given.get(b"origin", own) == own and self._allows(path)
+        if not is_own or given.get(b"origin", own) != own or not self._allows(path):
+            return False
+        if scope["method"] != "POST":
+            return scope["method"] in ("GET", "HEAD")
+        length = given.get(b"content-length", b"")
+        return path.startswith(POSTED) and (path == UPLOAD or (length.isdigit() and int(length) <= MAX_REQUEST))
 
     def _allows(self, path: str) -> bool:
         """Return False for the URL path of a file that is not an upload."""

@@ -54,6 +54,8 @@ def test_training_checkpoint_of_open_clip(tmp_path):
         optimizer.step()
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     saved = {"epoch": 1, "name": "n", "state_dict": state, "optimizer": optimizer.state_dict()}
+    saved["optimizer"]["state"][0] = {}
+    saved["clipfast"] = {"progress": {"step": float("inf")}}
     torch.save(saved, tmp_path / "epoch_1.pt")
     info = inspect_checkpoint(tmp_path / "epoch_1.pt")
     assert info.layout == "OpenCLIP checkpoint of a training run (names begin with module.)"

@@ -151,6 +151,7 @@ def test_what_is_kept_is_never_taken_for_something_else(tmp_path):
         (Encoder("ViT-T-8-32", quick, encoder.tokenizer, encoder.transform), LabelledSet(f"{tmp_path}/a.tar")),
         (encoder, LabelledSet(f"{tmp_path}/a.tar", label_by="label")),
         (encoder, LabelledSet(f"{tmp_path}/a.tar", group_by="category")),
+        (encoder, LabelledSet(f"{tmp_path}/a.tar", numbers=[1, 3])),
     ]
     for number, (other, images) in enumerate(changed):
         encode_set([other], images, store=store)

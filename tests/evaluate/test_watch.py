@@ -13,7 +13,7 @@ from clipfast.checkpoints.sharded import write_parts
 from clipfast.distributed.world import ALONE
 from clipfast.evaluate import watch
 from clipfast.evaluate.labelled import LabelledSet
-from clipfast.evaluate.watch import Evaluator, Watch
+from clipfast.evaluate.watch import CheckpointModel, Evaluator, Watch
 from clipfast.runs.folder import RunFolder, read_lines
 from clipfast.runs.status import read_status
 from clipfast.train.loop import train
@@ -69,6 +69,14 @@ def test_what_is_there_is_evaluated_from_the_oldest_on(run, shards, capsys):
     points = read_back(board)["val/zeroshot-val-top1"]
     assert points == [(step, pytest.approx(value)) for step, value in zip((4, 8), top1, strict=True)]
     assert read_status(run.path)["evaluation"]["step"] == 8
+
+
+def test_the_encoder_of_each_checkpoint_has_its_own_name_and_digest(run):
+    model, found = CheckpointModel(), set()
+    for path in (run.checkpoints / "epoch_1.pt", run.checkpoints / "epoch_2.pt"):
+        encoder = model.load(read_saved(path), path)
+        found.add((encoder.name, encoder.digest))
+    assert len(dict(found)) == len(set(dict(found).values())) == 2
 
 
 def test_nothing_is_evaluated_twice(run, shards):

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +173,34 @@ def test_bfloat16():
     for found in (output, pure(images.bfloat16(), texts)):
         assert torch.cosine_similarity(found.image_features.float(), image).min() > 0.999
         assert torch.cosine_similarity(found.text_features.float(), text).min() > 0.999
+
+
+INTERPRETED = """
+import copy, torch
+from tests.models.siglip import CONFIGS, inputs, make_model
+torch.manual_seed(0)
+model = make_model(CONFIGS["bare"])
+images, texts = inputs(CONFIGS["bare"], 2)
+images = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+other = copy.deepcopy(model)
+model.set_backend("triton")
+other.set_backend("torch")
+for one in (model, other):
+    image, text, scale, bias = one(images, texts)
+    (scale * image @ text.T + bias).square().mean().backward()
+for (name, own), again in zip(model.named_parameters(), other.parameters(), strict=True):
+    largest = again.grad.abs().max().clamp(min=1e-3)
+    assert (own.grad - again.grad).abs().max() <= 1e-5 * largest, name
+"""
+
+
+@pytest.mark.long
+def test_triton_kernels_interpreted():
+    """The whole model has PyTorch's gradients, on bytes, tokens without a class token and one query for all images."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command, root = [sys.executable, "-c", INTERPRETED], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_models_by_name(tmp_path):

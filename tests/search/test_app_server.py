@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipfast.search.app_server import POLICY, Guard, check_port, serving
+from clipfast.search.app_server import MAX_REQUEST, POLICY, UPLOAD, Guard, check_port, serving
 
 from .conftest import COLOURS, FOLDER, png_of_size, rows
 
@@ -47,23 +47,27 @@ def test_the_guard_serves_uploads_alone(tmp_path):
     for file in ("/etc/passwd", outside, f"{uploads}/link.png", f"{uploads}/../outside.png", "http://a.b/c", "a\0", ""):
         for prefix in ("/file=", "/file/", "/gradio_api/file=", "/gradio_api/file/", "/gradio_api/proxy="):
             assert guarded(f"{prefix}{file}", uploads)[0] == 403, (prefix, file)
-    status, headers = guarded("/", uploads)
+    status, headers = guarded("/", uploads, sec_fetch_site="cross-site")  # a link to the page
     assert (status, headers[b"content-security-policy"]) == (200, POLICY.encode())
 
 
 def test_only_its_own_page_and_programs_may_ask(tmp_path):
     call = "/gradio_api/call/search"
     for status, path, headers in (
+        (200, UPLOAD, {"content_length": str(MAX_REQUEST + 1)}),
+        (403, call, {"content_length": str(MAX_REQUEST + 1)}),
+        (403, call, {"content_length": ""}),
+        (403, "/gradio_api/process_recording", {}),
         (200, call, {"origin": f"http://{HOME}", "sec_fetch_site": "same-origin"}),
         (200, call, {}),  # a program, which names no origin
-        (200, "/", {"sec_fetch_site": "cross-site"}),  # a link to the page
         (403, call, {"origin": "http://evil.example"}),
         (403, call, {"origin": "null"}),
         (403, call, {"origin": f"http://{HOME}1"}),  # another port of this machine
         (403, call, {"sec_fetch_site": "same-site"}),
         (403, "/config", {"sec_fetch_site": "cross-site"}),
     ):
-        assert guarded(path, tmp_path, "POST", **headers)[0] == status, (path, headers)
+        assert guarded(path, tmp_path, "POST", **{"content_length": "1"} | headers)[0] == status, (path, headers)
+    assert guarded(UPLOAD, tmp_path, "DELETE")[0] == 403
 
 
 def test_a_port_in_use_is_refused():
