@@ -184,7 +184,7 @@ def test_only_this_machine_by_its_own_name(served):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly(number, folder, embeddings, tmp_path):
     pytest.importorskip("gradio")
-    arguments = ["app", str(folder / "embedded"), "--no-browser"]
+    arguments = ["app", str(folder / "embedded"), "--no-browser", "--pictures", str(folder / FOLDER)]
     command = [sys.executable, "-m", "clipfast", *arguments, "--port", str(free_port())]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as app:
