@@ -87,11 +87,7 @@ def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        device_type = "cpu"
-        for arg in args:
-            if isinstance(arg, Tensor):
-                device_type = arg.device.type
-                break
+        device_type = next(filter(torch.is_tensor, args)).device.type
         if not torch.is_autocast_enabled(device_type):
             return fn(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):

@@ -71,12 +71,7 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
 
     An adapter or a wrapper such as FSDP's has another class, or a hook.
     """
-    if type(module) not in kinds or "forward" in module.__dict__:
-        return False
-    # This is asked for many modules in every step, so that it does not call has_hooks.
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return type(module) in kinds and "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
