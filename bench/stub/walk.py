@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clipfast.kernels.contrastive import cpu
+from clipfast.kernels.contrastive import small_batch
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import EXPANDED, Call, Case, Draw, OpSpec, specs
 from clipfast.verify.ops import inputs_of, lay_out
@@ -127,11 +127,11 @@ def _in_blocks() -> Iterator[None]:
     """Send small batches of the contrastive loss through the kernels too; a CPU would compute all their logits
     at once.
     """
-    before, cpu.MOST_LOGITS = cpu.MOST_LOGITS, 0
+    before, small_batch.MOST_LOGITS = small_batch.MOST_LOGITS, 0
     try:
         yield
     finally:
-        cpu.MOST_LOGITS = before
+        small_batch.MOST_LOGITS = before
 
 
 def describe(walked: Walked) -> str:

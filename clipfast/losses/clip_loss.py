@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from ..kernels import contrastive_loss, distributed_contrastive_loss, info_nce_loss
-from ..kernels.contrastive.cpu import suits_whole
 from ..kernels.contrastive.exchange import check_ranks, gather_equal
+from ..kernels.contrastive.small_batch import suits_whole
 
 
 class RankLoss(nn.Module):

@@ -5,7 +5,8 @@ the loss of a batch that is spread over processes, and ``exchange`` the messages
 ``shared`` (checks of arguments, gradients) and ``stats`` (pairs, vectors of maxima and sums).
 
 ``launches`` launches the kernels in ``softmax_kernels`` and ``kernels``, in blocks whose sizes ``block_sizes`` chooses.
-``tiles`` has the Triton functions that the kernels share. ``cpu`` has the functions of ``launches`` in PyTorch.
+``tiles`` has the Triton functions that the kernels share. ``cpu`` has the functions of ``launches`` in PyTorch, and
+``small_batch`` computes a batch at once whose logits fit into a CPU's cache.
 """
 
 from .contrastive import contrastive_loss

@@ -23,7 +23,6 @@ from torch import Tensor
 from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
-from .cpu import suits_whole, whole_loss, whole_operands
 from .shared import (
     check_pairs,
     gradients_in_strips,
@@ -34,6 +33,7 @@ from .shared import (
     scale_gradient,
     scale_tensor,
 )
+from .small_batch import suits_whole, whole_loss, whole_operands
 from .stats import ALL, Normalizers, pairs_in
 
 MEMORY = ("default", "min")

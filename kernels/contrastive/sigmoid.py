@@ -28,8 +28,8 @@ from torch import Tensor
 from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
-from .cpu import suits_whole, whole_operands, whole_sigmoid_loss
 from .shared import check_pairs, gradients_in_strips, logit_blocks, new_gradient, operand_dtype, scale_tensor
+from .small_batch import suits_whole, whole_operands, whole_sigmoid_loss
 from .stats import pairs_in
 
 

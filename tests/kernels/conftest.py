@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
-from clipfast.kernels.contrastive import cpu
+from clipfast.kernels.contrastive import small_batch
 from clipfast.kernels.launch import execute_on_cpu
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.verify.rule import in_double, value_and_grads
@@ -144,7 +144,7 @@ class Recorded(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute the losses of small batches in blocks on a CPU too; ``TestWhole`` checks the path for small batches."""
-    monkeypatch.setattr(cpu, "MOST_LOGITS", 0)
+    monkeypatch.setattr(small_batch, "MOST_LOGITS", 0)
 
 
 @pytest.fixture

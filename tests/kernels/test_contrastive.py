@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from clipfast import kernels
 from clipfast.kernels import contrastive_loss, launch, nt_xent_loss, reference, sigmoid_loss
-from clipfast.kernels.contrastive import cpu, launches
+from clipfast.kernels.contrastive import cpu, launches, small_batch
 from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
 from clipfast.verify.rule import in_double, judge_fairly, value_and_grads
 
@@ -270,7 +270,7 @@ class TestWhole:
 
     @pytest.fixture(autouse=True)
     def as_a_whole(self, monkeypatch, in_blocks):
-        monkeypatch.setattr(cpu, "MOST_LOGITS", 2**20)
+        monkeypatch.setattr(small_batch, "MOST_LOGITS", 2**20)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_cases(self, dtype):

@@ -15,7 +15,7 @@ from clipfast import kernels
 from clipfast.kernels import activation
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import launches as attention_launches
-from clipfast.kernels.contrastive import contrastive, nce, sigmoid
+from clipfast.kernels.contrastive import contrastive, nce, sigmoid, small_batch
 from clipfast.kernels.contrastive import cpu as loss_cpu
 from clipfast.kernels.layer_norm import cpu as norm_cpu
 from clipfast.kernels.layer_norm import launches as norm_launches
@@ -103,13 +103,13 @@ LEG = here()
 PLACES = {CPU: ON_CPU, INTERPRETER: INTERPRETED}[LEG]
 
 
-MOST_LOGITS = loss_cpu.MOST_LOGITS
+MOST_LOGITS = small_batch.MOST_LOGITS
 
 
 @pytest.fixture(autouse=True)
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send small batches through the blocks of the CPU path too."""
-    monkeypatch.setattr(loss_cpu, "MOST_LOGITS", 0)
+    monkeypatch.setattr(small_batch, "MOST_LOGITS", 0)
 
 
 def failures(op: str, dtype: str = "float32") -> tuple[int, set[tuple[str, str, str]]]:
@@ -176,16 +176,16 @@ def test_one_wrong_rank_fails(monkeypatch):
 @pytest.mark.usefixtures("small_cases")
 @pytest.mark.parametrize(("output", "place"), [("value", 0), ("d_image", 1), ("d_logit_scale", 3)])
 def test_fault_in_the_loss_of_a_small_batch(output, place, monkeypatch):
-    right = loss_cpu._loss_and_gradients
+    right = small_batch._loss_and_gradients
 
     def wrong(*args):
         found = right(*args)
         found[place].mul_(1.05)
         return found
 
-    monkeypatch.setattr(loss_cpu, "MOST_LOGITS", MOST_LOGITS)
+    monkeypatch.setattr(small_batch, "MOST_LOGITS", MOST_LOGITS)
     assert failures("contrastive_loss") == (0, set())
-    monkeypatch.setattr(loss_cpu, "_loss_and_gradients", wrong)
+    monkeypatch.setattr(small_batch, "_loss_and_gradients", wrong)
     assert failures("contrastive_loss") == (1, {("contrastive_loss", "cpu", output)})
 
 
