@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backends import registered, uses_reference
+from .backends import computes_eagerly_on_cpu, registered, uses_reference
 from .checks import check_float, check_parameter, check_tensor
-from .common import as_rows
-from .configs import RowConfig, row_config
-from .dtypes import accumulate_dtype
-from .launch import arch_of, launch, programs_at_once, triton_runs_on
+from .common import as_rows, new_contiguous, num_rows, row_layout
+from .configs import RowConfig, planned, row_config
+from .dtypes import WIDE, accumulate_dtype
+from .launch import Plan, arch_of, programs_at_once, triton_runs_on
 from .spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 
 # About how many registers a thread takes. The backward kernel takes more, since it keeps its sums over rows in them.
@@ -121,16 +121,37 @@ def _bias_act_bwd_kernel(
         tl.store(sums_ptr + first * N + offs_n, tl.sum(acc, 0), mask=mask_n)
 
 
-def _grid(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, tuple[int], dict[str, int]]:
+@planned
+def _fwd_plan(device: torch.device, dtype: torch.dtype, rows: int, width: int, *strides: int, quick: bool) -> Plan:
+    """Plan the forward kernel for x [rows, width]."""
+    cfg, _, grid, tile = _grid("bias_act_fwd", device, dtype, rows, width, FWD_REGISTERS)
+    return Plan(_bias_act_fwd_kernel, grid, rows, width, *strides, config=cfg, device=device, IS_QUICK=quick, **tile)
+
+
+@planned
+def _bwd_plan(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, *strides: int, quick: bool, with_sums: bool
+) -> tuple[Plan, int]:
+    """Plan the backward kernel for x [rows, width]; return also the number of programs for each block of columns."""
+    cfg, per_block, grid, tile = _grid("bias_act_bwd", device, dtype, rows, width, BWD_REGISTERS)
+    plan = Plan(
+        _bias_act_bwd_kernel, grid, rows, width, *strides, config=cfg, device=device, IS_QUICK=quick,
+        HAS_SUMS=with_sums, **tile,
+    )  # fmt: skip
+    return plan, per_block
+
+
+def _grid(
+    kernel: str, device: torch.device, dtype: torch.dtype, num_rows: int, width: int, registers: int
+) -> tuple[RowConfig, int, tuple[int], dict[str, int]]:
     """Return how a bias-and-activation kernel is launched.
 
     Returns:
         The configuration, the number of programs for each block of columns, the grid, and the sizes of a tile.
     """
-    num_rows, width = x.shape
-    cfg = row_config(kernel, arch_of(x.device), x.dtype)
+    cfg = row_config(kernel, arch_of(device), dtype)
     num_n = triton.cdiv(width, cfg.block_n)
-    at_once = programs_at_once(x.device, cfg.num_warps, registers)
+    at_once = programs_at_once(device, cfg.num_warps, registers)
     per_block = min(triton.cdiv(num_rows, cfg.block_m), max(1, at_once // max(1, num_n)))
     tile = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "NUM_STAGES": cfg.num_stages}
     return cfg, per_block, (per_block * num_n,), tile
@@ -138,24 +159,23 @@ def _grid(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, tuple
 
 def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
     """Compute GELU(x + bias), or QuickGELU if ``quick``, by the Triton kernel."""
-    y = x.new_empty(x.shape)
-    cfg, _, grid, tile = _grid("bias_act_fwd", x, FWD_REGISTERS)
-    launch(
-        _bias_act_fwd_kernel, grid, x, bias.contiguous(), y, *x.shape, *x.stride(),
-        config=cfg, device=x.device, IS_QUICK=quick, **tile,
-    )  # fmt: skip
+    y = new_contiguous(x)
+    rows, strides = row_layout(x)
+    plan = _fwd_plan(x.device, x.dtype, num_rows(x), x.shape[-1], *strides, quick=quick)
+    plan.start(rows, bias.contiguous(), y)
     return y
 
 
 def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
     """Compute the gradients of x and of the bias by the Triton kernel."""
-    dx = x.new_empty(x.shape)
-    cfg, per_block, grid, tile = _grid("bias_act_bwd", x, BWD_REGISTERS)
-    sums = x.new_empty(per_block, x.shape[1] if with_sums else 0, dtype=torch.float32)
-    launch(
-        _bias_act_bwd_kernel, grid, grad, x, bias.contiguous(), dx, sums, *x.shape, *grad.stride(), *x.stride(),
-        config=cfg, device=x.device, IS_QUICK=quick, HAS_SUMS=with_sums, **tile,
-    )  # fmt: skip
+    dx = new_contiguous(x)
+    width = x.shape[-1]
+    (grad, grad_strides), (rows, strides) = row_layout(grad), row_layout(x)
+    plan, per_block = _bwd_plan(
+        x.device, x.dtype, num_rows(x), width, *grad_strides, *strides, quick=quick, with_sums=with_sums
+    )
+    sums = torch.empty((per_block, width if with_sums else 0), dtype=torch.float32, device=x.device)
+    plan.start(grad, rows, bias.contiguous(), dx, sums)
     return dx, sums.sum(0)
 
 
@@ -174,14 +194,14 @@ def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
         dx = grad * (p + 1.702 * (p * (1 - p) * u))
     else:
         dx = torch.ops.aten.gelu_backward(grad, u)
-    return dx.to(x.dtype).contiguous(), dx.sum(0) if with_sums else dx.new_empty(0)
+    return dx.to(x.dtype).contiguous(), as_rows(dx).sum(0) if with_sums else dx.new_empty(0)
 
 
 @registered("bias_act_fwd")
 def _bias_act_fwd(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
     """Compute GELU or QuickGELU of x + bias. This is the registered op."""
     fwd = _fwd_triton if triton_runs_on(x.device) else _fwd_cpu
-    return fwd(as_rows(x), bias, quick).view(x.shape)
+    return fwd(x, bias, quick)
 
 
 @_bias_act_fwd.register_fake
@@ -193,8 +213,7 @@ def _(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
 def _bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of x, and of the bias in float32 (empty unless ``with_sums``)."""
     bwd = _bwd_triton if triton_runs_on(x.device) else _bwd_cpu
-    dx, sums = bwd(as_rows(grad), as_rows(x), bias, quick, with_sums)
-    return dx.view(x.shape), sums
+    return bwd(grad, x, bias, quick, with_sums)
 
 
 @_bias_act_bwd.register_fake
@@ -213,7 +232,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of x and bias to autograd."""
     x, bias = ctx.saved_tensors
     with_sums = ctx.needs_input_grad[1]
-    dx, sums = torch.ops.clipfast.bias_act_bwd(grad, x, bias, ctx.quick, with_sums)
+    dx, sums = _bias_act_bwd(grad, x, bias, ctx.quick, with_sums)
     return dx, sums.to(bias.dtype) if with_sums else None, None
 
 
@@ -257,7 +276,10 @@ def _bias_act(op: str, x: Tensor, bias: Tensor, backend: str) -> Tensor:
     if uses_reference(op, backend, x):
         return reference.bias_quick_gelu(x, bias) if quick else reference.bias_gelu(x, bias)
     check_float(op, x=x, bias=bias)
-    return _bias_act_fwd(x, bias, quick)
+    if not quick and x.dtype == bias.dtype and x.dtype in WIDE and computes_eagerly_on_cpu(x):
+        return F.gelu(x + bias).contiguous()
+    result: Tensor = _bias_act_fwd(x, bias, quick)
+    return result
 
 
 def make(shape: RowShape, values: str, draw: Draw) -> Call:

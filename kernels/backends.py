@@ -1,13 +1,13 @@
 """The choice of the implementation of an op (the registered op or the PyTorch reference), and its registration."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
 from .launch import triton_runs_on
@@ -16,6 +16,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BACKENDS = ("auto", "triton", "torch")
+COMPUTED_ON = ("cuda", "cpu", "meta")
+# The classes of tensors that hide nothing: fake tensors and distributed tensors have others.
+PLAIN = (Tensor, torch.nn.Parameter)
+# PyTorch's ops within an implementation skip these steps of its dispatcher.
+NOT_INSIDE = functools.reduce(
+    lambda keys, name: keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)),
+    (
+        "AutogradFunctionality",
+        "AutogradOther",
+        "AutogradNestedTensor",
+        "ADInplaceOrView",
+        "AutocastCPU",
+        "AutocastCUDA",
+    ),
+    torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined),
+)
 
 
 def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
@@ -29,6 +45,8 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
         ValueError: an unknown backend.
         RuntimeError: ``backend="triton"`` where Triton cannot run, or under a transform.
     """
+    if backend == "auto" and tensor.device.type in COMPUTED_ON and not _is_transformed():
+        return False
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "triton" and not triton_runs_on(tensor.device):
@@ -36,7 +54,7 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
             f"{op}: backend='triton' cannot run on a {tensor.device.type} tensor: "
             "move it to a GPU, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
         )
-    if backend == "torch" or tensor.device.type not in ("cuda", "cpu", "meta"):
+    if backend == "torch" or tensor.device.type not in COMPUTED_ON:
         return True
     if not _is_transformed():
         return False
@@ -60,37 +78,119 @@ def _is_transformed() -> bool:
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def registered(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Make a function the implementation of the PyTorch op ``clipfast::<name>``, on CPUs and GPUs, outside autocast.
+class Op:
+    """An op of PyTorch, ``clipfast::<name>``, on CPUs and GPUs, with a short way for eager calls.
 
-    A call of its derivative raises an error until the op registers one. The backward ops of the losses register none,
-    so a second derivative of a loss raises this error.
+    PyTorch's way to a registered op written in Python takes the host longer than a small kernel runs. So an eager call
+    goes through an ``autograd.Function``, or straight to the implementation if no gradient is needed. The registered op
+    is called wherever something watches: a compiler, a transform, a mode, a profiler, a tracer, or a tensor of another
+    class than PyTorch's own. Both ways run the same implementation, without autocast and below autograd.
+
+    A call of an op's derivative raises an error until it registers one. The backward ops register none, so a second
+    derivative raises this error.
     """
 
-    def no_derivative(ctx: object, *grads: Tensor) -> None:
-        raise NotImplementedError(
-            f"clipfast::{name} has no derivative: compute second derivatives with backend='torch', the reference"
+    def __init__(self, name: str, run: Callable[..., Any]) -> None:
+        self._run, self._name = run, name
+        self._op = torch.library.custom_op(
+            f"clipfast::{name}", below_autograd(run), mutates_args=(), device_types=("cuda", "cpu")
         )
+        self.register_fake = self._op.register_fake
+        self._overload: Any = getattr(torch.ops.clipfast, name).default
+        self.schema = self._overload._schema
 
-    def register(fn: Callable[..., Any]) -> CustomOpDef:
-        op = torch.library.custom_op(f"clipfast::{name}", mutates_args=(), device_types=("cuda", "cpu"))(
-            outside_autocast(fn)
-        )
-        op.register_autograd(no_derivative)
-        return op
+        def no_derivative(ctx: object, *grads: Tensor) -> None:
+            raise NotImplementedError(
+                f"clipfast::{name} has no derivative: compute second derivatives with backend='torch', the reference"
+            )
 
-    return register
+        self.register_autograd(no_derivative, setup_context=lambda *_: None, results=lambda *_: sys.maxsize)
+
+    def register_autograd(
+        self,
+        backward: Callable[..., Any],
+        *,
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+        results: Callable[..., int] = lambda *_: 1,
+    ) -> None:
+        """Make ``backward`` the derivative of the op, as :meth:`torch.library.CustomOpDef.register_autograd` does.
+
+        Args:
+            backward: gets the context and the gradients of the results.
+            setup_context: gets the context, the inputs and all outputs. An op that has several saves those that only
+                its backward pass reads.
+            results: returns, for the inputs, how many of the outputs are results. The others are not differentiable,
+                and an eager call may not return them.
+        """
+        run = self._run
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+                outputs = run(*args)
+            setup_context(ctx, args, outputs)
+            return outputs[: results(*args)] if outputs.__class__ is tuple else outputs
+
+        def setup_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[results(*inputs) :])
+            setup_context(ctx, inputs, output)
+
+        self._op.register_autograd(backward, setup_context=setup_op)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function: Any = type(f"clipfast_{self._name}", (torch.autograd.Function,), methods)
+        # This is the method of the C++ class. That of the Python class first asks whether a transform is active.
+        self._apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the op; keyword arguments are not taken."""
+        if is_watched():
+            return self._overload(*args)
+        needs_grad = False
+        for x in args:
+            if x.__class__ in PLAIN:
+                needs_grad = needs_grad or x.requires_grad
+                if x.is_meta:
+                    return self._overload(*args)
+            elif isinstance(x, Tensor):
+                return self._overload(*args)
+        if needs_grad and torch.is_grad_enabled():
+            return self._apply(*args)
+        with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+            return self._run(*args)
 
 
-def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run an op's implementation without autocast on the device of its first tensor: it converted its operands."""
+def computes_eagerly_on_cpu(tensor: Tensor) -> bool:
+    """Return whether an op with ``tensor`` computes on a CPU by PyTorch, while nothing has to see the registered op.
+
+    Then a public function may call a function of PyTorch that computes the same: it is the shortest way.
+    """
+    device = tensor.device
+    return device.type == "cpu" and not triton_runs_on(device) and tensor.__class__ in PLAIN and not is_watched()
+
+
+def registered(name: str) -> Callable[[Callable[..., Any]], Op]:
+    """Make a function the implementation of the PyTorch op ``clipfast::<name>``."""
+    return functools.partial(Op, name)
+
+
+def is_watched() -> bool:
+    """Return whether something in this thread has to see the registered op instead of its implementation."""
+    return (
+        torch.compiler.is_compiling()
+        or _is_transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def below_autograd(fn: Callable[P, R]) -> Callable[P, R]:
+    """Run an implementation without autograd and autocast: the op has its own derivative and converted its operands."""
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        device_type = next(filter(torch.is_tensor, args)).device.type
-        if not torch.is_autocast_enabled(device_type):
-            return fn(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
+        with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return fn(*args, **kwargs)
 
     return wrapper

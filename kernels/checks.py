@@ -9,6 +9,8 @@ from . import launch
 from .dtypes import FLOATS, dtype_name
 
 INTEGERS = (torch.int32, torch.int64)
+# The dtypes that some of the ways to run a kernel do not compute in.
+NOT_EVERYWHERE = (torch.bfloat16, torch.float64)
 
 
 def check_float(op: str, **tensors: Tensor | None) -> None:
@@ -22,7 +24,7 @@ def check_float(op: str, **tensors: Tensor | None) -> None:
         TypeError: bfloat16 under Triton's interpreter, or float64 anywhere but on the CPU path.
     """
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or tensor.dtype not in NOT_EVERYWHERE:
             continue
         if launch.INTERPRET and tensor.dtype == torch.bfloat16:
             raise TypeError(
@@ -39,16 +41,15 @@ def check_tensor(op: str, name: str, tensor: Tensor, ndim: int | None, *, also: 
         TypeError: not a tensor, or another dtype.
         ValueError: another number of dimensions.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    allowed = (*FLOATS, *also)
-    if tensor.dtype not in allowed:
-        raise TypeError(
-            f"{op}: {name} must be one of {', '.join(map(dtype_name, allowed))}, got {dtype_name(tensor.dtype)}"
-        )
-    if tensor.ndim != (ndim or max(1, tensor.ndim)):
+    if isinstance(tensor, Tensor) and (tensor.dtype in FLOATS or tensor.dtype in also):
+        if tensor.ndim == ndim or (ndim is None and tensor.ndim > 0):
+            return
         expected = "one dimension or more" if ndim is None else f"{ndim} dimensions"
         raise ValueError(f"{op}: {name} must have {expected}, got shape {tuple(tensor.shape)}")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    allowed = ", ".join(map(dtype_name, (*FLOATS, *also)))
+    raise TypeError(f"{op}: {name} must be one of {allowed}, got {dtype_name(tensor.dtype)}")
 
 
 def check_integers(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = INTEGERS) -> None:
@@ -84,7 +85,7 @@ def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         ValueError: another size or another device.
     """
     check_tensor(op, name, tensor, 1)
-    if tensor.shape[0] != x.shape[-1] or tensor.device != x.device:
+    if tensor.shape != x.shape[-1:] or tensor.device != x.device:
         raise ValueError(
             f"{op}: {name} must be [{x.shape[-1]}] on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"
         )

@@ -13,7 +13,26 @@ LN2 = math.log(2.0)
 
 def as_rows(x: Tensor) -> Tensor:
     """Reshape [..., N] to [M, N]; the result is a view if one stride leads from each row to the next, else a copy."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.reshape(num_rows(x), x.shape[-1])
+
+
+def num_rows(x: Tensor) -> int:
+    """Return the number of rows of ``x`` [..., N]."""
+    return math.prod(x.shape[:-1])
+
+
+def row_layout(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the memory of ``x`` [..., N], and the strides of its rows [M, N] there; a contiguous tensor as it is."""
+    if x.is_contiguous():
+        return x, (x.shape[-1], 1)
+    rows = as_rows(x)
+    return rows, rows.stride()
+
+
+def new_contiguous(like: Tensor) -> Tensor:
+    """Return an uninitialised contiguous tensor with the shape, the dtype and the device of ``like``."""
+    # empty_like takes half the time of new_empty, but would keep other strides.
+    return torch.empty_like(like) if like.is_contiguous() else like.new_empty(like.shape)
 
 
 def slices(length: int, size: int) -> list[slice]:

@@ -3,16 +3,19 @@
 Their numbers are committed in ``tuned/sm_<arch>.json``. Nothing is tuned at run time: an autotuner would make results
 depend on a race of timings, and cannot run without a GPU. ``python -m clipfast.bench tune`` writes the files. Every
 entry compiles for its architecture without a spill (bench/inspection/resources.json holds the proof).
+
+The host's decisions about a launch follow from these tables and from the layout of the operands. They are made once
+for each layout (:func:`planned`), and again after the tables or the GPU that launches are made for have changed.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -91,7 +94,25 @@ class SdpaConfig:
 
 Config = KernelConfig | SdpaConfig
 C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, SdpaConfig, RowConfig)
+P = ParamSpec("P")
+R = TypeVar("R")
 _overrides: dict[str, Config] = {}
+# Texts may come in many lengths, and batches in many sizes; the layouts that were used last are kept.
+MOST_PLANS = 4096
+_forget: list[Callable[[], None]] = []
+
+
+def planned(decide: Callable[P, R]) -> Callable[P, R]:
+    """Keep the results of a function that decides from its arguments, the tables and the target of launches alone."""
+    known: Any = functools.lru_cache(MOST_PLANS)(decide)
+    _forget.append(known.cache_clear)
+    return known
+
+
+def forget_plans() -> None:
+    """Let every function that is :func:`planned` decide again, because the tables or the target of launches changed."""
+    for forget in _forget:
+        forget()
 
 
 def gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig:
@@ -155,11 +176,13 @@ def overrides(configs: Mapping[str, Config]) -> Iterator[None]:
     """Replace several entries of the tables of launch configurations, as :func:`override` does with one."""
     before = dict(_overrides)
     _overrides.update(configs)
+    forget_plans()
     try:
         yield
     finally:
         _overrides.clear()
         _overrides.update(before)
+        forget_plans()
 
 
 def table_path(arch: int) -> Path:

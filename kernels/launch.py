@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 
-from .configs import KernelConfig
+from .configs import KernelConfig, forget_plans
 from .hardware import ARCHITECTURES
 
 # Triton decides when a kernel is decorated whether it will be interpreted, so the answer is fixed for this process.
@@ -23,6 +24,8 @@ CPU_ARCH = 80
 # On a CPU, kernels that walk rows are launched as if there were only this many multiprocessors. Then even a small test
 # has more rows than programs.
 CPU_MULTIPROCESSORS = 2
+# The Triton versions whose compiled kernels a plan starts by itself. Others start every kernel by Triton's own way.
+DIRECT_VERSIONS = ("3.6", "3.9")
 RECORDED_MULTIPROCESSORS = 132  # of an H100; launches that fill a GPU are recorded with this number
 
 _execute_on_cpu = INTERPRET
@@ -58,10 +61,12 @@ def _launches_for(target: _Target) -> Iterator[None]:
     """Launch the kernels in this context for ``target``."""
     global _target
     outer, _target = _target, target
+    forget_plans()
     try:
         yield
     finally:
         _target = outer
+        forget_plans()
 
 
 @contextlib.contextmanager
@@ -162,25 +167,96 @@ def _multiprocessors_of(device: torch.device, on_cpu: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else on_cpu
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, config: KernelConfig, device: torch.device, **constexprs: Any
-) -> None:
-    """Start ``kernel`` on ``device``; an empty grid starts nothing.
+class Plan:
+    """A launch of which everything is known but its tensors: the kernel, the grid, the numbers and the options.
+
+    The first start with tensors of certain dtypes goes through Triton, which binds the arguments, looks at each of them
+    and compiles. Later starts pass the addresses of their tensors to the compiled kernel at once. Triton compiles a
+    kernel for numbers that are 1 or multiples of 16, which a plan fixes, for the dtypes of the tensors, which are the
+    key of the compiled kernels, and for addresses that are multiples of 16 bytes: other addresses go through Triton.
 
     FP fusion is set explicitly: its default differs between Triton versions, and changes the last bits of the results.
     """
-    if 0 in grid:
-        return
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    if config.max_registers is not None:
-        options["maxnreg"] = config.max_registers
-    target = _target and _target_of(device)
-    if target is not None and target.launches is not None:
-        named = dict(zip(kernel.arg_names, args, strict=False))
-        target.launches.append(Launch(kernel, grid, named, constexprs, options))
-        return
-    if target is not None and target.device is not None:
-        device = target.device
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[grid](*args, **constexprs, **options)
+
+    __slots__ = ("_compiled", "_constexprs", "_grid", "_index", "_kernel", "_numbers", "_options", "_rest", "_target")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], *numbers: float, config: KernelConfig, device: torch.device,
+        **constexprs: Any,
+    ) -> None:  # fmt: skip
+        """Plan a launch of ``kernel``, whose parameters are its tensors, then ``numbers``, then ``constexprs``."""
+        self._kernel, self._grid, self._numbers, self._constexprs = kernel, grid, numbers, constexprs
+        self._options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+        if config.max_registers is not None:
+            self._options["maxnreg"] = config.max_registers
+        self._target = _target and _target_of(device)
+        if self._target is not None and self._target.device is not None:
+            device = self._target.device
+        self._index = device.index if device.type == "cuda" else None
+        self._compiled: dict[tuple[torch.dtype | None, ...], tuple[Any, ...]] = {}
+
+    def start(self, *tensors: Any) -> None:
+        """Start the kernel with these tensors, tensor descriptors, or None for one that is absent.
+
+        An empty grid starts nothing.
+        """
+        if not self.start_compiled(tensors):
+            self.start_by_triton(tensors)
+
+    def start_compiled(self, tensors: tuple[Any, ...]) -> bool:
+        """Start the kernel that was compiled for such tensors; return False, and start nothing, if there is none."""
+        compiled = self._compiled and self._compiled.get(tuple([x if x is None else x.dtype for x in tensors]))
+        if not compiled or _has_hooks() or _current_device() != self._index:
+            return False
+        addresses = [x if x is None else x.data_ptr() for x in tensors]
+        together = 0
+        for address in addresses:
+            together |= address or 0
+        if together % 16:
+            return False
+        run, grid, function, metadata = compiled
+        run(*grid, _current_stream(self._index), function, metadata, None, None, None, *addresses, *self._rest)
+        return True
+
+    def start_by_triton(self, tensors: tuple[Any, ...]) -> None:
+        """Start the kernel by Triton's own way, or record its launch, and keep the compiled kernel."""
+        if 0 in self._grid:
+            return
+        kernel, arguments = self._kernel, (*tensors, *self._numbers)
+        if self._target is not None and self._target.launches is not None:
+            named = dict(zip(kernel.arg_names, arguments, strict=False))
+            self._target.launches.append(Launch(kernel, self._grid, named, self._constexprs, self._options))
+            return
+        with contextlib.nullcontext() if self._index is None else torch.cuda.device(self._index):
+            compiled = kernel[self._grid](*arguments, **self._constexprs, **self._options)
+        plain = all(x is None or isinstance(x, torch.Tensor) for x in tensors)
+        if self._index is None or not plain or triton.__version__.rsplit(".", 1)[0] not in DIRECT_VERSIONS:
+            return
+        if any(x is not None and x.data_ptr() % 16 for x in tensors) or not isinstance(compiled, CompiledKernel):
+            return
+        self._rest = (*self._numbers, *(self._constexprs[name] for name in kernel.arg_names[len(arguments) :]))
+        grid = (*self._grid, 1, 1)[:3]
+        dtypes = tuple(x if x is None else x.dtype for x in tensors)
+        self._compiled[dtypes] = compiled.run, grid, compiled.function, compiled.packed_metadata
+
+
+def _has_hooks() -> bool:
+    """Return whether a profiler asked Triton to be told of every launch."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _current_device() -> int:
+    return triton.runtime.driver.active.get_current_device()
+
+
+def _current_stream(device: int | None) -> int:
+    return triton.runtime.driver.active.get_current_stream(device)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, config: KernelConfig, device: torch.device, **constexprs: Any
+) -> None:
+    """Start ``kernel`` once on ``device``, by a plan that is not kept; an empty grid starts nothing."""
+    Plan(kernel, grid, config=config, device=device, **constexprs).start(*args)

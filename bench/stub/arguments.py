@@ -12,6 +12,8 @@ import torch
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from clipfast.kernels.launch import Plan
+
 from .driver import Stub, TensorMap, tensors_of
 
 # How the launcher packs a scalar, by its type in the kernel's signature.
@@ -40,11 +42,12 @@ class PackingError(Exception):
 def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[list[Watched]]:
     """Check the arguments of every launch in the context, whose tensors are those of ``device``; yield the launches.
 
-    With ``emptied``, kernels are compiled without their bodies.
+    A kernel that its plan can start by itself starts in both ways. With ``emptied``, kernels are compiled without their
+    bodies.
 
     Raises:
-        PackingError: an argument reached the driver as another value, or a kernel was launched with less alignment than
-            it was compiled for.
+        PackingError: an argument reached the driver as another value, or as another value than by Triton's own way, or
+            a kernel was launched with less alignment than it was compiled for.
     """
     seen: list[Watched] = []
     run = JITFunction.run
@@ -63,8 +66,24 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
         seen.append(Watched(last.name.decode(), tuple(last.grid), last.block[0], maps))
         return compiled
 
-    with mock.patch.object(JITFunction, "run", watching):
+    def both_ways(plan: Plan, *tensors: Any) -> None:
+        before = stub.counts.launches
+        plan.start_by_triton(tensors)
+        if stub.counts.launches == before:
+            return  # the grid is empty
+        expected = _received(stub)
+        with torch.cuda.device(device):
+            if plan.start_compiled(tensors) and _received(stub) != expected:
+                raise PackingError(f"a plan started {expected[0]} with {_received(stub)}, Triton with {expected}")
+
+    with mock.patch.object(JITFunction, "run", watching), mock.patch.object(Plan, "start", both_ways):
         yield seen
+
+
+def _received(stub: Stub) -> tuple[Any, ...]:
+    """Return everything that the driver received with the last launch."""
+    last = stub.last
+    return last.name, *last.grid, *last.block, last.shared, last.device, last.stream, *last.parameters()
 
 
 def _check_parameters(

@@ -4,6 +4,7 @@ Queries are [B, M, H, D], keys and values [B, N, H, D]. They may have any stride
 three views of one tensor.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E
-from ..configs import ShortConfig, looped_config, sdpa_config, short_config
+from ..configs import ShortConfig, looped_config, planned, sdpa_config, short_config
 from ..hardware import architecture
-from ..launch import INTERPRET, arch_of, launch
+from ..launch import INTERPRET, Plan, arch_of
 from .looped import _key_bwd_kernel, _looped_fwd_kernel, _query_bwd_kernel
 from .short import _short_bwd_kernel, _short_fwd_kernel
 from .unrolled import _unrolled_bwd_kernel
@@ -59,27 +60,44 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, M, H, D], contiguous, and the log-sum-exp of the scores over ``scale``, [B, H, M]."""
-    q, k, v = (_with_near_heads(x) for x in (q, k, v))
-    (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(batch, heads, m, dtype=torch.float32)
-    args = (out, lse, seqlens, m, n, heads, *q.stride(), *k.stride(), *v.stride(), scale * LOG2E)
-    options = _options(seqlens, causal, q, k, v)
-    arch = arch_of(device)
-    short = short_config("attention_short_fwd", arch, q.dtype, head_dim, n)
-    if short is not None:
-        launch(
-            _short_fwd_kernel, (batch * heads,), q, k, v, *args, config=short, device=device,
-            BLOCK_M=short.block_m, N_PARTS=_parts(n), **options,
-        )  # fmt: skip
-        return out, lse
-    cfg = looped_config("attention_looped_fwd", arch, q.dtype, head_dim, n)
-    launch(
-        _looped_fwd_kernel, (batch * heads * triton.cdiv(m, cfg.block_m),),
-        q, k, v, *_tiles(cfg.block_n, seqlens, k, v), *args, config=cfg, device=device,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, TAIL=_tail(n, cfg.block_n, seqlens, causal), **options,
+    q, k, v = _with_near_heads(q, k, v)
+    batch, m, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, m), dtype=torch.float32, device=q.device)
+    plan, walks, block_n = _forward_plan(
+        q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride()),
+        seqlens is not None, causal, scale, _are_aligned(k, v),
     )  # fmt: skip
+    plan.start(q, k, v, *(_tiles(block_n, k, v) if walks else ()), out, lse, seqlens)
     return out, lse
+
+
+@planned
+def _forward_plan(
+    device: torch.device, dtype: torch.dtype, q_shape: tuple[int, ...], n: int, strides: tuple[tuple[int, ...], ...],
+    has_seqlens: bool, causal: bool, scale: float, is_aligned: bool,
+) -> tuple[Plan, bool, int]:  # fmt: skip
+    """Plan the forward kernel for q, k and v with these strides.
+
+    Returns:
+        The plan, whether the kernel takes descriptors of keys and values, and the rows of their tiles (0: it loads
+        without them).
+    """
+    batch, m, heads, head_dim = q_shape
+    arch = arch_of(device)
+    numbers = (m, n, heads, *itertools.chain(*strides), scale * LOG2E)
+    options = _options(head_dim, strides, has_seqlens, causal)
+    short = short_config("attention_short_fwd", arch, dtype, head_dim, n)
+    if short is not None:
+        options |= {"BLOCK_M": short.block_m, "N_PARTS": _parts(n)}
+        plan = Plan(_short_fwd_kernel, (batch * heads,), *numbers, config=short, device=device, **options)
+        return plan, False, 0
+    cfg = looped_config("attention_looped_fwd", arch, dtype, head_dim, n)
+    is_tiled = is_aligned and not has_seqlens and _are_tileable(arch, dtype, (batch, n, heads, head_dim), strides[1:])
+    options |= {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "TAIL": _tail(n, cfg.block_n, has_seqlens, causal)}
+    grid = (batch * heads * triton.cdiv(m, cfg.block_m),)
+    plan = Plan(_looped_fwd_kernel, grid, *numbers, config=cfg, device=device, **options)
+    return plan, True, cfg.block_n if is_tiled else 0
 
 
 def backward(
@@ -91,78 +109,108 @@ def backward(
     Returns:
         The sums over batch and tokens of the gradients of q and of v, [H * D] float32 each; None without ``with_sums``.
     """
-    grad_out, q, k, v = (_with_near_heads(x) for x in (grad_out, q, k, v))
-    (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
-    of_dq, of_dk = (grad.stride()[:2] for grad in grads[:2])
-    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *of_dq, *of_dk)
-    options = _options(seqlens, causal, q, k, v, grad_out, *grads) | {"HAS_SUMS": with_sums}
-    unrolled, short = _of_whole_heads(arch_of(device), q.dtype, head_dim, m, n)
-    if unrolled is None and short is None:
-        sums = _two_phases(grad_out, q, k, v, out, lse, seqlens, causal, scale, grads, options)
+    q, k, v, grad_out = _with_near_heads(q, k, v, grad_out)
+    how = _backward_plan(
+        q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride(), grad_out.stride()),
+        tuple([grad.stride() for grad in grads]), seqlens is not None, causal, scale, with_sums,
+        _are_aligned(q, k, v, grad_out),
+    )  # fmt: skip
+    sums = _sums(q, *how.sums, with_sums)
+    if how.kernel == "unrolled":
+        how.plans[0].start(q, k, v, out, grad_out, lse, seqlens, *grads, *sums)
+    elif how.kernel == "short":
+        how.plans[0].start(q, k, v, grad_out, lse, seqlens, *grads, *sums)
     else:
-        sums = _sums(q, 1, 1, with_sums)
-        args = (*grads, *sums, m, n, heads, *strides, scale * LOG2E, scale)
-        if unrolled is not None:
-            block = unrolled.block_m
-            launch(
-                _unrolled_bwd_kernel, (batch * heads,), q, k, v, out, grad_out, lse, seqlens, *args,
-                config=unrolled, device=device, M_PARTS=(block,) * (m // block) + _rest(m, block),
-                N_PARTS=(block,) * triton.cdiv(n, block), **options,
-            )  # fmt: skip
-        elif short is not None:
-            launch(
-                _short_bwd_kernel, (batch * heads,), q, k, v, grad_out, lse, seqlens, *args,
-                config=short, device=device,
-                BLOCK_M=short.block_m, BLOCK_N=max(16, triton.next_power_of_2(n)), **options,
-            )  # fmt: skip
+        stats = lse.new_empty((*lse.shape[:2], 2, how.rows))
+        of_query, of_key = how.plans
+        keys, queries = _tiles(how.tiles[0], k, v), _tiles(how.tiles[1], q, grad_out)
+        of_query.start(q, k, v, *keys, out, grad_out, lse, seqlens, stats, grads[0], sums[0])
+        of_key.start(q, k, v, grad_out, *queries, stats, seqlens, *grads[1:], sums[1])
     if not with_sums:
         return None
     return sums[0].flatten(0, 1).sum(0), sums[1].flatten(0, 1).sum(0)
 
 
-def _two_phases(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
-    causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of attention by the two looped kernels; return each block's sums of dq and dv over its
-    rows.
+class _Backward(NamedTuple):
+    """How the gradients of attention are computed at a layout.
+
+    Attributes:
+        kernel: "short", "unrolled" or "two_phase".
+        plans: of the kernel, or of the two phases.
+        sums: the number of blocks for which the kernel writes the sums of dq, and of dv.
+        rows: the rows of the statistics that the second phase reads.
+        tiles: the rows of the tiles of the two phases that descriptors load (0: no descriptors).
     """
-    (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
-    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
+
+    kernel: str
+    plans: tuple[Plan, ...]
+    sums: tuple[int, int] = (1, 1)
+    rows: int = 0
+    tiles: tuple[int, int] = (0, 0)
+
+
+@planned
+def _backward_plan(
+    device: torch.device, dtype: torch.dtype, q_shape: tuple[int, ...], n: int, strides: tuple[tuple[int, ...], ...],
+    grad_strides: tuple[tuple[int, ...], ...], has_seqlens: bool, causal: bool, scale: float, with_sums: bool,
+    is_aligned: bool,
+) -> _Backward:  # fmt: skip
+    """Plan the gradients for q, k, v and the upstream gradient with these strides."""
+    batch, m, heads, head_dim = q_shape
     scales = scale * LOG2E, scale
-    of_query, of_key = (
-        looped_config(f"attention_{owner}_bwd", arch_of(device), q.dtype, head_dim, n) for owner in ("query", "key")
-    )
+    of_grads = (*grad_strides[0][:2], *grad_strides[1][:2])
+    options = _options(head_dim, (*strides, *grad_strides), has_seqlens, causal) | {"HAS_SUMS": with_sums}
+    unrolled, short = _of_whole_heads(arch_of(device), dtype, head_dim, m, n)
+    numbers = (m, n, heads, *itertools.chain(*strides), *of_grads, *scales)
+    grid = (batch * heads,)
+    if unrolled is not None:
+        block = unrolled.block_m
+        options |= {"M_PARTS": (block,) * (m // block) + _rest(m, block), "N_PARTS": (block,) * triton.cdiv(n, block)}
+        plan = Plan(_unrolled_bwd_kernel, grid, *numbers, config=unrolled, device=device, **options)
+        return _Backward("unrolled", (plan,))
+    if short is not None:
+        options |= {"BLOCK_M": short.block_m, "BLOCK_N": max(16, triton.next_power_of_2(n))}
+        return _Backward("short", (Plan(_short_bwd_kernel, grid, *numbers, config=short, device=device, **options),))
+    return _two_phases(device, dtype, q_shape, n, strides, grad_strides, scales, options, is_aligned)
+
+
+def _two_phases(
+    device: torch.device, dtype: torch.dtype, q_shape: tuple[int, ...], n: int, strides: tuple[tuple[int, ...], ...],
+    grad_strides: tuple[tuple[int, ...], ...], scales: tuple[float, float], options: dict[str, Any], is_aligned: bool,
+) -> _Backward:  # fmt: skip
+    """Plan the gradients of attention by the two looped kernels."""
+    batch, m, heads, head_dim = q_shape
+    arch, (of_q, of_k, of_v, of_grad) = arch_of(device), strides
+    has_seqlens, causal = options["HAS_SEQLENS"], options["IS_CAUSAL"]
+    query, key = (looped_config(f"attention_{owner}_bwd", arch, dtype, head_dim, n) for owner in ("query", "key"))
     # The number of rows is a multiple of the block sizes of both kernels, which are powers of two.
-    block = max(of_query.block_m, of_key.block_m)
+    block = max(query.block_m, key.block_m)
     rows = triton.cdiv(m, block) * block
-    num_m, num_n = rows // of_query.block_m, triton.cdiv(n, of_key.block_n)
-    sums, stats = _sums(q, num_m, num_n, options["HAS_SUMS"]), lse.new_empty(batch, heads, 2, rows)
-    launch(
-        _query_bwd_kernel, (batch * heads * num_m,),
-        q, k, v, *_tiles(of_query.block_n, seqlens, k, v), out, grad_out, lse, seqlens, stats, grads[0], sums[0],
-        m, n, heads, rows, *strides, *grads[0].stride()[:2], *scales,
-        config=of_query, device=device, BLOCK_M=of_query.block_m, BLOCK_N=of_query.block_n,
-        TAIL=_tail(n, of_query.block_n, seqlens, causal), **options,
+    num_m, num_n = rows // query.block_m, triton.cdiv(n, key.block_n)
+    has_keys = not has_seqlens and is_aligned and _are_tileable(arch, dtype, (batch, n, heads, head_dim), (of_k, of_v))
+    has_queries = is_aligned and _are_tileable(arch, dtype, q_shape, (of_q, of_grad))
+    numbers = (m, n, heads, rows, *itertools.chain(*strides))
+    first = Plan(
+        _query_bwd_kernel, (batch * heads * num_m,), *numbers, *grad_strides[0][:2], *scales,
+        config=query, device=device, BLOCK_M=query.block_m, BLOCK_N=query.block_n,
+        TAIL=_tail(n, query.block_n, has_seqlens, causal), **options,
     )  # fmt: skip
-    tiles = _tiles(of_key.block_m, None, q, grad_out)
-    launch(
-        _key_bwd_kernel, (batch * heads * num_n,),
-        q, k, v, grad_out, *tiles, stats, seqlens, *grads[1:], sums[1],
-        m, n, heads, rows, *strides, *grads[1].stride()[:2], *scales,
-        config=of_key, device=device, BLOCK_M=of_key.block_m, BLOCK_N=of_key.block_n,
-        TAIL=0 if tiles[0] is None else _tail(m, of_key.block_m, None, False), IS_HELD=_is_held(q), **options,
+    second = Plan(
+        _key_bwd_kernel, (batch * heads * num_n,), *numbers, *grad_strides[1][:2], *scales,
+        config=key, device=device, BLOCK_M=key.block_m, BLOCK_N=key.block_n,
+        TAIL=_tail(m, key.block_m, False, False) if has_queries else 0, IS_HELD=_is_held(arch, dtype), **options,
     )  # fmt: skip
-    return sums
+    tiles = query.block_n if has_keys else 0, key.block_m if has_queries else 0
+    return _Backward("two_phase", (first, second), (num_m, num_n), rows, tiles)
 
 
-def _with_near_heads(x: Tensor) -> Tensor:
-    """Return a tensor [B, N, H, D], or a copy if the offset of its last head within an image does not fit into 32 bits.
+def _with_near_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors [B, N, H, D], each copied if the offset of its last head within an image needs more than 32 bits.
 
     The kernels compute this offset in 32 bits: with 64 bits they would take more registers, and a quarter fewer
     programs would run at once.
     """
-    return x if (x.shape[2] - 1) * x.stride(2) < 2**31 else x.contiguous()
+    return tuple([x if (x.shape[2] - 1) * x.stride(2) < 2**31 else x.contiguous() for x in tensors])
 
 
 def _of_whole_heads(
@@ -180,28 +228,28 @@ def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tens
     ``wanted``.
     """
     batch, _, heads, head_dim = q.shape
-    dq, dv = (q.new_empty(batch, num, heads * head_dim if wanted else 0, dtype=torch.float32) for num in (num_q, num_k))
+    width = heads * head_dim if wanted else 0
+    dq, dv = (torch.empty((batch, num, width), dtype=torch.float32, device=q.device) for num in (num_q, num_k))
     return dq, dv
 
 
-def _options(seqlens: Tensor | None, causal: bool, *sources: Tensor) -> dict[str, Any]:
-    """Return the compile-time constants that all attention kernels take for tensors [B, N, H, D]."""
-    head_dim = sources[0].shape[-1]
+def _options(head_dim: int, strides: tuple[tuple[int, ...], ...], has_seqlens: bool, causal: bool) -> dict[str, Any]:
+    """Return the compile-time constants that all attention kernels take for tensors [B, N, H, D] with these strides."""
     # Every head begins at a multiple of this number of elements.
-    multiple = math.gcd(8, head_dim, *(stride for x in sources for stride in (x.stride(0), x.stride(2))))
+    multiple = math.gcd(8, head_dim, *(stride for each in strides for stride in (each[0], each[2])))
     return {
         "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "MULTIPLE": multiple,
-        "IS_CAUSAL": causal, "HAS_SEQLENS": seqlens is not None,
+        "IS_CAUSAL": causal, "HAS_SEQLENS": has_seqlens,
     }  # fmt: skip
 
 
-def _tail(rows: int, block: int, seqlens: Tensor | None, causal: bool) -> int:
+def _tail(rows: int, block: int, has_seqlens: bool, causal: bool) -> int:
     """Return the number of rows in the last tile of an attention loop, after the last whole block.
 
     If no mask hides rows of whole blocks, this tile only has to hold the remaining rows, so it can be smaller than a
     block.
     """
-    return block if causal or seqlens is not None else (*_rest(rows, block), 16)[0]
+    return block if causal or has_seqlens else (*_rest(rows, block), 16)[0]
 
 
 def _rest(rows: int, block: int) -> tuple[int, ...]:
@@ -211,15 +259,16 @@ def _rest(rows: int, block: int) -> tuple[int, ...]:
     return (max(16, triton.next_power_of_2(rows % block)),) if rows % block else ()
 
 
-def _tiles(rows: int, seqlens: Tensor | None, *sources: Tensor) -> list[TensorDescriptor | None]:
-    """Return the arguments of :func:`walked_rows` for blocks of ``rows`` rows: two descriptors of each source, or None.
+def _tiles(rows: int, *sources: Tensor) -> list[TensorDescriptor | None]:
+    """Return the arguments of :func:`walked_rows` for blocks of ``rows`` rows: two descriptors of each source, or None
+    if there are no rows.
 
-    With ``seqlens`` there are no descriptors: a descriptor would also load the hidden tokens of an image, which may
+    Keys with ``seqlens`` have no descriptors: a descriptor would also load the hidden tokens of an image, which may
     hold NaN, and NaN times a probability of zero is NaN.
     """
-    parts = _head_parts(sources[0].shape[-1])
-    if seqlens is not None or not all(_is_tileable(x) for x in sources):
+    if not rows:
         return [None, None] * len(sources)
+    parts = _head_parts(sources[0].shape[-1])
     found: list[TensorDescriptor | None] = []
     for x in sources:
         found += [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, part]) for part in parts]
@@ -227,22 +276,28 @@ def _tiles(rows: int, seqlens: Tensor | None, *sources: Tensor) -> list[TensorDe
     return found
 
 
-def _is_tileable(x: Tensor) -> bool:
-    """Return whether the attention kernels load blocks of a tensor [B, N, H, D] through tensor descriptors.
+def _are_aligned(*tensors: Tensor) -> bool:
+    """Return whether descriptors may begin where the tensors begin: at a multiple of 16 bytes."""
+    return not any(x.data_ptr() % 16 for x in tensors)
+
+
+def _are_tileable(arch: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> bool:
+    """Return whether the attention kernels load blocks of tensors [B, N, H, D] through tensor descriptors.
 
     The strides must suit a descriptor, and the matrix unit must read its operands from shared memory.
     """
-    if x.dtype.itemsize != 2 or x.numel() == 0 or not architecture(arch_of(x.device)).multiplies_from_shared:
+    if dtype.itemsize != 2 or 0 in shape or not architecture(arch).multiplies_from_shared:
         return False
-    steps = [stride * x.dtype.itemsize for stride in x.stride()[:3]]
-    is_aligned = all(step % 16 == 0 for step in (*steps, x.data_ptr()))
-    return is_aligned and x.stride(3) == 1 and steps == sorted(steps, reverse=True) and steps[-1] > 0
+    for *outer, inner in strides:
+        steps = [stride * dtype.itemsize for stride in outer]
+        if inner != 1 or steps[-1] <= 0 or steps != sorted(steps, reverse=True) or any(step % 16 for step in steps):
+            return False
+    return True
 
 
-def _is_held(x: Tensor) -> bool:
-    """Return whether products of ``x`` run on wgmma, which works asynchronously and accumulates in registers."""
-    unit = architecture(arch_of(x.device)).matrix_unit
-    return unit == "wgmma.mma_async" and x.dtype.itemsize == 2 and not INTERPRET
+def _is_held(arch: int, dtype: torch.dtype) -> bool:
+    """Return whether products of ``dtype`` run on wgmma, which works asynchronously and accumulates in registers."""
+    return architecture(arch).matrix_unit == "wgmma.mma_async" and dtype.itemsize == 2 and not INTERPRET
 
 
 def _parts(n: int) -> tuple[int, ...]:

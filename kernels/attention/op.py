@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import computes_eagerly_on_cpu, registered, uses_reference
 from ..checks import check_float, check_like, check_parameter, check_seqlens, check_tensor
-from ..configs import HEAD_DIMS
+from ..configs import HEAD_DIMS, planned
 from ..dtypes import accumulate_dtype, autocast_to
 from ..launch import arch_of, triton_runs_on
 from . import cpu, launches
@@ -42,8 +42,8 @@ def _kernels(x: Tensor) -> ModuleType:
 
 def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the queries, keys and values [B, N, H, D] as views of a packed projection."""
-    # unflatten could not infer a -1 for an empty batch.
-    q, k, v = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads))).unbind(2)
+    batch, length, width = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads)).unbind(2)
     return q, k, v
 
 
@@ -94,17 +94,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     """Save the packed projection and the results for the backward pass."""
     qkv, bias, seqlens, *ctx.options = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, seqlens, *output)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Return the gradients of a packed projection and of its bias to autograd."""
     if grad_out is None:
         return (None,) * 6
     with_bias = ctx.needs_input_grad[1]
-    grad_qkv, grad_bias = torch.ops.clipfast.attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, with_bias)
+    grad_qkv, grad_bias = _attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, with_bias)
     return grad_qkv, grad_bias.to(ctx.bias_dtype) if with_bias else None, None, None, None, None
 
 
@@ -148,16 +147,15 @@ def _(
 def _setup_qkv_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save queries, keys, values and the results for the backward pass."""
     q, k, v, seqlens, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, seqlens, *output)
 
 
-def _qkv_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _qkv_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Return the gradients of queries, keys and values to autograd."""
     if grad_out is None:
         return (None,) * 6
-    return *torch.ops.clipfast.attention_qkv_bwd(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None
+    return *_attention_qkv_bwd(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 _attention_qkv_fwd.register_autograd(_qkv_backward, setup_context=_setup_qkv_context)
@@ -204,7 +202,7 @@ def attention(
         return reference.attention(qkv, num_heads, causal=causal, scale=scale, seqlens=seqlens, bias=bias)
     head_dim = _check_head_dim(op, "qkv", qkv, qkv.shape[-1] // (3 * num_heads))
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if _takes_sdpa(backend, qkv, head_dim, qkv.shape[1], seqlens, causal):
+    if _takes_sdpa(backend, qkv, head_dim, qkv.shape[1], seqlens, causal, bias is not None):
         if bias is not None:
             qkv = reference.with_bias_gradient(qkv, bias)
         return _sdpa(*_views(qkv, num_heads), causal, scale).flatten(2)
@@ -260,22 +258,36 @@ def attention_qkv(
     return _attention_qkv_fwd(q, k, v, seqlens, causal, scale)[0]
 
 
-def _takes_sdpa(backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool) -> bool:
-    """Return whether PyTorch's own attention computes this call, by the tables."""
-    if backend != "auto" or seqlens is not None or not triton_runs_on(x.device):
+def _takes_sdpa(
+    backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool, has_bias: bool = False
+) -> bool:
+    """Return whether PyTorch's own attention computes this call: by the tables on a GPU, and if it can on a CPU.
+
+    On a CPU the op computes the gradient of a bias: it leaves no rounding error in that of the keys' bias.
+    """
+    if backend != "auto" or seqlens is not None:
         return False
+    if not triton_runs_on(x.device):
+        is_usual = x.stride(-1) == 1 and x.numel() > 0 and num_keys > 0 and not has_bias
+        return is_usual and computes_eagerly_on_cpu(x)
     for largest, least in _least_keys_of_sdpa(x.device, x.dtype, causal):
         if head_dim <= largest:
             return least is not None and num_keys >= least
     return False
 
 
+@planned
+def _known_least_keys(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
+    """Return the result of :func:`_least_keys_of_sdpa`."""
+    arch = arch_of(device)
+    return tuple((limit, launches.least_keys_of_sdpa(arch, dtype, limit, causal=causal)) for limit in HEAD_DIMS)
+
+
 def _least_keys_of_sdpa(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
     """Return the least number of keys for which PyTorch's own attention is used, for each head dimension of the
     tables.
     """
-    arch = arch_of(device)
-    return tuple((limit, launches.least_keys_of_sdpa(arch, dtype, limit, causal=causal)) for limit in HEAD_DIMS)
+    return _known_least_keys(device, dtype, causal)
 
 
 # The function reads the tables, which torch.compile cannot trace. torch.compiler.assume_constant_result would set the

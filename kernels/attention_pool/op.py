@@ -18,7 +18,6 @@ FLOPs: 4 B H N C forward, 10 B H N C backward.
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -64,16 +63,15 @@ def _(grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, l
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
     """Save queries, tokens and lse of the pooling for the backward pass."""
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
     """Return the gradients of queries and tokens to autograd."""
     if grad_out is None:
         return None, None, None
-    dq, dx = torch.ops.clipfast.attention_pool_bwd(grad_out, *ctx.saved_tensors)
+    dq, dx = _pool_bwd(grad_out, *ctx.saved_tensors)
     return dq, dx, None
 
 

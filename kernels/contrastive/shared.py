@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 
+from ..backends import Op
 from ..checks import check_device, check_float, check_like, check_tensor
 from ..dtypes import FLOATS, autocast_dtype, dtype_name
 from ..launch import triton_runs_on
@@ -130,7 +130,7 @@ def scale_gradient(parts: Sequence[Tensor | None], coefficient: Tensor) -> Tenso
     return torch.cat(numbers).sum(dtype=torch.float64).to(coefficient.dtype) * coefficient
 
 
-def register_gradients(forward: CustomOpDef, backward: CustomOpDef, *, optional: Sequence[int] = ()) -> None:
+def register_gradients(forward: Op, backward: Op, *, optional: Sequence[int] = ()) -> None:
     """Register ``backward`` as the gradient of the loss ``forward``, with a fake that returns the right shapes.
 
     Args:
@@ -140,9 +140,7 @@ def register_gradients(forward: CustomOpDef, backward: CustomOpDef, *, optional:
         optional: the positions of tensors whose gradient costs work that is left out if nobody requires it.
             ``required`` has a bool for each of them; where it is False, ``backward`` returns a tensor without rows.
     """
-    tensor_count = sum(
-        isinstance(argument.type, torch.TensorType) for argument in forward._opoverload._schema.arguments
-    )
+    tensor_count = sum(isinstance(argument.type, torch.TensorType) for argument in forward.schema.arguments)
 
     @backward.register_fake
     def _(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -154,7 +152,6 @@ def register_gradients(forward: CustomOpDef, backward: CustomOpDef, *, optional:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[tensor_count:]
-        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensor_count], *output[1:])
 

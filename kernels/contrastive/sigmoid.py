@@ -114,7 +114,6 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save the gradients of the sigmoid loss, which the forward pass has computed."""
     ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 

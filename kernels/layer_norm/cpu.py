@@ -13,11 +13,11 @@ from ..dtypes import accumulate_dtype
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the layer norm y, the sum s (empty without a residual), and mean and rstd [M] of each row."""
+    """Compute the layer norm y, the sum s (empty without a residual), and mean and rstd [...] of each row."""
     s = x if residual is None else torch.add(x, residual).to(residual.dtype).contiguous()
     dtype = accumulate_dtype(s.dtype)
-    y, mean, rstd = torch.native_layer_norm(s.to(dtype), s.shape[1:], weight.to(dtype), bias.to(dtype), eps)
-    return y.to(x.dtype), s.new_empty(0) if residual is None else s, mean.flatten(), rstd.flatten()
+    y, mean, rstd = torch.native_layer_norm(s.to(dtype), s.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+    return y.to(x.dtype), s.new_empty(0) if residual is None else s, mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def backward(
@@ -27,7 +27,14 @@ def backward(
     dtype = accumulate_dtype(s.dtype)
     weight = weight.to(dtype)
     ds, *sums = torch.ops.aten.native_layer_norm_backward(
-        grad_y.to(dtype), s.to(dtype), s.shape[1:], mean, rstd, weight, weight, [True, with_sums, with_sums]
+        grad_y.to(dtype),
+        s.to(dtype),
+        s.shape[-1:],
+        mean.unsqueeze(-1),
+        rstd.unsqueeze(-1),
+        weight,
+        weight,
+        [True, with_sums, with_sums],
     )
     if grad_s is not None:
         ds += grad_s

@@ -19,15 +19,14 @@ Method: layer normalisation (Ba et al. 2016).
 
 from typing import Any, overload
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import computes_eagerly_on_cpu, registered, uses_reference
 from ..checks import check_float, check_parameter, check_tensor
-from ..common import as_rows
 from ..configs import WIDTHS
-from ..dtypes import accumulate_dtype
+from ..dtypes import WIDE, accumulate_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches
 
@@ -63,9 +62,7 @@ def _layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the layer norm y, the sum s (empty without a residual), and mean and rstd [...] of each row."""
     path = launches if triton_runs_on(x.device) else cpu
-    y, s, mean, rstd = path.forward(as_rows(x), None if residual is None else as_rows(residual), weight, bias, eps)
-    rows = x.shape[:-1]
-    return y.view(x.shape), s if residual is None else s.view(x.shape), mean.view(rows), rstd.view(rows)
+    return path.forward(x, residual, weight, bias, eps)
 
 
 @_layer_norm_fwd.register_fake
@@ -87,11 +84,7 @@ def _layer_norm_bwd(
     The gradient of x is empty if it has the dtype of s, and those of the parameters are empty unless ``with_sums``.
     """
     path = launches if triton_runs_on(s.device) else cpu
-    rows_of_s = None if grad_s is None else as_rows(grad_s)
-    ds, dx, sums = path.backward(
-        as_rows(grad_y), rows_of_s, as_rows(s), weight, mean.flatten(), rstd.flatten(), with_sums
-    )
-    return ds.view(s.shape), dx.view(s.shape) if dx.dtype != ds.dtype else dx, sums
+    return path.backward(grad_y, grad_s, s, weight, mean, rstd, with_sums)
 
 
 @_layer_norm_bwd.register_fake
@@ -106,12 +99,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     """Save the sum s, the weight and the statistics of the layer norm for the backward pass."""
     x, residual, weight, bias, _ = inputs
     ctx.x_dtype, ctx.bias_dtype, ctx.has_sum = x.dtype, bias.dtype, residual is not None
-    ctx.mark_non_differentiable(*output[2 if ctx.has_sum else 1 :])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else output[1], weight, *output[2:])
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None = None, *_: None) -> tuple[Tensor | None, ...]:
     """Return the gradients of the layer norm to autograd."""
     if not ctx.has_sum:
         grad_s = None  # a compiled graph makes a gradient even for the empty tensor that stands for s
@@ -120,12 +112,20 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None, *_: None) 
         return grad_s if grad_s is None else grad_s.to(ctx.x_dtype), grad_s, None, None, None
     s, weight, mean, rstd = ctx.saved_tensors
     with_sums = any(ctx.needs_input_grad[2:4])
-    ds, dx, (dw, db) = torch.ops.clipfast.layer_norm_bwd(grad_y, grad_s, s, weight, mean, rstd, with_sums)
-    grads = (ds if ctx.x_dtype == s.dtype else dx, ds if ctx.needs_input_grad[1] else None)
-    return *grads, *((dw.to(weight.dtype), db.to(ctx.bias_dtype)) if with_sums else (None, None)), None
+    ds, dx, sums = _layer_norm_bwd(grad_y, grad_s, s, weight, mean, rstd, with_sums)
+    dx = ds if ctx.x_dtype == s.dtype else dx
+    d_residual = ds if ctx.needs_input_grad[1] else None
+    if not with_sums:
+        return dx, d_residual, None, None, None
+    return dx, d_residual, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
 
 
-_layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+def _count_results(x: Tensor, residual: Tensor | None, *_: Any) -> int:
+    """Return the number of results of the layer norm: y, and s with a residual."""
+    return 1 if residual is None else 2
+
+
+_layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context, results=_count_results)
 
 
 @overload
@@ -176,5 +176,7 @@ def layer_norm(
         return reference.layer_norm(x, weight, bias, eps, residual=residual)
     check_float(op, x=x, weight=weight, bias=bias, residual=residual)
     check_width(op, x)
-    y, s, _, _ = _layer_norm_fwd(x, residual, weight, bias, float(eps))
-    return y if residual is None else (y, s)
+    if residual is None and x.dtype == weight.dtype == bias.dtype and x.dtype in WIDE and computes_eagerly_on_cpu(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    outputs = _layer_norm_fwd(x, residual, weight, bias, float(eps))
+    return outputs[0] if residual is None else outputs[:2]

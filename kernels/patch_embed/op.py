@@ -179,12 +179,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the patch embedding to autograd."""
-    ops = torch.ops.clipfast
     images, weight, keep = ctx.saved_tensors
-    grad_images = ops.patch_embed_bwd_images(grad, images, weight, keep) if ctx.needs_input_grad[0] else None
+    grad_images = _patch_embed_bwd_images(grad, images, weight, keep) if ctx.needs_input_grad[0] else None
     if not any(ctx.needs_input_grad[1:4]):
         return grad_images, None, None, None, None, None, None, None
-    grad_weight, grad_pos = ops.patch_embed_bwd(grad, images, weight, keep, ctx.mean, ctx.std)
+    grad_weight, grad_pos = _patch_embed_bwd(grad, images, weight, keep, ctx.mean, ctx.std)
     # This must be a copy: autograd adds to the gradients that it is given, so two of them must not share memory.
     grad_class = grad_pos[0].to(ctx.class_dtype, copy=True)
     return grad_images, grad_weight.to(weight.dtype), grad_class, grad_pos.to(ctx.pos_dtype), None, None, None, None

@@ -66,19 +66,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, token_embedding, positional_embedding, _ = inputs
     ctx.vocab, ctx.token_dtype = len(token_embedding), token_embedding.dtype
     ctx.positions, ctx.pos_dtype = len(positional_embedding), positional_embedding.dtype
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Return the gradients of table and positions to autograd."""
     if grad is None:
         return (None,) * 4
     (ids,) = ctx.saved_tensors
     grad_token = grad_pos = None
     if ctx.needs_input_grad[1]:
-        grad_token = torch.ops.clipfast.text_embed_bwd_token(grad, ids, ctx.vocab, ctx.token_dtype)
+        grad_token = _text_embed_bwd_token(grad, ids, ctx.vocab, ctx.token_dtype)
     if ctx.needs_input_grad[2]:
         # PyTorch's sum reads 16 bits, adds in float32, rounds once and has a fixed order. A kernel of ours could fuse
         # nothing more.
@@ -121,7 +120,7 @@ def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tens
     if uses_reference(op, backend, text):
         return reference.text_embed(text, token_embedding, positional_embedding).to(dtype)
     check_float(op, token_embedding=token_embedding, positional_embedding=positional_embedding)
-    tokens, _ = _text_embed_fwd(text, token_embedding, positional_embedding, dtype)
+    tokens: Tensor = _text_embed_fwd(text, token_embedding, positional_embedding, dtype)[0]
     return tokens
 
 

@@ -110,7 +110,7 @@ class TestSanitized:
     @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (2, 300, 1, 80, False)], ids=str)
     def test_blocks_through_descriptors(self, shape, sanitizer, monkeypatch):
         monkeypatch.setattr(launch, "CPU_ARCH", 90)
-        monkeypatch.setattr(launches, "_is_held", lambda x: False)  # ttsem has no inline assembly
+        monkeypatch.setattr(launches, "_is_held", lambda arch, dtype: False)  # ttsem has no inline assembly
         spec = specs()["attention"]
         with spec.small_tiles(torch.bfloat16):
             hold(spec, Case(AttentionShape(*shape, bias=False), "blocks come through descriptors"), "bfloat16", draws=1)

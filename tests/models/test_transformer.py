@@ -14,7 +14,7 @@ from clipfast.models import transformer
 from clipfast.models.layers import InProjection, LayerNorm
 from clipfast.models.transformer import Attention, Transformer, read_rows
 
-VIEWS = {
+VIEWS = {"aten.select.int",
     "aten.view.default", "aten._unsafe_view.default", "aten.t.default", "aten.detach.default", "aten.unbind.int",
 }  # fmt: skip
 

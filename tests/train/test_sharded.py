@@ -76,6 +76,37 @@ def remanifested(folder, change):
     (folder / "manifest.json").write_text(json.dumps(files))
 
 
+def cut_off(folder):
+    os.truncate(folder / ".metadata", (folder / ".metadata").stat().st_size - 1)
+    return r".metadata is not the file that was written"
+
+
+def missing(folder):
+    (folder / "__2_0.distcp").unlink()
+    return "__2_0.distcp is missing"
+
+
+def without_manifest(folder):
+    (folder / "manifest.json").unlink()
+    return "is no whole checkpoint: manifest.json cannot be read"
+
+
+def manifest_of_something_else(folder):
+    (folder / "manifest.json").write_text("[1]")
+    return "is no whole checkpoint: manifest.json cannot be read"
+
+
+def manifest_without_a_file(folder):
+    remanifested(folder, lambda files: files.pop(".metadata"))
+    return r"manifest.json does not list .metadata"
+
+
+def manifest_of_elsewhere(folder):
+    shutil.move(folder / "__1_0.distcp", folder.parent / "x")
+    remanifested(folder, lambda files: files.update({"../x": files.pop("__1_0.distcp")}))
+    return "../x is missing"
+
+
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -89,49 +120,36 @@ def resealed(folder, name):
     remanifested(folder, lambda files: files.update({name: sharded._seal(folder / name)}))
 
 
-def moved_out(folder):
-    shutil.move(folder / "__1_0.distcp", folder.parent / "x")
-    remanifested(folder, lambda files: files.update({"../x": files.pop("__1_0.distcp")}))
-
-
 def code_in_the_list(folder):
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     metadata.planner_data = Evil(str(folder.parent / "ran"))
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     resealed(folder, ".metadata")
+    return "is refused: it is damaged, or is no list"
 
 
-def other_rest(content):
-    """Return a function that replaces everything but the tensors, and makes the manifest match."""
-
-    def write(folder):
-        torch.save(content(folder), folder / "rest.pt")
-        resealed(folder, "rest.pt")
-
-    return write
+def code_in_the_rest(folder):
+    torch.save({"a": Evil(str(folder.parent / "ran"))}, folder / "rest.pt")
+    resealed(folder, "rest.pt")
+    return "rest.pt is refused: it is damaged, or could run code"
 
 
-NO_MANIFEST = "is no whole checkpoint: manifest.json cannot be read"
-DAMAGE = {
-    "cut off": (lambda folder: os.truncate(folder / ".metadata", 99), ".metadata is not the file that was written"),
-    "a part is missing": (lambda folder: (folder / "__2_0.distcp").unlink(), "__2_0.distcp is missing"),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), NO_MANIFEST),
-    "manifest of something else": (lambda folder: (folder / "manifest.json").write_text("[1]"), NO_MANIFEST),
-    "manifest without a file": (
-        lambda folder: remanifested(folder, lambda files: files.pop(".metadata")), "does not list .metadata",
-    ),
-    "manifest of elsewhere": (moved_out, "../x is missing"),
-    "code in the list": (code_in_the_list, "is refused: it is damaged, or is no list"),
-    "code in the rest": (
-        other_rest(lambda folder: {"a": Evil(str(folder.parent / "ran"))}), "is refused: it is damaged, or could run",
-    ),
-    "no such tensor": (other_rest(lambda _: {"a": {"name of a tensor": "b"}}), "is damaged: it does not hold b"),
-}  # fmt: skip
+def a_tensor_that_is_not_there(folder):
+    torch.save({"a": {"name of a tensor": "b"}}, folder / "rest.pt")
+    resealed(folder, "rest.pt")
+    return "is damaged: it does not hold b"
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_damage(damage, message, folder):
-    damage(folder)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_off, missing, without_manifest, manifest_of_something_else, manifest_without_a_file,
+        manifest_of_elsewhere, code_in_the_list, code_in_the_rest, a_tensor_that_is_not_there,
+    ],
+    ids=lambda damage: damage.__name__,
+)  # fmt: skip
+def test_damage(damage, folder):
+    message = damage(folder)
     with pytest.raises(CheckpointError, match=message):
         read_parts(folder)
     assert not (folder.parent / "ran").exists()

@@ -10,6 +10,7 @@ from clipfast import create_model
 from clipfast.kernels import contrastive_loss
 from clipfast.train.loop import train
 from clipfast.train.optim import adamw
+from clipfast.train.schedule import set_lr
 from clipfast.train.step import WARMUP_STEPS, GraphedStep, TrainingStep
 
 from ..conftest import OnlyMeta
@@ -100,6 +101,34 @@ def test_a_graph_is_captured_once_and_fed_each_batch():
     assert (graphed.captured, graphed.replayed) == (1, 7 - WARMUP_STEPS)
     for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves weights by 1e-3
+
+
+def test_a_graph_is_captured_on_the_gpu_of_its_batch(monkeypatch):
+    """The stream is that of the steps before it, and the thread of the data loader may pin memory meanwhile."""
+    cuda, device = mock.MagicMock(), torch.device("cuda", 1)
+    for name in ("Stream", "CUDAGraph", "current_stream", "device", "graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    images = torch.zeros(2, 3, 32, 32).as_subclass(type("OnGpu", (torch.Tensor,), {"device": device}))
+    graphed = GraphedStep(lambda images, texts: images.sum(), 77)
+    for _ in range(WARMUP_STEPS + 2):
+        graphed(images, torch.zeros(2, 9, dtype=torch.long))
+    cuda.Stream.assert_called_once_with(device)
+    assert cuda.stream.call_args_list == [mock.call(cuda.Stream())] * WARMUP_STEPS
+    cuda.device.assert_called_once_with(device)
+    cuda.graph.assert_called_once_with(cuda.CUDAGraph(), stream=cuda.Stream(), capture_error_mode="thread_local")
+    entered = [name for name, *_ in cuda.mock_calls if name.endswith("__enter__") or name == "graph"]
+    assert entered[-3:] == ["device().__enter__", "graph", "graph().__enter__"]
+
+
+def test_learning_rate_in_a_graph_is_set_in_place():
+    _, optimizer, _ = steps("plain")
+    set_lr(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    rates = [torch.tensor(1.0), torch.tensor(1.0)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    set_lr(optimizer, 0.5)
+    assert [rate.item() for rate in rates] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(("name", "micro_batch_size"), [("ViT-T-8-32", 4), ("RN50", 2)])

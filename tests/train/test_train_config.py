@@ -1,11 +1,11 @@
-"""Training options: impossible values are refused."""
+"""Training options: impossible values are refused, and recipes are read."""
 
 from pathlib import Path
 
 import pytest
 
 from clipfast.cli.train import _saved_options
-from clipfast.train import TrainConfig
+from clipfast.train import TrainConfig, read_recipe
 
 from ..small_runs import cases
 from .test_training import SMALL
@@ -45,6 +45,15 @@ def test_bad_options(options, said):
 def test_a_share_that_is_no_number():
     with pytest.raises(ValueError, match="--force-patch-dropout must be a finite number, got nan"):
         TrainConfig("x.tar", force_patch_dropout=float("nan"))
+
+
+def test_recipes(tmp_path):
+    (tmp_path / "mine.toml").write_text("batch-size = 4\ncrop-scale = [0.5, 1.0]")
+    assert read_recipe(str(tmp_path / "mine.toml")) == {"batch_size": 4, "crop_scale": (0.5, 1.0)}
+    (tmp_path / "typo.toml").write_text("bach_size = 4")
+    for name, message in (("typo.toml", "unknown options: bach_size"), ("none.toml", "no recipe")):
+        with pytest.raises(ValueError, match=message):
+            read_recipe(str(tmp_path / name))
 
 
 def test_a_resumed_run_keeps_the_form_of_its_folder(tmp_path, monkeypatch):
