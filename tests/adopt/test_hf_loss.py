@@ -5,7 +5,6 @@ import os
 import pickle
 import socket
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -33,11 +32,7 @@ def test_outputs(name):
     theirs, lean = model(**given, return_loss=True), patched(**given, return_loss=True)
     assert type(lean) is type(theirs)
     for logits in (lean.logits_per_image, lean.logits_per_text, pickle.loads(pickle.dumps(lean)).logits_per_text):
-        uses = [
-            lambda x: x.softmax(1), lambda x: x[0], lambda x: 2.0 * x, lambda x: given["input_ids"] @ x,
-            lambda x: torch.softmax(x, 1), lambda x: x.shape, float, len, list, np.asarray,
-        ]  # fmt: skip
-        for use in uses:
+        for use in (lambda x: x.softmax(1), lambda x: x[0], lambda x: 2.0 * x, lambda x: torch.softmax(x, 1), len):
             with pytest.raises((AttributeError, TypeError), match="return_logits=True"):
                 use(logits)
         assert not isinstance(logits, torch.Tensor)
@@ -59,48 +54,52 @@ def test_outputs(name):
     assert patched.train()(**given).loss is None
 
 
-def step_of_rank(rank: int, name: str, sizes: tuple[int, ...]) -> dict[str, torch.Tensor] | str:
-    """The loss on a rank, and the gradients after DistributedDataParallel's mean; or why it is refused."""
-    model = patch(made(name))
-    first = sum(sizes[:rank])
-    given = {key: x[first:][: sizes[rank]] for key, x in hf_models.inputs(model, "end", batch=sum(sizes)).items()}
-    wrapped = DistributedDataParallel(model)
-    losses = []
-    for _ in range(2):  # the second call fails if a parameter had no gradient in the first
-        model.zero_grad()
-        try:
+CASES = {"clip": (5, 2), "siglip": (3, 3)}  # the pairs of two ranks
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def steps_of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The loss on a rank, and the gradients after DistributedDataParallel's mean, of each case."""
+    found = {}
+    for name, sizes in CASES.items():
+        model = patch(made(name))
+        given = hf_models.inputs(model, "end", batch=sum(sizes))
+        given = {key: x[rank * sizes[0] :][: sizes[rank]] for key, x in given.items()}
+        wrapped = DistributedDataParallel(model)
+        losses = []
+        for _ in range(2):  # the second call fails if a parameter had no gradient in the first
+            model.zero_grad()
             loss = wrapped(**given, return_loss=True).loss
-        except ValueError as error:
-            return str(error)
+            loss.backward()
+            losses.append(loss.detach())
+        found[name] = {"losses": torch.stack(losses), **gradients_of(model)}
+        if rank == 0:  # one rank may evaluate alone
+            model.eval()(**given, return_loss=True)
+    with pytest.raises(ValueError, match=r"equally many pairs from every rank, got \[2, 3\]"):
+        wrapped.train()(**{key: x[: 2 + rank] for key, x in given.items()}, return_loss=True)
+    return found
+
+
+def test_two_ranks_have_the_loss_of_the_whole_batch(tmp_path):
+    """SigLIP's is refused if ranks have different numbers of pairs."""
+    found = run_ranks(steps_of_rank, 2, folder=tmp_path, timeout=180.0)
+    for name, sizes in CASES.items():
+        model = hf_models.make(name).double()
+        # transformers' loss of the whole batch in one process
+        loss = model(**hf_models.inputs(model, "end", batch=sum(sizes)), return_loss=True).loss
         loss.backward()
-        losses.append(loss.detach())
-    model.eval()
-    if rank == 0:  # one rank may evaluate alone
-        model(**given, return_loss=True)
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"losses": torch.stack(losses), **gradients}
+        gradients = gradients_of(model)
+        largest = max(float(x.abs().max()) for x in gradients.values())
+        for rank in found:
+            torch.testing.assert_close(rank[name].pop("losses"), loss.detach().expand(2), rtol=1e-12, atol=0)
+            assert rank[name].keys() == gradients.keys()
+            assert max(float((rank[name][key] - x).abs().max()) for key, x in gradients.items()) < 1e-10 * largest
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("clip", (5, 2)), ("siglip", (3, 3, 3))])
-def test_several_ranks_have_the_loss_of_the_whole_batch(name, sizes, tmp_path):
-    model = hf_models.make(name).double()
-    given = hf_models.inputs(model, "end", batch=sum(sizes))
-    loss = model(**given, return_loss=True).loss  # transformers' loss of the whole batch in one process
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    largest = max(float(x.abs().max()) for x in gradients.values())
-    for found in run_ranks(step_of_rank, len(sizes), name, sizes, folder=tmp_path, timeout=180.0):
-        torch.testing.assert_close(found.pop("losses"), loss.detach().expand(2), rtol=1e-12, atol=0)
-        assert found.keys() == gradients.keys()
-        assert max(float((found[key] - x).abs().max()) for key, x in gradients.items()) < 1e-10 * largest
-
-
-def test_the_sigmoid_loss_refuses_ranks_of_different_sizes(tmp_path):
-    for message in run_ranks(step_of_rank, 2, "siglip", (2, 3), folder=tmp_path, timeout=180.0):
-        assert "equally many pairs from every rank, got [2, 3]" in message
-
-
-STEPS, BATCH = 20, 4
+STEPS, BATCH = 6, 4
 
 
 class Pairs(torch.utils.data.Dataset):

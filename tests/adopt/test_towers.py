@@ -105,9 +105,6 @@ def test_what_towers_keep():
     def check(compute):
         torch.testing.assert_close(compute(patched), compute(model), rtol=0, atol=1e-12)
 
-    for each in (model, patched):
-        each.set_grad_checkpointing()
-    assert_equal(model, patched)
     check(lambda each: each.encode_image(images, normalize=True))
     check(lambda each: each.encode_text(texts, normalize=True))
     for each in (model, patched):
@@ -117,15 +114,3 @@ def test_what_towers_keep():
         each.visual.prune_intermediate_layers(1)
         each.visual.output_tokens = False
     check(lambda each: each.visual(images))
-
-
-def test_autocast_keeps_the_dtypes_of_streams():
-    dtypes = []
-    for each in pair("ViT-B-32", torch.float32):
-        seen = []
-        for stack in (each.transformer, each.visual.transformer):
-            stack.resblocks[0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].dtype))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            each(*shrunk.inputs(each))
-        dtypes.append(seen)
-    assert dtypes[0] == dtypes[1] != []
