@@ -51,11 +51,6 @@ class Background:
             join(self._thread, seconds)
         return self._error
 
-    @property
-    def is_busy(self) -> bool:
-        """True while the thread is writing a checkpoint."""
-        return self._thread is not None and self._thread.is_alive()
-
     def _do(self, work: Callable[[], object]) -> None:
         try:
             work()
