@@ -1,3 +1,19 @@
-"""Fixtures of pairs and runs for the tests in this folder."""
+"""Fixtures of pairs and runs for the tests in this folder, and a cache for each test."""
 
-from ..small_runs import copied, finished, options, refusal, run_small, server, shards, small, store, together  # noqa: F401
+import pytest
+
+from clipfast.data import open_shards
+
+from ..small_runs import server, shards  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The folder of a test's own cache, which is empty at first."""
+    monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def opened(*names, **options):
+    """Open shards by their paths or names."""
+    return open_shards([str(name) for name in names], **options)

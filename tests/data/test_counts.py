@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from clipfast.data import IndexCache, ShardIndex, ShardSource, open_shards, remote, staging
+from clipfast.data import IndexCache, ShardIndex, ShardSource, remote, staging
 from clipfast.models.images import SampleError
 
 from ..small_runs import sample, write_shard
+from .conftest import opened
 from .rows import cut, downloaded, fields, write_parquet
 
 pa = pytest.importorskip("pyarrow")
@@ -26,7 +27,7 @@ def served(server):
 def test_counting_a_remote_parquet_file_reads_its_footer(server, tmp_path):
     images = pa.table({"jpg": [os.urandom(40_000) for _ in range(250)], "n": list(range(250))})
     size = os.path.getsize(write_parquet(tmp_path / "web" / "0.parquet", images))
-    source = open_shards([f"{server.url}/0.parquet?download=true"], index=IndexCache(tmp_path / "cache"))
+    source = opened(f"{server.url}/0.parquet?download=true")
     assert source.sizes == [250]
     assert 0 < served(server) < 200_000 < size / 20
     assert not (tmp_path / "cache" / "shards").exists()
@@ -44,7 +45,7 @@ def test_remote_files_that_cannot_be_used_are_brought_once(server, tmp_path):
     (tmp_path / "web" / "0.tar").write_bytes(page)
     (tmp_path / "web" / "sizes.json").write_text('{"0.tar": 8}')
     for name, content in (("0.parquet", data), ("0.tar", page)):
-        source = open_shards([f"{server.url}/{name}"], index=IndexCache(tmp_path / "cache"))
+        source = opened(f"{server.url}/{name}")
         server.served.clear()
         for number in (0, 1):
             with pytest.raises(SampleError, match=rf"{name} cannot be read: ") as error:
@@ -64,14 +65,14 @@ def test_counts_beside_remote_tar_files(kind, server, tmp_path):
     if kind == "sizes":
         sizes = {"00000.tar": 2, "00001.tar": "3", "00002.tar": 4, "other.tar": 9, "00003.tar": -5}
         (tmp_path / "web" / "sizes.json").write_text(json.dumps(sizes))
-    urls, index = [f"{server.url}/{name}" for name in names], IndexCache(tmp_path / "cache")
-    source = open_shards(urls, index=index)
+    urls = [f"{server.url}/{name}" for name in names]
+    source = opened(*urls)
     assert source.sizes == [2, 3, 4, 5]
     known = names if kind == "stats" else names[:3]  # the last shard has no count, and was copied to be counted
     assert not [name for name, _ in server.served if name in known]
     assert sum(name == "sizes.json" for name, _ in server.served) == (kind == "sizes")
     assert source.read(13)["txt"].decode().endswith("thing 4")
-    assert open_shards(urls, index=index, whole=True).sizes == [2, 3, 4, 5]
+    assert opened(*urls, whole=True).sizes == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("file", ["sizes.json", "0_stats.json", "0.parquet"])
@@ -82,13 +83,12 @@ def test_an_outage_does_not_make_the_start_copy_what_can_be_counted(file, server
     else:
         write_shard(tmp_path / "web" / "0.tar", [sample(n) for n in range(5)])
         (tmp_path / "web" / file).write_text('{"0.tar": 5, "successes": 5}')
-    index = IndexCache(tmp_path / "cache")
     server.failing[file] = 4
-    assert open_shards([name], index=index).sizes == [5]
+    assert opened(name).sizes == [5]
     assert server.failing[file] == 0
     server.failing[file] = 1000
     with pytest.raises(SampleError, match=rf"{file} cannot be read: 503"):
-        open_shards([name], index=index)
+        opened(name)
     assert not list((tmp_path / "cache").glob("shards/*.tar"))
 
 
@@ -97,24 +97,24 @@ def test_a_wrong_count(server, tmp_path):
     cut(tmp_path / "web" / "0.tar", 0.6)
     write_shard(tmp_path / "web" / "1.tar", [sample(n) for n in range(3)])
     (tmp_path / "web" / "sizes.json").write_text('{"0.tar": 8, "1.tar": 3, "2.tar": 8}')
-    index, names = IndexCache(tmp_path / "cache"), [f"{server.url}/0.tar", f"{server.url}/1.tar"]
-    source = open_shards(names, index=index)
+    names = [f"{server.url}/0.tar", f"{server.url}/1.tar"]
+    source = opened(*names)
     for number in (0, 7):
         with pytest.raises(SampleError, match=r"0\.tar has 6 samples, but 8 by http.*/sizes\.json") as error:
             source.read(number)
         assert error.value.kind == "miscounted shard"
     assert source.read(8)["__key__"] == "000"
     # the next start has the same order, until a full index is requested
-    assert source.sizes == open_shards(names, index=index).sizes == [8, 3]
-    assert open_shards(names, index=index, whole=True).sizes == [6, 3]
+    assert source.sizes == opened(*names).sizes == [8, 3]
+    assert opened(*names, whole=True).sizes == [6, 3]
     with pytest.raises(SampleError, match=r"shard http://.*/2\.tar cannot be read"):  # counted, but missing
-        open_shards([f"{server.url}/2.tar"], index=index)
+        opened(f"{server.url}/2.tar")
 
 
 def test_a_counted_shard_that_comes_back(tmp_path, monkeypatch):
     path = tmp_path / "x.parquet"
     write_parquet(path, downloaded(20))
-    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+    source = opened(path)
     path.rename(tmp_path / "away")
     with pytest.raises(SampleError, match=r"cannot be read: .*No such file") as error:
         source.read(3)
@@ -128,11 +128,11 @@ def test_broken_notes_are_left_out_of_account(tmp_path, caplog):
     write_shard(tmp_path / "0.tar.gz", [sample(0)])
     (tmp_path / "sizes.json").write_text("{broken")
     (tmp_path / f"0{STATS}").write_text("[]")
-    assert open_shards([f"{tmp_path}/0.tar.gz"], index=IndexCache(tmp_path / "cache")).sizes == [1]
+    assert opened(f"{tmp_path}/0.tar.gz").sizes == [1]
     assert "sizes.json is left out of account" in caplog.text
     write_shard(tmp_path / "1.tar", [sample(0)])  # a local uncompressed file is always indexed directly
     (tmp_path / "sizes.json").write_text('{"1.tar": 7}')
-    assert open_shards([f"{tmp_path}/1.tar"], index=IndexCache(tmp_path / "cache")).sizes == [1]
+    assert opened(f"{tmp_path}/1.tar").sizes == [1]
 
 
 def fail_in_a_process(source):
@@ -147,7 +147,7 @@ def test_processes_do_not_ask_for_a_failing_shard_one_after_the_other(kind, tmp_
     asked = tmp_path / "asked"
     name = f"pipe:echo >> {asked}; " + ("exit 3" if kind == "missing shard" else f"cat {tmp_path}/0.jsonl.gz #.jsonl")
     (tmp_path / "0.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}')[:-6])
-    source = ShardSource(IndexCache(tmp_path / "cache"), [ShardIndex(name, "", 0, 5, {}, "nothing")])
+    source = ShardSource(IndexCache(), [ShardIndex(name, "", 0, 5, {}, "nothing")])
     with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
         found = list(pool.map(fail_in_a_process, [source] * 3))
     assert [kind for _, kind in found] == [kind] * 3
@@ -162,9 +162,7 @@ def keys_in_a_process(source):
 def test_processes_that_open_the_same_counted_shards_bring_each_once(server, tmp_path):
     for number in range(3):
         write_parquet(tmp_path / "web" / f"{number}.parquet", downloaded(30, first=30 * number))
-    source = open_shards(
-        [f"{server.url}/{number}.parquet" for number in range(3)], index=IndexCache(tmp_path / "cache")
-    )
+    source = opened(*(f"{server.url}/{number}.parquet" for number in range(3)))
     server.served.clear()
     with ProcessPoolExecutor(3) as pool:
         found = list(pool.map(keys_in_a_process, [source] * 3))

@@ -9,15 +9,15 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from clipfast.data import IndexCache, ShardIndex, ShardSource, identities, open_shards
+from clipfast.data import IndexCache, ShardIndex, ShardSource, identities
 from clipfast.models.images import SampleError
 
 from ..small_runs import run_command, sample, write_shard
+from .conftest import opened
 
 
-def index_in_a_process(arguments):
-    names, folder = arguments
-    return [shard.count for shard in IndexCache(folder).shards(names)]
+def index_in_a_process(names):
+    return [shard.count for shard in IndexCache().shards(names)]
 
 
 def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
@@ -30,7 +30,7 @@ def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
         names.append(f"{tmp_path}/{number}.tar.gz")
     twice = [*names, *names]
     with ProcessPoolExecutor(3) as pool:
-        found = list(pool.map(index_in_a_process, [(twice, tmp_path / "cache")] * 3))
+        found = list(pool.map(index_in_a_process, [twice] * 3))
     assert found == [[1, 2, 3, 4, 5, 6] * 2] * 3
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) <= 3
 
@@ -46,7 +46,7 @@ def test_index_command(tmp_path, capsys):
 
 
 def test_known_shards_are_indexed_again_if_they_or_their_entries_change(tmp_path, monkeypatch):
-    index = IndexCache(tmp_path / "cache")
+    index = IndexCache()
     paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (3, 5)]
     first = list(index.shards(paths))
     with monkeypatch.context() as patch:
@@ -64,7 +64,7 @@ def test_known_shards_are_indexed_again_if_they_or_their_entries_change(tmp_path
 def test_large_entries_are_shared_by_processes(tmp_path, monkeypatch):
     names = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (0, 3)]
     monkeypatch.setattr("clipfast.data.index.SHARED", 0)
-    source = open_shards(names, index=IndexCache(tmp_path / "cache"))
+    source = opened(*names)
     assert all(isinstance(source.index.extents(name), np.memmap) for name in names)
     assert [source.read(number)["txt"] for number in range(3)] == [sample(number)["txt"] for number in range(3)]
 
@@ -75,7 +75,7 @@ def test_changes_during_a_run_are_named(tmp_path):
 
     def kind_after(change, *, is_open=False):
         path.write_bytes(good)
-        source = open_shards([str(path)])
+        source = opened(path)
         if is_open:
             source.read(7)
         change()
@@ -92,7 +92,7 @@ def test_changes_during_a_run_are_named(tmp_path):
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EMFILE])
 def test_an_error_of_one_shard_does_not_end_a_run(code, tmp_path, monkeypatch):
     path = str(write_shard(tmp_path / "s.tar", [sample(0)]))
-    source = open_shards([path], index=IndexCache(tmp_path / "cache"))
+    source = opened(path)
     original = os.open
 
     def failing(name, *arguments, **options):
@@ -108,7 +108,7 @@ def test_an_error_of_one_shard_does_not_end_a_run(code, tmp_path, monkeypatch):
 
 def test_few_shards_are_open_at_once(tmp_path):
     paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(n)])) for n in range(10)]
-    source = open_shards(paths, max_open=3)
+    source = opened(*paths, max_open=3)
     before = len(os.listdir("/proc/self/fd"))
     for number in [*range(10), *range(10)]:
         assert source.read(number)["txt"].decode().endswith(f"thing {number}")
@@ -119,8 +119,8 @@ def test_few_shards_are_open_at_once(tmp_path):
 
 def test_identities_outlive_an_outage_and_take_their_own_size_only(tmp_path):
     path = write_shard(tmp_path / "s.tar", [sample(0), sample(0), sample(1)])
-    index, count = IndexCache(tmp_path / "cache"), 1 << 14
-    source = open_shards([str(path)], index=index)
+    index, count = IndexCache(), 1 << 14
+    source = opened(path)
     path.rename(tmp_path / "away.tar")
     with pytest.raises(SampleError, match="cannot be opened"):
         identities(source, "caption")

@@ -13,11 +13,12 @@ from collections import Counter
 import pytest
 import torch
 
-from clipfast.data import IndexCache, Mix, Order, PairBatches, ShardIndex, contained, open_shards, pair_loader
+from clipfast.data import IndexCache, Mix, Order, PairBatches, ShardIndex, contained, pair_loader
 from clipfast.data.read_ahead import THREADS, ReadAhead
 from clipfast.data.staging import exclusive
 
 from ..small_runs import sample, write_shard
+from .conftest import opened
 from .rows import downloaded, write_parquet
 
 SHARDS, EACH, BATCH = 24, 10, 5
@@ -82,7 +83,7 @@ def brought(monkeypatch):
 def source(tmp_path):
     """A source of compressed shards that were counted and never copied."""
     names = [f"{tmp_path}/data/{name}" for name in write_shards(tmp_path / "data", ".tar.gz")]
-    return open_shards(names, index=IndexCache(tmp_path / "cache"))
+    return opened(*names)
 
 
 def test_copies_are_there_before_they_are_needed(source, tmp_path, brought):
@@ -94,11 +95,11 @@ def test_copies_are_there_before_they_are_needed(source, tmp_path, brought):
             until(lambda: len(brought) == SHARDS)
             check_every_pair_once([first, *loader])
         assert len(copies(tmp_path)) == SHARDS
-        assert open_shards(names, index=source.index, whole=True).sizes == [EACH] * SHARDS
+        assert opened(*names, index=source.index, whole=True).sizes == [EACH] * SHARDS
         for path in copies(tmp_path):
             path.unlink()
         brought.clear()
-        source = open_shards(names, index=source.index)
+        source = opened(*names, index=source.index)
     until(lambda: threads() == [])
 
 
@@ -129,7 +130,7 @@ def test_a_pass_over_more_data_than_the_cache_holds(server, tmp_path, monkeypatc
     names = write_shards(tmp_path / "web", ".tar")
     size = (tmp_path / "web" / "00.tar").stat().st_size
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(size * SHARDS * 2 // 3))
-    source = open_shards([f"{server.url}/{name}" for name in names], index=IndexCache(tmp_path / "cache"))
+    source = opened(*(f"{server.url}/{name}" for name in names))
     server.served.clear()
     check_every_pair_once(list(pair_loader(batches(source, streams=2), 0, 2 * SHARDS, 2)))
     fetched = Counter(name for name, amount in server.served if amount == size)
@@ -186,7 +187,7 @@ def test_a_copy_that_is_cancelled_is_not_noted_as_a_failure(end, source, tmp_pat
 def test_nothing_happens_for_files_that_are_read_where_they_are(tmp_path):
     names = [f"{tmp_path}/data/{name}" for name in write_shards(tmp_path / "data", ".tar")]
     before = len(threads())
-    loader = pair_loader(batches(open_shards(names, index=IndexCache(tmp_path / "cache"))), 0, 4, 0)
+    loader = pair_loader(batches(opened(*names)), 0, 4, 0)
     next(loader)
     assert len(threads()) == before
     assert not (tmp_path / "cache" / "shards").exists()

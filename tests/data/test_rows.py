@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipfast.data import IndexCache, contained, expand_shards, identities, open_shards
+from clipfast.data import contained, expand_shards, identities
 from clipfast.data.contained import count_rows
 from clipfast.data.rows import members
 from clipfast.models.images import SampleError
 
+from .conftest import opened
 from .rows import IMAGE, downloaded, fields, save_to_disk, write_parquet
 
 pa = pytest.importorskip("pyarrow")
@@ -37,7 +38,7 @@ def test_every_row_is_the_sample_of_its_number(form, tmp_path):
     path = write_parquet(tmp_path / "x.parquet", table) if form == "parquet" else tmp_path / "x.arrow"
     if form != "parquet":
         write_arrow(path, table, form)
-    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+    source = opened(path)
     assert source.sizes == [120]
     assert not list((tmp_path / "cache").glob("shards/*"))  # rows are counted without a copy
     for number in np.random.default_rng(0).permutation(120).tolist():
@@ -52,7 +53,7 @@ def test_every_row_is_the_sample_of_its_number(form, tmp_path):
 def test_no_rows(tmp_path):
     path = write_parquet(tmp_path / "0.parquet", downloaded(0))
     for whole in (False, True):
-        assert open_shards([path], index=IndexCache(tmp_path / "cache"), whole=whole).sizes == [0]
+        assert opened(path, whole=whole).sizes == [0]
 
 
 def test_values_that_are_not_json(tmp_path):
@@ -71,7 +72,7 @@ def test_values_that_are_not_json(tmp_path):
         "json": ['{"label": "thing", "price": "0"}'],
         "Wörter/Bilder": [b"y"],
     })  # fmt: skip
-    raw = open_shards([write_parquet(tmp_path / "t.parquet", table)], index=IndexCache(tmp_path / "cache")).read(0)
+    raw = opened(write_parquet(tmp_path / "t.parquet", table)).read(0)
     assert fields(raw) == {
         "when": str(moment), "late": None, "price": "1.50", "pairs": [["a", 1]], "kind": "red", "text": None,
         "nested": {"inner": [None, None], "infinite": None, "text": "é"}, "label": "thing",
@@ -87,7 +88,7 @@ def test_images_by_path(tmp_path):
     images = pa.array([{"bytes": None, "path": path} for path in paths], IMAGE)
     path = write_parquet(tmp_path / "p.parquet", pa.table({"image": images, "text": paths}))
     expected = [b"image 0", None, b"image 0", None, None, None, None]
-    source = open_shards([path, f"file://{path}"], index=IndexCache(tmp_path / "cache"))
+    source = opened(path, f"file://{path}")
     # a remote shard cannot name local files
     assert [source.read(number).get("image") for number in range(14)] == [*expected, *[None] * 7]
 
@@ -100,7 +101,7 @@ def test_folders_of_shards(tmp_path):
     (folder / "cache-1.arrow").write_bytes(b"left by another program")
     shards = expand_shards(str(folder))
     assert shards == [str(folder / name) for name in reversed(names)]
-    source = open_shards(shards, index=IndexCache(tmp_path / "cache"))
+    source = opened(*shards)
     assert source.sizes == [7, 4, 9]
     for number, row in enumerate([*range(13, 20), *range(9, 13), *range(9)]):
         raw = source.read(number)
@@ -162,7 +163,7 @@ def test_damage_is_named(case, whole, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SampleError, match=rf"x\.(arrow|parquet) cannot be read: .*{message}"):
         # errors in the values are found when the shard is copied
-        open_shards([str(path)], index=IndexCache(tmp_path / "cache"), whole=whole).read(0)
+        opened(path, whole=whole).read(0)
     assert form == "parquet" or contained._reader is None  # which the damage may have broken
 
 
@@ -175,7 +176,7 @@ def test_damage_is_named(case, whole, tmp_path):
 )
 def test_columns_that_cannot_be_used(table, message, tmp_path):
     with pytest.raises(SampleError, match=message):
-        open_shards([write_parquet(tmp_path / "x.parquet", pa.table(table))], index=IndexCache(tmp_path / "cache"))
+        opened(write_parquet(tmp_path / "x.parquet", pa.table(table)))
 
 
 def test_an_outage_is_not_taken_for_damage():
@@ -206,16 +207,16 @@ def test_few_rows_are_in_memory_at_once(tmp_path):
 
 
 def test_a_file_that_was_replaced(tmp_path):
-    index, path = IndexCache(tmp_path / "cache"), tmp_path / "x.parquet"
+    path = tmp_path / "x.parquet"
     write_parquet(path, downloaded(20))
-    counted, opened = open_shards([str(path)], index=index), open_shards([str(path)], index=index)
-    assert fields(opened.read(3))["key"] == "000000003"
+    counted, used = opened(path), opened(path)
+    assert fields(used.read(3))["key"] == "000000003"
     write_parquet(path, downloaded(20, first=100))
     os.utime(path, ns=(1, 1))
-    assert fields(opened.read(4))["key"] == "000000004"  # this shard was opened before
+    assert fields(used.read(4))["key"] == "000000004"  # this shard was opened before
     with pytest.raises(SampleError, match="the shard was replaced after its samples were counted"):
         counted.read(3)
-    again = open_shards([str(path)], index=index)
+    again = opened(path)
     assert fields(again.read(3))["key"] == "000000103"
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
 
@@ -223,27 +224,26 @@ def test_a_file_that_was_replaced(tmp_path):
 def test_identities_of_rows_are_kept(tmp_path):
     images = pa.array([b"x"] * 6)
     path = write_parquet(tmp_path / "x.parquet", pa.table({"jpg": images, "label": ["a", "b", "a", "c", "c", "c"]}))
-    index = IndexCache(tmp_path / "cache")
-    first = identities(open_shards([path], index=index), "label")
+    first = identities(opened(path), "label")
     assert len(set(first.tolist())) == 3
     (tmp_path / "cache" / "shards").rename(tmp_path / "away")
-    assert identities(open_shards([path], index=index), "label").tolist() == first.tolist()
+    assert identities(opened(path), "label").tolist() == first.tolist()
     assert not (tmp_path / "cache" / "shards").exists()
 
 
 @pytest.mark.parametrize(("number", "said"), [(11, "damaged: .* ended with SIGSEGV"), (9, "was killed, as .* memory")])
 def test_a_reader_that_ends_names_the_file_and_is_replaced(number, said, tmp_path, monkeypatch):
-    path, index = write_parquet(tmp_path / "x.parquet", downloaded(20)), IndexCache(tmp_path / "cache")
-    assert open_shards([path], index=index).sizes == [20]
+    path = write_parquet(tmp_path / "x.parquet", downloaded(20))
+    assert opened(path).sizes == [20]
     contained._reader.kill()
     contained._reader.wait()
-    assert open_shards([path], index=index).sizes == [20]  # the reader did not end because of this file
+    assert opened(path).sizes == [20]  # the reader did not end because of this file
     contained._end()
     with monkeypatch.context() as patch:
         patch.setattr(contained, "PROGRAM", f"import os; input(); os.kill(os.getpid(), {number})")
         with pytest.raises(SampleError, match=rf"x\.parquet cannot be read: .*{said}"):
-            open_shards([path], index=index)
-    assert open_shards([path], index=index).sizes == [20]
+            opened(path)
+    assert opened(path).sizes == [20]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -260,11 +260,10 @@ def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(
             pass
 
     monkeypatch.setattr(contained, "_lock", Lock())
-    options = {"index": IndexCache(tmp_path / "cache"), "whole": True}
-    copying = threading.Thread(target=open_shards, args=[[path]], kwargs=options, daemon=True)
+    copying = threading.Thread(target=opened, args=[path], kwargs={"whole": True}, daemon=True)
     copying.start()
     copying.join(30)
     child.kill()
     child.join()
     assert not copying.is_alive()
-    assert open_shards([path], index=options["index"]).shards[0].size
+    assert opened(path).shards[0].size

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from clipfast.data import IndexCache, identities, open_shards, remote, staging
+from clipfast.data import IndexCache, identities, remote, staging
 from clipfast.data.counts import Counts
 from clipfast.io.files import DiskFullError
 from clipfast.models.images import SampleError
 
 from ..small_runs import sample, write_shard
+from .conftest import opened
 from .rows import write_parquet
 
 
@@ -34,23 +35,23 @@ def test_shards_from_elsewhere(tmp_path, monkeypatch):
     samples = [sample(index) for index in range(6)]
     write_shard(tmp_path / "a.tar", samples)
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
-    index, expected = IndexCache(tmp_path / "cache"), [one["txt"] for one in samples]
+    expected = [one["txt"] for one in samples]
     for name in (f"pipe:cat {tmp_path}/a.tar", f"file://{tmp_path}/b.tar.gz", f"{tmp_path}/b.tar.gz"):
-        assert texts(open_shards([name], index=index)) == expected
+        assert texts(opened(name)) == expected
     assert len(copies(tmp_path)) == 3
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str((tmp_path / "a.tar").stat().st_size))
-    assert texts(open_shards([f"pipe:cat {tmp_path}/a.tar;"], index=index)) == expected
+    assert texts(opened(f"pipe:cat {tmp_path}/a.tar;")) == expected
     assert len(copies(tmp_path)) == 1
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     with pytest.raises(SampleError, match="the command ended with status 3"):
-        open_shards(["pipe:exit 3"], index=index)
+        opened("pipe:exit 3")
 
 
 def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path, monkeypatch):
     """The change is noticed when the shard is copied again. Until then, the copy is read without a check."""
     path = tmp_path / "s.tar.gz"
     write_shard(path, [sample(index) for index in range(8)])
-    source, late = (open_shards([str(path)], index=IndexCache(tmp_path / "cache")) for _ in range(2))
+    source, late = (opened(path) for _ in range(2))
     write_shard(path, [sample(index + 1) for index in range(8)])
     os.utime(path, ns=(1, 1))
     with monkeypatch.context() as patch:
@@ -66,7 +67,7 @@ def test_a_shard_that_is_too_large_for_the_cache_is_refused(tmp_path, monkeypatc
     (tmp_path / "s.tar.bz2").write_bytes(bz2.compress(bytes(30_000_000)))
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "2000000")
     with pytest.raises(SampleError, match=r"bz2 cannot be read: .* 2,000,000 bytes .* CLIPFAST_CACHE_BYTES") as error:
-        open_shards([f"{tmp_path}/s.tar.bz2"], index=IndexCache(tmp_path / "cache"))
+        opened(f"{tmp_path}/s.tar.bz2")
     assert error.value.kind == "unreadable shard"
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "64G")
     with pytest.raises(ValueError, match="CLIPFAST_CACHE_BYTES is '64G'"):
@@ -77,7 +78,7 @@ def test_a_shard_that_is_too_large_for_the_cache_is_refused(tmp_path, monkeypatc
 def copied(tmp_path, monkeypatch):
     """Five compressed shards of two pairs each, with room for two copies."""
     paths = [write_shard(tmp_path / f"{n}.tar.gz", [sample(n), sample(n + 1)]) for n in range(5)]
-    source = open_shards([str(path) for path in paths], index=IndexCache(tmp_path / "cache"))
+    source = opened(*paths)
     size = max(path.stat().st_size for path in copies(tmp_path))
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(2 * size))
     for path in copies(tmp_path):
@@ -141,16 +142,15 @@ def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
 
 def test_a_failing_network_is_asked_again(server, tmp_path, monkeypatch):
     write_shard(tmp_path / "web" / "a.tar", [sample(0)])
-    index = IndexCache(tmp_path / "cache")
     server.failing |= {"a.tar": 3, "gone.tar": 1000}
-    assert texts(open_shards([f"{server.url}/a.tar"], index=index, whole=True)) == [sample(0)["txt"]]
+    assert texts(opened(f"{server.url}/a.tar", whole=True)) == [sample(0)["txt"]]
     for message in (r"shard http://.*gone\.tar cannot be read", "is not asked for again so soon"):
         with pytest.raises(SampleError, match=message):
-            open_shards([f"{server.url}/gone.tar"], index=index, whole=True)
+            opened(f"{server.url}/gone.tar", whole=True)
     monkeypatch.setattr(staging, "BEGIN", time.time() + 1)  # as for another run, after a repair
     server.failing.clear()
     write_shard(tmp_path / "web" / "gone.tar", [sample(1)])
-    assert texts(open_shards([f"{server.url}/gone.tar"], index=index, whole=True)) == [sample(1)["txt"]]
+    assert texts(opened(f"{server.url}/gone.tar", whole=True)) == [sample(1)["txt"]]
 
 
 def test_an_attempt_that_fails_late_is_made_once_more(monkeypatch):
@@ -210,7 +210,7 @@ def answers(tmp_path, monkeypatch):
 def test_a_server_that_sends_no_parts(answers, tmp_path):
     rows = pytest.importorskip("pyarrow").table({"jpg": [os.urandom(400_000) for _ in range(20)]})
     answers.versions = [(Path(write_parquet(tmp_path / "s.parquet", rows)).read_bytes(), "1")]
-    source = open_shards([f"{answers.url}/s.parquet"], index=IndexCache(tmp_path / "cache"))
+    source = opened(f"{answers.url}/s.parquet")
     assert source.sizes == [20]
     assert source.shards[0].counted_in is None  # the shard was copied to be counted
     counts = Counts()
@@ -219,13 +219,13 @@ def test_a_server_that_sends_no_parts(answers, tmp_path):
     assert counts.of(f"{answers.url}/s.1.parquet") is None
     assert answers.asked == asked  # once for all files of a folder
     with pytest.raises(SampleError, match=r"gone\.parquet cannot be read"):
-        open_shards([f"{answers.url}/gone.parquet"], index=IndexCache(tmp_path / "cache"))
+        opened(f"{answers.url}/gone.parquet")
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(answers, tmp_path, caplog):
     """The copy holds a single version of the file, and has the stamp of that version."""
     later = answers.versions[1]
-    source = open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"))
+    source = opened(f"{answers.url}/s.tar")
     assert source.shards[0].stamp == f"{len(later[0])}/2"
     assert [source.read(number)["png"] for number in range(8)] == [sample(8 + number)["png"] for number in range(8)]
     assert "attempt 1 has failed" in caplog.text
@@ -237,5 +237,5 @@ def test_a_server_that_never_answers_is_given_up(answers, tmp_path, monkeypatch)
     answers.is_answering.clear()
     for whole in (False, True):
         with pytest.raises(SampleError, match=rf"{answers.url}/s.tar cannot be read: .*[Tt]imeout"):
-            open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"), whole=whole)
+            opened(f"{answers.url}/s.tar", whole=whole)
     assert answers.asked < 20

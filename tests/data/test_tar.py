@@ -13,12 +13,12 @@ from collections import Counter
 
 import pytest
 
-from clipfast.data import IndexCache, open_shards
 from clipfast.data.samples import is_pair
 from clipfast.data.tar import pax_records
 from clipfast.models.images import SampleError
 
 from ..small_runs import sample, write_shard
+from .conftest import opened
 
 PAIRS = 40
 COMPRESSED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -56,7 +56,7 @@ def read(tmp_path):
     def open_and_read(data, suffix=""):
         path = tmp_path / f"{next(numbers)}.tar{suffix}"
         path.write_bytes(data)
-        source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+        source = opened(path)
         return source, [source.read(number) for number in range(len(source))]
 
     return open_and_read
@@ -185,7 +185,7 @@ def test_zeros_before_broken_compression_are_no_end(read, tmp_path):
     data += b"\0\0\0\xff\xff" * 100_000 + b"\xff" * 1000  # empty compressed blocks, and then invalid ones
     assert read(data, ".gz")[0].shards[0].damage
     (tmp_path / "x.tar.gz").write_bytes(data)
-    piped = open_shards([f"pipe:cat {tmp_path}/x.tar.gz"], index=IndexCache(tmp_path / "cache"))
+    piped = opened(f"pipe:cat {tmp_path}/x.tar.gz")
     assert piped.shards[0].damage
 
 
@@ -234,7 +234,7 @@ def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_pa
     (root / "c" / "7.png").symlink_to("7.png")
     with tarfile.open(tmp_path / f"x.tar{suffix}", "w:gz" if suffix else "w", format=form) as tar:
         tar.add(root, "./")
-    source = open_shards([f"{tmp_path}/x.tar{suffix}"], index=IndexCache(tmp_path / "cache"))
+    source = opened(f"{tmp_path}/x.tar{suffix}")
     assert (source.sizes, source.shards[0].damage) == ([20], {})
     for number in range(18):
         raw = source.read(number)
@@ -258,7 +258,7 @@ def test_a_link_to_what_was_cut_off_is_a_broken_shard(tmp_path):
             for key, value in fields.items():
                 setattr(info, key, value)
             tar.addfile(info, io.BytesIO(b"abc"))
-    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+    source = opened(path)
     assert source.read(0)["png"] == b"abc"
     os.truncate(path, 5 * 512 + 1)
     with pytest.raises(SampleError, match="not where it was"):
