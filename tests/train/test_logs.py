@@ -224,13 +224,6 @@ def test_mfu_is_of_the_card_s_peak(gpu, monkeypatch):
     assert "mfu" not in unknown.read(0.25)
 
 
-def test_a_cpu_has_no_peak_and_no_nvml():
-    found = Meters(torch.device("cpu"))
-    assert found.count_flops(mock.Mock(side_effect=AssertionError), 8, 1, half=False) is None
-    assert set(found.read(0.1)) == {"memory"}
-    assert found.read(0.1)["memory"]["resident"] > 50e6
-
-
 def trained_slowly(rank, size, given):
     """Train on several ranks, where the last gradient of rank 1 is half a second late."""
     original = Trainer.__init__

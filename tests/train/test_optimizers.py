@@ -129,12 +129,6 @@ def test_what_cannot_work(model, options, said):
         made(model, **options)
 
 
-def test_arguments_are_literals_or_strings():
-    words = ["a=1", "b=(1, 2.5)", "c=True", "d=match_rms", "e=x=y", "f=", "g=false", "h=NONE"]
-    expected = {"a": 1, "b": (1, 2.5), "c": True, "d": "match_rms", "e": "x=y", "f": "", "g": False, "h": None}
-    assert parse_arguments(words) == expected
-
-
 def test_one_that_reads_the_weights_is_made_where_they_are(model):
     name = f"{__name__}:Reading"
     with pytest.raises(NotImplementedError, match=r"test_optimizers:Reading reads .*Tensor\.item"):
@@ -161,16 +155,15 @@ def test_weight_decay_leaves_out_what_patterns_name(model):
 
 # For the beginning of a parameter's name: the number of layers between it and the output of its tower.
 VIT = {
-    "visual.conv1": 3, "visual.class_embedding": 3, "visual.positional_embedding": 3, "visual.ln_pre": 3,
     "visual.transformer.resblocks.0": 2, "visual.transformer.resblocks.1": 1, "visual.ln_post": 1, "visual.proj": 0,
+    "visual.": 3,
 }  # fmt: skip
 TEXT = {
     "token_embedding": 3, "positional_embedding": 3, "transformer.resblocks.0": 2, "transformer.resblocks.1": 1,
     "ln_final": 1, "text_projection": 0,
 }  # fmt: skip
 RESNET = {
-    "visual.conv": 5, "visual.bn": 5, "visual.layer1": 4, "visual.layer2": 3, "visual.layer3": 2, "visual.layer4": 1,
-    "visual.attnpool": 0,
+    "visual.layer1": 4, "visual.layer2": 3, "visual.layer3": 2, "visual.layer4": 1, "visual.attnpool": 0, "visual.": 5,
 }  # fmt: skip
 
 
@@ -218,16 +211,9 @@ def test_muon_takes_matrices_and_adamw_the_rest(model):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"opt": "muon", "image_layer_decay": 0.7},
-        {"opt": "sgd", "momentum": 0.9, "opt_kwargs": ("nesterov=True",), "wd_exclude": ("*.weight",)},
-    ],
-    ids=["muon", "sgd"],
-)
-def test_training_goes_on_to_the_last_bit(shards, tmp_path, options):
-    whole, folder = whole_and_resumed(shards, tmp_path, **options, workers=0)
+def test_training_goes_on_to_the_last_bit(shards, tmp_path):
+    options = {"opt": "muon", "image_layer_decay": 0.7, "opt_kwargs": ("nesterov=True",), "wd_exclude": ("*.weight",)}
+    whole, folder = whole_and_resumed(shards, tmp_path, **options)
     assert losses(whole)[-1] < losses(whole)[0]
     assert same(whole.path, folder.path)
 

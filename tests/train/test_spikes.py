@@ -13,7 +13,6 @@ from clipfast.kernels import contrastive_loss, sigmoid_loss
 from clipfast.train import TrainConfig
 from clipfast.train.guard import Figures
 from clipfast.train.spikes import FIRST, FLAT_FOR, PAUSE, SATURATED_FOR, Signs, guessing
-from clipfast.train.step import TrainingStep
 from clipfast.train.trainer import Trainer
 
 
@@ -89,8 +88,8 @@ def test_the_loss_of_guessing(siglip):
 
 @pytest.mark.parametrize("what", ["collapse", "weights"])
 def test_the_last_good_checkpoint_is_kept(what, run_small, monkeypatch):
-    """The good checkpoint is from step 6 of 24. Every step is saved, and the last two checkpoints are kept."""
-    monkeypatch.setattr("clipfast.train.spikes.FLAT_FOR", 8)
+    """The good checkpoint is from step 6 of 12. Every step is saved, and the last two checkpoints are kept."""
+    monkeypatch.setattr("clipfast.train.spikes.FLAT_FOR", 3)
     original = Trainer._train_step
 
     def changed(trainer, batch):
@@ -104,28 +103,10 @@ def test_the_last_good_checkpoint_is_kept(what, run_small, monkeypatch):
 
     options = {"save_every": 1, "log_every_n_steps": 3, "workers": 0}
     with mock.patch.object(Trainer, "_train_step", changed):
-        folder = run_small(epochs=6, **options)
-        assert kept(folder) == {"step_6.pt", "step_23.pt", "step_24.pt"}
+        folder = run_small(epochs=3, **options)
+        assert kept(folder) == {"step_6.pt", "step_11.pt", "step_12.pt"}
         warned = [line["step"] for line in folder.metrics() if line.get("warning") == what]
-        assert warned[0] == (14 if what == "collapse" else 7)
+        assert warned[0] == (9 if what == "collapse" else 7)
         assert re.search("step 6 (is|was) the last good one", (folder.path / "out.log").read_text())
-        run_small(folder.latest, epochs=7, **options)
-    assert kept(folder) == {"step_6.pt", "step_27.pt", "step_28.pt"}
-
-
-def test_a_spike_is_in_the_log_and_in_the_metrics(run_small, monkeypatch):
-    monkeypatch.setattr("clipfast.train.spikes.FIRST", 3)
-    original, calls = TrainingStep.backward, []
-
-    def spiked(step, images, texts):
-        loss = original(step, images, texts)
-        calls.append(loss)
-        return loss * 30 if len(calls) == 6 else loss
-
-    monkeypatch.setattr(TrainingStep, "backward", spiked)
-    folder = run_small(lr=1e-6)
-    (warning,) = (line for line in folder.metrics() if "warning" in line)
-    assert (warning["step"], warning["warning"]) == (6, "loss")
-    assert warning["value"] == pytest.approx(30 * warning["usual"], rel=0.3)
-    assert "WARNING | The loss of step 6 is " in (folder.path / "out.log").read_text()
-    assert torch.isfinite(torch.stack(calls)).all()
+        run_small(folder.latest, epochs=4, **options)
+    assert kept(folder) == {"step_6.pt", "step_15.pt", "step_16.pt"}
