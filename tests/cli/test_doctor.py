@@ -95,8 +95,6 @@ class TestMachine:
         found = by_name(machine.packages())
         assert (found["triton"].status, found["triton"].fix[:20]) == (PROBLEM, "pip install 'triton>")
         assert (found["tokenizers"].status, found["tokenizers"].fix) == (NOTE, "pip install 'clipfast[siglip]'")
-        assert found["torch"].value == torch.__version__
-        assert "pytest" not in found
 
     def test_limits(self, monkeypatch):
         for soft, status in ((1023, PROBLEM), (1024, OK), (resource.RLIM_INFINITY, OK)):
@@ -165,9 +163,8 @@ class TestData:
     def test_problems_and_notes(self, tmp_path):
         path = tmp_path / "a.tar"
         assert [(f.name, f.status) for f in dataset.dataset(str(path), {})] == [("shards", PROBLEM)]
-        for content in (b"a photo", b""):
-            path.write_bytes(content)
-            assert self.look(path)["pairs"].status == PROBLEM
+        path.write_bytes(b"a photo")
+        assert self.look(path)["pairs"].status == PROBLEM
         write_shard(path, [sample(number, png=b"x") for number in range(8)])
         found = self.look(path)["pairs"]
         assert (found.status, "first: a.tar/000" in found.value) == (PROBLEM, True)
@@ -189,7 +186,6 @@ class TestData:
         found = self.look(tmp_path / "folder")
         assert found["shards"].value == "1 folder(s) of images here"
         assert (found["indexed"].status, found["pairs"].status) == (OK, OK)
-        assert self.look("synthetic:8::synthetic:8@1").keys() == {"shards", "pairs"}
         (tmp_path / "7.png").write_bytes(picture(7))
         (tmp_path / "t.csv").write_text("view alt a,b,c\n7.png seven x\n")
         assert self.look(tmp_path / "t.csv")["pairs"].status == PROBLEM
@@ -213,10 +209,10 @@ class TestData:
         assert found.status == PROBLEM
         assert found.value.startswith("8 of 261 cannot be used: 1 x ")
         monkeypatch.setattr(dataset, "cores", lambda: 1)
-        self.look(tmp_path / "{s,t,u}.tar", **options)
+        self.look(tmp_path / "{t,u}.tar", **options)
         assert (tmp_path / "bad.tsv").read_text().startswith("u.tar\tunreadable shard\t")
-        write_shard(tmp_path / "a.tar", [sample(number) for number in range(150)])
-        assert self.look(tmp_path / "a.tar", all=True)["every pair"] == Finding("every pair", "all 150 are usable")
+        write_shard(tmp_path / "a.tar", [sample(number) for number in range(15)])
+        assert self.look(tmp_path / "a.tar", all=True)["every pair"] == Finding("every pair", "all 15 are usable")
 
 
 class TestCommand:

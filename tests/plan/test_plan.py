@@ -38,7 +38,7 @@ from clipfast.plan.probe import BACKWARD, FORWARD, STATIC, probe, sample_of
 
 from ..conftest import INTERPRET, ON_GPU
 from ..processes import run_ranks
-from ..small_runs import run_command
+from ..small_runs import commands, run_command
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="runs the path of the CPU, and records kernels")
 on_cpu = pytest.mark.skipif(ON_GPU, reason="compares runs on a CPU")
@@ -362,27 +362,24 @@ class TestCommand:
         assert all(f"  {name} " in out for name in parts)
         assert "  fits into 80.0 GB" in out
 
-    @pytest.mark.parametrize(
-        ("words", "said"),
-        [
-            ("--fit --train --model deep", "--fit and --train"),
-            ("--ema", "--ema has no effect"),
-            ("--model deep", "--model has no effect .*--train"),
-            ("--train", "--train needs --model"),
-            ("--fit --pairs 8", "--pairs has no effect on --fit"),
-            ("--fit --models deep,no-model", "unknown model 'no-model'"),
-            ("--train --model deep --price-per-gpu-hour 2", "needs --samples-seen"),
-            ("--train --model deep --batch-size 8 --pairs 8", "leave one out"),
-            ("--train --model deep --batch-size 8 --accumulation 9", "more than the 8 pairs"),
-            ("--train --model deep --opt none-such", "--opt must be one of"),
-            ("--fit --model deep --opt muon", "set --parallel ddp"),
-            ("--train --model deep --no-reshard", "--no-reshard is of FSDP2"),
-            ("--train --model ViT-B-16-SigLIP", "sigmoid loss"),
-            ("--train --model deep --slack -1", "at least 0"),
-            ("--train --model deep --samples-seen inf", "finite"),
-        ],
-    )
+    @commands("""
+--fit --train --model deep => --fit and --train
+--ema => --ema has no effect
+--model deep => --model has no effect .*--train
+--train => --train needs --model
+--fit --pairs 8 => --pairs has no effect on --fit
+--fit --models deep,no-model => unknown model 'no-model'
+--train --model deep --price-per-gpu-hour 2 => needs --samples-seen
+--train --model deep --batch-size 8 --pairs 8 => leave one out
+--train --model deep --batch-size 8 --accumulation 9 => more than the 8 pairs
+--train --model deep --opt none-such => --opt must be one of
+--fit --model deep --opt muon => set --parallel ddp
+--train --model deep --no-reshard => --no-reshard is of FSDP2
+--train --model ViT-B-16-SigLIP => sigmoid loss
+--train --model deep --slack -1 => at least 0
+--train --model deep --samples-seen inf => finite
+""")
     def test_what_does_not_go_together(self, capsys, words, said):
-        code, _, error = run_command(capsys, "plan", *words.split())
+        code, _, error = run_command(capsys, "plan", *words)
         assert code == 2
         assert re.search(said, error), error

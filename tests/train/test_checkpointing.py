@@ -130,12 +130,6 @@ class TestWriting:
         saved(store, 3)
         assert names(store) == ["epoch_latest.pt", "step_2.pt", "step_3.pt"]
 
-    def test_only_the_last_epoch_is_kept_of_a_new_branch_too(self, store):
-        store.only_last_epoch = True
-        for step, milestone in ((4, 1), (20, 5), (8, 2), (9, None)):
-            saved(store, step, milestone=milestone)
-        assert [name for name in names(store) if name[6].isdecimal()] == ["epoch_2.pt"]
-
     def test_leftovers_are_no_checkpoints_and_go(self, store):
         (store.folder / ".step_9.pt.tmp").write_bytes(b"x")
         (store.folder / ".step_9.tmp").mkdir()
@@ -193,11 +187,11 @@ class TestFailingDisk:
         assert saved_step(folder.path) == 4
 
     def test_the_failure_of_the_last_one_is_that_of_the_run(self, failing, shards, tmp_path, capsys):
-        failing[".step_24.pt.tmp"] = [OSError(errno.EROFS, "Read-only file system") for _ in range(2)]
-        code, _, err = run_command(capsys, *command(shards, tmp_path, "--workers", "0"))
+        failing[".step_12.pt.tmp"] = [OSError(errno.EROFS, "Read-only file system") for _ in range(2)]
+        code, _, err = run_command(capsys, *command(shards, tmp_path, "--workers", "0", "--epochs", "1"))
         assert code == 2
-        assert f"error: {tmp_path}/run/checkpoints/step_24.pt cannot be written: Read-only file system" in err
-        assert saved_step(tmp_path / "run") == 23
+        assert f"error: {tmp_path}/run/checkpoints/step_12.pt cannot be written: Read-only file system" in err
+        assert saved_step(tmp_path / "run") == 11
 
     def test_records_that_cannot_be_written_do_not_end_a_run(self, tmp_path):
         folder = RunFolder(tmp_path / "nowhere")

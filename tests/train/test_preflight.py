@@ -66,21 +66,9 @@ def test_a_shard_that_is_not_there(tmp_path, refusal):
 
 
 def test_a_shard_without_permission(shard, refusal, monkeypatch):
-    """Tests may run as root, for whom no file is unreadable, so the system's answers are replaced."""
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: Path(path) != shard)
-        assert f"no permission to read {shard} (1 of 1 shards): chmod a+r, or leave it out" in refusal()
-    original = os.open
-
-    def refusing(path, *arguments, **options):
-        if path == str(shard):
-            raise PermissionError(13, "Permission denied", path)
-        return original(path, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refusing)
-        assert f"shard {shard} cannot be opened: Permission denied; make it anew, or leave it out" in refusal()
-    assert refusal() == ""
+    """Tests may run as root, for whom no file is unreadable, so the system's answer is replaced."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shard)
+    assert f"no permission to read {shard} (1 of 1 shards): chmod a+r, or leave it out" in refusal()
 
 
 @pytest.mark.parametrize("content", [b"a photo", b"\x1f\x8b not gzip"])
@@ -112,34 +100,20 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, refusal):
     siglip["model"].write_text(json.dumps(CONFIGS["exact"].to_dict()))  # it has 300 tokens
     assert "needs the file tokenizer.json of its tokenizer, which clipfast does not ship" in refusal(**siglip)
     assert f"there is no tokenizer at {tmp_path}/none" in refusal(**siglip, tokenizer=tmp_path / "none")
-    save_tokenizer(tmp_path / "wide", "gemma", vocab_size=400)
-    (tmp_path / "wide/tokenizer.json").write_text(widened((tmp_path / "wide/tokenizer.json").read_text()))
-    assert "has 301 tokens, and " in refusal(**siglip, tokenizer=tmp_path / "wide")
     save_tokenizer(tmp_path / "fitting")
     assert refusal(**siglip, tokenizer=tmp_path / "fitting") == ""
 
 
-def widened(text: str) -> str:
-    """A tokenizer of 301 tokens."""
-    raw = json.loads(text)
-    vocabulary = raw["model"]["vocab"]
-    raw["model"] |= {"vocab": vocabulary | {f"token {n}": n for n in range(len(vocabulary), 301)}}
-    return json.dumps(raw)
-
-
-def test_the_model_and_its_loss(tmp_path, refusal):
+def test_the_model_and_its_loss(refusal):
     assert "unknown model 'ViT-Z'" in refusal(model="ViT-Z")
     assert "no checkpoint at none.pt: there is no such file" in refusal(model="ViT-T-8-32", pretrained="none.pt")
     assert "is a CLIP model, which has no logit_bias: take a model with SigLIP in its name" in refusal("--siglip")
     assert refusal(model="ViT-T-8-32") == ""
 
 
-def test_the_optimizer(tmp_path, refusal):
-    assert "--opt must be one of adadelta," in refusal(opt="lion")
-    assert "--wd-exclude 'bias' is the name of no parameter" in refusal(wd_exclude="bias")
-    assert "--opt muon trains matrices, and all of them are locked" in refusal(
-        "--lock-image", "--lock-text", opt="muon"
-    )
+def test_the_optimizer(refusal):
+    locked = refusal("--lock-image", "--lock-text", opt="muon")
+    assert "--opt muon trains matrices, and all of them are locked" in locked
     assert refusal("--lock-image", opt="muon") == ""
     assert refusal(opt="tests.train.test_optimizers:Reading") == ""
 
