@@ -26,7 +26,7 @@ from torch import Tensor
 from . import reference
 from .backends import computes_eagerly_on_cpu, registered, uses_reference
 from .checks import check_float, check_parameter, check_tensor
-from .common import as_rows, new_contiguous, num_rows, row_layout
+from .common import as_rows, cdiv, new_contiguous, num_rows, row_layout
 from .configs import RowConfig, planned, row_config
 from .dtypes import WIDE, accumulate_dtype
 from .launch import Plan, arch_of, programs_at_once, triton_runs_on
@@ -150,9 +150,9 @@ def _grid(
         The configuration, the number of programs for each block of columns, the grid, and the sizes of a tile.
     """
     cfg = row_config(kernel, arch_of(device), dtype)
-    num_n = triton.cdiv(width, cfg.block_n)
+    num_n = cdiv(width, cfg.block_n)
     at_once = programs_at_once(device, cfg.num_warps, registers)
-    per_block = min(triton.cdiv(num_rows, cfg.block_m), max(1, at_once // max(1, num_n)))
+    per_block = min(cdiv(num_rows, cfg.block_m), max(1, at_once // max(1, num_n)))
     tile = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "NUM_STAGES": cfg.num_stages}
     return cfg, per_block, (per_block * num_n,), tile
 

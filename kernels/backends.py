@@ -177,7 +177,7 @@ def is_watched() -> bool:
     """Return whether something in this thread has to see the registered op instead of its implementation."""
     return (
         torch.compiler.is_compiling()
-        or _is_transformed()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None

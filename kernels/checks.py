@@ -84,7 +84,8 @@ def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         TypeError: not a tensor, or not floating.
         ValueError: another size or another device.
     """
-    check_tensor(op, name, tensor, 1)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.ndim != 1:
+        check_tensor(op, name, tensor, 1)
     if tensor.shape != x.shape[-1:] or tensor.device != x.device:
         raise ValueError(
             f"{op}: {name} must be [{x.shape[-1]}] on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"

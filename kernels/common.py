@@ -3,12 +3,21 @@
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return the quotient rounded up. Triton's own function of this name takes the host some 5 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the least power of two that is not less than ``n``."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -46,7 +55,7 @@ def new_rows(like: Tensor, rows: int, cols: int, dtype: torch.dtype | None = Non
     Its rows start at multiples of 16 bytes, as tensor descriptors need.
     """
     multiple = 16 // (dtype or like.dtype).itemsize
-    return like.new_empty(rows, triton.cdiv(cols, multiple) * multiple, dtype=dtype)[:, :cols]
+    return like.new_empty(rows, cdiv(cols, multiple) * multiple, dtype=dtype)[:, :cols]
 
 
 def matrix_tiles(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:

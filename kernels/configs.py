@@ -104,7 +104,8 @@ _forget: list[Callable[[], None]] = []
 
 def planned(decide: Callable[P, R]) -> Callable[P, R]:
     """Keep the results of a function that decides from its arguments, the tables and the target of launches alone."""
-    known: Any = functools.lru_cache(MOST_PLANS)(decide)
+    # 1 and 1.0 are equal, and a kernel is compiled for one of them.
+    known: Any = functools.lru_cache(MOST_PLANS, typed=True)(decide)
     _forget.append(known.cache_clear)
     return known
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import triton
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import KernelConfig, forget_plans
+from .configs import KernelConfig, forget_plans, planned
 from .hardware import ARCHITECTURES
 
 # Triton decides when a kernel is decorated whether it will be interpreted, so the answer is fixed for this process.
@@ -172,8 +173,8 @@ class Plan:
 
     The first start with tensors of certain dtypes goes through Triton, which binds the arguments, looks at each of them
     and compiles. Later starts pass the addresses of their tensors to the compiled kernel at once. Triton compiles a
-    kernel for numbers that are 1 or multiples of 16, which a plan fixes, for the dtypes of the tensors, which are the
-    key of the compiled kernels, and for addresses that are multiples of 16 bytes: other addresses go through Triton.
+    kernel for numbers that are 1 or multiples of 16, which a plan fixes, and for dtypes of tensors, blocks of
+    descriptors and addresses that are multiples of 16 bytes, which are the key of the plan's compiled kernels.
 
     FP fusion is set explicitly: its default differs between Triton versions, and changes the last bits of the results.
     """
@@ -193,7 +194,7 @@ class Plan:
         if self._target is not None and self._target.device is not None:
             device = self._target.device
         self._index = device.index if device.type == "cuda" else None
-        self._compiled: dict[tuple[torch.dtype | None, ...], tuple[Any, ...]] = {}
+        self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def start(self, *tensors: Any) -> None:
         """Start the kernel with these tensors, tensor descriptors, or None for one that is absent.
@@ -205,17 +206,14 @@ class Plan:
 
     def start_compiled(self, tensors: tuple[Any, ...]) -> bool:
         """Start the kernel that was compiled for such tensors; return False, and start nothing, if there is none."""
-        compiled = self._compiled and self._compiled.get(tuple([x if x is None else x.dtype for x in tensors]))
-        if not compiled or _has_hooks() or _current_device() != self._index:
+        if not self._compiled or _has_hooks() or _current_device() != self._index:
             return False
-        addresses = [x if x is None else x.data_ptr() for x in tensors]
-        together = 0
-        for address in addresses:
-            together |= address or 0
-        if together % 16:
+        key, arguments = _bind(tensors)
+        compiled = self._compiled.get(key)
+        if compiled is None:
             return False
         run, grid, function, metadata = compiled
-        run(*grid, _current_stream(self._index), function, metadata, None, None, None, *addresses, *self._rest)
+        run(*grid, _current_stream(self._index), function, metadata, None, None, None, *arguments, *self._rest)
         return True
 
     def start_by_triton(self, tensors: tuple[Any, ...]) -> None:
@@ -229,15 +227,36 @@ class Plan:
             return
         with contextlib.nullcontext() if self._index is None else torch.cuda.device(self._index):
             compiled = kernel[self._grid](*arguments, **self._constexprs, **self._options)
-        plain = all(x is None or isinstance(x, torch.Tensor) for x in tensors)
-        if self._index is None or not plain or triton.__version__.rsplit(".", 1)[0] not in DIRECT_VERSIONS:
+        if self._index is None or triton.__version__.rsplit(".", 1)[0] not in DIRECT_VERSIONS:
             return
-        if any(x is not None and x.data_ptr() % 16 for x in tensors) or not isinstance(compiled, CompiledKernel):
-            return
-        self._rest = (*self._numbers, *(self._constexprs[name] for name in kernel.arg_names[len(arguments) :]))
-        grid = (*self._grid, 1, 1)[:3]
-        dtypes = tuple(x if x is None else x.dtype for x in tensors)
-        self._compiled[dtypes] = compiled.run, grid, compiled.function, compiled.packed_metadata
+        if isinstance(compiled, CompiledKernel):
+            constexprs = (self._constexprs[name] for name in kernel.arg_names[len(arguments) :])
+            self._rest = (*self._numbers, *constexprs)
+            grid = (*self._grid, 1, 1)[:3]
+            self._compiled[_bind(tensors)[0]] = compiled.run, grid, compiled.function, compiled.packed_metadata
+
+
+def _bind(tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
+    """Return what a kernel is compiled for, and its arguments.
+
+    The argument for a tensor is its address. A descriptor stays one, since Triton makes a tensor map from it.
+    """
+    key: list[Any] = []
+    arguments: list[Any] = []
+    for x in tensors:
+        if x is None:
+            key.append(None)
+            arguments.append(None)
+        elif x.__class__ is TensorDescriptor:
+            key.append((x.base.dtype, *x.block_shape))
+            arguments.append(x)
+        else:
+            address = x.data_ptr()
+            key.append(x.dtype)
+            if address % 16:
+                key.append(False)
+            arguments.append(address)
+    return tuple(key), arguments
 
 
 def _has_hooks() -> bool:
@@ -258,5 +277,28 @@ def _current_stream(device: int | None) -> int:
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, config: KernelConfig, device: torch.device, **constexprs: Any
 ) -> None:
-    """Start ``kernel`` once on ``device``, by a plan that is not kept; an empty grid starts nothing."""
-    Plan(kernel, grid, config=config, device=device, **constexprs).start(*args)
+    """Start ``kernel`` on ``device``; an empty grid starts nothing.
+
+    The :class:`Plan` of the launch is found by all its numbers. An op that every block of a model calls finds its plans
+    by fewer.
+
+    Args:
+        kernel: the kernel.
+        grid: its programs.
+        args: its tensors (or None), then its numbers.
+        config, device, constexprs: see :class:`Plan`.
+    """
+    count = len(args)
+    while count and isinstance(args[count - 1], int | float):
+        count -= 1
+    plan = _plan_of(kernel, grid, config, device, tuple(constexprs.items()), *args[count:])
+    plan.start(*args[:count])
+
+
+@planned
+def _plan_of(
+    kernel: Any, grid: tuple[int, ...], config: KernelConfig, device: torch.device,
+    constexprs: tuple[tuple[str, Any], ...], *numbers: float,
+) -> Plan:  # fmt: skip
+    """Return the plan of a launch."""
+    return Plan(kernel, grid, *numbers, config=config, device=device, **dict(constexprs))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .transformer import Attention
 
 Kind = TypeVar("Kind", bound=nn.Module)
+# The attributes in which a module keeps what a call does besides its ``forward``.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -61,9 +63,7 @@ class InProjection(nn.Linear):
 
 def has_hooks(module: nn.Module) -> bool:
     """Return True if calling ``module`` does more than its ``forward``."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(map(module.__dict__.__getitem__, _HOOKS))
 
 
 def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
@@ -71,7 +71,8 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
 
     An adapter or a wrapper such as FSDP's has another class, or a hook.
     """
-    return type(module) in kinds and "forward" not in module.__dict__ and not has_hooks(module)
+    own = module.__dict__
+    return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, _HOOKS))
 
 
 def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -124,8 +125,10 @@ def attend_row(
     if causal:
         seen = torch.ones(len(x), dtype=torch.int64, device=x.device) if rows is None else rows + 1
         seqlens = seen if seqlens is None else torch.minimum(seen, seqlens)
-    weight_k, weight_v = (weight.unflatten(0, (heads, -1)) for weight in weights[1:])
-    return single_query_attention(q, x, weight_k, weight_v, seqlens, backend, *biases[1:])
+    size = (heads, q.shape[2], x.shape[2])
+    return single_query_attention(
+        q, x, weights[1].reshape(size), weights[2].reshape(size), seqlens, backend, *biases[1:]
+    )
 
 
 def single_query_attention(

@@ -158,8 +158,11 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
     if num_tokens is None or not is_plain(transformer, Transformer) or not blocks:
         return Plan(recompute, blocks)
     last = blocks[-1]
-    if not is_plain(last, ResidualAttentionBlock) or not all(is_plain(part, *_PLAIN) for part in last.modules()):
+    if not is_plain(last, ResidualAttentionBlock):
         return Plan(recompute, blocks)
+    for part in last.modules():
+        if not is_plain(part, *_PLAIN):
+            return Plan(recompute, blocks)
     if num_tokens > MAX_TOKENS or last.attn.num_heads > MAX_HEADS or last.attn.backend == "torch":
         return Plan(recompute, blocks)
     return Plan(recompute, blocks[:-1], last)

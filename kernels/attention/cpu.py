@@ -44,8 +44,8 @@ def backward(
                 grad.masked_fill_((seqlens == 0)[:, None, None, None], 0)
     if not with_sums:
         return None
-    dq, dv = (grad.flatten(2).sum((0, 1), dtype=accumulate_dtype(grad.dtype)) for grad in (grads[0], grads[2]))
-    return dq, dv
+    dtype = accumulate_dtype(q.dtype)
+    return grads[0].flatten(2).sum((0, 1), dtype=dtype), grads[2].flatten(2).sum((0, 1), dtype=dtype)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

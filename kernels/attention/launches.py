@@ -9,11 +9,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common import LOG2E
+from ..common import LOG2E, cdiv, next_power_of_2
 from ..configs import ShortConfig, looped_config, planned, sdpa_config, short_config
 from ..hardware import architecture
 from ..launch import INTERPRET, Plan, arch_of
@@ -95,7 +94,7 @@ def _forward_plan(
     cfg = looped_config("attention_looped_fwd", arch, dtype, head_dim, n)
     is_tiled = is_aligned and not has_seqlens and _are_tileable(arch, dtype, (batch, n, heads, head_dim), strides[1:])
     options |= {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "TAIL": _tail(n, cfg.block_n, has_seqlens, causal)}
-    grid = (batch * heads * triton.cdiv(m, cfg.block_m),)
+    grid = (batch * heads * cdiv(m, cfg.block_m),)
     plan = Plan(_looped_fwd_kernel, grid, *numbers, config=cfg, device=device, **options)
     return plan, True, cfg.block_n if is_tiled else 0
 
@@ -165,11 +164,11 @@ def _backward_plan(
     grid = (batch * heads,)
     if unrolled is not None:
         block = unrolled.block_m
-        options |= {"M_PARTS": (block,) * (m // block) + _rest(m, block), "N_PARTS": (block,) * triton.cdiv(n, block)}
+        options |= {"M_PARTS": (block,) * (m // block) + _rest(m, block), "N_PARTS": (block,) * cdiv(n, block)}
         plan = Plan(_unrolled_bwd_kernel, grid, *numbers, config=unrolled, device=device, **options)
         return _Backward("unrolled", (plan,))
     if short is not None:
-        options |= {"BLOCK_M": short.block_m, "BLOCK_N": max(16, triton.next_power_of_2(n))}
+        options |= {"BLOCK_M": short.block_m, "BLOCK_N": max(16, next_power_of_2(n))}
         return _Backward("short", (Plan(_short_bwd_kernel, grid, *numbers, config=short, device=device, **options),))
     return _two_phases(device, dtype, q_shape, n, strides, grad_strides, scales, options, is_aligned)
 
@@ -185,8 +184,8 @@ def _two_phases(
     query, key = (looped_config(f"attention_{owner}_bwd", arch, dtype, head_dim, n) for owner in ("query", "key"))
     # The number of rows is a multiple of the block sizes of both kernels, which are powers of two.
     block = max(query.block_m, key.block_m)
-    rows = triton.cdiv(m, block) * block
-    num_m, num_n = rows // query.block_m, triton.cdiv(n, key.block_n)
+    rows = cdiv(m, block) * block
+    num_m, num_n = rows // query.block_m, cdiv(n, key.block_n)
     has_keys = not has_seqlens and is_aligned and _are_tileable(arch, dtype, (batch, n, heads, head_dim), (of_k, of_v))
     has_queries = is_aligned and _are_tileable(arch, dtype, q_shape, (of_q, of_grad))
     numbers = (m, n, heads, rows, *itertools.chain(*strides))
@@ -256,7 +255,7 @@ def _rest(rows: int, block: int) -> tuple[int, ...]:
     """Return the size of a tile for the rows after the last whole block, as matrix units need it; () if no row
     is left.
     """
-    return (max(16, triton.next_power_of_2(rows % block)),) if rows % block else ()
+    return (max(16, next_power_of_2(rows % block)),) if rows % block else ()
 
 
 def _tiles(rows: int, *sources: Tensor) -> list[TensorDescriptor | None]:
@@ -302,7 +301,7 @@ def _is_held(arch: int, dtype: torch.dtype) -> bool:
 
 def _parts(n: int) -> tuple[int, ...]:
     """Split ``n``, rounded up, into powers of two of at least 16, as matrix units need: 197 into 128 + 64 + 16."""
-    rounded = triton.cdiv(n, 16) * 16
+    rounded = cdiv(n, 16) * 16
     return tuple(2**bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1)
 
 
@@ -312,4 +311,4 @@ def _head_parts(head_dim: int) -> tuple[int, ...]:
     The three parts of 104, for example, do not fit into the registers of sm_80.
     """
     parts = _parts(head_dim)
-    return parts if len(parts) <= 2 else (triton.next_power_of_2(head_dim),)
+    return parts if len(parts) <= 2 else (next_power_of_2(head_dim),)

@@ -38,7 +38,8 @@ def backward(
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
     """Return the operands of attention pooling in float32, or in float64 if they are float64."""
-    return [x.to(accumulate_dtype(x.dtype)) for x in tensors]
+    dtype = accumulate_dtype(tensors[0].dtype)
+    return [x.to(dtype) for x in tensors]
 
 
 def _without_hidden(tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..common import LOG2E
+from ..common import LOG2E, next_power_of_2
 from ..configs import row_config
 from ..launch import arch_of, launch
 from .kernels import _pool_bwd_kernel, _pool_fwd_kernel
@@ -44,7 +43,7 @@ def _constexprs(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> dict[s
     columns.
     """
     cfg = row_config("attention_pool", arch_of(query.device), query.dtype)
-    block_h, block_n = (max(16, triton.next_power_of_2(x.shape[1])) for x in (query, tokens))
+    block_h, block_n = (max(16, next_power_of_2(x.shape[1])) for x in (query, tokens))
     return {
         "config": cfg, "device": query.device, "HAS_SEQLENS": seqlens is not None,
         # The kernels loop over columns; a RowConfig has their number per step in block_n.

@@ -4,10 +4,9 @@ Streams and their gradients are [..., N] with any strides. ``cpu`` has the same 
 """
 
 import torch
-import triton
 from torch import Tensor
 
-from ..common import new_contiguous, row_layout
+from ..common import cdiv, new_contiguous, next_power_of_2, row_layout
 from ..configs import RowConfig, planned, row_config
 from ..launch import Plan, arch_of, programs_at_once
 from .kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
@@ -28,10 +27,10 @@ def row_tiles(
         The configuration, the number of programs, and the compile-time sizes of a tile.
     """
     cfg = row_config(kernel, arch_of(device), dtype, width)
-    block_n = triton.next_power_of_2(width)
+    block_n = next_power_of_2(width)
     block_m = max(1, cfg.block_m * cfg.block_n // block_n)
     at_once = programs_at_once(device, cfg.num_warps, cfg.max_registers or registers)
-    programs = min(triton.cdiv(num_rows, block_m), at_once)
+    programs = min(cdiv(num_rows, block_m), at_once)
     return cfg, programs, {"N": width, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": cfg.num_stages}
 
 

@@ -33,29 +33,6 @@ from . import cpu, launches
 MAX_WIDTH = WIDTHS[-1]
 
 
-def check_eps(op: str, name: str, eps: float) -> None:
-    """Refuse an eps that cannot be added to a variance.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: a negative number or NaN.
-    """
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"{op}: {name} must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: {name} must not be negative, got {eps}")
-
-
-def check_width(op: str, x: Tensor) -> None:
-    """Refuse rows that the layer norm's kernels cannot hold in the registers of a program.
-
-    Raises:
-        ValueError: an empty row, or one that is too wide.
-    """
-    if not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")
-
-
 @registered("layer_norm_fwd")
 def _layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
@@ -164,7 +141,10 @@ def layer_norm(
     check_tensor(op, "x", x, None)
     check_parameter(op, "weight", weight, x)
     check_parameter(op, "bias", bias, x)
-    check_eps(op, "eps", eps)
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
     if residual is not None:
         check_tensor(op, "residual", residual, None)
         if residual.shape != x.shape or residual.device != x.device:
@@ -175,7 +155,8 @@ def layer_norm(
     if uses_reference(op, backend, x):
         return reference.layer_norm(x, weight, bias, eps, residual=residual)
     check_float(op, x=x, weight=weight, bias=bias, residual=residual)
-    check_width(op, x)
+    if not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")
     if residual is None and x.dtype == weight.dtype == bias.dtype and x.dtype in WIDE and computes_eagerly_on_cpu(x):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     outputs = _layer_norm_fwd(x, residual, weight, bias, float(eps))

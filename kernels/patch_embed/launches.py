@@ -1,10 +1,10 @@
 """The launches of the patch embedding's Triton kernels that gather the pixels of patches within the product."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import cdiv
 from ..configs import gemm_config, row_config
 from ..launch import arch_of, launch
 from .kernels import (
@@ -34,7 +34,7 @@ def forward(
     out = weight.new_empty(batch, tokens, embed_dim)
     cfg = gemm_config("patch_embed_fwd", arch_of(images.device), weight.dtype)
     launch(
-        _patch_embed_fwd_kernel, (triton.cdiv(batch * tokens, cfg.block_m) * triton.cdiv(embed_dim, cfg.block_n),),
+        _patch_embed_fwd_kernel, (cdiv(batch * tokens, cfg.block_m) * cdiv(embed_dim, cfg.block_n),),
         images, weight.contiguous(), bias, class_embedding.contiguous(), positional_embedding.contiguous(),
         _contiguous(keep), out, batch * tokens, tokens, num_patches, embed_dim, weight[0].numel(),
         images.shape[3] // patch_size, *images.stride(),
@@ -51,10 +51,10 @@ def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
     rows, k = len(images) * kept, weight[0].numel()
     cfg = gemm_config("patch_embed_bwd_weight", arch_of(images.device), grad.dtype)
     splits = max(1, min(MAX_SPLITS, rows // PATCHES_PER_SPLIT))
-    per_split = triton.cdiv(triton.cdiv(rows, splits), cfg.block_k) * cfg.block_k
+    per_split = cdiv(cdiv(rows, splits), cfg.block_k) * cfg.block_k
     partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
     launch(
-        _patch_embed_bwd_weight_kernel, (triton.cdiv(embed_dim, cfg.block_m) * triton.cdiv(k, cfg.block_n), splits),
+        _patch_embed_bwd_weight_kernel, (cdiv(embed_dim, cfg.block_m) * cdiv(k, cfg.block_n), splits),
         images, grad, _contiguous(keep), partial, rows, kept, num_patches_of(images, patch_size), embed_dim, k,
         images.shape[3] // patch_size, per_split, *images.stride(), *grad.stride(),
         config=cfg, device=images.device,
@@ -74,12 +74,12 @@ def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> T
     token = torch.full((1 + num_patches, batch), -1, dtype=torch.int32, device=grad.device)
     out = torch.empty(1 + num_patches, embed_dim, dtype=torch.float32, device=grad.device)
     launch(
-        _token_of_position_kernel, (triton.cdiv(batch * tokens, TOKENS_PER_PROGRAM),),
+        _token_of_position_kernel, (cdiv(batch * tokens, TOKENS_PER_PROGRAM),),
         keep.contiguous(), token, batch, tokens - 1, num_patches,
         config=cfg, device=grad.device, BLOCK=TOKENS_PER_PROGRAM,
     )  # fmt: skip
     launch(
-        _patch_embed_bwd_pos_kernel, ((1 + num_patches) * triton.cdiv(embed_dim, cfg.block_n),),
+        _patch_embed_bwd_pos_kernel, ((1 + num_patches) * cdiv(embed_dim, cfg.block_n),),
         grad, token, out, batch, embed_dim, *grad.stride(),
         config=cfg, device=grad.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, NUM_STAGES=cfg.num_stages,
     )  # fmt: skip
@@ -94,7 +94,7 @@ def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
     out = empty(images, memory_format=torch.contiguous_format)
     cfg = gemm_config("patch_embed_bwd_images", arch_of(images.device), weight.dtype)
     launch(
-        _patch_embed_bwd_images_kernel, (triton.cdiv(rows, cfg.block_m) * triton.cdiv(k, cfg.block_n),),
+        _patch_embed_bwd_images_kernel, (cdiv(rows, cfg.block_m) * cdiv(k, cfg.block_n),),
         grad, weight.contiguous(), _contiguous(keep), out,
         rows, kept, num_patches_of(images, patch_size), len(weight), k, images.shape[3] // patch_size,
         *grad.stride(), *out.stride()[:3],

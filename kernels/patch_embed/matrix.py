@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-import triton
 from torch import Tensor
 
-from ..common import matrix_tiles, new_rows
+from ..common import cdiv, matrix_tiles, new_rows
 from ..configs import gemm_config, row_config
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
@@ -48,7 +47,7 @@ def forward(
     for group, patches in _groups(images, keep, tokens, patch_size, dtype):
         rows, own_keep = len(patches), None if keep is None else keep[group].contiguous()
         launch(
-            _tokens_kernel, (triton.cdiv(rows, cfg.block_m) * triton.cdiv(embed_dim, cfg.block_n),),
+            _tokens_kernel, (cdiv(rows, cfg.block_m) * cdiv(embed_dim, cfg.block_n),),
             matrix_tiles(patches, cfg.block_m, cfg.block_k), matrix_tiles(folded, cfg.block_n, cfg.block_k),
             matrix_tiles(out[group].flatten(0, 1), cfg.block_m, cfg.block_n // parts),
             bias, class_embedding.contiguous(), positional_embedding.contiguous(), own_keep,
@@ -66,13 +65,13 @@ def backward_weight(
     """Return the gradient of the projection in float32; ``bias_grad`` is the sum of the gradients of all patches."""
     (_, tokens, embed_dim), patch_size, k = grad.shape, weight.shape[-1], weight[0].numel()
     cfg = gemm_config("patch_embed_weight_sums", arch_of(images.device), grad.dtype)
-    tiles = triton.cdiv(embed_dim, cfg.block_m) * triton.cdiv(k, cfg.block_n)
+    tiles = cdiv(embed_dim, cfg.block_m) * cdiv(k, cfg.block_n)
     # With this number of splits, the programs of all tiles fill the GPU once.
     splits = max(1, multiprocessors(images.device, RECORDED_MULTIPROCESSORS) // tiles)
     grad, partials = _aligned(grad.contiguous()), []
     for group, patches in _groups(images, keep, tokens, patch_size, grad.dtype):
         rows = len(patches)
-        per_split = triton.cdiv(triton.cdiv(rows, splits), cfg.block_k) * cfg.block_k
+        per_split = cdiv(cdiv(rows, splits), cfg.block_k) * cfg.block_k
         partials.append(torch.empty(splits, embed_dim, k, dtype=torch.float32, device=grad.device))
         launch(
             _weight_sums_kernel, (tiles, splits),
@@ -99,7 +98,7 @@ def _groups(
     """
     batch, k = len(images), images.shape[1] * patch_size**2
     group = min(batch, max(1, GROUP_BYTES // (tokens * k * dtype.itemsize)))
-    group = triton.cdiv(batch, triton.cdiv(batch, group))  # so that all groups are about equally large
+    group = cdiv(batch, cdiv(batch, group))  # so that all groups are about equally large
     patches = new_rows(images, group * tokens, k, dtype)
     cfg = row_config("patch_embed_rows", arch_of(images.device), dtype)
     height, width = images.shape[2] // patch_size, images.shape[3] // patch_size
@@ -107,7 +106,7 @@ def _groups(
         own = slice(start, min(batch, start + group))
         rows = (own.stop - own.start) * tokens
         launch(
-            _lay_out_kernel, (triton.cdiv(rows, cfg.block_m),),
+            _lay_out_kernel, (cdiv(rows, cfg.block_m),),
             images[own], None if keep is None else keep[own].contiguous(), patches,
             rows, tokens, height * width, k, width, patches.stride(0), *images.stride(),
             config=cfg, device=images.device, PATCH_SIZE=patch_size,

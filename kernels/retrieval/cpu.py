@@ -1,10 +1,9 @@
 """Retrieval ranks on the CPU: the scores are computed tile by tile, by PyTorch's own matrix product."""
 
 import torch
-import triton
 from torch import Tensor
 
-from ..common import slices
+from ..common import cdiv, slices
 from ..dtypes import accumulate_dtype
 
 TILE = 768  # side of a tile of scores; its scores and marks fit into the cache
@@ -15,7 +14,7 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     """Count the texts ahead of each image [M] and the images ahead of each text [N], int64."""
     (m, d), n = image.shape, len(text)
     # Every product has one shape, of whole register blocks, because BLAS sums an incomplete block in another order.
-    side = min(TILE, triton.cdiv(max(min(m, n), 1), TILE_UNIT) * TILE_UNIT)
+    side = min(TILE, cdiv(max(min(m, n), 1), TILE_UNIT) * TILE_UNIT)
     x, y = image.new_zeros(2, side, d, dtype=accumulate_dtype(image.dtype))
     scores, marks = x.new_empty(2, side, side)
     own, one = x.new_empty(n), x.new_ones(())

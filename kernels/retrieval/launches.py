@@ -1,9 +1,9 @@
 """The launches of the retrieval ranks' Triton kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
+from ..common import cdiv
 from ..configs import gemm_config
 from ..launch import arch_of, launch
 from .cpu import best_scores
@@ -21,12 +21,12 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     own = torch.empty(n, dtype=torch.float32, device=device)
     pairs = min(cfg.block_m, cfg.block_n)
     launch(
-        _own_score_kernel, (triton.cdiv(n, pairs),), image, text, owner32, own, n, d, *strides,
+        _own_score_kernel, (cdiv(n, pairs),), image, text, owner32, own, n, d, *strides,
         config=cfg, device=device, PAIRS=pairs, **blocks,
     )  # fmt: skip
     counts = torch.zeros(m, dtype=torch.int32, device=device), torch.zeros(n, dtype=torch.int32, device=device)
     launch(
-        _count_ahead_kernel, (triton.cdiv(m, cfg.block_m) * triton.cdiv(n, SPAN),),
+        _count_ahead_kernel, (cdiv(m, cfg.block_m) * cdiv(n, SPAN),),
         image, text, owner32, *best_scores(own, owner, m), *counts, m, n, d, *strides,
         config=cfg, device=device, SPAN=SPAN, GROUP_M=8, **blocks,
     )  # fmt: skip

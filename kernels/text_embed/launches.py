@@ -1,10 +1,9 @@
 """The launches of the text embedding's Triton kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
-from ..common import as_rows
+from ..common import as_rows, cdiv
 from ..configs import row_config
 from ..launch import arch_of, launch, programs_at_once
 from .kernels import _segment_sums_kernel, _text_embed_fwd_kernel
@@ -24,7 +23,7 @@ def forward(
     out = token_embedding.new_empty(batch, length, width, dtype=dtype)
     ids = text.new_empty(batch, length, dtype=torch.int32)
     cfg = row_config("text_embed_fwd", arch_of(text.device), dtype)
-    tiles = triton.cdiv(length, cfg.block_m) * triton.cdiv(width, cfg.block_n)
+    tiles = cdiv(length, cfg.block_m) * cdiv(width, cfg.block_n)
     at_once = programs_at_once(text.device, cfg.num_warps, FWD_REGISTERS)
     programs_per_tile = min(batch, max(1, at_once // max(1, tiles)))
     launch(
@@ -48,10 +47,10 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
     rows_of_chunk = cfg.block_m  # the program walks these rows one by one
     block_n, is_first, is_last = cfg.block_n, True, False
     while not is_last:
-        chunks = triton.cdiv(len(ids), rows_of_chunk)
+        chunks = cdiv(len(ids), rows_of_chunk)
         is_last = chunks <= 1
-        num_sums = chunks * triton.cdiv(rows.shape[1], block_n)
-        clearing = triton.cdiv(vocab, CLEAR_ROWS) if is_first else 0
+        num_sums = chunks * cdiv(rows.shape[1], block_n)
+        clearing = cdiv(vocab, CLEAR_ROWS) if is_first else 0
         sums = rows.new_empty(0 if is_last else 2 * chunks, rows.shape[1], dtype=torch.float32)
         sum_ids = ids.new_empty(len(sums))
         launch(

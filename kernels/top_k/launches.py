@@ -1,9 +1,9 @@
 """The launches of top_k's Triton kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
+from ..common import cdiv
 from ..configs import GemmConfig, gemm_config
 from ..launch import arch_of, launch
 from .cpu import GROUP
@@ -18,10 +18,10 @@ def _config(x: Tensor) -> GemmConfig:
 def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
     """Return the highest score that each query has in each group of items [Q, G]; -inf where there is none."""
     (q, d), n = query.shape, len(items)
-    cfg, groups = _config(query), triton.cdiv(n, GROUP)
+    cfg, groups = _config(query), cdiv(n, GROUP)
     maxima = torch.empty(q, groups, dtype=torch.float32, device=query.device)
     launch(
-        _group_maxima_kernel, (triton.cdiv(q, cfg.block_m) * triton.cdiv(n, cfg.block_n),),
+        _group_maxima_kernel, (cdiv(q, cfg.block_m) * cdiv(n, cfg.block_n),),
         query, items, query if allowed is None else allowed.view(torch.uint8), maxima, q, n, d, groups,
         *query.stride(), *items.stride(), config=cfg, device=query.device,
         BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, GROUP=GROUP, GROUP_M=8,
