@@ -1,3 +1,12 @@
-"""The fixtures of pairs and runs, for the tests of this room."""
+"""The fixtures of pairs and runs, for the tests of this room, and a small model that its files share."""
+
+import pytest
 
 from ..small_runs import copied, finished, options, refusal, run_small, server, shards, small, store, together  # noqa: F401
+from .eval_commands import save_model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The command-line arguments that name a small model."""
+    return save_model(tmp_path_factory.mktemp("model") / "w.pt")

@@ -47,15 +47,25 @@ def split(words: str, **folders: object) -> list[str]:
     return shlex.split(words.format(**folders))
 
 
-def check_refused(capsys: pytest.CaptureFixture[str], folder: Path, message: str, *words: object) -> None:
-    """Check that a command ends with exit code 2 and one line with the message, and writes nothing into the folder."""
-    before = everything(folder)
-    code, out, err = run_command(capsys, "eval", *words)
+def wrong_inputs(cases: dict[str, str]) -> pytest.MarkDecorator:
+    """Parametrise a test over the last words of a command and the message that refuses it."""
+    return pytest.mark.parametrize(("words", "message"), cases.items())
+
+
+def check_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, message: str, *given: object, words: str = "", **folders: object
+) -> None:
+    """Check that a command ends with exit code 2 and one line with the message, and writes nothing into the folder.
+
+    ``words`` are the last words of the command; ``folders`` are filled into the words and into the message.
+    """
+    folders["tmp"], before = folder, everything(folder)
+    code, out, err = run_command(capsys, "eval", *given, *split(words, **folders))
     assert (code, out) == (2, ""), err
     last = err.splitlines()[-1]
     assert last.startswith("clipfast eval")
     assert "error: " in last
-    assert message in last
+    assert message.format(**folders) in last
     assert everything(folder) == before
 
 

@@ -16,17 +16,15 @@ from clipfast.evaluate.bias_scores import (
     compare,
     groupings,
     keys_of,
-    max_skew_by_chance,
     ndkl,
     retrieval_skew,
-    skews,
 )
 from clipfast.evaluate.encoder import Encoder
 from clipfast.evaluate.intervals import wilson
 from clipfast.evaluate.significance import independence
 
 from ..small_runs import picture, sample, write_shard
-from .eval_commands import check_refused, printed, save_model, split
+from .eval_commands import check_refused, printed, split, wrong_inputs
 
 
 def grouping(members, names=("a", "b", "c"), min_count=1):
@@ -49,12 +47,8 @@ def test_shares_and_the_gap_between_groups_that_are_large_enough():
     found = compare(torch.tensor([10, 40, 0]), one)
     assert found["groups"]["b"] == {"count": 40, "share": 0.8, "interval": wilson(40, 50)}
     assert found["groups"]["c"]["share"] == 0.0  # reported, but neither the lowest nor in the test
-    del found["groups"]
-    assert found == {
-        "lowest": "a", "highest": "b", "gap": pytest.approx(0.55), "ratio": 0.25 / 0.8,
-        "p_value": independence([10, 40], [40, 50]),
-    }  # fmt: skip
-    assert found["p_value"] == 1e-4
+    assert (found["lowest"], found["highest"], found["ratio"]) == ("a", "b", 0.25 / 0.8)
+    assert (found["gap"], found["p_value"]) == (pytest.approx(0.55), independence([10, 40], [40, 50]))
     nothing = compare(torch.tensor([0, 0, 3]), one)
     assert (nothing["gap"], nothing["ratio"], nothing["p_value"]) == (0.0, None, 1.0)
 
@@ -70,13 +64,6 @@ def test_labels_are_those_of_the_whole_matrix():
     for threshold, (above,) in zip((0.1, 0.4), found.above, strict=True):
         expected = torch.stack([(shares[one.members == group] > threshold).sum(0) for group in range(3)])
         assert torch.equal(above, expected.to(above.dtype))
-
-
-def test_skew_is_the_log_of_shares():
-    """Half of the set and three quarters of the results: log(1.5); a group without a result has -inf."""
-    counts, of_set = torch.tensor([[30, 10, 0]]), torch.tensor([500, 300, 200])
-    expected = [math.log(0.75 / 0.5), math.log(0.25 / 0.3), -math.inf]
-    assert skews(counts, of_set).tolist() == [pytest.approx(expected)]
 
 
 def test_the_divergence_is_the_mean_over_places_with_their_discounts():
@@ -95,8 +82,6 @@ def test_random_results_have_the_skew_of_chance_and_sorted_ones_the_largest():
     one = grouping(members, min_count=150)
     (found,) = retrieval_skew([*map(str, range(30))], texts, images, one, [40])
     assert found["mean_max_skew"] == pytest.approx(found["max_skew_by_chance"], rel=0.2)
-    assert found["max_skew_by_chance"] == max_skew_by_chance(torch.tensor([300, 500, 200]), 40)
-    assert sum(row["p_value"] <= 0.1 for row in found["queries"]) <= 9
     direction = F.normalize(torch.randn(1, 64), dim=1)
     images[800:1000] = F.normalize(images[800:1000] + direction, dim=1)
     few, many = retrieval_skew(["x"], direction, images, one, [100, 10, 100])
@@ -174,7 +159,7 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     )
     out, _ = printed(capsys, *colours, *split(words, shard=shard, at=tmp_path))
     found = json.loads((tmp_path / "r.json").read_text())
-    assert (found["task"], found["images"], found["logit_scale"]) == ("bias", 302, pytest.approx(100))
+    assert (found["images"], found["logit_scale"]) == (302, pytest.approx(100))
     race, age, both = found["by_key"].values()
     assert (race["images"], race["not_compared"]) == ({"tiny": 1, "x": 100, "y": 100, "z": 100}, ["tiny"])
     assert race["without_group"] == 1
@@ -193,9 +178,9 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     assert retrieval["queries"][0]["groups"] == {"x": 30, "y": 0, "z": 0}
     assert retrieval["mean_max_skew"] == pytest.approx(math.log(3))
     assert age["categories"]["crime"]["p_value"] > 0.05
-    assert len(both["images"]) == 7
-    for text in ("tiny (not compared)", "30.0% (21.9-39.6)"):
-        assert text in out
+    assert len(both["images"]) == 7  # of three races and two ages, and the one of "tiny"
+    assert "tiny (not compared)" in out
+    assert "30.0% (21.9-39.6)" in out
     assert "<svg" in (tmp_path / "p.svg").read_text()
 
 
@@ -214,11 +199,6 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "w.pt")
-
-
 BY = "--group-by category --min-count 2 "
 WRONG = {
     "": "arguments are required: --group-by",
@@ -235,7 +215,6 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("words", WRONG)
-def test_wrong_inputs(words, data, model, tmp_path, capsys):
-    given = ["bias", *model, "--data", data / "a.tar", *split(words, data=data)]
-    check_refused(capsys, tmp_path, WRONG[words], *given)
+@wrong_inputs(WRONG)
+def test_wrong_inputs(words, message, data, model, tmp_path, capsys):
+    check_refused(capsys, tmp_path, message, "bias", *model, "--data", data / "a.tar", words=words, data=data)

@@ -13,6 +13,7 @@ from clipfast import (
     create_model,
     recall_at,
 )
+from clipfast.evaluate.classification import classify, metrics
 from clipfast.evaluate.encoder import Encoder
 from clipfast.evaluate.evaluate import evaluate
 from clipfast.evaluate.features import LabelledFeatures, encode_set, join_parts
@@ -38,7 +39,7 @@ def encoded(model, data, **keys):
 
 
 def test_published_prompts():
-    assert (len(OPENAI_IMAGENET_TEMPLATES), len(SIMPLE_IMAGENET_TEMPLATES), len(IMAGENET_CLASSNAMES)) == (80, 7, 1000)
+    assert len(SIMPLE_IMAGENET_TEMPLATES) == 7
     open_clip = pytest.importorskip("open_clip")
     theirs = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     assert theirs == list(OPENAI_IMAGENET_TEMPLATES)
@@ -48,24 +49,48 @@ def test_published_prompts():
 def test_padding_stays_unless_the_model_says_that_it_does_not_read_it(model):
     """OpenCLIP's SigLIP reads it, and has no attribute that says so."""
     tokenizer = get_tokenizer("ViT-T-8-32")
-    for says, length in (({}, tokenizer.context_length), ({"reads_padding": True}, tokenizer.context_length),
-                         ({"reads_padding": False}, 4)):  # fmt: skip
+    for says, length in (({}, 77), ({"reads_padding": True}, 77), ({"reads_padding": False}, 4)):
         seen = []
         other = SimpleNamespace(encode_text=lambda ids, normalize, seen=seen: seen.append(ids.shape), **says)
         encode_texts(other, tokenizer, ["a"], "cpu")
         assert seen == [(1, length)], says
 
 
-def test_classifier_as_open_clip(model):
+CLASSES = [f"{colour} {thing}" for colour in ("red", "blue", "green", "grey") for thing in ("cat", "dog", "cow", "bus")]
+TEMPLATES = ("a photo of a {}.", "{}", "art of the {}.")
+
+
+def number_of(value):
+    """Replace ``float`` in OpenCLIP: arrays with one element are accepted, which newer NumPy refuses."""
+    return float(getattr(value, "item", lambda: value)())
+
+
+def test_equal_to_open_clip(monkeypatch):
+    """Its classifier and its loop over images, with its model; ours with our model, and with its model."""
     open_clip = pytest.importorskip("open_clip")
-    theirs = open_clip.CLIP(**model.config.to_dict()).eval()
-    theirs.load_state_dict(model.state_dict())
-    names, templates = IMAGENET_CLASSNAMES[:23], OPENAI_IMAGENET_TEMPLATES[:9]
-    functions = [template.format for template in templates]
-    expected = open_clip.build_zero_shot_classifier(theirs, open_clip.get_tokenizer("ViT-B-32"), names, functions)
-    ours = build_zero_shot_classifier(model, get_tokenizer(), names, templates)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours, build_zero_shot_classifier(model, get_tokenizer(), names, functions, 4))
+    zero_shot = pytest.importorskip("open_clip_train.zero_shot")
+    monkeypatch.setattr(zero_shot, "float", number_of, raising=False)
+    encoder = Encoder("ours", create_model("ViT-T-8-32").eval(), get_tokenizer("ViT-T-8-32"), None)
+    theirs = Encoder("theirs", open_clip.CLIP(**encoder.model.config.to_dict()).eval(), encoder.tokenizer, None)
+    theirs.model.load_state_dict(encoder.model.state_dict())
+    images, classes = torch.randint(0, 256, (90, 3, 32, 32), dtype=torch.uint8), torch.randint(len(CLASSES), (90,))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    pixels, functions = (images.float() / 255 - mean) / std, [template.format for template in TEMPLATES]
+    expected = open_clip.build_zero_shot_classifier(
+        theirs.model, open_clip.get_tokenizer("ViT-B-32"), CLASSES, functions
+    )
+    for templates, at_once in ((TEMPLATES, 10), (functions, 4)):
+        weights = build_zero_shot_classifier(encoder.model, encoder.tokenizer, CLASSES, templates, at_once)
+        torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
+    args = SimpleNamespace(device="cpu", precision="fp32", rank=0, batch_size=32)
+    batches = list(zip(pixels.split(32), classes.split(32), strict=True))
+    run = getattr(zero_shot, "run_zero_shot_classifier", None) or zero_shot.run  # the function's name in OpenCLIP 3.3
+    shares = run(theirs.model, expected, batches, args)
+    assert 0 < shares[1] < 1
+    labels = [CLASSES[number] for number in classes.tolist()]
+    for one, batch in ((encoder, images), (theirs, pixels)):
+        found = metrics(classify(one.images(batch), labels, CLASSES, one.classifier(CLASSES, TEMPLATES)))
+        assert (found["acc1"], found["acc5"]) == shares
 
 
 def test_recall():
@@ -122,7 +147,6 @@ def test_image_folder(model, tmp_path):
     # The first image lies in both folders, so that no model can tell which label it has.
     assert images.accepted() == [{"cat", "dog"}, {"cat"}, {"cat", "dog"}, {"dog"}]
     result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, ["a photo of a {}."])
-    assert result.results["images"] == 4
     assert result.right[0] == result.right[2] == [True, True]
     assert sum(result.right[1]) == 1
     assert result.results["zero_shot"]["top5"] == 1.0
@@ -159,9 +183,7 @@ def test_images_that_cannot_be_used_and_groups_that_leave_nothing(model, tmp_pat
     images = LabelledSet(f"{tmp_path}/bad.tar")
     for _ in range(2):  # each iteration begins anew
         assert [image.caption for image in images] == ["a red thing 0"]
-        (skipped,) = images.skipped
-        assert str(skipped).startswith("bad.tar/001: not an image")
-        assert skipped.kind == "not an image"
+        assert [str(skipped).partition(": ")[0] for skipped in images.skipped] == ["bad.tar/001"]
     (tmp_path / "folder" / "cat").mkdir(parents=True)
     (tmp_path / "folder" / "cat" / "x.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"cat/x.png: not an image"):

@@ -1,6 +1,7 @@
 """Synthetic shifts: each with its sense, the same everywhere, and alike for images of every size."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_a_larger_strength_changes_more(name):
     for size in ((32, 32), (300, 225)):
         changes = [distance(Shift(name, strength)(scene(size)), scene(size)) for strength in STRENGTHS]
         assert changes == sorted(changes)
-        assert changes[4] > 1.5 * max(changes[0], 0.01), changes
+        assert changes[4] > 1.5 * max(changes[0], 0.01)
 
 
 @pytest.mark.parametrize("name", ["blur", "hue", "rotation"])
@@ -72,11 +73,10 @@ def test_a_small_and_a_large_image_are_changed_alike(name):
 def test_noise_has_the_spread_that_is_stated():
     grey = {side: Image.new("RGB", (side, side), (128, 128, 128)) for side in (32, 224, 448)}
     spread = {side: np.asarray(Shift("noise", 1)(image), float).std() / 255 for side, image in grey.items()}
-    assert spread[224] == pytest.approx(0.08, rel=0.02)
-    assert spread[448] == pytest.approx(0.08, rel=0.02)  # in squares of two pixels
-    assert spread[32] == pytest.approx(0.08 * (32 / 224) ** 0.5, rel=0.1)
+    expected = {224: 0.08, 448: 0.08, 32: 0.08 * (32 / 224) ** 0.5}
+    assert spread == {side: pytest.approx(value, rel=0.1 if side == 32 else 0.02) for side, value in expected.items()}
     blocks = np.asarray(Shift("noise", 1)(grey[448])).reshape(224, 2, 224, 2, 3)
-    assert (blocks == blocks[:, :1, :, :1]).all()
+    assert (blocks == blocks[:, :1, :, :1]).all()  # squares of two pixels
 
 
 def test_jpeg_is_that_of_pillow_at_224_pixels():
@@ -115,31 +115,27 @@ def test_occlusion_covers_its_share_at_places_that_differ():
 
 
 def test_chance_depends_on_content_and_seed():
-    greys = [Image.new("RGB", (32, 32), (value,) * 3) for value in (120, 121)]
-
-    def noise(seed, image):
-        return np.asarray(Shift("noise", 1, seed)(image), int) - np.asarray(image, int)
-
-    assert not np.array_equal(noise(0, greys[0]), noise(1, greys[0]))
-    assert not np.array_equal(noise(0, greys[0]), noise(0, greys[1]))
+    drawn = [
+        np.asarray(Shift("noise", 1, seed)(Image.new("RGB", (32, 32), (value,) * 3)), int) - value
+        for seed, value in ((0, 120), (1, 120), (0, 121))
+    ]
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
 
 
 def test_features_of_shifts_are_the_same_with_workers_and_kept_apart(tmp_path):
-    torch.manual_seed(0)
     model = create_model("ViT-T-8-32").eval()
     encoder = Encoder("ViT-T-8-32", model, get_tokenizer("ViT-T-8-32"), transform_of(model, uint8=True))
     images = LabelledSet(str(write_shard(tmp_path / "a.tar", [sample(index) for index in range(9)])))
-    shifts = [Shift("noise", 2), Shift("noise", 3), Shift("noise", 3, seed=1), Shift("occlusion", 3)]
+    shifts = [Shift("noise", 2), Shift("noise", 3), Shift("noise", 3, seed=1)]
     encoders = [encoder, *(PreparedEncoder.of(encoder, shift) for shift in shifts)]
     store = FeatureStore(tmp_path / "kept")
-    found = encode_set(encoders, images, batch_size=4, store=store)
-    assert len(list((tmp_path / "kept").glob("images/*"))) == 5
-    for first in range(5):
-        for second in range(first):
-            assert not torch.equal(found[first].features, found[second].features)
-    for options in ({"workers": 2}, {"store": store}):
-        again = encode_set(encoders, images, batch_size=4, **options)
-        assert all(torch.equal(x.features, y.features) for x, y in zip(found, again, strict=True)), options
-    by_hand = torch.stack([encoder.transform(Shift("noise", 3)(image.image)) for image in images])
-    torch.testing.assert_close(found[2].features, encoder.images(by_hand), rtol=0, atol=1e-5)
-    assert found[0].digests == found[2].digests  # the checksums are those of the unchanged images
+    runs = [encode_set(encoders, images, batch_size=4, **more) for more in ({"store": store}, {"workers": 1})]
+    runs.append(encode_set(encoders, images, batch_size=4, store=store))
+    found, *again = [[one.features for one in run] for run in runs]
+    assert len(list(store.folder.glob("images/*"))) == 4
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations(found, 2))
+    assert all(torch.equal(x, y) for run in again for x, y in zip(found, run, strict=True))
+    by_hand = torch.stack([encoder.transform(shifts[1](image.image)) for image in images])
+    torch.testing.assert_close(found[2], encoder.images(by_hand), rtol=0, atol=1e-5)
+    assert runs[0][0].digests == runs[0][2].digests  # the checksums are those of the unchanged images

@@ -11,9 +11,9 @@ import pytest
 from clipfast.checkpoints.of_run import read_saved
 from clipfast.checkpoints.sharded import write_parts
 from clipfast.distributed.world import ALONE
-from clipfast.evaluate import watch
+from clipfast.evaluate import pictures, watch
 from clipfast.evaluate.labelled import LabelledSet
-from clipfast.evaluate.watch import CheckpointModel, Evaluator, Watch
+from clipfast.evaluate.watch import Evaluator, Watch
 from clipfast.runs.folder import RunFolder, read_lines
 from clipfast.runs.status import read_status
 from clipfast.train.loop import train
@@ -21,7 +21,7 @@ from clipfast.train.loop import train
 from ..train.test_logs import read_back
 from ..train.test_training import config
 from .benchmark_sets import coded, write_set
-from .eval_commands import check_refused, evaluated, printed, split
+from .eval_commands import check_refused, evaluated, printed, wrong_inputs
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,12 @@ def steps_of(folder, shards, **options):
     return [line["step"] for line in watching(folder, shards, **options).run(0.01)]
 
 
+def just_before_a_read(event):
+    """Let ``event(path)`` happen whenever a watch is about to read a checkpoint."""
+    original = watch.read_checkpoint
+    return mock.patch.object(watch, "read_checkpoint", lambda path: event(path) or original(path))
+
+
 def keep_some(run):
     """Leave one name for each checkpoint."""
     for path in run.checkpoints.glob("*_[28].pt"):
@@ -63,20 +69,11 @@ def test_what_is_there_is_evaluated_from_the_oldest_on(run, shards, capsys):
     found = lines_of(run)
     assert [(line["step"], line["epoch"], line["samples_seen"]) for line in found] == [(4, 1, 32), (8, 2, 64)]
     assert [line["eval"] for line in found] == expected  # evaluations of the averaged weights (EMA), as in training
-    top1 = [evaluation["zero_shot"]["top1"] for evaluation in expected]
-    assert out.startswith(f"step 4 (epoch_1.pt): zero-shot top-1 {100 * top1[0]:.1f}%")
+    top1 = {step: evaluation["zero_shot"]["top1"] for step, evaluation in zip((4, 8), expected, strict=True)}
+    assert out.startswith(f"step 4 (epoch_1.pt): zero-shot top-1 {100 * top1[4]:.1f}%")
     (board,) = (run.path / "tensorboard").glob("evaluations-*")
-    points = read_back(board)["val/zeroshot-val-top1"]
-    assert points == [(step, pytest.approx(value)) for step, value in zip((4, 8), top1, strict=True)]
+    assert dict(read_back(board)["val/zeroshot-val-top1"]) == pytest.approx(top1)
     assert read_status(run.path)["evaluation"]["step"] == 8
-
-
-def test_the_encoder_of_each_checkpoint_has_its_own_name_and_digest(run):
-    model, found = CheckpointModel(), set()
-    for path in (run.checkpoints / "epoch_1.pt", run.checkpoints / "epoch_2.pt"):
-        encoder = model.load(read_saved(path), path)
-        found.add((encoder.name, encoder.digest))
-    assert len(dict(found)) == len(set(dict(found).values())) == 2
 
 
 def test_nothing_is_evaluated_twice(run, shards):
@@ -105,15 +102,13 @@ def test_a_kill_within_the_watch_loses_one_evaluation_at_most(run, shards):
 def test_a_checkpoint_that_vanishes_is_skipped_and_a_damaged_one_is_told(run, shards, capsys):
     content = (run.checkpoints / "step_4.pt").read_bytes()
     (run.checkpoints / "epoch_5.pt").write_bytes(content[: len(content) // 2])
-    original = watch.read_checkpoint
 
-    def vanishing(path):
+    def vanish(path):
         if path.name == "epoch_1.pt":
             path.unlink()
             (run.checkpoints / "step_4.pt").unlink()
-        return original(path)
 
-    with mock.patch.object(watch, "read_checkpoint", vanishing):
+    with just_before_a_read(vanish):
         assert steps_of(run, shards) == [8]
     err = capsys.readouterr().err
     assert err.count("left out") == 1
@@ -127,15 +122,13 @@ def test_a_file_is_found_by_another_name_when_its_first_is_removed_or_moves_on(r
     for path in (run.checkpoints / "step_4.pt", run.latest):
         path.unlink(missing_ok=True)
         path.hardlink_to(run.checkpoints / "epoch_1.pt")
-    original = watch.read_checkpoint
 
-    def late(path):
+    def go_on(_):
         if last.exists():  # training has gone on meanwhile
             last.replace(run.latest)
             (run.checkpoints / "step_4.pt").unlink()
-        return original(path)
 
-    with mock.patch.object(watch, "read_checkpoint", late):
+    with just_before_a_read(go_on):
         found = list(watching(run, shards).run(0.01))
     assert [(line["step"], line["checkpoint"]) for line in found] == [(4, "epoch_1.pt"), (8, "epoch_latest.pt")]
 
@@ -193,42 +186,30 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("words", WRONG)
-def test_wrong_input(words, whole, shards, capsys):
-    check_refused(capsys, whole, WRONG[words], "zeroshot", "--data", shards, *split(words, run=whole))
-
-
-def drawn_at(path, steps):
-    """Replaces the plot, and records the number of points at each drawing."""
-    from clipfast.evaluate import pictures
-
-    original = pictures.steps_plot
-
-    def noted(points, title, to):
-        steps.append(sorted(step for step, _ in points))
-        original(points, title, to)
-        assert path.read_bytes()[:4] == b"\x89PNG"
-
-    return mock.patch.object(pictures, "steps_plot", noted)
+@wrong_inputs(WRONG)
+def test_wrong_input(words, message, whole, shards, capsys):
+    check_refused(capsys, whole, message, "zeroshot", "--data", shards, words=words, run=whole)
 
 
 def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
-    root, path, steps = tmp_path / "root", tmp_path / "p.png", []
+    root, plot = tmp_path / "root", tmp_path / "p.png"
     for name in ("vtab-cifar10", "vtab-dtd"):
         write_set(root / f"wds_{name}", images=12, shards=1, draw=coded)
     write_set(root / "wds_flickr8k", images=8, kind="retrieval", draw=coded)
-    command = ["suite", "--watch", run.path, "--root", root, "--plot", path, "--raw"]
-    with drawn_at(path, steps):
+    command = ["suite", "--watch", run.path, "--root", root, "--plot", plot, "--raw"]
+    with mock.patch.object(pictures, "steps_plot", side_effect=pictures.steps_plot) as draw:
         out, _ = printed(capsys, *command)
         printed(capsys, *command, "--overwrite")
-    assert steps == [[4], [4, 8], [4, 8]]  # a watch that is started again shows what there is
+    drawn = [[step for step, _ in call.args[0]] for call in draw.call_args_list]
+    assert drawn == [[4], [4, 8], [4, 8]]  # a watch that is started again shows what there is
+    assert plot.read_bytes()[:4] == b"\x89PNG"
     lines = read_lines(run.path / "suite.jsonl")
-    names = ["flickr8k", "vtab/cifar10", "vtab/dtd"]
-    assert [(line["step"], line["sets"]) for line in lines] == [(4, names), (8, names)]
+    sets = ["flickr8k", "vtab/cifar10", "vtab/dtd"]
+    assert [(line["step"], line["sets"]) for line in lines] == [(4, sets), (8, sets)]
     last = lines[1]["eval"]
-    acc1 = [found["metrics"]["acc1"] for found in last["results"] if "acc1" in found["metrics"]]
-    assert last["means"][-1].items() >= {"metric": "acc1", "sets": 2, "values": [pytest.approx(sum(acc1) / 2)]}.items()
-    assert re.search(rf"^step 8 .* mean of acc1 {sum(acc1) / 2:.1%}, flickr8k image_retrieval_recall@5 ", out, re.M)
+    (mean,) = last["means"][-1]["values"]
+    assert mean == pytest.approx(sum(x["metrics"].get("acc1", 0) for x in last["results"]) / 2)
+    assert re.search(rf"^step 8 .* mean of acc1 {mean:.1%}, flickr8k image_retrieval_recall@5 ", out, re.M)
     (board,) = (run.path / "tensorboard").glob("suite-*")
     assert [step for step, _ in read_back(board)["val/vtab/dtd acc1"]] == [4, 8]
     assert lines_of(run) == []  # results of another task
@@ -241,11 +222,12 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("task", ["zeroshot", "suite"])
 def test_data_that_changed_under_the_same_path_is_evaluated_anew(task, run, shards, tmp_path, capsys):
+    """Images, or the prompts, which belong to a set of a suite."""
     folder = write_set(tmp_path / "root" / "wds_vtab-dtd", images=12, shards=1, draw=coded)
-    shard, given = folder / "test" / "0.tar", ["--root", tmp_path / "root"]
+    shard, prompts = folder / "test" / "0.tar", folder / "zeroshot_classification_templates.txt"
+    given = ["--root", tmp_path / "root"]
     if task == "zeroshot":
         shard = shutil.copy(shards.partition("::")[0], tmp_path)
-        prompts = tmp_path / "prompts.txt"
         prompts.write_text("a {}\n")
         given = ["--data", shard, "--templates", prompts]
 
@@ -255,8 +237,5 @@ def test_data_that_changed_under_the_same_path_is_evaluated_anew(task, run, shar
     assert (steps(), steps()) == (["step 4", "step 8"], [])
     os.utime(shard, ns=(1, 1))
     assert (steps(), steps()) == (["step 4", "step 8"], [])
-    if task == "suite":  # what its prompts are made of belongs to a set
-        (folder / "zeroshot_classification_templates.txt").write_text("one {c}\n")
-    else:
-        prompts.write_text("one {}\n")
+    prompts.write_text("one {}\n" if task == "zeroshot" else "one {c}\n")
     assert steps() == ["step 4", "step 8"]

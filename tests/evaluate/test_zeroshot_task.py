@@ -1,5 +1,6 @@
 """``clipfast eval zeroshot``: CLIP_benchmark's figures by their definitions, intervals, pages, and wrong inputs."""
 
+import html
 import json
 import math
 
@@ -11,7 +12,7 @@ from clipfast.evaluate.classification import Classified, classify, intervals, me
 from clipfast.evaluate.intervals import percent, wilson
 
 from ..small_runs import sample, write_shard
-from .eval_commands import check_page, check_refused, printed, save_model, split
+from .eval_commands import check_page, check_refused, printed, split, wrong_inputs
 
 NAMES = ("acc1", "acc5", "mean_per_class_recall")
 
@@ -76,11 +77,6 @@ HOSTILE = "<script>alert('x')</script>&"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "w.pt")
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Seven classes, one with HTML in its name; one image is broken."""
     folder = tmp_path_factory.mktemp("data")
@@ -95,10 +91,7 @@ def test_everything_at_once(model, data, tmp_path, capsys):
     out, err = printed(capsys, *given)
     assert "left out a.tar/030: not an image" in err
     plain = json.loads(out)
-    expected = {
-        "task": "zeroshot_classification", "dataset": str(data), "language": "en", "images": 30, "skipped_images": 1,
-        "classes": 7, "templates": "simple",
-    }  # fmt: skip
+    expected = {"task": "zeroshot_classification", "dataset": str(data), "images": 30, "skipped_images": 1}
     assert plain.items() >= expected.items()
     figures, top = plain["metrics"], plain["zero_shot"]
     assert (figures["acc1"], figures["acc5"]) == (top["top1"], top["top5"])  # no two images are equal
@@ -110,21 +103,19 @@ def test_everything_at_once(model, data, tmp_path, capsys):
     assert by_templates["simple"]["metrics"] == full["metrics"]
     assert full["worst_classes"] == plain.pop("worst_classes")[:3]
     assert full.items() >= plain.items()
-    for text in (*by_templates, f"{full['metrics']['acc1']:.1%} ("):
-        assert text in out
+    assert all(text in out for text in (*by_templates, f"{full['metrics']['acc1']:.1%} ("))
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "p.html").read_text()
-    assert page.count("<figure") > 3
     check_page(page, page.count("<figure"), 24)
     shown = {name for row in full["worst_classes"] for name in (row["class"], *row["taken_for"])}
     assert HOSTILE in shown  # or else the page was not tested
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;" in page
+    assert html.escape(HOSTILE) in page
     assert page.count("<h2>") == 3
 
 
 def test_groups_are_shown_and_nothing_of_classes_with_one_image_each(model, tmp_path, capsys):
     data = write_shard(tmp_path / "a.tar", [sample(index, txt=f"thing {index}".encode()) for index in range(4)])
-    words = "--group-by category --leave-out odd --table --json {at}/r.json --plot {at}/p.png"
+    words = "--group-by category --leave-out odd --table --json {at}/r.json"
     out, _ = printed(capsys, "zeroshot", *model, "--data", data, *split(words, at=tmp_path))
     found, rows = json.loads((tmp_path / "r.json").read_text()), [line.split() for line in out.splitlines()]
     for name, one in (*found["by_group"].items(), ("all", found["zero_shot"])):
@@ -133,7 +124,6 @@ def test_groups_are_shown_and_nothing_of_classes_with_one_image_each(model, tmp_
     assert ["without", "odd"] in [row[:2] for row in rows]
     assert "worst classes" not in out
     assert (found["metrics"]["acc5"], found["intervals"]["acc5"]) == (None, None)  # there are fewer than five classes
-    assert (tmp_path / "p.png").stat().st_size > 5000
 
 
 WRONG = {
@@ -146,8 +136,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("words", WRONG)
-def test_wrong_inputs(words, model, data, tmp_path, capsys):
+@wrong_inputs(WRONG)
+def test_wrong_inputs(words, message, model, data, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
-    given = ["zeroshot", *model, "--data", data, *split(words, tmp=tmp_path)]
-    check_refused(capsys, tmp_path, WRONG[words].format(tmp=tmp_path), *given)
+    check_refused(capsys, tmp_path, message, "zeroshot", *model, "--data", data, words=words)
