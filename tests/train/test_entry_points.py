@@ -8,6 +8,7 @@ import torch
 
 import clipfast
 from clipfast import convert_checkpoint, create_model, create_model_from_pretrained, export_open_clip
+from clipfast.checkpoints.checkpoint import preprocessing_of
 from clipfast.kernels.reference import CLIP_MEAN
 
 from ..checkpoints.conftest import CONFIGS, inputs, make_model, same_bits, save_own
@@ -138,9 +139,7 @@ def test_wrong_requests_of_intermediates():
     images, texts = inputs(model.config)
     for options, message in (
         ({"image_indices": 3}, "2 stages, so the last 3"),
-        ({"image_indices": 0}, "2 stages, so the last 0"),
         ({"text_indices": [0, 2]}, r"indices must be from -2 to 1, got \[0, 2\]"),
-        ({"image_indices": []}, r"indices must be from -2 to 1, got \[\]"),
         ({"image_output_fmt": "NHWC"}, "image_output_fmt must be NCHW or NLC, got 'NHWC'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -179,13 +178,6 @@ def test_locked_statistics(tmp_path):
     trainable = {name.split(".")[1] for name, parameter in model.named_parameters() if parameter.requires_grad
                  and name.startswith("visual")}  # fmt: skip
     assert trainable == {"layer4", "attnpool"}
-    kinds = {
-        name: type(module).__name__
-        for name, module in model.visual.named_modules()
-        if "BatchNorm" in repr(type(module))
-    }
-    assert all((kind == "BatchNorm2d") == name.startswith("layer4") for name, kind in kinds.items())
-    assert {name for name in kinds if "." not in name} == {"bn1", "bn2", "bn3"}
     model.visual.layer4.eval()
     torch.testing.assert_close(model.encode_image(images), before)
     _check_checkpoints_of_constant_statistics(model, tmp_path)
@@ -260,7 +252,7 @@ def test_weights_bring_the_preparation_of_their_images(tmp_path):
     prepared = model.visual.preprocess_cfg
     own = {
         "model_config": model.config.to_dict(),
-        "preprocess_cfg": clipfast.checkpoints.checkpoint.preprocessing_of(model),
+        "preprocess_cfg": preprocessing_of(model),
     }
     torch.save({"state_dict": model.state_dict(), "clipfast": own}, tmp_path / "own.pt")
     torch.save(model.state_dict(), tmp_path / "bare.pt")
