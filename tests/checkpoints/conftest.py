@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from clipfast import CLIP, convert_checkpoint
+from clipfast import CLIP, convert_checkpoint, create_model
 from clipfast.models import CLIPConfig, TextConfig, VisionConfig
 
 from ..small_runs import copied, finished, options, refusal, run_small, server, shards, small, store, together  # noqa: F401
@@ -21,6 +22,7 @@ CONFIGS = {
     "ResNet": CLIPConfig(24, VisionConfig(64, (1, 2, 1, 1), 8, patch_size=None), TEXT),
 }
 VITS = ["ViT", "QuickGELU"]
+PICTURE = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
 
 
 def make_model(config: CLIPConfig) -> CLIP:
@@ -34,21 +36,32 @@ def make_model(config: CLIPConfig) -> CLIP:
     return model
 
 
-def save_own(model: CLIP, path: Path, **more: object) -> Path:
+def save_own(model: CLIP, path: str | Path, **more: object) -> str | Path:
     """A clipfast checkpoint with the model's configuration."""
     own = {"model_config": model.config.to_dict(), **more}
     torch.save({"epoch": 2, "name": "run", "state_dict": model.state_dict(), "clipfast": own}, path)
     return path
 
 
-def save_config(config: CLIPConfig, path: Path) -> Path:
+def save_config(config: CLIPConfig, path: str | Path) -> str | Path:
     """OpenCLIP's JSON file of a configuration."""
-    path.write_text(json.dumps(config.to_dict()))
+    Path(path).write_text(json.dumps(config.to_dict()))
     return path
 
 
-def same_bits(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+Source = CLIP | str | Path | dict[str, torch.Tensor]
+
+
+def weights_of(source: Source) -> dict[str, torch.Tensor]:
+    """The weights of a model, of a checkpoint by its path, or as they are given."""
+    if isinstance(source, str | Path):
+        source = create_model(f"local-dir:{source}" if Path(source).is_dir() else str(source))
+    return source if isinstance(source, dict) else source.state_dict()
+
+
+def same_bits(one: Source, two: Source) -> bool:
     """Whether both have the same tensors by name, shape, dtype and content."""
+    state, other = weights_of(one), weights_of(two)
     return state.keys() == other.keys() and all(
         value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in state.items()
     )
@@ -75,6 +88,12 @@ def hugging_face_output(kind: str, folder: Path, images: torch.Tensor, texts: to
 def safetensors() -> None:
     """Skip a test if safetensors is not installed."""
     pytest.importorskip("safetensors")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> None:
+    """Run each test in its own folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

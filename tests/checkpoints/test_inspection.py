@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from clipfast import convert_checkpoint, create_model, export_open_clip, inspect_checkpoint, list_models
+from clipfast import convert_checkpoint, export_open_clip, inspect_checkpoint, list_models
 from clipfast.models import CLIP, build, get_model_config
 from clipfast.models.siglip_config import PUBLISHED
 
@@ -19,10 +20,10 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_layouts(kind, tmp_path):
+def test_layouts(kind):
     model = make_model(CONFIGS[kind])
     progress = {"step": 123, "seconds": 1.0}
-    save_own(model, tmp_path / "own.pt", progress=progress)
+    save_own(model, "own.pt", progress=progress)
     found = {"own.pt": "clipfast checkpoint of a training run"}
     for to, name, layout in (
         ("clipfast", "bare.pt", "clipfast checkpoint"),
@@ -30,22 +31,22 @@ def test_layouts(kind, tmp_path):
         ("hf", "hf", "transformers folder (CLIPModel)"),
     ):
         if kind != "ResNet" or to != "hf":
-            convert_checkpoint(tmp_path / "own.pt", tmp_path / name, to)
+            convert_checkpoint("own.pt", name, to)
             found[name] = layout
     for name, layout in found.items():
-        info = inspect_checkpoint(tmp_path / name)
+        info = inspect_checkpoint(name)
         assert info.layout == layout
         assert info.parameters == parameters(model)
         assert info.activation == ("QuickGELU" if model.config.quick_gelu else "GELU")
         assert (info.image_size, info.context_length) == (model.visual.image_size, 16)
         assert (info.epoch, info.step) == ((2, 123) if name == "own.pt" else (None, None))
         (checksum,) = info.sha256.items()
-        weights = tmp_path / name if name.endswith(".pt") else tmp_path / name / checksum[0]
+        weights = Path(name if name.endswith(".pt") else f"{name}/{checksum[0]}")
         assert checksum == (weights.name, hashlib.sha256(weights.read_bytes()).hexdigest())
         assert info.file_bytes == weights.stat().st_size
 
 
-def test_training_checkpoint_of_open_clip(tmp_path):
+def test_training_checkpoint_of_open_clip():
     model = make_model(get_model_config("ViT-T-8-32"))
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
@@ -56,8 +57,8 @@ def test_training_checkpoint_of_open_clip(tmp_path):
     saved = {"epoch": 1, "name": "n", "state_dict": state, "optimizer": optimizer.state_dict()}
     saved["optimizer"]["state"][0] = {}
     saved["clipfast"] = {"progress": {"step": float("inf")}}
-    torch.save(saved, tmp_path / "epoch_1.pt")
-    info = inspect_checkpoint(tmp_path / "epoch_1.pt")
+    torch.save(saved, "epoch_1.pt")
+    info = inspect_checkpoint("epoch_1.pt")
     assert info.layout == "OpenCLIP checkpoint of a training run (names begin with module.)"
     assert info.models == ("ViT-T-8-32", "ViT-T-8-32-quickgelu")
     assert (info.activation, info.epoch, info.step) == (None, 1, 3)
@@ -78,11 +79,11 @@ def test_shapes_name_every_published_model(tmp_path):
         assert name in models_of_shapes(config_of_weights(state, tmp_path))
 
 
-def test_command(own, tmp_path, capsys, monkeypatch):
+def test_command(own, capsys, monkeypatch):
     monkeypatch.setattr(CLIP, "__init__", None)  # no model is built
-    code, out, _ = run_command(capsys, "inspect-checkpoint", own, "--json", tmp_path / "info.json")
+    code, out, _ = run_command(capsys, "inspect-checkpoint", own, "--json", "info.json")
     assert code == 0
-    info = json.loads((tmp_path / "info.json").read_text())
+    info = json.loads(Path("info.json").read_text())
     shown = " ".join(out.split())
     for words in (f"{info['parameters']:,} (tensors: 62 float32)", "32 x 32, shortest side", info["sha256"]["own.pt"]):
         assert words in shown
@@ -93,8 +94,8 @@ def test_a_folder_with_both_configurations(hf_folder, vit):
     raw = {"model_cfg": CONFIGS["ResNet"].to_dict()}
     (hf_folder / "open_clip_config.json").write_text(json.dumps(raw))
     assert inspect_checkpoint(hf_folder).layout == "transformers folder (CLIPModel)"
-    assert same_bits(create_model(f"local-dir:{hf_folder}").state_dict(), vit.state_dict())
+    assert same_bits(hf_folder, vit)
     resnet = make_model(CONFIGS["ResNet"])
     export_open_clip(resnet, hf_folder)
     assert inspect_checkpoint(hf_folder).layout == "OpenCLIP folder (local-dir)"
-    assert same_bits(create_model(f"local-dir:{hf_folder}").state_dict(), resnet.state_dict())
+    assert same_bits(hf_folder, resnet)

@@ -1,8 +1,9 @@
 """SigLIP from the hub's cache, and OpenCLIP's entry points for it."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from PIL import Image
 
 from clipfast import (
     add_model_config,
@@ -16,7 +17,7 @@ from clipfast.checkpoints import pretrained
 from clipfast.models import registry
 
 from ..models.siglip import CONFIGS, inputs, known_to_timm, make_model, save_tokenizer
-from .conftest import same_bits, save_config
+from .conftest import PICTURE, same_bits, save_config
 from .test_hub import cache, fill, offline
 
 __all__ = ["cache", "offline"]  # fixtures
@@ -24,27 +25,26 @@ __all__ = ["cache", "offline"]  # fixtures
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["exact", "bare"])
-def test_a_repository(kind, cache, tmp_path):
+def test_a_repository(kind, cache):
     open_clip = pytest.importorskip("open_clip")
     config = CONFIGS[kind]
-    export_open_clip(make_model(config), tmp_path / "made")
-    save_tokenizer(tmp_path / "made")
-    fill(cache, "org/siglip", tmp_path / "made")
+    export_open_clip(make_model(config), "made")
+    save_tokenizer(Path("made"))
+    fill(cache, "org/siglip", Path("made"))
     ours, _, preprocess = create_model_and_transforms("hf-hub:org/siglip", cache_dir=cache)
     with known_to_timm(config):
         theirs, _, their_preprocess = open_clip.create_model_and_transforms("hf-hub:org/siglip", cache_dir=str(cache))
-    assert same_bits(ours.state_dict(), theirs.state_dict())
+    assert same_bits(ours, theirs)
     pair = inputs(config)
     for own, other in zip(ours.eval()(*pair), theirs.eval()(*pair), strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
     for own, other in zip(ours.get_logits(*pair), theirs.get_logits(*pair), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
-    image = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
-    torch.testing.assert_close(preprocess(image), their_preprocess(image), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(preprocess(PICTURE), their_preprocess(PICTURE), rtol=1e-6, atol=1e-6)
     assert get_tokenizer("hf-hub:org/siglip", cache_dir=cache)(["a red cat"]).shape == (1, config.text.context_length)
-    info = convert_checkpoint("org/siglip", tmp_path / "own.pt", "clipfast")
+    info = convert_checkpoint("org/siglip", "own.pt", "clipfast")
     assert (info.resize_mode, info.mean) == ("squash", (0.5, 0.5, 0.5))
-    assert same_bits(create_model(str(tmp_path / "own.pt")).state_dict(), ours.state_dict())
+    assert same_bits("own.pt", ours)
 
 
 def test_locking_and_precision(tmp_path):
@@ -63,19 +63,19 @@ def test_locking_and_precision(tmp_path):
     assert frozen == {name for name, parameter in theirs.named_parameters() if not parameter.requires_grad}
 
 
-def test_a_tag_brings_its_tokenizer(cache, tmp_path, monkeypatch):
+def test_a_tag_brings_its_tokenizer(cache, monkeypatch):
     """The files of a tokenizer lie in the repository of the weights, and clipfast has none of its own for SigLIP."""
     config = CONFIGS["exact"]
-    add_model_config(save_config(config, tmp_path / "tiny-siglip.json"))
+    add_model_config(save_config(config, "tiny-siglip.json"))
     try:
         entries = {"webli": pretrained._entry("org/siglip half squash")}
         monkeypatch.setattr(pretrained, "_table", lambda: {"tiny-siglip": entries})
-        export_open_clip(make_model(config), tmp_path / "made")
-        save_tokenizer(tmp_path / "made")
-        fill(cache, "org/siglip", tmp_path / "made")
+        export_open_clip(make_model(config), "made")
+        save_tokenizer(Path("made"))
+        fill(cache, "org/siglip", Path("made"))
         for layout in ("hf", "open_clip"):
-            convert_checkpoint("tiny-siglip:webli", tmp_path / layout, layout)
+            convert_checkpoint("tiny-siglip:webli", layout, layout)
             for name in ("tokenizer.json", "tokenizer_config.json"):
-                assert (tmp_path / layout / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+                assert Path(layout, name).read_bytes() == Path("made", name).read_bytes()
     finally:
         registry._CONFIGS.pop("tiny-siglip")

@@ -35,13 +35,11 @@ def made(tmp_path_factory):
     export_open_clip(make_model(quick(vit.config)), folder / "quick")
     config = vit.config
     longer = dataclasses.replace(config, text=dataclasses.replace(config.text, context_length=20))
-    other_gelu = dataclasses.replace(mixed.config, text_gelu="none")
     for name, changed in (
         ("small", config),
         ("larger", config.with_vision(image_size=64)),
         ("longer", longer),
         ("heads", config.with_vision(head_width=16)),
-        ("gelu", other_gelu),
     ):
         save_config(changed, folder / f"{name}.json")
     return folder
@@ -89,23 +87,18 @@ REFUSED = [
     (lambda: weights(logit_bias=torch.zeros([])), "w.pt", "w.pt does not fit the model: unexpected logit_bias"),
     (lambda: weights(visual__proj=torch.zeros(64, 24).int()), "w.pt", "holds torch.int32, the model has torch.float32"),
     (None, "named.pt --model small.json", "; it has the shapes of ViT-T-8-32 or ViT-T-8-32-quickgelu"),
-    (None, "own.pt --model ViT-T-8-32", "missing visual.transformer.resblocks.2.ln_1.weight"),
     (
         None,
         "siglip.pt --model ViT-T-8-32 --activation gelu",
         "it holds a SigLIP model, and the model is a CLIP",
     ),
     (None, "own.pt --model ViT-B-16-SigLIP", "it holds a CLIP model, and the model is a SigLIP model: choose the"),
-    (lambda: edited("hf/config.json", projection_dim=12), "hf", "(24, 32), the model has (12, 32)"),
     # what weights do not say
     (None, "named.pt", "or name the model with --model (ViT-T-8-32 or ViT-T-8-32-quickgelu)"),
     (lambda: torch.save(torch.load("own.pt")["state_dict"], "w.pt"), "w.pt", "no model that clipfast knows has its"),
     (lambda: torch.save({"layer.weight": torch.zeros(2, 2)}, "w.pt"), "w.pt", "it has no 'visual.conv1.weight'"),
-    (lambda: torch.save({"visual.trunk.x": torch.zeros(1)}, "w.pt"), "w.pt", "'visual.trunk.patch_embed.proj.weight'"),
     (None, "quick --model small.json", "but --model small.json uses GELU: name a model with QuickGELU, or add"),
-    (None, "siglip.pt --model gelu.json", "tanh GELU for texts, but --model gelu.json uses GELU"),
     (None, "own.pt --activation gelu_tanh", "a CLIP model has gelu or quick_gelu, but --activation is gelu_tanh"),
-    (None, "siglip.pt --activation quick_gelu", "gelu_tanh, but --activation is quick_gelu"),
     (None, "own.pt --activation relu", "or gelu_tanh,gelu or gelu_tanh; got 'relu'"),
     (None, "own.pt --model larger.json", "image size is 64: add --image-size 64 to resize them, or --image-size 32"),
     (None, "own.pt --model longer.json", "the model's context length is 20: add --context-length 20"),
@@ -115,7 +108,6 @@ REFUSED = [
     (None, "siglip.pt --image-size 7", "--image-size must be at least one patch, 8, got 7"),
     # files
     (lambda: Path("w.pt").write_bytes(Path("own.pt").read_bytes()[:-5000]), "w.pt", "it is cut off, damaged"),
-    (lambda: Path("w.pt").write_text("hello"), "w.pt", "copy or download it again"),
     (flipped, "w.pt", "in it is wrong; copy or download it again"),
     (lambda: Path("w.pt").write_bytes(pickle.dumps(Payload(Path("owned")))), "w.pt", "w.pt is refused: it is damaged"),
     (lambda: torch.save({"x": Payload(Path("owned"))}, "w.pt"), "w.pt", "w.pt is refused: it is damaged, or holds"),
@@ -126,7 +118,6 @@ REFUSED = [
     (lambda: without_safetensors({"x": "../own.pt"}), "hf", "index.json names no files of weights in its folder"),
     (None, "hf/model.safetensors", "holds the weights of a transformers model without its configuration: give the"),
     (lambda: Path("folder/open_clip_config.json").unlink(), "folder", "give the file of the weights, and the model's"),
-    (lambda: Path("folder/open_clip_config.json").write_text("{m}"), "folder", "configuration that can be read: Expec"),
     (
         lambda: shutil.copy("quick/open_clip_config.json", "folder"),
         "folder",
@@ -142,19 +133,16 @@ REFUSED = [
         "hf",
         "describes Blip; of",
     ),
-    (lambda: edited("hf/config.json", model_type="blip", architectures={"a": 1}), "hf", "a model of type 'blip'; of"),
     (lambda: edited("siglip/config.json", model_type="siglip2"), "siglip", "whose images keep their shapes (NaFlex)"),
     (tower("text", hidden_act="gelu_new"), "hf", "hidden_act must be one of quick_gelu, gelu, got 'gelu_new'"),
     (tower("text", hidden_act="quick_gelu"), "hf", "got quick_gelu for texts and gelu for images"),
     (tower("vision", layer_norm_eps=1e-6), "hf", "layer_norm_eps must be 1e-05, got 1e-06"),
-    (tower("vision", num_channels=1), "hf", "num_channels must be 3, got 1"),
     (tower("text", eos_token_id=7), "hf", "must be the last of the 600 tokens, where a text is read, got 7"),
     (tower("vision", num_attention_heads=3), "hf", "must be a multiple of num_attention_heads, got 64 and 3"),
     (tower("vision", "siglip", vision_use_head=False), "siglip", "vision_use_head must be true"),
     (processor(do_normalize=False), "hf", "json has do_normalize false, but CLIP's images are resized, scaled"),
     (processor(do_center_crop=False), "hf", "in a way that OpenCLIP's configuration cannot express"),
     (processor(size={"shortest_edge": 36}), "hf", "images of 32 pixels: size {'shortest_edge': 36}"),
-    (processor(crop_size=24), "hf", "size {'shortest_edge': 32}, crop_size 24, do_center_crop True, resample 3"),
     (processor(resample=1), "hf", "hf preprocesses images with interpolation 'lanczos', clipfast only with 'bicubic'"),
     # layouts that cannot hold a model
     (None, "rn.pt --to hf", "has no ResNets, only vision transformers: convert it --to open_clip"),
