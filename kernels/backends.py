@@ -91,10 +91,14 @@ class Op:
     """
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
-        self._run, self._name = run, name
-        self._op = torch.library.custom_op(
-            f"clipfast::{name}", below_autograd(run), mutates_args=(), device_types=("cuda", "cpu")
-        )
+        self.run, self._name = run, name
+
+        @functools.wraps(run)
+        def implementation(*args: Any, **kwargs: Any) -> Any:
+            return below_autograd(self.run)(*args, **kwargs)
+
+        devices = ("cuda", "cpu")
+        self._op = torch.library.custom_op(f"clipfast::{name}", implementation, mutates_args=(), device_types=devices)
         self.register_fake = self._op.register_fake
         self._overload: Any = getattr(torch.ops.clipfast, name).default
         self.schema = self._overload._schema
@@ -122,11 +126,10 @@ class Op:
             results: returns, for the inputs, how many of the outputs are results. The others are not differentiable,
                 and an eager call may not return them.
         """
-        run = self._run
 
         def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-                outputs = run(*args)
+                outputs = self.run(*args)
             setup_context(ctx, args, outputs)
             return outputs[: results(*args)] if outputs.__class__ is tuple else outputs
 
@@ -156,7 +159,7 @@ class Op:
         if needs_grad and torch.is_grad_enabled():
             return self._apply(*args)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            return self._run(*args)
+            return self.run(*args)
 
 
 def computes_eagerly_on_cpu(tensor: Tensor) -> bool:

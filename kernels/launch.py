@@ -179,7 +179,7 @@ class Plan:
     FP fusion is set explicitly: its default differs between Triton versions, and changes the last bits of the results.
     """
 
-    __slots__ = ("_compiled", "_constexprs", "_grid", "_index", "_kernel", "_numbers", "_options", "_rest", "_target")
+    __slots__ = ("_constexprs", "_grid", "_index", "_kernel", "_numbers", "_options", "_rest", "_target", "compiled")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], *numbers: float, config: KernelConfig, device: torch.device,
@@ -194,7 +194,7 @@ class Plan:
         if self._target is not None and self._target.device is not None:
             device = self._target.device
         self._index = device.index if device.type == "cuda" else None
-        self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def start(self, *tensors: Any) -> None:
         """Start the kernel with these tensors, tensor descriptors, or None for one that is absent.
@@ -206,10 +206,10 @@ class Plan:
 
     def start_compiled(self, tensors: tuple[Any, ...]) -> bool:
         """Start the kernel that was compiled for such tensors; return False, and start nothing, if there is none."""
-        if not self._compiled or _has_hooks() or _current_device() != self._index:
+        if not self.compiled or _has_hooks() or _current_device() != self._index:
             return False
         key, arguments = _bind(tensors)
-        compiled = self._compiled.get(key)
+        compiled = self.compiled.get(key)
         if compiled is None:
             return False
         run, grid, function, metadata = compiled
@@ -233,7 +233,7 @@ class Plan:
             constexprs = (self._constexprs[name] for name in kernel.arg_names[len(arguments) :])
             self._rest = (*self._numbers, *constexprs)
             grid = (*self._grid, 1, 1)[:3]
-            self._compiled[_bind(tensors)[0]] = compiled.run, grid, compiled.function, compiled.packed_metadata
+            self.compiled[_bind(tensors)[0]] = compiled.run, grid, compiled.function, compiled.packed_metadata
 
 
 def _bind(tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:

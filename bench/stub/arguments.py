@@ -67,10 +67,13 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
         return compiled
 
     def both_ways(plan: Plan, *tensors: Any) -> None:
-        before = stub.counts.launches
+        before, known = stub.counts.launches, dict(plan.compiled)
         plan.start_by_triton(tensors)
         if stub.counts.launches == before:
             return  # the grid is empty
+        for key, (_, _, function, _) in known.items():
+            if plan.compiled[key][2] != function:
+                raise PackingError(f"a plan has two kernels for {key}")
         expected = _received(stub)
         with torch.cuda.device(device):
             if plan.start_compiled(tensors) and _received(stub) != expected:

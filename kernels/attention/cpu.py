@@ -28,8 +28,8 @@ def forward(
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``, and return the same sums as ``launches.backward``."""
+) -> Tensor | None:  # fmt: skip
+    """Write the gradients of q, k and v to ``grads``, and return the same gradient as ``launches.backward``."""
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()
@@ -45,7 +45,8 @@ def backward(
     if not with_sums:
         return None
     dtype = accumulate_dtype(q.dtype)
-    return grads[0].flatten(2).sum((0, 1), dtype=dtype), grads[2].flatten(2).sum((0, 1), dtype=dtype)
+    dq, dv = grads[0].flatten(2).sum((0, 1), dtype=dtype), grads[2].flatten(2).sum((0, 1), dtype=dtype)
+    return torch.stack([dq, torch.zeros_like(dq), dv])
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -102,11 +102,12 @@ def _forward_plan(
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+) -> Tensor | None:  # fmt: skip
     """Write the gradients of q, k and v to ``grads``, in which the heads of a token must be contiguous.
 
     Returns:
-        The sums over batch and tokens of the gradients of q and of v, [H * D] float32 each; None without ``with_sums``.
+        The gradient of a bias on the projection in float32, [3, H * D]: the sums over batch and tokens of dq and of dv,
+        and zeros between them. None without ``with_sums``.
     """
     q, k, v, grad_out = _with_near_heads(q, k, v, grad_out)
     how = _backward_plan(
@@ -115,19 +116,26 @@ def backward(
         _are_aligned(q, k, v, grad_out),
     )  # fmt: skip
     sums = _sums(q, *how.sums, with_sums)
+    of_q, of_v = sums[0], sums[1]
     if how.kernel == "unrolled":
-        how.plans[0].start(q, k, v, out, grad_out, lse, seqlens, *grads, *sums)
+        how.plans[0].start(q, k, v, out, grad_out, lse, seqlens, *grads, of_q, of_v)
     elif how.kernel == "short":
-        how.plans[0].start(q, k, v, grad_out, lse, seqlens, *grads, *sums)
+        how.plans[0].start(q, k, v, grad_out, lse, seqlens, *grads, of_q, of_v)
     else:
         stats = lse.new_empty((*lse.shape[:2], 2, how.rows))
         of_query, of_key = how.plans
         keys, queries = _tiles(how.tiles[0], k, v), _tiles(how.tiles[1], q, grad_out)
-        of_query.start(q, k, v, *keys, out, grad_out, lse, seqlens, stats, grads[0], sums[0])
-        of_key.start(q, k, v, grad_out, *queries, stats, seqlens, *grads[1:], sums[1])
+        of_query.start(q, k, v, *keys, out, grad_out, lse, seqlens, stats, grads[0], of_q)
+        of_key.start(q, k, v, grad_out, *queries, stats, seqlens, *grads[1:], of_v)
     if not with_sums:
         return None
-    return sums[0].flatten(0, 1).sum(0), sums[1].flatten(0, 1).sum(0)
+    grad_bias = torch.zeros((3, of_q.shape[-1]), dtype=torch.float32, device=q.device)
+    if isinstance(sums, Tensor):
+        torch.sum(sums, 1, out=grad_bias[::2])
+    else:
+        for rows, total in zip(sums, (grad_bias[0], grad_bias[2]), strict=True):
+            torch.sum(rows.flatten(0, 1), 0, out=total)
+    return grad_bias
 
 
 class _Backward(NamedTuple):
@@ -222,12 +230,15 @@ def _of_whole_heads(
     return unrolled, short_config("attention_short_bwd", arch, dtype, head_dim, n)
 
 
-def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Return buffers [B, tiles, H * D] for the sums of dq and of dv over the rows of each tile; empty unless
-    ``wanted``.
+def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Return buffers for the sums of dq and of dv over the rows of each tile; empty unless ``wanted``.
+
+    They are [B, tiles, H * D] each; a single tensor [2, B, H * D] if each sequence is one tile.
     """
     batch, _, heads, head_dim = q.shape
     width = heads * head_dim if wanted else 0
+    if num_q == num_k == 1:
+        return torch.empty((2, batch, width), dtype=torch.float32, device=q.device)
     dq, dv = (torch.empty((batch, num, width), dtype=torch.float32, device=q.device) for num in (num_q, num_k))
     return dq, dv
 

@@ -73,13 +73,11 @@ def _attention_bwd(
     """Compute the gradients of a packed projection and of its bias. This is the registered op."""
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     views = _views(qkv, num_heads)
-    sums = _kernels(qkv).backward(
+    grad_bias = _kernels(qkv).backward(
         grad_out.reshape(views[0].shape), *views, out.view(views[0].shape), lse, seqlens, causal, scale,
         _views(grad_qkv, num_heads), with_bias,
     )  # fmt: skip
-    if sums is None:
-        return grad_qkv, lse.new_empty(0)
-    return grad_qkv, torch.cat([sums[0], torch.zeros_like(sums[0]), sums[1]])
+    return grad_qkv, lse.new_empty(0) if grad_bias is None else grad_bias.flatten()
 
 
 @_attention_bwd.register_fake

@@ -19,6 +19,8 @@ from clipfast.bench.stub import walk
 from clipfast.bench.stub.arguments import watched
 from clipfast.bench.stub.capture import CaptureRules
 from clipfast.bench.stub.driver import load, on_device
+from clipfast.kernels import launch
+from clipfast.kernels.configs import KernelConfig
 from clipfast.kernels.spec import Draw, specs
 
 STUB = load(int(sys.argv[1]))
@@ -144,6 +146,30 @@ def compiled_for_more_alignment():
         caches = _copy_kernel.device_caches[0]
         with mock.patch.dict(_copy_kernel.device_caches, {0: (compiled_for_any, *caches[1:])}):
             _copy_kernel[(1,)](x, torch.zeros(1000), 1000, BLOCK=1024)
+
+
+@fault("a plan started")
+def plan_with_addresses_in_another_order():
+    config = KernelConfig(num_warps=4, num_stages=2)
+    plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
+    bind = launch._bind
+
+    def swapped(tensors):
+        key, addresses = bind(tensors)
+        return key, addresses[::-1]
+
+    with mock.patch.object(launch, "_bind", swapped):
+        plan.start(torch.zeros(1000), torch.zeros(1000))
+
+
+@fault("a plan has two kernels for")
+def plan_that_forgets_alignment():
+    config = KernelConfig(num_warps=4, num_stages=2)
+    plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
+    bind, x = launch._bind, torch.zeros(1001)
+    with mock.patch.object(launch, "_bind", lambda tensors: ((torch.float32,) * 2, bind(tensors)[1])):
+        plan.start(x[1:], torch.zeros(1000))
+        plan.start(x[:1000], torch.zeros(1000))
 
 
 def an_op():

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._library.custom_ops import CustomOpDef
 
 from clipfast import kernels
 from clipfast.kernels import activation
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import launches as attention_launches
+from clipfast.kernels.attention_pool import cpu as pool_cpu
 from clipfast.kernels.contrastive import contrastive, nce, sigmoid, small_batch
 from clipfast.kernels.contrastive import cpu as loss_cpu
 from clipfast.kernels.layer_norm import cpu as norm_cpu
@@ -61,22 +61,17 @@ def gradient_off(spec, name, factor):
     return dataclasses.replace(spec, op=wrong)
 
 
-def functions_of(owner):
-    """The functions of a module by name, or those of a registered op by device."""
-    return owner._backend_fns if isinstance(owner, CustomOpDef) else vars(owner)
-
-
-# The place where an output of an op is computed on a leg (module and function, or registered op and device), and the
+# The place where an output of an op is computed on a leg (a function of a module, or an op's implementation), and the
 # index of the output among the results. Each function has one output here; test_fault_in_each_gradient has the others.
 ON_CPU = {
-    ("contrastive_loss", "value"): (contrastive._contrastive_fwd, "cpu", 0),
-    ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "cpu", 0),
+    ("contrastive_loss", "value"): (contrastive._contrastive_fwd, "run", 0),
+    ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "run", 0),
     ("sigmoid_loss", "value"): (loss_cpu, "add_sigmoid_gradients", None),
-    ("sigmoid_loss", "d_image"): (sigmoid._sigmoid_bwd, "cpu", 0),
-    ("info_nce_loss", "value"): (nce._info_nce_fwd, "cpu", 0),
-    ("info_nce_loss", "d_negatives"): (nce._info_nce_bwd, "cpu", 2),
-    ("nt_xent_loss", "value"): (nce._nt_xent_fwd, "cpu", 0),
-    ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "cpu", 2),
+    ("sigmoid_loss", "d_image"): (sigmoid._sigmoid_bwd, "run", 0),
+    ("info_nce_loss", "value"): (nce._info_nce_fwd, "run", 0),
+    ("info_nce_loss", "d_negatives"): (nce._info_nce_bwd, "run", 2),
+    ("nt_xent_loss", "value"): (nce._nt_xent_fwd, "run", 0),
+    ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "run", 2),
     ("attention", "value"): (attention_cpu, "forward", 0),
     ("attention", "d_qkv"): (attention_cpu, "backward", WRITTEN),
     ("patch_embed", "value"): (patch_cpu, "forward", None),
@@ -86,12 +81,12 @@ ON_CPU = {
     ("text_embed", "d_token_embedding"): (text_cpu, "backward_token", None),
     ("layer_norm", "value"): (norm_cpu, "forward", 0),
     ("layer_norm", "d_x"): (norm_cpu, "backward", 0),
-    ("bias_gelu", "value"): (activation, "_fwd_cpu", None),
+    ("bias_quick_gelu", "value"): (activation, "_fwd_cpu", None),
     ("bias_quick_gelu", "d_bias"): (activation, "_bwd_cpu", 1),
 }
 INTERPRETED = {
-    ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "cpu", 0),
-    ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "cpu", 2),
+    ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "run", 0),
+    ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "run", 2),
     ("attention", "d_qkv"): (attention_launches, "backward", WRITTEN),
     ("patch_embed", "d_weight"): (patch_launches, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_launches, "backward_images", None),
@@ -132,7 +127,7 @@ def test_without_a_fault_every_row_passes(op):
 @pytest.mark.parametrize(("op", "output"), PLACES)
 def test_fault_in_the_code_of_the_leg(op, output, monkeypatch):
     owner, name, index = PLACES[op, output]
-    functions = functions_of(owner)
+    functions = vars(owner)
     assert failures(op) == (0, set())
     monkeypatch.setitem(functions, name, scaled(functions[name], index))
     code, failed = failures(op)
@@ -193,7 +188,7 @@ def test_fault_in_the_loss_of_a_small_batch(output, place, monkeypatch):
 @pytest.mark.parametrize("op", ["attention", "contrastive_loss"])
 def test_other_bits_fail_the_repeats(op, monkeypatch):
     owner, name, _ = ON_CPU[op, "value"]
-    right = functions_of(owner)[name]
+    right = vars(owner)[name]
     calls = []
 
     def wobbly(*args):
@@ -201,7 +196,7 @@ def test_other_bits_fail_the_repeats(op, monkeypatch):
         calls.append(name)
         return torch.nextafter(out, out + 1) if len(calls) % 2 else out, *rest
 
-    monkeypatch.setitem(functions_of(owner), name, wobbly)
+    monkeypatch.setitem(vars(owner), name, wobbly)
     rows = run_verify(Options(ops=(op,), dtypes=("float32",), legs=("cpu",)))
     (row,) = (row for row in rows if row.check == "determinism" and row.output == "value")
     assert row.verdict == FAIL
@@ -213,8 +208,8 @@ def test_an_op_that_raises_is_a_row(monkeypatch):
     def broken(*args):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(attention_cpu, "backward", broken)
-    rows = run_verify(Options(ops=("attention",), dtypes=("float32",), legs=("cpu",)))
+    monkeypatch.setattr(pool_cpu, "backward", broken)
+    rows = run_verify(Options(ops=("attention_pool",), dtypes=("float32",), legs=("cpu",)))
     assert {row.verdict for row in rows} == {FAIL}
     assert all("RuntimeError: no such kernel" in row.reason for row in rows)
 
