@@ -31,7 +31,7 @@ def one(options, tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("size", "cases"), [(2, ["siglip", "faults", "drawn"]), (3, ["unique", "mix", "average"])])
+@pytest.mark.parametrize(("size", "cases"), [(2, ["siglip", "faults"]), (3, ["unique", "mix", "drawn"])])
 def test_the_curve_of_one_process(size, cases, one, options, together, tmp_path):
     assert together(size, *((options(tmp_path, case),) for case in cases)) == [[None] * len(cases)] * size
     assert len(losses(one["unique"])) == 12
@@ -42,7 +42,7 @@ def test_the_curve_of_one_process(size, cases, one, options, together, tmp_path)
 @pytest.mark.long
 def test_the_evaluation_of_one_process(one, options, together, tmp_path):
     """A finished run that is resumed is only evaluated."""
-    cases = ("mix", "average")
+    cases = ("mix", "drawn")
     for case in cases:
         shutil.copytree(one[case].path, tmp_path / case)
     together(3, *((options(tmp_path, case), True) for case in cases))
@@ -152,6 +152,6 @@ def without_images(world, given):
 
 
 def test_all_ranks_hear_that_a_validation_set_cannot_be_used(options, tmp_path):
-    given = options(tmp_path, "average", samples_seen=24)
+    given = options(tmp_path, "drawn", samples_seen=24)
     found = run_ranks(on_rank, 2, 2, [(given,)], without_images, folder=tmp_path)
     assert found == [["no image can be used"]] * 2
