@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import json
+import os
 import shutil
 import tarfile
 import threading
@@ -90,6 +91,13 @@ class BuildsModelError(Exception):
 
 def everything(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def open_files(folder: Path) -> list[str]:
+    """The files of a folder that this process has open. Earlier tests may have left other files open."""
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    files = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return [file for file in files if file.startswith(str(folder))]
 
 
 @pytest.fixture

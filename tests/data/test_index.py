@@ -12,7 +12,7 @@ import pytest
 from clipfast.data import IndexCache, ShardIndex, ShardSource, identities
 from clipfast.models.images import SampleError
 
-from ..small_runs import run_command, sample, write_shard
+from ..small_runs import open_files, run_command, sample, write_shard
 from .conftest import opened
 
 
@@ -109,12 +109,11 @@ def test_an_error_of_one_shard_does_not_end_a_run(code, tmp_path, monkeypatch):
 def test_few_shards_are_open_at_once(tmp_path):
     paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(n)])) for n in range(10)]
     source = opened(*paths, max_open=3)
-    before = len(os.listdir("/proc/self/fd"))
     for number in [*range(10), *range(10)]:
         assert source.read(number)["txt"].decode().endswith(f"thing {number}")
-    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    assert len(open_files(tmp_path)) == 3
     del source
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == []
 
 
 def test_identities_outlive_an_outage_and_take_their_own_size_only(tmp_path):

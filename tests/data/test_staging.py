@@ -17,7 +17,7 @@ from clipfast.data.counts import Counts
 from clipfast.io.files import DiskFullError
 from clipfast.models.images import SampleError
 
-from ..small_runs import sample, write_shard
+from ..small_runs import open_files, sample, write_shard
 from .conftest import opened
 from .rows import write_parquet
 
@@ -87,13 +87,8 @@ def copied(tmp_path, monkeypatch):
 
 
 def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, tmp_path, monkeypatch):
-    def opened():
-        links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
-        files = [os.readlink(link) for link in links if os.path.lexists(link)]
-        return [file for file in files if file.startswith(str(tmp_path))]  # earlier tests may leave other files open
-
     def removed_and_open():
-        return sum(file.endswith(".tar (deleted)") for file in opened())
+        return sum(file.endswith(".tar (deleted)") for file in open_files(tmp_path))
 
     monkeypatch.setattr("clipfast.data.source.IDLE", 6)
     for number in (0, 2, 4, 6, 1, 3, 5, 7):  # all samples are read again and again
@@ -106,7 +101,7 @@ def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, 
     assert copied.read(0)["txt"] == sample(0)["txt"]
     copied.close()
     assert len(identities(copied, "caption")) == 10
-    assert opened() == []
+    assert open_files(tmp_path) == []
 
 
 def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):

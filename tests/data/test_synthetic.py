@@ -225,8 +225,7 @@ def test_other_commands(tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_shapes_are_learned(tmp_path, two_threads):
-    torch.set_num_threads(1)
+def test_shapes_are_learned(tmp_path, one_thread):
     options = {"batch_size": 64, "samples_seen": 64 * 150, "lr": 4e-3, "warmup": 20, "workers": 0, "save_frequency": 0}
     folder, _ = train(
         TrainConfig(train_data="synthetic:65536", val_data="synthetic:128@1", model=TINY, logs=str(tmp_path), **options)
