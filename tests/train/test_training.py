@@ -162,6 +162,7 @@ def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, caps
     process = started(arguments, stderr=subprocess.DEVNULL)
     wait_for_checkpoint(process, folder, 3)
     process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)  # until then, its threads may go on to write
     before = everything(folder)
     for words in (arguments, ["train", "--resume", str(folder)]):
         code, _, err = run_command(capsys, *words)
