@@ -26,6 +26,11 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# A plugin of pytest may have imported torch before. The processes that tests start take the variable, and their results
+# differ in the last bits if they have another number of threads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # Indices of test data belong to no user.
 os.environ["CLIPFAST_CACHE"] = tempfile.mkdtemp(prefix="clipfast-cache-")
 atexit.register(shutil.rmtree, os.environ["CLIPFAST_CACHE"], ignore_errors=True)
@@ -144,13 +149,29 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch use ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, as in the processes of ``run_ranks``."""
+    with threads(1):
+        yield
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """PyTorch on two threads, whose sums could come in any order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Optional libraries for these tests, and a single thread, since the models are too small for two."""
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,16 +11,12 @@ ON_A_CPU = places.CPU_DTYPES
 
 
 @pytest.fixture(autouse=True)
-def libraries() -> Iterator[None]:
+def libraries(one_thread: None) -> None:  # threads that wait for each other cost more than they gain here
     """Skip a test unless both libraries are installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("open_clip")
         pytest.importorskip("timm")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other cost more than they gain here
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -86,7 +86,7 @@ def measured_losses(_, problems):
     ],
     ids=["3 ranks", "1 rank"],
 )
-def test_a_fake_loss_takes_what_a_real_one_takes(problems, tmp_path):
+def test_a_fake_loss_takes_what_a_real_one_takes(problems, tmp_path, one_thread):
     gpus = problems[0].gpus
     ranks = run_ranks(measured_losses, gpus, problems, folder=tmp_path) if gpus > 1 else [measured_losses(0, problems)]
     for number, problem in enumerate(problems):
@@ -248,7 +248,7 @@ def measured_step(setup, config, batch):
 
 @pytest.mark.long
 @on_cpu
-def test_real_steps_take_what_is_planned(tmp_path):
+def test_real_steps_take_what_is_planned(tmp_path, one_thread):
     ddp, fsdp = (Setup("deep", 2, way, kind, has_ema=True) for way, kind in (("ddp", "none"), ("fsdp", "full")))
     selective = dataclasses.replace(ddp, checkpointing="selective")
     single = dataclasses.replace(fsdp, checkpointing="none", precision="fp32")

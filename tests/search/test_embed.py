@@ -22,20 +22,17 @@ from clipfast.io import files
 from clipfast.runs.lock import LOCK_NAME
 from clipfast.search import embed, layout
 
+from ..conftest import threads
 from ..processes import run_ranks
 from ..small_runs import run_command, sample, write_shard
 from .embedding import TINY, content, make, options
 
 
-@pytest.mark.parametrize(("threads", "workers"), [(1, 2), (3, 0)])
-def test_threads_and_workers_change_nothing(whole, faulty, tmp_path, capsys, threads, workers):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+@pytest.mark.parametrize(("count", "workers"), [(1, 2), (3, 0)])
+def test_threads_and_workers_change_nothing(whole, faulty, tmp_path, capsys, count, workers):
+    with threads(count):
         make(capsys, faulty, tmp_path / "e", workers=str(workers))
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+        assert torch.get_num_threads() == count
     assert content(tmp_path / "e") == content(whole)
 
 
