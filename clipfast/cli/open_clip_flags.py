@@ -1,7 +1,8 @@
 """The flags of OpenCLIP's training command, and their treatment by ``clipfast train``.
 
 This table is the source of the parser, of ``docs/openclip-flags.md`` (``python -m clipfast.cli.open_clip_flags``) and
-of the tests. It follows ``params.py`` of OpenCLIP's main branch at 89fb801, with the flags in ``LATER`` in addition.
+of the tests. It follows ``params.py`` of OpenCLIP's main branch at 89fb801. The last four flags are of 4.2.1, as far as
+its other files tell.
 """
 
 import argparse
@@ -233,7 +234,6 @@ FLAGS: dict[str, Rule] = {
     "--caption-loss-compute-dtype": NO_COCA,
     "--caption-loss-chunk-size": NO_COCA,
 }  # fmt: skip
-LATER = tuple(FLAGS)[-4:]  # flags that 4.2.1 has and 89fb801 lacks, as far as its other files tell
 
 
 class _Refused(argparse.Action):
