@@ -19,7 +19,7 @@ from clipfast.verify.rule import value_and_grads
 
 from ..inspection.shipped import shipped_cases
 from .arguments import Watched, watched
-from .capture import CaptureRules
+from .capture import CaptureRules, InsideOps
 from .driver import Stub, load, on_device
 
 # If the reference's largest tensor in a case has more elements than this, its inputs are left uninitialised.
@@ -28,6 +28,17 @@ DRAWN_ELEMENTS = 2**20
 MOST_ELEMENTS = 2**26
 # Tensors belong to the second device while the first one is current, so that a missing device guard shows.
 DEVICE, CURRENT = 1, 0
+
+
+class ZeroedMemory(InsideOps):
+    """Fill new memory with zeros: the stub runs no kernel that would write it, and an op may use it as indices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return out.zero_() if func._schema.name.startswith(("aten::empty", "aten::new_empty")) else out
+
+    def see(self, func: Any, args: Any) -> None:
+        """Accept every call."""
 
 
 @dataclasses.dataclass
@@ -51,7 +62,8 @@ class Walked:
         self.calls += 1
         before = stub.counts.refused
         try:
-            with on_device(stub, DEVICE, current=CURRENT), watched(stub, DEVICE, emptied=emptied) as seen:
+            on_stub = on_device(stub, DEVICE, current=CURRENT)
+            with on_stub, ZeroedMemory(), watched(stub, DEVICE, emptied=emptied) as seen:
                 yield seen
             if stub.counts.refused != before:
                 raise RuntimeError(f"the driver refused a call without an error: {stub.message}")
