@@ -1,8 +1,10 @@
 """SigLIP of our own: OpenCLIP's configurations, names, initialisation, outputs and gradients."""
 
 import copy
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,14 +34,6 @@ def assert_same_image_features(ours, theirs, images, of_theirs):
     torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(of_theirs), rtol=1e-4, atol=1e-5)
 
 
-def assert_same_gradients(one, other, batch):
-    """Of the sigmoid loss."""
-    for model in (one, other):
-        sigmoid_loss(*model(*batch)).backward()
-    for (name, own), again in zip(one.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(own.grad, again.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_published_configurations_are_those_of_open_clip():
     open_clip = pytest.importorskip("open_clip")
     # OpenCLIP's main branch has NaFlex variants too, whose images keep their shapes
@@ -58,9 +52,11 @@ def test_published_configurations_are_those_of_open_clip():
 
 def test_published_towers_are_those_of_timm():
     timm = pytest.importorskip("timm")
-    configs = {config.timm_model_name: config for config in map(get_model_config, PUBLISHED)}
-    assert len(configs) == 16
-    for name, config in configs.items():
+    published = [get_model_config(name) for name in PUBLISHED]
+    # of towers that differ in the size of their images alone, which the test before this one compares, one is enough
+    configs = {(*dataclasses.astuple(config.vision)[1:], config.image_gelu): config for config in published}
+    for config in configs.values():
+        name = config.timm_model_name
         with torch.device("meta"):
             theirs = timm.create_model(name, num_classes=0, global_pool="map")
             ours = SigLIPTrunk(config)
@@ -153,9 +149,12 @@ def test_patches_are_dropped_in_training():
 
 @pytest.mark.long
 def test_compiled():
-    model = make_model(CONFIGS["mixed"])
+    model, batch = make_model(CONFIGS["bare"]), inputs(CONFIGS["bare"])
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    assert_same_gradients(model, compiled, inputs(CONFIGS["mixed"]))
+    for one in (model, compiled):
+        sigmoid_loss(*one(*batch)).backward()
+    for (name, own), again in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, again.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_bfloat16():
@@ -232,23 +231,22 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("raw", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+@pytest.mark.parametrize(("raw", "message"), WRONG)
 def test_other_configurations_are_refused(raw, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         CLIPConfig.from_dict(raw)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_own_configurations_come_back_and_open_clip_builds_no_other_model(kind):
     config = CONFIGS[kind]
-    assert CLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    raw = config.to_dict()
+    assert CLIPConfig.from_dict(json.loads(json.dumps(raw))) == config
     pytest.importorskip("timm")
     assert not config.is_in_timm
+    del raw["custom_text"]
     with known_to_timm(), pytest.raises(RuntimeError, match="Unknown model"):
-        pytest.importorskip("open_clip").CustomTextCLIP(
-            **{key: value for key, value in config.to_dict().items() if key != "custom_text"}
-        )
+        pytest.importorskip("open_clip").CustomTextCLIP(**raw)
     # the same sizes with the other activation
-    named = get_model_config("ViT-B-16-SigLIP")
-    assert SigLIPConfig(**{**vars(named), "image_gelu": "tanh"}).timm_model_name.endswith("siglip_224_gelu_tanh")
+    other = dataclasses.replace(get_model_config("ViT-B-16-SigLIP"), image_gelu="tanh")
+    assert other.timm_model_name.endswith("siglip_224_gelu_tanh")

@@ -29,7 +29,7 @@ def theirs():
     return pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
 
 
-@hypothesis.settings(max_examples=2000, deadline=None)
+@hypothesis.settings(max_examples=700, deadline=None)
 @hypothesis.given(text=TEXT)
 @hypothesis.example(text="a &amp;amp; b")
 def test_same_ids_as_open_clip(theirs, text):
@@ -60,8 +60,6 @@ def test_lengths():
         tokenize("a cat on a mat", context_length=4, truncate=False)
     with pytest.raises(ValueError, match="context_length must hold at least"):
         Tokenizer(1)
-    with pytest.raises(ValueError, match="context_length must hold at least"):
-        tokenize("a", context_length=1)
 
 
 @pytest.mark.parametrize("bad", [None, 3, b"bytes", ["nested"]])
