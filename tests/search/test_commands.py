@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import tarfile
 from pathlib import Path
 from unittest import mock
@@ -12,7 +11,6 @@ import torch
 
 from clipfast import Embeddings
 from clipfast.cli.main import main
-from clipfast.data import expand_shards, open_shards
 from clipfast.evaluate.encoder import Encoder
 from clipfast.evaluate.zero_shot import TEMPLATES
 from clipfast.io.text import align
@@ -52,18 +50,17 @@ def test_search_by_text_image_and_both(capsys, encoder):
     text = encoder.texts(["a red thing"])[0]
     image = encoder.images(encoder.transform(open_image(picture(3)))[None])[0]
     for words, query, items in (
-        ("--text", text, features),
-        ("--image one.png --text", 0.25 * image + 0.75 * text, features),
-        ("--kind text --text", text, texts),
+        ("", text, features),
+        ("--image one.png --weight 0.25", 0.25 * image + 0.75 * text, features),
+        ("--kind text", text, texts),
     ):
-        weight = ["--weight", "0.25"] * words.startswith("--image")
-        (found,) = results(capsys, "search", "embedded", *words.split(), "a red thing", *weight, "--k", "4")["queries"]
+        arguments = ["search", "embedded", *words.split(), "--text", "a red thing", "--k", "4"]
+        found = results(capsys, *arguments)["queries"][0]["found"]
         scores = unit(items) @ unit(query)
-        best = scores.sort(descending=True).values[:4]
-        assert [one["score"] for one in found["found"]] == pytest.approx(best.tolist(), abs=2e-3)  # float16
-        for one in found["found"]:
-            assert scores[one["place"]] == pytest.approx(one["score"], abs=2e-3)
-            assert one["caption"] == captions[one["place"]].as_py()
+        best = scores.topk(4).values.tolist()
+        assert [one["score"] for one in found] == pytest.approx(best, abs=2e-3)  # float16
+        assert [float(scores[one["place"]]) for one in found] == pytest.approx(best, abs=2e-3)
+        assert [one["caption"] for one in found] == [captions[one["place"]].as_py() for one in found]
 
 
 def test_what_data_say_is_obeyed_by_no_terminal_and_no_spreadsheet(capsys, tmp_path):
@@ -91,8 +88,7 @@ def test_search_with_a_filter_and_queries_of_a_file(capsys, home):
     page = (home / "found.html").read_text()
     assert page.count("<img ") == 4
     assert "width &gt;= 40 or key = 007" in page
-    code, out, _ = run_command(capsys, *arguments, "--table")
-    assert (code, out.count("thing 21")) == (0, 2)
+    assert run_command(capsys, *arguments, "--table")[1].count("thing 21") == 2
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +126,7 @@ def test_dedup(capsys, home):
     assert (home / "groups.html").read_text().count('<span class="mark">kept</span>') == len(kept)
     groups = {row["place"]: row["group"] for row in rows}
     assert groups["3"] == groups["20"]
-    assert found["groups"] == len(set(groups.values()))
-    assert found["dropped"] == len(left_out) > 0
+    assert (found["groups"], found["dropped"]) == (len(set(groups.values())), len(left_out))
     assert all(float(row["similarity"]) >= 0.9999 for row in left_out)
     assert {row["of"] for row in left_out} <= {row["place"] for row in kept}
     places = set(range(24)) - {int(row["place"]) for row in left_out}
@@ -149,9 +144,8 @@ def test_filter(capsys, home):
     assert (found["kept"], found["least_kept"]) == (8, pytest.approx(float(least), abs=1e-6))
     assert (home / "kept.txt").read_text().split() == [f"{place:03}" for place in best]
     check_shards(home / "kept", best, [8])
-    for bound in (least - 1e-5, least + 1e-5):
-        kept = results(capsys, "filter", "embedded", "--min-score", f"{bound:.9f}")["kept"]
-        assert kept == int((scores >= bound).sum())
+    for bound, kept in ((least - 1e-5, 8), (least + 1e-5, 7)):
+        assert results(capsys, "filter", "embedded", "--min-score", f"{bound:.9f}")["kept"] == kept
     assert (home / "scores.png").stat().st_size > 1000
     assert (home / "scores.html").read_text().count("<img ") == 24
 
@@ -175,7 +169,6 @@ def test_shards_of_a_size_that_appear_as_a_whole(capsys, home, monkeypatch):
     monkeypatch.setattr(samples_module, "SHARD_SIZE", 3)
     assert write_shards(home / "small", samples, places) == []
     check_shards(home / "small", places, [3, 3, 1])
-    assert len(open_shards(expand_shards(str(home / "small")))) == 7
     monkeypatch.setattr(samples_module, "_add", mock.Mock(side_effect=OSError("no")))
     assert run_command(capsys, "filter", "embedded", "--top", "0.3", "--write-shards", "broken")[0] == 2
     assert not list(home.glob("*broken*"))
@@ -189,9 +182,8 @@ def test_cluster(capsys, home):
     assert groups[3] == groups[20]
     assert found == results(capsys, "cluster", "embedded", *arguments)
     page = (home / "clusters.html").read_text()
-    for one in found["clusters"]:
-        assert one["name"] in ("even", "odd")
-        assert f"cluster {one['cluster']}: {one['name']} ({one['size']:,} in all)" in page
+    assert all(f"cluster {one['cluster']}: {one['name']} ({one['size']:,} in" in page for one in found["clusters"])
+    assert {one["name"] for one in found["clusters"]} <= {"even", "odd"}
     named = results(capsys, "cluster", "pictures", "--k", "2")["clusters"]  # named by captions
     assert all(one["name"] == one["nearest"][0]["caption"] for one in named)
 
@@ -215,8 +207,8 @@ def test_classify(capsys, encoder, home):
     found = results(capsys, "classify", *arguments, "--html", "classes.html")["pictures"]
     image = encoder.images(encoder.transform(open_image(picture(3)))[None])
     logits = encoder.model.logit_scale.exp() * image @ encoder.classifier(["cat", "dog"], TEMPLATES["simple"])
-    cat, dog = logits[0].softmax(0).tolist()
-    assert found[0]["probabilities"] == pytest.approx({"cat": cat, "dog": dog}, abs=1e-5)
+    expected = dict(zip(("cat", "dog"), logits[0].softmax(0).tolist(), strict=True))
+    assert found[0]["probabilities"] == pytest.approx(expected, abs=1e-5)
     assert all(next(iter(one["probabilities"].values())) >= 0.5 for one in found)  # the best comes first
     assert (home / "classes.html").read_text().count("<img ") == 2
 
@@ -262,15 +254,3 @@ def test_wrong_input(command, capsys, home):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert WRONG[command] in err
     assert sorted(home.iterdir()) == before
-
-
-def test_a_page_of_data_that_have_changed(capsys, home):
-    data = home / "data.tar"
-    before = data.read_bytes()
-    try:
-        data.write_bytes(before + bytes(10240))
-        code, _, err = run_command(capsys, "search", "embedded", "--text", "a", "--html", "changed.html")
-    finally:
-        data.write_bytes(before)
-    assert code == 2
-    assert re.search("changed .* embed it again", err)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.sparse.csgraph import connected_components
 
 from clipfast import Embeddings
 from clipfast.search import similar
@@ -38,46 +39,33 @@ def cosines(x, y):
     return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
-def plain(embeddings, threshold, worth):
-    """Return the groups of more than one item, found by following links from each item, and the kept items.
-
-    Items are visited from the best on, and an item is kept unless it is a near duplicate of a kept one.
-    """
+def near_ones(embeddings, threshold):
+    """Return for each two items whether they are near duplicates, [N, N]."""
     x = embeddings.features.double().numpy()
     near = cosines(x[:, None], x) >= threshold
     for name in ("md5", "sha256"):
         values = np.array(embeddings.metadata.column(name).to_pylist(), dtype=object)
         near |= (values[:, None] == values) & (values != None)  # noqa: E711
-    groups, seen, kept = [], set(), []
-    for place in range(len(x)):
-        group, ahead = set(), [place]
-        while ahead:
-            one = ahead.pop()
-            if one not in group:
-                group.add(one)
-                ahead += np.flatnonzero(near[one]).tolist()
-        if len(group) > 1 and place not in seen:
-            groups.append(sorted(group))
-        seen |= group
-    for place in np.argsort(-worth, kind="stable").tolist():
-        if not near[place, kept].any():
-            kept.append(place)
-    return groups, kept, near
+    return near
 
 
 @pytest.mark.parametrize("keep", ["first", "largest", "best"])
 def test_groups_and_what_is_kept(planted, keep, monkeypatch):
+    """An item is kept unless it is a near duplicate of a better one that is kept; links make the groups."""
     x, texts = planted.features.double().numpy(), planted.text_features.double().numpy()
     width, height = (np.array(planted.metadata.column(name).to_pylist(), dtype=float) for name in ("width", "height"))
     worth = {"first": -np.arange(len(x)), "largest": np.nan_to_num(width) * height, "best": cosines(x, texts)}[keep]
+    rank = np.argsort(-worth.round(12), kind="stable").argsort()
     for threshold in (0.8, 0.97, 1.0):
-        expected, kept, near = plain(planted, threshold, worth.round(12))
-        found = near_duplicates(planted, threshold, keep)
-        assert [sorted([*group.kept, *group.dropped]) for group in found] == expected
-        assert len(expected) > 2
-        for group, members in zip(found, expected, strict=True):
-            assert group.kept == [place for place in kept if place in members]
-            assert group.dropped == [place for place in members if place not in kept]
+        near, found = near_ones(planted, threshold), near_duplicates(planted, threshold, keep)
+        members = connected_components(near, directed=False)[1]
+        linked = [np.flatnonzero(members == one).tolist() for one in dict.fromkeys(members.tolist())]
+        assert [sorted([*group.kept, *group.dropped]) for group in found] == [one for one in linked if len(one) > 1]
+        kept = np.ones(len(x), bool)
+        kept[[place for group in found for place in group.dropped]] = False
+        assert (kept == ~(near & kept & (rank < rank[:, None])).any(1)).all()
+        for group in found:
+            assert (group.kept, group.dropped) == (sorted(group.kept, key=rank.__getitem__), sorted(group.dropped))
             assert near[group.dropped, group.of].all()
             assert set(group.of) <= set(group.kept)
             np.testing.assert_allclose(group.similarity, cosines(x[group.dropped], x[group.of]), rtol=0, atol=1e-12)
@@ -85,10 +73,6 @@ def test_groups_and_what_is_kept(planted, keep, monkeypatch):
             for name, size in (("ROWS", 24), ("COLUMNS", 8), ("RESCORED", 100)):
                 patch.setattr(similar, name, size)
             assert near_duplicates(planted, threshold, keep) == found
-
-
-def test_nothing_has_no_duplicates():
-    assert near_duplicates(Embeddings(torch.zeros(0, 2), {"key": []})) == []
 
 
 def test_a_chain_keeps_what_is_unlike_and_says_the_most_similar():

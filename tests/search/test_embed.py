@@ -28,11 +28,10 @@ from ..small_runs import run_command, sample, write_shard
 from .embedding import TINY, content, make, options
 
 
-@pytest.mark.parametrize(("count", "workers"), [(1, 2), (3, 0)])
-def test_threads_and_workers_change_nothing(whole, faulty, tmp_path, capsys, count, workers):
-    with threads(count):
-        make(capsys, faulty, tmp_path / "e", workers=str(workers))
-        assert torch.get_num_threads() == count
+def test_threads_and_workers_change_nothing(whole, faulty, tmp_path, capsys):
+    with threads(3):
+        make(capsys, faulty, tmp_path / "e", workers="2")
+        assert torch.get_num_threads() == 3
     assert content(tmp_path / "e") == content(whole)
 
 

@@ -1,5 +1,6 @@
 """clipfast embed takes the samples of each kind of source that it should, with their metadata."""
 
+import csv
 import json
 import os
 import re
@@ -30,27 +31,21 @@ def test_features_are_those_of_a_plain_loop(whole, faulty, tmp_path, capsys):
     usable = [one for number in range(len(samples)) if not isinstance(one := samples.read(number), Skipped)]
     images = torch.cat([encoder.images(encoder.transform(one.image)[None]) for one in usable])
     texts = encoder.texts([one.caption for one in usable])
+    torch.testing.assert_close((found.features, found.text_features), (images, texts), rtol=0, atol=1e-6)
     half = Embeddings.open(whole)  # the default
-    for exact, expected, rounded in (
-        (found.features, images, half.features),
-        (found.text_features, texts, half.text_features),
-    ):
-        torch.testing.assert_close(exact, expected, rtol=0, atol=1e-6)
-        assert torch.equal(rounded, exact.half())
+    assert torch.equal(half.features, found.features.half())
+    assert torch.equal(half.text_features, found.text_features.half())
     bad = sorted({*PLACES} - {PLACES[7], PLACES[8]})  # a pair is usable without a json
     rows = found.metadata.to_pylist()
     assert [row["number"] for row in rows] == sorted({*range(217)}.difference(bad))
-    assert [row["caption"] for row in rows[:2]] == ["a red thing 0", "a green thing 1"]
     assert rows[-1]["image_path"] == f"{faulty}/b.tar/016.png"
-    assert rows[3].items() >= {"key": "003", "width": 24, "height": 24}.items()
-    assert (rows[1]["category"], json.loads(rows[1]["keywords"])) == ("odd", ["green", "noise"])
-    assert found.about["digest"] == encoder.digest
-    head, *lines = (line.split("\t") for line in (tmp_path / "e/skipped.tsv").read_text().splitlines())
-    assert head == ["number", "name", "kind", "reason"]
-    assert [int(line[0]) for line in lines] == bad
-    assert {line[2] for line in lines} >= {"broken image", "empty image", "huge image", "no caption"}
+    expected = {"key": "001", "caption": "a green thing 1", "width": 24, "height": 24, "category": "odd"}
+    assert rows[1].items() >= expected.items()
+    assert json.loads(rows[1]["keywords"]) == ["green", "noise"]
+    lines = list(csv.DictReader((tmp_path / "e/skipped.tsv").open(), delimiter="\t"))
+    assert [int(line["number"]) for line in lines] == bad
+    assert {line["kind"] for line in lines} >= {"broken image", "empty image", "huge image", "no caption"}
     assert "210 samples, 7 left out" in said
-    assert "left out a.tar/007: image cannot be decoded" in said
 
 
 def photos(folder: Path, *names: str) -> Path:
@@ -71,9 +66,7 @@ def test_a_folder_of_pictures_needs_nothing_else(faulty, tmp_path, capsys):
     found, said = make(capsys, faulty, tmp_path / "e", data=folder)
     table = found.metadata.to_pydict()
     assert {str(Path(path).relative_to(folder)) for path in table["image_path"]} == {*names, "caf?.png"}
-    assert found.text_features is None
-    assert table["caption"] == [None] * 5
-    assert "1 left out" in said
+    assert (found.text_features, table["caption"]) == (None, [None] * 5)
     assert "2024/broken: not an image" in said
     assert said.count("2 heic") == said.count("1 pdf") == 1
     of_items = Samples.of(found.about)
@@ -125,13 +118,15 @@ def test_rows_and_tables(faulty, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("filepath,title,stars\n" + "".join(f"{n}.png,thing {n},{n}\n" for n in range(4)))
     rows = {"jpg": images, "txt": [f"thing {n}" for n in range(4)], "stars": [0, 1, 2, 3]}
     parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
-    csv, rows = (make(capsys, faulty, tmp_path / kind, data=tmp_path / f"t.{kind}")[0] for kind in ("csv", "parquet"))
-    assert torch.equal(csv.features, rows.features)
-    assert torch.equal(csv.text_features, rows.text_features)
-    assert csv.metadata.column("image_path").to_pylist() == [f"{tmp_path}/{name}" for name in names]
-    assert csv.metadata.column("stars").to_pylist() == ["0", "1", "2", "3"]
-    assert rows.metadata.column("stars").to_pylist() == [0, 1, 2, 3]
-    assert rows.metadata.column("image_path")[1].as_py() == f"{tmp_path}/t.parquet/000000001.jpg"
+    table, rows = (make(capsys, faulty, tmp_path / kind, data=tmp_path / f"t.{kind}")[0] for kind in ("csv", "parquet"))
+    assert torch.equal(table.features, rows.features)
+    assert torch.equal(table.text_features, rows.text_features)
+    for found, paths, stars in (
+        (table, [f"{tmp_path}/{name}" for name in names], ["0", "1", "2", "3"]),
+        (rows, [f"{tmp_path}/t.parquet/{number:09}.jpg" for number in range(4)], [0, 1, 2, 3]),
+    ):
+        assert found.metadata.column("image_path").to_pylist() == paths
+        assert found.metadata.column("stars").to_pylist() == stars
     chosen, _ = make(capsys, faulty, tmp_path / "none", data=tmp_path / "t.parquet", metadata=True)
     assert set(chosen.metadata.column_names) == {*samples_module.OWN}
 
@@ -173,5 +168,5 @@ def test_a_model_of_open_clip_gives_the_same(whole, faulty, tmp_path, capsys):
     pytest.importorskip("open_clip")
     ours = Embeddings.open(whole)
     theirs, _ = make(capsys, faulty, tmp_path / "e", model=f"open_clip:local-dir:{faulty}/model")
-    torch.testing.assert_close(theirs.features, ours.features, rtol=0, atol=2e-3)
-    torch.testing.assert_close(theirs.text_features, ours.text_features, rtol=0, atol=2e-3)
+    both = ((one.features, one.text_features) for one in (theirs, ours))
+    torch.testing.assert_close(*both, rtol=0, atol=2e-3)
