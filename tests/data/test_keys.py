@@ -5,16 +5,21 @@ import random
 import re
 import shlex
 from collections import Counter
+from dataclasses import fields
 
 import pytest
+import torch
 
+from clipfast import create_model, export_open_clip
+from clipfast.cli import main as cli
 from clipfast.data import Keys, caption, expand_shards, open_shards, read_keys, read_separator
 from clipfast.data.samples import image_bytes
 from clipfast.models.images import SampleError
+from clipfast.models.tokenizer import Tokenizer
 from clipfast.train import TrainConfig
-from clipfast.train.data import validation_set
+from clipfast.train.data import TrainingData, validation_set
 
-from ..small_runs import TINY, cases, picture, run_command, sample, write_shard
+from ..small_runs import cases, picture, run_command, sample, write_shard
 
 FIVE = [f"caption {number}" for number in range(5)]
 
@@ -152,44 +157,39 @@ def test_the_look_at_every_pair_that_is_suggested_reads_the_same_columns(capsys,
     assert re.search("ok +every pair", run_command(capsys, *suggested[1:])[1])
 
 
-@pytest.mark.long
 def test_flags_reach_training_evaluation_and_the_index(capsys, tmp_path, monkeypatch):
-    def run(words):
-        code, out, err = run_command(capsys, *words.split())
-        assert code == 0, err
-        return out
+    model = create_model("ViT-T-8-32")
 
-    def losses(flags):
-        """Train two steps and return their losses."""
-        name = str(len(list(tmp_path.iterdir())))
-        options = "--batch-size 8 --epochs 1 --workers 0 --warmup 1 --log-every-n-steps 1"
-        run(f"train --model {TINY} --logs . --name {name} {options} {flags}")
-        metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in metrics if "loss" in line]
+    def first_batch(flags):
+        words = f"train --batch-size 8 --epochs 1 --workers 0 --train-data {flags}".split()
+        given = vars(cli._parser("train").parse_args(words))
+        config = TrainConfig(**{field.name: given[field.name] for field in fields(TrainConfig) if field.name in given})
+        return next(TrainingData(config).batches(0, model, Tokenizer(16), pin_memory=False))
 
     monkeypatch.chdir(tmp_path)
     plain = [sample(index) for index in range(16)]
-    named = [packed(view=one["png"], json={"alt": one["txt"].decode(), "kind": "x"}) for one in plain]
     write_shard(tmp_path / "plain.tar", plain)
-    write_shard(tmp_path / "named.tar", named)
+    write_shard(tmp_path / "named.tar", [packed(view=one["png"], json={"alt": one["txt"].decode()}) for one in plain])
     rows = "".join(f"{index:02}.png;{one['txt'].decode()};,\n" for index, one in enumerate(plain))
     (tmp_path / "t.csv").write_text("view;alt;a,b,c,d\n" + rows)
     for index, one in enumerate(plain):
         (tmp_path / f"{index:02}.png").write_bytes(one["png"])
-    first = len(list(tmp_path.iterdir()))  # number of files so far; the runs are named by it
-    expected = losses("--train-data plain.tar")
-    assert len(expected) == 2
-    keys = "--image-key view --text-key alt"
-    for flags in (
-        f"--train-data named.tar {keys} --val-data named.tar",
-        "--train-data t.csv --csv-img-key view --csv-caption-key alt --csv-separator ; --val-data t.csv",
-    ):
-        assert losses(flags) == expected, flags
-    unique = losses("--train-data plain.tar --unique-by caption")
-    assert losses(f"--train-data named.tar {keys} --unique-by caption") == unique
-    assert "different  16" in run("index t.csv --text-key alt --csv-separator ; --unique-by caption")
-    out = run(f"eval zeroshot --model local-dir:{tmp_path}/{first} --data t.csv {keys} --csv-separator ;")
-    assert json.loads(out)["images"] == 16
+    for unique in ("", " --unique-by caption"):
+        expected = first_batch(f"plain.tar{unique}")
+        for flags in (
+            "named.tar --image-key view --text-key alt",
+            "t.csv --csv-img-key view --csv-caption-key alt --csv-separator ;",
+        ):
+            found = first_batch(flags + unique)
+            assert torch.equal(found.images, expected.images), flags
+            assert torch.equal(found.texts, expected.texts), flags
+    export_open_clip(model, tmp_path / "model")
+    named = ["--text-key", "alt", "--csv-separator", ";"]
+    code, out, _ = run_command(capsys, "index", "t.csv", *named, "--unique-by", "caption")
+    assert (code, "different  16" in out) == (0, True)
+    options = ["--model", f"local-dir:{tmp_path}/model", "--data", "t.csv", "--image-key", "view"]
+    code, out, _ = run_command(capsys, "eval", "zeroshot", *options, *named)
+    assert (code, json.loads(out)["images"]) == (0, 16)
 
 
 def test_validation_data_may_have_the_usual_names(tmp_path):
