@@ -11,7 +11,7 @@ import pytest
 from clipfast.checkpoints.of_run import read_saved
 from clipfast.checkpoints.sharded import write_parts
 from clipfast.distributed.world import ALONE
-from clipfast.evaluate import pictures, watch
+from clipfast.evaluate import watch
 from clipfast.evaluate.labelled import LabelledSet
 from clipfast.evaluate.watch import Evaluator, Watch
 from clipfast.runs.folder import RunFolder, read_lines
@@ -192,6 +192,9 @@ def test_wrong_input(words, message, whole, shards, capsys):
 
 
 def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from clipfast.evaluate import pictures
+
     root, plot = tmp_path / "root", tmp_path / "p.png"
     for name in ("vtab-cifar10", "vtab-dtd"):
         write_set(root / f"wds_{name}", images=12, shards=1, draw=coded)
