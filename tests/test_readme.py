@@ -1,6 +1,8 @@
 """Every snippet and every command of the README and of docs/ runs; the links between these pages lead somewhere."""
 
+import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -14,6 +16,8 @@ from PIL import Image
 from clipfast.cli import main as cli
 from clipfast.cli.main import main
 from clipfast.kernels.spec import specs
+
+from .small_runs import TINY, sample, write_shard
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -42,18 +46,27 @@ def commands_in(text, language="sh"):
 
 
 COMMANDS = commands_in(TEXT + "".join(page.read_text() for page in PAGES))
-# Two steps instead of a thousand, one plan instead of three, and one compiled function instead of several, by what says
-# how many there are.
+OURS = [arguments for program, *arguments in COMMANDS if program == "clipfast"]
+# The first of these commands trains a model, and the others go on with it; every other command stands alone.
+CHAIN = ("train", "eval", "embed", "search", "convert", "inspect-checkpoint")
+# Two steps instead of a thousand, one plan and one op instead of several, small sizes, and no process that measures
+# memory, by the word that says how many there are.
 SHORT = {
-    "--recipe": ["--epochs", "1", "--train-num-samples", "64", "--batch-size", "32"],
-    "--samples-seen": ["--samples-seen", "64", "--batch-size", "32"],
-    "--fit": ["--checkpointing", "none"],
-    "--smoke": ["--only", "clipfast", "PyTorch compiled"],
+    "--recipe": "--epochs 1 --train-num-samples 16 --batch-size 8 "
+    "--train-data bundled:x --val-data bundled:x --val-leave-out odd",
+    "--samples-seen": "--samples-seen 64 --batch-size 32",
+    "--fit": "--checkpointing none",
+    "--pairs": "--pairs 256 --gpus 2",
+    "--arch": "--jobs 1 --case 'attention N17 D32 bf16'",
+    "--smoke": "--only clipfast --no-memory",
+    "verify": "--op bias_quick_gelu",
 }
 
 
-def shortened(arguments):
-    return [*arguments, *next((options for flag, options in SHORT.items() if flag in arguments), [])]
+def shortened(arguments, data):
+    """Return a command with options that shorten it, and with a few pictures in place of the bundled ones."""
+    more = next((shlex.split(options) for word, options in SHORT.items() if word in arguments), [])
+    return [data if word.startswith("bundled:") else word for word in [*arguments, *more]]
 
 
 @pytest.fixture(scope="module")
@@ -69,38 +82,53 @@ def folder_of(tmp_path_factory):
     shutil.rmtree(root)
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A shard of a few pairs."""
+    return str(write_shard(tmp_path_factory.mktemp("pairs") / "a.tar", [sample(index) for index in range(24)]))
+
+
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
-def test_snippet(page, snippet, folder_of, monkeypatch):
+def test_snippet(page, snippet, folder_of, monkeypatch, open_clip_registry):
+    """The models named ViT-B-32 are smaller ones: what a reader sees of them does not depend on their size."""
     monkeypatch.chdir(folder_of(page))
+    factory = pytest.importorskip("open_clip.factory")
+    factory._MODEL_CONFIGS["ViT-B-32"] = json.loads(Path(TINY).read_text())
+    if page == "library":
+        snippet = snippet.replace("ViT-B-32", "ViT-T-8-32")
     exec(compile(snippet, "snippet", "exec"), {})
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
-    assert {command[0] for command in COMMANDS} == {"make", "clipfast", "pip", "python", "pytest"}
+def test_commands_on_one_model(tmp_path, monkeypatch, capsys, pairs):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for name in ("red", "green", "blue"):
         Image.new("RGB", (40, 30), name).save(tmp_path / "photos" / f"{name}.png")
-    for program, *arguments in COMMANDS:
-        if program == "clipfast" and arguments[0] != "verify":
-            assert main(shortened(arguments)) == 0, capsys.readouterr().err
+    for arguments in OURS:
+        if arguments[0] in CHAIN:
+            assert main(shortened(arguments, pairs)) == 0, capsys.readouterr().err
     assert (tmp_path / "found.html").exists()
 
 
-def test_verify_command():
-    """Its legs have tests of their own, and take a minute: here, the command as it is written, for one op."""
-    (command,) = [arguments for program, *arguments in COMMANDS if program == "clipfast" and arguments[0] == "verify"]
-    assert main([*command, "--op", "patch_embed"]) == 0
+@pytest.mark.parametrize("arguments", [each for each in OURS if each[0] not in CHAIN], ids=" ".join)
+def test_command(arguments, tmp_path, monkeypatch, capsys, pairs):
+    monkeypatch.chdir(tmp_path)
+    assert main(shortened(arguments, pairs)) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", ["python", "pytest"])
-def test_commands_in_the_checkout(program):
-    commands = [arguments for name, *arguments in COMMANDS if name == program]
-    start = {"python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}[program]
-    assert commands
-    for arguments in commands:
-        done = subprocess.run([*start, *shortened(arguments)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_commands_in_the_checkout(tmp_path, monkeypatch):
+    assert {program for program, *_ in COMMANDS} == {"make", "clipfast", "pip", "python", "pytest"}
+    monkeypatch.chdir(tmp_path)
+    for program, *arguments in COMMANDS:
+        if program == "python":
+            monkeypatch.setattr(sys, "argv", shortened(arguments, ""))
+            assert sys.argv.pop(0) == "-m"
+            with pytest.raises(SystemExit, match=r"^0$"):
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        if program == "pytest":
+            command = [sys.executable, "-m", "pytest", "--benchmark-disable", *arguments]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_make_targets():
