@@ -102,13 +102,6 @@ def test_no_two_of_a_kind_in_a_batch(kinds, batch_size, window):
     check_stretches(unique, whole)
 
 
-def test_too_few_kinds_for_a_batch():
-    alike = np.arange(1000, dtype=np.uint64) % np.uint64(63)
-    unique = Unique(Mix([Order([1000], 1)], [1], 1), [alike], 64)
-    with pytest.raises(ValueError, match="cannot fill 15 batches of 64 with different samples: only 945 were found"):
-        unique(0, 1)
-
-
 def test_what_an_order_remembers_does_not_grow():
     order = Order([1000] * 500, 1, window=1 << 12)
     order(0, 10)

@@ -226,14 +226,13 @@ def test_other_commands(tmp_path, capsys):
 
 @pytest.mark.long
 def test_shapes_are_learned(tmp_path, one_thread):
-    options = {"batch_size": 64, "samples_seen": 64 * 150, "lr": 4e-3, "warmup": 20, "workers": 0, "save_frequency": 0}
+    options = {"batch_size": 64, "samples_seen": 64 * 60, "lr": 6e-3, "warmup": 10, "workers": 0, "save_frequency": 0}
     folder, _ = train(
         TrainConfig(train_data="synthetic:65536", val_data="synthetic:128@1", model=TINY, logs=str(tmp_path), **options)
     )
     results = json.loads((folder.path / "results.json").read_text())
     assert results["classes"] > 120
-    assert results["zero_shot"]["top1"] > 0.1  # chance is 0.008
-    assert results["zero_shot"]["top5"] > 0.4
+    assert results["zero_shot"]["top5"] > 0.25  # chance is 0.04
 
 
 def combination(scene):
