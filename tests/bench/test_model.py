@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from clipfast.bench.inspection import forecast, model, offline, sass
+from clipfast.bench.inspection.model import paths
 from clipfast.bench.inspection.model.arguments import bank
 from clipfast.bench.inspection.model.arithmetic import execute, signed
 from clipfast.bench.inspection.model.machine import H100
@@ -169,7 +170,8 @@ def test_loops_branches_and_calls_are_followed():
     assert (path.length, path.guesses) == (4, 0)
 
 
-def test_what_is_not_known_is_a_guess_and_what_cannot_be_followed_an_error():
+def test_what_is_not_known_is_a_guess_and_what_cannot_be_followed_an_error(monkeypatch):
+    monkeypatch.setattr(paths, "MOST_STEPS", 1000)
     path = follow("LDS R0, [R1]", "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 BRA 0x0", "@P0 EXIT", "EXIT")
     assert (path.guesses, path.length) == (2, 5)
     for lines in (["BRX R4 -0x10"], ["BRA 0x8880"], ["RET.REL.NODEC R4 0x0"], ["NOP", "BRA 0x0"]):

@@ -53,18 +53,6 @@ def test_errors_are_logarithms_of_what_the_newest_triton_says():
     assert found == {"points": 2, "bias": 0.0, **dict.fromkeys(("median", "p90", "worst"), round(math.log(2.0), 3))}
 
 
-def test_panels_are_read_once_by_a_wave_and_again_when_they_have_left_l2():
-    waves = [[(0, 0), (1, 0)], [(0, 1), (1, 1)]]
-    assert kernels.panel_bytes(waves, a_panel=10e6, b_panel=5e6) == 2 * 10e6 + 2 * 5e6
-    assert kernels.panel_bytes(waves, a_panel=30e6, b_panel=5e6) == 2 * 30e6 + 5e6 + 2 * 30e6 + 5e6 - 30e6
-
-
-@pytest.mark.parametrize("order", [kernels.row_major(5, 7, 4), kernels.grouped(5, 7, 4, 2)])
-def test_waves_have_every_tile_once(order):
-    tiles = [tile for wave in order for tile in wave]
-    assert sorted(tiles) == [(row, column) for row in range(5) for column in range(7)]
-
-
 def test_sources_are_pinned_and_refused_when_they_differ(tmp_path, capsys):
     assert main(["--sources", str(tmp_path), "--fetch"]) == 0
     printed = capsys.readouterr().out
