@@ -69,13 +69,15 @@ def problem(*shape, device, dtype=torch.float32, **options):
 
 
 def cases_by_family():
-    """Return the cases of both attention ops that are small enough to be interpreted with each family of kernels."""
+    """Return the cases of both attention ops that are small enough to be interpreted, with the kernels of whole heads.
+
+    In float32 the tables choose the looped kernels, so test_cases.py covers these.
+    """
     for spec in (specs()["attention"], specs()["attention_qkv"]):
         for number, case in enumerate(spec.cases):
             if INTERPRETER in case.legs and case.check != DETERMINISM:
                 marks = [pytest.mark.slow] if case.shape.elements > 2**16 else []
-                # In float32, the tables choose the looped kernels, so test_cases.py covers these.
-                for kernels in FAMILIES:
+                for kernels in ("short", "unrolled"):
                     label = f"{spec.name}-{number} {case.name}-{kernels}"
                     yield pytest.param(spec, case, kernels, id=label, marks=marks)
 
@@ -95,19 +97,18 @@ def hold_one_head(length, head_dim, causal, dtype):
 
 @either_mask
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)])
-@each_size(RUN, lambda n, d: n in QUICK_LENGTHS and (d == 64 or n in (50, 77)))
+@each_size(RUN, lambda n, d: n in QUICK_LENGTHS and (d == 64 or n == 50))
 def test_every_length(length, head_dim, causal, dtype, kernels, device):
     hold_one_head(length, head_dim, causal, dtype)
 
 
 @needs_sanitizer
 class TestSanitized:
-    @either_mask
     @each_size(FAMILIES, lambda n, d: (n, d) in {(50, 88), (77, 64)})
-    def test_each_family(self, length, head_dim, causal, kernels, sanitizer):
-        hold_one_head(length, head_dim, causal, "bfloat16")
+    def test_each_family(self, length, head_dim, kernels, sanitizer):
+        hold_one_head(length, head_dim, length % 2 == 1, "bfloat16")  # odd lengths are causal
 
-    @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (2, 300, 1, 80, False)], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (1, 300, 1, 80, False)], ids=str)
     def test_blocks_through_descriptors(self, shape, sanitizer, monkeypatch):
         monkeypatch.setattr(launch, "CPU_ARCH", 90)
         monkeypatch.setattr(launches, "_is_held", lambda arch, dtype: False)  # ttsem has no inline assembly
@@ -137,8 +138,9 @@ def test_scale(device, kernels):
     compare(*problem(2, 50, 2, 16, device=device, scale=0.01))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 50, 2, 24, False), (2, 77, 1, 80, True)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 50, 2, 24, False), DTYPES[-1]), ((2, 77, 1, 80, True), torch.float32)], ids=str
+)
 @by_each_family
 def test_gradient_of_the_bias(shape, dtype, device, kernels):
     call = problem(*shape, dtype=dtype, device=device)

@@ -7,7 +7,7 @@ import pytest
 
 from clipfast.kernels import launch
 from clipfast.kernels.contrastive import launches as contrastive_launches
-from clipfast.kernels.spec import CUDA, DETERMINISM, Case, OpSpec, specs
+from clipfast.kernels.spec import CUDA, DETERMINISM, EXPANDED, EXTREME, Case, OpSpec, specs
 from clipfast.verify.ops import TORCH_DTYPES, verify_case
 from clipfast.verify.report import FAIL
 
@@ -18,18 +18,34 @@ VERIFY_LEG = CUDA if LEG == "gpu" else LEG
 NAMES = [name for name, dtype in TORCH_DTYPES.items() if dtype in DTYPES]
 # The tests check a case on a CPU if the reference's largest tensor has at most this many elements. "clipfast verify"
 # checks larger cases too.
-MOST_ELEMENTS = 2**14 if INTERPRET else 2**20
+MOST_ELEMENTS = 2**13 if INTERPRET else 2**20
 
 
-def cases(dtypes: Sequence[str], wanted: Callable[[Case], bool]) -> list[object]:
+def is_slow(case: Case, dtype: str) -> bool:
+    """Return whether only ``--slow`` checks a case on the leg of this process.
+
+    The interpreter would take minutes for all. Every run leaves out what other tests hold: the cases that the sanitizer
+    and ``test_case_of_several_tiles`` run, layouts (``test_offsets_beyond_32_bits`` gives each input strides of its
+    own), and float16 but for extreme values, since ``test_case_of_several_tiles`` has that dtype.
+    """
+    if not INTERPRET:
+        return case.shape.elements > MOST_ELEMENTS
+    if case.quick:
+        return dtype == "float16" and case.check != EXTREME
+    is_covered = case.sanitize or case.layout not in ("", EXPANDED)
+    return dtype == "float16" or is_covered or case.shape.elements > MOST_ELEMENTS
+
+
+def cases(
+    dtypes: Sequence[str], wanted: Callable[[Case], bool], slow: Callable[[Case, str], bool] = is_slow
+) -> list[object]:
     """Return the cases for which ``wanted`` is true, each with each dtype, as parameters of a test."""
     found = []
     for spec in specs().values():
         for number, case in enumerate(spec.cases):
-            is_slow = case.shape.elements > MOST_ELEMENTS and not (INTERPRET and case.quick)
-            marks = [pytest.mark.long] * (not case.quick) + [pytest.mark.slow] * is_slow
             for dtype in dtypes if wanted(case) else ():
                 if VERIFY_LEG != "cpu" or dtype not in case.slow:
+                    marks = [pytest.mark.long] * (not case.quick) + [pytest.mark.slow] * slow(case, dtype)
                     label = f"{spec.name}-{number} {case.name}-{dtype}"
                     found.append(pytest.param(spec, case, dtype, id=label, marks=marks))
     return found
@@ -46,14 +62,18 @@ def hold(spec: OpSpec, case: Case, dtype: str, *, draws: int | None = None) -> N
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases(NAMES, lambda case: VERIFY_LEG in case.legs))
 def test_case(spec, case, dtype, device, request):
-    if INTERPRET and dtype == "float16" and not (case.quick or request.config.getoption("--slow")):
-        pytest.skip("the interpreter takes minutes, and float32 says enough")
     if case.check == DETERMINISM:
         request.getfixturevalue("two_threads")  # with several threads, sums could be added in any order
     hold(spec, case, dtype)
 
 
-@pytest.mark.parametrize(("spec", "case", "dtype"), cases(["float32", "float16"], lambda case: case.sanitize))
+def of_several_tiles(*dtypes: str) -> pytest.MarkDecorator:
+    """Parametrise over the cases that become several small tiles; only ``--slow`` checks them in float32."""
+    found = cases(dtypes, lambda case: case.sanitize, lambda case, dtype: dtype == "float32")
+    return pytest.mark.parametrize(("spec", "case", "dtype"), found)
+
+
+@of_several_tiles("float32", "float16")
 def test_case_of_several_tiles(spec, case, dtype, interpreted, monkeypatch):
     if dtype == "float16":
         # sm_90 loads 16-bit tiles through tensor descriptors; on few multiprocessors, a program takes several tiles
@@ -73,16 +93,10 @@ def test_specification_is_whole(spec):
 
 
 @needs_sanitizer
-@pytest.mark.parametrize(
-    ("spec", "case", "dtype"),
-    [
-        pytest.param(*one.values, id=one.id, marks=[*one.marks, *[pytest.mark.slow] * (one.values[2] == "float32")])
-        for one in cases(["bfloat16", "float32"], lambda case: case.sanitize)
-    ],
-)
 class TestSanitized:
     """Run the kernels under ttsem, which executes Triton's IR on the CPU and checks bounds, races and bfloat16."""
 
+    @of_several_tiles("bfloat16", "float32")
     def test_case(self, spec, case, dtype, sanitizer):
         with spec.small_tiles(TORCH_DTYPES[dtype]):
             hold(spec, case, dtype, draws=1)

@@ -114,6 +114,7 @@ def test_snapshot_leaves_out_what_another_architecture_stands_for():
     assert shipped.loads(text) == held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "other"), STOOD_FOR.items())
 @pytest.mark.parametrize("case", ["attention N197 D64 bf16", "patch_embed P14 bytes bf16"])
 def test_an_architecture_that_another_stands_for_has_the_same_code(case, arch, other):
