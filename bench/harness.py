@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipfast.train.graphs import Captures
 from clipfast.verify.context import exact_float32
 
 from .case import Candidate, Case, Inputs, MissingError, call, observe, short
-from .graphs import Graphs
+from .graphs import replays
 from .machine import cache_bytes, elapsed, free_bytes, synchronize, telemetry
 
 # The largest relative error (norm of the difference over norm of the reference, which is computed in float32) with
@@ -96,7 +97,7 @@ def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
     running: dict[Timing, _Runner] = {}
     with _refusing(*chosen):
         sets = _input_sets(case)
-        graphs = Graphs(case.device) if case.graph and case.device.type == "cuda" else None
+        graphs = Captures(case.device) if case.graph and case.device.type == "cuda" else None
         for timing in chosen:
             with _refusing(timing):
                 running[timing] = _Runner(case, timing, sets, graphs)
@@ -200,7 +201,7 @@ def _differences(case: Case, errors: dict[str, float]) -> Iterator[str]:
 class _Runner:
     """A candidate that has been warmed up, and from which samples are taken one after another."""
 
-    def __init__(self, case: Case, timing: Timing, sets: list[Inputs], graphs: Graphs | None) -> None:
+    def __init__(self, case: Case, timing: Timing, sets: list[Inputs], graphs: Captures | None) -> None:
         self.device, self._clock = case.device, case.clock
         calls = [functools.partial(call, case, timing.candidate, timing.function, inputs) for inputs in sets]
         self._turns: Iterator[Callable[[], object]] = itertools.cycle(calls)
@@ -209,7 +210,7 @@ class _Runner:
         self._warm_up(0.2 if self.device.type == "cuda" else 0.0)
         if graphs is not None:
             try:
-                self._turns = itertools.cycle(graphs.capture(calls))
+                self._turns = itertools.cycle(replays(graphs, calls))
                 timing.timer = "cuda graph, cuda events"
             except Exception as error:
                 # The candidate is timed without a graph, and the table says that the host's time is included.

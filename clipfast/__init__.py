@@ -45,6 +45,7 @@ _NAMES = {
     ),
     "adopt.routes": ("report_kernels",),
     "search.embeddings": ("Embeddings",),
+    "train.graphs": ("graphed",),
     "losses.siglip_loss": ("SigLipLoss",),
     "models.tokenizer": ("Tokenizer", "tokenize"),
 }  # fmt: skip

@@ -47,6 +47,7 @@ from .models.file_tokenizer import FileTokenizer
 from .models.images import ImageError, open_image
 from .models.tokenizer import Tokenizer, tokenize
 from .search.embeddings import Embeddings
+from .train.graphs import graphed
 
 __all__ = [
     "CLIP",
@@ -85,6 +86,7 @@ __all__ = [
     "get_model_config",
     "get_pretrained_cfg",
     "get_tokenizer",
+    "graphed",
     "hf_collator",
     "image_transform",
     "info_nce_loss",

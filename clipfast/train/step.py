@@ -14,10 +14,9 @@ from ..distributed.world import ALONE, World
 from ..losses.accumulation import accumulate_gradients, largest_micro_batch
 from ..models import CLIP
 from .fsdp import exchange_scalars
+from .graphs import graphed
 from .guard import Guard, GuardedLoss
 from .logs import log
-
-WARMUP_STEPS = 3  # steps before the capture of the graph, in which one-time allocations and compilations happen
 
 
 class Upload:
@@ -187,56 +186,10 @@ def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
         torch.manual_seed(int(random_words(1, seed, rank)[0]) >> 1)
 
 
-class GraphedStep:
-    """A training step as one CUDA graph: the host starts one graph in place of a thousand kernels.
+def graphed_step(step: Callable[[Tensor, Tensor], Tensor], context_length: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``step`` as one CUDA graph. Texts are padded to ``context_length``, so that batches have the same shape.
 
-    The first calls run the step directly. Then the step is captured, and replayed for every batch of the same size. A
-    smaller batch, from which some pairs are missing since they could not be decoded, runs directly.
-
-    Args:
-        step: the function that takes a step. Everything that changes from call to call must be a tensor, including
-            learning rates.
-        context_length: number of tokens to which texts are padded, so that every batch has the same shape.
+    A smaller batch, from which some pairs are missing since they could not be decoded, runs without the graph.
     """
-
-    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], context_length: int) -> None:
-        self.step, self.context_length = step, context_length
-        self._calls = 0
-        self._stream: torch.cuda.Stream | None = None
-        self._inputs: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Take a training step, and return the loss of its batch before the update, a scalar without a graph."""
-        texts = F.pad(texts, (0, self.context_length - texts.shape[1]))
-        if self._inputs is None and self._calls < WARMUP_STEPS:
-            self._calls += 1
-            return self._beside(images, texts)
-        if self._inputs is None:
-            self._inputs = images.clone(), texts.clone()
-            self._replay, self._loss = self._capture(*self._inputs)
-        if images.shape != self._inputs[0].shape:
-            return self.step(images, texts)
-        for static, new in zip(self._inputs, (images, texts), strict=True):
-            static.copy_(new)
-        self._replay()
-        return self._loss.clone()
-
-    def _beside(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Run the step on a side stream, like the later capture, which the default stream does not allow."""
-        self._stream = self._stream or torch.cuda.Stream(images.device)
-        current = torch.cuda.current_stream(images.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            loss = self.step(images, texts)
-        current.wait_stream(self._stream)
-        return loss
-
-    def _capture(self, images: Tensor, texts: Tensor) -> tuple[Callable[[], None], Tensor]:
-        """Capture the step on static inputs; return a function that replays it, and the tensor that holds its loss."""
-        # Without a device and a stream, PyTorch captures on the current GPU, which may not be the GPU of the batch. The
-        # capture forbids certain CUDA calls in this thread only, since the data loader's thread pins memory meanwhile.
-        with torch.cuda.device(images.device):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                loss = self.step(images, texts)
-        return graph.replay, loss
+    replayed = graphed(step, max_graphs=1)
+    return lambda images, texts: replayed(images, F.pad(texts, (0, context_length - texts.shape[1])))

@@ -33,7 +33,7 @@ from .option_checks import AUTO, source_command
 from .schedule import schedule_of, set_lr
 from .spikes import SENSIBLE, Signs, guessing
 from .state import Progress, RunState
-from .step import GraphedStep, TrainingStep, Upload, seed_step
+from .step import TrainingStep, Upload, graphed_step, seed_step
 from .train_config import TrainConfig
 from .validation import Validation
 
@@ -82,7 +82,7 @@ class Trainer:
             world if self._is_sharded else None,
         )  # fmt: skip
         self.upload = Upload(self.device)
-        self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
+        self._take_step = graphed_step(self.step, self.model.context_length) if config.cuda_graphs else self.step
         meters = Meters(self.device, parallel, config.log_metric_every_n_steps or config.log_every_n_steps)
         self.about_mfu = meters.count_flops(
             lambda: bare_model(config, saved, torch.device("meta")), whole, world.size,

@@ -122,7 +122,7 @@ def test_what_gets_no_memory_figure_or_no_graph_is_timed_and_says_so(monkeypatch
     assert (entry["peak_bytes"], entry["peak_refused"]) == (None, "OutOfMemoryError: CUDA out of memory")
     assert "no memory figure: clipfast: OutOfMemoryError" in tables.case_table(found)
 
-    graphs = mock.Mock(**{"capture.side_effect": RuntimeError("called a synchronizing CUDA operation")})
+    graphs = mock.Mock(**{"beside.side_effect": RuntimeError("called a synchronizing CUDA operation")})
     built = case((Candidate(OURS, lambda: double),))
     timing = harness.Timing(built.ours, function=double)
     runner = harness._Runner(built, timing, [built.inputs()], graphs)

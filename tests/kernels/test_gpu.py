@@ -9,7 +9,7 @@ from clipfast import create_model
 from clipfast.kernels import contrastive_loss
 from clipfast.train.optim import adamw
 from clipfast.train.schedule import set_lr
-from clipfast.train.step import GraphedStep, TrainingStep
+from clipfast.train.step import TrainingStep, graphed_step
 
 from .conftest import call_of, each_call, each_gradient, leaves_of
 
@@ -81,7 +81,7 @@ def test_a_training_step_as_one_graph(gpu):
         optimizer = adamw(model, 1e-3, (0.9, 0.98), 1e-6, 0.2, capturable=graphed)
         autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16)
         step = TrainingStep(model, optimizer, contrastive_loss, autocast, 1.0, 64)
-        take = GraphedStep(step, model.context_length) if graphed else step
+        take = graphed_step(step, model.context_length) if graphed else step
         generator = torch.Generator(gpu).manual_seed(0)
         losses[graphed] = []
         for index in range(8):

@@ -11,9 +11,10 @@ from clipfast.kernels import contrastive_loss
 from clipfast.train.loop import train
 from clipfast.train.optim import adamw
 from clipfast.train.schedule import set_lr
-from clipfast.train.step import WARMUP_STEPS, GraphedStep, TrainingStep
+from clipfast.train.step import TrainingStep, graphed_step
 
 from ..conftest import OnlyMeta
+from .graphs import on_cpu, on_gpu, stand_in
 from .test_training import config, losses
 
 
@@ -49,26 +50,6 @@ def test_a_graph_needs_a_gpu(shards, tmp_path):
         train(config(shards, tmp_path, cuda_graphs=True, device="cpu"))
 
 
-class Recorded(GraphedStep):
-    """A stand-in for a CUDA graph on a CPU, which repeats the step on the captured tensors."""
-
-    captured = replayed = beside = 0
-
-    def _beside(self, images, texts):
-        self.beside += 1
-        return self.step(images, texts)
-
-    def _capture(self, images, texts):
-        self.captured += 1
-        loss = torch.zeros(())
-
-        def replay():
-            self.replayed += 1
-            loss.copy_(self.step(images, texts))
-
-        return replay, loss
-
-
 def batches(number, pairs=6):
     """Return random images and texts, with texts of another length in each batch."""
     generator = torch.Generator().manual_seed(0)
@@ -83,41 +64,24 @@ def steps(kind):
     model = create_model("ViT-T-8-32")
     optimizer = adamw(model, 1e-3, (0.9, 0.98), 1e-6, 0.2)
     step = TrainingStep(model, optimizer, contrastive_loss, lambda: torch.autocast("cpu", enabled=False), 1.0, 64)
-    return model, optimizer, Recorded(step, model.context_length) if kind == "graph" else step
+    if kind == "graph":
+        return model, optimizer, graphed_step(lambda *batch: step(*map(on_cpu, batch)), model.context_length)
+    return model, optimizer, step
 
 
-def test_a_graph_is_captured_once_and_fed_each_batch():
-    (plain, *_, step), (model, *_, graphed) = steps("plain"), steps("graph")
-    losses = []
+def test_a_graph_is_fed_each_batch(monkeypatch):
+    made = stand_in(monkeypatch)
+    (plain, *_, step), (model, *_, taken) = steps("plain"), steps("graph")
     for images, texts in batches(7):
-        losses.append(graphed(images, texts))
-        torch.testing.assert_close(losses[-1], step(images, texts), rtol=1e-6, atol=0)
-    # the graph writes each loss to the same place
-    assert len({loss.item() for loss in losses}) == 7
-    assert (graphed.beside, graphed.captured, graphed.replayed) == (WARMUP_STEPS, 1, 7 - WARMUP_STEPS)
+        torch.testing.assert_close(taken(on_gpu(images), on_gpu(texts)), step(images, texts), rtol=1e-6, atol=0)
+    assert (made[0].captured, made[0].replayed) == (1, 4)
     # a batch from which unusable samples are missing
-    short = next(batches(1, pairs=5))
-    torch.testing.assert_close(graphed(*short), step(*short), rtol=1e-6, atol=0)
-    assert (graphed.captured, graphed.replayed) == (1, 7 - WARMUP_STEPS)
+    for _ in range(5):
+        images, texts = next(batches(1, pairs=5))
+        torch.testing.assert_close(taken(on_gpu(images), on_gpu(texts)), step(images, texts), rtol=1e-6, atol=0)
+    assert (made[0].captured, made[0].replayed) == (1, 4)
     for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves weights by 1e-3
-
-
-def test_a_graph_is_captured_on_the_gpu_of_its_batch(monkeypatch):
-    """The stream is that of the steps before it, and the thread of the data loader may pin memory meanwhile."""
-    cuda, device = mock.MagicMock(), torch.device("cuda", 1)
-    for name in ("Stream", "CUDAGraph", "current_stream", "device", "graph", "stream"):
-        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
-    images = torch.zeros(2, 3, 32, 32).as_subclass(type("OnGpu", (torch.Tensor,), {"device": device}))
-    graphed = GraphedStep(lambda images, texts: images.sum(), 77)
-    for _ in range(WARMUP_STEPS + 2):
-        graphed(images, torch.zeros(2, 9, dtype=torch.long))
-    cuda.Stream.assert_called_once_with(device)
-    assert cuda.stream.call_args_list == [mock.call(cuda.Stream())] * WARMUP_STEPS
-    cuda.device.assert_called_once_with(device)
-    cuda.graph.assert_called_once_with(cuda.CUDAGraph(), stream=cuda.Stream(), capture_error_mode="thread_local")
-    entered = [name for name, *_ in cuda.mock_calls if name.endswith("__enter__") or name == "graph"]
-    assert entered[-3:] == ["device().__enter__", "graph", "graph().__enter__"]
 
 
 def test_learning_rate_in_a_graph_is_set_in_place():

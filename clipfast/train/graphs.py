@@ -1,0 +1,195 @@
+"""Steps as CUDA graphs: the host starts one graph in place of a thousand kernels."""
+
+import contextlib
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+log = logging.getLogger("clipfast")
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def graphed(step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 8) -> Callable[P, R]:
+    """Return a function that does what ``step`` does, as one CUDA graph.
+
+    The first ``warmup`` calls run the step as it is, on a stream of their own. Then the step is captured, and later
+    calls copy their arguments into the captured ones and replay the graph. Arguments of other shapes or dtypes have
+    calls for warming up and a graph of their own, for at most ``max_graphs`` sets of shapes; further ones, and shapes
+    that are seen seldom, run as they are. Arguments on a CPU just run.
+
+    A replay repeats the kernels of the captured call, and none of its Python code. So these must hold:
+
+    - Everything that changes from call to call is a tensor among the arguments, or a tensor that is written in place,
+      such as a learning rate. Arguments are tensors, and structures of tensors; True, False, None and texts choose a
+      graph each.
+    - Nothing waits for the GPU: no ``.item()``, no ``.cpu()``, no ``if`` on a tensor, no ``torch.tensor(1.0)`` on it.
+    - Weights, buffers and the state of the optimizer stay where they are: they are written in place, as by
+      ``load_state_dict``, and not replaced. The optimizer has ``capturable=True``.
+    - Gradients are either reset, made and used within the step, or never set to None: ``zero_grad(set_to_none=False)``.
+    - Autocast begins and ends within the step, since its copies of the weights would not be made again in a replay.
+    - Random numbers come from PyTorch's default generator of the GPU; ``torch.manual_seed`` between calls works.
+    - ``DistributedDataParallel`` is made within ``with torch.cuda.stream(torch.cuda.Stream())``, and ``warmup`` is 11;
+      the hooks of FSDP cannot be captured.
+
+    Args:
+        step: a function of tensors on one GPU, which take no gradients. It returns tensors, which get no gradients
+            either: a training step calls ``backward`` itself.
+        warmup: number of calls before the capture, in which memory is allocated and kernels are compiled and loaded.
+        max_graphs: largest number of graphs. Each has copies of its arguments; all use the same other memory.
+
+    Raises:
+        TypeError, ValueError: by the returned function, for arguments that a graph cannot take. An error in a capture
+            is raised as it is; then the step has changed no weight, and can still be called without a graph.
+    """
+    return _Graphed(step, warmup, max_graphs)
+
+
+class _Captured(NamedTuple):
+    """A captured step: the tensors that it reads, the function that replays it, and the results that this writes."""
+
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    results: Any
+
+
+class _Graphed:
+    """The function that :func:`graphed` returns."""
+
+    def __init__(self, step: Callable[..., Any], warmup: int, max_graphs: int) -> None:
+        self.step, self.warmup, self.max_graphs = step, warmup, max_graphs
+        self._calls: Counter[Any] = Counter()
+        self._graphs: dict[Any, _Captured] = {}
+        self._captures: Captures | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the step, and return its results without gradients."""
+        leaves, structure = tree_flatten((args, kwargs))
+        inputs = _check(leaves)
+        device = inputs[0].device
+        if device.type != "cuda":
+            return _copied(self.step(*args, **kwargs), Tensor.detach)
+        if self._captures is None:
+            self._captures = Captures(device)
+        if self._captures.device != device:
+            raise ValueError(f"the step was captured on {self._captures.device}, and these arguments are on {device}")
+        key = structure, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+        if key not in self._graphs and not self._is_to_capture(key):
+            with self._captures.beside():
+                return _copied(self.step(*args, **kwargs), Tensor.detach)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(self._captures, leaves, structure)
+        graph = self._graphs[key]
+        for static, new in zip(graph.inputs, inputs, strict=True):
+            static.copy_(new)
+        graph.replay()
+        return _copied(graph.results, Tensor.clone)
+
+    def _is_to_capture(self, key: Any) -> bool:
+        """Count a call of the step, and return True if it is warmed up for these arguments and may have a graph."""
+        self._calls[key] += 1
+        if self._calls[key] == self.warmup + 1 and len(self._graphs) >= self.max_graphs:
+            log.warning(f"arguments of another shape run without a CUDA graph: there are {self.max_graphs} graphs")
+        return self._calls[key] > self.warmup and len(self._graphs) < self.max_graphs
+
+    def _capture(self, captures: "Captures", leaves: list[Any], structure: TreeSpec) -> _Captured:
+        """Capture the step on copies of its arguments."""
+        if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
+            raise ValueError("a CUDA graph would keep autocast's first copies of the weights: enter it within the step")
+        static = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        args, kwargs = tree_unflatten(static, structure)
+        replay, results = captures.capture(functools.partial(self.step, *args, **kwargs))
+        return _Captured([x for x in static if isinstance(x, Tensor)], replay, _copied(results, Tensor.detach))
+
+
+def _check(leaves: list[Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of a step; refuse what a graph would not read again."""
+    inputs = [x for x in leaves if isinstance(x, Tensor)]
+    for x in leaves:
+        if x is not None and not isinstance(x, (Tensor, bool, str)):
+            raise TypeError(f"a graphed step takes tensors, and this is of type {type(x).__name__}: {x!r}")
+    if not inputs:
+        raise TypeError("a graphed step takes at least one tensor, which says on which device it runs")
+    if len({x.device for x in inputs}) > 1:
+        places = ", ".join(sorted({str(x.device) for x in inputs}))
+        raise ValueError(f"the arguments of a graphed step are on one device, and these are on {places}")
+    if any(x.requires_grad for x in inputs):
+        raise ValueError("a graphed step gives its arguments no gradients: detach them, or call backward in the step")
+    return inputs
+
+
+def _copied(results: Any, copy: Callable[[Tensor], Tensor]) -> Any:
+    """Return ``results``, with a copy of each tensor."""
+    return copy(results) if isinstance(results, Tensor) else tree_map_only(Tensor, copy, results)
+
+
+class Captures:
+    """A stream and a memory pool of a GPU, in which functions are captured as CUDA graphs.
+
+    All graphs share the pool: they are replayed one after another, and each begins without what another left there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._renew()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run what is in this context on the stream of the captures; a capture on the default stream is not allowed."""
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Capture ``call``, which has run before; return a function that replays it, and the results that this writes.
+
+        A capture that fails leaves PyTorch's allocator, its random numbers and the current stream in the middle of a
+        capture. This method ends such a capture, so that the next one works.
+
+        Raises:
+            Exception: the call cannot be captured; PyTorch says why.
+        """
+        current = torch.cuda.current_stream(self.device)
+        try:
+            return self._capture(call)
+        except Exception as error:
+            try:
+                self._end_failed(current)
+            except RuntimeError as after:
+                raise RuntimeError(f"{error} (and no capture works after it: {after})") from error
+            raise
+
+    def _capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Capture one call as a CUDA graph."""
+        # Without a device and a stream, PyTorch captures on the current GPU, which may not be the GPU of the arguments.
+        # The capture forbids certain CUDA calls in this thread only: that of a data loader pins memory meanwhile.
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            results = call()
+        return graph.replay, results
+
+    def _end_failed(self, current: torch.cuda.Stream) -> None:
+        """Leave the state of a failed capture, so that the next capture works."""
+        torch.cuda.set_stream(current)
+        with contextlib.suppress(RuntimeError):
+            # The call raises an error if the allocator has left the pool already.
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+        self._renew()
+        torch.cuda.synchronize(self.device)
+        # The random number generator stays in the failed capture until another capture succeeds.
+        self._capture(lambda: torch.zeros(1, device=self.device))
+        torch.cuda.synchronize(self.device)
+
+    def _renew(self) -> None:
+        """Make a new memory pool and stream."""
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)

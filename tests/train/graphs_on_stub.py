@@ -1,0 +1,142 @@
+"""Capture and replay steps where the stub stands for the driver; ``test_graphs.py`` runs this in a process of its own.
+
+``driver``: a whole training step on the stub driver, with CPU tensors in place of GPU tensors, and graphs that count
+launches. ``gpu``: PyTorch's own graphs, streams and allocator on the stub as GPU, which needs a CUDA build of PyTorch.
+"""
+
+import contextlib
+import json
+import sys
+from unittest import mock
+
+import torch
+
+import clipfast
+
+MADE = []
+
+
+class Graph:
+    """A graph that counts the launches of its capture, and its replays."""
+
+    def __init__(self):
+        self.launches = self.replays = 0
+        MADE.append(self)
+
+    def replay(self):
+        self.replays += 1
+
+
+def cuda_on(stub):
+    """Let streams and graphs of ``torch.cuda`` be those of a stub driver, as far as graphs need them."""
+    from clipfast.bench.stub.capture import CaptureRules
+
+    @contextlib.contextmanager
+    def capture(graph, **_options):
+        before = stub.counts.launches
+        with stub.capturing(0), CaptureRules():
+            yield
+        graph.launches = stub.counts.launches - before
+
+    zeros, patched = torch.zeros, contextlib.ExitStack()
+    replaced = dict.fromkeys(
+        ("Stream", "current_stream", "graph_pool_handle", "set_stream", "synchronize"), mock.Mock()
+    )
+    replaced |= {"CUDAGraph": Graph, "graph": capture, "stream": lambda _: contextlib.nullcontext()}
+    for name, found in replaced.items():
+        patched.enter_context(mock.patch.object(torch.cuda, name, found))
+    patched.enter_context(mock.patch.object(torch._C, "_cuda_endAllocateToPool", mock.Mock(), create=True))
+    patched.enter_context(mock.patch.object(torch, "zeros", lambda *size, device=None, **rest: zeros(*size, **rest)))
+    return patched
+
+
+def on_driver():
+    """Return what happened to a training step on the stub driver."""
+    from graphs import on_cpu, on_gpu
+
+    from clipfast.bench.stub.arguments import watched
+    from clipfast.bench.stub.driver import load, on_device
+    from clipfast.bench.stub.walk import in_blocks
+    from clipfast.kernels import contrastive_loss
+    from clipfast.train.optim import adamw
+    from clipfast.train.step import TrainingStep
+
+    stub, waits = load(90), False
+    model = clipfast.create_model("ViT-T-8-32")
+    autocast = torch.autocast("cpu", enabled=False)
+    optimizer = adamw(model, 1e-3, (0.9, 0.98), 1e-6, 0.2)
+    step = TrainingStep(model, optimizer, contrastive_loss, lambda: autocast, 1.0, 64)
+
+    def take(images, texts):
+        loss = step(on_cpu(images), on_cpu(texts))
+        return loss * loss.item() if waits else loss
+
+    graphed, texts = clipfast.graphed(take), clipfast.tokenize(["a cat"] * 8)
+
+    def launches(pairs):
+        """Take a step, and return the number of launches by the host."""
+        before = stub.counts.launches
+        graphed(on_gpu(torch.zeros(pairs, 3, 32, 32, dtype=torch.uint8)), on_gpu(texts[:pairs]))
+        return stub.counts.launches - before
+
+    with on_device(stub), watched(stub, emptied=True), in_blocks(), cuda_on(stub):
+        eager = [launches(8) for _ in range(3)]
+        _, *replayed = (launches(8) for _ in range(3))
+        others = [launches(4) for _ in range(3)]
+        launches(4), replayed.append(launches(4))
+        waits = True
+        for _ in range(3):
+            launches(6)
+        try:
+            launches(6)
+            error = ""
+        except Exception as found:
+            error = str(found)
+        waits = False
+        after = launches(5)
+    return {
+        "eager": eager[-1], "eager of another shape": others[0], "error of .item()": error, "after the error": after,
+        "captured": [graph.launches for graph in MADE if graph.replays],
+        "replays": [graph.replays for graph in MADE if graph.replays],
+        "launched by the host in replays": sum(replayed),
+    }  # fmt: skip
+
+
+def on_stub_gpu():
+    """Return what happened to PyTorch's own graphs."""
+    weight = torch.ones(4, 4, device="cuda", requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], capturable=True, fused=True)
+    waits, captured = False, []
+
+    def take(x):
+        captured.append(torch.cuda.is_current_stream_capturing())
+        optimizer.zero_grad()
+        loss = (torch.nn.functional.dropout(x) @ weight).sum()
+        loss.backward()
+        optimizer.step()
+        return loss * loss.item() if waits else loss
+
+    step = clipfast.graphed(take)
+    for pairs in [8] * 6 + [4] * 5:
+        step(torch.ones(pairs, 4, device="cuda"))
+    found = {"captured": sum(captured)}
+    waits = True
+    for _ in range(3):
+        step(torch.ones(2, 4, device="cuda"))
+    try:
+        step(torch.ones(2, 4, device="cuda"))
+    except Exception as error:
+        found["error of .item()"] = f"{error.__context__} {error}"
+    waits = False
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.rand(2, device="cuda")
+    torch.cuda.synchronize()
+    captured.clear()
+    take(torch.ones(2, 4, device="cuda"))
+    step(torch.ones(2, 4, device="cuda"))  # captured now
+    step(torch.ones(8, 4, device="cuda"))  # replayed
+    return found | {"after the error": [len(captured) - 1, sum(captured)]}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"driver": on_driver, "gpu": on_stub_gpu}[sys.argv[1]]()))
