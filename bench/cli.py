@@ -12,7 +12,7 @@ from clipfast.cli.arguments import COUNT, Parser, add_output
 from clipfast.cli.arguments import run as run_checked
 from clipfast.kernels.dtypes import DTYPES
 
-from . import results, tables, tune
+from . import host, results, tables, tune
 from .case import Sizes
 from .categories import INPUT, LOSS, NORM
 from .compare import compare
@@ -45,6 +45,7 @@ examples:
   python -m bench data --pairs-per-second 5000    how many data workers that takes, and which stage limits
   python -m bench contrastive_loss --compare main        is this checkout slower than main? (exit code 1 if it is)
   python -m bench tune --op contrastive_loss --card H100
+  python -m bench host --stub            what the host takes for each op, and how many kernels start
   python -m bench table                  write the tables of the README and docs/ again from the committed results"""
 
 
@@ -82,6 +83,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     tuner = commands.add_parser("tune", help=text, description=tune.__doc__)
     tuner.epilog = "exit code: 0 done, 1 an op could not be tuned, 2 an error, 130 interrupted"
     tune.add_arguments(tuner)
+    text = "time of the host for each op, for a step, and for one encoded image or text"
+    raw = argparse.RawDescriptionHelpFormatter
+    host.add_arguments(commands.add_parser("host", help=text, description=host.__doc__, formatter_class=raw))
     table = commands.add_parser("table", help="write the tables of the README and docs/ again from committed results")
     pages = [Path("README.md"), Path("docs/benchmarks.md")]
     shown = " ".join(map(str, pages))
@@ -123,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
     args.bench = _NAMES.get(args.bench, args.bench)
     if args.bench == "tune":
         return tune.run(args)
+    if args.bench == "host":
+        return host.run(args)
     if args.bench == "table":
         for page in args.page:
             page.write_text(tables.fill_tables(page.read_text(), args.results))

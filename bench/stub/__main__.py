@@ -7,7 +7,7 @@ import sys
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 
-from . import host, walk
+from . import walk
 from .build import missing_tool
 
 CASES = ("shipped", "odd", "quick", "captured")
@@ -29,15 +29,11 @@ def main() -> int:
     )
     add("--whole", action="store_true", help="compile odd cases with the bodies of their kernels, which takes an hour")
     add("--json", action="store_true", help="print one line of JSON for each kind of cases")
-    add("--host", action="store_true", help="print instead what a call of each op costs the host")
     args = parser.parse_args()
     missing = missing_tool()
     if missing:
         print(f"bench.stub: {missing}", file=sys.stderr)
         return 2
-    if args.host:
-        print(host.table())
-        return 0
     faults = 0
     for kind in args.cases:
         walked = _walk(kind, args)

@@ -79,7 +79,7 @@ def shipped(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Walked:
     for name, case in shipped_cases().items():
         if name.split()[-1] not in dtypes:
             continue
-        with _in_blocks(), walked.call(name.split()[0], name, stub, emptied=False):
+        with in_blocks(), walked.call(name.split()[0], name, stub, emptied=False):
             case()
     return walked
 
@@ -100,7 +100,7 @@ def odd(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES), *, only_quick: bool 
                 continue
             for dtype in dtypes:
                 call = _call(spec, case, DTYPES[dtype])
-                with _in_blocks(), walked.call(spec.name, f"{case.name}, {dtype}", stub, emptied=not whole_kernels):
+                with in_blocks(), walked.call(spec.name, f"{case.name}, {dtype}", stub, emptied=not whole_kernels):
                     _run(spec, call)
     return walked
 
@@ -111,7 +111,7 @@ def captured(arch: int, *, whole_kernels: bool = False) -> Walked:
     for spec in specs().values():
         for shape in spec.small:
             call = spec.call(shape, "", Draw(), torch.bfloat16)
-            with _in_blocks(), walked.call(spec.name, str(shape), stub, emptied=not whole_kernels):
+            with in_blocks(), walked.call(spec.name, str(shape), stub, emptied=not whole_kernels):
                 _run(spec, call)
                 with stub.capturing(DEVICE), CaptureRules():
                     _run(spec, call)
@@ -135,7 +135,7 @@ def _run(spec: OpSpec, call: Call) -> None:
 
 
 @contextlib.contextmanager
-def _in_blocks() -> Iterator[None]:
+def in_blocks() -> Iterator[None]:
     """Send small batches of the contrastive loss through the kernels too; a CPU would compute all their logits
     at once.
     """

@@ -1,5 +1,6 @@
 """Other implementations of the ops, by the op's name: plain PyTorch, and published packages of others."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,23 +49,35 @@ def _bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return u * torch.sigmoid(1.702 * u)
 
 
+def _liger_norm() -> AnyFunction:
+    """Return Liger's layer norm, after the residual addition in PyTorch."""
+    function = peers.need("liger_kernel.ops.layer_norm", "liger-kernel").LigerLayerNormFunction
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:
+        s = x if residual is None else x + residual
+        y: Tensor = function.apply(s, weight, bias, 1e-5)
+        return y if residual is None else (y, s)
+
+    return run
+
+
 def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
     """Return other implementations of attention on a packed projection."""
     heads, causal = options["num_heads"], options["causal"]
     return (
-        *(Candidate(name, functools.partial(_sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
+        *(Candidate(name, functools.partial(sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
         Candidate("flash-attn", functools.partial(_flash_attn, heads, causal), needs_gpu=True),
     )
 
 
-def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:
-    """Return attention by one backend of PyTorch's scaled_dot_product_attention."""
+def sdpa(backend: SDPBackend | None, heads: int, causal: bool) -> Function:
+    """Return attention by one backend of PyTorch's scaled_dot_product_attention, or by that which PyTorch chooses."""
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         batch, tokens, _ = qkv.shape
         qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
         q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return out.transpose(1, 2).reshape(batch, tokens, -1)
 
@@ -148,6 +161,7 @@ PLAIN: dict[str, tuple[AnyFunction, str]] = {
 # Functions that return further candidates for an op, given the options of a call.
 RIVALS: dict[str, Callable[[Mapping[str, Any]], tuple[Candidate, ...]]] = {
     "attention": _attention,
+    "layer_norm": lambda _: (Candidate("Liger", _liger_norm, needs_gpu=True),),
     "contrastive_loss": lambda _: (
         Candidate(f"{OURS}, memory=min", lambda: _least_memory, note=COPYLESS, needs_gpu=True),
         Candidate("OpenCLIP ClipLoss", _open_clip),

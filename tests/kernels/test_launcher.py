@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from clipfast.bench.stub import build, host
+from clipfast.bench.stub import build, counts
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import record_launches
@@ -112,7 +112,7 @@ def test_planted_faults_are_caught():
 
 
 def test_launches_and_pytorch_ops(request):
-    found = {name: dataclasses.asdict(count) for name, count in host.counts().items()}
+    found = {name: dataclasses.asdict(count) for name, count in counts.counts().items()}
     if request.config.getoption("--update-resources"):
         lines = [f" {json.dumps(name)}: {json.dumps(count)}" for name, count in found.items()]
         SNAPSHOT.write_text("{\n" + ",\n".join(lines) + "\n}\n")

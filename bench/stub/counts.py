@@ -1,30 +1,20 @@
-"""The cost of an op's call for the host: the number of launches and PyTorch ops, and the time to issue both.
-
-A GPU waits for its host if kernels are short. The counts need no GPU and no stub driver. The times are measured with
-the stub, so Triton's launcher really runs, but PyTorch's ops run on the CPU at the smallest size.
-"""
+"""The number of launches and PyTorch ops that an op's call would start on a GPU; no stub is needed for it."""
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from clipfast.kernels.contrastive import small_batch
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import Call, Draw, OpSpec, Shape, specs
 
 from .capture import InsideOps
-from .driver import load, on_device
 
 # The GPU that launches are counted for.
 ARCH = 90
-# The number of calls that are timed, after the same number of calls for warming up.
-REPEATS = 15
 
 
 class Ops(InsideOps):
@@ -73,45 +63,6 @@ def counts() -> dict[str, Count]:
         for spec in specs().values()
         for shape in (*spec.small, spec.bench["cuda"][0])
     }
-
-
-def microseconds(spec: OpSpec, shape: Shape) -> tuple[float, float]:
-    """Return the host's median microseconds to issue a forward and a backward call of an op in bf16 on the stub driver.
-
-    Processor time is measured, because on a busy machine a thread also waits.
-    """
-    stub = load(ARCH)
-    call = _leaves(spec.call(shape, "", Draw(), torch.bfloat16))
-    samples: list[tuple[float, float]] = []
-    # All memory counts as memory of the GPU, since only the launcher is timed here.
-    stub.library.stub_own(1, 2**63, 0)
-    before, small_batch.MOST_LOGITS = small_batch.MOST_LOGITS, 0
-    try:
-        with on_device(stub):
-            for _ in range(2 * REPEATS):
-                start = time.thread_time()
-                results = _forward(spec, call)
-                middle = time.thread_time()
-                _backward(results, call)
-                samples.append((middle - start, time.thread_time() - middle))
-    finally:
-        small_batch.MOST_LOGITS = before
-        stub.library.stub_disown_all()
-    forward, backward = (1e6 * statistics.median(part) for part in zip(*samples[REPEATS:], strict=True))
-    return forward, backward if call.grads else 0.0
-
-
-def table() -> str:
-    """Return a table of the host's cost of all ops at their smallest shape."""
-    lines = [f"{'op and shape':72} {'launches':>9} {'ops':>7} {'us forward':>11} {'us backward':>12}"]
-    for spec in specs().values():
-        for shape in spec.small:
-            found = count(spec, shape)
-            forward, backward = microseconds(spec, shape)
-            launches = f"{found.forward_launches}+{found.backward_launches}"
-            ops = f"{found.forward_ops}+{found.backward_ops}"
-            lines.append(f"{f'{spec.name} {shape}'[:72]:72} {launches:>9} {ops:>7} {forward:11.0f} {backward:12.0f}")
-    return "\n".join(lines)
 
 
 def _leaves(call: Call) -> Call:

@@ -1,0 +1,248 @@
+"""The time that the host takes for an op, for a whole step, and for one encoded image or text.
+
+A GPU waits for its host where kernels are short. Inputs are so small that nothing but the way to the kernels takes
+time; models have the depth of a published one, a width of 64 and few tokens. Times are CPU seconds of one thread, in
+microseconds: medians of samples that the candidates take in turns. "forward" is a call that needs no gradients, "both"
+one with its backward pass. "kernels" counts what starts on a GPU: launches of Triton, and PyTorch's ops that are
+neither views nor allocations.
+
+With --stub, Triton's own launcher starts the kernels on a driver that runs nothing. With a CUDA build of PyTorch, all
+tensors are CUDA tensors then, and PyTorch's kernels start there too; otherwise PyTorch's ops run on the CPU.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from clipfast import add_model_config, get_model_config
+from clipfast.cli.arguments import COUNT
+from clipfast.kernels.dtypes import DTYPES
+from clipfast.kernels.hardware import ARCHITECTURES
+from clipfast.kernels.launch import record_launches
+from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
+from clipfast.verify.models import draw_batch
+
+from .case import AnyFunction, Candidate, Case, call
+from .harness import Budget, Timing, leaves, measure
+from .stub import driver, walk
+from .stub.build import missing_tool
+from .stub.counts import ARCH, Ops
+from .stub.gpu import MARK, gpu_environment
+from .suites import ops, rivals, step
+
+WIDTH, CONTEXT, VOCABULARY = 64, 8, 64  # of the narrow models
+LINE = "  {:26} {:>9} {:>9} {:>9} {:>9}   {}"
+# The other candidates, the first of which that can run is the one to compare with.
+THEIRS = ("SDPA", "OpenCLIP", "PyTorch")
+
+
+class Row(NamedTuple):
+    """What is measured of one computation: a call that needs no gradients, and a call with its backward pass."""
+
+    title: str
+    forward: Case | None
+    both: Case | None
+
+
+class Found(NamedTuple):
+    """The median time of a candidate's call, and the number of kernels that it starts."""
+
+    microseconds: float
+    kernels: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``bench host``."""
+    add = parser.add_argument
+    add("--stub", action="store_true", help="let Triton's launcher start the kernels on a driver that runs nothing")
+    add("--dtype", choices=tuple(DTYPES), help="of ops, and of autocast in models (default: fp32; bf16 on the stub)")
+    add("--op", nargs="*", metavar="OP", help="measure these ops; with no name, no op (default: all)")
+    models = "models whose depth steps have; with no name, no model (default: ViT-B-32)"
+    add("--model", nargs="*", default=["ViT-B-32"], metavar="NAME", help=models)
+    add("--rounds", type=COUNT, default=15, help="number of samples of each candidate (default: 15)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table of the host's time, row by row as it is measured."""
+    on_gpu = torch.cuda.is_available()
+    if args.stub and not on_gpu and torch.version.cuda is not None:
+        options = ["--rounds", str(args.rounds), "--model", *args.model]
+        options += [] if args.op is None else ["--op", *args.op]
+        options += [] if args.dtype is None else ["--dtype", args.dtype]
+        command = [sys.executable, "-m", "clipfast.bench", "host", *options]
+        return subprocess.run(command, env=gpu_environment(), check=False).returncode
+    is_stub = args.stub and not on_gpu
+    if is_stub and (missing := missing_tool()):
+        raise ValueError(f"--stub: {missing}")
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    dtype = args.dtype or ("bf16" if on_gpu or is_stub else "fp32")
+    place = torch.cuda.get_device_name() if on_gpu else f"CPU tensors ({MARK})" if is_stub else "CPU tensors"
+    print(f"{place}, {dtype}: CPU time of the host in microseconds per call, median of {args.rounds} rounds\n")
+    print(LINE.format("", "forward", "x theirs", "both", "x theirs", "kernels"))
+    with _one_thread(), _on_stub() if is_stub else contextlib.nullcontext():
+        for row in _rows(args.op, args.model, dtype, device):
+            print("\n".join([row.title, *_lines(row, args.rounds, takes_all=is_stub)]), flush=True)
+    return 0
+
+
+def _rows(names: Sequence[str] | None, models: Sequence[str], dtype: str, device: torch.device) -> Iterator[Row]:
+    """Yield what is to be measured: ops at their small shapes, and models that are as deep as ``models``."""
+    known = specs()
+    for name in known if names is None else names:
+        if name not in known:
+            raise ValueError(f"--op: there is no op {name!r}: choose from {', '.join(known)}")
+        for shape in known[name].small:
+            yield _row_of_op(known[name], shape, dtype, device)
+    for name in models:
+        yield from _rows_of_model(name, dtype, device)
+
+
+def _row_of_op(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Row:
+    """Return what is measured of an op at a shape."""
+    case = ops.build(spec, shape.to_dict(), dtype, device)
+    kept = [one for one in case.candidates if "compiled" not in one.name and not one.name.startswith("SDPA")]
+    if spec.name == "attention":  # without the context that chooses a backend, which takes time of its own
+        options = spec.call(shape, "", Draw(device="meta", empty=True), DTYPES[dtype]).options
+        kept.append(Candidate("SDPA", lambda: rivals.sdpa(None, options["num_heads"], options.get("causal", False))))
+    case = dataclasses.replace(case, candidates=tuple(kept))
+    return Row(f"{spec.name} {shape}", dataclasses.replace(case, wants_grad=()), case if case.wants_grad else None)
+
+
+def _rows_of_model(name: str, dtype: str, device: torch.device) -> Iterator[Row]:
+    """Yield a training step of two pairs, and the encoding of one image and one text, by a model of the depth."""
+    narrow = _narrow(name)
+    case = step.build({"model": narrow, "batch": 2}, dtype, device)
+    kept = tuple(one for one in case.candidates if "compiled" not in one.name)
+    yield Row(f"step of 2 pairs, {narrow}", None, dataclasses.replace(case, candidates=kept))
+    images, texts = draw_batch(get_model_config(narrow), 1)
+    for kind, x in (("image", images.float() / 255), ("text", texts)):
+        inputs = {"x": x.to(device)}
+        encoding = dataclasses.replace(
+            case, op="encode", inputs=lambda inputs=inputs: inputs, gate_inputs=None,
+            candidates=tuple(dataclasses.replace(one, make=_encoder(one, kind)) for one in kept),
+        )  # fmt: skip
+        yield Row(f"encode_{kind} of one, {narrow}", encoding, None)
+
+
+def _encoder(candidate: Candidate, kind: str) -> Any:
+    """Return the function that makes the encoder of a candidate for the training step."""
+
+    def make() -> AnyFunction:
+        measured: Any = candidate.make()
+        model = getattr(measured.model, "model", measured.model).eval()
+        encode = getattr(model, f"encode_{kind}")
+
+        @torch.no_grad()
+        def run(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, DTYPES[measured.dtype], enabled=measured.dtype != "fp32"):
+                features: Tensor = encode(x)
+            return features
+
+        return run
+
+    return make
+
+
+def _narrow(name: str) -> str:
+    """Register a model with the depth of the model ``name``, of little width and with few tokens; return its name."""
+    config = get_model_config(name)
+    if not isinstance(config.vision.layers, int):
+        raise ValueError(f"--model: {name} has a ResNet, whose convolutions take a CPU longer than their way")
+    patch = config.vision.patch_size
+    vision = dataclasses.replace(config.vision, width=WIDTH, head_width=WIDTH, image_size=2 * (patch or 1))
+    text = dataclasses.replace(config.text, width=WIDTH, heads=1, context_length=CONTEXT, vocab_size=VOCABULARY)
+    narrow = dataclasses.replace(config, embed_dim=WIDTH, vision=vision, text=text)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}-of-width-{WIDTH}.json"
+        path.write_text(json.dumps(narrow.to_dict()))
+        add_model_config(path)
+    return path.stem
+
+
+def _lines(row: Row, rounds: int, *, takes_all: bool) -> list[str]:
+    """Measure a row and return its lines, one for each candidate.
+
+    With ``takes_all``, kernels that need a GPU run too, since their launches go to the stub.
+    """
+    passes = [_measured(case, rounds, takes_all=takes_all) if case else {} for case in (row.forward, row.both)]
+    lines = []
+    for name in dict.fromkeys(name for found in passes for name in found):
+        mine = [found.get(name) for found in passes]
+        refused = next((one for one in mine if isinstance(one, str)), None)
+        cells = [cell for one, found in zip(mine, passes, strict=True) for cell in _cells(one, found)]
+        counts = " / ".join(str(one.kernels) for one in mine if isinstance(one, Found))
+        lines.append(f"  {name:26} {refused[:90]}" if refused else LINE.format(name, *cells, counts))
+    return lines
+
+
+def _cells(one: Found | str | None, found: dict[str, Found | str]) -> tuple[str, str]:
+    """Return the microseconds of a candidate, and how many times the time of others this is."""
+    if not isinstance(one, Found):
+        return "", ""
+    theirs = next((found[name] for name in THEIRS if isinstance(found.get(name), Found)), None)
+    return f"{one.microseconds:.1f}", f"{one.microseconds / theirs.microseconds:.2f}" if isinstance(
+        theirs, Found
+    ) else ""
+
+
+def _measured(case: Case, rounds: int, *, takes_all: bool) -> dict[str, Found | str]:
+    """Measure the candidates of a case in turns, and return by name what was found, or why there is nothing."""
+    candidates = tuple(dataclasses.replace(one, needs_gpu=one.needs_gpu and not takes_all) for one in case.candidates)
+    case = dataclasses.replace(case, candidates=candidates, reference=None, graph=False, clock=time.process_time)
+    timings, _ = measure(case, Budget(math.inf, rounds, rounds))
+    return {
+        timing.candidate.name: timing.refused or Found(1e6 * statistics.median(timing.samples), _kernels(case, timing))
+        for timing in timings
+    }
+
+
+def _kernels(case: Case, timing: Timing) -> int:
+    """Count the kernels that a call would start on a GPU: launches of Triton, ours and others, and PyTorch's ops."""
+    inputs = leaves(case, case.inputs())
+    with (
+        record_launches(ARCH, ARCHITECTURES[ARCH].multiprocessors) as launches,
+        mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as others,
+        Ops() as found,
+    ):
+        call(case, timing.candidate, timing.function, inputs)
+    return len(launches) + others.call_count + found.count
+
+
+@contextlib.contextmanager
+def _on_stub() -> Iterator[None]:
+    """Let CPU tensors stand for tensors of the stub driver, whose GPU owns all memory."""
+    stub = driver.load(ARCH)
+    with driver.on_device(stub), walk.in_blocks():
+        stub.library.stub_own(1, 2**63, 0)
+        try:
+            yield
+        finally:
+            stub.library.stub_disown_all()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread, and no denormal numbers, which are slow: the stub leaves results as memory was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(False)
