@@ -13,6 +13,7 @@ tensors are CUDA tensors then, and PyTorch's kernels start there too; otherwise 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -131,9 +132,8 @@ def _rows_of_model(name: str, dtype: str, device: torch.device) -> Iterator[Row]
     yield Row(f"step of 2 pairs, {narrow}", None, dataclasses.replace(case, candidates=kept))
     images, texts = draw_batch(get_model_config(narrow), 1)
     for kind, x in (("image", images.float() / 255), ("text", texts)):
-        inputs = {"x": x.to(device)}
         encoding = dataclasses.replace(
-            case, op="encode", inputs=lambda inputs=inputs: inputs, gate_inputs=None,
+            case, op="encode", inputs=functools.partial(dict, x=x.to(device)), gate_inputs=None,
             candidates=tuple(dataclasses.replace(one, make=_encoder(one, kind)) for one in kept),
         )  # fmt: skip
         yield Row(f"encode_{kind} of one, {narrow}", encoding, None)

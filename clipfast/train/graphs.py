@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 log = logging.getLogger("clipfast")
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def graphed(step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 8) -> Callable[P, R]:
