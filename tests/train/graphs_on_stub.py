@@ -27,16 +27,16 @@ class Graph:
         self.replays += 1
 
 
-def cuda_on(stub):
-    """Let streams and graphs of ``torch.cuda`` be those of a stub driver, as far as graphs need them."""
+def cuda_on(stub, launched):
+    """Let streams and graphs of ``torch.cuda`` be those of a stub driver, which collects launches in ``launched``."""
     from clipfast.bench.stub.capture import CaptureRules
 
     @contextlib.contextmanager
     def capture(graph, **_options):
-        before = stub.counts.launches
+        before = len(launched)
         with stub.capturing(0), CaptureRules():
             yield
-        graph.launches = stub.counts.launches - before
+        graph.launches = len(launched) - before
 
     zeros, patched = torch.zeros, contextlib.ExitStack()
     replaced = dict.fromkeys(
@@ -75,11 +75,11 @@ def on_driver():
 
     def launches(pairs):
         """Take a step, and return the number of launches by the host."""
-        before = stub.counts.launches
+        before = len(launched)
         graphed(on_gpu(torch.zeros(pairs, 3, 32, 32, dtype=torch.uint8)), on_gpu(texts[:pairs]))
-        return stub.counts.launches - before
+        return len(launched) - before
 
-    with on_device(stub), watched(stub, emptied=True), in_blocks(), cuda_on(stub):
+    with on_device(stub), watched(stub, emptied=True) as launched, in_blocks(), cuda_on(stub, launched):
         eager = [launches(8) for _ in range(3)]
         _, *replayed = (launches(8) for _ in range(3))
         others = [launches(4) for _ in range(3)]
