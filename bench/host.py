@@ -12,6 +12,7 @@ tensors are CUDA tensors then, and PyTorch's kernels start there too; otherwise 
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -46,6 +47,7 @@ from .stub.counts import ARCH, Ops
 from .stub.gpu import MARK, gpu_environment
 from .suites import ops, rivals, step
 
+M_PERTURB = -6  # of mallopt(3): new memory has the complement of this byte
 WIDTH, CONTEXT, VOCABULARY = 64, 8, 64  # of the narrow models
 LINE = "  {:26} {:>9} {:>9} {:>9} {:>9}   {}"
 # The other candidates, the first of which that can run is the one to compare with.
@@ -225,13 +227,18 @@ def _kernels(case: Case, timing: Timing) -> int:
 
 @contextlib.contextmanager
 def _on_stub() -> Iterator[None]:
-    """Let CPU tensors stand for tensors of the stub driver, whose GPU owns all memory."""
-    stub = driver.load(ARCH)
+    """Let CPU tensors stand for tensors of the stub driver, whose GPU owns all memory.
+
+    No kernel writes new memory, and an op may use it as indices, so the C library fills it with zeros.
+    """
+    stub, libc = driver.load(ARCH), ctypes.CDLL(None)
     with driver.on_device(stub), walk.in_blocks():
         stub.library.stub_own(1, 2**63, 0)
+        libc.mallopt(M_PERTURB, 255)
         try:
             yield
         finally:
+            libc.mallopt(M_PERTURB, 0)
             stub.library.stub_disown_all()
 
 

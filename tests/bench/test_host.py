@@ -48,19 +48,9 @@ def test_what_cannot_be_measured_is_refused(capsys):
 
 @pytest.mark.skipif(build.missing_tool() is not None, reason=f"{build.missing_tool()}")
 def test_on_the_stub_the_launcher_of_triton_is_timed():
-    command = [
-        sys.executable,
-        "-m",
-        "clipfast.bench",
-        "host",
-        "--stub",
-        "--op",
-        "bias_gelu",
-        "--model",
-        "--rounds",
-        "2",
-    ]
+    options = ["host", "--stub", "--op", "bias_gelu", "top_k", "--model", "--rounds", "2"]
+    command = [sys.executable, "-m", "clipfast.bench", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "nothing runs" in done.stdout.splitlines()[0]
-    (found,) = parsed(done.stdout).values()
-    assert len(found["clipfast"]) == 6
+    activation, search = parsed(done.stdout).values()
+    assert (len(activation["clipfast"]), len(search["clipfast"])) == (6, 3)
