@@ -62,7 +62,7 @@ _ATEN = {
     r"logical_\w+|linalg_\w+|norm|avg_pool2d\w*|mean_backward|addcmul_?|addcdiv_?|lerp_?|_adaptive_avg_pool2d\w*|"
     r"ceil_?|floor_?|round_?|frexp|logaddexp|maximum|minimum|triu_?|tril_?|repeat|tanh\w*",
 }  # fmt: skip
-# Single ops by name. The innermost one that matches decides.
+# Patterns for the names of single ops. If ops are nested, the innermost op that has a category decides.
 OPS = _rules(
     *((category, rf"^(aten|mkldnn|mkl)::({names})$") for category, names in _ATEN.items()),
     (GEMM, r"^(mkldnn::_linear_pointwise|mkl::_mkl_linear)"),

@@ -119,7 +119,7 @@ def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: 
     """Measure the cases on one side, in a process that imports that side's code."""
     share = [budget.seconds / TURNS, budget.rounds, budget.min_rounds]
     request = [keys, str(device), share, torch.get_num_threads()]
-    # -P keeps the current folder from coming before the side's own packages
+    # Without -P, Python would find packages in the current folder before those of the side.
     command = [sys.executable, "-P", "-c", _START, json.dumps(request), str(out)]
     run = subprocess.run(command, env=environment_with(site), capture_output=True, text=True)
     if run.returncode != 0:

@@ -28,7 +28,7 @@ TIMEOUT_S = 600
 def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = None) -> int:
     """Return the bytes that a call of ``candidate`` needs in addition to its inputs, outputs included.
 
-    ``function`` is the function that the candidate's ``make`` returned. On a CPU it is made again, in a new process.
+    ``function`` is the function that the candidate's ``make`` returned. On a CPU a new process calls ``make`` instead.
 
     Raises:
         RuntimeError: the call fails.

@@ -53,7 +53,7 @@ MIN_ROUNDS = 20
 WORTH_BY_MODEL = 0.95
 MEASURED, MODEL = "measured", "model"
 _TILES, _SMALL_TILES, _STAGES = (64, 128, 256), (16, 32, 64, 128), (1, 2, 3, 4)
-_REGISTERS = (None, 128, 168)  # four and three programs of four warps on a multiprocessor
+_REGISTERS = (None, 128, 168)  # no limit; four or three programs of four warps on a multiprocessor
 # The values to search for each field of a configuration.
 SPACES: dict[type[Config], dict[str, tuple[int | None, ...]]] = {
     configs.GemmConfig: {

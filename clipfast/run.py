@@ -273,6 +273,7 @@ def _replace_everywhere(theirs: object, ours: object) -> None:
 
 
 def _is_script(program: str) -> bool:
+    """Return whether the first argument is the path of a script, and not the name of a module."""
     return os.sep in program or program.endswith(SCRIPT_ENDINGS)
 
 

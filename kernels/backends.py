@@ -60,7 +60,7 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
         return False
     if backend == "triton":
         raise RuntimeError(f"{op}: backend='triton' has no forward-mode derivative and no torch.func transform")
-    if not torch.compiler.is_compiling():  # which cannot trace a warning
+    if not torch.compiler.is_compiling():  # torch.compile cannot trace a warning
         warnings.warn(
             f"{op}: torch.func and forward-mode derivatives take the PyTorch reference, which needs more memory",
             stacklevel=3,

@@ -22,9 +22,9 @@ import torch
 from .hardware import ARCHITECTURES, architecture
 
 TUNED = Path(__file__).parent / "tuned"
-# The architectures, newest first. Each has a table. It holds the entries that were tuned on the architecture, and those
-# whose sizes in the older tables do not fit it. :attr:`Architecture.tables` names the tables that serve it after its
-# own.
+# The architectures, newest first. The table of an architecture holds the entries that were tuned on it, and entries in
+# place of those of older tables whose sizes do not fit it. If its own table lacks an entry, the tables that
+# :attr:`Architecture.tables` names are searched in turn.
 ARCHS = tuple(sorted(ARCHITECTURES, reverse=True))
 # Attention has an entry for head dimensions up to each limit in HEAD_DIMS. Its short kernels have one for numbers of
 # keys up to each limit in the next line.
@@ -104,7 +104,7 @@ _forget: list[Callable[[], None]] = []
 
 def planned(decide: Callable[P, R]) -> Callable[P, R]:
     """Keep the results of a function that decides from its arguments, the tables and the target of launches alone."""
-    # 1 and 1.0 are equal, and a kernel is compiled for one of them.
+    # The cache must tell 1 from 1.0, which are equal, because a kernel is compiled for only one of them.
     known: Any = functools.lru_cache(MOST_PLANS, typed=True)(decide)
     _forget.append(known.cache_clear)
     return known

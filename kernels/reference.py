@@ -100,7 +100,10 @@ def sigmoid_loss(
     normalize: bool = False,
     offset: int = 0,
 ) -> Tensor:
-    """Return the binary cross-entropy of every image with every text, summed over texts (Zhai et al. 2023, eq. 1)."""
+    """Return SigLIP's loss in plain PyTorch (Zhai et al. 2023, equation 1).
+
+    It is the binary cross-entropy of every image with every text, summed over texts and averaged over images.
+    """
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     logits = _wide(logit_scale * (image @ text.T)) + logit_bias

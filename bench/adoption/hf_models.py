@@ -89,7 +89,7 @@ def inputs(model: nn.Module, padding: str | None = None, batch: int = 3) -> dict
     """Return inputs for a model: pairs, images or texts.
 
     Args:
-        model: of :func:`make`.
+        model: a model that :func:`make` returned.
         padding: where the mask hides tokens: at the "end", "early" (the end of the text too), "start", "middle" or
             "nowhere" (a mask of ones); None for no mask.
         batch: number of pairs.

@@ -43,7 +43,7 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_small_patch16_18x2_224": {"img_size": 64},  # parallel branches
     "vit_medium_patch16_gap_240": {"img_size": 64},  # no class token
     "vit_base_patch16_rope_224": {"img_size": 64},  # rotary positions
-    "vit_base_patch16_xp_224": {"img_size": 64},  # parallel and fused
+    "vit_base_patch16_xp_224": {"img_size": 64},  # attention and MLP in parallel, with fused projections
     "eva02_tiny_patch14_224": {"img_size": 56},  # SwiGLU and rotary positions
     "beit_base_patch16_224": {"img_size": 64},  # relative positions
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 5},

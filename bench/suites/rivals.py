@@ -27,8 +27,8 @@ COPYLESS = "10 N^2 D operations, no float32 copy of the text gradients"
 IN_A_PASS = "the bias in a pass, where a linear layer adds it in its product"
 
 
-# These functions compute as a PyTorch model in the dtype of the case: they cast float32 parameters, which takes very
-# little time, and call PyTorch's own kernels. The references compute in float32.
+# These functions compute in the dtype of the case, as a PyTorch model does: they cast float32 parameters, which takes
+# very little time, and call PyTorch's own kernels. The references compute in float32.
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:

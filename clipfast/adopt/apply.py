@@ -121,6 +121,7 @@ def apply_to_hf(
 
 
 def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bool]) -> nn.Module:
+    """Replace modules of ``library`` in ``model`` by the ops that ``flags`` turn on; errors name ``function``."""
     check_module(function, model)
     for name, value in flags.items():
         if not isinstance(value, bool):

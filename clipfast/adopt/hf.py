@@ -32,9 +32,9 @@ _PREFIXES = {
 }
 # The argument by which an encoder passes the number of visible tokens of each sequence to its blocks.
 SEQLENS = "clipfast_seqlens"
-# The attention implementations, by their names in a configuration, that ours can replace, since they return no weights.
+# The attention implementations, as configurations name them, that clipfast can replace: they return no weights.
 _IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
-# Arguments of transformers' attention functions that ours does not support.
+# Arguments of transformers' attention functions that clipfast's attention does not support.
 _OTHER_ARGUMENTS = ("output_attentions", "position_bias", "softcap")
 _ROW_BY_ROW = (
     "torch.nn.modules.normalization.LayerNorm", "torch.nn.modules.linear.Linear",

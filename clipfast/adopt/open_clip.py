@@ -38,6 +38,7 @@ _PADDING = "its mask hides padding"
 
 
 def _propose_pool(module: Any) -> Proposal:
+    """Propose attention_pool for the attention pooling of a ResNet, or say why it does not fit."""
     tokens, heads = len(module.positional_embedding), module.num_heads
     if tokens > MAX_TOKENS or heads > MAX_HEADS:
         text = f"{tokens} tokens and {heads} heads; at most {MAX_TOKENS} and {MAX_HEADS} can be pooled"

@@ -31,14 +31,14 @@ def propose_tower(module: nn.Module) -> Iterator[Proposal]:
     """Propose replacements for the embedding and the last block of a tower of OpenCLIP."""
     tower: Any = module
     name = class_name(module)
-    if name == "open_clip.transformer.VisionTransformer" and hasattr(module, "_embeds"):  # OpenCLIP < 3 has none
+    if name == "open_clip.transformer.VisionTransformer" and hasattr(module, "_embeds"):  # OpenCLIP < 3 lacks _embeds
         yield from _propose_image_tower(tower)
     elif name == "open_clip.modified_resnet.ModifiedResNet":
         yield Proposal("patch_embed", "a ResNet has convolutions in place of patches")
     elif name == "open_clip.timm_model.TimmModel":
         yield Proposal(KIND, "a tower of timm computes every row of its last block")
     elif name == "open_clip.model.CLIP":
-        # 3.3.0 has the one, later versions have both
+        # OpenCLIP 3.3.0 has only encode_text; later versions have both methods.
         method = "_encode_text" if hasattr(type(module), "_encode_text") else "encode_text"
         yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, encode_text, method, "embeds")
         refusal = _why_not_read(tower, tower.text_pool_type)

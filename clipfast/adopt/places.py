@@ -123,7 +123,7 @@ class Replacement:
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
-        # The owner is outside the module. If only the module is copied, the copy keeps the owner that it has.
+        # The owner is outside the module. If only the module is copied, the copy keeps the original owner.
         owner = memo.get(id(self.owner), self.owner)
         new = Replacement(self.function, copy.deepcopy(self.module, memo), self.method, owner, self.options)
         new.is_off = self.is_off

@@ -128,7 +128,7 @@ def _projected_heads(module: Any, x: Tensor) -> tuple[Tensor, ...]:
     if q_bias is None:
         return split_heads(module.qkv(x), module.num_heads)
     bias = torch.cat([q_bias, module.k_bias, module.v_bias])
-    # Without qkv_bias_separate, timm reads the weight of this layer and never calls it, whatever hook it has.
+    # Without qkv_bias_separate, timm reads the weight of this layer, but never calls the layer, even if it has hooks.
     qkv = module.qkv(x) + bias if module.qkv_bias_separate else F.linear(x, module.qkv.weight, bias)
     return split_heads(qkv, module.num_heads)
 

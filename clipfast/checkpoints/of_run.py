@@ -93,7 +93,7 @@ class Checkpoints:
         """
         damaged: list[str] = []
         kept = self.kept()
-        if self.steps() and kept[0] != self.latest and not kept[0].is_dir():  # OpenCLIP's runs may lack this file
+        if self.steps() and kept[0] != self.latest and not kept[0].is_dir():  # runs of OpenCLIP may lack ``latest``
             damaged.append(f"{self.latest} is missing")
         for path in kept:
             try:

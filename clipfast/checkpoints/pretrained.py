@@ -55,6 +55,7 @@ def _known() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _clean(tag: str) -> str:
+    """Return the spelling of a tag by which it is looked up."""
     return tag.lower().replace("-", "_")
 
 

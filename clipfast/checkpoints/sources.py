@@ -191,6 +191,7 @@ def read_folder(folder: Path, with_weights: bool = True) -> ModelSource:
 
 
 def _read_as(is_hugging_face: bool, folder: Path, with_weights: bool) -> ModelSource:
+    """Read a folder in the layout of transformers or of OpenCLIP."""
     config, preprocessing = (hugging_face.read_config if is_hugging_face else read_open_clip_config)(folder)
     weights = None
     if with_weights:

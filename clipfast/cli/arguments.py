@@ -67,7 +67,7 @@ class Output(argparse.Action):
 
     def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
         """Store the value of the option, and add the output to ``outputs`` of the namespace."""
-        if values is None:  # a positional argument that was given as an option instead
+        if values is None:  # the positional argument is absent, since an option gives its value
             return
         setattr(namespace, self.dest, values)
         path = Path(values[-1] if isinstance(values, list) else values)

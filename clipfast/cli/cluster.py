@@ -134,6 +134,7 @@ def _results(args: argparse.Namespace, embeddings: Embeddings, found: Clusters, 
 
 
 def _table(results: dict[str, Any]) -> str:
+    """Return the text table of the clusters, after a line about all of them."""
     from ..io.text import align, without_empty
 
     rows = [["cluster", "size", "similarity", "name"]]

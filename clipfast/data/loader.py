@@ -199,6 +199,7 @@ class PairBatches(Dataset[Batch]):
         return self.order(first, first + self.batch_size)
 
     def _part(self, whole: Stretch) -> Stretch:
+        """Return this rank's part of a batch."""
         part = self.batch_size // self.world_size
         return whole[self.rank * part : (self.rank + 1) * part]
 

@@ -49,6 +49,7 @@ def random_words_at(places: Words, *key: int) -> Words:
 
 
 def _mix(words: Words) -> Words:
+    """Return pseudo-random words from ``words`` by SplitMix64."""
     words = words + _GOLDEN
     words = (words ^ (words >> np.uint64(30))) * _FIRST
     words = (words ^ (words >> np.uint64(27))) * _SECOND

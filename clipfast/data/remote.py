@@ -127,7 +127,7 @@ def opened(name: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
         try:
             yield cast(IO[bytes], process.stdout)
         except BaseException:
-            process.kill()  # otherwise it is waited for, and a loop of a shell goes on when nobody reads
+            process.kill()  # otherwise Popen would wait, and a loop in a shell runs on without a reader
             raise
     if process.returncode:
         raise OSError(f"the command ended with status {process.returncode}")

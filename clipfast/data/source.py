@@ -24,7 +24,7 @@ from .samples import RawSample, caption, field, load_links
 
 MAX_OPEN = 256  # number of shards that a process holds open for all its sources, unless a mix needs more
 OTHER_FILES = 512  # number of files that a process may have open beside shards
-IDLE = 1024  # a shard is closed after this many reads of others: each of an order's 64 streams is read far more often
+IDLE = 1024  # a shard is closed after this many reads of other shards; each of an order's 64 streams is read more often
 
 CAPTION = "caption"  # value of --unique-by: samples with equal captions have the same identity
 

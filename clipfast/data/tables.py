@@ -25,7 +25,7 @@ from .samples import LINKS, Links, RawSample, metadata
 
 SEPARATORS = ",\t;|"
 IMAGE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})\b", re.IGNORECASE)
-HEADER_BYTES = 1 << 20  # the header must end within these
+HEADER_BYTES = 1 << 20  # the header must end within this many bytes
 BOM = codecs.BOM_UTF8.decode("latin-1")
 UTF16 = tuple(mark.decode("latin-1") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 OPEN_QUOTE = "nothing closes a quote of this row, which takes in all lines below"

@@ -73,7 +73,7 @@ def made_by_workers(
             f"a data worker died: {death}; if it ran out of memory, as the system's log would say, use fewer --workers"
         ) from error
     finally:
-        # A traceback could keep the iterator alive, and with it workers, for which the end of the process would wait.
+        # A traceback could keep the iterator and its workers alive. The process would then wait for them when it ends.
         if workers:
             _end_workers(iterator)
 

@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from .watchdog import ANSWER, EXCHANGE, PATIENT, Watchdog, ended_with_torchrun
 
 PATIENCE = 600.0  # seconds for long waits: at the start, and for work of rank 0
-INDEXING = 7 * 24 * 3600.0  # seconds: the first pass over a large data set
+INDEXING = 7 * 24 * 3600.0  # seconds that the first pass over a large data set may take
 LAST_WORD = 2.0  # seconds that other ranks delay their end, so torchrun finds the rank that failed first
 COMMUNICATION = ("gloo", "NCCL", "nccl")  # words in errors of collectives, which have no type of their own
 FAILED = "clipfast/failed"  # the store's key with the rank that failed first

@@ -74,6 +74,7 @@ def classify(
 
 
 def _in_best(found: Classified, k: int) -> Tensor:
+    """Return, for each image, whether its own class is among the ``k`` best classes."""
     return (found.best[:, :k] == found.classes[:, None]).any(1)
 
 

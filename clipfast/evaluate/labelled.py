@@ -123,7 +123,7 @@ class LabelledSet:
             raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
     def places(self) -> list[Place]:
-        """Return a function for each image of the set, ``numbers`` or not, that reads it.
+        """Return one function for each image of the set, also outside of ``numbers``; it reads the image.
 
         Raises:
             ValueError: the set cannot be read, or a class has no images.

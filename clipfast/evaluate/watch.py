@@ -172,7 +172,7 @@ class Watch:
             interval: the number of seconds between two checks of the folder.
         """
         while True:
-            # A run that is finished before the look has written its last checkpoint before it.
+            # The state is read first, since a run that is finished has already written its last checkpoint.
             is_finished = read_status(self.folder.path)["state"] == FINISHED
             yield from self.look()
             if is_finished:

@@ -57,6 +57,7 @@ class RankLoss(nn.Module):
         raise NotImplementedError
 
     def _check_ranks(self) -> None:
+        """Refuse a rank or a world size that is not that of the process group."""
         if self.world_size > 1:
             check_ranks(type(self).__name__, self.rank, self.world_size)
 

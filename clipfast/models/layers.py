@@ -26,7 +26,7 @@ class LayerNorm(nn.LayerNorm):
     backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
+        """Normalise each row: [..., width] -> [..., width]."""
         return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
 
 

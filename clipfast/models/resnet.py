@@ -39,7 +39,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(OrderedDict([("0", projection), ("1", nn.BatchNorm2d(out_channels))]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, 4 channels, H / stride, W / stride]."""
+        """Compute the block: [B, in_channels, H, W] -> [B, 4 channels, H / stride, W / stride]."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self._pool(out)))
@@ -65,7 +65,7 @@ class AttentionPool2d(nn.Module):
             nn.init.normal_(layer.weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, width, H, W] -> [B, embed_dim]."""
+        """Pool the grid of each image: [B, width, H, W] -> [B, embed_dim]."""
         x = x.flatten(2).transpose(1, 2)  # [B, HW, width]
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
         # Only the output of the first token is used, and so there is one query.
@@ -112,7 +112,7 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(x)
 
     def stem(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, width, H / 4, W / 4]."""
+        """Compute the first convolutions: [B, 3, H, W] -> [B, width, H / 4, W / 4]."""
         # Convolutions are faster in the channels-last layout, which every layer keeps.
         # Weights stay contiguous, since FSDP shards only contiguous parameters.
         images = images.contiguous(memory_format=torch.channels_last)

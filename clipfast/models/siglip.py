@@ -100,7 +100,7 @@ class LatentPool(nn.Module):
         self.mlp = TimmMLP(width, hidden, approximate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, width]."""
+        """Pool the tokens of each image into one: [B, N, width] -> [B, width]."""
         pooled = self.proj(self._attend(x))
         return pooled + self.mlp(self.norm(pooled))
 
@@ -232,7 +232,7 @@ class SigLIPText(nn.Module):
             nn.init.zeros_(self.text_projection.bias)
 
     def forward(self, text: Tensor) -> Tensor:
-        """[B, L] -> [B, embed_dim]."""
+        """Encode token ids: [B, L] -> [B, embed_dim]."""
         x = self.embed(text)
         last = text.new_full(text.shape[:1], text.shape[1] - 1, dtype=torch.int64)
         x = self.ln_final(read_rows(self.transformer, x, last))

@@ -142,7 +142,7 @@ class Plan(NamedTuple):
 
     recompute: bool | str  # whether the backward pass recomputes blocks; "selective" recomputes only cheap ops
     blocks: Sequence[nn.Module]  # the blocks that compute every row
-    last: ResidualAttentionBlock | None = None  # the block after them, which computes only the row that is read
+    last: ResidualAttentionBlock | None = None  # the last block, if it computes only the row that is read
 
 
 def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:

@@ -82,8 +82,8 @@ class Ledger(TorchDispatchMode):
             with self:
                 return inner(*args, **kwargs)
         if func is ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # Only the CPU path reads values: whether an input is wrong (bool), whether the shared shift suits (int8),
-            # the scale, and the shared shift, which is 0 for the scales of training.
+            # A fake tensor has no value, and only the CPU path reads values: whether an input is wrong (bool; no),
+            # whether the shared shift suits (int8; yes), the scale, and the shared shift, 0 for the scales of training.
             dtype = args[0].dtype
             return 0.0 if dtype.is_floating_point else dtype != torch.bool
         given = _tensors([*args, *kwargs.values()])

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 IMAGE_PATH, NUMBER = "image_path", "number"  # metadata columns: a picture's path, its position in the source
 FOUND, MAX_FOUND = 24, 200  # the number of items that are shown, by default and at most
-SAMPLES, TRIED = 4, 32  # this many captions are offered as queries, chosen among that many
+SAMPLES, TRIED = 4, 32  # number of captions offered as queries, and number of captions to choose from
 MAX_LABELS = 1000
 MAX_MAPS = 6
 MAX_RATIO = 5  # the largest ratio of a picture's sides for heat maps, whose time grows with it

@@ -115,7 +115,7 @@ def sample(features: Tensor) -> Tensor:
 
 
 def make_index(features: Tensor, queries: Tensor) -> tuple[Any, dict[str, Any]]:
-    """Build a faiss index; it searches as many of its lists as a recall of 95% on some queries takes.
+    """Build a faiss index, which searches as many of its lists as it needs for a recall of 95% on some queries.
 
     There are about 4 sqrt(N) lists. Features are stored in float32, or in 8 bits from five million items on.
 

@@ -96,7 +96,7 @@ def linked(pairs: Tensor, count: int) -> Tensor:
     a, b = pairs.unbind(1)
     while True:
         least = torch.minimum(groups[a], groups[b])
-        # the roots of both items take the smaller group, and then every item takes the group of its root
+        # The roots of both items' groups take the smaller group, and then every item takes the group of its root.
         joined = groups.clone()
         for side in (a, b):
             joined.scatter_reduce_(0, groups[side], least, "amin")

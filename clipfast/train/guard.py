@@ -69,7 +69,7 @@ class Guard:
     def __init__(self, model: CLIP, optimizer: torch.optim.Optimizer, grad_clip_norm: float | None) -> None:
         self.model, self.optimizer, self.grad_clip_norm = model, optimizer, grad_clip_norm
         device = model.logit_scale.device
-        # If the weights are on the host, the host waits: the optimizer there would not wait for the verdict of the GPU.
+        # If weights are on the host, the host waits: an optimizer on the host would not wait for the GPU's verdict.
         devices = {to_local(parameter).device for group in optimizer.param_groups for parameter in group["params"]}
         self.waits = not takes_verdict(optimizer) or devices != {device}
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -157,7 +157,7 @@ def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
 class _Step(NamedTuple):
     """A step whose verdict may still be on its way from the device."""
 
-    number: int  # the number of finished steps, with this one
+    number: int  # the number of finished steps, including this one
     figures: Tensor
     ready: torch.cuda.Event | None
     norms: Tensor

@@ -100,6 +100,7 @@ class Meters:
         return {}
 
     def _gpu(self) -> dict[str, Any]:
+        """Return the state of the GPU for a line of the metrics, and warn the first time that it is throttled."""
         try:
             state = gpu_state(self.device)
         except Exception:  # a driver may lack NVML, or a container may hide it: a run does not need it
@@ -324,7 +325,7 @@ class TrainLog:
             self.reports.add(line)
 
     def _start_again(self) -> None:
-        self._figures: list[Tensor] = []  # figures of steps in which signs of trouble were not looked for yet
-        self._known: list[Figures] = []  # figures of the steps before them
+        self._figures: list[Tensor] = []  # figures of steps not yet searched for signs of trouble
+        self._known: list[Figures] = []  # figures of the steps before, which were searched
         self._stages: collections.Counter[str] = collections.Counter()
         self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

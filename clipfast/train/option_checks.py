@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # imported at run time only where it is used: help needs no P
 AUTO = "auto"
 MOST = 2**31 - 1  # the largest integer for options without a limit of their own
 KEY_OPTIONS = ("image_key", "text_key", "json_text_key", "json_text_key_probs")
-# This is for commands that draw no random captions.
+# The options of commands that read a source but draw no random captions.
 SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")
 
 

@@ -138,7 +138,7 @@ def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: Worl
 
 
 def _check_loader(config: TrainConfig, model: CLIP, batch_size: int, ranks: int) -> int:
-    """Return the bytes of the batches that the data workers of ``ranks`` processes make ahead, in shared memory."""
+    """Refuse data workers whose batches do not fit into memory; return the bytes of the batches made ahead."""
     batch = batch_size * pair_bytes(model.visual.image_size, model.context_length)
     workers = ranks * config.workers
     shared = workers * PREFETCH * batch
@@ -211,7 +211,7 @@ def try_shards(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
     except ShardError as error:
         raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
     if not sources:
-        return Batch(torch.empty(0), torch.empty(0), [])  # the shards that were not tried may hold some
+        return Batch(torch.empty(0), torch.empty(0), [])  # the shards that were not tried may hold pairs
     try:
         return try_pairs(pair_batches(config, sources, ANY_ORDER, model, tokenizer, PAIRS), PAIRS)
     except SampleError as error:

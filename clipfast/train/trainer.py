@@ -105,10 +105,10 @@ class Trainer:
             is_held=folder.is_held,
             world=world.for_thread() if self._writes_parts else ALONE,
         )  # fmt: skip
-        self._has_begun, self._unsaved = False, False  # steps taken at all, and since the last checkpoint
+        self._has_begun, self._unsaved = False, False  # whether a step was taken at all, and since the last save
         self._is_time_to_save = False  # whether rank 0 has told all ranks that it is time to save
         self.signum: int | None = None
-        self._skipped: list[tuple[int, Skipped]] = []  # this rank's skips since the last record, with steps
+        self._skipped: list[tuple[int, Skipped]] = []  # pairs that this rank skipped since the last record, with steps
         self._news = LateSum(world)
         self.skips = SkippedSteps(self.step.guard, self.data, self.progress, config.max_nonfinite_steps, folder, world)
         if checkpoint is not None:

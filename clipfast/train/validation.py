@@ -63,7 +63,7 @@ class ImageNet:
         world: World,
         show: Progress = progress,
     ) -> dict[str, float]:
-        """Return the zero-shot accuracy of ``model`` on each ImageNet folder; all ranks must call it.
+        """Return the zero-shot accuracy of the trained model on each ImageNet folder; all ranks must call it.
 
         The prompts are encoded again for each evaluation if the text tower is trained.
 

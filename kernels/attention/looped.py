@@ -38,7 +38,7 @@ def _looped_fwd_kernel(
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
     k_tiles, k_rest,  # descriptors of blocks [1, BN, 1, part] of k for each part of D, or None
-    v_tiles, v_rest,  # the same of v
+    v_tiles, v_rest,  # descriptors of blocks of v, like those of k
     out_ptr,  # [B, M, H, D] contiguous
     lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
@@ -108,7 +108,7 @@ def _query_bwd_kernel(
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
     k_tiles, k_rest,  # descriptors of blocks [1, BN, 1, part] of k for each part of D, or None
-    v_tiles, v_rest,  # the same of v
+    v_tiles, v_rest,  # descriptors of blocks of v, like those of k
     out_ptr,  # [B, M, H, D] contiguous
     grad_ptr,  # [B, M, H, D]
     lse_ptr,  # [B, H, M] fp32, in units of q . k
@@ -193,7 +193,7 @@ def _key_bwd_kernel(
     v_ptr,  # [B, N, H, D]
     grad_ptr,  # [B, M, H, D]
     q_tiles, q_rest,  # descriptors of blocks [1, BM, 1, part] of q for each part of D, or None
-    grad_tiles, grad_rest,  # the same of the gradient
+    grad_tiles, grad_rest,  # descriptors of blocks of the gradient, like those of q
     stats_ptr,  # [B, H, 2, ROWS] fp32
     seqlens_ptr,  # [B] int32
     dk_ptr,  # [B, N, H, D]

@@ -33,8 +33,8 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
             row = owner[texts] - images.start
             column = ((row >= 0) & (row < rows)).nonzero().squeeze(1)
             pairs = row[column], column
-            # Pairs with the own image or text and lower scores are not ahead; they are marked by 1. Sums of ones are
-            # exact.
+            # Right pairs, and scores below the best right pair of the image or text, are not ahead. They are marked
+            # by 1, since sums of ones are exact.
             behind = torch.lt(tile, image_best[images, None], out=mark).index_put_(pairs, one)
             image_ahead[images] -= behind.sum(1).long()
             behind = torch.lt(tile, text_best[texts], out=mark).index_put_(pairs, one)

@@ -109,7 +109,7 @@ class Code:
         """Return where a branch leads, None at the end of the code, and whether that is a guess."""
         one, behind = self.instructions[index], index + 1
         if "DIV" in one.modifiers or "CONV" in one.modifiers:
-            return behind, 0  # taken only if the threads of a warp differ
+            return behind, 0  # the branch is taken only if the threads of a warp differ
         found = operands(one.operands)
         if len(found) > 1 and found[0].is_predicate and holds:  # a predicate as an operand: BRA.U UP0, 0x40
             holds = state.predicate(found[0])

@@ -202,6 +202,7 @@ def _labels_table(key: str, found: dict[str, Any]) -> str:
 
 
 def _queries_table(key: str, found: dict[str, Any]) -> str:
+    """Return the text table of the queries with the largest skew among the groups of ``key``."""
     from ...io.text import align
 
     rows = [[f"first {found['k']} images, by {key}", "max skew", "of", "NDKL", "p"]]
