@@ -1,10 +1,10 @@
 """The computation of blocks of logits on a CPU: the kernels' algorithm in PyTorch. ``launches`` describes the
 functions.
 
-A chunk of rows is multiplied by all columns at once, a product that is large enough for BLAS to run at full speed. The
-steps after it go through the chunk in pieces that fit into a core's cache. Products are in float32, or in float64 for
-float64 features. Products of bfloat16 features use the CPU's bfloat16 instructions if it has them. The logits are then
-as exact as in float32, but G is rounded to bfloat16, as in the kernels of a GPU.
+A block of logits is large enough for BLAS to run at full speed, and small enough to stay in the cache that the cores
+share. The steps after its product go through the block in pieces that fit into each core's own cache. Products are in
+float32, or in float64 for float64 features. Products of bfloat16 features use the CPU's bfloat16 instructions if it has
+them. The logits are then as exact as in float32, but G is rounded to bfloat16, as in the kernels of a GPU.
 
 A batch whose logits fit into the cache all at once does not come here: ``small_batch`` computes it.
 """
@@ -12,6 +12,7 @@ A batch whose logits fit into the cache all at once does not come here: ``small_
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,8 @@ from .stats import (
 
 __all__ = ["pair_losses"]  # the losses find it here as in ``launches``
 
-CHUNK_ROWS = 1024  # more rows would not make the products faster
-CHUNK_ELEMENTS = 2**24  # the most logits of a chunk: 64 MiB of float32
+# The most rows of a block, and its most columns per thread: 8 MiB of float32 for each thread.
+BLOCK_ROWS, BLOCK_COLS = 1024, 2048
 EPS = 1e-12  # the least norm that torch.nn.functional.normalize divides by
 PIECE_ELEMENTS = 2**17  # logits of a piece per thread: 512 KiB of float32, a quarter to a half of a core's L2 cache
 
@@ -67,15 +68,17 @@ def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softma
     result = new_stats(x, y)
     shift = shared_shift(logit_scale)
     is_shifted = bool(shift)
-    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
-        paired, _ = pairs_in(len(logits), len(y), rows.start + offset)
-        pairs = logits.diagonal(rows.start + offset)
-        result.positive[rows][paired] = pairs
+    for block in _blocks(x, y, offset, logit_scale * LOG2E):
+        paired, _ = pairs_in(*block.logits.shape, block.offset)
+        pairs = block.logits.diagonal(block.offset)
+        result.positive[block.rows][paired] = pairs
         pairs.fill_(float("-inf"))
-        for piece in _pieces(logits):
-            tile = logits[piece].sub_(shift) if is_shifted else logits[piece]
-            result.row_sum[rows][piece] = tile.exp2_().sum(1)
-        result.col_sum.add_(logits.sum(0))
+        row_sum, col_sums = result.row_sum[block.rows], []
+        for piece in block.pieces():
+            tile = block.logits[piece].sub_(shift) if is_shifted else block.logits[piece]
+            row_sum[piece].add_(tile.exp2_().sum(1))
+            col_sums.append(tile.sum(0))
+        result.col_sum[block.cols].add_(torch.stack(col_sums).sum(0))
     result.row_max.copy_(shift)
     result.col_max.copy_(shift)
     result.uses_shared_shift.copy_(is_exact(result.row_sum, result.col_sum))
@@ -89,19 +92,21 @@ def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, r
 
     Each row and each column then has its own maximum, and a logit takes two exponentials.
     """
-    result.col_max.fill_(float("-inf"))
-    result.col_sum.zero_()
-    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
-        logits.diagonal(rows.start + offset).fill_(float("-inf"))
-        for piece in _pieces(logits):
-            tile = logits[piece]
-            row_max = tile.amax(1)
-            result.row_max[rows][piece] = row_max
-            result.row_sum[rows][piece] = (tile - finite(row_max)[:, None]).exp2_().sum(1)
-            col_max = torch.maximum(result.col_max, tile.amax(0))
-            pivot = finite(col_max)
-            result.col_sum.mul_((result.col_max - pivot).exp2_()).add_(tile.sub_(pivot).exp2_().sum(0))
-            result.col_max.copy_(col_max)
+    for maximum, total in (result.rows, result.cols):
+        maximum.fill_(float("-inf"))
+        total.zero_()
+    for block in _blocks(x, y, offset, logit_scale * LOG2E):
+        block.logits.diagonal(block.offset).fill_(float("-inf"))
+        cols = result.col_max[block.cols], result.col_sum[block.cols]
+        for piece in block.pieces():
+            rows = result.row_max[block.rows][piece], result.row_sum[block.rows][piece]
+            for (maximum, total), dim in ((rows, 1), (cols, 0)):
+                tile = block.logits[piece]
+                new_maximum = torch.maximum(maximum, tile.amax(dim))
+                pivot = finite(new_maximum)
+                powers = (tile - pivot.unsqueeze(dim)).exp2_()
+                total.mul_((maximum - pivot).exp2_()).add_(powers.sum(dim))
+                maximum.copy_(new_maximum)
 
 
 def add_gradients(
@@ -110,14 +115,15 @@ def add_gradients(
 ) -> Tensor | None:  # fmt: skip
     """Add G y to acc_x and G^T x to acc_y for a softmax loss; return sums of G_ij x_i . y_j if products round G."""
     shift, factor = shared_shift(logit_scale), logit_scale * LOG2E
-    is_shifted, y = bool(shift), _wide(y)
-    row_max, row_inv_denoms = finite(normalizers.row[0]), normalizers.row[1]
-    col_max, col_inv_denom = finite(normalizers.col[0]), normalizers.col[1]
+    is_shifted = bool(shift)
+    row_maxima, row_inv_denoms = finite(normalizers.row[0]), normalizers.row[1]
+    col_maxima, col_inv_denoms = finite(normalizers.col[0]), normalizers.col[1]
     grads, weights = _scratch(x, y, 2)
     scale_sums = []
-    for rows, tiles in _chunks(x, y, None if _rounds(x) else factor):
-        for piece in _pieces(tiles):
-            tile, row_inv_denom = tiles[piece], row_inv_denoms[rows][piece, None]
+    for block in _blocks(x, y, offset, None if _rounds(x) else factor):
+        col_max, col_inv_denom = col_maxima[block.cols], col_inv_denoms[block.cols]
+        for piece in block.pieces():
+            tile, row_inv_denom = block.logits[piece], row_inv_denoms[block.rows][piece, None]
             grad, weight = (buffer[: tile.numel()].view_as(tile) for buffer in (grads, weights))
             # If G is rounded, the cosines in ``tile`` are needed again. Otherwise G may overwrite the logits there.
             grad = torch.mul(tile, factor, out=grad) if _rounds(x) else tile
@@ -126,12 +132,13 @@ def add_gradients(
                 (grad.sub_(shift) if is_shifted else grad).exp2_().mul_(weight)
             else:
                 torch.sub(grad, col_max, out=weight).exp2_().mul_(col_inv_denom)
-                torch.addcmul(weight, grad.sub_(row_max[rows][piece, None]).exp2_(), row_inv_denom, out=grad)
-            grad.diagonal(rows.start + piece.start + offset).zero_()
+                grad.sub_(row_maxima[block.rows][piece, None]).exp2_()
+                torch.addcmul(weight, grad, row_inv_denom, out=grad)
+            grad.diagonal(piece.start + block.offset).zero_()
             if _rounds(x):
                 scale_sums.append(torch.dot(grad.view(-1), tile.view(-1)))
                 tile.copy_(grad)
-        _add_products(tiles, x, rows, y, acc_x, acc_y)
+        block.add_products(acc_x, acc_y)
     return torch.stack(scale_sums) if scale_sums else None
 
 
@@ -150,10 +157,10 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     """Return numbers whose sum is the sigmoid loss of all logits except those of the pairs."""
     losses = []
-    for rows, logits in _chunks(x, y):
-        for piece in _pieces(logits):
-            tile = _scaled(logits[piece], logit_scale, logit_bias)
-            tile.diagonal(rows.start + piece.start + offset).fill_(float("-inf"))
+    for block in _blocks(x, y, offset):
+        for piece in block.pieces():
+            tile = _scaled(block.logits[piece], logit_scale, logit_bias)
+            tile.diagonal(piece.start + block.offset).fill_(float("-inf"))
             losses.append(F.softplus(tile).sum())
     return torch.stack(losses) if losses else logit_scale.new_zeros(0)
 
@@ -163,19 +170,18 @@ def add_sigmoid_gradients(
 ) -> Tensor:
     """Add G y to acc_x and G^T x to acc_y for the sigmoid loss; return the sums over all logits except the pairs."""
     (grads,) = _scratch(x, y, 1)
-    y = _wide(y)
     sums = []
-    for rows, cosines in _chunks(x, y):
-        for piece in _pieces(cosines):
-            tile = cosines[piece]
+    for block in _blocks(x, y, offset):
+        for piece in block.pieces():
+            tile = block.logits[piece]
             grad = grads[: tile.numel()].view_as(tile)
             _scaled(tile, logit_scale, logit_bias, out=grad)
-            grad.diagonal(rows.start + piece.start + offset).fill_(float("-inf"))
+            grad.diagonal(piece.start + block.offset).fill_(float("-inf"))
             loss = F.softplus(grad).sum()
             grad.sigmoid_()
             sums.append(torch.stack((loss, grad.sum(), torch.dot(grad.view(-1), tile.view(-1)))))
             tile.copy_(grad)
-        _add_products(cosines, x, rows, y, acc_x, acc_y)
+        block.add_products(acc_x, acc_y)
     return torch.stack(sums, 1) if sums else logit_scale.new_zeros(3, 0)
 
 
@@ -184,8 +190,20 @@ def finish(
 ) -> Tensor:
     """Write the gradient of features, factor * (acc - one_minus_p * positive) through the normalisation, to ``out``.
 
-    Return the product of each row's gradient and features, before factor and normalisation.
+    Return the product of each row's gradient and features, before factor and normalisation. ``out`` may be ``acc``.
     """
+    # An intermediate result takes as much memory as the gradient, so there are few rows at a time.
+    parts = [
+        _finish_rows(acc[rows], own.part(rows), other, offset + rows.start, one_minus_p[rows], factor, out[rows])
+        for rows in slices(len(acc), BLOCK_ROWS)
+    ]
+    return torch.cat(parts) if parts else acc.new_empty(0)
+
+
+def _finish_rows(
+    acc: Tensor, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor
+) -> Tensor:
+    """Do what :func:`finish` does, with intermediate results for all rows at once."""
     paired, partners = pairs_in(len(acc), len(other), offset)
     rows = own.rows.to(acc.dtype)
     acc[paired].addcmul_(one_minus_p[paired, None], other[partners].to(acc.dtype), value=-1)
@@ -210,31 +228,46 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(accumulate_dtype(x.dtype))
 
 
-def _chunks(x: Tensor, y: Tensor, factor: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield chunks of logits: a slice of the rows of x, and ``factor`` times their products with y.
+class _Block(NamedTuple):
+    """A block of logits [R, C], of some rows of x against some rows of y, which are the columns of the logits."""
 
-    Each chunk reuses the memory of the one before.
+    rows: slice
+    cols: slice
+    x: Tensor  # [R, D], in the dtype of the logits
+    y: Tensor  # [C, D]
+    logits: Tensor
+    offset: int  # the pairs of the block are (i, i + offset)
+    dtype: torch.dtype  # the dtype of the features
+
+    def pieces(self) -> list[slice]:
+        """Return slices of the rows of the block, so that each piece of the logits fits into the cache."""
+        return slices(len(self.logits), max(1, _piece_elements() // self.logits.shape[1]))
+
+    def add_products(self, acc_x: Tensor | None, acc_y: Tensor | None) -> None:
+        """Add G y to acc_x and G^T x to acc_y, with the G that has replaced the logits."""
+        with _instructions_for(self.dtype):
+            if acc_x is not None:
+                acc_x[self.rows].addmm_(self.logits, self.y)
+            if acc_y is not None:
+                acc_y[self.cols].addmm_(self.logits.T, self.x)
+
+
+def _blocks(x: Tensor, y: Tensor, offset: int, factor: Tensor | None = None) -> Iterator[_Block]:
+    """Yield all blocks of logits, ``factor`` times the products of x and y.
+
+    Each block reuses the memory of the one before.
     """
-    m, n = len(x), len(y)
-    if m == 0 or n == 0:
-        return
-    size, columns = min(m, CHUNK_ROWS, max(16, CHUNK_ELEMENTS // n)), _wide(y).T
-    buffer = columns.new_empty(size, n)
     alpha = 1 if factor is None else factor.item()
-    for rows in slices(m, size):
-        chunk = buffer[: rows.stop - rows.start]
-        with _instructions_for(x.dtype):
-            torch.addmm(chunk, _wide(x[rows]), columns, beta=0, alpha=alpha, out=chunk)
-        yield rows, chunk
-
-
-def _add_products(G: Tensor, x: Tensor, rows: slice, y: Tensor, acc_x: Tensor | None, acc_y: Tensor | None) -> None:
-    """Add G y to some rows of acc_x, and G^T times the same rows of x to acc_y; y has the dtype of G."""
-    with _instructions_for(x.dtype):
-        if acc_x is not None:
-            acc_x[rows].addmm_(G, y)
-        if acc_y is not None:
-            acc_y.addmm_(G.T, _wide(x[rows]))
+    y = _wide(y)
+    buffer = y.new_empty(min(len(x), BLOCK_ROWS) * min(len(y), _block_cols()))
+    for rows in slices(len(x), BLOCK_ROWS):
+        own = _wide(x[rows])
+        for cols in slices(len(y), _block_cols()):
+            other = y[cols]
+            logits = buffer[: len(own) * len(other)].view(len(own), len(other))
+            with _instructions_for(x.dtype):
+                torch.addmm(logits, own, other.T, beta=0, alpha=alpha, out=logits)
+            yield _Block(rows, cols, own, other, logits, rows.start + offset - cols.start, x.dtype)
 
 
 @functools.cache
@@ -269,13 +302,13 @@ def _scaled(tile: Tensor, factor: Tensor, bias: Tensor, out: Tensor | None = Non
 
 def _scratch(x: Tensor, y: Tensor, count: int) -> tuple[Tensor, ...]:
     """Return ``count`` buffers that each hold as many numbers as a piece of the logits of x and y."""
-    size = max(_piece_elements(), len(y))
+    size = max(_piece_elements(), min(len(y), _block_cols()))
     return x.new_empty(count, size, dtype=accumulate_dtype(x.dtype)).unbind()
 
 
-def _pieces(chunk: Tensor) -> list[slice]:
-    """Return slices of the rows of a chunk of logits, so that each piece fits into the cache."""
-    return slices(len(chunk), max(1, _piece_elements() // chunk.shape[1]))
+def _block_cols() -> int:
+    """Return the most columns of a block, which all threads compute together."""
+    return BLOCK_COLS * torch.get_num_threads()
 
 
 def _piece_elements() -> int:

@@ -77,7 +77,8 @@ def test_rectangular(loss, m, n, offset, dtype, device, few_multiprocessors, mon
 def test_blocks_add_up(loss, scale, native, monkeypatch):
     call = call_of(loss, native, scale=scale)
     expected = call.results()
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 17 * 150)
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", 17)
+    monkeypatch.setattr(cpu, "BLOCK_COLS", 64)
     monkeypatch.setattr(cpu, "PIECE_ELEMENTS", 4 * 150)
     with launches.small_blocks(64):
         assert_equal(call.results(), expected, atol=1e-7 * scale)
