@@ -155,9 +155,8 @@ def pairwise_loss(
         return reference.pairwise_loss(rows, cols, logit_scale, both=both, normalize=normalize, offset=offset)
     dtype = operand_dtype(op, row_name, rows)
     scale = logit_scale.to(accumulate_dtype(dtype))
-    if both and offset == 0 and len(rows) == len(cols) and suits_whole(rows, cols, dtype):
-        with torch.autocast("cpu", enabled=False):
-            loss = whole_loss(*whole_operands(rows, cols, normalize=normalize, dtype=dtype), scale)
+    if both and offset == 0 and suits_whole(rows, cols, dtype):  # then there are as many columns as rows
+        loss = whole_loss(*whole_operands(rows, cols, normalize=normalize, dtype=dtype), scale)
         if loss is not None:
             return loss
     return _contrastive_fwd(rows, cols, scale, offset, both, normalize, dtype, save_memory)[0]

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..backends import below_autograd
 from ..launch import triton_runs_on
 from .stats import LEAST_SUM
 
 MOST_LOGITS = 2**20  # the most logits of a small batch: 4 MiB of float32
 # Sums and powers between ``LEAST_SUM`` and this number have neither overflowed nor lost a term that matters.
 LARGEST_SUM = 2.0**120
-LEAST_SCALE = 2.0**-10  # below it, dividing by the scale would not give the gradient of the scale
+LARGEST_RATIO = 2.0**120  # the quotients of two sums do not overflow either
 
 
 def suits_whole(rows: Tensor, cols: Tensor, dtype: torch.dtype, ranks: int = 1) -> bool:
@@ -67,19 +68,12 @@ def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
     """Return the contrastive loss of a small batch from all its logits at once; None if its powers need a shift.
 
     The features x and y are [N, D], and the loss has both directions. If gradients will be needed, they are computed
-    together with the loss, because computing them later takes more calls.
+    together with the loss, because computing them later takes more calls. Autocast does not change anything.
     """
-    wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or logit_scale.requires_grad)
-    with torch.no_grad():
-        found = _loss_and_gradients(x, y, logit_scale, wanted)
-    if found is None:
-        return None
-    if not wanted:
-        return found[0]
-    loss, *gradients = found
-    return _WholeLoss.apply(  # type: ignore[no-untyped-call]
-        reference.contrastive_loss, loss, x, y, logit_scale, *gradients
-    )
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or logit_scale.requires_grad):
+        return _with_gradients(_loss_and_gradients, reference.contrastive_loss, x, y, logit_scale)
+    found = _loss_and_gradients(x, y, logit_scale, wanted=False)
+    return found and found[0]
 
 
 def whole_sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
@@ -89,55 +83,60 @@ def whole_sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Te
     wanted = [tensor.requires_grad for tensor in inputs]
     if not (torch.is_grad_enabled() and any(wanted)):
         return loss_of(*inputs)
-    leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, wanted, strict=True)]
-    with torch.enable_grad():
-        loss = loss_of(*leaves)
-    found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
-    gradients = [next(found) if needed else None for needed in wanted]
-    return _WholeLoss.apply(  # type: ignore[no-untyped-call]
-        loss_of, loss.detach(), *inputs, *gradients
-    )
+
+    def loss_and_gradients(*inputs: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, wanted, strict=True)]
+        with torch.enable_grad():
+            loss = loss_of(*leaves)
+        found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
+        return loss.detach(), *(next(found) if needed else None for needed in wanted)
+
+    return _with_gradients(loss_and_gradients, loss_of, *inputs)
 
 
-def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool) -> tuple[Tensor, ...] | None:
+@below_autograd
+def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool = True) -> tuple[Tensor, ...] | None:
     """Return the loss and, if they are wanted, the gradients of x, y and the scale; None if another shift is needed."""
-    powers = torch.mm(x, y.T).mul_(logit_scale)  # [N, N]
-    positive = powers.diagonal().clone()
-    powers.exp_().fill_diagonal_(0.0)
-    sums = torch.cat((powers.sum(1), powers.sum(0), positive.exp()))
-    least, largest = torch.aminmax(sums)
-    if not (least.item() >= LEAST_SUM and largest.item() <= LARGEST_SUM):
+    scale, coefficient = logit_scale.item(), 1 / (2 * x.shape[0])
+    # BLAS multiplies by a number at no cost; beta=0 leaves out the first argument.
+    powers = torch.addmm(logit_scale, x, y.T, beta=0, alpha=scale).exp_()  # [N, N]
+    diagonal = powers.diagonal()
+    positive = diagonal.clone()
+    diagonal.zero_()
+    row_sum, col_sum = powers.sum(1), powers.sum(0)
+    sums = torch.cat((row_sum, col_sum, positive))
+    least, largest = (extreme.item() for extreme in torch.aminmax(sums))
+    if not (least >= LEAST_SUM and largest <= min(LARGEST_SUM, LARGEST_RATIO * least)):
         return None
-    sums = sums.view(3, -1)
-    totals = sums[:2]
-    others = totals.log().sub_(positive)  # log(others / positive)
-    coefficient = 1 / (2 * x.shape[0])
-    loss = F.softplus(others).sum().mul_(coefficient)
+    others = sums.view(3, -1)[:2]
+    loss = (others / positive).log1p_().sum().mul_(coefficient)
     if not wanted:
         return (loss,)
-    inv_row, inv_col = totals.add_(sums[2]).reciprocal_().unbind()
+    inv_row, inv_col = others.add_(positive).reciprocal_().unbind()
     G = powers.mul_(torch.add(inv_row.unsqueeze(1), inv_col))
-    torch.sum(others.sigmoid_().neg_(), 0, out=G.diagonal())  # one_minus_p of both directions
-    scale = logit_scale.item()
-    if abs(scale) < LEAST_SCALE:
-        x_grad = G @ y
-        scale_grad = (x_grad * x).sum().mul_(coefficient)
-        return loss, x_grad.mul_(coefficient * scale), (G.T @ x).mul_(coefficient * scale), scale_grad
-    # BLAS multiplies by a number at no cost; beta=0 leaves out the first argument.
-    x_grad = torch.addmm(y, G, y, beta=0, alpha=coefficient * scale)
+    # For the pairs, G has minus one_minus_p of both directions.
+    diagonal.addcmul_(row_sum, inv_row, value=-1).addcmul_(col_sum, inv_col, value=-1)
+    x_grad = torch.addmm(y, G, y, beta=0, alpha=coefficient)
     y_grad = torch.addmm(x, G.T, x, beta=0, alpha=coefficient * scale)
-    return loss, x_grad, y_grad, torch.dot(x_grad.view(-1), x.reshape(-1)).div_(scale)
+    scale_grad = (x_grad * x).sum()
+    return loss, x_grad.mul_(scale), y_grad, scale_grad
 
 
 class _WholeLoss(torch.autograd.Function):
-    """A loss of a small batch, whose gradients were computed together with it. Autocast does not round them."""
+    """A loss of a small batch, whose gradients are computed together with it. Autocast does not round them."""
 
     @staticmethod
-    def forward(ctx: Any, loss_of: Callable[..., Tensor], loss: Tensor, *tensors: Tensor | None) -> Tensor:
-        """Return the loss; ``tensors`` are the inputs of ``loss_of``, the reference, and then their gradients."""
+    def forward(
+        ctx: Any, loss_and_gradients: Callable[..., Any], loss_of: Callable[..., Tensor], *inputs: Tensor
+    ) -> Any:
+        """Return the loss, or None if there is none; ``loss_of`` is the reference for both functions of ``inputs``."""
+        found = loss_and_gradients(*inputs)
+        if found is None:
+            return None
+        loss, *gradients = found
         ctx.loss_of = loss_of
-        ctx.save_for_backward(*tensors)
-        return loss.clone()
+        ctx.save_for_backward(*inputs, *gradients)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,4 +153,8 @@ class _WholeLoss(torch.autograd.Function):
                 like = torch.autograd.grad(loss, [inputs[place] for place in wanted], grad_loss, create_graph=True)
             for place, gradient in zip(wanted, like, strict=True):
                 found[place] = gradient + (found[place] - gradient).detach()
-        return None, None, *found, *[None] * count
+        return None, None, *found
+
+
+# This is the method of the C++ class. That of the Python class first asks whether a transform is active.
+_with_gradients: Callable[..., Any] = super(torch.autograd.Function, _WholeLoss).apply  # type: ignore[misc]
