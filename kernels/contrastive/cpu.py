@@ -69,7 +69,7 @@ def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softma
     shift = shared_shift(logit_scale)
     is_shifted = bool(shift)
     for block in _blocks(x, y, offset, logit_scale * LOG2E):
-        paired, _ = pairs_in(*block.logits.shape, block.offset)
+        paired, _ = pairs_in(len(block.x), len(block.y), block.offset)
         pairs = block.logits.diagonal(block.offset)
         result.positive[block.rows][paired] = pairs
         pairs.fill_(float("-inf"))

@@ -73,7 +73,7 @@ def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or logit_scale.requires_grad):
         return _with_gradients(_loss_and_gradients, reference.contrastive_loss, x, y, logit_scale)
     found = _loss_and_gradients(x, y, logit_scale, wanted=False)
-    return found and found[0]
+    return None if found is None else found[0]
 
 
 def whole_sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
@@ -157,4 +157,4 @@ class _WholeLoss(torch.autograd.Function):
 
 
 # This is the method of the C++ class. That of the Python class first asks whether a transform is active.
-_with_gradients: Callable[..., Any] = super(torch.autograd.Function, _WholeLoss).apply  # type: ignore[misc]
+_with_gradients: Callable[..., Any] = super(torch.autograd.Function, _WholeLoss).apply

@@ -301,6 +301,11 @@ class TestWhole:
             in_double(value_and_grads(contrastive_loss, inputs, ONE)), truth, rtol=1e-3, atol=1e-7
         )
 
+    def test_a_quotient_of_powers_that_overflows_keeps_its_loss(self):
+        # The powers e^-45 and e^45 are fine numbers in float32, and e^90 is infinite.
+        x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        assert contrastive_loss(x, -x, 45.0).item() == pytest.approx(90.0)
+
     @pytest.mark.parametrize("loss_of", [contrastive_loss, functools.partial(sigmoid_loss, logit_bias=-2.0)])
     def test_autocast_in_the_backward_pass_changes_nothing_and_there_is_a_second_derivative(self, loss_of):
         leaf = torch.randn(7, 8, requires_grad=True)
