@@ -86,7 +86,7 @@ def trace(step: Callable[[], object], device: torch.device, seconds: float) -> B
         # On a CPU, the profiler's log would only say that it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=activities) as profiler:
-        step()  # the profiler starts up during this one
+        step()  # the profiler starts up during this step
         for _ in range(steps):
             synchronize(device)
             with record_function(STEP_RANGE):

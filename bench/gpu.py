@@ -79,7 +79,7 @@ BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
 # Our model and PyTorch's. Our compiled model is left out, since only the part "step" has the time to compile it.
 STEP_CANDIDATES = ("--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
 STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
-# Packages that may be copied to the machine: module, name on PyPI if it differs, and the results that lack without it.
+# Packages that may be copied to the machine: module, name on PyPI if it differs, and what is missing without it.
 WHEELS = {
     "pytest": ("pytest", "no tests at all"),
     "xdist": ("pytest-xdist execnet", "tests compile in one process"),
@@ -105,7 +105,7 @@ class Step:
     name: str
     command: list[str]
     seconds: float = 0.0  # the time that the step gets in any case
-    lines: int = 20  # the number of last lines of its output in the summary
+    lines: int = 20  # the number of lines at the end of its output that the summary shows
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables that only this step has
 
 

@@ -9,7 +9,7 @@ from . import launch
 from .dtypes import FLOATS, dtype_name
 
 INTEGERS = (torch.int32, torch.int64)
-# The dtypes that some of the ways to run a kernel do not compute in.
+# The dtypes that kernels support on some devices only, or not in Triton's interpreter.
 NOT_EVERYWHERE = (torch.bfloat16, torch.float64)
 
 

@@ -26,8 +26,8 @@ TUNED = Path(__file__).parent / "tuned"
 # place of those of older tables whose sizes do not fit it. If its own table lacks an entry, the tables that
 # :attr:`Architecture.tables` names are searched in turn.
 ARCHS = tuple(sorted(ARCHITECTURES, reverse=True))
-# Attention has an entry for head dimensions up to each limit in HEAD_DIMS. Its short kernels have one for numbers of
-# keys up to each limit in the next line.
+# Attention has an entry for head dimensions up to each limit in HEAD_DIMS. Its short kernels have one for
+# numbers of keys up to each limit in NUM_KEYS.
 HEAD_DIMS = (64, 96, 128)
 NUM_KEYS = (64, 128, 208, 256, 272)
 # A kernel that holds whole rows has an entry for widths up to each of these limits.

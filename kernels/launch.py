@@ -25,7 +25,7 @@ CPU_ARCH = 80
 # On a CPU, kernels that walk rows are launched as if there were only this many multiprocessors. Then even a small test
 # has more rows than programs.
 CPU_MULTIPROCESSORS = 2
-# The Triton versions whose compiled kernels a plan starts by itself. Others start every kernel by Triton's own way.
+# The Triton versions whose compiled kernels a plan starts by itself. With other versions, Triton starts every kernel.
 DIRECT_VERSIONS = ("3.6", "3.9")
 RECORDED_MULTIPROCESSORS = 132  # of an H100; launches that fill a GPU are recorded with this number
 

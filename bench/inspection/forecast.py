@@ -102,7 +102,7 @@ def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
         if call.grads:
             ledger.phase = BACKWARD
             results = results if isinstance(results, tuple) else (results,)
-            # as the benchmark does; .backward() would copy a gradient that two leaves share, which in a model are none
+            # As in the benchmark: .backward() would copy a gradient that two leaves share. Models have no such leaves.
             leaves = [x for x in call.inputs.values() if x.requires_grad]
             torch.autograd.grad(results, leaves, [torch.empty_like(result) for result in results], allow_unused=True)
             ledger.book_launches()
@@ -256,7 +256,7 @@ def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort
 
 
 def _shares(parts: Sequence[Part], ops: Sequence[Event], times: Sequence[float]) -> dict[str, float]:
-    """Return predicted seconds by category: a launch has that of its op, and a PyTorch op that of its phase."""
+    """Return predicted seconds by category. A launch has its op's category, and a PyTorch op its phase's category."""
     of_kernel = {kernel: spec.category for spec in specs().values() for kernel in spec.kernels}
     of_phase = {"update": categories.OPTIMIZER, "loss": categories.LOSS}
     found = dict.fromkeys(categories.CATEGORIES, 0.0)

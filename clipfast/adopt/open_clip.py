@@ -152,7 +152,7 @@ def under_mask(proposal: Proposal, mask: Mask | None) -> Proposal:
 def is_causal(attn_mask: Tensor | None, owner: Any) -> bool:
     """Return True if ``attn_mask`` is the causal mask that ``owner`` holds, or its upper left part.
 
-    Compiled code takes the mask that ``owner`` holds for causal, which it was when the model was given our kernels.
+    Compiled code assumes that the mask of ``owner`` is still causal, as it was when the replacements were made.
     """
     if attn_mask is None or owner is None:
         return False

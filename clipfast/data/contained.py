@@ -79,7 +79,7 @@ def _copy_footer(file: IO[bytes], target: IO[bytes]) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - FOOTER_GUESS, 0))
         tail = file.read()
-    except ValueError as error:  # as fsspec says that a server sends nothing but whole files
+    except ValueError as error:  # fsspec's error for a server that sends nothing but whole files
         raise io.UnsupportedOperation(f"it cannot be read from the middle: {error}") from error
     length = int.from_bytes(tail[-8:-4], "little")
     if tail[-4:] != MAGIC or length + 12 > size:

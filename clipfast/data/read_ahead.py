@@ -51,7 +51,7 @@ class ReadAhead:
             for number, source in enumerate(batches.sources)
             if isinstance(source, ShardSource) and any(shard.is_copied for shard in source.shards)
         }
-        # The other half of the room is for the copies that are being read.
+        # Half of the room is for copies ahead, and the other half for the copies that are being read.
         self._room = min((source.index.room() for source in self._sources.values()), default=0) // sharers // 2
         self._horizon = in_flight + max(min(BATCHES, POSITIONS // batches.batch_size), 1)
         self._at = first  # the batch that training waits for
@@ -65,7 +65,7 @@ class ReadAhead:
         self._closed, self._changed = threading.Event(), threading.Condition()
 
     def __enter__(self) -> Self:
-        atexit.register(self._closed.set)  # of a process that ends within the context
+        atexit.register(self._closed.set)  # for a process that ends within the context
         for _ in range(THREADS if self._sources else 0):
             threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
         return self

@@ -78,7 +78,7 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
                 raise
             cause = error.__cause__ or error
             reason = " ".join(str(cause).split()) or type(cause).__name__
-            if not waits or (number > 1 and time.monotonic() - begin > PATIENCE):  # the first may have been long
+            if not waits or (number > 1 and time.monotonic() - begin > PATIENCE):  # the first attempt may be long
                 tried = f" ({number} attempts)" if number > 1 else ""
                 raise FetchError(f"{what} {name} cannot be read: {reason}{tried}") from error
             log.warning(f"{what} {name}: attempt {number} has failed ({reason}); the next one is in {waits[0]:g} s")

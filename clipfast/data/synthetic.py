@@ -37,7 +37,7 @@ SHADE = 10  # how far a colour may differ from the colour of its name
 SIZES = {"small": 120, "medium": 190, "large": 270}  # radii
 SPREAD = 12  # how far a radius may differ from the radius of its name
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
-STEP, SHIFT = 195, 25  # distance between two places, and of a centre from its place
+STEP, SHIFT = 195, 25  # distance between two places, and how far a centre may be from its place
 NO_FRAME = "none"
 WORDS = {
     "shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS), "frame": tuple(COLOURS),

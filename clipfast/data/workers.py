@@ -94,7 +94,7 @@ def _unless_error(batches: Iterator[T | ValueError | DiskFullError]) -> Iterator
 def _end_workers(iterator: Any) -> None:
     """End the data workers of an iterator; those that are still busy after ``GRACE`` seconds are killed."""
     # PyTorch first ends its own thread, which must not read the half-written message of a killed worker. Then it waits
-    # for each worker in turn, up to ten seconds; this ends as soon as all workers are killed.
+    # for each worker in turn, up to ten seconds; the wait ends as soon as all workers are killed.
     killer = threading.Timer(GRACE, lambda: [worker.kill() for worker in iterator._workers])
     # PyTorch may raise its error about a dead worker at any moment, even here; it has ended the other workers then.
     with contextlib.suppress(RuntimeError):

@@ -40,7 +40,7 @@ PHASES = {"data": "has waited for its data for"}  # the text about a rank in thi
 BLAMED, SIGNAL = "blamed", "signal"
 ANSWER = 10.0  # seconds that the store gets to answer
 NAMED = 5  # an error names at most this many ranks
-_numbers = itertools.count()  # numbers the watchdogs of this process, which are equal on all ranks
+_numbers = itertools.count()  # numbers of this process's watchdogs; a watchdog has the same number on all ranks
 
 
 class _Place(NamedTuple):

@@ -205,7 +205,7 @@ class ScikitLearnSolver:
     """scikit-learn's logistic regression by L-BFGS; arguments are those of :class:`TorchSolver`."""
 
     def __init__(self, train: Samples) -> None:
-        self.mean = train.features.double().mean(0)  # the bias absorbs it, and the solver converges faster
+        self.mean = train.features.double().mean(0)  # the bias absorbs the mean, and the solver converges faster
         self.features, self.classes = (train.features - self.mean).numpy(), train.classes.numpy()
 
     def fit(self, C: float) -> Classifier:

@@ -67,7 +67,7 @@ class CheckpointModel:
             self._encoder = Encoder(str(source), model, tokenizer, transform_of(model, uint8=True), self.device)
             self._config = config
         load_weights(self._encoder.model, checkpoint, source)
-        return dataclasses.replace(self._encoder, name=str(source))  # a new one has not cached the last one's digest
+        return dataclasses.replace(self._encoder, name=str(source))  # a new encoder lacks the last one's digest
 
 
 @dataclasses.dataclass

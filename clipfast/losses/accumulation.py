@@ -91,8 +91,8 @@ def accumulate_gradients(
             _set_random_state(devices, state)
             with _without_exchange(model, when=index < len(parts) - 1):
                 _backward_from(model(*part), gradients[index])
-            # A later part would go through these casts of weights. Their gradients would then come last in its backward
-            # pass, when FSDP2 has already reduced those of each block: they would miss this step.
+            # A later part would reuse this part's casts of weights. Their gradients would then come at the end of the
+            # later part's backward pass, after FSDP2 has reduced the gradients of each block, and would be lost.
             torch.clear_autocast_cache()
     finally:
         after.restore()

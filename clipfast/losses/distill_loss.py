@@ -31,8 +31,8 @@ from ..kernels.dtypes import accumulate_dtype, autocast_dtype
 from .clip_loss import ClipLoss
 
 OP = "DistillClipLoss"
-# The number of logits in a strip, and the least number of rows. About five matrices of this size are in memory at once,
-# which should stay in the cache of a CPU, and be large enough to fill a GPU. Products with fewer rows would be slow.
+# The number of logits in a strip, and the least number of rows. About five matrices of a strip's size are in memory at
+# once. They should fit into the cache of a CPU, and be large enough to fill a GPU. Products of fewer rows are slow.
 STRIP_LOGITS = {"cpu": 2**20, "cuda": 2**24}
 LEAST_ROWS = 64
 

@@ -81,8 +81,8 @@ class SigLipLoss(RankLoss):
         Its name and arguments are those of OpenCLIP, since subclasses of OpenCLIP's loss and tests call it.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        # With an offset past the last text, no image has a pair. It is at least 1, since an offset of 0 would make
-        # pairs.
+        # With an offset past the last text, no image has a pair. The offset is at least 1, since an offset of 0
+        # would make pairs.
         offset = max(len(text_features), 1) if negative_only else 0
         return sigmoid_loss(image_features, text_features, logit_scale, bias, offset=offset)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .transformer import Attention
 
 Kind = TypeVar("Kind", bound=nn.Module)
-# The attributes in which a module keeps what a call does besides its ``forward``.
+# The attributes of a module that hold its hooks, which a call runs besides ``forward``.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

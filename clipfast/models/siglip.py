@@ -127,7 +127,7 @@ class SigLIPTrunk(nn.Module):
         width, hidden = vision.width, int(vision.width * vision.mlp_ratio)
         self.grid_size = (vision.image_size // vision.patch_size,) * 2
         self.grad_checkpointing: bool | str = False
-        # Only weight and bias of this convolution are used, by the patch embedding op. It gives them timm's names and
+        # The patch embedding op uses only weight and bias of this convolution, which gives them timm's names and
         # initial values.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, vision.patch_size, vision.patch_size)})
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], width))

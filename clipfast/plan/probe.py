@@ -39,7 +39,7 @@ from .planned_step import (
 
 DEPTHS = (3, 4)  # a first, a middle and a last block, which differ; the second depth has two middle blocks
 BATCHES = (256, 512)  # large enough for activations to outweigh memory that does not depend on the batch
-FEW = 2  # so few pairs that activations hardly count; a phase never takes less than with them
+FEW = 2  # so few pairs that activations hardly count; no phase takes less than with so few
 FORWARD = (IMAGE_FORWARD, TEXT_FORWARD)
 BACKWARD = (TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD)
 PROBED = (IMAGES, TEXTS, SCRATCH, GATHERED)  # categories; memory that lives from step to step is counted in Held

@@ -76,12 +76,13 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
         about: dict[str, Any] = json.loads(note.read_text("utf-8"))
         if about.get("stamp") == stamp:
             return faiss.read_index(str(path)), about
-    note.unlink(missing_ok=True)  # the description says that the index is complete, so it must not outlive the old one
+    note.unlink(missing_ok=True)  # a description says that its index is complete: it must not outlive the index
     features = embeddings.of_kind(kind)
     if features is None:
         raise ValueError(f"{folder} has no {kind} features to index")
     others = embeddings.of_kind("text" if kind == "image" else "image")
-    # recall is measured with queries of the other kind, since texts search pictures; without these, with the items
+    # Recall is measured with features of the other kind as queries, since texts search pictures. If there are none, the
+    # items themselves are the queries.
     index, about = make_index(features, sample(features if others is None else others))
     about |= {"stamp": stamp, "folder": str(folder.resolve())}
     _drop_left(home.parent)

@@ -124,7 +124,7 @@ class _Work:
         centres = some[:1]
         distance = 1 - some @ centres[0]
         for _ in range(1, self.k):
-            # the squared distance is twice this; k-means++ draws features with probabilities in proportion to it
+            # k-means++ draws features in proportion to their squared distance, which is twice ``distance``
             sums = distance.clamp(min=0).double().cumsum(0).cpu()
             place = torch.searchsorted(sums, torch.rand((), generator=random).double() * sums[-1], right=True)
             centres = torch.cat([centres, some[place.clamp(max=len(some) - 1)][None]])

@@ -93,7 +93,7 @@ def train(
         with (
             logging_to(folder, world, by_machine=config.log_local),
             Interruption(quiet=world.size > 1) as interruption,
-            remote,  # entered before the reports, so that it uploads their files after they are closed
+            remote,  # It is entered before the reports, so that their files are uploaded after they are closed.
             Reports(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
         ):
             if world.is_main:

@@ -20,7 +20,7 @@ from ..runs.folder import RunFolder
 from ..runs.lock import LOCK_NAME, locked
 
 log = logging.getLogger("clipfast")
-ATTEMPTS, FIRST_WAIT = 3, 1.0  # attempts to send each file; seconds before the second one, doubled for each further one
+ATTEMPTS, FIRST_WAIT = 3, 1.0  # attempts for each file; seconds before the second one, doubled before each later one
 LAST_UPLOAD = 600.0  # seconds that the end of a run waits for the last upload
 # On these file systems a file must be uploaded under another name and then renamed, or readers could see half of it.
 # Object stores show a file only when it is complete.
@@ -257,7 +257,7 @@ class RemoteCopy:
             if path.suffix:
                 replace_file(path, download)
             else:
-                shutil.rmtree(path, ignore_errors=True)  # a damaged local one would not be replaced
+                shutil.rmtree(path, ignore_errors=True)  # a damaged local folder would not be replaced
                 write_folder(path, download)
         except CheckpointError as error:
             return f"{self.url}/checkpoints/{path.name} is not used: {error}"

@@ -9,13 +9,15 @@ from .train_config import TrainConfig
 
 HORIZON = 200  # time constant in steps of the exponential mean that is the usual value
 FIRST = 100  # steps at the beginning that are not judged
-DEVIATIONS = 8.0  # a spike is this far above the usual value, and above it by the factor in LEAST too
+DEVIATIONS = 8.0  # a spike is this many deviations above the usual value, and also by the factor in LEAST
 LEAST = {"loss": 1.2, "gradient norm": 5.0}
 LARGEST = 3.0  # a value is clipped to this many deviations before it enters the mean
 SATURATED = 99.9  # a logit scale from here on counts as saturated; training keeps it at 100 at most
 SATURATED_FOR = 500  # steps of saturation before it is reported
 BETTER = 0.98  # times the loss of guessing: a model with a lower loss has learned something
-FLAT, FLAT_FOR = 1e-3, 50  # largest gradient norm, and distance of the loss from guessing's, in a collapse; its steps
+# In a collapse, the gradient norm and the relative distance of the loss from that of guessing are below FLAT,
+# for FLAT_FOR steps in a row.
+FLAT, FLAT_FOR = 1e-3, 50
 SENSIBLE = 1e4  # weights of a model that works are smaller; half precision ends at 6.5e4
 # The least number of steps between two reports of the same sign.
 PAUSE = {"loss": 100, "gradient norm": 100, "logit scale": 5000, "collapse": 5000}

@@ -20,7 +20,7 @@ from .step import TrainingStep
 from .train_config import TrainConfig
 
 CHECKPOINT_VERSION = 1
-MOMENTS = ("exp_avg", "momentum_buffer")  # in most optimizers' state; of the parameter's shape
+MOMENTS = ("exp_avg", "momentum_buffer")  # entries of most optimizers' state that have the shape of the parameter
 
 
 @dataclasses.dataclass

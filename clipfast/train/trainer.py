@@ -183,7 +183,7 @@ class Trainer:
                         self._hear(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
-                    # This may be PyTorch's report of a dead data worker, which can come anywhere. The loader can tell.
+                    # This error may be PyTorch's report of a dead data worker, at any place. The loader can tell.
                     batches.throw(error)
                 raise
         return evaluation
@@ -206,7 +206,7 @@ class Trainer:
                 return
             except Exception as failure:
                 log.error(f"Step {self.progress.step} cannot be saved: {failure}")
-        # With a lost rank, the ranks that write a checkpoint in parts would wait for it for long.
+        # If a rank is lost, the ranks that write a checkpoint in parts would wait for that rank for long.
         self.checkpoints.wait(self.world.timeout if self._writes_parts else math.inf)
         if self.folder.kept():
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")

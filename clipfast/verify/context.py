@@ -41,7 +41,7 @@ def poisoned() -> Iterator[None]:
     fill, mode = settings.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
     settings.fill_uninitialized_memory = True
     with warnings.catch_warnings():
-        # PyTorch fills memory only if deterministic algorithms are on. It then warns of ops that have none.
+        # PyTorch fills memory only if deterministic algorithms are on. It then warns of ops without such algorithms.
         warnings.simplefilter("ignore", UserWarning)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

@@ -46,7 +46,7 @@ class Code:
         relevant = _relevant(self.instructions)
         stops = [index for index, one in enumerate(instructions) if one.name in _CONTROL or index in relevant]
         self._relevant = relevant
-        self._next = [0] * len(instructions)  # the next instruction from here on that affects a branch
+        self._next = [0] * len(instructions)  # for each instruction, the next one that affects a branch
         for index in reversed(range(len(instructions))):
             while stops and len(stops) > 1 and stops[-2] >= index:
                 stops.pop()

@@ -133,7 +133,7 @@ def _memory(one: Instruction, box: float) -> tuple[Kind, float, float]:
             if name in ("LDSM", "STSM") and matrices:
                 moved = _LINE * float(matrices[1])
             return Kind.SHARED, _SHARED_LATENCY if name[0] == "L" else _STORE_LATENCY, max(_LINE, moved)
-        case "SHFL":  # the same pipe: one warp instruction per cycle and multiprocessor
+        case "SHFL":  # takes the pipe of shared memory: one warp instruction per cycle and multiprocessor
             return Kind.SHARED, _SHARED_LATENCY - 6, _LINE
         case "LDL" | "STL":  # spilled registers stay in the L1 cache, which shares its memory with shared memory
             return Kind.SHARED, _SHARED_LATENCY, moved
