@@ -28,7 +28,7 @@ def contrastive_loss(
 def pairwise_loss(
     rows: Tensor, cols: Tensor, logit_scale: Tensor | float, *, both: bool, normalize: bool, offset: int
 ) -> Tensor:
-    """Return the cross-entropy of pairs (i, i + offset) over rows; with ``both``, its mean with that over columns."""
+    """Return the cross-entropy of pairs (i, i + offset) over rows; with ``both``, the mean over rows and columns."""
     if normalize:
         rows, cols = F.normalize(rows, dim=-1), F.normalize(cols, dim=-1)
     logits = _wide(logit_scale * (rows @ cols.T))

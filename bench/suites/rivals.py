@@ -71,7 +71,7 @@ def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
 
 
 def sdpa(backend: SDPBackend | None, heads: int, causal: bool) -> Function:
-    """Return attention by one backend of PyTorch's scaled_dot_product_attention, or by that which PyTorch chooses."""
+    """Return attention by one backend of PyTorch's scaled_dot_product_attention, or by the one that it chooses."""
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         batch, tokens, _ = qkv.shape

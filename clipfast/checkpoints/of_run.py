@@ -244,7 +244,7 @@ class Checkpoints:
 
 
 def read_saved(path: Path, *, tensors: bool = True) -> dict[str, Any]:
-    """Return the content of a checkpoint, a file or a folder; without ``tensors``, a folder's lacks them.
+    """Return the content of a checkpoint, a file or a folder; without ``tensors``, a folder's tensors are left out.
 
     The tensors of a file stay on the disk until they are used.
 

@@ -137,7 +137,7 @@ class Order:
         return self.length
 
     def __call__(self, start: int, stop: int) -> Stretch:
-        """Return what stands at the positions from ``start`` up to but without ``stop``."""
+        """Return the samples at the positions from ``start`` up to but without ``stop``."""
         parts = []
         while start < stop:
             data_pass, at = divmod(start, self.length)
@@ -214,7 +214,7 @@ class Mix:
         return self.length
 
     def __call__(self, start: int, stop: int) -> Stretch:
-        """Return what stands at the positions from ``start`` up to but without ``stop``."""
+        """Return the samples at the positions from ``start`` up to but without ``stop``."""
         if len(self.orders) == 1:
             return self.orders[0](start, stop)
         parts = []
@@ -272,7 +272,7 @@ class Unique:
         return self.batches * self.batch_size
 
     def __call__(self, start: int, stop: int) -> Stretch:
-        """Return what stands at the positions from ``start`` up to but without ``stop``.
+        """Return the samples at the positions from ``start`` up to but without ``stop``.
 
         Raises:
             ValueError: there are too few different identities for batches of this size.

@@ -43,7 +43,7 @@ def distribute_like(value: Tensor, like: Any) -> Tensor:
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into ``tensor``, which may be a DTensor. It is a full tensor, or is sharded like ``tensor``."""
+    """Copy ``value`` into ``tensor``, which may be a DTensor. ``value`` is full, or sharded like ``tensor``."""
     to_local(tensor).copy_(to_local(value) if is_dtensor(value) else _part_of(value.reshape(tensor.shape), tensor))
 
 

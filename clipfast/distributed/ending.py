@@ -31,7 +31,7 @@ class Interrupted(Exception):  # noqa: N818
 
 
 class Interruption:
-    """A context that remembers the first of ``SIGNALS`` in ``signum``; a Ctrl-C after it raises KeyboardInterrupt.
+    """A context that remembers the first of ``SIGNALS`` in ``signum``; a later Ctrl-C raises KeyboardInterrupt.
 
     Other signals after the first one change nothing: a scheduler sends SIGTERM to every process of a job, and torchrun
     then sends it again to its processes, which have received it already. If SIGHUP is ignored, as under nohup, it stays

@@ -230,14 +230,14 @@ ALONE = World()
 
 
 class LateSum:
-    """Asynchronous sums over the ranks: each call returns those of the previous call, so no rank waits for another."""
+    """Asynchronous sums over the ranks: a call returns the sums of the previous call, so no rank waits for another."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, values: Sequence[int]) -> list[int]:
-        """Start to sum the values of all ranks, and return the sums of the previous call; one process gets its own."""
+        """Start to sum the values of all ranks, and return the previous call's sums; a single process gets its own."""
         if self.world.size == 1:
             return list(values)
         before = self.close() or [0] * len(values)

@@ -163,7 +163,7 @@ def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path:
 
 
 def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Plot zero-shot accuracy of interpolated models over alpha; of several sets also against that on the first set.
+    """Plot zero-shot accuracy of interpolated models over alpha; for several sets, also over that on the first set.
 
     Args:
         rows: as :func:`~clipfast.evaluate.interpolation.evaluate_path` yields them.

@@ -265,7 +265,7 @@ def label(model: str, pretrained: str) -> str:
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """Return the model's name of a row of results, for tables and plots."""
+    """Return the name of the model in a row of results, for tables and plots."""
     return label(row["model"], row["pretrained"])
 
 

@@ -259,9 +259,10 @@ def attention_qkv(
 def _takes_sdpa(
     backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool, has_bias: bool = False
 ) -> bool:
-    """Return whether PyTorch's own attention computes this call: by the tables on a GPU, and if it can on a CPU.
+    """Return whether PyTorch's own attention computes this call. On a GPU the tables decide.
 
-    On a CPU the op computes the gradient of a bias: it leaves no rounding error in that of the keys' bias.
+    On a CPU it computes all calls that it can, except those with a bias. The op computes these, since it leaves no
+    rounding error in the gradient of the keys' bias.
     """
     if backend != "auto" or seqlens is not None:
         return False
