@@ -80,6 +80,7 @@ def propose(module: Any) -> Iterator[Proposal]:
 
 
 def _propose_attention(module: Any) -> Proposal:
+    """Propose a replacement for attention of transformers, or say why its configuration prevents it."""
     if module.config._attn_implementation not in _IMPLEMENTATIONS:
         text = f"its configuration asks for {module.config._attn_implementation!r} attention"
         return Proposal("attention", text)
@@ -88,6 +89,7 @@ def _propose_attention(module: Any) -> Proposal:
 
 
 def _propose_head(module: Any) -> Proposal:
+    """Propose a replacement for the attention pooling head of a SigLIP image tower."""
     attn = module.attention
     if attn.num_heads > MAX_HEADS or not is_plain(attn, nn.MultiheadAttention):
         text = f"it pools with {attn.num_heads} heads, or with attention that has a hook or an adapter"
@@ -222,6 +224,7 @@ def _mask_of(seqlens: Tensor, length: int, causal: bool) -> Tensor:
 
 
 def _leading(seqlens: Tensor, length: int) -> Tensor:
+    """Return a mask [B, length] that is True for the first ``seqlens[b]`` tokens of each sequence b."""
     return torch.arange(length, device=seqlens.device) < seqlens[:, None]
 
 
@@ -254,6 +257,7 @@ def _run_layers(
 
 
 def _is_ours(layer: Any) -> bool:
+    """Return True if ``layer`` is a block whose attention runs on our kernel."""
     return part_of(layer)[1] == "EncoderLayer" and takes(layer.self_attn)
 
 

@@ -49,6 +49,7 @@ def _propose_pool(module: Any) -> Proposal:
 
 
 def _propose_own(module: Any) -> Proposal:
+    """Propose a replacement for attention of OpenCLIP's own class, or say why there is none."""
     if module.logit_scale is not None:
         return Proposal("attention", "its scores are cosines")
     is_packed = module.in_proj_weight is not None

@@ -19,14 +19,17 @@ from .places import Proposal, class_name, computes
 
 
 def _propose_plain(module: Any) -> Proposal:
+    """Propose a replacement for timm's attention."""
     return propose_heads(module.head_dim, "attention", timm_attention)
 
 
 def _propose_rope(module: Any) -> Proposal:
+    """Propose a replacement for timm's attention with rotary embeddings."""
     return propose_heads(module.head_dim, "attention_qkv", rope_attention)
 
 
 def _propose_latent(module: Any) -> Proposal:
+    """Propose a replacement for timm's attention pooling with a learned query, or say why there is none."""
     if module.latent_len != 1 or module.num_heads > MAX_HEADS:
         return Proposal("attention", f"it pools with {module.latent_len} queries and {module.num_heads} heads")
     if not isinstance(module.q_norm, nn.Identity) or not isinstance(module.k_norm, nn.Identity):

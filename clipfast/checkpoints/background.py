@@ -52,6 +52,7 @@ class Background:
         return self._error
 
     def _do(self, work: Callable[[], object]) -> None:
+        """Run ``work``, and keep its error for :meth:`wait`."""
         try:
             work()
         except Exception as error:

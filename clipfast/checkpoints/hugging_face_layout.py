@@ -53,6 +53,7 @@ class Layout:
 
 
 def _defaults(activation: str, eps: float, sizes: tuple[int, int, int, int], **others: Any) -> dict[str, Any]:
+    """Return transformers' settings of a tower with these sizes: width, MLP units, layers and heads."""
     width, hidden, layers, heads = sizes
     return {
         "hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -149,6 +150,7 @@ def to_settings(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _tower(layout: Layout, tower: VisionConfig | TextConfig, activation: bool | str) -> dict[str, Any]:
+    """Return the settings of a tower in transformers' configuration."""
     word = next(word for word, ours in layout.activations.items() if ours == activation)
     sizes: Any = (tower.width, int(tower.width * tower.mlp_ratio), tower.layers, tower.heads)
     return _defaults(word, layout.eps, sizes, attention_dropout=0.0)
@@ -228,6 +230,7 @@ def _check(layout: Layout, text: Mapping[str, Any], vision: Mapping[str, Any]) -
 
 
 def _head_width(vision: Mapping[str, Any]) -> int:
+    """Return the head width of a tower from transformers' settings."""
     width, heads = vision["hidden_size"], vision["num_attention_heads"]
     if width % heads:
         raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {width} and {heads}")
@@ -278,6 +281,7 @@ def to_ours(names: Iterable[str], theirs: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _layout_of(names: Iterable[str]) -> Layout:
+    """Return transformers' layout of the kind of model whose weights have these names."""
     return SIGLIP_LAYOUT if is_siglip_state(names) else CLIP_LAYOUT
 
 

@@ -211,6 +211,7 @@ def is_hugging_face_folder(folder: Path) -> bool:
 
 
 def _read_folder(folder: Path) -> Contents:
+    """Read a checkpoint that is a folder of any layout."""
     names = {entry.name for entry in folder.iterdir()}
     found = checkpoint_of_run(folder)
     if found is not None:

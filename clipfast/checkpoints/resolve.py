@@ -143,6 +143,7 @@ def _check_heads(contents: Contents, base: CLIPConfig, label: str | Path) -> Non
 
 
 def _asked_config(model: str) -> CLIPConfig:
+    """Return the configuration of the model that the user names."""
     if not model.endswith(".json"):
         return get_model_config(model.replace("/", "-"))
     try:
@@ -194,6 +195,7 @@ def activation_flag(config: CLIPConfig) -> str:
 
 
 def _sized(config: CLIPConfig, image_size: int, context_length: int) -> CLIPConfig:
+    """Return ``config`` with another image size and another context length."""
     text = dataclasses.replace(config.text, context_length=context_length)
     return dataclasses.replace(config.with_vision(image_size=image_size), text=text)
 

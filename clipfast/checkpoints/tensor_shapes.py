@@ -48,6 +48,7 @@ def config_of_weights(state: Mapping[str, Tensor], source: str | Path) -> CLIPCo
 
 
 def _text(state: Mapping[str, Tensor], prefix: str) -> TextConfig:
+    """Return the configuration of a text tower by the shapes of its weights."""
     context_length, width = state[f"{prefix}positional_embedding"].shape
     hidden = state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     vocab_size = state[f"{prefix}token_embedding.weight"].shape[0]
@@ -57,6 +58,7 @@ def _text(state: Mapping[str, Tensor], prefix: str) -> TextConfig:
 
 
 def _trunk(state: Mapping[str, Tensor]) -> VisionConfig:
+    """Return the configuration of an image tower of timm by the shapes of its weights."""
     width, _, patch_size, _ = state["visual.trunk.patch_embed.proj.weight"].shape
     hidden = state["visual.trunk.blocks.0.mlp.fc1.weight"].shape[0]
     layers = _count(state, r"visual\.trunk\.blocks\.(\d+)\.")
@@ -65,6 +67,7 @@ def _trunk(state: Mapping[str, Tensor]) -> VisionConfig:
 
 
 def _transformer(state: Mapping[str, Tensor]) -> VisionConfig:
+    """Return the configuration of a vision transformer by the shapes of its weights."""
     width, _, patch_size, _ = state["visual.conv1.weight"].shape
     hidden = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
@@ -73,6 +76,7 @@ def _transformer(state: Mapping[str, Tensor]) -> VisionConfig:
 
 
 def _resnet(state: Mapping[str, Tensor]) -> VisionConfig:
+    """Return the configuration of a ResNet by the shapes of its weights."""
     first, second, third, fourth = (_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     width = state["visual.layer1.0.conv1.weight"].shape[0]
     image_size = grid_side(POOL_POSITIONS_NAME, state[POOL_POSITIONS_NAME]) * RESNET_STRIDE
@@ -85,6 +89,7 @@ def _head_width(width: int) -> int:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Return how many different values ``pattern`` captures in the names of the weights."""
     return len({match[1] for match in map(re.compile(pattern).match, state) if match})
 
 
@@ -144,6 +149,7 @@ def name_of(config: CLIPConfig) -> str | None:
 
 
 def _shapes(config: CLIPConfig) -> tuple[Any, ...]:
+    """Return the sizes of a model that the shapes of its weights show."""
     vision, text = config.vision, config.text
     image: tuple[Any, ...] = (vision.layers, vision.width)
     if isinstance(vision.layers, int) and vision.patch_size is not None:

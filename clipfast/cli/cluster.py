@@ -118,6 +118,7 @@ def _names(embeddings: Embeddings, found: Clusters, label_by: str | None) -> lis
 
 
 def _results(args: argparse.Namespace, embeddings: Embeddings, found: Clusters, names: list[str]) -> dict[str, Any]:
+    """Return the results of ``clipfast cluster`` as plain values."""
     from ..search.embeddings import names_of, row_of
 
     clusters = []
@@ -149,6 +150,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _items(pictures: Pictures, found: Clusters, clusters: list[dict[str, Any]]) -> Iterator[Item]:
+    """Yield the pictures of each cluster that are nearest to its centre, for the page."""
     for one in clusters:
         label = f": {one['name']}" if one["name"] else ""
         name = f"cluster {one['cluster']}{label} ({one['size']:,} in all)"

@@ -102,6 +102,7 @@ def best_share(scores: Tensor, top: float) -> Tensor:
 
 
 def _results(args: argparse.Namespace, scores: Tensor, kept: Tensor) -> dict[str, Any]:
+    """Return the results of ``clipfast filter`` as plain values."""
     import numpy as np
 
     values = np.quantile(scores.numpy(), SHARES)  # torch.quantile takes at most 16 million values
@@ -114,6 +115,7 @@ def _results(args: argparse.Namespace, scores: Tensor, kept: Tensor) -> dict[str
 
 
 def _table(results: dict[str, Any]) -> str:
+    """Return the results of ``clipfast filter`` as text."""
     share = results["kept"] / results["pairs"]
     least = "" if results["least_kept"] is None else f", with scores from {results['least_kept']:.4f} on"
     values = ", ".join(f"{float(key):.0%} {value:.4f}" for key, value in results["quantiles"].items())

@@ -148,6 +148,7 @@ def _flag(name: str) -> str:
 
 
 def _cluster(args: argparse.Namespace) -> "Cluster":
+    """Return the GPUs and links that the arguments describe."""
     from ..kernels.hardware import CARDS, Cluster
 
     if args.card not in (None, *CARDS):
@@ -203,6 +204,7 @@ def _rates(problem: "Problem", cluster: "Cluster") -> str:
 
 
 def _cell(name: str, value: Any) -> str:
+    """Format a figure of the plan as the cell of a table."""
     if name == "sent by collective":
         return f"{scaled(value['bytes'], BYTES)} in {value['messages']:,} messages"
     if isinstance(value, bool):
@@ -229,6 +231,7 @@ def _plan_training(args: argparse.Namespace, cluster: "Cluster") -> None:
 
 
 def _setup(args: argparse.Namespace, model: str) -> "Setup":
+    """Return the setup of a training step that the arguments describe."""
     from ..models import SigLIPConfig, get_model_config
     from ..plan.planned_step import Setup
     from ..train.optim import optimizer_class
@@ -319,9 +322,11 @@ def _print_parts(title: str, parts: dict[str, float], shown: Callable[[Any], str
 
 
 def _gb(value: float) -> str:
+    """Format bytes as gigabytes."""
     return f"{value / 1e9:.2f} GB" if value < 1e10 else f"{value / 1e9:.1f} GB"
 
 
 def _amount(row: dict[str, Any], name: str) -> str:
+    """Format a number of a row; "" if the row lacks it."""
     value = row.get(name)
     return "" if value is None else f"{value:.2g}" if value < 1 else f"{value:,.{1 if value < 1000 else 0}f}"

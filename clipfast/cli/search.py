@@ -169,6 +169,7 @@ def _results(
     args: argparse.Namespace, embeddings: Embeddings, names: list[str], found: Found, index: dict[str, Any] | None,
     left_out: list[set[int]],
 ) -> dict[str, Any]:  # fmt: skip
+    """Return the results of ``clipfast search`` as plain values."""
     from ..search.embeddings import names_of, row_of
 
     queries = []

@@ -202,6 +202,7 @@ def _is_in_parts(folder: Path) -> bool:
 
 
 def _is_in_run(checkpoint: Path) -> bool:
+    """Return True if a checkpoint is among the checkpoints in the folder of a run."""
     return checkpoint.resolve().parent.name == "checkpoints"
 
 

@@ -116,6 +116,7 @@ def _ask(file: IO[bytes], request: dict[str, Any], target: Writable | None = Non
 
 
 def _start() -> subprocess.Popen[bytes]:
+    """Start the process that reads Parquet and Arrow files."""
     folder = Path(__file__).parent
     return subprocess.Popen(
         [sys.executable, "-P", "-c", PROGRAM, str(folder.parent), str(folder)],
@@ -144,6 +145,7 @@ def _answer(reader: subprocess.Popen[bytes], request: dict[str, Any], target: Wr
 
 
 def _end() -> None:
+    """Kill the process that reads Parquet and Arrow files."""
     global _reader
     if _reader is not None:
         _reader.kill()
@@ -164,6 +166,7 @@ def _forget() -> None:
 
 
 def _after_fork() -> None:
+    """Forget the reader in a forked process, and make a new lock there."""
     global _lock
     _forget()
     _lock = threading.Lock()

@@ -157,6 +157,7 @@ def held_out_scene(number: int, seed: int = 0) -> Scene:
 
 
 def _one(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
+    """Draw a scene of one thing."""
     colour, shape = rng.choice(ONES[is_test])
     radius = rng.uniform(9, 17)
     x, y = (rng.uniform(radius + 6, SIDE - radius - 6) for _ in range(2))
@@ -227,15 +228,18 @@ def _couple(rng: random.Random, x: float, y: float, *, is_test: bool) -> tuple[T
 
 
 def _thing(rng: random.Random, colour: str, shape: str, x: float, y: float, radius: float) -> Thing:
+    """Return a thing with a random shade and a random rotation."""
     red, green, blue = (min(255, max(0, value + rng.randint(-SHADE, SHADE))) for value in COLOURS[colour])
     return Thing(colour, shape, x, y, radius, rng.uniform(-TURN, TURN), (red, green, blue))
 
 
 def _grey(rng: random.Random) -> int:
+    """Draw the grey level of a background."""
     return rng.randint(DARKEST, LIGHTEST)
 
 
 def _plural(shape: str) -> str:
+    """Return the plural of a shape's name."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 

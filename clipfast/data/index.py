@@ -235,6 +235,7 @@ class IndexCache:
             replace_file(path, lambda temporary: temporary.write_bytes(content), len(content))
 
     def _column(self, shard: ShardIndex, name: str) -> Path:
+        """Return the path of a column of a shard in the cache."""
         return self._entry(shard.name).with_suffix("." + hashlib.sha256(name.encode()).hexdigest()[:8])
 
     def _mark(self, shard: ShardIndex, name: str) -> bytes:
@@ -278,6 +279,7 @@ class IndexCache:
         return descriptor, file_stamp(os.fstat(descriptor))
 
     def _entry(self, name: str) -> Path:
+        """Return the path of a shard's entry in the cache."""
         entry = file_name(name if self.separator is None else f"{name}\0{self.separator}")
         return self.folder / "index" / entry[:2] / entry
 

@@ -195,6 +195,7 @@ class PairBatches(Dataset[Batch]):
         return self._part(self._whole(number))
 
     def _whole(self, number: int) -> Stretch:
+        """Return the samples of batch ``number`` for all ranks together."""
         first = number * self.batch_size
         return self.order(first, first + self.batch_size)
 
@@ -271,6 +272,7 @@ class _Clock:
         self._last = time.perf_counter()
 
     def stop(self, stage: str) -> None:
+        """Add the time since the last call to the time of ``stage``."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now

@@ -232,6 +232,7 @@ class Mix:
         return taken
 
     def _block(self, block: int) -> Stretch:
+        """Return the samples of a block of the mix."""
         low, high = self._taken(block), self._taken(block + 1)
         parts = [order(int(a), int(b)) for order, a, b in zip(self.orders, low, high, strict=True)]
         turns = np.repeat(np.arange(len(parts)), high - low)[permutation(MIX_BLOCK, self.seed, block, 2)]

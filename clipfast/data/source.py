@@ -175,6 +175,7 @@ class ShardSource:
         return np.searchsorted(self._first, numbers, side="right") - 1
 
     def _place(self, number: int) -> tuple[int, int]:
+        """Return the shard of a sample, and the number of the sample in the shard."""
         shard = int(self.shards_of(np.asarray(number)))
         return shard, number - int(self._first[shard])
 
@@ -219,6 +220,7 @@ class ShardSource:
         return sample
 
     def _opened(self, shard: int) -> "_OpenShard":
+        """Return an open shard; it is opened first if necessary."""
         found = self._open.get(shard)
         if found is None:
             if len(self._open) >= self.max_open:

@@ -108,6 +108,7 @@ def read_tar(file: BinaryIO, size: int, *, with_data: bool = False) -> Iterator[
 
 
 def _read(file: BinaryIO, at: int, size: int) -> bytes:
+    """Read ``size`` bytes of a tar file from offset ``at``."""
     file.seek(at)
     return file.read(size)
 
@@ -132,6 +133,7 @@ def read_header(block: bytes) -> Header | None:
 
 
 def _text(field: bytes) -> str:
+    """Return the text in a field of a tar header."""
     return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
@@ -297,6 +299,7 @@ def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
 
 
 def _members(data: bytes) -> Iterator[Member]:
+    """Yield the members in the bytes of a tar file."""
     return (part for part in read_tar(io.BytesIO(data), len(data), with_data=True) if isinstance(part, Member))
 
 

@@ -205,6 +205,7 @@ def _cases(record: Record, name: str, form: str, root: Path, pictures: dict[Pict
 
 
 def _box(record: Record) -> tuple[float, ...] | None:
+    """Return the box of a record's image; None without one."""
     values = [record.get(key) for key in BOX]
     if values == [None] * len(BOX):
         return None
@@ -222,6 +223,7 @@ def _captions_of(record: Record, key: str) -> list[str]:
 
 
 def _text(record: Record, key: str) -> str:
+    """Return the text under a key of a record."""
     if key not in record:
         raise ValueError(f"has no {key!r}, only {', '.join(map(repr, record))}")
     value = record[key]

@@ -247,6 +247,7 @@ def loader(name: str, load: Callable[..., LabelledImage], *of: Any) -> Loader:
 
 
 def _fail(error: SampleError) -> LabelledImage:
+    """Raise ``error`` in place of decoding an image."""
     raise error
 
 

@@ -73,6 +73,7 @@ class BenchmarkSet(LabelledSet):
 
 
 def _member(sample: RawSample, extension: str) -> bytes:
+    """Return the bytes of a sample's member."""
     if extension not in sample:
         there = ", ".join(sorted(key for key in sample if not key.startswith("__")))
         raise SampleError(f"sample has no .{extension}, only {there}", "no label")
@@ -81,6 +82,7 @@ def _member(sample: RawSample, extension: str) -> bytes:
 
 
 def _captions(sample: RawSample) -> tuple[str, ...]:
+    """Return the captions of a sample of a retrieval set."""
     try:
         texts = tuple(_member(sample, "txt").decode().splitlines())
     except UnicodeDecodeError as error:
@@ -91,6 +93,7 @@ def _captions(sample: RawSample) -> tuple[str, ...]:
 
 
 def _number(sample: RawSample) -> str:
+    """Return the class number of a sample as text."""
     text = _member(sample, "cls")
     if not text.strip().isdigit():
         raise SampleError(f"class is no number from 0: {text!r:.40}", "broken label")
@@ -98,6 +101,7 @@ def _number(sample: RawSample) -> str:
 
 
 def _row(sample: RawSample) -> str:
+    """Return the labels of a sample of a multi-label set as a text of 0 and 1."""
     import numpy as np
 
     try:

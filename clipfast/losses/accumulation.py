@@ -146,6 +146,7 @@ def largest_micro_batch(
 
 
 def _fits(model: nn.Module, images: Tensor, texts: Tensor, size: int, loss: Callable[..., Tensor]) -> bool:
+    """Return True if the gradients with micro-batches of ``size`` pairs fit into memory."""
     for parameter in _parameters(model, loss):
         parameter.grad = None
     try:
@@ -165,6 +166,7 @@ def _parameters(model: nn.Module, loss: Callable[..., Tensor]) -> list[nn.Parame
 
 
 def _check(images: Tensor, texts: Tensor, size: int) -> None:
+    """Refuse images and texts that are not equally many, and a micro-batch size below 1."""
     if len(images) != len(texts) or len(images) == 0:
         raise ValueError(f"images and texts must be equally many, at least one, got {len(images)} and {len(texts)}")
     if size < 1:
@@ -247,10 +249,12 @@ def _accelerators(model: nn.Module, *tensors: Tensor) -> list[torch.device]:
 
 
 def _random_state(devices: Iterable[torch.device]) -> list[Tensor]:
+    """Return the states of the random number generators of the CPU and of ``devices``."""
     return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in devices)]
 
 
 def _set_random_state(devices: Iterable[torch.device], states: list[Tensor]) -> None:
+    """Restore the states of the random number generators of the CPU and of ``devices``."""
     torch.set_rng_state(states[0])
     for device, state in zip(devices, states[1:], strict=True):
         torch.get_device_module(device).set_rng_state(state, device)

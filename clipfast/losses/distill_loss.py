@@ -64,6 +64,7 @@ class Columns:
 
 
 def _strips(logits: Logits) -> Iterator[slice]:
+    """Return the slices of rows whose logits are computed at a time."""
     num_rows, num_cols = len(logits.rows), len(logits.cols)
     budget = STRIP_LOGITS.get(logits.rows.device.type, STRIP_LOGITS["cpu"])
     rows = max(LEAST_ROWS, budget // max(num_cols, 1))

@@ -61,6 +61,7 @@ def dense_features(model: CLIP, images: Tensor, features: str = "values") -> Ten
 
 
 def _of_vit(visual: VisionTransformer, images: Tensor, features: str) -> Tensor:
+    """Compute the dense features of a vision transformer."""
     x = visual.ln_pre(visual.embed(images))
     transformer: Transformer = visual.transformer
     if features == "tokens":
@@ -80,6 +81,7 @@ def _values(block: ResidualAttentionBlock, normed: Tensor) -> Tensor:
 
 
 def _of_siglip(visual: SigLIPVision, images: Tensor) -> Tensor:
+    """Compute the dense features of SigLIP's image tower."""
     trunk = visual.trunk
     x, branch = run_blocks(Plan(False, list(trunk.blocks)), visual.embed(images), kind=TimmBlock)
     pool = trunk.attn_pool
@@ -88,6 +90,7 @@ def _of_siglip(visual: SigLIPVision, images: Tensor) -> Tensor:
 
 
 def _of_resnet(visual: ModifiedResNet, images: Tensor) -> Tensor:
+    """Compute the dense features of a ResNet."""
     x = visual.stem(images)
     for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         x = stage(x)

@@ -12,12 +12,14 @@ QUICK_GELU_SUFFIX = "-quickgelu"
 
 
 def _vit(embed_dim: int, vision: VisionConfig, text_width: int = 512, text_layers: int = 12) -> CLIPConfig:
+    """Return the configuration of a model with a vision transformer."""
     return CLIPConfig(embed_dim, vision, TextConfig(width=text_width, heads=text_width // 64, layers=text_layers))
 
 
 def _resnet(
     embed_dim: int, image_size: int, layers: tuple[int, int, int, int], width: int, text_width: int
 ) -> CLIPConfig:
+    """Return the configuration of a model with a ResNet."""
     vision = VisionConfig(image_size, layers, width, patch_size=None)
     return CLIPConfig(embed_dim, vision, TextConfig(width=text_width, heads=text_width // 64))
 

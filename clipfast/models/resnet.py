@@ -173,6 +173,7 @@ class ModifiedResNet(nn.Module):
 
 
 def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.Sequential:
+    """Return a stage of residual blocks."""
     out_channels = channels * Bottleneck.expansion
     stage = [Bottleneck(in_channels, channels, stride)] + [
         Bottleneck(out_channels, channels, 1) for _ in range(blocks - 1)

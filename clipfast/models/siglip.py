@@ -105,6 +105,7 @@ class LatentPool(nn.Module):
         return pooled + self.mlp(self.norm(pooled))
 
     def _attend(self, x: Tensor) -> Tensor:
+        """Return the attention of the learned query to the tokens: [B, N, width] -> [B, width]."""
         heads = (self.num_heads, -1)
         q = self.q(self.latent)[0].unflatten(-1, heads)  # [1, heads, head_dim]
         if not is_plain(self.kv, nn.Linear) or x.shape[1] > MAX_TOKENS or self.num_heads > MAX_HEADS:

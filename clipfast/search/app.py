@@ -274,6 +274,7 @@ class Desk:
         return _cards(f"{len(cards):,} of {len(self.embeddings):,}" if cards else "No item fulfils the filter.", cards)
 
     def _card(self, row: int, score: float | None = None) -> str:
+        """Return the HTML of an item that was found."""
         metadata = row_of(self.embeddings, row)
         name = Path(str(metadata.get(IMAGE_PATH) or metadata.get("key") or "")).name
         said = html.escape(str(metadata.get("caption") or ""))
@@ -328,6 +329,7 @@ def _checked(text: str | None, name: str) -> str:
 
 
 def _dropped(picture: str | None) -> str:
+    """Return the picture that the user dropped on the page, and refuse a missing one."""
     if not picture:
         raise ValueError("drop a picture")
     return picture

@@ -99,6 +99,7 @@ def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int
 
 
 def _places(size: Sequence[int], side: int, stride: int) -> list[tuple[int, int]]:
+    """Return the upper left corner of each window."""
     rows, columns = (range(0, length - side + 1, stride) for length in size)
     return [(y, x) for y in rows for x in columns]
 

@@ -311,6 +311,7 @@ class TrainLog:
         self._evaluated(step, accuracy, {"imagenet": accuracy})
 
     def _evaluated(self, step: int, figures: dict[str, float], content: dict[str, Any]) -> None:
+        """Log an evaluation after ``step`` steps, and record ``content`` as a line of metrics."""
         # OpenCLIP counts the epochs that are finished; the last epoch may be cut short
         epoch = self.epochs.after(step - 1).number + 1
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in figures.items())

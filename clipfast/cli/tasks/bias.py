@@ -142,6 +142,7 @@ def _results(
     args: argparse.Namespace, found: LabelledFeatures, added: dict[str, list[str]], scale: float, right: Tensor,
     by_key: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
+    """Return the results of ``clipfast eval bias`` as plain values."""
     from ...evaluate.intervals import wilson
 
     metrics = {"acc1": right.double().mean().item()}
@@ -174,6 +175,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _groups_table(key: str, figures: dict[str, Any]) -> str:
+    """Return the text table of the figures of each group."""
     from ...evaluate.intervals import percent
     from ...io.text import align
 
@@ -191,6 +193,7 @@ def _groups_table(key: str, figures: dict[str, Any]) -> str:
 
 
 def _labels_table(key: str, found: dict[str, Any]) -> str:
+    """Return the text table of the labels with the largest gaps between groups."""
     from ...io.text import align
 
     rows = [[f"probability above {found['threshold']:g}, by {key}", "lowest", "highest", "gap", "p"]]
@@ -216,4 +219,5 @@ def _queries_table(key: str, found: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
+    """Format a number; "-" if there is none."""
     return "-" if value is None else f"{value:.2g}"

@@ -124,6 +124,7 @@ def _judged(at: Session, case_set: CaseSet, found: LabelledFeatures) -> tuple[li
 def _results(
     args: argparse.Namespace, case_set: CaseSet, judged: Sequence[Judged], left_out: int, skipped: int
 ) -> dict[str, Any]:
+    """Return the results of ``clipfast eval compositional`` as plain values."""
     from ...evaluate.compositional_scores import MEAN, by_group, by_wrong, figures, mean_of_groups
 
     overall = figures(judged)

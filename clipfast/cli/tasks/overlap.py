@@ -118,6 +118,7 @@ def _results(
     args: argparse.Namespace, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs, right: Tensor,
     thresholds: list[float], edits: list[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
+    """Return the results of ``clipfast eval overlap`` as plain values."""
     from ...evaluate.overlap_pairs import LEVEL, contamination
 
     chosen = contamination(right, pairs.overlap(args.threshold))

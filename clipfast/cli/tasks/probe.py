@@ -126,6 +126,7 @@ def _results(
     args: argparse.Namespace, samples: dict[str, Samples], labels: list[str], solver: str, device: Any,
     zero_shot: Classified | None,
 ) -> dict[str, Any]:  # fmt: skip
+    """Fit and judge the linear probes, and return the results of ``clipfast eval probe`` as plain values."""
     import torch
 
     from ...evaluate.classification import intervals, metrics

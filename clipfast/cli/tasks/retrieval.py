@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
 def _results(
     args: argparse.Namespace, found: "LabelledFeatures", captions: Sequence[str], features: "Tensor", texts: "Tensor"
 ) -> dict[str, Any]:
+    """Return the results of ``clipfast eval retrieval`` as plain values."""
     from ...evaluate.retrieval import caption_recalls
 
     counts = [len(texts) for texts in found.captions]

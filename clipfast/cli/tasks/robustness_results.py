@@ -104,6 +104,7 @@ class Judged:
 
 
 def _acc1(found: Classified) -> Share:
+    """Return the top-1 accuracy of predictions with its interval."""
     hits, count = int(found.right.sum()), len(found.classes)
     return hits / count, wilson(hits, count)
 

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def _results(
     args: argparse.Namespace, templates: dict[str, Any], classified: dict[str, Any], figures: dict[str, Any]
 ) -> dict[str, Any]:
+    """Return the results of ``clipfast eval zeroshot`` as plain values."""
     from ...evaluate.classification import intervals, metrics, worst_classes
 
     all_figures: dict[str, dict[str, Any]] = {
