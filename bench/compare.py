@@ -73,6 +73,7 @@ def ratio_of_processes(
     rng = np.random.default_rng(0)
 
     def draw(processes: Sequence[Sequence[float]]) -> float:
+        """Return the median time over a bootstrap resample of the processes and of their samples."""
         chosen = rng.integers(len(processes), size=len(processes))
         return float(np.median([np.median(rng.choice(processes[i], len(processes[i]))) for i in chosen]))
 

@@ -84,6 +84,7 @@ def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
 
     @functools.wraps(theirs)
     def create_model(*args: Any, **kwargs: Any) -> Any:
+        """Call OpenCLIP's ``create_model``, and apply the kernels to the model."""
         model = theirs(*args, **kwargs)
         _say(apply_to_model(model, names))
         return model
@@ -211,6 +212,7 @@ class ImportHook(MetaPathFinder):
             execute = spec.loader.exec_module
 
             def execute_and_replace(module: ModuleType) -> None:
+                """Execute a module of OpenCLIP, and then replace its parts."""
                 execute(module)
                 self._replace(module)
 

@@ -256,6 +256,7 @@ def _transfer(photographs: Photographs, device: torch.device) -> Stage:
         batch = batch.pin_memory() if pinned else batch
 
         def copy(order: Tensor) -> Tensor:
+            """Copy the batch to the device, and return its first pixels as floats."""
             images, _ = upload(batch)
             torch.cuda.synchronize(device)
             return images.flatten()[: len(order)].float()

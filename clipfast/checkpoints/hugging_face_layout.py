@@ -107,7 +107,7 @@ SIGLIP_LAYOUT = Layout(
         "text.text_projection": "text_model.head",
     },
 )
-# The names of parameters within a block, in the same form; those of SigLIP's image tower are timm's.
+# The names of parameters within a block, by our names; the parameters of SigLIP's image tower have timm's names.
 _IN_BLOCKS = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1",

@@ -83,6 +83,7 @@ def fetch_folder(
     folder = config.parent  # the folder's name is the commit
 
     def more(*names: str) -> Path:
+        """Fetch further files of the same commit."""
         return fetch(repository, *names, cache_dir=cache_dir, revision=folder.name)
 
     if config.name == CONFIG_NAME:

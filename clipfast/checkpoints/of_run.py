@@ -149,6 +149,7 @@ class Checkpoints:
         path = path.with_suffix("") if in_parts else path
 
         def write() -> None:
+            """Write the copy of the checkpoint in the background thread."""
             if in_parts:
                 self._world.on_main(self._refuse_another)
                 write_parts(path, copied, self._world)

@@ -44,6 +44,7 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
 
     def empty() -> None:
+        """Make the temporary folder anew, without files."""
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
@@ -51,6 +52,7 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
     everyones = world.gather(_written(temporary, content, world))
 
     def finish() -> None:
+        """Raise an error if a rank could not write its part; otherwise complete the checkpoint."""
         failed = [theirs for theirs in everyones if isinstance(theirs, OSError)]
         if failed:
             raise failed[0]
@@ -65,6 +67,7 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
         sync(folder.parent)
 
     def finish_or_leave_nothing() -> None:
+        """Complete the checkpoint, or remove its parts if that fails."""
         try:
             finish()
         except OSError:  # an incomplete checkpoint must not fill the disk
@@ -138,6 +141,7 @@ def read_parts(folder: Path, *, without: Collection[str] = ()) -> dict[str, Any]
     metadata = read_metadata(folder / METADATA_NAME)
 
     def joined(value: Any) -> Any:
+        """Return a value of the checkpoint with tensors in place of their names."""
         if isinstance(value, dict) and value.keys() == {_TENSOR}:
             name = value[_TENSOR]
             if name not in metadata.state_dict_metadata:

@@ -104,6 +104,7 @@ def _read(path: str, read: Callable[[IO[bytes]], Found], what: str, *, whole: bo
     """
 
     def attempt() -> Found:
+        """Open the file once, and read it."""
         with opened(path, whole=whole) as file:
             return read(file)
 

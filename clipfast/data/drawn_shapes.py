@@ -247,6 +247,7 @@ def _shuffled(rng: random.Random, caption: str) -> str:
     """Return the words of a caption in an order that does not make a caption."""
 
     def classes(words: Sequence[str]) -> list[str]:
+        """Return the words with "colour" in place of each colour, and "shape" in place of each shape."""
         return ["colour" if word in COLOURS else "shape" if word in SHAPES else word for word in words]
 
     words = caption.split()

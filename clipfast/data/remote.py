@@ -90,6 +90,7 @@ def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fo
     """Call ``attempt`` with retries like :func:`retried`; return None if the remote or local file does not exist."""
 
     def attempt_or_none() -> Found | None:
+        """Call ``attempt``, and return None if the file does not exist."""
         try:
             return attempt()
         except Exception as error:  # file systems have errors of their own

@@ -252,6 +252,7 @@ def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
     holes: list[Damage] = []
 
     def members() -> Iterator[Member]:
+        """Yield the members of the archive, and note its damaged parts."""
         for part in read_tar(file, os.fstat(file.fileno()).st_size):
             if isinstance(part, Member):
                 yield part

@@ -267,6 +267,7 @@ def ended_with_torchrun() -> Iterator[None]:
     parent, is_over = os.getppid(), threading.Event()
 
     def watch() -> None:
+        """Send SIGTERM to this process as soon as its parent, torchrun, is gone."""
         while not is_over.wait(BEAT):
             if os.getppid() != parent:
                 log.error(f"torchrun, process {parent}, is gone: this process stops, as after SIGTERM")

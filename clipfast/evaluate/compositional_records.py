@@ -91,6 +91,7 @@ class Pictures(LabelledSet):
 
 
 def _stamp(path: Path) -> str:
+    """Return the stamp of an image file; "missing" if there is none."""
     try:
         return file_stamp(os.stat(path))
     except (OSError, ValueError):

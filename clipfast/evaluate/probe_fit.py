@@ -167,6 +167,7 @@ class TorchSolver:
         )  # fmt: skip
 
         def objective() -> Tensor:
+            """Return the probe's objective at ``point``, and set its gradient, for L-BFGS."""
             loss, gradient = self._objective(point.detach() * scale, weight)
             point.grad = gradient * scale
             return loss
@@ -261,6 +262,7 @@ def choose(right: Callable[[float], float]) -> Choice:
     tried: dict[int, float] = {}
 
     def best_of(steps: Iterable[int]) -> int:
+        """Try the values of C at these steps, and return the best step."""
         for step in steps:
             if step not in tried:
                 tried[step] = right(VALUES[step])

@@ -69,6 +69,7 @@ def independence(hits: Sequence[int], counts: Sequence[int], seed: int = 0) -> f
 
     # chi-square up to a factor, which is the same for all assignments
     def statistic(found: Any) -> Any:
+        """Return the chi-square statistic, up to that factor, of the hits in each group."""
         return ((found - expected) ** 2 / sizes).sum(-1)
 
     observed = statistic(np.asarray(hits))

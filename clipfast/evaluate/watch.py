@@ -246,6 +246,7 @@ def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) 
     """
 
     def draw() -> None:
+        """Update the plot of all checkpoints."""
         if plot is not None and watch.lines:
             from .pictures import steps_plot
 

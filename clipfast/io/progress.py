@@ -43,6 +43,7 @@ def lines(total: int, what: str, unit: str, say: Callable[[str], Any]) -> Advanc
     done, pause = 0, FIRST
 
     def advance(new: int) -> None:
+        """Count newly finished units, and print a line if enough time has passed."""
         nonlocal said, done, pause
         done, now = done + new, time.monotonic()
         if now - said < pause or done >= total:

@@ -95,6 +95,7 @@ class StepPlan:
         ranks = self.setup.gpus if self.setup.is_sharded else 1
 
         def padded(parameters: Iterable[nn.Parameter]) -> int:
+            """Return the number of weights after FSDP2 has padded them for the ranks."""
             return sum(-(-len(p) // ranks) * ranks * p[0].numel() for p in parameters if p.ndim)
 
         texts = set(model.transformer.modules())
@@ -198,6 +199,7 @@ class StepPlan:
         root = self._wire(width * self.other_weights), self._wire(torch.float32.itemsize * self.other_weights)
 
         def of_blocks(*phases: str) -> list[float]:
+            """Return the seconds of each block of both towers."""
             images, texts = (
                 self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[1] for phase in phases
             )
@@ -262,6 +264,7 @@ def largest_rows(plan: StepPlan, assumed: Assumptions, micro_batches: int = 1) -
     """
 
     def does(rows: int, *, with_loss: bool = True) -> bool:
+        """Return whether a batch with ``rows`` pairs on each GPU fits into memory, with or without the loss."""
         found = memory_of(plan, Batch(rows, rows // micro_batches), assumed, with_loss=with_loss)
         return found.total() <= plan.cluster.card.memory_bytes
 

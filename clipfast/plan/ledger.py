@@ -125,6 +125,7 @@ class Ledger(TorchDispatchMode):
         resize = torch.UntypedStorage.resize_
 
         def resize_and_book(storage: torch.UntypedStorage, size: int) -> Any:
+            """Resize a storage, and record its new size."""
             result = resize(storage, size)
             if (known := self._storages.get(storage._cdata)) is not None:
                 category, old, reference = known

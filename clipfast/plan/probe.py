@@ -140,6 +140,7 @@ def probe(setup: Setup, card: Card | None) -> dict[str, Probe]:
         with rank_of(setup, _cut(config, depth), card) as rank:
 
             def sampled(rows: int, rank: Any = rank) -> Sample:
+                """Run a step with ``rows`` pairs, and return its counts."""
                 rank.step(rows)
                 return sample_of(rank.ledger)
 

@@ -131,6 +131,7 @@ class Embeddings:
         """Return the embeddings with the features on another device, on which they are then searched."""
 
         def moved(features: Tensor | None) -> Tensor | None:
+            """Return features on the device; None if there are none."""
             return None if features is None else features.to(device)
 
         found = copy.copy(self)

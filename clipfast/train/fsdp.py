@@ -72,6 +72,7 @@ def _gather_for_direct_calls(model: CLIP) -> None:
     forward = model.forward
 
     def whole_forward(*args: Any, **options: Any) -> Any:
+        """Run the forward pass, in which the encoders do not gather the weights again."""
         nonlocal running
         running = True
         try:
@@ -80,6 +81,7 @@ def _gather_for_direct_calls(model: CLIP) -> None:
             running = False
 
     def chosen(plain: Callable[..., Tensor], gathering: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a function that gathers the weights unless the forward pass is running."""
         return lambda *args, **options: (plain if running else gathering)(*args, **options)
 
     for name in ("encode_image", "encode_text"):

@@ -141,6 +141,7 @@ def _check_steps(trainer: Trainer) -> None:
     steps = trainer.world.gather(trainer.progress.step)
 
     def check() -> None:
+        """Refuse the steps of all ranks if they differ."""
         if len(set(steps)) > 1:
             places = ", ".join(f"rank {rank} after step {step}" for rank, step in enumerate(steps))
             raise ValueError(

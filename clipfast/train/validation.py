@@ -77,6 +77,7 @@ class ImageNet:
         """
 
         def encode() -> None:
+            """Compute this rank's part of ImageNet's zero-shot classifier."""
             with world.phase("evaluation"):
                 self._part = imagenet_classifier(model, tokenizer, device, world.rank, world.size, show).cpu()
 

@@ -62,6 +62,7 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
         same.loss = truth.loss = reference.sigmoid_loss
 
     def draw(number: int) -> Draw:
+        """Draw a batch, and compute our results, the peer's and the truth."""
         batch = draw_batch(model.config, BATCH, torch.Generator().manual_seed(1000 + number))
         images, texts = (x.to(device) for x in batch)
         if peer != MODEL:  # models of other packages do not take uint8 images

@@ -46,6 +46,7 @@ def _hold_to_rule(
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
 
     def draw(number: int) -> DrawResults:
+        """Draw the inputs of the case, and compute our results, PyTorch's and the truth."""
         call = inputs_of(spec, case, dtype, device, number)
         with poisoned():
             ours = _results(spec.op, call)

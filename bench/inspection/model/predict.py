@@ -166,6 +166,7 @@ def _sum(parts: Sequence[tuple[_Timed, float]]) -> _Timed:
     """Return the weighted sum of the simulated times of several kinds of programs."""
 
     def total(name: str) -> float:
+        """Return the weighted sum of one figure of all kinds of programs."""
         return sum(weight * getattr(part, name) for part, weight in parts)
 
     units = {unit for part, _ in parts for unit in part.busy}

@@ -101,6 +101,7 @@ def _judged(at: Session, case_set: CaseSet, found: LabelledFeatures) -> tuple[li
     rows = {number: row for row, number in enumerate(found.numbers)}
 
     def usable() -> tuple[list[Case], list[Case]]:
+        """Return the test cases whose images can all be used, and the other test cases."""
         usable: list[Case] = []
         left_out: list[Case] = []
         for case in case_set.cases(found):
