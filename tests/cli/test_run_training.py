@@ -55,7 +55,7 @@ def prepare(folder, models):
     stand_in_for_pandas(folder)
 
 
-def trainer_options(model, name, logs, steps=4, batch=16):
+def trainer_options(model, name, logs, steps=4, batch=8):
     """Return the options of OpenCLIP's trainer; it logs each step in the folder ``logs``/``name``."""
     return [
         "--model", model, "--train-data", "::".join(map(str, SHARDS)), "--dataset-type", "webdataset",
@@ -129,12 +129,11 @@ def compare_trainings(folder, ranks, runs):
 def test_losses_and_checkpoints_are_those_of_open_clip(training):
     path = "{}/0/checkpoints/epoch_1.pt"
     options = (
-        "--save-frequency 1", f"--epochs 2 --resume {path.format('theirs')}", "--grad-checkpointing --lock-image",
-        "--lock-text --lock-text-freeze-layer-norm --accum-freq 2", "--force-patch-dropout 0.5", "--torchscript",
-        "--use-bnb-linear OtherLinear",
+        "--save-frequency 1", f"--epochs 2 --resume {path.format('theirs')}", "--torchscript",
+        "--grad-checkpointing --lock-image --force-patch-dropout 0.5", "--use-bnb-linear OtherLinear",
+        "--lock-text --lock-text-freeze-layer-norm --accum-freq 2",
     )  # fmt: skip
-    others = [["siglip"], ["distill"], ["coca"]]
-    compare_trainings(training, 1, [*(["clip", *more.split()] for more in options), *others])
+    compare_trainings(training, 1, [["clip", *more.split()] for more in options])
     ours, theirs = (torch.load(training / path.format(logs), weights_only=True) for logs in ("ours", "theirs"))
     assert list(ours["state_dict"]) == list(theirs["state_dict"])
     torch.testing.assert_close(ours["optimizer"], theirs["optimizer"], rtol=1e-3, atol=1e-6)
@@ -143,5 +142,5 @@ def test_losses_and_checkpoints_are_those_of_open_clip(training):
 @pytest.mark.long
 def test_open_clip_trains_on_two_ranks_with_the_same_printed_losses(training):
     mode = ["--local-loss", "--gather-with-grad"]
-    runs = [["clip"], ["clip", *mode[:1]], ["clip", *mode], ["distill", *mode], ["siglip"], ["coca", *mode]]
+    runs = [["clip"], ["clip", *mode], ["distill", *mode], ["siglip"], ["coca", *mode]]
     compare_trainings(training, 2, runs)

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-import clipfast.train.loop
 from clipfast import SigLipLoss, accumulate_gradients, build_zero_shot_classifier, create_model, get_tokenizer
 from clipfast.evaluate.zero_shot import encode_texts
 from clipfast.models import SigLIPConfig, TextConfig, VisionConfig, registry
@@ -41,8 +40,7 @@ def losses(folder):
 
 
 @pytest.mark.long
-def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(clipfast.train.loop, "_pictures", lambda *_: [])
+def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys):
     code, out, error = run_command(capsys, *arguments)
     assert code == 0, error
     found = losses(tmp_path / "run")
@@ -72,9 +70,8 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys, m
 
 
 @pytest.mark.long
-def test_the_first_loss_is_the_sigmoid_loss(arguments, tmp_path, capsys, monkeypatch):
+def test_the_first_loss_is_the_sigmoid_loss(arguments, tmp_path, capsys):
     """The texts keep their padding, and micro-batches change nothing."""
-    monkeypatch.setattr(clipfast.train.loop, "_pictures", lambda *_: [])
     code, _, error = run_command(capsys, *arguments, "--siglip", "--epochs", 1, "--micro-batch-size", 6)
     assert code == 0, error
     torch.manual_seed(0)

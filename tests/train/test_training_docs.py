@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -52,17 +53,21 @@ def smaller(arguments):
     return [changes.get(word, word) for word in arguments]
 
 
-def as_rank(rank, folder, arguments):
-    """Run a command as one of the processes of torchrun, and return its errors."""
+def as_rank(rank, folder, commands):
+    """Run commands as one of the processes of torchrun, and return their errors."""
     os.chdir(folder)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(dict(zip(names, map(str, (rank, rank, 2, 2)), strict=True)))
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        try:
-            code = main(arguments)
-        except SystemExit as ended:  # another rank prints the reason
-            code = ended.code
-    return errors.getvalue() if code else ""
+    found = []
+    for arguments in commands:
+        drawing = mock.patch("clipfast.train.loop._pictures", return_value=[])
+        with drawing, contextlib.redirect_stderr(io.StringIO()) as errors:
+            try:
+                code = main(arguments)
+            except SystemExit as ended:  # another rank prints the reason
+                code = ended.code
+        found.append(errors.getvalue() if code else "")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +83,26 @@ def folder(tmp_path_factory):
 
 @pytest.mark.long
 def test_commands(folder, monkeypatch, capsys):
-    """The commands run in the order of the page, since some use the results of others."""
+    """The commands run in the order of the page, those of torchrun first, since some use the results of others.
+
+    They are the two dozen commands that a user copies, ten of them training runs: more than 12 seconds.
+    """
     monkeypatch.chdir(folder)
-    for number, (program, *arguments) in enumerate(COMMANDS):
-        command = shlex.join([program, *arguments])
-        if program == "torchrun":
-            start = arguments.index("--") + 1
-            assert arguments[2:start] == ["-m", "clipfast", "--"], command
-            given = shortened(arguments[start:])
-            if "--resume" not in given:
-                given += ["--workers", "0"]  # these processes cannot start data workers
-            place = folder / f"ranks{number}"
-            place.mkdir()
-            assert run_ranks(as_rank, 2, str(folder), given, folder=place, timeout=300.0) == ["", ""], command
-            continue
-        assert program == "clipfast"
-        is_training = arguments[0] == "train"
-        assert main((shortened if is_training else smaller)(arguments)) == 0, (command, capsys.readouterr().err)
+    together = []
+    for arguments in (arguments for program, *arguments in COMMANDS if program == "torchrun"):
+        start = arguments.index("--") + 1
+        assert arguments[2:start] == ["-m", "clipfast", "--"]
+        given = shortened(arguments[start:])
+        # these processes cannot start data workers
+        together.append(given if "--resume" in given else [*given, "--workers", "0"])
+    (folder / "ranks").mkdir()
+    found = run_ranks(as_rank, 2, str(folder), together, folder=folder / "ranks", timeout=600.0)
+    assert found == [[""] * len(together)] * 2
+    for program, *arguments in COMMANDS:
+        if program != "torchrun":
+            assert program == "clipfast"
+            given = (shortened if arguments[0] == "train" else smaller)(arguments)
+            assert main(given) == 0, (shlex.join(arguments), capsys.readouterr().err)
     runs = {path.name for path in (folder / "runs").iterdir()}
     assert runs >= {"demo", "eight", "sharded", "kept", "finetuned", "lit"}
 
