@@ -39,15 +39,15 @@ processes.PRELOAD.append("clipfast.train.trainer")
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A function that returns the options of a run of 16 steps of 12 pairs, in two epochs, which saves every 3."""
+    """A function that returns the options of a run of 24 steps of 12 pairs, in two epochs, which saves every 5."""
     made = tmp_path_factory.mktemp("made")
     (made / "clip.json").write_text(json.dumps(CLIP))
 
     def in_folder(logs, **changes):
         return {
             "train_data": "synthetic:400", "model": f"{made}/clip.json", "global_batch_size": 12, "name": "run",
-            "train_num_samples": 96, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0, "log_every_n_steps": 1,
-            "save_every": 3, "save_frequency": 1, "logs": str(logs), "fsdp": True, "fsdp_checkpoint": "sharded",
+            "train_num_samples": 144, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0, "log_every_n_steps": 1,
+            "save_every": 5, "save_frequency": 1, "logs": str(logs), "fsdp": True, "fsdp_checkpoint": "sharded",
             "force_patch_dropout": 0.5, "grad_clip_norm": 0.5, "ema_decay": 0.9,
         } | changes  # fmt: skip
 
@@ -60,6 +60,7 @@ def trained(world, given, fate=None, faults=None):
     if not given["fsdp"]:
         given = given | {"fsdp_checkpoint": "full"}
     with (
+        mock.patch("clipfast.train.loop._pictures", return_value=[]),
         befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
         faults(world.rank) if faults else contextlib.nullcontext(),
     ):
@@ -89,9 +90,9 @@ def undisturbed(options, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(options, tmp_path_factory):
-    """The logs of a run on 3 ranks that was stopped after 14 steps, as by a kill."""
+    """The logs of a run on 3 ranks that was stopped after 22 steps, as by a kill."""
     logs = tmp_path_factory.mktemp("stopped")
-    assert run_on(logs, 3, (options(logs), ("stop", (0, 1, 2), 14))) == [["stopped"]] * 3
+    assert run_on(logs, 3, (options(logs), ("stop", (0, 1, 2), 22))) == [["stopped"]] * 3
     return logs
 
 
@@ -118,19 +119,19 @@ def assert_like(folder, expected):
 
 @pytest.mark.long
 def test_names(undisturbed, stopped):
-    assert names(undisturbed) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_15", "step_16.pt"]
-    assert names(RunFolder(stopped / "run")) == ["epoch_1.pt", "epoch_latest.pt", "step_12", "step_9"]
-    assert read_status(stopped / "run")["checkpoint"]["name"] == "step_12"
+    assert names(undisturbed) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_20", "step_24.pt"]
+    assert names(RunFolder(stopped / "run")) == ["epoch_1.pt", "epoch_latest.pt", "step_15", "step_20"]
+    assert read_status(stopped / "run")["checkpoint"]["name"] == "step_20"
     content = read_checkpoint(undisturbed.checkpoints / "epoch_1.pt")
-    assert content["clipfast"]["progress"]["step"] == 8
-    assert read_saved(stopped / "run/checkpoints/step_12")["state_dict"].keys() == content["state_dict"].keys()
+    assert content["clipfast"]["progress"]["step"] == 12
+    assert read_saved(stopped / "run/checkpoints/step_20")["state_dict"].keys() == content["state_dict"].keys()
 
 
 def killed_in_a_write(rank):
-    """Kill rank 1 while the state after 12 steps is written."""
+    """Kill rank 1 while the state after 20 steps is written."""
 
     def seal(path):
-        if rank == 1 and path.parent.name == ".step_12.tmp":
+        if rank == 1 and path.parent.name == ".step_20.tmp":
             os.kill(os.getpid(), signal.SIGKILL)
         return original(path)
 
@@ -141,12 +142,12 @@ def killed_in_a_write(rank):
 @pytest.mark.long
 def test_one_rank_is_killed_in_a_write_and_in_training(options, undisturbed, together, tmp_path):
     given, folder = options(tmp_path), RunFolder(tmp_path / "run")
-    for fate, faults, newest in ((None, killed_in_a_write, "step_9"), ((signal.SIGKILL, (1,), 14), None, "step_12")):
+    for fate, faults, newest in ((None, killed_in_a_write, "step_15"), ((signal.SIGKILL, (1,), 22), None, "step_20")):
         processes = start_ranks(on_rank, 2, 2, [(given, fate, faults)], trained, folder=empty(tmp_path))
         wait_for(processes, 60)
         assert [process.exitcode for process in processes] == [1, -signal.SIGKILL]
         assert folder.kept()[0].name == newest
-        assert (folder.checkpoints / ".step_12.tmp").exists() == (newest == "step_9")
+        assert (folder.checkpoints / ".step_20.tmp").exists() == (newest == "step_15")
     assert together(2, (given,)) == [[None]] * 2
     assert_same(folder, undisturbed)
     assert names(folder) == names(undisturbed)
@@ -155,11 +156,11 @@ def test_one_rank_is_killed_in_a_write_and_in_training(options, undisturbed, tog
 @pytest.mark.long
 def test_a_signal_saves_and_a_folder_is_gone_on_from(options, undisturbed, together, tmp_path):
     given = options(tmp_path)
-    assert together(2, (given, (signal.SIGTERM, (1,), 7)), (given,)) == [[signal.SIGTERM, None]] * 2
+    assert together(2, (given, (signal.SIGTERM, (1,), 6)), (given,)) == [[signal.SIGTERM, None]] * 2
     folder = RunFolder(tmp_path / "run")
     said = (folder.path / "out.log").read_text()
     at = re.search(rf"Interrupted. Saved {folder.checkpoints}/step_(\d+); go on with: torchrun", said)[1]
-    assert f"Resuming from {folder.checkpoints}/step_{at} at step {at} of 16" in said
+    assert f"Resuming from {folder.checkpoints}/step_{at} at step {at} of 24" in said
     assert_same(folder, undisturbed)
 
 
@@ -169,11 +170,11 @@ def test_ranks_and_kind_change(options, undisturbed, together, tmp_path):
     sessions = [(3, True, "sharded"), (2, False, "full"), (2, True, "sharded")]
     for number, (size, fsdp, kind) in enumerate(sessions):
         given = options(tmp_path, fsdp=fsdp, fsdp_checkpoint=kind)
-        job = (given, ("stop", range(size), 4 + 6 * number) if number < 2 else None)
+        job = (given, ("stop", range(size), 7 + 10 * number) if number < 2 else None)
         together(size, job)
         if number < 2:
             newest = Checkpoints(tmp_path / "run/checkpoints").newest_whole()
-            assert newest.content["clipfast"]["progress"]["step"] == 3 + 6 * number
+            assert newest.content["clipfast"]["progress"]["step"] == 5 + 10 * number
             assert newest.path.is_dir() == (kind == "sharded")
     assert_like(RunFolder(tmp_path / "run"), undisturbed)
 
@@ -183,22 +184,22 @@ def failing(rank):
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def write_data(self, plan, planner):
-        if rank == 1 and Path(self.path).name == ".step_3.tmp":
+        if rank == 1 and Path(self.path).name == ".step_5.tmp":
             raise full
         return original_write(self, plan, planner)
 
     def seal(path):
-        if rank == 1 and path.parent.name == ".step_6.tmp":
+        if rank == 1 and path.parent.name == ".step_10.tmp":
             raise full
         return original_seal(path)
 
     def replace(path, text):
-        if path.parent.name == ".step_9.tmp":
+        if path.parent.name == ".step_15.tmp":
             raise full
         return original_replace(path, text)
 
     def written(folder, content, world):
-        if folder.name == ".step_15.tmp":
+        if folder.name == ".step_20.tmp":
             time.sleep(1)
         return original_written(folder, content, world)
 
@@ -216,37 +217,37 @@ def test_a_full_disk_stops_nothing_and_what_is_written_late_is_a_copy(options, u
     assert together(2, (options(tmp_path), None, failing)) == [[None]] * 2
     folder = RunFolder(tmp_path / "run")
     said = (folder.path / "out.log").read_text()
-    for step, rank in ((3, " (rank 1)"), (6, " (rank 1)"), (9, "")):
+    for step, rank in ((5, " (rank 1)"), (10, " (rank 1)"), (15, "")):
         line = f"step_{step} cannot be written: No space left on device{rank}. Training goes on."
         assert said.count(line) == 1
     assert_same(folder, undisturbed)
     assert names(folder) == names(undisturbed)
-    ours, theirs = (read_saved(run.checkpoints / "step_15") for run in (folder, undisturbed))
+    ours, theirs = (read_saved(run.checkpoints / "step_20") for run in (folder, undisturbed))
     assert all(value.equal(theirs["state_dict"][name]) for name, value in ours["state_dict"].items())
     assert all(value.equal(theirs["state_dict_ema"][name]) for name, value in ours["state_dict_ema"].items())
 
 
 @pytest.mark.long
 def test_a_damaged_folder_is_named_and_the_one_before_is_taken(run, undisturbed, capsys):
-    flip(run.checkpoints / "step_12" / "__1_0.distcp")
-    damaged = "step_12.*__1_0.distcp is not the file that was written"
-    code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_12")
+    flip(run.checkpoints / "step_20" / "__1_0.distcp")
+    damaged = "step_20.*__1_0.distcp is not the file that was written"
+    code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_20")
     assert code == 2
-    assert re.search(f"{damaged}.*the one before is {run.checkpoints}/step_9$", err.strip())
+    assert re.search(f"{damaged}.*the one before is {run.checkpoints}/step_15$", err.strip())
     code, _, err = run_command(capsys, "train", "--resume", run.path)
     assert code == 0, err
-    assert re.search(f"{damaged}.*; the run goes on from {run.checkpoints}/step_9", err)
+    assert re.search(f"{damaged}.*; the run goes on from {run.checkpoints}/step_15", err)
     assert_like(run, undisturbed)
 
 
 @pytest.mark.long
 def test_one_process_goes_on_from_an_earlier_folder(run, undisturbed, capsys):
     given = ["--no-fsdp", "--fsdp-checkpoint", "full"]
-    code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_9", *given)
+    code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_15", *given)
     assert code == 0, err
-    assert "step_9 at step 9 of 16" in err
+    assert "step_15 at step 15 of 24" in err
     assert_like(run, undisturbed)
-    assert names(run) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_15.pt", "step_16.pt"]
+    assert names(run) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_20.pt", "step_24.pt"]
 
 
 def state(step):
@@ -289,6 +290,19 @@ class TestOrder:
         saved(store, 3)
         copy = Checkpoints(Path(shutil.copytree(store.folder, tmp_path / "other")))
         assert kept(copy) == ["epoch_latest.pt", "step_3.pt", "step_2", "step_1.pt"]
+
+    @pytest.mark.parametrize(
+        ("steps", "resumed", "expected"),
+        [
+            (["1", 2, "3"], "epoch_latest.pt", ["epoch_latest.pt", "step_1"]),
+            (["1", 2, "3"], "step_1", ["step_1"]),
+            ([1, "2", "3"], "step_2", ["step_2", "epoch_latest.pt"]),
+        ],
+    )
+    def test_a_run_that_goes_on_from_an_earlier_one(self, steps, resumed, expected, store):
+        saved(store, *steps)
+        store.begin(store.folder / resumed)
+        assert kept(store) == expected
 
 
 def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
