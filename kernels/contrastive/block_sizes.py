@@ -17,9 +17,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
+from ..common import cdiv
 from ..configs import GemmConfig, gemm_config
 from ..launch import arch_of
 
@@ -46,10 +46,10 @@ def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
     """
 
     def rounds(segments: int) -> int:
-        return triton.cdiv(num_n * segments, at_once) * triton.cdiv(num_m, segments)
+        return cdiv(num_n * segments, at_once) * cdiv(num_m, segments)
 
     segments = min(range(1, min(num_m, MOST_SEGMENTS) + 1), key=rounds)
-    return segments, triton.cdiv(num_m, segments)
+    return segments, cdiv(num_m, segments)
 
 
 class GradGrid(NamedTuple):
@@ -69,7 +69,7 @@ def grad_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, at_once: int, 
 
     Only with ``walks``, some programs may walk down a column of tiles.
     """
-    num_m, num_n = triton.cdiv(rows, cfg.block_m), triton.cdiv(cols, cfg.block_n)
+    num_m, num_n = cdiv(rows, cfg.block_m), cdiv(cols, cfg.block_n)
     has_pairs = -num_m * cfg.block_m < offset < num_n * cfg.block_n
     segments, tiles = segments_of_column(num_m, num_n, at_once) if walks else (0, 0)
     if not walks or (has_pairs and tiles <= SHORT_WALK):
@@ -122,7 +122,7 @@ def block_edges(
     ]
 
     def steps(block: tuple[int, int]) -> float:
-        blocks = triton.cdiv(rows, block[0]) * triton.cdiv(cols, block[1])
+        blocks = cdiv(rows, block[0]) * cdiv(cols, block[1])
         return blocks * steps_of_block(*block, width, multiprocessors, gradient, products)
 
     return min(candidates, key=steps)
@@ -135,9 +135,9 @@ def _edges(size: int, unit: int, most: int, count: int) -> Iterator[int]:
     large. A candidate is a multiple of ``unit`` and at most ``most``, unless ``most`` itself is less than ``unit``.
     """
     most = max(most // unit * unit, min(most, unit), 1)
-    fewest = triton.cdiv(max(size, 1), most)
+    fewest = cdiv(max(size, 1), most)
     for parts in range(fewest, fewest + count):
-        edge = min(most, triton.cdiv(triton.cdiv(max(size, 1), parts), unit) * unit)
+        edge = min(most, cdiv(cdiv(max(size, 1), parts), unit) * unit)
         if parts == fewest or edge >= LEAST_EDGE:
             yield edge
 
@@ -146,13 +146,13 @@ def steps_of_block(
     rows: int, cols: int, width: int, multiprocessors: int, gradient: GemmConfig, products: GemmConfig
 ) -> float:
     """Return the estimated time of a block of logits, in loop steps of the kernel for the products."""
-    num_m, num_n = triton.cdiv(rows, gradient.block_m), triton.cdiv(cols, gradient.block_n)
+    num_m, num_n = cdiv(rows, gradient.block_m), cdiv(cols, gradient.block_n)
     segments, tiles = segments_of_column(num_m, num_n, multiprocessors)
-    rounds = triton.cdiv(num_n * segments, multiprocessors) * tiles
-    of_gradient = rounds * (triton.cdiv(width, gradient.block_k) + STEPS_AROUND_LOOP)
-    tiles_of_row = triton.cdiv(width, products.block_n)
+    rounds = cdiv(num_n * segments, multiprocessors) * tiles
+    of_gradient = rounds * (cdiv(width, gradient.block_k) + STEPS_AROUND_LOOP)
+    tiles_of_row = cdiv(width, products.block_n)
     shorter, longer = sorted(
-        (triton.cdiv(length, products.block_k) + STEPS_AROUND_LOOP, triton.cdiv(size, products.block_m) * tiles_of_row)
+        (cdiv(length, products.block_k) + STEPS_AROUND_LOOP, cdiv(size, products.block_m) * tiles_of_row)
         for length, size in ((cols, rows), (rows, cols))
     )
     of_products = _makespan(*longer, *shorter, multiprocessors)
