@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backends import computes_eagerly_on_cpu, registered, uses_reference
+from .backends import registered, uses_reference
 from .checks import check_float, check_parameter, check_tensor
 from .common import as_rows, cdiv, new_contiguous, num_rows, row_layout
 from .configs import RowConfig, planned, row_config
-from .dtypes import WIDE, accumulate_dtype
+from .dtypes import accumulate_dtype
 from .launch import Plan, arch_of, programs_at_once, triton_runs_on
 from .spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 
@@ -276,8 +276,6 @@ def _bias_act(op: str, x: Tensor, bias: Tensor, backend: str) -> Tensor:
     if uses_reference(op, backend, x):
         return reference.bias_quick_gelu(x, bias) if quick else reference.bias_gelu(x, bias)
     check_float(op, x=x, bias=bias)
-    if not quick and x.dtype == bias.dtype and x.dtype in WIDE and computes_eagerly_on_cpu(x):
-        return F.gelu(x + bias).contiguous()
     result: Tensor = _bias_act_fwd(x, bias, quick)
     return result
 

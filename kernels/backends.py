@@ -19,6 +19,8 @@ BACKENDS = ("auto", "triton", "torch")
 COMPUTED_ON = ("cuda", "cpu", "meta")
 # The classes of tensors that hide nothing: fake tensors and distributed tensors have others.
 PLAIN = (Tensor, torch.nn.Parameter)
+# The key of ``is_grads_batched``, which vectorises a backward pass without a transform of ``torch.func``.
+LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 # PyTorch's ops within an implementation skip these steps of its dispatcher.
 NOT_INSIDE = functools.reduce(
     lambda keys, name: keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)),
@@ -84,7 +86,8 @@ class Op:
     PyTorch's way to a registered op written in Python takes the host longer than a small kernel runs. So an eager call
     goes through an ``autograd.Function``, or straight to the implementation if no gradient is needed. The registered op
     is called wherever something watches: a compiler, a transform, a mode, a profiler, a tracer, or a tensor of another
-    class than PyTorch's own. Both ways run the same implementation, without autocast and below autograd.
+    class than PyTorch's own, or one whose memory does not hold its values. Both ways run the same implementation,
+    without autocast and below autograd.
 
     A call of an op's derivative raises an error until it registers one. The backward ops register none, so a second
     derivative raises this error.
@@ -150,25 +153,14 @@ class Op:
             return self._overload(*args)
         needs_grad = False
         for x in args:
-            if x.__class__ in PLAIN:
-                needs_grad = needs_grad or x.requires_grad
-                if x.is_meta:
+            if isinstance(x, Tensor):
+                if x.__class__ not in PLAIN or x.is_meta or hides_values(x):
                     return self._overload(*args)
-            elif isinstance(x, Tensor):
-                return self._overload(*args)
+                needs_grad = needs_grad or x.requires_grad
         if needs_grad and torch.is_grad_enabled():
             return self._apply(*args)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return self.run(*args)
-
-
-def computes_eagerly_on_cpu(tensor: Tensor) -> bool:
-    """Return whether an op with ``tensor`` computes on a CPU by PyTorch, while nothing has to see the registered op.
-
-    Then a public function may call a function of PyTorch that computes the same: it is the shortest way.
-    """
-    device = tensor.device
-    return device.type == "cpu" and not triton_runs_on(device) and tensor.__class__ in PLAIN and not is_watched()
 
 
 def registered(name: str) -> Callable[[Callable[..., Any]], Op]:
@@ -181,6 +173,7 @@ def is_watched() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(LEGACY_VMAP)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
@@ -189,11 +182,30 @@ def is_watched() -> bool:
 
 
 def below_autograd(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run an implementation without autograd and autocast: the op has its own derivative and converted its operands."""
+    """Run a function without autograd and autocast; ``torch.compile`` cannot trace it."""
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+            return fn(*args, **kwargs)
+
+    return wrapper
+
+
+def hides_values(tensor: Tensor) -> bool:
+    """Return whether the memory of ``tensor`` does not hold its values, so that PyTorch has to resolve it first."""
+    return tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor()
+
+
+def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
+    """Run a function without autocast on the device of its first tensor: it converted its operands."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        device_type = next(filter(torch.is_tensor, args)).device.type
+        if not torch.is_autocast_enabled(device_type):
+            return fn(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
             return fn(*args, **kwargs)
 
     return wrapper

@@ -52,6 +52,12 @@ def check_tensor(op: str, name: str, tensor: Tensor, ndim: int | None, *, also: 
     raise TypeError(f"{op}: {name} must be one of {allowed}, got {dtype_name(tensor.dtype)}")
 
 
+def check_bool(op: str, name: str, value: bool) -> None:
+    """Refuse anything but a bool, with a TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
 def check_integers(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = INTEGERS) -> None:
     """Refuse anything but a tensor of integers, with a TypeError."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:

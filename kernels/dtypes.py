@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The dtypes in which PyTorch's own functions on a CPU add up as exactly as the ops here.
-WIDE = (torch.float32, torch.float64)
 # The dtypes that kernels compute in, by the names that command lines and reports use.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

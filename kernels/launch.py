@@ -206,13 +206,13 @@ class Plan:
 
     def start_compiled(self, tensors: tuple[Any, ...]) -> bool:
         """Start the kernel that was compiled for such tensors; return False, and start nothing, if there is none."""
-        if not self.compiled or _has_hooks() or _current_device() != self._index:
+        if not self.compiled or self._kernel.pre_run_hooks or _has_hooks() or _current_device() != self._index:
             return False
         key, arguments = _bind(tensors)
         compiled = self.compiled.get(key)
         if compiled is None:
             return False
-        run, grid, function, metadata = compiled
+        run, grid, function, metadata, _ = compiled
         run(*grid, _current_stream(self._index), function, metadata, None, None, None, *arguments, *self._rest)
         return True
 
@@ -233,7 +233,9 @@ class Plan:
             constexprs = (self._constexprs[name] for name in kernel.arg_names[len(arguments) :])
             self._rest = (*self._numbers, *constexprs)
             grid = (*self._grid, 1, 1)[:3]
-            self.compiled[_bind(tensors)[0]] = compiled.run, grid, compiled.function, compiled.packed_metadata
+            # A compiled kernel that nobody holds would unload its function.
+            kept = compiled.run, grid, compiled.function, compiled.packed_metadata, compiled
+            self.compiled[_bind(tensors)[0]] = kept
 
 
 def _bind(tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:

@@ -71,7 +71,7 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
         plan.start_by_triton(tensors)
         if stub.counts.launches == before:
             return  # the grid is empty
-        for key, (_, _, function, _) in known.items():
+        for key, (_, _, function, _, _) in known.items():
             if plan.compiled[key][2] != function:
                 raise PackingError(f"a plan has two kernels for {key}")
         expected = _received(stub)

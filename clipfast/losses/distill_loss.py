@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_gather
 
-from ..kernels.backends import below_autograd
+from ..kernels.backends import outside_autocast
 from ..kernels.contrastive.exchange import gather_equal
 from ..kernels.contrastive.shared import check_pairs, scale_tensor
 from ..kernels.dtypes import accumulate_dtype, autocast_dtype
@@ -90,7 +90,7 @@ class _CrossEntropy(torch.autograd.Function):
     """The cross-entropy of x [M, D], y [N, D], s [] against u [M, E], v [N, E], t [], which get no gradient."""
 
     @staticmethod
-    @below_autograd
+    @outside_autocast
     def forward(
         ctx: Any, x: Tensor, y: Tensor, s: Tensor, u: Tensor, v: Tensor, t: Tensor, options: Options
     ) -> Tensor:  # fmt: skip
@@ -128,7 +128,7 @@ class _Gradients(torch.autograd.Function):
     """The gradients of :class:`_CrossEntropy`, as a function of its own, so a second derivative raises an error."""
 
     @staticmethod
-    @below_autograd
+    @outside_autocast
     def forward(
         _: Any, grad_loss: Tensor, options: Options, needed: tuple[bool, bool, bool], x: Tensor, y: Tensor, s: Tensor,
         u: Tensor, v: Tensor, t: Tensor, student_max: Tensor, student_sum: Tensor, teacher_max: Tensor,

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import computes_eagerly_on_cpu, registered, uses_reference
-from ..checks import check_float, check_like, check_parameter, check_seqlens, check_tensor
+from ..backends import registered, uses_reference
+from ..checks import check_bool, check_float, check_like, check_parameter, check_seqlens, check_tensor
 from ..configs import HEAD_DIMS, planned
 from ..dtypes import accumulate_dtype, autocast_to
 from ..launch import arch_of, triton_runs_on
@@ -200,7 +200,7 @@ def attention(
         return reference.attention(qkv, num_heads, causal=causal, scale=scale, seqlens=seqlens, bias=bias)
     head_dim = _check_head_dim(op, "qkv", qkv, qkv.shape[-1] // (3 * num_heads))
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if _takes_sdpa(backend, qkv, head_dim, qkv.shape[1], seqlens, causal, bias is not None):
+    if _takes_sdpa(backend, qkv, head_dim, qkv.shape[1], seqlens, causal):
         if bias is not None:
             qkv = reference.with_bias_gradient(qkv, bias)
         return _sdpa(*_views(qkv, num_heads), causal, scale).flatten(2)
@@ -256,19 +256,10 @@ def attention_qkv(
     return _attention_qkv_fwd(q, k, v, seqlens, causal, scale)[0]
 
 
-def _takes_sdpa(
-    backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool, has_bias: bool = False
-) -> bool:
-    """Return whether PyTorch's own attention computes this call. On a GPU the tables decide.
-
-    On a CPU it computes all calls that it can, except those with a bias. The op computes these, since it leaves no
-    rounding error in the gradient of the keys' bias.
-    """
-    if backend != "auto" or seqlens is not None:
+def _takes_sdpa(backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool) -> bool:
+    """Return whether PyTorch's own attention computes this call, by the tables."""
+    if backend != "auto" or seqlens is not None or not triton_runs_on(x.device):
         return False
-    if not triton_runs_on(x.device):
-        is_usual = x.stride(-1) == 1 and x.numel() > 0 and num_keys > 0 and not has_bias
-        return is_usual and computes_eagerly_on_cpu(x)
     for largest, least in _least_keys_of_sdpa(x.device, x.dtype, causal):
         if head_dim <= largest:
             return least is not None and num_keys >= least
@@ -316,8 +307,7 @@ def _check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None) -> 
 
 def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
     """Refuse options that do not fit, and return the lengths as the kernels take them."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
+    check_bool(op, "causal", causal)
     if scale is not None and not scale > 0:
         raise ValueError(f"{op}: scale must be positive, got {scale}")
     return check_seqlens(op, seqlens, like)

@@ -19,11 +19,14 @@ Method: the loss of Radford et al. 2021, with the blockwise softmax of FlashAtte
 directions at once.
 """
 
+import operator
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import registered, uses_reference
+from ..checks import check_bool
 from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches
@@ -147,6 +150,9 @@ def contrastive_loss(
     """
     op = "contrastive_loss"
     check_pairs(op, ("image", "text"), image, text, offset)
+    check_bool(op, "normalize", normalize)
+    if type(offset) is not int:
+        offset = operator.index(offset)
     if memory not in MEMORY:
         raise ValueError(f"{op}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     scale = scale_tensor(op, logit_scale, image)

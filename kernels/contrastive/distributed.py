@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ..backends import below_autograd
+from ..backends import outside_autocast
 from ..dtypes import FLOATS, accumulate_dtype, dtype_name
 from .contrastive import contrastive_loss
 from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal
@@ -79,7 +79,7 @@ class _RankLoss(torch.autograd.Function):
     """The loss L_r of this rank. Its backward pass returns the gradients dx, dy and ds at the top of this file."""
 
     @staticmethod
-    @below_autograd
+    @outside_autocast
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, options: Options) -> Tensor:
         """Compute the loss of this rank from the statistics of all ranks."""
         ranks = options.ranks
@@ -107,7 +107,7 @@ class _RankGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    @below_autograd
+    @outside_autocast
     def forward(
         _: Any, grad_loss: Tensor, options: Options, image: Tensor, text: Tensor, logit_scale: Tensor,
         everyones: Tensor, one_minus_p: Tensor, *gathered: Tensor,

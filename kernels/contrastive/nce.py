@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import registered, uses_reference
-from ..checks import check_like, check_tensor
+from ..checks import check_bool, check_like, check_tensor
 from ..common import LOG2E
 from ..dtypes import accumulate_dtype
 from .contrastive import pairwise_loss
@@ -168,8 +168,8 @@ def info_nce_loss(
     """
     op = "info_nce_loss"
     check_pairs(op, ("query", "key"), query, key)
-    if not isinstance(in_batch, bool):
-        raise TypeError(f"{op}: in_batch must be a bool, got {type(in_batch).__name__}")
+    check_bool(op, "in_batch", in_batch)
+    check_bool(op, "normalize", normalize)
     scale = scale_tensor(op, logit_scale, query, like_name="query")
     if negatives is None:
         if not in_batch:
@@ -285,6 +285,7 @@ def nt_xent_loss(
     """
     op = "nt_xent_loss"
     check_pairs(op, ("first", "second"), first, second)
+    check_bool(op, "normalize", normalize)
     scale = scale_tensor(op, logit_scale, first, like_name="first")
     if uses_reference(op, backend, first):
         return reference.nt_xent_loss(first, second, scale, normalize=normalize)

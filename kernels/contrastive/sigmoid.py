@@ -21,6 +21,7 @@ loss is known only in the backward pass.
 Method: the loss of Zhai et al. 2023 (equation 1).
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import registered, uses_reference
+from ..checks import check_bool
 from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
 from .one_block import scaled, sigmoid_gradients
@@ -186,6 +188,9 @@ def sigmoid_loss(
     """
     op = "sigmoid_loss"
     check_pairs(op, ("image", "text"), image, text, offset)
+    check_bool(op, "normalize", normalize)
+    if type(offset) is not int:
+        offset = operator.index(offset)
     scale = scale_tensor(op, logit_scale, image)
     bias = scale_tensor(op, logit_bias, image, name="logit_bias")
     if uses_reference(op, backend, image):

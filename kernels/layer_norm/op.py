@@ -19,14 +19,13 @@ Method: layer normalisation (Ba et al. 2016).
 
 from typing import Any, overload
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import computes_eagerly_on_cpu, registered, uses_reference
+from ..backends import registered, uses_reference
 from ..checks import check_float, check_parameter, check_tensor
 from ..configs import WIDTHS
-from ..dtypes import WIDE, accumulate_dtype
+from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches
 
@@ -157,7 +156,5 @@ def layer_norm(
     check_float(op, x=x, weight=weight, bias=bias, residual=residual)
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")
-    if residual is None and x.dtype == weight.dtype == bias.dtype and x.dtype in WIDE and computes_eagerly_on_cpu(x):
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     outputs = _layer_norm_fwd(x, residual, weight, bias, float(eps))
     return outputs[0] if residual is None else outputs[:2]

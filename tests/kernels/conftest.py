@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
+from clipfast.kernels import configs
 from clipfast.kernels.contrastive import small_batch
 from clipfast.kernels.launch import execute_on_cpu
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
@@ -139,6 +140,14 @@ class Recorded(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, result))
         return result
+
+
+@pytest.fixture(autouse=True)
+def own_plans() -> Iterator[None]:
+    """Let a test that sets another architecture plan its launches for it, and keep these plans from later tests."""
+    configs.forget_plans()
+    yield
+    configs.forget_plans()
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,12 @@ def value_and_grads(loss, arguments, names=WEIGHTS):
     return {name: value.detach() for name, value in found.items()} | grads
 
 
+def test_distillation_compiled():
+    arguments = inputs()
+    compiled = torch.compile(DistillClipLoss(), backend="aot_eager", fullgraph=True)
+    close(value_and_grads(compiled, arguments), value_and_grads(DistillClipLoss(), arguments))
+
+
 @pytest.fixture
 def small_strips(monkeypatch):
     """Make strips so small that even few pairs take several strips, the last one with fewer rows."""
