@@ -80,7 +80,10 @@ class Ledger(TorchDispatchMode):
         if func.namespace == "clipfast" or (func.namespace == "aten" and func._can_decompose()):
             inner = OPDEFS[func._schema.name]._init_fn if func.namespace == "clipfast" else func.decompose
             with self:
-                return inner(*args, **kwargs)
+                results = inner(*args, **kwargs)
+            # A recorded launch holds its tensors. Autograd would copy a gradient that something else holds.
+            self.book_launches()
+            return results
         if func is ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             # A fake tensor has no value, and only the CPU path reads values: whether an input is wrong (bool; no),
             # whether the shared shift suits (int8; yes), the scale, and the shared shift, 0 for the scales of training.

@@ -60,8 +60,8 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
                 start = arguments.index("--") + 1
                 assert arguments[:start] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
                 (tmp_path / f"{number}").mkdir()
-                given = [*arguments[start:], "--workers", "0"]  # these processes can have no workers
-                assert run_ranks(as_rank, 2, str(folder), given, folder=tmp_path / f"{number}") == ["", ""]
+                given = [[*arguments[start:], "--workers", "0"]]  # these processes can have no workers
+                assert run_ranks(as_rank, 2, str(folder), given, folder=tmp_path / f"{number}") == [[""], [""]]
                 continue
             assert program == "clipfast"
             if arguments[0] == "app":  # the app serves until it is stopped: everything before serving is tested
