@@ -31,7 +31,7 @@ train-shapes: $(VENV)/base  ## Train a CLIP on drawn shapes, and see which compo
 		--html runs/$$run/shapes.html --plot runs/$$run/shapes.png
 
 # Tests wait for processes and for the disk now and then: two cores are kept busy by three workers.
-test: test-cpu test-interpreter  ## Run every test that needs no GPU (about half an hour on two cores)
+test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 20 minutes on two cores)
 
 test-fast: $(VENV)/test  ## Run what takes no minute of its own: 4 to 6 minutes, for every edit
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 3 --dist worksteal --fast tests
