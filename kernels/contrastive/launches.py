@@ -13,26 +13,35 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common import LOG2E, cdiv, new_rows, slices
-from ..configs import GemmConfig, gemm_config
+from ..common import LOG2E, matrix_tiles, new_rows, slices
+from ..configs import GemmConfig, RowConfig, gemm_config, row_config
+from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
-from .block_sizes import GradGrid, edges_of, grad_grid, segments_of_column, span
+from .block_sizes import edges_of, grad_grid, segments_of_column, span
 from .kernels import (
     _finish_kernel,
+    _normalize_kernel,
     _products_kernel,
     _sigmoid_grad_tile_kernel,
     _sigmoid_pairs_kernel,
     _sigmoid_sums_kernel,
 )
-from .operands import has_tma, launch_on_rows, launch_on_tiles, prepare, rows_config, tile_config, tiles, totals, vector
-from .softmax_kernels import _grad_tile_kernel, _pairs_kernel, _stats_kernel
-from .stats import Features, Normalizers, SoftmaxStats, pairs_in
+from .softmax_kernels import (
+    _grad_tile_kernel,
+    _merge_kernel,
+    _online_stats_kernel,
+    _pair_terms_kernel,
+    _pairs_kernel,
+    _stats_kernel,
+)
+from .stats import Features, Normalizers, SoftmaxStats, is_exact, pairs_in, shared_shift
 
-__all__ = ["prepare"]  # the losses find it here as in ``cpu``
-
-# The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
+# The most rows and columns of a block of logits. The sums of its tiles then take at most 64 MiB for any M and N.
 MAX_EDGE = 16384
-CHUNK = 16  # tiles whose sums are added at a time
+# Kernels on vectors: block_m rows or columns for each program. MERGE adds the sums of block_n tiles at a time.
+MERGE = RowConfig(block_m=64, block_n=16, num_warps=8, num_stages=1)
+TERMS = RowConfig(block_m=128, block_n=1, num_warps=4, num_stages=1)
+GROUP_M = 8
 PART_COLS = 64  # the columns of a part: tiles are computed and stored part by part
 
 
@@ -45,6 +54,21 @@ def small_blocks(edge: int) -> Iterator[None]:
         yield
     finally:
         MAX_EDGE = before
+
+
+def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
+    """Return features ``x`` [M, D] for the products of logits, in ``dtype``; with ``normalize``, as unit rows.
+
+    Rows have unit stride and start at multiples of 16 bytes.
+    """
+    if not normalize:
+        x = x.to(dtype)
+        return Features(x if _is_aligned(x) else new_rows(x, *x.shape).copy_(x), None)
+    n, d = x.shape
+    out = new_rows(x, n, d, dtype)
+    inv_norm = x.new_empty(n, dtype=torch.float32)
+    _launch_on_rows(_normalize_kernel, _rows_config(x), x, out, inv_norm, n, d, *x.stride(), out.stride(0))
+    return Features(out, inv_norm)
 
 
 def new_accumulator(rows: int, like: Tensor) -> Tensor:
@@ -61,75 +85,74 @@ def strips(x: Tensor, y: Tensor) -> list[slice]:
 
 
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
-    """Return the statistics of the logits of x against y."""
-    row, col, losses, flags = _pairs(x, y, logit_scale, offset)
-    uses_shared_shift = flags.new_empty(())
-    totals(losses, 0.0, vector(x), flags=(flags, uses_shared_shift))
-    return SoftmaxStats(row[0], row[1], col[0], col[1], row[2], uses_shared_shift)
+    """Return the statistics of the logits of x against y.
 
-
-def pair_losses(
-    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, both: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss of the pairs and the vectors for the gradient, as :func:`.stats.pair_losses`.
-
-    Also return uses_shared_shift, as in :class:`.stats.SoftmaxStats`.
+    One product is enough if the shared shift is exact. Only the device knows, so the kernels of both cases start.
     """
-    row, col, losses, flags = _pairs(x, y, logit_scale, offset, IS_LOSS=True, IS_BOTH=both)
-    loss, uses_shared_shift = vector(x), flags.new_empty(())
-    paired, _ = pairs_in(len(x), len(y), offset)
+    sizes = len(x), len(y)
+    sums, maxima = x.new_zeros(sum(sizes), dtype=torch.float32), x.new_empty(sum(sizes), dtype=torch.float32)
+    if 0 in sizes:
+        maxima.copy_(shared_shift(logit_scale))  # no kernel starts
+    (row_sum, col_sum), (row_max, col_max) = sums.split(sizes), maxima.split(sizes)
+    positive = sums.new_empty(len(x))
+    unused = torch.empty((), dtype=torch.int8, device=x.device)
+    result = SoftmaxStats(row_max, row_sum, col_max, col_sum, positive, unused)
+    if _has_tma(x):
+        numbers = len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0)
+        _launch_on_rows(_pairs_kernel, _rows_config(x), x, y, logit_scale, positive, *numbers, LOG2E)
+    _accumulate_stats(x, y, logit_scale, offset, result, is_online=False)
+    result = result._replace(uses_shared_shift=is_exact(sums))
+    _accumulate_stats(x, y, logit_scale, offset, result, is_online=True)
+    return result
+
+
+def _accumulate_stats(
+    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, result: SoftmaxStats, *, is_online: bool
+) -> None:
+    arch, processors = arch_of(x.device), multiprocessors(x.device, RECORDED_MULTIPROCESSORS)
+    cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch, x.dtype)
+    # These buffers hold the sums of each tile's rows and columns, after their maxima if there are any.
+    most_rows, most_cols = min(MAX_EDGE, len(x)), min(MAX_EDGE, len(y))
+    sizes = triton.cdiv(most_cols, cfg.block_n) * most_rows, triton.cdiv(most_rows, cfg.block_m) * most_cols
+    of_rows, of_cols = (result.row_sum.new_empty(2 if is_online else 1, size) for size in sizes)
+    for rows, cols in itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)):
+        m, n = rows.stop - rows.start, cols.stop - cols.start
+        num_m, num_n = triton.cdiv(m, cfg.block_m), triton.cdiv(n, cfg.block_n)
+        block, positive = (x[rows], y[cols], offset + rows.start - cols.start), result.positive[rows]
+        if is_online:
+            pointers = logit_scale, result.uses_shared_shift, *of_rows, *of_cols, positive
+            programs = min(num_m * num_n, 2 * processors)
+            _launch_on_tiles(_online_stats_kernel, programs, cfg, *block, pointers, LOG2E)
+        else:
+            segments, tiles = segments_of_column(num_m, num_n, processors) if _has_tma(x) else (num_m, 1)
+            pointers = logit_scale, of_rows[0], of_cols[0], positive
+            _launch_on_tiles(
+                _stats_kernel, segments * num_n, cfg, *block, pointers, segments, tiles, LOG2E,
+                WARP_ROWS=min(16 * cfg.num_warps, cfg.block_m),
+            )  # fmt: skip
+            num_m = segments
+        launch(
+            _merge_kernel, (triton.cdiv(m, MERGE.block_m) + triton.cdiv(n, MERGE.block_m),),
+            of_rows[0], of_rows[-1], result.row_max[rows], result.row_sum[rows],
+            of_cols[0], of_cols[-1], result.col_max[cols], result.col_sum[cols],
+            logit_scale, result.uses_shared_shift, num_n, m, int(cols.start > 0), num_m, n, int(rows.start > 0), LOG2E,
+            config=MERGE, device=x.device, BLOCK=MERGE.block_m, CHUNK=MERGE.block_n, IS_ONLINE=is_online,
+        )  # fmt: skip
+
+
+def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of the pairs and the vectors for the gradient, as :func:`.stats.pair_losses`, from one kernel."""
+    m, n, like = len(stats.row_max), len(stats.col_max), stats.row_max
+    row, col, nll = like.new_empty(3, m), like.new_empty(3, n), like.new_empty(triton.cdiv(m, TERMS.block_m))
+    launch(
+        _pair_terms_kernel, (triton.cdiv(m, TERMS.block_m) + triton.cdiv(n, TERMS.block_m),),
+        *stats.rows, *stats.cols, stats.positive, row, col, nll, m, n, offset,
+        config=TERMS, device=like.device, IS_BOTH=both, BLOCK=TERMS.block_m,
+    )  # fmt: skip
+    paired, _ = pairs_in(m, n, offset)
     # The mean over no pairs is NaN.
     terms = (2 if both else 1) * (paired.stop - paired.start)
-    totals(losses, 1 / terms if terms else float("nan"), loss, flags=(flags, uses_shared_shift))
-    return loss, row, col, uses_shared_shift
-
-
-def _pairs(
-    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, IS_LOSS: bool = False, IS_BOTH: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what ``_pairs_kernel`` stores: row [3, M], col [3, N], losses [1, any] and flags [any]."""
-    m, n = len(x), len(y)
-    row_sums, col_sums = _sums(x, y, logit_scale, offset)
-    cfg = gemm_config("contrastive_pairs", arch_of(x.device), x.dtype)
-    offset = max(-m, min(n, offset))  # any other offset has no pairs either
-    first = min(0, -offset)
-    programs = cdiv(max(m, n - offset) - first, cfg.block_m)
-    row, col, losses = vector(x, 3, m), vector(x, 3, n), vector(x, 1, programs)
-    flags = losses.new_empty(programs, dtype=torch.int8)
-    launch(
-        _pairs_kernel, (programs,), x, y, logit_scale, row_sums, col_sums, row, col, losses, flags,
-        m, n, x.shape[1], offset, first, x.stride(0), y.stride(0), len(row_sums), len(col_sums), LOG2E,
-        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, CHUNK=CHUNK,
-        IS_LOSS=IS_LOSS, IS_BOTH=IS_BOTH,
-    )  # fmt: skip
-    return row, col, losses, flags
-
-
-def _sums(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Return sums of the rows [any, M] and of the columns [any, N] of tiles; of whole blocks if there are several."""
-    row_edge, col_edge = (MAX_EDGE**2 // max(1, min(len(other), MAX_EDGE)) for other in (y, x))
-    blocks = list(itertools.product(slices(len(x), row_edge), slices(len(y), col_edge)))
-    if len(blocks) == 1:
-        return _sums_of_block(x, y, logit_scale, offset)
-    row_sums, col_sums = (x.new_zeros(1, len(side), dtype=torch.float32) for side in (x, y))
-    for rows, cols in blocks:
-        of_rows, of_cols = _sums_of_block(x[rows], y[cols], logit_scale, offset + rows.start - cols.start)
-        row_sums[0, rows] += of_rows.sum(0)
-        col_sums[0, cols] += of_cols.sum(0)
-    return row_sums, col_sums
-
-
-def _sums_of_block(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Return the sums with the shared shift of the rows and of the columns of the tiles of a block of logits."""
-    cfg = tile_config("contrastive_stats", x, [(len(x), len(y))], processors(x))
-    num_m, num_n = cdiv(len(x), cfg.block_m), cdiv(len(y), cfg.block_n)
-    segments, height = segments_of_column(num_m, num_n, processors(x)) if has_tma(x) else (num_m, 1)
-    of_rows, of_cols = vector(x, num_n, len(x)), vector(x, segments, len(y))
-    launch_on_tiles(
-        _stats_kernel, segments * num_n, cfg, x, y, offset, (logit_scale, of_rows, of_cols), segments, height, LOG2E,
-        WARP_ROWS=min(16 * cfg.num_warps, cfg.block_m),
-    )  # fmt: skip
-    return of_rows, of_cols
+    return nll.sum() * (1 / terms if terms else float("nan")), row, col
 
 
 def add_gradients(
@@ -161,11 +184,11 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
         one_minus_p = 1 / (1 + exp l) [M], 0 in a row without a pair; and [3, any], numbers that add up to the sums of
         log(1 + exp -l), of -one_minus_p and of -one_minus_p x . y.
     """
-    cfg = rows_config(x)
+    cfg = _rows_config(x)
     one_minus_p = x.new_empty(len(x), dtype=torch.float32)
-    sums = one_minus_p.new_empty(3, cdiv(len(x), cfg.block_m))
+    sums = one_minus_p.new_empty(3, triton.cdiv(len(x), cfg.block_m))
     numbers = len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0)
-    launch_on_rows(_sigmoid_pairs_kernel, cfg, x, y, logit_scale, logit_bias, one_minus_p, *sums, *numbers)
+    _launch_on_rows(_sigmoid_pairs_kernel, cfg, x, y, logit_scale, logit_bias, one_minus_p, *sums, *numbers)
     return one_minus_p, sums
 
 
@@ -174,12 +197,13 @@ def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the kernel has the same loop
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
-        cdiv(rows.stop - rows.start, cfg.block_m) * cdiv(cols.stop - cols.start, cfg.block_n) for rows, cols in blocks
+        triton.cdiv(rows.stop - rows.start, cfg.block_m) * triton.cdiv(cols.stop - cols.start, cfg.block_n)
+        for rows, cols in blocks
     ]
     losses = x.new_empty(sum(counts), dtype=torch.float32)
-    for (rows, cols), count, loss in zip(blocks, counts, losses.split(counts), strict=True):
+    for (rows, cols), tiles, loss in zip(blocks, counts, losses.split(counts), strict=True):
         pointers = logit_scale, logit_bias, loss
-        launch_on_tiles(_sigmoid_sums_kernel, count, cfg, x[rows], y[cols], offset + rows.start - cols.start, pointers)
+        _launch_on_tiles(_sigmoid_sums_kernel, tiles, cfg, x[rows], y[cols], offset + rows.start - cols.start, pointers)
     return losses
 
 
@@ -226,73 +250,58 @@ def _add_products(
         contain the rounding error of G, and so would a gradient of the scale that is computed from them.
     """
     products = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
-    edges = _block_edges(x, y)
+    edges, grad_scale = _block_edges(x, y), _grad_scale(x.dtype)
     tile = products.block_k, products.block_n
     row_parts, col_parts = (
         [
-            _Part(own.start, side[own], tiles(side[own], *tile, x), None if acc is None else acc[own])
+            _Part(own.start, side[own], _tiles(side[own], *tile, x), None if acc is None else acc[own])
             for own in slices(len(side), edge)
         ]
         for side, edge, acc in ((x, edges[0], acc_x), (y, edges[1], acc_y))
     )
     buffer = new_rows(x, min(edges[0], len(x)), min(edges[1], len(y)))
+    parts = max(1, cfg.block_n // PART_COLS)
+    constants = {"SPAN": span(cfg)} if is_softmax else {"GRAD_SCALE": grad_scale}
+    at_once = multiprocessors(x.device, RECORDED_MULTIPROCESSORS)
     blocks = []
     for rows, cols in itertools.product(row_parts, col_parts):
         sizes = len(rows.features), len(cols.features), offset + rows.start - cols.start
-        blocks.append((rows, cols, grid_of(*sizes, x, cfg, is_softmax=is_softmax)))
-    sums = vector(x, 1 if is_softmax else 3, sum(grid.programs for *_, grid in blocks))
+        blocks.append((rows, cols, grad_grid(*sizes, cfg, at_once, walks=is_softmax and _has_tma(x))))
+    sums = x.new_empty(1 if is_softmax else 3, sum(grid.programs for *_, grid in blocks), dtype=torch.float32)
     done = 0
     for rows, cols, grid in blocks:
         m, n = len(rows.features), len(cols.features)
-        grad = buffer[:m, :n]
-        of_block = inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n))
-        of_programs = sums[:, done : done + grid.programs]
-        start = offset + rows.start - cols.start
-        launch_grad(kernel, grid, cfg, grad, rows.features, cols.features, start, of_block, of_programs)
+        grad, numbers = buffer[:m, :n], (grid.segments, grid.tiles, LOG2E, grad_scale) if is_softmax else ()
+        pointers = (
+            _tiles(grad, cfg.block_m, cfg.block_n // parts, x),
+            *inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n)),
+            *sums[:, done : done + grid.programs],
+        )
+        _launch_on_tiles(
+            kernel, grid.programs, cfg, rows.features, cols.features, offset + rows.start - cols.start, pointers,
+            grad.stride(0), *numbers, PARTS=parts, **constants,
+        )  # fmt: skip
         done += grid.programs
         _launch_products(grad, rows, cols, products)
     return sums
 
 
-def grid_of(rows: int, cols: int, offset: int, x: Tensor, cfg: GemmConfig, *, is_softmax: bool) -> GradGrid:
-    """Return the programs that compute a block of G [rows, cols] for features like ``x``.
-
-    The kernel of the sigmoid loss does not walk down columns of tiles.
-    """
-    return grad_grid(rows, cols, offset, cfg, processors(x), walks=is_softmax and has_tma(x))
-
-
-def launch_grad(
-    kernel: triton.JITFunction, grid: GradGrid, cfg: GemmConfig, grad: Tensor, x: Tensor, y: Tensor, offset: int,
-    inputs: tuple[Tensor, ...], sums: Tensor,
-) -> None:  # fmt: skip
-    """Write grad_scale * G of a block to ``grad``, and the sums of each program to ``sums`` [1 or 3, programs]."""
-    parts, grad_scale = max(1, cfg.block_n // PART_COLS), scale_of_grad(x.dtype)
-    is_softmax = len(sums) == 1
-    numbers = (grid.segments, grid.tiles, LOG2E, grad_scale) if is_softmax else ()
-    launch_on_tiles(
-        kernel, grid.programs, cfg, x, y, offset,
-        (tiles(grad, cfg.block_m, cfg.block_n // parts, x), *inputs, *sums), grad.stride(0), *numbers, PARTS=parts,
-        **({"SPAN": span(cfg)} if is_softmax else {"GRAD_SCALE": grad_scale}),
-    )  # fmt: skip
-
-
 def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) -> None:
     x, y, d = rows.features, cols.features, rows.features.shape[1]
     m, n = grad.shape
-    num_d = cdiv(d, cfg.block_n)
-    num_x_tiles = 0 if rows.acc is None else cdiv(m, cfg.block_m) * num_d
-    num_y_tiles = 0 if cols.acc is None else cdiv(n, cfg.block_m) * num_d
-    is_added, parts = has_tma(x) and d % 4 == 0, max(1, cfg.block_n // PART_COLS)
+    num_d = triton.cdiv(d, cfg.block_n)
+    num_x_tiles = 0 if rows.acc is None else triton.cdiv(m, cfg.block_m) * num_d
+    num_y_tiles = 0 if cols.acc is None else triton.cdiv(n, cfg.block_m) * num_d
+    is_added, parts = _has_tma(x) and d % 4 == 0, max(1, cfg.block_n // PART_COLS)
     wanted = [acc for acc in (rows.acc, cols.acc) if acc is not None]
     # No program writes an accumulator that is not wanted. The other one is passed in its place.
-    accs = [tiles(acc, cfg.block_m, cfg.block_n // parts, x) if is_added else acc for acc in (wanted[0], wanted[-1])]
+    accs = [_tiles(acc, cfg.block_m, cfg.block_n // parts, x) if is_added else acc for acc in (wanted[0], wanted[-1])]
     launch(
         _products_kernel, (num_x_tiles + num_y_tiles,),
-        tiles(grad, cfg.block_m, cfg.block_k, x), tiles(grad, cfg.block_k, cfg.block_m, x),
+        _tiles(grad, cfg.block_m, cfg.block_k, x), _tiles(grad, cfg.block_k, cfg.block_m, x),
         rows.operand, cols.operand, *accs, m, n, d, num_x_tiles, grad.stride(0), x.stride(0), y.stride(0),
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
-        IS_TMA=has_tma(x), IS_ADDED=is_added,
+        IS_TMA=_has_tma(x), IS_ADDED=is_added,
     )  # fmt: skip
 
 
@@ -318,16 +327,47 @@ def finish(
     rows, inv_norm = own
     n, d = rows.shape
     of_scale = torch.empty_like(one_minus_p)
-    launch_on_rows(
-        _finish_kernel, rows_config(rows),
+    _launch_on_rows(
+        _finish_kernel, _rows_config(rows),
         acc, rows, other, one_minus_p, factor, one_minus_p if inv_norm is None else inv_norm, out, of_scale,
-        n, len(other), d, offset, rows.stride(0), other.stride(0), 1.0 / scale_of_grad(rows.dtype),
+        n, len(other), d, offset, rows.stride(0), other.stride(0), 1.0 / _grad_scale(rows.dtype),
         HAS_NORM=inv_norm is not None, IS_ROUNDED=rows.dtype.itemsize == 2,
     )  # fmt: skip
     return of_scale
 
 
-def scale_of_grad(dtype: torch.dtype) -> float:
+def _rows_config(x: Tensor) -> RowConfig:
+    """Return the configuration of kernels that walk rows of features."""
+    return row_config("contrastive_rows", arch_of(x.device), x.dtype)
+
+
+def _launch_on_rows(
+    kernel: triton.JITFunction, cfg: RowConfig, x: Tensor, *args: Tensor | float, **constants: bool
+) -> None:
+    """Launch a kernel of the contrastive losses whose programs each take some rows of its first argument."""
+    launch(
+        kernel, (triton.cdiv(len(x), cfg.block_m),), x, *args,
+        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, **constants,
+    )  # fmt: skip
+
+
+def _launch_on_tiles(
+    kernel: triton.JITFunction, programs: int, cfg: GemmConfig, x: Tensor, y: Tensor, offset: int,
+    pointers: tuple[Tensor | TensorDescriptor, ...], *numbers: float, **constants: float,
+) -> None:  # fmt: skip
+    """Launch a kernel of the contrastive losses whose programs each take a tile of the logits x y^T.
+
+    Its arguments are x, y, ``pointers``, the sizes and strides of x and y, and ``numbers``.
+    """
+    launch(
+        kernel, (programs,), _tiles(x, cfg.block_m, cfg.block_k, x), _tiles(y, cfg.block_n, cfg.block_k, x), *pointers,
+        len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0), *numbers,
+        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
+        GROUP_M=GROUP_M, IS_TMA=_has_tma(x), **constants,
+    )  # fmt: skip
+
+
+def _grad_scale(dtype: torch.dtype) -> float:
     """Return the constant that G is multiplied by before it is rounded.
 
     G lies in [0, 2] and is about 2/N at the start of training, which would be subnormal in float16.
@@ -337,15 +377,24 @@ def scale_of_grad(dtype: torch.dtype) -> float:
 
 def _block_edges(x: Tensor, y: Tensor) -> tuple[int, int]:
     """Return the rows and columns of a block of G for features x against features y."""
-    return edges_of(x, y, MAX_EDGE, processors(x))
+    return edges_of(x, y, MAX_EDGE, multiprocessors(x.device, RECORDED_MULTIPROCESSORS))
 
 
-def is_one_block(x: Tensor, y: Tensor) -> bool:
-    """Return whether the G of features x against features y is one block; not if it has no elements."""
-    rows, cols = _block_edges(x, y)
-    return 0 < len(x) <= rows and 0 < len(y) <= cols and x.shape[1] > 0
+def _has_tma(x: Tensor) -> bool:
+    """Return True if products of features ``x`` [M, D] load their tiles through tensor descriptors.
+
+    Float32 products do not: they stay exact, so they do not use the matrix units that read shared memory. For D = 0
+    there is no tile, and a descriptor of an empty tensor would be an error.
+    """
+    return x.dtype.itemsize == 2 and x.shape[1] > 0 and architecture(arch_of(x.device)).multiplies_from_shared
 
 
-def processors(x: Tensor) -> int:
-    """Return the number of multiprocessors of the GPU that has ``x``."""
-    return multiprocessors(x.device, RECORDED_MULTIPROCESSORS)
+def _tiles(matrix: Tensor, rows: int, cols: int, x: Tensor) -> Tensor | TensorDescriptor:
+    """Return a descriptor of tiles [rows, cols] of a matrix, or the matrix if products of ``x`` load by pointers."""
+    return matrix_tiles(matrix, rows, cols) if _has_tma(x) else matrix
+
+
+def _is_aligned(x: Tensor) -> bool:
+    # A stride below the width belongs to expanded or overlapping rows, which a tensor descriptor cannot describe.
+    is_matrix = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0

@@ -56,15 +56,24 @@ def pair_cosines(
 
 
 @triton.jit
-def without_pairs(logits, pid_m, pid_n, M, N, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return a tile of logits [BM, BN] with -inf for its pairs and past the edges."""
+def without_pairs(
+    logits, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Return a tile of logits [BM, BN] with -inf for its pairs and past the edges.
+
+    The logits of the pairs are stored, unless ``positive_ptr`` is None.
+    """
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     # Most tiles hold no pair and no edge, so they skip the masks. The masks are applied one after the other, since this
     # needs fewer registers than all of them at once.
     if has_pairs(start_m, start_n, offset, BLOCK_M, BLOCK_N):
-        is_pair = (offs_m + offset)[:, None] == offs_n[None, :]  # [BM, BN]
+        paired = offs_m + offset
+        is_pair = paired[:, None] == offs_n[None, :]  # [BM, BN]
+        if positive_ptr is not None:
+            in_tile = (offs_m < M) & (paired >= start_n) & (paired < tl.minimum(start_n + BLOCK_N, N))
+            tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_pair, logits, 0.0), 1), mask=in_tile)
         logits = tl.where(is_pair, float("-inf"), logits)
     if start_m + BLOCK_M > M:
         logits = tl.where((offs_m < M)[:, None], logits, float("-inf"))
@@ -128,9 +137,10 @@ def sum_segment(
         acc = tl.dot(x_tile, y_tile.T, acc, input_precision="ieee")
         if step == steps - 1:
             # The accumulator must be used before the branch in ``without_pairs``: otherwise the compiler would wait for
-            # the product in only one of the two paths.
+            # the product in only one of the two paths. Storing the pairs here as well would need more registers than
+            # there are.
             logits = acc * factor
-            logits = without_pairs(logits, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
+            logits = without_pairs(logits, None, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
             p = tl.exp2(logits - shift)  # [BM, BN]
             offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
             tl.store(row_sum_ptr + pid_n.to(tl.int64) * M + offs_m, tl.sum(p, 1), mask=offs_m < M)

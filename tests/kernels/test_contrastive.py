@@ -84,17 +84,6 @@ def test_blocks_add_up(loss, scale, native, monkeypatch):
         assert_equal(call.results(), expected, atol=1e-7 * scale)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("normalize", [False, True], ids=["unit rows", "normalised"])
-@pytest.mark.parametrize("loss", NUMBERS)
-def test_one_block_and_several_agree(loss, normalize, arch, triton_device, few_multiprocessors, monkeypatch):
-    monkeypatch.setattr(launch, "CPU_ARCH", arch)
-    call = call_of(loss, triton_device, torch.float32 if arch == 80 else torch.float16, normalize=normalize)
-    with launches.small_blocks(64):
-        several = call.results()
-    assert_equal(call.results(), several, **({} if arch == 80 else {"rtol": 2e-3, "atol": 1e-6}))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_saving_memory_changes_nothing(dtype, device, few_multiprocessors, monkeypatch):
     monkeypatch.setattr(launch, "CPU_ARCH", 90)
