@@ -142,7 +142,7 @@ def _bwd_plan(
 
 
 def _grid(
-    kernel: str, device: torch.device, dtype: torch.dtype, num_rows: int, width: int, registers: int
+    kernel: str, device: torch.device, dtype: torch.dtype, rows: int, width: int, registers: int
 ) -> tuple[RowConfig, int, tuple[int], dict[str, int]]:
     """Return how a bias-and-activation kernel is launched.
 
@@ -152,7 +152,7 @@ def _grid(
     cfg = row_config(kernel, arch_of(device), dtype)
     num_n = cdiv(width, cfg.block_n)
     at_once = programs_at_once(device, cfg.num_warps, registers)
-    per_block = min(cdiv(num_rows, cfg.block_m), max(1, at_once // max(1, num_n)))
+    per_block = min(cdiv(rows, cfg.block_m), max(1, at_once // max(1, num_n)))
     tile = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "NUM_STAGES": cfg.num_stages}
     return cfg, per_block, (per_block * num_n,), tile
 

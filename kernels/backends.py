@@ -47,8 +47,6 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
         ValueError: an unknown backend.
         RuntimeError: ``backend="triton"`` where Triton cannot run, or under a transform.
     """
-    if backend == "auto" and tensor.device.type in COMPUTED_ON and not _is_transformed():
-        return False
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "triton" and not triton_runs_on(tensor.device):
@@ -98,7 +96,8 @@ class Op:
 
         @functools.wraps(run)
         def implementation(*args: Any, **kwargs: Any) -> Any:
-            return below_autograd(self.run)(*args, **kwargs)
+            with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+                return self.run(*args, **kwargs)
 
         devices = ("cuda", "cpu")
         self._op = torch.library.custom_op(f"clipfast::{name}", implementation, mutates_args=(), device_types=devices)
@@ -143,9 +142,7 @@ class Op:
 
         self._op.register_autograd(backward, setup_context=setup_op)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function: Any = type(f"clipfast_{self._name}", (torch.autograd.Function,), methods)
-        # This is the method of the C++ class. That of the Python class first asks whether a transform is active.
-        self._apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self._apply = apply_of(type(f"clipfast_{self._name}", (torch.autograd.Function,), methods))
 
     def __call__(self, *args: Any) -> Any:
         """Call the op; keyword arguments are not taken."""
@@ -154,13 +151,24 @@ class Op:
         needs_grad = False
         for x in args:
             if isinstance(x, Tensor):
-                if x.__class__ not in PLAIN or x.is_meta or hides_values(x):
+                # The memory of a sparse, negated or zero tensor does not hold its values; PyTorch resolves it first.
+                is_plain = x.__class__ in PLAIN and x.layout is torch.strided and not x.is_meta
+                if not is_plain or x.is_neg() or x._is_zerotensor():
                     return self._overload(*args)
                 needs_grad = needs_grad or x.requires_grad
         if needs_grad and torch.is_grad_enabled():
             return self._apply(*args)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return self.run(*args)
+
+
+def apply_of(function: Any) -> Callable[..., Any]:
+    """Return ``function.apply`` of an ``autograd.Function``, for calls outside the transforms of ``torch.func``.
+
+    This is the method of the C++ class. That of the Python class first asks whether a transform is active.
+    """
+    found: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return found
 
 
 def registered(name: str) -> Callable[[Callable[..., Any]], Op]:
@@ -190,11 +198,6 @@ def below_autograd(fn: Callable[P, R]) -> Callable[P, R]:
             return fn(*args, **kwargs)
 
     return wrapper
-
-
-def hides_values(tensor: Tensor) -> bool:
-    """Return whether the memory of ``tensor`` does not hold its values, so that PyTorch has to resolve it first."""
-    return tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor()
 
 
 def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:

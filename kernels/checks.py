@@ -90,12 +90,13 @@ def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         TypeError: not a tensor, or not floating.
         ValueError: another size or another device.
     """
-    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.ndim != 1:
-        check_tensor(op, name, tensor, 1)
-    if tensor.shape != x.shape[-1:] or tensor.device != x.device:
-        raise ValueError(
-            f"{op}: {name} must be [{x.shape[-1]}] on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"
-        )
+    is_float = isinstance(tensor, Tensor) and tensor.dtype in FLOATS
+    if is_float and tensor.shape == x.shape[-1:] and tensor.device == x.device:
+        return  # The rest of the function only finds out which error to raise.
+    check_tensor(op, name, tensor, 1)
+    raise ValueError(
+        f"{op}: {name} must be [{x.shape[-1]}] on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"
+    )
 
 
 def check_seqlens(op: str, seqlens: Tensor | None, like: Tensor) -> Tensor | None:

@@ -206,14 +206,18 @@ class Plan:
 
     def start_compiled(self, tensors: tuple[Any, ...]) -> bool:
         """Start the kernel that was compiled for such tensors; return False, and start nothing, if there is none."""
-        if not self.compiled or self._kernel.pre_run_hooks or _has_hooks() or _current_device() != self._index:
+        if not self.compiled or self._kernel.pre_run_hooks or _has_hooks():
+            return False
+        driver = triton.runtime.driver.active
+        if driver.get_current_device() != self._index:
             return False
         key, arguments = _bind(tensors)
         compiled = self.compiled.get(key)
         if compiled is None:
             return False
         run, grid, function, metadata, _ = compiled
-        run(*grid, _current_stream(self._index), function, metadata, None, None, None, *arguments, *self._rest)
+        stream = driver.get_current_stream(self._index)
+        run(*grid, stream, function, metadata, None, None, None, *arguments, *self._rest)
         return True
 
     def start_by_triton(self, tensors: tuple[Any, ...]) -> None:
@@ -266,14 +270,6 @@ def _has_hooks() -> bool:
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
-def _current_device() -> int:
-    return triton.runtime.driver.active.get_current_device()
-
-
-def _current_stream(device: int | None) -> int:
-    return triton.runtime.driver.active.get_current_stream(device)
 
 
 def launch(

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common import LOG2E, matrix_tiles, new_rows, slices
+from ..common import LOG2E, cdiv, matrix_tiles, new_rows, slices
 from ..configs import GemmConfig, RowConfig, gemm_config, row_config
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
@@ -113,11 +113,11 @@ def _accumulate_stats(
     cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch, x.dtype)
     # These buffers hold the sums of each tile's rows and columns, after their maxima if there are any.
     most_rows, most_cols = min(MAX_EDGE, len(x)), min(MAX_EDGE, len(y))
-    sizes = triton.cdiv(most_cols, cfg.block_n) * most_rows, triton.cdiv(most_rows, cfg.block_m) * most_cols
+    sizes = cdiv(most_cols, cfg.block_n) * most_rows, cdiv(most_rows, cfg.block_m) * most_cols
     of_rows, of_cols = (result.row_sum.new_empty(2 if is_online else 1, size) for size in sizes)
     for rows, cols in itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)):
         m, n = rows.stop - rows.start, cols.stop - cols.start
-        num_m, num_n = triton.cdiv(m, cfg.block_m), triton.cdiv(n, cfg.block_n)
+        num_m, num_n = cdiv(m, cfg.block_m), cdiv(n, cfg.block_n)
         block, positive = (x[rows], y[cols], offset + rows.start - cols.start), result.positive[rows]
         if is_online:
             pointers = logit_scale, result.uses_shared_shift, *of_rows, *of_cols, positive
@@ -132,7 +132,7 @@ def _accumulate_stats(
             )  # fmt: skip
             num_m = segments
         launch(
-            _merge_kernel, (triton.cdiv(m, MERGE.block_m) + triton.cdiv(n, MERGE.block_m),),
+            _merge_kernel, (cdiv(m, MERGE.block_m) + cdiv(n, MERGE.block_m),),
             of_rows[0], of_rows[-1], result.row_max[rows], result.row_sum[rows],
             of_cols[0], of_cols[-1], result.col_max[cols], result.col_sum[cols],
             logit_scale, result.uses_shared_shift, num_n, m, int(cols.start > 0), num_m, n, int(rows.start > 0), LOG2E,
@@ -143,9 +143,9 @@ def _accumulate_stats(
 def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of the pairs and the vectors for the gradient, as :func:`.stats.pair_losses`, from one kernel."""
     m, n, like = len(stats.row_max), len(stats.col_max), stats.row_max
-    row, col, nll = like.new_empty(3, m), like.new_empty(3, n), like.new_empty(triton.cdiv(m, TERMS.block_m))
+    row, col, nll = like.new_empty(3, m), like.new_empty(3, n), like.new_empty(cdiv(m, TERMS.block_m))
     launch(
-        _pair_terms_kernel, (triton.cdiv(m, TERMS.block_m) + triton.cdiv(n, TERMS.block_m),),
+        _pair_terms_kernel, (cdiv(m, TERMS.block_m) + cdiv(n, TERMS.block_m),),
         *stats.rows, *stats.cols, stats.positive, row, col, nll, m, n, offset,
         config=TERMS, device=like.device, IS_BOTH=both, BLOCK=TERMS.block_m,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     """
     cfg = _rows_config(x)
     one_minus_p = x.new_empty(len(x), dtype=torch.float32)
-    sums = one_minus_p.new_empty(3, triton.cdiv(len(x), cfg.block_m))
+    sums = one_minus_p.new_empty(3, cdiv(len(x), cfg.block_m))
     numbers = len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0)
     _launch_on_rows(_sigmoid_pairs_kernel, cfg, x, y, logit_scale, logit_bias, one_minus_p, *sums, *numbers)
     return one_minus_p, sums
@@ -197,8 +197,7 @@ def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the kernel has the same loop
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
-        triton.cdiv(rows.stop - rows.start, cfg.block_m) * triton.cdiv(cols.stop - cols.start, cfg.block_n)
-        for rows, cols in blocks
+        cdiv(rows.stop - rows.start, cfg.block_m) * cdiv(cols.stop - cols.start, cfg.block_n) for rows, cols in blocks
     ]
     losses = x.new_empty(sum(counts), dtype=torch.float32)
     for (rows, cols), tiles, loss in zip(blocks, counts, losses.split(counts), strict=True):
@@ -289,9 +288,9 @@ def _add_products(
 def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) -> None:
     x, y, d = rows.features, cols.features, rows.features.shape[1]
     m, n = grad.shape
-    num_d = triton.cdiv(d, cfg.block_n)
-    num_x_tiles = 0 if rows.acc is None else triton.cdiv(m, cfg.block_m) * num_d
-    num_y_tiles = 0 if cols.acc is None else triton.cdiv(n, cfg.block_m) * num_d
+    num_d = cdiv(d, cfg.block_n)
+    num_x_tiles = 0 if rows.acc is None else cdiv(m, cfg.block_m) * num_d
+    num_y_tiles = 0 if cols.acc is None else cdiv(n, cfg.block_m) * num_d
     is_added, parts = _has_tma(x) and d % 4 == 0, max(1, cfg.block_n // PART_COLS)
     wanted = [acc for acc in (rows.acc, cols.acc) if acc is not None]
     # No program writes an accumulator that is not wanted. The other one is passed in its place.
@@ -346,7 +345,7 @@ def _launch_on_rows(
 ) -> None:
     """Launch a kernel of the contrastive losses whose programs each take some rows of its first argument."""
     launch(
-        kernel, (triton.cdiv(len(x), cfg.block_m),), x, *args,
+        kernel, (cdiv(len(x), cfg.block_m),), x, *args,
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, **constants,
     )  # fmt: skip
 

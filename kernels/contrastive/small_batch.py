@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import below_autograd
+from ..backends import apply_of, below_autograd
 from ..launch import triton_runs_on
 from .stats import LEAST_SUM
 
@@ -156,5 +156,4 @@ class _WholeLoss(torch.autograd.Function):
         return None, None, *found
 
 
-# This is the method of the C++ class. That of the Python class first asks whether a transform is active.
-_with_gradients: Callable[..., Any] = super(torch.autograd.Function, _WholeLoss).apply
+_with_gradients = apply_of(_WholeLoss)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..common import slices
+from ..common import cdiv, slices
 from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
 
@@ -16,17 +16,17 @@ GATHERED = 1 << 22  # elements of the chosen groups' items that are gathered at 
 def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
     """Return the highest score that each query has in each group of items [Q, G]; -inf where there is none."""
     (q, d), n, work = query.shape, len(items), accumulate_dtype(query.dtype)
-    maxima = query.new_full((q, -(-n // GROUP)), float("-inf"), dtype=work)
+    maxima = query.new_full((q, cdiv(n, GROUP)), float("-inf"), dtype=work)
     query = query.to(work)
     most = max(1, TILE // q) if items.dtype == work else min(max(1, TILE // q), max(1, CONVERTED // max(d, 1)))
-    size = -(-most // GROUP) * GROUP
+    size = cdiv(most, GROUP) * GROUP
     buffer = query.new_empty(q * min(size, n))
     for rows in slices(n, size):
         scores = buffer[: q * (rows.stop - rows.start)].view(q, -1)
         torch.mm(query, items[rows].to(work).T, out=scores)
         if allowed is not None:
             scores.masked_fill_(~allowed[rows], float("-inf"))
-        groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
+        groups = slice(rows.start // GROUP, cdiv(rows.stop, GROUP))
         torch.amax(_in_groups(scores), 2, out=maxima[:, groups])
         if maxima[:, groups].isnan().any():  # rare; amax propagates NaN, but here a NaN counts as the lowest score
             maxima[:, groups] = _in_groups(scores.masked_fill_(scores.isnan(), float("-inf"))).amax(2)

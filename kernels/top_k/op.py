@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import registered, uses_reference
 from ..checks import check_device, check_float, check_like, check_tensor
-from ..common import slices
+from ..common import cdiv, slices
 from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches
@@ -38,7 +38,7 @@ def _top_k(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tupl
     if 0 in (len(query), len(items)):
         return scores.fill_(float("-inf")), indices.fill_(-1)
     path = launches if triton_runs_on(query.device) else cpu
-    groups = -(-len(items) // GROUP)
+    groups = cdiv(len(items), GROUP)
     gathered = min(k, groups) * GROUP * max(1, items.shape[1])
     for rows in slices(len(query), max(1, min(MAXIMA // groups, GATHERED // gathered))):
         scores[rows], indices[rows] = _of_block(path, query[rows], items, allowed, k)
