@@ -55,7 +55,7 @@ THEIRS = ("SDPA", "OpenCLIP", "PyTorch")
 
 
 class Row(NamedTuple):
-    """What is measured of one computation: a call that needs no gradients, and a call with its backward pass."""
+    """The two measured cases of one computation: a call that needs no gradients, and a call with its backward pass."""
 
     title: str
     forward: Case | None

@@ -102,7 +102,8 @@ def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
         if call.grads:
             ledger.phase = BACKWARD
             results = results if isinstance(results, tuple) else (results,)
-            # As in the benchmark: .backward() would copy a gradient that two leaves share. Models have no such leaves.
+            # The benchmark calls grad() too: backward() would copy a gradient that two leaves share, and models have no
+            # such leaves.
             leaves = [x for x in call.inputs.values() if x.requires_grad]
             torch.autograd.grad(results, leaves, [torch.empty_like(result) for result in results], allow_unused=True)
             ledger.book_launches()

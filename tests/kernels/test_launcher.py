@@ -27,7 +27,8 @@ needs_gcc = pytest.mark.skipif(
 )
 
 SNAPSHOT = Path(__file__).with_name("launches.json")
-# What every run launches, by architecture: with and without tensor maps, and with the entries of consumer GPUs.
+# The dtype and the cases that every run launches, by architecture: one without tensor maps, one with them, and one
+# with the entries of consumer GPUs.
 QUICK = {80: ("bf16", ["shipped"]), 90: ("bf16", ["shipped", "quick", "captured"]), 120: ("fp32", ["quick"])}
 LEAST = {"quick": 500, "odd": 5000, "captured": 100}
 

@@ -1,4 +1,4 @@
-"""What stands for a GPU and its graphs in tests of :func:`clipfast.graphed` on a CPU."""
+"""Stand-ins for a GPU and its graphs, for tests of :func:`clipfast.graphed` on a CPU."""
 
 import contextlib
 
