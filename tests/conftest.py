@@ -89,7 +89,7 @@ class OnlyMeta(TorchDispatchMode):
 
 
 def pytest_report_header() -> str:
-    """Say which leg this is."""
+    """Say on which leg of the kernels' verification (CPU, interpreter or GPU) the tests run."""
     return f"clipfast leg: {LEG}"
 
 
@@ -125,7 +125,7 @@ def device() -> torch.device:
 
 
 def _descendants(pid: int | str, kept: set[int]) -> set[int]:
-    """Return the processes that come from ``pid``, without ``kept`` and what comes from these."""
+    """Return the processes that a test has started, with their own children, but without ``kept``."""
     found: set[int] = set()
     with contextlib.suppress(OSError):  # it has ended
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -161,7 +161,7 @@ def seeded() -> None:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let PyTorch use ``count`` threads."""
+    """Let PyTorch use ``count`` threads during a test."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

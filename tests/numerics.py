@@ -9,7 +9,7 @@ from clipfast.verify.rule import in_double, judge, judge_draws, value_and_grads
 
 
 def as_good_as_torch(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float, name: str) -> None:
-    """Assert that ``ours`` keeps the rule; the message holds its error, PyTorch's and what is allowed."""
+    """Assert that the result ``ours`` of an op keeps the rule; the message has its error, PyTorch's, and the limit."""
     judgement = judge(ours, same_dtype, truth, k)
     assert judgement.passed, f"{name}: {judgement.reason}"
 

@@ -78,6 +78,7 @@ def error_of(folder: Path, rank: int) -> str:
 def _run(
     rank: int, fn: Callable[..., Any], world_size: int, folder: Path, collective_s: float, args: tuple[Any, ...]
 ) -> None:
+    """Run a function as one rank of a process group, and save its result or its error in the folder."""
     torch.set_num_threads(1)
     try:
         dist.init_process_group(

@@ -31,7 +31,7 @@ COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange
 
 
 def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
-    """A tar file of samples: ``{"png": ..., "txt": ...}`` under keys 000, 001, ..."""
+    """Write the tar file of samples from which small runs train; the keys are 000, 001, ..."""
     mode = "w:gz" if path.suffix == ".gz" else "w"
     with tarfile.open(path, mode) as tar:
         for index, sample in enumerate(samples):
@@ -43,6 +43,7 @@ def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
 
 
 def picture(seed: int, size: int = 24) -> bytes:
+    """Draw the picture of a sample of the small runs as a PNG file."""
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 256, 3)
     pixels = np.clip(base + rng.integers(-20, 20, (size, size, 3)), 0, 255).astype(np.uint8)
@@ -52,7 +53,7 @@ def picture(seed: int, size: int = 24) -> bytes:
 
 
 def sample(index: int, **changes: bytes) -> dict[str, bytes]:
-    """A good sample, with ``changes`` to its files."""
+    """Return a good sample for small runs, with ``changes`` to its files."""
     colour = COLOURS[index % len(COLOURS)]
     meta = {"label": f"thing {index}", "keywords": [colour, "noise"], "category": "even" if index % 2 == 0 else "odd"}
     return {
@@ -90,6 +91,7 @@ class BuildsModelError(Exception):
 
 
 def everything(folder: Path) -> dict[Path, bytes | None]:
+    """Return all files and folders in a folder of small runs with their content."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -105,11 +107,13 @@ def refusal(tmp_path, monkeypatch, capsys):
     """A function that starts a run, and returns the line that refuses it, or "" if its model would be built."""
 
     def build_model(*_):
+        """Stop a run that was not refused before its model is built."""
         raise BuildsModelError
 
     monkeypatch.setattr(trainer, "build_model", build_model)
 
     def start(*flags: str, **options: object) -> str:
+        """Start a run with these options, and return the line that refuses it."""
         values = {"train_data": tmp_path / "x.tar", "model": TINY, "batch_size": 8, "logs": tmp_path / "logs"} | options
         before = everything(tmp_path)
         arguments = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -181,7 +185,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
     """Serves stretches of files too, and counts what is asked for."""
 
     def refused(self, path):
-        """Answer for a file that is not there, or that fails for some more requests."""
+        """Answer for a shard that is not on the server, or that fails for some more requests."""
         left = self.server.failing.get(path.name, 0)
         self.server.failing[path.name] = max(left - 1, 0)
         if left or not path.is_file():
@@ -189,6 +193,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         return left or not path.is_file()
 
     def do_GET(self):
+        """Answer a request for a range of bytes of a remote shard."""
         path = Path(self.translate_path(self.path))
         if self.refused(path):
             return
@@ -205,7 +210,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         self.wfile.write(data[first : last + 1])
 
     def send_head(self):
-        """Answer HEAD."""
+        """Answer HEAD for a remote shard."""
         path = Path(self.translate_path(self.path))
         if self.refused(path):
             return
@@ -216,17 +221,18 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *args):
-        pass
+        """Print nothing about the requests for remote shards."""
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """An HTTP server of the folder "web"; ``served`` lists names and bytes, ``failing`` how many requests will fail."""
+    """An HTTP server of shards in "web"; ``served`` lists names and bytes, ``failing`` how many requests will fail."""
     pytest.importorskip("aiohttp")
     monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
     (tmp_path / "web").mkdir()
 
     def handler(*args):
+        """Answer a request for a shard in the folder "web"."""
         return Ranges(*args, directory=str(tmp_path / "web"))
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
@@ -256,7 +262,7 @@ def together(tmp_path):
 
 
 def assert_initialised_alike(model, reference):
-    """Constants are equal, and random parameters as wide."""
+    """Check that constants of a new model are the reference's, and that random parameters are as wide."""
     expected = dict(reference.named_parameters())
     for name, own in model.named_parameters():
         other = expected[name]

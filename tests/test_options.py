@@ -29,7 +29,7 @@ PLACES = {("embed", "--output"), ("eval suite", "--output")}  # these go on wher
 
 
 def leaves(parser, name):
-    """Yield the name and the parser of each command that has no subcommands."""
+    """Yield the name and the parser of each command of clipfast that has no subcommands."""
     inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not inner:
         yield name, parser
@@ -55,11 +55,12 @@ COUNTS = [(name, action) for name, action in ACTIONS if isinstance(action.type, 
 
 
 def named(action):
+    """Return the name of an option of a command as its errors show it."""
     return action.option_strings[-1] if action.option_strings else action.dest
 
 
 def line(name, given, *flags):
-    """Return a command line with values of some options; what else is required has any value that its type has."""
+    """Return a command line of clipfast with values of some options, and any value for each required one."""
     words, positional = [*name.split(), *flags], []
     for action in ALL[name]._actions:
         if action in given or action.required:
@@ -71,7 +72,7 @@ def line(name, given, *flags):
 
 
 def place(output, folder):
-    """Return a path that the output may have."""
+    """Return a path that the output of a command may have."""
     return folder / f"there{'.png' if output.ends == arguments.DRAWN else next(iter(output.ends), '.pt')}"
 
 
@@ -142,6 +143,7 @@ def test_the_tab_key_completes_commands_flags_and_choices():
 
 def test_a_failing_command_leaves_no_output(tmp_path):
     def run(args):
+        """Run a command that writes its outputs and may fail then."""
         files.replace_text(tmp_path / "a", "new")
         files.write_folder(tmp_path / "b", lambda folder: (folder / "x").touch())
         if args.fails:

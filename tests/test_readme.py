@@ -40,7 +40,7 @@ SNIPPETS = [
 
 
 def commands_in(text, language="sh"):
-    """Return the commands in the blocks of a language, each as a list of words; a backslash joins lines."""
+    """Return the commands in a page's blocks of a language, as lists of words; a backslash joins lines."""
     blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
     return [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
@@ -75,6 +75,7 @@ def folder_of(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
 
     def folder(page):
+        """Return the folder in which the commands of a page run."""
         (root / page).mkdir(exist_ok=True)
         return root / page
 

@@ -28,10 +28,12 @@ from .small_runs import sample, write_shard
 
 
 def shard(path):
+    """Open a shard from an untrusted source."""
     return open_shards([str(path)], index=IndexCache(path.parent / "cache"))
 
 
 def in_folder(read):
+    """Return a function that reads the folder of an untrusted file."""
     return lambda path: read(path.parent)
 
 
@@ -41,10 +43,12 @@ def pipe(tmp_path):
     made, closed = dict[os.PathLike, threading.Thread](), threading.Event()
 
     def write(path):
+        """Open and close the named pipe that lies in place of a file, until the test ends."""
         while not closed.is_set():
             path.open("wb").close()
 
     def make(path):
+        """Put a named pipe in the place of an untrusted file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         os.mkfifo(path)

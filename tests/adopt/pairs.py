@@ -28,6 +28,7 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def is_hf(model: nn.Module) -> bool:
+    """Return True if an adopted model comes from transformers."""
     return type(model).__module__.startswith("transformers.")
 
 
@@ -45,7 +46,7 @@ def pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[
 
 
 def results(model: nn.Module, given: Given = None, **options: object) -> dict[str, torch.Tensor]:
-    """Return outputs and gradients by name, of the same inputs whenever none are given.
+    """Return outputs and gradients of an original or a patched model by name, for the same inputs in every call.
 
     What is given, and ``options``, are for a model of transformers.
     """
@@ -71,5 +72,5 @@ def replacements(model: nn.Module) -> list[Replacement]:
 
 
 def lines(model: nn.Module, part: str) -> list[str]:
-    """The lines of the report on one part."""
+    """Return the lines that ``report_kernels`` writes about one part of a patched model."""
     return [line for line in clipfast.report_kernels(model).splitlines() if line.split()[2] == part]

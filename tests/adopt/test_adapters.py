@@ -23,6 +23,7 @@ TARGETS = {
 
 @torch.no_grad()
 def outputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the outputs of a patched model of transformers or OpenCLIP by name."""
     torch.manual_seed(5)
     is_theirs = is_hf(model.eval())
     return hf_models.flat(model(**hf_models.inputs(model, "end")) if is_theirs else model(*shrunk.inputs(model)))

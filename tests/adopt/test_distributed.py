@@ -15,14 +15,14 @@ from .pairs import is_hf, pair
 
 @pytest.fixture
 def group(tmp_path) -> Iterator[None]:
-    """A group of one process."""
+    """Make a process group of one process, in which patched models train."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def steps(model: nn.Module, args: object) -> list[float]:
-    """The losses of a few steps: the second one fails if a parameter had no gradient in the first."""
+    """Return the losses of a patched model in three steps; the second fails if a parameter had no gradient before."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(3):

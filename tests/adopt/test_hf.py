@@ -14,6 +14,7 @@ from .pairs import HF_NAMES, HF_PARTS, TRAINING, assert_equal, lines, pair
 
 @pytest.fixture(autouse=True)
 def library() -> None:
+    """Skip a test of adopted models unless transformers is installed."""
     pytest.importorskip("transformers")
 
 
@@ -85,6 +86,7 @@ def test_what_runs_on_ours(name):
 
 
 def outputs_of(given, *models, **options):
+    """Return the outputs of several models of transformers, patched or not, for the same inputs."""
     return [hf_models.flat(each(**given, return_loss=True, **options)) for each in models]
 
 

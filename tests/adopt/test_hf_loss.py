@@ -18,6 +18,7 @@ from .pairs import HF_NAMES, made, pair, patch
 
 @pytest.fixture(autouse=True)
 def library() -> None:
+    """Skip a test of the loss of adopted models unless transformers is installed."""
     pytest.importorskip("transformers")
 
 
@@ -27,6 +28,7 @@ def test_outputs(name):
     given = hf_models.inputs(model, "end")
 
     def assert_equal(ours, theirs):
+        """Check that the outputs of a patched model of transformers are those of the original."""
         torch.testing.assert_close(hf_models.flat(ours), hf_models.flat(theirs), rtol=1e-10, atol=1e-10)
 
     theirs, lean = model(**given, return_loss=True), patched(**given, return_loss=True)
@@ -58,11 +60,12 @@ CASES = {"clip": (5, 2), "siglip": (3, 3)}  # the pairs of two ranks
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients that a patched model of transformers has, by name."""
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def steps_of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The loss on a rank, and the gradients after DistributedDataParallel's mean, of each case."""
+    """Return a patched model's loss on a rank, and its gradients after DistributedDataParallel's mean, by case."""
     found = {}
     for name, sizes in CASES.items():
         model = patch(made(name))
@@ -143,7 +146,7 @@ def trainer_of_rank(rank: int, world_size: int, port: int, folder: str) -> dict[
 
 
 def reference() -> tuple[torch.nn.Module, list[float]]:
-    """The same training in one process, on the pairs of all ranks at once, by a plain loop and without clipfast."""
+    """Train an original model of transformers in one process on the pairs of all ranks, by a plain loop."""
     model = hf_models.make("clip").double()
     data = Pairs(model, STEPS * 2 * BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)

@@ -35,6 +35,7 @@ def test_saved_and_loaded(name, tmp_path):
 ])  # fmt: skip
 def test_a_hook_may_change_what_it_sees(where):
     def double(module, args, output):
+        """Change the output of a patched module, as a forward hook may do."""
         if isinstance(output, torch.Tensor):
             return 2 * output
         return (3 * output[0], *output[1:]) if isinstance(output, tuple) else None
@@ -114,6 +115,7 @@ def test_layers_may_be_replaced_later():
 def test_models_in_models_and_models_of_other_families():
     class Own(transformers.CLIPModel):
         def forward(self, *args, **options):
+            """Run a model of transformers that contains another model, to which the ops are applied."""
             return super().forward(*args, **options)
 
     own = clipfast.apply_to_hf(Own(hf_models.make("clip").config))

@@ -70,10 +70,12 @@ def later_text_tower():
         __module__, __qualname__ = "open_clip.transformer", "TextTransformer"
 
         def _embeds(self, text, attention_mask=None):
+            """Return the tokens that a patched text tower of a later OpenCLIP embeds, with the mask of its padding."""
             x, mask = super()._embeds(text)
             return x if attention_mask is None else x * attention_mask[..., None], mask
 
         def forward(self, text, attention_mask=None):
+            """Compute the text features of a patched tower of a later OpenCLIP."""
             x, mask = self._embeds(text, attention_mask=attention_mask)
             x = self.ln_final(self.transformer(x, attn_mask=mask))
             return x[torch.arange(len(x)), text.argmax(-1)] @ self.text_projection
@@ -97,6 +99,7 @@ def later_decoder():
             self.register_buffer("attn_mask", torch.full((9, 9), float("-inf")).triu(1), persistent=False)
 
         def forward(self, text, attention_mask=None, image_embs=None):
+            """Decode captions as a patched decoder of a later OpenCLIP does."""
             x, length = self.token_embedding(text), text.shape[1]
             mask = self.attn_mask[:length, :length]
             if image_embs is None:

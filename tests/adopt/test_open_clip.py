@@ -93,6 +93,7 @@ def test_autocast_and_sixteen_bits(place, request):
     truth = shrunk.results(model, *args)
 
     def check(truth, *args):
+        """Check that a patched OpenCLIP model returns the original's dtypes, and errs at most 1.5 times as much."""
         ours, theirs = shrunk.results(patched, *args), shrunk.results(model, *args)
         assert {name: x.dtype for name, x in ours.items()} == {name: x.dtype for name, x in theirs.items()}
         assert shrunk.largest_error(ours, truth)[0] <= 1.5 * shrunk.largest_error(theirs, truth)[0]
@@ -109,6 +110,7 @@ def test_masks():
     assert "clipfast.attention, causal" in clipfast.report_kernels(patched)
 
     def check(compute):
+        """Check that a masked layer of OpenCLIP returns the same before and after it is patched."""
         torch.testing.assert_close(compute(patched), compute(model), rtol=0, atol=1e-12)
 
     x = torch.randn(2, 77, 48, dtype=torch.float64)
@@ -134,6 +136,7 @@ def test_a_later_version_with_another_argument(monkeypatch):
     theirs = kind.forward
 
     def forward(self, x, *args, factor=1.0, **options):
+        """Compute attention of a later OpenCLIP, which has an argument that ours lacks."""
         return factor * theirs(self, x, *args, **options)
 
     parameters = list(inspect.signature(theirs).parameters.values())

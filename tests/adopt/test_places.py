@@ -20,7 +20,7 @@ NAMES = ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "clip", "siglip2"]
 
 
 def objects(model: nn.Module) -> dict[str, list]:
-    """Return the modules, parameters, buffers, hooks and configuration of a model, to compare their identity."""
+    """Return modules, parameters, buffers, hooks and configuration of an adopted model, to compare their identity."""
     configuration = [model.config.to_dict(), model.config._attn_implementation] if is_hf(model) else []
     return {
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
@@ -96,6 +96,7 @@ def test_a_copied_part_keeps_the_owner_of_its_mask():
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "clip"])
 def test_hooks_fire_as_before(name):
     def calls(model: nn.Module, **options: bool) -> list[tuple[str, str]]:
+        """Return which hooks of an adopted model fire, and in which order."""
         seen, handles = [], []
         for path, module in model.named_modules():
             for kind in ("forward", "forward_pre", "full_backward"):
@@ -161,6 +162,7 @@ def test_compiled_as_one_graph():
     args, graphs = shrunk.inputs(patched), []
 
     def backend(graph, example_inputs):
+        """Record the graph that torch.compile makes of a patched model."""
         graphs.append(graph)
         return graph.forward
 

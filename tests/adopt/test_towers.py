@@ -31,7 +31,7 @@ def test_patch_dropout_draws_the_same_patches(prob):
 
 
 def configured(part, kind="CLIP", **changes):
-    """Make a model of which a part of the configuration is changed, and a patched copy."""
+    """Make an OpenCLIP model with changes to a part of its configuration, and a patched copy."""
     import open_clip
 
     config = shrunk.shrink(open_clip.get_model_config("ViT-B-32"))
@@ -103,6 +103,7 @@ def test_what_towers_keep():
     images, texts = shrunk.inputs(model)
 
     def check(compute):
+        """Check that a tower of OpenCLIP returns the same before and after it is patched."""
         torch.testing.assert_close(compute(patched), compute(model), rtol=0, atol=1e-12)
 
     check(lambda each: each.encode_image(images, normalize=True))

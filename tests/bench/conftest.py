@@ -25,15 +25,17 @@ SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
 
 
 def double(x):
+    """Return the double, as the reference of benchmark cases in these tests."""
     return 2 * x
 
 
 def grad_twice(x):
-    """Return ``x``, but double its gradient."""
+    """Return ``x``, but double its gradient: a wrong candidate of a benchmark."""
     return 2 * x - x.detach()
 
 
 def case(candidates, reference=double, **kwargs):
+    """Return a small benchmark case with these candidates."""
     kwargs = {"inputs": lambda: {"x": torch.randn(8)}, **kwargs}
     made = Candidate("reference", lambda: reference) if reference else None
     return Case("loss", "double", {}, "fp32", CPU, candidates=candidates, reference=made, **kwargs)
@@ -58,6 +60,7 @@ def validate(run):
 
 
 def quickly(case):
+    """Measure a benchmark case in three rounds, and return the timings by the candidate's name."""
     timings, _ = measure(case, Budget(seconds=0.0, rounds=3, min_rounds=2))
     return {timing.candidate.name: timing for timing in timings}
 
@@ -80,6 +83,7 @@ def run_session(monkeypatch, no_roofs, tmp_path):
     """Return a function that measures cases in a session, and returns the result after checking it by the schema."""
 
     def run(*cases, **options):
+        """Measure benchmark cases in a session, and return the result."""
         monkeypatch.setattr(session, "build", mock.Mock(side_effect=cases))
         options = {"memory": False, **options}
         keys = [("loss", {}, "fp32")] * len(cases)

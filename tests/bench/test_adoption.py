@@ -17,13 +17,14 @@ TABLE = Path(__file__).parents[2] / "docs/tables/adopt.md"
 
 
 def open_clip_library() -> table.Library:
+    """Return the section of OpenCLIP's models in the benchmark of adoption."""
     pytest.importorskip("open_clip")
     pytest.importorskip("timm")
     return table.LIBRARIES[0]
 
 
 def expanded(cell: str, notes: dict[int, str]) -> str:
-    """Return a cell of the table with the texts of its notes in place of their numbers."""
+    """Return a cell of the table of adopted models with the texts of its notes in place of their numbers."""
     return re.sub(r"\(([\d, ]+)\)", lambda found: str([notes[int(n)] for n in found[1].split(", ")]), cell)
 
 
@@ -69,6 +70,7 @@ def library_of(model: nn.Module, **changes: object) -> table.Library:
     images = torch.ones(2, 3)
 
     def inputs(each: nn.Module) -> tuple[torch.Tensor]:
+        """Return the inputs of the model in the table of adopted models."""
         return (images.to(next(each.parameters()).dtype),)
 
     library = table.Library("torch", "PyTorch", lambda: ["linear"], lambda name: model, lambda each: each, inputs)
@@ -76,12 +78,14 @@ def library_of(model: nn.Module, **changes: object) -> table.Library:
 
 
 def wrong(model: nn.Module) -> nn.Module:
+    """Return an adopted model with a wrong bias, whose error the table must not accept."""
     with torch.no_grad():
         model.bias.add_(1e-4)
     return model
 
 
 def renamed(model: nn.Module) -> nn.Module:
+    """Return an adopted model with one more parameter, which changes its state dict."""
     model.extra = nn.Parameter(torch.ones(()))
     return model
 
@@ -96,6 +100,7 @@ def test_measuring():
         table.measure(library_of(nn.Linear(3, 4), apply=renamed), "linear")
 
     def missing(name: str) -> nn.Module:
+        """Fail as the build of an adopted model does when a package is missing."""
         raise ModuleNotFoundError("No module named 'torchlibrosa'")
 
     row = table.measure(library_of(nn.Linear(3, 4), build=missing), "linear")
@@ -104,6 +109,7 @@ def test_measuring():
 
 def test_models_that_run_on_the_same_are_one_row():
     def row(error: float, **places: dict[str, int]) -> table.Row:
+        """Return a row of the table of adopted models with these parts and error."""
         found = {part: collections.Counter(places.get(part, {})) for part in table.PARTS}
         return table.Row(found, (error, error / 1e3))
 

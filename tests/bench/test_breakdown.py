@@ -94,19 +94,23 @@ def test_every_kernel_and_op_of_ours_has_a_category():
 
 
 def event(cat, name, start, end, thread=1, **args):
+    """Return an event of a profiler's trace, as the benchmark's breakdown reads it."""
     return {"cat": cat, "name": name, "tid": thread, "ts": start, "dur": end - start, "args": args}
 
 
 def op(name, start, end, thread=1, sequence=None, forward_thread=None):
+    """Return the event of a PyTorch op in a profiler's trace, or of a marked step."""
     kind = "user_annotation" if name.startswith("step: ") else "cpu_op"
     return event(kind, name, start, end, thread, **{"Sequence number": sequence, "Fwd thread id": forward_thread})
 
 
 def launch(at, correlation, thread=1):
+    """Return the event of a kernel launch by the host in a profiler's trace."""
     return event("cuda_runtime", "cudaLaunchKernel", at, at + 1.0, thread, correlation=correlation)
 
 
 def kernel(name, start, end, correlation=None, cat="kernel"):
+    """Return the event of a kernel on the GPU in a profiler's trace."""
     return event(cat, name, start, end, "stream 7", correlation=correlation)
 
 
@@ -152,7 +156,7 @@ def test_a_backward_op_belongs_where_its_forward_does():
 
 
 def steps_of_a_device():
-    """Return events of two steps on a GPU; the host runs them on thread 1, and launches backward from thread 2."""
+    """Return a trace of two steps on a GPU for the breakdown; the host runs them on thread 1, backward on thread 2."""
     events = [kernel("nvjet_warm_up", 0, 900)]
     for base, correlation in ((1000, 10), (2000, 20)):
         events += [
@@ -240,6 +244,7 @@ def test_a_failed_trace_refuses_no_timing(monkeypatch, run_session):
             return 2 * x
 
         def breakdown(self, x, seconds):
+            """Fail as a profiler does that may not trace the benchmark."""
             raise RuntimeError("CUPTI is not allowed here\nsecond line")
 
     (found,) = run_session(case((Candidate(OURS, Step),)))["cases"]

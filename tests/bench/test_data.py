@@ -20,6 +20,7 @@ from .conftest import CPU, quickly
 
 
 def tiny(stage, **sizes):
+    """Return a small benchmark case of a stage of the data pipeline."""
     return build("data", {**SUITES["data"].smallest, "stage": stage, **sizes}, "fp32", CPU)
 
 
@@ -37,6 +38,7 @@ def test_every_stage_runs_and_what_mixes_up_its_samples_is_refused(stage):
 
     class Faulty:
         def observe(self, **inputs):
+            """Return the results of a stage of the benchmarked data pipeline with mixed-up samples."""
             return {name: value.roll(1, 0) for name, value in right.observe(**inputs).items()}
 
     faulty = harness.Timing(Candidate("faulty", Faulty))
@@ -56,6 +58,7 @@ def test_a_pipeline_is_held_to_colours_and_to_all_texts(fault, wrong):
     built = tiny("pipeline")
 
     def make():
+        """Make a benchmark candidate for the data pipeline whose batches have a fault."""
         made = built.ours.make()
         batches = made.batches
         made.batches = lambda: (fault(*batch) for batch in batches())

@@ -47,6 +47,7 @@ def test_what_a_case_has_made_is_gone_before_the_next(run_session):
     alive, most = weakref.WeakSet(), []
 
     def make():
+        """Make a candidate of a benchmark case, and count the candidates that are still alive."""
         alive.add(model := lambda x: 2 * x)
         most.append(len(alive))
         return model
@@ -102,9 +103,11 @@ def test_float32_is_exact_while_measuring_and_as_before_afterwards():
     seen = []
 
     def flags():
+        """Return whether PyTorch may use TF32 while the benchmark measures."""
         return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
     def run(x):
+        """Record the setting of TF32 that a benchmark candidate sees."""
         seen.append(flags())
         return 2 * x
 

@@ -22,6 +22,7 @@ LAYER_NORM = "layer_norm rows=50432 width=768 bf16"
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Run the benchmarks' ``inspect --predict``, and return exit code, stdout and stderr."""
     code = main(["inspect", "--predict", "--jobs", "1", "--quick", *arguments])
     out, err = capsys.readouterr()
     return code, out, err

@@ -37,10 +37,12 @@ except KeyboardInterrupt:
 
 
 def step(name, code, seconds=20.0, **kwargs):
+    """Return a step of the GPU run that executes Python code."""
     return gpu.Step(name, [sys.executable, "-c", code], seconds, **kwargs)
 
 
 def results_in(summary):
+    """Return the result of each step in the summary of the GPU run."""
     found = (re.fullmatch(r"(.{12}) (.*?) +[\d.]+ s", line) for line in summary.splitlines())
     return {match[1].strip(): match[2] for match in found if match}
 
@@ -149,7 +151,7 @@ def test_smoke_says_which_op_is_wrong(monkeypatch, capsys):
 
 
 def run_beside(site, code, folder):
-    """Return the output of Python code that imports packages from ``site`` first."""
+    """Return the output of Python code that imports the benchmark's packages from ``site`` first."""
     command, environment = [sys.executable, "-P", "-c", code], checkout.environment_with(site)
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True).stdout
 
@@ -184,6 +186,7 @@ print(importlib.machinery.PathFinder.find_spec("clipfast", sys.path).origin)
 
 def test_what_is_written_goes_elsewhere_where_the_checkout_is_read_only(tmp_path, monkeypatch):
     def read_only(site):
+        """Refuse the folder of a checkout, as if the GPU run could not write there."""
         if site.is_relative_to(checkout.ROOT):
             raise PermissionError(site)
         return site

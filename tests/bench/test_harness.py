@@ -21,6 +21,7 @@ from .conftest import CPU, case, double, quickly, smallest, validate
 
 def test_a_wrong_candidate_is_not_timed():
     def missing():
+        """Fail like a benchmark candidate whose package is not installed."""
         raise MissingError("not installed (pip install peer)")
 
     faults = {
@@ -40,7 +41,10 @@ def test_candidates_take_turns():
     calls = []
 
     def candidate(name):
+        """Return a benchmark candidate that records each of its calls."""
+
         def run(x):
+            """Record a call of a benchmark candidate that takes as long as a sample."""
             calls.append(name)
             time.sleep(0.006)  # longer than a sample needs, so one call is one sample
             return 2 * x
@@ -95,6 +99,7 @@ def test_a_whole_name_means_that_candidate_alone():
     built = case(tuple(Candidate(name, lambda: double) for name in (OURS, f"{OURS} compiled", "peer", "peer compiled")))
 
     def names(*only):
+        """Return the names of the benchmark candidates that the names on the command line select."""
         return [candidate.name for candidate in session.chosen(built, only).candidates]
 
     assert names() == [OURS]
@@ -138,6 +143,7 @@ def test_inputs_rotate_past_the_cache_and_do_not_fill_the_memory(monkeypatch):
     seen = set()
 
     def run(x):
+        """Record the address of the inputs with which a benchmark candidate is called."""
         seen.add(x.data_ptr())
         return 2 * x
 

@@ -36,6 +36,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def reports():
+    """Return the inspection reports on the compiled kernels of a small case."""
     return inspect.inspect_case(90, SMALL)
 
 
@@ -93,6 +94,7 @@ def test_rank_orders_what_is_known():
 
 @triton.jit
 def _descriptor_kernel(x_ptr, out_ptr, M, N, BLOCK: tl.constexpr, SPECIALISE: tl.constexpr):
+    """Multiply tiles that are loaded by tensor descriptors: a kernel for the tests of the inspection."""
     x = tl.make_tensor_descriptor(x_ptr, [M, N], [N, 1], [BLOCK, BLOCK])
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in tl.range(0, N, BLOCK, warp_specialize=SPECIALISE):
@@ -103,6 +105,7 @@ def _descriptor_kernel(x_ptr, out_ptr, M, N, BLOCK: tl.constexpr, SPECIALISE: tl
 
 
 def descriptor_launch(*, specialise: bool) -> Launch:
+    """Return a launch of the kernel with tensor descriptors, which the inspection compiles."""
     x, out = torch.empty(1024, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
     args = {"x_ptr": x, "out_ptr": out, "M": 1024, "N": 1024}
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
@@ -117,6 +120,7 @@ def test_tma_is_seen_and_what_the_model_does_not_cover_is_said(reports, monkeypa
     assert report.warps > 4
 
     def refuse(compiled):
+        """Refuse compiled code for which the inspection has no model."""
         raise inspect.NoModel("its warps run different code")
 
     monkeypatch.setattr(inspect, "load", refuse)

@@ -145,10 +145,12 @@ def test_predicates_constants_and_spills(lines, before, expected):
 
 
 def code(*lines: str) -> Code:
+    """Parse lines of SASS, the machine code that the model of a GPU runs."""
     return Code(sass.parse(listing(*lines)))
 
 
 def follow(*lines: str, constants=None, **special: int) -> Path:
+    """Return the path that a program takes through lines of SASS in the model of a GPU."""
     return code(*lines).follow(State(constants or {}, special, lambda address, size: None))
 
 
@@ -181,6 +183,7 @@ def test_what_is_not_known_is_a_guess_and_what_cannot_be_followed_an_error(monke
 
 def test_long_repetitions_are_shortened_and_continued_in_a_straight_line():
     def repeated(turns: int) -> Path:
+        """Return a path through SASS with a loop of this many turns, for the model of a GPU."""
         return Path(((0, 9), *((5, 9), (20, 21)) * turns, (9, 12)), 0)
 
     whole = repeated(100)
@@ -258,6 +261,7 @@ def _walk_kernel(x_ptr, out_ptr, flag_ptr, N, M, BLOCK: tl.constexpr):
 
 
 def walk(n: int, m: int, *, flag: int = 1, grid: int = 3) -> Launch:
+    """Return a launch of the kernel with nested loops, whose path the model of a GPU follows."""
     x, out = torch.empty(n, m), torch.empty(grid, 128)
     args = {"x_ptr": x, "out_ptr": out, "flag_ptr": torch.tensor(flag, dtype=torch.int32), "N": n, "M": m}
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
@@ -278,6 +282,7 @@ def test_loops_of_a_compiled_kernel_run_as_its_arguments_say(n, m, flag):
 
 def test_more_programs_than_places_take_another_wave():
     def seconds(grid: int) -> float:
+        """Return the time that the model of a GPU predicts for a grid of programs."""
         return model.predict_launch(walk(1, 6000, grid=grid), model.H100, model.QUICK).seconds
 
     places = 132 * model.predict_launch(walk(1, 6000), model.H100, model.QUICK).at_once
@@ -288,6 +293,7 @@ def test_more_programs_than_places_take_another_wave():
 
 def test_where_the_kind_of_programs_changes_is_searched_for():
     def kind_of(number: int) -> int:
+        """Return the kind of a program by its number, as the model of a GPU tells them apart."""
         return (number >= 64) + (number >= 700)
 
     assert runs({number: kind_of(number) for number in sample(1000, 8)}, kind_of) == [(0, 0), (64, 1), (700, 2)]
@@ -323,10 +329,12 @@ def only_launch(op: str, part: str, **sizes: object) -> Launch:
 
 
 def rounded_up(size: int, block: int) -> int:
+    """Return a size rounded up to whole blocks, for the FLOPs that the model of a GPU counts."""
     return -(-size // block) * block
 
 
 def assert_flops(launch: Launch, expected: int) -> None:
+    """Check the FLOPs that the model of a GPU counts for a launch."""
     found = model.predict_launch(launch, model.H100, model.QUICK)
     assert (found.flops, found.guesses) == (expected, 0)
 

@@ -35,6 +35,7 @@ def test_a_step_is_held_to_features_and_gradients_not_to_the_loss_alone(fault, w
     built = build("step", {"model": "ViT-T-8-32", "batch": 3}, "fp32", CPU)
 
     def make():
+        """Make the benchmark's training step with a fault in the outputs of the model."""
         step = built.ours.make()
         model = step.model
         step.model = lambda images, texts: fault(*model(images, texts)[:3])

@@ -55,6 +55,7 @@ def test_small_tiles_may_miss_the_largest_matrix_units():
 
 
 def timing(samples, error=1e-3, refused=None):
+    """Return a timing of a kernel configuration, as the tuner measures it."""
     return Timing(Candidate(OURS, lambda: torch.clone), samples=samples, errors={"value": error}, refused=refused)
 
 
@@ -80,11 +81,13 @@ KEY, OTHER_KEY = (configs.config_key("attention_looped_fwd", torch.bfloat16, dim
 
 
 def entry(config, by):
+    """Return the entry that the tuner writes into its table for a configuration."""
     return configs.entry_of(config) | {"by": by}
 
 
 def test_entries_join_the_committed_table_and_what_was_measured_stays(tmp_path, monkeypatch):
     def written(key, config, by):
+        """Return the table of configurations after the tuner has written an entry."""
         return json.loads(tune.write_table({key: config}, 90, tmp_path, by=by).read_text())
 
     path = tune.write_table({}, 90, tmp_path, by=tune.MEASURED)
@@ -108,6 +111,7 @@ def tune_all(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "build", lambda suite, shape, dtype, device: build(suite, SMALLEST, dtype, device))
 
     def run(*ops, outcomes, total=100.0):
+        """Tune ops without a card, with these timings, and return the exit code of the tuner."""
         monkeypatch.setattr(tune, "measure", mock.Mock(side_effect=outcomes))
         choose = functools.partial(tune.by_timing, device=CPU, budget=Budget(3.0))
         args = argparse.Namespace(total=total, tables=tmp_path, by=tune.MEASURED)
@@ -120,6 +124,7 @@ SLOW, FAST, REFUSED = timing([1.0] * 20), timing([0.8] * 20), timing([], refused
 
 
 def outcome(committed, other, throttled=False):
+    """Return the timings of two configurations, as the tuner's measurement returns them."""
     return [committed, other], {"throttled": throttled}
 
 
@@ -179,6 +184,7 @@ def test_the_model_chooses_what_is_faster_beyond_its_error(monkeypatch):
     seconds = {GOOD: 1.0, OTHER: 0.96}
 
     def ranked(tunable, target, tried, *_):
+        """Return configurations in the order of the times that the tuner's model predicts."""
         return sorted((tune.Candidate(one, None, seconds[one]) for one in tried), key=lambda one: one.seconds)
 
     monkeypatch.setattr(tune, "space", lambda tunable: iter([OTHER, SPILLS]))

@@ -21,6 +21,7 @@ DOCUMENT = ROOT / "docs/tables/gpu-model.md"
 
 
 def kept():
+    """Return the committed results of the validation of the model of a GPU."""
     return json.loads((validation.FOLDER / "results.json").read_text())
 
 
@@ -73,12 +74,13 @@ def test_sources_are_pinned_and_refused_when_they_differ(tmp_path, capsys):
 
 @triton.jit
 def double_kernel(x, y, n, BLOCK: tl.constexpr = 1024):
+    """Double a vector: a kernel whose launch the validation of the GPU's model records."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
 
 
 def doubled(x):
-    """Launch a kernel like an upstream wrapper: ask for the device of the tensors, and run a PyTorch op as well."""
+    """Launch a kernel like an upstream wrapper, which asks for the tensors' device and runs a PyTorch op as well."""
     assert x.is_cuda
     assert torch.cuda.get_device_capability(x.device) == (9, 0)
     y = torch.empty_like(x)

@@ -26,7 +26,7 @@ PICTURE = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
 
 
 def make_model(config: CLIPConfig) -> CLIP:
-    """A model in evaluation mode, with statistics, biases and norms that are not those of a new one."""
+    """A model for checkpoints, in evaluation mode, with statistics, biases and norms unlike those of a new model."""
     model = CLIP(config).eval()
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.ndim < 2:
@@ -53,14 +53,14 @@ Source = CLIP | str | Path | dict[str, torch.Tensor]
 
 
 def weights_of(source: Source) -> dict[str, torch.Tensor]:
-    """The weights of a model, of a checkpoint by its path, or as they are given."""
+    """Return the weights of a model, of a checkpoint by its path, or as they are given."""
     if isinstance(source, str | Path):
         source = create_model(f"local-dir:{source}" if Path(source).is_dir() else str(source))
     return source if isinstance(source, dict) else source.state_dict()
 
 
 def same_bits(one: Source, two: Source) -> bool:
-    """Whether both have the same tensors by name, shape, dtype and content."""
+    """Return whether two models or checkpoints have the same tensors by name, shape, dtype and content."""
     state, other = weights_of(one), weights_of(two)
     return state.keys() == other.keys() and all(
         value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in state.items()
@@ -68,7 +68,7 @@ def same_bits(one: Source, two: Source) -> bool:
 
 
 def inputs(config: CLIPConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised images, and texts of different lengths."""
+    """Normalised images, and texts of different lengths, for models that were read from checkpoints."""
     images = torch.randn(3, 3, config.vision.image_size, config.vision.image_size)
     texts = torch.randint(1, config.text.vocab_size - 2, (3, config.text.context_length))
     for row, end in enumerate((3, 9, config.text.context_length - 1)):
@@ -92,12 +92,13 @@ def safetensors() -> None:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch) -> None:
-    """Run each test in its own folder."""
+    """Run each test in its own folder, in which the checkpoints have short names."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def vit() -> CLIP:
+    """Return the ViT that the tests write as checkpoints of all layouts."""
     return make_model(CONFIGS["ViT"])
 
 

@@ -26,6 +26,7 @@ from ..small_runs import run_command
 
 @pytest.fixture
 def model():
+    """Return the model whose weights the checkpoints hold."""
     return create_model("ViT-T-8-32")
 
 
@@ -130,27 +131,32 @@ def written(path, shift, *, own=True, parts=False):
 
 
 def unfinished(folder):
+    """Write a checkpoint of a run that has not ended, and return its model."""
     return written(folder / "checkpoints" / "step_3.pt", 0.1)
 
 
 def in_parts(folder):
+    """Write checkpoints of a run, the newest one in parts, and return the model of the newest."""
     written(folder / "checkpoints" / "step_2.pt", 0.2)
     return written(folder / "checkpoints" / "step_3", 0.1, parts=True)
 
 
 def damaged(folder):
+    """Write a run whose newest checkpoint is damaged, and return the model of the newest whole one."""
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step_4.pt").write_bytes(b"PK")
     return unfinished(folder)
 
 
 def of_open_clip(folder):
+    """Write the checkpoints of a run of OpenCLIP, and return the model of the newest."""
     (folder / "params.txt").write_text("force_quick_gelu: True\nmodel: ViT-T-8-32\nname: run\n")
     written(folder / "checkpoints" / "epoch_1.pt", 0.2, own=False)
     return written(folder / "checkpoints" / "epoch_2.pt", 0.1, own=False)
 
 
 def finished(folder, steps=3):
+    """Write the folder of a run that has ended: a checkpoint and the exported model, which is returned."""
     unfinished(folder)
     (folder / "results.json").write_text(json.dumps({"steps": steps}))
     model = create_model("ViT-T-8-32-quickgelu")
@@ -159,6 +165,7 @@ def finished(folder, steps=3):
 
 
 def gone_on(folder):
+    """Write a run that went on after its end, and return the model of its newest checkpoint."""
     finished(folder, steps=2)
     return unfinished(folder)
 

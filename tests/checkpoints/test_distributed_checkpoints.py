@@ -97,6 +97,7 @@ def test_two_ranks_with_shards(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
+    """Return a checkpoint that ``torch.distributed.checkpoint`` wrote, in the folder "dcp"."""
     dcp.save(train_state(make_model(CONFIGS["ViT"])), checkpoint_id=tmp_path / "dcp")
     return tmp_path / "dcp"
 
@@ -119,33 +120,39 @@ def listed(folder: Path, shard: object = None):
 
 
 def code_in_the_list(folder):
+    """Put code into the index of a distributed checkpoint, and return the error that must follow."""
     with listed(folder) as (metadata, _, _):
         metadata.planner_data = Payload(folder.parent / "ran")
     return "is refused: it is damaged, or is no list of torch.distributed.checkpoint .it holds "
 
 
 def code_in_a_shard(folder):
+    """Put code into a shard of a distributed checkpoint, and return the error that must follow."""
     with listed(folder, Payload(folder.parent / "ran")):
         return "model.visual.proj cannot be read: it is an object other than a tensor or a plain value, which"
 
 
 def a_shard_elsewhere(folder):
+    """Let a distributed checkpoint name a shard outside of its folder, and return the error that must follow."""
     with listed(folder) as (_, place, _):
         place.relative_path = f"../{folder.name}/{place.relative_path}"
     return r"model.visual.proj cannot be read: it lies in '\.\./dcp/__0_0.distcp' in a form"
 
 
 def a_list_that_is_cut_off(folder):
+    """Cut off the index of a distributed checkpoint, and return the error that must follow."""
     os.truncate(folder / ".metadata", (folder / ".metadata").stat().st_size // 2)
     return "is refused: it is damaged"
 
 
 def a_missing_file(folder):
+    """Remove a file of a distributed checkpoint, and return the error that must follow."""
     (folder / "__0_0.distcp").unlink()
     return "is damaged or incomplete: .* cannot be read: .*No such file"
 
 
 def a_bit_that_has_flipped(folder):
+    """Flip a bit in a shard of a distributed checkpoint, and return the error that must follow."""
     with listed(folder) as (_, place, _):
         path = folder / place.relative_path
         content = bytearray(path.read_bytes())
@@ -157,18 +164,21 @@ def a_bit_that_has_flipped(folder):
 
 
 def a_shard_that_is_not_listed(folder):
+    """Remove a shard from the index of a distributed checkpoint, and return the error that must follow."""
     with listed(folder) as (_, _, entry):
         entry.chunks.clear()
     return "model.visual.proj cannot be read: its shards do not make the whole"
 
 
 def another_size(folder, *size, message=r"a shard is \(64, 24\) of torch.float32, and is listed as something else"):
+    """Change a tensor's size in the index of a distributed checkpoint, and return the error that must follow."""
     with listed(folder) as (_, _, entry):
         entry.size = entry.chunks[0].sizes = torch.Size(size or [2, 3])
     return f"model.visual.proj cannot be read: {message}"
 
 
 def a_size_that_fits_no_machine(folder):
+    """List a tensor of a distributed checkpoint that fits into no machine, and return the error that must follow."""
     return another_size(folder, 10**9, 10**9, message="")
 
 

@@ -42,7 +42,7 @@ def offline(monkeypatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, which is the default one as well: transformers and tokenizers have no other."""
+    """An empty cache of the Hugging Face hub; transformers and tokenizers have no other."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -79,16 +79,19 @@ def open_clip_folder(folder: Path, kind: str, safe: bool | str = "both", **prepa
 
 @torch.no_grad()
 def features(model, config):
+    """Return the features of a model whose checkpoint came from the hub, for the same inputs each time."""
     torch.manual_seed(1)
     return model.eval()(*inputs(config))[:2]
 
 
 def assert_same(ours, theirs):
+    """Check that two models whose checkpoints came from the hub have equal weights and features."""
     assert same_bits(ours, theirs)
     torch.testing.assert_close(features(ours, ours.config), features(theirs, ours.config), **TOLERANCE)
 
 
 def assert_prepares_as(preprocess, theirs):
+    """Check that the preprocessing of a model from the hub is another package's."""
     torch.testing.assert_close(preprocess(PICTURE), theirs(PICTURE), rtol=1e-6, atol=1e-6)
 
 
@@ -144,6 +147,7 @@ def test_all_files_are_of_one_commit(cache, hf_folder, monkeypatch):
     download, asked = huggingface_hub.hf_hub_download, []
 
     def note(repository, name, **options):
+        """Record of which commit a file of a checkpoint is downloaded."""
         asked.append(options["revision"])
         return download(repository, name, **options)
 
@@ -156,7 +160,7 @@ def test_all_files_are_of_one_commit(cache, hf_folder, monkeypatch):
 
 @pytest.fixture
 def tagged(cache, tmp_path, monkeypatch, open_clip_registry) -> str:
-    """A small model with the tags "plain" and "quick" in both packages' tables, whose weights are in the cache."""
+    """A model with the tags "plain" and "quick" in both packages' tables, whose checkpoints are in the hub's cache."""
     open_clip = pytest.importorskip("open_clip")
     path = save_config(CONFIGS["ViT"], tmp_path / "tiny-tagged.json")
     for package in (clipfast, open_clip):
@@ -306,6 +310,7 @@ def test_no_other_file_is_downloaded_in_place_of_one_that_may_be_there(monkeypat
     from huggingface_hub import errors
 
     def download(repository, name, *, local_files_only=False, **options):
+        """Fail as a download of a checkpoint from the hub does, which may or may not have the file."""
         if name == "missing" and not local_files_only:
             raise errors.RemoteEntryNotFoundError("no", response=answer(404))
         if local_files_only and name != "cached":

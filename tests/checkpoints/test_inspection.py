@@ -16,6 +16,7 @@ from .conftest import CONFIGS, make_model, same_bits, save_own
 
 
 def parameters(model):
+    """Return the number of parameters of the model that a checkpoint's inspection describes."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -34,12 +34,13 @@ TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 @torch.no_grad()
 def features(model, config):
-    """All that a model returns for pairs, as clipfast and OpenCLIP give it."""
+    """Return all outputs for pairs of a model that was read from a checkpoint of clipfast or OpenCLIP."""
     torch.manual_seed(1)
     return tuple(model.eval()(*inputs_of(config)))
 
 
 def inputs_of(config):
+    """Return inputs for a model of this configuration, to compare it with a converted checkpoint."""
     return (siglip.inputs if isinstance(config, SigLIPConfig) else inputs)(config)
 
 
@@ -74,6 +75,7 @@ def test_clipfast_hugging_face_clipfast(kind):
 
 @torch.no_grad()
 def hugging_face_features(folder, config):
+    """Return the outputs of transformers' model of a converted checkpoint."""
     torch.manual_seed(1)
     is_siglip = isinstance(config, SigLIPConfig)
     kind = "SiglipModel" if is_siglip else "CLIPModel"
@@ -83,10 +85,12 @@ def hugging_face_features(folder, config):
 
 
 def assert_same(one, other, config):
+    """Check that a model has the same outputs after a round trip through a checkpoint."""
     torch.testing.assert_close(features(one, config), features(other, config), **TOLERANCE)
 
 
 def made(kind):
+    """Return a CLIP or SigLIP model for a round trip through checkpoints."""
     return make_model(CONFIGS[kind]) if kind in CONFIGS else siglip.make_model(siglip.CONFIGS[kind])
 
 
@@ -188,6 +192,7 @@ def test_dtypes_are_kept(vit, tmp_path):
 
 
 def processor_of(folder):
+    """Return the preprocessing settings that a converted checkpoint has for transformers."""
     return json.loads((folder / "preprocessor_config.json").read_text())
 
 

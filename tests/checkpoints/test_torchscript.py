@@ -33,11 +33,13 @@ class Published(nn.Module):
             self.register_buffer(name, torch.tensor(number))
 
     def forward(self, x):
+        """Use a parameter, so that the traced archive of the checkpoint holds it."""
         return x + self.logit_scale
 
 
 @pytest.fixture
 def published():
+    """Write a TorchScript archive like OpenAI's checkpoints; return the model and the name of the file."""
     model = make_model(CONFIG)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -54,28 +54,32 @@ def weights(source="own.pt", **changes):
 
 
 def edited(path, section=None, **changes):
-    """Change settings of a JSON file, or of a section of it."""
+    """Change settings in a JSON file of a checkpoint's folder, or in a section of this file."""
     raw = json.loads(Path(path).read_text())
     (raw if section is None else raw[section]).update(changes)
     Path(path).write_text(json.dumps(raw))
 
 
 def flipped():
+    """Write a checkpoint in which one bit has flipped."""
     content = bytearray(Path("own.pt").read_bytes())
     content[len(content) // 2] ^= 1
     Path("w.pt").write_bytes(content)
 
 
 def without_safetensors(index):
+    """Replace the weights of a checkpoint of transformers by an index of this content."""
     Path("hf/model.safetensors").unlink()
     Path("hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 def tower(name, folder="hf", **changes):
+    """Return a function that changes a tower's settings in a checkpoint of transformers."""
     return lambda: edited(f"{folder}/config.json", f"{name}_config", **changes)
 
 
 def processor(**changes):
+    """Return a function that changes the preprocessing settings in a checkpoint of transformers."""
     return lambda: edited("hf/preprocessor_config.json", **changes)
 
 
@@ -181,6 +185,7 @@ def test_message(prepare, command, message, made, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(("to", "name"), [("open_clip", "out"), ("hf", "out"), ("clipfast", "out.pt")])
 def test_a_failure_while_writing_leaves_nothing(to, name, own, tmp_path, monkeypatch):
     def fail(path, *args, **kwargs):
+        """Fail in the middle of the write of a checkpoint."""
         path.write_bytes(b"half of")
         raise OSError("the cable came off")
 

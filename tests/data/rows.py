@@ -25,6 +25,7 @@ def downloaded(count, first=0):
 
 
 def write_parquet(path, table, rows=100):
+    """Write a table of pairs as a Parquet shard, and return its name."""
     pq.write_table(table, path, row_group_size=rows)
     return str(path)
 
@@ -55,9 +56,11 @@ def save_to_disk(folder, counts, batch=4):
 
 
 def fields(raw):
+    """Return the metadata of a sample of a Parquet or Arrow shard."""
     return json.loads(raw["json"])
 
 
 def cut(path, share):
+    """Cut off the end of a Parquet or Arrow shard."""
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: int(len(data) * share)])

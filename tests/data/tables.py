@@ -26,6 +26,7 @@ PAIRS = [(f"{index:03d}.png", picture(index), text) for index, text in enumerate
 
 
 def write_images(folder: Path) -> Path:
+    """Write the image files that the shards in CSV and JSON lines name."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data, _ in PAIRS:
         (folder / name).write_bytes(data)
@@ -33,6 +34,7 @@ def write_images(folder: Path) -> Path:
 
 
 def write_csv(path: Path, header=("filepath", "title"), separator=",", end="\n", start="", rows=None) -> Path:
+    """Write a CSV shard of pairs."""
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, delimiter=separator, lineterminator=end)
     writer.writerow(header)
@@ -42,12 +44,14 @@ def write_csv(path: Path, header=("filepath", "title"), separator=",", end="\n",
 
 
 def write_jsonl(path: Path, image="file_name", text="caption", many=False) -> Path:
+    """Write a shard of pairs in JSON lines."""
     lines = [json.dumps({image: name, text: [words] if many else words}) for name, _, words in PAIRS]
     path.write_text("\n".join(lines))
     return path
 
 
 def write_side_cars(folder: Path) -> Path:
+    """Write the text files and JSON files of pairs beside the images of a folder that serves as a shard."""
     for index, (name, _, text) in enumerate(PAIRS):
         (folder / name).with_suffix(".txt").write_text(text, newline="")
         if index % 2:

@@ -21,6 +21,7 @@ STATS = "_stats.json"
 
 
 def served(server):
+    """Return how many bytes the server of remote shards has sent."""
     return sum(amount for _, amount in server.served)
 
 
@@ -136,6 +137,7 @@ def test_broken_notes_are_left_out_of_account(tmp_path, caplog):
 
 
 def fail_in_a_process(source):
+    """Return the error of a sample whose shard had a wrong count, from another process."""
     with pytest.raises(SampleError) as error:
         source.read(0)
     return str(error.value), error.value.kind
@@ -156,6 +158,7 @@ def test_processes_do_not_ask_for_a_failing_shard_one_after_the_other(kind, tmp_
 
 
 def keys_in_a_process(source):
+    """Return the keys of all samples of the shards, from another process."""
     return [fields(source.read(number))["key"] for number in range(len(source))]
 
 

@@ -48,10 +48,12 @@ def batches(shards, batch_size=8, seed=3, unique_by=None, **options):
 
 
 def texts_of(batch):
+    """Return the token ids of a training batch, as tuples that can be counted."""
     return [tuple(row.tolist()) for row in batch.texts]
 
 
 def equal(a, b):
+    """Return whether two training batches have equal images and texts."""
     return torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts)
 
 
@@ -185,6 +187,7 @@ def test_a_batch_of_all_kinds_replaces_by_the_same_kind(tmp_path):
 )
 def test_errors_of_a_batch_arrive_as_they_are(error, workers, shards, monkeypatch):
     def failing(batches, number):
+        """Raise an error in place of a training batch, in a data worker."""
         raise error
 
     monkeypatch.setattr(PairBatches, "__getitem__", failing)
@@ -208,6 +211,7 @@ def test_closing_does_not_wait_for_busy_workers(dies, pinned, shards, monkeypatc
     original = PairBatches.__getitem__
 
     def endless(batches, number):
+        """Let a data worker never finish its second batch."""
         time.sleep(600 if number else 0)
         return original(batches, number)
 
@@ -227,7 +231,7 @@ def test_closing_does_not_wait_for_busy_workers(dies, pinned, shards, monkeypatc
 
 
 def children():
-    """Return the child processes of this process."""
+    """Return the processes of the data workers, the children of this one."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread may have ended meanwhile

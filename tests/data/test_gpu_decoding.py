@@ -31,16 +31,18 @@ def cropped(crops, files):
 
 
 def batch_of(files, size=96, **options):
+    """Return a batch of undecoded JPEG files, which the device will decode and crop."""
     crops = EncodedCrops(CroppedImages(size, **options))
     return crops.gathered(list(cropped(crops, files)), len(files))
 
 
 def usual(files, size=96, **options):
+    """Return the crops of the same files as Pillow decodes them on the host."""
     return torch.stack(list(cropped(CroppedImages(size, **options), files)))
 
 
 def kind_of(data):
-    """Return the kind of error of a file; None if it is sent to the device."""
+    """Return the shape of an image file that the host must decode; None if the device decodes it."""
     found = EncodedCrops(CroppedImages(16))(data)
     return None if isinstance(found, EncodedCrop) else tuple(found.shape)
 
@@ -103,7 +105,7 @@ def damaged(data, rng):
 
 
 def outcome(function, data):
-    """Return the result of a function, or the kind of its error."""
+    """Return the image that a decoder makes of a file, or the kind of its error."""
     try:
         return function(data), None
     except ImageError as error:
@@ -134,6 +136,7 @@ def refusing(*refused):
     from torchvision.io import decode_jpeg
 
     def decode(files, *arguments):
+        """Refuse some JPEG files, as nvJPEG does, and decode the others."""
         if any(bytes(file.numpy()) in refused for file in files):
             raise RuntimeError("nvjpegDecode failed: 5\nat some line")
         return decode_jpeg(files, *arguments)

@@ -17,6 +17,7 @@ from .conftest import opened
 
 
 def index_in_a_process(names):
+    """Return the number of samples of each shard by the cached index, from another process."""
     return [shard.count for shard in IndexCache().shards(names)]
 
 
@@ -74,6 +75,7 @@ def test_changes_during_a_run_are_named(tmp_path):
     good = path.read_bytes()
 
     def kind_after(change, *, is_open=False):
+        """Return the kind of error that a read reports after a shard has changed."""
         path.write_bytes(good)
         source = opened(path)
         if is_open:
@@ -96,6 +98,7 @@ def test_an_error_of_one_shard_does_not_end_a_run(code, tmp_path, monkeypatch):
     original = os.open
 
     def failing(name, *arguments, **options):
+        """Fail to open one of the shards."""
         if str(name) == path:
             raise OSError(code, os.strerror(code))
         return original(name, *arguments, **options)

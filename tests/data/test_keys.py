@@ -63,7 +63,7 @@ NOT_TAKEN = r"""
 
 
 def samples(text):
-    """Parametrise over the lines of a table."""
+    """Parametrise over the lines of a table: the files of a sample, the keys that are asked for, and the result."""
     rows = [line.split(" | ") for line in text.strip().splitlines()]
     return pytest.mark.parametrize(
         ("raw", "keys", "expected"),
@@ -161,6 +161,7 @@ def test_flags_reach_training_evaluation_and_the_index(capsys, tmp_path, monkeyp
     model = create_model("ViT-T-8-32")
 
     def first_batch(flags):
+        """Return the first training batch with the keys of samples that these flags name."""
         words = f"train --batch-size 8 --epochs 1 --workers 0 --train-data {flags}".split()
         given = vars(cli._parser("train").parse_args(words))
         config = TrainConfig(**{field.name: given[field.name] for field in fields(TrainConfig) if field.name in given})

@@ -12,6 +12,7 @@ SIZES = [[3], [1], [5, 0, 7], [17] * 20, np.random.default_rng(0).integers(0, 50
 
 
 def samples(stretch):
+    """Return source, pass and number of each sample in a stretch of the data order."""
     return list(zip(stretch.source.tolist(), stretch.data_pass.tolist(), stretch.sample.tolist(), strict=True))
 
 

@@ -36,21 +36,24 @@ def write_shards(folder, suffix):
 
 
 def numbers(captions):
-    """Return numeric captions as token ids, in place of a tokenizer."""
+    """Return numeric captions of shards as token ids, in place of a tokenizer."""
     return torch.tensor([[int(caption) + 1] for caption in captions])
 
 
 def batches(source, streams=1):
+    """Return the training batches of shards that are copied ahead."""
     order = Mix([Order(source.sizes, 3, window=2 * EACH, streams=streams)], [1], 3)
     return PairBatches([source], order, lambda _: torch.zeros(1, dtype=torch.uint8), numbers, BATCH)
 
 
 def check_every_pair_once(found):
+    """Check that the batches hold every pair of the copied shards once."""
     assert sorted(int(text) - 1 for batch in found for text in batch.texts) == list(range(SHARDS * EACH))
     assert not [skipped for batch in found for skipped in batch.skipped]
 
 
 def until(condition):
+    """Wait until the threads that copy shards ahead have brought about a condition."""
     end = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < end
@@ -58,10 +61,12 @@ def until(condition):
 
 
 def threads():
+    """Return the threads that copy shards ahead of training."""
     return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
 
 def copies(tmp_path):
+    """Return the copies of shards in the cache, which were made ahead."""
     return list((tmp_path / "cache" / "shards").glob("*.tar"))
 
 
@@ -71,6 +76,7 @@ def brought(monkeypatch):
     found, bring = [], IndexCache.bring
 
     def noted(index, name):
+        """Copy a shard ahead of its use, and record its name."""
         amount = bring(index, name)
         found.append(name)
         return amount

@@ -27,6 +27,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 
 def write_arrow(path, table, form="stream", rows=50):
+    """Write a table of pairs as an Arrow shard, and return its name."""
     with (pa.ipc.new_stream if form == "stream" else pa.ipc.new_file)(str(path), table.schema) as writer:
         writer.write_table(table, max_chunksize=rows)
     return str(path)
@@ -123,17 +124,19 @@ BATCH = re.compile(b"\xff\xff\xff\xff..\0\0", re.DOTALL)  # the beginning of a b
 
 
 def wild_offsets(data):
+    """Return an Arrow shard with an offset that points outside of its buffers."""
     at = data.index(np.cumsum([0, *(len(b"image %d" % n) for n in range(8))]).astype("<i4").tobytes())
     return data[: at + 12] + b"\xff\xff\xff\x7f" + data[at + 16 :]
 
 
 def zeroed_batch(data):
+    """Return an Arrow shard whose third record batch lacks its length."""
     at = [match.start() for match in BATCH.finditer(data)][2]
     return data[:at] + bytes(8) + data[at + 8 :]
 
 
 def short_footer(data):
-    """Remove one batch from the footer's list."""
+    """Return an Arrow shard whose footer lists one record batch too few."""
     first = [match.start() for match in BATCH.finditer(data)][1]
     at = data.index((5).to_bytes(4, "little") + first.to_bytes(8, "little"))
     return data[:at] + (4).to_bytes(4, "little") + data[at + 4 :]
@@ -182,6 +185,7 @@ def test_columns_that_cannot_be_used(table, message, tmp_path):
 def test_an_outage_is_not_taken_for_damage():
     class Failing(io.BytesIO):
         def read(self, *_):
+            """Fail like a server of shards that does not answer."""
             raise TimeoutError("the network is down")
 
     with pytest.raises(TimeoutError, match="the network is down"):

@@ -23,10 +23,12 @@ from .rows import write_parquet
 
 
 def texts(source):
+    """Return the captions of all samples of the copied shards."""
     return [source.read(number)["txt"] for number in range(len(source))]
 
 
 def copies(tmp_path):
+    """Return the copies of compressed or remote shards in the cache."""
     return list((tmp_path / "cache" / "shards").glob("*.tar"))
 
 
@@ -88,6 +90,7 @@ def copied(tmp_path, monkeypatch):
 
 def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, tmp_path, monkeypatch):
     def removed_and_open():
+        """Return how many removed copies of shards are still open."""
         return sum(file.endswith(".tar (deleted)") for file in open_files(tmp_path))
 
     monkeypatch.setattr("clipfast.data.source.IDLE", 6)
@@ -113,9 +116,11 @@ def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
     monkeypatch.delenv("CLIPFAST_CACHE_BYTES")
 
     def free():
+        """Return the free bytes of a small disk that holds the copies of shards."""
         return capacity - sum(path.stat().st_size for path in copies(tmp_path))
 
     def limited(*arguments):
+        """Copy a shard to a disk that may be full."""
         if free() < size:
             raise OSError(errno.ENOSPC, "No space left on device")
         copy(*arguments)
@@ -163,7 +168,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     """A web server of one file that cannot send parts: each GET returns the next version, bytes and ETag."""
 
     def do_HEAD(self):
-        """Answer HEAD, and send the headers of GET."""
+        """Answer HEAD for a remote shard, and send the headers of GET."""
         self.server.asked += 1
         self.server.is_answering.wait(20)
         if "/s." not in self.path:
@@ -177,13 +182,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
         return data
 
     def do_GET(self):
-        """Answer GET."""
+        """Answer GET for a remote shard, of which a later version may exist."""
         self.wfile.write(self.do_HEAD())
         if "/s." in self.path and len(self.server.versions) > 1:
             del self.server.versions[0]
 
     def log_message(self, *args):
-        pass
+        """Print nothing about the requests for shards."""
 
 
 @pytest.fixture

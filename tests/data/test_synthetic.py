@@ -60,6 +60,7 @@ TESTS = [held_out_scene(number, seed) for seed in (0, 7) for number in range(300
 
 
 def pictures(numbers, size, seed=0):
+    """Return the pictures of synthetic pairs with these numbers."""
     return drawings(SyntheticSource(1 << 20, seed).scenes(numbers), size).on(CPU)
 
 
@@ -138,6 +139,7 @@ def test_captions_say_what_can_be_seen():
         says, pixels = metadata(source.read(number, Keys(images=()))), image.permute(1, 2, 0).numpy().astype(int)
 
         def near(name, pixels=pixels):
+            """Return which pixels of a synthetic picture have the colour of this name."""
             return np.abs(pixels - np.array(PAINTS[name])).max(-1) <= 15
 
         inner = np.zeros((size, size), bool)
@@ -156,6 +158,7 @@ def test_captions_say_what_can_be_seen():
 
 
 def batches(sources, batch_size=16, **options):
+    """Return training batches of synthetic pairs."""
     mix = Mix([Order(source.sizes, 0, source=n) for n, source in enumerate(sources)], [1.0] * len(sources), 0)
     return SyntheticBatches(sources, mix, decode_image, Tokenizer(32), batch_size, image_size=24, **options)
 
@@ -236,11 +239,12 @@ def test_shapes_are_learned(tmp_path, one_thread):
 
 
 def combination(scene):
+    """Return the colours and shapes that occur in the scene of a synthetic pair."""
     return frozenset(thing.colour for thing in scene.things), frozenset(thing.shape for thing in scene.things)
 
 
 def is_true(text, scene):
-    """Return whether a caption describes a scene truthfully; None if the words are no caption."""
+    """Return whether a synthetic caption describes its scene truthfully; None if the words are no caption."""
     words = text.replace("left of", "left").replace("right of", "right").split()
     things = scene.things
     match words:

@@ -120,7 +120,7 @@ def test_extents_are_the_rows_of_pythons_csv(body, separator):
 
 
 def numbered(path, count, changes):
-    """Return a table of numbered rows, some of which are replaced by other text."""
+    """Open a CSV shard of numbered rows, some of which are replaced by other text."""
     rows = [changes.get(number, f"{number}.png,caption {number}") for number in range(count)]
     path.write_text("\n".join(["filepath,title", *rows]))
     source = opened(path)

@@ -38,10 +38,12 @@ def archive(names, form=tarfile.PAX_FORMAT, seed=0, **fields):
 
 
 def pairs(count=PAIRS, **options):
+    """Return a tar shard of numbered pairs."""
     return archive([f"d/{index:04}.{kind}" for index in range(count) for kind in ("jpg", "txt")], **options)
 
 
 def contents(data):
+    """Return the files of a tar shard as Python's own reader finds them."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return {info.name: tar.extractfile(info).read() for info in tar if info.isreg()}
 
@@ -54,6 +56,7 @@ def read(tmp_path):
     """A function that opens a shard with these bytes, and reads all its samples."""
 
     def open_and_read(data, suffix=""):
+        """Write a tar shard, open it, and read all its samples."""
         path = tmp_path / f"{next(numbers)}.tar{suffix}"
         path.write_bytes(data)
         source = opened(path)
@@ -93,6 +96,7 @@ def header(data, name):
 
 
 def flip_headers(data, rng):
+    """Return a tar shard with flipped bits in some headers."""
     broken = bytearray(data)
     for index in rng.sample(range(PAIRS), rng.randrange(1, 4)):
         broken[header(data, f"d/{index:04}.{rng.choice(['jpg', 'txt'])}") + rng.randrange(500)] ^= 1 << rng.randrange(7)
@@ -100,6 +104,7 @@ def flip_headers(data, rng):
 
 
 def flip_bits(data, rng):
+    """Return a tar shard with some flipped bits."""
     broken = bytearray(data)
     for _ in range(rng.randrange(1, 30)):
         broken[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -107,16 +112,19 @@ def flip_bits(data, rng):
 
 
 def overwrite(data, rng):
+    """Return a tar shard a part of which is overwritten with random bytes."""
     start, garbage = rng.randrange(len(data)), rng.randbytes(rng.randrange(1, 20000))
     return (data[:start] + garbage + data[start + len(garbage) :])[: len(data)]
 
 
 def insert(data, rng):
+    """Return a tar shard with random bytes between its own."""
     start = rng.randrange(len(data))
     return data[:start] + rng.randbytes(rng.randrange(1, 20000)) + data[start:]
 
 
 def repeat(data, rng):
+    """Return a tar shard of which a part occurs twice."""
     start = rng.randrange(len(data))
     return data[: start + rng.randrange(1, 20000)] + data[start:]
 
@@ -273,6 +281,7 @@ def test_a_file_that_is_cut_while_it_is_indexed(tmp_path, monkeypatch):
     read_header = tar.read_header
 
     def cutting(block):
+        """Cut the tar shard off while it is indexed."""
         os.truncate(path, 16 * original)
         return read_header(block)
 

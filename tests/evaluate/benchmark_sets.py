@@ -17,12 +17,12 @@ TEMPLATES = ("a photo of a {c}.", "{c}")
 
 
 def noisy(number: int, place: int = 0) -> bytes:
-    """Return an image of noise that is different for each number and split."""
+    """Return an image of noise for a labelled set, different for each number and split."""
     return picture(1000 * place + number)
 
 
 def write_set(folder: Path, *, classes=7, images=31, kind="classification", splits=("test",), shards=2, draw=noisy):
-    """Write a set in which image i has class i modulo their number, or captions that name i, or two classes."""
+    """Write a CLIP_benchmark set: image i has class i modulo their number, or captions that name i, or two classes."""
     folder.mkdir(parents=True)
     if kind != "retrieval":
         (folder / "classnames.txt").write_text("".join(f"thing {number}\n" for number in range(classes)))
@@ -40,6 +40,7 @@ def write_set(folder: Path, *, classes=7, images=31, kind="classification", spli
 
 
 def sample_of(number: int, classes: int, kind: str, image: bytes) -> dict[str, bytes]:
+    """Return the files of a sample of a CLIP_benchmark set."""
     if kind == "retrieval":
         texts = [f"{word} of thing {number}" for word in ("picture", "drawing", "photo")[: 1 + number % 3]]
         return {"webp": image, "txt": "\n".join(texts).encode()}
@@ -49,13 +50,14 @@ def sample_of(number: int, classes: int, kind: str, image: bytes) -> dict[str, b
 
 
 def row_of(members: set[int], classes: int) -> bytes:
+    """Return the labels of an image of a multi-label set, as CLIP_benchmark stores them."""
     stream = io.BytesIO()
     np.save(stream, np.isin(np.arange(classes), list(members)).astype(np.float32))
     return stream.getvalue()
 
 
 def coded(number: int, place: int = 0) -> bytes:
-    """Return an image whose colour encodes its number; ``place``, the position of the split, changes it."""
+    """Return an image of a labelled set whose colour encodes number and ``place``, the position of the split."""
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), (number, place, 7)).save(stream, "WEBP", lossless=True)
     return stream.getvalue()
@@ -69,36 +71,41 @@ class Model(torch.nn.Module):
         self.of_image, self.of_text = of_image, of_text
 
     def encode_image(self, pixels, normalize=False):
+        """Return the features of images that a model of known accuracy gives."""
         return self._features([self.of_image(image) for image in pixels[:, :, 0, 0].tolist()])
 
     def encode_text(self, ids, normalize=False):
+        """Return the features of texts that a model of known accuracy gives."""
         return self._features([self.of_text(row) for row in ids.tolist()])
 
     def _features(self, found):
+        """Stack the features of an evaluated model, and scale them to unit length."""
         return torch.nn.functional.normalize(torch.stack(found), dim=-1)
 
 
 def numbers_in(texts):
-    """A tokenizer: the last number in a text, and two numbers that tell texts apart."""
+    """Return a class name's or a caption's last number, and two numbers that tell texts apart, as token ids."""
     rows = [[int(([*re.findall(r"\d+", text)] or ["0"])[-1]), len(text), sum(text.encode())] for text in texts]
     return torch.tensor(rows)
 
 
 def pixels_of(image):
+    """Return the pixels of an image of a labelled set, as the transform of a model does."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
 def perfect(members, width=64):
-    """Return a model that knows the classes of each number and reads the number in each text."""
+    """Return an encoder to evaluate that knows the classes of each image and reads the number in each text."""
     hot = torch.eye(width)
     model = Model(lambda image: hot[sorted(members(int(image[0])))].sum(0), lambda row: hot[row[0]])
     return Encoder("perfect", model, numbers_in, pixels_of)
 
 
 def clueless(seed, width=16):
-    """Return a model whose features are independent of its input."""
+    """Return an encoder to evaluate whose features are random, so that its accuracy is chance."""
 
     def drawn(value):
+        """Return random features of an encoder without knowledge, the same for equal inputs."""
         digest = hashlib.sha256(repr((seed, value)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return torch.randn(width, generator=generator)

@@ -8,5 +8,5 @@ from .eval_commands import save_model
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The command-line arguments that name a small model."""
+    """The arguments of ``clipfast eval`` that name a small model."""
     return save_model(tmp_path_factory.mktemp("model") / "w.pt")

@@ -24,7 +24,7 @@ processes.PRELOAD.append("clipfast.evaluate.encoder")
 
 
 def save_model(path: Path, seed: int = 0) -> list[str]:
-    """Write the weights of a small model, and return the command-line arguments that name it."""
+    """Write the weights of a small model, and return the arguments of ``clipfast eval`` that name it."""
     torch.manual_seed(seed)
     torch.save(create_model("ViT-T-8-32").state_dict(), path)
     return ["--model", "ViT-T-8-32", "--pretrained", str(path)]
@@ -43,19 +43,19 @@ def evaluated(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
 
 
 def split(words: str, **folders: object) -> list[str]:
-    """Split a command as a shell does, with the paths of folders filled in."""
+    """Split the words of a ``clipfast eval`` command, with the paths of folders filled in."""
     return shlex.split(words.format(**folders))
 
 
 def wrong_inputs(cases: dict[str, str]) -> pytest.MarkDecorator:
-    """Parametrise a test over the last words of a command and the message that refuses it."""
+    """Parametrise over the last words of a ``clipfast eval`` command and the message that refuses it."""
     return pytest.mark.parametrize(("words", "message"), cases.items())
 
 
 def check_refused(
     capsys: pytest.CaptureFixture[str], folder: Path, message: str, *given: object, words: str = "", **folders: object
 ) -> None:
-    """Check that a command ends with exit code 2 and one line with the message, and writes nothing into the folder.
+    """Check that ``clipfast eval`` ends with exit code 2 and one line with the message, and writes nothing.
 
     ``words`` are the last words of the command; ``folders`` are filled into the words and into the message.
     """
@@ -70,7 +70,7 @@ def check_refused(
 
 
 def check_page(page: str, count: int, *sizes: int) -> None:
-    """Check that an HTML page loads nothing and runs no script, and shows a number of square images of some sizes."""
+    """Check that the page of an evaluation loads nothing and runs no script, and shows square images of these sizes."""
     assert not re.search(r"<script|https?://|<link|<iframe", page)
     assert "default-src 'none'" in page
     sources = re.findall(r'<img src="data:image/jpeg;base64,(.*?)"', page)
@@ -80,7 +80,7 @@ def check_page(page: str, count: int, *sizes: int) -> None:
 
 
 def as_rank(rank: int, size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Run commands as one process of torchrun; return exit code and stdout of each, and stderr of those that fail."""
+    """Run ``clipfast eval`` as one process of torchrun; return each exit code, its stdout, and stderr if it fails."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(dict(zip(names, map(str, (rank, rank, size, size)), strict=True)))
     found = []
@@ -92,7 +92,7 @@ def as_rank(rank: int, size: int, commands: list[list[str]]) -> list[tuple[int, 
 
 
 def check_ranks(capsys: pytest.CaptureFixture[str], folder: Path, commands: list[list[object]], run=as_rank) -> None:
-    """Check that the first of three ranks prints the output of a single process, and that the others print nothing."""
+    """Check that only the first of three ranks prints the evaluation, as a single process prints it."""
     commands = [["eval", *map(str, words), "--device", "cpu"] for words in commands]
     alone = [(0, printed(capsys, *words[1:])[0], "") for words in commands]
     assert run_ranks(run, 3, 3, commands, folder=folder, timeout=300) == [alone, *[[(0, "", "")] * len(commands)] * 2]

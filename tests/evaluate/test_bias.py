@@ -28,6 +28,7 @@ from .eval_commands import check_refused, printed, split, wrong_inputs
 
 
 def grouping(members, names=("a", "b", "c"), min_count=1):
+    """Return a grouping of people by race, whose bias is measured."""
     return Grouping("race", list(names), torch.tensor(members), min_count)
 
 
@@ -99,17 +100,21 @@ class ColourEncoder(Encoder):
     """A model that sees only the brightness of an image, 10 for the first of the names, 20 for the next, and so on."""
 
     def images(self, pixels):
+        """Return image features by which a bias test knows each picture's class."""
         return F.one_hot(pixels[:, 0, 0, 0].long() // 10 - 1, len(NAMES)).float()
 
     def texts(self, texts, store=None, world=None):
+        """Return text features of the class names and labels of a bias test."""
         return F.one_hot(torch.tensor([NAMES.index(text) for text in texts], dtype=torch.long), len(NAMES)).float()
 
 
 def brightness(image):
+    """Return the brightness of a picture, which encodes its class in the bias tests."""
     return torch.full((3, 1, 1), image.getpixel((0, 0))[0], dtype=torch.uint8)
 
 
 def shown(name):
+    """Return a picture whose brightness encodes a class of the bias tests."""
     stream = io.BytesIO()
     Image.new("RGB", (4, 4), (10 * NAMES.index(name) + 10,) * 3).save(stream, "PNG")
     return stream.getvalue()
@@ -126,6 +131,7 @@ def write_people(path, people):
 
 @pytest.fixture
 def colours(monkeypatch):
+    """Let ``clipfast eval bias`` load a model that classifies by brightness; return its arguments."""
     model = SimpleNamespace(logit_scale=torch.tensor(100.0).log())
     encoder = ColourEncoder("colours", model, None, brightness)
     monkeypatch.setattr(Encoder, "load", lambda *args, **options: encoder)
@@ -143,6 +149,7 @@ def planted(shares, count=100):
 
 
 def counts(found):
+    """Return the number of people in each group of the bias results."""
     return {name: row["count"] for name, row in found["groups"].items()}
 
 

@@ -18,6 +18,7 @@ NUMBERS = [str(number) for number in range(1000)]
 
 
 def images_of(labels, features):
+    """Return features with labels, to be judged over a subset of the classes."""
     return LabelledFeatures(features, list(labels), [(label,) for label in labels], [""] * len(labels))
 
 
@@ -72,6 +73,7 @@ def test_both_sets_are_judged_over_the_shared_classes_only():
     meaning = {number: label for label, numbers in found.items() for number in numbers}
 
     def restated(features, labels):
+        """Return which images are classified rightly over the shared classes, by a plain loop."""
         scores = (features @ weights).tolist()
         best = [meaning[max(shared, key=row.__getitem__)] for row in scores]
         return [one == label for one, label in zip(best, labels, strict=True) if label in meaning.values()]
@@ -104,6 +106,7 @@ def test_class_maps(tmp_path):
 
 
 def picture_in(folder, size=(6, 5)):
+    """Write a picture of a shifted set into a folder."""
     folder.mkdir(parents=True)
     Image.new("RGB", size, "red").save(folder / "x.png")
 

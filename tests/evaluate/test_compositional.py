@@ -20,7 +20,7 @@ HOSTILE = "<script>alert('x')</script>&"
 
 
 def solid(*colours, size=16):
-    """A picture of stripes of colours, as bytes of a PNG file."""
+    """Return a PNG file with stripes of colours, as an image of a compositional case."""
     image = Image.new("RGB", (size * len(colours), size))
     for place, colour in enumerate(colours):
         image.paste(COLOURS[colour], (place * size, 0, (place + 1) * size, size))
@@ -33,30 +33,35 @@ class Seeing(Encoder):
     """A model that knows colours: a caption is like an image if the last colour that it names is the image's mean."""
 
     def images(self, pixels):
+        """Return image features by the mean colour, by which a model judges compositional cases."""
         return F.normalize(pixels.float().mean((2, 3)) - 127, dim=-1)
 
     def texts(self, texts, store=None, world=None):
+        """Return text features by the last colour that a compositional caption names."""
         last = [[(9, 90, 30), *(COLOURS[word] for word in text.split() if word in COLOURS)][-1] for text in texts]
         return F.normalize(torch.tensor(last).float() - 127, dim=-1)
 
 
 @pytest.fixture
 def seeing(monkeypatch):
+    """Let ``clipfast eval compositional`` load a model that sees colours."""
     encoder = Seeing("seeing", torch.nn.Identity(), None, make_transform(8, uint8=True))
     monkeypatch.setattr(Encoder, "load", lambda *args, **options: encoder)
 
 
 def evaluate(capsys, data, *more):
+    """Run ``clipfast eval compositional``, and return its results and its stderr."""
     out, err = printed(capsys, "compositional", "--model", "seeing", "--data", data, *more)
     return json.loads(out), err
 
 
 def accuracies(found, group):
-    """The accuracy in each part of a division."""
+    """Return the compositional accuracy in each part of a division."""
     return {name: part["metrics"]["acc"] for name, part in found["groups"][group].items()}
 
 
 def counted(found):
+    """Return the format and the numbers of cases and images in compositional results."""
     return found["format"], found["cases"], found["left_out_cases"], found["skipped_images"]
 
 
@@ -130,6 +135,7 @@ KINDS = ("text_acc", "image_acc", "acc")
 
 
 def check_winoground(found):
+    """Check the compositional results on the examples in Winoground's format."""
     parts = found["groups"]["collapsed_tag"]
     assert {name: part["metrics"] for name, part in parts.items()} == {
         "Object": dict.fromkeys(KINDS, 1.0), "Relation": dict.fromkeys(KINDS, 0.0)

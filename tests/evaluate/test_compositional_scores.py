@@ -19,6 +19,7 @@ from clipfast.evaluate.pages import chosen
 
 
 def scored(cases, features, captions):
+    """Judge compositional cases by random features of images and captions."""
     texts = {text: row for row, text in enumerate(dict.fromkeys(text for case in cases for text in case.captions))}
     rows = {image: image for case in cases for image in case.images}
     return judge(cases, features, rows, texts, captions[: len(texts)])
@@ -32,6 +33,7 @@ def drawn(count, captions):
 
 
 def unit(*size):
+    """Return random features of unit length for compositional scores."""
     return F.normalize(torch.randn(*size), dim=-1)
 
 

@@ -22,7 +22,7 @@ class Harmful:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Good data and models, and all kinds of bad ones."""
+    """Good data and models for ``clipfast eval``, and all kinds of bad ones."""
     folder = tmp_path_factory.mktemp("wrong")
     torch.manual_seed(0)
     weights = create_model("ViT-T-8-32").state_dict()

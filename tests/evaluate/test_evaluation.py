@@ -28,6 +28,7 @@ from ..small_runs import picture, sample, write_shard
 
 @pytest.fixture(scope="module")
 def model():
+    """Return the small model whose zero-shot accuracy and retrieval are computed."""
     torch.manual_seed(0)
     return create_model("ViT-T-8-32").eval()
 
@@ -61,7 +62,7 @@ TEMPLATES = ("a photo of a {}.", "{}", "art of the {}.")
 
 
 def number_of(value):
-    """Replace ``float`` in OpenCLIP: arrays with one element are accepted, which newer NumPy refuses."""
+    """Replace ``float`` in OpenCLIP's evaluation: it accepts arrays with one element, which newer NumPy refuses."""
     return float(getattr(value, "item", lambda: value)())
 
 
@@ -132,7 +133,7 @@ def test_classes_are_in_order():
 
 
 def write_folder(folder, **classes):
-    """A folder for each class with the pictures of some seeds."""
+    """Write a labelled set: a folder for each class with the pictures of some seeds."""
     for name, seeds in classes.items():
         (folder / name).mkdir()
         for index, seed in enumerate(seeds):

@@ -24,7 +24,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) fo
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the model and the data that the page names."""
+    """A folder with the model and the data that the page on evaluation names."""
     folder = tmp_path_factory.mktemp("docs")
     torch.manual_seed(0)
     for name in ("demo", "second"):

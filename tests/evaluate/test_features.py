@@ -27,6 +27,7 @@ processes.PRELOAD.append("clipfast.evaluate.encoder")
 
 
 def encoder_of(seed=0):
+    """Return an encoder with random weights, whose features the evaluation stores."""
     torch.manual_seed(seed)
     model = create_model("ViT-T-8-32").eval()
     return Encoder("ViT-T-8-32", model, get_tokenizer("ViT-T-8-32"), transform_of(model, uint8=True))
@@ -99,6 +100,7 @@ def test_a_run_that_was_killed_goes_on(data, tmp_path, monkeypatch):
     calls, original = [], Encoder.images
 
     def counted(self, pixels):
+        """Count the image features that are computed, and stop the evaluation at the fourth batch."""
         calls.append(len(pixels))
         if len(calls) == 4:
             raise KeyboardInterrupt

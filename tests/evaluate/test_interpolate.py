@@ -27,7 +27,7 @@ PREPROCESSING = {"mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bicubic"
 
 
 def saved(path, config, seed, preprocessing=PREPROCESSING, dtype=torch.float32):
-    """A checkpoint of this package with random weights."""
+    """Write a checkpoint with random weights, one of the two to interpolate."""
     torch.manual_seed(seed)
     model = build(config).to(dtype)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def saved(path, config, seed, preprocessing=PREPROCESSING, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two checkpoints, and two sets of images."""
+    """The two checkpoints to interpolate, and two sets of images."""
     folder = tmp_path_factory.mktemp("checkpoints")
     config = read_model_config(TINY)
     saved(folder / "a.pt", config, 1)
@@ -74,6 +74,7 @@ def interpolate(folder, capsys):
     """A function that mixes the two checkpoints by the command, and returns what it prints."""
 
     def run(words, code=0, **folders):
+        """Run ``clipfast interpolate`` on the two checkpoints, and return what it prints."""
         given = split(words, at=folder, **folders)
         found, out, error = run_command(capsys, "interpolate", folder / "a.pt", folder / "b.pt", *given)
         assert found == code, error

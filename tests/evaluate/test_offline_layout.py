@@ -76,6 +76,7 @@ def test_what_is_wrong_with_a_set_is_said_and_others_are_found(name, tmp_path):
 
 
 def pickled():
+    """Return labels of a CLIP_benchmark set as a pickle, which must not be loaded."""
     stream = io.BytesIO()
     np.save(stream, np.array([{"a": 1}, 2], dtype=object), allow_pickle=True)
     return stream.getvalue()

@@ -22,6 +22,7 @@ from .eval_commands import check_page, check_ranks, check_refused, evaluated, pr
 
 
 def some_features(features, digests):
+    """Return features of a test or training set with digests of the pixels, for the test of overlap."""
     count = len(features)
     found = LabelledFeatures(features, ["a"] * count, [("a",)] * count, [""] * count)
     found.digests = [str(digest).encode() for digest in digests]
@@ -63,12 +64,13 @@ def test_accuracy_with_and_without_near_duplicates():
 
 
 def drawing(seed, size=48):
-    """Return a picture of blurred spots; only pictures of the same number look alike."""
+    """Return a picture of blurred spots for the test of overlap; only pictures of the same number look alike."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def png(image):
+    """Return a picture of the overlap tests as a PNG file."""
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
@@ -104,6 +106,7 @@ MODEL = "--model ViT-T-8-32 --pretrained {sets}/w.pt --data {sets}/test.tar "
 
 
 def command(sets, words, **folders):
+    """Return the arguments of ``clipfast eval overlap`` for the test sets."""
     return split("overlap " + MODEL + "--train-data {sets}/train.tar " + words, sets=sets, **folders)
 
 

@@ -32,6 +32,7 @@ def drawn(count, width, classes, *, signal=0.7, seed=0, missing=None):
     centres = torch.randn(classes, width, generator=generator)
 
     def some(number):
+        """Draw features with class numbers, on which a linear probe is trained or judged."""
         labels = torch.cat([torch.arange(classes), torch.randint(classes, (number - classes,), generator=generator)])
         x = signal * centres[labels] + 2 * torch.randn(number, width, generator=generator) + 3
         return Samples(torch.nn.functional.normalize(x, dim=1), labels)
@@ -164,6 +165,7 @@ GIVEN = (
 
 
 def command(folder, words, *more):
+    """Return the arguments of ``clipfast eval probe`` for the sets in a folder."""
     return [*words_of(GIVEN + words, at=folder), *more]
 
 

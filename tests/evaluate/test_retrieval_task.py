@@ -13,7 +13,7 @@ from .eval_commands import check_ranks, check_refused, evaluated, printed, split
 
 
 def restated(scores, owner, k):
-    """Recall of images by caption and of captions by image: one of the best k of the whole matrix [N, M] is right."""
+    """Return retrieval recall in both directions from the whole matrix [N, M], by its definition."""
     by_caption = [own in row for own, row in zip(owner.tolist(), scores.topk(k, 1).indices.tolist(), strict=True)]
     best = scores.T.topk(k, 1).indices
     by_image = [(owner[row] == image).any().item() for image, row in enumerate(best)]
@@ -21,6 +21,7 @@ def restated(scores, owner, k):
 
 
 def draw(images, most, noise=0.5, width=12):
+    """Draw features of images and of their captions, to compute retrieval recall."""
     counts = torch.randint(1, most + 1, (images,))
     owner = torch.repeat_interleave(torch.arange(images), counts)
     owner = owner[torch.randperm(len(owner))]  # the captions of an image need not be neighbours
@@ -29,6 +30,7 @@ def draw(images, most, noise=0.5, width=12):
 
 
 def recalls(features, texts, owner, k):
+    """Return retrieval recall in both directions from the ranks."""
     by_image, by_caption = caption_ranks(features, texts, owner)
     return (by_caption < k).double().mean().item(), (by_image < k).double().mean().item()
 
@@ -49,14 +51,14 @@ def test_a_tie_counts_as_wrong():
 
 
 def several(index):
-    """A sample with one to four captions."""
+    """Return a sample of a retrieval set with one to four captions."""
     texts = [f"caption {number} of {index}" for number in range(1 + index % 4)]
     return {"png": picture(index), "json": json.dumps({"caption": texts}).encode()}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """40 images with several captions each, of which the last is broken; two images and two captions are the same."""
+    """40 images of a retrieval set with several captions each; the last is broken, two images are equal."""
     folder = tmp_path_factory.mktemp("data")
     again = {"png": picture(0), "json": json.dumps({"caption": ["caption 0 of 1"]}).encode()}
     return write_shard(folder / "a.tar", [*map(several, range(40)), again, sample(0, png=b"broken")])

@@ -30,12 +30,15 @@ class ByColour(Encoder):
 
     @classmethod
     def load(cls, name, pretrained=None, **_):
+        """Return the robustness tests' model of this name, in place of an encoder."""
         return cls(name, None, None, mean_colour, "cpu", pretrained)
 
     def about(self):
+        """Return what identifies the model of the robustness tests in a feature store."""
         return {"model": self.name, "pretrained": self.pretrained}
 
     def images(self, pixels):
+        """Return image features by which a robustness test's model finds the class, with the errors of its name."""
         found = pixels.flatten(1).float()
         near = torch.cdist(found, torch.tensor([COLOURS[name] for name in NAMES]).float()).argmin(1)
         if self.name != "perfect":
@@ -46,20 +49,23 @@ class ByColour(Encoder):
         return F.one_hot(near, len(NAMES)).float()
 
     def texts(self, texts, store=None, world=None):
+        """Return text features of the class names of a robustness test."""
         return F.one_hot(torch.tensor([NAMES.index(text) for text in texts], dtype=torch.long), len(NAMES)).float()
 
 
 def mean_colour(image):
+    """Return the mean colour of a picture, which encodes its class in the robustness tests."""
     return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)).round())[:, None, None]
 
 
 @pytest.fixture(autouse=True)
 def by_colour(monkeypatch):
+    """Let ``clipfast eval robustness`` load models that classify by colour."""
     monkeypatch.setattr("clipfast.evaluate.encoder.Encoder", ByColour)
 
 
 def write_classes(folder, classes, count, seed):
-    """A folder of classes with images near the colour of each; ``classes`` maps folders to colours."""
+    """Write a base or shifted set whose images are near the colour of their class, given by folder."""
     rng = np.random.default_rng(seed)
     for name, colour in classes.items():
         (folder / name).mkdir(parents=True)
@@ -91,6 +97,7 @@ NATURAL = SOME + "--shift all={data}/all --shift mixed={data}/mixed --class-map 
 
 
 def command(data, words, *more, model="perfect"):
+    """Return the arguments of ``clipfast eval robustness`` for the base and shifted sets."""
     start = ["robustness", "--model", *model.split(), "--data", data / "base", "--device", "cpu"]
     return [*start, *split(words, data=data), *more]
 
@@ -171,6 +178,7 @@ def test_outputs(data, capsys, tmp_path):
 
 
 def as_rank(rank, size, commands):
+    """Run ``clipfast eval robustness`` as one process of torchrun, with models that classify by colour."""
     from clipfast.evaluate import encoder
 
     encoder.Encoder = ByColour

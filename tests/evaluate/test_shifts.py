@@ -20,7 +20,7 @@ from ..small_runs import sample, write_shard
 
 
 def scene(size, seed=0):
-    """Smooth coloured blobs on white, drawn alike at every size."""
+    """Draw smooth coloured blobs on white, alike at every size, to which a synthetic shift is applied."""
     width, height = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     x, y = (x + 0.5) / width, (y + 0.5) / height
@@ -34,7 +34,7 @@ def scene(size, seed=0):
 
 
 def distance(first, second):
-    """Root mean square of the difference, where white is 1."""
+    """Return the root mean square of the change by a synthetic shift, where white is 1."""
     return np.sqrt(np.mean((np.asarray(first, float) - np.asarray(second, float)) ** 2)) / 255
 
 

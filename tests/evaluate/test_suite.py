@@ -32,7 +32,7 @@ CLASSES = 7
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """One set of each kind, and one that is not whole."""
+    """A CLIP_benchmark set of each kind for a suite, and one that is not whole."""
     root = tmp_path_factory.mktemp("root")
     write_set(root / "wds_vtab-cifar10", classes=CLASSES, splits=("test", "train", "val"), draw=coded)
     write_set(root / "wds_flickr8k", kind="retrieval", images=17, draw=coded)
@@ -43,22 +43,24 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The command-line arguments that name two models."""
+    """The arguments that name the two models of a suite."""
     folder = tmp_path_factory.mktemp("models")
     return [",".join(save_model(folder / f"{seed}.pt", seed)[1::2]) for seed in (0, 1)]
 
 
 def arguments(root, models, output, *more):
+    """Return the arguments of ``clipfast eval suite`` for these models."""
     flags = ["--probe", "--solver", "torch", "--batch-size", 8]
     return ["eval", "suite", "--root", root, "--model", *models, "--output", output, *flags, *more]
 
 
 def contents(folder):
+    """Return the results of a suite's sets that are in a folder, by file name."""
     return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def figures(root, encoders, **settings):
-    """All figures of the sets, by set, task and model."""
+    """Return all figures of a suite, by set, task and model."""
     given = Settings(probe=True, **settings)
     found = {}
     for one in find_sets(root, ["vtab/cifar10", "flickr8k", "voc2007_multilabel"]).sets:
@@ -133,7 +135,7 @@ def test_the_command_writes_what_clip_benchmark_would(root, models, tmp_path, ca
 
 
 def check_page(page, summary):
-    """Check that a page loads nothing, runs one script, which its policy allows by hash, and shows every metric."""
+    """Check that a suite's page loads nothing, runs only the script that its policy allows, and shows every metric."""
     assert not re.search(r"https?://|<link|<iframe", page)
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     assert script == SORT
@@ -189,7 +191,7 @@ def test_what_is_done_is_not_done_again(root, models, tmp_path, capsys, monkeypa
 
 
 def changed(root, models, output, capsys, *more):
-    """The results that a run writes anew; at least one."""
+    """Return the results that another run of a suite writes anew; at least one."""
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     run_command(capsys, *arguments(root, models, output, *more))
     names = {path.name for path in output.iterdir() if before.get(path) != path.stat().st_mtime_ns}
@@ -206,6 +208,7 @@ def test_one_set_or_model_that_fails_does_not_stop_the_others(root, models, tmp_
     original = Encoder.images
 
     def broken(self, pixels):
+        """Return features that are not finite for the second model of a suite."""
         return original(self, pixels) * (math.nan if self.pretrained.endswith("1.pt") else 1)
 
     monkeypatch.setattr(Encoder, "images", broken)

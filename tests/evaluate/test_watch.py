@@ -26,22 +26,24 @@ from .eval_commands import check_refused, evaluated, printed, wrong_inputs
 
 @pytest.fixture(scope="module")
 def whole(shards, tmp_path_factory):
-    """The folder of a run with an average of its weights, two evaluations, and a checkpoint for each."""
+    """The folder of a watched run, with an average of its weights, two evaluations, and a checkpoint for each."""
     given = config(shards, tmp_path_factory.mktemp("whole"), val_data=shards, save_frequency=1, ema_decay=0.5)
     return train(given)[0].path
 
 
 @pytest.fixture
 def run(whole, tmp_path):
-    """A copy of it, with the times of its files."""
+    """A copy of the watched run, with the times of its files."""
     return RunFolder(shutil.copytree(whole, tmp_path / "run"))
 
 
 def lines_of(folder: RunFolder):
+    """Return the lines of results that a watch has written."""
     return read_lines(folder.path / watch.NAME)
 
 
 def watching(folder, shards, **options):
+    """Return a watch that evaluates the checkpoints of a run."""
     return Watch(folder.path, Evaluator(LabelledSet(shards)), {"data": shards}, **options)
 
 
@@ -57,7 +59,7 @@ def just_before_a_read(event):
 
 
 def keep_some(run):
-    """Leave one name for each checkpoint."""
+    """Leave one name for each checkpoint of the watched run."""
     for path in run.checkpoints.glob("*_[28].pt"):
         path.unlink()
 
@@ -104,6 +106,7 @@ def test_a_checkpoint_that_vanishes_is_skipped_and_a_damaged_one_is_told(run, sh
     (run.checkpoints / "epoch_5.pt").write_bytes(content[: len(content) // 2])
 
     def vanish(path):
+        """Remove checkpoints of the run that is watched, just before they are read."""
         if path.name == "epoch_1.pt":
             path.unlink()
             (run.checkpoints / "step_4.pt").unlink()
@@ -124,6 +127,7 @@ def test_a_file_is_found_by_another_name_when_its_first_is_removed_or_moves_on(r
         path.hardlink_to(run.checkpoints / "epoch_1.pt")
 
     def go_on(_):
+        """Move the newest checkpoint of the run that is watched, as training does."""
         if last.exists():  # training has gone on meanwhile
             last.replace(run.latest)
             (run.checkpoints / "step_4.pt").unlink()
@@ -134,7 +138,7 @@ def test_a_file_is_found_by_another_name_when_its_first_is_removed_or_moves_on(r
 
 
 def in_parts(run):
-    """Put folders, as ``--fsdp-checkpoint sharded`` writes them, in the place of the files of a run."""
+    """Replace the checkpoint files of the watched run by folders, as ``--fsdp-checkpoint sharded`` writes them."""
     for step, path in ((4, run.checkpoints / "epoch_1.pt"), (8, run.latest)):
         write_parts(run.checkpoints / f"step_{step}", read_saved(path), ALONE)
     for path in run.checkpoints.glob("*.pt"):
@@ -164,6 +168,7 @@ def test_a_run_that_is_not_finished_is_waited_for(run, shards):
     waits = []
 
     def come(seconds):
+        """Let a checkpoint of the watched run arrive after some waits."""
         waits.append(seconds)
         if len(waits) == 2:
             aside.rename(latest)
@@ -235,6 +240,7 @@ def test_data_that_changed_under_the_same_path_is_evaluated_anew(task, run, shar
         given = ["--data", shard, "--templates", prompts]
 
     def steps():
+        """Return the steps that a watch by ``clipfast eval`` prints as evaluated."""
         return re.findall("step [0-9]+", printed(capsys, task, "--watch", run.path, *given)[0])
 
     assert (steps(), steps()) == (["step 4", "step 8"], [])

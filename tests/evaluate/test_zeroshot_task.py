@@ -18,13 +18,14 @@ NAMES = ("acc1", "acc5", "mean_per_class_recall")
 
 
 def restated(scores, classes):
-    """The figures by their definitions, from the whole matrix of scores [N, C]."""
+    """Return zero-shot accuracy and recall by their definitions, from the whole matrix of scores [N, C]."""
     hits = [(scores.topk(k).indices == classes[:, None]).any(1).double() for k in (1, 5)]
     recall = torch.stack([hits[0][classes == c].mean() for c in classes.unique()])
     return [found.mean().item() for found in (*hits, recall)]
 
 
 def draw(images=500, classes=23, width=8):
+    """Draw image features, labels and a zero-shot classifier."""
     labels = torch.randint(classes - 1, (images,))  # the last class has no images
     weights = F.normalize(torch.randn(width, classes), dim=0)
     features = F.normalize(weights.T[labels] + torch.randn(images, width), dim=-1)

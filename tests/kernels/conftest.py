@@ -56,7 +56,7 @@ each_gradient = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
 def runs_here(item: pytest.Item) -> bool:
-    """Return whether a test runs on the leg of this process."""
+    """Return whether a test of the kernels runs on the leg of this process: CPU, interpreter or GPU."""
     if not item.path.is_relative_to(Path(__file__).parent):
         return True
     asked = next((legs for name, legs in LEGS.items() if name in item.fixturenames), ("cpu",))
@@ -64,7 +64,7 @@ def runs_here(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that run on other legs than this process."""
+    """Deselect the tests of the kernels that run on other legs (CPU, interpreter, GPU) than this process."""
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
     items[:] = filter(runs_here, items)
 
@@ -152,7 +152,7 @@ def own_plans() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute the losses of small batches in blocks on a CPU too; ``TestWhole`` checks the path for small batches."""
+    """Let the CPU path of the contrastive loss compute small batches in blocks; ``TestWhole`` checks their own path."""
     monkeypatch.setattr(small_batch, "MOST_LOGITS", 0)
 
 
@@ -162,9 +162,11 @@ def moved(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[in
     sizes: list[int] = []
 
     def counting(name: str, mask_at: int) -> None:
+        """Count the bytes that one of the interpreter's loads and stores moves for a kernel."""
         original = getattr(InterpreterBuilder, name)
 
         def run(self: Any, ptrs: Any, *args: Any) -> Any:
+            """Record the bytes of a load or a store of an interpreted kernel, and carry it out."""
             sizes.append(int(args[mask_at].data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8)
             return original(self, ptrs, *args)
 

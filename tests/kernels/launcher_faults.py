@@ -31,6 +31,7 @@ def fault(message):
     """Register a planted fault under the name of its function; the error must contain ``message``."""
 
     def register(function):
+        """Add a planted fault of a kernel launch to the table."""
         FAULTS[function.__name__] = message, function
         return function
 
@@ -39,6 +40,7 @@ def fault(message):
 
 @triton.jit
 def _copy_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    """Copy a vector: the kernel whose launches get planted faults."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < N), mask=offs < N)
 
@@ -95,12 +97,14 @@ def packed(**changed):
 
 @fault("256 threads per block, 128 allowed")
 def threads_over_the_kernels():
+    """Launch a kernel with more threads than it was compiled for."""
     with packed(warps=8):
         compiled_copy()
 
 
 @fault("60000 bytes of shared memory, 49152 allowed")
 def shared_memory_without_the_attribute():
+    """Launch a kernel with more shared memory than it may have without an attribute."""
     with packed(shared=60000):
         compiled_copy()
 
@@ -115,6 +119,7 @@ def shared_memory_over_the_limit():
 
 @fault("cannot be accessed from Triton (cpu tensor?)")
 def pointer_of_a_cpu_tensor():
+    """Launch a kernel with a pointer to a CPU tensor."""
     x, y = torch.zeros(1000), torch.zeros(1000)
     with mock.patch.object(type(STUB), "own"):
         STUB.library.stub_disown_all()
@@ -124,9 +129,11 @@ def pointer_of_a_cpu_tensor():
 
 @fault("x_ptr reached the driver as")
 def arguments_in_another_order():
+    """Launch a kernel with two of its arguments exchanged."""
     call = CudaLauncher.__call__
 
     def swapped(self, *args):
+        """Launch a kernel with two pointers exchanged."""
         call(self, *args[:9], args[10], args[9], *args[11:])
 
     with mock.patch.object(CudaLauncher, "__call__", swapped):
@@ -135,6 +142,7 @@ def arguments_in_another_order():
 
 @fault("compiled for multiples of 16")
 def compiled_for_more_alignment():
+    """Launch a kernel that was compiled for addresses with more alignment."""
     aligned, _ = compiled_copy()
     x = torch.zeros(1001)[1:]
     cache = _copy_kernel.device_caches[0][0]
@@ -155,6 +163,7 @@ def plan_with_addresses_in_another_order():
     bind = launch._bind
 
     def swapped(tensors):
+        """Return the addresses of a kernel's tensors in reverse order."""
         key, addresses = bind(tensors)
         return key, addresses[::-1]
 
@@ -179,7 +188,7 @@ def an_op():
 
 
 def on_the_other_device(run):
-    """Call ``run`` with tensors of device 1 while device 0 is current."""
+    """Call the launches of ``run`` with tensors of device 1 while device 0 is current."""
     with on_device(STUB, 1, current=0), watched(STUB, 1, emptied=True):
         run()
 
@@ -227,7 +236,7 @@ def kernel_loaded_in_capture():
 
 
 def raised_by(plant, context):
-    """Return the text of the error that ``plant`` raises in ``context``, or an empty text."""
+    """Return the text of the error that a planted fault of a kernel launch raises, or an empty text."""
     try:
         with context:
             plant()
@@ -237,7 +246,7 @@ def raised_by(plant, context):
 
 
 def main():
-    """Print the number of faults, and the error of each fault that was not caught with the expected error."""
+    """Print the number of planted faults of kernel launches, and each that was not caught with the expected error."""
     wrong = {}
     with on_device(STUB):
         wrong["nothing"] = raised_by(encode, watched(STUB))

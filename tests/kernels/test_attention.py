@@ -54,6 +54,7 @@ def kernels(request, monkeypatch):
     """Choose the attention kernels that hold a whole head, if its length permits, or those that walk it."""
 
     def whole_head(kernel, arch, dtype, head_dim, n):
+        """Choose the attention kernels that hold a whole head, where they can."""
         if n > NUM_KEYS[-1] or (kernel == "attention_unrolled_bwd" and request.param != "unrolled"):
             return None
         # With blocks of 64, 77 rows are one block and a few more rows.
@@ -89,6 +90,7 @@ def test_case_by_each_family(spec, case, kernels, interpreted):
 
 
 def hold_one_head(length, head_dim, causal, dtype):
+    """Check attention of a single head by the rule for errors."""
     shape = AttentionShape(1, length, 1, head_dim, causal, bias=False)
     # With few numbers, PyTorch's largest error may be small by chance.
     draws = 3 if head_dim == 8 else 1

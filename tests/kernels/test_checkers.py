@@ -24,6 +24,7 @@ def test_an_error_of_two_percent_fails(dtype):
     loss = call_at("contrastive_loss", LossShape(129, 72), dtype=dtype)
 
     def wrong(image, text, logit_scale):
+        """Return the contrastive loss of image features that are wrong by two percent."""
         return loss.op(image + 0.02 * (image - image.detach()), text, logit_scale)
 
     with pytest.raises(AssertionError, match=r"d_image: (rms|max)"):

@@ -42,7 +42,7 @@ def call_of(loss, device, dtype=torch.float32, **changed):
 
 
 def features_of(inputs):
-    """Return the names of the inputs that are features."""
+    """Return the names of those inputs of the contrastive loss that are features."""
     return [name for name, x in inputs.items() if x.ndim == 2]
 
 
@@ -61,6 +61,7 @@ def test_rectangular(loss, m, n, offset, dtype, device, few_multiprocessors, mon
     op, expected = (functools.partial(getattr(module, loss), offset=offset) for module in (kernels, reference))
 
     def draw(_):
+        """Draw features; return the op's, the reference's and the true contrastive loss with gradients."""
         image, text = (F.normalize(torch.randn(rows, 24), dim=-1).to(device, dtype) for rows in (m, n))
         inputs = {"image": image, "text": text, **numbers}
         return *(value_and_grads(op_, inputs, ONE) for op_ in (op, expected)), value_and_grads(
@@ -271,6 +272,7 @@ class TestWhole:
 
     @pytest.fixture(autouse=True)
     def as_a_whole(self, monkeypatch, in_blocks):
+        """Let the contrastive loss compute all logits of a small batch at once again."""
         monkeypatch.setattr(small_batch, "MOST_LOGITS", 2**20)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -21,6 +21,7 @@ H100 = 132
 
 
 def edges_of(rows, cols, width, most=16384, tiles=WIDE):
+    """Return the edges of the blocks into which the contrastive loss cuts its logits on an H100."""
     return block_edges(rows, cols, width, 2, most, H100, tiles, tiles)
 
 
@@ -59,6 +60,7 @@ class RecordedInside(Recorded):
 
 
 def features(rows, width):
+    """Draw features of unit length for the launches of the contrastive loss."""
     return F.normalize(torch.randn(rows, width), dim=-1).bfloat16()
 
 

@@ -46,15 +46,17 @@ class Case(NamedTuple):
 
     @property
     def options(self):
+        """Return the options of the distributed loss in this case."""
         return {"normalize": self.kind == "normalized"}
 
     @property
     def limit(self):
-        """The largest allowed relative error; in float32, even a logit of 100 has a rounding error of up to 6e-6."""
+        """Return the largest relative error of the distributed loss, of which a large logit's rounding is a part."""
         return 1e-12 if self.dtype == torch.float64 else 1e-6 if KINDS[self.kind] < 100 else 2e-7 * KINDS[self.kind]
 
 
 def cases(world_size):
+    """Return the cases of the distributed loss for a number of ranks."""
     return [Case(*case) for case in itertools.product(MODES, SIZES[world_size], KINDS)]
 
 
@@ -84,6 +86,7 @@ def part(case, rank):
 
 
 def of_rank(inputs, grad=ONE, **options):
+    """Return the distributed loss of a rank and its gradients."""
     return value_and_grads(functools.partial(distributed_contrastive_loss, **options), inputs, grad)
 
 
@@ -94,12 +97,14 @@ def of_batch(ranks):
 
 
 def assert_close(found, expected, limit, about):
+    """Check the relative errors of the distributed loss and its gradients."""
     for name, value in found.items():
         error = ((value - expected[name]).norm() / expected[name].norm()).item()
         assert error <= limit, f"{about}: relative error of {name} {error:.1e}"
 
 
 def every_case(rank, world_size):
+    """Compute every case of the distributed loss twice on a rank."""
     results = []
     for case in cases(world_size):
         options = case.options | {"mode": case.mode, "sizes": case.sizes if case.kind == "shared" else None}
@@ -124,6 +129,7 @@ LATE = LossShape(129, 64, scale=100.0, matched=0.33)  # late in training: pairs 
 
 
 def in_16_bits(rank):
+    """Compute the distributed loss of a rank under autocast."""
     inputs = rows_of(call_at("contrastive_loss", LATE).inputs, [slice(0, 60), slice(60, 129)][rank])
     with torch.autocast("cpu", HALF):
         return [of_rank(inputs, mode=mode) for mode in MODES]
@@ -142,7 +148,7 @@ def test_16_bit_operands(tmp_path, device):
 
 
 def largest(mode):
-    """Return the number of elements of the largest tensor that any operation returns."""
+    """Return the number of elements of the largest tensor that an operation of the distributed loss returns."""
     wide = torch.randn(64, 4096)
     with Recorded() as record:
         of_rank({"image": wide, "text": wide, "logit_scale": torch.tensor(10.0)}, mode=mode, normalize=True)
@@ -150,7 +156,7 @@ def largest(mode):
 
 
 def ways_to_use_it(rank):
-    """Run all checks that can share one process group, and return the results of this rank."""
+    """Run all checks of the distributed loss that can share one process group, and return the results of this rank."""
     case = Case("gather", (3, 2, 4), "shared")
     inputs = part(case, rank)
     found = {"largest": {mode: largest(mode) for mode in MODES}}
@@ -176,6 +182,7 @@ def used_twice(inputs, **options):
 
 
 def in_a_group_of_two(rank, inputs):
+    """Compute the distributed loss in a group of two of the ranks."""
     group = dist.new_group([0, 2])
     if rank == 1:
         return message(distributed_contrastive_loss, **inputs, group=group)
@@ -183,6 +190,7 @@ def in_a_group_of_two(rank, inputs):
 
 
 def message(fn, *args, **kwargs):
+    """Return the message with which the distributed loss refuses its arguments."""
     try:
         fn(*args, **kwargs)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -190,6 +198,7 @@ def message(fn, *args, **kwargs):
 
 
 def refused(rank, inputs):
+    """Return the messages with which the distributed loss refuses wrong arguments, some on one rank only."""
     image, text = inputs["image"], inputs["text"]
     loss = functools.partial(distributed_contrastive_loss, logit_scale=10.0)
     width, kind = (DIM, torch.float64) if rank else (DIM - 1, torch.float32)
@@ -254,6 +263,7 @@ def weighted(sizes, image, text, logit_scale):
 
 
 def one_rank_dies(rank, mode):
+    """Compute the distributed loss until another rank dies."""
     image = torch.randn(16, DIM, requires_grad=True)
     for step in range(10_000):
         if rank == 1 and step == 3:
@@ -281,6 +291,7 @@ def calls_of(rank):
     calls = []
 
     def recorded(name, call, *args, **kwargs):
+        """Record a call of an exchange between the ranks of the distributed loss."""
         calls[-1].append(name)
         return call(*args, **kwargs)
 
@@ -306,6 +317,7 @@ def test_all_ranks_meet_before_some_of_them_do(tmp_path):
 
 
 def alone(rank):
+    """Return whether the distributed loss on a single rank is the loss of one process."""
     inputs = part(Case("gather", (5,), "normalized"), 0)
     expected = value_and_grads(functools.partial(contrastive_loss, normalize=True), inputs, ONE)
     return all(torch.equal(value, expected[name]) for name, value in of_rank(inputs, normalize=True).items())

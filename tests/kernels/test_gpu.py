@@ -20,6 +20,7 @@ def step(name, gpu):
     leaves = leaves_of(call.inputs)
 
     def run():
+        """Run the op of a kernel forward and backward on the GPU."""
         call.backward(call.op(**leaves))
 
     return run, [x for x in leaves.values() if x.requires_grad]

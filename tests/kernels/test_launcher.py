@@ -52,7 +52,7 @@ def shipped_launches(arch, dtypes):
 
 
 def check(arch, kinds, dtypes):
-    """Launch all cases of some kinds of every op on the stub driver, and check that nothing is refused or left out."""
+    """Launch all cases of some kinds of every op on the stub driver; check that none is refused or left out."""
     options = ["--arch", str(arch), "--cases", *kinds, "--dtype", *dtypes]
     for line in run("-m", "clipfast.bench.stub", "--json", *options)[-len(kinds) :]:
         found = json.loads(line)

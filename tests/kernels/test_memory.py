@@ -33,7 +33,7 @@ retrieval_ranks(image[:9], text[:9])
 
 
 def peaks_mib(setup: str, *calls: str) -> list[int]:
-    """Return the peak memory of each of ``calls`` in MiB, beyond the memory before the call."""
+    """Return the peak memory in MiB that each of some calls of ops needs beyond the memory before."""
     code = PEAKS.format(setup=setup, calls=calls)
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return [int(line) for line in lines.split()]

@@ -41,6 +41,7 @@ def is_quick(arch: int, case: str) -> bool:
 
 @functools.cache
 def committed() -> shipped.Snapshot:
+    """Return the committed resources of the shipped cases' compiled kernels."""
     return shipped.loads(SNAPSHOT.read_text())
 
 
@@ -119,6 +120,7 @@ def test_snapshot_leaves_out_what_another_architecture_stands_for():
 @pytest.mark.parametrize("case", ["attention N197 D64 bf16", "patch_embed P14 bytes bf16"])
 def test_an_architecture_that_another_stands_for_has_the_same_code(case, arch, other):
     def code(arch: int) -> list[str]:
+        """Return the PTX of a shipped case's kernels for an architecture."""
         kernels = [offline.compile_kernel(launch, arch) for launch in offline.record(arch, CASES[case])]
         # The text after the code names the folder of the checkout that compiled the kernel first.
         return [re.sub(rf"\.target sm_{arch}\b", "", kernel.asm["ptx"]).partition("\t.file")[0] for kernel in kernels]
@@ -185,6 +187,7 @@ def test_planted_product_of_sizes_in_32_bits_is_seen():
 
 @triton.jit
 def _product_kernel(x_ptr, y_ptr, out_ptr, K, DIM: tl.constexpr, STEP: tl.constexpr):
+    """Multiply two matrices in a pipelined loop: a kernel for the offline compiler."""
     rows, cols, steps = tl.arange(0, DIM)[:, None], tl.arange(0, DIM)[None, :], tl.arange(0, STEP)
     acc = tl.zeros((DIM, DIM), tl.float32)
     for start in range(0, K, STEP):
@@ -195,6 +198,7 @@ def _product_kernel(x_ptr, y_ptr, out_ptr, K, DIM: tl.constexpr, STEP: tl.conste
 
 
 def product(stages: int) -> Any:
+    """Return the product kernel as compiled offline with this number of stages."""
     x, out = torch.empty(128, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
     args = {"x_ptr": x, "y_ptr": x, "out_ptr": out, "K": 1024}
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}

@@ -112,6 +112,7 @@ def test_an_index_of_no_patch_reads_nothing_and_shows(wrong, triton_device):
     bias = torch.zeros(40, device=triton_device)
 
     def gradients(grad, keep):
+        """Return the gradients of the patch embedding for tokens whose patch index is wrong."""
         of_weight, of_images = launches.backward_weight, launches.backward_images
         others = [backward(grad, images, weight, keep) for backward in (of_weight, of_images)]
         return [*others, launches.backward_positions(grad, keep, 15)]

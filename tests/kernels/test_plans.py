@@ -43,6 +43,7 @@ def test_plans_of_many_threads_are_not_mixed():
     errors = []
 
     def call(number):
+        """Launch layer norms of many shapes from one thread, each by its own plan."""
         rows, width = 1 + number % 7, 8 * (1 + number % 11)
         try:
             norm(rows, width)

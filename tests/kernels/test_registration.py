@@ -29,7 +29,7 @@ def recorded(call, leaves):
 
 
 def again(x):
-    """Return an argument as a new leaf with the same value."""
+    """Return an argument of a registered op as a new leaf with the same value."""
     return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
@@ -243,6 +243,7 @@ class ReferenceRanError(Exception):
 @each_call
 def test_backend(name, backend, device, monkeypatch):
     def refuse(*args, **kwargs):
+        """Fail if the reference runs in place of the registered op."""
         raise ReferenceRanError
 
     for key, value in vars(reference).items():
@@ -272,6 +273,7 @@ def split(call):
     others = {name: x for name, x in call.inputs.items() if name not in floats}
 
     def function(*tensors, **options):
+        """Call a registered op with its floating inputs, and return all results as one vector."""
         results = tuple_of(call.op(**dict(zip(floats, tensors, strict=True)), **others, **options))
         return torch.cat([result.flatten() for result in results])
 

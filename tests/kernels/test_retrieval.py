@@ -21,6 +21,7 @@ FINEST = [torch.float64] if LEG == "cpu" else []
 
 
 def same(ours, expected):
+    """Return whether two results of the retrieval ranks are equal."""
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 

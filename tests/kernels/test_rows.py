@@ -86,6 +86,7 @@ def test_one_of_two_results(used, device):
     op, reference, inputs, grads = call("residual", (9, 24), device)
 
     def gradients(norm):
+        """Return the gradients of a layer norm whose other result is not used."""
         leaves = leaves_of(inputs)
         norm(**leaves)[used].backward(grads[used])
         return {name: leaf.grad for name, leaf in leaves.items()}

@@ -9,6 +9,7 @@ from clipfast.kernels.tiles import grouped_tile
 
 @triton.jit
 def _tiles_kernel(m_ptr, n_ptr, num_m, num_n, GROUP_M: tl.constexpr):
+    """Store the tile that each program computes if tiles are taken in groups."""
     pid = tl.program_id(0)
     m, n = grouped_tile(pid, num_m, num_n, GROUP_M)
     tl.store(m_ptr + pid, m)

@@ -15,11 +15,13 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 def inputs_at(shape, device, values=""):
+    """Return the inputs and options of top_k at a shape."""
     call = specs()["top_k"].call(shape, values, Draw(3, device), torch.float32)
     return call.inputs | call.options
 
 
 def same(ours, expected):
+    """Return whether two results of top_k are equal."""
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 

@@ -39,6 +39,7 @@ class Toy(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(-1.0)) if bias else None
 
     def forward(self, images, texts):
+        """Compute the features of a model with dropout and BatchNorm, whose gradients are accumulated."""
         pooled = self.norm(F.gelu(self.columns(images.to(self.logit_scale.dtype))).mean((1, 2)))
         image = F.normalize(self.project(self.image_dropout(pooled)), dim=-1)
         text = F.normalize(self.text_dropout(self.words(texts)).mean(1), dim=-1)
@@ -49,6 +50,7 @@ class Toy(nn.Module):
 
 
 def clip(tower, dtype=torch.float64, **vision):
+    """Return a CLIP model whose gradients are accumulated over micro-batches."""
     model = CLIP(CLIPConfig.from_dict({"embed_dim": DIM, "vision_cfg": VISION[tower] | vision, "text_cfg": TEXT}))
     for name, parameter in model.named_parameters():
         if "bn3.weight" in name:
@@ -57,6 +59,7 @@ def clip(tower, dtype=torch.float64, **vision):
 
 
 def batch(pairs=16, dtype=torch.float64):
+    """Draw images and texts, which micro-batches divide."""
     return torch.randn(pairs, 3, SIZE, SIZE, dtype=dtype), torch.randint(0, VOCABULARY, (pairs, LENGTH))
 
 
@@ -71,11 +74,12 @@ def in_one_graph(model, images, texts, size, loss=contrastive_loss):
 
 
 def gradients(model):
+    """Return the accumulated gradients of a model by name."""
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def agree(model, truth, rel):
-    """Assert that gradients differ by at most ``rel``, relatively, and that buffers are equal to the last bit."""
+    """Check accumulated gradients against those of one graph up to ``rel``, relatively, and buffers to the last bit."""
     ours, theirs = gradients(model), gradients(truth)
     assert ours.keys() == theirs.keys() != set()
     largest = max(theirs[name].norm() for name in theirs)
@@ -87,7 +91,7 @@ def agree(model, truth, rel):
 
 
 def both(model, data, size, loss=contrastive_loss, whole=False):
-    """Return a model after our step and its copy after the expected one, from the same seed."""
+    """Return a model after a step in micro-batches and its copy after the step in one graph, from the same seed."""
     truth = copy.deepcopy(model)
     torch.manual_seed(1)
     ours = accumulate_gradients(model, *data, size, loss)
@@ -152,6 +156,7 @@ def test_a_state_that_features_depend_on_is_replayed():
             self.register_buffer("state", torch.ones((), dtype=torch.float64))
 
         def forward(self, images, texts):
+            """Compute features that depend on a state which every pass of the accumulation changes."""
             self.state = self.state * 1.5
             image, *rest = super().forward(images, texts)
             return (image * self.state, *rest)
@@ -164,11 +169,13 @@ def test_buffers_and_generators_are_as_after_one_pass_in_spite_of_checkpointing(
         """Its forward pass runs again in the backward pass, and updates the statistics again."""
 
         def forward(self, images, texts):
+            """Compute features under activation checkpointing, inside of the passes of the accumulation."""
             if not torch.is_grad_enabled():
                 return super().forward(images, texts)
             return checkpoint(super().forward, images, texts, use_reentrant=False)
 
     def loss(*features):
+        """Return a loss of accumulated gradients that draws a random number."""
         return contrastive_loss(*features) * torch.rand(())
 
     model = Recomputed().double()
@@ -238,6 +245,7 @@ class Other(nn.Linear):
         self.output = output
 
     def forward(self, images, texts):
+        """Return something else than the accumulation expects of a model."""
         return self.output(super().forward(images), texts)
 
 
@@ -275,6 +283,7 @@ def most_saved(model, data, size):
     held = most = 0
 
     def pack(tensor):
+        """Count the bytes of a tensor that the graph of a micro-batch holds for its backward pass."""
         nonlocal held, most
         saved = tensor.detach()
         if tensor.untyped_storage().data_ptr() not in weights:
@@ -284,6 +293,7 @@ def most_saved(model, data, size):
         return saved
 
     def release(size):
+        """Subtract the bytes of a micro-batch's graph that was freed."""
         nonlocal held
         held -= size
 
@@ -312,6 +322,7 @@ def on_rank(rank, world_size):
 
 
 def count_exchanges(exchanges, bucket):
+    """Count an exchange of gradients by DistributedDataParallel, and carry it out."""
     exchanges.append(1)
     return allreduce_hook(None, bucket)
 

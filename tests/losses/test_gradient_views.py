@@ -16,6 +16,7 @@ ROWS, STEPS = 9, 2
 
 
 def loss_of(ranks, image, text, scale):
+    """Return the distributed contrastive loss, whose gradients may be views of other tensors."""
     return distributed_contrastive_loss(image, text, scale, sizes=[len(image)] * ranks)
 
 

@@ -23,12 +23,14 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
 
 def features(scale, dtype=torch.float64, rank=0):
+    """Draw image and text features and a scale for the losses."""
     generator = torch.Generator().manual_seed(rank)
     image, text = (F.normalize(torch.randn(PAIRS, DIM, generator=generator), dim=-1) for _ in range(2))
     return [x.to(dtype) for x in (image, text, torch.tensor(scale))]
 
 
 def value_and_grads(loss, inputs):
+    """Return a loss and the gradients of its inputs, for an upstream gradient of 2.5."""
     leaves = [x if x is None else x.clone().requires_grad_() for x in inputs]
     value = loss(*leaves)
     (2.5 * value).backward()
@@ -98,6 +100,7 @@ def test_ground_truth(options, cache):
 
 
 def every_combination(rank, world_size, dtype):
+    """Compute the losses of a rank with every combination of local_loss and gather_with_grad."""
     results = []
     for local_loss, gather_with_grad in COMBINATIONS:
         options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
@@ -111,11 +114,12 @@ def every_combination(rank, world_size, dtype):
 
 
 def of_logits(loss, *inputs):
-    """Return a number that depends on every logit and its position."""
+    """Return a number that depends on every logit of a loss and its position."""
     return sum((logits * torch.arange(logits.numel()).view_as(logits)).sum() for logits in loss.get_logits(*inputs))
 
 
 def refuses_other_ranks(kind, rank, world_size):
+    """Check that a loss class refuses a rank or a world size that is not its process's."""
     for wrong in ({"rank": (rank + 1) % world_size, "world_size": world_size}, {"rank": rank, "world_size": 9}):
         with pytest.raises(ValueError, match=rf"{kind.__name__}: (rank|world_size) must be \d, this process's, got \d"):
             kind(**wrong)(*features(20.0))
@@ -159,6 +163,7 @@ def test_several_ranks_under_autocast(tmp_path):
 
 
 def every_exchange(rank, world_size):
+    """Compute the sigmoid losses of a rank with every exchange between ranks."""
     inputs, found = [*features(10.0, rank=rank), torch.tensor(-3.0).double()], {}
     for dist_impl in DIST_IMPLS:
         options = {"rank": rank, "world_size": world_size, "dist_impl": dist_impl}

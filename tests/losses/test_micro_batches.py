@@ -19,7 +19,7 @@ from .test_accumulation import DIM, TEXT, VISION, Toy, batch, gradients
 
 @pytest.fixture
 def tiny(shards, tmp_path):
-    """Options of a run of a tiny ViT, or ResNet."""
+    """Return the options of a run of a tiny ViT or ResNet, whose losses are computed in micro-batches."""
     text = TEXT | {"context_length": 16, "vocab_size": 49408}
     resnet = {"embed_dim": DIM, "vision_cfg": VISION["ResNet"], "text_cfg": text}
     models = {"ViT": TINY, "ResNet": str(tmp_path / "resnet.json")}
@@ -39,6 +39,7 @@ def limited(forward, room, sizes):
     """``forward`` on a device that runs out of memory with the graph of more than ``room`` pairs."""
 
     def run(*inputs):
+        """Compute the features of a micro-batch, and fail if its graph does not fit into memory."""
         output = forward(*inputs)
         if torch.is_grad_enabled():
             sizes.append(len(inputs[-1]))

@@ -26,7 +26,7 @@ TEXT_FOR_TOKENIZERS = (
 
 
 def make_model(config: SigLIPConfig) -> SigLIP:
-    """A model in evaluation mode whose every tensor is random."""
+    """Return a SigLIP model in evaluation mode whose every tensor is random."""
     model = SigLIP(config).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -44,6 +44,7 @@ def known_to_timm(*configs: SigLIPConfig) -> Iterator[None]:
     create, known = timm.create_model, {config.timm_model_name: config for config in configs}
 
     def create_model(name, num_classes=1000, global_pool="map", pretrained=False, **options):
+        """Build timm's image tower for a SigLIP configuration that only the test knows."""
         if name not in known:
             return create(name, num_classes=num_classes, global_pool=global_pool, pretrained=pretrained, **options)
         vision, is_tanh = known[name].vision, known[name].image_gelu == "tanh"
@@ -67,7 +68,7 @@ def open_clip_model(config: SigLIPConfig) -> torch.nn.Module:
 
 
 def inputs(config: SigLIPConfig, batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """Normalised images and texts."""
+    """Return normalised images and token ids for a SigLIP model."""
     side, text = config.vision.image_size, config.text
     images = torch.randn(batch, 3, side, side, dtype=dtype)
     return images, torch.randint(0, text.vocab_size, (batch, text.context_length))

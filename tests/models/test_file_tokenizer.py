@@ -25,6 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module", params=["t5", "gemma"])
 def folder(request, tmp_path_factory):
+    """Return a folder with the files of a SigLIP tokenizer."""
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer") / request.param, request.param)
 
 

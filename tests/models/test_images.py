@@ -17,23 +17,25 @@ from clipfast.models.images import make_transform
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """Return an image as a file for the preprocessing."""
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
 
 
 def jpeg(image: Image.Image, **options: object) -> bytes:
+    """Return an image as a JPEG file for the preprocessing."""
     return encoded(image, "JPEG", quality=90, **options)
 
 
 def gradient(width: int = 40, height: int = 30) -> Image.Image:
-    """A picture in which every pixel says where it is."""
+    """Return a picture to preprocess in which every pixel says where it is."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 255 - x], -1).round().astype(np.uint8))
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Blurred noise of all scales, whose spectrum falls off like that of photographs."""
+    """Return blurred noise of all scales to preprocess, whose spectrum falls off like that of photographs."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for cells in (4, 8, 16, 32, 64, 128):
@@ -44,24 +46,25 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Peak signal to noise ratio."""
+    """Return the peak signal to noise ratio of two preprocessed images."""
     noise = (a.float() - b.float()).square().mean().item()
     return 10 * math.log10(255**2 / noise) if noise else math.inf
 
 
 def exif_of(orientation: int) -> Image.Exif:
+    """Return the EXIF data of an image with this orientation, which the preprocessing undoes."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
 
 
 def black(width: int, height: int) -> bytes:
-    """A PNG of few bytes and any size: a decompression bomb."""
+    """Return a PNG of few bytes and any size: a decompression bomb, which the preprocessing refuses."""
     return encoded(Image.new("1", (width, height)))
 
 
 def damaged(content: bytes) -> bytes:
-    """``content`` with other bytes in the middle."""
+    """Return an image file with other bytes in the middle, which the preprocessing may meet."""
     middle = len(content) // 2
     return content[:middle] + b"\xff" * 20 + content[middle + 20 :]
 
@@ -171,7 +174,7 @@ def test_crops_of_aug_cfg_are_those_of_open_clip(aug_cfg):
 
 
 def train_transform(**aug_cfg):
-    """The preprocessing for training, without a crop of a square image."""
+    """Return a model's preprocessing for training, without a crop of a square image."""
     return create_model_and_transforms("ViT-T-8-32", aug_cfg={"scale": (1.0, 1.0), **aug_cfg}, uint8=True)[1]
 
 
@@ -210,6 +213,7 @@ def test_wrong_settings_of_aug_cfg(aug_cfg, message):
 
 
 def crop(data: bytes, size: int, seed: int, **options: object) -> torch.Tensor:
+    """Return the random crop of an image file that the preprocessing draws for a seed."""
     torch.manual_seed(seed)
     return CroppedImages(size, **options)(data)
 

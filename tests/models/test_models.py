@@ -62,7 +62,7 @@ def test_logit_scale_is_clamped():
 
 
 def small(kind="vit", quick_gelu=False):
-    """A ViT or a ResNet with everything that the large ones have, small enough for a test."""
+    """Return a CLIP model with a ViT or a ResNet that has all parts of the large ones."""
     resnet = VisionConfig(64, (1, 2, 1, 1), 16, 32, patch_size=None)
     vision = VisionConfig(64, 2, 96, 32, 4.3637, 16) if kind == "vit" else resnet
     return CLIP(CLIPConfig(48, vision, TextConfig(width=64, heads=4, layers=2), quick_gelu))
@@ -151,6 +151,7 @@ def test_options_of_create_model():
 
 
 def config_with(section, key, value):
+    """Return a model's configuration with another value of one key."""
     raw = get_model_config("ViT-T-8-32").to_dict()
     raw[section][key] = value
     return CLIPConfig.from_dict(raw)
@@ -188,6 +189,7 @@ def test_errors(call, message):
 def test_a_hook_or_an_adapter_of_the_table_is_called():
     class Shifted(torch.nn.Embedding):
         def forward(self, ids):
+            """Look up token embeddings as an adapter of the model's table does."""
             return super().forward(ids) + 1
 
     model, texts = small(), torch.randint(1, 49408, (6, 12))

@@ -24,13 +24,14 @@ from .siglip import CONFIGS, TEXT, inputs, known_to_timm, make_model, open_clip_
 
 
 def ours_and_theirs(config):
-    """A model of ours, and OpenCLIP's with the same weights."""
+    """Return a SigLIP model of ours, and OpenCLIP's with the same weights."""
     ours, theirs = make_model(config), open_clip_model(config)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
 def assert_same_image_features(ours, theirs, images, of_theirs):
+    """Check that a SigLIP model and OpenCLIP's return equal features of images."""
     torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(of_theirs), rtol=1e-4, atol=1e-5)
 
 
@@ -214,6 +215,7 @@ def test_models_by_name(tmp_path):
 
 
 def changed(section, **changes):
+    """Return the configuration of a SigLIP model with changes in one section."""
     raw = CONFIGS["exact"].to_dict()
     raw[section] = {key: value for key, value in (raw[section] | changes).items() if value is not None}
     return raw

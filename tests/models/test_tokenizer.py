@@ -26,6 +26,7 @@ TEXT = st.lists(st.one_of(AWKWARD, st.text(max_size=8), st.text(string.printable
 
 @pytest.fixture(scope="module")
 def theirs():
+    """Return OpenCLIP's own tokenizer."""
     return pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
 
 

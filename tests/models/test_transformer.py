@@ -34,7 +34,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
 def on_gpu(request, monkeypatch):
-    """Choose the fusions of a GPU, or those of a CPU; both run through the ops' CPU paths."""
+    """Let a transformer choose the fusions of a GPU, or those of a CPU; both run through the ops' CPU paths."""
     monkeypatch.setattr(transformer, "triton_runs_on", lambda device: request.param)
     return request.param
 
@@ -73,7 +73,7 @@ def test_a_block_has_no_operation_too_many(causal, quick_gelu, on_gpu):
 
 
 def gradients(module, x, call=None):
-    """The result of ``call``, or of the module, and the gradients of the input and of each parameter."""
+    """Return the result of a transformer, or of ``call``, and the gradients of its input and of each parameter."""
     module.zero_grad()
     x = x.clone().requires_grad_()
     out = (call or module)(x)
@@ -82,6 +82,7 @@ def gradients(module, x, call=None):
 
 
 def random_tower(causal, quick_gelu=False, dtype=torch.float64):
+    """Return a transformer with random weights."""
     tower = Transformer(32, 2, 2, 4.0, causal=causal, quick_gelu=quick_gelu).to(dtype)
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -92,6 +93,7 @@ ROWS = {"class": (False, None), "end of text": (True, torch.tensor([4, 0, 8]))}
 
 
 def read_with_grads(tower, rows, x):
+    """Return the rows that are read of a transformer's result, and the gradients."""
     return gradients(tower, x, lambda x: read_rows(tower, x, rows))
 
 
@@ -185,6 +187,7 @@ class LowRank(nn.Module):
         self.a, self.b = nn.Linear(base.in_features, 3, bias=False), nn.Linear(3, base.out_features, bias=False)
 
     def forward(self, x):
+        """Apply a linear layer of a model and its low-rank adapter."""
         return self.base(x) + self.b(self.a(x))
 
 

@@ -67,6 +67,7 @@ def png_of_size(width, height):
     """Return a PNG whose header has a false size."""
 
     def chunk(kind, content):
+        """Return a chunk of a PNG file, for a picture that the search meets."""
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -92,6 +93,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoder(folder):
+    """Return the model with which the pictures of the embedded folder were encoded."""
     return Encoder.load(f"local-dir:{folder / 'model'}", device="cpu")
 
 
@@ -115,8 +117,10 @@ def embeddings(folder, encoder):
 
 @pytest.fixture(scope="session")
 def desk(folder, encoder, embeddings):
+    """Return the search app's desk for the embedded folder."""
     return Desk(embeddings, encoder, Pictures([folder / FOLDER]))
 
 
 def rows(found):
+    """Return the numbers of the items that a page of the search app shows."""
     return [int(row) for row in re.findall(r'data-row="(\d+)"', found)]

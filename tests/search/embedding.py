@@ -10,7 +10,7 @@ TINY = "ViT-T-8-32"
 
 
 def options(home: Path, output: Path, **changes) -> list[str]:
-    """Arguments of a command; one that is None is left out, and one that is True has no value."""
+    """Return the arguments of ``clipfast embed``; one that is None is left out, and one that is True has no value."""
     given = {"model": f"local-dir:{home}/model", "data": f"{home}/a.tar::{home}/b.tar", "output": str(output)}
     given |= {"part-size": "50", "batch-size": "16"} | changes
     words = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in given.items() if value]
@@ -18,7 +18,7 @@ def options(home: Path, output: Path, **changes) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file of a folder by name, except the lock and temporary files of killed processes."""
+    """Return the files of a folder of embeddings by name, except the lock and temporary files of killed processes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -27,6 +27,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def make(capsys, home: Path, output: Path, **changes) -> tuple[Embeddings, str]:
+    """Run ``clipfast embed``, and return the embeddings and the output."""
     code, out, err = run_command(capsys, *options(home, output, **changes))
     assert code == 0, err
     return Embeddings.open(output), out + err

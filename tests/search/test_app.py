@@ -22,6 +22,7 @@ from .conftest import CAPTION, EVIL, FOLDER, rows
 
 
 def words_alone(desk, where="", k=9):
+    """Search the embedded folder by words alone."""
     return desk.search("x", None, 0.5, where, k)
 
 
@@ -166,6 +167,7 @@ def test_a_model_of_another_width_or_package(desk, encoder, embeddings, folder):
 
 def test_what_nobody_foresaw_is_a_message_too(caplog):
     def fail():
+        """Raise an error that the search app does not expect."""
         raise ZeroDivisionError("<b>")
 
     assert answer(fail) == '<p class="message" role="alert">this failed: &lt;b&gt;</p>'
@@ -196,6 +198,6 @@ def test_each_text_has_its_heat_map(desk, encoder, folder):
 
 
 def pictures_of(found):
-    """The pictures in an answer, decoded."""
+    """Return the pictures in an answer of the search app, decoded."""
     addresses = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', found)
     return [Image.open(io.BytesIO(base64.b64decode(address))) for address in addresses]

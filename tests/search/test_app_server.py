@@ -27,9 +27,11 @@ def guarded(path, uploads, method="GET", **headers):
     given = [(name.replace("_", "-").encode(), value.encode()) for name, value in ({"host": HOME} | headers).items()]
 
     async def everything(scope, receive, send):
+        """Answer every request, as the search app behind the guard does."""
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def send(message):
+        """Record a part of the answer to a request to the search app."""
         sent.append(message)
 
     guard = Guard(everything, uploads)
@@ -80,6 +82,7 @@ def test_a_port_in_use_is_refused():
 
 
 def free_port():
+    """Return a port that is free for the search app."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -88,7 +91,7 @@ def free_port():
 # CI does not install Gradio, which takes 30 s and 250 MB: what follows runs where it is installed.
 @pytest.fixture(scope="module")
 def served(desk):
-    """The port of the served page."""
+    """The port of the search app's page, which is served."""
     pytest.importorskip("gradio")
     port = free_port()
     with serving(desk, "<h1>title</h1>", port):
@@ -96,6 +99,7 @@ def served(desk):
 
 
 def ask(port, path, *, method="GET", body=None, headers=None):
+    """Send a request to the search app, and return its answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request(method, path, body, headers or {})  # http.client sends the path unchanged
     answered = connection.getresponse()
@@ -117,6 +121,7 @@ def call(port, name, *data):
 
 
 def upload(port, content):
+    """Upload a picture to the search app, and return its path there."""
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + content + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     status, told = ask(port, "/gradio_api/upload", method="POST", body=body, headers=headers)

@@ -13,12 +13,14 @@ pytest.importorskip("pyarrow")
 
 @pytest.fixture
 def folder(tmp_path):
+    """Return a folder of random embeddings, for the approximate index."""
     torch.manual_seed(0)
     Embeddings(F.normalize(torch.randn(900, 16), dim=1)).save(tmp_path / "embedded")
     return tmp_path / "embedded"
 
 
 def search(folder, query, k, mask=None):
+    """Search a folder of embeddings by the approximate index."""
     return approximate.search(Embeddings.open(folder), folder, query, k, mask, "image")
 
 

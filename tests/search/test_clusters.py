@@ -9,6 +9,7 @@ from clipfast.search.clusters import spherical_k_means
 
 
 def blobs(count=600, k=6, width=16, noise=0.6, seed=0):
+    """Draw features in some clusters, and return them with the number of each one's cluster."""
     random = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(k, width, generator=random), dim=1)
     truth = torch.randint(0, k, (count,), generator=random)

@@ -24,10 +24,12 @@ from ..small_runs import picture, run_command
 
 @pytest.fixture(autouse=True)
 def _here(home, monkeypatch):
+    """Run the search commands in the folder with the model and the data."""
     monkeypatch.chdir(home)
 
 
 def results(capsys, *arguments):
+    """Run a search command, and return the results that it writes as JSON."""
     code, out, err = run_command(capsys, *arguments, "--json", "results.json", "--overwrite")
     assert code == 0, err
     text = Path("results.json").read_text()
@@ -37,10 +39,12 @@ def results(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def encoder(home):
+    """Return the model of the search commands."""
     return Encoder.load(f"local-dir:{home}/model", device="cpu")
 
 
 def unit(x):
+    """Return features scaled to unit length, to compare them with embedded ones."""
     return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
@@ -75,6 +79,7 @@ def test_what_data_say_is_obeyed_by_no_terminal_and_no_spreadsheet(capsys, tmp_p
 
 
 def rows_of(path):
+    """Return the rows of a table that a search command wrote."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -151,12 +156,13 @@ def test_filter(capsys, home):
 
 
 def files_of(path):
+    """Return the files of a tar shard that ``clipfast filter`` read or wrote."""
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
 def check_shards(folder, places, sizes):
-    """Check that shards hold the files of these samples, renumbered, as many in each as ``sizes`` says."""
+    """Check that the shards of ``clipfast filter`` hold the files of these samples, renumbered, in these numbers."""
     source, kinds = files_of("data.tar"), ("png", "txt", "json")
     shards = [files_of(path) for path in sorted(folder.iterdir())]
     expected = {f"{place:09}.{kind}": source[f"{place:03}.{kind}"] for place in places for kind in kinds}
@@ -189,6 +195,7 @@ def test_cluster(capsys, home):
 
 
 def groups_of(path):
+    """Return the cluster of each item in a table of ``clipfast cluster``."""
     return pytest.importorskip("pyarrow.parquet").read_table(path)["cluster"].to_pylist()
 
 

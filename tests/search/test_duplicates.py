@@ -36,6 +36,7 @@ def planted():
 
 
 def cosines(x, y):
+    """Return the cosines of features, by which duplicates are found."""
     return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 

@@ -36,7 +36,7 @@ def test_threads_and_workers_change_nothing(whole, faulty, tmp_path, capsys):
 
 
 def as_rank(rank, size, arguments):
-    """Run the command as one of the processes of torchrun, and return the parts that it writes."""
+    """Run ``clipfast embed`` as one of the processes of torchrun, and return the parts that it writes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     with mock.patch.object(embed, "write_part", side_effect=embed.write_part) as written:
         assert main(arguments) == 0
@@ -61,6 +61,7 @@ def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, 
         left = iter(range(kills))  # each attempt writes one more file than the previous one
 
         def write(path, *given, left=left):
+            """Write a part of the embeddings, or only half of it before the process is killed."""
             if next(left, None) is None:
                 path.with_name(f".{path.name}.tmp").write_bytes(b"half")
                 raise Killed
@@ -83,6 +84,7 @@ def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, 
 
 
 def times(folder, pattern):
+    """Return the times of the files in a folder of embeddings, which tell the ones that were written again."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
 
 
@@ -166,6 +168,7 @@ def test_ray_gives_the_same_though_an_actor_is_killed(whole, faulty, tmp_path, c
             save = layout._save
 
             def killing(array, path):
+                """Kill the Ray actor in the middle of a part of the embeddings."""
                 if "text_emb_0002" in path.name and not mark.exists():
                     path.write_bytes(b"half")
                     mark.touch()

@@ -49,7 +49,7 @@ def test_features_are_those_of_a_plain_loop(whole, faulty, tmp_path, capsys):
 
 
 def photos(folder: Path, *names: str) -> Path:
-    """Make a folder of pictures, each another one."""
+    """Make a folder of pictures to embed, each another one."""
     for seed, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(picture(seed, size=20 + seed))

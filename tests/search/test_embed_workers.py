@@ -26,6 +26,7 @@ from .embedding import options
 
 @pytest.fixture
 def work(faulty, tmp_path) -> Work:
+    """Return the work of embedding the samples of a shard, of which some are unusable."""
     encoder = Encoder.load(f"local-dir:{faulty}/model", device="cpu")
     return Work(encoder, Samples(f"{faulty}/b.tar"), tmp_path, batch_size=4)
 
@@ -35,6 +36,7 @@ def test_a_worker_that_is_lost_is_named(faulty, tmp_path, monkeypatch, capsys, m
     """PyTorch reports the loss at any moment, which may be one without any call of PyTorch's."""
 
     def kill_workers(*_) -> None:
+        """Kill the data workers that read samples to embed."""
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
         if threading.current_thread() is threading.main_thread():
@@ -53,6 +55,7 @@ def test_an_error_at_the_end_is_not_taken_for_the_loss_of_a_worker(work, monkeyp
     """The workers have ended by then, since nothing is left for them to do."""
 
     def failing(*_) -> None:
+        """Fail after the data workers of the embedding have ended."""
         deadline = time.monotonic() + 20
         while multiprocessing.active_children() and time.monotonic() < deadline:
             time.sleep(0.01)

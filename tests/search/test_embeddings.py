@@ -20,16 +20,18 @@ COLUMNS = {"caption": ["A cat", "a dog, asleep", None, "two cats"], "width": [64
 
 @pytest.fixture
 def folder(tmp_path):
+    """Return the folder to which the tests save embeddings."""
     return tmp_path / "e"
 
 
 def unit(rows: int, width: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Draw features of unit length for embeddings."""
     generator = torch.Generator().manual_seed(seed)
     return torch.nn.functional.normalize(torch.randn(rows, width, generator=generator), dim=1).to(dtype)
 
 
 def saved(path, part_size: int = 10, **options) -> Embeddings:
-    """Save 25 items in a folder, and return them."""
+    """Save 25 embeddings in a folder, and return them."""
     embeddings = Embeddings(**{"features": unit(25), "about": {"model": "tiny"}} | options)
     embeddings.save(path, part_size=part_size)
     return embeddings
@@ -125,10 +127,12 @@ def test_columns_that_differ_between_parts():
 
 
 def holding(*shape, dtype=np.float32):
+    """Return a function that replaces a file of embeddings by zeros of this shape."""
     return lambda path: np.save(path, np.zeros(shape, dtype))
 
 
 def cut(size):
+    """Return a function that cuts off a file of embeddings."""
     return lambda path: os.truncate(path, size)
 
 

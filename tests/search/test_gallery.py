@@ -26,13 +26,15 @@ class Document(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
+        """Record an element of a page of the gallery."""
         self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data):
+        """Record the text of a page of the gallery."""
         self.text += data
 
     def all(self, tag, key):
-        """Return the values of an attribute of all elements that have it."""
+        """Return the values of an attribute of all elements of the gallery that have it."""
         return [attributes[key] for name, attributes in self.elements if name == tag and key in attributes]
 
 
@@ -58,6 +60,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def document(page):
+    """Return the parsed page of the gallery."""
     return Document(page[0])
 
 

@@ -20,23 +20,26 @@ TEXT = TextConfig(context_length=16, vocab_size=512, width=64, heads=1, layers=1
 
 
 def tiny(kind=CLIPConfig, embed_dim=24, **changes):
-    """Make a model whose images are 32 pixels wide and whose patches 8, unless ``changes`` says otherwise."""
+    """Make the model of the heat maps, whose images are 32 pixels wide and its patches 8, with ``changes``."""
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1, "head_width": 32} | changes
     return build(kind(embed_dim=embed_dim, vision=VisionConfig(**vision), text=TEXT)).eval()
 
 
 def drawn(*shape, seed=2):
+    """Draw random numbers for heat maps."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
 def vit():
+    """Return the ViT of which heat maps are computed."""
     return tiny(layers=2).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def images():
+    """Draw the images of which heat maps are computed."""
     return torch.randint(0, 256, (2, 3, 32, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 

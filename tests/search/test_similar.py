@@ -10,7 +10,7 @@ from clipfast.search.similar import cosines, similar_pairs
 
 
 def brute_force(features, threshold):
-    """All pairs by the whole matrix of cosines, in float64."""
+    """Return all similar pairs by the whole matrix of their features' cosines, in float64."""
     x = features.double()
     gram = x @ x.T
     return (gram / (gram.diagonal()[:, None] * gram.diagonal()).sqrt() >= threshold).triu(1).nonzero().tolist()

@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the model and the data that the page names."""
+    """A folder with the model and the data that the page on searching names."""
     folder = tmp_path_factory.mktemp("use")
     torch.manual_seed(0)
     export_open_clip(create_model("ViT-T-8-32"), folder / "runs/demo")

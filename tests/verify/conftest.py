@@ -8,7 +8,7 @@ from clipfast.kernels.spec import DETERMINISM, NOT_INTERPRETED, Case, Draw, OpSp
 
 
 def small(spec: OpSpec) -> OpSpec:
-    """The op at its small shapes, one of them with a bias where it can have one, and bitwise repeats of one of them."""
+    """Return an op's specification for verification at small shapes, one with a bias, and with bitwise repeats."""
     without = [shape for shape in spec.small if getattr(shape, "bias", None) is False]
     with_bias = [dataclasses.replace(shape, bias=True) for shape in without[:1]]
     cases = [Case(shape, "small", draws=6) for shape in (*spec.small, *with_bias)]
@@ -27,6 +27,6 @@ GRADIENTS = {
 
 @pytest.fixture
 def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each op at small cases."""
+    """Let the verification check each op at small cases."""
     for name, spec in SMALL.items():
         monkeypatch.setitem(specs(), name, spec)

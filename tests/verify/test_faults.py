@@ -37,9 +37,10 @@ WRITTEN = "written"
 
 
 def scaled(fn, index=None):
-    """``fn`` with its result, one of its results, or what it writes to its last argument but one, 1% too large."""
+    """Return a kernel's launch ``fn`` with its result, one of its results, or its last output buffer, 1% too large."""
 
     def wrong(*args):
+        """Return a result of a kernel that is too large by a planted fault."""
         result = fn(*args)
         for part in args[-2] if index == WRITTEN else [result if index is None else result[index]]:
             part.mul_(FACTOR)
@@ -53,6 +54,7 @@ def gradient_off(spec, name, factor):
 
     @functools.wraps(spec.op)
     def wrong(**inputs):
+        """Call an op with the gradient of one input too large, a fault that the verification must find."""
         x = inputs.get(name)
         if x is not None and x.is_floating_point():
             inputs[name] = x + (factor - 1) * (x - x.detach())
@@ -103,7 +105,7 @@ MOST_LOGITS = small_batch.MOST_LOGITS
 
 @pytest.fixture(autouse=True)
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send small batches through the blocks of the CPU path too."""
+    """Send small batches through the blocks of the contrastive loss's CPU path, where faults are planted."""
     monkeypatch.setattr(small_batch, "MOST_LOGITS", 0)
 
 
@@ -159,6 +161,7 @@ def test_one_wrong_rank_fails(monkeypatch):
 
     @functools.wraps(right.op)
     def wrong(**inputs):
+        """Return retrieval ranks of which one is wrong, a fault that the verification must find."""
         image_ranks, text_ranks = right.op(**inputs)
         text_ranks[3] += 1
         return image_ranks, text_ranks
@@ -174,6 +177,7 @@ def test_fault_in_the_loss_of_a_small_batch(output, place, monkeypatch):
     right = small_batch._loss_and_gradients
 
     def wrong(*args):
+        """Return the loss of a small batch with one wrong gradient, a fault that the verification must find."""
         found = right(*args)
         found[place].mul_(1.05)
         return found
@@ -192,6 +196,7 @@ def test_other_bits_fail_the_repeats(op, monkeypatch):
     calls = []
 
     def wobbly(*args):
+        """Return results with other bits in every second call, a fault that the verification must find."""
         out, *rest = right(*args)
         calls.append(name)
         return torch.nextafter(out, out + 1) if len(calls) % 2 else out, *rest
@@ -206,6 +211,7 @@ def test_other_bits_fail_the_repeats(op, monkeypatch):
 @pytest.mark.usefixtures("small_cases")
 def test_an_op_that_raises_is_a_row(monkeypatch):
     def broken(*args):
+        """Fail as an op without its kernel does, while the op is verified."""
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(pool_cpu, "backward", broken)
@@ -223,6 +229,7 @@ def test_one_wrong_weight_of_a_model(peer, monkeypatch):
     right = models._OTHERS[peer]
 
     def wrong(model):
+        """Return a model with one wrong weight, a fault that the verification must find."""
         other = right(model)
         with torch.no_grad():
             named = other.module.named_parameters()
@@ -241,6 +248,7 @@ def test_a_parameter_without_a_gradient_fails(monkeypatch):
     right = kernels.attention
 
     def detached(qkv, *args, **kwargs):
+        """Compute attention without the gradient of its input, a fault that the verification must find."""
         return right(qkv.detach(), *args, **kwargs) if kwargs["backend"] == "auto" else right(qkv, *args, **kwargs)
 
     monkeypatch.setattr("clipfast.models.transformer.attention", detached)

@@ -28,7 +28,7 @@ ROWS = [
 
 @pytest.fixture
 def one_leg(monkeypatch, small_cases):
-    """Only the CPU path, at small cases."""
+    """Let the verification run only the CPU path, at small cases."""
     monkeypatch.setattr(run, "legs_of", lambda options: ("cpu",))
 
 
@@ -99,6 +99,7 @@ def test_interruption_prints_what_is_there(capsys, tmp_path, one_leg, monkeypatc
     right, calls = run.timed, []
 
     def interrupted(rows, template):
+        """Return rows of the verification's report, and interrupt it at the third of them."""
         calls.append(template)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -119,6 +120,7 @@ def test_rows_are_on_disk_after_every_case(tmp_path, one_leg):
     path, seen = tmp_path / "v.json", []
 
     def look(group):
+        """Check that the rows of the verification so far are in its report on the disk."""
         before, rest = read_json(path)
         assert not rest["complete"]
         assert len(before) == len(seen)

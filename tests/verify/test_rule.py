@@ -63,6 +63,7 @@ def bad_luck(error: float):
     counted = []
 
     def draw(number):
+        """Return ours, the yardstick and the truth of a draw for the rule, of which the first few have bad luck."""
         counted.append(number)
         truth = torch.ones(1, dtype=torch.float64)
         return {"value": (truth + error).float()}, {"value": (truth + 1e-5 * (number > 2)).float()}, {"value": truth}
@@ -91,7 +92,7 @@ def test_forgotten_memory_is_nan():
 
 
 def float32_settings():
-    """The new and the old settings: PyTorch raises an error where they disagree."""
+    """Return PyTorch's new and old settings for float32: PyTorch raises an error where they disagree."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     new = [setting.fp32_precision for setting in (matmul, cudnn.conv, cudnn.rnn)]
     return new, [cudnn.allow_tf32, matmul.allow_tf32]
