@@ -149,7 +149,7 @@ The replacement works in this process and in those that it forks. Those that the
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return 0; return 2 for wrong arguments. The program's exceptions and SystemExit propagate."""
+    """Run a program by ``clipfast.run`` and return 0; return 2 for wrong arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def enabled_parts(disabled: str) -> dict[str, Part]:
-    """Return the parts to replace: those that are not in ``disabled``, whose names are separated by commas.
+    """Return the parts of OpenCLIP that ``clipfast.run`` replaces: those that are not in ``disabled``.
 
     Raises:
         ValueError: a name is not the name of a part.
@@ -228,6 +228,7 @@ class ImportHook(MetaPathFinder):
             _say(f"the program did not import {', '.join(never)}, so nothing was replaced there")
 
     def _replace(self, module: ModuleType) -> None:
+        """Replace the parts of a module of OpenCLIP that ``clipfast.run`` has waited for."""
         for replace, names in self.waiting[module.__name__].items():
             said = replace(module, names)
             if module.__name__ not in self.done:  # importlib.reload executes a module again
@@ -239,7 +240,7 @@ class ImportHook(MetaPathFinder):
 
 
 def unknown_version(package: str) -> str:
-    """Return a warning if the version of OpenCLIP is newer than clipfast knows, else ""."""
+    """Return a warning if OpenCLIP's version is newer than ``clipfast.run`` knows, else ""."""
     version = str(getattr(importlib.import_module(package), "__version__", "0"))
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers <= NEWEST:
@@ -257,11 +258,12 @@ def _say(text: str) -> None:
 
 
 def _leaves(names: Sequence[str]) -> str:
+    """Return advice how ``clipfast.run`` leaves some parts of OpenCLIP."""
     return f"to leave them: {VARIABLE}={','.join(names)}"
 
 
 def _arguments(kind: type) -> set[str]:
-    """Return the names of all arguments of a loss class's constructor and of its ``forward``."""
+    """Return the arguments of a loss class of OpenCLIP or of clipfast: its constructor's and ``forward``'s."""
     methods = (getattr(kind, name) for name in ("__init__", "forward"))
     return {name for method in methods for name in inspect.signature(method).parameters}
 
@@ -294,7 +296,7 @@ def _module_runner(name: str) -> Callable[[], object]:
 
 
 def _script_runner(path: str) -> Callable[[], object]:
-    """Return a function that runs a script, or a folder or an archive with a ``__main__.py``, as the program.
+    """Return a function by which ``clipfast.run`` runs a script, or a folder or an archive with a ``__main__.py``.
 
     Raises:
         ValueError: the file does not exist.
@@ -305,6 +307,7 @@ def _script_runner(path: str) -> Callable[[], object]:
 
 
 def _run_script(path: str) -> None:
+    """Run a script as the program of ``clipfast.run``."""
     whole_path = os.path.abspath(path)
     is_source = os.path.isfile(path) and not path.endswith((".pyc", ".pyz", ".zip"))
     # sys.path[0] is the working directory, as for a module. For a script it must be the script's folder; for a folder

@@ -52,7 +52,7 @@ def part_of(module: nn.Module) -> tuple[str, str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the family and the rest of a class name, as :func:`part_of` does."""
+    """Return the family and the rest of the name of a class of transformers, as :func:`part_of` does."""
     for family, prefix in _PREFIXES.items():
         if name.startswith(prefix):
             return family, name.removeprefix(prefix)
@@ -60,7 +60,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def asks_nothing(values: Iterable[object]) -> bool:
-    """Return True if all arguments of a call are unset: None or False, by identity, since some are tensors."""
+    """Return True if all arguments of a call of a patched module are unset: None or False, by identity."""
     return all(value is None or value is False for value in values)
 
 
@@ -268,6 +268,7 @@ def encoder_layer(layer: Any, hidden_states: Tensor, attention_mask: Tensor | No
 
 
 def _layer(layer: Any, x: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """Compute a patched block of transformers: [B, N, E] -> [B, N, E]."""
     branch = layer.self_attn(hidden_states=layer.layer_norm1(x), attention_mask=attention_mask, **kwargs)[0]
     x, normed = add_norm(x, branch, layer.layer_norm2)
     return x + layer.mlp(normed)
@@ -286,7 +287,7 @@ def _checkpointed(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -
 
 
 def why_not_read(encoder: Any, num_tokens: int) -> str:
-    """Return the reason why the last block of an encoder cannot compute a single row, or "" if it can."""
+    """Return the reason why the last block of transformers' encoder cannot compute a single row, or "" if it can."""
     if part_of(encoder)[1] != "Encoder" or not is_untouched(encoder) or not len(encoder.layers):
         return "its stack of blocks is not transformers' own, has a hook, or has no blocks"
     last = encoder.layers[-1]
@@ -298,11 +299,12 @@ def why_not_read(encoder: Any, num_tokens: int) -> str:
 
 
 def _is_row_by_row(part: nn.Module) -> bool:
+    """Return True if a module of transformers computes each row of its result from the same row of its input."""
     return part_of(part)[1] in ("EncoderLayer", "Attention", "MLP") or class_name(part) in _ROW_BY_ROW
 
 
 def read_row(encoder: Any, x: Tensor, rows: Tensor | None, causal: bool, seqlens: Tensor | None) -> Tensor:
-    """Run the blocks of an encoder, the last one for a single row of each sequence: [B, N, E] -> [B, E].
+    """Run the blocks of transformers' encoder, the last one for a single row of each sequence: [B, N, E] -> [B, E].
 
     Args:
         encoder: an encoder for which :func:`why_not_read` returns "".
@@ -317,6 +319,7 @@ def read_row(encoder: Any, x: Tensor, rows: Tensor | None, causal: bool, seqlens
 
 
 def _last_row(layer: Any, x: Tensor, rows: Tensor | None, causal: bool, seqlens: Tensor | None) -> Tensor:
+    """Compute one row of what a patched block of transformers returns for each sequence: [B, N, E] -> [B, E]."""
     attn = layer.self_attn
     projections = (attn.q_proj, attn.k_proj, attn.v_proj)
     weights, biases = [layer.weight for layer in projections], [layer.bias for layer in projections]

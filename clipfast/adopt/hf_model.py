@@ -43,6 +43,7 @@ def propose_model(module: Any) -> Iterator[Proposal]:
 
 
 def _propose_rows(model: Any, function: Any) -> Proposal:
+    """Propose that the towers of a transformers model compute single rows, or say why not."""
     if not reaches_ours(model):
         return Proposal(ROW, "every row is returned if the loss is theirs")
     refusals = {name: why_not_pooled(getattr(model, name)) for name in ("vision_model", "text_model")}
@@ -166,7 +167,7 @@ def _output_class(model: Any) -> Any:
 
 
 def loss_of_all_ranks(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
-    """Compute the loss of the pairs of all ranks, the same value on every rank.
+    """Compute the loss of a patched transformers model on the pairs of all ranks, the same value on every rank.
 
     After the mean over ranks that DistributedDataParallel takes, every parameter has the gradient of this loss.
 
@@ -214,6 +215,7 @@ class NoLogits:
         return "NO_LOGITS"  # copies and unpickled outputs get the one global object
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
+        """Refuse the logits of a patched transformers model, whose loss never forms them."""
         raise TypeError(NoLogits.message)
 
     @classmethod

@@ -32,6 +32,7 @@ def propose_embeddings(module: Any) -> Iterator[Proposal]:
 
 
 def _are_tables(module: Any) -> bool:
+    """Return True if our text embedding op can do both look-ups of a text tower of transformers."""
     return is_table(module.token_embedding) and is_table(module.position_embedding)
 
 
@@ -114,7 +115,7 @@ def pooled_image(tower: Any, pixel_values: Tensor, interpolate_pos_encoding: boo
 def pooled_text(
     tower: Any, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Tensor | None:
-    """Compute the pooled output of a text tower: [B, L] -> [B, E]; None if all rows must be computed."""
+    """Compute the pooled output of transformers' text tower: [B, L] -> [B, E]; None if all rows must be computed."""
     is_known = input_ids.ndim == 2 and (attention_mask is None or attention_mask.shape == input_ids.shape)
     if not is_known or not _computes(tower) or _records(tower) or why_not_pooled(tower, input_ids.shape[1]):
         return None
@@ -141,5 +142,5 @@ def _computes(tower: Any) -> bool:
 
 
 def _records(tower: Any) -> bool:
-    """Return True if the configuration asks for the hidden states or the attention weights of all blocks."""
+    """Return True if a tower of transformers must return the hidden states or attention weights of all blocks."""
     return any(getattr(tower.config, name, False) for name in ("output_hidden_states", "output_attentions"))

@@ -164,7 +164,7 @@ def is_causal(attn_mask: Tensor | None, owner: Any) -> bool:
 
 
 def _is_corner(part: Tensor, mask: Tensor) -> bool:
-    """Return True if ``part`` is a view of the upper left square of ``mask``."""
+    """Return True if ``part`` is a view of the upper left square of ``mask``, the causal mask of an OpenCLIP tower."""
     is_square = part.ndim == 2 and part.shape[0] == part.shape[1] and part._base is mask
     return is_square and part.storage_offset() == mask.storage_offset() and part.stride() == mask.stride()
 
@@ -306,7 +306,7 @@ def modern_text_attention(
 
 
 def _rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate each pair of neighbouring channels of [B, H, N, D]. ``angles`` [N, D] are cosines, and then sines."""
+    """Rotate pairs of channels of [B, H, N, D] as OpenCLIP does. ``angles`` [N, D] are cosines, and then sines."""
     cos, sin = angles.chunk(2, dim=-1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

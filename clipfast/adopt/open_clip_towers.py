@@ -52,6 +52,7 @@ def propose_tower(module: nn.Module) -> Iterator[Proposal]:
 
 
 def _propose_image_tower(tower: Any) -> Iterator[Proposal]:
+    """Propose replacements for the embedding and the last block of an image tower of OpenCLIP."""
     refusal = "" if is_projection(tower.conv1) else NO_PROJECTION
     yield propose_unless(refusal, "patch_embed", "clipfast.patch_embed", image_tokens, "_embeds")
     if tower.attn_pool is not None or tower.pool_type != "tok" or tower.output_tokens:
@@ -244,7 +245,7 @@ def _rows(text: Tensor, pool_type: str, eos: Any) -> Tensor | None:
 
 
 def _read_row(stack: Any, x: Tensor, rows: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
-    """Compute row ``rows[b]`` of each sequence b after all blocks: [B, N, width] -> [B, width]."""
+    """Compute row ``rows[b]`` of each sequence b after all blocks of an OpenCLIP tower: [B, N, width] -> [B, width]."""
     *blocks, last = stack.resblocks
     for block in blocks:
         if stack.grad_checkpointing:
@@ -257,7 +258,7 @@ def _read_row(stack: Any, x: Tensor, rows: Tensor | None, mask: Tensor | None, c
 
 
 def _last_row(block: Any, x: Tensor, rows: Tensor | None, causal: bool) -> Tensor:
-    """Compute one row of what ``block`` returns for each sequence: [B, N, width] -> [B, width]."""
+    """Compute one row of what an OpenCLIP ``block`` returns for each sequence: [B, N, width] -> [B, width]."""
     attn = block.attn
     biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
     out = attend_row(block.ln_1(x), rows, attn.num_heads, attn.in_proj_weight.chunk(3), biases, causal=causal)

@@ -150,14 +150,14 @@ def propose_norm(norm: Any) -> Proposal:
 
 
 def same_dtype_norm(module: Any, x: Tensor) -> Tensor:
-    """Compute a layer norm [..., N] -> [..., N] that returns the dtype of its input, under autocast too."""
+    """Compute an adopted model's layer norm [..., N] -> [..., N] that returns its input's dtype, under autocast too."""
     if not computes(x):
         return type(module).forward(module, x)
     return layer_norm(x, module.weight, module.bias, module.eps)
 
 
 def autocast_norm(module: Any, x: Tensor) -> Tensor:
-    """Compute a layer norm [..., N] -> [..., N] that returns float32 under autocast on a GPU, as PyTorch's own does."""
+    """Compute an adopted layer norm [..., N] -> [..., N] that returns float32 under autocast, as PyTorch's does."""
     if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.float()
     return same_dtype_norm(module, x)
@@ -216,6 +216,7 @@ def propose_gelu(linear: Any, act: nn.Module, function: Any) -> Proposal:
 
 
 def _is_by_tanh(act: nn.Module) -> bool:
+    """Return True if an activation of an adopted model approximates GELU by tanh."""
     return getattr(act, "approximate", "none") != "none"
 
 
@@ -225,7 +226,7 @@ def _gelu_of(act: nn.Module) -> Any:
 
 
 def linear_gelu(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
-    """Return ``act(linear(x))``."""
+    """Return ``act(linear(x))`` for two layers of an adopted model, by one of our ops if it can."""
     op = _gelu_of(act)
     is_known = op is not None and is_plain(act, type(act)) and is_plain(linear, nn.Linear)
     if not is_known or linear.bias is None or not computes(x):

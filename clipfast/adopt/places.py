@@ -86,6 +86,7 @@ class Replacement:
 
     @module.setter
     def module(self, module: nn.Module) -> None:
+        """Set the module of an adopted model whose method is replaced."""
         self._module = weakref.ref(module)
 
     @property
@@ -95,6 +96,7 @@ class Replacement:
 
     @owner.setter
     def owner(self, owner: nn.Module | None) -> None:
+        """Set the module that holds the mask of the replaced attention."""
         self._owner = None if owner is None else weakref.ref(owner)
 
     @property
@@ -243,7 +245,7 @@ def revert_model(model: nn.Module) -> nn.Module:
 
 
 def check_module(function: str, model: object) -> None:
-    """Refuse a model that is not an ``nn.Module``, with a TypeError."""
+    """Refuse to adopt a model that is not an ``nn.Module``, with a TypeError."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 

@@ -76,7 +76,7 @@ def _lines(prefix: str, part: nn.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def _place(name: str) -> str:
-    """Return a module's name with ``*`` in place of each number; "(model)" for the model itself."""
+    """Return the name of a patched module with ``*`` in place of each number; "(model)" for the model itself."""
     return re.sub(r"\d+", "*", name) or "(model)"
 
 

@@ -95,6 +95,7 @@ def timm_attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_c
 
 
 def _scale(module: Any) -> float | None:
+    """Return the scale of timm's attention; None means PyTorch's own."""
     return None if module.fused_attn else float(module.scale)
 
 
@@ -123,7 +124,7 @@ def rope_attention(
 
 
 def _projected_heads(module: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Return queries, keys and values [B, heads, N, head_dim], of one linear layer or of three."""
+    """Return timm's queries, keys and values [B, heads, N, head_dim], of one linear layer or of three."""
     if module.qkv is None:
         layers = (module.q_proj, module.k_proj, module.v_proj)
         return tuple(layer(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for layer in layers)
@@ -137,7 +138,7 @@ def _projected_heads(module: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
-    """Apply rotary embeddings to all tokens except the first ones, such as the class token: [B, heads, N, head_dim]."""
+    """Apply timm's rotary embeddings to all tokens but the first, such as the class token: [B, heads, N, head_dim]."""
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     options = {"half": True} if getattr(module, "rotate_half", False) else {}

@@ -19,7 +19,7 @@ PIECE = 0.5  # a thread is waited for in pieces of this many seconds
 
 
 def join(thread: threading.Thread, seconds: float = math.inf) -> None:
-    """Wait until a thread ends, or for ``seconds``.
+    """Wait until the thread that writes a checkpoint ends, or for ``seconds``.
 
     It waits in pieces, since Python handles a signal that arrives just before a wait only after the wait.
     """
@@ -39,20 +39,20 @@ class Background:
         self._error: Exception | None = None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Start to write in the thread, after the previous write is finished."""
+        """Start to write a checkpoint in the thread, after the previous write is finished."""
         self.wait()
         self._error = None
         self._thread = threading.Thread(target=self._do, args=(work,), name="clipfast background", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float = math.inf) -> Exception | None:
-        """Wait until the last write is finished, or for ``seconds``, and return its error, if it failed."""
+        """Wait until the last checkpoint is written, or for ``seconds``, and return the error if its write failed."""
         if self._thread is not None:
             join(self._thread, seconds)
         return self._error
 
     def _do(self, work: Callable[[], object]) -> None:
-        """Run ``work``, and keep its error for :meth:`wait`."""
+        """Write a checkpoint by ``work``, and keep its error for :meth:`wait`."""
         try:
             work()
         except Exception as error:
@@ -86,11 +86,12 @@ class HostCopy:
         return copied
 
     def wait(self) -> None:
-        """Wait until the GPU has copied all tensors to host memory."""
+        """Wait until the GPU has copied all tensors of a checkpoint to host memory."""
         for event in self._events:
             event.synchronize()
 
     def _copy(self, content: Any, path: tuple[Any, ...], buffers: dict[tuple[Any, ...], Tensor]) -> Any:
+        """Start to copy the content of a checkpoint to host memory, and return the copy."""
         if isinstance(content, Tensor):
             part = self._copy_tensor(to_local(content.detach()), path, buffers)
             return self._cut(part, content) if is_dtensor(content) else part
@@ -104,6 +105,7 @@ class HostCopy:
 
     @functools.cached_property
     def _mesh(self) -> Any:
+        """Return the device mesh of CPUs for DTensors of a checkpoint in host memory."""
         from torch.distributed.device_mesh import DeviceMesh
 
         assert self._world.hosts is not None
@@ -119,6 +121,7 @@ class HostCopy:
         )
 
     def _copy_tensor(self, tensor: Tensor, path: tuple[Any, ...], buffers: dict[tuple[Any, ...], Tensor]) -> Tensor:
+        """Start to copy a tensor of a checkpoint to host memory; tensors that share memory are copied once."""
         source = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if source in self._copied:
             return self._copied[source]
@@ -131,7 +134,7 @@ class HostCopy:
 
 
 def _host_memory(tensor: Tensor) -> Tensor:
-    """Return host memory for a copy of ``tensor``, pinned if it is on a GPU."""
+    """Return host memory for a copy of a checkpoint's ``tensor``, pinned if it is on a GPU."""
     if tensor.device.type == "cuda":
         with contextlib.suppress(RuntimeError):  # pinned memory is limited; without it the copy is only slower
             return torch.empty_like(tensor, device="cpu", pin_memory=True)

@@ -128,6 +128,7 @@ def check_archive(file: IO[bytes], name: str | Path) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Read a safetensors checkpoint, and clipfast's notes in its header."""
     from safetensors import safe_open  # not at the top: a machine that only runs kernels may lack it
 
     with safe_open(path, framework="pt") as file:
@@ -393,6 +394,7 @@ def write_safetensors(path: Path, weights: Mapping[str, Tensor], notes: Mapping[
     header = {"format": "pt", **(notes or {})}
 
     def write(temporary: Path) -> None:
+        """Write a safetensors checkpoint to a temporary path."""
         save_file(content, temporary, header)
         _sort_notes(temporary)
 

@@ -80,6 +80,7 @@ def convert_checkpoint(
 
 
 def _check_destination(destination: Path, to: str, *, overwrite: bool) -> None:
+    """Refuse a destination of the converted checkpoint that exists, or a layout that is unknown."""
     if to not in TARGETS:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}, got {to!r}")
     if (destination.exists() or destination.is_symlink()) and not (overwrite and destination.is_file()):
@@ -90,6 +91,7 @@ def _check_destination(destination: Path, to: str, *, overwrite: bool) -> None:
 
 
 def _write_clipfast(path: Path, contents: Contents) -> None:
+    """Write the converted checkpoint in clipfast's layout."""
     check_preprocessing(contents.preprocessing, contents.source)
     own = {"model_config": contents.settled_config.to_dict(), "preprocess_cfg": dict(contents.preprocessing)}
     state = {name: value.contiguous() for name, value in contents.state.items()}
@@ -97,6 +99,7 @@ def _write_clipfast(path: Path, contents: Contents) -> None:
 
 
 def _write_open_clip(folder: Path, contents: Contents) -> None:
+    """Write the converted checkpoint in OpenCLIP's layout."""
     _check_open_clip(contents)
     write_open_clip_folder(folder, contents.settled_config, contents.preprocessing, contents.state)
     copy_tokenizer(folder, contents.tokenizer)

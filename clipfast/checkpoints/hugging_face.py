@@ -88,6 +88,7 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint of transformers."""
     try:
         raw = read_json(path)
     except (OSError, ValueError) as error:

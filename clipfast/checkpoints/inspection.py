@@ -90,5 +90,6 @@ def inspect_checkpoint(
 
 
 def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a checkpoint's file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

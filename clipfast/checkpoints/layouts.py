@@ -83,7 +83,7 @@ def fetch_folder(
     folder = config.parent  # the folder's name is the commit
 
     def more(*names: str) -> Path:
-        """Fetch further files of the same commit."""
+        """Fetch further files of the same commit of a model on the hub."""
         return fetch(repository, *names, cache_dir=cache_dir, revision=folder.name)
 
     if config.name == CONFIG_NAME:

@@ -235,6 +235,7 @@ class Checkpoints:
         """Make ``name`` a hard link to the checkpoint ``path``."""
 
         def link(temporary: Path) -> None:
+            """Make a hard link to a checkpoint, or a copy where the file system has no links."""
             temporary.unlink()
             try:
                 temporary.hardlink_to(path)

@@ -90,6 +90,7 @@ def read_folder(folder: Path) -> Contents:
 
 
 def _layout(checkpoint: Mapping[str, Any], path: Path, is_own: bool) -> str:
+    """Describe the layout of a checkpoint file in words."""
     is_training = "optimizer" in checkpoint or "epoch" in checkpoint
     kind = "OpenCLIP checkpoint" if is_training else "weights with OpenCLIP's names"
     kind = ("clipfast checkpoint" if is_own else kind) + (" of a training run" if is_training else "")

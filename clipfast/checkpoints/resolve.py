@@ -143,7 +143,7 @@ def _check_heads(contents: Contents, base: CLIPConfig, label: str | Path) -> Non
 
 
 def _asked_config(model: str) -> CLIPConfig:
-    """Return the configuration of the model that the user names."""
+    """Return the configuration of the model that the user names for a checkpoint."""
     if not model.endswith(".json"):
         return get_model_config(model.replace("/", "-"))
     try:
@@ -176,7 +176,7 @@ def _with_activation(config: CLIPConfig, contents: Contents, wishes: Wishes) -> 
 
 
 def _activated(config: CLIPConfig, wish: str) -> CLIPConfig:
-    """Return ``config`` with the activation that ``--activation`` names.
+    """Return a checkpoint's ``config`` with the activation that ``--activation`` names.
 
     Raises:
         ValueError: a model of this kind does not have the activation.
@@ -189,7 +189,7 @@ def _activated(config: CLIPConfig, wish: str) -> CLIPConfig:
 
 
 def activation_flag(config: CLIPConfig) -> str:
-    """Return the value of ``--activation`` for the activation of a configuration."""
+    """Return the value of ``--activation`` that stands for the activation of a checkpoint's configuration."""
     known = _SIGLIP if isinstance(config, SigLIPConfig) else _CLIP
     return next(word for word in known if _activated(config, word) == config)
 

@@ -44,7 +44,7 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
 
     def empty() -> None:
-        """Make the temporary folder anew, without files."""
+        """Make the temporary folder of a sharded checkpoint anew, without files."""
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
@@ -193,10 +193,12 @@ def _seal(path: Path) -> dict[str, Any]:
 
 
 def _has_size(path: Path, seal: dict[str, Any]) -> bool:
+    """Return True if a file of a sharded checkpoint has the size that the manifest says."""
     return path.is_file() and path.stat().st_size == seal["size"]
 
 
 def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file of a sharded checkpoint."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

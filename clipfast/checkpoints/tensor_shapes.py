@@ -84,7 +84,7 @@ def _resnet(state: Mapping[str, Tensor]) -> VisionConfig:
 
 
 def _head_width(width: int) -> int:
-    """Return the usual head width, 64, or the whole width if that is not a multiple of it."""
+    """Return the head width to assume for a checkpoint: 64, or the whole width if that is not a multiple of it."""
     return width if width % HEAD_WIDTH else HEAD_WIDTH
 
 
@@ -94,7 +94,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """Return an mlp_ratio that gives ``hidden`` units; ``hidden / width`` itself may be rounded to one unit less."""
+    """Return an mlp_ratio that gives the ``hidden`` units of a checkpoint's MLP, without rounding to one unit less."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -123,7 +123,7 @@ def models_of_shapes(config: CLIPConfig) -> list[str]:
 
 
 def settled(config: CLIPConfig) -> CLIPConfig:
-    """Return the published configuration that equals ``config`` up to rounding of its numbers, or else ``config``.
+    """Return the published configuration that equals a checkpoint's ``config`` up to rounding, or else ``config``.
 
     A layout that states the hidden units of an MLP gives 4.363636 where the published configuration says 4.3637.
     """

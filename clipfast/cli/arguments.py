@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         return found, left
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that an option of the command line does not take, with a suggestion."""
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
             suggestion = meant(str(value), known)
@@ -169,6 +170,7 @@ def _inputs(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _drawn_ends() -> tuple[str, ...]:
+    """Return the file extensions that the option of a plot takes."""
     from matplotlib.figure import Figure
 
     return tuple(f".{name}" for name in sorted(Figure().canvas.get_supported_filetypes()))

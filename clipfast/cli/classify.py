@@ -80,6 +80,7 @@ def _labels(args: argparse.Namespace) -> list[str]:
 
 
 def _item(kind: Any, one: dict[str, Any]) -> Any:
+    """Return a picture with its probabilities for the page of ``clipfast classify``."""
     label, value = next(iter(one["probabilities"].items()))
     best = {label: round(share, 4) for label, share in list(one["probabilities"].items())[:SHOWN]}
     return kind(Path(one["image"]), label, value, one["image"], metadata=best)

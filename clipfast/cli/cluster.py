@@ -88,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _nearest(found: Clusters, texts: Tensor, names: Sequence[str]) -> list[str]:
-    """Return the name for each cluster: the one whose text features, in ``texts``, are nearest to its centre."""
+    """Return the name of each cluster for ``clipfast cluster``: its centre is nearest to the features of this text."""
     from ..kernels import top_k
 
     return [names[place] for place in top_k(found.centres, texts.float().cpu(), 1)[1][:, 0].tolist()]
 
 
 def _names(embeddings: Embeddings, found: Clusters, label_by: str | None) -> list[str]:
-    """Return a name for each cluster; "" for a cluster that is empty or has no captions."""
+    """Return a name for each cluster of ``clipfast cluster``; "" if it is empty or has no captions."""
     from ..kernels import top_k
 
     k = len(found.centres)
@@ -135,7 +135,7 @@ def _results(args: argparse.Namespace, embeddings: Embeddings, found: Clusters, 
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the text table of the clusters, after a line about all of them."""
+    """Return the text table of ``clipfast cluster``, after a line about all clusters."""
     from ..io.text import align, without_empty
 
     rows = [["cluster", "size", "similarity", "name"]]

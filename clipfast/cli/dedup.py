@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sentence(results: dict[str, Any]) -> str:
+    """Return the sentence in which ``clipfast dedup`` says how many pictures are kept."""
     return (
         f"Of {results['items']:,} pictures {results['kept']:,} are kept, and {results['dropped']:,} left out as near "
         f"duplicates of these (cosine of {results['threshold']:g} or more, or an equal digest). Of near duplicates, "
@@ -93,7 +94,7 @@ def _sentence(results: dict[str, Any]) -> str:
 
 
 def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
-    """Yield the pictures of the largest groups of duplicates: each kept picture, then the near duplicates of it."""
+    """Yield the largest groups for the page of ``clipfast dedup``: each kept picture, then its duplicates."""
     largest = sorted(groups, key=len, reverse=True)[:SHOWN]
     for number, group in enumerate(largest, 1):
         name = f"group {number}"

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(findings: list[Finding]) -> str:
+    """Return the text table of ``clipfast doctor``."""
     rows = []
     for finding in findings:
         rows.append((finding.status, finding.name, finding.value))

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, world: World) -> int:
+    """Run ``clipfast embed`` as one of its processes, and return the exit code."""
     from ..distributed.world import INDEXING
     from ..search.embed import SKIPPED_FILE
 
@@ -148,6 +149,7 @@ def _held(folder: Path, world: World) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
+            """Lock the output folder of ``clipfast embed``, unless it holds something else."""
             refuse_others(folder)  # before a lock file is made there
             stack.enter_context(locked(folder, "--output"))
 

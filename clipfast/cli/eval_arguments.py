@@ -34,6 +34,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """A help formatter that keeps the lines of examples and wraps descriptions."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fill the lines of a help text of ``clipfast eval``, whose own line breaks are kept."""
         if "\n" in text:
             return super()._fill_text(text, width, indent)
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
@@ -150,7 +151,7 @@ class Session(NamedTuple):
 
     @property
     def encoder(self) -> Encoder:
-        """The first of the models, for tasks with a single model."""
+        """The first of the models of ``clipfast eval``, for tasks with a single model."""
         return self.encoders[0]
 
 
@@ -237,7 +238,7 @@ def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledS
 
 
 def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> LabelledFeatures:
-    """Encode a labelled set and print the left-out images on stderr; ranks other than 0 get empty features.
+    """Encode the labelled set of ``clipfast eval`` and print the left-out images; only rank 0 gets features.
 
     Raises:
         ValueError: the set cannot be read, or not one of its images can be used.
@@ -338,7 +339,7 @@ def read_texts(path: Path, flag: str = "--queries") -> tuple[str, ...]:
 
 
 def _lines(path: str, otherwise: str) -> tuple[str, ...]:
-    """Return the lines of a text file that are not empty; ``otherwise`` is the error if there is no such file."""
+    """Return the non-empty lines of a file for ``clipfast eval``; ``otherwise`` is the error without the file."""
     if not Path(path).is_file():
         raise ValueError(f"{otherwise}, got {path!r}")
     lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())

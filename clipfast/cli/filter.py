@@ -141,6 +141,7 @@ def _items(pictures: Pictures, scores: Tensor, kept: Tensor) -> Iterator[Item]:
 
 
 def _write_shards(folder: Path, pictures: Pictures, embeddings: Embeddings, kept: Tensor) -> None:
+    """Copy the kept pairs of ``clipfast filter`` into tar shards."""
     from ..search.source_samples import write_shards
 
     if pictures.samples is None:

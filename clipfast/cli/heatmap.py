@@ -74,12 +74,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _peak(heat: Any, size: tuple[int, int]) -> tuple[float, int, int]:
-    """Return the highest value of a heat map, and its column and row in the pixels of the picture."""
+    """Return the highest value of a heat map of ``clipfast heatmap``, and its column and row in pixels."""
     y, x = divmod(int(heat.argmax()), heat.shape[1])
     return float(heat.max()), int((x + 0.5) / heat.shape[1] * size[0]), int((y + 0.5) / heat.shape[0] * size[1])
 
 
 def _write_page(args: argparse.Namespace, picture: Any, maps: Any, peaks: Any, label: str) -> None:
+    """Write the page of ``clipfast heatmap``."""
     from ..search.gallery import Item
     from ..search.heatmap import limits_of, overlay
     from .search_arguments import write_gallery

@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(*words: str) -> str:
+    """Return a line of the table of ``clipfast interpolate``."""
     return "  ".join(f"{word:>11}" for word in words)
 
 

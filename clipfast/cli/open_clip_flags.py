@@ -45,6 +45,7 @@ SAME = Rule("same")
 
 
 def _local_url(text: str) -> str:
+    """Refuse any value of OpenCLIP's flag ``--dist-url`` but env://."""
     if text != "env://":
         raise argparse.ArgumentTypeError(
             f"{text!r}: start by torchrun, and give the address to its --rdzv-endpoint; only env:// is accepted"
@@ -312,6 +313,7 @@ def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming
 def _accumulated(
     passes: int, given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming: bool
 ) -> dict[str, Any]:
+    """Return the options of clipfast for OpenCLIP's flag ``--accum-freq``."""
     for flag in ("--micro-batch-size", "--global-batch-size"):
         if flag.strip("-").replace("-", "_") in given:
             raise ValueError(f"--accum-freq {passes} and {flag} both say how a batch is divided: leave one out")
@@ -355,6 +357,7 @@ gives all of them OpenCLIP's values. A command without `--train-data` evaluates,
 
 
 def _section(how: str) -> str:
+    """Return a section of the page about OpenCLIP's flags: the flags that are handled alike."""
     rows = "".join(f"| `{name}` | {rule.note} |\n" for name, rule in FLAGS.items() if rule.how == how)
     heading = "what to use" if how == "refused" else "what differs" if how == "same" else "what it is here"
     return f"\n## {TITLES[how]}\n\n| flag | {heading} |\n|---|---|\n{rows}"

@@ -64,7 +64,10 @@ PLANS |= dict.fromkeys(
 
 
 def _number(*, or_zero: bool = False) -> Callable[[str], float]:
+    """Return a function that parses a positive number of ``clipfast plan``."""
+
     def parse(text: str) -> float:
+        """Parse a positive number of ``clipfast plan``."""
         value = float(text)
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
@@ -97,6 +100,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``clipfast plan`` for a training step."""
     group = parser.add_argument_group("a training step of the trainer")
     add, or_zero = group.add_argument, _number(or_zero=True)
     add("--train", action="store_true", help="plan a whole step of clipfast train, part by part")
@@ -144,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _flag(name: str) -> str:
+    """Return the flag of an option of ``clipfast plan``."""
     return "--" + name.replace("_", "-")
 
 
@@ -164,11 +169,13 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
 
 
 def _write(path: Path | None, plan: dict[str, Any]) -> None:
+    """Write the plan of ``clipfast plan`` as JSON, if a path is given."""
     if path is not None:
         replace_text(path, json.dumps(plan, indent=1) + "\n")
 
 
 def _plan_loss(args: argparse.Namespace, cluster: "Cluster") -> None:
+    """Print the plan of a loss for ``clipfast plan``."""
     from ..kernels.dtypes import DTYPES
     from ..plan.loss import predict
     from ..plan.planned_step import Problem
@@ -192,6 +199,7 @@ def _plan_loss(args: argparse.Namespace, cluster: "Cluster") -> None:
 
 
 def _rates(problem: "Problem", cluster: "Cluster") -> str:
+    """Describe the rates of the card that ``clipfast plan`` assumes."""
     card = cluster.card
     gb, gb_per_s = card.memory_bytes / 1e9, card.memory_bytes_per_s / 1e9
     tflops = card.reached(half=problem.dtype.itemsize == 2) / 1e12
@@ -215,6 +223,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _plan_training(args: argparse.Namespace, cluster: "Cluster") -> None:
+    """Print the plan of a training run for ``clipfast plan``."""
     from ..plan.fit import Assumptions
 
     if args.price_per_gpu_hour is not None and args.samples_seen is None:
@@ -252,6 +261,7 @@ def _setup(args: argparse.Namespace, model: str) -> "Setup":
 
 
 def _fit(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions") -> list[dict[str, Any]]:
+    """Print the batches that fit into memory for ``clipfast plan --fit``, and return them."""
     from ..plan.fit import MODELS, combinations, fit
 
     models = list(MODELS) if args.model is None else [name.strip() for name in args.model.split(",")]
@@ -286,6 +296,7 @@ def fit_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _train(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions") -> dict[str, Any]:
+    """Print the plan of a training step for ``clipfast plan --train``, and return it."""
     from ..plan.fit import Batch, StepPlan, describe
 
     if args.model is None:
@@ -317,16 +328,17 @@ def _train(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions")
 
 
 def _print_parts(title: str, parts: dict[str, float], shown: Callable[[Any], str]) -> None:
+    """Print the parts of a plan of ``clipfast plan`` and their sum."""
     rows = [*parts.items(), ("together", sum(parts.values()))]
     print(f"\n{title}\n" + align([[name, shown(value)] for name, value in rows], right=(1,), indent="  "))
 
 
 def _gb(value: float) -> str:
-    """Format bytes as gigabytes."""
+    """Format bytes as gigabytes for ``clipfast plan``."""
     return f"{value / 1e9:.2f} GB" if value < 1e10 else f"{value / 1e9:.1f} GB"
 
 
 def _amount(row: dict[str, Any], name: str) -> str:
-    """Format a number of a row; "" if the row lacks it."""
+    """Format a number in a row of ``clipfast plan``; "" if the row lacks it."""
     value = row.get(name)
     return "" if value is None else f"{value:.2g}" if value < 1 else f"{value:,.{1 if value < 1000 else 0}f}"

@@ -112,7 +112,7 @@ def _check(args: argparse.Namespace, texts: list[str]) -> None:
 def query_features(
     encoder: Encoder, texts: list[str], images: list[Path], weight: float = 0.5
 ) -> tuple[list[str], Tensor]:
-    """Encode the queries of a search: texts, pictures, or pairs of both; return names and normalized features.
+    """Encode the queries of ``clipfast search``: texts, pictures, or pairs; return names and normalized features.
 
     Args:
         encoder: the model.
@@ -136,7 +136,7 @@ def query_features(
 
 
 def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
-    """Encode picture files as queries of a search; return normalized features.
+    """Encode picture files as queries of ``clipfast search``; return normalized features.
 
     Raises:
         ImageError: a picture cannot be used.
@@ -155,7 +155,7 @@ def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
 
 
 def _places(embeddings: Embeddings, picture: Path) -> set[int]:
-    """Return the indices of the embedded items that come from this file, which is a query."""
+    """Return the indices of the embedded items that come from this file, a query of ``clipfast search``."""
     import pyarrow.compute
 
     if "image_path" not in embeddings.metadata.column_names:

@@ -76,7 +76,7 @@ def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
 
 
 def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
-    """Return the image features or the text features of a folder of embeddings.
+    """Return the image or text features of a folder of embeddings that a command's arguments name.
 
     Raises:
         ValueError: the folder has no features of this kind, or no items.
@@ -119,13 +119,14 @@ class Pictures:
         return Item(self._image(row, path), caption, score, path, group, {**more, **others}, mark)
 
     def _image(self, row: Mapping[str, Any], path: str) -> Any:
+        """Return a picture for a command's page, as a file or decoded; None if there is none."""
         if self.samples is None:
             return Path(path) if Path(path).is_file() else None
         return getattr(self.samples.read(row.get("number", -1)), "image", None)  # None if now left out
 
 
 def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **options: Any) -> None:
-    """Write an HTML page of embedded pictures and print its path. Options are those of ``gallery``.
+    """Write the HTML page of a search command with embedded pictures, and print its path.
 
     Raises:
         DiskFullError: there is no space.
@@ -137,7 +138,7 @@ def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **o
 
 
 def write_keys(path: Path, embeddings: Embeddings, places: Iterable[int]) -> None:
-    """Write the keys of embedded items to a file, one a line.
+    """Write the keys of embedded items to the file that a command's option names, one a line.
 
     Raises:
         ValueError: the metadata of the embeddings have no keys.

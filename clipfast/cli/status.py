@@ -98,13 +98,14 @@ def plot_runs(histories: Sequence["History"], path: Path) -> None:
 
 
 def _curve(axis: "Axes", points: Sequence[tuple[int, float]], colour: str, **style: Any) -> None:
-    """Draw a curve of a run's figure; a single point, which would be invisible as a line, is drawn as a marker."""
+    """Draw a curve in the plot of ``clipfast status``; a single point, invisible as a line, is a marker."""
     if points:
         marker = {"marker": "o"} if len(points) == 1 else {}
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, **marker | style)
 
 
 def _evaluations(axis: "Axes", histories: Sequence["History"]) -> None:
+    """Draw the evaluations of runs in the plot of ``clipfast status``."""
     for number, history in enumerate(histories):
         for place, (name, key, style) in enumerate(METRICS):
             found = [

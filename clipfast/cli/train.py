@@ -181,7 +181,7 @@ def _named(resume: str | None, given: dict[str, Any]) -> "Found":
 
 
 def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
-    """Return the newest complete checkpoint in a run's folder; None without one, if the remote copy may have one."""
+    """Return the checkpoint from which ``clipfast train`` resumes; None if only the remote copy may have one."""
     from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.of_run import Checkpoints, Found
     from ..runs.folder import RunFolder

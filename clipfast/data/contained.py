@@ -39,7 +39,7 @@ class Writable(Protocol):
     """An object with a ``write`` method that takes bytes, such as a file."""
 
     def write(self, data: bytes, /) -> object:
-        """Write the bytes."""
+        """Write bytes of a shard that is copied or converted."""
 
 
 def count_rows(file: IO[bytes], name: str) -> int:
@@ -127,6 +127,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _answer(reader: subprocess.Popen[bytes], request: dict[str, Any], target: Writable | None) -> list[Any]:
+    """Ask the process that reads Parquet and Arrow files; copy the bytes that it sends, and return its answer."""
     assert reader.stdin is not None
     assert reader.stdout is not None
     with contextlib.suppress(BrokenPipeError):  # the reader has ended; reading its answer will show that

@@ -66,6 +66,7 @@ class Counts:
             return None
 
     def _sizes_in(self, path: str) -> dict[str, Any]:
+        """Return the sample counts in a file beside the shards, which is read only once."""
         with self._lock:
             if path not in self._sizes:
                 try:
@@ -104,7 +105,7 @@ def _read(path: str, read: Callable[[IO[bytes]], Found], what: str, *, whole: bo
     """
 
     def attempt() -> Found:
-        """Open the file once, and read it."""
+        """Open the file with a shard's sample count once, and read it."""
         with opened(path, whole=whole) as file:
             return read(file)
 

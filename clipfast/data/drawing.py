@@ -95,23 +95,23 @@ class _Plane:
         self.degrees = columns[:, COLUMNS.degrees]
 
     def edge(self, degrees: int, length: int) -> Tensor:
-        """Return each pixel's distance from a line, ``length`` away from the centre in the direction ``degrees``."""
+        """Return each pixel's distance from a shape's edge, ``length`` from the centre in the direction ``degrees``."""
         cosines = _cosines(self.x.device)
         cos, sin = (cosines[(self.degrees + turned) % 360] for turned in (degrees, degrees + 270))
         return (cos * self.x // ONE).int() + (sin * self.y // ONE - self.radius * length // 1000).int()
 
     def disc(self, length: int) -> Tensor:
-        """Return the approximate distance of each pixel from a circle, exact to first order where it is small."""
+        """Return each pixel's distance from a drawn disc, exact to first order where it is small."""
         radius = (self.radius * length // 1000).clamp(min=1)
         return (self.x**2 // (2 * radius)).int() + ((self.y**2 - radius**2) // (2 * radius)).int()
 
     def polygon(self, *lengths: int) -> Tensor:
-        """Return each pixel's distance from a polygon with equal angles; its edges are ``lengths`` from the centre."""
+        """Return each pixel's distance from a drawn polygon of equal angles, with edges ``lengths`` from the centre."""
         edges = (self.edge(360 * k // len(lengths), length) for k, length in enumerate(lengths))
         return functools.reduce(torch.maximum, edges)
 
     def star(self, length: int) -> Tensor:
-        """Return each pixel's distance from a five-pointed star: its pixels are inside of four of the five edges."""
+        """Return each pixel's distance from a drawn star: its pixels are inside of four of the five edges."""
         largest = self.edge(0, length)
         second = torch.full_like(largest, torch.iinfo(torch.int32).min)
         for k in range(1, 5):
@@ -135,12 +135,12 @@ SHAPES: dict[str, Callable[[_Plane], Tensor]] = {
 
 @functools.cache
 def _cosines(device: torch.device) -> Tensor:
-    """Return the cosine of every whole number of degrees, as integers in 4096ths."""
+    """Return the cosine of every whole number of degrees, as integers in 4096ths, for drawings of synthetic pairs."""
     return torch.from_numpy(np.rint(np.cos(np.arange(360) * np.pi / 180) * ONE).astype(np.int64)).to(device)
 
 
 def _coverage(distances: Tensor) -> Tensor:
-    """Return how many 64ths of each pixel a shape covers: int16 [B, 1, S, S]."""
+    """Return how many 64ths of each pixel a drawn shape covers: int16 [B, 1, S, S]."""
     return distances.neg_().add_(PIXEL // 2).clamp_(0, PIXEL).to(torch.int16)[:, None]
 
 

@@ -45,7 +45,7 @@ TRAINED = {"one": 1, "two": 4, "relation": 4, "count": 2}  # kinds of training s
 
 
 def _regular(corners: int, inner: float = 1.0, first: float = -90.0) -> tuple[tuple[float, float], ...]:
-    """Return the corners of a polygon around the origin, every second one at the distance ``inner``."""
+    """Return the corners of a drawn polygon around the origin, every second one at the distance ``inner``."""
     angles = (math.radians(first + 360 * number / corners) for number in range(corners))
     return tuple(
         (math.cos(angle) * (inner if number % 2 else 1), math.sin(angle) * (inner if number % 2 else 1))
@@ -54,6 +54,7 @@ def _regular(corners: int, inner: float = 1.0, first: float = -90.0) -> tuple[tu
 
 
 def _scaled(points: Sequence[tuple[float, float]], factor: float) -> tuple[tuple[float, float], ...]:
+    """Return the corners of a drawn shape, scaled about its centre."""
     return tuple((factor * x, factor * y) for x, y in points)
 
 
@@ -114,7 +115,7 @@ class Scene(NamedTuple):
     relation: str = ""
 
     def picture(self) -> Image.Image:
-        """Draw the picture of the scene, 64 pixels a side."""
+        """Draw the picture of a synthetic pair's scene, 64 pixels a side."""
         from PIL import Image, ImageDraw
 
         image = Image.new("RGB", (FINER * SIDE, FINER * SIDE), (self.grey,) * 3)
@@ -157,7 +158,7 @@ def held_out_scene(number: int, seed: int = 0) -> Scene:
 
 
 def _one(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
-    """Draw a scene of one thing."""
+    """Draw a synthetic scene of one shape."""
     colour, shape = rng.choice(ONES[is_test])
     radius = rng.uniform(9, 17)
     x, y = (rng.uniform(radius + 6, SIDE - radius - 6) for _ in range(2))
@@ -172,7 +173,7 @@ def _one(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
 
 
 def _two(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
-    """Draw a scene of two things at random places."""
+    """Draw a synthetic scene of two shapes at random places."""
     angle, distance = rng.uniform(0, 2 * math.pi), rng.uniform(30, 36)
     first, second = _couple(rng, math.cos(angle) * distance, math.sin(angle) * distance, is_test=is_test)
     caption = f"a {first.colour} {first.shape} and a {second.colour} {second.shape}"
@@ -181,7 +182,7 @@ def _two(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
 
 
 def _related(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
-    """Draw a scene of two things, of which one is beside, above or below the other."""
+    """Draw a synthetic scene of two shapes, of which one is beside, above or below the other."""
     relation, (right, down) = rng.choice(list(RELATIONS.items()))
     along, across = rng.uniform(30, 36), rng.uniform(-6, 6)
     # The first thing of the caption lies in the direction of the relation.
@@ -192,7 +193,7 @@ def _related(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
 
 
 def _counted(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
-    """Draw a scene of several equal things, each in one of nine cells."""
+    """Draw a synthetic scene of several equal shapes, each in one of nine cells."""
     colour, shape = rng.choice(ONES[is_test])
     fewer = rng.choice([number for number in COUNTS if number + 1 in COUNTS])
     count, other = rng.sample((fewer, fewer + 1), 2)  # each number is the right one as often as the wrong one
@@ -211,7 +212,7 @@ _DRAWN_BY = {
 
 
 def _couple(rng: random.Random, x: float, y: float, *, is_test: bool) -> tuple[Thing, Thing]:
-    """Return two things of a scene with different colours and shapes; the second is (x, y) away from the first."""
+    """Return two unequal shapes of a synthetic scene; the second is (x, y) away from the first."""
     colours, shapes = (rng.sample(both, 2) for both in rng.choice(TWOS[is_test]))
     radii = [rng.uniform(9, 12) for _ in range(2)]
     first = []
@@ -228,26 +229,26 @@ def _couple(rng: random.Random, x: float, y: float, *, is_test: bool) -> tuple[T
 
 
 def _thing(rng: random.Random, colour: str, shape: str, x: float, y: float, radius: float) -> Thing:
-    """Return a thing with a random shade and a random rotation."""
+    """Return a shape of a synthetic scene with a random shade and a random rotation."""
     red, green, blue = (min(255, max(0, value + rng.randint(-SHADE, SHADE))) for value in COLOURS[colour])
     return Thing(colour, shape, x, y, radius, rng.uniform(-TURN, TURN), (red, green, blue))
 
 
 def _grey(rng: random.Random) -> int:
-    """Draw the grey level of a background."""
+    """Draw the grey level of a synthetic scene's background."""
     return rng.randint(DARKEST, LIGHTEST)
 
 
 def _plural(shape: str) -> str:
-    """Return the plural of a shape's name."""
+    """Return the plural of a shape's name for a synthetic caption."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
 def _shuffled(rng: random.Random, caption: str) -> str:
-    """Return the words of a caption in an order that does not make a caption."""
+    """Return the words of a synthetic caption in an order that does not make a caption."""
 
     def classes(words: Sequence[str]) -> list[str]:
-        """Return the words with "colour" in place of each colour, and "shape" in place of each shape."""
+        """Return the words of a synthetic caption with "colour" for each colour, and "shape" for each shape."""
         return ["colour" if word in COLOURS else "shape" if word in SHAPES else word for word in words]
 
     words = caption.split()

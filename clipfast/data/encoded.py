@@ -168,6 +168,7 @@ class EncodedImages:
         return images
 
     def _files(self, first: int, stop: int) -> list[Tensor]:
+        """Return the JPEG files of some images of a batch."""
         ends = self.numbers[:stop, 0].cumsum(0).tolist()
         begins = [0, *ends]
         return [self.files[begins[index] : ends[index]] for index in range(first, stop)]
@@ -214,6 +215,7 @@ def decoded(files: list[Tensor], device: torch.device) -> list[Tensor]:
 
 @functools.cache
 def _warn_once(device: str, reason: str) -> None:
+    """Warn, once for each reason, that a device refuses JPEG files of the training data."""
     log.warning(f"{device} refuses JPEG files that the host decodes in its place: {reason}")
 
 

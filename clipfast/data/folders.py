@@ -116,6 +116,7 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True if an entry of a folder of images is a folder itself."""
     try:
         return entry.is_dir()
     except OSError:  # for instance a link to itself
@@ -139,6 +140,7 @@ def _parser(folder: str, _: int) -> Callable[[bytes], RawSample]:
     """Return a function that makes a sample of the bytes of a line in the list of a folder's images."""
 
     def parse(data: bytes) -> RawSample:
+        """Return the paths of a sample's files from its line in the list of a folder's images."""
         files: dict[str, str] = metadata({"json": data})
         paths = {extension: os.path.join(folder, name) for extension, name in files.items()}
         key = next(iter(files.values())).rpartition(".")[0]

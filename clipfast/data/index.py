@@ -54,7 +54,7 @@ class ShardError(SampleError):
 
 
 def cache_folder() -> Path:
-    """Return clipfast's cache folder: the variable CLIPFAST_CACHE, or ``clipfast`` in the user's cache folder."""
+    """Return the folder of shards' indices and copies: CLIPFAST_CACHE, or ``clipfast`` in the user's cache."""
     own = os.environ.get(CACHE_VARIABLE)
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own) if own else Path(shared) / "clipfast"
@@ -153,6 +153,7 @@ class IndexCache:
             return list(_in_slices(pool, self._known if whole else lambda name: self._counted(name, counts), names))
 
     def _made(self, names: Sequence[str], workers: int) -> Iterator[ShardIndex]:
+        """Index shards that are not in the cache, in several processes if there are several shards."""
         if workers < 2 or len(names) < 2:
             yield from map(self._make, names)
             return
@@ -207,6 +208,7 @@ class IndexCache:
 
     @property
     def _copies(self) -> Path:
+        """Return the folder of the cached copies of shards."""
         return self.folder / "shards"
 
     def extents(self, name: str) -> Extents:
@@ -239,6 +241,7 @@ class IndexCache:
         return self._entry(shard.name).with_suffix("." + hashlib.sha256(name.encode()).hexdigest()[:8])
 
     def _mark(self, shard: ShardIndex, name: str) -> bytes:
+        """Return the line by which the file of a cached column is recognised as the shard's own."""
         return json.dumps([VERSION, shard.name, shard.stamp, name]).encode() + b"\n"
 
     def open(self, shard: ShardIndex) -> int:

@@ -100,6 +100,7 @@ def read_separator(text: str | None) -> str | None:
 
 
 def _split(flag: str, text: str) -> tuple[str, ...]:
+    """Split the alternatives of a flag that names the keys of samples."""
     keys = tuple(key.strip() for key in text.split(";") if key.strip())
     if not keys:
         raise ValueError(f"{flag} names no key: {text!r}")

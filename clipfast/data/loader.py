@@ -171,6 +171,7 @@ class PairBatches(Dataset[Batch]):
         captions, skipped = list[str](), list[Skipped]()
 
         def usable() -> Iterator[Any]:
+            """Yield the images of a training batch, and collect their captions."""
             for place in zip(mine.source.tolist(), mine.data_pass.tolist(), mine.sample.tolist(), strict=True):
                 image, text = self._usable(*place, taken, skipped, clock)
                 captions.append(text)
@@ -200,11 +201,12 @@ class PairBatches(Dataset[Batch]):
         return self.order(first, first + self.batch_size)
 
     def _part(self, whole: Stretch) -> Stretch:
-        """Return this rank's part of a batch."""
+        """Return this rank's part of a training batch."""
         part = self.batch_size // self.world_size
         return whole[self.rank * part : (self.rank + 1) * part]
 
     def _bytes_read(self) -> int:
+        """Return the number of bytes that were read from all shards."""
         return sum(source.bytes_read for source in self.sources)
 
     def _identities(self, stretch: Stretch) -> set[int]:
@@ -272,7 +274,7 @@ class _Clock:
         self._last = time.perf_counter()
 
     def stop(self, stage: str) -> None:
-        """Add the time since the last call to the time of ``stage``."""
+        """Add the time since the last call to a stage of the data pipeline, such as the decoding."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now

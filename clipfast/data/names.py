@@ -57,7 +57,7 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
 
 
 def _mode(path: str) -> int:
-    """Return the type and permissions of a file, as :mod:`stat` reads them; 0 if there is none."""
+    """Return type and permissions of a path that names shards, as :mod:`stat` reads them; 0 if there is no file."""
     try:
         return os.stat(path).st_mode
     except (OSError, ValueError):  # ValueError: a name that no file can have
@@ -75,6 +75,7 @@ def _named_by(pattern: str) -> Iterator[str]:
     most, left = 1, pattern
 
     def count(group: re.Match[str]) -> str:
+        """Count the names of shards for which a brace stands."""
         nonlocal most
         ends = re.fullmatch(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?", group[1])
         if ends and most <= MAX_SHARDS:

@@ -33,7 +33,7 @@ _GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476
 
 
 def random_words(count: int, *key: int) -> Words:
-    """Return ``count`` random 64-bit words that ``key`` determines, the same on every machine and version of NumPy.
+    """Return ``count`` random 64-bit words that ``key`` determines, for the order of samples on any machine.
 
     The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
     """
@@ -49,7 +49,7 @@ def random_words_at(places: Words, *key: int) -> Words:
 
 
 def _mix(words: Words) -> Words:
-    """Return pseudo-random words from ``words`` by SplitMix64."""
+    """Return the pseudo-random words that SplitMix64 makes of ``words``, for the order of samples."""
     words = words + _GOLDEN
     words = (words ^ (words >> np.uint64(30))) * _FIRST
     words = (words ^ (words >> np.uint64(27))) * _SECOND
@@ -77,7 +77,7 @@ class Stretch:
 
 
 def _joined(parts: Sequence[Stretch]) -> Stretch:
-    """Concatenate stretches of an order."""
+    """Concatenate stretches of the order of samples."""
     columns = ("source", "data_pass", "sample")
     return Stretch(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
@@ -157,7 +157,7 @@ class Order:
         return int(self._takes(number).sum())
 
     def _window_at(self, position: int) -> int:
-        """Return the number of the window that contains ``position`` of a pass."""
+        """Return the number of the window of shuffled samples that contains ``position`` of a pass."""
         number = min(position * self.windows // self.length, self.windows - 1)
         while self._begin(number) > position:
             number -= 1
@@ -289,6 +289,7 @@ class Unique:
         return _joined(parts)
 
     def _dealt(self, data_pass: int, group: int) -> Stretch:
+        """Return the samples of a group of batches, without two of the same identity in a batch."""
         begin = group * self.group * self.batch_size
         size = min(len(self) - begin, self.group * self.batch_size)
         batches = size // self.batch_size

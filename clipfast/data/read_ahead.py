@@ -88,6 +88,7 @@ class ReadAhead:
             self._changed.release()
 
     def _run(self) -> None:
+        """Copy shards ahead of their use, until training ends."""
         cancelled.set(self._closed)
         with contextlib.suppress(ValueError):  # an impossible order: the data workers raise the same error
             while (wanted := self._next()) is not None:

@@ -53,7 +53,7 @@ def file_system_of(name: str) -> tuple[Any, str]:
 
 
 def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found:
-    """Call ``attempt`` and return its result. For a remote file, retry after errors, with growing waits.
+    """Call ``attempt``, which reads a shard, and return its result; retry after errors of a remote one.
 
     Args:
         name: name or URL of the file.
@@ -87,10 +87,10 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
 
 
 def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found | None:
-    """Call ``attempt`` with retries like :func:`retried`; return None if the remote or local file does not exist."""
+    """Read a shard by ``attempt`` with retries like :func:`retried`; return None if the file does not exist."""
 
     def attempt_or_none() -> Found | None:
-        """Call ``attempt``, and return None if the file does not exist."""
+        """Call ``attempt``, and return None if the file of the shard does not exist."""
         try:
             return attempt()
         except Exception as error:  # file systems have errors of their own
@@ -102,7 +102,7 @@ def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fo
 
 
 def _is_absent(name: str, error: Exception) -> bool:
-    """Return True if an error means that a file does not exist or may not be read, and not that the server failed."""
+    """Return True if an error means that a shard does not exist or may not be read, and not that the server failed."""
     if name.startswith(WEB):  # fsspec reports every failure as "not found"; the cause has the server's answer
         status = getattr(error.__cause__ or error, "status", 0)
         return 400 <= status < 500 and status not in BUSY

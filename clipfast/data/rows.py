@@ -97,6 +97,7 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _parquet_batches(file: IO[bytes]) -> Iterator[Any]:
+    """Yield the record batches of a Parquet shard."""
     from pyarrow.parquet import ParquetFile
 
     # This reads each column in pieces: a column of a row group may be as large as the file.
@@ -178,6 +179,7 @@ def _bytes_columns(schema: Any) -> dict[int, str]:
 
 
 def _holds_bytes(kind: Any) -> bool:
+    """Return True if a column of this Arrow type may hold image files or their paths."""
     from pyarrow import types
 
     if types.is_struct(kind):
@@ -224,7 +226,7 @@ def _json(values: list[tuple[str, Any]]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a value to JSON: bytes and numbers that are not finite become null, objects of other types text."""
+    """Convert a row's value to JSON: bytes and numbers that are not finite become null, other objects text."""
     text = json.dumps(value, default=lambda other: None if isinstance(other, bytes) else str(other))
     return json.loads(text, parse_constant=lambda _: None)
 
@@ -270,4 +272,5 @@ def _answer(request: dict[str, Any]) -> list[Any]:
 
 
 def _write(data: bytes) -> None:
+    """Send bytes of converted rows to the process that asked for them."""
     sys.stdout.buffer.write(b"%d\n%b" % (len(data), data))

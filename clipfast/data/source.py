@@ -269,6 +269,7 @@ class ShardSource:
         return index
 
     def _close(self, shard: int) -> None:
+        """Close one shard."""
         os.close(self._open.pop(shard).descriptor)
 
     def close(self) -> None:
@@ -311,7 +312,7 @@ class DrawnSource:
         return f"{self.url}, sample {number}"
 
     def close(self) -> None:
-        """Do nothing, since a source without a file holds nothing open."""
+        """Do nothing, since a source of synthetic pairs holds no file open."""
 
     def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
         """Return the pair with this number; its image is only drawn if ``keys`` name it."""
@@ -349,6 +350,7 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
 
 
 def _identity(source: Source, number: int, unique_by: str, keys: Keys, shard: str) -> int:
+    """Return the 64-bit identity of a sample; samples with the same value of ``unique_by`` have the same."""
     try:
         sample = source.read(number, keys)
         text = f"value/{caption(sample, keys=keys) if unique_by == CAPTION else field(sample, unique_by)}"

@@ -222,10 +222,12 @@ def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
     """
 
     def attempt() -> str:
+        """Copy a shard once, and return its stamp."""
         nonlocal now
         known, now = stamp(name) if now is None else now, None  # the next attempt reads the stamp again
 
         def write(temporary: Path) -> None:
+            """Write the copy of a shard, and refuse it if the shard was changed meanwhile."""
             _copy(name, temporary)
             if not is_folder(name) and stamp(name) != known:
                 raise OSError("it was changed while it was read")
@@ -248,6 +250,7 @@ class _Limited:
         self._file, self._written, self._limit = file, 0, max_bytes()
 
     def write(self, data: bytes, /) -> object:
+        """Write bytes of a decompressed shard, up to the largest size of a copy."""
         if cancelled.get().is_set():
             raise ContentError("nobody needs its copy any more")
         self._written += len(data)
@@ -266,7 +269,7 @@ class _Joined:
         self._start, self._rest = start, rest
 
     def read(self, size: int = -1, /) -> bytes:
-        """Read up to ``size`` bytes; none at the end."""
+        """Read up to ``size`` bytes of a compressed shard; none at the end."""
         data, self._start = self._start[:size], self._start[size:]
         return data or self._rest.read(size)
 
@@ -291,6 +294,7 @@ def _copy(name: str, path: Path) -> None:
 
 
 def _copy_decompressed(name: str, source: IO[bytes], file: IO[bytes]) -> None:
+    """Copy a shard, which is decompressed if it is compressed."""
     start = b""
     while len(start) < BLOCK and (more := source.read(BLOCK - len(start))):
         start += more

@@ -129,6 +129,7 @@ def captions(scenes: Scenes) -> list[str]:
 
 
 def _with_article(word: str) -> str:
+    """Return a word of a synthetic caption with its article."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 

@@ -46,6 +46,7 @@ def csv_format(own: str, separator: str | None) -> Format:
 
 
 def _separator(own: str, given: str | None, header: str) -> str:
+    """Return the separator of the fields of a CSV shard."""
     # A header without the given separator has one column, and pairs need two: the separator is for another table of the
     # run.
     named = next((one for one in (given, own) if one and one in header), None)
@@ -94,7 +95,7 @@ class _Records:
         self.damage: dict[str, int] = {}
 
     def add(self, begin: int, end: int, line: int) -> None:
-        """Add the record in these bytes, which begins in the given line."""
+        """Add the record of a CSV or JSON Lines shard that lies in these bytes and begins in the given line."""
         if end - begin >= MAX_LENGTH:
             self.damage[f"line {line}: a record has {MAX_LENGTH} bytes or more, which is too long"] = 1
             return
@@ -116,6 +117,7 @@ def _csv_rows(lines: Iterator[str], choose: Callable[[str], str]) -> tuple[Itera
 
 
 def _reader(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
+    """Return a reader of the rows of a CSV shard."""
     # A quote may begin a field after a space too, as in 'a.jpg, "a cat, asleep"'.
     return csv.reader(lines, delimiter=separator, skipinitialspace=separator != " ")
 
@@ -172,6 +174,7 @@ def _swallows(row: list[str], more: list[str], columns: int, separator: str) -> 
 
 
 def _check_header(header: list[str], *, is_open: bool) -> None:
+    """Refuse the header of a CSV shard that names no columns, or shows another encoding."""
     if not any(name.strip() for name in header):
         raise ValueError(f"{'it names no columns' if header else 'it is empty'}: {EXAMPLE}")
     if header[0].startswith(UTF16) or any("\0" in name for name in header):
@@ -186,6 +189,7 @@ def _check_header(header: list[str], *, is_open: bool) -> None:
 
 
 def _extension(name: str) -> str:
+    """Return the file extension in a file name of a CSV shard."""
     return os.path.splitext(name.strip())[1].lower().removeprefix(".")
 
 
@@ -196,6 +200,7 @@ def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Cal
     columns = next(rows, [])
 
     def parse(data: bytes) -> RawSample:
+        """Return the sample in the bytes of a CSV row."""
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -221,6 +226,7 @@ def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Cal
 
 
 def _sample(name: str, data: bytes, record: dict[str, Any]) -> RawSample:
+    """Return a sample whose files a row of a table names."""
     return {"__url__": name, "json": data, LINKS: Links(os.path.dirname(name), record)}
 
 
@@ -245,6 +251,7 @@ def _scan_jsonl(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]
 
 
 def _check_object(line: str) -> None:
+    """Refuse a JSON Lines shard whose first line is no object."""
     try:
         metadata({"json": line.encode("latin-1")})
     except SampleError as error:

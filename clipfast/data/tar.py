@@ -292,6 +292,7 @@ def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
         return member._replace(data=content(target, hops - 1).data)
 
     def parse(data: bytes) -> RawSample:
+        """Return the sample in a stretch of a tar file."""
         for sample, _, _ in group_members(name, map(content, _members(data))):
             return sample
         raise ValueError("there is no sample")

@@ -22,7 +22,7 @@ FIXES = {
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return up to ``most`` numbers from 0 to ``count - 1``, evenly spread, with the first and the last among them."""
+    """Return up to ``most`` numbers of shards or pairs to try, evenly spread from 0 to ``count - 1``."""
     kept = min(count, most)
     return [number * (count - 1) // max(kept - 1, 1) for number in range(kept)]
 

@@ -128,6 +128,7 @@ def _first_death(workers: Sequence[BaseProcess]) -> str | None:
 
 
 def _start_worker(_: int) -> None:
+    """Let a data worker leave the signals to its parent process."""
     # A terminal or a job scheduler sends these signals to every process. The parent process decides when to stop, and
     # needs batches until then. A second SIGTERM ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -136,6 +136,7 @@ class Watchdog:
         return self.diagnosis
 
     def _run(self) -> None:
+        """Beat and watch the other ranks until the watchdog ends."""
         try:
             while not self._ended.wait(self.beat):
                 self._say()
@@ -242,10 +243,12 @@ class Watchdog:
 
 
 def _silence(beat: Beat) -> str:
+    """Describe a rank that the watchdog hears nothing from."""
     return f"{beat.process} gives no sign of life; the last was from step {beat.step}, phase {beat.phase!r}"
 
 
 def _delay(beat: Beat) -> str:
+    """Describe a rank that the watchdog has found waiting or busy."""
     what = PHASES.get(beat.phase, f"is in the phase {beat.phase!r} since")
     return f"{beat.process} {what} {beat.seconds:.0f} s at step {beat.step}"
 

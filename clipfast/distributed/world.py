@@ -201,6 +201,7 @@ class World:
         everyones = [found for found in self.gather(error) if found is not None]
 
         def fail() -> None:
+            """Raise the first rank's error on this rank."""
             if everyones:
                 raise everyones[0]
 
@@ -246,7 +247,7 @@ class LateSum:
         return before
 
     def close(self) -> list[int] | None:
-        """Return the sums of the last call, which no further call has returned; None without one."""
+        """Return the sums over ranks of the last call, which no further call has returned; None without one."""
         if self._pending is None:
             return None
         (work, tensor), self._pending = self._pending, None
@@ -275,6 +276,7 @@ def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[Wor
 
 
 def _joined(device: str, timeout: float, by_rank: bool) -> Iterator[World]:
+    """Join the process group of the other ranks while the context lasts."""
     rank, size, local_rank, local_size = _places(os.environ)
     if size == 1:
         yield ALONE
@@ -370,7 +372,7 @@ def restarts() -> int:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return ``error`` if it can be pickled for other processes, and otherwise an error with the same text."""
+    """Return ``error`` if it can be pickled for the other ranks, and otherwise an error with the same text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -21,7 +21,7 @@ SIDE = 224  # the side of the cropped images in pixels
 
 
 def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
-    """Check the shards that ``pattern`` names, and read a few pairs from a few of them.
+    """Check for ``clipfast doctor`` the shards that ``pattern`` names, and read a few pairs from a few of them.
 
     ``options`` hold the keys and the separator of the pairs, as the flags of ``SOURCE_OPTIONS``. With ``all``, every
     pair of all shards is read, and pairs that cannot be used are written to the file ``list``.
@@ -62,7 +62,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
-    """Read a few pairs of a few shards as a training run with these options would, with defaults for all others."""
+    """Check for ``clipfast doctor`` whether a few pairs can be read as a training run with these options would."""
     import torch
 
     from ..models import CLIP, get_model_config
@@ -84,7 +84,7 @@ def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
 
 
 def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBatches":
-    """Return the batches of pairs that a training run would read."""
+    """Return the batches that ``clipfast doctor`` reads as a training run would."""
     from ..data import ANY_ORDER, CroppedImages, PairBatches
     from ..models.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBa
 
 
 def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexCache") -> Finding:
-    """Read and decode every pair on all cores, as training does, and report how many cannot be used and why."""
+    """Read every pair for ``clipfast doctor`` on all cores, and report how many cannot be used and why."""
     from ..data import LOST, EveryPair, Skipped, lost_parts, made_by_workers, open_sources
     from ..models.images import SampleError
 

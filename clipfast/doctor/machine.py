@@ -56,7 +56,7 @@ class Finding:
 
 
 def judged(name: str, value: str, status: str, fix: str, *, applies: bool) -> Finding:
-    """Return a finding with this status and fix if the problem ``applies``, otherwise one with the status "ok"."""
+    """Return the doctor's finding with this status and fix if the problem ``applies``, otherwise one with "ok"."""
     return Finding(name, value, status, fix) if applies else Finding(name, value)
 
 
@@ -164,7 +164,7 @@ def folders(logs: Path) -> Iterator[Finding]:
 
 
 def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Check the environment variables that change the behaviour of clipfast or its libraries."""
+    """Check for ``clipfast doctor`` the environment variables that change how clipfast or its libraries behave."""
     for name, value in sorted(environment.items()):
         if name == INTERPRET and value not in ("", "0"):
             fix = f"unset {name}: it interprets kernels on the CPU, for tests"

@@ -37,7 +37,7 @@ class Grouping:
 
     @property
     def counts(self) -> Tensor:
-        """The number of images of each group."""
+        """The number of images of each group that is compared for bias."""
         return torch.bincount(self.members[self.members >= 0], minlength=len(self.names))
 
     @property
@@ -46,14 +46,14 @@ class Grouping:
         return (self.counts >= self.min_count).nonzero()[:, 0].tolist()
 
     def hits(self, marks: Tensor) -> Tensor:
-        """Return how many images of each group are marked, [G] or [G, L]; ``marks`` are [N] or [N, L]."""
+        """Return how many images of each group are marked, [G] or [G, L], to compare the groups for bias."""
         inside = self.members >= 0
         found = torch.zeros(len(self.names), *marks.shape[1:], dtype=torch.long)
         return found.index_add_(0, self.members[inside], marks[inside].long())
 
 
 def keys_of(group_by: Sequence[str]) -> list[str]:
-    """Return the distinct metadata keys in ``group_by``, in their order; "race+gender" has two of them."""
+    """Return the distinct metadata keys by which bias is measured, in their order; "race+gender" has two of them."""
     return list(dict.fromkeys(key for one in group_by for key in one.split(CROSSED_KEYS)))
 
 
@@ -79,6 +79,7 @@ def groupings(groups: Sequence[str], group_by: Sequence[str], min_count: int) ->
 
 
 def _grouping(one: str, keys: list[str], columns: list[tuple[str, ...]], min_count: int) -> Grouping:
+    """Return the groups of images by one key, or by several crossed ones, between which bias is measured."""
     places = [keys.index(key) for key in one.split(CROSSED_KEYS)]
     values = [tuple(row[place] for place in places) for row in columns]
     of_images = ["" if "" in row else CROSSED_GROUPS.join(row) for row in values]
@@ -266,6 +267,7 @@ def retrieval_skew(
 
 
 def _of_query(query: str, order: Tensor, of_set: Tensor, names: list[str]) -> dict[str, Any]:
+    """Return how the groups are represented in the search results of a query, for the bias results."""
     counts = torch.bincount(order, minlength=len(names))
     skew = skews(counts, of_set)
     return {

@@ -33,7 +33,7 @@ class Classified(NamedTuple):
 
     @property
     def right(self) -> Tensor:
-        """[N], True where the best class is the image's own."""
+        """[N], True where the class with the highest zero-shot score is the image's own."""
         return self.best[:, 0] == self.classes
 
 

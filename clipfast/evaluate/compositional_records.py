@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that every record of this format has."""
+        """The keys that every compositional record of this format has."""
         return (*self.images, *self.captions, *self.wrong)
 
 
@@ -82,16 +82,16 @@ class Pictures(LabelledSet):
     pictures: Sequence[Picture] = ()
 
     def places(self) -> list[Place]:
-        """Return, for each image, the function that reads it."""
+        """Return the functions that read the images of a compositional set."""
         return [functools.partial(loader, picture.name, _load, self.folder, picture) for picture in self.pictures]
 
     def stamp(self) -> str:
-        """Return a text that changes when the images do."""
+        """Return a text that changes when the images of a compositional set do."""
         return repr((self.folder, [(*picture, _stamp(Path(self.folder, picture.name))) for picture in self.pictures]))
 
 
 def _stamp(path: Path) -> str:
-    """Return the stamp of an image file; "missing" if there is none."""
+    """Return the stamp of an image file of a compositional set; "missing" if there is none."""
     try:
         return file_stamp(os.stat(path))
     except (OSError, ValueError):
@@ -99,6 +99,7 @@ def _stamp(path: Path) -> str:
 
 
 def _load(folder: str, picture: Picture) -> LabelledImage:
+    """Decode an image of a compositional set, or the part of it in its box."""
     sample: RawSample = {LINKS: Links(folder, {"image": picture.name})}
     keys = Keys(images=("image",))
     load_links(sample, keys)
@@ -188,7 +189,7 @@ def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pi
 
 
 def _cases(record: Record, name: str, form: str, root: Path, pictures: dict[Picture, int]) -> Iterator[Case]:
-    """Yield the test cases of a record, and add its new images to ``pictures``, which numbers them."""
+    """Yield the compositional cases of a record, and add its new images to ``pictures``, which numbers them."""
     layout, box = LAYOUTS[form], _box(record)
     named = [Picture(_image_file_of(root, _text(record, key)), box) for key in layout.images]
     images = tuple(pictures.setdefault(picture, len(pictures)) for picture in named)
@@ -206,7 +207,7 @@ def _cases(record: Record, name: str, form: str, root: Path, pictures: dict[Pict
 
 
 def _box(record: Record) -> tuple[float, ...] | None:
-    """Return the box of a record's image; None without one."""
+    """Return the box of the image in a compositional record; None without one."""
     values = [record.get(key) for key in BOX]
     if values == [None] * len(BOX):
         return None
@@ -224,7 +225,7 @@ def _captions_of(record: Record, key: str) -> list[str]:
 
 
 def _text(record: Record, key: str) -> str:
-    """Return the text under a key of a record."""
+    """Return the text under a key of a compositional record."""
     if key not in record:
         raise ValueError(f"has no {key!r}, only {', '.join(map(repr, record))}")
     value = record[key]

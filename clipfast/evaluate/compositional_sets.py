@@ -64,7 +64,7 @@ def format_of(images: LabelledSet) -> str:
 
 
 def _fields_of(images: LabelledSet) -> set[str]:
-    """Return the keys in the json of a sample of a compositional set."""
+    """Return the keys in the json of the first sample of a compositional set."""
     source = open_sources(expand_shards(images.data), index=IndexCache(separator=images.separator))[0]
     for number in range(min(len(source), LOOKED_AT)):
         with contextlib.suppress(SampleError):
@@ -73,6 +73,7 @@ def _fields_of(images: LabelledSet) -> set[str]:
 
 
 def _format_of_files(files: Sequence[Path]) -> str:
+    """Return the format of compositional files, which must be the same for all."""
     found = {path: form for path in files if (form := layout_of(path)) is not None}
     if not found:
         wanted = "; ".join(f"{name} has {', '.join(layout.keys)}" for name, layout in LAYOUTS.items())
@@ -128,6 +129,7 @@ def _left_out(found: LabelledFeatures) -> list[Case]:
 
 
 def _order_cases(found: LabelledFeatures) -> list[Case]:
+    """Return the compositional cases of images whose captions are put into other word orders."""
     cases = _left_out(found)
     for number, texts in zip(found.numbers, found.captions, strict=True):
         made = (order_case(f"image {number}", number, caption) for caption in texts)
@@ -149,9 +151,11 @@ class _WithWrong(LabelledSet):
     """Images of a compositional set, each with its right caption first and the wrong captions after it."""
 
     def stamp(self) -> str:
+        """Return the stamp of a compositional set of pairs with wrong captions."""
         return f"with wrong captions: {super().stamp()}"
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:
+        """Return the image of a sample with its caption and the wrong captions of the compositional case."""
         image = super()._from_sample(sample)
         wrong = captions(sample, keys=Keys(texts=WRONG_KEYS, is_json=True))
         return dataclasses.replace(image, captions=(image.caption, *wrong))
@@ -165,13 +169,16 @@ class _Scenes(LabelledSet):
     seed: int = 0
 
     def places(self) -> list[Place]:
+        """Return the functions that draw the images of the compositional set of synthetic scenes."""
         return [functools.partial(loader, f"scene {number}", _draw, number, self.seed) for number in range(self.count)]
 
     def stamp(self) -> str:
+        """Return the stamp of the compositional set of synthetic scenes."""
         return f"{STAMP}, {self.count} test scenes, seed {self.seed}"
 
 
 def _draw(number: int, seed: int) -> LabelledImage:
+    """Draw the image of a compositional case of a synthetic scene."""
     scene = held_out_scene(number, seed)
     return LabelledImage(scene.picture(), scene.kind, (scene.caption, scene.wrong), scene.relation)
 
@@ -181,6 +188,7 @@ class _Winoground(LabelledSet):
     """Winoground's table as images: the first image of every row, and after these the second image of every row."""
 
     def halves(self) -> list[LabelledSet]:
+        """Return Winoground's first images with their captions, and then its second ones, as two sets."""
         layout = LAYOUTS["winoground"]
         return [
             LabelledSet(self.data, "tag", "collapsed_tag", Keys((image,), (caption,), is_json=True), self.separator)
@@ -188,13 +196,16 @@ class _Winoground(LabelledSet):
         ]
 
     def places(self) -> list[Place]:
+        """Return the functions that read Winoground's images."""
         return [place for half in self.halves() for place in half.places()]
 
     def stamp(self) -> str:
+        """Return the stamp of Winoground's images."""
         return repr([half.stamp() for half in self.halves()])
 
 
 def _winoground_cases(count: int, found: LabelledFeatures) -> list[Case]:
+    """Return Winoground's cases, of two images and two captions each."""
     rows = {number: row for row, number in enumerate(found.numbers)}
     cases = []
     for first in range(count // 2):

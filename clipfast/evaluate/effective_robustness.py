@@ -98,6 +98,7 @@ def fit(points: Iterable[Point], name: str) -> Line:
 
 
 def _logits(points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+    """Return the log-odds of accuracies on the base and under the shift, for effective robustness."""
     both = torch.tensor([(point.base, point.shift) for point in points], dtype=torch.float64).logit()
     return both[:, 0], both[:, 1]
 
@@ -160,6 +161,7 @@ def read_points(path: Path, shifts: Sequence[str], unnamed: str) -> dict[str, li
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
+    """Return the rows of a file of baseline models for effective robustness."""
     if path.suffix.lower() == ".csv":
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
@@ -174,6 +176,7 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _share(path: Path, number: int, column: str, value: object) -> float:
+    """Return an accuracy in a file of baseline models, and refuse another value."""
     try:
         share = float(str(value))
     except ValueError:

@@ -82,7 +82,7 @@ class Encoder:
 
     @functools.cached_property
     def blank(self) -> Tensor:
-        """A black input image [3, H, W] with the size and the dtype that the transform returns."""
+        """A black input image [3, H, W] of the evaluated model, as its transform returns images."""
         from PIL import Image
 
         return self.transform(Image.new("RGB", (1, 1)))
@@ -106,7 +106,7 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
-        """Return the features [B, D] of images [B, 3, H, W]."""
+        """Return the features [B, D] of images [B, 3, H, W] by the evaluated model."""
         features: Tensor = self.model.encode_image(pixels.to(self.device), normalize=self.normalize)
         return features
 
@@ -177,7 +177,7 @@ class PreparedEncoder(Encoder):
 
     @classmethod
     def of(cls, encoder: Encoder, change: Change) -> "PreparedEncoder":
-        """Return ``encoder`` with a change of images before its transform.
+        """Return the evaluated model's ``encoder`` with a change of images before its transform.
 
         Args:
             encoder: the encoder that holds the model.
@@ -193,7 +193,7 @@ class PreparedEncoder(Encoder):
     _change: Change
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Return the features that the other encoder computes for images."""
+        """Return the features of changed images by the encoder that holds the evaluated model."""
         return self._of.images(pixels)
 
     def about(self) -> dict[str, Any]:
@@ -223,10 +223,10 @@ class PixelEncoder(Encoder):
         super().__init__("pixels", None, None, small_pixels, device)
 
     def about(self) -> dict[str, Any]:
-        """Return plain values that identify stored features of thumbnails."""
+        """Return plain values under which the feature store keeps the features of thumbnails."""
         return {"model": self.name, "side": SIDE}
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Return the features [B, 768] of thumbnails [B, 3, 16, 16]: mean 0 and unit length; 0 for a uniform image."""
+        """Return features [B, 768] of thumbnails [B, 3, 16, 16]: mean 0 and unit length; 0 for a uniform image."""
         flat = pixels.to(self.device).float().flatten(1)
         return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)

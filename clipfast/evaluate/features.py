@@ -174,6 +174,7 @@ def encode_set(
     show = show or functools.partial(progress, shown=world.is_main)
 
     def encode() -> None:
+        """Encode the blocks of a labelled set that are this rank's share."""
         with (
             world.phase("evaluation"),
             show(sum(len(ranges[n]) for n in mine), f"images of {images.data}", "images") as advance,
@@ -190,6 +191,7 @@ def encode_set(
     whole: list[LabelledFeatures] = []
 
     def join() -> None:
+        """Join the features of all blocks of a labelled set on rank 0."""
         read = [[_unpacked(*section.load(_name(number))) for section in sections] for number in kept]
         whole.extend(join_parts(list(of_one)) for of_one in zip(*everyones, *read, strict=True))
         images.left_out = dict(whole[0].left_out)
@@ -220,6 +222,7 @@ def _sections(
 
 
 def _name(number: int) -> str:
+    """Return the name under which the feature store keeps a block of a labelled set."""
     return f"block_{number:06}"
 
 
@@ -231,6 +234,7 @@ def _for_store(found: LabelledFeatures) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _unpacked(tensors: dict[str, Tensor], columns: dict[str, Any]) -> LabelledFeatures:
+    """Return labelled features from a block of the feature store."""
     left_out = {int(number): Skipped(*skipped) for number, skipped in columns.pop("left_out").items()}
     columns["digests"] = [bytes.fromhex(digest) for digest in columns["digests"]]
     columns["captions"] = [tuple(texts) for texts in columns["captions"]]

@@ -71,7 +71,7 @@ class Interpolation:
         _refuse_difference(self.first, self.second, self.preprocessing, theirs)
 
     def weights(self, alpha: float) -> dict[str, Tensor]:
-        """Return the weights (1 - alpha) * first + alpha * second, in float32.
+        """Return the interpolated weights (1 - alpha) * first + alpha * second, in float32.
 
         At 0 and 1 they equal the weights of the checkpoints bit by bit. Integer tensors are taken from the first one.
 
@@ -115,6 +115,7 @@ class Interpolation:
         weights = self.weights(alpha)
 
         def write(temporary: Path) -> None:
+            """Write the interpolated model into a temporary folder."""
             write_open_clip_folder(temporary, self.config, self.preprocessing, weights)
             copy_tokenizer(temporary, self.first.tokenizer or self.second.tokenizer)
 
@@ -172,6 +173,7 @@ def _settings(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _refuse_difference(first: Contents, second: Contents, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Refuse two checkpoints that differ in a setting, since their weights cannot be interpolated."""
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if keys:
         raise CheckpointError(

@@ -42,7 +42,7 @@ def bootstrap(hits: Tensor, trials: Tensor) -> tuple[float, float]:
 
 
 def percent(share: float | None, interval: tuple[float, float] | None) -> str:
-    """Format a share and its interval, such as "29.2% (27.1-31.3)"; "-" if there is no share."""
+    """Format an accuracy and its interval, such as "29.2% (27.1-31.3)"; "-" if there is none."""
     if share is None or interval is None:
         return "-"
     return f"{share:.1%} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"

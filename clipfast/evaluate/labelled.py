@@ -46,7 +46,7 @@ class LabelledImage:
 
     @property
     def caption(self) -> str:
-        """The first caption of the image."""
+        """The first caption of a labelled image."""
         return self.captions[0]
 
 
@@ -82,11 +82,11 @@ class LabelledSet:
 
     @property
     def skipped(self) -> list[Skipped]:
-        """Every image that the last iteration had to leave out."""
+        """Every image of a labelled set that the last iteration had to leave out."""
         return list(self.left_out.values())
 
     def only(self, numbers: Sequence[int]) -> LabelledSet:
-        """Return the subset of the images at some positions, in rising order."""
+        """Return the subset of a labelled set with the images at some positions, in rising order."""
         return dataclasses.replace(self, left_out={}, numbers=numbers)
 
     def __iter__(self) -> Iterator[LabelledImage]:
@@ -123,7 +123,7 @@ class LabelledSet:
             raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
     def places(self) -> list[Place]:
-        """Return one function for each image of the set, also outside of ``numbers``; it reads the image.
+        """Return the functions that read the images of a labelled set, also outside of ``numbers``.
 
         Raises:
             ValueError: the set cannot be read, or a class has no images.
@@ -138,7 +138,7 @@ class LabelledSet:
         return [place for source in self._sources(shards) for place in self._samples(source)]
 
     def names(self, numbers: Iterable[int]) -> list[str]:
-        """Return the names of the images at some positions; their samples are read, but not decoded."""
+        """Return the names of images of a labelled set at some positions; their samples are read, but not decoded."""
         places = self.places()
         return [places[number]()[0] for number in numbers]
 
@@ -176,10 +176,11 @@ class LabelledSet:
         return None if root is None else in_order(path.name for path in root.iterdir() if path.is_dir())
 
     def _sources(self, names: Sequence[str]) -> list[Source]:
+        """Open the shards of a labelled set."""
         return open_sources(names, index=IndexCache(separator=self.separator))
 
     def _samples(self, source: Source) -> Iterator[Place]:
-        """Yield a function that reads each image of each shard, and one that fails for each lost sample of a shard."""
+        """Yield functions that read a labelled set's images from shards, and one that fails for each lost sample."""
         numbers = itertools.count()
         for shard in source.shards:
             for number in itertools.islice(numbers, shard.count):
@@ -192,6 +193,7 @@ class LabelledSet:
                     yield functools.partial(loader, name, _fail, lost)
 
     def _read(self, source: Source, number: int) -> Loader:
+        """Read a sample of a labelled set; return the function that decodes its image or reports the error."""
         try:
             sample = source.read(number, self.keys)
         except SampleError as error:
@@ -199,6 +201,7 @@ class LabelledSet:
         return loader(sample_name(sample), self._from_sample, sample)
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:
+        """Return the image of a sample with its label, captions and group for an evaluation."""
         texts = tuple(captions(sample, keys=self.keys))
         label = texts[0] if self.label_by is None else field(sample, self.label_by)
         keys = [] if self.group_by is None else self.group_by.split(CROSSED_KEYS)
@@ -238,18 +241,20 @@ def _images_of_classes(root: Path, classes: frozenset[str] | None) -> list[Path]
 
 
 def _is_image(path: Path) -> bool:
+    """Return True if a file in a folder of classes is an image by its name."""
     return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
 
 
 def loader(name: str, load: Callable[..., LabelledImage], *of: Any) -> Loader:
-    """Return the name of an image, and ``load`` with its arguments as the function that decodes the image."""
+    """Return the name of a labelled image, and ``load`` with its arguments as the function that decodes it."""
     return name, functools.partial(load, *of)
 
 
 def _fail(error: SampleError) -> LabelledImage:
-    """Raise ``error`` in place of decoding an image."""
+    """Raise ``error`` in place of decoding a labelled image."""
     raise error
 
 
 def _from_file(path: Path) -> LabelledImage:
+    """Decode an image file whose folder is its class."""
     return LabelledImage(open_image(path), path.parent.name, (path.parent.name,))

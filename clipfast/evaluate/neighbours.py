@@ -20,7 +20,7 @@ def nearest(
     device: str | torch.device | None = None,
     progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[Tensor, Tensor]:
-    """Return the k items of a gallery that are most similar to each query, the best first.
+    """Return the k images or texts of a set that are most similar to each query of an evaluation, the best first.
 
     The similarity is the inner product of features, which is the cosine for features of unit length.
 

@@ -64,6 +64,7 @@ class BenchmarkSet(LabelledSet):
         return repr((self.kind, super().stamp()))
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:
+        """Return the image of a CLIP_benchmark sample with its label or captions."""
         if self.kind == RETRIEVAL:
             label, texts = "", _captions(sample)
         else:
@@ -73,7 +74,7 @@ class BenchmarkSet(LabelledSet):
 
 
 def _member(sample: RawSample, extension: str) -> bytes:
-    """Return the bytes of a sample's member."""
+    """Return the bytes of a CLIP_benchmark sample's file with this extension."""
     if extension not in sample:
         there = ", ".join(sorted(key for key in sample if not key.startswith("__")))
         raise SampleError(f"sample has no .{extension}, only {there}", "no label")
@@ -131,7 +132,7 @@ class OfflineSet(NamedTuple):
     templates: tuple[str, ...] = ()
 
     def images(self, split: str) -> BenchmarkSet:
-        """Return the images of a split of the set."""
+        """Return the images of a split of a CLIP_benchmark set."""
         return BenchmarkSet(self.shards[split], kind=self.kind)
 
 
@@ -230,7 +231,7 @@ def _read(folder: Path, split: str) -> OfflineSet:
 
 
 def _shards(path: Path) -> str:
-    """Return the paths of the shards of a split, whose number is in ``nshards.txt``.
+    """Return the paths of the shards of a CLIP_benchmark split, whose number is in ``nshards.txt``.
 
     Raises:
         ValueError: ``nshards.txt`` holds no number, or shards are missing.
@@ -250,6 +251,7 @@ def _shards(path: Path) -> str:
 
 
 def _text(path: Path) -> str:
+    """Return the text of a file that describes a CLIP_benchmark set."""
     try:
         return read_regular(path, MAX_SETTINGS).decode("utf-8")
     except OSError as error:

@@ -119,7 +119,7 @@ def overlap_page(
 
 
 def _spread(places: Sequence[int], most: int) -> list[int]:
-    """Choose at most ``most`` of some positions at equal distances, with the first and the last, to show on a page."""
+    """Choose at most ``most`` images of an evaluation to show on a page, at equal distances with both ends."""
     count = min(most, len(places))
     return [places[round(number * (len(places) - 1) / max(1, count - 1))] for number in range(count)]
 
@@ -236,6 +236,7 @@ def suite_page(results: dict[str, Any], chief: list[dict[str, Any]], rows: list[
 
 
 def _cells(row: dict[str, Any]) -> list[Cell]:
+    """Return the cells with a row's metrics in the table of a suite's page."""
     values: list[Cell] = []
     for value in row["values"]:
         is_there = value is not None and value[0] is not None

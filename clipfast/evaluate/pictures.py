@@ -107,7 +107,7 @@ def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, pa
 
 
 def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Plot the training loss, and the accuracy on the validation set if there is one, against the step."""
+    """Plot the training loss of a run, and its zero-shot accuracy in training if there is one, against the step."""
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     evals = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
     figure = new_figure(8, 4.5)

@@ -154,6 +154,7 @@ def bias_plot(results: dict[str, Any], path: Path) -> None:
 
 
 def _shares(compared: Mapping[str, Any]) -> list[Any]:
+    """Return the shares of the groups in the bias results, each with its interval."""
     return [(row["share"], row["interval"]) for row in compared["groups"].values()]
 
 

@@ -48,7 +48,7 @@ class Samples(NamedTuple):
         return Samples(self.features[numbers], self.classes[numbers])
 
     def and_those_of(self, others: Samples) -> Samples:
-        """Return these samples, followed by the samples of another set."""
+        """Return a linear probe's samples, followed by the samples of another set."""
         return Samples(*(torch.cat(pair) for pair in zip(self, others, strict=True)))
 
 
@@ -158,7 +158,7 @@ class TorchSolver:
         return Classifier(torch.cat([weights, bias]), iterations, converged)
 
     def _minimize(self, solution: Tensor, weight: float, most: int) -> tuple[Tensor, int]:
-        """Return a better solution, and the number of iterations: fewer than ``most`` if it is the best."""
+        """Return a better solution of the probe, and the number of iterations: below ``most`` if it is the best."""
         scale = self._curvature(solution, weight).rsqrt()
         point = (solution / scale).requires_grad_()
         optimizer = torch.optim.LBFGS(
@@ -198,6 +198,7 @@ class TorchSolver:
         return curvature
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features and classes of a linear probe in blocks that fit into memory."""
         rows = max(1, BLOCK // self.num_classes)
         return zip(self.inputs.split(rows), self.classes.split(rows), strict=True)
 
@@ -308,6 +309,7 @@ class Probe:
         return solver.fit(choice.C), choice
 
     def _right(self, classifier: Classifier, samples: Samples) -> float:
+        """Return the accuracy of a linear probe's classifier on samples."""
         return classifier.classify(samples, self.classnames).right.double().mean().item()
 
 

@@ -109,6 +109,7 @@ def _strengths(axis: Axes, results: Mapping[str, Any], kind: str) -> None:
 
 
 def _style(number: int, model: str, line: str) -> dict[str, Any]:
+    """Return colour, marker and label of a model in the robustness plots."""
     label, marker = shorten(model, 45, keep_end=True), MARKERS[number % len(MARKERS)]
     return {"marker": marker, "color": f"C{number + 1}", "linestyle": line, "markersize": 6, "label": label}
 
@@ -145,4 +146,5 @@ def examples_sheet(base: LabelledSet, results: Mapping[str, Any], path: Path) ->
 
 
 def _inside(share: float) -> float:
+    """Return an accuracy that has finite log-odds, for the robustness plots."""
     return min(1 - LEAST, max(LEAST, share))

@@ -122,6 +122,7 @@ def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
 
 
 def _object(path: Path) -> dict[str, str]:
+    """Return the object in one of ObjectNet's JSON files."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, not {type(content).__name__}")

@@ -68,23 +68,27 @@ class Shift:
         return _FUNCTIONS[self.name](image, self.amount, self._generator(image))
 
     def _generator(self, image: Image.Image) -> np.random.Generator:
+        """Return a random number generator for a synthetic shift, which the image and the seed determine."""
         content = hashlib.sha256(f"{self.name} {self.seed} {image.size}".encode() + image.tobytes()).digest()
         return np.random.default_rng(int.from_bytes(content[:16], "little"))
 
 
 def _blur(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Image:
+    """Blur an image, as a synthetic shift."""
     from PIL import ImageFilter
 
     return image.filter(ImageFilter.GaussianBlur(amount * min(image.size) / SIDE))
 
 
 def _noise(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
+    """Add noise to an image, as a synthetic shift."""
     width, height = _grid_of_noise(image.size)
     noise = amount * 255 * generator.standard_normal((height, width, 3), np.float32)
     return _add_resized(image, noise)
 
 
 def _jpeg(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Image:
+    """Add the error of a JPEG compression to an image, as a synthetic shift."""
     from PIL import Image
 
     from ..models.images import compressed
@@ -94,6 +98,7 @@ def _jpeg(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Im
 
 
 def _hue(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
+    """Turn the hues of an image, as a synthetic shift."""
     from PIL import Image
 
     pixels = np.array(image.convert("HSV"))
@@ -102,6 +107,7 @@ def _hue(image: Image.Image, amount: float, generator: np.random.Generator) -> I
 
 
 def _rotation(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
+    """Rotate an image, as a synthetic shift."""
     from PIL import Image
 
     pixels = np.asarray(image, np.float32)
@@ -111,6 +117,7 @@ def _rotation(image: Image.Image, amount: float, generator: np.random.Generator)
 
 
 def _occlusion(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
+    """Cover a rectangle of an image, as a synthetic shift."""
     # A rectangle at the same relative position covers everything that a smaller one covers.
     box = []
     for side in image.size:
@@ -134,6 +141,7 @@ _FUNCTIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.
 
 
 def _either_way(amount: float, generator: np.random.Generator) -> float:
+    """Return the strength of a synthetic shift with a random sign."""
     return amount if generator.random() < 0.5 else -amount
 
 
@@ -146,7 +154,7 @@ def _grid_of_noise(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _add_resized(image: Image.Image, change: np.ndarray) -> Image.Image:
-    """Add a change [H, W, 3], such as noise on a coarser grid, to an image, after resizing it to the image."""
+    """Add the change [H, W, 3] of a synthetic shift, such as noise on a coarser grid, to an image."""
     from PIL import Image
 
     planes = [

@@ -51,6 +51,7 @@ class Section(NamedTuple):
     folder: Path
 
     def _path(self, name: str) -> Path:
+        """Return the path of a part of the stored features."""
         return self.folder / f"{name}.safetensors"
 
     def holds(self, name: str) -> bool:

@@ -63,7 +63,7 @@ class Settings:
         return [ZERO_SHOT, PROBING] if is_probed else [ZERO_SHOT]
 
     def of_task(self, task: str) -> dict[str, Any]:
-        """Return the settings on which the results of a task depend, as plain values."""
+        """Return the settings on which a suite's results of a task depend, as plain values."""
         probe = {"solver": self.solver, "seed": self.seed}
         more: dict[str, dict[str, Any]] = {RETRIEVING: {"k": sorted(set(self.ks))}, PROBING: probe}
         return {"split": self.split, **more.get(task, {})}
@@ -206,12 +206,12 @@ class ResultFolder:
         replace_text(self.path(one, done.task, done.model), json.dumps(result, indent=2) + "\n")
 
     def made_of(self, one: OfflineSet, task: str, model: int) -> dict[str, Any]:
-        """Return the model, data and settings on which a result depends, as plain values."""
+        """Return the model, data and settings on which a suite's result depends, as plain values."""
         return {"version": VERSION, "model": self.encoders[model].digest, **made_of(one, task, self.settings)}
 
 
 def made_of(one: OfflineSet, task: str, settings: Settings) -> dict[str, Any]:
-    """Return the data and settings on which a result depends, as plain values; the model is not among them."""
+    """Return the data and settings on which a suite's result depends, as plain values; the model is not among them."""
     splits = [settings.split, *(_fitted_on(one, settings) if task == PROBING else ())]
     stamps = [one.images(split).stamp() for split in splits]
     return {"data": digest(stamps), "classes": digest(about(one)), "settings": settings.of_task(task)}

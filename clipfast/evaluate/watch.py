@@ -119,6 +119,7 @@ class Shown(NamedTuple):
 
 
 def _drawn(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the shares that the plot of a watched run shows of an evaluation."""
     found = evaluation_metrics(results)
     return {name: found[key] for name, key in WANTED if key in found} | {"chance of top-1": 1 / results["classes"]}
 
@@ -163,6 +164,7 @@ class Watch:
             log.warning(NO_TENSORBOARD)
 
     def _scalars(self, line: Mapping[str, Any]) -> dict[str, float]:
+        """Return the scalars of a watched run's evaluation for TensorBoard."""
         return {f"val/{name}": value for name, value in self.shown.scalars(line["eval"]).items()}
 
     def run(self, interval: float) -> Iterator[dict[str, Any]]:
@@ -180,7 +182,7 @@ class Watch:
             time.sleep(interval)
 
     def look(self) -> Iterator[dict[str, Any]]:
-        """Evaluate the existing checkpoints of the run that were not evaluated yet."""
+        """Evaluate the checkpoints of the watched run that exist and were not evaluated yet."""
         while (oldest := self._oldest()) is not None:
             line = self._evaluated(*oldest)
             if line is not None:
@@ -230,7 +232,7 @@ class Watch:
         return line
 
     def close(self) -> None:
-        """Write the remaining scalars to TensorBoard."""
+        """Write the remaining scalars of the watched run to TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -246,7 +248,7 @@ def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) 
     """
 
     def draw() -> None:
-        """Update the plot of all checkpoints."""
+        """Update the plot of all evaluated checkpoints of the watched run."""
         if plot is not None and watch.lines:
             from .pictures import steps_plot
 
@@ -264,7 +266,7 @@ def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) 
 
 
 def _file(path: Path) -> tuple[int, int] | None:
-    """Return the time and size of a checkpoint's file, or of the manifest of a sharded one; None if there is none."""
+    """Return time and size of a watched run's checkpoint file or manifest; None if there is none."""
     try:
         status = (path / MANIFEST if path.is_dir() else path).stat()
     except FileNotFoundError:
@@ -273,7 +275,7 @@ def _file(path: Path) -> tuple[int, int] | None:
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
-    """Return a checksum of weights, since a resumed run may write the same checkpoint again, or another one."""
+    """Return a checksum of weights, since a watched run may write the same checkpoint again, or another."""
     found = hashlib.sha256()
     for name, value in state.items():
         found.update(name.encode())

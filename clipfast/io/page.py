@@ -54,7 +54,7 @@ def thumbnail(image: Image.Image, side: int = SIDE) -> str:
 
 
 def figure(address: str, caption: str, kind: str) -> str:
-    """Return the HTML of a picture with the lines of its caption, in a border by its kind: right, wrong or other."""
+    """Return the HTML of a page's picture with its caption's lines, in a border by its kind: right, wrong or other."""
     text = "<br>".join(map(html.escape, caption.splitlines()))
     return f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{text}</figcaption></figure>'
 
@@ -82,10 +82,12 @@ def table(rows: Iterable[Sequence[Cell]], heads: Sequence[str] = (), last: Itera
 
 
 def _rows(rows: Iterable[Sequence[Cell]]) -> str:
+    """Return the HTML of the rows of a page's table."""
     return "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
 
 
 def _cell(cell: Cell) -> str:
+    """Return the HTML of a cell of a page's table, with its number to sort by."""
     if isinstance(cell, str):
         return f"<td>{html.escape(cell)}</td>"
     text, value = cell

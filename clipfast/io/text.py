@@ -46,7 +46,7 @@ def align(
 
 
 def without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Remove the columns of a table that are empty below their titles in the first row."""
+    """Remove the columns of a text table that are empty below their titles in the first row."""
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     return [list(row) for row in zip(*kept, strict=True)]
 
@@ -65,6 +65,6 @@ def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Return a question for error messages whether a similar known word was meant; "" if none is similar."""
+    """Return a question for the text of an error whether a similar known word was meant; "" if none is similar."""
     similar = difflib.get_close_matches(word, known, 1)
     return f" (did you mean {similar[0]}?)" if similar else ""

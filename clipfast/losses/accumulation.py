@@ -162,6 +162,7 @@ def _fits(model: nn.Module, images: Tensor, texts: Tensor, size: int, loss: Call
 
 
 def _parameters(model: nn.Module, loss: Callable[..., Tensor]) -> list[nn.Parameter]:
+    """Return the parameters of the model and the loss that get accumulated gradients."""
     return [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
 
 
@@ -174,7 +175,7 @@ def _check(images: Tensor, texts: Tensor, size: int) -> None:
 
 
 def _outputs(output: Any) -> tuple[Any, ...]:
-    """Check a model's outputs; return them as (image_features, text_features, logit_scale[, logit_bias])."""
+    """Check the outputs of the model of a loss; return (image_features, text_features, logit_scale[, logit_bias])."""
     found = tuple(output[name] for name in OUTPUTS if name in output) if isinstance(output, Mapping) else output
     if not isinstance(found, (tuple, list)) or len(found) not in (3, 4) or found[2] is None:
         raise TypeError(
@@ -198,6 +199,7 @@ def _join(features: list[tuple[Any, ...]], num_pairs: int) -> tuple[Any, ...]:
 
 
 def _loss_backward(loss: Callable[..., Tensor], inputs: tuple[Any, ...], loss_scale: Tensor | float) -> Tensor:
+    """Compute the loss of all pairs and the gradients of its inputs, the joined micro-batches."""
     value = loss(*inputs)
     if not isinstance(value, Tensor) or value.numel() != 1:
         kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -230,11 +232,13 @@ def _backward_from(output: Any, gradients: tuple[Tensor | None, ...]) -> None:
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
+    """Run the backward pass of a micro-batch outside of autocast."""
     with torch.autocast(outputs[0].device.type, enabled=False):
         torch.autograd.backward(outputs, gradients)
 
 
 def _without_exchange(model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+    """Keep DistributedDataParallel from exchanging the gradients of a micro-batch."""
     stack = ExitStack()
     for module in model.modules() if when else ():
         if isinstance(module, DistributedDataParallel):
@@ -243,18 +247,18 @@ def _without_exchange(model: nn.Module, *, when: bool) -> AbstractContextManager
 
 
 def _accelerators(model: nn.Module, *tensors: Tensor) -> list[torch.device]:
-    """Return the accelerators of a model and its inputs, whose random number generators must be restored."""
+    """Return the accelerators of a model and its micro-batches, whose random number generators must be restored."""
     found = {tensor.device for tensor in (*model.parameters(), *tensors)}
     return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
 
 
 def _random_state(devices: Iterable[torch.device]) -> list[Tensor]:
-    """Return the states of the random number generators of the CPU and of ``devices``."""
+    """Return the states of the random number generators before a micro-batch, of the CPU and of ``devices``."""
     return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in devices)]
 
 
 def _set_random_state(devices: Iterable[torch.device], states: list[Tensor]) -> None:
-    """Restore the states of the random number generators of the CPU and of ``devices``."""
+    """Restore the states of the random number generators for a micro-batch, of the CPU and of ``devices``."""
     torch.set_rng_state(states[0])
     for device, state in zip(devices, states[1:], strict=True):
         torch.get_device_module(device).set_rng_state(state, device)
@@ -273,12 +277,12 @@ class _Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the buffers: write the copied values into the original tensors, and put these into the modules."""
+        """Restore the buffers before a micro-batch: the original tensors with the copied values."""
         for module, name, buffer, value in self.saved:
             buffer.copy_(value)
             setattr(module, name, buffer)
 
 
 def _is_expanded(buffer: Tensor) -> bool:
-    """Return True for an expanded buffer, whose elements share memory: it can be neither written nor restored."""
+    """Return True for a buffer that micro-batches leave: expanded, so it can be neither written nor restored."""
     return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))

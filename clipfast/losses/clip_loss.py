@@ -152,6 +152,7 @@ class ClipLoss(RankLoss):
         return labels
 
     def _of_rank(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
+        """Return the contrastive loss of this rank's pairs."""
         if self.world_size <= 1:
             loss = contrastive_loss(image, text, scale)
         elif self.local_loss and not self.gather_with_grad:
@@ -175,6 +176,7 @@ class ClipLoss(RankLoss):
         return image.shape == text.shape and suits_whole(image, text, image.dtype, self.world_size)
 
     def _distributed_loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+        """Return the contrastive loss of all ranks, whose features are never gathered in whole."""
         if not (self.local_loss or self.gather_with_grad) and isinstance(scale, Tensor) and scale.requires_grad:
             # _Mean passes on 1/W of the gradient. For features, the sum over W ranks makes up for it; for the scale
             # nothing does.
@@ -194,6 +196,7 @@ class ClipLoss(RankLoss):
         return info_nce_loss(features, partners.detach(), scale, negatives=others)
 
     def _gather(self, features: Tensor) -> Tensor:
+        """Gather the features of all ranks, as OpenCLIP's loss does."""
         if self.gather_with_grad:
             return torch.cat(all_gather(features.contiguous()))
         blocks = list(gather_equal(features.detach(), None))
@@ -212,6 +215,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, from_all: bool) -> Tensor:
+        """Compute the mean of a loss over ranks."""
         ctx.from_all = from_all
         total = value.clone()
         dist.all_reduce(total)
@@ -219,6 +223,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Compute the gradient of a loss from the gradient of its mean over ranks."""
         if ctx.from_all:
             return _Mean.apply(grad, True), None  # type: ignore[no-untyped-call]
         return grad / dist.get_world_size(), None

@@ -56,7 +56,7 @@ class Columns:
         self.maximum, self.sum = cols.new_full(cols.shape[:1], -torch.inf), cols.new_zeros(cols.shape[:1])
 
     def add(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a strip [rows, N]. Return its exponentials, and the factor [N] that rescales earlier sums of them."""
+        """Add a strip [rows, N] of distillation; return its exponentials and the factor [N] for earlier sums."""
         before, self.maximum = self.maximum, torch.maximum(self.maximum, logits.amax(0))
         powers, factor = (logits - self.maximum).exp_(), (before - self.maximum).exp_()
         self.sum = self.sum * factor + powers.sum(0)
@@ -94,6 +94,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, s: Tensor, u: Tensor, v: Tensor, t: Tensor, options: Options
     ) -> Tensor:  # fmt: skip
+        """Compute the cross-entropy of student and teacher for the distillation loss."""
         student, teacher = options.logits(x, y, s, u, v, t)
         total = student.scale.new_zeros(())
         of_student, of_teacher = Columns(student.cols), Columns(teacher.cols)
@@ -119,6 +120,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of the distillation loss."""
         needed = ctx.needs_input_grad[:3]
         grads = _Gradients.apply(grad_loss, ctx.options, needed, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return *grads, None, None, None, None
@@ -134,6 +136,7 @@ class _Gradients(torch.autograd.Function):
         u: Tensor, v: Tensor, t: Tensor, student_max: Tensor, student_sum: Tensor, teacher_max: Tensor,
         teacher_sum: Tensor,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Compute the gradients of the distillation loss from its logits, strip by strip."""
         student, teacher = options.logits(x, y, s, u, v, t)
         needs_x, needs_y, needs_s = needed
         x_grad = torch.empty_like(student.rows) if needs_x else None
@@ -159,6 +162,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(*_: Any) -> None:
+        """Refuse a second derivative of the distillation loss."""
         raise NotImplementedError(f"{OP}: the distillation loss has no second derivative")
 
 
@@ -215,6 +219,7 @@ class DistillClipLoss(ClipLoss):
         return contrastive, distill
 
     def _factors(self, name: str, image: Tensor, text: Tensor, scale: Tensor | float) -> Logits:
+        """Return the factors of the logits of the student or the teacher of a distillation."""
         names = f"{name}_features", f"{name.replace('image', 'text')}_features"
         check_pairs(OP, names, image, text)
         scale_name = f"{name.removesuffix('image')}logit_scale"
@@ -222,6 +227,7 @@ class DistillClipLoss(ClipLoss):
         return Logits(image, text, number)
 
     def _distillation(self, student: Logits, teacher: Logits) -> Tensor:
+        """Return the distillation loss of this rank's pairs."""
         if self.world_size <= 1:
             return _cross_entropy(student, teacher, both=True)
         # Each rank computes its own rows of both directions, with the columns of all ranks. The mean over ranks is the
@@ -258,12 +264,14 @@ class _MeanGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, number: Tensor, factor: float) -> Tensor:
+        """Return the scale of a distillation loss unchanged."""
         ctx.factor = factor
         return number.view_as(number)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Compute the mean over ranks of the gradient of a distillation's scale."""
         total = grad.clone()
         dist.all_reduce(total)
         return total * (ctx.factor / dist.get_world_size()), None

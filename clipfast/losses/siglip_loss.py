@@ -87,6 +87,7 @@ class SigLipLoss(RankLoss):
         return sigmoid_loss(image_features, text_features, logit_scale, bias, offset=offset)
 
     def _of_rank(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
+        """Return the sigmoid loss of this rank's images and the texts of all ranks."""
         if self.world_size > 1 and self.dist_impl in ("reduce", "gather"):
             texts = all_gather(text.contiguous())
             ordered = torch.cat([*texts[: self.rank], *texts[self.rank + 1 :], texts[self.rank]])
@@ -112,6 +113,7 @@ class SigLipLoss(RankLoss):
 
 
 def _exchange(ranks: Ranks, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Exchange features between ranks for the sigmoid loss."""
     received: tuple[Tensor, ...] = _Exchange.apply(ranks, steps, *tensors)  # type: ignore[no-untyped-call]
     return received
 
@@ -121,6 +123,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Send features to other ranks, and receive theirs, for the sigmoid loss."""
         ctx.ranks, ctx.steps = ranks, steps
         received = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
         # One batch of operations: both directions transfer at the same time.
@@ -135,4 +138,5 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Send the gradients of exchanged features back to their ranks, for the sigmoid loss."""
         return None, None, *_exchange(ctx.ranks, tuple(-step for step in ctx.steps), *gradients)

@@ -49,7 +49,7 @@ class RunFolder:
             )
 
     def is_held(self) -> bool:
-        """Return False if the folder was removed or renamed: a folder that has its name now must not be written to."""
+        """Return False if the run's folder was removed or renamed: the folder of that name may be another's."""
         return self.lock is None or self.lock.is_held()
 
     def hold(self) -> bool:
@@ -78,7 +78,7 @@ class RunFolder:
         replace_text(self.skipped_path, "".join(kept))
 
     def kept(self) -> list[Path]:
-        """Return the checkpoints in the run's folder, the newest first."""
+        """Return the paths of the checkpoints in the run's folder, the newest first."""
         return Checkpoints(self.checkpoints).kept()
 
     def record_options(self, options: dict[str, Any], changed: dict[str, Any], step: int | None) -> None:
@@ -121,6 +121,7 @@ class RunFolder:
         self._append(self.skipped_path, "".join(lines))
 
     def _append(self, path: Path, text: str) -> None:
+        """Append to a file of the run's folder, unless the folder was removed or renamed."""
         if self.is_held():
             append(path, text)
 
@@ -136,7 +137,7 @@ class RunFolder:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in a file of JSON lines, without incomplete lines; [] if there is no file."""
+    """Return the records in a run's file of JSON lines, without incomplete lines; [] if there is no file."""
     found = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -161,4 +162,5 @@ def by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[in
 
 
 def _in_line(text: str) -> str:
+    """Return the text of a run's record on one line."""
     return printable(" ".join(text.split()))

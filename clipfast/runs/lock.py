@@ -46,13 +46,13 @@ class Lock:
         self._file = self._taken()
 
     def is_held(self) -> bool:
-        """Return False if the locked folder was removed or renamed: its path may belong to another run."""
+        """Return False if the run's locked folder was removed or renamed: its path may belong to another run."""
         with contextlib.suppress(OSError):
             return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         return False
 
     def hold(self) -> bool:
-        """Make and lock the folder again if it was removed or renamed, and return True in that case.
+        """Make and lock the run's folder again if it was removed or renamed, and return True in that case.
 
         Raises:
             FolderLostError: another run has taken its place.
@@ -74,19 +74,21 @@ class Lock:
         return True
 
     def _refuse_another(self) -> None:
+        """Refuse the run's folder if another folder has its name by now."""
         if self.folder.exists() and not os.path.samestat(self.folder.stat(), self._status):
             found = set(os.listdir(self.folder)) - {LOCK_NAME}
             if found:
                 raise ValueError(f"there is another folder of that name by now, with {min(found)}")
 
     def release(self) -> None:
-        """Release the lock. The lock file is removed, and so are folders that were made for it if they are empty."""
+        """Release the lock of a run's folder, and remove the lock file and folders made for it that are empty."""
         if self.is_held() and os.listdir(self.folder) == [LOCK_NAME]:
             self.path.unlink()
             _remove(self._made)
         self._file.close()
 
     def _taken(self) -> IO[str]:
+        """Take the lock of a run's folder, and return its file."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a+")
@@ -118,7 +120,7 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(folder: Path, flag: str = "--logs") -> Iterator[Lock]:
-    """Hold the lock of ``folder`` while the context lasts, see :class:`Lock`."""
+    """Hold the lock of a run's ``folder`` while the context lasts, see :class:`Lock`."""
     lock = Lock(folder, flag)
     try:
         yield lock
@@ -142,7 +144,7 @@ def holder(folder: Path) -> str | None:
 
 
 def _remove(folders: list[Path]) -> None:
-    """Remove empty folders, the innermost first, up to the first one that is not empty."""
+    """Remove empty folders that were made for the lock of a run, the innermost first."""
     for folder in folders:
         try:
             folder.rmdir()

@@ -194,10 +194,12 @@ def described(status: dict[str, Any]) -> str:
 
 
 def _age(checkpoint: dict[str, Any]) -> str:
+    """Return how long ago a run's checkpoint was written."""
     return duration(max(time.time() - checkpoint["time"], 0))
 
 
 def _progress(status: dict[str, Any]) -> str:
+    """Return the progress of a run in words: its step and epoch."""
     step, total = status["step"], status["total_steps"]
     if total is None:
         return f"{step:,}" if step else "none is logged yet"

@@ -86,6 +86,7 @@ class Pictures:
         return found.image
 
     def _file(self, path: Any) -> Path:
+        """Return the file of a found picture inside the folders that the app may show."""
         if not self.roots:
             raise ImageError("no folder of pictures is known: name it with --pictures")
         try:
@@ -262,6 +263,7 @@ class Desk:
         return self.encoder.images(self.encoder.transform(open_image(picture))[None])[0]
 
     def _found(self, query: Tensor, where: str, k: float | None, without: int | None = None) -> str:
+        """Return the app's HTML of the items that are most similar to a query and fulfil the filter."""
         if k is None or not (float(k).is_integer() and 1 <= k <= MAX_FOUND):
             raise ValueError(f"the number of results must be a whole number from 1 to {MAX_FOUND}, got {k}")
         where = _checked(where, "filter").strip()
@@ -297,6 +299,7 @@ class Desk:
 
 
 def _cards(count: str, cards: Sequence[str]) -> str:
+    """Return the app's HTML of cards of found items, below their number."""
     return f'<p class="quiet" role="status">{count}</p><ul class="cards">{"".join(cards)}</ul>'
 
 

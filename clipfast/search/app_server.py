@@ -80,6 +80,7 @@ class Guard:
             return
 
         async def answer(message: Message) -> None:
+            """Pass on an answer of the search app, with headers that restrict its page."""
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *HEADERS]
             await send(message)
@@ -160,7 +161,7 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
 
 
 def wait(said: str) -> None:
-    """Print a line, and wait for Ctrl-C or SIGTERM, which a reader of the line may send at once."""
+    """Print the search app's address, and wait for Ctrl-C or SIGTERM, which a reader of the line may send at once."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         print(said, flush=True)
@@ -191,6 +192,7 @@ def _picture_field(uploads: Path, **options: Any) -> Any:
     import gradio
 
     def uploaded(path: str) -> str:
+        """Return the path of a picture that the user uploaded to the app, and refuse any other path."""
         try:  # a path outside of the uploads gets the same error whether the file exists or not
             file = Path(path).resolve()
             if file.is_relative_to(uploads) and file.is_file():
@@ -200,6 +202,7 @@ def _picture_field(uploads: Path, **options: Any) -> Any:
         raise gradio.Error("the picture is no longer there: drop it again", print_exception=False)
 
     async def moved(path: str) -> str:
+        """Return the path of an uploaded picture, in place of a copy that Gradio would make."""
         return uploaded(path)
 
     field: Any = gradio.Image(type="filepath", sources=["upload", "clipboard"], height=220, **options)
@@ -211,6 +214,7 @@ def _picture_field(uploads: Path, **options: Any) -> Any:
 
 
 def _search_tab(desk: Desk, uploads: Path) -> None:
+    """Add a tab to the app's page in which the user searches by words, a picture, or both."""
     import gradio
 
     with gradio.Row():
@@ -231,15 +235,19 @@ def _search_tab(desk: Desk, uploads: Path) -> None:
             results = gradio.HTML(desk.start(), js_on_load=CLICK, elem_id="results")
 
     def search(*given: Any) -> str:
+        """Return the app's answer to a search."""
         return answer(desk.search, *given)
 
     def show(event: gradio.EventData) -> str:
+        """Return the app's answer about the item that the user chose."""
         return answer(desk.detail, event.row)
 
     def similar(where: str, k: float, event: gradio.EventData) -> str:
+        """Return the app's answer with the items similar to the chosen one."""
         return answer(desk.similar, event.row, where, k)
 
     def sample(event: gradio.EventData) -> str:
+        """Return the words of the example query that the user chose in the app."""
         return str(event.words)
 
     # Gradio looks up the names in annotations among the globals of the module, and gradio is imported locally here
@@ -281,6 +289,7 @@ def _picture_tab(
             result = gradio.HTML(js_on_load=CLICK, elem_id=f"{name}-result")
 
     def ask(*given: Any) -> str:
+        """Return the app's answer about the picture that the user uploaded."""
         return answer(function, *given)
 
     asked.click(ask, fields, result, api_name=name, show_progress="minimal")

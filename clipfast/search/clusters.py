@@ -93,7 +93,7 @@ class _Work:
         self.blocks = slices(len(features), max(1, TILE // max(k, features.shape[1])))
 
     def block(self, rows: slice | Tensor) -> Tensor:
-        """Return a block of the features, scaled to unit length, in float32."""
+        """Return a block of the features that are clustered, scaled to unit length, in float32."""
         return unit(self.features[rows], self.device)
 
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:

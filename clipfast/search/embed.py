@@ -117,12 +117,12 @@ class Work:
 
     @property
     def parts(self) -> list[range]:
-        """The positions of the samples of each part."""
+        """The positions of the samples of each part of the embeddings."""
         return _cut(range(len(self.samples)), self.part_size)
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """The model, source and options on which the content of the folder depends, as plain values."""
+        """The model, source and options on which the content of the folder of embeddings depends, as plain values."""
         made_by = {**self.encoder.about(), "normalized": True, "precision": self.precision}
         sizes = {"part_size": self.part_size, "parts": len(self.parts)}
         return {"version": 1, **made_by, **self.samples.about(), **sizes}
@@ -195,7 +195,7 @@ class Work:
 
     @functools.cached_property
     def samples_at_once(self) -> int:
-        """The number of samples in a batch."""
+        """The number of samples that are embedded in a batch."""
         if self.batch_size is not None:
             return self.batch_size
         if torch.device(self.encoder.device).type != "cpu":
@@ -207,11 +207,11 @@ class Work:
 
     @property
     def batch_bytes(self) -> int:
-        """The size of a batch's images in bytes, which data workers hold in shared memory."""
+        """The size of the images of a batch to embed in bytes, which data workers hold in shared memory."""
         return self.samples_at_once * self.encoder.blank.nbytes if self.samples.images else 0
 
     def _encoded(self, batches: Iterable[_Batch]) -> Generator[_Batch]:
-        """Encode batches, and yield them with their features in order."""
+        """Encode batches of samples, and yield them with their embeddings in order."""
         if torch.device(self.encoder.device).type != "cpu":
             yield from map(self._encode, batches)
             return
@@ -225,6 +225,7 @@ class Work:
 
     @torch.no_grad()
     def _encode(self, batch: _Batch) -> _Batch:
+        """Encode a batch of samples, and return it with its embeddings."""
         if isinstance(batch.pixels, Tensor):
             batch.features[IMAGES] = self.encoder.images(batch.pixels)
             batch.pixels = []
@@ -252,7 +253,7 @@ class Work:
         return int(self.encoder.texts([""]).shape[1])
 
     def finish(self) -> tuple[int, list[tuple[int, Skipped]]]:
-        """Complete the folder with the list of samples that were left out; return the number of rows and that list.
+        """Complete the folder of embeddings; return the number of its rows, and the samples that were left out.
 
         Raises:
             ValueError: a part is missing or damaged, or no sample can be used.
@@ -277,7 +278,7 @@ class Work:
 
 
 def _unshared(batch: _Batch) -> _Batch:
-    """Copy a batch's images out of shared memory, which is scarce, since several batches wait in this process."""
+    """Copy images to embed out of shared memory, which is scarce, since several batches wait in this process."""
     if isinstance(batch.pixels, Tensor) and batch.pixels.is_shared():
         batch.pixels = batch.pixels.clone()
     return batch
@@ -297,13 +298,14 @@ def refuse_others(folder: Path) -> None:
 
 
 def _cut(places: range, size: int) -> list[range]:
+    """Cut positions of samples into parts of the embeddings."""
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[Any], Any], values: Iterable[Any], ahead: int
 ) -> Iterator[Any]:
-    """Yield the results of a function for each item in order; at most ``ahead`` calls run ahead in threads."""
+    """Yield the results of encoding batches in order; at most ``ahead`` calls of ``function`` run ahead in threads."""
     pending: collections.deque[Future[Any]] = collections.deque()
     try:
         for value in values:

@@ -119,7 +119,7 @@ class Embeddings:
         return _existing_features(part, kind)[place]
 
     def of_kind(self, kind: str) -> Tensor | None:
-        """Return the features of one kind, "image" or "text": :attr:`features` or :attr:`text_features`."""
+        """Return the embeddings of one kind, "image" or "text": :attr:`features` or :attr:`text_features`."""
         if kind not in self._joined:
             parts = [part.of_kind(kind) for part in self._parts]
             there = [part for part in parts if part is not None]
@@ -185,7 +185,7 @@ class Embeddings:
         self._folder = folder.resolve()
 
     def _write(self, folder: Path, first: int, part_size: int) -> None:
-        """Write the parts from ``first`` on, each of ``part_size`` items, and then the number of parts."""
+        """Write the parts of the embeddings from ``first`` on, each of ``part_size`` items, and their number."""
         new = [
             part.slice(start, part_size)
             for part in self._parts[first:]
@@ -277,6 +277,7 @@ def _merge_found(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:
 
 
 def _words(about: tuple[int, torch.dtype, torch.device] | None) -> str:
+    """Describe the features of embeddings for an error message."""
     return "absent" if about is None else f"{about[0]} wide in {about[1]} on {about[2]}"
 
 
@@ -323,6 +324,7 @@ def _joined_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
 
 
 def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
+    """Convert metadata columns of embeddings to text."""
     import pyarrow
 
     for number, field in enumerate(table.schema):

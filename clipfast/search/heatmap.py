@@ -91,7 +91,7 @@ def heat_maps(
 
 
 def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int]:
-    """Return the number of pixels to add before and after a side of an image, so that windows cover it exactly."""
+    """Return how many pixels a heat map adds before and after a side of the image, so that windows cover it exactly."""
     extended = max(length + 2 * margin, side)
     extended += -(extended - side) % stride
     before = (extended - length) // 2
@@ -99,7 +99,7 @@ def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int
 
 
 def _places(size: Sequence[int], side: int, stride: int) -> list[tuple[int, int]]:
-    """Return the upper left corner of each window."""
+    """Return the upper left corner of each window of a heat map."""
     rows, columns = (range(0, length - side + 1, stride) for length in size)
     return [(y, x) for y in rows for x in columns]
 

@@ -121,6 +121,7 @@ def write_part(folder: Path, part: Part, number: int, count: int = 0) -> None:
 
 
 def _save(array: np.ndarray[Any, Any], path: Path) -> None:
+    """Write an array of features into a folder of embeddings."""
     with path.open("wb") as file:  # given a path instead of a file, NumPy would append ".npy"
         np.save(file, array)
 
@@ -178,6 +179,7 @@ def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
 
 
 def _mapped(path: Path) -> Tensor:
+    """Map a file of embeddings into memory, and refuse a damaged one."""
     try:
         open_regular(path).close()  # refuses a pipe, on which NumPy would wait forever
         features = torch.from_numpy(np.load(path, mmap_mode="c"))  # mode "c", since PyTorch warns of read-only memory

@@ -113,7 +113,7 @@ class Samples:
         return found
 
     def about(self) -> dict[str, Any]:
-        """Return the source and the options on which the samples depend, as plain values."""
+        """Return the source and the options on which the samples to embed depend, as plain values."""
         told = {name: getattr(self, name) for name in ("data", "images", "texts", "separator")}
         columns = None if self.columns is None else list(self.columns)
         keys = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self.keys).items()}
@@ -126,11 +126,11 @@ class Samples:
         return self.first[-1]
 
     def losses(self) -> list[str]:
-        """Return a message about each damaged part of the source, as far as it has been read."""
+        """Return a message about each damaged part of the source that is embedded, as far as it has been read."""
         return [loss for source in self.sources for shard in source.shards for loss in shard.losses()]
 
     def others(self) -> list[str]:
-        """Return a message about each folder of the source that has files which belong to no image."""
+        """Return a message about each folder to embed that has files which belong to no image."""
         folders = [shard.name for source in self.sources for shard in source.shards if is_folder(shard.name)]
         return [
             f"in {folder} these files were not taken: {others} (images are {', '.join(IMAGE_EXTENSIONS)})"
@@ -148,7 +148,7 @@ class Samples:
         return False
 
     def read(self, number: int) -> Sample | Skipped:
-        """Read and decode the sample at a position of the source; return it, or the reason why it cannot be used."""
+        """Read and decode a sample to embed or to show; return it, or the reason why it cannot be used."""
         keys = self.keys if self.images else dataclasses.replace(self.keys, images=())
         name = f"number {number!r:.80}"
         try:
@@ -163,7 +163,7 @@ class Samples:
         return Sample(image, texts[0] if texts else None, self._row(number, raw, texts, image))
 
     def files(self, number: int) -> dict[str, bytes]:
-        """Return the bytes of each file of a sample, by extension, without decoding.
+        """Return the files of an embedded sample by extension, without decoding.
 
         Raises:
             SampleError: the sample cannot be read.
@@ -173,7 +173,7 @@ class Samples:
         return {name: data for name, data in found.items() if not name.startswith("__") and isinstance(data, bytes)}
 
     def _place(self, number: int) -> tuple[Source, int]:
-        """Return the source (one of several) that has a sample, and the number of the sample in it.
+        """Return the source (one of several) that has an embedded sample, and the number of the sample in it.
 
         Raises:
             SampleError: the sample does not exist, since metadata from somebody else may have any number.
@@ -184,6 +184,7 @@ class Samples:
         return self.sources[place], number - self.first[place]
 
     def _captions(self, raw: RawSample) -> list[str]:
+        """Return the captions of a sample to embed; none if they are not embedded and cannot be read."""
         try:
             return captions(raw, keys=self.keys)
         except SampleError:
@@ -192,6 +193,7 @@ class Samples:
             return []
 
     def _row(self, number: int, raw: RawSample, texts: Sequence[str], image: Image.Image | None) -> dict[str, Any]:
+        """Return the row of an embedded sample in the table of metadata."""
         row: dict[str, Any] = {"number": number, "key": raw["__key__"], "caption": texts[0] if texts else None}
         if image is not None:
             member = next(key for key in self.keys.images if key in raw)
@@ -218,6 +220,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], with_images: bool = True) -> pya
 
 
 def _column(values: Sequence[Any]) -> pyarrow.Array:
+    """Return a metadata column of embeddings as an Arrow array of one type."""
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
@@ -236,7 +239,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list[str]:
-    """Copy samples of a source without decoding to the tar shards 00000.tar, 00001.tar, ... of a new folder.
+    """Copy embedded samples without decoding to the tar shards 00000.tar, 00001.tar, ... of a new folder.
 
     The key of a sample in the new shards is its number in the source, since keys of several shards may be equal. If the
     process is killed, the folder is complete or absent.
@@ -251,6 +254,7 @@ def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list
     lost: list[str] = []
 
     def write(path: Path) -> None:
+        """Write the tar shards of the copied samples into a temporary folder."""
         with progress(len(numbers), "copying", "samples") as advance:
             for shard, rows in enumerate(slices(len(numbers), SHARD_SIZE)):
                 with tarfile.open(path / f"{shard:05}.tar", "w") as tar:
@@ -267,6 +271,7 @@ def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list
 
 
 def _add(tar: tarfile.TarFile, number: int, files: dict[str, bytes]) -> None:
+    """Add the files of a copied sample to a tar shard."""
     for extension, data in files.items():
         info = tarfile.TarInfo(f"{number:09}.{extension}")
         info.size = len(data)

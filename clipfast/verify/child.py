@@ -24,7 +24,7 @@ STDERR_TAIL = 1500  # the most characters of stderr in a result
 
 
 def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
-    """Start ``leg`` in a subprocess, and return a generator of the results of one check after the other.
+    """Start a ``leg`` of the verification in a subprocess, and return a generator of the results of its checks.
 
     The subprocess starts at once and runs in parallel to the caller, on one thread. It is killed if the generator is
     closed, or if it writes nothing for ``hang_seconds`` while the caller waits for it. ``options`` come from
@@ -36,7 +36,7 @@ def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> G
 
 
 def _groups(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
-    """Yield an empty group as soon as the subprocess runs, and then the results of each check that it writes."""
+    """Yield an empty group as soon as the verification's subprocess runs, and then the results of each check."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if leg == INTERPRETER:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -58,6 +58,7 @@ def _groups(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator
 def _results(
     process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]", leg: str, hang_seconds: float, stderr: IO[str]
 ) -> Iterator[list[CheckResult]]:
+    """Yield the results that the verification's subprocess writes, and an error if it ends or hangs."""
     last = "before its first check"
     while True:
         try:
@@ -79,6 +80,7 @@ def _results(
 
 
 def _read(stream: IO[str] | None, lines: "queue.Queue[str | None]") -> None:
+    """Put the lines of the verification's subprocess into a queue."""
     with contextlib.suppress(ValueError, OSError):
         for line in stream or ():
             lines.put(line)
@@ -86,6 +88,7 @@ def _read(stream: IO[str] | None, lines: "queue.Queue[str | None]") -> None:
 
 
 def _failed(leg: str, what: str, stderr: IO[str]) -> CheckResult:
+    """Return the failed result of a leg of the verification whose process did not work."""
     stderr.flush()
     stderr.seek(0)
     tail = stderr.read()[-STDERR_TAIL:].strip()
@@ -94,7 +97,7 @@ def _failed(leg: str, what: str, stderr: IO[str]) -> CheckResult:
 
 
 def main() -> None:
-    """Run the leg that the first argument describes, in this process."""
+    """Run the leg of the verification that the first argument describes, in this process."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # other output goes to stderr, so that it does not mix with the results
     from .ops import timed

@@ -53,13 +53,14 @@ def verify_curve(leg: str, dtype: str) -> list[CheckResult]:
 
 
 def _apart(losses: Tensor, truth: Tensor) -> dict[str, float]:
+    """Return how far the losses of the verified training are from the truth, by kind of error."""
     return {kind: reduce((losses - truth) / truth) for kind, reduce in KINDS.items()}
 
 
 def train(
     backend: str, device: str, *, double: bool = False, autocast: torch.dtype | None = None, order: int = 0
 ) -> Tensor:
-    """Train a model and return its losses [STEPS] in float64. Every call begins with the same weights.
+    """Train a model for the verification and return its losses [STEPS] in float64.
 
     Each value of ``order`` gives another order of the pairs within each batch.
     """
@@ -83,9 +84,7 @@ def train(
 
 
 def _batches(order: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of pairs that a model can learn: each image is a noisy pattern of its class, each text has its
-    words.
-    """
+    """Yield batches that the verified training can learn: noisy images of a class, and texts of its words."""
     generator = torch.Generator().manual_seed(1)
     patterns = 255 * torch.rand(CLASSES, 3, 4, 4, generator=generator)
     words = torch.randint(1, VOCABULARY - 2, (CLASSES, TOKENS), generator=generator)

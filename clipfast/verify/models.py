@@ -87,7 +87,7 @@ class Model:
     rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # gives gradients our parameters' names
 
     def results(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """Return features of images [B, 3, H, W] and texts [B, L], the loss, and ``d_<name>`` of every parameter."""
+        """Return a verified model's features of images [B, 3, H, W] and texts [B, L], loss, and ``d_<parameter>``."""
         like = next(self.module.parameters())
         if images.is_floating_point():
             images = images.to(like.dtype)
@@ -103,12 +103,14 @@ class Model:
 
 
 def _reference(model: CLIP) -> Model:
+    """Return the verified model with plain PyTorch in place of the kernels."""
     other = copy.deepcopy(model)
     other.set_backend("torch")
     return Model(other)
 
 
 def _open_clip(model: CLIP) -> Model:
+    """Return OpenCLIP's model with the weights of the verified one."""
     import open_clip
 
     raw = model.config.to_dict()
@@ -119,6 +121,7 @@ def _open_clip(model: CLIP) -> Model:
 
 
 def _hugging_face(model: CLIP) -> Model:
+    """Return transformers' model with the weights of the verified one."""
     other = build_hugging_face(model)
     return Model(other, call=_caller(other), rename=functools.partial(to_ours, list(model.state_dict())))
 
@@ -129,7 +132,7 @@ _WHY |= {HF: "from floats, against Hugging Face"}
 
 
 def draw_batch(config: CLIPConfig, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw bytes [batch, 3, H, W], and texts [batch, context_length] of different lengths, zero after their ends.
+    """Draw inputs of a verified model: bytes [batch, 3, H, W], and texts [batch, context_length] of different lengths.
 
     The feature of a text is read at its end, so texts of one length would have similar features.
     """
@@ -176,6 +179,7 @@ def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     """
 
     def call(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        """Return features, scale and bias that transformers' model gives, to verify ours."""
         output = other(input_ids=texts, pixel_values=images)
         bias = (other.logit_bias,) if hasattr(other, "logit_bias") else ()
         return output.image_embeds, output.text_embeds, other.logit_scale.exp(), *bias
@@ -184,6 +188,7 @@ def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
 
 
 def _their_config(config: CLIPConfig) -> Any:
+    """Return transformers' configuration of a verified model."""
     from transformers import CLIPConfig as TheirCLIP
     from transformers import SiglipConfig as TheirSigLIP
 

@@ -40,6 +40,7 @@ def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) 
 def _hold_to_rule(
     template: CheckResult, spec: OpSpec, case: Case, dtype: torch.dtype, device: str
 ) -> list[CheckResult]:
+    """Check one case of an op by the rule for errors."""
     truth_dtype = torch.float32 if case.shape.elements > FLOAT64_ELEMENTS[device] else torch.float64
     if dtype == truth_dtype:
         reason = f"{case.shape.elements:.1e} elements: a float64 truth does not fit; a float32 one cannot judge float32"
@@ -68,15 +69,18 @@ def _hold_to_rule(
 
 
 def _results(function: Callable[..., object], call: Call) -> dict[str, Tensor]:
+    """Return the results and gradients of an op or its reference in a call to verify."""
     return value_and_grads(functools.partial(function, **call.options), call.inputs, call.grads)
 
 
 def _less_exact(one: Tensor, other: Tensor, truth: Tensor) -> Tensor:
+    """Return the less exact one of two references of a verified op."""
     errors = [(result.double() - truth).abs().max() for result in (one, other)]
     return one if errors[0] >= errors[1] else other
 
 
 def _finite(name: str, judgement: Judgement, draws: Sequence[DrawResults]) -> Judgement:
+    """Return a judgement of the rule that fails if a result is not finite."""
     if judgement.fault or all(ours[name].isfinite().all() for ours, _, _ in draws):
         return judgement
     return dataclasses.replace(judgement, fault="not finite")
@@ -127,7 +131,7 @@ def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[
 
 
 def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number: int = 0) -> Call:
-    """Make the inputs of a case; a draw (``number``) has the same values on every machine, device and leg."""
+    """Make the inputs of a case to verify; a draw (``number``) has the same values on every machine, device and leg."""
     draw = Draw(zlib.crc32(f"{case.name} {number}".encode()))
     call = spec.call(case.shape, case.values, draw, dtype)
     inputs = {name: lay_out(x.to(device), case.layout) for name, x in call.inputs.items()}
@@ -141,7 +145,7 @@ def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """Return a tensor with the same values in another memory layout, or unchanged if the layout does not suit it."""
+    """Return an input of a verified op in another memory layout, or unchanged if the layout does not suit it."""
     if x.ndim == 0:
         return x
     if layout == "transposed":

@@ -25,7 +25,7 @@ HANG_SECONDS = 300.0  # if the interpreter's process gives no row for this long,
 
 
 def installed(peer: str) -> bool:
-    """Return whether a peer can be imported."""
+    """Return whether a peer, whose models the verification compares with ours, can be imported."""
     return importlib.util.find_spec(PEERS[peer][0]) is not None
 
 
@@ -72,7 +72,7 @@ class Options:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Options":
-        """Restore options from :meth:`to_dict`."""
+        """Restore the options of a verification from :meth:`to_dict`."""
         given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
         return cls(**given)
 

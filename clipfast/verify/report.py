@@ -52,7 +52,7 @@ class CheckResult:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """Return the fields that are equal for all outputs of one case; they identify the case."""
+        """Return the fields that identify the case of a verification result; all its outputs have the same."""
         return self.op, self.leg, self.check, self.case, self.dtype
 
     @property
@@ -70,7 +70,7 @@ class CheckResult:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "CheckResult":
-        """Restore a result from :meth:`to_dict`."""
+        """Restore the result of a verification check from :meth:`to_dict`."""
         figures = tuple(
             Figure(figure["kind"], *(float(figure[key]) for key in ("ours", "torch", "allowed")))
             for figure in raw["figures"]
@@ -94,12 +94,12 @@ def results_of(template: CheckResult, judgements: Mapping[str, Judgement]) -> li
 
 
 def exit_code(rows: Sequence[CheckResult]) -> int:
-    """Return 1 if any check failed, else 0."""
+    """Return the exit code of ``clipfast verify``: 1 if any check failed, else 0."""
     return int(any(row.verdict == FAIL for row in rows))
 
 
 def count(rows: Sequence[CheckResult]) -> dict[str, int]:
-    """Return the number of results for each verdict."""
+    """Return the number of verification results for each verdict."""
     return {verdict: sum(row.verdict == verdict for row in rows) for verdict in (PASS, FAIL, SKIP)}
 
 
@@ -122,7 +122,7 @@ def write_json(path: Path, rows: Sequence[CheckResult], options: Mapping[str, An
 
 
 def read_json(path: Path) -> tuple[list[CheckResult], dict[str, Any]]:
-    """Return the results in a report, and everything else in it.
+    """Return the results in a report of the verification, and everything else in it.
 
     Raises:
         ValueError: the file is no report of this format.
@@ -157,7 +157,7 @@ def write_junit(path: Path, rows: Sequence[CheckResult]) -> None:
 
 
 def _xml(text: str) -> str:
-    """Replace characters that XML cannot hold."""
+    """Replace characters of the verification's report that XML cannot hold."""
     return _NOT_XML.sub("?", text)
 
 
@@ -201,7 +201,7 @@ def _nearest(rows: Iterable[CheckResult]) -> list[tuple[CheckResult, int]]:
 
 
 def _cells(row: CheckResult, outputs: int) -> tuple[str, ...]:
-    """Return a check's row in the table of results."""
+    """Return a check's row in the table of the verification."""
     figures = {figure.kind: figure for figure in row.figures}
     numbers = [
         f"{getattr(figures[kind], name):.1e}" if kind in figures else ""

@@ -158,7 +158,7 @@ def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict
 def value_and_grads(
     fn: Callable[..., Any], inputs: Mapping[str, Tensor], grads: Tensor | Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Return the results of ``fn`` and the gradients of its floating inputs, as "value", "value_2", "d_<name>".
+    """Return an op's results and the gradients of its floating inputs for the rule, as "value", "value_2", "d_<name>".
 
     ``fn`` is called with ``inputs`` by name, in their own memory layout. ``grads`` has an upstream gradient for each
     result, which is cast to the dtype of the result. It is empty for a function without gradients.
@@ -182,10 +182,10 @@ def value_and_grads(
 
 
 def cast_floats(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return ``inputs`` with floating tensors in ``dtype``, and the others as they are."""
+    """Return the verified op's ``inputs`` with floating tensors in ``dtype``, and the others as they are."""
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``inputs`` with floating tensors in float64."""
+    """Return the verified op's ``inputs`` with floating tensors in float64."""
     return cast_floats(inputs, torch.float64)

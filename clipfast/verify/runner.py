@@ -154,7 +154,7 @@ def run_verify(
     raw, complete = options.to_dict(), False
 
     def save() -> None:
-        """Write the results so far as JSON, if a path is given."""
+        """Write the results of the verification so far as JSON, if a path is given."""
         if json_path is not None:
             write_json(json_path, rows, raw, complete=complete)
 

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         found = encoded(args, at, images)
 
         def prepare() -> tuple[list[str], dict[str, list[str]], list[Grouping]]:
+            """Return class names, added labels and groups for ``clipfast eval bias``."""
             names = names_of(found.classnames, classnames)
             added = {} if args.added_labels is None else read_added_labels(args.added_labels, names)
             return names, added, groupings(found.groups, args.group_by, args.min_count)
@@ -175,7 +176,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _groups_table(key: str, figures: dict[str, Any]) -> str:
-    """Return the text table of the figures of each group."""
+    """Return the text table of each group's figures for ``clipfast eval bias``."""
     from ...evaluate.intervals import percent
     from ...io.text import align
 
@@ -193,7 +194,7 @@ def _groups_table(key: str, figures: dict[str, Any]) -> str:
 
 
 def _labels_table(key: str, found: dict[str, Any]) -> str:
-    """Return the text table of the labels with the largest gaps between groups."""
+    """Return the text table of ``clipfast eval bias`` with the labels of the largest gaps between groups."""
     from ...io.text import align
 
     rows = [[f"probability above {found['threshold']:g}, by {key}", "lowest", "highest", "gap", "p"]]
@@ -219,5 +220,5 @@ def _queries_table(key: str, found: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Format a number; "-" if there is none."""
+    """Format a number for ``clipfast eval bias``; "-" if there is none."""
     return "-" if value is None else f"{value:.2g}"

@@ -95,13 +95,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _judged(at: Session, case_set: CaseSet, found: LabelledFeatures) -> tuple[list[Judged], int]:
-    """Score the compositional cases; return them, and the number of cases left out for an unusable image."""
+    """Score the cases of ``clipfast eval compositional``; return them, and how many an unusable image left out."""
     from ...evaluate.compositional_scores import judge
 
     rows = {number: row for row, number in enumerate(found.numbers)}
 
     def usable() -> tuple[list[Case], list[Case]]:
-        """Return the test cases whose images can all be used, and the other test cases."""
+        """Return the cases of ``clipfast eval compositional`` whose images can all be used, and the others."""
         usable: list[Case] = []
         left_out: list[Case] = []
         for case in case_set.cases(found):

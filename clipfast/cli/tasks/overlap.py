@@ -178,6 +178,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _planted_table(planted: list[dict[str, Any]]) -> str:
+    """Return the text table of ``clipfast eval overlap`` on planted copies."""
     by_edit: dict[str, list[str]] = {}
     for row in planted:
         cell = f"{row['recall']:.1%} ({_in_percent(row['precision'])})"
@@ -188,4 +189,5 @@ def _planted_table(planted: list[dict[str, Any]]) -> str:
 
 
 def _in_percent(share: float | None) -> str:
+    """Format a share for ``clipfast eval overlap``; "-" if there is none."""
     return "-" if share is None else f"{share:.1%}"

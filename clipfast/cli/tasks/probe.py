@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         samples: dict[str, Samples] = {}
 
         def prepare() -> list[str]:
+            """Return the class names for ``clipfast eval probe``."""
             labels = found["train"].classnames
             if len(labels) < 2:
                 raise ValueError(
@@ -189,6 +190,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _mean(found: dict[str, float | None] | None) -> str:
+    """Format a mean and its deviation over draws for ``clipfast eval probe``; "-" if there is none."""
     if found is None:
         return "-"
     spread = "" if found["std"] is None else f" ± {100 * found['std']:.1f}"

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             shifted[shift.name] = encoded_by(args, at, prepared, shift.images)
 
         def prepare() -> list[str]:
+            """Return the class names for ``clipfast eval robustness``, and match the shifted sets' with them."""
             labels = found[0].classnames
             for shift in shifts:
                 own = match_classes(labels, shifted[shift.name][0].classnames, shift.class_map, shift.name)
@@ -159,6 +160,7 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _shifted_sets(args: argparse.Namespace) -> list[ShiftedSet]:
+    """Return the shifted sets that ``clipfast eval robustness`` is asked for."""
     from ...evaluate.class_subsets import read_class_map
     from ...evaluate.effective_robustness import AVERAGE, SYNTHETIC
     from ...evaluate.shifted_sets import shifted_set
@@ -179,6 +181,7 @@ def _shifted_sets(args: argparse.Namespace) -> list[ShiftedSet]:
 
 
 def _synthetic(args: argparse.Namespace) -> list[Shift]:
+    """Return the synthetic shifts that ``clipfast eval robustness`` is asked for."""
     from ...evaluate.shifts import SHIFTS, STRENGTHS, Shift
 
     if args.synthetic is None:
@@ -191,7 +194,7 @@ def _on_synthetic(
     args: argparse.Namespace, at: Session, classifiers: Sequence[Tensor], base: LabelledSet, shifts: Sequence[Shift],
     kept: int,
 ) -> list[dict[Shift, Classified]]:  # fmt: skip
-    """Classify the base set under each synthetic shift by each model; ranks other than 0 get no results.
+    """Classify the base set of ``clipfast eval robustness`` under each synthetic shift by each model, on rank 0.
 
     Each pass over the base set computes as many shifts as fit into memory; its features are freed after the
     classification.

@@ -75,7 +75,7 @@ class Judged:
 
     @functools.cached_property
     def accuracies(self) -> dict[str, tuple[Share, Share]]:
-        """The accuracies on the base and under the shift, for each shifted set and each mean."""
+        """The accuracies of ``clipfast eval robustness`` on the base and under the shift, by shifted set and mean."""
         found = {name: (_acc1(on.base), _acc1(on.shifted)) for name, on in self.natural.items()}
         if len(found) > 1:
             found[AVERAGE] = self._average([base for base, _ in found.values()], [shift for _, shift in found.values()])
@@ -88,7 +88,7 @@ class Judged:
         return found
 
     def _average(self, bases: Sequence[Share], shifts: Sequence[Share]) -> tuple[Share, Share]:
-        """Return the mean accuracies over natural shifts. A base image may be in the subsets of several shifts."""
+        """Return the mean accuracies over natural shifts for ``clipfast eval robustness``."""
         hits, trials = torch.zeros(2, len(self.base.classes), dtype=torch.double)
         for on in self.natural.values():
             hits[on.members] += on.base.right.double() / len(on.base.classes)
@@ -98,13 +98,13 @@ class Judged:
         return base, (sum(values) / len(values), mean_interval(values, ends))
 
     def points(self) -> list[tuple[str, Point]]:
-        """Return the accuracies of a model as points for the fit of the baseline, each with the name of its shift."""
+        """Return a model's accuracies for the baseline's fit of ``clipfast eval robustness``, with their shifts."""
         name = label(self.model, self.pretrained)
         return [(key, Point(name, base, shift)) for key, ((base, _), (shift, _)) in self.accuracies.items()]
 
 
 def _acc1(found: Classified) -> Share:
-    """Return the top-1 accuracy of predictions with its interval."""
+    """Return the top-1 accuracy for ``clipfast eval robustness``, with its interval."""
     hits, count = int(found.right.sum()), len(found.classes)
     return hits / count, wilson(hits, count)
 
@@ -113,7 +113,7 @@ def judge(
     model: tuple[str, str], base: LabelledFeatures, natural: Mapping[str, tuple[ClassSubset, LabelledFeatures]],
     synthetic: dict[Shift, Classified], classifier: Tensor,
 ) -> Judged:  # fmt: skip
-    """Classify all images of the robustness task by one model, from its features.
+    """Classify all images of ``clipfast eval robustness`` by one model, from its features.
 
     Args:
         model: name and weights of the model.
@@ -133,12 +133,12 @@ def judge(
 
 
 def all_classes(images: LabelledFeatures, classifier: Tensor) -> Classified:
-    """Classify images of a robustness set by all classes of the zero-shot classifier."""
+    """Classify images for ``clipfast eval robustness`` by all classes of the zero-shot classifier."""
     return classify(images.features.to(classifier.device), images.labels, images.classnames, classifier)
 
 
 def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Sequence[Shift]) -> dict[str, list[Point]]:
-    """Read the points of all baseline files, for effective robustness, by shift.
+    """Read the points of the baseline files of ``clipfast eval robustness``, by shift.
 
     A point without the name of a shift belongs to the only shifted set, or to the mean of several. Without shifted
     sets, it belongs to the only synthetic shift, or to the mean of several.
@@ -157,7 +157,7 @@ def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Seq
 
 
 def lines_of(points: Mapping[str, Sequence[Point]]) -> dict[str, Line]:
-    """Fit a line through the baseline models for each shift.
+    """Fit a line through the baseline models of ``clipfast eval robustness`` for each shift.
 
     Raises:
         ValueError: there are too few baseline models.
@@ -220,14 +220,14 @@ def results_of(
 
 
 def _result(judged: Judged, data: str, found: Classified, **more: Any) -> dict[str, Any]:
-    """Return the accuracy figures of a model's predictions, by CLIP_benchmark's keys."""
+    """Return a model's figures in ``clipfast eval robustness``, by CLIP_benchmark's keys."""
     return result_about(
         data, judged.model, judged.pretrained, TASK, metrics(found), intervals=intervals(found), **more
     )  # fmt: skip
 
 
 def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
-    """Return accuracy and effective robustness of a model for each shifted set and each mean."""
+    """Return accuracy and effective robustness for ``clipfast eval robustness``, by shifted set and mean."""
     rows = {}
     for name, ((base, base_interval), (shift, shift_interval)) in judged.accuracies.items():
         rows[name] = {
@@ -238,6 +238,7 @@ def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str
 
 
 def _set_row(judged: Judged, name: str, source: str, robustness: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of ``clipfast eval robustness`` on a shifted set."""
     on = judged.natural[name]
     base = {"images": len(on.base.classes), "metrics": metrics(on.base), "intervals": intervals(on.base)}
     return _result(

@@ -143,7 +143,7 @@ def _tell(layout: Layout) -> None:
 
 
 def report(problem: Problem) -> None:
-    """Print the left-out images of a set on stderr."""
+    """Print why ``clipfast eval suite`` left out a set, on stderr."""
     print(f"clipfast eval: left out {problem.name}: {problem.reason}", file=sys.stderr)
 
 
@@ -197,7 +197,7 @@ def _summary(
 
 
 def rows_of(results: dict[str, Any], *, every: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of a suite's results, one per figure and set: value and interval for each model, or None.
+    """Return the rows of ``clipfast eval suite``, one per figure and set: value and interval for each model, or None.
 
     Args:
         results: results of the command.
@@ -218,7 +218,7 @@ def rows_of(results: dict[str, Any], *, every: bool = False) -> list[dict[str, A
 
 
 def table(results: dict[str, Any]) -> str:
-    """Format the results of a suite as text: sets by models, then the means by task, and the missing results."""
+    """Format the results of ``clipfast eval suite``: sets by models, then means by task, and missing results."""
     from ...evaluate.intervals import percent
     from ...evaluate.suite import label
     from ...io.text import align

@@ -109,7 +109,7 @@ def _results(
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
-    """Return the zero-shot figures for each set of templates as table rows; the first row has the titles."""
+    """Return the figures of ``clipfast eval zeroshot`` for each set of templates as table rows, the titles first."""
     from ...evaluate.intervals import percent
 
     names = list(results["metrics"])
@@ -120,7 +120,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Format the zero-shot results as text: the figures of each set of templates and each group, the worst classes."""
+    """Format the results of ``clipfast eval zeroshot``: each set of templates, each group, and the worst classes."""
     from ...evaluate.intervals import of_share, percent
     from ...io.text import align
 
