@@ -144,7 +144,7 @@ def of_host(events: Sequence[dict[str, Any]]) -> Breakdown:
 
 
 def _sum(parts: Iterable[tuple[str, str, float]], windows: Sequence[tuple[float, float]]) -> Breakdown:
-    """Add up ``parts``, each a category, a name and microseconds, over the steps in ``windows``."""
+    """Add up a trace's ``parts``, each a category, a name and microseconds, over the measured steps in ``windows``."""
     total: Sums = defaultdict(float)
     unknown: Sums = defaultdict(float)
     for category, name, microseconds in parts:

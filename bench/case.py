@@ -107,7 +107,7 @@ def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inp
 
 
 def short(error: BaseException) -> str:
-    """Return type and first line of an error.
+    """Return type and first line of a benchmark candidate's error.
 
     If the first line only names a place in the code, as in errors of Triton, also return the last line.
     """

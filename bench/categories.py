@@ -30,7 +30,7 @@ Rules = tuple[tuple[str, re.Pattern[str]], ...]
 
 
 def _rules(*rules: tuple[str, str]) -> Rules:
-    """Compile pairs of a category and a pattern into the rules that classify names."""
+    """Compile pairs of a category and a pattern into the rules that classify kernels in a trace."""
     return tuple((category, re.compile(pattern)) for category, pattern in rules)
 
 
@@ -103,7 +103,7 @@ KERNELS = _rules(
 
 @functools.cache
 def _first(rules: Rules, name: str) -> str | None:
-    """Return the category of the first rule that matches ``name``, or None."""
+    """Return the category of the first rule that matches a kernel's ``name`` in a trace, or None."""
     return next((category for category, pattern in rules if pattern.search(name)), None)
 
 

@@ -31,6 +31,6 @@ def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> P
 
 
 def environment_with(site: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return ``environment`` with ``site`` in front of its PYTHONPATH."""
+    """Return an environment for benchmarks that import packages from ``site`` first."""
     paths = [str(site), *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(paths)}

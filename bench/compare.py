@@ -142,7 +142,7 @@ def _worktree(base: str, folder: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    """Measure one turn of one side, as the command line describes it."""
+    """Measure one turn of one side of a benchmark's comparison of commits."""
     (keys, device, budget, threads), out = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(threads)
     off = {"memory": False, "breakdown": False}

@@ -240,13 +240,13 @@ def _on_the_stub(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _writable(folder: Path) -> bool:
-    """Return whether files can be made in ``folder``, or in the nearest folder above it that exists."""
+    """Return whether the GPU run can make files in ``folder``, or in the nearest folder above it that exists."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return os.access(existing, os.W_OK)
 
 
 def clear(out: Path) -> None:
-    """Make the folder ``out``, and remove files of an earlier run, which could be mistaken for results of this run."""
+    """Make the folder ``out`` of the GPU run without files of an earlier run, which could be mistaken for results."""
     out.mkdir(parents=True, exist_ok=True)
     for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "*.tmp"):
         for path in out.glob(pattern):
@@ -350,6 +350,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
     """Turn SIGTERM and SIGINT into a KeyboardInterrupt; programs in the background of a shell would ignore SIGINT."""
 
     def interrupt(*_: object) -> None:
+        """Interrupt the GPU run."""
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -25,7 +25,7 @@ def replays(captures: Captures, calls: Sequence[Call]) -> list[Call]:
 
 @contextlib.contextmanager
 def _no_host_sync() -> Iterator[None]:
-    """Let PyTorch raise an error at calls that synchronise with the host."""
+    """Let PyTorch raise an error at calls of a benchmark candidate that synchronise with the host."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

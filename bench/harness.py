@@ -159,7 +159,7 @@ def _input_sets(case: Case) -> list[Inputs]:
 
 
 def leaves(case: Case, inputs: Inputs) -> Inputs:
-    """Return ``inputs``, detached, with ``requires_grad`` set where the case takes gradients."""
+    """Return a benchmark's ``inputs``, detached, with ``requires_grad`` set where the case takes gradients."""
     return {name: x.detach().requires_grad_(name in case.wants_grad) for name, x in inputs.items()}
 
 
@@ -172,6 +172,7 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
 
         @functools.cache
         def truth_of(reference: Candidate) -> dict[str, torch.Tensor]:
+            """Return the results of a reference with which a benchmark compares its candidates."""
             return observe(case, reference, reference.make(), exact)
 
         for timing in timings:
@@ -235,6 +236,7 @@ class _Runner:
         """Return the seconds that ``repeats`` calls take together."""
 
         def turns() -> None:
+            """Call the benchmark candidate ``repeats`` times, each time on other inputs."""
             for turn in itertools.islice(self._turns, repeats):
                 turn()
 

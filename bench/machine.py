@@ -38,7 +38,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit(folder: Path | None = None) -> dict[str, Any]:
-    """Return the commit of the checkout that this code runs from, and whether its files have changed since.
+    """Return the commit of the benchmarked checkout, and whether its files have changed since.
 
     In a copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
     """
@@ -46,7 +46,7 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
     folder = folder or Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
-        """Return the output of a git command in the checkout, or None if it fails."""
+        """Return the output of a git command in the benchmarked checkout, or None if it fails."""
         try:
             run = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
@@ -68,7 +68,7 @@ def use(device: torch.device) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of free memory on the GPU, or of available memory in the machine."""
+    """Return the bytes that a benchmark finds free on the GPU, or available in the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return proc_bytes("meminfo", "MemAvailable")
@@ -102,7 +102,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _cpu_name() -> str:
-    """Return the name of the processor and its number of cores."""
+    """Return the processor's name and its number of cores, as results of benchmarks name a CPU."""
     return f"{processor()}, {os.cpu_count()} cores"
 
 
@@ -147,13 +147,13 @@ def elapsed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of all threads of this process, and of the processes that it started and that have ended."""
+    """Return the CPU time of the benchmark's process, and of the processes that it started and that have ended."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU. On a CPU there is nothing to wait for."""
+    """Wait for the GPU before a benchmark reads the time. On a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

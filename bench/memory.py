@@ -72,7 +72,7 @@ def _peak_on_cpu(case: Case, candidate: Candidate) -> int:
 
 
 def growth(function: Callable[[], object]) -> int:
-    """Return the bytes that a call of ``function`` adds to the resident memory of this process, at its peak."""
+    """Return the bytes that a measured call adds to the resident memory of this process, at its peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     # the high-water mark starts again from here (proc(5), clear_refs)

@@ -112,7 +112,7 @@ def write(run: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a result file.
+    """Read a benchmark's result file.
 
     Raises:
         ValueError: the file is no result, or is of another schema.

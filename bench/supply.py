@@ -45,7 +45,7 @@ def _seconds_per_pair(case: dict[str, Any]) -> dict[str, float]:
 def _summary(
     found: dict[str, dict[str, float]], work: dict[str, float], pairs_per_second: float, cores: int
 ) -> Iterator[str]:
-    """Yield the lines that summarise a data pipeline for one size of images."""
+    """Yield the lines that summarise the benchmark of a data pipeline for one size of images."""
     pipelines = found.get("pipeline", {})
     total = pipelines.get(f"{OURS}, 1 worker", sum(work.values()))
     work = work | {"the rest": max(total - sum(work.values()), 0.0)}

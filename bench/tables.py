@@ -91,7 +91,7 @@ def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
 
 
 def _rate(per_s: float) -> str:
-    """Return a throughput as text."""
+    """Return a benchmark's throughput as text."""
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.3g}"
 
 
@@ -102,13 +102,13 @@ def _mfu(mfu: dict[str, float | None]) -> str:
 
 
 def seconds(value: float) -> str:
-    """Return a time with its unit: ``0.0123`` becomes ``12.3 ms``."""
+    """Return a benchmark's time with its unit: ``0.0123`` becomes ``12.3 ms``."""
     factor, unit = next((found for found in UNITS if value >= found[0]), UNITS[-1])
     return f"{value / factor:.3g} {unit}"
 
 
 def size(value: int | None) -> str:
-    """Return a number of bytes with its unit, such as ``12.3 MiB``, or ``-`` for None."""
+    """Return a benchmark's number of bytes with its unit, such as ``12.3 MiB``, or ``-`` for None."""
     if value is None:
         return "-"
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
@@ -149,6 +149,7 @@ def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
     """Return the caption of a page's table: machine, versions, commit and date of the measurements ``runs``."""
 
     def one(values: set[str]) -> str:
+        """Join the values that a benchmark's caption names for several runs."""
         return ", ".join(sorted(values))
 
     where = one({run["machine"].get("gpu") or run["machine"]["cpu"] for run in runs})
@@ -167,6 +168,7 @@ def fill_tables(text: str, folder: Path) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
+        """Return a page's benchmark table, made anew from the results of the named files."""
         table = page_table([results.read(folder / name) for name in match[1].split()])
         return f"<!-- bench {match[1]} -->\n{table}\n<!-- /bench -->"
 

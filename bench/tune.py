@@ -86,7 +86,7 @@ def space(tunable: Tunable) -> Iterator[Config]:
 
 
 def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
-    """Return the key of the table entry that is tuned."""
+    """Return the key of the table entry that the tuner determines."""
     sizes = target.shape.to_dict()
     head_dim = sizes.get("head_dim")
     num_keys = sizes["tokens"] if tunable.kind in (configs.ShortConfig, configs.LoopedConfig) else None
@@ -122,7 +122,7 @@ class Candidate(NamedTuple):
 
     @property
     def rank(self) -> tuple[Any, ...]:
-        """Return the key that sorts candidates, the best first."""
+        """Return the key by which the tuner sorts configurations of a kernel, the best first."""
         is_unsound, *others = self.report.rank
         return is_unsound, self.seconds, *others
 

@@ -150,7 +150,7 @@ class Cluster:
     latency_s: float = 5e-6
 
     def bytes_per_s(self, gpus: int, *, is_ring: bool) -> float:
-        """Return the rate at which each of ``gpus`` sends to others.
+        """Return the rate at which each of ``gpus`` of a cluster in the table of hardware sends to others.
 
         Between nodes, a collective uses the adapters of all GPUs of a node, as NCCL's rings do. A ring of single
         messages enters and leaves a node through one adapter.

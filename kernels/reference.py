@@ -21,14 +21,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def contrastive_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor | float, *, normalize: bool = False, offset: int = 0
 ) -> Tensor:
-    """Return the symmetric cross-entropy over the full logits matrix (Radford et al. 2021, figure 3)."""
+    """Return the reference of the contrastive loss: over the full logits (Radford et al. 2021, figure 3)."""
     return pairwise_loss(image, text, logit_scale, both=True, normalize=normalize, offset=offset)
 
 
 def pairwise_loss(
     rows: Tensor, cols: Tensor, logit_scale: Tensor | float, *, both: bool, normalize: bool, offset: int
 ) -> Tensor:
-    """Return the cross-entropy of pairs (i, i + offset) over rows; with ``both``, the mean over rows and columns."""
+    """Return the reference cross-entropy of pairs (i, i + offset) over rows; with ``both``, of rows and columns."""
     if normalize:
         rows, cols = F.normalize(rows, dim=-1), F.normalize(cols, dim=-1)
     logits = _wide(logit_scale * (rows @ cols.T))
@@ -45,7 +45,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of logits and labels, as ``F.cross_entropy`` does.
+    """Return the reference cross-entropy of logits and labels, as ``F.cross_entropy`` does.
 
     In float64 it is computed in another way, with which losses far below the precision of 1 are exact too.
     """
@@ -65,7 +65,7 @@ def info_nce_loss(
     in_batch: bool = True,
     normalize: bool = False,
 ) -> Tensor:
-    """Return the cross-entropy of each query's own key against other candidates.
+    """Return the reference of the op ``info_nce_loss``: each query's own key against other candidates.
 
     These are the other keys (van den Oord et al. 2018, equation 4), the ``negatives`` (He et al. 2020, algorithm 1), or
     both.
@@ -81,7 +81,7 @@ def info_nce_loss(
 
 
 def nt_xent_loss(first: Tensor, second: Tensor, logit_scale: Tensor | float, *, normalize: bool = True) -> Tensor:
-    """Return the cross-entropy of each view's partner among all views but itself (Chen et al. 2020, equation 1)."""
+    """Return the reference of the op ``nt_xent_loss``, by Chen et al. 2020, equation 1."""
     views = torch.cat([first, second])
     if normalize:
         views = F.normalize(views, dim=-1)
@@ -100,7 +100,7 @@ def sigmoid_loss(
     normalize: bool = False,
     offset: int = 0,
 ) -> Tensor:
-    """Return SigLIP's loss in plain PyTorch (Zhai et al. 2023, equation 1).
+    """Return the reference of the op ``sigmoid_loss``, SigLIP's loss in plain PyTorch (Zhai et al. 2023, equation 1).
 
     It is the binary cross-entropy of every image with every text, summed over texts and averaged over images.
     """
@@ -121,7 +121,7 @@ def attention(
     seqlens: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute softmax attention on a packed projection (Vaswani et al. 2017), with the score matrix in memory."""
+    """Compute the reference of the op ``attention``: softmax of a packed projection's scores (Vaswani et al. 2017)."""
     if bias is not None:
         qkv = with_bias_gradient(qkv, bias)
     batch, length, width3 = qkv.shape
@@ -138,7 +138,7 @@ def with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
 def attention_qkv(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, seqlens: Tensor | None = None
 ) -> Tensor:
-    """Compute softmax attention of queries [B, M, H, D] on keys and values [B, N, H, D]."""
+    """Compute the reference attention of queries [B, M, H, D] on keys and values [B, N, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=scores.device)
@@ -152,7 +152,7 @@ def attention_qkv(
 
 
 def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = None) -> Tensor:
-    """Compute softmax attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once."""
+    """Compute the reference attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once."""
     if seqlens is None:
         return (query @ tokens.transpose(1, 2)).softmax(-1) @ tokens
     hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]
@@ -163,7 +163,7 @@ def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = No
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None) -> Any:
-    """Add ``x`` to the residual in the residual's dtype, then normalise (Ba et al. 2016) in float32 at least."""
+    """Compute the reference of the op ``layer_norm``: normalise x + residual (Ba et al. 2016), in float32 at least."""
     stream = x if residual is None else (x + residual).to(residual.dtype)
     work = accumulate_dtype(stream.dtype)
     y = F.layer_norm(stream.to(work), x.shape[-1:], weight.to(work), bias.to(work), eps).to(x.dtype)
@@ -171,12 +171,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, re
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Return the GELU (Hendrycks and Gimpel 2016), by the error function, of x + bias, in float32 at least."""
+    """Return the reference of the op ``bias_gelu``: the exact GELU (Hendrycks and Gimpel 2016) of x + bias."""
     return F.gelu(_wide(x) + _wide(bias)).to(x.dtype)
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Return u sigmoid(1.702 u) of u = x + bias, in float32 at least: the approximation by Hendrycks and Gimpel."""
+    """Return the reference of the op ``bias_quick_gelu``: u sigmoid(1.702 u) of u = x + bias."""
     u = _wide(x) + _wide(bias)
     return (u * torch.sigmoid(1.702 * u)).to(x.dtype)
 
@@ -191,7 +191,7 @@ def patch_embed(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
-    """Return the tokens of images: a strided convolution, with the class token put in front and positions added.
+    """Return the reference of the op ``patch_embed``: a strided convolution with class token and positions.
 
     This is equation 1 of Dosovitskiy et al. (2021). With ``keep``, only the class token and those patches are returned.
     """
@@ -208,25 +208,25 @@ def patch_embed(
 
 
 def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> Tensor:
-    """Look up the rows of a table and add positions (Vaswani et al. 2017, sections 3.4 and 3.5)."""
+    """Return the reference of the op ``text_embed``: a look-up plus positions (Vaswani et al. 2017, 3.4 and 3.5)."""
     return F.embedding(text, token_embedding) + positional_embedding[: text.shape[1]].to(token_embedding.dtype)
 
 
 def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Return ``(images / 255 - mean) / std`` of uint8 [B, C, H, W] per channel, computed in float32 at least."""
+    """Return the reference's pixels ``(images / 255 - mean) / std`` of uint8 [B, C, H, W], in float32 at least."""
     work = accumulate_dtype(dtype)
     mean_c, std_c = (_per_channel(values, work, images.device) for values in (mean, std))
     return ((images.to(work) / 255 - mean_c) / std_c).to(dtype)
 
 
 def _per_channel(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the mean or the std of each channel as a tensor that broadcasts to images."""
+    """Return the mean or the std of each channel as a tensor of the reference that broadcasts to images."""
     # The values are filled in on the device: a copy from the host cannot be captured in a CUDA graph.
     return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
 
 
 def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return for each image (and each text) how many texts (images) of others score as high as its own best or higher.
+    """Return the reference of the op ``retrieval_ranks``: how many others score as high as the best match or higher.
 
     All scores are computed at once, in float32 at least. An image or text that has no match gets -1.
     """
@@ -244,7 +244,7 @@ def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = 
 
 
 def top_k(query: Tensor, items: Tensor, k: int, *, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the k highest scores of each query with the items, and their indices; -inf and -1 where there are fewer.
+    """Return the reference of the op ``top_k``: the k highest scores of each query; -inf and -1 where there are fewer.
 
     All scores are computed at once, in float32 at least, and sorted. The first of equal scores comes first.
     """

@@ -34,7 +34,7 @@ EXPANDED = "expanded"
 
 
 def on(*legs: str) -> frozenset[str]:
-    """Return the set of the given legs."""
+    """Return the set of legs (CPU, interpreter, GPU) on which a case of an op runs."""
     return frozenset(legs)
 
 
@@ -48,7 +48,7 @@ class Shape:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, int | float | bool]:
-        """Return the sizes by name, without those that equal their default."""
+        """Return the sizes of an op's shape by name, without those that equal their default."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -56,7 +56,7 @@ class Shape:
         }
 
     def changed(self, **sizes: Any) -> Self:
-        """Return a copy of the shape in which ``sizes`` are replaced."""
+        """Return a copy of an op's shape in which ``sizes`` are replaced."""
         return dataclasses.replace(self, **sizes)
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class RowShape(Shape):
 
     @property
     def elements(self) -> int:
-        """Return the number of elements of all rows."""
+        """Return the number of elements of all rows of an op's input."""
         return self.rows * self.width
 
 
@@ -93,24 +93,24 @@ class Draw:
         self._generator = None if empty else torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *size: int) -> Tensor:
-        """Draw from the standard normal distribution, float32."""
+        """Draw an op's input from the standard normal distribution, float32."""
         if self.empty:
             return torch.empty(size, device=self.device)
         return torch.randn(size, generator=self._generator, device=self.device)
 
     def unit(self, *size: int) -> Tensor:
-        """Draw rows of unit length, float32."""
+        """Draw rows of unit length for an op's input, float32."""
         x = self.normal(*size)
         return x if self.empty else F.normalize(x, dim=-1)
 
     def integers(self, low: int, high: int, *size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Draw integers of at least ``low`` and less than ``high``."""
+        """Draw integers of at least ``low`` and less than ``high`` for an op's input."""
         if self.empty:
             return torch.full(size, low, dtype=dtype, device=self.device)
         return torch.randint(low, high, size, generator=self._generator, device=self.device, dtype=dtype)
 
     def subsets(self, rows: int, count: int, size: int) -> Tensor:
-        """Draw ``size`` different numbers of ``range(count)``, in random order, for each of ``rows`` rows."""
+        """Draw indices for an op: ``size`` different numbers of ``range(count)``, in random order, for each row."""
         if self.empty:
             return torch.arange(size, device=self.device).expand(rows, size)
         return torch.rand(rows, count, generator=self._generator, device=self.device).argsort(1)[:, :size]
@@ -148,7 +148,7 @@ class Floor:
         return Floor(self.flops + other.flops, self.bytes + other.bytes)
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """Return the shortest possible time: the longer of the times for operations and for bytes at these rates."""
+        """Return the shortest possible time of an op: the longer of operations and bytes at these rates."""
         return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
 
 
@@ -217,7 +217,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Return the name of the case: shape, layout and values in one line."""
+        """Return the name of an op's case: shape, layout and values in one line."""
         return ", ".join(part for part in (str(self.shape), self.layout, self.values) if part)
 
 
@@ -340,12 +340,12 @@ class OpSpec:
 
     @property
     def name(self) -> str:
-        """Return the name of the public function."""
+        """Return the name of the op's public function."""
         return self.op.__name__
 
     @property
     def suite_name(self) -> str:
-        """Return the name of its benchmarks."""
+        """Return the name of the op's benchmarks."""
         return self.suite or self.name
 
     def call(self, shape: Shape, values: str, draw: Draw, dtype: torch.dtype) -> Call:

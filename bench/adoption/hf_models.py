@@ -49,7 +49,7 @@ TOWERS = [
 
 
 def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
-    """Return a small model of transformers by one of the names above, in training mode."""
+    """Return a small model of transformers to adopt by one of the names above, in training mode."""
     import transformers
 
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
 
 
 def _built(kind: type[nn.Module], config: object) -> nn.Module:
-    """Return a small model of transformers with random weights, in training mode."""
+    """Return a small model of transformers with random weights to adopt, in training mode."""
     return shrunk.randomised(kind(config)).train()
 
 
@@ -86,7 +86,7 @@ def patched_pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -
 
 
 def inputs(model: nn.Module, padding: str | None = None, batch: int = 3) -> dict[str, Tensor]:
-    """Return inputs for a model: pairs, images or texts.
+    """Return inputs for a small model of transformers that is adopted: pairs, images or texts.
 
     Args:
         model: a model that :func:`make` returned.
@@ -135,7 +135,7 @@ def text_mask(ids: Tensor, ends: Tensor, padding: str) -> Tensor:
 def naflex(
     config: Any, batch: int, dtype: torch.dtype, generator: torch.Generator, padding: str | None
 ) -> dict[str, Tensor]:
-    """Return images of SigLIP 2 in patches: of different sizes with padding, or all of the same size."""
+    """Return patches for a SigLIP 2 model that is adopted: of different sizes with padding, or of one size."""
     sizes = [(2, 5), (3, 4), (4, 3), (1, 7)] if padding == "end" else [(3, 4)]
     shapes = torch.tensor([sizes[i % len(sizes)] for i in range(batch)])
     length = 12
@@ -145,7 +145,7 @@ def naflex(
 
 
 def flat(output: object, name: str = "") -> dict[str, Tensor]:
-    """Return all tensors of a model's output by name, including those of its towers."""
+    """Return all tensors of an adopted model's output by name, including those of its towers."""
     if isinstance(output, Tensor):
         return {name: output}
     items: Any = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
@@ -153,7 +153,7 @@ def flat(output: object, name: str = "") -> dict[str, Tensor]:
 
 
 def packed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the gradients of the biases of queries, keys and values into one tensor.
+    """Put an adopted model's gradients of the biases of queries, keys and values into one tensor.
 
     The gradient of the keys' bias alone is only rounding error, and cannot be compared.
     """
@@ -166,7 +166,7 @@ def packed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False, **options: Any) -> dict[str, Tensor]:
-    """Return outputs, and the gradients of all parameters and of the images, by name; or the loss and its gradients."""
+    """Return an adopted model's outputs and gradients of parameters and images by name; or its loss's."""
     given = dict(given)
     if "pixel_values" in given:
         given["pixel_values"] = given["pixel_values"].clone().requires_grad_()
@@ -192,6 +192,6 @@ def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False,
 def assert_equal(
     model: nn.Module, patched: nn.Module, given: dict[str, Tensor], limit: float = 1e-10, **options: Any
 ) -> None:
-    """Raise an error unless a model of transformers and its patched copy agree, forward and backward."""
+    """Raise an error unless a model of transformers and its adopted copy agree, forward and backward."""
     error, where = shrunk.largest_error(results(patched, given, **options), results(model, given, **options))
     assert error <= limit, where

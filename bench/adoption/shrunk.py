@@ -210,9 +210,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert a model to a dtype in place, except the modules that compute a spectrogram, which OpenCLIP runs in
-    float32.
-    """
+    """Convert an adopted model to a dtype in place, except spectrograms, which OpenCLIP computes in float32."""
     model.to(dtype)
     encoder = getattr(getattr(model, "audio", None), "encoder", None)
     for name in ("spectrogram_extractor", "logmel_extractor"):
@@ -222,7 +220,7 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def inputs(model: Any, batch: int = 3) -> tuple[Input, ...]:
-    """Return images or sound, and texts where the model has a text tower, in the dtype of the model."""
+    """Return images or sound, and texts where it has a text tower, for a small model that is adopted."""
     dtype = next(model.parameters()).dtype
     if hasattr(model, "audio") or hasattr(model, "audio_embed"):
         return _sound(model, batch, dtype), _texts(model, batch)
@@ -261,7 +259,7 @@ def _sound(model: Any, batch: int, dtype: torch.dtype) -> Input:
 
 
 def _patches_of(width: int, batch: int, dtype: torch.dtype) -> Input:
-    """Return patches with ``width`` numbers each, in a grid of two rows; the last item ends with padding patches."""
+    """Return patches for an adopted NaFlex tower, in a grid of two rows; the last item ends with padding patches."""
     coordinates = torch.cartesian_prod(torch.arange(2), torch.arange(6)).expand(batch, -1, -1)
     valid = torch.ones(batch, 12, dtype=torch.bool)
     valid[-1, 9:] = False
@@ -269,14 +267,14 @@ def _patches_of(width: int, batch: int, dtype: torch.dtype) -> Input:
 
 
 def outputs(model: nn.Module, *args: Input) -> list[Tensor]:
-    """Return the floating tensors among the results of a model."""
+    """Return the floating tensors among the results of an adopted model."""
     out = model(*args)
     values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else [out]
     return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
 
 
 def results(model: nn.Module, *args: Input) -> dict[str, Tensor]:
-    """Return a model's outputs, and the gradients of all parameters and of its images or sounds, by name."""
+    """Return an adopted model's outputs, and the gradients of its parameters and its images or sounds, by name."""
     seen = args[0] if isinstance(args[0], dict) else {"images": args[0]}
     seen = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in seen.items()}
     model.zero_grad()
@@ -292,7 +290,7 @@ def results(model: nn.Module, *args: Input) -> dict[str, Tensor]:
 
 
 def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the largest error relative to the largest value of its tensor, and the name of that tensor.
+    """Return an adopted model's largest error relative to the largest value of its tensor, and the name of that tensor.
 
     Some gradients of biases cancel to rounding error in both models. Therefore an error of a gradient is divided by at
     least a thousandth of the largest gradient of all.

@@ -64,7 +64,7 @@ class Library:
     parts: tuple[str, ...] = PARTS
 
     def heading(self) -> str:
-        """Return the heading of the library's section: its title and the installed version."""
+        """Return the heading of a section in the table of adopted models: the library's title and version."""
         return f"{self.title} {importlib.import_module(self.module).__version__}"
 
 
@@ -107,7 +107,7 @@ class Row:
 
 
 def measure(library: Library, name: str) -> Row:
-    """Build a small model, and compare a patched copy with it in each dtype: outputs and all gradients.
+    """Build a small model, and compare an adopted copy with it in each dtype: outputs and all gradients.
 
     Raises:
         ValueError: an error is beyond its limit, or the state dicts differ.
@@ -155,14 +155,14 @@ def section(library: Library, rows: Mapping[str, Row]) -> str:
 
 
 def _versions() -> Iterator[str]:
-    """Yield name and version of PyTorch and the other packages that the libraries depend on."""
+    """Yield name and version of the packages on which the table of adopted models depends."""
     for name in ("torch", "timm", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield f"{name} {importlib.metadata.version(name)}"
 
 
 def cells(row: Row, notes: dict[str, int], parts: Sequence[str] = PARTS) -> tuple[str, ...]:
-    """Return the cells of a row, one for each part, such as "5 of 7 (note 2)"; new notes are added to ``notes``."""
+    """Return the cells of an adopted model's row, one for each part, such as "5 of 7 (note 2)"."""
     if row.refusal:
         return (row.refusal, *[""] * (len(parts) - 1))
     texts = []
@@ -177,7 +177,7 @@ def cells(row: Row, notes: dict[str, int], parts: Sequence[str] = PARTS) -> tupl
 
 
 def fill(document: str, text: str) -> str:
-    """Return the document with the section ``text`` in the place of that with the same heading, or at the end."""
+    """Return the page of adopted models with the section ``text`` in place of its older version, or at the end."""
     _, *found = document.rstrip("\n").split("\n\n## ")
     sections = {each.partition("\n")[0]: each for each in [*found, text.removeprefix("## ")]}
     return "\n\n## ".join([HEAD, *sections.values()]) + "\n"

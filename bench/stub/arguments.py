@@ -53,6 +53,7 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
     run = JITFunction.run
 
     def watching(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        """Start a kernel on the stub, and check the arguments that its driver received."""
         named = dict(zip(kernel.arg_names, args, strict=False)) | options
         stub.own(tensors_of(named.values()), device)
         before = stub.counts.launches
@@ -67,6 +68,7 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
         return compiled
 
     def both_ways(plan: Plan, *tensors: Any) -> None:
+        """Start a kernel by its plan and by Triton on the stub, and check that the driver receives the same."""
         before, known = stub.counts.launches, dict(plan.compiled)
         plan.start_by_triton(tensors)
         if stub.counts.launches == before:
@@ -96,6 +98,7 @@ def _check_parameters(
     place = maps = 0
 
     def take(name: str, size: int) -> bytes:
+        """Return the next parameter that the stub's driver received, which must have this size."""
         nonlocal place
         if place >= len(received):
             raise PackingError(f"{kernel}: {name} is parameter {place}, and the kernel has {len(received)}")
@@ -105,6 +108,7 @@ def _check_parameters(
         return found
 
     def expect(name: str, layout: str, value: Any) -> None:
+        """Check that the next parameter reached the stub's driver as ``value``."""
         packed = struct.pack(layout, value)
         found = take(name, len(packed))
         if found != packed:

@@ -31,7 +31,7 @@ def missing_tool() -> str | None:
 
 
 def build(libraries: Mapping[str, Sequence[str]] = DRIVER, includes: Sequence[Path] = ()) -> Path:
-    """Return a folder with ``libraries``, which are built unless the cache has them.
+    """Return a folder with the stub's ``libraries``, which are built unless the cache has them.
 
     Args:
         libraries: the sources of each library, files in this folder.

@@ -27,7 +27,7 @@ class InsideOps(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def see(self, func: Any, args: Any) -> None:
-        """Inspect one call of a PyTorch op; subclasses define this."""
+        """Inspect one call of a PyTorch op inside of an op on the stub; subclasses define this."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,7 +47,7 @@ class CaptureRules(InsideOps):
     """Raise :class:`CaptureError` for a PyTorch op that a CUDA graph cannot capture."""
 
     def see(self, func: Any, args: Any) -> None:
-        """Raise an error if a CUDA graph cannot capture this call."""
+        """Raise an error if a CUDA graph could not capture this call of a PyTorch op on the stub."""
         name = func._schema.name.split("::")[1]
         full = f"{name}.{func._overloadname}"
         if name in SYNCHRONISE or full in SYNCHRONISE:

@@ -25,7 +25,7 @@ class Ops(InsideOps):
         self.count = 0
 
     def see(self, func: Any, _args: Any) -> None:
-        """Count one call if it starts a kernel."""
+        """Count one call of a PyTorch op on the stub if it would start a kernel."""
         name = func._schema.name.removeprefix("aten::")
         makes_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         allocates = name.startswith(("empty", "new_empty")) or name in ("detach", "lift_fresh")
@@ -66,7 +66,7 @@ def counts() -> dict[str, Count]:
 
 
 def _leaves(call: Call) -> Call:
-    """Return a call whose floating inputs are leaves that require gradients."""
+    """Return a call of an op on the stub whose floating inputs are leaves that require gradients."""
     inputs = {
         name: x.detach().requires_grad_(bool(call.grads) and x.is_floating_point()) for name, x in call.inputs.items()
     }
@@ -74,7 +74,7 @@ def _leaves(call: Call) -> Call:
 
 
 def _forward(spec: OpSpec, call: Call) -> tuple[torch.Tensor, ...]:
-    """Call an op and return its results as a tuple."""
+    """Call an op on the stub and return its results as a tuple."""
     op: Callable[..., Any] = functools.partial(spec.op, **call.options)
     results = op(**call.inputs)
     return results if isinstance(results, tuple) else (results,)

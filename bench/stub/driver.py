@@ -48,7 +48,7 @@ class LastLaunch(ctypes.Structure):
     )  # fmt: skip
 
     def parameters(self) -> list[bytes]:
-        """Return the bytes of each parameter."""
+        """Return the bytes of each parameter of the kernel that the stub launched last."""
         held = bytes(self.bytes)
         places = zip(self.offsets[: self.num_params], self.sizes[: self.num_params], strict=True)
         return [held[offset : offset + size] for offset, size in places]
@@ -97,28 +97,28 @@ class Stub:
 
     @property
     def message(self) -> str:
-        """Why the last refused call was refused."""
+        """Why the stub refused the last launch or call that it refused."""
         return str(self.library.stub_message().decode())
 
     @property
     def last(self) -> LastLaunch:
-        """The last launch that was accepted."""
+        """The last launch that the stub has accepted."""
         launch: LastLaunch = self.library.stub_last_launch().contents
         return launch
 
     def own(self, tensors: list[torch.Tensor], device: int) -> None:
-        """Declare that the memory of ``tensors``, and no other memory, belongs to ``device``."""
+        """Declare to the stub that the memory of ``tensors``, and no other memory, belongs to ``device``."""
         self.library.stub_disown_all()
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self.library.stub_own(storage.data_ptr(), storage.nbytes(), device)
 
     def current_device(self) -> int:
-        """Return the current device, or the first one if none is current."""
+        """Return the stub's current device, or the first one if none is current."""
         return max(0, int(self.library.stub_current_device()))
 
     def exchange_device(self, device: int) -> int:
-        """Make ``device`` current and return the previous one; a negative number changes nothing, as in PyTorch."""
+        """Make ``device`` the stub's current one and return the previous one; a negative number changes nothing."""
         if device < 0:
             return -1
         before = self.current_device()
@@ -126,12 +126,12 @@ class Stub:
         return before
 
     def stream_of(self, device: int) -> int:
-        """Return the stream on which kernels of ``device`` start."""
+        """Return the stream on which kernels of the stub's ``device`` start."""
         return self.streams[device]
 
     @contextlib.contextmanager
     def capturing(self, device: int) -> Iterator[None]:
-        """Capture the stream of ``device``, as a CUDA graph does."""
+        """Let the stub capture the stream of ``device``, as a CUDA graph does."""
         self.library.stub_begin_capture(self.streams[device])
         try:
             yield
@@ -173,6 +173,7 @@ def _share_cache() -> None:
     initialise = ASTSource.__init__
 
     def without_empty(source: Any, fn: Any, signature: Any, constexprs: Any = None, attrs: Any = None) -> None:
+        """Initialise Triton's source of a kernel without its empty attributes, so the stub finds it in the cache."""
         known = {path: found for path, found in (attrs or {}).items() if found}
         initialise(source, fn, signature, constexprs, known)
 
@@ -181,7 +182,7 @@ def _share_cache() -> None:
 
 @contextlib.contextmanager
 def on_device(stub: Stub, device: int = 0, *, current: int = 0) -> Iterator[None]:
-    """Let CPU tensors stand for tensors of ``device`` while device ``current`` is the current one."""
+    """Let CPU tensors stand for tensors of the stub's ``device`` while device ``current`` is the current one."""
     patches = {"_exchange_device": stub.exchange_device, "_maybe_exchange_device": stub.exchange_device}
     limits = ARCHITECTURES[stub.arch]
     with contextlib.ExitStack() as stack:
@@ -195,6 +196,6 @@ def on_device(stub: Stub, device: int = 0, *, current: int = 0) -> Iterator[None
 
 
 def tensors_of(arguments: Any) -> list[torch.Tensor]:
-    """Return the tensors among a kernel's arguments, those behind descriptors included."""
+    """Return the tensors among the arguments of a kernel on the stub, those behind descriptors included."""
     bases = (getattr(value, "base", value) for value in arguments)
     return [value for value in bases if isinstance(value, torch.Tensor)]

@@ -44,7 +44,7 @@ def gpu_environment(card: str = "h100", devices: int = 1, base: Mapping[str, str
 
 
 def _headers() -> list[Path]:
-    """Return the folders of the CUDA runtime's headers, which come with the packages that a CUDA build depends on."""
+    """Return the folders of the CUDA runtime's headers for the build of the stub."""
     found = importlib.util.find_spec("nvidia")
     roots = [Path(path) for path in found.submodule_search_locations or ()] if found else []
     folders = [path.parent for root in roots for path in sorted(root.glob("*/include/cuda_runtime_api.h"))]

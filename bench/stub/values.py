@@ -17,7 +17,7 @@ REASON = "no kernel runs on the stub driver, so values cannot be compared"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]:  # noqa: ARG001
-    """Report a test whose comparison of values failed as skipped."""
+    """Report a test on the stub whose comparison of values failed as skipped."""
     report = yield
     error = call.excinfo.value if report.failed and call.excinfo is not None else None
     if isinstance(error, AssertionError) or (isinstance(error, RuntimeError) and NO_VALUES in str(error)):

@@ -39,7 +39,7 @@ class ZeroedMemory(InsideOps):
         return out.zero_() if func._schema.name.startswith(("aten::empty", "aten::new_empty")) else out
 
     def see(self, func: Any, args: Any) -> None:
-        """Accept every call."""
+        """Accept every call of a PyTorch op on the stub."""
 
 
 @dataclasses.dataclass
@@ -53,13 +53,13 @@ class Walked:
     faults: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures for JSON."""
+        """Return the figures of a walk through the ops on the stub for JSON."""
         totals = {"launches": self.launches.total(), "maps": self.maps.total()}
         return {"arch": self.arch, "calls": self.calls, **totals, "by_op": dict(self.launches), "faults": self.faults}
 
     @contextlib.contextmanager
     def call(self, op: str, name: str, stub: Stub, *, emptied: bool) -> Iterator[list[Watched]]:
-        """Count the launches in this context, and record an error instead of raising it."""
+        """Count the launches on the stub in this context, and record an error instead of raising it."""
         self.calls += 1
         before = stub.counts.refused
         try:
@@ -112,7 +112,7 @@ def odd(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES), *, only_quick: bool 
 
 
 def captured(arch: int, *, whole_kernels: bool = False) -> Walked:
-    """Call every op at its small shapes, and once more while the stream is captured as for a CUDA graph."""
+    """Call every op on the stub at its small shapes, and once more while the stream is captured as for a CUDA graph."""
     stub, walked = load(arch), Walked(arch)
     for spec in specs().values():
         for shape in spec.small:
@@ -125,7 +125,7 @@ def captured(arch: int, *, whole_kernels: bool = False) -> Walked:
 
 
 def _call(spec: OpSpec, case: Case, dtype: torch.dtype) -> Call:
-    """Make the inputs of a case. Large inputs hold no values, since only their memory and layout matter here."""
+    """Make the inputs of a case for the stub; large ones hold no values, since only memory and layout matter here."""
     if case.shape.elements <= DRAWN_ELEMENTS:
         return inputs_of(spec, case, dtype, "cpu")
     call = spec.call(case.shape, case.values, Draw(empty=True), dtype)
@@ -153,7 +153,7 @@ def in_blocks() -> Iterator[None]:
 
 
 def describe(walked: Walked) -> str:
-    """Return one line with the counts of a walk through the ops."""
+    """Return one line with the counts of a walk through the ops on the stub."""
     found = walked.to_dict()
     return (
         f"sm_{walked.arch}: {found['calls']} calls, {found['launches']} launches, {found['maps']} tensor maps, "

@@ -62,30 +62,30 @@ class Photographs:
 
     @property
     def files(self) -> list[bytes]:
-        """Return the images as JPEG files."""
+        """Return the images of the data benchmark as JPEG files."""
         return pairs.jpegs(self.count, self.width, self.height)
 
     @property
     def shards(self) -> list[str]:
-        """Return the names of tar files of the pairs."""
+        """Return the names of the tar files that the data benchmark reads."""
         return pairs.shards(self.count, self.width, self.height)
 
     @property
     def crops(self) -> CroppedImages:
-        """Return our crops of the images."""
+        """Return our crops of the data benchmark's images."""
         return CroppedImages(self.size)
 
     def source(self) -> ShardSource:
-        """Return the shards, indexed."""
+        """Return the data benchmark's shards, indexed."""
         return open_shards(self.shards, index=IndexCache(Path(self.shards[0]).parent / "index"))
 
     def open_clip_transform(self) -> Callable[[Image.Image], Tensor]:
-        """Return OpenCLIP's transform for training, which is a crop."""
+        """Return OpenCLIP's transform for training, a crop, to compare it with ours in the data benchmark."""
         open_clip: Any = peers.need("open_clip", "open_clip_torch")
         return open_clip.image_transform(self.size, is_train=True)
 
     def of_each(self, function: Callable[[bytes], Any]) -> list[Any]:
-        """Return the result of ``function`` for each file, with random numbers that depend only on the file's index."""
+        """Return the result of ``function`` for each file of the data benchmark, with random numbers by its index."""
         made = []
         for number, file in enumerate(self.files):
             torch.manual_seed(number)
@@ -110,7 +110,7 @@ class _Each:
         return order
 
     def observe(self, order: Tensor) -> dict[str, Tensor]:
-        """Return ``seen`` of each result, with random numbers that depend only on the sample."""
+        """Return ``seen`` of each result of a stage in the data benchmark, with random numbers by the sample."""
         found = []
         for number in order.tolist():
             torch.manual_seed(number)
@@ -130,7 +130,7 @@ class _Joined:
         return self.join([self.samples[number] for number in order.tolist()])
 
     def observe(self, order: Tensor) -> dict[str, Tensor]:
-        """Return the tensor on which all candidates must agree."""
+        """Return the tensor on which all candidates of a stage in the data benchmark must agree."""
         return {"value": self.seen(self(order))}
 
 
@@ -146,36 +146,36 @@ class _OpenClipRead:
         return order
 
     def observe(self, order: Tensor) -> dict[str, Tensor]:
-        """Return the lengths of the files of each sample."""
+        """Return the lengths of the files of each sample, by which the data benchmark compares readers."""
         found = {int(sample["__key__"]): _lengths(sample) for sample in self._samples()}
         return {"value": torch.stack([found[number] for number in order.tolist()])}
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        """Yield the samples of all shards as OpenCLIP reads them."""
+        """Yield the samples of all shards as OpenCLIP reads them in the data benchmark."""
         return self.data.tarfile_to_samples_nothrow({"url": shard} for shard in self.shards)
 
 
 def _lengths(sample: Mapping[str, Any]) -> Tensor:
-    """Return the lengths of the files of a sample."""
+    """Return the lengths of a sample's files, by which the data benchmark compares readers."""
     return torch.tensor([len(sample["jpg"]), len(sample["txt"])], dtype=torch.float64)
 
 
 def _pil(file: bytes) -> Image.Image:
-    """Decode an image file with Pillow."""
+    """Decode an image file with Pillow, OpenCLIP's way in the data benchmark."""
     from PIL import Image
 
     return Image.open(io.BytesIO(file)).convert("RGB")
 
 
 def _thumbnail(image: Image.Image) -> Tensor:
-    """Shrink an image, so that results of different decoders can be compared."""
+    """Shrink an image, so that the data benchmark can compare different decoders."""
     from PIL import Image
 
     return torch.from_numpy(np.array(image.resize((8, 8), Image.Resampling.BOX))).double()
 
 
 def _read(photographs: Photographs, _: torch.device) -> Stage:
-    """Return the stage that reads pairs from shards."""
+    """Return the data benchmark's stage that reads pairs from shards."""
     make: dict[str, Make] = {
         OURS: lambda: _Each(photographs.source().read, _lengths),
         THEIRS: lambda: _OpenClipRead(photographs.shards),
@@ -184,7 +184,7 @@ def _read(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _decode(photographs: Photographs, _: torch.device) -> Stage:
-    """Return the stage that decodes JPEG files."""
+    """Return the data benchmark's stage that decodes JPEG files."""
     files = photographs.files
     make: dict[str, Make] = {
         OURS: lambda: _Each(lambda n: photographs.crops.decoded(files[n]), lambda found: _thumbnail(found[0])),
@@ -194,16 +194,16 @@ def _decode(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _resize(photographs: Photographs, _: torch.device) -> Stage:
-    """Return the stage that crops and resizes images."""
+    """Return the data benchmark's stage that crops and resizes images."""
 
     def ours() -> AnyFunction:
-        """Make our function for the stage "resize"."""
+        """Make our function for the data benchmark's stage "resize"."""
         crops = photographs.crops
         decoded = photographs.of_each(crops.decoded)
         return _Each(lambda number: crops.resized(*decoded[number]), denormalized)
 
     def theirs() -> AnyFunction:
-        """Make OpenCLIP's function for the stage "resize"."""
+        """Make OpenCLIP's function for the data benchmark's stage "resize"."""
         transform, decoded = photographs.open_clip_transform(), photographs.of_each(_pil)
         return _Each(lambda number: transform(decoded[number]), denormalized)
 
@@ -211,15 +211,15 @@ def _resize(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _collate(photographs: Photographs, _: torch.device) -> Stage:
-    """Return the stage that joins crops to a batch."""
+    """Return the data benchmark's stage that joins crops to a batch."""
 
     def ours() -> AnyFunction:
-        """Make our function for the stage "collate"."""
+        """Make our function for the data benchmark's stage "collate"."""
         images = photographs.of_each(photographs.crops)
         return _Joined(images, lambda batch: stacked(batch, len(batch)), denormalized)
 
     def theirs() -> AnyFunction:
-        """Make OpenCLIP's function for the stage "collate"."""
+        """Make OpenCLIP's function for the data benchmark's stage "collate"."""
         transform = photographs.open_clip_transform()
         return _Joined(photographs.of_each(lambda file: transform(_pil(file))), default_collate, denormalized)
 
@@ -227,16 +227,16 @@ def _collate(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
-    """Return the stage that tokenizes captions."""
+    """Return the data benchmark's stage that tokenizes captions."""
     texts = pairs.captions(photographs.count)
 
     def ours() -> AnyFunction:
-        """Make our function for the stage "tokenize"."""
+        """Make our function for the data benchmark's stage "tokenize"."""
         tokenizer = Tokenizer()
         return _Joined(texts, lambda batch: trim_padding(tokenizer(batch)), padded)
 
     def theirs() -> AnyFunction:
-        """Make OpenCLIP's function for the stage "tokenize"."""
+        """Make OpenCLIP's function for the data benchmark's stage "tokenize"."""
         tokenizer = peers.need("open_clip", "open_clip_torch").SimpleTokenizer()
         return _Joined(texts, lambda batch: default_collate([tokenizer(text)[0] for text in batch]), padded)
 
@@ -244,10 +244,10 @@ def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
 
 
 def _transfer(photographs: Photographs, device: torch.device) -> Stage:
-    """Return the stage that copies batches to the device."""
+    """Return the data benchmark's stage that copies batches to the device."""
 
     def make(pixels: torch.dtype, *, pinned: bool) -> AnyFunction:
-        """Make a function that copies batches of this pixel dtype to the device."""
+        """Make the data benchmark's function that copies batches of this pixel dtype to the device."""
         if device.type != "cuda":
             raise MissingError("nothing is copied to a CPU")
         shape = (photographs.count, 3, photographs.size, photographs.size)
@@ -256,7 +256,7 @@ def _transfer(photographs: Photographs, device: torch.device) -> Stage:
         batch = batch.pin_memory() if pinned else batch
 
         def copy(order: Tensor) -> Tensor:
-            """Copy the batch to the device, and return its first pixels as floats."""
+            """Copy the data benchmark's batch to the device, and return its first pixels as floats."""
             images, _ = upload(batch)
             torch.cuda.synchronize(device)
             return images.flatten()[: len(order)].float()
@@ -271,14 +271,14 @@ def _transfer(photographs: Photographs, device: torch.device) -> Stage:
 
 
 def _pipeline(photographs: Photographs, _: torch.device) -> Stage:
-    """Return the whole data pipeline as a stage."""
+    """Return the whole data pipeline as a stage of the data benchmark."""
 
     def ours(workers: int) -> AnyFunction:
-        """Make our function for the stage "pipeline"."""
+        """Make our function for the data benchmark's stage "pipeline"."""
         return OurBatches(photographs.source(), photographs.crops, workers)
 
     def theirs(workers: int) -> AnyFunction:
-        """Make OpenCLIP's function for the stage "pipeline"."""
+        """Make OpenCLIP's function for the data benchmark's stage "pipeline"."""
         return OpenClipBatches(photographs.shards, photographs.count, photographs.open_clip_transform(), workers)
 
     made: dict[str, Make] = {
@@ -325,7 +325,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread, as in a data worker."""
+    """Let PyTorch use one thread in the data benchmark, as in a data worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

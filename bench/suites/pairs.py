@@ -19,7 +19,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @functools.cache
 def jpegs(count: int, width: int, height: int) -> list[bytes]:
-    """Return JPEG files of smooth colours with noise, which have about as many bits per pixel as a photograph."""
+    """Return JPEG files for the data benchmark with about as many bits per pixel as a photograph."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def jpegs(count: int, width: int, height: int) -> list[bytes]:
 
 
 def captions(count: int) -> list[str]:
-    """Return captions of about ten words (three to fifty), like the alternative texts of web images.
+    """Return captions for the data benchmark, of about ten words (three to fifty), like texts of web images.
 
     The frequencies of words are as in a language: the n-th word is 1/n as frequent as the first. Every fourth caption
     also has a number, every fourth a name that occurs in no other caption, and every twentieth letters that are not
@@ -61,7 +61,7 @@ def captions(count: int) -> list[str]:
 
 @functools.cache
 def _folder(count: int, width: int, height: int) -> tempfile.TemporaryDirectory[str]:
-    """Return a temporary folder with the shards of :func:`shards`; it is removed when the process ends."""
+    """Return a temporary folder with the data benchmark's shards, which is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="clipfast-bench-")
     images, texts = jpegs(count, width, height), captions(count)
     bounds = [count * shard // SHARDS for shard in range(SHARDS + 1)]
@@ -76,5 +76,5 @@ def _folder(count: int, width: int, height: int) -> tempfile.TemporaryDirectory[
 
 
 def shards(count: int, width: int, height: int) -> list[str]:
-    """Return the names of tar files with ``count`` generated pairs in total."""
+    """Return the names of tar files with ``count`` pairs in total, generated for the data benchmark."""
     return sorted(str(path) for path in Path(_folder(count, width, height).name).glob("*.tar"))

@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def need(module: str, package: str) -> ModuleType:
-    """Import ``module``, which ``pip install package`` installs.
+    """Import another package to benchmark it; ``pip install package`` installs its ``module``.
 
     Raises:
         MissingError: the module is not installed, or cannot be imported here.
@@ -37,7 +37,7 @@ def compiled(function: Callable[..., R], *, fullgraph: bool = False) -> Callable
 
 @functools.cache
 def need_compiler(device: torch.device) -> None:
-    """Check that TorchInductor can compile a small function for ``device``.
+    """Check that TorchInductor can compile a benchmark candidate for ``device``.
 
     Raises:
         MissingError: TorchInductor cannot compile here, for example because there is no C++ compiler.

@@ -33,11 +33,11 @@ class _Batches:
         return order
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images and texts of each batch."""
+        """Yield images and texts of each batch of a benchmarked data pipeline."""
         raise NotImplementedError
 
     def observe(self, **_: Tensor) -> dict[str, Tensor]:
-        """Return the average colour and all texts, which depend neither on the order of the pairs nor on crops."""
+        """Return a pipeline's average colour and all texts for a benchmark; order and crops do not change them."""
         colours, texts = [], []
         for images, ids in self.batches():
             colours.append(denormalized(images).mean((2, 3)))
@@ -56,7 +56,7 @@ class OurBatches(_Batches):
         self.made = PairBatches([source], order, crops, Tokenizer(), size)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images and texts of each batch."""
+        """Yield images and texts of each batch of our benchmarked data pipeline."""
         for batch in pair_loader(self.made, 0, self.number, self.workers):
             yield batch.images_on(torch.device("cpu")), batch.texts
 
@@ -73,7 +73,7 @@ class OpenClipBatches(_Batches):
         )  # fmt: skip
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images and texts of each batch."""
+        """Yield images and texts of each batch of OpenCLIP's benchmarked data pipeline."""
         found = self.data.get_wds_dataset(self.options, self.transform, is_train=True, tokenizer=self.tokenizer)
         for batch in found.dataloader:
             images, texts = batch.values() if isinstance(batch, dict) else batch
@@ -99,7 +99,7 @@ def open_clip_data() -> Any:
 
 
 def denormalized(images: Tensor) -> Tensor:
-    """Return images [..., 3, H, W], given as bytes or as normalised floats, as pixels from 0 to 1."""
+    """Return a benchmarked pipeline's images [..., 3, H, W], bytes or normalised floats, as pixels from 0 to 1."""
     if images.dtype == torch.uint8:
         return images / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -107,5 +107,5 @@ def denormalized(images: Tensor) -> Tensor:
 
 
 def padded(texts: Tensor) -> Tensor:
-    """Return token ids, filled up with zeros to the length that OpenCLIP gives them."""
+    """Return a benchmarked tokenizer's ids, filled up with zeros to the length that OpenCLIP gives them."""
     return torch.nn.functional.pad(texts, (0, CONTEXT_LENGTH - texts.shape[1]))

@@ -32,19 +32,19 @@ IN_A_PASS = "the bias in a pass, where a linear layer adds it in its product"
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:
-    """Compute the layer norm with the residual addition in plain PyTorch."""
+    """Compute the layer norm with the residual addition in plain PyTorch, as a benchmark candidate."""
     s = x if residual is None else x + residual
     y = F.layer_norm(s, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))
     return y if residual is None else (y, s)
 
 
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Compute GELU(x + bias) in plain PyTorch."""
+    """Compute GELU(x + bias) in plain PyTorch, as a benchmark candidate."""
     return F.gelu(x + bias.to(x.dtype))
 
 
 def _bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Compute QuickGELU(x + bias) in plain PyTorch."""
+    """Compute QuickGELU(x + bias) in plain PyTorch, as a benchmark candidate."""
     u = x + bias.to(x.dtype)
     return u * torch.sigmoid(1.702 * u)
 
@@ -54,6 +54,7 @@ def _liger_norm() -> AnyFunction:
     function = peers.need("liger_kernel.ops.layer_norm", "liger-kernel").LigerLayerNormFunction
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:
+        """Compute Liger's layer norm, a benchmark candidate."""
         s = x if residual is None else x + residual
         y: Tensor = function.apply(s, weight, bias, 1e-5)
         return y if residual is None else (y, s)
@@ -74,6 +75,7 @@ def sdpa(backend: SDPBackend | None, heads: int, causal: bool) -> Function:
     """Return attention by one backend of PyTorch's scaled_dot_product_attention, or by the one that it chooses."""
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute PyTorch's attention, a benchmark candidate."""
         batch, tokens, _ = qkv.shape
         qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
         q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -89,6 +91,7 @@ def _flash_attn(heads: int, causal: bool) -> Function:
     packed = peers.need("flash_attn", "flash-attn").flash_attn_qkvpacked_func
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute the attention of flash-attn, a benchmark candidate."""
         batch, tokens, _ = qkv.shape
         qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
         return packed(qkv.view(batch, tokens, 3, heads, -1), causal=causal).reshape(batch, tokens, -1)
@@ -107,9 +110,10 @@ def _open_clip() -> Function:
 
 
 def _two_sided(one_sided: Function) -> Function:
-    """Make the symmetric loss from a cross-entropy of a linear layer, whose weight is the other modality."""
+    """Make a benchmark candidate for the symmetric loss from a cross-entropy of a linear layer."""
 
     def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        """Compute the symmetric loss from a benchmark candidate for one side of it."""
         targets = torch.arange(len(image), device=image.device)
         scaled = (logit_scale * image).to(image.dtype), (logit_scale * text).to(text.dtype)
         return (one_sided(scaled[0], text, targets) + one_sided(scaled[1], image, targets)) / 2
@@ -122,6 +126,7 @@ def _memeff() -> Function:
     module = peers.need("memeff", "memeff")
 
     def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:  # noqa: ARG001
+        """Compute memeff's contrastive loss, a benchmark candidate."""
         # stable=True would scale the gradient by the batch size
         return module.MemoryEfficientCLIPLoss(1 / LOGIT_SCALE, normalized_inputs=True, stable=False)(image, text)
 
@@ -141,7 +146,7 @@ def _liger() -> Function:
 
 
 def _open_siglip() -> Function:
-    """Return OpenCLIP's sigmoid loss."""
+    """Return OpenCLIP's sigmoid loss as a benchmark candidate."""
     loss = peers.need("open_clip.loss", "open_clip_torch").SigLipLoss()
     return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale, logit_bias)
 

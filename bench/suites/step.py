@@ -103,20 +103,20 @@ def _weights(name: str) -> dict[str, Tensor]:
 
 
 def _inputs(name: str, batch: int, device: torch.device) -> Inputs:
-    """Draw images and texts for a training step."""
+    """Draw images and texts for a benchmarked training step."""
     images, texts = draw_batch(get_model_config(name), batch)
     return {"images": images.to(device), "texts": texts.to(device)}
 
 
 def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "MeasuredStep":
-    """Return our training step."""
+    """Return our training step as a benchmark candidate."""
     model = create_model(name, device=device, backend=backend)
     model.load_state_dict(_weights(name))
     return MeasuredStep(name, model, functools.partial(contrastive_loss, backend=backend), dtype)
 
 
 def _open_clip(name: str, dtype: str, device: torch.device) -> "MeasuredStep":
-    """Return OpenCLIP's training step."""
+    """Return OpenCLIP's training step as a benchmark candidate."""
     open_clip = peers.need("open_clip", "open_clip_torch")
     # made from our configuration, because OpenCLIP does not know the small model by name
     model = open_clip.CLIP(**get_model_config(name).to_dict()).to(device)
@@ -125,7 +125,7 @@ def _open_clip(name: str, dtype: str, device: torch.device) -> "MeasuredStep":
 
 
 def _compiled(make: Callable[[], "MeasuredStep"], device: torch.device, *, fullgraph: bool) -> "MeasuredStep":
-    """Compile model and loss, each as one graph if ``fullgraph``. The optimizer is fused already."""
+    """Compile model and loss of a benchmarked step, each as one graph if ``fullgraph``; the optimizer is fused."""
     peers.need_compiler(device)
     step = make()
     step.model, step.loss = (peers.compiled(function, fullgraph=fullgraph) for function in (step.model, step.loss))
@@ -140,6 +140,7 @@ class _Normalizing(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, texts: Tensor) -> Any:
+        """Normalise the pixels for OpenCLIP's model in the benchmarked step, and run the model."""
         pixels = reference.normalize_uint8(images, reference.CLIP_MEAN, reference.CLIP_STD, torch.float32)
         return self.model(pixels, texts)
 
@@ -176,7 +177,7 @@ class MeasuredStep:
         return result
 
     def observe(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """Return loss, features and the gradient of all parameters, without taking the step."""
+        """Return a benchmarked step's loss, features and gradients of all parameters, without taking the step."""
         image, text, loss = self._forward(images, texts)
         loss.backward()
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -185,7 +186,7 @@ class MeasuredStep:
         return {"value": loss.detach(), "image": image.detach(), "text": text.detach(), "d_parameters": flat}
 
     def _forward(self, images: Tensor, texts: Tensor, loss_range: Range = nullcontext) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the loss and the features of a batch."""
+        """Compute the loss and the features of a benchmarked step."""
         with torch.autocast(images.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
             image, text, scale = self.model(images, texts)[:3]
             with loss_range(LOSS_RANGE):

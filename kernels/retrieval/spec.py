@@ -23,7 +23,7 @@ class RankShape(Shape):
 
     @property
     def elements(self) -> int:
-        """The number of scores."""
+        """The number of scores in a case of the op ``retrieval_ranks``."""
         return self.images * self.texts
 
 

@@ -24,7 +24,7 @@ class SearchShape(Shape):
 
     @property
     def elements(self) -> int:
-        """The number of scores."""
+        """The number of scores in a case of the op ``top_k``."""
         return self.queries * self.items
 
 
