@@ -2,7 +2,8 @@
 
 import sys
 
-# By its installed name: this file may run as bench/__main__.py, where a relative import would make a second package.
+# The import names the installed package, since this file may run as bench/__main__.py, where a relative import would
+# make a second package.
 from clipfast.bench.cli import main
 
 sys.exit(main())

@@ -32,7 +32,7 @@ from .machine import synchronize
 STEP_RANGE = "step: traced"
 # The number of steps that are traced; a long step is traced once.
 STEPS = 3
-# The most unknown names that are reported.
+# A breakdown reports at most this many names that belong to no category.
 NAMED = 5
 # Microseconds by category or by name.
 Sums = defaultdict[str, float]

@@ -15,7 +15,7 @@ Sizes = Mapping[str, int | float | str | bool]
 Inputs = dict[str, Tensor]
 Function = Callable[..., Tensor]
 Results = Tensor | tuple[Tensor, Tensor]
-# A function that returns one result, or two.
+# A candidate's function, which returns one result or two.
 AnyFunction = Callable[..., Results]
 # GRADS are the names of the results' upstream gradients. They are among the inputs, but candidates are called without
 # them. VALUES are the names of the results.
@@ -36,9 +36,9 @@ class Candidate:
 
     name: str
     make: Callable[[], AnyFunction]
-    lacks: tuple[str, ...] = ()  # inputs for which it gives no gradient
+    lacks: tuple[str, ...] = ()  # inputs for which the candidate gives no gradient
     note: str = ""  # a note that a reader needs for the comparison
-    needs_gpu: bool = False  # whether it has kernels for GPUs only
+    needs_gpu: bool = False  # whether the candidate has kernels for GPUs only
     context: Callable[[], AbstractContextManager[object]] = nullcontext  # entered around every call and its backward
 
 
@@ -46,7 +46,7 @@ class Candidate:
 class Case:
     """A benchmark case: one computation at one shape, with its candidates."""
 
-    suite: str  # the name by which :func:`clipfast.bench.suites.build` finds it
+    suite: str  # the name by which :func:`clipfast.bench.suites.build` finds the suite
     op: str  # such as "contrastive_loss.fwd_bwd"
     shape: Sizes
     dtype: str  # name of the dtype of the floating inputs

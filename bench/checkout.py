@@ -20,7 +20,7 @@ def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> P
     package = site / "clipfast"
     package.mkdir(parents=True, exist_ok=True)
     for entry in package.iterdir():
-        # Every entry is a link except __pycache__, which Python has made.
+        # Every entry of the folder is a link except __pycache__, which Python has made.
         entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
     for entry in (root / "clipfast").iterdir():
         if entry.name != "__pycache__":

@@ -76,7 +76,8 @@ LIMITED = {
     },
 }  # fmt: skip
 BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
-# Our model and PyTorch's. Our compiled model is left out, since only the part "step" has the time to compile it.
+# The part "step" measures these and our own model. Our compiled model is left out of other parts, which lack the time
+# to compile it.
 STEP_CANDIDATES = ("--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
 STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
 # Packages that may be copied to the machine: module, name on PyPI if it differs, and what is missing without it.

@@ -62,7 +62,7 @@ class Timing:
     candidate: Candidate
     samples: list[float] = dataclasses.field(default_factory=list)  # one for each round
     timer: str = ""  # the clock that measured the time
-    refused: str | None = None  # the reason why it was not timed
+    refused: str | None = None  # the reason why the candidate was not timed
     eager: str | None = None  # the reason why a call is no CUDA graph; the time then includes the host
     function: Any = None  # the function that the candidate's ``make`` returned
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # relative errors by output

@@ -42,7 +42,7 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
 
     In a copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
     """
-    # resolved, because kernels/ and bench/ may be reached through links
+    # The path is resolved, because kernels/ and bench/ may be reached through links.
     folder = folder or Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -115,7 +115,7 @@ def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     side, copied = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     source = torch.empty(copied, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    # random numbers: zeros draw less power and run faster than data does
+    # the factors are random numbers: zeros draw less power and run faster than data does
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return {

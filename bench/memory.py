@@ -75,7 +75,7 @@ def growth(function: Callable[[], object]) -> int:
     """Return the bytes that a measured call adds to the resident memory of this process, at its peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    # the high-water mark starts again from here (proc(5), clear_refs)
+    # The kernel counts the peak of resident memory anew from here (proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5")
     before = proc_bytes("self/status", "VmRSS")
     kept = function()

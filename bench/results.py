@@ -81,7 +81,7 @@ def _candidate_result(
     """Return the entry of one candidate in a benchmark result."""
     result: dict[str, Any] = {
         "name": timing.candidate.name, "note": timing.candidate.note, "refused": timing.refused,
-        # JSON has no NaN
+        # JSON has no NaN, so it becomes null
         "errors": {name: error if math.isfinite(error) else None for name, error in timing.errors.items()},
         "peak_bytes": peak if isinstance(peak, int) else None,
         "peak_refused": peak if isinstance(peak, str) else None,

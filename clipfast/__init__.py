@@ -67,7 +67,8 @@ else:
             )
             return __getattr__(new)
         if name not in _MODULES:
-            if not name.startswith("__") and find_spec(f"{__name__}.{name}"):  # a room, such as clipfast.models
+            # A package inside clipfast, such as clipfast.models.
+            if not name.startswith("__") and find_spec(f"{__name__}.{name}"):
                 return import_module(f".{name}", __name__)
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         found = getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -35,7 +35,7 @@ _NO_SOUND = "clipfast builds no models of sound"
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_image": ((False,), _NO_TOWER_WEIGHTS),
     "pretrained_image_path": ((None,), _NO_TOWER_WEIGHTS),
-    # Both concern text towers from transformers, which clipfast does not build.
+    # Both arguments concern text towers from transformers, which clipfast does not build.
     "pretrained_text": ((False, True), _NO_TOWER_WEIGHTS),
     "pretrained_text_path": ((None,), _NO_TOWER_WEIGHTS),
     "pretrained_hf": ((False, True), _NO_TOWER_WEIGHTS),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # importing it takes longer than all reads of this module
+if TYPE_CHECKING:  # importing PyTorch takes longer than all reads of this module
     import torch
 
 ROOT = Path("/")

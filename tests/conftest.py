@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-# Before torch is imported: workers of pytest-xdist share the cores.
+# This is set before torch is imported, since workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,12 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-# Indices of test data belong to no user.
+# The cached indices of test shards must not be put into the user's own cache.
 os.environ["CLIPFAST_CACHE"] = tempfile.mkdtemp(prefix="clipfast-cache-")
 atexit.register(shutil.rmtree, os.environ["CLIPFAST_CACHE"], ignore_errors=True)
 
 # The processes that tests start find the test modules by this path. The first path stays in front of it: on a bare
-# machine that has links to the packages, and clipfast/ in a checkout is not whole.
+# machine, it has links to the packages, while clipfast/ in a checkout is incomplete.
 sys.path.insert(1, str(Path(__file__).parent.parent))
 # On that path, transformers (and OpenCLIP, which imports it if it is there) would take the folder "kernels" for the
 # package of that name, import it a second time, and so register its ops over those that are tested.
@@ -49,11 +49,12 @@ LEG = "interpreter" if INTERPRET else "gpu" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
 
 
-# Under nohup and some CI, signals are ignored. Processes that a test starts would inherit that; a handler they do not.
+# Under nohup and some CI, signals are ignored. Processes that a test starts would inherit that, while they do not
+# inherit a handler.
 for _signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1):
     if signal.getsignal(_signum) == signal.SIG_IGN:
         signal.signal(_signum, lambda *_: None)
-# A process whose parent has ended becomes a child of this one, which so can end it.
+# A process whose parent has ended becomes a child of this process, which can then end it.
 PR_SET_CHILD_SUBREAPER = 36
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -127,7 +128,7 @@ def device() -> torch.device:
 def _descendants(pid: int | str, kept: set[int]) -> set[int]:
     """Return the processes that a test has started, with their own children, but without ``kept``."""
     found: set[int] = set()
-    with contextlib.suppress(OSError):  # it has ended
+    with contextlib.suppress(OSError):  # the process has ended
         for task in os.listdir(f"/proc/{pid}/task"):
             children = Path(f"/proc/{pid}/task/{task}/children").read_text().split()
             found |= {int(child) for child in children} - kept
@@ -143,13 +144,14 @@ def nothing_left_running() -> Iterator[None]:
         if isinstance(child, multiprocessing.context.ForkServerProcess):
             child.kill()
             child.join()
-    workers = {child.pid for child in multiprocessing.active_children()}  # they end with their loader
+    workers = {child.pid for child in multiprocessing.active_children()}  # data workers end with their loader
     servers = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
     while left := _descendants("self", before | workers | servers):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):  # its parent was killed just now: it is this one's child soon
+            # Its parent was killed just now, so it will soon be a child of this process.
+            with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What is imported once, in the process that all ranks are forked from.
+# Modules that are imported once, in the process from which all ranks are forked.
 PRELOAD = ["torch.distributed.nn", "clipfast.api", "open_clip"]
 
 
@@ -92,5 +92,5 @@ def _run(
         dist.destroy_process_group()
     except BaseException:
         (folder / f"{rank}.err").write_text(traceback.format_exc())
-        # at once: a normal exit could wait for the other ranks
+        # The process ends at once: a normal exit could wait for the other ranks.
         os._exit(1)

@@ -15,17 +15,17 @@ import pytest
 from clipfast import api
 
 ROOT = Path(__file__).parent.parent
-# What pyproject.toml's extras install, what only some tests compare with, and what a machine that was made for PyTorch
+# Packages that pyproject.toml's extras install, that only some tests compare with, or that a machine made for PyTorch
 # and Triton lacks.
 OPTIONAL = [
     "accelerate", "braceexpand", "faiss", "ftfy", "gradio", "hypothesis", "jsonschema", "matplotlib", "open_clip",
     "open_clip_train", "peft", "pyarrow", "pynvml", "ray", "safetensors", "selenium", "sklearn", "tensorboard", "timm",
     "tokenizers", "torchvision", "tqdm", "transformers", "ttsem", "wandb", "wcwidth", "webdataset", "yaml",
 ]  # fmt: skip
-# Where the modules of each folder are imported from.
+# The name under which the modules of each folder are imported.
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench"}
-# A room imports only what stands before it. The public names, and the command that puts them into other programs, stand
-# before the command line, which alone may import everything.
+# A room, which is a package of clipfast, imports only rooms that stand before it. The public names, and the command
+# that puts them into other programs, stand before the command line, which alone may import everything.
 ROOMS = [
     "kernels", "io", "host", "losses", "models", "distributed", "data", "checkpoints", "factory", "adopt", "runs",
     "evaluate", "search", "train", "verify", "plan", "doctor", "api", "__init__", "run", "cli", "__main__", "bench",
@@ -50,7 +50,8 @@ def imported(source: str, package: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            # what is imported from a package may be a module of it; facts about the whole package are everybody's
+            # A name that is imported from a package may be a module of it; every room may import facts about the whole
+            # package.
             found |= {f"{module}.{alias.name}" for alias in node.names if alias.name != "__version__"}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= set(re.findall(r"^(clipfast(?:\.\w+)+)(?::\w+)?$", node.value))
@@ -112,7 +113,7 @@ def test_a_planted_import_is_seen(module, source):
 
 
 def test_a_file_name_means_one_thing():
-    # The ops are built alike, and a command has the name of what it runs.
+    # Every op's folder has files of these names, and a command has the name of the module that it runs.
     alike = {"__init__", "__main__", "op", "kernels", "launches", "cpu", "spec", "tiles"}
     names = Counter(path.stem for path, module, _ in modules() if room_of(module) not in ("cli", "bench"))
     assert {name for name, count in names.items() if count > 1} - alike == set()
@@ -195,13 +196,13 @@ def test_in_a_process_of_its_own(code):
 
 
 def test_no_public_name_is_that_of_a_module():
-    # importing the module would hide the name
+    # Importing the module would hide the name.
     modules = {path.stem for path in (ROOT / "clipfast").iterdir()}
     assert not modules & (set(api.__all__) - {"kernels"})
 
 
 def test_a_checkout_that_is_not_installed_says_so():
-    # -S: without the site-packages, where the installation is
+    # -S hides the site-packages, where clipfast is installed
     run = python("-S", "-c", "import clipfast")
     assert run.returncode == 1
     expected = "ImportError: clipfast is not installed: run pip install -e . in the checkout"

@@ -25,7 +25,7 @@ READ = {
     "--page", "--results", "--tables", "--features", "--folder", "--queries", "--image", "--pictures", "--baseline",
     "--added-labels", "--names", "--root", "--watch", "folder", "file", "images", "image", "runs",
 }  # fmt: skip
-PLACES = {("embed", "--output"), ("eval suite", "--output")}  # these go on where they were stopped
+PLACES = {("embed", "--output"), ("eval suite", "--output")}  # these commands go on where they were stopped
 
 
 def leaves(parser, name):
@@ -98,7 +98,7 @@ def test_an_output_replaces_nothing_unless_told_and_never_an_input(name, output,
     texts = (None, str, Path, arguments.folder)
     taken = [one for one in ALL[name]._actions if one.metavar and not one.choices and one.type in texts]
     read = next((one for one in taken if not isinstance(one, Output)), None)
-    if read is None:  # nothing that the command reads is named on its command line
+    if read is None:  # the command reads nothing that its command line names
         return
     for value in (f"x::{path}", f"{tmp_path}/{{x,{path.stem}}}{path.suffix}", tmp_path):
         code, _, err = run_command(capsys, *line(name, {output: path, read: value}, "--overwrite"))

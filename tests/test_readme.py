@@ -49,8 +49,8 @@ COMMANDS = commands_in(TEXT + "".join(page.read_text() for page in PAGES))
 OURS = [arguments for program, *arguments in COMMANDS if program == "clipfast"]
 # The first of these commands trains a model, and the others go on with it; every other command stands alone.
 CHAIN = ("train", "eval", "embed", "search", "convert", "inspect-checkpoint")
-# Two steps instead of a thousand, one plan and one op instead of several, small sizes, and no process that measures
-# memory, by the word that says how many there are.
+# For some options of the commands, the options that make a run quick: two steps instead of a thousand, one plan and one
+# op instead of several, small sizes, and no process that measures memory.
 SHORT = {
     "--recipe": "--epochs 1 --train-num-samples 16 --batch-size 8 "
     "--train-data bundled:x --val-data bundled:x --val-leave-out odd",

@@ -11,7 +11,7 @@ import clipfast
 from . import shrunk
 
 VOCABULARY, END = 100, 98  # an id above the end belongs to the vocabulary, as in tokenizers with added words
-# Layers of a tower; a last block that computes one row needs another one before it.
+# The number of layers of a tower: before a last block that computes only one row, another block is needed.
 TEXT = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "vocab_size": VOCABULARY, "max_position_embeddings": 13, "bos_token_id": 97, "eos_token_id": END,
@@ -66,7 +66,7 @@ def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
     text, vision = {**TEXT, **text}, {**VISION, **vision}
     if family == "CLIP":
         options["projection_dim"] = 31
-    else:  # these models have no projection of images
+    else:  # SigLIP models have no projection of images
         text.setdefault("projection_size", vision["hidden_size"])
     if family == "Siglip2":
         vision["num_patches"] = 16  # the square grid that positions are resized from

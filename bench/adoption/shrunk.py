@@ -68,7 +68,7 @@ def timm_sizes(name: str) -> dict[str, Any]:
     if "swin" in name:
         return {"depths": (1, 2), "num_heads": (2, 4), "embed_dim": 32}
     if "vitamin" in name or "vit_base_mci" in name:
-        return {"depth": 2, "img_size": timm_image_size(name)}  # its width follows from its stem
+        return {"depth": 2, "img_size": timm_image_size(name)}  # the width of these models follows from their stem
     return {"depth": 3, "embed_dim": 64, "num_heads": 2, "img_size": timm_image_size(name)}
 
 
@@ -227,7 +227,7 @@ def inputs(model: Any, batch: int = 3) -> tuple[Input, ...]:
     if not hasattr(model, "visual"):
         size = model.default_cfg["input_size"][1:] if not hasattr(model, "patch_embed") else model.patch_embed.img_size
         return (torch.randn(batch, 3, *size, dtype=dtype),)
-    if hasattr(model, "patch_embed"):  # GenLIP
+    if hasattr(model, "patch_embed"):  # GenLIP alone has this attribute
         return _patches_of(model.patch_embed.proj.in_features, batch, dtype), _texts(model, batch)
     size = model.visual.image_size
     size = (size, size) if isinstance(size, int) else size
@@ -246,7 +246,7 @@ def _texts(model: Any, batch: int) -> Tensor:
 
 def _sound(model: Any, batch: int, dtype: torch.dtype) -> Input:
     """Draw the sound input of a small OpenCLIP model."""
-    if hasattr(model, "audio_embed"):  # GenLAP
+    if hasattr(model, "audio_embed"):  # GenLAP alone has this attribute
         return _patches_of(model.audio_embed.proj.in_features, batch, dtype)
     config = model.audio.cfg
     if config.model_type == "naflexvit":

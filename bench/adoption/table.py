@@ -23,7 +23,7 @@ from clipfast.run import MODEL_PARTS
 
 from . import hf_models, shrunk
 
-# The switches of apply_to_open_clip: the columns of the table.
+# The switches of apply_to_open_clip, which are the columns of the table of adopted models.
 PARTS = tuple(MODEL_PARTS)
 # The largest errors that are allowed, relative to the largest value of each output and of each gradient.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -24,7 +24,7 @@ class Suite:
     smallest: Sizes  # a small shape for testing that everything runs
     optional: frozenset[str] = frozenset()  # sizes that a shape need not name
     dtypes: tuple[str, ...] = ()  # the dtypes that the suite supports; empty means all
-    op: OpSpec | None = None  # the op's specification, if it measures one
+    op: OpSpec | None = None  # the op's specification, if the suite measures an op
 
 
 def _suite_of(spec: OpSpec) -> Suite:

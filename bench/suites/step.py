@@ -118,7 +118,7 @@ def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "Measure
 def _open_clip(name: str, dtype: str, device: torch.device) -> "MeasuredStep":
     """Return OpenCLIP's training step as a benchmark candidate."""
     open_clip = peers.need("open_clip", "open_clip_torch")
-    # made from our configuration, because OpenCLIP does not know the small model by name
+    # The model is made from our configuration, because OpenCLIP does not know the small model by name.
     model = open_clip.CLIP(**get_model_config(name).to_dict()).to(device)
     model.load_state_dict(_weights(name))
     return MeasuredStep(name, _Normalizing(model), open_clip.ClipLoss(), dtype)
@@ -155,7 +155,7 @@ class MeasuredStep:
     def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str) -> None:
         self.name = name
         self.model: Callable[..., Any] = model.train()
-        # OpenCLIP's model has the same names, behind the prefix of the module that normalises
+        # The parameters of OpenCLIP's model have the same names, behind the prefix of the module that normalises.
         self.parameters = {name.removeprefix("model."): p for name, p in model.named_parameters()}
         self.loss, self.dtype = loss, dtype
         self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..kernels.launch import triton_runs_on
 from ..models.layers import has_hooks
 
-# Names of attributes: a model's list of places; a text tower's last checked mask with the result.
+# The attributes that hold a patched model's list of replacements, and a text tower's last checked mask with the result.
 RECORD, SEEN = "_clipfast_places", "_clipfast_mask"
 # On a CPU, most fused ops are slower than the original, as timings of single steps have shown. Only functions with the
 # mark :func:`on_cpus` are faster; all others run on GPUs, and in float64, in which tests compare them with the
@@ -68,7 +68,7 @@ class Replacement:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call ``function``, or the class's own method if the original is to run."""
-        if args and args[0] is self.module:  # accelerate binds it like a function when it unwraps a model
+        if args and args[0] is self.module:  # accelerate binds this object like a function when it unwraps a model
             args = args[1:]
         if self.is_off or self._is_left((*args, *kwargs.values())):
             return self.original(*args, **kwargs)

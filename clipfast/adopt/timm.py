@@ -39,7 +39,7 @@ def _propose_latent(module: Any) -> Proposal:
 
 ATTENTIONS = {
     "timm.layers.attention.Attention": _propose_plain,
-    "timm.models.vision_transformer.Attention": _propose_plain,  # where it was until timm 1.0.16
+    "timm.models.vision_transformer.Attention": _propose_plain,  # until 1.0.16, timm's attention was in this module
     "timm.layers.attention.AttentionRope": _propose_rope,
     "timm.models.eva.EvaAttention": _propose_rope,
     "timm.layers.attention_pool.AttentionPoolLatent": _propose_latent,

@@ -24,7 +24,7 @@ _TRANSPOSED = ("text_projection", "visual.proj")
 _PACKED = re.compile(r"attn\.(?:qkv\.|in_proj_)(weight|bias)")
 _BLOCK = re.compile(r"(.+(?:resblocks|blocks))\.(\d+)\.(.+)")
 _POOL = "visual.trunk.attn_pool."
-_OLD_EOS = 2  # with it, transformers reads a text at its highest id, as clipfast does
+_OLD_EOS = 2  # with this end token, transformers reads a text at its highest id, as clipfast does
 
 
 class NoCounterpartError(ValueError):
@@ -188,7 +188,7 @@ def from_settings(raw: Mapping[str, Any], source: Path) -> CLIPConfig:
             return settled(CLIPConfig(raw.get("projection_dim", 512), image, words, gelus[0]))
         width = text["projection_size"] or text["hidden_size"]
         config = SigLIPConfig(width, image, words, image_gelu=gelus[0], text_gelu=gelus[1])
-        return similar(dataclasses.replace(config, clean="canonicalize"))  # as transformers' SiglipTokenizer does
+        return similar(dataclasses.replace(config, clean="canonicalize"))  # as SiglipTokenizer cleans texts
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source} is not a model configuration that clipfast implements: {error}") from error
 

@@ -122,7 +122,7 @@ class Pictures:
         """Return a picture for a command's page, as a file or decoded; None if there is none."""
         if self.samples is None:
             return Path(path) if Path(path).is_file() else None
-        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # None if now left out
+        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # None if the sample is left out by now
 
 
 def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **options: Any) -> None:

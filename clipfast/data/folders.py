@@ -69,7 +69,8 @@ def _alike(folder: str) -> Iterator[list[tuple[str, str]]]:
     for inside, names in _walk(folder):
         parts = [name.rpartition(".") for name in names]
         yield from ([("", os.path.join(inside, name))] for stem, _, name in parts if not stem)
-        # Sorted with a zero byte, which no name has, in place of the dot, the files of a group are next to each other.
+        # The names are sorted with a zero byte in place of the dot, so that the files of a group are next to each
+        # other. No name has a zero byte.
         row = sorted(f"{stem}\0{extension}" for stem, _, extension in parts if stem)
         for stem, group in itertools.groupby(row, key=lambda name: name.partition("\0")[0]):
             extensions = [name.partition("\0")[2] for name in group]

@@ -20,7 +20,7 @@ class NotFiniteError(TrainingError):
     """Training ends without a checkpoint, since the weights are infinite or NaN."""
 
     def __init__(self, what: str, step: int) -> None:
-        super().__init__(what, step)  # the arguments from which pickle can make it again in another process
+        super().__init__(what, step)  # the arguments from which pickle can make this error again in another process
 
     def __str__(self) -> str:
         return "{} not finite at step {}: lower --lr, or set --grad-clip-norm".format(*self.args)

@@ -161,7 +161,7 @@ def compositional_page(results: dict[str, Any], images: LabelledSet, judged: Seq
     )
     title = f"Compositional: {results['model']} on {results['data']}"
     parts = [section(title, about, level=1), table(compositional_rows(results))]
-    # the first division that has groups of cases; without any, all cases form one group
+    # The page is divided by the first division that has groups of cases; without any, all cases form one group.
     division = next((name for name in results["groups"] if any(name in one.case.groups for one in judged)), None)
     members: dict[str, list[Judged]] = {}
     for one in judged:

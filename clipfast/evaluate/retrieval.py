@@ -94,7 +94,8 @@ def caption_recalls(
     image_ranks, text_ranks = (ranks.cpu() for ranks in caption_ranks(images, texts, owner.to(texts.device)))
     metrics, intervals = {}, {}
     for k in sorted(set(ks)):
-        # hits and number of the queries of each image: the bootstrap resamples images together with their captions
+        # These are the hits and the number of the queries of each image: the bootstrap resamples images together with
+        # their captions.
         by_caption = torch.bincount(owner, (text_ranks < k).double(), minlength=len(counts))
         by_image = ((image_ranks < k) & (image_ranks >= 0)).double()
         for name, hits, queries in (

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OBJECTNET = "objectnet"
-# The name of the folder of images in each archive, or as its builder writes it.
+# The name of the folder of images in each archive, or in what the script that builds the set writes.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "imagenet-v2": V2_FOLDERS,
     "imagenet-a": ("imagenet-a",),

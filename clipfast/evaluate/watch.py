@@ -202,7 +202,7 @@ class Watch:
         If training has meanwhile renamed the file, or given its name to a newer one, the next check finds both.
         """
         try:
-            # the state of the optimizer may be twice the size of the weights
+            # The optimizer's state is left out, since it may be twice the size of the weights.
             checkpoint = read_parts(path, without=("optimizer",)) if path.is_dir() else read_checkpoint(path)
         except CheckpointError as error:
             if _file(path) == file:

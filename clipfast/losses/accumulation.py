@@ -156,7 +156,7 @@ def _fits(model: nn.Module, images: Tensor, texts: Tensor, size: int, loss: Call
             raise
     else:
         return True
-    # Not inside the except clause, where the exception's traceback still holds the tensors of its frames.
+    # The cache is emptied after the except clause, since in it the exception's traceback still holds tensors.
     torch.cuda.empty_cache()
     return False
 

@@ -81,8 +81,8 @@ class SigLipLoss(RankLoss):
         Its name and arguments are those of OpenCLIP, since subclasses of OpenCLIP's loss and tests call it.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        # With an offset past the last text, no image has a pair. The offset is at least 1, since an offset of 0
-        # would make pairs.
+        # With an offset past the last text, no image has a pair. The offset is at least 1, since an offset of 0 would
+        # make pairs.
         offset = max(len(text_features), 1) if negative_only else 0
         return sigmoid_loss(image_features, text_features, logit_scale, bias, offset=offset)
 
@@ -126,7 +126,7 @@ class _Exchange(torch.autograd.Function):
         """Send features to other ranks, and receive theirs, for the sigmoid loss."""
         ctx.ranks, ctx.steps = ranks, steps
         received = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-        # One batch of operations: both directions transfer at the same time.
+        # Both directions transfer at the same time, since their operations are one batch.
         operations = [
             operation
             for step, sent, place in zip(steps, tensors, received, strict=True)

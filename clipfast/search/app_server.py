@@ -48,7 +48,8 @@ watch('value', () => {
 });
 """
 SAID = {"common.complete": "done"}  # without this text, Gradio reads the key itself to screen readers after each answer
-NARROW = "() => { if (innerWidth < 640) document.querySelector('#more button')?.click() }"  # results soon in view
+# Folds the options on a narrow screen, so that results are soon in view.
+NARROW = "() => { if (innerWidth < 640) document.querySelector('#more button')?.click() }"
 HEADERS = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -250,7 +251,7 @@ def _search_tab(desk: Desk, uploads: Path) -> None:
         """Return the words of the example query that the user chose in the app."""
         return str(event.words)
 
-    # Gradio looks up the names in annotations among the globals of the module, and gradio is imported locally here
+    # Gradio looks up the names in annotations among the globals of the module, and gradio is imported locally here.
     for function in (show, similar, sample):
         function.__annotations__["event"] = gradio.EventData
     fields = [words, picture, weight, where, k]

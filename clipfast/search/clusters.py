@@ -105,7 +105,8 @@ class _Work:
         """Return the new centre of each cluster: the sum of its features, scaled to unit length."""
         sums = torch.zeros(self.k, self.features.shape[1], device=self.device)
         for rows in self.blocks:
-            # a matrix product, because scattered additions on a GPU happen in random order and give different sums
+            # A matrix product adds up the features, because scattered additions on a GPU happen in random order and
+            # give different sums.
             chosen = F.one_hot(groups[rows], self.k).to(sums.dtype)
             sums += chosen.T @ self.block(rows)
         empty = (groups.bincount(minlength=self.k) == 0).nonzero().squeeze(1)

@@ -27,7 +27,7 @@ MODEL_NAME = "ViT-T-8-32"
 STEPS, BATCH, CLASSES, TOKENS = 50, 16, 64, 12
 VOCABULARY = 1024  # a small vocabulary, since all 49,408 tokens would only take longer
 LEARNING_RATE, WARMUP = 1e-3, 5
-ORDERS = 2  # runs of the reference, the first in the same order as ours
+ORDERS = 2  # the number of runs of the reference; only the first has the order of ours
 
 
 def verify_curve(leg: str, dtype: str) -> list[CheckResult]:

@@ -120,7 +120,7 @@ def iter_groups(options: Options, *, on_total: Callable[[int], None] | None = No
         children = []
         for leg in [
             leg for leg in by_leg if leg not in (CUDA, here())
-        ]:  # it runs in another process, in parallel to the checks of this one
+        ]:  # every other leg runs in another process, in parallel to the checks of this one
             of_leg = dataclasses.replace(options, legs=(leg,), device="cpu").to_dict()
             child = groups_of_child(of_leg, leg, options.hang_seconds)
             children.append(stack.enter_context(contextlib.closing(child)))

@@ -16,7 +16,7 @@ TARGETS = {
     "ViT-B-16-SigLIP": ["qkv", "proj", "fc1", "fc2"],
     "clip": ["q_proj", "v_proj", "fc1", "out_proj", "visual_projection"],
     "siglip": ["k_proj", "v_proj", "fc2"],
-    # PyTorch's attention in the head would not call an adapter of its out_proj, but be merged with it.
+    # The head's attention is PyTorch's own. It reads the weight of its out_proj, and would never call an adapter of it.
     "siglip2": r".*(q_proj|self_attn\.out_proj|fc1)",
 }
 
@@ -35,7 +35,8 @@ def test_lora(name, tmp_path):
     model, patched = pair(name)
     targets = TARGETS[name]
     if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()) and not is_hf(model):
-        targets = [target.replace("attn", "out_proj") for target in targets]  # peft has no adapter for its own class
+        # Peft has no adapter for OpenCLIP's own class of attention.
+        targets = [target.replace("attn", "out_proj") for target in targets]
     adapted = []
     for each in (copy.deepcopy(model), patched):
         torch.manual_seed(3)

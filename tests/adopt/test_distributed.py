@@ -56,7 +56,7 @@ def test_fully_sharded(group, name):
     model, patched = pair(name)
     args = hf_models.inputs(model, "end") if is_hf(model) else shrunk.inputs(model)
     mesh = init_device_mesh("cpu", (1,))
-    scalars = {parameter for parameter in patched.parameters() if parameter.ndim == 0}  # FSDP2 takes none
+    scalars = {parameter for parameter in patched.parameters() if parameter.ndim == 0}  # FSDP2 cannot shard scalars
     for module in list(patched.modules()):
         if type(module).__name__.endswith(("ResidualAttentionBlock", "Block", "EncoderLayer")):
             fully_shard(module, mesh=mesh)

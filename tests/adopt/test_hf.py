@@ -156,7 +156,8 @@ def test_other_arguments(name):
     for each, options in (
         (given, {"position_ids": torch.arange(length).flip(0)[None]}),
         (given, {"attention_mask": torch.ones(3, 1, length, length, dtype=torch.bool).tril(1)}),
-        (given, {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()}),  # one for all
+        # One mask for all sequences.
+        (given, {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()}),
         (wide, {"interpolate_pos_encoding": True}),
         (given, {"interpolate_pos_encoding": True}),
     ):

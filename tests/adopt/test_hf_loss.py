@@ -50,7 +50,7 @@ def test_outputs(name):
     torch.testing.assert_close(got, {key: expected[key] for key in got}, rtol=1e-10, atol=1e-10)
     tuples = [each(**given, return_loss=True, return_dict=False)[:5] for each in (patched, model)]
     assert_equal(*tuples)
-    # an argument that transformers does not know does not disturb it
+    # An argument that transformers does not know is still accepted.
     model(**given, return_loss=True, return_logits=True)
     assert_equal(*(each.eval()(**given, return_loss=True) for each in (patched, model)))
     assert patched.train()(**given).loss is None
@@ -179,7 +179,7 @@ def test_the_trainer_on_two_ranks_equals_one_with_the_negatives_of_both(tmp_path
         outputs = [model.eval()(**batch, return_loss=True) for batch in batches]
     for run in runs:
         torch.testing.assert_close(run.pop("losses").double(), torch.tensor(losses).double(), rtol=0, atol=1e-4)
-        # evaluation is theirs: the negatives of a batch are those of its rank
+        # In evaluation, the loss is transformers' own, whose negatives are those of the rank's batch.
         expected = torch.stack([output.loss for output in outputs]).mean()
         torch.testing.assert_close(run.pop("evaluated").double(), expected, rtol=1e-6, atol=0)
         expected = torch.cat([output.logits_per_image for output in outputs])

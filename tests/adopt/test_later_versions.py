@@ -59,7 +59,7 @@ def test_a_context(context_width, heads_attention):
     for v_x in (one, other):
         torch.testing.assert_close(patched(x, k_x=one, v_x=v_x), attn(x, k_x=one, v_x=v_x), rtol=0, atol=1e-12)
     torch.testing.assert_close(patched(x, one, one), attn(x, one, one), rtol=0, atol=1e-12)
-    assert heads_attention.call_count == 1  # by the call in which keys and values are of one context, and named
+    assert heads_attention.call_count == 1  # only the last call has keys and values of one context, so ours runs once
 
 
 def later_text_tower():

@@ -14,7 +14,7 @@ from clipfast.bench.adoption import table
 from . import shrunk
 from .pairs import assert_equal, pair
 
-# One of each kind; the others differ in size only (--slow goes through them all).
+# One configuration of each kind of model; the others differ in size only (--slow goes through them all).
 KINDS = [
     "ViT-B-32", "ViT-B-32-quickgelu", "ViT-L-14-CLIPA", "ViT-L-14-worldwide", "RN50", "coca_ViT-B-32", "coca_base",
     "ViT-B-16-SigLIP", "ViT-B-16-SigLIP2", "ViT-SO400M-14-SigLIP", "convnext_base", "PE-Core-B-16", "EVA02-B-16",

@@ -197,7 +197,7 @@ def test_nothing_is_left_alone_in_silence(name):
     for path, module in model.named_modules():
         is_leaf = next(module.children(), None) is None
         if (is_leaf or is_hf(model)) and kinds.fullmatch(type(module).__name__):
-            # a perceptron speaks for its activation, and a head for its attention
+            # The report names the MLP in place of its activation, and the head in place of its attention.
             mentioned = [path, path.rpartition(".")[0]]
             assert any(place.fullmatch(each) for place in places for each in mentioned), path
 

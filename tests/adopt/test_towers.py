@@ -43,7 +43,7 @@ def configured(part, kind="CLIP", **changes):
 def test_bytes_are_normalised():
     model, patched = pair("ViT-B-32")
     images = torch.randint(0, 256, shrunk.inputs(model)[0].shape, dtype=torch.uint8)
-    with pytest.raises(RuntimeError):  # theirs: neither knows its mean
+    with pytest.raises(RuntimeError):  # OpenCLIP's own error: neither model knows the mean of the pixels
         patched.encode_image(images)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     patched.visual.image_mean, patched.visual.image_std = mean, std
@@ -89,7 +89,7 @@ def test_a_replaced_part_of_the_last_block_sees_every_row():
     model, patched = pair("ViT-B-32")
     for each in (model, patched):
         block = each.visual.transformer.resblocks[-1]
-        block.ls_2 = nn.BatchNorm1d(10, dtype=torch.float64)  # mixes what it is given
+        block.ls_2 = nn.BatchNorm1d(10, dtype=torch.float64)  # BatchNorm mixes the rows of its input
         block.mlp.c_fc = nn.Sequential(block.mlp.c_fc)
         each.visual.transformer.get_cast_dtype = lambda: torch.float64
     assert_equal(model, patched)

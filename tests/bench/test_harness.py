@@ -191,8 +191,8 @@ Tokenizer.__call__ = lambda self, *args, **kwargs: time.sleep(0.02) or _call(sel
 
 
 def test_compare_measures_each_side_with_its_own_code_and_judges(tmp_path, monkeypatch, capsys):
-    # The head's tokenizer takes 20 ms longer. The difference shows only if the head's code runs, and not installed
-    # code.
+    # The tokenizer of the side "head" takes 20 ms longer. The difference shows only if this side's code runs, and not
+    # installed code.
     monkeypatch.setattr(compare, "TURNS", 1)
     runs = {}
     for side in ("base", "head"):
@@ -200,7 +200,7 @@ def test_compare_measures_each_side_with_its_own_code_and_judges(tmp_path, monke
         if side == "head":
             models = site / "clipfast" / "models"
             original = models.resolve()
-            models.unlink()  # the link to this checkout
+            models.unlink()  # the link to the code of this checkout
             shutil.copytree(original, models)
             with (models / "tokenizer.py").open("a") as file:
                 file.write(SLOWER)

@@ -215,15 +215,15 @@ def marginal(lines: list[str], warps: int = 1) -> float:
     ("lines", "warps", "expected"),
     [
         (["FADD R0, R1, R2"], 1, 1),  # one instruction per cycle
-        (["IADD3 R0, R1, R2, RZ"], 1, 2),  # 16 lanes
-        (["MUFU.EX2 R0, R1"], 1, 8),  # four lanes
+        (["IADD3 R0, R1, R2, RZ"], 1, 2),  # 16 lanes take two cycles for a warp of 32 threads
+        (["MUFU.EX2 R0, R1"], 1, 8),  # four lanes take eight cycles for a warp of 32 threads
         (["FADD R0, R1, R2"], 4, 1),  # a warp on each sub-partition
         (["FADD R0, R1, R2"], 8, 2),
         (["IADD3 R0, R1, R2, RZ", "FADD R0, R1, R2"], 8, 4),  # two pipes and two warps work in parallel
         (["SHFL.BFLY PT, R0, R1, 0x1, 0x1f"], 8, 8),  # one per cycle and multiprocessor
         (["LDS.128 R0, [R4]"], 4, 16),  # 512 bytes a warp at 128 a cycle
         (["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 128),  # N / 2
-        (["HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 20),  # (2048 + 32 N) / 128: its operands
+        (["HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 20),  # N / 2 cycles
         (["HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24"], 4, 8),
         (["HMMA.16816.F32.BF16 R4, R8, R12, R4"], 4, 6),
     ],
@@ -286,7 +286,7 @@ def test_more_programs_than_places_take_another_wave():
         return model.predict_launch(walk(1, 6000, grid=grid), model.H100, model.QUICK).seconds
 
     places = 132 * model.predict_launch(walk(1, 6000), model.H100, model.QUICK).at_once
-    # One program more than a full wave takes as long as one more program on each multiprocessor.
+    # the operands take (2048 + 32 N) / 128 cycles
     assert seconds(places) > 1.1 * seconds(places // 2)
     assert 1.02 * seconds(places) < seconds(places + 1) == pytest.approx(seconds(places + 132), rel=0.02)
 
@@ -298,7 +298,8 @@ def test_where_the_kind_of_programs_changes_is_searched_for():
 
     assert runs({number: kind_of(number) for number in sample(1000, 8)}, kind_of) == [(0, 0), (64, 1), (700, 2)]
     changing = {number: number % 2 for number in range(0, 100, 9)}
-    assert runs(changing, pytest.fail) == list(changing.items())  # too many changes
+    # There are so many changes that no boundary is searched for.
+    assert runs(changing, pytest.fail) == list(changing.items())
 
 
 def test_bytes_are_those_of_what_is_loaded_and_stored():

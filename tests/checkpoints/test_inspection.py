@@ -69,7 +69,7 @@ def test_training_checkpoint_of_open_clip():
 def test_shapes_name_every_published_model(tmp_path):
     from clipfast.checkpoints.tensor_shapes import config_of_weights, models_of_shapes
 
-    twins = {"ViT-SO400M-14-SigLIP-378", "ViT-SO400M-14-SigLIP-384"}  # of as many patches
+    twins = {"ViT-SO400M-14-SigLIP-378", "ViT-SO400M-14-SigLIP-384"}  # both have equally many patches
     quick = {name for name in list_models() if f"{name}-quickgelu" in list_models()}
     for name in {*PUBLISHED, *quick}:
         expected = twins if name in twins else {name} | ({f"{name}-quickgelu"} if name in quick else set())

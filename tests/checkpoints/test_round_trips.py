@@ -204,19 +204,19 @@ def test_preprocessing_and_tokenizer_travel(mode, vit, tmp_path):
     raw = json.loads((first / "open_clip_config.json").read_text())
     raw["preprocess_cfg"] |= {"interpolation": "bilinear", "resize_mode": mode}
     (first / "open_clip_config.json").write_text(json.dumps(raw))
-    # It has a tokenizer of its own, which goes along in place of clipfast's.
+    # The folder has a tokenizer of its own, which is converted in place of clipfast's.
     (first / "tokenizer.json").write_text("{}")
     convert_checkpoint(first, "own.pt", "clipfast")
     assert create_model("own.pt").visual.image_mean == (0.5, 0.25, 0.125)
     convert_checkpoint(first, hf, "hf")
-    # transformers numbers the ways of resampling as Pillow does
+    # Transformers numbers the ways of resampling as Pillow does.
     assert processor_of(hf)["resample"] == Image.Resampling.BILINEAR
     convert_checkpoint(hf, second, "open_clip")
     assert json.loads((second / "open_clip_config.json").read_text()) == raw
     assert (second / "tokenizer.json").read_text() == "{}"
-    convert_checkpoint(first, "longer", "open_clip", context_length=20)  # of another length, it is left behind
+    convert_checkpoint(first, "longer", "open_clip", context_length=20)  # a tokenizer for another length is left behind
     assert not Path("longer/tokenizer.json").exists()
-    # newer versions of transformers write another file
+    # Newer versions of transformers write another file.
     (hf / "processor_config.json").write_text(json.dumps({"image_processor": processor_of(hf)}))
     (hf / "preprocessor_config.json").unlink()
     assert convert_checkpoint(hf, "third", "open_clip").resize_mode == mode
@@ -245,7 +245,8 @@ def test_transformers_prepares_images_and_texts_as_clipfast_does():
     assert torch.equal(ids.where(~padding, 0), ours)
     _, _, preprocess = clipfast.create_model_and_transforms("ViT-T-8-32")
     pixels = processor.image_processor(PICTURE, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(pixels, preprocess(PICTURE), rtol=0, atol=0.02)  # their resampling rounds elsewhere
+    # Transformers' resampling rounds elsewhere.
+    torch.testing.assert_close(pixels, preprocess(PICTURE), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("size", [16, 64])

@@ -52,7 +52,7 @@ def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     model, first, hf, second = make_model(CONFIGS["mixed"]), *(tmp_path / name for name in ("first", "hf", "second"))
     model.visual.image_mean = (0.5, 0.25, 0.125)
     export_open_clip(model, first)
-    convert_checkpoint(first, "bare", "hf")  # without one, it is said
+    convert_checkpoint(first, "bare", "hf")  # without a tokenizer, a warning says so
     assert f"bare has no tokenizer, because there is none beside {first}" in caplog.text
     save_tokenizer(first)
     convert_checkpoint(first, hf, "hf")
@@ -64,7 +64,8 @@ def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     theirs = transformers.AutoImageProcessor.from_pretrained(hf)
     preprocess = create_model_and_transforms(f"local-dir:{first}")[2]
     pixels = theirs(PICTURE, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(pixels, preprocess(PICTURE), rtol=0, atol=0.02)  # their resampling rounds elsewhere
+    # Transformers' resampling rounds elsewhere.
+    torch.testing.assert_close(pixels, preprocess(PICTURE), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("size", [16, 47])

@@ -83,9 +83,9 @@ def processor(**changes):
     return lambda: edited("hf/preprocessor_config.json", **changes)
 
 
-# What is prepared, the command, and a part of the message.
+# Each case has a function that prepares a checkpoint, the source to convert, and a part of the message.
 REFUSED = [
-    # weights that do not fit their model
+    # Cases of weights that do not fit their model.
     (lambda: weights(visual__proj=torch.zeros(3, 3)), "w.pt", "visual.proj is (3, 3), the model has (64, 24)"),
     (lambda: weights(text_projection=None), "w.pt", "w.pt does not fit the model: missing text_projection"),
     (lambda: weights(logit_bias=torch.zeros([])), "w.pt", "w.pt does not fit the model: unexpected logit_bias"),
@@ -97,7 +97,7 @@ REFUSED = [
         "it holds a SigLIP model, and the model is a CLIP",
     ),
     (None, "own.pt --model ViT-B-16-SigLIP", "it holds a CLIP model, and the model is a SigLIP model: choose the"),
-    # what weights do not say
+    # Cases of settings that weights do not say.
     (None, "named.pt", "or name the model with --model (ViT-T-8-32 or ViT-T-8-32-quickgelu)"),
     (lambda: torch.save(torch.load("own.pt")["state_dict"], "w.pt"), "w.pt", "no model that clipfast knows has its"),
     (lambda: torch.save({"layer.weight": torch.zeros(2, 2)}, "w.pt"), "w.pt", "it has no 'visual.conv1.weight'"),
@@ -110,7 +110,7 @@ REFUSED = [
     (None, "rn.pt --image-size 80", "--image-size must be a multiple of the stride of a ResNet, 32, got 80"),
     (None, "own.pt --image-size 36", "--image-size must be a multiple of the patch size 8, got 36"),
     (None, "siglip.pt --image-size 7", "--image-size must be at least one patch, 8, got 7"),
-    # files
+    # Cases of files that are damaged or missing.
     (lambda: Path("w.pt").write_bytes(Path("own.pt").read_bytes()[:-5000]), "w.pt", "it is cut off, damaged"),
     (flipped, "w.pt", "in it is wrong; copy or download it again"),
     (lambda: Path("w.pt").write_bytes(pickle.dumps(Payload(Path("owned")))), "w.pt", "w.pt is refused: it is damaged"),
@@ -131,7 +131,7 @@ REFUSED = [
     (lambda: (Path("w").mkdir(), Path("w/own.pt").touch()), "w", "w is no checkpoint: there is neither open_clip_conf"),
     (None, "nowhere.pt", "there is no file or folder nowhere.pt"),
     (None, "RN50:laion", "there is no file or folder RN50:laion; RN50 has the tags openai, yfcc15m, cc12m"),
-    # settings of transformers
+    # Cases of settings of transformers.
     (
         lambda: edited("hf/config.json", model_type="blip", architectures=["Blip"]),
         "hf",
@@ -148,7 +148,7 @@ REFUSED = [
     (processor(do_center_crop=False), "hf", "in a way that OpenCLIP's configuration cannot express"),
     (processor(size={"shortest_edge": 36}), "hf", "images of 32 pixels: size {'shortest_edge': 36}"),
     (processor(resample=1), "hf", "hf preprocesses images with interpolation 'lanczos', clipfast only with 'bicubic'"),
-    # layouts that cannot hold a model
+    # Cases of layouts that cannot hold a model.
     (None, "rn.pt --to hf", "has no ResNets, only vision transformers: convert it --to open_clip"),
     (None, "bare.pt --to hf", "texts in the end, and this model does not: convert it --to open_clip or"),
     (
@@ -156,7 +156,7 @@ REFUSED = [
         "folder --to hf",
         "processor of CLIP cannot resize with resize_mode 'longest' and interpolation",
     ),
-    # destinations
+    # Cases of destinations that cannot be written.
     (None, "own.pt --to timm", "--to must be one of open_clip, hf, clipfast, got 'timm'"),
     (None, "own.pt own.bin", "with --to clipfast the destination is a file whose name ends in .pt, got own.bin"),
     (None, "own.pt own.pt", "own.pt exists already: "),

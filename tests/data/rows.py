@@ -49,7 +49,7 @@ def save_to_disk(folder, counts, batch=4):
                 writer.write_batch(pa.record_batch([pa.array(images, IMAGE), pa.array(captions)], schema=schema))
         row += rows_here
     (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {}}))
-    # the order differs from that of the file names
+    # The order differs from that of the file names.
     state = {"_data_files": [{"filename": name} for name in reversed(names)], "_fingerprint": "x", "_split": None}
     (folder / "state.json").write_text(json.dumps(state))
     return names

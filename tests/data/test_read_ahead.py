@@ -126,7 +126,7 @@ def test_never_more_ahead_than_half_of_the_cache(room, sharers, source, tmp_path
             if at % 16 == 0:
                 time.sleep(0.05)  # no more copies appear
             assert len(brought) == expected
-            # while copies are being removed
+            # Copies that are no longer needed are being removed meanwhile.
             assert len(copies(tmp_path)) <= 2 * room * sharers + THREADS
     order = sorted(first_use, key=lambda name: first_use[name])
     assert all(set(brought[:count]) <= set(order[: count + THREADS]) for count in range(SHARDS))

@@ -167,7 +167,7 @@ def test_damage_is_named(case, whole, tmp_path):
     with pytest.raises(SampleError, match=rf"x\.(arrow|parquet) cannot be read: .*{message}"):
         # errors in the values are found when the shard is copied
         opened(path, whole=whole).read(0)
-    assert form == "parquet" or contained._reader is None  # which the damage may have broken
+    assert form == "parquet" or contained._reader is None  # the damage may have ended the reader process
 
 
 @pytest.mark.parametrize(

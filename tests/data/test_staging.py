@@ -150,7 +150,7 @@ def test_a_failing_network_is_asked_again(server, tmp_path, monkeypatch):
     for message in (r"shard http://.*gone\.tar cannot be read", "is not asked for again so soon"):
         with pytest.raises(SampleError, match=message):
             opened(f"{server.url}/gone.tar", whole=True)
-    monkeypatch.setattr(staging, "BEGIN", time.time() + 1)  # as for another run, after a repair
+    monkeypatch.setattr(staging, "BEGIN", time.time() + 1)  # as in a later run, after the server was repaired
     server.failing.clear()
     write_shard(tmp_path / "web" / "gone.tar", [sample(1)])
     assert texts(opened(f"{server.url}/gone.tar", whole=True)) == [sample(1)["txt"]]
@@ -220,7 +220,7 @@ def test_a_server_that_sends_no_parts(answers, tmp_path):
     assert counts.of(f"{answers.url}/s.parquet") is None
     asked = answers.asked
     assert counts.of(f"{answers.url}/s.1.parquet") is None
-    assert answers.asked == asked  # once for all files of a folder
+    assert answers.asked == asked  # the server is asked once for all files of a folder
     with pytest.raises(SampleError, match=r"gone\.parquet cannot be read"):
         opened(f"{answers.url}/gone.parquet")
 

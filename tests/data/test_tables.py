@@ -200,7 +200,7 @@ def test_a_record_that_is_too_long_is_lost(tmp_path, monkeypatch):
         ("t.jsonl", b'[\n{"image": "1.jpg"}]', r"not JSON Lines, .*jq -c '\.\[\]'"),
         ("t.tsv", b"filepath\ttit", "it is empty: no row"),
         ("t.jsonl", b"<html>", "not JSON Lines.*: json cannot be read"),
-        # half of its rows would look like a complete table
+        # Half of the table's rows would look like a complete table.
         (
             "t.csv.gz",
             gzip.compress(b"filepath,title\n" + random.Random(0).randbytes(999), mtime=0)[:-99],

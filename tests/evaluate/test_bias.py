@@ -47,7 +47,8 @@ def test_shares_and_the_gap_between_groups_that_are_large_enough():
     one = grouping([0] * 40 + [1] * 50 + [2] * 3, min_count=10)
     found = compare(torch.tensor([10, 40, 0]), one)
     assert found["groups"]["b"] == {"count": 40, "share": 0.8, "interval": wilson(40, 50)}
-    assert found["groups"]["c"]["share"] == 0.0  # reported, but neither the lowest nor in the test
+    # The small group is reported, but it is neither the lowest nor in the significance test.
+    assert found["groups"]["c"]["share"] == 0.0
     assert (found["lowest"], found["highest"], found["ratio"]) == ("a", "b", 0.25 / 0.8)
     assert (found["gap"], found["p_value"]) == (pytest.approx(0.55), independence([10, 40], [40, 50]))
     nothing = compare(torch.tensor([0, 0, 3]), one)
@@ -185,7 +186,7 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     assert retrieval["queries"][0]["groups"] == {"x": 30, "y": 0, "z": 0}
     assert retrieval["mean_max_skew"] == pytest.approx(math.log(3))
     assert age["categories"]["crime"]["p_value"] > 0.05
-    assert len(both["images"]) == 7  # of three races and two ages, and the one of "tiny"
+    assert len(both["images"]) == 7  # three races and two ages; one image is of the group "tiny"
     assert "tiny (not compared)" in out
     assert "30.0% (21.9-39.6)" in out
     assert "<svg" in (tmp_path / "p.svg").read_text()

@@ -58,11 +58,11 @@ FLAGS = {
     }.items()
 }  # fmt: skip
 EVERY = tuple(FLAGS)
-MODELS = ("retrieval", "robustness", "suite")  # which name one model, several, and several by their weights
-SETS = ("zeroshot", "overlap", "compositional")  # which read one set, two, and pairs
+MODELS = ("retrieval", "robustness", "suite")  # commands that name one model, several, and several by their weights
+SETS = ("zeroshot", "overlap", "compositional")  # commands that read one set, two sets, and pairs
 PROMPTS = ("zeroshot", "probe", "robustness", "overlap", "bias")
 
-# the tasks, the wrong value of an argument (None leaves the argument out), and the message
+# Each case has the commands, the wrong value of an argument (None leaves the argument out), and the message.
 WRONG = {
     "no such device": (EVERY, {"--device": "tpu"}, "tpu"),
     "features are a file": (EVERY, {"--features": "{at}/good.tar"}, "--features: {at}/good.tar is a file, not a"),

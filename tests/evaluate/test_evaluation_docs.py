@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 def test_command(command, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     program, *arguments = shlex.split(command)
-    # fewer emoji and scenes, which take less time
+    # The commands of the page run on fewer emoji and scenes, which takes less time.
     arguments = ["shapes:30" if word == "shapes" else word for word in arguments]
     arguments = [re.sub(r"^(\w+=)?bundled:\S+", r"\1photos", word) for word in arguments]
     if program == "torchrun":  # the tests of each task compare ranks with one process

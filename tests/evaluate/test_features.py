@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_goes_on(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         encode_set([encoder], images, batch_size=8, store=store)
     in_all = -(-(len(expected["numbers"]) + len(expected["left_out"])) // 8) + 1
-    for more in (0, 0, 1):  # at last, a part is damaged
+    for more in (0, 0, 1):  # in the last turn, a part is damaged
         if more:
             (part,) = tmp_path.glob("images/*/block_000002.safetensors")
             part.write_bytes(part.read_bytes()[:-100])

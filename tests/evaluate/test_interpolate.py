@@ -65,7 +65,7 @@ def test_weights_lie_on_the_line_between_the_checkpoints(tmp_path):
             assert torch.equal(end[name], second[name].float())
             mixed = 0.7 * value.double() + 0.3 * second[name].double()
             torch.testing.assert_close(middle[name].double(), mixed, rtol=1e-5, atol=1e-6)
-        else:  # numbers of batches, which are those of the first
+        else:  # counts of batches, which are taken from the first checkpoint
             assert middle[name] == value
 
 
@@ -144,7 +144,7 @@ def test_bare_weights_need_the_name_of_the_model(folder, tmp_path):
     torch.save(build(read_model_config(TINY)).state_dict(), tmp_path / "bare.pt")
     with pytest.raises(CheckpointError, match="--model"):
         Interpolation(folder / "a.pt", tmp_path / "bare.pt")
-    # images are prepared as usual for weights that say nothing, which is not as a.pt says
+    # Bare weights state no preprocessing, so images are prepared in the default way, which is not the way of a.pt.
     with pytest.raises(CheckpointError, match="cannot be interpolated: mean is"):
         Interpolation(folder / "a.pt", tmp_path / "bare.pt", model=TINY)
 

@@ -82,7 +82,8 @@ def pickled():
     return stream.getvalue()
 
 
-# for each kind, the label and the captions of a good sample; what it has beside its image, and that of bad samples
+# For each kind: label and captions of a good sample; the files that it has beside its image; and such files of bad
+# samples.
 SAMPLES = {
     "classification": ("12", ("12",), {"cls": b" 12\n"}, {}, {"cls": b"-1"}, {"cls": b"cat"}),
     "multilabel": (

@@ -42,7 +42,7 @@ def test_pairs_are_the_best_of_the_whole_matrix_and_equal_pixels_come_first():
     assert found.similarity[7] == 1.0 > scores[7, 20]
     others = torch.arange(50) != 7
     torch.testing.assert_close(found.similarity[others], scores.max(1).values[others])
-    assert found.overlap(scores.max(1).values[3].item())[3]  # the threshold itself is inside
+    assert found.overlap(scores.max(1).values[3].item())[3]  # a similarity equal to the threshold counts
     again = pair(some_features(2 * test, range(50)), some_features(train, digests))
     assert again.similarity.max() == 1.0
 
@@ -56,7 +56,7 @@ def test_accuracy_with_and_without_near_duplicates():
         "acc1_all_minus_clean": pytest.approx(0.39 - 30 / 90), "p_value": binomial_tail(9, 10, 30 / 90),
     }  # fmt: skip
     assert found["intervals"]["acc1_overlap"] == clopper_pearson(9, 10, 0.995)
-    # one tail: near duplicates that are harder are no sign of memory
+    # The test has one tail: a lower accuracy on near duplicates is no sign that the model remembers them.
     assert contamination(~right, overlap)["metrics"]["p_value"] > 0.99
     nothing, everything = (contamination(right, overlap & False | both)["metrics"] for both in (False, True))
     assert (nothing["acc1_overlap"], nothing["p_value"], nothing["acc1_all_minus_clean"]) == (None, None, 0.0)
@@ -125,7 +125,7 @@ def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, t
     found = {row["edit"]: (row["recall"], row["precision"]) for row in rows}
     assert [found[name] for name in FOUND] == [(1.0, 1.0)] * 3
     assert found["mirror"] == (0.0, None)  # thumbnails do not recognise a mirrored image
-    # near duplicates that were not drawn are found too, and count against the precision
+    # Near duplicates that were not drawn are found too, and count against the precision.
     (half, *_) = planted(detector, images, test, pairs, [0.95], 20)
     drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:20]
     elsewhere = 8 - int((drawn < 8).sum())
@@ -166,7 +166,7 @@ def test_what_was_planted_is_found_and_nothing_else(sets, tmp_path, capsys, monk
     assert re.search(r"\n0\.95 +8 +20\.0%", out)
     assert "<svg" in (tmp_path / "p.svg").read_text()
     page = (tmp_path / "p.html").read_text()
-    check_page(page, 2 * (8 + 3), 48, 24)  # a copy has half the size
+    check_page(page, 2 * (8 + 3), 48, 24)  # an edited copy has half the size
     assert not re.search("<i>|this&that", page)
     assert re.search("this&amp;that.*&lt;i&gt;", page, re.DOTALL)
     closeness = re.findall(r"<figcaption>(equal pixels|[0-9.]+): thing", page)

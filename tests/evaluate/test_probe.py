@@ -87,7 +87,7 @@ def test_the_gradient_vanishes_at_the_solution():
 def test_blocks_change_nothing(monkeypatch):
     train, _ = drawn(150, 20, 5)
     whole = TorchSolver(train).fit(10.0)
-    monkeypatch.setattr(probe_fit, "BLOCK", 35)  # 7 rows
+    monkeypatch.setattr(probe_fit, "BLOCK", 35)  # blocks of 7 rows
     torch.testing.assert_close(TorchSolver(train).fit(10.0).weights, whole.weights, rtol=0, atol=1e-6)
 
 
@@ -105,7 +105,8 @@ def test_the_search_finds_a_peak_with_few_fits():
         assert VALUES[peak] == choice.C
         assert len(choice.tried) <= 15
     assert (VALUES[0], VALUES[-1]) == pytest.approx((1e-6, 1e6))
-    assert VALUES[0] == choose(lambda C: 0.5).C  # of equal shares that of the strongest penalty
+    # Of C with equal accuracies, the one with the strongest penalty is chosen.
+    assert VALUES[0] == choose(lambda C: 0.5).C
 
 
 def test_the_split_takes_a_fifth_of_each_class_and_leaves_one_image():
@@ -185,7 +186,7 @@ def test_the_command_writes_what_clip_benchmark_would(folder, capsys, tmp_path):
     assert [row["fewshot_k"] for row in results["few_shot"]] == [1, 20]
     assert "3 classes have fewer images: a (8), b (8), c (8)" in err
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    # features of unit length, and those that keep their length, are kept apart
+    # The store keeps features of unit length and features of their own length apart.
     more = ("--table", "--json", tmp_path / "raw.json")
     table, _ = printed(capsys, *command(folder, "--C 1 --unnormalized", *kept, *more))
     assert "30 training, 0 validation and 18 test images" in table

@@ -86,7 +86,7 @@ def data(tmp_path_factory):
     (folder / "mixed" / "warm" / "broken.png").write_bytes(b"broken")
     (folder / "map.json").write_text(json.dumps({"warm": ["red", "yellow"], "cold": [NAMES.index("blue")], "odd": []}))
     write_classes(folder / "unknown", {"red": "red", "umber": "red"}, 2, 4)
-    # accuracies of baseline models: two or more make a line
+    # The accuracies of baseline models; two or more make a line.
     (folder / "points.csv").write_text("model,set,base,shift\na,some,0.3,0.2\nb,some,0.6,0.5\nc,some,0.9,0.8\n")
     (folder / "one.csv").write_text("model,base,shift\na,0.3,0.2\n")
     return folder
@@ -103,7 +103,7 @@ def command(data, words, *more, model="perfect"):
 
 
 def test_a_perfect_model_is_right_and_loses_nothing(data, capsys, tmp_path):
-    picture = tmp_path / "p.svg"  # of accuracies whose log-odds are infinite
+    picture = tmp_path / "p.svg"  # a plot of accuracies with infinite log-odds
     out, err = printed(capsys, *command(data, NATURAL + "--synthetic blur jpeg", "--plot", picture))
     results = json.loads(out)
     assert "<svg" in picture.read_text()
@@ -134,10 +134,10 @@ def test_effective_robustness_is_what_is_beyond_the_line(data, capsys, tmp_path)
         expected = Line(line["slope"], line["intercept"], ())(row["base"])
         assert (row["expected"], row["effective"]) == pytest.approx((expected, row["shift"] - expected))
     assert [row["robustness"] for row in results["sets"]] == rows
-    # the results of one call are a baseline of the next
+    # The results of one call are a baseline of the next.
     again = evaluated(capsys, *command(data, SOME, "--baseline", tmp_path / "r.json"))
     assert again["baseline"]["some"]["models"] == 5
-    assert again["models"][0]["robustness"]["some"]["expected"] == 1.0  # it is right about the whole base
+    assert again["models"][0]["robustness"]["some"]["expected"] == 1.0  # the model is right about the whole base
 
 
 def test_models_of_the_baseline_are_evaluated_alike(data, capsys):

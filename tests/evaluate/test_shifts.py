@@ -63,7 +63,7 @@ def test_a_larger_strength_changes_more(name):
 
 @pytest.mark.parametrize("name", ["blur", "hue", "rotation"])
 def test_a_small_and_a_large_image_are_changed_alike(name):
-    # random draws depend on the pixels, and may differ between the two sizes: for some seed they agree
+    # Random draws depend on the pixels, and may differ between the two sizes: for some seed they agree.
     small, large = scene((48, 48)), scene((480, 480))
     expected = Shift(name, 4)(small)
     shifted = [Shift(name, 4, seed)(large).resize((48, 48), Image.Resampling.BOX) for seed in range(8)]

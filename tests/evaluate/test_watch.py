@@ -66,7 +66,8 @@ def keep_some(run):
 
 def test_what_is_there_is_evaluated_from_the_oldest_on(run, shards, capsys):
     expected = [line["eval"] for line in run.metrics() if "eval" in line]
-    assert all(0 < evaluation.pop("clip_val_loss") < 10 for evaluation in expected)  # of the batches of training
+    # The loss over the batches of training.
+    assert all(0 < evaluation.pop("clip_val_loss") < 10 for evaluation in expected)
     out, _ = printed(capsys, "zeroshot", "--watch", run.path, "--data", shards)
     found = lines_of(run)
     assert [(line["step"], line["epoch"], line["samples_seen"]) for line in found] == [(4, 1, 32), (8, 2, 64)]
@@ -96,7 +97,7 @@ def test_nothing_is_evaluated_twice(run, shards):
 def test_a_kill_within_the_watch_loses_one_evaluation_at_most(run, shards):
     next(watching(run, shards).run(0.01))
     with (run.path / watch.NAME).open("a") as file:
-        file.write('{"step": 8, "wei')  # cut short
+        file.write('{"step": 8, "wei')  # a line that a kill has cut short
     assert steps_of(run, shards) == [8]
     assert steps_of(run, shards) == []
 
@@ -209,7 +210,7 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
         out, _ = printed(capsys, *command)
         printed(capsys, *command, "--overwrite")
     drawn = [[step for step, _ in call.args[0]] for call in draw.call_args_list]
-    assert drawn == [[4], [4, 8], [4, 8]]  # a watch that is started again shows what there is
+    assert drawn == [[4], [4, 8], [4, 8]]  # a watch that is started again shows earlier evaluations too
     assert plot.read_bytes()[:4] == b"\x89PNG"
     lines = read_lines(run.path / "suite.jsonl")
     sets = ["flickr8k", "vtab/cifar10", "vtab/dtd"]
@@ -220,8 +221,8 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
     assert re.search(rf"^step 8 .* mean of acc1 {mean:.1%}, flickr8k image_retrieval_recall@5 ", out, re.M)
     (board,) = (run.path / "tensorboard").glob("suite-*")
     assert [step for step, _ in read_back(board)["val/vtab/dtd acc1"]] == [4, 8]
-    assert lines_of(run) == []  # results of another task
-    # the last checkpoint is what a finished run is evaluated as
+    assert lines_of(run) == []  # these are the results of another task
+    # An evaluation of the last checkpoint alone gives the same results.
     output = ["--output", tmp_path / "out"]
     alone = evaluated(capsys, "suite", "--root", root, "--model", run.latest, *output)
     assert [found["metrics"] for found in last["results"]] == [found["metrics"] for found in alone["results"]]

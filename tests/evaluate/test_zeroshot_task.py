@@ -43,7 +43,7 @@ def test_figures_are_those_of_the_definitions():
 
 
 def test_wilson_solves_its_equation():
-    # the ends are the shares from which the one that was seen is as far as 1.96 standard errors
+    # At either end of the interval, the observed share is 1.96 standard errors away.
     for hits, count in ((3, 10), (50, 60), (1, 1000)):
         for end in wilson(hits, count):
             assert abs(hits / count - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), rel=1e-5)
@@ -109,7 +109,7 @@ def test_everything_at_once(model, data, tmp_path, capsys):
     page = (tmp_path / "p.html").read_text()
     check_page(page, page.count("<figure"), 24)
     shown = {name for row in full["worst_classes"] for name in (row["class"], *row["taken_for"])}
-    assert HOSTILE in shown  # or else the page was not tested
+    assert HOSTILE in shown  # otherwise the page was not tested with hostile text
     assert html.escape(HOSTILE) in page
     assert page.count("<h2>") == 3
 

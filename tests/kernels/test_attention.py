@@ -113,7 +113,8 @@ class TestSanitized:
     @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (1, 300, 1, 80, False)], ids=str)
     def test_blocks_through_descriptors(self, shape, sanitizer, monkeypatch):
         monkeypatch.setattr(launch, "CPU_ARCH", 90)
-        monkeypatch.setattr(launches, "_is_held", lambda arch, dtype: False)  # ttsem has no inline assembly
+        # Ttsem, which executes the kernel, has no inline assembly.
+        monkeypatch.setattr(launches, "_is_held", lambda arch, dtype: False)
         spec = specs()["attention"]
         with spec.small_tiles(torch.bfloat16):
             hold(spec, Case(AttentionShape(*shape, bias=False), "blocks come through descriptors"), "bfloat16", draws=1)
@@ -128,7 +129,7 @@ def test_nothing_behind_the_end_counts(length, causal, device, kernels):
     result = call.results()
     assert not result["value"][2].any()
     assert not result["d_qkv"][2].any()
-    # Even NaN there must not have an effect.
+    # Even NaN in the hidden rows of keys and values must not have an effect.
     call.inputs["qkv"][3, 37:, 16:] = float("nan")
     poisoned = call.results()
     assert torch.equal(poisoned["value"][3, :37], result["value"][3, :37])

@@ -194,13 +194,14 @@ def test_16_bit_operands(loss, stage, device, few_multiprocessors, monkeypatch):
     first = f"d_{next(iter(call.inputs))}"
     assert ours[first].dtype == torch.float32
     found = errors(ours, call.truth())
-    # G is rounded to 16 bits, with an error of up to 2e-3 in bfloat16, and an eighth of that in float16.
+    # The gradient G of the logits is rounded to 16 bits, with an error of up to 2e-3 in bfloat16, and an eighth of that
+    # in float16.
     gradient, number = (6e-4, 1.25e-5) if INTERPRET else (2e-3, 1e-4)
     for name, error in found.items():
         limit = {"value": 1e-6, "d_logit_scale": number, "d_logit_bias": number}.get(name, gradient)
         assert error <= (8 * limit if name.endswith(" row") else limit), f"{name}: relative error {error:.1e}"
     if LEG != "cpu":
-        # The rounding of G to 16 bits must show. Otherwise this was not the kernels' path.
+        # The rounding of the logits' gradient to 16 bits must show. Otherwise this was not the kernels' path.
         assert found[first] > 1e-6
 
 
@@ -208,7 +209,7 @@ def test_16_bit_operands(loss, stage, device, few_multiprocessors, monkeypatch):
     ("loss", "changed"),
     [
         ("contrastive_loss", {"matched": 0.3}),
-        # With this bias, only the pairs have gradients that are not zero.
+        # With this bias, only the logits of pairs have gradients that are not zero.
         ("sigmoid_loss", {"matched": 0.9, "bias": -80.0}),
         ("info_nce_loss", {"matched": 0.3, "in_batch": False}),
         ("nt_xent_loss", {"matched": 0.3, "normalize": False}),

@@ -139,7 +139,8 @@ def test_16_bit_operands(tmp_path, device):
     by_rank = run_ranks(in_16_bits, 2, folder=tmp_path)
     # the scale stays in float32
     truth = call_at("contrastive_loss", LATE, dtype=HALF).truth()
-    # G is rounded to 16 bits like the features. The error in float16, for the interpreter, is an eighth of bfloat16's.
+    # The gradient G of the logits is rounded to 16 bits like the features. The error in float16, for the interpreter,
+    # is an eighth of bfloat16's.
     scalars, features = (1e-4, 6e-4) if INTERPRET else (2e-5, 2e-3)
     for mode, *ranks in zip(MODES, *by_rank, strict=True):
         found = of_batch(ranks)

@@ -50,7 +50,7 @@ def test_peak_is_an_eighth_of_open_clip():
     names = "contrastive_loss", "ClipLoss()"
     calls = (f"lambda x, y, _: {name}(x, y, torch.tensor(14.3, requires_grad=True))" for name in names)
     ours, theirs = loss_peaks(16384, *calls, imports="from open_clip.loss import ClipLoss")
-    # N x N in float32 is 1024 MiB: if theirs is less than that, the measurement is wrong.
+    # The N x N logits in float32 are 1024 MiB: if PyTorch's peak is less than that, the measurement is wrong.
     assert theirs > 1024
     assert ours <= theirs / 8, f"{ours} MiB against OpenCLIP's {theirs} MiB"
 

@@ -28,7 +28,7 @@ def test_other_normalisation(device):
 
 
 def test_reference_copies_nothing_from_the_host():
-    # a CUDA graph cannot hold such a copy
+    # A CUDA graph cannot hold a copy from the host.
     images = torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="meta")
     with OnlyMeta():
         out = reference.normalize_uint8(images, reference.CLIP_MEAN, reference.CLIP_STD, torch.float32)
@@ -104,7 +104,7 @@ def test_mixed_dtypes_keep_theirs(keep, device):
 
 @pytest.mark.parametrize("wrong", [-1, 15, 2**31 + 1])
 def test_an_index_of_no_patch_reads_nothing_and_shows(wrong, triton_device):
-    # The op refuses such an index on a CPU, so this calls the launches.
+    # The op refuses an index of no patch on a CPU, so this test calls the launches.
     call = call_at("patch_embed", SOME_DROPPED, triton_device)
     (images, weight, class_embedding, pos, keep), (grad,) = call.inputs.values(), call.grads
     others = [0, 1, 2, 4, 5]

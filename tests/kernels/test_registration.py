@@ -217,7 +217,7 @@ def test_autocast_takes_operands_down(name, native):
     # Autocast converts only the operands, so the results equal those for 16-bit operands without autocast.
     assert all(map(torch.equal, inside, tuple_of(call.op(**half))))
     if call.grads:
-        # a loss stays in float32, and an op without a product takes its stream as it is
+        # A loss stays in float32, and an op without a product takes its stream as it is.
         dtype = torch.bfloat16 if spec.follows_autocast else torch.float32
         assert all(value.dtype == dtype for value in values)
         sum(value.float().sum() for value in values).backward()

@@ -105,7 +105,7 @@ def test_float64_sees_what_float32_cannot():
 
 
 def test_autocast_changes_nothing(device):
-    # In bfloat16 these would tie.
+    # In bfloat16 these two scores would tie.
     image = torch.tensor([[1.0], [1.001]], device=device)
     with torch.autocast(device.type, torch.bfloat16):
         assert retrieval_ranks(image, torch.ones(2, 1, device=device))[1].tolist() == [1, 0]

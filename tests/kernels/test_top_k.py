@@ -68,7 +68,7 @@ def test_queries_do_not_depend_on_each_other(device):
 
 
 def test_autocast_changes_nothing(device):
-    # In bfloat16 these would tie.
+    # In bfloat16 these two scores would tie.
     items = torch.tensor([[1.0], [1.001]], device=device)
     with torch.autocast(device.type, torch.bfloat16):
         assert top_k(torch.ones(1, 1, device=device), items, 2)[1].tolist() == [[1, 0]]

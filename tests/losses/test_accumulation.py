@@ -206,7 +206,7 @@ def test_frozen_tower():
     model = clip("ViT")
     model.visual.requires_grad_(False)
     agree(*both(model, batch(), 4), rel=1e-12)
-    model.requires_grad_(False)  # but for the scale
+    model.requires_grad_(False)  # every parameter but the scale is frozen
     model.zero_grad()
     model.logit_scale.requires_grad_()
     agree(*both(model, batch(), 4), rel=1e-12)

@@ -28,10 +28,11 @@ def trained(rank, ranks, forgets):
     torch.manual_seed(0)
     config = get_model_config("ViT-T-8-32")
     model = build(config)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)  # whose update needs no memory of its own
+    # The update by SGD needs no memory of its own.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # a run that goes on has the state of its optimizer
+    optimizer.step()  # as in a continued run, the optimizer has its state
     optimizer.zero_grad()
     if forgets:
         optimizer.zero_grad = lambda set_to_none: type(optimizer).zero_grad(optimizer)

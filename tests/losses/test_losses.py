@@ -16,7 +16,7 @@ open_clip = pytest.importorskip("open_clip")
 DIM = 24
 PAIRS = 5
 KINDS = [(ClipLoss, open_clip.ClipLoss), (SigLipLoss, open_clip.loss.SigLipLoss)]
-# local_loss, gather_with_grad
+# Values of (local_loss, gather_with_grad).
 COMBINATIONS = list(itertools.product([False, True], repeat=2))
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)

@@ -82,7 +82,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
             train(options)
     train(options, run / "checkpoints" / "epoch_latest.pt")
     assert same(given.path, run)
-    # Batch normalisation by micro-batches is another function, so the size did matter.
+    # Batch normalisation by micro-batches is another function, so the size of the micro-batches did matter.
     tracked = [value for name, value in weights(run).items() if name.endswith("num_batches_tracked")]
     assert {int(value) for value in tracked} == {8}  # four steps of 4 and 4 pairs
     log = (run / "out.log").read_text()
@@ -93,7 +93,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
 
 
 def test_another_batch_size_is_fitted_anew(tiny):
-    folder, _ = train(tiny("run", epochs=1, micro_batch_size="auto"))  # a CPU does not say what fits
+    folder, _ = train(tiny("run", epochs=1, micro_batch_size="auto"))  # on a CPU, no error says what fits
     checkpoint = torch.load(folder.latest, weights_only=True)
     assert checkpoint["clipfast"]["micro_batch_size"] == 8
     checkpoint["clipfast"]["micro_batch_size"] = 2

@@ -29,7 +29,8 @@ PUBLISHED = json.loads(
 )
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if "quickgelu" not in name])  # whose layout is the same
+# QuickGELU does not change the layout.
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "quickgelu" not in name])
 def test_published_layout_and_weight_decay(name):
     facts = PUBLISHED[name]
     model = create_model(name, device="meta")
@@ -132,7 +133,7 @@ def test_outputs():
     image, text = torch.zeros(1, 3, 32, 32), torch.tensor([[49406, 49407]])
     assert sorted(model(image, text)) == ["image_features", "logit_scale", "text_features"]
     model.output_dict = False
-    # one tower at a time
+    # The model can compute one tower at a time.
     assert model(image).text_features is None
     assert model(text=text).image_features is None
 
@@ -238,7 +239,7 @@ def test_a_pretrained_model_infers(kind, tmp_path, monkeypatch):
     before = {key: value.clone() for key, value in model.named_buffers()}
     with torch.no_grad():
         together, again, alone = (model.encode_image(x) for x in (images, images, images[:1]))
-    # neither the rest of the batch, nor the call before, nor a drawing of patches changes anything
+    # Neither the rest of the batch, nor an earlier call, nor a drawing of patches changes the features.
     assert torch.equal(together, again)
     torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())

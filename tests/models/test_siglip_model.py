@@ -54,7 +54,7 @@ def test_published_configurations_are_those_of_open_clip():
 def test_published_towers_are_those_of_timm():
     timm = pytest.importorskip("timm")
     published = [get_model_config(name) for name in PUBLISHED]
-    # of towers that differ in the size of their images alone, which the test before this one compares, one is enough
+    # One of the towers that differ only in their image size is enough, since the test before this one compares sizes.
     configs = {(*dataclasses.astuple(config.vision)[1:], config.image_gelu): config for config in published}
     for config in configs.values():
         name = config.timm_model_name
@@ -91,7 +91,7 @@ def test_outputs_and_gradients_are_those_of_open_clip(kind, dtype):
         assert (own - other).abs().max() <= tolerance * other.abs().max()
     assert gradients[0].keys() == gradients[1].keys()
     for name, other in gradients[1].items():
-        # that of a bias of all keys is zero, and rounding in theirs
+        # The gradient of a bias that all keys share is zero, and OpenCLIP's is only rounding error.
         largest = other.abs().max().clamp(min=1e-3)
         assert (gradients[0][name] - other).abs().max() <= tolerance * largest, name
 
@@ -249,6 +249,6 @@ def test_own_configurations_come_back_and_open_clip_builds_no_other_model(kind):
     del raw["custom_text"]
     with known_to_timm(), pytest.raises(RuntimeError, match="Unknown model"):
         pytest.importorskip("open_clip").CustomTextCLIP(**raw)
-    # the same sizes with the other activation
+    # A published configuration has the same sizes with the other activation.
     other = dataclasses.replace(get_model_config("ViT-B-16-SigLIP"), image_gelu="tanh")
     assert other.timm_model_name.endswith("siglip_224_gelu_tanh")

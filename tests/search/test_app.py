@@ -190,7 +190,7 @@ def test_each_text_has_its_heat_map(desk, encoder, folder):
     captions = re.findall(r"<figcaption>(.*?)<span.*?>(.*?)</span>", found)
     scores = [f"{heat.min():.4f} to {heat.max():.4f}" for heat in maps]
     assert captions == list(zip(map(html.escape, texts), scores, strict=True))
-    large = ImageOps.contain(picture.convert("RGB"), (MAP_SIDE, MAP_SIDE))  # a map is shown in one size
+    large = ImageOps.contain(picture.convert("RGB"), (MAP_SIDE, MAP_SIDE))  # heat maps are shown in this size
     drawn = [overlay(large, heat, (maps.min(), maps.max())) for heat in maps]
     shown, drawn = ([np.asarray(image, np.float32) for image in some] for some in (pictures_of(found), drawn))
     assert max(np.abs(one - other).mean() for one, other in zip(shown, drawn, strict=True)) < 2  # JPEG changes little

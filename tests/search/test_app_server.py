@@ -61,7 +61,7 @@ def test_only_its_own_page_and_programs_may_ask(tmp_path):
         (403, call, {"content_length": ""}),
         (403, "/gradio_api/process_recording", {}),
         (200, call, {"origin": f"http://{HOME}", "sec_fetch_site": "same-origin"}),
-        (200, call, {}),  # a program, which names no origin
+        (200, call, {}),  # a program, which sends no origin
         (403, call, {"origin": "http://evil.example"}),
         (403, call, {"origin": "null"}),
         (403, call, {"origin": f"http://{HOME}1"}),  # another port of this machine
@@ -88,7 +88,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-# CI does not install Gradio, which takes 30 s and 250 MB: what follows runs where it is installed.
+# CI does not install Gradio, which takes 30 s and 250 MB: the tests below run where it is installed.
 @pytest.fixture(scope="module")
 def served(desk):
     """The port of the search app's page, which is served."""
@@ -164,7 +164,7 @@ def test_a_file_that_was_not_uploaded_is_not_looked_at(name, served, folder):
     """Nor is told whether there is one, nor is an address fetched; whether or not Gradio takes it for a file."""
     address, headers = f"/gradio_api/call/{name}", {"Content-Type": "application/json"}
     paths = [folder / "outside.png", folder / "nothing.png", "setup.py", f"http://127.0.0.1:{served}/x.png", "a\0"]
-    # with meta, Gradio refuses files in its own words, and addresses are refused here
+    # With ``meta``, Gradio refuses files in its own words, while addresses are refused by clipfast.
     for meta, answers in (({}, 1), ({"meta": {"_type": "gradio.FileData"}}, 2)):
         told = set()
         for path in paths:

@@ -62,7 +62,7 @@ def test_search_by_text_image_and_both(capsys, encoder):
         found = results(capsys, *arguments)["queries"][0]["found"]
         scores = unit(items) @ unit(query)
         best = scores.topk(4).values.tolist()
-        assert [one["score"] for one in found] == pytest.approx(best, abs=2e-3)  # float16
+        assert [one["score"] for one in found] == pytest.approx(best, abs=2e-3)  # the stored features are float16
         assert [float(scores[one["place"]]) for one in found] == pytest.approx(best, abs=2e-3)
         assert [one["caption"] for one in found] == [captions[one["place"]].as_py() for one in found]
 
@@ -144,7 +144,7 @@ def test_filter(capsys, home):
     scores = (unit(embeddings.features) * unit(embeddings.text_features)).sum(1)
     arguments = ["--write-keys", "kept.txt", "--write-shards", "kept", "--plot", "scores.png", "--html", "scores.html"]
     found = results(capsys, "filter", "embedded", "--top", "0.3", *arguments)
-    best = sorted(scores.sort(descending=True).indices[:8].tolist())  # 7.2 pairs are rounded up
+    best = sorted(scores.sort(descending=True).indices[:8].tolist())  # 0.3 of 24 pairs are 7.2, which is rounded up
     least = scores[best].min()
     assert (found["kept"], found["least_kept"]) == (8, pytest.approx(float(least), abs=1e-6))
     assert (home / "kept.txt").read_text().split() == [f"{place:03}" for place in best]

@@ -19,7 +19,7 @@ def planted():
     count = 400
     x, texts = random.standard_normal((2, count, 16))
     order = random.permutation(count)
-    for one, other in itertools.pairwise(order[:61]):  # one chain
+    for one, other in itertools.pairwise(order[:61]):  # a chain of near duplicates
         x[other] = x[one] / np.linalg.norm(x[one]) + 0.04 * random.standard_normal(16)
     for first in range(80, 200, 12):  # clusters, of which the last three members are equal, but for their lengths
         own = order[first : first + 12]

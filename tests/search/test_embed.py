@@ -76,7 +76,8 @@ def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, 
             break
         assert content(folder).items() <= expected.items()
         assert times(folder, "*_0*").items() >= before.items(), "parts are made again"
-        if not (folder / "metadata/metadata_0004.parquet").exists():  # else only the list of left-out samples lacks
+        # Otherwise only the list of left-out samples is missing.
+        if not (folder / "metadata/metadata_0004.parquet").exists():
             with pytest.raises(ValueError, match=r"lacks|holds no embeddings"):
                 Embeddings.open(folder)
     assert kills > 3

@@ -32,7 +32,7 @@ def test_features_are_those_of_a_plain_loop(whole, faulty, tmp_path, capsys):
     images = torch.cat([encoder.images(encoder.transform(one.image)[None]) for one in usable])
     texts = encoder.texts([one.caption for one in usable])
     torch.testing.assert_close((found.features, found.text_features), (images, texts), rtol=0, atol=1e-6)
-    half = Embeddings.open(whole)  # the default
+    half = Embeddings.open(whole)  # embeddings in float16, which is the default
     assert torch.equal(half.features, found.features.half())
     assert torch.equal(half.text_features, found.text_features.half())
     bad = sorted({*PLACES} - {PLACES[7], PLACES[8]})  # a pair is usable without a json

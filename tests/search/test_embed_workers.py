@@ -40,7 +40,7 @@ def test_a_worker_that_is_lost_is_named(faulty, tmp_path, monkeypatch, capsys, m
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
         if threading.current_thread() is threading.main_thread():
-            time.sleep(30)  # PyTorch's report interrupts it
+            time.sleep(30)  # PyTorch's report of the dead worker interrupts the sleep
 
     monkeypatch.setattr(Work, method, kill_workers)
     changes = {"data": f"{faulty}/b.tar", "batch-size": "1", "part-size": "5", "workers": "1"}

@@ -51,7 +51,7 @@ def test_a_folder_gives_back_what_was_saved_and_plain_readers_read_it(folder, dt
     for kind, expected, opened in (("img_emb", features, found.features), ("text_emb", texts, found.text_features)):
         assert torch.equal(opened, expected)
         assert np.array_equal(np.concatenate(plain[kind]), expected.numpy())
-    # without our note, and with the names of clip-retrieval for a set that it expects to have ten parts
+    # The folder loses clipfast's about.json, and its files get clip-retrieval's names for a set of about ten parts.
     (folder / "about.json").unlink()
     for path in folder.rglob("*_000?.*"):
         path.rename(path.with_name(path.name.replace("_000", "_1")))

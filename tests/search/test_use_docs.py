@@ -52,7 +52,7 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
             continue
         for line in block.splitlines():
             program, *arguments = shlex.split(line)
-            # fewer emoji, which take less time
+            # The commands of the page run on fewer emoji, which takes less time.
             arguments = ["data/{000..001}.tar" if word.startswith("bundled:") else word for word in arguments]
             if any(word in line for word in lacking):
                 continue

@@ -244,7 +244,7 @@ def test_one_wrong_weight_of_a_model(peer, monkeypatch):
 
 
 def test_a_parameter_without_a_gradient_fails(monkeypatch):
-    # a kernel that gives no gradient must not shorten the list of checks
+    # A kernel that gives no gradient must not shorten the list of checks.
     right = kernels.attention
 
     def detached(qkv, *args, **kwargs):
@@ -269,7 +269,7 @@ def test_wrong_gradients_bend_the_curve(monkeypatch):
 
 
 def test_hugging_face_does_not_import_the_kernels_again():
-    # from a checkout: its folder "kernels" has the name of a package that transformers looks for
+    # The program runs in a checkout, whose folder "kernels" has the name of a package that transformers looks for.
     pytest.importorskip("transformers")
     code = """
 import sys

@@ -73,7 +73,8 @@ def bad_luck(error: float):
 
 @pytest.mark.parametrize(
     ("error", "passes", "draws"),
-    [(1e-5, True, 32), (3e-5, False, 32), (1e-2, False, 3)],  # the last is beyond chance: there is nothing to learn
+    # The last error is beyond chance, so no further draws are judged.
+    [(1e-5, True, 32), (3e-5, False, 32), (1e-2, False, 3)],
 )
 def test_bad_luck_is_judged_over_more_draws_and_a_fault_stays_one(error, passes, draws):
     draw, counted = bad_luck(error)

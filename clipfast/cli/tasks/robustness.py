@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from .robustness_results import judge, lines_of, read_baselines, results_of, table
 
     baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
-    if not args.baseline_model:  # baseline models would add points
+    if not args.baseline_model:  # with baseline models, some points are still missing here
         lines_of(baselines)
     named = named_models([*args.model, *args.baseline_model], args.pretrained)
     with session(args, named) as at:

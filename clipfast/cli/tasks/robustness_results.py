@@ -82,7 +82,7 @@ class Judged:
         base, right = _acc1(self.base), {shift: one.right.double() for shift, one in self.synthetic.items()}
         kinds = list(dict.fromkeys(shift.name for shift in right))
         for kind in (*kinds, *([SYNTHETIC] if len(kinds) > 1 else [])):
-            # the mean over all strengths, which have the same images
+            # A shift's accuracy is the mean over all strengths, which have the same images.
             rows = torch.stack([row for shift, row in right.items() if kind in (shift.name, SYNTHETIC)])
             found[kind] = base, (rows.mean().item(), bootstrap(rows.mean(0), torch.ones(rows.shape[1])))
         return found
