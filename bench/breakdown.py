@@ -161,7 +161,7 @@ def _sum(parts: Iterable[tuple[str, str, float]], windows: Sequence[tuple[float,
 
 
 def _ranges(events: Iterable[dict[str, Any]]) -> list[_Range]:
-    """Return ops, annotations and launches, the earliest first, with the names around each and its own time."""
+    """Return a trace's ops, annotations and launches, the earliest first, with the names around each and its time."""
     found = []
     for event in events:
         if event.get("cat") in _HOST_WORK:

@@ -75,7 +75,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Return the name of the case: op, sizes and dtype in one line."""
+        """Return the name of a benchmark case: op, sizes and dtype in one line."""
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
 
 
@@ -98,7 +98,7 @@ def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs
 
 
 def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
-    """Return the tensors to compare with the reference: from the function's ``observe()``, or else from a call."""
+    """Return a benchmark candidate's tensors to compare with the reference's."""
     if hasattr(function, "observe"):
         with candidate.context():
             values: dict[str, Tensor] = function.observe(**inputs)

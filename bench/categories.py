@@ -109,14 +109,14 @@ def _first(rules: Rules, name: str) -> str | None:
 
 @functools.cache
 def _of_op(name: str) -> str | None:
-    """Return the category of a single op, or None if no rule knows its name."""
+    """Return the category of a single op in a trace, or None if no rule knows its name."""
     if INDUCTOR.search(name):
         return _first(FUSED, name)
     return _first(OPS, name) or (HOST if FRAMEWORK.search(name) else None)
 
 
 def classify(kernel: str, ops: Sequence[str] = ()) -> str:
-    """Return the category of a kernel; ``ops`` are the names around its launch, the outermost first."""
+    """Return the category of a kernel in a trace; ``ops`` are the names around its launch, the outermost first."""
     by_owner = next((category for op in ops if (category := _first(OWNERS, op))), None)
     if by_owner is not None:
         return by_owner

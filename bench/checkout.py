@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> Path:
-    """Make ``site`` a folder for PYTHONPATH, with kernels/ and bench/ inside clipfast/, and return it.
+    """Make ``site`` a folder for PYTHONPATH from which benchmarks run, with kernels/ and bench/ inside clipfast/.
 
     ``bench`` is the folder bench/ of another checkout, in place of that of ``root``. Earlier links are replaced.
     """

@@ -190,7 +190,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Siz
 
 
 def _parse_shape(suite: str, text: str) -> Sizes:
-    """Read a shape such as ``"pairs=4096 embed_dim=512"`` into a dictionary, in the types of the suite's fields."""
+    """Read a benchmark shape such as ``"pairs=4096 embed_dim=512"`` into a dictionary of the suite's types."""
     fields = SUITES[suite].fields
     shape: dict[str, Any] = {}
     for item in text.replace(",", " ").split():

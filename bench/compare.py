@@ -38,7 +38,7 @@ main()
 
 
 def compare(base: str, keys: Sequence[CaseKey], device: torch.device, budget: Budget) -> int:
-    """Time the commit ``base`` and this checkout on the case of each of ``keys``, and print a verdict for each.
+    """Benchmark the commit ``base`` and this checkout on the case of each of ``keys``, and print a verdict for each.
 
     The turns of a side share the budget of a case.
 
@@ -73,7 +73,7 @@ def ratio_of_processes(
     rng = np.random.default_rng(0)
 
     def draw(processes: Sequence[Sequence[float]]) -> float:
-        """Return the median time over a bootstrap resample of the processes and of their samples."""
+        """Return the median time over a bootstrap resample of a benchmark's processes and of their samples."""
         chosen = rng.integers(len(processes), size=len(processes))
         return float(np.median([np.median(rng.choice(processes[i], len(processes[i]))) for i in chosen]))
 
@@ -84,7 +84,7 @@ def ratio_of_processes(
 
 
 def verdict(low: float, high: float, throttled: bool) -> str:
-    """Return in one word whether the interval of the ratio of times means slower, faster or equal."""
+    """Return in one word whether the interval of a benchmark's ratio of times means slower, faster or equal."""
     if throttled:
         return "throttled"
     if low > TOLERANCE:
@@ -130,7 +130,7 @@ def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: 
 
 @contextmanager
 def _worktree(base: str, folder: Path) -> Iterator[Path]:
-    """Yield a temporary git worktree of the commit ``base``."""
+    """Yield a temporary git worktree of the commit ``base`` to benchmark."""
     command = ["git", "-C", str(ROOT), "worktree"]
     added = subprocess.run([*command, "add", "--detach", str(folder), base], capture_output=True, text=True)
     if added.returncode != 0:

@@ -175,7 +175,7 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
 
 
 def main() -> int:
-    """Run the steps that the command line asks for, and return 0 if all of them succeeded."""
+    """Run the steps of the GPU run that the command line asks for, and return 0 if all of them succeeded."""
     parser = argparse.ArgumentParser(
         "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -203,7 +203,7 @@ def main() -> int:
 
 
 def _need_gpu(parser: argparse.ArgumentParser) -> None:
-    """Exit with code 2 before anything is written if PyTorch sees no GPU; another process asks PyTorch."""
+    """Exit from the GPU run with code 2 before it writes anything if PyTorch, in another process, sees no GPU."""
     code = "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no GPU of NVIDIA')"
     asked = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     if asked.returncode:
@@ -259,8 +259,7 @@ def clear(out: Path) -> None:
 def run_steps(
     todo: list[Step], out: Path, environment: dict[str, str], total_s: float = PART_S, *, stub: bool = False
 ) -> int:
-    """Run the steps ``todo`` in order until ``total_s`` are over; return 0 if each one succeeded or is not available
-    here.
+    """Run the steps ``todo`` of the GPU run in order until ``total_s`` are over; return 0 if none of them has failed.
 
     A step that fails or hangs does not keep the others from running. An interrupt or SIGTERM ends the running step, and
     the results so far are kept.
@@ -336,7 +335,7 @@ def _run(step: Step, out: Path, environment: dict[str, str], seconds: float) -> 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a step's process and its child processes, let them report their results, and then kill them."""
+    """Interrupt a step of the GPU run and its child processes, let them report their results, and then kill them."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
@@ -348,7 +347,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a KeyboardInterrupt; programs in the background of a shell would ignore SIGINT."""
+    """Turn SIGTERM and SIGINT to the GPU run into a KeyboardInterrupt; in the background, SIGINT is ignored."""
 
     def interrupt(*_: object) -> None:
         """Interrupt the GPU run."""

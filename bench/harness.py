@@ -138,7 +138,7 @@ def _refusing(*timings: Timing) -> Iterator[None]:
 
 
 def ratio_interval(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """Return the time of ``other`` divided by that of ``ours``, and both ends of its 95% interval from the bootstrap.
+    """Return the benchmarked time of ``other`` divided by that of ``ours``, and both ends of its 95% interval.
 
     The ratio is the median of the ratios of the rounds. Both must come from the same rounds: whatever slows down a
     round slows down both, and cancels in their ratio.
@@ -220,7 +220,7 @@ class _Runner:
         self.repeats = max(1, min(200, math.ceil(MIN_SAMPLE_S[self.device.type] / estimate)))
 
     def sample(self) -> float:
-        """Time the calls of one sample, and return the seconds per call."""
+        """Time the calls of one sample of a benchmark candidate, and return the seconds per call."""
         return self._timed(self.repeats) / self.repeats
 
     def _warm_up(self, seconds: float) -> None:
@@ -233,7 +233,7 @@ class _Runner:
                 return
 
     def _timed(self, repeats: int) -> float:
-        """Return the seconds that ``repeats`` calls take together."""
+        """Return the seconds that ``repeats`` calls of a benchmark candidate take together."""
 
         def turns() -> None:
             """Call the benchmark candidate ``repeats`` times, each time on other inputs."""

@@ -87,13 +87,13 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def card(device: torch.device) -> str:
-    """Return a folder name for the machine, such as ``nvidia-h100-80gb-hbm3``, or the name of the processor."""
+    """Return a folder name for the machine whose benchmarks are stored, such as ``nvidia-h100-80gb-hbm3``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the size of the last cache before memory; sets of inputs must be larger, so that none stays cached."""
+    """Return the size of the last cache before memory; a benchmark's sets of inputs must be larger."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

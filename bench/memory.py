@@ -85,7 +85,7 @@ def growth(function: Callable[[], object]) -> int:
 
 
 def main() -> None:
-    """Print the bytes that the call described on the command line needs: see :func:`peak_bytes`."""
+    """Print the bytes that the benchmarked call on the command line needs: see :func:`peak_bytes`."""
     suite, shape, dtype, name, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
     case = build(suite, shape, dtype, torch.device("cpu"))

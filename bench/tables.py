@@ -16,7 +16,7 @@ UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def sizes(case: dict[str, Any]) -> str:
-    """Return the sizes of a case in one line, such as ``pairs=4096 embed_dim=512``."""
+    """Return the sizes of a benchmark case in one line, such as ``pairs=4096 embed_dim=512``."""
     return " ".join(f"{key}={value}" for key, value in case["shape"].items())
 
 
@@ -162,7 +162,7 @@ def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
 
 
 def fill_tables(text: str, folder: Path) -> str:
-    """Return the page ``text`` with each table from ``<!-- bench FILE... -->`` to ``<!-- /bench -->`` regenerated.
+    """Return the page ``text`` with each benchmark table, ``<!-- bench FILE... -->`` to ``<!-- /bench -->``, made anew.
 
     The files are results in ``folder``; several may hold the training steps of one table.
     """

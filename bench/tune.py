@@ -78,7 +78,7 @@ say = functools.partial(print, flush=True)
 
 
 def space(tunable: Tunable) -> Iterator[Config]:
-    """Iterate over every configuration that is searched for a kernel."""
+    """Iterate over every configuration that the tuner tries for a kernel."""
     axes = {**SPACES[tunable.kind], **tunable.axes}
     for values in itertools.product(*axes.values()):
         fields: dict[str, Any] = dict(zip(axes, values, strict=True))
@@ -108,7 +108,7 @@ class Search:
     pool: concurrent.futures.Executor  # the processes that compile them
 
     def configurations(self, tunable: Tunable) -> list[Config]:
-        """Return the configurations of a kernel to compile, spread evenly over all of them."""
+        """Return the configurations of a kernel that the tuner compiles, spread evenly over all of them."""
         found = list(space(tunable))
         return found if self.limit is None else found[:: max(1, -(-len(found) // self.limit))]
 
@@ -130,7 +130,7 @@ class Candidate(NamedTuple):
 def prune(
     tunable: Tunable, target: Target, candidates: Sequence[Config], search: Search, effort: Effort = QUICK
 ) -> list[Candidate]:
-    """Return the best usable configurations of a kernel, the best first.
+    """Return the best usable configurations of a kernel that the tuner has compiled, the best first.
 
     A usable configuration compiles, and its report has no failure. Print the number of the others, and the reason for
     the first of them.
@@ -173,7 +173,7 @@ def _inspect(
 
 
 def launches(target: Target, dtype: str, arch: int) -> list[Launch]:
-    """Record the launches of ``target`` at its size, on tensors without memory."""
+    """Record the launches of ``target`` at its size for the tuner, on tensors without memory."""
     spec, _ = TARGETS[target.name]
     return [launch for _, launch in op_work(spec, target.shape, dtype, arch).launches]
 
@@ -240,7 +240,7 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
 
 
 def by_model(tunable: Tunable, target: Target, committed: Config, search: Search) -> Config | None:
-    """Choose a configuration by the predicted times of the kernel's launches."""
+    """Choose a configuration for the tuner by the predicted times of the kernel's launches."""
     few = [one.config for one in prune(tunable, target, search.configurations(tunable), search)]
     found = prune(tunable, target, [committed, *(one for one in few if one != committed)], search, FULL)
     before = next((one.seconds for one in found if one.config == committed), float("inf"))
@@ -310,7 +310,7 @@ def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose) -> i
 
 
 def _print_rankings(ops: Sequence[str], search: Search) -> int:
-    """Print the best configurations of each kernel of ``ops``, ranked by their compiled code."""
+    """Print the configurations that the tuner ranks best for each kernel of ``ops``, by their compiled code."""
     for op in ops:
         _, target = TARGETS[op]
         for tunable in target.kernels:
@@ -324,7 +324,7 @@ def _print_rankings(ops: Sequence[str], search: Search) -> int:
 
 
 def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
-    """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture."""
+    """Return the committed configuration of a kernel to tune; refuse a kernel without one on this architecture."""
     key = key_of(tunable, target, search.dtype)
     entry = configs.committed(key, search.arch)
     if entry is None:

@@ -84,7 +84,7 @@ def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file of a cgroup; None if there is no such file, or it holds no number, such as "max"."""
+    """Return the number in a file of one of the machine's cgroups; None without one, such as for "max"."""
     with contextlib.suppress(OSError, ValueError):
         return int(path.read_text())
     return None

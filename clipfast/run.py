@@ -202,7 +202,7 @@ class ImportHook(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module with parts to replace, whose loader replaces them; None for other modules."""
+        """Return the spec of a module whose parts ``clipfast.run`` replaces; None for other modules."""
         if fullname not in self.waiting:
             return None
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
@@ -220,7 +220,7 @@ class ImportHook(MetaPathFinder):
         return spec
 
     def say_what_never_happened(self) -> None:
-        """Print to stderr the parts that were not replaced: switched off, or of a module that was never imported."""
+        """Print to stderr the parts that ``clipfast.run`` did not replace: switched off, or never imported."""
         if self.disabled:
             _say(f"{', '.join(self.disabled)} of open_clip left as they are ({VARIABLE})")
         never = sorted(set(self.waiting) - self.done)
@@ -277,7 +277,7 @@ def _replace_everywhere(theirs: object, ours: object) -> None:
 
 
 def _is_script(program: str) -> bool:
-    """Return whether the first argument is the path of a script, and not the name of a module."""
+    """Return whether the first argument of ``clipfast.run`` is a script's path, and not a module's name."""
     return os.sep in program or program.endswith(SCRIPT_ENDINGS)
 
 

@@ -16,22 +16,22 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """Return the least power of two that is not less than ``n``."""
+    """Return the least power of two that is not less than ``n``, such as the size of a kernel's tile."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Reshape [..., N] to [M, N]; the result is a view if one stride leads from each row to the next, else a copy."""
+    """Reshape an op's input [..., N] to [M, N]; the result is a view if one stride leads to each row, else a copy."""
     return x.reshape(num_rows(x), x.shape[-1])
 
 
 def num_rows(x: Tensor) -> int:
-    """Return the number of rows of ``x`` [..., N]."""
+    """Return the number of rows of an op's input ``x`` [..., N]."""
     return math.prod(x.shape[:-1])
 
 
 def row_layout(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the memory of ``x`` [..., N], and the strides of its rows [M, N] there; a contiguous tensor as it is."""
+    """Return the memory of an op's ``x`` [..., N], and the strides of its rows [M, N] there."""
     if x.is_contiguous():
         return x, (x.shape[-1], 1)
     rows = as_rows(x)

@@ -64,7 +64,7 @@ def sample(index: int, **changes: bytes) -> dict[str, bytes]:
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of ``clipfast``."""
+    """Return exit code, stdout and stderr of a ``clipfast`` command."""
     try:
         code = main([str(argument) for argument in arguments])
     except SystemExit as exit_:

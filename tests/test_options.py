@@ -39,7 +39,7 @@ def leaves(parser, name):
 
 
 def commands():
-    """Return the parsers of all commands."""
+    """Return the parsers of all commands of clipfast."""
     benchmarks = cli.Parser()
     bench.add_commands(benchmarks)
     found = [leaf for command in cli.COMMANDS for leaf in leaves(cli._parser(command), "")]

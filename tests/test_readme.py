@@ -85,7 +85,7 @@ def folder_of(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A shard of a few pairs."""
+    """Return a shard of a few pairs for the commands of a page."""
     return str(write_shard(tmp_path_factory.mktemp("pairs") / "a.tar", [sample(index) for index in range(24)]))
 
 

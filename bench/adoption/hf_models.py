@@ -80,7 +80,7 @@ def _built(kind: type[nn.Module], config: object) -> nn.Module:
 
 
 def patched_pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[nn.Module, nn.Module]:
-    """Return a small model of transformers, and a patched copy of it."""
+    """Return a small model of transformers, and a patched copy of it, to compare for the table of adopted models."""
     model = make(name).to(dtype)
     return model, clipfast.apply_to_hf(copy.deepcopy(model), **flags)
 
@@ -119,7 +119,7 @@ def inputs(model: nn.Module, padding: str | None = None, batch: int = 3) -> dict
 
 
 def text_mask(ids: Tensor, ends: Tensor, padding: str) -> Tensor:
-    """Return a mask [B, L] that hides tokens of some of the texts."""
+    """Return a mask [B, L] that hides tokens of some of the texts of an adopted model."""
     mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1])
     if padding == "end":
         mask[positions > ends[:, None]] = 0

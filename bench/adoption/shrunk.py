@@ -187,12 +187,12 @@ def _whisper(kind: Any, sizes: dict[str, int], _: object, output_dim: int) -> An
 
 
 def _as_weight(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Convert the inputs of a layer to the dtype of its weight, as a hook of a sound encoder."""
+    """Convert the inputs of a layer to the dtype of its weight, as a hook of an adopted sound encoder."""
     return tuple(x.to(module.weight.dtype) for x in args)
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Draw new values for parameters that are zero, tiny or uninitialised, and return the model.
+    """Draw new values for an adopted model's parameters that are zero, tiny or uninitialised, and return the model.
 
     Behind zeros or tiny values, errors would not show. OpenCLIP does not initialise the last projection of CoCa's
     decoder.
@@ -235,7 +235,7 @@ def inputs(model: Any, batch: int = 3) -> tuple[Input, ...]:
 
 
 def _texts(model: Any, batch: int) -> Tensor:
-    """Draw token ids for a small OpenCLIP model."""
+    """Draw token ids for a small OpenCLIP model that is adopted."""
     length: int = min(getattr(model, "context_length", 0) or 77, 77)
     length -= hasattr(model, "text_decoder")  # CoCa's decoder has one position less than its texts
     texts = torch.randint(3, VOCABULARY - 1, (batch, length))

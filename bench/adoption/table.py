@@ -135,7 +135,7 @@ def measure(library: Library, name: str) -> Row:
 
 
 def section(library: Library, rows: Mapping[str, Row]) -> str:
-    """Return the section of a library as Markdown.
+    """Return the section of a library in the table of adopted models as Markdown.
 
     Models whose layers run on the same ops share a row. Notes give the reasons for layers that keep their original op.
     """

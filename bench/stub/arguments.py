@@ -86,7 +86,7 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
 
 
 def _received(stub: Stub) -> tuple[Any, ...]:
-    """Return everything that the driver received with the last launch."""
+    """Return everything that the stub's driver received with the last launch."""
     last = stub.last
     return last.name, *last.grid, *last.block, last.shared, last.device, last.stream, *last.parameters()
 
@@ -94,7 +94,7 @@ def _received(stub: Stub) -> tuple[Any, ...]:
 def _check_parameters(
     kernel: str, signature: Mapping[str, str], named: Mapping[str, Any], received: list[bytes]
 ) -> int:
-    """Compare the parameters of a launch one by one, and return how many are tensor maps."""
+    """Compare the parameters of a launch on the stub one by one, and return how many are tensor maps."""
     place = maps = 0
 
     def take(name: str, size: int) -> bytes:
@@ -135,7 +135,7 @@ def _check_parameters(
 
 
 def _check_map(kernel: str, name: str, found: TensorMap, expected: TensorDescriptor) -> None:
-    """Compare a tensor map, whose dimensions are in reverse order, with the descriptor that it was made from."""
+    """Compare a tensor map that the stub received, with dimensions in reverse order, with its descriptor."""
     base: Any = expected.base
     rank, bytes_each = len(expected.shape), base.dtype.itemsize
     sizes = [last + 1 for last in found.last[:rank]][::-1]
@@ -150,7 +150,7 @@ def _check_map(kernel: str, name: str, found: TensorMap, expected: TensorDescrip
 
 
 def _check_alignment(kernel: str, attributes: Any, names: list[str], named: Mapping[str, Any]) -> None:
-    """Refuse a launch whose arguments are not as divisible as the compiled kernel assumes."""
+    """Refuse a launch on the stub whose arguments are not as divisible as the compiled kernel assumes."""
     for path, found in attributes.items():
         value = named.get(names[path[0]])
         number = value.data_ptr() if isinstance(value, torch.Tensor) else value
@@ -161,7 +161,7 @@ def _check_alignment(kernel: str, attributes: Any, names: list[str], named: Mapp
 
 @functools.cache
 def without_body(kernel: Any) -> Any:
-    """Return a kernel with the name and the parameters of ``kernel`` that does nothing.
+    """Return a kernel for the stub with the name and the parameters of ``kernel`` that does nothing.
 
     The launcher packs arguments by the kernel's signature, its configuration and the specialisation of its arguments;
     the body of the kernel does not matter for this. Without a body a kernel compiles in a tenth of the time, so that

@@ -81,7 +81,7 @@ def _forward(spec: OpSpec, call: Call) -> tuple[torch.Tensor, ...]:
 
 
 def _backward(results: tuple[torch.Tensor, ...], call: Call) -> None:
-    """Run the backward pass of a call from its results."""
+    """Run the backward pass of an op on the stub from its results."""
     if not call.grads:
         return
     inputs = [x for x in call.inputs.values() if x.requires_grad]

@@ -91,7 +91,7 @@ def shipped(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Walked:
 
 
 def odd(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES), *, only_quick: bool = False, whole_kernels: bool) -> Walked:
-    """Launch every case of every op in ``dtypes``, in its layout, forward and backward.
+    """Launch every case of every op on the stub in ``dtypes``, in its layout, forward and backward.
 
     Args:
         arch: compute capability, 90 for sm_90.
@@ -142,9 +142,7 @@ def _run(spec: OpSpec, call: Call) -> None:
 
 @contextlib.contextmanager
 def in_blocks() -> Iterator[None]:
-    """Send small batches of the contrastive loss through the kernels too; a CPU would compute all their logits
-    at once.
-    """
+    """Send small batches of the contrastive loss through the kernels on the stub too; a CPU computes them at once."""
     before, small_batch.MOST_LOGITS = small_batch.MOST_LOGITS, 0
     try:
         yield

@@ -54,7 +54,7 @@ SUITES = {spec.suite_name: _suite_of(spec) for spec in specs().values()} | {
 
 
 def build(suite: str, shape: Sizes, dtype: str, device: torch.device) -> Case:
-    """Make one case by the name of its suite.
+    """Make one benchmark case by the name of its suite.
 
     Raises:
         ValueError: no such suite or dtype, or sizes that the suite does not have or that are missing.

@@ -85,7 +85,7 @@ class OpenClipBatches(_Batches):
 
 @functools.cache
 def open_clip_data() -> Any:
-    """Return the module of OpenCLIP's trainer that reads data.
+    """Return the module of OpenCLIP's trainer that reads data, to benchmark it.
 
     Raises:
         MissingError: OpenCLIP's trainer is not installed.

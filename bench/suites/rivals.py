@@ -50,7 +50,7 @@ def _bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _liger_norm() -> AnyFunction:
-    """Return Liger's layer norm, after the residual addition in PyTorch."""
+    """Return Liger's layer norm as a benchmark candidate, after the residual addition in PyTorch."""
     function = peers.need("liger_kernel.ops.layer_norm", "liger-kernel").LigerLayerNormFunction
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:
@@ -63,7 +63,7 @@ def _liger_norm() -> AnyFunction:
 
 
 def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
-    """Return other implementations of attention on a packed projection."""
+    """Return benchmark candidates for attention on a packed projection."""
     heads, causal = options["num_heads"], options["causal"]
     return (
         *(Candidate(name, functools.partial(sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
@@ -72,7 +72,7 @@ def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
 
 
 def sdpa(backend: SDPBackend | None, heads: int, causal: bool) -> Function:
-    """Return attention by one backend of PyTorch's scaled_dot_product_attention, or by the one that it chooses."""
+    """Return PyTorch's scaled_dot_product_attention by one backend, or by its own choice, as a benchmark candidate."""
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute PyTorch's attention, a benchmark candidate."""
@@ -87,7 +87,7 @@ def sdpa(backend: SDPBackend | None, heads: int, causal: bool) -> Function:
 
 
 def _flash_attn(heads: int, causal: bool) -> Function:
-    """Return attention by the package flash-attn."""
+    """Return the attention of the package flash-attn as a benchmark candidate."""
     packed = peers.need("flash_attn", "flash-attn").flash_attn_qkvpacked_func
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,7 +103,7 @@ _least_memory = functools.partial(contrastive_loss, memory="min")
 
 
 def _open_clip() -> Function:
-    """Return OpenCLIP's contrastive loss."""
+    """Return OpenCLIP's contrastive loss as a benchmark candidate."""
     loss = peers.need("open_clip.loss", "open_clip_torch").ClipLoss()
     # The parameters of ClipLoss.forward have other names.
     return lambda image, text, logit_scale: loss(image, text, logit_scale)
@@ -122,7 +122,7 @@ def _two_sided(one_sided: Function) -> Function:
 
 
 def _memeff() -> Function:
-    """Return memeff's memory-efficient contrastive loss."""
+    """Return memeff's memory-efficient contrastive loss as a benchmark candidate."""
     module = peers.need("memeff", "memeff")
 
     def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:  # noqa: ARG001
@@ -134,12 +134,12 @@ def _memeff() -> Function:
 
 
 def _cut_cross_entropy() -> Function:
-    """Return the contrastive loss from the package cut-cross-entropy."""
+    """Return the contrastive loss of the package cut-cross-entropy as a benchmark candidate."""
     return _two_sided(peers.need("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy)
 
 
 def _liger() -> Function:
-    """Return the contrastive loss from Liger's fused linear cross-entropy."""
+    """Return the contrastive loss from Liger's fused linear cross-entropy as a benchmark candidate."""
     function = peers.need("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel")
 
     return _two_sided(lambda *args: function.LigerFusedLinearCrossEntropyFunction.apply(*args)[0])
@@ -152,7 +152,7 @@ def _open_siglip() -> Function:
 
 
 def _siglip_kernel() -> Function:
-    """Return the sigmoid loss of the package siglip-kernel."""
+    """Return the sigmoid loss of the package siglip-kernel as a benchmark candidate."""
     loss = peers.need("siglip_kernel", "siglip-kernel").fused_siglip_loss
     return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale.log(), logit_bias)
 

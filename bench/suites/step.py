@@ -195,13 +195,13 @@ class MeasuredStep:
 
 
 def step_flops(name: str, pairs: int) -> float:
-    """Return the model FLOPs of a training step of the published model ``name`` on ``pairs`` pairs."""
+    """Return the model FLOPs of a benchmarked training step of the published model ``name`` on ``pairs`` pairs."""
     flops, embed_dim = forward_flops(name)
     return 3.0 * pairs * flops + 6.0 * pairs**2 * embed_dim
 
 
 def step_floor_flops(name: str, pairs: int) -> float:
-    """Return the least FLOPs of our own training step.
+    """Return the least FLOPs of our own training step, to which the benchmark compares its time.
 
     The count includes all rows of the last block, although a step does not need all of them. So a step may seem to come
     closer to this floor than is possible.
@@ -214,7 +214,7 @@ def step_floor_flops(name: str, pairs: int) -> float:
 
 @functools.cache
 def forward_flops(name: str, *, published: bool = True) -> tuple[float, int]:
-    """Return the FLOPs of one pair through both towers of the model ``name``, and the number of features.
+    """Return the FLOPs of one pair through both towers of the benchmarked model ``name``, and the number of features.
 
     ``published`` counts the attention pool of a ResNet as published: the queries, keys and values of all positions.
     """

@@ -122,7 +122,7 @@ def takes(attn: Any) -> bool:
 def block_attention(
     module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the attention of a block of any family: [B, N, E] -> [B, N, E], and None for the weights."""
+    """Compute the attention of a patched block of any family of transformers: [B, N, E] -> [B, N, E], and None."""
     seqlens = kwargs.pop(SEQLENS, None)
     is_known = asks_nothing(kwargs.get(name) for name in _OTHER_ARGUMENTS)
     is_known = is_known and (attention_mask is None or seqlens is not None) and hidden_states.ndim == 3
@@ -168,7 +168,7 @@ def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Te
 
 
 def _is_projection(attn: Any) -> bool:
-    """Return True if ``attn`` is PyTorch attention without hooks or adapters, which our function would not call."""
+    """Return True if ``attn`` is PyTorch attention in a model of transformers, without hooks or adapters."""
     is_theirs = type(attn) is nn.MultiheadAttention and is_untouched(attn) and not has_hooks(attn.out_proj)
     is_linear = type(attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
     is_plain_projection = attn.in_proj_bias is not None and attn.bias_k is None and not drops(attn, attn.dropout)
@@ -199,7 +199,7 @@ def seen_by_mask(mask: Tensor, causal: bool) -> Tensor | None:
 
 
 def seen_by_padding(mask: Tensor | None) -> tuple[bool, Tensor | None]:
-    """Return whether a 2D mask hides only padding at the end, and the number of visible tokens of each sequence.
+    """Return whether transformers' 2D mask hides only padding at the end, and the visible tokens of each sequence.
 
     Args:
         mask: [B, N], not zero for visible tokens; None if all are visible.
@@ -224,7 +224,7 @@ def _mask_of(seqlens: Tensor, length: int, causal: bool) -> Tensor:
 
 
 def _leading(seqlens: Tensor, length: int) -> Tensor:
-    """Return a mask [B, length] that is True for the first ``seqlens[b]`` tokens of each sequence b."""
+    """Return transformers' mask [B, length] that is True for the first ``seqlens[b]`` tokens of each sequence b."""
     return torch.arange(length, device=seqlens.device) < seqlens[:, None]
 
 
@@ -247,7 +247,7 @@ def encoder(module: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = 
 def _run_layers(
     layers: Iterable[Any], x: Tensor, attention_mask: Tensor | None, seqlens: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    """Run the blocks of an encoder on tokens [B, N, E]; our blocks get the number of visible tokens [B]."""
+    """Run the blocks of transformers' encoder on tokens [B, N, E]; our blocks get the number of visible tokens [B]."""
     if seqlens is not None and attention_mask is None and is_left(x):
         attention_mask, seqlens = _mask_of(seqlens, x.shape[1], bool(kwargs.get("is_causal"))), None
     for layer in layers:
@@ -257,7 +257,7 @@ def _run_layers(
 
 
 def _is_ours(layer: Any) -> bool:
-    """Return True if ``layer`` is a block whose attention runs on our kernel."""
+    """Return True if transformers' ``layer`` is a block whose attention runs on our kernel."""
     return part_of(layer)[1] == "EncoderLayer" and takes(layer.self_attn)
 
 
@@ -275,7 +275,7 @@ def _layer(layer: Any, x: Tensor, attention_mask: Tensor | None, **kwargs: Any) 
 
 
 def mlp(module: Any, hidden_states: Tensor) -> Tensor:
-    """Compute the ``MLP`` of a block: [..., E] -> [..., E]."""
+    """Compute the ``MLP`` of a patched block of transformers: [..., E] -> [..., E]."""
     return module.fc2(linear_gelu(module.fc1, module.activation_fn, hidden_states))
 
 

@@ -48,7 +48,7 @@ def image_tokens(module: Any, pixel_values: Tensor, interpolate_pos_encoding: bo
 
 
 def _is_whole(module: Any, images: Tensor) -> bool:
-    """Return True if our patch embedding op can compute ``images`` with the tower's weights."""
+    """Return True if our patch embedding op can compute ``images`` with the weights of transformers' tower."""
     conv, positions, size = module.patch_embedding, module.position_embedding, module.image_size
     if not isinstance(images, Tensor) or not images.is_floating_point() or not computes(images):
         return False
@@ -77,7 +77,7 @@ def text_tokens(
 
 
 def _is_text(module: Any, text: Tensor) -> bool:
-    """Return True if our text embedding op can compute ``text`` with the tower's tables."""
+    """Return True if our text embedding op can compute ``text`` with the tables of transformers' tower."""
     if not _are_tables(module) or text.ndim != 2 or text.dtype not in (torch.int32, torch.int64):
         return False
     table, positions = module.token_embedding.weight, module.position_embedding.weight
@@ -137,7 +137,7 @@ def _ends(tower: Any, input_ids: Tensor) -> Tensor:
 
 
 def _computes(tower: Any) -> bool:
-    """Return True if our ops support the device and the dtype of the tower's weights."""
+    """Return True if our ops support the device and the dtype of the weights of transformers' tower."""
     return computes(tower.encoder.layers[-1].layer_norm1.weight) if len(tower.encoder.layers) else False
 
 

@@ -15,7 +15,7 @@ ROW = "one row, by clipfast.attention_pool"
 
 
 def why_not_row(block: Any, num_tokens: int, num_heads: int, is_known: Callable[[Any], bool]) -> str:
-    """Return the reason why the last block cannot compute a single row, or "" if it can.
+    """Return the reason why an adopted model's last block cannot compute a single row, or "" if it can.
 
     Args:
         block: the block.
@@ -33,7 +33,7 @@ def why_not_row(block: Any, num_tokens: int, num_heads: int, is_known: Callable[
 
 
 def last_row(x: Tensor, rows: Tensor | None, branch: Tensor, norm: Any, mlp: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compute row ``rows[b]`` of each sequence after a block, from its attention: [B, N, width] -> [B, width].
+    """Compute row ``rows[b]`` of each sequence after an adopted model's block, from its attention: -> [B, width].
 
     Args:
         x: the input of the block.

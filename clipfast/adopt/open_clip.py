@@ -130,7 +130,7 @@ def why_not_causal(tower: Any) -> str | None:
 
 
 def hides_padding(tower: Any) -> bool:
-    """Return True if a text tower adds a class token, or hides the padding of texts."""
+    """Return True if OpenCLIP's text tower adds a class token, or hides the padding of texts."""
     return getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False)
 
 
@@ -170,7 +170,7 @@ def _is_corner(part: Tensor, mask: Tensor) -> bool:
 
 
 def _is_still_causal(owner: Any, mask: Tensor) -> bool:
-    """Check the values of the mask, once for each version of the tensor, since reading them waits for the GPU."""
+    """Check the values of an OpenCLIP mask once for each version, since reading them waits for the GPU."""
     version = 0 if mask.is_inference() else mask._version
     known = owner.__dict__.get(SEEN)
     if known is None or known[0] is not mask or known[1] != version:

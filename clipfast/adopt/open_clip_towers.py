@@ -120,7 +120,7 @@ def image_tokens(tower: Any, images: Tensor) -> Tensor:
 
 
 def _grid(tower: Any, images: Tensor) -> tuple[int, int] | None:
-    """Return the rows and columns of patches of ``images``; None if our patch embedding op cannot compute them."""
+    """Return the rows and columns of patches of ``images``; None if our op cannot embed them for OpenCLIP's tower."""
     if images.ndim != 4 or not is_projection(tower.conv1) or not computes(images):
         return None
     is_bytes = images.dtype == torch.uint8 and hasattr(tower, "image_mean") and hasattr(tower, "image_std")
@@ -219,7 +219,7 @@ def encode_text(
 def _text_features(
     tower: Any, x: Tensor, text: Tensor, mask: Tensor | None, pool_type: str, eos: int | None, pools: bool
 ) -> Tensor:
-    """Return the projection of the row that is read of each text: [B, L, width] -> [B, output_dim]; or of all rows."""
+    """Return OpenCLIP's projection of the row that is read of each text: -> [B, output_dim]; or of all rows."""
     causal = is_causal(mask, tower)
     can_pool = pools and pool_type in _POOLS and (causal or mask is None) and not has_hooks(tower.ln_final)
     if can_pool and computes(x) and not _why_not_row(tower.transformer, x.shape[1]):

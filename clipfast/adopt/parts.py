@@ -96,7 +96,7 @@ def multihead_attention(
 
 
 def drops(module: nn.Module, probability: float) -> bool:
-    """Return True if attention applies dropout in its current mode."""
+    """Return True if attention of an adopted model applies dropout in its current mode."""
     return module.training and probability > 0
 
 
@@ -106,7 +106,7 @@ def project_out(module: Any, out: Tensor) -> Tensor:
 
 
 def project_apart(module: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries [B, H, M, D] of ``x``, and keys and values [B, H, N, D] of ``context``.
+    """Return queries [B, H, M, D] and keys and values [B, H, N, D] of an adopted model's cross-attention.
 
     The weights of ``module`` have the names of ``nn.MultiheadAttention``: one tensor, or one each where widths differ.
     """
@@ -122,12 +122,12 @@ def project_apart(module: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tens
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    """Return queries, keys and values [B, H, N, D] of a packed projection [B, N, 3 H D]."""
+    """Return an adopted model's queries, keys and values [B, H, N, D] of a packed projection [B, N, 3 H D]."""
     return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def heads_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_causal: bool) -> Tensor:
-    """Compute attention of [B, H, M, D] on [B, H, N, D]: [B, M, H D]."""
+    """Compute an adopted model's attention of [B, H, M, D] on [B, H, N, D]: [B, M, H D]."""
     # Under autocast, norms of queries and keys may have float32 where the values have 16 bits.
     q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
     return attention_qkv(q, k, v, causal=is_causal, scale=scale).flatten(2)
@@ -176,7 +176,7 @@ NORMS = {
 
 
 def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return ``x + branch`` and ``norm(x + branch)``, [..., N] each, in one pass where ``norm`` is ours and plain.
+    """Return an adopted model's ``x + branch`` and ``norm(x + branch)``, [..., N] each, in one pass if it can.
 
     Under autocast, the norm has the dtype of the branch, to which the next linear layer would round it anyway.
     """
@@ -221,7 +221,7 @@ def _is_by_tanh(act: nn.Module) -> bool:
 
 
 def _gelu_of(act: nn.Module) -> Any:
-    """Return the op that computes the activation ``act`` of x + bias, or None if there is no such op."""
+    """Return the op that computes an adopted model's activation ``act`` of x + bias, or None."""
     return None if _is_by_tanh(act) else GELUS.get(class_name(act))
 
 
@@ -241,7 +241,7 @@ NO_PROJECTION = "its convolution has a hook, or is not a projection of square pa
 
 
 def is_projection(conv: Any) -> bool:
-    """Return True if ``conv`` only projects square patches, which our patch embedding op can do."""
+    """Return True if an adopted model's ``conv`` only projects square patches, which our patch embedding op can do."""
     if not is_plain(conv, nn.Conv2d) or conv.bias is not None or conv.groups != 1 or conv.padding not in ((0, 0), 0):
         return False
     height, width = conv.kernel_size
@@ -249,7 +249,7 @@ def is_projection(conv: Any) -> bool:
 
 
 def is_table(table: Any) -> bool:
-    """Return True if ``table`` is a plain look-up, which our text embedding op can do."""
+    """Return True if an adopted model's ``table`` is a plain look-up, which our text embedding op can do."""
     options = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
     values = [getattr(table, name, None) for name in options]
     # Identity, not truth: a padding_idx of 0 is set, although 0 is false.

@@ -116,7 +116,7 @@ class Replacement:
             setattr(self, name, value)
 
     def _is_left(self, values: tuple[Any, ...]) -> bool:
-        """Return True if the original is faster here, or if torch.fx traces, which can follow the original only."""
+        """Return True if a replaced method's original is faster here, or alone can be traced by torch.fx."""
         for value in values:
             if isinstance(value, torch.fx.Proxy):
                 return True
@@ -281,7 +281,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def computes(x: Tensor) -> bool:
-    """Return True if our ops take ``x`` where it is: float64 is for CPUs only, and a traced graph cannot hold them."""
+    """Return True if an adopted model's ``x`` suits our ops: no float64 on a GPU, and no traced graph."""
     if x.is_nested or torch._C._get_tracing_state() is not None:
         return False
     return x.device.type == "cpu" or (x.device.type == "cuda" and x.dtype != torch.float64)

@@ -81,7 +81,7 @@ def _place(name: str) -> str:
 
 
 def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:
-    """Return the kernel on which a module runs now, since a hook or adapter that was added later may change it."""
+    """Return the kernel on which a patched module runs now, since a later hook or adapter may change it."""
     if place.method is None:
         return f"{BEFORE}{place.text}"
     module = modules.get(place.module)

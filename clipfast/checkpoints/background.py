@@ -112,7 +112,7 @@ class HostCopy:
         return DeviceMesh.from_group(self._world.hosts, "cpu")
 
     def _cut(self, part: Tensor, like: Tensor) -> Tensor:
-        """Return a sharded tensor in host memory whose shards match those of the device tensor ``like``."""
+        """Return a checkpoint's sharded tensor in host memory, with shards like those of the device tensor ``like``."""
         from torch.distributed.tensor import DTensor
 
         own: Any = like

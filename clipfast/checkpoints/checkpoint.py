@@ -106,7 +106,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path, mmap: bool) -> Any:
-    """Read a file of ``torch.save``, and compare the checksums in it, which PyTorch itself ignores."""
+    """Read a checkpoint of ``torch.save``, and compare the checksums in it, which PyTorch itself ignores."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with path.open("rb") as file:
@@ -115,7 +115,7 @@ def _read_pickle(path: Path, mmap: bool) -> Any:
 
 
 def check_archive(file: IO[bytes], name: str | Path) -> None:
-    """Verify the checksums in a file of ``torch.save``, and refuse one that expands to far more bytes than it has."""
+    """Verify the checksums in a checkpoint of ``torch.save``, and refuse one that expands to far more bytes."""
     with zipfile.ZipFile(file) as archive:
         packed, unpacked = file.seek(0, os.SEEK_END), sum(entry.file_size for entry in archive.infolist())
         if unpacked > MAX_UNPACKED + 2 * packed:  # PyTorch compresses only code
@@ -137,7 +137,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without the prefixes that wrappers such as DistributedDataParallel add to every name.
+    """Return a checkpoint's state dict without the prefixes that DistributedDataParallel and others add to every name.
 
     OpenCLIP's models with ``custom_text`` have a prefix for their text tower. It is removed too, except for SigLIP,
     whose own names have it. Frozen BatchNorm has no count of batches; a count of 0 is added, since a new model has the
@@ -152,7 +152,7 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_siglip_state(names: Iterable[str]) -> bool:
-    """Return whether a state dict has the names of a SigLIP model, or of another model with an image tower of timm."""
+    """Return whether a checkpoint has the names of a SigLIP model, or of another model with an image tower of timm."""
     return any(name.startswith(TRUNK_PREFIX) for name in names)
 
 
@@ -323,7 +323,7 @@ def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preprocessing_of(model: CLIP) -> dict[str, Any]:
-    """Return the preprocessing settings of a model by OpenCLIP's names: mean, std, interpolation and resize_mode."""
+    """Return the preprocessing settings that a checkpoint of the model states, by OpenCLIP's names."""
     visual: Any = model.visual
     given = {"mean": list(visual.image_mean), "std": list(visual.image_std), "resize_mode": visual.resize_mode}
     return complete_preprocessing(given | {"interpolation": getattr(visual, "preprocess_cfg", {}).get("interpolation")})

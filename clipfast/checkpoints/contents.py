@@ -48,7 +48,7 @@ class Contents:
 
     @property
     def settled_config(self) -> CLIPConfig:
-        """The configuration of the model, after :func:`resolve` has determined it."""
+        """The configuration of a checkpoint's model, after :func:`resolve` has determined it."""
         assert self.config is not None
         return self.config
 
@@ -90,13 +90,13 @@ def find_tokenizer(folder: Path) -> tuple[Path, ...]:
 
 
 def copy_tokenizer(folder: Path, found: Sequence[Path]) -> None:
-    """Copy the tokenizer's files ``found`` into ``folder``."""
+    """Copy a checkpoint's tokenizer files ``found`` into ``folder``."""
     for file in found:
         shutil.copyfile(file, folder / file.name)
 
 
 def write_tokenizer(folder: Path, text: TextConfig) -> None:
-    """Write the files of CLIP's tokenizer for transformers, unless the model has another vocabulary."""
+    """Write the files of CLIP's tokenizer beside a checkpoint for transformers, unless the model has another one."""
     tokenizer = Tokenizer(text.context_length)
     if tokenizer.vocab_size != text.vocab_size:
         return

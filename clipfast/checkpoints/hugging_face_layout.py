@@ -53,7 +53,7 @@ class Layout:
 
 
 def _defaults(activation: str, eps: float, sizes: tuple[int, int, int, int], **others: Any) -> dict[str, Any]:
-    """Return transformers' settings of a tower with these sizes: width, MLP units, layers and heads."""
+    """Return transformers' settings of a tower with these sizes, for a checkpoint's configuration."""
     width, hidden, layers, heads = sizes
     return {
         "hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -150,7 +150,7 @@ def to_settings(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _tower(layout: Layout, tower: VisionConfig | TextConfig, activation: bool | str) -> dict[str, Any]:
-    """Return the settings of a tower in transformers' configuration."""
+    """Return a tower's settings in the configuration of a checkpoint of transformers."""
     word = next(word for word, ours in layout.activations.items() if ours == activation)
     sizes: Any = (tower.width, int(tower.width * tower.mlp_ratio), tower.layers, tower.heads)
     return _defaults(word, layout.eps, sizes, attention_dropout=0.0)
@@ -194,14 +194,14 @@ def from_settings(raw: Mapping[str, Any], source: Path) -> CLIPConfig:
 
 
 def _settings(raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings of a tower in transformers' configuration; the second of their two keys takes precedence."""
+    """Return all settings of a tower in a checkpoint of transformers; the second of their two keys takes precedence."""
     settings = {**defaults, **(raw.get(f"{name}_config") or {})}
     again = raw.get(f"{name}_config_dict")
     return settings if again is None else {**settings, **defaults, **again}
 
 
 def _check(layout: Layout, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
-    """Refuse settings of transformers that clipfast's models do not implement.
+    """Refuse a checkpoint of transformers with settings that clipfast's models do not implement.
 
     Raises:
         ValueError: as above.
@@ -230,7 +230,7 @@ def _check(layout: Layout, text: Mapping[str, Any], vision: Mapping[str, Any]) -
 
 
 def _head_width(vision: Mapping[str, Any]) -> int:
-    """Return the head width of a tower from transformers' settings."""
+    """Return a tower's head width in a checkpoint of transformers."""
     width, heads = vision["hidden_size"], vision["num_attention_heads"]
     if width % heads:
         raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {width} and {heads}")
@@ -286,7 +286,7 @@ def _layout_of(names: Iterable[str]) -> Layout:
 
 
 def _theirs(layout: Layout, name: str) -> list[str]:
-    """Return transformers' names of one of our parameters: three for the packed attention projection, else one."""
+    """Return transformers' names of one of our parameters in a checkpoint: three for packed attention, else one."""
     match = _BLOCK.fullmatch(name)
     if match is None:
         return [_renamed(name, layout.names)]
@@ -300,7 +300,7 @@ def _theirs(layout: Layout, name: str) -> list[str]:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """Return the name that ``names`` gives to a parameter, or to the module whose weight or bias it is."""
+    """Return the name in a checkpoint of transformers that ``names`` gives to a parameter or its module."""
     if name in names:
         return names[name]
     module, _, kind = name.rpartition(".")

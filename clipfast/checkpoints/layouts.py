@@ -107,7 +107,7 @@ def fetch_folder(
 
 
 def fetch_tokenizer(repository: str, commit: str, cache_dir: str | Path | None = None) -> None:
-    """Download the files of a tokenizer that a commit of the repository has into its folder in the cache."""
+    """Download the tokenizer files that a commit of a model's repository has into the hub's cache."""
     for name in TOKENIZER_FILES:
         with contextlib.suppress(HubError):
             fetch(repository, name, cache_dir=cache_dir, revision=commit)

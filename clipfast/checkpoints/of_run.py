@@ -70,7 +70,7 @@ class Checkpoints:
         return self.folder / f"step_{step}.pt"
 
     def steps(self) -> dict[int, Path]:
-        """Return the paths of all ``step_N.pt`` and ``step_N`` by their steps, the last step first."""
+        """Return the paths of a run's checkpoints ``step_N.pt`` and ``step_N`` by their steps, the last step first."""
         return _numbered(self.folder, STEP)
 
     def kept(self) -> list[Path]:
@@ -197,7 +197,7 @@ class Checkpoints:
             self.after_save()
 
     def _refuse_another(self) -> None:
-        """Refuse to write into a folder that no longer belongs to this run.
+        """Refuse to write checkpoints into a folder that no longer belongs to this run.
 
         Raises:
             OSError: the run's folder was renamed or removed.

@@ -101,7 +101,7 @@ def _layout(checkpoint: Mapping[str, Any], path: Path, is_own: bool) -> str:
 
 
 def _training_step(checkpoint: Mapping[str, Any]) -> int | None:
-    """Return the number of finished steps: clipfast's own, or the count of the optimizer."""
+    """Return the number of finished steps of a training checkpoint: clipfast's own, or the count of the optimizer."""
     wrong = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
     with contextlib.suppress(*wrong):
         return int(checkpoint["clipfast"]["progress"]["step"])
@@ -111,7 +111,7 @@ def _training_step(checkpoint: Mapping[str, Any]) -> int | None:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Return whether a file is a TorchScript archive, without running or unpickling any of it."""
+    """Return whether a checkpoint is a TorchScript archive, without running or unpickling any of it."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

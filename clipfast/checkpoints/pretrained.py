@@ -66,7 +66,7 @@ def list_pretrained(as_str: bool = False) -> list[tuple[str, str]] | list[str]:
 
 
 def list_pretrained_tags_by_model(model: str) -> list[str]:
-    """Return the tags of a model; an empty list if there are none."""
+    """Return the tags of a model's published weights; an empty list if there are none."""
     return list(_known().get(model.replace("/", "-"), {}))
 
 

@@ -195,7 +195,7 @@ def activation_flag(config: CLIPConfig) -> str:
 
 
 def _sized(config: CLIPConfig, image_size: int, context_length: int) -> CLIPConfig:
-    """Return ``config`` with another image size and another context length."""
+    """Return a checkpoint's ``config`` with another image size and another context length."""
     text = dataclasses.replace(config.text, context_length=context_length)
     return dataclasses.replace(config.with_vision(image_size=image_size), text=text)
 
@@ -213,7 +213,7 @@ def _wanted(what: str, flag: str, stored: int, configured: int, wished: int | No
 def _resized(
     state: Mapping[str, Tensor], stored: CLIPConfig, image_size: int, context_length: int
 ) -> dict[str, Tensor]:
-    """Return ``state`` with its positions resized as OpenCLIP resizes them."""
+    """Return a checkpoint's ``state`` with its positions resized as OpenCLIP resizes them."""
     result = dict(state)
     name, vision = positions_name(state), stored.vision
     if image_size != vision.image_size and name is not None:

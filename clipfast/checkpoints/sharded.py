@@ -78,7 +78,7 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
 
 
 def _written(folder: Path, content: dict[str, Any], world: World) -> "dict[str, dict[str, Any]] | OSError":
-    """Write the part of this rank, and return the size and SHA-256 of each of its files, or the error that was met."""
+    """Write this rank's part of a sharded checkpoint, and return size and SHA-256 of its files, or the error."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 

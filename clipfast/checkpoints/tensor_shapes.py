@@ -100,7 +100,7 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 
 def stored_sizes(state: Mapping[str, Tensor], config: CLIPConfig) -> tuple[int, int]:
-    """Return the image size and the context length for which ``state`` has positions.
+    """Return the image size and the context length for which a checkpoint's ``state`` has positions.
 
     They are taken from ``config`` if a tensor is missing or has a wrong shape, which the later check of shapes reports.
     """
@@ -132,7 +132,7 @@ def settled(config: CLIPConfig) -> CLIPConfig:
 
 
 def similar(config: SigLIPConfig) -> SigLIPConfig:
-    """Return the published configuration like ``config``; if only the activation differs, take over its tokenizer.
+    """Return the published configuration like a checkpoint's ``config``, perhaps with another activation.
 
     Transformers computes GELU by tanh in all its SigLIP models, and OpenCLIP exactly in some of them.
     """
@@ -144,7 +144,7 @@ def similar(config: SigLIPConfig) -> SigLIPConfig:
 
 
 def name_of(config: CLIPConfig) -> str | None:
-    """Return the name of the model with the configuration ``config``, or None."""
+    """Return the name of the published model whose configuration a checkpoint has, or None."""
     return next((name for name in models_of_shapes(config) if _hidden(get_model_config(name)) == _hidden(config)), None)
 
 

@@ -106,7 +106,7 @@ def _prefix(folder: Path, entries: Mapping[str, Any]) -> str:
 
 
 def read_tensor(folder: Path, name: str, entry: Any, places: Mapping[Any, Any]) -> tuple[Tensor, set[Path]]:
-    """Assemble a tensor from its DCP shards; return it with the files of the shards."""
+    """Assemble a checkpoint's tensor from its DCP shards; return it with the files of the shards."""
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     files = set()
@@ -132,7 +132,7 @@ def read_tensor(folder: Path, name: str, entry: Any, places: Mapping[Any, Any]) 
 
 
 def _read_slice(folder: Path, place: Any) -> Any:
-    """Read a DCP shard or value, which ``torch.save`` wrote into a part of a file, and verify its checksums.
+    """Read a checkpoint's DCP shard or value, which ``torch.save`` wrote into a part of a file; verify its checksums.
 
     Raises:
         ValueError: the file is in another folder, or the part is damaged, has another format, or could run code.
@@ -152,7 +152,7 @@ def _read_slice(folder: Path, place: Any) -> Any:
 
 
 def _read_number(folder: Path, metadata: Any, name: str) -> int | None:
-    """Return the integer (such as the step) that a DCP folder stores under ``name`` at any depth; None without one."""
+    """Return the integer (such as the step) that a DCP checkpoint stores under ``name`` at any depth, or None."""
     found = [index for index in metadata.storage_data if index.fqn == name or index.fqn.endswith(f".{name}")]
     found = [index for index in found if not hasattr(metadata.state_dict_metadata.get(index.fqn), "chunks")]
     if len(found) != 1:

@@ -76,7 +76,7 @@ def desk_of(args: argparse.Namespace) -> Desk:
 
 
 def _pictures(about: Mapping[str, Any]) -> Pictures:
-    """Return the pictures of the source that was embedded; print the reason if they cannot be shown."""
+    """Return the pictures that ``clipfast app`` shows; print the reason if they cannot be shown."""
     from ..search.app import Pictures
 
     try:

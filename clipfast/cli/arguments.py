@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggestion}")
 
     def format_help(self) -> str:
-        """Return the help, which ends with the exit codes."""
+        """Return the help of a command, which ends with the exit codes."""
         text = super().format_help()
         codes = "exit code: 0 done, 2 an error, which is one line on stderr, 130 interrupted\n"
         return text if "exit code" in text.lower() else f"{text}\n{codes}"
@@ -75,7 +75,7 @@ class Output(argparse.Action):
         namespace.outputs = getattr(namespace, "outputs", {}) | {self.dest: (self, path)}
 
     def check(self, path: Path, inputs: Iterable[Path], *, overwrites: bool) -> None:
-        """Refuse an output path that cannot be written, exists, is an input, or is in a folder that is an input.
+        """Refuse a command's output path that cannot be written, exists, is an input, or is in an input's folder.
 
         Raises:
             ValueError: the path is refused.

@@ -87,7 +87,7 @@ def _item(kind: Any, one: dict[str, Any]) -> Any:
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the text table of the pictures with their labels and probabilities."""
+    """Return the text table of ``clipfast classify``: the pictures with their labels and probabilities."""
     from ..io.text import align
 
     rows = [["picture", "label", "probability"]]

@@ -150,7 +150,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _items(pictures: Pictures, found: Clusters, clusters: list[dict[str, Any]]) -> Iterator[Item]:
-    """Yield the pictures of each cluster that are nearest to its centre, for the page."""
+    """Yield the pictures of each cluster that are nearest to its centre, for the page of ``clipfast cluster``."""
     for one in clusters:
         label = f": {one['name']}" if one["name"] else ""
         name = f"cluster {one['cluster']}{label} ({one['size']:,} in all)"
@@ -159,7 +159,7 @@ def _items(pictures: Pictures, found: Clusters, clusters: list[dict[str, Any]]) 
 
 
 def _write(path: Path, embeddings: Embeddings, found: Clusters) -> None:
-    """Write a table with number, key, cluster and similarity of each item of an embedded folder."""
+    """Write the table of ``clipfast cluster``: number, key, cluster and similarity of each item."""
     import pyarrow
     from pyarrow import parquet
 

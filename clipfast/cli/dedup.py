@@ -104,7 +104,7 @@ def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
 
 
 def _rows(group: Group) -> list[tuple[int, int, float, str]]:
-    """Return rows (kept item, item, similarity, reason to keep it or ""), each kept item before its duplicates."""
+    """Return the rows of ``clipfast dedup``: kept item, item, similarity, and the reason to keep it or ""."""
     rows = {kept: [(kept, kept, 1.0, why)] for kept, why in zip(group.kept, group.why, strict=True)}
     for place, of, similarity in zip(group.dropped, group.of, group.similarity, strict=True):
         rows[of].append((of, place, similarity, ""))
@@ -112,7 +112,7 @@ def _rows(group: Group) -> list[tuple[int, int, float, str]]:
 
 
 def _write(path: Path, embeddings: Embeddings, groups: list[Group]) -> None:
-    """Write the table of duplicates, a line for each item of each group."""
+    """Write the table of ``clipfast dedup``, a line for each item of each group of duplicates."""
     from ..search.embeddings import NAMES, row_of
 
     lines: list[list[object]] = [["group", "kept", "similarity", "of", "why", "place", *NAMES]]

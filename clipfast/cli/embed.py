@@ -126,7 +126,7 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
 
 
 def _workers(args: argparse.Namespace, work: Work, world: World) -> int:
-    """Return the number of data workers; by default, their batches may fill at most half of the shared memory."""
+    """Return the number of data workers of ``clipfast embed``; by default, batches fill half of the shared memory."""
     if args.workers is not None:
         return int(args.workers)
     from ..data import PREFETCH
@@ -158,7 +158,7 @@ def _held(folder: Path, world: World) -> Iterator[None]:
 
 
 def _bar(work: Work, numbers: Sequence[int], world: World) -> contextlib.AbstractContextManager[Advance]:
-    """Show the progress of embedding: samples of this process, samples per second, and the remaining time."""
+    """Show the progress of ``clipfast embed``: samples of this process, samples per second, and the remaining time."""
     total = sum(len(work.parts[number]) for number in numbers)
     unit = "images" if work.samples.images else "texts"
     return progress(total, unit, unit, shown=world.is_main)

@@ -195,7 +195,7 @@ def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, w
 
 
 def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str, str]]:
-    """Return name and weights of each model to evaluate; the weights are "" if the name implies them.
+    """Return name and weights of each model that ``clipfast eval`` evaluates; weights are "" if the name implies them.
 
     Args:
         given: names of models, or NAME,TAG.
@@ -300,7 +300,7 @@ def write_results(
 
 
 def read_templates(name: str) -> tuple[str, ...]:
-    """Return the prompt templates that ``name`` stands for, which may be a file.
+    """Return the prompt templates for ``clipfast eval`` that ``name`` stands for, which may be a file.
 
     Raises:
         ValueError: there is no such file, it is empty, or a template has no place for the class name.
@@ -317,7 +317,7 @@ def read_templates(name: str) -> tuple[str, ...]:
 
 
 def read_classnames(name: str | None) -> tuple[str, ...] | None:
-    """Return the class names that ``name`` stands for, which may be a file; None means the labels of the data.
+    """Return the class names for ``clipfast eval`` that ``name`` stands for, a file too; None means the data's labels.
 
     Raises:
         ValueError: there is no such file, or it is empty.

@@ -89,7 +89,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def best_share(scores: Tensor, top: float) -> Tensor:
-    """Select the pairs with the highest scores, a share of all, rounded up; return bool [N], True for kept pairs.
+    """Select for ``clipfast filter`` a share of all pairs, those of the highest scores, rounded up: bool [N].
 
     Among equal scores, the first pairs are kept.
     """
@@ -126,7 +126,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _items(pictures: Pictures, scores: Tensor, kept: Tensor) -> Iterator[Item]:
-    """Yield pairs for the page: the highest scores, the last kept, the first dropped, and the lowest scores."""
+    """Yield pairs for the page of ``clipfast filter``: the highest scores, those beside the limit, the lowest."""
     order = scores.sort(descending=True, stable=True).indices
     inside, outside = order[kept[order]].tolist(), order[~kept[order]].tolist()
     parts = {
@@ -152,7 +152,7 @@ def _write_shards(folder: Path, pictures: Pictures, embeddings: Embeddings, kept
 
 
 def _plot(path: Path, scores: Tensor, results: dict[str, Any]) -> None:
-    """Draw a histogram of the scores, with a line at the lowest kept score."""
+    """Draw the histogram of scores of ``clipfast filter``, with a line at the lowest kept score."""
     from matplotlib.figure import Figure
 
     from ..io.files import save_figure

@@ -114,7 +114,7 @@ def _line(*words: str) -> str:
 
 
 def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:
-    """Parse the alpha and the folder of ``--save``.
+    """Parse the alpha and the folder of ``clipfast interpolate --save``.
 
     Raises:
         ValueError: the alpha is not a number.

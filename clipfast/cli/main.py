@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete() -> None:
-    """If a shell asks for completions of a word, answer by argcomplete, if it is installed, and end."""
+    """Answer by argcomplete if a shell asks for completions of a ``clipfast`` command, and end."""
     if "_ARGCOMPLETE" in os.environ:
         with contextlib.suppress(ImportError):
             import argcomplete
@@ -87,7 +87,7 @@ def _complete() -> None:
 
 
 def _exit_at_once(code: int) -> NoReturn:
-    """End the process without Python's cleanup, which aborts if a thread is in C++ code, such as in a write."""
+    """End the ``clipfast`` process without Python's cleanup, which aborts if a thread is in C++ code."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(code)

@@ -212,7 +212,7 @@ def _rates(problem: "Problem", cluster: "Cluster") -> str:
 
 
 def _cell(name: str, value: Any) -> str:
-    """Format a figure of the plan as the cell of a table."""
+    """Format a figure of ``clipfast plan`` as the cell of a table."""
     if name == "sent by collective":
         return f"{scaled(value['bytes'], BYTES)} in {value['messages']:,} messages"
     if isinstance(value, bool):
@@ -285,7 +285,7 @@ def fit_table(rows: list[dict[str, Any]]) -> str:
 
 
 def fit_cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells of a row in the table of ``--fit``, from the model to the utilisation."""
+    """Return the cells of a row in the table of ``clipfast plan --fit``, from the model to the utilisation."""
     names = [row["model"], row["parallel"].replace("fsdp", "fsdp2"), row["checkpointing"]]
     if not row["fits"]:
         return [*names, "none fits", *[""] * 5]

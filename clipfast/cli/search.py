@@ -185,7 +185,7 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the text table of the items that were found for each query of a search."""
+    """Return the text table of ``clipfast search``: the items that were found for each query."""
     from ..io.text import align, printable, without_empty
 
     parts = []

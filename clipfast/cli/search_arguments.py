@@ -40,7 +40,7 @@ def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
 
 
 def check_pictures(paths: Iterable[Path]) -> None:
-    """Refuse paths of query pictures that are not files, before the model is loaded.
+    """Refuse query pictures of a search command that are not files, before the model is loaded.
 
     Raises:
         ValueError: a path is a folder, or does not exist.
@@ -108,7 +108,7 @@ class Pictures:
             self.samples = Samples.of(embeddings.about)
 
     def item(self, place: int, score: float | None = None, group: str = "", mark: str = "", **more: Any) -> Item:
-        """Return an embedded item to show, with its picture if it can be read; ``more`` precedes its metadata."""
+        """Return an embedded item for a search command's page, with its picture if it can be read."""
         from ..search.embeddings import NAMES, row_of
         from ..search.gallery import Item
 

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plot_runs(histories: Sequence["History"], path: Path) -> None:
-    """Plot loss, learning rate, logit scale, speed, waiting times and evaluations of training runs for comparison."""
+    """Plot loss, learning rate, logit scale, speed, waiting times and evaluations of runs for ``clipfast status``."""
     from matplotlib.figure import Figure
 
     from ..io.files import save_figure

@@ -138,7 +138,7 @@ def _run_folder(options: dict[str, Any]) -> Path:
 
 
 def _restore(config: TrainConfig) -> list[str]:
-    """Download a run's newest checkpoint from ``--remote-sync`` if it is newer than the local ones; return notes."""
+    """Download the newest checkpoint from ``clipfast train --remote-sync`` if it is newer than the local ones."""
     from ..runs.folder import RunFolder
     from ..train.remote_sync import RemoteCopy
 
@@ -195,14 +195,14 @@ def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
 
 
 def _is_in_parts(folder: Path) -> bool:
-    """Return True for the folder of a checkpoint in parts, and False for the folder of a run."""
+    """Return True if ``clipfast train`` resumes from a folder of a checkpoint in parts, not from a run's."""
     from ..checkpoints.of_run import STEP
 
     return STEP.fullmatch(folder.resolve().name) is not None and not (folder / "checkpoints").exists()
 
 
 def _is_in_run(checkpoint: Path) -> bool:
-    """Return True if a checkpoint is among the checkpoints in the folder of a run."""
+    """Return True if the checkpoint from which ``clipfast train`` resumes is in the folder of a run."""
     return checkpoint.resolve().parent.name == "checkpoints"
 
 

@@ -94,7 +94,7 @@ def _copy_footer(file: IO[bytes], target: IO[bytes]) -> None:
 
 
 def _ask(file: IO[bytes], request: dict[str, Any], target: Writable | None = None) -> Any:
-    """Send a request to the reader process and return its answer. One thread at a time asks; errors end the reader."""
+    """Send a request to the process that reads Parquet and Arrow files, and return its answer."""
     global _reader
     with _lock:
         if _reader is not None and _reader.poll() is not None:  # something else ended the reader: no file is to blame
@@ -155,7 +155,7 @@ def _end() -> None:
 
 
 def _forget() -> None:
-    """Close this process's pipes to the reader, which ends when the last process has closed its pipes.
+    """Close this process's pipes to the reader of Parquet and Arrow files, which ends with its last pipe.
 
     A forked process takes no lock here: a thread that exists only in the parent might hold it.
     """
@@ -167,7 +167,7 @@ def _forget() -> None:
 
 
 def _after_fork() -> None:
-    """Forget the reader in a forked process, and make a new lock there."""
+    """Forget the reader of Parquet and Arrow files in a forked process, and make a new lock there."""
     global _lock
     _forget()
     _lock = threading.Lock()

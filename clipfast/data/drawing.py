@@ -63,11 +63,11 @@ class Drawings:
         return len(self.numbers)
 
     def pin_memory(self) -> Drawings:
-        """Return the drawings unchanged: their few bytes need no pinned memory."""
+        """Return the drawings of synthetic pairs unchanged: their few bytes need no pinned memory."""
         return self
 
     def on(self, device: torch.device) -> Tensor:
-        """Draw the pictures on ``device``: uint8, [B, 3, image_size, image_size]."""
+        """Draw the pictures of synthetic pairs on ``device``: uint8, [B, 3, image_size, image_size]."""
         size = self.image_size
         images = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=device)
         together = max((PIXELS_ON_GPU if device.type == "cuda" else PIXELS_ON_CPU) // size**2, 1)
@@ -145,7 +145,7 @@ def _coverage(distances: Tensor) -> Tensor:
 
 
 def _painted(numbers: Tensor, coverage: Tensor) -> Tensor:
-    """Blend the colours of shapes and backgrounds by the coverage of each pixel: uint8 [B, 3, S, S]."""
+    """Blend the colours of drawn shapes and backgrounds by the coverage of each pixel: uint8 [B, 3, S, S]."""
     size = coverage.shape[-1]
     colour, background, frame = (
         numbers[:, columns, None, None].to(torch.int16)

@@ -98,7 +98,7 @@ def folder_stamp(folder: str) -> str:
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield ``root`` and all folders in it: the path relative to ``root``, and the names of the files."""
+    """Yield a folder of images and all folders in it: the path relative to ``root``, and the names of the files."""
     pending, seen = [""], set[tuple[int, int]]()
     while pending:
         inside = pending.pop()

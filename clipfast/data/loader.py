@@ -56,7 +56,7 @@ class DeviceImages(Protocol):
     def __len__(self) -> int: ...
 
     def pin_memory(self) -> DeviceImages:
-        """Return these images with all data for a GPU in pinned memory."""
+        """Return these images of a training batch with all data for a GPU in pinned memory."""
 
     def on(self, device: torch.device) -> Tensor:
         """Decode or draw the images on ``device``: uint8, [B, 3, H, W]."""

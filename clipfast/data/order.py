@@ -41,7 +41,7 @@ def random_words(count: int, *key: int) -> Words:
 
 
 def random_words_at(places: Words, *key: int) -> Words:
-    """Return the elements at ``places`` of the sequence that :func:`random_words` returns for ``key``."""
+    """Return the words at ``places`` of the sequence that :func:`random_words` returns for the order of samples."""
     state = np.zeros(1, np.uint64)
     for word in key:
         state = _mix(state ^ np.uint64(int(word) % (1 << 64)))
@@ -57,7 +57,7 @@ def _mix(words: Words) -> Words:
 
 
 def permutation(count: int, *key: int) -> Ints:
-    """Return a random permutation of ``range(count)`` that ``key`` determines."""
+    """Return a random permutation of ``range(count)`` that ``key`` determines, for the order of samples."""
     return np.argsort(random_words(count, *key), kind="stable").astype(np.int64)
 
 
@@ -153,7 +153,7 @@ class Order:
         return np.diff(self._cuts) * number // self.windows
 
     def _begin(self, number: int) -> int:
-        """Return the position at which a window begins within a pass."""
+        """Return the position at which a window of shuffled samples begins within a pass."""
         return int(self._takes(number).sum())
 
     def _window_at(self, position: int) -> int:

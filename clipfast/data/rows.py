@@ -206,7 +206,7 @@ def _bytes(value: Any, folder: Path | None) -> bytes | None:
 
 
 def _file(path: Path) -> bytes | None:
-    """Read the image file that a cell names. Anything but a regular file, such as a device, counts as missing."""
+    """Read the image file that a cell of a Parquet or Arrow shard names; only a regular file counts."""
     try:
         return read_regular(path, MAX_MEMBER)
     except (OSError, ValueError):
@@ -247,7 +247,7 @@ def serve() -> None:
 
 
 def _answer(request: dict[str, Any]) -> list[Any]:
-    """Carry out a request to the reader process; return the kind of the answer and its content."""
+    """Carry out a request to read a Parquet or Arrow shard; return the kind of the answer and its content."""
     try:
         with open_regular(request["path"]) as file:
             if not request["rows"]:

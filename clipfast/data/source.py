@@ -51,7 +51,7 @@ class Source(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """The number of bytes that this process has read from the source."""
+        """The number of bytes that this process has read from a source of samples."""
 
     def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
         """Read an undecoded sample, with the files that it names and ``keys`` ask for.

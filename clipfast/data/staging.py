@@ -154,7 +154,7 @@ def copy_path(name: str, folder: Path) -> Path:
 
 
 def _lock(path: Path) -> Path:
-    """Return the path of the lock of a copy. Locks are never removed, and have a folder of their own."""
+    """Return the path of the lock of a shard's copy. Locks are never removed, and have a folder of their own."""
     return path.parent / LOCKS / path.name
 
 
@@ -189,7 +189,7 @@ def _stamp_or_none(name: str) -> str | None:
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Lock a file of the cache, so only one process at a time writes it. The system releases locks of ended processes.
+    """Lock a file of the shard cache, so only one process at a time writes it.
 
     Args:
         path: the file to write; the lock is a file beside it.

@@ -83,7 +83,7 @@ class _Lines(Iterator[str]):
         return line if self.count > 1 else line.removeprefix(BOM)
 
     def detach(self) -> None:
-        """Stop reading the lines of a table, and leave its file open for others."""
+        """Stop reading the lines of a CSV shard, and leave its file open for others."""
         self._text.detach()
 
 
@@ -103,7 +103,7 @@ class _Records:
         self.lengths.append(end - begin)
 
     def found(self, empty: str = "") -> tuple[Extents, dict[str, int]]:
-        """Return the result for ``Format.scan``; refuse a table without any record, for the reason ``empty``."""
+        """Return the result for ``Format.scan``; refuse a CSV or JSON Lines shard without any record."""
         if empty and not (self.begins or self.damage):
             raise ValueError(f"it is empty: {empty}")
         return extents(self.begins, self.lengths), self.damage
@@ -231,7 +231,7 @@ def _sample(name: str, data: bytes, record: dict[str, Any]) -> RawSample:
 
 
 def _scan_jsonl(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
-    """Return the extents of the lines of a JSON Lines file that are not empty.
+    """Return the extents of a shard's samples: the lines of a JSON Lines file that are not empty.
 
     Raises:
         ValueError: the first line is no JSON object, or a table has no line; empty folders are refused elsewhere.

@@ -140,7 +140,7 @@ def _text(field: bytes) -> str:
 def _member(
     file: BinaryIO, start: int, size: int, header: Header, *, with_data: bool
 ) -> tuple[Member | Damage | None, int]:
-    """Read the member whose headers begin at ``start``; return it, its damage or None for a folder, and its end.
+    """Read the tar member whose headers begin at ``start``; return it, its damage or None for a folder, and its end.
 
     Extended headers before the member's own header apply to it.
     """
@@ -178,7 +178,7 @@ def _member(
 
 
 def pax_records(data: bytes) -> dict[str, str]:
-    """Parse the records "length key=value" of a pax header, up to the first malformed one."""
+    """Parse the records "length key=value" of a pax header in a tar shard, up to the first malformed one."""
     records, at = dict[str, str](), 0
     while at < len(data):
         length, _, _ = data[at : at + MAX_DIGITS + 1].partition(b" ")
@@ -252,7 +252,7 @@ def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
     holes: list[Damage] = []
 
     def members() -> Iterator[Member]:
-        """Yield the members of the archive, and note its damaged parts."""
+        """Yield the members of a tar shard, and note its damaged parts."""
         for part in read_tar(file, os.fstat(file.fileno()).st_size):
             if isinstance(part, Member):
                 yield part
@@ -281,7 +281,7 @@ def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
     places = functools.cache(functools.partial(_places, descriptor))
 
     def content(member: Member, hops: int = MAX_HOPS) -> Member:
-        """Return a link as a member with the data of its target."""
+        """Return a link in a tar shard as a member with the data of its target."""
         if not member.link:
             return member
         extent = places().get(member.link)

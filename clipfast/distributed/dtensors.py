@@ -22,7 +22,7 @@ def to_local(tensor: Tensor) -> Tensor:
 
 
 def _part_of(value: Tensor, like: Any) -> Tensor:
-    """Return the part of the full tensor ``value`` that belongs to this process if it is sharded like ``like``."""
+    """Return the part of ``value`` that belongs to this rank if it is sharded like the DTensor ``like``."""
     if not is_dtensor(like):
         return value
     parts, rank = value.chunk(like.device_mesh.size()), like.device_mesh.get_local_rank()
@@ -30,7 +30,7 @@ def _part_of(value: Tensor, like: Any) -> Tensor:
 
 
 def distribute_like(value: Tensor, like: Any) -> Tensor:
-    """Shard the full tensor ``value`` like ``like``, which has the same shape, and put it on the same device."""
+    """Shard the full tensor ``value`` like the DTensor ``like`` of the same shape, and put it on the same device."""
     if not is_dtensor(like):
         return value
     from torch.distributed.tensor import DTensor

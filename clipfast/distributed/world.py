@@ -115,7 +115,7 @@ class World:
             self.watchdog.folder = folder
 
     def settle(self) -> None:
-        """Apply ``timeout`` to all collectives from now on; before the first step is done, they have more time."""
+        """Apply ``timeout`` to all collectives of the ranks from now on; the first step has more time."""
         self.meet()
         for group in (None, self.hosts) if self.size > 1 else ():
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.timeout), group)
@@ -130,7 +130,7 @@ class World:
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
-        """Let one process of each machine do the work of the context first; the others then find its results."""
+        """Let one rank of each machine do the work of the context first; the others then find its results."""
         if self.local_rank > 0:
             self.meet(INDEXING)
         yield

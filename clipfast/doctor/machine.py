@@ -61,7 +61,7 @@ def judged(name: str, value: str, status: str, fix: str, *, applies: bool) -> Fi
 
 
 def looks(logs: Path) -> dict[str, Callable[[], Iterable[Finding]]]:
-    """Return the checks of the machine by title; ``logs`` is the folder of runs."""
+    """Return the checks of ``clipfast doctor`` by title; ``logs`` is the folder of runs."""
     return {
         "software": packages, "GPUs": gpus, "processors and memory": host,
         "folders": functools.partial(folders, logs), "environment": variables,
@@ -70,7 +70,7 @@ def looks(logs: Path) -> dict[str, Callable[[], Iterable[Finding]]]:
 
 
 def packages() -> Iterator[Finding]:
-    """Check clipfast, Python, and the packages that the installed clipfast requires."""
+    """Check for ``clipfast doctor`` clipfast, Python, and the packages that the installed clipfast requires."""
     yield Finding("clipfast", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
     pattern = r"""([\w.-]+)(?:.*extra\s*==\s*['"](\w+))?"""
@@ -115,7 +115,7 @@ def gpus(root: Path = ROOT) -> Iterator[Finding]:
 
 
 def try_kernel(device: "torch.device") -> Finding:
-    """Compile and run a small kernel of clipfast on a GPU, and compare its result with PyTorch's."""
+    """Compile and run a small kernel for ``clipfast doctor`` on a GPU, and compare its result with PyTorch's."""
     import torch
 
     from ..kernels import bias_gelu
@@ -149,7 +149,7 @@ def host() -> Iterator[Finding]:
 
 
 def folders(logs: Path) -> Iterator[Finding]:
-    """Check whether the cache folder and the folder of runs can be written, without creating them."""
+    """Check for ``clipfast doctor`` whether the cache and the folder of runs can be written, without creating them."""
     from ..data.index import cache_folder
 
     for name, folder, other in (("cache", cache_folder(), "CLIPFAST_CACHE"), ("runs", logs, "--logs")):
@@ -176,7 +176,7 @@ def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
 
 
 def default_run(logs: Path) -> Iterator[Finding]:
-    """Check whether a training run with default options on drawn pairs could start, by the run's own checks."""
+    """Check for ``clipfast doctor`` whether a training run with default options on drawn pairs could start."""
     from ..runs.folder import RunFolder
     from ..train.preflight import preflight
     from ..train.train_config import TrainConfig
@@ -189,7 +189,7 @@ def default_run(logs: Path) -> Iterator[Finding]:
 
 
 def looked(look: Callable[[], Iterable[Finding]], *, traceback: bool = False) -> list[Finding]:
-    """Return all findings of a check. An error ends the check; it becomes a finding, unless ``traceback`` is True."""
+    """Return all findings of a check of ``clipfast doctor``; unless ``traceback``, an error is a finding."""
     found: list[Finding] = []
     try:
         found.extend(look())

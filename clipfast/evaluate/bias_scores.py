@@ -228,7 +228,7 @@ def ndkl(order: Tensor, of_set: Tensor) -> float:
 
 
 def max_skew_by_chance(of_set: Tensor, k: int, seed: int = 0) -> float:
-    """Return the mean of the largest skew among the first k results for images in random order, estimated by draws."""
+    """Return the mean of the largest skew among the first k results in random order, a yardstick of bias."""
     import numpy as np
 
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(of_set.numpy(), k, DRAWS, method="marginals")

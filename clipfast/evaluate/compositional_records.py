@@ -217,7 +217,7 @@ def _box(record: Record) -> tuple[float, ...] | None:
 
 
 def _captions_of(record: Record, key: str) -> list[str]:
-    """Return the captions under a key of a record, whose value is one text or a list of texts."""
+    """Return the captions under a key of a compositional record, whose value is one text or a list of texts."""
     values = record.get(key)
     if not values or not isinstance(values, list):  # an empty list is no text either
         return [_text(record, key)]
@@ -235,7 +235,7 @@ def _text(record: Record, key: str) -> str:
 
 
 def _image_file_of(root: Path, name: str) -> str:
-    """Return the file name of an image of a record; Winoground's records name images without their suffix."""
+    """Return the file name of an image of a compositional record; Winoground's names lack the suffix."""
     if "." in Path(name).name:
         return name
     found = (f"{name}.{suffix}" for suffix in IMAGE_EXTENSIONS)

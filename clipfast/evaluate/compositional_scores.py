@@ -63,12 +63,12 @@ class Judged(NamedTuple):
 
     @property
     def chance(self) -> dict[str, float]:
-        """The probability of each verdict if the scores are random."""
+        """The probability of each verdict on a compositional case if the scores are random."""
         return CHANCE if len(self.scores) == 2 else {"acc": 1 / len(self.scores[0])}
 
     @property
     def lead(self) -> float:
-        """The margin of the right caption over the best wrong one; of two images, the smaller margin."""
+        """The margin of a compositional case's right caption over the best wrong one; of two images, the smaller."""
         return min(
             row[own] - max(score for place, score in enumerate(row) if place != own)
             for own, row in enumerate(self.scores)
@@ -134,7 +134,7 @@ def by_group(judged: Sequence[Judged], division: str) -> dict[str, dict[str, Any
 
 
 def by_wrong(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
-    """Return how often the right caption scores above a wrong caption, for each kind of wrong caption."""
+    """Return how often a compositional case's right caption beats a wrong one, by the kind of wrong caption."""
     pairs = []
     for one in judged:
         right, *others = one.scores[0]
@@ -160,7 +160,7 @@ SHUFFLES = ("all words", "trigrams", "within trigrams")
 
 
 def shuffled(caption: str, kind: str) -> str | None:
-    """Return a caption with its words in another order, the same in every call; None if all orders are equal.
+    """Return a compositional caption with its words in another order; None if all orders are equal.
 
     Two of ARO's four tests of word order need a tagger for nouns and adjectives, so they are not implemented.
 
@@ -184,6 +184,6 @@ def shuffled(caption: str, kind: str) -> str | None:
 
 
 def order_case(name: str, image: int, caption: str) -> Case | None:
-    """Return a case whose wrong captions are the right one in other word orders; None if there is no other order."""
+    """Return a compositional case whose wrong captions are the right one in other word orders; None without one."""
     found = {kind: text for kind in SHUFFLES if (text := shuffled(caption, kind))}
     return Case(name, (image,), (caption, *found.values()), wrong=tuple(found)) if found else None

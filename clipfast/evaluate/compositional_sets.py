@@ -124,7 +124,7 @@ def open_cases(images: LabelledSet, form: str, folder: str | None) -> CaseSet:
 
 
 def _left_out(found: LabelledFeatures) -> list[Case]:
-    """Return placeholders for the cases of unusable images, whose captions are unknown."""
+    """Return placeholders for the compositional cases of unusable images, whose captions are unknown."""
     return [Case(skipped.name, (number,), ()) for number, skipped in found.left_out.items()]
 
 

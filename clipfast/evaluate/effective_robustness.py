@@ -71,7 +71,7 @@ class Line:
 
 
 def is_usable(point: Point) -> bool:
-    """Return whether both accuracies have finite log-odds, as a fit needs."""
+    """Return whether both of a model's accuracies have finite log-odds, as the robustness fit needs."""
     return 0 < point.base < 1 and 0 < point.shift < 1
 
 

@@ -89,7 +89,7 @@ class Encoder:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The SHA-256 of everything that determines the features of an input: weights, architecture, preprocessing."""
+        """The SHA-256 of what determines an evaluated model's features: weights, architecture, preprocessing."""
         model = self.model
         found = hashlib.sha256(repr(model.config if hasattr(model, "config") else model).encode())
         found.update(re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform)).encode())
@@ -100,7 +100,7 @@ class Encoder:
         return found.hexdigest()
 
     def about(self) -> dict[str, Any]:
-        """Return plain values that identify the model of stored features: its names and its digest."""
+        """Return plain values that identify the evaluated model of stored features: its names and its digest."""
         about = {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
         return about if self.normalize else {**about, "normalized": False}
 
@@ -112,7 +112,7 @@ class Encoder:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], store: FeatureStore | None = None, world: World = ALONE) -> Tensor:
-        """Return the features [N, D] of texts, of unit length, on rank 0. Equal texts are encoded once.
+        """Return the evaluated model's features [N, D] of texts, of unit length, on rank 0.
 
         Several ranks share the work; all of them must call this method.
 
@@ -205,7 +205,7 @@ SIDE = 16  # the width and height of the thumbnails whose pixels are compared
 
 
 def small_pixels(image: "Image.Image") -> Tensor:
-    """Return an image scaled to 16 x 16 pixels, uint8 [3, 16, 16]."""
+    """Return an evaluated image as thumbnail of 16 x 16 pixels, uint8 [3, 16, 16]."""
     import numpy as np
     from PIL import Image
 

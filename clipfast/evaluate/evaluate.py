@@ -163,6 +163,6 @@ def _retrieval(images: LabelledFeatures, features: Tensor) -> dict[str, dict[str
 
 
 def _loss(images: Tensor, texts: Tensor, logit_scale: Tensor, size: int) -> float:
-    """Return the validation loss: the mean contrastive loss of the pairs, in consecutive batches of ``size`` pairs."""
+    """Return the validation loss of an evaluation: the mean contrastive loss in batches of ``size`` pairs."""
     batches = zip(images.float().split(size), texts.float().split(size), strict=True)
     return sum(len(image) * contrastive_loss(image, text, logit_scale).item() for image, text in batches) / len(images)

@@ -45,7 +45,7 @@ class LabelledFeatures:
 
     @classmethod
     def empty(cls) -> LabelledFeatures:
-        """Return features of an image set without images."""
+        """Return features of a labelled set without images."""
         return cls(torch.empty(0), [], [], [])
 
     def to(self, device: str | torch.device) -> LabelledFeatures:
@@ -58,7 +58,7 @@ class LabelledFeatures:
         return in_order(self.labels)
 
     def accepted(self) -> list[set[str]]:
-        """Return the labels that are right for each image: its own and the labels of images with equal pixels."""
+        """Return the labels that an evaluation accepts for each image: its own and those of equal images."""
         by_twin: dict[int, set[str]] = {}
         for twin, label in zip(self.twins, self.labels, strict=True):
             by_twin.setdefault(twin, set()).add(label)
@@ -66,7 +66,7 @@ class LabelledFeatures:
 
 
 def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
-    """Join the features of the parts of a set into the features of the set, in the order of the set.
+    """Join the features of the parts of a labelled set, in the order of the set.
 
     Raises:
         ValueError: there are no parts, or no image of the set can be used.
@@ -140,7 +140,7 @@ def encode_set(
     world: World = ALONE,
     show: Progress | None = None,
 ) -> list[LabelledFeatures]:
-    """Encode an image set by several models, and return its features by each; every image is decoded only once.
+    """Encode a labelled set by several models, and return its features by each; every image is decoded only once.
 
     Several ranks share the work; all of them must call this function. Blocks that are in ``store`` are not computed
     again: after a kill, the next call continues with the first missing block.
@@ -201,7 +201,7 @@ def encode_set(
 
 
 def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]) -> Iterator[list[LabelledFeatures]]:
-    """Encode blocks of an image set, and yield the features of each block by each encoder."""
+    """Encode blocks of a labelled set, and yield the features of each block by each encoder."""
     inputs = [blocks.transforms.index(encoder.transform) for encoder in encoders]
     for block in made:
         features = [torch.empty(0)] * len(encoders)

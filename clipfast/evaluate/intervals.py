@@ -11,7 +11,7 @@ BLOCK = 1 << 19  # the number of random numbers that are drawn at once
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Return Wilson's score interval of ``hits`` among ``count`` independent trials."""
+    """Return Wilson's interval of an accuracy: of ``hits`` among ``count`` independent trials."""
     share, spread = hits / count, Z * Z / count
     centre = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
@@ -24,7 +24,7 @@ def of_share(share: float, count: int) -> tuple[float, float]:
 
 
 def bootstrap(hits: Tensor, trials: Tensor) -> tuple[float, float]:
-    """Return the bootstrap percentile interval of ``hits.sum() / trials.sum()``; it is the same in every call.
+    """Return a metric's bootstrap percentile interval, of ``hits.sum() / trials.sum()``; every call gives the same.
 
     Args:
         hits, trials: [N] each; the N items are resampled. An item may be an image with its right answers and its

@@ -106,7 +106,7 @@ class LabelledSet:
         next(self._usable(CHECKED))
 
     def _usable(self, most: int | None = None) -> Iterator[LabelledImage]:
-        """Yield the usable images among the first ``most``, and record the others in ``left_out``."""
+        """Yield the usable images of a labelled set among the first ``most``, and record the others in ``left_out``."""
         self.left_out.clear()
         places, usable = self.places(), 0
         for number in itertools.islice(range(len(places)) if self.numbers is None else self.numbers, most):
@@ -143,7 +143,7 @@ class LabelledSet:
         return [places[number]()[0] for number in numbers]
 
     def stamp(self) -> str:
-        """Return a text that changes whenever images, labels or captions of the set change.
+        """Return a text that changes whenever images, labels or captions of the labelled set change.
 
         Raises:
             ValueError: as above.

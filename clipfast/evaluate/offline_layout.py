@@ -60,7 +60,7 @@ class BenchmarkSet(LabelledSet):
     kind: str = CLASSIFICATION
 
     def stamp(self) -> str:
-        """Return a text that changes whenever images or labels of the split change."""
+        """Return a text that changes whenever images or labels of the CLIP_benchmark split change."""
         return repr((self.kind, super().stamp()))
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:

@@ -48,7 +48,7 @@ def pair(
     device: str | torch.device = "cpu",
     progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
 ) -> Pairs:
-    """Find the most similar training image for each test image. A training image with equal pixels always wins.
+    """Find the most similar training image for each test image, as a near duplicate in the test for overlap.
 
     Args:
         test, train: the sets, with features of unit length from the same encoder.

@@ -33,7 +33,7 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
 
 
 def thumbnails(images: LabelledSet, found: LabelledFeatures, places: Iterable[int]) -> dict[int, str]:
-    """Return thumbnails of the images at some positions of the features, for a page; the set is read again."""
+    """Return thumbnails of a labelled set's images at some positions, for a page; the set is read again."""
     by_number = {found.numbers[place]: place for place in places}
     return {by_number[item.number]: thumbnail(item.image) for item in images.only(sorted(by_number))}
 

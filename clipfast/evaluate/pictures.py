@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """Return a matplotlib figure of a size in inches, with a title over all its axes."""
+    """Return a matplotlib figure for an evaluation's results, with a title over all its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=10)
@@ -27,12 +27,12 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def title_of(results: Mapping[str, Any]) -> str:
-    """Return the title of a plot: the model and the data of its results."""
+    """Return the title of a plot of an evaluation: the model and the data of its results."""
     return f"{shorten(results['model'], 60)} on {shorten(results['dataset'], 60)}"
 
 
 def shorten(text: str, length: int, *, keep_end: bool = False) -> str:
-    """Shorten a text of a plot to at most ``length`` characters; it loses its end or its beginning."""
+    """Shorten a text in a plot of an evaluation to at most ``length`` characters, at its end or its beginning."""
     if len(text) <= length:
         return text
     return "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
@@ -44,7 +44,7 @@ def draw_chance(axis: Axes, classes: int) -> None:
 
 
 def error_bars(shares: Sequence[float], intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
-    """Return the lengths of error bars below and above shares, in percent, as matplotlib takes them."""
+    """Return the lengths of error bars around accuracies, in percent, as matplotlib takes them."""
     # a bootstrap interval need not contain the share itself, and error bars must not be negative
     below = [100 * max(0.0, share - low) for share, (low, _) in zip(shares, intervals, strict=True)]
     above = [100 * max(0.0, high - share) for share, (_, high) in zip(shares, intervals, strict=True)]
@@ -137,7 +137,7 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
 
 
 def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path: Path) -> None:
-    """Draw some images, each with the five captions that the model ranks highest; right captions are marked."""
+    """Draw some labelled images, each with the five captions that the model ranks highest; right ones are marked."""
     rows, columns, total = 6, 4, len(evaluation.predictions)
     chosen = set(random.Random(0).sample(range(total), min(rows * columns, total)))
     shown = [(index, item) for index, item in enumerate(images) if index in chosen]

@@ -46,7 +46,7 @@ def zeroshot_plot(results: dict[str, Any], classified: Classified, path: Path) -
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:
-    """Return each of some metrics with its interval from each row of results."""
+    """Return each of some metrics of an evaluation with its interval from each row of results."""
     return [(row["metrics"][name], row["intervals"][name]) for row in rows for name in names]
 
 

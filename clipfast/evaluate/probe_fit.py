@@ -44,7 +44,7 @@ class Samples(NamedTuple):
     classes: Tensor
 
     def take(self, numbers: Tensor) -> Samples:
-        """Return the samples at some positions."""
+        """Return the linear probe's samples at some positions."""
         return Samples(self.features[numbers], self.classes[numbers])
 
     def and_those_of(self, others: Samples) -> Samples:
@@ -263,7 +263,7 @@ def choose(right: Callable[[float], float]) -> Choice:
     tried: dict[int, float] = {}
 
     def best_of(steps: Iterable[int]) -> int:
-        """Try the values of C at these steps, and return the best step."""
+        """Try the linear probe with the values of C at these steps, and return the best step."""
         for step in steps:
             if step not in tried:
                 tried[step] = right(VALUES[step])

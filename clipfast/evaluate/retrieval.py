@@ -12,7 +12,7 @@ from .intervals import bootstrap
 
 @torch.no_grad()
 def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
-    """Return, for each query of N pairs, the number of wrong items that come before its best right item.
+    """Return a retrieval rank for each query of N pairs: the number of wrong items before its best right item.
 
     Pair i joins query i and item i of the gallery. Equal queries, such as one caption of several images, have the same
     key, and so do equal items. Equal items count as one item, since otherwise the names of large classes would fill the

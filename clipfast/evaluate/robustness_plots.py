@@ -69,7 +69,7 @@ def _scatter(axis: Axes, results: Mapping[str, Any], name: str) -> None:
 
 
 def _baseline(axis: Axes, about: Mapping[str, Any], points: Sequence[Point], steps: Sequence[float]) -> None:
-    """Draw the baseline models, the line that was fitted to them, and the interval of the line."""
+    """Draw the baseline models of robustness, the line that was fitted to them, and its interval."""
     line = Line(about["slope"], about["intercept"], tuple(filter(is_usable, points)))
     places = [_inside(point.base) for point in points], [_inside(point.shift) for point in points]
     axis.plot(*places, "o", markersize=4, color="tab:blue", label="baseline", zorder=3)
@@ -79,7 +79,7 @@ def _baseline(axis: Axes, about: Mapping[str, Any], points: Sequence[Point], ste
 
 
 def _point(axis: Axes, row: Mapping[str, Any], style: dict[str, Any]) -> None:
-    """Draw a model with the intervals of its accuracies, and its distance from the baseline's line."""
+    """Draw a model's robustness: its accuracies with intervals, and its distance from the baseline's line."""
     place = _inside(row["base"]), _inside(row["shift"])
     errors = [
         [[abs(_inside(end) - value)] for end in row[f"{key}_interval"]]

@@ -12,7 +12,7 @@ HALVINGS = 60  # after this many halvings of an interval, its ends are equal in 
 
 
 def binomial_tail(hits: int, count: int, share: float) -> float:
-    """Return the probability of at least ``hits`` successes in ``count`` independent trials of probability ``share``.
+    """Return the p-value of an accuracy: the chance of at least ``hits`` in ``count`` trials of probability ``share``.
 
     It is the p-value of a one-tailed binomial test.
     """
@@ -28,7 +28,7 @@ def binomial_tail(hits: int, count: int, share: float) -> float:
 
 
 def clopper_pearson(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Return Clopper and Pearson's exact interval of ``hits`` among ``count`` independent trials.
+    """Return Clopper and Pearson's exact interval of an accuracy: of ``hits`` among ``count`` trials.
 
     Args:
         hits, count: the number of hits and of trials.
@@ -40,7 +40,7 @@ def clopper_pearson(hits: int, count: int, level: float = 0.95) -> tuple[float, 
 
 
 def _share_with_tail(hits: int, count: int, tail: float) -> float:
-    """Return the share for which :func:`binomial_tail` is ``tail``, by bisection; the tail rises with the share."""
+    """Return the accuracy for which :func:`binomial_tail` is ``tail``, by bisection; the tail rises with it."""
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2

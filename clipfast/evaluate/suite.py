@@ -171,7 +171,7 @@ class ResultFolder:
         return self.folder / file_name(one.name, *self.models[model], task)
 
     def wanted(self, one: OfflineSet) -> dict[str, list[int]]:
-        """Return, by task, the numbers of the models whose results are missing.
+        """Return, by task, the numbers of the models of which a suite's result is missing.
 
         Raises:
             ValueError: a result is missing, and the set cannot be read, or none of its first images can be used.
@@ -229,7 +229,7 @@ def digest(value: Any) -> str:
 
 
 def means(results: Sequence[dict[str, Any]], models: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return, for each model and task, the mean of the main metrics over the sets on which every model has them.
+    """Return, for each model and task, the mean of a suite's main metrics over the sets on which every model has them.
 
     Args:
         results: the results of all models.
@@ -260,12 +260,12 @@ def problems_of(one: OfflineSet, done: Sequence[Done], models: Sequence[tuple[st
 
 
 def label(model: str, pretrained: str) -> str:
-    """Return a model's name for tables; a file of weights appears without its folder."""
+    """Return an evaluated model's name for tables; a file of weights appears without its folder."""
     return f"{model} {Path(pretrained).name}".strip()
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """Return the name of the model in a row of results, for tables and plots."""
+    """Return the name of the evaluated model in a row of results, for tables and plots."""
     return label(row["model"], row["pretrained"])
 
 

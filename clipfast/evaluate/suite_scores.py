@@ -33,7 +33,7 @@ class Score(NamedTuple):
 
 
 def headlines(task: str, metrics: dict[str, Any]) -> list[str]:
-    """Return the names of the main metrics of a task, for tables and means."""
+    """Return the names of the main metrics of an evaluation task, for tables and means."""
     if task == RETRIEVING:
         return sorted(metrics, key=lambda name: (int(name.rpartition("@")[2]), name))
     return ["lp_acc1"] if task == PROBING else [next(iter(metrics))]

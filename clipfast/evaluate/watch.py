@@ -48,7 +48,7 @@ class CheckpointModel:
     _config: CLIPConfig | None = None
 
     def load(self, checkpoint: dict[str, Any], source: Path) -> Encoder:
-        """Load a checkpoint into the one model, and return the model; the next call replaces its weights.
+        """Load a watched checkpoint into the one model, and return the model; the next call replaces its weights.
 
         Raises:
             ValueError: the checkpoint does not tell its model, or cannot be loaded.

@@ -37,7 +37,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 def encode_texts(
     model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device
 ) -> Tensor:
-    """Return the normalised features [len(texts), embed_dim] of texts.
+    """Return the normalised features [len(texts), embed_dim] of texts, such as zero-shot prompts.
 
     Padding is cut off if the model declares that it does not read it (``reads_padding``), as other packages' models do
     not.

@@ -43,7 +43,7 @@ def lines(total: int, what: str, unit: str, say: Callable[[str], Any]) -> Advanc
     done, pause = 0, FIRST
 
     def advance(new: int) -> None:
-        """Count newly finished units, and print a line if enough time has passed."""
+        """Count newly finished units, and print a progress line if enough time has passed."""
         nonlocal said, done, pause
         done, now = done + new, time.monotonic()
         if now - said < pause or done >= total:
@@ -57,5 +57,5 @@ def lines(total: int, what: str, unit: str, say: Callable[[str], Any]) -> Advanc
 
 
 def duration(seconds: float) -> str:
-    """Write a duration as hours, minutes and seconds, and days before them if there are any."""
+    """Write a duration of the progress as hours, minutes and seconds, and days before them if there are any."""
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -9,7 +9,7 @@ SECONDS = ((1, " s"), (1e-3, " ms"), (1e-6, " us"))
 
 
 def scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """Format ``value`` in the largest unit that fits; ``units`` are descending: 1536 bytes are ``1.50 KiB``."""
+    """Format ``value`` as text in the largest unit that fits; ``units`` are descending: 1536 bytes are ``1.50 KiB``."""
     factor, unit = next((unit for unit in units if value >= unit[0]), units[-1])
     number = value / factor
     is_whole = value == 0 or (factor == 1 and number == int(number))

@@ -57,7 +57,7 @@ class RankLoss(nn.Module):
         raise NotImplementedError
 
     def _check_ranks(self) -> None:
-        """Refuse a rank or a world size that is not that of the process group."""
+        """Refuse a rank or a world size of a loss that is not that of the process group."""
         if self.world_size > 1:
             check_ranks(type(self).__name__, self.rank, self.world_size)
 
@@ -141,7 +141,7 @@ class ClipLoss(RankLoss):
         )
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
-        """Return the labels of the softmax: for each row of the logits the column of its pair."""
+        """Return the labels of the contrastive loss: for each row of the logits the column of its pair."""
         if self.prev_num_logits == num_logits and device in self.labels:
             return self.labels[device]
         first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
@@ -172,7 +172,7 @@ class ClipLoss(RankLoss):
         return loss
 
     def _is_small(self, image: Tensor, text: Tensor) -> bool:
-        """Return True if gathering all features is cheaper than exchanging sums and gradients: few pairs on a CPU."""
+        """Return True if gathering all features for the loss is cheaper than exchanging sums: few pairs on a CPU."""
         return image.shape == text.shape and suits_whole(image, text, image.dtype, self.world_size)
 
     def _distributed_loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:

@@ -45,7 +45,7 @@ class Logits(NamedTuple):
     scale: Tensor  # []
 
     def of(self, strip: slice) -> Tensor:
-        """Return the logits of some rows, [strip, N]."""
+        """Return the distillation loss's logits of some rows, [strip, N]."""
         return (self.scale * self.rows[strip]) @ self.cols.T
 
 
@@ -64,7 +64,7 @@ class Columns:
 
 
 def _strips(logits: Logits) -> Iterator[slice]:
-    """Return the slices of rows whose logits are computed at a time."""
+    """Return the slices of rows whose logits the distillation loss computes at a time."""
     num_rows, num_cols = len(logits.rows), len(logits.cols)
     budget = STRIP_LOGITS.get(logits.rows.device.type, STRIP_LOGITS["cpu"])
     rows = max(LEAST_ROWS, budget // max(num_cols, 1))
@@ -253,7 +253,7 @@ class DistillClipLoss(ClipLoss):
 
     @staticmethod
     def _of_all(features: Tensor, *, constant: bool) -> Tensor:
-        """Gather the features [b, D] of every rank into [N, D]; gradients flow back unless ``constant``."""
+        """Gather the features [b, D] of every rank for the distillation loss: [N, D], perhaps ``constant``."""
         if constant:
             return gather_equal(features.detach(), None).flatten(0, 1)
         return torch.cat(all_gather(features.contiguous()))

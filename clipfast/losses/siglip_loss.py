@@ -100,7 +100,7 @@ class SigLipLoss(RankLoss):
         return loss
 
     def _texts_of_others(self, text: Tensor) -> Iterator[Tensor]:
-        """Yield the text features of each other process once, as they arrive through the ring."""
+        """Yield the text features of each other rank for the sigmoid loss once, as they arrive through the ring."""
         ranks = Ranks(None, self.rank, (len(text),) * self.world_size)
         others = self.world_size - 1
         steps = (1, -1) if self.dist_impl == "bidir" else (1,)

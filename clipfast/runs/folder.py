@@ -104,7 +104,7 @@ class RunFolder:
         replace_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def record(self, **values: Any) -> None:
-        """Append a line to ``metrics.jsonl``."""
+        """Append a line to a run's ``metrics.jsonl``."""
         self._append(self.metrics_path, json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -112,11 +112,11 @@ class RunFolder:
         return read_lines(self.metrics_path)
 
     def record_nonfinite(self, values: dict[str, Any]) -> None:
-        """Append a line on a training step whose loss or gradient was not finite."""
+        """Append a line to a run's records on a training step whose loss or gradient was not finite."""
         self._append(self.nonfinite_path, json.dumps(values) + "\n")
 
     def record_skipped(self, step: int, skipped: Iterable[Skipped]) -> None:
-        """Append samples that could not be used to the list of skipped samples."""
+        """Append samples that could not be used to a run's list of skipped samples."""
         lines = (f"{step}\t{_in_line(name)}\t{kind}\t{_in_line(reason)}\n" for name, kind, reason in skipped)
         self._append(self.skipped_path, "".join(lines))
 
@@ -130,7 +130,7 @@ class RunFolder:
         return len(self._skipped())
 
     def _skipped(self) -> list[str]:
-        """Return the complete lines of the list of skipped samples."""
+        """Return the complete lines of a run's list of skipped samples."""
         text = self.skipped_path.read_text("utf-8", "replace") if self.skipped_path.exists() else ""
         lines = text.splitlines(keepends=True)
         return [line for line in lines if line.endswith("\n") and line.split("\t")[0].isdecimal()]
@@ -155,7 +155,7 @@ def append(path: Path, text: str) -> None:
 
 
 def by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:
-    """Merge the skipped samples of all ranks, and yield them step by step."""
+    """Merge the samples that the ranks of a run skipped, and yield them step by step."""
     rows = sorted(itertools.chain(*everyones), key=lambda row: row[0])
     for step, group in itertools.groupby(rows, key=lambda row: row[0]):
         yield step, [sample for _, sample in group]

@@ -155,7 +155,7 @@ def _remove(folders: list[Path]) -> None:
 
 
 def _holder(content: str) -> str:
-    """Return the process that is named in the lock file of a folder."""
+    """Return the process that is named in the lock file of a run's folder."""
     try:
         return "process {process} on {host} since {since}".format(**json.loads(content))
     except (ValueError, KeyError, TypeError):

@@ -16,7 +16,7 @@ TRAIN_NAMES = {
 
 
 def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalars in a line of training metrics, by OpenCLIP's names."""
+    """Return the scalars in a line of a run's training metrics, by OpenCLIP's names."""
     found = {f"train/{name}": line[key] for name, key in TRAIN_NAMES.items() if key in line}
     found |= {f"memory/{kind}_gb": size / 1e9 for kind, size in line.get("memory", {}).items()}
     gpu = line.get("gpu", {})
@@ -24,7 +24,7 @@ def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of an evaluation on ``--val-data`` by OpenCLIP's names, or similar ones if it has none."""
+    """Return the figures of a run's evaluation on ``--val-data`` by OpenCLIP's names, or similar ones."""
     zero_shot = {f"zeroshot-val-{key}": results["zero_shot"][key] for key in ("top1", "top5")}
     ways = ("image_to_text", "text_to_image")
     recall = {f"{way}_{name}": value for way in ways for name, value in results["retrieval"][way].items()}
@@ -34,14 +34,14 @@ def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def validation(line: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the figures in a line of metrics by name if the line is on an evaluation; None for a line on training."""
+    """Return the figures in a line of a run's metrics if the line is on an evaluation; None for one on training."""
     if "eval" in line:
         return evaluation_metrics(line["eval"])
     return dict(line["imagenet"]) if "imagenet" in line else None
 
 
 def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
-    """Return the position of a line of metrics on OpenCLIP's x-axis, and its scalars.
+    """Return the position of a line of a run's metrics on OpenCLIP's x-axis, and its scalars.
 
     OpenCLIP counts steps from 0, so its number of a step is the number of finished steps minus one. The position of an
     evaluation is the number of finished epochs.
@@ -78,12 +78,12 @@ class TensorBoard:
         self._writer.flush()
 
     def add(self, step: int, scalars: Mapping[str, float], seconds: float | None = None, *, flush: bool = True) -> None:
-        """Add the scalars of a step to TensorBoard's files, with their time in ``seconds`` since 1970."""
+        """Add the scalars of a run's step to TensorBoard's files, with their time in ``seconds`` since 1970."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step, walltime=seconds)
         if flush:
             self._writer.flush()
 
     def close(self) -> None:
-        """Flush TensorBoard's files and close them."""
+        """Flush a run's files for TensorBoard and close them."""
         self._writer.close()

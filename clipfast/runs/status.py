@@ -215,7 +215,7 @@ WANTED = (
 
 
 def metrics_text(metrics: dict[str, float]) -> str:
-    """Return the most important figures of an evaluation as text."""
+    """Return the most important figures of a run's evaluation as text."""
     return ", ".join(f"{name} {100 * metrics[key]:.1f}%" for name, key in WANTED if key in metrics)
 
 

@@ -137,7 +137,7 @@ class Desk:
         return _cards(f"{len(cards):,} of {count:,}, from all over the set", cards)
 
     def samples(self) -> str:
-        """Return captions as example queries: short ones for which the model finds their own item first."""
+        """Return captions as example queries for the app: short ones that find their own item first."""
         if "caption" not in self.embeddings.metadata.column_names:
             return ""
         captions, count = self.embeddings.metadata.column("caption"), len(self.embeddings)
@@ -179,7 +179,7 @@ class Desk:
         return self._found(found[0], where, k)
 
     def similar(self, row: int, where: str, k: float | None) -> str:
-        """Return the items that are most similar to an item of the set, without the item itself.
+        """Return the app's HTML of the items that are most similar to an item of the set, without the item itself.
 
         Raises:
             ValueError: the item does not exist, the expression cannot be used, or ``k`` is out of range.
@@ -203,7 +203,7 @@ class Desk:
         return f'<div class="detail">{self._picture(metadata, LARGE_SIDE)}<div>{similar}<dl>{cells}</dl></div></div>'
 
     def classify(self, picture: str | None, labels: str, templates: str) -> str:
-        """Classify a picture zero-shot: return the probability of each label, the highest first.
+        """Classify a picture zero-shot for the app: return the probability of each label, the highest first.
 
         Args:
             picture: a file, or None.
@@ -259,7 +259,7 @@ class Desk:
         return f'<p class="quiet" role="status">{legend}</p><ul class="cards maps">{"".join(figures)}</ul>'
 
     def _seen(self, picture: str) -> Tensor:
-        """Return the features of a picture that the user uploaded."""
+        """Return the features of a picture that the user uploaded to the app."""
         return self.encoder.images(self.encoder.transform(open_image(picture))[None])[0]
 
     def _found(self, query: Tensor, where: str, k: float | None, without: int | None = None) -> str:
@@ -276,7 +276,7 @@ class Desk:
         return _cards(f"{len(cards):,} of {len(self.embeddings):,}" if cards else "No item fulfils the filter.", cards)
 
     def _card(self, row: int, score: float | None = None) -> str:
-        """Return the HTML of an item that was found."""
+        """Return the app's HTML of an item that was found."""
         metadata = row_of(self.embeddings, row)
         name = Path(str(metadata.get(IMAGE_PATH) or metadata.get("key") or "")).name
         said = html.escape(str(metadata.get("caption") or ""))
@@ -287,7 +287,7 @@ class Desk:
         )
 
     def _picture(self, metadata: dict[str, Any], side: int) -> str:
-        """Return the HTML of an item's picture, or of a message in its place."""
+        """Return the app's HTML of an item's picture, or of a message in its place."""
         if IMAGE_PATH not in metadata:
             return '<span class="none">no picture</span>'
         try:
@@ -321,7 +321,7 @@ def message(text: str) -> str:
 
 
 def _checked(text: str | None, name: str) -> str:
-    """Return the text of a form's field; an empty field may be None.
+    """Return the text of a field of the app's form; an empty field may be None.
 
     Raises:
         ValueError: the text is too long.
@@ -339,7 +339,7 @@ def _dropped(picture: str | None) -> str:
 
 
 def _lines(text: str | None, name: str, most: int) -> list[str]:
-    """Return the distinct non-empty lines of the text of a form's field.
+    """Return the distinct non-empty lines of the text of a field in the app's form.
 
     Raises:
         ValueError: the text is too long, or has no lines or too many.

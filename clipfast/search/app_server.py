@@ -101,7 +101,7 @@ class Guard:
         return path.startswith(POSTED) and (path == UPLOAD or (length.isdigit() and int(length) <= MAX_REQUEST))
 
     def _allows(self, path: str) -> bool:
-        """Return False for the URL path of a file that is not an upload."""
+        """Return False for the URL path of a file that is no upload to the app."""
         for mark in FILES:
             _, found, file = path.partition(f"/{mark}")
             if found:

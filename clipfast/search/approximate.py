@@ -102,7 +102,7 @@ def _drop_left(homes: Path) -> None:
 
 
 def _stamp(folder: Path, kind: str) -> str:
-    """Return a text that changes whenever the features of the folder change."""
+    """Return a text that changes whenever the embeddings in the folder change."""
     part = IMAGES if kind == "image" else TEXTS
     paths = [folder / ABOUT, *sorted((folder / part).glob(f"{part}_*{SUFFIXES[part]}"))]
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]

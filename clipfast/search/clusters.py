@@ -97,7 +97,7 @@ class _Work:
         return unit(self.features[rows], self.device)
 
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the number of each feature's nearest centre (of equally near ones the first) and the cosine to it."""
+        """Return the number of each feature's nearest cluster (of equally near ones the first) and the cosine to it."""
         found = [(self.block(rows) @ centres.T).max(dim=1) for rows in self.blocks]
         return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
 
@@ -116,7 +116,7 @@ class _Work:
         return torch.where(lengths > 0, sums / lengths, before)  # features that cancel out have no mean direction
 
     def first_centres(self, seed: int, init: str) -> Tensor:
-        """Draw features as the first centres of k-means."""
+        """Draw features as the first centres of the clusters."""
         random = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self.features), generator=random)
         if init == "random":

@@ -120,7 +120,7 @@ def _kept_ones(pairs: Pairs, order: Tensor, digests: Sequence[Sequence[object]])
 
 
 def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
-    """Return a number for each item by which ``keep`` prefers it (None for their order), and the reason in words.
+    """Return a number for each duplicate by which ``keep`` prefers it (None for their order), and the reason in words.
 
     Raises:
         ValueError: features or columns that ``keep`` needs are missing.

@@ -83,12 +83,12 @@ class Embeddings:
 
     @property
     def features(self) -> Tensor | None:
-        """Features of the images [N, D], or None. The features of a folder with several parts are read into memory."""
+        """Embeddings of the images [N, D], or None. Those of a folder with several parts are read into memory."""
         return self.of_kind("image")
 
     @property
     def text_features(self) -> Tensor | None:
-        """Features of the texts [N, D], or None. The features of a folder with several parts are read into memory."""
+        """Embeddings of the texts [N, D], or None. Those of a folder with several parts are read into memory."""
         return self.of_kind("text")
 
     @property
@@ -131,7 +131,7 @@ class Embeddings:
         """Return the embeddings with the features on another device, on which they are then searched."""
 
         def moved(features: Tensor | None) -> Tensor | None:
-            """Return features on the device; None if there are none."""
+            """Return embeddings on the device; None if there are none."""
             return None if features is None else features.to(device)
 
         found = copy.copy(self)
@@ -143,7 +143,7 @@ class Embeddings:
         self, features: Tensor | None = None, metadata: pyarrow.Table | Mapping[str, Sequence[Any]] | None = None, *,
         text_features: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Append items; the arguments are those of the constructor. A folder stays unchanged until :meth:`save`.
+        """Append items to the embeddings; the arguments are those of the constructor.
 
         Columns that only some of the items have are null for the others.
 
@@ -268,7 +268,7 @@ def _existing_features(part: Part, kind: str) -> Tensor:
 
 
 def _merge_found(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:
-    """Merge the best items so far with those of the part that begins at ``begin``; the first of equal ones wins."""
+    """Merge the best found items so far with those of the embeddings' part that begins at ``begin``."""
     scores, indices = more
     indices = torch.where(indices < 0, indices, indices + begin)
     scores, order = torch.cat([best.scores, scores], 1).sort(dim=1, descending=True, stable=True)

@@ -130,7 +130,7 @@ def _card(item: Item, folder: Path, side: int) -> str:
 
 
 def _picture(item: Item, side: int) -> str:
-    """Return the HTML of a found picture's thumbnail, or of a message in its place."""
+    """Return the gallery's HTML of a found picture's thumbnail, or of a message in its place."""
     if item.image is None:
         return "no picture"
     try:

@@ -72,11 +72,11 @@ class Part:
         return read_table(self.source)
 
     def of_kind(self, kind: str) -> Tensor | None:
-        """Return the part's features of one kind, "image" or "text", or None."""
+        """Return the features of one kind, "image" or "text", of a part of the embeddings, or None."""
         return {"image": self.images, "text": self.texts}.get(kind)
 
     def slice(self, first: int, size: int) -> Part:
-        """Return some consecutive items of the part as a part."""
+        """Return some consecutive items of a part of the embeddings as a part."""
         images, texts = (None if x is None else x[first : first + size] for x in (self.images, self.texts))
         return Part(images, texts, self.metadata.slice(first, size))
 

@@ -35,7 +35,7 @@ def similar_pairs(
     features: Tensor, threshold: float, *, device: str | torch.device | None = None,
     progress: Callable[[list[slice]], Iterable[slice]] = iter,
 ) -> Pairs:  # fmt: skip
-    """Find all pairs whose cosine is at least a threshold, exactly: no N x N matrix ever exists.
+    """Find all pairs of embeddings whose cosine is at least a threshold, exactly: no N x N matrix ever exists.
 
     Each pair is compared once, in float32. Pairs whose cosine is within rounding of the threshold are then compared in
     float64, and so the result does not depend on the blocks. Equal features have a cosine of exactly 1.
@@ -83,7 +83,7 @@ def similar_pairs(
 
 
 def linked(pairs: Tensor, count: int) -> Tensor:
-    """Return the group of each item, named by its first item: items are linked by pairs, also through chains of pairs.
+    """Return the group of duplicates of each item, named by its first item: pairs link items, also through chains.
 
     Args:
         pairs: the positions of the items of each pair, [P, 2], int64.
@@ -108,7 +108,7 @@ def linked(pairs: Tensor, count: int) -> Tensor:
 
 
 def _rounding(width: int) -> float:
-    """Return a bound for the rounding error of the inner product of unit features, compared to their cosine."""
+    """Return a bound for the rounding error of the inner product of embeddings, compared to their cosine."""
     if torch.get_float32_matmul_precision() != "highest":
         return 2**-6  # the error of products in bfloat16, which a GPU may use
     return (width + 8) * 2**-24
@@ -129,13 +129,13 @@ def check_features(features: Tensor) -> None:
 
 
 def unit(features: Tensor, device: torch.device) -> Tensor:
-    """Return features on a device, scaled to unit length, in float32."""
+    """Return embeddings on a device, scaled to unit length, in float32."""
     found = features.to(device).float()
     return found / torch.linalg.vector_norm(found, dim=1, keepdim=True, dtype=torch.float64).float()
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine of each row of one matrix of features and the same row of another, in float64, on the CPU."""
+    """Return the cosine of each row of one matrix of embeddings and the same row of another, in float64, on the CPU."""
     found = [torch.empty(0, dtype=torch.float64)]
     rows = max(1, RESCORED // max(1, a.shape[1]))
     for x, y in zip(a.split(rows), b.split(rows), strict=True):
@@ -146,7 +146,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cosines_of_pairs(features: Tensor, places: Tensor) -> Tensor:
-    """Return the cosine of each pair of features, given the positions [P, 2], in float64, on the CPU."""
+    """Return the cosine of each pair of embeddings, given the positions [P, 2], in float64, on the CPU."""
     blocks = places.to(features.device).split(max(1, RESCORED // max(1, features.shape[1])))
     return torch.cat([cosines(*(features[side] for side in block.unbind(1))) for block in blocks])
 

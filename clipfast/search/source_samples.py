@@ -139,7 +139,7 @@ class Samples:
         ]
 
     def have_captions(self) -> bool:
-        """Return True if one of the first samples of the source has a caption."""
+        """Return True if one of the first samples to embed has a caption."""
         keys = dataclasses.replace(self.keys, images=())  # no image is read
         for number in range(min(LOOKED_AT, len(self))):
             source, within = self._place(number)

@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Compute float32 products and convolutions in float32 while the context is open.
+    """Compute float32 products and convolutions of the verification in float32 while the context is open.
 
     cuDNN uses TF32 by default. A yardstick in TF32 would allow a thousand times the error, and so would a benchmark's
     reference results in TF32. PyTorch has an old and a new setting for this. Both are set here, because TorchInductor
@@ -33,7 +33,7 @@ def exact_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill uninitialised memory with NaN while the context is open.
+    """Fill uninitialised memory with NaN while the context is open, so that the verification sees unwritten values.
 
     A value that a kernel forgets to write is then NaN, and not the right result that an earlier call has left there.
     """

@@ -62,7 +62,7 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
         same.loss = truth.loss = reference.sigmoid_loss
 
     def draw(number: int) -> Draw:
-        """Draw a batch, and compute our results, the peer's and the truth."""
+        """Draw a batch, and compute the verified model's results, the peer's and the truth."""
         batch = draw_batch(model.config, BATCH, torch.Generator().manual_seed(1000 + number))
         images, texts = (x.to(device) for x in batch)
         if peer != MODEL:  # models of other packages do not take uint8 images
@@ -146,7 +146,7 @@ def draw_batch(config: CLIPConfig, batch: int, generator: torch.Generator | None
 
 
 def build_hugging_face(model: CLIP) -> nn.Module:
-    """Build a ``CLIPModel`` or a ``SiglipModel`` with the weights, dtype and device of ``model``, in evaluation mode.
+    """Build a ``CLIPModel`` or a ``SiglipModel`` with the weights, dtype and device of the verified ``model``.
 
     Raises:
         NoCounterpartError: the model has a ResNet, or a text tower without a projection.
@@ -173,7 +173,7 @@ def _hide_own_kernels() -> None:
 
 
 def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """Return a function that calls another package's model, and returns the same results as our models.
+    """Return a function that calls another package's model, and returns the same results as the verified one.
 
     These are the normalised image and text features, exp(logit_scale), and the bias if there is one.
     """

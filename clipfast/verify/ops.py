@@ -47,7 +47,7 @@ def _hold_to_rule(
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
 
     def draw(number: int) -> DrawResults:
-        """Draw the inputs of the case, and compute our results, PyTorch's and the truth."""
+        """Draw the inputs of a case to verify, and compute our results, PyTorch's and the truth."""
         call = inputs_of(spec, case, dtype, device, number)
         with poisoned():
             ours = _results(spec.op, call)
@@ -87,7 +87,7 @@ def _finite(name: str, judgement: Judgement, draws: Sequence[DrawResults]) -> Ju
 
 
 def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> list[CheckResult]:
-    """Run the same call of an op repeatedly, and check that the bits are the same; return a row for each output."""
+    """Repeat the same call of a verified op, and check that the bits are the same; return a row for each output."""
     first = _results(spec.op, call)
     changed: dict[str, str] = {}
     for repeat in range(1, repeats + 1):
@@ -103,7 +103,7 @@ def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> li
 
 
 def _different_bytes(first: Tensor, second: Tensor) -> int:
-    """Return how many bytes differ between two results of a repeated call."""
+    """Return how many bytes differ between two results of a verified op's repeated call."""
     one, other = (x.reshape(-1).contiguous().view(torch.uint8) for x in (first, second))
     return int((one != other).sum())
 
@@ -119,7 +119,7 @@ def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterato
 
 
 def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[CheckResult]:
-    """Return the results of a check, with its seconds divided evenly among them; an exception becomes a failed row."""
+    """Return the results of a check of the verification, with its seconds divided among them; an exception fails."""
     started = time.perf_counter()
     try:
         result = rows()

@@ -67,7 +67,7 @@ class Options:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options for JSON, with lists in place of tuples."""
+        """Return the options of a verification for JSON, with lists in place of tuples."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
     @classmethod

@@ -57,13 +57,11 @@ class CheckResult:
 
     @property
     def ratio(self) -> float:
-        """Return the largest ratio of an error to the allowed error."""
+        """Return the largest ratio of an error to the error that the rule allows."""
         return max((figure.ratio for figure in self.figures), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields of a check's result for JSON. A figure that is not finite becomes a string, since JSON has
-        no such numbers.
-        """
+        """Return the fields of a verification result for JSON, in which figures that are not finite become strings."""
         raw = dataclasses.asdict(self)
         raw["figures"] = [{key: _finite(value) for key, value in figure.items()} for figure in raw["figures"]]
         return raw
@@ -79,12 +77,12 @@ class CheckResult:
 
 
 def _finite(value: Any) -> Any:
-    """Return a number for JSON: a text if it is infinite or NaN."""
+    """Return a number for the JSON report of the verification: a text if it is infinite or NaN."""
     return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def results_of(template: CheckResult, judgements: Mapping[str, Judgement]) -> list[CheckResult]:
-    """Return ``template`` once for each judged output. An output without a yardstick is skipped and does not pass."""
+    """Return ``template`` once for each output that the rule has judged; one without a yardstick is skipped."""
     rows = []
     for name, judgement in judgements.items():
         verdict = SKIP if judgement.no_yardstick else PASS if judgement.passed else FAIL
@@ -113,7 +111,7 @@ def environment() -> dict[str, str]:
 
 
 def write_json(path: Path, rows: Sequence[CheckResult], options: Mapping[str, Any], *, complete: bool) -> None:
-    """Write a JSON report of all results so far to ``path``, replacing an earlier one."""
+    """Write a JSON report of all results of the verification so far to ``path``, replacing an earlier one."""
     report = {
         "format": FORMAT, "complete": complete, "environment": environment(), "options": dict(options),
         "summary": count(rows), "rows": [row.to_dict() for row in rows],
@@ -162,7 +160,7 @@ def _xml(text: str) -> str:
 
 
 def _all_figures(row: CheckResult) -> str:
-    """Return all error figures of a check as text."""
+    """Return all error figures of a verification check as text."""
     return "\n".join(
         f"{figure.kind}: ours {figure.ours:.3e}, PyTorch's {figure.torch:.3e}, allowed {figure.allowed:.3e}"
         for figure in row.figures
@@ -170,7 +168,7 @@ def _all_figures(row: CheckResult) -> str:
 
 
 def table(rows: Sequence[CheckResult], *, all_rows: bool = False) -> str:
-    """Return a table of results for each op.
+    """Return the verification's table of results for each op, with a row for every output if ``all_rows``.
 
     With ``all_rows`` it has a row for every output. Otherwise a case that passes has one row, for the output whose
     error is nearest to its limit.
@@ -186,7 +184,7 @@ def table(rows: Sequence[CheckResult], *, all_rows: bool = False) -> str:
 
 
 def _nearest(rows: Iterable[CheckResult]) -> list[tuple[CheckResult, int]]:
-    """Return the rows of a short table, each with the number of outputs that it represents.
+    """Return the rows of the verification's short table, each with the number of outputs that it represents.
 
     Each result that did not pass has a row, and each case has one row for its outputs that passed.
     """
@@ -216,7 +214,7 @@ def _cells(row: CheckResult, outputs: int) -> tuple[str, ...]:
 
 
 def summary(rows: Sequence[CheckResult], seconds: float, *, complete: bool = True) -> str:
-    """Return a line for each output that failed, one for each check that was not run, and a last one of counts."""
+    """Return a line for each output that failed the verification, one for each check not run, and a line of counts."""
     lines = []
     for (op, leg, output), failed in _collect(rows, FAIL).items():
         worst = max(failed, key=lambda row: row.ratio)

@@ -40,12 +40,12 @@ class Figure:
 
     @property
     def passed(self) -> bool:
-        """Return whether our error is allowed. An error that is NaN never is."""
+        """Return whether the rule allows our error. An error that is NaN never is."""
         return self.ours <= self.allowed
 
     @property
     def ratio(self) -> float:
-        """Return our error divided by the allowed one; above 1 it fails."""
+        """Return our error divided by the one that the rule allows; above 1 it fails."""
         if self.ours == 0:
             return 0.0
         return self.ours / self.allowed if self.allowed > 0 else float("inf")
@@ -70,7 +70,7 @@ class Judgement:
 
     @property
     def reason(self) -> str:
-        """Return the fault, or the reason why the output was not judged; empty for an output that passes."""
+        """Return the fault that the rule finds, or why the output was not judged; empty for an output that passes."""
         return self.fault or "; ".join(str(f) for f in self.figures if not f.passed) or self.note
 
 
@@ -101,7 +101,7 @@ def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgemen
 
 
 def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple[Figure, ...]:
-    """Return the figure of each kind of error, with its allowed value."""
+    """Return the figure of each kind of error, with the value that the rule allows."""
     exact = truth.double()
     info = torch.finfo(ours.dtype)
     rounding = (exact.abs() * info.eps).clamp(min=info.smallest_normal * info.eps)
@@ -113,7 +113,7 @@ def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple
 
 
 def judge_draws(ours: Results, same_dtype: Results, truth: Results) -> dict[str, Judgement]:
-    """Judge each named output of an op over all draws together, since a single number is sometimes right by chance.
+    """Judge each named output of an op by the rule over all draws together: one number may be right by chance.
 
     Names that start with ``d_`` are gradients. A name that is missing from any of the results is a fault.
     """
@@ -134,7 +134,7 @@ def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results)
 
 
 def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict[str, Judgement], list[Draw]]:
-    """Judge ``few`` draws, which are ``draw(0)``, ``draw(1)`` and so on, and judge ``many`` if they may fail by chance.
+    """Judge ``few`` draws (``draw(0)``, ``draw(1)`` and so on) by the rule, and ``many`` if they may fail by chance.
 
     The errors of two correct implementations differ by chance: over six losses, PyTorch's largest error is less than
     half of ours about once in twenty times. Over thirty draws this does not happen, but a real fault still fails.

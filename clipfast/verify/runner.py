@@ -58,7 +58,7 @@ def checks(options: Options, leg: str) -> list[Check]:
 
 
 def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
-    """Return the checks of whole models, against their reference and against other implementations."""
+    """Return the verification's checks of whole models, against their reference and other implementations."""
     peers = options.against or ((OPENCLIP,) if installed(OPENCLIP) else ())
     check = partial(verify_model, quick=options.quick)
     return [
@@ -70,7 +70,7 @@ def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
 
 
 def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
-    """Return the training checks: in float32, and under bfloat16 autocast on a GPU.
+    """Return the verification's training checks: in float32, and under bfloat16 autocast on a GPU.
 
     On a CPU, bfloat16 takes minutes, so it runs only if it is the only requested dtype.
     """
@@ -84,7 +84,7 @@ def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
 
 
 def not_run(options: Options) -> list[CheckResult]:
-    """Return the checks that cannot run here, as skipped rows."""
+    """Return the checks of the verification that cannot run here, as skipped rows."""
     legs = legs_of(options)
     rows: list[CheckResult] = []
     if options.legs is None and CUDA in legs:
@@ -104,7 +104,7 @@ def not_run(options: Options) -> list[CheckResult]:
 
 
 def iter_groups(options: Options, *, on_total: Callable[[int], None] | None = None) -> Iterator[list[CheckResult]]:
-    """Yield the results of one check after the other. A check that raises becomes a result that fails.
+    """Yield the results of one check of the verification after the other; one that raises becomes a failed result.
 
     ``on_total`` is called with the number of checks before the first one runs.
 

@@ -11,7 +11,7 @@ TILE_UNIT = 192  # a multiple of the rows and columns that any BLAS keeps in reg
 
 
 def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the texts ahead of each image [M] and the images ahead of each text [N], int64."""
+    """Count for the op ``retrieval_ranks`` the texts ahead of each image [M] and the images ahead of each text [N]."""
     (m, d), n = image.shape, len(text)
     # Every product has one shape, of whole register blocks, because BLAS sums an incomplete block in another order.
     side = min(TILE, cdiv(max(min(m, n), 1), TILE_UNIT) * TILE_UNIT)
@@ -43,7 +43,7 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def slots(owner: Tensor, num_images: int) -> Tensor:
-    """Return the index of each text's image; texts of no image get the extra index ``num_images``."""
+    """Return the index of each text's image for the op ``retrieval_ranks``; ``num_images`` for texts of no image."""
     return owner.masked_fill(owner < 0, num_images)
 
 

@@ -13,7 +13,7 @@ SPAN = 1024  # texts that one program compares with its images; this takes fewer
 
 
 def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the texts ahead of each image [M] and the images ahead of each text [N], int32."""
+    """Count for ``retrieval_ranks`` by kernels the texts ahead of each image [M] and the images of each text [N]."""
     (m, d), n, device = image.shape, len(text), image.device
     cfg = gemm_config("retrieval_ranks", arch_of(device), image.dtype)
     blocks = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "BLOCK_K": cfg.block_k}

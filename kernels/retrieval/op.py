@@ -103,9 +103,7 @@ def retrieval_ranks(
 
 
 def _owner_tensor(op: str, text_image: Tensor | None, image: Tensor, text: Tensor) -> Tensor:
-    """Return the image of each text as a tensor; by default text i belongs to image i. Refuse indices that do
-    not fit.
-    """
+    """Return the image of each text for the op ``retrieval_ranks``, by default text i's image i; check the indices."""
     if text_image is None:
         if len(image) != len(text):
             raise ValueError(

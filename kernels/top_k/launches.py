@@ -16,7 +16,7 @@ def _config(x: Tensor) -> GemmConfig:
 
 
 def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
-    """Return the highest score that each query has in each group of items [Q, G]; -inf where there is none."""
+    """Return the highest score of each of top_k's queries in each group of items [Q, G]; -inf without one."""
     (q, d), n = query.shape, len(items)
     cfg, groups = _config(query), cdiv(n, GROUP)
     maxima = torch.empty(q, groups, dtype=torch.float32, device=query.device)

@@ -61,7 +61,7 @@ def test_one_part_alone(name, part):
 
 
 def called(model: torch.nn.Module, given: dict, **options: object) -> tuple[int, int]:
-    """Count the calls of our attention for all rows and for one row."""
+    """Count the calls of our attention in a patched model for all rows and for one row."""
     with (
         mock.patch.object(hf, "attention_qkv", wraps=hf.attention_qkv) as whole,
         mock.patch.object(layers, "single_query_attention", wraps=layers.single_query_attention) as row,

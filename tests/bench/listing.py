@@ -6,7 +6,7 @@ PLAIN = 0x000FE20000000000  # a control code: one cycle, no scoreboard
 
 
 def listing(*lines: str, codes: Sequence[int] = ()) -> str:
-    """Return a listing with 16 bytes for each instruction; ``codes`` are the second 8 bytes, with the control codes."""
+    """Return a disassembly for the inspection, 16 bytes for each instruction; ``codes`` are the second 8 bytes."""
     header = '\n\t\tFunction : kernel\n\t.headerflags\t@"EF_CUDA_SM90"\n'
     codes = codes or [PLAIN] * len(lines)
     return header + "".join(

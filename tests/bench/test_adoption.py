@@ -29,7 +29,7 @@ def expanded(cell: str, notes: dict[int, str]) -> str:
 
 
 def read_section(document: str, heading: str) -> dict[str, list[str]]:
-    """Return the cells of each model in a section of the table, with the texts of notes."""
+    """Return the cells of each model in a section of the table of adopted models, with the texts of notes."""
     (section,) = [part for part in document.split("\n## ") if part.startswith(heading)]
     notes = {int(number): text for number, text in re.findall(r"^(\d+)\. (.*)$", section, re.MULTILINE)}
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
@@ -66,7 +66,7 @@ def test_no_error_of_the_committed_table_is_beyond_its_limit():
 
 
 def library_of(model: nn.Module, **changes: object) -> table.Library:
-    """Return a library for the table with one model, whose patched copy is the model itself."""
+    """Return a library for the table of adopted models with one model, whose patched copy is the model itself."""
     images = torch.ones(2, 3)
 
     def inputs(each: nn.Module) -> tuple[torch.Tensor]:

@@ -115,7 +115,7 @@ def kernel(name, start, end, correlation=None, cat="kernel"):
 
 
 def microseconds(found):
-    """Return the microseconds of each category, after checking that they add up to the step."""
+    """Return the microseconds of each category in a breakdown, after checking that they add up to the step."""
     assert sum(found.seconds.values()) == pytest.approx(found.step_s)
     return {category: 1e6 * seconds for category, seconds in found.seconds.items() if seconds}
 

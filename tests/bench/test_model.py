@@ -36,7 +36,7 @@ M32, M64 = 2**32 - 1, 2**64 - 1
 
 
 def after(*lines: str, **registers: int) -> dict[str, int]:
-    """Run some instructions in the model and return the registers after them."""
+    """Run some instructions in the model of a GPU and return the registers after them."""
     state = State({}, {}, lambda address, size: None, dict(registers))
     for one in sass.parse(listing(*lines)):
         execute(state, one)
@@ -198,16 +198,14 @@ SETS, WAITS, NEITHER = ((1 | board << 5 | 7 << 8 | wait << 11) << 41 for board, 
 
 
 def cycles(*lines: str, warps: int = 1, codes=(), **options) -> float:
-    """Return the modelled cycles of a program whose end waits for the first scoreboard; by default all instructions set
-    it.
-    """
+    """Return the cycles of a program in the model of a GPU; by default all instructions set the first scoreboard."""
     codes = [*(codes or [SETS] * len(lines)), WAITS]
     steps = [decode(one, 0.0) for one in sass.parse(listing(*lines, "EXIT", codes=codes))]
     return run(steps, warps, machine=H100, **options).cycles
 
 
 def marginal(lines: list[str], warps: int = 1) -> float:
-    """Return the modelled cycles that each repetition of some instructions adds."""
+    """Return the cycles that each repetition of some instructions adds in the model of a GPU."""
     return (cycles(*lines * 64, warps=warps) - cycles(*lines * 32, warps=warps)) / 32
 
 
@@ -249,7 +247,7 @@ def test_scoreboards_barriers_blocks_and_bandwidth_hold_up_what_waits_for_them()
 
 @triton.jit
 def _walk_kernel(x_ptr, out_ptr, flag_ptr, N, M, BLOCK: tl.constexpr):
-    """Run two nested loops whose lengths depend on arguments and on the program, and a branch on a flag in memory."""
+    """Run nested loops of lengths by arguments and program, and a branch on a flag: a kernel for the model of a GPU."""
     start = tl.program_id(0) * N // M
     acc = tl.zeros((BLOCK,), tl.float32)
     offs = tl.arange(0, BLOCK)

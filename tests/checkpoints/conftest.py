@@ -44,7 +44,7 @@ def save_own(model: CLIP, path: str | Path, **more: object) -> str | Path:
 
 
 def save_config(config: CLIPConfig, path: str | Path) -> str | Path:
-    """OpenCLIP's JSON file of a configuration."""
+    """OpenCLIP's JSON file of the configuration of a checkpoint's model."""
     Path(path).write_text(json.dumps(config.to_dict()))
     return path
 
@@ -78,7 +78,7 @@ def inputs(config: CLIPConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def hugging_face_output(kind: str, folder: Path, images: torch.Tensor, texts: torch.Tensor) -> tuple[Any, Any]:
-    """A model of transformers from a folder, and what it returns for these pairs."""
+    """A model of transformers from a converted checkpoint, and what it returns for these pairs."""
     transformers = pytest.importorskip("transformers")
     model = getattr(transformers, kind).from_pretrained(folder).eval()
     return model, model(input_ids=texts, pixel_values=images)
@@ -110,7 +110,7 @@ def own(vit, tmp_path) -> Path:
 
 @pytest.fixture
 def hf_folder(own, tmp_path) -> Path:
-    """The ViT as a transformers folder, hf."""
+    """The ViT as a checkpoint of transformers, the folder hf."""
     convert_checkpoint(own, tmp_path / "hf", "hf")
     return tmp_path / "hf"
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def train_state(model: CLIP) -> dict[str, object]:
-    """The state of a training run after one step, as OpenCLIP's and PyTorch's examples save it."""
+    """The training checkpoint after one step, as OpenCLIP's and PyTorch's examples save it."""
     optimizer = torch.optim.AdamW(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
@@ -71,7 +71,7 @@ def test_what_it_says(tmp_path, capsys):
 
 
 def save_sharded(rank: int, folder: Path) -> None:
-    """Save a model that FSDP2 has cut into shards, and its optimizer."""
+    """Save the checkpoint of a model that FSDP2 has cut into shards, and its optimizer."""
     torch.manual_seed(0)
     model = make_model(CONFIGS["QuickGELU"])
     model.logit_scale = torch.nn.Parameter(model.logit_scale.detach()[None])  # FSDP2 takes no scalars
@@ -183,7 +183,7 @@ def a_size_that_fits_no_machine(folder):
 
 
 def shards_that_overlap(folder):
-    """Two shards are listed for the first half, and none for the second."""
+    """List two shards of a distributed checkpoint for the first half of a tensor, and none for the second."""
     with listed(folder, torch.zeros(32, 24)) as (_, _, entry):
         entry.chunks[0].sizes = torch.Size([32, 24])
         entry.chunks.append(entry.chunks[0])

@@ -50,7 +50,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def fill(cache: Path, repository: str, folder: Path) -> None:
-    """Lay the files of ``folder`` out in the cache as a download of ``repository`` would."""
+    """Lay the files of ``folder`` out in the hub's cache as a download of ``repository`` would."""
     home = cache / f"models--{repository.replace('/', '--')}"
     snapshot = home / "snapshots" / COMMIT
     for part in (home / "blobs", home / "refs", snapshot):

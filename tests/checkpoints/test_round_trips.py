@@ -95,7 +95,7 @@ def made(kind):
 
 
 def loaded_by_open_clip(folder, config, **options):
-    """OpenCLIP's own model of a folder, and its preprocessing."""
+    """OpenCLIP's own model of a converted checkpoint, and its preprocessing."""
     open_clip = pytest.importorskip("open_clip")
     with siglip.known_to_timm(config) if isinstance(config, SigLIPConfig) else contextlib.nullcontext():
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", **options)

@@ -9,7 +9,7 @@ from ..small_runs import server, shards  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The folder of a test's own cache, which is empty at first."""
+    """An empty folder for the cache of indexed and copied shards."""
     monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -17,7 +17,7 @@ def samples(stretch):
 
 
 def check_stretches(order, whole):
-    """Assert that any stretch of an order can be computed directly."""
+    """Assert that any stretch of the order of samples can be computed directly."""
     for start, stop in np.sort(np.random.default_rng(1).integers(0, len(whole) + 1, (20, 2)), axis=1).tolist():
         if start < stop:
             assert samples(order(start, stop)) == samples(whole[start:stop])

@@ -91,7 +91,7 @@ def test_a_name_that_begins_like_a_compressed_file(key, read):
 
 
 def header(data, name):
-    """Return the position at which the header of a member begins."""
+    """Return the position at which the header of a member of a tar shard begins."""
     return data.index(name.encode().ljust(100, b"\0"))
 
 

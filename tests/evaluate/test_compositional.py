@@ -66,7 +66,7 @@ def counted(found):
 
 
 def write_aro(folder):
-    """Boxes of two images of two colours each; the third record is wrong for a model that sees."""
+    """Write ARO's compositional records: boxes of two images of two colours; a model that sees errs in the third."""
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "1.png").write_bytes(solid("red", "blue"))
     records = []
@@ -100,7 +100,7 @@ def test_the_mean_over_attributes_needs_25_cases_of_each(seeing, tmp_path, capsy
 
 
 def write_sugar_crepe(folder):
-    """Two categories that share an image, of which one record names a file that is missing."""
+    """Write SugarCrepe's compositional records: two categories share an image, and one record names a missing file."""
     (folder / "val2017").mkdir(parents=True)
     for name in ("red", "green"):
         (folder / "val2017" / f"{name}.png").write_bytes(solid(name))
@@ -146,7 +146,7 @@ def check_winoground(found):
 
 
 def write_winoground(folder):
-    """Two examples, of which the second is wrong for a model that sees."""
+    """Write Winoground's compositional records: two examples, of which the second is wrong for a model that sees."""
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "a.png").write_bytes(solid("red"))
     (folder / "images" / "b.png").write_bytes(solid("blue"))

@@ -26,7 +26,7 @@ def scored(cases, features, captions):
 
 
 def drawn(count, captions):
-    """Cases with so many captions, of which none occurs twice; with two of each, also those of two images."""
+    """Draw compositional cases with so many captions, which all differ; with two of each, of two images too."""
     ones = [Case(f"{n}", (n,), tuple(f"{n} {k}" for k in range(captions))) for n in range(count)]
     twos = [Case(f"{n}", (2 * n, 2 * n + 1), (f"{n} a", f"{n} b")) for n in range(count)]
     return ones, twos

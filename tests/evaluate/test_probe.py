@@ -27,7 +27,7 @@ NAMES = [f"class {number}" for number in range(20)]
 
 
 def drawn(count, width, classes, *, signal=0.7, seed=0, missing=None):
-    """Features of unit length with a common mean, as an image encoder's are; training and test set."""
+    """Draw features of a training and a test set for a linear probe, with a common mean, as an image encoder's are."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, width, generator=generator)
 

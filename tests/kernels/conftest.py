@@ -113,7 +113,7 @@ def call_at(
 def call_of(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, scale: int = 1
 ) -> OpCall:
-    """Return one of ``CALLS`` with its first size (the batch) multiplied by ``scale``."""
+    """Return a call of an op at its small shape, with its first size (the batch) multiplied by ``scale``."""
     spec, shape = CALLS[name]
     first = dataclasses.fields(shape)[0].name
     return call_at(spec.name, shape.changed(**{first: scale * getattr(shape, first)}), device, dtype)
@@ -158,7 +158,7 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def moved(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list to which the interpreter appends the bytes of each load and store."""
+    """Return a list to which the interpreter of kernels appends the bytes of each load and store."""
     sizes: list[int] = []
 
     def counting(name: str, mask_at: int) -> None:
@@ -193,7 +193,7 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
 
 @contextlib.contextmanager
 def sanitizer_session() -> Iterator[Any]:
-    """Yield a session of ttsem for sm_90; its patches of torch.cuda are undone, since other tests share the process."""
+    """Yield a session of ttsem, which executes kernels for sm_90; its patches of torch.cuda are undone at the end."""
     sanitize = pytest.importorskip(
         "ttsem.sanitize",
         reason="ttsem is not installed: 'make test' installs the pinned version; races and bf16 go UNCHECKED",

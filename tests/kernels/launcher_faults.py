@@ -28,7 +28,7 @@ FAULTS = {}  # by name: the error that is expected, and a function that makes th
 
 
 def fault(message):
-    """Register a planted fault under the name of its function; the error must contain ``message``."""
+    """Register a planted fault of a kernel launch by its function's name; the error must contain ``message``."""
 
     def register(function):
         """Add a planted fault of a kernel launch to the table."""
@@ -53,7 +53,7 @@ def compiled_copy():
 
 
 def encode(*, base=0, box=(128, 64), shape=(500, 512), strides=(512, 1)):
-    """Encode a tensor map in bf16 by Triton's own code; without arguments the map is valid."""
+    """Encode a tensor map for a kernel in bf16 by Triton's own code; without arguments the map is valid."""
     x = torch.zeros(500 * 512 + 64, dtype=torch.bfloat16)
     STUB.own([x], 0)
     utils = triton.runtime.driver.active.utils

@@ -52,7 +52,7 @@ def cases(
 
 
 def hold(spec: OpSpec, case: Case, dtype: str, *, draws: int | None = None) -> None:
-    """Check a case by the rule and fail with the text of the report; ``draws`` replaces the first number of draws."""
+    """Check a case of an op by the rule and fail with the text of the report."""
     case = dataclasses.replace(case, draws=draws or case.draws)
     rows = verify_case(spec, VERIFY_LEG, case, dtype, quick=True)
     assert rows

@@ -37,7 +37,7 @@ def few_multiprocessors(monkeypatch):
 
 
 def call_of(loss, device, dtype=torch.float32, **changed):
-    """Return a call of a loss at its size in ``SHAPES``, with some fields changed."""
+    """Return a call of a loss op at its size in ``SHAPES``, with some fields changed."""
     return call_at(loss, SHAPES[loss].changed(**changed), device, dtype)
 
 
@@ -154,7 +154,7 @@ STAGES = {"start": (14.3, 0.0), "middle": (50.0, 3.0), "end": (100.0, 3.5), "new
 
 
 def call_in(stage, loss, device):
-    """Return a call of a loss whose features and scale are those of a stage of training."""
+    """Return a call of a loss op whose features and scale are those of a stage of training."""
     scale, deviations = STAGES[stage]
     cosine = deviations / 8
     matched = cosine / (cosine + (1 - cosine**2) ** 0.5)
@@ -163,7 +163,7 @@ def call_in(stage, loss, device):
 
 
 def errors(ours, truth):
-    """Return the relative error of each result, and the largest relative error of a row.
+    """Return the relative error of each result of a loss op, and the largest relative error of a row.
 
     Rows that are much smaller than the largest one are left out, since 16 bits cannot represent both.
     """

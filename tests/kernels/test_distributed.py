@@ -61,7 +61,7 @@ def cases(world_size):
 
 
 def batch(case):
-    """Return the arguments of the loss of the whole batch."""
+    """Return the arguments of the distributed loss op for the whole batch."""
     generator = torch.Generator().manual_seed(len(case.sizes))
     image, text = (F.normalize(torch.randn(sum(case.sizes), DIM, generator=generator), dim=-1) for _ in range(2))
     if case.kind == "mixed":
@@ -76,7 +76,7 @@ def batch(case):
 
 
 def rows_of(inputs, rows):
-    """Return the arguments of the loss of some pairs."""
+    """Return the arguments of the distributed loss op for some pairs."""
     return {name: x[rows] if x.ndim else x for name, x in inputs.items()}
 
 
@@ -91,7 +91,7 @@ def of_rank(inputs, grad=ONE, **options):
 
 
 def of_batch(ranks):
-    """Return the results of the whole batch from those of the ranks, averaged as by DistributedDataParallel."""
+    """Return the distributed loss of the whole batch from the ranks', averaged as by DistributedDataParallel."""
     mean = {name: torch.stack([rank[name] for rank in ranks]).mean(0) for name in ("value", "d_logit_scale")}
     return mean | {name: torch.cat([rank[name] for rank in ranks]) / len(ranks) for name in ("d_image", "d_text")}
 
@@ -256,7 +256,7 @@ def test_ways_to_use_it(tmp_path):
 
 
 def weighted(sizes, image, text, logit_scale):
-    """Return the mean of 1, -3 and 0 times the losses of the three ranks."""
+    """Return the mean of 1, -3 and 0 times the distributed losses of the three ranks."""
     logits, labels = logit_scale * image @ text.T, torch.arange(len(image))
     nll = sum(F.cross_entropy(side, labels, reduction="none") for side in (logits, logits.T))
     factor = torch.tensor([1.0, -3.0, 0.0]).repeat_interleave(torch.tensor(sizes))

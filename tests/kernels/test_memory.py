@@ -40,7 +40,7 @@ def peaks_mib(setup: str, *calls: str) -> list[int]:
 
 
 def loss_peaks(pairs: int, *losses: str, imports: str = "") -> list[int]:
-    """Return the peak memory of losses, each a function of three sets of features, forward and backward."""
+    """Return the peak memory of loss ops, each a function of three sets of features, forward and backward."""
     setup = imports + FEATURES.format(pairs=pairs, loss=losses[0])
     return peaks_mib(setup, *(f"run({loss})" for loss in losses))
 

@@ -35,7 +35,7 @@ UPDATE = "run with --slow --update-resources and read the difference"
 
 
 def is_quick(arch: int, case: str) -> bool:
-    """Return whether a shipped case is compiled in every run, and not only with ``--slow``."""
+    """Return whether a shipped case's kernels are compiled in every run, and not only with ``--slow``."""
     return arch in (80, 90) and case.endswith("bf16")
 
 
@@ -46,7 +46,7 @@ def committed() -> shipped.Snapshot:
 
 
 def compare(request, arch, case, found):
-    """Compare the resources of a case with the snapshot, or write them there with ``--update-resources``."""
+    """Compare a shipped case's compiled resources with the snapshot, or update them there."""
     if request.config.getoption("--update-resources"):
         with SNAPSHOT.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # other test workers write the file too

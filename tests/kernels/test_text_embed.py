@@ -17,7 +17,7 @@ SMALL = TextShape(5, 7, 11, 24)
 
 
 def assert_exact(ids, vocab, width, device):
-    """Check that the gradient of the table for random integers under the ids is the exact sum of these integers."""
+    """Check that the text embedding's gradient for random integers is the exact sum of these integers."""
     rows = torch.randint(-3, 4, (1, len(ids), width))
     expected = torch.zeros(vocab, width, dtype=torch.int64).index_add_(0, ids, rows[0])
     grad, text = rows.to(device, torch.float32), ids[None].to(device, torch.int32)

@@ -21,7 +21,7 @@ def loss_of(ranks, image, text, scale):
 
 
 def trained(rank, ranks, forgets):
-    """Return the peak of memory in the first pass and in each step, what gradients take, and the weights.
+    """Return the memory peaks of training in the first pass and each step, what gradients take, and the weights.
 
     ``forgets`` frees all gradients before each step, as PyTorch does unless it is told not to.
     """

@@ -46,7 +46,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory):
-    """A folder with a model and pairs in two shards, some of them unusable."""
+    """A folder with a model and pairs to embed in two shards, some of them unusable."""
     folder = tmp_path_factory.mktemp("faulty")
     torch.manual_seed(0)
     export_open_clip(create_model(TINY), folder / "model")
@@ -64,7 +64,7 @@ def whole(faulty, tmp_path_factory):
 
 
 def png_of_size(width, height):
-    """Return a PNG whose header has a false size."""
+    """Return a PNG to embed whose header has a false size."""
 
     def chunk(kind, content):
         """Return a chunk of a PNG file, for a picture that the search meets."""
@@ -77,7 +77,7 @@ def png_of_size(width, height):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A model; a folder of pictures, in which a link leads out of it; and a picture outside."""
+    """A model, and folders of pictures for the search app: one with a link that leads out of it, and one outside."""
     folder = tmp_path_factory.mktemp("app")
     torch.manual_seed(0)
     export_open_clip(create_model(TINY), folder / "model")

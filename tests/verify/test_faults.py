@@ -50,7 +50,7 @@ def scaled(fn, index=None):
 
 
 def gradient_off(spec, name, factor):
-    """The specification of an op with the gradient of one input too large by ``factor``."""
+    """Return an op's specification for the verification with the gradient of one input too large by ``factor``."""
 
     @functools.wraps(spec.op)
     def wrong(**inputs):

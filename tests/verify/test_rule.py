@@ -59,7 +59,7 @@ def test_an_output_that_one_side_lacks_fails(side):
 
 
 def bad_luck(error: float):
-    """Draws of one number: the yardstick is exact in the first ones and errs by 1e-5 later, ours errs by ``error``."""
+    """Return draws for the rule: the yardstick is exact at first and errs by 1e-5 later, ours errs by ``error``."""
     counted = []
 
     def draw(number):

@@ -206,7 +206,7 @@ def _labels_table(key: str, found: dict[str, Any]) -> str:
 
 
 def _queries_table(key: str, found: dict[str, Any]) -> str:
-    """Return the text table of the queries with the largest skew among the groups of ``key``."""
+    """Return the text table of ``clipfast eval bias``: the queries with the largest skew among groups."""
     from ...io.text import align
 
     rows = [[f"first {found['k']} images, by {key}", "max skew", "of", "NDKL", "p"]]

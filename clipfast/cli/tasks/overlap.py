@@ -138,7 +138,7 @@ def _results(
 def _write_pairs(
     path: Path, images: LabelledSet, known: LabelledSet, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs
 ) -> None:
-    """Write the near-duplicate pairs of test and training data as a table, the most similar first."""
+    """Write the pairs of ``clipfast eval overlap``, near duplicates of test and training data, as a table."""
     order = pairs.similarity.argsort(descending=True, stable=True).tolist()
     of_test = images.names(test.numbers[place] for place in order)
     of_train = known.names(train.numbers[pairs.places[place]] for place in order)

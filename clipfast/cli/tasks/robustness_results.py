@@ -248,7 +248,7 @@ def _set_row(judged: Judged, name: str, source: str, robustness: dict[str, Any])
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Format the robustness results as text: a table of shifts for each model, and a table of synthetic strengths."""
+    """Format the results of ``clipfast eval robustness``: a table of shifts, and one of synthetic strengths."""
     parts = [f"{results['images']:,} images of the base, {results['classes']:,} classes; 95% intervals in brackets"]
     classes = {(name_of(row), row["shift"]): f"{row['classes']:,}" for row in results["sets"]}
     for model in results["models"]:

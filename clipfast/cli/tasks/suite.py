@@ -135,7 +135,7 @@ def _settings(args: argparse.Namespace, solver: str) -> Settings:
 
 
 def _tell(layout: Layout) -> None:
-    """Print the missing and incomplete sets of a suite on stderr."""
+    """Print the missing and incomplete sets of ``clipfast eval suite`` on stderr."""
     if layout.missing:
         print(f"clipfast eval: {len(layout.missing)} sets are not there: {', '.join(layout.missing)}", file=sys.stderr)
     for problem in layout.problems:
@@ -150,7 +150,7 @@ def report(problem: Problem) -> None:
 def _evaluate(
     sets: Sequence[OfflineSet], folder: ResultFolder, store: FeatureStore | None, world: World
 ) -> list[Problem]:
-    """Evaluate the sets of a suite whose results do not exist yet, and return the errors, on rank 0."""
+    """Evaluate the sets without a result for ``clipfast eval suite``, and return the errors, on rank 0."""
     from ...evaluate.offline_layout import Problem
     from ...evaluate.suite import evaluate_set, problems_of
 
@@ -178,7 +178,7 @@ def _evaluate(
 def _summary(
     args: argparse.Namespace, layout: Layout, folder: ResultFolder, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Return all existing results of a suite, and the missing ones."""
+    """Return all existing results of ``clipfast eval suite``, and the missing ones."""
     from ...evaluate.suite import means
 
     kept = (
@@ -236,7 +236,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def watch(args: argparse.Namespace) -> int:
-    """Evaluate each new checkpoint of a run on a suite until the run is finished or Ctrl-C; print a line for each."""
+    """Evaluate each new checkpoint of a run for ``clipfast eval suite --watch``, and print a line for each."""
     from ...distributed.world import resolve_device
     from ...evaluate.offline_layout import find_sets
     from ...evaluate.probe_fit import chosen_solver

@@ -145,7 +145,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def watch(args: argparse.Namespace) -> int:
-    """Evaluate each new checkpoint of a run zero-shot until it is finished or Ctrl-C, and print a line for each."""
+    """Evaluate each new checkpoint of a run for ``clipfast eval zeroshot --watch``, and print a line for each."""
     from ...distributed.world import resolve_device
     from ...evaluate.suite import digest
     from ...evaluate.watch import CheckpointModel, Evaluator, Watch, follow
