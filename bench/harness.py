@@ -122,7 +122,7 @@ def _take_turns(running: "dict[Timing, _Runner]", budget: Budget) -> None:
 
 @contextlib.contextmanager
 def _refusing(*timings: Timing) -> Iterator[None]:
-    """Catch an exception inside the context, and record it as the reason why ``timings`` are refused."""
+    """Catch an exception inside the context, and record it as the reason why a benchmark refuses the ``timings``."""
     try:
         yield
     except Exception as error:

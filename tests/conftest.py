@@ -157,7 +157,7 @@ def nothing_left_running() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test draws the same numbers, whatever ran before it."""
+    """Let every test draw the same numbers, whatever ran before it."""
     torch.manual_seed(0)
 
 

@@ -138,7 +138,7 @@ def open_clip_model(name: str) -> nn.Module:
 
 
 def _kind(config: dict[str, Any]) -> Any:
-    """Return the model class for an OpenCLIP configuration, as OpenCLIP's factory chooses it."""
+    """Return the model class for an OpenCLIP configuration to adopt, as OpenCLIP's factory chooses it."""
     import open_clip
 
     if "genlip_cfg" in config:

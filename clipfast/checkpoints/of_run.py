@@ -74,7 +74,7 @@ class Checkpoints:
         return _numbered(self.folder, STEP)
 
     def kept(self) -> list[Path]:
-        """Return the paths of all checkpoints, the newest first, each under the first of its names."""
+        """Return the paths of all checkpoints of a run, the newest first, each under the first of its names."""
         steps = self.steps()
         later = self._folders_after(self.latest)
         names = [*later, self.latest, *steps.values(), *_numbered(self.folder, EPOCH).values()]

@@ -79,7 +79,7 @@ def made_by_workers(
 
 
 def _unchanged(batch: T) -> T:
-    """Return a batch unchanged, in place of PyTorch's conversion, which would look for arrays in all of it."""
+    """Return a training batch unchanged, in place of PyTorch's conversion, which would look for arrays in all of it."""
     return batch
 
 

@@ -145,7 +145,7 @@ class TorchSolver:
         self.inputs = torch.cat([x @ self.directions, x.new_ones(len(x), 1)], 1)
 
     def fit(self, C: float) -> Classifier:
-        """Return the classifier for an inverse strength of the penalty."""
+        """Return the linear probe's classifier for an inverse strength of the penalty."""
         weight = C / 2 if self.num_classes == 2 else C
         solution = self.inputs.new_zeros(self.inputs.shape[1], self.num_classes)
         iterations, most, converged = 0, FIRST, False
@@ -211,7 +211,7 @@ class ScikitLearnSolver:
         self.features, self.classes = (train.features - self.mean).numpy(), train.classes.numpy()
 
     def fit(self, C: float) -> Classifier:
-        """Return the classifier for an inverse strength of the penalty."""
+        """Return the linear probe's classifier for an inverse strength of the penalty."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 

@@ -186,7 +186,7 @@ class ClipLoss(RankLoss):
         return self._over_ranks(loss)
 
     def _over_ranks(self, loss: Tensor) -> Tensor:
-        """Return the loss of this rank's pairs with ``local_loss``, and the mean over ranks without."""
+        """Return the contrastive loss of this rank's pairs with ``local_loss``, and the mean over ranks without."""
         return loss if self.local_loss else _Mean.apply(loss, self.gather_with_grad)  # type: ignore[no-untyped-call]
 
     def _among_all(self, features: Tensor, partners: Tensor, scale: Tensor | float) -> Tensor:

@@ -131,7 +131,7 @@ class Desk:
         return f'<p class="quiet">Columns: {", ".join(names)}</p>'
 
     def start(self) -> str:
-        """Return items spread evenly over the set, which the page shows before the first query."""
+        """Return items spread evenly over the set, which the app shows before the first query."""
         count = len(self.embeddings)
         cards = [self._card(row) for row in range(0, count, -(-count // FOUND))]
         return _cards(f"{len(cards):,} of {count:,}, from all over the set", cards)

@@ -147,7 +147,7 @@ def _digests(embeddings: Embeddings) -> list[list[object]]:
 
 
 def _equal(digests: Sequence[Sequence[object]]) -> Tensor:
-    """Return pairs of duplicates by checksum: each item with the first item of the same checksum."""
+    """Return pairs of duplicate items by checksum: each item with the first item of the same checksum."""
     first: dict[object, int] = {}
     pairs = [(first.setdefault(one, place), place) for column in digests for place, one in enumerate(column) if one]
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)

@@ -234,7 +234,7 @@ def summary(rows: Sequence[CheckResult], seconds: float, *, complete: bool = Tru
 
 
 def _collect(rows: Sequence[CheckResult], verdict: str) -> dict[tuple[str, str, str], list[CheckResult]]:
-    """Collect the results with this verdict by op, leg and output."""
+    """Collect the verification results with this verdict by op, leg and output."""
     found: dict[tuple[str, str, str], list[CheckResult]] = defaultdict(list)
     for row in rows:
         if row.verdict == verdict:

@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
     @property
     def dtype(self):
-        """The dtype: float64 if the kernels take it, since even a small mistake then exceeds the limit."""
+        """The dtype: float64 if the loss's kernels take it, since even a small mistake then exceeds the limit."""
         return torch.float32 if INTERPRET or self.kind == "normalized" else torch.float64
 
     @property
@@ -288,7 +288,7 @@ OF_ALL_RANKS = ("all_gather_single", "all_gather_into_tensor", "all_to_all_singl
 
 
 def calls_of(rank):
-    """Return for each mode the names of the functions that the rank calls in a loss and its gradients."""
+    """Return for each mode the functions that the rank calls in a distributed loss and its gradients."""
     calls = []
 
     def recorded(name, call, *args, **kwargs):

@@ -22,7 +22,7 @@ HOME = "127.0.0.1:7860"
 
 
 def guarded(path, uploads, method="GET", **headers):
-    """Return status and headers of the guard's answer to a request; the app behind the guard serves every request."""
+    """Return status and headers of the search app's guard for a request; the app behind it serves every request."""
     sent = []
     given = [(name.replace("_", "-").encode(), value.encode()) for name, value in ({"host": HOME} | headers).items()]
 
