@@ -51,7 +51,7 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
 
 
 def timm_model(name: str) -> nn.Module:
-    """Return a small model of ``TIMM_MODELS`` with random weights in every parameter, and with dropout."""
+    """Return a small model of ``TIMM_MODELS`` to adopt, with random weights in every parameter, and with dropout."""
     import timm
 
     small = {} if "convnext" in name else _SMALL
@@ -59,7 +59,7 @@ def timm_model(name: str) -> nn.Module:
 
 
 def timm_sizes(name: str) -> dict[str, Any]:
-    """Return arguments that make timm's model of this name small."""
+    """Return arguments that make timm's model of this name small, to adopt it."""
     if "fastvit" in name:
         stages = 5 if name.endswith(("3", "4")) else 4
         return {"layers": (1,) * stages, "embed_dims": (16, 32, 64, 64, 64)[:stages]}
@@ -73,9 +73,7 @@ def timm_sizes(name: str) -> dict[str, Any]:
 
 
 def timm_image_size(name: str) -> int | None:
-    """Return a small image size, a few patches, for a vision transformer of timm; None for a model of fixed
-    image size.
-    """
+    """Return a small image size for an adopted vision transformer of timm; None for a model of fixed image size."""
     if not name.startswith(("vit", "eva")):
         return None
     patch = re.search(r"patch(\d+)", name)
@@ -83,7 +81,7 @@ def timm_image_size(name: str) -> int | None:
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return an OpenCLIP configuration of the same kind of model, but small."""
+    """Return an OpenCLIP configuration of the same kind of model, but small, to adopt it."""
     config = copy.deepcopy(config)
     config["embed_dim"] = 48
     _shrink_vision(config.get("vision_cfg", {}))
@@ -109,7 +107,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shrink_vision(vision: dict[str, Any]) -> None:
-    """Make the vision tower of an OpenCLIP configuration small, in place."""
+    """Make the vision tower of an OpenCLIP configuration to adopt small, in place."""
     if isinstance(vision.get("layers"), list):
         vision.update(layers=[1, 1, 1, 1], width=16, image_size=64)
     elif image_size := timm_image_size(vision.get("timm_model_name") or ""):
@@ -120,7 +118,7 @@ def _shrink_vision(vision: dict[str, Any]) -> None:
 
 
 def open_clip_model(name: str) -> nn.Module:
-    """Return a small model of OpenCLIP's configuration of this name, with random weights in every parameter."""
+    """Return a small model to adopt, of OpenCLIP's configuration of this name, with random weights."""
     import open_clip
 
     config = shrink(open_clip.get_model_config(name))
@@ -155,7 +153,7 @@ def _kind(config: dict[str, Any]) -> Any:
 
 
 def _patches(config: dict[str, Any]) -> Iterator[Any]:
-    """Yield patches that shrink the parts of a model that its configuration only names."""
+    """Yield patches that shrink the parts of an adopted model that its configuration only names."""
     import timm
 
     if timm_name := config.get("vision_cfg", {}).get("timm_model_name"):
@@ -182,7 +180,7 @@ def _patches(config: dict[str, Any]) -> Iterator[Any]:
 
 
 def _whisper(kind: Any, sizes: dict[str, int], _: object, output_dim: int) -> Any:
-    """Build a small Whisper encoder for OpenCLIP's sound models."""
+    """Build a small Whisper encoder for OpenCLIP's sound models, to adopt them."""
     return kind(**sizes, output_dim=output_dim)
 
 
@@ -245,7 +243,7 @@ def _texts(model: Any, batch: int) -> Tensor:
 
 
 def _sound(model: Any, batch: int, dtype: torch.dtype) -> Input:
-    """Draw the sound input of a small OpenCLIP model."""
+    """Draw the sound input of a small OpenCLIP model that is adopted."""
     if hasattr(model, "audio_embed"):  # GenLAP alone has this attribute
         return _patches_of(model.audio_embed.proj.in_features, batch, dtype)
     config = model.audio.cfg

@@ -69,7 +69,7 @@ class Library:
 
 
 def _open_clip_names() -> Iterable[str]:
-    """Return the names of the configurations in the OpenCLIP package, without any that were registered at run time."""
+    """Return the names of OpenCLIP's configurations to adopt, without any that were registered at run time."""
     folder = importlib.resources.files("open_clip").joinpath("model_configs")
     return sorted(path.name.removesuffix(".json") for path in folder.iterdir() if path.name.endswith(".json"))
 

@@ -101,7 +101,7 @@ class SyntheticSource(DrawnSource):
 
 
 def _drawn(words: Words, column: int, count: int) -> Ints:
-    """Map a column of random words to integers below ``count``."""
+    """Map a column of random words to integers below ``count``, which choose the details of synthetic pairs."""
     return (words[:, column] % np.uint64(count)).astype(np.int64)
 
 

@@ -79,6 +79,7 @@ for number, (expected, changed) in enumerate(MAPS):
 
 @fault("grid (1, 65536, 1), allowed (2147483647, 65535, 65535)")
 def grid_y_over_65535():
+    """Launch a kernel with more programs in y than a GPU can start."""
     x = torch.zeros(1000)
     _copy_kernel[(1, 65536)](x, torch.zeros(1000), 1000, BLOCK=1024)
 
@@ -111,6 +112,7 @@ def shared_memory_without_the_attribute():
 
 @fault("300000 bytes of shared memory, 232448 allowed on sm_90")
 def shared_memory_over_the_limit():
+    """Launch a kernel with more shared memory than its GPU has."""
     kernel, _ = compiled_copy()
     attribute, too_much = 8, 300000  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     if STUB.library.cuFuncSetAttribute(ctypes.c_void_p(kernel.function), attribute, too_much):
@@ -158,6 +160,7 @@ def compiled_for_more_alignment():
 
 @fault("a plan started")
 def plan_with_addresses_in_another_order():
+    """Start a kernel by a plan that exchanges its addresses."""
     config = KernelConfig(num_warps=4, num_stages=2)
     plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
     bind = launch._bind
@@ -173,6 +176,7 @@ def plan_with_addresses_in_another_order():
 
 @fault("a plan has two kernels for")
 def plan_that_forgets_alignment():
+    """Start a kernel by a plan that ignores the alignment of its addresses."""
     config = KernelConfig(num_warps=4, num_stages=2)
     plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
     bind, x = launch._bind, torch.zeros(1001)
@@ -194,11 +198,14 @@ def on_the_other_device(run):
 
 
 def no_device_guard():
+    """Launch a kernel on a device that is not made current."""
     with mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()):
         on_the_other_device(an_op)
 
 
 def guard_that_does_not_return():
+    """Launch a kernel with a device guard that does not make the earlier device current again."""
+
     class Guard(torch.cuda.device):
         def __exit__(self, *error):
             return False
@@ -216,6 +223,7 @@ def capture():
 
 @fault("a constant is copied from the host")
 def copy_from_the_host_in_capture():
+    """Copy from the host while a CUDA graph of kernels is captured."""
     x = torch.zeros(10)
     with capture():
         x + torch.tensor(2.0)
@@ -223,6 +231,7 @@ def copy_from_the_host_in_capture():
 
 @fault("waits for the GPU while a graph is captured")
 def value_read_by_the_host_in_capture():
+    """Read a value on the host while a CUDA graph of kernels is captured."""
     x = torch.zeros(10)
     with capture():
         x.sum().item()
@@ -230,6 +239,7 @@ def value_read_by_the_host_in_capture():
 
 @fault("a kernel is loaded while a stream is captured")
 def kernel_loaded_in_capture():
+    """Load a kernel while a CUDA graph is captured."""
     x = torch.zeros(1000)
     with capture():
         _copy_kernel[(1,)](x, x, 1000, BLOCK=256)
