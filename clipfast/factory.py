@@ -152,7 +152,7 @@ def _check_arguments(precision: str, others: Mapping[str, Any]) -> None:
 
 
 def _changed(config: CLIPConfig, quick_gelu: bool, context_length: int | None, vision: Mapping[str, Any]) -> CLIPConfig:
-    """Return a model's configuration changed by the ``force_...`` arguments. The size may be a pair of equal sides."""
+    """Return the configuration of a model to create, changed by the ``force_...`` arguments."""
     size = vision["image_size"]
     if isinstance(size, tuple | list) and len(set(size)) == 1:
         vision = {**vision, "image_size": size[0]}

@@ -105,7 +105,7 @@ def free_bytes(path: Path) -> int:
 
 
 def nearest(path: Path) -> Path:
-    """Return the path itself if this machine has it, else the nearest existing folder above it."""
+    """Return the path itself if this machine's file system has it, else the nearest existing folder above it."""
     path = path.absolute()
     return next(one for one in (path, *path.parents) if one.exists())
 

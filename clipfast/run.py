@@ -55,7 +55,7 @@ class Part(NamedTuple):
 
 
 def replace_losses(loss: ModuleType, names: Sequence[str]) -> str:
-    """Replace the loss classes in all modules of OpenCLIP, and return a line that names them.
+    """Replace the loss classes in all modules of OpenCLIP for ``clipfast.run``, and return a line that names them.
 
     A class with arguments that clipfast's class does not have, as in a later version of OpenCLIP, is not replaced.
     """
@@ -75,7 +75,7 @@ def replace_losses(loss: ModuleType, names: Sequence[str]) -> str:
 
 
 def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
-    """Patch ``open_clip.create_model``: each model that it returns runs on clipfast's kernels. Return a line about it.
+    """Patch ``open_clip.create_model`` for ``clipfast.run``: each model that it returns runs on clipfast's kernels.
 
     ``create_model_and_transforms`` and ``create_model_from_pretrained`` call ``create_model``; models of
     ``load_openai_model`` are not changed. ``names`` are the parts of the model to replace.
@@ -84,7 +84,7 @@ def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
 
     @functools.wraps(theirs)
     def create_model(*args: Any, **kwargs: Any) -> Any:
-        """Call OpenCLIP's ``create_model``, and apply the kernels to the model."""
+        """Call OpenCLIP's ``create_model`` under ``clipfast.run``, and apply the kernels to the model."""
         model = theirs(*args, **kwargs)
         _say(apply_to_model(model, names))
         return model
@@ -94,7 +94,7 @@ def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
 
 
 def apply_to_model(model: Any, names: Sequence[str]) -> str:
-    """Replace the parts ``names`` in a model of OpenCLIP; return a line with the number of replaced modules for each.
+    """Replace the parts ``names`` in a model of OpenCLIP for ``clipfast.run``; return a line with the numbers.
 
     A model in which nothing can be replaced, such as a TorchScript model, is not changed. Nor is a model of a later
     version
@@ -212,7 +212,7 @@ class ImportHook(MetaPathFinder):
             execute = spec.loader.exec_module
 
             def execute_and_replace(module: ModuleType) -> None:
-                """Execute a module of OpenCLIP, and then replace its parts."""
+                """Execute a module of OpenCLIP under ``clipfast.run``, and then replace its parts."""
                 execute(module)
                 self._replace(module)
 
@@ -269,7 +269,7 @@ def _arguments(kind: type) -> set[str]:
 
 
 def _replace_everywhere(theirs: object, ours: object) -> None:
-    """Replace an object in every loaded module of OpenCLIP."""
+    """Replace an object in every loaded module of OpenCLIP for ``clipfast.run``."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in ("open_clip", "open_clip_train"):
             for attribute in [key for key, value in vars(module).items() if value is theirs]:
@@ -282,7 +282,7 @@ def _is_script(program: str) -> bool:
 
 
 def _module_runner(name: str) -> Callable[[], object]:
-    """Return a function that runs a module as the program, like ``python -m``.
+    """Return a function by which ``clipfast.run`` runs a module as the program, like ``python -m``.
 
     Raises:
         ValueError: the name is an option, or there is no module or package of this name.

@@ -258,7 +258,7 @@ def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_ours(names: Iterable[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights or gradients in ``theirs`` by our ``names``; what is missing there is left out."""
+    """Return a checkpoint's weights or gradients ``theirs``, of transformers, by our ``names``, if they exist."""
     wanted = list(names)
     layout, ours = _layout_of(wanted), {}
     for name in wanted:

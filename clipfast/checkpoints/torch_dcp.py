@@ -33,7 +33,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     """An unpickler of DCP's index ``.metadata``, which refuses every other class and every function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class that may occur in DCP's index, and refuse any other."""
+        """Return a class that may occur in the index of a DCP checkpoint, and refuse any other."""
         from torch.distributed.checkpoint import filesystem, metadata
 
         if module == metadata.__name__ and name in _METADATA_CLASSES:

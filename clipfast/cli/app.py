@@ -19,7 +19,7 @@ PORT = 7860
 
 
 def add_parser(commands: Any) -> None:
-    """Add the parser of ``clipfast app``. Files and names are checked when the command runs."""
+    """Read a DCP checkpoint's index of all shards."""
     parser = commands.add_parser(
         "app",
         help="search an embedded folder on a page of this machine, by words or a dropped picture",

@@ -88,7 +88,7 @@ class _Start(NamedTuple):
 
 
 def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool = False) -> _Start:
-    """Determine the start of a run from its arguments; after a restart by torchrun, it is the newest checkpoint."""
+    """Determine the start of ``clipfast train`` from its arguments; torchrun restarts from the newest checkpoint."""
     found = _named(args.resume, given)
     start = _composed(args, given, found)
     if is_restart and "name" in start.options:
@@ -104,7 +104,7 @@ def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool 
 
 
 def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -> _Start:
-    """Combine the options of a run from flags, recipe and checkpoint; return them with the origin of each."""
+    """Combine the options of ``clipfast train`` from flags, recipe and checkpoint; return them with each origin."""
     options: dict[str, Any] = {}
     origins: dict[str, str] = {}
     checkpoint = found.path
@@ -133,7 +133,7 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_folder(options: dict[str, Any]) -> Path:
-    """Return the folder of the run from its options."""
+    """Return the folder of the run from the options of ``clipfast train``."""
     return Path(options.get("logs", TrainConfig.logs)) / options["name"]
 
 
@@ -207,7 +207,7 @@ def _is_in_run(checkpoint: Path) -> bool:
 
 
 def _saved_options(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the run that wrote ``checkpoint``; {} if OpenCLIP wrote it."""
+    """Return the options of the run that wrote the checkpoint for ``clipfast train``; {} if OpenCLIP wrote it."""
     options = _tuples(content.get("clipfast", {}).get("config", {}))
     if options and _is_in_run(checkpoint):
         # The run continues in the folder of its checkpoint, even if the folder was moved or renamed.

@@ -58,7 +58,7 @@ class Counts:
         return (int(digits), path) if digits.isdecimal() and len(digits) <= MAX_DIGITS else None
 
     def _rows(self, shard: IO[bytes], name: str) -> int | None:
-        """Return the number of rows; None if a server sends nothing but whole files."""
+        """Return the number of rows of a Parquet shard; None if its server sends nothing but whole files."""
         try:
             return count_rows(shard, name)
         except io.UnsupportedOperation:

@@ -157,7 +157,7 @@ def _validate(batch: Any) -> None:
 
 
 def _bytes_columns(schema: Any) -> dict[int, str]:
-    """Return the indices of the columns that hold bytes, and the file extensions of their tar members.
+    """Return the indices of a Parquet or Arrow shard's columns that hold bytes, and their members' file extensions.
 
     Raises:
         ContentError: there is no such column, or two would have the same extension.

@@ -63,7 +63,7 @@ class World:
         return self.rank == 0
 
     def device(self, name: str, *, by_rank: bool = True) -> torch.device:
-        """Return the device of this process for the value of ``--device``.
+        """Return the device of this rank for the value of ``--device``.
 
         Args:
             name: the value.

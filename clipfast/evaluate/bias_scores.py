@@ -42,7 +42,7 @@ class Grouping:
 
     @property
     def compared(self) -> list[int]:
-        """The numbers of the groups that are large enough to be compared."""
+        """The numbers of the groups that are large enough to be compared for bias."""
         return (self.counts >= self.min_count).nonzero()[:, 0].tolist()
 
     def hits(self, marks: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _grouping(one: str, keys: list[str], columns: list[tuple[str, ...]], min_cou
 
 
 def compare(hits: Tensor, grouping: Grouping) -> dict[str, Any]:
-    """Return the share of hits in each group, and the gap between the groups that are large enough to be compared.
+    """Return the share of hits in each group and the gap between them, a measure of bias.
 
     Args:
         hits: [G], the number of images of each group that are hit, for example classified correctly.
@@ -203,7 +203,7 @@ def assign(
 
 
 def skews(counts: Tensor, of_set: Tensor) -> Tensor:
-    """Return the log of each group's share among the first results, divided by its share in the set, [..., G].
+    """Return the log of each group's share in the first results over that in the set, [..., G], to measure bias.
 
     Args:
         counts: [..., G], the number of images of each group among the first results.

@@ -197,7 +197,7 @@ class PreparedEncoder(Encoder):
         return self._of.images(pixels)
 
     def about(self) -> dict[str, Any]:
-        """Return plain values that identify the model of stored features: its names and its digest."""
+        """Return plain values that identify the evaluated model of stored features: its names and its digest."""
         return {**self._of.about(), "change": repr(self._change)}
 
 
@@ -227,6 +227,6 @@ class PixelEncoder(Encoder):
         return {"model": self.name, "side": SIDE}
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Return features [B, 768] of thumbnails [B, 3, 16, 16]: mean 0 and unit length; 0 for a uniform image."""
+        """Return an evaluation's features [B, 768] of thumbnails [B, 3, 16, 16], of mean 0 and unit length."""
         flat = pixels.to(self.device).float().flatten(1)
         return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)

@@ -54,7 +54,7 @@ class LabelledFeatures:
 
     @property
     def classnames(self) -> list[str]:
-        """The distinct labels of the set in sorted order; labels that are all numbers are sorted by value."""
+        """The distinct labels of a labelled set in sorted order; labels that are all numbers are sorted by value."""
         return in_order(self.labels)
 
     def accepted(self) -> list[set[str]]:

@@ -165,7 +165,7 @@ class LabelledSet:
         return hashlib.sha256(self.stamp().encode()).hexdigest()
 
     def _root_of_classes(self) -> Path | None:
-        """Return the folder whose sub-folders are the classes; None for other sets."""
+        """Return the folder whose sub-folders are the classes of a labelled set; None for other sets."""
         shards = expand_shards(self.data)
         is_classes = len(shards) == 1 and is_folder(shards[0]) and not has_texts(shards[0], self.keys)
         return Path(shards[0]) if is_classes else None
@@ -210,7 +210,7 @@ class LabelledSet:
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Return the distinct labels in the order of the classes: sorted, and by value if all of them are numbers."""
+    """Return a labelled set's distinct labels in order: sorted, and by value if all of them are numbers."""
     names = set(labels)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 

@@ -94,7 +94,7 @@ def _captions(sample: RawSample) -> tuple[str, ...]:
 
 
 def _number(sample: RawSample) -> str:
-    """Return the class number of a sample as text."""
+    """Return the class number of a CLIP_benchmark sample as text."""
     text = _member(sample, "cls")
     if not text.strip().isdigit():
         raise SampleError(f"class is no number from 0: {text!r:.40}", "broken label")

@@ -168,7 +168,7 @@ class Watch:
         return {f"val/{name}": value for name, value in self.shown.scalars(line["eval"]).items()}
 
     def run(self, interval: float) -> Iterator[dict[str, Any]]:
-        """Evaluate existing and new checkpoints, the oldest first, until the run is finished; yield each result line.
+        """Evaluate a watched run's existing and new checkpoints, the oldest first, until it is finished.
 
         Args:
             interval: the number of seconds between two checks of the folder.
@@ -189,13 +189,13 @@ class Watch:
                 yield line
 
     def _oldest(self) -> tuple[Path, tuple[int, int]] | None:
-        """Return the oldest checkpoint that was not evaluated yet, with the time and size of its file."""
+        """Return the watched run's oldest checkpoint that was not evaluated yet, with the time and size of its file."""
         files = {file: path for path in self.folder.kept() if (file := _file(path)) is not None}
         new = files.keys() - self._files
         return (files[min(new)], min(new)) if new else None
 
     def _evaluated(self, path: Path, file: tuple[int, int]) -> dict[str, Any] | None:
-        """Evaluate a checkpoint and record the result; None if it is gone, damaged, or already evaluated.
+        """Evaluate a watched run's checkpoint and record the result; None if it is gone, damaged, or already evaluated.
 
         A checkpoint that was evaluated under another name is not evaluated again.
 
@@ -238,7 +238,7 @@ class Watch:
 
 
 def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) -> None:
-    """Print a line for each checkpoint, and update the plot of all, until the run is finished, or until Ctrl-C.
+    """Print a line for each checkpoint of a watched run, and update the plot of all, until it is finished or Ctrl-C.
 
     Args:
         watch: evaluates the checkpoints.

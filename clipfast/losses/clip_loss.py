@@ -128,7 +128,7 @@ class ClipLoss(RankLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the logits of images and of texts, [b, N] each with ``local_loss``, and [N, N] without."""
+        """Return the contrastive loss's logits, [b, N] each with ``local_loss``, and [N, N] without."""
         self._check_ranks()
         all_images, all_texts = image_features, text_features
         if self.world_size > 1:

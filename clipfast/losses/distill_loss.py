@@ -243,7 +243,7 @@ class DistillClipLoss(ClipLoss):
         return self._over_ranks((of_images + of_texts) / 2)
 
     def _scale_of_ranks(self, scale: Tensor) -> Tensor:
-        """Return the scale with a gradient that is averaged over ranks, unless each rank has its own loss."""
+        """Return a distillation's scale with a gradient averaged over ranks, unless each rank has its own loss."""
         if self.local_loss or not scale.requires_grad:
             return scale
         # Each rank has the gradient of its own rows. Without ``gather_with_grad``, the mean of the losses over ranks

@@ -68,7 +68,7 @@ class Pictures:
         return cls(samples=Samples.of(about))
 
     def open(self, metadata: Mapping[str, Any]) -> Image.Image:
-        """Decode the picture of a found item.
+        """Decode the picture of an item that the app has found.
 
         Args:
             metadata: ``number`` is the position in the source; ``image_path`` is absolute, or relative to the working
@@ -151,7 +151,7 @@ class Desk:
         return f'<p class="samples">{chips}</p>'
 
     def search(self, words: str, picture: str | None, weight: float | None, where: str, k: float | None) -> str:
-        """Return the items that are most similar to a text, a picture, or both.
+        """Return the app's HTML of the items that are most similar to a text, a picture, or both.
 
         Args:
             words: the query, or "".
@@ -187,7 +187,7 @@ class Desk:
         return self._found(self.embeddings.feature(row, self.kind), where, k, without=row)
 
     def detail(self, row: int) -> str:
-        """Return the details of an item: a large picture and all its metadata.
+        """Return the app's details of an item: a large picture and all its metadata.
 
         Raises:
             ValueError: the item does not exist.
@@ -227,7 +227,7 @@ class Desk:
         return f'<table class="labels" role="status"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
     def heat_map(self, picture: str | None, texts: str) -> str:
-        """Return a picture overlaid with its heat map for each text.
+        """Return the app's answer about a picture: overlaid with its heat map for each text.
 
         Args:
             picture: a file, or None.
@@ -332,7 +332,7 @@ def _checked(text: str | None, name: str) -> str:
 
 
 def _dropped(picture: str | None) -> str:
-    """Return the picture that the user dropped on the page, and refuse a missing one."""
+    """Return the picture that the user dropped on the app's page, and refuse a missing one."""
     if not picture:
         raise ValueError("drop a picture")
     return picture

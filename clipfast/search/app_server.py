@@ -89,7 +89,7 @@ class Guard:
         await self.app(scope, receive, answer)
 
     def _may_ask(self, scope: Message) -> bool:
-        """Return whether the page itself, a link to it or a program asks, for what the page needs: no other file."""
+        """Return whether the app's page, a link to it or a program asks, for what the page needs: no other file."""
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
         is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # links go to "/"
@@ -189,7 +189,7 @@ def _page(desk: Desk, title: str, uploads: Path) -> Any:
 
 
 def _picture_field(uploads: Path, **options: Any) -> Any:
-    """Return the page's field for a picture; its value is the uploaded file, which only :class:`Desk` decodes."""
+    """Return the app page's field for a picture; its value is the uploaded file, which only :class:`Desk` decodes."""
     import gradio
 
     def uploaded(path: str) -> str:

@@ -35,7 +35,7 @@ class Clusters:
 
     @property
     def sizes(self) -> Tensor:
-        """The number of features in each cluster, [k]."""
+        """The number of embeddings in each cluster, [k]."""
         return self.groups.bincount(minlength=len(self.centres))
 
     def nearest(self, group: int, count: int) -> list[int]:

@@ -141,7 +141,7 @@ def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
 
 
 def _digests(embeddings: Embeddings) -> list[list[object]]:
-    """Return the values of each checksum column of the metadata, with None for items without one."""
+    """Return the values of each checksum column of embeddings' metadata, with None for items without one."""
     names = [name for name in DIGESTS if name in embeddings.metadata.column_names]
     return [[(name, x) if x else None for x in embeddings.metadata.column(name).to_pylist()] for name in names]
 

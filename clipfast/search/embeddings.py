@@ -93,7 +93,7 @@ class Embeddings:
 
     @property
     def metadata(self) -> pyarrow.Table:
-        """The table of metadata, with a row for each item."""
+        """The table of the embeddings' metadata, with a row for each item."""
         if "metadata" not in self._joined:
             self._joined["metadata"] = _joined_tables([part.metadata for part in self._parts])
         return self._joined["metadata"]
@@ -104,7 +104,7 @@ class Embeddings:
         return tuple(kind for kind in KINDS if self._parts[0].of_kind(kind) is not None)
 
     def feature(self, number: int, kind: str = "image") -> Tensor:
-        """Return the features [D] of one item, without reading the features of others.
+        """Return the embedding [D] of one item, without reading those of others.
 
         Raises:
             ValueError: the item does not exist, or the embeddings have no features of this kind.
@@ -256,7 +256,7 @@ class Embeddings:
 
 
 def _existing_features(part: Part, kind: str) -> Tensor:
-    """Return the features of one kind, which must exist.
+    """Return the embeddings of one kind, which must exist.
 
     Raises:
         ValueError: the embeddings have no features of this kind.
@@ -285,7 +285,7 @@ def _checked_part(
     images: Tensor | None, texts: Tensor | None, metadata: pyarrow.Table | Mapping[str, Sequence[Any]] | None,
     first: int = 0,
 ) -> Part:  # fmt: skip
-    """Check features and metadata, and return them as a part of embeddings, whose first item is number ``first``."""
+    """Check embeddings and their metadata; return them as a part, whose first item is number ``first``."""
     import pyarrow
 
     given = [features for features in (images, texts) if features is not None]
@@ -309,7 +309,7 @@ def _checked_part(
 
 
 def _joined_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
-    """Concatenate tables of metadata. A column whose types in the tables have no common type becomes text."""
+    """Concatenate tables of embeddings' metadata."""
     import pyarrow
 
     try:
@@ -335,7 +335,7 @@ def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
 
 
 def names_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata columns that identify an item."""
+    """Return the metadata columns that identify an embedded item."""
     return {name: row[name] for name in NAMES if row.get(name) is not None}
 
 

@@ -88,13 +88,13 @@ def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str =
 
 
 def _columns(item: Item) -> list[str]:
-    """Return the names of the values by which the page can sort an item."""
+    """Return the names of the values by which the gallery can sort an item."""
     own = {"score": item.score, "caption": item.caption or None, "path": item.path or None}
     return [name for name, value in {**own, **item.metadata}.items() if value is not None]
 
 
 def _controls(columns: list[str]) -> str:
-    """Return the HTML of the page's controls for sorting and filtering; they are hidden unless scripts run."""
+    """Return the HTML of the gallery's controls for sorting and filtering; they are hidden unless scripts run."""
     options = "".join(f'<option value="{html.escape(name)}">{html.escape(name)}</option>' for name in columns)
     bounds = (
         '<span class="bounds"><label>score from <input type="number" step="any" id="least"></label>'
@@ -112,7 +112,7 @@ def _controls(columns: list[str]) -> str:
 
 
 def _card(item: Item, folder: Path, side: int) -> str:
-    """Return the HTML of a found picture as an element of the page's list."""
+    """Return the HTML of a found picture as an element of the gallery's list."""
     parts = []
     if item.score is not None:
         parts.append(f'<b class="score" data-value="{float(item.score)!r}">{float(item.score):.4f}</b>')
@@ -142,7 +142,7 @@ def _picture(item: Item, side: int) -> str:
 
 
 def _path(path: str, folder: Path) -> str:
-    """Return a table cell with the path of a found picture; an existing file gets a link relative to the page."""
+    """Return a cell of the gallery's table with the path of a found picture; an existing file gets a relative link."""
     if not os.path.isfile(path):
         return f"<dd>{html.escape(path)}</dd>"
     address = urllib.parse.quote(os.fsencode(os.path.relpath(path, folder)))
@@ -150,7 +150,7 @@ def _path(path: str, folder: Path) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a table cell with a metadata value. A float is shown with fewer digits, but sorted by all of them."""
+    """Return a cell of the gallery's table with a metadata value: fewer digits of a float, but all for sorting."""
     if isinstance(value, float):
         return f'<dd data-value="{value!r}">{value:.6g}</dd>'
     return f"<dd>{html.escape(str(value))}</dd>"

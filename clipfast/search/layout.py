@@ -66,7 +66,7 @@ class Part:
 
     @functools.cached_property
     def metadata(self) -> pyarrow.Table:
-        """The table of metadata, with a row for each item of the part."""
+        """The table of metadata of a part of the embeddings, with a row for each item."""
         if not isinstance(self.source, Path):
             return self.source
         return read_table(self.source)
@@ -194,7 +194,7 @@ def _mapped(path: Path) -> Tensor:
 
 @contextlib.contextmanager
 def opened_metadata(path: Path) -> Iterator[parquet.ParquetFile]:
-    """Open the Parquet file of a part's metadata.
+    """Open the Parquet file of the metadata of a part of the embeddings.
 
     Raises:
         ValueError: the file cannot be read, or its footer is too large.
@@ -236,7 +236,7 @@ def read_table(path: Path) -> pyarrow.Table:
 
 
 def _numbered(folder: Path, kind: str) -> dict[int, Path]:
-    """Return the files of one kind (``img_emb``, ``text_emb`` or ``metadata``) by the numbers of their parts."""
+    """Return the embeddings' files of one kind (``img_emb``, ``text_emb`` or ``metadata``) by their parts' numbers."""
     pattern = re.compile(rf"{kind}_([0-9]+)\{SUFFIXES[kind]}")
     found = [(pattern.fullmatch(path.name), path) for path in (folder / kind).glob(f"{kind}_*")]
     return {int(match[1]): path for match, path in found if match}

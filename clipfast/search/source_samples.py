@@ -234,7 +234,7 @@ def _column(values: Sequence[Any]) -> pyarrow.Array:
 
 
 def _plain(value: Any) -> Any:
-    """Return a metadata value with text that Arrow accepts: names of files may contain bytes that are not UTF-8."""
+    """Return a value of embeddings' metadata with text that Arrow accepts: file names may not be UTF-8."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 

@@ -19,7 +19,7 @@ TRAINING = {"loss_only": True, "return_loss": True}  # arguments of hf_models.re
 
 
 def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Make a model of transformers, timm or OpenCLIP."""
+    """Make a model of transformers, timm or OpenCLIP to adopt."""
     if name in hf_models.PAIRS + hf_models.TOWERS:
         pytest.importorskip("transformers")
         return hf_models.make(name).to(dtype)

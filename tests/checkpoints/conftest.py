@@ -86,7 +86,7 @@ def hugging_face_output(kind: str, folder: Path, images: torch.Tensor, texts: to
 
 @pytest.fixture(autouse=True)
 def safetensors() -> None:
-    """Skip a test if safetensors is not installed."""
+    """Skip a test of checkpoints if safetensors is not installed."""
     pytest.importorskip("safetensors")
 
 

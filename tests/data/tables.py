@@ -72,6 +72,6 @@ EXPECTED = [(data, text.strip()) for _, data, text in PAIRS]
 
 
 def batches(shard):
-    """Return batches of eight pairs, made as in training."""
+    """Return training batches of eight pairs."""
     source = open_shards(expand_shards(str(shard)))
     return PairBatches([source], Mix([Order(source.sizes, 3)], [1], 3), CroppedImages(16), Tokenizer(16), 8, 3)

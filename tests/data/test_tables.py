@@ -363,7 +363,7 @@ def test_captions_are_compared_without_reading_images(tmp_path):
 
 @pytest.fixture
 def sources(tmp_path):
-    """The same pairs in every format."""
+    """The same pairs as shards in every format."""
     folder = write_side_cars(write_images(tmp_path / "photos"))
     samples = [{"png": data, "txt": text.encode()} for _, data, text in PAIRS]
     rows = {"png": [data for _, data, _ in PAIRS], "caption": [text for _, _, text in PAIRS]}

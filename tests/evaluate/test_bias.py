@@ -140,7 +140,7 @@ def colours(monkeypatch):
 
 
 def planted(shares, count=100):
-    """Men and women of each race, a known share of whom the model classifies as something else."""
+    """Draw people for bias: men and women of each race, of whom the model takes a known share for something else."""
     people = []
     for race, (seen, share) in shares.items():
         for number in range(count):
@@ -194,7 +194,7 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """12 images in two groups by "category", and in one by "constant"."""
+    """12 images in two groups, between which bias is measured, by "category", and in one by "constant"."""
     folder = tmp_path_factory.mktemp("bias")
     fields = [json.loads(sample(index)["json"]) | {"constant": "x", "plus": "x + y"} for index in range(12)]
     write_shard(folder / "a.tar", [sample(index, json=json.dumps(own).encode()) for index, own in enumerate(fields)])

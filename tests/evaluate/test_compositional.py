@@ -171,7 +171,7 @@ def test_winoground_as_hugging_face_has_it(seeing, tmp_path, capsys):
 
 
 def pairs():
-    """Two pairs on which a model that sees is right, a wrong one, and a broken one; one group holds HTML."""
+    """Two compositional pairs on which a model that sees is right, a wrong, and a broken one; one group holds HTML."""
     rows = [("red", ["blue", "green"], HOSTILE), ("green", "blue", "y"), ("blue", "a blue", "z"), ("red", "green", "x")]
     texts = [{"caption": right, "negative_caption": wrong, "of": group} for right, wrong, group in rows]
     pictures = [*(solid(right) for right, _, _ in rows[:3]), b"broken"]

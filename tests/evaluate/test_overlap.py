@@ -88,7 +88,7 @@ FOUND = ("jpeg 75", "half size", "darker")
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """40 test images in 5 classes. The training set has copies of each of the first 8, and 60 other images."""
+    """40 test images in 5 classes for the test of overlap: the training set copies the first 8, and has 60 others."""
     folder = tmp_path_factory.mktemp("this&that")
     tests = [drawing(number) for number in range(40)]
     write_shard(

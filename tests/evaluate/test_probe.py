@@ -146,7 +146,7 @@ def test_solvers_are_chosen_by_device_and_what_is_installed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of three brightnesses, as a training and a test set, and a set of one class."""
+    """Images of three brightnesses for a linear probe, as a training and a test set, and a set of one class."""
     folder = tmp_path_factory.mktemp("probe")
     for name, start, count, labels in (("train", 0, 30, "abc"), ("test", 100, 18, "abc"), ("one", 0, 6, "aaa")):
         texts = [json.dumps({"label": labels[index % 3], "other": f"only {name}"}) for index in range(count)]

@@ -77,7 +77,7 @@ def write_classes(folder, classes, count, seed):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A base of seven classes; shifts with all of them, with three, and with classes of other names."""
+    """A base of seven classes for robustness; shifts with all, with three, and with classes of other names."""
     folder = tmp_path_factory.mktemp("robustness")
     write_classes(folder / "base", {name: name for name in NAMES}, 30, 0)
     write_classes(folder / "all", {str(number): name for number, name in enumerate(NAMES)}, 20, 1)

@@ -79,7 +79,7 @@ HOSTILE = "<script>alert('x')</script>&"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Seven classes, one with HTML in its name; one image is broken."""
+    """Seven classes for zero-shot evaluation, one with HTML in its name; one image is broken."""
     folder = tmp_path_factory.mktemp("data")
     texts = [HOSTILE if index % 7 == 0 else f"thing {index % 7}" for index in range(30)]
     samples = [sample(index, txt=text.encode()) for index, text in enumerate(texts)]

@@ -178,7 +178,7 @@ def moved(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[in
 
 
 def far_apart(x: Tensor, axis: int) -> Tensor:
-    """Return a tensor with the same values whose elements along ``axis`` span more than 2^31 elements of memory.
+    """Return an op's input with the same values, but elements along ``axis`` that span more than 2^31 elements.
 
     The stride fits into 32 bits if possible. The memory between the values is zero, and only touched pages exist. If a
     kernel's offset wraps at 32 bits, it reads one of these zeros.

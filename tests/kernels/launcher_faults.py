@@ -186,7 +186,7 @@ def plan_that_forgets_alignment():
 
 
 def an_op():
-    """Call an op forward and backward at its small shape."""
+    """Call an op on the stub forward and backward at its small shape."""
     spec = specs()["bias_gelu"]
     walk._run(spec, spec.call(spec.small[0], "", Draw(), torch.bfloat16))
 

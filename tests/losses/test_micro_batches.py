@@ -36,7 +36,7 @@ def test_the_loss_goes_where_it_goes_with_the_whole_batch(tiny):
 
 
 def limited(forward, room, sizes):
-    """``forward`` on a device that runs out of memory with the graph of more than ``room`` pairs."""
+    """Return ``forward`` for the loss on a device without memory for the graph of more than ``room`` pairs."""
 
     def run(*inputs):
         """Compute the features of a micro-batch, and fail if its graph does not fit into memory."""

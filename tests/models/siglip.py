@@ -59,7 +59,7 @@ def known_to_timm(*configs: SigLIPConfig) -> Iterator[None]:
 
 
 def open_clip_model(config: SigLIPConfig) -> torch.nn.Module:
-    """OpenCLIP's own model of ``config``, in evaluation mode."""
+    """OpenCLIP's own model of a SigLIP ``config``, in evaluation mode."""
     open_clip = pytest.importorskip("open_clip")
     raw = config.to_dict()
     raw.pop("custom_text")

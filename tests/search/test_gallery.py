@@ -40,7 +40,7 @@ class Document(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A page whose every text is hostile, beside the folder of its pictures, and the size that is returned."""
+    """A gallery page whose every text is hostile, beside the folder of its pictures, and the size that is returned."""
     path = tmp_path_factory.mktemp("pages") / "page.html"
     pictures = path.parent / QUOTES
     pictures.mkdir()

@@ -17,7 +17,7 @@ def brute_force(features, threshold):
 
 
 def planted(count, dtype=torch.float32):
-    """Features of which some are equal, some scaled, and some nearly equal, in all parts."""
+    """Embeddings of which some are equal, some scaled, and some nearly equal, in all parts."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(count, 16, generator=random)
     sources, targets = torch.randint(0, count, (2, count // 3), generator=random)

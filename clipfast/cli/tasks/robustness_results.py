@@ -169,7 +169,7 @@ def results_of(
     args: argparse.Namespace, models: Sequence[Judged], baseline_models: Sequence[Judged],
     baselines: Mapping[str, Sequence[Point]], sources: Mapping[str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the results of the robustness task as plain values; the top level has the first model's on the base set.
+    """Return the results of ``clipfast eval robustness`` as plain values, with the first model's at the top level.
 
     Args:
         args: arguments of the command.

@@ -128,7 +128,7 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _settings(args: argparse.Namespace, solver: str) -> Settings:
-    """Return the settings of a suite's evaluations from the arguments."""
+    """Return the settings of ``clipfast eval suite`` from its arguments."""
     from ...evaluate.suite import Settings
 
     return Settings(args.split, tuple(args.k), args.probe, solver, args.seed, args.batch_size, args.workers)
