@@ -110,7 +110,7 @@ def spoken_for(module: Any) -> list[nn.Module]:
     return [module.attention] if part == "MultiheadAttentionPoolingHead" else []
 
 
-# Attention
+# Attention of transformers' models
 
 
 def takes(attn: Any) -> bool:
@@ -175,7 +175,7 @@ def _is_projection(attn: Any) -> bool:
     return is_theirs and is_linear and is_plain_projection
 
 
-# Masks
+# Masks of transformers' attention
 
 
 def seen_by_mask(mask: Tensor, causal: bool) -> Tensor | None:
@@ -228,7 +228,7 @@ def _leading(seqlens: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=seqlens.device) < seqlens[:, None]
 
 
-# Blocks
+# Blocks of transformers' models
 
 
 def encoder(module: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:

@@ -49,7 +49,7 @@ class Mask:
     is_padding: bool = False
 
 
-# Attention
+# Attention of several libraries' models
 
 
 def propose_heads(head_dim: int, op: str, function: Any) -> Proposal:
@@ -133,7 +133,7 @@ def heads_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_cau
     return attention_qkv(q, k, v, causal=is_causal, scale=scale).flatten(2)
 
 
-# Layer norms
+# Layer norms of several libraries' models
 
 
 def propose_norm(norm: Any) -> Proposal:
@@ -186,7 +186,7 @@ def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     return residual_norm(x, branch, norm, fused=takes and runs_ours(norm) and not has_hooks(norm))
 
 
-# Activations
+# Activations of several libraries' models
 
 
 def propose_mlp(module: Any) -> Iterator[Proposal]:
@@ -234,7 +234,7 @@ def linear_gelu(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
     return op(F.linear(x, linear.weight), linear.bias)
 
 
-# Embeddings
+# Embeddings of several libraries' models
 
 
 NO_PROJECTION = "its convolution has a hook, or is not a projection of square patches without a bias"

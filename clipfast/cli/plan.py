@@ -240,7 +240,7 @@ def _plan_training(args: argparse.Namespace, cluster: "Cluster") -> None:
 
 
 def _setup(args: argparse.Namespace, model: str) -> "Setup":
-    """Return the setup of a training step that the arguments describe."""
+    """Return the setup of a training step that the arguments of ``clipfast plan`` describe."""
     from ..models import SigLIPConfig, get_model_config
     from ..plan.planned_step import Setup
     from ..train.optim import optimizer_class

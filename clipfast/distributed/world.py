@@ -1,8 +1,7 @@
 """The processes that train one model together: the processes that torchrun or srun started, or a single one.
 
 Numbers that control the run, such as signals to stop, are exchanged over a process group of the hosts (gloo) and not
-over the group of the GPUs: a host that reads such a number from its GPU would wait for all work that the GPU still has
-to do.
+over that of the GPUs: a host that reads such a number from its GPU would wait for all work of the GPU.
 """
 
 import contextlib
@@ -201,7 +200,7 @@ class World:
         everyones = [found for found in self.gather(error) if found is not None]
 
         def fail() -> None:
-            """Raise the first rank's error on this rank."""
+            """Raise the error of the first rank that failed."""
             if everyones:
                 raise everyones[0]
 
@@ -260,8 +259,7 @@ class LateSum:
 def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[World]:
     """Initialize the process groups of the processes that torchrun or srun started, and destroy them at the end.
 
-    Without torchrun and srun, the context yields a world of one process. Only the rank that fails first reports its
-    error to the user. The other ranks fail because they lose that rank, and do not report that.
+    Without torchrun and srun, the context yields a world of one process. Only the rank that fails first reports why.
 
     Args:
         device: value of ``--device``.
