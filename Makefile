@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # The extra "sanitize": it asks for a newer Python than it needs, and for nothing that is not here already.
 TTSEM := $(shell grep -o 'ttsem==[0-9.]*' pyproject.toml)
 
+# Hundreds of processes that the tests start import the package. Where the environment forbids bytecode, each would compile it.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help train train-shapes test test-fast test-cpu test-interpreter bench gpu lint fmt clean
 .DEFAULT_GOAL := help
 
