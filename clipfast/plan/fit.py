@@ -74,16 +74,18 @@ class StepPlan:
         setup: the model, optimizer and parallelism of the step.
         cluster: the GPUs.
         card: the GPU that kernels are recorded for; None runs the kernels of the CPU.
+        kinds: the kinds of checkpointing for which other plans of the model are made, so that one probe serves all.
     """
 
     batches_held = 2  # the next batch is uploaded during a step
 
-    def __init__(self, setup: Setup, cluster: Cluster, card: Card | None) -> None:
+    def __init__(self, setup: Setup, cluster: Cluster, card: Card | None, kinds: Sequence[str] = ()) -> None:
         self.setup, self.cluster, self.card = setup, cluster, card
+        self._kinds = tuple(kinds) or (setup.checkpointing,)
         alone = dataclasses.replace(setup, checkpointing="none", gpus=1, parallel="ddp", reshards=True)
         each = dataclasses.replace(setup, checkpointing="none") if setup.is_sharded else alone
         self._plain, plain = (dataclasses.replace(one, has_ema=False, opt="adamw") for one in (alone, each))
-        self.probe = probe(plain, card)[setup.checkpointing]
+        self.probe = probe(plain, card, self._kinds)[setup.checkpointing]
         self.held = held(each, cluster)
         self._is_half = setup.dtype.itemsize == 2
         self._count_weights()
@@ -165,7 +167,8 @@ class StepPlan:
 
         They do not include the FLOPs that checkpointing computes a second time.
         """
-        plain = probe(self._plain, self.card)["none"]  # under FSDP2, blocks also compute rows that are not used
+        # Under FSDP2, blocks also compute rows that are not used. Checkpointing changes only the backward pass.
+        plain = probe(self._plain, self.card, self._kinds)[self.setup.checkpointing]
         return 3 * sum(plain.flops(phase, rows) for phase in FORWARD)
 
     def _loss(self, batch: Batch) -> Ledger:
@@ -318,8 +321,9 @@ def fit(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batch
 def _fit_model(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batches: int) -> list[dict[str, Any]]:
     """Plan the largest batches of the setups of one model."""
     rows: list[dict[str, Any]] = []
+    kinds = list(dict.fromkeys(setup.checkpointing for setup in setups))
     for setup in setups:
-        plan = StepPlan(setup, cluster, cluster.card)
+        plan = StepPlan(setup, cluster, cluster.card, kinds)
         most = largest_rows(plan, assumed, micro_batches)
         if most:
             rows.append(describe(plan, Batch(most, most // micro_batches), assumed))

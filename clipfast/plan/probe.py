@@ -127,15 +127,15 @@ def _at(rows: int, small: Any, large: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def probe(setup: Setup, card: Card | None) -> dict[str, Probe]:
-    """Run the steps with few blocks, and return a probe for every kind of checkpointing.
+def probe(setup: Setup, card: Card | None, kinds: tuple[str, ...] = CHECKPOINTINGS) -> dict[str, Probe]:
+    """Run the steps with few blocks, and return a probe for each of these kinds of checkpointing.
 
     ``card`` is the GPU that kernels are recorded for; None runs the kernels of the CPU.
     """
     config, least = setup.config, list[Sample]()
     layers = config.vision.layers if isinstance(config.vision.layers, int) else None, config.text.layers
     can_cut = all(count is None or count > max(DEPTHS) for count in layers)  # a ResNet has no number of blocks
-    samples: dict[str, list[list[Sample]]] = {kind: [] for kind in CHECKPOINTINGS}
+    samples: dict[str, list[list[Sample]]] = {kind: [] for kind in kinds}
     for depth in DEPTHS if can_cut else (None,):
         with rank_of(setup, _cut(config, depth), card) as rank:
 
@@ -144,13 +144,14 @@ def probe(setup: Setup, card: Card | None) -> dict[str, Probe]:
                 rank.step(rows)
                 return sample_of(rank.ledger)
 
-            sampled(FEW)  # in the first step, FSDP2 allocates memory that it keeps
+            if setup.is_sharded:
+                sampled(FEW)  # in the first step, FSDP2 allocates memory that it keeps
             least.append(sampled(FEW))
-            for kind in CHECKPOINTINGS:
+            for kind in kinds:
                 rank.set_checkpointing(kind)
                 samples[kind].append([sampled(rows) for rows in BATCHES])
     more = [0 if count is None or not can_cut else count - DEPTHS[0] for count in layers]
-    return {kind: Probe(more[0], more[1], samples[kind], least) for kind in CHECKPOINTINGS}
+    return {kind: Probe(more[0], more[1], samples[kind], least) for kind in kinds}
 
 
 def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
