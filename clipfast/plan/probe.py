@@ -21,7 +21,6 @@ from ..models import CLIPConfig
 from .ledger import GATHERED, Ledger
 from .loss import seconds
 from .planned_step import (
-    CHECKPOINTINGS,
     EMBEDDING_BACKWARD,
     IMAGE_BACKWARD,
     IMAGE_FORWARD,
@@ -127,7 +126,7 @@ def _at(rows: int, small: Any, large: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def probe(setup: Setup, card: Card | None, kinds: tuple[str, ...] = CHECKPOINTINGS) -> dict[str, Probe]:
+def probe(setup: Setup, card: Card | None, kinds: tuple[str, ...]) -> dict[str, Probe]:
     """Run the steps with few blocks, and return a probe for each of these kinds of checkpointing.
 
     ``card`` is the GPU that kernels are recorded for; None runs the kernels of the CPU.

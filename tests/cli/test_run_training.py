@@ -1,14 +1,19 @@
 """``clipfast run`` with a trainer of OpenCLIP: it prints the same losses, and writes the same checkpoints."""
 
 import json
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import clipfast
 
+from ..processes import run_ranks
 from ..small_runs import TINY
 from .test_run import LINE, MODEL_LINE, python, stand_in_for_pandas
 
@@ -65,10 +70,21 @@ def trainer_options(model, name, logs, steps=4, batch=8):
     ]  # fmt: skip
 
 
-def command(ranks, *, ours):
-    """Return the arguments of Python that run the program, up to its own."""
+def command(ranks):
+    """Return the arguments of Python that run the program with clipfast's parts, up to the program's own."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [*start, "-m", *(["clipfast.run"] if ours else []), "trainer"]
+    return [*start, "-m", "clipfast.run", "trainer"]
+
+
+def as_their_rank(rank, folder, ranks, runs):
+    """Run the program without clipfast's parts in a forked process, where OpenCLIP is imported already."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    if ranks > 1:
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
+    sys.argv = ["trainer", runs]
+    with mock.patch.object(torch.distributed, "init_process_group"):  # the group exists
+        runpy.run_path("trainer.py", run_name="__main__")
 
 
 def printed_losses(folder):
@@ -107,15 +123,19 @@ def options_of(kind, name, logs, *more):
 
 def compare_trainings(folder, ranks, runs):
     """Train with and without clipfast's parts on ``ranks`` processes; ``runs`` has kind and options of each run."""
-    for logs in ("theirs", "ours"):
-        options = [options_of(kind, f"{index}", logs, *more) for index, (kind, *more) in enumerate(runs)]
-        found = python(folder, *command(ranks, ours=logs == "ours"), json.dumps(options))
-        assert found.returncode == 0, found.stderr[-3000:]
-        said = [line for line in found.stderr.splitlines() if line.startswith("clipfast: ")]
-        assert said[:2] == ([LINE, MODEL_LINE] if logs == "ours" else [])
-        assert all(line.startswith("clipfast: a ") for line in said[2:])
-        models = len(runs) + sum(kind == "distill" for kind, *_ in runs)
-        assert len(said) == (2 + models if logs == "ours" else 0)
+    theirs, ours = (
+        json.dumps([options_of(kind, f"{index}", logs, *more) for index, (kind, *more) in enumerate(runs)])
+        for logs in ("theirs", "ours")
+    )
+    (folder / "ranks").mkdir()
+    run_ranks(as_their_rank, ranks, str(folder), ranks, theirs, folder=folder / "ranks", timeout=300.0)
+    found = python(folder, *command(ranks), ours)
+    assert found.returncode == 0, found.stderr[-3000:]
+    said = [line for line in found.stderr.splitlines() if line.startswith("clipfast: ")]
+    assert said[:2] == [LINE, MODEL_LINE]
+    assert all(line.startswith("clipfast: a ") for line in said[2:])
+    models = len(runs) + sum(kind == "distill" for kind, *_ in runs)
+    assert len(said) == 2 + models
     ours, theirs = (printed_losses(folder / logs) for logs in ("ours", "theirs"))
     assert len(ours) == len(runs)
     assert ours == theirs

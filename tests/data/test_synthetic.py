@@ -1,6 +1,7 @@
 """Drawn pairs: the same bits on every device, true captions, and wrong captions that are false."""
 
 import collections
+import functools
 import itertools
 import json
 import math
@@ -55,8 +56,16 @@ from ..small_runs import TINY, run_command
 from ..train.test_training import config
 
 CPU = torch.device("cpu")
-TRAINING = [training_scene(number, seed) for seed in (0, 7) for number in range(3000)]
-TESTS = [held_out_scene(number, seed) for seed in (0, 7) for number in range(3000)]
+
+
+@functools.cache
+def for_training():
+    return [training_scene(number, seed) for seed in (0, 7) for number in range(3000)]
+
+
+@functools.cache
+def for_tests():
+    return [held_out_scene(number, seed) for seed in (0, 7) for number in range(3000)]
 
 
 def pictures(numbers, size, seed=0):
@@ -219,7 +228,9 @@ def test_other_commands(tmp_path, capsys):
     assert {item.label for item in images} <= set(drawing.SHAPES)
     assert {item.group for item in images} <= set(PLACES)
     assert {item.caption for item in LabelledSet("synthetic:9", keys=Keys(texts=("size",), is_json=True))} <= set(RADII)
-    assert [image.group for image in LabelledSet("shapes:8", group_by="kind")] == [scene.kind for scene in TRAINING[:8]]
+    assert [image.group for image in LabelledSet("shapes:8", group_by="kind")] == [
+        scene.kind for scene in for_training()[:8]
+    ]
     code, _, _ = run_command(capsys, "index", "synthetic:300", "--unique-by", "colour", "--json", tmp_path / "i.json")
     assert code == 0
     found = json.loads((tmp_path / "i.json").read_text())
@@ -267,23 +278,23 @@ def is_true(text, scene):
 
 
 def test_captions_of_scenes_are_true_and_wrong_ones_are_not():
-    assert collections.Counter(scene.kind for scene in TESTS) == dict.fromkeys(KINDS, 1000)
-    assert {scene.kind for scene in TRAINING} == set(TRAINED)
-    for scene in (*TRAINING, *TESTS):
+    assert collections.Counter(scene.kind for scene in for_tests()) == dict.fromkeys(KINDS, 1000)
+    assert {scene.kind for scene in for_training()} == set(TRAINED)
+    for scene in (*for_training(), *for_tests()):
         assert is_true(scene.caption, scene), scene
-    for scene in TESTS:
+    for scene in for_tests():
         expected = None if scene.kind == "order" else False
         assert is_true(scene.wrong, scene) is expected, scene
         if scene.kind in ("binding", "relation", "order"):
             assert sorted(scene.wrong.split()) == sorted(scene.caption.split())
         else:
             assert sum(a != b for a, b in zip(scene.caption.split(), scene.wrong.split(), strict=True)) == 1
-    assert not any(scene.wrong for scene in TRAINING)
-    assert {scene.relation for scene in TESTS if scene.kind == "relation"} == set(RELATIONS)
+    assert not any(scene.wrong for scene in for_training())
+    assert {scene.relation for scene in for_tests() if scene.kind == "relation"} == set(RELATIONS)
 
 
 def test_training_draws_no_combination_of_a_test():
-    trained, tested = ({combination(scene) for scene in scenes} for scenes in (TRAINING, TESTS))
+    trained, tested = ({combination(scene) for scene in scenes} for scenes in (for_training(), for_tests()))
     assert not trained & tested
     for some in (trained, tested):  # training and tests both have every colour and every shape
         assert frozenset().union(*(colours for colours, _ in some)) == set(COLOURS)
@@ -292,16 +303,16 @@ def test_training_draws_no_combination_of_a_test():
 
 def test_which_caption_is_right_is_even():
     """Neither form of a caption is right more often, so captions alone do not reveal the answer."""
-    seen = collections.Counter((scene.caption, scene.wrong) for scene in TESTS if scene.kind != "order")
+    seen = collections.Counter((scene.caption, scene.wrong) for scene in for_tests() if scene.kind != "order")
     for (right, wrong), count in seen.items():
         other = seen[wrong, right]
         assert abs(count - other) < 5 * math.sqrt(count + other), (right, wrong)
-    by_kind = collections.Counter(scene.kind for scene in TESTS if scene.caption < scene.wrong)
+    by_kind = collections.Counter(scene.kind for scene in for_tests() if scene.caption < scene.wrong)
     assert all(abs(by_kind[kind] - 500) < 5 * math.sqrt(250) for kind in KINDS[:-1])
 
 
 def test_things_do_not_touch_and_are_whole():
-    for scene in (*TRAINING, *TESTS):
+    for scene in (*for_training(), *for_tests()):
         for one, other in itertools.combinations(scene.things, 2):
             # the corners of the largest shapes are within 1.2 radii
             assert math.hypot(one.x - other.x, one.y - other.y) > 1.2 * (one.radius + other.radius) + 1, scene
@@ -312,7 +323,7 @@ def test_things_do_not_touch_and_are_whole():
 
 def test_pictures_show_what_their_scenes_say():
     """All pixels have a colour of the things or the background, and each thing is at its place."""
-    for scene in TESTS[:24]:
+    for scene in for_tests()[:24]:
         pixels = np.asarray(scene.picture()).astype(int)
         assert pixels.shape == (SIDE, SIDE, 3)
         for thing in scene.things:
