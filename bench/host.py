@@ -6,6 +6,9 @@ microseconds: medians of samples that the candidates take in turns. "forward" is
 one with its backward pass. "kernels" counts what starts on a GPU: launches of Triton, and PyTorch's ops that are
 neither views nor allocations.
 
+--json writes the figures and the conditions to a file. ``clipfast inspect --predict``, the tables of the documentation
+and the gates read such files.
+
 With --stub, Triton's own launcher starts the kernels on a driver that runs nothing. With a CUDA build of PyTorch, all
 tensors are CUDA tensors then, and PyTorch's kernels start there too; otherwise PyTorch's ops run on the CPU.
 """
@@ -32,14 +35,16 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from clipfast import add_model_config, get_model_config
-from clipfast.cli.arguments import COUNT
+from clipfast.cli.arguments import COUNT, add_output
+from clipfast.io.files import replace_text
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.verify.models import draw_batch
 
-from .case import AnyFunction, Candidate, Case, call
+from . import results
+from .case import AnyFunction, Candidate, Case, Sizes, call
 from .harness import Budget, Timing, leaves, measure
 from .stub import driver, walk
 from .stub.build import missing_tool
@@ -48,6 +53,7 @@ from .stub.gpu import MARK, gpu_environment
 from .suites import ops, rivals, step
 
 M_PERTURB = -6  # of mallopt(3): new memory has the complement of this byte
+PASSES = ("forward", "both")
 WIDTH, CONTEXT, VOCABULARY = 64, 8, 64  # of the narrow models
 LINE = "  {:26} {:>9} {:>9} {:>9} {:>9}   {}"
 # The other candidates, the first of which that can run is the one to compare with.
@@ -57,16 +63,26 @@ THEIRS = ("SDPA", "OpenCLIP", "PyTorch")
 class Row(NamedTuple):
     """The two measured cases of one computation: a call that needs no gradients, and a call with its backward pass."""
 
-    title: str
+    name: str  # the op, "step", "encode_image" or "encode_text"
+    shape: Sizes  # "model" is the published model whose depth is taken
     forward: Case | None
     both: Case | None
+
+    @property
+    def title(self) -> str:
+        """Return what was called and its sizes, in one line of the host's table."""
+        return " ".join([self.name, *(f"{size}={value}" for size, value in self.shape.items())])
 
 
 class Found(NamedTuple):
     """The median time of a candidate's call, and the number of kernels that it starts."""
 
-    microseconds: float
+    us: float
     kernels: int
+
+
+# What was found for each candidate by its name, or why there is nothing.
+Findings = dict[str, Found | str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = "models whose depth steps have; with no name, no model (default: ViT-B-32)"
     add("--model", nargs="*", default=["ViT-B-32"], metavar="NAME", help=models)
     add("--rounds", type=COUNT, default=15, help="number of samples of each candidate (default: 15)")
+    add_output(parser, "--json", is_held=False, help="write the figures and the conditions to FILE too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         options = ["--rounds", str(args.rounds), "--model", *args.model]
         options += [] if args.op is None else ["--op", *args.op]
         options += [] if args.dtype is None else ["--dtype", args.dtype]
+        options += [] if args.json is None else ["--overwrite", "--json", str(args.json)]
         command = [sys.executable, "-m", "clipfast.bench", "host", *options]
         return subprocess.run(command, env=gpu_environment(), check=False).returncode
     is_stub = args.stub and not on_gpu
@@ -97,13 +115,21 @@ def run(args: argparse.Namespace) -> int:
     place = torch.cuda.get_device_name() if on_gpu else f"CPU tensors ({MARK})" if is_stub else "CPU tensors"
     print(f"{place}, {dtype}: CPU time of the host in microseconds per call, median of {args.rounds} rounds\n")
     print(LINE.format("", "forward", "x theirs", "both", "x theirs", "kernels"))
-    with _one_thread(), _on_stub() if is_stub else contextlib.nullcontext():
-        for row in _rows(args.op, args.model, dtype, device):
-            print("\n".join([row.title, *_lines(row, args.rounds, takes_all=is_stub)]), flush=True)
+    lines = []
+    with one_thread(), _on_stub() if is_stub else contextlib.nullcontext():
+        for row in rows(args.op, args.model, dtype, device):
+            cases = row.forward, row.both
+            passes = [_measured(case, args.rounds, takes_all=is_stub) if case else {} for case in cases]
+            print("\n".join([row.title, *_lines(passes)]), flush=True)
+            lines.append(json.dumps(_to_json(row, passes)))
+    if args.json:
+        record = results.conditions(device) | {"place": place, "dtype": dtype, "rounds": args.rounds}
+        head, body = json.dumps(record).removesuffix("}"), ",\n".join(lines)
+        replace_text(args.json, f'{head}, "rows": [\n{body}\n]}}\n')
     return 0
 
 
-def _rows(names: Sequence[str] | None, models: Sequence[str], dtype: str, device: torch.device) -> Iterator[Row]:
+def rows(names: Sequence[str] | None, models: Sequence[str], dtype: str, device: torch.device) -> Iterator[Row]:
     """Yield what is to be measured: ops at their small shapes, and models that are as deep as ``models``."""
     known = specs()
     for name in known if names is None else names:
@@ -119,11 +145,13 @@ def _row_of_op(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> 
     """Return what is measured of an op at a shape."""
     case = ops.build(spec, shape.to_dict(), dtype, device)
     kept = [one for one in case.candidates if "compiled" not in one.name and not one.name.startswith("SDPA")]
-    if spec.name == "attention":  # without the context that chooses a backend, which takes time of its own
+    # SDPA takes no lengths. It runs without the context that chooses a backend, which takes time of its own.
+    if spec.name == "attention" and "lengths" not in shape.to_dict():
         options = spec.call(shape, "", Draw(device="meta", empty=True), DTYPES[dtype]).options
         kept.append(Candidate("SDPA", lambda: rivals.sdpa(None, options["num_heads"], options.get("causal", False))))
     case = dataclasses.replace(case, candidates=tuple(kept))
-    return Row(f"{spec.name} {shape}", dataclasses.replace(case, wants_grad=()), case if case.wants_grad else None)
+    forward = dataclasses.replace(case, wants_grad=())
+    return Row(spec.name, shape.to_dict(), forward, case if case.wants_grad else None)
 
 
 def _rows_of_model(name: str, dtype: str, device: torch.device) -> Iterator[Row]:
@@ -131,14 +159,14 @@ def _rows_of_model(name: str, dtype: str, device: torch.device) -> Iterator[Row]
     narrow = _narrow(name)
     case = step.build({"model": narrow, "batch": 2}, dtype, device)
     kept = tuple(one for one in case.candidates if "compiled" not in one.name)
-    yield Row(f"step of 2 pairs, {narrow}", None, dataclasses.replace(case, candidates=kept))
+    yield Row("step", {"model": name, "batch": 2}, None, dataclasses.replace(case, candidates=kept))
     images, texts = draw_batch(get_model_config(narrow), 1)
     for kind, x in (("image", images.float() / 255), ("text", texts)):
         encoding = dataclasses.replace(
             case, op="encode", inputs=functools.partial(dict, x=x.to(device)), gate_inputs=None,
             candidates=tuple(dataclasses.replace(one, make=_encoder(one, kind)) for one in kept),
         )  # fmt: skip
-        yield Row(f"encode_{kind} of one, {narrow}", encoding, None)
+        yield Row(f"encode_{kind}", {"model": name, "batch": 1}, encoding, None)
 
 
 def _encoder(candidate: Candidate, kind: str) -> Any:
@@ -176,12 +204,8 @@ def _narrow(name: str) -> str:
     return path.stem
 
 
-def _lines(row: Row, rounds: int, *, takes_all: bool) -> list[str]:
-    """Measure a row and return its lines, one for each candidate.
-
-    With ``takes_all``, kernels that need a GPU run too, since their launches go to the stub.
-    """
-    passes = [_measured(case, rounds, takes_all=takes_all) if case else {} for case in (row.forward, row.both)]
+def _lines(passes: Sequence[Findings]) -> list[str]:
+    """Return the lines of a row, one for each candidate, from what was found for each pass."""
     lines = []
     for name in dict.fromkeys(name for found in passes for name in found):
         mine = [found.get(name) for found in passes]
@@ -192,25 +216,52 @@ def _lines(row: Row, rounds: int, *, takes_all: bool) -> list[str]:
     return lines
 
 
-def _cells(one: Found | str | None, found: dict[str, Found | str]) -> tuple[str, str]:
+def _cells(one: Found | str | None, found: Findings) -> tuple[str, str]:
     """Return the microseconds of a candidate, and how many times the time of others this is."""
     if not isinstance(one, Found):
         return "", ""
-    theirs = next((found[name] for name in THEIRS if isinstance(found.get(name), Found)), None)
-    return f"{one.microseconds:.1f}", f"{one.microseconds / theirs.microseconds:.2f}" if isinstance(
-        theirs, Found
-    ) else ""
+    theirs = found.get(compared(found))
+    return f"{one.us:.1f}", f"{one.us / theirs.us:.2f}" if isinstance(theirs, Found) else ""
 
 
-def _measured(case: Case, rounds: int, *, takes_all: bool) -> dict[str, Found | str]:
-    """Measure the candidates of a case in turns, and return by name what was found, or why there is nothing."""
-    candidates = tuple(dataclasses.replace(one, needs_gpu=one.needs_gpu and not takes_all) for one in case.candidates)
-    case = dataclasses.replace(case, candidates=candidates, reference=None, graph=False, clock=time.process_time)
-    timings, _ = measure(case, Budget(math.inf, rounds, rounds))
+def compared(found: Findings) -> str:
+    """Return the name of the candidate with which the host's time is compared, or nothing."""
+    return next((name for name in THEIRS if isinstance(found.get(name), Found)), "")
+
+
+def _to_json(row: Row, passes: Sequence[Findings]) -> dict[str, Any]:
+    """Return the host's times in a row as JSON, without the candidates that were refused."""
+    found: dict[str, dict[str, Found]] = {}
+    for kind, findings in zip(PASSES, passes, strict=True):
+        for name, one in findings.items():
+            if isinstance(one, Found):
+                found.setdefault(name, {})[kind] = one
+    against = next(filter(None, map(compared, passes)), "")
+    return {"name": row.name, "shape": row.shape, "against": against, "found": found}
+
+
+def _measured(case: Case, rounds: int, *, takes_all: bool) -> Findings:
+    """Measure the host's time for the candidates of a case, which take turns."""
+    case = prepared(case, takes_all=takes_all)
     return {
-        timing.candidate.name: timing.refused or Found(1e6 * statistics.median(timing.samples), _kernels(case, timing))
-        for timing in timings
+        timing.candidate.name: timing.refused
+        or Found(round(1e6 * statistics.median(timing.samples), 1), _kernels(case, timing))
+        for timing in timings(case, rounds)
     }
+
+
+def prepared(case: Case, *, takes_all: bool = False) -> Case:
+    """Return a benchmark case whose samples are the time of the host.
+
+    With ``takes_all``, kernels that need a GPU run too, since their launches go to the stub.
+    """
+    candidates = tuple(dataclasses.replace(one, needs_gpu=one.needs_gpu and not takes_all) for one in case.candidates)
+    return dataclasses.replace(case, candidates=candidates, reference=None, graph=False, clock=time.process_time)
+
+
+def timings(case: Case, rounds: int) -> list[Timing]:
+    """Return the samples of a prepared case's candidates, which take turns."""
+    return measure(case, Budget(math.inf, rounds, rounds))[0]
 
 
 def _kernels(case: Case, timing: Timing) -> int:
@@ -243,7 +294,7 @@ def _on_stub() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Let PyTorch use one thread, and no denormal numbers, which are slow: the stub leaves results as memory was."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

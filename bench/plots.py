@@ -38,7 +38,7 @@ def draw_steps(record: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(steps)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(0, 118)
-    axes.set_xlabel("% of a training step, predicted by the model of the GPU; the host is left out")
+    axes.set_xlabel("% of the GPU's time of a training step, predicted; pairs/s count the host too")
     axes.legend(
         fontsize=8, frameon=False, ncols=min(len(used), 6), loc="upper center", bbox_to_anchor=(0.5, -0.6 / height)
     )

@@ -26,9 +26,14 @@ SMOKE_FOLDER = Path("runs/bench")  # git ignores it
 
 def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Return the result of a benchmark run that has no cases yet."""
+    return conditions(device) | {"roofs": roofs, "cases": []}
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Return the part of a result that says when, where and of which commit it is."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     where = {"git": machine.commit(), "machine": machine.describe(device), "versions": machine.versions()}
-    return {"schema": SCHEMA, "when": when, **where, "roofs": roofs, "cases": []}
+    return {"schema": SCHEMA, "when": when, **where}
 
 
 def case_result(

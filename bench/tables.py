@@ -141,35 +141,66 @@ def page_table(runs: list[dict[str, Any]]) -> str:
             ]
         )
     widths = {str(case["shape"]["embed_dim"]) for case in cases if "embed_dim" in case["shape"]}
-    lines = [f"|{'|'.join(row)}|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, "", _caption(runs, [f"D = {', '.join(sorted(widths))}"] if widths else [])])
+    facts = [f"D = {_one(widths)}"] if widths else []
+    where = _one({run["machine"].get("gpu") or run["machine"]["cpu"] for run in runs})
+    return "\n".join([*_markdown(rows), "", _caption(runs, where, [*facts, _one({case["dtype"] for case in cases})])])
 
 
-def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
+def host_table(run: dict[str, Any]) -> str:
+    """Return a table of the time that the host takes for our calls and for those of others, from ``bench host``."""
+    rows = [["call", OURS, "others", "times as long as", "kernels, theirs"], ["---"] * 5]
+    for row in run["rows"]:
+        found, against = row["found"], row["against"]
+        ours, theirs = found[OURS], found[against]
+        ratios = " / ".join(f"{us / theirs[kind][0]:.2f}" for kind, (us, _) in ours.items())
+        others = ", ".join(f"{name} {_microseconds(one)}" for name, one in found.items() if OURS not in name)
+        counts = ", ".join(" / ".join(str(kernels) for _, kernels in one.values()) for one in (ours, theirs))
+        shape = {size: value for size, value in row["shape"].items() if not isinstance(value, float)}
+        rows.append(
+            [f"{row['name']} {sizes({'shape': shape})}", _microseconds(ours), others, f"{against} {ratios}", counts]
+        )
+    where = f"{run['machine']['cpu']}; {run['place']}; Triton {run['versions']['triton']}"
+    return "\n".join([*_markdown(rows), "", _caption([run], where, [run["dtype"]])])
+
+
+def _microseconds(found: dict[str, tuple[float, int]]) -> str:
+    """Return the host's microseconds for each measured pass of a candidate, such as ``25.3 / 141``."""
+    return " / ".join(f"{us:.3g}" if us < 100 else f"{us:,.0f}" for us, _ in found.values())
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a page's table of benchmark results, in Markdown."""
+    return [f"|{'|'.join(row)}|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in rows]
+
+
+def _one(values: set[str]) -> str:
+    """Join the values that the caption of a page's table names for several runs."""
+    return ", ".join(sorted(values))
+
+
+def _caption(runs: list[dict[str, Any]], where: str, facts: list[str]) -> str:
     """Return the caption of a page's table: machine, versions, commit and date of the measurements ``runs``."""
-
-    def one(values: set[str]) -> str:
-        """Join the values that a benchmark's caption names for several runs."""
-        return ", ".join(sorted(values))
-
-    where = one({run["machine"].get("gpu") or run["machine"]["cpu"] for run in runs})
     torch, open_clip = (
-        one({run["versions"][name] or "not installed" for run in runs}) for name in ("torch", "open_clip_torch")
+        _one({run["versions"][name] or "not installed" for run in runs}) for name in ("torch", "open_clip_torch")
     )
-    facts = [*facts, one({case["dtype"] for run in runs for case in run["cases"]})]
-    when, commit = one({run["when"][:10] for run in runs}), one({(run["git"]["sha"] or "unknown")[:8] for run in runs})
+    when, commit = (
+        _one({run["when"][:10] for run in runs}),
+        _one({(run["git"]["sha"] or "unknown")[:8] for run in runs}),
+    )
     return f"{where}; torch {torch}, OpenCLIP {open_clip}; {', '.join(facts)}; {when}, commit {commit}."
 
 
 def fill_tables(text: str, folder: Path) -> str:
     """Return the page ``text`` with each benchmark table, ``<!-- bench FILE... -->`` to ``<!-- /bench -->``, made anew.
 
-    The files are results in ``folder``; several may hold the training steps of one table.
+    The files are results in ``folder``; several may hold the training steps of one table. A file of ``bench host`` has
+    a table of its own.
     """
 
     def block(match: re.Match[str]) -> str:
         """Return a page's benchmark table, made anew from the results of the named files."""
-        table = page_table([results.read(folder / name) for name in match[1].split()])
+        runs = [results.read(folder / name) for name in match[1].split()]
+        table = host_table(runs[0]) if "rows" in runs[0] else page_table(runs)
         return f"<!-- bench {match[1]} -->\n{table}\n<!-- /bench -->"
 
     return re.sub(r"<!-- bench (.+?) -->.*?<!-- /bench -->", block, text, flags=re.S)

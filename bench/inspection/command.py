@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import INTERPRET, Launch
 
+from ..case import OURS, short
 from . import forecast, offline
+from .eager import measured as measured_host
 from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, load, predict
 from .report import Report, differences, explain, table, to_json
 from .sass import matrix_instructions, parse
@@ -37,10 +39,11 @@ examples:
 
 exit code: 0 no problem, 1 a shipped kernel has one, 2 an error, 130 interrupted"""
 NOTE = """\
-Predicted for one {card} by a model that runs the compiled kernels (Triton {triton}); nothing here was measured.
-PyTorch's products take {tflops:g} TFLOP/s, and its other ops the bytes that they move. The host is left out, as in a
-CUDA graph. "error" holds for nine in ten published kernels of the kind: docs/gpu-model.md has them, and what the model
-leaves out."""
+Predicted for one {card} by a model that runs the compiled kernels (Triton {triton}); nothing was measured on one.
+PyTorch's products take {tflops:g} TFLOP/s, and its other ops the bytes that they move. A CUDA graph takes the GPU's
+time. An eager call takes that or the host's, whichever is longer and so binds; pairs/s are of eager steps. The host's
+time follows from calls that were timed on {host}. "error" holds for nine in ten published
+kernels of the kind: docs/gpu-model.md has them, and what the model leaves out."""
 
 
 def inspect_launch(launch: Launch, arch: int, *, case: str = "", kernel: str = "", predicts: bool = True) -> Report:
@@ -136,6 +139,8 @@ def add_parser(commands: Any) -> None:
     add("--tflops", type=float, default=H100.power_flops / 1e12, metavar="X",
         help="1e12 FLOP/s of PyTorch's own products (default: %(default)g)")  # fmt: skip
     add("--against", nargs="+", metavar="FILE", help="results of clipfast bench to put beside the predictions")
+    crossover = "find the batch from which the GPU takes longer than the host; it takes several times as long"
+    add("--crossover", action="store_true", help=crossover)
     add_output(what, "--chart", help="draw where the time of each step goes, as a picture")
     add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
     parser.set_defaults(run=run)
@@ -181,7 +186,7 @@ def _predict(args: argparse.Namespace) -> int:
     _need_compiler()
     if not args.tflops > 0:
         raise ValueError(f"--tflops must be more than 0, got {args.tflops:g}")
-    measured = forecast.measurements(args.against) if args.against else None
+    measured = _measurements(args.against) if args.against else None
     shapes = enumerate(forecast.measured_shapes())
     ops = [n for n, (spec, shape) in shapes if args.case in forecast.label(spec.name, shape.to_dict(), args.dtype)]
     steps = [model for model in forecast.STEPS if args.case in f"step model={model}"]
@@ -197,7 +202,7 @@ def _predict(args: argparse.Namespace) -> int:
         from ..plots import draw_steps
     predict_one = functools.partial(
         forecast.forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
-        effort=QUICK if args.quick else FULL,
+        effort=QUICK if args.quick else FULL, finds_batch=args.crossover,
     )  # fmt: skip
     record: dict[str, Any] = {"triton": triton.__version__, "card": args.card}
     record |= {"products_flops_per_s": args.tflops * 1e12, "forecasts": []}
@@ -211,5 +216,27 @@ def _predict(args: argparse.Namespace) -> int:
                 replace_text(args.json, json.dumps(record, indent=1) + "\n")
     if args.chart is not None:
         draw_steps(record, args.chart)
-    print(f"\n{NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, tflops=args.tflops)}")
+    host = measured_host()["machine"]["cpu"]
+    note = NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, tflops=args.tflops, host=host)
+    print(f"\n{note}")
     return 0
+
+
+def _measurements(paths: Iterable[str]) -> dict[str, float]:
+    """Return the median seconds of our candidate by :func:`forecast.label`, from result files of ``clipfast bench``.
+
+    Raises:
+        ValueError: a file is not such a result.
+    """
+    found: dict[str, float] = {}
+    for path in paths:
+        try:
+            cases = json.loads(Path(path).read_text())["cases"]
+            for case in cases:
+                ours: dict[str, Any] = next((one for one in case["candidates"] if one["name"] == OURS), {})
+                if "median_s" in ours:
+                    name = case["op"].removesuffix(".fwd_bwd")
+                    found[forecast.label(name, case["shape"], case["dtype"])] = ours["median_s"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"--against {path} is not a result of clipfast bench: {short(error)}") from None
+    return found

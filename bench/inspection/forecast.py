@@ -2,26 +2,15 @@
 
 An op or a step runs on fake tensors, without a GPU or memory. A launch of ours takes what the model says. A PyTorch op
 beside it takes the longer of two times, one for its FLOPs at the rate of large products and one for its bytes at the
-rate of copies, and the overhead of a launch. Launches follow each other without a gap, as in a CUDA graph: the host is
-left out.
-
-    python -m clipfast.bench.inspection.forecast --quick                   the loss of 1,024 to 131,072 pairs
-    python -m clipfast.bench.inspection.forecast --pairs 4096 --widths 512 768
-
-print the time of both passes of a loss in bfloat16 on an H100, with all PyTorch ops, and how many times its floor that
-is. The floor is the products at the rate that the power allows, or the bytes of features and gradients, whichever takes
-longer. A size whose factor stands out is a cliff.
+rate of copies, and the overhead of a launch. Launches follow each other without a gap, as in a CUDA graph. An eager
+call takes the time of the GPU or that of the host, whichever is longer; ``eager`` has the time of the host.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import math
-import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +29,8 @@ from clipfast.plan.ledger import Event, Ledger
 from clipfast.plan.planned_step import Setup, rank_of
 
 from .. import categories
-from ..case import OURS, short
-from .model import FULL, H100, QUICK, Effort, Machine, NoModel, Prediction, predict_launch
+from .eager import binds_from, host_seconds
+from .model import FULL, H100, Effort, Machine, NoModel, Prediction, predict_launch
 from .validation import Band, errors
 
 # The pairs in a step of each published model. They fit into 80 GB; ``clipfast plan --fit`` finds the largest number.
@@ -56,6 +45,7 @@ KINDS = {
 }  # fmt: skip
 STEP = "step"
 FORWARD, BACKWARD = "forward", "backward"
+GPU, HOST = "GPU", "host"
 
 
 @dataclasses.dataclass
@@ -189,6 +179,8 @@ class Forecast:
         torch_ops: the number of PyTorch ops in addition to the launches.
         torch_seconds: the time of the PyTorch ops that are no products.
         product_seconds: time of PyTorch's matrix products and convolutions.
+        host_seconds: the time that the host takes to start all of them.
+        gpu_from: the smallest power of two of ``items`` from which the GPU takes longer than the host, if it was found.
         shares: the seconds by category, with the categories of a measured step.
     """
 
@@ -201,12 +193,24 @@ class Forecast:
     torch_ops: int
     torch_seconds: float
     product_seconds: float
+    host_seconds: float
+    gpu_from: int | None = None
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        """Return the predicted time of all launches and PyTorch ops."""
+        """Return the predicted time of all launches and PyTorch ops on the GPU."""
         return sum(part.seconds for part in self.parts) + self.torch_seconds + self.product_seconds
+
+    @property
+    def eager_seconds(self) -> float:
+        """Return the predicted time without a CUDA graph."""
+        return max(self.seconds, self.host_seconds)
+
+    @property
+    def binds(self) -> str:
+        """Return whether the GPU or the host takes longer."""
+        return GPU if self.seconds >= self.host_seconds else HOST
 
     @property
     def band(self) -> Band | None:
@@ -215,8 +219,9 @@ class Forecast:
 
 
 def forecast(
-    task: int | str, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops, effort: Effort = FULL
-) -> Forecast:
+    task: int | str, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops,
+    effort: Effort = FULL, *, finds_batch: bool = False,
+) -> Forecast:  # fmt: skip
     """Predict an op, forward and backward, or a training step in bfloat16 with AdamW on one GPU.
 
     Args:
@@ -225,13 +230,23 @@ def forecast(
         machine: the GPU.
         product_flops: FLOP/s of PyTorch's own matrix products.
         effort: the limits on how much the model simulates.
+        finds_batch: predict other batches too, to find the one from which the GPU takes longer than the host.
     """
-    if isinstance(task, int):
-        return forecast_shape(*measured_shapes()[task], dtype, machine, product_flops, effort)
-    pairs = STEPS[task]
-    work = step_work(task, pairs, CARDS[machine.name.lower()])
-    shape = {"model": task, "batch": pairs}
-    return _forecast(work, machine, product_flops, effort, name=STEP, shape=shape, dtype="bf16", items=pairs, kinds=())
+
+    def at(items: int) -> Forecast:
+        if isinstance(task, int):
+            spec, shape = measured_shapes()[task]
+            shape = shape.changed(**{spec.items[0]: items})
+            return forecast_shape(spec, shape, dtype, machine, product_flops, effort)
+        work, sizes = step_work(task, items, CARDS[machine.name.lower()]), {"model": task, "batch": items}
+        what = {"name": STEP, "shape": sizes, "dtype": "bf16", "items": items, "kinds": ()}
+        return _forecast(work, machine, product_flops, effort, **what)
+
+    found = at(_items(*measured_shapes()[task]) if isinstance(task, int) else STEPS[task])
+    if not finds_batch:
+        return found
+    start = round(found.items * found.host_seconds / found.seconds)
+    return dataclasses.replace(found, gpu_from=binds_from(lambda items: at(items).binds == GPU, start))
 
 
 def forecast_shape(
@@ -239,11 +254,16 @@ def forecast_shape(
     effort: Effort = FULL,
 ) -> Forecast:  # fmt: skip
     """Predict an op at any shape; the other arguments are those of :func:`forecast`."""
-    size, _ = spec.items
     return _forecast(
         op_work(spec, shape, dtype), machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
-        items=getattr(shape, size), kinds=KINDS.get(spec.category, ("memory",)),
+        items=_items(spec, shape), kinds=KINDS.get(spec.category, ("memory",)),
     )  # fmt: skip
+
+
+def _items(spec: OpSpec, shape: Shape) -> int:
+    """Return how many things a call of an op handles, such as its pairs."""
+    count: int = getattr(shape, spec.items[0])
+    return count
 
 
 def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort, **what: Any) -> Forecast:
@@ -253,6 +273,7 @@ def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort
     return Forecast(
         **what, parts=parts, torch_ops=len(work.ops),
         torch_seconds=sum(times) - products, product_seconds=products, shares=_shares(parts, work.ops, times),
+        host_seconds=host_seconds(what["name"], what["shape"], len(work.launches) + len(work.ops)),
     )  # fmt: skip
 
 
@@ -297,8 +318,8 @@ def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
         return Part(name, len(same), None, str(error))
 
 
-_OP_HEAD = ("op, forward and backward", "time", "error", "launches", "waves", "cycles", "limit")
-_STEP_HEAD = ("step of", "pairs", "time", "pairs/s", "kernels", "products", "other ops")
+_OP_HEAD = ("op, forward and backward", "GPU", "host", "binds", "error", "launches", "waves", "cycles", "limit")
+_STEP_HEAD = ("step of", "pairs", "GPU", "host", "binds", "pairs/s", "kernels", "products", "other ops")
 
 
 def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
@@ -310,32 +331,38 @@ def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
 def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
     """Return the rows of a forecast; ``measured`` are seconds by :func:`label`."""
     seconds = (measured or {}).get(label(one.name, one.shape, one.dtype))
-    against = [scaled(seconds, SECONDS), f"{one.seconds / seconds:.2f}"] if seconds else []
+    # An op is measured as a CUDA graph, and a step is not.
+    predicted = one.eager_seconds if one.name == STEP else one.seconds
+    against = [scaled(seconds, SECONDS), f"{predicted / seconds:.2f}"] if seconds else []
+    times = [scaled(one.seconds, SECONDS), scaled(one.host_seconds, SECONDS), one.binds]
+    noun = "pairs" if one.name == STEP else specs()[one.name].items[1]
+    turn = [f"  the GPU takes longer than the host from {one.gpu_from:,} {noun} on"] if one.gpu_from else []
     if one.name == STEP:
         kernels = sum(part.seconds for part in one.parts)
-        times = [scaled(value, SECONDS) for value in (one.seconds, kernels, one.product_seconds, one.torch_seconds)]
-        row = [one.shape["model"], str(one.items), times[0], f"{one.items / one.seconds:,.0f}", *times[1:], *against]
+        spent = [scaled(value, SECONDS) for value in (kernels, one.product_seconds, one.torch_seconds)]
+        row = [one.shape["model"], str(one.items), *times, f"{one.items / one.eager_seconds:,.0f}", *spent, *against]
         parts = sorted(one.shares.items(), key=lambda share: -share[1])
-        spent = ", ".join(f"{category} {seconds / one.seconds:.1%}" for category, seconds in parts)
-        return f"{_aligned(True, [row])}\n  {spent}"
+        shares = ", ".join(f"{category} {seconds / one.seconds:.1%}" for category, seconds in parts)
+        return "\n".join([_aligned(True, [row]), f"  {shares}", *turn])
     within = f"{math.expm1(one.band.p90):.0%}" if one.band else "?"
-    found = [[label(one.name, one.shape, one.dtype), scaled(one.seconds, SECONDS), within, *[""] * 4, *against]]
+    found = [[label(one.name, one.shape, one.dtype), *times, within, *[""] * 4, *against]]
     for part in one.parts:
-        cells = ["", "", str(part.launches), "", "", f"not predicted: {part.reason}"]
+        cells = ["", "", "", "", str(part.launches), "", "", f"not predicted: {part.reason}"]
         if part.prediction is not None:
             known = part.prediction
             guesses = f", {known.guesses} branches guessed" if known.guesses else ""
-            cells = [scaled(part.seconds, SECONDS), "", str(part.launches), f"{known.waves:.2f}", f"{known.cycles:.0f}"]
-            cells.append(f"{known.limit}{guesses}")
+            cells = [scaled(part.seconds, SECONDS), "", "", "", str(part.launches), f"{known.waves:.2f}"]
+            cells += [f"{known.cycles:.0f}", f"{known.limit}{guesses}"]
         found.append(["  " + part.kernel.strip("_").removesuffix("_kernel"), *cells])
     if one.torch_ops:
         found.append([f"  {one.torch_ops} PyTorch ops", scaled(one.torch_seconds + one.product_seconds, SECONDS)])
-    return _aligned(False, [[*row, *[""] * (len(found[0]) - len(row))] for row in found])
+    table = _aligned(False, [[*row, *[""] * (len(found[0]) - len(row))] for row in found])
+    return "\n".join([table, *turn])
 
 
 def _aligned(is_step: bool, cells: Sequence[Sequence[str]]) -> str:
-    widths = (14, 5, 7, 7, 7, 8, 9) if is_step else (58, 7, 5, 8, 6, 9, 18)
-    return align(cells, right=range(1, 7 if is_step else 6), at_least=(*widths, 8))
+    widths = (14, 5, 7, 7, 5, 7, 7, 8, 9) if is_step else (58, 7, 7, 5, 5, 8, 6, 9, 18)
+    return align(cells, right=range(1, 9 if is_step else 8), at_least=(*widths, 8))
 
 
 def label(name: str, shape: dict[str, Any], dtype: str) -> str:
@@ -343,59 +370,14 @@ def label(name: str, shape: dict[str, Any], dtype: str) -> str:
     return " ".join([name, *(f"{size}={value}" for size, value in shape.items()), dtype])
 
 
-def measurements(paths: Iterable[str]) -> dict[str, float]:
-    """Return the median seconds of our candidate by :func:`label`, from result files of ``clipfast bench``.
-
-    Raises:
-        ValueError: a file is not such a result.
-    """
-    found: dict[str, float] = {}
-    for path in paths:
-        try:
-            cases = json.loads(Path(path).read_text())["cases"]
-            for case in cases:
-                ours: dict[str, Any] = next((one for one in case["candidates"] if one["name"] == OURS), {})
-                if "median_s" in ours:
-                    found[label(case["op"].removesuffix(".fwd_bwd"), case["shape"], case["dtype"])] = ours["median_s"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"--against {path} is not a result of clipfast bench: {short(error)}") from None
-    return found
-
-
 def to_json(one: Forecast) -> dict[str, Any]:
     """Return a forecast for JSON, with the figures that follow from it."""
-    record = dataclasses.asdict(one) | {"seconds": one.seconds, "items_per_s": one.items / one.seconds}
+    record = dataclasses.asdict(one) | {
+        "seconds": one.seconds, "eager_seconds": one.eager_seconds, "items_per_s": one.items / one.eager_seconds,
+        "binds": one.binds,
+    }  # fmt: skip
     record["error"] = dataclasses.asdict(one.band) if one.band else None
     for part, fields in zip(one.parts, record["parts"], strict=True):
         if part.prediction:
             fields["prediction"]["limit"] = part.prediction.limit
     return record
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a Markdown table of a loss at many sizes, row by row: milliseconds, and the factor over the floor."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pairs, widths = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072), (512, 640, 768, 1024, 1280)
-    add = parser.add_argument
-    add("--op", default="contrastive_loss", choices=("contrastive_loss", "sigmoid_loss"))
-    add("--pairs", type=int, nargs="+", default=pairs, metavar="N", help="numbers of pairs")
-    add("--widths", type=int, nargs="+", default=widths, metavar="D", help="widths of the features")
-    add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
-    args = parser.parse_args(arguments)
-    spec = specs()[args.op]
-    print(f"| pairs | {' | '.join(f'D = {width}' for width in args.widths)} |")
-    print("|" + " --- |" * (1 + len(args.widths)))
-    for number in args.pairs:
-        cells = []
-        for width in args.widths:
-            shape = spec.bench["cuda"][0].changed(pairs=number, embed_dim=width)
-            seconds = forecast_shape(spec, shape, "bf16", effort=QUICK if args.quick else FULL).seconds
-            floors = [spec.floor(shape, DTYPES["bf16"].itemsize, backward) for backward in (False, True)]
-            least = sum(floor.seconds(H100.power_flops, H100.hbm_rate) for floor in floors)
-            cells.append(f"{1e3 * seconds:.3g} ms, {seconds / least:.2f}x")
-        print(f"| {number:,} | {' | '.join(cells)} |", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

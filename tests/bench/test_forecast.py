@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clipfast.bench import categories
-from clipfast.bench.inspection import forecast, offline
+from clipfast.bench.inspection import __main__ as markdown
+from clipfast.bench.inspection import eager, forecast, offline
 from clipfast.bench.inspection.forecast import Forecast, Part
 from clipfast.bench.inspection.model import H100, QUICK, predict_launch
 from clipfast.cli.main import main
@@ -87,12 +88,14 @@ def test_tables_show_pairs_and_shares_and_what_is_not_predicted(tmp_path):
     _, launch = forecast.op_work(spec, spec.small[0], "bf16").launches[0]
     prediction = dataclasses.replace(predict_launch(launch, H100, QUICK), seconds=1e-3)
     part, missing = Part("_some_kernel", 2, prediction), Part("_odd_kernel", 3, None, "its warps run different code")
-    op = Forecast("attention", {"batch": 2}, "bf16", 2, ("memory",), (part, missing), 4, 1e-3, 0.0)
-    assert op.seconds == pytest.approx(3e-3)
+    op = Forecast("attention", {"batch": 2}, "bf16", 2, ("memory",), (part, missing), 4, 1e-3, 0.0, 4e-3)
+    assert (op.seconds, op.eager_seconds, op.binds) == (pytest.approx(3e-3), 4e-3, "host")
     assert "its warps run different code" in forecast.rows(op)
     shares = {categories.GEMM: 0.3, categories.ATTENTION: 0.198}
-    step = Forecast("step", {"model": "ViT-B-32", "batch": 100}, "bf16", 100, (), (part,), 9, 0.198, 0.3, shares)
-    assert forecast.rows(step).split()[:5] == ["ViT-B-32", "100", "500", "ms", "200"]
+    shape = {"model": "ViT-B-32", "batch": 100}
+    step = Forecast("step", shape, "bf16", 100, (), (part,), 9, 0.198, 0.3, 0.1, 32, shares)
+    assert forecast.rows(step).split()[:8] == ["ViT-B-32", "100", "500", "ms", "100", "ms", "GPU", "200"]
+    assert "longer than the host from 32 pairs on" in forecast.rows(step)
     assert "GEMM 60.0%" in forecast.rows(step)
     plots = pytest.importorskip("clipfast.bench.plots", reason="pictures need matplotlib", exc_type=ImportError)
     plots.draw_steps({"card": "h100", "triton": "3.9", "forecasts": [forecast.to_json(step)]}, tmp_path / "steps.png")
@@ -100,10 +103,34 @@ def test_tables_show_pairs_and_shares_and_what_is_not_predicted(tmp_path):
 
 
 def test_table_of_sizes_puts_the_time_over_the_floor(capsys):
-    assert forecast.main(["--op", "sigmoid_loss", "--pairs", "256", "--widths", "64", "--quick"]) == 0
+    assert markdown.main(["--op", "sigmoid_loss", "--pairs", "256", "--widths", "64", "--quick"]) == 0
     head, _, row = capsys.readouterr().out.splitlines()[:3]
     assert head == "| pairs | D = 64 |"
-    assert float(row.split("ms, ")[1].removesuffix("x |")) > 1  # nothing is faster than its floor
+    assert float(row.split("ms, ")[1].partition("x")[0]) > 1  # nothing is faster than its floor
+
+
+def test_the_host_takes_as_long_for_each_kernel_as_measured(monkeypatch):
+    short, long = {"rows": 3, "width": 4}, {"rows": 3, "width": 4, "residual": True}
+    measured = [
+        {"name": "norm", "shape": shape, "found": {"clipfast": {"forward": [9.0, 1], "both": [us, 4]}}}
+        for shape, us in ((short, 40.0), (long, 60.0))
+    ]
+    monkeypatch.setattr(eager, "measured", lambda: {"rows": measured})
+    assert eager.host_seconds("norm", {"rows": 5000, "width": 768}, 4) == pytest.approx(40e-6)
+    assert eager.host_seconds("norm", {"rows": 5000, "width": 768, "residual": True}, 8) == pytest.approx(120e-6)
+    with pytest.raises(ValueError, match="no time of gelu"):
+        eager.host_seconds("gelu", short, 1)
+
+
+@pytest.mark.parametrize(("start", "turn"), [(0, 64), (40, 64), (64, 64), (5000, 64), (3, 1)])
+def test_the_batch_from_which_the_gpu_binds_is_found_from_any_start(start, turn):
+    assert eager.binds_from(lambda batch: batch >= turn, start) == turn
+
+
+def test_the_host_of_every_op_and_step_is_known():
+    for spec, shape in forecast.measured_shapes():
+        assert eager.host_seconds(spec.name, shape.to_dict(), 1) > 0
+    assert eager.host_seconds(forecast.STEP, {"model": "RN50", "batch": 256}, 1) > 0
 
 
 def test_every_kind_has_a_published_error():

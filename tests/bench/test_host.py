@@ -1,5 +1,6 @@
 """``bench host``: a line for each candidate with times and kernels, on CPU tensors and on the stub driver."""
 
+import json
 import re
 import subprocess
 import sys
@@ -22,8 +23,10 @@ def parsed(printed):
     return rows
 
 
-def test_ops_and_models_on_cpu_tensors(capsys):
-    assert main(["host", "--op", "bias_gelu", "top_k", "--model", "ViT-T-8-32", "--rounds", "2"]) == 0
+def test_ops_and_models_on_cpu_tensors(capsys, tmp_path):
+    path, page = tmp_path / "host.json", tmp_path / "page.md"
+    options = ["--model", "ViT-T-8-32", "--rounds", "2", "--json", str(path)]
+    assert main(["host", "--op", "bias_gelu", "top_k", *options]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("CPU tensors, fp32: ")
     op, search, step, image, text = parsed(printed).values()
@@ -38,6 +41,17 @@ def test_ops_and_models_on_cpu_tensors(capsys):
     for found, numbers in (op, 6), (search, 3), (step, 3), (image, 3), (text, 3):
         assert {"clipfast", "PyTorch"} <= set(found)
         assert all(len(figures) == numbers and min(figures) > 0 for figures in found.values())
+    activation = json.loads(path.read_text())["rows"][0]
+    assert activation["shape"] == spec.small[0].to_dict()
+    us, _, more_us, *_ = op["clipfast"]
+    assert activation["found"]["clipfast"] == {"forward": [us, forward], "both": [more_us, both]}
+    page.write_text("The host:\n<!-- bench host.json -->\n<!-- /bench -->\n")
+    assert main(["table", "--page", str(page), "--results", str(tmp_path)]) == 0
+    lines = page.read_text().splitlines()
+    assert len(lines) == 2 + 2 + 5 + 2 + 1  # the head, and a row for each call
+    ours, others = lines[4].split(" | ")[1:3]
+    assert float(ours.split(" / ")[0]) == pytest.approx(us, rel=0.01)
+    assert others.startswith("PyTorch ")
 
 
 def test_what_cannot_be_measured_is_refused(capsys):

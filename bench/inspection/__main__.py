@@ -1,0 +1,89 @@
+"""Tables of predicted times in Markdown, in bfloat16 on an H100, forward and backward, with all PyTorch ops.
+
+    python -m clipfast.bench.inspection --quick                           the loss of 1,024 to 131,072 pairs
+    python -m clipfast.bench.inspection --quick --pairs 4096 --widths 512 768
+    python -m clipfast.bench.inspection --quick --host                    every op and two steps, beside their host
+
+The table of a loss has the time of the GPU and how many times its floor that is. The floor is the products at the rate
+that the power allows, or the bytes of features and gradients, whichever takes longer. A size whose factor stands out is
+a cliff. If the host takes longer than the GPU, its time follows, which is that of an eager call.
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Sequence
+
+from clipfast.cli.arguments import Count
+from clipfast.kernels.dtypes import DTYPES
+from clipfast.kernels.spec import specs
+
+from . import offline
+from .eager import measured
+from .forecast import HOST, STEP, forecast, forecast_shape, measured_shapes
+from .model import FULL, H100, QUICK, Effort
+
+MODELS = ("ViT-B-32", "ViT-L-14")  # whose steps stand in the table of the host
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table of predicted times that the command line asks for, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pairs, widths = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072), (512, 640, 768, 1024, 1280)
+    add = parser.add_argument
+    add("--host", action="store_true", help="print the table of the host")
+    add("--op", default="contrastive_loss", choices=("contrastive_loss", "sigmoid_loss"))
+    add("--pairs", type=int, nargs="+", default=pairs, metavar="N", help="numbers of pairs")
+    add("--widths", type=int, nargs="+", default=widths, metavar="D", help="widths of the features")
+    add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
+    add("--jobs", type=Count(1, 1024), metavar="N", help="number of processes for --host (default: one for each core)")
+    args = parser.parse_args(arguments)
+    effort = QUICK if args.quick else FULL
+    if args.host:
+        _print_host(effort, args.jobs)
+    else:
+        _print_loss(args.op, args.pairs, args.widths, effort)
+    return 0
+
+
+def _print_loss(op: str, pairs: Sequence[int], widths: Sequence[int], effort: Effort) -> None:
+    """Print the table of a loss: milliseconds, the factor over the floor, and the host's time where it is longer."""
+    spec = specs()[op]
+    print(f"| pairs | {' | '.join(f'D = {width}' for width in widths)} |")
+    print("|" + " --- |" * (1 + len(widths)))
+    for number in pairs:
+        cells = []
+        for width in widths:
+            shape = spec.bench["cuda"][0].changed(pairs=number, embed_dim=width)
+            found = forecast_shape(spec, shape, "bf16", effort=effort)
+            floors = [spec.floor(shape, DTYPES["bf16"].itemsize, backward) for backward in (False, True)]
+            least = sum(floor.seconds(H100.power_flops, H100.hbm_rate) for floor in floors)
+            eager = f", host {_milliseconds(found.host_seconds)}" if found.binds == HOST else ""
+            cells.append(f"{_milliseconds(found.seconds)}, {found.seconds / least:.2f}x{eager}")
+        print(f"| {number:,} | {' | '.join(cells)} |", flush=True)
+
+
+def _print_host(effort: Effort, jobs: int | None) -> None:
+    """Print the table of steps, and of every op at its first size: the GPU's time and the host's, and which binds."""
+    shapes = [(spec.name, number) for number, (spec, _) in enumerate(measured_shapes())]
+    firsts = [next(same)[1] for _, same in itertools.groupby(shapes, key=lambda one: one[0])]
+    print("| call | GPU | host | binds | the GPU binds from |\n|" + " --- |" * 5)
+    find = functools.partial(forecast, dtype="bf16", effort=effort, finds_batch=True)
+    for one in offline.spread(find, [*MODELS, *firsts], jobs):
+        noun = "pairs" if one.name == STEP else specs()[one.name].items[1]
+        call = " ".join([one.name, *(f"{name}={value}" for name, value in one.shape.items())])
+        times = f"{_milliseconds(one.seconds)} | {_milliseconds(one.host_seconds)} | {one.binds}"
+        print(f"| {call} | {times} | {f'{one.gpu_from:,} {noun}' if one.gpu_from else ''} |", flush=True)
+    host = measured()
+    where = f"{host['machine']['cpu']}, {host['place']}; {host['when'][:10]}, commit {host['git']['sha'][:8]}"
+    print(f"\nThe host: {where}.")
+
+
+def _milliseconds(seconds: float) -> str:
+    """Return a predicted time in milliseconds, with three digits."""
+    return f"{1e3 * seconds:.3g} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
