@@ -134,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
             page.write_text(tables.fill_tables(page.read_text(), args.results))
         return 0
     device = _device(args.device)
-    plan, budget = _plan(args, device), _budget(args)
+    budget = _budget(args)  # before the plan, which may make hundreds of photographs
+    plan = _plan(args, device)
     if args.compare is not None:
         return compare(args.compare, plan, device, budget)
     path = args.json or results.default_path(device, args.bench, smoke=args.smoke)
