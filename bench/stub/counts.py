@@ -4,9 +4,11 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
+from clipfast.kernels import backends
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import Call, Draw, OpSpec, Shape, specs
@@ -18,11 +20,24 @@ ARCH = 90
 
 
 class Ops(InsideOps):
-    """Count the PyTorch ops that start a kernel on a GPU: not views, not allocations, not our own ops."""
+    """Count the PyTorch ops that start a kernel on a GPU: not views, not allocations, not our own ops.
+
+    The count is that of a call that nothing watches, although a dispatch mode does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self._unseen = mock.patch.object(backends, "is_watched", return_value=False)
+
+    def __enter__(self) -> "Ops":
+        self._unseen.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._unseen.stop()
 
     def see(self, func: Any, _args: Any) -> None:
         """Count one call of a PyTorch op on the stub if it would start a kernel."""

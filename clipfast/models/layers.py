@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound=nn.Module)
 # The attributes of a module that hold its hooks, which a call runs besides ``forward``.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -63,7 +63,7 @@ class InProjection(nn.Linear):
 
 def has_hooks(module: nn.Module) -> bool:
     """Return True if calling ``module`` does more than its ``forward``."""
-    return any(map(module.__dict__.__getitem__, _HOOKS))
+    return any(map(module.__dict__.__getitem__, HOOKS))
 
 
 def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
@@ -72,7 +72,7 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
     An adapter or a wrapper such as FSDP's has another class, or a hook.
     """
     own = module.__dict__
-    return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, _HOOKS))
+    return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, HOOKS))
 
 
 def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

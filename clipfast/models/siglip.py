@@ -50,6 +50,7 @@ def _renamed(name: str) -> Any:
 class TimmMLP(MLP):
     """:class:`MLP` with timm's parameter names."""
 
+    PARTS = ("fc2", "act", "fc1")
     c_fc, gelu, c_proj = _renamed("fc1"), _renamed("act"), _renamed("fc2")
 
     def __init__(self, width: int, hidden: int, approximate: str) -> None:
@@ -62,6 +63,7 @@ class TimmMLP(MLP):
 class TimmAttention(Attention):
     """:class:`Attention` with timm's parameter names."""
 
+    PARTS = ("qkv", "proj")
     in_proj, out_proj = _renamed("qkv"), _renamed("proj")
 
     def __init__(self, width: int, heads: int) -> None:
@@ -74,6 +76,7 @@ class TimmAttention(Attention):
 class TimmBlock(ResidualAttentionBlock):
     """:class:`ResidualAttentionBlock` with timm's parameter names."""
 
+    PARTS = ("norm1", "attn", "norm2", "mlp")
     ln_1, ln_2 = _renamed("norm1"), _renamed("norm2")
 
     def __init__(self, width: int, heads: int, hidden: int, approximate: str) -> None:

@@ -3,6 +3,9 @@
 The classes come first. Everything that differs from the textbook is decided in the functions below them:
 
     what                                                          when
+    one function computes a block, or the last block's row        all its modules are plain, their backend is "auto", no
+    (whole_block, whole_last_block)                               compiler, transform or mode watches, and the tables do
+                                                                  not give attention to PyTorch
     a norm also adds the branch before it to the residual stream  the norm is plain
     the last block computes only the row that the tower reads     everything in it is plain, its backend is not "torch",
                                                                   and attention_pool takes that many tokens and heads
@@ -18,21 +21,36 @@ called, so that hooks, adapters and wrapped blocks see what they would see if no
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels import attention, bias_gelu, bias_quick_gelu, text_embed
+from ..kernels import attention, backends, bias_gelu, bias_quick_gelu, text_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
-from ..kernels.launch import triton_runs_on
-from .layers import InProjection, LayerNorm, QuickGELU, attend_row, is_plain, project_qkv, residual_norm, take_rows
+from ..kernels.dtypes import autocast_dtype
+from ..kernels.implementations import MAX_HEAD_DIM, MAX_WIDTH, takes_sdpa
+from ..kernels.launch import INTERPRET, triton_runs_on
+from .layers import (
+    InProjection,
+    LayerNorm,
+    QuickGELU,
+    attend_row,
+    is_plain,
+    project_qkv,
+    residual_norm,
+    take_rows,
+)  # fmt: skip
+from .whole_block import QUICK, Options, Parameters, cast_blocks, whole_block
+from .whole_last_block import last_row
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention`` and with linear projections."""
+
+    PARTS = ("in_proj", "out_proj")
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -64,6 +82,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a GELU between them."""
 
+    PARTS = ("c_proj", "gelu", "c_fc")
     backend = "auto"
 
     def __init__(self, width: int, hidden: int, *, quick_gelu: bool, approximate: str = "none") -> None:
@@ -78,7 +97,13 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """A pre-norm transformer block: x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x))."""
+    """A pre-norm transformer block: x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x)).
+
+    Attributes:
+        PARTS: the names of norm, attention, norm and MLP.
+    """
+
+    PARTS = ("ln_1", "attn", "ln_2", "mlp")
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool, approximate: str = "none",
@@ -92,8 +117,8 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual stream after both branches: [B, N, width] -> [B, N, width]."""
-        x, normed = add_norm(x, self.attn(self.ln_1(x)), self.ln_2)
-        return x + self.mlp(normed)
+        x, branch = run_plain([self], x, None)
+        return x if branch is None else x + branch
 
 
 class Transformer(nn.Module):
@@ -158,11 +183,8 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
     if num_tokens is None or not is_plain(transformer, Transformer) or not blocks:
         return Plan(recompute, blocks)
     last = blocks[-1]
-    if not is_plain(last, ResidualAttentionBlock):
+    if not is_plain(last, ResidualAttentionBlock) or plain_parameters(last) is None:
         return Plan(recompute, blocks)
-    for part in last.modules():
-        if not is_plain(part, *_PLAIN):
-            return Plan(recompute, blocks)
     if num_tokens > MAX_TOKENS or last.attn.num_heads > MAX_HEADS or last.attn.backend == "torch":
         return Plan(recompute, blocks)
     return Plan(recompute, blocks[:-1], last)
@@ -196,24 +218,100 @@ def run_blocks(
     ``kind`` is the class of blocks whose ops are fused; blocks of other classes are called as modules.
     """
     branch: Tensor | None = None
+    plain: list[ResidualAttentionBlock] = []
     for block in steps.blocks:
         if steps.recompute:
             # Checkpointing keeps its arguments: the sum is one tensor, while x and the branch would be two.
             x = recomputed(steps, block, x)
         elif is_plain(block, kind):
+            plain.append(block)
+        else:
+            x, branch = run_plain(plain, x, branch)
+            x, branch, plain = block(x if branch is None else x + branch), None, []
+    return run_plain(plain, x, branch)
+
+
+def run_plain(
+    blocks: Sequence["ResidualAttentionBlock"], x: Tensor, branch: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Run blocks without calling them; return the residual stream and the last branch, as :func:`run_blocks`."""
+    whole = whole_blocks(blocks, x)
+    cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole else {}
+    for block in blocks:
+        if block in whole:
+            x, branch = whole_block(x, branch, *whole[block], cast[block])
+        else:
             x, normed = add_norm(x, branch, block.ln_1)
             x, normed = add_norm(x, block.attn(normed), block.ln_2)
             branch = block.mlp(normed)
-        else:
-            x, branch = block(x if branch is None else x + branch), None
     return x, branch
+
+
+def plain_parameters(block: ResidualAttentionBlock) -> Parameters | None:
+    """Return the parameters of a block, or None if calling one of its modules does more than its class does."""
+    norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
+    if type(attn).forward is not Attention.forward or type(mlp).forward is not MLP.forward:
+        return None
+    parts = (attn, mlp, norm_1, norm_2, *map(attn._modules.get, attn.PARTS), *map(mlp._modules.get, mlp.PARTS))
+    found: list[Any] = []
+    for part, kinds in zip(parts, _KINDS, strict=True):
+        own = part.__dict__
+        has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+        if has_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        if type(part).forward not in kinds or "forward" in own:
+            return None
+        weights = own["_parameters"]
+        if "weight" in weights:
+            found += weights["weight"], weights["bias"]
+        elif part.__class__ is InProjection:
+            found += part.weight, part.bias
+    return Parameters(*found)
+
+
+def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn.Module, tuple[Parameters, Options]]:
+    """Return the blocks that :mod:`.whole_block` computes for a stream like ``x``.
+
+    Nothing may watch, as for the straight way of one op (``backends.Op``), and all modules of a block must be plain.
+    """
+    if backends.is_watched() or x.__class__ not in backends.PLAIN or x.ndim != 3 or x.is_meta:
+        return {}
+    device, dtype, (_, tokens, width) = x.device, autocast_dtype(x), x.shape
+    on_triton = triton_runs_on(device)
+    if width > MAX_WIDTH or (on_triton and not {dtype, x.dtype} <= _ON_TRITON):
+        return {}
+    found: dict[nn.Module, tuple[Parameters, Options]] = {}
+    for block in blocks:
+        parameters = plain_parameters(block)
+        if parameters is None or not {p.__class__ for p in parameters} <= _PLAIN_TENSORS:
+            continue
+        if {p.device for p in parameters} != {device} or len(parameters.norm_1) != width:
+            continue
+        norm_1, norm_2, attn, mlp = block.ln_1, block.ln_2, block.attn, block.mlp
+        if not norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto":
+            continue
+        if autocast_dtype(parameters.w_in) != dtype:
+            continue
+        head_dim, gelu = width // attn.num_heads, mlp.gelu
+        if head_dim > MAX_HEAD_DIM or takes_sdpa("auto", device, dtype, head_dim, tokens, None, attn.causal):
+            continue
+        approximate = QUICK if isinstance(gelu, QuickGELU) else gelu.approximate
+        options = Options(
+            attn.num_heads, attn.causal, head_dim**-0.5, norm_1.eps, norm_2.eps, approximate,
+            on_triton and approximate != "tanh",
+        )  # fmt: skip
+        found[block] = parameters, options
+    return found
 
 
 def _run_last(block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | None) -> Tensor:
     """Run the last block for ``x + branch``, and return one row of its output: [B, N, width] -> [B, width]."""
-    x, normed = add_norm(x, branch, block.ln_1)
-    x, normed = add_norm(take_rows(x, rows), block.attn.forward_row(normed, rows), block.ln_2)
-    return x + block.mlp(normed)
+    found = whole_blocks([block], x).get(block)
+    if found is None:
+        x, normed = add_norm(x, branch, block.ln_1)
+        x, normed = add_norm(take_rows(x, rows), block.attn.forward_row(normed, rows), block.ln_2)
+        return x + block.mlp(normed)
+    return last_row(x, branch, rows, *found, *cast_blocks([found]))
 
 
 def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> Tensor:
@@ -255,8 +353,14 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor, bac
     return table(text) + positional_embedding[: text.shape[1]]
 
 
-# The classes of a plain block's modules.
-_PLAIN = (ResidualAttentionBlock, LayerNorm, Attention, InProjection, MLP, nn.Linear, nn.GELU, QuickGELU)
+_PLAIN_TENSORS = set(backends.PLAIN)
+# The dtypes in which the kernels compute, see ``check_float``.
+_ON_TRITON = {torch.float32, torch.float16} | (set() if INTERPRET else {torch.bfloat16})
+# The forward methods of a plain block's modules, in the order of ``plain_parameters``.
+_KINDS = (
+    (Attention.forward,), (MLP.forward,), *[(LayerNorm.forward,)] * 2, *[(nn.Linear.forward,)] * 3,
+    (nn.GELU.forward, QuickGELU.forward), (nn.Linear.forward,),
+)  # fmt: skip
 
 # The ops whose results selective checkpointing keeps; it recomputes all others, which are norms and activations.
 _KEPT = (

@@ -200,7 +200,7 @@ def attention(
         return reference.attention(qkv, num_heads, causal=causal, scale=scale, seqlens=seqlens, bias=bias)
     head_dim = _check_head_dim(op, "qkv", qkv, qkv.shape[-1] // (3 * num_heads))
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if _takes_sdpa(backend, qkv, head_dim, qkv.shape[1], seqlens, causal):
+    if takes_sdpa(backend, qkv.device, qkv.dtype, head_dim, qkv.shape[1], seqlens, causal):
         if bias is not None:
             qkv = reference.with_bias_gradient(qkv, bias)
         return _sdpa(*_views(qkv, num_heads), causal, scale).flatten(2)
@@ -251,16 +251,19 @@ def attention_qkv(
         return reference.attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens)
     head_dim = _check_head_dim(op, "q", q, q.shape[-1])
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if _takes_sdpa(backend, q, head_dim, k.shape[1], seqlens, causal):
+    if takes_sdpa(backend, q.device, q.dtype, head_dim, k.shape[1], seqlens, causal):
         return _sdpa(q, k, v, causal, scale)
     return _attention_qkv_fwd(q, k, v, seqlens, causal, scale)[0]
 
 
-def _takes_sdpa(backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool) -> bool:
+def takes_sdpa(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int, seqlens: Tensor | None,
+    causal: bool,
+) -> bool:  # fmt: skip
     """Return whether PyTorch's own attention computes this call, by the tables."""
-    if backend != "auto" or seqlens is not None or not triton_runs_on(x.device):
+    if backend != "auto" or seqlens is not None or not triton_runs_on(device):
         return False
-    for largest, least in _least_keys_of_sdpa(x.device, x.dtype, causal):
+    for largest, least in _least_keys_of_sdpa(device, dtype, causal):
         if head_dim <= largest:
             return least is not None and num_keys >= least
     return False

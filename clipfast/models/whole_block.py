@@ -1,0 +1,316 @@
+"""A pre-norm transformer block as one autograd function: one call for each block and direction.
+
+With the stream x, and the branch u that the block before it has not added yet (there is none before the first block):
+
+    s = x + u         a = attention(norm_1(s) W_in + b_in) W_out + b_out
+    t = s + a         m = gelu(norm_2(t) W_fc + b_fc) W_proj + b_proj
+
+The results are t and m, which are the stream and the branch of the next block. The ops are those that the modules of a
+block call, and the same tensors are kept for the backward pass. Three things are shorter:
+
+    autocast casts the parameters of all linear layers in one launch, and their gradients in another
+    the backward kernels of the norms add up the gradients of the stream
+    the host decides once for a block, and not in each module, how to compute it
+
+:mod:`.transformer` decides which blocks are computed in this way.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.backends import NOT_INSIDE, apply_of
+from ..kernels.dtypes import autocast_dtype
+from ..kernels.implementations import (
+    attention_bwd,
+    attention_fwd,
+    bias_act_bwd,
+    bias_act_fwd,
+    layer_norm_bwd,
+    layer_norm_fwd,
+)
+
+QUICK = "quick"
+
+
+class Options(NamedTuple):
+    """The numbers and decisions of a block.
+
+    Attributes:
+        heads, causal, scale: of the attention.
+        eps_1, eps_2: of the norms.
+        gelu: "none" or "tanh", the approximation of GELU, or "quick" for QuickGELU.
+        adds_bias: whether the activation's kernel adds b_fc; otherwise the linear layer before it does.
+    """
+
+    heads: int
+    causal: bool
+    scale: float
+    eps_1: float
+    eps_2: float
+    gelu: str
+    adds_bias: bool
+
+
+class Parameters(NamedTuple):
+    """The weights and biases of a block. Autocast casts those of linear layers, but not b_fc if a kernel adds it."""
+
+    norm_1: Tensor
+    norm_1_bias: Tensor
+    norm_2: Tensor
+    norm_2_bias: Tensor
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
+    w_proj: Tensor
+    b_proj: Tensor
+    w_fc: Tensor
+    b_fc: Tensor
+
+
+def whole_block(
+    x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options, cast: Parameters
+) -> tuple[Tensor, Tensor]:
+    """Return the stream t and the branch m of the equations, [B, N, width] each.
+
+    ``cast`` has the values of ``parameters``; the gradients are those of ``parameters``.
+    """
+    results: tuple[Tensor, Tensor] = applied(_FUNCTION, options, cast, None, x, branch, parameters)
+    return results
+
+
+def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Parameters]:
+    """Return the parameters of several blocks as autocast would cast them, in one launch, for :func:`whole_block`."""
+    found: list[Parameters] = []
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for parameters, options in blocks:
+        linear, dtype = parameters[_cast_ones(options)], autocast_dtype(parameters.w_in)
+        if {x.dtype for x in linear} != {dtype}:
+            cast = _new_like(linear, dtype)
+            targets += cast
+            sources += linear
+            parameters = _with_cast(parameters, cast)
+        found.append(parameters)
+    if targets:
+        with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+            torch._foreach_copy_(targets, sources)
+    return found
+
+
+def _cast_ones(options: Options) -> slice:
+    """Return the place of the parameters that autocast casts."""
+    return slice(4, 11 if options.adds_bias else 12)
+
+
+def _with_cast(parameters: Parameters, cast: Sequence[Tensor]) -> Parameters:
+    """Return ``parameters`` with ``cast`` in the place of those that autocast casts."""
+    return Parameters(*parameters[:4], *cast, *parameters[4 + len(cast) :])
+
+
+def _new_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Return uninitialised tensors of the same sizes in ``dtype``, which share one piece of memory."""
+    memory = torch.empty(sum([x.numel() for x in tensors]), dtype=dtype, device=tensors[0].device)
+    new: Sequence[Tensor] = torch._C._nn.unflatten_dense_tensors(memory, tensors)
+    return new
+
+
+class Function(NamedTuple):
+    """A function of a block with its derivative.
+
+    Attributes:
+        forward: gets the options, the cast parameters, the rows, the stream and the branch, and returns the results and
+            the tensors to save.
+        backward: gets the context, the gradients of the results and the saved tensors, and returns the gradients of
+            stream, branch and parameters.
+    """
+
+    forward: Callable[..., tuple[Any, tuple[Tensor | None, ...]]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+def applied(
+    function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None,
+    parameters: Parameters,
+) -> Any:  # fmt: skip
+    """Call a function of a block below autograd, and let autograd know its derivative if gradients are recorded."""
+    if torch.is_grad_enabled():
+        return _apply(function, options, cast, rows, x, branch, *parameters)
+    with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+        return function.forward(options, cast, rows, x, branch)[0]
+
+
+class _Block(torch.autograd.Function):
+    """The autograd function of a block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor,
+        branch: Tensor | None, *parameters: Tensor,
+    ) -> Any:  # fmt: skip
+        """Return the results of the block's function."""
+        with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+            results, saved = function.forward(options, cast, rows, x, branch)
+        ctx.function, ctx.options, ctx.needs = function.backward, options, Parameters(*ctx.needs_input_grad[6:])
+        ctx.dtypes = Parameters(*[p.dtype for p in parameters])  # type: ignore[arg-type]
+        ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
+        ctx.save_for_backward(*saved)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradients of the stream, of the branch and of the parameters."""
+        if torch.is_grad_enabled():
+            return _OnlyOnce.apply(ctx, *grads, *ctx.saved_tensors)
+        with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+            return None, None, None, None, *ctx.function(ctx, *grads, *ctx.saved_tensors)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """The gradients of a block where autograd records them: they have no derivative."""
+
+    @staticmethod
+    def forward(_: Any, ctx: Any, *tensors: Tensor) -> Any:
+        """Return the gradients of the block whose context is ``ctx``."""
+        with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+            return None, None, None, None, *ctx.function(ctx, *tensors)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Any:
+        """Refuse a second derivative."""
+        raise NotImplementedError("a transformer block has no second derivative: call the model's set_backend('torch')")
+
+
+_apply = apply_of(_Block)
+
+
+def _forward(
+    options: Options, cast: Parameters, _: None, x: Tensor, branch: Tensor | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Return t and m, and the tensors that the backward pass reads: rows [B * N, width], but for qkv."""
+    shape, width = x.shape, x.shape[2]
+    s, y, mean, rstd = first_norm(options, x, branch, cast)
+    qkv = F.linear(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
+    heads, lse = attention_fwd(qkv, None, None, options.heads, options.causal, options.scale)
+    heads = heads.view(-1, width)
+    t, m, saved = mlp_half(options, s, F.linear(heads, cast.w_out, cast.b_out), cast)
+    saved = (s, mean, rstd, y, qkv, heads, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
+    return (t.view(shape), m.view(shape)), saved
+
+
+def _backward(
+    ctx: Any, grad_t: Tensor, grad_m: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, qkv: Tensor,
+    heads: Tensor, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
+    options, needs, dtypes, width = ctx.options, ctx.needs, ctx.dtypes, s.shape[1]
+    grads = grad_t.reshape(-1, width), grad_m.reshape(-1, width)
+    dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, *grads, *of_mlp)
+    d_heads, dw_out, db_out = linear_grads(da, heads, w_out, needs.w_out and dtypes.w_out, needs.b_out and dtypes.b_out)
+    dqkv, db_in = attention_bwd(
+        d_heads, qkv, None, heads, lse, options.heads, options.causal, options.scale, needs.b_in
+    )
+    dy, dw_in, _ = linear_grads(dqkv.view(-1, 3 * width), y, w_in, needs.w_in and dtypes.w_in, False)
+    dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
+    ds, du, of_norm_1 = layer_norm_bwd(dy, dt, s, norm, mean, rstd, needs.norm_1 or needs.norm_1_bias)
+    du = ds if s.dtype == dy.dtype else du
+    of_parameters = (*of_norm_1, *of_norm_2, dw_in, db_in, dw_out, db_out, *mlp_grads)
+    return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, needs, dtypes))
+
+
+_FUNCTION = Function(_forward, _backward)
+
+
+def of_inputs(ctx: Any, ds: Tensor, du: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the stream and of the branch, [B, N, width]; None if there is no branch."""
+    return ds.view(ctx.shape), du.view(ctx.shape) if ctx.needs_input_grad[5] else None
+
+
+def first_norm(
+    options: Options, x: Tensor, branch: Tensor | None, cast: Parameters
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return s, its norm in the dtype of the weights, and the statistics of its rows [B * N, width]."""
+    width, bias = x.shape[2], cast.norm_1_bias
+    s = x.reshape(-1, width)
+    if branch is None:
+        y, _, mean, rstd = layer_norm_fwd(s, None, cast.norm_1, bias, options.eps_1)
+    else:
+        y, s, mean, rstd = layer_norm_fwd(branch.reshape(-1, width), s, cast.norm_1, bias, options.eps_1)
+    return s, y if y.dtype is cast.w_in.dtype else y.to(cast.w_in.dtype), mean, rstd
+
+
+def mlp_half(
+    options: Options, s: Tensor, a: Tensor, cast: Parameters
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Return t, m and the tensors that :func:`mlp_half_grads` reads."""
+    y, t, mean, rstd = layer_norm_fwd(a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
+    if options.adds_bias:
+        h = F.linear(y, cast.w_fc)
+        g = bias_act_fwd(h, cast.b_fc, options.gelu == QUICK)
+    else:
+        h = F.linear(y, cast.w_fc, cast.b_fc)
+        g = h * torch.sigmoid(1.702 * h) if options.gelu == QUICK else F.gelu(h, approximate=options.gelu)
+    b_fc = cast.b_fc if options.adds_bias else None
+    saved = (t, mean, rstd, y, h, g, cast.norm_2, cast.w_fc, b_fc, cast.w_proj)
+    return t, F.linear(g, cast.w_proj, cast.b_proj), saved
+
+
+def mlp_half_grads(
+    ctx: Any, grad_t: Tensor, grad_m: Tensor, t: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, h: Tensor, g: Tensor,
+    norm: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return the gradients of s, of a, of the norm [2, width], and of w_proj, b_proj, w_fc and b_fc."""
+    options, needs, dtypes = ctx.options, ctx.needs, ctx.dtypes
+    dg, dw_proj, db_proj = linear_grads(
+        grad_m, g, w_proj, needs.w_proj and dtypes.w_proj, needs.b_proj and dtypes.b_proj
+    )
+    if options.adds_bias:
+        dh, db_fc = bias_act_bwd(dg, h, b_fc, options.gelu == QUICK, needs.b_fc)
+        dy, dw_fc, _ = linear_grads(dh, y, w_fc, needs.w_fc and dtypes.w_fc, False)
+    else:
+        dh = _gelu_grad(dg, h, options.gelu)
+        dy, dw_fc, db_fc = linear_grads(dh, y, w_fc, needs.w_fc and dtypes.w_fc, needs.b_fc and dtypes.b_fc)
+    ds, da, of_norm = layer_norm_bwd(dy, grad_t, t, norm, mean, rstd, needs.norm_2 or needs.norm_2_bias)
+    return ds, ds if t.dtype == dy.dtype else da, of_norm, dw_proj, db_proj, dw_fc, db_fc
+
+
+def linear_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, weight_dtype: Any, bias_dtype: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of the input, the weight and the bias of a linear layer on rows.
+
+    The gradients of weight and bias have the dtypes given, where the product can be rounded to it at once; they are
+    None for a dtype that is False.
+    """
+    dw: Tensor | None = None
+    if weight_dtype:
+        is_widened = weight_dtype == torch.float32 and grad.is_cuda and grad.dtype != weight_dtype
+        dw = torch.mm(grad.t(), x, out_dtype=weight_dtype) if is_widened else grad.t().mm(x)
+    return grad.mm(weight), dw, grad.sum(0, dtype=bias_dtype) if bias_dtype else None
+
+
+def _gelu_grad(grad: Tensor, h: Tensor, gelu: str) -> Tensor:
+    """Return the gradient of the input of an activation that PyTorch computes."""
+    if gelu != QUICK:
+        return torch.ops.aten.gelu_backward(grad, h, approximate=gelu)
+    p = torch.sigmoid(1.702 * h)
+    return grad * p + 1.702 * torch.ops.aten.sigmoid_backward(grad * h, p)
+
+
+def in_dtypes(
+    grads: Sequence[Tensor | None], needs: Sequence[bool], dtypes: Sequence[torch.dtype]
+) -> list[Tensor | None]:
+    """Return the gradients that are needed in ``dtypes``, and None for the others; one launch casts them."""
+    results = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    others = [k for k, (x, dtype) in enumerate(zip(results, dtypes, strict=True)) if x is not None and x.dtype != dtype]
+    if others:
+        given = [x for k in others if (x := results[k]) is not None]
+        cast = [torch.empty_like(x, dtype=dtypes[k]) for k, x in zip(others, given, strict=True)]
+        torch._foreach_copy_(cast, given)
+        for k, x in zip(others, cast, strict=True):
+            results[k] = x
+    return results

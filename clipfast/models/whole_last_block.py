@@ -1,0 +1,116 @@
+"""The last block of a transformer as one autograd function, for the one row of each sequence that a tower reads.
+
+The equations are those of :mod:`.whole_block`, for the row r of each sequence. W_k multiplies the query instead of the
+tokens, and W_v multiplies the pooled token (:func:`.layers.single_query_attention`). For each head:
+
+    q = (W_q y_r + b_q) scale       p = softmax_n(q W_k y_n)        o = W_v sum_n p_n y_n + b_v
+    a = o W_out + b_out             t = s_r + a                     result: t + m
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.implementations import attention_pool_bwd, attention_pool_fwd, layer_norm_bwd
+from .whole_block import (
+    Function,
+    Options,
+    Parameters,
+    applied,
+    first_norm,
+    in_dtypes,
+    linear_grads,
+    mlp_half,
+    mlp_half_grads,
+    of_inputs,
+)
+
+
+def last_row(
+    x: Tensor, branch: Tensor | None, rows: Tensor | None, parameters: Parameters, options: Options, cast: Parameters
+) -> Tensor:
+    """Return row ``rows[b]`` of the block's output for each sequence b, or the first if ``rows`` is None: [B, width].
+
+    The other arguments are those of :func:`.whole_block.whole_block`.
+    """
+    result: Tensor = applied(_FUNCTION, options, cast, rows, x, branch, parameters)
+    return result
+
+
+def _forward(
+    options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Return the row of each sequence, and the tensors that the backward pass reads."""
+    batch, length, width = x.shape
+    s, y, mean, rstd = first_norm(options, x, branch, cast)
+    place, seen = None, None
+    if rows is not None:
+        place = torch.arange(0, batch * length, length, device=x.device) + rows
+    if options.causal:
+        seen = torch.ones(batch, dtype=torch.int32, device=x.device) if rows is None else (rows + 1).to(torch.int32)
+    y_r, s_r = (t[::length] if place is None else t.index_select(0, place) for t in (y, s))
+    w_q, w_k, w_v = cast.w_in.chunk(3)
+    b_q, _, b_v = cast.b_in.chunk(3)
+    q = _heads_first(F.linear(y_r, w_q, b_q) * options.scale, options)  # [H, B, D]
+    query = q.bmm(w_k.view(options.heads, -1, width)).transpose(0, 1)  # [B, H, width]
+    pooled, lse = attention_pool_fwd(query, y.view(x.shape), seen)
+    o = pooled.transpose(0, 1).bmm(w_v.view(options.heads, -1, width).transpose(1, 2))  # [H, B, D]
+    o = o.transpose(0, 1).reshape(batch, width) + b_v
+    t, m, saved = mlp_half(options, s_r, F.linear(o, cast.w_out, cast.b_out), cast)
+    saved = (s, mean, rstd, y, place, seen, y_r, q, query, pooled, lse, o, cast.norm_1, cast.w_in, cast.w_out, *saved)
+    return t + m, saved
+
+
+def _backward(
+    ctx: Any, grad: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, place: Tensor | None,
+    seen: Tensor | None, y_r: Tensor, q: Tensor, query: Tensor, pooled: Tensor, lse: Tensor, o: Tensor,
+    norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
+    options, needs, dtypes, width = ctx.options, ctx.needs, ctx.dtypes, s.shape[1]
+    grad = grad.contiguous()
+    dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad, grad.to(o.dtype), *of_mlp)
+    do, dw_out, db_out = linear_grads(da, o, w_out, needs.w_out and dtypes.w_out, needs.b_out and dtypes.b_out)
+    w_k, w_v = (w.view(options.heads, -1, width) for w in w_in.chunk(3)[1:])
+    do_h = _heads_first(do, options)
+    dquery, dy = attention_pool_bwd(do_h.bmm(w_v).transpose(0, 1), query, y.view(ctx.shape), seen, lse)
+    dquery = dquery.transpose(0, 1)
+    dq = dquery.bmm(w_k.transpose(1, 2)).transpose(0, 1).reshape(o.shape) * options.scale
+    dw_in, db_in = None, None
+    if needs.w_in:
+        dw_in = torch.empty_like(w_in)
+        dw_q, dw_k, dw_v = dw_in.chunk(3)
+        torch.mm(dq.t(), y_r, out=dw_q)
+        torch.bmm(q.transpose(1, 2), dquery, out=dw_k.view(w_k.shape))
+        torch.bmm(do_h.transpose(1, 2), pooled.transpose(0, 1), out=dw_v.view(w_v.shape))
+    if needs.b_in:
+        # The gradient of the keys' bias is zero, since a bias of the keys cancels in the softmax.
+        db_in = torch.zeros(3 * width, dtype=dtypes.b_in, device=s.device)
+        db_q, _, db_v = db_in.chunk(3)
+        torch.sum(dq, 0, dtype=dtypes.b_in, out=db_q)
+        torch.sum(do, 0, dtype=dtypes.b_in, out=db_v)
+    dy = _add_rows(dy.view(s.shape), dq.mm(w_in[:width]), place, ctx.shape[1])
+    dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
+    ds, du, of_norm_1 = layer_norm_bwd(dy, None, s, norm, mean, rstd, needs.norm_1 or needs.norm_1_bias)
+    du = _add_rows(du, dt, place, ctx.shape[1]) if s.dtype != dy.dtype else ds
+    _add_rows(ds, dt, place, ctx.shape[1])
+    of_parameters = (*of_norm_1, *of_norm_2, dw_in, db_in, dw_out, db_out, *mlp_grads)
+    return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, needs, dtypes))
+
+
+_FUNCTION = Function(_forward, _backward)
+
+
+def _heads_first(x: Tensor, options: Options) -> Tensor:
+    """Return [B, H * D] as [H, B, D]."""
+    return x.view(len(x), options.heads, -1).transpose(0, 1)
+
+
+def _add_rows(x: Tensor, rows: Tensor, place: Tensor | None, length: int) -> Tensor:
+    """Add rows to one row of each sequence, in place, and return all rows [B * N, width]."""
+    if place is None:
+        x[::length] += rows
+        return x
+    return x.index_add_(0, place, rows.to(x.dtype))

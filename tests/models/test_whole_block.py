@@ -1,0 +1,203 @@
+"""A block as one autograd function has the values, gradients and memory of its modules, and gives way to them."""
+
+import pytest
+import torch
+from torch import nn
+
+from clipfast.bench.stub.counts import Ops
+from clipfast.kernels.launch import record_launches
+from clipfast.models import transformer
+from clipfast.models.transformer import ResidualAttentionBlock, Transformer, run_plain
+from tests.numerics import as_good_as_torch
+
+TOKENS, WIDTH = 9, 32
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def on_gpu(request, monkeypatch):
+    """Choose the activation of a GPU, or that of a CPU; both run through the ops' CPU paths."""
+    monkeypatch.setattr(transformer, "triton_runs_on", lambda device: request.param == "gpu")
+    return request.param == "gpu"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the function of a block."""
+    found, function = [], transformer.whole_block
+    monkeypatch.setattr(transformer, "whole_block", lambda *args: found.append(args) or function(*args))
+    return found
+
+
+def random_block(gelu="none", *, causal=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    block = ResidualAttentionBlock(
+        WIDTH, 2, 4.0, causal=causal, quick_gelu=gelu == "quick", approximate=gelu if gelu == "tanh" else "none"
+    )
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block.to(dtype)
+
+
+def run(block, x, branch, *, whole, autocast=False, rows=()):
+    """Results and gradients of a block, as one function if ``whole``, and the bytes kept for the backward pass.
+
+    With ``rows``, the results are these rows of the sequences.
+    """
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    branch = None if branch is None else branch.clone().requires_grad_()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        if not whole:
+            patch.setattr(transformer, "whole_blocks", lambda *_: {})
+        if rows == ():
+            stream, out = run_plain([block], x, branch)
+        else:
+            stream = out = transformer._run_last(block, x, branch, rows)
+    weights = torch.linspace(-1, 1, stream.numel()).view_as(stream)
+    (stream.double() * weights + out.double() * weights.flip(0)).sum().backward()
+    found = {"stream": stream.detach(), "out": out.detach(), "x": x.grad}
+    found |= {} if branch is None else {"branch": branch.grad}
+    return found | {name: p.grad for name, p in block.named_parameters()}, sum(kept.values())
+
+
+@pytest.mark.parametrize("has_branch", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize(("gelu", "causal"), [("none", False), ("quick", True), ("tanh", False)])
+def test_same_values_gradients_and_memory_as_the_modules(gelu, causal, has_branch, on_gpu, calls):
+    block, x = random_block(gelu, causal=causal), torch.randn(3, TOKENS, WIDTH)
+    branch = torch.randn_like(x) if has_branch else None
+    (ours, bytes_ours), (theirs, bytes_theirs) = (run(block, x, branch, whole=whole) for whole in (True, False))
+    assert len(calls) == 1
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert bytes_ours <= bytes_theirs + 2 * 9 * WIDTH  # the cast biases lie beside the cast weights
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+def test_autocast_keeps_the_rule(stream, on_gpu, calls):
+    block, x, branch = random_block(), torch.randn(8, TOKENS, WIDTH), torch.randn(8, TOKENS, WIDTH).bfloat16()
+    ours, bytes_ours = run(block, x.to(stream), branch, whole=True, autocast=True)
+    theirs, bytes_theirs = run(block, x.to(stream), branch, whole=False, autocast=True)
+    assert len(calls) == 1
+    truth, _ = run(random_block(dtype=torch.float64), x.to(stream).double(), branch.double(), whole=False)
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        as_good_as_torch(value, theirs[name], truth[name], 2 if name in ("stream", "out") else 3, name)
+    assert bytes_ours <= bytes_theirs + 2 * 9 * WIDTH  # the cast biases lie beside the cast weights
+
+
+ROWS = {"first": (False, None), "first, causal": (True, None), "others": (True, torch.tensor([4, 0, 8]))}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("has_branch", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_row_of_the_last_block(kind, has_branch, autocast, on_gpu):
+    causal, rows = ROWS[kind]
+    block, x = random_block(causal=causal), torch.randn(3, TOKENS, WIDTH)
+    branch = torch.randn_like(x) if has_branch else None
+    stream = x.bfloat16() if autocast else x
+    branch = branch.bfloat16() if autocast and has_branch else branch
+    ours, bytes_ours = run(block, stream, branch, whole=True, rows=rows, autocast=autocast)
+    theirs, bytes_theirs = run(block, stream, branch, whole=False, rows=rows, autocast=autocast)
+    if autocast:
+        branch = None if branch is None else branch.double()
+        truth, _ = run(
+            random_block(causal=causal, dtype=torch.float64), stream.double(), branch, whole=False, rows=rows
+        )
+        for name, value in ours.items():
+            as_good_as_torch(value, theirs[name], truth[name], 2 if name in ("stream", "out") else 3, name)
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert bytes_ours <= bytes_theirs + 2 * 9 * WIDTH
+
+
+def test_frozen_parameters_have_no_gradient(calls):
+    block, x = random_block(), torch.randn(2, TOKENS, WIDTH)
+    expected, _ = run(block, x, x, whole=False)
+    frozen = {"ln_1.weight", "ln_1.bias", "attn.in_proj_bias", "attn.out_proj.weight", "mlp.c_fc.bias"}
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    found, _ = run(block, x, x, whole=True)
+    assert len(calls) == 1
+    assert {name for name, value in found.items() if value is None} == frozen
+    kept = {name: value for name, value in found.items() if value is not None}
+    torch.testing.assert_close(kept, {name: expected[name] for name in kept})
+
+
+PARTS = ["ln_1", "attn", "attn.in_proj", "attn.out_proj", "ln_2", "mlp", "mlp.c_fc", "mlp.gelu", "mlp.c_proj"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_modules_with_hooks_or_of_another_class_are_called(part, calls):
+    block, x, seen = random_block(), torch.randn(2, TOKENS, WIDTH), []
+    module = block.get_submodule(part)
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+    ):
+        handle = register(lambda *args: seen.append(args[0]))
+        block(x.requires_grad_()).sum().backward()
+        handle.remove()
+    assert seen == [module] * 3
+    block.set_submodule(part, Called(module, seen))
+    block(x)
+    assert seen == [module] * 4
+    assert not calls
+
+
+class Called(nn.Module):
+    """A wrapper that says when it is called, and has all attributes of the module inside."""
+
+    def __init__(self, inner, seen):
+        super().__init__()
+        self.inner, self.seen = inner, seen
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        self.seen.append(self.inner)
+        return self.inner(x)
+
+
+def test_checkpointing_recomputes_a_whole_block(calls):
+    tower, x = Transformer(WIDTH, 2, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+    grads = []
+    for tower.grad_checkpointing in (False, True):
+        tower.zero_grad()
+        tower(x).square().sum().backward()
+        grads.append({name: p.grad for name, p in tower.named_parameters()})
+    assert len(calls) == 6  # two, and two more that are computed twice
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused():
+    block, x = random_block(), torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.square().sum().backward()
+
+
+def test_autocast_casts_in_few_launches():
+    tower, x = Transformer(64, 5, 1, 4.0, causal=False), torch.randn(2, 8, 64, dtype=torch.bfloat16)
+    with record_launches(90) as launches, Ops() as ops, torch.autocast("cpu", torch.bfloat16):
+        out = tower(x.requires_grad_())
+        forward = len(launches) + ops.count
+        out.sum().backward()
+    # In each block: two norms, attention and activation, and four products. One launch casts all weights.
+    assert forward <= 5 * 8 + 2
+    # As many kernels, twice the products, the sums of six biases and norms, the zeros of the keys' bias, and the cast.
+    assert len(launches) + ops.count - forward <= 5 * (4 + 8 + 6 + 1 + 1) + 3
