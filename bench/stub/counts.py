@@ -32,11 +32,11 @@ class Ops(InsideOps):
 
     def __enter__(self) -> "Ops":
         self._unseen.start()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._unseen.stop()
 
     def see(self, func: Any, _args: Any) -> None:

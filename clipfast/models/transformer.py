@@ -249,7 +249,8 @@ def run_plain(
 
 def plain_parameters(block: ResidualAttentionBlock) -> Parameters | None:
     """Return the parameters of a block, or None if calling one of its modules does more than its class does."""
-    norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
+    modules: Any = block._modules
+    norm_1, attn, norm_2, mlp = map(modules.get, block.PARTS)
     if type(attn).forward is not Attention.forward or type(mlp).forward is not MLP.forward:
         return None
     parts = (attn, mlp, norm_1, norm_2, *map(attn._modules.get, attn.PARTS), *map(mlp._modules.get, mlp.PARTS))

@@ -89,7 +89,8 @@ def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Paramete
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for parameters, options in blocks:
-        linear, dtype = parameters[_cast_ones(options)], autocast_dtype(parameters.w_in)
+        linear: Any = parameters[_cast_ones(options)]
+        dtype = autocast_dtype(parameters.w_in)
         if {x.dtype for x in linear} != {dtype}:
             cast = _new_like(linear, dtype)
             targets += cast
@@ -115,7 +116,7 @@ def _with_cast(parameters: Parameters, cast: Sequence[Tensor]) -> Parameters:
 def _new_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """Return uninitialised tensors of the same sizes in ``dtype``, which share one piece of memory."""
     memory = torch.empty(sum([x.numel() for x in tensors]), dtype=dtype, device=tensors[0].device)
-    new: Sequence[Tensor] = torch._C._nn.unflatten_dense_tensors(memory, tensors)
+    new: Sequence[Tensor] = torch._C._nn.unflatten_dense_tensors(memory, list(tensors))
     return new
 
 
@@ -155,8 +156,9 @@ class _Block(torch.autograd.Function):
         """Return the results of the block's function."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             results, saved = function.forward(options, cast, rows, x, branch)
-        ctx.function, ctx.options, ctx.needs = function.backward, options, Parameters(*ctx.needs_input_grad[6:])
-        ctx.dtypes = Parameters(*[p.dtype for p in parameters])  # type: ignore[arg-type]
+        ctx.function, ctx.options = function.backward, options
+        # The dtypes of the gradients, None for a parameter that needs none.
+        ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
         ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
         ctx.save_for_backward(*saved)
         return results
@@ -165,7 +167,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients of the stream, of the branch and of the parameters."""
         if torch.is_grad_enabled():
-            return _OnlyOnce.apply(ctx, *grads, *ctx.saved_tensors)
+            return _only_once(ctx, *grads, *ctx.saved_tensors)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return None, None, None, None, *ctx.function(ctx, *grads, *ctx.saved_tensors)
 
@@ -185,7 +187,7 @@ class _OnlyOnce(torch.autograd.Function):
         raise NotImplementedError("a transformer block has no second derivative: call the model's set_backend('torch')")
 
 
-_apply = apply_of(_Block)
+_apply, _only_once = apply_of(_Block), apply_of(_OnlyOnce)
 
 
 def _forward(
@@ -207,19 +209,19 @@ def _backward(
     heads: Tensor, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
-    options, needs, dtypes, width = ctx.options, ctx.needs, ctx.dtypes, s.shape[1]
+    options, wanted, width = ctx.options, ctx.wanted, s.shape[1]
     grads = grad_t.reshape(-1, width), grad_m.reshape(-1, width)
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, *grads, *of_mlp)
-    d_heads, dw_out, db_out = linear_grads(da, heads, w_out, needs.w_out and dtypes.w_out, needs.b_out and dtypes.b_out)
+    d_heads, dw_out, db_out = linear_grads(da, heads, w_out, wanted.w_out, wanted.b_out)
     dqkv, db_in = attention_bwd(
-        d_heads, qkv, None, heads, lse, options.heads, options.causal, options.scale, needs.b_in
+        d_heads, qkv, None, heads, lse, options.heads, options.causal, options.scale, wanted.b_in is not None
     )
-    dy, dw_in, _ = linear_grads(dqkv.view(-1, 3 * width), y, w_in, needs.w_in and dtypes.w_in, False)
+    dy, dw_in, _ = linear_grads(dqkv.view(-1, 3 * width), y, w_in, wanted.w_in, None)
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
-    ds, du, of_norm_1 = layer_norm_bwd(dy, dt, s, norm, mean, rstd, needs.norm_1 or needs.norm_1_bias)
+    ds, du, of_norm_1 = layer_norm_bwd(dy, dt, s, norm, mean, rstd, bool(wanted.norm_1 or wanted.norm_1_bias))
     du = ds if s.dtype == dy.dtype else du
     of_parameters = (*of_norm_1, *of_norm_2, dw_in, db_in, dw_out, db_out, *mlp_grads)
-    return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, needs, dtypes))
+    return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, wanted))
 
 
 _FUNCTION = Function(_forward, _backward)
@@ -264,27 +266,25 @@ def mlp_half_grads(
     norm: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of s, of a, of the norm [2, width], and of w_proj, b_proj, w_fc and b_fc."""
-    options, needs, dtypes = ctx.options, ctx.needs, ctx.dtypes
-    dg, dw_proj, db_proj = linear_grads(
-        grad_m, g, w_proj, needs.w_proj and dtypes.w_proj, needs.b_proj and dtypes.b_proj
-    )
+    options, wanted = ctx.options, ctx.wanted
+    dg, dw_proj, db_proj = linear_grads(grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
     if options.adds_bias:
-        dh, db_fc = bias_act_bwd(dg, h, b_fc, options.gelu == QUICK, needs.b_fc)
-        dy, dw_fc, _ = linear_grads(dh, y, w_fc, needs.w_fc and dtypes.w_fc, False)
+        dh, db_fc = bias_act_bwd(dg, h, b_fc, options.gelu == QUICK, wanted.b_fc is not None)
+        dy, dw_fc, _ = linear_grads(dh, y, w_fc, wanted.w_fc, None)
     else:
         dh = _gelu_grad(dg, h, options.gelu)
-        dy, dw_fc, db_fc = linear_grads(dh, y, w_fc, needs.w_fc and dtypes.w_fc, needs.b_fc and dtypes.b_fc)
-    ds, da, of_norm = layer_norm_bwd(dy, grad_t, t, norm, mean, rstd, needs.norm_2 or needs.norm_2_bias)
+        dy, dw_fc, db_fc = linear_grads(dh, y, w_fc, wanted.w_fc, wanted.b_fc)
+    ds, da, of_norm = layer_norm_bwd(dy, grad_t, t, norm, mean, rstd, bool(wanted.norm_2 or wanted.norm_2_bias))
     return ds, ds if t.dtype == dy.dtype else da, of_norm, dw_proj, db_proj, dw_fc, db_fc
 
 
 def linear_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, weight_dtype: Any, bias_dtype: Any
+    grad: Tensor, x: Tensor, weight: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of the input, the weight and the bias of a linear layer on rows.
 
     The gradients of weight and bias have the dtypes given, where the product can be rounded to it at once; they are
-    None for a dtype that is False.
+    None for a dtype that is None.
     """
     dw: Tensor | None = None
     if weight_dtype:
@@ -301,16 +301,17 @@ def _gelu_grad(grad: Tensor, h: Tensor, gelu: str) -> Tensor:
     return grad * p + 1.702 * torch.ops.aten.sigmoid_backward(grad * h, p)
 
 
-def in_dtypes(
-    grads: Sequence[Tensor | None], needs: Sequence[bool], dtypes: Sequence[torch.dtype]
-) -> list[Tensor | None]:
-    """Return the gradients that are needed in ``dtypes``, and None for the others; one launch casts them."""
-    results = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-    others = [k for k, (x, dtype) in enumerate(zip(results, dtypes, strict=True)) if x is not None and x.dtype != dtype]
-    if others:
-        given = [x for k in others if (x := results[k]) is not None]
-        cast = [torch.empty_like(x, dtype=dtypes[k]) for k, x in zip(others, given, strict=True)]
-        torch._foreach_copy_(cast, given)
-        for k, x in zip(others, cast, strict=True):
-            results[k] = x
+def in_dtypes(grads: Sequence[Tensor | None], wanted: Sequence[Any]) -> list[Tensor | None]:
+    """Return gradients in the dtypes that are wanted, and None for the others; one launch casts them."""
+    results = list(grads)
+    targets, sources = [], []
+    for k, (grad, dtype) in enumerate(zip(grads, wanted, strict=True)):
+        if dtype is None or grad is None:
+            results[k] = None
+        elif grad.dtype != dtype:
+            results[k] = target = torch.empty_like(grad, dtype=dtype)
+            targets.append(target)
+            sources.append(grad)
+    if targets:
+        torch._foreach_copy_(targets, sources)
     return results

@@ -69,35 +69,35 @@ def _backward(
     norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
-    options, needs, dtypes, width = ctx.options, ctx.needs, ctx.dtypes, s.shape[1]
+    options, wanted, width = ctx.options, ctx.wanted, s.shape[1]
     grad = grad.contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad, grad.to(o.dtype), *of_mlp)
-    do, dw_out, db_out = linear_grads(da, o, w_out, needs.w_out and dtypes.w_out, needs.b_out and dtypes.b_out)
+    do, dw_out, db_out = linear_grads(da, o, w_out, wanted.w_out, wanted.b_out)
     w_k, w_v = (w.view(options.heads, -1, width) for w in w_in.chunk(3)[1:])
     do_h = _heads_first(do, options)
     dquery, dy = attention_pool_bwd(do_h.bmm(w_v).transpose(0, 1), query, y.view(ctx.shape), seen, lse)
     dquery = dquery.transpose(0, 1)
     dq = dquery.bmm(w_k.transpose(1, 2)).transpose(0, 1).reshape(o.shape) * options.scale
     dw_in, db_in = None, None
-    if needs.w_in:
+    if wanted.w_in:
         dw_in = torch.empty_like(w_in)
         dw_q, dw_k, dw_v = dw_in.chunk(3)
         torch.mm(dq.t(), y_r, out=dw_q)
         torch.bmm(q.transpose(1, 2), dquery, out=dw_k.view(w_k.shape))
         torch.bmm(do_h.transpose(1, 2), pooled.transpose(0, 1), out=dw_v.view(w_v.shape))
-    if needs.b_in:
+    if wanted.b_in:
         # The gradient of the keys' bias is zero, since a bias of the keys cancels in the softmax.
-        db_in = torch.zeros(3 * width, dtype=dtypes.b_in, device=s.device)
+        db_in = torch.zeros(3 * width, dtype=wanted.b_in, device=s.device)
         db_q, _, db_v = db_in.chunk(3)
-        torch.sum(dq, 0, dtype=dtypes.b_in, out=db_q)
-        torch.sum(do, 0, dtype=dtypes.b_in, out=db_v)
+        torch.sum(dq, 0, dtype=wanted.b_in, out=db_q)
+        torch.sum(do, 0, dtype=wanted.b_in, out=db_v)
     dy = _add_rows(dy.view(s.shape), dq.mm(w_in[:width]), place, ctx.shape[1])
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
-    ds, du, of_norm_1 = layer_norm_bwd(dy, None, s, norm, mean, rstd, needs.norm_1 or needs.norm_1_bias)
+    ds, du, of_norm_1 = layer_norm_bwd(dy, None, s, norm, mean, rstd, bool(wanted.norm_1 or wanted.norm_1_bias))
     du = _add_rows(du, dt, place, ctx.shape[1]) if s.dtype != dy.dtype else ds
     _add_rows(ds, dt, place, ctx.shape[1])
     of_parameters = (*of_norm_1, *of_norm_2, dw_in, db_in, dw_out, db_out, *mlp_grads)
-    return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, needs, dtypes))
+    return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, wanted))
 
 
 _FUNCTION = Function(_forward, _backward)
