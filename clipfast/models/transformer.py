@@ -266,8 +266,13 @@ def plain_parameters(block: ResidualAttentionBlock) -> Parameters | None:
         if "weight" in weights:
             found += weights["weight"], weights["bias"]
         elif part.__class__ is InProjection:
-            found += part.weight, part.bias
+            found += attn._parameters.get("in_proj_weight"), attn._parameters.get("in_proj_bias")
     return Parameters(*found)
+
+
+def _is_plain_tensors(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Return whether all are tensors of PyTorch's own classes on ``device``."""
+    return not [x for x in tensors if x.__class__ not in backends.PLAIN or x.device != device]
 
 
 def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn.Module, tuple[Parameters, Options]]:
@@ -275,7 +280,7 @@ def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn
 
     Nothing may watch, as for the straight way of one op (``backends.Op``), and all modules of a block must be plain.
     """
-    if backends.is_watched() or x.__class__ not in backends.PLAIN or x.ndim != 3 or x.is_meta:
+    if not blocks or backends.is_watched() or x.__class__ not in backends.PLAIN or x.ndim != 3 or x.is_meta:
         return {}
     device, dtype, (_, tokens, width) = x.device, autocast_dtype(x), x.shape
     on_triton = triton_runs_on(device)
@@ -284,9 +289,7 @@ def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn
     found: dict[nn.Module, tuple[Parameters, Options]] = {}
     for block in blocks:
         parameters = plain_parameters(block)
-        if parameters is None or not {p.__class__ for p in parameters} <= _PLAIN_TENSORS:
-            continue
-        if {p.device for p in parameters} != {device} or len(parameters.norm_1) != width:
+        if parameters is None or not _is_plain_tensors(parameters, device) or len(parameters.norm_1) != width:
             continue
         norm_1, norm_2, attn, mlp = block.ln_1, block.ln_2, block.attn, block.mlp
         if not norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto":
@@ -299,7 +302,7 @@ def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn
         approximate = QUICK if isinstance(gelu, QuickGELU) else gelu.approximate
         options = Options(
             attn.num_heads, attn.causal, head_dim**-0.5, norm_1.eps, norm_2.eps, approximate,
-            on_triton and approximate != "tanh",
+            on_triton and approximate != "tanh", dtype,
         )  # fmt: skip
         found[block] = parameters, options
     return found
@@ -354,7 +357,6 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor, bac
     return table(text) + positional_embedding[: text.shape[1]]
 
 
-_PLAIN_TENSORS = set(backends.PLAIN)
 # The dtypes in which the kernels compute, see ``check_float``.
 _ON_TRITON = {torch.float32, torch.float16} | (set() if INTERPRET else {torch.bfloat16})
 # The forward methods of a plain block's modules, in the order of ``plain_parameters``.

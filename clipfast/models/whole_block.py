@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE, apply_of
-from ..kernels.dtypes import autocast_dtype
 from ..kernels.implementations import (
     attention_bwd,
     attention_fwd,
@@ -44,6 +43,7 @@ class Options(NamedTuple):
         eps_1, eps_2: of the norms.
         gelu: "none" or "tanh", the approximation of GELU, or "quick" for QuickGELU.
         adds_bias: whether the activation's kernel adds b_fc; otherwise the linear layer before it does.
+        dtype: the dtype of products, to which autocast casts their operands.
     """
 
     heads: int
@@ -53,6 +53,7 @@ class Options(NamedTuple):
     eps_2: float
     gelu: str
     adds_bias: bool
+    dtype: torch.dtype
 
 
 class Parameters(NamedTuple):
@@ -89,28 +90,17 @@ def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Paramete
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for parameters, options in blocks:
-        linear: Any = parameters[_cast_ones(options)]
-        dtype = autocast_dtype(parameters.w_in)
-        if {x.dtype for x in linear} != {dtype}:
-            cast = _new_like(linear, dtype)
+        linear: Any = parameters[4 : 11 if options.adds_bias else 12]
+        if {x.dtype for x in linear} != {options.dtype}:
+            cast = _new_like(linear, options.dtype)
             targets += cast
             sources += linear
-            parameters = _with_cast(parameters, cast)
+            parameters = Parameters(*parameters[:4], *cast, *parameters[4 + len(cast) :])
         found.append(parameters)
     if targets:
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             torch._foreach_copy_(targets, sources)
     return found
-
-
-def _cast_ones(options: Options) -> slice:
-    """Return the place of the parameters that autocast casts."""
-    return slice(4, 11 if options.adds_bias else 12)
-
-
-def _with_cast(parameters: Parameters, cast: Sequence[Tensor]) -> Parameters:
-    """Return ``parameters`` with ``cast`` in the place of those that autocast casts."""
-    return Parameters(*parameters[:4], *cast, *parameters[4 + len(cast) :])
 
 
 def _new_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
@@ -242,7 +232,7 @@ def first_norm(
         y, _, mean, rstd = layer_norm_fwd(s, None, cast.norm_1, bias, options.eps_1)
     else:
         y, s, mean, rstd = layer_norm_fwd(branch.reshape(-1, width), s, cast.norm_1, bias, options.eps_1)
-    return s, y if y.dtype is cast.w_in.dtype else y.to(cast.w_in.dtype), mean, rstd
+    return s, y if y.dtype is options.dtype else y.to(options.dtype), mean, rstd
 
 
 def mlp_half(

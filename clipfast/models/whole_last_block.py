@@ -46,11 +46,13 @@ def _forward(
     batch, length, width = x.shape
     s, y, mean, rstd = first_norm(options, x, branch, cast)
     place, seen = None, None
-    if rows is not None:
+    if rows is None:
+        y_r, s_r = y[::length], s[::length]
+    else:
         place = torch.arange(0, batch * length, length, device=x.device) + rows
+        y_r, s_r = y.index_select(0, place), s.index_select(0, place)
     if options.causal:
         seen = torch.ones(batch, dtype=torch.int32, device=x.device) if rows is None else (rows + 1).to(torch.int32)
-    y_r, s_r = (t[::length] if place is None else t.index_select(0, place) for t in (y, s))
     w_q, w_k, w_v = cast.w_in.chunk(3)
     b_q, _, b_v = cast.b_in.chunk(3)
     q = _heads_first(F.linear(y_r, w_q, b_q) * options.scale, options)  # [H, B, D]
@@ -73,7 +75,7 @@ def _backward(
     grad = grad.contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad, grad.to(o.dtype), *of_mlp)
     do, dw_out, db_out = linear_grads(da, o, w_out, wanted.w_out, wanted.b_out)
-    w_k, w_v = (w.view(options.heads, -1, width) for w in w_in.chunk(3)[1:])
+    w_q, w_k, w_v = w_in.view(3, options.heads, -1, width).unbind(0)
     do_h = _heads_first(do, options)
     dquery, dy = attention_pool_bwd(do_h.bmm(w_v).transpose(0, 1), query, y.view(ctx.shape), seen, lse)
     dquery = dquery.transpose(0, 1)
@@ -91,7 +93,7 @@ def _backward(
         db_q, _, db_v = db_in.chunk(3)
         torch.sum(dq, 0, dtype=wanted.b_in, out=db_q)
         torch.sum(do, 0, dtype=wanted.b_in, out=db_v)
-    dy = _add_rows(dy.view(s.shape), dq.mm(w_in[:width]), place, ctx.shape[1])
+    dy = _add_rows(dy.view(s.shape), dq.mm(w_q.view(width, width)), place, ctx.shape[1])
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
     ds, du, of_norm_1 = layer_norm_bwd(dy, None, s, norm, mean, rstd, bool(wanted.norm_1 or wanted.norm_1_bias))
     du = _add_rows(du, dt, place, ctx.shape[1]) if s.dtype != dy.dtype else ds
