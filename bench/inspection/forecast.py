@@ -233,7 +233,9 @@ def forecast(
         finds_batch: predict other batches too, to find the one from which the GPU takes longer than the host.
     """
 
+    @functools.cache
     def at(items: int) -> Forecast:
+        """Predict the op or the step with another batch."""
         if isinstance(task, int):
             spec, shape = measured_shapes()[task]
             shape = shape.changed(**{spec.items[0]: items})
