@@ -63,18 +63,19 @@ if sys.platform == "linux":
 # Files, classes and tests whose tests take seconds each, as parts of their names: --fast leaves them out.
 LONG = (
     "TestFailingDisk", "TestSanitized", "TestWhole", "any_number_of_ranks", "as_one_graph", "bench/test_model.py",
-    "cli/test_run", "every_character", "imports_nothing", "multiply_alike", "optional_packages",
-    "test_a_command_runs", "test_a_run_with_a_teacher", "test_a_step_on_a_cpu", "test_adoption.py",
-    "test_case_by_each_family", "test_case_of_several_tiles", "test_distributed.py", "test_distributed_data_parallel",
-    "test_ema.py", "test_endings.py", "test_every_length", "test_faults.py", "test_features.py", "test_forecast.py",
-    "test_fsdp.py", "test_gpu_decoding.py::test_a_run", "test_gpu_driver.py", "test_gradcheck",
-    "test_gradient_of_the_bias", "test_gradient_views.py", "test_harness.py", "test_hf_loss.py", "test_how_often",
-    "test_in_a_process_of_its_own", "test_inspect.py", "test_launcher.py", "test_locked_training.py", "test_logs.py",
-    "test_memory.py", "test_micro_batches.py", "test_offline.py", "test_offsets_beyond_32_bits",
+    "cli/test_run", "every_character", "imports_nothing", "multiply_alike", "optional_packages", "test_a_command_runs",
+    "test_a_step_on_a_cpu", "test_adoption.py", "test_case_by_each_family",
+    "test_case_of_several_tiles", "test_distillation_compiled", "test_distributed.py",
+    "test_distributed_data_parallel", "test_ema.py", "test_endings.py", "test_every_length", "test_faults.py",
+    "test_features.py", "test_forecast.py", "test_fsdp.py", "test_gpu_decoding.py::test_a_run", "test_gpu_driver.py",
+    "test_gradcheck", "test_gradient_of_the_bias", "test_gradient_views.py", "test_harness.py", "test_hf_loss.py",
+    "test_how_often", "test_in_a_process_of_its_own", "test_inspect.py", "test_launcher.py",
+    "test_launches_on_the_stub_driver", "test_locked_training.py", "test_logs.py", "test_memory.py",
+    "test_micro_batches.py", "test_no_rank_takes_the_step", "test_offline.py", "test_offsets_beyond_32_bits",
     "test_patches_that_are_laid_out", "test_plan.py", "test_published_towers", "test_readme.py", "test_rectangular",
     "test_remote_sync.py", "test_report.py", "test_runs_of_ids", "test_same_ids_as_open_clip",
     "test_siglip_training.py", "test_spikes.py", "test_step.py::test_the_losses", "test_suites.py", "test_training.py",
-    "test_training_data.py", "test_tune.py", "test_validation.py", "test_watch.py",
+    "test_training_data.py", "test_tune.py", "test_two_ranks", "test_validation.py", "test_watch.py",
     "within_an_epoch",
 )  # fmt: skip
 
