@@ -121,6 +121,11 @@ def gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig:
     return _lookup(GemmConfig, config_key(kernel, dtype), arch)
 
 
+def small_gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig | None:
+    """Return the configuration with smaller tiles for products that would leave multiprocessors idle, or None."""
+    return _lookup_any(GemmConfig, config_key(f"{kernel}_small", dtype), arch)
+
+
 def row_config(kernel: str, arch: int, dtype: torch.dtype, width: int | None = None) -> RowConfig:
     """Return the configuration of a kernel that walks rows, or holds whole rows of ``width``, on ``arch``."""
     return _lookup(RowConfig, config_key(kernel, dtype, width=width), arch)

@@ -8,7 +8,7 @@ from .launch import Launch
 def launch_flops(launch: Launch) -> int:
     """Return the FLOPs of a launch's matrix products; zero for a kernel that has none.
 
-    ``_online_stats_kernel`` counts as zero: for the logits of unit features it ends at once.
+    ``_pairs_kernel`` counts as zero: for the logits of unit features it computes no product of matrices.
     """
     count = _FLOPS.get(launch.kernel.__name__)
     return 0 if count is None else count(launch)
@@ -44,6 +44,7 @@ _FLOPS: dict[str, Callable[[Launch], int]] = {
     "_sigmoid_sums_kernel": _block,
     "_sigmoid_grad_tile_kernel": _block,
     "_products_kernel": _block_products,
+    "_gradients_kernel": _block_products,
     "_short_fwd_kernel": lambda launch: 2 * _scores(launch),
     "_looped_fwd_kernel": lambda launch: 2 * _scores(launch),
     "_pool_fwd_kernel": lambda launch: 2 * _scores(launch),

@@ -17,10 +17,10 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
 
 from ..common import cdiv
-from ..configs import GemmConfig, gemm_config
+from ..configs import GemmConfig, gemm_config, planned
 from ..launch import arch_of
 
 # The time in loop steps that a tile takes in addition to its loop (to be stored), and that a launch takes in addition
@@ -92,11 +92,14 @@ def most_bytes(cols: int, width: int) -> int:
     return max(2**25, min(2**27, 4 * cols * width))
 
 
-def edges_of(x: Tensor, y: Tensor, most_edge: int, at_once: int) -> tuple[int, int]:
-    """Return the rows and columns of a block of G for features x against features y."""
-    arch = arch_of(x.device)
-    gradient, products = (gemm_config(f"contrastive_{name}", arch, x.dtype) for name in ("grad_tile", "products"))
-    return block_edges(len(x), len(y), x.shape[1], x.dtype.itemsize, most_edge, at_once, gradient, products)
+@planned
+def edges_of(
+    device: torch.device, dtype: torch.dtype, rows: int, cols: int, width: int, most_edge: int, at_once: int
+) -> tuple[int, int]:
+    """Return the rows and columns of a block of G for ``rows`` x ``cols`` features of ``width`` numbers."""
+    arch = arch_of(device)
+    gradient, products = (gemm_config(f"contrastive_{name}", arch, dtype) for name in ("grad_tile", "products"))
+    return block_edges(rows, cols, width, dtype.itemsize, most_edge, at_once, gradient, products)
 
 
 @functools.lru_cache(maxsize=256)

@@ -112,7 +112,7 @@ def laid_out(shape: Shape) -> list[Case]:
 CONTRASTIVE = [
     *(few(LossShape(1, 16, *at), "one pair: both softmaxes are 1, every gradient is 0") for at in STAGES),
     *(few(LossShape(2, 8, *at), "less than any tile in both directions") for at in STAGES),
-    few(LossShape(63, 64), "one less than a float32 tile"),
+    few(LossShape(63, 64), "one less than a float32 tile; several small tiles in one block", sanitize=True),
     *(few(LossShape(64, 64, *at), "exactly one float32 tile: no mask is ever false") for at in STAGES),
     few(LossShape(65, 64), "one past a float32 tile"),
     *(few(LossShape(67, 40, *at), "prime, and a dimension that no tile divides", quick=True) for at in STAGES),
@@ -137,7 +137,7 @@ CONTRASTIVE = [
         for pairs, embed_dim, why in ((1, 16, "one pair, normalised"), (67, 40, "normalised; several small blocks"))
         for scale in SHIFTS
     ),
-    few(LossShape(45, 24, 20.0, 0.3, normalize=True), LENGTHS, values="lengths"),
+    few(LossShape(45, 24, 20.0, 0.3, normalize=True), LENGTHS, values="lengths", sanitize=True),
     few(LossShape(70, 0), NO_WIDTH),
     *laid_out(LossShape(67, 40, 20.0, 0.5)),
     # extreme values
@@ -176,7 +176,7 @@ SIGMOID = [
         for pairs, embed_dim in ((1, 16), (67, 40))
         for offset, why in ((0, "several tiles and small blocks"), (67, "no pairs, as with another process"))
     ),
-    few(SigmoidShape(45, 24, matched=0.3, normalize=True), LENGTHS, values="lengths"),
+    few(SigmoidShape(45, 24, matched=0.3, normalize=True), LENGTHS, values="lengths", sanitize=True),
     few(SigmoidShape(70, 0), NO_WIDTH),
     *laid_out(SigmoidShape(67, 40)),
     # extreme values

@@ -11,8 +11,10 @@ on 1 - p. Therefore 1 - p is computed from the sum over the other logits, never 
 stored in 16 bits.
 
 FLOPs: 2 M N D forward (one product gives both sums), 6 M N D backward (one recomputed product feeds both gradients).
-Memory beyond inputs and gradients: vectors of M and N, one tile of G, and float32 accumulators: [N, D] and a strip of
-[M, D], or with ``memory="min"`` strips only, for 8 M N D backward.
+Memory beyond inputs and gradients: vectors of M and N, and a block of G. On a GPU the block takes at most 32 MiB, or as
+much as the gradient of the texts in float32 but at most 128 MiB: in 16 bits it is all of G up to 4,096 pairs, and
+4,096 x 4,096 of 8,192 pairs. On a CPU it is a chunk of rows. If G is more than one block, there are float32
+accumulators: [N, D] and a strip of [M, D], or with ``memory="min"`` strips only, for 8 M N D backward.
 Method: the loss of Radford et al. 2021, with the blockwise softmax of FlashAttention (Dao et al. 2022) in both
 directions at once.
 """
@@ -26,18 +28,23 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..checks import check_bool
 from ..dtypes import accumulate_dtype
+from ..launch import triton_runs_on
+from . import cpu, launches
+from .one_block import softmax_gradients
 from .shared import (
     check_pairs,
     gradients_in_strips,
+    is_one_block,
     logit_blocks,
     new_gradient,
     operand_dtype,
+    prepare_both,
     register_gradients,
     scale_gradient,
     scale_tensor,
 )
-from .small_batch import suits_whole, whole_loss, whole_operands
-from .stats import ALL, Normalizers, pairs_in
+from .small_batch import suits_whole, whole_info_nce_loss, whole_loss, whole_operands
+from .stats import ALL, Normalizers, pair_losses, pairs_in
 
 MEMORY = ("default", "min")
 
@@ -51,11 +58,11 @@ def _contrastive_fwd(
 
     row and col hold maximum, inv_denom and g. g is one_minus_p summed over the directions of the loss.
     """
-    blocks = logit_blocks(image.device)
-    x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (image, text))
-    stats = blocks.statistics(x, y, logit_scale, offset)
-    loss, row, col = blocks.pair_losses(stats, offset, both=both)
-    return loss, row, col, stats.uses_shared_shift
+    x, y = (side.rows for side in prepare_both(image, text, dtype, normalize=normalize))
+    if triton_runs_on(image.device):
+        return launches.pair_losses(x, y, logit_scale, offset, both=both)
+    stats = cpu.statistics(x, y, logit_scale, offset)
+    return *pair_losses(stats, offset, both=both), stats.uses_shared_shift
 
 
 @_contrastive_fwd.register_fake
@@ -73,12 +80,18 @@ def _contrastive_bwd(
     """Return the gradients of the contrastive loss with respect to images, texts and scale."""
     normalizers = Normalizers(row, col, uses_shared_shift)
     blocks = logit_blocks(image.device)
-    x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
-    row_one_minus_p, col_one_minus_p = row[2], col[2]
+    x, y = prepare_both(image, text, dtype, normalize=normalize)
     paired, _ = pairs_in(len(image), len(text), offset)
-    coefficient = grad_loss.to(row_one_minus_p.dtype) / max((2 if both else 1) * (paired.stop - paired.start), 1)
-    factor = coefficient * logit_scale
+    terms = max((2 if both else 1) * (paired.stop - paired.start), 1)
     image_grad = new_gradient(image)
+    if is_one_block(x.rows, y.rows):
+        text_grad = new_gradient(text)
+        return image_grad, text_grad, softmax_gradients(
+            grad_loss, x, y, logit_scale, normalizers, offset, 1 / terms, image_grad, text_grad
+        )  # fmt: skip
+    row_one_minus_p, col_one_minus_p = row[2], col[2]
+    coefficient = grad_loss.to(row_one_minus_p.dtype) / terms
+    factor = coefficient * logit_scale
     acc_text = None if save_memory else blocks.new_accumulator(len(text), y.rows)
 
     def add_images(strip: slice, acc: Tensor) -> list[Tensor | None]:
@@ -124,7 +137,7 @@ def contrastive_loss(
         offset: image i and text ``i + offset`` are a pair, where both exist; other rows are negatives only. Without it,
             M and N must be the same.
         memory: "min" recomputes the logits once more in the backward pass (8 in place of 6 M N D) and keeps no float32
-            copy of the text gradients.
+            copy of the text gradients. On a GPU it changes nothing up to 4,096 pairs in 16 bits: there is no such copy.
         backend: "auto" (Triton on GPUs, blockwise PyTorch on CPUs), "triton", or "torch" for the full-matrix reference.
 
     Returns:
@@ -161,8 +174,9 @@ def pairwise_loss(
         return reference.pairwise_loss(rows, cols, logit_scale, both=both, normalize=normalize, offset=offset)
     dtype = operand_dtype(op, row_name, rows)
     scale = logit_scale.to(accumulate_dtype(dtype))
-    if both and offset == 0 and suits_whole(rows, cols, dtype):  # then there are as many columns as rows
-        loss = whole_loss(*whole_operands(rows, cols, normalize=normalize, dtype=dtype), scale)
+    if offset == 0 and suits_whole(rows, cols, dtype):  # then there are as many columns as rows
+        x, y = whole_operands(rows, cols, normalize=normalize, dtype=dtype)
+        loss = whole_loss(x, y, scale) if both else whole_info_nce_loss(x, y, y[:0], scale, in_batch=True)
         if loss is not None:
             return loss
     return _contrastive_fwd(rows, cols, scale, offset, both, normalize, dtype, save_memory)[0]

@@ -30,14 +30,31 @@ EPS = tl.constexpr(1e-12)
 
 @triton.jit
 def _normalize_kernel(
-    x_ptr,  # [N, D]
-    out_ptr,  # [N, D]
-    inv_norm_ptr,  # [N] fp32
-    N, D, stride_xn, stride_xd, stride_out,
+    x_ptr, y_ptr,  # [M, D] and [N, D]
+    x_out_ptr, y_out_ptr,  # [M, D] and [N, D]
+    x_inv_norm_ptr, y_inv_norm_ptr,  # [M] and [N] fp32
+    M, N, D, stride_xn, stride_xd, stride_yn, stride_yd, stride_x_out, stride_y_out,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Normalise features: compute out_i = x_i / max(|x_i|, EPS), rounded once."""
-    offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Normalise features: compute out_i = x_i / max(|x_i|, EPS), rounded once; the first programs take rows of x.
+
+    The others take rows of y.
+    """
+    pid, num_m = tl.program_id(0), tl.cdiv(M, BLOCK_M)
+    if pid < num_m:
+        _normalize(x_ptr, x_out_ptr, x_inv_norm_ptr, pid, M, D, stride_xn, stride_xd, stride_x_out, BLOCK_M, BLOCK_K)
+    else:
+        pid -= num_m
+        _normalize(y_ptr, y_out_ptr, y_inv_norm_ptr, pid, N, D, stride_yn, stride_yd, stride_y_out, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def _normalize(
+    x_ptr, out_ptr, inv_norm_ptr, part, N, D, stride_xn, stride_xd, stride_out,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Normalise BLOCK_M rows of features [N, D]."""
+    offs_n = part * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
     rows = offs_n.to(tl.int64)[:, None]
     square = tl.zeros((BLOCK_M,), tl.float32)

@@ -9,39 +9,45 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common import LOG2E, cdiv, matrix_tiles, new_rows, slices
-from ..configs import GemmConfig, RowConfig, gemm_config, row_config
-from ..hardware import architecture
-from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
+from ..common import LOG2E, cdiv, new_rows, slices
+from ..configs import GemmConfig, gemm_config, planned
+from ..launch import Plan, arch_of, launch
 from .block_sizes import edges_of, grad_grid, segments_of_column, span
 from .kernels import (
     _finish_kernel,
-    _normalize_kernel,
     _products_kernel,
     _sigmoid_grad_tile_kernel,
     _sigmoid_pairs_kernel,
     _sigmoid_sums_kernel,
 )
-from .softmax_kernels import (
-    _grad_tile_kernel,
-    _merge_kernel,
-    _online_stats_kernel,
-    _pair_terms_kernel,
-    _pairs_kernel,
-    _stats_kernel,
+from .operands import (
+    Layout,
+    Tile,
+    TilePlan,
+    has_tma,
+    launch_on_rows,
+    layout_of,
+    plan_on_tiles,
+    prepare,
+    processors,
+    rows_config,
+    tile_config,
+    tile_of,
+    tiles,
+    totals_plan,
+    vector,
 )
-from .stats import Features, Normalizers, SoftmaxStats, is_exact, pairs_in, shared_shift
+from .softmax_kernels import _grad_tile_kernel, _pairs_kernel, _stats_kernel
+from .stats import Features, Normalizers, SoftmaxStats, pairs_in
 
-# The most rows and columns of a block of logits. The sums of its tiles then take at most 64 MiB for any M and N.
+__all__ = ["prepare"]  # the losses find it here as in ``cpu``
+
+# The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
 MAX_EDGE = 16384
-# Kernels on vectors: block_m rows or columns for each program. MERGE adds the sums of block_n tiles at a time.
-MERGE = RowConfig(block_m=64, block_n=16, num_warps=8, num_stages=1)
-TERMS = RowConfig(block_m=128, block_n=1, num_warps=4, num_stages=1)
-GROUP_M = 8
+CHUNK = 16  # tiles whose sums are added at a time
 PART_COLS = 64  # the columns of a part: tiles are computed and stored part by part
 
 
@@ -54,21 +60,6 @@ def small_blocks(edge: int) -> Iterator[None]:
         yield
     finally:
         MAX_EDGE = before
-
-
-def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
-    """Return features ``x`` [M, D] for the products of logits, in ``dtype``; with ``normalize``, as unit rows.
-
-    Rows have unit stride and start at multiples of 16 bytes.
-    """
-    if not normalize:
-        x = x.to(dtype)
-        return Features(x if _is_aligned(x) else new_rows(x, *x.shape).copy_(x), None)
-    n, d = x.shape
-    out = new_rows(x, n, d, dtype)
-    inv_norm = x.new_empty(n, dtype=torch.float32)
-    _launch_on_rows(_normalize_kernel, _rows_config(x), x, out, inv_norm, n, d, *x.stride(), out.stride(0))
-    return Features(out, inv_norm)
 
 
 def new_accumulator(rows: int, like: Tensor) -> Tensor:
@@ -85,74 +76,95 @@ def strips(x: Tensor, y: Tensor) -> list[slice]:
 
 
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
-    """Return the statistics of the logits of x against y.
+    """Return the statistics of the logits of x against y."""
+    row, col, positive, _, uses_shared_shift = _pairs(x, y, logit_scale, offset, is_loss=False, both=True)
+    return SoftmaxStats(row[0], row[1], col[0], col[1], positive, uses_shared_shift)
 
-    One product is enough if the shared shift is exact. Only the device knows, so the kernels of both cases start.
+
+def pair_losses(
+    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, both: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss of the pairs and the vectors for the gradient, as :func:`.stats.pair_losses`.
+
+    Also return uses_shared_shift, as in :class:`.stats.SoftmaxStats`.
     """
-    sizes = len(x), len(y)
-    sums, maxima = x.new_zeros(sum(sizes), dtype=torch.float32), x.new_empty(sum(sizes), dtype=torch.float32)
-    if 0 in sizes:
-        maxima.copy_(shared_shift(logit_scale))  # no kernel starts
-    (row_sum, col_sum), (row_max, col_max) = sums.split(sizes), maxima.split(sizes)
-    positive = sums.new_empty(len(x))
-    unused = torch.empty((), dtype=torch.int8, device=x.device)
-    result = SoftmaxStats(row_max, row_sum, col_max, col_sum, positive, unused)
-    if _has_tma(x):
-        numbers = len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0)
-        _launch_on_rows(_pairs_kernel, _rows_config(x), x, y, logit_scale, positive, *numbers, LOG2E)
-    _accumulate_stats(x, y, logit_scale, offset, result, is_online=False)
-    result = result._replace(uses_shared_shift=is_exact(sums))
-    _accumulate_stats(x, y, logit_scale, offset, result, is_online=True)
-    return result
+    row, col, _, loss, uses_shared_shift = _pairs(x, y, logit_scale, offset, is_loss=True, both=both)
+    return loss, row, col, uses_shared_shift
 
 
-def _accumulate_stats(
-    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, result: SoftmaxStats, *, is_online: bool
-) -> None:
-    arch, processors = arch_of(x.device), multiprocessors(x.device, RECORDED_MULTIPROCESSORS)
-    cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch, x.dtype)
-    # These buffers hold the sums of each tile's rows and columns, after their maxima if there are any.
-    most_rows, most_cols = min(MAX_EDGE, len(x)), min(MAX_EDGE, len(y))
-    sizes = cdiv(most_cols, cfg.block_n) * most_rows, cdiv(most_rows, cfg.block_m) * most_cols
-    of_rows, of_cols = (result.row_sum.new_empty(2 if is_online else 1, size) for size in sizes)
-    for rows, cols in itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)):
-        m, n = rows.stop - rows.start, cols.stop - cols.start
-        num_m, num_n = cdiv(m, cfg.block_m), cdiv(n, cfg.block_n)
-        block, positive = (x[rows], y[cols], offset + rows.start - cols.start), result.positive[rows]
-        if is_online:
-            pointers = logit_scale, result.uses_shared_shift, *of_rows, *of_cols, positive
-            programs = min(num_m * num_n, 2 * processors)
-            _launch_on_tiles(_online_stats_kernel, programs, cfg, *block, pointers, LOG2E)
-        else:
-            segments, tiles = segments_of_column(num_m, num_n, processors) if _has_tma(x) else (num_m, 1)
-            pointers = logit_scale, of_rows[0], of_cols[0], positive
-            _launch_on_tiles(
-                _stats_kernel, segments * num_n, cfg, *block, pointers, segments, tiles, LOG2E,
-                WARP_ROWS=min(16 * cfg.num_warps, cfg.block_m),
-            )  # fmt: skip
-            num_m = segments
-        launch(
-            _merge_kernel, (cdiv(m, MERGE.block_m) + cdiv(n, MERGE.block_m),),
-            of_rows[0], of_rows[-1], result.row_max[rows], result.row_sum[rows],
-            of_cols[0], of_cols[-1], result.col_max[cols], result.col_sum[cols],
-            logit_scale, result.uses_shared_shift, num_n, m, int(cols.start > 0), num_m, n, int(rows.start > 0), LOG2E,
-            config=MERGE, device=x.device, BLOCK=MERGE.block_m, CHUNK=MERGE.block_n, IS_ONLINE=is_online,
-        )  # fmt: skip
+def _pairs(
+    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, is_loss: bool, both: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what ``_pairs_kernel`` stores: row [3, M], col [3, N] and positive [M]; loss [], uses_shared_shift []."""
+    layout = layout_of(x, y, offset)
+    positive = vector(x, layout.m)
+    row_sums, col_sums = _sums(x, y, logit_scale, layout, positive)
+    programs, pairs, total = _pairs_plan(layout, row_sums.shape[0], col_sums.shape[0], is_loss, both)
+    row, col, losses, loss = vector(x, 3, layout.m), vector(x, 3, layout.n), vector(x, programs), vector(x)
+    flags, flag = losses.new_empty(programs, dtype=torch.int8), losses.new_empty((), dtype=torch.int8)
+    pairs.start(x, y, logit_scale, row_sums, col_sums, positive, row, col, losses, flags)
+    total.start(losses, flags, loss, loss, loss, flag)
+    return row, col, positive, loss, flag
 
 
-def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of the pairs and the vectors for the gradient, as :func:`.stats.pair_losses`, from one kernel."""
-    m, n, like = len(stats.row_max), len(stats.col_max), stats.row_max
-    row, col, nll = like.new_empty(3, m), like.new_empty(3, n), like.new_empty(cdiv(m, TERMS.block_m))
-    launch(
-        _pair_terms_kernel, (cdiv(m, TERMS.block_m) + cdiv(n, TERMS.block_m),),
-        *stats.rows, *stats.cols, stats.positive, row, col, nll, m, n, offset,
-        config=TERMS, device=like.device, IS_BOTH=both, BLOCK=TERMS.block_m,
-    )  # fmt: skip
+@planned
+def _pairs_plan(layout: Layout, row_tiles: int, col_tiles: int, is_loss: bool, both: bool) -> tuple[int, Plan, Plan]:
+    """Return the programs of ``_pairs_kernel``, its plan, and the plan that adds up their losses."""
+    device, dtype, m, n, d, offset, stride_x, stride_y = layout
+    cfg = gemm_config("contrastive_pairs", arch_of(device), dtype)
     paired, _ = pairs_in(m, n, offset)
+    offset = max(-m, min(n, offset))  # any other offset has no pairs either
+    first = min(0, -offset)
+    programs = cdiv(max(m, n - offset) - first, cfg.block_m)
+    pairs = Plan(
+        _pairs_kernel, (programs,), m, n, d, offset, first, stride_x, stride_y, row_tiles, col_tiles, LOG2E,
+        config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, CHUNK=CHUNK,
+        IS_TMA=has_tma(device, dtype, d), IS_LOSS=is_loss, IS_BOTH=is_loss and both,
+    )  # fmt: skip
     # The mean over no pairs is NaN.
     terms = (2 if both else 1) * (paired.stop - paired.start)
-    return nll.sum() * (1 / terms if terms else float("nan")), row, col
+    weight = 0.0 if not is_loss else 1 / terms if terms else float("nan")
+    return programs, pairs, totals_plan(device, 1, programs, weight, has_flags=True, has_grad_loss=False)
+
+
+def _sums(x: Tensor, y: Tensor, logit_scale: Tensor, layout: Layout, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums of the rows [any, M] and of the columns [any, N] of tiles; of whole blocks if there are several.
+
+    The logits of the pairs are written to ``positive`` [M].
+    """
+    if 0 < layout.m * layout.n <= MAX_EDGE**2:
+        return _sums_of_block(x, y, logit_scale, layout, positive)
+    row_edge, col_edge = (MAX_EDGE**2 // max(1, min(other, MAX_EDGE)) for other in (layout.n, layout.m))
+    row_sums, col_sums = (x.new_zeros(1, len(side), dtype=torch.float32) for side in (x, y))
+    for rows, cols in itertools.product(slices(layout.m, row_edge), slices(layout.n, col_edge)):
+        block = layout_of(x[rows], y[cols], layout.offset + rows.start - cols.start)
+        of_rows, of_cols = _sums_of_block(x[rows], y[cols], logit_scale, block, positive[rows])
+        row_sums[0, rows] += of_rows.sum(0)
+        col_sums[0, cols] += of_cols.sum(0)
+    return row_sums, col_sums
+
+
+def _sums_of_block(
+    x: Tensor, y: Tensor, logit_scale: Tensor, layout: Layout, positive: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sums with the shared shift of the rows and of the columns of the tiles of a block of logits."""
+    plan, row_tiles, col_tiles = _sums_plan(layout)
+    of_rows, of_cols = vector(x, row_tiles, layout.m), vector(x, col_tiles, layout.n)
+    plan.start(x, y, logit_scale, of_rows, of_cols, positive)
+    return of_rows, of_cols
+
+
+@planned
+def _sums_plan(layout: Layout) -> tuple[TilePlan, int, int]:
+    """Return the plan of ``_stats_kernel``, and how many sums it stores for a row and for a column."""
+    cfg = tile_config("contrastive_stats", layout, (layout.m, layout.n))
+    num_m, num_n = cdiv(layout.m, cfg.block_m), cdiv(layout.n, cfg.block_n)
+    segments, height = num_m, 1
+    if has_tma(layout.device, layout.dtype, layout.d):
+        segments, height = segments_of_column(num_m, num_n, processors(layout.device))
+    warp_rows = min(16 * cfg.num_warps, cfg.block_m)
+    plan = plan_on_tiles(_stats_kernel, segments * num_n, cfg, layout, segments, height, LOG2E, WARP_ROWS=warp_rows)
+    return plan, num_n, segments
 
 
 def add_gradients(
@@ -172,8 +184,7 @@ def add_gradients(
         row, col, uses_shared_shift = normalizers.part(rows, cols)
         return logit_scale, uses_shared_shift, row[0], row[1], col[0], col[1]
 
-    cfg = gemm_config("contrastive_grad_tile", arch_of(x.device), x.dtype)
-    (scale_sums,) = _add_products(_grad_tile_kernel, cfg, x, y, offset, inputs, acc_x, acc_y, is_softmax=True)
+    (scale_sums,) = _add_products(x, y, offset, inputs, acc_x, acc_y, is_softmax=True)
     return scale_sums if x.dtype.itemsize == 2 else None
 
 
@@ -184,11 +195,11 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
         one_minus_p = 1 / (1 + exp l) [M], 0 in a row without a pair; and [3, any], numbers that add up to the sums of
         log(1 + exp -l), of -one_minus_p and of -one_minus_p x . y.
     """
-    cfg = _rows_config(x)
+    cfg = rows_config(x)
     one_minus_p = x.new_empty(len(x), dtype=torch.float32)
     sums = one_minus_p.new_empty(3, cdiv(len(x), cfg.block_m))
     numbers = len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0)
-    _launch_on_rows(_sigmoid_pairs_kernel, cfg, x, y, logit_scale, logit_bias, one_minus_p, *sums, *numbers)
+    launch_on_rows(_sigmoid_pairs_kernel, cfg, x, y, logit_scale, logit_bias, one_minus_p, *sums, *numbers)
     return one_minus_p, sums
 
 
@@ -200,10 +211,15 @@ def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor
         cdiv(rows.stop - rows.start, cfg.block_m) * cdiv(cols.stop - cols.start, cfg.block_n) for rows, cols in blocks
     ]
     losses = x.new_empty(sum(counts), dtype=torch.float32)
-    for (rows, cols), tiles, loss in zip(blocks, counts, losses.split(counts), strict=True):
-        pointers = logit_scale, logit_bias, loss
-        _launch_on_tiles(_sigmoid_sums_kernel, tiles, cfg, x[rows], y[cols], offset + rows.start - cols.start, pointers)
+    for (rows, cols), count, loss in zip(blocks, counts, losses.split(counts), strict=True):
+        layout = layout_of(x[rows], y[cols], offset + rows.start - cols.start)
+        _sigmoid_sums_plan(layout, count, cfg).start(x[rows], y[cols], logit_scale, logit_bias, loss)
     return losses
+
+
+@planned
+def _sigmoid_sums_plan(layout: Layout, programs: int, cfg: GemmConfig) -> TilePlan:
+    return plan_on_tiles(_sigmoid_sums_kernel, programs, cfg, layout)
 
 
 def add_sigmoid_gradients(
@@ -215,11 +231,8 @@ def add_sigmoid_gradients(
         [3, any], numbers that add up to the sums of log(1 + exp l), of G_ij and of G_ij x_i . y_j over all logits
         except those of the pairs, with G before it is rounded.
     """
-    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
     inputs = logit_scale, logit_bias
-    return _add_products(
-        _sigmoid_grad_tile_kernel, cfg, x, y, offset, lambda *_: inputs, acc_x, acc_y, is_softmax=False
-    )
+    return _add_products(x, y, offset, lambda *_: inputs, acc_x, acc_y, is_softmax=False)
 
 
 class _Part(NamedTuple):
@@ -232,57 +245,80 @@ class _Part(NamedTuple):
 
 
 def _add_products(
-    kernel: triton.JITFunction, cfg: GemmConfig, x: Tensor, y: Tensor, offset: int,
-    inputs: Callable[[slice, slice], tuple[Tensor, ...]], acc_x: Tensor | None, acc_y: Tensor | None,
-    *, is_softmax: bool,
+    x: Tensor, y: Tensor, offset: int, inputs: Callable[[slice, slice], tuple[Tensor, ...]],
+    acc_x: Tensor | None, acc_y: Tensor | None, *, is_softmax: bool,
 ) -> Tensor:  # fmt: skip
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
     Args:
-        kernel: writes a tile of grad_scale * G, and for each program the sum of G_ij x_i . y_j over its tiles. The
-            kernel of the sigmoid loss also writes the sums of the losses and of G_ij, before that sum.
-        inputs: ``inputs(rows, cols)`` returns the kernel's other inputs (besides features) for a block of G.
-        is_softmax: whether the kernel's programs may walk down columns of tiles, if there are descriptors.
+        x, y, offset, acc_x, acc_y: see :func:`add_gradients`.
+        inputs: ``inputs(rows, cols)`` returns the other inputs (besides features) of the kernel for a block of G.
+        is_softmax: whether G is that of the softmax losses or of the sigmoid loss.
 
     Returns:
-        The kernel's sums of all programs [1 or 3, programs], from G before it is rounded to 16 bits. The accumulators
-        contain the rounding error of G, and so would a gradient of the scale that is computed from them.
+        The sums of all programs of the kernel [1 or 3, programs], from G before it is rounded to 16 bits. The
+        accumulators contain the rounding error of G, and so would a gradient of the scale that is computed from them.
     """
     products = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
-    edges, grad_scale = _block_edges(x, y), _grad_scale(x.dtype)
-    tile = products.block_k, products.block_n
+    edges = _block_edges(x, y)
+    tile = tile_of(products.block_k, products.block_n, layout_of(x, y, offset))
     row_parts, col_parts = (
         [
-            _Part(own.start, side[own], _tiles(side[own], *tile, x), None if acc is None else acc[own])
+            _Part(own.start, side[own], tiles(side[own], tile), None if acc is None else acc[own])
             for own in slices(len(side), edge)
         ]
         for side, edge, acc in ((x, edges[0], acc_x), (y, edges[1], acc_y))
     )
     buffer = new_rows(x, min(edges[0], len(x)), min(edges[1], len(y)))
-    parts = max(1, cfg.block_n // PART_COLS)
-    constants = {"SPAN": span(cfg)} if is_softmax else {"GRAD_SCALE": grad_scale}
-    at_once = multiprocessors(x.device, RECORDED_MULTIPROCESSORS)
     blocks = []
     for rows, cols in itertools.product(row_parts, col_parts):
-        sizes = len(rows.features), len(cols.features), offset + rows.start - cols.start
-        blocks.append((rows, cols, grad_grid(*sizes, cfg, at_once, walks=is_softmax and _has_tma(x))))
-    sums = x.new_empty(1 if is_softmax else 3, sum(grid.programs for *_, grid in blocks), dtype=torch.float32)
+        layout = layout_of(rows.features, cols.features, offset + rows.start - cols.start)
+        blocks.append((rows, cols, grad_plan(layout, buffer.stride(0), is_softmax, False)))
+    sums = vector(x, 1 if is_softmax else 3, sum(plan.programs for *_, plan in blocks))
     done = 0
-    for rows, cols, grid in blocks:
+    for rows, cols, plan in blocks:
         m, n = len(rows.features), len(cols.features)
-        grad, numbers = buffer[:m, :n], (grid.segments, grid.tiles, LOG2E, grad_scale) if is_softmax else ()
-        pointers = (
-            _tiles(grad, cfg.block_m, cfg.block_n // parts, x),
-            *inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n)),
-            *sums[:, done : done + grid.programs],
-        )
-        _launch_on_tiles(
-            kernel, grid.programs, cfg, rows.features, cols.features, offset + rows.start - cols.start, pointers,
-            grad.stride(0), *numbers, PARTS=parts, **constants,
-        )  # fmt: skip
-        done += grid.programs
+        grad = buffer[:m, :n]
+        of_block = inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n))
+        plan.start(rows.features, cols.features, grad, *of_block, *sums[:, done : done + plan.programs])
+        done += plan.programs
         _launch_products(grad, rows, cols, products)
     return sums
+
+
+class GradPlan(NamedTuple):
+    """A launch of the kernel that writes grad_scale * G of a block, and the sums of each program.
+
+    The sums are those of the softmax losses, G_ij x_i . y_j over the tiles of the program. The kernel of the sigmoid
+    loss also writes the sums of the losses and of G_ij, before these sums.
+    """
+
+    on_tiles: TilePlan
+    grad_tile: Tile
+    programs: int
+
+    def start(self, x: Tensor, y: Tensor, grad: Tensor, *others: Tensor) -> None:
+        """Start the kernel with its other inputs, then vectors for its sums."""
+        self.on_tiles.start(x, y, tiles(grad, self.grad_tile), *others)
+
+
+@planned
+def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool, is_one_block: bool) -> GradPlan:
+    """Plan the kernel that computes a block of G; if it is the only one, its tiles may be small."""
+    device, dtype, m, n, d, offset, *_ = layout
+    name = "contrastive_grad_tile" if is_softmax else "sigmoid_grad_tile"
+    cfg = tile_config(name, layout, (m, n)) if is_one_block else gemm_config(name, arch_of(device), dtype)
+    # The kernel of the sigmoid loss does not walk down columns of tiles.
+    grid = grad_grid(m, n, offset, cfg, processors(device), walks=is_softmax and has_tma(device, dtype, d))
+    parts, grad_scale = max(1, cfg.block_n // PART_COLS), scale_of_grad(dtype)
+    if is_softmax:
+        numbers = stride_grad, grid.segments, grid.tiles, LOG2E, grad_scale
+        on_tiles = plan_on_tiles(_grad_tile_kernel, grid.programs, cfg, layout, *numbers, PARTS=parts, SPAN=span(cfg))
+    else:
+        on_tiles = plan_on_tiles(
+            _sigmoid_grad_tile_kernel, grid.programs, cfg, layout, stride_grad, PARTS=parts, GRAD_SCALE=grad_scale
+        )
+    return GradPlan(on_tiles, tile_of(cfg.block_m, cfg.block_n // parts, layout), grid.programs)
 
 
 def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) -> None:
@@ -291,16 +327,18 @@ def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) ->
     num_d = cdiv(d, cfg.block_n)
     num_x_tiles = 0 if rows.acc is None else cdiv(m, cfg.block_m) * num_d
     num_y_tiles = 0 if cols.acc is None else cdiv(n, cfg.block_m) * num_d
-    is_added, parts = _has_tma(x) and d % 4 == 0, max(1, cfg.block_n // PART_COLS)
+    is_tma, parts = has_tma(x.device, x.dtype, d), max(1, cfg.block_n // PART_COLS)
+    is_added = is_tma and d % 4 == 0
     wanted = [acc for acc in (rows.acc, cols.acc) if acc is not None]
     # No program writes an accumulator that is not wanted. The other one is passed in its place.
-    accs = [_tiles(acc, cfg.block_m, cfg.block_n // parts, x) if is_added else acc for acc in (wanted[0], wanted[-1])]
+    accs = [tiles(acc, (cfg.block_m, cfg.block_n // parts) if is_added else None) for acc in (wanted[0], wanted[-1])]
     launch(
         _products_kernel, (num_x_tiles + num_y_tiles,),
-        _tiles(grad, cfg.block_m, cfg.block_k, x), _tiles(grad, cfg.block_k, cfg.block_m, x),
+        tiles(grad, (cfg.block_m, cfg.block_k) if is_tma else None),
+        tiles(grad, (cfg.block_k, cfg.block_m) if is_tma else None),
         rows.operand, cols.operand, *accs, m, n, d, num_x_tiles, grad.stride(0), x.stride(0), y.stride(0),
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
-        IS_TMA=_has_tma(x), IS_ADDED=is_added,
+        IS_TMA=is_tma, IS_ADDED=is_added,
     )  # fmt: skip
 
 
@@ -326,47 +364,16 @@ def finish(
     rows, inv_norm = own
     n, d = rows.shape
     of_scale = torch.empty_like(one_minus_p)
-    _launch_on_rows(
-        _finish_kernel, _rows_config(rows),
+    launch_on_rows(
+        _finish_kernel, rows_config(rows),
         acc, rows, other, one_minus_p, factor, one_minus_p if inv_norm is None else inv_norm, out, of_scale,
-        n, len(other), d, offset, rows.stride(0), other.stride(0), 1.0 / _grad_scale(rows.dtype),
+        n, len(other), d, offset, rows.stride(0), other.stride(0), 1.0 / scale_of_grad(rows.dtype),
         HAS_NORM=inv_norm is not None, IS_ROUNDED=rows.dtype.itemsize == 2,
     )  # fmt: skip
     return of_scale
 
 
-def _rows_config(x: Tensor) -> RowConfig:
-    """Return the configuration of kernels that walk rows of features."""
-    return row_config("contrastive_rows", arch_of(x.device), x.dtype)
-
-
-def _launch_on_rows(
-    kernel: triton.JITFunction, cfg: RowConfig, x: Tensor, *args: Tensor | float, **constants: bool
-) -> None:
-    """Launch a kernel of the contrastive losses whose programs each take some rows of its first argument."""
-    launch(
-        kernel, (cdiv(len(x), cfg.block_m),), x, *args,
-        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, **constants,
-    )  # fmt: skip
-
-
-def _launch_on_tiles(
-    kernel: triton.JITFunction, programs: int, cfg: GemmConfig, x: Tensor, y: Tensor, offset: int,
-    pointers: tuple[Tensor | TensorDescriptor, ...], *numbers: float, **constants: float,
-) -> None:  # fmt: skip
-    """Launch a kernel of the contrastive losses whose programs each take a tile of the logits x y^T.
-
-    Its arguments are x, y, ``pointers``, the sizes and strides of x and y, and ``numbers``.
-    """
-    launch(
-        kernel, (programs,), _tiles(x, cfg.block_m, cfg.block_k, x), _tiles(y, cfg.block_n, cfg.block_k, x), *pointers,
-        len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0), *numbers,
-        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-        GROUP_M=GROUP_M, IS_TMA=_has_tma(x), **constants,
-    )  # fmt: skip
-
-
-def _grad_scale(dtype: torch.dtype) -> float:
+def scale_of_grad(dtype: torch.dtype) -> float:
     """Return the constant that G is multiplied by before it is rounded.
 
     G lies in [0, 2] and is about 2/N at the start of training, which would be subnormal in float16.
@@ -376,24 +383,10 @@ def _grad_scale(dtype: torch.dtype) -> float:
 
 def _block_edges(x: Tensor, y: Tensor) -> tuple[int, int]:
     """Return the rows and columns of a block of G for features x against features y."""
-    return edges_of(x, y, MAX_EDGE, multiprocessors(x.device, RECORDED_MULTIPROCESSORS))
+    return edges_of(x.device, x.dtype, x.shape[0], y.shape[0], x.shape[1], MAX_EDGE, processors(x.device))
 
 
-def _has_tma(x: Tensor) -> bool:
-    """Return True if products of features ``x`` [M, D] load their tiles through tensor descriptors.
-
-    Float32 products do not: they stay exact, so they do not use the matrix units that read shared memory. For D = 0
-    there is no tile, and a descriptor of an empty tensor would be an error.
-    """
-    return x.dtype.itemsize == 2 and x.shape[1] > 0 and architecture(arch_of(x.device)).multiplies_from_shared
-
-
-def _tiles(matrix: Tensor, rows: int, cols: int, x: Tensor) -> Tensor | TensorDescriptor:
-    """Return a descriptor of tiles [rows, cols] of a matrix, or the matrix if products of ``x`` load by pointers."""
-    return matrix_tiles(matrix, rows, cols) if _has_tma(x) else matrix
-
-
-def _is_aligned(x: Tensor) -> bool:
-    # A stride below the width belongs to expanded or overlapping rows, which a tensor descriptor cannot describe.
-    is_matrix = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
-    return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+def is_one_block(x: Tensor, y: Tensor) -> bool:
+    """Return whether the G of features x against features y is one block; not if it has no elements."""
+    rows, cols = _block_edges(x, y)
+    return 0 < x.shape[0] <= rows and 0 < y.shape[0] <= cols and x.shape[1] > 0

@@ -43,6 +43,7 @@ from .shared import (
     scale_gradient,
     scale_tensor,
 )
+from .small_batch import suits_whole, whole_info_nce_loss, whole_nt_xent_loss, whole_operands
 from .stats import Normalizers, merge, new_stats, pair_products, pair_terms
 
 
@@ -185,6 +186,11 @@ def info_nce_loss(
         return reference.info_nce_loss(query, key, scale, negatives=negatives, in_batch=in_batch, normalize=normalize)
     dtype = operand_dtype(op, "query", query)
     scale = scale.to(accumulate_dtype(dtype))
+    if suits_whole(query, negatives, dtype) and (not in_batch or suits_whole(query, key, dtype)):
+        x, y, queue = whole_operands(query, key, negatives, normalize=normalize, dtype=dtype)
+        loss = whole_info_nce_loss(x, y, queue, scale, in_batch=in_batch)
+        if loss is not None:
+            return loss
     return _info_nce_fwd(query, key, negatives, scale, in_batch, normalize, dtype)[0]
 
 
@@ -290,4 +296,10 @@ def nt_xent_loss(
     if uses_reference(op, backend, first):
         return reference.nt_xent_loss(first, second, scale, normalize=normalize)
     dtype = operand_dtype(op, "first", first)
-    return _nt_xent_fwd(first, second, scale.to(accumulate_dtype(dtype)), normalize, dtype)[0]
+    scale = scale.to(accumulate_dtype(dtype))
+    if suits_whole(first, second, dtype, 2):  # each side has both views
+        (views,) = whole_operands(torch.cat((first, second)), normalize=normalize, dtype=dtype)
+        loss = whole_nt_xent_loss(views, scale)
+        if loss is not None:
+            return loss
+    return _nt_xent_fwd(first, second, scale, normalize, dtype)[0]

@@ -16,13 +16,25 @@ from ..backends import Op
 from ..checks import check_device, check_float, check_like, check_tensor
 from ..dtypes import FLOATS, autocast_dtype, dtype_name
 from ..launch import triton_runs_on
-from . import cpu, launches
+from . import cpu, launches, operands
 from .stats import Features
 
 
 def logit_blocks(device: torch.device) -> ModuleType:
     """Return the module that works on blocks of logits on ``device``."""
     return launches if triton_runs_on(device) else cpu
+
+
+def prepare_both(x: Tensor, y: Tensor, dtype: torch.dtype, *, normalize: bool) -> tuple[Features, Features]:
+    """Return features of both sides in the form that products take."""
+    if triton_runs_on(x.device):
+        return operands.prepare_both(x, y, dtype, normalize=normalize)
+    return cpu.prepare(x, dtype, normalize=normalize), cpu.prepare(y, dtype, normalize=normalize)
+
+
+def is_one_block(x: Tensor, y: Tensor) -> bool:
+    """Return whether kernels compute the gradients from one block of G, without accumulators."""
+    return triton_runs_on(x.device) and launches.is_one_block(x, y)
 
 
 def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:

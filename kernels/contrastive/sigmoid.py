@@ -14,9 +14,10 @@ G does not depend on a sum over logits. Therefore the forward pass computes the 
 needed: it uses each tile of logits for both the loss and G, and the backward pass only multiplies by dL.
 
 FLOPs: 6 M N D with gradients (one product of logits, two for the features), 2 M N D without.
-Memory beyond inputs and gradients: vectors of M and N, one tile of G, and float32 accumulators: [N, D] and a strip of
-[M, D]. Between the passes the gradients stay in memory. Gradients of float16 features are kept in float32: in float16 a
-small one would lose its digits, since the factor of the loss is known only in the backward pass.
+Memory beyond inputs and gradients: vectors of M and N, and a block of G as in ``contrastive``. If G is more than one
+block, also float32 accumulators: [N, D] and a strip of [M, D]. Between the passes the gradients stay in memory.
+Gradients of float16 features are kept in float32: in float16 a small one would lose its digits, since the factor of the
+loss is known only in the backward pass.
 Method: the loss of Zhai et al. 2023 (equation 1).
 """
 
@@ -30,7 +31,18 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..checks import check_bool
 from ..dtypes import accumulate_dtype
-from .shared import check_pairs, gradients_in_strips, logit_blocks, new_gradient, operand_dtype, scale_tensor
+from ..launch import triton_runs_on
+from .one_block import scaled, sigmoid_gradients
+from .shared import (
+    check_pairs,
+    gradients_in_strips,
+    is_one_block,
+    logit_blocks,
+    new_gradient,
+    operand_dtype,
+    prepare_both,
+    scale_tensor,
+)
 from .small_batch import suits_whole, whole_operands, whole_sigmoid_loss
 from .stats import pairs_in
 
@@ -42,7 +54,11 @@ def _sigmoid_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the sigmoid loss, and with ``with_grads`` its gradients of images, of texts, and of bias and scale [2]."""
     blocks = logit_blocks(image.device)
-    x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
+    x, y = prepare_both(image, text, dtype, normalize=normalize)
+    if with_grads and is_one_block(x.rows, y.rows):
+        grads = _held_gradient(image), _held_gradient(text)
+        loss, number_grads = sigmoid_gradients(x, y, logit_scale, logit_bias, offset, *grads)
+        return loss, *grads, number_grads
     one_minus_p, of_pairs = blocks.sigmoid_pairs(x.rows, y.rows, logit_scale, logit_bias, offset)
     if not with_grads:
         others = blocks.sigmoid_losses(x.rows, y.rows, logit_scale, logit_bias, offset)
@@ -101,8 +117,14 @@ def _sigmoid_bwd(
     """Return the sigmoid loss's gradients multiplied by the upstream gradient; those of the features are in
     ``dtype``.
     """
-    of_images, of_texts = ((grad * grad_loss).to(dtype) for grad in (image_grad, text_grad))
-    return of_images, of_texts, number_grads * grad_loss
+    of_images, of_texts = (torch.empty_like(grad, dtype=dtype) for grad in (image_grad, text_grad))
+    grads, outs = (image_grad, text_grad, number_grads), (of_images, of_texts, torch.empty_like(number_grads))
+    if triton_runs_on(image_grad.device):
+        scaled(grad_loss, *grads, *outs)
+    else:
+        for grad, out in zip(grads, outs, strict=True):
+            torch.mul(grad, grad_loss, out=out)
+    return outs
 
 
 @_sigmoid_bwd.register_fake
@@ -176,9 +198,8 @@ def sigmoid_loss(
     dtype = operand_dtype(op, "image", image)
     wide = accumulate_dtype(dtype)
     if suits_whole(image, text, dtype):
-        with torch.autocast("cpu", enabled=False):
-            x, y = whole_operands(image, text, normalize=normalize, dtype=dtype)
-            return whole_sigmoid_loss(x, y, scale.to(wide), bias.to(wide), offset)
+        x, y = whole_operands(image, text, normalize=normalize, dtype=dtype)
+        return whole_sigmoid_loss(x, y, scale.to(wide), bias.to(wide), offset)
     inputs = image, text, scale.to(wide), bias.to(wide)
     with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _sigmoid_fwd(*inputs, offset, normalize, dtype, with_grads)[0]

@@ -39,16 +39,15 @@ def suits_whole(rows: Tensor, cols: Tensor, dtype: torch.dtype, ranks: int = 1) 
     )
 
 
-def whole_operands(x: Tensor, y: Tensor, *, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return features for :func:`whole_loss`: in float32, but rounded to ``dtype``, as the products in blocks take
-    them.
+def whole_operands(*sides: Tensor, normalize: bool, dtype: torch.dtype) -> list[Tensor]:
+    """Return features for a loss of all logits: in float32, but rounded to ``dtype``, as products in blocks take them.
 
-    Autocast is switched off for this. The gradients are not rounded.
+    The gradients are not rounded.
     """
-    x, y = (F.normalize(side.float(), dim=-1) if normalize else side.float() for side in (x, y))
+    found = [F.normalize(side.float(), dim=-1) if normalize else side.float() for side in sides]
     if dtype != torch.float32:
-        x, y = (_Rounded.apply(side, dtype) for side in (x, y))  # type: ignore[no-untyped-call]
-    return x, y
+        found = [_Rounded.apply(side, dtype) for side in found]  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Rounded(torch.autograd.Function):
@@ -67,31 +66,50 @@ class _Rounded(torch.autograd.Function):
 def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
     """Return the contrastive loss of a small batch from all its logits at once; None if its powers need a shift.
 
-    The features x and y are [N, D], and the loss has both directions. If gradients will be needed, they are computed
-    together with the loss, because computing them later takes more calls. Autocast does not change anything.
+    The features x and y are [N, D], and the loss has both directions.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or logit_scale.requires_grad):
-        return _with_gradients(_loss_and_gradients, reference.contrastive_loss, x, y, logit_scale)
-    found = _loss_and_gradients(x, y, logit_scale, wanted=False)
-    return None if found is None else found[0]
+    return _whole(_loss_and_gradients, reference.contrastive_loss, x, y, logit_scale)
 
 
 def whole_sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    """Return the sigmoid loss of a small batch from all its logits at once, with its gradients if they are needed."""
+    """Return the sigmoid loss of a small batch from all its logits at once."""
+    of_offset = functools.partial(_sigmoid_loss_and_gradients, offset=offset)
     loss_of = functools.partial(reference.sigmoid_loss, offset=offset)
-    inputs = x, y, logit_scale, logit_bias
-    wanted = [tensor.requires_grad for tensor in inputs]
-    if not (torch.is_grad_enabled() and any(wanted)):
-        return loss_of(*inputs)
+    loss: Tensor = _whole(of_offset, loss_of, x, y, logit_scale, logit_bias)  # type: ignore[assignment]
+    return loss
 
-    def loss_and_gradients(*inputs: Tensor) -> tuple[Tensor | None, ...]:
-        leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, wanted, strict=True)]
-        with torch.enable_grad():
-            loss = loss_of(*leaves)
-        found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
-        return loss.detach(), *(next(found) if needed else None for needed in wanted)
 
-    return _with_gradients(loss_and_gradients, loss_of, *inputs)
+def whole_nt_xent_loss(views: Tensor, logit_scale: Tensor) -> Tensor | None:
+    """Return the NT-Xent loss of both views [2N, D] of a small batch, as :func:`whole_loss` does."""
+    return _whole(_nt_xent_loss_and_gradients, _nt_xent_of_views, views, logit_scale)
+
+
+def whole_info_nce_loss(
+    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *, in_batch: bool
+) -> Tensor | None:
+    """Return the InfoNCE loss of a small batch, as :func:`whole_loss` does; there may be no negatives."""
+    of_kind = functools.partial(_info_nce_loss_and_gradients, in_batch=in_batch)
+    return _whole(of_kind, functools.partial(_info_nce_of, in_batch=in_batch), query, key, negatives, logit_scale)
+
+
+def _info_nce_of(query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *, in_batch: bool) -> Tensor:
+    return reference.info_nce_loss(query, key, logit_scale, negatives=negatives, in_batch=in_batch)
+
+
+def _nt_xent_of_views(views: Tensor, logit_scale: Tensor) -> Tensor:
+    first, second = views.chunk(2)
+    return reference.nt_xent_loss(first, second, logit_scale, normalize=False)
+
+
+def _whole(loss_and_gradients: Callable[..., Any], loss_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor | None:
+    """Return a loss whose gradients, if they will be needed, are computed with it: later they would take more calls.
+
+    Autocast does not change anything.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _with_gradients(loss_and_gradients, loss_of, *inputs)
+    found = loss_and_gradients(*inputs, wanted=False)
+    return None if found is None else found[0]
 
 
 @below_autograd
@@ -120,6 +138,91 @@ def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool 
     y_grad = torch.addmm(x, G.T, x, beta=0, alpha=coefficient * scale)
     scale_grad = (x_grad * x).sum()
     return loss, x_grad.mul_(scale), y_grad, scale_grad
+
+
+@below_autograd
+def _sigmoid_loss_and_gradients(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: bool = True
+) -> tuple[Tensor, ...]:
+    """Return the sigmoid loss and, if they are wanted, the gradients of x, y, the scale and the bias."""
+    scale, coefficient = logit_scale.item(), 1 / x.shape[0]
+    logits = torch.addmm(logit_bias, x, y.T, beta=-1, alpha=-scale)  # [M, N], with the sign that their loss takes
+    pairs = logits.diagonal(offset)
+    pairs.neg_()
+    loss = F.logsigmoid(logits).sum().mul_(-coefficient)
+    if not wanted:
+        return (loss,)
+    G = logits.neg_().sigmoid_()
+    pairs.neg_()
+    x_grad = torch.addmm(x, G, y, beta=0, alpha=coefficient)
+    y_grad = torch.addmm(y, G.T, x, beta=0, alpha=coefficient * scale)
+    scale_grad = (x_grad * x).sum()
+    return loss, x_grad.mul_(scale), y_grad, scale_grad, G.sum().mul_(coefficient)
+
+
+@below_autograd
+def _nt_xent_loss_and_gradients(views: Tensor, logit_scale: Tensor, wanted: bool = True) -> tuple[Tensor, ...] | None:
+    """Return the NT-Xent loss and, if they are wanted, the gradients of the views and the scale, or None."""
+    scale, count = logit_scale.item(), views.shape[0]
+    powers = torch.addmm(logit_scale, views, views.T, beta=0, alpha=scale).exp_()  # [2N, 2N]
+    powers.fill_diagonal_(0.0)
+    upper, lower = powers.diagonal(count // 2), powers.diagonal(-(count // 2))
+    positive = torch.cat((upper, lower))
+    upper.zero_()
+    lower.zero_()
+    others = powers.sum(1)
+    least, largest = (extreme.item() for extreme in torch.aminmax(torch.cat((others, positive))))
+    if not (least >= LEAST_SUM and largest <= min(LARGEST_SUM, LARGEST_RATIO * least)):
+        return None
+    loss = (others / positive).log1p_().sum().mul_(1 / count)
+    if not wanted:
+        return (loss,)
+    inv_denom = positive.add_(others).reciprocal_()
+    G = powers.mul_(inv_denom.unsqueeze(1))
+    one_minus_p = others.mul_(inv_denom).neg_()
+    upper.copy_(one_minus_p[: count // 2])
+    lower.copy_(one_minus_p[count // 2 :])
+    of_rows = torch.addmm(views, G, views, beta=0, alpha=1 / count)
+    scale_grad = (of_rows * views).sum()
+    return loss, of_rows.addmm_(G.T, views, alpha=1 / count).mul_(scale), scale_grad
+
+
+@below_autograd
+def _info_nce_loss_and_gradients(
+    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, in_batch: bool, wanted: bool = True
+) -> tuple[Tensor, ...] | None:
+    """Return the InfoNCE loss and, if they are wanted, the gradients of all inputs; None if another shift is needed."""
+    scale, n = logit_scale.item(), query.shape[0]
+    candidates = negatives if not in_batch else torch.cat((key, negatives)) if negatives.shape[0] else key  # [C, D]
+    powers = torch.addmm(logit_scale, query, candidates.T, beta=0, alpha=scale).exp_()  # [N, C]
+    if in_batch:
+        diagonal = powers.diagonal()
+        positive = diagonal.clone()
+        diagonal.zero_()
+    else:
+        positive = torch.linalg.vecdot(query, key).mul_(scale).exp_()
+    others = powers.sum(1)
+    least, largest = (extreme.item() for extreme in torch.aminmax(torch.cat((others, positive))))
+    if not (least >= LEAST_SUM and largest <= min(LARGEST_SUM, LARGEST_RATIO * least)):
+        return None
+    loss = (others / positive).log1p_().sum().mul_(1 / n)
+    if not wanted:
+        return (loss,)
+    inv_denom = positive.add_(others).reciprocal_()
+    G = powers.mul_(inv_denom.unsqueeze(1))
+    one_minus_p = others.mul_(inv_denom).neg_()
+    if in_batch:
+        diagonal.copy_(one_minus_p)
+    query_grad = torch.addmm(query, G, candidates, beta=0, alpha=1 / n)
+    key_grad = of_candidates = torch.addmm(candidates, G.T, query, beta=0, alpha=scale / n)
+    if in_batch:
+        key_grad, of_candidates = of_candidates[:n], of_candidates[n:]
+    else:
+        of_pairs = one_minus_p.mul_(1 / n).unsqueeze(1)
+        query_grad.addcmul_(key, of_pairs)
+        key_grad = (query * of_pairs).mul_(scale)
+    scale_grad = (query_grad * query).sum()
+    return loss, query_grad.mul_(scale), key_grad, of_candidates, scale_grad
 
 
 class _WholeLoss(torch.autograd.Function):

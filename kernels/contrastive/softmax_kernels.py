@@ -3,24 +3,27 @@
 Logits are in base 2: l_ij = log2e * scale * x_i . y_j.
 
     statistics  row sums_i = sum_j 2^(l_ij - m) and column sums_j = sum_i 2^(l_ij - m) of each tile, without the pairs
-    merge       the sums of tiles, added in the order of the tiles
-    pair terms  loss, inv_denom and one_minus_p of the pairs, as ``stats.pair_terms`` computes them
+    pairs       the sums of tiles, added in the order of the tiles; the logits of the pairs; for a loss also its terms,
+                inv_denom and one_minus_p, as ``stats.pair_terms`` computes them
     gradient    G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j, 0 for pairs, in the operands' dtype
 
 With the shared shift, m and all maxima are one number. Then one exponential serves both directions, and no maximum is
 computed. The exponentials take half as long as the product, and overlap with it. Logits that the shared shift does not
-suit need a maximum for each row and column (``IS_ONLINE``). Only the device knows which case holds: the kernels of both
-cases start, and the kernels of the case that does not hold read a flag and end.
+suit need a maximum for each row and column. Only the device knows: a program of the pairs kernel that finds such sums
+computes the logits of its rows and columns once more.
+
+The loss subtracts the logit of a pair from others, so all must be rounded alike. Where all features are equal, one last
+bit of a logit of 144 would be an error of 1e-5. Therefore the logit of a pair is an element of a tile, never a sum of
+its own: it is stored by the program of its tile, or the pairs kernel computes it by the same instructions.
 """
 
 import triton
 import triton.language as tl
 
-from ..tiles import grouped_tile, halves, halves_of_columns, log_1p
+from ..tiles import grouped_tile, halves, halves_of_columns, log_1p, online_softmax_step
 from .tiles import (
     cosine_tile,
     grad_segment,
-    pair_cosines,
     shared_shift,
     store_tile,
     sum_segment,
@@ -28,17 +31,6 @@ from .tiles import (
     without_pairs,
     zero_pairs,
 )
-
-
-@triton.jit
-def _logits(
-    x, y, scale_ptr, start_m, start_n, M, N, D, stride_x, stride_y, log2e,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_TMA: tl.constexpr,
-):  # fmt: skip
-    """Return the logits [BM, BN] of one tile, in base 2, and their shared shift."""
-    cosines = cosine_tile(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
-    factor = tl.load(scale_ptr) * log2e
-    return cosines * factor, shared_shift(factor)
 
 
 @triton.jit
@@ -56,7 +48,8 @@ def _stats_kernel(
     """Sum rows and columns of tiles with the shared shift, without the pairs (i, i + offset).
 
     With tensor descriptors, a program sums the ``tiles`` tiles of one of ``num_segments`` segments of a column of
-    tiles, and the logits of the pairs are left to ``_pairs_kernel``. Otherwise it sums one tile, and stores them.
+    tiles. To store the logits of the pairs as well, it would need more registers than there are. Otherwise it sums one
+    tile, and stores them.
     """
     if IS_TMA:
         sum_segment(
@@ -65,12 +58,12 @@ def _stats_kernel(
         )  # fmt: skip
     else:
         pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-        logits, shift = _logits(
-            x, y, scale_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y, log2e,
-            BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
-        )  # fmt: skip
-        logits = without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
-        p = tl.exp2(logits - shift)  # [BM, BN]
+        cosines = cosine_tile(
+            x, y, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA
+        )
+        factor = tl.load(scale_ptr) * log2e
+        logits = without_pairs(cosines * factor, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
+        p = tl.exp2(logits - shared_shift(factor))  # [BM, BN]
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(row_sum_ptr + pid_n.to(tl.int64) * M + offs_m, tl.sum(p, 1), mask=offs_m < M)
@@ -82,128 +75,139 @@ def _pairs_kernel(
     x_ptr,  # [M, D]
     y_ptr,  # [N, D]
     scale_ptr,  # [] fp32
-    positive_ptr,  # [M] fp32
-    M, N, D, offset, stride_x, stride_y, log2e,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    row_sums_ptr,  # [row_tiles, M] fp32, of tiles, with the shared shift
+    col_sums_ptr,  # [col_tiles, N] fp32
+    positive_ptr,  # [M] fp32, the logits of the pairs; written with IS_TMA
+    row_ptr,  # [3, M] fp32
+    col_ptr,  # [3, N] fp32
+    loss_ptr,  # [programs] fp32
+    uses_shared_shift_ptr,  # [programs] int8
+    M, N, D, offset, first, stride_x, stride_y, row_tiles, col_tiles, log2e,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+    IS_TMA: tl.constexpr, IS_LOSS: tl.constexpr, IS_BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Store the logits of the pairs (i, i + offset)."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    has_pair = (offs_m < M) & (offs_m + offset >= 0) & (offs_m + offset < N)
-    cosines = pair_cosines(x_ptr, y_ptr, offs_m, has_pair, D, offset, stride_x, stride_y, BLOCK_M, BLOCK_K)
-    tl.store(positive_ptr + offs_m, cosines * (tl.load(scale_ptr) * log2e), mask=has_pair)
+    """Compute maxima, sums and pairs of BLOCK_M rows from ``first`` on and of the columns that are paired with them.
 
-
-@triton.jit
-def _online_stats_kernel(
-    x,  # [M, D]
-    y,  # [N, D]
-    scale_ptr,  # [] fp32
-    uses_shared_shift_ptr,  # [] int8
-    row_max_ptr,  # [tiles of N, M] fp32
-    row_sum_ptr,  # [tiles of N, M] fp32
-    col_max_ptr,  # [tiles of M, N] fp32
-    col_sum_ptr,  # [tiles of M, N] fp32
-    positive_ptr,  # [M] fp32
-    M, N, D, offset, stride_x, stride_y, log2e,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    IS_TMA: tl.constexpr,
-):  # fmt: skip
-    """Store the maxima and sums of tiles of logits that the shared shift does not suit.
-
-    There are few programs, each for several tiles, since most of the time they all end at once.
+    Without IS_LOSS, store maximum and sum. With IS_LOSS, store maximum, inv_denom and one_minus_p, which is summed over
+    the directions, and the sum of the losses. Rows and columns without a pair then have inv_denom and one_minus_p 0.
+    Unless IS_BOTH, the columns have no direction.
     """
-    if tl.load(uses_shared_shift_ptr) != 0:
-        return
-    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
-        logits, _ = _logits(
-            x, y, scale_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y, log2e,
-            BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
-        )  # fmt: skip
-        logits = without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
-        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        rows = pid_n.to(tl.int64) * M + offs_m
-        cols = pid_m.to(tl.int64) * N + offs_n
-        row_max = tl.max(logits, 1)
-        col_max = tl.max(logits, 0)
-        tl.store(row_max_ptr + rows, row_max, mask=offs_m < M)
-        tl.store(col_max_ptr + cols, col_max, mask=offs_n < N)
-        # The pivot is finite: in a row where all logits are -inf, the maximum minus itself would be NaN.
-        row_pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
-        col_pivot = tl.where(col_max == float("-inf"), 0.0, col_max)
-        tl.store(row_sum_ptr + rows, tl.sum(tl.exp2(logits - row_pivot[:, None]), 1), mask=offs_m < M)
-        tl.store(col_sum_ptr + cols, tl.sum(tl.exp2(logits - col_pivot[None, :]), 0), mask=offs_n < N)
+    pid = tl.program_id(0)
+    rows = first + pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = rows + offset
+    has_row, has_col = (rows >= 0) & (rows < M), (cols >= 0) & (cols < N)
+    has_pair = has_row & has_col
+    factor = tl.load(scale_ptr) * log2e
+    if IS_TMA:
+        cosines = _cosines(
+            x_ptr, y_ptr, rows, cols, has_pair, has_pair, D, stride_x, stride_y, BLOCK_M, BLOCK_M, BLOCK_K
+        )
+        logits = tl.where(rows[:, None] + offset == cols[None, :], cosines * factor, 0.0)
+        # Triton 3.6 fails to compile for sm_100 unless the sums go through memory.
+        tl.store(positive_ptr + rows, tl.sum(logits, 1), mask=has_pair)
+        tl.debug_barrier()
+    positive = tl.load(positive_ptr + rows, mask=has_pair, other=0.0)
+    row_max = tl.zeros((BLOCK_M,), tl.float32) + shared_shift(factor)
+    col_max = row_max
+    row_sum = _sum_of_tiles(row_sums_ptr, rows, has_row, row_tiles, M, BLOCK_M, CHUNK)
+    col_sum = _sum_of_tiles(col_sums_ptr, cols, has_col, col_tiles, N, BLOCK_M, CHUNK)
+    is_wrong = tl.max((_is_wrong(row_sum, has_row) | _is_wrong(col_sum, has_col)).to(tl.int32), 0)
+    if is_wrong != 0:
+        row_max, row_sum = _online(
+            x_ptr, y_ptr, rows, has_row, N, D, offset, stride_x, stride_y, factor, BLOCK_M, BLOCK_N, BLOCK_K, True
+        )
+        col_max, col_sum = _online(
+            x_ptr, y_ptr, cols, has_col, M, D, -offset, stride_x, stride_y, factor, BLOCK_M, BLOCK_N, BLOCK_K, False
+        )
+    tl.store(uses_shared_shift_ptr + pid, (is_wrong == 0).to(tl.int8))
+    tl.store(row_ptr + rows, row_max, mask=has_row)
+    tl.store(col_ptr + cols, col_max, mask=has_col)
+    if IS_LOSS:
+        loss, row_inv, one_minus_p = _terms(row_max, row_sum, positive)
+        col_inv = tl.zeros((BLOCK_M,), tl.float32)
+        if IS_BOTH:
+            col_loss, col_inv, col_one_minus_p = _terms(col_max, col_sum, positive)
+            loss += col_loss
+            one_minus_p += col_one_minus_p
+        one_minus_p = tl.where(has_pair, one_minus_p, 0.0)
+        tl.store(row_ptr + M + rows, tl.where(has_pair, row_inv, 0.0), mask=has_row)
+        tl.store(col_ptr + N + cols, tl.where(has_pair, col_inv, 0.0), mask=has_col)
+        tl.store(row_ptr + 2 * M + rows, one_minus_p, mask=has_row)
+        tl.store(col_ptr + 2 * N + cols, one_minus_p, mask=has_col)
+        tl.store(loss_ptr + pid, tl.sum(tl.where(has_pair, loss, 0.0), 0))
+    else:
+        tl.store(row_ptr + M + rows, row_sum, mask=has_row)
+        tl.store(col_ptr + N + cols, col_sum, mask=has_col)
+        tl.store(loss_ptr + pid, 0.0)
 
 
 @triton.jit
-def _merge_kernel(
-    rows_max_ptr,  # [row_tiles, M] fp32; unused with the shared shift
-    rows_sum_ptr,  # [row_tiles, M] fp32
-    row_max_ptr,  # [M] fp32
-    row_sum_ptr,  # [M] fp32
-    cols_max_ptr,  # [col_tiles, N] fp32; unused with the shared shift
-    cols_sum_ptr,  # [col_tiles, N] fp32
-    col_max_ptr,  # [N] fp32
-    col_sum_ptr,  # [N] fp32
-    scale_ptr,  # [] fp32
-    uses_shared_shift_ptr,  # [] int8, used if IS_ONLINE
-    row_tiles, M, has_rows, col_tiles, N, has_cols, log2e,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, IS_ONLINE: tl.constexpr,
-):  # fmt: skip
-    """Merge the softmax statistics of new tiles into those of the tiles before; the first programs take rows.
+def _sum_of_tiles(sums_ptr, own, mask, num_tiles, N, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the sums over ``num_tiles`` tiles [BLOCK] of the rows (or columns) ``own``, from sums [num_tiles, N]."""
+    sums = tl.zeros((CHUNK, BLOCK), tl.float32)
+    for first in range(0, num_tiles, CHUNK):
+        tiles = first + tl.arange(0, CHUNK)
+        offs = tiles.to(tl.int64)[:, None] * N + own[None, :]
+        sums += tl.load(sums_ptr + offs, mask=(tiles < num_tiles)[:, None] & mask[None, :], other=0.0)
+    return tl.sum(sums, 0)
 
-    The other programs take columns. With the shared shift, the shift is stored as each maximum, and sums start at zero.
-    Otherwise ``has_rows`` and ``has_cols`` say whether there are statistics of earlier tiles.
+
+@triton.jit
+def _is_wrong(total, mask):
+    """Return where sums with the shared shift have overflowed or lost terms that matter, or are NaN.
+
+    A sum below 2^-70 may lack terms that underflowed. Above it, such terms are less than the rounding of the sum.
     """
-    if IS_ONLINE and tl.load(uses_shared_shift_ptr) != 0:
-        return
-    shift = shared_shift(tl.load(scale_ptr) * log2e)
-    pid, num_m = tl.program_id(0), tl.cdiv(M, BLOCK)
-    if pid < num_m:
-        _merge(
-            rows_max_ptr, rows_sum_ptr, row_max_ptr, row_sum_ptr, pid * BLOCK, row_tiles, M, has_rows, shift,
-            BLOCK, CHUNK, IS_ONLINE,
-        )  # fmt: skip
-    else:
-        _merge(
-            cols_max_ptr, cols_sum_ptr, col_max_ptr, col_sum_ptr, (pid - num_m) * BLOCK, col_tiles, N, has_cols, shift,
-            BLOCK, CHUNK, IS_ONLINE,
-        )  # fmt: skip
+    is_exact = (total >= 8.470329472543003e-22) & (total < float("inf"))
+    return mask & (is_exact == 0)
 
 
 @triton.jit
-def _merge(
-    tile_max_ptr, tile_sum_ptr, max_ptr, sum_ptr, start, num_tiles, N, has_sums, shift,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, IS_ONLINE: tl.constexpr,
+def _online(
+    x_ptr, y_ptr, own, mask_own, N, D, offset, stride_x, stride_y, factor,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Merge the softmax statistics of tiles for BLOCK rows or BLOCK columns."""
-    offs_n = start + tl.arange(0, BLOCK)
-    mask = offs_n < N
-    total = tl.load(sum_ptr + offs_n, mask=mask, other=0.0)
-    if IS_ONLINE:
-        total = tl.where(has_sums != 0, total, 0.0)
-        total_max = tl.load(max_ptr + offs_n, mask=mask, other=0.0)
-        total_max = tl.where(has_sums != 0, total_max, float("-inf"))
-        for tile in range(num_tiles):
-            offs = tl.cast(tile, tl.int64) * N + offs_n
-            tile_sum = tl.load(tile_sum_ptr + offs, mask=mask, other=0.0)
-            tile_max = tl.load(tile_max_ptr + offs, mask=mask, other=0.0)
-            new_max = tl.maximum(total_max, tile_max, propagate_nan=tl.PropagateNan.ALL)
-            pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-            total = total * tl.exp2(total_max - pivot) + tile_sum * tl.exp2(tile_max - pivot)
-            total_max = new_max
-        tl.store(max_ptr + offs_n, total_max, mask=mask)
-    else:
-        sums = tl.zeros((CHUNK, BLOCK), tl.float32)
-        for first in range(0, num_tiles, CHUNK):
-            tiles = first + tl.arange(0, CHUNK)
-            offs = tiles.to(tl.int64)[:, None] * N + offs_n[None, :]
-            sums += tl.load(tile_sum_ptr + offs, mask=(tiles < num_tiles)[:, None] & mask[None, :], other=0.0)
-        total += tl.sum(sums, 0)
-        tl.store(max_ptr + offs_n, tl.zeros((BLOCK,), tl.float32) + shift, mask=mask)
-    tl.store(sum_ptr + offs_n, total, mask=mask)
+    """Return maxima and sums [BM] of the logits of the rows ``own`` (or columns) against all N of the other side.
+
+    A sum is that of 2^(logit - maximum). The logits of the pairs (i, i + offset) are left out.
+    """
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for start_n in range(0, N, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        others = offs_n < N
+        if IS_ROW:
+            cosines = _cosines(
+                x_ptr, y_ptr, own, offs_n, mask_own, others, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+        else:
+            cosines = _cosines(
+                x_ptr, y_ptr, offs_n, own, others, mask_own, D, stride_x, stride_y, BLOCK_N, BLOCK_M, BLOCK_K
+            ).T
+        is_left_out = ((own + offset)[:, None] == offs_n[None, :]) | (offs_n >= N)[None, :]
+        logits = tl.where(is_left_out, float("-inf"), cosines * factor)  # [BM, BN]
+        _, _, row_max, row_sum = online_softmax_step(logits, row_max, row_sum, 1.0)
+    return row_max, row_sum
+
+
+@triton.jit
+def _cosines(
+    x_ptr, y_ptr, rows, cols, mask_m, mask_n, D, stride_x, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return the products [BM, BN] of some rows of x and of y, as ``cosine_tile`` computes them.
+
+    Large logits must have the same bits here as where G is computed: G is a power of their distance to the maximum.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
+    y_rows = y_ptr + cols.to(tl.int64)[:, None] * stride_y
+    for start_k in range(0, D, BLOCK_K):
+        dims = (start_k + tl.arange(0, BLOCK_K))[None, :]
+        x = tl.load(x_rows + dims, mask=mask_m[:, None] & (dims < D), other=0.0)  # [BM, BK]
+        y = tl.load(y_rows + dims, mask=mask_n[:, None] & (dims < D), other=0.0)  # [BN, BK]
+        acc = tl.dot(x, y.T, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -354,46 +358,3 @@ def _terms(maximum, total, positive):
     e = tl.exp2(-tl.abs(others))
     nll = tl.maximum(others, 0.0, propagate_nan=tl.PropagateNan.ALL) * 0.6931471805599453 + log_1p(e)
     return nll, 1.0 / (total + tl.exp2(distance)), tl.where(others > 0.0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def _pair_terms_kernel(
-    row_max_ptr, row_sum_ptr,  # [M] fp32
-    col_max_ptr, col_sum_ptr,  # [N] fp32
-    positive_ptr,  # [M] fp32
-    row_ptr,  # [3, M] fp32 contiguous
-    col_ptr,  # [3, N] fp32 contiguous
-    nll_ptr,  # [programs of rows] fp32
-    M, N, offset,
-    IS_BOTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write maximum, inv_denom and one_minus_p of rows (in the first programs) and of columns, and sums of the losses.
-
-    inv_denom and one_minus_p are 0 without a pair; one_minus_p is summed over the directions of the loss. Unless
-    IS_BOTH, the columns have no direction.
-    """
-    pid, num_m = tl.program_id(0), tl.cdiv(M, BLOCK)
-    is_row = pid < num_m
-    own = tl.where(is_row, pid, pid - num_m) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.where(is_row, own, own - offset)
-    cols = rows + offset
-    has_pair = (rows >= 0) & (rows < M) & (cols >= 0) & (cols < N)
-    row_max = tl.load(row_max_ptr + rows, mask=(rows >= 0) & (rows < M), other=0.0)
-    positive = tl.load(positive_ptr + rows, mask=has_pair, other=0.0)
-    row_sum = tl.load(row_sum_ptr + rows, mask=has_pair, other=1.0)
-    nll, row_inv, one_minus_p = _terms(row_max, row_sum, positive)
-    col_max = tl.load(col_max_ptr + cols, mask=(cols >= 0) & (cols < N), other=0.0)
-    col_inv = tl.zeros((BLOCK,), tl.float32)
-    if IS_BOTH:
-        col_sum = tl.load(col_sum_ptr + cols, mask=has_pair, other=1.0)
-        col_nll, col_inv, col_one_minus_p = _terms(col_max, col_sum, positive)
-        nll += col_nll
-        one_minus_p += col_one_minus_p
-    size = tl.where(is_row, M, N)
-    out_ptr = row_ptr if is_row else col_ptr
-    mask = own < size
-    tl.store(out_ptr + own, tl.where(is_row, row_max, col_max), mask=mask)
-    tl.store(out_ptr + size + own, tl.where(has_pair, tl.where(is_row, row_inv, col_inv), 0.0), mask=mask)
-    tl.store(out_ptr + 2 * size + own, tl.where(has_pair, one_minus_p, 0.0), mask=mask)
-    if is_row:
-        tl.store(nll_ptr + pid, tl.sum(tl.where(has_pair, nll, 0.0), 0))

@@ -133,7 +133,7 @@ def _product_and_bytes(pairs: int, embed_dim: int, itemsize: int) -> tuple[int, 
     return 2 * pairs**2 * embed_dim, 2 * pairs * embed_dim * itemsize
 
 
-TILED = ("contrastive_stats", "contrastive_online_stats", "contrastive_grad_tile", "sigmoid_grad_tile")
+TILED = ("contrastive_stats", "contrastive_pairs", "contrastive_grad_tile", "sigmoid_grad_tile")
 
 
 @contextlib.contextmanager
@@ -156,11 +156,16 @@ def _gemm(*kernels: str) -> tuple[Tunable, ...]:
     return tuple(Tunable(*names, GemmConfig) for names in zip(kernels, functions, strict=True))
 
 
-SUMS = ("_stats_kernel", "_pairs_kernel", "_online_stats_kernel", "_merge_kernel", "_pair_terms_kernel")
+SUMS = ("_stats_kernel", "_pairs_kernel", "_totals_kernel")
 GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
+ONE_BLOCK = ("_gradients_kernel", "_through_norm_kernel")
 DTYPES = ("bf16", "fp32", "fp16")
 GPU_SIZES = (16384, 512), (32768, 768), (4096, 512), (65536, 768), (8192, 512), (32768, 512)
 PRODUCTS = _gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats")
+SMALL_PRODUCTS = tuple(
+    Tunable(f"{tunable.kernel}_small", function, GemmConfig)
+    for tunable, function in zip(PRODUCTS, ("_grad_tile_kernel", "_gradients_kernel", "_stats_kernel"), strict=True)
+)
 ROWS = Tunable("contrastive_rows", "_finish_kernel", RowConfig)
 loss_spec = functools.partial(
     OpSpec, category="loss", items=("pairs", "pairs"), follows_autocast=False, small_tiles=small_tiles
@@ -170,29 +175,37 @@ SPECS = (
     loss_spec(
         op=contrastive_loss, reference=reference.contrastive_loss, make=make_contrastive, cases=CONTRASTIVE,
         small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
-        suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
+        suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS, *ONE_BLOCK),
         floor=contrastive_floor, float32=("logit_scale",),
         bench={
             "cpu": tuple(LossShape(pairs, 512) for pairs in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)),
             "cuda": tuple(LossShape(*size) for size in GPU_SIZES),
         },
         gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},
-        # 1001 stands for a last batch of any size, whose rows are not aligned. fp16 is here because it scales G.
+        # 1001 and 9001 stand for a last batch of any size, whose rows are not aligned. fp16 is here because it scales G.
+        # From 8192 on, G is more than one block.
         shipped=(
             Shipped("N1024 D512", LossShape(1024, 512, 10.0), DTYPES),
+            Shipped("N1024 D512 normalised", LossShape(1024, 512, 10.0, normalize=True)),
             Shipped("N1001 D512", LossShape(1001, 512, 10.0)),
+            Shipped("N8192 D512", LossShape(8192, 512, 10.0), ("bf16", "fp32")),
+            Shipped("N9001 D512", LossShape(9001, 512, 10.0)),
         ),
         targets=(
             Target("contrastive", LossShape(16384, 512), (*PRODUCTS, ROWS)),
-            # With this large scale, sums with one shift would underflow, so the kernels with maxima run.
-            Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_online_stats")),
+            Target("contrastive-small", LossShape(1024, 512), SMALL_PRODUCTS),
+            # With this large scale, sums with one shift would underflow, so the logits are computed once more.
+            Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_pairs")),
         ),
     ),
     loss_spec(
         op=sigmoid_loss, reference=reference.sigmoid_loss, make=make_sigmoid, cases=SIGMOID,
         small=(SigmoidShape(11, 6, 5.0, -3.0, 0.3),),
         suite="sigmoid", torch_op="sigmoid",
-        kernels=("_sigmoid_pairs_kernel", "_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", *GRADIENTS[1:]),
+        kernels=(
+            "_sigmoid_pairs_kernel", "_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", "_scaled_kernel",
+            *GRADIENTS[1:], *ONE_BLOCK,
+        ),
         floor=sigmoid_floor, float32=("logit_scale", "logit_bias"),
         bench={"cpu": (SigmoidShape(2048, 512),), "cuda": (SigmoidShape(16384, 512), SigmoidShape(4096, 512))},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},

@@ -137,8 +137,7 @@ def sum_segment(
         acc = tl.dot(x_tile, y_tile.T, acc, input_precision="ieee")
         if step == steps - 1:
             # The accumulator must be used before the branch in ``without_pairs``: otherwise the compiler would wait for
-            # the product in only one of the two paths. Storing the pairs here as well would need more registers than
-            # there are.
+            # the product in only one of the two paths.
             logits = acc * factor
             logits = without_pairs(logits, None, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
             p = tl.exp2(logits - shift)  # [BM, BN]

@@ -71,7 +71,7 @@ def test_occupancy(arch, registers, warps, memory, blocks, limits):
 def product(config: configs.GemmConfig) -> inspect.Report:
     """Return the inspection's report on the contrastive loss's product kernel on sm_90 with a configuration."""
     with configs.override(configs.config_key("contrastive_products", torch.bfloat16), config):
-        launches = offline.named(offline.record(90, shipped_cases()["contrastive_loss N1024 D512 bf16"]))
+        launches = offline.named(offline.record(90, shipped_cases()["contrastive_loss N8192 D512 bf16"]))
     return inspect.inspect_launch(launches["_products_kernel 0"], 90)
 
 

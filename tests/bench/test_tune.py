@@ -174,6 +174,8 @@ def test_every_tunable_kernel_is_launched_and_has_a_committed_entry():
             assert isinstance(next(tune.space(tunable)), tunable.kind)
             assert tunable.function in names["bf16"]
             assert tune.key_of(tunable, target, "bf16") in ENTRIES
+            if tunable.kernel.endswith("_small"):
+                continue  # the tiles of float32 are small already
             if tunable.function in names["fp32"] and tune.key_of(tunable, target, "fp32") not in ENTRIES:
                 # Looped attention has separate entries for some numbers of keys. float32 uses the general entry.
                 assert tunable.kind is configs.LoopedConfig

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from clipfast.kernels import launch
-from clipfast.kernels.contrastive import launches as contrastive_launches
+from clipfast.kernels.contrastive import operands
 from clipfast.kernels.spec import CUDA, DETERMINISM, EXPANDED, EXTREME, Case, OpSpec, specs
 from clipfast.verify.ops import TORCH_DTYPES, verify_case
 from clipfast.verify.report import FAIL
@@ -81,7 +81,7 @@ def test_case_of_several_tiles(spec, case, dtype, interpreted, monkeypatch):
     if dtype == "float16":
         # sm_90 loads 16-bit tiles through tensor descriptors; on few multiprocessors, a program takes several tiles
         monkeypatch.setattr(launch, "CPU_ARCH", 90)
-        monkeypatch.setattr(contrastive_launches, "RECORDED_MULTIPROCESSORS", 3)
+        monkeypatch.setattr(operands, "RECORDED_MULTIPROCESSORS", 3)
     with spec.small_tiles(TORCH_DTYPES[dtype]):
         hold(spec, case, dtype, draws=1)
 

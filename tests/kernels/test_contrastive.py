@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from clipfast import kernels
-from clipfast.kernels import contrastive_loss, launch, nt_xent_loss, reference, sigmoid_loss
-from clipfast.kernels.contrastive import cpu, launches, small_batch
+from clipfast.kernels import contrastive_loss, info_nce_loss, launch, nt_xent_loss, reference, sigmoid_loss
+from clipfast.kernels.contrastive import cpu, launches, operands, small_batch
 from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
 from clipfast.verify.rule import in_double, judge_fairly, value_and_grads
 
@@ -33,7 +33,7 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-
 @pytest.fixture
 def few_multiprocessors(monkeypatch):
     """Pretend that there are few multiprocessors, so that each program of a loss computes several tiles."""
-    monkeypatch.setattr(launches, "RECORDED_MULTIPROCESSORS", 3)
+    monkeypatch.setattr(operands, "RECORDED_MULTIPROCESSORS", 3)
 
 
 def call_of(loss, device, dtype=torch.float32, **changed):
@@ -85,6 +85,17 @@ def test_blocks_add_up(loss, scale, native, monkeypatch):
         assert_equal(call.results(), expected, atol=1e-7 * scale)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("normalize", [False, True], ids=["unit rows", "normalised"])
+@pytest.mark.parametrize("loss", NUMBERS)
+def test_one_block_and_several_agree(loss, normalize, arch, triton_device, few_multiprocessors, monkeypatch):
+    monkeypatch.setattr(launch, "CPU_ARCH", arch)
+    call = call_of(loss, triton_device, torch.float32 if arch == 80 else torch.float16, normalize=normalize)
+    with launches.small_blocks(64):
+        several = call.results()
+    assert_equal(call.results(), several, **({} if arch == 80 else {"rtol": 2e-3, "atol": 1e-6}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_saving_memory_changes_nothing(dtype, device, few_multiprocessors, monkeypatch):
     monkeypatch.setattr(launch, "CPU_ARCH", 90)
@@ -124,6 +135,19 @@ def test_a_view_is_not_its_own_negative(device):
     # All views are equal. Each view has 2N - 1 candidates, one of them its positive; with itself there would be 2N.
     ones = F.normalize(torch.ones(50, 16), dim=-1).to(device)
     assert nt_xent_loss(ones, ones, 100.0).item() == pytest.approx(math.log(99), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [100.0, 1000.0], ids=["shared", "online"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_pair_is_rounded_like_the_logits_beside_it(arch, scale, triton_device, monkeypatch):
+    # All logits are equal. If that of a pair had another last bit, the loss would be wrong by 1e-6 or more.
+    monkeypatch.setattr(launch, "CPU_ARCH", arch)
+    dtype = torch.float32 if arch == 80 else torch.float16
+    first = F.normalize(torch.randn(1, 200), dim=-1)
+    second = F.normalize(first + F.normalize(torch.randn(1, 200), dim=-1), dim=-1)  # a cosine of about 0.7
+    image, text = (row.to(triton_device, dtype).expand(70, -1).contiguous() for row in (first, second))
+    assert contrastive_loss(image, text, scale).item() == pytest.approx(math.log(70), rel=2e-7)
+    assert nt_xent_loss(image, image, scale).item() == pytest.approx(math.log(139), rel=2e-7)
 
 
 def test_zero_rows_when_normalized(device):
@@ -269,7 +293,7 @@ by_torch = functools.partial(contrastive_loss, backend="torch")
 
 
 class TestWhole:
-    """Test the contrastive loss of a small batch on a CPU, whose logits are all computed at once."""
+    """Test the losses of a small batch on a CPU, whose logits are all computed at once."""
 
     @pytest.fixture(autouse=True)
     def as_a_whole(self, monkeypatch, in_blocks):
@@ -277,8 +301,9 @@ class TestWhole:
         monkeypatch.setattr(small_batch, "MOST_LOGITS", 2**20)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_cases(self, dtype):
-        spec = specs()["contrastive_loss"]
+    @each_loss
+    def test_cases(self, loss, dtype):
+        spec = specs()[loss]
         for case in spec.cases:
             if "cpu" in case.legs and 0 < case.shape.elements <= 2**16:
                 hold(spec, case, dtype)
@@ -309,7 +334,9 @@ class TestWhole:
         x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
         assert contrastive_loss(x, -x, 45.0).item() == pytest.approx(90.0)
 
-    @pytest.mark.parametrize("loss_of", [contrastive_loss, functools.partial(sigmoid_loss, logit_bias=-2.0)])
+    @pytest.mark.parametrize(
+        "loss_of", [contrastive_loss, nt_xent_loss, info_nce_loss, functools.partial(sigmoid_loss, logit_bias=-2.0)]
+    )
     def test_autocast_in_the_backward_pass_changes_nothing_and_there_is_a_second_derivative(self, loss_of):
         leaf = torch.randn(7, 8, requires_grad=True)
         second = {}

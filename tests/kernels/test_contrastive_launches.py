@@ -1,12 +1,14 @@
 """Test the launches of the contrastive losses, recorded without a GPU: block sizes, memory, descriptors, other ops."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._library.custom_ops import OPDEFS
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clipfast.kernels import contrastive_loss
+from clipfast.kernels import contrastive_loss, sigmoid_loss
 from clipfast.kernels.configs import GemmConfig
 from clipfast.kernels.contrastive.block_sizes import block_edges, most_bytes
 from clipfast.kernels.hardware import CARDS
@@ -59,9 +61,12 @@ class RecordedInside(Recorded):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def features(rows, width):
-    """Draw features of unit length for the launches of the contrastive loss."""
-    return F.normalize(torch.randn(rows, width), dim=-1).bfloat16()
+def features(*size):
+    """Draw features of unit length for the launches of a loss."""
+    return F.normalize(torch.randn(size), dim=-1).bfloat16()
+
+
+biased_loss = functools.partial(sigmoid_loss, logit_bias=torch.tensor(-5.0))
 
 
 def backward_of(image, text):
@@ -105,10 +110,24 @@ def test_gradients_of_the_sigmoid_loss_are_computed_where_they_are_wanted():
 def test_other_ops_do_not_grow_with_the_number_of_blocks(monkeypatch):
     # Every op that does not return a view starts a PyTorch kernel or allocates memory.
     counts = []
-    for cols in (512, 128):
+    for cols in (256, 128):
         monkeypatch.setattr("clipfast.kernels.contrastive.launches._block_edges", lambda *_, cols=cols: (512, cols))
         with RecordedInside() as record:
             launches = backward_of(features(512, 64), features(512, 64))
         assert [item.kernel.__name__ for item in launches].count("_grad_tile_kernel") == 512 // cols
         counts.append(sum(not func.is_view for func, _, _ in record.calls))
     assert counts[0] == counts[1] < 60
+
+
+@pytest.mark.parametrize(
+    ("loss", "normalize", "count"),
+    [(contrastive_loss, False, 6), (contrastive_loss, True, 8), (biased_loss, False, 5), (biased_loss, True, 6)],
+)
+def test_one_block_takes_few_launches_and_nothing_between_them(loss, normalize, count):
+    image, text, scale = (x.requires_grad_() for x in (*features(2, 256, 64), torch.tensor(10.0)))
+    with RecordedInside() as record, record_launches(90) as launches:
+        torch.autograd.grad(loss(image, text, scale, normalize=normalize), (image, text, scale), torch.tensor(1.0))
+    assert len(launches) == count, [item.kernel.__name__ for item in launches]
+    names = {func._schema.name for func, _, _ in record.calls if not func.is_view}
+    allowed = ("aten::new_empty", "aten::empty", "aten::promote_types", "clipfast::")
+    assert {name for name in names if not name.startswith(allowed)} == set()

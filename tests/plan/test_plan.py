@@ -98,7 +98,9 @@ def test_a_fake_loss_takes_what_a_real_one_takes(problems, tmp_path, one_thread)
                 # a block that has been sent may live for a moment longer
                 assert most == (pytest.approx(expected, rel=0.03) if what == "memory" else expected), (card, mode, what)
         for mode in problem.modes:  # the products of PyTorch are those of the launched kernels
-            assert ranks[0][number]["none", mode]["FLOPs"] == ranks[0][number]["h100", mode]["FLOPs"] > 0
+            # On a GPU all of G is one block here, so memory="min" saves nothing and computes no logits again.
+            alike = "default" if mode == "min" else mode
+            assert ranks[0][number]["none", alike]["FLOPs"] == ranks[0][number]["h100", mode]["FLOPs"] > 0
 
 
 @pytest.mark.skipif(not ON_GPU, reason="measures the GPU")

@@ -3,7 +3,7 @@
 A branch is decided by computing its condition for one thread of the first warp. If the condition depends on an unknown
 value, such as one from memory, the branch is guessed: a forward branch is not taken, because it usually skips work, and
 a backward branch leaves its loop. The number of guesses is part of the result. The slow paths of float
-functions, which are subroutines, are not taken.
+functions, which are subroutines, are not taken, nor are products of matrices that only some numbers need.
 """
 
 import dataclasses
@@ -117,9 +117,9 @@ class Code:
         if to == index:
             return None, 0  # the code ends with a branch to itself
         if holds is None:
-            # Such a branch may skip the slow path of a float function, which rare numbers take.
-            skips_call = any(other.name == "CALL" for other in self.instructions[behind:to])
-            return (to, 0) if skips_call else (behind, 1)
+            # Such a branch may skip a slow path for rare numbers: a subroutine, or products to be computed once more.
+            is_rare = any(other.name in ("CALL", "HGMMA", "HMMA") for other in self.instructions[behind:to])
+            return (to, 0) if is_rare else (behind, 1)
         return (to if holds else behind), 0
 
     def _target(self, one: Instruction) -> int:

@@ -1,0 +1,191 @@
+"""The form in which the Triton kernels of the contrastive losses take features, and the start of the kernels.
+
+Kernels take tiles of features by tensor descriptors where the products load from shared memory, otherwise by pointers.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..common import cdiv, matrix_tiles, new_rows
+from ..configs import GemmConfig, RowConfig, gemm_config, planned, row_config, small_gemm_config
+from ..hardware import architecture
+from ..launch import RECORDED_MULTIPROCESSORS, Plan, arch_of, launch, multiprocessors
+from .kernels import _normalize_kernel
+from .one_block_kernels import _totals_kernel
+from .stats import Features
+
+TOTALS = RowConfig(block_m=1, block_n=512, num_warps=4, num_stages=1)  # block_n numbers at a time
+GROUP_M = 8
+Tile = tuple[int, int] | None  # the rows and columns of a tile that a descriptor loads; None if pointers load it
+
+
+class Layout(NamedTuple):
+    """A block of logits, as far as launches depend on it: features [M, D] against features [N, D]."""
+
+    device: torch.device
+    dtype: torch.dtype
+    m: int
+    n: int
+    d: int
+    offset: int
+    stride_x: int
+    stride_y: int
+
+
+class TilePlan(NamedTuple):
+    """A launch of a kernel whose programs each take a tile of the logits x y^T."""
+
+    plan: Plan
+    x_tile: Tile
+    y_tile: Tile
+
+    def start(self, x: Tensor, y: Tensor, *others: Tensor | TensorDescriptor) -> None:
+        """Start the kernel with its other tensors."""
+        self.plan.start(tiles(x, self.x_tile), tiles(y, self.y_tile), *others)
+
+
+def layout_of(x: Tensor, y: Tensor, offset: int) -> Layout:
+    """Return the layout of the logits of x against y."""
+    m, d = x.shape
+    return Layout(x.device, x.dtype, m, y.shape[0], d, offset, x.stride(0), y.stride(0))
+
+
+def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
+    """Return features ``x`` [M, D] as :func:`prepare_both` does."""
+    return prepare_both(x, x[:0], dtype, normalize=True)[0] if normalize else _aligned(x.to(dtype))
+
+
+def prepare_both(x: Tensor, y: Tensor, dtype: torch.dtype, *, normalize: bool) -> tuple[Features, Features]:
+    """Return features [M, D] and [N, D] for the products of logits, in ``dtype``; with ``normalize``, as unit rows.
+
+    Rows have unit stride and start at multiples of 16 bytes.
+    """
+    if not normalize:
+        return _aligned(x.to(dtype)), _aligned(y.to(dtype))
+    (m, d), n = x.shape, y.shape[0]
+    first = Features(new_rows(x, m, d, dtype), vector(x, m))
+    second = Features(new_rows(y, n, d, dtype), vector(y, n))
+    plan = _normalize_plan(
+        x.device, x.dtype, m, n, d, (*x.stride(), *y.stride(), first.rows.stride(0), second.rows.stride(0))
+    )
+    plan.start(x, y, first.rows, second.rows, first.inv_norm, second.inv_norm)
+    return first, second
+
+
+@planned
+def _normalize_plan(device: torch.device, dtype: torch.dtype, m: int, n: int, d: int, strides: tuple[int, ...]) -> Plan:
+    cfg = row_config("contrastive_rows", arch_of(device), dtype)
+    grid = (cdiv(m, cfg.block_m) + cdiv(n, cfg.block_m),)
+    return Plan(
+        _normalize_kernel, grid, m, n, d, *strides, config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n
+    )
+
+
+def _aligned(x: Tensor) -> Features:
+    """Return features that are not to be normalised, copied if tensor descriptors cannot describe their rows."""
+    return Features(x if _is_aligned(x) else new_rows(x, *x.shape).copy_(x), None)
+
+
+def vector(like: Tensor, *size: int) -> Tensor:
+    """Return an uninitialised float32 tensor on the device of ``like``."""
+    return like.new_empty(size, dtype=torch.float32)
+
+
+def totals_plan(
+    device: torch.device, rows: int, count: int, weight: float, *, has_flags: bool, has_grad_loss: bool
+) -> Plan:
+    """Plan a launch that adds numbers.
+
+    Its tensors are numbers [rows, count], flags [count], grad_loss [], first [1], rest [rows - 1] and flag []. It
+    writes ``weight`` times the sum of each row of numbers to ``first`` and then ``rest``; if ``has_grad_loss``, times
+    ``grad_loss`` too; if ``has_flags``, it writes to ``flag`` whether all flags are 1. Any tensor stands for one that
+    is not used.
+    """
+    return Plan(
+        _totals_kernel, (rows,), count, weight,
+        config=TOTALS, device=device, BLOCK=TOTALS.block_n, HAS_FLAGS=has_flags, HAS_GRAD_LOSS=has_grad_loss,
+    )  # fmt: skip
+
+
+def rows_config(x: Tensor) -> RowConfig:
+    """Return the configuration of kernels that walk rows of features."""
+    return row_config("contrastive_rows", arch_of(x.device), x.dtype)
+
+
+def launch_on_rows(
+    kernel: triton.JITFunction, cfg: RowConfig, x: Tensor, *args: Tensor | float, **constants: bool
+) -> None:
+    """Launch a kernel of the contrastive losses whose programs each take some rows of its first argument."""
+    launch(
+        kernel, (cdiv(len(x), cfg.block_m),), x, *args,
+        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, **constants,
+    )  # fmt: skip
+
+
+def plan_on_tiles(
+    kernel: triton.JITFunction, programs: int, cfg: GemmConfig, layout: Layout, *numbers: float, **constants: Any
+) -> TilePlan:
+    """Plan a launch of a kernel whose programs each take a tile of the logits x y^T.
+
+    Its arguments are x, y, other tensors, the sizes and strides of x and y, and ``numbers``.
+    """
+    plan = Plan(
+        kernel, (programs,), *layout[2:], *numbers, config=cfg, device=layout.device,
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, GROUP_M=GROUP_M,
+        IS_TMA=has_tma(layout.device, layout.dtype, layout.d), **constants,
+    )  # fmt: skip
+    return TilePlan(plan, tile_of(cfg.block_m, cfg.block_k, layout), tile_of(cfg.block_n, cfg.block_k, layout))
+
+
+def tile_config(kernel: str, layout: Layout, *sizes: tuple[int, int]) -> GemmConfig:
+    """Return the configuration of a kernel that computes matrices of ``sizes`` in one launch.
+
+    If its tiles leave some multiprocessors idle, smaller ones may take less time: it is proportional to the rounds of
+    tiles and to the size of a tile.
+    """
+    arch, at_once = arch_of(layout.device), processors(layout.device)
+    cfg, small = gemm_config(kernel, arch, layout.dtype), small_gemm_config(kernel, arch, layout.dtype)
+
+    def tiles_of(cfg: GemmConfig) -> int:
+        return sum(cdiv(rows, cfg.block_m) * cdiv(cols, cfg.block_n) for rows, cols in sizes)
+
+    def time_of(cfg: GemmConfig) -> int:
+        return cdiv(tiles_of(cfg), at_once) * cfg.block_m * cfg.block_n
+
+    if small is None or tiles_of(cfg) >= at_once or time_of(small) >= time_of(cfg):
+        return cfg
+    return small
+
+
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU."""
+    return multiprocessors(device, RECORDED_MULTIPROCESSORS)
+
+
+def has_tma(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return True if products of features [M, width] load their tiles through tensor descriptors.
+
+    Float32 products do not: they stay exact, so they do not use the matrix units that read shared memory. For a width
+    of 0 there is no tile, and a descriptor of an empty tensor would be an error.
+    """
+    return dtype.itemsize == 2 and width > 0 and architecture(arch_of(device)).multiplies_from_shared
+
+
+def tile_of(rows: int, cols: int, layout: Layout) -> Tile:
+    """Return the tile of a descriptor, or None if the products load by pointers."""
+    return (rows, cols) if has_tma(layout.device, layout.dtype, layout.d) else None
+
+
+def tiles(matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+    """Return a descriptor of tiles of a matrix, or the matrix if it has none."""
+    return matrix if tile is None else matrix_tiles(matrix, *tile)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    # A stride below the width belongs to expanded or overlapping rows, which a tensor descriptor cannot describe.
+    is_matrix = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
