@@ -15,6 +15,7 @@ trained with.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,14 +27,16 @@ from torch import Tensor
 from . import reference
 from .backends import registered, uses_reference
 from .checks import check_float, check_parameter, check_tensor
-from .common import as_rows, cdiv, new_contiguous, num_rows, row_layout
+from .common import as_rows, cdiv, new_tensors, num_rows, row_strides
 from .configs import RowConfig, planned, row_config
 from .dtypes import accumulate_dtype
-from .launch import Plan, arch_of, programs_at_once, triton_runs_on
+from .launch import Plan, Start, arch_of, programs_at_once, triton_runs_on
 from .spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 
 # About how many registers a thread takes. The backward kernel takes more, since it keeps its sums over rows in them.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
+# PyTorch's op without its Python wrapper
+_gelu_backward: Any = torch.ops.aten.gelu_backward.default._op
 
 
 @triton.jit
@@ -157,51 +160,87 @@ def _grid(
     return cfg, per_block, (per_block * num_n,), tile
 
 
-def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
-    """Compute GELU(x + bias), or QuickGELU if ``quick``, by the Triton kernel."""
-    y = new_contiguous(x)
-    rows, strides = row_layout(x)
-    plan = _fwd_plan(x.device, x.dtype, num_rows(x), x.shape[-1], *strides, quick=quick)
-    plan.start(rows, bias.contiguous(), y)
-    return y
+def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
+    """Return the function that computes GELU(x + bias), or QuickGELU if ``quick``, by the Triton kernel."""
+    strides, is_copied = row_strides(x)
+    start = Start(_fwd_plan(x.device, x.dtype, num_rows(x), x.shape[-1], *strides, quick=quick))
+    new_y = new_tensors(x)
+
+    def compute(x: Tensor, bias: Tensor, _: bool) -> Tensor:
+        y: Tensor = new_y()
+        start(as_rows(x) if is_copied else x, bias.contiguous(), y)
+        return y
+
+    return compute
 
 
-def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of x and of the bias by the Triton kernel."""
-    dx = new_contiguous(x)
+def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> Callable[..., Any]:
+    """Return the function that computes the gradients of x and of the bias by the Triton kernel."""
     width = x.shape[-1]
-    (grad, grad_strides), (rows, strides) = row_layout(grad), row_layout(x)
+    (grad_strides, grad_copied), (strides, x_copied) = row_strides(grad), row_strides(x)
     plan, per_block = _bwd_plan(
         x.device, x.dtype, num_rows(x), width, *grad_strides, *strides, quick=quick, with_sums=with_sums
     )
-    sums = torch.empty((per_block, width if with_sums else 0), dtype=torch.float32, device=x.device)
-    plan.start(grad, rows, bias.contiguous(), dx, sums)
-    return dx, sums.sum(0)
+    start, new_dx = Start(plan), new_tensors(x)
+    new_sums = new_tensors(x, (per_block, width if with_sums else 0), torch.float32)
+
+    def compute(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor | None]:
+        dx, sums = new_dx(), new_sums()
+        start(as_rows(grad) if grad_copied else grad, as_rows(x) if x_copied else x, bias.contiguous(), dx, sums)
+        return dx, sums.sum(0) if with_sums else None
+
+    return compute
 
 
-def _fwd_cpu(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
-    """Compute GELU(x + bias), or QuickGELU if ``quick``, in PyTorch."""
-    u = x.to(accumulate_dtype(x.dtype)) + bias
-    return (u * torch.sigmoid(1.702 * u) if quick else F.gelu(u)).to(x.dtype).contiguous()
-
-
-def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of x and of the bias in PyTorch."""
+def _fwd_cpu(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
+    """Return the function that computes GELU(x + bias), or QuickGELU if ``quick``, in PyTorch."""
     dtype = accumulate_dtype(x.dtype)
-    u, grad = x.to(dtype) + bias, grad.to(dtype)
-    if quick:
-        p = torch.sigmoid(1.702 * u)
-        dx = grad * (p + 1.702 * (p * (1 - p) * u))
-    else:
-        dx = torch.ops.aten.gelu_backward(grad, u)
-    return dx.to(x.dtype).contiguous(), as_rows(dx).sum(0) if with_sums else dx.new_empty(0)
+    is_wide = x.dtype == dtype
+
+    def compute(x: Tensor, bias: Tensor, _: bool) -> Tensor:
+        u = (x if is_wide else x.to(dtype)) + bias
+        y = u * torch.sigmoid(1.702 * u) if quick else F.gelu(u)
+        return (y if is_wide else y.to(x.dtype)).contiguous()
+
+    return compute
+
+
+def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> Callable[..., Any]:
+    """Return the function that computes the gradients of x and of the bias in PyTorch."""
+    dtype = accumulate_dtype(x.dtype)
+    is_wide, rows = x.dtype == dtype, list(range(x.ndim - 1))
+
+    def compute(grad: Tensor, x: Tensor, bias: Tensor, *_: bool) -> tuple[Tensor, Tensor | None]:
+        u, grad = (x + bias, grad) if is_wide else (x.to(dtype) + bias, grad.to(dtype))
+        if quick:
+            p = torch.sigmoid(1.702 * u)
+            dx = grad * (p + 1.702 * (p * (1 - p) * u))
+        else:
+            dx = _gelu_backward(grad, u)
+        sums = (dx.sum(rows) if rows else dx.clone()) if with_sums else None
+        return (dx if is_wide else dx.to(x.dtype)).contiguous(), sums
+
+    return compute
+
+
+def _plan_fwd(x: Tensor, *args: Any) -> Callable[..., Any]:
+    """Return the function that computes bias and activation for a layout."""
+    return (_fwd_triton if triton_runs_on(x.device) else _fwd_cpu)(x, *args)
+
+
+def _plan_bwd(grad: Tensor, *args: Any) -> Callable[..., Any]:
+    """Return the function that computes the gradients of bias and activation for a layout."""
+    return (_bwd_triton if triton_runs_on(grad.device) else _bwd_cpu)(grad, *args)
 
 
 @registered("bias_act_fwd")
 def _bias_act_fwd(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
     """Compute GELU or QuickGELU of x + bias. This is the registered op."""
-    fwd = _fwd_triton if triton_runs_on(x.device) else _fwd_cpu
-    return fwd(x, bias, quick)
+    y: Tensor = _plan_fwd(x, bias, quick)(x, bias, quick)
+    return y
+
+
+_bias_act_fwd.planned_by(_plan_fwd)
 
 
 @_bias_act_fwd.register_fake
@@ -212,8 +251,12 @@ def _(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
 @registered("bias_act_bwd")
 def _bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of x, and of the bias in float32 (empty unless ``with_sums``)."""
-    bwd = _bwd_triton if triton_runs_on(x.device) else _bwd_cpu
-    return bwd(grad, x, bias, quick, with_sums)
+    args = grad, x, bias, quick, with_sums
+    dx, sums = _plan_bwd(*args)(*args)
+    return dx, x.new_empty(0, dtype=accumulate_dtype(x.dtype)) if sums is None else sums
+
+
+_bias_act_bwd.planned_by(_plan_bwd)
 
 
 @_bias_act_bwd.register_fake
@@ -231,9 +274,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of x and bias to autograd."""
     x, bias = ctx.saved_tensors
-    with_sums = ctx.needs_input_grad[1]
-    dx, sums = _bias_act_bwd(grad, x, bias, ctx.quick, with_sums)
-    return dx, sums.to(bias.dtype) if with_sums else None, None
+    options = ctx.quick, ctx.needs_input_grad[1]
+    tensors, args = (grad, x, bias), (grad, x, bias, *options)
+    dx, sums = (_bias_act_bwd.find(options, tensors) or _bias_act_bwd.learn(options, tensors, args))(*args)
+    if not options[1]:
+        return dx, None, None
+    return dx, sums if sums.dtype is bias.dtype else sums.to(bias.dtype), None
 
 
 _bias_act_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -270,14 +316,16 @@ def bias_quick_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor
 
 def _bias_act(op: str, x: Tensor, bias: Tensor, backend: str) -> Tensor:
     """Check the input of bias_gelu or bias_quick_gelu and compute it."""
+    options, tensors, args = (op, backend), (x, bias), (x, bias, op == "bias_quick_gelu")
+    compute = _bias_act_fwd.find(options, tensors)
+    if compute is not None:
+        return compute(*args)
     check_tensor(op, "x", x, None)
     check_parameter(op, "bias", bias, x)
-    quick = op == "bias_quick_gelu"
     if uses_reference(op, backend, x):
-        return reference.bias_quick_gelu(x, bias) if quick else reference.bias_gelu(x, bias)
+        return reference.bias_quick_gelu(x, bias) if args[2] else reference.bias_gelu(x, bias)
     check_float(op, x=x, bias=bias)
-    result: Tensor = _bias_act_fwd(x, bias, quick)
-    return result
+    return _bias_act_fwd.learn(options, tensors, args)(*args)
 
 
 def make(shape: RowShape, values: str, draw: Draw) -> Call:

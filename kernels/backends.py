@@ -3,13 +3,15 @@
 import functools
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 
+from .configs import MOST_PLANS, on_change
 from .launch import triton_runs_on
 
 P = ParamSpec("P")
@@ -19,8 +21,14 @@ BACKENDS = ("auto", "triton", "torch")
 COMPUTED_ON = ("cuda", "cpu", "meta")
 # The classes of tensors that hide nothing: fake tensors and distributed tensors have others.
 PLAIN = (Tensor, torch.nn.Parameter)
+MOST_ALIKE = 8  # kept calls with equal options and an equal size of their first tensor
 # The key of ``is_grads_batched``, which vectorises a backward pass without a transform of ``torch.func``.
 LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
+# A name of a module takes half the time of a name in a module of a module.
+num_dispatch_modes = torch._C._len_torch_dispatch_stack
+num_function_modes = torch._C._len_torch_function_stack
+profiler_enabled = torch._C._autograd._profiler_enabled
+is_dynamo_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 # PyTorch's ops within an implementation skip these steps of its dispatcher.
 NOT_INSIDE = functools.reduce(
     lambda keys, name: keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)),
@@ -78,6 +86,22 @@ def _is_transformed() -> bool:
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class _Way(NamedTuple):
+    """How calls of one layout are computed.
+
+    Attributes:
+        check: returns whether tensors have the layout.
+        autocast: the device type and the dtype of autocast, if the layout is one under autocast.
+        run: computes a call that needs no gradients.
+        apply: computes one that needs them, if a tensor of the layout requires a gradient.
+    """
+
+    check: Callable[..., bool]
+    autocast: tuple[str, torch.dtype] | None
+    run: Callable[..., Any]
+    apply: Callable[..., Any] | None
+
+
 class Op:
     """An op of PyTorch, ``clipfast::<name>``, on CPUs and GPUs, with a short way for eager calls.
 
@@ -87,17 +111,22 @@ class Op:
     class than PyTorch's own, or one whose memory does not hold its values. Both ways run the same implementation,
     without autocast and below autograd.
 
+    An op may have a planner, which decides from the layout of its arguments how to compute them. Then calls are kept
+    by their layout (:meth:`learn`), and a call like an earlier one (:meth:`find`) needs no checks and no decisions.
+
     A call of an op's derivative raises an error until it registers one. The backward ops register none, so a second
     derivative raises this error.
     """
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
         self.run, self._name = run, name
+        self._planner: Callable[..., Any] | None = None
+        self._known: dict[Any, tuple[_Way, ...]] = {}
+        on_change(self._known.clear)
 
         @functools.wraps(run)
-        def implementation(*args: Any, **kwargs: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-                return self.run(*args, **kwargs)
+        def implementation(*args: Any) -> Any:
+            return self._run_below(*args)
 
         devices = ("cuda", "cpu")
         self._op = torch.library.custom_op(f"clipfast::{name}", implementation, mutates_args=(), device_types=devices)
@@ -111,6 +140,7 @@ class Op:
             )
 
         self.register_autograd(no_derivative, setup_context=lambda *_: None, results=lambda *_: sys.maxsize)
+        self._has_derivative = False
 
     def register_autograd(
         self,
@@ -129,11 +159,14 @@ class Op:
                 and an eager call may not return them.
         """
 
-        def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-                outputs = self.run(*args)
-            setup_context(ctx, args, outputs)
-            return outputs[: results(*args)] if outputs.__class__ is tuple else outputs
+        def function_of(run: Callable[..., Any], count: int) -> Callable[..., Any]:
+            def forward(ctx: Any, *args: Any) -> Any:
+                outputs = run(*args)
+                setup_context(ctx, args, outputs)
+                return outputs[:count] if outputs.__class__ is tuple else outputs
+
+            methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+            return apply_of(type(f"clipfast_{self._name}", (torch.autograd.Function,), methods))
 
         def setup_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, tuple):
@@ -141,25 +174,105 @@ class Op:
             setup_context(ctx, inputs, output)
 
         self._op.register_autograd(backward, setup_context=setup_op)
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._apply = apply_of(type(f"clipfast_{self._name}", (torch.autograd.Function,), methods))
+        self._results, self._function_of = results, function_of
+        self._functions: dict[int, Callable[..., Any]] = {}
+        self._has_derivative = True
 
     def __call__(self, *args: Any) -> Any:
         """Call the op; keyword arguments are not taken."""
         if is_watched():
             return self._overload(*args)
+        if self._planner is not None:
+            _check_devices(args)
         needs_grad = False
         for x in args:
             if isinstance(x, Tensor):
-                # The memory of a sparse, negated or zero tensor does not hold its values; PyTorch resolves it first.
-                is_plain = x.__class__ in PLAIN and x.layout is torch.strided and not x.is_meta
-                if not is_plain or x.is_neg() or x._is_zerotensor():
+                if not _holds_its_values(x):
                     return self._overload(*args)
                 needs_grad = needs_grad or x.requires_grad
         if needs_grad and torch.is_grad_enabled():
-            return self._apply(*args)
+            count = self._results(*args)
+            if count not in self._functions:
+                self._functions[count] = self._function_of(self._run_below, count)
+            return self._functions[count](*args)
+        return self._run_below(*args)
+
+    def _run_below(self, *args: Any) -> Any:
+        """Run the implementation without autocast and below autograd."""
+        if self._planner is not None:
+            _check_devices(args)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return self.run(*args)
+
+    def planned_by(self, planner: Callable[..., Any]) -> None:
+        """Keep calls by their layout.
+
+        The planner gets the arguments of a call, and returns a function that computes it and all calls of its layout.
+        This may return None in place of an output that is empty.
+        """
+        self._planner = planner
+
+    def find(self, options: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Callable[..., Any] | None:
+        """Return how to compute a call like one that was kept, or None.
+
+        A call is like another one if its options are equal, and its tensors agree in everything that PyTorch's
+        dispatcher knows of them: class, dtype, device, sizes, strides, and transforms, modes and autocast around them.
+        One call to C++ compares all of this.
+        """
+        if is_dynamo_compiling() or tensors[0].__class__ not in PLAIN:
+            return None
+        try:
+            found = self._known.get((tensors[0].shape, len(tensors), options), ())
+        except TypeError:  # an option of a wrong type has no hash
+            return None
+        for check, autocast, run, apply in found:
+            if check(*tensors):
+                if num_dispatch_modes() or num_function_modes() or profiler_enabled() or forward_ad._current_level >= 0:
+                    break  # see is_observed; calling it would take as long as the questions
+                if autocast is not None and torch.get_autocast_dtype(autocast[0]) is not autocast[1]:
+                    break
+                return apply if apply is not None and is_grad_enabled() else run
+        return None
+
+    def learn(self, options: tuple[Any, ...], tensors: tuple[Tensor, ...], args: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return how to compute a call whose arguments were checked, and keep it for calls like this one.
+
+        Args:
+            options, tensors: the options and tensors of the call, as :meth:`find` gets them. All that was checked
+                follows from the options and from the layouts of the tensors.
+            args: the arguments of the op.
+        """
+        if is_watched():
+            return self
+        known = self.find(options, tensors)
+        if known is not None:
+            return known
+        try:
+            hash(options)
+        except TypeError:  # a list
+            return self
+        # The comparison in C++ takes each tensor once.
+        if len({*map(id, tensors)}) < len(tensors) or not all(map(_holds_its_values, tensors)):
+            return self
+        with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+            run = self._planner(*args)  # type: ignore[misc]
+        autocast, device_type = None, tensors[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            run, autocast = below_autograd(run), (device_type, torch.get_autocast_dtype(device_type))
+        apply = None
+        if any(x.requires_grad for x in tensors):
+            # The full way says that an op has no derivative.
+            apply = self._function_of(run, self._results(*args)) if self._has_derivative else self
+        layouts: Any = {
+            "dynamic_dims_sizes": [list(x.shape) for x in tensors],
+            "dynamic_dims_strides": [list(x.stride()) for x in tensors],
+        }
+        guards = TensorGuards(*tensors, **layouts)
+        if len(self._known) >= MOST_PLANS:
+            self._known.clear()
+        key = tensors[0].shape, len(tensors), options
+        self._known[key] = (_Way(guards.check, autocast, run, apply), *self._known.get(key, ()))[:MOST_ALIKE]
+        return self.find(options, tensors) or self
 
 
 def apply_of(function: Any) -> Callable[..., Any]:
@@ -182,11 +295,32 @@ def is_watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._dispatch_tls_is_dispatch_key_included(LEGACY_VMAP)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or is_observed()
     )
+
+
+def is_observed() -> bool:
+    """Return whether something that the dispatch keys of a tensor do not show asks for the registered op."""
+    return bool(num_dispatch_modes() or num_function_modes() or profiler_enabled() or forward_ad._current_level >= 0)
+
+
+def _holds_its_values(x: Tensor) -> bool:
+    """Return whether the memory of ``x`` holds its values; not that of a fake, sparse, negated or zero tensor.
+
+    PyTorch resolves these on the way to a registered op.
+    """
+    is_plain = x.__class__ in PLAIN and x.layout is torch.strided and not x.is_meta
+    return is_plain and not x.is_neg() and not x._is_zerotensor()
+
+
+def _check_devices(args: Sequence[Any]) -> None:
+    """Refuse tensors on several devices, as a hook of autograd may return them: kernels take addresses, which do not
+    say whose memory they are in.
+    """
+    devices = {x.device for x in args if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"the tensors of an op must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 def below_autograd(fn: Callable[P, R]) -> Callable[P, R]:

@@ -106,12 +106,19 @@ def planned(decide: Callable[P, R]) -> Callable[P, R]:
     """Keep the results of a function that decides from its arguments, the tables and the target of launches alone."""
     # The cache must tell 1 from 1.0, which are equal, because a kernel is compiled for only one of them.
     known: Any = functools.lru_cache(MOST_PLANS, typed=True)(decide)
-    _forget.append(known.cache_clear)
+    on_change(known.cache_clear)
     return known
 
 
+def on_change(forget: Callable[[], None]) -> None:
+    """Call ``forget`` whenever the tables or the target of launches change."""
+    _forget.append(forget)
+
+
 def forget_plans() -> None:
-    """Let every function that is :func:`planned` decide again, because the tables or the target of launches changed."""
+    """Let every function that is :func:`planned` decide again, and every op forget its calls, because the tables or
+    the target of launches changed.
+    """
     for forget in _forget:
         forget()
 

@@ -7,12 +7,14 @@ collects the launches of an op for a given architecture, without a GPU; the offl
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import KernelConfig, forget_plans, planned
@@ -88,10 +90,12 @@ def execute_on_cpu() -> Iterator[None]:
     """
     global _execute_on_cpu
     outer, _execute_on_cpu = _execute_on_cpu, True
+    forget_plans()
     try:
         yield
     finally:
         _execute_on_cpu = outer
+        forget_plans()
 
 
 @contextlib.contextmanager
@@ -179,7 +183,7 @@ class Plan:
     FP fusion is set explicitly: its default differs between Triton versions, and changes the last bits of the results.
     """
 
-    __slots__ = ("_constexprs", "_grid", "_index", "_kernel", "_numbers", "_options", "_rest", "_target", "compiled")
+    __slots__ = ("_constexprs", "_grid", "_kernel", "_numbers", "_options", "_target", "compiled", "index", "rest")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], *numbers: float, config: KernelConfig, device: torch.device,
@@ -193,7 +197,7 @@ class Plan:
         self._target = _target and _target_of(device)
         if self._target is not None and self._target.device is not None:
             device = self._target.device
-        self._index = device.index if device.type == "cuda" else None
+        self.index = device.index if device.type == "cuda" else None
         self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def start(self, *tensors: Any) -> None:
@@ -206,19 +210,25 @@ class Plan:
 
     def start_compiled(self, tensors: tuple[Any, ...]) -> bool:
         """Start the kernel that was compiled for such tensors; return False, and start nothing, if there is none."""
-        if not self.compiled or self._kernel.pre_run_hooks or _has_hooks():
-            return False
-        driver = triton.runtime.driver.active
-        if driver.get_current_device() != self._index:
+        if not self.compiled or not self.may_start():
             return False
         key, arguments = _bind(tensors)
         compiled = self.compiled.get(key)
         if compiled is None:
             return False
         run, grid, function, metadata, _ = compiled
-        stream = driver.get_current_stream(self._index)
-        run(*grid, stream, function, metadata, None, None, None, *arguments, *self._rest)
+        stream = driver.active.get_current_stream(self.index)
+        run(*grid, stream, function, metadata, None, None, None, *arguments, *self.rest)
         return True
+
+    def may_start(self) -> bool:
+        """Return whether the plan may start its compiled kernel: nobody watches launches, and its GPU is current."""
+        runtime = triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if self._kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return False
+        is_current: bool = driver.active.get_current_device() == self.index
+        return is_current
 
     def start_by_triton(self, tensors: tuple[Any, ...]) -> None:
         """Start the kernel by Triton's own way, or record its launch, and keep the compiled kernel."""
@@ -229,17 +239,55 @@ class Plan:
             named = dict(zip(kernel.arg_names, arguments, strict=False))
             self._target.launches.append(Launch(kernel, self._grid, named, self._constexprs, self._options))
             return
-        with contextlib.nullcontext() if self._index is None else torch.cuda.device(self._index):
+        with contextlib.nullcontext() if self.index is None else torch.cuda.device(self.index):
             compiled = kernel[self._grid](*arguments, **self._constexprs, **self._options)
-        if self._index is None or triton.__version__.rsplit(".", 1)[0] not in DIRECT_VERSIONS:
+        if self.index is None or triton.__version__.rsplit(".", 1)[0] not in DIRECT_VERSIONS:
             return
         if isinstance(compiled, CompiledKernel):
             constexprs = (self._constexprs[name] for name in kernel.arg_names[len(arguments) :])
-            self._rest = (*self._numbers, *constexprs)
+            self.rest = (*self._numbers, *constexprs)
             grid = (*self._grid, 1, 1)[:3]
             # A compiled kernel that nobody holds would unload its function.
             kept = compiled.run, grid, compiled.function, compiled.packed_metadata, compiled
             self.compiled[_bind(tensors)[0]] = kept
+
+
+class Start:
+    """The start of a plan with tensors of one layout: of the same dtypes, and with None in the same places.
+
+    After a first start, only the addresses have to be looked at.
+    """
+
+    __slots__ = ("_plan", "_ready")
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._ready: tuple[Any, ...] | None = None
+
+    def __call__(self, *tensors: Any) -> None:
+        """Start the kernel with tensors, tensor descriptors or None; an empty grid starts nothing."""
+        if self._ready is not None and self.at(*[0 if x is None else x.data_ptr() for x in tensors]):
+            return
+        self._plan.start(*tensors)
+        self.remember(tensors)
+
+    def remember(self, tensors: tuple[Any, ...]) -> None:
+        """Keep the compiled kernel for such tensors, unless one is a descriptor or begins at an odd address."""
+        key, arguments = _bind(tensors)
+        if False not in key and not any(x.__class__ is TensorDescriptor for x in arguments):
+            self._ready = self._plan.compiled.get(key)
+
+    def at(self, *addresses: int) -> bool:
+        """Start the kernel with tensors at these addresses, 0 for None; return False, and start nothing, if this is
+        no later start, or an address is none that the kernel was compiled for.
+        """
+        plan, ready = self._plan, self._ready
+        if ready is None or functools.reduce(operator.or_, addresses) % 16 or not plan.may_start():
+            return False
+        run, grid, function, metadata, _ = ready
+        stream = driver.active.get_current_stream(plan.index)
+        run(*grid, stream, function, metadata, None, None, None, *addresses, *plan.rest)
+        return True
 
 
 def _bind(tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
@@ -265,13 +313,6 @@ def _bind(tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
     return tuple(key), arguments
 
 
-def _has_hooks() -> bool:
-    """Return whether a profiler asked Triton to be told of every launch."""
-    runtime = triton.knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, config: KernelConfig, device: torch.device, **constexprs: Any
 ) -> None:
@@ -291,6 +332,13 @@ def launch(
         count -= 1
     plan = _plan_of(kernel, grid, config, device, tuple(constexprs.items()), *args[count:])
     plan.start(*args[:count])
+
+
+def plan_start(
+    kernel: Any, grid: tuple[int, ...], *numbers: float, config: KernelConfig, device: torch.device, **constexprs: Any
+) -> Start:
+    """Return the start of the planned launch that has these grid, numbers and constants, for tensors of one layout."""
+    return Start(_plan_of(kernel, grid, config, device, tuple(constexprs.items()), *numbers))
 
 
 @planned

@@ -12,7 +12,7 @@ import torch
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clipfast.kernels.launch import Plan
+from clipfast.kernels.launch import Plan, Start
 
 from .driver import Stub, TensorMap, tensors_of
 
@@ -42,8 +42,8 @@ class PackingError(Exception):
 def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[list[Watched]]:
     """Check the arguments of every launch in the context, whose tensors are those of ``device``; yield the launches.
 
-    A kernel that its plan can start by itself starts in both ways. With ``emptied``, kernels are compiled without their
-    bodies.
+    A kernel that its plan can start by itself, or by addresses, starts in all ways. With ``emptied``, kernels are
+    compiled without their bodies.
 
     Raises:
         PackingError: an argument reached the driver as another value, or as another value than by Triton's own way, or
@@ -67,8 +67,8 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
         seen.append(Watched(last.name.decode(), tuple(last.grid), last.block[0], maps))
         return compiled
 
-    def both_ways(plan: Plan, *tensors: Any) -> None:
-        """Start a kernel by its plan and by Triton on the stub, and check that the driver receives the same."""
+    def all_ways(plan: Plan, *tensors: Any) -> None:
+        """Start a kernel by its plan, by addresses and by Triton; check that the driver receives the same."""
         before, known = stub.counts.launches, dict(plan.compiled)
         plan.start_by_triton(tensors)
         if stub.counts.launches == before:
@@ -80,8 +80,13 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
         with torch.cuda.device(device):
             if plan.start_compiled(tensors) and _received(stub) != expected:
                 raise PackingError(f"a plan started {expected[0]} with {_received(stub)}, Triton with {expected}")
+            start = Start(plan)
+            start.remember(tensors)
+            addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else 0 for x in tensors]
+            if start.at(*addresses) and _received(stub) != expected:
+                raise PackingError(f"a start passed {_received(stub)}, Triton {expected}")
 
-    with mock.patch.object(JITFunction, "run", watching), mock.patch.object(Plan, "start", both_ways):
+    with mock.patch.object(JITFunction, "run", watching), mock.patch.object(Plan, "start", all_ways):
         yield seen
 
 

@@ -1,9 +1,16 @@
 """Attention on a CPU: PyTorch's own flash kernel, with the arguments and results of the launches."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
+
+# PyTorch's ops without their Python wrappers
+_flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default._op
+_flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default._op
 
 
 def forward(
@@ -15,38 +22,92 @@ def forward(
         lse = q.new_full((batch, heads, m), float("inf"), dtype=accumulate_dtype(q.dtype))
         return q.new_zeros(q.shape), lse
     k, v, mask = _without_hidden(k, v, seqlens)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(q, k, v), is_causal=causal, attn_mask=mask, scale=scale
-    )
+    out, lse = _flash(*_heads_first(q, k, v), 0.0, causal, attn_mask=mask, scale=scale)
     out = out.transpose(1, 2)
     if seqlens is not None:
         is_empty = (seqlens == 0)[:, None, None]
         out, lse = out.masked_fill(is_empty[..., None], 0), lse.masked_fill(is_empty, float("inf"))
-    return out.contiguous(), lse.contiguous()
+    return out.contiguous(), lse
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
-    causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
-) -> Tensor | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``, and return the same gradient as ``launches.backward``."""
+    causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v to ``grads``."""
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()
-    else:
-        k, v, mask = _without_hidden(k, v, seqlens)
-        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_heads_first(grad_out, q, k, v, out), lse, 0.0, causal, attn_mask=mask, scale=scale
-        )
-        for grad, result in zip(grads, results, strict=True):
-            grad.copy_(result.transpose(1, 2))
-            if seqlens is not None:
-                grad.masked_fill_((seqlens == 0)[:, None, None, None], 0)
-    if not with_sums:
-        return None
-    dtype = accumulate_dtype(q.dtype)
-    dq, dv = grads[0].flatten(2).sum((0, 1), dtype=dtype), grads[2].flatten(2).sum((0, 1), dtype=dtype)
-    return torch.stack([dq, torch.zeros_like(dq), dv])
+        return
+    k, v, mask = _without_hidden(k, v, seqlens)
+    results = _flash_backward(*_heads_first(grad_out, q, k, v, out), lse, 0.0, causal, attn_mask=mask, scale=scale)
+    for grad, result in zip(grads, results, strict=True):
+        grad.copy_(result.transpose(1, 2))
+        if seqlens is not None:
+            grad.masked_fill_((seqlens == 0)[:, None, None, None], 0)
+
+
+def forward_packed(
+    qkv: Tensor, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes attention on packed projections of a layout; its results are those of
+    :func:`forward`, with the output as [B, N, H * D].
+    """
+    shape = _packed_shape(qkv, num_heads)
+    out_shape = *qkv.shape[:2], qkv.shape[-1] // 3
+    is_plain = _is_plain(qkv, seqlens)
+
+    def run(qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        views = qkv.view(shape)
+        if is_plain:
+            out, lse = _flash(*views.permute(2, 0, 3, 1, 4).unbind(0), 0.0, causal, scale=scale)
+            return out.transpose(1, 2).reshape(out_shape), lse
+        q, k, v = views.unbind(2)
+        out, lse = forward(q, k, v, seqlens, causal, scale)
+        return out.view(out_shape), lse
+
+    return run
+
+
+def backward_packed(
+    qkv: Tensor, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float, with_bias: bool
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return the function that computes the gradients of packed projections of a layout, and of their bias."""
+    shape, dtype = _packed_shape(qkv, num_heads), accumulate_dtype(qkv.dtype)
+    out_shape = *shape[:2], *shape[3:]
+    is_plain, width = _is_plain(qkv, seqlens), qkv.shape[-1] // 3
+
+    def run(
+        grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_out, out, views = grad_out.reshape(out_shape), out.view(out_shape), qkv.view(shape)
+        if is_plain:
+            q, k, v = views.permute(2, 0, 3, 1, 4).unbind(0)
+            heads_first = _heads_first(grad_out)[0], q, k, v, out.transpose(1, 2)
+            grads = _flash_backward(*heads_first, lse, 0.0, causal, scale=scale)
+            grad_qkv = torch.stack([grad.transpose(1, 2) for grad in grads], 2).view(qkv.shape)
+        else:
+            grad_qkv = qkv.new_empty(qkv.shape)
+            (q, k, v), (dq, dk, dv) = views.unbind(2), grad_qkv.view(shape).unbind(2)
+            backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv))
+        if not with_bias:
+            return grad_qkv, None
+        grad_bias = grad_qkv.sum((0, 1), dtype=dtype)
+        grad_bias[width : 2 * width] = 0
+        return grad_qkv, grad_bias
+
+    return run
+
+
+def _packed_shape(qkv: Tensor, num_heads: int) -> tuple[int, ...]:
+    """Return the shape [B, N, 3, H, D] of the heads in a packed projection."""
+    batch, length, width = qkv.shape
+    return batch, length, 3, num_heads, width // (3 * num_heads)
+
+
+def _is_plain(qkv: Tensor, seqlens: Tensor | None) -> bool:
+    """Return whether PyTorch's flash kernel takes a packed projection as it is."""
+    return seqlens is None and qkv.numel() > 0 and qkv.stride(-1) == 1
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -9,8 +9,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E, cdiv, next_power_of_2
 from ..configs import ShortConfig, looped_config, planned, sdpa_config, short_config
@@ -55,24 +53,8 @@ def least_keys_of_sdpa(arch: int, dtype: torch.dtype, head_dim: int, *, causal: 
     return found.min_keys_causal if causal else found.min_keys
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return the output [B, M, H, D], contiguous, and the log-sum-exp of the scores over ``scale``, [B, H, M]."""
-    q, k, v = _with_near_heads(q, k, v)
-    batch, m, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, m), dtype=torch.float32, device=q.device)
-    plan, walks, block_n = _forward_plan(
-        q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride()),
-        seqlens is not None, causal, scale, _are_aligned(k, v),
-    )  # fmt: skip
-    plan.start(q, k, v, *(_tiles(block_n, k, v) if walks else ()), out, lse, seqlens)
-    return out, lse
-
-
 @planned
-def _forward_plan(
+def forward_plan(
     device: torch.device, dtype: torch.dtype, q_shape: tuple[int, ...], n: int, strides: tuple[tuple[int, ...], ...],
     has_seqlens: bool, causal: bool, scale: float, is_aligned: bool,
 ) -> tuple[Plan, bool, int]:  # fmt: skip
@@ -99,46 +81,7 @@ def _forward_plan(
     return plan, True, cfg.block_n if is_tiled else 0
 
 
-def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
-    causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
-) -> Tensor | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``, in which the heads of a token must be contiguous.
-
-    Returns:
-        The gradient of a bias on the projection in float32, [3, H * D]: the sums over batch and tokens of dq and of dv,
-        and zeros between them. None without ``with_sums``.
-    """
-    q, k, v, grad_out = _with_near_heads(q, k, v, grad_out)
-    how = _backward_plan(
-        q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride(), grad_out.stride()),
-        tuple([grad.stride() for grad in grads]), seqlens is not None, causal, scale, with_sums,
-        _are_aligned(q, k, v, grad_out),
-    )  # fmt: skip
-    sums = _sums(q, *how.sums, with_sums)
-    of_q, of_v = sums[0], sums[1]
-    if how.kernel == "unrolled":
-        how.plans[0].start(q, k, v, out, grad_out, lse, seqlens, *grads, of_q, of_v)
-    elif how.kernel == "short":
-        how.plans[0].start(q, k, v, grad_out, lse, seqlens, *grads, of_q, of_v)
-    else:
-        stats = lse.new_empty((*lse.shape[:2], 2, how.rows))
-        of_query, of_key = how.plans
-        keys, queries = _tiles(how.tiles[0], k, v), _tiles(how.tiles[1], q, grad_out)
-        of_query.start(q, k, v, *keys, out, grad_out, lse, seqlens, stats, grads[0], of_q)
-        of_key.start(q, k, v, grad_out, *queries, stats, seqlens, *grads[1:], of_v)
-    if not with_sums:
-        return None
-    grad_bias = torch.zeros((3, of_q.shape[-1]), dtype=torch.float32, device=q.device)
-    if isinstance(sums, Tensor):
-        torch.sum(sums, 1, out=grad_bias[::2])
-    else:
-        for rows, total in zip(sums, (grad_bias[0], grad_bias[2]), strict=True):
-            torch.sum(rows.flatten(0, 1), 0, out=total)
-    return grad_bias
-
-
-class _Backward(NamedTuple):
+class BackwardPlan(NamedTuple):
     """How the gradients of attention are computed at a layout.
 
     Attributes:
@@ -157,11 +100,11 @@ class _Backward(NamedTuple):
 
 
 @planned
-def _backward_plan(
+def backward_plan(
     device: torch.device, dtype: torch.dtype, q_shape: tuple[int, ...], n: int, strides: tuple[tuple[int, ...], ...],
     grad_strides: tuple[tuple[int, ...], ...], has_seqlens: bool, causal: bool, scale: float, with_sums: bool,
     is_aligned: bool,
-) -> _Backward:  # fmt: skip
+) -> BackwardPlan:  # fmt: skip
     """Plan the gradients for q, k, v and the upstream gradient with these strides."""
     batch, m, heads, head_dim = q_shape
     scales = scale * LOG2E, scale
@@ -174,17 +117,17 @@ def _backward_plan(
         block = unrolled.block_m
         options |= {"M_PARTS": (block,) * (m // block) + _rest(m, block), "N_PARTS": (block,) * cdiv(n, block)}
         plan = Plan(_unrolled_bwd_kernel, grid, *numbers, config=unrolled, device=device, **options)
-        return _Backward("unrolled", (plan,))
+        return BackwardPlan("unrolled", (plan,))
     if short is not None:
         options |= {"BLOCK_M": short.block_m, "BLOCK_N": max(16, next_power_of_2(n))}
-        return _Backward("short", (Plan(_short_bwd_kernel, grid, *numbers, config=short, device=device, **options),))
+        return BackwardPlan("short", (Plan(_short_bwd_kernel, grid, *numbers, config=short, device=device, **options),))
     return _two_phases(device, dtype, q_shape, n, strides, grad_strides, scales, options, is_aligned)
 
 
 def _two_phases(
     device: torch.device, dtype: torch.dtype, q_shape: tuple[int, ...], n: int, strides: tuple[tuple[int, ...], ...],
     grad_strides: tuple[tuple[int, ...], ...], scales: tuple[float, float], options: dict[str, Any], is_aligned: bool,
-) -> _Backward:  # fmt: skip
+) -> BackwardPlan:  # fmt: skip
     """Plan the gradients of attention by the two looped kernels."""
     batch, m, heads, head_dim = q_shape
     arch, (of_q, of_k, of_v, of_grad) = arch_of(device), strides
@@ -208,16 +151,7 @@ def _two_phases(
         TAIL=_tail(m, key.block_m, False, False) if has_queries else 0, IS_HELD=_is_held(arch, dtype), **options,
     )  # fmt: skip
     tiles = query.block_n if has_keys else 0, key.block_m if has_queries else 0
-    return _Backward("two_phase", (first, second), (num_m, num_n), rows, tiles)
-
-
-def _with_near_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors [B, N, H, D], each copied if the offset of its last head within an image needs more than 32 bits.
-
-    The kernels compute this offset in 32 bits: with 64 bits they would take more registers, and a quarter fewer
-    programs would run at once.
-    """
-    return tuple([x if (x.shape[2] - 1) * x.stride(2) < 2**31 else x.contiguous() for x in tensors])
+    return BackwardPlan("two_phase", (first, second), (num_m, num_n), rows, tiles)
 
 
 def _of_whole_heads(
@@ -230,25 +164,12 @@ def _of_whole_heads(
     return unrolled, short_config("attention_short_bwd", arch, dtype, head_dim, n)
 
 
-def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Return buffers for the sums of dq and of dv over the rows of each tile; empty unless ``wanted``.
-
-    They are [B, tiles, H * D] each; a single tensor [2, B, H * D] if each sequence is one tile.
-    """
-    batch, _, heads, head_dim = q.shape
-    width = heads * head_dim if wanted else 0
-    if num_q == num_k == 1:
-        return torch.empty((2, batch, width), dtype=torch.float32, device=q.device)
-    dq, dv = (torch.empty((batch, num, width), dtype=torch.float32, device=q.device) for num in (num_q, num_k))
-    return dq, dv
-
-
 def _options(head_dim: int, strides: tuple[tuple[int, ...], ...], has_seqlens: bool, causal: bool) -> dict[str, Any]:
     """Return the compile-time constants that all attention kernels take for tensors [B, N, H, D] with these strides."""
     # Every head begins at a multiple of this number of elements.
     multiple = math.gcd(8, head_dim, *(stride for each in strides for stride in (each[0], each[2])))
     return {
-        "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "MULTIPLE": multiple,
+        "HEAD_DIM": head_dim, "D_PARTS": head_parts(head_dim), "MULTIPLE": multiple,
         "IS_CAUSAL": causal, "HAS_SEQLENS": has_seqlens,
     }  # fmt: skip
 
@@ -267,28 +188,6 @@ def _rest(rows: int, block: int) -> tuple[int, ...]:
     is left.
     """
     return (max(16, next_power_of_2(rows % block)),) if rows % block else ()
-
-
-def _tiles(rows: int, *sources: Tensor) -> list[TensorDescriptor | None]:
-    """Return the arguments of :func:`walked_rows` for blocks of ``rows`` rows: two descriptors of each source, or None
-    if there are no rows.
-
-    Keys with ``seqlens`` have no descriptors: a descriptor would also load the hidden tokens of an image, which may
-    hold NaN, and NaN times a probability of zero is NaN.
-    """
-    if not rows:
-        return [None, None] * len(sources)
-    parts = _head_parts(sources[0].shape[-1])
-    found: list[TensorDescriptor | None] = []
-    for x in sources:
-        found += [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, part]) for part in parts]
-        found += [None] * (2 - len(parts))
-    return found
-
-
-def _are_aligned(*tensors: Tensor) -> bool:
-    """Return whether descriptors may begin where the tensors begin: at a multiple of 16 bytes."""
-    return not any(x.data_ptr() % 16 for x in tensors)
 
 
 def _are_tileable(arch: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> bool:
@@ -316,7 +215,7 @@ def _parts(n: int) -> tuple[int, ...]:
     return tuple(2**bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1)
 
 
-def _head_parts(head_dim: int) -> tuple[int, ...]:
+def head_parts(head_dim: int) -> tuple[int, ...]:
     """Split a head dimension as :func:`_parts` does, but round it up to a power of two if that gives three parts.
 
     The three parts of 104, for example, do not fit into the registers of sm_80.

@@ -17,7 +17,6 @@ backward. It takes 4 N^2 D FLOPs forward, and 10 N^2 D (short, unrolled) or 14 N
 Method: FlashAttention (Dao et al. 2022) and FlashAttention-2 (Dao 2023).
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,26 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import Op, registered, uses_reference
 from ..checks import check_bool, check_float, check_like, check_parameter, check_seqlens, check_tensor
 from ..configs import HEAD_DIMS, planned
 from ..dtypes import accumulate_dtype, autocast_to
 from ..launch import arch_of, triton_runs_on
-from . import cpu, launches
+from . import calls, launches
 
 MAX_HEAD_DIM = 128
-
-
-def _kernels(x: Tensor) -> ModuleType:
-    """Return the module that computes attention for ``x``: the Triton launches, or PyTorch on a CPU."""
-    return launches if triton_runs_on(x.device) else cpu
-
-
-def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the queries, keys and values [B, N, H, D] as views of a packed projection."""
-    batch, length, width = qkv.shape
-    q, k, v = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads)).unbind(2)
-    return q, k, v
 
 
 @registered("attention_fwd")
@@ -52,8 +39,12 @@ def _attention_fwd(
     qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on a packed projection. This is the registered op."""
-    out, lse = _kernels(qkv).forward(*_views(qkv, num_heads), seqlens, causal, scale)
-    return out.flatten(2), lse
+    args = qkv, bias, seqlens, num_heads, causal, scale
+    out, lse = calls.plan_forward(*args)(*args)
+    return out, lse.contiguous()
+
+
+_attention_fwd.planned_by(calls.plan_forward)
 
 
 @_attention_fwd.register_fake
@@ -71,13 +62,12 @@ def _attention_bwd(
     num_heads: int, causal: bool, scale: float, with_bias: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of a packed projection and of its bias. This is the registered op."""
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    views = _views(qkv, num_heads)
-    grad_bias = _kernels(qkv).backward(
-        grad_out.reshape(views[0].shape), *views, out.view(views[0].shape), lse, seqlens, causal, scale,
-        _views(grad_qkv, num_heads), with_bias,
-    )  # fmt: skip
-    return grad_qkv, lse.new_empty(0) if grad_bias is None else grad_bias.flatten()
+    args = grad_out, qkv, seqlens, out, lse, num_heads, causal, scale, with_bias
+    grad_qkv, grad_bias = calls.plan_backward(*args)(*args)
+    return grad_qkv, lse.new_empty(0) if grad_bias is None else grad_bias
+
+
+_attention_bwd.planned_by(calls.plan_backward)
 
 
 @_attention_bwd.register_fake
@@ -101,8 +91,21 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | Non
     if grad_out is None:
         return (None,) * 6
     with_bias = ctx.needs_input_grad[1]
-    grad_qkv, grad_bias = _attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, with_bias)
-    return grad_qkv, grad_bias.to(ctx.bias_dtype) if with_bias else None, None, None, None, None
+    grad_qkv, grad_bias = _call_backward(_attention_bwd, grad_out, ctx.saved_tensors, 1, (*ctx.options, with_bias))
+    if with_bias and grad_bias.dtype is not ctx.bias_dtype:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_qkv, grad_bias if with_bias else None, None, None, None, None
+
+
+def _call_backward(
+    op: Op, grad_out: Tensor, saved: tuple[Tensor | None, ...], place: int, options: tuple[Any, ...]
+) -> Any:
+    """Call a backward op with the saved tensors, of which number ``place`` holds the lengths or is None."""
+    tensors: Any = (grad_out, *saved)
+    if saved[place] is None:
+        tensors = (grad_out, *saved[:place], *saved[place + 1 :])
+    args = grad_out, *saved, *options
+    return (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -113,8 +116,12 @@ def _attention_qkv_fwd(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on separate tensors. This is the registered op."""
-    out, lse = _kernels(q).forward(q, k, v, seqlens, causal, scale)
-    return out, lse
+    args = q, k, v, seqlens, causal, scale
+    out, lse = calls.plan_qkv_forward(*args)(*args)
+    return out, lse.contiguous()
+
+
+_attention_qkv_fwd.planned_by(calls.plan_qkv_forward)
 
 
 @_attention_qkv_fwd.register_fake
@@ -129,9 +136,11 @@ def _attention_qkv_bwd(
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of attention on separate tensors. This is the registered op."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    _kernels(q).backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
-    return dq, dk, dv
+    args = grad_out, q, k, v, seqlens, out, lse, causal, scale
+    return calls.plan_qkv_backward(*args)(*args)
+
+
+_attention_qkv_bwd.planned_by(calls.plan_qkv_backward)
 
 
 @_attention_qkv_bwd.register_fake
@@ -153,7 +162,8 @@ def _qkv_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor |
     """Return the gradients of queries, keys and values to autograd."""
     if grad_out is None:
         return (None,) * 6
-    return *_attention_qkv_bwd(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None
+    grads = _call_backward(_attention_qkv_bwd, grad_out, ctx.saved_tensors, 3, tuple(ctx.options))
+    return *grads, None, None, None
 
 
 _attention_qkv_fwd.register_autograd(_qkv_backward, setup_context=_setup_qkv_context)
@@ -193,6 +203,12 @@ def attention(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "attention"
+    options = num_heads, num_heads.__class__, causal, causal.__class__, scale, scale.__class__, backend
+    if seqlens is None:
+        compute = _attention_fwd.find((True, *options), (qkv,) if bias is None else (qkv, bias))
+        if compute is not None:
+            scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
+            return compute(qkv, bias, None, num_heads, causal, scale)[0]
     _check_packed(op, qkv, num_heads, bias)
     seqlens = _check_options(op, causal, scale, seqlens, qkv)
     qkv = autocast_to(qkv)
@@ -203,8 +219,10 @@ def attention(
     if takes_sdpa(backend, qkv.device, qkv.dtype, head_dim, qkv.shape[1], seqlens, causal):
         if bias is not None:
             qkv = reference.with_bias_gradient(qkv, bias)
-        return _sdpa(*_views(qkv, num_heads), causal, scale).flatten(2)
-    return _attention_fwd(qkv, bias, seqlens, num_heads, causal, scale)[0]
+        return _sdpa(*calls.views_of(qkv, num_heads), causal, scale).flatten(2)
+    args = qkv, bias, seqlens, num_heads, causal, scale
+    tensors = tuple([x for x in args[:3] if x is not None])
+    return _attention_fwd.learn((seqlens is None, *options), tensors, args)(*args)[0]
 
 
 def attention_qkv(
@@ -237,6 +255,11 @@ def attention_qkv(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "attention_qkv"
+    options = causal, causal.__class__, scale, scale.__class__, backend
+    if seqlens is None:
+        compute = _attention_qkv_fwd.find((True, *options), (q, k, v))
+        if compute is not None:
+            return compute(q, k, v, None, causal, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, x, 4)
         check_like(op, name, x, "q", q)
@@ -253,7 +276,9 @@ def attention_qkv(
     scale = head_dim**-0.5 if scale is None else float(scale)
     if takes_sdpa(backend, q.device, q.dtype, head_dim, k.shape[1], seqlens, causal):
         return _sdpa(q, k, v, causal, scale)
-    return _attention_qkv_fwd(q, k, v, seqlens, causal, scale)[0]
+    tensors = (q, k, v) if seqlens is None else (q, k, v, seqlens)
+    args = q, k, v, seqlens, causal, scale
+    return _attention_qkv_fwd.learn((seqlens is None, *options), tensors, args)(*args)[0]
 
 
 def takes_sdpa(

@@ -1,53 +1,72 @@
 """Attention pooling on a CPU, in plain PyTorch, with the arguments and results of the launches.
 
-The log-sum-exp is to the base e here (the kernels take base 2). Products are in float32 or wider, as in the kernels.
+Products are in float32 or wider, as in the kernels. The backward pass computes the weights again from the scores, so
+the log-sum-exp is zeros here.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 
+# PyTorch's op without its Python wrapper
+_softmax_backward: Any = torch.ops.aten._softmax_backward_data.default._op
 
-def forward(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the pooled tokens [B, H, C] and the log-sum-exp [B, H] of the scores."""
-    q, x = _wide(query, tokens)
-    x, hidden = _without_hidden(x, seqlens)
-    scores = q @ x.transpose(1, 2)
-    if hidden is not None:
-        scores.masked_fill_(hidden, float("-inf"))
-    lse = scores.logsumexp(-1, keepdim=True)
-    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-    return ((scores - lse).exp() @ x).to(query.dtype), lse.squeeze(-1)
+
+def forward(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes the pooled tokens [B, H, C] and zeros [B, H]."""
+    dtype = accumulate_dtype(query.dtype)
+
+    def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, x, hidden = _operands(query, tokens, seqlens, dtype)
+        out = torch.bmm(_weights(q, x.mT, hidden), x)
+        return out if out.dtype is query.dtype else out.to(query.dtype), query.new_zeros(query.shape[:2], dtype=dtype)
+
+    return compute
 
 
 def backward(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the queries [B, H, C] and of the tokens [B, N, C]."""
-    do, q, x = _wide(grad_out, query, tokens)
-    x, hidden = _without_hidden(x, seqlens)
-    p = (q @ x.transpose(1, 2) - lse[..., None]).exp_()
-    if hidden is not None:
-        p.masked_fill_(hidden, 0)
-    dp = do @ x.transpose(1, 2)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    dx = p.transpose(1, 2) @ do + ds.transpose(1, 2) @ q
-    return (ds @ x).to(query.dtype), dx.to(tokens.dtype)
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes the gradients of the queries [B, H, C] and of the tokens [B, N, C]."""
+    dtype = accumulate_dtype(query.dtype)
+
+    def compute(
+        grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        q, x, hidden = _operands(query, tokens, seqlens, dtype)
+        do, x_t = grad_out if grad_out.dtype is dtype else grad_out.to(dtype), x.mT
+        p = _weights(q, x_t, hidden)
+        ds = _softmax_backward(torch.bmm(do, x_t), p, -1, dtype)
+        dq, dx = torch.bmm(ds, x), torch.baddbmm(torch.bmm(p.mT, do), ds.mT, q)
+        return (dq, dx) if query.dtype is dtype else (dq.to(query.dtype), dx.to(query.dtype))
+
+    return compute
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """Return the operands of attention pooling in float32, or in float64 if they are float64."""
-    dtype = accumulate_dtype(tensors[0].dtype)
-    return [x.to(dtype) for x in tensors]
-
-
-def _without_hidden(tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the tokens with zeros at the hidden ones, and the mask [B, 1, N] that is True for a hidden token.
+def _operands(
+    query: Tensor, tokens: Tensor, seqlens: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return queries and tokens in ``dtype``, with zeros at the hidden tokens, and the mask [B, 1, N] that is True for
+    a hidden token.
 
     A hidden token may hold NaN, and NaN times a weight of zero is NaN.
     """
+    if query.dtype is not dtype:
+        query, tokens = query.to(dtype), tokens.to(dtype)
     if seqlens is None:
-        return tokens, None
+        return query, tokens, None
     hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]
-    return tokens.masked_fill(hidden[..., None], 0), hidden[:, None]
+    return query, tokens.masked_fill(hidden[..., None], 0), hidden[:, None]
+
+
+def _weights(q: Tensor, x_t: Tensor, hidden: Tensor | None) -> Tensor:
+    """Return the weights [B, H, N] of the tokens; zeros where all tokens are hidden."""
+    scores = torch.bmm(q, x_t)
+    if hidden is None:
+        return torch.softmax(scores, -1)
+    # The softmax over no tokens is NaN.
+    return torch.softmax(scores.masked_fill_(hidden, float("-inf")), -1).masked_fill_(hidden, 0)

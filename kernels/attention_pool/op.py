@@ -15,7 +15,7 @@ The kernels read the tokens twice in the forward pass, the second time from the 
 FLOPs: 4 B H N C forward, 10 B H N C backward.
 """
 
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -30,16 +30,23 @@ from . import cpu, launches
 MAX_HEADS, MAX_TOKENS = 64, 1024
 
 
-def _path(x: Tensor) -> ModuleType:
-    """Return the module that computes attention pooling for ``x``: the Triton launches, or PyTorch on a CPU."""
-    return launches if triton_runs_on(x.device) else cpu
+def _plan_forward(query: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes attention pooling for a layout."""
+    return (launches if triton_runs_on(query.device) else cpu).forward(query, *args)
+
+
+def _plan_backward(grad_out: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes the gradients of attention pooling for a layout."""
+    return (launches if triton_runs_on(grad_out.device) else cpu).backward(grad_out, *args)
 
 
 @registered("attention_pool_fwd")
 def _pool_fwd(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute attention pooling. This is the registered op."""
-    out, lse = _path(query).forward(query, tokens, seqlens)
-    return out, lse
+    return _plan_forward(query, tokens, seqlens)(query, tokens, seqlens)
+
+
+_pool_fwd.planned_by(_plan_forward)
 
 
 @_pool_fwd.register_fake
@@ -52,8 +59,11 @@ def _pool_bwd(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of attention pooling. This is the registered op."""
-    dq, dx = _path(query).backward(grad_out, query, tokens, seqlens, lse)
-    return dq, dx
+    args = grad_out, query, tokens, seqlens, lse
+    return _plan_backward(*args)(*args)
+
+
+_pool_bwd.planned_by(_plan_backward)
 
 
 @_pool_bwd.register_fake
@@ -71,7 +81,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | Non
     """Return the gradients of queries and tokens to autograd."""
     if grad_out is None:
         return None, None, None
-    dq, dx = _pool_bwd(grad_out, *ctx.saved_tensors)
+    args = grad_out, *ctx.saved_tensors
+    tensors = (*args[:3], args[4]) if args[3] is None else args
+    dq, dx = (_pool_bwd.find((), tensors) or _pool_bwd.learn((), tensors, args))(*args)
     return dq, dx, None
 
 
@@ -97,6 +109,10 @@ def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = No
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "attention_pool"
+    if seqlens is None:
+        compute = _pool_fwd.find((backend,), (query, tokens))
+        if compute is not None:
+            return compute(query, tokens, None)[0]
     check_tensor(op, "query", query, 3)
     check_tensor(op, "tokens", tokens, 3)
     check_like(op, "tokens", tokens, "query", query)
@@ -115,4 +131,6 @@ def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = No
             f"{op}: at most {MAX_HEADS} queries and {MAX_TOKENS} tokens, got {query.shape[1]} and {tokens.shape[1]}: "
             "use attention_qkv or backend='torch'"
         )
-    return _pool_fwd(query, tokens, seqlens)[0]
+    args = query, tokens, seqlens
+    tensors = (query, tokens) if seqlens is None else (query, tokens, seqlens)
+    return _pool_fwd.learn((backend,), tensors, args)(*args)[0]

@@ -4,39 +4,59 @@ rows.
 The functions have the arguments and results of those in ``launches``; with float64 input they compute in float64.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 
+# PyTorch's op without its Python wrapper
+_backward: Any = torch.ops.aten.native_layer_norm_backward.default._op
 
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the layer norm y, the sum s (empty without a residual), and mean and rstd [...] of each row."""
-    s = x if residual is None else torch.add(x, residual).to(residual.dtype).contiguous()
-    dtype = accumulate_dtype(s.dtype)
-    y, mean, rstd = torch.native_layer_norm(s.to(dtype), s.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
-    return y.to(x.dtype), s.new_empty(0) if residual is None else s, mean.squeeze(-1), rstd.squeeze(-1)
+
+def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Callable[..., Any]:
+    """Return the function that computes the layer norm y, the sum s (None without a residual), and mean and rstd
+    [..., 1] of each row.
+    """
+    dtype, shape = accumulate_dtype((x if residual is None else residual).dtype), x.shape[-1:]
+    tensors = [x, weight, bias] if residual is None else [x, weight, bias, residual]
+    is_same = all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
+
+    def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, _: float) -> tuple[Any, ...]:
+        s = x if residual is None else torch.add(x, residual)
+        if is_same:
+            y, mean, rstd = torch.native_layer_norm(s, shape, weight, bias, eps)
+            return y, None if residual is None else s, mean, rstd
+        if residual is not None:
+            s = s.to(residual.dtype).contiguous()
+        y, mean, rstd = torch.native_layer_norm(s.to(dtype), shape, weight.to(dtype), bias.to(dtype), eps)
+        return y.to(x.dtype), None if residual is None else s, mean, rstd
+
+    return compute
 
 
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ds, dx (empty if it has the dtype of ds), and dw and db [2, N] (empty unless ``with_sums``)."""
-    dtype = accumulate_dtype(s.dtype)
-    weight = weight.to(dtype)
-    ds, *sums = torch.ops.aten.native_layer_norm_backward(
-        grad_y.to(dtype),
-        s.to(dtype),
-        s.shape[-1:],
-        mean.unsqueeze(-1),
-        rstd.unsqueeze(-1),
-        weight,
-        weight,
-        [True, with_sums, with_sums],
-    )
-    if grad_s is not None:
-        ds += grad_s
-    dx = ds.to(grad_y.dtype) if grad_y.dtype != s.dtype else grad_y.new_empty(0)
-    return ds.to(s.dtype), dx, torch.stack(sums) if with_sums else weight.new_empty(2, 0)
+) -> Callable[..., Any]:
+    """Return the function that computes ds, dx (None if it has the dtype of ds), and dw and db (None unless
+    ``with_sums``).
+    """
+    dtype, shape, mask = accumulate_dtype(s.dtype), s.shape[-1:], [True, with_sums, with_sums]
+    is_same = grad_y.dtype == s.dtype == weight.dtype == dtype
+
+    def compute(
+        grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, _: bool
+    ) -> tuple[Any, ...]:
+        if is_same:
+            ds, *sums = _backward(grad_y, s, shape, mean, rstd, weight, weight, mask)
+            return ds if grad_s is None else ds.add_(grad_s), None, tuple(sums) if with_sums else None
+        wide = weight.to(dtype)
+        ds, *sums = _backward(grad_y.to(dtype), s.to(dtype), shape, mean, rstd, wide, wide, mask)
+        if grad_s is not None:
+            ds += grad_s
+        dx = ds.to(grad_y.dtype) if grad_y.dtype != s.dtype else None
+        return ds.to(s.dtype), dx, tuple(sums) if with_sums else None
+
+    return compute

@@ -3,12 +3,15 @@
 Streams and their gradients are [..., N] with any strides. ``cpu`` has the same two functions.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..common import cdiv, new_contiguous, next_power_of_2, row_layout
+from ..common import as_rows, cdiv, new_tensors, next_power_of_2, num_rows, row_strides
 from ..configs import RowConfig, planned, row_config
-from ..launch import Plan, arch_of, programs_at_once
+from ..launch import Plan, Start, arch_of, programs_at_once
 from .kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
 
 # About how many registers a thread takes if a configuration sets no limit. Parameters stay in registers, and so do the
@@ -61,38 +64,65 @@ def _backward_plan(
     return plan, programs
 
 
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the layer norm y, the sum s (empty without a residual), and mean and rstd [...] of each row."""
-    *rows, width = x.shape
-    y = new_contiguous(x)
-    s = x.new_empty(0) if residual is None else new_contiguous(residual)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    x, x_strides = row_layout(x)
-    stream, stream_strides = (x, x_strides) if residual is None else row_layout(residual)
-    plan = _forward_plan(
-        x.device, stream.dtype, mean.numel(), width, x_strides, stream_strides, eps, residual is not None
+def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Callable[..., Any]:
+    """Plan layer norms of a layout.
+
+    Returns:
+        The function that computes the layer norm y, the sum s (None without a residual), and mean and rstd [..., 1] of
+        each row.
+    """
+    stream = x if residual is None else residual
+    (x_strides, x_copied), (stream_strides, stream_copied) = row_strides(x), row_strides(stream)
+    start = Start(
+        _forward_plan(
+            x.device, stream.dtype, num_rows(x), x.shape[-1], x_strides, stream_strides, eps, residual is not None
+        )
     )
-    plan.start(x, None if residual is None else stream, weight.contiguous(), bias.contiguous(), y, s, mean, rstd)
-    return y, s, mean, rstd
+    new_y, new_s = new_tensors(x), new_tensors(stream)
+    new_stats = new_tensors(x, (*x.shape[:-1], 1), torch.float32)
+
+    def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
+        y, mean, rstd = new_y(), new_stats(), new_stats()
+        s = None if residual is None else new_s()
+        rows = as_rows(x) if x_copied else x
+        stream = as_rows(residual) if residual is not None and stream_copied else residual
+        start(rows, stream, weight.contiguous(), bias.contiguous(), y, y if s is None else s, mean, rstd)
+        return y, s, mean, rstd
+
+    return compute
 
 
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ds, dx (empty if it has the dtype of ds), and dw and db [2, N] (empty unless ``with_sums``)."""
-    width = s.shape[-1]
-    with_dx = grad_y.dtype != s.dtype
-    ds = new_contiguous(s)
-    dx = new_contiguous(grad_y) if with_dx else grad_y.new_empty(0)
-    grad_y, grad_y_strides = row_layout(grad_y)
-    s, s_strides = row_layout(s)
-    grad_s, grad_s_strides = (None, s_strides) if grad_s is None else row_layout(grad_s)
+) -> Callable[..., Any]:
+    """Plan the gradients of layer norms of a layout.
+
+    Returns:
+        The function that computes ds, dx (None if it has the dtype of ds), and dw and db [2, N] (None unless
+        ``with_sums``).
+    """
+    width, with_dx = s.shape[-1], grad_y.dtype != s.dtype
+    layouts = [row_strides(x) for x in (grad_y, s if grad_s is None else grad_s, s)]
+    (y_strides, y_copied), (grad_s_strides, grad_s_copied), (s_strides, s_copied) = layouts
     plan, programs = _backward_plan(
-        s.device, s.dtype, mean.numel(), width, *grad_y_strides, *grad_s_strides, *s_strides,
+        s.device, s.dtype, num_rows(s), width, *y_strides, *grad_s_strides, *s_strides,
         has_grad_s=grad_s is not None, with_dx=with_dx, with_sums=with_sums,
     )  # fmt: skip
-    sums = torch.empty((programs, 2, width if with_sums else 0), dtype=torch.float32, device=s.device)
-    plan.start(grad_y, grad_s, s, weight.contiguous(), mean, rstd, ds, dx, sums)
-    return ds, dx, sums.sum(0)
+    start, new_ds, new_dx = Start(plan), new_tensors(s), new_tensors(grad_y)
+    new_sums = new_tensors(s, (programs, 2, width), torch.float32)
+
+    def compute(
+        grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
+    ) -> tuple[Any, ...]:
+        if y_copied:
+            grad_y = as_rows(grad_y)
+        if grad_s_copied and grad_s is not None:
+            grad_s = as_rows(grad_s)
+        if s_copied:
+            s = as_rows(s)
+        ds = new_ds()
+        dx, sums = new_dx() if with_dx else ds, new_sums() if with_sums else mean
+        start(grad_y, grad_s, s, weight.contiguous(), mean, rstd, ds, dx, sums)
+        return ds, dx if with_dx else None, sums.sum(0) if with_sums else None
+
+    return compute

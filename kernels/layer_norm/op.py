@@ -17,8 +17,10 @@ FLOPs: about 8 M N forward and 13 M N backward; they take far less time than the
 Method: layer normalisation (Ba et al. 2016).
 """
 
+from collections.abc import Callable
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -32,13 +34,21 @@ from . import cpu, launches
 MAX_WIDTH = WIDTHS[-1]
 
 
+def _plan_forward(x: Tensor, *args: Any) -> Callable[..., Any]:
+    """Return the function that computes layer norms of a layout."""
+    return (launches if triton_runs_on(x.device) else cpu).forward(x, *args)
+
+
 @registered("layer_norm_fwd")
 def _layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the layer norm y, the sum s (empty without a residual), and mean and rstd [...] of each row."""
-    path = launches if triton_runs_on(x.device) else cpu
-    return path.forward(x, residual, weight, bias, eps)
+    """Return the layer norm y, the sum s (empty without a residual), and mean and rstd [..., 1] of each row."""
+    y, s, mean, rstd = _plan_forward(x, residual, weight, bias, eps)(x, residual, weight, bias, eps)
+    return y, x.new_empty(0) if s is None else s, mean, rstd
+
+
+_layer_norm_fwd.planned_by(_plan_forward)
 
 
 @_layer_norm_fwd.register_fake
@@ -46,9 +56,14 @@ def _(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     stream = x if residual is None else residual
-    s = stream.new_empty((0,) if residual is None else x.shape)
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=accumulate_dtype(stream.dtype)) for _ in range(2))
+    s = x.new_empty(0) if residual is None else stream.new_empty(x.shape)
+    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=accumulate_dtype(stream.dtype)) for _ in range(2))
     return x.new_empty(x.shape), s, mean, rstd
+
+
+def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
+    """Return the function that computes the gradients of layer norms of a layout."""
+    return (launches if triton_runs_on(grad_y.device) else cpu).backward(grad_y, *args)
 
 
 @registered("layer_norm_bwd")
@@ -59,8 +74,16 @@ def _layer_norm_bwd(
 
     The gradient of x is empty if it has the dtype of s, and those of the parameters are empty unless ``with_sums``.
     """
-    path = launches if triton_runs_on(s.device) else cpu
-    return path.backward(grad_y, grad_s, s, weight, mean, rstd, with_sums)
+    args = grad_y, grad_s, s, weight, mean, rstd, with_sums
+    ds, dx, sums = _plan_backward(*args)(*args)
+    if sums is None:
+        sums = mean.new_empty(2, 0)
+    elif isinstance(sums, tuple):
+        sums = torch.stack(sums)
+    return ds, grad_y.new_empty(0) if dx is None else dx, sums
+
+
+_layer_norm_bwd.planned_by(_plan_backward)
 
 
 @_layer_norm_bwd.register_fake
@@ -86,14 +109,22 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None = None, *_:
     if grad_y is None:
         # Only the sum s was used, not the norm.
         return grad_s if grad_s is None else grad_s.to(ctx.x_dtype), grad_s, None, None, None
-    s, weight, mean, rstd = ctx.saved_tensors
-    with_sums = any(ctx.needs_input_grad[2:4])
-    ds, dx, sums = _layer_norm_bwd(grad_y, grad_s, s, weight, mean, rstd, with_sums)
-    dx = ds if ctx.x_dtype == s.dtype else dx
-    d_residual = ds if ctx.needs_input_grad[1] else None
+    saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+    s, weight, _, _ = saved
+    with_sums = needed[2] or needed[3]
+    options = (with_sums,)
+    tensors = (grad_y, *saved) if grad_s is None else (grad_y, grad_s, *saved)
+    args = grad_y, grad_s, *saved, with_sums
+    compute = _layer_norm_bwd.find(options, tensors) or _layer_norm_bwd.learn(options, tensors, args)
+    ds, dx, sums = compute(*args)
+    dx = ds if ctx.x_dtype is s.dtype else dx
+    d_residual = ds if needed[1] else None
     if not with_sums:
         return dx, d_residual, None, None, None
-    return dx, d_residual, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
+    dw, db = sums if sums.__class__ is tuple else sums.unbind(0)
+    if dw.dtype is not weight.dtype or db.dtype is not ctx.bias_dtype:
+        dw, db = dw.to(weight.dtype), db.to(ctx.bias_dtype)
+    return dx, d_residual, dw, db, None
 
 
 def _count_results(x: Tensor, residual: Tensor | None, *_: Any) -> int:
@@ -137,6 +168,12 @@ def layer_norm(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "layer_norm"
+    options = eps, eps.__class__, backend
+    tensors = (x, weight, bias) if residual is None else (x, weight, bias, residual)
+    compute = _layer_norm_fwd.find(options, tensors)
+    if compute is not None:
+        outputs = compute(x, residual, weight, bias, eps)
+        return outputs[0] if residual is None else outputs[:2]
     check_tensor(op, "x", x, None)
     check_parameter(op, "weight", weight, x)
     check_parameter(op, "bias", bias, x)
@@ -156,5 +193,6 @@ def layer_norm(
     check_float(op, x=x, weight=weight, bias=bias, residual=residual)
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")
-    outputs = _layer_norm_fwd(x, residual, weight, bias, float(eps))
+    args = x, residual, weight, bias, float(eps)
+    outputs = _layer_norm_fwd.learn(options, tensors, args)(*args)
     return outputs[0] if residual is None else outputs[:2]

@@ -26,7 +26,7 @@ al. 2023).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -122,6 +122,13 @@ def _patch_embed_fwd(
         bias = weight.new_zeros(len(weight), dtype=accumulate_dtype(weight.dtype))
     forward = _implementation(images.device).forward
     return forward(images, weight.to(dtype), bias, class_embedding, positional_embedding, keep)
+
+
+@_patch_embed_fwd.planned_by
+def _(*args: Any) -> Callable[..., Tensor]:
+    """Return the implementation, which decides in each call: a model embeds its images once."""
+    dtype = args[-1]
+    return lambda *args: _patch_embed_fwd.run(*args[:-1], dtype)
 
 
 @_patch_embed_fwd.register_fake
@@ -232,6 +239,12 @@ def patch_embed(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "patch_embed"
+    tensors = images, weight, class_embedding, positional_embedding
+    options = mean, std, backend
+    if keep is None and mean.__class__ is std.__class__ is tuple:
+        compute = _patch_embed_fwd.find(options, tensors)
+        if compute is not None:
+            return compute(*tensors, None, mean, std, None)
     check_tensor(op, "images", images, 4, also=(torch.uint8,))
     check_tensor(op, "weight", weight, 4)
     check_tensor(op, "class_embedding", class_embedding, 1)
@@ -247,7 +260,8 @@ def patch_embed(
             images, weight.to(dtype), class_embedding, positional_embedding, keep=keep, mean=mean, std=std
         )
     check_float(op, weight=weight)
-    return _patch_embed_fwd(images, weight, class_embedding, positional_embedding, keep, mean, std, dtype)
+    args = *tensors, keep, mean, std, dtype
+    return (_patch_embed_fwd if keep is not None else _patch_embed_fwd.learn(options, tensors, args))(*args)
 
 
 def _channel_values(name: str, values: Sequence[float], channels: int) -> list[float]:

@@ -1,35 +1,69 @@
 """The text embedding on a CPU: the same functions as in ``launches``, in PyTorch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 
+# PyTorch's op without its Python wrapper
+_embedding_backward: Any = torch.ops.aten.embedding_dense_backward.default._op
+
 
 def forward(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the tokens [B, L, N] in ``dtype``, and the ids in 32 bits.
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes the tokens [B, L, N] in ``dtype``, and the ids in 32 bits.
 
     Raises:
         IndexError: an id that is no row of the table.
     """
-    vocab = len(token_embedding)
+    wide, length = accumulate_dtype(token_embedding.dtype), text.shape[1]
+    is_converted = text.dtype != torch.int32 and text.is_contiguous()
+    is_short, is_empty = length < len(positional_embedding), token_embedding.numel() == 0
+
+    def compute(
+        text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, _: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        if is_empty:
+            _refuse_outside(text, len(token_embedding))  # PyTorch does not look at the ids of an empty table
+        try:
+            rows = torch.embedding(token_embedding, text)
+        except IndexError:
+            _refuse_outside(text, len(token_embedding))
+            raise
+        if rows.dtype is not wide:
+            rows = rows.to(wide)
+        rows.add_(positional_embedding[:length] if is_short else positional_embedding)
+        if is_converted:
+            ids = text.to(torch.int32)
+        else:  # an op must not return one of its arguments
+            ids = text.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+        return rows if wide is dtype else rows.to(dtype), ids
+
+    return compute
+
+
+def _refuse_outside(text: Tensor, vocab: int) -> None:
+    """Refuse an id that is no row of the table, with an IndexError."""
     outside = (text < 0) | (text >= vocab)
     if outside.any():
         first = tuple(outside.nonzero()[0].tolist())
         raise IndexError(
             f"text_embed: text must be ids of the {vocab} rows of token_embedding, got {int(text[first])} at {first}"
         )
-    # An op must not return one of its arguments, so int32 ids are copied too.
-    ids = text.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
-    rows = F.embedding(text, token_embedding).to(accumulate_dtype(token_embedding.dtype))
-    return rows.add_(positional_embedding[: text.shape[1]]).to(dtype), ids
 
 
-def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of the table of token embeddings, [V, N] in ``dtype``."""
-    # The order of the sums is fixed: each row of the table belongs to one thread, which adds in the order of tokens.
-    wide = grad.to(accumulate_dtype(grad.dtype))
-    return torch.ops.aten.embedding_dense_backward(wide, ids, vocab, -1, False).to(dtype)
+def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return the function that computes the gradient of the table of token embeddings, [V, N] in ``dtype``."""
+    wide = accumulate_dtype(grad.dtype)
+
+    def compute(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+        # The order of the sums is fixed: each row of the table belongs to one thread, which adds in the order of
+        # tokens.
+        out: Tensor = _embedding_backward(grad if grad.dtype is wide else grad.to(wide), ids, vocab, -1, False)
+        return out if wide is dtype else out.to(dtype)
+
+    return compute

@@ -1,11 +1,13 @@
 """The launches of the text embedding's Triton kernels."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..common import as_rows, cdiv
+from ..common import as_rows, cdiv, new_tensors
 from ..configs import row_config
-from ..launch import arch_of, launch, programs_at_once
+from ..launch import arch_of, plan_start, programs_at_once
 from .kernels import _segment_sums_kernel, _text_embed_fwd_kernel
 
 FWD_REGISTERS = 64  # about as many as a thread of the forward kernel takes
@@ -17,48 +19,76 @@ LATER_CHUNK, LATER_BLOCK_N = 64, 32
 
 def forward(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the tokens [B, L, N] in ``dtype``, and the ids [B, L] in 32 bits, -1 for an id outside the table."""
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Plan the embedding of a layout.
+
+    Returns:
+        The function that computes the tokens [B, L, N] in ``dtype``, and the ids [B, L] in 32 bits, -1 for an id
+        outside the table.
+    """
     (batch, length), (vocab, width) = text.shape, token_embedding.shape
-    out = token_embedding.new_empty(batch, length, width, dtype=dtype)
-    ids = text.new_empty(batch, length, dtype=torch.int32)
     cfg = row_config("text_embed_fwd", arch_of(text.device), dtype)
     tiles = cdiv(length, cfg.block_m) * cdiv(width, cfg.block_n)
     at_once = programs_at_once(text.device, cfg.num_warps, FWD_REGISTERS)
     programs_per_tile = min(batch, max(1, at_once // max(1, tiles)))
-    launch(
-        _text_embed_fwd_kernel, (programs_per_tile * tiles,), text, token_embedding, positional_embedding, out, ids,
+    start = plan_start(
+        _text_embed_fwd_kernel, (programs_per_tile * tiles,),
         batch, length, width, vocab, *text.stride(), *token_embedding.stride(), *positional_embedding.stride(),
         config=cfg, device=text.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, NUM_STAGES=cfg.num_stages,
     )  # fmt: skip
-    return out, ids
+    new_out, new_ids = new_tensors(text, (batch, length, width), dtype), new_tensors(text, dtype=torch.int32)
+
+    def compute(
+        text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, _: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        out, ids = new_out(), new_ids()
+        start(text, token_embedding, positional_embedding, out, ids)
+        return out, ids
+
+    return compute
 
 
-def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of the table of token embeddings, [V, N] in ``dtype``.
+def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Plan the gradient of the table of token embeddings.
 
     Each launch sums the segments that end inside a chunk of rows, and leaves two partial sums of each chunk to the next
     launch, until one chunk is left. Programs of the first launch write zeros where the table has no token.
+
+    Returns:
+        The function that computes the gradient, [V, N] in ``dtype``.
     """
-    rows = as_rows(grad)
-    ids, order = ids.reshape(-1).sort(stable=True)
-    out = grad.new_empty(vocab, grad.shape[-1], dtype=dtype)
     cfg = row_config("text_embed_bwd", arch_of(grad.device), grad.dtype)
     rows_of_chunk = cfg.block_m  # the program walks these rows one by one
     block_n, is_first, is_last = cfg.block_n, True, False
+    (num_rows, width), strides = (grad.shape[0] * grad.shape[1], grad.shape[2]), as_rows(grad).stride()
+    steps = []
     while not is_last:
-        chunks = cdiv(len(ids), rows_of_chunk)
+        chunks = cdiv(num_rows, rows_of_chunk)
         is_last = chunks <= 1
-        num_sums = chunks * cdiv(rows.shape[1], block_n)
+        num_sums = chunks * cdiv(width, block_n)
         clearing = cdiv(vocab, CLEAR_ROWS) if is_first else 0
-        sums = rows.new_empty(0 if is_last else 2 * chunks, rows.shape[1], dtype=torch.float32)
-        sum_ids = ids.new_empty(len(sums))
-        launch(
-            _segment_sums_kernel, (num_sums + clearing,), rows, order if is_first else None, ids, out, sums, sum_ids,
-            *rows.shape, vocab, num_sums, len(ids).bit_length(), *rows.stride(),
+        start = plan_start(
+            _segment_sums_kernel, (num_sums + clearing,),
+            num_rows, width, vocab, num_sums, num_rows.bit_length(), *strides,
             config=cfg, device=grad.device, HAS_ORDER=is_first, IS_LAST=is_last,
             CHUNK=rows_of_chunk, BLOCK_N=block_n, NUM_STAGES=cfg.num_stages, CLEAR_ROWS=CLEAR_ROWS,
         )  # fmt: skip
-        rows, ids, is_first = sums, sum_ids, False
-        rows_of_chunk, block_n = min(rows_of_chunk, LATER_CHUNK), min(block_n, LATER_BLOCK_N)
-    return out
+        num_rows, strides = 0 if is_last else 2 * chunks, (width, 1)
+        steps.append(
+            (start, new_tensors(grad, (num_rows, width), torch.float32), new_tensors(grad, (num_rows,), ids.dtype))
+        )
+        rows_of_chunk, block_n, is_first = min(rows_of_chunk, LATER_CHUNK), min(block_n, LATER_BLOCK_N), False
+    new_out = new_tensors(grad, (vocab, width), dtype)
+
+    def compute(grad: Tensor, ids: Tensor, _: int, dtype: torch.dtype) -> Tensor:
+        order: Tensor | None
+        ids, order = ids.reshape(-1).sort(stable=True)
+        rows, out = as_rows(grad), new_out()
+        for start, new_sums, new_sum_ids in steps:
+            sums, sum_ids = new_sums(), new_sum_ids()
+            start(rows, order, ids, out, sums, sum_ids)
+            rows, ids, order = sums, sum_ids, None
+        result: Tensor = out
+        return result
+
+    return compute

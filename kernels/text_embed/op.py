@@ -20,6 +20,7 @@ Bytes: forward, one row of E and one of x for each token; backward, two rows of 
 Method: token and position embeddings of Vaswani et al. 2017, summed by a segmented reduction (Blelloch 1990).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,13 +35,26 @@ from ..launch import triton_runs_on
 from . import cpu, launches
 
 
+def _plan_forward(text: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that embeds texts of a layout."""
+    return (launches if triton_runs_on(text.device) else cpu).forward(text, *args)
+
+
+def _plan_backward(grad: Tensor, *args: Any) -> Callable[..., Tensor]:
+    """Return the function that computes the gradient of the table for a layout."""
+    return (launches if triton_runs_on(grad.device) else cpu).backward_token(grad, *args)
+
+
 @registered("text_embed_fwd")
 def _text_embed_fwd(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the embedded tokens in ``dtype``, and the ids as int32, -1 for an id outside the table."""
-    forward = launches.forward if triton_runs_on(text.device) else cpu.forward
-    return forward(text, token_embedding, positional_embedding, dtype)
+    args = text, token_embedding, positional_embedding, dtype
+    return _plan_forward(*args)(*args)
+
+
+_text_embed_fwd.planned_by(_plan_forward)
 
 
 @_text_embed_fwd.register_fake
@@ -52,8 +66,10 @@ def _(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype
 @registered("text_embed_bwd_token")
 def _text_embed_bwd_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
     """Return the gradient of the table in ``dtype``; ``ids`` are those that forward returns."""
-    backward_token = launches.backward_token if triton_runs_on(grad.device) else cpu.backward_token
-    return backward_token(grad, ids, vocab, dtype)
+    return _plan_backward(grad, ids, vocab, dtype)(grad, ids, vocab, dtype)
+
+
+_text_embed_bwd_token.planned_by(_plan_backward)
 
 
 @_text_embed_bwd_token.register_fake
@@ -77,12 +93,16 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     (ids,) = ctx.saved_tensors
     grad_token = grad_pos = None
     if ctx.needs_input_grad[1]:
-        grad_token = _text_embed_bwd_token(grad, ids, ctx.vocab, ctx.token_dtype)
+        tensors, options = (grad, ids), (ctx.vocab, ctx.token_dtype)
+        bwd, args = _text_embed_bwd_token, (*tensors, *options)
+        grad_token = (bwd.find(options, tensors) or bwd.learn(options, tensors, args))(*args)
     if ctx.needs_input_grad[2]:
         # PyTorch's sum reads 16 bits, adds in float32, rounds once and has a fixed order. A kernel of ours could fuse
         # nothing more.
-        is_same = grad.dtype == ctx.pos_dtype
-        grad_pos = grad.sum(0, dtype=grad.dtype if is_same else accumulate_dtype(grad.dtype)).to(ctx.pos_dtype)
+        if grad.dtype == ctx.pos_dtype:
+            grad_pos = grad.sum(0)
+        else:
+            grad_pos = grad.sum(0, dtype=accumulate_dtype(grad.dtype)).to(ctx.pos_dtype)
         unused = ctx.positions - grad_pos.shape[0]
         if unused:
             grad_pos = F.pad(grad_pos, (0, 0, 0, unused))
@@ -115,13 +135,16 @@ def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tens
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "text_embed"
+    tensors = text, token_embedding, positional_embedding
+    compute = _text_embed_fwd.find((backend,), tensors)
+    if compute is not None:
+        return compute(*tensors, None)[0]
     _check_inputs(text, token_embedding, positional_embedding)
     dtype = autocast_dtype(token_embedding)
     if uses_reference(op, backend, text):
         return reference.text_embed(text, token_embedding, positional_embedding).to(dtype)
     check_float(op, token_embedding=token_embedding, positional_embedding=positional_embedding)
-    tokens: Tensor = _text_embed_fwd(text, token_embedding, positional_embedding, dtype)[0]
-    return tokens
+    return _text_embed_fwd.learn((backend,), tensors, (*tensors, dtype))(*tensors, dtype)[0]
 
 
 def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> None:

@@ -174,6 +174,15 @@ def plan_with_addresses_in_another_order():
         plan.start(torch.zeros(1000), torch.zeros(1000))
 
 
+@fault("a start passed")
+def start_with_addresses_in_another_order():
+    config = KernelConfig(num_warps=4, num_stages=2)
+    plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
+    at = launch.Start.at
+    with mock.patch.object(launch.Start, "at", lambda start, *addresses: at(start, *addresses[::-1])):
+        plan.start(torch.zeros(1000), torch.zeros(1000))
+
+
 @fault("a plan has two kernels for")
 def plan_that_forgets_alignment():
     """Start a kernel by a plan that ignores the alignment of its addresses."""

@@ -1,0 +1,291 @@
+"""Attention for one layout: functions that compute the calls of a layout, with everything decided beforehand.
+
+A packed projection is passed to the kernels as three addresses in its memory. Views of it would take the host as long
+as the launch.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..common import contiguous_strides, new_tensors
+from ..launch import Plan, Start, triton_runs_on
+from . import cpu
+from .launches import BackwardPlan, backward_plan, forward_plan, head_parts
+
+# The places of the queries, keys and values of a call: their addresses, and the function that returns the tensors.
+Places = tuple[tuple[int, int, int], Callable[[], tuple[Tensor, Tensor, Tensor]]]
+
+
+def views_of(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the queries, keys and values [B, N, H, D] as views of a packed projection."""
+    batch, length, width = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads)).unbind(2)
+    return q, k, v
+
+
+def plan_forward(
+    qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes attention on packed projections of a layout."""
+    if not triton_runs_on(qkv.device):
+        return cpu.forward_packed(qkv, seqlens, num_heads, causal, scale)
+    step = qkv.shape[-1] // 3 * qkv.stride(-1) * qkv.itemsize  # bytes from a query to its key
+    out_shape = *qkv.shape[:2], qkv.shape[-1] // 3
+    compute = _forward(*views_of(qkv, num_heads), seqlens, causal, scale, out_shape)
+
+    def run(qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        return compute(_places(qkv, step, num_heads), seqlens)
+
+    return run
+
+
+def _places(qkv: Tensor, step: int, num_heads: int) -> Places:
+    """Return the places of the queries, keys and values of a packed projection, which are ``step`` bytes apart."""
+    # Views would take the host as long as the launch.
+    at = qkv.data_ptr()
+    return (at, at + step, at + 2 * step), functools.partial(views_of, qkv, num_heads)
+
+
+def plan_backward(
+    grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
+    num_heads: int, causal: bool, scale: float, with_bias: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
+    """Return the function that computes the gradients of packed projections of a layout and of their bias."""
+    if not triton_runs_on(qkv.device):
+        return cpu.backward_packed(qkv, seqlens, num_heads, causal, scale, with_bias)
+    views, width = views_of(qkv, num_heads), qkv.shape[-1] // 3
+    step, grad_step = width * qkv.stride(-1) * qkv.itemsize, width * qkv.itemsize
+    new_grad = new_tensors(qkv)
+    grad_strides = (*contiguous_strides(qkv.shape)[:2], views[0].shape[-1], 1)
+    compute = _backward(
+        grad_out.reshape(views[0].shape), *views, seqlens, causal, scale, (grad_strides,) * 3, with_bias
+    )
+
+    def run(
+        grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_qkv = new_grad()
+        places = _places(qkv, step, num_heads), _places(grad_qkv, grad_step, num_heads)
+        grad_bias = compute(grad_out, places[0], out, lse, seqlens, places[1])
+        return grad_qkv, None if grad_bias is None else grad_bias.flatten()
+
+    return run
+
+
+def plan_qkv_forward(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes attention on separate tensors of a layout."""
+    if not triton_runs_on(q.device):
+        return cpu.forward
+    compute = _forward(q, k, v, seqlens, causal, scale, q.shape)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        return compute(_places_of(q, k, v), seqlens)
+
+    return run
+
+
+def _places_of(q: Tensor, k: Tensor, v: Tensor) -> Places:
+    """Return the places of separate tensors."""
+    return (q.data_ptr(), k.data_ptr(), v.data_ptr()), lambda: (q, k, v)
+
+
+def plan_qkv_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Return the function that computes the gradients of attention on separate tensors of a layout."""
+    new_grads = [new_tensors(x) for x in (q, k, v)]
+    is_triton = triton_runs_on(q.device)
+    if is_triton:
+        grad_strides = tuple([contiguous_strides(x.shape) for x in (q, k, v)])
+        compute = _backward(grad_out, q, k, v, seqlens, causal, scale, grad_strides, False)
+
+    def run(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (new() for new in new_grads)
+        if is_triton:
+            compute(grad_out, _places_of(q, k, v), out, lse, seqlens, _places_of(dq, dk, dv))
+        else:
+            cpu.backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv))
+        return dq, dk, dv
+
+    return run
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float, out_shape: tuple[int, ...]
+) -> Callable[[Places, Tensor | None], tuple[Tensor, Tensor]]:
+    """Plan attention on tensors of a layout.
+
+    Returns:
+        The function that computes it. It gets the places of q, k and v, and the lengths, and returns the output with
+        ``out_shape``, and the log-sum-exp of the scores over ``scale``, [B, H, M].
+    """
+    has_near_heads = _have_near_heads(q, k, v)
+    batch, m, heads, _ = q.shape
+    new_out, new_lse = new_tensors(q, out_shape), new_tensors(q, (batch, heads, m), torch.float32)
+
+    def plan(q: Tensor, k: Tensor, v: Tensor, is_aligned: bool) -> tuple[Plan, bool, int]:
+        return forward_plan(
+            q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride()), seqlens is not None, causal,
+            scale, is_aligned,
+        )  # fmt: skip
+
+    found, walks, block_n = plan(q, k, v, True)
+    # A kernel that takes descriptors is planned for each call, since they depend on where the tensors begin.
+    start = Start(found) if has_near_heads and not block_n else None
+    absent = (0,) * 4 if walks else ()
+
+    def compute(places: Places, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        addresses, tensors = places
+        out, lse = new_out(), new_lse()
+        if start is None:
+            q, k, v = _with_near_heads(*tensors())
+            found, walks, block_n = plan(q, k, v, _are_aligned(k, v))
+            found.start(q, k, v, *(_tiles(block_n, k, v) if walks else ()), out, lse, seqlens)
+        elif not start.at(*addresses, *absent, out.data_ptr(), lse.data_ptr(), _address(seqlens)):
+            start(*tensors(), *[None] * len(absent), out, lse, seqlens)
+        return out, lse
+
+    return compute
+
+
+def _address(x: Tensor | None) -> int:
+    """Return the address of a tensor, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def _backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float,
+    grad_strides: tuple[tuple[int, ...], ...], with_sums: bool,
+) -> Callable[..., Tensor | None]:  # fmt: skip
+    """Plan the gradients of attention on tensors of a layout.
+
+    By ``grad_strides``, those of the gradients of q, k and v, the heads of a token must be contiguous.
+
+    Returns:
+        The function that writes the gradients. It gets the upstream gradient, the places of q, k and v, the output, the
+        log-sum-exp, the lengths, and the places of the gradients. It returns the gradient of a bias on the projection
+        in float32, [3, H * D]: the sums over batch and tokens of dq and of dv, and zeros between them. None without
+        ``with_sums``.
+    """
+    has_near_heads = _have_near_heads(q, k, v, grad_out)
+
+    def plan(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, is_aligned: bool) -> BackwardPlan:
+        return backward_plan(
+            q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride(), grad_out.stride()),
+            grad_strides, seqlens is not None, causal, scale, with_sums, is_aligned,
+        )  # fmt: skip
+
+    shape = grad_out.shape
+    known = plan(q, k, v, grad_out, True)
+    start = Start(known.plans[0]) if has_near_heads and known.kernel != "two_phase" else None
+    of_out = known.kernel == "unrolled"
+    batch, _, heads, head_dim = shape
+    new_sums = new_tensors(q, (2, batch, heads * head_dim if with_sums else 0), torch.float32)
+
+    def compute(
+        grad_out: Tensor, places: Places, out: Tensor, lse: Tensor, seqlens: Tensor | None, of_grads: Places
+    ) -> Tensor | None:
+        if start is None:
+            q, k, v, grad = _with_near_heads(*places[1](), grad_out.reshape(shape))
+            how = plan(q, k, v, grad, _are_aligned(q, k, v, grad))
+            return _start_backward(how, q, k, v, grad, out.view(q.shape), lse, seqlens, of_grads[1](), with_sums)
+        sums = new_sums()
+        at_sums = sums.data_ptr()
+        upstream = (out.data_ptr(), grad_out.data_ptr()) if of_out else (grad_out.data_ptr(),)
+        at = *places[0], *upstream, lse.data_ptr(), _address(seqlens), *of_grads[0]
+        if not start.at(*at, at_sums, at_sums + sums.nbytes // 2):
+            tensors = (out, grad_out) if of_out else (grad_out,)
+            start(*places[1](), *tensors, lse, seqlens, *of_grads[1](), *sums.unbind(0))
+        return _grad_of_bias(sums) if with_sums else None
+
+    return compute
+
+
+def _start_backward(
+    how: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor,
+    seqlens: Tensor | None, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
+) -> Tensor | None:  # fmt: skip
+    """Start the kernels of the backward pass, and return the gradient of a bias on the projection."""
+    sums = _sums(q, *how.sums, with_sums)
+    of_q, of_v = sums[0], sums[1]
+    if how.kernel == "unrolled":
+        how.plans[0].start(q, k, v, out, grad_out, lse, seqlens, *grads, of_q, of_v)
+    elif how.kernel == "short":
+        how.plans[0].start(q, k, v, grad_out, lse, seqlens, *grads, of_q, of_v)
+    else:
+        stats = lse.new_empty((*lse.shape[:2], 2, how.rows))
+        of_query, of_key = how.plans
+        keys, queries = _tiles(how.tiles[0], k, v), _tiles(how.tiles[1], q, grad_out)
+        of_query.start(q, k, v, *keys, out, grad_out, lse, seqlens, stats, grads[0], of_q)
+        of_key.start(q, k, v, grad_out, *queries, stats, seqlens, *grads[1:], of_v)
+    return _grad_of_bias(sums) if with_sums else None
+
+
+def _grad_of_bias(sums: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return the gradient of a bias on the projection from the sums of dq and of dv."""
+    grad_bias = sums[0].new_zeros((3, sums[0].shape[-1]))
+    if isinstance(sums, Tensor):
+        torch.sum(sums, 1, out=grad_bias[::2])
+    else:
+        for rows, total in zip(sums, (grad_bias[0], grad_bias[2]), strict=True):
+            torch.sum(rows.flatten(0, 1), 0, out=total)
+    return grad_bias
+
+
+def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Return buffers for the sums of dq and of dv over the rows of each tile; empty unless ``wanted``.
+
+    They are [B, tiles, H * D] each; a single tensor [2, B, H * D] if each sequence is one tile.
+    """
+    batch, _, heads, head_dim = q.shape
+    width = heads * head_dim if wanted else 0
+    if num_q == num_k == 1:
+        return torch.empty((2, batch, width), dtype=torch.float32, device=q.device)
+    dq, dv = (torch.empty((batch, num, width), dtype=torch.float32, device=q.device) for num in (num_q, num_k))
+    return dq, dv
+
+
+def _have_near_heads(*tensors: Tensor) -> bool:
+    """Return whether the kernels can take the tensors as they are; see :func:`_with_near_heads`."""
+    return all((x.shape[2] - 1) * x.stride(2) < 2**31 for x in tensors)
+
+
+def _with_near_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors [B, N, H, D], each copied if the offset of its last head within an image needs more than 32 bits.
+
+    The kernels compute this offset in 32 bits: with 64 bits they would take more registers, and a quarter fewer
+    programs would run at once.
+    """
+    return tuple([x if _have_near_heads(x) else x.contiguous() for x in tensors])
+
+
+def _tiles(rows: int, *sources: Tensor) -> list[TensorDescriptor | None]:
+    """Return the arguments of :func:`walked_rows` for blocks of ``rows`` rows: two descriptors of each source, or None
+    if there are no rows.
+
+    Keys with ``seqlens`` have no descriptors: a descriptor would also load the hidden tokens of an image, which may
+    hold NaN, and NaN times a probability of zero is NaN.
+    """
+    if not rows:
+        return [None, None] * len(sources)
+    parts = head_parts(sources[0].shape[-1])
+    found: list[TensorDescriptor | None] = []
+    for x in sources:
+        found += [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, part]) for part in parts]
+        found += [None] * (2 - len(parts))
+    return found
+
+
+def _are_aligned(*tensors: Tensor) -> bool:
+    """Return whether descriptors may begin where the tensors begin: at a multiple of 16 bytes."""
+    return not any(x.data_ptr() % 16 for x in tensors)

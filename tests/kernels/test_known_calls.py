@@ -1,0 +1,175 @@
+"""Test that a call whose layout is known is computed, refused and watched as a first call is."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from clipfast.kernels import attention, attention_pool, bias_gelu, launch, layer_norm, patch_embed, text_embed
+from clipfast.kernels.attention import calls
+from clipfast.kernels.launch import Start, record_launches
+from clipfast.verify.ops import lay_out
+
+from .conftest import CALLS, Recorded, call_of, each_call, each_gradient, leaves_of, tuple_of
+
+
+class Functions(TorchFunctionMode):
+    """A mode that records the functions of PyTorch that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def known(name, device="cpu", dtype=torch.float32):
+    """Return a call of an op whose layouts are known, with gradients and without."""
+    call = call_of(name, device, dtype)
+    for _ in range(2):
+        call.results()
+        call.op(**call.inputs)
+    return call
+
+
+@each_call
+def test_modes_and_profilers_see_the_registered_op(name):
+    call, op = known(name), CALLS[name][0].torch_op
+    with Recorded() as mode:
+        call.results()
+    assert any(op in str(function) and "clipfast" in str(function) for function, _, _ in mode.calls)
+    with Functions() as functions:
+        call.op(**call.inputs)
+    assert any(f"clipfast.{op}" in function for function in functions.calls)
+    with torch.profiler.profile() as profile:
+        call.op(**call.inputs)
+    assert any(f"clipfast::{op}" in event.key for event in profile.key_averages())
+
+
+@each_gradient
+def test_a_known_call_has_the_results_of_a_first_one(name, device):
+    call = call_of(name, device)
+    expected = call.results()
+    for _ in range(2):
+        torch.testing.assert_close(call.results(), expected, rtol=0, atol=0)
+        with torch.no_grad():
+            values = tuple_of(call.op(**leaves_of(call.inputs)))
+        assert not any(value.requires_grad for value in values)
+    # The same sizes with other strides are another layout.
+    transposed = {key: lay_out(x, "transposed") for key, x in call.inputs.items()}
+    for _ in range(2):
+        torch.testing.assert_close(call.results(**transposed), expected)
+    torch.testing.assert_close(call.results(), expected, rtol=0, atol=0)
+
+
+@each_gradient
+def test_a_known_backward_pass_has_no_derivative(name, device):
+    call = known(name, device)
+    leaves = leaves_of(call.inputs)
+    floats = [x for x in leaves.values() if x.requires_grad]
+    values = sum(value.pow(2).sum() for value in tuple_of(call.op(**leaves)))
+    first = torch.autograd.grad(values, floats, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"has no derivative.*backend='torch'"):
+        sum(x.sum() for x in first).backward()
+
+
+def test_wrong_options_of_known_calls():
+    x, weight, bias = torch.randn(2, 3, 12), torch.randn(12), torch.randn(12)
+    wrong = (
+        (lambda eps: layer_norm(x, weight, bias, eps), 1.0, True, r"eps must be a number, got bool"),
+        (lambda eps: layer_norm(x, weight, bias, eps), 1.0, [1.0], r"eps must be a number, got list"),
+        (lambda heads: attention(x, heads), 1, True, r"num_heads must be an int, got bool"),
+        (lambda causal: attention(x, 1, causal=causal), True, 1, r"causal must be a bool, got int"),
+        (lambda bias: bias_gelu(x, bias), weight, weight.tolist(), r"bias must be a torch.Tensor, got list"),
+        (lambda tokens: attention_pool(x, tokens), x + 0, [x], r"tokens must be a torch.Tensor, got list"),
+        (lambda backend: bias_gelu(x, weight, backend=backend), "auto", "cuda", r"backend must be one of"),
+    )
+    for call, right, other, message in wrong:
+        call(right), call(right)
+        with pytest.raises((TypeError, ValueError), match=message):
+            call(other)
+
+
+def test_wrong_ids_of_a_known_call():
+    table, positions = torch.randn(5, 4), torch.randn(3, 4)
+    text = torch.tensor([[0, 4, 1]])
+    for _ in range(2):
+        text_embed(text, table, positions)
+    for index in (5, -1):
+        with pytest.raises(IndexError, match=rf"ids of the 5 rows of token_embedding, got {index} at \(0, 1\)"):
+            text_embed(torch.tensor([[0, index, 1]]), table, positions)
+    with pytest.raises(IndexError, match="ids of the 5 rows"):
+        text_embed(text + 1, table[:, :0], positions[:, :0])
+
+
+def test_channel_values_of_a_known_call():
+    images, weight = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8), torch.randn(6, 3, 2, 2)
+    others = torch.randn(6), torch.randn(5, 6)
+    for _ in range(2):
+        expected = patch_embed(images, weight, *others, mean=(0, 0, 0), std=(1, 1, 1))
+        assert torch.equal(patch_embed(images, weight, *others, mean=[0, 0, 0], std=[1, 1, 1]), expected)
+        assert not torch.equal(patch_embed(images, weight, *others), expected)
+
+
+def test_the_dtype_of_autocast_may_change():
+    qkv = torch.randn(1, 4, 24, dtype=torch.bfloat16)
+    for _ in range(2):
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert attention(qkv, 1).dtype == dtype
+        assert attention(qkv, 1).dtype == torch.bfloat16
+
+
+def test_a_hook_that_moves_saved_tensors_is_refused():
+    """A kernel takes addresses, so the memory of another device would be read as its own."""
+    x, weight, bias = torch.randn(3, 8, requires_grad=True), torch.randn(8), torch.randn(8)
+    layer_norm(x, weight, bias).sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved.to("meta")):
+        y = layer_norm(x, weight, bias)
+        with pytest.raises(ValueError, match="must be on one device, got cpu, meta"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 1, 16), (2, 300, 3, 2, 64)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"seqlens": torch.tensor([3, 2])}])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_addresses_are_those_of_the_tensors(shape, options, with_bias, monkeypatch):
+    """A packed projection is passed to the kernels as addresses in its memory, without views of it."""
+    at, seen = [], []
+
+    def started(start, *tensors):
+        seen.append(tuple(0 if x is None else x.data_ptr() for x in tensors))
+
+    monkeypatch.setattr(Start, "at", lambda start, *addresses: at.append(addresses))
+    monkeypatch.setattr(Start, "__call__", started)
+    batch, tokens, _, heads, head_dim = shape
+    for strided in (False, True):
+        qkv = torch.randn(batch, tokens, 3 * heads * head_dim * (1 + strided))[..., :: 1 + strided].requires_grad_()
+        bias = torch.randn(qkv.shape[-1], requires_grad=True) if with_bias else None
+        with record_launches(80):
+            attention(qkv, heads, bias=bias, **options).sum().backward()
+    assert at
+    assert at == seen
+
+
+def test_heads_that_are_far_apart_are_copied():
+    """The kernels compute an offset between heads in 32 bits."""
+    near = torch.empty_strided((1, 1, 2, 1), (0, 0, 2**31 - 1, 1), device="meta")
+    far = torch.empty_strided((1, 1, 2, 1), (0, 0, 2**31, 1), device="meta")
+    assert calls._have_near_heads(near)
+    assert not calls._have_near_heads(near, far)
+
+
+def test_an_odd_address_is_left_to_triton():
+    """A kernel that was compiled for multiples of 16 bytes would read past the beginning of such a tensor."""
+    start, started = Start(SimpleNamespace(may_start=lambda: True, index=0, rest=())), []
+    start._ready = (lambda *args: started.append(args), (1, 1, 1), "function", "metadata", None)
+    with mock.patch.object(launch, "driver", mock.MagicMock()):
+        assert not start.at(32, 0, 24)
+        assert not started
+        assert start.at(32, 0, 16)
+    assert started[0][-3:] == (32, 0, 16)
