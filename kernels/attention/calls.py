@@ -129,13 +129,13 @@ def _forward(
         The function that computes it. It gets the places of q, k and v, and the lengths, and returns the output with
         ``out_shape``, and the log-sum-exp of the scores over ``scale``, [B, H, M].
     """
-    has_near_heads = _have_near_heads(q, k, v)
+    has_near_heads, has_seqlens = _have_near_heads(q, k, v), seqlens is not None
     batch, m, heads, _ = q.shape
     new_out, new_lse = new_tensors(q, out_shape), new_tensors(q, (batch, heads, m), torch.float32)
 
     def plan(q: Tensor, k: Tensor, v: Tensor, is_aligned: bool) -> tuple[Plan, bool, int]:
         return forward_plan(
-            q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride()), seqlens is not None, causal,
+            q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride()), has_seqlens, causal,
             scale, is_aligned,
         )  # fmt: skip
 
@@ -177,12 +177,12 @@ def _backward(
         in float32, [3, H * D]: the sums over batch and tokens of dq and of dv, and zeros between them. None without
         ``with_sums``.
     """
-    has_near_heads = _have_near_heads(q, k, v, grad_out)
+    has_near_heads, has_seqlens = _have_near_heads(q, k, v, grad_out), seqlens is not None
 
     def plan(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, is_aligned: bool) -> BackwardPlan:
         return backward_plan(
             q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride(), grad_out.stride()),
-            grad_strides, seqlens is not None, causal, scale, with_sums, is_aligned,
+            grad_strides, has_seqlens, causal, scale, with_sums, is_aligned,
         )  # fmt: skip
 
     shape = grad_out.shape

@@ -1,5 +1,7 @@
 """Test that a call whose layout is known is computed, refused and watched as a first call is."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
@@ -64,6 +66,15 @@ def test_a_known_call_has_the_results_of_a_first_one(name, device):
     for _ in range(2):
         torch.testing.assert_close(call.results(**transposed), expected)
     torch.testing.assert_close(call.results(), expected, rtol=0, atol=0)
+
+
+@each_call
+def test_no_tensor_of_a_known_call_is_kept(name, device):
+    call = known(name, device)
+    kept = [weakref.ref(x) for x in (*call.inputs.values(), *call.grads) if x.ndim]
+    del call
+    gc.collect()
+    assert not any(reference() is not None for reference in kept)
 
 
 @each_gradient
