@@ -5,15 +5,16 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipfast import kernels
-from clipfast.kernels import activation
+from clipfast.kernels import activation, configs
 from clipfast.kernels.attention import cpu as attention_cpu
-from clipfast.kernels.attention import launches as attention_launches
+from clipfast.kernels.attention import op as attention_op
 from clipfast.kernels.attention_pool import cpu as pool_cpu
 from clipfast.kernels.contrastive import contrastive, nce, sigmoid, small_batch
 from clipfast.kernels.contrastive import cpu as loss_cpu
@@ -33,20 +34,30 @@ from .conftest import GRADIENTS, SMALL
 
 ROOT = Path(__file__).parent.parent.parent
 FACTOR = 1.01
-WRITTEN = "written"
+
+
+def changed(fn, change):
+    """Return a kernel's launch ``fn``, or the planner of one, whose results go through ``change``."""
+
+    def wrong(*args):
+        """Return the changed result of a kernel, or the function that computes it for a layout."""
+        result = fn(*args)
+        return changed(result, change) if callable(result) else change(result)
+
+    return wrong
 
 
 def scaled(fn, index=None):
-    """Return a kernel's launch ``fn`` with its result, one of its results, or its last output buffer, 1% too large."""
+    """Return a kernel's launch ``fn``, or its planner, with its result, or one of its results, 1% too large."""
 
-    def wrong(*args):
-        """Return a result of a kernel that is too large by a planted fault."""
-        result = fn(*args)
-        for part in args[-2] if index == WRITTEN else [result if index is None else result[index]]:
+    def change(result):
+        """Make a result of a kernel too large, by a planted fault."""
+        part = result if index is None else result[index]
+        if part is not None:
             part.mul_(FACTOR)
         return result
 
-    return wrong
+    return changed(fn, change)
 
 
 def gradient_off(spec, name, factor):
@@ -74,8 +85,8 @@ ON_CPU = {
     ("info_nce_loss", "d_negatives"): (nce._info_nce_bwd, "run", 2),
     ("nt_xent_loss", "value"): (nce._nt_xent_fwd, "run", 0),
     ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "run", 2),
-    ("attention", "value"): (attention_cpu, "forward", 0),
-    ("attention", "d_qkv"): (attention_cpu, "backward", WRITTEN),
+    ("attention", "value"): (attention_cpu, "forward_packed", 0),
+    ("attention", "d_qkv"): (attention_cpu, "backward_packed", 0),
     ("patch_embed", "value"): (patch_cpu, "forward", None),
     ("patch_embed", "d_weight"): (patch_cpu, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_cpu, "backward_images", None),
@@ -89,7 +100,7 @@ ON_CPU = {
 INTERPRETED = {
     ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "run", 0),
     ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "run", 2),
-    ("attention", "d_qkv"): (attention_launches, "backward", WRITTEN),
+    ("attention", "d_qkv"): (attention_op._attention_bwd, "_planner", 0),
     ("patch_embed", "d_weight"): (patch_launches, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_launches, "backward_images", None),
     ("text_embed", "d_token_embedding"): (text_launches, "backward_token", None),
@@ -101,6 +112,14 @@ PLACES = {CPU: ON_CPU, INTERPRETER: INTERPRETED}[LEG]
 
 
 MOST_LOGITS = small_batch.MOST_LOGITS
+
+
+@pytest.fixture(autouse=True)
+def own_plans() -> Iterator[None]:
+    """Let an op plan its calls with the planted fault, and keep these plans from other tests."""
+    configs.forget_plans()
+    yield
+    configs.forget_plans()
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +151,7 @@ def test_fault_in_the_code_of_the_leg(op, output, monkeypatch):
     functions = vars(owner)
     assert failures(op) == (0, set())
     monkeypatch.setitem(functions, name, scaled(functions[name], index))
+    configs.forget_plans()
     code, failed = failures(op)
     assert code == 1
     named = {output, "d_residual"} if (op, output) == ("layer_norm", "d_x") else {output}  # one tensor is both
@@ -195,13 +215,13 @@ def test_other_bits_fail_the_repeats(op, monkeypatch):
     right = vars(owner)[name]
     calls = []
 
-    def wobbly(*args):
+    def wobbly(result):
         """Return results with other bits in every second call, a fault that the verification must find."""
-        out, *rest = right(*args)
+        out, *rest = result
         calls.append(name)
         return torch.nextafter(out, out + 1) if len(calls) % 2 else out, *rest
 
-    monkeypatch.setitem(vars(owner), name, wobbly)
+    monkeypatch.setitem(vars(owner), name, changed(right, wobbly))
     rows = run_verify(Options(ops=(op,), dtypes=("float32",), legs=("cpu",)))
     (row,) = (row for row in rows if row.check == "determinism" and row.output == "value")
     assert row.verdict == FAIL
@@ -262,7 +282,8 @@ def test_wrong_gradients_bend_the_curve(monkeypatch):
     (row,) = curve.verify_curve("cpu", "float32")
     assert row.verdict == PASS, row.reason
     assert [figure.kind for figure in row.figures] == ["max", "rms"]
-    monkeypatch.setattr(attention_cpu, "backward", scaled(attention_cpu.backward, WRITTEN))
+    monkeypatch.setattr(attention_cpu, "backward_packed", scaled(attention_cpu.backward_packed, 0))
+    configs.forget_plans()
     (row,) = curve.verify_curve("cpu", "float32")
     assert row.verdict == FAIL
     assert "allowed" in row.reason
@@ -273,6 +294,7 @@ def test_hugging_face_does_not_import_the_kernels_again():
     pytest.importorskip("transformers")
     code = """
 import sys
+from collections.abc import Iterator
 from clipfast import create_model
 from clipfast.verify.models import build_hugging_face
 build_hugging_face(create_model("ViT-T-8-32"))
