@@ -40,10 +40,10 @@ def num_rows(x: Tensor) -> int:
 
 def row_strides(x: Tensor) -> tuple[tuple[int, ...], bool]:
     """Return the strides of the rows [M, N] of an op's ``x``, and whether :func:`as_rows` has to copy it for them."""
-    if x.is_contiguous():
-        return (x.shape[-1], 1), False
-    rows = as_rows(x.detach())
-    return rows.stride(), rows.data_ptr() != x.data_ptr()
+    try:
+        return x.view(num_rows(x), x.shape[-1]).stride(), False
+    except RuntimeError:  # no single stride leads from each row to the next
+        return (x.shape[-1], 1), True
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -58,11 +58,15 @@ def new_tensors(like: Tensor, shape: Sequence[int] | None = None, dtype: torch.d
     """
     shape = tuple(like.shape if shape is None else shape)
     strides = contiguous_strides(shape)
-    dtype, is_cpu = dtype or like.dtype, like.device.type == "cpu"
-    # torch.empty_strided takes two thirds of the time of torch.empty, and this function a third.
-    if is_cpu or (like.device.type == "cuda" and torch.cuda.device_count() == 1):
-        return functools.partial(_empty_strided_cpu if is_cpu else _empty_strided_cuda, shape, strides, dtype)
-    return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=like.device)
+    dtype, device = dtype or like.dtype, like.device
+    # torch.empty_strided takes two thirds of the time of torch.empty, and these functions a third. But modes do not see
+    # them, and on a GPU they take the current device.
+    if torch._C._len_torch_dispatch_stack() == 0 and like.__class__ in (Tensor, torch.nn.Parameter):
+        if device.type == "cpu":
+            return functools.partial(_empty_strided_cpu, shape, strides, dtype)
+        if device.type == "cuda" and torch.cuda.device_count() == 1:
+            return functools.partial(_empty_strided_cuda, shape, strides, dtype)
+    return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
 def slices(length: int, size: int) -> list[slice]:

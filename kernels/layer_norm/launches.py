@@ -79,14 +79,14 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
         )
     )
     new_y, new_s = new_tensors(x), new_tensors(stream)
-    new_stats = new_tensors(x, (*x.shape[:-1], 1), torch.float32)
+    new_stats, no_s = new_tensors(x, (*x.shape[:-1], 1), torch.float32), new_tensors(x, (0,))()
 
     def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
         y, mean, rstd = new_y(), new_stats(), new_stats()
         s = None if residual is None else new_s()
         rows = as_rows(x) if x_copied else x
         stream = as_rows(residual) if residual is not None and stream_copied else residual
-        start(rows, stream, weight.contiguous(), bias.contiguous(), y, y if s is None else s, mean, rstd)
+        start(rows, stream, weight.contiguous(), bias.contiguous(), y, no_s if s is None else s, mean, rstd)
         return y, s, mean, rstd
 
     return compute
@@ -110,6 +110,7 @@ def backward(
     )  # fmt: skip
     start, new_ds, new_dx = Start(plan), new_tensors(s), new_tensors(grad_y)
     new_sums = new_tensors(s, (programs, 2, width), torch.float32)
+    no_dx, no_sums = new_tensors(grad_y, (0,))(), new_tensors(s, (0,), torch.float32)()
 
     def compute(
         grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
@@ -121,7 +122,7 @@ def backward(
         if s_copied:
             s = as_rows(s)
         ds = new_ds()
-        dx, sums = new_dx() if with_dx else ds, new_sums() if with_sums else mean
+        dx, sums = new_dx() if with_dx else no_dx, new_sums() if with_sums else no_sums
         start(grad_y, grad_s, s, weight.contiguous(), mean, rstd, ds, dx, sums)
         return ds, dx if with_dx else None, sums.sum(0) if with_sums else None
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common import as_rows, cdiv, new_tensors
+from ..common import as_rows, cdiv, new_tensors, row_strides
 from ..configs import row_config
 from ..launch import arch_of, plan_start, programs_at_once
 from .kernels import _segment_sums_kernel, _text_embed_fwd_kernel
@@ -60,7 +60,7 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
     cfg = row_config("text_embed_bwd", arch_of(grad.device), grad.dtype)
     rows_of_chunk = cfg.block_m  # the program walks these rows one by one
     block_n, is_first, is_last = cfg.block_n, True, False
-    (num_rows, width), strides = (grad.shape[0] * grad.shape[1], grad.shape[2]), as_rows(grad).stride()
+    (num_rows, width), strides = (grad.shape[0] * grad.shape[1], grad.shape[2]), row_strides(grad)[0]
     steps = []
     while not is_last:
         chunks = cdiv(num_rows, rows_of_chunk)
