@@ -275,6 +275,17 @@ class Op:
         return self.find(options, tensors) or self
 
 
+def by_layout(op: Op) -> Callable[..., Any]:
+    """Return the implementation of an op that keeps its calls by their layout, for callers below autograd."""
+
+    def compute(*args: Any) -> Any:
+        tensors = tuple([x for x in args if isinstance(x, Tensor)])
+        options = ("below", *[None if isinstance(x, Tensor) else (x, x.__class__) for x in args])
+        return (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
+
+    return compute
+
+
 def apply_of(function: Any) -> Callable[..., Any]:
     """Return ``function.apply`` of an ``autograd.Function``, for calls outside the transforms of ``torch.func``.
 

@@ -7,12 +7,13 @@ where nothing watches (``backends.is_watched``) and below autograd, as ``backend
 from .activation import _bias_act_bwd, _bias_act_fwd
 from .attention.op import MAX_HEAD_DIM, _attention_bwd, _attention_fwd, takes_sdpa
 from .attention_pool.op import _pool_bwd, _pool_fwd
+from .backends import by_layout
 from .layer_norm.op import MAX_WIDTH, _layer_norm_bwd, _layer_norm_fwd
 
-layer_norm_fwd, layer_norm_bwd = _layer_norm_fwd.run, _layer_norm_bwd.run
-attention_fwd, attention_bwd = _attention_fwd.run, _attention_bwd.run
-attention_pool_fwd, attention_pool_bwd = _pool_fwd.run, _pool_bwd.run
-bias_act_fwd, bias_act_bwd = _bias_act_fwd.run, _bias_act_bwd.run
+layer_norm_fwd, layer_norm_bwd = by_layout(_layer_norm_fwd), by_layout(_layer_norm_bwd)
+attention_fwd, attention_bwd = by_layout(_attention_fwd), by_layout(_attention_bwd)
+attention_pool_fwd, attention_pool_bwd = by_layout(_pool_fwd), by_layout(_pool_bwd)
+bias_act_fwd, bias_act_bwd = by_layout(_bias_act_fwd), by_layout(_bias_act_bwd)
 
 __all__ = [
     "MAX_HEAD_DIM",

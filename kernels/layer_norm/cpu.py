@@ -40,7 +40,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
 ) -> Callable[..., Any]:
-    """Return the function that computes ds, dx (None if it has the dtype of ds), and dw and db (None unless
+    """Return the function that computes ds, dx (None if it has the dtype of ds), and dw and db (each None unless
     ``with_sums``).
     """
     dtype, shape, mask = accumulate_dtype(s.dtype), s.shape[-1:], [True, with_sums, with_sums]
@@ -51,12 +51,12 @@ def backward(
     ) -> tuple[Any, ...]:
         if is_same:
             ds, *sums = _backward(grad_y, s, shape, mean, rstd, weight, weight, mask)
-            return ds if grad_s is None else ds.add_(grad_s), None, tuple(sums) if with_sums else None
+            return ds if grad_s is None else ds.add_(grad_s), None, tuple(sums)
         wide = weight.to(dtype)
         ds, *sums = _backward(grad_y.to(dtype), s.to(dtype), shape, mean, rstd, wide, wide, mask)
         if grad_s is not None:
             ds += grad_s
         dx = ds.to(grad_y.dtype) if grad_y.dtype != s.dtype else None
-        return ds.to(s.dtype), dx, tuple(sums) if with_sums else None
+        return ds.to(s.dtype), dx, tuple(sums)
 
     return compute

@@ -124,6 +124,6 @@ def backward(
         ds = new_ds()
         dx, sums = new_dx() if with_dx else no_dx, new_sums() if with_sums else no_sums
         start(grad_y, grad_s, s, weight.contiguous(), mean, rstd, ds, dx, sums)
-        return ds, dx if with_dx else None, sums.sum(0) if with_sums else None
+        return ds, dx if with_dx else None, sums.sum(0) if with_sums else (None, None)
 
     return compute

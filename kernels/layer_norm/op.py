@@ -76,7 +76,7 @@ def _layer_norm_bwd(
     """
     args = grad_y, grad_s, s, weight, mean, rstd, with_sums
     ds, dx, sums = _plan_backward(*args)(*args)
-    if sums is None:
+    if not with_sums:
         sums = mean.new_empty(2, 0)
     elif isinstance(sums, tuple):
         sums = torch.stack(sums)
