@@ -120,7 +120,7 @@ class Op:
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
         self.run, self._name = run, name
-        self._planner: Callable[..., Any] | None = None
+        self.planner: Callable[..., Any] | None = None
         self._known: dict[Any, tuple[_Way, ...]] = {}
         on_change(self._known.clear)
 
@@ -182,7 +182,7 @@ class Op:
         """Call the op; keyword arguments are not taken."""
         if is_watched():
             return self._overload(*args)
-        if self._planner is not None:
+        if self.planner is not None:
             _check_devices(args)
         needs_grad = False
         for x in args:
@@ -199,7 +199,7 @@ class Op:
 
     def _run_below(self, *args: Any) -> Any:
         """Run the implementation without autocast and below autograd."""
-        if self._planner is not None:
+        if self.planner is not None:
             _check_devices(args)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return self.run(*args)
@@ -210,7 +210,7 @@ class Op:
         The planner gets the arguments of a call, and returns a function that computes it and all calls of its layout.
         This may return None in place of an output that is empty.
         """
-        self._planner = planner
+        self.planner = planner
 
     def find(self, options: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Callable[..., Any] | None:
         """Return how to compute a call like one that was kept, or None.
@@ -255,7 +255,7 @@ class Op:
         if len({*map(id, tensors)}) < len(tensors) or not all(map(_holds_its_values, tensors)):
             return self
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            run = self._planner(*args)  # type: ignore[misc]
+            run = self.planner(*args)  # type: ignore[misc]
         autocast, device_type = None, tensors[0].device.type
         if torch.is_autocast_enabled(device_type):
             run, autocast = below_autograd(run), (device_type, torch.get_autocast_dtype(device_type))
@@ -273,17 +273,6 @@ class Op:
         key = tensors[0].shape, len(tensors), options
         self._known[key] = (_Way(guards.check, autocast, run, apply), *self._known.get(key, ()))[:MOST_ALIKE]
         return self.find(options, tensors) or self
-
-
-def by_layout(op: Op) -> Callable[..., Any]:
-    """Return the implementation of an op that keeps its calls by their layout, for callers below autograd."""
-
-    def compute(*args: Any) -> Any:
-        tensors = tuple([x for x in args if isinstance(x, Tensor)])
-        options = ("below", *[None if isinstance(x, Tensor) else (x, x.__class__) for x in args])
-        return (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
-
-    return compute
 
 
 def apply_of(function: Any) -> Callable[..., Any]:

@@ -1,30 +1,57 @@
-"""The implementations of the ops of a transformer block, without checks and autograd.
+"""The ops of a transformer block for a larger ``autograd.Function``, which has checked its input.
 
-They are for a larger ``autograd.Function``, which computes several ops and has checked its input. Such a function runs
-where nothing watches (``backends.is_watched``) and below autograd, as ``backends.Op`` runs one op.
+Such a function runs where nothing watches (``backends.is_watched``) and below autograd, as ``backends.Op`` runs one op.
+It keeps the functions that compute the layouts of its ops (``backends.Op.planned_by``) in the dict of :func:`plans_of`.
 """
+
+from typing import Any
 
 from .activation import _bias_act_bwd, _bias_act_fwd
 from .attention.op import MAX_HEAD_DIM, _attention_bwd, _attention_fwd, takes_sdpa
 from .attention_pool.op import _pool_bwd, _pool_fwd
-from .backends import by_layout
+from .backends import Op
+from .configs import planned
 from .layer_norm.op import MAX_WIDTH, _layer_norm_bwd, _layer_norm_fwd
 
-layer_norm_fwd, layer_norm_bwd = by_layout(_layer_norm_fwd), by_layout(_layer_norm_bwd)
-attention_fwd, attention_bwd = by_layout(_attention_fwd), by_layout(_attention_bwd)
-attention_pool_fwd, attention_pool_bwd = by_layout(_pool_fwd), by_layout(_pool_bwd)
-bias_act_fwd, bias_act_bwd = by_layout(_bias_act_fwd), by_layout(_bias_act_bwd)
+Plans = dict[Any, Any]
+
+
+@planned
+def plans_of(*_: Any) -> Plans:
+    """Return the dict of the functions that compute one layout of a larger function, which the arguments describe."""
+    return {}
+
+
+def compute(plans: Plans, op: Op, name: Any, *args: Any) -> Any:
+    """Compute an op below autograd. Its layout must be the same wherever ``plans``, ``op`` and ``name`` are.
+
+    An output that is empty may be None.
+    """
+    found = plans.get((name, op))
+    if found is None:
+        planner: Any = op.planner
+        found = plans[name, op] = planner(*args)
+    return found(*args)
+
+
+layer_norm_fwd, layer_norm_bwd = _layer_norm_fwd, _layer_norm_bwd
+attention_fwd, attention_bwd = _attention_fwd, _attention_bwd
+attention_pool_fwd, attention_pool_bwd = _pool_fwd, _pool_bwd
+bias_act_fwd, bias_act_bwd = _bias_act_fwd, _bias_act_bwd
 
 __all__ = [
     "MAX_HEAD_DIM",
     "MAX_WIDTH",
+    "Plans",
     "attention_bwd",
     "attention_fwd",
     "attention_pool_bwd",
     "attention_pool_fwd",
     "bias_act_bwd",
     "bias_act_fwd",
+    "compute",
     "layer_norm_bwd",
     "layer_norm_fwd",
+    "plans_of",
     "takes_sdpa",
 ]

@@ -271,8 +271,8 @@ def plain_parameters(block: ResidualAttentionBlock) -> Parameters | None:
 
 
 def _is_plain_tensors(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether all are tensors of PyTorch's own classes on ``device``."""
-    return not [x for x in tensors if x.__class__ not in backends.PLAIN or x.device != device]
+    """Return whether all are contiguous tensors of PyTorch's own classes on ``device``."""
+    return not [x for x in tensors if x.__class__ not in backends.PLAIN or x.device != device or not x.is_contiguous()]
 
 
 def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn.Module, tuple[Parameters, Options]]:
@@ -280,7 +280,14 @@ def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn
 
     Nothing may watch, as for the straight way of one op (``backends.Op``), and all modules of a block must be plain.
     """
-    if not blocks or backends.is_watched() or x.__class__ not in backends.PLAIN or x.ndim != 3 or x.is_meta:
+    if (
+        not blocks
+        or backends.is_watched()
+        or x.__class__ not in backends.PLAIN
+        or x.ndim != 3
+        or x.is_meta
+        or x.is_neg()
+    ):
         return {}
     device, dtype, (_, tokens, width) = x.device, autocast_dtype(x), x.shape
     on_triton = triton_runs_on(device)

@@ -24,12 +24,15 @@ from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE, apply_of
 from ..kernels.implementations import (
+    Plans,
     attention_bwd,
     attention_fwd,
     bias_act_bwd,
     bias_act_fwd,
+    compute,
     layer_norm_bwd,
     layer_norm_fwd,
+    plans_of,
 )
 
 QUICK = "quick"
@@ -114,8 +117,8 @@ class Function(NamedTuple):
     """A function of a block with its derivative.
 
     Attributes:
-        forward: gets the options, the cast parameters, the rows, the stream and the branch, and returns the results and
-            the tensors to save.
+        forward: gets the plans, the options, the cast parameters, the rows, the stream and the branch, and returns the
+            results and the tensors to save.
         backward: gets the context, the gradients of the results and the saved tensors, and returns the gradients of
             stream, branch and parameters.
     """
@@ -132,7 +135,16 @@ def applied(
     if torch.is_grad_enabled():
         return _apply(function, options, cast, rows, x, branch, *parameters)
     with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-        return function.forward(options, cast, rows, x, branch)[0]
+        return function.forward(_plans(function, options, cast, rows, x, branch), options, cast, rows, x, branch)[0]
+
+
+def _plans(
+    function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None
+) -> Plans:
+    """Return the functions that compute the ops of such a block."""
+    of_branch = None if branch is None else (branch.dtype, branch.stride())
+    dtypes = tuple([p.dtype for p in cast])
+    return plans_of(function, rows is None, options, dtypes, x.device, x.dtype, x.shape, x.stride(), of_branch)
 
 
 class _Block(torch.autograd.Function):
@@ -145,8 +157,9 @@ class _Block(torch.autograd.Function):
     ) -> Any:  # fmt: skip
         """Return the results of the block's function."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            results, saved = function.forward(options, cast, rows, x, branch)
-        ctx.function, ctx.options = function.backward, options
+            plans = _plans(function, options, cast, rows, x, branch)
+            results, saved = function.forward(plans, options, cast, rows, x, branch)
+        ctx.function, ctx.options, ctx.plans = function.backward, options, plans
         # The dtypes of the gradients, None for a parameter that needs none.
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
         ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
@@ -181,15 +194,15 @@ _apply, _only_once = apply_of(_Block), apply_of(_OnlyOnce)
 
 
 def _forward(
-    options: Options, cast: Parameters, _: None, x: Tensor, branch: Tensor | None
+    plans: Plans, options: Options, cast: Parameters, _: None, x: Tensor, branch: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """Return t and m, and the tensors that the backward pass reads: rows [B * N, width], but for qkv."""
     shape, width = x.shape, x.shape[2]
-    s, y, mean, rstd = first_norm(options, x, branch, cast)
+    s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
     qkv = F.linear(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
-    heads, lse = attention_fwd(qkv, None, None, options.heads, options.causal, options.scale)
+    heads, lse = compute(plans, attention_fwd, "", qkv, None, None, options.heads, options.causal, options.scale)
     heads = heads.view(-1, width)
-    t, m, saved = mlp_half(options, s, F.linear(heads, cast.w_out, cast.b_out), cast)
+    t, m, saved = mlp_half(plans, options, s, F.linear(heads, cast.w_out, cast.b_out), cast)
     saved = (s, mean, rstd, y, qkv, heads, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
     return (t.view(shape), m.view(shape)), saved
 
@@ -200,17 +213,20 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[1]
-    grads = grad_t.reshape(-1, width), grad_m.reshape(-1, width)
+    grads = grad_t.reshape(-1, width).contiguous(), grad_m.reshape(-1, width).contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, *grads, *of_mlp)
     d_heads, dw_out, db_out = linear_grads(da, heads, w_out, wanted.w_out, wanted.b_out)
-    dqkv, db_in = attention_bwd(
-        d_heads, qkv, None, heads, lse, options.heads, options.causal, options.scale, wanted.b_in is not None
-    )
+    with_sums = wanted.b_in is not None
+    numbers = options.heads, options.causal, options.scale
+    dqkv, db_in = compute(ctx.plans, attention_bwd, with_sums, d_heads, qkv, None, heads, lse, *numbers, with_sums)
     dy, dw_in, _ = linear_grads(dqkv.view(-1, 3 * width), y, w_in, wanted.w_in, None)
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
-    ds, du, of_norm_1 = layer_norm_bwd(dy, dt, s, norm, mean, rstd, bool(wanted.norm_1 or wanted.norm_1_bias))
+    with_sums = bool(wanted.norm_1 or wanted.norm_1_bias)
+    ds, du, of_norm_1 = compute(
+        ctx.plans, layer_norm_bwd, ("norm_1", with_sums), dy, dt, s, norm, mean, rstd, with_sums
+    )
     du = ds if s.dtype == dy.dtype else du
-    of_parameters = (*of_norm_1, *of_norm_2, dw_in, db_in, dw_out, db_out, *mlp_grads)
+    of_parameters = (*pair(of_norm_1), *pair(of_norm_2), dw_in, db_in, dw_out, db_out, *mlp_grads)
     return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, wanted))
 
 
@@ -223,26 +239,33 @@ def of_inputs(ctx: Any, ds: Tensor, du: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def first_norm(
-    options: Options, x: Tensor, branch: Tensor | None, cast: Parameters
+    plans: Plans, options: Options, x: Tensor, branch: Tensor | None, cast: Parameters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return s, its norm in the dtype of the weights, and the statistics of its rows [B * N, width]."""
     width, bias = x.shape[2], cast.norm_1_bias
     s = x.reshape(-1, width)
     if branch is None:
-        y, _, mean, rstd = layer_norm_fwd(s, None, cast.norm_1, bias, options.eps_1)
+        y, _, mean, rstd = compute(plans, layer_norm_fwd, "norm_1", s, None, cast.norm_1, bias, options.eps_1)
     else:
-        y, s, mean, rstd = layer_norm_fwd(branch.reshape(-1, width), s, cast.norm_1, bias, options.eps_1)
+        y, s, mean, rstd = compute(
+            plans, layer_norm_fwd, "norm_1", branch.reshape(-1, width), s, cast.norm_1, bias, options.eps_1
+        )
     return s, y if y.dtype is options.dtype else y.to(options.dtype), mean, rstd
 
 
+def pair(sums: Any) -> Any:
+    """Return the gradients of weight and bias of a norm, or twice None."""
+    return (None, None) if sums is None else sums
+
+
 def mlp_half(
-    options: Options, s: Tensor, a: Tensor, cast: Parameters
+    plans: Plans, options: Options, s: Tensor, a: Tensor, cast: Parameters
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Return t, m and the tensors that :func:`mlp_half_grads` reads."""
-    y, t, mean, rstd = layer_norm_fwd(a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
+    y, t, mean, rstd = compute(plans, layer_norm_fwd, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
     if options.adds_bias:
         h = F.linear(y, cast.w_fc)
-        g = bias_act_fwd(h, cast.b_fc, options.gelu == QUICK)
+        g = compute(plans, bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
     else:
         h = F.linear(y, cast.w_fc, cast.b_fc)
         g = h * torch.sigmoid(1.702 * h) if options.gelu == QUICK else F.gelu(h, approximate=options.gelu)
@@ -259,12 +282,16 @@ def mlp_half_grads(
     options, wanted = ctx.options, ctx.wanted
     dg, dw_proj, db_proj = linear_grads(grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
     if options.adds_bias:
-        dh, db_fc = bias_act_bwd(dg, h, b_fc, options.gelu == QUICK, wanted.b_fc is not None)
+        with_sums = wanted.b_fc is not None
+        dh, db_fc = compute(ctx.plans, bias_act_bwd, with_sums, dg, h, b_fc, options.gelu == QUICK, with_sums)
         dy, dw_fc, _ = linear_grads(dh, y, w_fc, wanted.w_fc, None)
     else:
         dh = _gelu_grad(dg, h, options.gelu)
         dy, dw_fc, db_fc = linear_grads(dh, y, w_fc, wanted.w_fc, wanted.b_fc)
-    ds, da, of_norm = layer_norm_bwd(dy, grad_t, t, norm, mean, rstd, bool(wanted.norm_2 or wanted.norm_2_bias))
+    with_sums = bool(wanted.norm_2 or wanted.norm_2_bias)
+    ds, da, of_norm = compute(
+        ctx.plans, layer_norm_bwd, ("norm_2", with_sums), dy, grad_t, t, norm, mean, rstd, with_sums
+    )
     return ds, ds if t.dtype == dy.dtype else da, of_norm, dw_proj, db_proj, dw_fc, db_fc
 
 

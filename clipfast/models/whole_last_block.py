@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.implementations import attention_pool_bwd, attention_pool_fwd, layer_norm_bwd
+from ..kernels.implementations import Plans, attention_pool_bwd, attention_pool_fwd, compute, layer_norm_bwd
 from .whole_block import (
     Function,
     Options,
@@ -25,6 +25,7 @@ from .whole_block import (
     mlp_half,
     mlp_half_grads,
     of_inputs,
+    pair,
 )
 
 
@@ -40,11 +41,11 @@ def last_row(
 
 
 def _forward(
-    options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None
+    plans: Plans, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the row of each sequence, and the tensors that the backward pass reads."""
     batch, length, width = x.shape
-    s, y, mean, rstd = first_norm(options, x, branch, cast)
+    s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
     place, seen = None, None
     if rows is None:
         y_r, s_r = y[::length], s[::length]
@@ -57,10 +58,10 @@ def _forward(
     b_q, _, b_v = cast.b_in.chunk(3)
     q = _heads_first(F.linear(y_r, w_q, b_q) * options.scale, options)  # [H, B, D]
     query = q.bmm(w_k.view(options.heads, -1, width)).transpose(0, 1)  # [B, H, width]
-    pooled, lse = attention_pool_fwd(query, y.view(x.shape), seen)
+    pooled, lse = compute(plans, attention_pool_fwd, "", query, y.view(x.shape), seen)
     o = pooled.transpose(0, 1).bmm(w_v.view(options.heads, -1, width).transpose(1, 2))  # [H, B, D]
     o = o.transpose(0, 1).reshape(batch, width) + b_v
-    t, m, saved = mlp_half(options, s_r, F.linear(o, cast.w_out, cast.b_out), cast)
+    t, m, saved = mlp_half(plans, options, s_r, F.linear(o, cast.w_out, cast.b_out), cast)
     saved = (s, mean, rstd, y, place, seen, y_r, q, query, pooled, lse, o, cast.norm_1, cast.w_in, cast.w_out, *saved)
     return t + m, saved
 
@@ -77,7 +78,9 @@ def _backward(
     do, dw_out, db_out = linear_grads(da, o, w_out, wanted.w_out, wanted.b_out)
     w_q, w_k, w_v = w_in.view(3, options.heads, -1, width).unbind(0)
     do_h = _heads_first(do, options)
-    dquery, dy = attention_pool_bwd(do_h.bmm(w_v).transpose(0, 1), query, y.view(ctx.shape), seen, lse)
+    dquery, dy = compute(
+        ctx.plans, attention_pool_bwd, "", do_h.bmm(w_v).transpose(0, 1), query, y.view(ctx.shape), seen, lse
+    )
     dquery = dquery.transpose(0, 1)
     dq = dquery.bmm(w_k.transpose(1, 2)).transpose(0, 1).reshape(o.shape) * options.scale
     dw_in, db_in = None, None
@@ -95,10 +98,13 @@ def _backward(
         torch.sum(do, 0, dtype=wanted.b_in, out=db_v)
     dy = _add_rows(dy.view(s.shape), dq.mm(w_q.view(width, width)), place, ctx.shape[1])
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
-    ds, du, of_norm_1 = layer_norm_bwd(dy, None, s, norm, mean, rstd, bool(wanted.norm_1 or wanted.norm_1_bias))
+    with_sums = bool(wanted.norm_1 or wanted.norm_1_bias)
+    ds, du, of_norm_1 = compute(
+        ctx.plans, layer_norm_bwd, ("norm_1", with_sums), dy, None, s, norm, mean, rstd, with_sums
+    )
     du = _add_rows(du, dt, place, ctx.shape[1]) if s.dtype != dy.dtype else ds
     _add_rows(ds, dt, place, ctx.shape[1])
-    of_parameters = (*of_norm_1, *of_norm_2, dw_in, db_in, dw_out, db_out, *mlp_grads)
+    of_parameters = (*pair(of_norm_1), *pair(of_norm_2), dw_in, db_in, dw_out, db_out, *mlp_grads)
     return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, wanted))
 
 

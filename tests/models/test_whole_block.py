@@ -7,7 +7,7 @@ from torch import nn
 from clipfast.bench.stub.counts import Ops
 from clipfast.kernels.launch import record_launches
 from clipfast.models import transformer
-from clipfast.models.transformer import ResidualAttentionBlock, Transformer, run_plain
+from clipfast.models.transformer import ResidualAttentionBlock, Transformer, read_rows, run_plain
 from tests.numerics import as_good_as_torch
 
 TOKENS, WIDTH = 9, 32
@@ -173,6 +173,16 @@ class Called(nn.Module):
         return self.inner(x)
 
 
+def test_strided_parameters_and_negated_inputs_go_through_the_modules(calls):
+    block, x = random_block(), torch.randn(2, TOKENS, WIDTH)
+    expected = block(-x)
+    calls.clear()
+    torch.testing.assert_close(block(torch._neg_view(x)), expected)
+    block.ln_1.weight = nn.Parameter(block.ln_1.weight.detach().repeat_interleave(2)[::2])
+    torch.testing.assert_close(block(-x), expected)
+    assert not calls
+
+
 def test_checkpointing_recomputes_a_whole_block(calls):
     tower, x = Transformer(WIDTH, 2, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
     grads = []
@@ -201,3 +211,10 @@ def test_autocast_casts_in_few_launches():
     assert forward <= 5 * 8 + 2
     # As many kernels, twice the products, the sums of six biases and norms, the zeros of the keys' bias, and the cast.
     assert len(launches) + ops.count - forward <= 5 * (4 + 8 + 6 + 1 + 1) + 3
+
+
+def test_the_plans_of_a_block_are_not_those_of_its_row():
+    tower, x = Transformer(64, 2, 1, 4.0, causal=False), torch.randn(2, 8, 64)
+    with record_launches(90), torch.no_grad():
+        assert tower(x).shape == (2, 8, 64)
+        assert read_rows(tower, x).shape == (2, 64)

@@ -73,12 +73,12 @@ def test_a_graph_is_fed_each_batch(monkeypatch):
     made = stand_in(monkeypatch)
     (plain, *_, step), (model, *_, taken) = steps("plain"), steps("graph")
     for images, texts in batches(7):
-        torch.testing.assert_close(taken(on_gpu(images), on_gpu(texts)), step(images, texts), rtol=1e-6, atol=0)
+        torch.testing.assert_close(taken(on_gpu(images), on_gpu(texts)), step(images, texts), rtol=1e-5, atol=0)
     assert (made[0].captured, made[0].replayed) == (1, 4)
     # a batch from which unusable samples are missing
     for _ in range(5):
         images, texts = next(batches(1, pairs=5))
-        torch.testing.assert_close(taken(on_gpu(images), on_gpu(texts)), step(images, texts), rtol=1e-6, atol=0)
+        torch.testing.assert_close(taken(on_gpu(images), on_gpu(texts)), step(images, texts), rtol=1e-5, atol=0)
     assert (made[0].captured, made[0].replayed) == (1, 4)
     for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves weights by 1e-3
