@@ -50,7 +50,7 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
             a kernel was launched with less alignment than it was compiled for.
     """
     seen: list[Watched] = []
-    run = JITFunction.run
+    run, remember = JITFunction.run, Start.remember
 
     def watching(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         """Start a kernel on the stub, and check the arguments that its driver received."""
@@ -81,12 +81,16 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
             if plan.start_compiled(tensors) and _received(stub) != expected:
                 raise PackingError(f"a plan started {expected[0]} with {_received(stub)}, Triton with {expected}")
             start = Start(plan)
-            start.remember(tensors)
+            remember(start, tensors)
             addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else 0 for x in tensors]
             if start.at(*addresses) and _received(stub) != expected:
                 raise PackingError(f"a start passed {_received(stub)}, Triton {expected}")
 
-    with mock.patch.object(JITFunction, "run", watching), mock.patch.object(Plan, "start", all_ways):
+    with (
+        mock.patch.object(JITFunction, "run", watching),
+        mock.patch.object(Plan, "start", all_ways),
+        mock.patch.object(Start, "remember"),  # so that every start is one of a plan
+    ):
         yield seen
 
 
