@@ -62,6 +62,7 @@ def options_in(made):
     save_tokenizer(made / "tokenizer")
 
     def of_case(logs, case="unique", **changes):
+        """Return the options of a training run for a case, with these changes."""
         data = f"{made}/faults.tar" if case == "faults" else f"{made}/a.tar::{made}/b.tar"
         tokenizer = f"{made}/tokenizer" if case == "siglip" else None
         given = {
@@ -76,6 +77,7 @@ def options_in(made):
 
 
 def folder_of(given):
+    """Return the folder of the training run that has these options."""
     return RunFolder(Path(given["logs"]) / given["name"])
 
 
@@ -85,6 +87,7 @@ def befalling(rank, what, victims, step):
     original = Trainer._train_step
 
     def befallen(trainer, batch):
+        """Let the event happen to this rank if it is a victim, then take the training step."""
         if trainer.progress.step == step:
             trainer.checkpoints.wait()
         if trainer.progress.step == step and rank in victims:
@@ -116,6 +119,7 @@ def trained(world, given, resume=False, fate=None):
 
 
 def on_rank(rank, size, jobs, do=trained):
+    """Do the jobs of a training test as one rank of a group, and return their results."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     found = []
     for job in jobs:
@@ -126,10 +130,12 @@ def on_rank(rank, size, jobs, do=trained):
 
 
 def skipped_in(folder):
+    """Return the pairs that a training run has skipped, sorted."""
     return sorted(folder.skipped_path.read_text().splitlines())
 
 
 def assert_like(folder, expected):
+    """Assert that a training run has another's losses, skipped pairs, weights and results, but for rounding."""
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
     assert skipped_in(folder) == skipped_in(expected)
     assert_near(weights(folder.path) | averages(folder), weights(expected.path) | averages(expected))
@@ -140,7 +146,7 @@ def assert_like(folder, expected):
 
 
 def assert_near(found, expected):
-    """Compare weights with a tolerance: AdamW divides gradients by their size, so rounding of tiny ones matters."""
+    """Compare trained weights within a tolerance: AdamW divides gradients by their size, so rounding matters."""
     for name, value in found.items():
         assert (value - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-7, name
 
@@ -157,7 +163,7 @@ def run_together(folder, size, *jobs):
 
 
 def empty(tmp_path):
-    """A folder for the files by which the processes communicate."""
+    """Make a folder for the files by which the ranks of a training run communicate."""
     path = tmp_path / f"ranks {time.monotonic_ns()}"
     path.mkdir()
     return path

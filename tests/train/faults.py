@@ -12,7 +12,7 @@ PLACES = range(7, 180, 20)  # places of the faulty samples among 180
 
 @functools.cache
 def faults() -> dict[str, dict[str, bytes | None]]:
-    """Return, for each kind of fault, the members of a good sample that are replaced, or removed if None."""
+    """Return for each fault of a training pair the members of a good sample that it replaces, or removes if None."""
     whole, bomb = picture(5, size=64), io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
     return {
@@ -29,7 +29,7 @@ def faults() -> dict[str, dict[str, bytes | None]]:
 
 
 def faulty_samples() -> list[dict[str, bytes]]:
-    """Return 180 samples, of which one in twenty has a fault, each of another kind."""
+    """Return 180 training samples, of which one in twenty has a fault, each of another kind."""
     samples = [sample(index) for index in range(180)]
     for place, changes in zip(PLACES, faults().values(), strict=True):
         changed = samples[place] | changes

@@ -15,12 +15,12 @@ class OnGpu(Tensor):
 
 
 def on_gpu(x):
-    """Return ``x`` as a tensor that says that it is on the GPU."""
+    """Return a tensor of a training step as one that says that it is on the GPU."""
     return x.as_subclass(OnGpu)
 
 
 def on_cpu(x):
-    """Return a tensor of :func:`on_gpu` as it is."""
+    """Return a training step's tensor of :func:`on_gpu` as it is."""
     return x.as_subclass(Tensor)
 
 
@@ -31,13 +31,16 @@ class Repeated:
         self.device, self.captured, self.replayed = device, 0, 0
 
     def beside(self):
+        """Return a context that does nothing in place of the stream on which a training step is captured."""
         return contextlib.nullcontext()
 
     def capture(self, call):
+        """Call the training step once; return a function that calls it again, as a CUDA graph would, and the result."""
         self.captured += 1
         result = torch.zeros(())  # a graph writes each result to the same place
 
         def replay():
+            """Call the training step again, as its graph would, and write the result to the place of the first."""
             self.replayed += 1
             result.copy_(call())
 
@@ -45,10 +48,11 @@ class Repeated:
 
 
 def stand_in(monkeypatch):
-    """Let :class:`Repeated` stand for captures; return the list of those that are made."""
+    """Let :class:`Repeated` stand for CUDA graphs of training steps; return the list of those that are made."""
     made = []
 
     def make(device):
+        """Make a stand-in for the captures of a training step, and keep it in the list."""
         made.append(Repeated(device))
         return made[-1]
 

@@ -24,6 +24,7 @@ class Graph:
         MADE.append(self)
 
     def replay(self):
+        """Count the replays of a training step's CUDA graph."""
         self.replays += 1
 
 
@@ -33,6 +34,7 @@ def cuda_on(stub, launched):
 
     @contextlib.contextmanager
     def capture(graph, **_options):
+        """Capture a training step on the stub driver, and count the launches that its graph holds."""
         before = len(launched)
         with stub.capturing(0), CaptureRules():
             yield
@@ -51,7 +53,7 @@ def cuda_on(stub, launched):
 
 
 def on_driver():
-    """Return what happened to a training step on the stub driver."""
+    """Return what happened to a training step and its CUDA graph on the stub driver."""
     from graphs import on_cpu, on_gpu
 
     from clipfast.bench.stub.arguments import watched
@@ -68,13 +70,14 @@ def on_driver():
     step = TrainingStep(model, optimizer, contrastive_loss, lambda: autocast, 1.0, 64)
 
     def take(images, texts):
+        """Take a training step on the stub driver; with ``waits``, it reads the loss on the host."""
         loss = step(on_cpu(images), on_cpu(texts))
         return loss * loss.item() if waits else loss
 
     graphed, texts = clipfast.graphed(take), clipfast.tokenize(["a cat"] * 8)
 
     def launches(pairs):
-        """Take a step, and return the number of launches by the host."""
+        """Take a training step, and return the number of launches by the host."""
         before = len(launched)
         graphed(on_gpu(torch.zeros(pairs, 3, 32, 32, dtype=torch.uint8)), on_gpu(texts[:pairs]))
         return len(launched) - before
@@ -103,12 +106,13 @@ def on_driver():
 
 
 def on_stub_gpu():
-    """Return what happened to PyTorch's own graphs."""
+    """Return what happened to PyTorch's own CUDA graphs of a training step."""
     weight = torch.ones(4, 4, device="cuda", requires_grad=True)
     optimizer = torch.optim.AdamW([weight], capturable=True, fused=True)
     waits, captured = False, []
 
     def take(x):
+        """Take a training step with dropout, and note whether it is being captured."""
         captured.append(torch.cuda.is_current_stream_capturing())
         optimizer.zero_grad()
         loss = (torch.nn.functional.dropout(x) @ weight).sum()

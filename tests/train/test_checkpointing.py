@@ -28,16 +28,19 @@ from .test_training import before_step, command, results_of, saved_step
 
 
 def state(step, value=0.0):
+    """Return a small state of a training run after ``step`` steps, for a checkpoint."""
     return {"epoch": step // 4, "state_dict": {"w": torch.full((8,), value)}, "clipfast": {"progress": {"step": step}}}
 
 
 def saved(store, *steps, **options):
+    """Save a training checkpoint after each of these steps, one after the other."""
     for step in steps:
         store.save(state(step), step, **options)
         store.finish()
 
 
 def names(store):
+    """Return the names of all files in the folder of training checkpoints, sorted."""
     return sorted(path.name for path in store.folder.iterdir())
 
 
@@ -48,6 +51,7 @@ class Gate:
         self.begun, self.open, self.written = threading.Semaphore(0), threading.Event(), []
 
         def write(path, content):
+            """Write a training checkpoint once the gate is open."""
             self.begun.release()
             assert self.open.wait(30)
             write_checkpoint(path, content)
@@ -58,10 +62,12 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch):
+    """Return a gate that holds back the writes of training checkpoints until a test opens it."""
     return Gate(monkeypatch)
 
 
 def weights_of(path):
+    """Return the weights in a training checkpoint as a list."""
     return read_checkpoint(path)["state_dict"]["w"].tolist()
 
 
@@ -144,10 +150,11 @@ class TestFailingDisk:
 
     @pytest.fixture
     def failing(self, monkeypatch):
-        """The errors of the writes that should fail, by file name."""
+        """Let writes of training checkpoints fail; return the errors that are still to be raised, by file name."""
         errors, save = {}, torch.save
 
         def failing_save(content, path):
+            """Write half of a training checkpoint and raise its next error; write all of it if there is none left."""
             if errors.get(path.name):
                 path.write_bytes(b"half")
                 raise errors[path.name].pop()
@@ -207,6 +214,7 @@ class TestFolderOfARun:
     @pytest.mark.parametrize(("step", "is_renamed"), [(1, True), (3, False)])
     def test_is_made_again(self, step, is_renamed, run_small, tmp_path):
         def remove(trainer):
+            """Rename or delete the folder of the run while it trains."""
             trainer.checkpoints.wait()
             trainer.folder.path.rename(tmp_path / "old") if is_renamed else shutil.rmtree(trainer.folder.path)
 
@@ -228,6 +236,7 @@ class TestFolderOfARun:
         with contextlib.ExitStack() as stack:
 
             def replace(trainer):
+                """Put the folder of another run in the place of the one that trains."""
                 trainer.checkpoints.wait()
                 other.rename(tmp_path / "old")
                 stack.enter_context(locked(other))
@@ -252,6 +261,7 @@ def test_a_scheduler_and_torchrun_both_signal(signum):
 
 def test_a_signal_during_a_save(run_small, gate):
     def open_later():
+        """Send SIGTERM to training while a checkpoint is written, and let the write go on a little later."""
         assert gate.begun.acquire(timeout=30)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3)
@@ -271,6 +281,7 @@ def test_by_the_clock(run_small, monkeypatch):
     clock, original, steps = [time.monotonic()], Trainer._train_step, []
 
     def slow(trainer, batch):
+        """Let a training step take 35 seconds by the clock of the test."""
         clock[0] += 35
         return original(trainer, batch)
 

@@ -22,6 +22,7 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
 
 def unit_rows(pairs, dim, seed):
+    """Return random unit features of pairs, for the losses of a training step."""
     return F.normalize(torch.randn(pairs, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
@@ -41,7 +42,7 @@ def inputs(scale=20.0, dtype=torch.float64, rank=0, pairs=PAIRS, shape=(), match
 
 
 def value_and_grads(loss, arguments, names=WEIGHTS):
-    """Return the named losses, and the gradients of their weighted sum for the student and the caption logits."""
+    """Return the training losses by name, and the gradients of their sum for the student and the caption logits."""
     is_leaf = {
         name: x.is_floating_point() and not name.startswith("dist_") if isinstance(x, torch.Tensor) else False
         for name, x in arguments.items()
@@ -61,7 +62,7 @@ def test_distillation_compiled():
 
 @pytest.fixture
 def small_strips(monkeypatch):
-    """Make strips so small that even few pairs take several strips, the last one with fewer rows."""
+    """Make the strips of the distillation loss so small that few pairs take several, the last with fewer rows."""
     monkeypatch.setattr(distill_loss, "STRIP_LOGITS", {"cpu": 1})
     monkeypatch.setattr(distill_loss, "LEAST_ROWS", 4)
 
@@ -119,6 +120,7 @@ def test_distillation_under_autocast():
 
 
 def changed(name, change):
+    """Return the arguments of the distillation loss with one of them changed."""
     arguments = inputs()
     return {**arguments, name: change(arguments[name])}
 
@@ -150,6 +152,7 @@ def test_distillation_has_no_second_derivative():
 
 
 def caption_inputs(rank=0, shape=()):
+    """Return arguments of CoCa's training loss: features, and the logits and labels of captions."""
     generator = torch.Generator().manual_seed(rank)
     features = {name: x for name, x in inputs(rank=rank, shape=shape).items() if not name.startswith("dist_")}
     logits = torch.randn(PAIRS, 5, 11, generator=generator, dtype=torch.float64)
@@ -200,6 +203,7 @@ def test_captions_as_from_open_clip_4_on(z_loss_weight, pad_id, compute_dtype):
 
 
 def every_combination(rank, world_size):
+    """Return the distillation and CoCa losses of clipfast and OpenCLIP on this rank for each way to gather features."""
     # Fixtures have no effect in these processes.
     distill_loss.STRIP_LOGITS, distill_loss.LEAST_ROWS = {"cpu": 1}, 4
     found = []

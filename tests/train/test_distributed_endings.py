@@ -26,7 +26,7 @@ from .test_training import same, saved_step, wait_for_checkpoint
 
 @pytest.fixture(scope="module")
 def whole(options, tmp_path_factory):
-    """The folder of an undisturbed run on 3 ranks."""
+    """Return the folder of an undisturbed training run on 3 ranks."""
     logs = tmp_path_factory.mktemp("whole")
     assert run_together(logs, 3, (options(logs, "whole", **SHORT),)) == [[None]] * 3
     return logs / "whole"
@@ -88,7 +88,7 @@ def started(given, size, *extra, restarts=0):
 
 
 def ranks_of(process):
-    """Return the process of each rank that torchrun has started."""
+    """Return the process of each training rank that torchrun has started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     found = {}
     for pid in children:
@@ -146,6 +146,7 @@ def signalled_in_evaluation(world, given, victim=None, resume=False):
     encode, blocks = Encoder.images, []
 
     def slow(encoder, pixels):
+        """Encode a block of an evaluation in training; one rank gets SIGTERM meanwhile, and the others are slow."""
         blocks.append(len(pixels))
         if world.rank == victim:
             os.kill(os.getpid(), signal.SIGTERM)

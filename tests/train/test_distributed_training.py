@@ -23,7 +23,7 @@ from .test_training import losses, results_of, saved_step
 
 @pytest.fixture(scope="module")
 def one(options, tmp_path_factory):
-    """The folders of training runs on one process."""
+    """Return the folders of training runs on one process, with which those on several ranks are compared."""
     logs = tmp_path_factory.mktemp("one")
     for case in CASES:
         assert trained(ALONE, options(logs, case)) is None
@@ -67,7 +67,7 @@ def test_the_number_of_ranks_changes_within_an_epoch(one, options, together, tmp
 
 
 def resumed_by_the_first(world, given):
-    """Resume a run of which only the machine of rank 0 has the checkpoint."""
+    """Resume a training run of which only the machine of rank 0 has the checkpoint."""
     try:
         return train(TrainConfig(**given), folder_of(given).latest if world.is_main else None, world=world)
     except ValueError as error:

@@ -36,7 +36,7 @@ class Small(nn.Module):
 
 
 def moved(model, generator):
-    """Change all weights and statistics that training changes."""
+    """Change all weights and statistics that a training step changes, for the moving average."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name == "norm.num_batches_tracked":
@@ -96,10 +96,12 @@ def test_a_state_that_does_not_fit_is_refused():
 
 
 def averages(folder):
+    """Return the moving average of the weights in the latest training checkpoint."""
     return read_checkpoint(folder.latest)["state_dict_ema"]
 
 
 def equal(a, b):
+    """Return True if two states of trained weights, or of their averages, are bit-equal."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

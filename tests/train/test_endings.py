@@ -30,6 +30,7 @@ def signalled_after(step, signum):
 
 
 def log_of(folder):
+    """Return the text of a training run's ``out.log``."""
     return (folder.path / "out.log").read_text()
 
 
@@ -45,6 +46,7 @@ def test_an_error_saves_the_steps_before_it(run_small, tmp_path):
 
 def test_a_data_worker_that_is_killed_during_a_step_is_named(run_small, tmp_path):
     def kill(trainer):
+        """Kill a data worker of the training run."""
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         time.sleep(30)  # PyTorch's report of the dead worker interrupts this
 
@@ -57,6 +59,7 @@ def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
     original, calls = torch.optim.AdamW.step, []
 
     def failing(self, *args, **kwargs):
+        """Write TensorBoard's events of a training run; the sixth write fails."""
         calls.append(original(self, *args, **kwargs))
         if len(calls) == 6:
             raise RuntimeError("out of memory")
@@ -118,6 +121,7 @@ def test_a_run_that_cannot_start_leaves_nothing(run_small, tmp_path):
 
 
 def flip(path):
+    """Flip a bit in the middle of a training checkpoint."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -198,11 +202,13 @@ def test_the_checkpoint_that_a_run_goes_on_from_is_not_kept_in_memory(copied, sm
     kept, fit = [], Trainer.fit
 
     def read(path, **how):
+        """Read a checkpoint for a resumed training run, and keep weak references to its weights."""
         content = read_checkpoint(path, **how)
         kept.extend(map(weakref.ref, content["state_dict"].values()))
         return content
 
     def checked(trainer, interruption):
+        """Assert that no tensor of the checkpoint that was read is still alive, then train."""
         gc.collect()
         assert kept
         assert [found for found in (reference() for reference in kept) if found is not None] == []

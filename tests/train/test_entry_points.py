@@ -29,7 +29,7 @@ def folder(request, tmp_path) -> str:
 
 
 def both(folder, **options):
-    """OpenCLIP's model and clipfast's, in evaluation mode."""
+    """Return OpenCLIP's model and clipfast's with the same weights, in evaluation mode."""
     open_clip = pytest.importorskip("open_clip")
     return open_clip.create_model(folder, **options).eval(), create_model(folder, **options).eval()
 
@@ -75,7 +75,7 @@ def test_logits_and_methods(folder):
 
 
 def same(own, other, path=""):
-    """Assert that two nested outputs have the same names, shapes and values."""
+    """Assert that nested outputs of OpenCLIP's model and clipfast's have the same names, shapes and values."""
     if isinstance(other, torch.Tensor):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=2e-5, msg=lambda text: f"{path}: {text}")
         return
@@ -97,6 +97,7 @@ def test_intermediates(folder):
     is_vit = isinstance(ours.config.vision.layers, int)
 
     def compare(*arguments, **options):
+        """Compare the intermediate features of clipfast's model with OpenCLIP's, and return the latter."""
         expected = theirs.forward_intermediates(*arguments, **options)
         same(ours.forward_intermediates(*arguments, **options), expected, f"{options}")
         return expected

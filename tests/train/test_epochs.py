@@ -59,4 +59,5 @@ def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_
 
 
 def steps_of(path):
+    """Return the number of training steps before a checkpoint was written."""
     return read_checkpoint(path)["clipfast"]["progress"]["step"]

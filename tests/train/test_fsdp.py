@@ -56,13 +56,14 @@ ONLY_FSDP = ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu")
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A function that returns a run's options for a case, with changes."""
+    """Return a function that returns the options of a training run under FSDP2 for a case, with changes."""
     made = tmp_path_factory.mktemp("made")
     for name, content in MODELS.items():
         (made / f"{name}.json").write_text(json.dumps(content))
     save_tokenizer(made / "tokenizer")
 
     def of_case(logs, case, **changes):
+        """Return the options of a training run under FSDP2 for a case, with these changes."""
         is_siglip = case == "siglip"
         given = {
             "train_data": "synthetic:400", "model": f"{made}/{'siglip' if is_siglip else 'clip'}.json",
@@ -77,7 +78,7 @@ def options(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(options, tmp_path_factory):
-    """The folders of training runs on one process."""
+    """Return the folders of training runs on one process, with which those under FSDP2 are compared."""
     logs = tmp_path_factory.mktemp("one")
     for case in CASES:
         assert trained(ALONE, options(logs, case)) is None
@@ -111,7 +112,7 @@ def test_ranks_and_kind_change_within_an_epoch(one, options, together, tmp_path)
 
 
 def on_ranks(rank, size, work, *args):
-    """Run ``work`` in a group of ranks, and return its result."""
+    """Run ``work`` on sharded models in a group of training ranks, and return its result."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     with joined("cpu", 30) as world:
         return work(world, *args)
@@ -132,12 +133,13 @@ TRAINED = {"train_data": "x.tar", "fsdp": True}
 
 
 def objective(model, images, texts):
+    """Return a number that depends on all outputs of a model, in place of a training loss."""
     image, text, scale, *bias = model(images, texts)
     return ((scale * image @ text.T + sum(bias)).square() * torch.arange(6)).mean()
 
 
 def clipped(world, kind):
-    """Return the gradients before and after clipping, and their norm, for each of the factors."""
+    """Return the sharded gradients before and after clipping, and their norm, for each of the factors."""
     model, images, texts = in_parts(world, kind)
     guard = Guard(model, torch.optim.SGD(model.parameters(), 0.1), 0.25)
     share = 1 + (world.rank - (world.size - 1) / 2) / 2  # the ranks' gradients differ; their mean is fixed
@@ -159,7 +161,7 @@ FACTORS = [1.0, 1e25, 1e-9, float("nan")]
 
 
 def each(world, work, arguments):
-    """Run ``work`` on each of several arguments in one group of ranks, and return the results."""
+    """Run ``work`` on each of several arguments in one group of training ranks, and return the results."""
     return [work(world, *one) for one in arguments]
 
 
@@ -197,7 +199,7 @@ def test_gradients_are_clipped_by_the_norm_of_all_parts(tmp_path):
 
 
 def optimized(world, opt):
-    """Return the weights after a few steps."""
+    """Return the weights after a few training steps of an optimizer, sharded or not."""
     model, images, texts = in_parts(world, "clip")
     momentum = {"momentum": 0.5} if opt in ("sgd", "rmsprop") else {}
     optimizer = make_optimizer(TrainConfig(**TRAINED, opt=opt, lr=1e-2, **momentum), model)
@@ -235,7 +237,7 @@ ALL = [(precision, EAGER + ALL_COMPILED, SIZES) for precision in TOLERANCES]
 
 
 def stepped(world, model, precision, combination, sizes):
-    """Return the losses of a step for each size of micro-batches, and the weights after these steps."""
+    """Return the losses of a training step for each size of micro-batches, and the weights after these steps."""
     torch.compiler.reset()
     config = TrainConfig(
         **TRAINED, **combination, model=model, precision=precision, torchcompile_backend="aot_eager", lr=1e-3,

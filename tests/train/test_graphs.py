@@ -21,13 +21,13 @@ needs_gcc = pytest.mark.skipif(build.missing_tool() is not None, reason=f"{build
 
 
 def total(batch, *, doubled=False):
-    """Return the sum of a batch, which is a dictionary of images and texts."""
+    """Return the sum of a training batch, which is a dictionary of images and texts."""
     found = on_cpu(batch["images"]).sum() + on_cpu(batch["texts"]).sum()
     return 2 * found if doubled else found
 
 
 def batch(pairs, value):
-    """Return a batch of ``pairs`` pairs that is filled with ``value``."""
+    """Return a training batch of ``pairs`` pairs that is filled with ``value``."""
     return {"images": on_gpu(torch.full((pairs, 3), value)), "texts": on_gpu(torch.full((pairs, 2), value))}
 
 
@@ -105,7 +105,7 @@ def test_a_graph_is_captured_on_the_gpu_of_its_arguments(monkeypatch):
 
 
 def run(kind, environment=None):
-    """Run ``graphs_on_stub.py``, and return what it found."""
+    """Run ``graphs_on_stub.py``, which captures training steps, and return what it found."""
     command = [sys.executable, str(PROGRAM), kind]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -51,12 +51,13 @@ STEP = 3
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A function that returns a run's options for a case, with changes."""
+    """Return a function that returns the options of a training run for a case, with changes."""
     made = tmp_path_factory.mktemp("made")
     write_shard(made / "a.tar", [sample(index, png=picture(index)) for index in range(70)])
     (made / "resnet.json").write_text(json.dumps(RESNET))
 
     def of_case(logs, case="plain", **changes):
+        """Return the options of a training run for a case, with these changes."""
         model = f"{made}/resnet.json" if case.startswith("resnet") else TINY
         given = {
             "train_data": f"{made}/a.tar", "model": model, "global_batch_size": 12, "samples_seen": 120, "warmup": 2,
@@ -75,6 +76,7 @@ def struck(rank, what, victim):
     trainers = []
 
     def remembered(trainer, batch):
+        """Take a training step, or leave it out as if its loss and gradients were NaN."""
         trainers[:] = [trainer]
         if what.get(trainer.progress.step) == "all":
             set_lr(trainer.optimizer, trainer.schedule.at(trainer.progress.step))
@@ -83,6 +85,7 @@ def struck(rank, what, victim):
         return original(trainer, batch)
 
     def ruined(step, images, texts):
+        """Make the gradient or the loss of a training step NaN on the victim's rank."""
         struck = what.get(trainers[0].progress.step) if rank == victim else None
         if struck in (None, "all"):
             return backward(step, images, texts)
@@ -105,7 +108,7 @@ ONE = torch.tensor([1])
 
 
 def run(world, given, strike, resume=False):
-    """Train with ruined steps; return the error that ended training, or None."""
+    """Train with steps that are made NaN; return the error that ended training, or None."""
     with mock.patch("clipfast.train.loop._pictures", return_value=[]), struck(world.rank, *strike):
         try:
             train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)
@@ -116,9 +119,10 @@ def run(world, given, strike, resume=False):
 
 @pytest.fixture
 def together(tmp_path):
-    """A function that runs training jobs on a group of ranks."""
+    """Return a function that runs training jobs on a group of ranks."""
 
     def do(size, *jobs):
+        """Run training jobs on ``size`` ranks, and return the results of each rank."""
         if size == 1:
             return [[run(ALONE, *job) for job in jobs]]
         return run_ranks(on_rank, size, size, jobs, run, folder=empty(tmp_path), timeout=240)
@@ -127,23 +131,24 @@ def together(tmp_path):
 
 
 def everything(folder):
-    """Return all tensors of the latest checkpoint as a flat list."""
+    """Return all tensors of the latest training checkpoint as a flat list."""
     return {key: value for key, value in (weights(folder.path) | averages(folder)).items() if value is not None}
 
 
 def skips(folder):
+    """Return the records of the training steps that were skipped because they were not finite."""
     return [json.loads(line) for line in folder.nonfinite_path.read_text().splitlines()]
 
 
 def assert_equal(folder, expected):
-    """Assert that the latest checkpoints of two runs are bit-equal."""
+    """Assert that the latest checkpoints of two training runs are bit-equal."""
     ours, theirs = everything(folder), everything(expected)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
 
 
 def assert_as_without(folder, expected):
-    """Assert that the run is bit-equal to a run without the skipped steps."""
+    """Assert that a training run is bit-equal to a run without the skipped steps."""
     assert_equal(folder, expected)
     assert losses(folder) == losses(expected)
     assert len(losses(folder)) == 10 - len(STRIKES)
@@ -179,6 +184,7 @@ def test_what_is_written_of_a_batch_and_the_norm_that_is_logged(options, tmp_pat
     seen, original, clip = {}, Trainer._train_step, nn.utils.clip_grads_with_norm_
 
     def watching(trainer, batch):
+        """Remember the batch of each training step."""
         seen[trainer.progress.step] = batch
         return original(trainer, batch)
 
@@ -225,7 +231,7 @@ def test_the_host_waits_for_the_verdict_if_it_has_the_weights(device, waits):
 
 
 def on_gpu(*values):
-    """Return a stand-in for a GPU's verdict, whose value is known only later."""
+    """Return a stand-in for a GPU's verdict on a training step, whose value is known only later."""
     held = torch.tensor(values)
     return mock.Mock(is_cuda=True, to=lambda *_, **__: held, clone=lambda: held)
 

@@ -26,7 +26,7 @@ TEXT = ("token_embedding", "positional_embedding", *BLOCKS, "ln_final", "text_pr
 
 
 def run_from_weights(shards, folder, raw, **options):
-    """Train from weights in a file; return these weights, the run, and its final weights."""
+    """Train locked towers from weights in a file; return these weights, the run, and its final weights."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
     model = build(CLIPConfig.from_dict(raw))

@@ -40,17 +40,19 @@ SCALARS = {
 
 
 def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return all points in TensorBoard's files of a folder, by name, as TensorBoard shows them."""
+    """Return all points of a training run in TensorBoard's files, by name, as TensorBoard shows them."""
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulators.EventAccumulator(str(folder), {accumulators.SCALARS: 0}).Reload()
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
 def lines_with(folder, key):
+    """Return the lines of a training run's metrics that have a key."""
     return [line for line in folder.metrics() if key in line]
 
 
 def evaluations_of(folder):
+    """Return the evaluations in ``results.jsonl`` of a training run."""
     return read_lines(folder.checkpoints / "results.jsonl")
 
 
@@ -82,7 +84,7 @@ def test_evaluations_have_openclips_names(finished):
 
 
 def assert_shown(folder):
-    """Assert that TensorBoard shows all points of the metrics once, on OpenCLIP's axes."""
+    """Assert that TensorBoard shows all points of a run's metrics once, on OpenCLIP's axes."""
     found = read_back(folder.path / "tensorboard")
     assert {f"train/{name}" for name in SCALARS} <= set(found)
     for name, key in (("loss", "loss"), ("contrastive_loss", "loss"), ("samples_per_second", "pairs_per_second")):
@@ -120,7 +122,7 @@ def test_a_run_without_tensorboard_or_space_for_it_says_so_once(run_small, monke
 
 
 def fake_wandb(key="key"):
-    """A stand-in for wandb, which records its arguments."""
+    """Put a stand-in for wandb in its place, which records what training reports to it."""
     return mock.Mock(**{"api.api_key": key})
 
 
@@ -168,7 +170,7 @@ def test_flops_are_three_forward_passes_and_the_loss(name):
 
 
 def fake_nvml(reasons=0, error=None):
-    """Return a stand-in for NVML with one GPU, for the meters; it can fail as drivers do."""
+    """Return a stand-in for NVML with one GPU, for the meters of a training run; it can fail as drivers do."""
     return mock.Mock(**{
         "NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "nvmlInit.side_effect": error,
         "nvmlDeviceGetCurrentClocksEventReasons.return_value": reasons,
@@ -187,6 +189,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, mock.Mock(return_value=value))
 
     def meters_with(nvml):
+        """Return the meters of a training run on a GPU, which ask this stand-in for NVML."""
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
         return Meters(torch.device("cuda", 0))
 
@@ -229,6 +232,7 @@ def trained_slowly(rank, size, given):
     original = Trainer.__init__
 
     def slowed(trainer, *args):
+        """Make a trainer; on rank 1, its gradients come half a second late."""
         original(trainer, *args)
         if rank == 1:
             next(trainer.model.visual.parameters()).register_hook(lambda gradient: time.sleep(0.5))

@@ -134,12 +134,12 @@ PLAIN = ["--train-data", "shards.tar", "--model", TINY]
 
 
 def flags(how):
-    """Parametrise over the flags of a kind."""
+    """Parametrise a test over the flags of a kind of OpenCLIP's trainer."""
     return pytest.mark.parametrize("flag", [flag for flag in FLAGS if FLAGS[flag].how == how and flag not in OUTSIDE])
 
 
 def their_options() -> dict[str, argparse.Action]:
-    """The options of the installed OpenCLIP."""
+    """Return the training options of the installed OpenCLIP."""
     params = pytest.importorskip("open_clip_train.params")
     parsing = mock.patch.object(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=StopIteration)
     with parsing as parse, pytest.raises(StopIteration):
@@ -148,7 +148,7 @@ def their_options() -> dict[str, argparse.Action]:
 
 
 def numbers(text: str) -> list[float] | str:
-    """Parse a text as numbers, or return the text. Of several numbers below 1, only the ratio counts."""
+    """Parse a training option as numbers, or return the text. Of several below 1, only the ratio counts."""
     try:
         found = [float(part) for part in re.split("::| ", text)]
     except ValueError:
@@ -159,9 +159,10 @@ def numbers(text: str) -> list[float] | str:
 class TestFlags:
     @pytest.fixture
     def printed(self, capsys):
-        """A function that returns the options that ``clipfast train`` prints for the words of a command."""
+        """Return a function that returns the options that ``clipfast train`` prints for the words of a command."""
 
         def print_options(*words):
+            """Return the options that ``clipfast train`` prints for these words of OpenCLIP's trainer."""
             code, out, err = run_command(capsys, "train", *PLAIN, *words, "--print-config")
             assert code == 0, err
             return rows(out)
@@ -257,9 +258,10 @@ class TestFlags:
 
 @pytest.fixture
 def config(shards, tmp_path):
-    """A function that returns options of four steps an epoch, without data workers."""
+    """Return a function that returns training options of four steps an epoch, without data workers."""
 
     def make(name="run", **options):
+        """Return the options of a small training run, with these changes."""
         made = test_training.config(shards, tmp_path, **{"workers": 0, "epochs": 1} | options)
         return dataclasses.replace(made, name=name)
 
@@ -268,9 +270,10 @@ def config(shards, tmp_path):
 
 @pytest.fixture
 def refused(config, tmp_path):
-    """A function that asserts that a run is refused before it starts."""
+    """Return a function that asserts that a training run is refused before it starts."""
 
     def refuse(message, **options):
+        """Assert that a training run with these options is refused with ``message`` before it starts."""
         with pytest.raises(ValueError, match=message):
             preflight(config(**options), RunFolder(tmp_path / "x"), {})
 
@@ -279,14 +282,14 @@ def refused(config, tmp_path):
 
 @pytest.fixture
 def one_prompt(monkeypatch):
-    """Use one prompt per class in place of 80."""
+    """Use one prompt per class in place of 80 when training evaluates on ImageNet."""
     monkeypatch.setattr("clipfast.evaluate.imagenet.OPENAI_IMAGENET_TEMPLATES", ("{}",))
     monkeypatch.setattr(zero_shot, "TEMPLATES", zero_shot.TEMPLATES | {"openai": ("{}",)})
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Small data for each path in a command."""
+    """Make small data for each path in a command of OpenCLIP's trainer."""
     folder = tmp_path_factory.mktemp("data")
     write_shard(folder / "00000.tar", [sample(index) for index in range(24)])
     write_shard(folder / "00001.tar", [sample(index, png=picture(100 + index)) for index in range(24)])
@@ -348,9 +351,10 @@ class TestModel:
 class TestData:
     @pytest.fixture
     def transform(self, config):
-        """A function that returns the image transform of a run."""
+        """Return a function that returns the image transform of a training run."""
 
         def of_run(**changes):
+            """Return the image transform of a training run with these options."""
             options = config(**changes)
             model = bare_model(options, {}, CPU)
             sources = sources_of(options, options.train_data.split("::"))
@@ -453,7 +457,7 @@ class TestEvaluation:
 class TestDistillation:
     @pytest.fixture
     def teacher(self, tmp_path, config):
-        """Return options of a run with a teacher of the same shape and other weights."""
+        """Return the options of a training run with a teacher of the same shape and other weights."""
         torch.manual_seed(7)
         torch.save(bare_model(config(), {}, CPU).state_dict(), tmp_path / "teacher.pt")
         return {"distill_model": TINY, "distill_pretrained": str(tmp_path / "teacher.pt")}
@@ -468,6 +472,7 @@ class TestDistillation:
         outputs = student(images, texts)
 
         def logits(image, text, scale):
+            """Return the logits of student or teacher in float64, for both directions of the distillation loss."""
             dense = scale.double() * image.double() @ text.double().T
             return dense, dense.T
 
@@ -640,12 +645,12 @@ SMALLER = NEEDED | {
 
 
 def located(words, places):
-    """Replace the paths in the words of a command by small data."""
+    """Replace the paths in the words of a training command by small data."""
     return [re.sub("|".join(places), lambda found: places[found[0]], word) for word in words]
 
 
 def smaller(words, places):
-    """Change the words of a command to two steps of a small model, or to two further steps."""
+    """Change the words of a training command to two steps of a small model, or to two further steps."""
     found = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     if "CHECKPOINT" in words:
         return located([*found, "--epochs", "2"], places)
@@ -673,7 +678,7 @@ def as_task(rank, words):
 class TestCommands:
     @pytest.fixture
     def run(self, capsys, tmp_path, monkeypatch):
-        """A function that runs ``clipfast train`` in a folder of its own, and returns exit code, output and errors."""
+        """Return a function that runs ``clipfast train`` in a folder, and returns exit code, output and errors."""
         monkeypatch.chdir(tmp_path)
         return lambda *words: run_command(capsys, "train", *words)
 

@@ -45,20 +45,24 @@ BLOCK = "transformer.resblocks"
 
 
 def built(name):
+    """Build a model on the meta device, for the groups of its optimizer."""
     with torch.device("meta"):
         return build(read_model_config(TINY) if name == TINY else get_model_config(name))
 
 
 @pytest.fixture(scope="module")
 def model():
+    """Return a tiny model on the meta device, for the groups of its optimizer."""
     return built(TINY)
 
 
 def made(model, **options):
+    """Make the optimizer of a model from training options."""
     return make_optimizer(TrainConfig(train_data="x.tar", **options), model)
 
 
 def names_of(model, group):
+    """Return the names of the parameters in a group of an optimizer."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {names[parameter] for parameter in group["params"]}
 
@@ -220,9 +224,10 @@ def test_training_goes_on_to_the_last_bit(shards, tmp_path):
 
 @pytest.fixture
 def as_theirs(tmp_path):
-    """A function that writes a checkpoint without clipfast's own entry, as OpenCLIP's trainer does."""
+    """Return a function that writes a training checkpoint without clipfast's own entry, as OpenCLIP's trainer does."""
 
     def write(folder):
+        """Write a run's latest checkpoint as OpenCLIP's trainer would, and return its path."""
         checkpoint = read_checkpoint(folder.latest)
         del checkpoint["clipfast"]
         torch.save(checkpoint, tmp_path / "theirs.pt")
@@ -233,6 +238,7 @@ def as_theirs(tmp_path):
 
 def test_another_optimizer_cannot_go_on(run_small, as_theirs, tmp_path):
     def refused(said, checkpoint, name="run", **options):
+        """Assert that the state of the optimizer in a checkpoint is refused by a run with these options."""
         with pytest.raises(CheckpointError, match=said):
             run_small(checkpoint, name, epochs=3, **options)
 
@@ -267,9 +273,10 @@ def test_a_checkpoint_of_open_clip_main_goes_on(run_small, as_theirs):
 
 @pytest.fixture
 def command(shards, tmp_path, capsys):
-    """A function that runs ``clipfast train`` for an epoch, and returns exit code and errors."""
+    """Return a function that runs ``clipfast train`` for an epoch, and returns exit code and errors."""
 
     def run(*words):
+        """Run ``clipfast train`` for an epoch, and return exit code and errors."""
         data = () if "--resume" in words else ("--train-data", shards, "--batch-size", 8, "--epochs", 1)
         code, _, error = run_command(capsys, "train", *data, "--logs", tmp_path, "--name", "run", *words)
         return code, error

@@ -20,6 +20,7 @@ SMALL = CLIPConfig(
 
 
 def tokens_seen(model, height=32, width=32):
+    """Return the number of tokens that the blocks of the image tower see in a training step with patch dropout."""
     seen = []
     hook = model.visual.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     model.encode_image(torch.zeros(2, 3, height, width)).sum().backward()

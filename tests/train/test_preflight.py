@@ -20,16 +20,18 @@ PAIRS = [sample(number) for number in range(8)]
 
 
 def changed(**changes: bytes) -> list[dict[str, bytes]]:
+    """Return eight training pairs with some members changed, for the check before a run."""
     return [sample(number, **changes) for number in range(8)]
 
 
 def without(*keys: str) -> list[dict[str, bytes]]:
+    """Return eight training pairs without some members, for the check before a run."""
     return [{key: value for key, value in pair.items() if key not in keys} for pair in PAIRS]
 
 
 @pytest.fixture(autouse=True)
 def shard(tmp_path):
-    """Eight pairs that can be used."""
+    """Write a training shard of eight pairs that can be used."""
     return write_shard(tmp_path / "x.tar", PAIRS)
 
 
@@ -146,21 +148,22 @@ class TestSample:
 
     @pytest.fixture(autouse=True)
     def folder(self, shard, tmp_path):
-        """A folder for shards."""
+        """Return a folder for training shards."""
         shard.unlink()
         return tmp_path
 
     @pytest.fixture
     def look(self, folder):
-        """A function that tries the pairs of shards."""
+        """Return a function that tries the pairs of training shards before a run."""
         return lambda name: preflight(config(f"{folder}/{name}", folder), RunFolder(folder), {})
 
     @pytest.fixture
     def indexed(self, monkeypatch):
-        """The names of the shards that are indexed, after all were looked up in the cache."""
+        """Return the names of the training shards that are indexed, after all were looked up in the cache."""
         names, original = [], index.IndexCache._make
 
         def make(cache, name):
+            """Index a training shard, and remember its name."""
             names.append(name)
             return original(cache, name)
 

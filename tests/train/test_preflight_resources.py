@@ -23,14 +23,16 @@ BATCH = 8 * (3 * 32 * 32 + 8 * 16)  # eight images of 32 pixels in bytes, and te
 
 @pytest.fixture(autouse=True)
 def shard(tmp_path):
+    """Write the training shard of the run whose resources are checked."""
     write_shard(tmp_path / "x.tar", PAIRS)
 
 
 @pytest.fixture
 def check(tmp_path):
-    """A function that checks the resources of a run, and returns the error, or "" if nothing is missing."""
+    """Return a function that checks the resources of a training run, and returns the error, or "" without one."""
 
     def look(world=ALONE, **options):
+        """Check the resources of a training run; return the error, or "" if nothing is missing."""
         given = config(f"{tmp_path}/x.tar", tmp_path / "logs", **{"workers": 0} | options)
         try:
             preflight(given, RunFolder(tmp_path / "logs/run"), {}, world)
@@ -43,7 +45,7 @@ def check(tmp_path):
 
 @pytest.fixture
 def weights(tmp_path):
-    """The size of the model's weights in bytes."""
+    """Return the size of the trained model's weights in bytes."""
     model = module.bare_model(config("x", tmp_path), {}, torch.device("meta"))
     return sum(parameter.nbytes for parameter in model.parameters())
 
@@ -115,9 +117,10 @@ class TestGPU:
 
     @pytest.fixture
     def gpu(self, monkeypatch):
-        """A function that fakes a number of GPUs, with the free bytes of each."""
+        """Return a function that fakes a number of GPUs for the check before training, with the free bytes of each."""
 
         def set_gpus(count, free=0):
+            """Let the check before training see ``count`` GPUs with ``free`` bytes each."""
             for name, value in (("is_available", count > 0), ("device_count", count), ("mem_get_info", (free, 2**36))):
                 monkeypatch.setattr(torch.cuda, name, mock.Mock(return_value=value))
 

@@ -15,7 +15,7 @@ OWN_DATA = ("train_data", "val_data")  # options of recipes whose data ships wit
 
 
 def rows(text):
-    """Parse the lines of a description: value and origin by flag."""
+    """Parse the lines that describe training options: value and origin by flag."""
     lines = [re.fullmatch(r"(--\S+) +(.*?) +\((.*)\)", line).groups() for line in text.splitlines()]
     return {flag: [value, origin] for flag, value, origin in lines}
 
@@ -64,9 +64,10 @@ def test_what_a_recipe_says_by_model(tmp_path):
 
 @pytest.fixture
 def printed(capsys):
-    """A function that returns the options that ``clipfast train`` prints, with their origins."""
+    """Return a function that returns the options that ``clipfast train`` prints, with their origins."""
 
     def run(*words):
+        """Return the training options that these words set, with their origins, as the command prints them."""
         code, out, error = run_command(capsys, "train", *words, "--print-config")
         assert code == 0, error
         return rows(out)

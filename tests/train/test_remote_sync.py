@@ -20,6 +20,7 @@ from .test_training import command, same, saved_step
 
 @pytest.fixture
 def memory(monkeypatch):
+    """Return an empty file system in memory, for remote copies of training runs; failed uploads are soon retried."""
     monkeypatch.setattr(remote_sync, "FIRST_WAIT", 0.01)
     fs = fsspec.filesystem("memory")
     fs.store.clear()
@@ -30,12 +31,13 @@ def memory(monkeypatch):
 
 @pytest.fixture
 def copy(memory, store):
-    """The empty remote copy of the run of ``store``, which has saved a step."""
+    """Return the empty remote copy of the training run of ``store``, which has saved a step."""
     saved(store, 4, milestone=1)
     return RemoteCopy(RunFolder(store.folder.parent), "memory://copies")
 
 
 def contents(fs, root="/copies/run"):
+    """Return the files of a training run's remote copy by path."""
     return {path.removeprefix(f"{root}/"): fs.cat_file(path) for path in fs.find(root)}
 
 
@@ -43,6 +45,7 @@ def test_the_copy_is_the_run_though_the_first_uploads_fail(memory, run_small, mo
     original, calls = type(memory).put_file, []
 
     def failing(self, *args, **options):
+        """Upload a file of the training run; the first four uploads fail."""
         calls.append(args)
         if len(calls) <= 4:
             raise OSError("503 slow down")
@@ -98,6 +101,7 @@ def test_files_are_replaced_as_a_whole(store, tmp_path, monkeypatch):
     original = type(copy._fs).mv
 
     def checking(self, *args, **options):
+        """Move an uploaded file to its name, once ``epoch_latest.pt`` is seen to be still the old one."""
         assert latest.read_bytes() == before
         return original(self, *args, **options)
 

@@ -18,6 +18,7 @@ STEPS, EPOCHS = 120, Epochs(num_samples=160, batch_size=8, samples_seen=960)  # 
 
 
 def schedule(total=STEPS, epochs=EPOCHS, **options):
+    """Return the schedule of learning rates for a training run with these options."""
     return schedule_of(TrainConfig(**{"train_data": "x.tar", "lr": 7e-4, "epochs": 6} | options), total, epochs)
 
 

@@ -25,6 +25,7 @@ CONTENT = {
 
 
 def same(ours, theirs):
+    """Return True if two sharded checkpoints have the same content: nested dicts, lists and tensors."""
     if isinstance(theirs, torch.Tensor):
         return isinstance(ours, torch.Tensor) and ours.dtype == theirs.dtype and ours.equal(theirs)
     if isinstance(theirs, dict):
@@ -35,7 +36,7 @@ def same(ours, theirs):
 
 
 def written(rank, size, folder):
-    """Write the content with its matrix sharded over the ranks, the second time with another value."""
+    """Write a sharded training checkpoint from all ranks twice, the second time with another value."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -51,6 +52,7 @@ def written(rank, size, folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """Return the folder of a sharded training checkpoint that three ranks have written."""
     path = tmp_path_factory.mktemp("parts")
     (path / "ranks").mkdir()
     run_ranks(written, 3, 3, path / "step_7", folder=path / "ranks")
@@ -59,6 +61,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def folder(whole, tmp_path):
+    """Copy the sharded training checkpoint, for a test to damage."""
     return shutil.copytree(whole, tmp_path / "step_7")
 
 
@@ -71,37 +74,44 @@ def test_every_rank_writes_and_one_process_reads(whole):
 
 
 def remanifested(folder, change):
+    """Change the manifest of a sharded training checkpoint."""
     files = json.loads((folder / "manifest.json").read_text())
     change(files)
     (folder / "manifest.json").write_text(json.dumps(files))
 
 
 def cut_off(folder):
+    """Cut the last byte from the list of tensors of a sharded checkpoint; return the expected error."""
     os.truncate(folder / ".metadata", (folder / ".metadata").stat().st_size - 1)
     return r".metadata is not the file that was written"
 
 
 def missing(folder):
+    """Remove a rank's part of a sharded training checkpoint; return the expected error."""
     (folder / "__2_0.distcp").unlink()
     return "__2_0.distcp is missing"
 
 
 def without_manifest(folder):
+    """Remove the manifest of a sharded training checkpoint; return the expected error."""
     (folder / "manifest.json").unlink()
     return "is no whole checkpoint: manifest.json cannot be read"
 
 
 def manifest_of_something_else(folder):
+    """Make the manifest of a sharded training checkpoint something else; return the expected error."""
     (folder / "manifest.json").write_text("[1]")
     return "is no whole checkpoint: manifest.json cannot be read"
 
 
 def manifest_without_a_file(folder):
+    """Take a file out of the manifest of a sharded training checkpoint; return the expected error."""
     remanifested(folder, lambda files: files.pop(".metadata"))
     return r"manifest.json does not list .metadata"
 
 
 def manifest_of_elsewhere(folder):
+    """Let the manifest of a sharded checkpoint name a file outside its folder; return the expected error."""
     shutil.move(folder / "__1_0.distcp", folder.parent / "x")
     remanifested(folder, lambda files: files.update({"../x": files.pop("__1_0.distcp")}))
     return "../x is missing"
@@ -116,11 +126,12 @@ class Evil:
 
 
 def resealed(folder, name):
-    """Make the manifest match a changed file, as an attacker would."""
+    """Make the manifest of a sharded checkpoint match a changed file, as an attacker would."""
     remanifested(folder, lambda files: files.update({name: sharded._seal(folder / name)}))
 
 
 def code_in_the_list(folder):
+    """Hide code in the list of tensors of a sharded training checkpoint; return the expected error."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     metadata.planner_data = Evil(str(folder.parent / "ran"))
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -129,12 +140,14 @@ def code_in_the_list(folder):
 
 
 def code_in_the_rest(folder):
+    """Hide code beside the tensors of a sharded training checkpoint; return the expected error."""
     torch.save({"a": Evil(str(folder.parent / "ran"))}, folder / "rest.pt")
     resealed(folder, "rest.pt")
     return "rest.pt is refused: it is damaged, or could run code"
 
 
 def a_tensor_that_is_not_there(folder):
+    """Name a tensor that a sharded training checkpoint does not hold; return the expected error."""
     torch.save({"a": {"name of a tensor": "b"}}, folder / "rest.pt")
     resealed(folder, "rest.pt")
     return "is damaged: it does not hold b"
@@ -157,6 +170,7 @@ def test_damage(damage, folder):
 
 def test_a_write_that_fails_leaves_the_folder_as_it_was(folder, monkeypatch):
     def fail(*_):
+        """Fail to write the manifest of a sharded training checkpoint."""
         raise OSError("no space")
 
     monkeypatch.setattr("clipfast.checkpoints.sharded.replace_text", fail)

@@ -39,11 +39,12 @@ processes.PRELOAD.append("clipfast.train.trainer")
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A function that returns the options of a run of 24 steps of 12 pairs, in two epochs, which saves every 5."""
+    """Return a function that returns options of a sharded run of 24 steps in two epochs, which saves every 5."""
     made = tmp_path_factory.mktemp("made")
     (made / "clip.json").write_text(json.dumps(CLIP))
 
     def in_folder(logs, **changes):
+        """Return the options of a sharded training run whose logs are in this folder, with changes."""
         return {
             "train_data": "synthetic:400", "model": f"{made}/clip.json", "global_batch_size": 12, "name": "run",
             "train_num_samples": 144, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0, "log_every_n_steps": 1,
@@ -71,18 +72,19 @@ def trained(world, given, fate=None, faults=None):
 
 
 def run_on(folder, size, *jobs):
-    """Run training jobs one after the other on a group of ranks, and return the results of each rank."""
+    """Run sharded training jobs one after the other on a group of ranks, and return the results of each rank."""
     return run_ranks(on_rank, size, size, jobs, trained, folder=empty(folder), timeout=120)
 
 
 @pytest.fixture
 def together(tmp_path):
+    """Return a function that runs sharded training jobs on a group of ranks."""
     return functools.partial(run_on, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(options, tmp_path_factory):
-    """The folder of an undisturbed run on 2 ranks."""
+    """Return the folder of an undisturbed sharded training run on 2 ranks."""
     logs = tmp_path_factory.mktemp("undisturbed")
     assert run_on(logs, 2, (options(logs),)) == [[None]] * 2
     return RunFolder(logs / "run")
@@ -90,7 +92,7 @@ def undisturbed(options, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(options, tmp_path_factory):
-    """The logs of a run on 3 ranks that was stopped after 22 steps, as by a kill."""
+    """Return the logs of a sharded run on 3 ranks that was stopped after 22 training steps, as by a kill."""
     logs = tmp_path_factory.mktemp("stopped")
     assert run_on(logs, 3, (options(logs), ("stop", (0, 1, 2), 22))) == [["stopped"]] * 3
     return logs
@@ -98,21 +100,24 @@ def stopped(options, tmp_path_factory):
 
 @pytest.fixture
 def run(stopped, tmp_path):
-    """A copy of the stopped run, which a test may damage."""
+    """Copy the stopped sharded training run, for a test to damage."""
     shutil.copytree(stopped / "run", tmp_path / "run")
     return RunFolder(tmp_path / "run")
 
 
 def names(folder):
+    """Return the names of all sharded and whole checkpoints of a training run, sorted."""
     return sorted(path.name for path in folder.checkpoints.iterdir())
 
 
 def assert_same(folder, expected):
+    """Assert that two sharded training runs have bit-equal losses and weights."""
     assert losses(folder) == losses(expected)
     assert same(folder.path, expected.path)
 
 
 def assert_like(folder, expected):
+    """Assert that two sharded training runs have the same losses and weights, but for rounding."""
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
     assert_near(weights(folder.path), weights(expected.path))
 
@@ -128,9 +133,10 @@ def test_names(undisturbed, stopped):
 
 
 def killed_in_a_write(rank):
-    """Kill rank 1 while the state after 20 steps is written."""
+    """Kill rank 1 while the sharded training state after 20 steps is written."""
 
     def seal(path):
+        """Kill rank 1 before it seals its part of the sharded checkpoint of step 20."""
         if rank == 1 and path.parent.name == ".step_20.tmp":
             os.kill(os.getpid(), signal.SIGKILL)
         return original(path)
@@ -184,21 +190,25 @@ def failing(rank):
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def write_data(self, plan, planner):
+        """Write a rank's part of a sharded checkpoint; rank 1 finds the disk full at step 5."""
         if rank == 1 and Path(self.path).name == ".step_5.tmp":
             raise full
         return original_write(self, plan, planner)
 
     def seal(path):
+        """Seal a rank's part of a sharded checkpoint; rank 1 finds the disk full at step 10."""
         if rank == 1 and path.parent.name == ".step_10.tmp":
             raise full
         return original_seal(path)
 
     def replace(path, text):
+        """Write a file of a sharded checkpoint; the manifest of step 15 finds the disk full."""
         if path.parent.name == ".step_15.tmp":
             raise full
         return original_replace(path, text)
 
     def written(folder, content, world):
+        """Write a sharded checkpoint; at step 20 this takes a second longer."""
         if folder.name == ".step_20.tmp":
             time.sleep(1)
         return original_written(folder, content, world)
@@ -251,23 +261,26 @@ def test_one_process_goes_on_from_an_earlier_folder(run, undisturbed, capsys):
 
 
 def state(step):
+    """Return a small state of a training run after ``step`` steps, for a sharded checkpoint."""
     return {"epoch": 0, "state_dict": {"w": torch.full((8,), float(step))}, "clipfast": {"progress": {"step": step}}}
 
 
 @pytest.fixture
 def store(store):
+    """Return a store that keeps the last three training checkpoints, whole or sharded."""
     store.keep_last = 3
     return store
 
 
 def saved(store, *steps):
-    """Save checkpoints of steps; steps that are given as text are saved as folders."""
+    """Save training checkpoints after steps; steps that are given as text are saved as sharded folders."""
     for step in steps:
         store.save(state(int(step)), int(step), in_parts=isinstance(step, str))
         store.finish()
 
 
 def kept(store):
+    """Return the names of the training checkpoints that a store keeps."""
     return [path.name for path in store.kept()]
 
 
@@ -336,6 +349,7 @@ def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
 
 
 def same_content(folder, expected):
+    """Return True if a checkpoint, whole or sharded, holds the expected training state."""
     content = read_saved(folder)
     assert content["state_dict"].pop("w").equal(expected["state_dict"].pop("w"))
     return content == expected

@@ -25,6 +25,7 @@ CONFIG = SigLIPConfig(32, VisionConfig(24, 1, 32, 16, 2.0, 8), TextConfig(24, 30
 
 @pytest.fixture
 def arguments(shards, tmp_path):
+    """Return the arguments of ``clipfast train`` for a small SigLIP model."""
     (tmp_path / "small.json").write_text(json.dumps(CONFIG.to_dict()))
     save_tokenizer(tmp_path / "tokenizer")
     return [
@@ -35,6 +36,7 @@ def arguments(shards, tmp_path):
 
 
 def losses(folder):
+    """Return the losses in the metrics of a SigLIP training run."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 

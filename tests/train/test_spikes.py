@@ -17,7 +17,7 @@ from clipfast.train.trainer import Trainer
 
 
 def course(steps, seed=0):
-    """Yield figures of a usual run: a falling loss with noise, and a gradient norm with a heavy tail."""
+    """Yield figures of a usual training run: a falling loss with noise, and a gradient norm with a heavy tail."""
     rng = random.Random(seed)
     for step in range(1, steps + 1):
         loss = (0.5 + 5 * math.exp(-step / 3000)) * math.exp(rng.gauss(0, 0.05))
@@ -25,6 +25,7 @@ def course(steps, seed=0):
 
 
 def seen(signs, figures):
+    """Return step and kind of each sign of trouble that is seen in the figures of training steps."""
     return [(step, sign.kind) for step, one in figures for sign in signs.see(step, one)]
 
 
@@ -35,6 +36,7 @@ def test_no_alarm_in_a_usual_course():
 @pytest.mark.parametrize(("field", "kind", "factor"), [("loss", "loss", 3), ("grad_norm", "gradient norm", 60)])
 def test_a_spike_is_reported_once_and_does_not_become_usual(field, kind, factor):
     def spiked(at):
+        """Yield figures of a training run with a spike at some steps."""
         for step, one in course(1200):
             yield step, one._replace(**{field: factor * getattr(one, field)}) if step in at else one
 
@@ -55,6 +57,7 @@ def test_a_logit_scale_at_its_limit_is_reported():
 
 
 def flat(signs, first, steps, **changes):
+    """Return the signs of trouble in training steps that all have the same figures."""
     one = Figures(math.log(32), 1e-6, 0.0, 1.0)._replace(**changes)
     return seen(signs, [(step, one) for step in range(first, first + steps)])
 
@@ -93,12 +96,14 @@ def test_the_last_good_checkpoint_is_kept(what, run_small, monkeypatch):
     original = Trainer._train_step
 
     def changed(trainer, batch):
+        """Take a training step, and put figures of a diverged run in place of its own from step 6 on."""
         figures, is_good = original(trainer, batch), trainer.progress.step < 6
         if what == "weights" and not is_good:
             trainer.model.text_projection.data.fill_(1e9)
         return figures.copy_(torch.tensor([1.0, 1.0, 0.0, 14.0] if is_good else [math.log(8), 1e-6, 0.0, 1.0]))
 
     def kept(folder):
+        """Return the names of the training checkpoints in a run's folder."""
         return {path.name for path in folder.checkpoints.glob("step_*")}
 
     options = {"save_every": 1, "log_every_n_steps": 3, "workers": 0}

@@ -27,12 +27,13 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def run(copied):
-    """A copy of a finished run without its last records."""
+    """Copy a finished training run without its last records."""
     (copied.path / "results.json").unlink()
     return copied.path
 
 
 def add(path, line):
+    """Append a line to a file of records of a training run."""
     with path.open("a") as file:
         file.write(line if isinstance(line, str) else json.dumps(line) + "\n")
 
@@ -61,6 +62,7 @@ def test_a_run_is_followed_while_its_process_lives(run, finished, capsys, monkey
     slept = []
 
     def sleep(seconds):
+        """End the followed training run in place of the wait before the next look at its status."""
         slept.append(seconds)
         process.kill()
         process.wait()

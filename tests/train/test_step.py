@@ -25,7 +25,7 @@ def run(shards, folder, **options):
 
 @pytest.fixture(scope="module")
 def plain(shards, tmp_path_factory):
-    """The losses of a run without any of the options below."""
+    """Return the losses of a training run without any of the options below."""
     return run(shards, tmp_path_factory.mktemp("plain"))
 
 
@@ -51,7 +51,7 @@ def test_a_graph_needs_a_gpu(shards, tmp_path):
 
 
 def batches(number, pairs=6):
-    """Return random images and texts, with texts of another length in each batch."""
+    """Return random training images and texts, with texts of another length in each batch."""
     generator = torch.Generator().manual_seed(0)
     for index in range(number):
         texts = torch.randint(1, 40000, (pairs, 5 + index), generator=generator)
@@ -60,6 +60,7 @@ def batches(number, pairs=6):
 
 
 def steps(kind):
+    """Return a model, its optimizer, and its training step, which is a CUDA graph for the kind "graph"."""
     torch.manual_seed(1)
     model = create_model("ViT-T-8-32")
     optimizer = adamw(model, 1e-3, (0.9, 0.98), 1e-6, 0.2)

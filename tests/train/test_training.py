@@ -34,18 +34,19 @@ SMALL = {
 
 
 def config(shards, tmp_path, **options):
-    """Return options for eight steps on the small shards."""
+    """Return the options of a training run of eight steps on the small shards."""
     return TrainConfig(
         **{"train_data": shards, "logs": str(tmp_path), "name": "run", "unique_by": "label"} | SMALL | options
     )
 
 
 def losses(folder: RunFolder) -> list[float]:
+    """Return the losses in the metrics of a training run."""
     return [line["loss"] for line in folder.metrics() if "loss" in line]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return weights and optimizer state of a run's latest checkpoint as a flat list."""
+    """Return weights and optimizer state of a training run's latest checkpoint as a flat list."""
     checkpoint = read_checkpoint(RunFolder(folder).latest)
     states = checkpoint["optimizer"]["state"].items()
     moments = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
@@ -53,16 +54,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Return True if the latest checkpoints of two runs are equal to the last bit."""
+    """Return True if the latest checkpoints of two training runs are equal to the last bit."""
     ours, theirs = weights(a), weights(b)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def before_step(step, do):
-    """Call ``do`` with the trainer before the step that follows ``step``."""
+    """Call ``do`` with the trainer before the training step that follows ``step``."""
     original = Trainer._train_step
 
     def interrupted(trainer, batch):
+        """Call ``do`` if training has reached ``step``, then take the next step."""
         if trainer.progress.step == step:
             do(trainer)
         return original(trainer, batch)
@@ -72,9 +74,10 @@ def before_step(step, do):
 
 @contextlib.contextmanager
 def stopped_after(step: int):
-    """Stop a run after ``step`` steps without any further save, as a kill would."""
+    """Stop a training run after ``step`` steps without any further save, as a kill would."""
 
     def stop(trainer):
+        """Stop training once its checkpoints are written."""
         trainer.checkpoints.wait()
         raise KeyboardInterrupt
 
@@ -83,7 +86,7 @@ def stopped_after(step: int):
 
 
 def whole_and_resumed(shards, tmp_path, **options) -> tuple[RunFolder, RunFolder]:
-    """Return the folders of two runs with the same options: one never stopped, one stopped and resumed."""
+    """Return the folders of two equal training runs: one never stopped, one stopped and resumed."""
     whole, _ = train(config(shards, tmp_path / "whole", **options))
     part = config(shards, tmp_path / "part", save_every=1, **options)
     with stopped_after(5):
@@ -100,10 +103,12 @@ def command(shards, tmp_path, *extra: str) -> list[str]:
 
 
 def started(arguments: list[str], **options) -> subprocess.Popen:
+    """Start ``clipfast`` with the arguments of a training run as a separate process."""
     return subprocess.Popen([sys.executable, "-m", "clipfast", *arguments], stdout=subprocess.DEVNULL, **options)
 
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Wait until the training process has saved a checkpoint at ``step`` or later."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the run ended by itself: {process.communicate()}"
@@ -114,11 +119,12 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> N
 
 
 def saved_step(folder: Path) -> int:
-    """Return the step of the latest checkpoint; the read fails if the file is ever incomplete."""
+    """Return the step of the latest training checkpoint; the read fails if the file is ever incomplete."""
     return read_checkpoint(RunFolder(folder).latest)["clipfast"]["progress"]["step"]
 
 
 def results_of(folder: Path) -> dict:
+    """Return the content of a finished training run's ``results.json``."""
     return json.loads((folder / "results.json").read_text())
 
 
@@ -186,6 +192,7 @@ def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, caps
 
 
 def is_alive(pid):
+    """Return True if a process of a training run, such as a data worker, is still alive."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -224,6 +231,7 @@ def test_open_clip_training_can_be_gone_on_with(small, tmp_path):
 
     # the two optimizer groups of OpenCLIP's trainer: without and with weight decay
     def exclude(name, p):
+        """Return True if OpenCLIP's trainer gives this parameter no weight decay."""
         return p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
 
     named = list(theirs.named_parameters())
@@ -335,6 +343,7 @@ def test_weights_that_are_not_finite_stop_and_spare_the_checkpoint(run_small, tm
     original = Trainer._train_step
 
     def ruined(trainer, batch):
+        """Take a training step, and make a weight infinite after step 5."""
         figures = original(trainer, batch)
         if trainer.progress.step == 5:
             trainer.model.text_projection.data[0, 0] = float("inf")

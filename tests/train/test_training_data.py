@@ -29,6 +29,7 @@ def seen(monkeypatch):
     original = Trainer._train_step
 
     def watching(trainer, batch):
+        """Record the batch of a training step, then take the step."""
         found.append(batch)
         return original(trainer, batch)
 
@@ -160,6 +161,7 @@ def changed_after_two_steps(monkeypatch, path: Path, change):
     original = Trainer._train_step
 
     def changing(trainer, batch):
+        """Change the shard before the third training step, then take the step."""
         if trainer.progress.step == 2:
             change(path)
         return original(trainer, batch)

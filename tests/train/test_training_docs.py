@@ -48,13 +48,13 @@ def shortened(arguments):
 
 
 def smaller(arguments):
-    """Change the arguments of another command to a small model and few images."""
+    """Change the arguments of another command on the page of training to a small model and few images."""
     changes = {"ViT-B-32": "ViT-T-8-32", "bundled:emoji/noto": SMALL, "bundled:emoji/fluent": "data/001.tar"}
     return [changes.get(word, word) for word in arguments]
 
 
 def as_rank(rank, folder, commands):
-    """Run commands as one of the processes of torchrun, and return their errors."""
+    """Run training commands as one of the processes of torchrun, and return their errors."""
     os.chdir(folder)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(dict(zip(names, map(str, (rank, rank, 2, 2)), strict=True)))
@@ -72,7 +72,7 @@ def as_rank(rank, folder, commands):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the data that the page names."""
+    """Return a folder with the data that the page of training names."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "data").mkdir()
     for number in range(4):

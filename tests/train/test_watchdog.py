@@ -31,7 +31,7 @@ TIMEOUT = 4  # seconds that a collective may take
 
 @pytest.fixture
 def given(tmp_path):
-    """Return options of a run of twelve steps."""
+    """Return the options of a training run of twelve steps, for the watchdog."""
     write_shard(tmp_path / "a.tar", [sample(index) for index in range(24)])
     return {
         "train_data": f"{tmp_path}/a.tar", "model": TINY, "global_batch_size": 12, "samples_seen": 144, "warmup": 2,
@@ -45,6 +45,7 @@ def stalling(world, given, rank, seconds, number):
     original = PairBatches.__getitem__
 
     def slow(batches, index):
+        """Make a training batch; on one rank, batch ``number`` takes ``seconds`` longer."""
         if world.rank == rank and index == number:
             time.sleep(seconds)
         return original(batches, index)
@@ -55,6 +56,7 @@ def stalling(world, given, rank, seconds, number):
 
 @contextlib.contextmanager
 def started(size, jobs, folder, do=trained):
+    """Start training ranks in this context, and kill them at its end."""
     folder.mkdir()
     processes = start_ranks(on_rank, size, size, jobs, do, folder=folder)
     try:
@@ -65,12 +67,14 @@ def started(size, jobs, folder, do=trained):
 
 
 def is_stopped(process):
+    """Return True if a training process is stopped by a signal such as SIGSTOP."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] == "T"
     return False
 
 
 def wait_until(condition, seconds=60.0):
+    """Wait until a condition on the training processes holds; fail after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -122,11 +126,15 @@ def test_slow_ranks_are_not_stuck(given, tmp_path):
 
 
 def slowly(world, given):
+    """Train on ranks that are slow to save and to evaluate on ImageNet, but alive."""
+
     def slow(*_):
+        """Compute the classifier of ImageNet on a training rank, which takes longer on rank 1."""
         time.sleep(4 * world.rank)
         return torch.full((2, 3), world.rank)
 
     def save(*args, **options):
+        """Save a training checkpoint four seconds late."""
         time.sleep(4)
         return original(*args, **options)
 
@@ -138,7 +146,7 @@ def slowly(world, given):
 
 
 def watched(rank, what):
-    """Return the diagnosis of rank 0's watchdog while rank 1 does something."""
+    """Return the diagnosis of rank 0's training watchdog while rank 1 does something."""
     store = dist.distributed_c10d._get_default_store()
     dog = Watchdog(store, rank, 2, 1.0)
     dog.arm()
@@ -206,7 +214,7 @@ def test_a_rank_can_be_named_again(tmp_path):
 
 
 def endless(rank):
-    """Wait forever in a phase of the step, like a collective of GPUs that does not return."""
+    """Wait forever in a phase of the training step, like a collective of GPUs that does not return."""
     dog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, 1.0)
     dog.step = 1 - rank
     dog.arm()
