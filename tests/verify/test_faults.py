@@ -100,7 +100,7 @@ ON_CPU = {
 INTERPRETED = {
     ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "run", 0),
     ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "run", 2),
-    ("attention", "d_qkv"): (attention_op._attention_bwd, "_planner", 0),
+    ("attention", "d_qkv"): (attention_op._attention_bwd, "planner", 0),
     ("patch_embed", "d_weight"): (patch_launches, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_launches, "backward_images", None),
     ("text_embed", "d_token_embedding"): (text_launches, "backward_token", None),
