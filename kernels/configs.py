@@ -138,12 +138,15 @@ def row_config(kernel: str, arch: int, dtype: torch.dtype, width: int | None = N
     return _lookup(RowConfig, config_key(kernel, dtype, width=width), arch)
 
 
-def looped_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_keys: int) -> LoopedConfig:
+def looped_config(
+    kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_keys: int | None = None
+) -> LoopedConfig:
     """Return the configuration of an attention kernel that loops.
 
     The tables have one for each head dimension, and for some numbers of keys another one, which then takes precedence.
+    Sequences of several lengths have no number of keys.
     """
-    if num_keys <= NUM_KEYS[-1]:
+    if num_keys is not None and num_keys <= NUM_KEYS[-1]:
         found = _lookup_any(LoopedConfig, config_key(kernel, dtype, head_dim, num_keys), arch)
         if found is not None:
             return found

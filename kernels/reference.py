@@ -5,6 +5,7 @@ float64 input, a function here gives the result that counts as exact. With the o
 large the op's error may be.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dtypes import accumulate_dtype
+from .packing import Packing, packing_for
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -119,15 +121,15 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Compute the reference of the op ``attention``: softmax of a packed projection's scores (Vaswani et al. 2017)."""
     if bias is not None:
         qkv = with_bias_gradient(qkv, bias)
-    batch, length, width3 = qkv.shape
     # The last size is given, since reshape cannot infer a -1 from an empty batch.
-    q, k, v = qkv.reshape(batch, length, 3, num_heads, width3 // (3 * num_heads)).unbind(2)
-    return attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens).flatten(2)
+    q, k, v = qkv.reshape(*qkv.shape[:-1], 3, num_heads, qkv.shape[-1] // (3 * num_heads)).unbind(-3)
+    return attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens, cu_seqlens=cu_seqlens).flatten(-2)
 
 
 def with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
@@ -136,9 +138,19 @@ def with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
 
 
 def attention_qkv(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, seqlens: Tensor | None = None
-) -> Tensor:
-    """Compute the reference attention of queries [B, M, H, D] on keys and values [B, N, H, D]."""
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None,
+    seqlens: Tensor | None = None, cu_seqlens: Tensor | Packing | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute softmax attention of queries [B, M, H, D] on keys and values [B, N, H, D], or on packed ones [T, H, D].
+
+    Packed sequences are computed one by one.
+    """
+    if cu_seqlens is not None:
+        ends = packing_for("attention", cu_seqlens, q).cu_seqlens.tolist()
+        parts = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        found = [attention_qkv(q[None, i], k[None, i], v[None, i], causal=causal, scale=scale)[0] for i in parts]
+        nothing = torch.ones((), dtype=torch.bool, device=q.device)
+        return torch.cat([*found, q[ends[-1] :].masked_fill(nothing, 0)])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=scores.device)
@@ -207,9 +219,23 @@ def patch_embed(
     return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> Tensor:
-    """Return the reference of the op ``text_embed``: a look-up plus positions (Vaswani et al. 2017, 3.4 and 3.5)."""
-    return F.embedding(text, token_embedding) + positional_embedding[: text.shape[1]].to(token_embedding.dtype)
+def text_embed(
+    text: Tensor,
+    token_embedding: Tensor,
+    positional_embedding: Tensor,
+    *,
+    cu_seqlens: Tensor | Packing | None = None,
+) -> Tensor:
+    """Look up the rows of a table and add positions (Vaswani et al. 2017, sections 3.4 and 3.5).
+
+    Packed texts are [T].
+    """
+    if cu_seqlens is None:
+        return F.embedding(text, token_embedding) + positional_embedding[: text.shape[1]].to(token_embedding.dtype)
+    positions = torch.arange(len(text), device=text.device) - packing_for("text_embed", cu_seqlens, text).bounds[0]
+    tokens = F.embedding(text, token_embedding)
+    tokens = tokens + positional_embedding[positions.clamp(min=0)].to(token_embedding.dtype)
+    return tokens.masked_fill((positions < 0)[:, None], 0)
 
 
 def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
@@ -114,6 +115,17 @@ class Draw:
         if self.empty:
             return torch.arange(size, device=self.device).expand(rows, size)
         return torch.rand(rows, count, generator=self._generator, device=self.device).argsort(1)[:, :size]
+
+
+MEAN_LENGTH = 18  # of the captions of web images
+UNUSED = 5  # tokens at the end of sequences of several lengths that belong to none of them
+
+
+def lengths_of(batch: int, most: int) -> list[int]:
+    """Return the lengths of sequences behind one another: ``most``, 1, 0, and then geometrically distributed ones."""
+    draw = random.Random(most)
+    others = (3 + int(draw.expovariate(1 / (MEAN_LENGTH - 3))) for _ in range(batch))
+    return [most, 1, 0, *(min(length, most) for length in others)][:batch]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ as the launch.
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import contiguous_strides, new_tensors
 from ..launch import Plan, Start, triton_runs_on
-from . import cpu
+from . import cpu, varlen_cpu, varlen_launches
 from .launches import BackwardPlan, backward_plan, forward_plan, head_parts
 
 # The places of the queries, keys and values of a call: their addresses, and the function that returns the tensors.
@@ -28,10 +29,28 @@ def views_of(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _is_varlen(seqlens: Tensor | None) -> bool:
+    """Return whether the lengths of a call are the bounds [2, T] of sequences behind one another, and not [B]."""
+    return seqlens is not None and seqlens.ndim == 2
+
+
+def _varlen(x: Tensor) -> ModuleType:
+    """Return the module that computes attention of sequences of several lengths for ``x``."""
+    return varlen_launches if triton_runs_on(x.device) else varlen_cpu
+
+
 def plan_forward(
     qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes attention on packed projections of a layout."""
+    if _is_varlen(seqlens):
+        module = _varlen(qkv)
+
+        def run_varlen(qkv: Tensor, bias: Tensor | None, bounds: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+            out, lse = module.forward(*views_of(qkv, num_heads), bounds, causal, scale)
+            return out.flatten(2), lse
+
+        return run_varlen
     if not triton_runs_on(qkv.device):
         return cpu.forward_packed(qkv, seqlens, num_heads, causal, scale)
     step = qkv.shape[-1] // 3 * qkv.stride(-1) * qkv.itemsize  # bytes from a query to its key
@@ -56,6 +75,19 @@ def plan_backward(
     num_heads: int, causal: bool, scale: float, with_bias: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
     """Return the function that computes the gradients of packed projections of a layout and of their bias."""
+    if _is_varlen(seqlens):
+        module = _varlen(qkv)
+
+        def run_varlen(
+            grad_out: Tensor, qkv: Tensor, bounds: Tensor, out: Tensor, lse: Tensor, *_: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            views, grad_qkv = views_of(qkv, num_heads), qkv.new_empty(qkv.shape)
+            grad_out, out = grad_out.reshape(views[0].shape), out.view(views[0].shape)
+            grads = views_of(grad_qkv, num_heads)
+            grad_bias = module.backward(grad_out, *views, out, lse, bounds, causal, scale, grads, with_bias)
+            return grad_qkv, None if grad_bias is None else grad_bias.flatten()
+
+        return run_varlen
     if not triton_runs_on(qkv.device):
         return cpu.backward_packed(qkv, seqlens, num_heads, causal, scale, with_bias)
     views, width = views_of(qkv, num_heads), qkv.shape[-1] // 3
@@ -81,6 +113,8 @@ def plan_qkv_forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes attention on separate tensors of a layout."""
+    if _is_varlen(seqlens):
+        return _varlen(q).forward
     if not triton_runs_on(q.device):
         return cpu.forward
     compute = _forward(q, k, v, seqlens, causal, scale, q.shape)
@@ -102,7 +136,8 @@ def plan_qkv_backward(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Return the function that computes the gradients of attention on separate tensors of a layout."""
     new_grads = [new_tensors(x) for x in (q, k, v)]
-    is_triton = triton_runs_on(q.device)
+    is_varlen = _is_varlen(seqlens)
+    is_triton = triton_runs_on(q.device) and not is_varlen
     if is_triton:
         grad_strides = tuple([contiguous_strides(x.shape) for x in (q, k, v)])
         compute = _backward(grad_out, q, k, v, seqlens, causal, scale, grad_strides, False)
@@ -111,7 +146,9 @@ def plan_qkv_backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (new() for new in new_grads)
-        if is_triton:
+        if is_varlen:
+            _varlen(q).backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
+        elif is_triton:
             compute(grad_out, _places_of(q, k, v), out, lse, seqlens, _places_of(dq, dk, dv))
         else:
             cpu.backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv))

@@ -29,6 +29,7 @@ from ..checks import check_bool, check_float, check_like, check_parameter, check
 from ..configs import HEAD_DIMS, planned
 from ..dtypes import accumulate_dtype, autocast_to
 from ..launch import arch_of, triton_runs_on
+from ..packing import Packing, packing_for
 from . import calls, launches
 
 MAX_HEAD_DIM = 128
@@ -176,6 +177,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -190,13 +192,18 @@ def attention(
         scale: positive factor on the scores, by default head_dim ** -0.5.
         seqlens: int32 or int64 [B]: of each image only the first so many tokens are seen as keys. A token that sees
             none gets zeros.
+        cu_seqlens: int32 [B + 1], for sequences that lie behind one another in ``qkv`` [T, 3 * num_heads * head_dim]:
+            sequence b has the tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``. No sequence sees another. Tokens
+            from ``cu_seqlens[-1]`` on belong to no sequence, and get zeros. A :class:`Packing` is checked once for all
+            calls.
         bias: [3 * num_heads * head_dim], the bias that ``qkv`` contains already. It is not added, and only receives
             its gradient, which the backward pass has at hand: let ``qkv`` be ``F.linear(x, weight, bias.detach())``.
         backend: "auto" (on GPUs Triton, or PyTorch's own attention where :func:`attention_route` says so; on CPUs
             PyTorch's flash kernel), "triton", or "torch" for the reference.
 
     Returns:
-        [B, N, num_heads * head_dim] in the dtype of ``qkv``, contiguous.
+        [B, N, num_heads * head_dim] in the dtype of ``qkv``, contiguous; [T, num_heads * head_dim] with
+        ``cu_seqlens``.
 
     Raises:
         ValueError, TypeError: a shape, a dtype or a value that does not fit.
@@ -204,18 +211,23 @@ def attention(
     """
     op = "attention"
     options = num_heads, num_heads.__class__, causal, causal.__class__, scale, scale.__class__, backend
-    if seqlens is None:
+    if seqlens is None and cu_seqlens is None:
         compute = _attention_fwd.find((True, *options), (qkv,) if bias is None else (qkv, bias))
         if compute is not None:
             scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
             return compute(qkv, bias, None, num_heads, causal, scale)[0]
-    _check_packed(op, qkv, num_heads, bias)
-    seqlens = _check_options(op, causal, scale, seqlens, qkv)
+    _check_packed(op, qkv, num_heads, bias, 3 if cu_seqlens is None else 2)
+    seqlens = _check_options(op, causal, scale, seqlens, cu_seqlens, qkv)
     qkv = autocast_to(qkv)
     if uses_reference(op, backend, qkv):
-        return reference.attention(qkv, num_heads, causal=causal, scale=scale, seqlens=seqlens, bias=bias)
+        return reference.attention(
+            qkv, num_heads, causal=causal, scale=scale, seqlens=seqlens, cu_seqlens=cu_seqlens, bias=bias
+        )
     head_dim = _check_head_dim(op, "qkv", qkv, qkv.shape[-1] // (3 * num_heads))
     scale = head_dim**-0.5 if scale is None else float(scale)
+    if cu_seqlens is not None:
+        bounds = packing_for(op, cu_seqlens, qkv).bounds
+        return _attention_fwd(qkv[None], bias, bounds, num_heads, causal, scale)[0][0]
     if takes_sdpa(backend, qkv.device, qkv.dtype, head_dim, qkv.shape[1], seqlens, causal):
         if bias is not None:
             qkv = reference.with_bias_gradient(qkv, bias)
@@ -233,6 +245,7 @@ def attention_qkv(
     causal: bool = False,
     scale: float | None = None,
     seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Compute softmax attention on separate tensors: cross-attention, a cache of keys, or a model that does not pack.
@@ -245,10 +258,11 @@ def attention_qkv(
         scale: positive factor on the scores, by default D ** -0.5.
         seqlens: int32 or int64 [B]: of each image only the first so many keys are seen. A query that sees none gets
             zeros.
+        cu_seqlens: see :func:`attention`; q, k and v are [T, H, D] then.
         backend: see :func:`attention`.
 
     Returns:
-        [B, M, H, D] in the dtype of ``q``, contiguous.
+        [B, M, H, D] in the dtype of ``q``, contiguous; [T, H, D] with ``cu_seqlens``.
 
     Raises:
         ValueError, TypeError: a shape, a dtype or a value that does not fit.
@@ -256,24 +270,30 @@ def attention_qkv(
     """
     op = "attention_qkv"
     options = causal, causal.__class__, scale, scale.__class__, backend
-    if seqlens is None:
+    if seqlens is None and cu_seqlens is None:
         compute = _attention_qkv_fwd.find((True, *options), (q, k, v))
         if compute is not None:
             return compute(q, k, v, None, causal, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(op, name, x, 4)
+        check_tensor(op, name, x, 4 if cu_seqlens is None else 3)
         check_like(op, name, x, "q", q)
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:] or q.shape[-1] == 0:
+    if cu_seqlens is not None and not q.shape == k.shape == v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"{op}: with cu_seqlens, q, k and v must be [T, H, D], all of one shape, got {shapes}")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[-2:] != q.shape[-2:] or q.shape[-1] == 0:
         raise ValueError(
             f"{op}: q must be [B, M, H, D], k and v [B, N, H, D], with D of at least 1, got {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
-    seqlens = _check_options(op, causal, scale, seqlens, q)
+    seqlens = _check_options(op, causal, scale, seqlens, cu_seqlens, q)
     q, k, v = (autocast_to(x) for x in (q, k, v))
     if uses_reference(op, backend, q):
-        return reference.attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens)
+        return reference.attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens, cu_seqlens=cu_seqlens)
     head_dim = _check_head_dim(op, "q", q, q.shape[-1])
     scale = head_dim**-0.5 if scale is None else float(scale)
+    if cu_seqlens is not None:
+        bounds = packing_for(op, cu_seqlens, q).bounds
+        return _attention_qkv_fwd(q[None], k[None], v[None], bounds, causal, scale)[0][0]
     if takes_sdpa(backend, q.device, q.dtype, head_dim, k.shape[1], seqlens, causal):
         return _sdpa(q, k, v, causal, scale)
     tensors = (q, k, v) if seqlens is None else (q, k, v, seqlens)
@@ -319,9 +339,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
-def _check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None) -> None:
+def _check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None, ndim: int) -> None:
     """Refuse a packed projection or a bias whose shape does not fit the heads."""
-    check_tensor(op, "qkv", qkv, 3)
+    check_tensor(op, "qkv", qkv, ndim)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
     if num_heads < 1 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
@@ -333,11 +353,16 @@ def _check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None) -> 
         check_parameter(op, "bias", bias, qkv)
 
 
-def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
+def _check_options(
+    op: str, causal: bool, scale: float | None, seqlens: Tensor | None, cu_seqlens: Tensor | Packing | None,
+    like: Tensor,
+) -> Tensor | None:  # fmt: skip
     """Refuse options that do not fit, and return the lengths as the kernels take them."""
     check_bool(op, "causal", causal)
     if scale is not None and not scale > 0:
         raise ValueError(f"{op}: scale must be positive, got {scale}")
+    if seqlens is not None and cu_seqlens is not None:
+        raise ValueError(f"{op}: seqlens and cu_seqlens exclude each other")
     return check_seqlens(op, seqlens, like)
 
 

@@ -4,6 +4,7 @@ They list sizes, inputs, cases, floors, and the calls that the offline compiler 
 """
 
 import dataclasses
+import itertools
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,13 +13,31 @@ from torch import Tensor
 
 from .. import reference
 from ..configs import HEAD_DIMS, NUM_KEYS, Config, LoopedConfig, ShortConfig, config_key, overrides
-from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
+from ..spec import (
+    CUDA,
+    NOT_INTERPRETED,
+    UNUSED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    lengths_of,
+    on,
+)
 from .op import attention, attention_qkv
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape(Shape):
-    """The sizes of a packed projection [batch, tokens, 3 heads head_dim], optionally with a bias and with lengths."""
+    """The sizes of a packed projection [batch, tokens, 3 heads head_dim], optionally with a bias and with lengths.
+
+    If ``varlen``, ``tokens`` is the largest length of ``batch`` sequences that lie behind one another.
+    """
 
     batch: int
     tokens: int
@@ -26,11 +45,15 @@ class AttentionShape(Shape):
     head_dim: int
     causal: bool = False
     lengths: bool = False
+    varlen: bool = False
     bias: bool = True
 
     @property
     def elements(self) -> int:
         """The number of elements of the scores or of the projection, whichever is larger."""
+        if self.varlen:
+            lengths = lengths_of(self.batch, self.tokens)
+            return self.heads * max(sum(n * n for n in lengths), 3 * self.head_dim * sum(lengths))
         return self.batch * self.heads * self.tokens * max(self.tokens, 3 * self.head_dim)
 
 
@@ -68,6 +91,14 @@ def draw_lengths(draw: Draw, batch: int, tokens: int, dtype: torch.dtype) -> Ten
 def make(shape: AttentionShape, values: str, draw: Draw) -> Call:
     """Make a random packed projection for a case of attention; ``values`` names the kind of scores that it leads to."""
     width = shape.heads * shape.head_dim
+    if shape.varlen:
+        lengths = lengths_of(shape.batch, shape.tokens)
+        total = sum(lengths) + UNUSED
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=draw.device)
+        inputs = {"qkv": draw.normal(total, 3 * width), "cu_seqlens": cu_seqlens}
+        if shape.bias:
+            inputs["bias"] = draw.normal(3 * width)
+        return Call(inputs, (draw.normal(total, width),), {"num_heads": shape.heads, "causal": shape.causal})
     qkv = draw.normal(shape.batch, shape.tokens, 3 * width)
     q, k = qkv[..., :width], qkv[..., width : 2 * width]
     if values == "one-hot":
@@ -107,11 +138,16 @@ def make_qkv(shape: QkvShape, values: str, draw: Draw) -> Call:
 
 
 def fused_reference(
-    qkv: Tensor, num_heads: int, *, causal: bool = False, seqlens: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+    qkv: Tensor, num_heads: int, *, causal: bool = False, seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Compute the same as :func:`attention` with PyTorch's fused attention."""
     if bias is not None:
         qkv = reference.with_bias_gradient(qkv, bias)
+    if cu_seqlens is not None:
+        *parts, unused = qkv.tensor_split(cu_seqlens[1:].cpu().long())
+        found = [fused_reference(x[None], num_heads, causal=causal)[0] for x in parts]
+        return torch.cat([*found, 0 * unused[:, : unused.shape[1] // 3]])
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     return fused_reference_qkv(q, k, v, causal=causal, seqlens=seqlens).flatten(2)
 
@@ -138,6 +174,10 @@ def floor(shape: AttentionShape, itemsize: int, backward: bool) -> Floor:
     Forward reads q, k and v and writes the output. Backward reads q, k, v and the output's gradient, and writes three
     gradients; the output need not be read again, since its product with the gradient follows from the other two.
     """
+    if shape.varlen:
+        lengths = lengths_of(shape.batch, shape.tokens)
+        one = dataclasses.replace(shape, batch=1, varlen=False)
+        return sum((floor(one.changed(tokens=n), itemsize, backward) for n in lengths), start=Floor(0, 0))
     separate = QkvShape(shape.batch, shape.tokens, shape.tokens, shape.heads, shape.head_dim, shape.causal)
     return floor_qkv(separate, itemsize, backward)
 
@@ -165,6 +205,8 @@ def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
         for num_keys in NUM_KEYS:
             for kernel in ("attention_short_fwd", "attention_short_bwd"):
                 small[config_key(kernel, dtype, head_dim, num_keys)] = ShortConfig(16, num_warps=4, num_stages=1)
+        for kernel in ("attention_varlen_fwd", "attention_varlen_query_bwd", "attention_varlen_key_bwd"):
+            small[config_key(kernel, dtype, head_dim)] = LoopedConfig(16, 16, num_warps=4, num_stages=1)
         for kernel in ("attention_looped_fwd", "attention_query_bwd", "attention_key_bwd"):
             for limit in (None, *NUM_KEYS):
                 small[config_key(kernel, dtype, head_dim, limit)] = LoopedConfig(16, 16, num_warps=4, num_stages=1)
@@ -204,6 +246,14 @@ CASES = [
     # lengths
     Case(AttentionShape(4, 50, 1, 16, lengths=True), "images that end early, or have no token (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
     Case(AttentionShape(4, 70, 1, 16, True, lengths=True), "texts that end early, past a tile (PyTorch: eager or fused)", cancels=True),
+    # sequences of several lengths
+    *Case.in_use(AttentionShape(16, 77, 8, 64, True, varlen=True), AttentionShape(8, 77, 1, 64, True, varlen=True), "B's texts, packed (PyTorch: eager or fused)", cancels=True, quick=True),
+    Case(AttentionShape(1024, 77, 8, 64, True, varlen=True), "B's texts, packed, a batch", on(CUDA)),
+    Case(AttentionShape(5, 300, 1, 80, varlen=True), "one long sequence, and short ones in one block (PyTorch: eager or fused)", cancels=True, sanitize=True),
+    Case(AttentionShape(40, 9, 2, 24, varlen=True), "many sequences in a block (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
+    Case(AttentionShape(33, 70, 1, 104, True, varlen=True), "packed, causal, in three parts of a head (PyTorch: eager or fused)", cancels=True, sanitize=True),
+    Case(AttentionShape(0, 7, 2, 16, True, varlen=True), "no sequences: all tokens belong to none"),
+    Case(AttentionShape(12, 40, 2, 32, True, varlen=True), "packed, first axis contiguous (PyTorch: eager or fused)", layout="transposed", cancels=True),
     Case(AttentionShape(2, 70, 2, 32, True), "first axis contiguous, causal", layout="transposed"),
     *Case.layouts(AttentionShape(2, 70, 2, 32), expanded=AttentionShape(2, 50, 2, 16)),
     Case.extreme(AttentionShape(1, 77, 1, 64, True), "one-hot", "queries and keys times 8: each softmax is one-hot", quick=True),
@@ -213,6 +263,7 @@ CASES = [
     Case.extreme(AttentionShape(1, 50, 1, 64), "large negative", "all scores near -800: padded keys must not win with 0 (PyTorch: eager or fused)", cancels=True),
     Case.extreme(AttentionShape(1, 50, 1, 64), "large", "queries, keys and values of 30: scores of thousands", draws=24, quick=True),
     *Case.repeats(AttentionShape(2, 77, 2, 64, True), AttentionShape(64, 257, 16, 64)),
+    *Case.repeats(AttentionShape(40, 77, 2, 64, True, varlen=True), AttentionShape(1024, 77, 8, 64, True, varlen=True)),
 ]  # fmt: skip
 
 # With few queries and a narrow head, PyTorch's eager error would be smaller than the rounding error of the log-sum-exp,
@@ -256,6 +307,9 @@ SHIPPED = (
     Shipped("N17 D32", AttentionShape(2, 17, 16, 32), BOTH, small_tiles=True),
     # fp16 is compiled at one shape only, since it takes the configurations of bf16.
     Shipped("N77 D64 causal", AttentionShape(2, 77, 16, 64, True), (*BOTH, "fp16")),
+    Shipped("varlen D64 causal", AttentionShape(64, 77, 16, 64, True, varlen=True), BOTH),
+    Shipped("varlen D104", AttentionShape(64, 257, 16, 104, varlen=True)),
+    Shipped("varlen D80", AttentionShape(64, 257, 16, 80, varlen=True), BOTH),
     # B/32, B/16, and L/14 at 336 pixels; their lengths have kernels of their own in 16 bits only.
     *(Shipped(f"N{tokens} D64", AttentionShape(2, tokens, 16, 64)) for tokens in (50, 197, 577)),
 )
@@ -271,6 +325,7 @@ UNROLLED = Tunable("attention_unrolled_bwd", "_unrolled_bwd_kernel", ShortConfig
 KERNELS = (
     "_short_fwd_kernel", "_short_bwd_kernel", "_unrolled_bwd_kernel",
     "_looped_fwd_kernel", "_query_bwd_kernel", "_key_bwd_kernel",
+    "_varlen_fwd_kernel", "_varlen_query_bwd_kernel", "_varlen_key_bwd_kernel",
 )  # fmt: skip
 
 SPECS = (
@@ -280,7 +335,11 @@ SPECS = (
         make=make,
         cases=CASES,
         # These shapes have no bias: qkv contains it already, so gradcheck would expect its gradient to be zero.
-        small=(AttentionShape(2, 9, 2, 8, True, bias=False), AttentionShape(2, 9, 2, 8, lengths=True, bias=False)),
+        small=(
+            AttentionShape(2, 9, 2, 8, True, bias=False),
+            AttentionShape(2, 9, 2, 8, lengths=True, bias=False),
+            AttentionShape(5, 6, 2, 8, True, varlen=True, bias=False),
+        ),
         category="attention",
         kernels=KERNELS,
         floor=floor,

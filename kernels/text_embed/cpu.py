@@ -46,6 +46,26 @@ def forward(
     return compute
 
 
+def forward_packed(
+    text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, bounds: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens [T, N] of packed texts in ``dtype``, and their ids and positions [2, T] in 32 bits, or -1.
+
+    Raises:
+        IndexError: an id that is no row of the table, or a position that is no row of ``positional_embedding``.
+    """
+    _refuse_outside(text, len(token_embedding))
+    positions = torch.arange(len(text), dtype=torch.int32) - bounds[0]
+    longest = int(positions.max()) + 1 if len(text) else 0
+    if longest > len(positional_embedding):
+        raise IndexError(f"text_embed: a text has {longest} tokens, more than {len(positional_embedding)} positions")
+    has_text = positions >= 0
+    rows = torch.embedding(token_embedding, text).to(accumulate_dtype(token_embedding.dtype))
+    rows.add_(torch.embedding(positional_embedding, positions.clamp(min=0)))
+    ids = torch.stack([text.to(torch.int32), positions]).masked_fill_(~has_text, -1)
+    return rows.mul_(has_text[:, None]).to(dtype), ids
+
+
 def _refuse_outside(text: Tensor, vocab: int) -> None:
     """Refuse an id that is no row of the table, with an IndexError."""
     outside = (text < 0) | (text >= vocab)

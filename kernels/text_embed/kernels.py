@@ -38,6 +38,38 @@ def _text_embed_fwd_kernel(
 
 
 @triton.jit
+def _text_embed_packed_kernel(
+    text_ptr,  # [T]
+    first_ptr,  # [T] int32, the first token of each token's sequence; T for a token that belongs to none
+    table_ptr,  # [V, N]
+    pos_ptr,  # [L, N]
+    out_ptr,  # [T, N] contiguous
+    ids_ptr,  # [2, T] int32; the ids and positions, -1 where one is no row of its table or the token has no sequence
+    T, L, N, V,
+    stride_t, stride_ev, stride_en, stride_pl, stride_pn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Embed BLOCK_M tokens of packed texts, in BLOCK_N columns. A token without a sequence becomes zeros."""
+    num_n = tl.cdiv(N, BLOCK_N)
+    offs_t = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_t, mask_n = offs_t < T, offs_n < N
+    ids = tl.load(text_ptr + offs_t * stride_t, mask=mask_t, other=-1).to(tl.int64)  # [BM]
+    positions = offs_t - tl.load(first_ptr + offs_t, mask=mask_t, other=0)  # [BM]
+    has_position = (positions >= 0) & (positions < L)
+    in_table = (ids >= 0) & (ids < V) & has_position  # an id outside the table must not read outside it
+    rows = table_ptr + ids[:, None] * stride_ev + offs_n[None, :] * stride_en
+    x = tl.load(rows, mask=in_table[:, None] & mask_n[None, :], other=0.0).to(tl.float32)  # [BM, BN]
+    rows = pos_ptr + positions[:, None] * stride_pl + offs_n[None, :] * stride_pn
+    x += tl.load(rows, mask=has_position[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+    mask = mask_t[:, None] & mask_n[None, :]
+    tl.store(out_ptr + offs_t[:, None] * N + offs_n[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
+    if tl.program_id(0) % num_n == 0:
+        tl.store(ids_ptr + offs_t, tl.where(in_table, ids, -1).to(tl.int32), mask=mask_t)
+        tl.store(ids_ptr + T + offs_t, tl.where(has_position, positions, -1).to(tl.int32), mask=mask_t)
+
+
+@triton.jit
 def clear_rows(
     ids_ptr,  # [M] int32, sorted
     out_ptr,  # [V, N] contiguous

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..common import as_rows, cdiv, new_tensors, row_strides
 from ..configs import row_config
-from ..launch import arch_of, plan_start, programs_at_once
-from .kernels import _segment_sums_kernel, _text_embed_fwd_kernel
+from ..launch import arch_of, launch, plan_start, programs_at_once
+from .kernels import _segment_sums_kernel, _text_embed_fwd_kernel, _text_embed_packed_kernel
 
 FWD_REGISTERS = 64  # about as many as a thread of the forward kernel takes
 CLEAR_ROWS = 16  # rows of the table that one program searches for among the ids; more rows take more registers
@@ -46,6 +46,24 @@ def forward(
         return out, ids
 
     return compute
+
+
+def forward_packed(
+    text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, bounds: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens [T, N] of packed texts in ``dtype``, and their ids and positions [2, T] in 32 bits, or -1."""
+    (vocab, width), total = token_embedding.shape, len(text)
+    out = token_embedding.new_empty(total, width, dtype=dtype)
+    ids = bounds.new_empty(bounds.shape)
+    cfg = row_config("text_embed_packed", arch_of(text.device), dtype)
+    launch(
+        _text_embed_packed_kernel, (cdiv(total, cfg.block_m) * cdiv(width, cfg.block_n),),
+        text, bounds, token_embedding, positional_embedding, out, ids,
+        total, len(positional_embedding), width, vocab,
+        *text.stride(), *token_embedding.stride(), *positional_embedding.stride(),
+        config=cfg, device=text.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
+    )  # fmt: skip
+    return out, ids
 
 
 def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -32,6 +32,7 @@ from ..backends import registered, uses_reference
 from ..checks import check_device, check_float, check_integers, check_tensor
 from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
+from ..packing import Packing, packing_for
 from . import cpu, launches
 
 
@@ -112,7 +113,55 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _text_embed_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, *, backend: str = "auto") -> Tensor:
+@registered("text_embed_packed_fwd")
+def _text_embed_packed_fwd(
+    text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, bounds: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the embedded tokens [T, N] of packed texts in ``dtype``, and their ids and positions as int32 [2, T].
+
+    -1 stands for an id outside the table, and for both of a token that belongs to no text.
+    """
+    forward_packed = (launches if triton_runs_on(text.device) else cpu).forward_packed
+    return forward_packed(text, token_embedding, positional_embedding, bounds, dtype)
+
+
+@_text_embed_packed_fwd.register_fake
+def _(
+    text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, bounds: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    out = token_embedding.new_empty(*text.shape, token_embedding.shape[1], dtype=dtype)
+    return out, torch.empty_like(bounds)
+
+
+def _setup_packed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the ids and positions of packed texts for the backward pass."""
+    ctx.tables = [(len(table), table.dtype) for table in inputs[1:3]]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _packed_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of table and positions, both summed by index, to autograd."""
+    if grad is None:
+        return (None,) * 5
+    grads = [
+        _text_embed_bwd_token(grad[None], indices[None], *table) if needed else None
+        for indices, table, needed in zip(ctx.saved_tensors[0], ctx.tables, ctx.needs_input_grad[1:3], strict=True)
+    ]
+    return None, *grads, None, None
+
+
+_text_embed_packed_fwd.register_autograd(_packed_backward, setup_context=_setup_packed_context)
+
+
+def text_embed(
+    text: Tensor,
+    token_embedding: Tensor,
+    positional_embedding: Tensor,
+    *,
+    cu_seqlens: Tensor | Packing | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Embed the token ids of texts: the row of each id in the table plus the row of its position, added in float32.
 
     Under autocast the result has the autocast dtype. The table is read as it is; no copy of it is made.
@@ -121,25 +170,30 @@ def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tens
         text: [B, L] ids, int64 or int32, any strides.
         token_embedding: the table [V, N], float32, float16 or bfloat16 (float64 on the CPU), any strides.
         positional_embedding: [L or more, N], any floating dtype, any strides. Rows past L get a gradient of zero.
+        cu_seqlens: int32 [B + 1] or a :class:`Packing`, for texts of several lengths that lie behind one another in
+            ``text`` [T], as :func:`attention` takes them. The positions of each text begin at 0. Tokens that belong to
+            no text become zeros.
         backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
 
     Returns:
-        [B, L, N] in the dtype of ``token_embedding``, contiguous. Each gradient is summed in float32 and rounded once
-        to the dtype of its parameter.
+        [B, L, N] in the dtype of ``token_embedding``, contiguous; [T, N] with ``cu_seqlens``. Each gradient is summed
+        in float32 and rounded once to the dtype of its parameter.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
-        IndexError: on a CPU, an id that is no row of the table. On a GPU the check would have to wait for the device.
-            There the token of such an id is undefined, but nothing outside the table is read or written, and the
-            gradient of the table is that of the other ids.
+        IndexError: on a CPU, an id that is no row of the table, or a packed text with more tokens than positions. On a
+            GPU the check would have to wait for the device. There such a token is undefined, but nothing outside the
+            tables is read or written, and the gradient of the table is that of the other ids.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "text_embed"
     tensors = text, token_embedding, positional_embedding
+    if cu_seqlens is not None:
+        return _text_embed_packed(*tensors, cu_seqlens, backend)
     compute = _text_embed_fwd.find((backend,), tensors)
     if compute is not None:
         return compute(*tensors, None)[0]
-    _check_inputs(text, token_embedding, positional_embedding)
+    _check_inputs(text, token_embedding, positional_embedding, 2)
     dtype = autocast_dtype(token_embedding)
     if uses_reference(op, backend, text):
         return reference.text_embed(text, token_embedding, positional_embedding).to(dtype)
@@ -147,14 +201,30 @@ def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tens
     return _text_embed_fwd.learn((backend,), tensors, (*tensors, dtype))(*tensors, dtype)[0]
 
 
-def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> None:
+def _text_embed_packed(
+    text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, cu_seqlens: Tensor | Packing, backend: str
+) -> Tensor:
+    """Embed packed texts, as :func:`text_embed` documents it."""
+    op = "text_embed"
+    _check_inputs(text, token_embedding, positional_embedding, 1)
+    packing = packing_for(op, cu_seqlens, text)
+    dtype = autocast_dtype(token_embedding)
+    if uses_reference(op, backend, text):
+        return reference.text_embed(text, token_embedding, positional_embedding, cu_seqlens=packing).to(dtype)
+    check_float(op, token_embedding=token_embedding, positional_embedding=positional_embedding)
+    tokens: Tensor = _text_embed_packed_fwd(text, token_embedding, positional_embedding, packing.bounds, dtype)[0]
+    return tokens
+
+
+def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, ndim: int) -> None:
     """Refuse inputs whose types, shapes or devices do not fit together."""
     check_integers("text_embed", "text", text)
-    if text.ndim != 2:
-        raise ValueError(f"text_embed: text must be [B, L], got shape {tuple(text.shape)}")
+    if text.ndim != ndim:
+        raise ValueError(f"text_embed: text must be {('[T]', '[B, L]')[ndim - 1]}, got shape {tuple(text.shape)}")
     check_tensor("text_embed", "token_embedding", token_embedding, 2)
     check_tensor("text_embed", "positional_embedding", positional_embedding, 2)
-    (length, width), pos_shape = (text.shape[1], token_embedding.shape[1]), tuple(positional_embedding.shape)
+    length, width = text.shape[1] if ndim == 2 else 0, token_embedding.shape[1]
+    pos_shape = tuple(positional_embedding.shape)
     if pos_shape[0] < length or pos_shape[1] != width:
         raise ValueError(
             f"text_embed: positional_embedding must be [{length} or more, {width}] for text {tuple(text.shape)} "

@@ -1,29 +1,54 @@
 """The specification of the text embedding: sizes, inputs, cases, floor, and the calls that are compiled offline."""
 
 import dataclasses
+import itertools
 from contextlib import AbstractContextManager
 
 import torch
 
 from .. import reference
 from ..configs import RowConfig, config_key, override
-from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
+from ..spec import (
+    CUDA,
+    NOT_INTERPRETED,
+    UNUSED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    lengths_of,
+    on,
+)
 from .op import text_embed
 
 
 @dataclasses.dataclass(frozen=True)
 class TextShape(Shape):
-    """Ids [batch, tokens] of a table [vocab, width]."""
+    """Ids [batch, tokens] of a table [vocab, width].
+
+    If ``packed``, ``tokens`` is the largest length of ``batch`` texts that lie behind one another.
+    """
 
     batch: int
     tokens: int
     vocab: int
     width: int
+    packed: bool = False
 
     @property
     def elements(self) -> int:
         """The number of elements of the result or of the table, whichever is larger."""
-        return max(self.batch * self.tokens, self.vocab) * self.width
+        return max(self.num_tokens, self.vocab) * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of all texts."""
+        return sum(lengths_of(self.batch, self.tokens)) if self.packed else self.batch * self.tokens
 
 
 WORDS = 10  # the number of words in a padded text; its other ids are 0
@@ -31,11 +56,12 @@ WORDS = 10  # the number of words in a padded text; its other ids are 0
 
 def make(shape: TextShape, values: str, draw: Draw) -> Call:
     """Make random token ids, a table and positions; ``values`` says which ids occur."""
-    text = draw.integers(0, shape.vocab, shape.batch, shape.tokens)
+    size = (shape.num_tokens + UNUSED,) if shape.packed else (shape.batch, shape.tokens)
+    text = draw.integers(0, shape.vocab, *size)
     if values == "one id":
         text.fill_(shape.vocab - 1)
     elif values == "padded":
-        text[:, WORDS:] = 0
+        text[..., WORDS:] = 0
     elif values == "all different":
         text = draw.subsets(1, shape.vocab, text.numel()).view_as(text)
     inputs = {
@@ -43,7 +69,10 @@ def make(shape: TextShape, values: str, draw: Draw) -> Call:
         "token_embedding": draw.normal(shape.vocab, shape.width),
         "positional_embedding": draw.normal(shape.tokens, shape.width),
     }
-    return Call(inputs, (draw.normal(shape.batch, shape.tokens, shape.width),))
+    if shape.packed:
+        lengths = lengths_of(shape.batch, shape.tokens)
+        inputs["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=draw.device)
+    return Call(inputs, (draw.normal(*size, shape.width),))
 
 
 def floor(shape: TextShape, itemsize: int, backward: bool) -> Floor:
@@ -51,7 +80,7 @@ def floor(shape: TextShape, itemsize: int, backward: bool) -> Floor:
 
     Backward reads the gradient twice, since its two sums take it in different orders.
     """
-    ids, elements = 8 * shape.batch * shape.tokens, shape.batch * shape.tokens * shape.width
+    ids, elements = 8 * shape.num_tokens, shape.num_tokens * shape.width
     positions = shape.tokens * shape.width * itemsize
     if backward:
         table = shape.vocab * shape.width * itemsize
@@ -84,6 +113,18 @@ CASES = [
     Case(TextShape(40, 3, 11, 12), "more texts than programs"),
     Case(TextShape(0, 9, 5, 16), "no texts: gradients are zero"),
     Case(TextShape(3, 0, 7, 12), "texts without tokens: gradients are zero"),
+    # packed texts
+    Case(TextShape(40, 77, 500, 512, packed=True), "the lengths in use", NOT_INTERPRETED, quick=True),
+    Case(TextShape(1024, 77, 49408, 512, packed=True), "B's texts, packed, a batch", on(CUDA)),
+    Case(
+        TextShape(12, 9, 11, 40, packed=True),
+        "several texts in a block; several chunks of both sums",
+        quick=True,
+        sanitize=True,
+    ),
+    Case(TextShape(5, 77, 30, 300, packed=True), "the width is past a tile"),
+    Case(TextShape(0, 9, 5, 16, packed=True), "no texts: all tokens belong to none"),
+    *Case.layouts(TextShape(6, 7, 11, 24, packed=True)),
     *Case.layouts(TextShape(3, 7, 11, 24), expanded=TextShape(3, 7, 11, 24)),
     Case.extreme(TextShape(40, 7, 11, 24), "one id", "one id everywhere", quick=True),
     Case.extreme(TextShape(9, 77, 1000, 24), "padded", "mostly padding", quick=True),
@@ -101,9 +142,9 @@ SPECS = (
         reference=reference.text_embed,
         make=make,
         cases=CASES,
-        small=(TextShape(2, 5, 7, 12),),
+        small=(TextShape(2, 5, 7, 12), TextShape(5, 4, 7, 12, packed=True)),
         category="patch, text input",
-        kernels=("_text_embed_fwd_kernel", "_segment_sums_kernel"),
+        kernels=("_text_embed_fwd_kernel", "_text_embed_packed_kernel", "_segment_sums_kernel"),
         suite="text",
         floor=floor,
         bench={
@@ -120,6 +161,7 @@ SPECS = (
                 for width in (512, 768, 1280)
             ),
             Shipped("N768", TextShape(128, 77, 49408, 768)),
+            Shipped("packed fp32 table N768", TextShape(128, 77, 49408, 768, packed=True), autocast=True),
             Shipped("N512", TextShape(128, 77, 49408, 512), ("fp32",)),
         ),
         targets=(Target("text_embed", TextShape(1024, 77, 49408, 512), TUNED),),

@@ -1,0 +1,135 @@
+"""Sequences of several lengths behind one another: none sees another, and wrong cumulative lengths are refused."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from clipfast.kernels import attention, attention_qkv, text_embed
+from clipfast.kernels.packing import pack
+
+HEADS, HEAD_DIM = 2, 16
+WIDTH = HEADS * HEAD_DIM
+
+
+def cumulative(lengths, device="cpu"):
+    """The cumulative lengths of packed sequences."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def mixes(count):
+    """Random lengths of sequences: of any kind, all equal, all 1, and one sequence alone."""
+    draw = random.Random(0)
+    for _ in range(count):
+        yield [draw.randint(0, 77) for _ in range(draw.randint(1, 12))]
+    yield from ([18] * 9, [77] * 3, [1] * 40, [77], [1], [0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_each_sequence_has_the_results_of_a_call_of_its_own(causal, device):
+    torch.manual_seed(0)
+    for lengths in mixes(12):
+        ends = cumulative(lengths)
+        total = int(ends[-1]) + 3
+        qkv, grad = torch.randn(total, 3 * WIDTH, device=device), torch.randn(total, WIDTH, device=device)
+        found = run(lambda x: attention(x, HEADS, causal=causal, cu_seqlens=ends.to(device)), qkv, grad)  # noqa: B023
+        for start, end in itertools.pairwise(ends):
+            if start < end:
+                own = run(lambda x: attention(x[None], HEADS, causal=causal)[0], qkv[start:end], grad[start:end])
+                torch.testing.assert_close([x[start:end] for x in found], own)
+        assert not found[0][ends[-1] :].any()
+        assert not found[1][ends[-1] :].any()
+
+
+def run(function, x, grad):
+    """The result and the gradient of a function."""
+    x = x.detach().requires_grad_()
+    result = function(x)
+    result.backward(grad)
+    return [result.detach(), x.grad]
+
+
+def test_what_lies_behind_the_sequences_is_not_read(device):
+    ends = cumulative([5, 20], device)
+    qkv = torch.randn(40, 3 * WIDTH, device=device)
+    qkv[25:] = float("nan")
+    grad = torch.ones(40, WIDTH, device=device)
+    grad[25:] = float("nan")
+    results = run(lambda x: attention(x, HEADS, cu_seqlens=ends), qkv, grad)
+    assert all(x.isfinite().all() for x in results)
+
+
+def test_a_sequence_that_sees_its_neighbour_is_found(device):
+    qkv = torch.randn(40, 3 * WIDTH, device=device)
+    right, leaking = cumulative([10, 30], device), cumulative([11, 29], device)
+    assert not torch.equal(attention(qkv, HEADS, cu_seqlens=right), attention(qkv, HEADS, cu_seqlens=leaking))
+    changed = qkv.clone()
+    changed[10:] += 1
+    torch.testing.assert_close(
+        attention(changed, HEADS, cu_seqlens=right)[:10], attention(qkv, HEADS, cu_seqlens=right)[:10], rtol=0, atol=0
+    )
+
+
+def test_separate_tensors_are_computed_as_a_packed_projection(device):
+    ends = cumulative([5, 20, 0, 3], device)
+    qkv = torch.randn(28, 3 * WIDTH, device=device)
+    q, k, v = qkv.view(28, 3, HEADS, HEAD_DIM).unbind(1)
+    expected = attention(qkv, HEADS, causal=True, cu_seqlens=ends)
+    found = attention_qkv(q, k, v, causal=True, cu_seqlens=pack(ends, 28))
+    torch.testing.assert_close(found.flatten(1), expected)
+
+
+def test_packed_texts_are_embedded_as_padded_ones(device):
+    lengths = [3, 7, 1, 5]
+    table, positions = torch.randn(11, 24, device=device), torch.randn(7, 24, device=device)
+    texts = [torch.randint(0, 11, (length,), device=device) for length in lengths]
+    found = text_embed(torch.cat(texts), table, positions, cu_seqlens=cumulative(lengths, device))
+    torch.testing.assert_close(found, torch.cat([text_embed(text[None], table, positions)[0] for text in texts]))
+
+
+WRONG = {
+    "must be \\[B \\+ 1\\], got shape \\(0,\\)": torch.zeros(0, dtype=torch.int32),
+    "must be \\[B \\+ 1\\], got shape \\(1, 2\\)": torch.zeros(1, 2, dtype=torch.int32),
+    "must run from 0 to 9 tokens at most, got 1 to 9": torch.tensor([1, 9], dtype=torch.int32),
+    "must run from 0 to 9 tokens at most, got 0 to 10": torch.tensor([0, 10], dtype=torch.int32),
+    "must not fall, got 3 after 5 at sequence 1": torch.tensor([0, 5, 3, 9], dtype=torch.int32),
+    "must be an int32 tensor, got int64": torch.tensor([0, 9]),
+    "are of 8 tokens on cpu, got 9 tokens": pack(torch.tensor([0, 8], dtype=torch.int32), 8),
+}
+
+
+def attend(cu_seqlens):
+    """Attention of nine tokens."""
+    return attention(torch.randn(9, 3 * WIDTH), HEADS, cu_seqlens=cu_seqlens)
+
+
+def embed(cu_seqlens):
+    """The embedding of nine tokens."""
+    return text_embed(torch.zeros(9, dtype=torch.int64), torch.randn(5, 8), torch.randn(9, 8), cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("message", WRONG)
+@pytest.mark.parametrize(("op", "call"), [("attention", attend), ("text_embed", embed)])
+def test_wrong_cumulative_lengths_are_refused(op, call, message):
+    with pytest.raises((ValueError, TypeError), match=f"{op}: cu_seqlens {message}"):
+        call(WRONG[message])
+
+
+def test_other_wrong_inputs_are_refused():
+    ends = torch.tensor([0, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match="seqlens and cu_seqlens exclude each other"):
+        attention(torch.randn(9, 3 * WIDTH), HEADS, cu_seqlens=ends, seqlens=torch.tensor([9]))
+    with pytest.raises(ValueError, match="q, k and v must be \\[T, H, D\\], all of one shape"):
+        attention_qkv(torch.randn(9, 2, 8), torch.randn(8, 2, 8), torch.randn(8, 2, 8), cu_seqlens=ends)
+    with pytest.raises(IndexError, match="a text has 9 tokens, more than 7 positions"):
+        text_embed(torch.zeros(9, dtype=torch.int64), torch.randn(5, 8), torch.randn(7, 8), cu_seqlens=ends)
+
+
+def test_garbage_on_a_gpu_leads_nowhere_outside():
+    for values in ([-5, 3, 99], [7, 2, 9], [2**31 - 1, -(2**31), 4]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("clipfast.kernels.packing._check_values", lambda *_: None)
+            bounds = pack(torch.tensor(values, dtype=torch.int32), 9).bounds
+        assert bounds.min() >= 0
+        assert bounds.max() <= 9
