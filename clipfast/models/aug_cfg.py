@@ -95,6 +95,7 @@ def training_options(aug_cfg: Mapping[str, Any] | object | None) -> dict[str, An
 
 
 def _augment(given: Mapping[str, Any]) -> list[Any]:
+    """Return the augmentations of PIL images that OpenCLIP's ``aug_cfg`` asks for a model."""
     from torchvision.transforms import v2
 
     steps: list[Any] = []
@@ -109,6 +110,7 @@ def _augment(given: Mapping[str, Any]) -> list[Any]:
 
 
 def _numbers(key: str, value: Any, count: int) -> tuple[float, ...]:
+    """Return ``count`` numbers of a setting of OpenCLIP's ``aug_cfg``; refuse other values."""
     is_right = isinstance(value, Sequence) and len(value) == count and all(isinstance(x, int | float) for x in value)
     if not is_right or (count == 2 and not 0 < value[0] <= value[1]):
         what = (
@@ -119,6 +121,7 @@ def _numbers(key: str, value: Any, count: int) -> tuple[float, ...]:
 
 
 def _probability(key: str, given: Mapping[str, Any]) -> float:
+    """Return the probability that a setting of OpenCLIP's ``aug_cfg`` has; refuse other values."""
     value = given[key]
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"aug_cfg: {key} must be a number from 0 to 1, got {value!r}")

@@ -131,6 +131,7 @@ class FileTokenizer:
             self._tokenizer.no_truncation()
 
     def _check_length(self, length: int) -> None:
+        """Refuse a context length of the tokenizer that holds no token beside the special ones."""
         if length <= self._added:
             raise ValueError(
                 f"context_length must hold the {self._added} special token(s) and at least one more, got {length}"

@@ -26,7 +26,7 @@ class LayerNorm(nn.LayerNorm):
     backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each row: [..., width] -> [..., width]."""
+        """Normalise each row by the model's layer norm: [..., width] -> [..., width]."""
         return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
 
 
@@ -34,7 +34,7 @@ class QuickGELU(nn.Module):
     """QuickGELU, x sigmoid(1.702 x): the approximation of GELU with which OpenAI's weights were trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply QuickGELU to each element."""
+        """Apply QuickGELU, the activation of OpenAI's models, to each element."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -52,22 +52,22 @@ class InProjection(nn.Linear):
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
-        """[3 * width, width]."""
+        """The weight of the packed projection of a model's attention, [3 * width, width]."""
         return self.__dict__["attn"].in_proj_weight
 
     @property
     def bias(self) -> nn.Parameter:  # type: ignore[override]
-        """[3 * width]."""
+        """The bias of the packed projection of a model's attention, [3 * width]."""
         return self.__dict__["attn"].in_proj_bias
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True if calling ``module`` does more than its ``forward``."""
+    """Return True if calling a module of a model does more than its ``forward``."""
     return any(map(module.__dict__.__getitem__, HOOKS))
 
 
 def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
-    """Return True if calling ``module`` does what exactly one of ``kinds`` does, and nothing else.
+    """Return True if calling a module of a model does what exactly one of ``kinds`` does, and nothing else.
 
     An adapter or a wrapper such as FSDP's has another class, or a hook.
     """
@@ -197,5 +197,5 @@ def lower_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def lowered(x: Tensor, weight: Tensor) -> Tensor:
-    """Cast the activations ``x`` to the dtype of ``weight`` if that has 16 bits and ``x`` has more."""
+    """Cast activations of a model to the dtype of ``weight`` if that has 16 bits and ``x`` has more."""
     return x.to(weight.dtype) if weight.dtype.itemsize == 2 < x.dtype.itemsize else x

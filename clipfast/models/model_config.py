@@ -163,6 +163,7 @@ class CLIPConfig:
 
 
 def _check_sizes(section: str, config: object, names: Iterable[str]) -> None:
+    """Refuse a section of a model's configuration in which one of these sizes is unusable."""
     for name in names:
         _check_size(section, name, getattr(config, name))
 
@@ -178,6 +179,7 @@ def _check_size(section: str, name: str, value: object, limit: int = MAX_SIZE) -
 
 
 def _fields(kind: type[VisionConfig] | type[TextConfig], section: str, raw: Any) -> dict[str, Any]:
+    """Return the settings of a tower in a model's configuration; refuse unknown ones."""
     if not isinstance(raw, dict):
         raise ValueError(f"{section} must be an object of settings, got {raw!r:.80}")
     names = {field.name for field in dataclasses.fields(kind)}

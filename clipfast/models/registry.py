@@ -91,7 +91,7 @@ def read_model_config(path: str | Path) -> CLIPConfig:
 
 
 def get_model_config(name: str) -> CLIPConfig:
-    """Return the configuration of a model.
+    """Return the configuration of a model by its name.
 
     Raises:
         ValueError: if the name is unknown; the message lists the known ones, and says how to use others of OpenCLIP's.

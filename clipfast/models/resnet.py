@@ -39,7 +39,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(OrderedDict([("0", projection), ("1", nn.BatchNorm2d(out_channels))]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the block: [B, in_channels, H, W] -> [B, 4 channels, H / stride, W / stride]."""
+        """Compute the residual block: [B, in_channels, H, W] -> [B, 4 channels, H / stride, W / stride]."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self._pool(out)))
@@ -47,6 +47,7 @@ class Bottleneck(nn.Module):
         return F.relu(out + shortcut)
 
     def _pool(self, x: Tensor) -> Tensor:
+        """Reduce the grid of a ResNet block by its stride, by averages."""
         return F.avg_pool2d(x, self.stride) if self.stride > 1 else x
 
 
@@ -173,7 +174,7 @@ class ModifiedResNet(nn.Module):
 
 
 def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.Sequential:
-    """Return a stage of residual blocks."""
+    """Return a stage of residual blocks of the ResNet."""
     out_channels = channels * Bottleneck.expansion
     stage = [Bottleneck(in_channels, channels, stride)] + [
         Bottleneck(out_channels, channels, 1) for _ in range(blocks - 1)

@@ -141,6 +141,7 @@ class SigLIPTrunk(nn.Module):
         self._init_as_timm_does()
 
     def _init_as_timm_does(self) -> None:
+        """Initialise the weights of SigLIP's image tower as timm does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=_WEIGHT_STD)

@@ -214,6 +214,7 @@ def _read_vision(raw: Mapping[str, Any]) -> tuple[VisionConfig, str]:
 
 
 def _read_gelu(section: str, act_kwargs: Mapping[str, Any] | None) -> str:
+    """Return the variant of GELU in a section of a SigLIP configuration."""
     if act_kwargs and set(act_kwargs) != {"approximate"}:
         raise ValueError(f"{section} has act_kwargs that clipfast does not implement: {act_kwargs}")
     return str((act_kwargs or {}).get("approximate", EXACT))

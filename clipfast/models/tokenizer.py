@@ -193,6 +193,7 @@ def trim_padding(texts: Tensor, multiple: int = 4) -> Tensor:
 
 @functools.cache
 def _default() -> Tokenizer:
+    """Return CLIP's tokenizer, which is made once."""
     return Tokenizer()
 
 

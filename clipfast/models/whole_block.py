@@ -79,7 +79,7 @@ class Parameters(NamedTuple):
 def whole_block(
     x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options, cast: Parameters
 ) -> tuple[Tensor, Tensor]:
-    """Return the stream t and the branch m of the equations, [B, N, width] each.
+    """Compute a whole transformer block at once: its stream t and its branch m of the equations, [B, N, width] each.
 
     ``cast`` has the values of ``parameters``; the gradients are those of ``parameters``.
     """
@@ -107,7 +107,7 @@ def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Paramete
 
 
 def _new_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """Return uninitialised tensors of the same sizes in ``dtype``, which share one piece of memory."""
+    """Return uninitialised tensors for a transformer block's parameters in ``dtype``, in one piece of memory."""
     memory = torch.empty(sum([x.numel() for x in tensors]), dtype=dtype, device=tensors[0].device)
     new: Sequence[Tensor] = torch._C._nn.unflatten_dense_tensors(memory, list(tensors))
     return new
@@ -131,7 +131,7 @@ def applied(
     function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None,
     parameters: Parameters,
 ) -> Any:  # fmt: skip
-    """Call a function of a block below autograd, and let autograd know its derivative if gradients are recorded."""
+    """Call a function of a transformer block below autograd; tell autograd its derivative if gradients are recorded."""
     if torch.is_grad_enabled():
         return _apply(function, options, cast, rows, x, branch, *parameters)
     with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
@@ -141,7 +141,7 @@ def applied(
 def _plans(
     function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None
 ) -> Plans:
-    """Return the functions that compute the ops of such a block."""
+    """Return the functions that compute the ops of such a transformer block."""
     of_branch = None if branch is None else (branch.dtype, branch.stride())
     dtypes = tuple([p.dtype for p in cast])
     return plans_of(function, rows is None, options, dtypes, x.device, x.dtype, x.shape, x.stride(), of_branch)
@@ -155,7 +155,7 @@ class _Block(torch.autograd.Function):
         ctx: Any, function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor,
         branch: Tensor | None, *parameters: Tensor,
     ) -> Any:  # fmt: skip
-        """Return the results of the block's function."""
+        """Return the results of the transformer block's function."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             plans = _plans(function, options, cast, rows, x, branch)
             results, saved = function.forward(plans, options, cast, rows, x, branch)
@@ -168,7 +168,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradients of the stream, of the branch and of the parameters."""
+        """Return the gradients of a transformer block's stream, branch and parameters."""
         if torch.is_grad_enabled():
             return _only_once(ctx, *grads, *ctx.saved_tensors)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
@@ -180,13 +180,13 @@ class _OnlyOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(_: Any, ctx: Any, *tensors: Tensor) -> Any:
-        """Return the gradients of the block whose context is ``ctx``."""
+        """Return the gradients of the transformer block whose context is ``ctx``."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return None, None, None, None, *ctx.function(ctx, *tensors)
 
     @staticmethod
     def backward(_: Any, *grads: Tensor) -> Any:
-        """Refuse a second derivative."""
+        """Refuse a second derivative of a transformer block."""
         raise NotImplementedError("a transformer block has no second derivative: call the model's set_backend('torch')")
 
 
@@ -196,7 +196,7 @@ _apply, _only_once = apply_of(_Block), apply_of(_OnlyOnce)
 def _forward(
     plans: Plans, options: Options, cast: Parameters, _: None, x: Tensor, branch: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """Return t and m, and the tensors that the backward pass reads: rows [B * N, width], but for qkv."""
+    """Return t and m of a transformer block, and what its backward pass reads: rows [B * N, width], but for qkv."""
     shape, width = x.shape, x.shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
     qkv = F.linear(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
@@ -234,7 +234,7 @@ _FUNCTION = Function(_forward, _backward)
 
 
 def of_inputs(ctx: Any, ds: Tensor, du: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the stream and of the branch, [B, N, width]; None if there is no branch."""
+    """Return the gradients of a transformer block's stream and branch, [B, N, width]; None without a branch."""
     return ds.view(ctx.shape), du.view(ctx.shape) if ctx.needs_input_grad[5] else None
 
 
@@ -254,14 +254,14 @@ def first_norm(
 
 
 def pair(sums: Any) -> Any:
-    """Return the gradients of weight and bias of a norm, or twice None."""
+    """Return the gradients of weight and bias of a transformer block's norm, or twice None."""
     return (None, None) if sums is None else sums
 
 
 def mlp_half(
     plans: Plans, options: Options, s: Tensor, a: Tensor, cast: Parameters
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Return t, m and the tensors that :func:`mlp_half_grads` reads."""
+    """Return t, m of a block's MLP, and the tensors that :func:`mlp_half_grads` reads."""
     y, t, mean, rstd = compute(plans, layer_norm_fwd, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
     if options.adds_bias:
         h = F.linear(y, cast.w_fc)
@@ -298,7 +298,7 @@ def mlp_half_grads(
 def linear_grads(
     grad: Tensor, x: Tensor, weight: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of the input, the weight and the bias of a linear layer on rows.
+    """Return the gradients of input, weight and bias of a block's linear layer on rows.
 
     The gradients of weight and bias have the dtypes given, where the product can be rounded to it at once; they are
     None for a dtype that is None.
@@ -319,7 +319,7 @@ def _gelu_grad(grad: Tensor, h: Tensor, gelu: str) -> Tensor:
 
 
 def in_dtypes(grads: Sequence[Tensor | None], wanted: Sequence[Any]) -> list[Tensor | None]:
-    """Return gradients in the dtypes that are wanted, and None for the others; one launch casts them."""
+    """Return gradients of a transformer block in the dtypes that are wanted, by one launch; None for the others."""
     results = list(grads)
     targets, sources = [], []
     for k, (grad, dtype) in enumerate(zip(grads, wanted, strict=True)):

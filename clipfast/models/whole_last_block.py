@@ -43,7 +43,7 @@ def last_row(
 def _forward(
     plans: Plans, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Return the row of each sequence, and the tensors that the backward pass reads."""
+    """Return one row of the last transformer block for each sequence, and what the backward pass reads."""
     batch, length, width = x.shape
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
     place, seen = None, None
@@ -71,7 +71,7 @@ def _backward(
     seen: Tensor | None, y_r: Tensor, q: Tensor, query: Tensor, pooled: Tensor, lse: Tensor, o: Tensor,
     norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
+    """Return the gradients of the last block's stream, branch and parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[1]
     grad = grad.contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad, grad.to(o.dtype), *of_mlp)
@@ -112,12 +112,12 @@ _FUNCTION = Function(_forward, _backward)
 
 
 def _heads_first(x: Tensor, options: Options) -> Tensor:
-    """Return [B, H * D] as [H, B, D]."""
+    """Return rows of the last block [B, H * D] with the heads first, [H, B, D]."""
     return x.view(len(x), options.heads, -1).transpose(0, 1)
 
 
 def _add_rows(x: Tensor, rows: Tensor, place: Tensor | None, length: int) -> Tensor:
-    """Add rows to one row of each sequence, in place, and return all rows [B * N, width]."""
+    """Add gradients to one row of each sequence of the last block, in place; return all rows [B * N, width]."""
     if place is None:
         x[::length] += rows
         return x

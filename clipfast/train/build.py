@@ -89,7 +89,7 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
 
 
 def registered(name: str) -> str:
-    """Return the name of a model. If ``model`` is the path of a JSON file, register its configuration first."""
+    """Return the name of the model to train; if ``model`` is the path of a JSON file, register its configuration."""
     if name.endswith(".json"):
         add_model_config(name)
         return Path(name).stem
@@ -153,7 +153,7 @@ def build_loss(config: TrainConfig, model: CLIP, world: World = ALONE) -> Callab
 
 
 def _of_equal_parts(ranks: int, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Return the loss of this rank's pairs. All ranks have the same number of pairs, so no sizes are exchanged."""
+    """Return the training loss of this rank's pairs. All ranks have equally many, so no sizes are exchanged."""
     return distributed_contrastive_loss(image, text, logit_scale, sizes=[len(image)] * ranks)
 
 
@@ -227,7 +227,7 @@ class Distillation:
 
     @torch.no_grad()
     def look(self, images: Tensor, texts: Tensor, size: int) -> None:
-        """Let the teacher encode the batch of the next step, in parts of ``size`` pairs."""
+        """Let the teacher encode the batch of the next training step, in parts of ``size`` pairs."""
         assert self._autocast is not None
         with self._autocast():
             parts = [self.teacher(*part)[:2] for part in zip(images.split(size), texts.split(size), strict=True)]

@@ -114,7 +114,7 @@ class TrainingData:
         self.total_steps = self.epochs.total_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the order of the data depends on."""
+        """Return everything that the order of the training data depends on."""
         keys = ("train_data", "train_data_upsampling_factors", "dataset_resampled", "seed", "unique_by")
         found = {key: getattr(self.config, key) for key in keys} | {"batch_size": self.batch_size}
         found["train_data_upsampling_factors"] = list(found["train_data_upsampling_factors"])
@@ -252,6 +252,7 @@ def _refuse_changes(config: TrainConfig) -> None:
 
 
 def _refuse_less_than_a_batch(pairs: int, num_samples: int | None, batch_size: int) -> None:
+    """Refuse training data that hold less than one batch, or epochs that are shorter than one."""
     if pairs < batch_size:
         raise ValueError(
             f"the shards hold {pairs} pairs, less than one batch of {batch_size}: lower --batch-size, or name more "
@@ -264,7 +265,7 @@ def _refuse_less_than_a_batch(pairs: int, num_samples: int | None, batch_size: i
 
 
 def _damaged(sources: Sequence[Source], limit: float) -> list[ShardIndex]:
-    """Return the damaged shards, and refuse them if they have lost too much.
+    """Return the damaged training shards, and refuse them if they have lost too much.
 
     A shard that is cut short has lost an unknown number of pairs, which are not counted.
 
@@ -294,11 +295,11 @@ class SkipBudget:
 
     @property
     def skipped(self) -> int:
-        """The number of skipped pairs."""
+        """The number of training pairs that were skipped."""
         return self.kinds.total()
 
     def is_exceeded_by(self, skipped: int) -> bool:
-        """Return True if more of the seen pairs were skipped than ``limit`` allows, chance set aside.
+        """Return True if more of the training pairs were skipped than ``limit`` allows, chance set aside.
 
         The bad share of the first few pairs may exceed the limit by chance. This returns True only where, by Chernoff's
         bound, data at the limit would have so many bad pairs with a probability of less than ``BY_CHANCE``.
@@ -311,7 +312,7 @@ class SkipBudget:
         return math.exp(-self.seen * divergence) < BY_CHANCE
 
     def count(self, skipped: Sequence[Skipped]) -> None:
-        """Count skipped pairs.
+        """Count skipped training pairs.
 
         Raises:
             TrainingError: they are too many.

@@ -37,12 +37,12 @@ class WeightAverage:
 
     @property
     def nbytes(self) -> int:
-        """The memory that the average takes."""
+        """The memory that the moving average of the trained weights takes."""
         return sum(average.nbytes for average in self.averages.values())
 
     @torch.no_grad()
     def update(self, steps: int, skipped: Tensor) -> None:
-        """Take the weights into the average after ``steps`` steps, which count from 1.
+        """Take the trained weights into the moving average after ``steps`` steps, which count from 1.
 
         ``skipped`` is 1 if the last step changed no weight; the average then stays as it is. Otherwise it is 0.
         """
@@ -71,7 +71,7 @@ class WeightAverage:
                 torch._foreach_copy_(live, trained)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the whole state of the model with the average in it."""
+        """Return the whole state of the trained model with the moving average in it."""
         return {name: self.averages.get(name, value) for name, value in self.model.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
@@ -88,5 +88,5 @@ class WeightAverage:
 
 
 def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the parts of tensors that this process holds; some may be DTensors of FSDP2."""
+    """Return the parts of trained tensors that this process holds; some may be DTensors of FSDP2."""
     return [to_local(value) for value in tensors.values()]

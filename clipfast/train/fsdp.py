@@ -27,7 +27,7 @@ def is_sharded(config: TrainConfig, world: World) -> bool:
 
 
 def blocks_of(model: CLIP) -> list[nn.Module]:
-    """Return the parts of a model whose weights are gathered one after the other."""
+    """Return the parts of a model whose sharded weights FSDP2 gathers one after the other."""
     blocks: list[nn.Module] = [part for part in model.modules() if isinstance(part, ResidualAttentionBlock)]
     visual: nn.Module = model.visual
     if isinstance(visual, ModifiedResNet):
@@ -81,7 +81,7 @@ def _gather_for_direct_calls(model: CLIP) -> None:
             running = False
 
     def chosen(plain: Callable[..., Tensor], gathering: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a function that gathers the weights unless the forward pass is running."""
+        """Return a function that gathers the sharded weights unless the forward pass is running."""
         return lambda *args, **options: (plain if running else gathering)(*args, **options)
 
     for name in ("encode_image", "encode_text"):
@@ -92,11 +92,12 @@ def _gather_for_direct_calls(model: CLIP) -> None:
 
 
 def _reshards(config: TrainConfig) -> bool:
-    """Return True if a block frees the weights of other ranks between its forward and its backward pass."""
+    """Return True if FSDP2 frees a block's weights of other ranks between its forward and its backward pass."""
     return not config.fsdp_no_reshard_after_forward
 
 
 def _scalars(model: nn.Module) -> list[nn.Parameter]:
+    """Return the scalar parameters of a trained model, which FSDP2 does not shard."""
     return [parameter for parameter in model.parameters() if parameter.ndim == 0]
 
 

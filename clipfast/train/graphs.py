@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 def graphed(step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 8) -> Callable[P, R]:
-    """Return a function that does what ``step`` does, as one CUDA graph.
+    """Return a function that takes a training step as ``step`` does, but as one CUDA graph.
 
     The first ``warmup`` calls run the step as it is, on a stream of their own. Then the step is captured, and later
     calls copy their arguments into the captured ones and replay the graph. Arguments of other shapes or dtypes have
@@ -92,14 +92,14 @@ class _Graphed:
         return _copied(graph.results, Tensor.clone)
 
     def _is_to_capture(self, key: Any) -> bool:
-        """Count a call of the step, and return True if it is warmed up for these arguments and may have a graph."""
+        """Count a call of the training step; return True if it is warm for these arguments and may have a graph."""
         self._calls[key] += 1
         if self._calls[key] == self.warmup + 1 and len(self._graphs) >= self.max_graphs:
             log.warning(f"arguments of another shape run without a CUDA graph: there are {self.max_graphs} graphs")
         return self._calls[key] > self.warmup and len(self._graphs) < self.max_graphs
 
     def _capture(self, captures: "Captures", leaves: list[Any], structure: TreeSpec) -> _Captured:
-        """Capture the step on copies of its arguments."""
+        """Capture the training step on copies of its arguments."""
         if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
             raise ValueError("a CUDA graph would keep autocast's first copies of the weights: enter it within the step")
         static = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
@@ -109,7 +109,7 @@ class _Graphed:
 
 
 def _check(leaves: list[Any]) -> list[Tensor]:
-    """Return the tensors among the arguments of a step; refuse what a graph would not read again."""
+    """Return the tensors among the arguments of a training step; refuse what a graph would not read again."""
     inputs = [x for x in leaves if isinstance(x, Tensor)]
     for x in leaves:
         if x is not None and not isinstance(x, (Tensor, bool, str)):
@@ -125,7 +125,7 @@ def _check(leaves: list[Any]) -> list[Tensor]:
 
 
 def _copied(results: Any, copy: Callable[[Tensor], Tensor]) -> Any:
-    """Return ``results``, with a copy of each tensor."""
+    """Return the results of a training step's graph, with a copy of each tensor."""
     return copy(results) if isinstance(results, Tensor) else tree_map_only(Tensor, copy, results)
 
 
@@ -141,7 +141,7 @@ class Captures:
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        """Run what is in this context on the stream of the captures; a capture on the default stream is not allowed."""
+        """Run what is in this context on the stream of captured training steps; they cannot be on the default one."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -168,7 +168,7 @@ class Captures:
             raise
 
     def _capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Capture one call as a CUDA graph."""
+        """Capture one call of a training step as a CUDA graph."""
         # Without a device and a stream, PyTorch captures on the current GPU, which may not be the GPU of the arguments.
         # The capture forbids certain CUDA calls in this thread only: that of a data loader pins memory meanwhile.
         graph = torch.cuda.CUDAGraph()
@@ -180,7 +180,7 @@ class Captures:
         return graph.replay, results
 
     def _end_failed(self, current: torch.cuda.Stream) -> None:
-        """Leave the state of a failed capture, so that the next capture works."""
+        """Leave the state of a failed capture of a training step, so that the next capture works."""
         torch.cuda.set_stream(current)
         with contextlib.suppress(RuntimeError):
             # The call raises an error if the allocator has left the pool already.
@@ -192,5 +192,5 @@ class Captures:
         torch.cuda.synchronize(self.device)
 
     def _renew(self) -> None:
-        """Make a new memory pool and stream."""
+        """Make a new memory pool and stream for the graphs of training steps."""
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)

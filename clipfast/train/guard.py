@@ -83,7 +83,7 @@ class Guard:
 
     @property
     def skipped(self) -> Tensor:
-        """The verdict on the last step: 1 if it changed no weight, else 0; a scalar on the device."""
+        """The verdict on the last training step: 1 if it changed no weight, else 0; a scalar on the device."""
         return self.figures[Figures._fields.index("skipped")]
 
     def begin(self) -> None:
@@ -106,7 +106,7 @@ class Guard:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take the step that was judged, or restore the running statistics that its forward pass changed."""
+        """Take the training step that was judged, or restore the running statistics that its forward pass changed."""
         if not self.waits:
             self.optimizer.found_inf = self.skipped  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -133,7 +133,7 @@ class GuardedLoss:
 
 
 def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norm of each gradient, computed in float32."""
+    """Return the norm of each gradient of a training step, computed in float32."""
     return list(torch._foreach_norm(list(gradients), dtype=torch.float32)) if gradients else []
 
 
@@ -201,7 +201,7 @@ class SkippedSteps:
         self.settle(late=0 if ready is None else 1)
 
     def settle(self, late: int = 0) -> None:
-        """Wait for the verdicts on all finished steps, but for the last ``late`` of them, and count them.
+        """Wait for the verdicts on all finished training steps, but for the last ``late`` of them, and count them.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -223,7 +223,7 @@ class SkippedSteps:
                 self.world.on_main(self._stop)
 
     def _record(self, step: _Step, figures: Figures) -> None:
-        """Log a skipped step, and record its batch in the run's folder."""
+        """Log a skipped training step, and record its batch in the run's folder."""
         with self.world.phase("names of a batch"):
             skipped = [sample.name for sample in step.batch.skipped]
             mine = {"loss": figures.loss, "keys": self.data.names(step.number - 1), "unusable": skipped}
@@ -232,6 +232,7 @@ class SkippedSteps:
         self.world.on_main(lambda: self._write(step, figures, ranks))
 
     def _write(self, step: _Step, figures: Figures, ranks: Sequence[dict[str, Any]]) -> None:
+        """Write why a training step was skipped into the run's folder and the log."""
         finite = step.norms.isfinite().tolist()
         named = [name for name, is_finite in zip(self.guard.names, finite, strict=True) if not is_finite]
         lost = [str(rank) for rank, found in enumerate(ranks) if not math.isfinite(found["loss"])]
@@ -248,6 +249,7 @@ class SkippedSteps:
         log.warning(f"Step {step.number} changed nothing, since {what}; {path} says what is known of its batch")
 
     def _stop(self) -> None:
+        """Stop training, as too many steps in a row were skipped."""
         raise TrainingError(
             f"the last {self.progress.skipped_in_a_row} steps changed nothing, since loss or gradient were not finite, "
             f"and --max-nonfinite-steps is {self.most}: {self.folder.nonfinite_path} lists their pairs; lower --lr, or "
@@ -256,7 +258,7 @@ class SkippedSteps:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return ``value`` with strings in place of infinities and NaN, which JSON cannot hold."""
+    """Return the record of a skipped step with strings in place of infinities and NaN, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _jsonable(one) for key, one in value.items()}
     if isinstance(value, list):

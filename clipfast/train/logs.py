@@ -70,7 +70,7 @@ class Meters:
         )
 
     def read(self, step_seconds: float) -> dict[str, Any]:
-        """Return the measured figures for a line of ``metrics.jsonl``; figures that cannot be measured are left out.
+        """Return the figures of training for a line of ``metrics.jsonl``, without those that cannot be measured.
 
         ``mfu`` is relative to the peak of all ranks' GPUs. ``communication`` is the share of a step's time in which
         ``DistributedDataParallel`` sums gradients, or waits for a slower rank to do so, after the backward pass has
@@ -92,6 +92,7 @@ class Meters:
         return found
 
     def _memory(self) -> dict[str, int]:
+        """Return the memory that this training process takes on the GPU, or without one on the host."""
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
             return {"allocated": allocated(self.device), "reserved": reserved(self.device)}
@@ -100,7 +101,7 @@ class Meters:
         return {}
 
     def _gpu(self) -> dict[str, Any]:
-        """Return the state of the GPU for a line of the metrics, and warn the first time that it is throttled."""
+        """Return the state of the GPU for a line of training metrics, and warn the first time that it is throttled."""
         try:
             state = gpu_state(self.device)
         except Exception:  # a driver may lack NVML, or a container may hide it: a run does not need it
@@ -326,6 +327,7 @@ class TrainLog:
             self.reports.add(line)
 
     def _start_again(self) -> None:
+        """Forget the figures and times of the training steps that are logged."""
         self._figures: list[Tensor] = []  # figures of steps not yet searched for signs of trouble
         self._known: list[Figures] = []  # figures of the steps before, which were searched
         self._stages: collections.Counter[str] = collections.Counter()

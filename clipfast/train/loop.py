@@ -141,7 +141,7 @@ def _check_steps(trainer: Trainer) -> None:
     steps = trainer.world.gather(trainer.progress.step)
 
     def check() -> None:
-        """Refuse the steps of all ranks if they differ."""
+        """Refuse the steps of all training ranks if they differ."""
         if len(set(steps)) > 1:
             places = ", ".join(f"rank {rank} after step {step}" for rank, step in enumerate(steps))
             raise ValueError(
@@ -160,6 +160,7 @@ def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractConte
     config, made = trainer.config, list[contextlib.AbstractContextManager[object]]([contextlib.nullcontext()])
 
     def make() -> None:
+        """Make the remote copy of a training run on rank 0, unless another run has it."""
         remote = RemoteCopy(trainer.folder, config.remote_sync or "", config.remote_sync_frequency)
         remote.refuse_other_run(step)
         trainer.checkpoints.after_save = remote.notify
@@ -186,6 +187,7 @@ def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str
 
 
 def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -> None:
+    """Log with what a training run starts: model, steps, batch, folder, and options that a resumed run changes."""
     config, total = trainer.config, trainer.total_steps
     ranks = trainer.world.size
     share = f" ({trainer.batch_size} on each of {ranks} processes)" if ranks > 1 else ""

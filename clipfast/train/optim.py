@@ -197,6 +197,7 @@ def _timm_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
 
 
 def _is_fit(kind: object) -> bool:
+    """Return True for an optimizer class of PyTorch that training can use."""
     return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind not in _UNFIT
 
 
@@ -277,6 +278,7 @@ def _make_muon(config: TrainConfig, model: CLIP, groups: list[Group]) -> "MuonAn
     tables |= {parameter for name, parameter in model.named_parameters() if name in model.no_weight_decay()}
 
     def part(*, of_matrices: bool) -> list[Group]:
+        """Return the groups of parameters for one of the two optimizers: matrices for Muon, or all others for AdamW."""
         split = [
             group | {"params": [x for x in group["params"] if (x.ndim == 2 and x not in tables) == of_matrices]}
             for group in groups
@@ -304,6 +306,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
+        """Share the parameter groups and the state with the two optimizers."""
         first, second = self.parts
         first.state = second.state = self.state
         count = len(first.param_groups)
@@ -311,7 +314,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step with both optimizers.
+        """Take a training step with both optimizers, Muon and AdamW.
 
         Raises:
             ValueError: there is a ``closure``, which is not supported.
@@ -323,6 +326,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of both optimizers from the result of ``state_dict``."""
+        """Load the state of both optimizers, Muon and AdamW, from the result of ``state_dict``."""
         super().load_state_dict(state_dict)
         self._share()

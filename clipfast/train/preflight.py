@@ -101,11 +101,12 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of tensors that a training run needs."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
-    """Return the bytes of all weights, of the trained weights, and the least bytes of their optimizer state.
+    """Return the bytes of a run's weights, of the trained weights, and the least bytes of their optimizer state.
 
     The optimizer state counts AdamW's two moments (other optimizers may have none), and the moving average of the
     weights if there is one.
@@ -167,6 +168,7 @@ def pair_bytes(image_size: int, context_length: int) -> int:
 
 
 def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device, world: World) -> None:
+    """Refuse a training run whose weights, gradients and optimizer state do not fit on the GPU."""
     weights, trained, kept = _sizes(config, model)
     free, total = torch.cuda.mem_get_info(device)
     needed = weights + trained + kept
@@ -182,6 +184,7 @@ def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device, world: Wo
 
 
 def _check_validation(config: TrainConfig) -> None:
+    """Refuse validation data that a training run cannot read."""
     validation = validation_set(config)
     try:
         if validation is not None:

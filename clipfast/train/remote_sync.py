@@ -139,6 +139,7 @@ class RemoteCopy:
             log.info(f"Uploaded {scaled(sent, BYTES)} to {self.url}")
 
     def _run(self) -> None:
+        """Upload the files of a training run whenever there are new ones, until the run ends."""
         is_last = False
         while not is_last:
             self._wake.wait()
@@ -161,6 +162,7 @@ class RemoteCopy:
         checkpoints = self.folder.checkpoints
 
         def place(path: Path) -> tuple[bool, bool, bool, bool, str]:
+            """Return the place of a file of a training run in the order of uploads: manifests after what they list."""
             within = path.relative_to(checkpoints).parts if path.is_relative_to(checkpoints) else ()
             is_step = bool(within) and STEP.fullmatch(within[0]) is not None
             return path.name == LATEST, not within, not is_step, path.name == MANIFEST, path.name
@@ -176,7 +178,7 @@ class RemoteCopy:
         return any(part.startswith(".") for part in within)
 
     def _send(self, name: str, path: Path) -> int:
-        """Upload a file unless the remote copy has it, and return the bytes that were sent."""
+        """Upload a file of a training run unless the remote copy has it, and return the bytes that were sent."""
         status = path.stat()
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if self._sent.get(name) == version:
@@ -197,6 +199,7 @@ class RemoteCopy:
         return sent
 
     def _put(self, path: Path, remote: str, twin: str | None) -> int:
+        """Upload a file, or copy its twin in the remote copy of the training run; return the bytes that were sent."""
         folder, _, name = remote.rpartition("/")
         self._fs.makedirs(folder, exist_ok=True)
         target = f"{folder}/.{name}.tmp" if self._is_renaming else remote
@@ -244,6 +247,7 @@ class RemoteCopy:
         path = self.folder.checkpoints / remote.rpartition("/")[2]
 
         def download(temporary: Path) -> None:
+            """Download a training checkpoint to a temporary path, and refuse one of another step."""
             if path.suffix:
                 self._fs.get_file(remote, str(temporary))
             else:
@@ -268,6 +272,7 @@ class RemoteCopy:
         return None
 
     def _get(self, name: str, path: Path) -> None:
+        """Download a file of the training run from its remote copy."""
         self._fs.get_file(f"{self._root}/{name}", str(path))
 
 

@@ -70,6 +70,7 @@ class Reports:
             self._wandb.finish()
 
     def _give_up(self, error: OSError) -> None:
+        """Log that TensorBoard's files cannot be written, and train on without them."""
         log.error(
             f"TensorBoard's files cannot be written: {error}. Training goes on, and a resumed run writes them anew."
         )
@@ -116,6 +117,7 @@ def check_wandb(report_to: str) -> None:
 
 
 def _started_wandb(config: TrainConfig, folder: RunFolder) -> Any:
+    """Start the report of a training run to Weights & Biases, or continue it."""
     import wandb
 
     return wandb.init(

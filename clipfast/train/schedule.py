@@ -35,24 +35,24 @@ class Epochs:
 
     @property
     def total_steps(self) -> int:
-        """The number of steps of the run."""
+        """The number of steps of the training run."""
         return -(-self.samples_seen // self.batch_size)
 
     @property
     def number(self) -> int:
-        """The number of epochs of the run, the last of which may be cut short."""
+        """The number of epochs of the training run, the last of which may be cut short."""
         return self.after(self.total_steps - 1).number + 1
 
     def steps_before(self, epoch: int) -> int:
-        """Return the number of steps of the run after which ``epoch`` epochs are finished."""
+        """Return the number of training steps after which ``epoch`` epochs are finished."""
         return -(-epoch * self.num_samples // self.batch_size)
 
     def finished_after(self, step: int) -> int:
-        """Return the number of epochs that are finished after ``step`` steps."""
+        """Return the number of epochs that are finished after ``step`` training steps."""
         return step * self.batch_size // self.num_samples
 
     def ends_with(self, step: int) -> bool:
-        """Return True if an epoch is finished by step ``step``, counted from 1."""
+        """Return True if an epoch of training is finished by step ``step``, counted from 1."""
         return self.finished_after(step) > self.finished_after(step - 1)
 
     def after(self, step: int) -> Epoch:
@@ -85,7 +85,7 @@ class Schedule:
     power: float = 1.0
 
     def at(self, step: int) -> float:
-        """Return the learning rate of ``step``, counted from 0."""
+        """Return the learning rate of training step ``step``, counted from 0."""
         if self.cooldown is None or step < self.warmup:
             return cosine_lr(step, self.base_lr, self.warmup, self.total)
         begin = self.total - self.cooldown

@@ -32,7 +32,7 @@ class Usual:
     count: int = 0
 
     def factor(self) -> float:
-        """Return the factor on the usual value from which on a value is a spike."""
+        """Return the factor on the usual loss or gradient norm from which on a value is a spike."""
         return math.exp(DEVIATIONS * self.deviation)
 
     def take(self, value: float) -> None:
@@ -92,7 +92,7 @@ class Signs:
         self._reported: dict[str, int] = {}
 
     def see(self, step: int, figures: Figures) -> list[Sign]:
-        """Return the warnings about ``step``, which counts from 1 and was not skipped by the guard."""
+        """Return the warnings about training step ``step``, which counts from 1 and was not skipped by the guard."""
         found = []
         for kind, value in (("loss", figures.loss), ("gradient norm", figures.grad_norm)):
             usual = self._usual[kind]
@@ -133,6 +133,7 @@ class Signs:
         return [Sign("collapse", text, figures.loss, self.guessing)]
 
     def _is_news(self, kind: str, step: int) -> bool:
+        """Return True unless a warning of this kind about training was given a short time ago."""
         last = self._reported.get(kind)
         if last is not None and step - last < PAUSE[kind]:
             return False

@@ -65,12 +65,12 @@ class RunState:
         return largest
 
     def state_dict(self, *, is_main: bool = True) -> dict[str, Any]:
-        """Return the content of a checkpoint. All ranks must call it; it is complete where ``is_main`` is True."""
+        """Return the content of a training checkpoint; all ranks must call it. Where ``is_main``, it is complete."""
         complete: dict[str, Any] = gather_full(self.parts(), keep=is_main)
         return complete
 
     def parts(self) -> dict[str, Any]:
-        """Return the content of a checkpoint with DTensors as they are, for a checkpoint in parts."""
+        """Return the content of a training checkpoint with DTensors as they are, for a checkpoint in parts."""
         optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "kinds": dict(self.budget.kinds)}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
@@ -143,6 +143,7 @@ class RunState:
             self.step.micro_batch_size = own["micro_batch_size"]
 
     def _refuse_within_epoch(self, changed: dict[str, Any]) -> None:
+        """Refuse to resume training within an epoch with options that change the order of its data."""
         if "order" in changed:
             raise ValueError(
                 "the checkpoint is from within an epoch of another version of clipfast, which has another order of the "
@@ -191,6 +192,7 @@ class RunState:
             parameters |= zip(saved["params"], group["params"], strict=False)
 
         def own(index: int, value: Any) -> Any:
+            """Return a tensor of the optimizer's state as a DTensor, if it has the shape of its sharded weight."""
             like = parameters.get(index)
             if like is None or not isinstance(value, Tensor) or value.shape != like.shape:
                 return value

@@ -39,6 +39,7 @@ class Upload:
         return images, texts
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return images and texts of a training batch on the device."""
         return batch.images_on(self.device), batch.texts.to(self.device, non_blocking=True)
 
 
@@ -95,6 +96,7 @@ class TrainingStep:
         return loss
 
     def _backward(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Add the gradients of a training batch to ``.grad``, in micro-batches if it is larger, and return its loss."""
         if self.micro_batch_size < len(images):
             with self.autocast():
                 return accumulate_gradients(self.parallel, images, texts, self.micro_batch_size, self.loss)

@@ -143,22 +143,24 @@ class Trainer:
         return evaluation
 
     def conclude(self, interruption: Interruption) -> None:
-        """Ask all ranks whether they were interrupted, and if so, log the path of the newest checkpoint."""
+        """Ask all training ranks whether they were interrupted; if so, log the path of the newest checkpoint."""
         self._hear(interruption)
         if self.signum is not None:
             kept = self.folder.kept()
             log.info(f"Interrupted. {self._saved(kept[0]) if kept else 'No step was finished.'}")
 
     def _saved(self, path: Path) -> str:
+        """Return the line of the log on a saved training checkpoint, with the command that resumes from it."""
         return f"Saved {path}; {self._continuation}"
 
     @property
     def _continuation(self) -> str:
+        """Return the text with the command that resumes this training run."""
         start = "clipfast" if self.world.size == 1 else f"torchrun --nproc-per-node {self.world.size} -m clipfast"
         return f"go on with: {start} train --resume {self.folder.path}"
 
     def _hear(self, interruption: Interruption) -> None:
-        """Ask all ranks whether they were interrupted."""
+        """Ask all training ranks whether they were interrupted."""
         self.signum = elected(self.world.sum(interruption.votes()))
 
     def _train(self, interruption: Interruption) -> Evaluation | None:
@@ -294,6 +296,7 @@ class Trainer:
         self._skipped = []
 
         def record() -> dict[str, int]:
+            """Record the skipped training pairs of all ranks on rank 0, and return how many there are of each kind."""
             for step, skipped in by_step(everyones):
                 self.folder.record_skipped(step, skipped)
             self.budget.count([sample for mine in everyones for _, sample in mine])

@@ -172,6 +172,7 @@ class Validation:
         say = lines(total, what, unit, log.info)
 
         def advance(new: int) -> None:
+            """Show the progress of an evaluation in training, and stop it after a signal."""
             say(new)
             if self.interruption is not None:
                 self.interruption.check()
@@ -197,6 +198,7 @@ class Validation:
             return self.world.on_main(lambda: self._results(features, len(images.left_out)), INDEXING)
 
     def _results(self, features: LabelledFeatures | None, skipped: int) -> Evaluation:
+        """Return zero-shot accuracy and retrieval of the trained model from the encoded validation data, on rank 0."""
         if features is None:
             raise RuntimeError("the features of an evaluation are on rank 0, and this is another one")
         at_once = self.config.micro_batch_size

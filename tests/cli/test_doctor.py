@@ -22,6 +22,7 @@ from .test_host import GIB, files
 
 
 def by_name(found) -> dict[str, Finding]:
+    """Return what ``clipfast doctor`` found by name; each problem must have a fix."""
     found = list(found)
     assert all(bool(finding.fix) == (finding.status != OK) for finding in found)
     return {finding.name.strip(): finding for finding in found}
@@ -73,6 +74,7 @@ class TestGPUs:
     )
     def test_the_trial_of_a_kernel(self, ours, status, monkeypatch):
         def bias_gelu(x, bias, backend):
+            """Compute the op, wrongly by its Triton kernel, so that ``clipfast doctor`` finds it."""
             return ours(x, bias) if backend == "triton" else torch.nn.functional.gelu(x + bias)
 
         monkeypatch.setattr("clipfast.kernels.bias_gelu", bias_gelu)
@@ -86,6 +88,7 @@ class TestMachine:
         original = machine.importlib.metadata.version
 
         def version(name):
+            """Return the version of a package; ``clipfast doctor`` finds neither Triton nor tokenizers."""
             if name in ("triton", "tokenizers"):
                 raise machine.importlib.metadata.PackageNotFoundError
             return original(name)
@@ -132,6 +135,7 @@ class TestMachine:
 
     def test_an_error_ends_one_look_only(self):
         def look(error):
+            """Yield a finding of ``clipfast doctor``, then raise an error."""
             yield Finding("a", "b")
             raise error
 
@@ -147,6 +151,7 @@ class TestData:
     """Checks of shards for training."""
 
     def look(self, pattern: object, **options: object) -> dict[str, Finding]:
+        """Return what ``clipfast doctor`` finds in the data set of this pattern, by name."""
         return by_name(dataset.dataset(str(pattern), options))
 
     def test_what_is_found(self, tmp_path):

@@ -11,6 +11,7 @@ UNLIMITED_V1 = 2**63 - 4096
 
 
 def files(root: Path, content: dict[str, object]) -> Path:
+    """Write files of a fake /proc or /sys under ``root``, from which the command line learns about the machine."""
     for name, text in content.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"{text}\n")
@@ -18,6 +19,7 @@ def files(root: Path, content: dict[str, object]) -> Path:
 
 
 def meminfo(available: int) -> dict[str, object]:
+    """Return the content of a fake /proc/meminfo with ``available`` bytes of memory."""
     return {"proc/meminfo": f"MemTotal: {2**36}kB\nMemFree: 1 kB\nMemAvailable: {available // 1024} kB"}
 
 

@@ -26,7 +26,7 @@ NEVER = "clipfast: the program did not import open_clip.factory, open_clip.loss,
 
 
 def python(folder, *arguments, **variables):
-    """Run Python in a folder, as a separate process."""
+    """Run Python in a folder, as a separate process, to try ``clipfast run``."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     environment.pop("RANK", None)
     return subprocess.run(
@@ -56,7 +56,7 @@ if "interrupt" in sys.argv: raise KeyboardInterrupt
 
 @pytest.fixture
 def program(tmp_path):
-    """Write a script, a package with a module, and a runnable folder."""
+    """Write programs for ``clipfast run``: a script, a package with a module, and a runnable folder."""
     for path in ("script.py", "package/module.py", "folder/__main__.py", "elsewhere/script.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(PROGRAM)
@@ -129,10 +129,12 @@ def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(tmp_path)
 
     def replace_both(module, names):
+        """Replace the ``NAME`` of a module, as ``clipfast run`` does."""
         module.NAME = "ours"
         return f"replaced {names}"
 
     def replace_other(module, names):
+        """Replace the ``OTHER`` of a module, as ``clipfast run`` does."""
         module.OTHER = "ours"
         return f"replaced {names}"
 
@@ -299,6 +301,7 @@ def test_a_model_that_our_code_fails_on_is_left_as_it_is(error, monkeypatch):
     carry_out, calls = apply.carry_out, []
 
     def fail_later(*args):
+        """Carry out a replacement of ``clipfast run``; the fourth fails."""
         calls.append(args)
         if len(calls) == 4:
             raise error

@@ -52,7 +52,7 @@ COCA = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "lay
 
 
 def prepare(folder, models):
-    """Write the program and the configurations of models into a folder."""
+    """Write the program and the models' configurations that ``clipfast run`` trains into a folder."""
     (folder / "trainer.py").write_text(PROGRAM)
     (folder / "models").mkdir()
     for name, config in models.items():
@@ -117,6 +117,7 @@ def training(tmp_path):
 
 
 def options_of(kind, name, logs, *more):
+    """Return the options of OpenCLIP's trainer, which ``clipfast run`` runs, for a kind of training."""
     model, *options = KINDS[kind]
     return [*trainer_options(model, name, logs), *options, *more]
 

@@ -176,6 +176,7 @@ def plan_with_addresses_in_another_order():
 
 @fault("a start passed")
 def start_with_addresses_in_another_order():
+    """Start a kernel by its plan with the addresses of its tensors in reverse order."""
     config = KernelConfig(num_warps=4, num_stages=2)
     plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
     at = launch.Start.at

@@ -153,6 +153,7 @@ def test_addresses_are_those_of_the_tensors(shape, options, with_bias, monkeypat
     at, seen = [], []
 
     def started(start, *tensors):
+        """Start a kernel that a test of known calls watches, and note the addresses of its tensors."""
         seen.append(tuple(0 if x is None else x.data_ptr() for x in tensors))
 
     monkeypatch.setattr(Start, "at", lambda start, *addresses: at.append(addresses))

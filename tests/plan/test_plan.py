@@ -50,11 +50,12 @@ COPIES = "copies of gloo"
 
 
 def with_card(**changes) -> Cluster:
+    """Return the cluster of a plan, with these properties of its GPUs changed."""
     return Cluster(dataclasses.replace(H100.card, **changes))
 
 
 def plan_of(setup: Setup, cluster: Cluster = H100) -> StepPlan:
-    """The plan of a setup, from a probe of all kinds of checkpointing, which several tests share."""
+    """Return the plan of a setup, from a probe of all kinds of checkpointing, which several tests share."""
     return StepPlan(setup, cluster, H100.card, CHECKPOINTINGS)
 
 
@@ -68,7 +69,7 @@ class Settled(Ledger):
 
 
 def measured_losses(_, problems):
-    """Figures of real losses, by problem, card and mode."""
+    """Return the figures of real losses, with which the planned ones are compared, by problem, card and mode."""
     return [
         {(card, mode): figures(run_loss(problem, mode, CARDS.get(card), is_fake=False, ledger_type=Settled))
          for card in ("h100", "none") for mode in problem.modes}
@@ -202,6 +203,8 @@ class WithoutCopies(Ledger):
 
 @contextlib.contextmanager
 def marking_copies(ledger):
+    """Give memory of FSDP2's copies a phase of its own in the ledger of a plan."""
+
     def marked(function, *args, **options):
         phase, ledger.phase = ledger.phase, COPIES
         try:
@@ -218,7 +221,7 @@ def marking_copies(ledger):
 
 
 def all_reduce_mean(_, bucket):
-    """Reduce a bucket as DDP does by itself, but in Python, where the ledger sees it."""
+    """Reduce a bucket as DDP does by itself, but in Python, where the plan's ledger sees it."""
     gradients = bucket.buffer().div_(dist.get_world_size())
     dist.all_reduce(gradients)
     future = torch.futures.Future()
@@ -227,11 +230,12 @@ def all_reduce_mean(_, bucket):
 
 
 def measured_steps(_, jobs, config):
-    """What real steps take: memory by category, its peak, and bytes sent."""
+    """Return what real steps take, to compare with a plan: memory by category, its peak, and bytes sent."""
     return [measured_step(setup, config, batch) for setup, batch in jobs]
 
 
 def measured_step(setup, config, batch):
+    """Return what a real step takes, to compare with a plan: memory, its peak, and bytes sent."""
     with rank_of(setup, config, None, is_fake=False, ledger_type=WithoutCopies) as rank, marking_copies(rank.ledger):
         ledger = rank.ledger
         rank.set_checkpointing(setup.checkpointing)
@@ -316,9 +320,10 @@ def test_the_page_has_what_the_code_says(parallel):
 class TestCommand:
     @pytest.fixture
     def planned(self, capsys, tmp_path):
-        """A function that runs the command, and returns what it printed and what it wrote."""
+        """Return a function that runs ``clipfast plan``, and returns what it printed and what it wrote."""
 
         def run(words):
+            """Run ``clipfast plan``, and return what it printed and the plan that it wrote."""
             code, out, error = run_command(capsys, "plan", *words.split(), "--json", tmp_path / "plan.json")
             assert (code, error) == (0, "")
             assert "never measured on a GPU" in out
