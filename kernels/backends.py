@@ -126,6 +126,7 @@ class Op:
 
         @functools.wraps(run)
         def implementation(*args: Any) -> Any:
+            """Run the op's implementation as PyTorch calls it for a backend."""
             return self._run_below(*args)
 
         devices = ("cuda", "cpu")
@@ -135,6 +136,7 @@ class Op:
         self.schema = self._overload._schema
 
         def no_derivative(ctx: object, *grads: Tensor) -> None:
+            """Refuse a second derivative of a registered op."""
             raise NotImplementedError(
                 f"clipfast::{name} has no derivative: compute second derivatives with backend='torch', the reference"
             )
@@ -160,7 +162,10 @@ class Op:
         """
 
         def function_of(run: Callable[..., Any], count: int) -> Callable[..., Any]:
+            """Return the op as a function of autograd that calls ``run``, and returns its first ``count`` outputs."""
+
             def forward(ctx: Any, *args: Any) -> Any:
+                """Run the op's implementation, and save what its backward pass needs."""
                 outputs = run(*args)
                 setup_context(ctx, args, outputs)
                 return outputs[:count] if outputs.__class__ is tuple else outputs
@@ -169,6 +174,7 @@ class Op:
             return apply_of(type(f"clipfast_{self._name}", (torch.autograd.Function,), methods))
 
         def setup_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            """Save what the backward pass of the registered op needs; outputs that are only for it have no gradient."""
             if isinstance(output, tuple):
                 ctx.mark_non_differentiable(*output[results(*inputs) :])
             setup_context(ctx, inputs, output)
@@ -205,7 +211,7 @@ class Op:
             return self.run(*args)
 
     def planned_by(self, planner: Callable[..., Any]) -> None:
-        """Keep calls by their layout.
+        """Keep an op's calls by their layout.
 
         The planner gets the arguments of a call, and returns a function that computes it and all calls of its layout.
         This may return None in place of an output that is empty.
@@ -213,7 +219,7 @@ class Op:
         self.planner = planner
 
     def find(self, options: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Callable[..., Any] | None:
-        """Return how to compute a call like one that was kept, or None.
+        """Return how to compute a call of the op like one that was kept, or None.
 
         A call is like another one if its options are equal, and its tensors agree in everything that PyTorch's
         dispatcher knows of them: class, dtype, device, sizes, strides, and transforms, modes and autocast around them.
@@ -235,7 +241,7 @@ class Op:
         return None
 
     def learn(self, options: tuple[Any, ...], tensors: tuple[Tensor, ...], args: tuple[Any, ...]) -> Callable[..., Any]:
-        """Return how to compute a call whose arguments were checked, and keep it for calls like this one.
+        """Return how to compute a call of the op whose arguments were checked, and keep it for calls like this one.
 
         Args:
             options, tensors: the options and tensors of the call, as :meth:`find` gets them. All that was checked
@@ -324,10 +330,11 @@ def _check_devices(args: Sequence[Any]) -> None:
 
 
 def below_autograd(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run a function without autograd and autocast; ``torch.compile`` cannot trace it."""
+    """Let an op's function run without autograd and autocast; ``torch.compile`` cannot trace it."""
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the op's function without autograd and autocast."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return fn(*args, **kwargs)
 
@@ -335,10 +342,11 @@ def below_autograd(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run a function without autocast on the device of its first tensor: it converted its operands."""
+    """Let an op's function run without autocast on the device of its first tensor: it converted its operands."""
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the op's function without autocast on the device of its first tensor."""
         device_type = next(filter(torch.is_tensor, args)).device.type
         if not torch.is_autocast_enabled(device_type):
             return fn(*args, **kwargs)

@@ -346,5 +346,5 @@ def _plan_of(
     kernel: Any, grid: tuple[int, ...], config: KernelConfig, device: torch.device,
     constexprs: tuple[tuple[str, Any], ...], *numbers: float,
 ) -> Plan:  # fmt: skip
-    """Return the plan of a launch."""
+    """Return the plan of a kernel's launch."""
     return Plan(kernel, grid, *numbers, config=config, device=device, **dict(constexprs))

@@ -26,7 +26,7 @@ CASES = [build(name, shape, DTYPE, DEVICE) for name, shapes in SHAPES.items() fo
 
 
 def device_timer() -> float:
-    """Wait until everything that was launched has run, and return the time."""
+    """Wait until everything that a gate launched has run, and return the time."""
     synchronize(DEVICE)
     return time.perf_counter()
 

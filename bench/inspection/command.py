@@ -105,7 +105,7 @@ def inspect_all(archs: Sequence[int] = ARCHS, *, substring: str = "", jobs: int 
 
 
 def _inspect(task: tuple[int, str]) -> list[Report]:
-    """Inspect one (architecture, case) pair, as a task of a worker process."""
+    """Inspect the compiled kernels of one (architecture, case) pair, as a task of a worker process."""
     return inspect_case(*task)
 
 

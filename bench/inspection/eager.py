@@ -42,6 +42,7 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
     """Return the number of options in which two shapes of an op differ; sizes that both have do not count."""
 
     def differ(name: str) -> bool:
+        """Return True if two shapes have different values of an option, for the host's time; sizes do not count."""
         values = one.get(name), other.get(name)
         return values[0] != values[1] and not all(type(value) in (int, float) for value in values)
 
@@ -49,7 +50,7 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
 
 
 def binds_from(takes_longer: Callable[[int], bool], start: int) -> int | None:
-    """Return the smallest power of two from which the GPU takes longer than its host, or None if that is too large.
+    """Return the least power of two from which the GPU is predicted to take longer than its host, or None.
 
     Args:
         takes_longer: says whether the GPU takes longer, given the batch.

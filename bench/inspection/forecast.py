@@ -64,12 +64,14 @@ class _Recorder(Ledger):
         self.work = Work()
 
     def book_launches(self) -> None:
+        """Keep the recorded launches for the prediction, apart from the PyTorch ops."""
         self.work.launches += [(self.phase, standing_in(launch)) for launch in self.launches]
         before = len(self.events)
         super().book_launches()
         del self.events[before:]
 
     def begin(self) -> None:
+        """Start a new record of launches and PyTorch ops whose time is predicted."""
         super().begin()
         self.work.launches.clear()
 
@@ -127,6 +129,7 @@ def standing_in(launch: Launch) -> Launch:
 
 
 def _replace(value: Any, stand_in: Any) -> Any:
+    """Replace the tensors in a launch's argument by stand-ins for the prediction."""
     if isinstance(value, Tensor):
         return stand_in(
             value.untyped_storage()._cdata, tuple(value.shape), value.stride(), value.storage_offset(), value.dtype
@@ -140,6 +143,7 @@ def _empty(
     storage: int,  # noqa: ARG001  (two views of one storage are one tensor, and two storages are not)
     shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    """Return a tensor without memory as an argument of a launch whose time is predicted."""
     size = offset + 1 + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
     return torch.empty(max(0, size), dtype=dtype, device="meta").as_strided(shape, stride, offset)
 
@@ -209,7 +213,7 @@ class Forecast:
 
     @property
     def binds(self) -> str:
-        """Return whether the GPU or the host takes longer."""
+        """Return whether the GPU or the host is predicted to take longer."""
         return GPU if self.seconds >= self.host_seconds else HOST
 
     @property
@@ -235,7 +239,7 @@ def forecast(
 
     @functools.cache
     def at(items: int) -> Forecast:
-        """Predict the op or the step with another batch."""
+        """Predict the time of the op or the step with another batch."""
         if isinstance(task, int):
             spec, shape = measured_shapes()[task]
             shape = shape.changed(**{spec.items[0]: items})
@@ -269,6 +273,7 @@ def _items(spec: OpSpec, shape: Shape) -> int:
 
 
 def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort, **what: Any) -> Forecast:
+    """Predict the time of launches and PyTorch ops, by their categories."""
     parts = predict_parts([launch for _, launch in work.launches], machine, effort)
     times = [max(op.flops / product_flops, op.bytes / machine.hbm_rate) + machine.launch for op in work.ops]
     products = sum(time for time, op in zip(times, work.ops, strict=True) if op.flops)
@@ -292,7 +297,7 @@ def _shares(parts: Sequence[Part], ops: Sequence[Event], times: Sequence[float])
 
 
 def predict_parts(launches: Sequence[Launch], machine: Machine, effort: Effort = FULL) -> tuple[Part, ...]:
-    """Predict launches; equal ones are predicted once."""
+    """Predict the times of launches; equal ones are predicted once."""
     groups: dict[str, list[Launch]] = {}
     for launch in launches:
         groups.setdefault(_key(launch), []).append(launch)
@@ -306,11 +311,13 @@ def _key(launch: Launch) -> str:
 
 
 def _size(value: Any) -> Any:
+    """Return what a launch's predicted time depends on in an argument: shape, strides and dtype, or the value."""
     tensor = getattr(value, "base", value)
     return (tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) if hasattr(tensor, "stride") else value
 
 
 def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
+    """Predict the time of launches that take equally long, or say why no model covers them."""
     # Most blocks of logits hold no pairs. This block is neither the first nor in the middle, so it is one of them.
     launch = same[len(same) // 3]
     name = launch.kernel.__name__
@@ -363,17 +370,18 @@ def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
 
 
 def _aligned(is_step: bool, cells: Sequence[Sequence[str]]) -> str:
+    """Return the rows of the table of predicted times, aligned."""
     widths = (14, 5, 7, 7, 5, 7, 7, 8, 9) if is_step else (58, 7, 7, 5, 5, 8, 6, 9, 18)
     return align(cells, right=range(1, 9 if is_step else 8), at_least=(*widths, 8))
 
 
 def label(name: str, shape: dict[str, Any], dtype: str) -> str:
-    """Return op, sizes and dtype as one string, by which forecasts and measurements are matched."""
+    """Return op, sizes and dtype as one string, by which predicted and measured times are matched."""
     return " ".join([name, *(f"{size}={value}" for size, value in shape.items()), dtype])
 
 
 def to_json(one: Forecast) -> dict[str, Any]:
-    """Return a forecast for JSON, with the figures that follow from it."""
+    """Return a forecast of times for JSON, with the figures that follow from it."""
     record = dataclasses.asdict(one) | {
         "seconds": one.seconds, "eager_seconds": one.eager_seconds, "items_per_s": one.items / one.eager_seconds,
         "binds": one.binds,

@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
     @property
     def parts(self) -> list[int]:
-        """The number of pairs in each micro-batch."""
+        """The number of pairs in each micro-batch of the planned step."""
         full, rest = divmod(self.rows, self.micro_rows)
         return [self.micro_rows] * full + [rest] * (rest > 0)
 
@@ -97,7 +97,7 @@ class StepPlan:
         ranks = self.setup.gpus if self.setup.is_sharded else 1
 
         def padded(parameters: Iterable[nn.Parameter]) -> int:
-            """Return the number of weights after FSDP2 has padded them for the ranks."""
+            """Return the number of planned weights after FSDP2 has padded them for the ranks."""
             return sum(-(-len(p) // ranks) * ranks * p[0].numel() for p in parameters if p.ndim)
 
         texts = set(model.transformer.modules())
@@ -108,7 +108,7 @@ class StepPlan:
         self.all_weights = sum(p.numel() for p in model.parameters())
 
     def memory(self, batch: Batch, *, with_loss: bool = True) -> Counter[str]:
-        """Return the bytes of tensors by category, at the peak of the step.
+        """Return the planned bytes of tensors by category, at the peak of the step.
 
         ``with_loss=False`` leaves out the loss, whose run on fake tensors takes nearly all of the time of this method.
         """
@@ -172,16 +172,16 @@ class StepPlan:
         return 3 * sum(plain.flops(phase, rows) for phase in FORWARD)
 
     def _loss(self, batch: Batch) -> Ledger:
-        """Return the ledger of the loss for a batch."""
+        """Return the ledger of the loss for a batch of the plan."""
         setup = self.setup
         return loss_ledger(Problem(batch.rows * setup.gpus, setup.gpus, setup.dtype, setup.config.embed_dim), self.card)
 
     def _seconds(self, phases: Sequence[str], rows: int) -> float:
-        """Return the predicted seconds of some phases."""
+        """Return the predicted seconds of some phases of the planned step."""
         return sum(self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[0] for phase in phases)
 
     def _wire(self, whole_bytes: int) -> float:
-        """Return the seconds of a ring all-gather or reduce-scatter of ``whole_bytes``."""
+        """Return the predicted seconds of a ring all-gather or reduce-scatter of ``whole_bytes``."""
         ranks = self.setup.gpus
         rate = self.cluster.bytes_per_s(ranks, is_ring=False)
         return whole_bytes * (ranks - 1) / ranks / rate + self.cluster.latency_s * (ranks - 1)
@@ -202,7 +202,7 @@ class StepPlan:
         root = self._wire(width * self.other_weights), self._wire(torch.float32.itemsize * self.other_weights)
 
         def of_blocks(*phases: str) -> list[float]:
-            """Return the seconds of each block of both towers."""
+            """Return the predicted seconds of each block of both towers."""
             images, texts = (
                 self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[1] for phase in phases
             )
@@ -218,7 +218,7 @@ class StepPlan:
 
 
 def overlap(gather: Sequence[float], compute: Sequence[float], reduce: Sequence[float]) -> float:
-    """Return the seconds that messages add to the computation of FSDP2's groups of weights.
+    """Return the predicted seconds that messages add to the computation of FSDP2's groups of weights.
 
     Each group is gathered before its computation and reduced after it, over one link. The gather of a group may start
     when the group before it starts to compute, because the second last group is freed then. A message of zero seconds
@@ -267,12 +267,12 @@ def largest_rows(plan: StepPlan, assumed: Assumptions, micro_batches: int = 1) -
     """
 
     def does(rows: int, *, with_loss: bool = True) -> bool:
-        """Return whether a batch with ``rows`` pairs on each GPU fits into memory, with or without the loss."""
+        """Return whether a planned batch of ``rows`` pairs on each GPU fits into memory, with or without the loss."""
         found = memory_of(plan, Batch(rows, rows // micro_batches), assumed, with_loss=with_loss)
         return found.total() <= plan.cluster.card.memory_bytes
 
     def search(high: int, *, with_loss: bool) -> int:
-        """Return the most steps, less than ``high``, that fit."""
+        """Return the most pairs, in units of ``step``, that fit into memory by the plan; it is less than ``high``."""
         low = 0
         while high - low > 1:
             middle = (low + high) // 2

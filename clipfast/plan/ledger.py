@@ -117,7 +117,7 @@ class Ledger(TorchDispatchMode):
         self.launches.clear()
 
     def begin(self) -> None:
-        """Start a new record: drop all events and peaks, but keep the tensors that are alive."""
+        """Start a new record of the ledger: drop all events and peaks, but keep the tensors that are alive."""
         self.events.clear()
         self.peak = self.live.copy()
         self.peaks.clear()
@@ -131,7 +131,7 @@ class Ledger(TorchDispatchMode):
         resize = torch.UntypedStorage.resize_
 
         def resize_and_book(storage: torch.UntypedStorage, size: int) -> Any:
-            """Resize a storage, and record its new size."""
+            """Resize a storage, and record its new size in the ledger."""
             result = resize(storage, size)
             if (known := self._storages.get(storage._cdata)) is not None:
                 category, old, reference = known
@@ -145,12 +145,12 @@ class Ledger(TorchDispatchMode):
             yield
 
     def _add_kernel(self, flops: int, tensors: list[Tensor]) -> None:
-        """Add the event of a kernel that reads and writes these tensors."""
+        """Add the event of a kernel that reads and writes these tensors to the ledger."""
         if _nbytes(tensors) > 0:
             self.events.append(Event(self.phase, _nbytes(tensors), self._enter(tensors), flops))
 
     def _enter(self, tensors: list[Tensor]) -> frozenset[int]:
-        """Record the storages of tensors that are new, and return the addresses of all."""
+        """Record the storages of tensors that are new to the ledger, and return the addresses of all."""
         storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
         for key in [key for key in storages if key not in self._storages]:
             category, size = self.categories.get(self.phase, self.phase), storages[key].nbytes()
@@ -160,12 +160,12 @@ class Ledger(TorchDispatchMode):
         return frozenset(storages)
 
     def _leave(self, key: int, _: object) -> None:
-        """Remove a storage that was freed."""
+        """Remove a storage that was freed from the ledger."""
         category, size, _ = self._storages.pop(key)
         self.live[category] -= size
 
     def _update_peak(self) -> None:
-        """Update the peaks of memory after a storage was added."""
+        """Update the ledger's peaks of memory after a storage was added."""
         most = self.peaks.get(self.phase)
         if most is not None and self.live.total() <= most.total():
             return
@@ -174,7 +174,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """Return all tensors in nested arguments."""
+    """Return all tensors in the nested arguments of an op that the ledger records."""
     if isinstance(tree, Tensor):
         return [getattr(tree, "_local_tensor", tree)]  # for a DTensor, the part that this rank holds
     return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
@@ -187,7 +187,7 @@ def _only_like(func: Any) -> bool:
 
 
 def _nbytes(tensors: list[Tensor]) -> int:
-    """Return the bytes of tensors; an expanded tensor counts with its storage."""
+    """Return the bytes of tensors for the ledger; an expanded tensor counts with its storage."""
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 

@@ -38,7 +38,7 @@ def seconds(
 
 
 def figures(ledger: Ledger) -> dict[str, int]:
-    """Return the counts of a step of the loss: memory, FLOPs, and the bytes and messages that this rank sends."""
+    """Return the planned counts of a step of the loss: memory, FLOPs, and what this rank sends."""
     sent = Counter[bool]()
     for event in ledger.events:
         sent[event.phase == LOSS_FORWARD] += event.bytes if event.collective else 0

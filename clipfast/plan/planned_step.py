@@ -64,12 +64,12 @@ class Problem:
 
     @property
     def rows(self) -> int:
-        """The number of pairs on one GPU."""
+        """The number of pairs on one GPU by the plan."""
         return -(-self.pairs // self.gpus)
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes of the loss that exist for this number of GPUs."""
+        """The modes of the loss that can be planned for this number of GPUs."""
         return ("default", "min") if self.gpus == 1 else ("gather", "ring", "scalars")
 
 
@@ -99,27 +99,27 @@ class Setup:
 
     @property
     def config(self) -> CLIPConfig:
-        """The configuration of the model."""
+        """The configuration of the planned model."""
         return get_model_config(self.model)
 
     @property
     def is_sharded(self) -> bool:
-        """True if a rank holds only its part of the weights."""
+        """True if a rank of the planned training holds only its part of the weights."""
         return self.parallel == "fsdp" and self.gpus > 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of matrix products and of features."""
+        """The dtype of matrix products and of features in the planned step."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the weights that the optimizer updates."""
+        """The dtype of the weights that the optimizer updates in the planned training."""
         return torch.bfloat16 if self.precision == "pure_bf16" else torch.float32
 
     @property
     def train_config(self) -> TrainConfig:
-        """The same setup as options of ``clipfast train``."""
+        """The planned setup as options of ``clipfast train``."""
         return TrainConfig(
             train_data="synthetic:1", opt=self.opt, fsdp=self.is_sharded,
             fsdp_no_reshard_after_forward=self.is_sharded and not self.reshards,
@@ -128,7 +128,7 @@ class Setup:
 
 @contextlib.contextmanager
 def _fake_processes(gpus: int, *, is_fake: bool) -> Iterator[None]:
-    """Make this process rank 0 of a fake process group, if ``is_fake`` and there are several GPUs."""
+    """Make this process rank 0 of a fake process group, if ``is_fake`` and several GPUs are planned."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     with warnings.catch_warnings(action="ignore"):  # addresses of fake tensors and gathers give deprecation warnings
@@ -203,7 +203,7 @@ def _loss(problem: Problem, mode: str, image: Tensor, text: Tensor, scale: Tenso
 def rank_of(
     setup: Setup, config: CLIPConfig, card: Card | None, *, is_fake: bool = True, ledger_type: type[Ledger] = Ledger
 ) -> Iterator["Rank"]:
-    """Yield a rank of a training with its ledger open.
+    """Yield a rank of a planned training with its ledger open.
 
     Args:
         setup: the model, optimizer and parallelism of the training.
@@ -253,11 +253,11 @@ class Rank:
             setattr(model, name, self._marked(getattr(model, name), forward, backward))
 
     def set_checkpointing(self, checkpointing: str) -> None:
-        """Choose the activations that the backward pass recomputes."""
+        """Choose the activations that the backward pass of the planned step recomputes."""
         self.model.set_grad_checkpointing(checkpointing != "none", selective=checkpointing == "selective")
 
     def step(self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False) -> None:
-        """Compute the gradients of a batch.
+        """Compute the gradients of a batch of the planned training.
 
         Args:
             rows: pairs of this rank.
@@ -277,14 +277,14 @@ class Rank:
         self.ledger.book_launches()
 
     def update(self) -> None:
-        """Update the weights and their average."""
+        """Update the weights of the planned training and their average."""
         self.ledger.phase = UPDATE
         self.optimizer.step()
         if self.average is not None:
             self.average.update(1, torch.zeros(()))
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor, *, is_whole: bool) -> Tensor:
-        """Compute the loss of all ranks, or a sum of the features in its place."""
+        """Compute the planned loss of all ranks, or a sum of the features in its place."""
         self.ledger.phase = LOSS
         if not is_whole:
             return (image * text).sum() * scale
@@ -296,6 +296,7 @@ class Rank:
         """Return a version of ``function`` that sets the ledger's phase when it and its backward pass begin."""
 
         def call(*args: Any, **options: Any) -> Tensor:
+            """Call ``function``; the ledger then books under the phase of the forward or of the backward pass."""
             self.ledger.phase = forward
             out = function(*args, **options)
             if out.requires_grad:

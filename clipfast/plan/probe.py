@@ -85,7 +85,7 @@ class Probe:
     least: Sequence[Sample]
 
     def peak(self, phase: str, rows: int) -> Counter[str]:
-        """Return the bytes at the peak of ``phase``, by category, for ``rows`` pairs."""
+        """Return the planned bytes at the peak of ``phase``, by category, for ``rows`` pairs."""
         more = np.array([self.more_images, self.more_texts, 0, 0])
         lines = [_at(rows, *(sample.peaks[phase] for sample in depth)) for depth in self.samples]
         least = [sample.peaks[phase] for sample in self.least]
@@ -121,7 +121,7 @@ class Probe:
 
 
 def _at(rows: int, small: Any, large: Any) -> Any:
-    """Extrapolate linearly from the values for both ``BATCHES`` to the value for ``rows`` pairs."""
+    """Extrapolate linearly from the probed values for both ``BATCHES`` to the value for ``rows`` pairs."""
     return small + (large - small) * (rows - BATCHES[0]) / (BATCHES[1] - BATCHES[0])
 
 
@@ -139,7 +139,7 @@ def probe(setup: Setup, card: Card | None, kinds: tuple[str, ...]) -> dict[str, 
         with rank_of(setup, _cut(config, depth), card) as rank:
 
             def sampled(rows: int, rank: Any = rank) -> Sample:
-                """Run a step with ``rows`` pairs, and return its counts."""
+                """Run a step of the probed model with ``rows`` pairs, and return its counts."""
                 rank.step(rows)
                 return sample_of(rank.ledger)
 
@@ -154,7 +154,7 @@ def probe(setup: Setup, card: Card | None, kinds: tuple[str, ...]) -> dict[str, 
 
 
 def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
-    """Return the configuration with ``depth`` blocks in each transformer; unchanged if ``depth`` is None."""
+    """Return the probed model's configuration: ``depth`` blocks in each transformer, or all if ``depth`` is None."""
     if depth is None:
         return config
     if isinstance(config.vision.layers, int):

@@ -58,13 +58,14 @@ def plan_forward(
     compute = _forward(*views_of(qkv, num_heads), seqlens, causal, scale, out_shape)
 
     def run(qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        """Compute attention on a packed projection of the planned layout."""
         return compute(_places(qkv, step, num_heads), seqlens)
 
     return run
 
 
 def _places(qkv: Tensor, step: int, num_heads: int) -> Places:
-    """Return the places of the queries, keys and values of a packed projection, which are ``step`` bytes apart."""
+    """Return the places of queries, keys and values in a packed projection, which are ``step`` bytes apart."""
     # Views would take the host as long as the launch.
     at = qkv.data_ptr()
     return (at, at + step, at + 2 * step), functools.partial(views_of, qkv, num_heads)
@@ -101,6 +102,7 @@ def plan_backward(
     def run(
         grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute the gradients of attention on a packed projection of the planned layout, and on its bias."""
         grad_qkv = new_grad()
         places = _places(qkv, step, num_heads), _places(grad_qkv, grad_step, num_heads)
         grad_bias = compute(grad_out, places[0], out, lse, seqlens, places[1])
@@ -120,13 +122,14 @@ def plan_qkv_forward(
     compute = _forward(q, k, v, seqlens, causal, scale, q.shape)
 
     def run(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        """Compute attention on separate queries, keys and values of the planned layout."""
         return compute(_places_of(q, k, v), seqlens)
 
     return run
 
 
 def _places_of(q: Tensor, k: Tensor, v: Tensor) -> Places:
-    """Return the places of separate tensors."""
+    """Return the places of separate queries, keys and values."""
     return (q.data_ptr(), k.data_ptr(), v.data_ptr()), lambda: (q, k, v)
 
 
@@ -145,6 +148,7 @@ def plan_qkv_backward(
     def run(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the gradients of attention with respect to separate queries, keys and values."""
         dq, dk, dv = (new() for new in new_grads)
         if is_varlen:
             _varlen(q).backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
@@ -171,6 +175,7 @@ def _forward(
     new_out, new_lse = new_tensors(q, out_shape), new_tensors(q, (batch, heads, m), torch.float32)
 
     def plan(q: Tensor, k: Tensor, v: Tensor, is_aligned: bool) -> tuple[Plan, bool, int]:
+        """Plan the forward kernel of attention for these queries, keys and values."""
         return forward_plan(
             q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride()), has_seqlens, causal,
             scale, is_aligned,
@@ -182,6 +187,7 @@ def _forward(
     absent = (0,) * 4 if walks else ()
 
     def compute(places: Places, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute attention on queries, keys and values at these places."""
         addresses, tensors = places
         out, lse = new_out(), new_lse()
         if start is None:
@@ -196,7 +202,7 @@ def _forward(
 
 
 def _address(x: Tensor | None) -> int:
-    """Return the address of a tensor, 0 for None."""
+    """Return the address of a tensor of attention for a kernel, 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -217,6 +223,7 @@ def _backward(
     has_near_heads, has_seqlens = _have_near_heads(q, k, v, grad_out), seqlens is not None
 
     def plan(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, is_aligned: bool) -> BackwardPlan:
+        """Plan the backward kernels of attention for these queries, keys and values."""
         return backward_plan(
             q.device, q.dtype, q.shape, k.shape[1], (q.stride(), k.stride(), v.stride(), grad_out.stride()),
             grad_strides, has_seqlens, causal, scale, with_sums, is_aligned,
@@ -232,6 +239,7 @@ def _backward(
     def compute(
         grad_out: Tensor, places: Places, out: Tensor, lse: Tensor, seqlens: Tensor | None, of_grads: Places
     ) -> Tensor | None:
+        """Compute the gradients of attention, and write them to their places; return that of a bias if wanted."""
         if start is None:
             q, k, v, grad = _with_near_heads(*places[1](), grad_out.reshape(shape))
             how = plan(q, k, v, grad, _are_aligned(q, k, v, grad))
@@ -324,5 +332,5 @@ def _tiles(rows: int, *sources: Tensor) -> list[TensorDescriptor | None]:
 
 
 def _are_aligned(*tensors: Tensor) -> bool:
-    """Return whether descriptors may begin where the tensors begin: at a multiple of 16 bytes."""
+    """Return whether descriptors of attention's tensors may begin where these do: at a multiple of 16 bytes."""
     return not any(x.data_ptr() % 16 for x in tensors)

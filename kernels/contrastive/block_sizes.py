@@ -46,6 +46,7 @@ def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
     """
 
     def rounds(segments: int) -> int:
+        """Return how many tiles of logits one multiprocessor walks down if columns have this many segments."""
         return cdiv(num_n * segments, at_once) * cdiv(num_m, segments)
 
     segments = min(range(1, min(num_m, MOST_SEGMENTS) + 1), key=rounds)
@@ -78,7 +79,7 @@ def grad_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, at_once: int, 
 
 
 def span(cfg: GemmConfig) -> int:
-    """Return how many tiles of a row of tiles may hold pairs."""
+    """Return how many tiles of a row of tiles of logits may hold pairs."""
     return (cfg.block_m + cfg.block_n - 2) // cfg.block_n + 1
 
 
@@ -125,6 +126,7 @@ def block_edges(
     ]
 
     def steps(block: tuple[int, int]) -> float:
+        """Return the estimated time of all blocks of logits of this size."""
         blocks = cdiv(rows, block[0]) * cdiv(cols, block[1])
         return blocks * steps_of_block(*block, width, multiprocessors, gradient, products)
 
@@ -163,12 +165,12 @@ def steps_of_block(
 
 
 def _elements(config: GemmConfig) -> int:
-    """Return the number of multiply-adds in one loop step of a kernel."""
+    """Return the number of multiply-adds in one loop step of a contrastive kernel."""
     return config.block_m * config.block_n * config.block_k
 
 
 def _makespan(long: int, num_long: int, short: int, num_short: int, multiprocessors: int) -> int:
-    """Return when the last of a launch's programs ends.
+    """Return when the last program of a launch for contrastive gradients ends.
 
     The long programs start first, and each next program starts as soon as a multiprocessor is free.
     """
@@ -179,6 +181,7 @@ def _makespan(long: int, num_long: int, short: int, num_short: int, multiprocess
     end = start + long if late else start
 
     def done(since: int) -> int:
+        """Return how many short programs for contrastive gradients one multiprocessor ends after ``since``."""
         return max(end - since, 0) // short
 
     while (multiprocessors - late) * done(start) + late * done(start + long) < num_short:

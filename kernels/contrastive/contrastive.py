@@ -95,11 +95,13 @@ def _contrastive_bwd(
     acc_text = None if save_memory else blocks.new_accumulator(len(text), y.rows)
 
     def add_images(strip: slice, acc: Tensor) -> list[Tensor | None]:
+        """Add the contrastive gradient of a strip of images, and in the same pass what it gives the texts."""
         part = normalizers.part(strip, ALL)
         start = offset + strip.start
         return [blocks.add_gradients(x.rows[strip], y.rows, logit_scale, part, start, acc, acc_text)]
 
     def add_texts(strip: slice, acc: Tensor) -> list[Tensor | None]:
+        """Add the contrastive gradient of a strip of texts."""
         part = normalizers.part(ALL, strip)
         return [blocks.add_gradients(x.rows, y.rows[strip], logit_scale, part, offset - strip.start, None, acc)]
 

@@ -224,7 +224,7 @@ def _rounds(x: Tensor) -> bool:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return features in the dtype that products are taken in."""
+    """Return contrastive features in the dtype that products are taken in."""
     return x.to(accumulate_dtype(x.dtype))
 
 
@@ -240,7 +240,7 @@ class _Block(NamedTuple):
     dtype: torch.dtype  # the dtype of the features
 
     def pieces(self) -> list[slice]:
-        """Return slices of the rows of the block, so that each piece of the logits fits into the cache."""
+        """Return slices of the rows of a block of logits, so that each piece fits into the cache."""
         return slices(len(self.logits), max(1, _piece_elements() // self.logits.shape[1]))
 
     def add_products(self, acc_x: Tensor | None, acc_y: Tensor | None) -> None:
@@ -272,7 +272,7 @@ def _blocks(x: Tensor, y: Tensor, offset: int, factor: Tensor | None = None) -> 
 
 @functools.cache
 def _has_bfloat16() -> bool:
-    """Return whether the CPU multiplies bfloat16 matrices."""
+    """Return whether the CPU multiplies bfloat16 matrices, as the logits take them."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -296,7 +296,7 @@ def _instructions_for(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _scaled(tile: Tensor, factor: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """Write factor * tile + bias to ``out`` (to ``tile`` without it), in one pass, and return that."""
+    """Write factor * logits + bias of a tile to ``out`` (to ``tile`` without it), in one pass, and return that."""
     return torch.add(bias, tile, alpha=factor.item(), out=tile if out is None else out)
 
 
@@ -307,7 +307,7 @@ def _scratch(x: Tensor, y: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def _block_cols() -> int:
-    """Return the most columns of a block, which all threads compute together."""
+    """Return the most columns of a block of logits, which all threads compute together."""
     return BLOCK_COLS * torch.get_num_threads()
 
 

@@ -81,7 +81,7 @@ class _RankLoss(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, options: Options) -> Tensor:
-        """Compute the loss of this rank from the statistics of all ranks."""
+        """Compute the contrastive loss of this rank from the statistics of all ranks."""
         ranks = options.ranks
         blocks = logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize).rows for side in (image, text))
@@ -97,6 +97,7 @@ class _RankLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of this rank's features and the scale in the contrastive loss of all ranks."""
         return *_RankGradients.apply(grad_loss, ctx.options, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
 
 
@@ -112,6 +113,7 @@ class _RankGradients(torch.autograd.Function):
         _: Any, grad_loss: Tensor, options: Options, image: Tensor, text: Tensor, logit_scale: Tensor,
         everyones: Tensor, one_minus_p: Tensor, *gathered: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Compute the gradients of this rank's features and the scale in the contrastive loss of all ranks."""
         ranks, blocks = options.ranks, logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize) for side in (image, text))
         # G may be rounded to 16 bits. The upstream gradients of the ranks' losses could be too small or too large for
@@ -138,6 +140,7 @@ class _RankGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(*_: Any) -> None:
+        """Refuse a second derivative of the contrastive loss of all ranks."""
         raise RuntimeError(f"{OP}: there is no second derivative")
 
 
@@ -312,7 +315,7 @@ def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str
 
 
 def _ranks(image: Tensor, group: "dist.ProcessGroup | None", sizes: Sequence[int] | None) -> Ranks:
-    """Return the ranks of the group. Check ``sizes`` if they are given; otherwise the ranks exchange them."""
+    """Return the ranks that share the contrastive loss. Check ``sizes``; if they are None, the ranks exchange them."""
     check_initialised(OP)
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:

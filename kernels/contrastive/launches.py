@@ -181,6 +181,7 @@ def add_gradients(
     """
 
     def inputs(rows: slice, cols: slice) -> tuple[Tensor, ...]:
+        """Return what the kernel for a block of the softmax losses' G reads beside the features."""
         row, col, uses_shared_shift = normalizers.part(rows, cols)
         return logit_scale, uses_shared_shift, row[0], row[1], col[0], col[1]
 
@@ -219,6 +220,7 @@ def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor
 
 @planned
 def _sigmoid_sums_plan(layout: Layout, programs: int, cfg: GemmConfig) -> TilePlan:
+    """Return the plan of the kernel that sums the sigmoid losses of tiles of logits."""
     return plan_on_tiles(_sigmoid_sums_kernel, programs, cfg, layout)
 
 
@@ -322,6 +324,7 @@ def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool, is_one_block: 
 
 
 def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) -> None:
+    """Launch the kernel that adds the products of a block of G with the features to the accumulators."""
     x, y, d = rows.features, cols.features, rows.features.shape[1]
     m, n = grad.shape
     num_d = cdiv(d, cfg.block_n)

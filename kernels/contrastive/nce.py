@@ -100,6 +100,7 @@ def _info_nce_bwd(
     one_minus_p = row[2]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
+        """Add the InfoNCE gradient of a strip of queries, against the batch's keys and the queue."""
         own, of_rows = x.rows[strip], row[:, strip]
         scale_sums = []
         if in_batch:
@@ -246,6 +247,7 @@ def _nt_xent_bwd(
     one_minus_p = row[2]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
+        """Add the NT-Xent gradient of a strip of one view, against both views."""
         own, start = x.rows[strip], strip.start
         normalizers = Normalizers(row[:, strip], col, uses_shared_shift)
         across = blocks.add_gradients(own, y.rows, logit_scale, normalizers, start, acc, acc_second)

@@ -99,20 +99,21 @@ def sigmoid_gradients(
 
 
 def scaled(grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, numbers: Tensor, *outs: Tensor) -> None:
-    """Write three gradients, which are contiguous, times ``grad_loss`` to ``outs``."""
+    """Write three gradients of a contrastive loss, which are contiguous, times ``grad_loss`` to ``outs``."""
     plan = _scaled_plan(image_grad.device, image_grad.numel(), text_grad.numel(), numbers.numel())
     plan.start(image_grad, text_grad, numbers, grad_loss, *outs)
 
 
 @planned
 def _scaled_plan(device: torch.device, *sizes: int) -> Plan:
+    """Return the plan of the kernel that multiplies a contrastive loss's gradients by the upstream gradient."""
     programs = sum(cdiv(size, SCALED.block_n) for size in sizes)
     return Plan(_scaled_kernel, (programs,), *sizes, config=SCALED, device=device, BLOCK=SCALED.block_n)
 
 
 @planned
 def _gradients(layout: Layout, weight: float, has_norm: bool, is_softmax: bool) -> _Gradients:
-    """Plan the gradients. The gradient of the sigmoid loss is multiplied by that of the loss later."""
+    """Plan the gradients of a contrastive loss. That of the sigmoid loss is multiplied by the loss's later."""
     device, dtype, m, n, d, offset, stride_x, stride_y = layout
     rows = row_config("contrastive_rows", arch_of(device), dtype)
     of_rows = functools.partial(Plan, config=rows, device=device, BLOCK_M=rows.block_m, BLOCK_K=rows.block_n)

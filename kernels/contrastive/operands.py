@@ -44,7 +44,7 @@ class TilePlan(NamedTuple):
     y_tile: Tile
 
     def start(self, x: Tensor, y: Tensor, *others: Tensor | TensorDescriptor) -> None:
-        """Start the kernel with its other tensors."""
+        """Start a kernel on tiles of logits with its other tensors."""
         self.plan.start(tiles(x, self.x_tile), tiles(y, self.y_tile), *others)
 
 
@@ -78,6 +78,7 @@ def prepare_both(x: Tensor, y: Tensor, dtype: torch.dtype, *, normalize: bool) -
 
 @planned
 def _normalize_plan(device: torch.device, dtype: torch.dtype, m: int, n: int, d: int, strides: tuple[int, ...]) -> Plan:
+    """Return the plan of the kernel that normalises the features of both sides of the logits."""
     cfg = row_config("contrastive_rows", arch_of(device), dtype)
     grid = (cdiv(m, cfg.block_m) + cdiv(n, cfg.block_m),)
     return Plan(
@@ -91,14 +92,14 @@ def _aligned(x: Tensor) -> Features:
 
 
 def vector(like: Tensor, *size: int) -> Tensor:
-    """Return an uninitialised float32 tensor on the device of ``like``."""
+    """Return an uninitialised float32 vector for rows or columns of logits, on the device of ``like``."""
     return like.new_empty(size, dtype=torch.float32)
 
 
 def totals_plan(
     device: torch.device, rows: int, count: int, weight: float, *, has_flags: bool, has_grad_loss: bool
 ) -> Plan:
-    """Plan a launch that adds numbers.
+    """Plan a launch that adds up the numbers of a contrastive loss.
 
     Its tensors are numbers [rows, count], flags [count], grad_loss [], first [1], rest [rows - 1] and flag []. It
     writes ``weight`` times the sum of each row of numbers to ``first`` and then ``rest``; if ``has_grad_loss``, times
@@ -142,7 +143,7 @@ def plan_on_tiles(
 
 
 def tile_config(kernel: str, layout: Layout, *sizes: tuple[int, int]) -> GemmConfig:
-    """Return the configuration of a kernel that computes matrices of ``sizes`` in one launch.
+    """Return the configuration of a contrastive kernel that computes matrices of ``sizes`` in one launch.
 
     If its tiles leave some multiprocessors idle, smaller ones may take less time: it is proportional to the rounds of
     tiles and to the size of a tile.
@@ -151,9 +152,11 @@ def tile_config(kernel: str, layout: Layout, *sizes: tuple[int, int]) -> GemmCon
     cfg, small = gemm_config(kernel, arch, layout.dtype), small_gemm_config(kernel, arch, layout.dtype)
 
     def tiles_of(cfg: GemmConfig) -> int:
+        """Return the number of tiles of logits or gradients in one launch with this configuration."""
         return sum(cdiv(rows, cfg.block_m) * cdiv(cols, cfg.block_n) for rows, cols in sizes)
 
     def time_of(cfg: GemmConfig) -> int:
+        """Return the estimated time of a launch on tiles of logits with this configuration."""
         return cdiv(tiles_of(cfg), at_once) * cfg.block_m * cfg.block_n
 
     if small is None or tiles_of(cfg) >= at_once or time_of(small) >= time_of(cfg):
@@ -162,7 +165,7 @@ def tile_config(kernel: str, layout: Layout, *sizes: tuple[int, int]) -> GemmCon
 
 
 def processors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a GPU."""
+    """Return the number of multiprocessors of the GPU that computes the logits."""
     return multiprocessors(device, RECORDED_MULTIPROCESSORS)
 
 
@@ -181,11 +184,12 @@ def tile_of(rows: int, cols: int, layout: Layout) -> Tile:
 
 
 def tiles(matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
-    """Return a descriptor of tiles of a matrix, or the matrix if it has none."""
+    """Return a descriptor of tiles of features or of G, or the matrix if it has none."""
     return matrix if tile is None else matrix_tiles(matrix, *tile)
 
 
 def _is_aligned(x: Tensor) -> bool:
+    """Return True if a tensor descriptor can describe the rows of these features."""
     # A stride below the width belongs to expanded or overlapping rows, which a tensor descriptor cannot describe.
     is_matrix = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
     return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0

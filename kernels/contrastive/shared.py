@@ -163,11 +163,13 @@ def register_gradients(forward: Op, backward: Op, *, optional: Sequence[int] = (
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what the backward pass of a contrastive loss needs."""
         ctx.options = inputs[tensor_count:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensor_count], *output[1:])
 
     def gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of a contrastive loss to autograd, None for those that are not required."""
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         required = {position: ctx.needs_input_grad[position] for position in optional}

@@ -70,6 +70,7 @@ def _sigmoid_fwd(
     sums = [of_pairs]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
+        """Add the sigmoid loss's gradient of a strip of images, and keep its sums."""
         own, start = x.rows[strip], offset + strip.start
         sums.append(blocks.add_sigmoid_gradients(own, y.rows, logit_scale, logit_bias, start, acc, acc_text))
         return []

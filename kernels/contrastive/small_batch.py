@@ -60,6 +60,7 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of rounded contrastive features as it is."""
         return grad, None
 
 
@@ -93,10 +94,12 @@ def whole_info_nce_loss(
 
 
 def _info_nce_of(query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *, in_batch: bool) -> Tensor:
+    """Return the InfoNCE loss of all logits by the reference."""
     return reference.info_nce_loss(query, key, logit_scale, negatives=negatives, in_batch=in_batch)
 
 
 def _nt_xent_of_views(views: Tensor, logit_scale: Tensor) -> Tensor:
+    """Return the NT-Xent loss of both views [2N, D] by the reference."""
     first, second = views.chunk(2)
     return reference.nt_xent_loss(first, second, logit_scale, normalize=False)
 
@@ -243,6 +246,7 @@ class _WholeLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients that were computed with the contrastive loss, times the upstream gradient."""
         tensors = ctx.saved_tensors
         count = len(tensors) // 2
         inputs, gradients = tensors[:count], tensors[count:]

@@ -45,7 +45,7 @@ class Bank:
         return State(self.words, special, self.memory)
 
     def memory(self, address: int, size: int) -> int | None:
-        """Return the integer of ``size`` bytes at an address, or None if it is unknown."""
+        """Return the integer of ``size`` bytes at an address of a simulated kernel, or None if it is unknown."""
         name, tensor = self.tensors.get(address // REGION, ("", None))
         if tensor is None:
             return None
@@ -59,7 +59,7 @@ class Bank:
 
 
 def bank(ptx: str, arch: int, grid: Sequence[int], warps: int, values: Sequence[tuple[str, Any]]) -> Bank:
-    """Pack the arguments of a launch.
+    """Pack the arguments of a launch as the simulated kernel reads them.
 
     Args:
         ptx: the PTX of the kernel, which gives the place of each parameter.

@@ -80,7 +80,7 @@ def _simple(arithmetic: Callable[[list[str], list[int]], int]) -> Meaning:
 
 
 def _shift(modifiers: list[str], values: list[int]) -> int:
-    """Compute SHF, a shift of 64 bits by a variable amount."""
+    """Run the machine instruction SHF, a shift of 64 bits by a variable amount."""
     low, amount, high = values
     wide, kind = high << 32 | low, "".join(modifiers)
     amount &= 63 if "64" in kind else 31
@@ -92,7 +92,7 @@ def _shift(modifiers: list[str], values: list[int]) -> int:
 
 
 def _permute(_: list[str], values: list[int]) -> int:
-    """Compute PRMT, which selects bytes of two registers."""
+    """Run the machine instruction PRMT, which selects bytes of two registers."""
     a, selector, b = values
     data, result = b << 32 | a, 0
     for place in range(4):
@@ -103,7 +103,7 @@ def _permute(_: list[str], values: list[int]) -> int:
 
 
 def _extend(modifiers: list[str], values: list[int]) -> int:
-    """Compute SGXT, which extends the sign of a bit field."""
+    """Run the machine instruction SGXT, which extends the sign of a bit field."""
     value, bits = values[0], min(values[1], 32)
     value &= (1 << bits) - 1
     return value - (1 << bits) if bits and "U32" not in modifiers and value >> bits - 1 else value
@@ -111,7 +111,7 @@ def _extend(modifiers: list[str], values: list[int]) -> int:
 
 @_means("IMAD", "UIMAD")
 def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    """Run IMAD, an integer multiply-add."""
+    """Run the machine instruction IMAD, an integer multiply-add."""
     carries, result, rest = _split(found)
     for carry in carries:
         state.set(carry, None)
@@ -170,7 +170,7 @@ def _shift_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _
 
 @_means("ISETP", "UISETP")
 def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    """Run ISETP, which compares integers and sets predicates."""
+    """Run the machine instruction ISETP, which compares integers and sets predicates."""
     (first, second), (a, b), rest = found[:2], found[2:4], found[4:]
     left, right = state.peek(a), state.peek(b)
     compare = next((_COMPARE[name] for name in modifiers if name in _COMPARE), None)
@@ -230,13 +230,13 @@ def _predicate_logic(state: State, _: list[str], found: tuple[Operand, ...], __:
 
 
 def _either(value: bool | None) -> tuple[bool, ...]:
-    """Return the values that a predicate may have."""
+    """Return the values that a predicate register of the simulated kernel may have."""
     return (False, True) if value is None else (value,)
 
 
 @_means("SEL", "USEL")
 def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
-    """Run SEL, which selects one of two operands by a predicate."""
+    """Run the machine instruction SEL, which selects one of two operands by a predicate."""
     chosen = state.predicate(found[3])
     a, b = (state.read_bits(operand) for operand in found[1:3])
     if chosen is None:  # a bit is known if both operands have the same one
@@ -265,7 +265,7 @@ def _half_constants(state: State, _: list[str], found: tuple[Operand, ...], inst
 
 @_means("LDC", "ULDC", "LDCU", "MOV", "UMOV", "R2UR")
 def _move(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    """Run a move between registers, or a load of a constant."""
+    """Run a machine instruction that moves a register or loads a constant."""
     result, rest = _split(found)[1:]
     if "64" in modifiers:
         state.write(result, state.read(rest[0], wide=True), 2)
@@ -291,7 +291,7 @@ def _shuffle(state: State, modifiers: list[str], found: tuple[Operand, ...], _: 
 
 @_means("VOTE", "VOTEU", "ELECT", "SYNCS")
 def _agree(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    """Run a vote, an election or a test of a barrier.
+    """Run a machine instruction that votes, elects a lane or tests a barrier.
 
     All lanes are assumed to vote as this one does, this lane is elected, and the barrier has been reached.
     """

@@ -42,7 +42,7 @@ class Kernel:
 
     @property
     def instructions(self) -> list[Instruction]:
-        """Return the machine code."""
+        """Return the machine code of the compiled kernel."""
         return self.code.instructions
 
     def steps(self, path: Path) -> list[Step]:
@@ -65,7 +65,7 @@ class Kernel:
         return total
 
     def along(self, path: Path) -> list[Instruction]:
-        """Return the instructions along a path."""
+        """Return the machine instructions along a path."""
         return [one for first, last in path.pieces for one in self.instructions[first:last]]
 
     def _staged(self, path: Path) -> float:

@@ -70,7 +70,7 @@ class _Warp:
         self.copying = 0.0
 
     def restart(self) -> None:
-        """Put the warp at the start of the program, for the next block."""
+        """Put the simulated warp at the start of the program, for the next block."""
         self.at = self.tries = 0
         self.groups.clear()
         self.copies.clear()
@@ -134,12 +134,12 @@ class _Multiprocessor:
         return Run(self.end, dict(self.busy))
 
     def _again(self, part: int, number: int, when: float) -> None:
-        """Schedule a warp to try its next instruction at cycle ``when``."""
+        """Schedule a simulated warp to try its next instruction at cycle ``when``."""
         heapq.heappush(self.queues[part], (when, number))
         heapq.heappush(self.order, (max(self.queues[part][0][0], self.free[part]), part))
 
     def _need(self, warp: _Warp, step: Step, now: float) -> float:
-        """Return when the warp can issue its next instruction."""
+        """Return when the simulated warp can issue its next instruction."""
         need, boards, kind = now, warp.boards, step.kind
         for board in step.wait:
             if boards[board] > need:
@@ -171,7 +171,7 @@ class _Multiprocessor:
         return max(now + self.load_latency, self.l2, self.hbm)
 
     def _issue(self, warp: _Warp, step: Step, now: float) -> float | None:
-        """Issue an instruction; return when the warp is ready again, or None if another event wakes it."""
+        """Issue a simulated instruction; return when the warp is ready again, or None if another event wakes it."""
         part, busy = warp.part, self.busy
         self.free[part] = now + 1
         busy["issue"] += 1
@@ -205,7 +205,7 @@ class _Multiprocessor:
         return following
 
     def _wait_for_block(self, warp: _Warp, since: float) -> None:
-        """Let a warp wait at a barrier, and release all warps when the last one arrives."""
+        """Let a simulated warp wait at a barrier, and release all warps when the last one arrives."""
         waiting = warp.block.waiting
         waiting.append((warp, since))
         if len(waiting) == warp.block.warps:
@@ -246,7 +246,7 @@ class _Multiprocessor:
         return now + step.latency
 
     def _multiply(self, warp: _Warp, step: Step, now: float) -> float:
-        """Start a product on the matrix unit; return when it ends."""
+        """Start a simulated product on the matrix unit; return when it ends."""
         operands, busy = step.amount / self.machine.shared_rate, self.busy
         busy["matrix"] += step.cycles
         busy["operands"] += operands  # read in parallel to other uses of shared memory, without queueing

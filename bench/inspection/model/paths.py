@@ -33,7 +33,7 @@ class Path:
 
     @functools.cached_property
     def length(self) -> int:
-        """Return the number of instructions along the path."""
+        """Return the number of machine instructions along the path."""
         return sum(last - first for first, last in self.pieces)
 
 
@@ -83,7 +83,7 @@ class Code:
             start = index = to
 
     def _step(self, index: int, state: State, returns: list[int], joins: dict[str, int]) -> tuple[int | None, int]:
-        """Return where control goes from ``index``, None at the end, and whether that is a guess."""
+        """Return where the simulated control goes from ``index``, None at the end, and whether that is a guess."""
         one, behind = self.instructions[index], index + 1
         holds = state.holds(one.guard)
         if one.name == "EXIT":
@@ -241,7 +241,7 @@ def shortened(path: Path, most_turns: int) -> tuple[Path, Path, float]:
 
 
 def _longest_repeat(pieces: Sequence[tuple[int, int]], longest_period: int = 48) -> tuple[int, int, int]:
-    """Return start, period and number of turns of the repetition that spans the most pieces."""
+    """Return start, period and number of turns of the repetition in a path that spans the most pieces."""
     best, span = (0, 1, 1), 0
     places: dict[tuple[int, int], int] = {}
     index = 0
@@ -265,7 +265,7 @@ def _longest_repeat(pieces: Sequence[tuple[int, int]], longest_period: int = 48)
 
 
 def sample(programs: int, most: int) -> list[int]:
-    """Return numbers of programs spread over a grid, the first among them: all if they are at most ``most``."""
+    """Return numbers of programs to simulate, spread over a grid: the first among them, and at most ``most``."""
     if programs <= most:
         return list(range(programs))
     # Multiples of the golden ratio are spread over the whole grid, and do not follow any of its periods.

@@ -78,7 +78,7 @@ class Prediction:
 
     @property
     def limit(self) -> str:
-        """Return the busiest unit, and the part of the time for which it is busy."""
+        """Return the busiest unit of the simulated kernel, and the part of the time for which it is busy."""
         if self.by_power:
             return "power"
         unit = max(self.busy, key=self.busy.__getitem__)
@@ -89,7 +89,7 @@ def predict(
     kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], machine: Machine,
     *, hbm_bytes: float | None = None, effort: Effort = FULL,
 ) -> Prediction:  # fmt: skip
-    """Predict one launch.
+    """Predict the time of one launch.
 
     Args:
         kernel: the compiled kernel.
@@ -122,6 +122,7 @@ def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any])
     x, y, _ = (*grid, 1, 1)[:3]
 
     def path_of(number: int) -> Path:
+        """Return the path of a program in the machine code, given its number."""
         try:
             return kernel.code.follow(start.state((number % x, number // x % y, number // (x * y))))
         except Lost as error:
@@ -131,7 +132,7 @@ def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any])
 
 
 def runs(known: Mapping[int, int], kind_of: Callable[[int], int | None]) -> list[tuple[int, int]]:
-    """Return the first program, and the kind, of each run of programs of one kind.
+    """Return the first program, and the kind, of each run of simulated programs of one kind.
 
     If the kind changes rarely along the grid, the exact places of the changes are searched for. Otherwise, a program of
     unknown kind is assumed to be like the last program before it whose kind is known.
@@ -166,7 +167,7 @@ def _sum(parts: Sequence[tuple[_Timed, float]]) -> _Timed:
     """Return the weighted sum of the simulated times of several kinds of programs."""
 
     def total(name: str) -> float:
-        """Return the weighted sum of one figure of all kinds of programs."""
+        """Return the weighted sum of one simulated figure of all kinds of programs."""
         return sum(weight * getattr(part, name) for part, weight in parts)
 
     units = {unit for part, _ in parts for unit in part.busy}
@@ -199,12 +200,12 @@ class _Grid:
         self.hbm_share = min(1.0, hbm_bytes / max(1.0, self.programs * requested))
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:
-        """Yield kind, first program and end of each run of programs of one kind."""
+        """Yield kind, first program and end of each run of simulated programs of one kind."""
         for (start, kind), (end, _) in itertools.pairwise([*self.runs, (self.programs, 0)]):
             yield kind, start, end
 
     def predict(self, machine: Machine) -> Prediction:
-        """Return the prediction for the whole launch."""
+        """Return the predicted time of the whole launch."""
         timed = [self._time(path, machine) for path in self.kinds]
         mean = _sum(list(zip(timed, self.shares, strict=True)))
         fits = self.kernel.at_once

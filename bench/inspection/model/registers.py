@@ -33,7 +33,7 @@ class Operand(NamedTuple):
 
     @property
     def is_predicate(self) -> bool:
-        """Return whether the operand is a predicate register."""
+        """Return whether the machine instruction's operand is a predicate register."""
         return self.register.lstrip("U").startswith("P")
 
 
@@ -147,13 +147,13 @@ class State:
         return (~bits if operand.sign == "~" else bits) & known, known
 
     def write_bits(self, operand: Operand, bits: int, known: int) -> None:
-        """Set a register of which only some bits are known."""
+        """Set a simulated register of which only some bits are known."""
         self.write(operand, bits if known == MASK else None)
         if known != MASK and known and operand.register:
             self.parts[operand.register] = bits & known, known
 
     def write(self, operand: Operand, value: int | None, words: int = 1) -> None:
-        """Set a register, and with ``words`` the following registers too; an unknown value makes them unknown."""
+        """Set a simulated register, and with ``words`` the next ones too; an unknown value makes them unknown."""
         if not operand.register or operand.register in _TRUE:
             return
         for word in range(words):
@@ -165,7 +165,7 @@ class State:
                 self.registers[name] = value >> 32 * word & MASK
 
     def set(self, operand: Operand, value: bool | None) -> None:
-        """Set a predicate register."""
+        """Set a simulated predicate register."""
         self.write(operand, None if value is None else int(value))
 
 

@@ -102,12 +102,14 @@ def _kernel(
         return str(tuple(tensors[tensor].stride()) if axis is None else tensors[tensor].stride(axis))
 
     def store_output(indices: Sequence[str], value: str, mask: str, indent_width: int = 4, **_: Any) -> str:
+        """Return the code of FlexAttention's template that stores a tile of the output."""
         steps = " + ".join(f"{index} * {step}" for index, step in zip(indices, out.stride(), strict=True))
         shape = f"{value}.shape"
         lines = f"tl.store(out_ptr0 + tl.broadcast_to({steps}, {shape}), {value}, {mask})"
         return textwrap.indent(lines, " " * indent_width).lstrip()
 
     def modification(subgraph_number: int, output_name: str | None, score: str = "", **more: Any) -> str:  # noqa: ARG001
+        """Return the code of FlexAttention's template that changes scores or masks them: here, none does."""
         if output_name is None:
             return "pass"
         if output_name == "mask_mod_output":
@@ -118,6 +120,7 @@ def _kernel(
     arguments = ", ".join([*(f"arg_{one}" for one in names), "out_ptr0"])
 
     def def_kernel(*argument_names: str) -> str:
+        """Return the head of the kernel that FlexAttention's template generates."""
         renames = "\n".join(f"    {one} = arg_{one}" for one in argument_names)
         inner = textwrap.indent(defines, "    ")
         return f"@triton.jit\ndef {name}({arguments}):\n{inner}\n{renames}\n"

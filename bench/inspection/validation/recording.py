@@ -71,27 +71,35 @@ class _Driver(DriverBase):  # type: ignore[misc]
 
     @classmethod
     def is_active(cls) -> bool:
+        """Return True: Triton takes this driver to record launches."""
         return True
 
     def get_current_target(self) -> GPUTarget:
+        """Return an H100 as the GPU for which recorded kernels are compiled."""
         return GPUTarget("cuda", ARCH, 32)
 
     def get_current_device(self) -> int:
+        """Return device 0 for all recorded launches."""
         return 0
 
     def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        """Return stream 0 for all recorded launches."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
+        """Return the CPU, where the tensors of recorded launches are."""
         return torch.device("cpu")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
+        """Return Triton's type as it is: no launcher is compiled for recorded launches."""
         return ty
 
     def get_benchmarker(self) -> Any:
+        """Refuse to measure time: recorded kernels do not run."""
         raise NotImplementedError("nothing runs here")
 
     def get_device_interface(self) -> Any:
+        """Return PyTorch's CUDA interface for Triton's questions while launches are recorded."""
         return torch.cuda
 
 
@@ -123,6 +131,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
+        """Make a tensor for recorded launches on the CPU if the GPU was asked for."""
         on_gpu = kwargs.get("device") is not None and str(kwargs["device"]) != "meta"
         return function(*args, **(kwargs | ({"device": "cpu"} if on_gpu else {})))
 
@@ -155,6 +164,7 @@ def recording() -> Iterator[Recorded]:
     run = JITFunction.run
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:  # noqa: ARG001
+        """Compile a kernel and record its launch, in place of the launch."""
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         defaults = {one.name: one.default for one in kernel.params if one.has_default}
