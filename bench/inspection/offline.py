@@ -91,7 +91,7 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
 
 
 def tensors(launch: Launch) -> list[torch.Tensor]:
-    """Return the tensor arguments of a launch, including those behind descriptors."""
+    """Return the tensor arguments of a recorded launch, including those behind descriptors."""
     values = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in launch.args.values()]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
@@ -184,7 +184,7 @@ def narrow_products(kernel: Any) -> list[str]:
 
 
 def threads(kernel: Any) -> int:
-    """Return the threads of one block, including the helper warps of a warp-specialised kernel."""
+    """Return the threads of one block of a compiled kernel, including the helper warps of warp specialisation."""
     return _number(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])
 
 
@@ -303,7 +303,7 @@ def compilers(jobs: int) -> Iterator[concurrent.futures.Executor]:
 
 
 def spread(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int | None = None) -> Iterator[Result]:
-    """Yield the results of ``function`` in the order of the tasks, by as many processes as there are cores.
+    """Yield the results of tasks that compile kernels, in order, by as many processes as there are cores.
 
     ``jobs`` sets another number of processes. If it is 1, the work is done in this process.
     """

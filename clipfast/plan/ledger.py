@@ -76,7 +76,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and record it. An op of this package runs as the ops inside it, which its fake would hide."""
-        if func is PRIM_DEVICE and isinstance(args[0], FakeTensor):  # two of three calls
+        if func is PRIM_DEVICE and isinstance(args[0], FakeTensor):  # first, since most calls ask for a device
             return args[0].fake_device
         self.book_launches()
         kwargs = kwargs or {}

@@ -56,7 +56,7 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def keys_of(options: Mapping[str, Any]) -> "Keys":
-    """Return the keys of a pair's image and captions by the options of a command; it may have other options as well.
+    """Return the keys of a training pair's image and captions by the options of a command.
 
     Raises:
         ValueError: the options contradict each other.

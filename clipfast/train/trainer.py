@@ -185,13 +185,13 @@ class Trainer:
                         self._hear(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
-                    # This error may be PyTorch's report of a dead data worker, at any place. The loader can tell.
+                    # PyTorch may report a dead data worker by any error, at any place. The loader finds out if it was that.
                     batches.throw(error)
                 raise
         return evaluation
 
     def _is_due(self, frequency: int) -> bool:
-        """Return True at the end of every ``frequency`` epochs, and at the end of the run."""
+        """Return True at the end of every ``frequency`` epochs of training, and at the end of the run."""
         step, epochs = self.progress.step, self.data.epochs
         is_turn = epochs.ends_with(step) and epochs.finished_after(step) % max(1, frequency) == 0
         return frequency > 0 and (is_turn or step == self.total_steps)

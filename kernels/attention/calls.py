@@ -47,6 +47,7 @@ def plan_forward(
         module = _varlen(qkv)
 
         def run_varlen(qkv: Tensor, bias: Tensor | None, bounds: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+            """Compute attention on a packed projection of sequences of several lengths."""
             out, lse = module.forward(*views_of(qkv, num_heads), bounds, causal, scale)
             return out.flatten(2), lse
 
@@ -82,6 +83,7 @@ def plan_backward(
         def run_varlen(
             grad_out: Tensor, qkv: Tensor, bounds: Tensor, out: Tensor, lse: Tensor, *_: Any
         ) -> tuple[Tensor, Tensor | None]:
+            """Compute the gradients of attention on a packed projection of sequences of several lengths."""
             views, grad_qkv = views_of(qkv, num_heads), qkv.new_empty(qkv.shape)
             grad_out, out = grad_out.reshape(views[0].shape), out.view(views[0].shape)
             grads = views_of(grad_qkv, num_heads)

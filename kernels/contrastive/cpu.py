@@ -56,7 +56,7 @@ def new_accumulator(rows: int, like: Tensor) -> Tensor:
 
 
 def strips(x: Tensor, y: Tensor) -> list[slice]:
-    """Return one strip with all rows of x, so accumulators on a CPU are as large as the gradients in float32."""
+    """Return one strip with all features x, so accumulators on a CPU are as large as the gradients in float32."""
     return [slice(0, len(x))]
 
 

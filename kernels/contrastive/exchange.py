@@ -25,22 +25,22 @@ class Ranks:
 
     @functools.cached_property
     def slices(self) -> list[slice]:
-        """The rows of the batch that each rank holds."""
+        """The rows of the contrastive batch that each rank holds."""
         stops = [sum(self.sizes[: rank + 1]) for rank in range(len(self.sizes))]
         return [slice(stop - size, stop) for size, stop in zip(self.sizes, stops, strict=True)]
 
     @property
     def own(self) -> slice:
-        """The rows of the batch that this rank holds."""
+        """The rows of the contrastive batch that this rank holds."""
         return self.slices[self.rank]
 
     @property
     def total(self) -> int:
-        """The number of rows of the batch."""
+        """The number of rows of the contrastive batch."""
         return sum(self.sizes)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Collect the rows of each rank, [own, ...], into those of the batch, [N, ...], on every rank."""
+        """Collect the features of each rank, [own, ...], into those of the batch, [N, ...], on every rank."""
         most = max(self.sizes)
         padded = rows.contiguous()
         if len(rows) < most:
@@ -63,11 +63,11 @@ class Ranks:
         return out
 
     def spread(self, of_ranks: Tensor) -> Tensor:
-        """Return [N]: for each row of the batch, the entry of ``of_ranks`` [ranks] for the rank that holds the row."""
+        """Return [N]: for each row of logits, the entry of ``of_ranks`` [ranks] for the rank that holds the row."""
         return torch.cat([value.expand(size) for value, size in zip(of_ranks, self.sizes, strict=True)])
 
     def ring(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield each rank and its rows: this rank first, then rank - 1, and so on round the ring.
+        """Yield each rank and its features: this rank first, then rank - 1, and so on round the ring.
 
         The next block is received while the caller works on the one before.
         """
@@ -84,7 +84,7 @@ class Ranks:
         yield owner, block
 
     def before(self, rank: int) -> int:
-        """Return the rank before ``rank`` in the ring."""
+        """Return the rank before ``rank`` in the ring through which features go."""
         return (rank - 1) % len(self.sizes)
 
     def shift(self, block: Tensor, size: int) -> "Transfer":
@@ -94,7 +94,7 @@ class Ranks:
         return Transfer(dist.batch_isend_irecv(operations) if operations else [], block, received)
 
     def operations(self, block: Tensor, received: Tensor, step: int) -> "list[dist.P2POp]":
-        """Return the operations that send ``block`` to the rank ``step`` places ahead in the ring.
+        """Return the operations that send ``block`` of features to the rank ``step`` places ahead in the ring.
 
         They also fill ``received`` with the block of the rank ``step`` places behind.
 
@@ -149,7 +149,7 @@ class Transfer:
     received: Tensor
 
     def wait(self) -> Tensor:
-        """Return the received block; operations that are started from now on can use it."""
+        """Return the received block of features; operations that are started from now on can use it."""
         for work in self.works:
             work.wait()
         return self.received
@@ -175,14 +175,14 @@ class OwnerReduce:
             self.pending = dist.reduce(block, group=self.ranks.group, group_dst=owner, async_op=True), block
 
     def result(self) -> Tensor:
-        """Return the sum of the blocks for this rank, after blocks for all ranks have been added."""
+        """Return the sum of the gradients for this rank, after blocks for all ranks have been added."""
         self._wait()
         if self.own is None:
             raise RuntimeError("no block has been added for this rank")
         return self.own
 
     def _wait(self) -> None:
-        """Wait for the reduction that is running, if there is one."""
+        """Wait for the reduction of gradients that is running, if there is one."""
         if self.pending is not None and self.pending[0] is not None:
             self.pending[0].wait()
         self.pending = None
@@ -199,13 +199,13 @@ class RingReduce:
         self.pending: Transfer | None = None
 
     def add(self, owner: int, block: Tensor) -> None:
-        """Add ``block`` to the sum that comes from the rank before, and start to send the sum on."""
+        """Add ``block`` to the sum of gradients that comes from the rank before, and start to send the sum on."""
         if self.pending is not None:
             block = self.pending.wait().add_(block)
         self.pending = self.ranks.shift(block, self.ranks.sizes[self.ranks.before(owner)])
 
     def result(self) -> Tensor:
-        """Return the sum of the blocks for this rank, after blocks for all ranks have been added."""
+        """Return the sum of the gradients for this rank, after blocks for all ranks have been added."""
         if self.pending is None:
             raise RuntimeError("no block has been added")
         return self.pending.wait()

@@ -206,7 +206,7 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     """Return [any], numbers whose sum is the sigmoid loss log(1 + exp l) of all logits except those of the pairs."""
-    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the kernel has the same loop
+    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # that kernel's loop is the same
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
         cdiv(rows.stop - rows.start, cfg.block_m) * cdiv(cols.stop - cols.start, cfg.block_n) for rows, cols in blocks

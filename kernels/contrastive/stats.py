@@ -34,12 +34,12 @@ class Features(NamedTuple):
     inv_norm: Tensor | None  # [N], 1 / norm of each row before it was normalised; None without a normalisation
 
     def part(self, rows: slice) -> "Features":
-        """Return the features of some rows."""
+        """Return the contrastive features of some rows."""
         return Features(self.rows[rows], None if self.inv_norm is None else self.inv_norm[rows])
 
 
 def pairs_in(num_rows: int, num_cols: int, offset: int) -> tuple[slice, slice]:
-    """Return the rows that have a pair (i, i + offset), and the columns of these pairs."""
+    """Return the rows of logits that have a pair (i, i + offset), and the columns of these pairs."""
     start = min(max(0, -offset), num_rows)
     stop = max(start, min(num_rows, num_cols - offset))
     return slice(start, stop), slice(start + offset, stop + offset) if stop > start else slice(0, 0)

@@ -152,7 +152,7 @@ def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, 
     said = capsys.readouterr().err
     assert said.startswith("clipfast: replaced ['loss', 'third']\nclipfast: replaced ['second']\n")
     package.one.NAME = "theirs"
-    run.ImportHook(parts)  # the module was loaded before the hook
+    run.ImportHook(parts)  # the hook replaces parts of a module that is imported already
     assert package.one.NAME == "ours"
     for name in ("package_a", "package_a.one"):
         del sys.modules[name]

@@ -81,9 +81,9 @@ def measured_losses(_, problems):
 @pytest.mark.parametrize(
     "problems",
     [
-        # features that are widened on a CPU, and rows that are not aligned on a GPU
+        # A CPU widens the first problem's features, and the rows of the second are not aligned for a GPU.
         [Problem(384, 3, torch.float32, 256), Problem(255, 3, torch.bfloat16, 300)],
-        # fewer of one rank go another way on a CPU
+        # With fewer pairs on one rank, a CPU would compute all logits at once.
         [Problem(1100, 1, torch.bfloat16, 256)],
     ],
     ids=["3 ranks", "1 rank"],
@@ -96,9 +96,9 @@ def test_a_fake_loss_takes_what_a_real_one_takes(problems, tmp_path, one_thread)
             fake = figures(run_loss(problem, mode, CARDS.get(card)))
             for what, expected in fake.items():
                 most = max(rank[number][card, mode][what] for rank in ranks)
-                # a block that has been sent may live for a moment longer
+                # A block of features that a rank has sent may take memory for a moment longer.
                 assert most == (pytest.approx(expected, rel=0.03) if what == "memory" else expected), (card, mode, what)
-        for mode in problem.modes:  # the products of PyTorch are those of the launched kernels
+        for mode in problem.modes:  # the CPU's products have the FLOPs of the launched kernels
             # On a GPU all of G is one block here, so memory="min" saves nothing and computes no logits again.
             alike = "default" if mode == "min" else mode
             assert ranks[0][number]["none", alike]["FLOPs"] == ranks[0][number]["h100", mode]["FLOPs"] > 0
@@ -140,7 +140,7 @@ def test_loss_takes_what_its_docs_say(mode):
         assert found["FLOPs"] == flops * b * 4 * b * width
         assert found["sent forward"] == forward + 4 * 3 * b * (5 if mode == "scalars" else 7)
         assert found["sent backward"] == backward + 2 * 3 * 4
-    # in float32, where pairs are not widened; vectors, and what blocks hold for a while, come on top
+    # The dtype is float32, so no pairs are widened. Vectors and passing memory of blocks come on top.
     assert held <= ledger.peak["loss"] <= 1.05 * held
 
 
@@ -163,10 +163,10 @@ def test_clocks_hide_messages_behind_kernels():
     took = functools.partial(seconds, cluster=Cluster(card, launch_s=0.5, latency_s=0.25), gpus=4)
     kernel, message = Event("a", 1, frozenset({1}), flops=3), Event("a", 4, frozenset({2}), 0, "reduce", 1)
     reader = Event("b", 1, frozenset({2}), flops=1)
-    # the message leaves at 3.5 and takes 4.25; the kernel after it ends at 6.5, what reads it starts at 7.75
+    # The message starts at 3.5 and takes 4.25. The next kernel ends at 6.5, and the message's reader starts at 7.75.
     assert took([kernel, message, kernel, reader]) == {"a": 6.5, "b": 2.25}
     assert took([kernel, message, kernel, reader], with_messages=False) == {"a": 6.5, "b": 1.0}
-    # a host that is slower than the GPU, and a message that nothing waits for
+    # First the host is slower than the GPU, then no kernel waits for the message.
     assert took([dataclasses.replace(kernel, flops=0)] * 4)["a"] == pytest.approx(2.0)
     assert took([kernel, message])["a"] == pytest.approx(3.5 + 4.25)
 
@@ -272,13 +272,13 @@ def test_real_steps_take_what_is_planned(tmp_path, one_thread):
 
 
 def test_messages_hide_behind_the_blocks_that_compute():
-    # the first group is waited for; the others arrive while the one before them computes
+    # Only the first group's gather is waited for. The others arrive while the group before them computes.
     assert overlap([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [0.0] * 3) == pytest.approx(1.0)
-    # each takes 3 to gather: group 1 starts to compute at 6, group 2 at 9
+    # Each gather takes 3, so group 1 starts to compute at 6, and group 2 at 9.
     assert overlap([3.0, 3.0, 3.0], [2.0, 2.0, 2.0], [0.0] * 3) == pytest.approx(3 + 1 + 1)
-    # what is reduced at the end is seen whole; before that it hides
+    # Only the last reduction adds to the time. The one before it runs while a group computes.
     assert overlap([0.0, 0.0], [2.0, 2.0], [1.0, 1.0]) == pytest.approx(1.0)
-    # on one wire: gathered from 0 to 1 and from 1 to 2, reduced from 3 to 7 and, after the second block, from 7 to 11
+    # One link serves gathers from 0 to 1 and from 1 to 2, and reductions from 3 to 7 and from 7 to 11.
     assert overlap([1.0, 1.0], [2.0, 2.0], [4.0, 4.0]) == pytest.approx(11 - 4)
 
 

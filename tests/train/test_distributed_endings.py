@@ -53,7 +53,7 @@ def test_too_many_bad_pairs_stop_all_ranks(options, together, tmp_path):
     assert seen == 12 * saved_step(tmp_path / "faults")
     trained(ALONE, given | {"name": "alone"})
     assert set(skipped_in(RunFolder(tmp_path / "alone"))) <= set(skipped_in(RunFolder(tmp_path / "faults")))
-    # the sum over the ranks is known one step later
+    # Several ranks know how many pairs they have skipped together one step later than one process does.
     assert saved_step(tmp_path / "faults") - saved_step(tmp_path / "alone") in (0, 1)
 
 
@@ -71,7 +71,7 @@ def test_a_rank_that_is_lost_ends_the_others(what, options, together, whole, tmp
         assert "RuntimeError: rank 1: shard x is gone" in errors[1]
         assert [errors[rank].strip().splitlines()[-1] for rank in (0, 2)] == ["SystemExit: 1"] * 2
         return
-    # one of the remaining ranks says so
+    # One of the remaining ranks prints which rank is lost.
     (said,) = (error for error in errors if ": another rank is lost: " in error)
     assert f"rank 1, process {processes[1].pid} on " in said
     assert sum("SystemExit: 1" in error for error in errors) == 1

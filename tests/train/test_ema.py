@@ -82,7 +82,7 @@ def test_the_model_gets_its_weights_back():
         assert not torch.equal(model.linear.weight, before["linear.weight"])
         raise ZeroDivisionError
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [value.data_ptr() for value in model.state_dict().values()] == pointers  # a CUDA graph has recorded them
+    assert [value.data_ptr() for value in model.state_dict().values()] == pointers  # a CUDA graph reads them there
 
 
 def test_a_state_that_does_not_fit_is_refused():

@@ -40,7 +40,7 @@ def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_
     lines = [line for line in folder.metrics() if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[-1]["lr"] == cosine_lr(5, 1e-3, 2, 6)
-    # epoch_1.pt is from the only finished epoch
+    # The budget ends within the second epoch, so only the first one has its checkpoint.
     steps = {path.name: steps_of(path) for path in folder.checkpoints.glob("*.pt")}
     assert steps == {"epoch_1.pt": 4, "step_4.pt": 4, "step_6.pt": 6, "epoch_latest.pt": 6}
     assert "Train Epoch: 1 [16/16 (100%)]" in (folder.path / "out.log").read_text()
@@ -52,7 +52,7 @@ def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_
     assert main(["train", "--resume", str(folder.path), "--samples-seen", "72"]) == 0
     assert "--samples-seen 43 -> 72" in capsys.readouterr().err
     assert (results_of(folder.path)["steps"], results_of(folder.path)["samples_seen"]) == (9, 72)
-    # --epochs replaces a budget, and a budget replaces --epochs
+    # --epochs replaces --samples-seen of the run, and the other way round.
     for flag, value, step in (("--epochs", "3", 12), ("--samples-seen", "112", 14)):
         assert main(["train", "--resume", str(folder.path), flag, value]) == 0
         assert steps_of(folder.latest) == step

@@ -39,7 +39,7 @@ def test_each_set_of_shapes_has_calls_to_warm_up_and_a_graph_of_its_own(monkeypa
         for value in range(count):
             results.append((step(batch(pairs, float(value))), 5.0 * pairs * value))
     assert (made[0].captured, made[0].replayed) == (2, 3 + 2 + 3)
-    # a flag chooses a graph too
+    # Another value of a flag takes another graph, as another shape does.
     results += [(step(batch(4, value), doubled=True), 40 * value) for value in (1.0, 2.0, 3.0, 4.0)]
     assert (made[0].captured, made[0].replayed) == (3, 8 + 2)
     assert not caplog.records
@@ -48,7 +48,7 @@ def test_each_set_of_shapes_has_calls_to_warm_up_and_a_graph_of_its_own(monkeypa
     assert [record.message.partition(":")[0] for record in caplog.records] == [
         "arguments of another shape run without a CUDA graph"
     ]
-    # results keep their values in later replays
+    # Later replays do not change the results of earlier ones.
     assert [float(found) for found, _ in results] == [expected for _, expected in results]
 
 

@@ -213,7 +213,7 @@ def test_too_many_in_a_row_stop_all_ranks(options, together, tmp_path):
     assert found[1] == found[0]
     folder = folder_of(given)
     assert re.search(f"the last 3 steps changed nothing, .* --max-.*{folder.nonfinite_path}", first)
-    # it was saved after step 7 and is resumed there, with the count of skipped steps in a row
+    # The run was saved after step 7. It resumes there with its count of steps that were skipped in a row.
     assert second.startswith("the last 4 steps changed nothing")
     assert third is None
     assert [line["step"] for line in skips(folder)] == [2, 3, 5, 6, 7, 8]

@@ -73,7 +73,7 @@ def test_a_collapse_is_reported_with_the_last_good_step():
     assert signs.good == 400
     for changes in ({"grad_norm": 0.1}, {"loss": guess + 0.1}):  # not flat, or not the loss of guessing
         assert flat(Signs(0, guess), 1, 200, **changes) == []
-    assert flat(Signs(0), 1, 200) == []  # None: other losses are added to this one
+    assert flat(Signs(0), 1, 200) == []  # no loss of guessing is known if other losses are added to the contrastive one
 
 
 @pytest.mark.parametrize("siglip", [False, True])

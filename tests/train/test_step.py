@@ -107,7 +107,7 @@ def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, monkeypatch
     step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, micro_batch_size)
     images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
     texts = torch.empty(4, 77, dtype=torch.long, device="meta")
-    # their copies from the host do not pass the dispatcher
+    # These functions copy from the host without the dispatcher, where the test would see it.
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.delattr(torch, name)
     with OnlyMeta():

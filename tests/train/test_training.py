@@ -259,7 +259,7 @@ def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, 
     with pytest.raises(ValueError, match=r"--resume .*run, or .* --name"):
         train(small())
     assert copied.latest.read_bytes() == before
-    # two steps of 16 pairs, after two epochs, which are four such steps
+    # The third epoch has two steps of 16 pairs. The two epochs before it count as four such steps.
     changes = ["--epochs", "3", "--wd", "0.5", "--beta2", "0.9", "--batch-size", "16", "--val-frequency", "0"]
     assert main(["train", "--resume", "latest", "--name", "run", "--logs", str(copied.path.parent), *changes]) == 0
     checkpoint = read_checkpoint(copied.latest)

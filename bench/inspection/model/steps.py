@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
 
 def lane_bytes(one: Instruction) -> int:
-    """Return the bytes that each lane loads or stores."""
+    """Return the bytes that each lane of a machine instruction loads or stores."""
     modifiers = one.modifiers
     for names, size in ((("128",), 16), (("64",), 8), (("U16", "S16"), 2), (("U8", "S8"), 1)):
         if any(name in modifiers for name in names):

@@ -33,7 +33,7 @@ class Figure:
 
     @property
     def name(self) -> str:
-        """Return the name of the figure in results and tables."""
+        """Return the name of the published time in results and tables."""
         case = " ".join(f"{key} {value}" if value is not True else key for key, value in self.case.items() if value)
         return f"{self.kernel.replace('_', ' ')}, {case.replace('_', ' ')}"
 
@@ -113,7 +113,7 @@ def bands(answers: Iterable[tuple[str, float]]) -> dict[str, Band]:
 
 
 def _band(found: list[float]) -> Band:
-    """Return the error band of the model for a list of errors."""
+    """Return the error band of the model of kernels for a list of errors."""
     sizes = sorted(map(abs, found))
     nine_in_ten = sizes[math.ceil(0.9 * len(sizes)) - 1]
     numbers = (statistics.fmean(found), statistics.median(sizes), nine_in_ten, sizes[-1])

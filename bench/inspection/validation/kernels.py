@@ -72,12 +72,12 @@ def panel_bytes(waves: Iterable[Wave], *, a_panel: float, b_panel: float) -> flo
 
 
 def row_major(rows: int, columns: int, at_once: int) -> Iterator[Wave]:
-    """Yield the waves of a grid in which neighbouring programs differ in the row."""
+    """Yield the waves of a published kernel's grid in which neighbouring programs differ in the row."""
     yield from _waves([(tile % rows, tile // rows) for tile in range(rows * columns)], at_once)
 
 
 def grouped(rows: int, columns: int, at_once: int, group: int) -> Iterator[Wave]:
-    """Yield the waves of a grid that goes through ``group`` rows at a time, as Triton's tutorial does."""
+    """Yield the waves of a published kernel's grid that takes ``group`` rows at a time, as Triton's tutorial does."""
     tiles = []
     for tile in range(rows * columns):
         first = tile // (group * columns) * group
@@ -88,7 +88,7 @@ def grouped(rows: int, columns: int, at_once: int, group: int) -> Iterator[Wave]
 
 
 def _waves(tiles: Wave, at_once: int) -> Iterator[Wave]:
-    """Divide the tiles of a grid into waves of tiles that run at once."""
+    """Divide the tiles of a published kernel's grid into waves of tiles that run at once."""
     for first in range(0, len(tiles), at_once):
         yield tiles[first : first + at_once]
 
@@ -142,7 +142,7 @@ def gluon_persistent_pipelined(folder: Path, k: int, block_k: int, buffers: int)
 
 
 def _chunked(rows: int, columns: int, at_once: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield the tiles that run at once if each program takes a run of neighbouring tiles."""
+    """Yield the tiles that run at once if each program of a published kernel takes a run of neighbouring tiles."""
     tiles = [(tile % rows, tile // rows) for tile in range(rows * columns)]
     each = -(-len(tiles) // at_once)
     for step in range(each):

@@ -37,12 +37,12 @@ class File:
 
     @property
     def url(self) -> str:
-        """Return the address that the file is downloaded from."""
+        """Return the address from which a validated kernel's source is downloaded."""
         return f"https://raw.githubusercontent.com/{self.repository}/{self.commit}/{self.path}"
 
     @property
     def place(self) -> Path:
-        """Return the path of the file in the folder of sources."""
+        """Return the path of a validated kernel's source in the folder of sources."""
         return Path(self.repository, self.commit, self.path)
 
 
@@ -63,7 +63,7 @@ class Missing(Exception):  # noqa: N818  (it is reported, and not a failure)
 
 
 def how_to_fetch(folder: Path) -> list[str]:
-    """Return the shell commands that fill the folder of sources."""
+    """Return the shell commands that fill the folder of validated kernels' sources."""
     lines = [f"curl -fsSL --create-dirs -o {folder / file.place} {file.url}" for file in FILES.values()]
     for package, versions in PACKAGES.items():
         for version in versions:
