@@ -185,7 +185,7 @@ class Trainer:
                         self._hear(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
-                    # PyTorch may report a dead data worker by any error, at any place. The loader finds out if it was that.
+                    # PyTorch may report a dead data worker by any error, anywhere. The loader knows whether one died.
                     batches.throw(error)
                 raise
         return evaluation

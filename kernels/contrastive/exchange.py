@@ -51,7 +51,7 @@ class Ranks:
         return torch.cat([block[:size] for block, size in zip(out, self.sizes, strict=True)])
 
     def to_owners(self, columns: Tensor) -> Tensor:
-        """Send each rank the results for its own columns, from the results [N, ...] for all columns on every rank.
+        """Send each rank the results for its own columns of logits, from those [N, ...] for all columns on every rank.
 
         Returns:
             [ranks, own, ...], the results of every rank for this rank's columns.
