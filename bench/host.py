@@ -173,12 +173,14 @@ def _encoder(candidate: Candidate, kind: str) -> Any:
     """Return the function that makes the encoder of a candidate for the training step."""
 
     def make() -> AnyFunction:
+        """Make a call of a benchmarked model that encodes images or texts, to time its host."""
         measured: Any = candidate.make()
         model = getattr(measured.model, "model", measured.model).eval()
         encode = getattr(model, f"encode_{kind}")
 
         @torch.no_grad()
         def run(x: Tensor) -> Tensor:
+            """Encode images or texts by the benchmarked model, to time its host."""
             with torch.autocast(x.device.type, DTYPES[measured.dtype], enabled=measured.dtype != "fp32"):
                 features: Tensor = encode(x)
             return features

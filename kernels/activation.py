@@ -167,6 +167,7 @@ def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
     new_y = new_tensors(x)
 
     def compute(x: Tensor, bias: Tensor, _: bool) -> Tensor:
+        """Compute an activation with its bias by the kernel, for tensors of a known layout."""
         y: Tensor = new_y()
         start(as_rows(x) if is_copied else x, bias.contiguous(), y)
         return y
@@ -185,6 +186,7 @@ def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: b
     new_sums = new_tensors(x, (per_block, width if with_sums else 0), torch.float32)
 
     def compute(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor | None]:
+        """Compute the gradients of an activation and its bias by the kernels, for tensors of a known layout."""
         dx, sums = new_dx(), new_sums()
         start(as_rows(grad) if grad_copied else grad, as_rows(x) if x_copied else x, bias.contiguous(), dx, sums)
         return dx, sums.sum(0) if with_sums else None
@@ -198,6 +200,7 @@ def _fwd_cpu(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
     is_wide = x.dtype == dtype
 
     def compute(x: Tensor, bias: Tensor, _: bool) -> Tensor:
+        """Compute an activation with its bias on the CPU."""
         u = (x if is_wide else x.to(dtype)) + bias
         y = u * torch.sigmoid(1.702 * u) if quick else F.gelu(u)
         return (y if is_wide else y.to(x.dtype)).contiguous()
@@ -211,6 +214,7 @@ def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
     is_wide, rows = x.dtype == dtype, list(range(x.ndim - 1))
 
     def compute(grad: Tensor, x: Tensor, bias: Tensor, *_: bool) -> tuple[Tensor, Tensor | None]:
+        """Compute the gradients of an activation and its bias on the CPU."""
         u, grad = (x + bias, grad) if is_wide else (x.to(dtype) + bias, grad.to(dtype))
         if quick:
             p = torch.sigmoid(1.702 * u)

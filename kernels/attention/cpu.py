@@ -58,6 +58,7 @@ def forward_packed(
     is_plain = _is_plain(qkv, seqlens)
 
     def run(qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        """Compute attention on a packed projection on the CPU."""
         views = qkv.view(shape)
         if is_plain:
             out, lse = _flash(*views.permute(2, 0, 3, 1, 4).unbind(0), 0.0, causal, scale=scale)
@@ -80,6 +81,7 @@ def backward_packed(
     def run(
         grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute the gradients of attention on a packed projection on the CPU."""
         grad_out, out, views = grad_out.reshape(out_shape), out.view(out_shape), qkv.view(shape)
         if is_plain:
             q, k, v = views.permute(2, 0, 3, 1, 4).unbind(0)

@@ -21,6 +21,7 @@ def forward(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> Callable[.
     dtype = accumulate_dtype(query.dtype)
 
     def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute attention pooling of tokens by a query on the CPU."""
         q, x, hidden = _operands(query, tokens, seqlens, dtype)
         out = torch.bmm(_weights(q, x.mT, hidden), x)
         return out if out.dtype is query.dtype else out.to(query.dtype), query.new_zeros(query.shape[:2], dtype=dtype)
@@ -37,6 +38,7 @@ def backward(
     def compute(
         grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of attention pooling on the CPU."""
         q, x, hidden = _operands(query, tokens, seqlens, dtype)
         do, x_t = grad_out if grad_out.dtype is dtype else grad_out.to(dtype), x.mT
         p = _weights(q, x_t, hidden)

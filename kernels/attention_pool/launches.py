@@ -29,6 +29,7 @@ def forward(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> Callable[.
     new_out, new_lse = new_tensors(query), new_tensors(query, (batch, heads), torch.float32)
 
     def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute attention pooling of tokens by a query, for tensors of a known layout."""
         out, lse = new_out(), new_lse()
         start(query, tokens, out, lse, seqlens)
         return out, lse
@@ -54,6 +55,7 @@ def backward(
     def compute(
         grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of attention pooling, for tensors of a known layout."""
         dq, dx = new_dq(), new_dx()
         start(grad_out, query, tokens, lse, dq, dx, seqlens)
         return dq, dx

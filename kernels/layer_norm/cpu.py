@@ -25,6 +25,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
     is_same = all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
 
     def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, _: float) -> tuple[Any, ...]:
+        """Compute layer norm, of a sum if there is a residual, on the CPU."""
         s = x if residual is None else torch.add(x, residual)
         if is_same:
             y, mean, rstd = torch.native_layer_norm(s, shape, weight, bias, eps)
@@ -49,6 +50,7 @@ def backward(
     def compute(
         grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, _: bool
     ) -> tuple[Any, ...]:
+        """Compute the gradients of layer norm on the CPU."""
         if is_same:
             ds, *sums = _backward(grad_y, s, shape, mean, rstd, weight, weight, mask)
             return ds if grad_s is None else ds.add_(grad_s), None, tuple(sums)

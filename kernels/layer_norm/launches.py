@@ -82,6 +82,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
     new_stats, no_s = new_tensors(x, (*x.shape[:-1], 1), torch.float32), new_tensors(x, (0,))()
 
     def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
+        """Compute layer norm, of a sum if there is a residual, for tensors of a known layout."""
         y, mean, rstd = new_y(), new_stats(), new_stats()
         s = None if residual is None else new_s()
         rows = as_rows(x) if x_copied else x
@@ -115,6 +116,7 @@ def backward(
     def compute(
         grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
     ) -> tuple[Any, ...]:
+        """Compute the gradients of layer norm, for tensors of a known layout."""
         if y_copied:
             grad_y = as_rows(grad_y)
         if grad_s_copied and grad_s is not None:

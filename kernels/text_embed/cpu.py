@@ -27,6 +27,7 @@ def forward(
     def compute(
         text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, _: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
+        """Compute the embeddings of texts, token and position, on the CPU."""
         if is_empty:
             _refuse_outside(text, len(token_embedding))  # PyTorch does not look at the ids of an empty table
         try:
@@ -81,6 +82,7 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
     wide = accumulate_dtype(grad.dtype)
 
     def compute(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+        """Compute the gradient of the table of tokens' embeddings on the CPU."""
         # The order of the sums is fixed: each row of the table belongs to one thread, which adds in the order of
         # tokens.
         out: Tensor = _embedding_backward(grad if grad.dtype is wide else grad.to(wide), ids, vocab, -1, False)

@@ -41,6 +41,7 @@ def forward(
     def compute(
         text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, _: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
+        """Compute the embeddings of texts, token and position, for tensors of a known layout."""
         out, ids = new_out(), new_ids()
         start(text, token_embedding, positional_embedding, out, ids)
         return out, ids
@@ -99,6 +100,7 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
     new_out = new_tensors(grad, (vocab, width), dtype)
 
     def compute(grad: Tensor, ids: Tensor, _: int, dtype: torch.dtype) -> Tensor:
+        """Compute the gradient of the table of tokens' embeddings, for tensors of a known layout."""
         order: Tensor | None
         ids, order = ids.reshape(-1).sort(stable=True)
         rows, out = as_rows(grad), new_out()

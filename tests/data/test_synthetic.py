@@ -60,11 +60,13 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def for_training():
+    """Return many scenes of synthetic training pairs."""
     return [training_scene(number, seed) for seed in (0, 7) for number in range(3000)]
 
 
 @functools.cache
 def for_tests():
+    """Return many scenes of synthetic pairs that are held out."""
     return [held_out_scene(number, seed) for seed in (0, 7) for number in range(3000)]
 
 

@@ -29,6 +29,7 @@ def calls(monkeypatch):
 
 
 def random_block(gelu="none", *, causal=False, dtype=torch.float32):
+    """Return a transformer block of a model with random weights."""
     torch.manual_seed(0)
     block = ResidualAttentionBlock(
         WIDTH, 2, 4.0, causal=causal, quick_gelu=gelu == "quick", approximate=gelu if gelu == "tanh" else "none"
@@ -46,6 +47,7 @@ def run(block, x, branch, *, whole, autocast=False, rows=()):
     kept = {}
 
     def pack(t):
+        """Note the memory of a tensor that autograd keeps of a model's block."""
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
@@ -169,6 +171,7 @@ class Called(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
     def forward(self, x):
+        """Note the inner module of a model's block, and call it."""
         self.seen.append(self.inner)
         return self.inner(x)
 

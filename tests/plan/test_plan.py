@@ -63,6 +63,7 @@ class Settled(Ledger):
     """A ledger that waits at a new peak until a thread of gloo has let go of a block that has arrived."""
 
     def _update_peak(self):
+        """Update the peak of a plan's ledger, slowly where it rises."""
         if self.live.total() > self.peak.total():
             time.sleep(0.01)
         super()._update_peak()
@@ -206,6 +207,7 @@ def marking_copies(ledger):
     """Give memory of FSDP2's copies a phase of its own in the ledger of a plan."""
 
     def marked(function, *args, **options):
+        """Call a copy of FSDP2 in a phase of its own of the plan's ledger."""
         phase, ledger.phase = ledger.phase, COPIES
         try:
             return function(*args, **options)

@@ -48,6 +48,7 @@ def _means(*names: str) -> Callable[[Meaning], Meaning]:
     """Register a function as the meaning of the instructions with these names."""
 
     def register(function: Meaning) -> Meaning:
+        """Register the meaning of these machine instructions."""
         for name in names:
             _MEANING[name] = function
         return function
@@ -72,6 +73,7 @@ def _simple(arithmetic: Callable[[list[str], list[int]], int]) -> Meaning:
     """Return the function that simulates a machine instruction, given its result as a function of 32-bit operands."""
 
     def run(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+        """Run a machine instruction that writes one register."""
         result, rest = _split(found)[1:]
         values = [state.read(operand) for operand in rest if not operand.is_predicate]
         state.write(result, arithmetic(modifiers, values) & MASK)
@@ -133,9 +135,7 @@ def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...]
 
 
 def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int:
-    """Return an operand of an integer addition; if it is negated, with all bits of the negation, which affect the
-    carry.
-    """
+    """Return an operand of an integer addition, with all bits of a negation, since these affect the carry."""
     if operand.is_predicate:
         return int(takes_carry and state.flag(operand))
     value = state.read(operand._replace(sign=""))
@@ -144,6 +144,7 @@ def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int:
 
 @_means("IADD3", "UIADD3")
 def _add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    """Run the machine instruction IADD3, which adds three integers and sets predicates to the carries."""
     carries, result, rest = _split(found)
     total = sum(_addend(state, operand, takes_carry="X" in modifiers) for operand in rest)
     for place, carry in enumerate(carries):
@@ -153,6 +154,7 @@ def _add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Inst
 
 @_means("LEA", "ULEA")
 def _shift_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    """Run the machine instruction LEA, which shifts one integer and adds it to another."""
     carries, result, rest = _split(found)
     known = [state.read(operand) for operand in rest if not operand.is_predicate]
     carry_in = [state.flag(operand) for operand in rest if operand.is_predicate] if "X" in modifiers else []
@@ -187,6 +189,7 @@ def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: 
 
 
 def _combine(either: bool, differ: bool, a: bool | None, b: bool | None) -> bool | None:
+    """Combine two predicates by or, exclusive or, or and; None stands for an unknown value."""
     if differ:
         return None if a is None or b is None else a != b
     if either:
@@ -198,6 +201,7 @@ def _combine(either: bool, differ: bool, a: bool | None, b: bool | None) -> bool
 
 @_means("LOP3", "ULOP3")
 def _logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    """Run the machine instruction LOP3, any function of three bits for each bit of three registers."""
     carries, result, rest = _split(found)
     bits, known = _look_up(rest[3].number or 0, [state.read_bits(operand) for operand in rest[:3]])
     state.write_bits(result, bits, known)
@@ -219,9 +223,9 @@ def _look_up(table: int, values: list[tuple[int, int]]) -> tuple[int, int]:
 
 @_means("PLOP3", "UPLOP3")
 def _predicate_logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    """Run PLOP3, any function of three predicates; unknown ones may not matter to its result."""
     inputs = [state.predicate(operand) for operand in found[2:5]]
     for result, table in zip(found[:2], found[5:7], strict=True):
-        # An unknown input does not matter if both of its values give the same result.
         options = {
             bool((table.number or 0) >> (4 * a + 2 * b + c) & 1)
             for a in _either(inputs[0]) for b in _either(inputs[1]) for c in _either(inputs[2])
@@ -247,6 +251,7 @@ def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruct
 
 @_means("IMNMX", "VIMNMX", "UIMNMX", "VIADDMNMX")
 def _extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    """Run a machine instruction that takes the minimum or the maximum of two integers."""
     *addends, other, chooses_min = found[1:]  # VIADDMNMX adds two numbers first
     first, second = sum(state.read(operand) for operand in addends) & MASK, state.read(other)
     key = (lambda value: value) if "U32" in modifiers else signed
@@ -277,6 +282,7 @@ def _move(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Ins
 
 @_means("S2R", "S2UR", "CS2R")
 def _special(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    """Run a machine instruction that reads a special register, such as the number of the program."""
     name = instruction.operands.split(",")[1].strip()
     words = 2 if instruction.name == "CS2R" and "32" not in modifiers else 1
     state.write(found[0], 0 if name == "SRZ" else state.special.get(name, 0), words)
@@ -284,6 +290,7 @@ def _special(state: State, modifiers: list[str], found: tuple[Operand, ...], ins
 
 @_means("SHFL")
 def _shuffle(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    """Run the machine instruction SHFL, which reads a register of another lane."""
     if "IDX" not in modifiers:  # shuffles by an index only make a value uniform
         raise Unknown
     state.write(found[1], state.read(found[2]))
@@ -291,10 +298,7 @@ def _shuffle(state: State, modifiers: list[str], found: tuple[Operand, ...], _: 
 
 @_means("VOTE", "VOTEU", "ELECT", "SYNCS")
 def _agree(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    """Run a machine instruction that votes, elects a lane or tests a barrier.
-
-    All lanes are assumed to vote as this one does, this lane is elected, and the barrier has been reached.
-    """
+    """Run a vote, as if all lanes voted alike, an election of this lane, or a test of a barrier that is reached."""
     results = [operand for operand in found if operand.is_predicate and operand.sign != "!"]
     if "ARRIVE" in modifiers or "EXCH" in modifiers or not results:
         return
@@ -306,6 +310,7 @@ def _agree(state: State, modifiers: list[str], found: tuple[Operand, ...], _: In
 
 @_means("P2R", "UP2UR")
 def _pack(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    """Run the machine instruction P2R, which packs predicates into the bits of a register."""
     (base, base_known), mask = state.read_bits(found[2]), found[3].number or 0
     kind = "UP" if instruction.name == "UP2UR" else "P"
     predicates = {index: state.registers.get(f"{kind}{index}") for index in range(7) if mask >> index & 1}
@@ -316,6 +321,7 @@ def _pack(state: State, _: list[str], found: tuple[Operand, ...], instruction: I
 
 @_means("R2P", "UR2UP")
 def _unpack(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    """Run the machine instruction R2P, which sets predicates from the bits of a register."""
     (bits, known), mask = state.read_bits(found[1]), found[2].number or 0
     kind = "UP" if instruction.name == "UR2UP" else "P"
     for index in range(7):
@@ -364,10 +370,7 @@ def _bits(value: float, *, up: bool = False) -> int:
 
 @_means("I2F", "I2FP", "F2I", "MUFU")
 def _convert(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
-    """Run a conversion between integer and float, as in an integer division.
-
-    The division starts from an estimate in float32, which integer instructions then make exact.
-    """
+    """Run a conversion between integer and float: an integer division starts from an estimate in float32."""
     name, is_wide, unsigned = instruction.name, "U64" in modifiers, {"U32", "U64"} & set(modifiers)
     words = 2 if is_wide and name == "F2I" else 1
     try:
@@ -386,15 +389,10 @@ def _convert(state: State, modifiers: list[str], found: tuple[Operand, ...], ins
 
 
 _MEANING |= {
-    "SHF": _simple(_shift),
-    "USHF": _simple(_shift),
-    "PRMT": _simple(_permute),
-    "UPRMT": _simple(_permute),
-    "SGXT": _simple(_extend),
-    "USGXT": _simple(_extend),
-    "VIADD": _simple(lambda _, values: sum(values)),
+    "SHF": _simple(_shift), "USHF": _simple(_shift), "PRMT": _simple(_permute), "UPRMT": _simple(_permute),
+    "SGXT": _simple(_extend), "USGXT": _simple(_extend), "VIADD": _simple(lambda _, values: sum(values)),
     "IABS": _simple(lambda _, values: abs(signed(values[0]))),
     "UIABS": _simple(lambda _, values: abs(signed(values[0]))),
     "POPC": _simple(lambda _, values: values[0].bit_count()),
     "UPOPC": _simple(lambda _, values: values[0].bit_count()),
-}
+}  # fmt: skip
