@@ -115,7 +115,7 @@ def step_work(model: str, pairs: int, card: Card = CARDS["h100"]) -> Work:
 
 
 def measured_shapes() -> list[tuple[OpSpec, Shape]]:
-    """Return every op at the sizes that are benchmarked on a GPU."""
+    """Return every op at the sizes whose times are predicted, which are benchmarked on a GPU."""
     return [(spec, shape) for spec in specs().values() for shape in spec.bench["cuda"]]
 
 
@@ -226,7 +226,7 @@ def forecast(
     task: int | str, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops,
     effort: Effort = FULL, *, finds_batch: bool = False,
 ) -> Forecast:  # fmt: skip
-    """Predict an op, forward and backward, or a training step in bfloat16 with AdamW on one GPU.
+    """Predict the time of an op, forward and backward, or of a training step in bfloat16 with AdamW on one GPU.
 
     Args:
         task: number of the op and its shape in :func:`measured_shapes`, or name of the published model.
@@ -259,7 +259,7 @@ def forecast_shape(
     spec: OpSpec, shape: Shape, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops,
     effort: Effort = FULL,
 ) -> Forecast:  # fmt: skip
-    """Predict an op at any shape; the other arguments are those of :func:`forecast`."""
+    """Predict the time of an op at any shape; the other arguments are those of :func:`forecast`."""
     return _forecast(
         op_work(spec, shape, dtype), machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
         items=_items(spec, shape), kinds=KINDS.get(spec.category, ("memory",)),
@@ -332,13 +332,13 @@ _STEP_HEAD = ("step of", "pairs", "GPU", "host", "binds", "pairs/s", "kernels", 
 
 
 def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
-    """Return the heading of the table of forecasts, for the :func:`rows` of ops or of steps."""
+    """Return the heading of the table of predicted times, for the :func:`rows` of ops or of steps."""
     more = ("measured", "predicted / measured") if measured is not None else ()
     return _aligned(is_step, [[*(_STEP_HEAD if is_step else _OP_HEAD), *more]])
 
 
 def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
-    """Return the rows of a forecast; ``measured`` are seconds by :func:`label`."""
+    """Return the rows of predicted times of a forecast; ``measured`` are seconds by :func:`label`."""
     seconds = (measured or {}).get(label(one.name, one.shape, one.dtype))
     # An op is measured as a CUDA graph, and a step is not.
     predicted = one.eager_seconds if one.name == STEP else one.seconds

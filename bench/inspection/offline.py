@@ -277,7 +277,7 @@ def occupancy_of(kernel: Any, found: Resources) -> Occupancy:
 
 
 def _stored_bytes(sass: str) -> int:
-    """Return the bytes per thread that are spilled, which means stored to local memory. Each store counts once."""
+    """Return the bytes per thread that a compiled kernel spills, or stores to local memory. Each store counts once."""
     return sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.[A-Z]+)*(?:\.(\d+))?\b", sass))
 
 

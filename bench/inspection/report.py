@@ -58,7 +58,7 @@ class Report:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Return the problems that are not known ones."""
+        """Return the problems of a compiled kernel that are not known ones."""
         return tuple(problem for problem in self.problems if problem not in self.known)
 
     @property
@@ -81,7 +81,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Return a table of reports for each architecture, one row for each report."""
+    """Return a table of compiled kernels for each architecture, one row for each report."""
     parts = []
     for arch in sorted({report.arch for report in reports}):
         rows = [_row(report) for report in reports if report.arch == arch]

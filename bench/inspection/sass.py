@@ -52,12 +52,12 @@ class Instruction:
 
     @functools.cached_property
     def name(self) -> str:
-        """Return the opcode without its modifiers."""
+        """Return the opcode of a machine instruction without its modifiers."""
         return self.opcode.split(".")[0]
 
     @property
     def modifiers(self) -> list[str]:
-        """Return the modifiers that follow the opcode's name."""
+        """Return the modifiers that follow the name of a machine instruction's opcode."""
         return self.opcode.split(".")[1:]
 
 
@@ -85,7 +85,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 def target(instruction: Instruction) -> int | None:
-    """Return the address that a branch, a call or a convergence point names, or None."""
+    """Return the address that a machine instruction such as a branch or a call names, or None."""
     if instruction.name not in ("BRA", "BSSY", "CALL"):
         return None
     match = re.search(r"\b0x([0-9a-f]+)\s*$", instruction.operands)

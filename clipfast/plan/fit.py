@@ -91,7 +91,7 @@ class StepPlan:
         self._count_weights()
 
     def _count_weights(self) -> None:
-        """Count the weights that FSDP2 gathers together: those of each block, and all others except scalars."""
+        """Count the weights that FSDP2 is planned to gather together: each block's, and all others except scalars."""
         with torch.device("meta"):
             model = build(self.setup.config)
         ranks = self.setup.gpus if self.setup.is_sharded else 1
@@ -126,7 +126,7 @@ class StepPlan:
         return max(phases, key=Counter.total)
 
     def sent(self, batch: Batch) -> dict[str, int]:
-        """Return the bytes that a rank sends in a training step, by the kind of message."""
+        """Return the planned bytes that a rank sends in a training step, by the kind of message."""
         ranks, parts, width = self.setup.gpus, len(batch.parts), self.setup.weight_dtype.itemsize
         if ranks == 1:
             return {}
@@ -163,7 +163,7 @@ class StepPlan:
         }
 
     def model_flops(self, rows: int) -> float:
-        """Return the model FLOPs of a step for MFU: three times the FLOPs of a forward pass of the whole model.
+        """Return the model FLOPs of a planned step for MFU: three times the forward pass of the whole model.
 
         They do not include the FLOPs that checkpointing computes a second time.
         """
@@ -187,14 +187,14 @@ class StepPlan:
         return whole_bytes * (ranks - 1) / ranks / rate + self.cluster.latency_s * (ranks - 1)
 
     def _exposed_reduction(self, backward: float) -> float:
-        """Return the seconds that DDP's all-reduce adds to a backward pass of ``backward`` seconds."""
+        """Return the predicted seconds that DDP's all-reduce adds to a backward pass of ``backward`` seconds."""
         size = self.all_weights * self.setup.weight_dtype.itemsize
         buckets = math.ceil(size / BUCKET)
         last = 2 * self._wire(size // buckets)
         return max(last, buckets * last - backward * (1 - 1 / buckets))
 
     def _exposed_sharded(self, rows: int, forwards: int) -> float:
-        """Return the seconds that FSDP2's messages add to the passes over a micro-batch."""
+        """Return the predicted seconds that FSDP2's messages add to the passes over a micro-batch."""
         blocks = [*self.image_blocks, *self.text_blocks]
         width = self.setup.weight_dtype.itemsize
         gather = [self._wire(width * count) for count in blocks]
@@ -261,7 +261,7 @@ def memory_of(plan: StepPlan, batch: Batch, assumed: Assumptions, *, with_loss: 
 
 
 def largest_rows(plan: StepPlan, assumed: Assumptions, micro_batches: int = 1) -> int:
-    """Return the most pairs per GPU that fit into memory, or 0 if not even one pair in each micro-batch fits.
+    """Return the most pairs per GPU that fit into memory by the plan; 0 if one pair in each micro-batch does not.
 
     The micro-batches are equally large. Their size is a multiple of 8 if that fits.
     """

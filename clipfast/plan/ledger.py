@@ -109,7 +109,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def book_launches(self) -> None:
-        """Add an event for each kernel launch that was recorded, and release the arguments of the launches."""
+        """Add an event of the ledger for each kernel launch that was recorded, and release the launches' arguments."""
         for launch in self.launches:  # a tensor descriptor has its tensor as ``base``
             self._add_kernel(
                 launch_flops(launch), _tensors([getattr(arg, "base", arg) for arg in launch.args.values()])

@@ -187,7 +187,7 @@ def run_loss(
 
 
 def _loss(problem: Problem, mode: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Compute the loss of one rank in a mode, or OpenCLIP's loss."""
+    """Compute the planned loss of one rank in a mode, or OpenCLIP's loss."""
     if mode == OPENCLIP:  # OpenCLIP's ClipLoss under autocast, which computes cross-entropies in float32
         rank = dist.get_rank() if problem.gpus > 1 else 0
         options = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=problem.gpus)

@@ -110,7 +110,7 @@ class Probe:
         return found[0] + self._more(phase) * block, block
 
     def flops(self, phase: str, rows: int) -> float:
-        """Return the extrapolated FLOPs of ``phase`` for ``rows`` pairs."""
+        """Return the FLOPs of ``phase`` for ``rows`` pairs, extrapolated from the probe."""
         found = [_at(rows, *(sample.kernels[phase][:, 0].sum() for sample in depth)) for depth in self.samples]
         return float(found[0] + self._more(phase) * (found[-1] - found[0]))
 
@@ -172,7 +172,7 @@ class Held(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def held(setup: Setup, cluster: Cluster) -> Held:
-    """Return the memory that a rank holds from step to step, from an update of the whole model on fake tensors."""
+    """Return the planned memory that a rank holds from step to step, from an update of the model on fake tensors."""
     with rank_of(setup, setup.config, None) as rank:
         ledger = rank.ledger
         ledger.begin()

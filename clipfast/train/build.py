@@ -114,7 +114,7 @@ def _lock(config: TrainConfig, model: CLIP) -> None:
 
 
 def build_parallel(config: TrainConfig, model: CLIP, world: World, device: torch.device) -> nn.Module:
-    """Wrap ``model`` in DistributedDataParallel, or shard it by FSDP2, to average gradients over all ranks."""
+    """Wrap the trained model in DistributedDataParallel, or shard it by FSDP2, to average gradients over all ranks."""
     if world.size == 1:
         return model
     if is_sharded(config, world):

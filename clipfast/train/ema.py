@@ -59,7 +59,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Swap the averaged weights into the model for as long as the context lasts."""
+        """Swap the averaged weights into the trained model for as long as the context lasts."""
         live = _locals(self._live)
         with torch.no_grad():
             trained = [value.clone() for value in live]
@@ -75,7 +75,7 @@ class WeightAverage:
         return {name: self.averages.get(name, value) for name, value in self.model.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
-        """Restore the average from a state that :meth:`state_dict` returned; without one, copy the model's weights.
+        """Restore the moving average from a state of :meth:`state_dict`; without one, copy the trained weights.
 
         Raises:
             CheckpointError: the state does not fit the model.

@@ -22,7 +22,7 @@ from .train_config import TrainConfig
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:
-    """Return True if FSDP2 is to shard the weights. One process alone keeps full weights, whatever ``--fsdp`` says."""
+    """Return True if FSDP2 is to shard trained weights. One process keeps full weights, whatever ``--fsdp`` says."""
     return config.fsdp and world.size > 1
 
 
@@ -72,7 +72,7 @@ def _gather_for_direct_calls(model: CLIP) -> None:
     forward = model.forward
 
     def whole_forward(*args: Any, **options: Any) -> Any:
-        """Run the forward pass, in which the encoders do not gather the weights again."""
+        """Run the forward pass of training, in which the encoders do not gather the sharded weights again."""
         nonlocal running
         running = True
         try:
@@ -102,7 +102,7 @@ def _scalars(model: nn.Module) -> list[nn.Parameter]:
 
 
 def exchange_scalars(model: nn.Module, world: World) -> None:
-    """Average the gradients of scalar parameters, which FSDP2 does not reduce, over the ranks."""
+    """Average the gradients of trained scalars, which FSDP2 does not reduce, over the ranks."""
     gradients = [parameter.grad for parameter in _scalars(model) if parameter.grad is not None]
     if gradients:
         means = world.mean(torch.stack([gradient.float() for gradient in gradients]))
@@ -112,7 +112,7 @@ def exchange_scalars(model: nn.Module, world: World) -> None:
 
 @contextlib.contextmanager
 def unsharded(config: TrainConfig, model: nn.Module) -> Iterator[None]:
-    """Gather all FSDP2 weights on every rank while the context lasts; forward passes then need no communication.
+    """Gather all trained weights of FSDP2 on every rank while the context lasts; forward passes then send nothing.
 
     Ranks may then compute different numbers of forward passes, or none. All ranks must enter and leave the context
     together.

@@ -87,7 +87,7 @@ class Guard:
         return self.figures[Figures._fields.index("skipped")]
 
     def begin(self) -> None:
-        """Copy the running statistics of BatchNorm, which the forward pass changes."""
+        """Copy the running statistics of BatchNorm, which the forward pass of a training step changes."""
         for before, buffer in zip(self._before, self._statistics, strict=True):
             before.copy_(buffer)
 
@@ -138,7 +138,7 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norm of each gradient; for a DTensor of FSDP2, the norm over its shards on all ranks."""
+    """Return the norm of each gradient in training; for a DTensor of FSDP2, over its shards on all ranks."""
     norms = norms_of(list(map(to_local, gradients)))
     cut = [place for place, gradient in enumerate(gradients) if is_dtensor(gradient)]
     if cut:

@@ -130,17 +130,17 @@ class _OutLog(logging.handlers.WatchedFileHandler):
             super().reopenIfNeeded()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line to ``out.log``, or drop it if the file cannot be opened again."""
+        """Write a line of training to ``out.log``, or drop it if the file cannot be opened again."""
         with contextlib.suppress(OSError):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Drop a line that cannot be written: with a full disk, each line would print a traceback otherwise."""
+        """Drop a line of a training log that cannot be written: a full disk would give a traceback for each."""
 
 
 @contextlib.contextmanager
 def logging_to(folder: RunFolder, world: World = ALONE, *, by_machine: bool = False) -> Iterator[None]:
-    """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format.
+    """Log training to the console and to ``out.log`` in ``folder``, in OpenCLIP's format.
 
     Ranks other than 0 log warnings and errors, and to the console only. With ``by_machine``, one rank of each machine
     logs to a file of its own, ``out-RANK``.
@@ -289,7 +289,7 @@ class TrainLog:
         )
 
     def _ours(self, line: dict[str, Any]) -> Iterator[str]:
-        """Yield the parts of the log line that OpenCLIP's line lacks."""
+        """Yield the parts of a training step's log line that OpenCLIP's line lacks."""
         if line.get("memory"):
             yield f"Mem: {next(iter(line['memory'].values())) / 1e9:.1f} GB"
         for name, key in (("MFU", "mfu"), ("Comm", "communication"), ("Data-wait", "data_wait")):
@@ -320,7 +320,7 @@ class TrainLog:
         self.record({"step": step, "epoch": epoch, "time": round(time.time(), 3), **content})
 
     def record(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics to ``metrics.jsonl`` and to all reports, on rank 0."""
+        """Write a line of training metrics to ``metrics.jsonl`` and to all reports, on rank 0."""
         if self.world.is_main:
             self.folder.record(**line)
         if self.reports is not None:

@@ -17,12 +17,12 @@ SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")
 
 
 def flag_name(field: str) -> str:
-    """Return the flag of an option: ``--batch-size`` for ``batch_size``."""
+    """Return the flag of an option of training or another command: ``--batch-size`` for ``batch_size``."""
     return "--" + field.replace("_", "-")
 
 
 def check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse an option value of the wrong type, which a recipe in TOML can contain."""
+    """Refuse a training option's value of the wrong type, which a recipe in TOML can contain."""
     kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
     if (value is None and field.default is None) or (auto and value == AUTO):
         return
@@ -36,7 +36,7 @@ def check_type(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def check_value(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse an option value beyond the limits of its option, and a word that is not one of the choices."""
+    """Refuse a training option's value beyond its limits, and a word that is not one of the choices."""
     meta, flag = field.metadata, flag_name(field.name)
     if "choices" in meta and value is not None and value not in meta["choices"]:
         raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
@@ -56,7 +56,7 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def keys_of(options: Mapping[str, Any]) -> "Keys":
-    """Return the keys of a training pair's image and captions by the options of a command.
+    """Return the keys of a pair's image and captions by the options of training or another command.
 
     Raises:
         ValueError: the options contradict each other.
@@ -76,7 +76,7 @@ def source_command(words: Iterable[str], options: Mapping[str, Any]) -> str:
 
 
 def separator_of(options: Mapping[str, Any]) -> str | None:
-    """Return the separator of CSV files by the options; None if the header of each file decides.
+    """Return the separator of CSV files by the options of training or another command; None if headers decide.
 
     Raises:
         ValueError: the option's value cannot be a separator.

@@ -216,7 +216,7 @@ class RemoteCopy:
         return sent
 
     def _is_there(self, remote: str, status: os.stat_result) -> bool:
-        """Return True if an earlier session uploaded a file, and the local file has not changed since."""
+        """Return True if an earlier session of the run uploaded a file that has not changed since."""
         try:
             is_as_long = self._fs.info(remote)["size"] == status.st_size
             return bool(is_as_long and self._fs.modified(remote).timestamp() >= status.st_mtime)

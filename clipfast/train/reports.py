@@ -44,7 +44,7 @@ class Reports:
         self._wandb = _started_wandb(config, folder) if "wandb" in backends(config.report_to) else None
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Send a line of metrics to TensorBoard, Weights & Biases and ``results.jsonl``."""
+        """Send a line of training metrics to TensorBoard, Weights & Biases and ``results.jsonl``."""
         step, scalars = points(line)
         is_held = self._folder.is_held()
         if validation(line) is not None and is_held:
@@ -78,7 +78,7 @@ class Reports:
 
 
 def backends(report_to: str) -> set[str]:
-    """Return the backends that the value of ``--report-to`` names.
+    """Return the backends of training reports that the value of ``--report-to`` names.
 
     Raises:
         ValueError: one of them is unknown.

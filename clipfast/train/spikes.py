@@ -36,7 +36,7 @@ class Usual:
         return math.exp(DEVIATIONS * self.deviation)
 
     def take(self, value: float) -> None:
-        """Update the running mean by a value, which is clipped first: one spike hardly changes the usual value."""
+        """Update the running mean of a training figure by a value, which is clipped: one spike hardly counts."""
         self.count += 1
         share = max(1 / HORIZON, 1 / self.count)
         change = value - self.mean
@@ -114,7 +114,7 @@ class Signs:
         return [sign for sign in found if self._is_news(sign.kind, step)]
 
     def _collapse(self, step: int, figures: Figures) -> list[Sign]:
-        """Return a warning if the model has collapsed: for a while, all pairs had equal features and no gradient."""
+        """Return a warning if training has collapsed: for a while, all pairs had equal features and no gradient."""
         if self.guessing is None:
             return []
         if figures.loss < BETTER * self.guessing:

@@ -89,7 +89,7 @@ class TrainingStep:
         return loss
 
     def backward(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Add the gradients of a batch to ``.grad`` and return its loss, a scalar without a graph."""
+        """Add the gradients of a training batch to ``.grad`` and return its loss, a scalar without a graph."""
         loss = self._backward(images, texts)
         if self.shards is not None:
             exchange_scalars(self.model, self.shards)
@@ -106,7 +106,7 @@ class TrainingStep:
         return loss.detach()
 
     def _zero_gradients(self, pairs: int) -> None:
-        """Reset all gradients before the backward pass of a batch of ``pairs`` pairs.
+        """Reset all gradients before the backward pass of a training batch of ``pairs`` pairs.
 
         DistributedDataParallel's gradients are views of its communication buckets, and are set to zero in place if
         micro-batches are summed. If they were set to None, the sums would take memory of their own beside the buckets,

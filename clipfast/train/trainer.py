@@ -369,6 +369,6 @@ class Trainer:
         return self.data.epochs.ends_with(self.progress.step) and self._is_due(self.config.save_frequency)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the model's current weights, gathered in full on rank 0; all ranks must call it."""
+        """Return the trained model's current weights, gathered in full on rank 0; all ranks must call it."""
         found: dict[str, Tensor] = gather_full(self.model.state_dict(), keep=self.world.is_main)
         return found

@@ -77,7 +77,7 @@ class ImageNet:
         """
 
         def encode() -> None:
-            """Compute this rank's part of ImageNet's zero-shot classifier."""
+            """Compute this rank's part of ImageNet's zero-shot classifier for the trained model."""
             with world.phase("evaluation"):
                 self._part = imagenet_classifier(model, tokenizer, device, world.rank, world.size, show).cpu()
 
@@ -163,7 +163,7 @@ class Validation:
         self.log.imagenet(step, found)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model has the moving average of its weights, if there is one."""
+        """Return a context in which the trained model has the moving average of its weights, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     @contextlib.contextmanager
@@ -191,7 +191,7 @@ class Validation:
         self.log.evaluation(step, evaluation.results)
 
     def _evaluated(self, images: LabelledSet) -> Evaluation:
-        """Return zero-shot accuracy and retrieval of the model's current weights on the validation data."""
+        """Return zero-shot accuracy and retrieval of the trained model's current weights on the validation data."""
         self.model.eval()
         with self._whole():
             features = self._encoded(images)
@@ -212,7 +212,7 @@ class Validation:
         return unsharded(self.config, self.model) if self._is_sharded else contextlib.nullcontext()
 
     def _encoded(self, images: LabelledSet) -> LabelledFeatures | None:
-        """Encode a validation set, each rank its part, and return the features on rank 0."""
+        """Encode a validation set of the training, each rank its part, and return the features on rank 0."""
         device = self.model.logit_scale.device
         self.world.share_buffers(self.model)
         transform = transform_of(self.model, uint8=True)

@@ -134,7 +134,7 @@ def block_edges(
 
 
 def _edges(size: int, unit: int, most: int, count: int) -> Iterator[int]:
-    """Yield candidates for the rows or columns of a block, if ``size`` rows or columns are divided into blocks.
+    """Yield candidates for the rows or columns of a block of logits, if ``size`` of them are divided into blocks.
 
     The first candidate gives the fewest blocks, the next one block more, and so on; all blocks but the last are equally
     large. A candidate is a multiple of ``unit`` and at most ``most``, unless ``most`` itself is less than ``unit``.

@@ -303,7 +303,7 @@ def distributed_contrastive_loss(
 
 
 def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str:
-    """Return the mode that "auto" stands for. It is the same on every rank, since all ranks know the arguments.
+    """Return the mode of the contrastive loss of all ranks that "auto" stands for, the same on every rank.
 
     With at most 1,024 rows per rank on more than 8 ranks it is "scalars", since there is too little to compute while
     gradients would travel. Otherwise it is "ring" if all texts together take more than 1 GiB, which no rank should have

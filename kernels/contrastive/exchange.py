@@ -132,7 +132,7 @@ def check_ranks(op: str, rank: int, world_size: int) -> None:
 
 
 def gather_equal(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """Collect a tensor that has the same shape on every rank: [...] -> [ranks, ...] on every rank."""
+    """Collect a tensor for the loss, of the same shape on every rank: [...] -> [ranks, ...] on every rank."""
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
     # all_gather_single is the name since PyTorch 2.13
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

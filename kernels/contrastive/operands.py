@@ -179,7 +179,7 @@ def has_tma(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 
 def tile_of(rows: int, cols: int, layout: Layout) -> Tile:
-    """Return the tile of a descriptor, or None if the products load by pointers."""
+    """Return the tile of features in a descriptor, or None if the products load by pointers."""
     return (rows, cols) if has_tma(layout.device, layout.dtype, layout.d) else None
 
 

@@ -198,6 +198,7 @@ class WithoutCopies(Ledger):
     """A ledger that looks away while a copy of gloo lives, which copies what it reduces and scatters. NCCL does not."""
 
     def _update_peak(self):
+        """Update the peak of a plan's ledger, except while a copy of FSDP2 is alive."""
         if not self.live[COPIES]:
             super()._update_peak()
 

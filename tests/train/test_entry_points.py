@@ -19,7 +19,7 @@ PRECISIONS = ["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp"]
 
 @pytest.fixture(params=CONFIGS)
 def folder(request, tmp_path) -> str:
-    """A folder of a model that OpenCLIP and clipfast load."""
+    """Return a folder of a model that OpenCLIP and clipfast load."""
     pytest.importorskip("open_clip")
     pytest.importorskip("safetensors")
     torch.manual_seed(0)

@@ -119,7 +119,7 @@ def on_ranks(rank, size, work, *args):
 
 
 def in_parts(world, kind, **options):
-    """Return a model, sharded if there are several ranks, and a batch; both are equal on all ranks."""
+    """Return a model to train, sharded if there are several ranks, and a batch; both are equal on all ranks."""
     torch.manual_seed(0)
     model = build(CLIPConfig.from_dict(MODELS[kind]))
     size = model.visual.image_size

@@ -181,7 +181,7 @@ def fake_nvml(reasons=0, error=None):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Make a fake GPU for the meters: the second of an H100 machine, the first in CUDA_VISIBLE_DEVICES."""
+    """Fake a GPU for the meters of training: the second of an H100 machine, the first in CUDA_VISIBLE_DEVICES."""
     for name, value in {
         "get_device_name": f"NVIDIA {CARDS['h100'].name}", "get_device_properties": mock.Mock(uuid="1234-second"),
         "max_memory_allocated": 31_400_000_000, "max_memory_reserved": 40_000_000_000,

@@ -143,7 +143,7 @@ def test_one_that_reads_the_weights_is_made_where_they_are(model):
 
 
 def by_name(model, optimizer, key):
-    """Return the settings of the optimizer's groups by the name of the parameter."""
+    """Return the settings of the training optimizer's groups by the name of the parameter."""
     return {name: group[key] for group in optimizer.param_groups for name in names_of(model, group)}
 
 

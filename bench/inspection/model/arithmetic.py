@@ -189,7 +189,7 @@ def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: 
 
 
 def _combine(either: bool, differ: bool, a: bool | None, b: bool | None) -> bool | None:
-    """Combine two predicates by or, exclusive or, or and; None stands for an unknown value."""
+    """Combine two predicate registers by or, exclusive or, or and; None stands for an unknown value."""
     if differ:
         return None if a is None or b is None else a != b
     if either:
@@ -211,7 +211,7 @@ def _logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instructi
 
 
 def _look_up(table: int, values: list[tuple[int, int]]) -> tuple[int, int]:
-    """Return the bits of a function of three bits, and a mask of those that are known."""
+    """Return the bits of a machine instruction's function of three bits, and a mask of those that are known."""
     may_be = [0, 0]  # bits that may be 0, and bits that may be 1
     for row in range(8):
         possible = MASK
@@ -331,7 +331,7 @@ def _unpack(state: State, _: list[str], found: tuple[Operand, ...], instruction:
 
 @_means("LDG")
 def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
-    """Run LDG, a load from global memory, if the value is known."""
+    """Run the machine instruction LDG, a load from global memory, if the value is known."""
     wide = "64" in modifiers or "128" in modifiers
     match = _ADDRESS.search(instruction.operands)
     if match is None or wide:

@@ -51,7 +51,7 @@ class Machine:
     power_flops: float = 700e12
 
     def cycles_per_byte(self, rate: float) -> float:
-        """Return the cycles per byte at one multiprocessor's share of ``rate``, which is that of the whole GPU."""
+        """Return the cycles per byte of a simulated multiprocessor for its share of the whole GPU's ``rate``."""
         return self.clock * self.multiprocessors / rate
 
 

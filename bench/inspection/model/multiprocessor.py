@@ -163,7 +163,7 @@ class _Multiprocessor:
         return need
 
     def _move(self, now: float, amount: float, cost: float) -> float:
-        """Load or store ``amount`` bytes through L2, a share of them also through HBM; return when they arrive."""
+        """Simulate that ``amount`` bytes go through L2, a share of them also through HBM; return when they arrive."""
         self.l2 = max(self.l2, now) + amount * cost
         self.hbm = max(self.hbm, now) + amount * self.hbm_cost
         self.busy["l2"] += amount * cost

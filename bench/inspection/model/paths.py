@@ -106,7 +106,7 @@ class Code:
         return self._branch(index, state, holds)
 
     def _branch(self, index: int, state: State, holds: bool | None) -> tuple[int | None, int]:
-        """Return where a branch leads, None at the end of the code, and whether that is a guess."""
+        """Return where a branch of machine code leads, None at the end, and whether that is a guess."""
         one, behind = self.instructions[index], index + 1
         if "DIV" in one.modifiers or "CONV" in one.modifiers:
             return behind, 0  # the branch is taken only if the threads of a warp differ

@@ -92,19 +92,19 @@ class State:
         return self.predicate(operand_of(guard))
 
     def predicate(self, operand: Operand) -> bool | None:
-        """Return the value of a predicate operand."""
+        """Return the value of a predicate operand of a simulated instruction."""
         value = 1 if operand.register in _TRUE else self.registers.get(operand.register)
         return None if value is None else bool(value) != (operand.sign == "!")
 
     def flag(self, operand: Operand) -> bool:
-        """Return the value of a predicate operand, or raise :class:`Unknown`."""
+        """Return the value of a simulated instruction's predicate operand, or raise :class:`Unknown`."""
         value = self.predicate(operand)
         if value is None:
             raise Unknown
         return value
 
     def peek(self, operand: Operand) -> int | None:
-        """Return 32 bits of an operand, with its sign applied, or None if they are unknown."""
+        """Return 32 bits of a simulated instruction's operand, with its sign applied, or None if they are unknown."""
         value = self._bare(operand, 0)
         if value is None:
             return None
@@ -113,7 +113,7 @@ class State:
         return {"-": -value, "~": ~value}.get(operand.sign, value) & MASK
 
     def read(self, operand: Operand, *, wide: bool = False) -> int:
-        """Return 32 bits of an operand, with its sign applied, or raise :class:`Unknown`.
+        """Return 32 bits of a simulated instruction's operand, with its sign applied, or raise :class:`Unknown`.
 
         With ``wide``, return 64 bits: those of a register and the next one, or two words of the constant bank.
         """
@@ -129,7 +129,7 @@ class State:
         return {"-": -value, "~": ~value}.get(operand.sign, value) & WIDE_MASK
 
     def _bare(self, operand: Operand, offset: int) -> int | None:
-        """Return 32 bits of an operand without its sign, or None if they are unknown."""
+        """Return 32 bits of a simulated instruction's operand without its sign, or None if they are unknown."""
         if operand.number is not None:
             return operand.number & MASK if offset == 0 else 0
         if operand.constant is not None:
@@ -139,7 +139,7 @@ class State:
         return self.registers.get(following(operand.register, offset) if offset else operand.register)
 
     def read_bits(self, operand: Operand) -> tuple[int, int]:
-        """Return the values of 32 bits of an operand, and a mask of the bits that are known."""
+        """Return the values of 32 bits of a simulated instruction's operand, and a mask of the bits that are known."""
         value = self.peek(operand)
         if value is not None:
             return value, MASK

@@ -30,7 +30,7 @@ RESULTS = FOLDER / "results.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the validation that the command line selects."""
+    """Run the validation of predicted times that the command line selects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, default=Path("sources"), help="folder of kernels (default: ./sources)")
     parser.add_argument("--fetch", action="store_true", help="print the commands that fill the folder, and end")

@@ -40,7 +40,7 @@ def summaries(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write(document: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write the tables between the two marks of a document.
+    """Write the tables of the validation between the two marks of a document.
 
     Raises:
         ValueError: the document has no marks.
@@ -79,5 +79,5 @@ def _figures(results: Sequence[Mapping[str, Any]], order: Sequence[str]) -> str:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    """Return a version as numbers, for which 3.10 comes after 3.9."""
+    """Return a version of Triton as numbers, for which 3.10 comes after 3.9."""
     return tuple(map(int, version.split(".")))
