@@ -116,7 +116,7 @@ _IN_BLOCKS = {
 
 
 def to_settings(config: CLIPConfig) -> dict[str, Any]:
-    """Return the arguments of transformers' ``CLIPConfig`` or ``SiglipConfig`` for a model.
+    """Return the arguments of transformers' ``CLIPConfig`` or ``SiglipConfig`` for a checkpoint's model.
 
     Raises:
         NoCounterpartError: the model has a ResNet, or a SigLIP model whose text tower has no projection.

@@ -24,7 +24,7 @@ class PoolShape(Shape):
 
     @property
     def elements(self) -> int:
-        """The number of elements of the weights, of the queries or of the tokens, whichever is the largest."""
+        """The number of elements of the pooling's weights, queries or tokens, whichever is the largest."""
         return self.batch * max(self.queries * self.tokens, max(self.queries, self.tokens) * self.width)
 
 

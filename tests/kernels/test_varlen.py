@@ -14,12 +14,12 @@ WIDTH = HEADS * HEAD_DIM
 
 
 def cumulative(lengths, device="cpu"):
-    """The cumulative lengths of packed sequences."""
+    """Return the cumulative lengths of packed sequences, as an op takes them."""
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
 def mixes(count):
-    """Random lengths of sequences: of any kind, all equal, all 1, and one sequence alone."""
+    """Yield random lengths of packed sequences: of any kind, all equal, all 1, and one sequence alone."""
     draw = random.Random(0)
     for _ in range(count):
         yield [draw.randint(0, 77) for _ in range(draw.randint(1, 12))]
@@ -43,7 +43,7 @@ def test_each_sequence_has_the_results_of_a_call_of_its_own(causal, device):
 
 
 def run(function, x, grad):
-    """The result and the gradient of a function."""
+    """Return the result and the gradient of an op on packed sequences."""
     x = x.detach().requires_grad_()
     result = function(x)
     result.backward(grad)
@@ -100,12 +100,12 @@ WRONG = {
 
 
 def attend(cu_seqlens):
-    """Attention of nine tokens."""
+    """Call the op for attention on nine packed tokens."""
     return attention(torch.randn(9, 3 * WIDTH), HEADS, cu_seqlens=cu_seqlens)
 
 
 def embed(cu_seqlens):
-    """The embedding of nine tokens."""
+    """Call the op for the embedding of text on nine packed tokens."""
     return text_embed(torch.zeros(9, dtype=torch.int64), torch.randn(5, 8), torch.randn(9, 8), cu_seqlens=cu_seqlens)
 
 

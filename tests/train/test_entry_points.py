@@ -275,5 +275,5 @@ def test_weights_that_are_replaced_need_not_be_there(tmp_path):
     assert torch.equal(other.visual.proj, model.visual.proj)
     with pytest.raises(ValueError, match="holds no weights"):
         create_model(f"local-dir:{tmp_path}")
-    with pytest.raises(ValueError, match="no checkpoint at none: there is no such file"):  # before any read
+    with pytest.raises(ValueError, match="no checkpoint at none: there is no such file"):  # no download is tried
         create_model("hf-hub:org/none", "none")
