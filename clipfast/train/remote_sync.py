@@ -277,7 +277,7 @@ class RemoteCopy:
 
 
 def _step_of(checkpoint: dict[str, Any]) -> int:
-    """Return the number of finished steps in a checkpoint of clipfast; -1 for other checkpoints."""
+    """Return the number of finished training steps in a run's checkpoint; -1 for checkpoints of others."""
     own = checkpoint.get("clipfast")
     progress = own.get("progress") if isinstance(own, dict) else None
     return int(progress["step"]) if isinstance(progress, dict) else -1

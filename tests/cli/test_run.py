@@ -164,7 +164,7 @@ def test_a_class_with_unknown_arguments_stays(monkeypatch):
             super().__init__()
 
         def forward(self, image_features, text_features, logit_scale):
-            """Does nothing."""
+            """Do nothing, in a later loss class of OpenCLIP that ``clipfast run`` finds."""
 
     class SameLoss(LaterLoss):
         def __init__(self, cache_labels=False):

@@ -48,7 +48,7 @@ def bytes_to_float(folder: Path, source: str, target: str, size: int) -> list[Wo
 
 
 def parallel_cross_entropy(folder: Path, vocabulary: int) -> list[Work]:
-    """Launch Liger's vocabulary-parallel cross-entropy on one GPU, forward."""
+    """Launch Liger's vocabulary-parallel cross-entropy on one GPU, forward, to validate its predicted time."""
     with package(folder, "liger-kernel", "0.8.1") as imported:
         Loss = imported("liger_kernel.ops.vocab_parallel_cross_entropy").LigerVocabParallelCEFunction
         logits = half(2048, 4, vocabulary, dtype=BF16)
@@ -58,7 +58,7 @@ def parallel_cross_entropy(folder: Path, vocabulary: int) -> list[Work]:
 
 
 def total_variation(folder: Path, vocabulary: int) -> list[Work]:
-    """Launch Liger's total variation distance, which makes the gradient in the same pass, forward."""
+    """Launch Liger's total variation distance and its gradient, one pass, to validate its predicted time."""
     with package(folder, "liger-kernel", "0.8.0") as imported:
         Loss = imported("liger_kernel.ops.tvd").LigerTVDLossFunction
         shape = (8 * 2048, vocabulary)
@@ -68,7 +68,7 @@ def total_variation(folder: Path, vocabulary: int) -> list[Work]:
 
 
 def sigmoid_pass(folder: Path, pairs: int) -> list[Work]:
-    """Launch siglip-kernel's pass over a chunk of logits once for each chunk."""
+    """Launch siglip-kernel's pass once for each chunk of logits, to validate its predicted time."""
     chunk = 4096
     with package(folder, "siglip-kernel", "0.1.2") as imported:
         one = torch.tensor(1.0)
@@ -128,7 +128,7 @@ def _forward_and_backward(apply: Any, tensors: Iterable[torch.Tensor], *more: An
 
 
 def layer_norm(folder: Path, rows: int, width: int, backward: bool) -> list[Work]:
-    """Launch Liger's LayerNorm in float32."""
+    """Launch Liger's LayerNorm in float32, to validate its predicted time."""
     with package(folder, "liger-kernel", "0.6.0") as imported:
         Norm = imported("liger_kernel.ops.layer_norm").LigerLayerNormFunction
         tensors = [torch.empty(shape, requires_grad=True) for shape in ((rows, width), (width,), (width,))]
@@ -149,7 +149,7 @@ def megatron_rms_norm(folder: Path, rows: int, width: int, both: bool) -> list[W
 
 
 def add_rms_norm(folder: Path, rows: int, width: int, backward: bool) -> list[Work]:
-    """Launch Liger's RMSNorm of a sum in float32; it returns the sum as well."""
+    """Launch Liger's RMSNorm of a sum, which it returns too, in float32, to validate its predicted time."""
     with package(folder, "liger-kernel", "0.8.0") as imported:
         Norm = imported("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction
         shapes = ((1, rows, width), (1, rows, width), (width,))
@@ -159,7 +159,7 @@ def add_rms_norm(folder: Path, rows: int, width: int, backward: bool) -> list[Wo
 
 
 def relu_squared(folder: Path, rows: int, width: int, backward: bool) -> list[Work]:
-    """Launch Liger's squared ReLU in bfloat16."""
+    """Launch Liger's squared ReLU in bfloat16, to validate its predicted time."""
     with package(folder, "liger-kernel", "0.8.0") as imported:
         Activation = imported("liger_kernel.ops.relu_squared").LigerReLUSquaredFunction
         found = _forward_and_backward(Activation.apply, [half(rows, width, dtype=BF16, grad=True)])
