@@ -337,8 +337,8 @@ SPECS = (
         # These shapes have no bias: qkv contains it already, so gradcheck would expect its gradient to be zero.
         small=(
             AttentionShape(2, 9, 2, 8, True, bias=False),
-            AttentionShape(2, 9, 2, 8, lengths=True, bias=False),
             AttentionShape(5, 6, 2, 8, True, varlen=True, bias=False),
+            AttentionShape(2, 9, 2, 8, lengths=True, bias=False),
         ),
         category="attention",
         kernels=KERNELS,

@@ -142,7 +142,7 @@ SPECS = (
         reference=reference.text_embed,
         make=make,
         cases=CASES,
-        small=(TextShape(2, 5, 7, 12), TextShape(5, 4, 7, 12, packed=True)),
+        small=(TextShape(5, 4, 7, 12, packed=True), TextShape(2, 5, 7, 12)),
         category="patch, text input",
         kernels=("_text_embed_fwd_kernel", "_text_embed_packed_kernel", "_segment_sums_kernel"),
         suite="text",
