@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
+from torch._C._dynamo import guards
 from torch.autograd import forward_ad
 
-from .configs import MOST_PLANS, on_change
+from .configs import on_change
 from .launch import triton_runs_on
 
 P = ParamSpec("P")
@@ -21,7 +21,10 @@ BACKENDS = ("auto", "triton", "torch")
 COMPUTED_ON = ("cuda", "cpu", "meta")
 # The classes of tensors that hide nothing: fake tensors and distributed tensors have others.
 PLAIN = (Tensor, torch.nn.Parameter)
-MOST_ALIKE = 8  # kept calls with equal options and an equal size of their first tensor
+# It is private; with a version of PyTorch that lacks it, no call is kept.
+TensorGuards: Any = getattr(guards, "TensorGuards", None)
+MOST_ALIKE = 8  # kept calls with equal options and equal sizes
+MOST_KNOWN = 512  # sizes and options that an op keeps calls of; each takes some 20 KB of host memory
 # The key of ``is_grads_batched``, which vectorises a backward pass without a transform of ``torch.func``.
 LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 # Every eager call asks these. Python finds a global name in half the time of ``torch._C.name``.
@@ -188,8 +191,7 @@ class Op:
         """Call the op; keyword arguments are not taken."""
         if is_watched():
             return self._overload(*args)
-        if self.planner is not None:
-            _check_devices(args)
+        _check_devices(args)
         needs_grad = False
         for x in args:
             if isinstance(x, Tensor):
@@ -228,15 +230,15 @@ class Op:
         if is_dynamo_compiling() or tensors[0].__class__ not in PLAIN:
             return None
         try:
-            found = self._known.get((tensors[0].shape, len(tensors), options), ())
-        except TypeError:  # an option of a wrong type has no hash
+            found = self._known.get((tuple([x.shape for x in tensors]), options), ())
+        except (TypeError, AttributeError):  # an option of a wrong type has no hash, and a list no shape
             return None
         for check, autocast, run, apply in found:
             if check(*tensors):
                 if num_dispatch_modes() or num_function_modes() or profiler_enabled() or forward_ad._current_level >= 0:
                     break  # as in is_observed, whose call would take as long as these questions
                 if autocast is not None and torch.get_autocast_dtype(autocast[0]) is not autocast[1]:
-                    break
+                    continue
                 return apply if apply is not None and is_grad_enabled() else run
         return None
 
@@ -248,11 +250,12 @@ class Op:
                 follows from the options and from the layouts of the tensors.
             args: the arguments of the op.
         """
-        if is_watched():
+        if is_watched() or TensorGuards is None:
             return self
         known = self.find(options, tensors)
         if known is not None:
             return known
+        _check_devices(tensors)
         try:
             hash(options)
         except TypeError:  # a list among the options has no hash
@@ -273,11 +276,11 @@ class Op:
             "dynamic_dims_sizes": [list(x.shape) for x in tensors],
             "dynamic_dims_strides": [list(x.stride()) for x in tensors],
         }
-        guards = TensorGuards(*tensors, **layouts)
-        if len(self._known) >= MOST_PLANS:
-            self._known.clear()
-        key = tensors[0].shape, len(tensors), options
-        self._known[key] = (_Way(guards.check, autocast, run, apply), *self._known.get(key, ()))[:MOST_ALIKE]
+        layout = TensorGuards(*tensors, **layouts)
+        if len(self._known) >= MOST_KNOWN:
+            self._known.pop(next(iter(self._known), None), None)
+        key = tuple([x.shape for x in tensors]), options
+        self._known[key] = (_Way(layout.check, autocast, run, apply), *self._known.get(key, ()))[:MOST_ALIKE]
         return self.find(options, tensors) or self
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._C._dynamo import guards
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# The functions by which compiled code makes tensors.
-_empty_strided_cpu: Any = guards._empty_strided_cpu  # type: ignore[attr-defined]
-_empty_strided_cuda: Any = guards._empty_strided_cuda  # type: ignore[attr-defined]
+# The functions by which compiled code makes tensors; they are private, and another version of PyTorch may lack them.
+_empty_strided_cpu: Any = getattr(guards, "_empty_strided_cpu", None)
+_empty_strided_cuda: Any = getattr(guards, "_empty_strided_cuda", None)
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
@@ -62,9 +62,9 @@ def new_tensors(like: Tensor, shape: Sequence[int] | None = None, dtype: torch.d
     # torch.empty_strided takes two thirds of the time of torch.empty, and these functions a third. But modes do not see
     # them, and on a GPU they take the current device.
     if torch._C._len_torch_dispatch_stack() == 0 and like.__class__ in (Tensor, torch.nn.Parameter):
-        if device.type == "cpu":
+        if device.type == "cpu" and _empty_strided_cpu is not None:
             return functools.partial(_empty_strided_cpu, shape, strides, dtype)
-        if device.type == "cuda" and torch.cuda.device_count() == 1:
+        if device.type == "cuda" and _empty_strided_cuda is not None and torch.cuda.device_count() == 1:
             return functools.partial(_empty_strided_cuda, shape, strides, dtype)
     return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 

@@ -55,6 +55,8 @@ def packing_for(op: str, cu_seqlens: Tensor | Packing, like: Tensor) -> Packing:
     """
     packing = cu_seqlens if isinstance(cu_seqlens, Packing) else pack(cu_seqlens, len(like), op)
     bounds = packing.bounds
+    if bounds.dtype != torch.int32 or bounds.ndim != 2 or len(bounds) != 2 or not bounds.is_contiguous():
+        raise ValueError(f"{op}: cu_seqlens must be an int32 tensor, or the result of kernels.packing.pack")
     if bounds.shape[1] != len(like) or bounds.device != like.device:
         raise ValueError(
             f"{op}: cu_seqlens are of {bounds.shape[1]} tokens on {bounds.device}, "

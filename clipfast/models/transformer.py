@@ -20,12 +20,14 @@ called, so that hooks, adapters and wrapped blocks see what they would see if no
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..kernels import attention, backends, bias_gelu, bias_quick_gelu, text_embed
@@ -74,7 +76,9 @@ class Attention(nn.Module):
 
     def forward_row(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        in_proj: Any = self.in_proj
+        weights, bias = in_proj.weight.chunk(3), in_proj.bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
         out = attend_row(x, rows, self.num_heads, weights, biases, causal=self.causal, backend=self.backend)
         return self.out_proj(out)
 
@@ -236,10 +240,13 @@ def run_plain(
 ) -> tuple[Tensor, Tensor | None]:
     """Run blocks without calling them; return the residual stream and the last branch, as :func:`run_blocks`."""
     whole = whole_blocks(blocks, x)
-    cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole else {}
+    # For a backward pass, all copies of weights are kept anyway. Without one, those of one block are enough.
+    at_once = torch.is_grad_enabled()
+    cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole and at_once else {}
     for block in blocks:
         if block in whole:
-            x, branch = whole_block(x, branch, *whole[block], cast[block])
+            of_block = cast[block] if at_once else cast_blocks([whole[block]])[0]
+            x, branch = whole_block(x, branch, *whole[block], of_block)
         else:
             x, normed = add_norm(x, branch, block.ln_1)
             x, normed = add_norm(x, block.attn(normed), block.ln_2)
@@ -251,22 +258,23 @@ def plain_parameters(block: ResidualAttentionBlock) -> Parameters | None:
     """Return the parameters of a block, or None if calling one of its modules does more than its class does."""
     modules: Any = block._modules
     norm_1, attn, norm_2, mlp = map(modules.get, block.PARTS)
-    if type(attn).forward is not Attention.forward or type(mlp).forward is not MLP.forward:
+    if attn.__class__ is not Attention or mlp.__class__ is not MLP:
         return None
     parts = (attn, mlp, norm_1, norm_2, *map(attn._modules.get, attn.PARTS), *map(mlp._modules.get, mlp.PARTS))
     found: list[Any] = []
     for part, kinds in zip(parts, _KINDS, strict=True):
+        # A module that an adapter, a parametrization or a wrapper has changed is of another class, or has hooks.
+        if part.__class__ not in kinds:
+            return None
         own = part.__dict__
         has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
-        if has_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-        if type(part).forward not in kinds or "forward" in own:
+        if has_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
             return None
         weights = own["_parameters"]
-        if "weight" in weights:
-            found += weights["weight"], weights["bias"]
-        elif part.__class__ is InProjection:
+        if part.__class__ is InProjection:
             found += attn._parameters.get("in_proj_weight"), attn._parameters.get("in_proj_bias")
+        elif part.__class__ in _WITH_WEIGHTS:
+            found += weights.get("weight"), weights.get("bias")
     return Parameters(*found)
 
 
@@ -280,14 +288,9 @@ def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn
 
     Nothing may watch, as for the straight way of one op (``backends.Op``), and all modules of a block must be plain.
     """
-    if (
-        not blocks
-        or backends.is_watched()
-        or x.__class__ not in backends.PLAIN
-        or x.ndim != 3
-        or x.is_meta
-        or x.is_neg()
-    ):
+    if not blocks or _is_watched() or _has_any_global_hook() or x.__class__ not in backends.PLAIN:
+        return {}
+    if x.ndim != 3 or x.is_meta or x.is_neg() or x.numel() == 0:
         return {}
     device, dtype, (_, tokens, width) = x.device, autocast_dtype(x), x.shape
     on_triton = triton_runs_on(device)
@@ -301,7 +304,10 @@ def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn
         norm_1, norm_2, attn, mlp = block.ln_1, block.ln_2, block.attn, block.mlp
         if not norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto":
             continue
-        if autocast_dtype(parameters.w_in) != dtype:
+        of_dtypes = {p.dtype: p for p in parameters[4:]}.values()
+        if any(autocast_dtype(p) != dtype for p in of_dtypes) or width % attn.num_heads:
+            continue
+        if parameters.w_in.shape != (3 * width, width) or parameters.w_out.shape != (width, width):
             continue
         head_dim, gelu = width // attn.num_heads, mlp.gelu
         if head_dim > MAX_HEAD_DIM or takes_sdpa("auto", device, dtype, head_dim, tokens, None, attn.causal):
@@ -325,10 +331,31 @@ def _run_last(block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, r
     return last_row(x, branch, rows, *found, *cast_blocks([found]))
 
 
+_decided = threading.local()  # whether a recomputed function was watched when it was computed first
+
+
+def _is_watched() -> bool:
+    """Return whether something has to see the modules of blocks, or had to when a recomputed one was computed first."""
+    watched: bool | None = getattr(_decided, "watched", None)
+    return backends.is_watched() if watched is None else watched
+
+
 def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> Tensor:
     """Call ``function`` under activation checkpointing: the backward pass recomputes it."""
     if steps.recompute != "selective":
-        return checkpoint(function, *args, use_reentrant=False)
+        if torch.compiler.is_compiling():
+            return checkpoint(function, *args, use_reentrant=False)
+        watched = backends.is_watched()
+
+        def decided(*args: object) -> Tensor:
+            """Compute the function as it was computed first, although a profiler may watch only one of both times."""
+            before, _decided.watched = getattr(_decided, "watched", None), watched
+            try:
+                return function(*args)
+            finally:
+                _decided.watched = before
+
+        return checkpoint(decided, *args, use_reentrant=False)
     kept = functools.partial(create_selective_checkpoint_contexts, list(_KEPT))
     return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
 
@@ -366,10 +393,11 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor, bac
 
 # The dtypes in which the kernels compute, see ``check_float``.
 _ON_TRITON = {torch.float32, torch.float16} | (set() if INTERPRET else {torch.bfloat16})
-# The forward methods of a plain block's modules, in the order of ``plain_parameters``.
+_WITH_WEIGHTS = (LayerNorm, nn.Linear)
+# The classes of a plain block's modules, in the order of ``plain_parameters``.
 _KINDS = (
-    (Attention.forward,), (MLP.forward,), *[(LayerNorm.forward,)] * 2, *[(nn.Linear.forward,)] * 3,
-    (nn.GELU.forward, QuickGELU.forward), (nn.Linear.forward,),
+    (Attention,), (MLP,), *[(LayerNorm,)] * 2, (InProjection, nn.Linear), *[(nn.Linear,)] * 2, (nn.GELU, QuickGELU),
+    (nn.Linear,),
 )  # fmt: skip
 
 # The ops whose results selective checkpointing keeps; it recomputes all others, which are norms and activations.

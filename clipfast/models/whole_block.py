@@ -163,7 +163,8 @@ class _Block(torch.autograd.Function):
         # The dtypes of the gradients, None for a parameter that needs none.
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
         ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
-        ctx.save_for_backward(*saved)
+        # The stream of a first block is a view of x below autograd, which would not notice that x is changed in place.
+        ctx.save_for_backward(*((x, *saved[1:]) if branch is None else saved))
         return results
 
     @staticmethod
@@ -212,7 +213,8 @@ def _backward(
     heads: Tensor, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
-    options, wanted, width = ctx.options, ctx.wanted, s.shape[1]
+    options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
+    s = s.reshape(-1, width)
     grads = grad_t.reshape(-1, width).contiguous(), grad_m.reshape(-1, width).contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, *grads, *of_mlp)
     d_heads, dw_out, db_out = linear_grads(da, heads, w_out, wanted.w_out, wanted.b_out)

@@ -72,7 +72,8 @@ def _backward(
     norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the last block's stream, branch and parameters, from the last equation to the first."""
-    options, wanted, width = ctx.options, ctx.wanted, s.shape[1]
+    options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
+    s = s.reshape(-1, width)
     grad = grad.contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad, grad.to(o.dtype), *of_mlp)
     do, dw_out, db_out = linear_grads(da, o, w_out, wanted.w_out, wanted.b_out)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..backends import below_autograd
 from ..common import contiguous_strides, new_tensors
 from ..launch import Plan, Start, triton_runs_on
 from . import cpu, varlen_cpu, varlen_launches
@@ -53,7 +54,8 @@ def plan_forward(
 
         return run_varlen
     if not triton_runs_on(qkv.device):
-        return cpu.forward_packed(qkv, seqlens, num_heads, causal, scale)
+        # Autograd must not take the output for a view of PyTorch's own result.
+        return below_autograd(cpu.forward_packed(qkv, seqlens, num_heads, causal, scale))
     step = qkv.shape[-1] // 3 * qkv.stride(-1) * qkv.itemsize  # bytes from a query to its key
     out_shape = *qkv.shape[:2], qkv.shape[-1] // 3
     compute = _forward(*views_of(qkv, num_heads), seqlens, causal, scale, out_shape)
@@ -118,9 +120,16 @@ def plan_qkv_forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes attention on separate tensors of a layout."""
     if _is_varlen(seqlens):
-        return _varlen(q).forward
+        module = _varlen(q)
+
+        def run_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+            """Compute attention of sequences of several lengths."""
+            results: tuple[Tensor, Tensor] = module.forward(*_with_near_heads(q, k, v), bounds, causal, scale)
+            return results
+
+        return run_varlen
     if not triton_runs_on(q.device):
-        return cpu.forward
+        return below_autograd(cpu.forward)
     compute = _forward(q, k, v, seqlens, causal, scale, q.shape)
 
     def run(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -153,7 +162,8 @@ def plan_qkv_backward(
         """Compute the gradients of attention with respect to separate queries, keys and values."""
         dq, dk, dv = (new() for new in new_grads)
         if is_varlen:
-            _varlen(q).backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
+            near = _with_near_heads(grad_out, q, k, v)
+            _varlen(q).backward(*near, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
         elif is_triton:
             compute(grad_out, _places_of(q, k, v), out, lse, seqlens, _places_of(dq, dk, dv))
         else:

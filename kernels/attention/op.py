@@ -210,11 +210,13 @@ def attention(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "attention"
-    options = num_heads, num_heads.__class__, causal, causal.__class__, scale, scale.__class__, backend
+    if scale is not None:
+        scale = float(scale)  # a tensor could change, and its value is part of what is kept for a layout
+    options = num_heads, num_heads.__class__, causal, causal.__class__, scale, backend
     if seqlens is None and cu_seqlens is None:
         compute = _attention_fwd.find((True, *options), (qkv,) if bias is None else (qkv, bias))
         if compute is not None:
-            scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
+            scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
             return compute(qkv, bias, None, num_heads, causal, scale)[0]
     _check_packed(op, qkv, num_heads, bias, 3 if cu_seqlens is None else 2)
     seqlens = _check_options(op, causal, scale, seqlens, cu_seqlens, qkv)
@@ -224,7 +226,7 @@ def attention(
             qkv, num_heads, causal=causal, scale=scale, seqlens=seqlens, cu_seqlens=cu_seqlens, bias=bias
         )
     head_dim = _check_head_dim(op, "qkv", qkv, qkv.shape[-1] // (3 * num_heads))
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = head_dim**-0.5 if scale is None else scale
     if cu_seqlens is not None:
         bounds = packing_for(op, cu_seqlens, qkv).bounds
         return _attention_fwd(qkv[None], bias, bounds, num_heads, causal, scale)[0][0]
@@ -269,11 +271,13 @@ def attention_qkv(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "attention_qkv"
-    options = causal, causal.__class__, scale, scale.__class__, backend
+    if scale is not None:
+        scale = float(scale)
+    options = causal, causal.__class__, scale, backend
     if seqlens is None and cu_seqlens is None:
         compute = _attention_qkv_fwd.find((True, *options), (q, k, v))
         if compute is not None:
-            return compute(q, k, v, None, causal, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+            return compute(q, k, v, None, causal, q.shape[-1] ** -0.5 if scale is None else scale)[0]
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, x, 4 if cu_seqlens is None else 3)
         check_like(op, name, x, "q", q)
@@ -290,7 +294,7 @@ def attention_qkv(
     if uses_reference(op, backend, q):
         return reference.attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens, cu_seqlens=cu_seqlens)
     head_dim = _check_head_dim(op, "q", q, q.shape[-1])
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = head_dim**-0.5 if scale is None else scale
     if cu_seqlens is not None:
         bounds = packing_for(op, cu_seqlens, q).bounds
         return _attention_qkv_fwd(q[None], k[None], v[None], bounds, causal, scale)[0][0]

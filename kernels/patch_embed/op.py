@@ -244,7 +244,7 @@ def patch_embed(
     if keep is None and mean.__class__ is std.__class__ is tuple:
         compute = _patch_embed_fwd.find(options, tensors)
         if compute is not None:
-            return compute(*tensors, None, mean, std, None)
+            return compute(*tensors, None, list(map(float, mean)), list(map(float, std)), None)
     check_tensor(op, "images", images, 4, also=(torch.uint8,))
     check_tensor(op, "weight", weight, 4)
     check_tensor(op, "class_embedding", class_embedding, 1)

@@ -5,6 +5,7 @@ import weakref
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -185,3 +186,24 @@ def test_an_odd_address_is_left_to_triton():
         assert not started
         assert start.at(32, 0, 16)
     assert started[0][-3:] == (32, 0, 16)
+
+
+def test_a_scale_that_changes_is_seen():
+    qkv, scale = torch.randn(1, 4, 24), torch.tensor(0.5)
+    attention(qkv, 1, scale=scale)
+    scale.fill_(3)
+    assert torch.equal(attention(qkv, 1, scale=scale), attention(qkv, 1, scale=3.0))
+
+
+def test_later_calls_take_the_checked_mean_and_std():
+    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    inputs = images, torch.randn(5, 3, 4, 4), torch.randn(5), torch.randn(5, 5)
+    mean, std = (tuple(np.array(values, np.float16)) for values in ((0.48, 0.45, 0.4), (0.26, 0.27, 0.28)))
+    first, later = (patch_embed(*inputs, mean=mean, std=std) for _ in range(2))
+    assert torch.equal(first, later)
+
+
+def test_the_output_of_attention_may_be_changed_in_place():
+    with torch.no_grad():
+        out = attention(torch.randn(1, 4, 24), 1)
+    out.mul_(torch.ones(8, requires_grad=True)).sum().backward()

@@ -1,7 +1,11 @@
 """A block as one autograd function has the values, gradients and memory of its modules, and gives way to them."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.utils.flop_counter
 from torch import nn
 
 from clipfast.bench.stub.counts import Ops
@@ -184,6 +188,81 @@ def test_strided_parameters_and_negated_inputs_go_through_the_modules(calls):
     block.ln_1.weight = nn.Parameter(block.ln_1.weight.detach().repeat_interleave(2)[::2])
     torch.testing.assert_close(block(-x), expected)
     assert not calls
+
+
+class Half(nn.Module):
+    """A parametrization of a block's weight."""
+
+    def forward(self, x):
+        return x / 2
+
+
+def test_changed_modules_and_parameters_are_called(calls):
+    x = torch.randn(2, TOKENS, WIDTH)
+    halved, expected = random_block(), random_block()
+    torch.nn.utils.parametrize.register_parametrization(halved.mlp.c_fc, "weight", Half())
+    expected.mlp.c_fc.weight.data /= 2
+    torch.testing.assert_close(halved(x), expected(x))
+    calls.clear()
+    pruned = random_block()
+    pruned.attn.num_heads, pruned.attn.out_proj = 1, nn.Linear(WIDTH // 2, WIDTH)
+    pruned.attn.in_proj_weight = nn.Parameter(torch.randn(3 * WIDTH // 2, WIDTH))
+    pruned.attn.in_proj_bias = nn.Parameter(torch.zeros(3 * WIDTH // 2))
+    assert pruned(x).shape == x.shape
+    mixed = random_block()
+    mixed.mlp.c_fc.double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        mixed(x)
+    assert random_block()(x[:0]).shape == (0, TOKENS, WIDTH)
+    seen = []
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
+        random_block()(x)
+    assert nn.Linear in seen
+    assert not calls
+
+
+def test_a_replaced_projection_is_used_for_the_row_too():
+    tower, x = Transformer(WIDTH, 2, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+    tower.resblocks[-1].attn.in_proj = nn.Linear(WIDTH, 3 * WIDTH)
+    expected = tower(x)[:, 0]
+    torch.testing.assert_close(read_rows(tower, x), expected)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        torch.testing.assert_close(read_rows(tower, x), expected)
+
+
+def test_an_input_that_is_changed_before_the_backward_pass_is_refused():
+    block, x = random_block(), torch.randn(2, TOKENS, WIDTH)
+    out = block(x).square().sum()
+    x.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_a_profiler_may_watch_one_pass_of_a_recomputed_tower(watched):
+    tower, x = Transformer(WIDTH, 2, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+    tower.grad_checkpointing = True
+
+    def profiled(when):
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        return torch.profiler.profile(activities=cpu) if when == watched else contextlib.nullcontext()
+
+    with profiled("forward"):
+        out = tower(x.requires_grad_()).square().sum()
+    with profiled("backward"):
+        out.backward()
+    assert x.grad.any()
+
+
+def test_without_gradients_one_block_is_cast_at_a_time():
+    tower, x = Transformer(WIDTH, 4, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+    cast, function = [], transformer.cast_blocks
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(transformer, "cast_blocks", lambda blocks: cast.append(len(blocks)) or function(blocks))
+        tower(x)
+        with torch.no_grad():
+            tower(x)
+    assert cast == [4, 1, 1, 1, 1]
 
 
 def test_checkpointing_recomputes_a_whole_block(calls):
