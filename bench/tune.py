@@ -90,6 +90,8 @@ def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
     sizes = target.shape.to_dict()
     head_dim = sizes.get("head_dim")
     num_keys = sizes["tokens"] if tunable.kind in (configs.ShortConfig, configs.LoopedConfig) else None
+    if sizes.get("varlen"):  # sequences of several lengths
+        num_keys = None
     if num_keys is not None and num_keys > configs.NUM_KEYS[-1]:
         num_keys = None
     width = sizes["width"] if tunable.per_width else None

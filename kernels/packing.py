@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_integers
+from .launch import triton_runs_on
 
 
 class Packing(NamedTuple):
@@ -37,7 +38,7 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     check_integers(op, "cu_seqlens", cu_seqlens, (torch.int32,))
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{op}: cu_seqlens must be [B + 1], got shape {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not triton_runs_on(cu_seqlens.device) and not cu_seqlens.is_meta and not torch.compiler.is_compiling():
         _check_values(op, cu_seqlens.tolist(), total)
     ends = cu_seqlens.clamp(0, total)
     tokens = torch.arange(total, dtype=torch.int32, device=ends.device)

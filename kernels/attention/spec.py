@@ -317,6 +317,10 @@ LONG = tuple(
     Tunable(f"attention_{kernel}", f"_{kernel}_kernel", LoopedConfig)
     for kernel in ("looped_fwd", "query_bwd", "key_bwd")
 )
+VARLEN = tuple(
+    Tunable(f"attention_varlen_{kernel}", f"_varlen_{kernel}_kernel", LoopedConfig)
+    for kernel in ("fwd", "query_bwd", "key_bwd")
+)
 SHORT = (
     Tunable("attention_short_bwd", "_short_bwd_kernel", ShortConfig),
     Tunable("attention_short_fwd", "_short_fwd_kernel", ShortConfig),
@@ -352,6 +356,7 @@ SPECS = (
             Target("attention-128", AttentionShape(64, 577, 16, 104), LONG),
             Target("attention-50", AttentionShape(1024, 50, 12, 64), SHORT),
             Target("attention-77", AttentionShape(1024, 77, 8, 64, True), (UNROLLED, SHORT[1])),
+            Target("attention-varlen", AttentionShape(1024, 77, 8, 64, True, varlen=True), VARLEN),
             Target("attention-257", AttentionShape(256, 257, 16, 64), LONG[:2]),
         ),
         small_tiles=small_blocks,

@@ -135,6 +135,7 @@ TUNED = (
     Tunable("text_embed_bwd", "_segment_sums_kernel", RowConfig),
     Tunable("text_embed_fwd", "_text_embed_fwd_kernel", RowConfig),
 )
+PACKED = (Tunable("text_embed_packed", "_text_embed_packed_kernel", RowConfig),)
 
 SPECS = (
     OpSpec(
@@ -164,7 +165,10 @@ SPECS = (
             Shipped("packed fp32 table N768", TextShape(128, 77, 49408, 768, packed=True), autocast=True),
             Shipped("N512", TextShape(128, 77, 49408, 512), ("fp32",)),
         ),
-        targets=(Target("text_embed", TextShape(1024, 77, 49408, 512), TUNED),),
+        targets=(
+            Target("text_embed", TextShape(1024, 77, 49408, 512), TUNED),
+            Target("text_embed-packed", TextShape(1024, 77, 49408, 512, packed=True), PACKED),
+        ),
         small_tiles=small_chunks,
     ),
 )
