@@ -81,7 +81,7 @@ class Found(NamedTuple):
     kernels: int
 
 
-# What was found for each candidate by its name, or why there is nothing.
+# The times that were found, by the name of the candidate; a string says why a candidate has none.
 Findings = dict[str, Found | str]
 
 
@@ -146,7 +146,7 @@ def _row_of_op(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> 
     case = ops.build(spec, shape.to_dict(), dtype, device)
     kept = [one for one in case.candidates if "compiled" not in one.name and not one.name.startswith("SDPA")]
     # SDPA takes no lengths. It runs without the context that chooses a backend, which takes time of its own.
-    if spec.name == "attention" and "lengths" not in shape.to_dict():
+    if spec.name == "attention" and not {"lengths", "varlen"} & shape.to_dict().keys():
         options = spec.call(shape, "", Draw(device="meta", empty=True), DTYPES[dtype]).options
         kept.append(Candidate("SDPA", lambda: rivals.sdpa(None, options["num_heads"], options.get("causal", False))))
     case = dataclasses.replace(case, candidates=tuple(kept))

@@ -89,9 +89,8 @@ def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
     """Return the key of the table entry that the tuner determines."""
     sizes = target.shape.to_dict()
     head_dim = sizes.get("head_dim")
-    num_keys = sizes["tokens"] if tunable.kind in (configs.ShortConfig, configs.LoopedConfig) else None
-    if sizes.get("varlen"):  # sequences of several lengths
-        num_keys = None
+    has_length = tunable.kind in (configs.ShortConfig, configs.LoopedConfig) and not tunable.any_length
+    num_keys = sizes["tokens"] if has_length else None
     if num_keys is not None and num_keys > configs.NUM_KEYS[-1]:
         num_keys = None
     width = sizes["width"] if tunable.per_width else None

@@ -130,6 +130,8 @@ class Op:
         @functools.wraps(run)
         def implementation(*args: Any) -> Any:
             """Run the op's implementation as PyTorch calls it for a backend."""
+            if self.planner is not None:
+                _check_devices(args)
             return self._run_below(*args)
 
         devices = ("cuda", "cpu")
@@ -207,8 +209,6 @@ class Op:
 
     def _run_below(self, *args: Any) -> Any:
         """Run the implementation without autocast and below autograd."""
-        if self.planner is not None:
-            _check_devices(args)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
             return self.run(*args)
 

@@ -11,7 +11,7 @@ from .launch import triton_runs_on
 
 
 class Packing(NamedTuple):
-    """Where each of B sequences lies among T tokens, for many calls with the same sequences; :func:`pack` makes it.
+    """The places of B sequences among T tokens, for many calls with the same sequences; :func:`pack` makes it.
 
     Attributes:
         cu_seqlens: int32 [B + 1], the cumulative lengths: sequence b has the tokens ``cu_seqlens[b]`` to

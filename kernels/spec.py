@@ -8,6 +8,7 @@ compiler and the tests iterate over what it returns, and keep no list of ops.
 import dataclasses
 import functools
 import importlib
+import itertools
 import pkgutil
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,11 @@ def lengths_of(batch: int, most: int) -> list[int]:
     draw = random.Random(most)
     others = (3 + int(draw.expovariate(1 / (MEAN_LENGTH - 3))) for _ in range(batch))
     return [most, 1, 0, *(min(length, most) for length in others)][:batch]
+
+
+def cu_seqlens_of(lengths: Sequence[int], draw: Draw) -> Tensor:
+    """Return the cumulative lengths of sequences, int32 [B + 1], on the device of the other inputs of a case."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=draw.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +273,7 @@ class Tunable:
         kind: class of its configurations.
         axes: the values to search for some fields, if they are not the tuner's usual ones.
         per_width: whether the tables have separate entries for separate widths of rows.
+        any_length: whether its entries in the tables serve sequences of any number of keys.
         small_tiles: whether its tiles have too few rows for the largest matrix units.
     """
 
@@ -275,6 +282,7 @@ class Tunable:
     kind: type[Config]
     axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     per_width: bool = False
+    any_length: bool = False
     small_tiles: bool = False
 
     @classmethod

@@ -17,7 +17,7 @@ from ..backends import below_autograd
 from ..common import contiguous_strides, new_tensors
 from ..launch import Plan, Start, triton_runs_on
 from . import cpu, varlen_cpu, varlen_launches
-from .launches import BackwardPlan, backward_plan, forward_plan, head_parts
+from .launches import BackwardPlan, backward_plan, forward_plan, grad_of_bias, head_parts
 
 # The places of the queries, keys and values of a call: their addresses, and the function that returns the tensors.
 Places = tuple[tuple[int, int, int], Callable[[], tuple[Tensor, Tensor, Tensor]]]
@@ -40,19 +40,51 @@ def _varlen(x: Tensor) -> ModuleType:
     return varlen_launches if triton_runs_on(x.device) else varlen_cpu
 
 
+def _varlen_forward(
+    qkv: Tensor, bias: Tensor | None, bounds: Tensor, num_heads: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute attention on a packed projection of sequences of several lengths."""
+    out, lse = _varlen(qkv).forward(*views_of(qkv, num_heads), bounds, causal, scale)
+    return out.flatten(2), lse
+
+
+def _varlen_backward(
+    grad_out: Tensor, qkv: Tensor, bounds: Tensor, out: Tensor, lse: Tensor,
+    num_heads: int, causal: bool, scale: float, with_bias: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Compute the gradients of attention on a packed projection of sequences of several lengths, and of its bias."""
+    views, grad_qkv = views_of(qkv, num_heads), qkv.new_empty(qkv.shape)
+    grad_out, out = grad_out.reshape(views[0].shape), out.view(views[0].shape)
+    grads = views_of(grad_qkv, num_heads)
+    grad_bias = _varlen(qkv).backward(grad_out, *views, out, lse, bounds, causal, scale, grads, with_bias)
+    return grad_qkv, None if grad_bias is None else grad_bias.flatten()
+
+
+def _varlen_qkv_forward(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute attention on separate tensors of sequences of several lengths."""
+    results: tuple[Tensor, Tensor] = _varlen(q).forward(*_with_near_heads(q, k, v), bounds, causal, scale)
+    return results
+
+
+def _varlen_qkv_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, out: Tensor, lse: Tensor,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of attention on separate tensors of sequences of several lengths."""
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    near = _with_near_heads(grad_out, q, k, v)
+    _varlen(q).backward(*near, out, lse, bounds, causal, scale, grads, False)
+    return grads
+
+
 def plan_forward(
     qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes attention on packed projections of a layout."""
     if _is_varlen(seqlens):
-        module = _varlen(qkv)
-
-        def run_varlen(qkv: Tensor, bias: Tensor | None, bounds: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-            """Compute attention on a packed projection of sequences of several lengths."""
-            out, lse = module.forward(*views_of(qkv, num_heads), bounds, causal, scale)
-            return out.flatten(2), lse
-
-        return run_varlen
+        return _varlen_forward
     if not triton_runs_on(qkv.device):
         # Autograd must not take the output for a view of PyTorch's own result.
         return below_autograd(cpu.forward_packed(qkv, seqlens, num_heads, causal, scale))
@@ -80,19 +112,7 @@ def plan_backward(
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
     """Return the function that computes the gradients of packed projections of a layout and of their bias."""
     if _is_varlen(seqlens):
-        module = _varlen(qkv)
-
-        def run_varlen(
-            grad_out: Tensor, qkv: Tensor, bounds: Tensor, out: Tensor, lse: Tensor, *_: Any
-        ) -> tuple[Tensor, Tensor | None]:
-            """Compute the gradients of attention on a packed projection of sequences of several lengths."""
-            views, grad_qkv = views_of(qkv, num_heads), qkv.new_empty(qkv.shape)
-            grad_out, out = grad_out.reshape(views[0].shape), out.view(views[0].shape)
-            grads = views_of(grad_qkv, num_heads)
-            grad_bias = module.backward(grad_out, *views, out, lse, bounds, causal, scale, grads, with_bias)
-            return grad_qkv, None if grad_bias is None else grad_bias.flatten()
-
-        return run_varlen
+        return _varlen_backward
     if not triton_runs_on(qkv.device):
         return cpu.backward_packed(qkv, seqlens, num_heads, causal, scale, with_bias)
     views, width = views_of(qkv, num_heads), qkv.shape[-1] // 3
@@ -120,14 +140,7 @@ def plan_qkv_forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes attention on separate tensors of a layout."""
     if _is_varlen(seqlens):
-        module = _varlen(q)
-
-        def run_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-            """Compute attention of sequences of several lengths."""
-            results: tuple[Tensor, Tensor] = module.forward(*_with_near_heads(q, k, v), bounds, causal, scale)
-            return results
-
-        return run_varlen
+        return _varlen_qkv_forward
     if not triton_runs_on(q.device):
         return below_autograd(cpu.forward)
     compute = _forward(q, k, v, seqlens, causal, scale, q.shape)
@@ -149,9 +162,10 @@ def plan_qkv_backward(
     causal: bool, scale: float,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Return the function that computes the gradients of attention on separate tensors of a layout."""
+    if _is_varlen(seqlens):
+        return _varlen_qkv_backward
     new_grads = [new_tensors(x) for x in (q, k, v)]
-    is_varlen = _is_varlen(seqlens)
-    is_triton = triton_runs_on(q.device) and not is_varlen
+    is_triton = triton_runs_on(q.device)
     if is_triton:
         grad_strides = tuple([contiguous_strides(x.shape) for x in (q, k, v)])
         compute = _backward(grad_out, q, k, v, seqlens, causal, scale, grad_strides, False)
@@ -161,10 +175,7 @@ def plan_qkv_backward(
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the gradients of attention with respect to separate queries, keys and values."""
         dq, dk, dv = (new() for new in new_grads)
-        if is_varlen:
-            near = _with_near_heads(grad_out, q, k, v)
-            _varlen(q).backward(*near, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
-        elif is_triton:
+        if is_triton:
             compute(grad_out, _places_of(q, k, v), out, lse, seqlens, _places_of(dq, dk, dv))
         else:
             cpu.backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv))
@@ -263,7 +274,7 @@ def _backward(
         if not start.at(*at, at_sums, at_sums + sums.nbytes // 2):
             tensors = (out, grad_out) if of_out else (grad_out,)
             start(*places[1](), *tensors, lse, seqlens, *of_grads[1](), *sums.unbind(0))
-        return _grad_of_bias(sums) if with_sums else None
+        return grad_of_bias(sums) if with_sums else None
 
     return compute
 
@@ -285,18 +296,7 @@ def _start_backward(
         keys, queries = _tiles(how.tiles[0], k, v), _tiles(how.tiles[1], q, grad_out)
         of_query.start(q, k, v, *keys, out, grad_out, lse, seqlens, stats, grads[0], of_q)
         of_key.start(q, k, v, grad_out, *queries, stats, seqlens, *grads[1:], of_v)
-    return _grad_of_bias(sums) if with_sums else None
-
-
-def _grad_of_bias(sums: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Return the gradient of a bias on the projection from the sums of dq and of dv."""
-    grad_bias = sums[0].new_zeros((3, sums[0].shape[-1]))
-    if isinstance(sums, Tensor):
-        torch.sum(sums, 1, out=grad_bias[::2])
-    else:
-        for rows, total in zip(sums, (grad_bias[0], grad_bias[2]), strict=True):
-            torch.sum(rows.flatten(0, 1), 0, out=total)
-    return grad_bias
+    return grad_of_bias(sums) if with_sums else None
 
 
 def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> Tensor | tuple[Tensor, Tensor]:

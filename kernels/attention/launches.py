@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..common import LOG2E, cdiv, next_power_of_2
 from ..configs import ShortConfig, looped_config, planned, sdpa_config, short_config
@@ -67,7 +68,7 @@ def forward_plan(
     batch, m, heads, head_dim = q_shape
     arch = arch_of(device)
     numbers = (m, n, heads, *itertools.chain(*strides), scale * LOG2E)
-    options = _options(head_dim, strides, has_seqlens, causal)
+    options = kernel_options(head_dim, strides, has_seqlens, causal)
     short = short_config("attention_short_fwd", arch, dtype, head_dim, n)
     if short is not None:
         options |= {"BLOCK_M": short.block_m, "N_PARTS": _parts(n)}
@@ -109,7 +110,7 @@ def backward_plan(
     batch, m, heads, head_dim = q_shape
     scales = scale * LOG2E, scale
     of_grads = (*grad_strides[0][:2], *grad_strides[1][:2])
-    options = _options(head_dim, (*strides, *grad_strides), has_seqlens, causal) | {"HAS_SUMS": with_sums}
+    options = kernel_options(head_dim, (*strides, *grad_strides), has_seqlens, causal) | {"HAS_SUMS": with_sums}
     unrolled, short = _of_whole_heads(arch_of(device), dtype, head_dim, m, n)
     numbers = (m, n, heads, *itertools.chain(*strides), *of_grads, *scales)
     grid = (batch * heads,)
@@ -154,6 +155,17 @@ def _two_phases(
     return BackwardPlan("two_phase", (first, second), (num_m, num_n), rows, tiles)
 
 
+def grad_of_bias(sums: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return the gradient of a bias on the projection from the sums of dq and of dv."""
+    grad_bias = sums[0].new_zeros((3, sums[0].shape[-1]))
+    if isinstance(sums, Tensor):
+        torch.sum(sums, 1, out=grad_bias[::2])
+    else:
+        for rows, total in zip(sums, (grad_bias[0], grad_bias[2]), strict=True):
+            torch.sum(rows.flatten(0, 1), 0, out=total)
+    return grad_bias
+
+
 def _of_whole_heads(
     arch: int, dtype: torch.dtype, head_dim: int, m: int, n: int
 ) -> tuple[ShortConfig | None, ShortConfig | None]:
@@ -164,7 +176,9 @@ def _of_whole_heads(
     return unrolled, short_config("attention_short_bwd", arch, dtype, head_dim, n)
 
 
-def _options(head_dim: int, strides: tuple[tuple[int, ...], ...], has_seqlens: bool, causal: bool) -> dict[str, Any]:
+def kernel_options(
+    head_dim: int, strides: tuple[tuple[int, ...], ...], has_seqlens: bool, causal: bool
+) -> dict[str, Any]:
     """Return the compile-time constants that all attention kernels take for tensors [B, N, H, D] with these strides."""
     # Every head begins at a multiple of this number of elements.
     multiple = math.gcd(8, head_dim, *(stride for each in strides for stride in (each[0], each[2])))

@@ -4,7 +4,6 @@ They list sizes, inputs, cases, floors, and the calls that the offline compiler 
 """
 
 import dataclasses
-import itertools
 from contextlib import AbstractContextManager
 
 import torch
@@ -26,6 +25,7 @@ from ..spec import (
     Shipped,
     Target,
     Tunable,
+    cu_seqlens_of,
     lengths_of,
     on,
 )
@@ -94,8 +94,7 @@ def make(shape: AttentionShape, values: str, draw: Draw) -> Call:
     if shape.varlen:
         lengths = lengths_of(shape.batch, shape.tokens)
         total = sum(lengths) + UNUSED
-        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=draw.device)
-        inputs = {"qkv": draw.normal(total, 3 * width), "cu_seqlens": cu_seqlens}
+        inputs = {"qkv": draw.normal(total, 3 * width), "cu_seqlens": cu_seqlens_of(lengths, draw)}
         if shape.bias:
             inputs["bias"] = draw.normal(3 * width)
         return Call(inputs, (draw.normal(total, width),), {"num_heads": shape.heads, "causal": shape.causal})
@@ -318,7 +317,7 @@ LONG = tuple(
     for kernel in ("looped_fwd", "query_bwd", "key_bwd")
 )
 VARLEN = tuple(
-    Tunable(f"attention_varlen_{kernel}", f"_varlen_{kernel}_kernel", LoopedConfig)
+    Tunable(f"attention_varlen_{kernel}", f"_varlen_{kernel}_kernel", LoopedConfig, any_length=True)
     for kernel in ("fwd", "query_bwd", "key_bwd")
 )
 SHORT = (

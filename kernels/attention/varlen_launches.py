@@ -8,7 +8,7 @@ from torch import Tensor
 from ..common import LOG2E, cdiv
 from ..configs import looped_config, planned
 from ..launch import Plan, arch_of
-from .launches import _options
+from .launches import grad_of_bias, kernel_options
 from .varlen import _varlen_fwd_kernel, _varlen_key_bwd_kernel, _varlen_query_bwd_kernel
 
 
@@ -51,12 +51,7 @@ def backward(
     sums = torch.empty((num_m + num_n, width if with_sums else 0), dtype=torch.float32, device=q.device)
     of_query.start(q, k, v, bounds, out, grad_out, lse, delta, grads[0], sums[:num_m])
     of_key.start(q, k, v, bounds, grad_out, lse, delta, *grads[1:], sums[num_m:])
-    if not with_sums:
-        return None
-    grad_bias = torch.zeros((3, width), dtype=torch.float32, device=q.device)
-    torch.sum(sums[:num_m], 0, out=grad_bias[0])
-    torch.sum(sums[num_m:], 0, out=grad_bias[2])
-    return grad_bias
+    return grad_of_bias((sums[None, :num_m], sums[None, num_m:])) if with_sums else None
 
 
 @planned
@@ -92,5 +87,5 @@ def _steps(strides: tuple[tuple[int, ...], ...]) -> itertools.chain[int]:
 
 def _varlen_options(head_dim: int, strides: tuple[tuple[int, ...], ...], causal: bool) -> dict[str, object]:
     """Return the compile-time constants that all kernels on packed sequences take."""
-    options = _options(head_dim, strides, False, causal)
+    options = kernel_options(head_dim, strides, False, causal)
     return {name: options[name] for name in ("HEAD_DIM", "D_PARTS", "MULTIPLE", "IS_CAUSAL")}

@@ -115,6 +115,23 @@ def _whole(loss_and_gradients: Callable[..., Any], loss_of: Callable[..., Tensor
     return None if found is None else found[0]
 
 
+def _are_exact(sums: Tensor) -> bool:
+    """Return whether sums of powers keep their digits in a contrastive loss without a shift of the logits."""
+    least, largest = (extreme.item() for extreme in torch.aminmax(sums))
+    return least >= LEAST_SUM and largest <= min(LARGEST_SUM, LARGEST_RATIO * least)
+
+
+def _gradients_of_rows(powers: Tensor, positive: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a cross-entropy over rows with respect to the logits of others, and of the pairs.
+
+    Args:
+        powers: [M, N], the powers of the logits with zeros for the pairs; they become the gradients.
+        positive, others: [M], the power of each row's pair, and the sum of the others; both are overwritten.
+    """
+    inv_denom = positive.add_(others).reciprocal_()
+    return powers.mul_(inv_denom.unsqueeze(1)), others.mul_(inv_denom).neg_()
+
+
 @below_autograd
 def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool = True) -> tuple[Tensor, ...] | None:
     """Return the loss and, if they are wanted, the gradients of x, y and the scale; None if another shift is needed."""
@@ -126,8 +143,7 @@ def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool 
     diagonal.zero_()
     row_sum, col_sum = powers.sum(1), powers.sum(0)
     sums = torch.cat((row_sum, col_sum, positive))
-    least, largest = (extreme.item() for extreme in torch.aminmax(sums))
-    if not (least >= LEAST_SUM and largest <= min(LARGEST_SUM, LARGEST_RATIO * least)):
+    if not _are_exact(sums):
         return None
     others = sums.view(3, -1)[:2]
     loss = (others / positive).log1p_().sum().mul_(coefficient)
@@ -174,15 +190,12 @@ def _nt_xent_loss_and_gradients(views: Tensor, logit_scale: Tensor, wanted: bool
     upper.zero_()
     lower.zero_()
     others = powers.sum(1)
-    least, largest = (extreme.item() for extreme in torch.aminmax(torch.cat((others, positive))))
-    if not (least >= LEAST_SUM and largest <= min(LARGEST_SUM, LARGEST_RATIO * least)):
+    if not _are_exact(torch.cat((others, positive))):
         return None
     loss = (others / positive).log1p_().sum().mul_(1 / count)
     if not wanted:
         return (loss,)
-    inv_denom = positive.add_(others).reciprocal_()
-    G = powers.mul_(inv_denom.unsqueeze(1))
-    one_minus_p = others.mul_(inv_denom).neg_()
+    G, one_minus_p = _gradients_of_rows(powers, positive, others)
     upper.copy_(one_minus_p[: count // 2])
     lower.copy_(one_minus_p[count // 2 :])
     of_rows = torch.addmm(views, G, views, beta=0, alpha=1 / count)
@@ -205,15 +218,12 @@ def _info_nce_loss_and_gradients(
     else:
         positive = torch.linalg.vecdot(query, key).mul_(scale).exp_()
     others = powers.sum(1)
-    least, largest = (extreme.item() for extreme in torch.aminmax(torch.cat((others, positive))))
-    if not (least >= LEAST_SUM and largest <= min(LARGEST_SUM, LARGEST_RATIO * least)):
+    if not _are_exact(torch.cat((others, positive))):
         return None
     loss = (others / positive).log1p_().sum().mul_(1 / n)
     if not wanted:
         return (loss,)
-    inv_denom = positive.add_(others).reciprocal_()
-    G = powers.mul_(inv_denom.unsqueeze(1))
-    one_minus_p = others.mul_(inv_denom).neg_()
+    G, one_minus_p = _gradients_of_rows(powers, positive, others)
     if in_batch:
         diagonal.copy_(one_minus_p)
     query_grad = torch.addmm(query, G, candidates, beta=0, alpha=1 / n)

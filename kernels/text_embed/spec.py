@@ -1,7 +1,6 @@
 """The specification of the text embedding: sizes, inputs, cases, floor, and the calls that are compiled offline."""
 
 import dataclasses
-import itertools
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,6 +20,7 @@ from ..spec import (
     Shipped,
     Target,
     Tunable,
+    cu_seqlens_of,
     lengths_of,
     on,
 )
@@ -70,8 +70,7 @@ def make(shape: TextShape, values: str, draw: Draw) -> Call:
         "positional_embedding": draw.normal(shape.tokens, shape.width),
     }
     if shape.packed:
-        lengths = lengths_of(shape.batch, shape.tokens)
-        inputs["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=draw.device)
+        inputs["cu_seqlens"] = cu_seqlens_of(lengths_of(shape.batch, shape.tokens), draw)
     return Call(inputs, (draw.normal(*size, shape.width),))
 
 

@@ -291,7 +291,7 @@ def test_autocast_casts_in_few_launches():
         out.sum().backward()
     # In each block: two norms, attention and activation, and four products. One launch casts all weights.
     assert forward <= 5 * 8 + 2
-    # As many kernels, twice the products, the sums of six biases and norms, the zeros of the keys' bias, and the cast.
+    # The backward pass starts as many kernels, twice the products, six sums, the zeros of the keys' bias, and the cast.
     assert len(launches) + ops.count - forward <= 5 * (4 + 8 + 6 + 1 + 1) + 3
 
 
