@@ -47,6 +47,7 @@ _NAMES = {
     "search.embeddings": ("Embeddings",),
     "train.graphs": ("graphed",),
     "losses.siglip_loss": ("SigLipLoss",),
+    "models.packed_text": ("PackedText", "pack_texts"),
     "models.tokenizer": ("Tokenizer", "tokenize"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

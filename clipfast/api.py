@@ -45,6 +45,7 @@ from .models import CLIP, SigLIP, add_model_config, dense_features, get_model_co
 from .models.aug_cfg import image_transform
 from .models.file_tokenizer import FileTokenizer
 from .models.images import ImageError, open_image
+from .models.packed_text import PackedText, pack_texts
 from .models.tokenizer import Tokenizer, tokenize
 from .search.embeddings import Embeddings
 from .train.graphs import graphed
@@ -62,6 +63,7 @@ __all__ = [
     "Embeddings",
     "FileTokenizer",
     "ImageError",
+    "PackedText",
     "SigLIP",
     "SigLipLoss",
     "Tokenizer",
@@ -101,6 +103,7 @@ __all__ = [
     "load_checkpoint",
     "nt_xent_loss",
     "open_image",
+    "pack_texts",
     "patch_embed",
     "recall_at",
     "report_kernels",

@@ -300,12 +300,16 @@ def registered(name: str) -> Callable[[Callable[..., Any]], Op]:
 
 def is_watched() -> bool:
     """Return whether something in this thread has to see the registered op instead of its implementation."""
+    return is_traced() or is_observed()
+
+
+def is_traced() -> bool:
+    """Return whether a compiler, a transform or a tracer sees the calls of this thread instead of values."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._dispatch_tls_is_dispatch_key_included(LEGACY_VMAP)
         or torch._C._get_tracing_state() is not None
-        or is_observed()
     )
 
 

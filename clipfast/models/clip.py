@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
-from .layers import LayerNorm, lowered
+from .layers import LayerNorm, is_plain, lowered
 from .model_config import CLIPConfig
+from .packed_text import PackedText, pack_if_shorter
 from .resnet import AttentionPool2d, ModifiedResNet
-from .transformer import MLP, Attention, Transformer, embed_text, read_rows
+from .texts import check_text, embed_text
+from .transformer import MLP, Attention, Transformer, read_rows, takes_packed
 from .vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -32,6 +34,7 @@ class CLIP(nn.Module):
 
     backend = "auto"
     reads_padding = False  # whether features depend on the padding of a text
+    pack_text = True  # whether texts are computed without their padding
 
     def __init__(self, config: CLIPConfig, *, output_dict: bool = False) -> None:
         super().__init__()
@@ -78,12 +81,14 @@ class CLIP(nn.Module):
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(self, text: Tensor | PackedText, normalize: bool = False) -> Tensor:
         """Compute the features of texts, read at their end-of-text tokens.
 
         Args:
-            text: [B, L] token ids, with L at most the context length. Columns that are padding in every row may be cut
-                off: the transformer is causal, so they change nothing.
+            text: [B, L] token ids, with L at most the context length, or packed texts (:func:`clipfast.pack_texts`).
+                The transformer is causal, so that tokens behind the end-of-text token change nothing. They are not
+                computed: texts that are not packed are packed here, unless ``pack_text`` is False, little is padding,
+                or something watches the modules of the text tower, or the calls.
             normalize: divide each feature vector by its length.
 
         Returns:
@@ -93,13 +98,21 @@ class CLIP(nn.Module):
             TypeError: ``text`` is not a tensor.
             ValueError: ``text`` has more tokens than the model has positions.
         """
+        check_text(text, self.context_length)
+        if self.pack_text and isinstance(text, Tensor) and self._takes_packed():
+            text = pack_if_shorter(text)
         # The end-of-text token has the highest id of the vocabulary.
-        x = read_rows(self.transformer, self.embed_text(text), text.argmax(-1))
+        rows = text if isinstance(text, PackedText) else text.argmax(-1)
+        x = read_rows(self.transformer, self.embed_text(text), rows)
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
-    def embed_text(self, text: Tensor) -> Tensor:
-        """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width].
+    def _takes_packed(self) -> bool:
+        """Return whether no module of the text tower would see that texts are packed."""
+        return is_plain(self.token_embedding, nn.Embedding) and takes_packed(self.transformer)
+
+    def embed_text(self, text: Tensor | PackedText) -> Tensor:
+        """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width]; packed, [1, T, width].
 
         Raises:
             TypeError, ValueError: as :meth:`encode_text`.
@@ -211,7 +224,9 @@ class CLIP(nn.Module):
         names: Any = getattr(self.visual, "no_weight_decay", set)()
         return {"positional_embedding", *(f"visual.{name}" for name in names)}
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> CLIPOutput | dict[str, Tensor | None]:
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | PackedText | None = None
+    ) -> CLIPOutput | dict[str, Tensor | None]:
         """Return normalised features of the given images and texts, and exp(logit_scale); a dict if ``output_dict``."""
         output = CLIPOutput(
             None if image is None else self.encode_image(image, normalize=True),
@@ -248,17 +263,3 @@ class CLIP(nn.Module):
         for module in self.modules():
             if isinstance(module, (CLIP, Attention, AttentionPool2d, LayerNorm, MLP, VisionTransformer)):
                 module.backend = backend
-
-
-def check_text(text: Tensor, context_length: int) -> None:
-    """Refuse a text that is not a batch of token ids.
-
-    Raises:
-        TypeError, ValueError: as ``encode_text`` says.
-    """
-    if not isinstance(text, Tensor):
-        raise TypeError(f"encode_text: text must be a tensor of token ids [B, L], got a {type(text).__name__}")
-    if text.ndim != 2 or text.shape[1] > context_length:
-        raise ValueError(
-            f"encode_text: text must be [B, L] with L at most {context_length}, got shape {tuple(text.shape)}"
-        )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import attention_pool, layer_norm
+from .packed_text import PackedText
 
 if TYPE_CHECKING:
     from .transformer import Attention
@@ -94,14 +95,19 @@ def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool) -> tuple
     return x, normed
 
 
-def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Return row ``rows[b]`` of each sequence b, or its first row if ``rows`` is None: [B, N, width] -> [B, width]."""
+def take_rows(x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
+    """Return row ``rows[b]`` of each sequence b, or its first row if ``rows`` is None: [B, N, width] -> [B, width].
+
+    Of packed texts, [1, T, width], the last row of each is returned, in the order in which they lie.
+    """
+    if isinstance(rows, PackedText):
+        return x[0, rows.last]
     return x[:, 0] if rows is None else x[torch.arange(len(x), device=x.device), rows]
 
 
 def attend_row(
     x: Tensor,
-    rows: Tensor | None,
+    rows: Tensor | PackedText | None,
     heads: int,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -114,7 +120,7 @@ def attend_row(
 
     Args:
         x: the tokens.
-        rows: [B], the row of each sequence to compute; None for the first.
+        rows: [B], the row of each sequence to compute; None for the first; packed texts for the last of each.
         heads: the number of heads.
         weights, biases: of the projections to queries, keys and values.
         causal: each token attends only to itself and the tokens before it.
@@ -122,12 +128,13 @@ def attend_row(
         backend: as for :func:`clipfast.kernels.attention_pool`.
     """
     q = F.linear(take_rows(x, rows), weights[0], biases[0]).unflatten(1, (heads, -1))
-    if causal:
+    packed = rows if isinstance(rows, PackedText) else None
+    if causal and not isinstance(rows, PackedText):
         seen = torch.ones(len(x), dtype=torch.int64, device=x.device) if rows is None else rows + 1
         seqlens = seen if seqlens is None else torch.minimum(seen, seqlens)
     size = (heads, q.shape[2], x.shape[2])
     return single_query_attention(
-        q, x, weights[1].reshape(size), weights[2].reshape(size), seqlens, backend, *biases[1:]
+        q, x, weights[1].reshape(size), weights[2].reshape(size), seqlens, backend, *biases[1:], packed=packed
     )
 
 
@@ -140,6 +147,8 @@ def single_query_attention(
     backend: str,
     bias_k: Tensor | None = None,
     bias_v: Tensor | None = None,
+    *,
+    packed: PackedText | None = None,
 ) -> Tensor:
     """Compute attention of one query per sequence and head, without projecting every token.
 
@@ -154,13 +163,18 @@ def single_query_attention(
         seqlens: [B], the number of leading tokens of each sequence to attend to; None for all.
         backend: as for :func:`clipfast.kernels.attention_pool`.
         bias_k, bias_v: [heads * head_dim], both or neither.
+        packed: the sequences whose ``tokens`` are packed, [1, T, width].
 
     Returns:
         [B, heads * head_dim].
     """
     query = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, weight_k)
-    query = query.to(tokens.dtype).expand(len(tokens), -1, -1)
-    pooled = attention_pool(query, tokens, seqlens=seqlens, backend=backend)
+    query = query.to(tokens.dtype)
+    if packed is None:
+        pooled = attention_pool(query.expand(len(tokens), -1, -1), tokens, seqlens=seqlens, backend=backend)
+    else:
+        places: Any = {"cu_seqlens": packed.packing, "max_seqlen": packed.max_seqlen}
+        pooled = attention_pool(query, tokens[0], **places, backend=backend)
     out = torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
     if bias_k is None or bias_v is None:
         return out

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
-from .clip import CLIP, check_text
+from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
 from .layers import LayerNorm, is_plain, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
+from .texts import check_text, embed_text
 from .transformer import (
     MLP,
     Attention,
@@ -23,7 +24,6 @@ from .transformer import (
     ResidualAttentionBlock,
     Transformer,
     add_norm,
-    embed_text,
     read_rows,
     run_blocks,
 )
@@ -265,7 +265,7 @@ class SigLIP(CLIP):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:  # type: ignore[override]
         """Compute the features of texts, read at their last positions.
 
         Args:
@@ -279,13 +279,13 @@ class SigLIP(CLIP):
         Raises:
             TypeError, ValueError: as for :class:`CLIP`.
         """
-        check_text(text, self.context_length)
+        check_text(text, self.context_length, takes_packed=False)
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def embed_text(self, text: Tensor) -> Tensor:
+    def embed_text(self, text: Tensor) -> Tensor:  # type: ignore[override]
         """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width]."""
-        check_text(text, self.context_length)
+        check_text(text, self.context_length, takes_packed=False)
         return self.text.embed(text)
 
     def forward(  # type: ignore[override]

@@ -12,7 +12,7 @@ The classes come first. Everything that differs from the textbook is decided in 
     attention computes the gradient of in_proj's bias             in_proj is plain
     the activation adds the bias of c_fc                          both are plain, the activation is exact, the backend
                                                                   is not "torch", and Triton runs on the device
-    one op adds token and positional embeddings                   the table is plain, and does nothing but look up
+    a text tower computes no token behind the one it reads        see :func:`takes_packed`, and :mod:`.texts`
     the backward pass recomputes blocks, or only what is cheap    grad_checkpointing is set, and gradients are recorded
 
 A module is plain if calling it does what its class does and nothing else (``layers.is_plain``). Any other module is
@@ -22,7 +22,7 @@ called, so that hooks, adapters and wrapped blocks see what they would see if no
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -30,22 +30,26 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels import attention, backends, bias_gelu, bias_quick_gelu, text_embed
+from ..kernels import attention, backends, bias_gelu, bias_quick_gelu
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.dtypes import autocast_dtype
 from ..kernels.implementations import MAX_HEAD_DIM, MAX_WIDTH, takes_sdpa
 from ..kernels.launch import INTERPRET, triton_runs_on
+from ..kernels.packing import Packing
 from .layers import (
     HOOKS,
     InProjection,
+    Kind,
     LayerNorm,
     QuickGELU,
     attend_row,
+    has_hooks,
     is_plain,
     project_qkv,
     residual_norm,
     take_rows,
 )  # fmt: skip
+from .packed_text import PackedText
 from .whole_block import QUICK, Options, Parameters, cast_blocks, whole_block
 from .whole_last_block import last_row
 
@@ -65,17 +69,19 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the attention of every token: [B, N, width] -> [B, N, width]."""
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Return the attention of every token: [B, N, width] -> [B, N, width]; [1, T, width] if they are packed."""
         in_proj, bias = self.in_proj, None
         if is_plain(in_proj, InProjection, nn.Linear) and in_proj.bias is not None:
             qkv, bias = project_qkv(x, in_proj.weight, in_proj.bias)
         else:
             qkv = in_proj(x)
-        out = attention(qkv, self.num_heads, causal=self.causal, bias=bias, backend=self.backend)
-        return self.out_proj(out)
+        options: Any = {"causal": self.causal, "bias": bias, "backend": self.backend}
+        if packing is None:
+            return self.out_proj(attention(qkv, self.num_heads, **options))
+        return self.out_proj(attention(qkv[0], self.num_heads, cu_seqlens=packing, **options)[None])
 
-    def forward_row(self, x: Tensor, rows: Tensor | None) -> Tensor:
+    def forward_row(self, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
         """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
         in_proj: Any = self.in_proj
         weights, bias = in_proj.weight.chunk(3), in_proj.bias
@@ -120,9 +126,12 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = LayerNorm(width, eps)
         self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu=quick_gelu, approximate=approximate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream after both branches: [B, N, width] -> [B, N, width]."""
-        x, branch = run_plain([self], x, None)
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Return the residual stream after both branches: [B, N, width] -> [B, N, width].
+
+        With a packing, x is [1, T, width], the tokens of several sequences behind one another.
+        """
+        x, branch = run_plain([self], x, None, packing)
         return x if branch is None else x + branch
 
 
@@ -161,9 +170,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.c_fc.weight, std=(2 * self.width) ** -0.5)
                 nn.init.normal_(module.c_proj.weight, std=output_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream after all blocks: [B, N, width] -> [B, N, width]."""
-        x, branch = run_blocks(plan(self), x)
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Return the residual stream after all blocks: [B, N, width] -> [B, N, width]; [1, T, width] if packed."""
+        x, branch = run_blocks(plan(self), x, packing)
         return x if branch is None else x + branch
 
 
@@ -195,62 +204,100 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
     return Plan(recompute, blocks[:-1], last)
 
 
-def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
+def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | None = None) -> Tensor:
     """Compute only the row of ``transformer(x)`` that a tower uses, such as the class token's.
 
     Args:
         transformer: the stack of a tower, or a module by which the user has replaced it.
-        x: [B, N, width].
-        rows: [B], the index of the row in each sequence; None for the first row.
+        x: [B, N, width], or packed texts [1, T, width], which the stack takes (:func:`takes_packed`).
+        rows: [B], the index of the row in each sequence; None for the first row; packed texts for the last row of each.
 
     Returns:
         [B, width].
     """
-    steps = plan(transformer, x.shape[1]) if isinstance(transformer, Transformer) else None
+    packed = rows if isinstance(rows, PackedText) else None
+    packing = () if packed is None else (packed.packing,)
+    steps = plan(transformer, None if packed else x.shape[1]) if isinstance(transformer, Transformer) else None
     if steps is None or steps.last is None:
-        return take_rows(transformer(x), rows)
-    x, branch = run_blocks(steps, x)
-    if steps.recompute:
-        return recomputed(steps, _run_last, steps.last, x, branch, rows)
-    return _run_last(steps.last, x, branch, rows)
+        row = take_rows(transformer(x, *packing), rows)
+    else:
+        x, branch = run_blocks(steps, x, *packing)
+        if steps.recompute:
+            row = recomputed(steps, _run_last, steps.last, x, branch, rows)
+        else:
+            row = _run_last(steps.last, x, branch, rows)  # type: ignore[arg-type]
+    return row if packed is None else row[packed.order]
+
+
+def takes_packed(transformer: nn.Module) -> bool:
+    """Return whether a stack computes packed texts, and no hook or module of the user's would see them packed.
+
+    FSDP2 may have wrapped the blocks.
+    """
+    if not _is_own(transformer, Transformer):
+        return False
+    for block in transformer.resblocks:
+        if is_plain(block, ResidualAttentionBlock) and plain_parameters(block) is not None:
+            continue
+        if not _is_own(block, ResidualAttentionBlock) or not _is_own(block.attn, Attention):
+            return False
+        if any(has_hooks(part) and not _is_sharded(part) for part in block.modules()):
+            return False
+    return True
+
+
+def _is_own(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Return whether calling a module of a stack runs the ``forward`` of ``kind``, and perhaps FSDP2 around it."""
+    if type(module) is not kind and not (isinstance(module, kind) and _is_sharded(module)):
+        return False
+    return "forward" not in module.__dict__ and (_is_sharded(module) or not has_hooks(module))
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP2 has wrapped a module of a stack; its class is asked by name, as the import takes long."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def run_blocks(
-    steps: Plan, x: Tensor, kind: type[ResidualAttentionBlock] = ResidualAttentionBlock
-) -> tuple[Tensor, Tensor | None]:
+    steps: Plan, x: Tensor, packing: Packing | None = None,
+    kind: type[ResidualAttentionBlock] = ResidualAttentionBlock,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Run transformer blocks; return the residual stream and the last branch, which the caller must still add to it.
 
-    ``kind`` is the class of blocks whose ops are fused; blocks of other classes are called as modules.
+    With a ``packing``, x is [1, T, width], the tokens of several sequences behind one another. ``kind`` is the class of
+    blocks whose ops are fused; blocks of other classes are called as modules.
     """
     branch: Tensor | None = None
     plain: list[ResidualAttentionBlock] = []
+    packed = () if packing is None else (packing,)
     for block in steps.blocks:
         if steps.recompute:
             # Checkpointing keeps its arguments: the sum is one tensor, while x and the branch would be two.
-            x = recomputed(steps, block, x)
+            x = recomputed(steps, block, x, *packed)
         elif is_plain(block, kind):
             plain.append(block)
         else:
-            x, branch = run_plain(plain, x, branch)
-            x, branch, plain = block(x if branch is None else x + branch), None, []
-    return run_plain(plain, x, branch)
+            x, branch = run_plain(plain, x, branch, packing)
+            x, branch, plain = block(x if branch is None else x + branch, *packed), None, []
+    return run_plain(plain, x, branch, packing)
 
 
 def run_plain(
-    blocks: Sequence["ResidualAttentionBlock"], x: Tensor, branch: Tensor | None
+    blocks: Sequence["ResidualAttentionBlock"], x: Tensor, branch: Tensor | None, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Run blocks without calling them; return the residual stream and the last branch, as :func:`run_blocks`."""
-    whole = whole_blocks(blocks, x)
+    whole = whole_blocks(blocks, x, packing is not None)
+    bounds, packed = (None, ()) if packing is None else (packing.bounds, (packing,))
     # For a backward pass, all copies of weights are kept anyway. Without one, those of one block are enough.
     at_once = torch.is_grad_enabled()
     cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole and at_once else {}
     for block in blocks:
         if block in whole:
             of_block = cast[block] if at_once else cast_blocks([whole[block]])[0]
-            x, branch = whole_block(x, branch, *whole[block], of_block)
+            x, branch = whole_block(x, branch, *whole[block], of_block, bounds)
         else:
             x, normed = add_norm(x, branch, block.ln_1)
-            x, normed = add_norm(x, block.attn(normed), block.ln_2)
+            x, normed = add_norm(x, block.attn(normed, *packed), block.ln_2)
             branch = block.mlp(normed)
     return x, branch
 
@@ -281,7 +328,9 @@ def _is_plain_tensors(tensors: Sequence[Tensor], device: torch.device) -> bool:
     return not [x for x in tensors if x.__class__ not in backends.PLAIN or x.device != device or not x.is_contiguous()]
 
 
-def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn.Module, tuple[Parameters, Options]]:
+def whole_blocks(
+    blocks: Sequence[ResidualAttentionBlock], x: Tensor, is_packed: bool = False
+) -> dict[nn.Module, tuple[Parameters, Options]]:
     """Return the blocks that :mod:`.whole_block` computes for a stream like ``x``.
 
     Nothing may watch, as for the straight way of one op (``backends.Op``), and all modules of a block must be plain.
@@ -308,7 +357,9 @@ def whole_blocks(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> dict[nn
         if parameters.w_in.shape != (3 * width, width) or parameters.w_out.shape != (width, width):
             continue
         head_dim, gelu = width // attn.num_heads, mlp.gelu
-        if head_dim > MAX_HEAD_DIM or takes_sdpa("auto", device, dtype, head_dim, tokens, None, attn.causal):
+        if head_dim > MAX_HEAD_DIM:
+            continue
+        if not is_packed and takes_sdpa("auto", device, dtype, head_dim, tokens, None, attn.causal):
             continue
         approximate = QUICK if isinstance(gelu, QuickGELU) else gelu.approximate
         options = Options(
@@ -378,15 +429,6 @@ def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> 
         return gelu(linear(x))
     bias_act = bias_quick_gelu if isinstance(gelu, QuickGELU) else bias_gelu
     return bias_act(F.linear(x, linear.weight), linear.bias, backend=backend)
-
-
-def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor, backend: str) -> Tensor:
-    """Return ``table(text)`` with the embedding of each position added: [B, L] ids -> [B, L, width]."""
-    if is_plain(table, nn.Embedding):
-        options = (table.padding_idx, table.max_norm, table.scale_grad_by_freq, table.sparse)
-        if options == (None, None, False, False):  # a plain look-up, without padding_idx or scaling
-            return text_embed(text, table.weight, positional_embedding, backend=backend)
-    return table(text) + positional_embedding[: text.shape[1]]
 
 
 # The dtypes in which the kernels compute, see ``check_float``.

@@ -77,13 +77,15 @@ class Parameters(NamedTuple):
 
 
 def whole_block(
-    x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options, cast: Parameters
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options, cast: Parameters,
+    bounds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute a whole transformer block at once: its stream t and its branch m of the equations, [B, N, width] each.
 
-    ``cast`` has the values of ``parameters``; the gradients are those of ``parameters``.
+    ``cast`` has the values of ``parameters``; the gradients are those of ``parameters``. With the ``bounds`` of a
+    packing, [2, T], x is [1, T, width], the tokens of several sequences.
     """
-    results: tuple[Tensor, Tensor] = applied(_FUNCTION, options, cast, None, x, branch, parameters)
+    results: tuple[Tensor, Tensor] = applied(_FUNCTION, options, cast, bounds, x, branch, parameters)
     return results
 
 
@@ -117,8 +119,9 @@ class Function(NamedTuple):
     """A function of a block with its derivative.
 
     Attributes:
-        forward: gets the plans, the options, the cast parameters, the rows, the stream and the branch, and returns the
-            results and the tensors to save.
+        forward: gets the plans, the options, the cast parameters, the places, the stream and the branch, and returns
+            the results and the tensors to save. The places are the bounds of packed sequences, or which rows are
+            read.
         backward: gets the context, the gradients of the results and the saved tensors, and returns the gradients of
             stream, branch and parameters.
     """
@@ -128,23 +131,23 @@ class Function(NamedTuple):
 
 
 def applied(
-    function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None,
+    function: Function, options: Options, cast: Parameters, places: Any, x: Tensor, branch: Tensor | None,
     parameters: Parameters,
 ) -> Any:  # fmt: skip
     """Call a function of a transformer block below autograd; tell autograd its derivative if gradients are recorded."""
     if torch.is_grad_enabled():
-        return _apply(function, options, cast, rows, x, branch, *parameters)
+        return _apply(function, options, cast, places, x, branch, *parameters)
     with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-        return function.forward(_plans(function, options, cast, rows, x, branch), options, cast, rows, x, branch)[0]
+        return function.forward(_plans(function, options, cast, places, x, branch), options, cast, places, x, branch)[0]
 
 
 def _plans(
-    function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None
+    function: Function, options: Options, cast: Parameters, places: Any, x: Tensor, branch: Tensor | None
 ) -> Plans:
     """Return the functions that compute the ops of such a transformer block."""
     of_branch = None if branch is None else (branch.dtype, branch.stride())
     dtypes = tuple([p.dtype for p in cast])
-    return plans_of(function, rows is None, options, dtypes, x.device, x.dtype, x.shape, x.stride(), of_branch)
+    return plans_of(function, places.__class__, options, dtypes, x.device, x.dtype, x.shape, x.stride(), of_branch)
 
 
 class _Block(torch.autograd.Function):
@@ -152,13 +155,13 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, function: Function, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor,
+        ctx: Any, function: Function, options: Options, cast: Parameters, places: Any, x: Tensor,
         branch: Tensor | None, *parameters: Tensor,
     ) -> Any:  # fmt: skip
         """Return the results of the transformer block's function."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            plans = _plans(function, options, cast, rows, x, branch)
-            results, saved = function.forward(plans, options, cast, rows, x, branch)
+            plans = _plans(function, options, cast, places, x, branch)
+            results, saved = function.forward(plans, options, cast, places, x, branch)
         ctx.function, ctx.options, ctx.plans = function.backward, options, plans
         # The dtypes of the gradients, None for a parameter that needs none.
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
@@ -195,22 +198,22 @@ _apply, _only_once = apply_of(_Block), apply_of(_OnlyOnce)
 
 
 def _forward(
-    plans: Plans, options: Options, cast: Parameters, _: None, x: Tensor, branch: Tensor | None
+    plans: Plans, options: Options, cast: Parameters, bounds: Tensor | None, x: Tensor, branch: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """Return t and m of a transformer block, and what its backward pass reads: rows [B * N, width], but for qkv."""
     shape, width = x.shape, x.shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
     qkv = F.linear(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
-    heads, lse = compute(plans, attention_fwd, "", qkv, None, None, options.heads, options.causal, options.scale)
+    heads, lse = compute(plans, attention_fwd, "", qkv, None, bounds, options.heads, options.causal, options.scale)
     heads = heads.view(-1, width)
     t, m, saved = mlp_half(plans, options, s, F.linear(heads, cast.w_out, cast.b_out), cast)
-    saved = (s, mean, rstd, y, qkv, heads, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
+    saved = (s, mean, rstd, y, qkv, bounds, heads, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
     return (t.view(shape), m.view(shape)), saved
 
 
 def _backward(
     ctx: Any, grad_t: Tensor, grad_m: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, qkv: Tensor,
-    heads: Tensor, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
+    bounds: Tensor | None, heads: Tensor, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
@@ -220,7 +223,7 @@ def _backward(
     d_heads, dw_out, db_out = linear_grads(da, heads, w_out, wanted.w_out, wanted.b_out)
     with_sums = wanted.b_in is not None
     numbers = options.heads, options.causal, options.scale
-    dqkv, db_in = compute(ctx.plans, attention_bwd, with_sums, d_heads, qkv, None, heads, lse, *numbers, with_sums)
+    dqkv, db_in = compute(ctx.plans, attention_bwd, with_sums, d_heads, qkv, bounds, heads, lse, *numbers, with_sums)
     dy, dw_in, _ = linear_grads(dqkv.view(-1, 3 * width), y, w_in, wanted.w_in, None)
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
     with_sums = bool(wanted.norm_1 or wanted.norm_1_bias)

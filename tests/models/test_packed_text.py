@@ -1,0 +1,195 @@
+"""Packed texts: the features, the loss and all gradients of a model are those of texts with their padding."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from clipfast import CLIP, contrastive_loss, create_model, pack_texts
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig
+from clipfast.models import transformer as transformer_module
+from clipfast.models.packed_text import PackedText, pack_if_shorter
+
+LENGTH, END = 24, 99
+# The lengths of the texts of a batch; 0 stands for a caption that is empty, but for its start and end tokens.
+MIXES = {
+    "random": torch.randint(1, LENGTH + 1, (13,), generator=torch.Generator().manual_seed(3)).tolist(),
+    "equal": [7] * 5,
+    "shortest": [1] * 6,
+    "longest": [LENGTH] * 4,
+    "one": [9],
+    "empty captions": [2, 24, 2, 2],
+}
+
+
+def model_of(kind="vit", dtype=torch.float64):
+    """Return a small model with a text tower of 24 tokens."""
+    torch.manual_seed(0)
+    resnet = VisionConfig(64, (1, 1, 1, 1), 16, 32, patch_size=None)
+    vision = VisionConfig(32, 2, 64, 32, patch_size=16) if kind == "vit" else resnet
+    text = TextConfig(context_length=LENGTH, vocab_size=END + 1, width=48, heads=3, layers=3)
+    model = CLIP(CLIPConfig(32, vision, text)).to(dtype)
+    for p in model.parameters():  # biases begin as zeros, and a missing one would not be noticed
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def texts_of(lengths):
+    """Return token ids of texts with these lengths. Ids behind the end-of-text token are not zero."""
+    texts = torch.randint(1, END - 1, (len(lengths), LENGTH), generator=torch.Generator().manual_seed(1))
+    for text, length in zip(texts, lengths, strict=True):
+        text[length - 1] = END
+    return texts
+
+
+def results(model, texts):
+    """Return the features of texts, their loss beside images, and the gradients of all parameters."""
+    model.zero_grad()
+    images = torch.randn(len(texts), 3, model.visual.image_size, model.visual.image_size).double()
+    images = images.to(model.logit_scale.dtype)
+    torch.manual_seed(0)
+    output = model(images[: len(texts)], texts)
+    loss = contrastive_loss(*output)
+    # The sum makes the gradient of a single pair, whose loss is 0, other than zero.
+    (loss + (output[1] * torch.linspace(0, 1, output[1].shape[1], dtype=loss.dtype)).sum()).backward()
+    return {"features": output[1].detach(), "loss": loss.detach()} | {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def assert_same(found, expected, tolerance):
+    """Compare results, each to a share of its largest value."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= tolerance * value.abs().max().clamp(min=1e-3), name
+
+
+def both(model, lengths, **options):
+    """Return the results of padded and of packed texts."""
+    texts, found = texts_of(lengths), []
+    for one in (texts, pack_texts(texts, **options)):
+        model.pack_text = False
+        torch.manual_seed(5)
+        found.append(results(model, one))
+    return found
+
+
+@pytest.mark.parametrize("for_gpu", [False, True], ids=["exact", "rounded"])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("lengths", MIXES.values(), ids=MIXES)
+def test_packed_texts_change_nothing(lengths, kind, for_gpu):
+    expected, found = both(model_of(kind).eval(), lengths, for_gpu=for_gpu)
+    assert_same(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("how", ["modules", "recompute", "selective", "profiler", "torch", "compiled"])
+def test_packed_texts_change_nothing_in_any_way_to_compute_a_block(how, monkeypatch):
+    model = model_of()
+    if how == "modules":
+        monkeypatch.setattr(transformer_module, "whole_blocks", lambda *_: {})
+    elif how in ("recompute", "selective"):
+        model.set_grad_checkpointing(selective=how == "selective")
+    elif how == "torch":
+        model.set_backend("torch")
+    elif how == "compiled":
+        model.encode_text = torch.compile(model.encode_text, backend="aot_eager", fullgraph=True)
+    if how == "profiler":
+        with torch.profiler.profile():
+            expected, found = both(model, MIXES["random"])
+    else:
+        expected, found = both(model, MIXES["random"])
+    assert_same(found, expected, 1e-12)
+
+
+def test_a_text_that_sees_its_neighbour_would_be_found():
+    model, texts = model_of(), texts_of(MIXES["random"])
+    expected, packed = results(model, texts), pack_texts(texts)
+    leaky = packed.packing._replace(bounds=packed.packing.bounds.clone())
+    leaky.bounds[0, leaky.cu_seqlens[1] :] = 0  # every text sees the first one
+    embed = model.embed_text
+    model.embed_text = lambda _: embed(packed)
+    with pytest.raises(AssertionError):
+        assert_same(results(model, dataclasses.replace(packed, packing=leaky)), expected, 1e-12)
+
+
+def classes_seen(model):
+    """Return a list that grows by the class of the texts in each call of the text tower."""
+    seen, embed = [], model.embed_text
+    model.embed_text = lambda text: seen.append(type(text)) or embed(text)
+    return seen
+
+
+def test_texts_are_packed_where_much_is_padding_and_nothing_watches_the_tower():
+    model = model_of()
+    seen = classes_seen(model)
+    short, long = texts_of([5] * 4), texts_of([LENGTH] * 4)
+
+    def is_packed(text=short):
+        """Return whether the model packs a text."""
+        features = model.encode_text(text)
+        model.pack_text = False
+        torch.testing.assert_close(features, model.encode_text(text))
+        del model.pack_text
+        return seen[-2] is PackedText
+
+    assert is_packed()
+    assert not is_packed(long)
+    with torch.profiler.profile():
+        assert is_packed()
+    handle = model.transformer.resblocks[1].mlp.c_fc.register_forward_hook(lambda *_: None)
+    assert not is_packed()
+    handle.remove()
+    assert is_packed()
+    handle = model.token_embedding.register_forward_hook(lambda *_: None)
+    assert not is_packed()
+    handle.remove()
+    model.transformer.resblocks[1] = torch.nn.Sequential(model.transformer.resblocks[1])
+    assert not is_packed()
+
+
+def test_the_lora_of_a_linear_layer_takes_packed_texts():
+    model = model_of()
+    seen = classes_seen(model)
+    mlp = model.transformer.resblocks[0].mlp
+    mlp.c_fc = torch.nn.Sequential(mlp.c_fc, torch.nn.Tanh())
+    texts = texts_of(MIXES["random"])
+    found = model.encode_text(texts)
+    assert seen == [PackedText]
+    model.pack_text = False
+    torch.testing.assert_close(found, model.encode_text(texts), rtol=0, atol=1e-12)
+
+
+def test_packing_keeps_each_text_up_to_its_end_token_and_rounds_up_for_a_gpu():
+    texts = texts_of(MIXES["random"])
+    packed = pack_texts(texts)
+    starts = packed.packing.cu_seqlens
+    for text, place, length in zip(texts, packed.order, MIXES["random"], strict=True):
+        assert packed.ids[starts[place] : starts[place + 1]].equal(text[:length])
+    assert len(packed.ids) == sum(MIXES["random"])
+    assert len(pack_texts(texts, for_gpu=True).ids) == -(-sum(MIXES["random"]) // 64) * 64
+    assert len(packed) == len(texts)
+
+
+def test_the_second_occurrence_of_the_end_token_is_not_read():
+    texts = texts_of([4, 6])
+    texts[:, 10] = END
+    assert pack_texts(texts).packing.cu_seqlens.tolist() == [0, 6, 10]
+
+
+def test_tensors_without_values_are_not_packed():
+    texts = texts_of([5] * 4)
+    assert isinstance(pack_if_shorter(texts), PackedText)
+    assert pack_if_shorter(texts.to("meta")).shape == texts.shape
+    assert torch.compile(pack_if_shorter, backend="eager", fullgraph=True)(texts).shape == texts.shape
+
+
+def test_wrong_texts_are_refused():
+    model = model_of()
+    with pytest.raises(ValueError, match="packed from 30 columns"):
+        model.encode_text(pack_texts(torch.zeros(2, 30, dtype=torch.long)))
+    for wrong in (torch.zeros(3, 0, dtype=torch.long), torch.zeros(0, 3, dtype=torch.long), torch.zeros(4).long()):
+        with pytest.raises(ValueError, match="pack_texts: texts must be"):
+            pack_texts(wrong)
+    siglip = create_model("ViT-B-16-SigLIP", device="meta")
+    with pytest.raises(TypeError, match="reads padding"):
+        siglip.encode_text(pack_texts(texts_of([3, 4])))
