@@ -30,6 +30,11 @@ def _scores(launch: Launch) -> int:
     return 2 * launch.args["q_ptr"].numel() * launch.args["N"]
 
 
+def _pooling(launch: Launch) -> int:
+    """Return the FLOPs of one product of all tokens with the queries of their image or sequence."""
+    return 2 * launch.args["x_ptr"].numel() * launch.args["H"]
+
+
 def _patches(launch: Launch) -> int:
     """Return the FLOPs of one product of patches [ROWS, K] and the weight [E, K].
 
@@ -47,12 +52,12 @@ _FLOPS: dict[str, Callable[[Launch], int]] = {
     "_gradients_kernel": _block_products,
     "_short_fwd_kernel": lambda launch: 2 * _scores(launch),
     "_looped_fwd_kernel": lambda launch: 2 * _scores(launch),
-    "_pool_fwd_kernel": lambda launch: 2 * _scores(launch),
+    "_pool_fwd_kernel": lambda launch: 2 * _pooling(launch),
     "_short_bwd_kernel": lambda launch: 5 * _scores(launch),
     "_unrolled_bwd_kernel": lambda launch: 5 * _scores(launch),
     "_query_bwd_kernel": lambda launch: 3 * _scores(launch),
     "_key_bwd_kernel": lambda launch: 4 * _scores(launch),
-    "_pool_bwd_kernel": lambda launch: 5 * _scores(launch),
+    "_pool_bwd_kernel": lambda launch: 5 * _pooling(launch),
     "_tokens_kernel": _patches,
     "_weight_sums_kernel": _patches,
     "_patch_embed_fwd_kernel": _patches,

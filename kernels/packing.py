@@ -1,12 +1,13 @@
 """Sequences of several lengths behind one another: tokens [T, ...] without padding between them."""
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_integers
+from .checks import check_device, check_integers
 from .launch import triton_runs_on
 
 
@@ -38,8 +39,7 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     check_integers(op, "cu_seqlens", cu_seqlens, (torch.int32,))
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{op}: cu_seqlens must be [B + 1], got shape {tuple(cu_seqlens.shape)}")
-    if not triton_runs_on(cu_seqlens.device) and not cu_seqlens.is_meta and not torch.compiler.is_compiling():
-        _check_values(op, cu_seqlens.tolist(), total)
+    check_values(op, cu_seqlens, total)
     ends = cu_seqlens.clamp(0, total)
     tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
     sequence = torch.searchsorted(ends[1:], tokens, right=True)  # the number of sequences that end before each token
@@ -66,12 +66,65 @@ def packing_for(op: str, cu_seqlens: Tensor | Packing, like: Tensor) -> Packing:
     return packing
 
 
-def _check_values(op: str, cu_seqlens: list[int], total: int) -> None:
-    """Refuse cumulative lengths that fall, or do not run from 0 to ``total`` at most."""
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] > total:
-        raise ValueError(
-            f"{op}: cu_seqlens must run from 0 to {total} tokens at most, got {cu_seqlens[0]} to {cu_seqlens[-1]}"
-        )
-    for sequence, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+def cu_seqlens_for(op: str, cu_seqlens: Tensor | Packing, batch: int, like: Tensor) -> Tensor:
+    """Return the cumulative lengths, int32 [B + 1], that an op was given for the tokens ``like`` [T, ...].
+
+    Their values are not checked, and no bounds are computed.
+
+    Raises:
+        TypeError, ValueError: they are of another type, number or device; a packing is of another number of tokens.
+    """
+    if isinstance(cu_seqlens, Packing):
+        cu_seqlens = packing_for(op, cu_seqlens, like).cu_seqlens
+    check_integers(op, "cu_seqlens", cu_seqlens, (torch.int32,))
+    if cu_seqlens.shape != (batch + 1,):
+        raise ValueError(f"{op}: cu_seqlens must be [{batch + 1}], got shape {tuple(cu_seqlens.shape)}")
+    check_device(op, "cu_seqlens", cu_seqlens, "tokens", like)
+    return cu_seqlens.contiguous()
+
+
+def check_values(op: str, cu_seqlens: Tensor, total: int, longest: int | None = None) -> None:
+    """Refuse cumulative lengths that fall, do not run from 0 to ``total`` at most, or of which one exceeds ``longest``.
+
+    Nothing is checked where the host would have to wait for the values, or where there are none.
+    """
+    if triton_runs_on(cu_seqlens.device) or cu_seqlens.is_meta or torch.compiler.is_compiling():
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] > total:
+        raise ValueError(f"{op}: cu_seqlens must run from 0 to {total} tokens at most, got {ends[0]} to {ends[-1]}")
+    for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
         if end < start:
             raise ValueError(f"{op}: cu_seqlens must not fall, got {end} after {start} at sequence {sequence}")
+        if longest is not None and end - start > longest:
+            raise ValueError(
+                f"{op}: no sequence may be longer than max_seqlen={longest}, got {end - start} tokens at sequence "
+                f"{sequence}"
+            )
+
+
+class Run(NamedTuple):
+    """Sequences of the same length that lie side by side, and their tokens: a batch without copies.
+
+    Attributes:
+        sequences: the place of the sequences among all.
+        tokens: the place of their tokens among all.
+    """
+
+    sequences: slice
+    tokens: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the tokens of the run as a view [sequences, length, ...] of packed tokens [1, T, ...]."""
+        return x[0, self.tokens].unflatten(0, (self.sequences.stop - self.sequences.start, -1))
+
+
+def runs(lengths: Tensor) -> Iterator[Run]:
+    """Return the runs of sequences of the same length, for the length of each sequence; those without tokens are in
+    none.
+    """
+    sequence = token = 0
+    for length, count in zip(*(x.tolist() for x in torch.unique_consecutive(lengths, return_counts=True)), strict=True):
+        if length:
+            yield Run(slice(sequence, sequence + count), slice(token, token + length * count))
+        sequence, token = sequence + count, token + length * count

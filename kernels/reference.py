@@ -163,8 +163,18 @@ def attention_qkv(
     return (weights.masked_fill(hidden.all(-1, keepdim=True), 0) @ v).transpose(1, 2)
 
 
-def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = None) -> Tensor:
-    """Compute the reference attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once."""
+def attention_pool(
+    query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+) -> Tensor:  # fmt: skip
+    """Compute the reference attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once.
+
+    Packed tokens [T, C] are laid out with padding, ``max_seqlen`` tokens a sequence.
+    """
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.clamp(0, len(tokens))
+        places = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=tokens.device)
+        tokens, seqlens = F.pad(tokens, (0, 0, 0, max_seqlen))[places], cu_seqlens.diff()
     if seqlens is None:
         return (query @ tokens.transpose(1, 2)).softmax(-1) @ tokens
     hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]

@@ -1,7 +1,8 @@
 """Attention pooling on a CPU, in plain PyTorch, with the arguments and results of the launches.
 
 Products are in float32 or wider, as in the kernels. The backward pass computes the weights again from the scores, so
-the log-sum-exp is zeros here.
+the log-sum-exp is zeros here. Packed sequences of the same length that lie side by side are a batch, of which nothing
+is copied.
 """
 
 from collections.abc import Callable
@@ -11,32 +12,43 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
+from ..packing import check_values, runs
 
 # PyTorch's op without its Python wrapper
 _softmax_backward: Any = torch.ops.aten._softmax_backward_data.default._op
 
 
-def forward(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+def forward(
+    query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes the pooled tokens [B, H, C] and zeros [B, H]."""
     dtype = accumulate_dtype(query.dtype)
 
-    def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
         """Compute attention pooling of tokens by a query on the CPU."""
         q, x, hidden = _operands(query, tokens, seqlens, dtype)
         out = torch.bmm(_weights(q, x.mT, hidden), x)
         return out if out.dtype is query.dtype else out.to(query.dtype), query.new_zeros(query.shape[:2], dtype=dtype)
 
-    return compute
+    def compute_packed(query: Tensor, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+        """Compute attention pooling of packed tokens on the CPU."""
+        check_values("attention_pool", cu_seqlens, tokens.shape[1], max_seqlen)
+        out = query.new_zeros(query.shape)
+        for run in runs(cu_seqlens.diff()):
+            out[run.sequences] = compute(query[run.sequences], run.of(tokens), None)[0]
+        return out, query.new_zeros(query.shape[:2], dtype=dtype)
+
+    return compute if max_seqlen is None else compute_packed
 
 
 def backward(
-    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
+    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes the gradients of the queries [B, H, C] and of the tokens [B, N, C]."""
+    """Return the function that computes the gradients of the queries [B, H, C] and of the tokens."""
     dtype = accumulate_dtype(query.dtype)
 
     def compute(
-        grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
+        grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of attention pooling on the CPU."""
         q, x, hidden = _operands(query, tokens, seqlens, dtype)
@@ -46,7 +58,18 @@ def backward(
         dq, dx = torch.bmm(ds, x), torch.baddbmm(torch.bmm(p.mT, do), ds.mT, q)
         return (dq, dx) if query.dtype is dtype else (dq.to(query.dtype), dx.to(query.dtype))
 
-    return compute
+    def compute_packed(
+        grad_out: Tensor, query: Tensor, tokens: Tensor, cu_seqlens: Tensor, lse: Tensor, max_seqlen: int
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of attention pooling of packed tokens on the CPU."""
+        check_values("attention_pool", cu_seqlens, tokens.shape[1], max_seqlen)
+        dq, dx = query.new_zeros(query.shape), tokens.new_zeros(tokens.shape)
+        for run in runs(cu_seqlens.diff()):
+            of_run = grad_out[run.sequences], query[run.sequences], run.of(tokens)
+            dq[run.sequences], run.of(dx)[:] = compute(*of_run, None, lse)
+        return dq, dx
+
+    return compute if max_seqlen is None else compute_packed
 
 
 def _operands(

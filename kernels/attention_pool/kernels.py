@@ -1,6 +1,8 @@
 """The kernels of attention pooling: one program owns an image, and holds the weights of all its queries and tokens.
 
-A program loops over the width only, ``BLOCK_K`` columns at a time, so no gradient has two writers.
+A program loops over the width only, ``BLOCK_K`` columns at a time, so no gradient has two writers. If ``IS_PACKED``,
+the images are sequences of several lengths, whose tokens [T] lie behind one another, and each program finds its own by
+their cumulative lengths.
 """
 
 import triton
@@ -16,25 +18,54 @@ def _load(ptr, rows, num_rows, stride_r, columns, num_columns, stride_c):
 
 
 @triton.jit
+def _tokens_of(cu_seqlens_ptr, b, T):
+    """Return the first token of a packed sequence, and the number of its tokens; all of them are among the T tokens."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), first), T)
+    return first.to(tl.int64), end - first
+
+
+@triton.jit
+def _store_zeros(ptr, first, end, step, C, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Store zeros in rows of a contiguous matrix [rows, C]: BLOCK_N rows from ``first`` on, and again each ``step``
+    rows until ``end``.
+    """
+    for start in range(first, end, step):
+        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        for column in range(0, C, BLOCK_K):
+            columns = column + tl.arange(0, BLOCK_K)
+            mask = (rows < end)[:, None] & (columns < C)[None, :]
+            tl.store(ptr + rows[:, None] * C + columns[None, :], 0.0, mask=mask)
+
+
+@triton.jit
 def _pool_fwd_kernel(
     q_ptr,  # [B, H, C]
-    x_ptr,  # [B, N, C]
+    x_ptr,  # [B, N, C], or [T, C] if IS_PACKED
     out_ptr,  # [B, H, C] contiguous
     lse_ptr,  # [B, H] fp32, base 2
-    seqlens_ptr,  # [B]
-    H, N, C,
+    seqlens_ptr,  # [B], or [B + 1] cumulative lengths if IS_PACKED
+    H, N, T, C,
     stride_qb, stride_qh, stride_qc, stride_xb, stride_xn, stride_xc, log2e,
-    HAS_SEQLENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SEQLENS: tl.constexpr, IS_PACKED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Pool the tokens of one image by its queries; each program owns one image.
 
-    p = softmax(q x^T) over the tokens, and out = p x. The tokens are read twice, the second time from the cache.
+    p = softmax(q x^T) over the tokens, and out = p x. The tokens are read twice, the second time from the cache. At
+    most N tokens are seen.
     """
     b = tl.program_id(0).to(tl.int64)
+    q_ptr += b * stride_qb
+    out_ptr += b * H * C
+    if IS_PACKED:
+        first, length = _tokens_of(seqlens_ptr, b, T)
+        x_ptr += first * stride_xn
+        N = tl.minimum(length, N)
+    else:
+        x_ptr += b * stride_xb
     if HAS_SEQLENS:
         N = tl.minimum(tl.load(seqlens_ptr + b), N).to(tl.int32)
-    q_ptr += b * stride_qb
-    x_ptr += b * stride_xb
     heads, tokens = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     scores = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
     for start in range(0, C, BLOCK_K):
@@ -55,7 +86,7 @@ def _pool_fwd_kernel(
         columns = start + tl.arange(0, BLOCK_K)
         x = _load(x_ptr, tokens, N, stride_xn, columns, C, stride_xc)  # [BN, BK]
         out = tl.dot(p, x, input_precision="ieee")
-        pointers = out_ptr + (b * H + heads)[:, None] * C + columns[None, :]
+        pointers = out_ptr + heads.to(tl.int64)[:, None] * C + columns[None, :]
         tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(heads < H)[:, None] & (columns < C)[None, :])
 
 
@@ -63,28 +94,40 @@ def _pool_fwd_kernel(
 def _pool_bwd_kernel(
     grad_ptr,  # [B, H, C]
     q_ptr,  # [B, H, C]
-    x_ptr,  # [B, N, C]
+    x_ptr,  # [B, N, C], or [T, C] if IS_PACKED
     lse_ptr,  # [B, H] fp32, base 2
     dq_ptr,  # [B, H, C] contiguous
-    dx_ptr,  # [B, N, C] contiguous
-    seqlens_ptr,  # [B]
-    H, N, C,
+    dx_ptr,  # [B, N, C], or [T, C] if IS_PACKED, contiguous
+    seqlens_ptr,  # [B], or [B + 1] cumulative lengths if IS_PACKED
+    H, N, T, C,
     stride_gb, stride_gh, stride_gc, stride_qb, stride_qh, stride_qc, stride_xb, stride_xn, stride_xc, log2e,
-    HAS_SEQLENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SEQLENS: tl.constexpr, IS_PACKED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the queries and tokens of one image; each program owns one image.
 
     dp = do x^T, ds = p (dp - sum_m p_m dp_m), dq = ds x, and dx = p^T do + ds^T q. A token that no query sees gets a
-    gradient of zero.
+    gradient of zero. The programs share the packed tokens that belong to no sequence.
     """
     b = tl.program_id(0).to(tl.int64)
-    num_tokens = N
-    if HAS_SEQLENS:
-        num_tokens = tl.minimum(tl.load(seqlens_ptr + b), N).to(tl.int32)
     dtype = x_ptr.dtype.element_ty
     grad_ptr += b * stride_gb
     q_ptr += b * stride_qb
-    x_ptr += b * stride_xb
+    num_tokens = N
+    first = b * N
+    if IS_PACKED:
+        first, length = _tokens_of(seqlens_ptr, b, T)
+        x_ptr += first * stride_xn
+        num_tokens = tl.minimum(length, N)
+        _store_zeros(dx_ptr, first + BLOCK_N, first + length, BLOCK_N, C, BLOCK_N, BLOCK_K)
+        programs = tl.num_programs(0).to(tl.int64)
+        last, of_last = _tokens_of(seqlens_ptr, programs - 1, T)
+        _store_zeros(dx_ptr, last + of_last + b * BLOCK_N, T, programs * BLOCK_N, C, BLOCK_N, BLOCK_K)
+        N = length
+    else:
+        x_ptr += b * stride_xb
+    if HAS_SEQLENS:
+        num_tokens = tl.minimum(tl.load(seqlens_ptr + b), N).to(tl.int32)
     heads, tokens = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     scores = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
     dp = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
@@ -110,5 +153,5 @@ def _pool_bwd_kernel(
         pointers = dq_ptr + (b * H + heads)[:, None] * C + columns[None, :]
         tl.store(pointers, dq.to(dq_ptr.dtype.element_ty), mask=(heads < H)[:, None] & mask_c)
         dx = tl.dot(ds.T, q, tl.dot(p.T, do, input_precision="ieee"), input_precision="ieee")
-        pointers = dx_ptr + (b * N + tokens)[:, None] * C + columns[None, :]
+        pointers = dx_ptr + (first + tokens)[:, None] * C + columns[None, :]
         tl.store(pointers, dx.to(dx_ptr.dtype.element_ty), mask=(tokens < N)[:, None] & mask_c)

@@ -14,21 +14,28 @@ from .kernels import _pool_bwd_kernel, _pool_fwd_kernel
 MAX_TILE = 16384  # the most elements of a tile of tokens
 
 
-def forward(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+def forward(
+    query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Plan attention pooling of a layout.
+
+    The tokens are [B, N, C]; with ``max_seqlen`` they are those of sequences of several lengths [1, T, C], whose
+    cumulative lengths [B + 1] are in the place of the lengths.
 
     Returns:
         The function that computes the pooled tokens [B, H, C], contiguous, and the log-sum-exp [B, H] of the scores in
         base 2, float32.
     """
-    (batch, heads, width), n = query.shape, tokens.shape[1]
+    batch, heads, width = query.shape
+    total = tokens.shape[1]
+    most = total if max_seqlen is None else max_seqlen
     start = plan_start(
-        _pool_fwd_kernel, (batch,), heads, n, width, *query.stride(), *tokens.stride(), LOG2E,
-        **_constexprs(query, tokens, seqlens),
+        _pool_fwd_kernel, (batch,), heads, most, total, width, *query.stride(), *tokens.stride(), LOG2E,
+        **_constexprs(query, most, seqlens, max_seqlen),
     )  # fmt: skip
     new_out, new_lse = new_tensors(query), new_tensors(query, (batch, heads), torch.float32)
 
-    def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
         """Compute attention pooling of tokens by a query, for tensors of a known layout."""
         out, lse = new_out(), new_lse()
         start(query, tokens, out, lse, seqlens)
@@ -38,39 +45,46 @@ def forward(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> Callable[.
 
 
 def backward(
-    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
+    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Plan the gradients of a layout.
+    """Plan the gradients of a layout, which is as for :func:`forward`.
 
     Returns:
-        The function that computes the gradients of the queries [B, H, C] and of the tokens [B, N, C], contiguous.
+        The function that computes the gradients of the queries and of the tokens, contiguous.
     """
-    (batch, heads, width), n = query.shape, tokens.shape[1]
+    batch, heads, width = query.shape
+    total = tokens.shape[1]
+    most = total if max_seqlen is None else max_seqlen
     start = plan_start(
-        _pool_bwd_kernel, (batch,), heads, n, width, *grad_out.stride(), *query.stride(), *tokens.stride(), LOG2E,
-        **_constexprs(query, tokens, seqlens),
+        _pool_bwd_kernel, (batch,), heads, most, total, width,
+        *grad_out.stride(), *query.stride(), *tokens.stride(), LOG2E,
+        **_constexprs(query, most, seqlens, max_seqlen),
     )  # fmt: skip
     new_dq, new_dx = new_tensors(query), new_tensors(tokens)
 
     def compute(
-        grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
+        grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of attention pooling, for tensors of a known layout."""
         dq, dx = new_dq(), new_dx()
+        if batch == 0:  # no program writes the tokens, which belong to no sequence
+            dx.zero_()
         start(grad_out, query, tokens, lse, dq, dx, seqlens)
         return dq, dx
 
     return compute
 
 
-def _constexprs(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> dict[str, Any]:
-    """Return the compile-time constants of both pooling kernels: a tile holds all queries, all tokens and some
+def _constexprs(query: Tensor, most: int, seqlens: Tensor | None, max_seqlen: int | None) -> dict[str, Any]:
+    """Return the compile-time constants of both pooling kernels: a tile holds all queries, ``most`` tokens and some
     columns.
     """
     cfg = row_config("attention_pool", arch_of(query.device), query.dtype)
-    block_h, block_n = (max(16, next_power_of_2(x.shape[1])) for x in (query, tokens))
+    block_h, block_n = (max(16, next_power_of_2(n)) for n in (query.shape[1], most))
+    is_packed = max_seqlen is not None
     return {
-        "config": cfg, "device": query.device, "HAS_SEQLENS": seqlens is not None,
+        "config": cfg, "device": query.device, "IS_PACKED": is_packed,
+        "HAS_SEQLENS": seqlens is not None and not is_packed,
         # The kernels loop over columns; a RowConfig has their number per step in block_n.
         "BLOCK_H": block_h, "BLOCK_N": block_n, "BLOCK_K": min(cfg.block_n, MAX_TILE // block_n),
     }  # fmt: skip

@@ -25,41 +25,59 @@ from ..backends import registered, uses_reference
 from ..checks import check_float, check_like, check_seqlens, check_tensor
 from ..dtypes import accumulate_dtype, autocast_to
 from ..launch import triton_runs_on
+from ..packing import Packing, check_values, cu_seqlens_for
 from . import cpu, launches
 
 MAX_HEADS, MAX_TOKENS = 64, 1024
 
 
-def _plan_forward(query: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes attention pooling for a layout."""
-    return (launches if triton_runs_on(query.device) else cpu).forward(query, *args)
+def _plan_forward(
+    query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes attention pooling for a layout, or for all packed sequences."""
+    plan = (launches if triton_runs_on(query.device) else cpu).forward
+    if max_seqlen is None:
+        return plan(query, tokens, seqlens)
+    return lambda *args: plan(*args)(*args)  # each call has another number of tokens
 
 
-def _plan_backward(grad_out: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes the gradients of attention pooling for a layout."""
-    return (launches if triton_runs_on(grad_out.device) else cpu).backward(grad_out, *args)
+def _plan_backward(
+    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes the gradients of attention pooling for what :func:`_plan_forward` takes."""
+    plan = (launches if triton_runs_on(query.device) else cpu).backward
+    if max_seqlen is None:
+        return plan(grad_out, query, tokens, seqlens, lse)
+    return lambda *args: plan(*args)(*args)
 
 
 @registered("attention_pool_fwd")
-def _pool_fwd(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute attention pooling. This is the registered op."""
-    return _plan_forward(query, tokens, seqlens)(query, tokens, seqlens)
+def _pool_fwd(
+    query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute attention pooling. This is the registered op.
+
+    With ``max_seqlen``, the tokens are those of packed sequences, [1, T, C], and ``seqlens`` are the cumulative
+    lengths [B + 1].
+    """
+    args = query, tokens, seqlens, max_seqlen
+    return _plan_forward(*args)(*args)
 
 
 _pool_fwd.planned_by(_plan_forward)
 
 
 @_pool_fwd.register_fake
-def _(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate_dtype(query.dtype))
 
 
 @registered("attention_pool_bwd")
 def _pool_bwd(
-    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
+    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of attention pooling. This is the registered op."""
-    args = grad_out, query, tokens, seqlens, lse
+    args = grad_out, query, tokens, seqlens, lse, max_seqlen
     return _plan_backward(*args)(*args)
 
 
@@ -67,30 +85,42 @@ _pool_bwd.planned_by(_plan_backward)
 
 
 @_pool_bwd.register_fake
-def _(grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
+) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), tokens.new_empty(tokens.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save queries, tokens and lse of the pooling for the backward pass."""
+    *tensors, ctx.max_seqlen = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Return the gradients of queries and tokens to autograd."""
     if grad_out is None:
-        return None, None, None
-    args = grad_out, *ctx.saved_tensors
-    tensors = (*args[:3], args[4]) if args[3] is None else args
-    dq, dx = (_pool_bwd.find((), tensors) or _pool_bwd.learn((), tensors, args))(*args)
-    return dq, dx, None
+        return (None,) * 4
+    tensors, options = (grad_out, *ctx.saved_tensors), (ctx.max_seqlen,)
+    given = (*tensors[:3], tensors[4]) if tensors[3] is None else tensors
+    args = *tensors, *options
+    dq, dx = (_pool_bwd.find(options, given) or _pool_bwd.learn(options, given, args))(*args)
+    return dq, dx, None, None
 
 
 _pool_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = None, backend: str = "auto") -> Tensor:
+def attention_pool(
+    query: Tensor,
+    tokens: Tensor,
+    *,
+    seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
+    max_seqlen: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Compute the softmax attention of a few queries on tokens, which are the keys and the values of every query.
 
     Args:
@@ -99,38 +129,85 @@ def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = No
         tokens: [B, N, C], same dtype and device; N is from 1 to 1,024 outside the reference.
         seqlens: int32 or int64 [B]: of each image only the first so many tokens are seen, and where that is none, the
             result is zero. Default: all.
+        cu_seqlens: int32 [B + 1] or a :class:`Packing`, for sequences of several lengths that lie behind one another
+            in ``tokens`` [T, C], as :func:`attention` takes them. The queries b see the tokens of sequence b only, and
+            are zero if it has none. Tokens that belong to no sequence are not read, and get a gradient of zero.
+        max_seqlen: with ``cu_seqlens``, the length of the longest sequence or more, at most 1,024 outside the
+            reference. It is a number, since the host would have to wait for that of a GPU.
         backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
 
     Returns:
         [B, H, C]: for each query, the mean of the tokens by their weights.
 
     Raises:
-        ValueError, TypeError: a shape or a dtype that does not fit.
+        ValueError, TypeError: a shape, a dtype or an option that does not fit; on a CPU also ``cu_seqlens`` that fall,
+            or do not run from 0 to T at most, and a sequence longer than ``max_seqlen``. On a GPU the check would have
+            to wait for the device. There only the first ``max_seqlen`` tokens of a sequence are seen, other wrong
+            values give wrong results, and nothing outside the tensors is read or written.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "attention_pool"
+    if cu_seqlens is not None or max_seqlen is not None:
+        if cu_seqlens is not None and seqlens is not None:
+            raise ValueError(f"{op}: seqlens and cu_seqlens exclude each other")
+        return _attention_pool_packed(query, tokens, cu_seqlens, max_seqlen, backend)
     if seqlens is None:
         compute = _pool_fwd.find((backend,), (query, tokens))
         if compute is not None:
-            return compute(query, tokens, None)[0]
-    check_tensor(op, "query", query, 3)
-    check_tensor(op, "tokens", tokens, 3)
-    check_like(op, "tokens", tokens, "query", query)
-    if query.shape[::2] != tokens.shape[::2] or tokens.shape[1] == 0:
-        raise ValueError(
-            f"{op}: query must be [B, H, C] and tokens [B, N, C] with at least one token, "
-            f"got {tuple(query.shape)} and {tuple(tokens.shape)}"
-        )
+            return compute(query, tokens, None, None)[0]
+    _check_tensors(query, tokens, is_packed=False)
     seqlens = check_seqlens(op, seqlens, query)
     query, tokens = autocast_to(query), autocast_to(tokens)
     if uses_reference(op, backend, query):
         return reference.attention_pool(query, tokens, seqlens=seqlens)
-    check_float(op, query=query)
-    if query.shape[1] > MAX_HEADS or tokens.shape[1] > MAX_TOKENS:
-        raise ValueError(
-            f"{op}: at most {MAX_HEADS} queries and {MAX_TOKENS} tokens, got {query.shape[1]} and {tokens.shape[1]}: "
-            "use attention_qkv or backend='torch'"
-        )
-    args = query, tokens, seqlens
+    _check_sizes(query, tokens.shape[1])
+    args = query, tokens, seqlens, None
     tensors = (query, tokens) if seqlens is None else (query, tokens, seqlens)
     return _pool_fwd.learn((backend,), tensors, args)(*args)[0]
+
+
+def _attention_pool_packed(
+    query: Tensor, tokens: Tensor, cu_seqlens: Tensor | Packing | None, max_seqlen: int | None, backend: str
+) -> Tensor:
+    """Compute attention pooling of packed sequences, as :func:`attention_pool` documents it."""
+    op = "attention_pool"
+    _check_tensors(query, tokens, is_packed=True)
+    if cu_seqlens is None or isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int):
+        raise TypeError(
+            f"{op}: cu_seqlens and max_seqlen must be given together, max_seqlen as an int, "
+            f"got {type(cu_seqlens).__name__} and {type(max_seqlen).__name__}"
+        )
+    if max_seqlen < 0:
+        raise ValueError(f"{op}: max_seqlen must not be negative, got {max_seqlen}")
+    ends = cu_seqlens_for(op, cu_seqlens, len(query), tokens)
+    query, tokens = autocast_to(query), autocast_to(tokens)
+    if uses_reference(op, backend, query):
+        check_values(op, ends, len(tokens), max_seqlen)
+        return reference.attention_pool(query, tokens, cu_seqlens=ends, max_seqlen=max_seqlen)
+    _check_sizes(query, max_seqlen)
+    pooled: Tensor = _pool_fwd(query, tokens[None], ends, max_seqlen)[0]
+    return pooled
+
+
+def _check_tensors(query: Tensor, tokens: Tensor, *, is_packed: bool) -> None:
+    """Refuse queries and tokens whose types, shapes or devices do not fit together."""
+    op = "attention_pool"
+    check_tensor(op, "query", query, 3)
+    check_tensor(op, "tokens", tokens, 2 if is_packed else 3)
+    check_like(op, "tokens", tokens, "query", query)
+    has_tokens = is_packed or (len(query) == len(tokens) and tokens.shape[1] > 0)
+    if query.shape[2] != tokens.shape[-1] or not has_tokens:
+        expected = "[T, C] with cu_seqlens" if is_packed else "[B, N, C] with at least one token"
+        raise ValueError(
+            f"{op}: query must be [B, H, C] and tokens {expected}, got {tuple(query.shape)} and {tuple(tokens.shape)}"
+        )
+
+
+def _check_sizes(query: Tensor, most: int) -> None:
+    """Refuse a dtype, or more queries or tokens of an image or sequence, than the kernels take."""
+    check_float("attention_pool", query=query)
+    if query.shape[1] > MAX_HEADS or most > MAX_TOKENS:
+        raise ValueError(
+            f"attention_pool: at most {MAX_HEADS} queries and {MAX_TOKENS} tokens, got {query.shape[1]} and {most}: "
+            "use attention_qkv or backend='torch'"
+        )

@@ -8,24 +8,50 @@ import torch
 from .. import reference
 from ..attention.spec import draw_lengths
 from ..configs import RowConfig, config_key, override
-from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
+from ..spec import (
+    CUDA,
+    NOT_INTERPRETED,
+    UNUSED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    cu_seqlens_of,
+    lengths_of,
+    on,
+)
 from .op import attention_pool
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolShape(Shape):
-    """Queries [batch, queries, width] on tokens [batch, tokens, width]."""
+    """Queries [batch, queries, width] on tokens [batch, tokens, width].
+
+    If ``packed``, ``tokens`` is the largest length of ``batch`` sequences that lie behind one another.
+    """
 
     batch: int
     queries: int
     tokens: int
     width: int
     lengths: bool = False
+    packed: bool = False
 
     @property
     def elements(self) -> int:
         """The number of elements of the pooling's weights, queries or tokens, whichever is the largest."""
-        return self.batch * max(self.queries * self.tokens, max(self.queries, self.tokens) * self.width)
+        queries = self.batch * self.queries
+        return max(queries * self.tokens, max(queries, self.num_tokens) * self.width)
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of all images."""
+        return sum(lengths_of(self.batch, self.tokens)) if self.packed else self.batch * self.tokens
 
 
 def make(shape: PoolShape, values: str, draw: Draw) -> Call:
@@ -35,7 +61,10 @@ def make(shape: PoolShape, values: str, draw: Draw) -> Call:
     asks for other weights.
     """
     query = draw.normal(shape.batch, shape.queries, shape.width) / shape.width**0.5
-    tokens = draw.normal(shape.batch, shape.tokens, shape.width)
+    if shape.packed:
+        tokens = draw.normal(shape.num_tokens + UNUSED, shape.width)
+    else:
+        tokens = draw.normal(shape.batch, shape.tokens, shape.width)
     if values == "one-hot":
         query *= 8
     elif values == "uniform":
@@ -45,7 +74,10 @@ def make(shape: PoolShape, values: str, draw: Draw) -> Call:
     inputs = {"query": query, "tokens": tokens}
     if shape.lengths:
         inputs["seqlens"] = draw_lengths(draw, shape.batch, shape.tokens, torch.int64)
-    return Call(inputs, (draw.normal(shape.batch, shape.queries, shape.width),))
+    if shape.packed:
+        inputs["cu_seqlens"] = cu_seqlens_of(lengths_of(shape.batch, shape.tokens), draw)
+    grad = draw.normal(shape.batch, shape.queries, shape.width)
+    return Call(inputs, (grad,), {"max_seqlen": shape.tokens} if shape.packed else {})
 
 
 def floor(shape: PoolShape, itemsize: int, backward: bool) -> Floor:
@@ -54,8 +86,8 @@ def floor(shape: PoolShape, itemsize: int, backward: bool) -> Floor:
     Forward reads queries and tokens, and writes a result as large as the queries. Backward reads queries, tokens and
     the upstream gradient, and writes the gradients of queries and tokens.
     """
-    product = 2 * shape.batch * shape.queries * shape.tokens * shape.width
-    query, key = (shape.batch * rows * shape.width * itemsize for rows in (shape.queries, shape.tokens))
+    product = 2 * shape.queries * shape.num_tokens * shape.width
+    query, key = (rows * shape.width * itemsize for rows in (shape.batch * shape.queries, shape.num_tokens))
     if backward:
         return Floor(5 * product, 3 * query + 2 * key)
     return Floor(2 * product, 2 * query + key)
@@ -84,11 +116,19 @@ CASES = [
     # lengths
     Case(PoolShape(5, 3, 17, 24, lengths=True), "texts that end early, or have no token", quick=True, sanitize=True),
     Case(PoolShape(4, 8, 77, 512, lengths=True), "the last block of B's texts", NOT_INTERPRETED),
+    # sequences of several lengths
+    Case(PoolShape(40, 8, 77, 512, packed=True), "the last block of B's texts, packed", NOT_INTERPRETED, quick=True),
+    Case(PoolShape(1024, 8, 77, 512, packed=True), "the last block of B's texts, packed, a batch", on(CUDA)),
+    Case(PoolShape(6, 3, 9, 24, packed=True), "short sequences, one without tokens", quick=True, sanitize=True),
+    Case(PoolShape(5, 17, 70, 40, packed=True), "one past a small tile of queries, a long sequence, and short ones"),
+    Case(PoolShape(0, 3, 9, 24, packed=True), "no sequences: all tokens belong to none"),
+    *Case.layouts(PoolShape(6, 3, 17, 24, packed=True), quick=False),
     *Case.layouts(PoolShape(2, 3, 17, 24), expanded=PoolShape(2, 3, 17, 24)),
     Case.extreme(PoolShape(1, 32, 50, 128), "one-hot", "queries times 8: each softmax is nearly one-hot", quick=True),
     Case.extreme(PoolShape(1, 32, 50, 128), "uniform", "queries times 1e-4: each softmax is flat"),
     Case.extreme(PoolShape(1, 32, 50, 128), "duplicate rows", "every token occurs twice: equal weights"),
     *Case.repeats(PoolShape(2, 8, 50, 96), PoolShape(512, 32, 50, 2048)),
+    *Case.repeats(PoolShape(30, 8, 50, 96, packed=True), PoolShape(4096, 8, 77, 512, packed=True)),
 ]  # fmt: skip
 COLUMNS = {"block_m": (16,), "block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 RN50 = PoolShape(256, 32, 50, 2048)
@@ -100,7 +140,11 @@ SPECS = (
         reference=reference.attention_pool,
         make=make,
         cases=CASES,
-        small=(PoolShape(2, 3, 7, 10), PoolShape(2, 3, 7, 10, lengths=True)),
+        small=(
+            PoolShape(2, 3, 7, 10),
+            PoolShape(2, 3, 7, 10, lengths=True),
+            PoolShape(5, 3, 7, 10, packed=True),
+        ),
         category="attention",
         kernels=("_pool_fwd_kernel", "_pool_bwd_kernel"),
         floor=floor,
@@ -110,6 +154,7 @@ SPECS = (
             Shipped("H32 N50 C2048", PoolShape(2, 32, 50, 2048), ("bf16", "fp32"), small_tiles=True),
             # the last blocks of B's texts, of bigG, and of L/14 at 336 pixels
             Shipped("H8 N77 C512 lengths", PoolShape(2, 8, 77, 512, lengths=True), small_tiles=True),
+            Shipped("H8 N77 C512 packed", PoolShape(64, 8, 77, 512, packed=True), ("bf16", "fp32"), small_tiles=True),
             Shipped("H16 N257 C1664", PoolShape(2, 16, 257, 1664), small_tiles=True),
             Shipped("H16 N577 C1024", PoolShape(2, 16, 577, 1024), small_tiles=True),
         ),

@@ -1,13 +1,17 @@
 """Sequences of several lengths behind one another: none sees another, and wrong cumulative lengths are refused."""
 
+import contextlib
 import itertools
 import random
 
 import pytest
 import torch
 
-from clipfast.kernels import attention, attention_qkv, text_embed
+from clipfast.kernels import attention, attention_pool, attention_qkv, implementations, text_embed
+from clipfast.kernels.launch import triton_runs_on
 from clipfast.kernels.packing import Packing, pack
+
+from .conftest import Recorded, needs_sanitizer
 
 HEADS, HEAD_DIM = 2, 16
 WIDTH = HEADS * HEAD_DIM
@@ -19,11 +23,11 @@ def cumulative(lengths, device="cpu"):
 
 
 def mixes(count):
-    """Yield random lengths of packed sequences: of any kind, all equal, all 1, and one sequence alone."""
+    """Yield random lengths of packed sequences: of any kind, in runs of equal ones, all equal, all 1, and one alone."""
     draw = random.Random(0)
     for _ in range(count):
         yield [draw.randint(0, 77) for _ in range(draw.randint(1, 12))]
-    yield from ([18] * 9, [77] * 3, [1] * 40, [77], [1], [0])
+    yield from ([3, 3, 3, 0, 0, 7, 7, 1], [18] * 9, [77] * 3, [1] * 40, [77], [1], [0])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -80,6 +84,85 @@ def test_separate_tensors_are_computed_as_a_packed_projection(device):
     torch.testing.assert_close(found.flatten(1), expected)
 
 
+def pool(query, tokens, grad, **options):
+    """Return the pooled tokens, and the gradients of queries and tokens."""
+    leaves = [x.detach().requires_grad_() for x in (query, tokens)]
+    pooled = attention_pool(*leaves, **options)
+    pooled.backward(grad)
+    return [pooled.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("way", [contextlib.nullcontext, Recorded])
+def test_queries_pool_the_tokens_of_their_own_sequence(way, device):
+    torch.manual_seed(0)
+    for lengths in mixes(12):
+        ends = cumulative(lengths)
+        query, grad = torch.randn(2, len(lengths), HEADS, WIDTH, device=device)
+        tokens = torch.randn(int(ends[-1]) + 100, WIDTH, device=device)
+        tokens[ends[-1] :] = float("nan")
+        with way():
+            pooled, d_query, d_tokens = pool(query, tokens, grad, cu_seqlens=ends.to(device), max_seqlen=77)
+        for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
+            one = slice(sequence, sequence + 1)
+            if start < end:
+                own = pool(query[one], tokens[None, start:end], grad[one])
+                found = [pooled[one], d_query[one], d_tokens[None, start:end]]
+                torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+            else:
+                assert not pooled[one].any()
+                assert not d_query[one].any()
+        assert not d_tokens[ends[-1] :].any()
+
+
+def test_a_sequence_that_pools_a_token_of_its_neighbour_is_found(device):
+    tokens, query = torch.randn(40, WIDTH, device=device), torch.randn(2, HEADS, WIDTH, device=device)
+    right, leaking = cumulative([10, 30], device), cumulative([11, 29], device)
+    expected, leaked = (attention_pool(query, tokens, cu_seqlens=ends, max_seqlen=30) for ends in (right, leaking))
+    assert not torch.equal(expected, leaked)
+    changed = tokens.clone()
+    changed[10:] = float("nan")
+    found = attention_pool(query, changed, cu_seqlens=pack(right, 40), max_seqlen=30)
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_sequence_longer_than_said(backend, device):
+    query, tokens, grad = (
+        torch.randn(n, *size, device=device) for n, *size in ((2, HEADS, WIDTH), (60, WIDTH), (2, HEADS, WIDTH))
+    )
+    ends = cumulative([5, 50], device)
+    if not triton_runs_on(device):
+        for way in (contextlib.nullcontext, Recorded):
+            with (
+                way(),
+                pytest.raises(
+                    ValueError, match="no sequence may be longer than max_seqlen=16, got 50 tokens at sequence 1"
+                ),
+            ):
+                attention_pool(query, tokens, cu_seqlens=ends, max_seqlen=16, backend=backend)
+        return
+    # Without waiting for a GPU, nobody knows. It sees the first tokens only.
+    found = pool(query, tokens, grad, cu_seqlens=ends, max_seqlen=16, backend=backend)
+    expected = pool(query[1:], tokens[None, 5:21], grad[1:])
+    torch.testing.assert_close([found[0][1:], found[1][1:], found[2][None, 5:21]], expected, rtol=1e-5, atol=1e-5)
+    assert not found[2][21:].any()
+
+
+def test_one_plan_serves_packed_tokens_of_any_number(device):
+    plans = {}
+    for lengths in ([3, 9], [20, 1]):
+        ends, most = cumulative(lengths, device), max(lengths)
+        query, grad = torch.randn(2, 2, HEADS, WIDTH, device=device)
+        tokens = torch.randn(sum(lengths) + 2, WIDTH, device=device)
+        args = query, tokens[None], ends
+        pooled, lse = implementations.compute(plans, implementations.attention_pool_fwd, "", *args, most)
+        found = implementations.compute(plans, implementations.attention_pool_bwd, "", grad, *args, lse, most)
+        expected = pool(query, tokens, grad, cu_seqlens=ends, max_seqlen=most)
+        torch.testing.assert_close([pooled, found[0], found[1][0]], expected, rtol=0, atol=0)
+
+
 def test_packed_texts_are_embedded_as_padded_ones(device):
     lengths = [3, 7, 1, 5]
     table, positions = torch.randn(11, 24, device=device), torch.randn(7, 24, device=device)
@@ -110,11 +193,34 @@ def embed(cu_seqlens):
     return text_embed(torch.zeros(9, dtype=torch.int64), torch.randn(5, 8), torch.randn(9, 8), cu_seqlens=cu_seqlens)
 
 
+def pool_two(cu_seqlens):
+    """Call the op for attention pooling with two queries on nine packed tokens."""
+    return attention_pool(torch.randn(2, 1, 8), torch.randn(9, 8), cu_seqlens=cu_seqlens, max_seqlen=8)
+
+
 @pytest.mark.parametrize("message", WRONG)
 @pytest.mark.parametrize(("op", "call"), [("attention", attend), ("text_embed", embed)])
 def test_wrong_cumulative_lengths_are_refused(op, call, message):
     with pytest.raises((ValueError, TypeError), match=f"{op}: cu_seqlens {message}"):
         call(WRONG[message])
+
+
+@pytest.mark.parametrize(
+    ("message", "cu_seqlens"),
+    [
+        ("must be \\[3\\], got shape \\(0,\\)", torch.zeros(0, dtype=torch.int32)),
+        ("must be \\[3\\], got shape \\(2,\\)", torch.tensor([0, 9], dtype=torch.int32)),
+        ("must run from 0 to 9 tokens at most, got 1 to 9", torch.tensor([1, 2, 9], dtype=torch.int32)),
+        ("must run from 0 to 9 tokens at most, got 0 to 10", torch.tensor([0, 5, 10], dtype=torch.int32)),
+        ("must not fall, got 3 after 5 at sequence 1", torch.tensor([0, 5, 3], dtype=torch.int32)),
+        ("must be an int32 tensor, got int64", torch.tensor([0, 5, 9])),
+        ("is on meta, but tokens is on cpu", torch.tensor([0, 5, 9], dtype=torch.int32, device="meta")),
+        ("are of 8 tokens on cpu, got 9 tokens", pack(torch.tensor([0, 5, 8], dtype=torch.int32), 8)),
+    ],
+)
+def test_pooling_refuses_wrong_cumulative_lengths(message, cu_seqlens):
+    with pytest.raises((ValueError, TypeError), match=f"attention_pool: cu_seqlens {message}"):
+        pool_two(cu_seqlens)
 
 
 def test_other_wrong_inputs_are_refused():
@@ -125,12 +231,38 @@ def test_other_wrong_inputs_are_refused():
         attention_qkv(torch.randn(9, 2, 8), torch.randn(8, 2, 8), torch.randn(8, 2, 8), cu_seqlens=ends)
     with pytest.raises(IndexError, match="a text has 9 tokens, more than 7 positions"):
         text_embed(torch.zeros(9, dtype=torch.int64), torch.randn(5, 8), torch.randn(7, 8), cu_seqlens=ends)
+    query, tokens = torch.randn(1, 2, 8), torch.randn(9, 8)
+    for error, message, options in (
+        (ValueError, "seqlens and cu_seqlens exclude each other", {"seqlens": torch.tensor([9]), "max_seqlen": 9}),
+        (TypeError, "must be given together, max_seqlen as an int, got Tensor and NoneType", {}),
+        (TypeError, "max_seqlen as an int, got Tensor and Tensor", {"max_seqlen": torch.tensor(9)}),
+        (TypeError, "max_seqlen as an int, got NoneType and int", {"cu_seqlens": None, "max_seqlen": 9}),
+        (ValueError, "max_seqlen must not be negative, got -1", {"max_seqlen": -1}),
+        (ValueError, "at most 64 queries and 1024 tokens, got 2 and 1025", {"max_seqlen": 1025}),
+    ):
+        with pytest.raises(error, match=f"attention_pool: .*{message}"):
+            attention_pool(query, tokens, **{"cu_seqlens": ends, **options})
+    with pytest.raises(
+        ValueError,
+        match="query must be \\[B, H, C\\] and tokens \\[T, C\\] with cu_seqlens, got \\(1, 2, 8\\) and \\(9, 7\\)",
+    ):
+        attention_pool(query, tokens[:, :7], cu_seqlens=ends, max_seqlen=9)
+
+
+GARBAGE = [-5, 3, 99], [7, 2, 9], [2**31 - 1, -(2**31), 4]
+
+
+@needs_sanitizer
+def test_pooling_of_garbage_on_a_gpu_leads_nowhere_outside(sanitizer):
+    query, tokens, grad = torch.randn(2, 1, 8), torch.randn(9, 8), torch.randn(2, 1, 8)
+    for values in GARBAGE:
+        pool(query, tokens, grad, cu_seqlens=torch.tensor(values, dtype=torch.int32), max_seqlen=4)
 
 
 def test_garbage_on_a_gpu_leads_nowhere_outside():
-    for values in ([-5, 3, 99], [7, 2, 9], [2**31 - 1, -(2**31), 4]):
+    for values in GARBAGE:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("clipfast.kernels.packing._check_values", lambda *_: None)
+            patch.setattr("clipfast.kernels.packing.check_values", lambda *_: None)
             bounds = pack(torch.tensor(values, dtype=torch.int32), 9).bounds
         assert bounds.min() >= 0
         assert bounds.max() <= 9
