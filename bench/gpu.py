@@ -71,7 +71,7 @@ LIMITED = {
     "attention": {"tests": "attention", "op": "attention", "tune": "attention-64"},
     "blocks": {
         "tests": "patch or text or norm or activation or pool",
-        "op": "patch_embed text_embed layer_norm bias_gelu bias_quick_gelu attention_pool",
+        "op": "patch_embed patch_embed_packed text_embed layer_norm bias_gelu bias_quick_gelu attention_pool",
         "tune": "layer_norm-1024 bias_act patch_embed text_embed attention_pool",
     },
 }  # fmt: skip

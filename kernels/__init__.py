@@ -16,6 +16,7 @@ if __name__ != "kernels":
     from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
     from .layer_norm import layer_norm
     from .patch_embed import patch_embed
+    from .patch_embed_packed import patch_embed_packed
     from .retrieval import retrieval_ranks
     from .text_embed import text_embed
     from .top_k import top_k
@@ -33,6 +34,7 @@ if __name__ != "kernels":
         "layer_norm",
         "nt_xent_loss",
         "patch_embed",
+        "patch_embed_packed",
         "reference",
         "retrieval_ranks",
         "sigmoid_loss",

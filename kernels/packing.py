@@ -19,10 +19,12 @@ class Packing(NamedTuple):
             ``cu_seqlens[b + 1] - 1``. Tokens from ``cu_seqlens[-1]`` on belong to no sequence.
         bounds: int32 [2, T], the first token of each token's sequence, and the end of the sequence; T and 0 for tokens
             that belong to none.
+        sequence: int32 [T], the number of each token's sequence; B for tokens that belong to none.
     """
 
     cu_seqlens: Tensor
     bounds: Tensor
+    sequence: Tensor
 
 
 def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
@@ -42,10 +44,11 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     check_values(op, cu_seqlens, total)
     ends = cu_seqlens.clamp(0, total)
     tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
-    sequence = torch.searchsorted(ends[1:], tokens, right=True)  # the number of sequences that end before each token
+    # The number of sequences that end before each token is the number of its own.
+    sequence = torch.searchsorted(ends[1:], tokens, right=True, out_int32=True)
     first = torch.cat([ends[:-1], ends.new_full((1,), total)])[sequence]
     end = torch.cat([ends[1:], ends.new_zeros(1)])[sequence]
-    return Packing(cu_seqlens, torch.stack([first, end]))
+    return Packing(cu_seqlens, torch.stack([first, end]), sequence)
 
 
 def packing_for(op: str, cu_seqlens: Tensor | Packing, like: Tensor) -> Packing:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dtypes import accumulate_dtype
+from .grids import places_of, resizing_weights
 from .packing import Packing, packing_for
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -227,6 +228,42 @@ def patch_embed(
         return tokens
     rows = F.pad(keep.long() + 1, (1, 0))  # row 0 is the class token
     return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def patch_embed_packed(
+    patches: Tensor,
+    grids: Tensor,
+    weight: Tensor,
+    positional_embedding: Tensor,
+    *,
+    cu_seqlens: Tensor | Packing,
+    bias: Tensor | None = None,
+    prefix: Tensor | None = None,
+    interpolation: str = "bilinear",
+    keep_aspect: bool = False,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """Return the reference of the op ``patch_embed_packed``: a linear layer with resized positions added.
+
+    Tokens of patches stand behind the prefix tokens of their image (Beyer et al. 2023, section 3.2).
+    """
+    dtype = weight.dtype
+    prefix = weight.new_zeros(0, len(weight)) if prefix is None else prefix.to(dtype)
+    packing = packing_for(
+        "patch_embed_packed", cu_seqlens, patches.new_empty(len(patches) + len(prefix) * len(grids), 0)
+    )
+    places = places_of(packing.bounds, packing.sequence, grids, len(patches), len(prefix))
+    if patches.dtype == torch.uint8:
+        pixels = patches.unflatten(1, (-1, len(mean))).transpose(1, 2)[..., None]
+        patches = normalize_uint8(pixels, mean, std, dtype).transpose(1, 2).flatten(1)
+    of_patches = F.pad(patches.to(dtype), (0, 0, 0, 1))[places.row]
+    tokens = F.linear(of_patches, weight, None if bias is None else bias.to(dtype))
+    table = _wide(positional_embedding)
+    rows, columns = resizing_weights(places, table.shape[:2], interpolation, keep_aspect, table.dtype)
+    tokens = tokens + torch.einsum("ti,tj,ije->te", rows, columns, table).to(dtype)
+    tokens = tokens.masked_fill((places.row == len(patches))[:, None], 0)
+    return tokens + F.pad(prefix, (0, 0, 1, 0))[places.prefix + 1]
 
 
 def text_embed(

@@ -25,7 +25,6 @@ Method: the patch projection of Dosovitskiy et al. 2021 as an implicit or explic
 al. 2023).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -40,51 +39,13 @@ from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
 from ..reference import CLIP_MEAN, CLIP_STD
 from . import cpu, launches, matrix
+from .fold import channel_values, factors_of, fold, unfold_grad
 from .launches import num_patches_of
 
 
 def _implementation(device: torch.device) -> ModuleType:
     """Return the Triton launches where Triton runs, otherwise the CPU's functions."""
     return launches if triton_runs_on(device) else cpu
-
-
-def _fold(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return W' and b' in the accumulation dtype."""
-    work = weight.to(accumulate_dtype(weight.dtype))
-    return _scale_channels(work, _gains(std)), _scale_channels(work, _shifts(mean, std)).sum((1, 2, 3))
-
-
-def _unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return the gradient of W from those of W' and b'."""
-    shift = _scale_channels(grad_bias[:, None, None, None].expand_as(grad_folded), _shifts(mean, std))
-    return _scale_channels(grad_folded, _gains(std)) + shift
-
-
-def _factors(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return for each channel the gain that its weights are multiplied by, and the factor with which they enter the
-    bias.
-
-    Both fold the normalisation of bytes into the projection.
-    """
-    if images.dtype == torch.uint8:
-        return _gains(std), _shifts(mean, std)
-    return [1.0] * images.shape[1], [0.0] * images.shape[1]
-
-
-def _gains(std: Sequence[float]) -> list[float]:
-    """Return the gain of each channel, 128 / (255 std), for the folded normalisation."""
-    return [128 / (255 * s) for s in std]
-
-
-def _shifts(mean: Sequence[float], std: Sequence[float]) -> list[float]:
-    """Return the shift of each channel, (128 / 255 - mean) / std, for the folded normalisation."""
-    return [(128 / 255 - m) / s for m, s in zip(mean, std, strict=True)]
-
-
-def _scale_channels(weight: Tensor, factors: Sequence[float]) -> Tensor:
-    """Multiply the projection's weights of each channel by its factor."""
-    # The factors stay numbers: a tensor of them would be copied to the device, which a CUDA graph cannot capture.
-    return torch.stack([weight[:, c] * factor for c, factor in enumerate(factors)], dim=1)
 
 
 def _check_indices(keep: Tensor | None, num_patches: int) -> None:
@@ -114,10 +75,10 @@ def _patch_embed_fwd(
     """Return the tokens in ``dtype``. A weight is rounded to it once, after the normalisation has been folded in."""
     _check_indices(keep, len(positional_embedding) - 1)
     if triton_runs_on(images.device) and matrix.is_laid_out(images, dtype, len(weight)):
-        factors = _factors(images, mean, std)
+        factors = factors_of(images, mean, std)
         return matrix.forward(images, weight, factors, class_embedding, positional_embedding, keep, dtype)
     if images.dtype == torch.uint8:
-        weight, bias = _fold(weight, mean, std)
+        weight, bias = fold(weight, mean, std)
     else:
         bias = weight.new_zeros(len(weight), dtype=accumulate_dtype(weight.dtype))
     forward = _implementation(images.device).forward
@@ -149,11 +110,11 @@ def _patch_embed_bwd(
     grad_pos = implementation.backward_positions(grad, keep, num_patches_of(images, weight.shape[-1]))
     if triton_runs_on(images.device) and matrix.is_laid_out(images, grad.dtype, len(weight)):
         bias_grad = grad_pos[1:].sum(0) if images.dtype == torch.uint8 else grad_pos[0]
-        factors = _factors(images, mean, std)
+        factors = factors_of(images, mean, std)
         return matrix.backward_weight(grad, images, weight, factors, bias_grad, keep), grad_pos
     grad_weight = implementation.backward_weight(grad, images, weight, keep)
     if images.dtype == torch.uint8:
-        grad_weight = _unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std)
+        grad_weight = unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std)
     return grad_weight, grad_pos
 
 
@@ -250,7 +211,7 @@ def patch_embed(
     check_tensor(op, "class_embedding", class_embedding, 1)
     check_tensor(op, "positional_embedding", positional_embedding, 2)
     _check_shapes(images, weight, class_embedding, positional_embedding)
-    mean, std = _channel_values("mean", mean, images.shape[1]), _channel_values("std", std, images.shape[1])
+    mean, std = channel_values(op, mean, std, images.shape[1])
     _check_keep(keep, images, weight.shape[-1])
     dtype = autocast_dtype(weight)
     if uses_reference(op, backend, images):
@@ -262,19 +223,6 @@ def patch_embed(
     check_float(op, weight=weight)
     args = *tensors, keep, mean, std, dtype
     return (_patch_embed_fwd if keep is not None else _patch_embed_fwd.learn(options, tensors, args))(*args)
-
-
-def _channel_values(name: str, values: Sequence[float], channels: int) -> list[float]:
-    """Return the mean or std of each channel as numbers; refuse values that do not fit the channels."""
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"patch_embed: {name} must be a sequence of numbers, got {values!r}") from error
-    usable = all((0 if name == "std" else -math.inf) < number < math.inf for number in numbers)
-    if len(numbers) != channels or not usable:
-        kind = "positive" if name == "std" else "finite"
-        raise ValueError(f"patch_embed: {name} must be {channels} {kind} numbers, one per channel, got {values!r}")
-    return numbers
 
 
 def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor) -> None:

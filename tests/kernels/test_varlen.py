@@ -178,7 +178,7 @@ WRONG = {
     "must run from 0 to 9 tokens at most, got 0 to 10": torch.tensor([0, 10], dtype=torch.int32),
     "must not fall, got 3 after 5 at sequence 1": torch.tensor([0, 5, 3, 9], dtype=torch.int32),
     "must be an int32 tensor, got int64": torch.tensor([0, 9]),
-    "must be an int32 tensor, or the result of": Packing(torch.zeros(1), torch.zeros(1, 9, dtype=torch.int32)),
+    "must be an int32 tensor, or the result of": Packing(*torch.zeros(3, 9)),
     "are of 8 tokens on cpu, got 9 tokens": pack(torch.tensor([0, 8], dtype=torch.int32), 8),
 }
 
