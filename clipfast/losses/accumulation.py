@@ -26,7 +26,7 @@ batch, L(f(X)), if f computes the features of a pair independently of other pair
 Running statistics are updated once per micro-batch, in order, as in one pass over the micro-batches.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -40,7 +40,7 @@ OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 
 def accumulate_gradients(
-    model: nn.Module, images: Tensor, texts: Tensor, micro_batch_size: int,
+    model: nn.Module, images: Tensor, texts: Any, micro_batch_size: int,
     loss: Callable[..., Tensor] = contrastive_loss, *, loss_scale: Tensor | float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Compute ``loss(*model(images, texts)).backward()`` with the activations of only one micro-batch at a time.
@@ -56,7 +56,8 @@ def accumulate_gradients(
         model: is called with images and texts of a micro-batch. It returns (image_features, text_features,
             logit_scale) and perhaps logit_bias, as a tuple or as a dict with these names. Scale and bias must be the
             same for every micro-batch. All state that its forward pass changes must be in buffers.
-        images, texts: [B, ...] each.
+        images: [B, ...].
+        texts: [B, ...]; or a list of the texts of each micro-batch, as the model takes them, such as packed texts.
         micro_batch_size: number of pairs in a micro-batch, at least 1; the last micro-batch may be smaller.
         loss: a ``ClipLoss``, a ``SigLipLoss`` or any function that maps the outputs of the model for all B pairs, in
             the order above, to one number. Parameters of the loss get their gradients as well.
@@ -69,11 +70,10 @@ def accumulate_gradients(
             does not return one feature per image and text.
         TypeError: if the model returns something else, or the loss is not a tensor of one element.
     """
-    _check(images, texts, micro_batch_size)
-    if micro_batch_size >= len(images):
-        return _loss_backward(loss, _outputs(model(images, texts)), loss_scale)
-    parts = list(zip(images.split(micro_batch_size), texts.split(micro_batch_size), strict=True))
-    devices = _accelerators(model, images, texts)
+    parts = micro_batches(images, texts, micro_batch_size)
+    if len(parts) == 1:
+        return _loss_backward(loss, _outputs(model(*parts[0])), loss_scale)
+    devices = _accelerators(model, images)
     before, random_states, features = _Buffers(model), [], []
     with torch.no_grad():
         for part in parts:
@@ -118,7 +118,7 @@ def largest_micro_batch(
     Args:
         model: the model as it will be trained, under the same autocast.
         images: [B, ...], a whole batch of the largest shape that will occur; values do not matter.
-        texts: [B, ...], as for ``images``.
+        texts: [B, ...], as for ``images``; a model that leaves out padding needs the longest texts that will occur.
         loss: as for :func:`accumulate_gradients`.
         start: the first size to try; the whole batch if it is None.
         reserve: bytes to leave free for what the first step allocates, such as the moments of the optimizer.
@@ -128,8 +128,8 @@ def largest_micro_batch(
         ValueError, TypeError: as for :func:`accumulate_gradients`.
     """
     size = len(images) if start is None else start
-    _check(images, texts, size)
-    devices = _accelerators(model, images, texts)
+    micro_batches(images, texts, size)
+    devices = _accelerators(model, images)
     buffers, random_state = _Buffers(model), _random_state(devices)
     gradients = [(parameter, parameter.grad) for parameter in _parameters(model, loss)]
     held = torch.empty(reserve, dtype=torch.uint8, device=images.device)
@@ -166,12 +166,29 @@ def _parameters(model: nn.Module, loss: Callable[..., Tensor]) -> list[nn.Parame
     return [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
 
 
-def _check(images: Tensor, texts: Tensor, size: int) -> None:
-    """Refuse images and texts that are not equally many, and a micro-batch size below 1."""
-    if len(images) != len(texts) or len(images) == 0:
-        raise ValueError(f"images and texts must be equally many, at least one, got {len(images)} and {len(texts)}")
+def micro_batches(images: Tensor, texts: Any, size: int) -> list[tuple[Tensor, Any]]:
+    """Return the images and the texts of each micro-batch of ``size`` pairs; the last one may be smaller.
+
+    ``texts`` are [B, ...], or a list of the texts of each micro-batch.
+
+    Raises:
+        ValueError: there are no pairs, or not as many images as texts, or the size is below 1.
+    """
     if size < 1:
         raise ValueError(f"micro_batch_size must be at least 1, got {size}")
+    if len(images) == 0 or (isinstance(texts, Tensor) and len(images) != len(texts)):
+        raise ValueError(f"images and texts must be equally many, at least one, got {len(images)} and {len(texts)}")
+    parts = images.split(size)
+    of_texts = texts.split(size) if isinstance(texts, Tensor) else texts if isinstance(texts, list | tuple) else [texts]
+    wanted, given = [len(part) for part in parts], [_count(part) for part in of_texts]
+    if len(given) != len(wanted) or any(found not in (None, n) for found, n in zip(given, wanted, strict=True)):
+        raise ValueError(f"micro-batches of {wanted} images need texts of as many micro-batches and pairs, got {given}")
+    return list(zip(parts, of_texts, strict=True))
+
+
+def _count(texts: Any) -> int | None:
+    """Return the number of texts of a micro-batch; None for a mapping, whose length is another number."""
+    return len(texts) if isinstance(texts, Sized) and not isinstance(texts, Mapping) else None
 
 
 def _outputs(output: Any) -> tuple[Any, ...]:

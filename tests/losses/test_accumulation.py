@@ -11,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from clipfast import CLIP, ClipLoss, SigLipLoss, accumulate_gradients, largest_micro_batch
+from clipfast import CLIP, ClipLoss, SigLipLoss, accumulate_gradients, largest_micro_batch, pack_texts
 from clipfast.kernels import contrastive_loss, distributed_contrastive_loss
 from clipfast.losses import accumulation
 from clipfast.models import CLIPConfig
@@ -102,6 +102,16 @@ def both(model, data, size, loss=contrastive_loss, whole=False):
     if not whole:
         assert torch.equal(left, torch.get_rng_state())
     return model, truth
+
+
+@pytest.mark.parametrize("size", [5, 16])
+def test_texts_that_are_packed_for_each_micro_batch_are_as_the_whole_batch(size):
+    model, (images, texts) = clip("ViT"), batch()
+    truth = copy.deepcopy(model)
+    ours = accumulate_gradients(model, images, [pack_texts(part) for part in texts.split(size)], size)
+    truth.pack_text = False
+    assert ours == pytest.approx(in_one_graph(truth, images, texts, 16).item(), rel=1e-12)
+    agree(model, truth, rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 5, 16])
@@ -228,6 +238,9 @@ def test_bad_input_changes_nothing():
         ((images, texts, 0), "at least 1, got 0"),
         ((images[:0], texts[:0], 4), "got 0 and 0"),
         ((images, texts[:-1], 4), "got 16 and 15"),
+        ((images, pack_texts(texts), 5), r"micro-batches of \[5, 5, 5, 1\] images .* got \[16\]"),
+        ((images, [*texts.split(5)[:3], texts[:2]], 5), r"\[5, 5, 5, 1\] images .* got \[5, 5, 5, 2\]"),
+        ((images, [{"ids": texts[:5]}] * 3, 5), r"\[5, 5, 5, 1\] images .* got \[None, None, None\]"),
     ):
         for call in (accumulate_gradients, lambda *x: largest_micro_batch(*x[:3], start=x[3])):
             with pytest.raises(ValueError, match=message):
