@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..io.progress import Progress, progress
 from ..models import CLIP
+from ..models.packed_text import PackedText, pack_on_host
 from ..models.tokenizer import trim_padding
 
 TEXTS = 256  # the number of texts that are encoded at once
@@ -40,11 +41,15 @@ def encode_texts(
     """Return the normalised features [len(texts), embed_dim] of texts, such as zero-shot prompts.
 
     Padding is cut off if the model declares that it does not read it (``reads_padding``), as other packages' models do
-    not.
+    not. For a GPU, texts are packed if the model takes them so.
     """
     ids = tokenizer(texts)
-    ids = ids if getattr(model, "reads_padding", True) else trim_padding(ids)
-    return model.encode_text(ids.to(device), normalize=True)
+    given: Tensor | PackedText = ids
+    if isinstance(model, CLIP) and model.takes_packed():
+        given = pack_on_host(ids, torch.device(device))
+    elif not getattr(model, "reads_padding", True):
+        given = trim_padding(ids)
+    return model.encode_text(given.to(device, non_blocking=True), normalize=True)
 
 
 def prompts_of(classnames: Sequence[str], templates: Sequence[Template]) -> list[str]:

@@ -99,7 +99,7 @@ class CLIP(nn.Module):
             ValueError: ``text`` has more tokens than the model has positions.
         """
         check_text(text, self.context_length)
-        if self.pack_text and isinstance(text, Tensor) and self._takes_packed():
+        if isinstance(text, Tensor) and self.takes_packed():
             text = pack_if_shorter(text)
         # The end-of-text token has the highest id of the vocabulary.
         rows = text if isinstance(text, PackedText) else text.argmax(-1)
@@ -107,9 +107,9 @@ class CLIP(nn.Module):
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
-    def _takes_packed(self) -> bool:
-        """Return whether no module of the text tower would see that texts are packed."""
-        return is_plain(self.token_embedding, nn.Embedding) and takes_packed(self.transformer)
+    def takes_packed(self) -> bool:
+        """Return whether texts are packed: ``pack_text`` is set, and no module of the text tower would see it."""
+        return self.pack_text and is_plain(self.token_embedding, nn.Embedding) and takes_packed(self.transformer)
 
     def embed_text(self, text: Tensor | PackedText) -> Tensor:
         """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width]; packed, [1, T, width].

@@ -9,8 +9,10 @@ The longest text comes first because a GPU then begins with the tiles that take 
 length, which a CPU computes as one batch, lie side by side.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 from ..kernels import backends
 from ..kernels.common import cdiv
 from ..kernels.packing import Packing, pack
+from .tokenizer import trim_padding
 
 # On a GPU, the number of tokens is a multiple of 64, the rows of the smallest tile of a matrix product, and of a 128th
 # of the padded batch. So batches have few different numbers of tokens, each of which takes launch plans, blocks of the
@@ -115,8 +118,37 @@ def pack_if_shorter(texts: Tensor) -> Tensor | PackedText:
     return _packed(texts, lengths, texts.device.type != "cpu")
 
 
+def pack_on_host(texts: Tensor, device: torch.device, *, always: bool = False) -> Tensor | PackedText:
+    """Return a batch of texts as a model on ``device`` is to get it, so that its step does not wait for their lengths.
+
+    On a CPU they are packed if that pays, or ``always``; otherwise the padding that all have is cut off.
+    """
+    if device.type == "cpu" and not always:
+        return pack_if_shorter(trim_padding(texts))
+    packed = pack_texts(texts, for_gpu=device.type != "cpu")
+    return packed.pin_memory() if device.type == "cuda" else packed
+
+
+_host = threading.local()  # whether the host must not wait for a GPU
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """Let models pack no texts that they get as tensors, as in a CUDA graph in the making, since the host would wait.
+
+    The calls that warm a graph up must compute what the graph will.
+    """
+    before, _host.must_not_wait = getattr(_host, "must_not_wait", False), True
+    try:
+        yield
+    finally:
+        _host.must_not_wait = before
+
+
 def has_values(x: Tensor) -> bool:
-    """Return whether the host can read the values of a tensor here."""
+    """Return whether the host can and may read the values of a tensor here."""
+    if getattr(_host, "must_not_wait", False):
+        return False
     if backends.is_traced() or x.__class__ not in backends.PLAIN or x.is_meta:
         return False
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -255,6 +255,7 @@ class SigLIP(CLIP):
     visual: SigLIPVision  # type: ignore[assignment]
     logit_bias: Tensor
     reads_padding = True
+    pack_text = False
 
     def __init__(self, config: SigLIPConfig, *, output_dict: bool = False) -> None:
         nn.Module.__init__(self)  # CLIP's constructor would build CLIP's towers

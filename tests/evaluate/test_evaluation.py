@@ -22,6 +22,7 @@ from clipfast.evaluate.retrieval import pair_ranks
 from clipfast.evaluate.zero_shot import build_zero_shot_classifier, encode_texts
 from clipfast.factory import get_tokenizer
 from clipfast.models.images import make_transform
+from clipfast.models.packed_text import PackedText
 
 from ..small_runs import picture, sample, write_shard
 
@@ -55,6 +56,17 @@ def test_padding_stays_unless_the_model_says_that_it_does_not_read_it(model):
         other = SimpleNamespace(encode_text=lambda ids, normalize, seen=seen: seen.append(ids.shape), **says)
         encode_texts(other, tokenizer, ["a"], "cpu")
         assert seen == [(1, length)], says
+
+
+def test_texts_are_packed_before_they_are_copied_to_a_gpu(monkeypatch):
+    model, seen = create_model("ViT-T-8-32", device="meta"), []
+    embed = model.embed_text
+    monkeypatch.setattr(model, "embed_text", lambda text: seen.append(text) or embed(text))
+    tokenizer = get_tokenizer("ViT-T-8-32")
+    assert encode_texts(model, tokenizer, ["a", "a cat"], "meta").shape == (2, model.text_projection.shape[1])
+    model.pack_text = False
+    encode_texts(model, tokenizer, ["a", "a cat"], "meta")
+    assert [len(text.ids) if isinstance(text, PackedText) else text.shape for text in seen] == [64, (2, 4)]
 
 
 CLASSES = [f"{colour} {thing}" for colour in ("red", "blue", "green", "grey") for thing in ("cat", "dog", "cow", "bus")]

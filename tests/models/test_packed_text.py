@@ -8,7 +8,7 @@ import torch
 from clipfast import CLIP, contrastive_loss, create_model, pack_texts
 from clipfast.models import CLIPConfig, TextConfig, VisionConfig
 from clipfast.models import transformer as transformer_module
-from clipfast.models.packed_text import PackedText, pack_if_shorter
+from clipfast.models.packed_text import PackedText, pack_if_shorter, pack_on_host
 
 LENGTH, END = 24, 99
 # The lengths of the texts of a batch; 0 stands for a caption that is empty, but for its start and end tokens.
@@ -181,6 +181,14 @@ def test_tensors_without_values_are_not_packed():
     assert isinstance(pack_if_shorter(texts), PackedText)
     assert pack_if_shorter(texts.to("meta")).shape == texts.shape
     assert torch.compile(pack_if_shorter, backend="eager", fullgraph=True)(texts).shape == texts.shape
+
+
+def test_texts_are_packed_on_the_host_for_a_gpu_always_and_for_a_cpu_where_that_pays():
+    even, cpu = texts_of([8] * 4), torch.device("cpu")
+    assert pack_on_host(even, cpu).equal(even[:, :8])
+    assert len(pack_on_host(even, cpu, always=True).ids) == 32
+    assert len(pack_on_host(texts_of([5, 9, 3, 12]), cpu).ids) == 29
+    assert len(pack_on_host(texts_of([LENGTH] * 4), torch.device("meta")).ids) == 128  # which stands for a GPU
 
 
 def test_wrong_texts_are_refused():
