@@ -38,8 +38,7 @@ NO_COCA = Rule(
     "refused", "clipfast trains no captioner: use OpenCLIP for CoCa and MaMMUT (their loss is clipfast.CoCaLoss)"
 )  # fmt: skip
 NO_BUCKETS = Rule(
-    "refused", "it would change which pairs are in a batch, and texts are padded to the longest of their batch only: "
-    "leave it out",
+    "refused", "it would change which pairs are in a batch, and the padding of texts is not computed: leave it out"
 )  # fmt: skip
 SAME = Rule("same")
 
@@ -225,8 +224,7 @@ FLAGS: dict[str, Rule] = {
     "--bucket-prefetch-pools": NO_BUCKETS,
     "--naflex-pad-multiple": NO_NAFLEX,
     "--text-pad-multiple": Rule(
-        "refused", "texts are padded to the longest of their batch, and to the whole context with --cuda-graphs: leave "
-        "it out",
+        "refused", "the padding of texts is not computed, unless --no-pack-text asks for it: leave it out"
     ),
     "--text-attention-mask": Rule(
         "refused", "it is for captioners, and no model that clipfast trains reads it: leave it out"

@@ -128,7 +128,7 @@ class PairBatches(Dataset[Batch]):
             batch; samples without the key cannot be used.
         keyword_prob: as :func:`clipfast.data.caption` takes it.
         keys: the keys of the image and the captions in a sample.
-        reads_padding: whether the model reads the padding of texts; otherwise common padding is cut off.
+        keeps_padding: whether texts keep the padding that all of a batch have; otherwise it is cut off.
         rank, world_size: this rank takes the ``rank``-th of ``world_size`` equal parts of each batch.
         gather: makes the images of a batch from the results of ``transform`` and the number of images.
     """
@@ -142,7 +142,7 @@ class PairBatches(Dataset[Batch]):
     unique_by: str | None = None
     keyword_prob: float = 0.0
     keys: Keys = DEFAULT_KEYS
-    reads_padding: bool = False
+    keeps_padding: bool = False
     rank: int = 0
     world_size: int = 1
     gather: Callable[[Iterable[Any], int], Tensor | DeviceImages] = stacked
@@ -183,9 +183,9 @@ class PairBatches(Dataset[Batch]):
         return Batch(images, texts, skipped, clock.seconds, self._bytes_read() - before)
 
     def token_ids(self, captions: list[str]) -> Tensor:
-        """Tokenize the texts of a batch; unless the model reads padding, cut off the padding that all texts have."""
+        """Tokenize the texts of a batch, and cut off the padding that all of them have, unless it is to be kept."""
         texts = self.tokenizer(captions)
-        return texts if self.reads_padding else trim_padding(texts)
+        return texts if self.keeps_padding else trim_padding(texts)
 
     def samples(self, number: int) -> Stretch:
         """Return the places of the samples of batch ``number`` on this rank, without reading them.

@@ -15,12 +15,14 @@ from ..data import check_decoder
 from ..distributed.world import ALONE, World
 from ..factory import create_model, set_precision, set_preprocessing
 from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_loss
+from ..losses.accumulation import micro_batches
 from ..losses.distill_loss import DistillClipLoss
 from ..losses.siglip_loss import SigLipLoss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
 from ..models.file_tokenizer import FileTokenizer, tokenizer_of
 from ..models.tokenizer import Tokenizer
 from .fsdp import is_sharded, shard
+from .step import Texts
 from .train_config import TrainConfig
 
 
@@ -85,6 +87,8 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
             force_preprocess_cfg=forced, backend=config.backend, load_weights=device.type != "meta",
         )  # fmt: skip
     _lock(config, model)
+    if not config.pack_text:
+        model.pack_text = False
     return model
 
 
@@ -207,6 +211,7 @@ class Distillation:
             registered(config.distill_model), config.distill_pretrained, device=device, backend=config.backend,
             cache_dir=config.cache_dir, load_weights=device.type != "meta", force_patch_dropout=None,
         ).eval().requires_grad_(False)  # fmt: skip
+        self.teacher.pack_text = config.pack_text  # a teacher has CLIP's text tower
         for what, mine, theirs in (
             ("images of", student.visual.image_size, self.teacher.visual.image_size),
             ("texts of", student.context_length, self.teacher.context_length),
@@ -226,11 +231,11 @@ class Distillation:
         self._targets: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def look(self, images: Tensor, texts: Tensor, size: int) -> None:
+    def look(self, images: Tensor, texts: Texts, size: int) -> None:
         """Let the teacher encode the batch of the next training step, in parts of ``size`` pairs."""
         assert self._autocast is not None
         with self._autocast():
-            parts = [self.teacher(*part)[:2] for part in zip(images.split(size), texts.split(size), strict=True)]
+            parts = [self.teacher(*part)[:2] for part in micro_batches(images, texts, size)]
         image_features, text_features = (torch.cat(side) for side in zip(*parts, strict=True))
         self._targets = image_features, text_features, self.teacher.logit_scale.exp()
 

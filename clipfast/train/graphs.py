@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from ..models.packed_text import without_waiting
+
 log = logging.getLogger("clipfast")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +32,7 @@ def graphed(step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 8) -> Ca
       such as a learning rate. Arguments are tensors, and structures of tensors; True, False, None and texts choose a
       graph each.
     - Nothing waits for the GPU: no ``.item()``, no ``.cpu()``, no ``if`` on a tensor, no ``torch.tensor(1.0)`` on it.
+      So our models compute the padding of texts here, unless the arguments are packed (:func:`clipfast.pack_texts`).
     - Weights, buffers and the state of the optimizer stay where they are: they are written in place, as by
       ``load_state_dict``, and not replaced. The optimizer has ``capturable=True``.
     - Gradients are either reset, made and used within the step, or never set to None: ``zero_grad(set_to_none=False)``.
@@ -81,10 +84,11 @@ class _Graphed:
             raise ValueError(f"the step was captured on {self._captures.device}, and these arguments are on {device}")
         key = structure, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)
         if key not in self._graphs and not self._is_to_capture(key):
-            with self._captures.beside():
+            with self._captures.beside(), without_waiting():
                 return _copied(self.step(*args, **kwargs), Tensor.detach)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(self._captures, leaves, structure)
+            with without_waiting():
+                self._graphs[key] = self._capture(self._captures, leaves, structure)
         graph = self._graphs[key]
         for static, new in zip(graph.inputs, inputs, strict=True):
             static.copy_(new)

@@ -7,40 +7,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from ..data import Batch
 from ..data.order import random_words
 from ..distributed.world import ALONE, World
-from ..losses.accumulation import accumulate_gradients, largest_micro_batch
+from ..losses.accumulation import accumulate_gradients, largest_micro_batch, micro_batches
 from ..models import CLIP
+from ..models.packed_text import PackedText
 from .fsdp import exchange_scalars
 from .graphs import graphed
 from .guard import Guard, GuardedLoss
 from .logs import log
 
+# The texts of a batch: token ids [B, L], packed texts, or a list of one of both for each micro-batch.
+Texts = Tensor | PackedText | list[Tensor | PackedText]
+MAX_GRAPHS = 8
+
 
 class Upload:
-    """Copies batches to the GPU on a stream of its own, while the previous step may still run."""
+    """Copies batches to the GPU on a stream of its own, while the previous step may still run.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Args:
+        device: the device.
+        pack: packs the texts of a micro-batch on the host; None leaves texts as they are.
+    """
+
+    def __init__(self, device: torch.device, pack: Callable[[Tensor], Tensor | PackedText] | None = None) -> None:
+        self.device, self._pack = device, pack
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` lies in pinned memory."""
+    def __call__(self, batch: Batch, micro_batch_size: int | None = None) -> tuple[Tensor, Texts]:
+        """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` lies in pinned memory.
+
+        If texts are packed, those of each micro-batch are packed by themselves.
+        """
+        texts: Texts = batch.texts
+        if self._pack is not None:
+            parts = [self._pack(part) for part in batch.texts.split(micro_batch_size or len(batch))]
+            texts = parts[0] if len(parts) == 1 else parts
         if self._stream is None:
-            return self._on_device(batch)
+            return self._on_device(batch, texts)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
-            images, texts = self._on_device(batch)
+            images, texts = self._on_device(batch, texts)
         current.wait_stream(self._stream)
-        for x in (images, texts):
+        for x in pytree.tree_leaves((images, texts)):
             x.record_stream(current)  # otherwise the copying stream, which owns the memory, could reuse it too early
         return images, texts
 
-    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _on_device(self, batch: Batch, texts: Texts) -> tuple[Tensor, Texts]:
         """Return images and texts of a training batch on the device."""
-        return batch.images_on(self.device), batch.texts.to(self.device, non_blocking=True)
+        return batch.images_on(self.device), pytree.tree_map(lambda x: x.to(self.device, non_blocking=True), texts)
 
 
 class TrainingStep:
@@ -76,7 +94,7 @@ class TrainingStep:
         self.guard = Guard(model, optimizer, grad_clip_norm)
         self.is_updating = False  # stays True after an error in the middle of an update
 
-    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, texts: Texts) -> Tensor:
         """Take a training step, and return the loss of its batch before the update, a scalar without a graph."""
         self._zero_gradients(len(images))
         self.guard.begin()
@@ -88,14 +106,14 @@ class TrainingStep:
         self.is_updating = False
         return loss
 
-    def backward(self, images: Tensor, texts: Tensor) -> Tensor:
+    def backward(self, images: Tensor, texts: Texts) -> Tensor:
         """Add the gradients of a training batch to ``.grad`` and return its loss, a scalar without a graph."""
         loss = self._backward(images, texts)
         if self.shards is not None:
             exchange_scalars(self.model, self.shards)
         return loss
 
-    def _backward(self, images: Tensor, texts: Tensor) -> Tensor:
+    def _backward(self, images: Tensor, texts: Texts) -> Tensor:
         """Add the gradients of a training batch to ``.grad``, in micro-batches if it is larger, and return its loss."""
         if self.micro_batch_size < len(images):
             with self.autocast():
@@ -115,7 +133,7 @@ class TrainingStep:
         has_sums = self.micro_batch_size < pairs and isinstance(self.parallel, DistributedDataParallel)
         self.optimizer.zero_grad(set_to_none=not has_sums)
 
-    def rehearse(self, images: Tensor, texts: Tensor) -> None:
+    def rehearse(self, images: Tensor, texts: Texts) -> None:
         """Run a backward pass of a micro-batch before the first training step, and discard its gradients.
 
         DistributedDataParallel packs gradients into buckets in the order of its first backward pass, and the rounding
@@ -124,8 +142,9 @@ class TrainingStep:
         this pass, gradients are views of the buckets.
         """
         before = [buffer.clone() for buffer in self.model.buffers()]
+        part = micro_batches(images, texts, self.micro_batch_size)[0]
         with self.autocast():
-            outputs = self.parallel(images[: self.micro_batch_size], texts[: self.micro_batch_size])
+            outputs = self.parallel(*part)
         torch.stack([output.float().sum() for output in outputs if output is not None]).sum().backward()
         self._zero_gradients(len(images))
         for buffer, value in zip(self.model.buffers(), before, strict=True):
@@ -146,6 +165,7 @@ class TrainingStep:
             size = self.model.visual.image_size
             images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
             texts = torch.zeros(batch_size, self.model.context_length, dtype=torch.long, device=device)
+            texts[:, -1] = self.model.vocab_size - 1  # the end-of-text token: no text is longer
             weights = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
             self.model.train()
             with self.autocast():
@@ -188,10 +208,18 @@ def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
         torch.manual_seed(int(random_words(1, seed, rank)[0]) >> 1)
 
 
-def graphed_step(step: Callable[[Tensor, Tensor], Tensor], context_length: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``step`` as one CUDA graph. Texts are padded to ``context_length``, so that batches have the same shape.
+def graphed_step(step: Callable[[Tensor, Any], Tensor], context_length: int) -> Callable[[Tensor, Any], Tensor]:
+    """Return ``step`` as CUDA graphs, one for each shape of a batch, for the first ``MAX_GRAPHS`` that are seen often.
 
-    A smaller batch, from which some pairs are missing since they could not be decoded, runs without the graph.
+    Packed texts of B captions have a number of tokens that :data:`clipfast.models.packed_text.SIZES` rounds up, so that
+    batches differ in few numbers. Texts that are not packed are padded to ``context_length``.
     """
-    replayed = graphed(step, max_graphs=1)
-    return lambda images, texts: replayed(images, F.pad(texts, (0, context_length - texts.shape[1])))
+    replayed = graphed(step, max_graphs=MAX_GRAPHS)
+
+    def take(images: Tensor, texts: Tensor | PackedText) -> Tensor:
+        """Take a training step on a batch, by the graph of its shape if there is one."""
+        if isinstance(texts, Tensor):
+            texts = F.pad(texts, (0, context_length - texts.shape[1]))
+        return replayed(images, texts)
+
+    return take

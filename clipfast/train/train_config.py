@@ -201,12 +201,17 @@ class TrainConfig:
     selective_checkpointing: bool = _flag(
         False, "recompute only norms and activation functions: this saves less memory, but takes hardly any time", bool
     )
+    pack_text: bool = _flag(
+        True, "compute no token behind the end of a text, which changes no feature and no gradient; models that read "
+        "padding (SigLIP) compute all", bool,
+    )  # fmt: skip
     torchcompile: bool = _flag(False, "compile the model with torch.compile, as one graph", bool)
     torchcompile_backend: str = _flag("inductor", "backend of torch.compile")
     torchcompile_mode: str | None = _flag(None, "mode of torch.compile, such as max-autotune (default: its own)")
     cuda_graphs: bool = _flag(
-        False, "replay each step as one CUDA graph: faster for small models, which wait for the host otherwise", bool
-    )
+        False, "replay each step as one CUDA graph: faster for small models, which wait for the host otherwise; packed "
+        "texts have a few numbers of tokens, of which at most eight get a graph; others run without one", bool,
+    )  # fmt: skip
     device: str = _flag("auto", "cpu, cuda, or auto for a GPU if there is one")
     set_device_rank: bool = _flag(
         True, "give each process the GPU of its number; without it, the first of those that it sees", bool

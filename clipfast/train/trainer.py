@@ -20,6 +20,7 @@ from ..distributed.ending import Interrupted, Interruption, NotFiniteError, Trai
 from ..distributed.watchdog import STEP
 from ..distributed.world import ALONE, LateSum, World
 from ..evaluate.evaluate import Evaluation
+from ..models.packed_text import pack_on_host
 from ..runs.folder import RunFolder, by_step
 from ..runs.lock import FolderLostError
 from .build import Distillation, bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
@@ -81,7 +82,9 @@ class Trainer:
             self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel,
             world if self._is_sharded else None,
         )  # fmt: skip
-        self.upload = Upload(self.device)
+        always = config.torchcompile  # of packed texts and others, PyTorch would compile two models
+        pack = functools.partial(pack_on_host, device=self.device, always=always) if self.model.pack_text else None
+        self.upload = Upload(self.device, pack)
         self._take_step = graphed_step(self.step, self.model.context_length) if config.cuda_graphs else self.step
         meters = Meters(self.device, parallel, config.log_metric_every_n_steps or config.log_every_n_steps)
         self.about_mfu = meters.count_flops(
@@ -307,7 +310,7 @@ class Trainer:
     def _train_step(self, batch: Batch) -> Tensor:
         """Set the learning rate of the current step, take the step and return its figures."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
-        images, texts = self.upload(batch)
+        images, texts = self.upload(batch, self.step.micro_batch_size)
         if self.distillation is not None:
             self.distillation.look(images, texts, self.step.micro_batch_size)
         if self.world.size > 1 and not self._has_begun and not self._is_sharded:

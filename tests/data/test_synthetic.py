@@ -186,7 +186,7 @@ def test_a_batch_is_integers_until_it_is_drawn():
         text = Tokenizer(32)([caption(sources[source].read(number))])[0]
         assert torch.equal(batch.texts[place], text[: batch.texts.shape[1]])
         assert not text[batch.texts.shape[1] :].any()
-    assert batches(sources, reads_padding=True)[0].texts.shape == (16, 32)
+    assert batches(sources, keeps_padding=True)[0].texts.shape == (16, 32)
     ranks = [batches(sources, rank=rank, world_size=2)[4] for rank in range(2)]
     assert torch.equal(torch.cat([part.images.numbers for part in ranks]), batch.images.numbers)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clipfast import CLIP, accumulate_gradients, largest_micro_batch
+from clipfast.models.packed_text import PackedText
 from clipfast.train import step
 from clipfast.train.loop import train
 from clipfast.train.trainer import Trainer
@@ -90,6 +91,22 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
         ("4 of 8", "the"),
         ("4 of 8", "a"),
     ]
+
+
+def test_auto_tries_the_longest_texts(tiny, monkeypatch):
+    """A text tower computes no token behind the end of a text, so that shorter texts would take less memory."""
+    tried, embed = [], CLIP.embed_text
+
+    def embedded(model, text):
+        """Note how many tokens are computed."""
+        tried.append((text.ids if isinstance(text, PackedText) else text).numel())
+        return embed(model, text)
+
+    monkeypatch.setattr(step, "_can_run_out", lambda device: True)
+    monkeypatch.setattr(CLIP, "embed_text", embedded)
+    train(tiny("run", epochs=1, train_num_samples=8, micro_batch_size="auto"))
+    assert tried[0] == 8 * 16
+    assert max(tried[1:]) < 8 * 16
 
 
 def test_another_batch_size_is_fitted_anew(tiny):

@@ -23,10 +23,10 @@ from .test_training import losses, results_of, saved_step
 
 @pytest.fixture(scope="module")
 def one(options, tmp_path_factory):
-    """Return the folders of training runs on one process, with which those on several ranks are compared."""
+    """Return the folders of runs on one process, with padded texts, with which those on several ranks are compared."""
     logs = tmp_path_factory.mktemp("one")
     for case in CASES:
-        assert trained(ALONE, options(logs, case)) is None
+        assert trained(ALONE, options(logs, case, pack_text=False)) is None
     return {case: RunFolder(logs / case) for case in CASES}
 
 
@@ -45,7 +45,7 @@ def test_the_evaluation_of_one_process(one, options, together, tmp_path):
     cases = ("mix", "drawn")
     for case in cases:
         shutil.copytree(one[case].path, tmp_path / case)
-    together(3, *((options(tmp_path, case), True) for case in cases))
+    together(3, *((options(tmp_path, case, pack_text=False), True) for case in cases))
     for case in cases:
         assert (tmp_path / case / "results.json").read_text() == (one[case].path / "results.json").read_text()
         assert results_of(tmp_path / case)["skipped_images"] == 7

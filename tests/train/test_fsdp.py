@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from clipfast import create_model
+from clipfast import create_model, pack_texts
 from clipfast.distributed.dtensors import gather_full, is_dtensor, to_local
 from clipfast.distributed.world import ALONE, joined
 from clipfast.losses.accumulation import accumulate_gradients
@@ -78,10 +78,10 @@ def options(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(options, tmp_path_factory):
-    """Return the folders of training runs on one process, with which those under FSDP2 are compared."""
+    """Return the folders of runs on one process, with padded texts, with which those under FSDP2 are compared."""
     logs = tmp_path_factory.mktemp("one")
     for case in CASES:
-        assert trained(ALONE, options(logs, case)) is None
+        assert trained(ALONE, options(logs, case, pack_text=False)) is None
     return {case: RunFolder(logs / case) for case in CASES}
 
 
@@ -237,11 +237,14 @@ ALL = [(precision, EAGER + ALL_COMPILED, SIZES) for precision in TOLERANCES]
 
 
 def stepped(world, model, precision, combination, sizes):
-    """Return the losses of a training step for each size of micro-batches, and the weights after these steps."""
+    """Return the losses of a training step for each size of micro-batches, and the weights after these steps.
+
+    Several ranks pack the texts; one process does not.
+    """
     torch.compiler.reset()
     config = TrainConfig(
         **TRAINED, **combination, model=model, precision=precision, torchcompile_backend="aot_eager", lr=1e-3,
-        lock_text=True, lock_text_unlocked_layers=2, force_patch_dropout=0.4,
+        lock_text=True, lock_text_unlocked_layers=2, force_patch_dropout=0.4, pack_text=world.size > 1,
     )  # fmt: skip
     torch.manual_seed(0)
     device = torch.device("cpu")
@@ -259,7 +262,8 @@ def stepped(world, model, precision, combination, sizes):
         step.micro_batch_size = min(micro_batch_size, 12 // world.size)
         torch.manual_seed(len(found))
         torch.rand(mine.start, 16)  # draw the random numbers of the pairs of earlier ranks
-        loss = step(images[mine], texts[mine])
+        parts = [pack_texts(part) for part in texts[mine].split(step.micro_batch_size)]
+        loss = step(images[mine], (parts if len(parts) > 1 else parts[0]) if config.pack_text else texts[mine])
         found.append(world.mean(loss).item())
     return found, gather_full(model.state_dict(), keep=True)
 

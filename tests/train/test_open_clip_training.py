@@ -483,7 +483,10 @@ class TestDistillation:
         assert not any(parameter.requires_grad for parameter in distillation.teacher.parameters())
 
     def test_micro_batches_of_a_run_with_a_teacher(self, teacher, config):
-        whole, in_parts = (train(config(name=f"{size}", micro_batch_size=size, **teacher))[0] for size in (None, 3))
+        whole, in_parts = (
+            train(config(name=f"{size}", micro_batch_size=size, pack_text=size is None, **teacher))[0]
+            for size in (None, 3)
+        )
         assert losses(whole) == pytest.approx(losses(in_parts), rel=1e-5)
         # The logits of the teacher are almost uniform: their cross-entropy comes on top, that of a guess among 8 pairs.
         assert losses(whole)[0] == pytest.approx(2 * math.log(8), abs=1.0)

@@ -1,17 +1,22 @@
 """The training step: compiled, with selective checkpointing, as a CUDA graph, and its learning rate."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
-from clipfast import create_model
+from clipfast import create_model, pack_texts
+from clipfast.data import Batch
 from clipfast.kernels import contrastive_loss
+from clipfast.models.packed_text import PackedText, pack_on_host
 from clipfast.train.loop import train
 from clipfast.train.optim import adamw
 from clipfast.train.schedule import set_lr
-from clipfast.train.step import TrainingStep, graphed_step
+from clipfast.train.step import TrainingStep, Upload, graphed_step
 
 from ..conftest import OnlyMeta
 from .graphs import on_cpu, on_gpu, stand_in
@@ -19,30 +24,48 @@ from .test_training import config, losses
 
 
 def run(shards, folder, **options):
-    """Train eight steps on texts of different lengths, and return the losses."""
-    return losses(train(config(shards, folder, log_every_n_steps=1, **options))[0])
+    """Train eight steps on texts of different lengths, packed unless the options say otherwise; return the losses."""
+    packs, upload = options.get("pack_text", True), Upload.__call__
+
+    def watched(self, *batch):
+        """Copy the batch to the device, and check whether its texts are packed."""
+        images, texts = upload(self, *batch)
+        assert all(isinstance(part, PackedText) is packs for part in (texts if isinstance(texts, list) else [texts]))
+        return images, texts
+
+    with mock.patch.object(Upload, "__call__", watched):
+        return losses(train(config(shards, folder, log_every_n_steps=1, **options))[0])
 
 
 @pytest.fixture(scope="module")
 def plain(shards, tmp_path_factory):
-    """Return the losses of a training run without any of the options below."""
-    return run(shards, tmp_path_factory.mktemp("plain"))
+    """Return the losses of a training run without any of the options below, with the padding of all texts."""
+    return run(shards, tmp_path_factory.mktemp("plain"), pack_text=False)
 
 
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
+        ({}, 1e-6),
+        ({"micro_batch_size": 3}, 1e-6),
+        ({"grad_checkpointing": True}, 1e-6),
         ({"selective_checkpointing": True}, 1e-6),
         ({"torchcompile": True, "torchcompile_backend": "aot_eager", "selective_checkpointing": True}, 1e-5),
         pytest.param({"torchcompile": True, "torchcompile_backend": "aot_eager"}, 1e-5, marks=pytest.mark.slow),
         pytest.param({"torchcompile": True}, 1e-4, marks=pytest.mark.slow),
     ],
-    ids=["selective", "compiled selective", "compiled", "generated code"],
+    ids=["packed", "parts", "checkpointing", "selective", "compiled selective", "compiled", "generated code"],
 )
 def test_the_losses_are_the_same(options, tolerance, plain, shards, tmp_path):
     torch.compiler.reset()
     assert len(plain) == 8
     assert run(shards, tmp_path, **options) == pytest.approx(plain, rel=tolerance)
+
+
+def test_the_losses_are_the_same_with_dropped_patches_and_a_locked_tower(shards, tmp_path):
+    options = {"force_patch_dropout": 0.5, "lock_text": True, "lock_text_unlocked_layers": 2, "micro_batch_size": 3}
+    packed, padded = (run(shards, tmp_path / f"{packs}", pack_text=packs, **options) for packs in (True, False))
+    assert packed == pytest.approx(padded, rel=1e-6)
 
 
 def test_a_graph_needs_a_gpu(shards, tmp_path):
@@ -66,21 +89,32 @@ def steps(kind):
     optimizer = adamw(model, 1e-3, (0.9, 0.98), 1e-6, 0.2)
     step = TrainingStep(model, optimizer, contrastive_loss, lambda: torch.autocast("cpu", enabled=False), 1.0, 64)
     if kind == "graph":
-        return model, optimizer, graphed_step(lambda *batch: step(*map(on_cpu, batch)), model.context_length)
+        return model, optimizer, graphed_step(lambda *batch: step(*tree_map(on_cpu, batch)), model.context_length)
     return model, optimizer, step
 
 
-def test_a_graph_is_fed_each_batch(monkeypatch):
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+def test_a_graph_is_fed_each_batch(packs, monkeypatch):
     made = stand_in(monkeypatch)
     (plain, *_, step), (model, *_, taken) = steps("plain"), steps("graph")
-    for images, texts in batches(7):
-        torch.testing.assert_close(taken(on_gpu(images), on_gpu(texts)), step(images, texts), rtol=1e-5, atol=0)
-    assert (made[0].captured, made[0].replayed) == (1, 4)
-    # a batch from which unusable samples are missing
-    for _ in range(5):
-        images, texts = next(batches(1, pairs=5))
-        torch.testing.assert_close(taken(on_gpu(images), on_gpu(texts)), step(images, texts), rtol=1e-5, atol=0)
-    assert (made[0].captured, made[0].replayed) == (1, 4)
+    plain.pack_text = False
+
+    def take(images, texts):
+        """Take the step by the graph of its shape and without a graph, and compare the losses."""
+        given = pack_texts(F.pad(texts, (0, 77 - texts.shape[1])), for_gpu=True) if packs else texts
+        found = taken(*tree_map(on_gpu, (images, given)))
+        torch.testing.assert_close(found, step(images, texts), rtol=1e-5, atol=0)
+
+    for batch in batches(7):
+        take(*batch)
+    # The texts of the last batch have 66 tokens together, and those of the others at most 64.
+    assert (made[0].captured, made[0].replayed) == (1, 3 if packs else 4)
+    # A batch from which unusable samples are missing gets a graph if it comes often.
+    for calls in (3, 2):
+        replayed = made[0].replayed
+        for _ in range(calls):
+            take(*next(batches(1, pairs=5)))
+    assert (made[0].captured, made[0].replayed) == (2, replayed + 2)
     for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves weights by 1e-3
 
@@ -96,8 +130,9 @@ def test_learning_rate_in_a_graph_is_set_in_place():
     assert [rate.item() for rate in rates] == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize(("name", "micro_batch_size"), [("ViT-T-8-32", 4), ("RN50", 2)])
-def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, monkeypatch):
+def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, packs, monkeypatch):
     # a copy would wait for the device, and cannot be captured in a CUDA graph
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not support "meta"
     model = create_model(name, device="meta").train()
@@ -106,7 +141,8 @@ def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, monkeypatch
     optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
     step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, micro_batch_size)
     images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
-    texts = torch.empty(4, 77, dtype=torch.long, device="meta")
+    pack = functools.partial(pack_on_host, device=images.device) if packs else None
+    _, texts = Upload(images.device, pack)(Batch(images, torch.full((4, 77), 7), []), micro_batch_size)
     # These functions copy from the host without the dispatcher, where the test would see it.
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.delattr(torch, name)
