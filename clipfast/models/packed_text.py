@@ -166,5 +166,6 @@ def _packed(texts: Tensor, lengths: Tensor, for_gpu: bool) -> PackedText:
     place = torch.zeros(total, dtype=torch.int64)  # of each token among those of ``texts``
     starts = packed * texts.shape[1] - cu_seqlens[:-1]
     torch.add(starts.repeat_interleave(lengths), torch.arange(used), out=place[:used])
-    found = PackedText(place, pack(cu_seqlens, total), packed.argsort(), texts.shape[1]).to(texts.device)
+    found = PackedText(place, pack(cu_seqlens, total), packed.argsort(), texts.shape[1])
+    found = found if texts.device.type == "cpu" else found.to(texts.device)
     return dataclasses.replace(found, ids=texts.flatten()[found.ids])

@@ -34,6 +34,7 @@ from ..kernels.implementations import (
     layer_norm_fwd,
     plans_of,
 )
+from ..kernels.launch import triton_runs_on
 
 QUICK = "quick"
 
@@ -145,9 +146,11 @@ def _plans(
     function: Function, options: Options, cast: Parameters, places: Any, x: Tensor, branch: Tensor | None
 ) -> Plans:
     """Return the functions that compute the ops of such a transformer block."""
-    of_branch = None if branch is None else (branch.dtype, branch.stride())
-    dtypes = tuple([p.dtype for p in cast])
-    return plans_of(function, places.__class__, options, dtypes, x.device, x.dtype, x.shape, x.stride(), of_branch)
+    # No function of packed tokens depends on their number on a CPU, where each batch has another.
+    first = 1 if places is not None and places.ndim == 2 and not triton_runs_on(x.device) else 0
+    of_branch = None if branch is None else (branch.dtype, branch.stride()[first:])
+    layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch
+    return plans_of(function, places.__class__, options, tuple([p.dtype for p in cast]), *layout)
 
 
 class _Block(torch.autograd.Function):

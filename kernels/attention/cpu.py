@@ -9,8 +9,8 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 
 # PyTorch's ops without their Python wrappers
-_flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default._op
-_flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default._op
+flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default._op
+flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default._op
 
 
 def forward(
@@ -22,7 +22,7 @@ def forward(
         lse = q.new_full((batch, heads, m), float("inf"), dtype=accumulate_dtype(q.dtype))
         return q.new_zeros(q.shape), lse
     k, v, mask = _without_hidden(k, v, seqlens)
-    out, lse = _flash(*_heads_first(q, k, v), 0.0, causal, attn_mask=mask, scale=scale)
+    out, lse = flash(*heads_first(q, k, v), 0.0, causal, attn_mask=mask, scale=scale)
     out = out.transpose(1, 2)
     if seqlens is not None:
         is_empty = (seqlens == 0)[:, None, None]
@@ -40,7 +40,7 @@ def backward(
             grad.zero_()
         return
     k, v, mask = _without_hidden(k, v, seqlens)
-    results = _flash_backward(*_heads_first(grad_out, q, k, v, out), lse, 0.0, causal, attn_mask=mask, scale=scale)
+    results = flash_backward(*heads_first(grad_out, q, k, v, out), lse, 0.0, causal, attn_mask=mask, scale=scale)
     for grad, result in zip(grads, results, strict=True):
         grad.copy_(result.transpose(1, 2))
         if seqlens is not None:
@@ -61,7 +61,7 @@ def forward_packed(
         """Compute attention on a packed projection on the CPU."""
         views = qkv.view(shape)
         if is_plain:
-            out, lse = _flash(*views.permute(2, 0, 3, 1, 4).unbind(0), 0.0, causal, scale=scale)
+            out, lse = flash(*views.permute(2, 0, 3, 1, 4).unbind(0), 0.0, causal, scale=scale)
             return out.transpose(1, 2).reshape(out_shape), lse
         q, k, v = views.unbind(2)
         out, lse = forward(q, k, v, seqlens, causal, scale)
@@ -85,8 +85,8 @@ def backward_packed(
         grad_out, out, views = grad_out.reshape(out_shape), out.view(out_shape), qkv.view(shape)
         if is_plain:
             q, k, v = views.permute(2, 0, 3, 1, 4).unbind(0)
-            heads_first = _heads_first(grad_out)[0], q, k, v, out.transpose(1, 2)
-            grads = _flash_backward(*heads_first, lse, 0.0, causal, scale=scale)
+            operands = heads_first(grad_out)[0], q, k, v, out.transpose(1, 2)
+            grads = flash_backward(*operands, lse, 0.0, causal, scale=scale)
             grad_qkv = torch.stack([grad.transpose(1, 2) for grad in grads], 2).view(qkv.shape)
         else:
             grad_qkv = qkv.new_empty(qkv.shape)
@@ -112,7 +112,7 @@ def _is_plain(qkv: Tensor, seqlens: Tensor | None) -> bool:
     return seqlens is None and qkv.numel() > 0 and qkv.stride(-1) == 1
 
 
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
+def heads_first(*tensors: Tensor) -> list[Tensor]:
     """Return tensors [B, N, H, D] as [B, H, N, D] with unit stride along D, as PyTorch's flash kernel needs them."""
     return [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors]
 
