@@ -1,13 +1,14 @@
 """The layers of transformer blocks, with OpenCLIP's parameter names."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import attention_pool, layer_norm
+from ..kernels.packing import Packing
 from .packed_text import PackedText
 
 if TYPE_CHECKING:
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=nn.Module)
 # The attributes of a module that hold its hooks, which a call runs besides ``forward``.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class PackedTokens(NamedTuple):
+    """The places of sequences among tokens [1, T, width], and a number of tokens that none exceeds."""
+
+    packing: Packing
+    max_seqlen: int
 
 
 class LayerNorm(nn.LayerNorm):
@@ -148,7 +156,7 @@ def single_query_attention(
     bias_k: Tensor | None = None,
     bias_v: Tensor | None = None,
     *,
-    packed: PackedText | None = None,
+    packed: PackedText | PackedTokens | None = None,
 ) -> Tensor:
     """Compute attention of one query per sequence and head, without projecting every token.
 
@@ -174,6 +182,7 @@ def single_query_attention(
         pooled = attention_pool(query.expand(len(tokens), -1, -1), tokens, seqlens=seqlens, backend=backend)
     else:
         places: Any = {"cu_seqlens": packed.packing, "max_seqlen": packed.max_seqlen}
+        query = query.expand(packed.packing.cu_seqlens.shape[0] - 1, -1, -1)
         pooled = attention_pool(query, tokens[0], **places, backend=backend)
     out = torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
     if bias_k is None or bias_v is None:

@@ -14,7 +14,7 @@ from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
-from .layers import LayerNorm, is_plain, single_query_attention
+from .layers import LayerNorm, PackedTokens, is_plain, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
 from .texts import check_text, embed_text
 from .transformer import (
@@ -102,22 +102,34 @@ class LatentPool(nn.Module):
         self.norm = LayerNorm(width, EPS)
         self.mlp = TimmMLP(width, hidden, approximate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool the tokens of each image into one: [B, N, width] -> [B, width]."""
-        pooled = self.proj(self._attend(x))
+    def forward(self, x: Tensor, packed: PackedTokens | None = None) -> Tensor:
+        """Pool the tokens of each image into one: [B, N, width] -> [B, width].
+
+        With ``packed``, x is [1, T, width], the tokens of images behind one another.
+        """
+        pooled = self.proj(self._attend(x, packed))
         return pooled + self.mlp(self.norm(pooled))
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, packed: PackedTokens | None) -> Tensor:
         """Return the attention of the learned query to the tokens: [B, N, width] -> [B, width]."""
         heads = (self.num_heads, -1)
         q = self.q(self.latent)[0].unflatten(-1, heads)  # [1, heads, head_dim]
-        if not is_plain(self.kv, nn.Linear) or x.shape[1] > MAX_TOKENS or self.num_heads > MAX_HEADS:
+        longest = x.shape[1] if packed is None else packed.max_seqlen
+        if not is_plain(self.kv, nn.Linear) or longest > MAX_TOKENS or self.num_heads > MAX_HEADS:
+            x, seen = (x, None) if packed is None else _padded(x[0], packed)
             k, v = self.kv(x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim]
             q = q[:, :, None].expand(len(x), -1, -1, -1)
-            return F.scaled_dot_product_attention(q, k, v).flatten(1)
+            return F.scaled_dot_product_attention(q, k, v, seen).flatten(1)
         weight_k, weight_v = self.kv.weight.unflatten(0, (2, *heads)).unbind(0)
         bias_k, bias_v = self.kv.bias.chunk(2)
-        return single_query_attention(q, x, weight_k, weight_v, None, self.backend, bias_k, bias_v)
+        return single_query_attention(q, x, weight_k, weight_v, None, self.backend, bias_k, bias_v, packed=packed)
+
+
+def _padded(x: Tensor, packed: PackedTokens) -> tuple[Tensor, Tensor]:
+    """Return packed tokens [T, width] with padding, [B, N, width], and which of them are tokens, [B, 1, 1, N]."""
+    ends = packed.packing.cu_seqlens
+    places = ends[:-1, None] + torch.arange(packed.max_seqlen, device=x.device)
+    return x[places.clamp(max=x.shape[0] - 1)], (places < ends[1:, None])[:, None, None]
 
 
 class SigLIPTrunk(nn.Module):

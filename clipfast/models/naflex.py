@@ -1,0 +1,188 @@
+"""NaFlex image towers, with the parameter names of timm's ``NaFlexVit`` in OpenCLIP: images keep their aspect.
+
+A tower takes :class:`~clipfast.models.packed_images.PackedImages`. Its blocks are those of :mod:`.siglip` on packed
+tokens, so that nothing is padded or masked.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import patch_embed_packed
+from ..kernels.packing import Packing, pack
+from .freezing import Group, freeze, groups_of_blocks
+from .layers import LayerNorm, PackedTokens
+from .naflex_config import NaFlexConfig
+from .packed_images import PackedImages, pack_images, unpad_images
+from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, TimmBlock
+from .siglip_config import EPS
+from .transformer import Plan, add_norm, run_blocks
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch (Touvron et al. 2021)."""
+
+    def __init__(self, width: int, init_value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` times the factors: [..., width] -> [..., width]."""
+        return x * self.gamma
+
+
+class ScaledBlock(TimmBlock):
+    """:class:`TimmBlock` with a :class:`LayerScale` at the end of both branches."""
+
+    def __init__(self, width: int, heads: int, hidden: int, approximate: str, init_value: float) -> None:
+        super().__init__(width, heads, hidden, approximate)
+        self.ls1, self.ls2 = LayerScale(width, init_value), LayerScale(width, init_value)
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Return the residual stream after both branches: [B, N, width] -> [B, N, width]; [1, T, width] if packed."""
+        packed = () if packing is None else (packing,)
+        x, normed = add_norm(x, self.ls1(self.attn(self.norm1(x), *packed)), self.norm2)
+        return x + self.ls2(self.mlp(normed))
+
+
+class NaFlexEmbeds(nn.Module):
+    """The embedding of packed images, with timm's names: projection, positions, and registers before each image."""
+
+    backend = "auto"
+
+    def __init__(self, config: NaFlexConfig) -> None:
+        super().__init__()
+        width, registers = config.width, config.reg_tokens
+        self.interpolation = config.interpolation
+        self.proj = nn.Linear(3 * config.patch**2, width)
+        self.pos_embed = nn.Parameter(torch.empty(1, *config.pos_embed_grid_size, width))
+        self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        nn.init.normal_(self.pos_embed, std=0.02)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
+
+    @property
+    def num_prefix(self) -> int:
+        """The number of tokens before the patches of each image."""
+        return 0 if self.reg_token is None else self.reg_token.shape[1]
+
+    def places(self, images: PackedImages) -> Packing:
+        """Return the places of the tokens of images, with register tokens before the patches of each."""
+        lengths = images.grids.prod(1) + self.num_prefix
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        return pack(cu_seqlens, images.patches.shape[0] + self.num_prefix * images.grids.shape[0])
+
+    def forward(self, images: PackedImages, packing: Packing, mean: Any, std: Any) -> Tensor:
+        """Embed the patches of images, and add positions: N patches -> [N + B registers, width]."""
+        return patch_embed_packed(
+            images.patches, images.grids, self.proj.weight, self.pos_embed[0], cu_seqlens=packing, bias=self.proj.bias,
+            prefix=None if self.reg_token is None else self.reg_token[0], interpolation=self.interpolation,
+            mean=mean, std=std, backend=self.backend,
+        )  # fmt: skip
+
+
+class NaFlexTrunk(nn.Module):
+    """A vision transformer for images of several sizes, with timm's names; pooled by attention or by the mean."""
+
+    def __init__(self, config: NaFlexConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        sizes = width, config.heads, hidden, config.gelu
+        self.grad_checkpointing: bool | str = False
+        self.embeds = NaFlexEmbeds(config)
+        if config.init_values is None:
+            blocks = [TimmBlock(*sizes) for _ in range(config.depth)]
+        else:
+            blocks = [ScaledBlock(*sizes, config.init_values) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = LayerNorm(width, EPS) if config.pool == "map" else None
+        self.attn_pool = LatentPool(*sizes) if config.pool == "map" else None
+        self.fc_norm = LayerNorm(width, EPS) if config.pool == "avg" else None
+        self._init_as_timm_does()
+
+    def _init_as_timm_does(self) -> None:
+        """Initialise the linear layers as timm does: output layers get smaller weights in later blocks."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for number, block in enumerate(self.blocks, 1):
+                parts: Any = block
+                for weight in (parts.attn.proj.weight, parts.mlp.fc2.weight):
+                    weight.div_((2 * number) ** 0.5)
+        if self.attn_pool is not None:
+            std = self.attn_pool.latent.shape[-1] ** -0.5
+            nn.init.trunc_normal_(self.attn_pool.latent, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, images: PackedImages, mean: Any, std: Any) -> Tensor:
+        """Compute the pooled output for packed images, in the order of their batch: [B, width]."""
+        packing = self.embeds.places(images)
+        x = self.embeds(images, packing, mean, std)[None]
+        recompute = torch.is_grad_enabled() and self.grad_checkpointing
+        x, branch = run_blocks(Plan(recompute, list(self.blocks)), x, packing, TimmBlock)
+        if self.attn_pool is not None:
+            pooled = self.attn_pool(add_norm(x, branch, self.norm)[1], PackedTokens(packing, images.max_patches))
+        else:
+            x = x if branch is None else x + branch
+            pooled = self.fc_norm(mean_of_images(x[0], packing, self.embeds.num_prefix))
+        return pooled[images.order]
+
+
+def mean_of_images(x: Tensor, packing: Packing, num_prefix: int) -> Tensor:
+    """Return the mean of the patches' tokens of each packed image: [T, width] -> [B, width].
+
+    It is a product with a matrix of ones and zeros, whose sums have a fixed order.
+    """
+    ends = packing.cu_seqlens
+    images = torch.arange(ends.shape[0] - 1, device=x.device, dtype=torch.int32)
+    tokens = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+    is_patch = tokens - packing.bounds[0] >= num_prefix
+    ones = ((packing.sequence == images[:, None]) & is_patch).to(x.dtype)
+    return ones @ x / (ends.diff()[:, None] - num_prefix).to(x.dtype)
+
+
+class NaFlexVision(nn.Module):
+    """A NaFlex image tower: packed images, a padded batch of timm's or transformers' loader, or a batch of one size."""
+
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
+    resize_mode = "squash"
+
+    def __init__(self, config: NaFlexConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.image_size, self.image_seq_len, self.patch_size = config.image_size, config.image_seq_len, config.patch
+        self.trunk = NaFlexTrunk(config)
+        has_head = config.pool == "avg"
+        self.head = nn.ModuleDict({"proj": nn.Linear(config.width, embed_dim, bias=False)} if has_head else {})
+
+    def forward(self, images: Any) -> Tensor:
+        """Compute the features of images, in the order of their batch: [B, embed_dim]."""
+        if isinstance(images, Mapping):
+            images = unpad_images(images)
+        elif isinstance(images, Tensor):
+            images = pack_images(images, self.patch_size)
+        features: Tensor = self.trunk(images, self.image_mean, self.image_std)
+        for projection in self.head.values():
+            features = projection(features)
+        return features
+
+    def set_backend(self, backend: str) -> None:
+        """Set the backend of every op of the tower."""
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend
+
+    def layer_groups(self) -> list[Group]:
+        """Return the groups of the tower's layers, from input to output, for locking and layer-wise learning rates."""
+        trunk = self.trunk
+        norm, *last = (part for part in (trunk.norm, trunk.attn_pool, trunk.fc_norm) if part is not None)
+        groups: list[Group] = [[trunk.embeds], *groups_of_blocks(trunk.blocks, norm)]
+        return [*groups, *([part] for part in (*last, *self.head.values()))]
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
+        """Freeze the tower, except for its last groups of layers. The tower has no BatchNorm."""
+        freeze(self.layer_groups(), unlocked_groups)

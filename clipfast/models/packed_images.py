@@ -1,0 +1,149 @@
+"""Packed images: a batch of images of several sizes, as the patches of all of them behind one another.
+
+NaFlex (Tschannen et al. 2025) shows images to a tower in their own aspect, with as many patches as fit into a budget.
+The usual way pads all images of a batch to the longest; here no patch is computed that is not in an image.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..kernels.common import cdiv
+from .packed_text import SIZES, TILE
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedImages:
+    """A batch of B images of several sizes; :func:`pack_images` and :func:`unpad_images` make it.
+
+    The image with the most patches comes first, for the reasons that :mod:`.packed_text` gives.
+
+    Attributes:
+        patches: [N, P P 3], the patches of all images, each image row by row; uint8 or already normalised. Rows behind
+            the last image have no meaning.
+        grids: int32 [B, 2], the rows and columns of patches of each packed image.
+        order: int64 [B], the place among the packed images of each image of the batch.
+        max_patches: no image has more patches than this.
+    """
+
+    patches: Tensor
+    grids: Tensor
+    order: Tensor
+    max_patches: int
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return self.patches.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedImages":
+        """Return the packed images on ``device``."""
+        moved: PackedImages = pytree.tree_map(lambda x: x.to(device, non_blocking=non_blocking), self)
+        return moved
+
+    def pin_memory(self) -> "PackedImages":
+        """Return the packed images in pinned memory, from which a GPU copies while the host goes on."""
+        pinned: PackedImages = pytree.tree_map(Tensor.pin_memory, self)
+        return pinned
+
+
+def _flatten(images: PackedImages) -> tuple[list[Any], int]:
+    """Return the tensors of packed images, and the number that is no tensor."""
+    return [images.patches, images.grids, images.order], images.max_patches
+
+
+def _unflatten(tensors: Iterable[Any], max_patches: int) -> PackedImages:
+    """Return the packed images of which :func:`_flatten` returned the parts."""
+    return PackedImages(*tensors, max_patches)
+
+
+# CUDA graphs, compilers and wrappers of modules see the tensors.
+pytree.register_pytree_node(PackedImages, _flatten, _unflatten)
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """Cut images [..., 3, H, W] into patches [..., H W / P^2, P P 3], as timm and transformers do for NaFlex.
+
+    Raises:
+        ValueError: a side is not a multiple of the patch size.
+    """
+    height, width = image.shape[-2:]
+    if height % patch_size or width % patch_size or not height * width:
+        raise ValueError(
+            f"patchify: {height} x {width} pixels cannot be cut into patches of {patch_size} x {patch_size}"
+        )
+    rows, columns, channels = height // patch_size, width // patch_size, image.shape[-3]
+    parts = image.reshape(-1, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 3, 5, 1)
+    return parts.reshape(*image.shape[:-3], rows * columns, patch_size**2 * channels)
+
+
+def pack_images(images: Sequence[Tensor] | Tensor, patch_size: int, *, for_gpu: bool = False) -> PackedImages:
+    """Pack images of any sizes that are multiples of the patch size, each [3, H, W], uint8 or already normalised.
+
+    Args:
+        images: the images, all of one dtype, on one device.
+        patch_size: the side of a patch in pixels.
+        for_gpu: round the number of patches up, as a GPU likes it.
+
+    Raises:
+        ValueError: there is no image, or a side is not a multiple of the patch size.
+    """
+    if not len(images):
+        raise ValueError("pack_images: there must be at least one image")
+    patches = [patchify(image, patch_size) for image in images]
+    grids = torch.tensor([[side // patch_size for side in image.shape[-2:]] for image in images], dtype=torch.int32)
+    packed = _longest_first(grids)
+    return _packed([patches[place] for place in packed.tolist()], grids, packed, for_gpu)
+
+
+def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> PackedImages:
+    """Pack a padded batch of timm's NaFlex loader, or of transformers' image processor for SigLIP 2.
+
+    Args:
+        batch: "patches" [B, N, P P 3] (or [B, N, P, P, 3]), "patch_coord" [B, N, 2] and "patch_valid" [B, N]; or
+            "pixel_values" [B, N, P P 3], "spatial_shapes" [B, 2] and "pixel_attention_mask" [B, N].
+        for_gpu: as for :func:`pack_images`.
+
+    Raises:
+        ValueError: the patches of an image are not a whole grid at the start of its row.
+    """
+    patches = batch["patches" if "patches" in batch else "pixel_values"]
+    patches = patches.flatten(2)
+    valid = batch["patch_valid" if "patch_valid" in batch else "pixel_attention_mask"].bool()
+    if "patch_coord" in batch:
+        grids = batch["patch_coord"].masked_fill(~valid[..., None], -1).amax(1) + 1
+    else:
+        grids = batch["spatial_shapes"]
+    counts = grids.prod(1)
+    whole = torch.arange(valid.shape[1], device=valid.device) < counts[:, None]
+    if (whole != valid).any() or (counts > valid.shape[1]).any() or (counts < 1).any():
+        image = int(((whole != valid).any(1) | (counts > valid.shape[1]) | (counts < 1)).nonzero()[0])
+        height, width = grids[image].tolist()
+        raise ValueError(
+            f"unpad_images: image {image} must have its {height} x {width} patches first, and padding behind them"
+        )
+    packed = _longest_first(grids)
+    return _packed([patches[packed][valid[packed]]], grids, packed, for_gpu)
+
+
+def _longest_first(grids: Tensor) -> Tensor:
+    """Return the images in the order in which they are packed, int64 [B]."""
+    return grids.prod(1).argsort(descending=True, stable=True)
+
+
+def _packed(patches: list[Tensor], grids: Tensor, packed: Tensor, for_gpu: bool) -> PackedImages:
+    """Return packed images; their patches are in the order of ``packed``, and their grids are not."""
+    counts = grids.prod(1)
+    used, longest = int(counts.sum()), int(counts.max())
+    if for_gpu:
+        multiple = TILE * cdiv(len(grids) * longest, TILE * SIZES)
+        patches = [*patches, patches[0].new_zeros(multiple * cdiv(used, multiple) - used, patches[0].shape[-1])]
+    device = patches[0].device
+    return PackedImages(torch.cat(patches), grids[packed].int().to(device), packed.argsort().to(device), longest)

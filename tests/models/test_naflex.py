@@ -1,0 +1,223 @@
+"""Test NaFlex image towers against timm's and transformers' on padded batches of random sizes."""
+
+import random
+
+import pytest
+import torch
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+from clipfast.models import siglip
+from clipfast.models.naflex import NaFlexVision
+from clipfast.models.naflex_config import TANH, NaFlexConfig
+from clipfast.models.packed_images import pack_images, patchify, unpad_images
+
+PATCH, MOST = 4, 40
+SIZES = {
+    "layers": 2,
+    "width": 32,
+    "head_width": 16,
+    "mlp_ratio": 2.0,
+    "patch_size": PATCH,
+    "pos_embed_grid_size": (5, 5),
+}
+SIGLIP = NaFlexConfig(**SIZES, pool="map", interpolation="bilinear", gelu=TANH)
+GAP = NaFlexConfig(**SIZES, pool="avg", reg_tokens=4, init_values=0.5, interpolation="bicubic")
+
+
+def timm_tower(config):
+    """Return timm's tower with these settings, with random weights."""
+    return NaFlexVit(
+        NaFlexVitCfg(
+            patch_size=PATCH, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2.0, pos_embed_grid_size=(5, 5),
+            act_layer="gelu_tanh" if config.gelu == TANH else None, global_pool=config.pool,
+            reg_tokens=config.reg_tokens, init_values=config.init_values, pos_embed_interp_mode=config.interpolation,
+        ),
+        num_classes=0,
+    )  # fmt: skip
+
+
+def random_weights(module):
+    """Give every parameter random values, so that none is without effect."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3).add_(parameter.ndim == 1)
+    return module
+
+
+def mixes(count, least_width=2):
+    """Yield lists of images of random sizes, at most MOST patches each."""
+    # timm resizes positions to a width of 1 wrongly on a CPU, since PyTorch does.
+    draw = random.Random(0)
+    for _ in range(count):
+        images = []
+        for _ in range(draw.randint(1, 6)):
+            height = draw.randint(1, 12)
+            width = draw.randint(least_width, max(least_width, MOST // height))
+            images.append(torch.randn(3, PATCH * height, PATCH * width, dtype=torch.float64))
+        yield images
+
+
+def padded(images):
+    """Return a padded batch as timm's loader makes it."""
+    grids = [[side // PATCH for side in image.shape[1:]] for image in images]
+    patches, coords, valid = [], [], []
+    for image, (height, width) in zip(images, grids, strict=True):
+        own = patchify(image, PATCH)
+        rest = MOST - len(own)
+        patches.append(torch.cat([own, torch.zeros(rest, own.shape[1])]))
+        coords.append(
+            torch.cat([torch.cartesian_prod(torch.arange(height), torch.arange(width)), torch.zeros(rest, 2).long()])
+        )
+        valid.append(torch.arange(MOST) < len(own))
+    return {"patches": torch.stack(patches), "patch_coord": torch.stack(coords), "patch_valid": torch.stack(valid)}
+
+
+def value_and_gradients(tower, images, weights):
+    """Return the features of images, and the gradients of all parameters by name."""
+    tower.zero_grad()
+    features = tower(images)
+    (features * weights).sum().backward()
+    return features.detach(), {name: parameter.grad for name, parameter in tower.named_parameters()}
+
+
+def assert_near(found, expected):
+    """Check that no difference is larger than 1e-5 of the largest value."""
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("config", [SIGLIP, GAP], ids=["siglip", "gap"])
+def test_towers_are_timms(config):
+    theirs = random_weights(timm_tower(config)).double()
+    ours = NaFlexVision(config, 32).double()
+    ours.trunk.load_state_dict(theirs.state_dict())
+    if config.pool == "avg":
+        ours.head["proj"].weight.data.copy_(torch.eye(32))
+    for images in mixes(50):
+        weights = torch.randn(len(images), 32, dtype=torch.float64)
+        expected, gradients = value_and_gradients(theirs, padded(images), weights)
+        for form in (pack_images(images, PATCH), pack_images(images, PATCH, for_gpu=True), padded(images)):
+            found, found_gradients = value_and_gradients(ours, form, weights)
+            assert_near(found, expected)
+            for name, gradient in gradients.items():
+                assert_near(found_gradients[f"trunk.{name}"], gradient)
+
+
+def hugging_face_weights(state):
+    """Return the weights of our tower by transformers' names."""
+    found = {}
+    whole = {
+        "embeds.proj": "embeddings.patch_embedding",
+        "norm": "post_layernorm",
+        "attn_pool.proj": "head.attention.out_proj",
+        "attn_pool.norm": "head.layernorm",
+        "attn_pool.mlp": "head.mlp",
+    }
+    of_block = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp": "mlp"}
+    whole |= {
+        f"blocks.{i}.{ours}": f"encoder.layers.{i}.{theirs}" for i in range(2) for ours, theirs in of_block.items()
+    }
+    for name, x in state.items():
+        module, _, kind = name.rpartition(".")
+        if name == "embeds.pos_embed":
+            found["embeddings.position_embedding.weight"] = x.flatten(0, 2)
+        elif name == "attn_pool.latent":
+            found["head.probe"] = x
+        elif module == "attn_pool.q":
+            found[f"head.attention.in_proj_{kind}"] = torch.cat([x, state[f"attn_pool.kv.{kind}"]])
+        elif module.endswith("attn.qkv"):
+            for part, own in zip("qkv", x.chunk(3), strict=True):
+                found[f"encoder.layers.{module.split('.')[1]}.self_attn.{part}_proj.{kind}"] = own
+        elif module != "attn_pool.kv":
+            prefix = next(ours for ours in sorted(whole, key=len, reverse=True) if name.startswith(f"{ours}."))
+            found[whole[prefix] + name.removeprefix(prefix)] = x
+    return found
+
+
+def test_tower_is_that_of_transformers():
+    config = Siglip2VisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=PATCH,
+        num_patches=25, attn_implementation="eager",
+    )  # fmt: skip
+    theirs, ours = Siglip2VisionModel(config).double(), random_weights(NaFlexVision(SIGLIP, 32)).double()
+    theirs.load_state_dict(hugging_face_weights(ours.trunk.state_dict()))
+    for images in mixes(50, least_width=1):
+        batch = padded(images)
+        shapes = torch.tensor([[side // PATCH for side in image.shape[1:]] for image in images])
+        theirs_batch = {
+            "pixel_values": batch["patches"], "pixel_attention_mask": batch["patch_valid"].int(),
+            "spatial_shapes": shapes,
+        }  # fmt: skip
+        weights = torch.randn(len(images), 32, dtype=torch.float64)
+        expected = theirs(**theirs_batch).pooler_output
+        theirs.zero_grad()
+        (expected * weights).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+        found, found_gradients = value_and_gradients(ours, theirs_batch, weights)
+        assert_near(found, expected)
+        for name, gradient in hugging_face_weights(trunk_only(found_gradients)).items():
+            assert_near(gradient, gradients[name])
+
+
+def trunk_only(named):
+    """Return the tensors of the trunk of a tower without the prefix of their names."""
+    return {name.removeprefix("trunk."): x for name, x in named.items()}
+
+
+def test_bytes_are_normalised_in_the_tower():
+    tower = random_weights(NaFlexVision(SIGLIP, 32))
+    images = [
+        torch.randint(0, 256, (3, 8, 20), dtype=torch.uint8),
+        torch.randint(0, 256, (3, 12, 4), dtype=torch.uint8),
+    ]
+    floats = [(image / 255 - 0.5) / 0.5 for image in images]
+    assert_near(tower(pack_images(images, PATCH)), tower(pack_images(floats, PATCH)))
+
+
+def test_images_of_one_size_and_their_order():
+    tower = random_weights(NaFlexVision(GAP, 32))
+    images = torch.randn(5, 3, 12, 20)
+    alone = torch.cat([tower(image[None]) for image in images])
+    assert_near(tower(images), alone)
+    small = torch.randn(3, 4, 4)
+    assert_near(tower(pack_images([small, *images], PATCH)), torch.cat([tower(small[None]), alone]))
+
+
+@pytest.mark.parametrize("form", ["inline", "selective"])
+def test_recomputed_blocks_have_the_same_gradients(form):
+    tower = random_weights(NaFlexVision(GAP, 32)).double()
+    images = pack_images(next(mixes(1)), PATCH)
+    expected = value_and_gradients(tower, images, 1)
+    tower.trunk.grad_checkpointing = True if form == "inline" else "selective"
+    torch.testing.assert_close(value_and_gradients(tower, images, 1), expected)
+
+
+def test_many_patches_are_pooled_too(monkeypatch):
+    # Attention pooling takes 1,024 tokens of an image at most; images of more are pooled in another way.
+    tower = random_weights(NaFlexVision(SIGLIP, 32)).double()
+    images = pack_images(next(mixes(1)), PATCH)
+    expected = value_and_gradients(tower, images, 1)
+    monkeypatch.setattr(siglip, "MAX_TOKENS", 1)
+    found = value_and_gradients(tower, images, 1)
+    assert_near(found[0], expected[0])
+    for name, gradient in expected[1].items():
+        assert_near(found[1][name], gradient)
+
+
+def test_batches_that_are_no_grids_are_refused():
+    batch = padded([torch.randn(3, 8, 12), torch.randn(3, 4, 8)])
+    batch["patch_valid"][1, 0] = False  # patch dropout leaves such batches
+    with pytest.raises(ValueError, match="unpad_images: image 1 must have its 1 x 2 patches first"):
+        unpad_images(batch)
+    with pytest.raises(ValueError, match="patchify: 9 x 8 pixels cannot be cut into patches of 4 x 4"):
+        pack_images([torch.randn(3, 9, 8)], PATCH)
+    with pytest.raises(ValueError, match="at least one image"):
+        pack_images([], PATCH)
+
+
+def test_packed_images_move():
+    images = pack_images(next(mixes(1)), PATCH)
+    moved = images.to("meta")
+    assert {x.device.type for x in (moved.patches, moved.grids, moved.order)} == {"meta"}
+    assert len(moved) == len(images)
+    assert moved.max_patches == images.max_patches
