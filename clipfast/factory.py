@@ -41,7 +41,10 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_hf": ((False, True), _NO_TOWER_WEIGHTS),
     "pretrained_audio_path": ((None,), _NO_SOUND),
     "audio_aug_cfg": ((None,), _NO_SOUND),
-    "force_naflex_vision": ((False,), "clipfast builds no towers of images that keep their shapes (NaFlex)"),
+    "force_naflex_vision": (
+        (False,),
+        "clipfast makes no NaFlex tower of another one: take a model with naflex in its name",
+    ),
     "force_custom_text": ((False,), "clipfast's models hold their text tower at the top level"),
     "weights_only": ((True,), "clipfast never unpickles more than weights"),
     "load_weights_only": ((True,), "clipfast never unpickles more than weights"),

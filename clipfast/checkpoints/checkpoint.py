@@ -31,6 +31,7 @@ log = logging.getLogger("clipfast")
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TRUNK_PREFIX = "visual.trunk."  # the prefix of names in SigLIP's image tower
+NAFLEX_CLIP = {"visual.trunk.embeds.proj.weight", "visual.head.proj.weight"}  # names of CLIP with timm's NaFlex tower
 TEXT_PREFIX = "text."  # the prefix of names in the text tower of OpenCLIP's models with custom_text
 # The prefixes that DistributedDataParallel and torch.compile add to the names of a model.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -153,7 +154,8 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_siglip_state(names: Iterable[str]) -> bool:
     """Return whether a checkpoint has the names of a SigLIP model, or of another model with an image tower of timm."""
-    return any(name.startswith(TRUNK_PREFIX) for name in names)
+    names = set(names)
+    return any(name.startswith(TRUNK_PREFIX) for name in names) and not names >= NAFLEX_CLIP
 
 
 def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str | Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig
+from ..models import CLIPConfig, NaFlexConfig, SigLIPConfig, TextConfig, VisionConfig
 from ..models.positions import TRUNK_POSITIONS_NAME
 from ..models.siglip_config import EPS, EXACT, TANH
 from .checkpoint import CheckpointError, is_siglip_state
@@ -119,11 +119,14 @@ def to_settings(config: CLIPConfig) -> dict[str, Any]:
     """Return the arguments of transformers' ``CLIPConfig`` or ``SiglipConfig`` for a checkpoint's model.
 
     Raises:
-        NoCounterpartError: the model has a ResNet, or a SigLIP model whose text tower has no projection.
+        NoCounterpartError: the model has a ResNet or a NaFlex tower, or is a SigLIP model whose text tower has no
+            projection.
     """
     vision, text = config.vision, config.text
     if not isinstance(vision.layers, int):
         raise NoCounterpartError(f"Hugging Face's CLIP has no ResNets, only vision transformers: {ELSEWHERE}")
+    if isinstance(vision, NaFlexConfig):
+        raise NoCounterpartError(f"clipfast writes no NaFlex models for Hugging Face's transformers: {ELSEWHERE}")
     sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size}
     lengths = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
     if not isinstance(config, SigLIPConfig):

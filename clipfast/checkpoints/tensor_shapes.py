@@ -151,7 +151,7 @@ def name_of(config: CLIPConfig) -> str | None:
 def _shapes(config: CLIPConfig) -> tuple[Any, ...]:
     """Return the sizes of a model that the shapes of its weights show."""
     vision, text = config.vision, config.text
-    image: tuple[Any, ...] = (vision.layers, vision.width)
+    image: tuple[Any, ...] = (type(vision), vision.layers, vision.width)
     if isinstance(vision.layers, int) and vision.patch_size is not None:
         image += (vision.image_size // vision.patch_size, vision.patch_size, int(vision.width * vision.mlp_ratio))
     else:

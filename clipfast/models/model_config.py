@@ -56,6 +56,15 @@ class VisionConfig:
         """The number of attention heads of the image transformer, or of the ResNet's attention pooling."""
         return self.channels // self.head_width
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings in OpenCLIP's layout."""
+        raw = dataclasses.asdict(self)
+        if not self.patch_dropout:
+            del raw["patch_dropout"]
+        if not isinstance(self.layers, int):
+            raw["layers"] = list(self.layers)
+        return raw
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -137,11 +146,8 @@ class CLIPConfig:
             raise ValueError(
                 f"model config needs embed_dim, vision_cfg and text_cfg, and may have quick_gelu; got {sorted(raw)}"
             )
-        vision = _fields(VisionConfig, "vision_cfg", raw["vision_cfg"])
-        if isinstance(vision.get("layers"), list):
-            vision["layers"] = tuple(vision["layers"])
-        text = _fields(TextConfig, "text_cfg", raw["text_cfg"])
-        return cls(raw["embed_dim"], VisionConfig(**vision), TextConfig(**text), raw.get("quick_gelu", False))
+        text = TextConfig(**_fields(TextConfig, "text_cfg", raw["text_cfg"]))
+        return cls(raw["embed_dim"], _vision(raw["vision_cfg"]), text, raw.get("quick_gelu", False))
 
     def with_vision(self, **changes: Any) -> "CLIPConfig":
         """Return a copy of the configuration with other settings of the image tower; None leaves a setting as it is."""
@@ -152,14 +158,22 @@ class CLIPConfig:
         """Return the configuration in OpenCLIP's layout, which OpenCLIP and clipfast load."""
         raw: dict[str, Any] = {
             "embed_dim": self.embed_dim,
-            "vision_cfg": dataclasses.asdict(self.vision),
+            "vision_cfg": self.vision.to_dict(),
             "text_cfg": dataclasses.asdict(self.text),
         }
-        if not self.vision.patch_dropout:
-            del raw["vision_cfg"]["patch_dropout"]
-        if not isinstance(self.vision.layers, int):
-            raw["vision_cfg"]["layers"] = list(self.vision.layers)
         return raw | ({"quick_gelu": True} if self.quick_gelu else {})
+
+
+def _vision(raw: Any) -> VisionConfig:
+    """Return the settings of the image tower in a model's configuration."""
+    from .naflex_config import is_naflex, read_naflex  # imported here, since that module imports this one
+
+    if is_naflex(raw):
+        return read_naflex(raw)
+    vision = _fields(VisionConfig, "vision_cfg", raw)
+    if isinstance(vision.get("layers"), list):
+        vision["layers"] = tuple(vision["layers"])
+    return VisionConfig(**vision)
 
 
 def _check_sizes(section: str, config: object, names: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ A tower takes :class:`~clipfast.models.packed_images.PackedImages`. Its blocks a
 tokens, so that nothing is padded or masked.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import patch_embed_packed
+from ..kernels.dtypes import accumulate_dtype
 from ..kernels.packing import Packing, pack
+from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
 from .layers import LayerNorm, PackedTokens
+from .model_config import CLIPConfig, VisionConfig
 from .naflex_config import NaFlexConfig
 from .packed_images import PackedImages, pack_images, unpad_images
-from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, TimmBlock
-from .siglip_config import EPS
+from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, SigLIP, TimmBlock
+from .siglip_config import EPS, EXACT
 from .transformer import Plan, add_norm, run_blocks
 
 
@@ -30,8 +34,8 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), init_value))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` times the factors: [..., width] -> [..., width]."""
-        return x * self.gamma
+        """Return ``x`` times the factors, in the dtype of ``x``: [..., width] -> [..., width]."""
+        return x * self.gamma.to(x.dtype)
 
 
 class ScaledBlock(TimmBlock):
@@ -87,10 +91,10 @@ class NaFlexEmbeds(nn.Module):
 class NaFlexTrunk(nn.Module):
     """A vision transformer for images of several sizes, with timm's names; pooled by attention or by the mean."""
 
-    def __init__(self, config: NaFlexConfig) -> None:
+    def __init__(self, config: NaFlexConfig, gelu: str) -> None:
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
-        sizes = width, config.heads, hidden, config.gelu
+        sizes = width, config.heads, hidden, gelu
         self.grad_checkpointing: bool | str = False
         self.embeds = NaFlexEmbeds(config)
         if config.init_values is None:
@@ -98,9 +102,10 @@ class NaFlexTrunk(nn.Module):
         else:
             blocks = [ScaledBlock(*sizes, config.init_values) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = LayerNorm(width, EPS) if config.pool == "map" else None
-        self.attn_pool = LatentPool(*sizes) if config.pool == "map" else None
-        self.fc_norm = LayerNorm(width, EPS) if config.pool == "avg" else None
+        has_pool = config.pool == "map"
+        self.norm = LayerNorm(width, EPS) if has_pool else nn.Identity()
+        self.attn_pool = LatentPool(*sizes) if has_pool else None
+        self.fc_norm = nn.Identity() if has_pool else LayerNorm(width, EPS)
         self._init_as_timm_does()
 
     def _init_as_timm_does(self) -> None:
@@ -142,7 +147,8 @@ def mean_of_images(x: Tensor, packing: Packing, num_prefix: int) -> Tensor:
     tokens = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
     is_patch = tokens - packing.bounds[0] >= num_prefix
     ones = ((packing.sequence == images[:, None]) & is_patch).to(x.dtype)
-    return ones @ x / (ends.diff()[:, None] - num_prefix).to(x.dtype)
+    counts = (ends.diff()[:, None] - num_prefix).to(accumulate_dtype(x.dtype))  # 16 bits do not hold every number
+    return ((ones @ x) / counts).to(x.dtype)
 
 
 class NaFlexVision(nn.Module):
@@ -152,10 +158,12 @@ class NaFlexVision(nn.Module):
     image_std: tuple[float, ...] = IMAGE_STD
     resize_mode = "squash"
 
-    def __init__(self, config: NaFlexConfig, embed_dim: int) -> None:
+    backend = "auto"
+
+    def __init__(self, config: NaFlexConfig, embed_dim: int, gelu: str = EXACT) -> None:
         super().__init__()
         self.image_size, self.image_seq_len, self.patch_size = config.image_size, config.image_seq_len, config.patch
-        self.trunk = NaFlexTrunk(config)
+        self.trunk = NaFlexTrunk(config, gelu)
         has_head = config.pool == "avg"
         self.head = nn.ModuleDict({"proj": nn.Linear(config.width, embed_dim, bias=False)} if has_head else {})
 
@@ -170,19 +178,85 @@ class NaFlexVision(nn.Module):
             features = projection(features)
         return features
 
-    def set_backend(self, backend: str) -> None:
-        """Set the backend of every op of the tower."""
-        for module in self.modules():
-            if hasattr(module, "backend"):
-                module.backend = backend
-
     def layer_groups(self) -> list[Group]:
         """Return the groups of the tower's layers, from input to output, for locking and layer-wise learning rates."""
         trunk = self.trunk
-        norm, *last = (part for part in (trunk.norm, trunk.attn_pool, trunk.fc_norm) if part is not None)
-        groups: list[Group] = [[trunk.embeds], *groups_of_blocks(trunk.blocks, norm)]
-        return [*groups, *([part] for part in (*last, *self.head.values()))]
+        last: nn.Module = trunk.fc_norm if trunk.attn_pool is None else trunk.attn_pool
+        of_head: list[Group] = [[part] for part in self.head.values()]
+        return [[trunk.embeds], *groups_of_blocks(trunk.blocks, trunk.norm), [last], *of_head]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
         """Freeze the tower, except for its last groups of layers. The tower has no BatchNorm."""
         freeze(self.layer_groups(), unlocked_groups)
+
+
+class _OfManySizes(CLIP):
+    """What a model with a :class:`NaFlexVision` does in its own way."""
+
+    def encode_image(self, image: Any, normalize: bool = False) -> Tensor:
+        """Compute the features of images.
+
+        Args:
+            image: packed images (:func:`clipfast.models.packed_images.pack_images`), a padded batch of timm's NaFlex
+                loader or of transformers' image processor for SigLIP 2, or [B, 3, H, W] with sides that are multiples
+                of the patch size; uint8 as decoded, or floating and already normalised.
+            normalize: divide each feature vector by its length.
+
+        Returns:
+            [B, embed_dim].
+
+        Raises:
+            TypeError, ValueError: ``image`` is not one of these.
+        """
+        if not isinstance(image, PackedImages | Mapping):
+            return super().encode_image(image, normalize)
+        features = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward_intermediates(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Raise an error, since images of several sizes have no grid of features in common.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("clipfast's NaFlex models have no forward_intermediates")
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the model's parameters without weight decay, apart from parameters of one dimension."""
+        prefix = "text." if hasattr(self, "text") else ""
+        embeds = {"visual.trunk.embeds.pos_embed", "visual.trunk.embeds.reg_token"}
+        return {f"{prefix}positional_embedding"} | {name for name, _ in self.named_parameters() if name in embeds}
+
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", *, selective: bool = False) -> None:
+        """Recompute the blocks of both towers in the backward pass; see :meth:`CLIP.set_grad_checkpointing`."""
+        super().set_grad_checkpointing(enable, impl, selective=selective)
+        trunk: Any = self.visual.trunk
+        trunk.grad_checkpointing = "selective" if enable and selective else enable
+
+    def set_backend(self, backend: str) -> None:
+        """Set the backend of every op of both towers; see :meth:`CLIP.set_backend`."""
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                vars(module)["backend"] = backend
+
+
+class NaFlexCLIP(_OfManySizes):
+    """A CLIP model with timm's NaFlex image tower, pooled by the mean."""
+
+    def __init__(self, config: CLIPConfig, *, output_dict: bool = False) -> None:
+        assert isinstance(config.vision, NaFlexConfig)
+        # CLIP's constructor builds an image tower of its own; that of this configuration takes no time.
+        small = VisionConfig(image_size=1, layers=1, width=1, head_width=1, patch_size=1)
+        super().__init__(dataclasses.replace(config, vision=small), output_dict=output_dict)
+        self.config = config
+        visual: Any = NaFlexVision(config.vision, config.embed_dim)
+        self.visual = visual
+
+
+class NaFlexSigLIP(_OfManySizes, SigLIP):
+    """SigLIP 2 for images of several sizes."""
+
+    def _vision(self) -> NaFlexVision:
+        """Return a new image tower."""
+        assert isinstance(self.config.vision, NaFlexConfig)
+        return NaFlexVision(self.config.vision, self.config.embed_dim, self.config.image_gelu)

@@ -61,7 +61,8 @@ def _flatten(images: PackedImages) -> tuple[list[Any], int]:
 
 def _unflatten(tensors: Iterable[Any], max_patches: int) -> PackedImages:
     """Return the packed images of which :func:`_flatten` returned the parts."""
-    return PackedImages(*tensors, max_patches)
+    patches, grids, order = tensors
+    return PackedImages(patches, grids, order, max_patches)
 
 
 # CUDA graphs, compilers and wrappers of modules see the tensors.
@@ -97,10 +98,11 @@ def pack_images(images: Sequence[Tensor] | Tensor, patch_size: int, *, for_gpu: 
     """
     if not len(images):
         raise ValueError("pack_images: there must be at least one image")
-    patches = [patchify(image, patch_size) for image in images]
+    patches = patchify(images, patch_size) if isinstance(images, Tensor) else [patchify(x, patch_size) for x in images]
     grids = torch.tensor([[side // patch_size for side in image.shape[-2:]] for image in images], dtype=torch.int32)
     packed = _longest_first(grids)
-    return _packed([patches[place] for place in packed.tolist()], grids, packed, for_gpu)
+    in_order = [patches.flatten(0, 1)] if isinstance(patches, Tensor) else [patches[place] for place in packed.tolist()]
+    return _packed(in_order, grids, packed, for_gpu)
 
 
 def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> PackedImages:

@@ -27,7 +27,8 @@ def positions_name(state: Mapping[str, Tensor]) -> str | None:
 
 def text_positions_name(state: Mapping[str, Tensor]) -> str:
     """Return the name of the positional embedding of texts in a state dict."""
-    return f"text.{TEXT_POSITIONS_NAME}" if TRUNK_POSITIONS_NAME in state else TEXT_POSITIONS_NAME
+    in_tower = f"text.{TEXT_POSITIONS_NAME}"
+    return in_tower if in_tower in state else TEXT_POSITIONS_NAME
 
 
 def grid_side(name: str, positions: Tensor) -> int:

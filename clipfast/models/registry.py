@@ -6,7 +6,8 @@ from pathlib import Path
 from ..io.files import read_json
 from ..io.text import meant
 from .model_config import CLIPConfig, TextConfig, VisionConfig
-from .siglip_config import PUBLISHED, published_config
+from .naflex_config import TIMM
+from .siglip_config import PUBLISHED, naflex_config, published_config
 
 QUICK_GELU_SUFFIX = "-quickgelu"
 
@@ -61,6 +62,15 @@ _CONFIGS |= {
     name + QUICK_GELU_SUFFIX: dataclasses.replace(config, quick_gelu=True) for name, config in _CONFIGS.items()
 }
 _CONFIGS |= {name: published_config(name) for name in PUBLISHED}
+_GAP = TIMM["naflexvit_base_patch16_gap"]
+_CONFIGS |= {
+    "ViT-B-16-SigLIP2-naflex": naflex_config("base"),
+    "ViT-SO400M-16-SigLIP2-naflex": naflex_config("so400m"),
+    "naflex_ViT-B-16": _vit(512, _GAP),
+    "naflex_ViT-B-32": _vit(
+        512, dataclasses.replace(_GAP, patch_size=32, pos_embed_grid_size=(7, 7), image_seq_len=49)
+    ),
+}
 
 
 def list_models() -> list[str]:

@@ -273,10 +273,14 @@ class SigLIP(CLIP):
         nn.Module.__init__(self)  # CLIP's constructor would build CLIP's towers
         self.config, self.output_dict = config, output_dict
         self.context_length, self.vocab_size = config.text.context_length, config.text.vocab_size
-        self.visual = SigLIPVision(config)
+        self.visual = self._vision()
         self.text = SigLIPText(config)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
+
+    def _vision(self) -> Any:
+        """Return a new image tower."""
+        return SigLIPVision(self.config)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:  # type: ignore[override]
         """Compute the features of texts, read at their last positions.

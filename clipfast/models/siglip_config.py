@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .model_config import CLIPConfig, TextConfig, VisionConfig
+from .naflex_config import TIMM as NAFLEX
+from .naflex_config import NaFlexConfig, is_naflex, read_naflex
 
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0
 EXACT, TANH = "none", "tanh"  # values of the argument ``approximate`` of nn.GELU
@@ -105,6 +107,8 @@ class SigLIPConfig(CLIPConfig):
             raise ValueError("a SigLIP model has GELU: leave quick_gelu out")
         if not {self.image_gelu, self.text_gelu} <= set(_WORDS):
             raise ValueError(f"GELU is none (exact) or tanh, got {self.image_gelu!r} and {self.text_gelu!r}")
+        if isinstance(vision, NaFlexConfig) and (vision.pool, self.image_gelu) != ("map", TANH):
+            raise ValueError("the NaFlex tower of a SigLIP model has attention pooling, and GELU by tanh")
         if self.clean not in CLEANINGS:
             raise ValueError(f"clean must be one of {', '.join(CLEANINGS)}, got {self.clean!r}")
 
@@ -128,6 +132,8 @@ class SigLIPConfig(CLIPConfig):
         building another tower.
         """
         vision = self.vision
+        if isinstance(vision, NaFlexConfig):
+            return vision.timm_model_name
         known: dict[tuple[object, ...], str] = {sizes: word for word, sizes in _SIZES.items()}
         size = known.get((vision.layers, vision.width, vision.head_width, vision.mlp_ratio))
         if size is None:
@@ -138,7 +144,7 @@ class SigLIPConfig(CLIPConfig):
     @property
     def is_in_timm(self) -> bool:
         """Whether timm, and so OpenCLIP, has an image tower of these sizes and this activation."""
-        return self.timm_model_name in _TIMM
+        return isinstance(self.vision, NaFlexConfig) or self.timm_model_name in _TIMM
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "SigLIPConfig":
@@ -178,7 +184,8 @@ class SigLIPConfig(CLIPConfig):
         raw = super().to_dict()
         raw["vision_cfg"] |= {"timm_model_name": self.timm_model_name} | _VISION_FIXED
         raw["text_cfg"] |= _TEXT_FIXED | ({"proj_bias": True} if self.text_proj else {"proj_type": "none"})
-        if self.image_gelu == TANH:
+        if self.image_gelu == TANH and not isinstance(self.vision, NaFlexConfig):
+            # timm's NaFlex towers have it without being told.
             raw["vision_cfg"]["act_kwargs"] = {"approximate": TANH}
         if self.text_gelu == TANH:
             raw["text_cfg"]["act_kwargs"] = {"approximate": TANH}
@@ -196,6 +203,8 @@ def is_siglip(raw: Mapping[str, Any]) -> bool:
 
 def _read_vision(raw: Mapping[str, Any]) -> tuple[VisionConfig, str]:
     """Read the sizes and the activation of SigLIP's image tower from ``vision_cfg``."""
+    if is_naflex(raw):
+        return read_naflex(raw), TANH
     settings = dict(raw)
     name = str(settings.pop("timm_model_name"))
     sizes = {key: settings.pop(key) for key in _VISION_SIZES if key in settings}
@@ -236,6 +245,15 @@ def timm_tower(name: str) -> tuple[VisionConfig, str]:
     assert match is not None
     layers, width, head_width, mlp_ratio = _SIZES[match[1]]
     return VisionConfig(int(match[3]), layers, width, head_width, mlp_ratio, int(match[2])), _TIMM[name]
+
+
+def naflex_config(size: str) -> SigLIPConfig:
+    """Return the configuration of a published NaFlex model of SigLIP 2, "base" or "so400m"."""
+    word = {"base": "B", "so400m": "SO400M"}[size]
+    return dataclasses.replace(
+        published_config(f"ViT-{word}-16-SigLIP2-384"), vision=NAFLEX[f"naflexvit_{size}_patch16_siglip"],
+        image_gelu=TANH, tokenizer=f"timm/ViT-{word}-16-SigLIP2-256",
+    )  # fmt: skip
 
 
 def published_config(name: str) -> SigLIPConfig:

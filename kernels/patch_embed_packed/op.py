@@ -108,7 +108,7 @@ def _patch_embed_packed_bwd(
     of_table = of_table.T.unflatten(0, (table_size[0], table_size[1]))
     # These must be copies: autograd adds to the gradients that it is given, so two of them must not share memory.
     of_all = of_weight, of_bias, of_table, of_prefix.T
-    return tuple(x.clone(memory_format=torch.contiguous_format) for x in of_all)  # type: ignore[return-value]
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in of_all)
 
 
 @_patch_embed_packed_bwd.register_fake
@@ -159,7 +159,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if grad is None:
         return (None,) * 13
     *places, weight, matrix = ctx.saved_tensors
-    patches, mean, std = places[0], *ctx.options[:2]
+    patches, (mean, std) = places[0], ctx.options[:2]
     of_patches: Tensor | None = None
     if ctx.needs_input_grad[0]:
         of_patches = _patch_embed_packed_bwd_patches(grad, weight, *places, ctx.num_prefix)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -93,7 +94,7 @@ def make(shape: PackedShape, values: str, draw: Draw) -> Call:
     }
     if shape.prefix:
         inputs["prefix"] = draw.normal(shape.prefix, shape.embed_dim)
-    options = {"interpolation": "bicubic"} if shape.bicubic else {}
+    options: dict[str, Any] = {"interpolation": "bicubic"} if shape.bicubic else {}
     if shape.keep_aspect:
         options["keep_aspect"] = True
     return Call(inputs, (draw.normal(shape.tokens + UNUSED, shape.embed_dim),), options)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import clipfast
 from clipfast import convert_checkpoint, create_model, export_open_clip
-from clipfast.models import SigLIPConfig, get_model_config
+from clipfast.models import NaFlexConfig, SigLIPConfig, get_model_config
 
 from ..models import siglip
 from .conftest import (
@@ -150,6 +150,8 @@ def test_published_configurations_come_back(tmp_path):
     for name in clipfast.list_models():
         config = get_model_config(name)
         is_siglip = isinstance(config, SigLIPConfig)
+        if isinstance(config.vision, NaFlexConfig):
+            continue  # transformers' layout of these is not written
         if config.text_proj if is_siglip else isinstance(config.vision.layers, int):
             raw = {"model_type": "siglip" if is_siglip else "clip", **to_settings(config)}
             assert from_settings(json.loads(json.dumps(raw)), tmp_path) == config, name

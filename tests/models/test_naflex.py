@@ -1,16 +1,21 @@
 """Test NaFlex image towers against timm's and transformers' on padded batches of random sizes."""
 
+import json
 import random
 
 import pytest
 import torch
-from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
-from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-from clipfast.models import siglip
+import clipfast
+from clipfast.models import CLIPConfig, build, registry, siglip
 from clipfast.models.naflex import NaFlexVision
-from clipfast.models.naflex_config import TANH, NaFlexConfig
+from clipfast.models.naflex_config import NaFlexConfig
 from clipfast.models.packed_images import pack_images, patchify, unpad_images
+from clipfast.models.siglip_config import EXACT, TANH
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+naflexvit = pytest.importorskip("timm.models.naflexvit", reason="this timm has no NaFlexViT")
 
 PATCH, MOST = 4, 40
 SIZES = {
@@ -21,16 +26,16 @@ SIZES = {
     "patch_size": PATCH,
     "pos_embed_grid_size": (5, 5),
 }
-SIGLIP = NaFlexConfig(**SIZES, pool="map", interpolation="bilinear", gelu=TANH)
+SIGLIP = NaFlexConfig(**SIZES, pool="map", interpolation="bilinear")
 GAP = NaFlexConfig(**SIZES, pool="avg", reg_tokens=4, init_values=0.5, interpolation="bicubic")
 
 
 def timm_tower(config):
     """Return timm's tower with these settings, with random weights."""
-    return NaFlexVit(
-        NaFlexVitCfg(
+    return naflexvit.NaFlexVit(
+        naflexvit.NaFlexVitCfg(
             patch_size=PATCH, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2.0, pos_embed_grid_size=(5, 5),
-            act_layer="gelu_tanh" if config.gelu == TANH else None, global_pool=config.pool,
+            act_layer="gelu_tanh" if config is SIGLIP else None, global_pool=config.pool,
             reg_tokens=config.reg_tokens, init_values=config.init_values, pos_embed_interp_mode=config.interpolation,
         ),
         num_classes=0,
@@ -89,7 +94,7 @@ def assert_near(found, expected):
 @pytest.mark.parametrize("config", [SIGLIP, GAP], ids=["siglip", "gap"])
 def test_towers_are_timms(config):
     theirs = random_weights(timm_tower(config)).double()
-    ours = NaFlexVision(config, 32).double()
+    ours = NaFlexVision(config, 32, TANH if config is SIGLIP else EXACT).double()
     ours.trunk.load_state_dict(theirs.state_dict())
     if config.pool == "avg":
         ours.head["proj"].weight.data.copy_(torch.eye(32))
@@ -135,11 +140,14 @@ def hugging_face_weights(state):
 
 
 def test_tower_is_that_of_transformers():
-    config = Siglip2VisionConfig(
+    config = transformers.Siglip2VisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=PATCH,
         num_patches=25, attn_implementation="eager",
     )  # fmt: skip
-    theirs, ours = Siglip2VisionModel(config).double(), random_weights(NaFlexVision(SIGLIP, 32)).double()
+    theirs, ours = (
+        transformers.Siglip2VisionModel(config).double(),
+        random_weights(NaFlexVision(SIGLIP, 32, TANH)).double(),
+    )
     theirs.load_state_dict(hugging_face_weights(ours.trunk.state_dict()))
     for images in mixes(50, least_width=1):
         batch = padded(images)
@@ -165,7 +173,7 @@ def trunk_only(named):
 
 
 def test_bytes_are_normalised_in_the_tower():
-    tower = random_weights(NaFlexVision(SIGLIP, 32))
+    tower = random_weights(NaFlexVision(SIGLIP, 32, TANH))
     images = [
         torch.randint(0, 256, (3, 8, 20), dtype=torch.uint8),
         torch.randint(0, 256, (3, 12, 4), dtype=torch.uint8),
@@ -194,7 +202,7 @@ def test_recomputed_blocks_have_the_same_gradients(form):
 
 def test_many_patches_are_pooled_too(monkeypatch):
     # Attention pooling takes 1,024 tokens of an image at most; images of more are pooled in another way.
-    tower = random_weights(NaFlexVision(SIGLIP, 32)).double()
+    tower = random_weights(NaFlexVision(SIGLIP, 32, TANH)).double()
     images = pack_images(next(mixes(1)), PATCH)
     expected = value_and_gradients(tower, images, 1)
     monkeypatch.setattr(siglip, "MAX_TOKENS", 1)
@@ -221,3 +229,98 @@ def test_packed_images_move():
     assert {x.device.type for x in (moved.patches, moved.grids, moved.order)} == {"meta"}
     assert len(moved) == len(images)
     assert moved.max_patches == images.max_patches
+
+
+def small_config(tower, **vision):
+    """Return the configuration of a small model in OpenCLIP's layout."""
+    kwargs = {"patch_size": PATCH, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0,
+              "pos_embed_grid_size": [5, 5]}  # fmt: skip
+    is_siglip = "siglip" in tower
+    pool = {"timm_pool": "map", "timm_proj": "none"} if is_siglip else {}
+    raw = {
+        "embed_dim": 32 if is_siglip else 16,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 20, "timm_model_name": tower, "timm_model_kwargs": kwargs, **pool, **vision},
+        "text_cfg": {"context_length": 9, "vocab_size": 30, "width": 16, "heads": 2, "layers": 1},
+    }
+    if is_siglip:
+        raw["text_cfg"] |= {
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+            "norm_kwargs": {"eps": 1e-6},
+        }
+        raw["init_logit_bias"] = -10
+    return raw
+
+
+@pytest.mark.parametrize("tower", ["naflexvit_base_patch16_siglip", "naflexvit_base_patch16_gap"])
+def test_weights_of_open_clip_are_loaded(tower, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
+    raw = small_config(tower)
+    (tmp_path / "small.json").write_text(json.dumps(raw))
+    clipfast.add_model_config(tmp_path / "small.json")
+    model = random_weights(clipfast.create_model("small"))
+    assert CLIPConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
+    kwargs = raw["vision_cfg"]["timm_model_kwargs"] | {"pos_embed_grid_size": (5, 5)}
+    theirs = timm.create_model(tower, num_classes=0, **kwargs)
+    state = model.state_dict()
+    assert {f"visual.trunk.{name}" for name in theirs.state_dict()} == {name for name in state if "trunk" in name}
+    # OpenCLIP's models with custom_text have a prefix before the names of the text tower.
+    of_text = ("positional_embedding", "text_projection", "token_embedding", "ln_final", "transformer")
+    torch.save(
+        {f"text.{name}" if name.startswith(of_text) else name: x for name, x in state.items()}, tmp_path / "w.pt"
+    )
+    loaded = clipfast.create_model("small", str(tmp_path / "w.pt"), backend="torch")
+    assert all(map(torch.equal, loaded.state_dict().values(), state.values()))
+    images = pack_images([torch.randint(0, 256, (3, 8, 20), dtype=torch.uint8), torch.zeros(3, 4, 4).byte()], PATCH)
+    texts = torch.randint(1, 29, (2, 9))
+    for found, expected in zip(loaded(images, texts), model(images, texts), strict=True):
+        assert_near(found, expected)
+    model.set_grad_checkpointing()
+    model.lock_image_tower(unlocked_groups=1)
+    model.encode_image(torch.randn(2, 3, 20, 12), normalize=True).sum().backward()
+    assert model.visual.trunk.embeds.proj.weight.grad is None
+    assert {"visual.trunk.embeds.pos_embed"} < model.no_weight_decay()
+    with pytest.raises(TypeError, match="encode_image: image must be a tensor"):
+        model.encode_image([torch.zeros(3, 4, 4)])
+
+
+@pytest.mark.parametrize("name", [name for name in clipfast.list_models() if "naflex" in name])
+def test_published_models_have_the_parameters_of_timms(name):
+    config = clipfast.get_model_config(name)
+    assert CLIPConfig.from_dict(config.to_dict()) == config
+    vision = config.vision
+    kwargs = {"depth": 2, "patch_size": vision.patch_size, "pos_embed_grid_size": vision.pos_embed_grid_size}
+    theirs = timm.create_model(vision.timm_model_name, num_classes=0, **kwargs).state_dict()
+    with torch.device("meta"):
+        ours = build(config.with_vision(layers=2)).visual.trunk.state_dict()
+    assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"timm_model_name": "naflexvit_base_patch16_map"}, "clipfast builds no tower 'naflexvit_base_patch16_map'"),
+        ({"timm_model_kwargs": {"swiglu_mlp": True}}, r"timm_model_kwargs that clipfast does not implement: .*swiglu"),
+        ({"timm_pool": "token"}, r"does not implement in a NaFlex tower: {'timm_pool': 'token'}"),
+        ({"patch_dropout": 0.5}, "clipfast drops no patches in a NaFlex tower"),
+        ({"timm_model_kwargs": {"pos_embed_interp_mode": "nearest"}}, "bilinear or bicubic, got 'avg' and"),
+    ],
+)  # fmt: skip
+def test_towers_that_are_not_built_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        CLIPConfig.from_dict(small_config("naflexvit_base_patch16_gap", **changed))
+
+
+@pytest.mark.parametrize("config", [SIGLIP, GAP], ids=["siglip", "gap"])
+def test_autocast_and_compilation(config):
+    tower = NaFlexVision(config, 32)
+    images = pack_images([torch.randn(3, PATCH * rows, PATCH * 9) for rows in (1, 17, 2)], PATCH)
+    expected = tower(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tower(images)
+        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+    torch.compiler.reset()
+    compiled = torch.compile(tower, backend="aot_eager", fullgraph=True)
+    assert_near(compiled(images), expected)
