@@ -33,10 +33,12 @@ def forward(
     def compute_packed(query: Tensor, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
         """Compute attention pooling of packed tokens on the CPU."""
         check_values("attention_pool", cu_seqlens, tokens.shape[1], max_seqlen)
-        out = query.new_zeros(query.shape)
+        q, x = query.to(dtype), tokens.to(dtype)
+        out = q.new_zeros(q.shape)
         for run in runs(cu_seqlens.diff()):
-            out[run.sequences] = compute(query[run.sequences], run.of(tokens), None)[0]
-        return out, query.new_zeros(query.shape[:2], dtype=dtype)
+            of_run = run.of(x)
+            torch.bmm(_weights(q[run.sequences], of_run.mT, None), of_run, out=out[run.sequences])
+        return out.to(query.dtype), out.new_zeros(out.shape[:2])
 
     return compute if max_seqlen is None else compute_packed
 
@@ -52,10 +54,7 @@ def backward(
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of attention pooling on the CPU."""
         q, x, hidden = _operands(query, tokens, seqlens, dtype)
-        do, x_t = grad_out if grad_out.dtype is dtype else grad_out.to(dtype), x.mT
-        p = _weights(q, x_t, hidden)
-        ds = _softmax_backward(torch.bmm(do, x_t), p, -1, dtype)
-        dq, dx = torch.bmm(ds, x), torch.baddbmm(torch.bmm(p.mT, do), ds.mT, q)
+        dq, dx = _gradients(grad_out if grad_out.dtype is dtype else grad_out.to(dtype), q, x, hidden)
         return (dq, dx) if query.dtype is dtype else (dq.to(query.dtype), dx.to(query.dtype))
 
     def compute_packed(
@@ -63,11 +62,12 @@ def backward(
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of attention pooling of packed tokens on the CPU."""
         check_values("attention_pool", cu_seqlens, tokens.shape[1], max_seqlen)
-        dq, dx = query.new_zeros(query.shape), tokens.new_zeros(tokens.shape)
+        do, q, x = grad_out.to(dtype), query.to(dtype), tokens.to(dtype)
+        dq, dx = q.new_zeros(q.shape), x.new_zeros(x.shape)
         for run in runs(cu_seqlens.diff()):
-            of_run = grad_out[run.sequences], query[run.sequences], run.of(tokens)
-            dq[run.sequences], run.of(dx)[:] = compute(*of_run, None, lse)
-        return dq, dx
+            at = run.sequences
+            _gradients(do[at], q[at], run.of(x), None, (dq[at], run.of(dx)))
+        return dq.to(query.dtype), dx.to(query.dtype)
 
     return compute if max_seqlen is None else compute_packed
 
@@ -86,6 +86,16 @@ def _operands(
         return query, tokens, None
     hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]
     return query, tokens.masked_fill(hidden[..., None], 0), hidden[:, None]
+
+
+def _gradients(
+    do: Tensor, q: Tensor, x: Tensor, hidden: Tensor | None, out: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of queries and tokens, all of one dtype, and write them to ``out`` if it is given."""
+    x_t = x.mT
+    p = _weights(q, x_t, hidden)
+    ds = _softmax_backward(torch.bmm(do, x_t), p, -1, p.dtype)
+    return torch.bmm(ds, x, out=out[0]), torch.bmm(p.mT, do, out=out[1]).baddbmm_(ds.mT, q)
 
 
 def _weights(q: Tensor, x_t: Tensor, hidden: Tensor | None) -> Tensor:

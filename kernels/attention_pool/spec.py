@@ -132,6 +132,7 @@ CASES = [
 ]  # fmt: skip
 COLUMNS = {"block_m": (16,), "block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 RN50 = PoolShape(256, 32, 50, 2048)
+TEXTS = PoolShape(1024, 8, 77, 512, packed=True)  # the last block of B's texts
 TUNED = (Tunable("attention_pool", "_pool_bwd_kernel", RowConfig, COLUMNS, small_tiles=True),)
 
 SPECS = (
@@ -148,7 +149,7 @@ SPECS = (
         category="attention",
         kernels=("_pool_fwd_kernel", "_pool_bwd_kernel"),
         floor=floor,
-        bench={"cpu": (RN50.changed(batch=8),), "cuda": (RN50,)},
+        bench={"cpu": (RN50.changed(batch=8), TEXTS.changed(batch=64)), "cuda": (RN50, TEXTS)},
         items=("batch", "images"),
         shipped=(
             Shipped("H32 N50 C2048", PoolShape(2, 32, 50, 2048), ("bf16", "fp32"), small_tiles=True),
