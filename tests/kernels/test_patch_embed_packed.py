@@ -1,6 +1,5 @@
 """Test the patch embedding of packed images against one image after the other, and with inputs that do not fit."""
 
-import functools
 import random
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from clipfast.kernels import patch_embed_packed
-from clipfast.kernels.packing import Packing, pack
+from clipfast.kernels.packing import pack
 from clipfast.kernels.patch_embed_packed import launches
 from clipfast.kernels.patch_embed_packed.spec import PackedShape
 
@@ -98,11 +97,20 @@ def test_inputs_that_do_not_fit(changed, message):
 
 
 @needs_sanitizer
-@pytest.mark.parametrize("grid", [[0, 0], [9, 9], [-3, 5], [2**30, 2**30]])
-def test_sizes_that_do_not_fit_read_nothing_outside(grid, sanitizer):
-    packing = pack(torch.tensor([0, 6, 12, 18], dtype=torch.int32), 20)
-    grids = torch.tensor([[2, 2], grid, [2, 2]], dtype=torch.int32)
-    lay_out = functools.partial(launches.lay_out, torch.ones(12, 12, dtype=torch.uint8), grids)
-    out = lay_out(*packing[1:], (3, 3), 2, 24, "bilinear", False, torch.float32)
-    assert out[:6].isfinite().all()
-    assert isinstance(packing, Packing)
+@pytest.mark.parametrize(
+    ("ends", "grid"),
+    [
+        ([0, 6, 12, 18], [0, 0]),
+        ([0, 6, 12, 18], [9, 9]),
+        ([0, 6, 12, 18], [-3, 5]),
+        ([0, 6, 12, 18], [2**30, 2**30]),
+        ([0, 0, 0, 18], [2, 8]),  # by these numbers, the first patches lie before those that there are
+        ([0, 6, 12, 22], [2, 4]),  # and by these, the last ones behind them
+    ],
+)
+def test_sizes_that_do_not_fit_read_nothing_outside(ends, grid, sanitizer):
+    packing = pack(torch.tensor(ends, dtype=torch.int32), 22)
+    grids = torch.tensor([[2, 2], [2, 2], grid], dtype=torch.int32)
+    patches = torch.ones(12, 12, dtype=torch.uint8)
+    out = launches.lay_out(patches, grids, *packing[1:], (3, 3), 2, 24, "bilinear", False, torch.float32)
+    assert out.isfinite().all()
