@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from clipfast.kernels import attention, attention_pool, attention_qkv, implementations, text_embed
 from clipfast.kernels.launch import triton_runs_on
@@ -161,6 +162,24 @@ def test_one_plan_serves_packed_tokens_of_any_number(device):
         found = implementations.compute(plans, implementations.attention_pool_bwd, "", grad, *args, lse, most)
         expected = pool(query, tokens, grad, cu_seqlens=ends, max_seqlen=most)
         torch.testing.assert_close([pooled, found[0], found[1][0]], expected, rtol=0, atol=0)
+
+
+def test_compiled_pooling_serves_all_lengths(native):
+    torch.compiler.reset()
+    backend, counts = CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(
+        lambda query, tokens, ends, most: attention_pool(query, tokens, cu_seqlens=ends, max_seqlen=most),
+        backend=backend, fullgraph=True,
+    )  # fmt: skip
+    for lengths in ([3, 4], [7, 2], [30, 4], [1, 1], [11, 40]):
+        args = cumulative(lengths, native), max(lengths)
+        query = torch.randn(2, HEADS, WIDTH, device=native, requires_grad=True)
+        tokens = torch.randn(sum(lengths) + 2, WIDTH, device=native, requires_grad=True)
+        results = compiled(query, tokens, *args), attention_pool(query, tokens, cu_seqlens=args[0], max_seqlen=args[1])
+        found, expected = ([x, *torch.autograd.grad(x.sum(), (query, tokens))] for x in results)
+        torch.testing.assert_close(found, expected)
+        counts.append(backend.frame_count)
+    assert counts[1:] == [counts[1]] * 4  # the second call makes the numbers of tokens variable
 
 
 def test_packed_texts_are_embedded_as_padded_ones(device):
