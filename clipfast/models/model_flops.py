@@ -12,8 +12,8 @@ def training_flops(model: CLIP, pairs: int) -> float:
     """Return the model FLOPs of a training step on ``pairs`` pairs, of all processes together.
 
     The count includes the matrix products and convolutions of the forward pass, and of the backward pass for trainable
-    layers; a locked tower has no backward pass. All tokens of a text count, including padding. Recomputation to save
-    memory does not count. The loss counts as if the logits were kept, with 6 N^2 D.
+    layers; a locked tower has no backward pass. All tokens of a text count, including padding, also where texts are
+    packed. Recomputation to save memory does not count. The loss counts as if the logits were kept, with 6 N^2 D.
 
     Args:
         model: the model on the device "meta", on which nothing is computed.

@@ -65,8 +65,9 @@ class Meters:
         flops, peak = training_flops(model(), pairs), ranks * card.peak(half=half)
         self._seconds_at_peak = flops / peak
         return (
-            f"MFU: a step has {flops / 1e12:,.4g} TFLOP of the model, without what is computed a second time, and "
-            f"{ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the data sheet"
+            f"MFU: a step has {flops / 1e12:,.4g} TFLOP of the model, with all padding of texts, and "
+            f"without what is computed a second time; {ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the "
+            "data sheet"
         )
 
     def read(self, step_seconds: float) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def test_mfu_is_of_the_card_s_peak(gpu, monkeypatch):
     text = found.count_flops(lambda: create_model("ViT-B-32", device="meta"), 4096, 8, half=True)
     flops = training_flops(create_model("ViT-B-32", device="meta"), 4096)
     assert found.read(0.25)["mfu"] == pytest.approx(flops / 0.25 / (8 * 989.4e12))
-    assert f"{flops / 1e12:,.4g} TFLOP of the model, without what is computed a second time" in text
+    assert f"{flops / 1e12:,.4g} TFLOP of the model, with all padding of texts, and without what is" in text
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce 9800")
     unknown = gpu(None)
     assert unknown.count_flops(mock.Mock(side_effect=AssertionError), 4096, 8, half=True) is None
