@@ -17,8 +17,8 @@ class Packing(NamedTuple):
     Attributes:
         cu_seqlens: int32 [B + 1], the cumulative lengths: sequence b has the tokens ``cu_seqlens[b]`` to
             ``cu_seqlens[b + 1] - 1``. Tokens from ``cu_seqlens[-1]`` on belong to no sequence.
-        bounds: int32 [2, T], the first token of each token's sequence, and the end of the sequence; T and 0 for tokens
-            that belong to none.
+        bounds: int32 [2, T], the first token of each token's sequence, and the end of the sequence; T and the end of
+            the last sequence for tokens that belong to none. Neither row falls.
         sequence: int32 [T], the number of each token's sequence; B for tokens that belong to none.
     """
 
@@ -47,7 +47,7 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     # The number of sequences that end before each token is the number of its own.
     sequence = torch.searchsorted(ends[1:], tokens, right=True, out_int32=True)
     first = torch.cat([ends[:-1], ends.new_full((1,), total)])[sequence]
-    end = torch.cat([ends[1:], ends.new_zeros(1)])[sequence]
+    end = torch.cat([ends[1:], ends[-1:]])[sequence]
     return Packing(cu_seqlens, torch.stack([first, end]), sequence)
 
 

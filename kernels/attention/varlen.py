@@ -1,8 +1,9 @@
 """Attention of sequences of any lengths that lie behind one another: tokens [T], without padding between them.
 
 A program owns a block of tokens, in which several short sequences may lie, and walks the blocks of the other side in
-which these sequences lie. ``bounds`` says for each token where its sequence starts and ends; a token that belongs to no
-sequence has an end of 0, sees nothing and is seen by none. Each block of each gradient has one writer, as in
+which these sequences lie. ``bounds`` says for each token where its sequence starts and ends. Neither number falls from
+token to token, so that a block's first and last token say where its sequences lie. A token that belongs to no sequence
+has one that starts at T, and so it sees nothing and is seen by none. Each block of each gradient has one writer, as in
 ``looped.py``, whose two phases the backward pass has as well.
 """
 
@@ -53,13 +54,14 @@ def _varlen_fwd_kernel(
     v_ptr = head_of(v_ptr, h, 0, stride_vh, 0, MULTIPLE)
     out_ptr = head_of(out_ptr, h, 0, HEAD_DIM, 0, MULTIPLE)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    first, end = keys_of(bounds_ptr, offs_m, T, IS_CAUSAL)  # [BM], [BM]
-    last = tl.max(end)
+    first, end, start, last = bounds_of(bounds_ptr, start_m, T, BLOCK_M)  # [BM], [BM]
+    if IS_CAUSAL:
+        end, last = tl.minimum(end, offs_m + 1), tl.minimum(last, start_m + BLOCK_M)
     q = load_rows(q_ptr, offs_m, T, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_rows(BLOCK_M, D_PARTS)
-    for start_n in range(tl.min(first), last, BLOCK_N):
+    for start_n in range(start, last, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, last, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
         v = load_rows(v_ptr, offs_n, last, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
@@ -75,13 +77,13 @@ def _varlen_fwd_kernel(
 
 
 @triton.jit
-def keys_of(bounds_ptr, offs_m, T, IS_CAUSAL: tl.constexpr):
-    """Return the first key that each query sees, and the end of these keys. Queries that see none have (T, 0)."""
-    first = tl.load(bounds_ptr + offs_m, mask=offs_m < T, other=T)
-    end = tl.load(bounds_ptr + T + offs_m, mask=offs_m < T, other=0)
-    if IS_CAUSAL:
-        end = tl.minimum(end, offs_m + 1)
-    return tl.where(first < end, first, T), tl.where(first < end, end, 0)
+def bounds_of(bounds_ptr, start, T, BLOCK: tl.constexpr):
+    """Return the bounds of each token of a block, [BLOCK] each, and those of all sequences in the block together."""
+    offs = start + tl.arange(0, BLOCK)
+    first = tl.load(bounds_ptr + offs, mask=offs < T, other=T)
+    end = tl.load(bounds_ptr + T + offs, mask=offs < T, other=0)
+    of_last = tl.load(bounds_ptr + T + tl.minimum(start + BLOCK, T) - 1)
+    return first, end, tl.load(bounds_ptr + start), of_last
 
 
 @triton.jit
@@ -120,8 +122,9 @@ def _varlen_query_bwd_kernel(
     grad_ptr = head_of(grad_ptr, h, 0, stride_gh, 0, MULTIPLE)
     dq_ptr = head_of(dq_ptr, h, 0, HEAD_DIM, 0, MULTIPLE)
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, end = keys_of(bounds_ptr, offs_m, T, IS_CAUSAL)  # [BM], [BM]
-    last = tl.max(end)
+    first, end, start, last = bounds_of(bounds_ptr, pid * BLOCK_M, T, BLOCK_M)  # [BM], [BM]
+    if IS_CAUSAL:
+        end, last = tl.minimum(end, offs_m + 1), tl.minimum(last, (pid + 1) * BLOCK_M)
     q = load_rows(q_ptr, offs_m, T, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
     do = load_rows(grad_ptr, offs_m, T, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
     delta = row_dot(do, load_rows(out_ptr, offs_m, T, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS))  # [BM]
@@ -129,7 +132,7 @@ def _varlen_query_bwd_kernel(
     lse = tl.load(lse_ptr + h.to(tl.int64) * T + offs_m, mask=offs_m < T, other=float("inf"))
     shift = shift_of(lse, qk_scale, dtype == tl.float32)
     acc_dq = zero_rows(BLOCK_M, D_PARTS)
-    for start_n in range(tl.min(first), last, BLOCK_N):
+    for start_n in range(start, last, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, last, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
         v = load_rows(v_ptr, offs_n, last, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
@@ -178,15 +181,13 @@ def _varlen_key_bwd_kernel(
     grad_ptr = head_of(grad_ptr, h, 0, stride_gh, 0, MULTIPLE)
     offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
     # The first query that sees each key, and the end of these queries.
-    first = tl.load(bounds_ptr + offs_n, mask=offs_n < T, other=T)
-    end = tl.load(bounds_ptr + T + offs_n, mask=offs_n < T, other=0)
+    first, end, start, last = bounds_of(bounds_ptr, pid * BLOCK_N, T, BLOCK_N)  # [BN], [BN]
     if IS_CAUSAL:
-        first = tl.maximum(first, offs_n)
-    last = tl.max(end)
+        first, start = tl.maximum(first, offs_n), tl.maximum(start, pid * BLOCK_N)
     k = load_rows(k_ptr, offs_n, last, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
     v = load_rows(v_ptr, offs_n, last, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
     acc_dk, acc_dv = zero_rows(BLOCK_N, D_PARTS), zero_rows(BLOCK_N, D_PARTS)
-    for start_m in range(tl.min(tl.where(end > 0, first, T)), last, BLOCK_M):
+    for start_m in range(start, last, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, offs_m, last, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
         do = load_rows(grad_ptr, offs_m, last, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
