@@ -141,6 +141,8 @@ def add_parser(commands: Any) -> None:
     add("--against", nargs="+", metavar="FILE", help="results of clipfast bench to put beside the predictions")
     crossover = "find the batch from which the GPU takes longer than the host; it takes several times as long"
     add("--crossover", action="store_true", help=crossover)
+    add("--captions", action="store_true",
+        help="steps on packed captions, 18 tokens on average; by default, texts are as long as the context")  # fmt: skip
     add_output(what, "--chart", help="draw where the time of each step goes, as a picture")
     add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
     parser.set_defaults(run=run)
@@ -202,7 +204,7 @@ def _predict(args: argparse.Namespace) -> int:
         from ..plots import draw_steps
     predict_one = functools.partial(
         forecast.forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
-        effort=QUICK if args.quick else FULL, finds_batch=args.crossover,
+        effort=QUICK if args.quick else FULL, finds_batch=args.crossover, captions=args.captions,
     )  # fmt: skip
     record: dict[str, Any] = {"triton": triton.__version__, "card": args.card}
     record |= {"products_flops_per_s": args.tflops * 1e12, "forecasts": []}

@@ -24,7 +24,8 @@ from clipfast.io.units import SECONDS, scaled
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES, CARDS, Card
 from clipfast.kernels.launch import Launch, record_launches
-from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
+from clipfast.kernels.spec import Draw, OpSpec, Shape, lengths_of, specs
+from clipfast.models.packed_text import PackedText, pack_texts
 from clipfast.plan.ledger import Event, Ledger
 from clipfast.plan.planned_step import Setup, rank_of
 
@@ -103,15 +104,27 @@ def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
     return ledger.work
 
 
-def step_work(model: str, pairs: int, card: Card = CARDS["h100"]) -> Work:
-    """Return the launches and PyTorch ops of a published model's training step in bfloat16 with AdamW on one GPU."""
+def step_work(model: str, pairs: int, card: Card = CARDS["h100"], *, captions: bool = False) -> Work:
+    """Return the launches and PyTorch ops of a published model's training step in bfloat16 with AdamW on one GPU.
+
+    With ``captions``, texts are packed and have the lengths of captions; otherwise they are as long as the context.
+    """
     setup = Setup(model, gpus=1)
+    texts = _captions(pairs, setup.config.text.context_length) if captions else None
     with rank_of(setup, setup.config, card, ledger_type=_Recorder) as rank:
         rank.optimizer.zero_grad()
-        rank.step(pairs, is_whole=True)
+        rank.step(pairs, is_whole=True, texts=texts)
     assert isinstance(rank.ledger, _Recorder)
     rank.ledger.work.ops = list(rank.ledger.events)
     return rank.ledger.work
+
+
+def _captions(pairs: int, most: int) -> PackedText:
+    """Return packed texts without words that have the lengths of captions, for a predicted step."""
+    texts = torch.zeros(pairs, most, dtype=torch.long)
+    for text, length in zip(texts, lengths_of(pairs, most), strict=True):
+        text[length - 1] = 1
+    return pack_texts(texts, for_gpu=True)
 
 
 def measured_shapes() -> list[tuple[OpSpec, Shape]]:
@@ -129,7 +142,9 @@ def standing_in(launch: Launch) -> Launch:
 
 
 def _replace(value: Any, stand_in: Any) -> Any:
-    """Replace the tensors in a launch's argument by stand-ins for the prediction."""
+    """Replace the tensors in a launch's argument by stand-ins for the prediction; integers that are known stay."""
+    if type(value) is Tensor and not value.is_floating_point() and value.device.type == "cpu":
+        return value
     if isinstance(value, Tensor):
         return stand_in(
             value.untyped_storage()._cdata, tuple(value.shape), value.stride(), value.storage_offset(), value.dtype
@@ -224,7 +239,7 @@ class Forecast:
 
 def forecast(
     task: int | str, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops,
-    effort: Effort = FULL, *, finds_batch: bool = False,
+    effort: Effort = FULL, *, finds_batch: bool = False, captions: bool = False,
 ) -> Forecast:  # fmt: skip
     """Predict the time of an op, forward and backward, or of a training step in bfloat16 with AdamW on one GPU.
 
@@ -235,6 +250,8 @@ def forecast(
         product_flops: FLOP/s of PyTorch's own matrix products.
         effort: the limits on how much the model simulates.
         finds_batch: predict other batches too, to find the one from which the GPU takes longer than the host.
+        captions: the texts of a step are packed captions, of 18 tokens on average, in place of texts of the context's
+            length.
     """
 
     @functools.cache
@@ -244,7 +261,8 @@ def forecast(
             spec, shape = measured_shapes()[task]
             shape = shape.changed(**{spec.items[0]: items})
             return forecast_shape(spec, shape, dtype, machine, product_flops, effort)
-        work, sizes = step_work(task, items, CARDS[machine.name.lower()]), {"model": task, "batch": items}
+        work = step_work(task, items, CARDS[machine.name.lower()], captions=captions)
+        sizes: dict[str, Any] = {"model": task, "batch": items} | ({"captions": True} if captions else {})
         what = {"name": STEP, "shape": sizes, "dtype": "bf16", "items": items, "kinds": ()}
         return _forecast(work, machine, product_flops, effort, **what)
 

@@ -23,6 +23,7 @@ from ..kernels.launch import record_launches
 from ..losses.accumulation import accumulate_gradients
 from ..losses.clip_loss import ClipLoss
 from ..models import CLIP, CLIPConfig, build, get_model_config
+from ..models.packed_text import PackedText
 from ..train.ema import WeightAverage
 from ..train.fsdp import shard
 from ..train.optim import make_optimizer
@@ -149,7 +150,8 @@ def _ledger_of(
     """Yield an open ledger that records the tensors of this context; they are fake tensors if ``is_fake``."""
     with contextlib.ExitStack() as stack:
         if is_fake:
-            stack.enter_context(FakeTensorMode())
+            # Packed texts have values, because kernels walk tokens as these say.
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         launches = [] if card is None else stack.enter_context(record_launches(card.arch, card.multiprocessors))
         ledger = stack.enter_context(ledger_type(launches, categories))
         stack.enter_context(ledger.following_resizes())
@@ -256,7 +258,9 @@ class Rank:
         """Choose the activations that the backward pass of the planned step recomputes."""
         self.model.set_grad_checkpointing(checkpointing != "none", selective=checkpointing == "selective")
 
-    def step(self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False) -> None:
+    def step(
+        self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False, texts: PackedText | None = None
+    ) -> None:
         """Compute the gradients of a batch of the planned training.
 
         Args:
@@ -264,14 +268,16 @@ class Rank:
             micro_rows: pairs whose activations are held at a time; None for all.
             is_whole: compute the loss of all ranks and update the weights; otherwise the sum of the features replaces
                 the loss.
+            texts: packed texts; None for texts as long as the context.
         """
         self.ledger.phase = INPUTS
         images = torch.zeros(rows, 3, *[self.model.visual.image_size] * 2, dtype=torch.uint8)
-        texts = torch.zeros(rows, self.model.context_length, dtype=torch.long)
+        padded = torch.zeros(rows, self.model.context_length, dtype=torch.long)
         self.ledger.begin()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.setup.precision == "amp_bf16"):
             loss = functools.partial(self._loss, is_whole=is_whole)
-            accumulate_gradients(self.trained, images, texts, micro_rows or rows, loss)
+            given: Any = padded if texts is None else texts
+            accumulate_gradients(self.trained, images, given, micro_rows or rows, loss)
         if is_whole:
             self.update()
         self.ledger.book_launches()

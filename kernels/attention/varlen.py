@@ -54,9 +54,7 @@ def _varlen_fwd_kernel(
     v_ptr = head_of(v_ptr, h, 0, stride_vh, 0, MULTIPLE)
     out_ptr = head_of(out_ptr, h, 0, HEAD_DIM, 0, MULTIPLE)
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    first, end, start, last = bounds_of(bounds_ptr, start_m, T, BLOCK_M)  # [BM], [BM]
-    if IS_CAUSAL:
-        end, last = tl.minimum(end, offs_m + 1), tl.minimum(last, start_m + BLOCK_M)
+    first, end, start, last = bounds_of(bounds_ptr, start_m, T, IS_CAUSAL, BLOCK_M)  # [BM], [BM]
     q = load_rows(q_ptr, offs_m, T, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -77,13 +75,19 @@ def _varlen_fwd_kernel(
 
 
 @triton.jit
-def bounds_of(bounds_ptr, start, T, BLOCK: tl.constexpr):
-    """Return the bounds of each token of a block, [BLOCK] each, and those of all sequences in the block together."""
+def bounds_of(bounds_ptr, start, T, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the bounds of each token of a block, [BLOCK] each, and those of all sequences in the block together.
+
+    If ``IS_CAUSAL``, ends are those of the tokens that each token sees.
+    """
     offs = start + tl.arange(0, BLOCK)
     first = tl.load(bounds_ptr + offs, mask=offs < T, other=T)
     end = tl.load(bounds_ptr + T + offs, mask=offs < T, other=0)
-    of_last = tl.load(bounds_ptr + T + tl.minimum(start + BLOCK, T) - 1)
-    return first, end, tl.load(bounds_ptr + start), of_last
+    stop = tl.minimum(start + BLOCK, T)
+    last = tl.load(bounds_ptr + T + stop - 1)
+    if IS_CAUSAL:
+        end, last = tl.minimum(end, offs + 1), tl.minimum(last, stop)
+    return first, end, tl.load(bounds_ptr + start), last
 
 
 @triton.jit
@@ -122,14 +126,13 @@ def _varlen_query_bwd_kernel(
     grad_ptr = head_of(grad_ptr, h, 0, stride_gh, 0, MULTIPLE)
     dq_ptr = head_of(dq_ptr, h, 0, HEAD_DIM, 0, MULTIPLE)
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, end, start, last = bounds_of(bounds_ptr, pid * BLOCK_M, T, BLOCK_M)  # [BM], [BM]
-    if IS_CAUSAL:
-        end, last = tl.minimum(end, offs_m + 1), tl.minimum(last, (pid + 1) * BLOCK_M)
+    first, end, start, last = bounds_of(bounds_ptr, pid * BLOCK_M, T, IS_CAUSAL, BLOCK_M)  # [BM], [BM]
     q = load_rows(q_ptr, offs_m, T, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
     do = load_rows(grad_ptr, offs_m, T, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
+    rows = h.to(tl.int64) * T + offs_m
+    lse = tl.load(lse_ptr + rows, mask=offs_m < T, other=float("inf"))
     delta = row_dot(do, load_rows(out_ptr, offs_m, T, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS))  # [BM]
-    tl.store(delta_ptr + h.to(tl.int64) * T + offs_m, delta, mask=offs_m < T)
-    lse = tl.load(lse_ptr + h.to(tl.int64) * T + offs_m, mask=offs_m < T, other=float("inf"))
+    tl.store(delta_ptr + rows, delta, mask=offs_m < T)
     shift = shift_of(lse, qk_scale, dtype == tl.float32)
     acc_dq = zero_rows(BLOCK_M, D_PARTS)
     for start_n in range(start, last, BLOCK_N):
@@ -181,7 +184,7 @@ def _varlen_key_bwd_kernel(
     grad_ptr = head_of(grad_ptr, h, 0, stride_gh, 0, MULTIPLE)
     offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
     # The first query that sees each key, and the end of these queries.
-    first, end, start, last = bounds_of(bounds_ptr, pid * BLOCK_N, T, BLOCK_N)  # [BN], [BN]
+    first, end, start, last = bounds_of(bounds_ptr, pid * BLOCK_N, T, False, BLOCK_N)  # [BN], [BN]
     if IS_CAUSAL:
         first, start = tl.maximum(first, offs_n), tl.maximum(start, pid * BLOCK_N)
     k = load_rows(k_ptr, offs_n, last, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
@@ -191,8 +194,9 @@ def _varlen_key_bwd_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, offs_m, last, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
         do = load_rows(grad_ptr, offs_m, last, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
-        lse = tl.load(lse_ptr + h.to(tl.int64) * T + offs_m, mask=offs_m < last, other=float("inf"))
-        delta = tl.load(delta_ptr + h.to(tl.int64) * T + offs_m, mask=offs_m < last, other=0.0)
+        rows = h.to(tl.int64) * T + offs_m
+        lse = tl.load(lse_ptr + rows, mask=offs_m < last, other=float("inf"))
+        delta = tl.load(delta_ptr + rows, mask=offs_m < last, other=0.0)
         shift = shift_of(lse, qk_scale, dtype == tl.float32)
         visible = (offs_m[None, :] >= first[:, None]) & (offs_m[None, :] < end[:, None])
         p_t = probabilities(inner(k, q, BLOCK_N, BLOCK_M), shift[None, :], qk_scale, dtype == tl.float32)

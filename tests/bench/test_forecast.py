@@ -47,6 +47,18 @@ def test_the_kernels_of_a_step_are_those_of_its_ops():
     assert sum(op.flops for op in work.ops) > 0
 
 
+def test_a_step_on_captions_walks_the_keys_that_they_have():
+    work = forecast.step_work("ViT-T-8-32", 64, captions=True)
+    launch = next(launch for _, launch in work.launches if launch.kernel.__name__ == "_varlen_fwd_kernel")
+    padded = 64 * 77
+    assert launch.args["T"] < padded / 2
+    found = predict_launch(launch, H100, QUICK)
+    assert found.guesses == 0
+    bounds = launch.args["bounds_ptr"]
+    bounds[0], bounds[1] = 0, launch.args["T"]  # one sequence of all tokens
+    assert predict_launch(launch, H100, QUICK).flops > 2 * found.flops
+
+
 def test_time_is_the_sum_of_its_parts_beside_measured_ones(capsys, tmp_path):
     shape = {"rows": 50432, "width": 768}
     candidates = [{"name": "clipfast", "median_s": 1e-3}, {"name": "PyTorch", "median_s": 1.0}]

@@ -339,10 +339,12 @@ def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instru
     address = 0
     for part in match["parts"].split("+"):
         operand = operand_of(part.removesuffix(".64").removesuffix(".U32"))
-        address += state.read(operand, wide=part.endswith(".64"))
+        value = state.read(operand, wide=part.endswith(".64"))
+        # An offset has a sign, and a register is an address.
+        address += value - (MASK + 1) if operand.number is not None and value > MASK // 2 else value
     size = next((size for name, size in (("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)) if name in modifiers), 4)
-    value = state.memory(address, size)
-    state.write(found[0], None if value is None else value & MASK)
+    loaded = state.memory(address, size)
+    state.write(found[0], None if loaded is None else loaded & MASK)
 
 
 @_means("STL", "LDL")
