@@ -217,7 +217,8 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
     """
     packed = rows if isinstance(rows, PackedText) else None
     packing = () if packed is None else (packed.packing,)
-    steps = plan(transformer, None if packed else x.shape[1]) if isinstance(transformer, Transformer) else None
+    length = x.shape[1] if packed is None else packed.max_seqlen
+    steps = plan(transformer, length) if isinstance(transformer, Transformer) else None
     if steps is None or steps.last is None:
         row = take_rows(transformer(x, *packing), rows)
     else:
@@ -225,7 +226,7 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
         if steps.recompute:
             row = recomputed(steps, _run_last, steps.last, x, branch, rows)
         else:
-            row = _run_last(steps.last, x, branch, rows)  # type: ignore[arg-type]
+            row = _run_last(steps.last, x, branch, rows)
     return row if packed is None else row[packed.order]
 
 
@@ -372,7 +373,7 @@ def whole_blocks(
 
 def _run_last(block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | None) -> Tensor:
     """Run the last block for ``x + branch``, and return one row of its output: [B, N, width] -> [B, width]."""
-    found = whole_blocks([block], x).get(block)
+    found = whole_blocks([block], x, isinstance(rows, PackedText)).get(block)
     if found is None:
         x, normed = add_norm(x, branch, block.ln_1)
         x, normed = add_norm(take_rows(x, rows), block.attn.forward_row(normed, rows), block.ln_2)

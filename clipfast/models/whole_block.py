@@ -147,10 +147,12 @@ def _plans(
 ) -> Plans:
     """Return the functions that compute the ops of such a transformer block."""
     # No function of packed tokens depends on their number on a CPU, where each batch has another.
-    first = 1 if places is not None and places.ndim == 2 and not triton_runs_on(x.device) else 0
+    longest = getattr(places, "max_seqlen", None)
+    is_packed = longest is not None or (places is not None and places.ndim == 2)
+    first = 1 if is_packed and not triton_runs_on(x.device) else 0
     of_branch = None if branch is None else (branch.dtype, branch.stride()[first:])
     layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch
-    return plans_of(function, places.__class__, options, tuple([p.dtype for p in cast]), *layout)
+    return plans_of(function, places.__class__, longest, options, tuple([p.dtype for p in cast]), *layout)
 
 
 class _Block(torch.autograd.Function):
@@ -168,6 +170,7 @@ class _Block(torch.autograd.Function):
         ctx.function, ctx.options, ctx.plans = function.backward, options, plans
         # The dtypes of the gradients, None for a parameter that needs none.
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
+        ctx.longest = getattr(places, "max_seqlen", None)
         ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
         # The stream of a first block is a view of x below autograd, which would not notice that x is changed in place.
         ctx.save_for_backward(*((x, *saved[1:]) if branch is None else saved))

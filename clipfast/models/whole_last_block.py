@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.implementations import Plans, attention_pool_bwd, attention_pool_fwd, compute, layer_norm_bwd
+from .packed_text import PackedText
 from .whole_block import (
     Function,
     Options,
@@ -30,37 +31,36 @@ from .whole_block import (
 
 
 def last_row(
-    x: Tensor, branch: Tensor | None, rows: Tensor | None, parameters: Parameters, options: Options, cast: Parameters
-) -> Tensor:
+    x: Tensor, branch: Tensor | None, rows: Tensor | PackedText | None, parameters: Parameters, options: Options,
+    cast: Parameters,
+) -> Tensor:  # fmt: skip
     """Return row ``rows[b]`` of the block's output for each sequence b, or the first if ``rows`` is None: [B, width].
 
-    The other arguments are those of :func:`.whole_block.whole_block`.
+    Of packed texts, whose x is [1, T, width], the row is the last one of each, in the order in which they lie. The other arguments are those of :func:`.whole_block.whole_block`.
     """
     result: Tensor = applied(_FUNCTION, options, cast, rows, x, branch, parameters)
     return result
 
 
 def _forward(
-    plans: Plans, options: Options, cast: Parameters, rows: Tensor | None, x: Tensor, branch: Tensor | None
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    plans: Plans, options: Options, cast: Parameters, rows: Tensor | PackedText | None, x: Tensor,
+    branch: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
     """Return one row of the last transformer block for each sequence, and what the backward pass reads."""
-    batch, length, width = x.shape
+    width = x.shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
-    place, seen = None, None
-    if rows is None:
-        y_r, s_r = y[::length], s[::length]
+    place, seen, longest = _seen(options, rows, x)
+    if place is None:
+        y_r, s_r = y[:: x.shape[1]], s[:: x.shape[1]]
     else:
-        place = torch.arange(0, batch * length, length, device=x.device) + rows
         y_r, s_r = y.index_select(0, place), s.index_select(0, place)
-    if options.causal:
-        seen = torch.ones(batch, dtype=torch.int32, device=x.device) if rows is None else (rows + 1).to(torch.int32)
     w_q, w_k, w_v = cast.w_in.chunk(3)
     b_q, _, b_v = cast.b_in.chunk(3)
     q = _heads_first(F.linear(y_r, w_q, b_q) * options.scale, options)  # [H, B, D]
     query = q.bmm(w_k.view(options.heads, -1, width)).transpose(0, 1)  # [B, H, width]
-    pooled, lse = compute(plans, attention_pool_fwd, "", query, y.view(x.shape), seen)
+    pooled, lse = compute(plans, attention_pool_fwd, "", query, y.view(x.shape), seen, longest)
     o = pooled.transpose(0, 1).bmm(w_v.view(options.heads, -1, width).transpose(1, 2))  # [H, B, D]
-    o = o.transpose(0, 1).reshape(batch, width) + b_v
+    o = o.transpose(0, 1).reshape(-1, width) + b_v
     t, m, saved = mlp_half(plans, options, s_r, F.linear(o, cast.w_out, cast.b_out), cast)
     saved = (s, mean, rstd, y, place, seen, y_r, q, query, pooled, lse, o, cast.norm_1, cast.w_in, cast.w_out, *saved)
     return t + m, saved
@@ -80,8 +80,9 @@ def _backward(
     w_q, w_k, w_v = w_in.view(3, options.heads, -1, width).unbind(0)
     do_h = _heads_first(do, options)
     dquery, dy = compute(
-        ctx.plans, attention_pool_bwd, "", do_h.bmm(w_v).transpose(0, 1), query, y.view(ctx.shape), seen, lse
-    )
+        ctx.plans, attention_pool_bwd, "", do_h.bmm(w_v).transpose(0, 1), query, y.view(ctx.shape), seen, lse,
+        ctx.longest,
+    )  # fmt: skip
     dquery = dquery.transpose(0, 1)
     dq = dquery.bmm(w_k.transpose(1, 2)).transpose(0, 1).reshape(o.shape) * options.scale
     dw_in, db_in = None, None
@@ -110,6 +111,22 @@ def _backward(
 
 
 _FUNCTION = Function(_forward, _backward)
+
+
+def _seen(
+    options: Options, rows: Tensor | PackedText | None, x: Tensor
+) -> tuple[Tensor | None, Tensor | None, int | None]:
+    """Return where the rows that are read lie among all tokens of the last block, and the tokens that each row sees.
+
+    The second and third results are the last two arguments of attention pooling.
+    """
+    if isinstance(rows, PackedText):
+        return rows.last, rows.packing.cu_seqlens, rows.max_seqlen
+    batch, length = x.shape[:2]
+    if rows is None:
+        return None, torch.ones(batch, dtype=torch.int32, device=x.device) if options.causal else None, None
+    place = torch.arange(0, batch * length, length, device=x.device) + rows
+    return place, (rows + 1).to(torch.int32) if options.causal else None, None
 
 
 def _heads_first(x: Tensor, options: Options) -> Tensor:
