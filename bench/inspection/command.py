@@ -142,7 +142,7 @@ def add_parser(commands: Any) -> None:
     crossover = "find the batch from which the GPU takes longer than the host; it takes several times as long"
     add("--crossover", action="store_true", help=crossover)
     add("--captions", action="store_true",
-        help="steps on packed captions, 18 tokens on average; by default, texts are as long as the context")  # fmt: skip
+        help="predict steps on packed captions, 18 tokens on average (default: as long as the context)")  # fmt: skip
     add_output(what, "--chart", help="draw where the time of each step goes, as a picture")
     add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
     parser.set_defaults(run=run)

@@ -371,7 +371,9 @@ def whole_blocks(
     return found
 
 
-def _run_last(block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | None) -> Tensor:
+def _run_last(
+    block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | PackedText | None
+) -> Tensor:
     """Run the last block for ``x + branch``, and return one row of its output: [B, N, width] -> [B, width]."""
     found = whole_blocks([block], x, isinstance(rows, PackedText)).get(block)
     if found is None:

@@ -36,7 +36,8 @@ def last_row(
 ) -> Tensor:  # fmt: skip
     """Return row ``rows[b]`` of the block's output for each sequence b, or the first if ``rows`` is None: [B, width].
 
-    Of packed texts, whose x is [1, T, width], the row is the last one of each, in the order in which they lie. The other arguments are those of :func:`.whole_block.whole_block`.
+    Of packed texts, whose x is [1, T, width], the row is the last one of each, in the order in which they lie. The
+    other arguments are those of :func:`.whole_block.whole_block`.
     """
     result: Tensor = applied(_FUNCTION, options, cast, rows, x, branch, parameters)
     return result
