@@ -109,7 +109,7 @@ def take_rows(x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
     Of packed texts, [1, T, width], the last row of each is returned, in the order in which they lie.
     """
     if isinstance(rows, PackedText):
-        return x[0, rows.last]
+        return x[0].index_select(0, rows.last)
     return x[:, 0] if rows is None else x[torch.arange(len(x), device=x.device), rows]
 
 

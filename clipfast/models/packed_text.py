@@ -28,8 +28,9 @@ from .tokenizer import trim_padding
 # of the padded batch. So batches have few different numbers of tokens, each of which takes launch plans, blocks of the
 # allocator's memory, and a CUDA graph. On average, a 256th of the padded batch is computed for nothing.
 TILE, SIZES = 64, 128
-# Where less of a batch is padding, attention over texts of several lengths costs more than packing saves.
-LEAST_PADDING = 0.1
+# Where less of a batch is padding, attention over texts of several lengths costs more than packing saves. With fewer
+# tokens, padding included, a GPU waits for the host anyway, and packing would give this more to do.
+LEAST_PADDING, LEAST_TOKENS = 0.1, 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +107,19 @@ def pack_texts(texts: Tensor, *, for_gpu: bool | None = None) -> PackedText:
 
 
 def pack_if_shorter(texts: Tensor) -> Tensor | PackedText:
-    """Return the texts packed, if enough of them is padding, and if something reads the values of tensors at all.
+    """Return the texts packed, if that saves enough, and if something reads the values of tensors at all.
 
     A compiler, a transform and a CUDA graph in the making do not, and neither do tensors without values.
     """
     if texts.ndim != 2 or texts.numel() == 0 or not has_values(texts):
         return texts
+    is_on_gpu = texts.device.type != "cpu"
+    if is_on_gpu and texts.numel() < LEAST_TOKENS:
+        return texts
     lengths = (texts.argmax(-1) + 1).cpu()
     if int(lengths.sum()) > (1 - LEAST_PADDING) * texts.numel():
         return texts
-    return _packed(texts, lengths, texts.device.type != "cpu")
+    return _packed(texts, lengths, is_on_gpu)
 
 
 def pack_on_host(texts: Tensor, device: torch.device, *, always: bool = False) -> Tensor | PackedText:

@@ -227,7 +227,7 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
             row = recomputed(steps, _run_last, steps.last, x, branch, rows)
         else:
             row = _run_last(steps.last, x, branch, rows)
-    return row if packed is None else row[packed.order]
+    return row if packed is None else row.index_select(0, packed.order)
 
 
 def takes_packed(transformer: nn.Module) -> bool:

@@ -194,14 +194,14 @@ def _varlen_key_bwd_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, offs_m, last, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
         do = load_rows(grad_ptr, offs_m, last, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
-        rows = h.to(tl.int64) * T + offs_m
-        lse = tl.load(lse_ptr + rows, mask=offs_m < last, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=offs_m < last, other=0.0)
-        shift = shift_of(lse, qk_scale, dtype == tl.float32)
         visible = (offs_m[None, :] >= first[:, None]) & (offs_m[None, :] < end[:, None])
+        lse = tl.load(lse_ptr + h.to(tl.int64) * T + offs_m, mask=offs_m < last, other=float("inf"))
+        shift = shift_of(lse, qk_scale, dtype == tl.float32)
         p_t = probabilities(inner(k, q, BLOCK_N, BLOCK_M), shift[None, :], qk_scale, dtype == tl.float32)
         p_t = tl.where(visible, p_t, 0.0)  # [BN, BM]
         acc_dv = add_product(acc_dv, p_t.to(dtype), do)
+        # Loaded only here, delta takes no registers before.
+        delta = tl.load(delta_ptr + h.to(tl.int64) * T + offs_m, mask=offs_m < last, other=0.0)
         ds_t = (p_t * (inner(v, do, BLOCK_N, BLOCK_M) - delta[None, :])).to(dtype)  # [BN, BM]
         acc_dk = add_product(acc_dk, ds_t, q)
     dk_ptr = head_of(dk_ptr, h, 0, HEAD_DIM, 0, MULTIPLE)
