@@ -41,13 +41,16 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     check_integers(op, "cu_seqlens", cu_seqlens, (torch.int32,))
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{op}: cu_seqlens must be [B + 1], got shape {tuple(cu_seqlens.shape)}")
-    check_values(op, cu_seqlens, total)
     ends = cu_seqlens.clamp(0, total)
-    tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
-    # The number of sequences that end before each token is the number of its own.
-    sequence = torch.searchsorted(ends[1:], tokens, right=True, out_int32=True)
-    first = torch.cat([ends[:-1], ends.new_full((1,), total)])[sequence]
-    end = torch.cat([ends[1:], ends[-1:]])[sequence]
+    if check_values(op, cu_seqlens, total):
+        lengths = torch.cat([ends.diff(), total - ends[-1:]])  # the last one is that of the tokens of no sequence
+        sequence = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+    else:
+        # The number of sequences that end before each token is the number of its own. The host waits for nothing.
+        tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
+        sequence = torch.searchsorted(ends[1:], tokens, right=True, out_int32=True)
+    first = torch.cat([ends[:-1], ends.new_full((1,), total)]).index_select(0, sequence)
+    end = torch.cat([ends[1:], ends[-1:]]).index_select(0, sequence)
     return Packing(cu_seqlens, torch.stack([first, end]), sequence)
 
 
@@ -86,13 +89,14 @@ def cu_seqlens_for(op: str, cu_seqlens: Tensor | Packing, batch: int, like: Tens
     return cu_seqlens.contiguous()
 
 
-def check_values(op: str, cu_seqlens: Tensor, total: int, longest: int | None = None) -> None:
+def check_values(op: str, cu_seqlens: Tensor, total: int, longest: int | None = None) -> bool:
     """Refuse cumulative lengths that fall, do not run from 0 to ``total`` at most, or of which one exceeds ``longest``.
 
-    Nothing is checked where the host would have to wait for the values, or where there are none.
+    Nothing is checked where the host would have to wait for the values, or where there are none. Return whether the
+    values were checked.
     """
     if triton_runs_on(cu_seqlens.device) or cu_seqlens.is_meta or torch.compiler.is_compiling():
-        return
+        return False
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] > total:
         raise ValueError(f"{op}: cu_seqlens must run from 0 to {total} tokens at most, got {ends[0]} to {ends[-1]}")
@@ -104,6 +108,7 @@ def check_values(op: str, cu_seqlens: Tensor, total: int, longest: int | None = 
                 f"{op}: no sequence may be longer than max_seqlen={longest}, got {end - start} tokens at sequence "
                 f"{sequence}"
             )
+    return True
 
 
 class Run(NamedTuple):

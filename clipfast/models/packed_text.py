@@ -172,4 +172,4 @@ def _packed(texts: Tensor, lengths: Tensor, for_gpu: bool) -> PackedText:
     torch.add(starts.repeat_interleave(lengths), torch.arange(used), out=place[:used])
     found = PackedText(place, pack(cu_seqlens, total), packed.argsort(), texts.shape[1])
     found = found if texts.device.type == "cpu" else found.to(texts.device)
-    return dataclasses.replace(found, ids=texts.flatten()[found.ids])
+    return dataclasses.replace(found, ids=texts.flatten().index_select(0, found.ids))
