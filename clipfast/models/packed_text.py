@@ -125,12 +125,14 @@ def pack_if_shorter(texts: Tensor) -> Tensor | PackedText:
 def pack_on_host(texts: Tensor, device: torch.device, *, always: bool = False) -> Tensor | PackedText:
     """Return a batch of texts as a model on ``device`` is to get it, so that its step does not wait for their lengths.
 
-    On a CPU they are packed if that pays, or ``always``; otherwise the padding that all have is cut off.
+    They are packed if that pays, or ``always``; otherwise the padding that all have is cut off.
     """
-    if device.type == "cpu" and not always:
-        return pack_if_shorter(trim_padding(texts))
-    packed = pack_texts(texts, for_gpu=device.type != "cpu")
-    return packed.pin_memory() if device.type == "cuda" else packed
+    is_for_gpu = device.type != "cpu"
+    if always or (is_for_gpu and texts.numel() >= LEAST_TOKENS):
+        packed = pack_texts(texts, for_gpu=is_for_gpu)
+        return packed.pin_memory() if device.type == "cuda" else packed
+    trimmed = trim_padding(texts)
+    return trimmed if is_for_gpu else pack_if_shorter(trimmed)
 
 
 _host = threading.local()  # whether the host must not wait for a GPU

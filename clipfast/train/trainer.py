@@ -82,7 +82,8 @@ class Trainer:
             self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel,
             world if self._is_sharded else None,
         )  # fmt: skip
-        always = config.torchcompile  # of packed texts and others, PyTorch would compile two models
+        # For texts that are not packed, a GPU would wait, and PyTorch would compile a second model.
+        always = config.torchcompile or self.device.type != "cpu"
         pack = functools.partial(pack_on_host, device=self.device, always=always) if self.model.pack_text else None
         self.upload = Upload(self.device, pack)
         self._take_step = graphed_step(self.step, self.model.context_length) if config.cuda_graphs else self.step

@@ -58,15 +58,17 @@ def test_padding_stays_unless_the_model_says_that_it_does_not_read_it(model):
         assert seen == [(1, length)], says
 
 
-def test_texts_are_packed_before_they_are_copied_to_a_gpu(monkeypatch):
+def test_many_texts_are_packed_before_they_are_copied_to_a_gpu(monkeypatch):
     model, seen = create_model("ViT-T-8-32", device="meta"), []
     embed = model.embed_text
     monkeypatch.setattr(model, "embed_text", lambda text: seen.append(text) or embed(text))
     tokenizer = get_tokenizer("ViT-T-8-32")
-    assert encode_texts(model, tokenizer, ["a", "a cat"], "meta").shape == (2, model.text_projection.shape[1])
-    model.pack_text = False
+    assert encode_texts(model, tokenizer, ["a", "a cat"] * 60, "meta").shape == (120, model.text_projection.shape[1])
     encode_texts(model, tokenizer, ["a", "a cat"], "meta")
-    assert [len(text.ids) if isinstance(text, PackedText) else text.shape for text in seen] == [64, (2, 4)]
+    model.pack_text = False
+    encode_texts(model, tokenizer, ["a", "a cat"] * 60, "meta")
+    given = [len(text.ids) if isinstance(text, PackedText) else text.shape for text in seen]
+    assert given == [512, (2, 4), (120, 4)]
 
 
 CLASSES = [f"{colour} {thing}" for colour in ("red", "blue", "green", "grey") for thing in ("cat", "dog", "cow", "bus")]

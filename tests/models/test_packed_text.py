@@ -183,12 +183,14 @@ def test_tensors_without_values_are_not_packed():
     assert torch.compile(pack_if_shorter, backend="eager", fullgraph=True)(texts).shape == texts.shape
 
 
-def test_texts_are_packed_on_the_host_for_a_gpu_always_and_for_a_cpu_where_that_pays():
-    even, cpu = texts_of([8] * 4), torch.device("cpu")
+def test_texts_are_packed_on_the_host_where_that_pays_or_always():
+    even, cpu, gpu = texts_of([8] * 4), torch.device("cpu"), torch.device("meta")  # which stands for a GPU
     assert pack_on_host(even, cpu).equal(even[:, :8])
     assert len(pack_on_host(even, cpu, always=True).ids) == 32
     assert len(pack_on_host(texts_of([5, 9, 3, 12]), cpu).ids) == 29
-    assert len(pack_on_host(texts_of([LENGTH] * 4), torch.device("meta")).ids) == 128  # which stands for a GPU
+    assert pack_on_host(even, gpu).equal(even[:, :8])
+    assert len(pack_on_host(texts_of([LENGTH] * 4), gpu, always=True).ids) == 128
+    assert len(pack_on_host(texts_of([LENGTH] * 400), gpu).ids) == 9600
 
 
 def test_wrong_texts_are_refused():

@@ -141,7 +141,7 @@ def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, packs, monk
     optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
     step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, micro_batch_size)
     images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
-    pack = functools.partial(pack_on_host, device=images.device) if packs else None
+    pack = functools.partial(pack_on_host, device=images.device, always=True) if packs else None
     _, texts = Upload(images.device, pack)(Batch(images, torch.full((4, 77), 7), []), micro_batch_size)
     # These functions copy from the host without the dispatcher, where the test would see it.
     for name in ("tensor", "as_tensor", "from_numpy"):
