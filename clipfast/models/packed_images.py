@@ -145,6 +145,7 @@ def _packed(patches: list[Tensor], grids: Tensor, packed: Tensor, for_gpu: bool)
     counts = grids.prod(1)
     used, longest = int(counts.sum()), int(counts.max())
     if for_gpu:
+        longest = TILE * cdiv(longest, TILE)  # launches are planned for each of these numbers
         multiple = TILE * cdiv(len(grids) * longest, TILE * SIZES)
         patches = [*patches, patches[0].new_zeros(multiple * cdiv(used, multiple) - used, patches[0].shape[-1])]
     device = patches[0].device
