@@ -27,7 +27,7 @@ def _axis_weights(
     """Return the weights of the table's rows in a resized row, before they are divided by their sum: [BM, S] fp32."""
     scale = G / size.to(tl.float32)
     centre = (index.to(tl.float32) + 0.5) * scale
-    distance = (table_index.to(tl.float32) + 0.5 - centre[:, None]) / tl.maximum(scale, 1.0)[:, None]
+    distance = (table_index.to(tl.float32) + 0.5 - centre[:, None]) * (1.0 / tl.maximum(scale, 1.0))[:, None]
     return tl.where(table_index < G, _filter(distance, IS_CUBIC), 0.0)
 
 
@@ -74,6 +74,6 @@ def _patch_embed_packed_kernel(
     for start in range(0, COLUMNS - K, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[None, :]
         weights = _axis_weights(n // GW, y, height, GH, IS_CUBIC) * _axis_weights(n % GW, x, width, GW, IS_CUBIC)
-        weights = tl.where(is_patch[:, None], weights / total[:, None], 0.0)
+        weights = tl.where(is_patch[:, None], weights * (1.0 / total)[:, None], 0.0)
         values = tl.where(n == one[:, None], 1.0, weights).to(out_ptr.dtype.element_ty)  # [BM, BN]
         tl.store(out + K + n, values, mask=mask_t[:, None] & (n < COLUMNS - K))
