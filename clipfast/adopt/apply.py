@@ -16,6 +16,7 @@ def apply_to_open_clip(
     patch_embed: bool = True,
     text_embed: bool = True,
     pooled_last_block: bool = True,
+    pack_text: bool = True,
 ) -> nn.Module:
     """Let a model of OpenCLIP run on the kernels of this package, in place.
 
@@ -36,6 +37,9 @@ def apply_to_open_clip(
         text_embed: tokens plus positions in one pass.
         pooled_last_block: the last block of a tower computes only the row that the tower uses; this needs
             ``attention``.
+        pack_text: CLIP's standard text tower, which is causal and reads the end-of-text token, computes no token behind
+            it, where a tenth of a batch is behind it and nothing else looks at the tower's modules; this needs
+            ``attention``. On a GPU the host waits for the lengths of texts.
 
     Returns:
         ``model`` itself.
@@ -46,7 +50,7 @@ def apply_to_open_clip(
     """
     flags = {
         "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
-        "text_embed": text_embed, "pooled_last_block": pooled_last_block,
+        "text_embed": text_embed, "pooled_last_block": pooled_last_block, "pack_text": pack_text,
     }  # fmt: skip
     return _apply("apply_to_open_clip", model, "open_clip", flags)
 
@@ -80,6 +84,7 @@ def apply_to_hf(
     text_embed: bool = True,
     pooled_last_block: bool = True,
     loss: bool = True,
+    pack_text: bool = True,
 ) -> nn.Module:
     """Let a model of transformers run on the kernels of this package, in place, as :func:`apply_to_open_clip` does.
 
@@ -105,6 +110,8 @@ def apply_to_hf(
             transformers' has the negatives of its own rank only. It is the same value on all ranks, and the mean over
             ranks that ``DistributedDataParallel`` takes is its gradient. There are no logits then, unless the call says
             ``return_logits=True`` or asks for tuples. In evaluation mode all results are those of before.
+        pack_text: where ``pooled_last_block`` is in effect, CLIP's text tower computes no token behind the end-of-text
+            token, as in :func:`apply_to_open_clip`.
 
     Returns:
         ``model`` itself.
@@ -115,7 +122,7 @@ def apply_to_hf(
     """
     flags = {
         "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
-        "text_embed": text_embed, "loss": loss, "pooled_last_block": pooled_last_block,
+        "text_embed": text_embed, "loss": loss, "pooled_last_block": pooled_last_block, "pack_text": pack_text,
     }  # fmt: skip
     return _apply("apply_to_hf", model, "transformers", flags)
 

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 from ..kernels import attention_qkv
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
-from ..models.layers import attend_row, has_hooks, is_plain, single_query_attention
+from ..kernels.packing import Packing
+from ..models.layers import attend_row, has_hooks, is_plain, single_query_attention, take_rows
+from ..models.packed_text import PackedText
+from . import packed_text
 from .last_row import last_row, why_not_row
 from .parts import ADDS, add_norm, drops, linear_gelu, propose_gelu, propose_heads
 from .places import Proposal, class_name, computes, is_left, is_untouched, runs_ours
@@ -30,14 +33,16 @@ _PREFIXES = {
     "Siglip": "transformers.models.siglip.modeling_siglip.Siglip",
     "Siglip2": "transformers.models.siglip2.modeling_siglip2.Siglip2",
 }
-# The argument by which an encoder passes the number of visible tokens of each sequence to its blocks.
+# The argument by which an encoder passes to its blocks the number of visible tokens of each sequence, or the packing of
+# sequences that are one, [1, T, E].
 SEQLENS = "clipfast_seqlens"
 # The attention implementations, as configurations name them, that clipfast can replace: they return no weights.
 _IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 # Arguments of transformers' attention functions that clipfast's attention does not support.
 _OTHER_ARGUMENTS = ("output_attentions", "position_bias", "softcap")
+_PARTS = ("Encoder", "EncoderLayer", "Attention", "MLP")
 _ROW_BY_ROW = (
-    "torch.nn.modules.normalization.LayerNorm", "torch.nn.modules.linear.Linear",
+    *(f"torch.nn.modules.{name}" for name in ("normalization.LayerNorm", "linear.Linear", "container.ModuleList")),
     "transformers.activations.QuickGELUActivation", "transformers.activations.GELUActivation",
     "transformers.activations.GELUTanh",
 )  # fmt: skip
@@ -122,7 +127,10 @@ def takes(attn: Any) -> bool:
 def block_attention(
     module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the attention of a patched block of any family of transformers: [B, N, E] -> [B, N, E], and None."""
+    """Compute the attention of a patched block of any family of transformers: [B, N, E] -> [B, N, E], and None.
+
+    Packed texts are one sequence, [1, T, E].
+    """
     seqlens = kwargs.pop(SEQLENS, None)
     is_known = asks_nothing(kwargs.get(name) for name in _OTHER_ARGUMENTS)
     is_known = is_known and (attention_mask is None or seqlens is not None) and hidden_states.ndim == 3
@@ -130,8 +138,11 @@ def block_attention(
         return type(module).forward(module, hidden_states, attention_mask, **kwargs)
     projections = (module.q_proj, module.k_proj, module.v_proj)
     q, k, v = (layer(hidden_states).unflatten(-1, (-1, module.head_dim)) for layer in projections)
-    causal = is_causal(module, kwargs)
-    out = attention_qkv(q, k, v, causal=causal, scale=float(module.scale), seqlens=seqlens)
+    options: Any = {"causal": is_causal(module, kwargs), "scale": float(module.scale)}
+    if isinstance(seqlens, Packing):
+        out = attention_qkv(q[0], k[0], v[0], cu_seqlens=seqlens, **options)[None]
+    else:
+        out = attention_qkv(q, k, v, seqlens=seqlens, **options)
     return module.out_proj(out.flatten(2)), None
 
 
@@ -245,10 +256,14 @@ def encoder(module: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = 
 
 
 def _run_layers(
-    layers: Iterable[Any], x: Tensor, attention_mask: Tensor | None, seqlens: Tensor | None, kwargs: dict[str, Any]
-) -> Tensor:
-    """Run the blocks of transformers' encoder on tokens [B, N, E]; our blocks get the number of visible tokens [B]."""
-    if seqlens is not None and attention_mask is None and is_left(x):
+    layers: Iterable[Any], x: Tensor, attention_mask: Tensor | None, seqlens: Tensor | Packing | None,
+    kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Run the blocks of transformers' encoder on tokens [B, N, E]; our blocks get the number of visible tokens [B].
+
+    With a packing in the place of these numbers, the tokens are those of packed texts, [1, T, E].
+    """
+    if isinstance(seqlens, Tensor) and attention_mask is None and is_left(x):
         attention_mask, seqlens = _mask_of(seqlens, x.shape[1], bool(kwargs.get("is_causal"))), None
     for layer in layers:
         told = {SEQLENS: seqlens} if seqlens is not None and _is_ours(layer) else {}
@@ -300,7 +315,23 @@ def why_not_read(encoder: Any, num_tokens: int) -> str:
 
 def _is_row_by_row(part: nn.Module) -> bool:
     """Return True if a module of transformers computes each row of its result from the same row of its input."""
-    return part_of(part)[1] in ("EncoderLayer", "Attention", "MLP") or class_name(part) in _ROW_BY_ROW
+    return part_of(part)[1] in _PARTS or class_name(part) in _ROW_BY_ROW
+
+
+def why_not_packed(encoder: Any) -> str:
+    """Return the reason why the blocks of transformers' encoder cannot compute packed texts, or "" if they can."""
+    if part_of(encoder)[1] != "Encoder" or not len(encoder.layers):
+        return "its stack of blocks is not transformers' own, or has no blocks"
+    refusal = packed_text.why_not_packed(encoder, _is_row_by_row)
+    if not refusal and not all(hasattr(layer, "self_attn") and takes(layer.self_attn) for layer in encoder.layers):
+        return "its attention is not ours, or drops weights"
+    return refusal
+
+
+def read_packed(encoder: Any, x: Tensor, text: PackedText) -> Tensor:
+    """Run the blocks of transformers' encoder on packed texts; return the last row of each: [1, T, E] -> [B, E]."""
+    x = _run_layers(encoder.layers, x, None, text.packing, {"is_causal": True})
+    return take_rows(x, text)[text.order]
 
 
 def read_row(encoder: Any, x: Tensor, rows: Tensor | None, causal: bool, seqlens: Tensor | None) -> Tensor:

@@ -19,10 +19,11 @@ from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_lo
 from ..kernels.contrastive.exchange import gather_equal
 from ..losses.clip_loss import mean_over_ranks
 from ..losses.siglip_loss import SigLipLoss
+from . import packed_text
 from .hf import asks_nothing, part_of, split_name
-from .hf_towers import pooled_image, pooled_text, why_not_pooled
+from .hf_towers import pooled_image, pooled_text, why_not_packed, why_not_pooled
 from .last_row import KIND as ROW
-from .places import Proposal, computes, on_cpus, reaches_ours
+from .places import Proposal, computes, on_cpus, options_of, propose_unless, reaches_ours
 
 _WHEN = "in training with return_loss=True"
 
@@ -32,14 +33,18 @@ def propose_model(module: Any) -> Iterator[Proposal]:
     family, part = part_of(module)
     bases = [split_name(f"{base.__module__}.{base.__qualname__}")[1] for base in type(module).__mro__[1:]]
     if part != "Model" and "Model" in bases:
-        yield from (Proposal(kind, f"{type(module).__name__} is a class of its own") for kind in ("loss", ROW))
+        kinds = ("loss", ROW, packed_text.KIND)
+        yield from (Proposal(kind, f"{type(module).__name__} is a class of its own") for kind in kinds)
     elif part == "Model":
         function = siglip2_model if family == "Siglip2" else pair_model
         loss = "contrastive_loss" if family == "CLIP" else "sigmoid_loss"
         yield Proposal("loss", f"clipfast.{loss} over all ranks, without logits, {_WHEN}", function)
         yield _propose_rows(module, function)
+        yield _propose_packed(module, function)
     elif part.startswith(("VisionModel", "TextModel")):
         yield Proposal(ROW, "every row of its last block is returned")
+        if part.startswith("TextModel"):
+            yield Proposal(packed_text.KIND, "every row is returned")
 
 
 def _propose_rows(model: Any, function: Any) -> Proposal:
@@ -53,6 +58,16 @@ def _propose_rows(model: Any, function: Any) -> Proposal:
         return Proposal(ROW, others)
     text = f"one row of {towers}, by clipfast.attention_pool, {_WHEN}"
     return Proposal(ROW, "; ".join(filter(None, (text, others))), function, option="pools")
+
+
+def _propose_packed(model: Any, function: Any) -> Proposal:
+    """Propose that the text tower of a transformers model computes packed texts, or say why not."""
+    if part_of(model)[0] != "CLIP":
+        return Proposal(packed_text.KIND, "every token sees the padding")
+    refusal = why_not_packed(model.text_model)
+    if not refusal and not options_of(model).get("pools"):
+        refusal = "every row is returned if the loss is theirs, or without pooled_last_block"
+    return propose_unless(refusal, packed_text.KIND, f"{packed_text.PACKS}, {_WHEN}", function, option="packs")
 
 
 @on_cpus
@@ -100,6 +115,7 @@ def _forward(
     *,
     return_logits: bool = False,
     pools: bool = False,
+    packs: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Compute a transformers model's ``forward``; in training with ``return_loss`` the loss is that of all ranks.
@@ -110,6 +126,7 @@ def _forward(
         return_loss: return a loss.
         return_logits: return the logits beside the loss in training too. transformers' own ``forward`` ignores it.
         pools: in training with ``return_loss``, the last block of a tower may compute one row only.
+        packs: where ``pools`` is in effect, the text tower may compute packed texts.
         kwargs: further arguments of transformers. Any that is set switches ``pools`` off, since it may need all rows.
     """
     is_whole = isinstance(texts["input_ids"], Tensor) and isinstance(images["pixel_values"], Tensor)
@@ -119,8 +136,8 @@ def _forward(
     if return_dict is None:
         return_dict = model.config.return_dict
     pools = pools and return_dict and asks_nothing(kwargs.values())
-    vision = _tower_output(model, "vision", images, pools, kwargs)
-    text = _tower_output(model, "text", texts, pools, kwargs)
+    vision = _tower_output(model, "vision", images, pools, False, kwargs)
+    text = _tower_output(model, "text", texts, pools, packs, kwargs)
     image_embeds, text_embeds = (x / x.norm(dim=-1, keepdim=True) for x in (vision.pooler_output, text.pooler_output))
     device = text_embeds.device
     scale, bias = model.logit_scale.exp().to(device), getattr(model, "logit_bias", None)
@@ -140,14 +157,16 @@ def _forward(
     return output if return_dict else output.to_tuple()
 
 
-def _tower_output(model: Any, side: str, inputs: dict[str, Any], pools: bool, kwargs: dict[str, Any]) -> Any:
+def _tower_output(
+    model: Any, side: str, inputs: dict[str, Any], pools: bool, packs: bool, kwargs: dict[str, Any]
+) -> Any:
     """Run a tower of a transformers model, whose features are in ``pooler_output``; other rows may be missing."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     tower = getattr(model, f"{side}_model")
     pooled = None
     if pools and side == "text":
-        pooled = pooled_text(tower, **inputs)
+        pooled = pooled_text(tower, **inputs, packs=packs)
     elif pools and part_of(tower)[0] == "CLIP":
         pooled = pooled_image(tower, **inputs)
     if pooled is None:

@@ -4,14 +4,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import patch_embed, text_embed
-from ..models.layers import has_hooks
-from .hf import part_of, read_row, seen_by_padding, why_not_read
-from .parts import NO_PROJECTION, is_projection, is_table
-from .places import ON_GPUS, Proposal, computes, is_left, is_untouched, on_cpus, propose_unless
+from ..models.layers import HOOKS, has_hooks
+from ..models.packed_text import PackedText, has_values, pack_if_shorter
+from . import hf
+from .hf import part_of, read_packed, read_row, seen_by_padding, why_not_read
+from .parts import NO_PROJECTION, is_projection, is_table, only_looks_up
+from .places import ON_GPUS, Proposal, computes, is_left, is_untouched, on_cpus, propose_unless, runs_ours
 
+_REQUIRES_GRADIENTS = "PreTrainedModel.enable_input_require_grads."
 _IMAGES_OF_SIGLIP = {
     "Siglip": "its convolution has a bias, and there is no class token",
     "Siglip2": "images come as patches, and a linear layer projects them",
@@ -78,10 +81,14 @@ def text_tokens(
 
 def _is_text(module: Any, text: Tensor) -> bool:
     """Return True if our text embedding op can compute ``text`` with the tables of transformers' tower."""
-    if not _are_tables(module) or text.ndim != 2 or text.dtype not in (torch.int32, torch.int64):
-        return False
+    is_text = text.ndim == 2 and text.shape[1] <= len(module.position_embedding.weight)
+    return is_text and _are_tables(module) and _is_embedded(module, text)
+
+
+def _is_embedded(module: Any, ids: Tensor) -> bool:
+    """Return True if our text embedding op takes token ids and both tables of transformers' tower, and is to do it."""
     table, positions = module.token_embedding.weight, module.position_embedding.weight
-    is_same = text.shape[1] <= len(positions) and table.dtype == positions.dtype
+    is_same = ids.dtype in (torch.int32, torch.int64) and table.dtype == positions.dtype
     return is_same and computes(table) and not is_left(table)
 
 
@@ -113,20 +120,80 @@ def pooled_image(tower: Any, pixel_values: Tensor, interpolate_pos_encoding: boo
 
 
 def pooled_text(
-    tower: Any, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    tower: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    packs: bool = False,
 ) -> Tensor | None:
-    """Compute the pooled output of transformers' text tower: [B, L] -> [B, E]; None if all rows must be computed."""
+    """Compute the pooled output of transformers' text tower: [B, L] -> [B, E]; None if all rows must be computed.
+
+    ``packs`` lets it compute packed texts where it takes them.
+    """
     is_known = input_ids.ndim == 2 and (attention_mask is None or attention_mask.shape == input_ids.shape)
-    if not is_known or not _computes(tower) or _records(tower) or why_not_pooled(tower, input_ids.shape[1]):
+    if not is_known or not _computes(tower) or _records(tower):
         return None
     is_padding, seqlens = seen_by_padding(attention_mask)
     if not is_padding:
         return None
     is_clip = part_of(tower)[0] == "CLIP"
-    x = tower.embeddings(input_ids=input_ids, position_ids=position_ids)
     rows = _ends(tower, input_ids) if is_clip else input_ids.new_full(input_ids.shape[:1], input_ids.shape[1] - 1)
+    packed = _packed(tower, input_ids, rows, seqlens) if packs and position_ids is None else None
+    if packed is not None:
+        return tower.final_layer_norm(read_packed(tower.encoder, _packed_tokens(tower.embeddings, packed), packed))
+    if why_not_pooled(tower, input_ids.shape[1]):
+        return None
+    x = tower.embeddings(input_ids=input_ids, position_ids=position_ids)
     x = tower.final_layer_norm(read_row(tower.encoder, x, rows, is_clip, seqlens))
     return x if is_clip else tower.head(x)
+
+
+def why_not_packed(tower: Any) -> str:
+    """Return the reason why transformers' text tower cannot compute packed texts, or "" if it can."""
+    if part_of(tower) != ("CLIP", "TextModel") or not is_untouched(tower):
+        return "it is not that of transformers' CLIP, or has a hook"
+    if has_hooks(tower.final_layer_norm) or not _embeds_packed(tower.embeddings):
+        return "its norm or its embedding has a hook, or its tables do more than look up"
+    return hf.why_not_packed(tower.encoder)
+
+
+def _embeds_packed(module: Any) -> bool:
+    """Return True if the embedding of transformers' text tower takes the tokens of packed texts."""
+    table = module.token_embedding
+    hooks = [hook for name in HOOKS for hook in table.__dict__[name].values()]
+    # With gradient checkpointing, transformers' hook lets the tokens require gradients, of whatever shape they are.
+    is_known = all(getattr(hook, "__qualname__", "").startswith(_REQUIRES_GRADIENTS) for hook in hooks)
+    is_look_up = type(table) is nn.Embedding and "forward" not in table.__dict__ and only_looks_up(table)
+    return is_untouched(module) and is_known and is_look_up and is_table(module.position_embedding)
+
+
+def _packed(tower: Any, text: Tensor, rows: Tensor, seqlens: Tensor | None) -> PackedText | None:
+    """Return texts packed, if transformers' text tower computes packed texts and enough of them is padding, or None.
+
+    Args:
+        tower: the text tower.
+        text: [B, L] token ids.
+        rows: [B], the row of each text that is read.
+        seqlens: [B], the number of visible tokens of each text; None for all.
+    """
+    too_long = text.shape[1] > len(tower.embeddings.position_embedding.weight)
+    if too_long or not has_values(text) or why_not_packed(tower):
+        return None
+    if seqlens is not None and bool((seqlens <= rows).any()):
+        return None  # a row that does not see itself
+    packed = pack_if_shorter(text, rows)
+    return packed if isinstance(packed, PackedText) else None
+
+
+def _packed_tokens(module: Any, text: PackedText) -> Tensor:
+    """Compute ``CLIPTextEmbeddings`` of packed texts, as one sequence [1, T, E]."""
+    table, positions = module.token_embedding.weight, module.position_embedding.weight
+    if runs_ours(module) and _are_tables(module) and _is_embedded(module, text.ids):
+        with torch.autocast(text.device.type, enabled=False):
+            return text_embed(text.ids, table, positions, cu_seqlens=text.packing)[None]
+    # The embeddings take at most as many tokens of a text as there are positions.
+    return module(input_ids=text.ids[:, None], position_ids=text.positions[:, None]).transpose(0, 1)
 
 
 def _ends(tower: Any, input_ids: Tensor) -> Tensor:

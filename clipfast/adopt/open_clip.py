@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
+from ..kernels.packing import Packing
 from ..models.layers import has_hooks, is_plain, project_qkv, single_query_attention
 from .parts import (
     ADDS,
@@ -25,6 +25,7 @@ from .parts import (
     multihead_attention,
     project_apart,
     propose_heads,
+    self_attention,
     split_heads,
 )
 from .places import SEEN, Proposal, class_name, computes, runs_ours
@@ -150,11 +151,13 @@ def under_mask(proposal: Proposal, mask: Mask | None) -> Proposal:
     return dataclasses.replace(proposal, text=f"{text}, causal")
 
 
-def is_causal(attn_mask: Tensor | None, owner: Any) -> bool:
-    """Return True if ``attn_mask`` is the causal mask that ``owner`` holds, or its upper left part.
+def is_causal(attn_mask: Tensor | Packing | None, owner: Any) -> bool:
+    """Return True if ``attn_mask`` is the causal mask that ``owner`` holds, or its upper left part, or a packing.
 
     Compiled code assumes that the mask of ``owner`` is still causal, as it was when the replacements were made.
     """
+    if isinstance(attn_mask, Packing):
+        return True
     if attn_mask is None or owner is None:
         return False
     mask: Tensor = owner.attn_mask
@@ -183,11 +186,14 @@ def residual_block(
     q_x: Tensor,
     k_x: Tensor | None = None,
     v_x: Tensor | None = None,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | Packing | None = None,
     *,
     owner: nn.Module | None = None,
 ) -> Tensor:
-    """Compute ``open_clip.transformer.ResidualAttentionBlock``: [B, N, E] -> [B, N, E]."""
+    """Compute ``open_clip.transformer.ResidualAttentionBlock``: [B, N, E] -> [B, N, E].
+
+    In the place of the causal mask there may be the packing of texts, whose tokens ``q_x`` [1, T, E] are.
+    """
     if k_x is None and v_x is None:
         branch = _attend(block, block.ln_1(q_x), attn_mask, is_causal(attn_mask, owner))
     elif k_x is v_x and runs_ours(block.attn) and hasattr(block, "ln_1_kv") and not has_hooks(block.ln_1_kv):
@@ -199,11 +205,11 @@ def residual_block(
     return x + block.ls_2(block.mlp(normed))
 
 
-def _attend(block: Any, x: Tensor, attn_mask: Tensor | None, causal: bool) -> Tensor:
+def _attend(block: Any, x: Tensor, attn_mask: Tensor | Packing | None, causal: bool) -> Tensor:
     """Call the attention of a ``ResidualAttentionBlock``, with a hint if the mask is causal and it accepts hints."""
     attn = block.attn
     inner = getattr(attn, "base_layer", attn)  # peft wraps the layer, and passes all arguments on
-    attn_mask = None if attn_mask is None else attn_mask.to(x.dtype)
+    attn_mask = attn_mask.to(x.dtype) if isinstance(attn_mask, Tensor) else attn_mask
     if isinstance(inner, nn.MultiheadAttention):
         hint = {"is_causal": True} if causal else {}
         return attn(x, x, x, need_weights=False, attn_mask=attn_mask, **hint)[0]
@@ -256,12 +262,13 @@ def open_clip_attention(
     *args: Tensor | None,
     k_x: Tensor | None = None,
     v_x: Tensor | None = None,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | Packing | None = None,
     is_causal: bool = False,
 ) -> Tensor:
     """Compute ``open_clip.transformer.Attention`` on ``x``, or on a context ``k_x`` [B, N, C]: [B, M, E] -> [B, M, E].
 
-    ``is_causal`` says that ``attn_mask`` is the causal mask. OpenCLIP's own class does not have this argument.
+    ``is_causal`` says that ``attn_mask`` is the causal mask, or a packing in its place. OpenCLIP's own class does not
+    have this argument.
     """
     is_other = bool(args) or k_x is not v_x or drops(module, module.attn_drop.p)
     if is_other or (attn_mask is not None) != is_causal or not computes(x):
@@ -272,7 +279,7 @@ def open_clip_attention(
     is_normed = not (is_plain(module.ln_q, nn.Identity) and is_plain(module.ln_k, nn.Identity))
     if context is x and module.in_proj_weight is not None and not is_normed:
         qkv, bias = project_qkv(x, module.in_proj_weight, module.in_proj_bias)
-        out = attention(qkv, module.num_heads, causal=is_causal, bias=bias)
+        out = self_attention(qkv, module.num_heads, attn_mask, bias)
     else:
         q, k, v = project_apart(module, x, context)
         out = heads_attention(module.ln_q(q), module.ln_k(k), v, None, is_causal)

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import patch_embed, text_embed
+from ..kernels.packing import Packing
 from ..models.layers import attend_row, has_hooks, is_plain, take_rows
+from ..models.packed_text import PackedText, has_values, pack_if_shorter
+from . import packed_text
 from .last_row import KIND, ROW, last_row, why_not_row
 from .open_clip import hides_padding, is_causal, why_not_causal
 from .parts import NO_PROJECTION, drops, is_projection, is_table, project_out
@@ -18,12 +21,14 @@ from .places import ON_GPUS, Proposal, class_name, computes, is_left, is_untouch
 _EMBEDS = f"clipfast.text_embed{ON_GPUS}"
 _POOLS = ("first", "last", "argmax", "eos")
 _LIBRARY = ("open_clip.transformer.", "open_clip.layers.")
+_STACK = "open_clip.transformer.Transformer"
 _PLAIN = {
     *(library + name for library in _LIBRARY for name in ("LayerNorm", "LayerNormFp32", "QuickGELU", "LayerScale")),
     *(f"torch.nn.modules.activation.{name}" for name in ("MultiheadAttention", "GELU")),
     *(f"torch.nn.modules.linear.{name}" for name in ("Linear", "Identity", "NonDynamicallyQuantizableLinear")),
+    *(f"torch.nn.modules.container.{name}" for name in ("Sequential", "ModuleList")),
     "open_clip.transformer.ResidualAttentionBlock", "open_clip.transformer.Attention",
-    "torch.nn.modules.container.Sequential", "torch.nn.modules.dropout.Dropout",
+    "torch.nn.modules.dropout.Dropout", _STACK,
 }  # fmt: skip
 
 
@@ -43,12 +48,19 @@ def propose_tower(module: nn.Module) -> Iterator[Proposal]:
         yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, encode_text, method, "embeds")
         refusal = _why_not_read(tower, tower.text_pool_type)
         yield propose_unless(refusal, KIND, ROW, encode_text, method, "pools")
+        refusal = _why_not_packed(tower, tower.text_pool_type, why_not_causal(tower))
+        yield propose_unless(refusal, packed_text.KIND, packed_text.PACKS, encode_text, method, "packs")
     elif name == "open_clip.transformer.TextTransformer" and hasattr(module, "_embeds"):
         yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, text_embeds, "_embeds")
-        yield propose_unless(_why_not_read(tower, tower.pool_type), KIND, ROW, text_tower)
+        yield propose_unless(_why_not_read(tower, tower.pool_type), KIND, ROW, text_tower, option="pools")
+        refusal = _why_not_packed(tower, tower.pool_type, why_not_causal(tower))
+        yield propose_unless(refusal, packed_text.KIND, packed_text.PACKS, text_tower, option="packs")
     elif name == "open_clip.transformer.ModernTextTransformer":
         yield Proposal("text_embed", "it adds no positions to texts")
         yield Proposal(KIND, "its last block has parts that CLIP's has not, such as an adapter")
+        yield Proposal(packed_text.KIND, "it is not CLIP's text tower")
+    elif name == "open_clip.hf_model.HFTextEncoder":
+        yield Proposal(packed_text.KIND, "it is not CLIP's text tower")
 
 
 def _propose_image_tower(tower: Any) -> Iterator[Proposal]:
@@ -76,9 +88,37 @@ def _why_not_read(tower: Any, pool_type: str) -> str:
     return why_not_causal(tower) or _why_not_row(tower.transformer, len(tower.positional_embedding))
 
 
+def _why_not_packed(tower: Any, pool_type: str, refusal: str | None) -> str:
+    """Return the reason why an OpenCLIP text tower cannot compute packed texts, or "" if it can.
+
+    ``refusal`` says why its mask is not causal, as :func:`why_not_causal` does.
+    """
+    if refusal is None:
+        return "every token sees the padding"
+    if refusal or pool_type not in ("argmax", "eos") or getattr(tower, "output_tokens", False):
+        return refusal or "it does not read the end-of-text token, or not only this one"
+    refusal = _why_not_embed(tower)
+    if refusal:
+        return refusal
+    if has_hooks(tower.ln_final) or not ("_embeds" not in tower.__dict__ or runs_ours(tower, "_embeds")):
+        return "its norm has a hook, or something else has replaced its embedding"
+    stack = tower.transformer
+    if class_name(stack) != _STACK or not len(stack.resblocks) or not getattr(stack, "batch_first", True):
+        return "its stack of blocks is not OpenCLIP's own, has no blocks, or has batch_first=False"
+    refusal = packed_text.why_not_packed(stack, lambda part: class_name(part) in _PLAIN)
+    if not refusal and not all(map(_takes_packed, stack.resblocks)):
+        return "its attention is not ours, or not plain"
+    return refusal
+
+
+def _takes_packed(block: Any) -> bool:
+    """Return True if a block of OpenCLIP is ours, and takes a packing in the place of its mask."""
+    return runs_ours(block) and runs_ours(block.attn) and _is_plain_attention(block.attn)
+
+
 def _why_not_row(stack: Any, num_tokens: int) -> str:
     """Return the reason why the last block of a stack of OpenCLIP cannot compute a single row, or "" if it can."""
-    if class_name(stack) != "open_clip.transformer.Transformer" or not is_untouched(stack):
+    if class_name(stack) != _STACK or not is_untouched(stack):
         return "its stack of blocks is not OpenCLIP's own, or has a hook"
     if not len(stack.resblocks) or not getattr(stack, "batch_first", True):
         return "it has no blocks, or batch_first=False"
@@ -144,17 +184,37 @@ def _kept_patches(dropout: Any, batch: int, num_patches: int) -> Tensor | None:
     return torch.randn(batch, num_patches).topk(kept, dim=-1).indices
 
 
-def text_tokens(tower: Any, text: Tensor) -> Tensor | None:
-    """Compute tokens plus positions of an OpenCLIP text tower: [B, L] -> [B, L, width]; None if our op does not."""
+def text_tokens(tower: Any, text: Tensor | PackedText) -> Tensor | None:
+    """Compute tokens plus positions of an OpenCLIP text tower: [B, L] -> [B, L, width]; None if our op does not.
+
+    Packed texts become one sequence, [1, T, width].
+    """
     table, positions = tower.token_embedding, tower.positional_embedding
     dtype = tower.transformer.get_cast_dtype()
     is_same = is_table(table) and table.weight.dtype == positions.dtype == dtype
-    is_text = text.ndim == 2 and text.shape[1] <= len(positions) and text.dtype in (torch.int32, torch.int64)
+    packed = text if isinstance(text, PackedText) else None
+    ids = text if packed is None else packed.ids
+    is_text = packed is not None or (ids.ndim == 2 and ids.shape[1] <= len(positions))
+    is_text = is_text and ids.dtype in (torch.int32, torch.int64)
     if not is_same or not is_text or not computes(table.weight) or is_left(table.weight):
         return None
     # Under autocast, the embeddings keep the dtype of the table, as in OpenCLIP.
-    with torch.autocast(text.device.type, enabled=False):
-        return text_embed(text, table.weight, positions)
+    with torch.autocast(ids.device.type, enabled=False):
+        if packed is None:
+            return text_embed(ids, table.weight, positions)
+        return text_embed(ids, table.weight, positions, cu_seqlens=packed.packing)[None]
+
+
+def _embedded(tower: Any, text: Tensor | PackedText, by_op: bool) -> Tensor:
+    """Compute tokens plus positions of an OpenCLIP text tower, as :func:`text_tokens`, by our op or by OpenCLIP's."""
+    x = text_tokens(tower, text) if by_op else None
+    if x is not None:
+        return x
+    dtype = tower.transformer.get_cast_dtype()
+    positions = tower.positional_embedding.to(dtype)
+    if isinstance(text, PackedText):
+        return (tower.token_embedding(text.ids).to(dtype) + F.embedding(text.positions, positions))[None]
+    return tower.token_embedding(text).to(dtype) + positions
 
 
 @on_cpus
@@ -184,19 +244,29 @@ def image_tower(tower: Any, x: Tensor) -> Tensor:
 
 
 @on_cpus
-def text_tower(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute an OpenCLIP ``TextTransformer``: [B, L] -> [B, output_dim]. Versions from 4 on take a mask of padding."""
+def text_tower(
+    tower: Any, text: Tensor, attention_mask: Tensor | None = None, *, pools: bool = False, packs: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute an OpenCLIP ``TextTransformer``: [B, L] -> [B, output_dim]. Versions from 4 on take a mask of padding.
+
+    The options are those of :func:`encode_text`.
+    """
     if attention_mask is not None:
         return type(tower).forward(tower, text, attention_mask)
     if tower.output_tokens or tower.cls_emb is not None or has_hooks(tower.ln_final):
         return type(tower).forward(tower, text)
+    pool_type, eos = tower.pool_type, getattr(tower, "eos_id", None)
+    packed = _packed(tower, text, pool_type, eos) if packs else None
+    if packed is not None:
+        x = _embedded(tower, packed, runs_ours(tower, "_embeds"))
+        return _text_features(tower, x, packed, packed.packing, pool_type, eos, pools)
     x, mask = tower._embeds(text)
-    return _text_features(tower, x, text, mask, tower.pool_type, getattr(tower, "eos_id", None), True)
+    return _text_features(tower, x, text, mask, pool_type, eos, pools)
 
 
 @on_cpus
 def encode_text(
-    model: Any, text: Tensor, normalize: bool = False, *, embeds: bool = False, pools: bool = False
+    model: Any, text: Tensor, normalize: bool = False, *, embeds: bool = False, pools: bool = False, packs: bool = False
 ) -> Tensor:
     """Compute ``open_clip.CLIP.encode_text``: [B, L] -> [B, embed_dim].
 
@@ -206,34 +276,54 @@ def encode_text(
         normalize: divide each feature vector by its length.
         embeds: embed by our op.
         pools: the last block computes one row only.
+        packs: texts are packed where the tower takes them.
     """
-    x = text_tokens(model, text) if embeds else None
-    if x is None:
-        dtype = model.transformer.get_cast_dtype()
-        x = model.token_embedding(text).to(dtype) + model.positional_embedding.to(dtype)
-    eos = getattr(model, "text_eos_id", None)
-    x = _text_features(model, x, text, model.attn_mask, model.text_pool_type, eos, pools)
+    pool_type, eos = model.text_pool_type, getattr(model, "text_eos_id", None)
+    packed = _packed(model, text, pool_type, eos) if packs else None
+    if packed is None:
+        x = _text_features(model, _embedded(model, text, embeds), text, model.attn_mask, pool_type, eos, pools)
+    else:
+        x = _text_features(model, _embedded(model, packed, embeds), packed, packed.packing, pool_type, eos, pools)
     return F.normalize(x, dim=-1) if normalize else x
 
 
+def _packed(tower: Any, text: Tensor, pool_type: str, eos: int | None) -> PackedText | None:
+    """Return texts packed, if an OpenCLIP text tower computes packed texts and enough of them is padding, or None."""
+    positions = tower.positional_embedding
+    if not isinstance(text, Tensor) or text.ndim != 2 or text.shape[1] > len(positions) or not has_values(text):
+        return None
+    if not computes(positions) or not is_causal(tower.attn_mask, tower) or _why_not_packed(tower, pool_type, ""):
+        return None
+    packed = pack_if_shorter(text, _rows(text, pool_type, eos))
+    return packed if isinstance(packed, PackedText) else None
+
+
 def _text_features(
-    tower: Any, x: Tensor, text: Tensor, mask: Tensor | None, pool_type: str, eos: int | None, pools: bool
-) -> Tensor:
-    """Return OpenCLIP's projection of the row that is read of each text: -> [B, output_dim]; or of all rows."""
+    tower: Any, x: Tensor, text: Tensor | PackedText, mask: Tensor | Packing | None, pool_type: str, eos: int | None,
+    pools: bool,
+) -> Tensor:  # fmt: skip
+    """Return OpenCLIP's projection of the row that is read of each text: -> [B, output_dim]; or of all rows.
+
+    Packed texts have a packing in the place of the mask.
+    """
     causal = is_causal(mask, tower)
+    packed = text if isinstance(text, PackedText) else None
+    rows = _rows(text, pool_type, eos) if packed is None else packed
     can_pool = pools and pool_type in _POOLS and (causal or mask is None) and not has_hooks(tower.ln_final)
-    if can_pool and computes(x) and not _why_not_row(tower.transformer, x.shape[1]):
-        x = tower.ln_final(_read_row(tower.transformer, x, _rows(text, pool_type, eos), mask, causal))
+    if can_pool and computes(x) and packed is None and not _why_not_row(tower.transformer, x.shape[1]):
+        x = tower.ln_final(_read_row(tower.transformer, x, rows, mask, causal))
     else:
         x = tower.ln_final(tower.transformer(x, attn_mask=mask))
-        x = take_rows(x, _rows(text, pool_type, eos)) if pool_type in _POOLS else x
+        x = take_rows(x, rows) if pool_type in _POOLS else x
+    if packed is not None:
+        x = x[packed.order]
     projection = tower.text_projection
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Module) else x @ projection
 
 
-def _rows(text: Tensor, pool_type: str, eos: Any) -> Tensor | None:
+def _rows(text: Any, pool_type: str, eos: Any) -> Tensor | None:
     """Return the index [B] of the row that an OpenCLIP text tower uses of each text; None means the first row."""
     if pool_type == "first":
         return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..kernels import attention, attention_qkv, bias_gelu, bias_quick_gelu, layer_norm
 from ..kernels.attention.op import MAX_HEAD_DIM
 from ..kernels.layer_norm.op import MAX_WIDTH
+from ..kernels.packing import Packing
 from ..models.layers import has_hooks, is_plain, project_qkv, residual_norm
 from .places import Proposal, class_name, computes, is_left, runs_ours
 
@@ -76,13 +77,13 @@ def multihead_attention(
     value: Tensor,
     key_padding_mask: Tensor | None = None,
     need_weights: bool = True,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | Packing | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``nn.MultiheadAttention``: [B, N, E] -> [B, N, E], and None for the weights.
 
-    ``is_causal`` says that ``attn_mask`` is the causal mask, as in PyTorch.
+    ``is_causal`` says that ``attn_mask`` is the causal mask, as in PyTorch, or the packing of texts in its place.
     """
     is_other = key is not value or query.ndim != 3 or key_padding_mask is not None or need_weights
     if is_other or (attn_mask is not None) != is_causal or drops(module, module.dropout) or not computes(query):
@@ -92,7 +93,17 @@ def multihead_attention(
     if query is not key or not module._qkv_same_embed_dim:
         return project_out(module, heads_attention(*project_apart(module, query, key), None, is_causal)), None
     qkv, bias = project_qkv(query, module.in_proj_weight, module.in_proj_bias)
-    return project_out(module, attention(qkv, module.num_heads, causal=is_causal, bias=bias)), None
+    return project_out(module, self_attention(qkv, module.num_heads, attn_mask, bias)), None
+
+
+def self_attention(qkv: Tensor, heads: int, mask: Tensor | Packing | None, bias: Tensor | None) -> Tensor:
+    """Compute an adopted model's self-attention on a packed projection: [B, N, 3 H D] -> [B, N, H D].
+
+    ``mask`` is the causal mask, or None, or the packing of texts that are one sequence, [1, T, 3 H D].
+    """
+    if isinstance(mask, Packing):
+        return attention(qkv[0], heads, causal=True, cu_seqlens=mask, bias=bias)[None]
+    return attention(qkv, heads, causal=mask is not None, bias=bias)
 
 
 def drops(module: nn.Module, probability: float) -> bool:
@@ -250,7 +261,12 @@ def is_projection(conv: Any) -> bool:
 
 def is_table(table: Any) -> bool:
     """Return True if an adopted model's ``table`` is a plain look-up, which our text embedding op can do."""
+    return is_plain(table, nn.Embedding) and only_looks_up(table)
+
+
+def only_looks_up(table: Any) -> bool:
+    """Return True if an adopted model's ``nn.Embedding`` looks up rows, and neither changes nor treats one apart."""
     options = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
     values = [getattr(table, name, None) for name in options]
     # Identity, not truth: a padding_idx of 0 is set, although 0 is false.
-    return is_plain(table, nn.Embedding) and all(value is None or value is False for value in values)
+    return all(value is None or value is False for value in values)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.launch import triton_runs_on
+from ..kernels.packing import Packing
 from ..models.layers import has_hooks
 
 # The attributes that hold a patched model's list of replacements, and a text tower's last checked mask with the result.
@@ -117,6 +118,8 @@ class Replacement:
 
     def _is_left(self, values: tuple[Any, ...]) -> bool:
         """Return True if a replaced method's original is faster here, or alone can be traced by torch.fx."""
+        if Packing in [value.__class__ for value in values]:  # only our functions know packed texts
+            return False
         for value in values:
             if isinstance(value, torch.fx.Proxy):
                 return True
@@ -266,6 +269,12 @@ def runs_ours(module: nn.Module, method: str = "forward") -> bool:
 def reaches_ours(module: nn.Module, method: str = "forward") -> bool:
     """Return True if a method of ``module`` is replaced by ours, or by a wrapper of ours such as accelerate's."""
     return isinstance(_unwrapped(module.__dict__.get(method)), Replacement)
+
+
+def options_of(module: nn.Module, method: str = "forward") -> Mapping[str, bool]:
+    """Return the options of our replacement of a method of ``module``; none if the method is not ours."""
+    replacement = _unwrapped(module.__dict__.get(method))
+    return replacement.options if isinstance(replacement, Replacement) else {}
 
 
 def _unwrapped(value: Any) -> Any:

@@ -62,6 +62,11 @@ class PackedText:
         """int64 [B], the place among all tokens of the last one of each packed text."""
         return self.packing.cu_seqlens[1:].long() - 1
 
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T], the position of each token in its text; 0 for tokens behind the last text."""
+        return (torch.arange(len(self.ids), device=self.device) - self.packing.bounds[0]).clamp(min=0)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedText":
         """Return the packed texts on ``device``."""
         moved: PackedText = pytree.tree_map(lambda x: x.to(device, non_blocking=non_blocking), self)
@@ -88,25 +93,30 @@ def _unflatten(tensors: Iterable[Any], max_seqlen: int) -> PackedText:
 pytree.register_pytree_node(PackedText, _flatten, _unflatten)
 
 
-def pack_texts(texts: Tensor, *, for_gpu: bool | None = None) -> PackedText:
-    """Pack a batch of texts for a causal text tower that reads the end-of-text token, which has the largest id.
+def pack_texts(texts: Tensor, *, last: Tensor | None = None, for_gpu: bool | None = None) -> PackedText:
+    """Pack a batch of texts for a causal text tower that reads one token of each.
 
     Texts on a GPU are packed there, and the host waits for their lengths. A loop that is not to wait packs texts before
     it copies them: ``pack_texts(texts, for_gpu=True).to(device, non_blocking=True)``.
 
     Args:
         texts: [B, L] token ids.
+        last: int [B], the place in each text of the token that is read; default: that of the largest id, which is the
+            end-of-text token in CLIP's vocabulary.
         for_gpu: round the number of tokens up, as a GPU likes it; default: if the texts are on one.
 
     Raises:
-        ValueError: there is no text, or no token.
+        ValueError: there is no text, or no token, or ``last`` is not a place in each text.
     """
     if texts.ndim != 2 or texts.numel() == 0:
         raise ValueError(f"pack_texts: texts must be [B, L] with at least one token, got shape {tuple(texts.shape)}")
-    return _packed(texts, (texts.argmax(-1) + 1).cpu(), texts.device.type != "cpu" if for_gpu is None else for_gpu)
+    lengths = _lengths(texts, last)
+    if lengths.shape != texts.shape[:1] or not ((lengths > 0) & (lengths <= texts.shape[1])).all():
+        raise ValueError(f"pack_texts: last must be a place in each text of {tuple(texts.shape)}, got {lengths - 1}")
+    return _packed(texts, lengths, texts.device.type != "cpu" if for_gpu is None else for_gpu)
 
 
-def pack_if_shorter(texts: Tensor) -> Tensor | PackedText:
+def pack_if_shorter(texts: Tensor, last: Tensor | None = None) -> Tensor | PackedText:
     """Return the texts packed, if that saves enough, and if something reads the values of tensors at all.
 
     A compiler, a transform and a CUDA graph in the making do not, and neither do tensors without values.
@@ -116,7 +126,7 @@ def pack_if_shorter(texts: Tensor) -> Tensor | PackedText:
     is_on_gpu = texts.device.type != "cpu"
     if is_on_gpu and texts.numel() < LEAST_TOKENS:
         return texts
-    lengths = (texts.argmax(-1) + 1).cpu()
+    lengths = _lengths(texts, last)
     if int(lengths.sum()) > (1 - LEAST_PADDING) * texts.numel():
         return texts
     return _packed(texts, lengths, is_on_gpu)
@@ -158,6 +168,11 @@ def has_values(x: Tensor) -> bool:
     if backends.is_traced() or x.__class__ not in backends.PLAIN or x.is_meta:
         return False
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _lengths(texts: Tensor, last: Tensor | None) -> Tensor:
+    """Return the number of tokens of each text up to the one that is read, int64 [B] on the CPU."""
+    return ((texts.argmax(-1) if last is None else last) + 1).cpu()
 
 
 def _packed(texts: Tensor, lengths: Tensor, for_gpu: bool) -> PackedText:

@@ -1,6 +1,5 @@
 """The input of text towers: checks, and the embedding of tokens with their positions."""
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels import text_embed
@@ -42,7 +41,6 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor | Pa
         if options == (None, None, False, False):  # a plain look-up, without padding_idx or scaling
             x = text_embed(ids, table.weight, positional_embedding, cu_seqlens=packing, backend=backend)
             return x if packing is None else x[None]
-    if packing is None:
-        return table(ids) + positional_embedding[: ids.shape[1]]
-    positions = torch.arange(len(ids), device=ids.device) - packing.bounds[0]
-    return (table(ids) + positional_embedding[positions.clamp(min=0)])[None]
+    if isinstance(text, PackedText):
+        return (table(ids) + positional_embedding[text.positions])[None]
+    return table(ids) + positional_embedding[: ids.shape[1]]

@@ -242,19 +242,19 @@ def takes_packed(transformer: nn.Module) -> bool:
             continue
         if not _is_own(block, ResidualAttentionBlock) or not _is_own(block.attn, Attention):
             return False
-        if any(has_hooks(part) and not _is_sharded(part) for part in block.modules()):
+        if any(has_hooks(part) and not wrapped_by_fsdp(part) for part in block.modules()):
             return False
     return True
 
 
 def _is_own(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Return whether calling a module of a stack runs the ``forward`` of ``kind``, and perhaps FSDP2 around it."""
-    if type(module) is not kind and not (isinstance(module, kind) and _is_sharded(module)):
+    if type(module) is not kind and not (isinstance(module, kind) and wrapped_by_fsdp(module)):
         return False
-    return "forward" not in module.__dict__ and (_is_sharded(module) or not has_hooks(module))
+    return "forward" not in module.__dict__ and (wrapped_by_fsdp(module) or not has_hooks(module))
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def wrapped_by_fsdp(module: nn.Module) -> bool:
     """Return whether FSDP2 has wrapped a module of a stack; its class is asked by name, as the import takes long."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 

@@ -1,11 +1,13 @@
 """Optional libraries for these tests, and a single thread, since the models are too small for two."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
-from clipfast.adopt import places
+from clipfast.adopt import hf_towers, open_clip_towers, places
+from clipfast.models.packed_text import PackedText
 
 ON_A_CPU = places.CPU_DTYPES
 
@@ -29,3 +31,19 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_on_a_cpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the original layers of an adopted model run where they are faster than ours on a CPU."""
     monkeypatch.setattr(places, "CPU_DTYPES", ON_A_CPU)
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that gets, for each batch that a tower of an adopted model could pack, whether it does."""
+    seen: list[bool] = []
+    for module in (open_clip_towers, hf_towers):
+
+        def pack(*args: torch.Tensor, pack: Any = module.pack_if_shorter) -> torch.Tensor | PackedText:
+            """Pack texts, and note whether they were packed."""
+            texts = pack(*args)
+            seen.append(isinstance(texts, PackedText))
+            return texts
+
+        monkeypatch.setattr(module, "pack_if_shorter", pack)
+    return seen

@@ -11,7 +11,7 @@ from clipfast.adopt.places import Replacement
 
 from . import hf_models, shrunk
 
-PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block"]
+PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block", "pack_text"]
 HF_PARTS = [*PARTS, "loss"]
 HF_NAMES = ["clip", "siglip", "siglip2"]
 Given = dict[str, torch.Tensor] | None

@@ -38,18 +38,19 @@ def steps(model: nn.Module, args: object) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP"])
-def test_data_parallel(group, name):
+def test_data_parallel(group, name, packed):
     model, patched = pair(name)
     args = shrunk.inputs(model)
     wrapped = nn.parallel.DistributedDataParallel(patched)
     torch.testing.assert_close(steps(wrapped, args), steps(model, args), rtol=1e-9, atol=0)
+    assert packed == ([] if "siglip" in name.lower() else 3 * [True])
     assert clipfast.report_kernels(wrapped) == clipfast.report_kernels(patched)
     clipfast.revert_model(wrapped)
     assert "nothing of this model runs on clipfast" in clipfast.report_kernels(patched)
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "clip", "siglip"])
-def test_fully_sharded(group, name):
+def test_fully_sharded(group, name, packed):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -62,6 +63,7 @@ def test_fully_sharded(group, name):
             fully_shard(module, mesh=mesh)
     fully_shard(patched, mesh=mesh, ignored_params=scalars)
     torch.testing.assert_close(steps(patched, args), steps(model, args), rtol=1e-9, atol=0)
+    assert packed == ([] if "siglip" in name.lower() else 3 * [True])
     if is_hf(model):
         assert "text_model: its last block has a hook" in clipfast.report_kernels(patched)
         assert test_hf.called(patched, args) == (4, 0)

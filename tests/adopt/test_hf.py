@@ -52,7 +52,8 @@ def test_one_pair_and_short_texts(name):
 @pytest.mark.parametrize("part", HF_PARTS)
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_one_part_alone(name, part):
-    needed = {"pooled_last_block": {"attention", "loss", "pooled_last_block"}}.get(part, {part})
+    rows = {"attention", "loss", "pooled_last_block"}
+    needed = {"pooled_last_block": rows, "pack_text": rows | {"pack_text"}}.get(part, {part})
     model, patched = pair(name, **{other: other in needed for other in HF_PARTS})
     given = hf_models.inputs(model, "end")
     assert_equal(model, patched, given=given)

@@ -11,7 +11,7 @@ from . import shrunk
 from .pairs import PARTS, assert_equal, lines, pair, patch
 
 
-@pytest.mark.parametrize("on", [[part] for part in PARTS] + [["attention", "pooled_last_block"]])
+@pytest.mark.parametrize("on", [[part] for part in PARTS] + [["attention", part] for part in PARTS[-2:]])
 def test_one_part_alone(on):
     model, patched = pair("ViT-B-32", **{part: part in on for part in PARTS})
     assert_equal(model, patched)

@@ -277,7 +277,8 @@ for model in created:
 """
 TINY_LINE = (
     "clipfast: a CLIP runs on clipfast in these places (on a CPU, most of them as before): attention 4 of 4, "
-    "norms 15 of 15, activations 4 of 4, patch_embed 1 of 1, text_embed 1 of 1, pooled_last_block 2 of 2"
+    "norms 15 of 15, activations 4 of 4, patch_embed 1 of 1, text_embed 1 of 1, pooled_last_block 2 of 2, "
+    "pack_text 1 of 1"
 )
 
 

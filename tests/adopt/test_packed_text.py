@@ -1,0 +1,241 @@
+"""Text towers of OpenCLIP and transformers that pack texts compute the features and gradients of padded texts."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import clipfast
+from clipfast.adopt import parts
+
+from . import hf_models, shrunk
+from .pairs import TRAINING, lines, made, pair, patch
+from .test_towers import configured
+
+LENGTH, END = 77, shrunk.VOCABULARY - 2  # an id above the end is in the vocabulary
+# The places of the end-of-text token in the texts of a batch.
+MIXES = {
+    "random": torch.randint(0, LENGTH, (9,), generator=torch.Generator().manual_seed(3)).tolist(),
+    "equal": [17] * 4,
+    "first": [0] * 3,
+    "one": [30],
+    "empty captions": [1, 76, 1, 1],
+}
+
+
+def texts_of(ends, above=0):
+    """Return token ids whose end-of-text tokens are at ``ends``, which are the greatest, or have ``above`` them."""
+    texts = torch.randint(1, END, (len(ends), LENGTH), generator=torch.Generator().manual_seed(1))
+    texts[torch.arange(len(ends)), ends] = END
+    if above:
+        texts[:, above] = torch.where(texts[:, above] == END, END, END + 1)
+    return texts
+
+
+def of_texts(model, texts):
+    """Return the features of texts, and the gradients of a sum of them, by name."""
+    model.zero_grad()
+    torch.manual_seed(1)  # so that both models drop the same elements
+    features = model.encode_text(texts)
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (features * weights.to(features.dtype)).sum().backward()
+    return {"output": features.detach()} | {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def error(ours, theirs):
+    """Return the largest error of a patched model's results relative to the largest value of their tensor."""
+    return shrunk.largest_error(ours, theirs)[0]
+
+
+@pytest.mark.parametrize("pool_type", ["argmax", "eos"])
+@pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
+@pytest.mark.parametrize("ends", MIXES.values(), ids=MIXES)
+def test_packing_changes_nothing(ends, kind, pool_type, packed):
+    model, patched = configured("text_cfg", kind, pool_type=pool_type, eos_id=END)
+    texts = texts_of(ends, above=3 if pool_type == "eos" else 0)
+    assert error(of_texts(patched, texts), of_texts(model, texts)) <= 1e-12
+    assert packed == [True]
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "no gradient", "norms alone are ours too", "activations", "LoRA"])
+def test_packing_changes_nothing_in_any_way_to_compute_a_block(how, packed):
+    model, patched = pair("ViT-B-32")
+    texts = texts_of(MIXES["random"])
+    if how == "checkpointing":
+        for each in (model, patched):
+            each.set_grad_checkpointing()
+    elif how == "LoRA":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["c_fc", "c_proj"], init_lora_weights=False)
+        for each in (model, patched):
+            torch.manual_seed(3)
+            peft.inject_adapter_in_model(config, each)
+    elif how != "no gradient":
+        patch(patched, norms="norms" in how, activations="activations" in how)
+    with torch.no_grad():
+        torch.testing.assert_close(patched.encode_text(texts), model.encode_text(texts), rtol=0, atol=1e-12)
+    if how != "no gradient":
+        assert error(of_texts(patched, texts), of_texts(model, texts)) <= 1e-12
+    assert packed
+    assert all(packed)
+
+
+@pytest.mark.parametrize("place", ["as_on_a_gpu", "as_on_a_cpu"])
+@pytest.mark.parametrize("mode", ["float32", "autocast", "bfloat16"])
+def test_packing_errs_no_more(mode, place, packed, request):
+    request.getfixturevalue(place)
+    model, patched = pair("ViT-B-32", torch.float32)
+    texts = texts_of(MIXES["random"])
+    truth = of_texts(copy.deepcopy(model).double(), texts)
+    if mode == "bfloat16":
+        for each in (model, patched):
+            each.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else contextlib.nullcontext():
+        ours, theirs = of_texts(patched, texts), of_texts(model, texts)
+    assert packed == [True]
+    assert {name: x.dtype for name, x in ours.items()} == {name: x.dtype for name, x in theirs.items()}
+    errors = [sum((each[name] - x).norm() / x.norm() for name, x in truth.items()) for each in (ours, theirs)]
+    assert errors[0] <= 1.2 * errors[1]
+
+
+def test_micro_batches_have_the_gradients_of_the_padded_batch(packed):
+    model, patched = pair("ViT-B-32")
+    texts = texts_of(MIXES["random"])
+    images = shrunk.inputs(model, len(texts))[0]
+    clipfast.contrastive_loss(*model(images, texts)).backward()
+    clipfast.accumulate_gradients(patched, images, texts, 4)
+    for ours, theirs in zip(patched.parameters(), model.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-12 * theirs.grad.abs().max().clamp(min=1e-3)
+    assert packed == 6 * [True]
+
+
+def test_a_text_that_sees_its_neighbour_would_be_found(monkeypatch):
+    model, patched = pair("ViT-B-32")
+    texts, attention = texts_of(MIXES["random"]), parts.attention
+
+    def leaky(*args, cu_seqlens=None, **options):
+        """Compute attention in which every packed text sees the first."""
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens._replace(bounds=cu_seqlens.bounds.clone())
+            cu_seqlens.bounds[0, cu_seqlens.cu_seqlens[1] :] = 0
+        return attention(*args, cu_seqlens=cu_seqlens, **options)
+
+    monkeypatch.setattr(parts, "attention", leaky)
+    assert error(of_texts(patched, texts), of_texts(model, texts)) > 1e-6
+
+
+def drop(model):
+    """Let the attention of a block drop weights, in OpenCLIP 3.3.0 and in main."""
+    attn = model.transformer.resblocks[0].attn
+    attn.dropout = 0.5
+    getattr(attn, "attn_drop", nn.Dropout()).p = 0.5
+
+
+# What puts itself into a text tower, and would see packed texts or could not compute them.
+WATCHERS = {
+    "a hook": lambda model: model.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda *_: None),
+    "a hook on the stack": lambda model: model.transformer.register_forward_pre_hook(lambda *_: None),
+    "a hook on the table": lambda model: model.token_embedding.register_forward_hook(lambda *_: None),
+    "a hook on the norm": lambda model: model.ln_final.register_forward_hook(lambda *_: None),
+    "a hook on all modules": lambda _: nn.modules.module.register_module_forward_hook(lambda *_: None),
+    "another module": lambda model: model.transformer.resblocks[0].register_module("ls_1", nn.BatchNorm1d(LENGTH)),
+    "another forward": lambda model: setattr(model.transformer.resblocks[1].ln_1, "forward", lambda x: x + 1),
+    "a compiled block": lambda model: model.transformer.resblocks[0].compile(backend="eager"),
+    "another mask": lambda model: model.attn_mask.fill_(0),
+    "dropout": drop,
+}
+
+
+@pytest.mark.parametrize("what", WATCHERS)
+def test_a_watched_tower_gets_padded_texts(what, packed):
+    model, patched = pair("ViT-B-32")
+    texts = texts_of(MIXES["random"])
+    patched.encode_text(texts)
+    assert packed == [True]
+    handles = [WATCHERS[what](each) for each in (model, patched)]
+    try:
+        assert error(of_texts(patched.double(), texts), of_texts(model.double(), texts)) <= 1e-11
+        assert "as before" in lines(patched, "pack_text")[0]
+    finally:
+        for handle in handles:
+            if isinstance(handle, torch.utils.hooks.RemovableHandle):
+                handle.remove()
+    assert packed == [True]
+
+
+def test_texts_stay_padded_where_little_is_padding_or_a_compiler_sees_no_values(packed):
+    patched = patch(made("ViT-B-32"))
+    patched.encode_text(texts_of([76, 70, 76]))
+    assert packed == [False]
+    texts = texts_of(MIXES["random"])
+    expected = patched.encode_text(texts)
+    assert packed.pop()
+    compiled = torch.compile(patched.encode_text, backend="eager", fullgraph=True)(texts)
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-12)
+    assert packed == [False]
+
+
+def test_packing_can_be_left_out_and_taken_back(packed):
+    model = made("ViT-B-32")
+    texts = texts_of(MIXES["random"])
+    patch(model, pack_text=False).encode_text(texts)
+    assert lines(model, "pack_text") == [line for line in lines(model, "pack_text") if "pack_text=False" in line]
+    patch(model).encode_text(texts)
+    assert packed == [True]
+    clipfast.revert_model(model).encode_text(texts)
+    assert packed == [True]
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("ViT-B-16-SigLIP", "every token sees the padding"), ("coca_ViT-B-32", "its mask hides padding too"),
+    ("siglip", "every token sees the padding"), ("siglip2", "every token sees the padding"),
+    ("CLIPTextModel", "every row is returned"), ("clip with dropout", "its attention is not ours, or drops weights"),
+])  # fmt: skip
+def test_the_report_says_why_texts_are_not_packed(name, reason, packed):
+    _, patched = pair(name)
+    given = hf_models.inputs(patched, "end") if name not in shrunk_names() else shrunk.inputs(patched)
+    patched(**given) if isinstance(given, dict) else patched(*given)
+    assert packed == []
+    assert [f"as before: {reason}" in line for line in lines(patched, "pack_text")] == [True]
+
+
+def shrunk_names():
+    """Return the names of the models of OpenCLIP in these tests."""
+    return ("ViT-B-16-SigLIP", "coca_ViT-B-32")
+
+
+@pytest.mark.parametrize("name", ["clip", "clip of early configurations"])
+@pytest.mark.parametrize("padding", [None, "nowhere", "end", "early", "middle"])
+def test_transformers(name, padding, packed):
+    model, patched = pair(name)
+    given = hf_models.inputs(model, padding, batch=5)
+    # This id is above that of the end, and only the early configurations read its token.
+    given["input_ids"][2, 1] = hf_models.END + 1
+    for checkpointing in (False, True):
+        for each in (model, patched) if checkpointing else ():
+            each.gradient_checkpointing_enable()
+        ours, theirs = (hf_models.results(each, given, **TRAINING) for each in (patched, model))
+        assert error(ours, theirs) <= 1e-12
+    assert packed == ([True, True] if padding in (None, "nowhere", "end") else [])
+    hf_models.assert_equal(model.eval(), patched.eval(), given)  # all rows, and all logits
+    assert len(packed) <= 2
+
+
+def test_transformers_with_lora_and_without_our_other_parts(packed):
+    peft = pytest.importorskip("peft")
+    model, patched = pair("clip", norms=False, text_embed=False)
+    given = hf_models.inputs(model, "end")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    for each in (model, patched):
+        torch.manual_seed(3)
+        peft.inject_adapter_in_model(config, each)
+    assert error(*(hf_models.results(each, given, **TRAINING) for each in (patched, model))) <= 1e-12
+    assert packed == [True]
+    hf_models.results(patched, given, **TRAINING, position_ids=torch.arange(13).flip(0)[None])
+    patch(patched, pooled_last_block=False)
+    assert hf_models.results(patched, given, **TRAINING)
+    assert packed == [True]
