@@ -320,8 +320,8 @@ def _is_row_by_row(part: nn.Module) -> bool:
 
 def why_not_packed(encoder: Any) -> str:
     """Return the reason why the blocks of transformers' encoder cannot compute packed texts, or "" if they can."""
-    if part_of(encoder)[1] != "Encoder" or not len(encoder.layers):
-        return "its stack of blocks is not transformers' own, or has no blocks"
+    if part_of(encoder)[1] != "Encoder" or not is_untouched(encoder) or not len(encoder.layers):
+        return "its stack of blocks is not transformers' own, has a hook, or has no blocks"
     refusal = packed_text.why_not_packed(encoder, _is_row_by_row)
     if not refusal and not all(hasattr(layer, "self_attn") and takes(layer.self_attn) for layer in encoder.layers):
         return "its attention is not ours, or drops weights"
@@ -329,27 +329,32 @@ def why_not_packed(encoder: Any) -> str:
 
 
 def read_packed(encoder: Any, x: Tensor, text: PackedText) -> Tensor:
-    """Run the blocks of transformers' encoder on packed texts; return the last row of each: [1, T, E] -> [B, E]."""
-    x = _run_layers(encoder.layers, x, None, text.packing, {"is_causal": True})
-    return take_rows(x, text)[text.order]
+    """Run the blocks of transformers' encoder on packed texts, and return the last row of each: [1, T, E] -> [B, E]."""
+    if why_not_read(encoder, text.max_seqlen):
+        row = take_rows(_run_layers(encoder.layers, x, None, text.packing, {"is_causal": True}), text)
+    else:
+        row = read_row(encoder, x, text, True, None)
+    return row[text.order]
 
 
-def read_row(encoder: Any, x: Tensor, rows: Tensor | None, causal: bool, seqlens: Tensor | None) -> Tensor:
+def read_row(encoder: Any, x: Tensor, rows: Tensor | PackedText | None, causal: bool, seqlens: Tensor | None) -> Tensor:
     """Run the blocks of transformers' encoder, the last one for a single row of each sequence: [B, N, E] -> [B, E].
 
     Args:
         encoder: an encoder for which :func:`why_not_read` returns "".
         x: the tokens that enter the blocks.
-        rows: [B], the row of each sequence to compute; None for the first.
+        rows: [B], the row of each sequence to compute; None for the first; packed texts for the last of each, in the
+            order in which they lie.
         causal: each token attends only to itself and the tokens before it.
         seqlens: [B], the number of visible tokens of each sequence; None for all.
     """
     *layers, last = encoder.layers
-    x = _run_layers(layers, x, None, seqlens, {"is_causal": True} if causal else {})
+    seen = rows.packing if isinstance(rows, PackedText) else seqlens
+    x = _run_layers(layers, x, None, seen, {"is_causal": True} if causal else {})
     return _checkpointed(last, functools.partial(_last_row, last, rows=rows, causal=causal, seqlens=seqlens), x)
 
 
-def _last_row(layer: Any, x: Tensor, rows: Tensor | None, causal: bool, seqlens: Tensor | None) -> Tensor:
+def _last_row(layer: Any, x: Tensor, rows: Tensor | PackedText | None, causal: bool, seqlens: Tensor | None) -> Tensor:
     """Compute one row of what a patched block of transformers returns for each sequence: [B, N, E] -> [B, E]."""
     attn = layer.self_attn
     projections = (attn.q_proj, attn.k_proj, attn.v_proj)

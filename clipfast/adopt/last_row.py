@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..models.layers import take_rows
+from ..models.packed_text import PackedText
 from .parts import add_norm
 from .places import is_untouched
 
@@ -32,12 +33,14 @@ def why_not_row(block: Any, num_tokens: int, num_heads: int, is_known: Callable[
     return ""
 
 
-def last_row(x: Tensor, rows: Tensor | None, branch: Tensor, norm: Any, mlp: Callable[[Tensor], Tensor]) -> Tensor:
+def last_row(
+    x: Tensor, rows: Tensor | PackedText | None, branch: Tensor, norm: Any, mlp: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Compute row ``rows[b]`` of each sequence after an adopted model's block, from its attention: -> [B, width].
 
     Args:
         x: the input of the block.
-        rows: [B]; None for the first row of each sequence.
+        rows: [B]; None for the first row of each sequence; packed texts for the last row of each.
         branch: [B, width], the output of the block's attention for these rows.
         norm: the block's second norm.
         mlp: the block's MLP.

@@ -218,7 +218,7 @@ def _attend(block: Any, x: Tensor, attn_mask: Tensor | Packing | None, causal: b
     return block.attention(q_x=x, attn_mask=attn_mask)
 
 
-def _attend_context(block: Any, x: Tensor, context: Tensor, attn_mask: Tensor | None) -> Tensor:
+def _attend_context(block: Any, x: Tensor, context: Tensor, attn_mask: Any) -> Tensor:
     """Call the attention of a ``ResidualAttentionBlock`` on a context."""
     attn_mask = None if attn_mask is None else attn_mask.to(x.dtype)
     if isinstance(block.attn, nn.MultiheadAttention):

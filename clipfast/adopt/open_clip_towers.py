@@ -12,6 +12,7 @@ from ..kernels import patch_embed, text_embed
 from ..kernels.packing import Packing
 from ..models.layers import attend_row, has_hooks, is_plain, take_rows
 from ..models.packed_text import PackedText, has_values, pack_if_shorter
+from ..models.texts import check_text
 from . import packed_text
 from .last_row import KIND, ROW, last_row, why_not_row
 from .open_clip import hides_padding, is_causal, why_not_causal
@@ -192,17 +193,15 @@ def text_tokens(tower: Any, text: Tensor | PackedText) -> Tensor | None:
     table, positions = tower.token_embedding, tower.positional_embedding
     dtype = tower.transformer.get_cast_dtype()
     is_same = is_table(table) and table.weight.dtype == positions.dtype == dtype
-    packed = text if isinstance(text, PackedText) else None
-    ids = text if packed is None else packed.ids
-    is_text = packed is not None or (ids.ndim == 2 and ids.shape[1] <= len(positions))
+    packing, ids = (text.packing, text.ids) if isinstance(text, PackedText) else (None, text)
+    is_text = packing is not None or (ids.ndim == 2 and ids.shape[1] <= len(positions))
     is_text = is_text and ids.dtype in (torch.int32, torch.int64)
     if not is_same or not is_text or not computes(table.weight) or is_left(table.weight):
         return None
     # Under autocast, the embeddings keep the dtype of the table, as in OpenCLIP.
     with torch.autocast(ids.device.type, enabled=False):
-        if packed is None:
-            return text_embed(ids, table.weight, positions)
-        return text_embed(ids, table.weight, positions, cu_seqlens=packed.packing)[None]
+        tokens = text_embed(ids, table.weight, positions, cu_seqlens=packing)
+    return tokens if packing is None else tokens[None]
 
 
 def _embedded(tower: Any, text: Tensor | PackedText, by_op: bool) -> Tensor:
@@ -245,8 +244,9 @@ def image_tower(tower: Any, x: Tensor) -> Tensor:
 
 @on_cpus
 def text_tower(
-    tower: Any, text: Tensor, attention_mask: Tensor | None = None, *, pools: bool = False, packs: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+    tower: Any, text: Tensor | PackedText, attention_mask: Tensor | None = None, *, pools: bool = False,
+    packs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute an OpenCLIP ``TextTransformer``: [B, L] -> [B, output_dim]. Versions from 4 on take a mask of padding.
 
     The options are those of :func:`encode_text`.
@@ -256,46 +256,54 @@ def text_tower(
     if tower.output_tokens or tower.cls_emb is not None or has_hooks(tower.ln_final):
         return type(tower).forward(tower, text)
     pool_type, eos = tower.pool_type, getattr(tower, "eos_id", None)
-    packed = _packed(tower, text, pool_type, eos) if packs else None
-    if packed is not None:
-        x = _embedded(tower, packed, runs_ours(tower, "_embeds"))
-        return _text_features(tower, x, packed, packed.packing, pool_type, eos, pools)
-    x, mask = tower._embeds(text)
+    text = _packed(tower, text, pool_type, eos, packs)
+    if isinstance(text, PackedText):
+        x, mask = _embedded(tower, text, runs_ours(tower, "_embeds")), text.packing
+    else:
+        x, mask = tower._embeds(text)
     return _text_features(tower, x, text, mask, pool_type, eos, pools)
 
 
 @on_cpus
 def encode_text(
-    model: Any, text: Tensor, normalize: bool = False, *, embeds: bool = False, pools: bool = False, packs: bool = False
-) -> Tensor:
+    model: Any, text: Tensor | PackedText, normalize: bool = False, *, embeds: bool = False, pools: bool = False,
+    packs: bool = False,
+) -> Tensor:  # fmt: skip
     """Compute ``open_clip.CLIP.encode_text``: [B, L] -> [B, embed_dim].
 
     Args:
         model: the model.
-        text: token ids.
+        text: token ids, or packed texts.
         normalize: divide each feature vector by its length.
         embeds: embed by our op.
         pools: the last block computes one row only.
         packs: texts are packed where the tower takes them.
     """
     pool_type, eos = model.text_pool_type, getattr(model, "text_eos_id", None)
-    packed = _packed(model, text, pool_type, eos) if packs else None
-    if packed is None:
-        x = _text_features(model, _embedded(model, text, embeds), text, model.attn_mask, pool_type, eos, pools)
-    else:
-        x = _text_features(model, _embedded(model, packed, embeds), packed, packed.packing, pool_type, eos, pools)
+    text = _packed(model, text, pool_type, eos, packs)
+    mask = text.packing if isinstance(text, PackedText) else model.attn_mask
+    x = _text_features(model, _embedded(model, text, embeds), text, mask, pool_type, eos, pools)
     return F.normalize(x, dim=-1) if normalize else x
 
 
-def _packed(tower: Any, text: Tensor, pool_type: str, eos: int | None) -> PackedText | None:
-    """Return texts packed, if an OpenCLIP text tower computes packed texts and enough of them is padding, or None."""
+def _packed(tower: Any, text: Tensor | PackedText, pool_type: str, eos: int | None, packs: bool) -> Tensor | PackedText:
+    """Return texts packed, if ``packs``, if OpenCLIP's text tower takes them, and if enough of them is padding.
+
+    Raises:
+        TypeError: the texts are packed already, and the tower cannot compute them.
+        ValueError: so many columns were packed that there are not enough positions.
+    """
     positions = tower.positional_embedding
-    if not isinstance(text, Tensor) or text.ndim != 2 or text.shape[1] > len(positions) or not has_values(text):
-        return None
-    if not computes(positions) or not is_causal(tower.attn_mask, tower) or _why_not_packed(tower, pool_type, ""):
-        return None
-    packed = pack_if_shorter(text, _rows(text, pool_type, eos))
-    return packed if isinstance(packed, PackedText) else None
+    if isinstance(text, PackedText):
+        refusal = _why_not_packed(tower, pool_type, "" if is_causal(tower.attn_mask, tower) else "it is not causal")
+        if refusal or not computes(positions):
+            raise TypeError(f"this text tower of OpenCLIP cannot compute packed texts: {refusal or 'by its dtype'}")
+        check_text(text, len(positions))
+        return text
+    is_batch = packs and isinstance(text, Tensor) and text.ndim == 2 and text.shape[1] <= len(positions)
+    if not is_batch or not has_values(text) or not computes(positions) or not is_causal(tower.attn_mask, tower):
+        return text
+    return text if _why_not_packed(tower, pool_type, "") else pack_if_shorter(text, _rows(text, pool_type, eos))
 
 
 def _text_features(
@@ -310,7 +318,8 @@ def _text_features(
     packed = text if isinstance(text, PackedText) else None
     rows = _rows(text, pool_type, eos) if packed is None else packed
     can_pool = pools and pool_type in _POOLS and (causal or mask is None) and not has_hooks(tower.ln_final)
-    if can_pool and computes(x) and packed is None and not _why_not_row(tower.transformer, x.shape[1]):
+    num_tokens = x.shape[1] if packed is None else packed.max_seqlen
+    if can_pool and computes(x) and not _why_not_row(tower.transformer, num_tokens):
         x = tower.ln_final(_read_row(tower.transformer, x, rows, mask, causal))
     else:
         x = tower.ln_final(tower.transformer(x, attn_mask=mask))
@@ -334,8 +343,13 @@ def _rows(text: Any, pool_type: str, eos: Any) -> Tensor | None:
     return text.new_full(text.shape[:1], text.shape[1] - 1, dtype=torch.int64)
 
 
-def _read_row(stack: Any, x: Tensor, rows: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
-    """Compute row ``rows[b]`` of each sequence b after all blocks of an OpenCLIP tower: [B, N, width] -> [B, width]."""
+def _read_row(
+    stack: Any, x: Tensor, rows: Tensor | PackedText | None, mask: Tensor | Packing | None, causal: bool
+) -> Tensor:
+    """Compute row ``rows[b]`` of each sequence b after all blocks of an OpenCLIP tower: [B, N, width] -> [B, width].
+
+    Of packed texts, [1, T, width], it is the last row of each, in the order in which they lie.
+    """
     *blocks, last = stack.resblocks
     for block in blocks:
         if stack.grad_checkpointing:
@@ -347,7 +361,7 @@ def _read_row(stack: Any, x: Tensor, rows: Tensor | None, mask: Tensor | None, c
     return _last_row(last, x, rows, causal)
 
 
-def _last_row(block: Any, x: Tensor, rows: Tensor | None, causal: bool) -> Tensor:
+def _last_row(block: Any, x: Tensor, rows: Tensor | PackedText | None, causal: bool) -> Tensor:
     """Compute one row of what an OpenCLIP ``block`` returns for each sequence: [B, N, width] -> [B, width]."""
     attn = block.attn
     biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)

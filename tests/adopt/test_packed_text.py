@@ -9,6 +9,7 @@ from torch import nn
 
 import clipfast
 from clipfast.adopt import parts
+from clipfast.models import packed_text
 
 from . import hf_models, shrunk
 from .pairs import TRAINING, lines, made, pair, patch
@@ -61,10 +62,13 @@ def test_packing_changes_nothing(ends, kind, pool_type, packed):
     assert packed == [True]
 
 
-@pytest.mark.parametrize("how", ["checkpointing", "no gradient", "norms alone are ours too", "activations", "LoRA"])
-def test_packing_changes_nothing_in_any_way_to_compute_a_block(how, packed):
+@pytest.mark.parametrize("how", ["rounded", "checkpointing", "no gradient", "norms", "activations", "LoRA", "all rows"])
+def test_packing_changes_nothing_in_any_way_to_compute_a_block(how, packed, monkeypatch):
     model, patched = pair("ViT-B-32")
     texts = texts_of(MIXES["random"])
+    if how == "rounded":  # as on a GPU
+        pack = packed_text._packed
+        monkeypatch.setattr(packed_text, "_packed", lambda texts, lengths, _: pack(texts, lengths, True))
     if how == "checkpointing":
         for each in (model, patched):
             each.set_grad_checkpointing()
@@ -75,7 +79,8 @@ def test_packing_changes_nothing_in_any_way_to_compute_a_block(how, packed):
             torch.manual_seed(3)
             peft.inject_adapter_in_model(config, each)
     elif how != "no gradient":
-        patch(patched, norms="norms" in how, activations="activations" in how)
+        rows = how != "all rows"
+        patch(patched, norms=how == "norms", activations=how == "activations", text_embed=rows, pooled_last_block=rows)
     with torch.no_grad():
         torch.testing.assert_close(patched.encode_text(texts), model.encode_text(texts), rtol=0, atol=1e-12)
     if how != "no gradient":
@@ -177,6 +182,20 @@ def test_texts_stay_padded_where_little_is_padding_or_a_compiler_sees_no_values(
     compiled = torch.compile(patched.encode_text, backend="eager", fullgraph=True)(texts)
     torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-12)
     assert packed == [False]
+
+
+def test_texts_may_be_packed_before(packed):
+    model, patched = configured("text_cfg", pool_type="eos", eos_id=END)
+    texts = texts_of(MIXES["random"], above=3)
+    rows = (texts == END).int().argmax(-1)
+    for each in (patched, patch(patched, pack_text=False)):
+        found = each.encode_text(clipfast.pack_texts(texts, last=rows, for_gpu=True))
+        torch.testing.assert_close(found, model.encode_text(texts), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="packed from 80 columns"):
+        patched.encode_text(clipfast.pack_texts(torch.zeros(2, 80, dtype=torch.long)))
+    with pytest.raises(TypeError, match="cannot compute packed texts: its attention is not ours"):
+        patch(patched, attention=False).encode_text(clipfast.pack_texts(texts))
+    assert packed == []
 
 
 def test_packing_can_be_left_out_and_taken_back(packed):

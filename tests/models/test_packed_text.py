@@ -176,6 +176,14 @@ def test_the_second_occurrence_of_the_end_token_is_not_read():
     assert pack_texts(texts).packing.cu_seqlens.tolist() == [0, 6, 10]
 
 
+def test_another_token_than_that_of_the_largest_id_may_be_the_last():
+    texts = texts_of([4, 6])
+    assert pack_texts(texts, last=torch.tensor([1, 20])).packing.cu_seqlens.tolist() == [0, 21, 23]
+    for wrong in (torch.tensor([1]), torch.tensor([1, LENGTH]), torch.tensor([-1, 2])):
+        with pytest.raises(ValueError, match="last must be a place in each text"):
+            pack_texts(texts, last=wrong)
+
+
 def test_tensors_without_values_are_not_packed():
     texts = texts_of([5] * 4)
     assert isinstance(pack_if_shorter(texts), PackedText)
