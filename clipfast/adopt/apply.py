@@ -39,7 +39,8 @@ def apply_to_open_clip(
             ``attention``.
         pack_text: CLIP's standard text tower, which is causal and reads the end-of-text token, computes no token behind
             it, where a tenth of a batch is behind it and nothing else looks at the tower's modules; this needs
-            ``attention``. On a GPU the host waits for the lengths of texts.
+            ``attention``. On a GPU a batch must have 8,192 tokens, and the host waits for the lengths of its texts
+            unless they are packed before (:func:`clipfast.pack_texts`).
 
     Returns:
         ``model`` itself.
