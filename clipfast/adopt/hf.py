@@ -23,7 +23,7 @@ from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.packing import Packing
 from ..models.layers import attend_row, has_hooks, is_plain, single_query_attention, take_rows
 from ..models.packed_text import PackedText
-from . import packed_text
+from . import packable
 from .last_row import last_row, why_not_row
 from .parts import ADDS, add_norm, drops, linear_gelu, propose_gelu, propose_heads
 from .places import Proposal, class_name, computes, is_left, is_untouched, runs_ours
@@ -322,7 +322,7 @@ def why_not_packed(encoder: Any) -> str:
     """Return the reason why the blocks of transformers' encoder cannot compute packed texts, or "" if they can."""
     if part_of(encoder)[1] != "Encoder" or not is_untouched(encoder) or not len(encoder.layers):
         return "its stack of blocks is not transformers' own, has a hook, or has no blocks"
-    refusal = packed_text.why_not_packed(encoder, _is_row_by_row)
+    refusal = packable.why_not_packed(encoder, _is_row_by_row)
     if not refusal and not all(hasattr(layer, "self_attn") and takes(layer.self_attn) for layer in encoder.layers):
         return "its attention is not ours, or drops weights"
     return refusal

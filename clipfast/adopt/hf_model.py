@@ -19,7 +19,7 @@ from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_lo
 from ..kernels.contrastive.exchange import gather_equal
 from ..losses.clip_loss import mean_over_ranks
 from ..losses.siglip_loss import SigLipLoss
-from . import packed_text
+from . import packable
 from .hf import asks_nothing, part_of, split_name
 from .hf_towers import pooled_image, pooled_text, why_not_packed, why_not_pooled
 from .last_row import KIND as ROW
@@ -33,7 +33,7 @@ def propose_model(module: Any) -> Iterator[Proposal]:
     family, part = part_of(module)
     bases = [split_name(f"{base.__module__}.{base.__qualname__}")[1] for base in type(module).__mro__[1:]]
     if part != "Model" and "Model" in bases:
-        kinds = ("loss", ROW, packed_text.KIND)
+        kinds = ("loss", ROW, packable.KIND)
         yield from (Proposal(kind, f"{type(module).__name__} is a class of its own") for kind in kinds)
     elif part == "Model":
         function = siglip2_model if family == "Siglip2" else pair_model
@@ -44,7 +44,7 @@ def propose_model(module: Any) -> Iterator[Proposal]:
     elif part.startswith(("VisionModel", "TextModel")):
         yield Proposal(ROW, "every row of its last block is returned")
         if part.startswith("TextModel"):
-            yield Proposal(packed_text.KIND, "every row is returned")
+            yield Proposal(packable.KIND, "every row is returned")
 
 
 def _propose_rows(model: Any, function: Any) -> Proposal:
@@ -63,11 +63,11 @@ def _propose_rows(model: Any, function: Any) -> Proposal:
 def _propose_packed(model: Any, function: Any) -> Proposal:
     """Propose that the text tower of a transformers model computes packed texts, or say why not."""
     if part_of(model)[0] != "CLIP":
-        return Proposal(packed_text.KIND, "every token sees the padding")
+        return Proposal(packable.KIND, "every token sees the padding")
     refusal = why_not_packed(model.text_model)
     if not refusal and not options_of(model).get("pools"):
         refusal = "every row is returned if the loss is theirs, or without pooled_last_block"
-    return propose_unless(refusal, packed_text.KIND, f"{packed_text.PACKS}, {_WHEN}", function, option="packs")
+    return propose_unless(refusal, packable.KIND, f"{packable.PACKS}, {_WHEN}", function, option="packs")
 
 
 @on_cpus

@@ -13,7 +13,7 @@ from ..kernels.packing import Packing
 from ..models.layers import attend_row, has_hooks, is_plain, take_rows
 from ..models.packed_text import PackedText, has_values, pack_if_shorter
 from ..models.texts import check_text
-from . import packed_text
+from . import packable
 from .last_row import KIND, ROW, last_row, why_not_row
 from .open_clip import hides_padding, is_causal, why_not_causal
 from .parts import NO_PROJECTION, drops, is_projection, is_table, project_out
@@ -50,18 +50,18 @@ def propose_tower(module: nn.Module) -> Iterator[Proposal]:
         refusal = _why_not_read(tower, tower.text_pool_type)
         yield propose_unless(refusal, KIND, ROW, encode_text, method, "pools")
         refusal = _why_not_packed(tower, tower.text_pool_type, why_not_causal(tower))
-        yield propose_unless(refusal, packed_text.KIND, packed_text.PACKS, encode_text, method, "packs")
+        yield propose_unless(refusal, packable.KIND, packable.PACKS, encode_text, method, "packs")
     elif name == "open_clip.transformer.TextTransformer" and hasattr(module, "_embeds"):
         yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, text_embeds, "_embeds")
         yield propose_unless(_why_not_read(tower, tower.pool_type), KIND, ROW, text_tower, option="pools")
         refusal = _why_not_packed(tower, tower.pool_type, why_not_causal(tower))
-        yield propose_unless(refusal, packed_text.KIND, packed_text.PACKS, text_tower, option="packs")
+        yield propose_unless(refusal, packable.KIND, packable.PACKS, text_tower, option="packs")
     elif name == "open_clip.transformer.ModernTextTransformer":
         yield Proposal("text_embed", "it adds no positions to texts")
         yield Proposal(KIND, "its last block has parts that CLIP's has not, such as an adapter")
-        yield Proposal(packed_text.KIND, "it is not CLIP's text tower")
+        yield Proposal(packable.KIND, "it is not CLIP's text tower")
     elif name == "open_clip.hf_model.HFTextEncoder":
-        yield Proposal(packed_text.KIND, "it is not CLIP's text tower")
+        yield Proposal(packable.KIND, "it is not CLIP's text tower")
 
 
 def _propose_image_tower(tower: Any) -> Iterator[Proposal]:
@@ -106,7 +106,7 @@ def _why_not_packed(tower: Any, pool_type: str, refusal: str | None) -> str:
     stack = tower.transformer
     if class_name(stack) != _STACK or not len(stack.resblocks) or not getattr(stack, "batch_first", True):
         return "its stack of blocks is not OpenCLIP's own, has no blocks, or has batch_first=False"
-    refusal = packed_text.why_not_packed(stack, lambda part: class_name(part) in _PLAIN)
+    refusal = packable.why_not_packed(stack, lambda part: class_name(part) in _PLAIN)
     if not refusal and not all(map(_takes_packed, stack.resblocks)):
         return "its attention is not ours, or not plain"
     return refusal
