@@ -310,6 +310,7 @@ def is_traced() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._dispatch_tls_is_dispatch_key_included(LEGACY_VMAP)
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
 
 

@@ -44,7 +44,7 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     ends = cu_seqlens.clamp(0, total)
     if check_values(op, cu_seqlens, total):
         lengths = torch.cat([ends.diff(), total - ends[-1:]])  # the last one is that of the tokens of no sequence
-        sequence = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        sequence = torch.arange(len(lengths), dtype=torch.int32, device=ends.device).repeat_interleave(lengths)
     else:
         # The number of sequences that end before each token is the number of its own. The host waits for nothing.
         tokens = torch.arange(total, dtype=torch.int32, device=ends.device)

@@ -45,7 +45,7 @@ def encode_texts(
     """
     ids = tokenizer(texts)
     given: Tensor | PackedText = ids
-    if isinstance(model, CLIP) and model.takes_packed():
+    if isinstance(model, CLIP) and type(model).encode_text is CLIP.encode_text and model.takes_packed():
         given = pack_on_host(ids, torch.device(device))
     elif not getattr(model, "reads_padding", True):
         given = trim_padding(ids)

@@ -95,10 +95,10 @@ class CLIP(nn.Module):
             [B, embed_dim].
 
         Raises:
-            TypeError: ``text`` is not a tensor.
+            TypeError: ``text`` is neither a tensor nor packed, or it is packed and a block is not CLIP's.
             ValueError: ``text`` has more tokens than the model has positions.
         """
-        check_text(text, self.context_length)
+        check_text(text, self.context_length, may_be_packed=not self.reads_padding)
         if isinstance(text, Tensor) and self.takes_packed():
             text = pack_if_shorter(text)
         # The end-of-text token has the highest id of the vocabulary.
@@ -108,8 +108,12 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def takes_packed(self) -> bool:
-        """Return whether texts are packed: ``pack_text`` is set, and no module of the text tower would see it."""
-        return self.pack_text and is_plain(self.token_embedding, nn.Embedding) and takes_packed(self.transformer)
+        """Return whether texts are packed: ``pack_text`` is set, and nothing of the user's would see it."""
+        if not self.pack_text or self.reads_padding or not is_plain(self.token_embedding, nn.Embedding):
+            return False
+        # A subclass that changes the embedded texts, as learned prompts do, expects [B, L, width].
+        is_own = type(self).embed_text is CLIP.embed_text and "embed_text" not in self.__dict__
+        return is_own and not self.token_embedding.scale_grad_by_freq and takes_packed(self.transformer)
 
     def embed_text(self, text: Tensor | PackedText) -> Tensor:
         """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width]; packed, [1, T, width].

@@ -69,6 +69,8 @@ def text_intermediates(
     model: "CLIP", text: Tensor, *, indices: Indices, normalize_intermediates: bool, intermediates_only: bool
 ) -> dict[str, Any]:
     """Run the text tower; return the outputs of the chosen blocks, and the features of the texts, not normalised."""
+    if not isinstance(text, Tensor):
+        raise TypeError(f"forward_intermediates: text must be a tensor of token ids, got a {type(text).__name__}")
     x, found = collect_blocks(model.transformer, model.embed_text(text), indices)
     if normalize_intermediates:
         found = [model.ln_final(stage) for stage in found]

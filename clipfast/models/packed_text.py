@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels import backends
 from ..kernels.common import cdiv
@@ -31,9 +32,11 @@ TILE, SIZES = 64, 128
 # Where less of a batch is padding, attention over texts of several lengths costs more than packing saves. With fewer
 # tokens, padding included, a GPU waits for the host anyway, and packing would give this more to do.
 LEAST_PADDING, LEAST_TOKENS = 0.1, 8192
+# The dispatch modes in which ops give tensors without values.
+_WITHOUT_VALUES = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PackedText:
     """A batch of B texts without the tokens that no feature depends on; :func:`pack_texts` makes it.
 
@@ -106,8 +109,11 @@ def pack_texts(texts: Tensor, *, last: Tensor | None = None, for_gpu: bool | Non
         for_gpu: round the number of tokens up, as a GPU likes it; default: if the texts are on one.
 
     Raises:
+        TypeError: ``texts`` is not a tensor.
         ValueError: there is no text, or no token, or ``last`` is not a place in each text.
     """
+    if not isinstance(texts, Tensor):
+        raise TypeError(f"pack_texts: texts must be a tensor of token ids [B, L], got a {type(texts).__name__}")
     if texts.ndim != 2 or texts.numel() == 0:
         raise ValueError(f"pack_texts: texts must be [B, L] with at least one token, got shape {tuple(texts.shape)}")
     lengths = _lengths(texts, last)
@@ -145,29 +151,37 @@ def pack_on_host(texts: Tensor, device: torch.device, *, always: bool = False) -
     return trimmed if is_for_gpu else pack_if_shorter(trimmed)
 
 
-_host = threading.local()  # whether the host must not wait for a GPU
+_waits = 0  # the number of contexts that forbid the host to wait for a GPU
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def without_waiting() -> Iterator[None]:
-    """Let models pack no texts that they get as tensors, as in a CUDA graph in the making, since the host would wait.
+    """Let models pack no texts of a GPU that they get as tensors, as while a CUDA graph is captured.
 
-    The calls that warm a graph up must compute what the graph will.
+    The calls that warm a graph up must compute what the graph will, and so must the backward pass, in which autograd
+    computes recomputed texts in a thread of its own.
     """
-    before, _host.must_not_wait = getattr(_host, "must_not_wait", False), True
+    global _waits
+    with _lock:
+        _waits += 1
     try:
         yield
     finally:
-        _host.must_not_wait = before
+        with _lock:
+            _waits -= 1
 
 
 def has_values(x: Tensor) -> bool:
     """Return whether the host can and may read the values of a tensor here."""
-    if getattr(_host, "must_not_wait", False):
-        return False
     if backends.is_traced() or x.__class__ not in backends.PLAIN or x.is_meta:
         return False
-    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    if any(mode.__class__.__name__ in _WITHOUT_VALUES for mode in _get_current_dispatch_mode_stack()):
+        return False
+    if x.device.type == "cpu":
+        return True
+    # On other devices the references compute, one text after another.
+    return x.device.type == "cuda" and not _waits and not torch.cuda.is_current_stream_capturing()
 
 
 def _lengths(texts: Tensor, last: Tensor | None) -> Tensor:
@@ -178,15 +192,16 @@ def _lengths(texts: Tensor, last: Tensor | None) -> Tensor:
 def _packed(texts: Tensor, lengths: Tensor, for_gpu: bool) -> PackedText:
     """Return packed texts with these lengths, which are on the CPU."""
     lengths, packed = lengths.sort(descending=True, stable=True)
-    cu_seqlens = torch.zeros(len(texts) + 1, dtype=torch.int32)
+    host = lengths.device  # not the default device, which may be another
+    cu_seqlens = torch.zeros(len(texts) + 1, dtype=torch.int32, device=host)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     used = total = int(cu_seqlens[-1])
     if for_gpu:
         multiple = TILE * cdiv(texts.numel(), TILE * SIZES)
         total = multiple * cdiv(used, multiple)
-    place = torch.zeros(total, dtype=torch.int64)  # of each token among those of ``texts``
+    place = torch.zeros(total, dtype=torch.int64, device=host)  # of each token among those of ``texts``
     starts = packed * texts.shape[1] - cu_seqlens[:-1]
-    torch.add(starts.repeat_interleave(lengths), torch.arange(used), out=place[:used])
+    torch.add(starts.repeat_interleave(lengths), torch.arange(used, device=host), out=place[:used])
     found = PackedText(place, pack(cu_seqlens, total), packed.argsort(), texts.shape[1])
     found = found if texts.device.type == "cpu" else found.to(texts.device)
     return dataclasses.replace(found, ids=texts.flatten().index_select(0, found.ids))

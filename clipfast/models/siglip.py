@@ -296,13 +296,13 @@ class SigLIP(CLIP):
         Raises:
             TypeError, ValueError: as for :class:`CLIP`.
         """
-        check_text(text, self.context_length, takes_packed=False)
+        check_text(text, self.context_length, may_be_packed=False)
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
     def embed_text(self, text: Tensor) -> Tensor:  # type: ignore[override]
         """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width]."""
-        check_text(text, self.context_length, takes_packed=False)
+        check_text(text, self.context_length, may_be_packed=False)
         return self.text.embed(text)
 
     def forward(  # type: ignore[override]

@@ -7,14 +7,14 @@ from .layers import is_plain
 from .packed_text import PackedText
 
 
-def check_text(text: Tensor | PackedText, context_length: int, *, takes_packed: bool = True) -> None:
+def check_text(text: Tensor | PackedText, context_length: int, *, may_be_packed: bool = True) -> None:
     """Refuse a text that is not a batch of token ids, or packed although the tower reads padding.
 
     Raises:
         TypeError, ValueError: as ``encode_text`` says.
     """
     if isinstance(text, PackedText):
-        if not takes_packed:
+        if not may_be_packed:
             raise TypeError("encode_text: this text tower reads padding, so that its texts cannot be packed")
         if text.max_seqlen > context_length:
             raise ValueError(

@@ -43,7 +43,6 @@ from .layers import (
     LayerNorm,
     QuickGELU,
     attend_row,
-    has_hooks,
     is_plain,
     project_qkv,
     residual_norm,
@@ -214,9 +213,14 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
 
     Returns:
         [B, width].
+
+    Raises:
+        TypeError: the rows are those of packed texts, and a block is not one of ours.
     """
     packed = rows if isinstance(rows, PackedText) else None
     packing = () if packed is None else (packed.packing,)
+    if packed is not None:
+        _refuse_foreign(transformer)
     length = x.shape[1] if packed is None else packed.max_seqlen
     steps = plan(transformer, length) if isinstance(transformer, Transformer) else None
     if steps is None or steps.last is None:
@@ -230,33 +234,62 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
     return row if packed is None else row.index_select(0, packed.order)
 
 
-def takes_packed(transformer: nn.Module) -> bool:
-    """Return whether a stack computes packed texts, and no hook or module of the user's would see them packed.
+def _refuse_foreign(transformer: nn.Module) -> None:
+    """Refuse a stack that cannot compute packed texts, which it was given nevertheless."""
+    for block in transformer.resblocks if isinstance(transformer, Transformer) else [transformer]:
+        if not isinstance(block, ResidualAttentionBlock):
+            raise TypeError(
+                f"encode_text: a {type(block).__name__} in the text tower computes no packed texts: give them padded"
+            )
 
-    FSDP2 may have wrapped the blocks.
+
+def takes_packed(transformer: nn.Module) -> bool:
+    """Return whether a stack of blocks takes packed texts, and no hook or module of the user's would see them.
+
+    FSDP2 may have wrapped the blocks. A linear layer may be a module of the user's, such as LoRA's: it gets the tokens
+    as [1, T, width], and must compute each by itself. The references take texts one by one, and are not given packed
+    ones.
     """
-    if not _is_own(transformer, Transformer):
+    if _has_any_global_hook() or not _is_own(transformer, Transformer):
         return False
     for block in transformer.resblocks:
-        if is_plain(block, ResidualAttentionBlock) and plain_parameters(block) is not None:
-            continue
-        if not _is_own(block, ResidualAttentionBlock) or not _is_own(block.attn, Attention):
+        is_known = is_plain(block, ResidualAttentionBlock) and plain_parameters(block) is not None
+        if not is_known and not _has_own_parts(block):
             return False
-        if any(has_hooks(part) and not wrapped_by_fsdp(part) for part in block.modules()):
+        if not block.attn.causal or block.attn.backend == "torch":
             return False
     return True
 
 
-def _is_own(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Return whether calling a module of a stack runs the ``forward`` of ``kind``, and perhaps FSDP2 around it."""
-    if type(module) is not kind and not (isinstance(module, kind) and wrapped_by_fsdp(module)):
+def _has_own_parts(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
+    """Return whether only the linear layers of a block may be a user's modules, and none of its modules has a hook."""
+    if not _is_own(block, ResidualAttentionBlock):
         return False
-    return "forward" not in module.__dict__ and (wrapped_by_fsdp(module) or not has_hooks(module))
+    norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
+    if not (_is_own(attn, Attention) and _is_own(mlp, MLP)):
+        return False
+    own = _is_own(norm_1, LayerNorm) and _is_own(norm_2, LayerNorm) and _is_own(mlp.gelu, nn.GELU, QuickGELU)
+    return own and not any(map(_is_watched_module, block.modules()))
+
+
+def _is_own(module: Any, *kinds: type[Kind]) -> TypeGuard[Kind]:
+    """Return whether calling a module of a stack runs the ``forward`` of one of ``kinds``, perhaps with FSDP2 around
+    it.
+    """
+    is_known = type(module) in kinds or (isinstance(module, kinds) and wrapped_by_fsdp(module))
+    return is_known and not _is_watched_module(module)
 
 
 def wrapped_by_fsdp(module: nn.Module) -> bool:
     """Return whether FSDP2 has wrapped a module of a stack; its class is asked by name, as the import takes long."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _is_watched_module(module: nn.Module) -> bool:
+    """Return whether a module has a ``forward`` of its own, or a hook that is not of FSDP2."""
+    own = module.__dict__
+    hooks = [hook for name in HOOKS for hook in own[name].values()]
+    return "forward" in own or any(not str(hook.__module__).startswith("torch.distributed.") for hook in hooks)
 
 
 def run_blocks(

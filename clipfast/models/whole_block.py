@@ -146,12 +146,13 @@ def _plans(
     function: Function, options: Options, cast: Parameters, places: Any, x: Tensor, branch: Tensor | None
 ) -> Plans:
     """Return the functions that compute the ops of such a transformer block."""
-    # No function of packed tokens depends on their number on a CPU, where each batch has another.
+    # On a CPU, no function of packed tokens depends on their number or on that of the texts: each batch has others.
     longest = getattr(places, "max_seqlen", None)
     is_packed = longest is not None or (places is not None and places.ndim == 2)
     first = 1 if is_packed and not triton_runs_on(x.device) else 0
     of_branch = None if branch is None else (branch.dtype, branch.stride()[first:])
-    layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch
+    texts = len(places) if longest is not None and not first else None
+    layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch, texts
     return plans_of(function, places.__class__, longest, options, tuple([p.dtype for p in cast]), *layout)
 
 

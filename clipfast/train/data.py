@@ -209,7 +209,7 @@ def pair_batches(
     crops = CroppedImages(model.visual.image_size, **cut, max_pixels=max_pixels)
     batches = PairBatches(
         sources, order, crops, tokenizer, batch_size, config.seed, config.unique_by, config.keyword_prob,
-        config.keys(), model.reads_padding or model.pack_text, world.rank, world.size,
+        config.keys(), model.reads_padding or model.takes_packed(), world.rank, world.size,
     )  # fmt: skip
     if config.decode_on_device:
         encoded = EncodedCrops(crops)

@@ -84,7 +84,8 @@ class Trainer:
         )  # fmt: skip
         # For texts that are not packed, a GPU would wait, and PyTorch would compile a second model.
         always = config.torchcompile or self.device.type != "cpu"
-        pack = functools.partial(pack_on_host, device=self.device, always=always) if self.model.pack_text else None
+        takes = self.model.takes_packed()
+        pack = functools.partial(pack_on_host, device=self.device, always=always) if takes else None
         self.upload = Upload(self.device, pack)
         self._take_step = graphed_step(self.step, self.model.context_length) if config.cuda_graphs else self.step
         meters = Meters(self.device, parallel, config.log_metric_every_n_steps or config.log_every_n_steps)

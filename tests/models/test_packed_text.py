@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from clipfast import CLIP, contrastive_loss, create_model, pack_texts
 from clipfast.models import CLIPConfig, TextConfig, VisionConfig
+from clipfast.models import clip as clip_module
 from clipfast.models import transformer as transformer_module
 from clipfast.models.packed_text import PackedText, pack_if_shorter, pack_on_host
 
@@ -112,16 +114,17 @@ def test_a_text_that_sees_its_neighbour_would_be_found():
         assert_same(results(model, dataclasses.replace(packed, packing=leaky)), expected, 1e-12)
 
 
-def classes_seen(model):
-    """Return a list that grows by the class of the texts in each call of the text tower."""
-    seen, embed = [], model.embed_text
-    model.embed_text = lambda text: seen.append(type(text)) or embed(text)
+@pytest.fixture
+def seen(monkeypatch):
+    """Return a list that grows by the class of the texts in each call of a text tower."""
+    seen, embed = [], clip_module.embed_text
+    watched = lambda table, positions, text, backend: seen.append(type(text)) or embed(table, positions, text, backend)  # noqa: E731
+    monkeypatch.setattr(clip_module, "embed_text", watched)
     return seen
 
 
-def test_texts_are_packed_where_much_is_padding_and_nothing_watches_the_tower():
+def test_texts_are_packed_where_much_is_padding_and_nothing_watches_the_tower(seen):
     model = model_of()
-    seen = classes_seen(model)
     short, long = texts_of([5] * 4), texts_of([LENGTH] * 4)
 
     def is_packed(text=short):
@@ -140,16 +143,93 @@ def test_texts_are_packed_where_much_is_padding_and_nothing_watches_the_tower():
     assert not is_packed()
     handle.remove()
     assert is_packed()
-    handle = model.token_embedding.register_forward_hook(lambda *_: None)
-    assert not is_packed()
-    handle.remove()
+    for watch in (model.token_embedding.register_forward_hook, register_module_forward_hook):
+        handle = watch(lambda *_: None)
+        assert not is_packed()
+        handle.remove()
+    assert is_packed()
+
+
+def replace_block(model):
+    """Replace a block by a module of the user's."""
     model.transformer.resblocks[1] = torch.nn.Sequential(model.transformer.resblocks[1])
-    assert not is_packed()
 
 
-def test_the_lora_of_a_linear_layer_takes_packed_texts():
+def replace_mlp(model):
+    """Replace an MLP by a module that mixes tokens."""
+    mlp = model.transformer.resblocks[1].mlp
+    model.transformer.resblocks[1].mlp = torch.nn.Sequential(mlp, Cumulative())
+
+
+class Cumulative(torch.nn.Module):
+    """Sum the tokens up to each token, which packed texts would do across texts."""
+
+    def forward(self, x):
+        """Return the sums of tokens [B, N, width]."""
+        return x.cumsum(1)
+
+
+def patch_norm(model):
+    """Give a norm another function."""
+    model.transformer.resblocks[1].ln_2.forward = lambda x: x
+
+
+def see_all(model):
+    """Let tokens see those behind them, so that the padding of a text changes its features."""
+    for block in model.transformer.resblocks:
+        block.attn.causal = False
+
+
+def prompted(model):
+    """Let the first tokens of each text be learned prompts."""
+
+    class Prompted(CLIP):
+        """A model with learned prompts."""
+
+        def embed_text(self, text):
+            """Return the embeddings of tokens, of which the first is a prompt."""
+            x = super().embed_text(text).clone()
+            x[:, 0] = 1.0
+            return x
+
+    model.__class__ = Prompted
+
+
+@pytest.mark.parametrize(
+    "change", [replace_block, replace_mlp, patch_norm, see_all, prompted, lambda model: model.set_backend("torch")]
+)
+def test_a_changed_tower_gets_its_texts_padded(seen, change):
     model = model_of()
-    seen = classes_seen(model)
+    change(model)
+    model.encode_text(texts_of([5] * 4))
+    assert seen == [torch.Tensor]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("counts", [(4, 6), (6, 4)])
+def test_batches_of_as_many_tokens_and_other_numbers_of_texts(device, counts, grad):
+    model = model_of(dtype=torch.float32).to(device)
+    for count in counts:
+        texts = texts_of([5] * count).to(device)
+        packed = pack_texts(texts, for_gpu=True)
+        assert len(packed.ids) == 64
+        with torch.set_grad_enabled(grad):
+            found = model.encode_text(packed)
+        model.pack_text = False
+        torch.testing.assert_close(found, model.encode_text(texts))
+        if grad:
+            found.sum().backward()
+
+
+def test_the_default_device_is_not_that_of_the_lengths():
+    model, texts = model_of(), texts_of(MIXES["random"])
+    expected = model.encode_text(texts)
+    with torch.device("meta"):
+        torch.testing.assert_close(model.encode_text(texts), expected)
+
+
+def test_the_lora_of_a_linear_layer_takes_packed_texts(seen):
+    model = model_of()
     mlp = model.transformer.resblocks[0].mlp
     mlp.c_fc = torch.nn.Sequential(mlp.c_fc, torch.nn.Tanh())
     texts = texts_of(MIXES["random"])
@@ -205,6 +285,14 @@ def test_wrong_texts_are_refused():
     model = model_of()
     with pytest.raises(ValueError, match="packed from 30 columns"):
         model.encode_text(pack_texts(torch.zeros(2, 30, dtype=torch.long)))
+    with pytest.raises(TypeError, match="got a list"):
+        pack_texts([[1, 2]])
+    with pytest.raises(TypeError, match="got a PackedText"):
+        model.forward_intermediates(text=pack_texts(texts_of([3, 4])))
+    changed = model_of()
+    replace_block(changed)
+    with pytest.raises(TypeError, match="a Sequential in the text tower"):
+        changed.encode_text(pack_texts(texts_of([3, 4])))
     for wrong in (torch.zeros(3, 0, dtype=torch.long), torch.zeros(0, 3, dtype=torch.long), torch.zeros(4).long()):
         with pytest.raises(ValueError, match="pack_texts: texts must be"):
             pack_texts(wrong)
