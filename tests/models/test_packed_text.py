@@ -7,6 +7,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from clipfast import CLIP, contrastive_loss, create_model, pack_texts
+from clipfast.kernels.launch import record_launches
 from clipfast.models import CLIPConfig, TextConfig, VisionConfig
 from clipfast.models import clip as clip_module
 from clipfast.models import transformer as transformer_module
@@ -205,20 +206,24 @@ def test_a_changed_tower_gets_its_texts_padded(seen, change):
     assert seen == [torch.Tensor]
 
 
-@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("counts", [(4, 6), (6, 4)])
-def test_batches_of_as_many_tokens_and_other_numbers_of_texts(device, counts, grad):
-    model = model_of(dtype=torch.float32).to(device)
-    for count in counts:
-        texts = texts_of([5] * count).to(device)
-        packed = pack_texts(texts, for_gpu=True)
-        assert len(packed.ids) == 64
-        with torch.set_grad_enabled(grad):
-            found = model.encode_text(packed)
-        model.pack_text = False
-        torch.testing.assert_close(found, model.encode_text(texts))
-        if grad:
-            found.sum().backward()
+def test_batches_of_as_many_tokens_have_the_launches_of_their_number_of_texts(counts):
+    model = model_of(dtype=torch.float32)
+    first, second = (pack_texts(texts_of([5] * count), for_gpu=True) for count in counts)
+    assert len(first.ids) == len(second.ids)
+    found = []
+    for batches in ([second], [first, second]):
+        with record_launches(90, 132) as launches:
+            for batch in batches:
+                launches.clear()
+                model.encode_text(batch).sum().backward()
+            found.append([(one.kernel.__name__, one.grid, numbers_of(one)) for one in launches])
+    assert found[0] == found[1]
+
+
+def numbers_of(launch):
+    """Return the arguments of a launch of a text tower that are numbers."""
+    return {name: value for name, value in launch.args.items() if isinstance(value, int)}
 
 
 def test_the_default_device_is_not_that_of_the_lengths():
