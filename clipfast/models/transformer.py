@@ -252,7 +252,8 @@ def takes_packed(transformer: nn.Module) -> bool:
     """
     if _has_any_global_hook() or not _is_own(transformer, Transformer):
         return False
-    for block in transformer.resblocks:
+    blocks: Any = transformer.resblocks
+    for block in blocks:
         is_known = is_plain(block, ResidualAttentionBlock) and plain_parameters(block) is not None
         if not is_known and not _has_own_parts(block):
             return False
