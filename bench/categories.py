@@ -60,7 +60,7 @@ _ATEN = {
     r"sqrt_?|rsqrt_?|pow_?|abs_?|clamp\w*|where|masked_fill_?|index\w*|_index_put_impl_|gather\w*|scatter\w*|"
     r"select_backward|slice_backward|sum|mean|any|all|max|min|amax|amin|argmax|arange|eq|ne|lt|le|gt|ge|bitwise_\w+|"
     r"logical_\w+|linalg_\w+|norm|avg_pool2d\w*|mean_backward|addcmul_?|addcdiv_?|lerp_?|_adaptive_avg_pool2d\w*|"
-    r"ceil_?|floor_?|round_?|frexp|logaddexp|maximum|minimum|triu_?|tril_?|repeat|tanh\w*",
+    r"ceil_?|floor_?|round_?|frexp|logaddexp|maximum|minimum|triu_?|tril_?|repeat\w*|tanh\w*|sort\w*|argsort|cumsum|diff|rsub",
 }  # fmt: skip
 # Patterns for the names of single ops. If ops are nested, the innermost op that has a category decides.
 OPS = _rules(
