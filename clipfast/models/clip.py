@@ -42,11 +42,7 @@ class CLIP(nn.Module):
         self.output_dict = output_dict
         text = config.text
         self.context_length, self.vocab_size = text.context_length, text.vocab_size
-        self.visual = (
-            VisionTransformer(config.vision, config.embed_dim, quick_gelu=config.quick_gelu)
-            if isinstance(config.vision.layers, int)
-            else ModifiedResNet(config.vision, config.embed_dim)
-        )
+        self.visual = self._vision()
         self.transformer = Transformer(
             text.width, text.layers, text.heads, text.mlp_ratio, causal=True, quick_gelu=config.quick_gelu
         )
@@ -60,6 +56,13 @@ class CLIP(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=text.width**-0.5)
         self.transformer.init_scaled()
+
+    def _vision(self) -> Any:
+        """Return a new image tower."""
+        config = self.config
+        if isinstance(config.vision.layers, int):
+            return VisionTransformer(config.vision, config.embed_dim, quick_gelu=config.quick_gelu)
+        return ModifiedResNet(config.vision, config.embed_dim)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Compute the features of images.

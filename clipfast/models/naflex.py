@@ -4,7 +4,6 @@ A tower takes :class:`~clipfast.models.packed_images.PackedImages`. Its blocks a
 tokens, so that nothing is padded or masked.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ from ..kernels.packing import Packing, pack
 from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
 from .layers import LayerNorm, PackedTokens
-from .model_config import CLIPConfig, VisionConfig
 from .naflex_config import NaFlexConfig
 from .packed_images import PackedImages, pack_images, unpad_images
 from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, SigLIP, TimmBlock
@@ -243,14 +241,10 @@ class _OfManySizes(CLIP):
 class NaFlexCLIP(_OfManySizes):
     """A CLIP model with timm's NaFlex image tower, pooled by the mean."""
 
-    def __init__(self, config: CLIPConfig, *, output_dict: bool = False) -> None:
-        assert isinstance(config.vision, NaFlexConfig)
-        # CLIP's constructor builds an image tower of its own; that of this configuration takes no time.
-        small = VisionConfig(image_size=1, layers=1, width=1, head_width=1, patch_size=1)
-        super().__init__(dataclasses.replace(config, vision=small), output_dict=output_dict)
-        self.config = config
-        visual: Any = NaFlexVision(config.vision, config.embed_dim)
-        self.visual = visual
+    def _vision(self) -> NaFlexVision:
+        """Return a new image tower."""
+        assert isinstance(self.config.vision, NaFlexConfig)
+        return NaFlexVision(self.config.vision, self.config.embed_dim)
 
 
 class NaFlexSigLIP(_OfManySizes, SigLIP):

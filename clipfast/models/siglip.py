@@ -264,7 +264,7 @@ class SigLIP(CLIP):
     """SigLIP (Zhai et al. 2023) or SigLIP 2 (Tschannen et al. 2025), trained by the sigmoid loss."""
 
     config: SigLIPConfig
-    visual: SigLIPVision  # type: ignore[assignment]
+    visual: SigLIPVision
     logit_bias: Tensor
     reads_padding = True
     pack_text = False
