@@ -40,7 +40,7 @@ def places_of(bounds: Tensor, sequence: Tensor, grids: Tensor, num_patches: int,
     height, width = F.pad(grids, (0, 0, 0, 1), value=1).long()[image].unbind(1)
     in_image, index = image < len(grids), token - first - num_prefix
     row = token - num_prefix * (image + 1)
-    is_patch = in_image & (index >= 0) & (index < height * width) & (row < num_patches)
+    is_patch = in_image & (index >= 0) & (index < height * width) & (row >= 0) & (row < num_patches)
     row, index = row.where(is_patch, num_patches), index.where(is_patch, index.clamp(max=-1))
     prefix = (index + num_prefix).where(in_image & (index < 0), -1)
     index = index.clamp(min=0)

@@ -299,8 +299,14 @@ def _packed(tower: Any, text: Tensor | PackedText, pool_type: str, eos: int | No
         if refusal or not computes(positions):
             raise TypeError(f"this text tower of OpenCLIP cannot compute packed texts: {refusal or 'by its dtype'}")
         check_text(text, len(positions))
+        is_known = pool_type == "eos" and eos is not None and text.device.type == "cpu"
+        if is_known and not text.ids[text.last].eq(eos or 0).all():
+            raise ValueError(
+                f"this text tower of OpenCLIP reads the token {eos}, and texts were packed up to another one: give "
+                "pack_texts the places of these tokens as last"
+            )
         return text
-    is_batch = packs and isinstance(text, Tensor) and text.ndim == 2 and text.shape[1] <= len(positions)
+    is_batch = packs and isinstance(text, Tensor) and text.ndim == 2 and text.shape[1] == len(positions)
     if not is_batch or not has_values(text) or not computes(positions) or not is_causal(tower.attn_mask, tower):
         return text
     return text if _why_not_packed(tower, pool_type, "") else pack_if_shorter(text, _rows(text, pool_type, eos))

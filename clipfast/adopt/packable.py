@@ -11,7 +11,7 @@ from .parts import drops
 from .places import class_name, is_untouched
 
 KIND = "pack_text"
-PACKS = "only tokens up to the one that is read, if others are a tenth of a batch"
+PACKS = "no token behind the end of a text, where these are a tenth of a batch"
 # peft's LoRA of a linear layer, and the containers in it
 _LORA = "peft.tuners.lora.layer.Linear"
 _INSIDE = {f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ParameterDict")} | {
@@ -41,4 +41,4 @@ def why_not_packed(stack: nn.Module, is_known: Callable[[nn.Module], bool]) -> s
 def _is_row_wise(part: Any) -> bool:
     """Return True for the modules of peft's LoRA of a linear layer, unless a variant of it looks at whole texts."""
     name = class_name(part)
-    return name in _INSIDE or (name == _LORA and not part.lora_variant)
+    return name in _INSIDE or (name == _LORA and not getattr(part, "lora_variant", True))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..kernels import patch_embed_packed
 from ..kernels.dtypes import accumulate_dtype
 from ..kernels.packing import Packing, pack
+from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
 from .layers import LayerNorm, PackedTokens
@@ -136,30 +137,24 @@ class NaFlexTrunk(nn.Module):
 
 
 def mean_of_images(x: Tensor, packing: Packing, num_prefix: int) -> Tensor:
-    """Return the mean of the patches' tokens of each packed image: [T, width] -> [B, width].
-
-    It is a product with a matrix of ones and zeros, whose sums have a fixed order.
-    """
+    """Return the mean of the patches' tokens of each packed image, summed in float32: [T, width] -> [B, width]."""
     ends = packing.cu_seqlens
-    images = torch.arange(ends.shape[0] - 1, device=x.device, dtype=torch.int32)
-    tokens = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
-    is_patch = tokens - packing.bounds[0] >= num_prefix
-    ones = ((packing.sequence == images[:, None]) & is_patch).to(x.dtype)
-    counts = (ends.diff()[:, None] - num_prefix).to(accumulate_dtype(x.dtype))  # 16 bits do not hold every number
-    return ((ones @ x) / counts).to(x.dtype)
+    in_image = torch.arange(x.shape[0], device=x.device) - packing.bounds[0]
+    patches = x.to(accumulate_dtype(x.dtype)).where((in_image >= num_prefix)[:, None], 0)
+    sums = torch.segment_reduce(patches, "sum", offsets=ends.long(), axis=0, unsafe=True)
+    return (sums / (ends.diff()[:, None] - num_prefix)).to(x.dtype)
 
 
 class NaFlexVision(nn.Module):
     """A NaFlex image tower: packed images, a padded batch of timm's or transformers' loader, or a batch of one size."""
 
-    image_mean: tuple[float, ...] = IMAGE_MEAN
-    image_std: tuple[float, ...] = IMAGE_STD
-    resize_mode = "squash"
-
     backend = "auto"
 
-    def __init__(self, config: NaFlexConfig, embed_dim: int, gelu: str = EXACT) -> None:
+    def __init__(self, config: NaFlexConfig, embed_dim: int, gelu: str = EXACT, *, is_siglip: bool = False) -> None:
         super().__init__()
+        self.image_mean: tuple[float, ...] = IMAGE_MEAN if is_siglip else CLIP_MEAN
+        self.image_std: tuple[float, ...] = IMAGE_STD if is_siglip else CLIP_STD
+        self.resize_mode = "squash" if is_siglip else "shortest"
         self.image_size, self.image_seq_len, self.patch_size = config.image_size, config.image_seq_len, config.patch
         self.trunk = NaFlexTrunk(config, gelu)
         has_head = config.pool == "avg"
@@ -168,7 +163,7 @@ class NaFlexVision(nn.Module):
     def forward(self, images: Any) -> Tensor:
         """Compute the features of images, in the order of their batch: [B, embed_dim]."""
         if isinstance(images, Mapping):
-            images = unpad_images(images)
+            images = unpad_images(images, for_gpu=self.trunk.embeds.proj.weight.device.type != "cpu")
         elif isinstance(images, Tensor):
             images = pack_images(images, self.patch_size)
         features: Tensor = self.trunk(images, self.image_mean, self.image_std)
@@ -217,7 +212,7 @@ class _OfManySizes(CLIP):
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("clipfast's NaFlex models have no forward_intermediates")
+        raise NotImplementedError("clipfast's NaFlex models return no outputs of their blocks, of images or of texts")
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the model's parameters without weight decay, apart from parameters of one dimension."""
@@ -253,4 +248,4 @@ class NaFlexSigLIP(_OfManySizes, SigLIP):
     def _vision(self) -> NaFlexVision:
         """Return a new image tower."""
         assert isinstance(self.config.vision, NaFlexConfig)
-        return NaFlexVision(self.config.vision, self.config.embed_dim, self.config.image_gelu)
+        return NaFlexVision(self.config.vision, self.config.embed_dim, self.config.image_gelu, is_siglip=True)

@@ -16,7 +16,7 @@ from ..kernels.common import cdiv
 from .packed_text import SIZES, TILE
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PackedImages:
     """A batch of B images of several sizes; :func:`pack_images` and :func:`unpad_images` make it.
 
@@ -94,10 +94,19 @@ def pack_images(images: Sequence[Tensor] | Tensor, patch_size: int, *, for_gpu: 
         for_gpu: round the number of patches up, as a GPU likes it.
 
     Raises:
-        ValueError: there is no image, or a side is not a multiple of the patch size.
+        TypeError: the images have several dtypes, or the patch size is no int.
+        ValueError: there is no image, one is not [3, H, W], or a side is not a multiple of the patch size.
     """
     if not len(images):
         raise ValueError("pack_images: there must be at least one image")
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise TypeError(f"pack_images: patch_size must be a positive int, got {patch_size!r}")
+    for number, image in enumerate(images):
+        if image.ndim != 3 or image.dtype != images[0].dtype:
+            raise (ValueError if image.ndim != 3 else TypeError)(
+                f"pack_images: images must be [3, H, W], all of one dtype, got {tuple(image.shape)} in {image.dtype} "
+                f"for image {number}, and {images[0].dtype} for the first"
+            )
     patches = patchify(images, patch_size) if isinstance(images, Tensor) else [patchify(x, patch_size) for x in images]
     grids = torch.tensor([[side // patch_size for side in image.shape[-2:]] for image in images], dtype=torch.int32)
     packed = _longest_first(grids)
@@ -114,9 +123,15 @@ def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> Packe
         for_gpu: as for :func:`pack_images`.
 
     Raises:
-        ValueError: the patches of an image are not a whole grid at the start of its row.
+        ValueError: there is no image or no mask, or the patches of an image are not a whole grid, row by row, at the
+            start of its row.
     """
     patches = batch["patches" if "patches" in batch else "pixel_values"]
+    if not len(patches) or not {"patch_valid", "pixel_attention_mask"} & batch.keys():
+        raise ValueError(
+            f"unpad_images: a batch must have images, and a mask of their patches, got {len(patches)} images with "
+            f"{', '.join(batch)}"
+        )
     patches = patches.flatten(2)
     valid = batch["patch_valid" if "patch_valid" in batch else "pixel_attention_mask"].bool()
     if "patch_coord" in batch:
@@ -124,12 +139,17 @@ def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> Packe
     else:
         grids = batch["spatial_shapes"]
     counts = grids.prod(1)
-    whole = torch.arange(valid.shape[1], device=valid.device) < counts[:, None]
-    if (whole != valid).any() or (counts > valid.shape[1]).any() or (counts < 1).any():
-        image = int(((whole != valid).any(1) | (counts > valid.shape[1]) | (counts < 1)).nonzero()[0])
+    numbers = torch.arange(valid.shape[1], device=valid.device)
+    wrong = ((numbers < counts[:, None]) != valid).any(1) | (counts > valid.shape[1]) | (counts < 1)
+    if "patch_coord" in batch:
+        widths = grids[:, 1:].clamp(min=1)
+        in_rows = torch.stack([numbers // widths, numbers % widths], -1)
+        wrong |= ((in_rows != batch["patch_coord"]).any(-1) & valid).any(1)
+    if wrong.any():
+        image = int(wrong.nonzero()[0])
         height, width = grids[image].tolist()
         raise ValueError(
-            f"unpad_images: image {image} must have its {height} x {width} patches first, and padding behind them"
+            f"unpad_images: image {image} must have its {height} x {width} patches first, row by row, and then padding"
         )
     packed = _longest_first(grids)
     return _packed([patches[packed][valid[packed]]], grids, packed, for_gpu)

@@ -129,7 +129,9 @@ def _padded(x: Tensor, packed: PackedTokens) -> tuple[Tensor, Tensor]:
     """Return packed tokens [T, width] with padding, [B, N, width], and which of them are tokens, [B, 1, 1, N]."""
     ends = packed.packing.cu_seqlens
     places = ends[:-1, None] + torch.arange(packed.max_seqlen, device=x.device)
-    return x[places.clamp(max=x.shape[0] - 1)], (places < ends[1:, None])[:, None, None]
+    is_token = places < ends[1:, None]
+    # Padding would be tokens of the next image, whose NaN would not vanish with a weight of 0.
+    return x[places.clamp(max=x.shape[0] - 1)].masked_fill(~is_token[..., None], 0), is_token[:, None, None]
 
 
 class SigLIPTrunk(nn.Module):

@@ -230,6 +230,8 @@ def patch_embed_packed(
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"{op}: interpolation must be {' or '.join(INTERPOLATIONS)}, got {interpolation!r}")
     check_bool(op, "keep_aspect", keep_aspect)
+    if not isinstance(mean, Sequence) or not mean:
+        raise TypeError(f"{op}: mean must have a number for each channel, got {mean!r}")
     mean, std = channel_values(op, mean, std, len(mean))
     if weight.shape[1] % len(mean):
         raise ValueError(f"{op}: a patch of {weight.shape[1]} numbers has not {len(mean)} channels, as mean has")
@@ -283,7 +285,7 @@ def _packing_of(op: str, patches: Tensor, grids: Tensor, cu_seqlens: Tensor | Pa
     if len(packing.cu_seqlens) != len(grids) + 1:
         raise ValueError(f"{op}: cu_seqlens are of {len(packing.cu_seqlens) - 1} images, but grids of {len(grids)}")
     if not triton_runs_on(grids.device) and not grids.is_meta and not torch.compiler.is_compiling():
-        lengths, (heights, widths) = packing.cu_seqlens.diff(), grids.unbind(1)
+        lengths, (heights, widths) = packing.cu_seqlens.diff(), grids.long().unbind(1)
         wrong = (grids < 1).any(1) | (lengths != heights * widths + num_prefix)
         if wrong.any():
             image = int(wrong.nonzero()[0])

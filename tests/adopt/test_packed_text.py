@@ -258,3 +258,12 @@ def test_transformers_with_lora_and_without_our_other_parts(packed):
     patch(patched, pooled_last_block=False)
     assert hf_models.results(patched, given, **TRAINING)
     assert packed == [True]
+
+
+def test_texts_that_are_packed_up_to_another_token_are_refused():
+    model, patched = configured("text_cfg", "CLIP", pool_type="eos", eos_id=END)
+    texts = texts_of([9, 20, 30], above=3)
+    with pytest.raises(ValueError, match=f"reads the token {END}, and texts were packed up to another one"):
+        patched.encode_text(clipfast.pack_texts(texts))
+    found = patched.encode_text(clipfast.pack_texts(texts, last=(texts == END).int().argmax(1)))
+    torch.testing.assert_close(found, model.encode_text(texts))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from clipfast.kernels import patch_embed_packed
+from clipfast.kernels.grids import places_of
 from clipfast.kernels.packing import pack
 from clipfast.kernels.patch_embed_packed import launches
 from clipfast.kernels.patch_embed_packed.spec import PackedShape
@@ -76,6 +77,7 @@ def test_patches_of_no_image_are_not_read(device):
     [
         ({"grids": [[4, 4], [3, 4]]}, r"image 1 has 12 tokens by cu_seqlens, but grids say 3 x 4 patches, .* 2 prefix"),
         ({"grids": [[4, 4], [-1, -10]]}, r"image 1 has 12 tokens by cu_seqlens, but grids say -1 x -10 patches"),
+        ({"grids": [[4, 4], [65536, 65536]], "cu_seqlens": [0, 18, 20]}, r"image 1 has 2 tokens by cu_seqlens, but grids"),
         ({"cu_seqlens": [0, 18, 30, 30]}, r"cu_seqlens are of 3 images, but grids of 2"),
         ({"cu_seqlens": [0, 18, 31]}, r"cu_seqlens must run from 0 to 30 tokens at most, got 0 to 31"),
         ({"mean": (0.5,) * 5, "std": (1,) * 5}, r"a patch of 12 numbers has not 5 channels, as mean has"),
@@ -94,6 +96,13 @@ def test_inputs_that_do_not_fit(changed, message):
     integers = {name: torch.tensor(x, dtype=torch.int32) for name, x in inputs.items() if isinstance(x, list)}
     with pytest.raises(ValueError, match=f"^patch_embed_packed: {message}"):
         patch_embed_packed(**inputs | integers)
+
+
+def test_the_rows_of_wrong_sizes_are_those_of_no_patch():
+    packing = pack(torch.tensor([0, 0, 0, 0, 17], dtype=torch.int32), 17)
+    rows = places_of(*packing[1:], torch.ones(4, 2, dtype=torch.int32), 1, 4).row
+    assert rows.min() >= 0
+    assert rows.max() <= 1
 
 
 @needs_sanitizer

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import clipfast
+from clipfast.kernels.packing import pack
 from clipfast.models import CLIPConfig, build, registry, siglip
-from clipfast.models.naflex import NaFlexVision
+from clipfast.models.naflex import NaFlexVision, mean_of_images
 from clipfast.models.naflex_config import NaFlexConfig
 from clipfast.models.packed_images import pack_images, patchify, unpad_images
 from clipfast.models.siglip_config import EXACT, TANH
@@ -173,7 +174,7 @@ def trunk_only(named):
 
 
 def test_bytes_are_normalised_in_the_tower():
-    tower = random_weights(NaFlexVision(SIGLIP, 32, TANH))
+    tower = random_weights(NaFlexVision(SIGLIP, 32, TANH, is_siglip=True))
     images = [
         torch.randint(0, 256, (3, 8, 20), dtype=torch.uint8),
         torch.randint(0, 256, (3, 12, 4), dtype=torch.uint8),
@@ -324,3 +325,13 @@ def test_autocast_and_compilation(config):
     torch.compiler.reset()
     compiled = torch.compile(tower, backend="aot_eager", fullgraph=True)
     assert_near(compiled(images), expected)
+
+
+def test_a_value_that_is_no_number_stays_in_its_image_and_sums_do_not_overflow():
+    tokens = torch.full((12, 8), 100.0, dtype=torch.float16)
+    tokens[5] = float("nan")
+    packing = pack(torch.tensor([0, 4, 8, 12], dtype=torch.int32), 12)
+    found = mean_of_images(tokens, packing, 1)
+    assert found.isnan().all(1).tolist() == [False, True, False]
+    many = torch.full((1030, 8), 100.0, dtype=torch.float16)
+    assert (mean_of_images(many, pack(torch.tensor([0, 1030], dtype=torch.int32), 1030), 6) == 100).all()
