@@ -157,7 +157,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def without_waiting() -> Iterator[None]:
-    """Let models pack no texts of a GPU that they get as tensors, as while a CUDA graph is captured.
+    """Let models pack no texts that they get as tensors, as while a CUDA graph is captured.
 
     The calls that warm a graph up must compute what the graph will, and so must the backward pass, in which autograd
     computes recomputed texts in a thread of its own.
@@ -174,14 +174,14 @@ def without_waiting() -> Iterator[None]:
 
 def has_values(x: Tensor) -> bool:
     """Return whether the host can and may read the values of a tensor here."""
-    if backends.is_traced() or x.__class__ not in backends.PLAIN or x.is_meta:
+    if _waits or backends.is_traced() or x.__class__ not in backends.PLAIN or x.is_meta:
         return False
     if any(mode.__class__.__name__ in _WITHOUT_VALUES for mode in _get_current_dispatch_mode_stack()):
         return False
     if x.device.type == "cpu":
         return True
     # On other devices the references compute, one text after another.
-    return x.device.type == "cuda" and not _waits and not torch.cuda.is_current_stream_capturing()
+    return x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def _lengths(texts: Tensor, last: Tensor | None) -> Tensor:
