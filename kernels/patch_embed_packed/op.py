@@ -100,8 +100,10 @@ def _patch_embed_packed_bwd(
     """Return the gradients of weight, bias, positions and prefix tokens in the accumulation dtype."""
     sizes = weight.shape[1], table_size[0] * table_size[1], 1, num_prefix
     gradients = (grad.to(matrix.dtype).T @ matrix).to(accumulate_dtype(grad.dtype))
-    of_weight, of_table, of_bias, of_prefix = gradients[:, : sum(sizes)].split(sizes, 1)
-    of_bias = of_bias[:, 0]
+    of_weight, of_table, _, of_prefix = gradients[:, : sum(sizes)].split(sizes, 1)
+    # PyTorch's sum is more accurate than a product with ones in float32.
+    is_patch = matrix[:, sum(sizes[:2]), None].to(grad.dtype)
+    of_bias = (grad * is_patch).sum(0, dtype=gradients.dtype)
     if is_uint8:
         unfolded = unfold_grad(_by_channel(of_weight, len(mean)), of_bias, mean, std)
         of_weight = unfolded.transpose(1, 2).flatten(1)
