@@ -109,8 +109,10 @@ def _patch_embed_packed_bwd(
         of_weight = unfolded.transpose(1, 2).flatten(1)
     of_table = of_table.T.unflatten(0, (table_size[0], table_size[1]))
     # These must be copies: autograd adds to the gradients that it is given, so two of them must not share memory.
-    of_all = of_weight, of_bias, of_table, of_prefix.T
-    return tuple(x.clone(memory_format=torch.contiguous_format) for x in of_all)
+    of_weight, of_table, of_prefix = (
+        x.clone(memory_format=torch.contiguous_format) for x in (of_weight, of_table, of_prefix.T)
+    )
+    return of_weight, of_bias, of_table, of_prefix
 
 
 @_patch_embed_packed_bwd.register_fake
