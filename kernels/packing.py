@@ -122,9 +122,14 @@ class Run(NamedTuple):
     sequences: slice
     tokens: slice
 
+    @property
+    def num_sequences(self) -> int:
+        """The number of sequences."""
+        return self.sequences.stop - self.sequences.start
+
     def of(self, x: Tensor) -> Tensor:
         """Return the tokens of the run as a view [sequences, length, ...] of packed tokens [1, T, ...]."""
-        return x[0, self.tokens].unflatten(0, (self.sequences.stop - self.sequences.start, -1))
+        return x[0, self.tokens].unflatten(0, (self.num_sequences, -1))
 
 
 def runs(lengths: Tensor) -> Iterator[Run]:

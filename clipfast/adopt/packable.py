@@ -1,4 +1,4 @@
-"""Whether a text tower of OpenCLIP or transformers computes packed texts: texts without the tokens that it ignores."""
+"""Decide whether a text tower of OpenCLIP or transformers computes packed texts: no token that it ignores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..models.transformer import wrapped_by_fsdp
+from ..models.texts import wrapped_by_fsdp
 from .parts import drops
 from .places import class_name, is_untouched
 

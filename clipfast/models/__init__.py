@@ -12,26 +12,9 @@ from .siglip_config import SigLIPConfig
 from .vision import interpolate_positions
 
 __all__ = [
-    "CLIP",
-    "CLIPConfig",
-    "CLIPOutput",
-    "NaFlexCLIP",
-    "NaFlexConfig",
-    "NaFlexSigLIP",
-    "PackedImages",
-    "SigLIP",
-    "SigLIPConfig",
-    "SigLIPOutput",
-    "TextConfig",
-    "VisionConfig",
-    "add_model_config",
-    "build",
-    "dense_features",
-    "get_model_config",
-    "interpolate_positions",
-    "list_models",
-    "pack_images",
-    "unpad_images",
+    "CLIP", "CLIPConfig", "CLIPOutput", "NaFlexCLIP", "NaFlexConfig", "NaFlexSigLIP", "PackedImages", "SigLIP",
+    "SigLIPConfig", "SigLIPOutput", "TextConfig", "VisionConfig", "add_model_config", "build", "dense_features",
+    "get_model_config", "interpolate_positions", "list_models", "pack_images", "unpad_images",
 ]  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from .layers import LayerNorm, is_plain, lowered
 from .model_config import CLIPConfig
 from .packed_text import PackedText, pack_if_shorter
 from .resnet import AttentionPool2d, ModifiedResNet
-from .texts import check_text, embed_text
-from .transformer import MLP, Attention, Transformer, read_rows, takes_packed
+from .texts import check_text, embed_text, refuse_foreign, takes_packed
+from .transformer import MLP, Attention, Transformer, read_rows
 from .vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -102,7 +102,9 @@ class CLIP(nn.Module):
             ValueError: ``text`` has more tokens than the model has positions.
         """
         check_text(text, self.context_length, may_be_packed=not self.reads_padding)
-        if isinstance(text, Tensor) and self.takes_packed():
+        if isinstance(text, PackedText):
+            refuse_foreign(self.transformer)
+        elif self.takes_packed():
             text = pack_if_shorter(text)
         # The end-of-text token has the highest id of the vocabulary.
         rows = text if isinstance(text, PackedText) else text.argmax(-1)

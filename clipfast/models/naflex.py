@@ -21,7 +21,7 @@ from .layers import LayerNorm, PackedTokens
 from .naflex_config import NaFlexConfig
 from .packed_images import PackedImages, pack_images, unpad_images
 from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, SigLIP, TimmBlock
-from .siglip_config import EPS, EXACT
+from .siglip_config import EPS, EXACT, SigLIPConfig
 from .transformer import Plan, add_norm, run_blocks
 
 
@@ -184,7 +184,20 @@ class NaFlexVision(nn.Module):
 
 
 class _OfManySizes(CLIP):
-    """What a model with a :class:`NaFlexVision` does in its own way."""
+    """The base of models with a :class:`NaFlexVision`."""
+
+    def _vision(self) -> NaFlexVision:
+        """Return a new image tower.
+
+        Raises:
+            TypeError: the configuration is that of a tower for images of one size.
+        """
+        config = self.config
+        if not isinstance(config.vision, NaFlexConfig):
+            raise TypeError(f"a NaFlex model needs a NaFlexConfig as vision, got a {type(config.vision).__name__}")
+        if isinstance(config, SigLIPConfig):
+            return NaFlexVision(config.vision, config.embed_dim, config.image_gelu, is_siglip=True)
+        return NaFlexVision(config.vision, config.embed_dim)
 
     def encode_image(self, image: Any, normalize: bool = False) -> Tensor:
         """Compute the features of images.
@@ -236,16 +249,6 @@ class _OfManySizes(CLIP):
 class NaFlexCLIP(_OfManySizes):
     """A CLIP model with timm's NaFlex image tower, pooled by the mean."""
 
-    def _vision(self) -> NaFlexVision:
-        """Return a new image tower."""
-        assert isinstance(self.config.vision, NaFlexConfig)
-        return NaFlexVision(self.config.vision, self.config.embed_dim)
-
 
 class NaFlexSigLIP(_OfManySizes, SigLIP):
     """SigLIP 2 for images of several sizes."""
-
-    def _vision(self) -> NaFlexVision:
-        """Return a new image tower."""
-        assert isinstance(self.config.vision, NaFlexConfig)
-        return NaFlexVision(self.config.vision, self.config.embed_dim, self.config.image_gelu, is_siglip=True)

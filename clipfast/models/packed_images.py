@@ -5,19 +5,17 @@ The usual way pads all images of a batch to the longest; here no patch is comput
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..kernels.common import cdiv
-from .packed_text import SIZES, TILE
+from .packed import TILE, Packed, rounded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedImages:
+class PackedImages(Packed):
     """A batch of B images of several sizes; :func:`pack_images` and :func:`unpad_images` make it.
 
     The image with the most patches comes first, for the reasons that :mod:`.packed_text` gives.
@@ -34,39 +32,6 @@ class PackedImages:
     grids: Tensor
     order: Tensor
     max_patches: int
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        return self.patches.device
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedImages":
-        """Return the packed images on ``device``."""
-        moved: PackedImages = pytree.tree_map(lambda x: x.to(device, non_blocking=non_blocking), self)
-        return moved
-
-    def pin_memory(self) -> "PackedImages":
-        """Return the packed images in pinned memory, from which a GPU copies while the host goes on."""
-        pinned: PackedImages = pytree.tree_map(Tensor.pin_memory, self)
-        return pinned
-
-
-def _flatten(images: PackedImages) -> tuple[list[Any], int]:
-    """Return the tensors of packed images, and the number that is no tensor."""
-    return [images.patches, images.grids, images.order], images.max_patches
-
-
-def _unflatten(tensors: Iterable[Any], max_patches: int) -> PackedImages:
-    """Return the packed images of which :func:`_flatten` returned the parts."""
-    patches, grids, order = tensors
-    return PackedImages(patches, grids, order, max_patches)
-
-
-# CUDA graphs, compilers and wrappers of modules see the tensors.
-pytree.register_pytree_node(PackedImages, _flatten, _unflatten)
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
@@ -166,7 +131,7 @@ def _packed(patches: list[Tensor], grids: Tensor, packed: Tensor, for_gpu: bool)
     used, longest = int(counts.sum()), int(counts.max())
     if for_gpu:
         longest = TILE * cdiv(longest, TILE)  # launches are planned for each of these numbers
-        multiple = TILE * cdiv(len(grids) * longest, TILE * SIZES)
-        patches = [*patches, patches[0].new_zeros(multiple * cdiv(used, multiple) - used, patches[0].shape[-1])]
+        unused = rounded(used, len(grids) * longest) - used
+        patches = [*patches, patches[0].new_zeros(unused, patches[0].shape[-1])]
     device = patches[0].device
     return PackedImages(torch.cat(patches), grids[packed].int().to(device), packed.argsort().to(device), longest)

@@ -12,24 +12,18 @@ length, which a CPU computes as one batch, lie side by side.
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels import backends
-from ..kernels.common import cdiv
 from ..kernels.packing import Packing, pack
+from .packed import Packed, rounded
 from .tokenizer import trim_padding
 
-# On a GPU, the number of tokens is a multiple of 64, the rows of the smallest tile of a matrix product, and of a 128th
-# of the padded batch. So batches have few different numbers of tokens, each of which takes launch plans, blocks of the
-# allocator's memory, and a CUDA graph. On average, a 256th of the padded batch is computed for nothing.
-TILE, SIZES = 64, 128
-# Where less of a batch is padding, attention over texts of several lengths costs more than packing saves. With fewer
+# If less of a batch is padding, attention over texts of several lengths costs more than packing saves. With fewer
 # tokens, padding included, a GPU waits for the host anyway, and packing would give this more to do.
 LEAST_PADDING, LEAST_TOKENS = 0.1, 8192
 # The dispatch modes in which ops give tensors without values.
@@ -37,7 +31,7 @@ _WITHOUT_VALUES = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedText:
+class PackedText(Packed):
     """A batch of B texts without the tokens that no feature depends on; :func:`pack_texts` makes it.
 
     Attributes:
@@ -52,14 +46,6 @@ class PackedText:
     order: Tensor
     max_seqlen: int
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        return self.ids.device
-
     @property
     def last(self) -> Tensor:
         """int64 [B], the place among all tokens of the last one of each packed text."""
@@ -69,31 +55,6 @@ class PackedText:
     def positions(self) -> Tensor:
         """int64 [T], the position of each token in its text; 0 for tokens behind the last text."""
         return (torch.arange(len(self.ids), device=self.device) - self.packing.bounds[0]).clamp(min=0)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedText":
-        """Return the packed texts on ``device``."""
-        moved: PackedText = pytree.tree_map(lambda x: x.to(device, non_blocking=non_blocking), self)
-        return moved
-
-    def pin_memory(self) -> "PackedText":
-        """Return the packed texts in pinned memory, from which a GPU copies while the host goes on."""
-        pinned: PackedText = pytree.tree_map(Tensor.pin_memory, self)
-        return pinned
-
-
-def _flatten(texts: PackedText) -> tuple[list[Any], int]:
-    """Return the tensors of packed texts, and the number that is no tensor."""
-    return [texts.ids, texts.packing, texts.order], texts.max_seqlen
-
-
-def _unflatten(tensors: Iterable[Any], max_seqlen: int) -> PackedText:
-    """Return the packed texts of which :func:`_flatten` returned the parts."""
-    ids, packing, order = tensors
-    return PackedText(ids, packing, order, max_seqlen)
-
-
-# CUDA graphs, compilers and wrappers of modules see the tensors.
-pytree.register_pytree_node(PackedText, _flatten, _unflatten)
 
 
 def pack_texts(texts: Tensor, *, last: Tensor | None = None, for_gpu: bool | None = None) -> PackedText:
@@ -195,10 +156,8 @@ def _packed(texts: Tensor, lengths: Tensor, for_gpu: bool) -> PackedText:
     host = lengths.device  # not the default device, which may be another
     cu_seqlens = torch.zeros(len(texts) + 1, dtype=torch.int32, device=host)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-    used = total = int(cu_seqlens[-1])
-    if for_gpu:
-        multiple = TILE * cdiv(texts.numel(), TILE * SIZES)
-        total = multiple * cdiv(used, multiple)
+    used = int(cu_seqlens[-1])
+    total = rounded(used, texts.numel()) if for_gpu else used
     place = torch.zeros(total, dtype=torch.int64, device=host)  # of each token among those of ``texts``
     starts = packed * texts.shape[1] - cu_seqlens[:-1]
     torch.add(starts.repeat_interleave(lengths), torch.arange(used, device=host), out=place[:used])

@@ -1,10 +1,14 @@
-"""The input of text towers: checks, and the embedding of tokens with their positions."""
+"""The input of text towers: checks, the decision whether texts may be packed, and the embedding of tokens."""
+
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import text_embed
-from .layers import is_plain
+from .layers import HOOKS, Kind, LayerNorm, QuickGELU, is_plain
 from .packed_text import PackedText
+from .transformer import MLP, Attention, ResidualAttentionBlock, Transformer, plain_parameters
 
 
 def check_text(text: Tensor | PackedText, context_length: int, *, may_be_packed: bool = True) -> None:
@@ -28,6 +32,66 @@ def check_text(text: Tensor | PackedText, context_length: int, *, may_be_packed:
         raise ValueError(
             f"encode_text: text must be [B, L] with L at most {context_length}, got shape {tuple(text.shape)}"
         )
+
+
+def refuse_foreign(transformer: nn.Module) -> None:
+    """Refuse a stack that cannot compute packed texts, which it was given nevertheless.
+
+    Raises:
+        TypeError: the stack, or one of its blocks, is not CLIP's.
+    """
+    for block in transformer.resblocks if isinstance(transformer, Transformer) else [transformer]:
+        if not isinstance(block, ResidualAttentionBlock):
+            raise TypeError(
+                f"encode_text: a {type(block).__name__} in the text tower computes no packed texts: give them padded"
+            )
+
+
+def takes_packed(transformer: nn.Module) -> bool:
+    """Return whether a stack of blocks takes packed texts, and no hook or module of the user's would see them.
+
+    FSDP2 may have wrapped the blocks. A linear layer may be a module of the user's, such as LoRA's: it gets the tokens
+    as [1, T, width], and must compute each by itself. The references take texts one by one, and are not given packed
+    ones.
+    """
+    if _has_any_global_hook() or not _is_own(transformer, Transformer) or _is_watched(transformer):
+        return False
+    blocks: Any = transformer.resblocks
+    for block in blocks:
+        is_known = is_plain(block, ResidualAttentionBlock) and plain_parameters(block) is not None
+        if not is_known and not _has_own_parts(block):
+            return False
+        if not block.attn.causal or block.attn.backend == "torch":
+            return False
+    return True
+
+
+def _has_own_parts(block: nn.Module) -> bool:
+    """Return whether only the linear layers of a block may be a user's modules, and none of its modules is watched."""
+    if not _is_own(block, ResidualAttentionBlock):
+        return False
+    norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
+    if not (_is_own(attn, Attention) and _is_own(mlp, MLP)):
+        return False
+    own = _is_own(norm_1, LayerNorm) and _is_own(norm_2, LayerNorm) and _is_own(mlp.gelu, nn.GELU, QuickGELU)
+    return own and not any(map(_is_watched, block.modules()))
+
+
+def _is_own(module: Any, *kinds: type[Kind]) -> TypeGuard[Kind]:
+    """Return whether a module of a stack is of one of ``kinds``, and perhaps wrapped by FSDP2."""
+    return type(module) in kinds or (isinstance(module, kinds) and wrapped_by_fsdp(module))
+
+
+def wrapped_by_fsdp(module: nn.Module) -> bool:
+    """Return whether FSDP2 has wrapped a module of a stack; its class is asked by name, as the import takes long."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Return whether a module has a ``forward`` of its own, or a hook that is not of FSDP2."""
+    own = module.__dict__
+    hooks = [hook for name in HOOKS for hook in own[name].values()]
+    return "forward" in own or any(not str(hook.__module__).startswith("torch.distributed.") for hook in hooks)
 
 
 def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor | PackedText, backend: str) -> Tensor:

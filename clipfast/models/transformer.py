@@ -12,7 +12,7 @@ The classes come first. Everything that differs from the textbook is decided in 
     attention computes the gradient of in_proj's bias             in_proj is plain
     the activation adds the bias of c_fc                          both are plain, the activation is exact, the backend
                                                                   is not "torch", and Triton runs on the device
-    a text tower computes no token behind the one it reads        see :func:`takes_packed`, and :mod:`.texts`
+    a text tower computes no token behind the one it reads        :mod:`.texts` and :mod:`.packed_text` decide it
     the backward pass recomputes blocks, or only what is cheap    grad_checkpointing is set, and gradients are recorded
 
 A module is plain if calling it does what its class does and nothing else (``layers.is_plain``). Any other module is
@@ -22,7 +22,7 @@ called, so that hooks, adapters and wrapped blocks see what they would see if no
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,6 @@ from ..kernels.packing import Packing
 from .layers import (
     HOOKS,
     InProjection,
-    Kind,
     LayerNorm,
     QuickGELU,
     attend_row,
@@ -208,19 +207,14 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
 
     Args:
         transformer: the stack of a tower, or a module by which the user has replaced it.
-        x: [B, N, width], or packed texts [1, T, width], which the stack takes (:func:`takes_packed`).
+        x: [B, N, width], or packed texts [1, T, width], which the stack takes (:func:`.texts.takes_packed`).
         rows: [B], the index of the row in each sequence; None for the first row; packed texts for the last row of each.
 
     Returns:
         [B, width].
-
-    Raises:
-        TypeError: the rows are those of packed texts, and a block is not one of ours.
     """
     packed = rows if isinstance(rows, PackedText) else None
     packing = () if packed is None else (packed.packing,)
-    if packed is not None:
-        _refuse_foreign(transformer)
     length = x.shape[1] if packed is None else packed.max_seqlen
     steps = plan(transformer, length) if isinstance(transformer, Transformer) else None
     if steps is None or steps.last is None:
@@ -232,65 +226,6 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
         else:
             row = _run_last(steps.last, x, branch, rows)
     return row if packed is None else row.index_select(0, packed.order)
-
-
-def _refuse_foreign(transformer: nn.Module) -> None:
-    """Refuse a stack that cannot compute packed texts, which it was given nevertheless."""
-    for block in transformer.resblocks if isinstance(transformer, Transformer) else [transformer]:
-        if not isinstance(block, ResidualAttentionBlock):
-            raise TypeError(
-                f"encode_text: a {type(block).__name__} in the text tower computes no packed texts: give them padded"
-            )
-
-
-def takes_packed(transformer: nn.Module) -> bool:
-    """Return whether a stack of blocks takes packed texts, and no hook or module of the user's would see them.
-
-    FSDP2 may have wrapped the blocks. A linear layer may be a module of the user's, such as LoRA's: it gets the tokens
-    as [1, T, width], and must compute each by itself. The references take texts one by one, and are not given packed
-    ones.
-    """
-    if _has_any_global_hook() or not _is_own(transformer, Transformer):
-        return False
-    blocks: Any = transformer.resblocks
-    for block in blocks:
-        is_known = is_plain(block, ResidualAttentionBlock) and plain_parameters(block) is not None
-        if not is_known and not _has_own_parts(block):
-            return False
-        if not block.attn.causal or block.attn.backend == "torch":
-            return False
-    return True
-
-
-def _has_own_parts(block: nn.Module) -> TypeGuard[ResidualAttentionBlock]:
-    """Return whether only the linear layers of a block may be a user's modules, and none of its modules has a hook."""
-    if not _is_own(block, ResidualAttentionBlock):
-        return False
-    norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
-    if not (_is_own(attn, Attention) and _is_own(mlp, MLP)):
-        return False
-    own = _is_own(norm_1, LayerNorm) and _is_own(norm_2, LayerNorm) and _is_own(mlp.gelu, nn.GELU, QuickGELU)
-    return own and not any(map(_is_watched_module, block.modules()))
-
-
-def _is_own(module: Any, *kinds: type[Kind]) -> TypeGuard[Kind]:
-    """Return whether calling a module of a stack runs the ``forward`` of one of ``kinds``, perhaps with FSDP2 around
-    it.
-    """
-    is_known = type(module) in kinds or (isinstance(module, kinds) and wrapped_by_fsdp(module))
-    return is_known and not _is_watched_module(module)
-
-
-def wrapped_by_fsdp(module: nn.Module) -> bool:
-    """Return whether FSDP2 has wrapped a module of a stack; its class is asked by name, as the import takes long."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
-
-
-def _is_watched_module(module: nn.Module) -> bool:
-    """Return whether a module has a ``forward`` of its own, or a hook that is not of FSDP2."""
-    own = module.__dict__
-    hooks = [hook for name in HOOKS for hook in own[name].values()]
-    return "forward" in own or any(not str(hook.__module__).startswith("torch.distributed.") for hook in hooks)
 
 
 def run_blocks(

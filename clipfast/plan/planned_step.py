@@ -272,11 +272,10 @@ class Rank:
         """
         self.ledger.phase = INPUTS
         images = torch.zeros(rows, 3, *[self.model.visual.image_size] * 2, dtype=torch.uint8)
-        padded = torch.zeros(rows, self.model.context_length, dtype=torch.long)
+        given: Any = torch.zeros(rows, self.model.context_length, dtype=torch.long) if texts is None else texts
         self.ledger.begin()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.setup.precision == "amp_bf16"):
             loss = functools.partial(self._loss, is_whole=is_whole)
-            given: Any = padded if texts is None else texts
             accumulate_gradients(self.trained, images, given, micro_rows or rows, loss)
         if is_whole:
             self.update()

@@ -211,7 +211,7 @@ def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
 def graphed_step(step: Callable[[Tensor, Any], Tensor], context_length: int) -> Callable[[Tensor, Any], Tensor]:
     """Return ``step`` as CUDA graphs, one for each shape of a batch, for the first ``MAX_GRAPHS`` that are seen often.
 
-    Packed texts of B captions have a number of tokens that :data:`clipfast.models.packed_text.SIZES` rounds up, so that
+    Packed texts of B captions have a number of tokens that :func:`clipfast.models.packed.rounded` rounds up, so that
     batches differ in few numbers. Texts that are not packed are padded to ``context_length``.
     """
     replayed = graphed(step, max_graphs=MAX_GRAPHS)

@@ -140,7 +140,7 @@ def drop(model):
     getattr(attn, "attn_drop", nn.Dropout()).p = 0.5
 
 
-# What puts itself into a text tower, and would see packed texts or could not compute them.
+# Changes to a text tower by something that would see packed texts, or could not compute them.
 WATCHERS = {
     "a hook": lambda model: model.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda *_: None),
     "a hook on the stack": lambda model: model.transformer.register_forward_pre_hook(lambda *_: None),
