@@ -33,7 +33,9 @@ class Rule(NamedTuple):
 
 SWITCH = {"nargs": 0}
 NO_AUDIO = Rule("refused", "clipfast trains on images and texts only: use OpenCLIP for audio")
-NO_NAFLEX = Rule("refused", "the trainer's images all have one size: use --force-image-size, or OpenCLIP for NaFlex")
+NO_NAFLEX = Rule(
+    "refused", "clipfast's images all have one size in training: use --force-image-size, or OpenCLIP for NaFlex"
+)  # fmt: skip
 NO_COCA = Rule(
     "refused", "clipfast trains no captioner: use OpenCLIP for CoCa and MaMMUT (their loss is clipfast.CoCaLoss)"
 )  # fmt: skip
