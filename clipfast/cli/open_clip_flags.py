@@ -33,9 +33,6 @@ class Rule(NamedTuple):
 
 SWITCH = {"nargs": 0}
 NO_AUDIO = Rule("refused", "clipfast trains on images and texts only: use OpenCLIP for audio")
-NO_NAFLEX = Rule(
-    "refused", "clipfast's images all have one size in training: use --force-image-size, or OpenCLIP for NaFlex"
-)  # fmt: skip
 NO_COCA = Rule(
     "refused", "clipfast trains no captioner: use OpenCLIP for CoCa and MaMMUT (their loss is clipfast.CoCaLoss)"
 )  # fmt: skip
@@ -97,7 +94,7 @@ FLAGS: dict[str, Rule] = {
     "--log-local": SAME,
     "--name": Rule("same", "the name of a run that has none is made of the model and the time"),
     "--workers": SAME,
-    "--batch-size": SAME,
+    "--batch-size": Rule("same", "with --use-naflex, only --naflex-loss-scale reads it"),
     "--epochs": SAME,
     "--epochs-cooldown": SAME,
     "--lr": SAME,
@@ -148,7 +145,10 @@ FLAGS: dict[str, Rule] = {
     "--image-std": SAME,
     "--image-interpolation": SAME,
     "--image-resize-mode": SAME,
-    "--aug-cfg": Rule("same", "without what timm does there (use_timm, re_prob, re_count), which is refused"),
+    "--aug-cfg": Rule(
+        "same", "without what timm does there (use_timm, re_prob, re_count), which is refused; use_timm=True "
+        "naflex=True is what --use-naflex means",
+    ),
     "--grad-checkpointing": SAME,
     "--local-loss": Rule("accepted", "the loss never holds more than a rank's part of the matrix", SWITCH),
     "--gather-with-grad": Rule("accepted", "gradients always are those of the whole batch", SWITCH),
@@ -209,22 +209,26 @@ FLAGS: dict[str, Rule] = {
         "accepted", "the sigmoid loss has one way over ranks, with the same result",
         {"choices": ("bidir", "shift", "reduce", "gather")},
     ),
-    "--use-naflex": NO_NAFLEX,
-    "--force-naflex-vision": NO_NAFLEX,
-    "--naflex-num-train-image-tokens": NO_NAFLEX,
-    "--naflex-patch-sizes": NO_NAFLEX,
-    "--naflex-patch-size-probs": NO_NAFLEX,
-    "--naflex-seq-lens": NO_NAFLEX,
-    "--naflex-seq-len-probs": NO_NAFLEX,
-    "--naflex-max-tokens-per-batch": NO_NAFLEX,
-    "--naflex-max-text-tokens": NO_NAFLEX,
-    "--naflex-batch-divisor": NO_NAFLEX,
-    "--naflex-loss-scale": NO_NAFLEX,
+    "--use-naflex": Rule("same", "for models that are NaFlex already, such as naflex_ViT-B-16"),
+    "--force-naflex-vision": Rule(
+        "mapped", "changes nothing for a model that is NaFlex already; others are not converted", SWITCH
+    ),
+    "--naflex-num-train-image-tokens": SAME,
+    "--naflex-patch-sizes": Rule("same", "without it, the model's own, also in evaluation"),
+    "--naflex-patch-size-probs": SAME,
+    "--naflex-seq-lens": Rule("same", "images have so many patches at most, and are not padded to it"),
+    "--naflex-seq-len-probs": SAME,
+    "--naflex-max-tokens-per-batch": Rule(
+        "same", "a resumed run keeps the budget of all processes together, on any number of them"
+    ),
+    "--naflex-max-text-tokens": Rule("refused", "it is for GenLIP, which clipfast does not train: leave it out"),
+    "--naflex-batch-divisor": Rule("same", "a resumed run keeps it as it keeps the budget"),
+    "--naflex-loss-scale": Rule("same", "the loss is logged without it"),
     "--length-bucketing": NO_BUCKETS,
     "--bucket-pool": NO_BUCKETS,
     "--bucket-chunk": NO_BUCKETS,
     "--bucket-prefetch-pools": NO_BUCKETS,
-    "--naflex-pad-multiple": NO_NAFLEX,
+    "--naflex-pad-multiple": Rule("accepted", "it pads audio only, and here nothing is padded", {"type": COUNT}),
     "--text-pad-multiple": Rule(
         "refused", "the padding of texts is not computed, unless --no-pack-text asks for it: leave it out"
     ),
@@ -303,11 +307,39 @@ def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming
     if factors and 0 < max(factors) < 1:  # OpenCLIP reads only their ratio; here they would leave few pairs
         options["train_data_upsampling_factors"] = tuple(factor / max(factors) for factor in factors)
     passes = options.pop("accum_freq", 1)
+    _check_naflex(options, earlier, passes)
     if passes < 1:
         raise ValueError(f"--accum-freq must be more than 0, got {passes}")
     if passes > 1:
         return options | _accumulated(passes, options, earlier, resuming=resuming)
     return options
+
+
+def _check_naflex(given: dict[str, Any], earlier: Mapping[str, Any], passes: int) -> None:
+    """Remove the flags of OpenCLIP that say the same as ``--use-naflex`` from ``given``.
+
+    Raises:
+        ValueError: the model would have to be converted, or batches would have to be joined.
+    """
+    from ..models.naflex_config import NaFlexConfig
+    from ..models.registry import get_model_config, read_model_config
+
+    use_naflex = given.get("use_naflex", earlier.get("use_naflex"))
+    if use_naflex and "aug_cfg" in given:
+        given["aug_cfg"] = tuple(word for word in given["aug_cfg"] if word not in ("use_timm=True", "naflex=True"))
+    if given.pop("force_naflex_vision", False):
+        model = str(given.get("model", earlier.get("model", TrainConfig.model)))
+        config = read_model_config(model) if model.endswith(".json") else get_model_config(model)
+        if not isinstance(config.vision, NaFlexConfig):
+            raise ValueError(
+                f"--force-naflex-vision: clipfast does not convert the image tower of {model}: give a --model that is "
+                "NaFlex already, such as naflex_ViT-B-16"
+            )
+    if use_naflex and passes > 1:
+        raise ValueError(
+            f"--accum-freq {passes} with --use-naflex: the batches of several steps are not joined; give {passes} "
+            "times the --naflex-max-tokens-per-batch, and --micro-batch-size"
+        )
 
 
 def _accumulated(

@@ -11,10 +11,11 @@ from ..train.train_config import TrainConfig
 
 # The option that begins each group of ``clipfast train --help``, and the title of the group.
 GROUPS = {
-    "train_data": "training data", "model": "model and loss", "batch_size": "optimisation",
-    "precision": "memory and speed", "fsdp": "distributed training", "backend": "kernels and reading",
-    "keyword_prob": "augmentation and decoding", "val_data": "evaluation during training",
-    "max_bad_fraction": "checkpoints and failures", "log_every_n_steps": "logging",
+    "train_data": "training data", "use_naflex": "images in their own aspect (NaFlex)", "model": "model and loss",
+    "batch_size": "optimisation", "precision": "memory and speed", "fsdp": "distributed training",
+    "backend": "kernels and reading", "keyword_prob": "augmentation and decoding",
+    "val_data": "evaluation during training", "max_bad_fraction": "checkpoints and failures",
+    "log_every_n_steps": "logging",
 }  # fmt: skip
 
 

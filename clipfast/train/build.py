@@ -20,6 +20,7 @@ from ..losses.distill_loss import DistillClipLoss
 from ..losses.siglip_loss import SigLipLoss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
 from ..models.file_tokenizer import FileTokenizer, tokenizer_of
+from ..models.naflex import NaFlexVision
 from ..models.tokenizer import Tokenizer
 from .fsdp import is_sharded, shard
 from .step import Texts
@@ -86,6 +87,10 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
             force_image_size=size, force_context_length=config.force_context_length,
             force_preprocess_cfg=forced, backend=config.backend, load_weights=device.type != "meta",
         )  # fmt: skip
+    if config.use_naflex and not isinstance(model.visual, NaFlexVision):
+        raise ValueError(
+            f"--use-naflex needs a NaFlex model, such as naflex_ViT-B-16, and {config.model} takes images of one size"
+        )
     _lock(config, model)
     if not config.pack_text:
         model.pack_text = False

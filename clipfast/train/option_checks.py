@@ -21,6 +21,19 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
+    """Return the dataclass field of a training option.
+
+    Args:
+        default: value for runs that do not set the option.
+        text: help text for ``--help``.
+        kind: type of the value, or of each value if it is a tuple.
+        limits: the limits that :func:`check_value` checks: ``choices``, ``positive``, ``not_negative``, ``most`` and
+            ``below``. With ``auto=True``, "auto" is a value as well. ``aliases`` are further flags of the option.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "kind": kind, **limits})
+
+
 def check_type(field: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a training option's value of the wrong type, which a recipe in TOML can contain."""
     kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
@@ -40,8 +53,13 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
     meta, flag = field.metadata, flag_name(field.name)
     if "choices" in meta and value is not None and value not in meta["choices"]:
         raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
-    if isinstance(value, str | tuple | None):
-        return
+    for one in value if isinstance(value, tuple) else (value,):
+        if not isinstance(one, str | None):
+            _check_number(flag, meta, one)
+
+
+def _check_number(flag: str, meta: Mapping[str, Any], value: float) -> None:
+    """Refuse a number beyond the limits of a training option."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{flag} must be a finite number, got {value}")
     if "positive" in meta and value <= 0:

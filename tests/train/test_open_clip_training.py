@@ -115,6 +115,15 @@ TYPED = """
 --log-metric-every-n-steps 5
 --train-loss-ema-samples 1000
 --loss-dist-impl gather
+--naflex-num-train-image-tokens 100000 --use-naflex
+--naflex-patch-sizes 16 32 --use-naflex
+--naflex-patch-size-probs 1 2 --use-naflex --naflex-patch-sizes 16 32
+--naflex-seq-lens 64 256 --use-naflex
+--naflex-seq-len-probs 3 1 --use-naflex --naflex-seq-lens 64 256
+--naflex-max-tokens-per-batch 4096 --use-naflex
+--naflex-batch-divisor 4 --use-naflex
+--naflex-loss-scale sqrt --use-naflex
+--naflex-pad-multiple 64
 --remote-sync memory://runs
 --remote-sync-frequency 60
 --remote-sync-protocol fsspec
@@ -564,8 +573,18 @@ accumulation
 int8: clipfast has no int8 layers
 --train-data SHARDS --use-bnb-linear SwitchBackLinearGlobal
 
-naflex: clipfast's images all have one
---train-data SHARDS --use-naflex --naflex-seq-lens 128 256
+naflex
+--train-data SHARDS --model naflex_ViT-B-16 --use-naflex --force-naflex-vision --naflex-seq-lens 128
+--aug-cfg scale='(0.4, 1.0)' use_timm=True naflex=True
+
+naflex converted: --force-naflex-vision: clipfast does not convert the image tower of ViT-B-16
+--train-data SHARDS --model ViT-B-16 --use-naflex --force-naflex-vision
+
+naflex accumulated: --accum-freq 4 with --use-naflex
+--train-data SHARDS --model naflex_ViT-B-16 --use-naflex --accum-freq 4
+
+captioner: it is for GenLIP
+--train-data SHARDS --model naflex_ViT-B-16 --use-naflex --naflex-max-text-tokens 64
 
 compiled
 --train-data SHARDS --torchcompile --torchcompile-strategy task --torchcompile-backend eager

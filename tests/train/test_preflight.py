@@ -107,6 +107,9 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, refusal):
 
 
 def test_the_model_and_its_loss(refusal):
+    assert f"--use-naflex needs a NaFlex model, such as naflex_ViT-B-16, and {TINY} takes images" in refusal(
+        "--use-naflex"
+    )
     assert "unknown model 'ViT-Z'" in refusal(model="ViT-Z")
     assert "no checkpoint at none.pt: there is no such file" in refusal(model="ViT-T-8-32", pretrained="none.pt")
     assert "is a CLIP model, which has no logit_bias: take a model with SigLIP in its name" in refusal("--siglip")

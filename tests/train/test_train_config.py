@@ -36,6 +36,19 @@ micro_batch_size=many: --micro-batch-size must be int or 'auto', got 'many'
 micro_batch_size=True: --micro-batch-size must be int or 'auto', got True
 force_patch_dropout=-0.1: --force-patch-dropout must not be negative, got -0.1
 force_patch_dropout=1.0: --force-patch-dropout must be less than 1, got 1.0
+force_image_size=(0,): --force-image-size must be more than 0, got 0
+train_data_upsampling_factors=(1.0,1e999): --train-data-upsampling-factors must be a finite number, got inf
+naflex_seq_lens=(64,) naflex_loss_scale=sqrt: --naflex-seq-lens, --naflex-loss-scale without --use-naflex
+use_naflex=True naflex_seq_lens=(64,0): --naflex-seq-lens must be more than 0, got 0
+use_naflex=True naflex_seq_lens=(64,64): --naflex-seq-lens names a number twice: 64 64
+use_naflex=True naflex_seq_lens=(64,128) naflex_seq_len_probs=(1.0,): --naflex-seq-len-probs .* got 1 for 2 of
+use_naflex=True naflex_seq_len_probs=(1.0,2.0): --naflex-seq-len-probs .* got 2 for no --naflex-seq-lens
+use_naflex=True naflex_patch_size_probs=(1.0,): --naflex-patch-size-probs .* got 1 for no --naflex-patch-sizes
+use_naflex=True naflex_patch_sizes=(16,) naflex_patch_size_probs=(0.0,): --naflex-patch-size-probs must not all be 0
+use_naflex=True naflex_patch_sizes=(16,) naflex_patch_size_probs=(-1.0,): --naflex-patch-size-probs must not be neg
+use_naflex=True naflex_max_tokens_per_batch=1000: --naflex-max-tokens-per-batch 1000 is less than .* 1024 patches
+use_naflex=True train_num_samples=9 naflex_num_train_image_tokens=9: --train-num-samples 9 and .* leave one out
+use_naflex=True global_batch_size=64: --global-batch-size 64 with --use-naflex
 """)
 def test_bad_options(options, said):
     with pytest.raises(ValueError, match=said):
