@@ -9,7 +9,7 @@ run, ``loader`` makes batches of them in processes that ``workers`` starts, and 
 time. ``trial`` makes a batch of a few samples, to see whether they can be used.
 """
 
-from .crops import CroppedImages, WholeImages
+from .crops import CroppedImages, CroppedToSequence, WholeImages
 from .encoded import EncodedCrops, check_decoder
 from .index import LOST, IndexCache, ShardIndex
 from .keys import Keys, read_keys, read_separator
@@ -29,6 +29,7 @@ __all__ = [
     "PREFETCH",
     "Batch",
     "CroppedImages",
+    "CroppedToSequence",
     "EncodedCrops",
     "EveryPair",
     "IndexCache",

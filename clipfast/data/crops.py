@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..models.images import DEFAULT_RATIO, MAX_PIXELS, open_image, opened, to_rgb
+from ..models.sequence_size import pixels_of, size_for_sequence
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 UPRIGHT = 1  # the EXIF orientation of an upright image
 ORIENTATION = 0x0112  # the EXIF tag of the orientation
 Box = tuple[float, float, float, float]
+Size = tuple[int, int]
+ATTEMPTS = 10  # random crops that are tried before the largest is taken
 
 
 class WholeImages:
@@ -73,8 +77,11 @@ class CroppedImages:
         """
         return self.resized(*self.decoded(data))
 
-    def decoded(self, data: bytes) -> tuple[Image.Image, Box]:
-        """Decode the image at the resolution that a random crop needs; return the image, and the crop in its pixels.
+    def decoded(self, data: bytes) -> tuple[Image.Image, Box, Size]:
+        """Decode the image at the resolution that a random crop needs.
+
+        Returns:
+            The image, the crop in its pixels, and the height and width of the result.
 
         Raises:
             ImageError: the image cannot be used.
@@ -82,24 +89,31 @@ class CroppedImages:
         with opened(io.BytesIO(data), self.max_pixels) as image:
             if image.format != "JPEG" or image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
                 image = open_image(data, max_pixels=self.max_pixels)
-                return image, self.box(*image.size)
+                box = self.box(*image.size)
+                return image, box, self.size(box)
             box = self.box(*image.size)
-            shortest = min(box[2] - box[0], box[3] - box[1])
-            reduction = max(shortest / (self.image_size * self.oversampling), 1)
+            height, width = size = self.size(box)
+            least = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
+            reduction = max(least / self.oversampling, 1)
             whole = image.size
             image.draft("RGB", (int(-(-whole[0] // reduction)), int(-(-whole[1] // reduction))))
             image.load()
             factors = (image.width / whole[0], image.height / whole[1])
             x0, y0, x1, y1 = (edge * factors[i % 2] for i, edge in enumerate(box))
-            return to_rgb(image), (x0, y0, min(x1, image.width), min(y1, image.height))
+            return to_rgb(image), (x0, y0, min(x1, image.width), min(y1, image.height)), size
 
-    def resized(self, image: Image.Image, box: Box) -> Tensor:
+    def resized(self, image: Image.Image, box: Box, size: Size) -> Tensor:
         """Return a crop of a decoded training image, resized and augmented."""
         from PIL import Image
 
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC, box)
         for transform in self.augment:
             image = transform(image)
+        return self.pixels(image)
+
+    @staticmethod
+    def pixels(image: Image.Image) -> Tensor:
+        """Return the pixels of a cropped image as they are in a training batch."""
         # Pillow can store each row as all reds, then all greens, then all blues: then whole rows are copied, not single
         # bytes
         rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
@@ -112,3 +126,50 @@ class CroppedImages:
         sized = torch.empty(3, height, width, device="meta")
         top, left, rows, columns = RandomResizedCrop.get_params(sized, list(self.scale), list(self.ratio))
         return left, top, left + columns, top + rows
+
+    def size(self, box: Box) -> Size:  # noqa: ARG002
+        """Return the height and width to which a crop is resized."""
+        return self.image_size, self.image_size
+
+
+class CroppedToSequence(CroppedImages):
+    """Turns the bytes of an image into a random crop for a NaFlex tower: uint8, [3, H, W], a sequence of patches.
+
+    The crop is resized in its own aspect to at most ``max_patches`` patches. As in timm, ``ratio`` is the range of the
+    crop's aspect relative to that of the image.
+
+    Args:
+        patch_size: the side of a patch in pixels.
+        max_patches: the largest number of patches.
+        **options: ``scale``, ``augment``, ``oversampling``, ``ratio`` and ``max_pixels`` of :class:`CroppedImages`.
+    """
+
+    def __init__(self, patch_size: int, max_patches: int, **options: Any) -> None:
+        super().__init__(patch_size * math.isqrt(max_patches), **options)
+        self.patch_size, self.max_patches = patch_size, max_patches
+
+    def box(self, width: int, height: int) -> Box:
+        """Draw a random crop of an image of this size, as timm does; return its edges: left, top, right, bottom."""
+        aspect = width / height
+        for _ in range(ATTEMPTS):
+            area = width * height * _uniform(*self.scale)
+            drawn = aspect * math.exp(_uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            rows, columns = round(math.sqrt(area / drawn)), round(math.sqrt(area * drawn))
+            if 0 < columns <= width and 0 < rows <= height:
+                top, left = (int(torch.randint(room + 1, ())) for room in (height - rows, width - columns))
+                return left, top, left + columns, top + rows
+        nearest = aspect * min(max(1.0, self.ratio[0]), self.ratio[1])
+        rows, columns = min(height, max(1, round(width / nearest))), min(width, max(1, round(height * nearest)))
+        top, left = (height - rows) // 2, (width - columns) // 2
+        return left, top, left + columns, top + rows
+
+    def size(self, box: Box) -> Size:
+        """Return the height and width to which a crop is resized."""
+        return size_for_sequence(int(box[3] - box[1]), int(box[2] - box[0]), self.patch_size, self.max_patches)
+
+    pixels = staticmethod(pixels_of)
+
+
+def _uniform(low: float, high: float) -> float:
+    """Draw a number between two bounds for a random crop, with torch's generator."""
+    return low + (high - low) * float(torch.rand(()))

@@ -61,7 +61,7 @@ def image_transform(
     )  # fmt: skip
 
 
-def training_options(aug_cfg: Mapping[str, Any] | object | None) -> dict[str, Any]:
+def training_options(aug_cfg: Mapping[str, Any] | object | None, *, naflex: bool = False) -> dict[str, Any]:
     """Translate OpenCLIP's ``aug_cfg`` into arguments of :func:`clipfast.models.images.make_transform`.
 
     Args:
@@ -69,6 +69,9 @@ def training_options(aug_cfg: Mapping[str, Any] | object | None) -> dict[str, An
             crop's share of the area and of its width over its height. ``color_jitter`` (brightness, contrast,
             saturation and hue) changes the share ``color_jitter_prob`` of images, and ``gray_scale_prob`` of them lose
             their colour. None is OpenCLIP's default: crops of 0.9 to 1 of the area.
+        naflex: the images are for a NaFlex tower, whose augmentations OpenCLIP leaves to timm: ``use_timm`` and
+            ``naflex`` may be set. With ``use_timm``, ``color_jitter`` (one number, or three or four) changes all
+            images.
 
     Raises:
         ValueError: a setting is unknown, has an invalid value, or is one that OpenCLIP passes on to timm.
@@ -82,6 +85,9 @@ def training_options(aug_cfg: Mapping[str, Any] | object | None) -> dict[str, An
     if unknown:
         raise ValueError(f"aug_cfg has unknown settings {sorted(unknown)}; known: {', '.join(_KNOWN)}")
     given = {key: value for key, value in raw.items() if value is not None and value is not False}
+    uses_timm = naflex and given.pop("use_timm", False)
+    if naflex:
+        given.pop("naflex", None)
     for key in _TIMM_ONLY:
         if key in given:
             raise ValueError(
@@ -91,7 +97,7 @@ def training_options(aug_cfg: Mapping[str, Any] | object | None) -> dict[str, An
     scale, ratio = (
         _numbers(key, given.get(key, default), 2) for key, default in (("scale", (0.9, 1.0)), ("ratio", DEFAULT_RATIO))
     )
-    return {"scale": scale, "ratio": ratio, "augment": _augment(given)}
+    return {"scale": scale, "ratio": ratio, "augment": _timm_augment(given) if uses_timm else _augment(given)}
 
 
 def _augment(given: Mapping[str, Any]) -> list[Any]:
@@ -107,6 +113,22 @@ def _augment(given: Mapping[str, Any]) -> list[Any]:
     if "gray_scale_prob" in given:
         steps.append(v2.RandomGrayscale(_probability("gray_scale_prob", given)))
     return steps
+
+
+def _timm_augment(given: Mapping[str, Any]) -> list[Any]:
+    """Return the augmentations of PIL images for which OpenCLIP's ``aug_cfg`` asks timm."""
+    from torchvision.transforms import v2
+
+    for key in ("color_jitter_prob", "gray_scale_prob"):
+        if key in given:
+            raise ValueError(f"aug_cfg: OpenCLIP ignores {key} if use_timm is set: leave one of them out")
+    if "color_jitter" not in given:
+        return []
+    value = given["color_jitter"]
+    if isinstance(value, int | float):
+        value = (value,) * 3
+    count = 3 if isinstance(value, Sequence) and len(value) == 3 else 4
+    return [v2.ColorJitter(*_numbers("color_jitter", value, count))]
 
 
 def _numbers(key: str, value: Any, count: int) -> tuple[float, ...]:
