@@ -296,6 +296,7 @@ QKV_CASES = [
 # One layer of L/14, of B's texts, of B/16, B/32, H/14 and of L/14 at 336 pixels: tokens, heads, head_dim, causal.
 LAYERS = (257, 16, 64, False), (77, 8, 64, True), (197, 12, 64, False), (50, 12, 64, False), (257, 16, 80, False), (577, 16, 64, False)  # fmt: skip
 BATCHES = {"cpu": 8, "cuda": 256}
+CAPTIONS = {"cpu": 32, "cuda": 1024}  # captions of B's texts, packed
 BOTH = ("bf16", "fp32")
 SHIPPED = (
     # 64 is the head_dim of all texts, of B and of L; 80 of H/14, 88 of g/14, 104 of bigG/14, and 32 of the small model
@@ -346,7 +347,13 @@ SPECS = (
         category="attention",
         kernels=KERNELS,
         floor=floor,
-        bench={device: tuple(AttentionShape(batch, *layer) for layer in LAYERS) for device, batch in BATCHES.items()},
+        bench={
+            device: (
+                *(AttentionShape(batch, *layer) for layer in LAYERS),
+                AttentionShape(CAPTIONS[device], 77, 8, 64, True, varlen=True),
+            )
+            for device, batch in BATCHES.items()
+        },
         items=("batch", "sequences"),
         frozen=("bias",),
         shipped=SHIPPED,

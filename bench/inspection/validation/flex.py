@@ -1,8 +1,9 @@
-"""FlexAttention's kernels without a mask, made from the templates in the installed PyTorch.
+"""FlexAttention's kernels, made from the templates in the installed PyTorch.
 
-TorchInductor fills its templates when a model is compiled on a GPU. Here they are filled in the same way for a call
-without ``score_mod`` and ``mask_mod``: they become the identity and a mask that hides nothing. The tiles are those that
-PyTorch takes on an H100 for dimensions 64 and 128 without ``max_autotune``.
+TorchInductor fills its templates when a model is compiled on a GPU. Here they are filled in the same way, for a call
+without ``score_mod`` and with one of two masks: none, or that of packed sequences, in which a token sees its own
+sequence up to itself. The tiles are those that PyTorch takes on an H100 for dimensions 64 and 128 without
+``max_autotune``.
 """
 
 import functools
@@ -11,7 +12,7 @@ import math
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,32 +22,35 @@ import torch
 
 _IMPORTS = "import triton\nimport triton.language as tl\n\nINDEX_DTYPE: tl.constexpr = tl.int32\n\n"
 _EVERYTHING = 1 << 30  # FlexAttention's block size without a block mask
+_BLOCK = 128  # its block size with one
+_SAME_SEQUENCE = "mask_mod_output = (tl.load(arg_SEQUENCE + {m}) == tl.load(arg_SEQUENCE + {n})) & ({n} <= {m})"
+Mask = Mapping[str, torch.Tensor] | None
 
 
-def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask = None) -> None:
     """Launch the forward kernel for tensors [batch, heads, length, dim] in any strides."""
     block_m, stages = 128, 3
     block_n, warps = (128, 4) if query.shape[-1] == 64 else (64, 8)
-    tensors = _inputs(query, key, value)
+    tensors = _inputs(query, key, value, mask)
     out = torch.empty_like(query)
-    options = _options(query, key) | {"BLOCK_M": block_m, "BLOCK_N": block_n, "OUTPUT_LOGSUMEXP": True,
+    options = _options(query, key, mask) | {"BLOCK_M": block_m, "BLOCK_N": block_n, "OUTPUT_LOGSUMEXP": True,
                                       "OUTPUT_MAX": False}  # fmt: skip
-    names = ("Q", "K", "V", "LSE", "MAX", "KV_NUM_BLKS", "KV_IDX", "FULL_KV_NUM_BLKS", "FULL_KV_IDX")
+    names = ("Q", "K", "V", "LSE", "MAX", "KV_NUM_BLKS", "KV_IDX", "FULL_KV_NUM_BLKS", "FULL_KV_IDX", "SEQUENCE")
     kernel = _kernel("flex_attention", ("flex_attention", "utilities", "common"), names, tensors, out, options)
     batch, heads, length, _ = query.shape
     grid = (-(-length // block_m), batch, heads)
     kernel[grid](*(tensors[name] for name in names), out, num_warps=warps, num_stages=stages)
 
 
-def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask = None) -> None:
     """Launch the kernels of the backward pass; the row sums of output times gradient are PyTorch's own."""
     blocks, stages, warps = {"BLOCK_M1": 64, "BLOCK_N1": 128, "BLOCK_M2": 128, "BLOCK_N2": 64}, 3, 8
-    tensors = _inputs(query, key, value)
+    tensors = _inputs(query, key, value, mask)
     tensors |= {"DO": torch.empty_like(query), "DQ": torch.empty_like(query), "DV": torch.empty_like(value)}
-    options = _options(query, key) | blocks | {"WRITE_DQ": True}
+    options = _options(query, key, mask) | blocks | {"WRITE_DQ": True}
     names = (
         "Q", "K", "V", "LSE", "DELTA", "DO", "DQ", "DV", "KV_NUM_BLKS", "KV_IDX", "Q_NUM_BLKS", "Q_IDX",
-        "FULL_KV_NUM_BLKS", "FULL_KV_IDX", "FULL_Q_NUM_BLKS", "FULL_Q_IDX",
+        "FULL_KV_NUM_BLKS", "FULL_KV_IDX", "FULL_Q_NUM_BLKS", "FULL_Q_IDX", "SEQUENCE",
     )  # fmt: skip
     out = torch.empty_like(key)
     kernel = _kernel("flex_backward", ("flex_backwards", "utilities"), names, tensors, out, options)
@@ -56,30 +60,51 @@ def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Non
     kernel[grid](*(tensors[name] for name in names), out, num_warps=warps, num_stages=stages)
 
 
-def _inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
+def mask_of_sequences(lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return the mask of packed sequences of these lengths: the tensors of a block mask, and each token's sequence.
+
+    None of their blocks is seen as a whole, so FlexAttention's list of such blocks is empty.
+
+    Raises:
+        ValueError: a block of tokens lies within one sequence, and so may be seen as a whole.
+    """
+    if max(lengths) >= _BLOCK:
+        raise ValueError(f"sequences must be shorter than a block of {_BLOCK} tokens, got {max(lengths)}")
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
+    first, last = sequence[::_BLOCK], torch.cat([sequence[_BLOCK - 1 :: _BLOCK], sequence[-1:]])
+    number = torch.arange(len(first))
+    seen = (last[: len(first)] >= first[:, None]) & (number <= number[:, None])
+    mask = {"SEQUENCE": sequence}
+    for side, blocks in (("KV", seen), ("Q", seen.T)):
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        mask |= {f"{side}_NUM_BLKS": blocks.sum(-1)[None, None].int(), f"{side}_IDX": order[None, None].int()}
+    return mask
+
+
+def _inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask) -> dict[str, torch.Tensor]:
     """Return the tensors of FlexAttention's templates by name."""
     batch, heads, length, _ = query.shape
     rows = torch.empty(batch, heads, length)
-    one, none = torch.ones(1, 1, 1, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
-    first = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    none = torch.empty(0, dtype=torch.int32)
     tensors = {"Q": query, "K": key, "V": value, "LSE": rows, "DELTA": torch.empty_like(rows), "MAX": none}
-    for side in ("KV", "Q"):
-        tensors |= {f"{side}_NUM_BLKS": one, f"{side}_IDX": first}
-        tensors |= {f"FULL_{side}_NUM_BLKS": none, f"FULL_{side}_IDX": none}
-    return tensors
+    tensors |= dict.fromkeys(("FULL_KV_NUM_BLKS", "FULL_KV_IDX", "FULL_Q_NUM_BLKS", "FULL_Q_IDX"), none)
+    if mask is not None:
+        return tensors | dict(mask)
+    one, first = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    return tensors | {"SEQUENCE": none, "KV_NUM_BLKS": one, "KV_IDX": first, "Q_NUM_BLKS": one, "Q_IDX": first}
 
 
-def _options(query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
+def _options(query: torch.Tensor, key: torch.Tensor, mask: Mask) -> dict[str, Any]:
     """Return the constants of FlexAttention's templates for these tensors."""
-    dim = query.shape[-1]
+    dim, block = query.shape[-1], _EVERYTHING if mask is None else _BLOCK
     return {
         "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
         "IS_DIVISIBLE": query.shape[-2] % 128 == key.shape[-2] % 128 == 0,
         "FLOAT32_PRECISION": "'ieee'", "SM_SCALE": 1 / math.sqrt(dim),
         "GQA_SHARED_HEADS": query.shape[1] // key.shape[1], "HAS_FULL_BLOCKS": False,
         "QK_HEAD_DIM": dim, "QK_HEAD_DIM_ROUNDED": dim, "V_HEAD_DIM": dim,
-        "V_HEAD_DIM_ROUNDED": dim, "SAFE_HEAD_DIM": True, "USE_TMA": False, "SPARSE_Q_BLOCK_SIZE": _EVERYTHING,
-        "SPARSE_KV_BLOCK_SIZE": _EVERYTHING,
+        "V_HEAD_DIM_ROUNDED": dim, "SAFE_HEAD_DIM": True, "USE_TMA": False, "SPARSE_Q_BLOCK_SIZE": block,
+        "SPARSE_KV_BLOCK_SIZE": block,
     }  # fmt: skip
 
 
@@ -109,11 +134,12 @@ def _kernel(
         return textwrap.indent(lines, " " * indent_width).lstrip()
 
     def modification(subgraph_number: int, output_name: str | None, score: str = "", **more: Any) -> str:  # noqa: ARG001
-        """Return the code of FlexAttention's template that changes scores or masks them: here, none does."""
+        """Return the code of FlexAttention's template that changes scores (here, none does) or masks them."""
         if output_name is None:
             return "pass"
         if output_name == "mask_mod_output":
-            return f"{output_name} = tl.full([1], True, tl.int1)"
+            is_packed = tensors["SEQUENCE"].numel() > 0
+            return _SAME_SEQUENCE.format(**more) if is_packed else f"{output_name} = tl.full([1], True, tl.int1)"
         return f"{output_name} = {more['grad_score_mod'] if output_name == 'grad_scores' else score}"
 
     defines = "\n".join(f"{option} : tl.constexpr = {value}" for option, value in options.items())

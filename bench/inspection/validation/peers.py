@@ -4,6 +4,7 @@ The kernels are launched by their own wrappers, in 16 bits. The PyTorch kernels 
 bytes or their FLOPs, whichever takes longer, as for our ops.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from clipfast.io.text import align
 from clipfast.io.units import SECONDS, scaled
+from clipfast.kernels.spec import lengths_of
 
 from ...case import short
 from ..forecast import forecast, measured_shapes
@@ -46,8 +48,12 @@ def sigmoid_by_siglip_kernel(folder: Path, pairs: int, width: int) -> list[Work]
     return [of(found)]
 
 
-def attention_by_tutorial(folder: Path, batch: int, heads: int, tokens: int, causal: bool) -> list[Work]:
+def attention_by_tutorial(
+    folder: Path, batch: int, heads: int, tokens: int, causal: bool, varlen: bool
+) -> list[Work]:  # fmt: skip
     """Launch the attention of Triton's tutorial, on tokens that are padded to a multiple of 128, which it needs."""
+    if varlen:
+        raise NoModel("it takes no packed sequences")
     tutorial = module(folder, "attention with descriptors")
     tensors = [half(batch, heads, -(-tokens // 128) * 128, 64, grad=True) for _ in range(3)]
     works = []
@@ -60,15 +66,41 @@ def attention_by_tutorial(folder: Path, batch: int, heads: int, tokens: int, cau
     return works
 
 
-def attention_by_inductor(_: Path, batch: int, heads: int, tokens: int, causal: bool) -> list[Work]:
-    """Launch FlexAttention's kernels; its causal ones are not built here."""
-    if causal:
-        raise NoModel("causal FlexAttention is not built here")
-    query, key, value = (half(batch, tokens, heads, 64, dtype=BF16).transpose(1, 2) for _ in range(3))
+def attention_by_inductor(
+    _: Path, batch: int, heads: int, tokens: int, causal: bool, varlen: bool
+) -> list[Work]:  # fmt: skip
+    """Launch FlexAttention's kernels; of causal ones, only those of packed sequences, with their mask, are built."""
+    if causal != varlen:
+        raise NoModel("FlexAttention is built without a mask, and with the causal one of packed sequences")
+    mask, shape = None, (batch, tokens, heads, 64)
+    if varlen:
+        lengths = lengths_of(batch, tokens)
+        mask, shape = flex.mask_of_sequences(lengths), (1, sum(lengths), heads, 64)
+    query, key, value = (half(*shape, dtype=BF16).transpose(1, 2) for _ in range(3))
     with recording() as found:
-        flex.forward(query, key, value)
-        flex.backward(query, key, value)
+        flex.forward(query, key, value, mask)
+        flex.backward(query, key, value, mask)
         torch.mul(query, query)  # the row sums of output times gradient
+    return [of(found)]
+
+
+def attention_by_fla(folder: Path, batch: int, heads: int, tokens: int, causal: bool, varlen: bool) -> list[Work]:
+    """Launch the softmax attention of flash-linear-attention, which is causal and takes packed sequences."""
+    if not causal:
+        raise NoModel("it has no attention without the causal mask")
+    with package(folder, "fla-core", "0.6.0") as imported:
+        with as_on_an_h100():
+            attend = imported("fla.ops.attn.parallel").parallel_attn
+        shape, options = (batch, tokens, heads, 64), {}
+        if varlen:
+            lengths = [length for length in lengths_of(batch, tokens) if length]
+            shape = (1, sum(lengths), heads, 64)
+            options["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)])
+        tensors = [half(*shape, dtype=BF16, grad=True) for _ in range(3)]
+        for _ in range(2):  # the first call computes the places of the sequences, which are kept
+            with recording() as found:
+                out = attend(*tensors, **options)
+                torch.autograd.backward(out, torch.empty_like(out))
     return [of(found)]
 
 
@@ -78,8 +110,8 @@ PEERS: dict[str, tuple[tuple[str, ...], dict[str, Peer]]] = {
     "contrastive_loss": (("pairs", "embed_dim"), {"memeff": loss_by_memeff}),
     "sigmoid_loss": (("pairs", "embed_dim"), {"siglip-kernel": sigmoid_by_siglip_kernel}),
     "attention": (
-        ("batch", "heads", "tokens", "causal"),
-        {"Triton tutorial": attention_by_tutorial, "FlexAttention": attention_by_inductor},
+        ("batch", "heads", "tokens", "causal", "varlen"),
+        {"Triton tutorial": attention_by_tutorial, "FlexAttention": attention_by_inductor, "fla": attention_by_fla},
     ),
 }
 
@@ -100,7 +132,7 @@ def compare(folder: Path, wanted: Callable[[str], object]) -> Iterator[str]:
             except Exception as error:  # upstream code that fails must not end the others
                 cells = [str(error) if isinstance(error, Missing | NoModel) else short(error)]
             row = [case, "clipfast", scaled(ours, SECONDS), peer, *cells]
-            yield align([row], right=(2, 4, 5), at_least=(56, 8, 8, 15, 8, 6))
+            yield align([row], right=(2, 4, 5), at_least=(69, 8, 8, 15, 8, 6))
 
 
 def _fastest(works: Sequence[Work]) -> float:

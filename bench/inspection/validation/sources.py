@@ -53,7 +53,9 @@ PACKAGES = {
     "memeff": ("0.3.1",),
     "liger-kernel": ("0.6.0", "0.8.0", "0.8.1"),
     "siglip-kernel": ("0.1.2",),
+    "fla-core": ("0.6.0",),
 }
+NEEDS = {"fla-core": " einops"}  # what a package imports, beside what clipfast needs
 
 
 class Missing(Exception):  # noqa: N818  (it is reported, and not a failure)
@@ -68,7 +70,7 @@ def how_to_fetch(folder: Path) -> list[str]:
     for package, versions in PACKAGES.items():
         for version in versions:
             target = folder / f"{package}-{version}"
-            lines.append(f"pip install --no-deps --target {target} {package}=={version}")
+            lines.append(f"pip install --no-deps --target {target} {package}=={version}{NEEDS.get(package, '')}")
     return lines
 
 
