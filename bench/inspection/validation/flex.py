@@ -27,7 +27,7 @@ _SAME_SEQUENCE = "mask_mod_output = (tl.load(arg_SEQUENCE + {m}) == tl.load(arg_
 Mask = Mapping[str, torch.Tensor] | None
 
 
-def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask = None) -> None:
+def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: Mask = None) -> None:
     """Launch the forward kernel for tensors [batch, heads, length, dim] in any strides."""
     block_m, stages = 128, 3
     block_n, warps = (128, 4) if query.shape[-1] == 64 else (64, 8)
@@ -42,7 +42,7 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: M
     kernel[grid](*(tensors[name] for name in names), out, num_warps=warps, num_stages=stages)
 
 
-def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask = None) -> None:
+def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: Mask = None) -> None:
     """Launch the kernels of the backward pass; the row sums of output times gradient are PyTorch's own."""
     blocks, stages, warps = {"BLOCK_M1": 64, "BLOCK_N1": 128, "BLOCK_M2": 128, "BLOCK_N2": 64}, 3, 8
     tensors = _inputs(query, key, value, mask)

@@ -78,8 +78,8 @@ def attention_by_inductor(
         mask, shape = flex.mask_of_sequences(lengths), (1, sum(lengths), heads, 64)
     query, key, value = (half(*shape, dtype=BF16).transpose(1, 2) for _ in range(3))
     with recording() as found:
-        flex.forward(query, key, value, mask)
-        flex.backward(query, key, value, mask)
+        flex.forward(query, key, value, mask=mask)
+        flex.backward(query, key, value, mask=mask)
         torch.mul(query, query)  # the row sums of output times gradient
     return [of(found)]
 
