@@ -40,7 +40,7 @@ OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 
 def accumulate_gradients(
-    model: nn.Module, images: Tensor, texts: Any, micro_batch_size: int,
+    model: nn.Module, images: Any, texts: Any, micro_batch_size: int,
     loss: Callable[..., Tensor] = contrastive_loss, *, loss_scale: Tensor | float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Compute ``loss(*model(images, texts)).backward()`` with the activations of only one micro-batch at a time.
@@ -56,9 +56,10 @@ def accumulate_gradients(
         model: is called with images and texts of a micro-batch. It returns (image_features, text_features,
             logit_scale) and perhaps logit_bias, as a tuple or as a dict with these names. Scale and bias must be the
             same for every micro-batch. All state that its forward pass changes must be in buffers.
-        images: [B, ...].
+        images: [B, ...] or packed images; or a list of the images of each micro-batch, as the model takes them.
         texts: [B, ...]; or a list of the texts of each micro-batch, as the model takes them, such as packed texts.
-        micro_batch_size: number of pairs in a micro-batch, at least 1; the last micro-batch may be smaller.
+        micro_batch_size: number of pairs in a micro-batch, at least 1; the last micro-batch may be smaller. A list of
+            images has the micro-batches that it has.
         loss: a ``ClipLoss``, a ``SigLipLoss`` or any function that maps the outputs of the model for all B pairs, in
             the order above, to one number. Parameters of the loss get their gradients as well.
         loss_scale: a factor for all gradients, such as ``scaler.scale(torch.ones((), ...))`` of a ``GradScaler``.
@@ -73,7 +74,7 @@ def accumulate_gradients(
     parts = micro_batches(images, texts, micro_batch_size)
     if len(parts) == 1:
         return _loss_backward(loss, _outputs(model(*parts[0])), loss_scale)
-    devices = _accelerators(model, images)
+    devices = _accelerators(model, parts[0][0])
     before, random_states, features = _Buffers(model), [], []
     with torch.no_grad():
         for part in parts:
@@ -81,10 +82,11 @@ def accumulate_gradients(
             features.append(_outputs(model(*part)))
     torch.clear_autocast_cache()  # pass 2 must not reuse casts of weights that have no graph
     after = _Buffers(model)
-    inputs = _join(features, len(images))
+    sizes = [len(part[0]) for part in parts]
+    inputs = _join(features, sum(sizes))
     value = _loss_backward(loss, inputs, loss_scale)
     random_after = _random_state(devices)
-    gradients = _gradients(inputs, micro_batch_size)
+    gradients = _gradients(inputs, sizes)
     before.restore()
     try:
         for index, (part, state) in enumerate(zip(parts, random_states, strict=True)):
@@ -102,7 +104,7 @@ def accumulate_gradients(
 
 def largest_micro_batch(
     model: nn.Module,
-    images: Tensor,
+    images: Any,
     texts: Tensor,
     loss: Callable[..., Tensor] = contrastive_loss,
     *,
@@ -117,7 +119,7 @@ def largest_micro_batch(
 
     Args:
         model: the model as it will be trained, under the same autocast.
-        images: [B, ...], a whole batch of the largest shape that will occur; values do not matter.
+        images: [B, ...] or packed images, a whole batch of the largest shape that will occur; values do not matter.
         texts: [B, ...], as for ``images``; a model that leaves out padding needs the longest texts that will occur.
         loss: as for :func:`accumulate_gradients`.
         start: the first size to try; the whole batch if it is None.
@@ -166,21 +168,23 @@ def _parameters(model: nn.Module, loss: Callable[..., Tensor]) -> list[nn.Parame
     return [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
 
 
-def micro_batches(images: Tensor, texts: Any, size: int) -> list[tuple[Tensor, Any]]:
+def micro_batches(images: Any, texts: Any, size: int) -> list[tuple[Any, Any]]:
     """Return the images and the texts of each micro-batch of ``size`` pairs; the last one may be smaller.
 
-    ``texts`` are [B, ...], or a list of the texts of each micro-batch.
+    Images are [B, ...] or packed, and texts [B, ...]; or one of them, or each, is a list of those of each micro-batch.
 
     Raises:
         ValueError: there are no pairs, or not as many images as texts, or the size is below 1.
     """
     if size < 1:
         raise ValueError(f"micro_batch_size must be at least 1, got {size}")
-    if len(images) == 0 or (isinstance(texts, Tensor) and len(images) != len(texts)):
-        raise ValueError(f"images and texts must be equally many, at least one, got {len(images)} and {len(texts)}")
-    parts = images.split(size)
-    of_texts = texts.split(size) if isinstance(texts, Tensor) else texts if isinstance(texts, list | tuple) else [texts]
-    wanted, given = [len(part) for part in parts], [_count(part) for part in of_texts]
+    parts = images if isinstance(images, list | tuple) else images.split(size)
+    wanted = [len(part) for part in parts]
+    if not sum(wanted) or (isinstance(texts, Tensor) and sum(wanted) != len(texts)):
+        raise ValueError(f"images and texts must be equally many, at least one, got {sum(wanted)} and {len(texts)}")
+    listed = texts if isinstance(texts, list | tuple) else [texts]
+    of_texts = texts.split(wanted) if isinstance(texts, Tensor) else listed
+    given = [_count(part) for part in of_texts]
     if len(given) != len(wanted) or any(found not in (None, n) for found, n in zip(given, wanted, strict=True)):
         raise ValueError(f"micro-batches of {wanted} images need texts of as many micro-batches and pairs, got {given}")
     return list(zip(parts, of_texts, strict=True))
@@ -227,13 +231,13 @@ def _loss_backward(loss: Callable[..., Tensor], inputs: tuple[Any, ...], loss_sc
     return value.detach()
 
 
-def _gradients(inputs: tuple[Any, ...], size: int) -> list[tuple[Tensor | None, ...]]:
+def _gradients(inputs: tuple[Any, ...], sizes: list[int]) -> list[tuple[Tensor | None, ...]]:
     """Return the gradients of each micro-batch's outputs, from the gradients of the loss's inputs.
 
     Scale and bias have one gradient for the whole batch. The last micro-batch gets it, because there
     ``DistributedDataParallel`` waits for a gradient of every parameter.
     """
-    rows = [(torch.zeros_like(x) if x.grad is None else x.grad).split(size) for x in inputs[:2]]
+    rows = [(torch.zeros_like(x) if x.grad is None else x.grad).split(sizes) for x in inputs[:2]]
     shared = tuple(x.grad if isinstance(x, Tensor) else None for x in inputs[2:])
     gradients = [(*pair, *(None for _ in shared)) for pair in zip(*rows, strict=True)]
     gradients[-1] = (*gradients[-1][:2], *shared)
@@ -263,9 +267,9 @@ def _without_exchange(model: nn.Module, *, when: bool) -> AbstractContextManager
     return stack
 
 
-def _accelerators(model: nn.Module, *tensors: Tensor) -> list[torch.device]:
+def _accelerators(model: nn.Module, images: Any) -> list[torch.device]:
     """Return the accelerators of a model and its micro-batches, whose random number generators must be restored."""
-    found = {tensor.device for tensor in (*model.parameters(), *tensors)}
+    found = {tensor.device for tensor in (*model.parameters(), images)}
     return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
 
 

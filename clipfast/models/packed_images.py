@@ -33,6 +33,25 @@ class PackedImages(Packed):
     order: Tensor
     max_patches: int
 
+    def split(self, size: int, *, for_gpu: bool | None = None) -> list["PackedImages"]:
+        """Split the batch into micro-batches of ``size`` images, in the order of the batch; the last may be smaller.
+
+        Args:
+            size: the number of images of a micro-batch.
+            for_gpu: round the number of patches up, as a GPU likes it; default: if the patches are on one.
+        """
+        if size >= len(self):
+            return [self]
+        for_gpu = self.device.type != "cpu" if for_gpu is None else for_gpu
+        counts = self.grids.prod(1).tolist()
+        patches = self.patches[: sum(counts)].split(counts)
+        parts = []
+        for places in self.order.split(size):
+            grids = self.grids[places]
+            packed = _longest_first(grids)
+            parts.append(_packed([patches[place] for place in places[packed].tolist()], grids, packed, for_gpu))
+        return parts
+
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
     """Cut images [..., 3, H, W] into patches [..., H W / P^2, P P 3], as timm and transformers do for NaFlex.

@@ -119,16 +119,22 @@ class Guard:
 
 @dataclasses.dataclass
 class GuardedLoss:
-    """Wraps a loss: if its value is not finite, its gradients become NaN, which every rank then sees in their mean."""
+    """Wraps a loss: if its value is not finite, its gradients become NaN, which every rank then sees in their mean.
+
+    Attributes:
+        loss: the loss.
+        scale: returns the factor on the gradients, but not on the loss, for the number of pairs of this process.
+    """
 
     loss: Callable[..., Tensor]
+    scale: Callable[[int], float] | None = None
 
     def __call__(self, *outputs: Any) -> Tensor:
         """Return the loss of a model's outputs, whose gradients are NaN if it is not finite."""
         value = self.loss(*outputs)
         if value.requires_grad:
-            poison = 0 * value.detach()
-            value.register_hook(lambda gradient: gradient + poison)
+            poison, factor = 0 * value.detach(), 1.0 if self.scale is None else self.scale(len(outputs[0]))
+            value.register_hook(lambda gradient: torch.add(poison, gradient, alpha=factor))
         return value
 
 

@@ -1,6 +1,8 @@
 """The options of ``clipfast train`` for images in their own aspect (NaFlex), and their checks."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .option_checks import flag_name, option
@@ -97,3 +99,10 @@ def _check_draw(config: "TrainConfig", choices: str, probs: str) -> None:
         raise ValueError(f"{flag_name(probs)} needs a weight for each number, got {len(weights)} for {given}")
     if weights and not sum(weights) > 0:
         raise ValueError(f"{flag_name(probs)} must not all be 0")
+
+
+def loss_scale(kind: str, batch_size: float) -> Callable[[int], float] | None:
+    """Return the function that gives ``--naflex-loss-scale`` for the pairs of a process; None without a scale."""
+    if kind == "none":
+        return None
+    return lambda pairs: pairs / batch_size if kind == "linear" else math.sqrt(pairs / batch_size)

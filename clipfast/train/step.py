@@ -14,12 +14,15 @@ from ..data.order import random_words
 from ..distributed.world import ALONE, World
 from ..losses.accumulation import accumulate_gradients, largest_micro_batch, micro_batches
 from ..models import CLIP
+from ..models.packed_images import PackedImages
 from ..models.packed_text import PackedText
 from .fsdp import exchange_scalars
 from .graphs import graphed
 from .guard import Guard, GuardedLoss
 from .logs import log
 
+# The images of a batch: uint8 [B, 3, H, W], or a list of the packed images of each micro-batch.
+Images = Tensor | list[PackedImages]
 # The texts of a batch: token ids [B, L], packed texts, or a list of one of both for each micro-batch.
 Texts = Tensor | PackedText | list[Tensor | PackedText]
 MAX_GRAPHS = 8
@@ -37,28 +40,40 @@ class Upload:
         self.device, self._pack = device, pack
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, batch: Batch, micro_batch_size: int | None = None) -> tuple[Tensor, Texts]:
+    def __call__(self, batch: Batch, micro_batch_size: int | None = None) -> tuple[Images, Texts]:
         """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` lies in pinned memory.
 
-        If texts are packed, those of each micro-batch are packed by themselves.
+        If texts are packed, those of each micro-batch are packed by themselves; so are images of several sizes, which
+        are a list even if one micro-batch has them all.
         """
+        size = micro_batch_size or len(batch)
         texts: Texts = batch.texts
         if self._pack is not None:
-            parts = [self._pack(part) for part in batch.texts.split(micro_batch_size or len(batch))]
+            parts = [self._pack(part) for part in batch.texts.split(size)]
             texts = parts[0] if len(parts) == 1 else parts
         if self._stream is None:
-            return self._on_device(batch, texts)
+            return self._on_device(batch, texts, size)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
-            images, texts = self._on_device(batch, texts)
+            images, texts = self._on_device(batch, texts, size)
         current.wait_stream(self._stream)
         for x in pytree.tree_leaves((images, texts)):
             x.record_stream(current)  # otherwise the copying stream, which owns the memory, could reuse it too early
         return images, texts
 
-    def _on_device(self, batch: Batch, texts: Texts) -> tuple[Tensor, Texts]:
-        """Return images and texts of a training batch on the device."""
-        return batch.images_on(self.device), pytree.tree_map(lambda x: x.to(self.device, non_blocking=True), texts)
+    def _on_device(self, batch: Batch, texts: Texts, size: int) -> tuple[Images, Texts]:
+        """Return images and texts of a training batch on the device, packed images in micro-batches of ``size``."""
+        if isinstance(batch.images, PackedImages):
+            parts = self._split(batch.images, size)
+            images: Images = [part.to(self.device, non_blocking=True) for part in parts]
+        else:
+            images = batch.images_on(self.device)
+        return images, pytree.tree_map(lambda x: x.to(self.device, non_blocking=True), texts)
+
+    def _split(self, images: PackedImages, size: int) -> list[PackedImages]:
+        """Return micro-batches of packed images of a training step, in pinned memory if these are."""
+        parts = images.split(size, for_gpu=self.device.type != "cpu")
+        return [part.pin_memory() for part in parts] if self.device.type == "cuda" and len(parts) > 1 else parts
 
 
 class TrainingStep:
@@ -69,9 +84,11 @@ class TrainingStep:
         loss: the loss function, as :func:`clipfast.accumulate_gradients` takes it.
         autocast: a function that makes the autocast context of the forward pass.
         grad_clip_norm: largest norm of the gradient; None does not clip it.
-        micro_batch_size: number of pairs whose activations are held at a time.
+        micro_batch_size: number of pairs whose activations are held at a time; a list of images has its own
+            micro-batches.
         parallel: the wrapped model, which is called in place of ``model`` if there are several processes.
         shards: the processes over which FSDP2 has sharded the weights; None if each process has all weights.
+        loss_scale: returns the factor on the gradients for the number of pairs of this process; None for no factor.
 
     Attributes:
         guard: holds the verdict on the last step. If its gradient was not finite, the step has changed nothing.
@@ -87,16 +104,17 @@ class TrainingStep:
         micro_batch_size: int,
         parallel: nn.Module | None = None,
         shards: World | None = None,
+        loss_scale: Callable[[int], float] | None = None,
     ) -> None:
         self.parallel, self.shards = parallel or model, shards
-        self.model, self.optimizer, self.loss = model, optimizer, GuardedLoss(loss)
+        self.model, self.optimizer, self.loss = model, optimizer, GuardedLoss(loss, loss_scale)
         self.autocast, self.micro_batch_size = autocast, micro_batch_size
         self.guard = Guard(model, optimizer, grad_clip_norm)
         self.is_updating = False  # stays True after an error in the middle of an update
 
-    def __call__(self, images: Tensor, texts: Texts) -> Tensor:
+    def __call__(self, images: Images, texts: Texts) -> Tensor:
         """Take a training step, and return the loss of its batch before the update, a scalar without a graph."""
-        self._zero_gradients(len(images))
+        self._zero_gradients(len(self._parts(images, texts)))
         self.guard.begin()
         loss = self.backward(images, texts)
         self.guard.judge(loss)
@@ -106,34 +124,39 @@ class TrainingStep:
         self.is_updating = False
         return loss
 
-    def backward(self, images: Tensor, texts: Texts) -> Tensor:
+    def backward(self, images: Images, texts: Texts) -> Tensor:
         """Add the gradients of a training batch to ``.grad`` and return its loss, a scalar without a graph."""
         loss = self._backward(images, texts)
         if self.shards is not None:
             exchange_scalars(self.model, self.shards)
         return loss
 
-    def _backward(self, images: Tensor, texts: Texts) -> Tensor:
+    def _parts(self, images: Images, texts: Texts) -> list[tuple[Any, Any]]:
+        """Return images and texts of each micro-batch of a training batch."""
+        return micro_batches(images, texts, self.micro_batch_size)
+
+    def _backward(self, images: Images, texts: Texts) -> Tensor:
         """Add the gradients of a training batch to ``.grad``, in micro-batches if it is larger, and return its loss."""
-        if self.micro_batch_size < len(images):
+        first, *others = self._parts(images, texts)
+        if others:
             with self.autocast():
                 return accumulate_gradients(self.parallel, images, texts, self.micro_batch_size, self.loss)
         with self.autocast():
-            loss = self.loss(*self.parallel(images, texts))
+            loss = self.loss(*self.parallel(*first))
         loss.backward()
         return loss.detach()
 
-    def _zero_gradients(self, pairs: int) -> None:
-        """Reset all gradients before the backward pass of a training batch of ``pairs`` pairs.
+    def _zero_gradients(self, parts: int) -> None:
+        """Reset all gradients before the backward pass of a training batch of ``parts`` micro-batches.
 
         DistributedDataParallel's gradients are views of its communication buckets, and are set to zero in place if
         micro-batches are summed. If they were set to None, the sums would take memory of their own beside the buckets,
         which only the last micro-batch would use.
         """
-        has_sums = self.micro_batch_size < pairs and isinstance(self.parallel, DistributedDataParallel)
+        has_sums = parts > 1 and isinstance(self.parallel, DistributedDataParallel)
         self.optimizer.zero_grad(set_to_none=not has_sums)
 
-    def rehearse(self, images: Tensor, texts: Texts) -> None:
+    def rehearse(self, images: Images, texts: Texts) -> None:
         """Run a backward pass of a micro-batch before the first training step, and discard its gradients.
 
         DistributedDataParallel packs gradients into buckets in the order of its first backward pass, and the rounding
@@ -142,11 +165,11 @@ class TrainingStep:
         this pass, gradients are views of the buckets.
         """
         before = [buffer.clone() for buffer in self.model.buffers()]
-        part = micro_batches(images, texts, self.micro_batch_size)[0]
+        parts = self._parts(images, texts)
         with self.autocast():
-            outputs = self.parallel(*part)
+            outputs = self.parallel(*parts[0])
         torch.stack([output.float().sum() for output in outputs if output is not None]).sum().backward()
-        self._zero_gradients(len(images))
+        self._zero_gradients(len(parts))
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
 
@@ -208,7 +231,7 @@ def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
         torch.manual_seed(int(random_words(1, seed, rank)[0]) >> 1)
 
 
-def graphed_step(step: Callable[[Tensor, Any], Tensor], context_length: int) -> Callable[[Tensor, Any], Tensor]:
+def graphed_step(step: Callable[[Any, Any], Tensor], context_length: int) -> Callable[[Any, Any], Tensor]:
     """Return ``step`` as CUDA graphs, one for each shape of a batch, for the first ``MAX_GRAPHS`` that are seen often.
 
     Packed texts of B captions have a number of tokens that :func:`clipfast.models.packed.rounded` rounds up, so that
@@ -216,7 +239,7 @@ def graphed_step(step: Callable[[Tensor, Any], Tensor], context_length: int) -> 
     """
     replayed = graphed(step, max_graphs=MAX_GRAPHS)
 
-    def take(images: Tensor, texts: Tensor | PackedText) -> Tensor:
+    def take(images: Images, texts: Tensor | PackedText) -> Tensor:
         """Take a training step on a batch, by the graph of its shape if there is one."""
         if isinstance(texts, Tensor):
             texts = F.pad(texts, (0, context_length - texts.shape[1]))

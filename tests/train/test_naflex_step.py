@@ -1,0 +1,174 @@
+"""A training step on images of several sizes: OpenCLIP's loss and gradients, in parts, compiled, and its scale."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clipfast.data import Batch
+from clipfast.kernels import contrastive_loss
+from clipfast.kernels.reference import CLIP_MEAN, CLIP_STD
+from clipfast.losses.accumulation import accumulate_gradients, micro_batches
+from clipfast.models import CLIPConfig, build
+from clipfast.models.packed_images import pack_images, patchify
+from clipfast.models.packed_text import pack_on_host
+from clipfast.train.naflex_options import loss_scale
+from clipfast.train.step import TrainingStep, Upload
+
+PATCH, MOST, CONTEXT = 4, 24, 12
+TEXT = {"context_length": CONTEXT, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
+KWARGS = {
+    "patch_size": PATCH, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "pos_embed_grid_size": [5, 5],
+}  # fmt: skip
+TOWER = {
+    "image_size": 20, "image_seq_len": 25, "timm_model_name": "naflexvit_base_patch16_gap",
+    "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear", "timm_model_kwargs": KWARGS,
+}  # fmt: skip
+CONFIG = {"embed_dim": 16, "vision_cfg": TOWER, "text_cfg": TEXT}
+
+
+def pairs(count, seed=0):
+    """Return images of random sizes, with MOST patches at most, and texts of random lengths."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    images = []
+    for _ in range(count):
+        rows = draw.randint(2, 6)
+        size = 3, PATCH * rows, PATCH * draw.randint(2, MOST // rows)
+        images.append(torch.randint(0, 256, size, dtype=torch.uint8, generator=generator))
+    texts = torch.zeros(count, CONTEXT, dtype=torch.long)
+    for row in texts:
+        length = draw.randint(2, CONTEXT)
+        row[: length - 1] = torch.randint(1, 62, (length - 1,), generator=generator)
+        row[length - 1] = 63
+    return images, texts
+
+
+def model_in(dtype):
+    """Return a small model whose parameters are random, so that none is without effect."""
+    torch.manual_seed(0)
+    model = build(CLIPConfig.from_dict(CONFIG)).to(dtype).train()
+    for parameter in model.parameters():
+        if parameter.ndim:
+            nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model
+
+
+def step_of(model, **options):
+    """Return the training step of a model, without a change of its weights."""
+    plain = torch.autocast("cpu", enabled=False)
+    return TrainingStep(
+        model, torch.optim.SGD(model.parameters(), 0.0), contrastive_loss, lambda: plain, None, 64, **options
+    )
+
+
+def uploaded(images, texts, size=None):
+    """Return a training batch as the trainer gives it to the step."""
+    batch = Batch(pack_images(images, PATCH), texts, [])
+    return Upload(torch.device("cpu"), lambda part: pack_on_host(part, torch.device("cpu"), always=True))(batch, size)
+
+
+def gradients(model):
+    """Return the gradients of a model's parameters by name."""
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_near(found, expected, most):
+    """Check that no gradient differs by more than ``most`` of the largest of its parameter."""
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= most * gradient.abs().max().clamp(min=1e-3), name
+
+
+def padded(images, dtype):
+    """Return a batch as OpenCLIP's loader makes it: normalised patches, padded to the longest sequence allowed."""
+    mean, std = (torch.tensor(values, dtype=dtype).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    columns = []
+    for image in images:
+        rows, width = (side // PATCH for side in image.shape[1:])
+        patches = patchify((image.to(dtype) / 255 - mean) / std, PATCH)
+        rest = (0, 0, 0, MOST - len(patches))
+        coords = torch.cartesian_prod(torch.arange(rows), torch.arange(width))
+        columns.append((F.pad(patches, rest), F.pad(coords, rest), torch.arange(MOST) < len(patches)))
+    return dict(
+        zip(("patches", "patch_coord", "patch_valid"), map(torch.stack, zip(*columns, strict=True)), strict=True)
+    )
+
+
+def their_model(ours):
+    """Return OpenCLIP's model with timm's tower and the weights of ours."""
+    open_clip, naflexvit = pytest.importorskip("open_clip"), pytest.importorskip("timm.models.naflexvit")
+    theirs = open_clip.CLIP(16, {"image_size": 20, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16}, TEXT)
+
+    class Tower(nn.Module):
+        """Timm's tower with the projection that OpenCLIP puts behind it."""
+
+        def __init__(self):
+            super().__init__()
+            self.trunk = naflexvit.NaFlexVit(
+                naflexvit.NaFlexVitCfg(
+                    **KWARGS, global_pool="avg", reg_tokens=4, init_values=1e-5, pos_embed_interp_mode="bicubic"
+                ),
+                num_classes=0,
+            )
+            self.head = nn.ModuleDict({"proj": nn.Linear(32, 16, bias=False)})
+
+        def forward(self, images):
+            """Return the features of a padded batch."""
+            return self.head["proj"](self.trunk(images))
+
+    theirs.visual = Tower()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert {name for name, _ in theirs.named_parameters()} == {name for name, _ in ours.named_parameters()}
+    return theirs.to(ours.logit_scale.dtype).train()
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "sqrt"])
+def test_loss_and_gradients_are_those_of_openclip(kind):
+    """Timm resizes positions in float32, whatever the dtype of the model."""
+    ours, (images, texts) = model_in(torch.float64), pairs(6)
+    theirs = their_model(ours)
+    found = step_of(ours, loss_scale=loss_scale(kind, 4)).backward(*uploaded(images, texts))
+    image, text, logit_scale = theirs(padded(images, torch.float64), texts)[:3]
+    logits, labels = logit_scale * image @ text.T, torch.arange(6)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    (expected * {"none": 1.0, "linear": 1.5, "sqrt": 1.5**0.5}[kind]).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # the loss is logged without the scale
+    assert_near(gradients(ours), gradients(theirs), 1e-6)
+
+
+def test_micro_batches_have_the_gradients_of_the_batch():
+    model, (images, texts) = model_in(torch.float64), pairs(7)
+    step = step_of(model, loss_scale=loss_scale("linear", 4))
+    loss = step.backward(*uploaded(images, texts))
+    whole = gradients(model)
+    step.optimizer.zero_grad()
+    in_parts = uploaded(images, texts, 3)
+    assert [len(part) for part in in_parts[0]] == [3, 3, 1]
+    assert sum(len(part.patches) for part in in_parts[0]) == len(pack_images(images, PATCH).patches)
+    assert step.backward(*in_parts).item() == pytest.approx(loss.item(), rel=1e-12)
+    assert_near(gradients(model), whole, 1e-12)
+    step.optimizer.zero_grad()
+    accumulate_gradients(model, pack_images(images, PATCH), texts, 2)  # it splits packed images itself
+    assert_near({name: 7 / 4 * gradient for name, gradient in gradients(model).items()}, whole, 1e-12)
+
+
+@pytest.mark.parametrize("for_gpu", [False, True])
+def test_packed_images_are_split_in_the_order_of_the_batch(for_gpu):
+    images, _ = pairs(9)
+    parts = pack_images(images, PATCH, for_gpu=True).split(4, for_gpu=for_gpu)
+    assert [len(part) for part in parts] == [4, 4, 1]
+    for part, own in zip(parts, (images[:4], images[4:8], images[8:]), strict=True):
+        expected = pack_images(own, PATCH, for_gpu=for_gpu)
+        assert part.max_patches == expected.max_patches
+        for name in ("patches", "grids", "order"):
+            assert torch.equal(getattr(part, name), getattr(expected, name)), name
+
+
+def test_wrong_micro_batches():
+    images = pack_images(pairs(4)[0], PATCH).split(2)
+    with pytest.raises(ValueError, match=r"equally many, at least one, got 4 and 3"):
+        micro_batches(images, torch.zeros(3, CONTEXT), 2)
+    with pytest.raises(ValueError, match=r"micro-batches of \[2, 2\] images need texts .* got \[4\]"):
+        micro_batches(images, [torch.zeros(4, CONTEXT)], 2)
+    assert [len(texts) for _, texts in micro_batches(images, torch.zeros(4, CONTEXT), 1)] == [2, 2]
