@@ -5,10 +5,12 @@ reads these. A shard is a tar file (``tar``), a Parquet or Arrow file (``rows``)
 images (``folders``), or pairs that are drawn without files (``synthetic``, ``drawn_shapes``). ``source`` reads any
 sample by its number: ``index`` knows the place of each sample, ``staging`` copies shards without random access, and
 ``counts`` finds the number of samples of a shard before it is copied. ``order`` determines the sequence of samples of a
-run, ``loader`` makes batches of them in processes that ``workers`` starts, and ``read_ahead`` copies their shards in
-time. ``trial`` makes a batch of a few samples, to see whether they can be used.
+run, ``batch_plan`` the size of each batch, ``loader`` makes batches of them in processes that ``workers`` starts
+(``packed_batches`` for NaFlex), and ``read_ahead`` copies their shards in time. ``trial`` makes a batch of a few
+samples, to see whether they can be used.
 """
 
+from .batch_plan import BatchPlan, BudgetedBatches, EqualBatches, TokenBudget
 from .crops import CroppedImages, CroppedToSequence, WholeImages
 from .encoded import EncodedCrops, check_decoder
 from .index import LOST, IndexCache, ShardIndex
@@ -16,6 +18,7 @@ from .keys import Keys, read_keys, read_separator
 from .loader import Batch, PairBatches, Skipped, lost_parts, pair_loader
 from .names import expand_shards
 from .order import Mix, Order, Unique
+from .packed_batches import PackedBatches
 from .samples import caption, decode_image, metadata
 from .source import MAX_OPEN, ShardSource, Source, identities, open_limit, open_shards, open_sources
 from .synthetic import SyntheticBatches, SyntheticSource
@@ -28,14 +31,18 @@ __all__ = [
     "MAX_OPEN",
     "PREFETCH",
     "Batch",
+    "BatchPlan",
+    "BudgetedBatches",
     "CroppedImages",
     "CroppedToSequence",
     "EncodedCrops",
+    "EqualBatches",
     "EveryPair",
     "IndexCache",
     "Keys",
     "Mix",
     "Order",
+    "PackedBatches",
     "PairBatches",
     "ShardIndex",
     "ShardSource",
@@ -43,6 +50,7 @@ __all__ = [
     "Source",
     "SyntheticBatches",
     "SyntheticSource",
+    "TokenBudget",
     "Unique",
     "WholeImages",
     "caption",

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ..models.file_tokenizer import FileTokenizer
 from ..models.images import SampleError
+from ..models.packed_images import PackedImages
 from ..models.tokenizer import Tokenizer, trim_padding
 from .index import LOST, ShardIndex
 from .keys import DEFAULT_KEYS, Keys
@@ -67,14 +68,14 @@ class Batch:
     """A training batch: images, texts, and statistics of its making.
 
     Attributes:
-        images: uint8 or float, [B, 3, H, W]; or images that are still to be made on the device.
+        images: uint8 or float, [B, 3, H, W]; packed images; or images that are still to be made on the device.
         texts: token ids, [B, L].
         skipped: samples that could not be used and were replaced by others.
         seconds: time spent on each stage: "read", "decode", "tokenize" and "other".
         bytes_read: bytes read from the shards and from the files that they name.
     """
 
-    images: Tensor | DeviceImages
+    images: Tensor | PackedImages | DeviceImages
     texts: Tensor
     skipped: list[Skipped]
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -83,9 +84,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def images_on(self, device: torch.device) -> Tensor:
+    def images_on(self, device: torch.device) -> Tensor | PackedImages:
         """Return the images of the batch on ``device``. From pinned memory, they are copied to a GPU asynchronously."""
-        if isinstance(self.images, Tensor):
+        if isinstance(self.images, Tensor | PackedImages):
             return self.images.to(device, non_blocking=True)
         return self.images.on(device)
 
@@ -145,7 +146,7 @@ class PairBatches(Dataset[Batch]):
     keeps_padding: bool = False
     rank: int = 0
     world_size: int = 1
-    gather: Callable[[Iterable[Any], int], Tensor | DeviceImages] = stacked
+    gather: Callable[[Iterable[Any], int], Tensor | PackedImages | DeviceImages] = stacked
 
     def __post_init__(self) -> None:
         """Refuse a batch size that is less than 1, or cannot be divided among the ranks.
@@ -197,12 +198,16 @@ class PairBatches(Dataset[Batch]):
 
     def _whole(self, number: int) -> Stretch:
         """Return the samples of batch ``number`` for all ranks together."""
-        first = number * self.batch_size
-        return self.order(first, first + self.batch_size)
+        first, pairs = self.extent(number)
+        return self.order(first, first + pairs)
+
+    def extent(self, number: int) -> tuple[int, int]:
+        """Return the position of the first pair of batch ``number``, and its number of pairs, of all ranks together."""
+        return number * self.batch_size, self.batch_size
 
     def _part(self, whole: Stretch) -> Stretch:
         """Return this rank's part of a training batch."""
-        part = self.batch_size // self.world_size
+        part = len(whole) // self.world_size
         return whole[self.rank * part : (self.rank + 1) * part]
 
     def _bytes_read(self) -> int:

@@ -82,7 +82,7 @@ def _joined(parts: Sequence[Stretch]) -> Stretch:
     return Stretch(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
 
-class _Latest(Generic[T]):
+class Latest(Generic[T]):
     """Caches the last two results of a function: a sequential reader of an order needs at most two windows at once."""
 
     def __init__(self, make: Callable[..., T]) -> None:
@@ -90,9 +90,11 @@ class _Latest(Generic[T]):
         self._made: dict[tuple[int, ...], T] = {}
 
     def __call__(self, *key: int) -> T:
-        if key not in self._made:
-            self._made = dict([*self._made.items()][-1:]) | {key: self._make(*key)}
-        return self._made[key]
+        """Return what the function makes of ``key``."""
+        made = self._made  # a thread that reads ahead may replace it
+        if key not in made:
+            self._made = made = dict([*made.items()][-1:]) | {key: self._make(*key)}
+        return made[key]
 
 
 class Order:
@@ -130,7 +132,7 @@ class Order:
         self.windows = -(-self.length // window)
         self._first = np.concatenate([[0], self.sizes.cumsum()])  # number of the first sample of each shard
         self._cuts = np.arange(self.streams + 1) * self.length // self.streams  # where the streams begin and end
-        self._passes, self._windows = _Latest(self._shards), _Latest(self._window)
+        self._passes, self._windows = Latest(self._shards), Latest(self._window)
 
     def __len__(self) -> int:
         """Return the number of samples in a pass over the source."""
@@ -207,7 +209,7 @@ class Mix:
         weights = np.array([len(order) * factor for order, factor in zip(orders, factors, strict=True)])
         self.shares = weights / weights.sum()
         self.length = round(float(weights.sum()))
-        self._blocks = _Latest(self._block)
+        self._blocks = Latest(self._block)
 
     def __len__(self) -> int:
         """Return the length of a pass of the mix, in which each sample is seen ``factor`` times on average."""
@@ -266,7 +268,7 @@ class Unique:
         self.order, self.identities, self.batch_size = order, identities, batch_size
         self.batches = len(order) // batch_size  # number of batches in a pass
         self.group = min(max(MIN_DEALT, window // batch_size), self.batches)  # batches that are filled together
-        self._groups = _Latest(self._dealt)
+        self._groups = Latest(self._dealt)
 
     def __len__(self) -> int:
         """Return the number of positions in a pass, a multiple of the batch size."""

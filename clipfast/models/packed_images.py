@@ -5,7 +5,7 @@ The usual way pads all images of a batch to the longest; here no patch is comput
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,13 +69,20 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
     return parts.reshape(*image.shape[:-3], rows * columns, patch_size**2 * channels)
 
 
-def pack_images(images: Sequence[Tensor] | Tensor, patch_size: int, *, for_gpu: bool = False) -> PackedImages:
+def pack_images(
+    images: Sequence[Tensor] | Tensor,
+    patch_size: int,
+    *,
+    for_gpu: bool = False,
+    room: Callable[[int, Tensor], Tensor] | None = None,
+) -> PackedImages:
     """Pack images of any sizes that are multiples of the patch size, each [3, H, W], uint8 or already normalised.
 
     Args:
         images: the images, all of one dtype, on one device.
         patch_size: the side of a patch in pixels.
         for_gpu: round the number of patches up, as a GPU likes it.
+        room: allocates memory for the patches: takes their number and one of them, and returns a tensor.
 
     Raises:
         TypeError: the images have several dtypes, or the patch size is no int.
@@ -95,7 +102,7 @@ def pack_images(images: Sequence[Tensor] | Tensor, patch_size: int, *, for_gpu: 
     grids = torch.tensor([[side // patch_size for side in image.shape[-2:]] for image in images], dtype=torch.int32)
     packed = _longest_first(grids)
     in_order = [patches.flatten(0, 1)] if isinstance(patches, Tensor) else [patches[place] for place in packed.tolist()]
-    return _packed(in_order, grids, packed, for_gpu)
+    return _packed(in_order, grids, packed, for_gpu, room)
 
 
 def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> PackedImages:
@@ -144,7 +151,13 @@ def _longest_first(grids: Tensor) -> Tensor:
     return grids.prod(1).argsort(descending=True, stable=True)
 
 
-def _packed(patches: list[Tensor], grids: Tensor, packed: Tensor, for_gpu: bool) -> PackedImages:
+def _packed(
+    patches: list[Tensor],
+    grids: Tensor,
+    packed: Tensor,
+    for_gpu: bool,
+    room: Callable[[int, Tensor], Tensor] | None = None,
+) -> PackedImages:
     """Return packed images; their patches are in the order of ``packed``, and their grids are not."""
     counts = grids.prod(1)
     used, longest = int(counts.sum()), int(counts.max())
@@ -153,4 +166,5 @@ def _packed(patches: list[Tensor], grids: Tensor, packed: Tensor, for_gpu: bool)
         unused = rounded(used, len(grids) * longest) - used
         patches = [*patches, patches[0].new_zeros(unused, patches[0].shape[-1])]
     device = patches[0].device
-    return PackedImages(torch.cat(patches), grids[packed].int().to(device), packed.argsort().to(device), longest)
+    together = torch.cat(patches, out=None if room is None else room(sum(map(len, patches)), patches[0][0]))
+    return PackedImages(together, grids[packed].int().to(device), packed.argsort().to(device), longest)

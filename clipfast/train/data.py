@@ -13,12 +13,15 @@ import numpy as np
 from ..data import (
     MAX_OPEN,
     Batch,
+    BatchPlan,
+    BudgetedBatches,
     CroppedImages,
     EncodedCrops,
     IndexCache,
     Keys,
     Mix,
     Order,
+    PackedBatches,
     PairBatches,
     ShardIndex,
     Skipped,
@@ -33,6 +36,7 @@ from ..data import (
     open_sources,
     pair_loader,
 )
+from ..data.batch_plan import Unit
 from ..data.keys import IMAGE_KEYS, TEXT_KEYS
 from ..data.samples import sample_name
 from ..distributed.ending import TrainingError
@@ -44,6 +48,7 @@ from ..models.aug_cfg import training_options
 from ..models.file_tokenizer import FileTokenizer
 from ..models.images import MAX_PIXELS, SampleError, augmentation
 from ..models.tokenizer import Tokenizer
+from .batches import plan_of, stream_of
 from .optim import parse_arguments
 from .option_checks import KEY_OPTIONS, flag_name
 from .schedule import Epochs
@@ -61,7 +66,7 @@ class TrainingData:
 
     Args:
         config: options of the run.
-        batch_size: number of pairs of all processes together; by default, that of ``config``.
+        plan: the sizes of the batches of all processes together; by default, those of ``config`` for one process.
         world: the processes; each of them gets its part of every batch.
 
     Attributes:
@@ -70,23 +75,25 @@ class TrainingData:
         content: a checksum of all properties of the shards on which the order depends.
         epochs: the epochs of the run, as numbers of steps.
         total_steps: the number of steps of the run.
-        is_synthetic: whether all pairs are synthetic; then the device draws their images.
+        batch_size: number of pairs of all processes together in the largest batch.
+        is_drawn: whether all pairs are synthetic and of one size; then the device draws their images.
         damaged: the shards that are known to have lost parts.
 
     Raises:
         ValueError: a shard is missing, a shard has lost too much, or the shards hold less than one batch.
     """
 
-    def __init__(self, config: TrainConfig, batch_size: int | None = None, world: World = ALONE) -> None:
+    def __init__(self, config: TrainConfig, plan: BatchPlan | None = None, world: World = ALONE) -> None:
         self.config, self.world = config, world
-        self.batch_size = batch_size = batch_size or config.batch_size
+        self.plan = plan = plan or plan_of(config, ALONE, {})
+        self.batch_size = plan.largest
         groups = [expand_shards(part) for part in parts(config)]
         self.shards = [shard for group in groups for shard in group]
         max_open = open_limit(len(groups))
         opened = [sources_of(config, group, config.workers, max_open) for group in groups]
         self.sources = [source for group in opened for source in group]
-        self.is_synthetic = all(isinstance(source, SyntheticSource) for source in self.sources)
-        if self.is_synthetic:
+        self.is_drawn = all(isinstance(source, SyntheticSource) for source in self.sources) and not config.use_naflex
+        if self.is_drawn:
             _refuse_changes(config)
         self.sizes = [size for source in self.sources for size in source.sizes]
         self.damaged = _damaged(self.sources, config.max_bad_fraction)
@@ -100,25 +107,30 @@ class TrainingData:
         given = config.train_data_upsampling_factors or (1.0,)
         factors = [factor for factor, group in zip(given, opened, strict=True) for _ in group]
         mix = Mix(orders, factors, seed)
-        _refuse_less_than_a_batch(len(mix), config.train_num_samples, batch_size)
+        _refuse_less_than_a_batch(len(mix), config, plan)
         self.order: Mix | Unique = mix
         content = hashlib.sha256(b"".join(np.array(source.sizes, "<i8").tobytes() for source in self.sources))
         if config.unique_by is not None:
             alike = [identities(source, config.unique_by, config.keys()) for source in self.sources]
-            self.order = Unique(mix, alike, batch_size)
+            self.order = Unique(mix, alike, plan.largest)
             for numbers in alike:
                 content.update(np.ascontiguousarray(numbers, "<u8").data)  # on most machines, without a copy
         self.content = content.hexdigest()
-        num_samples = config.train_num_samples or len(self.order)
-        self.epochs = Epochs(num_samples, batch_size, config.samples_seen or config.epochs * num_samples)
-        self.total_steps = self.epochs.total_steps
+        unit: Unit = "tokens" if config.naflex_num_train_image_tokens else "pairs"
+        length = config.naflex_num_train_image_tokens or config.train_num_samples or len(self.order)
+        seen = config.samples_seen
+        self.total_steps = plan.batches_for(seen) if seen else plan.batches_for(config.epochs * length, unit)
+        self.epochs = Epochs(length, plan, self.total_steps, unit)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the order of the training data depends on."""
-        keys = ("train_data", "train_data_upsampling_factors", "dataset_resampled", "seed", "unique_by")
-        found = {key: getattr(self.config, key) for key in keys} | {"batch_size": self.batch_size}
+        keys = ["train_data", "train_data_upsampling_factors", "dataset_resampled", "seed", "unique_by"]
+        if self.config.use_naflex:
+            keys.append("naflex_num_train_image_tokens")
+        found = {key: getattr(self.config, key) for key in keys} | stream_of(self.plan)
         found["train_data_upsampling_factors"] = list(found["train_data_upsampling_factors"])
-        return {"order": ORDER, "num_samples": self.epochs.num_samples, "content": self.content, **found}
+        num_samples = self.epochs.length if self.epochs.unit == "pairs" else None
+        return {"order": ORDER, "num_samples": num_samples, "content": self.content, **found}
 
     def batches(
         self, first: int, model: CLIP, tokenizer: Tokenizer | FileTokenizer, *, pin_memory: bool
@@ -133,11 +145,12 @@ class TrainingData:
         Raises:
             ValueError: far too many pairs cannot be used, or a data worker died.
         """
-        world = self.world
-        batches = pair_batches(self.config, self.sources, self.order, model, tokenizer, self.batch_size, world)
-        if self.is_synthetic:
+        batches = pair_batches(self.config, self.sources, self.order, model, tokenizer, self.plan, self.world)
+        if isinstance(batches, PackedBatches):
+            batches.for_gpu = pin_memory
+        if self.is_drawn:
             batches = SyntheticBatches(**vars(batches), image_size=model.visual.image_size)
-        workers, ranks = self.config.workers, world.local_size
+        workers, ranks = self.config.workers, self.world.local_size
         return pair_loader(batches, first, self.total_steps, workers, pin_memory=pin_memory, local_ranks=ranks)
 
     def names(self, number: int) -> list[str]:
@@ -146,8 +159,10 @@ class TrainingData:
         Args:
             number: number of the batch, from 0.
         """
-        part, first = self.batch_size // self.world.size, number * self.batch_size
-        mine = self.order(first, first + self.batch_size)[self.world.rank * part : (self.world.rank + 1) * part]
+        planned = self.plan[number]
+        part = planned.pairs // self.world.size
+        first = planned.first + self.world.rank * part
+        mine = self.order(first, first + part)
         names = []
         for place, sample in zip(mine.source.tolist(), mine.sample.tolist(), strict=True):
             source = self.sources[place]
@@ -158,39 +173,13 @@ class TrainingData:
         return names
 
 
-def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:
-    """Return the global batch size: the pairs that all processes together see in a training step.
-
-    A resumed run keeps its global batch size on any number of processes, unless its options change.
-
-    Args:
-        config: options of the run.
-        world: the processes.
-        saved: the entry ``clipfast`` of the checkpoint that the run continues; {} without a checkpoint.
-
-    Raises:
-        ValueError: the batch cannot be divided among the processes.
-    """
-    options, stream = saved.get("config", {}), saved.get("stream", {})
-    whole = config.global_batch_size or config.batch_size * world.size
-    is_kept = config.global_batch_size is None and options.get("batch_size") == config.batch_size
-    if is_kept and options.get("global_batch_size") is None:
-        whole = stream.get("batch_size", whole)
-    if whole % world.size:
-        raise ValueError(
-            f"a batch of {whole} pairs cannot be divided among {world.size} processes: start a number that divides it, "
-            f"or give another --global-batch-size{' at the end of an epoch' if stream else ''}"
-        )
-    return whole
-
-
 def pair_batches(
     config: TrainConfig,
     sources: Sequence[Source],
     order: Mix | Unique,
     model: CLIP,
     tokenizer: Tokenizer | FileTokenizer,
-    batch_size: int,
+    plan: BatchPlan | None = None,
     world: World = ALONE,
 ) -> PairBatches:
     """Return the batches of a training run in the given order, decoded and augmented as its options say.
@@ -199,18 +188,25 @@ def pair_batches(
         config: the options.
         sources, order: the sources of the pairs, and their order.
         model, tokenizer: set the preprocessing of the images and the texts.
-        batch_size: number of pairs of all processes together.
+        plan: the sizes of the batches of all processes together; by default, those of ``config`` for one process.
         world: the processes; this one gets its part of every batch.
     """
     augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
-    cut = training_options(parse_arguments(config.aug_cfg)) if config.aug_cfg else {"scale": config.crop_scale}
+    arguments = parse_arguments(config.aug_cfg)
+    cut = training_options(arguments, naflex=config.use_naflex) if config.aug_cfg else {"scale": config.crop_scale}
     cut = {"augment": augment, **cut}
     max_pixels = config.max_image_pixels or MAX_PIXELS
     crops = CroppedImages(model.visual.image_size, **cut, max_pixels=max_pixels)
+    plan = plan or plan_of(config, ALONE, {})
     batches = PairBatches(
-        sources, order, crops, tokenizer, batch_size, config.seed, config.unique_by, config.keyword_prob,
+        sources, order, crops, tokenizer, plan.largest, config.seed, config.unique_by, config.keyword_prob,
         config.keys(), model.reads_padding or model.takes_packed(), world.rank, world.size,
     )  # fmt: skip
+    if isinstance(plan, BudgetedBatches):
+        patch_size = model.config.vision.patch_size
+        assert patch_size is not None
+        cut["max_pixels"] = max_pixels
+        return PackedBatches(**vars(batches), plan=plan, patch_size=patch_size, crops=cut)
     if config.decode_on_device:
         encoded = EncodedCrops(crops)
         batches.transform, batches.gather = encoded, encoded.gathered
@@ -251,17 +247,21 @@ def _refuse_changes(config: TrainConfig) -> None:
         raise ValueError(f"{', '.join(given)}: synthetic pairs are drawn on the device as they are: leave it out")
 
 
-def _refuse_less_than_a_batch(pairs: int, num_samples: int | None, batch_size: int) -> None:
+def _refuse_less_than_a_batch(pairs: int, config: TrainConfig, plan: BatchPlan) -> None:
     """Refuse training data that hold less than one batch, or epochs that are shorter than one."""
-    if pairs < batch_size:
+    if pairs < plan.largest:
+        option = "--naflex-max-tokens-per-batch" if config.use_naflex else "--batch-size"
         raise ValueError(
-            f"the shards hold {pairs} pairs, less than one batch of {batch_size}: lower --batch-size, or name more "
+            f"the shards hold {pairs} pairs, less than one batch of {plan.largest}: lower {option}, or name more "
             "shards in --train-data"
         )
-    if num_samples is not None and num_samples < batch_size:
-        raise ValueError(
-            f"--train-num-samples {num_samples} is less than one batch of {batch_size} pairs of all processes"
-        )
+    lengths = [(config.train_num_samples, "--train-num-samples", plan.largest, "pairs")]
+    if isinstance(plan, BudgetedBatches):
+        tokens = config.naflex_num_train_image_tokens
+        lengths.append((tokens, "--naflex-num-train-image-tokens", plan.most_tokens, "tokens"))
+    for given, flag, least, unit in lengths:
+        if given is not None and given < least:
+            raise ValueError(f"{flag} {given} is less than one batch of {least} {unit} of all processes")
 
 
 def _damaged(sources: Sequence[Source], limit: float) -> list[ShardIndex]:

@@ -279,7 +279,8 @@ class TrainLog:
     def _text(self, line: dict[str, Any], last: float) -> str:
         """Return the log line: OpenCLIP's text, then clipfast's own figures; ``last`` is the loss of the last step."""
         _, first, stop = self.epochs.after(line["step"] - 1)
-        pairs, total = ((count - first) * self.epochs.batch_size for count in (line["step"], stop))
+        plan = self.epochs.plan
+        pairs, total = (plan.before(step) - plan.before(first) for step in (line["step"], stop))
         mean = line.get("loss", math.nan)  # all steps may have been skipped
         return (
             f"Train Epoch: {line['epoch']} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "

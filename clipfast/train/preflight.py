@@ -25,8 +25,9 @@ from ..models.file_tokenizer import FileTokenizer
 from ..models.images import SampleError
 from ..models.tokenizer import Tokenizer
 from ..runs.folder import RunFolder
+from .batches import plan_of
 from .build import Distillation, bare_model, build_device, build_loss, build_tokenizer
-from .data import pair_batches, parts, sources_of, validation_set, whole_batch
+from .data import pair_batches, parts, sources_of, validation_set
 from .ema import WeightAverage
 from .fsdp import is_sharded
 from .optim import make_optimizer
@@ -77,7 +78,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
         ImportError: a package is missing that reads the data.
     """
     device = build_device(config, world)
-    batch_size = whole_batch(config, world, saved) // world.size
+    batch_size = plan_of(config, world, saved).largest // world.size
     try:
         groups = [expand_shards(part) for part in parts(config)]
     except ValueError as error:
@@ -216,6 +217,6 @@ def try_shards(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
     if not sources:
         return Batch(torch.empty(0), torch.empty(0), [])  # the shards that were not tried may hold pairs
     try:
-        return try_pairs(pair_batches(config, sources, ANY_ORDER, model, tokenizer, PAIRS), PAIRS)
+        return try_pairs(pair_batches(config, sources, ANY_ORDER, model, tokenizer), PAIRS)
     except SampleError as error:
         raise ValueError(f"--train-data: {error}") from error

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..data.batch_plan import BatchPlan, Unit
 from .train_config import TrainConfig
 
 
@@ -24,19 +25,15 @@ class Epoch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """The epochs of a training run, ``num_samples`` pairs each, in one sequence of batches. A batch may span two.
+    """The epochs of a training run, ``length`` pairs or tokens each, in one sequence of batches. A batch may span two.
 
-    The run ends with the batch that completes ``samples_seen`` pairs. That may be in the middle of an epoch.
+    The run ends after ``total_steps`` steps. That may be in the middle of an epoch.
     """
 
-    num_samples: int
-    batch_size: int
-    samples_seen: int
-
-    @property
-    def total_steps(self) -> int:
-        """The number of steps of the training run."""
-        return -(-self.samples_seen // self.batch_size)
+    length: int
+    plan: BatchPlan
+    total_steps: int
+    unit: Unit = "pairs"
 
     @property
     def number(self) -> int:
@@ -45,11 +42,11 @@ class Epochs:
 
     def steps_before(self, epoch: int) -> int:
         """Return the number of training steps after which ``epoch`` epochs are finished."""
-        return -(-epoch * self.num_samples // self.batch_size)
+        return self.plan.batches_for(epoch * self.length, self.unit)
 
     def finished_after(self, step: int) -> int:
         """Return the number of epochs that are finished after ``step`` training steps."""
-        return step * self.batch_size // self.num_samples
+        return self.plan.before(step, self.unit) // self.length
 
     def ends_with(self, step: int) -> bool:
         """Return True if an epoch of training is finished by step ``step``, counted from 1."""

@@ -12,10 +12,10 @@ from ..checkpoints.checkpoint import CheckpointError, load_weights, preprocessin
 from ..distributed.dtensors import distribute_like, gather_full, to_local
 from ..distributed.ending import NotFiniteError
 from ..models import CLIP
+from .batches import epochs_in, stream_of
 from .data import SkipBudget, TrainingData
 from .ema import WeightAverage
 from .option_checks import AUTO, flag_name
-from .schedule import Epochs
 from .step import TrainingStep
 from .train_config import TrainConfig
 
@@ -134,12 +134,13 @@ class RunState:
         data = self.data.state_dict()
         changed = {key: stream.get(key) for key, now in data.items() if stream.get(key) != now} if stream else {}
         if changed:
-            before = Epochs(stream["num_samples"], stream["batch_size"], 0)
+            before = epochs_in(stream)
             if self.progress.step != before.steps_before(epoch):
                 self._refuse_within_epoch(changed)
             self.progress.step = self.data.epochs.steps_before(epoch)
         is_same_option = own.get("config", {}).get("micro_batch_size") == self.config.micro_batch_size
-        if self.config.micro_batch_size == AUTO and is_same_option and "batch_size" not in changed:
+        is_same_batch = not changed.keys() & stream_of(self.data.plan).keys()
+        if self.config.micro_batch_size == AUTO and is_same_option and is_same_batch:
             self.step.micro_batch_size = own["micro_batch_size"]
 
     def _refuse_within_epoch(self, changed: dict[str, Any]) -> None:

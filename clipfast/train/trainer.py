@@ -23,8 +23,9 @@ from ..evaluate.evaluate import Evaluation
 from ..models.packed_text import pack_on_host
 from ..runs.folder import RunFolder, by_step
 from ..runs.lock import FolderLostError
+from .batches import plan_of
 from .build import Distillation, bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
-from .data import SkipBudget, TrainingData, whole_batch
+from .data import SkipBudget, TrainingData
 from .ema import WeightAverage
 from .fsdp import is_sharded
 from .guard import SkippedSteps
@@ -60,10 +61,11 @@ class Trainer:
         self.config, self.folder, self.world = config, folder, world
         saved: dict[str, Any] = (checkpoint or {}).get("clipfast", {})
         self.device = build_device(config, world)
-        whole = whole_batch(config, world, saved)
-        self.batch_size = whole // world.size  # pairs of this rank
+        plan = plan_of(config, world, saved)
+        whole = plan.largest
+        self.batch_size = whole // world.size  # pairs of this rank, at most
         with world.local_first():
-            self.data = TrainingData(config, whole, world)
+            self.data = TrainingData(config, plan, world)
         self.total_steps = self.data.total_steps
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device, world)

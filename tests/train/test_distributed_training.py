@@ -12,8 +12,8 @@ from clipfast.distributed.world import ALONE, World, _portable
 from clipfast.io.files import DiskFullError
 from clipfast.runs.folder import RunFolder
 from clipfast.train import TrainConfig
+from clipfast.train.batches import whole_batch
 from clipfast.train.build import build_device
-from clipfast.train.data import whole_batch
 from clipfast.train.loop import train
 
 from ..processes import run_ranks

@@ -6,6 +6,7 @@ import pytest
 
 from clipfast.checkpoints.checkpoint import read_checkpoint
 from clipfast.cli.main import main
+from clipfast.data import EqualBatches
 from clipfast.train import TrainConfig
 from clipfast.train.loop import train
 from clipfast.train.schedule import Epochs, cosine_lr
@@ -16,7 +17,8 @@ from .test_training import results_of
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(32, 8), (30, 8), (7, 7), (100, 33), (9, 8)])
 @pytest.mark.parametrize("samples_seen", [1, 30, 31, 64, 1001])
 def test_every_step_is_in_one_epoch(num_samples, batch_size, samples_seen):
-    epochs = Epochs(num_samples, batch_size, samples_seen)
+    plan = EqualBatches(batch_size)
+    epochs = Epochs(num_samples, plan, plan.batches_for(samples_seen))
     assert epochs.total_steps == math.ceil(samples_seen / batch_size)
     step, ends = 0, []
     while step < epochs.total_steps:

@@ -367,7 +367,7 @@ class TestData:
             options = config(**changes)
             model = bare_model(options, {}, CPU)
             sources = sources_of(options, options.train_data.split("::"))
-            return pair_batches(options, sources, ANY_ORDER, model, build_tokenizer(options, model), 8).transform
+            return pair_batches(options, sources, ANY_ORDER, model, build_tokenizer(options, model)).transform
 
         return of_run
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from clipfast.checkpoints.checkpoint import read_checkpoint
+from clipfast.data import EqualBatches
 from clipfast.train import TrainConfig
 from clipfast.train.loop import changed_options
 from clipfast.train.schedule import LONGEST_AUTO_WARMUP, Epochs, Schedule, schedule_of, warmup_steps
@@ -14,7 +15,7 @@ from clipfast.train.schedule import LONGEST_AUTO_WARMUP, Epochs, Schedule, sched
 from ..small_runs import cases
 from .test_training import same, whole_and_resumed
 
-STEPS, EPOCHS = 120, Epochs(num_samples=160, batch_size=8, samples_seen=960)  # 6 epochs of 20 steps
+STEPS, EPOCHS = 120, Epochs(160, EqualBatches(8), 120)  # 6 epochs of 20 steps
 
 
 def schedule(total=STEPS, epochs=EPOCHS, **options):
@@ -70,7 +71,7 @@ def test_warmup_is_a_number_or_a_share(warmup, total, steps):
 
 
 def test_cooldown_counts_the_steps_of_whole_epochs():
-    uneven = Epochs(num_samples=10, batch_size=4, samples_seen=30)  # epochs end after 3, 5 and 8 steps
+    uneven = Epochs(10, EqualBatches(4), 8)  # epochs end after 3, 5 and 8 steps
     assert schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=2).cooldown == 5
     with pytest.raises(ValueError, match="--epochs-cooldown 4 is 10 steps, more than the 8"):
         schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=4)
