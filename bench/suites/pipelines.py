@@ -55,7 +55,7 @@ class OurBatches(_Batches):
         order = Mix([Order(source.sizes, 0)], [1], 0)
         self.made = PairBatches([source], order, crops, Tokenizer(), size)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield images and texts of each batch of our benchmarked data pipeline."""
         for batch in pair_loader(self.made, 0, self.number, self.workers):
             yield batch.images_on(torch.device("cpu")), batch.texts

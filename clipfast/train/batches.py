@@ -48,12 +48,20 @@ def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int
 
 
 def plan_of(config: TrainConfig, world: World, saved: dict[str, Any]) -> BatchPlan:
-    """Return the plan of a run's batches; arguments and errors are those of :func:`whole_batch`.
+    """Return the plan of a run's batches; arguments are those of :func:`whole_batch`.
 
     A resumed run keeps the batches of all processes together, unless its options change.
+
+    Raises:
+        ValueError: a batch cannot be divided among the processes, or the options need batches of one size.
     """
     if not config.use_naflex:
         return EqualBatches(whole_batch(config, world, saved))
+    if config.unique_by is not None:
+        raise ValueError(
+            f"--unique-by {config.unique_by} deals pairs to batches of equal sizes, which those of --use-naflex are "
+            "not: leave one of them out"
+        )
     given = {name: getattr(config, key) for key, name in BUDGET.items()}
     budget = TokenBudget(**given | {"seq_lens": config.naflex_seq_lens or SEQ_LENS}, processes=world.size)
     stream = saved.get("stream", {})
@@ -79,8 +87,9 @@ def epochs_in(stream: dict[str, Any]) -> Epochs:
     """
     if "batch_size" in stream:
         return Epochs(stream["num_samples"], EqualBatches(stream["batch_size"]), 0)
-    values = {name: stream[key] for key, name in {**BUDGET, PROCESSES: PROCESSES}.items()}
-    budget = TokenBudget(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    values: dict[str, Any] = {name: stream[key] for key, name in {**BUDGET, PROCESSES: PROCESSES}.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    budget = TokenBudget(**values)
     tokens = stream["naflex_num_train_image_tokens"]
     plan = BudgetedBatches(budget, stream["seed"])
     return Epochs(stream["num_samples"], plan, 0) if tokens is None else Epochs(tokens, plan, 0, "tokens")

@@ -193,8 +193,8 @@ def pair_batches(
     """
     augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
     arguments = parse_arguments(config.aug_cfg)
-    cut = training_options(arguments, naflex=config.use_naflex) if config.aug_cfg else {"scale": config.crop_scale}
-    cut = {"augment": augment, **cut}
+    given = training_options(arguments, naflex=config.use_naflex) if config.aug_cfg else {"scale": config.crop_scale}
+    cut: dict[str, Any] = {"augment": augment, **given}
     max_pixels = config.max_image_pixels or MAX_PIXELS
     crops = CroppedImages(model.visual.image_size, **cut, max_pixels=max_pixels)
     plan = plan or plan_of(config, ALONE, {})
@@ -205,8 +205,8 @@ def pair_batches(
     if isinstance(plan, BudgetedBatches):
         patch_size = model.config.vision.patch_size
         assert patch_size is not None
-        cut["max_pixels"] = max_pixels
-        return PackedBatches(**vars(batches), plan=plan, patch_size=patch_size, crops=cut)
+        options = {**cut, "max_pixels": max_pixels}
+        return PackedBatches(**vars(batches), plan=plan, patch_size=patch_size, crops=options)
     if config.decode_on_device:
         encoded = EncodedCrops(crops)
         batches.transform, batches.gather = encoded, encoded.gathered
