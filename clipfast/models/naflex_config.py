@@ -7,6 +7,7 @@ from typing import Any
 from .model_config import VisionConfig
 
 POOLS = {"map": "none", "avg": "linear"}  # each way of pooling, and OpenCLIP's name for the projection behind it
+MOST_PATCHES = 1024  # of an image in evaluation, where a configuration does not say it, as in OpenCLIP
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 

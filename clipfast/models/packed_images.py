@@ -124,6 +124,20 @@ def pack_images(
     return _packed(in_order, grids, packed, for_gpu, room)
 
 
+def batch_images(images: Sequence[Tensor], transform: object, *, for_gpu: bool = False) -> Tensor | PackedImages:
+    """Return images as one batch: [B, 3, H, W], or packed if ``transform``, which made them, is that of NaFlex models.
+
+    Args:
+        images: at least one image, [3, H, W].
+        transform: the preprocessing of :func:`clipfast.factory.transform_of`.
+        for_gpu: as for :func:`pack_images`.
+    """
+    patch_size = getattr(transform, "patch_size", None)
+    if patch_size is None:
+        return torch.stack(list(images))
+    return pack_images(images, patch_size, for_gpu=for_gpu)
+
+
 def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> PackedImages:
     """Pack a padded batch of timm's NaFlex loader, or of transformers' image processor for SigLIP 2.
 
