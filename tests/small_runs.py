@@ -42,11 +42,11 @@ def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
     return path
 
 
-def picture(seed: int, size: int = 24) -> bytes:
+def picture(seed: int, size: int = 24, width: int | None = None) -> bytes:
     """Draw the picture of a sample of the small runs as a PNG file."""
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 256, 3)
-    pixels = np.clip(base + rng.integers(-20, 20, (size, size, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(base + rng.integers(-20, 20, (size, width or size, 3)), 0, 255).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()

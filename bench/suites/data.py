@@ -258,6 +258,7 @@ def _transfer(photographs: Photographs, device: torch.device) -> Stage:
         def copy(order: Tensor) -> Tensor:
             """Copy the data benchmark's batch to the device, and return its first pixels as floats."""
             images, _ = upload(batch)
+            assert isinstance(images, Tensor)
             torch.cuda.synchronize(device)
             return images.flatten()[: len(order)].float()
 

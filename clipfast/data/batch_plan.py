@@ -38,6 +38,11 @@ class EqualBatches:
 
     largest: int
 
+    @property
+    def sizes(self) -> dict[int | None, int]:
+        """The number of pairs, by the only number of patches, which is None."""
+        return {None: self.largest}
+
     def __getitem__(self, number: int) -> PlannedBatch:
         """Return batch ``number`` of the run, counted from 0."""
         return PlannedBatch(number * self.largest, self.largest)
@@ -111,9 +116,9 @@ class BudgetedBatches:
 
     def __init__(self, budget: TokenBudget, seed: int) -> None:
         self.budget, self.seed = budget, seed
-        self.sizes = {seq_len: budget.pairs(seq_len) for seq_len in budget.seq_lens}
+        self.sizes: dict[int | None, int] = {seq_len: budget.pairs(seq_len) for seq_len in budget.seq_lens}
         self.largest = max(self.sizes.values())
-        self.most_tokens = max(seq_len * pairs for seq_len, pairs in self.sizes.items())
+        self.most_tokens = max(seq_len * budget.pairs(seq_len) for seq_len in budget.seq_lens)
         self._draws = Latest(self._drawn)
         # The sums of pairs and of tokens before each block of batches, as far as they were asked for. Threads that read
         # ahead may add the same sum twice.

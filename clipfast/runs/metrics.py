@@ -11,7 +11,8 @@ TRAIN_NAMES = {
     "samples_per_second_per_gpu": "pairs_per_second_per_gpu", "logit_scale": "logit_scale",
     "logit_bias": "logit_bias", "lr": "lr", "contrastive_loss": "loss", "loss": "loss",
     # OpenCLIP does not have the figures from here on
-    "grad_norm": "grad_norm", "data_wait": "data_wait", "communication": "communication", "mfu": "mfu",
+    "grad_norm": "grad_norm", "patches_per_second": "patches_per_second", "data_wait": "data_wait",
+    "communication": "communication", "mfu": "mfu",
 }  # fmt: skip
 
 

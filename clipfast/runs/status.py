@@ -90,7 +90,10 @@ RECENT = 20  # number of log lines from which the usual time between two lines i
 SILENCE = 10.0  # a warning appears if the next line is later than this many times the usual time
 LEAST_SILENCE = 60.0  # seconds without a line before a warning appears
 SHOWN_WARNINGS = 3
-FIGURES = ("epoch", "loss", "lr", "logit_scale", "pairs_per_second", "data_wait", "communication", "mfu", "memory")
+FIGURES = (
+    "epoch", "loss", "lr", "logit_scale", "pairs_per_second", "patches_per_second", "data_wait", "communication", "mfu",
+    "memory",
+)  # fmt: skip
 
 
 def read_status(path: Path, now: float | None = None) -> dict[str, Any]:
@@ -173,6 +176,7 @@ def described(status: dict[str, Any]) -> str:
         rows.append(("loss", f"{status['loss']:.4g}; learning rate {status['lr']:.3g}{scale}"))
     if "pairs_per_second" in status:
         speed = [f"{status['pairs_per_second']:,.4g} pairs/s"]
+        speed += [f"{status['patches_per_second']:,.4g} patches/s"] if "patches_per_second" in status else []
         for name, key in (("waits for data", "data_wait"), ("for communication", "communication"), ("MFU", "mfu")):
             speed += [f"{name} {100 * status[key]:.1f}%"] if key in status else []
         rows.append(("speed", "; ".join(speed)))

@@ -23,7 +23,7 @@ from ..models.file_tokenizer import FileTokenizer, tokenizer_of
 from ..models.naflex import NaFlexVision
 from ..models.tokenizer import Tokenizer
 from .fsdp import is_sharded, shard
-from .step import Texts
+from .step import Images, Texts
 from .train_config import TrainConfig
 
 
@@ -217,8 +217,13 @@ class Distillation:
             cache_dir=config.cache_dir, load_weights=device.type != "meta", force_patch_dropout=None,
         ).eval().requires_grad_(False)  # fmt: skip
         self.teacher.pack_text = config.pack_text  # a teacher has CLIP's text tower
+        sizes = (student.visual.image_size, self.teacher.visual.image_size)
+        if config.use_naflex:
+            sizes = (0, 0)
+            if not isinstance(self.teacher.visual, NaFlexVision):
+                raise ValueError(f"--use-naflex needs a NaFlex model as --distill-model, not {config.distill_model}")
         for what, mine, theirs in (
-            ("images of", student.visual.image_size, self.teacher.visual.image_size),
+            ("images of", *sizes),
             ("texts of", student.context_length, self.teacher.context_length),
             ("a vocabulary of", student.config.text.vocab_size, self.teacher.config.text.vocab_size),
         ):
@@ -236,7 +241,7 @@ class Distillation:
         self._targets: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def look(self, images: Tensor, texts: Texts, size: int) -> None:
+    def look(self, images: Images, texts: Texts, size: int) -> None:
         """Let the teacher encode the batch of the next training step, in parts of ``size`` pairs."""
         assert self._autocast is not None
         with self._autocast():

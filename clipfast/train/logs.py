@@ -7,7 +7,7 @@ import logging.handlers
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from ..io.progress import duration
 from ..kernels.hardware import card_named
 from ..models import CLIP
 from ..models.model_flops import training_flops
+from ..models.packed_images import PackedImages
 from ..runs.folder import RunFolder
 from .guard import Figures
 from .schedule import Epochs
@@ -44,33 +45,39 @@ class Meters:
 
     def __init__(self, device: torch.device, parallel: nn.Module | None = None, every: int = 1) -> None:
         self.device, self.parallel = device, parallel
-        self._seconds_at_peak = 0.0  # seconds that a step would take at an MFU of 1; 0 if unknown
+        # For each number of patches, the seconds that a step would take at an MFU of 1; empty if unknown.
+        self._seconds_at_peak: dict[int | None, float] = {}
         self._tells_nvml = device.type == "cuda"
         self._was_throttled = False
         if isinstance(parallel, DistributedDataParallel):
             parallel._set_ddp_runtime_logging_sample_rate(every)
 
-    def count_flops(self, model: Callable[[], CLIP], pairs: int, ranks: int, *, half: bool) -> str | None:
+    def count_flops(
+        self, model: Callable[[], CLIP], sizes: Mapping[int | None, int], ranks: int, *, half: bool
+    ) -> str | None:
         """Count the FLOPs of a training step, and return a sentence on what MFU means in this run, or None.
 
         Args:
             model: a function that builds the model on "meta".
-            pairs: the number of pairs of all ranks together.
+            sizes: the number of pairs of all ranks together; for NaFlex, by the most patches that an image has.
             ranks: the number of ranks.
             half: whether products have 16 bits.
         """
         card = card_named(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         if card is None:
             return None
-        flops, peak = training_flops(model(), pairs), ranks * card.peak(half=half)
-        self._seconds_at_peak = flops / peak
+        built, peak = model(), ranks * card.peak(half=half)
+        flops = {seq_len: training_flops(built, pairs, seq_len) for seq_len, pairs in sizes.items()}
+        self._seconds_at_peak = {seq_len: found / peak for seq_len, found in flops.items()}
+        shown = " or ".join(f"{found / 1e12:,.4g}" for found in flops.values())
+        whole = "" if None in flops else "as if each image had all patches that its batch drew, "
         return (
-            f"MFU: a step has {flops / 1e12:,.4g} TFLOP of the model, with all padding of texts, and "
+            f"MFU: a step has {shown} TFLOP of the model, with all padding of texts, {whole}and "
             f"without what is computed a second time; {ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the "
             "data sheet"
         )
 
-    def read(self, step_seconds: float) -> dict[str, Any]:
+    def read(self, step_seconds: float, seq_lens: Sequence[int | None] = (None,)) -> dict[str, Any]:
         """Return the figures of training for a line of ``metrics.jsonl``, without those that cannot be measured.
 
         ``mfu`` is relative to the peak of all ranks' GPUs. ``communication`` is the share of a step's time in which
@@ -79,11 +86,12 @@ class Meters:
         ``memory`` is in bytes, on a GPU the peak so far. ``gpu`` holds the values that NVML gives.
 
         Args:
-            step_seconds: duration of a step.
+            step_seconds: mean duration of a step.
+            seq_lens: the most patches of an image in each of the steps; None if all images have one size.
         """
         found: dict[str, Any] = {"memory": self._memory()}
         if self._seconds_at_peak:
-            found["mfu"] = self._seconds_at_peak / step_seconds
+            found["mfu"] = statistics.fmean(self._seconds_at_peak[seq_len] for seq_len in seq_lens) / step_seconds
         times = self.parallel._get_ddp_logging_data() if isinstance(self.parallel, DistributedDataParallel) else {}
         whole, hidden = times.get("backward_comm_time"), times.get("backward_compute_comm_overlap_time")
         if whole is not None and hidden is not None:  # both are set after the first steps that DDP measures
@@ -200,6 +208,8 @@ class TrainLog:
                     batch = next(batches)
                 self._waiting += time.perf_counter() - asked
                 self._stages.update(batch.seconds)
+                if isinstance(batch.images, PackedImages):
+                    self._patches += int(batch.images.grids.prod(1).sum())
                 yield batch
                 if self._left is not None:
                     bar.set_postfix_str(f"run ETA {duration(self._left)}", refresh=False)
@@ -235,6 +245,7 @@ class TrainLog:
             means = {key: statistics.fmean(getattr(one, key) for one in kept) for key in ("loss", "grad_norm")}
         now = time.perf_counter()
         elapsed = now - self._started
+        seq_lens = [self.epochs.plan[number].seq_len for number in range(step - len(figures), step)]
         line: dict[str, Any] = {
             "step": step, "total_steps": self.epochs.total_steps, "epoch": self.epochs.after(step - 1).number,
             "epochs": self.epochs.number, "time": round(time.time(), 3),
@@ -245,8 +256,10 @@ class TrainLog:
             "data_wait": self._waiting / elapsed,
             "pairs_per_second": self._pairs / elapsed,
             "pairs_per_second_per_gpu": self._pairs / elapsed / self.world.size,
-            **self.meters.read(elapsed / len(figures)),
+            **self.meters.read(elapsed / len(figures), seq_lens),
         }  # fmt: skip
+        if None not in seq_lens:
+            line["patches_per_second"] = self.world.sum([self._patches])[0] / elapsed
         first, seconds = self._first = self._first or (step, now)  # earlier steps include one-time work
         if step > first:  # this average includes evaluations and saves
             self._left = (self.epochs.total_steps - step) * (now - seconds) / (step - first)
@@ -294,6 +307,8 @@ class TrainLog:
         """Yield the parts of a training step's log line that OpenCLIP's line lacks."""
         if line.get("memory"):
             yield f"Mem: {next(iter(line['memory'].values())) / 1e9:.1f} GB"
+        if "patches_per_second" in line:
+            yield f"Patches: {line['patches_per_second']:#g}/s"
         for name, key in (("MFU", "mfu"), ("Comm", "communication"), ("Data-wait", "data_wait")):
             if key in line:
                 yield f"{name}: {100 * line[key]:.1f}%"
@@ -333,4 +348,4 @@ class TrainLog:
         self._figures: list[Tensor] = []  # figures of steps not yet searched for signs of trouble
         self._known: list[Figures] = []  # figures of the steps before, which were searched
         self._stages: collections.Counter[str] = collections.Counter()
-        self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0
+        self._started, self._waiting, self._pairs, self._patches = time.perf_counter(), 0.0, 0, 0

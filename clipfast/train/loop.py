@@ -189,13 +189,15 @@ def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str
 def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -> None:
     """Log with what a training run starts: model, steps, batch, folder, and options that a resumed run changes."""
     config, total = trainer.config, trainer.total_steps
-    ranks = trainer.world.size
-    share = f" ({trainer.batch_size} on each of {ranks} processes)" if ranks > 1 else ""
+    ranks, most = trainer.world.size, " at most" if config.use_naflex else ""
+    share = f" ({trainer.batch_size} on each of {ranks} processes{most})" if ranks > 1 else ""
+    sizes = " or ".join(map(str, sorted(set(trainer.data.plan.sizes.values()))))
     log.info(
-        f"{config.model} on {trainer.device}, {total} steps of {trainer.data.batch_size} pairs{share} "
+        f"{config.model} on {trainer.device}, {total} steps of {sizes} pairs{share} "
         f"from {len(trainer.data.shards)} shard(s); run folder {trainer.folder.path}, all options in params.txt"
     )
-    if config.global_batch_size is None and trainer.batch_size != config.batch_size:
+    is_kept = trainer.batch_size != config.batch_size and not config.use_naflex
+    if config.global_batch_size is None and is_kept:
         log.info(f"The run keeps its batch of {trainer.data.batch_size} pairs; --global-batch-size is for another one.")
     if trainer.about_mfu is not None:
         log.info(trainer.about_mfu)

@@ -82,6 +82,13 @@ def check_naflex(config: "TrainConfig") -> None:
             f"--train-num-samples {config.train_num_samples} and --naflex-num-train-image-tokens "
             f"{config.naflex_num_train_image_tokens} both say how long an epoch is: leave one out"
         )
+    refused = {
+        "--cuda-graphs": (config.cuda_graphs, "hardly two batches have equally many patches"),
+        "--decode-on-device": (config.decode_on_device, "it resizes images to one size"),
+    }
+    for flag, (is_set, reason) in refused.items():
+        if is_set:
+            raise ValueError(f"{flag} does not work with --use-naflex, since {reason}: leave one of them out")
     if config.global_batch_size is not None:
         raise ValueError(
             f"--global-batch-size {config.global_batch_size} with --use-naflex: the pairs of a batch follow from "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.of_run import Checkpoints
-from ..data import ANY_ORDER, PREFETCH, Batch, expand_shards, spread, try_pairs
+from ..data import ANY_ORDER, PREFETCH, Batch, BatchPlan, EqualBatches, expand_shards, spread, try_pairs
 from ..data.index import ShardError
 from ..data.staging import is_direct
 from ..distributed.world import ALONE, World
@@ -78,7 +78,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
         ImportError: a package is missing that reads the data.
     """
     device = build_device(config, world)
-    batch_size = plan_of(config, world, saved).largest // world.size
+    plan = plan_of(config, world, saved)
     try:
         groups = [expand_shards(part) for part in parts(config)]
     except ValueError as error:
@@ -91,7 +91,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
         make_optimizer(config, model)
     tokenizer = build_tokenizer(config, model)
     checkpoint, free = _check_disk(config, folder, model, world)
-    loader = _check_loader(config, model, batch_size, world.local_size)
+    loader = _check_loader(config, batch_bytes(plan, model) // world.size, world.local_size)
     if device.type == "cuda":
         _check_gpu(config, model, device, world)
     _check_validation(config)
@@ -139,12 +139,18 @@ def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: Worl
     return checkpoint, free
 
 
-def _check_loader(config: TrainConfig, model: CLIP, batch_size: int, ranks: int) -> int:
-    """Refuse data workers whose batches do not fit into memory; return the bytes of the batches made ahead."""
-    batch = batch_size * pair_bytes(model.visual.image_size, model.context_length)
+def _check_loader(config: TrainConfig, batch: int, ranks: int) -> int:
+    """Refuse data workers whose batches do not fit into memory; return the bytes of the batches made ahead.
+
+    Args:
+        config: options of the run.
+        batch: bytes of a batch of one process.
+        ranks: number of processes on this machine.
+    """
     workers = ranks * config.workers
     shared = workers * PREFETCH * batch
-    fix = "use fewer --workers, or a smaller --batch-size"
+    fix = "use fewer --workers, or a smaller "
+    fix += "--naflex-max-tokens-per-batch" if config.use_naflex else "--batch-size"
     if config.workers and SHARED_MEMORY.is_dir():
         free = free_bytes(SHARED_MEMORY)
         if free < shared:
@@ -163,9 +169,13 @@ def _check_loader(config: TrainConfig, model: CLIP, batch_size: int, ranks: int)
     return shared or ranks * batch
 
 
-def pair_bytes(image_size: int, context_length: int) -> int:
-    """Return the bytes of one pair in a training batch: the uint8 pixels of its image and its token ids."""
-    return 3 * image_size**2 + context_length * torch.int64.itemsize
+def batch_bytes(plan: BatchPlan, model: CLIP) -> int:
+    """Return the bytes that a training batch of all processes has at most: uint8 pixels, and token ids."""
+    text = model.context_length * torch.int64.itemsize
+    if isinstance(plan, EqualBatches):
+        return plan.largest * (3 * model.visual.image_size**2 + text)
+    side = max(plan.budget.patch_sizes, default=model.config.vision.patch_size or 0)
+    return plan.most_tokens * 3 * side**2 + plan.largest * text
 
 
 def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device, world: World) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
+from ..data import BatchPlan
 from ..models import CLIP
 from .guard import Figures
 from .train_config import TrainConfig
@@ -48,16 +50,22 @@ class Usual:
         self.deviation += share * (abs(change) - self.deviation) if self.count > 1 else 0.0
 
 
-def guessing(config: TrainConfig, model: CLIP, pairs: int) -> float | None:
-    """Return the loss of guessing: the loss of a model that gives all pairs of a batch the same logit.
+def guessing(config: TrainConfig, model: CLIP, plan: BatchPlan) -> Callable[[int], float] | None:
+    """Return the loss of guessing of each step: that of a model that gives all pairs of the batch the same logit.
 
-    It is None if other losses are added, or if the batch has only one pair, which leaves nothing to choose.
+    It is None if other losses are added, or if batches have only one pair, which leaves nothing to choose.
     """
-    if config.distill_model is not None or pairs == 1:
+    if config.distill_model is not None or plan.largest == 1:
         return None
-    if getattr(model, "logit_bias", None) is None:
-        return math.log(pairs)
-    return math.log(pairs) - (pairs - 1) * math.log1p(-1 / pairs)  # the sigmoid loss with the best constant logit
+    is_siglip = getattr(model, "logit_bias", None) is not None
+
+    def of(step: int) -> float:
+        """Return the loss of guessing of a training step, counted from 1."""
+        pairs = plan[step - 1].pairs
+        # The sigmoid loss is that with the best constant logit.
+        return math.log(pairs) - ((pairs - 1) * math.log1p(-1 / pairs) if is_siglip and pairs > 1 else 0.0)
+
+    return of
 
 
 @dataclasses.dataclass
@@ -75,14 +83,15 @@ class Signs:
 
     Args:
         warmup: number of warm-up steps, in which figures change fast and spikes are not reported.
-        guessing: the loss of a model that gives all pairs the same logit; None if it is not known.
+        guessing: returns the loss of guessing of a step; None if it is not known. Losses of batches with different
+            numbers of pairs are compared relative to it.
 
     Attributes:
         good: the last step whose loss was better than guessing; None if there was none.
         has_fallen: whether a step after ``good`` showed a collapse.
     """
 
-    def __init__(self, warmup: int, guessing: float | None = None) -> None:
+    def __init__(self, warmup: int, guessing: Callable[[int], float] | None = None) -> None:
         self.warmup, self.guessing = warmup, guessing
         self.good: int | None = None
         self.has_fallen = False
@@ -93,16 +102,16 @@ class Signs:
 
     def see(self, step: int, figures: Figures) -> list[Sign]:
         """Return the warnings about training step ``step``, which counts from 1 and was not skipped by the guard."""
-        found = []
-        for kind, value in (("loss", figures.loss), ("gradient norm", figures.grad_norm)):
+        found, guess = [], None if self.guessing is None else self.guessing(step)
+        for kind, value, unit in (("loss", figures.loss, guess or 1.0), ("gradient norm", figures.grad_norm, 1.0)):
             usual = self._usual[kind]
-            expected = math.exp(usual.mean)
+            expected = math.exp(usual.mean) * unit
             is_known = usual.count >= FIRST and step > self.warmup
             if is_known and value > expected * max(LEAST[kind], usual.factor()):
                 text = f"the {kind} of step {step} is {value:.4g}, and was about {expected:.4g} before"
                 found.append(Sign(kind, text, value, expected))
             if value > 0:
-                usual.take(math.log(value))
+                usual.take(math.log(value / unit))
         self._saturated = self._saturated + 1 if figures.logit_scale >= SATURATED else 0
         if self._saturated >= SATURATED_FOR:
             text = (
@@ -110,16 +119,14 @@ class Signs:
                 "would let it be less"
             )
             found.append(Sign("logit scale", text, figures.logit_scale, SATURATED))
-        found += self._collapse(step, figures)
+        found += [] if guess is None else self._collapse(step, figures, guess)
         return [sign for sign in found if self._is_news(sign.kind, step)]
 
-    def _collapse(self, step: int, figures: Figures) -> list[Sign]:
+    def _collapse(self, step: int, figures: Figures, guess: float) -> list[Sign]:
         """Return a warning if training has collapsed: for a while, all pairs had equal features and no gradient."""
-        if self.guessing is None:
-            return []
-        if figures.loss < BETTER * self.guessing:
+        if figures.loss < BETTER * guess:
             self.good, self.has_fallen = step, False
-        is_flat = abs(figures.loss - self.guessing) < FLAT * self.guessing and figures.grad_norm < FLAT
+        is_flat = abs(figures.loss - guess) < FLAT * guess and figures.grad_norm < FLAT
         self.has_fallen |= is_flat
         self._flat = self._flat + 1 if is_flat else 0
         if self._flat < FLAT_FOR:
@@ -130,7 +137,7 @@ class Signs:
             f"with a gradient of {figures.grad_norm:.1e} and a logit scale of {figures.logit_scale:.3g}; {good}: go on "
             "from a checkpoint that is not later, or begin anew, with a lower --lr"
         )
-        return [Sign("collapse", text, figures.loss, self.guessing)]
+        return [Sign("collapse", text, figures.loss, guess)]
 
     def _is_news(self, kind: str, step: int) -> bool:
         """Return True unless a warning of this kind about training was given a short time ago."""

@@ -1,6 +1,6 @@
 """One step of training on a device: forward, loss, backward and optimizer, as one CUDA graph if that is asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..data.order import random_words
 from ..distributed.world import ALONE, World
 from ..losses.accumulation import accumulate_gradients, largest_micro_batch, micro_batches
 from ..models import CLIP
-from ..models.packed_images import PackedImages
+from ..models.packed_images import PackedImages, pack_images
 from ..models.packed_text import PackedText
 from .fsdp import exchange_scalars
 from .graphs import graphed
@@ -65,7 +65,7 @@ class Upload:
         """Return images and texts of a training batch on the device, packed images in micro-batches of ``size``."""
         if isinstance(batch.images, PackedImages):
             parts = self._split(batch.images, size)
-            images: Images = [part.to(self.device, non_blocking=True) for part in parts]
+            images: Any = [part.to(self.device, non_blocking=True) for part in parts]
         else:
             images = batch.images_on(self.device)
         return images, pytree.tree_map(lambda x: x.to(self.device, non_blocking=True), texts)
@@ -173,34 +173,66 @@ class TrainingStep:
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
 
-    def fit_micro_batch(self, batch_size: int, loss: Callable[..., Tensor], world: World = ALONE) -> None:
+    def fit_micro_batch(
+        self, sizes: Mapping[int | None, int], loss: Callable[..., Tensor], world: World = ALONE
+    ) -> None:
         """Halve the micro-batch until it fits into the memory of every GPU, and log the size that was found.
 
         Args:
-            batch_size: number of pairs of this process.
+            sizes: number of pairs of this process; for NaFlex, by the most patches that an image has. The longest
+                images and the most texts are tried, and the size that is found is for the longest images.
             loss: a loss of the pairs of one process, without communication: if this GPU runs out of memory, no other
                 rank may be left waiting for it.
             world: the processes.
         """
-        how = "a CPU does not say what fits: nothing was tried"
+        how, longest = "a CPU does not say what fits: nothing was tried", max(sizes, key=length_of)
         device = self.model.logit_scale.device
         if _can_run_out(device):
-            size = self.model.visual.image_size
-            images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
-            texts = torch.zeros(batch_size, self.model.context_length, dtype=torch.long, device=device)
-            texts[:, -1] = self.model.vocab_size - 1  # the end-of-text token: no text is longer
             weights = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
             self.model.train()
-            with self.autocast():
-                self.micro_batch_size = largest_micro_batch(
-                    self.model, images, texts, loss, start=self.micro_batch_size,
-                    reserve=0 if self.optimizer.state else 2 * weights,  # room for AdamW's moments
-                )  # fmt: skip
+            for seq_len in dict.fromkeys((longest, min(sizes, key=length_of))):
+                start = min(at_once(self.micro_batch_size, longest, seq_len), sizes[seq_len])
+                with self.autocast():
+                    found = largest_micro_batch(
+                        self.model, *_largest(self.model, sizes[seq_len], seq_len), loss, start=start,
+                        reserve=0 if self.optimizer.state else 2 * weights,  # room for AdamW's moments
+                    )  # fmt: skip
+                if found < start:
+                    self.micro_batch_size = max(found * length_of(seq_len) // length_of(longest), 1)
             how = "the most that was found to fit"
-        sizes = world.gather(self.micro_batch_size)
-        found = self.micro_batch_size = world.on_main(lambda: min(sizes))
-        pairs = f"{found} of {batch_size} pairs" if found < batch_size else f"the whole batch of {batch_size} pairs"
+        everyones = world.gather(self.micro_batch_size)
+        found = self.micro_batch_size = world.on_main(lambda: min(everyones))
+        whole = sizes[longest]
+        pairs = f"{found} of {whole} pairs" if found < whole else f"the whole batch of {whole} pairs"
+        pairs += "" if longest is None else f" with up to {longest} patches each"
         log.info(f"--micro-batch-size auto: {pairs} at a time ({how})")
+
+
+def at_once(size: int, longest: int | None, seq_len: int | None) -> int:
+    """Return the pairs of a training micro-batch whose images have up to ``seq_len`` patches.
+
+    It has as many tokens as one of ``size`` pairs with ``longest`` patches. Images of one size have None of both.
+    """
+    return size * length_of(longest) // length_of(seq_len)
+
+
+def length_of(seq_len: int | None) -> int:
+    """Return a number of patches for comparisons of training batches, also for images of one size."""
+    return seq_len or 1
+
+
+def _largest(model: CLIP, pairs: int, seq_len: int | None) -> tuple[Any, Tensor]:
+    """Return images of the most patches and the longest texts, as a training batch may have them."""
+    device, size = model.logit_scale.device, model.visual.image_size
+    shape = (size, size)
+    if seq_len is not None:
+        shape = model.visual.patch_size, model.visual.patch_size * seq_len
+    images: Any = torch.zeros(pairs, 3, *shape, dtype=torch.uint8, device=device)
+    if seq_len is not None:
+        images = pack_images(images, model.visual.patch_size, for_gpu=device.type != "cpu")
+    texts = torch.zeros(pairs, model.context_length, dtype=torch.long, device=device)
+    texts[:, -1] = model.vocab_size - 1  # the end-of-text token: no text is longer
+    return images, texts
 
 
 def _can_run_out(device: torch.device) -> bool:

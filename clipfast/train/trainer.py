@@ -6,7 +6,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.of_run import Checkpoints
-from ..data import Batch, Skipped
+from ..data import Batch, BatchPlan, EqualBatches, Skipped
 from ..distributed.dtensors import gather_full
 from ..distributed.ending import Interrupted, Interruption, NotFiniteError, TrainingError, elected
 from ..distributed.watchdog import STEP
@@ -30,12 +30,13 @@ from .ema import WeightAverage
 from .fsdp import is_sharded
 from .guard import SkippedSteps
 from .logs import Meters, TrainLog, log
+from .naflex_options import loss_scale
 from .optim import make_optimizer
 from .option_checks import AUTO, source_command
 from .schedule import schedule_of, set_lr
 from .spikes import SENSIBLE, Signs, guessing
 from .state import Progress, RunState
-from .step import TrainingStep, Upload, graphed_step, seed_step
+from .step import TrainingStep, Upload, at_once, graphed_step, length_of, seed_step
 from .train_config import TrainConfig
 from .validation import Validation
 
@@ -82,7 +83,7 @@ class Trainer:
         size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else self.batch_size
         self.step = TrainingStep(
             self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel,
-            world if self._is_sharded else None,
+            world if self._is_sharded else None, _loss_scale(config, plan, world),
         )  # fmt: skip
         # For texts that are not packed, a GPU would wait, and PyTorch would compile a second model.
         always = config.torchcompile or self.device.type != "cpu"
@@ -92,10 +93,10 @@ class Trainer:
         self._take_step = graphed_step(self.step, self.model.context_length) if config.cuda_graphs else self.step
         meters = Meters(self.device, parallel, config.log_metric_every_n_steps or config.log_every_n_steps)
         self.about_mfu = meters.count_flops(
-            lambda: bare_model(config, saved, torch.device("meta")), whole, world.size,
+            lambda: bare_model(config, saved, torch.device("meta")), plan.sizes, world.size,
             half=on_amp or config.precision == "pure_bf16",
         )  # fmt: skip
-        signs = Signs(self.schedule.warmup, guessing(config, self.model, whole))
+        signs = Signs(self.schedule.warmup, guessing(config, self.model, plan))
         self.log = TrainLog(folder, self.data.epochs, world, meters, signs)
         self.progress = Progress()
         doctor = source_command(["doctor", "--data", config.train_data, "--all"], vars(config))
@@ -139,7 +140,8 @@ class Trainer:
             self.world.watchdog.interruption = interruption
         try:
             if self.config.micro_batch_size == AUTO and self.progress.step < self.total_steps:
-                self.step.fit_micro_batch(self.batch_size, build_loss(self.config, self.model), self.world)
+                sizes = {seq_len: pairs // self.world.size for seq_len, pairs in self.data.plan.sizes.items()}
+                self.step.fit_micro_batch(sizes, build_loss(self.config, self.model), self.world)
             evaluation = self._train(interruption)
             self._finish_saving()
             self._news.close()
@@ -314,9 +316,11 @@ class Trainer:
     def _train_step(self, batch: Batch) -> Tensor:
         """Set the learning rate of the current step, take the step and return its figures."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
-        images, texts = self.upload(batch, self.step.micro_batch_size)
+        longest, seq_len = max(self.data.plan.sizes, key=length_of), self.data.plan[self.progress.step].seq_len
+        size = at_once(self.step.micro_batch_size, longest, seq_len)
+        images, texts = self.upload(batch, size)
         if self.distillation is not None:
-            self.distillation.look(images, texts, self.step.micro_batch_size)
+            self.distillation.look(images, texts, size)
         if self.world.size > 1 and not self._has_begun and not self._is_sharded:
             self.step.rehearse(images, texts)
         # The seed depends only on --seed and the step, so a resumed run drops the same patches as one that never
@@ -379,3 +383,12 @@ class Trainer:
         """Return the trained model's current weights, gathered in full on rank 0; all ranks must call it."""
         found: dict[str, Tensor] = gather_full(self.model.state_dict(), keep=self.world.is_main)
         return found
+
+
+def _loss_scale(config: TrainConfig, plan: BatchPlan, world: World) -> Callable[[int], float] | None:
+    """Return the factor on the gradients of a training step for the pairs of a process; None if there is none.
+
+    A run that goes on with another number of processes keeps the factors of its batches.
+    """
+    processes = 1 if isinstance(plan, EqualBatches) else plan.budget.processes / world.size
+    return loss_scale(config.naflex_loss_scale, config.batch_size * processes)

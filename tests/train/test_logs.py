@@ -169,6 +169,13 @@ def test_flops_are_three_forward_passes_and_the_loss(name):
     assert training_flops(create_model(name, device="meta"), 64) == pytest.approx(expected, rel=0.03)
 
 
+def test_flops_of_naflex_are_those_of_as_many_patches():
+    model = create_model("naflex_ViT-B-16", device="meta")
+    square = training_flops(create_model("ViT-B-16", device="meta"), 64)
+    assert training_flops(model, 64) == training_flops(model, 64, 196) == pytest.approx(square, rel=0.02)
+    assert training_flops(model, 64, 784) > 2.9 * square  # three quarters of that are the images
+
+
 def fake_nvml(reasons=0, error=None):
     """Return a stand-in for NVML with one GPU, for the meters of a training run; it can fail as drivers do."""
     return mock.Mock(**{
@@ -217,13 +224,13 @@ def test_without_nvml_a_run_goes_on_silently(nvml, gpu, caplog):
 
 def test_mfu_is_of_the_card_s_peak(gpu, monkeypatch):
     found = gpu(None)
-    text = found.count_flops(lambda: create_model("ViT-B-32", device="meta"), 4096, 8, half=True)
+    text = found.count_flops(lambda: create_model("ViT-B-32", device="meta"), {None: 4096}, 8, half=True)
     flops = training_flops(create_model("ViT-B-32", device="meta"), 4096)
     assert found.read(0.25)["mfu"] == pytest.approx(flops / 0.25 / (8 * 989.4e12))
     assert f"{flops / 1e12:,.4g} TFLOP of the model, with all padding of texts, and without what is" in text
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce 9800")
     unknown = gpu(None)
-    assert unknown.count_flops(mock.Mock(side_effect=AssertionError), 4096, 8, half=True) is None
+    assert unknown.count_flops(mock.Mock(side_effect=AssertionError), {None: 4096}, 8, half=True) is None
     assert "mfu" not in unknown.read(0.25)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipfast.data import EqualBatches
 from clipfast.kernels import contrastive_loss, sigmoid_loss
 from clipfast.train import TrainConfig
 from clipfast.train.guard import Figures
@@ -49,6 +50,21 @@ def test_a_spike_is_reported_once_and_does_not_become_usual(field, kind, factor)
     assert seen(Signs(50), spiked(many)) == [(600, kind), (600 + PAUSE[kind], kind)]
 
 
+def test_large_batches_that_come_seldom_are_no_spikes():
+    """Of 41 batches of a budget of tokens, one has 1,024 pairs in place of 16."""
+
+    def pairs(step):
+        """Return the pairs of the batch of a step."""
+        return 16 if step % 41 else 1024
+
+    figures = [(step, one._replace(loss=one.loss * math.log(pairs(step)))) for step, one in course(2000)]
+    assert seen(Signs(50, lambda step: math.log(pairs(step))), figures) == []
+    assert (FIRST // 41 + 1) * 41 in dict(seen(Signs(50), figures))
+    step, one = figures[1000]
+    figures[1000] = step, one._replace(loss=3 * one.loss)
+    assert seen(Signs(50, lambda step: math.log(pairs(step))), figures) == [(step, "loss")]
+
+
 def test_a_logit_scale_at_its_limit_is_reported():
     figures = [(step, Figures(1.0, 1.0, 0.0, 100.0)) for step in range(1, SATURATED_FOR + PAUSE["logit scale"] + 1)]
     assert seen(Signs(0), figures) == [(SATURATED_FOR, "logit scale"), (figures[-1][0], "logit scale")]
@@ -64,7 +80,7 @@ def flat(signs, first, steps, **changes):
 
 def test_a_collapse_is_reported_with_the_last_good_step():
     guess = math.log(32)
-    signs = Signs(0, guess)
+    signs = Signs(0, lambda step: guess)
     assert seen(signs, [(step, Figures(guess + 0.01, 1.0, 0.0, 14.0)) for step in range(1, 301)]) == []
     assert signs.good is None
     assert seen(signs, [(step, Figures(0.9 * guess, 1.0, 0.0, 14.0)) for step in range(301, 401)]) == []
@@ -72,7 +88,7 @@ def test_a_collapse_is_reported_with_the_last_good_step():
     assert flat(signs, 400 + FLAT_FOR, 300) == [(400 + FLAT_FOR, "collapse")]
     assert signs.good == 400
     for changes in ({"grad_norm": 0.1}, {"loss": guess + 0.1}):  # not flat, or not the loss of guessing
-        assert flat(Signs(0, guess), 1, 200, **changes) == []
+        assert flat(Signs(0, lambda step: guess), 1, 200, **changes) == []
     assert flat(Signs(0), 1, 200) == []  # no loss of guessing is known if other losses are added to the contrastive one
 
 
@@ -85,8 +101,9 @@ def test_the_loss_of_guessing(siglip):
     else:
         found = contrastive_loss(same, same, scale)
     model = mock.Mock(logit_bias=torch.zeros(()) if siglip else None)
-    assert guessing(TrainConfig(train_data="x"), model, 8) == pytest.approx(found.item(), rel=1e-6)
-    assert guessing(TrainConfig(train_data="x"), model, 1) is None
+    config = TrainConfig(train_data="x")
+    assert guessing(config, model, EqualBatches(8))(3) == pytest.approx(found.item(), rel=1e-6)
+    assert guessing(config, model, EqualBatches(1)) is None
 
 
 @pytest.mark.parametrize("what", ["collapse", "weights"])

@@ -49,6 +49,8 @@ use_naflex=True naflex_patch_sizes=(16,) naflex_patch_size_probs=(-1.0,): --nafl
 use_naflex=True naflex_max_tokens_per_batch=1000: --naflex-max-tokens-per-batch 1000 is less than .* 1024 patches
 use_naflex=True train_num_samples=9 naflex_num_train_image_tokens=9: --train-num-samples 9 and .* leave one out
 use_naflex=True global_batch_size=64: --global-batch-size 64 with --use-naflex
+use_naflex=True cuda_graphs=True: --cuda-graphs does not work with --use-naflex
+use_naflex=True decode_on_device=True: --decode-on-device does not work with --use-naflex
 """)
 def test_bad_options(options, said):
     with pytest.raises(ValueError, match=said):

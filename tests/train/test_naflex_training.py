@@ -1,0 +1,132 @@
+"""Runs of a NaFlex model on images in their own aspect: they learn, and resume to the last bit, on other ranks too."""
+
+import json
+import math
+import statistics
+import subprocess
+
+import pytest
+import torch
+
+from clipfast.cli.main import main
+from clipfast.distributed.world import ALONE
+from clipfast.models import CLIP, CLIPConfig, build
+from clipfast.runs.folder import RunFolder
+from clipfast.train import TrainConfig, step
+from clipfast.train.batches import plan_of
+from clipfast.train.build import Distillation
+from clipfast.train.loop import train
+
+from ..small_runs import picture, sample, write_shard
+from .distributed import assert_near, folder_of, trained
+from .test_naflex_step import CONFIG
+from .test_training import losses, same, saved_step, started, wait_for_checkpoint, weights
+
+RANKS = {"naflex_max_tokens_per_batch": 96, "naflex_batch_divisor": 4, "batch_size": 5}
+ALL = {"naflex_max_tokens_per_batch": 192, "naflex_batch_divisor": 8, "batch_size": 10}  # the same on one process
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Return a function that returns the options of a run of 20 steps of 8 or 24 pairs, with changes."""
+    made = tmp_path_factory.mktemp("made")
+    (made / "small.json").write_text(json.dumps(CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 49408}}))
+    write_shard(made / "a.tar", [sample(index, png=picture(index, 24, 24 + index)) for index in range(70)])
+
+    def of_run(logs, **changes):
+        """Return the options of a run of a small NaFlex model in the folder ``logs``."""
+        return {
+            "train_data": f"{made}/a.tar", "model": f"{made}/small.json", "logs": str(logs), "name": "run", "warmup": 2,
+            "lr": 1e-3, "workers": 0, "train_num_samples": 117, "epochs": 2, "save_frequency": 0, "save_every": 3,
+            "log_every_n_steps": 1, "use_naflex": True, "naflex_seq_lens": (8, 16, 24), "naflex_loss_scale": "linear",
+            **ALL, **changes,
+        }  # fmt: skip
+
+    return of_run
+
+
+def learned(folder, config):
+    """Return the losses of a run relative to those of guessing, which the pairs of each batch determine."""
+    plan = plan_of(config, ALONE, {})
+    return [loss / math.log(plan[number].pairs) for number, loss in enumerate(losses(folder))]
+
+
+def test_the_loss_falls(options, tmp_path):
+    config = TrainConfig(**options(tmp_path, train_data="synthetic:512", train_num_samples=360, lr=3e-3))
+    folder, _ = train(config)
+    found = learned(folder, config)
+    assert {plan_of(config, ALONE, {})[number].seq_len for number in range(len(found))} == {8, 16, 24}
+    assert statistics.fmean(found[-6:]) < 0.75 * statistics.fmean(found[2:8])
+    lines = [line for line in folder.metrics() if "loss" in line]
+    assert all(line["patches_per_second"] <= 24 * line["pairs_per_second"] for line in lines)
+    assert (folder.path / "out.log").read_text().count("Patches: ") == len(lines)
+
+
+def flags(given):
+    """Return the words of a command with these training options."""
+    words = ["train"]
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag, *([] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def test_kill_9_loses_nothing(options, tmp_path):
+    given = options(tmp_path / "killed", workers=2, save_every=1, epochs=6)
+    folder = tmp_path / "killed" / "run"
+    process = started(flags(given), stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(process, folder, 3)
+    process.kill()
+    process.wait()
+    whole, _ = train(TrainConfig(**options(tmp_path / "whole", epochs=6)))
+    assert 3 <= saved_step(folder) < len(losses(whole))
+    assert main(["train", "--resume", str(folder), "--workers", "1"]) == 0
+    assert same(whole.path, folder)
+    lines = {line["step"]: line["loss"] for line in RunFolder(folder).metrics() if "loss" in line}
+    assert [lines[step] for step in sorted(lines)] == losses(whole)
+
+
+@pytest.mark.parametrize(("most_patches", "most_texts", "expected"), [(100, 24, 4), (100, 9, 2)])
+def test_micro_batches_are_fitted_by_their_patches_and_texts(
+    most_patches, most_texts, expected, options, tmp_path, monkeypatch
+):
+    """The longest images have 8 x 24 patches, and most texts come with 24 x 8 patches."""
+    forward, parts = CLIP.forward, []
+
+    def limited(model, images, texts):
+        """Compute the features of a micro-batch, and fail if its graph does not fit into memory."""
+        if torch.is_grad_enabled():
+            parts.append((len(images.patches), len(texts)))
+            if parts[-1][0] > most_patches or parts[-1][1] > most_texts:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(model, images, texts)
+
+    monkeypatch.setattr(step, "_can_run_out", lambda device: True)
+    monkeypatch.setattr(CLIP, "forward", limited)
+    folder, _ = train(TrainConfig(**options(tmp_path, micro_batch_size="auto", epochs=1)))
+    found = (folder.path / "out.log").read_text()
+    assert f"--micro-batch-size auto: {expected} of 8 pairs with up to 24 patches each at a time (the most" in found
+    assert max(texts for _, texts in parts[4:]) == 3 * expected  # those of 8 patches
+
+
+def test_a_teacher_must_be_naflex(options, tmp_path):
+    given = options(tmp_path, distill_model="ViT-T-8-32", distill_pretrained=str(tmp_path / "t.pt"))
+    torch.save({}, tmp_path / "t.pt")
+    with pytest.raises(ValueError, match="--use-naflex needs a NaFlex model as --distill-model, not ViT-T-8-32"):
+        Distillation(TrainConfig(**given), build(CLIPConfig.from_dict(CONFIG)), torch.device("meta"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "changes", [{}, {"micro_batch_size": 2}, {"fsdp": True, "grad_checkpointing": True}], ids=["ddp", "parts", "fsdp"]
+)
+def test_ranks_take_the_steps_of_one_process(changes, options, together, tmp_path):
+    """Two processes stop after step 6, and one goes on."""
+    one = options(tmp_path / "one")
+    assert trained(ALONE, one) is None
+    given = options(tmp_path / "two", **RANKS, **changes)
+    assert together(2, (given, False, ("stop", (0, 1), 8))) == [["stopped"]] * 2
+    assert saved_step(folder_of(given).path) == 6
+    assert trained(ALONE, given, True) is None
+    assert losses(folder_of(given)) == pytest.approx(losses(folder_of(one)), rel=1e-5)
+    assert_near(weights(folder_of(given).path), weights(folder_of(one).path))
