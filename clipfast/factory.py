@@ -10,12 +10,15 @@ from torch import Tensor
 
 from .checkpoints.checkpoint import PREPROCESSING_KEYS, check_preprocessing, complete_preprocessing, preprocessing_of
 from .checkpoints.sources import ModelSource, load_source, resolve_source
-from .models import CLIP, CLIPConfig, SigLIPConfig, build
+from .models import CLIP, CLIPConfig, NaFlexConfig, SigLIPConfig, build
 from .models.aug_cfg import training_options
 from .models.file_tokenizer import FILE_NAME as TOKENIZER_NAME
 from .models.file_tokenizer import FileTokenizer, tokenizer_of
 from .models.images import make_transform
 from .models.layers import lower_weights
+from .models.naflex import NaFlexVision
+from .models.naflex_config import MOST_PATCHES
+from .models.sequence_size import ToSequence
 from .models.tokenizer import Tokenizer
 
 # The dtype of all weights for each precision. With "amp", the caller uses autocast.
@@ -62,6 +65,7 @@ def create_model(
     force_quick_gelu: bool = False,
     force_patch_dropout: float | None = None,
     force_image_size: int | tuple[int, ...] | None = None,
+    force_image_seq_len: int | None = None,
     force_context_length: int | None = None,
     force_preprocess_cfg: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
@@ -90,6 +94,8 @@ def create_model(
             the share in the configuration.
         force_image_size: side of the images in pixels, in place of the configuration's; the positions in a checkpoint
             are resized to it.
+        force_image_seq_len: largest number of patches of an image in evaluation, in place of the configuration's, for
+            NaFlex models.
         force_context_length: tokens of a text, in place of the configuration's; positions are resized likewise.
         force_preprocess_cfg: any of mean, std, interpolation and resize_mode, in place of those of the weights.
         cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
@@ -117,6 +123,13 @@ def create_model(
             "clipfast.list_pretrained() (on the command line --pretrained)"
         )
     changes = {"patch_dropout": force_patch_dropout, "image_size": force_image_size}
+    if force_image_seq_len is not None:
+        if not isinstance(source.config.vision, NaFlexConfig):
+            raise ValueError(
+                f"force_image_seq_len (on the command line --image-seq-len) is for NaFlex models, and {model_name} "
+                "takes images of one size"
+            )
+        changes["image_seq_len"] = force_image_seq_len
     config = _changed(source.config, force_quick_gelu, force_context_length, changes)
     preprocessing = _forced_preprocessing(source.preprocessing, force_preprocess_cfg)
     with torch.device(device):
@@ -222,8 +235,10 @@ def create_model_and_transforms(
             of floats, and of the time to copy them to the GPU.
 
     Returns:
-        ``(model, preprocess_train, preprocess_val)``; the preprocessing turns a PIL image into a tensor [3, H, W]. The
-        model is in training mode: for inference, take :func:`create_model_from_pretrained`.
+        ``(model, preprocess_train, preprocess_val)``; the preprocessing turns a PIL image into a tensor [3, H, W]. For
+        a NaFlex model, that of evaluation keeps the aspect of an image, and ``encode_image`` takes a list of images;
+        that of training gives squares. The model is in training mode: for inference, take
+        :func:`create_model_from_pretrained`.
     """
     training = training_options(aug_cfg)
     forced = {"mean": image_mean, "std": image_std, "interpolation": image_interpolation}
@@ -237,11 +252,17 @@ def transform_of(model: CLIP, **options: Any) -> Callable[..., Tensor]:
     """Return the image preprocessing of a model; without ``options`` it is that of evaluation.
 
     Args:
-        model: the model, which has its preprocessing settings.
+        model: the model, which has its preprocessing settings. An image for a NaFlex model keeps its aspect in
+            evaluation, and has at most ``image_seq_len`` patches.
         **options: more arguments of :func:`clipfast.models.images.make_transform`.
     """
     preprocessing = preprocessing_of(model)
     given = {key: preprocessing[key] for key in PREPROCESSING_KEYS}
+    visual: Any = model.visual
+    if isinstance(visual, NaFlexVision) and not options.get("train"):
+        normalize = None if options.get("uint8") else (tuple(given["mean"]), tuple(given["std"]))
+        longest = visual.image_seq_len or MOST_PATCHES
+        return ToSequence(visual.patch_size, longest, given["interpolation"], normalize)
     return make_transform(model.visual.image_size, **given, **options)
 
 

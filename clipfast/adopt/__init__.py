@@ -2,10 +2,10 @@
 
 ``apply`` goes through the modules of a model. ``open_clip``, ``timm`` and ``hf`` propose a replacement for each module
 of their library, and hold the functions that replace its methods; ``open_clip_towers`` and ``hf_towers`` do the same
-for whole towers, ``hf_model`` for transformers' losses, and ``parts`` for PyTorch's modules. ``last_row`` computes one
-row of a tower's last block, and ``packable`` says which towers take packed texts. ``places`` replaces and restores
-methods, and ``tabulate`` makes a table of the replacements. The libraries' classes are recognised by their names, and
-so no library has to be installed.
+for whole towers, ``naflex_vit`` for timm's NaFlexVit, ``hf_model`` for transformers' losses, and ``parts`` for
+PyTorch's modules. ``last_row`` computes one row of a tower's last block, and ``packable`` says which towers take packed
+texts. ``places`` replaces and restores methods, and ``tabulate`` makes a table of the replacements. The libraries'
+classes are recognised by their names, and so no library has to be installed.
 """
 
 from .apply import apply_to_hf, apply_to_open_clip, apply_to_timm

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from . import hf, hf_model, hf_towers, open_clip, open_clip_towers, parts, timm
+from . import hf, hf_model, hf_towers, naflex_vit, open_clip, open_clip_towers, parts, timm
 from .places import RECORD, Proposal, carry_out, check_module, class_name, revert_model
 
 
@@ -17,6 +17,7 @@ def apply_to_open_clip(
     text_embed: bool = True,
     pooled_last_block: bool = True,
     pack_text: bool = True,
+    pack_image: bool = True,
 ) -> nn.Module:
     """Let a model of OpenCLIP run on the kernels of this package, in place.
 
@@ -41,6 +42,8 @@ def apply_to_open_clip(
             it, where a tenth of a batch is behind it and nothing else looks at the tower's modules; this needs
             ``attention``. On a GPU a batch must have 8,192 tokens, and the host waits for the lengths of its texts
             unless they are packed before (:func:`clipfast.pack_texts`).
+        pack_image: timm's NaFlexVit computes no patch that is padding, of batches as timm's NaFlex loader makes them,
+            and embeds patches in one pass on GPUs; this needs ``attention``.
 
     Returns:
         ``model`` itself.
@@ -52,11 +55,18 @@ def apply_to_open_clip(
     flags = {
         "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
         "text_embed": text_embed, "pooled_last_block": pooled_last_block, "pack_text": pack_text,
+        "pack_image": pack_image,
     }  # fmt: skip
     return _apply("apply_to_open_clip", model, "open_clip", flags)
 
 
-def apply_to_timm(model: nn.Module, attention: bool = True, norms: bool = True, activations: bool = True) -> nn.Module:
+def apply_to_timm(
+    model: nn.Module,
+    attention: bool = True,
+    norms: bool = True,
+    activations: bool = True,
+    pack_image: bool = True,
+) -> nn.Module:
     """Let a model of timm run on the kernels of this package, in place, as :func:`apply_to_open_clip` does.
 
     Args:
@@ -64,6 +74,7 @@ def apply_to_timm(model: nn.Module, attention: bool = True, norms: bool = True, 
         attention: ``timm.layers.Attention``, with norms of queries and keys and gates.
         norms: layer norms, each in one pass with the addition before it where there is one.
         activations: GELU and QuickGELU in one pass with the bias before them, on GPUs.
+        pack_image: as for :func:`apply_to_open_clip`.
 
     Returns:
         ``model`` itself.
@@ -72,7 +83,7 @@ def apply_to_timm(model: nn.Module, attention: bool = True, norms: bool = True, 
         TypeError: ``model`` is not a module, or a switch is not a bool.
         ValueError: ``model`` contains no module of timm.
     """
-    flags = {"attention": attention, "norms": norms, "activations": activations}
+    flags = {"attention": attention, "norms": norms, "activations": activations, "pack_image": pack_image}
     return _apply("apply_to_timm", model, "timm", flags)
 
 
@@ -205,6 +216,8 @@ def _propose_tower(module: nn.Module) -> Iterator[Proposal]:
     name = class_name(module)
     if name.startswith("open_clip."):
         yield from open_clip_towers.propose_tower(module)
+    elif name == naflex_vit.TOWER:
+        yield from naflex_vit.propose_tower(module)
     elif name.startswith("timm.layers.patch_embed."):
         yield Proposal("patch_embed", "timm's patch embedding adds neither positions nor a class token")
     else:  # the user's own class may be derived from a model of transformers

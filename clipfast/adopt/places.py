@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.launch import triton_runs_on
 from ..kernels.packing import Packing
-from ..models.layers import has_hooks
+from ..models.layers import PackedTokens, has_hooks
 
 # The attributes that hold a patched model's list of replacements, and a text tower's last checked mask with the result.
 RECORD, SEEN = "_clipfast_places", "_clipfast_mask"
@@ -118,7 +118,8 @@ class Replacement:
 
     def _is_left(self, values: tuple[Any, ...]) -> bool:
         """Return True if a replaced method's original is faster here, or alone can be traced by torch.fx."""
-        if Packing in [value.__class__ for value in values]:  # only our functions know packed texts
+        classes = [value.__class__ for value in values]
+        if Packing in classes or PackedTokens in classes:  # only our functions know packed tokens
             return False
         for value in values:
             if isinstance(value, torch.fx.Proxy):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels import attention
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
-from ..models.layers import is_plain, project_qkv, single_query_attention
+from ..kernels.packing import Packing
+from ..models.layers import PackedTokens, is_plain, project_qkv, single_query_attention
 from .parts import ADDS, add_norm, drops, heads_attention, linear_gelu, propose_gelu, propose_heads, split_heads
 from .places import Proposal, class_name, computes
 
@@ -60,8 +61,11 @@ def propose(module: Any, norms: bool) -> Iterator[Proposal]:
         yield Proposal("activations", f"{type(module).__name__} is not one of the perceptrons that are known")
 
 
-def timm_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Compute ``timm.models.vision_transformer.Block``: [B, N, C] -> [B, N, C]."""
+def timm_block(block: Any, x: Tensor, attn_mask: Tensor | Packing | None = None, is_causal: bool = False) -> Tensor:
+    """Compute ``timm.models.vision_transformer.Block``: [B, N, C] -> [B, N, C].
+
+    In the place of the mask there may be the packing of images, whose tokens ``x`` [1, T, C] are.
+    """
     branch = block.attn(block.norm1(x), attn_mask=attn_mask, **_hint(is_causal))
     x, normed = add_norm(x, block.drop_path1(block.ls1(branch)), block.norm2)
     return x + block.drop_path2(block.ls2(block.mlp(normed)))
@@ -78,9 +82,12 @@ def timm_mlp(module: Any, x: Tensor) -> Tensor:
     return module.drop2(module.fc2(module.norm(x)))
 
 
-def timm_attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Compute ``timm.layers.Attention``: [B, N, C] -> [B, N, dim_out]."""
-    if attn_mask is not None or drops(module, module.attn_drop.p) or x.ndim != 3 or not computes(x):
+def timm_attention(
+    module: Any, x: Tensor, attn_mask: Tensor | Packing | None = None, is_causal: bool = False
+) -> Tensor:
+    """Compute ``timm.layers.Attention``: [B, N, C] -> [B, N, dim_out]. There may be a packing as for a block."""
+    packing = attn_mask if isinstance(attn_mask, Packing) else None
+    if attn_mask is not packing or drops(module, module.attn_drop.p) or x.ndim != 3 or not computes(x):
         return type(module).forward(module, x, attn_mask=attn_mask, **_hint(is_causal))
     if not is_plain(module.q_norm, nn.Identity) or not is_plain(module.k_norm, nn.Identity):
         q, k, v = split_heads(module.qkv(x), module.num_heads)
@@ -90,7 +97,11 @@ def timm_attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_c
         qkv, bias = project_qkv(x, module.qkv.weight, module.qkv.bias)
     else:
         qkv, bias = module.qkv(x), None
-    out = attention(qkv, module.num_heads, causal=is_causal, scale=_scale(module), bias=bias)
+    options: Any = {"causal": is_causal, "scale": _scale(module), "bias": bias}
+    if packing is None:
+        out = attention(qkv, module.num_heads, **options)
+    else:
+        out = attention(qkv[0], module.num_heads, cu_seqlens=packing, **options)[None]
     return _project(module, x, out)
 
 
@@ -146,22 +157,25 @@ def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, **options)], dim=2)
 
 
-def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | PackedTokens | None = None) -> Tensor:
     """Compute ``timm.layers.AttentionPoolLatent`` with one query: [B, N, C] -> [B, out_features].
 
-    Key and value projections are applied to the query and to the pooled token, instead of to all tokens.
+    Key and value projections are applied to the query and to the pooled token, instead of to all tokens. In the place
+    of the mask there may be the places of packed images, whose tokens ``x`` [1, T, C] are.
     """
     is_known = is_plain(module.kv, nn.Linear) and all(is_plain(x, nn.Identity) for x in (module.q_norm, module.k_norm))
-    if attn_mask is not None or not is_known or x.shape[1] > MAX_TOKENS or not computes(x):
+    packed = attn_mask if isinstance(attn_mask, PackedTokens) else None
+    is_long = packed is None and x.shape[1] > MAX_TOKENS
+    if attn_mask is not packed or not is_known or is_long or not computes(x):
         options = {} if attn_mask is None else {"attn_mask": attn_mask}  # older versions lack the argument
         return type(module).forward(module, x, **options)
     if module.pos_embed is not None:
         x = x + module.pos_embed.unsqueeze(0).to(x.dtype)
     heads = (module.num_heads, -1)
-    q = module.q(module.latent.expand(len(x), -1, -1))[:, 0].unflatten(-1, heads)
+    q = module.q(module.latent.expand(len(x), -1, -1))[:, 0].unflatten(-1, heads)  # one for all if they are packed
     weight_k, weight_v = module.kv.weight.unflatten(0, (2, *heads)).unbind(0)
     bias_k, bias_v = (None, None) if module.kv.bias is None else module.kv.bias.chunk(2)
-    out = single_query_attention(q, x, weight_k, weight_v, None, "auto", bias_k, bias_v)
+    out = single_query_attention(q, x, weight_k, weight_v, None, "auto", bias_k, bias_v, packed=packed)
     out = module.proj_drop(module.proj(out[:, None]))
     if module.mlp is not None:
         out = out + module.mlp(module.norm(out))

@@ -53,6 +53,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     add("--pretrained", metavar="TAG", help=weights)
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
+    patches = "most patches of an image, for NaFlex models, which keep its aspect (default: the model's, or else 1024)"
+    add("--image-seq-len", type=BATCH, metavar="INT", help=patches)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +192,7 @@ def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, w
 
     return Encoder.load(
         model, pretrained, device=str(world.device(args.device)), tokenizer_file=args.tokenizer,
-        cache_dir=args.cache_dir, backend=args.backend,
+        cache_dir=args.cache_dir, backend=args.backend, image_seq_len=args.image_seq_len,
     )  # fmt: skip
 
 

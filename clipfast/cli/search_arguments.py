@@ -66,6 +66,7 @@ def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
         if "model" not in about:
             raise ValueError(f"{args.folder} does not say which model made it: give it to --model")
         model, pretrained = about["model"], pretrained or about.get("pretrained")
+        args.image_seq_len = args.image_seq_len or about.get("image_seq_len")
     encoder = load_encoder(args, model, pretrained, ALONE)
     if about.get("digest", encoder.digest) != encoder.digest:
         raise ValueError(

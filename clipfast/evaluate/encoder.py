@@ -18,6 +18,7 @@ from ..checkpoints.sources import resolve_source
 from ..distributed.world import ALONE, World
 from ..factory import create_model, get_tokenizer, transform_of
 from ..io.progress import each
+from ..models.packed_images import PackedImages
 from .store import FeatureStore
 from .zero_shot import TEXTS, Template, encode_texts, prompts_of
 
@@ -37,10 +38,11 @@ class Encoder:
         name: the name of the model, for people.
         model: in evaluation mode; ``encode_image`` and ``encode_text`` take ``normalize=True``.
         tokenizer: turns a list of texts into ids.
-        transform: turns a PIL image into a tensor [3, H, W].
+        transform: turns a PIL image into a tensor [3, H, W]. With a ``patch_size``, images have several sizes.
         device: the device of the model.
         pretrained: the name of the weights, for people.
         normalize: whether the features of images are scaled to unit length.
+        image_seq_len: the largest number of patches of an image that was asked for, for a NaFlex model.
     """
 
     name: str
@@ -50,13 +52,16 @@ class Encoder:
     device: str | torch.device = "cpu"
     pretrained: str | None = None
     normalize: bool = True
+    image_seq_len: int | None = None
 
     @classmethod
     def load(
         cls, name: str, pretrained: str | None = None, *, device: str, tokenizer_file: str | None = None,
-        cache_dir: str | Path | None = None, backend: str = "auto",
+        cache_dir: str | Path | None = None, backend: str = "auto", image_seq_len: int | None = None,
     ) -> "Encoder":  # fmt: skip
         """Build an encoder for evaluation, by the arguments of :func:`clipfast.create_model` and ``get_tokenizer``.
+
+        ``image_seq_len`` is the largest number of patches of an image, for NaFlex models.
 
         ``open_clip:NAME`` builds the model by OpenCLIP and applies the kernels of this package to it.
 
@@ -65,14 +70,19 @@ class Encoder:
         """
         if not name.startswith(OPEN_CLIP_PREFIX):
             source = dataclasses.replace(resolve_source(name, pretrained, cache_dir=cache_dir), name=name)
-            model = create_model(source, require_pretrained=True, device=device, backend=backend).eval()
+            model = create_model(
+                source, require_pretrained=True, device=device, backend=backend, force_image_seq_len=image_seq_len
+            ).eval()
             tokenizer = get_tokenizer(source, tokenizer_file=tokenizer_file)
-            return cls(name, model, tokenizer, transform_of(model, uint8=True), device, pretrained)
+            transform = transform_of(model, uint8=True)
+            return cls(name, model, tokenizer, transform, device, pretrained, image_seq_len=image_seq_len)
         try:
             import open_clip
         except ImportError as error:
             raise ValueError(f"--model {name} needs OpenCLIP: pip install open-clip-torch") from error
         theirs = name.removeprefix(OPEN_CLIP_PREFIX)
+        if image_seq_len is not None:
+            raise ValueError(f"--image-seq-len is for NaFlex models of clipfast, and {name} is built by OpenCLIP")
         if not pretrained and ":" not in theirs:
             raise ValueError(f"{name} has no weights of its own: give --pretrained a tag of OpenCLIP or a checkpoint")
         folder = None if cache_dir is None else str(cache_dir)
@@ -82,10 +92,11 @@ class Encoder:
 
     @functools.cached_property
     def blank(self) -> Tensor:
-        """A black input image [3, H, W] of the evaluated model, as its transform returns images."""
+        """A black input image [3, H, W] of the evaluated model, as its transform returns images; the largest one."""
         from PIL import Image
 
-        return self.transform(Image.new("RGB", (1, 1)))
+        # NaFlex models enlarge no image by more than a hundred.
+        return self.transform(Image.new("RGB", (64, 64)))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -102,11 +113,12 @@ class Encoder:
     def about(self) -> dict[str, Any]:
         """Return plain values that identify the evaluated model of stored features: its names and its digest."""
         about = {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
+        about |= {} if self.image_seq_len is None else {"image_seq_len": self.image_seq_len}
         return about if self.normalize else {**about, "normalized": False}
 
     @torch.no_grad()
-    def images(self, pixels: Tensor) -> Tensor:
-        """Return the features [B, D] of images [B, 3, H, W] by the evaluated model."""
+    def images(self, pixels: Tensor | PackedImages) -> Tensor:
+        """Return the features [B, D] of images [B, 3, H, W], or of packed images, by the evaluated model."""
         features: Tensor = self.model.encode_image(pixels.to(self.device), normalize=self.normalize)
         return features
 
@@ -171,6 +183,11 @@ class Prepared:
         """Change the image, and return the transform of the result."""
         return self.transform(self.change(image))
 
+    @property
+    def patch_size(self) -> int | None:
+        """The patch size of a transform for NaFlex models; None for others."""
+        return getattr(self.transform, "patch_size", None)
+
 
 class PreparedEncoder(Encoder):
     """An encoder that changes images, for example by a synthetic shift, before it encodes them by another encoder."""
@@ -192,7 +209,7 @@ class PreparedEncoder(Encoder):
     _of: Encoder
     _change: Change
 
-    def images(self, pixels: Tensor) -> Tensor:
+    def images(self, pixels: Tensor | PackedImages) -> Tensor:
         """Return the features of changed images by the encoder that holds the evaluated model."""
         return self._of.images(pixels)
 
@@ -226,7 +243,8 @@ class PixelEncoder(Encoder):
         """Return plain values under which the feature store keeps the features of thumbnails."""
         return {"model": self.name, "side": SIDE}
 
-    def images(self, pixels: Tensor) -> Tensor:
+    def images(self, pixels: Tensor | PackedImages) -> Tensor:
         """Return an evaluation's features [B, 768] of thumbnails [B, 3, 16, 16], of mean 0 and unit length."""
+        assert isinstance(pixels, Tensor)
         flat = pixels.to(self.device).float().flatten(1)
         return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)

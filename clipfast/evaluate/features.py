@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from ..data import Skipped, made_by_workers
 from ..distributed.world import ALONE, World
 from ..io.progress import Progress, progress
+from ..models.packed_images import PackedImages, batch_images
 from .encoder import Encoder
 from .labelled import LabelledSet, in_order, load
 from .store import FeatureStore, Section
@@ -93,9 +94,9 @@ def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
 
 @dataclasses.dataclass
 class _Block:
-    """A block of images that is ready to be encoded: ``pixels`` has a [B, 3, H, W] for each distinct transform."""
+    """A block of images that is ready to be encoded: ``pixels`` has a batch of them for each distinct transform."""
 
-    pixels: list[Tensor]
+    pixels: list[Tensor | PackedImages]
     found: LabelledFeatures  # labels and other metadata; its tensor of features is empty
 
 
@@ -109,6 +110,7 @@ class _Blocks(Dataset[_Block]):
         places = images.places()
         self.places = places if images.numbers is None else [places[number] for number in images.numbers]
         self.transforms: list[Callable[[Image.Image], Tensor]] = []
+        self.for_gpu = any(torch.device(encoder.device).type != "cpu" for encoder in encoders)
         for encoder in encoders:
             if encoder.transform not in self.transforms:
                 self.transforms.append(encoder.transform)
@@ -127,7 +129,9 @@ class _Blocks(Dataset[_Block]):
             found.labels.append(image.label)
             found.captions.append(image.captions)
             found.groups.append(image.group)
-        return _Block([torch.stack([f(image) for image in images]) for f in self.transforms if images], found)
+        transforms = self.transforms if images else []
+        pixels = [batch_images([f(image) for image in images], f, for_gpu=self.for_gpu) for f in transforms]
+        return _Block(pixels, found)
 
 
 def encode_set(

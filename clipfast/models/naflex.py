@@ -4,12 +4,14 @@ A tower takes :class:`~clipfast.models.packed_images.PackedImages`. Its blocks a
 tokens, so that nothing is padded or masked.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..kernels import patch_embed_packed
 from ..kernels.dtypes import accumulate_dtype
@@ -19,7 +21,7 @@ from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
 from .layers import LayerNorm, PackedTokens
 from .naflex_config import NaFlexConfig
-from .packed_images import PackedImages, pack_images, unpad_images
+from .packed_images import PackedImages, pack_images, patch_size_of, unpad_images
 from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, SigLIP, TimmBlock
 from .siglip_config import EPS, EXACT, SigLIPConfig
 from .transformer import Plan, add_norm, run_blocks
@@ -79,12 +81,54 @@ class NaFlexEmbeds(nn.Module):
         return pack(cu_seqlens, images.patches.shape[0] + self.num_prefix * images.grids.shape[0])
 
     def forward(self, images: PackedImages, packing: Packing, mean: Any, std: Any) -> Tensor:
-        """Embed the patches of images, and add positions: N patches -> [N + B registers, width]."""
+        """Embed the patches of images, and add positions: N patches -> [N + B registers, width].
+
+        Patches may have another size than the tower's.
+        """
+        weight = self.proj.weight
+        if weight.shape[1] != images.patches.shape[1]:
+            weight = resize_weight(weight, images.patch_size, self.interpolation)
         return patch_embed_packed(
-            images.patches, images.grids, self.proj.weight, self.pos_embed[0], cu_seqlens=packing, bias=self.proj.bias,
+            images.patches, images.grids, weight, self.pos_embed[0], cu_seqlens=packing, bias=self.proj.bias,
             prefix=None if self.reg_token is None else self.reg_token[0], interpolation=self.interpolation,
             mean=mean, std=std, backend=self.backend,
         )  # fmt: skip
+
+
+def resize_weight(weight: Tensor, patch_size: int, interpolation: str) -> Tensor:
+    """Resize the projection of patches for patches of another size: [E, P P 3] -> [E, P' P' 3].
+
+    It is multiplied by the pseudo-inverse of the matrix that resizes a patch (Beyer et al. 2023), as in timm: the
+    projection of an enlarged patch is that of the patch itself.
+    """
+    old = patch_size_of(weight)
+    values = weight.to(accumulate_dtype(weight.dtype)).unflatten(1, (old, old * 3))
+    inverse = _inverse_of_resizing(old, patch_size, interpolation, values.dtype, values.device)
+    with torch.autocast(values.device.type, enabled=False):
+        rows = (inverse @ values).unflatten(2, (old, 3))  # [E, P', P, 3]
+        resized = inverse @ rows  # [E, P', P', 3]
+    return resized.flatten(1).to(weight.dtype)
+
+
+def _inverse_of_resizing(old: int, new: int, interpolation: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the transposed pseudo-inverse [new, old] of the matrix that resizes one side of a patch."""
+    return _known_inverse(old, new, interpolation, dtype, device)
+
+
+_inverse_of_resizing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile ignores caches
+
+
+@functools.lru_cache(maxsize=64)
+def _known_inverse(old: int, new: int, interpolation: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Compute what :func:`_inverse_of_resizing` returns."""
+    # The matrix outlives this call, so it must not be a tensor without values or of inference mode.
+    with _disable_current_modes(), torch.inference_mode(False):
+        identity = torch.eye(old, dtype=torch.float64, device="cpu")[None, None]
+        matrix = F.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]
+        inverse = torch.linalg.pinv(matrix).T.to(device, dtype)
+        # This is torch._dynamo.mark_static, except that it imports no compiler: sizes of constants never change.
+        inverse._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
+        return inverse
 
 
 class NaFlexTrunk(nn.Module):
@@ -146,7 +190,7 @@ def mean_of_images(x: Tensor, packing: Packing, num_prefix: int) -> Tensor:
 
 
 class NaFlexVision(nn.Module):
-    """A NaFlex image tower: packed images, a padded batch of timm's or transformers' loader, or a batch of one size."""
+    """A NaFlex image tower: packed images, a padded batch of timm's or transformers' loader, or images to pack."""
 
     backend = "auto"
 
@@ -162,10 +206,11 @@ class NaFlexVision(nn.Module):
 
     def forward(self, images: Any) -> Tensor:
         """Compute the features of images, in the order of their batch: [B, embed_dim]."""
+        for_gpu = self.trunk.embeds.proj.weight.device.type != "cpu"
         if isinstance(images, Mapping):
-            images = unpad_images(images, for_gpu=self.trunk.embeds.proj.weight.device.type != "cpu")
-        elif isinstance(images, Tensor):
-            images = pack_images(images, self.patch_size)
+            images = unpad_images(images, for_gpu=for_gpu)
+        elif not isinstance(images, PackedImages):
+            images = pack_images(images, self.patch_size, for_gpu=for_gpu and not isinstance(images, Tensor))
         features: Tensor = self.trunk(images, self.image_mean, self.image_std)
         for projection in self.head.values():
             features = projection(features)
@@ -203,9 +248,10 @@ class _OfManySizes(CLIP):
         """Compute the features of images.
 
         Args:
-            image: packed images (:func:`clipfast.models.packed_images.pack_images`), a padded batch of timm's NaFlex
-                loader or of transformers' image processor for SigLIP 2, or [B, 3, H, W] with sides that are multiples
-                of the patch size; uint8 as decoded, or floating and already normalised.
+            image: a list of images of several sizes, each [3, H, W], or [B, 3, H, W], with sides that are multiples of
+                the patch size; packed images (:func:`clipfast.models.packed_images.pack_images`), whose patches may
+                have any size; or a padded batch of timm's NaFlex loader or of transformers' image processor for
+                SigLIP 2. All are uint8 as decoded, or floating and already normalised.
             normalize: divide each feature vector by its length.
 
         Returns:
@@ -214,7 +260,7 @@ class _OfManySizes(CLIP):
         Raises:
             TypeError, ValueError: ``image`` is not one of these.
         """
-        if not isinstance(image, PackedImages | Mapping):
+        if not isinstance(image, PackedImages | Mapping | list | tuple):
             return super().encode_image(image, normalize)
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features

@@ -7,6 +7,7 @@ from typing import Any
 from .model_config import VisionConfig
 
 POOLS = {"map": "none", "avg": "linear"}  # each way of pooling, and OpenCLIP's name for the projection behind it
+MOST_PATCHES = 1024  # of an image in evaluation, where a configuration does not say it, as in OpenCLIP
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -21,6 +22,7 @@ class NaFlexConfig(VisionConfig):
         init_values: the initial factors of the branches of blocks, or None if these have none.
         interpolation: how positions are resized, "bilinear" or "bicubic".
         pos_embed_grid_size: the rows and columns of the table of positions.
+        enable_patch_interpolator: let timm's tower take patches of other sizes, as clipfast's always does.
     """
 
     image_seq_len: int | None = None
@@ -29,6 +31,7 @@ class NaFlexConfig(VisionConfig):
     init_values: float | None = None
     interpolation: str = "bilinear"
     pos_embed_grid_size: tuple[int, int] = (16, 16)
+    enable_patch_interpolator: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that clipfast does not implement in a NaFlex tower.
@@ -96,6 +99,7 @@ def _sizes(tower: NaFlexConfig) -> dict[str, Any]:
         "patch_size": tower.patch_size, "embed_dim": tower.width, "depth": tower.layers, "num_heads": tower.heads,
         "mlp_ratio": tower.mlp_ratio, "reg_tokens": tower.reg_tokens, "init_values": tower.init_values,
         "pos_embed_interp_mode": tower.interpolation, "pos_embed_grid_size": tower.pos_embed_grid_size,
+        "enable_patch_interpolator": tower.enable_patch_interpolator,
     }  # fmt: skip
 
 
@@ -144,5 +148,6 @@ def read_naflex(raw: Mapping[str, Any]) -> NaFlexConfig:
         base, patch_size=sizes["patch_size"], width=sizes["embed_dim"], layers=sizes["depth"],
         head_width=sizes["embed_dim"] // sizes["num_heads"], mlp_ratio=sizes["mlp_ratio"],
         reg_tokens=sizes["reg_tokens"], init_values=sizes["init_values"],
-        interpolation=sizes["pos_embed_interp_mode"], pos_embed_grid_size=tuple(sizes["pos_embed_grid_size"]), **found,
+        interpolation=sizes["pos_embed_interp_mode"], pos_embed_grid_size=tuple(sizes["pos_embed_grid_size"]),
+        enable_patch_interpolator=sizes["enable_patch_interpolator"], **found,
     )  # fmt: skip

@@ -52,6 +52,25 @@ class PackedImages(Packed):
             parts.append(_packed([patches[place] for place in places[packed].tolist()], grids, packed, for_gpu))
         return parts
 
+    @property
+    def patch_size(self) -> int:
+        """The side P of a patch in pixels."""
+        return patch_size_of(self.patches)
+
+
+def patch_size_of(patches: Tensor) -> int:
+    """Return the side P of the patches, or of a projection of patches, in the rows of a tensor [..., P P 3].
+
+    Raises:
+        ValueError: the rows are no square patches of three channels.
+    """
+    size, numbers = 1, patches.shape[-1]
+    while 3 * size**2 < numbers:  # torch.compile traces this, but not math.isqrt of a size that changes
+        size += 1
+    if 3 * size**2 != numbers:
+        raise ValueError(f"patches must have rows of P P 3 numbers for a patch size P, got {tuple(patches.shape)}")
+    return size
+
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
     """Cut images [..., 3, H, W] into patches [..., H W / P^2, P P 3], as timm and transformers do for NaFlex.
@@ -103,6 +122,20 @@ def pack_images(
     packed = _longest_first(grids)
     in_order = [patches.flatten(0, 1)] if isinstance(patches, Tensor) else [patches[place] for place in packed.tolist()]
     return _packed(in_order, grids, packed, for_gpu, room)
+
+
+def batch_images(images: Sequence[Tensor], transform: object, *, for_gpu: bool = False) -> Tensor | PackedImages:
+    """Return images as one batch: [B, 3, H, W], or packed if ``transform``, which made them, is that of NaFlex models.
+
+    Args:
+        images: at least one image, [3, H, W].
+        transform: the preprocessing of :func:`clipfast.factory.transform_of`.
+        for_gpu: as for :func:`pack_images`.
+    """
+    patch_size = getattr(transform, "patch_size", None)
+    if patch_size is None:
+        return torch.stack(list(images))
+    return pack_images(images, patch_size, for_gpu=for_gpu)
 
 
 def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> PackedImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -49,32 +50,44 @@ def size_for_sequence(height: int, width: int, patch_size: int, max_patches: int
     return rows * patch_size, columns * patch_size
 
 
+@dataclasses.dataclass(frozen=True)
 class ToSequence:
     """The preprocessing of images for a NaFlex tower in evaluation: an image is resized to a sequence of patches.
 
-    Args:
+    Attributes:
         patch_size: the side of a patch in pixels.
         max_patches: the largest number of patches.
         interpolation: "bicubic" or "bilinear"; "random" is bicubic.
+        normalize: the mean and the standard deviation of each channel, if images become normalised floats; None if
+            they stay bytes.
 
     Raises:
         ValueError: a number is less than 1, or the interpolation is unknown.
     """
 
-    def __init__(self, patch_size: int, max_patches: int, interpolation: str = "bicubic") -> None:
-        size_for_sequence(1, 1, patch_size, max_patches)
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
-        self.patch_size, self.max_patches, self.interpolation = patch_size, max_patches, interpolation
+    patch_size: int
+    max_patches: int
+    interpolation: str = "bicubic"
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no image can have."""
+        size_for_sequence(1, 1, self.patch_size, self.max_patches)
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return the resized image: uint8, [3, H, W], whose sides are multiples of the patch size."""
+        """Return the resized image: [3, H, W], whose sides are multiples of the patch size."""
         from PIL import Image
 
         filters = Image.Resampling
         height, width = size_for_sequence(image.height, image.width, self.patch_size, self.max_patches)
         resampling = filters.BILINEAR if self.interpolation == "bilinear" else filters.BICUBIC
-        return pixels_of(to_rgb(image).resize((width, height), resampling))
+        pixels = pixels_of(to_rgb(image).resize((width, height), resampling))
+        if self.normalize is None:
+            return pixels
+        mean, std = (torch.tensor(values)[:, None, None] for values in self.normalize)
+        return (pixels / 255 - mean) / std
 
 
 def pixels_of(image: Image.Image) -> Tensor:

@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from ..data import Skipped, made_by_workers
 from ..evaluate.encoder import Encoder
 from ..evaluate.zero_shot import encode_texts
 from ..io.files import replace_text
+from ..models.packed_images import PackedImages, batch_images
 from ..runs.lock import LOCK_NAME
 from .layout import (
     ABOUT,
@@ -57,7 +59,7 @@ CPU_BATCH, SMALL_BATCH, CPU_PIXELS = 32, 128, 1 << 17
 class _Batch:
     """A batch of samples to embed, with ``rows`` of metadata; ``skipped`` has the unusable samples."""
 
-    pixels: list[Tensor] | Tensor = dataclasses.field(default_factory=list)
+    pixels: Tensor | PackedImages | None = None
     texts: list[str] = dataclasses.field(default_factory=list)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     skipped: list[tuple[int, Skipped]] = dataclasses.field(default_factory=list)
@@ -67,8 +69,9 @@ class _Batch:
 class _Batches(Dataset[_Batch]):
     """The batches of a source as a dataset: the data worker that indexes a batch reads, decodes and transforms it."""
 
-    def __init__(self, samples: Samples, transform: Callable[..., Tensor]) -> None:
-        self.samples, self.transform = samples, transform
+    def __init__(self, samples: Samples, encoder: Encoder) -> None:
+        self.samples, self.transform = samples, encoder.transform
+        self.for_gpu = torch.device(encoder.device).type != "cpu"
 
     def __getitem__(self, places: Sequence[int]) -> _Batch:
         batch, pixels = _Batch(), list[Tensor]()
@@ -82,7 +85,7 @@ class _Batches(Dataset[_Batch]):
             batch.texts.append(sample.caption or "")
             batch.rows.append(sample.row)
         if pixels:
-            batch.pixels = torch.stack(pixels)
+            batch.pixels = batch_images(pixels, self.transform, for_gpu=self.for_gpu)
         return batch
 
 
@@ -181,7 +184,7 @@ class Work:
         """
         ranges = [_cut(self.parts[number], self.samples_at_once) for number in numbers]
         every = list(itertools.chain(*ranges))
-        batches = _Batches(self.samples, self.encoder.transform)
+        batches = _Batches(self.samples, self.encoder)
         with (
             made_by_workers(batches, every, min(workers, len(every))) as made,
             contextlib.closing(self._encoded(made)) as encoded,
@@ -226,9 +229,9 @@ class Work:
     @torch.no_grad()
     def _encode(self, batch: _Batch) -> _Batch:
         """Encode a batch of samples, and return it with its embeddings."""
-        if isinstance(batch.pixels, Tensor):
+        if batch.pixels is not None:
             batch.features[IMAGES] = self.encoder.images(batch.pixels)
-            batch.pixels = []
+            batch.pixels = None
         if self.samples.texts and batch.rows:
             encoder = self.encoder
             batch.features[TEXTS] = encode_texts(encoder.model, encoder.tokenizer, batch.texts, encoder.device)
@@ -279,8 +282,7 @@ class Work:
 
 def _unshared(batch: _Batch) -> _Batch:
     """Copy images to embed out of shared memory, which is scarce, since several batches wait in this process."""
-    if isinstance(batch.pixels, Tensor) and batch.pixels.is_shared():
-        batch.pixels = batch.pixels.clone()
+    batch.pixels = tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_shared() else x, batch.pixels)
     return batch
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels.common import slices
 from ..models import CLIP, dense_features
+from ..models.naflex import NaFlexVision
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,11 +27,13 @@ def side_of(model: Any) -> int:
     """Return the side of the images on which a model was trained, in pixels, which is the size of a heat map's windows.
 
     Raises:
-        ValueError: the model is none of clipfast.
+        ValueError: the model is none of clipfast, or a NaFlex model.
     """
     if not isinstance(model, CLIP):
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise ValueError(f"heat maps need a model of clipfast.create_model, got {kind}")
+    if isinstance(model.visual, NaFlexVision):
+        raise ValueError("heat maps need a model for images of one size, got a NaFlex model")
     side: int = model.visual.image_size
     return side
 

@@ -1,5 +1,6 @@
 """Test NaFlex image towers against timm's and transformers' on padded batches of random sizes."""
 
+import dataclasses
 import json
 import random
 
@@ -38,6 +39,7 @@ def timm_tower(config):
             patch_size=PATCH, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2.0, pos_embed_grid_size=(5, 5),
             act_layer="gelu_tanh" if config is SIGLIP else None, global_pool=config.pool,
             reg_tokens=config.reg_tokens, init_values=config.init_values, pos_embed_interp_mode=config.interpolation,
+            enable_patch_interpolator=True,
         ),
         num_classes=0,
     )  # fmt: skip
@@ -51,7 +53,7 @@ def random_weights(module):
     return module
 
 
-def mixes(count, least_width=2):
+def mixes(count, least_width=2, patch=PATCH):
     """Yield lists of images of random sizes, at most MOST patches each."""
     # timm resizes positions to a width of 1 wrongly on a CPU, since PyTorch does.
     draw = random.Random(0)
@@ -60,16 +62,16 @@ def mixes(count, least_width=2):
         for _ in range(draw.randint(1, 6)):
             height = draw.randint(1, 12)
             width = draw.randint(least_width, max(least_width, MOST // height))
-            images.append(torch.randn(3, PATCH * height, PATCH * width, dtype=torch.float64))
+            images.append(torch.randn(3, patch * height, patch * width, dtype=torch.float64))
         yield images
 
 
-def padded(images):
+def padded(images, patch=PATCH):
     """Return a padded batch as timm's loader makes it."""
-    grids = [[side // PATCH for side in image.shape[1:]] for image in images]
+    grids = [[side // patch for side in image.shape[1:]] for image in images]
     patches, coords, valid = [], [], []
     for image, (height, width) in zip(images, grids, strict=True):
-        own = patchify(image, PATCH)
+        own = patchify(image, patch)
         rest = MOST - len(own)
         patches.append(torch.cat([own, torch.zeros(rest, own.shape[1])]))
         coords.append(
@@ -103,6 +105,28 @@ def test_towers_are_timms(config):
         weights = torch.randn(len(images), 32, dtype=torch.float64)
         expected, gradients = value_and_gradients(theirs, padded(images), weights)
         for form in (pack_images(images, PATCH), pack_images(images, PATCH, for_gpu=True), padded(images)):
+            found, found_gradients = value_and_gradients(ours, form, weights)
+            assert_near(found, expected)
+            for name, gradient in gradients.items():
+                assert_near(found_gradients[f"trunk.{name}"], gradient)
+
+
+@pytest.mark.parametrize("patch", [2, 3, 5, 8])
+@pytest.mark.parametrize("config", [SIGLIP, GAP], ids=["siglip", "gap"])
+def test_patches_of_other_sizes_are_projected_as_in_timm(config, patch):
+    theirs = random_weights(timm_tower(config)).double()
+    ours = NaFlexVision(config, 32, TANH if config is SIGLIP else EXACT).double()
+    ours.trunk.load_state_dict(theirs.state_dict())
+    if config.pool == "avg":
+        ours.head["proj"].weight.data.copy_(torch.eye(32))
+    for images in mixes(5, patch=patch):
+        batch = padded(images, patch)
+        batch["patches"] = batch["patches"].unflatten(2, (patch, patch, 3))
+        weights = torch.randn(len(images), 32, dtype=torch.float64)
+        expected, gradients = value_and_gradients(theirs, batch, weights)
+        for form in (pack_images(images, patch), batch):
+            with torch.inference_mode():
+                assert_near(ours(form), expected)
             found, found_gradients = value_and_gradients(ours, form, weights)
             assert_near(found, expected)
             for name, gradient in gradients.items():
@@ -283,8 +307,10 @@ def test_weights_of_open_clip_are_loaded(tower, tmp_path, monkeypatch):
     model.encode_image(torch.randn(2, 3, 20, 12), normalize=True).sum().backward()
     assert model.visual.trunk.embeds.proj.weight.grad is None
     assert {"visual.trunk.embeds.pos_embed"} < model.no_weight_decay()
-    with pytest.raises(TypeError, match="encode_image: image must be a tensor"):
-        model.encode_image([torch.zeros(3, 4, 4)])
+    listed = [torch.randint(0, 256, (3, 8, 20), dtype=torch.uint8), torch.zeros(3, 4, 4).byte()]
+    assert torch.equal(model.encode_image(listed), model.encode_image(pack_images(listed, PATCH)))
+    with pytest.raises(ValueError, match="rows of P P 3 numbers for a patch size P"):
+        model.encode_image(dataclasses.replace(images, patches=images.patches[:, 1:]))
 
 
 @pytest.mark.parametrize("name", [name for name in clipfast.list_models() if "naflex" in name])
@@ -325,6 +351,9 @@ def test_autocast_and_compilation(config):
     torch.compiler.reset()
     compiled = torch.compile(tower, backend="aot_eager", fullgraph=True)
     assert_near(compiled(images), expected)
+    for patch in (2, 8):
+        images = pack_images([torch.randn(3, patch * rows, patch * 9) for rows in (1, 17, 2)], patch)
+        assert_near(compiled(images), tower(images))
 
 
 def test_a_value_that_is_no_number_stays_in_its_image_and_sums_do_not_overflow():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # imported at run time only where it is used: help needs no P
     from ...evaluate.suite import ResultFolder, Settings
 
 LINES = "suite.jsonl"  # name of the results file in a watched run's folder
-NOT_WATCHED = ("model", "pretrained", "cache_dir", "output", "features", "json", "html", "table")
+NOT_WATCHED = ("model", "pretrained", "cache_dir", "image_seq_len", "output", "features", "json", "html", "table")
 EPILOG = """\
 exit code: 0 if all that was asked for is there; 1 if a set or a task had to be left out, which stderr and the results
 name; 2 if nothing could be done

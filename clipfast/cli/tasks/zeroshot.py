@@ -21,7 +21,17 @@ from ..eval_arguments import (
 )
 
 COMPARED = ("plain", "simple", "openai")  # they have 1, 7 and 80 templates
-NOT_WATCHED = ("model", "pretrained", "cache_dir", "json", "features", "html", "compare_templates", "table")
+NOT_WATCHED = (
+    "model",
+    "pretrained",
+    "cache_dir",
+    "image_seq_len",
+    "json",
+    "features",
+    "html",
+    "compare_templates",
+    "table",
+)
 
 
 def add_parser(tasks: Any) -> None:

@@ -1,0 +1,243 @@
+"""timm's NaFlexVit that packs images computes the features and gradients of padded images."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import clipfast
+from clipfast.adopt import naflex_vit
+from clipfast.models.packed_images import patchify, unpad_images
+
+from . import shrunk
+from .pairs import lines, replacements
+
+naflexvit = pytest.importorskip("timm.models.naflexvit", reason="this timm has no NaFlexViT")
+
+PATCH, MOST = 4, 40
+KINDS = {
+    "siglip": {"act_layer": "gelu_tanh", "global_pool": "map", "pos_embed_interp_mode": "bilinear"},
+    "gap": {"global_pool": "avg", "reg_tokens": 2, "init_values": 0.5},
+    "token": {"global_pool": "token", "class_token": True, "reg_tokens": 1, "fc_norm": False, "pre_norm": True},
+    "aspect": {"global_pool": "avg", "pos_embed_ar_preserving": True, "pool_include_prefix": True, "class_token": True},
+    "factorized": {"global_pool": "avg", "pos_embed": "factorized"},
+}
+
+
+def made(kind="gap", **changes):
+    """Return a small NaFlexVit of timm with random weights, in float64."""
+    settings = {
+        "patch_size": PATCH, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0,
+        "pos_embed_grid_size": (5, 5), "enable_patch_interpolator": True, **KINDS[kind], **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return shrunk.randomised(naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(**settings), num_classes=6)).double()
+
+
+def batches(count, patch=PATCH):
+    """Yield padded batches of images of random sizes, as timm's loader makes them, with patches [P, P, 3]."""
+    draw = random.Random(0)
+    for _ in range(count):
+        items = []
+        for _ in range(draw.randint(1, 6)):
+            height = draw.randint(1, 12)
+            # timm resizes positions to a width of 1 wrongly on a CPU, since PyTorch does.
+            width = draw.randint(2, max(2, MOST // height))
+            own = patchify(torch.randn(3, patch * height, patch * width, dtype=torch.float64), patch)
+            coord = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+            filled = [torch.cat([x, x.new_zeros(MOST - len(x), x.shape[1])]) for x in (own, coord)]
+            items.append([*filled, torch.arange(MOST) < len(own)])
+        patches, coord, valid = map(torch.stack, zip(*items, strict=True))
+        yield {"patches": patches.unflatten(2, (patch, patch, 3)), "patch_coord": coord, "patch_valid": valid}
+
+
+def results(tower, batch):
+    """Return the features of a batch, and the gradients of a sum of them with respect to parameters and patches."""
+    tower.zero_grad()
+    patches = batch["patches"].clone().requires_grad_()
+    features = tower({**batch, "patches": patches})
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (features * weights.to(features.dtype)).sum().backward()
+    return {"features": features.detach(), "patches": patches.grad} | {
+        n: p.grad.clone() for n, p in tower.named_parameters() if p.grad is not None
+    }
+
+
+def error(ours, theirs):
+    """Return the largest error of a patched tower's results relative to the largest value of their tensor."""
+    return shrunk.largest_error(ours, theirs)[0]
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Return a list that gets, for each packed batch, whether our op embedded it."""
+    seen, find = [], naflex_vit._images
+
+    def images(tower, batch):
+        """Note whether our op embeds the batch."""
+        found = find(tower, batch)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(naflex_vit, "_images", images)
+    return seen
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Let timm resize positions in float64, where it would round them to float32."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_changes_nothing(kind, packed, in_double):
+    tower = made(kind)
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower))
+    assert "as before" not in lines(patched, "pack_image")[0]
+    for batch in batches(20):
+        assert error(results(patched, batch), results(tower, batch)) <= 1e-12
+    assert packed == 20 * [kind != "factorized"]
+
+
+@pytest.mark.parametrize("kind", ["siglip", "gap"])
+def test_layers_of_timm_embed_to_the_bit(kind, packed):
+    tower = made(kind)
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower))
+    for each in (tower, patched):
+        each.embeds.register_forward_hook(lambda *_: None)
+    for batch in batches(20):
+        assert error(results(patched, batch), results(tower, batch)) <= 1e-12
+    assert packed == 20 * [False]
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "no norms", "other patches", "rounded", "no grids", "autocast"])
+def test_packing_changes_nothing_in_any_way(how, packed, in_double, monkeypatch):
+    tower = made("gap")
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower), norms=how != "no norms")
+    patch = 6 if how == "other patches" else PATCH
+    if how == "rounded":  # as on a GPU
+        monkeypatch.setattr(naflex_vit, "unpad_images", lambda batch, for_gpu: unpad_images(batch, for_gpu=True))
+    for batch in batches(3, patch):
+        if how == "checkpointing":
+            for each in (tower, patched):
+                each.set_grad_checkpointing()
+        if how == "no grids":
+            batch["patch_valid"] &= torch.rand(batch["patch_valid"].shape) < 0.5
+            batch["patch_valid"][:, 5] = True
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            ours, theirs = results(patched, batch), results(tower, batch)
+        assert {name: x.dtype for name, x in ours.items()} == {name: x.dtype for name, x in theirs.items()}
+        assert error(ours, theirs) <= {"autocast": 0.05, "other patches": 1e-5}.get(how, 1e-12)
+    assert packed == 3 * [how != "no grids"]
+
+
+# Changes to a tower by something that would see packed images, or that could not compute them.
+WATCHERS = {
+    "a hook": (lambda tower: tower.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None), "has a hook"),
+    "a hook on the norm": (lambda tower: tower.fc_norm.register_forward_hook(lambda *_: None), ""),
+    "a hook on the stack": (lambda tower: tower.blocks.register_forward_hook(lambda *_: None), "has a hook"),
+    "a method": (lambda tower: setattr(tower, "_pool", lambda x, **_: x[:, 0]), "one of its methods"),
+    "a compiled block": (lambda tower: tower.blocks[0].compile(backend="eager"), "is compiled"),
+    "other attention": (lambda tower: setattr(tower.blocks[0].attn, "q_norm", nn.LayerNorm(16).double()), "not plain"),
+    "dropout": (lambda tower: setattr(tower.blocks[1].mlp.drop1, "p", 0.5), "it drops values"),
+    "a pool": (lambda tower: setattr(tower, "global_pool", "max"), "its pooling is 'max'"),
+}
+
+
+@pytest.mark.parametrize("what", WATCHERS)
+def test_a_watched_tower_gets_padded_images(what, packed):
+    tower = made()
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower))
+    change, reason = WATCHERS[what]
+    for each in (tower, patched):
+        change(each)
+    (batch,) = batches(1)
+    found = []
+    for each in (tower, patched):
+        torch.manual_seed(3)
+        found.append(results(each, batch))
+    assert error(*found) <= 1e-6 if not reason else 1e-12
+    assert packed == [] if reason else [True]
+    assert ("as before" in lines(patched, "pack_image")[0]) == bool(reason)
+    assert reason in lines(patched, "pack_image")[0]
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"patch_drop_rate": 0.5}, "it drops patches"), ({"drop_path_rate": 0.5}, "it drops branches"),
+    ({"rope_type": "axial"}, "it has rotary positions"), ({"global_pool": "map"}, "does not see prefix tokens"),
+    ({"block_fn": naflexvit.Block, "qk_norm": True}, "not plain"),
+])  # fmt: skip
+def test_other_towers_say_why(changes, reason, packed):
+    patched = clipfast.apply_to_timm(made("gap", **changes))
+    (batch,) = batches(1)
+    patched(batch)
+    assert packed == []
+    assert reason in lines(patched, "pack_image")[0]
+    if reason.startswith("it drops"):  # in training only
+        clipfast.apply_to_timm(patched.eval())(batch)
+        patched.train()(batch)
+        assert packed == [True]
+        assert reason in lines(patched, "pack_image")[0]
+
+
+def test_images_that_are_not_padded_a_mask_and_a_compiler(packed):
+    tower = made("siglip", depth=1)
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower))
+    images = torch.randn(2, 3, 12, 20, dtype=torch.float64)
+    torch.testing.assert_close(patched(images), tower(images), rtol=0, atol=1e-12)
+    (batch,) = batches(1)
+    mask = torch.zeros(MOST, MOST, dtype=torch.float64)
+    torch.testing.assert_close(patched(batch, attn_mask=mask), tower(batch, attn_mask=mask), rtol=0, atol=1e-12)
+    empty = {**batch, "patch_valid": torch.zeros_like(batch["patch_valid"])}
+    torch.testing.assert_close(patched(empty), tower(empty), rtol=0, atol=1e-12)
+    assert packed == []
+    compiled = torch.compile(patched, backend="eager")(batch)
+    torch.testing.assert_close(compiled, tower(batch), rtol=0, atol=1e-6)
+
+
+def test_packing_can_be_left_out_and_taken_back(packed, as_on_a_cpu):
+    tower = made().float()
+    (batch,) = batches(1)
+    batch["patches"] = batch["patches"].float()
+    expected = tower(batch)
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower), pack_image=False)
+    patched(batch)
+    assert packed == []
+    torch.testing.assert_close(clipfast.apply_to_timm(patched)(batch), expected, rtol=0, atol=1e-5)
+    assert packed == [False]
+    assert torch.equal(clipfast.revert_model(patched)(batch), expected)
+    assert replacements(patched) == []
+
+
+def test_a_tower_of_open_clip(packed):
+    import open_clip
+
+    model = shrunk.open_clip_model("ViT-B-32")
+    model.visual = open_clip.timm_model.TimmModel("test_vit", 6, proj="none")
+    model.visual.trunk = made()
+    model.double()
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    (batch,) = batches(1)
+    batch["patches"] = batch["patches"].flatten(2)
+    torch.testing.assert_close(patched.encode_image(batch), model.encode_image(batch), rtol=0, atol=1e-6)
+    assert packed == [True]
+    assert len(lines(patched, "pack_image")) == 1
+
+
+def test_an_image_that_sees_its_neighbour_would_be_found(monkeypatch, in_double):
+    tower = made()
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower))
+    pack = naflex_vit.pack
+
+    def leaky(cu_seqlens, total):
+        """Let the tokens of every packed image see the first image."""
+        packing = pack(cu_seqlens, total)
+        bounds = packing.bounds.clone()
+        bounds[0, cu_seqlens[1] :] = 0
+        return packing._replace(bounds=bounds)
+
+    monkeypatch.setattr(naflex_vit, "pack", leaky)
+    worst = max(error(results(patched, batch), results(tower, batch)) for batch in batches(3))
+    assert worst > 1e-6
