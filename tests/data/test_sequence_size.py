@@ -109,6 +109,16 @@ def test_files_are_decoded_as_coarsely_as_the_crop_allows():
     assert CroppedToSequence(8, 8)(encoded(photograph(30, 60))).shape == (3, 32, 16)
 
 
+def test_a_coarse_file_has_the_size_of_a_whole_one():
+    data = jpeg(Image.new("L", (1001, 667)))  # an eighth of it is 126 x 84, of a slightly other aspect
+    for seed in range(100):
+        shapes = []
+        for oversampling in (1, math.inf):
+            torch.manual_seed(seed)
+            shapes.append(CroppedToSequence(8, 100, scale=(0.5, 1.0), oversampling=oversampling)(data).shape)
+        assert shapes[0] == shapes[1]
+
+
 def test_augmentations_of_aug_cfg():
     options = training_options(
         {"use_timm": True, "naflex": True, "scale": (0.4, 1.0), "color_jitter": 0.3}, naflex=True
