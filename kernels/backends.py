@@ -220,39 +220,48 @@ class Op:
         """
         self.planner = planner
 
-    def find(self, options: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Callable[..., Any] | None:
+    def find(
+        self, options: tuple[Any, ...], tensors: tuple[Tensor, ...], free: tuple[int, ...] = ()
+    ) -> Callable[..., Any] | None:
         """Return how to compute a call of the op like one that was kept, or None.
 
         A call is like another one if its options are equal, and its tensors agree in everything that PyTorch's
         dispatcher knows of them: class, dtype, device, sizes, strides, and transforms, modes and autocast around them.
-        One call to C++ compares all of this.
+        One call to C++ compares all of this. If ``free`` is given, it is the number of the first dimensions of each
+        tensor whose sizes and strides may differ, because nothing that the planner decides depends on them.
         """
         if is_dynamo_compiling() or tensors[0].__class__ not in PLAIN:
             return None
         try:
-            found = self._known.get((tuple([x.shape for x in tensors]), options), ())
+            if free:
+                sizes = tuple([x.shape[k:] for x, k in zip(tensors, free, strict=True)])
+            else:
+                sizes = tuple([x.shape for x in tensors])
+            found = self._known.get((sizes, options), ())
         except (TypeError, AttributeError):  # an option of a wrong type has no hash, and a list no shape
             return None
         for check, autocast, run, apply in found:
             if check(*tensors):
                 if num_dispatch_modes() or num_function_modes() or profiler_enabled() or forward_ad._current_level >= 0:
-                    break  # as in is_observed, whose call would take as long as these questions
+                    break  # as in is_watched, whose call would take as long as these questions
                 if autocast is not None and torch.get_autocast_dtype(autocast[0]) is not autocast[1]:
                     continue
                 return apply if apply is not None and is_grad_enabled() else run
         return None
 
-    def learn(self, options: tuple[Any, ...], tensors: tuple[Tensor, ...], args: tuple[Any, ...]) -> Callable[..., Any]:
+    def learn(
+        self, options: tuple[Any, ...], tensors: tuple[Tensor, ...], args: tuple[Any, ...], free: tuple[int, ...] = ()
+    ) -> Callable[..., Any]:
         """Return how to compute a call of the op whose arguments were checked, and keep it for calls like this one.
 
         Args:
-            options, tensors: the options and tensors of the call, as :meth:`find` gets them. All that was checked
-                follows from the options and from the layouts of the tensors.
+            options, tensors, free: as :meth:`find` gets them. All that was checked follows from the options and from
+                the layouts of the tensors.
             args: the arguments of the op.
         """
         if is_watched() or TensorGuards is None:
             return self
-        known = self.find(options, tensors)
+        known = self.find(options, tensors, free)
         if known is not None:
             return known
         _check_devices(tensors)
@@ -272,16 +281,17 @@ class Op:
         if any(x.requires_grad for x in tensors):
             # An op without a derivative is called through PyTorch, which raises the error about that.
             apply = self._function_of(run, self._results(*args)) if self._has_derivative else self
+        free = free or (0,) * len(tensors)
         layouts: Any = {
-            "dynamic_dims_sizes": [list(x.shape) for x in tensors],
-            "dynamic_dims_strides": [list(x.stride()) for x in tensors],
+            "dynamic_dims_sizes": [[None] * k + [*x.shape[k:]] for x, k in zip(tensors, free, strict=True)],
+            "dynamic_dims_strides": [[None] * k + [*x.stride()[k:]] for x, k in zip(tensors, free, strict=True)],
         }
         layout = TensorGuards(*tensors, **layouts)
         if len(self._known) >= MOST_KNOWN:
             self._known.pop(next(iter(self._known), None), None)
-        key = tuple([x.shape for x in tensors]), options
+        key = tuple([x.shape[k:] for x, k in zip(tensors, free, strict=True)]), options
         self._known[key] = (_Way(layout.check, autocast, run, apply), *self._known.get(key, ()))[:MOST_ALIKE]
-        return self.find(options, tensors) or self
+        return self.find(options, tensors, free) or self
 
 
 def apply_of(function: Any) -> Callable[..., Any]:
@@ -299,8 +309,11 @@ def registered(name: str) -> Callable[[Callable[..., Any]], Op]:
 
 
 def is_watched() -> bool:
-    """Return whether something in this thread has to see the registered op instead of its implementation."""
-    return is_traced() or is_observed()
+    """Return whether something in this thread has to see the registered op instead of its implementation.
+
+    The dispatch keys of a tensor show none of it.
+    """
+    return bool(is_traced() or num_dispatch_modes() or num_function_modes() or profiler_enabled())
 
 
 def is_traced() -> bool:
@@ -312,11 +325,6 @@ def is_traced() -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
-
-
-def is_observed() -> bool:
-    """Return whether something that the dispatch keys of a tensor do not show asks for the registered op."""
-    return bool(num_dispatch_modes() or num_function_modes() or profiler_enabled() or forward_ad._current_level >= 0)
 
 
 def _holds_its_values(x: Tensor) -> bool:

@@ -1,11 +1,13 @@
 """Sequences of several lengths behind one another: tokens [T, ...] without padding between them."""
 
 import itertools
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import check_device, check_integers
 from .launch import triton_runs_on
@@ -42,7 +44,8 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{op}: cu_seqlens must be [B + 1], got shape {tuple(cu_seqlens.shape)}")
     ends = cu_seqlens.clamp(0, total)
-    if check_values(op, cu_seqlens, total):
+    runs = _read_runs(op, cu_seqlens, total) if host_reads(cu_seqlens) else None
+    if runs is not None:
         lengths = torch.cat([ends.diff(), total - ends[-1:]])  # the last one is that of the tokens of no sequence
         sequence = torch.arange(len(lengths), dtype=torch.int32, device=ends.device).repeat_interleave(lengths)
     else:
@@ -51,7 +54,11 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
         sequence = torch.searchsorted(ends[1:], tokens, right=True, out_int32=True)
     first = torch.cat([ends[:-1], ends.new_full((1,), total)]).index_select(0, sequence)
     end = torch.cat([ends[1:], ends[-1:]]).index_select(0, sequence)
-    return Packing(cu_seqlens, torch.stack([first, end]), sequence)
+    packing = Packing(ends, torch.stack([first, end]), sequence)
+    if runs is not None and not ends.is_inference():  # tensors of the inference mode have no version
+        for places in packing[:2]:
+            _known[places] = places._version, runs
+    return packing
 
 
 def packing_for(op: str, cu_seqlens: Tensor | Packing, like: Tensor) -> Packing:
@@ -89,55 +96,85 @@ def cu_seqlens_for(op: str, cu_seqlens: Tensor | Packing, batch: int, like: Tens
     return cu_seqlens.contiguous()
 
 
-def check_values(op: str, cu_seqlens: Tensor, total: int, longest: int | None = None) -> bool:
-    """Refuse cumulative lengths that fall, do not run from 0 to ``total`` at most, or of which one exceeds ``longest``.
-
-    Nothing is checked where the host would have to wait for the values, or where there are none. Return whether the
-    values were checked.
-    """
-    if triton_runs_on(cu_seqlens.device) or cu_seqlens.is_meta or torch.compiler.is_compiling():
-        return False
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] > total:
-        raise ValueError(f"{op}: cu_seqlens must run from 0 to {total} tokens at most, got {ends[0]} to {ends[-1]}")
-    for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
-        if end < start:
-            raise ValueError(f"{op}: cu_seqlens must not fall, got {end} after {start} at sequence {sequence}")
-        if longest is not None and end - start > longest:
-            raise ValueError(
-                f"{op}: no sequence may be longer than max_seqlen={longest}, got {end - start} tokens at sequence "
-                f"{sequence}"
-            )
-    return True
-
-
 class Run(NamedTuple):
     """Sequences of the same length that lie side by side, and their tokens: a batch without copies.
 
     Attributes:
         sequences: the place of the sequences among all.
         tokens: the place of their tokens among all.
+        shape: the number of sequences, and the number of tokens of each; sequences without tokens are in no run.
     """
 
     sequences: slice
     tokens: slice
-
-    @property
-    def num_sequences(self) -> int:
-        """The number of sequences."""
-        return self.sequences.stop - self.sequences.start
-
-    def of(self, x: Tensor) -> Tensor:
-        """Return the tokens of the run as a view [sequences, length, ...] of packed tokens [1, T, ...]."""
-        return x[0, self.tokens].unflatten(0, (self.num_sequences, -1))
+    shape: tuple[int, int]
 
 
-def runs(lengths: Tensor) -> Iterator[Run]:
-    """Return the runs of sequences of the same length, for the length of each sequence; those without tokens are in
-    none.
+# The runs of a packing on a CPU, by its ``cu_seqlens`` and by its ``bounds``, with the version of this tensor: all
+# layers and both directions take those that ``pack`` has found.
+_known = WeakTensorKeyDictionary()
+
+
+def host_reads(cu_seqlens: Tensor) -> bool:
+    """Return whether there are cumulative lengths that the host can read without waiting for them."""
+    return not (triton_runs_on(cu_seqlens.device) or cu_seqlens.is_meta or torch.compiler.is_compiling())
+
+
+def runs_of(op: str, cu_seqlens: Tensor, total: int, longest: int | None = None) -> list[Run]:
+    """Return the runs of the sequences with these cumulative lengths.
+
+    Raises:
+        ValueError: the lengths fall, do not run from 0 to ``total`` at most, or one exceeds ``longest``.
     """
-    sequence = token = 0
-    for length, count in zip(*(x.tolist() for x in torch.unique_consecutive(lengths, return_counts=True)), strict=True):
+    runs = _known_runs(cu_seqlens)
+    if runs is None or (runs and runs[-1].tokens.stop > total):
+        runs = _read_runs(op, cu_seqlens, total)
+    if longest is not None:
+        for run in runs:
+            if run.shape[1] > longest:
+                raise ValueError(
+                    f"{op}: no sequence may be longer than max_seqlen={longest}, got {run.shape[1]} tokens at sequence "
+                    f"{run.sequences.start}"
+                )
+    return runs
+
+
+def runs_of_bounds(bounds: Tensor) -> list[Run]:
+    """Return the runs of the sequences with tokens that have these bounds, of a :class:`Packing`."""
+    runs = _known_runs(bounds)
+    if runs is None:
+        starts, lengths = torch.unique_consecutive(bounds[0], return_counts=True)
+        of_none = len(starts) and starts[-1] == bounds.shape[1]  # the last tokens may belong to no sequence
+        runs = _find_runs(lengths[: -1 if of_none else None].tolist())
+    return runs
+
+
+def _known_runs(places: Tensor) -> list[Run] | None:
+    """Return the runs that were found when the packing of this tensor was made; None if it was changed since then."""
+    version, runs = _known.get(places, (None, None))
+    return None if runs is None or places._version != version else runs
+
+
+def _read_runs(op: str, cu_seqlens: Tensor, total: int) -> list[Run]:
+    """Return the runs of the sequences with these cumulative lengths, which are refused as by :func:`runs_of`."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] > total:
+        raise ValueError(f"{op}: cu_seqlens must run from 0 to {total} tokens at most, got {ends[0]} to {ends[-1]}")
+    lengths = [*map(operator.sub, ends[1:], ends)]
+    if min(lengths, default=0) < 0:
+        sequence = next(number for number, length in enumerate(lengths) if length < 0)
+        start, end = ends[sequence : sequence + 2]
+        raise ValueError(f"{op}: cu_seqlens must not fall, got {end} after {start} at sequence {sequence}")
+    return _find_runs(lengths)
+
+
+def _find_runs(lengths: Iterable[int]) -> list[Run]:
+    """Return the runs of sequences of the same length."""
+    found, sequence, token = list[Run](), 0, 0
+    for length, equal in itertools.groupby(lengths):
+        count = len(list(equal))
         if length:
-            yield Run(slice(sequence, sequence + count), slice(token, token + length * count))
+            tokens = slice(token, token + length * count)
+            found.append(Run(slice(sequence, sequence + count), tokens, (count, length)))
         sequence, token = sequence + count, token + length * count
+    return found

@@ -179,13 +179,15 @@ def micro_batches(images: Any, texts: Any, size: int) -> list[tuple[Any, Any]]:
     if size < 1:
         raise ValueError(f"micro_batch_size must be at least 1, got {size}")
     parts = images if isinstance(images, list | tuple) else images.split(size)
-    wanted = [len(part) for part in parts]
+    wanted = [*map(len, parts)]
     if not sum(wanted) or (isinstance(texts, Tensor) and sum(wanted) != len(texts)):
         raise ValueError(f"images and texts must be equally many, at least one, got {sum(wanted)} and {len(texts)}")
     listed = texts if isinstance(texts, list | tuple) else [texts]
     of_texts = texts.split(wanted) if isinstance(texts, Tensor) else listed
-    given = [_count(part) for part in of_texts]
-    if len(given) != len(wanted) or any(found not in (None, n) for found, n in zip(given, wanted, strict=True)):
+    given = [*map(_count, of_texts)]
+    if len(given) != len(wanted) or (
+        given != wanted and any(found not in (None, n) for found, n in zip(given, wanted, strict=True))
+    ):
         raise ValueError(f"micro-batches of {wanted} images need texts of as many micro-batches and pairs, got {given}")
     return list(zip(parts, of_texts, strict=True))
 

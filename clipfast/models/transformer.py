@@ -48,7 +48,7 @@ from .layers import (
     take_rows,
 )  # fmt: skip
 from .packed_text import PackedText
-from .whole_block import QUICK, Options, Parameters, cast_blocks, whole_block
+from .whole_block import DTYPE_OF, QUICK, Options, Parameters, cast_blocks, whole_block
 from .whole_last_block import last_row
 
 
@@ -321,8 +321,8 @@ def whole_blocks(
         norm_1, norm_2, attn, mlp = block.ln_1, block.ln_2, block.attn, block.mlp
         if not norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto":
             continue
-        of_dtypes = {p.dtype: p for p in parameters[4:]}.values()
-        if any(autocast_dtype(p) != dtype for p in of_dtypes) or width % attn.num_heads:
+        of_dtypes = dict(zip(map(DTYPE_OF, parameters[4:]), parameters[4:], strict=True)).values()
+        if {*map(autocast_dtype, of_dtypes)} != {dtype} or width % attn.num_heads:
             continue
         if parameters.w_in.shape != (3 * width, width) or parameters.w_out.shape != (width, width):
             continue

@@ -15,6 +15,7 @@ block call, and the same tensors are kept for the backward pass. Three things ar
 :mod:`.transformer` decides which blocks are computed in this way.
 """
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from ..kernels.implementations import (
 from ..kernels.launch import triton_runs_on
 
 QUICK = "quick"
+DTYPE_OF = operator.attrgetter("dtype")  # it takes no call of Python
 
 
 class Options(NamedTuple):
@@ -97,7 +99,7 @@ def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Paramete
     sources: list[Tensor] = []
     for parameters, options in blocks:
         linear: Any = parameters[4 : 11 if options.adds_bias else 12]
-        if {x.dtype for x in linear} != {options.dtype}:
+        if {*map(DTYPE_OF, linear)} != {options.dtype}:
             cast = _new_like(linear, options.dtype)
             targets += cast
             sources += linear
@@ -146,14 +148,14 @@ def _plans(
     function: Function, options: Options, cast: Parameters, places: Any, x: Tensor, branch: Tensor | None
 ) -> Plans:
     """Return the functions that compute the ops of such a transformer block."""
-    # On a CPU, no function of packed tokens depends on their number or on that of the texts: each batch has others.
+    # On a CPU, no function of packed tokens depends on the numbers of tokens and texts, which differ in each batch.
     longest = getattr(places, "max_seqlen", None)
     is_packed = longest is not None or (places is not None and places.ndim == 2)
     first = 1 if is_packed and not triton_runs_on(x.device) else 0
     of_branch = None if branch is None else (branch.dtype, branch.stride()[first:])
-    texts = len(places) if longest is not None and not first else None
+    texts = (len(places), longest) if longest is not None and not first else None
     layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch, texts
-    return plans_of(function, places.__class__, longest, options, tuple([p.dtype for p in cast]), *layout)
+    return plans_of(function, places.__class__, options, tuple(map(DTYPE_OF, cast)), *layout)
 
 
 class _Block(torch.autograd.Function):

@@ -68,6 +68,8 @@ class Upload:
             images: Any = [part.to(self.device, non_blocking=True) for part in parts]
         else:
             images = batch.images_on(self.device)
+        if self.device.type == "cpu":
+            return images, texts
         return images, pytree.tree_map(lambda x: x.to(self.device, non_blocking=True), texts)
 
     def _split(self, images: PackedImages, size: int) -> list[PackedImages]:
@@ -114,7 +116,7 @@ class TrainingStep:
 
     def __call__(self, images: Images, texts: Texts) -> Tensor:
         """Take a training step, and return the loss of its batch before the update, a scalar without a graph."""
-        self._zero_gradients(len(self._parts(images, texts)))
+        self._zero_gradients(images, texts)
         self.guard.begin()
         loss = self.backward(images, texts)
         self.guard.judge(loss)
@@ -131,13 +133,9 @@ class TrainingStep:
             exchange_scalars(self.model, self.shards)
         return loss
 
-    def _parts(self, images: Images, texts: Texts) -> list[tuple[Any, Any]]:
-        """Return images and texts of each micro-batch of a training batch."""
-        return micro_batches(images, texts, self.micro_batch_size)
-
     def _backward(self, images: Images, texts: Texts) -> Tensor:
         """Add the gradients of a training batch to ``.grad``, in micro-batches if it is larger, and return its loss."""
-        first, *others = self._parts(images, texts)
+        first, *others = micro_batches(images, texts, self.micro_batch_size)
         if others:
             with self.autocast():
                 return accumulate_gradients(self.parallel, images, texts, self.micro_batch_size, self.loss)
@@ -146,14 +144,15 @@ class TrainingStep:
         loss.backward()
         return loss.detach()
 
-    def _zero_gradients(self, parts: int) -> None:
-        """Reset all gradients before the backward pass of a training batch of ``parts`` micro-batches.
+    def _zero_gradients(self, images: Images, texts: Texts) -> None:
+        """Reset all gradients before the backward pass of a training batch.
 
         DistributedDataParallel's gradients are views of its communication buckets, and are set to zero in place if
         micro-batches are summed. If they were set to None, the sums would take memory of their own beside the buckets,
         which only the last micro-batch would use.
         """
-        has_sums = parts > 1 and isinstance(self.parallel, DistributedDataParallel)
+        is_ddp = isinstance(self.parallel, DistributedDataParallel)
+        has_sums = is_ddp and len(micro_batches(images, texts, self.micro_batch_size)) > 1
         self.optimizer.zero_grad(set_to_none=not has_sums)
 
     def rehearse(self, images: Images, texts: Texts) -> None:
@@ -165,11 +164,11 @@ class TrainingStep:
         this pass, gradients are views of the buckets.
         """
         before = [buffer.clone() for buffer in self.model.buffers()]
-        parts = self._parts(images, texts)
+        part = micro_batches(images, texts, self.micro_batch_size)[0]
         with self.autocast():
-            outputs = self.parallel(*parts[0])
+            outputs = self.parallel(*part)
         torch.stack([output.float().sum() for output in outputs if output is not None]).sum().backward()
-        self._zero_gradients(len(parts))
+        self._zero_gradients(images, texts)
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
 
@@ -213,7 +212,7 @@ def at_once(size: int, longest: int | None, seq_len: int | None) -> int:
 
     It has as many tokens as one of ``size`` pairs with ``longest`` patches. Images of one size have None of both.
     """
-    return size * length_of(longest) // length_of(seq_len)
+    return size if seq_len == longest else size * length_of(longest) // length_of(seq_len)
 
 
 def length_of(seq_len: int | None) -> int:

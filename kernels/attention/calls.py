@@ -30,52 +30,52 @@ def views_of(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _is_varlen(seqlens: Tensor | None) -> bool:
-    """Return whether the lengths of a call are the bounds [2, T] of sequences behind one another, and not [B]."""
-    return seqlens is not None and seqlens.ndim == 2
+def _varlen(x: Tensor, seqlens: Tensor | None) -> ModuleType | None:
+    """Return the module that computes attention of sequences of several lengths for ``x``.
 
-
-def _varlen(x: Tensor) -> ModuleType:
-    """Return the module that computes attention of sequences of several lengths for ``x``."""
+    None if the lengths of a call are [B], and not the bounds [2, T] of sequences behind one another.
+    """
+    if seqlens is None or seqlens.ndim != 2:
+        return None
     return varlen_launches if triton_runs_on(x.device) else varlen_cpu
 
 
 def _varlen_forward(
-    qkv: Tensor, bias: Tensor | None, bounds: Tensor, num_heads: int, causal: bool, scale: float
+    varlen: Any, qkv: Tensor, bias: Tensor | None, bounds: Tensor, num_heads: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on a packed projection of sequences of several lengths."""
-    out, lse = _varlen(qkv).forward(*views_of(qkv, num_heads), bounds, causal, scale)
+    out, lse = varlen.forward(*views_of(qkv, num_heads), bounds, causal, scale)
     return out.flatten(2), lse
 
 
 def _varlen_backward(
-    grad_out: Tensor, qkv: Tensor, bounds: Tensor, out: Tensor, lse: Tensor,
+    varlen: Any, grad_out: Tensor, qkv: Tensor, bounds: Tensor, out: Tensor, lse: Tensor,
     num_heads: int, causal: bool, scale: float, with_bias: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute the gradients of attention on a packed projection of sequences of several lengths, and of its bias."""
     views, grad_qkv = views_of(qkv, num_heads), qkv.new_empty(qkv.shape)
     grad_out, out = grad_out.reshape(views[0].shape), out.view(views[0].shape)
     grads = views_of(grad_qkv, num_heads)
-    grad_bias = _varlen(qkv).backward(grad_out, *views, out, lse, bounds, causal, scale, grads, with_bias)
+    grad_bias = varlen.backward(grad_out, *views, out, lse, bounds, causal, scale, grads, with_bias)
     return grad_qkv, None if grad_bias is None else grad_bias.flatten()
 
 
 def _varlen_qkv_forward(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale: float
+    varlen: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on separate tensors of sequences of several lengths."""
-    results: tuple[Tensor, Tensor] = _varlen(q).forward(*_with_near_heads(q, k, v), bounds, causal, scale)
+    results: tuple[Tensor, Tensor] = varlen.forward(*_with_near_heads(q, k, v), bounds, causal, scale)
     return results
 
 
 def _varlen_qkv_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, out: Tensor, lse: Tensor,
+    varlen: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of attention on separate tensors of sequences of several lengths."""
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     near = _with_near_heads(grad_out, q, k, v)
-    _varlen(q).backward(*near, out, lse, bounds, causal, scale, grads, False)
+    varlen.backward(*near, out, lse, bounds, causal, scale, grads, False)
     return grads
 
 
@@ -83,8 +83,9 @@ def plan_forward(
     qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes attention on packed projections of a layout."""
-    if _is_varlen(seqlens):
-        return _varlen_forward
+    varlen = _varlen(qkv, seqlens)
+    if varlen is not None:
+        return functools.partial(_varlen_forward, varlen)
     if not triton_runs_on(qkv.device):
         # Autograd must not take the output for a view of PyTorch's own result.
         return below_autograd(cpu.forward_packed(qkv, seqlens, num_heads, causal, scale))
@@ -111,8 +112,9 @@ def plan_backward(
     num_heads: int, causal: bool, scale: float, with_bias: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
     """Return the function that computes the gradients of packed projections of a layout and of their bias."""
-    if _is_varlen(seqlens):
-        return _varlen_backward
+    varlen = _varlen(qkv, seqlens)
+    if varlen is not None:
+        return functools.partial(_varlen_backward, varlen)
     if not triton_runs_on(qkv.device):
         return cpu.backward_packed(qkv, seqlens, num_heads, causal, scale, with_bias)
     views, width = views_of(qkv, num_heads), qkv.shape[-1] // 3
@@ -139,8 +141,9 @@ def plan_qkv_forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes attention on separate tensors of a layout."""
-    if _is_varlen(seqlens):
-        return _varlen_qkv_forward
+    varlen = _varlen(q, seqlens)
+    if varlen is not None:
+        return functools.partial(_varlen_qkv_forward, varlen)
     if not triton_runs_on(q.device):
         return below_autograd(cpu.forward)
     compute = _forward(q, k, v, seqlens, causal, scale, q.shape)
@@ -162,8 +165,9 @@ def plan_qkv_backward(
     causal: bool, scale: float,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Return the function that computes the gradients of attention on separate tensors of a layout."""
-    if _is_varlen(seqlens):
-        return _varlen_qkv_backward
+    varlen = _varlen(q, seqlens)
+    if varlen is not None:
+        return functools.partial(_varlen_qkv_backward, varlen)
     new_grads = [new_tensors(x) for x in (q, k, v)]
     is_triton = triton_runs_on(q.device)
     if is_triton:

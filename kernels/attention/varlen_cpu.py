@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
-from ..packing import Run, runs
+from ..packing import Run, runs_of_bounds
 from .cpu import flash, flash_backward, heads_first
 
 
@@ -16,9 +16,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale
     """Return the output [1, T, H, D], contiguous, and the log-sum-exp [1, H, T] of the scaled scores."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((1, *q.shape[2:0:-1]), dtype=accumulate_dtype(q.dtype))
-    used, of_lengths = _runs(bounds)
+    runs = runs_of_bounds(bounds)
+    used = runs[-1].tokens.stop if runs else 0
     out[:, used:], lse[:, :, used:] = 0, float("inf")
-    for *inputs, of_out, of_lse in _views(used, of_lengths, *heads_first(q, k, v), out.transpose(1, 2), lse):
+    for *inputs, of_out, of_lse in _views(runs, *heads_first(q, k, v), out.transpose(1, 2), lse):
         results = flash(*inputs, 0.0, causal, scale=scale)
         of_out.copy_(results[0])
         of_lse.copy_(results[1])
@@ -30,38 +31,30 @@ def backward(
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> Tensor | None:  # fmt: skip
     """Write the gradients of q, k and v to ``grads``, and return the same gradient as ``cpu.backward``."""
-    used, of_lengths = _runs(bounds)
+    runs = runs_of_bounds(bounds)
+    used = runs[-1].tokens.stop if runs else 0
     for grad in grads:
         grad[:, used:] = 0
     inputs = *heads_first(grad_out, q, k, v, out), lse
     targets = [grad.transpose(1, 2) for grad in grads]
-    for *of_inputs, of_lse, dq, dk, dv in _views(used, of_lengths, *inputs, *targets):
+    for *of_inputs, of_lse, dq, dk, dv in _views(runs, *inputs, *targets):
         results = flash_backward(*of_inputs, of_lse.contiguous(), 0.0, causal, scale=scale)
         dq.copy_(results[0])
         dk.copy_(results[1])
         dv.copy_(results[2])
     if not with_sums:
         return None
-    of_q, of_v = (grad.flatten(2).sum((0, 1), dtype=accumulate_dtype(grad.dtype)) for grad in grads[::2])
+    of_q, of_v = [grad.flatten(2).sum((0, 1), dtype=accumulate_dtype(q.dtype)) for grad in grads[::2]]
     return torch.stack([of_q, torch.zeros_like(of_q), of_v])
 
 
-def _runs(bounds: Tensor) -> tuple[int, list[Run]]:
-    """Return the number of tokens that belong to a sequence, and the runs of sequences of the same length."""
-    starts, lengths = torch.unique_consecutive(bounds[0], return_counts=True)
-    used = bounds.shape[1]
-    if len(starts) and starts[-1] == used:  # the tokens that belong to no sequence
-        used -= int(lengths[-1])
-        lengths = lengths[:-1]
-    return used, list(runs(lengths))
-
-
-def _views(used: int, of_lengths: list[Run], *tensors: Tensor) -> list[list[Tensor]]:
+def _views(runs: list[Run], *tensors: Tensor) -> list[list[Tensor]]:
     """Return the views [count, H, length, ...] of each run of ``tensors`` [1, H, T, ...]."""
-    sizes = [run.tokens.stop - run.tokens.start for run in of_lengths]
-    found: list[list[Tensor]] = [[] for _ in of_lengths]
+    sizes = [run.tokens.stop - run.tokens.start for run in runs]
+    used = sum(sizes)
+    found: list[list[Tensor]] = [[] for _ in runs]
     for x in tensors:
         parts, heads, rest = x[0, :, :used].split_with_sizes(sizes, 1), x.shape[1], x.shape[3:]
-        for views, part, run in zip(found, parts, of_lengths, strict=True):
-            views.append(part.view(heads, run.num_sequences, -1, *rest).transpose(0, 1))
+        for views, part, run in zip(found, parts, runs, strict=True):
+            views.append(part.view(heads, *run.shape, *rest).transpose(0, 1))
     return found

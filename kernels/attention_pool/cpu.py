@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
-from ..packing import check_values, runs
+from ..packing import runs_of
 
 # PyTorch's op without its Python wrapper
 _softmax_backward: Any = torch.ops.aten._softmax_backward_data.default._op
@@ -32,12 +32,12 @@ def forward(
 
     def compute_packed(query: Tensor, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
         """Compute attention pooling of packed tokens on the CPU."""
-        check_values("attention_pool", cu_seqlens, tokens.shape[1], max_seqlen)
         q, x = query.to(dtype), tokens.to(dtype)
         out = q.new_zeros(q.shape)
-        for run in runs(cu_seqlens.diff()):
-            of_run = run.of(x)
-            torch.bmm(_weights(q[run.sequences], of_run.mT, None), of_run, out=out[run.sequences])
+        for run in runs_of("attention_pool", cu_seqlens, tokens.shape[1], max_seqlen):
+            of_run = x[0, run.tokens].view(*run.shape, -1)
+            p = torch.softmax(torch.bmm(q[run.sequences], of_run.mT), -1)
+            torch.bmm(p, of_run, out=out[run.sequences])
         return out.to(query.dtype), out.new_zeros(out.shape[:2])
 
     return compute if max_seqlen is None else compute_packed
@@ -54,19 +54,25 @@ def backward(
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of attention pooling on the CPU."""
         q, x, hidden = _operands(query, tokens, seqlens, dtype)
-        dq, dx = _gradients(grad_out if grad_out.dtype is dtype else grad_out.to(dtype), q, x, hidden)
+        do, x_t = grad_out if grad_out.dtype is dtype else grad_out.to(dtype), x.mT
+        p = _weights(q, x_t, hidden)
+        ds = _softmax_backward(torch.bmm(do, x_t), p, -1, dtype)
+        dq, dx = torch.bmm(ds, x), torch.bmm(p.mT, do).baddbmm_(ds.mT, q)
         return (dq, dx) if query.dtype is dtype else (dq.to(query.dtype), dx.to(query.dtype))
 
     def compute_packed(
         grad_out: Tensor, query: Tensor, tokens: Tensor, cu_seqlens: Tensor, lse: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of attention pooling of packed tokens on the CPU."""
-        check_values("attention_pool", cu_seqlens, tokens.shape[1], max_seqlen)
         do, q, x = grad_out.to(dtype), query.to(dtype), tokens.to(dtype)
         dq, dx = q.new_zeros(q.shape), x.new_zeros(x.shape)
-        for run in runs(cu_seqlens.diff()):
-            at = run.sequences
-            _gradients(do[at], q[at], run.of(x), None, (dq[at], run.of(dx)))
+        for run in runs_of("attention_pool", cu_seqlens, tokens.shape[1], max_seqlen):
+            at, shape = run.sequences, (*run.shape, -1)
+            of_do, of_q, of_x, of_dx = do[at], q[at], x[0, run.tokens].view(shape), dx[0, run.tokens].view(shape)
+            p = torch.softmax(torch.bmm(of_q, of_x.mT), -1)
+            ds = _softmax_backward(torch.bmm(of_do, of_x.mT), p, -1, dtype)
+            torch.bmm(ds, of_x, out=dq[at])
+            torch.bmm(p.mT, of_do, out=of_dx).baddbmm_(ds.mT, of_q)
         return dq.to(query.dtype), dx.to(query.dtype)
 
     return compute if max_seqlen is None else compute_packed
@@ -86,16 +92,6 @@ def _operands(
         return query, tokens, None
     hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]
     return query, tokens.masked_fill(hidden[..., None], 0), hidden[:, None]
-
-
-def _gradients(
-    do: Tensor, q: Tensor, x: Tensor, hidden: Tensor | None, out: tuple[Tensor | None, Tensor | None] = (None, None)
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of queries and tokens, all of one dtype, and write them to ``out`` if it is given."""
-    x_t = x.mT
-    p = _weights(q, x_t, hidden)
-    ds = _softmax_backward(torch.bmm(do, x_t), p, -1, p.dtype)
-    return torch.bmm(ds, x, out=out[0]), torch.bmm(p.mT, do, out=out[1]).baddbmm_(ds.mT, q)
 
 
 def _weights(q: Tensor, x_t: Tensor, hidden: Tensor | None) -> Tensor:

@@ -121,8 +121,15 @@ def _text_embed_packed_fwd(
 
     -1 stands for an id outside the table, and for both of a token that belongs to no text.
     """
-    forward_packed = (launches if triton_runs_on(text.device) else cpu).forward_packed
-    return forward_packed(text, token_embedding, positional_embedding, bounds, dtype)
+    return _plan_packed(text)(text, token_embedding, positional_embedding, bounds, dtype)
+
+
+def _plan_packed(text: Tensor, *_: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that embeds packed texts."""
+    return (launches if triton_runs_on(text.device) else cpu).forward_packed
+
+
+_text_embed_packed_fwd.planned_by(_plan_packed)
 
 
 @_text_embed_packed_fwd.register_fake
@@ -144,10 +151,13 @@ def _packed_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | 
     """Return the gradients of table and positions, both summed by index, to autograd."""
     if grad is None:
         return (None,) * 5
-    grads = [
-        _text_embed_bwd_token(grad[None], indices[None], *table) if needed else None
-        for indices, table, needed in zip(ctx.saved_tensors[0], ctx.tables, ctx.needs_input_grad[1:3], strict=True)
-    ]
+    bwd, free = _text_embed_bwd_token, () if triton_runs_on(grad.device) else (2, 2)
+    grads: list[Tensor | None] = [None, None]
+    for k, (indices, table) in enumerate(zip(ctx.saved_tensors[0], ctx.tables, strict=True)):
+        if ctx.needs_input_grad[1 + k]:
+            tensors = grad[None], indices[None]
+            args = *tensors, *table
+            grads[k] = (bwd.find(table, tensors, free) or bwd.learn(table, tensors, args, free))(*args)
     return None, *grads, None, None
 
 
@@ -205,15 +215,27 @@ def _text_embed_packed(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, cu_seqlens: Tensor | Packing, backend: str
 ) -> Tensor:
     """Embed packed texts, as :func:`text_embed` documents it."""
-    op = "text_embed"
-    _check_inputs(text, token_embedding, positional_embedding, 1)
+    op, fwd, tables, options = "text_embed", _text_embed_packed_fwd, (token_embedding, positional_embedding), (backend,)
+    if isinstance(cu_seqlens, Packing):
+        tensors = text, *tables, cu_seqlens.bounds
+        compute = fwd.find(options, tensors, _free_sizes(cu_seqlens))
+        if compute is not None and cu_seqlens.bounds.shape == (2, *text.shape):
+            return compute(*tensors, autocast_dtype(token_embedding))[0]
+    _check_inputs(text, *tables, 1)
     packing = packing_for(op, cu_seqlens, text)
     dtype = autocast_dtype(token_embedding)
     if uses_reference(op, backend, text):
-        return reference.text_embed(text, token_embedding, positional_embedding, cu_seqlens=packing).to(dtype)
+        return reference.text_embed(text, *tables, cu_seqlens=packing).to(dtype)
     check_float(op, token_embedding=token_embedding, positional_embedding=positional_embedding)
-    tokens: Tensor = _text_embed_packed_fwd(text, token_embedding, positional_embedding, packing.bounds, dtype)[0]
-    return tokens
+    tensors = text, *tables, packing.bounds
+    args = *tensors, dtype
+    return fwd.learn(options, tensors, args, _free_sizes(packing))(*args)[0]
+
+
+def _free_sizes(packing: Packing) -> tuple[int, ...]:
+    """Return which sizes of packed texts, tables and bounds do not matter for how they are embedded (``Op.find``)."""
+    # Batches on a CPU have all numbers of tokens. On a GPU few are usual, and kernels are planned for each.
+    return () if triton_runs_on(packing.bounds.device) else (1, 0, 0, 2)
 
 
 def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, ndim: int) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -121,6 +122,28 @@ def test_queries_pool_the_tokens_of_their_own_sequence(way, device):
         assert not d_tokens[ends[-1] :].any()
 
 
+@pytest.mark.parametrize("change", ["memory", "tensor", "packing"])
+def test_lengths_that_change_are_found_again(change, device):
+    values, (query, tokens) = np.array([0, 10, 30], np.int32), (torch.randn(2, 2, WIDTH), torch.randn(30, WIDTH))
+    ends, qkv = torch.from_numpy(values), torch.randn(30, 3 * WIDTH)
+    query, tokens, qkv = query.to(device), tokens.to(device), qkv.to(device)
+    packing = pack(ends, 30)
+    if change == "memory":
+        values[1] = 12
+    elif change == "tensor":
+        ends[1] = 12
+    else:
+        packing.cu_seqlens[1] = 12
+        packing.bounds.copy_(pack(cumulative([12, 18]), 30).bounds)
+        ends = packing.cu_seqlens
+    expected = attention_pool(query, tokens, cu_seqlens=cumulative([12, 18], device), max_seqlen=30)
+    assert torch.equal(attention_pool(query, tokens, cu_seqlens=ends.to(device), max_seqlen=30), expected)
+    if change == "packing":
+        expected = attention(qkv, HEADS, cu_seqlens=cumulative([12, 18], device))
+        found = attention(qkv, HEADS, cu_seqlens=Packing(*(x.to(device) for x in packing)))
+        assert torch.equal(found, expected)
+
+
 def test_a_sequence_that_pools_a_token_of_its_neighbour_is_found(device):
     tokens, query = torch.randn(40, WIDTH, device=device), torch.randn(2, HEADS, WIDTH, device=device)
     right, leaking = cumulative([10, 30], device), cumulative([11, 29], device)
@@ -225,6 +248,7 @@ def pool_two(cu_seqlens):
 @pytest.mark.parametrize("message", WRONG)
 @pytest.mark.parametrize(("op", "call"), [("attention", attend), ("text_embed", embed)])
 def test_wrong_cumulative_lengths_are_refused(op, call, message):
+    call(pack(torch.tensor([0, 9], dtype=torch.int32), 9))  # later calls of this layout are found without checks
     with pytest.raises((ValueError, TypeError), match=f"{op}: cu_seqlens {message}"):
         call(WRONG[message])
 
@@ -236,6 +260,7 @@ def test_wrong_cumulative_lengths_are_refused(op, call, message):
         ("must be \\[3\\], got shape \\(2,\\)", torch.tensor([0, 9], dtype=torch.int32)),
         ("must run from 0 to 9 tokens at most, got 1 to 9", torch.tensor([1, 2, 9], dtype=torch.int32)),
         ("must run from 0 to 9 tokens at most, got 0 to 10", torch.tensor([0, 5, 10], dtype=torch.int32)),
+        ("must run from 0 to 9 tokens at most, got 0 to 10", pack(cumulative([5, 5]), 10).cu_seqlens),
         ("must not fall, got 3 after 5 at sequence 1", torch.tensor([0, 5, 3], dtype=torch.int32)),
         ("must be an int32 tensor, got int64", torch.tensor([0, 5, 9])),
         ("is on meta, but tokens is on cpu", torch.tensor([0, 5, 9], dtype=torch.int32, device="meta")),
@@ -286,7 +311,7 @@ def test_pooling_of_garbage_on_a_gpu_leads_nowhere_outside(sanitizer):
 def test_garbage_on_a_gpu_leads_nowhere_outside():
     for values in GARBAGE:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("clipfast.kernels.packing.check_values", lambda *_: None)
+            patch.setattr("clipfast.kernels.packing.host_reads", lambda _: False)
             bounds = pack(torch.tensor(values, dtype=torch.int32), 9).bounds
         assert bounds.min() >= 0
         assert bounds.max() <= 9

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
+import clipfast
 from clipfast import create_model, pack_texts
 from clipfast.data import Batch
 from clipfast.kernels import contrastive_loss
@@ -17,6 +20,7 @@ from clipfast.train.loop import train
 from clipfast.train.optim import adamw
 from clipfast.train.schedule import set_lr
 from clipfast.train.step import TrainingStep, Upload, graphed_step
+from clipfast.train.trainer import Trainer
 
 from ..conftest import OnlyMeta
 from .graphs import on_cpu, on_gpu, stand_in
@@ -66,6 +70,29 @@ def test_the_losses_are_the_same_with_dropped_patches_and_a_locked_tower(shards,
     options = {"force_patch_dropout": 0.5, "lock_text": True, "lock_text_unlocked_layers": 2, "micro_batch_size": 3}
     packed, padded = (run(shards, tmp_path / f"{packs}", pack_text=packs, **options) for packs in (True, False))
     assert packed == pytest.approx(padded, rel=1e-6)
+
+
+def test_a_step_with_packed_texts_takes_few_calls_of_python(shards, tmp_path):
+    """Count the calls of the package's functions in each step after its batch; texts have several lengths."""
+    calls, package, take = [], str(Path(clipfast.__file__).parent), Trainer._train_step
+    kernels = str(Path(clipfast.kernels.__file__).parent)
+
+    def counted(frame, event, _):
+        """Count a call of a function of the package."""
+        calls[-1] += event == "call" and frame.f_code.co_filename.startswith((package, kernels))
+
+    def watched(self, batch):
+        """Take a step of the trainer and count its calls."""
+        calls.append(0)
+        sys.setprofile(counted)
+        try:
+            return take(self, batch)
+        finally:
+            sys.setprofile(None)
+
+    with mock.patch.object(Trainer, "_train_step", watched):
+        train(config(shards, tmp_path))
+    assert sorted(calls)[len(calls) // 2] <= 450
 
 
 def test_a_graph_needs_a_gpu(shards, tmp_path):
