@@ -103,8 +103,24 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor | Pa
     if is_plain(table, nn.Embedding):
         options = (table.padding_idx, table.max_norm, table.scale_grad_by_freq, table.sparse)
         if options == (None, None, False, False):  # a plain look-up, without padding_idx or scaling
-            x = text_embed(ids, table.weight, positional_embedding, cu_seqlens=packing, backend=backend)
+            try:
+                x = text_embed(ids, table.weight, positional_embedding, cu_seqlens=packing, backend=backend)
+            except IndexError as error:
+                if isinstance(text, PackedText):
+                    _refuse_outside(text, len(table.weight), error)
+                raise
             return x if packing is None else x[None]
     if isinstance(text, PackedText):
         return (table(ids) + positional_embedding[text.positions])[None]
     return table(ids) + positional_embedding[: ids.shape[1]]
+
+
+def _refuse_outside(text: PackedText, vocab: int, error: IndexError) -> None:
+    """Refuse an id of packed texts that is no row of the table; name its place in the batch, as for padded texts."""
+    outside = (text.ids < 0) | (text.ids >= vocab)
+    if outside.any():
+        token = int(outside.nonzero()[0])
+        place = int((text.order == text.packing.sequence[token]).nonzero()), int(text.positions[token])
+        raise IndexError(
+            f"text_embed: text must be ids of the {vocab} rows of token_embedding, got {text.ids[token]} at {place}"
+        ) from error

@@ -286,6 +286,14 @@ def test_texts_are_packed_on_the_host_where_that_pays_or_always():
     assert len(pack_on_host(texts_of([LENGTH] * 400), gpu).ids) == 9600
 
 
+def test_an_id_outside_the_table_is_reported_at_its_text_and_position():
+    texts = texts_of([4, 9, 6])
+    texts[2, 3] = -1
+    for given in (texts, pack_texts(texts), pack_texts(texts, for_gpu=True)):
+        with pytest.raises(IndexError, match=r"ids of the 100 rows of token_embedding, got -1 at \(2, 3\)"):
+            model_of().encode_text(given)
+
+
 def test_wrong_texts_are_refused():
     model = model_of()
     with pytest.raises(ValueError, match="packed from 30 columns"):
