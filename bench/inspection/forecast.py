@@ -24,8 +24,7 @@ from clipfast.io.units import SECONDS, scaled
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES, CARDS, Card
 from clipfast.kernels.launch import Launch, record_launches
-from clipfast.kernels.spec import Draw, OpSpec, Shape, lengths_of, specs
-from clipfast.models.packed_text import PackedText, pack_texts
+from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.plan.ledger import Event, Ledger
 from clipfast.plan.planned_step import Setup, rank_of
 
@@ -109,22 +108,13 @@ def step_work(model: str, pairs: int, card: Card = CARDS["h100"], *, captions: b
 
     With ``captions``, texts are packed and have the lengths of captions; otherwise they are as long as the context.
     """
-    setup = Setup(model, gpus=1)
-    texts = _captions(pairs, setup.config.text.context_length) if captions else None
+    setup = Setup(model, gpus=1, captions=captions)
     with rank_of(setup, setup.config, card, ledger_type=_Recorder) as rank:
         rank.optimizer.zero_grad()
-        rank.step(pairs, is_whole=True, texts=texts)
+        rank.step(pairs, is_whole=True)
     assert isinstance(rank.ledger, _Recorder)
     rank.ledger.work.ops = list(rank.ledger.events)
     return rank.ledger.work
-
-
-def _captions(pairs: int, most: int) -> PackedText:
-    """Return packed texts without words that have the lengths of captions, for a predicted step."""
-    texts = torch.zeros(pairs, most, dtype=torch.long)
-    for text, length in zip(texts, lengths_of(pairs, most), strict=True):
-        text[length - 1] = 1
-    return pack_texts(texts, for_gpu=True)
 
 
 def measured_shapes() -> list[tuple[OpSpec, Shape]]:

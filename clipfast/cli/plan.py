@@ -58,8 +58,8 @@ TRAIN, FIT, OF_LOSS = "--train", "--fit", "a plan of the loss"
 PLANS: dict[str, tuple[str, ...]] = {"pairs": (TRAIN, OF_LOSS), "batch_size": (TRAIN,)}
 PLANS |= dict.fromkeys(("dtype", "embed_dim"), (OF_LOSS,))
 PLANS |= dict.fromkeys(
-    ("model", "parallel", "checkpointing", "accumulation", "precision", "opt", "ema", "no_reshard", "samples_seen",
-     "price_per_gpu_hour", "context_gb", "slack"), (TRAIN, FIT),
+    ("model", "parallel", "checkpointing", "accumulation", "precision", "opt", "ema", "no_reshard", "captions",
+     "samples_seen", "price_per_gpu_hour", "context_gb", "slack"), (TRAIN, FIT),
 )  # fmt: skip
 
 
@@ -123,6 +123,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--opt", help="optimizer, as of clipfast train (default: adamw)", metavar="NAME")
     add("--ema", help="keep an average of the weights", action="store_true")
     add("--no-reshard", help="FSDP2 keeps a block whole from its forward to its backward pass", action="store_true")
+    captions = "count packed captions, 18 tokens on average (default: texts as long as the context)"
+    add("--captions", help=captions, action="store_true")
     samples = "pairs of the training, such as 12.8e9: also print days and GPU-hours"
     add("--samples-seen", help=samples, type=_number(), metavar="N")
     add("--price-per-gpu-hour", help="also print what the training costs", type=_number(), metavar="X")
@@ -256,7 +258,7 @@ def _setup(args: argparse.Namespace, model: str) -> "Setup":
         raise ValueError("--no-reshard is of FSDP2 on several GPUs: set --parallel fsdp and --gpus, or leave it out")
     return Setup(
         model, gpus, parallel, args.checkpointing or "none", args.precision or "amp_bf16", opt, args.ema,
-        not args.no_reshard,
+        not args.no_reshard, args.captions,
     )  # fmt: skip
 
 

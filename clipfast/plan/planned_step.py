@@ -16,14 +16,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..kernels import contrastive_loss, distributed_contrastive_loss
 from ..kernels.hardware import Card
 from ..kernels.launch import record_launches
+from ..kernels.spec import lengths_of
 from ..losses.accumulation import accumulate_gradients
 from ..losses.clip_loss import ClipLoss
 from ..models import CLIP, CLIPConfig, build, get_model_config
-from ..models.packed_text import PackedText
+from ..models.packed_text import PackedText, pack_texts
 from ..train.ema import WeightAverage
 from ..train.fsdp import shard
 from ..train.optim import make_optimizer
@@ -87,6 +89,8 @@ class Setup:
         opt: the optimizer, as in ``clipfast train``.
         has_ema: whether an average of the weights is kept.
         reshards: whether FSDP2 frees a block after its forward pass, and gathers it again for its backward pass.
+        captions: whether texts are packed and have the lengths of captions, 18 tokens on average; otherwise they are as
+            long as the context.
     """
 
     model: str
@@ -97,6 +101,7 @@ class Setup:
     opt: str = "adamw"
     has_ema: bool = False
     reshards: bool = True
+    captions: bool = False
 
     @property
     def config(self) -> CLIPConfig:
@@ -222,6 +227,19 @@ def rank_of(
             yield Rank(setup, model, mesh, ledger)
 
 
+@functools.lru_cache(maxsize=16)
+def captions_of(pairs: int, most: int) -> PackedText:
+    """Return packed texts without words that have the lengths of captions, for a planned step on a GPU.
+
+    They have values, which say how many tokens there are.
+    """
+    with _disable_current_modes():
+        texts = torch.zeros(pairs, most, dtype=torch.long)
+        for text, length in zip(texts, lengths_of(pairs, most), strict=True):
+            text[length - 1] = 1
+        return pack_texts(texts, for_gpu=True)
+
+
 class Rank:
     """The state of one rank of a planned training: model, optimizer and average.
 
@@ -258,9 +276,7 @@ class Rank:
         """Choose the activations that the backward pass of the planned step recomputes."""
         self.model.set_grad_checkpointing(checkpointing != "none", selective=checkpointing == "selective")
 
-    def step(
-        self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False, texts: PackedText | None = None
-    ) -> None:
+    def step(self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False) -> None:
         """Compute the gradients of a batch of the planned training.
 
         Args:
@@ -268,15 +284,15 @@ class Rank:
             micro_rows: pairs whose activations are held at a time; None for all.
             is_whole: compute the loss of all ranks and update the weights; otherwise the sum of the features replaces
                 the loss.
-            texts: packed texts; None for texts as long as the context.
         """
         self.ledger.phase = INPUTS
         images = torch.zeros(rows, 3, *[self.model.visual.image_size] * 2, dtype=torch.uint8)
-        given: Any = torch.zeros(rows, self.model.context_length, dtype=torch.long) if texts is None else texts
+        length = self.model.context_length
+        texts: Any = captions_of(rows, length) if self.setup.captions else torch.zeros(rows, length, dtype=torch.long)
         self.ledger.begin()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.setup.precision == "amp_bf16"):
             loss = functools.partial(self._loss, is_whole=is_whole)
-            accumulate_gradients(self.trained, images, given, micro_rows or rows, loss)
+            accumulate_gradients(self.trained, images, texts, micro_rows or rows, loss)
         if is_whole:
             self.update()
         self.ledger.book_launches()
