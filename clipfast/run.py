@@ -42,6 +42,7 @@ MODEL_PARTS = {
     "text_embed": "texts to tokens with their positions in one pass",
     "pooled_last_block": "the last block of a tower computes only the row that the tower reads (needs attention)",
     "pack_text": "a text tower computes no token behind the one that it reads (needs attention)",
+    "pack_image": "a NaFlex tower computes no patch that is padding (needs attention)",
 }
 
 

@@ -150,8 +150,11 @@ def _images(tower: Any, batch: Mapping[str, Tensor]) -> PackedImages | None:
     filters = embeds.pos_embed_antialias and not embeds.pos_embed_align_corners
     if not is_known or not filters or getattr(embeds, "pos_embed_use_grid_sample", False):
         return None
-    own = embeds.proj.weight.shape[1] == patches.flatten(2).shape[2]
-    if drops(embeds, embeds.pos_drop.p) or not (own or (embeds.enable_patch_interpolator and patches.ndim == 5)):
+    if embeds.proj.weight.shape[1] != patches.flatten(2).shape[2]:  # the weight is resized for square patches of images
+        sides, channels = patches.shape[2:4], patches.shape[4:]
+        is_known = embeds.enable_patch_interpolator and len(set(sides)) == len(set(embeds.patch_size)) == 1
+        is_known = is_known and channels == (3,) and embeds.in_chans == 3
+    if not is_known or drops(embeds, embeds.pos_drop.p):
         return None
     try:
         return unpad_images(batch, for_gpu=patches.device.type != "cpu")
@@ -171,7 +174,7 @@ def _embedded(embeds: Any, images: PackedImages) -> tuple[Tensor, Packing]:
     tokens = patch_embed_packed(
         images.patches, images.grids, weight, embeds.pos_embed[0], cu_seqlens=packing, bias=embeds.proj.bias,
         prefix=torch.cat(prefix) if prefix else None, interpolation=embeds.pos_embed_interp_mode,
-        keep_aspect=embeds.pos_embed_ar_preserving,
+        keep_aspect=embeds.pos_embed_ar_preserving, mean=(0.0,), std=(1.0,),  # only bytes are normalised
     )  # fmt: skip
     # Under autocast, the prefix tokens stay in float32 in timm, and so do the tokens beside them.
     return tokens.to(torch.promote_types(tokens.dtype, prefix[0].dtype)) if prefix else tokens, packing
