@@ -139,7 +139,7 @@ def test_bad_flags(options, said):
 
 
 def test_a_probability_that_is_no_number():
-    with pytest.raises(ValueError, match="--json-text-key-probs must not be negative, got nan"):
+    with pytest.raises(ValueError, match="--json-text-key-probs must be a finite number, got nan"):
         TrainConfig("x.tar", json_text_key=("a",), json_text_key_probs=(float("nan"),))
 
 
