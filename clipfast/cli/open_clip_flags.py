@@ -146,8 +146,8 @@ FLAGS: dict[str, Rule] = {
     "--image-interpolation": SAME,
     "--image-resize-mode": SAME,
     "--aug-cfg": Rule(
-        "same", "without what timm does there (use_timm, re_prob, re_count), which is refused; use_timm=True "
-        "naflex=True is what --use-naflex means",
+        "same", "without what timm does there (use_timm, re_prob, re_count), which is refused; with --use-naflex, "
+        "naflex=True changes nothing, and use_timm=True gives all images timm's color_jitter",
     ),
     "--grad-checkpointing": SAME,
     "--local-loss": Rule("accepted", "the loss never holds more than a rank's part of the matrix", SWITCH),
@@ -316,7 +316,7 @@ def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming
 
 
 def _check_naflex(given: dict[str, Any], earlier: Mapping[str, Any], passes: int) -> None:
-    """Remove the flags of OpenCLIP that say the same as ``--use-naflex`` from ``given``.
+    """Remove OpenCLIP's flag ``--force-naflex-vision`` from ``given``, since the model must be NaFlex already.
 
     Raises:
         ValueError: the model would have to be converted, or batches would have to be joined.
@@ -325,8 +325,6 @@ def _check_naflex(given: dict[str, Any], earlier: Mapping[str, Any], passes: int
     from ..models.registry import get_model_config, read_model_config
 
     use_naflex = given.get("use_naflex", earlier.get("use_naflex"))
-    if use_naflex and "aug_cfg" in given:
-        given["aug_cfg"] = tuple(word for word in given["aug_cfg"] if word not in ("use_timm=True", "naflex=True"))
     if given.pop("force_naflex_vision", False):
         model = str(given.get("model", earlier.get("model", TrainConfig.model)))
         config = read_model_config(model) if model.endswith(".json") else get_model_config(model)

@@ -60,6 +60,8 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
     selective = config.selective_checkpointing
     model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
     if config.torchcompile and not is_sharded(config, world):
+        # Each patch size is compiled by itself, and in micro-batches a second time, without gradients.
+        torch._dynamo.config.recompile_limit += 2 * len(config.naflex_patch_sizes)
         model.compile(fullgraph=True, backend=config.torchcompile_backend, mode=config.torchcompile_mode)
     return model
 
@@ -87,14 +89,28 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
             force_image_size=size, force_context_length=config.force_context_length,
             force_preprocess_cfg=forced, backend=config.backend, load_weights=device.type != "meta",
         )  # fmt: skip
-    if config.use_naflex and not isinstance(model.visual, NaFlexVision):
-        raise ValueError(
-            f"--use-naflex needs a NaFlex model, such as naflex_ViT-B-16, and {config.model} takes images of one size"
-        )
+    if config.use_naflex:
+        _set_seq_len(config, model)
     _lock(config, model)
     if not config.pack_text:
         model.pack_text = False
     return model
+
+
+def _set_seq_len(config: TrainConfig, model: CLIP) -> None:
+    """Let the model be evaluated with the longest of ``--naflex-seq-lens``, in the run and after it.
+
+    Raises:
+        ValueError: it is no NaFlex model.
+    """
+    visual: nn.Module = model.visual
+    if not isinstance(visual, NaFlexVision):
+        raise ValueError(
+            f"--use-naflex needs a NaFlex model, such as naflex_ViT-B-16, and {config.model} takes images of one size"
+        )
+    if config.naflex_seq_lens:
+        visual.image_seq_len = max(config.naflex_seq_lens)
+        model.config = model.config.with_vision(image_seq_len=visual.image_seq_len)
 
 
 def registered(name: str) -> str:

@@ -72,7 +72,8 @@ class TrainConfig(NaFlexOptions, DataOptions):
     micro_batch_size: int | str | None = option(
         None, "hold the activations of only so many pairs at a time, for one more forward pass; the gradient stays "
         "that of the whole batch, except that BatchNorm normalises each micro-batch by itself; auto takes the most "
-        "that fits on the GPU (default: the whole batch)", int, positive=True, auto=True,
+        "that fits on the GPU; with --use-naflex, it is for the longest images, and shorter ones are as many patches "
+        "at a time (default: the whole batch)", int, positive=True, auto=True,
     )  # fmt: skip
     epochs: int = option(32, "passes over the --train-num-samples pairs", int, positive=True)
     samples_seen: int | None = option(

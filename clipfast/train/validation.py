@@ -1,7 +1,9 @@
 """Evaluation during training on all ranks: each rank encodes its part of the images, and rank 0 gets the results."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,7 +217,9 @@ class Validation:
         """Encode a validation set of the training, each rank its part, and return the features on rank 0."""
         device = self.model.logit_scale.device
         self.world.share_buffers(self.model)
-        transform = transform_of(self.model, uint8=True)
+        transform: Any = transform_of(self.model, uint8=True)
+        if self.config.naflex_patch_sizes:
+            transform = dataclasses.replace(transform, patch_size=self.config.naflex_patch_sizes[0])
         encoder = Encoder(self.config.model, self.model, self.tokenizer, transform, device)
         found = encode_set([encoder], images, batch_size=BATCH_SIZE, world=self.world, show=self._show)
         return found[0].to(device) if found else None

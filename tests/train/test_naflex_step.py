@@ -153,6 +153,18 @@ def test_micro_batches_have_the_gradients_of_the_batch():
     assert_near({name: 7 / 4 * gradient for name, gradient in gradients(model).items()}, whole, 1e-12)
 
 
+def test_batches_of_all_sizes_are_compiled_twice():
+    """The first batch is compiled for its own sizes, and the second for all that follow."""
+    torch.compiler.reset()
+    compiled, plain, graphs = model_in(torch.float64), model_in(torch.float64), []
+    compiled.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for seed, count in enumerate((4, 7, 9, 5, 4, 6)):
+        batch = uploaded(*pairs(count, seed))
+        assert step_of(compiled).backward(*batch).item() == pytest.approx(step_of(plain).backward(*batch).item())
+    assert_near(gradients(compiled), gradients(plain), 1e-12)
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("for_gpu", [False, True])
 def test_packed_images_are_split_in_the_order_of_the_batch(for_gpu):
     images, _ = pairs(9)

@@ -10,9 +10,11 @@ import torch
 
 from clipfast.cli.main import main
 from clipfast.distributed.world import ALONE
+from clipfast.evaluate.encoder import Encoder
 from clipfast.models import CLIP, CLIPConfig, build
+from clipfast.models.sequence_size import ToSequence
 from clipfast.runs.folder import RunFolder
-from clipfast.train import TrainConfig, step
+from clipfast.train import TrainConfig, step, validation
 from clipfast.train.batches import plan_of
 from clipfast.train.build import Distillation
 from clipfast.train.loop import train
@@ -20,7 +22,7 @@ from clipfast.train.loop import train
 from ..small_runs import picture, sample, write_shard
 from .distributed import assert_near, folder_of, trained
 from .test_naflex_step import CONFIG
-from .test_training import losses, same, saved_step, started, wait_for_checkpoint, weights
+from .test_training import losses, results_of, same, saved_step, started, wait_for_checkpoint, weights
 
 RANKS = {"naflex_max_tokens_per_batch": 96, "naflex_batch_divisor": 4, "batch_size": 5}
 ALL = {"naflex_max_tokens_per_batch": 192, "naflex_batch_divisor": 8, "batch_size": 10}  # the same on one process
@@ -107,6 +109,25 @@ def test_micro_batches_are_fitted_by_their_patches_and_texts(
     found = (folder.path / "out.log").read_text()
     assert f"--micro-batch-size auto: {expected} of 8 pairs with up to 24 patches each at a time (the most" in found
     assert max(texts for _, texts in parts[4:]) == 3 * expected  # those of 8 patches
+
+
+@pytest.mark.parametrize(("changes", "patch_size"), [({}, 4), ({"naflex_patch_sizes": (8, 4)}, 8)])
+def test_evaluation_takes_the_longest_sequence_and_the_first_patch_size(
+    changes, patch_size, options, tmp_path, monkeypatch
+):
+    seen, encode = [], validation.encode_set
+
+    def watched(encoders, *args, **others):
+        """Note the preprocessing of the images of an evaluation."""
+        seen.extend(encoder.transform for encoder in encoders)
+        return encode(encoders, *args, **others)
+
+    monkeypatch.setattr(validation, "encode_set", watched)
+    given = options(tmp_path, **changes)
+    folder, _ = train(TrainConfig(**given | {"val_data": given["train_data"], "epochs": 1}))
+    assert seen == [ToSequence(patch_size, 24)]
+    assert results_of(folder.path)["images"] == 70
+    assert Encoder.load(f"local-dir:{folder.path}", device="cpu").transform == ToSequence(4, 24)
 
 
 def test_a_teacher_must_be_naflex(options, tmp_path):

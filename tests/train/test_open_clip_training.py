@@ -575,7 +575,7 @@ int8: clipfast has no int8 layers
 
 naflex
 --train-data SHARDS --model naflex_ViT-B-16 --use-naflex --force-naflex-vision --naflex-seq-lens 128
---aug-cfg scale='(0.4, 1.0)' use_timm=True naflex=True
+--aug-cfg naflex=True
 
 naflex converted: --force-naflex-vision: clipfast does not convert the image tower of ViT-B-16
 --train-data SHARDS --model ViT-B-16 --use-naflex --force-naflex-vision

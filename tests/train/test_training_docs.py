@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from clipfast.cli.main import main
 from .. import processes
 from ..processes import run_ranks
 from ..small_runs import TINY, sample, write_shard
+from .test_naflex_step import CONFIG
 
 processes.PRELOAD.append("clipfast.train.trainer")
 ROOT = Path(__file__).parent.parent.parent
@@ -42,6 +44,9 @@ def shortened(arguments):
         given += ["--samples-seen", "32"]
     if "--recipe" in given and "--print-config" not in given:
         given += ["--global-batch-size", "16"]
+    if "--use-naflex" in given:
+        given[given.index("--model") + 1] = "naflex.json"
+        given += ["--naflex-max-tokens-per-batch", "1024"]
     if "emoji" in given:
         given += ["--val-data", SMALL, "--val-leave-out", "odd"]
     return given
@@ -75,6 +80,7 @@ def folder(tmp_path_factory):
     """Return a folder with the data that the page of training names."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "data").mkdir()
+    (folder / "naflex.json").write_text(json.dumps(CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 49408}}))
     for number in range(4):
         write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
     yield folder
@@ -104,7 +110,7 @@ def test_commands(folder, monkeypatch, capsys):
             given = (shortened if arguments[0] == "train" else smaller)(arguments)
             assert main(given) == 0, (shlex.join(arguments), capsys.readouterr().err)
     runs = {path.name for path in (folder / "runs").iterdir()}
-    assert runs >= {"demo", "eight", "sharded", "kept", "finetuned", "lit"}
+    assert runs >= {"demo", "eight", "sharded", "kept", "finetuned", "lit", "shapes"}
 
 
 @pytest.mark.long
