@@ -4,9 +4,10 @@
     python -m clipfast.bench.inspection --quick --pairs 4096 --widths 512 768
     python -m clipfast.bench.inspection --quick --host                    every op and two steps, beside their host
 
-The table of a loss has the time of the GPU and how many times its floor that is. The floor is the products at the rate
-that the power allows, or the bytes of features and gradients, whichever takes longer. A size whose factor stands out is
-a cliff. If the host takes longer than the GPU, its time follows, which is that of an eager call.
+The table of a loss has the time of the GPU by the model and corrected (:mod:`.correction`), and how many times its
+floor the model's is. The floor is the products at the rate that the power allows, or the bytes of features and
+gradients, whichever takes longer. A size whose factor stands out is a cliff. If the host takes longer than the GPU, its
+time follows, which is that of an eager call.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_loss(op: str, pairs: Sequence[int], widths: Sequence[int], effort: Effort) -> None:
-    """Print the table of a loss: milliseconds, the factor over the floor, and the host's time where it is longer."""
+    """Print the table of a loss: both times, the factor over the floor, and the host's time where it is longer."""
     spec = specs()[op]
     print(f"| pairs | {' | '.join(f'D = {width}' for width in widths)} |")
     print("|" + " --- |" * (1 + len(widths)))
@@ -60,12 +61,13 @@ def _print_loss(op: str, pairs: Sequence[int], widths: Sequence[int], effort: Ef
             floors = [spec.floor(shape, DTYPES["bf16"].itemsize, backward) for backward in (False, True)]
             least = sum(floor.seconds(H100.power_flops, H100.hbm_rate) for floor in floors)
             eager = f", host {_milliseconds(found.host_seconds)}" if found.binds == HOST else ""
-            cells.append(f"{_milliseconds(found.seconds)}, {found.seconds / least:.2f}x{eager}")
+            times = f"{1e3 * found.seconds:.3g} / {_milliseconds(found.corrected.seconds)}"
+            cells.append(f"{times}, {found.seconds / least:.2f}x{eager}")
         print(f"| {number:,} | {' | '.join(cells)} |", flush=True)
 
 
 def _print_host(effort: Effort, jobs: int | None) -> None:
-    """Print the table of steps, and of every op at its first size: the GPU's time and the host's, and which binds."""
+    """Print the table of steps, and of every op at its first size: the corrected time, the host's, and which binds."""
     shapes = [(spec.name, number) for number, (spec, _) in enumerate(measured_shapes())]
     firsts = [next(same)[1] for _, same in itertools.groupby(shapes, key=lambda one: one[0])]
     print("| call | GPU | host | binds | the GPU binds from |\n|" + " --- |" * 5)
@@ -73,7 +75,7 @@ def _print_host(effort: Effort, jobs: int | None) -> None:
     for one in offline.spread(find, [*MODELS, *firsts], jobs):
         noun = "pairs" if one.name == STEP else specs()[one.name].items[1]
         call = " ".join([one.name, *(f"{name}={value}" for name, value in one.shape.items())])
-        times = f"{_milliseconds(one.seconds)} | {_milliseconds(one.host_seconds)} | {one.binds}"
+        times = f"{_milliseconds(one.corrected.seconds)} | {_milliseconds(one.host_seconds)} | {one.binds}"
         print(f"| {call} | {times} | {f'{one.gpu_from:,} {noun}' if one.gpu_from else ''} |", flush=True)
     host = measured()
     where = f"{host['machine']['cpu']}, {host['place']}; {host['when'][:10]}, commit {host['git']['sha'][:8]}"

@@ -42,8 +42,8 @@ NOTE = """\
 Predicted for one {card} by a model that runs the compiled kernels (Triton {triton}); nothing was measured on one.
 PyTorch's products take {tflops:g} TFLOP/s, and its other ops the bytes that they move. A CUDA graph takes the GPU's
 time. An eager call takes that or the host's, whichever is longer and so binds; pairs/s are of eager steps. The host's
-time follows from calls that were timed on {host}. "error" holds for nine in ten published
-kernels of the kind: docs/gpu-model.md has them, and what the model leaves out."""
+time follows from calls that were timed on {host}. Corrected: by the model's median error on
+published kernels of the kind; the range held for four in five of them. docs/gpu-model.md has them."""
 
 
 def inspect_launch(launch: Launch, arch: int, *, case: str = "", kernel: str = "", predicts: bool = True) -> Report:

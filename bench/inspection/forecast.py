@@ -8,7 +8,6 @@ call takes the time of the GPU or that of the host, whichever is longer; ``eager
 
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,19 +28,14 @@ from clipfast.plan.ledger import Event, Ledger
 from clipfast.plan.planned_step import Setup, rank_of
 
 from .. import categories
+from .correction import Corrected, corrected, kind_of
 from .eager import binds_from, host_seconds
 from .model import FULL, H100, Effort, Machine, NoModel, Prediction, predict_launch
-from .validation import Band, errors
 
 # The pairs in a step of each published model. They fit into 80 GB; ``clipfast plan --fit`` finds the largest number.
 STEPS = {
     "RN50": 256, "RN101": 256, "RN50x4": 128, "RN50x16": 64, "RN50x64": 32, "ViT-B-32": 1024, "ViT-B-16": 512,
     "ViT-L-14": 128, "ViT-L-14-336": 64, "ViT-H-14": 64, "ViT-g-14": 64, "ViT-bigG-14": 32,
-}  # fmt: skip
-# The kind of published kernels whose error is taken for an op's kernels, by the op's category.
-KINDS = {
-    "attention": ("attention forward", "attention backward"), "loss": ("loss",), "patch, text input": ("patch",),
-    "norm, activation": ("norm forward", "norm backward"),
 }  # fmt: skip
 STEP = "step"
 FORWARD, BACKWARD = "forward", "backward"
@@ -153,12 +147,6 @@ def _empty(
     return torch.empty(max(0, size), dtype=dtype, device="meta").as_strided(shape, stride, offset)
 
 
-def error_band(kinds: Sequence[str]) -> Band | None:
-    """Return the model's largest error on these kinds of published kernels, or None if none was validated."""
-    found = [errors()[kind] for kind in kinds if kind in errors()]
-    return max(found, key=lambda band: band.p90, default=None)
-
-
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A group of equal launches of an op or a step, which are predicted once."""
@@ -183,7 +171,6 @@ class Forecast:
         shape: the sizes of the op; for a step, the model and the number of pairs.
         dtype: name of the dtype.
         items: how many things one call handles.
-        kinds: the kinds of published kernels whose error is taken for this forecast; none for a step.
         parts: the launches in groups of equal ones.
         torch_ops: the number of PyTorch ops in addition to the launches.
         torch_seconds: the time of the PyTorch ops that are no products.
@@ -197,7 +184,6 @@ class Forecast:
     shape: dict[str, Any]
     dtype: str
     items: int
-    kinds: tuple[str, ...]
     parts: tuple[Part, ...]
     torch_ops: int
     torch_seconds: float
@@ -208,23 +194,24 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Return the predicted time of all launches and PyTorch ops on the GPU."""
+        """Return the model's time of all launches and PyTorch ops on the GPU."""
         return sum(part.seconds for part in self.parts) + self.torch_seconds + self.product_seconds
 
     @property
+    def corrected(self) -> Corrected:
+        """Return the time on the GPU, corrected by the error of the model on published kernels."""
+        kernels = [(kind_of(part.kernel, _category_of(part.kernel)), part.seconds) for part in self.parts]
+        return corrected(kernels, self.torch_seconds + self.product_seconds)
+
+    @property
     def eager_seconds(self) -> float:
-        """Return the predicted time without a CUDA graph."""
-        return max(self.seconds, self.host_seconds)
+        """Return the corrected time without a CUDA graph."""
+        return max(self.corrected.seconds, self.host_seconds)
 
     @property
     def binds(self) -> str:
         """Return whether the GPU or the host is predicted to take longer."""
-        return GPU if self.seconds >= self.host_seconds else HOST
-
-    @property
-    def band(self) -> Band | None:
-        """Return the error of the model on published kernels of these kinds."""
-        return error_band(self.kinds)
+        return GPU if self.corrected.seconds >= self.host_seconds else HOST
 
 
 def forecast(
@@ -253,13 +240,13 @@ def forecast(
             return forecast_shape(spec, shape, dtype, machine, product_flops, effort)
         work = step_work(task, items, CARDS[machine.name.lower()], captions=captions)
         sizes: dict[str, Any] = {"model": task, "batch": items} | ({"captions": True} if captions else {})
-        what = {"name": STEP, "shape": sizes, "dtype": "bf16", "items": items, "kinds": ()}
+        what = {"name": STEP, "shape": sizes, "dtype": "bf16", "items": items}
         return _forecast(work, machine, product_flops, effort, **what)
 
     found = at(_items(*measured_shapes()[task]) if isinstance(task, int) else STEPS[task])
     if not finds_batch:
         return found
-    start = round(found.items * found.host_seconds / found.seconds)
+    start = round(found.items * found.host_seconds / found.corrected.seconds)
     return dataclasses.replace(found, gpu_from=binds_from(lambda items: at(items).binds == GPU, start))
 
 
@@ -270,7 +257,7 @@ def forecast_shape(
     """Predict the time of an op at any shape; the other arguments are those of :func:`forecast`."""
     return _forecast(
         op_work(spec, shape, dtype), machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
-        items=_items(spec, shape), kinds=KINDS.get(spec.category, ("memory",)),
+        items=_items(spec, shape),
     )  # fmt: skip
 
 
@@ -294,14 +281,19 @@ def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort
 
 def _shares(parts: Sequence[Part], ops: Sequence[Event], times: Sequence[float]) -> dict[str, float]:
     """Return predicted seconds by category. A launch has its op's category, and a PyTorch op its phase's category."""
-    of_kernel = {kernel: spec.category for spec in specs().values() for kernel in spec.kernels}
     of_phase = {"update": categories.OPTIMIZER, "loss": categories.LOSS}
     found = dict.fromkeys(categories.CATEGORIES, 0.0)
     for part in parts:
-        found[of_kernel.get(part.kernel, categories.OTHER)] += part.seconds
+        found[_category_of(part.kernel)] += part.seconds
     for op, time in zip(ops, times, strict=True):
         found[categories.GEMM if op.flops else of_phase.get(op.phase, categories.COPIES)] += time
     return {category: seconds for category, seconds in found.items() if seconds}
+
+
+@functools.cache
+def _category_of(kernel: str) -> str:
+    """Return the category of the op to which a kernel belongs."""
+    return next((spec.category for spec in specs().values() if kernel in spec.kernels), categories.OTHER)
 
 
 def predict_parts(launches: Sequence[Launch], machine: Machine, effort: Effort = FULL) -> tuple[Part, ...]:
@@ -335,8 +327,12 @@ def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
         return Part(name, len(same), None, str(error))
 
 
-_OP_HEAD = ("op, forward and backward", "GPU", "host", "binds", "error", "launches", "waves", "cycles", "limit")
-_STEP_HEAD = ("step of", "pairs", "GPU", "host", "binds", "pairs/s", "kernels", "products", "other ops")
+_OP_HEAD = (
+    "op, forward and backward", "model", "corrected (range)", "host", "binds", "launches", "waves", "cycles", "limit",
+)  # fmt: skip
+_STEP_HEAD = (
+    "step of", "pairs", "model", "corrected (range)", "host", "binds", "pairs/s", "kernels", "products", "other ops",
+)  # fmt: skip
 
 
 def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
@@ -349,9 +345,9 @@ def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
     """Return the rows of predicted times of a forecast; ``measured`` are seconds by :func:`label`."""
     seconds = (measured or {}).get(label(one.name, one.shape, one.dtype))
     # An op is measured as a CUDA graph, and a step is not.
-    predicted = one.eager_seconds if one.name == STEP else one.seconds
+    predicted = one.eager_seconds if one.name == STEP else one.corrected.seconds
     against = [scaled(seconds, SECONDS), f"{predicted / seconds:.2f}"] if seconds else []
-    times = [scaled(one.seconds, SECONDS), scaled(one.host_seconds, SECONDS), one.binds]
+    times = [scaled(one.seconds, SECONDS), str(one.corrected), scaled(one.host_seconds, SECONDS), one.binds]
     noun = "pairs" if one.name == STEP else specs()[one.name].items[1]
     turn = [f"  the GPU takes longer than the host from {one.gpu_from:,} {noun} on"] if one.gpu_from else []
     if one.name == STEP:
@@ -361,8 +357,7 @@ def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
         parts = sorted(one.shares.items(), key=lambda share: -share[1])
         shares = ", ".join(f"{category} {seconds / one.seconds:.1%}" for category, seconds in parts)
         return "\n".join([_aligned(True, [row]), f"  {shares}", *turn])
-    within = f"{math.expm1(one.band.p90):.0%}" if one.band else "?"
-    found = [[label(one.name, one.shape, one.dtype), *times, within, *[""] * 4, *against]]
+    found = [[label(one.name, one.shape, one.dtype), *times, *[""] * 4, *against]]
     for part in one.parts:
         cells = ["", "", "", "", str(part.launches), "", "", f"not predicted: {part.reason}"]
         if part.prediction is not None:
@@ -379,8 +374,8 @@ def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
 
 def _aligned(is_step: bool, cells: Sequence[Sequence[str]]) -> str:
     """Return the rows of the table of predicted times, aligned."""
-    widths = (14, 5, 7, 7, 5, 7, 7, 8, 9) if is_step else (58, 7, 7, 5, 5, 8, 6, 9, 18)
-    return align(cells, right=range(1, 9 if is_step else 8), at_least=(*widths, 8))
+    widths = (14, 5, 7, 26, 7, 5, 7, 7, 8, 9) if is_step else (58, 7, 26, 7, 5, 8, 6, 9, 18)
+    return align(cells, right=range(1, 10 if is_step else 8), at_least=(*widths, 8))
 
 
 def label(name: str, shape: dict[str, Any], dtype: str) -> str:
@@ -392,9 +387,8 @@ def to_json(one: Forecast) -> dict[str, Any]:
     """Return a forecast of times for JSON, with the figures that follow from it."""
     record = dataclasses.asdict(one) | {
         "seconds": one.seconds, "eager_seconds": one.eager_seconds, "items_per_s": one.items / one.eager_seconds,
-        "binds": one.binds,
+        "binds": one.binds, "corrected": one.corrected._asdict(),
     }  # fmt: skip
-    record["error"] = dataclasses.asdict(one.band) if one.band else None
     for part, fields in zip(one.parts, record["parts"], strict=True):
         if part.prediction:
             fields["prediction"]["limit"] = part.prediction.limit

@@ -53,7 +53,16 @@ def test_errors_are_logarithms_of_what_the_newest_triton_says():
     half = {"kind": "loss", "published_ms": 2.0, "predicted_ms": {"3.9": 1.0}}
     none = {"kind": "loss", "published_ms": None, "predicted_ms": {}}
     found = tables.errors_of([double, half, none])["loss"]
-    assert found == {"points": 2, "bias": 0.0, **dict.fromkeys(("median", "p90", "worst"), round(math.log(2.0), 3))}
+    two = round(math.log(2.0), 3)
+    middle = {"points": 2, "bias": 0.0, "middle": 0.0, "low": -two, "high": two}
+    assert found == middle | dict.fromkeys(("median", "p90", "worst"), two)
+
+
+def test_four_in_five_leave_out_a_tenth_at_either_end():
+    ratios = [0.1, *[0.8, 0.9, 1.0, 1.1] * 2, 5.0]
+    band = figures.bands([("loss", math.log(ratio)) for ratio in ratios])["loss"]
+    assert math.exp(band.low) == pytest.approx(0.8, rel=1e-3)
+    assert math.exp(band.high) == pytest.approx(1.1, rel=1e-3)
 
 
 def test_sources_are_pinned_and_refused_when_they_differ(tmp_path, capsys):

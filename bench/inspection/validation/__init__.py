@@ -23,6 +23,8 @@ class Band:
     Attributes:
         points: number of figures.
         bias: the mean; negative if the predicted times are too short.
+        middle: the median.
+        low, high: the range of four in five, that is without the tenth of the figures at either end.
         median: the median of the absolute values.
         p90: the 90th percentile of the absolute values.
         worst: the largest absolute value.
@@ -30,6 +32,9 @@ class Band:
 
     points: int
     bias: float
+    middle: float
+    low: float
+    high: float
     median: float
     p90: float
     worst: float

@@ -114,7 +114,8 @@ def bands(answers: Iterable[tuple[str, float]]) -> dict[str, Band]:
 
 def _band(found: list[float]) -> Band:
     """Return the error band of the model of kernels for a list of errors."""
-    sizes = sorted(map(abs, found))
-    nine_in_ten = sizes[math.ceil(0.9 * len(sizes)) - 1]
-    numbers = (statistics.fmean(found), statistics.median(sizes), nine_in_ten, sizes[-1])
+    sizes, found = sorted(map(abs, found)), sorted(found)
+    nine_in_ten, left_out = sizes[math.ceil(0.9 * len(sizes)) - 1], len(found) // 10
+    middle = statistics.fmean(found), statistics.median(found), found[left_out], found[-1 - left_out]
+    numbers = (*middle, statistics.median(sizes), nine_in_ten, sizes[-1])
     return Band(len(found), *(round(number, 3) for number in numbers))

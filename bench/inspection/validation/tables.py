@@ -22,11 +22,14 @@ def errors_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 
 def summary(errors: Mapping[str, Mapping[str, float]]) -> str:
     """Return the validation's errors by kind of kernel as a table."""
-    head = ["kind", "figures", "predicted / published, mean", "median error", "nine in ten within", "worst"]
+    head = ["kind", "figures", "predicted / published, mean", "median", "four in five", "median error"]
+    head += ["nine in ten within", "worst"]
     lines = [f"| {' | '.join(head)} |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for kind, band in sorted(errors.items(), key=lambda item: (item[0] == "all", item[0])):
         off = [f"{math.exp(band[name]) - 1:.0%}" for name in ("median", "p90", "worst")]
-        lines.append(f"| {kind} | {band['points']} | {math.exp(band['bias']):.2f} | {' | '.join(off)} |")
+        mean, median, low, high = (f"{math.exp(band[name]):.2f}" for name in ("bias", "middle", "low", "high"))
+        found = [kind, str(band["points"]), mean, median, f"{low} to {high}", *off]
+        lines.append(f"| {' | '.join(found)} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,54 @@
+"""Predicted times, corrected by the error of the model of a GPU on published kernels of the same kind.
+
+The model's time of a kernel is divided by the median of predicted over published time for its kind, and the range is
+that which held for four in five of these figures. The errors of the kernels of an op or a step are taken to be one
+error, so the ends of their ranges are added. PyTorch's own ops take rates that were published, and are not corrected.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from clipfast.io.units import SECONDS, scaled
+
+from .validation import errors
+
+# The kind of published kernels whose error is taken for a kernel, by the category of its op.
+KINDS = {
+    "attention": ("attention forward", "attention backward"), "loss": ("loss", "loss"),
+    "patch, text input": ("patch", "patch"), "norm, activation": ("norm forward", "norm backward"),
+}  # fmt: skip
+OTHERS = ("memory", "memory")
+# Kernels of a loss that only multiply matrices, or only pass over memory.
+KINDS_OF_KERNELS = {"_products_kernel": "product"} | dict.fromkeys(
+    ("_normalize_kernel", "_totals_kernel", "_finish_kernel", "_scaled_kernel", "_through_norm_kernel"), "memory"
+)
+
+
+class Corrected(NamedTuple):
+    """A corrected time in seconds, and the ends of its range."""
+
+    seconds: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        low, high = scaled(self.low, SECONDS), scaled(self.high, SECONDS)
+        return f"{scaled(self.seconds, SECONDS)} ({low} to {high})"
+
+
+def kind_of(kernel: str, category: str) -> str:
+    """Return the kind of published kernels that comes closest to a kernel of an op of this category."""
+    forward, backward = KINDS.get(category, OTHERS)
+    return KINDS_OF_KERNELS.get(kernel, backward if "bwd" in kernel else forward)
+
+
+def corrected(kernels: Iterable[tuple[str, float]], others: float) -> Corrected:
+    """Correct the predicted seconds of kernels, each with its kind, and add those of PyTorch's ops."""
+    seconds, low, high = others, others, others
+    for kind, predicted in kernels:
+        band = errors()[kind]
+        seconds += predicted * math.exp(-band.middle)
+        low += predicted * math.exp(-band.high)
+        high += predicted * math.exp(-band.low)
+    return Corrected(seconds, low, high)
