@@ -5,7 +5,7 @@ A block is the logits of features x [M, D] against features y [N, D]; a pair is 
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E, cdiv, new_rows, slices
 from ..configs import GemmConfig, gemm_config, planned
-from ..launch import Plan, arch_of, launch
+from ..launch import Plan, arch_of
 from .block_sizes import edges_of, grad_grid, segments_of_column, span
 from .kernels import (
     _finish_kernel,
@@ -24,6 +24,7 @@ from .kernels import (
     _sigmoid_sums_kernel,
 )
 from .operands import (
+    Describe,
     Layout,
     Tile,
     TilePlan,
@@ -180,12 +181,11 @@ def add_gradients(
         rounding. If G is not rounded: None, since :func:`finish` then gives this sum with the same accuracy.
     """
 
-    def inputs(rows: slice, cols: slice) -> tuple[Tensor, ...]:
-        """Return what the kernel for a block of the softmax losses' G reads beside the features."""
-        row, col, uses_shared_shift = normalizers.part(rows, cols)
-        return logit_scale, uses_shared_shift, row[0], row[1], col[0], col[1]
-
-    (scale_sums,) = _add_products(x, y, offset, inputs, acc_x, acc_y, is_softmax=True)
+    row, col, uses_shared_shift = normalizers
+    (scale_sums,) = _add_products(
+        x, y, offset, (logit_scale, uses_shared_shift), (row[0], row[1]), (col[0], col[1]), acc_x, acc_y,
+        is_softmax=True,
+    )  # fmt: skip
     return scale_sums if x.dtype.itemsize == 2 else None
 
 
@@ -233,8 +233,7 @@ def add_sigmoid_gradients(
         [3, any], numbers that add up to the sums of log(1 + exp l), of G_ij and of G_ij x_i . y_j over all logits
         except those of the pairs, with G before it is rounded.
     """
-    inputs = logit_scale, logit_bias
-    return _add_products(x, y, offset, lambda *_: inputs, acc_x, acc_y, is_softmax=False)
+    return _add_products(x, y, offset, (logit_scale, logit_bias), (), (), acc_x, acc_y, is_softmax=False)
 
 
 class _Part(NamedTuple):
@@ -242,49 +241,66 @@ class _Part(NamedTuple):
 
     start: int
     features: Tensor
-    operand: Tensor | TensorDescriptor  # the features as the products take them
     acc: Tensor | None
+    vectors: tuple[Tensor, ...]  # what the kernel for a block of G reads of this side beside the features
+
+
+class _Descriptors:
+    """The descriptors of matrices that several launches read, each of which is made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, Tile], Tensor | TensorDescriptor] = {}
+
+    def __call__(self, matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+        """Return what :func:`tiles` does; the caller keeps ``matrix`` for as long as this object."""
+        key = id(matrix), tile
+        if key not in self._made:
+            self._made[key] = tiles(matrix, tile)
+        return self._made[key]
 
 
 def _add_products(
-    x: Tensor, y: Tensor, offset: int, inputs: Callable[[slice, slice], tuple[Tensor, ...]],
-    acc_x: Tensor | None, acc_y: Tensor | None, *, is_softmax: bool,
+    x: Tensor, y: Tensor, offset: int, shared: tuple[Tensor, ...], of_rows: tuple[Tensor, ...],
+    of_cols: tuple[Tensor, ...], acc_x: Tensor | None, acc_y: Tensor | None, *, is_softmax: bool,
 ) -> Tensor:  # fmt: skip
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
     Args:
         x, y, offset, acc_x, acc_y: see :func:`add_gradients`.
-        inputs: ``inputs(rows, cols)`` returns the other inputs (besides features) of the kernel for a block of G.
+        shared, of_rows, of_cols: the other inputs (besides features) of the kernel for a block of G, in this order:
+            those that all blocks have, vectors [M] of the rows, and vectors [N] of the columns.
         is_softmax: whether G is that of the softmax losses or of the sigmoid loss.
 
     Returns:
         The sums of all programs of the kernel [1 or 3, programs], from G before it is rounded to 16 bits. The
         accumulators contain the rounding error of G, and so would a gradient of the scale that is computed from them.
     """
-    products = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
-    edges = _block_edges(x, y)
-    tile = tile_of(products.block_k, products.block_n, layout_of(x, y, offset))
+    edges, described = _block_edges(x, y), _Descriptors()
     row_parts, col_parts = (
         [
-            _Part(own.start, side[own], tiles(side[own], tile), None if acc is None else acc[own])
+            _Part(own.start, side[own], None if acc is None else acc[own], tuple(vector[own] for vector in vectors))
             for own in slices(len(side), edge)
         ]
-        for side, edge, acc in ((x, edges[0], acc_x), (y, edges[1], acc_y))
+        for side, edge, acc, vectors in ((x, edges[0], acc_x, of_rows), (y, edges[1], acc_y, of_cols))
     )
     buffer = new_rows(x, min(edges[0], len(x)), min(edges[1], len(y)))
+    views = {
+        (m, n): buffer[:m, :n]
+        for m, n in itertools.product(*({len(part.features) for part in parts} for parts in (row_parts, col_parts)))
+    }
     blocks = []
     for rows, cols in itertools.product(row_parts, col_parts):
         layout = layout_of(rows.features, cols.features, offset + rows.start - cols.start)
-        blocks.append((rows, cols, grad_plan(layout, buffer.stride(0), is_softmax, False)))
-    sums = vector(x, 1 if is_softmax else 3, sum(plan.programs for *_, plan in blocks))
-    done = 0
-    for rows, cols, plan in blocks:
-        m, n = len(rows.features), len(cols.features)
-        grad = buffer[:m, :n]
-        of_block = inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n))
-        plan.start(rows.features, cols.features, grad, *of_block, *sums[:, done : done + plan.programs])
-        done += plan.programs
-        _launch_products(grad, rows, cols, products)
+        products = _products_plan(layout._replace(offset=0), buffer.stride(0), acc_x is not None, acc_y is not None)
+        blocks.append((rows, cols, grad_plan(layout, buffer.stride(0), is_softmax, False), products))
+    counts = [grad.programs for *_, grad, _ in blocks]
+    sums = vector(x, 1 if is_softmax else 3, sum(counts))
+    of_blocks = zip(*(numbers.split(counts) for numbers in sums), strict=True)
+    for (rows, cols, grad, products), of_block in zip(blocks, of_blocks, strict=True):
+        block = views[len(rows.features), len(cols.features)]
+        others = *shared, *rows.vectors, *cols.vectors, *of_block
+        grad.start(rows.features, cols.features, block, *others, describe=described)
+        products.start(block, rows, cols, described)
     return sums
 
 
@@ -299,9 +315,9 @@ class GradPlan(NamedTuple):
     grad_tile: Tile
     programs: int
 
-    def start(self, x: Tensor, y: Tensor, grad: Tensor, *others: Tensor) -> None:
+    def start(self, x: Tensor, y: Tensor, grad: Tensor, *others: Tensor, describe: Describe = tiles) -> None:
         """Start the kernel with its other inputs, then vectors for its sums."""
-        self.on_tiles.start(x, y, tiles(grad, self.grad_tile), *others)
+        self.on_tiles.start(x, y, describe(grad, self.grad_tile), *others, describe=describe)
 
 
 @planned
@@ -323,26 +339,40 @@ def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool, is_one_block: 
     return GradPlan(on_tiles, tile_of(cfg.block_m, cfg.block_n // parts, layout), grid.programs)
 
 
-def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) -> None:
-    """Launch the kernel that adds the products of a block of G with the features to the accumulators."""
-    x, y, d = rows.features, cols.features, rows.features.shape[1]
-    m, n = grad.shape
-    num_d = cdiv(d, cfg.block_n)
-    num_x_tiles = 0 if rows.acc is None else cdiv(m, cfg.block_m) * num_d
-    num_y_tiles = 0 if cols.acc is None else cdiv(n, cfg.block_m) * num_d
-    is_tma, parts = has_tma(x.device, x.dtype, d), max(1, cfg.block_n // PART_COLS)
+class _ProductsPlan(NamedTuple):
+    """A launch of the kernel that adds the products of a block of G with the features to the accumulators."""
+
+    plan: Plan
+    grad_tile: Tile
+    transposed_tile: Tile
+    operand_tile: Tile
+    acc_tile: Tile
+
+    def start(self, grad: Tensor, rows: _Part, cols: _Part, describe: Describe) -> None:
+        """Start the kernel."""
+        # No program writes an accumulator that is not wanted. The other one is passed in its place.
+        wanted = [describe(part.acc, self.acc_tile) for part in (rows, cols) if part.acc is not None]
+        operands = (describe(part.features, self.operand_tile) for part in (rows, cols))
+        of_grad = describe(grad, self.grad_tile), describe(grad, self.transposed_tile)
+        self.plan.start(*of_grad, *operands, wanted[0], wanted[-1])
+
+
+@planned
+def _products_plan(layout: Layout, stride_grad: int, has_x: bool, has_y: bool) -> _ProductsPlan:
+    """Plan the products of a block of G with the features of those sides that have an accumulator."""
+    device, dtype, m, n, d, _, stride_x, stride_y = layout
+    cfg = gemm_config("contrastive_products", arch_of(device), dtype)
+    num_d, is_tma, parts = cdiv(d, cfg.block_n), has_tma(device, dtype, d), max(1, cfg.block_n // PART_COLS)
     is_added = is_tma and d % 4 == 0
-    wanted = [acc for acc in (rows.acc, cols.acc) if acc is not None]
-    # No program writes an accumulator that is not wanted. The other one is passed in its place.
-    accs = [tiles(acc, (cfg.block_m, cfg.block_n // parts) if is_added else None) for acc in (wanted[0], wanted[-1])]
-    launch(
-        _products_kernel, (num_x_tiles + num_y_tiles,),
-        tiles(grad, (cfg.block_m, cfg.block_k) if is_tma else None),
-        tiles(grad, (cfg.block_k, cfg.block_m) if is_tma else None),
-        rows.operand, cols.operand, *accs, m, n, d, num_x_tiles, grad.stride(0), x.stride(0), y.stride(0),
-        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
+    num_x_tiles, num_y_tiles = (cdiv(side, cfg.block_m) * num_d * has for side, has in ((m, has_x), (n, has_y)))
+    plan = Plan(
+        _products_kernel, (num_x_tiles + num_y_tiles,), m, n, d, num_x_tiles, stride_grad, stride_x, stride_y,
+        config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
         IS_TMA=is_tma, IS_ADDED=is_added,
     )  # fmt: skip
+    edges = ((cfg.block_m, cfg.block_k), (cfg.block_k, cfg.block_m)) if is_tma else (None, None)
+    acc_tile = (cfg.block_m, cfg.block_n // parts) if is_added else None
+    return _ProductsPlan(plan, *edges, tile_of(cfg.block_k, cfg.block_n, layout), acc_tile)
 
 
 def finish(

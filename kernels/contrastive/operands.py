@@ -3,6 +3,7 @@
 Kernels take tiles of features by tensor descriptors where the products load from shared memory, otherwise by pointers.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .stats import Features
 TOTALS = RowConfig(block_m=1, block_n=512, num_warps=4, num_stages=1)  # block_n numbers at a time
 GROUP_M = 8
 Tile = tuple[int, int] | None  # the rows and columns of a tile that a descriptor loads; None if pointers load it
+Describe = Callable[[Tensor, Tile], Tensor | TensorDescriptor]  # makes descriptors as :func:`tiles` does
 
 
 class Layout(NamedTuple):
@@ -36,6 +38,11 @@ class Layout(NamedTuple):
     stride_y: int
 
 
+def tiles(matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+    """Return a descriptor of tiles of features or of G, or the matrix if it has none."""
+    return matrix if tile is None else matrix_tiles(matrix, *tile)
+
+
 class TilePlan(NamedTuple):
     """A launch of a kernel whose programs each take a tile of the logits x y^T."""
 
@@ -43,9 +50,9 @@ class TilePlan(NamedTuple):
     x_tile: Tile
     y_tile: Tile
 
-    def start(self, x: Tensor, y: Tensor, *others: Tensor | TensorDescriptor) -> None:
+    def start(self, x: Tensor, y: Tensor, *others: Tensor | TensorDescriptor, describe: Describe = tiles) -> None:
         """Start a kernel on tiles of logits with its other tensors."""
-        self.plan.start(tiles(x, self.x_tile), tiles(y, self.y_tile), *others)
+        self.plan.start(describe(x, self.x_tile), describe(y, self.y_tile), *others)
 
 
 def layout_of(x: Tensor, y: Tensor, offset: int) -> Layout:
@@ -181,11 +188,6 @@ def has_tma(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 def tile_of(rows: int, cols: int, layout: Layout) -> Tile:
     """Return the tile of features in a descriptor, or None if the products load by pointers."""
     return (rows, cols) if has_tma(layout.device, layout.dtype, layout.d) else None
-
-
-def tiles(matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
-    """Return a descriptor of tiles of features or of G, or the matrix if it has none."""
-    return matrix if tile is None else matrix_tiles(matrix, *tile)
 
 
 def _is_aligned(x: Tensor) -> bool:
