@@ -370,9 +370,9 @@ def _products_plan(layout: Layout, stride_grad: int, has_x: bool, has_y: bool) -
         config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
         IS_TMA=is_tma, IS_ADDED=is_added,
     )  # fmt: skip
-    edges = ((cfg.block_m, cfg.block_k), (cfg.block_k, cfg.block_m)) if is_tma else (None, None)
+    grad_tile, transposed_tile = tile_of(cfg.block_m, cfg.block_k, layout), tile_of(cfg.block_k, cfg.block_m, layout)
     acc_tile = (cfg.block_m, cfg.block_n // parts) if is_added else None
-    return _ProductsPlan(plan, *edges, tile_of(cfg.block_k, cfg.block_n, layout), acc_tile)
+    return _ProductsPlan(plan, grad_tile, transposed_tile, tile_of(cfg.block_k, cfg.block_n, layout), acc_tile)
 
 
 def finish(
