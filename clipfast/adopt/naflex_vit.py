@@ -87,7 +87,7 @@ def naflex_vit(
 ) -> Tensor:  # fmt: skip
     """Compute timm's ``NaFlexVit``: a padded batch of patches, or images [B, 3, H, W] -> [B, num_classes or width]."""
     given = x if isinstance(x, Mapping) else {"patches": x, "patch_coord": patch_coord, "patch_valid": patch_valid}
-    batch = {name: given.get(name) for name in ("patches", "patch_coord", "patch_valid")}
+    batch: dict[str, Any] = {name: given.get(name) for name in ("patches", "patch_coord", "patch_valid")}
     mask = given.get("attn_mask", attn_mask)
     tokens = None
     if mask is None and _is_padded(batch) and not _why_not_packed(tower):

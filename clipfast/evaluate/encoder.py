@@ -112,7 +112,7 @@ class Encoder:
 
     def about(self) -> dict[str, Any]:
         """Return plain values that identify the evaluated model of stored features: its names and its digest."""
-        about = {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
+        about: dict[str, Any] = {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
         about |= {} if self.image_seq_len is None else {"image_seq_len": self.image_seq_len}
         return about if self.normalize else {**about, "normalized": False}
 

@@ -130,8 +130,8 @@ class _Blocks(Dataset[_Block]):
             found.captions.append(image.captions)
             found.groups.append(image.group)
         transforms = self.transforms if images else []
-        pixels = [batch_images([f(image) for image in images], f, for_gpu=self.for_gpu) for f in transforms]
-        return _Block(pixels, found)
+        batches = [batch_images([f(image) for image in images], f, for_gpu=self.for_gpu) for f in transforms]
+        return _Block(batches, found)
 
 
 def encode_set(

@@ -127,7 +127,7 @@ def _known_inverse(old: int, new: int, interpolation: str, dtype: torch.dtype, d
         matrix = F.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]
         inverse = torch.linalg.pinv(matrix).T.to(device, dtype)
         # This is torch._dynamo.mark_static, except that it imports no compiler: sizes of constants never change.
-        inverse._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
+        inverse._dynamo_static_indices = {0, 1}
         return inverse
 
 
