@@ -67,7 +67,7 @@ class Trainer:
         self.batch_size = whole // world.size  # pairs of this rank, at most
         with world.local_first():
             self.data = TrainingData(config, plan, world)
-        self.total_steps = self.data.total_steps
+        self.total_steps, self._longest = self.data.total_steps, max(plan.sizes, key=length_of)
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device, world)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model, world)
@@ -316,8 +316,7 @@ class Trainer:
     def _train_step(self, batch: Batch) -> Tensor:
         """Set the learning rate of the current step, take the step and return its figures."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
-        longest, seq_len = max(self.data.plan.sizes, key=length_of), self.data.plan[self.progress.step].seq_len
-        size = at_once(self.step.micro_batch_size, longest, seq_len)
+        size = at_once(self.step.micro_batch_size, self._longest, self.data.plan[self.progress.step].seq_len)
         images, texts = self.upload(batch, size)
         if self.distillation is not None:
             self.distillation.look(images, texts, size)

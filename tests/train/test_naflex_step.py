@@ -1,6 +1,9 @@
 """A training step on images of several sizes: OpenCLIP's loss and gradients, in parts, compiled, and its scale."""
 
+import contextlib
+import functools
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ from clipfast.models.packed_images import pack_images, patchify
 from clipfast.models.packed_text import pack_on_host
 from clipfast.train.naflex_options import loss_scale
 from clipfast.train.step import TrainingStep, Upload
+
+from ..conftest import OnlyMeta
 
 PATCH, MOST, CONTEXT = 4, 24, 12
 TEXT = {"context_length": CONTEXT, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
@@ -142,15 +147,30 @@ def test_micro_batches_have_the_gradients_of_the_batch():
     step = step_of(model, loss_scale=loss_scale("linear", 4))
     loss = step.backward(*uploaded(images, texts))
     whole = gradients(model)
-    step.optimizer.zero_grad()
     in_parts = uploaded(images, texts, 3)
     assert [len(part) for part in in_parts[0]] == [3, 3, 1]
     assert sum(len(part.patches) for part in in_parts[0]) == len(pack_images(images, PATCH).patches)
-    assert step.backward(*in_parts).item() == pytest.approx(loss.item(), rel=1e-12)
-    assert_near(gradients(model), whole, 1e-12)
+    for of_texts in (in_parts[1], texts):  # SigLIP's towers read the padding of texts, which are not packed then
+        step.optimizer.zero_grad()
+        assert step.backward(in_parts[0], of_texts).item() == pytest.approx(loss.item(), rel=1e-12)
+        assert_near(gradients(model), whole, 1e-12)
     step.optimizer.zero_grad()
     accumulate_gradients(model, pack_images(images, PATCH), texts, 2)  # it splits packed images itself
     assert_near({name: 7 / 4 * gradient for name, gradient in gradients(model).items()}, whole, 1e-12)
+
+
+@pytest.mark.parametrize("size", [None, 2], ids=["whole", "parts"])
+def test_a_step_waits_for_nothing(size, monkeypatch):
+    """A GPU's values are not read, not even the lengths of images and texts."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not support "meta"
+    model, (images, texts) = model_in(torch.float32).to("meta"), pairs(5)
+    optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
+    step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, 64)
+    pack = functools.partial(pack_on_host, device=torch.device("meta"), always=True)
+    batch = Upload(torch.device("meta"), pack)(Batch(pack_images(images, PATCH, for_gpu=True), texts, []), size)
+    with OnlyMeta():
+        step(*batch)
+    optimizer.step.assert_called_once_with()
 
 
 def test_batches_of_all_sizes_are_compiled_twice():

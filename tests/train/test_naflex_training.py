@@ -13,11 +13,14 @@ from clipfast.distributed.world import ALONE
 from clipfast.evaluate.encoder import Encoder
 from clipfast.models import CLIP, CLIPConfig, build
 from clipfast.models.sequence_size import ToSequence
+from clipfast.models.tokenizer import Tokenizer
 from clipfast.runs.folder import RunFolder
 from clipfast.train import TrainConfig, step, validation
 from clipfast.train.batches import plan_of
 from clipfast.train.build import Distillation
+from clipfast.train.data import TrainingData
 from clipfast.train.loop import train
+from clipfast.train.preflight import batch_bytes
 
 from ..small_runs import picture, sample, write_shard
 from .distributed import assert_near, folder_of, trained
@@ -128,6 +131,14 @@ def test_evaluation_takes_the_longest_sequence_and_the_first_patch_size(
     assert seen == [ToSequence(patch_size, 24)]
     assert results_of(folder.path)["images"] == 70
     assert Encoder.load(f"local-dir:{folder.path}", device="cpu").transform == ToSequence(4, 24)
+
+
+def test_no_batch_is_larger_than_the_check_before_the_run_thinks(options, tmp_path):
+    config, model = TrainConfig(**options(tmp_path)), build(CLIPConfig.from_dict(CONFIG))
+    data = TrainingData(config)
+    made = list(data.batches(0, model, Tokenizer(model.context_length), pin_memory=False))
+    most = max(batch.images.patches.nbytes + batch.texts.nbytes for batch in made)
+    assert most <= batch_bytes(data.plan, model) <= 1.25 * most
 
 
 def test_a_teacher_must_be_naflex(options, tmp_path):
