@@ -12,7 +12,7 @@ from ..checkpoints.checkpoint import CheckpointError, load_weights, preprocessin
 from ..distributed.dtensors import distribute_like, gather_full, to_local
 from ..distributed.ending import NotFiniteError
 from ..models import CLIP
-from .batches import epochs_in, stream_of
+from .batches import PROCESSES, epochs_in, stream_of
 from .data import SkipBudget, TrainingData
 from .ema import WeightAverage
 from .option_checks import AUTO, flag_name
@@ -154,6 +154,8 @@ class RunState:
         flags = [
             f"{flag_name(names.get(key, key))} (was {was})" for key, was in changed.items() if hasattr(self.config, key)
         ]
+        if any(key in changed and changed[key] is None for key in ("batch_size", PROCESSES)):
+            flags = ["--use-naflex"]
         what = f"leave {', '.join(flags)} as it was" if flags else "the shards have other samples than they had"
         raise ValueError(f"the checkpoint is from within an epoch, whose data cannot change: {what}")
 

@@ -173,6 +173,7 @@ def test_a_step_waits_for_nothing(size, monkeypatch):
     optimizer.step.assert_called_once_with()
 
 
+@pytest.mark.long
 def test_batches_of_all_sizes_are_compiled_twice():
     """The first batch is compiled for its own sizes, and the second for all that follow."""
     torch.compiler.reset()

@@ -25,7 +25,7 @@ from clipfast.train.preflight import batch_bytes
 from ..small_runs import picture, sample, write_shard
 from .distributed import assert_near, folder_of, trained
 from .test_naflex_step import CONFIG
-from .test_training import losses, results_of, same, saved_step, started, wait_for_checkpoint, weights
+from .test_training import losses, results_of, same, saved_step, started, stopped_after, wait_for_checkpoint, weights
 
 RANKS = {"naflex_max_tokens_per_batch": 96, "naflex_batch_divisor": 4, "batch_size": 5}
 ALL = {"naflex_max_tokens_per_batch": 192, "naflex_batch_divisor": 8, "batch_size": 10}  # the same on one process
@@ -56,8 +56,9 @@ def learned(folder, config):
     return [loss / math.log(plan[number].pairs) for number, loss in enumerate(losses(folder))]
 
 
+@pytest.mark.long
 def test_the_loss_falls(options, tmp_path):
-    config = TrainConfig(**options(tmp_path, train_data="synthetic:512", train_num_samples=360, lr=3e-3))
+    config = TrainConfig(**options(tmp_path, train_data="synthetic:512", train_num_samples=480, epochs=1, lr=3e-3))
     folder, _ = train(config)
     found = learned(folder, config)
     assert {plan_of(config, ALONE, {})[number].seq_len for number in range(len(found))} == {8, 16, 24}
@@ -76,6 +77,7 @@ def flags(given):
     return words
 
 
+@pytest.mark.long
 def test_kill_9_loses_nothing(options, tmp_path):
     given = options(tmp_path / "killed", workers=2, save_every=1, epochs=6)
     folder = tmp_path / "killed" / "run"
@@ -131,6 +133,24 @@ def test_evaluation_takes_the_longest_sequence_and_the_first_patch_size(
     assert seen == [ToSequence(patch_size, 24)]
     assert results_of(folder.path)["images"] == 70
     assert Encoder.load(f"local-dir:{folder.path}", device="cpu").transform == ToSequence(4, 24)
+
+
+def test_batches_change_at_the_end_of_an_epoch_only(options, tmp_path):
+    given = options(tmp_path)
+    with stopped_after(4):
+        train(TrainConfig(**given))
+    folder = folder_of(given)
+    plain = {key: value for key, value in given.items() if "naflex" not in key}
+    for other, said in (
+        (given | {"naflex_seq_lens": (8, 16)}, r"leave --naflex-seq-lens \(was \[8, 16, 24\]\) as it was"),
+        (plain, "leave --use-naflex as it was"),
+    ):
+        with pytest.raises(ValueError, match=f"within an epoch, whose data cannot change: {said}"):
+            train(TrainConfig(**other), folder.latest)
+    train(TrainConfig(**given | {"epochs": 1, "naflex_loss_scale": "sqrt"}), folder.latest)
+    train(TrainConfig(**given | {"naflex_max_tokens_per_batch": 384}), folder.latest)
+    steps = plan_of(TrainConfig(**given | {"naflex_max_tokens_per_batch": 384}), ALONE, {}).batches_for(2 * 117)
+    assert saved_step(folder.path) == steps
 
 
 def test_no_batch_is_larger_than_the_check_before_the_run_thinks(options, tmp_path):
