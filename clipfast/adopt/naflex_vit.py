@@ -55,8 +55,8 @@ def _why_not_packed(tower: Any) -> str:
     if any(drops(part, part.drop_prob or 0) for part in tower.blocks.modules() if class_name(part) == _DROP_PATH):
         return "it drops branches of images"
     pool = tower.attn_pool
-    if pool is not None and (tower.num_prefix_tokens or pool.pos_embed is not None or not runs_ours(pool)):
-        return "its pooling is not ours, has positions of its own, or does not see prefix tokens"
+    if pool is not None and (pool.pos_embed is not None or not runs_ours(pool)):
+        return "its attention pooling is not ours, or has positions of its own"
     if pool is None and tower.global_pool not in ("avg", "token"):
         return f"its pooling is {tower.global_pool!r}"
     if any(method in tower.__dict__ for method in _METHODS):
@@ -182,8 +182,19 @@ def _embedded(embeds: Any, images: PackedImages) -> tuple[Tensor, Packing]:
 
 def _pooled(tower: Any, x: Tensor, places: PackedTokens) -> Tensor:
     """Return timm's pooling of the tokens of each packed image: [1, T, C] -> [B, C]."""
+    left_out = 0 if tower.pool_include_prefix else tower.num_prefix_tokens
     if tower.attn_pool is not None:
+        x, places = _without_prefix(x, places, left_out) if left_out else (x, places)
         return tower.attn_pool(x, attn_mask=places)
     if tower.global_pool == "token":
         return x[0, places.packing.cu_seqlens[:-1].long()]
-    return mean_of_images(x[0], places.packing, 0 if tower.pool_include_prefix else tower.num_prefix_tokens)
+    return mean_of_images(x[0], places.packing, left_out)
+
+
+def _without_prefix(x: Tensor, places: PackedTokens, prefix: int) -> tuple[Tensor, PackedTokens]:
+    """Return the tokens of packed images, [1, T, C], without the first ``prefix`` of each image, and their places."""
+    ends = places.packing.cu_seqlens
+    number = torch.arange(len(ends), dtype=ends.dtype, device=ends.device)
+    packing = pack(ends - prefix * number, x.shape[1] - prefix * (len(ends) - 1))
+    rows = torch.arange(len(packing.sequence), device=x.device) + prefix * (packing.sequence.long() + 1)
+    return x[:, rows.clamp(max=x.shape[1] - 1)], PackedTokens(packing, places.max_seqlen - prefix)
