@@ -17,6 +17,7 @@ from .order import Ints, Latest, Words, random_words_at
 
 Unit = Literal["pairs", "tokens"]
 BLOCK = 1 << 12  # number of batches of a budget that are planned together
+MOST_BATCHES = 1 << 31  # batches of a budget are counted one by one, so many of them in minutes
 
 
 class PlannedBatch(NamedTuple):
@@ -140,9 +141,15 @@ class BudgetedBatches:
         return self._sums[unit][block] + int(self._amounts(block, unit)[:within].sum())
 
     def batches_for(self, amount: int, unit: Unit = "pairs") -> int:
-        """Return the least number of batches that have ``amount`` pairs or tokens together."""
+        """Return the least number of batches that have ``amount`` pairs or tokens together.
+
+        Raises:
+            ValueError: they are too many to be counted.
+        """
         if amount <= 0:
             return 0
+        if amount > MOST_BATCHES * (self.most_tokens if unit == "tokens" else self.largest):
+            raise ValueError(f"a run of {amount} {unit} has more than {MOST_BATCHES} batches: let it be shorter")
         sums = self._sums[unit]
         while sums[len(sums) - 1] < amount:
             self._add_sum(unit)

@@ -50,12 +50,15 @@ class Epochs:
 
     def ends_with(self, step: int) -> bool:
         """Return True if an epoch of training is finished by step ``step``, counted from 1."""
-        return self.finished_after(step) > self.finished_after(step - 1)
+        return step > 0 and self.finished_after(step) > self.finished_after(step - 1)
 
     def after(self, step: int) -> Epoch:
         """Return the epoch of the step that follows ``step`` finished steps; the end of the run cuts the last epoch."""
-        number = self.finished_after(step)
-        return Epoch(number, self.steps_before(number), min(self.steps_before(number + 1), self.total_steps))
+        number, stop = self.finished_after(step), self.total_steps
+        # An epoch may be much longer than the run, and the batches behind the run are not summed up.
+        if self.finished_after(stop) > number:
+            stop = self.steps_before(number + 1)
+        return Epoch(number, self.steps_before(number), stop)
 
 
 LONGEST_AUTO_WARMUP = 2000  # steps, as in Radford et al. 2021

@@ -151,8 +151,12 @@ class RunState:
                 "data: start from its weights with --pretrained"
             )
         names = {"batch_size": "batch_size" if self.data.batch_size == self.config.batch_size else "global_batch_size"}
+        if changed.keys() == {"num_samples"}:  # otherwise it may follow from the other changes
+            names["num_samples"] = "train_num_samples"
         flags = [
-            f"{flag_name(names.get(key, key))} (was {was})" for key, was in changed.items() if hasattr(self.config, key)
+            f"{flag_name(name)} (was {was})"
+            for key, was in changed.items()
+            if hasattr(self.config, name := names.get(key, key))
         ]
         if any(key in changed and changed[key] is None for key in ("batch_size", PROCESSES)):
             flags = ["--use-naflex"]

@@ -6,7 +6,7 @@ import pytest
 
 from clipfast.checkpoints.checkpoint import read_checkpoint
 from clipfast.cli.main import main
-from clipfast.data import EqualBatches
+from clipfast.data import BudgetedBatches, EqualBatches, TokenBudget
 from clipfast.train import TrainConfig
 from clipfast.train.loop import train
 from clipfast.train.schedule import Epochs, cosine_lr
@@ -33,6 +33,14 @@ def test_every_step_is_in_one_epoch(num_samples, batch_size, samples_seen):
         assert epochs.ends_with(step) or step == epochs.total_steps
     assert len(ends) == epochs.number
     assert [n for n in range(1, epochs.total_steps) if epochs.ends_with(n)] == [n for n in ends if n < step]
+
+
+@pytest.mark.parametrize("plan", [EqualBatches(8), BudgetedBatches(TokenBudget((8, 16), max_tokens=64), 0)])
+def test_an_epoch_may_be_much_longer_than_the_run(plan):
+    epochs = Epochs(10**15, plan, 9)
+    assert [epochs.after(step) for step in (0, 8)] == [(0, 0, 9)] * 2
+    assert epochs.number == 1
+    assert not any(map(epochs.ends_with, range(10)))
 
 
 def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_path, capsys):

@@ -114,6 +114,7 @@ def test_ranks_that_do_not_divide_the_batches(given):
         ({"naflex_max_tokens_per_batch": 400}, "hold 48 pairs, less than one batch of 100: lower --naflex-max-tokens"),
         ({"train_num_samples": 7}, "--train-num-samples 7 is less than one batch of 8 pairs"),
         ({"naflex_num_train_image_tokens": 31}, "image-tokens 31 is less than one batch of 36 tokens"),
+        ({"naflex_num_train_image_tokens": 10**18}, "a run of 3000000000000000000 tokens has more than 2147483648 bat"),
     ],
 )
 def test_refused(options, message, given):

@@ -86,6 +86,7 @@ def test_the_data_cannot_change_within_an_epoch(tmp_path):
         ({"dataset_resampled": True}, r"--dataset-resampled \(was False\)"),
         ({"batch_size": 16}, r"--batch-size \(was 8\)"),
         ({"seed": 5}, r"--seed \(was 0\)"),
+        ({"train_num_samples": 48}, r"--train-num-samples \(was 64\)"),
     ):
         with pytest.raises(ValueError, match=f"within an epoch.*: leave {flag}"):
             train(dataclasses.replace(options, **change), latest)
