@@ -4,6 +4,7 @@ A command of OpenCLIP without training data only evaluates. Here ``clipfast eval
 """
 
 import argparse
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..io.files import local_path
+from ..train.naflex_options import NaFlexOptions
 from ..train.option_checks import flag_name
 from ..train.recipes import describe, list_recipes, read_recipe
 from ..train.train_config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
@@ -121,6 +123,8 @@ def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -
     replaced = {REPLACED[key] for key in given if key in REPLACED}
     if "lr_scheduler" in given:  # drop the options that only the earlier schedule used
         replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
+    if given.get("use_naflex") is False:
+        replaced |= {field.name for field in dataclasses.fields(NaFlexOptions)}
     options = {key: value for key, value in options.items() if key not in replaced}
     origins = {key: origin for key, origin in origins.items() if key not in replaced}
     damaged = [f"{line}; the run goes on from {checkpoint}" if checkpoint else line for line in found.damaged]

@@ -16,7 +16,10 @@ PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "pure_b
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
 BUDGETS = ("epochs", "samples_seen")  # two options for the length of a run, of which one is used
 # If a flag gives an option that is a key here, the value of the other option in a recipe or a checkpoint is dropped.
-REPLACED = {"epochs": "samples_seen", "samples_seen": "epochs", "batch_size": "global_batch_size"}
+REPLACED = {
+    "epochs": "samples_seen", "samples_seen": "epochs", "batch_size": "global_batch_size",
+    "train_num_samples": "naflex_num_train_image_tokens", "naflex_num_train_image_tokens": "train_num_samples",
+}  # fmt: skip
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
 SCHEDULERS = ("cosine", "const", "const-cooldown", "wsd")

@@ -97,6 +97,19 @@ def test_every_option_is_printed_with_its_origin(printed, capsys):
     assert "--batch-size must be more than 0" in error
 
 
+def test_flags_replace_the_options_for_naflex_that_they_exclude(tmp_path, printed):
+    recipe = tmp_path / "naflex.toml"
+    tokens, pairs = ("--naflex-num-train-image-tokens", "--train-num-samples")
+    for first, then in ((tokens, pairs), (pairs, tokens)):
+        recipe.write_text(f"use_naflex = true\nnaflex_seq_lens = [4, 9]\nnaflex_batch_divisor = 4\n{first[2:]} = 99999")
+        found = printed("--recipe", recipe, then, 88888)
+        assert (found[then], found[first][1]) == (["88888", "flag"], "default")
+        found = printed("--recipe", recipe, "--no-use-naflex")
+        assert found["--use-naflex"] == ["False", "flag"]
+        assert {origin for flag, (*_, origin) in found.items() if flag.startswith("--naflex")} == {"default"}
+        assert found[pairs][1] == ("default" if first == tokens else f"recipe {recipe}")
+
+
 def test_a_run_keeps_a_list_of_its_options(shards, tmp_path, capsys, printed):
     (tmp_path / "mine.toml").write_text(f'model = "{TINY}"\nbatch_size = 8\nepochs = 1\nwarmup = "auto"\nworkers = 0')
     options = ["--train-data", shards, "--logs", tmp_path, "--name", "run"]
