@@ -11,6 +11,7 @@ import torch
 from ..kernels.launch import INTERPRET
 from ..kernels.spec import ACCURACY, CPU, CUDA, INTERPRETER, specs
 from .child import groups_of_child
+from .context import patch_language_once
 from .curve import MODEL_NAME, verify_curve
 from .models import verify_model
 from .ops import planned, timed, verify_case
@@ -45,6 +46,8 @@ def legs_of(options: Options) -> tuple[str, ...]:
 def checks(options: Options, leg: str) -> list[Check]:
     """Return all checks that run on ``leg``; the interpreter is too slow for models and training."""
     dtypes = [name for name in options.dtypes if not (leg == INTERPRETER and name == "bfloat16")]
+    if leg == INTERPRETER:
+        patch_language_once()
     found: list[Check] = []
     for op in options.ops:
         if op not in (MODEL, CURVE):

@@ -30,6 +30,7 @@ from clipfast.kernels import configs
 from clipfast.kernels.contrastive import small_batch
 from clipfast.kernels.launch import execute_on_cpu
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
+from clipfast.verify.context import patch_language_once
 from clipfast.verify.rule import in_double, value_and_grads
 
 from ..conftest import LEG, ON_GPU
@@ -41,6 +42,7 @@ LEGS = {
     "native": ("cpu", "gpu"),
     "device": ("cpu", "gpu", "interpreter"),
 }
+patch_language_once()
 MAP_NORESERVE = 0x4000  # the value on Linux; Python's mmap has the name since 3.13
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 needs_sanitizer = pytest.mark.skipif(
