@@ -248,7 +248,7 @@ CASES = [
     # sequences of several lengths
     *Case.in_use(AttentionShape(16, 77, 8, 64, True, varlen=True), AttentionShape(8, 77, 1, 64, True, varlen=True), "B's texts, packed (PyTorch: eager or fused)", cancels=True, quick=True),
     Case(AttentionShape(1024, 77, 8, 64, True, varlen=True), "B's texts, packed, a batch", on(CUDA)),
-    Case(AttentionShape(5, 300, 1, 80, varlen=True), "one long sequence, and short ones in one block (PyTorch: eager or fused)", cancels=True, sanitize=True),
+    Case(AttentionShape(5, 150, 1, 80, varlen=True), "one long sequence, and short ones in one block (PyTorch: eager or fused)", cancels=True, sanitize=True),
     Case(AttentionShape(40, 9, 2, 24, varlen=True), "many sequences in a block (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
     Case(AttentionShape(33, 70, 1, 104, True, varlen=True), "packed, causal, in three parts of a head (PyTorch: eager or fused)", cancels=True, sanitize=True),
     Case(AttentionShape(0, 7, 2, 16, True, varlen=True), "no sequences: all tokens belong to none"),

@@ -78,17 +78,6 @@ def test_no_tensor_of_a_known_call_is_kept(name, device):
     assert not any(reference() is not None for reference in kept)
 
 
-@each_gradient
-def test_a_known_backward_pass_has_no_derivative(name, device):
-    call = known(name, device)
-    leaves = leaves_of(call.inputs)
-    floats = [x for x in leaves.values() if x.requires_grad]
-    values = sum(value.pow(2).sum() for value in tuple_of(call.op(**leaves)))
-    first = torch.autograd.grad(values, floats, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"has no derivative.*backend='torch'"):
-        sum(x.sum() for x in first).backward()
-
-
 def test_wrong_options_of_known_calls():
     x, weight, bias = torch.randn(2, 3, 12), torch.randn(12), torch.randn(12)
     wrong = (
