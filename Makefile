@@ -34,17 +34,18 @@ train-shapes: $(VENV)/base  ## Train a CLIP on drawn shapes, and see which compo
 		--html runs/$$run/shapes.html --plot runs/$$run/shapes.png
 
 # Tests wait for processes and for the disk now and then: two cores are kept busy by three workers.
+WORKERS ?= 3
 test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 20 minutes on two cores)
 
 test-fast: $(VENV)/test  ## Run what takes no minute of its own: 4 to 6 minutes, for every edit
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 3 --dist worksteal --fast tests
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest -n 3 --dist worksteal --fast tests/kernels
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n $(WORKERS) --dist worksteal --fast tests
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --fast tests/kernels
 
 test-cpu: $(VENV)/test  ## CPU paths, ttsem, offline compilation, model layer, training
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 3 --dist worksteal tests
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n $(WORKERS) --dist worksteal tests
 
 test-interpreter: $(VENV)/test  ## The Triton kernels, interpreted
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest -n 3 --dist worksteal tests/kernels
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal tests/kernels
 
 bench: $(VENV)/test  ## Time everything on this machine, against whatever else is installed
 	$(BIN)/python -m bench all

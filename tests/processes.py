@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 
 # Modules that are imported once, in the process from which all ranks are forked.
-PRELOAD = ["torch.distributed.nn", "clipfast.api", "open_clip"]
+PRELOAD = [
+    "torch.distributed.nn", "clipfast.api", "open_clip", "clipfast.train.trainer", "clipfast.evaluate.encoder",
+    "torch.utils.tensorboard", "torchvision.transforms.v2",
+]  # fmt: skip
 
 
 def start_ranks(

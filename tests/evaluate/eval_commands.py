@@ -16,11 +16,8 @@ from PIL import Image
 from clipfast import create_model
 from clipfast.cli.main import main
 
-from .. import processes
 from ..processes import run_ranks
 from ..small_runs import everything, run_command
-
-processes.PRELOAD.append("clipfast.evaluate.encoder")
 
 
 def save_model(path: Path, seed: int = 0) -> list[str]:

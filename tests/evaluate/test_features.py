@@ -18,12 +18,9 @@ from clipfast.evaluate.labelled import LabelledSet
 from clipfast.evaluate.store import ABOUT, FeatureStore
 from clipfast.factory import get_tokenizer, transform_of
 
-from .. import processes
 from ..processes import run_ranks
 from ..small_runs import picture, sample, write_shard
 from ..train.faults import faulty_samples
-
-processes.PRELOAD.append("clipfast.evaluate.encoder")
 
 
 def encoder_of(seed=0):

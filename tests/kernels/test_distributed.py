@@ -114,7 +114,7 @@ def every_case(rank, world_size):
 
 @pytest.mark.parametrize("world_size", SIZES)
 def test_like_one_process(world_size, tmp_path, device):
-    results = run_ranks(every_case, world_size, world_size, folder=tmp_path)
+    results = run_ranks(every_case, world_size, world_size, folder=tmp_path, timeout=240.0)
     for case, *ranks in zip(cases(world_size), *results, strict=True):
         one_process = functools.partial(contrastive_loss, backend="torch", **case.options)
         truth = value_and_grads(one_process, in_double(batch(case)), ONE)

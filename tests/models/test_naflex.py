@@ -101,7 +101,7 @@ def test_towers_are_timms(config):
     ours.trunk.load_state_dict(theirs.state_dict())
     if config.pool == "avg":
         ours.head["proj"].weight.data.copy_(torch.eye(32))
-    for images in mixes(50):
+    for images in mixes(12):
         weights = torch.randn(len(images), 32, dtype=torch.float64)
         expected, gradients = value_and_gradients(theirs, padded(images), weights)
         for form in (pack_images(images, PATCH), pack_images(images, PATCH, for_gpu=True), padded(images)):
@@ -174,7 +174,7 @@ def test_tower_is_that_of_transformers():
         random_weights(NaFlexVision(SIGLIP, 32, TANH)).double(),
     )
     theirs.load_state_dict(hugging_face_weights(ours.trunk.state_dict()))
-    for images in mixes(50, least_width=1):
+    for images in mixes(12, least_width=1):
         batch = padded(images)
         shapes = torch.tensor([[side // PATCH for side in image.shape[1:]] for image in images])
         theirs_batch = {

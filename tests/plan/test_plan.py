@@ -270,10 +270,9 @@ def measured_step(setup, config, batch):
 @pytest.mark.long
 @on_cpu
 def test_real_steps_take_what_is_planned(tmp_path, one_thread):
-    ddp, fsdp = (Setup("deep", 2, way, kind, has_ema=True) for way, kind in (("ddp", "none"), ("fsdp", "full")))
-    selective = dataclasses.replace(ddp, checkpointing="selective")
+    ddp, fsdp = (Setup("deep", 2, way, kind, has_ema=True) for way, kind in (("ddp", "selective"), ("fsdp", "full")))
     single = dataclasses.replace(fsdp, checkpointing="none", precision="fp32")
-    jobs = [(setup, Batch(24, 24)) for setup in (ddp, selective, single)] + [(fsdp, Batch(101, 34))]
+    jobs = [(ddp, Batch(24, 24)), (single, Batch(24, 24)), (fsdp, Batch(67, 34))]
     ranks = run_ranks(measured_steps, 2, jobs, ddp.config, folder=tmp_path, timeout=600.0)
     for number, (setup, batch) in enumerate(jobs):
         plan = StepPlan(setup, H100, None)

@@ -19,14 +19,11 @@ from clipfast.train import TrainConfig
 from clipfast.train.loop import train
 from clipfast.train.trainer import Trainer
 
-from .. import processes
 from ..models.siglip import save_tokenizer
 from ..processes import run_ranks
 from ..small_runs import picture, sample, write_shard
 from .faults import faulty_samples
 from .test_training import losses, weights
-
-processes.PRELOAD.append("clipfast.train.trainer")
 
 CLIP = {
     "embed_dim": 8,

@@ -24,13 +24,10 @@ from clipfast.train.state import Progress
 from clipfast.train.step import TrainingStep
 from clipfast.train.trainer import Trainer
 
-from .. import processes
 from ..processes import run_ranks
 from ..small_runs import TINY, picture, sample, write_shard
 from .distributed import averages, empty, folder_of, on_rank
 from .test_training import losses, weights
-
-processes.PRELOAD.append("clipfast.train.trainer")
 
 RESNET = {
     "embed_dim": 8,
@@ -161,7 +158,7 @@ def assert_as_without(folder, expected):
 @pytest.mark.parametrize(
     ("size", "cases"),
     [
-        (1, ["micro", "momentum", "resnet"]),
+        (1, ["micro", "resnet"]),
         pytest.param(2, ["plain", "resnet-micro"], marks=pytest.mark.long),
         pytest.param(3, ["momentum"], marks=pytest.mark.long),
     ],

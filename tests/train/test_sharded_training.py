@@ -26,7 +26,6 @@ from clipfast.train import TrainConfig
 from clipfast.train.loop import train
 from clipfast.train.remote_sync import RemoteCopy
 
-from .. import processes
 from ..processes import run_ranks, start_ranks, wait_for
 from ..small_runs import run_command
 from .distributed import CLIP, assert_near, befalling, empty, on_rank
@@ -34,7 +33,6 @@ from .test_endings import flip
 from .test_training import losses, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-processes.PRELOAD.append("clipfast.train.trainer")
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,10 @@ import pytest
 
 from clipfast.cli.main import main
 
-from .. import processes
 from ..processes import run_ranks
 from ..small_runs import TINY, sample, write_shard
 from .test_naflex_step import CONFIG
 
-processes.PRELOAD.append("clipfast.train.trainer")
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "training.md").read_text()
 COMMANDS = [

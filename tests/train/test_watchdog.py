@@ -19,13 +19,11 @@ from clipfast.distributed.watchdog import Watchdog
 from clipfast.train import TrainConfig
 from clipfast.train.validation import ImageNet
 
-from .. import processes
 from ..processes import error_of, run_ranks, start_ranks
 from ..small_runs import TINY, sample, write_shard
 from .distributed import on_rank, trained
 from .test_training import saved_step
 
-processes.PRELOAD.append("clipfast.train.trainer")
 TIMEOUT = 4  # seconds that a collective may take
 
 
