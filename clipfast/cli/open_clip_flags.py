@@ -94,7 +94,7 @@ FLAGS: dict[str, Rule] = {
     "--log-local": SAME,
     "--name": Rule("same", "the name of a run that has none is made of the model and the time"),
     "--workers": SAME,
-    "--batch-size": Rule("same", "with --use-naflex, only --naflex-loss-scale reads it"),
+    "--batch-size": Rule("same", "with --use-naflex, only --naflex-loss-scale and the loss of an evaluation read it"),
     "--epochs": SAME,
     "--epochs-cooldown": SAME,
     "--lr": SAME,

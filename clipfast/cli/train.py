@@ -275,7 +275,14 @@ def commands(options: Mapping[str, Any]) -> Iterator[list[str]]:
             f"without --train-data this only evaluates, and clipfast eval does not have {unknown}: give the model as "
             "local-dir:FOLDER, whose open_clip_config.json says it"
         )
+    if options.get("naflex_patch_sizes"):
+        raise ValueError(
+            "without --train-data this only evaluates, with patches of the model's own size: leave out "
+            "--naflex-patch-sizes"
+        )
     passed = ["eval", "zeroshot"]
+    if options.get("naflex_seq_lens"):
+        passed += ["--image-seq-len", str(max(options["naflex_seq_lens"]))]
     for name in PASSED:
         value = options.get(name)
         if value:

@@ -85,6 +85,8 @@ def check_naflex(config: "TrainConfig") -> None:
     refused = {
         "--cuda-graphs": (config.cuda_graphs, "hardly two batches have equally many patches"),
         "--decode-on-device": (config.decode_on_device, "it resizes images to one size"),
+        "--force-image-size": (config.force_image_size, "--naflex-seq-lens limits the size of images"),
+        "--image-resize-mode": (config.image_resize_mode, "images keep their aspect"),
     }
     for flag, (is_set, reason) in refused.items():
         if is_set:

@@ -66,7 +66,7 @@ class TrainConfig(NaFlexOptions, DataOptions):
     distill_pretrained: str | None = option(None, "weights of the teacher: a tag or a checkpoint")
     batch_size: int = option(
         256, "pairs per step of each process; with --use-naflex, only the number that --naflex-loss-scale compares "
-        "with", int, positive=True,
+        "with, and of pairs in the loss of an evaluation", int, positive=True,
     )  # fmt: skip
     global_batch_size: int | None = option(
         None, "pairs per step of all processes together, in place of --batch-size (default: --batch-size times the "

@@ -12,6 +12,7 @@ from clipfast.cli.main import main
 from clipfast.distributed.world import ALONE
 from clipfast.evaluate.encoder import Encoder
 from clipfast.models import CLIP, CLIPConfig, build
+from clipfast.models.registry import read_model_config
 from clipfast.models.sequence_size import ToSequence
 from clipfast.models.tokenizer import Tokenizer
 from clipfast.runs.folder import RunFolder
@@ -133,6 +134,18 @@ def test_evaluation_takes_the_longest_sequence_and_the_first_patch_size(
     assert seen == [ToSequence(patch_size, 24)]
     assert results_of(folder.path)["images"] == 70
     assert Encoder.load(f"local-dir:{folder.path}", device="cpu").transform == ToSequence(4, 24)
+
+
+def test_without_training_data_it_evaluates_with_the_longest_sequence(options, tmp_path, monkeypatch, capsys):
+    given, load, seen = options(tmp_path), Encoder.load, []
+    monkeypatch.setattr(Encoder, "load", lambda *args, **others: seen.append(load(*args, **others)) or seen[-1])
+    torch.save(build(read_model_config(given["model"])).state_dict(), tmp_path / "weights.pt")
+    words = flags({"val_data": given["train_data"], "model": given["model"], "pretrained": tmp_path / "weights.pt"})
+    words += flags({"use_naflex": True, "naflex_seq_lens": (8, 16)})[1:]
+    assert main([*words, "--device", "cpu"]) == 0
+    assert [encoder.transform for encoder in seen] == [ToSequence(4, 16)]
+    assert main([*words, "--naflex-patch-sizes", "8"]) == 2
+    assert "leave out --naflex-patch-sizes" in capsys.readouterr().err
 
 
 def test_batches_change_at_the_end_of_an_epoch_only(options, tmp_path):

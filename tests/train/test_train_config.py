@@ -51,6 +51,8 @@ use_naflex=True train_num_samples=9 naflex_num_train_image_tokens=9: --train-num
 use_naflex=True global_batch_size=64: --global-batch-size 64 with --use-naflex
 use_naflex=True cuda_graphs=True: --cuda-graphs does not work with --use-naflex
 use_naflex=True decode_on_device=True: --decode-on-device does not work with --use-naflex
+use_naflex=True force_image_size=(64,): --force-image-size does not work with --use-naflex
+use_naflex=True image_resize_mode=longest: --image-resize-mode does not work with --use-naflex
 """)
 def test_bad_options(options, said):
     with pytest.raises(ValueError, match=said):
