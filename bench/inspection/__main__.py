@@ -21,8 +21,8 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import specs
 
 from . import offline
-from .eager import measured
-from .forecast import HOST, STEP, forecast, forecast_shape, measured_shapes
+from .eager import STEP, measured
+from .forecast import HOST, forecast, forecast_shape, measured_shapes
 from .model import FULL, H100, QUICK, Effort
 
 MODELS = ("ViT-B-32", "ViT-L-14")  # whose steps stand in the table of the host

@@ -29,7 +29,7 @@ from clipfast.plan.planned_step import Setup, rank_of
 
 from .. import categories
 from .correction import Corrected, corrected, kind_of
-from .eager import binds_from, host_seconds
+from .eager import STEP, binds_from, host_seconds
 from .model import FULL, H100, Effort, Machine, NoModel, Prediction, predict_launch
 
 # The pairs in a step of each published model. They fit into 80 GB; ``clipfast plan --fit`` finds the largest number.
@@ -37,7 +37,6 @@ STEPS = {
     "RN50": 256, "RN101": 256, "RN50x4": 128, "RN50x16": 64, "RN50x64": 32, "ViT-B-32": 1024, "ViT-B-16": 512,
     "ViT-L-14": 128, "ViT-L-14-336": 64, "ViT-H-14": 64, "ViT-g-14": 64, "ViT-bigG-14": 32,
 }  # fmt: skip
-STEP = "step"
 FORWARD, BACKWARD = "forward", "backward"
 GPU, HOST = "GPU", "host"
 

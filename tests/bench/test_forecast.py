@@ -132,15 +132,19 @@ def test_table_of_sizes_puts_the_time_over_the_floor(capsys):
     assert float(row.split("ms, ")[1].partition("x")[0]) > 1  # nothing is faster than its floor
 
 
-def test_the_host_takes_as_long_for_each_kernel_as_measured(monkeypatch):
+def test_the_host_takes_longer_for_more_kernels_than_were_measured(monkeypatch):
     short, long = {"rows": 3, "width": 4}, {"rows": 3, "width": 4, "residual": True}
     measured = [
         {"name": "norm", "shape": shape, "found": {"clipfast": {"forward": [9.0, 1], "both": [us, 4]}}}
         for shape, us in ((short, 40.0), (long, 60.0))
     ]
+    measured.append({"name": "step", "shape": {}, "found": {"clipfast": {"both": [900.0, 30]}}})
     monkeypatch.setattr(eager, "measured", lambda: {"rows": measured})
     assert eager.host_seconds("norm", {"rows": 5000, "width": 768}, 4) == pytest.approx(40e-6)
-    assert eager.host_seconds("norm", {"rows": 5000, "width": 768, "residual": True}, 8) == pytest.approx(120e-6)
+    assert eager.host_seconds("norm", {"rows": 5000, "width": 768, "residual": True}, 8) == pytest.approx(
+        60e-6 + 4e-6 * eager.FURTHER
+    )
+    assert eager.host_seconds("step", {"model": "ViT-B-32"}, 60) == pytest.approx(1800e-6)
     with pytest.raises(ValueError, match="no time of gelu"):
         eager.host_seconds("gelu", short, 1)
 
@@ -153,7 +157,7 @@ def test_the_batch_from_which_the_gpu_binds_is_found_from_any_start(start, turn)
 def test_the_host_of_every_op_and_step_is_known():
     for spec, shape in forecast.measured_shapes():
         assert eager.host_seconds(spec.name, shape.to_dict(), 1) > 0
-    assert eager.host_seconds(forecast.STEP, {"model": "RN50", "batch": 256}, 1) > 0
+    assert eager.host_seconds(eager.STEP, {"model": "RN50", "batch": 256}, 1) > 0
 
 
 def test_the_kernels_of_every_op_have_a_published_error():
