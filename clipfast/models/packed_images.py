@@ -117,11 +117,23 @@ def pack_images(
                 f"pack_images: images must be [3, H, W], all of one dtype, got {tuple(image.shape)} in {image.dtype} "
                 f"for image {number}, and {images[0].dtype} for the first"
             )
+    if isinstance(images, Tensor) and not for_gpu and room is None:
+        return _of_one_size(images, patch_size)
     patches = patchify(images, patch_size) if isinstance(images, Tensor) else [patchify(x, patch_size) for x in images]
     grids = torch.tensor([[side // patch_size for side in image.shape[-2:]] for image in images], dtype=torch.int32)
     packed = _longest_first(grids)
     in_order = [patches.flatten(0, 1)] if isinstance(patches, Tensor) else [patches[place] for place in packed.tolist()]
     return _packed(in_order, grids, packed, for_gpu, room)
+
+
+def _of_one_size(images: Tensor, patch_size: int) -> PackedImages:
+    """Pack images [B, 3, H, W] on their device: nothing is copied there, which a CUDA graph could not hold."""
+    patches, count = patchify(images, patch_size), len(images)
+    sides = [
+        torch.full((count,), side // patch_size, dtype=torch.int32, device=images.device) for side in images.shape[2:]
+    ]
+    order = torch.arange(count, device=images.device)
+    return PackedImages(patches.flatten(0, 1), torch.stack(sides, 1), order, patches.shape[1])
 
 
 def batch_images(images: Sequence[Tensor], transform: object, *, for_gpu: bool = False) -> Tensor | PackedImages:

@@ -159,15 +159,17 @@ def test_micro_batches_have_the_gradients_of_the_batch():
     assert_near({name: 7 / 4 * gradient for name, gradient in gradients(model).items()}, whole, 1e-12)
 
 
+@pytest.mark.parametrize("has_one_size", [False, True], ids=["several sizes", "one size"])
 @pytest.mark.parametrize("size", [None, 2], ids=["whole", "parts"])
-def test_a_step_waits_for_nothing(size, monkeypatch):
+def test_a_step_waits_for_nothing(size, has_one_size, monkeypatch):
     """A GPU's values are not read, not even the lengths of images and texts."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not support "meta"
     model, (images, texts) = model_in(torch.float32).to("meta"), pairs(5)
     optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
-    step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, 64)
+    step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, size or 64)
     pack = functools.partial(pack_on_host, device=torch.device("meta"), always=True)
-    batch = Upload(torch.device("meta"), pack)(Batch(pack_images(images, PATCH, for_gpu=True), texts, []), size)
+    packed = torch.zeros(5, 3, 20, 20, dtype=torch.uint8) if has_one_size else pack_images(images, PATCH, for_gpu=True)
+    batch = Upload(torch.device("meta"), pack)(Batch(packed, texts, []), size)
     with OnlyMeta():
         step(*batch)
     optimizer.step.assert_called_once_with()
