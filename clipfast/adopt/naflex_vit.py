@@ -28,6 +28,11 @@ from .places import Proposal, class_name, computes, is_left, is_untouched, on_cp
 KIND = "pack_image"
 PACKS = "no patch that is padding"
 TOWER = "timm.models.naflexvit.NaFlexVit"
+# Options of timm's embedding that older versions lack, and the values with which it computes as those did.
+_LATER = {
+    "channels_last": True, "pos_embed_antialias": True, "pos_embed_align_corners": False,
+    "pos_embed_use_grid_sample": False,
+}  # fmt: skip
 _METHODS = ("forward_features", "forward_head", "_forward_embeds", "_pool")
 _DROP_PATH = "timm.layers.drop.DropPath"
 _BLOCK = "timm.models.vision_transformer.Block"
@@ -62,7 +67,8 @@ def _why_not_packed(tower: Any) -> str:
     if any(method in tower.__dict__ for method in _METHODS):
         return "something else has replaced one of its methods"
     outside = [tower.norm_pre, tower.norm, *(() if pool is None else (pool,))]
-    if not all(is_untouched(part) for part in outside) or (pool is not None and not is_plain(pool.kv, nn.Linear)):
+    watched = not all(is_untouched(part) for whole in outside for part in whole.modules())
+    if watched or (pool is not None and not is_plain(pool.kv, nn.Linear)):
         return "its norm or its pooling has a hook, or something else has replaced it"
     if any(class_name(part) not in _PLAIN for part in outside[:2]):
         return "its norm is not one of the layer norms that are known"
@@ -145,13 +151,13 @@ def _images(tower: Any, batch: Mapping[str, Tensor]) -> PackedImages | None:
     if is_left(patches) or embeds.pos_embed_type != "learned" or embeds.pos_embed_interp_mode not in INTERPOLATIONS:
         return None
     parts = (embeds.proj, embeds.norm, embeds.pos_drop)
-    is_known = embeds.is_linear and embeds.channels_last and embeds.norm_input is None and is_untouched(embeds)
+    is_known = embeds.is_linear and embeds.norm_input is None and is_untouched(embeds)
     is_known = is_known and all(map(is_plain, parts, (nn.Linear, nn.Identity, nn.Dropout)))
-    filters = embeds.pos_embed_antialias and not embeds.pos_embed_align_corners
-    if not is_known or not filters or getattr(embeds, "pos_embed_use_grid_sample", False):
+    if not is_known or any(getattr(embeds, name, usual) != usual for name, usual in _LATER.items()):
         return None
-    if embeds.proj.weight.shape[1] != patches.flatten(2).shape[2]:  # the weight is resized for square patches of images
-        sides, channels = patches.shape[2:4], patches.shape[4:]
+    sides, channels = tuple(patches.shape[2:4]), patches.shape[4:]
+    is_resized = patches.ndim == 5 and sides != embeds.patch_size
+    if is_resized or embeds.proj.weight.shape[1] != patches.flatten(2).shape[2]:  # only for square patches of images
         is_known = embeds.enable_patch_interpolator and len(set(sides)) == len(set(embeds.patch_size)) == 1
         is_known = is_known and channels == (3,) and embeds.in_chans == 3
     if not is_known or drops(embeds, embeds.pos_drop.p):

@@ -47,7 +47,7 @@ class NaFlexConfig(VisionConfig):
                 f"a NaFlex tower has pool map or avg and interpolation bilinear or bicubic, got {self.pool!r} and "
                 f"{self.interpolation!r}"
             )
-        counts = (self.image_seq_len or 1, *self.pos_embed_grid_size)
+        counts = (1 if self.image_seq_len is None else self.image_seq_len, *self.pos_embed_grid_size)
         if len(self.pos_embed_grid_size) != 2 or min(counts) < 1 or self.reg_tokens < 0:
             raise ValueError(
                 "a NaFlex tower needs image_seq_len and two pos_embed_grid_size of at least 1, and reg_tokens "

@@ -170,10 +170,8 @@ def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> Packe
         )
     patches = patches.flatten(2)
     valid = batch["patch_valid" if "patch_valid" in batch else "pixel_attention_mask"].bool()
-    if "patch_coord" in batch:
-        grids = batch["patch_coord"].masked_fill(~valid[..., None], -1).amax(1) + 1
-    else:
-        grids = batch["spatial_shapes"]
+    # As in timm, patches that the mask hides count for the grid of their image.
+    grids = batch["patch_coord"].amax(1) + 1 if "patch_coord" in batch else batch["spatial_shapes"]
     counts = grids.prod(1)
     numbers = torch.arange(valid.shape[1], device=valid.device)
     wrong = ((numbers < counts[:, None]) != valid).any(1) | (counts > valid.shape[1]) | (counts < 1)

@@ -165,6 +165,40 @@ def test_a_watched_tower_gets_padded_images(what, packed):
     assert reason in lines(patched, "pack_image")[0]
 
 
+@pytest.mark.parametrize("part", ["q", "norm", "mlp.fc1"])
+def test_hooks_inside_the_pooling_see_the_images_in_the_order_of_their_batch(part):
+    tower = made("registers")
+    seen, (*_, batch) = [], batches(2)
+    batch = {name: x.flip(0) for name, x in batch.items()}  # the shortest image first
+    for each in (tower, clipfast.apply_to_timm(copy.deepcopy(tower))):
+        each.attn_pool.get_submodule(part).register_forward_hook(lambda _, given, __: seen.append(given[0]))
+        each(batch)
+    torch.testing.assert_close(*seen, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["the mask hides the last row", "patches of 2 x 8"])
+def test_patches_that_our_op_would_embed_otherwise_are_left_to_timm(how, packed):
+    tower = made()
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower))
+    size = (2, 8) if how == "patches of 2 x 8" else (PATCH, PATCH)
+    coord = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+    valid = torch.arange(16)[None] < (12 if how == "the mask hides the last row" else 16)
+    patches = torch.randn(1, 16, *size, 3, dtype=torch.float64)
+    batch = {"patches": patches, "patch_coord": coord, "patch_valid": valid}
+    assert error(results(patched, batch), results(tower, batch)) <= 1e-12
+    assert packed == [False]
+
+
+def test_the_embedding_of_an_older_timm_is_known(packed, in_double):
+    tower = made()
+    patched = clipfast.apply_to_timm(copy.deepcopy(tower))
+    for name in ("channels_last", "pos_embed_antialias", "pos_embed_align_corners"):  # until 1.0.24 at least
+        patched.embeds.__dict__.pop(name, None)
+    (batch,) = batches(1)
+    torch.testing.assert_close(patched(batch), tower(batch), rtol=0, atol=1e-12)
+    assert packed == [True]
+
+
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"patch_drop_rate": 0.5}, "it drops patches"), ({"drop_path_rate": 0.5}, "it drops branches"),
     ({"rope_type": "axial"}, "it has rotary positions"),

@@ -242,6 +242,10 @@ def test_batches_that_are_no_grids_are_refused():
     batch["patch_valid"][1, 0] = False  # patch dropout leaves such batches
     with pytest.raises(ValueError, match="unpad_images: image 1 must have its 1 x 2 patches first"):
         unpad_images(batch)
+    batch = padded([torch.randn(3, 8, 12)])
+    batch["patch_valid"][0, 3:] = False  # the positions of the other row are those of two rows
+    with pytest.raises(ValueError, match="unpad_images: image 0 must have its 2 x 3 patches first"):
+        unpad_images(batch)
     with pytest.raises(ValueError, match="patchify: 9 x 8 pixels cannot be cut into patches of 4 x 4"):
         pack_images([torch.randn(3, 9, 8)], PATCH)
     with pytest.raises(ValueError, match="at least one image"):

@@ -128,6 +128,8 @@ def test_images_by_a_list(home):
         assert_near(model.encode_image(batch_images(list(map(to_bytes, pictures)), to_bytes), normalize=True), floats)
 
 
-def test_other_models_have_no_sequence():
+def test_other_models_have_no_sequence_and_none_is_empty():
     with pytest.raises(ValueError, match=r"force_image_seq_len .* is for NaFlex models, and ViT-T-8-32"):
         clipfast.create_model("ViT-T-8-32", force_image_seq_len=9)
+    with pytest.raises(ValueError, match=r"image_seq_len .* of at least 1"):
+        clipfast.create_model("naflex_ViT-B-16", force_image_seq_len=0, device="meta")
