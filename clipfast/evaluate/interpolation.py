@@ -32,15 +32,18 @@ from .features import encode_set
 from .labelled import LabelledSet
 from .zero_shot import Template
 
-# Settings that do not change what the weights of a trained model compute.
-_FREE = ("patch_dropout", "init_logit_scale", "init_logit_bias", "tokenizer")
+# Settings that do not change what the weights of a trained model compute from its input; those of the first are taken.
+_FREE = (
+    "patch_dropout", "init_logit_scale", "init_logit_bias", "tokenizer", "image_seq_len", "enable_patch_interpolator",
+)  # fmt: skip
 
 
 class Interpolation:
     """The models between two checkpoints.
 
     Args:
-        first, second: the checkpoints; anything that :func:`clipfast.convert_checkpoint` takes as its source.
+        first, second: the checkpoints; anything that :func:`clipfast.convert_checkpoint` takes as its source. NaFlex
+            models get images with the number of patches of the first.
         model, activation: as for :func:`clipfast.convert_checkpoint`, for checkpoints that do not tell their model.
         cache_dir: the folder of the hub's cache.
 

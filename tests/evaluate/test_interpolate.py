@@ -15,6 +15,7 @@ from clipfast.checkpoints.checkpoint import (
 from clipfast.evaluate.interpolation import Interpolation, evaluate_path
 from clipfast.evaluate.labelled import LabelledSet
 from clipfast.models import CLIPConfig, build
+from clipfast.models.naflex_config import NaFlexConfig
 from clipfast.models.registry import read_model_config
 
 from ..models.siglip import CONFIGS, save_tokenizer
@@ -99,6 +100,16 @@ def test_the_command(folder, interpolate, tmp_path, capsys):
             assert row["results"][data] == {key: expected[key] for key in row["results"][data]}
             assert f"{expected['zero_shot']['top5']:.2%}" in line
     assert len({json.dumps(row["results"]) for row in path}) == 3
+
+
+def test_a_naflex_run_with_longer_sequences(tmp_path):
+    tower = NaFlexConfig(layers=1, width=32, head_width=16, patch_size=4, pool="avg", image_seq_len=25)
+    config = dataclasses.replace(read_model_config(TINY), vision=tower)
+    saved(tmp_path / "a.pt", config, 1)
+    saved(tmp_path / "b.pt", config.with_vision(image_seq_len=49, enable_patch_interpolator=True), 2)
+    models = Interpolation(tmp_path / "a.pt", tmp_path / "b.pt")
+    models.save(0.5, tmp_path / "both")
+    assert create_model(f"local-dir:{tmp_path}/both").visual.image_seq_len == 25
 
 
 def test_folders_and_siglip(tmp_path):
