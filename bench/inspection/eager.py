@@ -3,8 +3,8 @@
 ``host.json`` has what ``python -m clipfast.bench host --stub`` measured on one machine: for each op at a few small
 shapes, and for steps of models, the microseconds of a call and the number of kernels that it starts. A larger shape
 has the same way to its kernels, but may start more of them: a loss has several for each block of logits, and each one
-takes ``FURTHER`` microseconds. The host's time of a step is that of the most similar measured one, times the quotient
-of the numbers of kernels.
+takes ``FURTHER`` microseconds. The host's time of a step, or of a call with fewer kernels, is that of the most similar
+measured one, times the quotient of the numbers of kernels.
 """
 
 import functools
@@ -38,7 +38,9 @@ def host_seconds(name: str, shape: Mapping[str, Any], kernels: int) -> float:
         raise ValueError(f"{FILE} has no time of {name}: write it with python -m bench host --stub --json {FILE}")
     row = min(rows, key=lambda row: _differences(row["shape"], shape))
     us, started = list(row["found"][OURS].values())[-1]
-    return 1e-6 * (us * kernels / started if name == STEP else us + FURTHER * max(0, kernels - started))
+    if name == STEP or kernels < started:
+        return 1e-6 * us * kernels / started
+    return 1e-6 * (us + FURTHER * (kernels - started))
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:

@@ -144,6 +144,7 @@ def test_the_host_takes_longer_for_more_kernels_than_were_measured(monkeypatch):
     assert eager.host_seconds("norm", {"rows": 5000, "width": 768, "residual": True}, 8) == pytest.approx(
         60e-6 + 4e-6 * eager.FURTHER
     )
+    assert eager.host_seconds("norm", {"rows": 5000, "width": 768}, 3) == pytest.approx(30e-6)
     assert eager.host_seconds("step", {"model": "ViT-B-32"}, 60) == pytest.approx(1800e-6)
     with pytest.raises(ValueError, match="no time of gelu"):
         eager.host_seconds("gelu", short, 1)
