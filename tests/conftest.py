@@ -126,6 +126,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter free the imported libraries at its end; some list all that it does not free as leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the tensors of a kernel test live."""
