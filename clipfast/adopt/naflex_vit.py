@@ -17,8 +17,8 @@ from ..kernels.attention_pool import MAX_TOKENS
 from ..kernels.packing import Packing, pack
 from ..kernels.patch_embed_packed.op import INTERPOLATIONS
 from ..models.layers import PackedTokens, is_plain
-from ..models.naflex import mean_of_images, resize_weight
-from ..models.packed import rounded
+from ..models.naflex import mean_of_images, places_of, resize_weight
+from ..models.packed import TILE, rounded
 from ..models.packed_images import PackedImages, unpad_images
 from ..models.packed_text import has_values
 from . import packable
@@ -128,7 +128,7 @@ def _packed_tokens(tower: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Pac
     prefix = tower.num_prefix_tokens
     counts = valid.sum(1).cpu()
     longest, on_gpu = prefix + int(counts.max()), valid.device.type != "cpu"
-    if counts.min() < 1 or (tower.attn_pool is not None and longest + (63 if on_gpu else 0) > MAX_TOKENS):
+    if counts.min() < 1 or (tower.attn_pool is not None and longest + (TILE - 1 if on_gpu else 0) > MAX_TOKENS):
         return None
     images = _images(tower, batch)
     if images is not None:
@@ -171,10 +171,7 @@ def _images(tower: Any, batch: Mapping[str, Tensor]) -> PackedImages | None:
 def _embedded(embeds: Any, images: PackedImages) -> tuple[Tensor, Packing]:
     """Return the tokens of packed images by timm's embedding, [T, C], with prefix tokens, and their places."""
     prefix = [x[0] for x in (embeds.cls_token, embeds.reg_token) if x is not None]
-    lengths = images.grids.prod(1) + embeds.num_prefix_tokens
-    total = images.patches.shape[0] + embeds.num_prefix_tokens * len(images)
-    packing = pack(F.pad(lengths.cumsum(0), (1, 0)).int(), total)
-    weight = embeds.proj.weight
+    packing, weight = places_of(images, embeds.num_prefix_tokens), embeds.proj.weight
     if weight.shape[1] != images.patches.shape[1]:
         weight = resize_weight(weight, images.patch_size, embeds.patch_interpolator.interpolation)
     tokens = patch_embed_packed(

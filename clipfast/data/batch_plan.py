@@ -49,14 +49,28 @@ class EqualBatches:
         return PlannedBatch(number * self.largest, self.largest)
 
     def before(self, number: int, unit: Unit = "pairs") -> int:
-        """Return the pairs of all batches before batch ``number``."""
-        assert unit == "pairs", "the images of equal batches have no number of tokens"
+        """Return the pairs of all batches before batch ``number``.
+
+        Raises:
+            ValueError: ``unit`` is another one.
+        """
+        _refuse_tokens(unit)
         return number * self.largest
 
     def batches_for(self, amount: int, unit: Unit = "pairs") -> int:
-        """Return the least number of batches that have ``amount`` pairs together."""
-        assert unit == "pairs", "the images of equal batches have no number of tokens"
+        """Return the least number of batches that have ``amount`` pairs together.
+
+        Raises:
+            ValueError: ``unit`` is another one.
+        """
+        _refuse_tokens(unit)
         return -(-amount // self.largest)
+
+
+def _refuse_tokens(unit: Unit) -> None:
+    """Refuse to count the tokens of batches whose images have no number of them."""
+    if unit != "pairs":
+        raise ValueError(f"batches of equal numbers of pairs are counted in pairs, not in {unit}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,12 +74,6 @@ class NaFlexEmbeds(nn.Module):
         """The number of tokens before the patches of each image."""
         return 0 if self.reg_token is None else self.reg_token.shape[1]
 
-    def places(self, images: PackedImages) -> Packing:
-        """Return the places of the tokens of images, with register tokens before the patches of each."""
-        lengths = images.grids.prod(1) + self.num_prefix
-        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return pack(cu_seqlens, images.patches.shape[0] + self.num_prefix * images.grids.shape[0])
-
     def forward(self, images: PackedImages, packing: Packing, mean: Any, std: Any) -> Tensor:
         """Embed the patches of images, and add positions: N patches -> [N + B registers, width].
 
@@ -93,6 +87,13 @@ class NaFlexEmbeds(nn.Module):
             prefix=None if self.reg_token is None else self.reg_token[0], interpolation=self.interpolation,
             mean=mean, std=std, backend=self.backend,
         )  # fmt: skip
+
+
+def places_of(images: PackedImages, num_prefix: int) -> Packing:
+    """Return the places of the tokens of packed images, with ``num_prefix`` tokens before the patches of each."""
+    lengths = images.grids.prod(1) + num_prefix
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+    return pack(cu_seqlens, images.patches.shape[0] + num_prefix * images.grids.shape[0])
 
 
 def resize_weight(weight: Tensor, patch_size: int, interpolation: str) -> Tensor:
@@ -168,7 +169,7 @@ class NaFlexTrunk(nn.Module):
 
     def forward(self, images: PackedImages, mean: Any, std: Any) -> Tensor:
         """Compute the pooled output for packed images, in the order of their batch: [B, width]."""
-        packing = self.embeds.places(images)
+        packing = places_of(images, self.embeds.num_prefix)
         x = self.embeds(images, packing, mean, std)[None]
         recompute = torch.is_grad_enabled() and self.grad_checkpointing
         x, branch = run_blocks(Plan(recompute, list(self.blocks)), x, packing, TimmBlock)

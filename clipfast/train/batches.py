@@ -19,6 +19,7 @@ BUDGET = {
     "naflex_batch_divisor": "divisor",
 }
 PROCESSES = "processes"
+STREAM = BUDGET | {PROCESSES: PROCESSES}  # the entries of a checkpoint's stream for them
 
 
 def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:
@@ -75,7 +76,7 @@ def stream_of(plan: BatchPlan) -> dict[str, Any]:
     """Return the part of a checkpoint's stream that says how large the batches of the run are."""
     if isinstance(plan, EqualBatches):
         return {"batch_size": plan.largest}
-    values = {key: getattr(plan.budget, name) for key, name in {**BUDGET, PROCESSES: PROCESSES}.items()}
+    values = {key: getattr(plan.budget, name) for key, name in STREAM.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -87,7 +88,7 @@ def epochs_in(stream: dict[str, Any]) -> Epochs:
     """
     if "batch_size" in stream:
         return Epochs(stream["num_samples"], EqualBatches(stream["batch_size"]), 0)
-    values: dict[str, Any] = {name: stream[key] for key, name in {**BUDGET, PROCESSES: PROCESSES}.items()}
+    values: dict[str, Any] = {name: stream[key] for key, name in STREAM.items()}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     budget = TokenBudget(**values)
     tokens = stream["naflex_num_train_image_tokens"]

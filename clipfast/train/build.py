@@ -233,16 +233,15 @@ class Distillation:
             cache_dir=config.cache_dir, load_weights=device.type != "meta", force_patch_dropout=None,
         ).eval().requires_grad_(False)  # fmt: skip
         self.teacher.pack_text = config.pack_text  # a teacher has CLIP's text tower
-        sizes = (student.visual.image_size, self.teacher.visual.image_size)
-        if config.use_naflex:
-            sizes = (0, 0)
-            if not isinstance(self.teacher.visual, NaFlexVision):
-                raise ValueError(f"--use-naflex needs a NaFlex model as --distill-model, not {config.distill_model}")
-        for what, mine, theirs in (
-            ("images of", *sizes),
+        inputs = [
             ("texts of", student.context_length, self.teacher.context_length),
             ("a vocabulary of", student.config.text.vocab_size, self.teacher.config.text.vocab_size),
-        ):
+        ]
+        if not config.use_naflex:
+            inputs.insert(0, ("images of", student.visual.image_size, self.teacher.visual.image_size))
+        elif not isinstance(self.teacher.visual, NaFlexVision):
+            raise ValueError(f"--use-naflex needs a NaFlex model as --distill-model, not {config.distill_model}")
+        for what, mine, theirs in inputs:
             if mine != theirs:
                 raise ValueError(
                     f"--distill-model {config.distill_model} has {what} {theirs}, and {config.model} of {mine}: a "
