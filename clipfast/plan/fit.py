@@ -1,15 +1,16 @@
-"""Predict memory and time of a training step with any batch, and find the largest batch that fits.
+"""Predict the memory and time of a training step for any batch size, and find the largest batch that fits into a GPU.
 
-:mod:`.probe` gives memory and time of the towers and the loss. An update of the whole model on fake tensors gives the
-memory of weights, gradients, optimizer and average. The messages follow from the sizes of the parameters:
+:mod:`.probe` gives memory and time of the towers and the loss. An optimizer step of the whole model on fake tensors
+gives the memory of weights, gradients, optimizer state and weight average. The communication follows from the sizes of
+the parameters:
 
     DDP      one ring all-reduce of all gradients, in buckets of 25 MiB that are the gradients themselves
     FSDP2    for each block, ring all-gathers of its weights for the forward and again for the backward pass, and a ring
              reduce-scatter of its gradients, in float32; weights are gathered in the dtype that they have
 
-It is assumed that messages and kernels do not slow each other down. DDP's buckets fill evenly during the backward pass
-of the last micro-batch. In every micro-batch, FSDP2 gathers the next block while one computes, and never holds more
-than two. Gradients are counted for the whole step.
+It is assumed that communication and kernels do not slow each other down, and that DDP's buckets fill evenly during the
+backward pass of the last micro-batch. In every micro-batch, FSDP2 gathers the next block while one computes, and never
+holds more than two. Gradients take memory during the whole step.
 """
 
 import dataclasses
@@ -45,13 +46,13 @@ from .planned_step import (
 )
 from .probe import BACKWARD, FORWARD, held, loss_ledger, probe
 
-# The published models that a table has by default, from small to large.
+# The published models in the table of ``clipfast plan`` if ``--model`` names none, from small to large.
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
-MOST_ROWS = 2**16  # the upper limit of the search for the largest batch of a GPU
-MULTIPLE = 8  # the largest batch is a multiple of this, if it is not smaller
+MOST_ROWS = 2**16  # the search for the largest batch tries at most this many pairs per GPU
+MULTIPLE = 8  # the largest micro-batch is rounded down to a multiple of this, unless it is smaller
 CONTEXT, SLACK = "CUDA and NCCL (assumed)", "allocator slack (assumed)"
-DAY = 86400.0
-BUCKET = 25 * 2**20  # bytes of DDP's buckets
+SECONDS_PER_DAY = 86400.0
+BUCKET_BYTES = 25 * 2**20  # DDP's default size of a gradient bucket
 
 
 class Batch(NamedTuple):
@@ -62,22 +63,23 @@ class Batch(NamedTuple):
 
     @property
     def parts(self) -> list[int]:
-        """The number of pairs in each micro-batch of the planned step."""
+        """The number of pairs in each micro-batch; the last one may be smaller."""
         full, rest = divmod(self.rows, self.micro_rows)
         return [self.micro_rows] * full + [rest] * (rest > 0)
 
 
 class StepPlan:
-    """The plan of a training step: its memory and time for any batch.
+    """The predicted memory and time of a training step, for any batch size.
 
     Args:
         setup: the model, optimizer and parallelism of the step.
         cluster: the GPUs.
         card: the GPU that kernels are recorded for; None runs the kernels of the CPU.
-        kinds: the kinds of checkpointing for which other plans of the model are made, so that one probe serves all.
+        kinds: the kinds of activation checkpointing for which plans of this model are made. All of them are probed
+            together, and later plans use the stored result.
     """
 
-    batches_held = 2  # the next batch is uploaded during a step
+    batches_held = 2  # input batches in GPU memory: that of this step, and the next one, which is uploaded meanwhile
 
     def __init__(self, setup: Setup, cluster: Cluster, card: Card | None, kinds: Sequence[str] = ()) -> None:
         self.setup, self.cluster, self.card = setup, cluster, card
@@ -91,13 +93,13 @@ class StepPlan:
         self._count_weights()
 
     def _count_weights(self) -> None:
-        """Count the weights that FSDP2 is planned to gather together: each block's, and all others except scalars."""
+        """Count the weights in each unit of FSDP2: those of each block, and all others except scalars."""
         with torch.device("meta"):
             model = build(self.setup.config)
         ranks = self.setup.gpus if self.setup.is_sharded else 1
 
         def padded(parameters: Iterable[nn.Parameter]) -> int:
-            """Return the number of planned weights after FSDP2 has padded them for the ranks."""
+            """Return the number of weights after FSDP2 has padded their first dimension to a multiple of the ranks."""
             return sum(-(-len(p) // ranks) * ranks * p[0].numel() for p in parameters if p.ndim)
 
         texts = set(model.transformer.modules())
@@ -108,14 +110,15 @@ class StepPlan:
         self.all_weights = sum(p.numel() for p in model.parameters())
 
     def memory(self, batch: Batch, *, with_loss: bool = True) -> Counter[str]:
-        """Return the planned bytes of tensors by category, at the peak of the step.
+        """Return the predicted bytes of tensors by category, at the peak of the training step.
 
-        ``with_loss=False`` leaves out the loss, whose run on fake tensors takes nearly all of the time of this method.
+        ``with_loss=False`` leaves out the memory of the loss: its run on fake tensors takes nearly all of the time of
+        this method.
         """
         config, has_parts = self.setup.config, len(batch.parts) > 1
         image_bytes = 3 * config.vision.image_size**2 + 8 * config.text.context_length
         base = self.held.bytes + Counter({INPUTS: self.batches_held * batch.rows * image_bytes})
-        # The features of all micro-batches together, and their gradients.
+        # Accumulation holds the features of the micro-batches, the joined features of the batch, and their gradients.
         features = 2 * batch.rows * config.embed_dim * self.setup.dtype.itemsize
         kept = base + Counter({"features": 3 * features if has_parts else 0})
         in_loss = Counter({LOSS: self._loss(batch).peak[LOSS] if with_loss else 0})
@@ -126,7 +129,7 @@ class StepPlan:
         return max(phases, key=Counter.total)
 
     def sent(self, batch: Batch) -> dict[str, int]:
-        """Return the planned bytes that a rank sends in a training step, by the kind of message."""
+        """Return the predicted bytes that a rank sends in a step: "weights" and "gradients" of DDP or FSDP2, "loss"."""
         ranks, parts, width = self.setup.gpus, len(batch.parts), self.setup.weight_dtype.itemsize
         if ranks == 1:
             return {}
@@ -134,7 +137,8 @@ class StepPlan:
         share = (ranks - 1) / ranks
         if not self.setup.is_sharded:
             return {"gradients": round(2 * share * self.all_weights * width), "loss": loss}
-        # Weights outside of blocks are not freed between the passes. With micro-batches, there are two forward passes.
+        # FSDP2 gathers a block's weights for each pass that needs them: one forward pass, or two with micro-batches,
+        # and the backward pass. Weights outside of blocks stay gathered, so they are sent once.
         blocks = sum(self.image_blocks) + sum(self.text_blocks)
         passes = 2 + (parts > 1) if self.setup.reshards else 1
         weights = (passes * blocks + self.other_weights) * width
@@ -142,7 +146,7 @@ class StepPlan:
         return {"weights": round(share * weights * parts), "gradients": round(share * gradients * parts), "loss": loss}
 
     def times(self, batch: Batch) -> dict[str, float]:
-        """Return the predicted seconds of each phase, and of the messages that are not hidden behind computation."""
+        """Return the predicted seconds of a step by phase; "exposed" is communication not hidden by computation."""
         forwards, parts = 1 + (len(batch.parts) > 1), Counter(batch.parts)
         silent, both = (
             sum(seconds(self._loss(batch).events, self.cluster, self.setup.gpus, is_half=self._is_half,
@@ -163,25 +167,26 @@ class StepPlan:
         }
 
     def model_flops(self, rows: int) -> float:
-        """Return the model FLOPs of a planned step for MFU: three times the forward pass of the whole model.
+        """Return the model FLOPs of a training step, for MFU: three times those of the forward pass of the model.
 
-        They do not include the FLOPs that checkpointing computes a second time.
+        They do not include the FLOPs of activations that checkpointing computes a second time.
         """
-        # Under FSDP2, blocks also compute rows that are not used. Checkpointing changes only the backward pass.
+        # The probe without FSDP2 is used: a last block that FSDP2 has wrapped also computes tokens that are not pooled.
+        # Any kind of checkpointing gives the same result, because it changes only the backward pass.
         plain = probe(self._plain, self.card, self._kinds)[self.setup.checkpointing]
         return 3 * sum(plain.flops(phase, rows) for phase in FORWARD)
 
     def _loss(self, batch: Batch) -> Ledger:
-        """Return the ledger of the loss for a batch of the plan."""
+        """Return the ledger of the contrastive loss of a batch: its memory, kernels and communication."""
         setup = self.setup
         return loss_ledger(Problem(batch.rows * setup.gpus, setup.gpus, setup.dtype, setup.config.embed_dim), self.card)
 
     def _seconds(self, phases: Sequence[str], rows: int) -> float:
-        """Return the predicted seconds of some phases of the planned step."""
+        """Return the predicted seconds that kernels take in these phases of a step with ``rows`` pairs."""
         return sum(self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[0] for phase in phases)
 
-    def _wire(self, whole_bytes: int) -> float:
-        """Return the predicted seconds of a ring all-gather or reduce-scatter of ``whole_bytes``."""
+    def _ring_time(self, whole_bytes: int) -> float:
+        """Return the predicted seconds of a ring all-gather or reduce-scatter of ``whole_bytes`` over all ranks."""
         ranks = self.setup.gpus
         rate = self.cluster.bytes_per_s(ranks, is_ring=False)
         return whole_bytes * (ranks - 1) / ranks / rate + self.cluster.latency_s * (ranks - 1)
@@ -189,27 +194,27 @@ class StepPlan:
     def _exposed_reduction(self, backward: float) -> float:
         """Return the predicted seconds that DDP's all-reduce adds to a backward pass of ``backward`` seconds."""
         size = self.all_weights * self.setup.weight_dtype.itemsize
-        buckets = math.ceil(size / BUCKET)
-        last = 2 * self._wire(size // buckets)
+        buckets = math.ceil(size / BUCKET_BYTES)
+        last = 2 * self._ring_time(size // buckets)
         return max(last, buckets * last - backward * (1 - 1 / buckets))
 
     def _exposed_sharded(self, rows: int, forwards: int) -> float:
-        """Return the predicted seconds that FSDP2's messages add to the passes over a micro-batch."""
+        """Return the predicted seconds that FSDP2's communication adds to the passes over a micro-batch."""
         blocks = [*self.image_blocks, *self.text_blocks]
         width = self.setup.weight_dtype.itemsize
-        gather = [self._wire(width * count) for count in blocks]
-        reduce = [self._wire(torch.float32.itemsize * count) for count in blocks]
-        root = self._wire(width * self.other_weights), self._wire(torch.float32.itemsize * self.other_weights)
+        gather = [self._ring_time(width * count) for count in blocks]
+        reduce = [self._ring_time(torch.float32.itemsize * count) for count in blocks]
+        root = self._ring_time(width * self.other_weights), self._ring_time(torch.float32.itemsize * self.other_weights)
 
         def of_blocks(*phases: str) -> list[float]:
-            """Return the predicted seconds of each block of both towers."""
+            """Return the predicted seconds of each block of both towers, in a phase of images and a phase of texts."""
             images, texts = (
                 self.probe.seconds(phase, rows, self.cluster, is_half=self._is_half)[1] for phase in phases
             )
             return [images] * len(self.image_blocks) + [texts] * len(self.text_blocks)
 
-        # Weights outside of blocks (embeddings and projections) are gathered first. Their computation counts as zero,
-        # since it comes before and after the blocks.
+        # FSDP2 gathers the weights outside of blocks (embeddings and projections) first. They compute before and after
+        # the blocks, where no communication overlaps with them, so their computation counts as zero here.
         computing = [0.0, *of_blocks(IMAGE_FORWARD, TEXT_FORWARD)]
         forward = overlap([root[0], *gather], computing, [0.0] * len(computing))
         again = gather[::-1] if self.setup.reshards else [0.0] * len(gather)
@@ -218,11 +223,14 @@ class StepPlan:
 
 
 def overlap(gather: Sequence[float], compute: Sequence[float], reduce: Sequence[float]) -> float:
-    """Return the predicted seconds that messages add to the computation of FSDP2's groups of weights.
+    """Return the predicted seconds that communication adds to the computation of FSDP2's units, in their order.
 
-    Each group is gathered before its computation and reduced after it, over one link. The gather of a group may start
-    when the group before it starts to compute, because the second last group is freed then. A message of zero seconds
-    is not sent.
+    The weights of each unit are gathered before its computation, and its gradients are reduced after it, over one
+    link. The gather of a unit may start when the unit before it starts to compute, because FSDP2 then frees the one
+    before that. A collective of zero seconds does not take place.
+
+    Args:
+        gather, compute, reduce: the seconds of each unit.
     """
     wire = arrived = gather[0]
     gpu = 0.0
@@ -261,27 +269,28 @@ def memory_of(plan: StepPlan, batch: Batch, assumed: Assumptions, *, with_loss: 
 
 
 def largest_rows(plan: StepPlan, assumed: Assumptions, micro_batches: int = 1) -> int:
-    """Return the most pairs per GPU that fit into memory by the plan; 0 if one pair in each micro-batch does not.
+    """Return the largest predicted number of pairs per GPU that fits; 0 if one pair in each micro-batch does not fit.
 
     The micro-batches are equally large. Their size is a multiple of 8 if that fits.
     """
 
-    def does(rows: int, *, with_loss: bool = True) -> bool:
-        """Return whether a planned batch of ``rows`` pairs on each GPU fits into memory, with or without the loss."""
+    def fits(rows: int, *, with_loss: bool = True) -> bool:
+        """Return whether a batch of ``rows`` pairs on each GPU is predicted to fit, with or without the loss."""
         found = memory_of(plan, Batch(rows, rows // micro_batches), assumed, with_loss=with_loss)
         return found.total() <= plan.cluster.card.memory_bytes
 
     def search(high: int, *, with_loss: bool) -> int:
-        """Return the most pairs, in units of ``step``, that fit into memory by the plan; it is less than ``high``."""
+        """Return the largest number below ``high`` for which this many times ``step`` pairs are predicted to fit."""
         low = 0
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if does(middle * step, with_loss=with_loss) else (low, middle)
+            low, high = (middle, high) if fits(middle * step, with_loss=with_loss) else (low, middle)
         return low
 
-    step = MULTIPLE * micro_batches if does(MULTIPLE * micro_batches) else micro_batches
-    most = search(MOST_ROWS // step + 1, with_loss=False)  # fast, and nearly always the right result
-    return step * (most if most == 0 or does(most * step) else search(most, with_loss=True))
+    step = MULTIPLE * micro_batches if fits(MULTIPLE * micro_batches) else micro_batches
+    # The search without the loss is fast. The result is nearly always the same, which one call with the loss checks.
+    most = search(MOST_ROWS // step + 1, with_loss=False)
+    return step * (most if most == 0 or fits(most * step) else search(most, with_loss=True))
 
 
 def describe(plan: StepPlan, batch: Batch, assumed: Assumptions) -> dict[str, Any]:
@@ -297,7 +306,7 @@ def describe(plan: StepPlan, batch: Batch, assumed: Assumptions) -> dict[str, An
         "mfu": plan.model_flops(batch.rows) / seconds / card.peak(half=setup.dtype.itemsize == 2),
     }  # fmt: skip
     if assumed.samples_seen is not None:
-        found["days"] = assumed.samples_seen / found["pairs_per_s"] / DAY
+        found["days"] = assumed.samples_seen / found["pairs_per_s"] / SECONDS_PER_DAY
         found["gpu_hours"] = found["days"] * 24 * setup.gpus
         if assumed.price is not None:
             found["cost"] = found["gpu_hours"] * assumed.price
@@ -319,7 +328,7 @@ def fit(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batch
 
 
 def _fit_model(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batches: int) -> list[dict[str, Any]]:
-    """Plan the largest batches of the setups of one model."""
+    """Return the plan of the largest batch that fits for each setup; all setups have the same model."""
     rows: list[dict[str, Any]] = []
     kinds = list(dict.fromkeys(setup.checkpointing for setup in setups))
     for setup in setups:

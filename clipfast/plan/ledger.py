@@ -1,4 +1,4 @@
-"""A dispatch mode that records the allocations, FLOPs and messages of a run on real or fake tensors."""
+"""A dispatch mode that records allocations, FLOPs and communication of ops on real or fake tensors."""
 
 import contextlib
 import dataclasses
@@ -35,32 +35,32 @@ ATEN_FLOPS = flop_registry | {
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One kernel, or one call of a collective. A storage is known by its address."""
+    """A kernel, or a call of a collective, that the ledger has recorded. Storages are identified by their addresses."""
 
-    phase: str
-    bytes: int  # bytes that a kernel reads and writes, or that this rank sends
+    phase: str  # the ledger's ``phase`` when the kernel or collective was called
+    bytes: int  # bytes that the kernel reads and writes, or that this rank sends
     uses: frozenset[int]  # storages that are read or written
     flops: int = 0  # FLOPs of matrix products
     collective: str = ""  # name of the collective; empty for a kernel
-    messages: int = 0  # messages that this rank sends one after another
+    messages: int = 0  # number of messages that this rank sends one after another for the collective
 
 
 class Ledger(TorchDispatchMode):
     """Bytes of live tensors by category, and an :class:`Event` for each kernel and each collective.
 
-    It sees the ops of its own thread. It sees kernels of this package if their launches are recorded. On a GPU it does
-    not see memory that an op allocates internally.
+    It sees the ops of its own thread, and clipfast's kernels if their launches are recorded. On a GPU it does not see
+    memory that an op of PyTorch allocates internally.
 
     Args:
         launches: the list of :func:`~clipfast.kernels.launch.record_launches`, if kernels are recorded.
         categories: the category of memory by the phase in which it is allocated; by default the name of the phase.
 
     Attributes:
-        phase: name of the part of the run; to be set by the caller.
+        phase: name of the part of the step that runs, such as "loss"; the caller sets it.
         events: kernels and collectives in order.
         live: bytes of live tensors by category.
         peak: ``live`` at the moment when the sum was largest.
-        peaks: the same for each phase.
+        peaks: for each phase, ``live`` at the moment of the phase when the sum was largest.
     """
 
     def __init__(self, launches: list[Launch] | None = None, categories: Mapping[str, str] | None = None) -> None:
@@ -72,11 +72,12 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
-        self._storages: dict[int, tuple[str, int, object]] = {}  # category, bytes and weak reference by address
+        # By the address of each live storage: its category, its bytes, and a weak reference whose callback removes it.
+        self._storages: dict[int, tuple[str, int, object]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` and record it. An op of this package runs as the ops inside it, which its fake would hide."""
-        if func is PRIM_DEVICE and isinstance(args[0], FakeTensor):  # first, since most calls ask for a device
+        """Run ``func`` and record it. An op of clipfast runs its implementation, whose ops its fake would hide."""
+        if func is PRIM_DEVICE and isinstance(args[0], FakeTensor):  # checked first: most calls ask for a device
             return args[0].fake_device
         self.book_launches()
         kwargs = kwargs or {}
@@ -84,12 +85,14 @@ class Ledger(TorchDispatchMode):
             inner = OPDEFS[func._schema.name]._init_fn if func.namespace == "clipfast" else func.decompose
             with self:
                 results = inner(*args, **kwargs)
-            # A recorded launch holds its tensors. Autograd would copy a gradient that something else holds.
+            # Launches are recorded with their tensors, which must be released here: autograd would otherwise copy a
+            # gradient to which somebody else has a reference.
             self.book_launches()
             return results
         if func is ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # A fake tensor has no value, and only the CPU path reads values: whether an input is wrong (bool; no),
-            # whether the shared shift suits (int8; yes), the scale, and the shared shift, 0 for the scales of training.
+            # This is ``item()`` of a fake tensor, which has no value. Only CPU paths of clipfast's ops call it, and the
+            # dtype says what they ask: whether an input is invalid (bool: False), whether the statistics use the shared
+            # shift (int8: True), or a scale or the shared shift itself, which is 0 for the scales of training (float).
             dtype = args[0].dtype
             return 0.0 if dtype.is_floating_point else dtype != torch.bool
         given = _tensors([*args, *kwargs.values()])
@@ -109,24 +112,25 @@ class Ledger(TorchDispatchMode):
         return out
 
     def book_launches(self) -> None:
-        """Add an event of the ledger for each kernel launch that was recorded, and release the launches' arguments."""
-        for launch in self.launches:  # a tensor descriptor has its tensor as ``base``
+        """Add an event for each kernel launch that was recorded since the last call, and release its tensors."""
+        for launch in self.launches:  # a TMA tensor descriptor holds its tensor as ``base``
             self._add_kernel(
                 launch_flops(launch), _tensors([getattr(arg, "base", arg) for arg in launch.args.values()])
             )
         self.launches.clear()
 
     def begin(self) -> None:
-        """Start a new record of the ledger: drop all events and peaks, but keep the tensors that are alive."""
+        """Drop all events and peaks that the ledger has recorded; tensors that are alive stay counted."""
         self.events.clear()
         self.peak = self.live.copy()
         self.peaks.clear()
 
     @contextlib.contextmanager
     def following_resizes(self) -> Iterator[None]:
-        """Record that storages are resized while the context is open, as FSDP2 resizes those of gathered parameters.
+        """Record the resizes of storages in the ledger while the context is open.
 
-        A storage that has been emptied once belongs to the category ``GATHERED`` from then on.
+        FSDP2 frees gathered parameters by resizing their storages to 0. A storage that has been resized belongs to the
+        category ``GATHERED`` from then on.
         """
         resize = torch.UntypedStorage.resize_
 
@@ -145,12 +149,12 @@ class Ledger(TorchDispatchMode):
             yield
 
     def _add_kernel(self, flops: int, tensors: list[Tensor]) -> None:
-        """Add the event of a kernel that reads and writes these tensors to the ledger."""
+        """Add an event to the ledger for a kernel that reads or writes these tensors, unless they have no bytes."""
         if _nbytes(tensors) > 0:
             self.events.append(Event(self.phase, _nbytes(tensors), self._enter(tensors), flops))
 
     def _enter(self, tensors: list[Tensor]) -> frozenset[int]:
-        """Record the storages of tensors that are new to the ledger, and return the addresses of all."""
+        """Add storages that are new to the ledger's live bytes, and return the addresses of all tensors' storages."""
         storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
         for key in [key for key in storages if key not in self._storages]:
             category, size = self.categories.get(self.phase, self.phase), storages[key].nbytes()
@@ -160,12 +164,12 @@ class Ledger(TorchDispatchMode):
         return frozenset(storages)
 
     def _leave(self, key: int, _: object) -> None:
-        """Remove a storage that was freed from the ledger."""
+        """Subtract a storage that was freed from the ledger's live bytes."""
         category, size, _ = self._storages.pop(key)
         self.live[category] -= size
 
     def _update_peak(self) -> None:
-        """Update the ledger's peaks of memory after a storage was added."""
+        """Update the ledger's peaks of memory, overall and of this phase, from the live bytes."""
         most = self.peaks.get(self.phase)
         if most is not None and self.live.total() <= most.total():
             return
@@ -176,23 +180,26 @@ class Ledger(TorchDispatchMode):
 def _tensors(tree: Any) -> list[Tensor]:
     """Return all tensors in the nested arguments of an op that the ledger records."""
     if isinstance(tree, Tensor):
-        return [getattr(tree, "_local_tensor", tree)]  # for a DTensor, the part that this rank holds
+        return [getattr(tree, "_local_tensor", tree)]  # the shard of this rank, if the tensor is a DTensor
     return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
 
 
 def _only_like(func: Any) -> bool:
-    """Return whether an op takes only shape, dtype and device of its tensors, as ``new_zeros`` does."""
+    """Return whether an op reads only shape, dtype and device of its input tensors, as ``new_zeros`` does."""
     name = func._schema.name.split("::")[-1]
     return name.startswith("new_") or name.endswith("_like")
 
 
 def _nbytes(tensors: list[Tensor]) -> int:
-    """Return the bytes of tensors for the ledger; an expanded tensor counts with its storage."""
+    """Return the bytes that a kernel reads or writes in these tensors; an expanded tensor counts as its storage."""
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 
 def _sent(name: str, args: Any, first: int, second: int = 0) -> tuple[int, int]:
-    """Return bytes and messages that this rank sends by a ring algorithm, from the bytes of the first two arguments."""
+    """Return the bytes and the number of messages that this rank sends for a collective, by a ring algorithm.
+
+    ``first`` and ``second`` are the bytes of the first two arguments ``args`` of the c10d op.
+    """
     ranks, rank = dist.get_world_size(), dist.get_rank()
     match name:
         case "send" | "recv" | "broadcast" | "reduce":
@@ -205,5 +212,5 @@ def _sent(name: str, args: Any, first: int, second: int = 0) -> tuple[int, int]:
         case "reduce_scatter":
             return first * (ranks - 1), ranks - 1
         case "alltoall":
-            return second * (ranks - 1) // ranks, ranks - 1  # every rank has equally many pairs
+            return second * (ranks - 1) // ranks, ranks - 1  # equal splits, since every rank has as many pairs
     raise NotImplementedError(f"bytes that the collective {name} sends")

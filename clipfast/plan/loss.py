@@ -1,4 +1,4 @@
-"""Predict memory, messages and time of the distributed contrastive loss in each of its modes."""
+"""Predict memory, communication and time of the distributed contrastive loss in each of its modes."""
 
 from collections import Counter
 from typing import Any
@@ -12,11 +12,11 @@ from .planned_step import LOSS_FORWARD, OPENCLIP, Problem, run_loss
 def seconds(
     events: list[Event], cluster: Cluster, gpus: int = 1, *, is_half: bool = True, with_messages: bool = True
 ) -> dict[str, float]:
-    """Return the predicted seconds of each phase of the loss, with separate clocks for host, GPU and link.
+    """Return the predicted seconds of each phase of a ledger's ``events``, with separate clocks for host, GPU and link.
 
     The host launches one kernel after another. A kernel starts when the kernel before it has ended and its inputs have
-    arrived. It takes the time of its FLOPs or of its bytes, whichever is longer. A message starts when its data is
-    ready and the message before it has been sent.
+    arrived. It takes the time of its FLOPs or of its bytes, whichever is longer. A collective starts when its data is
+    ready and the collective before it has ended. ``with_messages=False`` leaves out the time of all communication.
     """
     host = gpu = wire = 0.0
     arrivals: dict[int, float] = {}
@@ -38,7 +38,7 @@ def seconds(
 
 
 def figures(ledger: Ledger) -> dict[str, int]:
-    """Return the planned counts of a step of the loss: memory, FLOPs, and what this rank sends."""
+    """Return predicted totals of the loss and its backward pass: memory in bytes, FLOPs, kernels, and bytes sent."""
     sent = Counter[bool]()
     for event in ledger.events:
         sent[event.phase == LOSS_FORWARD] += event.bytes if event.collective else 0
@@ -53,9 +53,7 @@ def figures(ledger: Ledger) -> dict[str, int]:
 
 
 def predict(problem: Problem, cluster: Cluster) -> list[dict[str, Any]]:
-    """Return the counts and the predicted seconds with their parts, for each mode of the loss and for
-    OpenCLIP's loss.
-    """
+    """Return a row for each mode of the loss and for OpenCLIP's loss: its totals, its predicted seconds, and parts."""
     auto = choose_mode([problem.rows] * problem.gpus, problem.embed_dim, problem.dtype) if problem.gpus > 1 else None
     rows = []
     for mode in (*problem.modes, OPENCLIP):

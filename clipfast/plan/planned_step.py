@@ -1,7 +1,8 @@
-"""Run a step of one rank on fake tensors to count its memory and work: a step of ``clipfast train``, or the loss alone.
+"""Run a training step of one rank, or the loss alone, on fake tensors to count its memory, FLOPs and communication.
 
-A rank of a training is built as the trainer builds it: the model, FSDP2, the optimizer, the average of the weights.
-:mod:`clipfast.train.fsdp` describes the sharding. DistributedDataParallel changes only the messages.
+A rank is built as ``clipfast train`` builds it: the model, FSDP2, the optimizer, the average of the weights.
+:mod:`clipfast.train.fsdp` describes the sharding. DistributedDataParallel needs no wrapper here, since it changes only
+the communication.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ PRECISIONS = ("amp_bf16", "pure_bf16", "fp32")
 IMAGE_FORWARD, TEXT_FORWARD, LOSS = "forward of images", "forward of texts", "loss"
 TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD = "backward of texts", "backward of tokens", "backward of images"
 UPDATE = "update"
-# Categories of memory whose name differs from the phase in which the memory is allocated.
+# Categories of memory. CATEGORIES maps a phase to the category of the memory that it allocates, if the names differ.
 INPUTS, IMAGES, TEXTS, SCRATCH = "inputs", "activations of images", "activations of texts", "backward scratch"
 CATEGORIES = {
     IMAGE_FORWARD: IMAGES,
@@ -49,16 +50,16 @@ CATEGORIES = {
     IMAGE_BACKWARD: SCRATCH,
     UPDATE: "update scratch",
 }
-# The phases of a step of the loss alone, and the category of their memory.
+# The phases of a run of the loss alone, and the category of the memory that they allocate.
 LOSS_FORWARD, LOSS_BACKWARD = "loss forward", "loss backward"
 OF_LOSS = {LOSS_FORWARD: LOSS, LOSS_BACKWARD: LOSS}
 OPENCLIP = "openclip"
-LOGIT_SCALE = 14.3
+LOGIT_SCALE = 14.3  # exp(logit_scale) at the start of training, 1 / 0.07
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The sizes of a distributed loss: the features of a batch, and the GPUs that share the batch."""
+    """The sizes of a contrastive loss: the features of a batch, and the number of GPUs that share the batch."""
 
     pairs: int  # on all GPUs together; rounded up to a multiple of ``gpus``
     gpus: int = 1
@@ -67,7 +68,7 @@ class Problem:
 
     @property
     def rows(self) -> int:
-        """The number of pairs on one GPU by the plan."""
+        """The number of pairs on one GPU."""
         return -(-self.pairs // self.gpus)
 
     @property
@@ -78,7 +79,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The parts of a training step, apart from its batch.
+    """The options of a training step that determine its memory and time, apart from its batch size.
 
     Attributes:
         model: a name of :func:`clipfast.list_models`.
@@ -105,27 +106,27 @@ class Setup:
 
     @property
     def config(self) -> CLIPConfig:
-        """The configuration of the planned model."""
+        """The configuration of the model with this name."""
         return get_model_config(self.model)
 
     @property
     def is_sharded(self) -> bool:
-        """True if a rank of the planned training holds only its part of the weights."""
+        """True if FSDP2 shards the weights, so that a rank holds only its part of them."""
         return self.parallel == "fsdp" and self.gpus > 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of matrix products and of features in the planned step."""
+        """The dtype of matrix products and of features in the training step."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the weights that the optimizer updates in the planned training."""
+        """The dtype of the weights that the optimizer updates."""
         return torch.bfloat16 if self.precision == "pure_bf16" else torch.float32
 
     @property
     def train_config(self) -> TrainConfig:
-        """The planned setup as options of ``clipfast train``."""
+        """The options of ``clipfast train`` that build the optimizer and the shards of this setup."""
         return TrainConfig(
             train_data="synthetic:1", opt=self.opt, fsdp=self.is_sharded,
             fsdp_no_reshard_after_forward=self.is_sharded and not self.reshards,
@@ -152,10 +153,10 @@ def _fake_processes(gpus: int, *, is_fake: bool) -> Iterator[None]:
 def _ledger_of(
     card: Card | None, categories: Mapping[str, str], ledger_type: type[Ledger], *, is_fake: bool
 ) -> Iterator[Ledger]:
-    """Yield an open ledger that records the tensors of this context; they are fake tensors if ``is_fake``."""
+    """Yield a ledger that records the ops inside this context; tensors made there are fake tensors if ``is_fake``."""
     with contextlib.ExitStack() as stack:
         if is_fake:
-            # Packed texts have values, because kernels walk tokens as these say.
+            # Packed texts are real tensors, since the ops read the lengths of the texts from their values.
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         launches = [] if card is None else stack.enter_context(record_launches(card.arch, card.multiprocessors))
         ledger = stack.enter_context(ledger_type(launches, categories))
@@ -166,15 +167,15 @@ def _ledger_of(
 def run_loss(
     problem: Problem, mode: str, card: Card | None, *, is_fake: bool = True, ledger_type: type[Ledger] = Ledger
 ) -> Ledger:
-    """Run the loss of all ranks and its backward pass on one rank, and return the ledger.
+    """Run the distributed contrastive loss and its backward pass on one rank, and return the ledger.
 
     Args:
         problem: the sizes of the loss.
         mode: one of ``problem.modes``, or "openclip".
-        card: the GPU that kernels are recorded for. Tensors are on the CPU all the same, because PyTorch without CUDA
-            computes no gradients of fake tensors on "cuda". None runs the kernels of the CPU.
+        card: the GPU whose kernels are recorded, or None to run the CPU paths. Tensors are on the CPU in both cases,
+            because PyTorch without CUDA computes no gradients of fake tensors on "cuda".
         is_fake: run rank 0 on fake tensors without computing or sending anything; otherwise run this process's rank.
-        ledger_type: the kind of ledger to keep.
+        ledger_type: the class of the ledger, such as a sub-class that measures real memory.
     """
     with (
         _fake_processes(problem.gpus, is_fake=is_fake),
@@ -194,7 +195,7 @@ def run_loss(
 
 
 def _loss(problem: Problem, mode: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Compute the planned loss of one rank in a mode, or OpenCLIP's loss."""
+    """Compute the contrastive loss of one rank in a mode of clipfast, or as OpenCLIP computes it."""
     if mode == OPENCLIP:  # OpenCLIP's ClipLoss under autocast, which computes cross-entropies in float32
         rank = dist.get_rank() if problem.gpus > 1 else 0
         options = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=problem.gpus)
@@ -210,7 +211,7 @@ def _loss(problem: Problem, mode: str, image: Tensor, text: Tensor, scale: Tenso
 def rank_of(
     setup: Setup, config: CLIPConfig, card: Card | None, *, is_fake: bool = True, ledger_type: type[Ledger] = Ledger
 ) -> Iterator["Rank"]:
-    """Yield a rank of a planned training with its ledger open.
+    """Yield a rank of a training, with a model of this ``config``, whose ledger records while the context is open.
 
     Args:
         setup: the model, optimizer and parallelism of the training.
@@ -229,9 +230,9 @@ def rank_of(
 
 @functools.lru_cache(maxsize=16)
 def captions_of(pairs: int, most: int) -> PackedText:
-    """Return packed texts without words that have the lengths of captions, for a planned step on a GPU.
+    """Return ``pairs`` packed texts of at most ``most`` tokens with lengths of real captions, for a planned step.
 
-    They have values, which say how many tokens there are.
+    They are real tensors even under a fake mode, since their values give the number of tokens.
     """
     with _disable_current_modes():
         texts = torch.zeros(pairs, most, dtype=torch.long)
@@ -241,11 +242,11 @@ def captions_of(pairs: int, most: int) -> PackedText:
 
 
 class Rank:
-    """The state of one rank of a planned training: model, optimizer and average.
+    """One rank of a training on fake tensors: its model, optimizer and weight average, whose memory a ledger records.
 
     Args:
         setup: the model, optimizer and parallelism of the training.
-        model: the model on "meta", in the dtype of its weights.
+        model: the model on the device "meta", in the dtype of its weights.
         mesh: the mesh of all ranks, if the weights are sharded.
         ledger: the open ledger; the rank sets its phase.
     """
@@ -273,17 +274,17 @@ class Rank:
             setattr(model, name, self._marked(getattr(model, name), forward, backward))
 
     def set_checkpointing(self, checkpointing: str) -> None:
-        """Choose the activations that the backward pass of the planned step recomputes."""
+        """Choose which activations the backward pass recomputes: "none", "selective" or "full"."""
         self.model.set_grad_checkpointing(checkpointing != "none", selective=checkpointing == "selective")
 
     def step(self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False) -> None:
-        """Compute the gradients of a batch of the planned training.
+        """Run a training step: compute the gradients of a batch and, if ``is_whole``, update the weights.
 
         Args:
             rows: pairs of this rank.
             micro_rows: pairs whose activations are held at a time; None for all.
-            is_whole: compute the loss of all ranks and update the weights; otherwise the sum of the features replaces
-                the loss.
+            is_whole: compute the loss of all ranks and update the weights; otherwise a sum of products of the features
+                replaces the loss, and no weight changes.
         """
         self.ledger.phase = INPUTS
         images = torch.zeros(rows, 3, *[self.model.visual.image_size] * 2, dtype=torch.uint8)
@@ -298,14 +299,14 @@ class Rank:
         self.ledger.book_launches()
 
     def update(self) -> None:
-        """Update the weights of the planned training and their average."""
+        """Run the optimizer step and update the weight average, as the end of a training step does."""
         self.ledger.phase = UPDATE
         self.optimizer.step()
         if self.average is not None:
             self.average.update(1, torch.zeros(()))
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor, *, is_whole: bool) -> Tensor:
-        """Compute the planned loss of all ranks, or a sum of the features in its place."""
+        """Compute the contrastive loss of all ranks or, if not ``is_whole``, a sum of products of the features."""
         self.ledger.phase = LOSS
         if not is_whole:
             return (image * text).sum() * scale
@@ -317,7 +318,7 @@ class Rank:
         """Return a version of ``function`` that sets the ledger's phase when it and its backward pass begin."""
 
         def call(*args: Any, **options: Any) -> Tensor:
-            """Call ``function``; the ledger then books under the phase of the forward or of the backward pass."""
+            """Call ``function`` in the phase ``forward``; its backward pass starts the phase ``backward``."""
             self.ledger.phase = forward
             out = function(*args, **options)
             if out.requires_grad:

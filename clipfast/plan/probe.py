@@ -1,4 +1,4 @@
-"""Extrapolate memory and time of the towers from steps of a model with few blocks on fake tensors.
+"""Extrapolate memory and time of the towers from training steps of a model with few blocks on fake tensors.
 
 Bytes, FLOPs and kernels of a step are linear in the number of blocks of each tower and, for a given number of blocks,
 in the batch. Therefore steps of towers with 3 and with 4 blocks, with two batches each, determine those of the whole
@@ -36,22 +36,23 @@ from .planned_step import (
     run_loss,
 )
 
-DEPTHS = (3, 4)  # a first, a middle and a last block, which differ; the second depth has two middle blocks
-BATCHES = (256, 512)  # large enough for activations to outweigh memory that does not depend on the batch
-FEW = 2  # so few pairs that activations hardly count; no phase takes less than with so few
+DEPTHS = (3, 4)  # numbers of blocks: first and last blocks differ from middle ones, of which there are one and two
+BATCHES = (256, 512)  # pairs; large enough for activations to outweigh memory that does not depend on the batch
+FEW = 2  # pairs whose activations hardly count: the peak memory with this batch is a lower limit for every batch
 FORWARD = (IMAGE_FORWARD, TEXT_FORWARD)
 BACKWARD = (TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD)
-PROBED = (IMAGES, TEXTS, SCRATCH, GATHERED)  # categories; memory that lives from step to step is counted in Held
+# Categories of memory: those that a step allocates and frees, and those that live from step to step (in ``Held``).
+PROBED = (IMAGES, TEXTS, SCRATCH, GATHERED)
 STATIC = ("weights", "gradients", "optimizer state", "average of weights")
 Array = NDArray[np.float64]
 
 
 class Sample(NamedTuple):
-    """The counts of one probed step, with one depth and one batch.
+    """The memory and work of one training step, with one of ``DEPTHS`` and one of ``BATCHES``.
 
     Attributes:
-        peaks: memory at the peak of each phase, an element for each category of ``PROBED``.
-        kernels: FLOPs and bytes of each kernel, by phase.
+        peaks: by phase, the bytes at its peak in each category of ``PROBED``, [4].
+        kernels: by phase, the FLOPs and bytes of each kernel, [kernels, 2].
     """
 
     peaks: dict[str, Array]
@@ -59,7 +60,7 @@ class Sample(NamedTuple):
 
 
 def sample_of(ledger: Ledger) -> Sample:
-    """Return the counts of the towers from the ledger of a step."""
+    """Return the memory and work of the towers in a step, from its ledger."""
     kernels: dict[str, list[tuple[int, int]]] = {phase: [] for phase in (*FORWARD, LOSS, *BACKWARD)}
     for event in ledger.events:
         if not event.collective and event.phase in kernels:
@@ -70,10 +71,10 @@ def sample_of(ledger: Ledger) -> Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Samples of steps with few blocks, from which those of the whole model are extrapolated.
+    """Measured steps of a model with few blocks, from which memory and work of the whole model are extrapolated.
 
     Attributes:
-        more_images, more_texts: the number of blocks that each tower has in addition to the first depth.
+        more_images, more_texts: the number of blocks that each tower of the whole model has beyond the first depth.
         samples: the samples of both ``BATCHES`` for each depth. There are one or two depths; the second has one more
             block in each tower.
         least: for each depth, the sample of a step with very few pairs, without checkpointing.
@@ -85,7 +86,7 @@ class Probe:
     least: Sequence[Sample]
 
     def peak(self, phase: str, rows: int) -> Counter[str]:
-        """Return the planned bytes at the peak of ``phase``, by category, for ``rows`` pairs."""
+        """Return the predicted bytes at the peak of ``phase``, by category, for ``rows`` pairs."""
         more = np.array([self.more_images, self.more_texts, 0, 0])
         lines = [_at(rows, *(sample.peaks[phase] for sample in depth)) for depth in self.samples]
         least = [sample.peaks[phase] for sample in self.least]
@@ -93,9 +94,9 @@ class Probe:
         return Counter(dict(zip(PROBED, found.clip(0).round().astype(int).tolist(), strict=True)))
 
     def seconds(self, phase: str, rows: int, cluster: Cluster, *, is_half: bool) -> tuple[float, float]:
-        """Return the predicted seconds of ``phase``, and those of each block of a tower in it.
+        """Return the predicted seconds of ``phase`` for ``rows`` pairs, and those of one middle block in it.
 
-        Kernels run one after another. If the host takes longer to launch them, its time counts.
+        Kernels run one after another. If the host takes longer to launch them, the time of the host is returned.
         """
         rates = np.array([cluster.card.reached(half=is_half), cluster.card.memory_bytes_per_s])
         found = []
@@ -110,12 +111,12 @@ class Probe:
         return found[0] + self._more(phase) * block, block
 
     def flops(self, phase: str, rows: int) -> float:
-        """Return the FLOPs of ``phase`` for ``rows`` pairs, extrapolated from the probe."""
+        """Return the extrapolated FLOPs of ``phase`` for ``rows`` pairs."""
         found = [_at(rows, *(sample.kernels[phase][:, 0].sum() for sample in depth)) for depth in self.samples]
         return float(found[0] + self._more(phase) * (found[-1] - found[0]))
 
     def _more(self, phase: str) -> int:
-        """Return how many more blocks the tower of a phase has than the probed model."""
+        """Return how many more blocks the tower of a phase has than the model of the first depth."""
         of_images, of_texts = (IMAGE_FORWARD, IMAGE_BACKWARD), (TEXT_FORWARD, TEXT_BACKWARD)
         return self.more_images if phase in of_images else self.more_texts if phase in of_texts else 0
 
@@ -127,24 +128,24 @@ def _at(rows: int, small: Any, large: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def probe(setup: Setup, card: Card | None, kinds: tuple[str, ...]) -> dict[str, Probe]:
-    """Run the steps with few blocks, and return a probe for each of these kinds of checkpointing.
+    """Run training steps of a model with few blocks, and return a probe for each of these kinds of checkpointing.
 
-    ``card`` is the GPU that kernels are recorded for; None runs the kernels of the CPU.
+    ``card`` is the GPU whose kernels are recorded; None runs the CPU paths.
     """
     config, least = setup.config, list[Sample]()
     layers = config.vision.layers if isinstance(config.vision.layers, int) else None, config.text.layers
-    can_cut = all(count is None or count > max(DEPTHS) for count in layers)  # a ResNet has no number of blocks
+    can_cut = all(count is None or count > max(DEPTHS) for count in layers)  # None for a ResNet, which is not cut
     samples: dict[str, list[list[Sample]]] = {kind: [] for kind in kinds}
     for depth in DEPTHS if can_cut else (None,):
         with rank_of(setup, _cut(config, depth), card) as rank:
 
             def sampled(rows: int, rank: Any = rank) -> Sample:
-                """Run a step of the probed model with ``rows`` pairs, and return its counts."""
+                """Run a training step of the small model with ``rows`` pairs, and return its memory and work."""
                 rank.step(rows)
                 return sample_of(rank.ledger)
 
             if setup.is_sharded:
-                sampled(FEW)  # in the first step, FSDP2 allocates memory that it keeps
+                sampled(FEW)  # a first step that is not recorded, in which FSDP2 allocates memory that it keeps
             least.append(sampled(FEW))
             for kind in kinds:
                 rank.set_checkpointing(kind)
@@ -154,7 +155,7 @@ def probe(setup: Setup, card: Card | None, kinds: tuple[str, ...]) -> dict[str, 
 
 
 def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
-    """Return the probed model's configuration: ``depth`` blocks in each transformer, or all if ``depth`` is None."""
+    """Return a model's configuration with ``depth`` blocks in each transformer, or unchanged if ``depth`` is None."""
     if depth is None:
         return config
     if isinstance(config.vision.layers, int):
@@ -163,7 +164,7 @@ def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
 
 
 class Held(NamedTuple):
-    """The memory that a rank holds from step to step, by category, and the time of its update."""
+    """The memory that a rank holds from step to step, by category, and memory and time of its optimizer step."""
 
     bytes: Counter[str]
     update_bytes: int
@@ -172,7 +173,7 @@ class Held(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def held(setup: Setup, cluster: Cluster) -> Held:
-    """Return the planned memory that a rank holds from step to step, from an update of the model on fake tensors."""
+    """Return the memory that a rank holds from step to step, from an optimizer step of the model on fake tensors."""
     with rank_of(setup, setup.config, None) as rank:
         ledger = rank.ledger
         ledger.begin()
@@ -183,7 +184,10 @@ def held(setup: Setup, cluster: Cluster) -> Held:
 
 @functools.lru_cache(maxsize=4096)
 def loss_ledger(problem: Problem, card: Card | None) -> Ledger:
-    """Return the ledger of the loss in the trainer's mode, without the memory of the features, which exist already."""
+    """Return the ledger of the loss in the mode that ``clipfast train`` chooses.
+
+    Its category "loss" leaves out the memory of the features, which the towers have allocated.
+    """
     sizes = [problem.rows] * problem.gpus
     mode = "default" if problem.gpus == 1 else choose_mode(sizes, problem.embed_dim, problem.dtype)
     return run_loss(problem, mode, card)
