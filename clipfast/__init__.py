@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
 
-# kernels/ lies beside clipfast/ in a checkout, and an installation puts it inside.
+# In a checkout kernels/ lies beside clipfast/. Only an installation makes it the package clipfast.kernels.
 if find_spec(f"{__name__}.kernels") is None:
     raise ImportError("clipfast is not installed: run pip install -e . in the checkout")
 
-# The public names by the module that defines them. ``api`` lists them once more, for type checkers.
+# This maps each module to the public names that it defines. clipfast/api.py lists them once more, for type checkers.
 _NAMES = {
     "losses.accumulation": ("accumulate_gradients", "largest_micro_batch"),
     "adopt": ("apply_to_hf", "apply_to_open_clip", "apply_to_timm", "hf_collator", "revert_model"),
@@ -51,7 +51,7 @@ _NAMES = {
     "models.tokenizer": ("Tokenizer", "tokenize"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
-# Names of version 0.1, which still work, and the present ones.
+# This maps names of version 0.1, which still work, to the present names.
 _RENAMED = {"convert": "convert_checkpoint", "report": "report_kernels", "revert": "revert_model"}
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ else:
     __all__ = sorted([*_MODULES, "kernels"])
 
     def __getattr__(name):
-        """Import the public name that is asked for (PEP 562)."""
+        """Import a public name of clipfast when it is first used (PEP 562), and return its object."""
         if name in _RENAMED:
             new = _RENAMED[name]
             warnings.warn(
@@ -68,7 +68,7 @@ else:
             )
             return __getattr__(new)
         if name not in _MODULES:
-            # A package inside clipfast, such as clipfast.models.
+            # The name may be a package inside clipfast, such as clipfast.models.
             if not name.startswith("__") and find_spec(f"{__name__}.{name}"):
                 return import_module(f".{name}", __name__)
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -77,5 +77,5 @@ else:
         return found
 
     def __dir__():
-        """Return the public names, and those of the modules that are loaded."""
+        """Return the public names of clipfast, imported or not, and all other names that the module has."""
         return sorted({*globals(), *__all__})

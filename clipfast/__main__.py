@@ -1,4 +1,4 @@
-"""``python -m clipfast``."""
+"""This module runs the command line for ``python -m clipfast``."""
 
 import sys
 

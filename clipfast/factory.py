@@ -21,7 +21,7 @@ from .models.naflex_config import MOST_PATCHES
 from .models.sequence_size import ToSequence
 from .models.tokenizer import Tokenizer
 
-# The dtype of all weights for each precision. With "amp", the caller uses autocast.
+# This maps precisions that give all weights one dtype to that dtype. With "amp...", the caller uses autocast.
 PRECISIONS = {
     "fp32": torch.float32,
     "amp": torch.float32,
@@ -30,7 +30,8 @@ PRECISIONS = {
     "pure_bf16": torch.bfloat16,
     "pure_fp16": torch.float16,
 }
-# The dtype of the weights of matrix products; norms, embeddings and logit_scale stay in float32.
+# This maps the other precisions to the dtype of the weights of matrix products. Norms, embeddings and logit_scale stay
+# in float32.
 MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TOWER_WEIGHTS = "clipfast loads no weights of one tower: build the model, then load them into its tower"
 _NO_SOUND = "clipfast builds no models of sound"
@@ -80,7 +81,7 @@ def create_model(
         model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` or ``FOLDER`` for a folder with
             ``open_clip_config.json`` and its weights, of transformers' CLIPModel, or of a run, whose newest checkpoint
             is used if it is not finished; ``hf-hub:ORG/REPO`` or ``ORG/REPO`` for a repository of either kind; or the
-            path of a clipfast checkpoint, which holds its own configuration; or the source of a model that is resolved.
+            path of a clipfast checkpoint, which holds its own configuration; or the result of ``resolve_source``.
         pretrained: for a model with a name, one of its tags (:func:`clipfast.list_pretrained`); or the path of a
             checkpoint (``.pt``, ``.bin`` or ``.safetensors``). The weights of a tag that were trained with QuickGELU
             make the model one with QuickGELU, with a warning if its name does not say so.
@@ -151,10 +152,11 @@ def set_precision(model: CLIP, precision: str) -> None:
 
 
 def _check_arguments(precision: str, others: Mapping[str, Any]) -> None:
-    """Check the arguments of ``create_model``: an unknown precision, and OpenCLIP's unsupported arguments, are refused.
+    """Refuse an unknown precision in a call of ``create_model``, and arguments of OpenCLIP that are not supported.
 
     Raises:
-        ValueError, TypeError: as above.
+        ValueError: the precision is unknown, or an argument has a value that is not supported.
+        TypeError: an argument is unknown.
     """
     if precision not in PRECISIONS | MIXED_PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS | MIXED_PRECISIONS)}")
@@ -175,7 +177,7 @@ def _changed(config: CLIPConfig, quick_gelu: bool, context_length: int | None, v
     if context_length is not None:
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, context_length=context_length))
     if quick_gelu:
-        config = dataclasses.replace(config, quick_gelu=True)  # a SigLIP configuration refuses this
+        config = dataclasses.replace(config, quick_gelu=True)  # a SigLIP configuration raises a ValueError here
     return config.with_vision(**vision)
 
 
@@ -192,7 +194,7 @@ def _forced_preprocessing(preprocessing: Mapping[str, Any], forced: Mapping[str,
         )
     given = {key: value for key, value in (forced or {}).items() if value is not None}
     for key in ("mean", "std"):
-        if isinstance(given.get(key), int | float):  # one number for every channel
+        if isinstance(given.get(key), int | float):  # one number stands for all three channels
             given[key] = (given[key],) * 3
     complete = complete_preprocessing({**preprocessing, **given})
     check_preprocessing(complete, "create_model")
@@ -236,8 +238,8 @@ def create_model_and_transforms(
 
     Returns:
         ``(model, preprocess_train, preprocess_val)``; the preprocessing turns a PIL image into a tensor [3, H, W]. For
-        a NaFlex model, that of evaluation keeps the aspect of an image, and ``encode_image`` takes a list of images;
-        that of training gives squares. The model is in training mode: for inference, take
+        a NaFlex model, ``preprocess_val`` keeps the aspect ratio of an image, and ``encode_image`` takes a list of
+        images; ``preprocess_train`` gives squares. The model is in training mode: for inference, take
         :func:`create_model_from_pretrained`.
     """
     training = training_options(aug_cfg)
@@ -249,10 +251,10 @@ def create_model_and_transforms(
 
 
 def transform_of(model: CLIP, **options: Any) -> Callable[..., Tensor]:
-    """Return the image preprocessing of a model; without ``options`` it is that of evaluation.
+    """Return the image preprocessing of a model: for training if ``options`` has ``train=True``, else for evaluation.
 
     Args:
-        model: the model, which has its preprocessing settings. An image for a NaFlex model keeps its aspect in
+        model: the model, which has its preprocessing settings. An image for a NaFlex model keeps its aspect ratio in
             evaluation, and has at most ``image_seq_len`` patches.
         **options: more arguments of :func:`clipfast.models.images.make_transform`.
     """
@@ -316,9 +318,9 @@ def get_tokenizer(
             package, or the folder that holds it. Default: the file in the model's folder or repository.
 
     Raises:
-        ValueError: the model is unknown; a SigLIP model has no such file; another model is given one, or has another
-            vocabulary than CLIP's tokenizer.
-        ImportError: the tokenizers package is missing, for SigLIP.
+        ValueError: the model is unknown; a SigLIP model has no tokenizer file; another model is given such a file, or
+            has another vocabulary than CLIP's tokenizer.
+        ImportError: a SigLIP model needs the tokenizers package, which is missing.
     """
     source = resolve_source(model_name, cache_dir=cache_dir, fetch_weights=False)
     folder = source.folder if source.folder and (source.folder / TOKENIZER_NAME).is_file() else None

@@ -1,6 +1,6 @@
 """Facts about this machine: processors, memory and disks that this process may use, and GPUs through NVIDIA's NVML.
 
-The functions read Linux's files below ``root``. On other systems these are missing, and the functions return None.
+The functions read Linux's files below ``root``. Other systems lack these files: there, memory is None ("unknown").
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # importing PyTorch takes longer than all reads of this module
+if TYPE_CHECKING:  # PyTorch is imported only where it is used, because that takes longer than all other work here
     import torch
 
 ROOT = Path("/")
 SHARED_MEMORY = Path("/dev/shm")
-UNLIMITED = 1 << 60  # bytes: version 1 of cgroups writes "no limit" as about eight times this
+UNLIMITED = 1 << 60  # bytes; a larger limit means none, because version 1 of cgroups writes "no limit" as almost 2**63
 # Reasons for low clocks that make a GPU slower than usual, by their bits (nvml.h, nvmlClocksEventReasons). The power
 # cap is not among them, since it is normal under load.
 THROTTLES = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat (hardware)", 0x80: "power brake"}
@@ -69,8 +69,8 @@ def cores() -> int:
 def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
     """Yield the folders of the cgroups that limit this process, and whether they are of version 2.
 
-    The parents of its own cgroup limit the process too. In a container, its own cgroup is the root of the tree,
-    whatever its name in /proc is.
+    The parents of the process's own cgroup limit it too. In a container, the root of the tree in /sys is its own
+    cgroup, and /proc may give the path that this cgroup has outside of the container.
     """
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -84,7 +84,7 @@ def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file of one of the machine's cgroups; None without one, such as for "max"."""
+    """Return the number in a file of a cgroup, such as its memory limit; None if the file holds "max" or is missing."""
     with contextlib.suppress(OSError, ValueError):
         return int(path.read_text())
     return None
@@ -126,7 +126,7 @@ def nvml_card(device: "torch.device") -> tuple[Any, Any]:
 
 
 def gpu_state(device: "torch.device") -> dict[str, Any]:
-    """Return clocks, power, temperature, and the reasons for lower clocks of a GPU.
+    """Return the clocks, the power and the temperature of a GPU, and NVML's reasons for lower clocks.
 
     Raises:
         ImportError: nvidia-ml-py is missing.

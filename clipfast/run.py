@@ -96,11 +96,10 @@ def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
 
 
 def apply_to_model(model: Any, names: Sequence[str]) -> str:
-    """Replace the parts ``names`` in a model of OpenCLIP for ``clipfast.run``; return a line with the numbers.
+    """Replace the parts ``names`` in a model of OpenCLIP for ``clipfast.run``; return a line that counts the places.
 
-    A model in which nothing can be replaced, such as a TorchScript model, is not changed. Nor is a model of a later
-    version
-    of OpenCLIP that lacks something which our code uses: the program continues with the original.
+    A model is not changed if nothing in it can be replaced, as in a TorchScript model, or if it comes from a later
+    version of OpenCLIP and lacks something that our code uses: the program continues with the original.
     """
     adopt = importlib.import_module("clipfast.adopt")
     kind = type(model).__name__
@@ -233,7 +232,7 @@ class ImportHook(MetaPathFinder):
         """Replace the parts of a module of OpenCLIP that ``clipfast.run`` has waited for."""
         for replace, names in self.waiting[module.__name__].items():
             said = replace(module, names)
-            if module.__name__ not in self.done:  # importlib.reload executes a module again
+            if module.__name__ not in self.done:  # importlib.reload executes a module again, and the line is known then
                 _say(said)
         unknown = "" if self.done else unknown_version(module.__name__.partition(".")[0])
         if unknown:
@@ -260,7 +259,7 @@ def _say(text: str) -> None:
 
 
 def _leaves(names: Sequence[str]) -> str:
-    """Return advice how ``clipfast.run`` leaves some parts of OpenCLIP."""
+    """Return advice for users: the environment variable by which ``clipfast.run`` leaves these parts of OpenCLIP."""
     return f"to leave them: {VARIABLE}={','.join(names)}"
 
 
@@ -271,7 +270,7 @@ def _arguments(kind: type) -> set[str]:
 
 
 def _replace_everywhere(theirs: object, ours: object) -> None:
-    """Replace an object in every loaded module of OpenCLIP for ``clipfast.run``."""
+    """Replace the object ``theirs`` by ``ours`` in every loaded module of OpenCLIP, for ``clipfast.run``."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in ("open_clip", "open_clip_train"):
             for attribute in [key for key, value in vars(module).items() if value is theirs]:
@@ -291,7 +290,7 @@ def _module_runner(name: str) -> Callable[[], object]:
     """
     if name.startswith("-"):
         raise ValueError(f"there is no option {name}: the first argument is a module or a script (see --help)")
-    top = name.partition(".")[0]  # searching inside a package would import it
+    top = name.partition(".")[0]  # only the package is looked up, because find_spec of a submodule would import it
     if importlib.util.find_spec(top) is None:
         raise ValueError(f"there is no module {top!r} in {os.getcwd()} or sys.path; a script is given as ./{name}")
     return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""Atomic writes of files: no reader ever sees half of a file, and none is left if the process is killed.
+"""Atomic writes of files: no reader ever sees half of a file, even after the writing process was killed.
 
 Files from untrusted sources are opened here too, without waiting at a named pipe for a writer.
 """
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's prefix for the paths of folders
-MAX_SETTINGS = 1 << 26  # limit in bytes of a file of settings; the largest are tables of sharded weights
-MAX_MEMBER = 1 << 28  # limit in bytes of a pair's file that is read into memory
+MAX_SETTINGS = 1 << 26  # limit in bytes of a JSON file of settings; the largest list the tensors of sharded weights
+MAX_MEMBER = 1 << 28  # limit in bytes of a file of a pair (such as an image), because it is read into memory
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_held: dict[Path, Path | None] = {}  # files that ``together`` holds back, and their temporary paths
+# This maps each file that ``together`` holds back to its temporary file, or to None until that is written.
+_held: dict[Path, Path | None] = {}
 
 
 def local_path(name: str | Path) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .files import replace_text
 
-if TYPE_CHECKING:  # imported at run time only where it is used: pages without pictures need no Pillow
+if TYPE_CHECKING:  # only type hints use Pillow, because pages without pictures must not need it
     from PIL import Image
 
 Cell = str | tuple[str, float]  # the text of a table's cell, or the text and a number to sort by
@@ -54,7 +54,7 @@ def thumbnail(image: Image.Image, side: int = SIDE) -> str:
 
 
 def figure(address: str, caption: str, kind: str) -> str:
-    """Return the HTML of a page's picture with its caption's lines, in a border by its kind: right, wrong or other."""
+    """Return the HTML of a picture with a caption below; ``kind`` is the CSS class of its border, such as "right"."""
     text = "<br>".join(map(html.escape, caption.splitlines()))
     return f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{text}</figcaption></figure>'
 
@@ -120,7 +120,7 @@ def write_page(path: Path, title: str, body: str, *, script: str = "", style: st
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}{style}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
-    # File names that are not UTF-8 contain lone surrogates.
+    # File names that are not UTF-8 contain lone surrogates, which UTF-8 cannot encode: a "?" takes their place.
     text = text.encode("utf-8", "replace").decode()
     replace_text(path, text)
     return len(text.encode())

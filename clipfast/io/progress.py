@@ -57,5 +57,5 @@ def lines(total: int, what: str, unit: str, say: Callable[[str], Any]) -> Advanc
 
 
 def duration(seconds: float) -> str:
-    """Write a duration of the progress as hours, minutes and seconds, and days before them if there are any."""
+    """Return a duration as text: hours, minutes and seconds, and days before them if there are any."""
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from .files import replace_text
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-FORMULA = re.compile(r"[=+\-@\t\r](?![0-9.]+$)")  # the beginning of a spreadsheet formula; a number with a sign is none
+FORMULA = re.compile(r"[=+\-@\t\r](?![0-9.]+$)")  # how a spreadsheet formula begins; a number with a sign is no formula
 
 
 def printable(text: str) -> str:
@@ -65,6 +65,6 @@ def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Return a question for the text of an error whether a similar known word was meant; "" if none is similar."""
+    """Return " (did you mean ...?)" for an error about the unknown ``word``; "" if no known word is similar."""
     similar = difflib.get_close_matches(word, known, 1)
     return f" (did you mean {similar[0]}?)" if similar else ""

@@ -171,7 +171,7 @@ def _parameters(model: nn.Module, loss: Callable[..., Tensor]) -> list[nn.Parame
 def micro_batches(images: Any, texts: Any, size: int) -> list[tuple[Any, Any]]:
     """Return the images and the texts of each micro-batch of ``size`` pairs; the last one may be smaller.
 
-    Images are [B, ...] or packed, and texts [B, ...]; or one of them, or each, is a list of those of each micro-batch.
+    Images are [B, ...] or packed images, and texts [B, ...]; or either is a list with an element per micro-batch.
 
     Raises:
         ValueError: there are no pairs, or not as many images as texts, or the size is below 1.
@@ -193,12 +193,12 @@ def micro_batches(images: Any, texts: Any, size: int) -> list[tuple[Any, Any]]:
 
 
 def _count(texts: Any) -> int | None:
-    """Return the number of texts of a micro-batch; None for a mapping, whose length is another number."""
+    """Return the number of texts of a micro-batch; None for a mapping, whose length is its number of keys."""
     return len(texts) if isinstance(texts, Sized) and not isinstance(texts, Mapping) else None
 
 
 def _outputs(output: Any) -> tuple[Any, ...]:
-    """Check the outputs of the model of a loss; return (image_features, text_features, logit_scale[, logit_bias])."""
+    """Check a model's output and return it as a tuple (image_features, text_features, logit_scale[, logit_bias])."""
     found = tuple(output[name] for name in OUTPUTS if name in output) if isinstance(output, Mapping) else output
     if not isinstance(found, (tuple, list)) or len(found) not in (3, 4) or found[2] is None:
         raise TypeError(
@@ -307,5 +307,5 @@ class _Buffers:
 
 
 def _is_expanded(buffer: Tensor) -> bool:
-    """Return True for a buffer that micro-batches leave: expanded, so it can be neither written nor restored."""
+    """Return True for an expanded buffer: its elements share memory, so it can be neither written nor restored."""
     return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))

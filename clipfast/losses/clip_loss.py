@@ -166,8 +166,7 @@ class ClipLoss(RankLoss):
                 raise ValueError(
                     f"{type(self).__name__}: logit_bias must have one element, got shape {tuple(bias.shape)}"
                 )
-            # DistributedDataParallel waits for a gradient of every parameter, and so this one must be zero, and not
-            # None.
+            # DistributedDataParallel waits for a gradient of every parameter, so the bias needs one: zero, not None.
             loss = loss + 0.0 * bias.sum()
         return loss
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .clip_loss import ClipLoss
 
-_IGNORED = -100  # tokens with this label do not count
+_IGNORED = -100  # the losses of captions leave out tokens with this label
 _COMPUTE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
     "": None, "model": None, None: None, "float32": torch.float32, "fp32": torch.float32, torch.float32: torch.float32,
 }  # fmt: skip

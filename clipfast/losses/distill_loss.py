@@ -98,9 +98,8 @@ class _CrossEntropy(torch.autograd.Function):
         student, teacher = options.logits(x, y, s, u, v, t)
         total = student.scale.new_zeros(())
         of_student, of_teacher = Columns(student.cols), Columns(teacher.cols)
-        # Column j needs the mean of S_ij over i, weighted by the teacher, minus the column's log sum. With logits of
-        # 100 and a difference of 0.01, few digits would remain, and so both are computed relative to the logit of the
-        # pair.
+        # Column j adds log sum_i exp S_ij - sum_i Q_T_ij S_ij. With logits of 100 and a difference of 0.01, few digits
+        # would remain, and so both terms are computed relative to the logit S_jj of the pair.
         weighted = torch.zeros_like(of_student.sum)
         pair = student.scale * torch.linalg.vecdot(student.rows, student.cols) if options.both else weighted
         for strip in _strips(student):
@@ -253,7 +252,7 @@ class DistillClipLoss(ClipLoss):
 
     @staticmethod
     def _of_all(features: Tensor, *, constant: bool) -> Tensor:
-        """Gather the features [b, D] of every rank for the distillation loss: [N, D], perhaps ``constant``."""
+        """Gather the features [b, D] of every rank into [N, D] for distillation, without a gradient if ``constant``."""
         if constant:
             return gather_equal(features.detach(), None).flatten(0, 1)
         return torch.cat(all_gather(features.contiguous()))

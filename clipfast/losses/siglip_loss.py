@@ -54,7 +54,7 @@ class SigLipLoss(RankLoss):
     def get_ground_truth(
         self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
     ) -> Tensor:
-        """Return the labels of the sigmoid loss [num_logits, num_logits]: 1 for pairs and -1 for all others."""
+        """Return the labels of the sigmoid loss [num_logits, num_logits]: -1, and 1 for pairs unless negative_only."""
         labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
         return labels if negative_only else labels.fill_diagonal_(1)
 
@@ -81,8 +81,8 @@ class SigLipLoss(RankLoss):
         Its name and arguments are those of OpenCLIP, since subclasses of OpenCLIP's loss and tests call it.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        # With an offset past the last text, no image has a pair. The offset is at least 1, since an offset of 0 would
-        # make pairs.
+        # Image i and text i + offset are a pair, so with an offset past the last text there are no pairs. The offset is
+        # at least 1, since an offset of 0 means that all rows are pairs.
         offset = max(len(text_features), 1) if negative_only else 0
         return sigmoid_loss(image_features, text_features, logit_scale, bias, offset=offset)
 
