@@ -33,9 +33,9 @@ from .dtypes import accumulate_dtype
 from .launch import Plan, Start, arch_of, programs_at_once, triton_runs_on
 from .spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 
-# About how many registers a thread takes. The backward kernel takes more, since it keeps its sums over rows in them.
+# About how many registers a thread of each kernel takes. The backward kernel keeps its sums over rows in registers.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
-# PyTorch's op without its Python wrapper
+# This calls PyTorch's op without its Python wrapper, which would take the host longer.
 _gelu_backward: Any = torch.ops.aten.gelu_backward.default._op
 
 
@@ -126,7 +126,7 @@ def _bias_act_bwd_kernel(
 
 @planned
 def _fwd_plan(device: torch.device, dtype: torch.dtype, rows: int, width: int, *strides: int, quick: bool) -> Plan:
-    """Plan the forward kernel for x [rows, width]."""
+    """Plan the launch of the bias-and-activation forward kernel for x [rows, width]."""
     cfg, _, grid, tile = _grid("bias_act_fwd", device, dtype, rows, width, FWD_REGISTERS)
     return Plan(_bias_act_fwd_kernel, grid, rows, width, *strides, config=cfg, device=device, IS_QUICK=quick, **tile)
 
@@ -135,7 +135,11 @@ def _fwd_plan(device: torch.device, dtype: torch.dtype, rows: int, width: int, *
 def _bwd_plan(
     device: torch.device, dtype: torch.dtype, rows: int, width: int, *strides: int, quick: bool, with_sums: bool
 ) -> tuple[Plan, int]:
-    """Plan the backward kernel for x [rows, width]; return also the number of programs for each block of columns."""
+    """Plan the launch of the bias-and-activation backward kernel for x [rows, width].
+
+    Returns:
+        The plan, and the number of programs for each block of columns.
+    """
     cfg, per_block, grid, tile = _grid("bias_act_bwd", device, dtype, rows, width, BWD_REGISTERS)
     plan = Plan(
         _bias_act_bwd_kernel, grid, rows, width, *strides, config=cfg, device=device, IS_QUICK=quick,
@@ -176,7 +180,7 @@ def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
 
 
 def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> Callable[..., Any]:
-    """Return the function that computes the gradients of x and of the bias by the Triton kernel."""
+    """Return the function that computes the gradients of bias and activation by the Triton kernel."""
     width = x.shape[-1]
     (grad_strides, grad_copied), (strides, x_copied) = row_strides(grad), row_strides(x)
     plan, per_block = _bwd_plan(
@@ -209,7 +213,7 @@ def _fwd_cpu(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
 
 
 def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> Callable[..., Any]:
-    """Return the function that computes the gradients of x and of the bias in PyTorch."""
+    """Return the function that computes the gradients of bias and activation in PyTorch."""
     dtype = accumulate_dtype(x.dtype)
     is_wide, rows = x.dtype == dtype, list(range(x.ndim - 1))
 
@@ -254,7 +258,7 @@ def _(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
 
 @registered("bias_act_bwd")
 def _bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x, and of the bias in float32 (empty unless ``with_sums``)."""
+    """Return the gradients of GELU or QuickGELU: of x, and of the bias in float32 (empty unless ``with_sums``)."""
     args = grad, x, bias, quick, with_sums
     dx, sums = _plan_bwd(*args)(*args)
     return dx, x.new_empty(0, dtype=accumulate_dtype(x.dtype)) if sums is None else sums
@@ -270,13 +274,13 @@ def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tu
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save x and bias for the backward pass."""
+    """Save x and bias for the backward pass of GELU or QuickGELU."""
     x, bias, ctx.quick = inputs
     ctx.save_for_backward(x, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x and bias to autograd."""
+    """Return the gradients of GELU or QuickGELU of x + bias to autograd."""
     x, bias = ctx.saved_tensors
     options = ctx.quick, ctx.needs_input_grad[1]
     tensors, args = (grad, x, bias), (grad, x, bias, *options)

@@ -19,20 +19,21 @@ R = TypeVar("R")
 
 BACKENDS = ("auto", "triton", "torch")
 COMPUTED_ON = ("cuda", "cpu", "meta")
-# The classes of tensors that hide nothing: fake tensors and distributed tensors have others.
+# Tensors of these classes are what they seem: fake tensors and distributed tensors have classes of their own.
 PLAIN = (Tensor, torch.nn.Parameter)
-# It is private; with a version of PyTorch that lacks it, no call is kept.
+# TensorGuards compares layouts of tensors in C++. It is private; ``Op.learn`` keeps no call if PyTorch lacks it.
 TensorGuards: Any = getattr(guards, "TensorGuards", None)
-MOST_ALIKE = 8  # kept calls with equal options and equal sizes
-MOST_KNOWN = 512  # sizes and options that an op keeps calls of; each takes some 20 KB of host memory
-# The key of ``is_grads_batched``, which vectorises a backward pass without a transform of ``torch.func``.
+MOST_ALIKE = 8  # the most layouts that an op keeps for calls with equal options and equal sizes
+MOST_KNOWN = 512  # the most pairs of sizes and options that an op keeps; each takes some 20 KB of host memory
+# This dispatch key is active under ``torch.autograd.grad(is_grads_batched=True)``, which vectorises a backward pass
+# without a transform of ``torch.func``.
 LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
-# Every eager call asks these. Python finds a global name in half the time of ``torch._C.name``.
+# Every eager call of an op calls these functions. Python finds a global name in half the time of ``torch._C.name``.
 num_dispatch_modes = torch._C._len_torch_dispatch_stack
 num_function_modes = torch._C._len_torch_function_stack
 profiler_enabled = torch._C._autograd._profiler_enabled
 is_dynamo_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
-# PyTorch's ops within an implementation skip these steps of its dispatcher.
+# The dispatcher skips autograd and autocast, whose keys these are, for the PyTorch ops that an implementation calls.
 NOT_INSIDE = functools.reduce(
     lambda keys, name: keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)),
     (
@@ -89,8 +90,8 @@ def _is_transformed() -> bool:
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class _Way(NamedTuple):
-    """How calls of one layout are computed.
+class _KnownLayout(NamedTuple):
+    """A layout of an op's tensors, and the functions that compute calls with it.
 
     Attributes:
         check: returns whether tensors have the layout.
@@ -106,30 +107,30 @@ class _Way(NamedTuple):
 
 
 class Op:
-    """An op of PyTorch, ``clipfast::<name>``, on CPUs and GPUs, with a short way for eager calls.
+    """An op that is registered with PyTorch as ``clipfast::<name>``, on CPUs and GPUs, with a shortcut for eager calls.
 
-    PyTorch's way to a registered op written in Python takes the host longer than a small kernel runs. So an eager call
-    goes through an ``autograd.Function``, or straight to the implementation if no gradient is needed. The registered op
-    is called wherever something watches: a compiler, a transform, a mode, a profiler, a tracer, or a tensor of another
-    class than PyTorch's own, or one whose memory does not hold its values. Both ways run the same implementation,
-    without autocast and below autograd.
+    PyTorch's dispatcher takes the host longer to reach an op that is written in Python than a small kernel runs. So an
+    eager call goes through an ``autograd.Function``, or straight to the implementation if no gradient is needed. The
+    registered op is called where PyTorch has to see it: under a compiler, a transform, a mode, a profiler or a tracer,
+    and for a tensor of another class than PyTorch's own, or one whose memory does not hold its values. Both ways run
+    the same implementation, without autocast and below autograd.
 
     An op may have a planner, which decides from the layout of its arguments how to compute them. Then calls are kept
     by their layout (:meth:`learn`), and a call like an earlier one (:meth:`find`) needs no checks and no decisions.
 
-    A call of an op's derivative raises an error until it registers one. The backward ops register none, so a second
-    derivative raises this error.
+    An op has no derivative until one is registered, and a backward pass through it raises an error. The backward ops
+    register none, so a second derivative raises this error.
     """
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
         self.run, self._name = run, name
         self.planner: Callable[..., Any] | None = None
-        self._known: dict[Any, tuple[_Way, ...]] = {}
+        self._known: dict[Any, tuple[_KnownLayout, ...]] = {}
         on_change(self._known.clear)
 
         @functools.wraps(run)
         def implementation(*args: Any) -> Any:
-            """Run the op's implementation as PyTorch calls it for a backend."""
+            """Run the op's implementation for a call that came through PyTorch's dispatcher."""
             if self.planner is not None:
                 _check_devices(args)
             return self._run_below(*args)
@@ -179,7 +180,9 @@ class Op:
             return apply_of(type(f"clipfast_{self._name}", (torch.autograd.Function,), methods))
 
         def setup_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            """Save what the backward pass of the registered op needs; outputs that are only for it have no gradient."""
+            """Save the tensors that the registered op's backward pass needs; outputs that only it reads get no
+            gradient.
+            """
             if isinstance(output, tuple):
                 ctx.mark_non_differentiable(*output[results(*inputs) :])
             setup_context(ctx, inputs, output)
@@ -213,10 +216,10 @@ class Op:
             return self.run(*args)
 
     def planned_by(self, planner: Callable[..., Any]) -> None:
-        """Keep an op's calls by their layout.
+        """Keep an op's calls by their layout, and let ``planner`` decide how calls of a layout are computed.
 
         The planner gets the arguments of a call, and returns a function that computes it and all calls of its layout.
-        This may return None in place of an output that is empty.
+        That function may return None in place of an output that is empty.
         """
         self.planner = planner
 
@@ -227,8 +230,8 @@ class Op:
 
         A call is like another one if its options are equal, and its tensors agree in everything that PyTorch's
         dispatcher knows of them: class, dtype, device, sizes, strides, and transforms, modes and autocast around them.
-        One call to C++ compares all of this. If ``free`` is given, it is the number of the first dimensions of each
-        tensor whose sizes and strides may differ, because nothing that the planner decides depends on them.
+        One call to C++ compares all of this. ``free`` says for each tensor how many of its first dimensions may differ
+        in size and stride, because no decision of the planner depends on them.
         """
         if is_dynamo_compiling() or tensors[0].__class__ not in PLAIN:
             return None
@@ -238,12 +241,12 @@ class Op:
             else:
                 sizes = tuple([x.shape for x in tensors])
             found = self._known.get((sizes, options), ())
-        except (TypeError, AttributeError):  # an option of a wrong type has no hash, and a list no shape
+        except (TypeError, AttributeError):  # an option without a hash, or a list in place of a tensor
             return None
         for check, autocast, run, apply in found:
             if check(*tensors):
                 if num_dispatch_modes() or num_function_modes() or profiler_enabled() or forward_ad._current_level >= 0:
-                    break  # as in is_watched, whose call would take as long as these questions
+                    break  # PyTorch must see the op. A call of is_watched would take as long again as these four.
                 if autocast is not None and torch.get_autocast_dtype(autocast[0]) is not autocast[1]:
                     continue
                 return apply if apply is not None and is_grad_enabled() else run
@@ -267,9 +270,9 @@ class Op:
         _check_devices(tensors)
         try:
             hash(options)
-        except TypeError:  # a list among the options has no hash
+        except TypeError:  # an option is a list, which has no hash
             return self
-        # The comparison in C++ takes each tensor once.
+        # TensorGuards matches no call in which the same tensor occurs twice.
         if len({*map(id, tensors)}) < len(tensors) or not all(map(_holds_its_values, tensors)):
             return self
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
@@ -279,7 +282,7 @@ class Op:
             run, autocast = below_autograd(run), (device_type, torch.get_autocast_dtype(device_type))
         apply = None
         if any(x.requires_grad for x in tensors):
-            # An op without a derivative is called through PyTorch, which raises the error about that.
+            # An op without a derivative is called through the dispatcher, so that its backward pass raises the error.
             apply = self._function_of(run, self._results(*args)) if self._has_derivative else self
         free = free or (0,) * len(tensors)
         layouts: Any = {
@@ -290,14 +293,16 @@ class Op:
         if len(self._known) >= MOST_KNOWN:
             self._known.pop(next(iter(self._known), None), None)
         key = tuple([x.shape[k:] for x, k in zip(tensors, free, strict=True)]), options
-        self._known[key] = (_Way(layout.check, autocast, run, apply), *self._known.get(key, ()))[:MOST_ALIKE]
+        known_layout = _KnownLayout(layout.check, autocast, run, apply)
+        self._known[key] = (known_layout, *self._known.get(key, ()))[:MOST_ALIKE]
         return self.find(options, tensors, free) or self
 
 
 def apply_of(function: Any) -> Callable[..., Any]:
     """Return ``function.apply`` of an ``autograd.Function``, for calls outside the transforms of ``torch.func``.
 
-    This is the method of the C++ class. That of the Python class first asks whether a transform is active.
+    The method that is returned is that of the C++ base class. ``torch.autograd.Function.apply`` would first check
+    whether a transform is active.
     """
     found: Callable[..., Any] = super(torch.autograd.Function, function).apply
     return found
@@ -309,9 +314,9 @@ def registered(name: str) -> Callable[[Callable[..., Any]], Op]:
 
 
 def is_watched() -> bool:
-    """Return whether something in this thread has to see the registered op instead of its implementation.
+    """Return whether a compiler, transform, tracer, mode or profiler of this thread has to see the registered op.
 
-    The dispatch keys of a tensor show none of it.
+    The dispatch keys of a tensor do not show this.
     """
     return bool(is_traced() or num_dispatch_modes() or num_function_modes() or profiler_enabled())
 
@@ -328,17 +333,17 @@ def is_traced() -> bool:
 
 
 def _holds_its_values(x: Tensor) -> bool:
-    """Return whether the memory of ``x`` holds its values; not that of a fake, sparse, negated or zero tensor.
+    """Return whether the memory of ``x`` holds its values, unlike that of a fake, sparse, negated or zero tensor.
 
-    PyTorch resolves these on the way to a registered op.
+    PyTorch's dispatcher handles such tensors before it calls a registered op.
     """
     is_plain = x.__class__ in PLAIN and x.layout is torch.strided and not x.is_meta
     return is_plain and not x.is_neg() and not x._is_zerotensor()
 
 
 def _check_devices(args: Sequence[Any]) -> None:
-    """Refuse tensors on several devices, as a hook of autograd may return them: kernels take addresses, which do not
-    say whose memory they are in.
+    """Refuse tensors on several devices, which a hook of autograd may return: a kernel gets only their addresses, and
+    an address does not show its device.
     """
     devices = {x.device for x in args if isinstance(x, Tensor)}
     if len(devices) > 1:
@@ -358,7 +363,7 @@ def below_autograd(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
-    """Let an op's function run without autocast on the device of its first tensor: it converted its operands."""
+    """Let an op's function run without autocast on its first tensor's device: it converts its operands itself."""
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

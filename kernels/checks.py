@@ -9,12 +9,12 @@ from . import launch
 from .dtypes import FLOATS, dtype_name
 
 INTEGERS = (torch.int32, torch.int64)
-# The dtypes that kernels support on some devices only, or not in Triton's interpreter.
+# Triton's interpreter does not support bfloat16, and only the CPU path supports float64.
 NOT_EVERYWHERE = (torch.bfloat16, torch.float64)
 
 
 def check_float(op: str, **tensors: Tensor | None) -> None:
-    """Refuse a floating dtype that the op's kernels cannot compute in on the device of the tensor.
+    """Refuse a tensor whose floating dtype the op's kernels do not support on its device.
 
     Args:
         op: the name of the op.
@@ -100,11 +100,12 @@ def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def check_seqlens(op: str, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return lengths, one for each image of ``like``, as the kernels take them: contiguous int32, clamped, not below 0.
+    """Return an op's lengths, one for each sequence of ``like`` [B, ...], as contiguous int32 in which no length is
+    negative; None stays None.
 
     Raises:
-        TypeError: they are no tensor of integers.
-        ValueError: there are not as many as images, or they are on another device.
+        TypeError: ``seqlens`` is no tensor of integers.
+        ValueError: its shape is not [B], or it is on another device.
     """
     if seqlens is None:
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._dynamo import guards
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# The functions by which compiled code makes tensors; they are private, and another version of PyTorch may lack them.
+# torch.compile's code makes tensors by these functions. They are private, so another version of PyTorch may lack them.
 _empty_strided_cpu: Any = getattr(guards, "_empty_strided_cpu", None)
 _empty_strided_cuda: Any = getattr(guards, "_empty_strided_cuda", None)
 LOG2E = math.log2(math.e)
@@ -19,7 +19,7 @@ LN2 = math.log(2.0)
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return the quotient rounded up. Triton's own function of this name takes the host some 5 us."""
+    """Return the quotient rounded up, in less time than ``triton.cdiv``, which takes the host some 5 us."""
     return -(-a // b)
 
 
@@ -29,7 +29,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Reshape an op's input [..., N] to [M, N]; the result is a view if one stride leads to each row, else a copy."""
+    """Reshape an op's input [..., N] to rows [M, N]; the result is a view if the rows lie evenly apart, else a copy."""
     return x.reshape(num_rows(x), x.shape[-1])
 
 
@@ -39,7 +39,7 @@ def num_rows(x: Tensor) -> int:
 
 
 def row_strides(x: Tensor) -> tuple[tuple[int, ...], bool]:
-    """Return the strides of the rows [M, N] of an op's ``x``, and whether :func:`as_rows` has to copy it for them."""
+    """Return the strides of :func:`as_rows` of an op's ``x`` [..., N], and whether that function has to copy ``x``."""
     try:
         return x.view(num_rows(x), x.shape[-1]).stride(), False
     except RuntimeError:  # no single stride leads from each row to the next
@@ -47,20 +47,20 @@ def row_strides(x: Tensor) -> tuple[tuple[int, ...], bool]:
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor, as PyTorch counts them: an axis without elements counts as one."""
+    """Return the strides of a contiguous tensor, as PyTorch computes them: a size of 0 counts as 1."""
     return tuple([math.prod(map(max, shape[axis + 1 :], itertools.repeat(1))) for axis in range(len(shape))])
 
 
 def new_tensors(like: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Any:
     """Return the function that makes uninitialised contiguous tensors on the device of ``like``.
 
-    They have its shape and its dtype where none is given.
+    They have the shape and the dtype of ``like`` if ``shape`` or ``dtype`` is None.
     """
     shape = tuple(like.shape if shape is None else shape)
     strides = contiguous_strides(shape)
     dtype, device = dtype or like.dtype, like.device
-    # torch.empty_strided takes two thirds of the time of torch.empty, and these functions a third. But modes do not see
-    # them, and on a GPU they take the current device.
+    # torch.empty_strided takes two thirds of the time of torch.empty, and the private functions a third. But a dispatch
+    # mode does not see the private ones, and on GPUs they always use the current device.
     if torch._C._len_torch_dispatch_stack() == 0 and like.__class__ in (Tensor, torch.nn.Parameter):
         if device.type == "cpu" and _empty_strided_cpu is not None:
             return functools.partial(_empty_strided_cpu, shape, strides, dtype)

@@ -22,12 +22,12 @@ import torch
 from .hardware import ARCHITECTURES, architecture
 
 TUNED = Path(__file__).parent / "tuned"
-# The architectures, newest first. The table of an architecture holds the entries that were tuned on it, and entries in
-# place of those of older tables whose sizes do not fit it. If its own table lacks an entry, the tables that
+# The architectures, newest first. The table of an architecture holds the entries that were tuned on it. It also has an
+# entry wherever that of an older table would spill or exceed the shared memory. If it lacks an entry, the tables that
 # :attr:`Architecture.tables` names are searched in turn.
 ARCHS = tuple(sorted(ARCHITECTURES, reverse=True))
-# Attention has an entry for head dimensions up to each limit in HEAD_DIMS. Its short kernels have one for
-# numbers of keys up to each limit in NUM_KEYS.
+# An attention kernel has an entry for head dimensions up to each limit in HEAD_DIMS. If it holds all keys, it has an
+# entry for numbers of keys up to each limit in NUM_KEYS as well.
 HEAD_DIMS = (64, 96, 128)
 NUM_KEYS = (64, 128, 208, 256, 272)
 # A kernel that holds whole rows has an entry for widths up to each of these limits.
@@ -97,13 +97,15 @@ C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, SdpaConfig, RowConfig)
 P = ParamSpec("P")
 R = TypeVar("R")
 _overrides: dict[str, Config] = {}
-# Texts may come in many lengths, and batches in many sizes; the layouts that were used last are kept.
+# Texts come in many lengths, and batches in many sizes. Each planned function keeps this many results, those used last.
 MOST_PLANS = 4096
 _forget: list[Callable[[], None]] = []
 
 
 def planned(decide: Callable[P, R]) -> Callable[P, R]:
-    """Keep the results of a function that decides from its arguments, the tables and the target of launches alone."""
+    """Cache a function whose result depends on nothing but its arguments, the tables of launch configurations, and the
+    GPU that kernels are launched for.
+    """
     # The cache must tell 1 from 1.0, which are equal, because a kernel is compiled for only one of them.
     known: Any = functools.lru_cache(MOST_PLANS, typed=True)(decide)
     on_change(known.cache_clear)
@@ -111,13 +113,13 @@ def planned(decide: Callable[P, R]) -> Callable[P, R]:
 
 
 def on_change(forget: Callable[[], None]) -> None:
-    """Call ``forget`` whenever the tables or the target of launches change."""
+    """Call ``forget`` when the tables of launch configurations, or the GPU that kernels are launched for, change."""
     _forget.append(forget)
 
 
 def forget_plans() -> None:
-    """Let every function that is :func:`planned` decide again, and every op forget its calls, because the tables or
-    the target of launches changed.
+    """Let every :func:`planned` function decide again, and every op forget its calls: the tables of launch
+    configurations, or the GPU that kernels are launched for, have changed.
     """
     for forget in _forget:
         forget()
@@ -144,7 +146,7 @@ def looped_config(
     """Return the configuration of an attention kernel that loops.
 
     The tables have one for each head dimension, and for some numbers of keys another one, which then takes precedence.
-    Sequences of several lengths have no number of keys.
+    ``num_keys`` is None for packed sequences of several lengths.
     """
     if num_keys is not None and num_keys <= NUM_KEYS[-1]:
         found = _lookup_any(LoopedConfig, config_key(kernel, dtype, head_dim, num_keys), arch)
@@ -209,7 +211,7 @@ def table_path(arch: int) -> Path:
 def read_table(arch: int) -> dict[str, dict[str, int]]:
     """Return the committed launch configurations of ``arch``, by the names that :func:`config_key` returns.
 
-    Some entries of the file have a ``"by"``, which says whether they were measured or chosen by the model of a GPU.
+    Entries that the tuner wrote have a ``"by"``: "measured" on a GPU, or chosen by the GPU "model". It is left out.
     """
     table: dict[str, dict[str, Any]] = json.loads(table_path(arch).read_text())
     return {key: entry and {name: entry[name] for name in entry if name != "by"} for key, entry in table.items()}

@@ -20,7 +20,10 @@ def _block(launch: Launch) -> int:
 
 
 def _block_products(launch: Launch) -> int:
-    """Return the FLOPs of G y in the first ``num_x_tiles`` programs, and of G^T x in the others; one may be missing."""
+    """Return the FLOPs of G y, which the first ``num_x_tiles`` programs compute, and of G^T x, which the others do.
+
+    A launch may lack the programs of one of the two products.
+    """
     of_x = launch.args["num_x_tiles"]
     return ((of_x > 0) + (launch.grid[0] > of_x)) * _block(launch)
 

@@ -17,7 +17,7 @@ class Places(NamedTuple):
     """The places of the tokens of packed images, each int64 [T].
 
     Attributes:
-        row: the row of the patches; their number for a token that has none.
+        row: the row of the token's patch in the matrix of all patches; the number of patches for a token without one.
         y, x: the row and the column of the patch in its image.
         height, width: the rows and columns of patches of the image.
         prefix: the number of the prefix token; -1 for other tokens.
@@ -32,8 +32,10 @@ class Places(NamedTuple):
 
 
 def places_of(bounds: Tensor, sequence: Tensor, grids: Tensor, num_patches: int, num_prefix: int) -> Places:
-    """Return the places of the tokens of packed images; ``bounds`` and ``sequence`` are those of their packing, in
-    which prefix tokens count too.
+    """Return the places of the tokens of packed images.
+
+    ``bounds`` and ``sequence`` are those of the :class:`Packing` of all tokens, the ``num_prefix`` prefix tokens of
+    each image included.
     """
     first, image = bounds[0], sequence.long()
     token = torch.arange(len(image), device=image.device)
@@ -50,7 +52,8 @@ def places_of(bounds: Tensor, sequence: Tensor, grids: Tensor, num_patches: int,
 def resizing_weights(
     places: Places, table_size: Sequence[int], interpolation: str, keep_aspect: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights of the rows [T, GH] and of the columns [T, GW] of a table of positions in each patch's own.
+    """Return the weights [T, GH] and [T, GW] with which the rows and the columns of a table of positions add up to the
+    position of each patch.
 
     They are those of ``F.interpolate(antialias=True)``, computed in float32 at least.
     """
@@ -63,7 +66,7 @@ def resizing_weights(
 
 
 def _axis_weights(index: Tensor, size: Tensor, table_size: int, interpolation: str, dtype: torch.dtype) -> Tensor:
-    """Return the weights of the rows of a table's axis in the row ``index`` of an axis of length ``size``."""
+    """Return the weights [T, table_size] of a table's rows in row ``index`` of that table resized to ``size`` rows."""
     scale = table_size / size.to(dtype)[:, None]
     rows = torch.arange(table_size, dtype=dtype, device=index.device)
     x = ((rows + 0.5 - (index.to(dtype)[:, None] + 0.5) * scale) / scale.clamp(min=1)).abs()

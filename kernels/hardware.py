@@ -19,7 +19,7 @@ class Architecture:
         shared_bytes: shared memory of a multiprocessor.
         block_shared_bytes: shared memory that one block may ask for.
         matrix_unit: the PTX instruction of the tensor cores that half-precision products must reach.
-        multiprocessors: their number on the card that launches are recorded for.
+        multiprocessors: the number of multiprocessors of the card for which launches are recorded.
         registers: 32-bit registers of a multiprocessor.
         warps: resident warps at most.
         blocks: resident blocks at most.
@@ -88,7 +88,7 @@ class Card:
         single_peak: float32 products without TF32 by the data sheet, FLOP/s.
         half_reached: the share of ``half_peak`` that large products reach: the best of ``torch.matmul`` in the MAMF
             table of Stas Bekman's "Machine Learning Engineering Open Book".
-        single_reached: the share of ``single_peak`` that is assumed.
+        single_reached: the share of ``single_peak`` that large products are assumed to reach.
         memory_bytes: size of the memory.
         memory_bytes_per_s: bandwidth of the memory.
         link_bytes_per_s: NVLink to other GPUs of the node, in one direction.
@@ -108,15 +108,15 @@ class Card:
 
     @property
     def multiprocessors(self) -> int:
-        """The number of multiprocessors."""
+        """The number of the card's multiprocessors."""
         return ARCHITECTURES[self.arch].multiprocessors
 
     def peak(self, *, half: bool) -> float:
-        """Dense FLOP/s by the data sheet, for 16-bit or for float32 products."""
+        """Return the card's dense FLOP/s by the data sheet, for 16-bit or for float32 products."""
         return self.half_peak if half else self.single_peak
 
     def reached(self, *, half: bool) -> float:
-        """FLOP/s that large products reach, for 16-bit or for float32 products."""
+        """Return the FLOP/s that large products reach on the card, for 16-bit or for float32 products."""
         return self.half_peak * self.half_reached if half else self.single_peak * self.single_reached
 
 
@@ -150,7 +150,7 @@ class Cluster:
     latency_s: float = 5e-6
 
     def bytes_per_s(self, gpus: int, *, is_ring: bool) -> float:
-        """Return the rate at which each of ``gpus`` of a cluster in the table of hardware sends to others.
+        """Return the bytes per second that each GPU of the cluster sends when ``gpus`` of them communicate.
 
         Between nodes, a collective uses the adapters of all GPUs of a node, as NCCL's rings do. A ring of single
         messages enters and leaves a node through one adapter.

@@ -1,7 +1,8 @@
 """The ops of a transformer block for a larger ``autograd.Function``, which has checked its input.
 
-Such a function runs where nothing watches (``backends.is_watched``) and below autograd, as ``backends.Op`` runs one op.
-It keeps the functions that compute the layouts of its ops (``backends.Op.planned_by``) in the dict of :func:`plans_of`.
+Such a function runs only where PyTorch need not see the ops (``backends.is_watched``), and below autograd, as
+``backends.Op`` runs one op. It keeps the functions that compute its ops at their layouts (``backends.Op.planned_by``)
+in the dict of :func:`plans_of`.
 """
 
 from typing import Any
@@ -18,14 +19,15 @@ Plans = dict[Any, Any]
 
 @planned
 def plans_of(*_: Any) -> Plans:
-    """Return the dict of the functions that compute one layout of a larger function, which the arguments describe."""
+    """Return the dict that keeps how a larger function computes its ops, for the layout that the arguments name."""
     return {}
 
 
 def compute(plans: Plans, op: Op, name: Any, *args: Any) -> Any:
-    """Compute an op below autograd. Its layout must be the same wherever ``plans``, ``op`` and ``name`` are.
+    """Compute an op below autograd by the function that ``plans`` keeps under ``op`` and ``name``.
 
-    An output that is empty may be None.
+    All calls with the same ``plans``, ``op`` and ``name`` must have the same layout. An output that is empty may be
+    None.
     """
     found = plans.get((name, op))
     if found is None:

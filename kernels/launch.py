@@ -50,7 +50,7 @@ class Launch:
 class _Target:
     """The GPU that kernels are launched for although no tensor is on it.
 
-    Its launches are recorded, or go to ``device`` if the driver is a stub.
+    Its launches are recorded in ``launches``, or go to ``device`` if a stub takes the place of the CUDA driver.
     """
 
     arch: int
@@ -100,9 +100,9 @@ def execute_on_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stand_in(device: torch.device, arch: int, multiprocessors: int) -> Iterator[None]:
-    """Launch the Triton kernels for CPU tensors as if they were tensors of ``device``, a GPU of the given kind.
+    """Launch the Triton kernels for CPU tensors as if these were on ``device``, a GPU of compute capability ``arch``.
 
-    This is for a stub of the driver: the device is made current for each launch, as if the tensors were on it.
+    This is for a stub of the CUDA driver (:mod:`clipfast.bench.stub`). ``device`` is made current for each launch.
     """
     with _launches_for(_Target(arch, multiprocessors, device)), execute_on_cpu():
         yield
@@ -158,7 +158,8 @@ def programs_at_once(device: torch.device, num_warps: int, registers: int) -> in
 def multiprocessors(device: torch.device, on_cpu: int) -> int:
     """Return the number of multiprocessors of a GPU.
 
-    For a CPU, whose kernels are interpreted or recorded, return ``on_cpu`` unless the recorder has another number.
+    For a CPU, whose kernels are interpreted or recorded, return ``on_cpu``, or the number that :func:`record_launches`
+    or :func:`stand_in` was given.
     """
     target = _target and _target_of(device)
     if target is not None and target.multiprocessors is not None:
@@ -176,9 +177,10 @@ class Plan:
     """A launch of which everything is known but its tensors: the kernel, the grid, the numbers and the options.
 
     The first start with tensors of certain dtypes goes through Triton, which binds the arguments, looks at each of them
-    and compiles. Later starts pass the addresses of their tensors to the compiled kernel at once. Triton compiles a
-    kernel for numbers that are 1 or multiples of 16, which a plan fixes, and for dtypes of tensors, blocks of
-    descriptors and addresses that are multiples of 16 bytes, which are the key of the plan's compiled kernels.
+    and compiles. Later starts pass the addresses of their tensors to the compiled kernel at once. Triton specialises a
+    kernel for numbers that are 1 or multiples of 16, which a plan fixes. It also specialises it for the dtypes of
+    tensors, the blocks of descriptors, and addresses that are multiples of 16 bytes. These are the key by which a plan
+    keeps its compiled kernels.
 
     FP fusion is set explicitly: its default differs between Triton versions, and changes the last bits of the results.
     """
@@ -222,7 +224,7 @@ class Plan:
         return True
 
     def may_start(self) -> bool:
-        """Return whether the plan may start its compiled kernel: nobody watches launches, and its GPU is current."""
+        """Return whether the plan may start its compiled kernel: no hook watches launches, and its GPU is current."""
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if self._kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
@@ -247,15 +249,15 @@ class Plan:
             constexprs = (self._constexprs[name] for name in kernel.arg_names[len(arguments) :])
             self.rest = (*self._numbers, *constexprs)
             grid = (*self._grid, 1, 1)[:3]
-            # A compiled kernel that nobody holds would unload its function.
+            # ``compiled`` is kept as well, because Triton unloads a kernel's function when the object is freed.
             kept = compiled.run, grid, compiled.function, compiled.packed_metadata, compiled
             self.compiled[_bind(tensors)[0]] = kept
 
 
 class Start:
-    """The start of a plan with tensors of one layout: of the same dtypes, and with None in the same places.
+    """The start of a plan whose tensors always have the same dtypes, and are None in the same places.
 
-    After a first start, only the addresses have to be looked at.
+    After a first start, only the addresses of the tensors have to be looked at.
     """
 
     __slots__ = ("_plan", "_ready")
@@ -272,14 +274,16 @@ class Start:
         self.remember(tensors)
 
     def remember(self, tensors: tuple[Any, ...]) -> None:
-        """Keep the compiled kernel for such tensors, unless one is a descriptor or begins at an odd address."""
+        """Keep the kernel that was compiled for such tensors, if all are plain and start at multiples of 16 bytes."""
         key, arguments = _bind(tensors)
         if False not in key and not any(x.__class__ is TensorDescriptor for x in arguments):
             self._ready = self._plan.compiled.get(key)
 
     def at(self, *addresses: int) -> bool:
-        """Start the kernel with tensors at these addresses, 0 for None; return False, and start nothing, if this is
-        no later start, or an address is none that the kernel was compiled for.
+        """Start the kernel with tensors at these addresses, 0 for None.
+
+        Return False, and start nothing, if no first start has kept a kernel, an address is no multiple of 16 bytes, or
+        the plan may not start its kernel.
         """
         plan, ready = self._plan, self._ready
         if ready is None or functools.reduce(operator.or_, addresses) % 16 or not plan.may_start():
@@ -291,7 +295,7 @@ class Start:
 
 
 def _bind(tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
-    """Return what a kernel is compiled for, and its arguments.
+    """Return the key of a plan's compiled kernels for such tensors, and the arguments of that kernel.
 
     The argument for a tensor is its address. A descriptor stays one, since Triton makes a tensor map from it.
     """
@@ -318,12 +322,12 @@ def launch(
 ) -> None:
     """Start ``kernel`` on ``device``; an empty grid starts nothing.
 
-    The :class:`Plan` of the launch is found by all its numbers. An op that every block of a model calls finds its plans
-    by fewer.
+    The :class:`Plan` of the launch is looked up by all its numbers. An op that every block of a model calls keeps a
+    :class:`Start` for each layout instead, and so saves the look-up.
 
     Args:
         kernel: the kernel.
-        grid: its programs.
+        grid: the number of its programs along each axis.
         args: its tensors (or None), then its numbers.
         config, device, constexprs: see :class:`Plan`.
     """
@@ -346,5 +350,5 @@ def _plan_of(
     kernel: Any, grid: tuple[int, ...], config: KernelConfig, device: torch.device,
     constexprs: tuple[tuple[str, Any], ...], *numbers: float,
 ) -> Plan:  # fmt: skip
-    """Return the plan of a kernel's launch."""
+    """Return the plan of a kernel's launch, the same one for equal arguments."""
     return Plan(kernel, grid, *numbers, config=config, device=device, **dict(constexprs))

@@ -1,4 +1,4 @@
-"""Sequences of several lengths behind one another: tokens [T, ...] without padding between them."""
+"""Packed sequences: sequences of several lengths in one tensor of tokens [T, ...], without padding between them."""
 
 import itertools
 import operator
@@ -20,7 +20,7 @@ class Packing(NamedTuple):
         cu_seqlens: int32 [B + 1], the cumulative lengths: sequence b has the tokens ``cu_seqlens[b]`` to
             ``cu_seqlens[b + 1] - 1``. Tokens from ``cu_seqlens[-1]`` on belong to no sequence.
         bounds: int32 [2, T], the first token of each token's sequence, and the end of the sequence; T and the end of
-            the last sequence for tokens that belong to none. Neither row falls.
+            the last sequence for tokens that belong to none. Each row is in ascending order.
         sequence: int32 [T], the number of each token's sequence; B for tokens that belong to none.
     """
 
@@ -32,7 +32,7 @@ class Packing(NamedTuple):
 def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     """Return where the sequences with these cumulative lengths, int32 [B + 1], lie among ``total`` tokens.
 
-    ``op`` is the name for errors.
+    ``op`` is the name of the op in errors.
 
     Raises:
         TypeError: ``cu_seqlens`` is not an int32 tensor.
@@ -46,16 +46,16 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
     ends = cu_seqlens.clamp(0, total)
     runs = _read_runs(op, cu_seqlens, total) if host_reads(cu_seqlens) else None
     if runs is not None:
-        lengths = torch.cat([ends.diff(), total - ends[-1:]])  # the last one is that of the tokens of no sequence
+        lengths = torch.cat([ends.diff(), total - ends[-1:]])  # the last entry counts the tokens of no sequence
         sequence = torch.arange(len(lengths), dtype=torch.int32, device=ends.device).repeat_interleave(lengths)
     else:
-        # The number of sequences that end before each token is the number of its own. The host waits for nothing.
+        # A token's sequence is found by how many sequences have ended before the token. The host waits for no value.
         tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
         sequence = torch.searchsorted(ends[1:], tokens, right=True, out_int32=True)
     first = torch.cat([ends[:-1], ends.new_full((1,), total)]).index_select(0, sequence)
     end = torch.cat([ends[1:], ends[-1:]]).index_select(0, sequence)
     packing = Packing(ends, torch.stack([first, end]), sequence)
-    if runs is not None and not ends.is_inference():  # tensors of the inference mode have no version
+    if runs is not None and not ends.is_inference():  # a tensor that was made in inference mode has no version
         for places in packing[:2]:
             _known[places] = places._version, runs
     return packing
@@ -97,11 +97,11 @@ def cu_seqlens_for(op: str, cu_seqlens: Tensor | Packing, batch: int, like: Tens
 
 
 class Run(NamedTuple):
-    """Sequences of the same length that lie side by side, and their tokens: a batch without copies.
+    """Packed sequences of the same length that lie side by side: a view of their tokens is a batch, without a copy.
 
     Attributes:
-        sequences: the place of the sequences among all.
-        tokens: the place of their tokens among all.
+        sequences: the indices of the sequences among all sequences.
+        tokens: the indices of their tokens among all tokens.
         shape: the number of sequences, and the number of tokens of each; sequences without tokens are in no run.
     """
 
@@ -110,18 +110,18 @@ class Run(NamedTuple):
     shape: tuple[int, int]
 
 
-# The runs of a packing on a CPU, by its ``cu_seqlens`` and by its ``bounds``, with the version of this tensor: all
-# layers and both directions take those that ``pack`` has found.
+# The runs that ``pack`` has found for a packing on a CPU, by its ``cu_seqlens`` and by its ``bounds``, each with the
+# version of that tensor. All layers take them from here, forward and backward.
 _known = WeakTensorKeyDictionary()
 
 
 def host_reads(cu_seqlens: Tensor) -> bool:
-    """Return whether there are cumulative lengths that the host can read without waiting for them."""
+    """Return whether the host can read the values of cumulative lengths, without waiting for a GPU."""
     return not (triton_runs_on(cu_seqlens.device) or cu_seqlens.is_meta or torch.compiler.is_compiling())
 
 
 def runs_of(op: str, cu_seqlens: Tensor, total: int, longest: int | None = None) -> list[Run]:
-    """Return the runs of the sequences with these cumulative lengths.
+    """Return the :class:`Run` tuples of the packed sequences with these cumulative lengths.
 
     Raises:
         ValueError: the lengths fall, do not run from 0 to ``total`` at most, or one exceeds ``longest``.
@@ -140,11 +140,14 @@ def runs_of(op: str, cu_seqlens: Tensor, total: int, longest: int | None = None)
 
 
 def runs_of_bounds(bounds: Tensor) -> list[Run]:
-    """Return the runs of the sequences with tokens that have these bounds, of a :class:`Packing`."""
+    """Return the :class:`Run` tuples of packed sequences from the ``bounds`` of their :class:`Packing`.
+
+    Sequences without tokens may be missing from their ``sequences``, since the bounds do not show them.
+    """
     runs = _known_runs(bounds)
     if runs is None:
         starts, lengths = torch.unique_consecutive(bounds[0], return_counts=True)
-        of_none = len(starts) and starts[-1] == bounds.shape[1]  # the last tokens may belong to no sequence
+        of_none = len(starts) and starts[-1] == bounds.shape[1]  # the last tokens belong to no sequence
         runs = _find_runs(lengths[: -1 if of_none else None].tolist())
     return runs
 
@@ -156,7 +159,7 @@ def _known_runs(places: Tensor) -> list[Run] | None:
 
 
 def _read_runs(op: str, cu_seqlens: Tensor, total: int) -> list[Run]:
-    """Return the runs of the sequences with these cumulative lengths, which are refused as by :func:`runs_of`."""
+    """Read the cumulative lengths of packed sequences, and return the runs; refuse wrong ones as :func:`runs_of`."""
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] > total:
         raise ValueError(f"{op}: cu_seqlens must run from 0 to {total} tokens at most, got {ends[0]} to {ends[-1]}")
@@ -169,7 +172,7 @@ def _read_runs(op: str, cu_seqlens: Tensor, total: int) -> list[Run]:
 
 
 def _find_runs(lengths: Iterable[int]) -> list[Run]:
-    """Return the runs of sequences of the same length."""
+    """Return the runs of packed sequences with these lengths: a run for each group of equal neighbouring lengths."""
     found, sequence, token = list[Run](), 0, 0
     for length, equal in itertools.groupby(lengths):
         count = len(list(equal))

@@ -170,7 +170,7 @@ def attention_pool(
 ) -> Tensor:  # fmt: skip
     """Compute the reference attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once.
 
-    Packed tokens [T, C] are laid out with padding, ``max_seqlen`` tokens a sequence.
+    Packed tokens [T, C] are first padded to ``max_seqlen`` tokens for each sequence.
     """
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.clamp(0, len(tokens))
@@ -246,7 +246,7 @@ def patch_embed_packed(
 ) -> Tensor:
     """Return the reference of the op ``patch_embed_packed``: a linear layer with resized positions added.
 
-    Tokens of patches stand behind the prefix tokens of their image (Beyer et al. 2023, section 3.2).
+    The prefix tokens of an image stand before the tokens of its patches (Beyer et al. 2023, section 3.2).
     """
     dtype = weight.dtype
     prefix = weight.new_zeros(0, len(weight)) if prefix is None else prefix.to(dtype)
@@ -273,7 +273,7 @@ def text_embed(
     *,
     cu_seqlens: Tensor | Packing | None = None,
 ) -> Tensor:
-    """Look up the rows of a table and add positions (Vaswani et al. 2017, sections 3.4 and 3.5).
+    """Return the reference of the op ``text_embed``: rows of a table plus positions (Vaswani et al. 2017, 3.4 and 3.5).
 
     Packed texts are [T].
     """
@@ -310,7 +310,7 @@ def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = 
     # One more row and column of -inf let amax accept an empty matrix.
     own_scores = F.pad(scores.where(own & ~scores.isnan(), float("-inf")), (0, 1, 0, 1), value=float("-inf"))
     image_best, text_best = own_scores.amax(1, keepdim=True)[:-1], own_scores.amax(0)[:-1]
-    # This is not written as >=, so that NaN is ahead too.
+    # In contrast to score >= best, this is also true for NaN, so that NaN counts as ahead too.
     image_ranks = (~own & ~(scores < image_best)).sum(1)
     text_ranks = (~own & ~(scores < text_best)).sum(0)
     return image_ranks.where(own.any(1), -1), text_ranks.where(own.any(0), -1)

@@ -118,12 +118,12 @@ class Draw:
         return torch.rand(rows, count, generator=self._generator, device=self.device).argsort(1)[:, :size]
 
 
-MEAN_LENGTH = 18  # of the captions of web images
-UNUSED = 5  # tokens at the end of sequences of several lengths that belong to none of them
+MEAN_LENGTH = 18  # tokens that a caption of a web image has on average
+UNUSED = 5  # tokens after the last of packed sequences, which belong to no sequence
 
 
 def lengths_of(batch: int, most: int) -> list[int]:
-    """Return the lengths of sequences behind one another: ``most``, 1, 0, and then geometrically distributed ones."""
+    """Return the lengths of ``batch`` packed sequences: ``most``, 1, 0, then geometrically distributed ones."""
     draw = random.Random(most)
     others = (3 + int(draw.expovariate(1 / (MEAN_LENGTH - 3))) for _ in range(batch))
     return [most, 1, 0, *(min(length, most) for length in others)][:batch]
@@ -248,7 +248,7 @@ class Shipped:
         shape: sizes of the inputs.
         dtypes: names of the dtypes that it is compiled for.
         autocast: whether the inputs are float32 and the op runs under autocast to the dtype.
-        casts: the dtype of each input that has another one, by name of the input.
+        casts: the names of dtypes, by input, of the inputs that do not have the dtype of the call.
         small_tiles: whether no tile has the 64 rows that the matrix units of sm_90 and sm_100 need.
         tf32_by_triton_36: whether Triton 3.6 multiplies float32 in TF32 on sm_100, although the kernel asks for full
             precision. It does so for bytes that were widened to float32, because TF32 holds them exactly.

@@ -20,7 +20,7 @@ def online_softmax_step(
     scaling, since it is exact for scores that are close to the maximum.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # The pivot is finite: while all scores of a row are -inf, its maximum minus itself would be NaN.
+    # While all scores of a row are -inf, new_max is -inf, and -inf - (-inf) is NaN, so 0 is subtracted there.
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     decay = tl.exp2((row_max - pivot) * scale)
     p = tl.exp2((scores - pivot[:, None]) * scale)  # [M, N]
@@ -47,8 +47,9 @@ def log_1p(e):
 
 @triton.jit
 def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Return the tile of program ``pid`` if tiles are taken in groups of ``GROUP_M`` rows, which keeps operands
-    in L2.
+    """Return the row and the column of the tile that program ``pid`` computes.
+
+    Consecutive programs take tiles from groups of ``GROUP_M`` rows of tiles, so that their operands stay in L2.
     """
     group = pid // (GROUP_M * num_n)
     first_m = group * GROUP_M
@@ -98,7 +99,10 @@ def row_products(
     stride_xd, stride_yd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return one tile of x y^T [BM, BN], in fp32. Equal rows have equal bits in every kernel with the same blocks."""
+    """Return one tile of x y^T [BM, BN], in fp32.
+
+    Equal rows of x and y give equal bits in every kernel that uses the same block sizes.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_k in range(0, D, BLOCK_K):
         dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)

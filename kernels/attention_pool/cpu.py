@@ -1,8 +1,8 @@
-"""Attention pooling on a CPU, in plain PyTorch, with the arguments and results of the launches.
+"""Attention pooling on a CPU, in plain PyTorch: the same functions as in ``launches``.
 
 Products are in float32 or wider, as in the kernels. The backward pass computes the weights again from the scores, so
-the log-sum-exp is zeros here. Packed sequences of the same length that lie side by side are a batch, of which nothing
-is copied.
+zeros stand in for the log-sum-exp here. Packed sequences of the same length that lie side by side are computed as one
+batch, without a copy.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 from ..packing import runs_of
 
-# PyTorch's op without its Python wrapper
+# This calls PyTorch's op without its Python wrapper, which would take the host longer.
 _softmax_backward: Any = torch.ops.aten._softmax_backward_data.default._op
 
 
@@ -25,7 +25,7 @@ def forward(
     dtype = accumulate_dtype(query.dtype)
 
     def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-        """Compute attention pooling of tokens by a query on the CPU."""
+        """Compute attention pooling on the CPU."""
         q, x, hidden = _operands(query, tokens, seqlens, dtype)
         out = torch.bmm(_weights(q, x.mT, hidden), x)
         return out if out.dtype is query.dtype else out.to(query.dtype), query.new_zeros(query.shape[:2], dtype=dtype)
@@ -99,5 +99,5 @@ def _weights(q: Tensor, x_t: Tensor, hidden: Tensor | None) -> Tensor:
     scores = torch.bmm(q, x_t)
     if hidden is None:
         return torch.softmax(scores, -1)
-    # The softmax over no tokens is NaN.
+    # The softmax over no tokens is NaN, and weights of zero take its place.
     return torch.softmax(scores.masked_fill_(hidden, float("-inf")), -1).masked_fill_(hidden, 0)

@@ -19,7 +19,7 @@ def _load(ptr, rows, num_rows, stride_r, columns, num_columns, stride_c):
 
 @triton.jit
 def _tokens_of(cu_seqlens_ptr, b, T):
-    """Return the first token of a packed sequence, and the number of its tokens; all of them are among the T tokens."""
+    """Return the first token of packed sequence ``b`` and the number of its tokens, clamped to the T tokens."""
     first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), T)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), first), T)
     return first.to(tl.int64), end - first
@@ -27,8 +27,9 @@ def _tokens_of(cu_seqlens_ptr, b, T):
 
 @triton.jit
 def _store_zeros(ptr, first, end, step, C, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Store zeros in rows of a contiguous matrix [rows, C]: BLOCK_N rows from ``first`` on, and again each ``step``
-    rows until ``end``.
+    """Store zeros in blocks of BLOCK_N rows of a contiguous matrix [rows, C].
+
+    The blocks begin at the rows ``first``, ``first + step``, and so on; no row from ``end`` on is written.
     """
     for start in range(first, end, step):
         rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -107,7 +108,7 @@ def _pool_bwd_kernel(
     """Compute the gradients of the queries and tokens of one image; each program owns one image.
 
     dp = do x^T, ds = p (dp - sum_m p_m dp_m), dq = ds x, and dx = p^T do + ds^T q. A token that no query sees gets a
-    gradient of zero. The programs share the packed tokens that belong to no sequence.
+    gradient of zero. The programs share the work of writing these zeros for packed tokens that belong to no sequence.
     """
     b = tl.program_id(0).to(tl.int64)
     dtype = x_ptr.dtype.element_ty

@@ -17,10 +17,10 @@ MAX_TILE = 16384  # the most elements of a tile of tokens
 def forward(
     query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Plan attention pooling of a layout.
+    """Plan the launch of attention pooling for a layout.
 
-    The tokens are [B, N, C]; with ``max_seqlen`` they are those of sequences of several lengths [1, T, C], whose
-    cumulative lengths [B + 1] are in the place of the lengths.
+    The tokens are [B, N, C]. With ``max_seqlen`` they are those of packed sequences, [1, T, C], and ``seqlens`` are the
+    cumulative lengths [B + 1].
 
     Returns:
         The function that computes the pooled tokens [B, H, C], contiguous, and the log-sum-exp [B, H] of the scores in
@@ -36,7 +36,7 @@ def forward(
     new_out, new_lse = new_tensors(query), new_tensors(query, (batch, heads), torch.float32)
 
     def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-        """Compute attention pooling of tokens by a query, for tensors of a known layout."""
+        """Compute attention pooling by the kernel, for tensors of a known layout."""
         out, lse = new_out(), new_lse()
         start(query, tokens, out, lse, seqlens)
         return out, lse
@@ -47,7 +47,7 @@ def forward(
 def backward(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Plan the gradients of a layout, which is as for :func:`forward`.
+    """Plan the launch that computes the gradients of attention pooling, for a layout as in :func:`forward`.
 
     Returns:
         The function that computes the gradients of the queries and of the tokens, contiguous.
@@ -67,7 +67,7 @@ def backward(
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of attention pooling, for tensors of a known layout."""
         dq, dx = new_dq(), new_dx()
-        if batch == 0:  # no program writes the tokens, which belong to no sequence
+        if batch == 0:  # then no program runs, and none writes the gradients of the tokens
             dx.zero_()
         start(grad_out, query, tokens, lse, dq, dx, seqlens)
         return dq, dx
@@ -76,8 +76,9 @@ def backward(
 
 
 def _constexprs(query: Tensor, most: int, seqlens: Tensor | None, max_seqlen: int | None) -> dict[str, Any]:
-    """Return the compile-time constants of both pooling kernels: a tile holds all queries, ``most`` tokens and some
-    columns.
+    """Return configuration, device and compile-time constants of both pooling kernels.
+
+    A tile holds all queries, ``most`` tokens and some columns.
     """
     cfg = row_config("attention_pool", arch_of(query.device), query.dtype)
     block_h, block_n = (max(16, next_power_of_2(n)) for n in (query.shape[1], most))
@@ -85,6 +86,6 @@ def _constexprs(query: Tensor, most: int, seqlens: Tensor | None, max_seqlen: in
     return {
         "config": cfg, "device": query.device, "IS_PACKED": is_packed,
         "HAS_SEQLENS": seqlens is not None and not is_packed,
-        # The kernels loop over columns; a RowConfig has their number per step in block_n.
+        # The kernels loop over columns, and ``block_n`` of the RowConfig is the number of columns in a step.
         "BLOCK_H": block_h, "BLOCK_N": block_n, "BLOCK_K": min(cfg.block_n, MAX_TILE // block_n),
     }  # fmt: skip

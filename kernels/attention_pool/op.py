@@ -34,7 +34,7 @@ MAX_HEADS, MAX_TOKENS = 64, 1024
 def _plan_forward(
     query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes attention pooling for a layout, or for all packed sequences."""
+    """Return the function that computes attention pooling for a layout, or for packed sequences of any layout."""
     plan = (launches if triton_runs_on(query.device) else cpu).forward
     if max_seqlen is None:
         return plan(query, tokens, seqlens)
@@ -44,7 +44,7 @@ def _plan_forward(
 def _plan_backward(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes the gradients of attention pooling for what :func:`_plan_forward` takes."""
+    """Return the function that computes the gradients of attention pooling, for layouts as in :func:`_plan_forward`."""
     plan = (launches if triton_runs_on(query.device) else cpu).backward
     if max_seqlen is None:
         return plan(grad_out, query, tokens, seqlens, lse)
@@ -99,7 +99,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of queries and tokens to autograd."""
+    """Return the gradients of attention pooling's queries and tokens to autograd."""
     if grad_out is None:
         return (None,) * 4
     tensors, options = (grad_out, *ctx.saved_tensors), (ctx.max_seqlen,)

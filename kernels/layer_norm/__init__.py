@@ -1,4 +1,4 @@
-"""Layer norm of the residual stream, with the addition before it."""
+"""Layer norm of the residual stream, with the residual addition that comes before it."""
 
 from .op import layer_norm
 

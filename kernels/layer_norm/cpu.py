@@ -1,7 +1,6 @@
-"""Layer norm on the CPU by PyTorch's own functions, in float32 or wider: in 16 bits they would round the sums over
-rows.
+"""Layer norm on the CPU by PyTorch's own functions: the same functions as in ``launches``.
 
-The functions have the arguments and results of those in ``launches``; with float64 input they compute in float64.
+They compute in float32 or wider, since PyTorch's functions would round the sums over rows to 16 bits.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 
-# PyTorch's op without its Python wrapper
+# This calls PyTorch's op without its Python wrapper, which would take the host longer.
 _backward: Any = torch.ops.aten.native_layer_norm_backward.default._op
 
 
@@ -25,7 +24,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
     is_same = all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
 
     def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, _: float) -> tuple[Any, ...]:
-        """Compute layer norm, of a sum if there is a residual, on the CPU."""
+        """Compute the layer norm of x, or of x + residual, on the CPU."""
         s = x if residual is None else torch.add(x, residual)
         if is_same:
             y, mean, rstd = torch.native_layer_norm(s, shape, weight, bias, eps)
@@ -41,8 +40,8 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
 ) -> Callable[..., Any]:
-    """Return the function that computes ds, dx (None if it has the dtype of ds), and dw and db (each None unless
-    ``with_sums``).
+    """Return the function that computes the layer norm's gradients: ds, dx (None if it has the dtype of ds), and dw and
+    db (each None unless ``with_sums``).
     """
     dtype, shape, mask = accumulate_dtype(s.dtype), s.shape[-1:], [True, with_sums, with_sums]
     is_same = grad_y.dtype == s.dtype == weight.dtype == dtype

@@ -22,7 +22,7 @@ FWD_REGISTERS, BWD_REGISTERS = 64, 128
 def row_tiles(
     kernel: str, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, registers: int
 ) -> tuple[RowConfig, int, dict[str, int]]:
-    """Choose how ``kernel`` walks rows [M, N], if each of its threads takes about ``registers``.
+    """Choose how ``kernel`` walks rows [M, N], if each of its threads takes about ``registers`` registers.
 
     A tile holds whole rows. It has as many elements as the configuration says, so narrow rows share a tile.
 
@@ -42,7 +42,7 @@ def _forward_plan(
     device: torch.device, dtype: torch.dtype, num_rows: int, width: int, x_strides: tuple[int, ...],
     stream_strides: tuple[int, ...], eps: float, has_residual: bool,
 ) -> Plan:  # fmt: skip
-    """Plan the forward kernel for a residual stream of ``dtype``."""
+    """Plan the launch of the layer norm's forward kernel for a residual stream of ``dtype``."""
     cfg, programs, tile = row_tiles("layer_norm_fwd", num_rows, width, dtype, device, FWD_REGISTERS)
     return Plan(
         _layer_norm_fwd_kernel, (programs,), num_rows, eps, *x_strides, *stream_strides,
@@ -55,7 +55,7 @@ def _backward_plan(
     device: torch.device, dtype: torch.dtype, num_rows: int, width: int, *strides: int,
     has_grad_s: bool, with_dx: bool, with_sums: bool,
 ) -> tuple[Plan, int]:  # fmt: skip
-    """Plan the backward kernel for a residual stream of ``dtype``; return also the number of its programs."""
+    """Plan the layer norm's backward kernel for a residual stream of ``dtype``; also return its number of programs."""
     cfg, programs, tile = row_tiles("layer_norm_bwd", num_rows, width, dtype, device, BWD_REGISTERS)
     plan = Plan(
         _layer_norm_bwd_kernel, (programs,), num_rows, *strides,
@@ -82,7 +82,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
     new_stats, no_s = new_tensors(x, (*x.shape[:-1], 1), torch.float32), new_tensors(x, (0,))()
 
     def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
-        """Compute layer norm, of a sum if there is a residual, for tensors of a known layout."""
+        """Compute the layer norm of x, or of x + residual, for tensors of a known layout."""
         y, mean, rstd = new_y(), new_stats(), new_stats()
         s = None if residual is None else new_s()
         rows = as_rows(x) if x_copied else x

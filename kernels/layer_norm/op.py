@@ -70,7 +70,7 @@ def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
 def _layer_norm_bwd(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of s, of x, and of weight and bias in float32 [2, N].
+    """Return the gradients of the layer norm: of s, of x, and of weight and bias in float32 [2, N].
 
     The gradient of x is empty if it has the dtype of s, and those of the parameters are empty unless ``with_sums``.
     """

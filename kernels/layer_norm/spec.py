@@ -110,8 +110,9 @@ def towers(device_type: str, sized: Callable[[int, int], RowShape]) -> tuple[Row
 
 
 def target(op: str, shape: RowShape) -> Target:
-    """Return the tuning target of a layer norm's two kernels at a shape: a tile holds up to four rows of the widest
-    size.
+    """Return the tuning target of a layer norm's two kernels at a shape.
+
+    A tile holds one, two or four rows of the largest width that the table entry serves.
     """
     widest = min(limit for limit in WIDTHS if shape.width <= limit)
     axes = {"block_m": (1, 2, 4), "block_n": (widest,), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3)}

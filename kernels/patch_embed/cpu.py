@@ -64,13 +64,13 @@ def _grid(images: Tensor, patch_size: int) -> Tensor:
 
 
 def _at(keep: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return image, row and column of each kept patch, as indices of a grid."""
+    """Return image, row and column of each kept patch, as indices into the view that :func:`_grid` returns."""
     keep = keep.long()
     return torch.arange(len(keep))[:, None], keep // grid.shape[2], keep % grid.shape[2]
 
 
 def _positions(keep: Tensor) -> Tensor:
-    """Return the position of each token, [B, 1 + K]; the class token has position 0."""
+    """Return the position of each token of an image, [B, 1 + K], for kept patches; the class token has position 0."""
     return F.pad(keep.long() + 1, (1, 0))
 
 

@@ -10,22 +10,21 @@ from ..dtypes import accumulate_dtype
 
 
 def fold(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return W' and b' of a projection [E, C, ...] in the accumulation dtype."""
+    """Fold the normalisation of bytes into a projection [E, C, ...]: return W' and b' in the accumulation dtype."""
     work = weight.to(accumulate_dtype(weight.dtype))
     return _scale_channels(work, _gains(std)), _scale_channels(work, _shifts(mean, std)).flatten(1).sum(1)
 
 
 def unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return the gradient of W from those of W' and b'."""
+    """Return the gradient of a projection W from those of W' and b', into which the normalisation is folded."""
     shift = _scale_channels(grad_bias[:, None, None, None].expand_as(grad_folded), _shifts(mean, std))
     return _scale_channels(grad_folded, _gains(std)) + shift
 
 
 def factors_of(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return for each channel the gain that its weights are multiplied by, and the factor with which they enter the
-    bias.
+    """Return for each channel the factors that fold the normalisation of bytes into a projection.
 
-    Both fold the normalisation of bytes into the projection.
+    They are the gain that the channel's weights are multiplied by, and the shift with which their sum enters the bias.
     """
     if images.dtype == torch.uint8:
         return _gains(std), _shifts(mean, std)

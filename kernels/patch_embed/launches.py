@@ -16,7 +16,7 @@ from .kernels import (
 )
 
 # The gradient of the weight is a sum over patches. It is split into at most MAX_SPLITS partial sums, each over at least
-# the number of patches in the next line.
+# PATCHES_PER_SPLIT patches.
 MAX_SPLITS = 32
 PATCHES_PER_SPLIT = 1024
 TOKENS_PER_PROGRAM = 512  # in the kernel that finds the token of each position; a thread takes a few of them

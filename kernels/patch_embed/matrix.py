@@ -14,9 +14,9 @@ from .matrix_kernels import _fold_kernel, _lay_out_kernel, _tokens_kernel, _unfo
 # Images are taken in groups whose patches take at most this many bytes. This is little enough for free GPU memory, and
 # enough for the idle time at the end of each launch not to matter.
 GROUP_BYTES = 256 * 2**20
-# Columns that a program of the first product stores at a time: those of a whole tile would take too many registers.
+# Columns of tokens that a program stores at a time: those of a whole tile would take too many registers.
 PART_COLS = 64
-BLOCK = 256  # pixels of a channel that the kernels of the weight take at a time
+BLOCK = 256  # weights of a channel that the kernels which fold the normalisation into the weight take at a time
 
 
 def is_laid_out(images: Tensor, dtype: torch.dtype, embed_dim: int) -> bool:
@@ -62,7 +62,7 @@ def backward_weight(
     grad: Tensor, images: Tensor, weight: Tensor, factors: tuple[Sequence[float], Sequence[float]],
     bias_grad: Tensor, keep: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the projection in float32; ``bias_grad`` is the sum of the gradients of all patches."""
+    """Return the gradient of the projection in float32; ``bias_grad`` is the gradient of the folded bias."""
     (_, tokens, embed_dim), patch_size, k = grad.shape, weight.shape[-1], weight[0].numel()
     cfg = gemm_config("patch_embed_weight_sums", arch_of(images.device), grad.dtype)
     tiles = cdiv(embed_dim, cfg.block_m) * cdiv(k, cfg.block_n)
@@ -98,7 +98,7 @@ def _groups(
     """
     batch, k = len(images), images.shape[1] * patch_size**2
     group = min(batch, max(1, GROUP_BYTES // (tokens * k * dtype.itemsize)))
-    group = cdiv(batch, cdiv(batch, group))  # so that all groups are about equally large
+    group = cdiv(batch, cdiv(batch, group))  # makes all groups about equally large
     patches = new_rows(images, group * tokens, k, dtype)
     cfg = row_config("patch_embed_rows", arch_of(images.device), dtype)
     height, width = images.shape[2] // patch_size, images.shape[3] // patch_size

@@ -44,7 +44,7 @@ from .launches import num_patches_of
 
 
 def _implementation(device: torch.device) -> ModuleType:
-    """Return the Triton launches where Triton runs, otherwise the CPU's functions."""
+    """Return the module that computes the patch embedding: the Triton launches where Triton runs, else the CPU path."""
     return launches if triton_runs_on(device) else cpu
 
 
@@ -87,7 +87,7 @@ def _patch_embed_fwd(
 
 @_patch_embed_fwd.planned_by
 def _(*args: Any) -> Callable[..., Tensor]:
-    """Return the implementation, which decides in each call: a model embeds its images once."""
+    """Return the implementation, which decides anew in each call, since a model embeds images only once per step."""
     dtype = args[-1]
     return lambda *args: _patch_embed_fwd.run(*args[:-1], dtype)
 

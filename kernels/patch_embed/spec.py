@@ -201,7 +201,7 @@ LAID_OUT = (
 )
 TARGETS = (
     Target("patch_embed", PatchShape(256, 224, 224, 14, 1024), LAID_OUT),
-    # Tensor descriptors do not support this width.
+    # Tensor descriptors do not support a width of 1020, which is no multiple of 8, so kernels that gather pixels run.
     Target("patch_embed_gathered", PatchShape(256, 224, 224, 14, 1020), Tunable.named(GemmConfig, "patch_embed_fwd", "patch_embed_bwd_weight")),
     Target("patch_embed_kept", PatchShape(256, 224, 224, 16, 768, keep=98), Tunable.named(RowConfig, "patch_embed_bwd_pos")),
     Target("patch_embed_images", PatchShape(64, 224, 224, 14, 1024, False), Tunable.named(GemmConfig, "patch_embed_bwd_images")),

@@ -1,4 +1,4 @@
-"""Patch embedding of images of several sizes whose patches lie behind one another, with positions from a grid.
+"""Patch embedding of packed images: images of several sizes, whose patches follow one another in one tensor.
 
 ``op`` holds the public function, ``launches`` starts the Triton kernel of ``kernels``, ``cpu`` computes the same in
 PyTorch, and ``spec`` lists the cases that are checked, measured, tuned and compiled.

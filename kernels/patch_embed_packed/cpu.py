@@ -12,7 +12,10 @@ def lay_out(
     patches: Tensor, grids: Tensor, bounds: Tensor, sequence: Tensor, table_size: Sequence[int], num_prefix: int,
     columns: int, interpolation: str, keep_aspect: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the matrix [T, columns]: pixels, weights of positions, a one, and a one for each prefix token."""
+    """Return the matrix of packed patches [T, columns], with a row for each token.
+
+    The row of a patch has its pixels, the weights of positions and a one; that of a prefix token has only a one.
+    """
     places = places_of(bounds, sequence, grids, len(patches), num_prefix)
     of_patches = (places.row < len(patches)).nonzero()[:, 0]
     pixels, positions = patches.shape[1], patches.shape[1] + table_size[0] * table_size[1]

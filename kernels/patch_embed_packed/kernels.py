@@ -8,7 +8,7 @@ from ..patch_embed.kernels import _load_pixels
 
 @triton.jit
 def _filter(x, IS_CUBIC: tl.constexpr):
-    """Return the triangle, or Keys' cubic with a = -1/2, at each distance ``x`` in steps of the filter."""
+    """Return the filter's weight at each distance ``x``, in steps: the triangle, or Keys' cubic with a = -1/2."""
     x = tl.abs(x)
     if IS_CUBIC:
         near = (1.5 * x - 2.5) * x * x + 1.0
@@ -24,7 +24,7 @@ def _axis_weights(
     G,  # the size of the table's axis
     IS_CUBIC: tl.constexpr,
 ):  # fmt: skip
-    """Return the weights of the table's rows in a resized row, before they are divided by their sum: [BM, S] fp32."""
+    """Return the weights [BM, S] fp32 of a table's rows in a row of the resized table, not yet divided by their sum."""
     scale = G / size.to(tl.float32)
     centre = (index.to(tl.float32) + 0.5) * scale
     distance = (table_index.to(tl.float32) + 0.5 - centre[:, None]) * (1.0 / tl.maximum(scale, 1.0))[:, None]
@@ -44,7 +44,10 @@ def _patch_embed_packed_kernel(
     IS_UINT8: tl.constexpr, IS_CUBIC: tl.constexpr, KEEP_ASPECT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_GRID: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Lay out BLOCK_M tokens: pixels, weights of GH x GW positions, a one for the bias, a one for a prefix token."""
+    """Lay out BLOCK_M rows of the matrix of packed patches.
+
+    A patch has its pixels, the weights of GH x GW positions and a one for the bias. A prefix token has only a one.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_t = token < T
     image = tl.load(image_ptr + token, mask=mask_t, other=B)
@@ -54,7 +57,7 @@ def _patch_embed_packed_kernel(
     index = (token - tl.load(first_ptr + token, mask=mask_t, other=0)).to(tl.int32) - PREFIX
     row = token - PREFIX * (image + 1).to(tl.int64)
     is_patch = in_image & (index >= 0) & (index < height.to(tl.int64) * width) & (row >= 0) & (row < N)
-    # The column with a one behind those of the positions: of the bias, or of a prefix token.
+    # ``one`` is the column of the token's one, counted from the first position: the bias's or a prefix token's column.
     is_prefix = in_image & (index < 0) & (index >= -PREFIX)
     one = tl.where(is_patch, G, tl.where(is_prefix, G + 1 + PREFIX + index, -1))
     out = out_ptr + token[:, None] * COLUMNS

@@ -15,7 +15,10 @@ def lay_out(
     patches: Tensor, grids: Tensor, bounds: Tensor, sequence: Tensor, table_size: Sequence[int], num_prefix: int,
     columns: int, interpolation: str, keep_aspect: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the matrix [T, columns]: pixels, weights of positions, a one, and a one for each prefix token."""
+    """Return the matrix of packed patches [T, columns], with a row for each token.
+
+    The row of a patch has its pixels, the weights of positions and a one; that of a prefix token has only a one.
+    """
     total, (height, width) = len(sequence), table_size
     out = torch.empty(total, columns, dtype=dtype, device=patches.device)
     cfg = row_config("patch_embed_packed", arch_of(patches.device), dtype)

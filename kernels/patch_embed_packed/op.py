@@ -133,7 +133,7 @@ def _patch_embed_packed_bwd_patches(
     """Return the gradient of floating patches, zero for those of no image."""
     places = places_of(bounds, sequence, grids, len(patches), num_prefix)
     out = patches.new_zeros(len(patches) + 1, patches.shape[1])
-    out[places.row] = (grad @ weight.to(grad.dtype)).to(out.dtype)  # tokens without a patch have the row past the last
+    out[places.row] = (grad @ weight.to(grad.dtype)).to(out.dtype)  # tokens without a patch write to an extra last row
     return out[:-1].clone()
 
 
@@ -145,7 +145,7 @@ def _(
 
 
 def _by_channel(weight: Tensor, channels: int) -> Tensor:
-    """View a projection [E, P P C] of patches whose channels lie together as [E, C, P P, 1]."""
+    """View a projection [E, P P C], in which the channels of a pixel lie together, as [E, C, P P, 1]."""
     return weight.unflatten(1, (-1, channels)).transpose(1, 2)[..., None]
 
 
@@ -280,7 +280,7 @@ def _check_parameters(
 
 
 def _packing_of(op: str, patches: Tensor, grids: Tensor, cu_seqlens: Tensor | Packing, num_prefix: int) -> Packing:
-    """Return the packing of the tokens; refuse grids that do not fit it."""
+    """Return the packing of the tokens of images; refuse ``grids`` that do not fit it."""
     check_integers(op, "grids", grids, (torch.int32,))
     if grids.ndim != 2 or grids.shape[1] != 2:
         raise ValueError(f"{op}: grids must be [B, 2], got shape {tuple(grids.shape)}")

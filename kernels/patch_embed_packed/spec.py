@@ -26,8 +26,8 @@ from ..spec import (
 )
 from .op import patch_embed_packed
 
-# The grids of images, again and again: of the table's size and shape, smaller, larger, long, and a single patch. The
-# numbers are shares of the largest side.
+# The height and width of images, in units of the table's side; the images of a case take them in turn. Images are as
+# large as the table, of another shape, smaller, long, or a single patch.
 SIDES = ((1.0, 1.0), (0.75, 1.25), (0.5, 0.25), (0.0, 2.0), (0.0, 0.0), (1.5, 0.5), (0.625, 0.875))
 
 

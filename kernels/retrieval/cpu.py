@@ -11,9 +11,11 @@ TILE_UNIT = 192  # a multiple of the rows and columns that any BLAS keeps in reg
 
 
 def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Count for the op ``retrieval_ranks`` the texts ahead of each image [M] and the images ahead of each text [N]."""
+    """Count for ``retrieval_ranks`` the other texts that score at least as high as an image's best own text [M], and
+    the other images that score at least as high as a text's own image [N].
+    """
     (m, d), n = image.shape, len(text)
-    # Every product has one shape, of whole register blocks, because BLAS sums an incomplete block in another order.
+    # Every product has the same shape, of whole register blocks, since BLAS sums an incomplete block in another order.
     side = min(TILE, cdiv(max(min(m, n), 1), TILE_UNIT) * TILE_UNIT)
     x, y = image.new_zeros(2, side, d, dtype=accumulate_dtype(image.dtype))
     scores, marks = x.new_empty(2, side, side)
@@ -33,8 +35,8 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
             row = owner[texts] - images.start
             column = ((row >= 0) & (row < rows)).nonzero().squeeze(1)
             pairs = row[column], column
-            # Right pairs, and scores below the best right pair of the image or text, are not ahead. They are marked
-            # by 1, since sums of ones are exact.
+            # An image's or text's own pairs are not ahead, nor are scores below the best of these. They are marked by
+            # 1 and counted by a sum, since sums of ones are exact.
             behind = torch.lt(tile, image_best[images, None], out=mark).index_put_(pairs, one)
             image_ahead[images] -= behind.sum(1).long()
             behind = torch.lt(tile, text_best[texts], out=mark).index_put_(pairs, one)
@@ -43,14 +45,14 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def slots(owner: Tensor, num_images: int) -> Tensor:
-    """Return the index of each text's image for the op ``retrieval_ranks``; ``num_images`` for texts of no image."""
+    """Return the index of each text's image for the op ``retrieval_ranks``; ``num_images`` for a text without image."""
     return owner.masked_fill(owner < 0, num_images)
 
 
 def best_scores(own: Tensor, owner: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-    """Return the best own score of each image [M] and of each text [N]: -inf where there is none, or only NaN.
+    """Return the best score of each image with its own texts [M], and the score of each text with its own image [N].
 
-    No score is below -inf, so all others are ahead of an image or text with this best score.
+    It is -inf where there is none, or only NaN. No score is below -inf, so all others then count as ahead.
     """
     text_best = own.masked_fill((owner < 0) | own.isnan(), float("-inf"))
     image_best = own.new_full((num_images + 1,), float("-inf"))

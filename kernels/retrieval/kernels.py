@@ -45,8 +45,8 @@ def _count_ahead_kernel(
     stride_xm, stride_xd, stride_yn, stride_yd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Count for each of BLOCK_M images and SPAN texts the candidates of others that score at least as high as its own
-    best.
+    """Count for each of BLOCK_M images the texts of others, and for each of SPAN texts the other images, that score at
+    least as high as its own best match.
 
     Programs add integers, so the order in which they run does not matter.
     """

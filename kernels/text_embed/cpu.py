@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 
-# PyTorch's op without its Python wrapper
+# This calls PyTorch's op without its Python wrapper, which would take the host longer.
 _embedding_backward: Any = torch.ops.aten.embedding_dense_backward.default._op
 
 
@@ -27,7 +27,7 @@ def forward(
     def compute(
         text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, _: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """Compute the embeddings of texts, token and position, on the CPU."""
+        """Embed texts on the CPU: add the rows of token ids and of positions."""
         if is_empty:
             _refuse_outside(text, len(token_embedding))  # PyTorch does not look at the ids of an empty table
         try:
@@ -50,7 +50,9 @@ def forward(
 def forward_packed(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, bounds: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens [T, N] of packed texts in ``dtype``, and their ids and positions [2, T] in 32 bits, or -1.
+    """Return the tokens [T, N] of packed texts in ``dtype``, and their ids and positions as int32 [2, T].
+
+    Id and position are -1 for a token that belongs to no text.
 
     Raises:
         IndexError: an id that is no row of the table, or a position that is no row of ``positional_embedding``.

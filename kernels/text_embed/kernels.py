@@ -15,7 +15,10 @@ def _text_embed_fwd_kernel(
     stride_tb, stride_tl, stride_ev, stride_en, stride_pl, stride_pn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Embed the ids at BLOCK_M positions of all texts, in BLOCK_N columns; a program loads its positions once."""
+    """Embed the ids at BLOCK_M positions of several texts, in BLOCK_N columns.
+
+    A program loads its rows of the position table once, for all its texts.
+    """
     num_n = tl.cdiv(N, BLOCK_N)
     num_tiles = tl.cdiv(L, BLOCK_M) * num_n
     tile = tl.program_id(0) % num_tiles
@@ -160,7 +163,8 @@ def _segment_sums_kernel(
 ):  # fmt: skip
     """Sum the token embeddings' gradients by id in the first ``num_sums`` programs.
 
-    The other programs, which only the first launch has, clear the rows of the table's gradient without a token.
+    The other programs, which only the first launch has, write zeros to the rows of the table's gradient that no id
+    selects.
     """
     pid = tl.program_id(0)
     if pid < num_sums:

@@ -12,15 +12,15 @@ from .kernels import _segment_sums_kernel, _text_embed_fwd_kernel, _text_embed_p
 
 FWD_REGISTERS = 64  # about as many as a thread of the forward kernel takes
 CLEAR_ROWS = 16  # rows of the table that one program searches for among the ids; more rows take more registers
-# The most rows and columns of a program that adds partial sums. They are small, since many short programs keep more
-# multiprocessors busy for less time.
+# The most rows and columns of a program that adds partial sums. They are small, since many short programs use more
+# multiprocessors and finish sooner.
 LATER_CHUNK, LATER_BLOCK_N = 64, 32
 
 
 def forward(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Plan the embedding of a layout.
+    """Plan the launch that embeds texts of a layout.
 
     Returns:
         The function that computes the tokens [B, L, N] in ``dtype``, and the ids [B, L] in 32 bits, -1 for an id
@@ -41,7 +41,7 @@ def forward(
     def compute(
         text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, _: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """Compute the embeddings of texts, token and position, for tensors of a known layout."""
+        """Embed texts by the kernel, for tensors of a known layout."""
         out, ids = new_out(), new_ids()
         start(text, token_embedding, positional_embedding, out, ids)
         return out, ids
@@ -52,7 +52,10 @@ def forward(
 def forward_packed(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, bounds: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens [T, N] of packed texts in ``dtype``, and their ids and positions [2, T] in 32 bits, or -1."""
+    """Return the tokens [T, N] of packed texts in ``dtype``, and their ids and positions as int32 [2, T].
+
+    -1 stands for an id outside the table, and for both of a token that belongs to no text.
+    """
     (vocab, width), total = token_embedding.shape, len(text)
     out = token_embedding.new_empty(total, width, dtype=dtype)
     ids = bounds.new_empty(bounds.shape)
@@ -70,14 +73,15 @@ def forward_packed(
 def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Plan the gradient of the table of token embeddings.
 
-    Each launch sums the segments that end inside a chunk of rows, and leaves two partial sums of each chunk to the next
-    launch, until one chunk is left. Programs of the first launch write zeros where the table has no token.
+    Each launch sums the segments (rows of equal ids) that end inside a chunk of rows, and leaves two partial sums of
+    each chunk to the next launch, until one chunk is left. Further programs of the first launch write zeros to the rows
+    of the gradient that no id selects.
 
     Returns:
         The function that computes the gradient, [V, N] in ``dtype``.
     """
     cfg = row_config("text_embed_bwd", arch_of(grad.device), grad.dtype)
-    rows_of_chunk = cfg.block_m  # the program walks these rows one by one
+    rows_of_chunk = cfg.block_m  # a program walks these rows one by one
     block_n, is_first, is_last = cfg.block_n, True, False
     (num_rows, width), strides = (grad.shape[0] * grad.shape[1], grad.shape[2]), row_strides(grad)[0]
     steps = []
@@ -100,7 +104,7 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
     new_out = new_tensors(grad, (vocab, width), dtype)
 
     def compute(grad: Tensor, ids: Tensor, _: int, dtype: torch.dtype) -> Tensor:
-        """Compute the gradient of the table of tokens' embeddings, for tensors of a known layout."""
+        """Compute the gradient of the table of token embeddings, for tensors of a known layout."""
         order: Tensor | None
         ids, order = ids.reshape(-1).sort(stable=True)
         rows, out = as_rows(grad), new_out()

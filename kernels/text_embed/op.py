@@ -42,7 +42,7 @@ def _plan_forward(text: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tenso
 
 
 def _plan_backward(grad: Tensor, *args: Any) -> Callable[..., Tensor]:
-    """Return the function that computes the gradient of the table for a layout."""
+    """Return the function that computes the gradient of the table of token embeddings for a layout."""
     return (launches if triton_runs_on(grad.device) else cpu).backward_token(grad, *args)
 
 
@@ -66,7 +66,7 @@ def _(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype
 
 @registered("text_embed_bwd_token")
 def _text_embed_bwd_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of the table in ``dtype``; ``ids`` are those that forward returns."""
+    """Return the gradient of the table of token embeddings in ``dtype``; ``ids`` are those that forward returns."""
     return _plan_backward(grad, ids, vocab, dtype)(grad, ids, vocab, dtype)
 
 
@@ -88,7 +88,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of table and positions to autograd."""
+    """Return the gradients of the tables of token and position embeddings to autograd."""
     if grad is None:
         return (None,) * 4
     (ids,) = ctx.saved_tensors
@@ -119,7 +119,7 @@ def _text_embed_packed_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return the embedded tokens [T, N] of packed texts in ``dtype``, and their ids and positions as int32 [2, T].
 
-    -1 stands for an id outside the table, and for both of a token that belongs to no text.
+    An id outside the table is returned as -1. For a token that belongs to no text, id and position are both -1.
     """
     return _plan_packed(text)(text, token_embedding, positional_embedding, bounds, dtype)
 
@@ -148,7 +148,7 @@ def _setup_packed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 def _packed_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of table and positions, both summed by index, to autograd."""
+    """Return the gradients of packed texts' token and position tables, both summed by index, to autograd."""
     if grad is None:
         return (None,) * 5
     bwd, free = _text_embed_bwd_token, () if triton_runs_on(grad.device) else (2, 2)
@@ -233,8 +233,10 @@ def _text_embed_packed(
 
 
 def _free_sizes(packing: Packing) -> tuple[int, ...]:
-    """Return which sizes of packed texts, tables and bounds do not matter for how they are embedded (``Op.find``)."""
-    # Batches on a CPU have all numbers of tokens. On a GPU few are usual, and kernels are planned for each.
+    """Return ``free`` of ``Op.find`` for packed texts, the two tables and bounds: how many of their first sizes may
+    differ.
+    """
+    # On a CPU, batches have any number of tokens. On a GPU few numbers are usual, and launches are planned for each.
     return () if triton_runs_on(packing.bounds.device) else (1, 0, 0, 2)
 
 

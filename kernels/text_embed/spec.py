@@ -75,7 +75,7 @@ def make(shape: TextShape, values: str, draw: Draw) -> Call:
 
 
 def floor(shape: TextShape, itemsize: int, backward: bool) -> Floor:
-    """Count the work of the text embedding, as if each token read another row of the table.
+    """Count the work of the text embedding, as if each token read a different row of the table.
 
     Backward reads the gradient twice, since its two sums take it in different orders.
     """
@@ -153,8 +153,8 @@ SPECS = (
         },
         bench_values="padded",
         items=("batch", "texts"),
-        # The tables of B, L and bigG in float32 under autocast, as in training. 128 texts take all three kinds of
-        # launches.
+        # The tables of B, L and bigG in float32 under autocast, as in training. For 128 texts, the gradient takes all
+        # three kinds of launches: the first, one between, and the last.
         shipped=(
             *(
                 Shipped(f"fp32 table N{width}", TextShape(128, 77, 49408, width), autocast=True)

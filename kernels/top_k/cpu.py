@@ -9,12 +9,12 @@ from ..launch import triton_runs_on
 
 GROUP = 32  # neighbouring items that share one maximum
 TILE = 1 << 23  # scores that are computed at once; smaller tiles make threads wait for each other more often
-CONVERTED = 1 << 22  # elements of 16-bit items that are converted to float32 at once
-GATHERED = 1 << 22  # elements of the chosen groups' items that are gathered at once, for the same reason
+CONVERTED = 1 << 22  # elements of 16-bit items that are converted to float32 at once, which limits the copy
+GATHERED = 1 << 22  # elements of the chosen groups' items that are gathered at once, which limits the copy
 
 
 def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
-    """Return the highest score that each query has in each group of items [Q, G]; -inf where there is none."""
+    """Return the highest score [Q, G] of each of top_k's queries in each group of items; -inf where there is none."""
     (q, d), n, work = query.shape, len(items), accumulate_dtype(query.dtype)
     maxima = query.new_full((q, cdiv(n, GROUP)), float("-inf"), dtype=work)
     query = query.to(work)
@@ -42,7 +42,7 @@ def _in_groups(scores: Tensor) -> Tensor:
 
 
 def group_scores(query: Tensor, items: Tensor, groups: Tensor) -> Tensor:
-    """Return the scores [Q, C, GROUP] of each query with the items of its groups [Q, C]."""
+    """Return the scores [Q, C, GROUP] of each of top_k's queries with the items of its chosen ``groups`` [Q, C]."""
     work, (q, chosen), d = accumulate_dtype(query.dtype), groups.shape, items.shape[1]
     scores = query.new_empty(q, chosen * GROUP, dtype=work)
     for rows in slices(q, max(1, GATHERED // max(1, chosen * GROUP * d))):
@@ -53,7 +53,9 @@ def group_scores(query: Tensor, items: Tensor, groups: Tensor) -> Tensor:
 
 
 def best_places(scores: Tensor, k: int) -> Tensor:
-    """Return the places [Q, k] of the k highest of each row's scores [Q, W] in rising order; the first of equal ones.
+    """Return the indices [Q, k] of the k highest of each row's ``scores`` [Q, W], in ascending order of the indices.
+
+    Of equal scores, the first count as the highest.
 
     This works on any device. ``torch.topk`` leaves open which of equal scores it takes.
 

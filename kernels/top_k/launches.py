@@ -16,7 +16,7 @@ def _config(x: Tensor) -> GemmConfig:
 
 
 def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
-    """Return the highest score of each of top_k's queries in each group of items [Q, G]; -inf without one."""
+    """Return the highest score [Q, G] of each of top_k's queries in each group of items; -inf where there is none."""
     (q, d), n = query.shape, len(items)
     cfg, groups = _config(query), cdiv(n, GROUP)
     maxima = torch.empty(q, groups, dtype=torch.float32, device=query.device)
@@ -31,7 +31,7 @@ def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor
 
 
 def group_scores(query: Tensor, items: Tensor, groups: Tensor) -> Tensor:
-    """Return the scores [Q, C, GROUP] of each query with the items of its groups [Q, C]."""
+    """Return the scores [Q, C, GROUP] of each of top_k's queries with the items of its chosen ``groups`` [Q, C]."""
     (q, d), n = query.shape, len(items)
     cfg, chosen = _config(query), groups.shape[1]
     scores = torch.empty(q, chosen, GROUP, dtype=torch.float32, device=query.device)

@@ -53,7 +53,7 @@ def _top_k_fake(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) ->
 
 
 def _of_block(path: ModuleType, query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Return the scores and the indices of the k best items for a block of queries."""
+    """Return the scores and the indices of the k best items for a block of top_k's queries."""
     maxima = path.group_maxima(query, items, allowed)
     groups = best_places(maxima, min(k, maxima.shape[1]))  # [Q, C]
     scores = path.group_scores(query, items, groups).flatten(1)
