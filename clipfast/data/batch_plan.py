@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .order import Ints, Latest, Words, random_words_at
+from .order import Ints, LastTwo, Words, random_words_at
 
 Unit = Literal["pairs", "tokens"]
 BLOCK = 1 << 12  # number of batches of a budget that are planned together
-MOST_BATCHES = 1 << 31  # batches of a budget are counted one by one, so many of them in minutes
+MOST_BATCHES = 1 << 31  # the most batches of a budget in a run; they are counted one by one, which takes minutes
 
 
 class PlannedBatch(NamedTuple):
@@ -41,7 +41,7 @@ class EqualBatches:
 
     @property
     def sizes(self) -> dict[int | None, int]:
-        """The number of pairs, by the only number of patches, which is None."""
+        """The number of pairs of a batch, as the only value of a dict; its key is a number of patches, None here."""
         return {None: self.largest}
 
     def __getitem__(self, number: int) -> PlannedBatch:
@@ -52,7 +52,7 @@ class EqualBatches:
         """Return the pairs of all batches before batch ``number``.
 
         Raises:
-            ValueError: ``unit`` is another one.
+            ValueError: ``unit`` is not "pairs".
         """
         _refuse_tokens(unit)
         return number * self.largest
@@ -61,14 +61,14 @@ class EqualBatches:
         """Return the least number of batches that have ``amount`` pairs together.
 
         Raises:
-            ValueError: ``unit`` is another one.
+            ValueError: ``unit`` is not "pairs".
         """
         _refuse_tokens(unit)
         return -(-amount // self.largest)
 
 
 def _refuse_tokens(unit: Unit) -> None:
-    """Refuse to count the tokens of batches whose images have no number of them."""
+    """Refuse the unit "tokens" for batches of equal numbers of pairs, which do not say the tokens of an image."""
     if unit != "pairs":
         raise ValueError(f"batches of equal numbers of pairs are counted in pairs, not in {unit}")
 
@@ -84,7 +84,7 @@ class TokenBudget:
         patch_size_probs: the weight of each of them.
         max_tokens: the most tokens of a batch of one process, if each image has the number that was drawn.
         divisor: the pairs of one process are a multiple of this, where so many fit; otherwise as many as fit.
-        processes: number of processes with which the run began; all of them together have so many times as many pairs.
+        processes: number of processes with which the run began; a batch of all has that many times the pairs of one.
 
     Raises:
         ValueError: there is no number of patches, weights do not fit the numbers, or not a single image fits.
@@ -134,9 +134,9 @@ class BudgetedBatches:
         self.sizes: dict[int | None, int] = {seq_len: budget.pairs(seq_len) for seq_len in budget.seq_lens}
         self.largest = max(self.sizes.values())
         self.most_tokens = max(seq_len * budget.pairs(seq_len) for seq_len in budget.seq_lens)
-        self._draws = Latest(self._drawn)
-        # The sums of pairs and of tokens before each block of batches, as far as they were asked for. Threads that read
-        # ahead may add the same sum twice.
+        self._draws = LastTwo(self._drawn)
+        # The sums of pairs and of tokens before each block of batches, as far as they were asked for. Two threads may
+        # store the same sum, which changes nothing.
         self._sums: dict[Unit, dict[int, int]] = {"pairs": {0: 0}, "tokens": {0: 0}}
 
     def __getitem__(self, number: int) -> PlannedBatch:
@@ -172,7 +172,7 @@ class BudgetedBatches:
         return block * BLOCK + int(within) + 1
 
     def _add_sum(self, unit: Unit) -> None:
-        """Add the sum before the first block of batches for which it is not known."""
+        """Store the sum before the first block of batches for which it is not stored yet."""
         sums = self._sums[unit]
         block = len(sums)
         sums[block] = sums[block - 1] + int(self._amounts(block - 1, unit).sum())
@@ -183,9 +183,10 @@ class BudgetedBatches:
         return np.array(amounts, np.int64)[self._draws(block)[0]]
 
     def _drawn(self, block: int) -> tuple[Ints, Ints]:
-        """Return the places of the numbers of patches and of the patch sizes that the batches of a block draw."""
+        """Draw for each batch of a block an index into ``seq_lens`` and an index into ``patch_sizes``."""
         places = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.uint64)
-        budget, key = self.budget, (self.seed, -1)  # the keys of samples have no negative numbers
+        # The -1 makes these random words differ from those for samples, whose keys have no negative numbers.
+        budget, key = self.budget, (self.seed, -1)
         seq_lens = _draw(random_words_at(places, *key, 0), len(budget.seq_lens), budget.seq_len_probs)
         return seq_lens, _draw(random_words_at(places, *key, 1), len(budget.patch_sizes), budget.patch_size_probs)
 

@@ -20,7 +20,7 @@ from .names import has_footer
 from .rows import ContentError
 
 MAX_FOOTER = 1 << 28  # bytes of the footer of a Parquet file
-FOOTER_GUESS = 1 << 16  # bytes of the end of a Parquet file that are read first: most footers are in them
+FOOTER_GUESS = 1 << 16  # this many bytes at the end of a Parquet file are read first, since most footers are shorter
 MAGIC = b"PAR1"
 # The reader does not import clipfast's own modules, since these import PyTorch, which takes seconds.
 PROGRAM = """
@@ -121,7 +121,7 @@ def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-c", PROGRAM, str(folder.parent), str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        bufsize=0,  # the lock of a buffer could be held when the process forks
+        bufsize=0,  # no buffer, because its lock could be held when the process forks
         start_new_session=True,  # a Ctrl-C must reach only the process that asks
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ UPRIGHT = 1  # the EXIF orientation of an upright image
 ORIENTATION = 0x0112  # the EXIF tag of the orientation
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
-ATTEMPTS = 10  # random crops that are tried before the largest is taken
+ATTEMPTS = 10  # random crops that are tried; if none fits into the image, the largest allowed crop is taken
 
 
 class WholeImages:
@@ -114,8 +114,7 @@ class CroppedImages:
     @staticmethod
     def pixels(image: Image.Image) -> Tensor:
         """Return the pixels of a cropped image as they are in a training batch."""
-        # Pillow can store each row as all reds, then all greens, then all blues: then whole rows are copied, not single
-        # bytes
+        # Pillow can give each row as all reds, then all greens, then all blues. So NumPy copies rows, not single bytes.
         rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
         return torch.from_numpy(rows.transpose(1, 0, 2).copy())
 
@@ -135,8 +134,8 @@ class CroppedImages:
 class CroppedToSequence(CroppedImages):
     """Turns the bytes of an image into a random crop for a NaFlex tower: uint8, [3, H, W], a sequence of patches.
 
-    The crop is resized in its own aspect to at most ``max_patches`` patches. As in timm, ``ratio`` is the range of the
-    crop's aspect relative to that of the image.
+    The crop is resized with its own aspect ratio to at most ``max_patches`` patches. As in timm, ``ratio`` is the range
+    of the crop's aspect ratio relative to that of the image.
 
     Args:
         patch_size: the side of a patch in pixels.
@@ -164,7 +163,7 @@ class CroppedToSequence(CroppedImages):
         return left, top, left + columns, top + rows
 
     def size(self, box: Box) -> Size:
-        """Return the height and width to which a crop is resized."""
+        """Return the height and width to which a crop is resized, so that it has at most ``max_patches`` patches."""
         return size_for_sequence(int(box[3] - box[1]), int(box[2] - box[0]), self.patch_size, self.max_patches)
 
     pixels = staticmethod(pixels_of)

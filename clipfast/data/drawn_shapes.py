@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 SIDE = 64  # side of the pictures in pixels
 FINER = 4  # pictures are drawn at this many times their size, and averaged
-STAMP = "0/1"  # stamp of a shard, as for an empty file; the second number changes when scenes change
+STAMP = "0/1"  # in place of a file's size and modification time; the second number changes when scenes change
 COLOURS = {
     "red": (215, 35, 35), "yellow": (245, 205, 30), "green": (30, 150, 65), "blue": (40, 85, 220),
     "purple": (150, 55, 185), "black": (25, 25, 25),
 }  # fmt: skip
 SHADE = 12  # how far each channel may differ from the colour of the name
-LIGHTEST, DARKEST = 250, 222  # backgrounds are grey
+LIGHTEST, DARKEST = 250, 222  # the range of the grey levels of backgrounds
 TURN = 12  # shapes are turned by up to this many degrees to either side
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -69,7 +69,7 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     "cross": _scaled(_CROSS, 0.34),
     "ring": (),
 }
-HOLE = 0.55  # radius of the hole of a ring
+HOLE = 0.55  # radius of the hole of a ring, in radii of the ring
 
 Pair = tuple[str, str]
 # These are the combinations of colours and shapes in scenes for training, and in scenes for tests.
@@ -104,7 +104,7 @@ class Scene(NamedTuple):
         grey: grey level of the background.
         caption: the right caption.
         wrong: a caption that is wrong in one respect; "" in training.
-        relation: where the first thing of the caption is; "" if the caption does not say that.
+        relation: the position of the first shape of the caption, such as "left of"; "" if the caption names none.
     """
 
     kind: str
@@ -163,7 +163,7 @@ def _one(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
     radius = rng.uniform(9, 17)
     x, y = (rng.uniform(radius + 6, SIDE - radius - 6) for _ in range(2))
     thing = _thing(rng, colour, shape, x, y, radius)
-    # The wrong caption differs only in the kind, and training does not draw its combination either.
+    # The wrong caption differs only in colour or shape. Its combination too is kept for tests: training never draws it.
     near = {
         "colour": [(other, shape) for other in COLOURS if (other, shape) in ONES[is_test] and other != colour],
         "shape": [(colour, other) for other in SHAPES if (colour, other) in ONES[is_test] and other != shape],
@@ -217,7 +217,7 @@ def _couple(rng: random.Random, x: float, y: float, *, is_test: bool) -> tuple[T
     radii = [rng.uniform(9, 12) for _ in range(2)]
     first = []
     for offset in (x, y):
-        # Both things keep a distance from the edges of the picture.
+        # Both shapes keep a distance from the edges of the picture.
         low, high = max(14, 14 - offset), min(SIDE - 14, SIDE - 14 - offset)
         first.append(rng.uniform(low, high))
     places = ((first[0], first[1]), (first[0] + x, first[1] + y))

@@ -101,7 +101,7 @@ def decodable(data: bytes) -> tuple[bytes, int, int] | None:
         if is_plain and image.getexif().get(ORIENTATION, UPRIGHT) == UPRIGHT:
             width, height = image.size
             image.draft("RGB", (-(-width // 8), -(-height // 8)))
-            image.load()  # raises every error that libjpeg would raise
+            image.load()  # this raises the errors that libjpeg would raise for the whole file
             return data[: end.end()], width, height
     return None
 
@@ -168,7 +168,7 @@ class EncodedImages:
         return images
 
     def _files(self, first: int, stop: int) -> list[Tensor]:
-        """Return the JPEG files of some images of a batch."""
+        """Return the bytes of the JPEG files ``first`` to ``stop - 1`` of a batch."""
         ends = self.numbers[:stop, 0].cumsum(0).tolist()
         begins = [0, *ends]
         return [self.files[begins[index] : ends[index]] for index in range(first, stop)]

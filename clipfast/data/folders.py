@@ -1,7 +1,7 @@
 """Folders of images with text files beside them. Samples are found by a list of the folder's images.
 
 The list is a file that :mod:`clipfast.data.staging` keeps in the cache. It has a line of JSON for each image: an object
-of the files with the image's name, by extension.
+that maps file extensions to the files with the image's name.
 """
 
 import collections
@@ -19,7 +19,7 @@ from .samples import LINKS, Links, RawSample, metadata
 from .tables import JSONL
 
 IMAGE_KINDS = frozenset(IMAGE_EXTENSIONS)
-MOST_KINDS = 8  # a message names at most this many kinds of unused files
+MOST_KINDS = 8  # a message names at most this many file extensions of unused files
 
 
 def write_list(folder: str, path: Path) -> None:
@@ -48,9 +48,9 @@ def images_in(folder: str) -> Iterator[dict[str, str]]:
 
 
 def others_in(folder: str, keys: Keys) -> str:
-    """Count the files in a folder and its sub-folders that belong to no pair, by kind: "2 heic, 1 pdf".
+    """Return a text such as "2 heic, 1 pdf": how many files of a folder of images belong to no pair, by file extension.
 
-    Kinds are told by the names of the files. Names that begin with a dot are left out.
+    Sub-folders are included. Names that begin with a dot are left out.
     """
     kinds = collections.Counter[str]()
     for named in _alike(folder):

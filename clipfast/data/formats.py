@@ -11,7 +11,7 @@ from .samples import RawSample
 
 LENGTH_BITS = 24
 MAX_BEGIN, MAX_LENGTH = 1 << (64 - LENGTH_BITS), 1 << LENGTH_BITS
-Extents = NDArray[np.uint64]  # begin and length of each sample, in units of the format
+Extents = NDArray[np.uint64]  # begin and length of each sample in its shard, packed by ``extents``
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The index of a shard: the place of each sample. It is made in one pass, and kept in a cache outside of the data.
+"""The index of a shard: the position of each sample in it, which one pass finds. It is cached outside of the data.
 
 Each shard has one entry in the cache. The entry holds the shard's size and modification time, by which a replaced shard
 is noticed, and eight bytes for each sample: the extent that holds it. Any sample can then be read with one call. For a
@@ -45,7 +45,7 @@ LOST = "damaged shard"  # the kind of skipped samples that were in a damaged par
 CACHE_VARIABLE = "CLIPFAST_CACHE"
 LOOKUPS = 16  # number of entries that are looked up at the same time
 QUEUED = 4096  # names that are queued for threads or processes at the same time
-SHARED = 1 << 22  # bytes; larger entries are mapped, which processes share, but a mapping holds the file open
+SHARED = 1 << 22  # bytes; larger entries are memory-mapped, so processes share them; each mapping holds the file open
 Words = NDArray[np.uint64]
 
 
@@ -105,7 +105,7 @@ class IndexCache:
 
     Args:
         folder: the cache folder; by default, :func:`cache_folder`.
-        separator: field separator of CSV files, which overrides their names and headers.
+        separator: field separator of CSV files, if their header contains it; see :func:`.tables.csv_format`.
 
     Raises:
         ValueError: the variable with the size limit for copies of shards is not a number.
@@ -113,7 +113,7 @@ class IndexCache:
 
     def __init__(self, folder: Path | None = None, separator: str | None = None) -> None:
         self.folder, self.separator = folder or cache_folder(), separator
-        max_bytes()  # refuse a wrong variable here, and not in a data worker
+        max_bytes()  # an environment variable that is no number is refused here, and not in a data worker
 
     def format_of(self, name: str) -> Format:
         """Return the file format of a shard by its name."""

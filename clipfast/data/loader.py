@@ -189,7 +189,7 @@ class PairBatches(Dataset[Batch]):
         return texts if self.keeps_padding else trim_padding(texts)
 
     def samples(self, number: int) -> Stretch:
-        """Return the places of the samples of batch ``number`` on this rank, without reading them.
+        """Return the source and the number of each sample of batch ``number`` on this rank, without reading it.
 
         Raises:
             ValueError: the order cannot be computed.

@@ -45,7 +45,7 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
     shards = [path for shard in named for path in _matches(shard)]
-    modes = [0 if ":" in shard else _mode(shard) for shard in shards]  # read once for each, as there may be many
+    modes = [0 if ":" in shard else _mode(shard) for shard in shards]  # one look at each file, as there may be many
     missing = [shard for shard, mode in zip(shards, modes, strict=True) if ":" not in shard and not mode]
     if missing:
         what = "shard" if not missing[0] or Path(missing[0]).suffix else "folder or shard"
@@ -106,7 +106,7 @@ def _bundled(shard: str) -> str:
 
 
 def _matches(shard: str) -> list[str]:
-    """Expand a local name with wildcards, or of a folder, to the shards it stands for; return other names unchanged."""
+    """Expand a local name with wildcards, or the name of a folder, to names of shards; return other names unchanged."""
     if not shard or ":" in shard:
         return [shard]
     if Path(shard).is_dir():
@@ -158,7 +158,7 @@ def _checked(shard: str, mode: int) -> str:
     if stat.S_ISDIR(mode):
         tables = (str(path / name) for name in FOLDER_TABLES if (path / name).is_file())
         return next(tables, shard.rstrip("/") + "/")
-    if not stat.S_ISREG(mode):  # for example a pipe from <(cat a.tar), whose bytes a first look would consume
+    if not stat.S_ISREG(mode):  # for example a pipe from <(cat a.tar), whose bytes can be read only once
         raise ValueError(
             f"{shard} is neither a file nor a folder: shards are read from any place in them, so write it to a "
             "file, or name the command that makes it, as in 'pipe:cat a.tar'"

@@ -41,7 +41,7 @@ def random_words(count: int, *key: int) -> Words:
 
 
 def random_words_at(places: Words, *key: int) -> Words:
-    """Return the words at ``places`` of the sequence that :func:`random_words` returns for the order of samples."""
+    """Return those random words of :func:`random_words` whose indices are ``places``, for the order of samples."""
     state = np.zeros(1, np.uint64)
     for word in key:
         state = _mix(state ^ np.uint64(int(word) % (1 << 64)))
@@ -82,7 +82,7 @@ def _joined(parts: Sequence[Stretch]) -> Stretch:
     return Stretch(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
 
-class Latest(Generic[T]):
+class LastTwo(Generic[T]):
     """Caches the last two results of a function: a sequential reader of an order needs at most two windows at once."""
 
     def __init__(self, make: Callable[..., T]) -> None:
@@ -90,8 +90,8 @@ class Latest(Generic[T]):
         self._made: dict[tuple[int, ...], T] = {}
 
     def __call__(self, *key: int) -> T:
-        """Return what the function makes of ``key``."""
-        made = self._made  # a thread that reads ahead may replace it
+        """Return the function's result for the arguments ``key``, which may be cached."""
+        made = self._made  # the thread that reads ahead may replace self._made meanwhile
         if key not in made:
             self._made = made = dict([*made.items()][-1:]) | {key: self._make(*key)}
         return made[key]
@@ -132,7 +132,7 @@ class Order:
         self.windows = -(-self.length // window)
         self._first = np.concatenate([[0], self.sizes.cumsum()])  # number of the first sample of each shard
         self._cuts = np.arange(self.streams + 1) * self.length // self.streams  # where the streams begin and end
-        self._passes, self._windows = Latest(self._shards), Latest(self._window)
+        self._passes, self._windows = LastTwo(self._shards), LastTwo(self._window)
 
     def __len__(self) -> int:
         """Return the number of samples in a pass over the source."""
@@ -209,7 +209,7 @@ class Mix:
         weights = np.array([len(order) * factor for order, factor in zip(orders, factors, strict=True)])
         self.shares = weights / weights.sum()
         self.length = round(float(weights.sum()))
-        self._blocks = Latest(self._block)
+        self._blocks = LastTwo(self._block)
 
     def __len__(self) -> int:
         """Return the length of a pass of the mix, in which each sample is seen ``factor`` times on average."""
@@ -268,7 +268,7 @@ class Unique:
         self.order, self.identities, self.batch_size = order, identities, batch_size
         self.batches = len(order) // batch_size  # number of batches in a pass
         self.group = min(max(MIN_DEALT, window // batch_size), self.batches)  # batches that are filled together
-        self._groups = Latest(self._dealt)
+        self._groups = LastTwo(self._dealt)
 
     def __len__(self) -> int:
         """Return the number of positions in a pass, a multiple of the batch size."""
@@ -337,7 +337,7 @@ class Unique:
 
 
 def at_most(identities: Words, count: int) -> Ints:
-    """Keep the first ``count`` samples of each identity; return the places of the kept samples in ascending order."""
+    """Keep the first ``count`` samples of each identity; return the indices of the kept samples in ascending order."""
     order = np.argsort(identities, kind="stable")
     _, begins, counts = np.unique(identities[order], return_index=True, return_counts=True)
     rank = np.arange(len(order)) - np.repeat(begins, counts)
@@ -345,7 +345,7 @@ def at_most(identities: Words, count: int) -> Ints:
 
 
 def deal(identities: Words, batches: int, *key: int) -> Ints:
-    """Assign samples to batches without a repeated identity; return their places, batch after batch.
+    """Assign samples to batches without a repeated identity; return the indices of the samples, batch after batch.
 
     The samples are sorted by identity and dealt to the batches like cards, one to each batch in turn. Two samples of
     one identity are in different batches as long as no identity has more than ``batches`` samples.

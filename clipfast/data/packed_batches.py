@@ -15,16 +15,16 @@ from .loader import Batch, PairBatches, room_for
 
 @dataclasses.dataclass
 class PackedBatches(PairBatches):
-    """The batches of a run whose images are packed, in their own aspect.
+    """The batches of a run whose images keep their aspect ratio and are packed.
 
     ``batch_size`` is the largest number of pairs of a batch. ``transform`` and ``gather`` are those of the latest batch
     that was made, and in the beginning those of the largest images.
 
     Attributes:
-        plan: the place of each batch in the order, and the sizes of its images.
+        plan: the position of each batch in the order of the samples, and the sizes of its images.
         patch_size: the side of a patch of the model, for batches that draw none.
         crops: options of :class:`CroppedToSequence`.
-        for_gpu: round the number of patches up, as a GPU likes it.
+        for_gpu: round the number of patches up, as for :func:`pack_images`.
     """
 
     plan: BudgetedBatches = dataclasses.field(kw_only=True)
@@ -59,7 +59,7 @@ class PackedBatches(PairBatches):
         return self.plan[number][:2]
 
     def _prepare(self, seq_len: int, patch_size: int | None) -> None:
-        """Let the next images be cropped and packed for a batch."""
+        """Set ``transform`` and ``gather`` for a batch with up to ``seq_len`` patches of this size in each image."""
         patch_size = patch_size or self.patch_size
         self.transform = CroppedToSequence(patch_size, seq_len, **self.crops)
         self.gather = functools.partial(_packed, patch_size=patch_size, for_gpu=self.for_gpu)

@@ -65,7 +65,7 @@ class ReadAhead:
         self._closed, self._changed = threading.Event(), threading.Condition()
 
     def __enter__(self) -> Self:
-        atexit.register(self._closed.set)  # for a process that ends within the context
+        atexit.register(self._closed.set)  # the process may end before the context does
         for _ in range(THREADS if self._sources else 0):
             threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
         return self
@@ -142,7 +142,7 @@ class ReadAhead:
         if batch <= now:
             return True
         self._ahead = [(first, size) for first, size in self._ahead if first > now]
-        if self._bringing and not self._largest:  # the size of a shard is not known yet
+        if self._bringing and not self._largest:  # no copy is finished, so the size of a copy is not known yet
             return False
         taken = sum(size for _, size in self._ahead)
         return taken + (self._bringing + 1) * self._largest <= self._room

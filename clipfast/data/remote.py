@@ -78,7 +78,8 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
                 raise
             cause = error.__cause__ or error
             reason = " ".join(str(cause).split()) or type(cause).__name__
-            if not waits or (number > 1 and time.monotonic() - begin > PATIENCE):  # the first attempt may be long
+            # A second attempt follows even if the first one took very long.
+            if not waits or (number > 1 and time.monotonic() - begin > PATIENCE):
                 tried = f" ({number} attempts)" if number > 1 else ""
                 raise FetchError(f"{what} {name} cannot be read: {reason}{tried}") from error
             log.warning(f"{what} {name}: attempt {number} has failed ({reason}); the next one is in {waits[0]:g} s")
@@ -118,7 +119,8 @@ def opened(name: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
                 yield file
             return
         file_system, path = file_system_of(name)
-        # A single response holds a single version of the file, and some servers cannot send parts.
+        # With block_size 0 the file is read from a single response: it cannot change meanwhile, and some servers cannot
+        # send parts.
         options = {"block_size": 0} if whole and name.startswith(WEB) else {}
         with file_system.open(path, "rb", **options) as remote:
             yield remote

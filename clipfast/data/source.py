@@ -61,7 +61,7 @@ class Source(Protocol):
         """
 
     def name(self, number: int) -> str:
-        """Return shard and place of a sample as text for a person, without reading it."""
+        """Return the shard of a sample and its number there as text for a person, without reading the sample."""
 
     def close(self) -> None:
         """Close all open shards; they are opened again when they are read."""
@@ -160,7 +160,8 @@ class ShardSource:
         self.bytes_read = self._reads = 0
         self._first: NDArray[np.int64] = np.cumsum([0, *self.sizes])
         self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
-        self._refused: dict[int, tuple[str, str]] = {}  # reasons why shards that were only counted cannot be used
+        # This maps shards that were counted first, and then could not be indexed, to the reason.
+        self._refused: dict[int, tuple[str, str]] = {}
 
     def __len__(self) -> int:
         """Return the number of samples."""

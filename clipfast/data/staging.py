@@ -46,7 +46,7 @@ COMPRESSED = (".gz", ".bz2", ".xz")
 COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile
 }  # fmt: skip
-BZ2_ERROR = "Invalid data stream"  # text of an OSError without an errno, like errors of pipes
+BZ2_ERROR = "Invalid data stream"  # the text of bz2's OSError; like the errors of pipes here, it has no errno
 MARKS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated")
 
 NEVER = threading.Event()
@@ -71,7 +71,7 @@ def format_of(name: str, separator: str | None = None) -> Format:
 def is_compressed(start: bytes) -> bool:
     """Return True if a shard that begins with ``start``, one block or the whole file, is compressed.
 
-    The name of a member of a tar file may begin like a compressed file.
+    A tar file is not, even if the name of its first member, with which it begins, looks like a compressed file.
     """
     return start.startswith(tuple(COMPRESSIONS)) and read_header(start[:BLOCK]) is None
 
@@ -238,7 +238,7 @@ def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
     try:
         return retried(name, attempt)
     except FetchError as error:
-        if not cancelled.get().is_set():  # otherwise the shard may be good: a process that ends also ends its reader
+        if not cancelled.get().is_set():  # the shard of a cancelled copy may be good: the end of a process looks alike
             failure.write_text(f"{error.kind}\n{error}", "utf-8", "replace")
         raise
 

@@ -47,8 +47,8 @@ def csv_format(own: str, separator: str | None) -> Format:
 
 def _separator(own: str, given: str | None, header: str) -> str:
     """Return the separator of the fields of a CSV shard."""
-    # A header without the given separator has one column, and pairs need two: the separator is for another table of the
-    # run.
+    # With a separator that the header lacks, there would be one column, and pairs need two: the separator was given for
+    # another table of the run.
     named = next((one for one in (given, own) if one and one in header), None)
     return named or max(own + SEPARATORS, key=header.count)
 

@@ -1,4 +1,4 @@
-"""Samples in tar files: their places, how they are read from there, and damage to the archive.
+"""Samples in tar files: their positions, how they are read from there, and damage to the archive.
 
 Python's tarfile stops silently at a header whose checksum is wrong, so half of a shard could be lost unnoticed. Here
 every stretch of bytes that belongs to no member becomes a :class:`Damage`, and reading goes on at the next good header.
@@ -87,12 +87,12 @@ def read_tar(file: BinaryIO, size: int, *, with_data: bool = False) -> Iterator[
                 yield part
                 is_named = isinstance(part, Damage)
             continue
-        start, at = at, _behind_zeros(file, at, size)
+        start, at = at, _after_zeros(file, at, size)
         zeros = at - start
         is_ended = is_ended or zeros > 0
         is_record = zeros == 2 * BLOCK or (zeros <= MAX_ZEROS and (at - archive) % tarfile.RECORDSIZE == 0)
         if zeros and ((at == size and zeros <= MAX_ZEROS) or (is_record and read_header(_read(file, at, BLOCK)))):
-            archive = at  # another archive begins here, or the end of the file
+            archive = at  # here another archive begins, or the file ends
             continue
         only_zeros = at == size
         at = _next_header(file, at, size)
@@ -191,7 +191,7 @@ def pax_records(data: bytes) -> dict[str, str]:
     return records
 
 
-def _behind_zeros(file: BinaryIO, at: int, size: int) -> int:
+def _after_zeros(file: BinaryIO, at: int, size: int) -> int:
     """Return the offset of the first block of a tar file from ``at`` on that is not all zeros, or the end."""
     while (block := _read(file, at, BLOCK)) and not any(block):
         at += len(block)
@@ -271,7 +271,7 @@ def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
         cropped = sum(not is_whole for _, _, is_whole in beside)
         lost = ((hole.size or 0) - cropped * 2 * BLOCK) // smallest
         damage[f"byte {hole.offset}: {hole.reason}"] = max(lost, 0 if cropped else 1)
-    first = [begin // BLOCK for begin in begins]  # a sample after damage need not begin at a multiple of a block
+    first = [begin // BLOCK for begin in begins]  # rounded down, since a sample after damage may begin anywhere
     blocks = [-(-end // BLOCK) - place for place, (_, end, _) in zip(first, found, strict=True)]
     return extents(first, blocks), damage
 
@@ -288,7 +288,8 @@ def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
         if extent is None or not hops:
             why = "which is not in the shard" if extent is None else "and that to another, too many times"
             raise SampleError(f"{member.name} is a link to {member.link}, {why}", "broken link")
-        (target,) = _members(os.pread(descriptor, extent[1], extent[0]))  # a ValueError here: the shard was replaced
+        # A ValueError here means that the shard was replaced.
+        (target,) = _members(os.pread(descriptor, extent[1], extent[0]))
         return member._replace(data=content(target, hops - 1).data)
 
     def parse(data: bytes) -> RawSample:
@@ -307,7 +308,8 @@ def _members(data: bytes) -> Iterator[Member]:
 
 def _places(descriptor: int) -> dict[str, tuple[int, int]]:
     """Return begin and length in bytes of each member of a tar file by path, to follow links."""
-    # Forked data workers would share the file offset of a duplicated descriptor, and disturb each other's reads.
+    # The file is opened anew: forked data workers would share the offset of a duplicated descriptor, and disturb each
+    # other's reads.
     with open(f"/dev/fd/{descriptor}", "rb") as file:
         members = (part for part in read_tar(file, os.fstat(descriptor).st_size) if isinstance(part, Member))
         return {posixpath.normpath(member.name): (member.offset, member.size) for member in members}

@@ -63,5 +63,6 @@ def gather_full(content: Any, *, keep: bool) -> Any:
     if not isinstance(content, Tensor) or not is_dtensor(content):
         return content
     sharded: Any = content.detach()
-    full: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()  # the local part may be on the host
+    # The local part may be on the host, but the collective runs on the devices of the mesh.
+    full: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
     return full.cpu() if keep else None

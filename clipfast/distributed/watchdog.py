@@ -36,7 +36,7 @@ LATE = 0.8  # share of the timeout after which a waiting rank looks for the rank
 GRACE = 3.0  # seconds that a rank gets to end by itself after its collective has failed
 STEP, EXCHANGE, PATIENT = "step", "exchange", "wait"
 WAITING = (STEP, EXCHANGE)  # phases in which a rank waits for other ranks, for at most the timeout
-PHASES = {"data": "has waited for its data for"}  # the text about a rank in this phase for which others wait
+PHASES = {"data": "has waited for its data for"}  # maps a phase to the words about a rank in it that holds up others
 BLAMED, SIGNAL = "blamed", "signal"
 ANSWER = 10.0  # seconds that the store gets to answer
 NAMED = 5  # an error names at most this many ranks
@@ -136,7 +136,7 @@ class Watchdog:
         return self.diagnosis
 
     def _run(self) -> None:
-        """Beat and watch the other ranks until the watchdog ends."""
+        """Write beats of this rank and read those of the other ranks, until the watchdog ends."""
         try:
             while not self._ended.wait(self.beat):
                 self._say()
@@ -194,7 +194,7 @@ class Watchdog:
         self._look()
         if waited > LATE * self.timeout and self._diagnose(self.timeout / 5, LATE * self.timeout):
             log.error(f"at step {self.step}, this rank waits: {self.diagnosis}")
-        if self.diagnosis and waited > self.timeout + GRACE:  # otherwise a collective of GPUs would never return
+        if self.diagnosis and waited > self.timeout + GRACE:  # without this, a collective of GPUs might never return
             os._exit(1)
 
     def _look(self) -> None:
@@ -243,12 +243,12 @@ class Watchdog:
 
 
 def _silence(beat: Beat) -> str:
-    """Describe a rank that the watchdog hears nothing from."""
+    """Return the words about a rank whose heartbeats have stopped, from its last one."""
     return f"{beat.process} gives no sign of life; the last was from step {beat.step}, phase {beat.phase!r}"
 
 
 def _delay(beat: Beat) -> str:
-    """Describe a rank that the watchdog has found waiting or busy."""
+    """Return the words about a rank that holds up the others: its process, its phase, and for how long."""
     what = PHASES.get(beat.phase, f"is in the phase {beat.phase!r} since")
     return f"{beat.process} {what} {beat.seconds:.0f} s at step {beat.step}"
 

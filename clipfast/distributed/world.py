@@ -246,7 +246,7 @@ class LateSum:
         return before
 
     def close(self) -> list[int] | None:
-        """Return the sums over ranks of the last call, which no further call has returned; None without one."""
+        """Wait for the sums of the last call, and return them; None if there are none, or they were returned."""
         if self._pending is None:
             return None
         (work, tensor), self._pending = self._pending, None
@@ -298,7 +298,7 @@ def _joined(device: str, timeout: float, by_rank: bool) -> Iterator[World]:
     try:
         yield world
     except Exception as error:
-        with _deaf():
+        with _ignoring_sigterm():
             is_lost = any(name in str(error) for name in COMMUNICATION)
             if not (is_lost and watchdog.diagnosis) and not world._is_first_to_fail():
                 time.sleep(LAST_WORD)
@@ -315,7 +315,7 @@ def _joined(device: str, timeout: float, by_rank: bool) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
+def _ignoring_sigterm() -> Iterator[None]:
     """Ignore SIGTERM for a while: torchrun sends it when a rank is lost, and the others need seconds to name it."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

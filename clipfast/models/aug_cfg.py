@@ -101,7 +101,7 @@ def training_options(aug_cfg: Mapping[str, Any] | object | None, *, naflex: bool
 
 
 def _augment(given: Mapping[str, Any]) -> list[Any]:
-    """Return the augmentations of PIL images that OpenCLIP's ``aug_cfg`` asks for a model."""
+    """Return torchvision's transforms for an ``aug_cfg`` without ``use_timm``: random colour jitter and greyscale."""
     from torchvision.transforms import v2
 
     steps: list[Any] = []
@@ -116,7 +116,7 @@ def _augment(given: Mapping[str, Any]) -> list[Any]:
 
 
 def _timm_augment(given: Mapping[str, Any]) -> list[Any]:
-    """Return the augmentations of PIL images for which OpenCLIP's ``aug_cfg`` asks timm."""
+    """Return torchvision's transforms for an ``aug_cfg`` with ``use_timm``: the colour jitter that timm would apply."""
     from torchvision.transforms import v2
 
     for key in ("color_jitter_prob", "gray_scale_prob"):

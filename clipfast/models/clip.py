@@ -30,7 +30,7 @@ class CLIPOutput(NamedTuple):
 
 
 class CLIP(nn.Module):
-    """The image tower in ``visual``, the text tower at the top level, as in the published checkpoints."""
+    """A CLIP model with the image tower in ``visual`` and the text tower's layers at the top level, as published."""
 
     backend = "auto"
     reads_padding = False  # whether features depend on the padding of a text
@@ -89,9 +89,9 @@ class CLIP(nn.Module):
 
         Args:
             text: [B, L] token ids, with L at most the context length, or packed texts (:func:`clipfast.pack_texts`).
-                The transformer is causal, so that tokens behind the end-of-text token change nothing. They are not
+                The transformer is causal, so that tokens after the end-of-text token change nothing. They are not
                 computed: texts that are not packed are packed here, unless ``pack_text`` is False, little is padding,
-                or something watches the modules of the text tower, or the calls.
+                or a hook, a module of the user's, a compiler or a profiler would see the packed tokens.
             normalize: divide each feature vector by its length.
 
         Returns:
@@ -106,14 +106,14 @@ class CLIP(nn.Module):
             refuse_foreign(self.transformer)
         elif self.takes_packed():
             text = pack_if_shorter(text)
-        # The end-of-text token has the highest id of the vocabulary.
+        # argmax finds the end-of-text token, which has the highest id of the vocabulary.
         rows = text if isinstance(text, PackedText) else text.argmax(-1)
         x = read_rows(self.transformer, self.embed_text(text), rows)
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
     def takes_packed(self) -> bool:
-        """Return whether texts are packed: ``pack_text`` is set, and nothing of the user's would see it."""
+        """Return whether texts may be packed: ``pack_text`` is set, and no hook or module of a user would see it."""
         if not self.pack_text or self.reads_padding or not is_plain(self.token_embedding, nn.Embedding):
             return False
         # A subclass that changes the embedded texts, as learned prompts do, expects [B, L, width].
@@ -229,7 +229,7 @@ class CLIP(nn.Module):
         freeze(groups_of_text(self), unlocked_layers)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters without weight decay, apart from parameters of one dimension."""
+        """Return the names of the parameters that get no weight decay, in addition to those of one dimension."""
         names: Any = getattr(self.visual, "no_weight_decay", set)()
         return {"positional_embedding", *(f"visual.{name}" for name in names)}
 

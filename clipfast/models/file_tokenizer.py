@@ -59,7 +59,7 @@ class FileTokenizer:
         self.vocab_size = int(self._tokenizer.get_vocab_size())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.encode("a photo of a \u2603")  # some files load, but fail on unknown characters
+        self.encode("a photo of a \u2603")  # a trial, because some files load, but fail on unknown characters
         self._added = int(self._tokenizer.num_special_tokens_to_add(False))
         self._check_length(context_length)
 
@@ -140,10 +140,9 @@ class FileTokenizer:
 
 @contextlib.contextmanager
 def _refusing(file: Path) -> Iterator[None]:
-    """Turn errors of the tokenizers package, whose classes are broad, into a ValueError that names the file.
+    """Turn all errors of the tokenizers package into a ValueError that names the tokenizer's file.
 
-    Raises:
-        ValueError: as above.
+    A panic of the package's Rust code is a BaseException, and not an Exception.
     """
     try:
         yield
@@ -182,7 +181,7 @@ def tokenizer_of(config: SigLIPConfig, name: str, path: str | Path | None, conte
 
 
 def _pad_id(tokenizer: Any, folder: Path, otherwise: int) -> int:
-    """Return the id of the padding token: from transformers' files in ``folder``, the tokenizer's file, or default."""
+    """Return the padding token's id from transformers' files in ``folder``, else the tokenizer, else ``otherwise``."""
     for name in (SETTINGS_NAME, "special_tokens_map.json"):
         token = _read_settings(folder / name).get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token

@@ -32,7 +32,7 @@ def parameters_of(group: Group) -> Iterator[nn.Parameter]:
 
 def groups_of_text(model: "CLIP") -> list[Group]:
     """Return the groups of a text tower's layers, from input to output: embedding, blocks, and any projection."""
-    tower = getattr(model, "text", model)  # SigLIP's text tower is a module of its own
+    tower = getattr(model, "text", model)  # SigLIP's text tower is the module ``text``, CLIP's is the model itself
     embedding: Group = [tower.token_embedding, tower.positional_embedding]
     head: list[Group] = [] if tower.text_projection is None else [[tower.text_projection]]
     return [embedding, *groups_of_blocks(tower.transformer.resblocks, tower.ln_final), *head]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..io.files import open_regular
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 
-if TYPE_CHECKING:  # imported at run time only where it is used: a machine without Pillow can import the models
+if TYPE_CHECKING:  # functions import Pillow where they use it, so that the models can be imported without it
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -108,7 +108,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def compressed(image: Image.Image, quality: int) -> Image.Image:
-    """Return an image in RGB after JPEG compression and decompression, for the shift "jpeg"."""
+    """Return an image in RGB with the artefacts of JPEG compression at ``quality``."""
     from PIL import Image
 
     stream = io.BytesIO()

@@ -20,7 +20,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class PackedTokens(NamedTuple):
-    """The places of sequences among tokens [1, T, width], and a number of tokens that none exceeds."""
+    """The bounds of packed sequences among tokens [1, T, width], and an upper bound of the sequences' lengths."""
 
     packing: Packing
     max_seqlen: int
@@ -57,7 +57,7 @@ class InProjection(nn.Linear):
     def __init__(self, attn: "Attention") -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = attn.in_proj_weight.shape
-        self.__dict__["attn"] = attn  # as a submodule, attn would be a child of its own child
+        self.__dict__["attn"] = attn  # ``attn`` must not be a submodule, as it would be a child of its own child
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
@@ -71,14 +71,15 @@ class InProjection(nn.Linear):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True if calling a module of a model does more than its ``forward``."""
+    """Return True if a module has hooks, so that calling it does more than its ``forward``."""
     return any(map(module.__dict__.__getitem__, HOOKS))
 
 
 def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
-    """Return True if calling a module of a model does what exactly one of ``kinds`` does, and nothing else.
+    """Return True if a module is of one of the classes ``kinds`` (no subclass), with its ``forward`` and no hooks.
 
-    An adapter or a wrapper such as FSDP's has another class, or a hook.
+    Then its op may be fused with others instead of calling it. An adapter or FSDP's wrapper has another class, or a
+    hook.
     """
     own = module.__dict__
     return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, HOOKS))
@@ -94,7 +95,7 @@ def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
 
 def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool) -> tuple[Tensor, Tensor]:
-    """Return ``x + branch`` and ``norm(x + branch)``, in one kernel if ``fused``, which requires a plain norm."""
+    """Return ``x + branch`` and ``norm(x + branch)``, in one kernel if ``fused``; then ``norm`` must be plain."""
     if not fused:
         x = x + branch
         return x, norm(x)
@@ -106,7 +107,7 @@ def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool) -> tuple
 def take_rows(x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
     """Return row ``rows[b]`` of each sequence b, or its first row if ``rows`` is None: [B, N, width] -> [B, width].
 
-    Of packed texts, [1, T, width], the last row of each is returned, in the order in which they lie.
+    Of packed texts, [1, T, width], the last row of each is returned, in their packed order.
     """
     if isinstance(rows, PackedText):
         return x[0].index_select(0, rows.last)

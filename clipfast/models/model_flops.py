@@ -33,11 +33,11 @@ def training_flops(model: CLIP, pairs: int, seq_len: int | None = None) -> float
 
 
 def _image_features(model: CLIP, seq_len: int | None) -> Tensor:
-    """Return the features of images without values, for a training step whose FLOPs are counted."""
+    """Return features on the device "meta" of ``COUNTED`` images, so that the FLOPs of the image tower are counted."""
     visual, size = model.visual, model.visual.image_size
     if not isinstance(visual, NaFlexVision):
         return model.encode_image(torch.empty(COUNTED, 3, size, size, device="meta"))
-    # The lengths of packed images are values, so these tokens are not packed.
+    # Packing reads the sizes of images, and tensors on "meta" have no values: these tokens are not packed.
     trunk = visual.trunk
     shape = COUNTED, seq_len or (size // visual.patch_size) ** 2, trunk.embeds.proj.in_features
     x = trunk.embeds.proj(torch.empty(shape, device="meta"))

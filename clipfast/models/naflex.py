@@ -1,4 +1,4 @@
-"""NaFlex image towers, with the parameter names of timm's ``NaFlexVit`` in OpenCLIP: images keep their aspect.
+"""NaFlex image towers, with the parameter names of timm's ``NaFlexVit`` in OpenCLIP: images keep their aspect ratio.
 
 A tower takes :class:`~clipfast.models.packed_images.PackedImages`. Its blocks are those of :mod:`.siglip` on packed
 tokens, so that nothing is padded or masked.
@@ -75,7 +75,7 @@ class NaFlexEmbeds(nn.Module):
         return 0 if self.reg_token is None else self.reg_token.shape[1]
 
     def forward(self, images: PackedImages, packing: Packing, mean: Any, std: Any) -> Tensor:
-        """Embed the patches of images, and add positions: N patches -> [N + B registers, width].
+        """Embed the patches of images, and add positions: N patches of B images -> [N + B num_prefix, width].
 
         Patches may have another size than the tower's.
         """
@@ -90,7 +90,7 @@ class NaFlexEmbeds(nn.Module):
 
 
 def places_of(images: PackedImages, num_prefix: int) -> Packing:
-    """Return the places of the tokens of packed images, with ``num_prefix`` tokens before the patches of each."""
+    """Return the bounds of each packed image among all tokens, with ``num_prefix`` tokens before its patches."""
     lengths = images.grids.prod(1) + num_prefix
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
     return pack(cu_seqlens, images.patches.shape[0] + num_prefix * images.grids.shape[0])
@@ -99,8 +99,8 @@ def places_of(images: PackedImages, num_prefix: int) -> Packing:
 def resize_weight(weight: Tensor, patch_size: int, interpolation: str) -> Tensor:
     """Resize the projection of patches for patches of another size: [E, P P 3] -> [E, P' P' 3].
 
-    It is multiplied by the pseudo-inverse of the matrix that resizes a patch (Beyer et al. 2023), as in timm: the
-    projection of an enlarged patch is that of the patch itself.
+    It is multiplied by the pseudo-inverse of the matrix that resizes a patch (Beyer et al. 2023), as in timm, so that
+    the projection of an enlarged patch equals that of the original patch.
     """
     old = patch_size_of(weight)
     values = weight.to(accumulate_dtype(weight.dtype)).unflatten(1, (old, old * 3))
@@ -116,13 +116,14 @@ def _inverse_of_resizing(old: int, new: int, interpolation: str, dtype: torch.dt
     return _known_inverse(old, new, interpolation, dtype, device)
 
 
-_inverse_of_resizing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile ignores caches
+# As torch.compiler.assume_constant_result does: torch.compile ignores lru_cache, and would trace the computation.
+_inverse_of_resizing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)
 def _known_inverse(old: int, new: int, interpolation: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Compute what :func:`_inverse_of_resizing` returns."""
-    # The matrix outlives this call, so it must not be a tensor without values or of inference mode.
+    """Compute the matrix of :func:`_inverse_of_resizing`, once for each set of arguments."""
+    # Later calls use the matrix too, so it must be a normal tensor, even under fake tensors or in inference mode.
     with _disable_current_modes(), torch.inference_mode(False):
         identity = torch.eye(old, dtype=torch.float64, device="cpu")[None, None]
         matrix = F.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]
@@ -191,7 +192,7 @@ def mean_of_images(x: Tensor, packing: Packing, num_prefix: int) -> Tensor:
 
 
 class NaFlexVision(nn.Module):
-    """A NaFlex image tower: packed images, a padded batch of timm's or transformers' loader, or images to pack."""
+    """A NaFlex image tower. It takes packed images, a padded batch of timm or transformers, or images to pack."""
 
     backend = "auto"
 
@@ -230,7 +231,7 @@ class NaFlexVision(nn.Module):
 
 
 class _OfManySizes(CLIP):
-    """The base of models with a :class:`NaFlexVision`."""
+    """The base of models for images of several sizes, whose image tower is a :class:`NaFlexVision`."""
 
     def _vision(self) -> NaFlexVision:
         """Return a new image tower.
@@ -275,7 +276,7 @@ class _OfManySizes(CLIP):
         raise NotImplementedError("clipfast's NaFlex models return no outputs of their blocks, of images or of texts")
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the model's parameters without weight decay, apart from parameters of one dimension."""
+        """Return the names of the parameters that get no weight decay, in addition to those of one dimension."""
         prefix = "text." if hasattr(self, "text") else ""
         embeds = {"visual.trunk.embeds.pos_embed", "visual.trunk.embeds.reg_token"}
         return {f"{prefix}positional_embedding"} | {name for name, _ in self.named_parameters() if name in embeds}

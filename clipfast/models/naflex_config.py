@@ -6,8 +6,8 @@ from typing import Any
 
 from .model_config import VisionConfig
 
-POOLS = {"map": "none", "avg": "linear"}  # each way of pooling, and OpenCLIP's name for the projection behind it
-MOST_PATCHES = 1024  # of an image in evaluation, where a configuration does not say it, as in OpenCLIP
+POOLS = {"map": "none", "avg": "linear"}  # maps each way of pooling to OpenCLIP's name of the projection after it
+MOST_PATCHES = 1024  # patches of an image in evaluation if a configuration gives no number, as in OpenCLIP
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -19,7 +19,7 @@ class NaFlexConfig(VisionConfig):
         image_seq_len: the patches of an image in evaluation; None if the configuration does not say it.
         pool: "map" (attention pooling) or "avg" (the mean of the patches, a norm, and a projection).
         reg_tokens: register tokens before the patches of each image (Darcet et al. 2024).
-        init_values: the initial factors of the branches of blocks, or None if these have none.
+        init_values: the initial factors of LayerScale at the end of each branch; None for blocks without LayerScale.
         interpolation: how positions are resized, "bilinear" or "bicubic".
         pos_embed_grid_size: the rows and columns of the table of positions.
         enable_patch_interpolator: let timm's tower take patches of other sizes, as clipfast's always does.
@@ -72,7 +72,7 @@ class NaFlexConfig(VisionConfig):
 
     @property
     def timm_model_name(self) -> str:
-        """The name of timm's tower from which this one differs in sizes at most."""
+        """The name of timm's tower with these settings, or else of one with the same pooling."""
         own = _sizes(self)
         return next(
             (name for name, tower in TIMM.items() if tower.pool == self.pool and _sizes(tower) == own),

@@ -1,4 +1,4 @@
-"""The base of packed texts and packed images: batches whose sequences lie behind one another, without padding."""
+"""The base of packed texts and packed images: batches whose sequences follow one another, without padding."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -11,24 +11,24 @@ from torch.utils import _pytree as pytree
 from ..kernels.common import cdiv
 
 # On a GPU, the number of tokens is a multiple of 64, the rows of the smallest tile of a matrix product, and of a 128th
-# of the padded batch. So batches have few different numbers of tokens, each of which takes launch plans, blocks of the
+# of the padded batch. So it takes few different values, because each value needs launch plans, blocks of the
 # allocator's memory, and a CUDA graph. On average, a 256th of the padded batch is computed for nothing.
 TILE, SIZES = 64, 128
 
 
 def rounded(used: int, padded: int) -> int:
-    """Return ``used`` tokens, rounded up as a GPU likes it, for a batch that has ``padded`` tokens with padding."""
+    """Return the number of tokens ``used``, rounded up for a GPU; with padding, the batch would have ``padded``."""
     multiple = TILE * cdiv(padded, TILE * SIZES)
     return multiple * cdiv(used, multiple)
 
 
 class Packed:
-    """A packed batch: a dataclass of tensors, and at its end a number that no sequence's length exceeds.
+    """A packed batch: a dataclass of tensors, whose last field is an upper bound of the sequences' lengths.
 
-    CUDA graphs, compilers and wrappers of modules see the tensors, since each subclass is a node of PyTorch's trees.
+    CUDA graphs, compilers and wrappers of modules see the tensors, since each subclass is a node of PyTorch's pytrees.
 
     Attributes:
-        order: int64 [B], the place among the packed sequences of each one of the batch.
+        order: int64 [B], for each sequence of the batch its index among the packed sequences.
     """
 
     order: Tensor
@@ -56,11 +56,11 @@ class Packed:
 
 
 def _flatten(packed: Any) -> tuple[list[Any], int]:
-    """Return the tensors of a packed batch, and the number that is no tensor."""
+    """Return the tensors of a packed batch, and the upper bound of its lengths."""
     *tensors, longest = (getattr(packed, field.name) for field in dataclasses.fields(packed))
     return tensors, longest
 
 
 def _unflatten(cls: Any, tensors: Iterable[Any], longest: int) -> Any:
-    """Return the packed batch of which :func:`_flatten` returned the parts."""
+    """Return the packed batch with these tensors and this upper bound of lengths: the inverse of :func:`_flatten`."""
     return cls(*tensors, longest)

@@ -1,6 +1,6 @@
-"""Packed images: a batch of images of several sizes, as the patches of all of them behind one another.
+"""Packed images: a batch of images of several sizes, as one sequence with the patches of one image after the other.
 
-NaFlex (Tschannen et al. 2025) shows images to a tower in their own aspect, with as many patches as fit into a budget.
+NaFlex (Tschannen et al. 2025) keeps the aspect ratio of each image, with as many patches as fit into a budget.
 The usual way pads all images of a batch to the longest; here no patch is computed that is not in an image.
 """
 
@@ -21,10 +21,10 @@ class PackedImages(Packed):
     The image with the most patches comes first, for the reasons that :mod:`.packed_text` gives.
 
     Attributes:
-        patches: [N, P P 3], the patches of all images, each image row by row; uint8 or already normalised. Rows behind
+        patches: [N, P P 3], the patches of all images, each image row by row; uint8 or already normalised. Rows after
             the last image have no meaning.
         grids: int32 [B, 2], the rows and columns of patches of each packed image.
-        order: int64 [B], the place among the packed images of each image of the batch.
+        order: int64 [B], for each image of the batch its index among the packed images.
         max_patches: no image has more patches than this.
     """
 
@@ -38,7 +38,7 @@ class PackedImages(Packed):
 
         Args:
             size: the number of images of a micro-batch.
-            for_gpu: round the number of patches up, as a GPU likes it; default: if the patches are on one.
+            for_gpu: round the number of patches up (:func:`.packed.rounded`); default: if they are on a GPU.
         """
         if size >= len(self):
             return [self]
@@ -100,7 +100,7 @@ def pack_images(
     Args:
         images: the images, all of one dtype, on one device.
         patch_size: the side of a patch in pixels.
-        for_gpu: round the number of patches up, as a GPU likes it.
+        for_gpu: round the number of patches up (:func:`.packed.rounded`).
         room: allocates memory for the patches: takes their number and one of them, and returns a tensor.
 
     Raises:
@@ -127,7 +127,7 @@ def pack_images(
 
 
 def _of_one_size(images: Tensor, patch_size: int) -> PackedImages:
-    """Pack images [B, 3, H, W] on their device: nothing is copied there, which a CUDA graph could not hold."""
+    """Pack images [B, 3, H, W] on their device, without a copy from the host, which a CUDA graph could not hold."""
     patches, count = patchify(images, patch_size), len(images)
     sides = [
         torch.full((count,), side // patch_size, dtype=torch.int32, device=images.device) for side in images.shape[2:]
@@ -170,7 +170,7 @@ def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> Packe
         )
     patches = patches.flatten(2)
     valid = batch["patch_valid" if "patch_valid" in batch else "pixel_attention_mask"].bool()
-    # As in timm, patches that the mask hides count for the grid of their image.
+    # As in timm, the coordinates of masked patches count too when the grid of their image is computed.
     grids = batch["patch_coord"].amax(1) + 1 if "patch_coord" in batch else batch["spatial_shapes"]
     counts = grids.prod(1)
     numbers = torch.arange(valid.shape[1], device=valid.device)
@@ -190,7 +190,7 @@ def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> Packe
 
 
 def _longest_first(grids: Tensor) -> Tensor:
-    """Return the images in the order in which they are packed, int64 [B]."""
+    """Return the indices of images in packed order, those with the most patches first: int64 [B]."""
     return grids.prod(1).argsort(descending=True, stable=True)
 
 
@@ -201,11 +201,11 @@ def _packed(
     for_gpu: bool,
     room: Callable[[int, Tensor], Tensor] | None = None,
 ) -> PackedImages:
-    """Return packed images; their patches are in the order of ``packed``, and their grids are not."""
+    """Return packed images from patches in the order ``packed`` (indices of images), and grids in the batch's order."""
     counts = grids.prod(1)
     used, longest = int(counts.sum()), int(counts.max())
     if for_gpu:
-        longest = TILE * cdiv(longest, TILE)  # launches are planned for each of these numbers
+        longest = TILE * cdiv(longest, TILE)  # rounded, because each value needs launch plans of its own
         unused = rounded(used, len(grids) * longest) - used
         patches = [*patches, patches[0].new_zeros(unused, patches[0].shape[-1])]
     device = patches[0].device

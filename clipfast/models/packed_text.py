@@ -1,7 +1,7 @@
 """Packed texts: a batch without the tokens that no feature of a causal text tower depends on.
 
-Such a tower reads one row of a text, that of its end-of-text token, and no token behind it changes that row. A packed
-batch holds the other tokens only: those of all texts behind one another, the longest text first. Captions of the web
+Such a tower reads one row of a text, that of its end-of-text token, and no later token changes that row. A packed batch
+holds the tokens up to this one only, one text after the other, and the longest text first. Captions of the web
 have about 18 of 77 tokens, so that three quarters of the tower's work, and of its memory, are left out. Method: the
 packing of language models (Krell et al. 2021), with the cumulative lengths of FlashAttention.
 
@@ -23,10 +23,11 @@ from ..kernels.packing import Packing, pack
 from .packed import Packed, rounded
 from .tokenizer import trim_padding
 
-# If less of a batch is padding, attention over texts of several lengths costs more than packing saves. With fewer
-# tokens, padding included, a GPU waits for the host anyway, and packing would give this more to do.
+# Texts are packed if at least this share of a batch is padding: with less, attention over texts of several lengths
+# costs more than packing saves. On a GPU, the batch must also have this many tokens, padding included: with fewer, the
+# GPU waits for the host anyway, and packing gives the host more to do.
 LEAST_PADDING, LEAST_TOKENS = 0.1, 8192
-# The dispatch modes in which ops give tensors without values.
+# The dispatch modes in which the results of ops are tensors without values.
 _WITHOUT_VALUES = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode")
 
 
@@ -35,9 +36,9 @@ class PackedText(Packed):
     """A batch of B texts without the tokens that no feature depends on; :func:`pack_texts` makes it.
 
     Attributes:
-        ids: [T], the token ids of all texts. Ids behind the last text have no meaning.
-        packing: the places of the texts among the ids.
-        order: int64 [B], the place among the packed texts of each text of the batch.
+        ids: [T], the token ids of all texts. Ids after the last text have no meaning.
+        packing: the bounds of each packed text among the ids.
+        order: int64 [B], for each text of the batch its index among the packed texts.
         max_seqlen: no text has more tokens than this.
     """
 
@@ -48,12 +49,12 @@ class PackedText(Packed):
 
     @property
     def last(self) -> Tensor:
-        """int64 [B], the place among all tokens of the last one of each packed text."""
+        """int64 [B], the index among all tokens of the last token of each packed text."""
         return self.packing.cu_seqlens[1:].long() - 1
 
     @property
     def positions(self) -> Tensor:
-        """int64 [T], the position of each token in its text; 0 for tokens behind the last text."""
+        """int64 [T], the position of each token in its text; 0 for tokens after the last text."""
         return (torch.arange(len(self.ids), device=self.device) - self.packing.bounds[0]).clamp(min=0)
 
 
@@ -65,9 +66,9 @@ def pack_texts(texts: Tensor, *, last: Tensor | None = None, for_gpu: bool | Non
 
     Args:
         texts: [B, L] token ids.
-        last: int [B], the place in each text of the token that is read; default: that of the largest id, which is the
-            end-of-text token in CLIP's vocabulary.
-        for_gpu: round the number of tokens up, as a GPU likes it; default: if the texts are on one.
+        last: int [B], the position in each text of the token that is read; default: that of the largest id, which is
+            the end-of-text token in CLIP's vocabulary.
+        for_gpu: round the number of tokens up (:func:`.packed.rounded`); default: if the texts are on a GPU.
 
     Raises:
         TypeError: ``texts`` is not a tensor.
@@ -84,9 +85,9 @@ def pack_texts(texts: Tensor, *, last: Tensor | None = None, for_gpu: bool | Non
 
 
 def pack_if_shorter(texts: Tensor, last: Tensor | None = None) -> Tensor | PackedText:
-    """Return the texts packed, if that saves enough, and if something reads the values of tensors at all.
+    """Return texts packed if that saves enough and the host can read their lengths; otherwise return them unchanged.
 
-    A compiler, a transform and a CUDA graph in the making do not, and neither do tensors without values.
+    It cannot under a compiler or a function transform, while a CUDA graph is captured, or if tensors have no values.
     """
     if texts.ndim != 2 or texts.numel() == 0 or not has_values(texts):
         return texts
@@ -100,9 +101,9 @@ def pack_if_shorter(texts: Tensor, last: Tensor | None = None) -> Tensor | Packe
 
 
 def pack_on_host(texts: Tensor, device: torch.device, *, always: bool = False) -> Tensor | PackedText:
-    """Return a batch of texts as a model on ``device`` is to get it, so that its step does not wait for their lengths.
+    """Prepare texts on the host for a model on ``device``, so that the model's step does not wait for their lengths.
 
-    They are packed if that pays, or ``always``; otherwise the padding that all have is cut off.
+    They are packed if that saves enough, or ``always``; otherwise the padding that all texts share is cut off.
     """
     is_for_gpu = device.type != "cpu"
     if always or (is_for_gpu and texts.numel() >= LEAST_TOKENS):
@@ -112,16 +113,16 @@ def pack_on_host(texts: Tensor, device: torch.device, *, always: bool = False) -
     return trimmed if is_for_gpu else pack_if_shorter(trimmed)
 
 
-_waits = 0  # the number of contexts that forbid the host to wait for a GPU
+_waits = 0  # the number of ``without_waiting`` contexts that are open, in all threads
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def without_waiting() -> Iterator[None]:
-    """Let models pack no texts that they get as tensors, as while a CUDA graph is captured.
+    """Keep models from packing texts that they get as tensors, since packing on a GPU makes the host wait.
 
-    The calls that warm a graph up must compute what the graph will, and so must the backward pass, in which autograd
-    computes recomputed texts in a thread of its own.
+    A CUDA graph cannot hold this. The calls that warm a graph up must run the same ops as the graph, and so must the
+    backward pass, in which autograd recomputes the text tower in a thread of its own: this holds for all threads.
     """
     global _waits
     with _lock:
@@ -141,7 +142,7 @@ def has_values(x: Tensor) -> bool:
         return False
     if x.device.type == "cpu":
         return True
-    # On other devices the references compute, one text after another.
+    # On other devices the PyTorch references compute one packed text after another, so packing gains nothing.
     return x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
@@ -153,12 +154,12 @@ def _lengths(texts: Tensor, last: Tensor | None) -> Tensor:
 def _packed(texts: Tensor, lengths: Tensor, for_gpu: bool) -> PackedText:
     """Return packed texts with these lengths, which are on the CPU."""
     lengths, packed = lengths.sort(descending=True, stable=True)
-    host = lengths.device  # not the default device, which may be another
+    host = lengths.device  # tensors are made here explicitly, because torch's default device may be another one
     cu_seqlens = torch.zeros(len(texts) + 1, dtype=torch.int32, device=host)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     used = int(cu_seqlens[-1])
     total = rounded(used, texts.numel()) if for_gpu else used
-    place = torch.zeros(total, dtype=torch.int64, device=host)  # of each token among those of ``texts``
+    place = torch.zeros(total, dtype=torch.int64, device=host)  # the index of each packed token in texts.flatten()
     starts = packed * texts.shape[1] - cu_seqlens[:-1]
     torch.add(starts.repeat_interleave(lengths), torch.arange(used, device=host), out=place[:used])
     found = PackedText(place, pack(cu_seqlens, total), packed.argsort(), texts.shape[1])

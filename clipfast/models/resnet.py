@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
         return F.relu(out + shortcut)
 
     def _pool(self, x: Tensor) -> Tensor:
-        """Reduce the grid of a ResNet block by its stride, by averages."""
+        """Average-pool the feature map of a ResNet block by the block's stride."""
         return F.avg_pool2d(x, self.stride) if self.stride > 1 else x
 
 
@@ -180,6 +180,6 @@ def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.S
         Bottleneck(out_channels, channels, 1) for _ in range(blocks - 1)
     ]
     for block in stage:
-        # Every block starts as the identity.
+        # With a zero weight in its last norm, every block starts as its shortcut.
         nn.init.zeros_(block.bn3.weight)
     return nn.Sequential(*stage)

@@ -1,4 +1,4 @@
-"""The size of an image for a sequence of patches, and its preprocessing: NaFlex shows images in their own aspect."""
+"""The size of an image for a sequence of patches, and its preprocessing: NaFlex keeps the aspect ratio of an image."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SMALLEST, LARGEST, DIFFERENCE = 1e-6, 100.0, 1e-5
 def size_for_sequence(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
     """Return the height and width to which an image is resized, so that it has at most ``max_patches`` patches.
 
-    It is the largest such size in the aspect of the image, with both sides rounded up to whole patches. A small image
-    is enlarged. The sizes are equal to timm's and to those that transformers gives images for SigLIP 2.
+    It is the largest such size with the image's aspect ratio, and both sides are rounded up to whole patches. A small
+    image is enlarged. The sizes are equal to timm's and to those that transformers gives images for SigLIP 2.
 
     Raises:
         ValueError: a number is less than 1.
@@ -71,7 +71,7 @@ class ToSequence:
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that no image can have."""
+        """Refuse a patch size or a number of patches below 1, and an unknown interpolation."""
         size_for_sequence(1, 1, self.patch_size, self.max_patches)
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")

@@ -105,7 +105,7 @@ class LatentPool(nn.Module):
     def forward(self, x: Tensor, packed: PackedTokens | None = None) -> Tensor:
         """Pool the tokens of each image into one: [B, N, width] -> [B, width].
 
-        With ``packed``, x is [1, T, width], the tokens of images behind one another.
+        With ``packed``, x is [1, T, width], the tokens of one image after the other.
         """
         pooled = self.proj(self._attend(x, packed))
         return pooled + self.mlp(self.norm(pooled))
@@ -130,7 +130,7 @@ def _padded(x: Tensor, packed: PackedTokens) -> tuple[Tensor, Tensor]:
     ends = packed.packing.cu_seqlens
     places = ends[:-1, None] + torch.arange(packed.max_seqlen, device=x.device)
     is_token = places < ends[1:, None]
-    # Padding would be tokens of the next image, whose NaN would not vanish with a weight of 0.
+    # The gathered padding is tokens of the next image. Zeros replace it, as a NaN would not vanish by a weight of 0.
     return x[places.clamp(max=x.shape[0] - 1)].masked_fill(~is_token[..., None], 0), is_token[:, None, None]
 
 
@@ -334,7 +334,7 @@ class SigLIP(CLIP):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of SigLIP's parameters without weight decay, apart from parameters of one dimension."""
+        """Return the names of the parameters that get no weight decay, in addition to those of one dimension."""
         return {"visual.trunk.pos_embed", "text.positional_embedding"}
 
     def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", *, selective: bool = False) -> None:

@@ -13,8 +13,8 @@ from .naflex_config import NaFlexConfig, is_naflex, read_naflex
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0
 EXACT, TANH = "none", "tanh"  # values of the argument ``approximate`` of nn.GELU
 EPS = 1e-6  # the epsilon of every layer norm
-# The name that is written if the tokenizer is unknown. It is not the name of any repository. Without a name, OpenCLIP
-# would use CLIP's tokenizer, even if the folder has a tokenizer.json.
+# The value of ``hf_tokenizer_name`` that is written if the tokenizer is unknown. It names no repository. Without a
+# value, OpenCLIP would use CLIP's tokenizer, even if the folder has a tokenizer.json.
 _TOKENIZER_NOT_SAID = "tokenizer.json beside this file"
 CLEANINGS = ("canonicalize", "lower", "whitespace")  # OpenCLIP's names of the ways to clean texts
 _WORDS = {EXACT: "GELU", TANH: "tanh GELU"}
@@ -127,9 +127,8 @@ class SigLIPConfig(CLIPConfig):
     def timm_model_name(self) -> str:
         """The name of timm's image tower with these sizes and this activation.
 
-        If timm has no such tower, it is a name that timm does not know: OpenCLIP then refuses the configuration instead
-            of
-        building another tower.
+        If timm has no such tower, this is a name that timm does not know: OpenCLIP then refuses the configuration
+        instead of building another tower.
         """
         vision = self.vision
         if isinstance(vision, NaFlexConfig):
@@ -185,7 +184,7 @@ class SigLIPConfig(CLIPConfig):
         raw["vision_cfg"] |= {"timm_model_name": self.timm_model_name} | _VISION_FIXED
         raw["text_cfg"] |= _TEXT_FIXED | ({"proj_bias": True} if self.text_proj else {"proj_type": "none"})
         if self.image_gelu == TANH and not isinstance(self.vision, NaFlexConfig):
-            # timm's NaFlex towers have it without being told.
+            # timm's NaFlex towers of SigLIP 2 have GELU by tanh already without this setting.
             raw["vision_cfg"]["act_kwargs"] = {"approximate": TANH}
         if self.text_gelu == TANH:
             raw["text_cfg"]["act_kwargs"] = {"approximate": TANH}

@@ -35,7 +35,7 @@ def check_text(text: Tensor | PackedText, context_length: int, *, may_be_packed:
 
 
 def refuse_foreign(transformer: nn.Module) -> None:
-    """Refuse a stack that cannot compute packed texts, which it was given nevertheless.
+    """Refuse packed texts for a stack of blocks that cannot compute them.
 
     Raises:
         TypeError: the stack, or one of its blocks, is not CLIP's.
@@ -51,10 +51,10 @@ def takes_packed(transformer: nn.Module) -> bool:
     """Return whether a stack of blocks takes packed texts, and no hook or module of the user's would see them.
 
     FSDP2 may have wrapped the blocks. A linear layer may be a module of the user's, such as LoRA's: it gets the tokens
-    as [1, T, width], and must compute each by itself. The references take texts one by one, and are not given packed
-    ones.
+    as [1, T, width], and must compute each by itself. With the backend "torch", texts stay padded, because the PyTorch
+    references would compute packed ones one by one.
     """
-    if _has_any_global_hook() or not _is_own(transformer, Transformer) or _is_watched(transformer):
+    if _has_any_global_hook() or not _is_own(transformer, Transformer) or _is_altered(transformer):
         return False
     blocks: Any = transformer.resblocks
     for block in blocks:
@@ -67,28 +67,28 @@ def takes_packed(transformer: nn.Module) -> bool:
 
 
 def _has_own_parts(block: nn.Module) -> bool:
-    """Return whether only the linear layers of a block may be a user's modules, and none of its modules is watched."""
+    """Return whether all modules of a block but its linear layers are clipfast's, and none has a hook of the user's."""
     if not _is_own(block, ResidualAttentionBlock):
         return False
     norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
     if not (_is_own(attn, Attention) and _is_own(mlp, MLP)):
         return False
     own = _is_own(norm_1, LayerNorm) and _is_own(norm_2, LayerNorm) and _is_own(mlp.gelu, nn.GELU, QuickGELU)
-    return own and not any(map(_is_watched, block.modules()))
+    return own and not any(map(_is_altered, block.modules()))
 
 
 def _is_own(module: Any, *kinds: type[Kind]) -> TypeGuard[Kind]:
-    """Return whether a module of a stack is of one of ``kinds``, and perhaps wrapped by FSDP2."""
+    """Return whether a module is of one of the classes ``kinds``, or of a subclass by which FSDP2 has wrapped it."""
     return type(module) in kinds or (isinstance(module, kinds) and wrapped_by_fsdp(module))
 
 
 def wrapped_by_fsdp(module: nn.Module) -> bool:
-    """Return whether FSDP2 has wrapped a module of a stack; its class is asked by name, as the import takes long."""
+    """Return whether FSDP2 has wrapped a module. FSDP2's class is recognised by its name, as its import takes long."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Return whether a module has a ``forward`` of its own, or a hook that is not of FSDP2."""
+def _is_altered(module: nn.Module) -> bool:
+    """Return whether a user has replaced a module's ``forward``, or given it a hook; FSDP2's hooks do not count."""
     own = module.__dict__
     hooks = [hook for name in HOOKS for hook in own[name].values()]
     return "forward" in own or any(not str(hook.__module__).startswith("torch.distributed.") for hook in hooks)
@@ -116,7 +116,7 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor | Pa
 
 
 def _refuse_outside(text: PackedText, vocab: int, error: IndexError) -> None:
-    """Refuse an id of packed texts that is no row of the table; name its place in the batch, as for padded texts."""
+    """Refuse an id of packed texts that is no row of the token embedding; name its text and position in the batch."""
     outside = (text.ids < 0) | (text.ids >= vocab)
     if outside.any():
         token = int(outside.nonzero()[0])

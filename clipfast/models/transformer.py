@@ -4,15 +4,15 @@ The classes come first. Everything that differs from the textbook is decided in 
 
     what                                                          when
     one function computes a block, or the last block's row        all its modules are plain, their backend is "auto", no
-    (whole_block, whole_last_block)                               compiler, transform or mode watches, and the tables do
-                                                                  not give attention to PyTorch
+    (whole_block, whole_last_block)                               compiler, transform, mode or profiler must see the
+                                                                  ops, and the tables do not give attention to PyTorch
     a norm also adds the branch before it to the residual stream  the norm is plain
     the last block computes only the row that the tower reads     everything in it is plain, its backend is not "torch",
                                                                   and attention_pool takes that many tokens and heads
     attention computes the gradient of in_proj's bias             in_proj is plain
     the activation adds the bias of c_fc                          both are plain, the activation is exact, the backend
                                                                   is not "torch", and Triton runs on the device
-    a text tower computes no token behind the one it reads        :mod:`.texts` and :mod:`.packed_text` decide it
+    a text tower computes no token after the one it reads         :mod:`.texts` and :mod:`.packed_text` decide it
     the backward pass recomputes blocks, or only what is cheap    grad_checkpointing is set, and gradients are recorded
 
 A module is plain if calling it does what its class does and nothing else (``layers.is_plain``). Any other module is
@@ -127,7 +127,7 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Return the residual stream after both branches: [B, N, width] -> [B, N, width].
 
-        With a packing, x is [1, T, width], the tokens of several sequences behind one another.
+        With a packing, x is [1, T, width], the tokens of one sequence after the other.
         """
         x, branch = run_plain([self], x, None, packing)
         return x if branch is None else x + branch
@@ -234,8 +234,8 @@ def run_blocks(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Run transformer blocks; return the residual stream and the last branch, which the caller must still add to it.
 
-    With a ``packing``, x is [1, T, width], the tokens of several sequences behind one another. ``kind`` is the class of
-    blocks whose ops are fused; blocks of other classes are called as modules.
+    With a ``packing``, x is [1, T, width], the tokens of one sequence after the other. ``kind`` is the class of blocks
+    whose ops are fused; blocks of other classes are called as modules.
     """
     branch: Tensor | None = None
     plain: list[ResidualAttentionBlock] = []
@@ -258,7 +258,8 @@ def run_plain(
     """Run blocks without calling them; return the residual stream and the last branch, as :func:`run_blocks`."""
     whole = whole_blocks(blocks, x, packing is not None)
     bounds, packed = (None, ()) if packing is None else (packing.bounds, (packing,))
-    # For a backward pass, all copies of weights are kept anyway. Without one, those of one block are enough.
+    # The backward pass needs the cast weights of all blocks, so one launch casts them. Without a backward pass, those
+    # of one block at a time take less memory.
     at_once = torch.is_grad_enabled()
     cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole and at_once else {}
     for block in blocks:
@@ -282,7 +283,7 @@ def plain_parameters(block: ResidualAttentionBlock) -> Parameters | None:
     found: list[Any] = []
     for part, kinds in zip(parts, _KINDS, strict=True):
         # A module that an adapter, a parametrization or a wrapper has changed is of another class, or has hooks.
-        # This is ``is_plain``, whose calls would be a fifth of all that a step of a small model makes.
+        # This repeats ``is_plain``, since calling it would be a fifth of all Python calls in a step of a small model.
         own = part.__dict__
         if part.__class__ not in kinds or "forward" in own or any(map(own.__getitem__, HOOKS)):
             return None
@@ -294,16 +295,17 @@ def plain_parameters(block: ResidualAttentionBlock) -> Parameters | None:
 
 
 def _is_plain_tensors(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether all are contiguous tensors of PyTorch's own classes on ``device``."""
+    """Return whether all parameters of a block are contiguous tensors of PyTorch's own classes on ``device``."""
     return not [x for x in tensors if x.__class__ not in backends.PLAIN or x.device != device or not x.is_contiguous()]
 
 
 def whole_blocks(
     blocks: Sequence[ResidualAttentionBlock], x: Tensor, is_packed: bool = False
 ) -> dict[nn.Module, tuple[Parameters, Options]]:
-    """Return the blocks that :mod:`.whole_block` computes for a stream like ``x``.
+    """Return the blocks that :mod:`.whole_block` computes for a residual stream like ``x``.
 
-    Nothing may watch, as for the straight way of one op (``backends.Op``), and all modules of a block must be plain.
+    No compiler, transform, mode or profiler may need to see the ops (``backends.is_watched``), and all modules of a
+    block must be plain.
     """
     if not blocks or _is_watched() or _has_any_global_hook() or x.__class__ not in backends.PLAIN:
         return {}
@@ -352,11 +354,11 @@ def _run_last(
     return last_row(x, branch, rows, *found, *cast_blocks([found]))
 
 
-_decided = threading.local()  # whether a recomputed function was watched when it was computed first
+_decided = threading.local()  # ``watched``: the result of ``backends.is_watched`` when a block was computed first
 
 
 def _is_watched() -> bool:
-    """Return whether something has to see the modules of blocks, or had to when a recomputed one was computed first."""
+    """Return ``backends.is_watched()``, or its result at the first computation while a block is recomputed."""
     watched: bool | None = getattr(_decided, "watched", None)
     return backends.is_watched() if watched is None else watched
 
@@ -369,7 +371,7 @@ def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> T
         watched = backends.is_watched()
 
         def decided(*args: object) -> Tensor:
-            """Compute the function as it was computed first, although a profiler may watch only one of both times."""
+            """Compute the function by the same ops both times, even if a profiler sees only one of them."""
             before, _decided.watched = getattr(_decided, "watched", None), watched
             try:
                 return function(*args)

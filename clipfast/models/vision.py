@@ -46,8 +46,7 @@ def interpolate_positions(positional_embedding: Tensor, old_grid: tuple[int, int
 def resize_grid(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Resize positions without a class token like :func:`interpolate_positions`: [h * w, E] -> [H * W, E]."""
     grid = patches.to(accumulate_dtype(patches.dtype)).unflatten(0, old_grid)  # [h, w, E]
-    # Two matrix products, because the backward pass of F.interpolate on a GPU uses atomics, which are not
-    # deterministic.
+    # Two matrix products replace F.interpolate, whose backward pass on a GPU uses atomics and is not deterministic.
     with torch.autocast(grid.device.type, enabled=False):
         rows = (_resizing(old_grid[0], new_grid[0], grid) @ grid.flatten(1)).unflatten(1, grid.shape[1:])  # [H, w, E]
         resized = _resizing(old_grid[1], new_grid[1], grid) @ rows  # [H, W, E]

@@ -38,7 +38,7 @@ from ..kernels.implementations import (
 from ..kernels.launch import triton_runs_on
 
 QUICK = "quick"
-DTYPE_OF = operator.attrgetter("dtype")  # it takes no call of Python
+DTYPE_OF = operator.attrgetter("dtype")  # unlike a lambda, it reads the dtype without a call of a Python function
 
 
 class Options(NamedTuple):
@@ -122,9 +122,9 @@ class Function(NamedTuple):
     """A function of a block with its derivative.
 
     Attributes:
-        forward: gets the plans, the options, the cast parameters, the places, the stream and the branch, and returns
-            the results and the tensors to save. The places are the bounds of packed sequences, or which rows are
-            read.
+        forward: gets the plans, the options, the cast parameters, ``places``, the stream and the branch, and returns
+            the results and the tensors to save. ``places`` has the bounds of packed sequences, or, for the last
+            block, the rows that are read.
         backward: gets the context, the gradients of the results and the saved tensors, and returns the gradients of
             stream, branch and parameters.
     """
@@ -147,8 +147,9 @@ def applied(
 def _plans(
     function: Function, options: Options, cast: Parameters, places: Any, x: Tensor, branch: Tensor | None
 ) -> Plans:
-    """Return the functions that compute the ops of such a transformer block."""
-    # On a CPU, no function of packed tokens depends on the numbers of tokens and texts, which differ in each batch.
+    """Return the dict of the functions that compute the ops of a transformer block, for inputs of this layout."""
+    # On a CPU, these functions do not depend on the numbers of packed tokens and texts, which differ in each batch, so
+    # the layout leaves these numbers out there.
     longest = getattr(places, "max_seqlen", None)
     is_packed = longest is not None or (places is not None and places.ndim == 2)
     first = 1 if is_packed and not triton_runs_on(x.device) else 0
@@ -175,7 +176,8 @@ class _Block(torch.autograd.Function):
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
         ctx.longest = getattr(places, "max_seqlen", None)
         ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
-        # The stream of a first block is a view of x below autograd, which would not notice that x is changed in place.
+        # In a first block, s is a view of x below autograd, which would not notice that x is changed in place. So x
+        # itself is saved.
         ctx.save_for_backward(*((x, *saved[1:]) if branch is None else saved))
         return results
 
@@ -189,7 +191,7 @@ class _Block(torch.autograd.Function):
 
 
 class _OnlyOnce(torch.autograd.Function):
-    """The gradients of a block where autograd records them: they have no derivative."""
+    """The gradients of a block in a backward pass that autograd records: a second derivative raises an error."""
 
     @staticmethod
     def forward(_: Any, ctx: Any, *tensors: Tensor) -> Any:
@@ -209,7 +211,7 @@ _apply, _only_once = apply_of(_Block), apply_of(_OnlyOnce)
 def _forward(
     plans: Plans, options: Options, cast: Parameters, bounds: Tensor | None, x: Tensor, branch: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """Return t and m of a transformer block, and what its backward pass reads: rows [B * N, width], but for qkv."""
+    """Return t and m of a transformer block, and the tensors that its backward pass reads, as rows except for qkv."""
     shape, width = x.shape, x.shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
     qkv = F.linear(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)

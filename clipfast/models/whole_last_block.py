@@ -36,8 +36,8 @@ def last_row(
 ) -> Tensor:  # fmt: skip
     """Return row ``rows[b]`` of the block's output for each sequence b, or the first if ``rows`` is None: [B, width].
 
-    Of packed texts, whose x is [1, T, width], the row is the last one of each, in the order in which they lie. The
-    other arguments are those of :func:`.whole_block.whole_block`.
+    Of packed texts, whose x is [1, T, width], the row is the last one of each, in their packed order. The other
+    arguments are those of :func:`.whole_block.whole_block`.
     """
     result: Tensor = applied(_FUNCTION, options, cast, rows, x, branch, parameters)
     return result
@@ -47,7 +47,7 @@ def _forward(
     plans: Plans, options: Options, cast: Parameters, rows: Tensor | PackedText | None, x: Tensor,
     branch: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
-    """Return one row of the last transformer block for each sequence, and what the backward pass reads."""
+    """Return one row of the last block's output for each sequence, and the tensors that the backward pass reads."""
     width = x.shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
     place, seen, longest = _seen(options, rows, x)
@@ -117,9 +117,9 @@ _FUNCTION = Function(_forward, _backward)
 def _seen(
     options: Options, rows: Tensor | PackedText | None, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None, int | None]:
-    """Return where the rows that are read lie among all tokens of the last block, and the tokens that each row sees.
+    """Return the indices, among all tokens of the last block, of the rows that are read, and the tokens that each sees.
 
-    The second and third results are the last two arguments of attention pooling.
+    The second and third results are the last two arguments of attention pooling, such as the number of tokens to see.
     """
     if isinstance(rows, PackedText):
         return rows.last, rows.packing.cu_seqlens, rows.max_seqlen
