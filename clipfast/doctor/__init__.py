@@ -1,3 +1,1 @@
-"""``clipfast doctor`` reports the hardware and software of a machine, and the problems that clipfast would have
-there.
-"""
+"""``clipfast doctor``: report a machine's hardware and software, and the problems that clipfast would have there."""

@@ -1,4 +1,4 @@
-"""The checks of ``clipfast doctor`` on a data set: the shards that a run would train on."""
+"""The checks of ``clipfast doctor --data``: the shards of a data set on which a run would train."""
 
 import collections
 import os
@@ -16,15 +16,17 @@ from .machine import NOTE, PROBLEM, Finding, judged
 if TYPE_CHECKING:
     from ..data import IndexCache, PairBatches, Source
 
-PAIRS = 64  # the size of a batch if every pair is read
-SIDE = 224  # the side of the cropped images in pixels
+PAIRS = 64  # the batch size with which ``--all`` reads every pair
+SIDE = 224  # width and height in pixels to which ``--all`` crops the images
 
 
 def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
-    """Check for ``clipfast doctor`` the shards that ``pattern`` names, and read a few pairs from a few of them.
+    """Check the shards that ``pattern`` names, for ``clipfast doctor``: try a few pairs, or read all of them.
 
-    ``options`` hold the keys and the separator of the pairs, as the flags of ``SOURCE_OPTIONS``. With ``all``, every
-    pair of all shards is read, and pairs that cannot be used are written to the file ``list``.
+    Args:
+        pattern: the value of ``--data``.
+        options: the flags of ``clipfast doctor``. Those in ``SOURCE_OPTIONS`` say how a sample is read. With ``all``,
+            every pair is read, and pairs that cannot be used are written to the file ``list``.
     """
     from ..data import IndexCache, expand_shards
     from ..data.names import is_folder, is_synthetic
@@ -44,7 +46,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
         "elsewhere": len(names) - len(files) - len(folders) - drawn,
     }
     yield Finding("shards", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count))
-    pairs = _few_pairs(names, options)  # this also stores the index of their shards
+    pairs = _few_pairs(names, options)  # must come before ``known``: it stores the index of each shard that it opens
     here = [*files, *folders]
     indexed = [shard for shard in index.known(here) if shard is not None]
     if here:
@@ -62,7 +64,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
-    """Check for ``clipfast doctor`` whether a few pairs can be read as a training run with these options would."""
+    """Check whether a training run with these ``options`` could read a few pairs of the shards ``names``."""
     import torch
 
     from ..models import CLIP, get_model_config
@@ -84,7 +86,7 @@ def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
 
 
 def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBatches":
-    """Return the batches that ``clipfast doctor`` reads as a training run would."""
+    """Return all pairs of the sources as batches, for ``clipfast doctor --all``."""
     from ..data import ANY_ORDER, CroppedImages, PairBatches
     from ..models.tokenizer import Tokenizer
 
@@ -92,7 +94,7 @@ def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBa
 
 
 def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexCache") -> Finding:
-    """Read every pair for ``clipfast doctor`` on all cores, and report how many cannot be used and why."""
+    """Read every pair of the shards ``names`` on all cores, and report how many cannot be used and why."""
     from ..data import LOST, EveryPair, Skipped, lost_parts, made_by_workers, open_sources
     from ..models.images import SampleError
 

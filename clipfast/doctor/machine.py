@@ -1,6 +1,7 @@
 """The checks of ``clipfast doctor`` on a machine: packages, GPUs, processors, memory, folders, and a default run.
 
-Each check imports the packages that it needs when it runs, so a missing package is a finding and not an error.
+Each check imports the packages that it needs in its function, so that a missing package is reported and raises no
+error.
 """
 
 import dataclasses
@@ -28,11 +29,11 @@ INTERPRET = "TRITON_INTERPRET"
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_HUB_OFFLINE")
 PREFIXES = ("CLIPFAST_", "NCCL_", "TRITON_", "TORCH_")
 OURS = ("CLIPFAST_CACHE", "CLIPFAST_CACHE_BYTES", "CLIPFAST_DISABLE", "CLIPFAST_COMMIT")
-EXTRAS = ("data", "eval", "train", "bench", "hub", "siglip")  # the other extras are for developing clipfast
-DRIVER = Path("proc/driver/nvidia/version")  # the version of NVIDIA's driver; relative to the root folder
-OLDEST = (8, 0)  # the least compute capability that the kernels are checked for
-LEAST_FREE = 1 << 30
-LIMITS = {  # the flag of ``ulimit``, and the least that clipfast needs
+EXTRAS = ("data", "eval", "train", "bench", "hub", "siglip")  # extras whose missing packages are reported
+DRIVER = Path("proc/driver/nvidia/version")  # exists if NVIDIA's driver is loaded; relative to the root folder
+OLDEST = (8, 0)  # the lowest compute capability for which the kernels are checked
+LEAST_FREE = 1 << 30  # bytes that the cache and the folder of runs must have free
+LIMITS = {  # by name: a limit of this process, its flag of ``ulimit``, and the least value that clipfast needs
     "open files": (resource.RLIMIT_NOFILE, "-n", 1024),
     "processes": (resource.RLIMIT_NPROC, "-u", 256),
 }
@@ -56,12 +57,12 @@ class Finding:
 
 
 def judged(name: str, value: str, status: str, fix: str, *, applies: bool) -> Finding:
-    """Return the doctor's finding with this status and fix if the problem ``applies``, otherwise one with "ok"."""
+    """Return a finding of ``clipfast doctor`` with this status and fix if the problem ``applies``, otherwise "ok"."""
     return Finding(name, value, status, fix) if applies else Finding(name, value)
 
 
 def looks(logs: Path) -> dict[str, Callable[[], Iterable[Finding]]]:
-    """Return the checks of ``clipfast doctor`` by title; ``logs`` is the folder of runs."""
+    """Return the checks of ``clipfast doctor`` by their titles; ``logs`` is the folder that holds the runs."""
     return {
         "software": packages, "GPUs": gpus, "processors and memory": host,
         "folders": functools.partial(folders, logs), "environment": variables,
@@ -70,7 +71,7 @@ def looks(logs: Path) -> dict[str, Callable[[], Iterable[Finding]]]:
 
 
 def packages() -> Iterator[Finding]:
-    """Check for ``clipfast doctor`` clipfast, Python, and the packages that the installed clipfast requires."""
+    """Report the versions of clipfast, Python, CUDA, and each package that clipfast requires, or that it is missing."""
     yield Finding("clipfast", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
     pattern = r"""([\w.-]+)(?:.*extra\s*==\s*['"](\w+))?"""
@@ -90,7 +91,7 @@ def packages() -> Iterator[Finding]:
 
 
 def gpus(root: Path = ROOT) -> Iterator[Finding]:
-    """Check every GPU for ``clipfast doctor``, and run a kernel on it."""
+    """Report each GPU's name and free memory, and run a kernel on it; without one, report the likely reason."""
     import torch
 
     for number in range(torch.cuda.device_count()):
@@ -115,7 +116,7 @@ def gpus(root: Path = ROOT) -> Iterator[Finding]:
 
 
 def try_kernel(device: "torch.device") -> Finding:
-    """Compile and run a small kernel for ``clipfast doctor`` on a GPU, and compare its result with PyTorch's."""
+    """Compile and run the bias-GELU kernel on a GPU, and compare its result with PyTorch's, for ``clipfast doctor``."""
     import torch
 
     from ..kernels import bias_gelu
@@ -135,7 +136,7 @@ def try_kernel(device: "torch.device") -> Finding:
 
 
 def host() -> Iterator[Finding]:
-    """Check processors, memory and process limits for ``clipfast doctor``."""
+    """Report processors, memory and the limits of a process (``ulimit``), for ``clipfast doctor``."""
     yield Finding("cores", f"{cores()} of {os.cpu_count()}, {processor()}")
     available = available_memory()
     if available is not None:
@@ -149,7 +150,7 @@ def host() -> Iterator[Finding]:
 
 
 def folders(logs: Path) -> Iterator[Finding]:
-    """Check for ``clipfast doctor`` whether the cache and the folder of runs can be written, without creating them."""
+    """Check whether clipfast's cache and the folder of runs can be written and have space, without creating them."""
     from ..data.index import cache_folder
 
     for name, folder, other in (("cache", cache_folder(), "CLIPFAST_CACHE"), ("runs", logs, "--logs")):
@@ -164,7 +165,7 @@ def folders(logs: Path) -> Iterator[Finding]:
 
 
 def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Check for ``clipfast doctor`` the environment variables that change how clipfast or its libraries behave."""
+    """Report the environment variables that change clipfast, PyTorch, NCCL or Triton, and unknown ones of clipfast."""
     for name, value in sorted(environment.items()):
         if name == INTERPRET and value not in ("", "0"):
             fix = f"unset {name}: it interprets kernels on the CPU, for tests"
@@ -176,7 +177,7 @@ def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
 
 
 def default_run(logs: Path) -> Iterator[Finding]:
-    """Check for ``clipfast doctor`` whether a training run with default options on drawn pairs could start."""
+    """Check whether ``clipfast train`` with default options on synthetic pairs could start on this machine."""
     from ..runs.folder import RunFolder
     from ..train.preflight import preflight
     from ..train.train_config import TrainConfig
@@ -189,7 +190,7 @@ def default_run(logs: Path) -> Iterator[Finding]:
 
 
 def looked(look: Callable[[], Iterable[Finding]], *, traceback: bool = False) -> list[Finding]:
-    """Return all findings of a check of ``clipfast doctor``; unless ``traceback``, an error is a finding."""
+    """Run a check of ``clipfast doctor`` and return its findings; unless ``traceback``, an exception becomes one."""
     found: list[Finding] = []
     try:
         found.extend(look())

@@ -23,8 +23,8 @@ class RunFolder:
     Attributes:
         checkpoints: the folder of the checkpoints.
         latest: the checkpoint that ``--resume`` continues from.
-        metrics_path: a file with one JSON object per line: training figures, evaluations and warnings by step.
-        skipped_path: the list of skipped samples, which could not be used: step, name, kind and reason, tab-separated.
+        metrics_path: a file with one JSON object per line: training metrics, evaluations and warnings by step.
+        skipped_path: the list of samples that could not be used: step, name, kind and reason, tab-separated.
         nonfinite_path: a file with one JSON object for each step whose loss or gradient was not finite.
         lock: the lock of the process that writes to the folder; None in processes that only read.
     """
@@ -49,14 +49,14 @@ class RunFolder:
             )
 
     def is_held(self) -> bool:
-        """Return False if the run's folder was removed or renamed: the folder of that name may be another's."""
+        """Return False if the run's folder was removed or renamed; a folder of that name may belong to another run."""
         return self.lock is None or self.lock.is_held()
 
     def hold(self) -> bool:
         """Make the run's folder again if it was removed or renamed, and return True in that case.
 
         Raises:
-            FolderLostError: another run has taken its place.
+            FolderLostError: another run has a folder of that name now.
         """
         is_new = self.lock is not None and self.lock.hold()
         if is_new:
@@ -64,9 +64,10 @@ class RunFolder:
         return is_new
 
     def create(self, *, after_step: int | None) -> None:
-        """Make the run's folder. Records of earlier sessions are kept up to ``after_step``, or removed if it is None.
+        """Make the run's folder. Records up to step ``after_step`` are kept; with None, all records are removed.
 
-        Every session records the lost samples of damaged shards again, under step 0.
+        Skipped samples of step 0, which are those lost in damaged shards, are removed too, since every start of the run
+        records them again.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         last = -1 if after_step is None else after_step
@@ -112,25 +113,25 @@ class RunFolder:
         return read_lines(self.metrics_path)
 
     def record_nonfinite(self, values: dict[str, Any]) -> None:
-        """Append a line to a run's records on a training step whose loss or gradient was not finite."""
+        """Append a line to a run's ``nonfinite.jsonl`` on a training step whose loss or gradient was not finite."""
         self._append(self.nonfinite_path, json.dumps(values) + "\n")
 
     def record_skipped(self, step: int, skipped: Iterable[Skipped]) -> None:
-        """Append samples that could not be used to a run's list of skipped samples."""
+        """Append samples that could not be used in ``step`` to a run's ``skipped.tsv``."""
         lines = (f"{step}\t{_in_line(name)}\t{kind}\t{_in_line(reason)}\n" for name, kind, reason in skipped)
         self._append(self.skipped_path, "".join(lines))
 
     def _append(self, path: Path, text: str) -> None:
-        """Append to a file of the run's folder, unless the folder was removed or renamed."""
+        """Append text to a file of the run's folder, unless the folder was removed or renamed."""
         if self.is_held():
             append(path, text)
 
     def skipped_count(self) -> int:
-        """Return the number of samples in the run's list of skipped samples."""
+        """Return the number of samples in the run's ``skipped.tsv``."""
         return len(self._skipped())
 
     def _skipped(self) -> list[str]:
-        """Return the complete lines of a run's list of skipped samples."""
+        """Return the complete lines of a run's ``skipped.tsv``."""
         text = self.skipped_path.read_text("utf-8", "replace") if self.skipped_path.exists() else ""
         lines = text.splitlines(keepends=True)
         return [line for line in lines if line.endswith("\n") and line.split("\t")[0].isdecimal()]
@@ -146,7 +147,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, text: str) -> None:
-    """Append to a file of a run's records. If it cannot be written, the records are lost, and training goes on."""
+    """Append text to a file of a run's records. An error is only logged, so that training goes on."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -155,12 +156,12 @@ def append(path: Path, text: str) -> None:
 
 
 def by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:
-    """Merge the samples that the ranks of a run skipped, and yield them step by step."""
+    """Merge the skipped samples of all ranks, given as (step, sample), and yield each step with its samples."""
     rows = sorted(itertools.chain(*everyones), key=lambda row: row[0])
     for step, group in itertools.groupby(rows, key=lambda row: row[0]):
         yield step, [sample for _, sample in group]
 
 
 def _in_line(text: str) -> str:
-    """Return the text of a run's record on one line."""
+    """Return a text without tabs and line breaks, for a cell of a run's ``skipped.tsv``."""
     return printable(" ".join(text.split()))

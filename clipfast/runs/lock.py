@@ -21,7 +21,7 @@ LOCK_NAME = "run.lock"
 
 
 class FolderLostError(TrainingError):
-    """Another process uses a folder at the path of this run's folder."""
+    """A run's folder was removed or renamed, and another run uses its path now."""
 
 
 class Lock:
@@ -46,7 +46,7 @@ class Lock:
         self._file = self._taken()
 
     def is_held(self) -> bool:
-        """Return False if the run's locked folder was removed or renamed: its path may belong to another run."""
+        """Return False if the run's locked folder was removed or renamed; its path may belong to another run now."""
         with contextlib.suppress(OSError):
             return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         return False
@@ -55,7 +55,7 @@ class Lock:
         """Make and lock the run's folder again if it was removed or renamed, and return True in that case.
 
         Raises:
-            FolderLostError: another run has taken its place.
+            FolderLostError: another run uses the path now.
         """
         if self.is_held():
             return False
@@ -74,14 +74,14 @@ class Lock:
         return True
 
     def _refuse_another(self) -> None:
-        """Refuse the run's folder if another folder has its name by now."""
+        """Raise ValueError if the path of the run's folder now leads to another folder that is not empty."""
         if self.folder.exists() and not os.path.samestat(self.folder.stat(), self._status):
             found = set(os.listdir(self.folder)) - {LOCK_NAME}
             if found:
                 raise ValueError(f"there is another folder of that name by now, with {min(found)}")
 
     def release(self) -> None:
-        """Release the lock of a run's folder, and remove the lock file and folders made for it that are empty."""
+        """Release the lock of a run's folder. If the folder holds nothing else, also remove what the lock has made."""
         if self.is_held() and os.listdir(self.folder) == [LOCK_NAME]:
             self.path.unlink()
             _remove(self._made)
@@ -129,12 +129,12 @@ def locked(folder: Path, flag: str = "--logs") -> Iterator[Lock]:
 
 
 def holder(folder: Path) -> str | None:
-    """Return the process that holds the lock of a run's folder; None without one, or if locks are not supported.
+    """Return a text about the process that holds the lock of a run's folder; None if none does, or if locks fail.
 
     This takes no lock, so a run can start meanwhile. A process that holds the lock itself must not call it, since
     closing the file would release the lock.
     """
-    question = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+    question = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # the C struct flock of 64-bit Linux
     try:
         with (folder / LOCK_NAME).open() as file:
             answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
@@ -144,7 +144,7 @@ def holder(folder: Path) -> str | None:
 
 
 def _remove(folders: list[Path]) -> None:
-    """Remove empty folders that were made for the lock of a run, the innermost first."""
+    """Remove folders that were made for a run's lock, the innermost first, until one is not empty."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -155,7 +155,7 @@ def _remove(folders: list[Path]) -> None:
 
 
 def _holder(content: str) -> str:
-    """Return the process that is named in the lock file of a run's folder."""
+    """Return a text about the process that the ``content`` of a run's lock file names."""
     try:
         return "process {process} on {host} since {since}".format(**json.loads(content))
     except (ValueError, KeyError, TypeError):

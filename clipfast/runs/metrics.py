@@ -1,16 +1,16 @@
-"""OpenCLIP's names for the figures of a run, and the files that TensorBoard shows."""
+"""OpenCLIP's names for the metrics of a run, and the event files of a run that TensorBoard shows."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 NO_TENSORBOARD = "No TensorBoard files: they need the package tensorboard, pip install 'clipfast[train]'"
-# The keys are OpenCLIP's names of figures, and the values our names in a line of metrics.
+# Maps OpenCLIP's name of a training metric to its key in a line of clipfast's ``metrics.jsonl``.
 TRAIN_NAMES = {
     "data_time": "data_time", "batch_time": "batch_time", "samples_per_second": "pairs_per_second",
     "samples_per_second_per_gpu": "pairs_per_second_per_gpu", "logit_scale": "logit_scale",
     "logit_bias": "logit_bias", "lr": "lr", "contrastive_loss": "loss", "loss": "loss",
-    # OpenCLIP does not have the figures from here on
+    # OpenCLIP does not report the following metrics.
     "grad_norm": "grad_norm", "patches_per_second": "patches_per_second", "data_wait": "data_wait",
     "communication": "communication", "mfu": "mfu",
 }  # fmt: skip
@@ -25,7 +25,7 @@ def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of a run's evaluation on ``--val-data`` by OpenCLIP's names, or similar ones."""
+    """Return the metrics of a run's evaluation on ``--val-data``, by OpenCLIP's names or names in its style."""
     zero_shot = {f"zeroshot-val-{key}": results["zero_shot"][key] for key in ("top1", "top5")}
     ways = ("image_to_text", "text_to_image")
     recall = {f"{way}_{name}": value for way in ways for name, value in results["retrieval"][way].items()}
@@ -35,17 +35,17 @@ def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def validation(line: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the figures in a line of a run's metrics if the line is on an evaluation; None for one on training."""
+    """Return the metrics in a line of ``metrics.jsonl`` if it is on an evaluation; None if it is on training."""
     if "eval" in line:
         return evaluation_metrics(line["eval"])
     return dict(line["imagenet"]) if "imagenet" in line else None
 
 
 def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
-    """Return the position of a line of a run's metrics on OpenCLIP's x-axis, and its scalars.
+    """Return the x value at which OpenCLIP plots a line of ``metrics.jsonl`` in TensorBoard, and its scalars by name.
 
-    OpenCLIP counts steps from 0, so its number of a step is the number of finished steps minus one. The position of an
-    evaluation is the number of finished epochs.
+    For training this is the step counted from 0, the number of finished steps minus one; for an evaluation it is the
+    number of finished epochs.
     """
     figures = validation(line)
     if figures is None:
@@ -54,14 +54,14 @@ def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
 
 
 class TensorBoard:
-    """Writes a run's figures to TensorBoard's files in a folder.
+    """Writes a run's metrics to TensorBoard's event files in a folder.
 
-    The files are first written again from all existing lines of metrics. Therefore a resumed run has no point twice,
-    and no point is lost by a kill. A running TensorBoard forgets the points that it has read before.
+    The files are first written anew from all existing lines of ``metrics.jsonl``. Therefore a resumed run has no point
+    twice, and a killed run loses no point. A TensorBoard that is running drops the points that it has read before.
 
     Args:
         folder: folder of the files; earlier files of TensorBoard in it are removed.
-        lines: all existing lines of metrics.
+        lines: step, scalars by name, and time (seconds since 1970) of all existing lines of metrics.
 
     Raises:
         ImportError: tensorboard is missing.
@@ -86,5 +86,5 @@ class TensorBoard:
             self._writer.flush()
 
     def close(self) -> None:
-        """Flush a run's files for TensorBoard and close them."""
+        """Flush and close a run's event files for TensorBoard."""
         self._writer.close()

@@ -18,7 +18,7 @@ from .lock import holder
 from .metrics import validation
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (\w+) \| (.*)$", re.MULTILINE)
-TAIL = 1 << 20  # number of bytes at the end of a log in which warnings are looked for
+TAIL = 1 << 20  # warnings are looked for in this many bytes at the end of a log
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class History:
         evaluations: lines on evaluations, each with step, epoch and ``metrics`` by OpenCLIP's names.
         total_steps: number of steps of the whole run; None if unknown.
         epochs: number of epochs of the whole run; None if unknown.
-        log: level and message of each of the last lines of the log.
+        log: level and message of each line at the end of ``out.log``.
     """
 
     folder: RunFolder
@@ -43,7 +43,7 @@ class History:
 
 
 def is_run(path: Path) -> bool:
-    """Return True if a folder holds a run of clipfast; OpenCLIP's trainer writes neither of these files."""
+    """Return True if a folder has a file that only clipfast's trainer writes, and not OpenCLIP's."""
     return any((path / name).exists() for name in ("metrics.jsonl", "config.json"))
 
 
@@ -67,7 +67,7 @@ def read_history(path: Path) -> History:
     folder = RunFolder(path)
     log = _last_lines(path / "out.log")
     records = [line for line in folder.metrics() if isinstance(line.get("step"), int)]
-    lines = [line for line in records if "lr" in line]  # the loss is missing if all steps were skipped
+    lines = [line for line in records if "lr" in line]  # on training; "loss" is missing if all steps were skipped
     evaluated = ((line, validation(line)) for line in [*records, *read_lines(path / "evaluations.jsonl")])
     evaluations = [line | {"metrics": figures} for line, figures in evaluated if figures is not None]
     last = lines[-1] if lines else {}
@@ -76,7 +76,7 @@ def read_history(path: Path) -> History:
 
 
 def _last_lines(path: Path) -> list[tuple[str, str]]:
-    """Return level and message of the last lines of a run's log."""
+    """Return level and message of each line in the last ``TAIL`` bytes of a run's log."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -86,9 +86,9 @@ def _last_lines(path: Path) -> list[tuple[str, str]]:
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, DEAD = "running", "finished", "interrupted", "failed", "dead"
 ENDED = (FINISHED, INTERRUPTED, FAILED, DEAD)
-RECENT = 20  # number of log lines from which the usual time between two lines is computed
-SILENCE = 10.0  # a warning appears if the next line is later than this many times the usual time
-LEAST_SILENCE = 60.0  # seconds without a line before a warning appears
+RECENT = 20  # number of lines of metrics from which the usual time between two lines is computed
+SILENCE = 10.0  # a warning appears if no line has come for this many times the usual time
+LEAST_SILENCE = 60.0  # no warning appears before this many seconds without a line
 SHOWN_WARNINGS = 3
 FIGURES = (
     "epoch", "loss", "lr", "logit_scale", "pairs_per_second", "patches_per_second", "data_wait", "communication", "mfu",
@@ -132,11 +132,11 @@ def _changed(path: Path) -> float | None:
 
 
 def _state(history: History, process: str | None, step: int) -> str:
-    """Return the state of a run: finished, running, or how its process ended."""
+    """Return the state of a run: "running", "finished", "interrupted", "failed" or "dead"."""
     if process is not None:
         return RUNNING
     results = history.folder.path / "results.json"
-    # If a finished run was resumed for more epochs, its old results are older than its last steps.
+    # A finished run that was resumed for more epochs still has its old results, whose step is less than its last one.
     if results.exists() and json.loads(results.read_text("utf-8")).get("steps", 0) >= step:
         return FINISHED
     messages = [message for _, message in history.log[-3:]]
@@ -146,7 +146,7 @@ def _state(history: History, process: str | None, step: int) -> str:
 
 
 def _evaluation(history: History) -> dict[str, Any] | None:
-    """Return the last evaluation of a run, merged with others after the same step, such as that on ImageNet."""
+    """Return the last evaluation of a run, with the metrics of all evaluations after the same step, as on ImageNet."""
     if not history.evaluations:
         return None
     last, metrics = history.evaluations[-1], dict[str, Any]()
@@ -156,7 +156,7 @@ def _evaluation(history: History) -> dict[str, Any] | None:
 
 
 def _silence(lines: list[dict[str, Any]], now: float) -> list[str]:
-    """Return a warning if the next line of a run's log is overdue."""
+    """Return a warning in a list if the next line of a run's metrics is overdue, otherwise []."""
     times = [line["time"] for line in lines[-RECENT:] if line.get("time") is not None]
     if len(times) < 2:
         return []
@@ -203,7 +203,7 @@ def _age(checkpoint: dict[str, Any]) -> str:
 
 
 def _progress(status: dict[str, Any]) -> str:
-    """Return the progress of a run in words: its step and epoch."""
+    """Return a text with a run's step and epoch, such as "500 of 1,000 (50.0%), epoch 1 of 2"."""
     step, total = status["step"], status["total_steps"]
     if total is None:
         return f"{step:,}" if step else "none is logged yet"
@@ -219,18 +219,18 @@ WANTED = (
 
 
 def metrics_text(metrics: dict[str, float]) -> str:
-    """Return the most important figures of a run's evaluation as text."""
+    """Return a text with the most important accuracies and recalls of a run's evaluation."""
     return ", ".join(f"{name} {100 * metrics[key]:.1f}%" for name, key in WANTED if key in metrics)
 
 
 def table(statuses: Sequence[dict[str, Any]]) -> str:
-    """Return the status of several runs as a table, a line for each run; unknown figures are empty."""
+    """Return the status of several runs as a table with a line for each run; cells of unknown values are empty."""
     rows = list(map(_row, statuses))
     return align([tuple(rows[0]), *(tuple(row.values()) for row in rows)], right=range(2, len(rows[0])))
 
 
 def _row(status: dict[str, Any]) -> dict[str, str]:
-    """Return the cells of a run's line in the table of runs, by the titles of the columns."""
+    """Return the cells of a run's line in the table of ``clipfast status``, by column title."""
     total, checkpoint = status["total_steps"], status["checkpoint"]
     metrics = (status["evaluation"] or {}).get("metrics", {})
     top1 = metrics.get("zeroshot-val-top1", metrics.get("imagenet-zeroshot-val-top1"))

@@ -1,7 +1,8 @@
 """``clipfast verify``: compare the numerics of every op, of whole models and of a training curve with PyTorch's.
 
-``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. ``options`` and ``runner`` choose the
-checks that run, ``child`` runs a leg in another process, and ``report`` writes the results.
+``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. A check runs on a leg: the CPU paths,
+the kernels in Triton's interpreter, or the kernels on a GPU. ``options`` and ``runner`` choose the checks that run,
+``child`` runs a leg in another process, and ``report`` writes the results.
 
     from clipfast.verify import Options, exit_code, run_verify
     rows = run_verify(Options(ops=("attention",)), json_path=Path("verify.json"))

@@ -1,7 +1,8 @@
-"""Run a leg of the verification in another process, since Triton decides on import whether it interprets kernels.
+"""Run a leg of the verification (CPU paths, or interpreted kernels) in another process.
 
-The child process writes one line of JSON for each check, and a last line when it has finished. If it crashes, hangs or
-ends early, this becomes a failed result with the end of its stderr.
+Another process is needed because Triton decides when it is imported whether it interprets kernels. The child process
+writes one line of JSON for each check, and a last line when it has finished. If it crashes, hangs or ends early, this
+becomes a failed result with the end of its stderr.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from .report import FAIL, CheckResult
 
 PROGRAM = "from clipfast.verify.child import main; main()"
 FINISHED = "finished"
-STDERR_TAIL = 1500  # the most characters of stderr in a result
+STDERR_TAIL = 1500  # a failed result holds at most this many last characters of the process's stderr
 
 
 def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
@@ -88,7 +89,7 @@ def _read(stream: IO[str] | None, lines: "queue.Queue[str | None]") -> None:
 
 
 def _failed(leg: str, what: str, stderr: IO[str]) -> CheckResult:
-    """Return the failed result of a leg of the verification whose process did not work."""
+    """Return a failed result for the process of a leg; ``what`` happened to it, such as "hung: silent for 300 s"."""
     stderr.flush()
     stderr.seek(0)
     tail = stderr.read()[-STDERR_TAIL:].strip()
@@ -97,9 +98,9 @@ def _failed(leg: str, what: str, stderr: IO[str]) -> CheckResult:
 
 
 def main() -> None:
-    """Run the leg of the verification that the first argument describes, in this process."""
+    """Run one leg of the verification in this process, with the options in ``sys.argv[1]`` (JSON)."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # other output goes to stderr, so that it does not mix with the results
+    os.dup2(2, 1)  # other output to stdout goes to stderr, so that only results reach the parent through the pipe
     from .ops import timed
     from .options import Options
     from .runner import checks, here

@@ -14,9 +14,9 @@ from triton.runtime import interpreter
 def exact_float32() -> Iterator[None]:
     """Compute float32 products and convolutions of the verification in float32 while the context is open.
 
-    cuDNN uses TF32 by default. A yardstick in TF32 would allow a thousand times the error, and so would a benchmark's
-    reference results in TF32. PyTorch has an old and a new setting for this. Both are set here, because TorchInductor
-    reads the old one, and reading it raises an error if the two disagree.
+    cuDNN uses TF32 by default. The rule for errors allows a multiple of the error of PyTorch's own results, which in
+    TF32 is a thousand times larger than in float32. PyTorch has an old and a new setting for this. Both are set here,
+    because TorchInductor reads the old one, and reading it raises an error if the two disagree.
     """
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
@@ -43,7 +43,7 @@ def poisoned() -> Iterator[None]:
     fill, mode = settings.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
     settings.fill_uninitialized_memory = True
     with warnings.catch_warnings():
-        # PyTorch fills memory only if deterministic algorithms are on. It then warns of ops without such algorithms.
+        # PyTorch fills new memory only in its deterministic mode, in which it warns of ops that are not deterministic.
         warnings.simplefilter("ignore", UserWarning)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

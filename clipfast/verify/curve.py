@@ -1,9 +1,9 @@
-"""Verify a training curve: compare the losses of fifty training steps with those of PyTorch.
+"""Verify a training curve: compare the losses of fifty training steps with those of PyTorch in float64.
 
 A small difference in one gradient grows from step to step, so the curve shows errors that no single call shows. The
-allowed difference is measured and not chosen. With the reference backend, the losses of training in float32 differ from
-those in float64. They differ in another way if the pairs of each batch come in another order, which changes only the
-order of sums. Three times the larger of these differences is allowed, as for gradients.
+allowed difference is measured: the reference backend is trained in the dtype of the check twice, the second time with
+the pairs of each batch in another order, which changes only the order of sums. The losses of both runs differ from
+those in float64. Three times the larger difference is allowed, as for gradients.
 """
 
 import dataclasses
@@ -25,21 +25,22 @@ from .rule import GRADIENT, KINDS, Figure, Judgement
 
 MODEL_NAME = "ViT-T-8-32"
 STEPS, BATCH, CLASSES, TOKENS = 50, 16, 64, 12
-VOCABULARY = 1024  # a small vocabulary, since all 49,408 tokens would only take longer
+VOCABULARY = 1024  # smaller than CLIP's 49,408 tokens, with which the same training only takes longer
 LEARNING_RATE, WARMUP = 1e-3, 5
-ORDERS = 2  # the number of runs of the reference; only the first has the order of ours
+ORDERS = 2  # training runs of the reference backend: the first has the kernels' order of pairs, others a random one
 
 
 def verify_curve(leg: str, dtype: str) -> list[CheckResult]:
-    """Check the relative difference of each step's loss from float64, in float32 or with bfloat16 autocast."""
+    """Train with the kernels on a leg, in float32 or with bfloat16 autocast, and check the losses of all steps."""
     device = "cuda" if leg == CUDA else "cpu"
     autocast = None if dtype == "float32" else torch.bfloat16
     ours = train("auto", device, autocast=autocast)
     with exact_float32():
         truth = train("torch", device, double=True)
-        drifts = [_apart(train("torch", device, autocast=autocast, order=order), truth) for order in range(ORDERS)]
+        references = [train("torch", device, autocast=autocast, order=order) for order in range(ORDERS)]
+        drifts = [_relative_errors(losses, truth) for losses in references]
     figures = []
-    for kind, error in _apart(ours, truth).items():
+    for kind, error in _relative_errors(ours, truth).items():
         drift = max(drift[kind] for drift in drifts)
         figures.append(Figure(kind, error, drift, GRADIENT * drift + torch.finfo(torch.float32).eps))
     template = CheckResult(
@@ -52,17 +53,22 @@ def verify_curve(leg: str, dtype: str) -> list[CheckResult]:
     return results_of(template, {"loss": Judgement(tuple(figures), fault)})
 
 
-def _apart(losses: Tensor, truth: Tensor) -> dict[str, float]:
-    """Return how far the losses of the verified training are from the truth, by kind of error."""
+def _relative_errors(losses: Tensor, truth: Tensor) -> dict[str, float]:
+    """Return the largest ("max") and the RMS error of training losses [STEPS], relative to the losses in float64."""
     return {kind: reduce((losses - truth) / truth) for kind, reduce in KINDS.items()}
 
 
 def train(
     backend: str, device: str, *, double: bool = False, autocast: torch.dtype | None = None, order: int = 0
 ) -> Tensor:
-    """Train a model for the verification and return its losses [STEPS] in float64.
+    """Train a small CLIP model on synthetic pairs for the verification and return its losses [STEPS] in float64.
 
-    Each value of ``order`` gives another order of the pairs within each batch.
+    Args:
+        backend: the backend of all ops: "auto" or "torch".
+        device: "cpu" or "cuda".
+        double: whether weights are float64 instead of float32.
+        autocast: the dtype of autocast; None turns it off.
+        order: 0 keeps the order of the pairs within each batch; any other value seeds a random order.
     """
     torch.manual_seed(0)
     config = get_model_config(MODEL_NAME)
@@ -84,7 +90,10 @@ def train(
 
 
 def _batches(order: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches that the verified training can learn: noisy images of a class, and texts of its words."""
+    """Yield STEPS synthetic batches that a model can learn: noisy images of a class, and the fixed text of the class.
+
+    Images are uint8 [BATCH, 3, 32, 32], texts int64 [BATCH, TOKENS]; ``order`` is that of :func:`train`.
+    """
     generator = torch.Generator().manual_seed(1)
     patterns = 255 * torch.rand(CLASSES, 3, 4, 4, generator=generator)
     words = torch.randint(1, VOCABULARY - 2, (CLASSES, TOKENS), generator=generator)

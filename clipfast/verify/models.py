@@ -1,7 +1,7 @@
 """Verify whole models, forward and all gradients, against the reference backend, OpenCLIP or Hugging Face.
 
-Both models get the same weights and inputs. The truth is the other model in float64, and the yardstick is the other
-model in the dtype of the check.
+Both models get the same weights and inputs. The results of the other model in float64 are the truth, and the errors of
+the other model in the dtype of the check set the allowed errors.
 """
 
 import copy
@@ -30,7 +30,7 @@ from .report import SKIP, CheckResult, results_of
 from .rule import Draw, judge_fairly
 
 # A float64 model and its gradients take 16 bytes for each parameter. For a model with more parameters than this, the
-# truth is in float32, and judges only half precision.
+# truth is computed in float32, which is exact enough to judge half precision only.
 FLOAT64_PARAMETERS = 1e9
 SMALL_PARAMETERS = 2e7  # models with at most this many parameters are fast, and are checked with several draws
 BATCH, DRAWS = 4, 2
@@ -48,7 +48,7 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
     if in_float32 and dtype == "float32":
         reason = f"{parameters:.1e} parameters: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
-    # weights are rounded to the dtype of the check first, so that all models have the same ones
+    # Weights are rounded to the dtype of the check before they are copied, so that all models compute with the same.
     model.to(TORCH_DTYPES[dtype])
     try:
         same = _OTHERS[peer](model)
@@ -62,7 +62,7 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
         same.loss = truth.loss = reference.sigmoid_loss
 
     def draw(number: int) -> Draw:
-        """Draw a batch, and compute the verified model's results, the peer's and the truth."""
+        """Draw a batch, and return the results of our model, of the peer in the same dtype, and of the peer's truth."""
         batch = draw_batch(model.config, BATCH, torch.Generator().manual_seed(1000 + number))
         images, texts = (x.to(device) for x in batch)
         if peer != MODEL:  # models of other packages do not take uint8 images
@@ -82,12 +82,15 @@ class Model:
 
     module: nn.Module
     loss: Callable[..., Tensor] = reference.contrastive_loss
-    # This function is called in place of a module that takes other arguments than ours.
+    # If the module takes other arguments than our models, this function with our arguments calls it.
     call: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None
-    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # gives gradients our parameters' names
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # maps its gradients to our parameter names
 
     def results(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """Return a verified model's features of images [B, 3, H, W] and texts [B, L], loss, and ``d_<parameter>``."""
+        """Run forward and backward on images [B, 3, H, W] and texts [B, L]; return features, loss and gradients.
+
+        The gradient of a parameter has the name ``d_<parameter>``.
+        """
         like = next(self.module.parameters())
         if images.is_floating_point():
             images = images.to(like.dtype)
@@ -103,14 +106,14 @@ class Model:
 
 
 def _reference(model: CLIP) -> Model:
-    """Return the verified model with plain PyTorch in place of the kernels."""
+    """Return a copy of a clipfast model that runs PyTorch's ops in place of the kernels, to compare the model with."""
     other = copy.deepcopy(model)
     other.set_backend("torch")
     return Model(other)
 
 
 def _open_clip(model: CLIP) -> Model:
-    """Return OpenCLIP's model with the weights of the verified one."""
+    """Return OpenCLIP's model with the configuration and weights of a clipfast model, to compare it with."""
     import open_clip
 
     raw = model.config.to_dict()
@@ -121,7 +124,7 @@ def _open_clip(model: CLIP) -> Model:
 
 
 def _hugging_face(model: CLIP) -> Model:
-    """Return transformers' model with the weights of the verified one."""
+    """Return transformers' model with the configuration and weights of a clipfast model, to compare it with."""
     other = build_hugging_face(model)
     return Model(other, call=_caller(other), rename=functools.partial(to_ours, list(model.state_dict())))
 
@@ -132,9 +135,10 @@ _WHY |= {HF: "from floats, against Hugging Face"}
 
 
 def draw_batch(config: CLIPConfig, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw inputs of a verified model: bytes [batch, 3, H, W], and texts [batch, context_length] of different lengths.
+    """Draw random inputs of a model: uint8 images [batch, 3, H, W], and texts [batch, context_length] for ``verify``.
 
-    The feature of a text is read at its end, so texts of one length would have similar features.
+    The texts have random lengths: a text's features are read at its end, so texts of one length would have similar
+    features.
     """
     side, length, vocabulary = config.vision.image_size, config.text.context_length, config.text.vocab_size
     images = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
@@ -146,7 +150,7 @@ def draw_batch(config: CLIPConfig, batch: int, generator: torch.Generator | None
 
 
 def build_hugging_face(model: CLIP) -> nn.Module:
-    """Build a ``CLIPModel`` or a ``SiglipModel`` with the weights, dtype and device of the verified ``model``.
+    """Build transformers' ``CLIPModel`` or ``SiglipModel`` with the weights, dtype and device of a clipfast ``model``.
 
     Raises:
         NoCounterpartError: the model has a ResNet, or a text tower without a projection.
@@ -163,9 +167,10 @@ def build_hugging_face(model: CLIP) -> nn.Module:
 
 
 def _hide_own_kernels() -> None:
-    """Keep transformers from importing the folder ``kernels`` of a checkout that is the working directory.
+    """Keep transformers from importing clipfast's folder ``kernels`` if the working directory is a checkout.
 
-    transformers would import the folder as the package of that name, and register its ops over those that are verified.
+    transformers would take the folder for the package ``kernels`` of Hugging Face, and importing it a second time would
+    register clipfast's ops over those that are verified.
     """
     spec = importlib.util.find_spec("kernels")
     if spec is not None and spec.origin is not None and Path(spec.origin).samefile(str(kernels.__file__)):
@@ -173,13 +178,13 @@ def _hide_own_kernels() -> None:
 
 
 def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """Return a function that calls another package's model, and returns the same results as the verified one.
+    """Return a function that calls transformers' model ``other`` and returns the results that a clipfast model returns.
 
     These are the normalised image and text features, exp(logit_scale), and the bias if there is one.
     """
 
     def call(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        """Return features, scale and bias that transformers' model gives, to verify ours."""
+        """Return image features, text features, exp(logit_scale), and the bias if any, of transformers' model."""
         output = other(input_ids=texts, pixel_values=images)
         bias = (other.logit_bias,) if hasattr(other, "logit_bias") else ()
         return output.image_embeds, output.text_embeds, other.logit_scale.exp(), *bias
@@ -188,12 +193,12 @@ def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
 
 
 def _their_config(config: CLIPConfig) -> Any:
-    """Return transformers' configuration of a verified model."""
+    """Return transformers' configuration for a clipfast model's configuration."""
     from transformers import CLIPConfig as TheirCLIP
     from transformers import SiglipConfig as TheirSigLIP
 
     kind: Any = TheirSigLIP if isinstance(config, SigLIPConfig) else TheirCLIP
     theirs = kind(**to_settings(config))
-    # The "eager" implementation computes the softmax in float32 for every dtype, so it cannot give the truth.
+    # The "eager" attention computes its softmax in float32 even in a float64 model, which would not be exact.
     theirs._attn_implementation = "sdpa"
     return theirs

@@ -17,10 +17,11 @@ from .rule import Draw as DrawResults
 from .rule import Judgement, cast_floats, judge_fairly, value_and_grads
 
 TORCH_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
-# The truth is computed in float64 if the reference's largest tensor has at most this many elements; eight tensors of
-# that size exist at once. For larger ones it is computed in float32, which can only judge the half-precision dtypes.
+# The truth (the reference's exact result) is computed in float64 if the largest tensor has at most this many elements;
+# eight tensors of that size exist at once. Otherwise it is computed in float32, which can only judge half precision.
 FLOAT64_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}
-# A case that fails over a few draws is judged again, over up to MANY_DRAWS draws with MANY_ELEMENTS elements together.
+# A case that fails with a few random inputs is judged again, with up to MANY_DRAWS of them and at most MANY_ELEMENTS
+# elements in all.
 MANY_DRAWS, MANY_ELEMENTS = 32, 2**25
 INTERPRETER_DRAWS = 3
 REPEATS = {CPU: 5, CUDA: 100}
@@ -28,7 +29,7 @@ QUICK_REPEATS = {CPU: 3, CUDA: 20}
 
 
 def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) -> list[CheckResult]:
-    """Check one case of an op in a dtype such as "float32", and return a row for each output."""
+    """Check one case of an op on a leg, in a dtype such as "float32", and return a result for each output."""
     template = CheckResult(spec.name, leg, case.check, case.name, dtype, why=case.why)
     device = "cuda" if leg == CUDA else "cpu"
     if case.check == DETERMINISM:
@@ -40,14 +41,14 @@ def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) 
 def _hold_to_rule(
     template: CheckResult, spec: OpSpec, case: Case, dtype: torch.dtype, device: str
 ) -> list[CheckResult]:
-    """Check one case of an op by the rule for errors."""
+    """Check one case of an op by the rule for errors, and return a result for each output."""
     truth_dtype = torch.float32 if case.shape.elements > FLOAT64_ELEMENTS[device] else torch.float64
     if dtype == truth_dtype:
         reason = f"{case.shape.elements:.1e} elements: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
 
     def draw(number: int) -> DrawResults:
-        """Draw the inputs of a case to verify, and compute our results, PyTorch's and the truth."""
+        """Draw random inputs of the case, and return the op's results, PyTorch's at the same dtype, and the truth."""
         call = inputs_of(spec, case, dtype, device, number)
         with poisoned():
             ours = _results(spec.op, call)
@@ -69,25 +70,25 @@ def _hold_to_rule(
 
 
 def _results(function: Callable[..., object], call: Call) -> dict[str, Tensor]:
-    """Return the results and gradients of an op or its reference in a call to verify."""
+    """Run an op or its reference forward and backward, and return its results and gradients by name."""
     return value_and_grads(functools.partial(function, **call.options), call.inputs, call.grads)
 
 
 def _less_exact(one: Tensor, other: Tensor, truth: Tensor) -> Tensor:
-    """Return the less exact one of two references of a verified op."""
+    """Return the less exact of two results of PyTorch for an op: the one with the larger maximum error."""
     errors = [(result.double() - truth).abs().max() for result in (one, other)]
     return one if errors[0] >= errors[1] else other
 
 
 def _finite(name: str, judgement: Judgement, draws: Sequence[DrawResults]) -> Judgement:
-    """Return a judgement of the rule that fails if a result is not finite."""
+    """Return the judgement of an output, which fails if the output is not finite in one of the draws."""
     if judgement.fault or all(ours[name].isfinite().all() for ours, _, _ in draws):
         return judgement
     return dataclasses.replace(judgement, fault="not finite")
 
 
 def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> list[CheckResult]:
-    """Repeat the same call of a verified op, and check that the bits are the same; return a row for each output."""
+    """Repeat the same call of an op, and check that all bits stay the same; return a result for each output."""
     first = _results(spec.op, call)
     changed: dict[str, str] = {}
     for repeat in range(1, repeats + 1):
@@ -103,13 +104,13 @@ def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> li
 
 
 def _different_bytes(first: Tensor, second: Tensor) -> int:
-    """Return how many bytes differ between two results of a verified op's repeated call."""
+    """Return how many bytes differ between two results of the same call of an op."""
     one, other = (x.reshape(-1).contiguous().view(torch.uint8) for x in (first, second))
     return int((one != other).sum())
 
 
 def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterator[tuple[Case, str]]:
-    """Iterate over the cases of ``op`` that run on ``leg``, each with a dtype."""
+    """Yield each case of ``op`` that runs on ``leg``, with each dtype in which it runs there."""
     for case in specs()[op].cases:
         if leg not in case.legs or (quick and not case.quick):
             continue
@@ -119,7 +120,10 @@ def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterato
 
 
 def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[CheckResult]:
-    """Return the results of a check of the verification, with its seconds divided among them; an exception fails."""
+    """Run a check of the verification and return its results, which share its seconds; an exception becomes a failure.
+
+    ``rows`` is the check, and ``template`` is the result that fails if it raises.
+    """
     started = time.perf_counter()
     try:
         result = rows()
@@ -131,7 +135,7 @@ def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[
 
 
 def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number: int = 0) -> Call:
-    """Make the inputs of a case to verify; a draw (``number``) has the same values on every machine, device and leg."""
+    """Make the inputs and upstream gradients of a case; ``number`` seeds them, equally on every machine and device."""
     draw = Draw(zlib.crc32(f"{case.name} {number}".encode()))
     call = spec.call(case.shape, case.values, draw, dtype)
     inputs = {name: lay_out(x.to(device), case.layout) for name, x in call.inputs.items()}
@@ -145,7 +149,10 @@ def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """Return an input of a verified op in another memory layout, or unchanged if the layout does not suit it."""
+    """Return an op's input with the same values in another memory layout, or unchanged if the layout does not suit it.
+
+    ``layout`` is "transposed", "hwc" (channels last), "sliced" or "offset"; others return ``x``.
+    """
     if x.ndim == 0:
         return x
     if layout == "transposed":
@@ -157,7 +164,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         wide[..., ::2] = x
         return wide[..., ::2]
     if layout == "offset":
-        # The tensor starts one element past an aligned address, where a vector load would fail.
+        # The tensor starts one element after an aligned address, so a kernel that assumes alignment would fail.
         flat = x.new_zeros(x.numel() + 1)
         flat[1:] = x.flatten()
         return flat[1:].view(x.shape)

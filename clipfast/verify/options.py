@@ -21,11 +21,11 @@ DTYPE_NAMES = {short: dtype_name(dtype) for short, dtype in DTYPES_BY_NAME.items
 # The module of each peer, and the argument of ``pip install`` for it.
 PEERS = {OPENCLIP: ("open_clip", "open-clip-torch==3.3.0"), HF: ("transformers", "transformers")}
 DEFAULT_MODEL = "ViT-T-8-32"
-HANG_SECONDS = 300.0  # if the interpreter's process gives no row for this long, it counts as hung
+HANG_SECONDS = 300.0  # a leg's process that gives no result for this long counts as hung, and is killed
 
 
 def installed(peer: str) -> bool:
-    """Return whether a peer, whose models the verification compares with ours, can be imported."""
+    """Return whether a peer ("openclip" or "hf"), with whose models ours are compared, can be imported."""
     return importlib.util.find_spec(PEERS[peer][0]) is not None
 
 
@@ -42,18 +42,18 @@ class Options:
     models: tuple[str, ...] = (DEFAULT_MODEL,)
     dtypes: tuple[str, ...] = DTYPES  # or their short names, such as "fp32"
     against: tuple[str, ...] | None = None  # "openclip", "hf"; None: OpenCLIP if it is installed
-    device: str = "auto"  # "auto" is a GPU if there is one; or "cpu" or "cuda"
-    quick: bool = False  # fewer cases, which take about a minute
-    legs: tuple[str, ...] | None = None  # some of LEGS; None: the legs of the device
-    hang_seconds: float = HANG_SECONDS  # how long the subprocess may be silent
+    device: str = "auto"  # "cpu", "cuda" or "auto", which is a GPU if there is one
+    quick: bool = False  # whether to run fewer cases, which take about a minute
+    legs: tuple[str, ...] | None = None  # "cpu", "interpreter", "cuda"; None: those that suit the device
+    hang_seconds: float = HANG_SECONDS  # the subprocess of a leg is killed if it gives no result for this long
 
     def __post_init__(self) -> None:
-        _known("--op", self.ops, OPS)
-        _known("--dtype", self.dtypes, tuple(DTYPE_NAMES))
-        _known("--model", self.models, tuple(list_models()))
-        _known("--against", self.against or (), tuple(PEERS))
-        _known("--device", (self.device,), ("auto", "cpu", "cuda"))
-        _known("legs", self.legs or (), LEGS)
+        _check_known("--op", self.ops, OPS)
+        _check_known("--dtype", self.dtypes, tuple(DTYPE_NAMES))
+        _check_known("--model", self.models, tuple(list_models()))
+        _check_known("--against", self.against or (), tuple(PEERS))
+        _check_known("--device", (self.device,), ("auto", "cpu", "cuda"))
+        _check_known("legs", self.legs or (), LEGS)
         object.__setattr__(self, "dtypes", tuple(dict.fromkeys(DTYPE_NAMES[name] for name in self.dtypes)))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("--device cuda: PyTorch sees no CUDA GPU here")
@@ -77,8 +77,8 @@ class Options:
         return cls(**given)
 
 
-def _known(flag: str, given: Iterable[str], known: tuple[str, ...]) -> None:
-    """Refuse names on the command line of ``verify`` that are unknown."""
+def _check_known(flag: str, given: Iterable[str], known: tuple[str, ...]) -> None:
+    """Raise ValueError if a name that a flag of ``clipfast verify`` was given is unknown."""
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(

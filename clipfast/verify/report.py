@@ -33,8 +33,9 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 class CheckResult:
     """The result of one check, a row of the report: one output of ``op`` in one ``case`` and dtype on one ``leg``.
 
-    ``figures`` are empty if no error is measured (repeated calls, skipped checks). ``truth`` is the dtype of the truth,
-    ``why`` the reason why the case is checked, and ``seconds`` the row's share of the time of the case.
+    ``figures`` has the measured errors; it is empty for repeated calls and skipped checks. ``truth`` is the dtype of
+    the exact result, ``why`` the reason why the case is checked, and ``seconds`` the share of this output in the time
+    of the case.
     """
 
     op: str
@@ -52,16 +53,16 @@ class CheckResult:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """Return the fields that identify the case of a verification result; all its outputs have the same."""
+        """Return op, leg, check, case and dtype, which are the same for the results of all outputs of a case."""
         return self.op, self.leg, self.check, self.case, self.dtype
 
     @property
     def ratio(self) -> float:
-        """Return the largest ratio of an error to the error that the rule allows."""
+        """Return the largest ratio of a measured error to the error that the rule allows; 0 without errors."""
         return max((figure.ratio for figure in self.figures), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields of a verification result for JSON, in which figures that are not finite become strings."""
+        """Return the fields of a verification result for JSON, in which errors that are not finite become strings."""
         raw = dataclasses.asdict(self)
         raw["figures"] = [{key: _finite(value) for key, value in figure.items()} for figure in raw["figures"]]
         return raw
@@ -77,12 +78,15 @@ class CheckResult:
 
 
 def _finite(value: Any) -> Any:
-    """Return a number for the JSON report of the verification: a text if it is infinite or NaN."""
+    """Return a value for the JSON report of the verification; infinity and NaN become text, which JSON can hold."""
     return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def results_of(template: CheckResult, judgements: Mapping[str, Judgement]) -> list[CheckResult]:
-    """Return ``template`` once for each output that the rule has judged; one without a yardstick is skipped."""
+    """Return the verification result of each output that the rule has judged, with the other fields of ``template``.
+
+    An output is skipped if PyTorch's own result gives no error to compare with.
+    """
     rows = []
     for name, judgement in judgements.items():
         verdict = SKIP if judgement.no_yardstick else PASS if judgement.passed else FAIL
@@ -160,7 +164,7 @@ def _xml(text: str) -> str:
 
 
 def _all_figures(row: CheckResult) -> str:
-    """Return all error figures of a verification check as text."""
+    """Return the measured and allowed errors of a verification result as text, a line for each kind of error."""
     return "\n".join(
         f"{figure.kind}: ours {figure.ours:.3e}, PyTorch's {figure.torch:.3e}, allowed {figure.allowed:.3e}"
         for figure in row.figures
@@ -168,7 +172,7 @@ def _all_figures(row: CheckResult) -> str:
 
 
 def table(rows: Sequence[CheckResult], *, all_rows: bool = False) -> str:
-    """Return the verification's table of results for each op, with a row for every output if ``all_rows``.
+    """Return a table of the verification's results for each op.
 
     With ``all_rows`` it has a row for every output. Otherwise a case that passes has one row, for the output whose
     error is nearest to its limit.
@@ -199,7 +203,7 @@ def _nearest(rows: Iterable[CheckResult]) -> list[tuple[CheckResult, int]]:
 
 
 def _cells(row: CheckResult, outputs: int) -> tuple[str, ...]:
-    """Return a check's row in the table of the verification."""
+    """Return the cells of a verification result in the table, in which it stands for ``outputs`` outputs."""
     figures = {figure.kind: figure for figure in row.figures}
     numbers = [
         f"{getattr(figures[kind], name):.1e}" if kind in figures else ""

@@ -1,9 +1,9 @@
 """The rule for errors: the error of a result may be at most a few times that of PyTorch's result at the same dtype.
 
-Both errors are differences from a truth of higher precision. The allowed error is ``k`` times PyTorch's, plus a unit in
-the last place of each value. ``k`` is 2 for values and 3 for gradients, after FlashAttention's tests (Dao et
-al. 2022). The rule holds for the maximum and for the root mean square of the error, so that neither one wrong value
-among many nor a small bias of all of them can pass.
+Both errors are differences from the truth, PyTorch's result in a higher precision. The allowed error is ``k`` times
+PyTorch's, plus a unit in the last place of each value. ``k`` is 2 for values and 3 for gradients, after
+FlashAttention's tests (Dao et al. 2022). The rule holds for the maximum and for the root mean square of the error, so
+that neither one wrong value among many nor a small bias of all of them can pass.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from torch import Tensor
 
 FORWARD, GRADIENT = 2.0, 3.0
 VALUE = "value"
-# The kinds of error: each is one number for the differences of all values from the truth.
+# Each kind of error reduces the differences between all values and the truth to one number.
 KINDS: dict[str, Callable[[Tensor], float]] = {
     "max": lambda differences: differences.abs().max().item(),
     "rms": lambda differences: differences.square().mean().sqrt().item(),
 }
-# An error that is this many times the allowed one is a fault and not chance, so more draws are not tried.
+# An error that is this many times the allowed one is no chance, so it is not judged again with more random inputs.
 BEYOND_CHANCE = 300.0
 
 # One draw of the inputs gives three sets of named results: ours, PyTorch's at the same dtype, and the truth.
@@ -31,7 +31,7 @@ Results = Sequence[Mapping[str, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One of the ``KINDS`` of error: the value of ours, of PyTorch's at the same dtype, and the allowed value."""
+    """One kind of error ("max" or "rms"): that of our result, of PyTorch's at the same dtype, and the allowed one."""
 
     kind: str
     ours: float
@@ -59,8 +59,8 @@ class Judgement:
     """The judgement of the rule about one output."""
 
     figures: tuple[Figure, ...] = ()
-    fault: str = ""  # a problem other than the figures; an output with a fault always fails
-    note: str = ""  # how the figures were computed, or why there are none
+    fault: str = ""  # a problem other than a large error, such as a wrong shape; an output with a fault always fails
+    note: str = ""  # a remark on how the errors were measured, or why there are none
     no_yardstick: bool = False  # whether PyTorch's own result has no finite value to compare with
 
     @property
@@ -75,10 +75,10 @@ class Judgement:
 
 
 def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgement:
-    """Judge ``ours`` by the rule, at all places where ``truth`` and ``same_dtype`` are finite. All have the same shape.
+    """Judge ``ours`` by the rule, where both ``truth`` and ``same_dtype`` are finite. All have the same shape.
 
-    The yardstick ``same_dtype`` is PyTorch's result at the same dtype: ``k`` times its error is allowed. ``truth`` has
-    a higher precision. ``ours`` must have NaN and infinity exactly where ``truth`` has them.
+    ``same_dtype`` is PyTorch's result at the same dtype, and ``k`` times its error is allowed. ``truth`` is PyTorch's
+    result in a higher precision. ``ours`` must have NaN and infinity exactly where ``truth`` has them.
     """
     if ours.shape != truth.shape:
         return Judgement(fault=f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}")
@@ -101,7 +101,7 @@ def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgemen
 
 
 def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple[Figure, ...]:
-    """Return the figure of each kind of error, with the value that the rule allows."""
+    """Return the maximum and the RMS error of ``ours`` and of ``same_dtype``, and the error that the rule allows."""
     exact = truth.double()
     info = torch.finfo(ours.dtype)
     rounding = (exact.abs() * info.eps).clamp(min=info.smallest_normal * info.eps)
@@ -113,15 +113,16 @@ def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple
 
 
 def judge_draws(ours: Results, same_dtype: Results, truth: Results) -> dict[str, Judgement]:
-    """Judge each named output of an op by the rule over all draws together: one number may be right by chance.
+    """Judge each named output of an op by the rule over all draws together, since one output may be right by chance.
 
-    Names that start with ``d_`` are gradients. A name that is missing from any of the results is a fault.
+    A draw is one set of random inputs. Names that start with ``d_`` are gradients. A name that is missing from any of
+    the results is a fault.
     """
     return {name: _judge_output(name, ours, same_dtype, truth) for name in dict.fromkeys([*truth[0], *ours[0]])}
 
 
 def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results) -> Judgement:
-    """Judge one named output over all draws by the rule for errors."""
+    """Judge one named output of an op, concatenated over all draws, by the rule for errors."""
     if any(name not in result for result in (*ours, *same_dtype, *truth)):
         return Judgement(fault="one side has no such output")
     for got, expected in zip(ours, truth, strict=True):
@@ -134,7 +135,7 @@ def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results)
 
 
 def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict[str, Judgement], list[Draw]]:
-    """Judge ``few`` draws (``draw(0)``, ``draw(1)`` and so on) by the rule, and ``many`` if they may fail by chance.
+    """Judge ``few`` draws (``draw(0)``, ``draw(1)``, ...) by the rule, and ``many`` if those may have failed by chance.
 
     The errors of two correct implementations differ by chance: over six losses, PyTorch's largest error is less than
     half of ours about once in twenty times. Over thirty draws this does not happen, but a real fault still fails.
@@ -158,7 +159,7 @@ def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict
 def value_and_grads(
     fn: Callable[..., Any], inputs: Mapping[str, Tensor], grads: Tensor | Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Return an op's results and the gradients of its floating inputs for the rule, as "value", "value_2", "d_<name>".
+    """Run an op forward and backward; return results and gradients of inputs as "value", "value_2", "d_<name>".
 
     ``fn`` is called with ``inputs`` by name, in their own memory layout. ``grads`` has an upstream gradient for each
     result, which is cast to the dtype of the result. It is empty for a function without gradients.
@@ -182,10 +183,10 @@ def value_and_grads(
 
 
 def cast_floats(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the verified op's ``inputs`` with floating tensors in ``dtype``, and the others as they are."""
+    """Return an op's ``inputs`` with floating tensors in ``dtype``, and the others as they are."""
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the verified op's ``inputs`` with floating tensors in float64."""
+    """Return an op's ``inputs`` with floating tensors in float64, and the others as they are."""
     return cast_floats(inputs, torch.float64)

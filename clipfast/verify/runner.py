@@ -24,27 +24,25 @@ BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A check: ``rows`` runs it and returns its result rows; if it raises an error, ``template`` becomes a
-    failed row.
-    """
+    """A check of the verification: ``rows`` runs it; if it raises an error, ``template`` becomes a failed result."""
 
     template: CheckResult
     rows: Callable[[], list[CheckResult]]
 
 
 def here() -> str:
-    """Return the leg of the verification that this process runs on CPU tensors; Triton chose it at its import."""
+    """Return the leg that this process can run on CPU tensors: "interpreter" if Triton interprets kernels, or "cpu"."""
     return INTERPRETER if INTERPRET else CPU
 
 
 def legs_of(options: Options) -> tuple[str, ...]:
-    """Return the legs that a verification runs, in order."""
+    """Return the legs ("cpu", "interpreter", "cuda") that a verification with these options runs, in order."""
     by_device = (CUDA,) if options.on_gpu else (CPU, INTERPRETER)
     return by_device if options.legs is None else options.legs
 
 
 def checks(options: Options, leg: str) -> list[Check]:
-    """Return all checks that run on ``leg``; the interpreter is too slow for models and training."""
+    """Return all checks of the verification on ``leg``. On "interpreter" they are only ops, since models take long."""
     dtypes = [name for name in options.dtypes if not (leg == INTERPRETER and name == "bfloat16")]
     if leg == INTERPRETER:
         patch_language_once()
@@ -61,7 +59,7 @@ def checks(options: Options, leg: str) -> list[Check]:
 
 
 def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
-    """Return the verification's checks of whole models, against their reference and other implementations."""
+    """Return the verification's checks of whole models, against PyTorch's ops, OpenCLIP and Hugging Face."""
     peers = options.against or ((OPENCLIP,) if installed(OPENCLIP) else ())
     check = partial(verify_model, quick=options.quick)
     return [
@@ -87,7 +85,7 @@ def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
 
 
 def not_run(options: Options) -> list[CheckResult]:
-    """Return the checks of the verification that cannot run here, as skipped rows."""
+    """Return a skipped result for each kind of check that the verification cannot run here or leaves out, and why."""
     legs = legs_of(options)
     rows: list[CheckResult] = []
     if options.legs is None and CUDA in legs:
@@ -107,9 +105,9 @@ def not_run(options: Options) -> list[CheckResult]:
 
 
 def iter_groups(options: Options, *, on_total: Callable[[int], None] | None = None) -> Iterator[list[CheckResult]]:
-    """Yield the results of one check of the verification after the other; one that raises becomes a failed result.
+    """Run the checks of the verification, and yield the results of each; one that raises becomes a failed result.
 
-    ``on_total`` is called with the number of checks before the first one runs.
+    Before the first check runs, ``on_total`` is called with their number.
 
     Raises:
         ValueError: the options leave nothing to check.
@@ -123,7 +121,7 @@ def iter_groups(options: Options, *, on_total: Callable[[int], None] | None = No
         children = []
         for leg in [
             leg for leg in by_leg if leg not in (CUDA, here())
-        ]:  # every other leg runs in another process, in parallel to the checks of this one
+        ]:  # each of these legs runs in a process of its own, in parallel to the checks of this process
             of_leg = dataclasses.replace(options, legs=(leg,), device="cpu").to_dict()
             child = groups_of_child(of_leg, leg, options.hang_seconds)
             children.append(stack.enter_context(contextlib.closing(child)))
