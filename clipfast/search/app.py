@@ -1,7 +1,7 @@
-"""The answers of ``clipfast app``: each function takes the values of a form on the page and returns HTML.
+"""The requests of ``clipfast app``: each method of ``Desk`` takes the values of a form on the page and returns HTML.
 
-Everything from the user, from files and from metadata is escaped and shown as text. Pictures are embedded in the HTML
-as small JPEGs, and so no URL of the page leads to a file.
+Everything from the user, from files and from metadata is escaped and shown as text. Pictures are inside the HTML as
+small JPEGs, so no URL of the page leads to a file.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 IMAGE_PATH, NUMBER = "image_path", "number"  # metadata columns: a picture's path, its position in the source
 FOUND, MAX_FOUND = 24, 200  # the number of items that are shown, by default and at most
-SAMPLES, TRIED = 4, 32  # number of captions offered as queries, and number of captions to choose from
-MAX_LABELS = 1000
-MAX_MAPS = 6
-MAX_RATIO = 5  # the largest ratio of a picture's sides for heat maps, whose time grows with it
+SAMPLES, TRIED = 4, 32  # number of captions offered as example queries, and number of captions that are tried for them
+MAX_LABELS = 1000  # of a zero-shot classification
+MAX_MAPS = 6  # the most texts, and so heat maps, of one request
+MAX_RATIO = 5  # a picture's longer side divided by its shorter one, on which the time of its heat maps depends
 MAX_TEXT = 10_000  # the most characters of a query, of an expression, or of all labels together
 MAX_SAMPLE = 24  # the most characters of a caption that is offered as a query
-SIDE, MAP_SIDE, LARGE_SIDE = 224, 448, 768  # the sides of pictures in results, heat maps and details, in pixels
+SIDE, MAP_SIDE, LARGE_SIDE = 224, 448, 768  # longer sides in pixels of pictures in results, heat maps and details
 
 
 class Pictures:
@@ -53,7 +53,7 @@ class Pictures:
 
     def __init__(self, roots: Sequence[Path] = (), samples: Samples | None = None) -> None:
         self.roots, self.samples = roots, samples
-        self._reading = threading.Lock()  # the functions of the page run in several threads
+        self._reading = threading.Lock()  # only one thread of the server may read ``samples`` at a time
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> Pictures:
@@ -68,11 +68,11 @@ class Pictures:
         return cls(samples=Samples.of(about))
 
     def open(self, metadata: Mapping[str, Any]) -> Image.Image:
-        """Decode the picture of an item that the app has found.
+        """Open and decode the picture of an embedded item, to be shown by the app.
 
         Args:
-            metadata: ``number`` is the position in the source; ``image_path`` is absolute, or relative to the working
-                folder or to one of the folders.
+            metadata: the metadata of the item. Its ``number`` is the position in the source. Its ``image_path`` is
+                absolute, or relative to the working folder or to one of ``roots``.
 
         Raises:
             ImageError: the picture does not exist, may not be shown, or cannot be decoded.
@@ -90,25 +90,26 @@ class Pictures:
         if not self.roots:
             raise ImageError("no folder of pictures is known: name it with --pictures")
         try:
-            # a resolved path has no links and no "..": the path that is checked is the path that is opened
+            # A resolved path has no symbolic links and no "..", so the file that is opened is inside the folder in
+            # which the path is.
             for file in (Path(path).resolve(), *((root / path).resolve() for root in self.roots)):
                 if any(file.is_relative_to(root.resolve()) for root in self.roots) and file.is_file():
                     return file
-        except (OSError, ValueError, TypeError) as error:  # the path is not valid for any file
+        except (OSError, ValueError, TypeError) as error:  # no file can have this path, such as one with a NUL
             raise ImageError(f"the path cannot be used: {error}") from error
         raise ImageError("no such file in the folders of pictures")
 
 
 class Desk:
-    """Answers the requests of the app's page, from an embedded set and the model that embedded it.
+    """Answers the requests of the app's page with HTML, from embeddings and the model that made them.
 
     Args:
-        embeddings: the set.
-        encoder: the model.
+        embeddings: the embeddings that are searched.
+        encoder: the model, which embeds queries.
         pictures: the pictures that may be shown.
 
     Raises:
-        ValueError: the set is empty, or the width of its features is not the model's.
+        ValueError: there are no embeddings, or the width of their features is not the model's.
     """
 
     def __init__(self, embeddings: Embeddings, encoder: Encoder, pictures: Pictures) -> None:
@@ -124,20 +125,20 @@ class Desk:
             )
 
     def columns(self) -> str:
-        """Return the names of the metadata columns that a filter expression can use."""
+        """Return the app's HTML with the names of the metadata columns that a filter expression can use."""
         table = self.embeddings.metadata
         there = (name for name in table.column_names if table.column(name).null_count < len(table))
         names = (f"<code>{html.escape(name)}</code>" for name in there)
         return f'<p class="quiet">Columns: {", ".join(names)}</p>'
 
     def start(self) -> str:
-        """Return items spread evenly over the set, which the app shows before the first query."""
+        """Return the app's HTML before the first query: items that are spread evenly over the embeddings."""
         count = len(self.embeddings)
         cards = [self._card(row) for row in range(0, count, -(-count // FOUND))]
         return _cards(f"{len(cards):,} of {count:,}, from all over the set", cards)
 
     def samples(self) -> str:
-        """Return captions as example queries for the app: short ones that find their own item first."""
+        """Return the app's HTML of example queries: short captions whose own item is the first that they find."""
         if "caption" not in self.embeddings.metadata.column_names:
             return ""
         captions, count = self.embeddings.metadata.column("caption"), len(self.embeddings)
@@ -155,8 +156,8 @@ class Desk:
 
         Args:
             words: the query, or "".
-            picture: a file, or None.
-            weight: the share of the picture, from 0 to 1, if there are words too.
+            picture: the path of the uploaded picture, or None.
+            weight: if there are words too, the weight of the picture's features, from 0 to 1; the words have the rest.
             where: a filter expression on the metadata, or "".
             k: the number of items to find.
 
@@ -192,7 +193,7 @@ class Desk:
         Raises:
             ValueError: the item does not exist.
         """
-        self.embeddings.feature(row, self.kind)  # refuses a row that does not exist
+        self.embeddings.feature(row, self.kind)  # raises ValueError if there is no such row
         metadata = row_of(self.embeddings, row)
         cells = "".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
@@ -203,10 +204,10 @@ class Desk:
         return f'<div class="detail">{self._picture(metadata, LARGE_SIDE)}<div>{similar}<dl>{cells}</dl></div></div>'
 
     def classify(self, picture: str | None, labels: str, templates: str) -> str:
-        """Classify a picture zero-shot for the app: return the probability of each label, the highest first.
+        """Classify a picture zero-shot; return the app's HTML table of each label's probability, the highest first.
 
         Args:
-            picture: a file, or None.
+            picture: the path of the uploaded picture, or None.
             labels: the labels, one in each line.
             templates: the name of the prompt templates, over which features are averaged.
 
@@ -227,10 +228,10 @@ class Desk:
         return f'<table class="labels" role="status"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
     def heat_map(self, picture: str | None, texts: str) -> str:
-        """Return the app's answer about a picture: overlaid with its heat map for each text.
+        """Return the app's HTML with a picture once for each text, overlaid with the heat map of the text.
 
         Args:
-            picture: a file, or None.
+            picture: the path of the uploaded picture, or None.
             texts: the texts, one in each line.
 
         Raises:
@@ -259,11 +260,11 @@ class Desk:
         return f'<p class="quiet" role="status">{legend}</p><ul class="cards maps">{"".join(figures)}</ul>'
 
     def _seen(self, picture: str) -> Tensor:
-        """Return the features of a picture that the user uploaded to the app."""
+        """Return the features [D] of a picture that the user uploaded to the app."""
         return self.encoder.images(self.encoder.transform(open_image(picture))[None])[0]
 
     def _found(self, query: Tensor, where: str, k: float | None, without: int | None = None) -> str:
-        """Return the app's HTML of the items that are most similar to a query and fulfil the filter."""
+        """Return the app's HTML of the ``k`` items most similar to a query's features [D], which fulfil the filter."""
         if k is None or not (float(k).is_integer() and 1 <= k <= MAX_FOUND):
             raise ValueError(f"the number of results must be a whole number from 1 to {MAX_FOUND}, got {k}")
         where = _checked(where, "filter").strip()
@@ -276,7 +277,7 @@ class Desk:
         return _cards(f"{len(cards):,} of {len(self.embeddings):,}" if cards else "No item fulfils the filter.", cards)
 
     def _card(self, row: int, score: float | None = None) -> str:
-        """Return the app's HTML of an item that was found."""
+        """Return the app's HTML of one item: its picture, caption and file name, and its score if there is one."""
         metadata = row_of(self.embeddings, row)
         name = Path(str(metadata.get(IMAGE_PATH) or metadata.get("key") or "")).name
         said = html.escape(str(metadata.get("caption") or ""))
@@ -299,20 +300,20 @@ class Desk:
 
 
 def _cards(count: str, cards: Sequence[str]) -> str:
-    """Return the app's HTML of cards of found items, below their number."""
+    """Return the app's HTML of a list of items (``cards``) below a text about their number (``count``)."""
     return f'<p class="quiet" role="status">{count}</p><ul class="cards">{"".join(cards)}</ul>'
 
 
 def answer(function: Callable[..., str], *given: Any) -> str:
-    """Return the HTML that a function of the app answers with, or the HTML of its error."""
+    """Call a method of :class:`Desk` and return its HTML; if it raises, return the HTML of an error message."""
     try:
         found = function(*given)
     except ValueError as error:
         found = message(str(error))
-    except Exception as error:  # a failing request must not end the others
+    except Exception as error:  # an error in one request must not end the server
         log.exception("a request failed")
         found = message(f"this failed: {error}")
-    return found.encode("utf-8", "replace").decode()  # a request may contain lone surrogates, which UTF-8 lacks
+    return found.encode("utf-8", "replace").decode()  # replaces lone surrogates of a request, which UTF-8 cannot encode
 
 
 def message(text: str) -> str:
@@ -321,7 +322,7 @@ def message(text: str) -> str:
 
 
 def _checked(text: str | None, name: str) -> str:
-    """Return the text of a field of the app's form; an empty field may be None.
+    """Return the text of a field in the app's form, "" for None.
 
     Raises:
         ValueError: the text is too long.
@@ -332,7 +333,7 @@ def _checked(text: str | None, name: str) -> str:
 
 
 def _dropped(picture: str | None) -> str:
-    """Return the picture that the user dropped on the app's page, and refuse a missing one."""
+    """Return the path of the picture that the user dropped on the app's page; without one, raise ValueError."""
     if not picture:
         raise ValueError("drop a picture")
     return picture

@@ -18,13 +18,13 @@ from ..evaluate.zero_shot import TEMPLATES
 from .app import FOUND, MAX_MAPS, Desk, answer
 
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")  # allowed host names: another site's name may resolve to this machine (DNS rebinding)
+NAMES = (HOST, "localhost")  # no other host name is allowed, since a site's name may resolve to HOST (DNS rebinding)
 FILES = ("file=", "file/", "proxy=")  # the prefixes of the URL paths under which Gradio serves files
 MAX_UPLOAD, MAX_REQUEST = 50 * 2**20, 2**20  # the largest upload, and the largest other request, in bytes
 UPLOAD = "/gradio_api/upload"
 POSTED = (UPLOAD, "/gradio_api/call/", "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
 KEPT = 3600  # uploads are removed after this many seconds
-SESSIONS = 16  # Gradio keeps the state of this many sessions, 100 KB each; here the state is the same for all
+SESSIONS = 16  # number of sessions whose state Gradio keeps, 100 KB each; few suffice, as the state is always the same
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; font-src 'self' data:; connect-src 'self'; "
@@ -48,7 +48,7 @@ watch('value', () => {
 });
 """
 SAID = {"common.complete": "done"}  # without this text, Gradio reads the key itself to screen readers after each answer
-# Folds the options on a narrow screen, so that results are soon in view.
+# JavaScript that folds the search options on a narrow screen, so that results are visible without scrolling far.
 NARROW = "() => { if (innerWidth < 640) document.querySelector('#more button')?.click() }"
 HEADERS = [
     (b"content-security-policy", POLICY.encode()),
@@ -61,27 +61,27 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware in front of Gradio, which accepts requests of the app's own page only, and serves only uploads.
+    """ASGI middleware that lets only requests of the app's own page pass to Gradio, and for no files but uploads.
 
     Without it, a page of another origin could send requests to this machine, though it could not read the answers.
 
     Args:
-        app: the ASGI application behind the guard.
-        uploads: the folder of the uploads.
+        app: Gradio's ASGI application, to which accepted requests pass.
+        uploads: the folder of uploaded pictures.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], uploads: Path) -> None:
         self.app, self.uploads = app, uploads.resolve()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer an ASGI request: pass it on to Gradio, or refuse it."""
+        """Pass an ASGI request on to Gradio, or answer it with status 403."""
         if scope["type"] == "http" and not self._may_ask(scope):
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"not served\n"})
             return
 
         async def answer(message: Message) -> None:
-            """Pass on an answer of the search app, with headers that restrict its page."""
+            """Send a message of Gradio's answer, with security headers added."""
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *HEADERS]
             await send(message)
@@ -89,7 +89,11 @@ class Guard:
         await self.app(scope, receive, answer)
 
     def _may_ask(self, scope: Message) -> bool:
-        """Return whether the app's page, a link to it or a program asks, for what the page needs: no other file."""
+        """Return whether a request to the app is allowed.
+
+        It must come from the app's own page, a link to it, or a program, ask for no file except uploads, and post only
+        to the paths that the page uses.
+        """
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
         is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # links go to "/"
@@ -101,19 +105,19 @@ class Guard:
         return path.startswith(POSTED) and (path == UPLOAD or (length.isdigit() and int(length) <= MAX_REQUEST))
 
     def _allows(self, path: str) -> bool:
-        """Return False for the URL path of a file that is no upload to the app."""
+        """Return False if a URL path asks Gradio for a file that was not uploaded to the app."""
         for mark in FILES:
             _, found, file = path.partition(f"/{mark}")
             if found:
                 try:
                     return Path(file).resolve().is_relative_to(self.uploads)
-                except (OSError, ValueError):  # a name that no file can have
+                except (OSError, ValueError):  # no file can have this name, such as one with a NUL
                     return False
         return True
 
 
 def check_port(port: int) -> None:
-    """Refuse a port on which the app cannot listen.
+    """Raise ValueError if the app cannot listen on a port of this machine.
 
     Raises:
         ValueError: this user may not use the port, or it is in use.
@@ -130,7 +134,7 @@ def check_port(port: int) -> None:
 
 @contextlib.contextmanager
 def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iterator[str]:
-    """Serve the app's page within a context, whose value is the address of the page.
+    """Serve the app's page while the context is open, and yield the address (URL) of the page.
 
     Args:
         desk: the functions that answer requests.
@@ -162,7 +166,10 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
 
 
 def wait(said: str) -> None:
-    """Print the search app's address, and wait for Ctrl-C or SIGTERM, which a reader of the line may send at once."""
+    """Print the line ``said`` about the app's address, and wait for Ctrl-C or SIGTERM.
+
+    A program that reads the line may send the signal at once, so it is handled before the line is printed.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         print(said, flush=True)
@@ -193,22 +200,23 @@ def _picture_field(uploads: Path, **options: Any) -> Any:
     import gradio
 
     def uploaded(path: str) -> str:
-        """Return the path of a picture that the user uploaded to the app, and refuse any other path."""
+        """Return the path of a picture that the user uploaded to the app; for any other path, raise an error."""
         try:  # a path outside of the uploads gets the same error whether the file exists or not
             file = Path(path).resolve()
             if file.is_relative_to(uploads) and file.is_file():
                 return str(file)
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError):  # no file can have this name
             pass
         raise gradio.Error("the picture is no longer there: drop it again", print_exception=False)
 
     async def moved(path: str) -> str:
-        """Return the path of an uploaded picture, in place of a copy that Gradio would make."""
+        """Return the path of an uploaded picture; Gradio's own method would copy the file and return the copy."""
         return uploaded(path)
 
     field: Any = gradio.Image(type="filepath", sources=["upload", "clipboard"], height=220, **options)
-    # Methods of the instance are replaced, since for a subclass Gradio would write a file beside this one. Gradio's own
-    # check ignores payloads without "meta", and before it checks, it downloads any URL in the payload.
+    # These methods replace Gradio's own check of the uploaded file, which ignores payloads without "meta" and, before
+    # it checks, downloads any URL in the payload. They are set on the instance, since for a subclass of a component
+    # Gradio would write a file beside this module.
     field.async_move_resource_to_block_cache = moved
     field.preprocess = lambda payload: None if payload is None else uploaded(payload.path)
     return field
@@ -236,22 +244,23 @@ def _search_tab(desk: Desk, uploads: Path) -> None:
             results = gradio.HTML(desk.start(), js_on_load=CLICK, elem_id="results")
 
     def search(*given: Any) -> str:
-        """Return the app's answer to a search."""
+        """Return the HTML of the items that a search in the app finds, or of its error."""
         return answer(desk.search, *given)
 
     def show(event: gradio.EventData) -> str:
-        """Return the app's answer about the item that the user chose."""
+        """Return the HTML of the details of the item on which the user clicked in the app."""
         return answer(desk.detail, event.row)
 
     def similar(where: str, k: float, event: gradio.EventData) -> str:
-        """Return the app's answer with the items similar to the chosen one."""
+        """Return the HTML of the items that are similar to the one whose details the app shows."""
         return answer(desk.similar, event.row, where, k)
 
     def sample(event: gradio.EventData) -> str:
-        """Return the words of the example query that the user chose in the app."""
+        """Return the words of the example query on which the user clicked in the app."""
         return str(event.words)
 
-    # Gradio looks up the names in annotations among the globals of the module, and gradio is imported locally here.
+    # Gradio evaluates annotations, which are text here, with the globals of the module. They lack the name "gradio",
+    # since it is imported in this function, so the class itself is set as the annotation.
     for function in (show, similar, sample):
         function.__annotations__["event"] = gradio.EventData
     fields = [words, picture, weight, where, k]
@@ -268,12 +277,12 @@ def _search_tab(desk: Desk, uploads: Path) -> None:
 def _picture_tab(
     function: Callable[..., str], uploads: Path, lines: dict[str, Any], button: str, templates: Sequence[str] = ()
 ) -> None:
-    """Add a tab to the page in which the user uploads a picture, writes lines of text, and may choose templates.
+    """Add a tab to the app's page in which the user uploads a picture, writes lines of text, and may choose templates.
 
     Args:
-        function: the method of :class:`Desk` that answers; programs call it over the API by its name.
+        function: the method of :class:`Desk` that returns the result; its name is also that of Gradio's API endpoint.
         uploads: the folder of uploaded pictures.
-        lines: the options of the text field.
+        lines: the options of the text field, which is a ``gradio.Textbox``.
         button: the label of the button.
         templates: the names of the templates to choose from.
     """
@@ -290,7 +299,7 @@ def _picture_tab(
             result = gradio.HTML(js_on_load=CLICK, elem_id=f"{name}-result")
 
     def ask(*given: Any) -> str:
-        """Return the app's answer about the picture that the user uploaded."""
+        """Return the HTML that the tab's method of :class:`Desk` gives for the uploaded picture, or of its error."""
         return answer(function, *given)
 
     asked.click(ask, fields, result, api_name=name, show_progress="minimal")

@@ -1,4 +1,4 @@
-"""An approximate search index of embeddings by faiss, which is kept in the user's cache with its measured recall."""
+"""Approximate search of embeddings by a faiss index, which is kept in the user's cache with its measured recall."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from .embeddings import Embeddings
 
 FOLDER = "faiss"
-RECALL = 0.95  # the number of lists to search is chosen for this recall on the sample
-SAMPLE, SAMPLE_K = 200, 10  # the number of queries by which recall is measured, and the k of its recall@k
+RECALL = 0.95  # a search visits as many inverted lists (nprobe) as this recall on the sample queries needs
+SAMPLE, SAMPLE_K = 200, 10  # the number of sample queries by which recall is measured, and the k of its recall@k
 PER_LIST = 39  # faiss wants at least this many training vectors for each list
-WHOLE = 5_000_000  # from this many items on, the index stores features in 8 bits
+WHOLE = 5_000_000  # an index of at least this many items stores features in 8 bits, a smaller one in float32
 
 
 def search(
@@ -64,11 +64,11 @@ def search(
 
 
 def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
-    """Return the faiss index of embeddings with its description, such as its recall; build it if necessary."""
+    """Return the faiss index of embeddings and its description, from the cache, or built if they have changed."""
     import faiss
 
-    # The index lies in the user's own cache, since faiss reads index files without checks, and a folder may come from
-    # anybody.
+    # The index is stored in the user's cache and not beside the embeddings: faiss reads index files without checks, and
+    # a folder of embeddings may come from somebody else.
     home = cache_folder() / FOLDER / file_name(str(folder.resolve()))
     path, note = home / f"{kind}.index", home / f"{kind}.json"
     stamp = _stamp(folder, kind)
@@ -76,7 +76,8 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
         about: dict[str, Any] = json.loads(note.read_text("utf-8"))
         if about.get("stamp") == stamp:
             return faiss.read_index(str(path)), about
-    note.unlink(missing_ok=True)  # a description says that its index is complete: it must not outlive the index
+    # The description is written last, and removed before the index is replaced, so that an index with one is complete.
+    note.unlink(missing_ok=True)
     features = embeddings.of_kind(kind)
     if features is None:
         raise ValueError(f"{folder} has no {kind} features to index")
@@ -93,16 +94,16 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
 
 
 def _drop_left(homes: Path) -> None:
-    """Remove cached indexes whose folders of embeddings are gone."""
+    """Remove faiss indexes from the cache whose folders of embeddings no longer exist."""
     for note in homes.glob("*/*.json"):
-        with contextlib.suppress(OSError, ValueError):  # another process may remove or write the file
+        with contextlib.suppress(OSError, ValueError):  # another process may remove or write the file at the same time
             folder = json.loads(note.read_text("utf-8")).get("folder")
             if folder is None or not Path(folder).exists():
                 shutil.rmtree(note.parent)
 
 
 def _stamp(folder: Path, kind: str) -> str:
-    """Return a text that changes whenever the embeddings in the folder change."""
+    """Return a hash of the embedding files' names, sizes and times; a cached index with another one is out of date."""
     part = IMAGES if kind == "image" else TEXTS
     paths = [folder / ABOUT, *sorted((folder / part).glob(f"{part}_*{SUFFIXES[part]}"))]
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
@@ -110,7 +111,7 @@ def _stamp(folder: Path, kind: str) -> str:
 
 
 def sample(features: Tensor) -> Tensor:
-    """Draw some features at random, as the queries that measure the recall of an index."""
+    """Draw at most SAMPLE features [N, D] at random as float32 queries that measure the recall of a faiss index."""
     places = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:SAMPLE]
     return features[places].float()
 
@@ -145,8 +146,8 @@ def make_index(features: Tensor, queries: Tensor) -> tuple[Any, dict[str, Any]]:
     while probes < lists and recall < RECALL:
         probes = min(max(1, 2 * probes), lists)
         scores, _ = index.search(queries.numpy(), k, params=faiss.SearchParametersIVF(nprobe=probes))
-        # a found item counts as right if its score reaches that of the last exact item, since equal items are
-        # interchangeable
+        # An item counts as right if its score is at least that of the k-th item of the exact search. It need not be the
+        # same item, since several items may have equal scores.
         recall = float((torch.from_numpy(scores) >= exact[:, -1:] - 1e-3 * exact[:, -1:].abs()).float().mean())
     return index, {
         "factory": factory, "lists": lists, "probes": probes, "recall": recall, "k": k, "sample": len(queries),

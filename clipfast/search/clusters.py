@@ -11,17 +11,17 @@ from torch import Tensor
 from ..kernels.common import slices
 from .similar import check_features, unit
 
-TILE = 1 << 22  # the number of similarities in memory at once
-SAMPLED = 256  # the first centres are chosen among this many features for each cluster
+TILE = 1 << 22  # the number of elements of a block of features, and of its similarities, in memory at once
+SAMPLED = 256  # k-means++ chooses the k first centres among this many times k random features
 
 
 @dataclasses.dataclass
 class Clusters:
-    """Clusters of features, the largest first.
+    """The result of k-means: clusters of features, the largest first.
 
     Attributes:
         centres: [k, D], of unit length, float32.
-        groups: [N], int64: the number of the cluster of each feature.
+        groups: [N], int64: the index of the cluster of each feature.
         similarity: [N], float32: the cosine of each feature and the centre of its cluster.
         rounds: the number of times that the centres were computed.
         is_settled: False if features still changed their clusters in the last round.
@@ -35,11 +35,11 @@ class Clusters:
 
     @property
     def sizes(self) -> Tensor:
-        """The number of embeddings in each cluster, [k]."""
+        """The number of features in each cluster, [k]."""
         return self.groups.bincount(minlength=len(self.centres))
 
     def nearest(self, group: int, count: int) -> list[int]:
-        """Return the positions of the features of a cluster that are nearest to its centre, the nearest first."""
+        """Return the indices of the ``count`` features of a cluster that are nearest to its centre, nearest first."""
         members = (self.groups == group).nonzero().squeeze(1)
         order = self.similarity[members].sort(descending=True, stable=True).indices[:count]
         return members[order].tolist()
@@ -86,37 +86,43 @@ def spherical_k_means(
 
 
 class _Work:
-    """The features that k-means clusters, which are read block by block."""
+    """The steps of k-means over ``features``, which may be larger than the device's memory and move there in blocks."""
 
     def __init__(self, features: Tensor, k: int, device: torch.device) -> None:
         self.features, self.k, self.device = features, k, device
         self.blocks = slices(len(features), max(1, TILE // max(k, features.shape[1])))
 
     def block(self, rows: slice | Tensor) -> Tensor:
-        """Return a block of the features that are clustered, scaled to unit length, in float32."""
+        """Return some rows of the clustered features on the device, scaled to unit length, in float32."""
         return unit(self.features[rows], self.device)
 
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the number of each feature's nearest cluster (of equally near ones the first) and the cosine to it."""
+        """Return, for each feature, the index of the nearest of the ``centres`` [k, D], and the cosine with it, [N].
+
+        If several are equally near, it is the first.
+        """
         found = [(self.block(rows) @ centres.T).max(dim=1) for rows in self.blocks]
         return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
 
     def centres_of(self, groups: Tensor, similarity: Tensor, before: Tensor) -> Tensor:
-        """Return the new centre of each cluster: the sum of its features, scaled to unit length."""
+        """Return the new centres [k, D] of k-means: for each cluster the sum of its features, scaled to unit length.
+
+        Empty clusters get the features that are furthest from their centres.
+        """
         sums = torch.zeros(self.k, self.features.shape[1], device=self.device)
         for rows in self.blocks:
-            # A matrix product adds up the features, because scattered additions on a GPU happen in random order and
-            # give different sums.
+            # The features of each cluster are added by a matrix product: ``index_add_`` adds in random order on a GPU,
+            # so that each run would give other sums.
             chosen = F.one_hot(groups[rows], self.k).to(sums.dtype)
             sums += chosen.T @ self.block(rows)
         empty = (groups.bincount(minlength=self.k) == 0).nonzero().squeeze(1)
         if len(empty):
             sums[empty] = self.block(similarity.sort(stable=True).indices[: len(empty)])
         lengths = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-        return torch.where(lengths > 0, sums / lengths, before)  # features that cancel out have no mean direction
+        return torch.where(lengths > 0, sums / lengths, before)  # a centre stays if its features add up to zero
 
     def first_centres(self, seed: int, init: str) -> Tensor:
-        """Draw features as the first centres of the clusters."""
+        """Return k features as the first centres of k-means, drawn by k-means++ or at random."""
         random = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self.features), generator=random)
         if init == "random":
@@ -125,7 +131,8 @@ class _Work:
         centres = some[:1]
         distance = 1 - some @ centres[0]
         for _ in range(1, self.k):
-            # k-means++ draws features in proportion to their squared distance, which is twice ``distance``
+            # k-means++ draws a feature with a probability in proportion to its squared distance from the nearest centre
+            # so far. Between unit vectors this is 2 (1 - cosine), twice ``distance``.
             sums = distance.clamp(min=0).double().cumsum(0).cpu()
             place = torch.searchsorted(sums, torch.rand((), generator=random).double() * sums[-1], right=True)
             centres = torch.cat([centres, some[place.clamp(max=len(some) - 1)][None]])

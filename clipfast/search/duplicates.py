@@ -1,4 +1,4 @@
-"""Groups of near duplicates among embedded images, and the choice of the items that are kept."""
+"""Groups of near duplicates among embedded images, and the choice of the items of each group that are kept."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from .similar import Pairs, check_features, cosines, cosines_of_pairs, linked, s
 if TYPE_CHECKING:
     from .embeddings import Embeddings
 
-DIGESTS = ("sha256", "md5")  # metadata columns with checksums: items with the same value are duplicates
+DIGESTS = ("sha256", "md5")  # metadata columns with checksums of files: items with the same one are duplicates
 
 
 @dataclasses.dataclass
 class Group:
-    """A group of near duplicates: items that are linked, perhaps through a chain of others.
+    """A group of near duplicates: each item is a near duplicate of another one in the group. Items are given by index.
 
     Attributes:
-        kept: the items that are kept, the best first. A chain may keep several, since its ends are no near duplicates.
-        why: the reason for keeping each of the kept items.
-        dropped: the dropped items, in their order.
-        of: for each dropped item the most similar kept item of which it is a near duplicate.
-        similarity: the similarity of each dropped item and that kept item.
+        kept: the items that are kept, the best first. There may be several, since a chain of near duplicates links
+            items that are not near duplicates of each other.
+        why: for each kept item, the reason for keeping it.
+        dropped: the dropped items, in ascending order.
+        of: for each dropped item, the most similar kept item of which it is a near duplicate.
+        similarity: for each dropped item, its cosine with that kept item.
     """
 
     kept: list[int] = dataclasses.field(default_factory=list)
@@ -91,7 +92,7 @@ def near_duplicates(
 
 
 def _kept_ones(pairs: Pairs, order: Tensor, digests: Sequence[Sequence[object]]) -> Tensor:
-    """Return, for each item [N], the kept item of which it is a near duplicate; a kept item has itself.
+    """Return, for each item [N], the kept item of which it is a near duplicate; for a kept item, the item itself.
 
     Args:
         pairs: the pairs of similar items.
@@ -120,7 +121,9 @@ def _kept_ones(pairs: Pairs, order: Tensor, digests: Sequence[Sequence[object]])
 
 
 def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
-    """Return a number for each duplicate by which ``keep`` prefers it (None for their order), and the reason in words.
+    """Return a number for each item, higher where ``keep`` prefers it among duplicates, and a text of the reason.
+
+    The number is None if the first item of a group is preferred. The text has a place for the number.
 
     Raises:
         ValueError: features or columns that ``keep`` needs are missing.
@@ -141,13 +144,13 @@ def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
 
 
 def _digests(embeddings: Embeddings) -> list[list[object]]:
-    """Return the values of each checksum column of embeddings' metadata, with None for items without one."""
+    """Return, for each checksum column of the metadata, a list with (column, checksum) or None of every item."""
     names = [name for name in DIGESTS if name in embeddings.metadata.column_names]
     return [[(name, x) if x else None for x in embeddings.metadata.column(name).to_pylist()] for name in names]
 
 
 def _equal(digests: Sequence[Sequence[object]]) -> Tensor:
-    """Return pairs of duplicate items by checksum: each item with the first item of the same checksum."""
+    """Return pairs of duplicates [P, 2]: each item with a checksum, and the first item that has the same one."""
     first: dict[object, int] = {}
     pairs = [(first.setdefault(one, place), place) for column in digests for place, one in enumerate(column) if one]
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)

@@ -1,4 +1,4 @@
-"""Embeds the pictures and texts of a source, part by part, into a folder for :class:`clipfast.Embeddings`.
+"""``clipfast embed``: compute the features of a source's pictures and texts, part by part, into a folder.
 
 The part and the batch of a sample follow from its position alone, and on a CPU each batch is computed by one thread,
 with several batches at a time. Therefore the content of the folder does not depend on the number of processes, threads
@@ -47,7 +47,7 @@ from .source_samples import Samples, table_of
 
 log = logging.getLogger("clipfast")
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
-SKIPPED = "skipped"  # the key under which the metadata of a part's Parquet file lists the samples that were left out
+SKIPPED = "skipped"  # the key in the schema of a part's Parquet file under which skipped samples are listed
 SKIPPED_FILE = "skipped.tsv"
 GPU_BATCH = 256  # the default number of samples that are encoded at once on a GPU
 # On a CPU, the batch of each thread has about CPU_PIXELS pixels, within these bounds: smaller images make larger
@@ -57,7 +57,10 @@ CPU_BATCH, SMALL_BATCH, CPU_PIXELS = 32, 128, 1 << 17
 
 @dataclasses.dataclass
 class _Batch:
-    """A batch of samples to embed, with ``rows`` of metadata; ``skipped`` has the unusable samples."""
+    """A batch of samples that ``clipfast embed`` has read and, once ``features`` are set, encoded.
+
+    ``rows`` has the metadata of each usable sample, and ``skipped`` the position of each unusable one with the reason.
+    """
 
     pixels: Tensor | PackedImages | None = None
     texts: list[str] = dataclasses.field(default_factory=list)
@@ -67,7 +70,7 @@ class _Batch:
 
 
 class _Batches(Dataset[_Batch]):
-    """The batches of a source as a dataset: the data worker that indexes a batch reads, decodes and transforms it."""
+    """A dataset of batches to embed: indexing it by positions reads, decodes and transforms these samples."""
 
     def __init__(self, samples: Samples, encoder: Encoder) -> None:
         self.samples, self.transform = samples, encoder.transform
@@ -110,22 +113,18 @@ class Work:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a source without samples.
-
-        Raises:
-            ValueError: as above.
-        """
+        """Raise ValueError if the source has no samples to embed."""
         if not len(self.samples):
             raise ValueError(f"{self.samples.data} has no samples")
 
     @property
     def parts(self) -> list[range]:
-        """The positions of the samples of each part of the embeddings."""
+        """For each part of the embeddings, the positions of its samples in the source."""
         return _cut(range(len(self.samples)), self.part_size)
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """The model, source and options on which the content of the folder of embeddings depends, as plain values."""
+        """The content of ``about.json``: the model, source and options on which the embeddings depend."""
         made_by = {**self.encoder.about(), "normalized": True, "precision": self.precision}
         sizes = {"part_size": self.part_size, "parts": len(self.parts)}
         return {"version": 1, **made_by, **self.samples.about(), **sizes}
@@ -167,7 +166,7 @@ class Work:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of features to embed, which are also names of folders: of images, of texts, or both."""
+        """The names of the folders of features to write: "img_emb", "text_emb", or both."""
         return [kind for kind, wanted in ((IMAGES, self.samples.images), (TEXTS, self.samples.texts)) if wanted]
 
     def make(self, numbers: Sequence[int], workers: int = 0, advance: Callable[[int], object] = lambda _: None) -> None:
@@ -198,7 +197,7 @@ class Work:
 
     @functools.cached_property
     def samples_at_once(self) -> int:
-        """The number of samples that are embedded in a batch."""
+        """The batch size of ``clipfast embed``: the given one, or one that suits the device and the image size."""
         if self.batch_size is not None:
             return self.batch_size
         if torch.device(self.encoder.device).type != "cpu":
@@ -210,11 +209,11 @@ class Work:
 
     @property
     def batch_bytes(self) -> int:
-        """The size of the images of a batch to embed in bytes, which data workers hold in shared memory."""
+        """The bytes of shared memory that the images of a batch take while a data worker hands them over."""
         return self.samples_at_once * self.encoder.blank.nbytes if self.samples.images else 0
 
     def _encoded(self, batches: Iterable[_Batch]) -> Generator[_Batch]:
-        """Encode batches of samples, and yield them with their embeddings in order."""
+        """Encode batches of samples by the model, on a CPU several at a time, and yield them in order."""
         if torch.device(self.encoder.device).type != "cpu":
             yield from map(self._encode, batches)
             return
@@ -228,7 +227,7 @@ class Work:
 
     @torch.no_grad()
     def _encode(self, batch: _Batch) -> _Batch:
-        """Encode a batch of samples, and return it with its embeddings."""
+        """Compute the features of a batch of samples by the model, and return the batch with them."""
         if batch.pixels is not None:
             batch.features[IMAGES] = self.encoder.images(batch.pixels)
             batch.pixels = None
@@ -239,7 +238,7 @@ class Work:
         return batch
 
     def _write(self, number: int, done: Sequence[_Batch]) -> None:
-        """Write a part of the embeddings: its features and its metadata."""
+        """Write the features and metadata of a part, from its encoded batches."""
         rows = [row for batch in done for row in batch.rows]
         skipped = [(place, *reason) for batch in done for place, reason in batch.skipped]
         table = table_of(rows, self.samples.images).replace_schema_metadata({SKIPPED: json.dumps(skipped)})
@@ -252,11 +251,11 @@ class Work:
 
     @property
     def width(self) -> int:
-        """The width D of the features [N, D] to embed."""
+        """The width D of the model's features."""
         return int(self.encoder.texts([""]).shape[1])
 
     def finish(self) -> tuple[int, list[tuple[int, Skipped]]]:
-        """Complete the folder of embeddings; return the number of its rows, and the samples that were left out.
+        """Check all parts and write the list of skipped samples; return the number of embedded items, and that list.
 
         Raises:
             ValueError: a part is missing or damaged, or no sample can be used.
@@ -281,17 +280,13 @@ class Work:
 
 
 def _unshared(batch: _Batch) -> _Batch:
-    """Copy images to embed out of shared memory, which is scarce, since several batches wait in this process."""
+    """Copy a batch's images out of shared memory, which is scarce, since several batches wait here to be encoded."""
     batch.pixels = tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_shared() else x, batch.pixels)
     return batch
 
 
 def refuse_others(folder: Path) -> None:
-    """Refuse to embed into a folder that holds something other than embeddings.
-
-    Raises:
-        ValueError: as above.
-    """
+    """Raise ValueError if a folder for embeddings holds something other than embeddings."""
     if folder.is_dir() and not read_about(folder):
         left = {f".{name}.tmp" for name in (LOCK_NAME, ABOUT)}  # temporary files of a process that was killed
         others = {path.name for path in folder.iterdir()} - {LOCK_NAME, *left}
@@ -300,14 +295,17 @@ def refuse_others(folder: Path) -> None:
 
 
 def _cut(places: range, size: int) -> list[range]:
-    """Cut positions of samples into parts of the embeddings."""
+    """Cut a range of sample positions into ranges of ``size``, the last of which may be shorter."""
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[Any], Any], values: Iterable[Any], ahead: int
 ) -> Iterator[Any]:
-    """Yield the results of encoding batches in order; at most ``ahead`` calls of ``function`` run ahead in threads."""
+    """Call ``function`` for each value in a pool of threads, and yield the results in the order of the values.
+
+    At most ``ahead`` calls have been submitted whose results have not been asked for.
+    """
     pending: collections.deque[Future[Any]] = collections.deque()
     try:
         for value in values:

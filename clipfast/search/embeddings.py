@@ -27,7 +27,7 @@ KINDS = ("image", "text")
 
 
 class Found(NamedTuple):
-    """The best items for each query, best first. If there are fewer than k, the rest has scores -inf and indices -1."""
+    """The k best items for each of Q queries, best first. If fewer are found, the rest has score -inf and index -1."""
 
     scores: Tensor  # [Q, k]
     indices: Tensor  # [Q, k], int64
@@ -93,14 +93,14 @@ class Embeddings:
 
     @property
     def metadata(self) -> pyarrow.Table:
-        """The table of the embeddings' metadata, with a row for each item."""
+        """The metadata as an Arrow table with a row for each item."""
         if "metadata" not in self._joined:
             self._joined["metadata"] = _joined_tables([part.metadata for part in self._parts])
         return self._joined["metadata"]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of features of the embeddings: "image", "text", or both."""
+        """The kinds of features that the items have: "image", "text", or both."""
         return tuple(kind for kind in KINDS if self._parts[0].of_kind(kind) is not None)
 
     def feature(self, number: int, kind: str = "image") -> Tensor:
@@ -131,7 +131,7 @@ class Embeddings:
         """Return the embeddings with the features on another device, on which they are then searched."""
 
         def moved(features: Tensor | None) -> Tensor | None:
-            """Return embeddings on the device; None if there are none."""
+            """Return features on the device; None for None."""
             return None if features is None else features.to(device)
 
         found = copy.copy(self)
@@ -185,7 +185,7 @@ class Embeddings:
         self._folder = folder.resolve()
 
     def _write(self, folder: Path, first: int, part_size: int) -> None:
-        """Write the parts of the embeddings from ``first`` on, each of ``part_size`` items, and their number."""
+        """Write the parts from number ``first`` on into a folder, cut to ``part_size`` items, and ``about.json``."""
         new = [
             part.slice(start, part_size)
             for part in self._parts[first:]
@@ -256,7 +256,7 @@ class Embeddings:
 
 
 def _existing_features(part: Part, kind: str) -> Tensor:
-    """Return the embeddings of one kind, which must exist.
+    """Return the features of one kind ("image" or "text") of a part of the embeddings.
 
     Raises:
         ValueError: the embeddings have no features of this kind.
@@ -268,7 +268,7 @@ def _existing_features(part: Part, kind: str) -> Tensor:
 
 
 def _merge_found(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:
-    """Merge the best found items so far with those of the embeddings' part that begins at ``begin``."""
+    """Return the k best of the items found so far and those found in the part whose first item is number ``begin``."""
     scores, indices = more
     indices = torch.where(indices < 0, indices, indices + begin)
     scores, order = torch.cat([best.scores, scores], 1).sort(dim=1, descending=True, stable=True)
@@ -277,7 +277,7 @@ def _merge_found(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:
 
 
 def _words(about: tuple[int, torch.dtype, torch.device] | None) -> str:
-    """Describe the features of embeddings for an error message."""
+    """Return a text with width, dtype and device of features for an error message, or "absent"."""
     return "absent" if about is None else f"{about[0]} wide in {about[1]} on {about[2]}"
 
 
@@ -285,7 +285,10 @@ def _checked_part(
     images: Tensor | None, texts: Tensor | None, metadata: pyarrow.Table | Mapping[str, Sequence[Any]] | None,
     first: int = 0,
 ) -> Part:  # fmt: skip
-    """Check embeddings and their metadata; return them as a part, whose first item is number ``first``."""
+    """Check features and their metadata, and return them as a part of the embeddings.
+
+    ``first`` is the number of its first item, from which the column ``key`` counts if there are no metadata.
+    """
     import pyarrow
 
     given = [features for features in (images, texts) if features is not None]
@@ -309,7 +312,7 @@ def _checked_part(
 
 
 def _joined_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
-    """Concatenate tables of embeddings' metadata."""
+    """Concatenate tables of metadata; a column whose types differ between tables becomes text if it must."""
     import pyarrow
 
     try:
@@ -324,7 +327,7 @@ def _joined_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
 
 
 def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
-    """Convert metadata columns of embeddings to text."""
+    """Return a table of metadata whose columns with these ``names`` are converted to text."""
     import pyarrow
 
     for number, field in enumerate(table.schema):
@@ -335,11 +338,11 @@ def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
 
 
 def names_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata columns that identify an embedded item."""
+    """Return those of an item's metadata that identify it: key, path and caption, as far as it has them."""
     return {name: row[name] for name in NAMES if row.get(name) is not None}
 
 
 def row_of(embeddings: Embeddings, place: int) -> dict[str, Any]:
-    """Return the metadata of an embedded item as a dict."""
+    """Return the metadata of the item with index ``place`` as a dict by column."""
     found: dict[str, Any] = embeddings.metadata.slice(place, 1).to_pylist()[0]
     return found

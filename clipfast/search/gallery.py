@@ -22,7 +22,7 @@ SIDE = 256  # the side of a thumbnail, in pixels
 
 @dataclass(frozen=True)
 class Item:
-    """A found picture to be shown on a page.
+    """A picture to be shown in a gallery, with its texts.
 
     Attributes:
         image: the picture, or its path or bytes; the page has a message in place of a picture that is missing or
@@ -88,7 +88,7 @@ def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str =
 
 
 def _columns(item: Item) -> list[str]:
-    """Return the names of the values by which the gallery can sort an item."""
+    """Return the names of the item's values that are not None, by which the gallery can sort."""
     own = {"score": item.score, "caption": item.caption or None, "path": item.path or None}
     return [name for name, value in {**own, **item.metadata}.items() if value is not None]
 
@@ -112,7 +112,7 @@ def _controls(columns: list[str]) -> str:
 
 
 def _card(item: Item, folder: Path, side: int) -> str:
-    """Return the HTML of a found picture as an element of the gallery's list."""
+    """Return the HTML of a picture with its texts as an element of the gallery's list."""
     parts = []
     if item.score is not None:
         parts.append(f'<b class="score" data-value="{float(item.score)!r}">{float(item.score):.4f}</b>')
@@ -130,7 +130,7 @@ def _card(item: Item, folder: Path, side: int) -> str:
 
 
 def _picture(item: Item, side: int) -> str:
-    """Return the gallery's HTML of a found picture's thumbnail, or of a message in its place."""
+    """Return the gallery's HTML of a picture's thumbnail, or of a message in its place."""
     if item.image is None:
         return "no picture"
     try:
@@ -142,7 +142,7 @@ def _picture(item: Item, side: int) -> str:
 
 
 def _path(path: str, folder: Path) -> str:
-    """Return a cell of the gallery's table with the path of a found picture; an existing file gets a relative link."""
+    """Return the HTML of a picture's path for the gallery, as a link relative to ``folder`` if the file exists."""
     if not os.path.isfile(path):
         return f"<dd>{html.escape(path)}</dd>"
     address = urllib.parse.quote(os.fsencode(os.path.relpath(path, folder)))
@@ -150,7 +150,7 @@ def _path(path: str, folder: Path) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a cell of the gallery's table with a metadata value: fewer digits of a float, but all for sorting."""
+    """Return the HTML of a metadata value for the gallery; a float shows few digits, but is sorted by all of them."""
     if isinstance(value, float):
         return f'<dd data-value="{value!r}">{value:.6g}</dd>'
     return f"<dd>{html.escape(str(value))}</dd>"

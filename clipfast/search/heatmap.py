@@ -1,4 +1,4 @@
-"""Heat maps: the similarity of each pixel of a picture to texts, by a model that was trained on whole pictures."""
+"""Heat maps: the similarity of each pixel of a picture to texts, by a CLIP model trained on whole pictures."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-STEPS = 8  # windows move by 1/8 of their side
-MARGIN = 4  # the first window starts 1/4 of its side outside of the picture, whose edge pixels are repeated there
-COLOURS = "inferno"  # a perceptually uniform colour map, also when it is printed in grey
+STEPS = 8  # a sliding window moves by 1/8 of its side
+MARGIN = 4  # the picture is extended by 1/4 of a window's side, by repeating the pixels of its edge
+COLOURS = "inferno"  # a colour map that is perceptually uniform, even when it is printed in grey
 OPACITY = 0.55  # the opacity of the colours over a picture
 
 
 def side_of(model: Any) -> int:
-    """Return the side of the images on which a model was trained, in pixels, which is the size of a heat map's windows.
+    """Return the width and height in pixels of a model's training images, and so of the windows of a heat map.
 
     Raises:
-        ValueError: the model is none of clipfast, or a NaFlex model.
+        ValueError: the model was not made by ``clipfast.create_model``, or takes images of any size (NaFlex).
     """
     if not isinstance(model, CLIP):
         kind = f"{type(model).__module__}.{type(model).__name__}"
@@ -64,7 +64,7 @@ def heat_maps(
         The heat maps [T, H, W], from -1 to 1.
 
     Raises:
-        ValueError: the model is none of clipfast, stride or margin are out of range, or as
+        ValueError: the model is not supported by :func:`side_of`, stride or margin are out of range, or as
             :func:`clipfast.dense_features`.
     """
     side = side_of(model)
@@ -94,7 +94,10 @@ def heat_maps(
 
 
 def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int]:
-    """Return how many pixels a heat map adds before and after a side of the image, so that windows cover it exactly."""
+    """Return how many pixels are added before and after ``length`` pixels, so that sliding windows cover them exactly.
+
+    At least ``margin`` are added at either end; ``side`` and ``stride`` are those of the windows.
+    """
     extended = max(length + 2 * margin, side)
     extended += -(extended - side) % stride
     before = (extended - length) // 2
@@ -102,7 +105,7 @@ def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int
 
 
 def _places(size: Sequence[int], side: int, stride: int) -> list[tuple[int, int]]:
-    """Return the upper left corner of each window of a heat map."""
+    """Return the upper left corner (y, x) of each sliding window over an image of size (height, width)."""
     rows, columns = (range(0, length - side + 1, stride) for length in size)
     return [(y, x) for y in rows for x in columns]
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 ABOUT = "about.json"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 SUFFIXES = {IMAGES: ".npy", TEXTS: ".npy", METADATA: ".parquet"}
-DIGITS = 4  # the least number of digits of a part's number
-MAX_FOOTER = 1 << 26  # the largest footer of a Parquet file that is read, in bytes
+DIGITS = 4  # part numbers in file names have at least this many digits
+MAX_FOOTER = 1 << 26  # a Parquet file whose footer has more bytes is not read
 MAX_TABLE = 1 << 30  # the most memory for the metadata of a part, in bytes
 SMALLER = "write it anew, in smaller parts, if you trust it"
 ROWS = 256  # the number of rows of metadata that are read at once
@@ -49,11 +49,11 @@ KINDS: dict[str, type] = {
 
 @dataclasses.dataclass
 class Part:
-    """A part of embeddings: some consecutive items.
+    """A part of embeddings: consecutive items, whose features and metadata are stored in files of their own.
 
     Attributes:
         images, texts: features [N, D]; either of them may be None.
-        source: the metadata, or the file from which they are read.
+        source: the table of metadata, or the Parquet file from which it is read on first use.
     """
 
     images: Tensor | None
@@ -66,17 +66,17 @@ class Part:
 
     @functools.cached_property
     def metadata(self) -> pyarrow.Table:
-        """The table of metadata of a part of the embeddings, with a row for each item."""
+        """The metadata of this part's items as an Arrow table, with a row for each item."""
         if not isinstance(self.source, Path):
             return self.source
         return read_table(self.source)
 
     def of_kind(self, kind: str) -> Tensor | None:
-        """Return the features of one kind, "image" or "text", of a part of the embeddings, or None."""
+        """Return the features [N, D] of one kind, "image" or "text", of this part of the embeddings, or None."""
         return {"image": self.images, "text": self.texts}.get(kind)
 
     def slice(self, first: int, size: int) -> Part:
-        """Return some consecutive items of a part of the embeddings as a part."""
+        """Return a part of embeddings with at most ``size`` items of this one, from number ``first`` on."""
         images, texts = (None if x is None else x[first : first + size] for x in (self.images, self.texts))
         return Part(images, texts, self.metadata.slice(first, size))
 
@@ -88,8 +88,8 @@ def part_path(folder: Path, kind: str, number: int, count: int = 0) -> Path:
         folder: the folder of the embeddings.
         kind: ``IMAGES``, ``TEXTS`` or ``METADATA``.
         number: the number of the part.
-        count: the number of parts. All part numbers have the digits of the largest one, since readers sort files by
-            name.
+        count: the number of parts. Part numbers are padded with zeros to equal lengths, since clip-retrieval sorts the
+            files by name.
     """
     digits = max(DIGITS, len(str(count - 1)))
     return folder / kind / f"{kind}_{number:0{digits}}{SUFFIXES[kind]}"
@@ -121,7 +121,7 @@ def write_part(folder: Path, part: Part, number: int, count: int = 0) -> None:
 
 
 def _save(array: np.ndarray[Any, Any], path: Path) -> None:
-    """Write an array of features into a folder of embeddings."""
+    """Write an array of features to a file in NumPy's format; the name of the file is used as it is."""
     with path.open("wb") as file:  # given a path instead of a file, NumPy would append ".npy"
         np.save(file, array)
 
@@ -179,9 +179,9 @@ def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
 
 
 def _mapped(path: Path) -> Tensor:
-    """Map a file of embeddings into memory, and refuse a damaged one."""
+    """Map a file of features [N, D] into memory; if it is damaged, raise ValueError."""
     try:
-        open_regular(path).close()  # refuses a pipe, on which NumPy would wait forever
+        open_regular(path).close()  # raises an error for a named pipe, on which NumPy would wait forever
         features = torch.from_numpy(np.load(path, mmap_mode="c"))  # mode "c", since PyTorch warns of read-only memory
     except Exception as error:  # NumPy, which parses headers as Python, raises many kinds of errors
         raise ValueError(f"{path} cannot be read as features: {error}") from error
@@ -194,7 +194,7 @@ def _mapped(path: Path) -> Tensor:
 
 @contextlib.contextmanager
 def opened_metadata(path: Path) -> Iterator[parquet.ParquetFile]:
-    """Open the Parquet file of the metadata of a part of the embeddings.
+    """Open the Parquet file with the metadata of a part of the embeddings while the context is open.
 
     Raises:
         ValueError: the file cannot be read, or its footer is too large.

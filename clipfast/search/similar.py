@@ -1,4 +1,4 @@
-"""Pairs of features whose cosine reaches a threshold, and the groups that these pairs link, for duplicates."""
+"""Find pairs of features whose cosine reaches a threshold, and the groups that such pairs link, to find duplicates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..kernels.common import slices
 if TYPE_CHECKING:
     from ..evaluate.encoder import Encoder
 
-ROWS, COLUMNS = 8192, 1024  # the size of the block of similarities that is in memory at a time: 32 MiB
-RESCORED = 1 << 20  # the number of elements of features that are converted to float64 at once
+ROWS, COLUMNS = 8192, 1024  # the size of the block of float32 similarities that is in memory at a time, 32 MiB
+RESCORED = 1 << 20  # cosines in float64 convert this many elements of features at once
 MOST_PAIRS = 50_000_000
 
 
@@ -63,7 +63,7 @@ def similar_pairs(
         for columns in slices(len(features), COLUMNS):
             if columns.stop <= rows.start:
                 continue
-            left = block[: columns.stop - rows.start]  # rows below the diagonal are columns of other blocks
+            left = block[: columns.stop - rows.start]  # only rows on or above the diagonal, to compare each pair once
             tile = buffer[: len(left) * (columns.stop - columns.start)].view(len(left), -1)
             torch.mm(left, unit(features[columns], device).T, out=tile)
             if tile.amax() < least:
@@ -83,20 +83,21 @@ def similar_pairs(
 
 
 def linked(pairs: Tensor, count: int) -> Tensor:
-    """Return the group of duplicates of each item, named by its first item: pairs link items, also through chains.
+    """Return the connected component of each item in the graph whose edges are the pairs: groups of duplicates.
 
     Args:
         pairs: the positions of the items of each pair, [P, 2], int64.
         count: the number of items.
 
     Returns:
-        [count], int64: the first item of each item's group. An item without a pair is its own group.
+        [count], int64: the first item of each item's group. An item without a pair is a group of its own.
     """
     groups = torch.arange(count)
     a, b = pairs.unbind(1)
     while True:
         least = torch.minimum(groups[a], groups[b])
-        # The roots of both items' groups take the smaller group, and then every item takes the group of its root.
+        # For each pair, the root (first item) of both items' groups takes the smaller of the two roots as its own. Then
+        # every item takes the root of its root, until nothing changes.
         joined = groups.clone()
         for side in (a, b):
             joined.scatter_reduce_(0, groups[side], least, "amin")
@@ -108,14 +109,14 @@ def linked(pairs: Tensor, count: int) -> Tensor:
 
 
 def _rounding(width: int) -> float:
-    """Return a bound for the rounding error of the inner product of embeddings, compared to their cosine."""
+    """Return a bound for the rounding error of a float32 inner product of two unit vectors of this width."""
     if torch.get_float32_matmul_precision() != "highest":
-        return 2**-6  # the error of products in bfloat16, which a GPU may use
+        return 2**-6  # a GPU may then multiply in bfloat16
     return (width + 8) * 2**-24
 
 
 def check_features(features: Tensor) -> None:
-    """Refuse embedded features that have no cosine, before pairs or clusters are searched.
+    """Raise ValueError if a feature has no cosine, before duplicates or clusters are searched.
 
     Raises:
         ValueError: a feature is not finite, or has length 0.
@@ -129,24 +130,25 @@ def check_features(features: Tensor) -> None:
 
 
 def unit(features: Tensor, device: torch.device) -> Tensor:
-    """Return embeddings on a device, scaled to unit length, in float32."""
+    """Return features [N, D] on a device, scaled to unit length, in float32."""
     found = features.to(device).float()
     return found / torch.linalg.vector_norm(found, dim=1, keepdim=True, dtype=torch.float64).float()
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine of each row of one matrix of embeddings and the same row of another, in float64, on the CPU."""
+    """Return the cosine of each row of ``a`` [N, D] and the same row of ``b`` [N, D] as [N], float64, on the CPU."""
     found = [torch.empty(0, dtype=torch.float64)]
     rows = max(1, RESCORED // max(1, a.shape[1]))
     for x, y in zip(a.split(rows), b.split(rows), strict=True):
         x, y = x.double(), y.double()
-        # the square root of a square is exact, and so equal features have a cosine of exactly 1
+        # With one square root of the product of both squared norms, equal features have a cosine of exactly 1, because
+        # the square root of a square is exact.
         found.append(((x * y).sum(1) / ((x * x).sum(1) * (y * y).sum(1)).sqrt()).clamp(-1, 1).cpu())
     return torch.cat(found)
 
 
 def cosines_of_pairs(features: Tensor, places: Tensor) -> Tensor:
-    """Return the cosine of each pair of embeddings, given the positions [P, 2], in float64, on the CPU."""
+    """Return the cosine of each pair of features, given their positions [P, 2], as [P], float64, on the CPU."""
     blocks = places.to(features.device).split(max(1, RESCORED // max(1, features.shape[1])))
     return torch.cat([cosines(*(features[side] for side in block.unbind(1))) for block in blocks])
 

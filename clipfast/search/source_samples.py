@@ -1,4 +1,4 @@
-"""Samples to embed: the pictures and texts of any data source by their positions, with their metadata."""
+"""Read the pictures and texts of any data source by their positions, with their metadata, to embed or copy them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHARD_SIZE = 10_000  # the number of samples in each shard that is written
-LOOKED_AT = 64  # by default, texts are embedded if one of this many first samples has a caption
-# Metadata columns of all sources, with their Arrow types; a source's own columns cannot replace them.
+LOOKED_AT = 64  # by default, texts are embedded if one of this many first samples of the source has a caption
+# Metadata columns that clipfast makes for every source, with their Arrow types. A column of the source that has one of
+# these names is left out.
 OWN = {
     "number": "int64",
     "key": "string",
@@ -39,12 +40,12 @@ OWN = {
     "width": "int64",
     "height": "int64",
 }
-OF_IMAGES = ("image_path", "width", "height")
+OF_IMAGES = ("image_path", "width", "height")  # those of them that exist only if images are embedded
 
 
 @dataclasses.dataclass
 class Sample:
-    """A sample to embed, with its metadata.
+    """A usable sample of a data source, decoded, with its metadata.
 
     Attributes:
         image: the image in RGB, or None if images are not wanted.
@@ -65,11 +66,11 @@ class Samples:
 
     Attributes:
         data: the source, as :func:`clipfast.data.expand_shards` takes it; a folder of images needs no captions.
-        images, texts: whether a usable sample needs an image, and a text. Images are decoded only if ``images`` is
-            True.
+        images, texts: whether a sample without an image, or without a text, is skipped. Images are decoded only if
+            ``images`` is True.
         keys: the names under which a sample has its image and its caption.
         separator: the separator of CSV files, as :class:`clipfast.data.IndexCache` takes it.
-        columns: the keys of the json, or columns, that become metadata; None for all.
+        columns: the keys of a sample's JSON, or the columns of a table, that become metadata; None for all.
 
     Raises:
         ValueError: the source cannot be read.
@@ -113,7 +114,7 @@ class Samples:
         return found
 
     def about(self) -> dict[str, Any]:
-        """Return the source and the options on which the samples to embed depend, as plain values."""
+        """Return the entries of ``about.json`` about the data: the source, a hash of its files, and the options."""
         told = {name: getattr(self, name) for name in ("data", "images", "texts", "separator")}
         columns = None if self.columns is None else list(self.columns)
         keys = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self.keys).items()}
@@ -126,11 +127,11 @@ class Samples:
         return self.first[-1]
 
     def losses(self) -> list[str]:
-        """Return a message about each damaged part of the source that is embedded, as far as it has been read."""
+        """Return a message about each damaged part of the source's shards that has been met while reading so far."""
         return [loss for source in self.sources for shard in source.shards for loss in shard.losses()]
 
     def others(self) -> list[str]:
-        """Return a message about each folder to embed that has files which belong to no image."""
+        """Return a message about each folder of images in the source that also holds files which are no images."""
         folders = [shard.name for source in self.sources for shard in source.shards if is_folder(shard.name)]
         return [
             f"in {folder} these files were not taken: {others} (images are {', '.join(IMAGE_EXTENSIONS)})"
@@ -139,8 +140,8 @@ class Samples:
         ]
 
     def have_captions(self) -> bool:
-        """Return True if one of the first samples to embed has a caption."""
-        keys = dataclasses.replace(self.keys, images=())  # no image is read
+        """Return True if one of the first samples of the source has a caption."""
+        keys = dataclasses.replace(self.keys, images=())  # without names of images, only captions are read
         for number in range(min(LOOKED_AT, len(self))):
             source, within = self._place(number)
             with contextlib.suppress(SampleError):
@@ -148,7 +149,7 @@ class Samples:
         return False
 
     def read(self, number: int) -> Sample | Skipped:
-        """Read and decode a sample to embed or to show; return it, or the reason why it cannot be used."""
+        """Read and decode the sample at a position of the source; return it, or the reason why it cannot be used."""
         keys = self.keys if self.images else dataclasses.replace(self.keys, images=())
         name = f"number {number!r:.80}"
         try:
@@ -163,7 +164,7 @@ class Samples:
         return Sample(image, texts[0] if texts else None, self._row(number, raw, texts, image))
 
     def files(self, number: int) -> dict[str, bytes]:
-        """Return the files of an embedded sample by extension, without decoding.
+        """Return the bytes of the files of a sample by extension, to copy them.
 
         Raises:
             SampleError: the sample cannot be read.
@@ -173,10 +174,10 @@ class Samples:
         return {name: data for name, data in found.items() if not name.startswith("__") and isinstance(data, bytes)}
 
     def _place(self, number: int) -> tuple[Source, int]:
-        """Return the source (one of several) that has an embedded sample, and the number of the sample in it.
+        """Return the data source (one of several) that has sample ``number``, and the position of the sample in it.
 
         Raises:
-            SampleError: the sample does not exist, since metadata from somebody else may have any number.
+            SampleError: there is no such sample. The number may come from somebody else's metadata.
         """
         if not isinstance(number, int) or not 0 <= number < len(self):
             raise SampleError(f"there is no sample {number!r:.80} in {self.data}, which has {len(self)}", "no sample")
@@ -184,7 +185,7 @@ class Samples:
         return self.sources[place], number - self.first[place]
 
     def _captions(self, raw: RawSample) -> list[str]:
-        """Return the captions of a sample to embed; none if they are not embedded and cannot be read."""
+        """Return the captions of a sample. If they cannot be read, return [] or, if texts are needed, raise."""
         try:
             return captions(raw, keys=self.keys)
         except SampleError:
@@ -193,13 +194,13 @@ class Samples:
             return []
 
     def _row(self, number: int, raw: RawSample, texts: Sequence[str], image: Image.Image | None) -> dict[str, Any]:
-        """Return the row of an embedded sample in the table of metadata."""
+        """Return the metadata of a sample by column."""
         row: dict[str, Any] = {"number": number, "key": raw["__key__"], "caption": texts[0] if texts else None}
         if image is not None:
             member = next(key for key in self.keys.images if key in raw)
             path = raw.get("__path__") or f"{raw['__url__']}/{raw['__key__']}.{member}"
             row |= {"image_path": path, "width": image.width, "height": image.height}
-        with contextlib.suppress(SampleError):  # a picture is usable without its json
+        with contextlib.suppress(SampleError):  # a sample whose JSON cannot be read is used without it
             found = metadata(raw)
             wanted = found if self.columns is None else self.columns
             row |= {name: found.get(name) for name in wanted if name not in OWN}
@@ -220,7 +221,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], with_images: bool = True) -> pya
 
 
 def _column(values: Sequence[Any]) -> pyarrow.Array:
-    """Return a metadata column of embeddings as an Arrow array of one type."""
+    """Return the values of a metadata column as an Arrow array: of integers, floats or bools if they fit, else text."""
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
@@ -234,12 +235,12 @@ def _column(values: Sequence[Any]) -> pyarrow.Array:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of embeddings' metadata with text that Arrow accepts: file names may not be UTF-8."""
+    """Return a metadata value whose text Arrow accepts; bytes of file names that are not UTF-8 are replaced."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list[str]:
-    """Copy embedded samples without decoding to the tar shards 00000.tar, 00001.tar, ... of a new folder.
+    """Copy samples of a source, without decoding them, to tar shards 00000.tar, 00001.tar, ... in a new folder.
 
     The key of a sample in the new shards is its number in the source, since keys of several shards may be equal. If the
     process is killed, the folder is complete or absent.
@@ -254,7 +255,7 @@ def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list
     lost: list[str] = []
 
     def write(path: Path) -> None:
-        """Write the tar shards of the copied samples into a temporary folder."""
+        """Write the tar shards into the folder ``path``, which is renamed when they are complete."""
         with progress(len(numbers), "copying", "samples") as advance:
             for shard, rows in enumerate(slices(len(numbers), SHARD_SIZE)):
                 with tarfile.open(path / f"{shard:05}.tar", "w") as tar:
@@ -271,7 +272,7 @@ def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list
 
 
 def _add(tar: tarfile.TarFile, number: int, files: dict[str, bytes]) -> None:
-    """Add the files of a copied sample to a tar shard."""
+    """Add the files of a sample to a tar shard, named by its number and their extensions."""
     for extension, data in files.items():
         info = tarfile.TarInfo(f"{number:09}.{extension}")
         info.size = len(data)

@@ -19,7 +19,7 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Eq: "equal", ast.NotEq: "not_equal", ast.Lt: "less", ast.LtE: "less_equal", ast.Gt: "greater",
     ast.GtE: "greater_equal", ast.In: "contains",
 }  # fmt: skip
-WORDS = {"and": "and", "or": "or", "not": "not", "contains": "in"}  # the Python operators that the parser sees
+WORDS = {"and": "and", "or": "or", "not": "not", "contains": "in"}  # by word of an expression: its Python operator
 BOOLEANS = {"true": True, "false": False}
 TOKEN = re.compile(r"""
     (?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
@@ -83,7 +83,7 @@ def _compared(table: pyarrow.Table, column: str, operator: str, text: str) -> An
     """Compare the values of a column with the value in a filter expression, converted to the type of the column.
 
     Raises:
-        ValueError: the column does not exist, or its values cannot be compared in this way.
+        ValueError: the column does not exist, or the operator cannot compare values of its type.
     """
     from pyarrow import compute, types
 
@@ -92,7 +92,7 @@ def _compared(table: pyarrow.Table, column: str, operator: str, text: str) -> An
     values = table.column(column)
     kind = values.type
     if types.is_null(kind):
-        return compute.is_valid(values)  # all values are null: no row fulfils the comparison
+        return compute.is_valid(values)  # False for each row, as all values are null
     if types.is_string(kind) or types.is_large_string(kind):
         if operator == "contains":
             return compute.match_substring(values, text, ignore_case=True)
