@@ -38,10 +38,10 @@ def apply_to_open_clip(
         text_embed: tokens plus positions in one pass.
         pooled_last_block: the last block of a tower computes only the row that the tower uses; this needs
             ``attention``.
-        pack_text: CLIP's standard text tower, which is causal and reads the end-of-text token, computes no token behind
-            it, where a tenth of a batch is behind it and nothing else looks at the tower's modules; this needs
-            ``attention``. On a GPU a batch must have 8,192 tokens, and the host waits for the lengths of its texts
-            unless they are packed before (:func:`clipfast.pack_texts`).
+        pack_text: CLIP's standard text tower, which is causal and reads the end-of-text token, computes no token after
+            it, if these are at least a tenth of a batch, and if no hook or wrapper would see the packed tokens; this
+            needs ``attention``. On a GPU a batch must have 8,192 tokens, and the host waits for the lengths of its
+            texts unless they are packed before (:func:`clipfast.pack_texts`).
         pack_image: timm's NaFlexVit computes no patch that is padding, of batches as timm's NaFlex loader makes them,
             and embeds patches in one pass on GPUs; this needs ``attention``.
 
@@ -122,7 +122,7 @@ def apply_to_hf(
             transformers' has the negatives of its own rank only. It is the same value on all ranks, and the mean over
             ranks that ``DistributedDataParallel`` takes is its gradient. There are no logits then, unless the call says
             ``return_logits=True`` or asks for tuples. In evaluation mode all results are those of before.
-        pack_text: where ``pooled_last_block`` is in effect, CLIP's text tower computes no token behind the end-of-text
+        pack_text: where ``pooled_last_block`` is in effect, CLIP's text tower computes no token after the end-of-text
             token, as in :func:`apply_to_open_clip`.
 
     Returns:

@@ -34,7 +34,7 @@ _PREFIXES = {
     "Siglip2": "transformers.models.siglip2.modeling_siglip2.Siglip2",
 }
 # The argument by which an encoder passes to its blocks the number of visible tokens of each sequence, or the packing of
-# sequences that are one, [1, T, E].
+# texts whose tokens are one sequence, [1, T, E].
 SEQLENS = "clipfast_seqlens"
 # The attention implementations, as configurations name them, that clipfast can replace: they return no weights.
 _IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
@@ -147,7 +147,7 @@ def block_attention(
 
 
 def is_causal(attn: Any, kwargs: dict[str, Any]) -> bool:
-    """Return True if transformers' attention is causal in a call with ``kwargs`` and no mask; SigLIP's ignores them."""
+    """Return True if transformers' attention is causal in a call without a mask; only CLIP's reads ``kwargs``."""
     given = kwargs.get("is_causal") if part_of(attn)[0] == "CLIP" else None
     return bool(attn.is_causal if given is None else given)
 
@@ -248,7 +248,7 @@ def encoder(module: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = 
 
     seqlens = None
     has_ours = len(module.layers) > 0 and _is_ours(module.layers[0])
-    # A mask of batch size 1 is broadcast over all sequences, and tells nothing about single ones.
+    # A mask of batch size 1 is broadcast over all sequences, and does not give a number for each: it stays a mask.
     if has_ours and attention_mask is not None and attention_mask.shape[0] == len(inputs_embeds):
         seqlens = seen_by_mask(attention_mask, is_causal(module.layers[0].self_attn, kwargs))
     x = _run_layers(module.layers, inputs_embeds, attention_mask, seqlens, kwargs)
@@ -343,8 +343,8 @@ def read_row(encoder: Any, x: Tensor, rows: Tensor | PackedText | None, causal: 
     Args:
         encoder: an encoder for which :func:`why_not_read` returns "".
         x: the tokens that enter the blocks.
-        rows: [B], the row of each sequence to compute; None for the first; packed texts for the last of each, in the
-            order in which they lie.
+        rows: [B], the row of each sequence to compute; None for the first; packed texts for the last of each, in their
+            packed order.
         causal: each token attends only to itself and the tokens before it.
         seqlens: [B], the number of visible tokens of each sequence; None for all.
     """
@@ -355,7 +355,7 @@ def read_row(encoder: Any, x: Tensor, rows: Tensor | PackedText | None, causal: 
 
 
 def _last_row(layer: Any, x: Tensor, rows: Tensor | PackedText | None, causal: bool, seqlens: Tensor | None) -> Tensor:
-    """Compute one row of what a patched block of transformers returns for each sequence: [B, N, E] -> [B, E]."""
+    """Compute one row of the output of a patched block of transformers for each sequence: [B, N, E] -> [B, E]."""
     attn = layer.self_attn
     projections = (attn.q_proj, attn.k_proj, attn.v_proj)
     weights, biases = [layer.weight for layer in projections], [layer.bias for layer in projections]

@@ -86,7 +86,7 @@ def _is_text(module: Any, text: Tensor) -> bool:
 
 
 def _is_embedded(module: Any, ids: Tensor) -> bool:
-    """Return True if our text embedding op takes token ids and both tables of transformers' tower, and is to do it."""
+    """Return True if our text embedding op takes these ids and transformers' tables, and is faster on their device."""
     table, positions = module.token_embedding.weight, module.position_embedding.weight
     is_same = ids.dtype in (torch.int32, torch.int64) and table.dtype == positions.dtype
     return is_same and computes(table) and not is_left(table)
@@ -162,7 +162,7 @@ def _embeds_packed(module: Any) -> bool:
     """Return True if the embedding of transformers' text tower takes the tokens of packed texts."""
     table = module.token_embedding
     hooks = [hook for name in HOOKS for hook in table.__dict__[name].values()]
-    # With gradient checkpointing, transformers' hook lets the tokens require gradients, of whatever shape they are.
+    # For gradient checkpointing, a hook of transformers makes the tokens require gradients; any shape suits it.
     is_known = all(getattr(hook, "__qualname__", "").startswith(_REQUIRES_GRADIENTS) for hook in hooks)
     is_look_up = type(table) is nn.Embedding and "forward" not in table.__dict__ and only_looks_up(table)
     return is_untouched(module) and is_known and is_look_up and is_table(module.position_embedding)
@@ -181,7 +181,7 @@ def _packed(tower: Any, text: Tensor, rows: Tensor, seqlens: Tensor | None) -> P
     if too_long or not has_values(text) or why_not_packed(tower):
         return None
     if seqlens is not None and bool((seqlens <= rows).any()):
-        return None  # a row that does not see itself
+        return None  # the row that is read is hidden by the mask, and packed texts have no mask
     packed = pack_if_shorter(text, rows)
     return packed if isinstance(packed, PackedText) else None
 
@@ -192,7 +192,7 @@ def _packed_tokens(module: Any, text: PackedText) -> Tensor:
     if runs_ours(module) and _are_tables(module) and _is_embedded(module, text.ids):
         with torch.autocast(text.device.type, enabled=False):
             return text_embed(text.ids, table, positions, cu_seqlens=text.packing)[None]
-    # The embeddings take at most as many tokens of a text as there are positions.
+    # Each token is passed as a text of its own, because a text may have only as many tokens as there are positions.
     return module(input_ids=text.ids[:, None], position_ids=text.positions[:, None]).transpose(0, 1)
 
 

@@ -1,7 +1,7 @@
 """Replacement of timm's ``NaFlexVit``, whose padded batches of images of several sizes are computed without padding.
 
-The tokens of all images lie behind one another, [1, T, C]. Blocks and the attention pooling get their places in the
-place of the mask. A batch that cannot be packed, and a tower that something watches, run the class's own ``forward``.
+The tokens of all images are one sequence, [1, T, C]. Blocks and the attention pooling get the bounds of the images in
+the place of the mask. The class's own ``forward`` runs for a batch that cannot be packed, and for a tower with hooks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -120,7 +120,7 @@ def _is_padded(batch: Mapping[str, Any]) -> bool:
 
 
 def _packed_tokens(tower: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, PackedTokens, Tensor] | None:
-    """Return the embedded patches of a batch [1, T, C], their places, and the order of the images among them.
+    """Return the tokens of a batch for timm's NaFlexVit [1, T, C], the bounds of the images, and their packed order.
 
     The image with the most patches comes first. None is returned if an image has no patch, or more than can be pooled.
     """
@@ -157,7 +157,8 @@ def _images(tower: Any, batch: Mapping[str, Tensor]) -> PackedImages | None:
         return None
     sides, channels = tuple(patches.shape[2:4]), patches.shape[4:]
     is_resized = patches.ndim == 5 and sides != embeds.patch_size
-    if is_resized or embeds.proj.weight.shape[1] != patches.flatten(2).shape[2]:  # only for square patches of images
+    # Patches of another size need the projection resized, which is done for square patches of RGB images only.
+    if is_resized or embeds.proj.weight.shape[1] != patches.flatten(2).shape[2]:
         is_known = embeds.enable_patch_interpolator and len(set(sides)) == len(set(embeds.patch_size)) == 1
         is_known = is_known and channels == (3,) and embeds.in_chans == 3
     if not is_known or drops(embeds, embeds.pos_drop.p):
@@ -169,7 +170,7 @@ def _images(tower: Any, batch: Mapping[str, Tensor]) -> PackedImages | None:
 
 
 def _embedded(embeds: Any, images: PackedImages) -> tuple[Tensor, Packing]:
-    """Return the tokens of packed images by timm's embedding, [T, C], with prefix tokens, and their places."""
+    """Return the tokens of packed images by timm's embedding, [T, C], with prefix tokens, and the images' bounds."""
     prefix = [x[0] for x in (embeds.cls_token, embeds.reg_token) if x is not None]
     packing, weight = places_of(images, embeds.num_prefix_tokens), embeds.proj.weight
     if weight.shape[1] != images.patches.shape[1]:
@@ -177,7 +178,7 @@ def _embedded(embeds: Any, images: PackedImages) -> tuple[Tensor, Packing]:
     tokens = patch_embed_packed(
         images.patches, images.grids, weight, embeds.pos_embed[0], cu_seqlens=packing, bias=embeds.proj.bias,
         prefix=torch.cat(prefix) if prefix else None, interpolation=embeds.pos_embed_interp_mode,
-        keep_aspect=embeds.pos_embed_ar_preserving, mean=(0.0,), std=(1.0,),  # only bytes are normalised
+        keep_aspect=embeds.pos_embed_ar_preserving, mean=(0.0,), std=(1.0,),  # these are for uint8 patches only
     )  # fmt: skip
     # Under autocast, the prefix tokens stay in float32 in timm, and so do the tokens beside them.
     return tokens.to(torch.promote_types(tokens.dtype, prefix[0].dtype)) if prefix else tokens, packing
@@ -195,7 +196,7 @@ def _pooled(tower: Any, x: Tensor, places: PackedTokens) -> Tensor:
 
 
 def _without_prefix(x: Tensor, places: PackedTokens, prefix: int) -> tuple[Tensor, PackedTokens]:
-    """Return the tokens of packed images, [1, T, C], without the first ``prefix`` of each image, and their places."""
+    """Return the tokens of packed images, [1, T, C], without the first ``prefix`` of each image, and new bounds."""
     ends = places.packing.cu_seqlens
     number = torch.arange(len(ends), dtype=ends.dtype, device=ends.device)
     packing = pack(ends - prefix * number, x.shape[1] - prefix * (len(ends) - 1))

@@ -91,9 +91,9 @@ def propose_block(block: Any, mask: Mask | None, attention: bool, norms: bool) -
 
 
 def find_masks(model: nn.Module) -> dict[int, Mask]:
-    """Return the mask of each block of OpenCLIP's text towers, by the ``id`` of the block and of its attention.
+    """Return the masks of blocks and of their attention, by the ``id`` of each of these modules.
 
-    Blocks without a mask are not in the result. timm's ``NaFlexVit``, which pads images, is in it.
+    They are the masks of OpenCLIP's text towers, of cross-attention, and of timm's ``NaFlexVit``, which pads images.
     """
     masks: dict[int, Mask] = {}
     for module in model.modules():
@@ -152,7 +152,7 @@ def under_mask(proposal: Proposal, mask: Mask | None) -> Proposal:
 
 
 def is_causal(attn_mask: Tensor | Packing | None, owner: Any) -> bool:
-    """Return True if ``attn_mask`` is the causal mask that ``owner`` holds, or its upper left part, or a packing.
+    """Return True if ``attn_mask`` is the causal mask that ``owner`` holds, its upper left part, or a packing of texts.
 
     Compiled code assumes that the mask of ``owner`` is still causal, as it was when the replacements were made.
     """

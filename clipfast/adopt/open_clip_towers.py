@@ -291,7 +291,8 @@ def _packed(tower: Any, text: Tensor | PackedText, pool_type: str, eos: int | No
 
     Raises:
         TypeError: the texts are packed already, and the tower cannot compute them.
-        ValueError: so many columns were packed that there are not enough positions.
+        ValueError: texts were packed from more columns than there are positions, or up to another token than the tower
+            reads.
     """
     positions = tower.positional_embedding
     if isinstance(text, PackedText):
@@ -354,7 +355,7 @@ def _read_row(
 ) -> Tensor:
     """Compute row ``rows[b]`` of each sequence b after all blocks of an OpenCLIP tower: [B, N, width] -> [B, width].
 
-    Of packed texts, [1, T, width], it is the last row of each, in the order in which they lie.
+    Of packed texts, [1, T, width], it is the last row of each, in their packed order.
     """
     *blocks, last = stack.resblocks
     for block in blocks:
@@ -368,7 +369,7 @@ def _read_row(
 
 
 def _last_row(block: Any, x: Tensor, rows: Tensor | PackedText | None, causal: bool) -> Tensor:
-    """Compute one row of what an OpenCLIP ``block`` returns for each sequence: [B, N, width] -> [B, width]."""
+    """Compute one row of the output of an OpenCLIP ``block`` for each sequence: [B, N, width] -> [B, width]."""
     attn = block.attn
     biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
     out = attend_row(block.ln_1(x), rows, attn.num_heads, attn.in_proj_weight.chunk(3), biases, causal=causal)

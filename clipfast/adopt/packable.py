@@ -1,4 +1,4 @@
-"""Decide whether a text tower of OpenCLIP or transformers computes packed texts: no token that it ignores."""
+"""Decides whether a text tower of OpenCLIP or transformers can compute packed texts, without the tokens it ignores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from .places import class_name, is_untouched
 
 KIND = "pack_text"
 PACKS = "no token behind the end of a text, where these are a tenth of a batch"
-# peft's LoRA of a linear layer, and the containers in it
+# The class of peft's LoRA of a linear layer, and the classes of the modules inside.
 _LORA = "peft.tuners.lora.layer.Linear"
 _INSIDE = {f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ParameterDict")} | {
     f"torch.nn.modules.{name}" for name in ("linear.Linear", "linear.Identity", "dropout.Dropout")

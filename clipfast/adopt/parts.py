@@ -107,7 +107,7 @@ def self_attention(qkv: Tensor, heads: int, mask: Tensor | Packing | None, bias:
 
 
 def drops(module: nn.Module, probability: float) -> bool:
-    """Return True if attention of an adopted model applies dropout in its current mode."""
+    """Return True if a module of an adopted model applies dropout of this probability in its current mode."""
     return module.training and probability > 0
 
 
@@ -265,7 +265,7 @@ def is_table(table: Any) -> bool:
 
 
 def only_looks_up(table: Any) -> bool:
-    """Return True if an adopted model's ``nn.Embedding`` looks up rows, and neither changes nor treats one apart."""
+    """Return True if an adopted model's ``nn.Embedding`` sets no option such as max_norm, and only looks up rows."""
     options = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
     values = [getattr(table, name, None) for name in options]
     # Identity, not truth: a padding_idx of 0 is set, although 0 is false.

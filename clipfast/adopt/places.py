@@ -188,7 +188,7 @@ def propose_unless(
 
 
 def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) -> Place:
-    """Replace the method of a proposal, if the switch is on and it is possible; return the resulting place."""
+    """Replace a module's method as proposed, if it is wanted and possible; return a record of this or of the reason."""
     kind, method = proposal.kind, proposal.method
     if not wanted:
         return Place(name, kind, None, f"{kind}=False")
@@ -211,7 +211,7 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
 
 
 def _unknown_arguments(module: nn.Module, method: str, function: Callable[..., Any]) -> list[str]:
-    """Return the arguments of a method that its replacement ``function`` does not have; the first is positional."""
+    """Return the arguments of a method, after the first, whose names its replacement ``function`` does not have."""
     theirs = list(inspect.signature(getattr(type(module), method)).parameters)[2:]
     return [name for name in theirs if name not in inspect.signature(function).parameters]
 
@@ -291,7 +291,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def computes(x: Tensor) -> bool:
-    """Return True if an adopted model's ``x`` suits our ops: no float64 on a GPU, and no traced graph."""
+    """Return True if our ops can compute an adopted model's ``x``: it is not nested, traced, or float64 on a GPU."""
     if x.is_nested or torch._C._get_tracing_state() is not None:
         return False
     return x.device.type == "cpu" or (x.device.type == "cuda" and x.dtype != torch.float64)

@@ -78,7 +78,7 @@ def _attention(arch: int, dtype: torch.dtype, attn: Any, layers: int, tokens: in
 
 
 def _latent_pool(tokens: int, pool: LatentPool) -> str:
-    """Return how a timm pool with a learned query is computed: the op, or PyTorch's attention."""
+    """Return the words of the report for attention pooling with a learned query: our op, or PyTorch's attention."""
     if tokens > MAX_TOKENS:
         return f"{ROUTES['sdpa']}, {tokens} tokens"
     return f"attention_pool, {tokens} tokens, {pool.num_heads} queries of {pool.latent.shape[-1]}"

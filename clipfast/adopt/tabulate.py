@@ -68,19 +68,19 @@ def _lines(prefix: str, part: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield name, kind and text of every recorded replacement in a patched part."""
     record: list[Place] = part.__dict__[RECORD]
     modules = dict(part.named_modules())
-    # At each call, a replacement runs the original if an adapter or a hook was added later.
+    # The modules are examined again, because a replacement runs the original if an adapter or a hook was added later.
     now = {(name, found.kind): found for name, _, found in proposals(part, {"attention": True, "norms": True})}
     for place in record:
-        text = _now(place, modules, now.get((place.module, place.kind)))
-        yield _place(prefix + place.module), place.kind, text
+        text = _current_text(place, modules, now.get((place.module, place.kind)))
+        yield _starred(prefix + place.module), place.kind, text
 
 
-def _place(name: str) -> str:
+def _starred(name: str) -> str:
     """Return the name of a patched module with ``*`` in place of each number; "(model)" for the model itself."""
     return re.sub(r"\d+", "*", name) or "(model)"
 
 
-def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:
+def _current_text(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:
     """Return the kernel on which a patched module runs now, since a later hook or adapter may change it."""
     if place.method is None:
         return f"{BEFORE}{place.text}"

@@ -85,7 +85,7 @@ def timm_mlp(module: Any, x: Tensor) -> Tensor:
 def timm_attention(
     module: Any, x: Tensor, attn_mask: Tensor | Packing | None = None, is_causal: bool = False
 ) -> Tensor:
-    """Compute ``timm.layers.Attention``: [B, N, C] -> [B, N, dim_out]. There may be a packing as for a block."""
+    """Compute ``timm.layers.Attention``: [B, N, C] -> [B, N, dim_out]; ``attn_mask`` is as for :func:`timm_block`."""
     packing = attn_mask if isinstance(attn_mask, Packing) else None
     if attn_mask is not packing or drops(module, module.attn_drop.p) or x.ndim != 3 or not computes(x):
         return type(module).forward(module, x, attn_mask=attn_mask, **_hint(is_causal))
@@ -161,7 +161,7 @@ def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | PackedTokens | None 
     """Compute ``timm.layers.AttentionPoolLatent`` with one query: [B, N, C] -> [B, out_features].
 
     Key and value projections are applied to the query and to the pooled token, instead of to all tokens. In the place
-    of the mask there may be the places of packed images, whose tokens ``x`` [1, T, C] are.
+    of the mask there may be the bounds of packed images, whose tokens ``x`` [1, T, C] are.
     """
     is_known = is_plain(module.kv, nn.Linear) and all(is_plain(x, nn.Identity) for x in (module.q_norm, module.k_norm))
     packed = attn_mask if isinstance(attn_mask, PackedTokens) else None
@@ -172,7 +172,7 @@ def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | PackedTokens | None 
     if module.pos_embed is not None:
         x = x + module.pos_embed.unsqueeze(0).to(x.dtype)
     heads = (module.num_heads, -1)
-    q = module.q(module.latent.expand(len(x), -1, -1))[:, 0].unflatten(-1, heads)  # one for all if they are packed
+    q = module.q(module.latent.expand(len(x), -1, -1))[:, 0].unflatten(-1, heads)  # packed images share one query
     weight_k, weight_v = module.kv.weight.unflatten(0, (2, *heads)).unbind(0)
     bias_k, bias_v = (None, None) if module.kv.bias is None else module.kv.bias.chunk(2)
     out = single_query_attention(q, x, weight_k, weight_v, None, "auto", bias_k, bias_v, packed=packed)

@@ -73,7 +73,7 @@ class HostCopy:
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
-        self._copied: dict[tuple[Any, ...], Tensor] = {}  # the host copies, by device tensors
+        self._copied: dict[tuple[Any, ...], Tensor] = {}  # maps a device tensor's address and layout to its host copy
         self._events: list[torch.cuda.Event] = []
 
     def __call__(self, content: Any) -> Any:
@@ -96,7 +96,7 @@ class HostCopy:
             part = self._copy_tensor(to_local(content.detach()), path, buffers)
             return self._cut(part, content) if is_dtensor(content) else part
         if isinstance(content, dict):
-            copied = copy.copy(content)  # keeps the attributes that PyTorch adds to a state dict
+            copied = copy.copy(content)  # it keeps the attributes that PyTorch adds to a state dict
             copied.update({key: self._copy(value, (*path, key), buffers) for key, value in content.items()})
             return copied
         if isinstance(content, list | tuple):

@@ -31,13 +31,14 @@ log = logging.getLogger("clipfast")
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TRUNK_PREFIX = "visual.trunk."  # the prefix of names in SigLIP's image tower
-NAFLEX_CLIP = {"visual.trunk.embeds.proj.weight", "visual.head.proj.weight"}  # names of CLIP with timm's NaFlex tower
+# Parameters that tell CLIP with timm's NaFlex tower from SigLIP.
+NAFLEX_CLIP = {"visual.trunk.embeds.proj.weight", "visual.head.proj.weight"}
 TEXT_PREFIX = "text."  # the prefix of names in the text tower of OpenCLIP's models with custom_text
 # The prefixes that DistributedDataParallel and torch.compile add to the names of a model.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 MAX_UNPACKED = 1 << 24  # the most bytes to which compressed parts of a checkpoint may expand, besides twice their size
 _COUNT = "num_batches_tracked"  # the last part of the name of BatchNorm's count of batches
-# The default preprocessing settings of CLIP and of SigLIP, with OpenCLIP's names.
+# The default preprocessing settings of CLIP (False) and of SigLIP (True), by OpenCLIP's names.
 _PREPROCESSING: dict[bool, dict[str, Any]] = {
     False: {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
     True: {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "squash"},
@@ -94,7 +95,8 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
     except Exception as error:  # Broken files make the readers raise almost anything.
-        reason = f"{type(error).__name__}: {error}".partition(". ")[0]  # PyTorch's messages are long
+        # PyTorch's messages are long, so only the first sentence is taken.
+        reason = f"{type(error).__name__}: {error}".partition(". ")[0]
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read: it is cut off, damaged or of another kind ({reason}); copy "
             "or download it again"
@@ -119,7 +121,7 @@ def check_archive(file: IO[bytes], name: str | Path) -> None:
     """Verify the checksums in a checkpoint of ``torch.save``, and refuse one that expands to far more bytes."""
     with zipfile.ZipFile(file) as archive:
         packed, unpacked = file.seek(0, os.SEEK_END), sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MAX_UNPACKED + 2 * packed:  # PyTorch compresses only code
+        if unpacked > MAX_UNPACKED + 2 * packed:  # PyTorch compresses no tensors, only the code of TorchScript
             raise CheckpointError(
                 f"{name} is refused: its {packed:,} bytes unpack to {unpacked:,}; if you trust it, save it anew"
             )
@@ -217,7 +219,7 @@ def load_weights(
     weights = plain_names(checkpoint["state_dict"])
     resized = _resize_positions(weights, model) if resize else []
     own = model.state_dict()
-    # Frozen BatchNorm has no count of batches to load.
+    # A model with frozen BatchNorm has no count of batches, so the checkpoint's count is left out.
     weights = {name: value for name, value in weights.items() if name in own or not name.endswith(f".{_COUNT}")}
     differ = _IncompatibleKeys([name for name in own if name not in weights], [x for x in weights if x not in own])
     if not strict:

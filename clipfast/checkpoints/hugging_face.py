@@ -26,7 +26,7 @@ from .hugging_face_layout import (
 CONFIG_NAME = "config.json"
 _INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAMES = ("model.safetensors", _INDEX_NAME, "pytorch_model.bin")
-PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")  # newer versions write the second
+PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")  # newer versions of transformers write the 2nd
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 
 
@@ -41,7 +41,7 @@ def read_folder(folder: Path) -> Contents:
     theirs: dict[str, Tensor] = {}
     for file in files:
         theirs |= read_checkpoint(file, mmap=True)["state_dict"]
-    # Old versions stored the numbers 0, 1, 2, ... too.
+    # Old versions of transformers stored position_ids too, which are the numbers 0, 1, 2, ...
     theirs = {name: value for name, value in theirs.items() if not name.endswith(".position_ids")}
     check_size(config, files, folder / CONFIG_NAME)
     own = empty_state(config, folder)
@@ -105,7 +105,7 @@ def _from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path,
         raw: the settings of the image processor.
         image_size: side of the model's images.
         source: the file of the settings, for errors.
-        is_siglip: take SigLIP's image processor's values for settings that are left out, in place of CLIP's.
+        is_siglip: whether settings that are left out have the defaults of SigLIP's image processor, or those of CLIP's.
 
     Raises:
         CheckpointError: OpenCLIP's preprocessing has no such setting.
@@ -161,7 +161,7 @@ def write_folder(folder: Path, contents: Contents) -> None:
     """
     config = contents.settled_config
     is_siglip = isinstance(config, SigLIPConfig)
-    # Transformers loads all weights in one dtype: the one that holds every weight without rounding.
+    # Transformers loads all weights in the dtype that is stated here. This one holds every weight without rounding.
     widest = functools.reduce(torch.promote_types, (value.dtype for value in contents.state.values()))
     raw = {
         "architectures": [(SIGLIP_LAYOUT if is_siglip else CLIP_LAYOUT).architecture],

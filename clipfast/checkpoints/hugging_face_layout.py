@@ -24,7 +24,7 @@ _TRANSPOSED = ("text_projection", "visual.proj")
 _PACKED = re.compile(r"attn\.(?:qkv\.|in_proj_)(weight|bias)")
 _BLOCK = re.compile(r"(.+(?:resblocks|blocks))\.(\d+)\.(.+)")
 _POOL = "visual.trunk.attn_pool."
-_OLD_EOS = 2  # with this end token, transformers reads a text at its highest id, as clipfast does
+_OLD_EOS = 2  # with this eos_token_id, transformers reads a text at its highest id, as clipfast does
 
 
 class NoCounterpartError(ValueError):
@@ -38,10 +38,9 @@ class Layout:
     Attributes:
         architecture: the name of the model's class.
         eps: the epsilon of every layer norm.
-        activations: clipfast's name of each activation, by transformers' name.
+        activations: maps transformers' name of each activation to the value in clipfast's configuration.
         text, vision: transformers' defaults for settings that a file leaves out.
-        names: transformers' name for each of clipfast's parameters outside of blocks, or for the module of a weight or
-            bias.
+        names: maps clipfast's name of each parameter outside of blocks, or of its module, to transformers' name.
     """
 
     architecture: str
@@ -107,7 +106,7 @@ SIGLIP_LAYOUT = Layout(
         "text.text_projection": "text_model.head",
     },
 )
-# The names of parameters within a block, by our names; the parameters of SigLIP's image tower have timm's names.
+# This maps our names of modules within a block, which are timm's in SigLIP's image tower, to transformers' names.
 _IN_BLOCKS = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1",
@@ -197,7 +196,7 @@ def from_settings(raw: Mapping[str, Any], source: Path) -> CLIPConfig:
 
 
 def _settings(raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings of a tower in a checkpoint of transformers; the second of their two keys takes precedence."""
+    """Return a tower's settings in transformers' ``config.json``; ``NAME_config_dict`` overrides ``NAME_config``."""
     settings = {**defaults, **(raw.get(f"{name}_config") or {})}
     again = raw.get(f"{name}_config_dict")
     return settings if again is None else {**settings, **defaults, **again}
@@ -261,7 +260,7 @@ def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_ours(names: Iterable[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint's weights or gradients ``theirs``, of transformers, by our ``names``, if they exist."""
+    """Return transformers' weights or gradients ``theirs`` by those of our ``names`` for which they exist."""
     wanted = list(names)
     layout, ours = _layout_of(wanted), {}
     for name in wanted:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .layouts import read_contents
 from .tensor_shapes import config_of_weights, models_of_shapes, name_of, stored_sizes
 
-# Buffers of BatchNorm, which are no parameters.
+# These buffers of BatchNorm do not count as parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -55,7 +55,7 @@ def inspect_checkpoint(
     """Describe a checkpoint: its layout, model, sizes and checksums. No model is built.
 
     Args:
-        source: as :func:`convert` takes it.
+        source: as :func:`clipfast.convert_checkpoint` takes it.
         trust: read a TorchScript archive, which may run its code.
         cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
 

@@ -139,7 +139,7 @@ class Checkpoints:
                 queue.
             step: number of steps that are finished.
             milestone: number of finished epochs, to keep it as ``epoch_N.pt``.
-            good: a step; the newest checkpoint that is not of a later step than this is kept too.
+            good: a step; the newest checkpoint of this step or of an earlier one is kept too.
             in_parts: write a folder into which each process of ``world`` writes a part. All of them must call this, and
                 an error of one becomes an error of all. Otherwise only this process writes.
         """

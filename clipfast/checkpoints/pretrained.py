@@ -18,7 +18,7 @@ from .checkpoint import WEIGHTS_NAMES
 from .hub import fetch
 
 _HALF = (0.5, 0.5, 0.5)
-# The settings that each note in the table changes in a configuration.
+# This maps each note in ``pretrained.toml`` to the settings that it changes in a configuration.
 _NOTES: dict[str, dict[str, Any]] = {
     "quick_gelu": {"quick_gelu": True},
     "half": {"mean": _HALF, "std": _HALF},
@@ -55,7 +55,7 @@ def _known() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _clean(tag: str) -> str:
-    """Return the spelling of a tag by which it is looked up."""
+    """Return the spelling of a tag by which it is looked up: in lower case, and with underscores for hyphens."""
     return tag.lower().replace("-", "_")
 
 

@@ -86,7 +86,7 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
     )
     state = _resized(state, stored, image_size, context)
     config = _sized(base, image_size, context)
-    empty_state(config, contents.source)  # refuses an image size that is not a multiple of the patch size
+    empty_state(config, contents.source)  # this refuses an image size that is not a multiple of the patch size
     # The files of CLIP's tokenizer state the context length; they are written anew for another length.
     is_kept = context == stored_context or isinstance(config, SigLIPConfig)
     tokenizer = contents.tokenizer if is_kept else ()
@@ -94,7 +94,7 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
 
 
 def _base(contents: Contents, wishes: Wishes) -> CLIPConfig:
-    """Return the configuration of the model that the user names, or else the checkpoint's, or else by its shapes."""
+    """Return the configuration of the model that the user names, else the checkpoint's own, else one by its shapes."""
     if wishes.model is not None:
         return _asked_config(wishes.model)
     if contents.config is not None:

@@ -1,8 +1,8 @@
 """Checkpoints in parts: a folder into which every rank writes its tensors by ``torch.distributed.checkpoint`` (DCP).
 
 ``manifest.json`` has the size and the SHA-256 of every file, and is written last: a folder without it, or one whose
-files differ from it, is no checkpoint. Nothing in a folder is unpickled but classes of DCP's lists, tensors and plain
-values, so that a folder of somebody else cannot run code.
+files differ from it, is no checkpoint. Only tensors, plain values and the classes of DCP's index are unpickled, so that
+a folder from somebody else cannot run code.
 """
 
 import hashlib

@@ -111,7 +111,7 @@ def stored_sizes(state: Mapping[str, Tensor], config: CLIPConfig) -> tuple[int, 
         stride = (vision.patch_size if isinstance(vision.layers, int) else None) or RESNET_STRIDE
         with contextlib.suppress(ValueError):
             side = grid_side(name, state[name])
-            # No shape shows pixels at the edge that fill no patch.
+            # The configuration's image size is kept if it gives the same grid: pixels at the edge may fill no patch.
             image_size = image_size if image_size // stride == side else side * stride
     text = state.get(text_positions_name(state))
     return image_size, len(text) if text is not None and text.ndim == 2 else context_length

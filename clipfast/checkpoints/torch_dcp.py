@@ -26,7 +26,7 @@ _METADATA_CLASSES = (
     "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
 )  # fmt: skip
 _PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
-_LAST = "logit_scale"  # a parameter that every model has
+_COMMON = "logit_scale"  # a parameter of every model, by which the prefix of the model's names is found
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -93,12 +93,12 @@ def read_metadata(path: Path) -> Any:
 def _prefix(folder: Path, entries: Mapping[str, Any]) -> str:
     """Return the prefix of the names of the model's weights: "" or, for instance, "app.model."."""
     names = [name for name, entry in entries.items() if hasattr(entry, "chunks")]
-    found = [name.removesuffix(_LAST) for name in names if name == _LAST or name.endswith(f".{_LAST}")]
-    # An optimizer or a moving average has entries for this parameter too, deeper or with longer names.
+    found = [name.removesuffix(_COMMON) for name in names if name == _COMMON or name.endswith(f".{_COMMON}")]
+    # An optimizer or a moving average may have an entry for this parameter too; the model's prefix has "model" in it.
     if len(found) > 1:
         found = [prefix for prefix in found if "model" in prefix.split(".")] or found
     if len(found) != 1:
-        where = f"several, under {', '.join(map(repr, found))}" if found else f"none: no name in it ends in {_LAST}"
+        where = f"several, under {', '.join(map(repr, found))}" if found else f"none: no name in it ends in {_COMMON}"
         raise CheckpointError(
             f"{folder} must hold one model, and it holds {where}; save the model's state by itself, or under 'model'"
         )
