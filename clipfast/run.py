@@ -23,17 +23,17 @@ from typing import Any, NamedTuple
 
 VARIABLE = "CLIPFAST_DISABLE"
 NEWEST = (4, 2)  # the newest version of OpenCLIP that was tested or whose source was read
-# A name with such a suffix, or with a slash, is a file; any other name is a module.
+# A program whose name has one of these suffixes, or a slash, is a file; any other name is a module.
 SCRIPT_ENDINGS = (".py", ".pyc", ".pyz", ".zip")
-# OpenCLIP's loss classes, and clipfast's modules with the replacements. These import PyTorch, and so they are imported
-# only after OpenCLIP has imported it.
+# This maps OpenCLIP's loss classes to clipfast's modules with the replacements. The modules are imported only after
+# OpenCLIP has imported PyTorch, because they import it too.
 LOSSES = {
     "ClipLoss": "clipfast.losses.clip_loss",
     "SigLipLoss": "clipfast.losses.siglip_loss",
     "DistillClipLoss": "clipfast.losses.distill_loss",
     "CoCaLoss": "clipfast.losses.coca_loss",
 }
-# The arguments of apply_to_open_clip, as the names of parts, with a summary of each.
+# This maps the arguments of apply_to_open_clip, which are the names of parts of a model, to summaries for --help.
 MODEL_PARTS = {
     "attention": "attention of images and texts, and the attention pooling of ResNets",
     "norms": "layer norms, each in one pass with the addition before it",
@@ -106,7 +106,7 @@ def apply_to_model(model: Any, names: Sequence[str]) -> str:
     try:
         adopt.apply_to_open_clip(model, **{name: name in names for name in MODEL_PARTS})
     except Exception as error:
-        with contextlib.suppress(TypeError):  # the model is not an nn.Module
+        with contextlib.suppress(TypeError):  # revert_model raises it if the model is not an nn.Module
             adopt.revert_model(model)
         return f"a {kind} is left as it is ({error})"
     places = adopt.count_places(model)
@@ -232,7 +232,7 @@ class ImportHook(MetaPathFinder):
         """Replace the parts of a module of OpenCLIP that ``clipfast.run`` has waited for."""
         for replace, names in self.waiting[module.__name__].items():
             said = replace(module, names)
-            if module.__name__ not in self.done:  # importlib.reload executes a module again, and the line is known then
+            if module.__name__ not in self.done:  # importlib.reload executes a module again: then nothing is printed
                 _say(said)
         unknown = "" if self.done else unknown_version(module.__name__.partition(".")[0])
         if unknown:

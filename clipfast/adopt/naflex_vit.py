@@ -28,7 +28,7 @@ from .places import Proposal, class_name, computes, is_left, is_untouched, on_cp
 KIND = "pack_image"
 PACKS = "no patch that is padding"
 TOWER = "timm.models.naflexvit.NaFlexVit"
-# Options of timm's embedding that older versions lack, and the values with which it computes as those did.
+# Options of timm's embedding that older versions lack, with the values by which newer versions compute the same.
 _LATER = {
     "channels_last": True, "pos_embed_antialias": True, "pos_embed_align_corners": False,
     "pos_embed_use_grid_sample": False,

@@ -136,7 +136,7 @@ def hides_padding(tower: Any) -> bool:
 
 
 def under_mask(proposal: Proposal, mask: Mask | None) -> Proposal:
-    """Propose a replacement for attention of OpenCLIP that is called with ``mask``."""
+    """Return a proposal for attention of OpenCLIP as it must be for the mask with which the attention is called."""
     if mask is None or proposal.function is None:
         return proposal
     text = proposal.text
@@ -173,7 +173,7 @@ def _is_corner(part: Tensor, mask: Tensor) -> bool:
 
 
 def _is_still_causal(owner: Any, mask: Tensor) -> bool:
-    """Check the values of an OpenCLIP mask once for each version, since reading them waits for the GPU."""
+    """Return True if an OpenCLIP mask is still causal; its values, which a GPU must send, are read once per version."""
     version = 0 if mask.is_inference() else mask._version
     known = owner.__dict__.get(SEEN)
     if known is None or known[0] is not mask or known[1] != version:

@@ -54,7 +54,7 @@ class Mask:
 
 
 def propose_heads(head_dim: int, op: str, function: Any) -> Proposal:
-    """Propose attention, unless its heads are too wide."""
+    """Propose to replace attention by ``function``, which calls our op ``op``, unless the heads are too wide."""
     if head_dim > MAX_HEAD_DIM:
         return Proposal("attention", f"heads have {head_dim} dimensions, and at most {MAX_HEAD_DIM} can be computed")
     return Proposal("attention", f"clipfast.{op}", function)
@@ -268,5 +268,5 @@ def only_looks_up(table: Any) -> bool:
     """Return True if an adopted model's ``nn.Embedding`` sets no option such as max_norm, and only looks up rows."""
     options = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
     values = [getattr(table, name, None) for name in options]
-    # Identity, not truth: a padding_idx of 0 is set, although 0 is false.
+    # ``not any(values)`` would be wrong: a padding_idx of 0 is an option that is set.
     return all(value is None or value is False for value in values)

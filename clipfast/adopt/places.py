@@ -268,7 +268,7 @@ def runs_ours(module: nn.Module, method: str = "forward") -> bool:
 
 
 def reaches_ours(module: nn.Module, method: str = "forward") -> bool:
-    """Return True if a method of ``module`` is replaced by ours, or by a wrapper of ours such as accelerate's."""
+    """Return True if a method of ``module`` is replaced by ours, or by a wrapper around ours, such as accelerate's."""
     return isinstance(_unwrapped(module.__dict__.get(method)), Replacement)
 
 

@@ -68,7 +68,7 @@ def report_kernels(model: nn.Module, arch: int | None = None, dtype: torch.dtype
 
 
 def _attention(arch: int, dtype: torch.dtype, attn: Any, layers: int, tokens: int, width: int) -> str:
-    """Return the line of a patched model's report about the attention kernels of a tower's layers."""
+    """Return the line of the report about the attention kernels of the blocks of a tower of clipfast."""
     heads, head_dim, causal = attn.num_heads, width // attn.num_heads, attn.causal
     route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
     return (

@@ -114,7 +114,8 @@ def _read_pickle(path: Path, mmap: bool) -> Any:
     if is_zip:
         with path.open("rb") as file:
             check_archive(file, path)
-    return torch.load(path, "cpu", weights_only=True, mmap=mmap and is_zip)  # older files cannot be mapped
+    # Files of torch.save's old format, which are not zip archives, cannot be memory-mapped.
+    return torch.load(path, "cpu", weights_only=True, mmap=mmap and is_zip)
 
 
 def check_archive(file: IO[bytes], name: str | Path) -> None:

@@ -16,7 +16,7 @@ from .checkpoint import CheckpointError, check_weights
 from .contents import Contents, check_size, empty_state
 from .tensor_shapes import RESNET_STRIDE, config_of_weights, models_of_shapes, stored_sizes
 
-# The values of ``--activation`` for CLIP and for SigLIP (images, texts), and what each changes in a configuration.
+# These map the values of ``--activation`` for CLIP and for SigLIP (images, texts) to the settings that they change.
 _CLIP: dict[str, dict[str, Any]] = {"gelu": {"quick_gelu": False}, "quick_gelu": {"quick_gelu": True}}
 _GELUS = {"gelu": EXACT, "gelu_tanh": TANH}
 _SIGLIP: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ _THEIRS = "the model is built by open_clip.create_model(...) and handed to clipf
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """All that is needed to build a model.
+    """The source of a model: its configuration, its weights, and its preprocessing settings.
 
     Attributes:
         config: the configuration.
@@ -191,7 +191,7 @@ def read_folder(folder: Path, with_weights: bool = True) -> ModelSource:
 
 
 def _read_as(is_hugging_face: bool, folder: Path, with_weights: bool) -> ModelSource:
-    """Read a folder in the layout of transformers or of OpenCLIP."""
+    """Return the source of the model in a folder of transformers' or of OpenCLIP's layout."""
     config, preprocessing = (hugging_face.read_config if is_hugging_face else read_open_clip_config)(folder)
     weights = None
     if with_weights:

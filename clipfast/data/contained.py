@@ -19,10 +19,10 @@ from typing import IO, Any, Protocol
 from .names import has_footer
 from .rows import ContentError
 
-MAX_FOOTER = 1 << 28  # bytes of the footer of a Parquet file
+MAX_FOOTER = 1 << 28  # limit in bytes of the footer of a Parquet file
 FOOTER_GUESS = 1 << 16  # this many bytes at the end of a Parquet file are read first, since most footers are shorter
 MAGIC = b"PAR1"
-# The reader does not import clipfast's own modules, since these import PyTorch, which takes seconds.
+# The reader imports clipfast.data.rows without clipfast/data/__init__.py, which imports PyTorch and so takes seconds.
 PROGRAM = """
 import sys, types
 for name, folder in zip(("clipfast", "clipfast.data"), sys.argv[1:]):

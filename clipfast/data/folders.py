@@ -125,7 +125,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _scan(file: BinaryIO, name: str) -> tuple[Extents, dict[str, int]]:
-    """Return the extents of the lines in the list of a folder's images.
+    """Return begin and length of each line in the list of a folder's images, as ``Format.scan``.
 
     Raises:
         ValueError: there are no lines.

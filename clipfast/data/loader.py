@@ -47,7 +47,7 @@ class Skipped(NamedTuple):
 
 
 def lost_parts(shards: Iterable[ShardIndex]) -> list[Skipped]:
-    """Return an entry for the list of skipped samples for each damaged part of the shards."""
+    """Return a :class:`Skipped` for each damaged part of the shards, so that the report lists lost pairs too."""
     return [Skipped(os.path.basename(shard.name), LOST, loss) for shard in shards for loss in shard.losses()]
 
 
@@ -215,7 +215,7 @@ class PairBatches(Dataset[Batch]):
         return sum(source.bytes_read for source in self.sources)
 
     def _identities(self, stretch: Stretch) -> set[int]:
-        """Return the identities of all samples of a batch, which no substitute may have."""
+        """Return the identities of all samples of a batch, for ``unique_by``: no substitute may have one of them."""
         return set(self.order.identities_of(stretch).tolist()) if isinstance(self.order, Unique) else set()
 
     def _usable(
@@ -266,7 +266,7 @@ class PairBatches(Dataset[Batch]):
             field(raw, self.unique_by)
         text = caption(raw, self.keyword_prob, random.Random(seed), self.keys)
         data = image_bytes(raw, self.keys)
-        with torch.random.fork_rng(devices=[]):  # the training process keeps its random state
+        with torch.random.fork_rng(devices=[]):  # this process keeps its own random state
             torch.default_generator.manual_seed(seed)
             return self.transform(data), text
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 THREADS = 4
 BATCHES = 64  # look this many batches ahead of the data workers, unless they have more than POSITIONS samples
 POSITIONS = 1 << 16
-PATIENCE = 1.0  # seconds between two looks of a waiting thread
+PATIENCE = 1.0  # seconds after which a thread that waits for room looks again
 
 
 class _Wanted(NamedTuple):

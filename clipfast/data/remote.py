@@ -45,7 +45,7 @@ def file_system_of(name: str) -> tuple[Any, str]:
 
     if not name.startswith(WEB):
         return url_to_fs(name)
-    get_filesystem_class("http")  # raises an ImportError that names the missing package
+    get_filesystem_class("http")  # without aiohttp, this raises an ImportError that names the missing package
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=READ)

@@ -22,7 +22,7 @@ from .names import has_footer
 ARROW_FILE = b"ARROW1"  # magic of Arrow's file format; the stream format, which datasets writes, has none
 ROWS = 32  # number of rows that are in memory at once
 BUFFER = 1 << 20  # bytes of a Parquet column that are read at once
-MAX_MEMORY = 8 << 30  # bytes that the process may take
+MAX_MEMORY = 8 << 30  # bytes of memory that the reader process may take
 
 
 class ContentError(ValueError):
@@ -84,7 +84,7 @@ def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn pyarrow's errors into errors that name the shard, and say what to do."""
+    """Turn pyarrow's errors about a damaged shard into a ContentError that says what to do."""
     import pyarrow
 
     try:

@@ -73,7 +73,7 @@ class _OpenShard:
     extents: Extents
     unit: int
     parse: Callable[[bytes], RawSample]
-    last: int = 0  # number of the last read from this shard
+    last: int = 0  # the count of all reads when this shard was last read
 
 
 def open_sources(
@@ -251,7 +251,7 @@ class ShardSource:
             try:
                 self.shards[shard] = self._completed(self.shards[shard])
             except ShardError as error:
-                if error.kind != "missing shard":  # the shard may be there again later
+                if error.kind != "missing shard":  # a missing shard is tried again, as it may be there later
                     self._refused[shard] = str(error), error.kind
                 raise
         return self.shards[shard]

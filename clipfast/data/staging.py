@@ -46,7 +46,7 @@ COMPRESSED = (".gz", ".bz2", ".xz")
 COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile
 }  # fmt: skip
-BZ2_ERROR = "Invalid data stream"  # the text of bz2's OSError; like the errors of pipes here, it has no errno
+BZ2_ERROR = "Invalid data stream"  # the text by which bz2's OSError is recognised, because it has no errno
 MARKS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated")
 
 NEVER = threading.Event()
@@ -238,7 +238,7 @@ def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
     try:
         return retried(name, attempt)
     except FetchError as error:
-        if not cancelled.get().is_set():  # the shard of a cancelled copy may be good: the end of a process looks alike
+        if not cancelled.get().is_set():  # a cancelled copy fails too, although its shard may be good
             failure.write_text(f"{error.kind}\n{error}", "utf-8", "replace")
         raise
 
@@ -263,7 +263,7 @@ class _Limited:
 
 
 class _Joined:
-    """A stream of the bytes that were already read from a source, followed by the rest of the source."""
+    """A stream of a shard: the bytes that were already read from it, and then the rest."""
 
     def __init__(self, start: bytes, rest: IO[bytes]) -> None:
         self._start, self._rest = start, rest

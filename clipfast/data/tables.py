@@ -46,7 +46,7 @@ def csv_format(own: str, separator: str | None) -> Format:
 
 
 def _separator(own: str, given: str | None, header: str) -> str:
-    """Return the separator of the fields of a CSV shard."""
+    """Choose the field separator of a CSV shard by its header: ``given``, ``own``, or the most frequent candidate."""
     # With a separator that the header lacks, there would be one column, and pairs need two: the separator was given for
     # another table of the run.
     named = next((one for one in (given, own) if one and one in header), None)
@@ -123,7 +123,7 @@ def _reader(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
 
 
 def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tuple[Extents, dict[str, int]]:
-    """Return the extents of the rows of a CSV file after the header, and the lines that belong to no row.
+    """Return begin and length of each row of a CSV file after the header, and the lines that belong to no row.
 
     Raises:
         ValueError: there is no header, or no row below it.
@@ -231,7 +231,7 @@ def _sample(name: str, data: bytes, record: dict[str, Any]) -> RawSample:
 
 
 def _scan_jsonl(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
-    """Return the extents of a shard's samples: the lines of a JSON Lines file that are not empty.
+    """Return begin and length of each sample of a JSON Lines file: of its lines that are not empty.
 
     Raises:
         ValueError: the first line is no JSON object, or a table has no line; empty folders are refused elsewhere.

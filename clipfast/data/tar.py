@@ -242,7 +242,7 @@ def group_members(shard: str, members: Iterable[Member]) -> Iterator[tuple[RawSa
 
 
 def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
-    """Return the extents of the samples in a tar file, in blocks, and the losses by damage, as for :class:`Format`.
+    """Return begin and length of each sample in a tar file, in blocks, and the losses, as ``Format.scan``.
 
     Only the headers are read.
 
@@ -293,7 +293,7 @@ def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
         return member._replace(data=content(target, hops - 1).data)
 
     def parse(data: bytes) -> RawSample:
-        """Return the sample in a stretch of a tar file."""
+        """Return the sample in these bytes of a tar file."""
         for sample, _, _ in group_members(name, map(content, _members(data))):
             return sample
         raise ValueError("there is no sample")

@@ -39,7 +39,7 @@ def try_pair(batches: PairBatches, source: Source, number: int) -> tuple[Any, st
 
 
 class EveryPair(Dataset[list[Skipped]]):
-    """A check of all pairs of ``batches`` as a dataset: each item is the list of unusable pairs in a piece."""
+    """A check of all pairs of ``batches`` as a dataset: each item lists the unusable pairs among ``PIECE`` pairs."""
 
     def __init__(self, batches: PairBatches) -> None:
         self.batches = batches

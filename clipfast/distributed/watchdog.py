@@ -44,7 +44,7 @@ _numbers = itertools.count()  # numbers of this process's watchdogs; a watchdog 
 
 
 class _Place(NamedTuple):
-    """The phase that the main thread of a rank is in, and since when."""
+    """The phase that the main thread of a rank is in, and the time at which it began."""
 
     phase: str
     since: float
@@ -127,7 +127,7 @@ class Watchdog:
         """
         if self.diagnosis:
             return self.diagnosis
-        self._is_armed = False  # the thread stops looking
+        self._is_armed = False  # the thread no longer looks for stuck ranks, because this function does
         with contextlib.suppress(Exception):  # the store may be lost as well
             self._look()
             time.sleep((MISSED + 1) * self.beat)

@@ -58,7 +58,7 @@ class CLIP(nn.Module):
         self.transformer.init_scaled()
 
     def _vision(self) -> Any:
-        """Return a new image tower."""
+        """Return a new image tower of the CLIP model: a vision transformer or a ResNet."""
         config = self.config
         if isinstance(config.vision.layers, int):
             return VisionTransformer(config.vision, config.embed_dim, quick_gelu=config.quick_gelu)

@@ -78,8 +78,8 @@ def has_hooks(module: nn.Module) -> bool:
 def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
     """Return True if a module is of one of the classes ``kinds`` (no subclass), with its ``forward`` and no hooks.
 
-    Then its op may be fused with others instead of calling it. An adapter or FSDP's wrapper has another class, or a
-    hook.
+    A call of such a module does nothing else, so its op may be fused with others. An adapter or FSDP's wrapper has
+    another class, or a hook.
     """
     own = module.__dict__
     return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, HOOKS))

@@ -116,7 +116,7 @@ def _inverse_of_resizing(old: int, new: int, interpolation: str, dtype: torch.dt
     return _known_inverse(old, new, interpolation, dtype, device)
 
 
-# As torch.compiler.assume_constant_result does: torch.compile ignores lru_cache, and would trace the computation.
+# This mark is that of torch.compiler.assume_constant_result. Without it, torch.compile would trace past the cache.
 _inverse_of_resizing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -234,7 +234,7 @@ class _OfManySizes(CLIP):
     """The base of models for images of several sizes, whose image tower is a :class:`NaFlexVision`."""
 
     def _vision(self) -> NaFlexVision:
-        """Return a new image tower.
+        """Return a new NaFlex image tower.
 
         Raises:
             TypeError: the configuration is that of a tower for images of one size.

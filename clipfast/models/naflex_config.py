@@ -60,7 +60,7 @@ class NaFlexConfig(VisionConfig):
 
     @property
     def depth(self) -> int:
-        """The number of blocks."""
+        """The number of blocks of the NaFlex tower."""
         assert isinstance(self.layers, int)
         return self.layers
 

@@ -41,7 +41,7 @@ class Packed:
 
     @property
     def device(self) -> torch.device:
-        """The device of the tensors."""
+        """The device of the packed batch's tensors."""
         return self.order.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -65,7 +65,7 @@ def patch_size_of(patches: Tensor) -> int:
         ValueError: the rows are no square patches of three channels.
     """
     size, numbers = 1, patches.shape[-1]
-    while 3 * size**2 < numbers:  # torch.compile traces this, but not math.isqrt of a size that changes
+    while 3 * size**2 < numbers:  # torch.compile can trace this loop, but not math.isqrt of a dynamic size
         size += 1
     if 3 * size**2 != numbers:
         raise ValueError(f"patches must have rows of P P 3 numbers for a patch size P, got {tuple(patches.shape)}")

@@ -135,7 +135,7 @@ def without_waiting() -> Iterator[None]:
 
 
 def has_values(x: Tensor) -> bool:
-    """Return whether the host can and may read the values of a tensor here."""
+    """Return whether packing may read the values of a tensor on the host now; see :func:`pack_if_shorter`."""
     if _waits or backends.is_traced() or x.__class__ not in backends.PLAIN or x.is_meta:
         return False
     if any(mode.__class__.__name__ in _WITHOUT_VALUES for mode in _get_current_dispatch_mode_stack()):

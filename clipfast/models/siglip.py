@@ -207,7 +207,7 @@ class SigLIPVision(nn.Module):
         if grid != self.trunk.grid_size and min(grid) > 0:
             positions = resize_grid(positions, self.trunk.grid_size, grid)
         keep = draw_kept_patches(len(images), grid, self.patch_dropout, images.device) if self.training else None
-        # The op also adds a class token. Here it is zero, and the output leaves it out.
+        # The patch embedding op also adds a class token. Here it is zero, and the output leaves it out.
         bias: Any = projection.bias
         positions = F.pad(positions + bias, (0, 0, 1, 0))
         if min(grid) > 0:
@@ -281,7 +281,7 @@ class SigLIP(CLIP):
         self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
 
     def _vision(self) -> Any:
-        """Return a new image tower."""
+        """Return a new SigLIP image tower."""
         return SigLIPVision(self.config)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:  # type: ignore[override]

@@ -19,14 +19,14 @@ _TOKENIZER_NOT_SAID = "tokenizer.json beside this file"
 CLEANINGS = ("canonicalize", "lower", "whitespace")  # OpenCLIP's names of the ways to clean texts
 _WORDS = {EXACT: "GELU", TANH: "tanh GELU"}
 
-# For each of timm's names of a size: layers, width, width of a head, and mlp_ratio.
+# This maps timm's name of each size to the number of layers, the width, the width of a head, and mlp_ratio.
 _SIZES = {
     "base": (12, 768, 64, 4.0),
     "large": (24, 1024, 64, 4.0),
     "so400m": (27, 1152, 72, 3.7362),
     "giantopt": (40, 1536, 96, 4.0),
 }
-# The SigLIP towers of timm, and the GELU of each.
+# This maps the names of timm's SigLIP towers to their variant of GELU.
 _TIMM = dict.fromkeys(
     (
         "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_256", "vit_base_patch16_siglip_384",

@@ -23,9 +23,9 @@ NUM_MERGES = 49152 - 256 - 2
 WORD_CACHE_SIZE = 2**17
 
 _SPECIAL_AND_CONTRACTIONS = rf"{START_OF_TEXT}|{END_OF_TEXT}|'s|'t|'re|'ve|'m|'ll|'d"
-# Matches words of lower-case ASCII, for which the standard library's faster engine is enough.
+# This matches words of lower-case ASCII, for which the standard library's ``re``, which is faster, is enough.
 _ASCII_WORD = re.compile(_SPECIAL_AND_CONTRACTIONS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
-# Matches "&" and every character except printable ASCII and white space: ftfy and HTML unescaping change nothing else.
+# This matches "&" and all characters but printable ASCII and white space: ftfy and HTML unescaping change nothing else.
 _NEEDS_CLEANING = re.compile(r"[^\t\n\r -%'-~]")
 
 

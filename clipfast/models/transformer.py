@@ -175,7 +175,7 @@ class Transformer(nn.Module):
 
 
 class Plan(NamedTuple):
-    """The plan of one call of a stack of blocks."""
+    """The plan of one call of a transformer: which blocks run in full, and what the backward pass recomputes."""
 
     recompute: bool | str  # whether the backward pass recomputes blocks; "selective" recomputes only cheap ops
     blocks: Sequence[nn.Module]  # the blocks that compute every row
@@ -405,7 +405,7 @@ def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> 
     return bias_act(F.linear(x, linear.weight), linear.bias, backend=backend)
 
 
-# The dtypes in which the kernels compute, see ``check_float``.
+# The dtypes in which the Triton kernels compute (see ``check_float``); Triton's interpreter has no bfloat16.
 _ON_TRITON = {torch.float32, torch.float16} | (set() if INTERPRET else {torch.bfloat16})
 _WITH_WEIGHTS = (LayerNorm, nn.Linear)
 # The classes of a plain block's modules, in the order of ``plain_parameters``.

@@ -42,7 +42,7 @@ DTYPE_OF = operator.attrgetter("dtype")  # unlike a lambda, it reads the dtype w
 
 
 class Options(NamedTuple):
-    """The numbers and decisions of a block.
+    """The settings of a transformer block.
 
     Attributes:
         heads, causal, scale: of the attention.
@@ -119,7 +119,7 @@ def _new_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]
 
 
 class Function(NamedTuple):
-    """A function of a block with its derivative.
+    """The forward and the backward computation of a transformer block, or of one row of the last block.
 
     Attributes:
         forward: gets the plans, the options, the cast parameters, ``places``, the stream and the branch, and returns
