@@ -311,8 +311,8 @@ def _run_script(path: str) -> None:
     """Run a script as the program of ``clipfast.run``."""
     whole_path = os.path.abspath(path)
     is_source = os.path.isfile(path) and not path.endswith((".pyc", ".pyz", ".zip"))
-    # sys.path[0] is the working directory, as for a module. For a script it must be the script's folder; for a folder
-    # or an archive, runpy adds the entry itself.
+    # sys.path[0] is the working directory here, because clipfast.run was started as a module. For a script it must be
+    # the script's folder; for a folder or an archive, runpy adds the entry itself.
     if not sys.flags.safe_path:
         sys.path[:1] = [os.path.dirname(os.path.realpath(path))] if is_source else []
     if not is_source:

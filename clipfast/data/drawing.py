@@ -22,7 +22,7 @@ from torch import Tensor
 
 PIXEL = 64
 ONE = 4096  # the integer that stands for a cosine of 1
-SIDE = 1024  # side of a picture in the units of places and radii
+SIDE = 1024  # side of a picture in the units in which positions and radii are given
 FRAMES_PER_SIDE = 24
 # The number of pixels that are drawn together: on a CPU they fit into its cache, and they are enough to fill a GPU.
 PIXELS_ON_CPU, PIXELS_ON_GPU = 1 << 16, 1 << 24

@@ -40,7 +40,8 @@ LIGHTEST, DARKEST = 250, 222  # the range of the grey levels of backgrounds
 TURN = 12  # shapes are turned by up to this many degrees to either side
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-KINDS = ("colour", "shape", "binding", "relation", "count", "order")  # kinds of test scenes, in turn
+# The kinds of test scenes; the number of a scene modulo 6 is the index of its kind.
+KINDS = ("colour", "shape", "binding", "relation", "count", "order")
 TRAINED = {"one": 1, "two": 4, "relation": 4, "count": 2}  # kinds of training scenes, and how often each is drawn
 
 

@@ -204,7 +204,7 @@ def decoded(files: list[Tensor], device: torch.device) -> list[Tensor]:
         return images
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # the error does not say which file is the reason
+    except RuntimeError as error:  # the error does not say which file is the reason, so each half is tried by itself
         half = len(files) // 2
         if half:
             return decoded(files[:half], device) + decoded(files[half:], device)

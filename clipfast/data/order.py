@@ -26,7 +26,7 @@ MIX_BLOCK = 1 << 12  # every source has its exact share in each block of this ma
 MAX_SOURCES = 64  # largest number of sources of a mix
 # At least this many batches are filled together, so samples with the same identity can go to different batches.
 MIN_DEALT = 16
-MAX_DRAWS = 16  # attempts to draw replacements for samples whose identity is too frequent
+MAX_DRAWS = 16  # attempts to draw replacements for samples of an identity that has more samples than there are batches
 COMPARED = 1 << 18  # number of identities that are compared at once
 
 _GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -139,7 +139,7 @@ class Order:
         return self.length
 
     def __call__(self, start: int, stop: int) -> Stretch:
-        """Return the samples at the positions from ``start`` up to but without ``stop``."""
+        """Return the samples of the source at positions ``start`` to ``stop - 1`` of this order."""
         parts = []
         while start < stop:
             data_pass, at = divmod(start, self.length)
@@ -216,7 +216,7 @@ class Mix:
         return self.length
 
     def __call__(self, start: int, stop: int) -> Stretch:
-        """Return the samples at the positions from ``start`` up to but without ``stop``."""
+        """Return the samples of the mixed sources at positions ``start`` to ``stop - 1``."""
         if len(self.orders) == 1:
             return self.orders[0](start, stop)
         parts = []
@@ -275,7 +275,7 @@ class Unique:
         return self.batches * self.batch_size
 
     def __call__(self, start: int, stop: int) -> Stretch:
-        """Return the samples at the positions from ``start`` up to but without ``stop``.
+        """Return the samples at positions ``start`` to ``stop - 1`` of the order without equal samples in a batch.
 
         Raises:
             ValueError: there are too few different identities for batches of this size.

@@ -90,7 +90,7 @@ class ReadAhead:
     def _run(self) -> None:
         """Copy shards ahead of their use, until training ends."""
         cancelled.set(self._closed)
-        with contextlib.suppress(ValueError):  # an impossible order: the data workers raise the same error
+        with contextlib.suppress(ValueError):  # the order cannot be computed; the data workers raise the same error
             while (wanted := self._next()) is not None:
                 size = 0
                 with contextlib.suppress(Exception):  # the data worker that needs the shard raises the error again

@@ -20,7 +20,7 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of this process
 PATIENCE = 120.0  # seconds after which no third or later attempt is made
 CONNECT, READ = 10.0, 20.0  # seconds that a web server may take to accept a connection, and to send the next bytes
 WEB = ("http://", "https://")
-BUSY = (408, 429)  # answers of a web server that may change soon
+BUSY = (408, 429)  # HTTP status codes after which another attempt may succeed
 
 log = logging.getLogger("clipfast")
 Found = TypeVar("Found")
@@ -94,7 +94,7 @@ def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fo
         """Call ``attempt``, and return None if the file of the shard does not exist."""
         try:
             return attempt()
-        except Exception as error:  # file systems have errors of their own
+        except Exception as error:  # fsspec's file systems have error classes of their own
             if _is_absent(name, error):
                 return None
             raise

@@ -137,7 +137,7 @@ def _messages(source: Any, size: int) -> int:
 
     source.seek(size - len(ARROW_FILE) - 4)
     footer = size - len(ARROW_FILE) - 4 - int.from_bytes(source.read(4), "little")
-    source.seek(8)  # the file's magic, with its padding
+    source.seek(8)  # this skips the file's magic and its padding
     found = 0
     while source.tell() + 8 < footer:  # the end mark, if there is one, has 8 bytes
         found += ipc.read_message(source).type == "record batch"

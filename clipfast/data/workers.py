@@ -116,8 +116,8 @@ def _first_death(workers: Sequence[BaseProcess]) -> str | None:
         return None
     by_sentinel = {worker.sentinel: worker for worker in workers}
     for _ in range(MAX_INTERRUPTIONS):
-        with contextlib.suppress(RuntimeError):  # PyTorch's own error may be raised here
-            ended = wait(list(by_sentinel), timeout=PATIENCE)  # the pipes of a worker break before it has ended
+        with contextlib.suppress(RuntimeError):  # PyTorch's signal handler may raise its own error here
+            ended = wait(list(by_sentinel), timeout=PATIENCE)  # a worker's pipes break a moment before it has ended
             code = next((code for one in ended if (code := by_sentinel[one].exitcode) != 0), 0)  # type: ignore[index]
             if code == 0:
                 return None

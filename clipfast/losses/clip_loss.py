@@ -177,8 +177,8 @@ class ClipLoss(RankLoss):
     def _distributed_loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
         """Return the contrastive loss of all ranks, whose features are never gathered in whole."""
         if not (self.local_loss or self.gather_with_grad) and isinstance(scale, Tensor) and scale.requires_grad:
-            # _Mean passes on 1/W of the gradient. For features, the sum over W ranks makes up for it; for the scale
-            # nothing does.
+            # The backward pass of _Mean, the mean over W ranks, divides the gradient by W. For features, the sum over
+            # ranks makes up for it; for the scale this factor does.
             scale = scale.view_as(scale)
             scale.register_hook(lambda grad: grad * self.world_size)
         loss = distributed_contrastive_loss(image, text, scale, sizes=[len(image)] * self.world_size)

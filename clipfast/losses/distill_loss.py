@@ -79,7 +79,7 @@ class Options(NamedTuple):
     teacher_dtype: torch.dtype
 
     def logits(self, x: Tensor, y: Tensor, s: Tensor, u: Tensor, v: Tensor, t: Tensor) -> tuple[Logits, Logits]:
-        """Return the logits of student and teacher, with factors in the dtype of the matrix product."""
+        """Return the logits of a distillation's student and teacher, with factors in the dtype of the product."""
         dtype = torch.promote_types(*map(accumulate_dtype, (self.student_dtype, self.teacher_dtype)))
         x, y = (side.to(self.student_dtype).to(dtype) for side in (x, y))
         u, v = (side.to(self.teacher_dtype).to(dtype) for side in (u, v))
@@ -245,8 +245,8 @@ class DistillClipLoss(ClipLoss):
         """Return a distillation's scale with a gradient averaged over ranks, unless each rank has its own loss."""
         if self.local_loss or not scale.requires_grad:
             return scale
-        # Each rank has the gradient of its own rows. Without ``gather_with_grad``, the mean of the losses over ranks
-        # passes on 1/W of the gradient; for features, the sum over ranks makes up for it.
+        # Each rank has the gradient of its own rows. Without ``gather_with_grad``, the mean of the losses over W ranks
+        # divides the gradient by W; for features, the sum over ranks makes up for it, and for the scale this factor.
         factor = 1 if self.gather_with_grad else self.world_size
         return _MeanGradient.apply(scale, factor)  # type: ignore[no-untyped-call]
 

@@ -364,7 +364,7 @@ def _is_watched() -> bool:
 
 
 def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> Tensor:
-    """Call ``function`` under activation checkpointing: the backward pass recomputes it."""
+    """Call a function of a transformer block under activation checkpointing: the backward pass recomputes it."""
     if steps.recompute != "selective":
         if torch.compiler.is_compiling():
             return checkpoint(function, *args, use_reentrant=False)
@@ -384,14 +384,14 @@ def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> T
 
 
 def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return ``x + branch`` and ``norm(x + branch)``; without a branch, ``x`` and ``norm(x)``."""
+    """Return a block's residual stream ``x + branch`` and ``norm(x + branch)``; without one, ``x`` and its norm."""
     if branch is None:
         return x, norm(x)
     return residual_norm(x, branch, norm, fused=is_plain(norm, LayerNorm))
 
 
 def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> Tensor:
-    """Return ``gelu(linear(x))``.
+    """Return ``gelu(linear(x))`` for the MLP of a transformer block.
 
     On a GPU, the activation kernel adds the bias, and its backward pass also sums the bias's gradient. On a CPU this
     would cost another pass over memory, since PyTorch's linear layer adds the bias at no cost.
