@@ -1,4 +1,4 @@
-"""The sizes of a run's batches: as the options say, and as the checkpoint says from which the run goes on."""
+"""The batch sizes of a training run: those of its options, or those of the checkpoint from which it resumes."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from .naflex_options import SEQ_LENS
 from .schedule import Epochs
 from .train_config import TrainConfig
 
-# The options that determine the batches of a budget of tokens, and the names of their values in it.
+# By NaFlex option, the field of ``TokenBudget`` that holds its value.
 BUDGET = {
     "naflex_seq_lens": "seq_lens",
     "naflex_seq_len_probs": "seq_len_probs",
@@ -19,7 +19,8 @@ BUDGET = {
     "naflex_batch_divisor": "divisor",
 }
 PROCESSES = "processes"
-STREAM = BUDGET | {PROCESSES: PROCESSES}  # the entries of a checkpoint's stream for them
+# The entry "stream" of a checkpoint holds the data order. Its keys for the batch sizes of NaFlex are these.
+STREAM = BUDGET | {PROCESSES: PROCESSES}
 
 
 def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:
@@ -49,9 +50,10 @@ def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int
 
 
 def plan_of(config: TrainConfig, world: World, saved: dict[str, Any]) -> BatchPlan:
-    """Return the plan of a run's batches; arguments are those of :func:`whole_batch`.
+    """Return the number of pairs (for NaFlex, of patches too) of each batch of a run, as a ``BatchPlan``.
 
-    A resumed run keeps the batches of all processes together, unless its options change.
+    Arguments are those of :func:`whole_batch`. A resumed run keeps its global batches on any number of processes,
+    unless its options change.
 
     Raises:
         ValueError: a batch cannot be divided among the processes, or the options need batches of one size.
@@ -73,7 +75,7 @@ def plan_of(config: TrainConfig, world: World, saved: dict[str, Any]) -> BatchPl
 
 
 def stream_of(plan: BatchPlan) -> dict[str, Any]:
-    """Return the part of a checkpoint's stream that says how large the batches of the run are."""
+    """Return the batch sizes of a run as the entries that a checkpoint's "stream" has for them."""
     if isinstance(plan, EqualBatches):
         return {"batch_size": plan.largest}
     values = {key: getattr(plan.budget, name) for key, name in STREAM.items()}
@@ -81,7 +83,7 @@ def stream_of(plan: BatchPlan) -> dict[str, Any]:
 
 
 def epochs_in(stream: dict[str, Any]) -> Epochs:
-    """Return the epochs of the run that wrote a checkpoint with this stream, without their number.
+    """Return the epochs of the run that wrote a checkpoint with this "stream"; ``total_steps`` is 0, as it is unknown.
 
     Raises:
         KeyError: the stream lacks an entry.

@@ -1,4 +1,4 @@
-"""The model with its loss, teacher and tokenizer, and the device that the options of a run ask for."""
+"""Build the model of a training run, its loss, teacher and tokenizer, and choose its device, as the options say."""
 
 import functools
 from collections.abc import Callable
@@ -46,12 +46,11 @@ def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
 
 
 def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device, world: World = ALONE) -> CLIP:
-    """Build the model of a run on ``device``, in training mode, and compile it if that is asked for.
+    """Build the model of a run on ``device``, in training mode, and compile it if ``--torchcompile`` is given.
 
-    FSDP2 compiles its blocks later.
-
-    ``saved`` is the entry ``clipfast`` of the checkpoint that the run continues, if there is one. Its model
-    configuration replaces ``config.model``. The weights of the checkpoint are loaded later.
+    With FSDP2, the blocks are compiled when they are sharded. ``saved`` is the entry ``clipfast`` of the checkpoint
+    that the run continues, if there is one. Its model configuration replaces ``config.model``. The weights of the
+    checkpoint are loaded later.
 
     Raises:
         ValueError: the model is unknown, or its configuration or weights cannot be used.
@@ -60,14 +59,14 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
     selective = config.selective_checkpointing
     model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
     if config.torchcompile and not is_sharded(config, world):
-        # Each patch size is compiled by itself, and in micro-batches a second time, without gradients.
+        # PyTorch compiles the model for each patch size, and again for the passes of micro-batches without gradients.
         torch._dynamo.config.recompile_limit += 2 * len(config.naflex_patch_sizes)
         model.compile(fullgraph=True, backend=config.torchcompile_backend, mode=config.torchcompile_mode)
     return model
 
 
 def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device) -> CLIP:
-    """Build the model of a training run as :func:`build_model` does, without torch.compile, locks or a change of mode.
+    """Build the model of a training run, with its locked towers, but without torch.compile and checkpointing.
 
     On the device "meta", the model takes no memory, and weights are neither downloaded nor read.
     """
@@ -98,10 +97,10 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
 
 
 def _set_seq_len(config: TrainConfig, model: CLIP) -> None:
-    """Let the model be evaluated with the longest of ``--naflex-seq-lens``, in the run and after it.
+    """Set the number of patches with which a NaFlex model is evaluated to the longest of ``--naflex-seq-lens``.
 
     Raises:
-        ValueError: it is no NaFlex model.
+        ValueError: the model is no NaFlex model.
     """
     visual: nn.Module = model.visual
     if not isinstance(visual, NaFlexVision):
@@ -178,7 +177,7 @@ def build_loss(config: TrainConfig, model: CLIP, world: World = ALONE) -> Callab
 
 
 def _of_equal_parts(ranks: int, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Return the training loss of this rank's pairs. All ranks have equally many, so no sizes are exchanged."""
+    """Return the distributed contrastive loss of this rank's pairs; as all ranks have equally many, sizes are known."""
     return distributed_contrastive_loss(image, text, logit_scale, sizes=[len(image)] * ranks)
 
 
@@ -212,7 +211,7 @@ class Distillation:
         student: the model that is trained.
         device: device of student and teacher; on "meta" the teacher's weights are not read.
         world: the processes.
-        autocast: makes the context of the teacher's forward pass.
+        autocast: returns the autocast context of the teacher's forward pass.
 
     Raises:
         ValueError: there is no such teacher, or its inputs are not the student's.
@@ -232,7 +231,7 @@ class Distillation:
             registered(config.distill_model), config.distill_pretrained, device=device, backend=config.backend,
             cache_dir=config.cache_dir, load_weights=device.type != "meta", force_patch_dropout=None,
         ).eval().requires_grad_(False)  # fmt: skip
-        self.teacher.pack_text = config.pack_text  # a teacher has CLIP's text tower
+        self.teacher.pack_text = config.pack_text  # a teacher is a CLIP model, whose text tower can pack texts
         inputs = [
             ("texts of", student.context_length, self.teacher.context_length),
             ("a vocabulary of", student.config.text.vocab_size, self.teacher.config.text.vocab_size),
@@ -252,12 +251,12 @@ class Distillation:
         self._autocast = autocast
         self._loss = DistillClipLoss(
             local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.size
-        )  # the mean of its gradients over the ranks is the gradient of the whole batch
+        )  # with these flags, the gradients averaged over the ranks are those of the whole batch
         self._targets: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def look(self, images: Images, texts: Texts, size: int) -> None:
-        """Let the teacher encode the batch of the next training step, in parts of ``size`` pairs."""
+        """Compute the teacher's features of the batch of the next training step, ``size`` pairs at a time."""
         assert self._autocast is not None
         with self._autocast():
             parts = [self.teacher(*part)[:2] for part in micro_batches(images, texts, size)]
@@ -265,7 +264,7 @@ class Distillation:
         self._targets = image_features, text_features, self.teacher.logit_scale.exp()
 
     def __call__(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        """Return the loss of the student's outputs for the batch that the teacher encoded last."""
+        """Return the distillation loss of the student's features of the batch that :meth:`look` was given last."""
         assert self._targets is not None
         contrastive, distill = self._loss(image_features, text_features, logit_scale, *self._targets)
         return contrastive + distill

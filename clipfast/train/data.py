@@ -1,4 +1,4 @@
-"""The training data of a run: its pairs, the batches of each epoch, and how many pairs may be unusable."""
+"""The training data of a run: its pairs, their order and batches, and the limit on pairs that cannot be used."""
 
 import collections
 import dataclasses
@@ -54,13 +54,13 @@ from .option_checks import KEY_OPTIONS, flag_name
 from .schedule import Epochs
 from .train_config import AUGMENTATIONS, TrainConfig
 
-BY_CHANCE = 1e-3  # upper bound of the probability that one check stops a run whose share of bad pairs is at the limit
-NO_FILES = Keys((), ())  # to read a sample without the files that it names
-ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
+BY_CHANCE = 1e-3  # probability that a check stops a run by chance, if its share of bad pairs is just the allowed one
+NO_FILES = Keys((), ())  # keys with which a sample is read without its image and its caption
+ORDER = 2  # version of the order of pairs; a run cannot resume from the middle of an epoch of another version
 
 
 class TrainingData:
-    """The training data of a run: its pairs and their batches, in an order that the data and the seed determine.
+    """The training data of a run: its pairs and batches, in an order that only the data and the seed determine.
 
     The batches of all epochs form one sequence. An epoch need not be a whole number of batches.
 
@@ -72,12 +72,12 @@ class TrainingData:
     Attributes:
         shards: the names of all shards.
         sizes: the number of pairs in each shard.
-        content: a checksum of all properties of the shards on which the order depends.
-        epochs: the epochs of the run, as numbers of steps.
+        content: a checksum of all properties of the shards on which the order of the pairs depends.
+        epochs: the steps with which each epoch of the run begins and ends.
         total_steps: the number of steps of the run.
         batch_size: number of pairs of all processes together in the largest batch.
-        is_drawn: whether all pairs are synthetic and of one size; then the device draws their images.
-        damaged: the shards that are known to have lost parts.
+        is_drawn: whether all pairs are synthetic and of one size; then the training device draws their images.
+        damaged: the shards that are known to have lost pairs.
 
     Raises:
         ValueError: a shard is missing, a shard has lost too much, or the shards hold less than one batch.
@@ -114,7 +114,7 @@ class TrainingData:
             alike = [identities(source, config.unique_by, config.keys()) for source in self.sources]
             self.order = Unique(mix, alike, plan.largest)
             for numbers in alike:
-                content.update(np.ascontiguousarray(numbers, "<u8").data)  # on most machines, without a copy
+                content.update(np.ascontiguousarray(numbers, "<u8").data)  # copies only on big-endian machines
         self.content = content.hexdigest()
         unit: Unit = "tokens" if config.naflex_num_train_image_tokens else "pairs"
         length = config.naflex_num_train_image_tokens or config.train_num_samples or len(self.order)
@@ -123,7 +123,7 @@ class TrainingData:
         self.epochs = Epochs(length, plan, self.total_steps, unit)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the order of the training data depends on."""
+        """Return everything on which the order of the training pairs depends: the entry "stream" of a checkpoint."""
         keys = ["train_data", "train_data_upsampling_factors", "dataset_resampled", "seed", "unique_by"]
         if self.config.use_naflex:
             keys.append("naflex_num_train_image_tokens")
@@ -154,7 +154,9 @@ class TrainingData:
         return pair_loader(batches, first, self.total_steps, workers, pin_memory=pin_memory, local_ranks=ranks)
 
     def names(self, number: int) -> list[str]:
-        """Return shard and key of each training pair in this rank's part of a batch; the place, if it cannot be read.
+        """Return the name (shard and key) of each training pair in this rank's part of a batch.
+
+        A pair that cannot be read is named by its shard and position.
 
         Args:
             number: number of the batch, from 0.
@@ -221,7 +223,7 @@ def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_
 
 
 def validation_set(config: TrainConfig) -> LabelledSet | None:
-    """Return the validation pairs of a run, whose keys and columns may differ from the training data's, or None."""
+    """Return the labelled set of ``--val-data``, or None; it is read by the keys of training, then by default ones."""
     if config.val_data is None or config.val_frequency == 0:
         return None
     given = config.keys()
@@ -230,7 +232,7 @@ def validation_set(config: TrainConfig) -> LabelledSet | None:
 
 
 def parts(config: TrainConfig) -> list[str]:
-    """Return the sources of a mix of training data; without factors, all shards form one source."""
+    """Return the parts of ``--train-data`` that '::' joins if they have upsampling factors, otherwise all as one."""
     factors, named = config.train_data_upsampling_factors, config.train_data.split("::")
     if factors and len(factors) != len(named):
         raise ValueError(
@@ -241,14 +243,14 @@ def parts(config: TrainConfig) -> list[str]:
 
 
 def _refuse_changes(config: TrainConfig) -> None:
-    """Refuse options that change images or captions if the data are synthetic pairs, which the device draws."""
+    """Raise ValueError if options would change images or captions of synthetic pairs, which the device draws."""
     given = [flag_name(key) for key in (*AUGMENTATIONS, "aug_cfg", *KEY_OPTIONS) if getattr(config, key)]
     if given:
         raise ValueError(f"{', '.join(given)}: synthetic pairs are drawn on the device as they are: leave it out")
 
 
 def _refuse_less_than_a_batch(pairs: int, config: TrainConfig, plan: BatchPlan) -> None:
-    """Refuse training data that hold less than one batch, or epochs that are shorter than one."""
+    """Raise ValueError if the training data, or an epoch of the options, are smaller than one batch."""
     if pairs < plan.largest:
         option = "--naflex-max-tokens-per-batch" if config.use_naflex else "--batch-size"
         raise ValueError(
@@ -265,9 +267,9 @@ def _refuse_less_than_a_batch(pairs: int, config: TrainConfig, plan: BatchPlan) 
 
 
 def _damaged(sources: Sequence[Source], limit: float) -> list[ShardIndex]:
-    """Return the damaged training shards, and refuse them if they have lost too much.
+    """Return the training shards that have lost pairs to damage.
 
-    A shard that is cut short has lost an unknown number of pairs, which are not counted.
+    Pairs beyond the end of a truncated shard are not counted, since their number is unknown.
 
     Raises:
         ValueError: more than the share ``limit`` of all pairs is lost.
@@ -287,9 +289,9 @@ def _damaged(sources: Sequence[Source], limit: float) -> list[ShardIndex]:
 class SkipBudget:
     """Counts the pairs that training has seen and skipped, by reason, and stops the run when too many were skipped."""
 
-    limit: float  # largest share of skipped pairs
-    listed_in: Path  # the file that lists the skipped pairs, for the error
-    doctor: str  # the command that lists all bad pairs, for the error
+    limit: float  # the largest allowed share of skipped pairs (--max-bad-fraction)
+    listed_in: Path  # the file with the skipped pairs, which the error message names
+    doctor: str  # the command that finds all bad pairs, which the error message names
     seen: int = 0
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
@@ -299,14 +301,14 @@ class SkipBudget:
         return self.kinds.total()
 
     def is_exceeded_by(self, skipped: int) -> bool:
-        """Return True if more of the training pairs were skipped than ``limit`` allows, chance set aside.
+        """Return True if ``skipped`` of the pairs seen so far show that the training data have too many bad pairs.
 
-        The bad share of the first few pairs may exceed the limit by chance. This returns True only where, by Chernoff's
-        bound, data at the limit would have so many bad pairs with a probability of less than ``BY_CHANCE``.
+        The bad share of the first few pairs may exceed the limit by chance. This returns True only if, by Chernoff's
+        bound, data with just the allowed share would have so many bad pairs with a probability below ``BY_CHANCE``.
         """
         if skipped <= self.limit * self.seen or self.limit == 0:
             return skipped > self.limit * self.seen
-        bad = min(1.0, skipped / self.seen)  # with several ranks, the last pairs may be counted twice
+        bad = min(1.0, skipped / self.seen)  # it could be above 1, since ranks may count their last bad pairs twice
         good = 1 - bad
         divergence = bad * math.log(bad / self.limit) + (good * math.log(good / (1 - self.limit)) if good else 0.0)
         return math.exp(-self.seen * divergence) < BY_CHANCE

@@ -7,7 +7,7 @@ from .option_checks import option
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """The first options of :class:`clipfast.train.TrainConfig`."""
+    """The options of :class:`clipfast.train.TrainConfig` about the source of the pairs."""
 
     train_data: str = option(
         "", "pairs: WebDataset shards (.tar, .tar.gz), Parquet or Arrow files, tables (.csv, .tsv, .jsonl) whose lines "

@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights, which often is a better model than the last weights are."""
+"""``--ema-decay``: the exponential moving average (EMA) of weights, often a better model than the last weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from ..checkpoints.checkpoint import check_weights, plain_names
 from ..distributed.dtensors import fill, to_local
 from ..models import CLIP
 
-TOGETHER = 16  # tensors that are averaged in one call, which holds the changes of all of them in memory
+TOGETHER = 16  # number of tensors that one foreach call updates; more need more memory, since it holds all differences
 
 
 class WeightAverage:
@@ -20,9 +20,9 @@ class WeightAverage:
     fit averaged weights. Integer tensors, such as BatchNorm's count, are taken from the model without averaging.
 
     Args:
-        model: the model, whose state dict must keep its tensors.
-        decay: weight of the average so far, from 0 to 1. After ``n`` steps it is at most (1 + n) / (10 + n), so that
-            the weights that training began with are soon forgotten.
+        model: the model; its parameters and buffers must be changed in place, since the average refers to them.
+        decay: weight of the average so far in each update, from 0 to 1. After ``n`` steps it is at most
+            (1 + n) / (10 + n), so that the initial weights soon count for little.
     """
 
     def __init__(self, model: CLIP, decay: float) -> None:
@@ -33,23 +33,24 @@ class WeightAverage:
             name: value for name, value in model.state_dict().items() if name in changing and value.is_floating_point()
         }
         self.averages = {name: value.detach().float().clone() for name, value in self._live.items()}
-        self._devices = {value.device for value in self.averages.values()}  # FSDP2 may keep some in the host's memory
+        self._devices = {value.device for value in self.averages.values()}  # FSDP2 may keep shards in the host's memory
 
     @property
     def nbytes(self) -> int:
-        """The memory that the moving average of the trained weights takes."""
+        """The memory of the moving average of the weights, in bytes."""
         return sum(average.nbytes for average in self.averages.values())
 
     @torch.no_grad()
     def update(self, steps: int, skipped: Tensor) -> None:
-        """Take the trained weights into the moving average after ``steps`` steps, which count from 1.
+        """Update the moving average by the current weights; ``steps`` is the number of finished training steps.
 
-        ``skipped`` is 1 if the last step changed no weight; the average then stays as it is. Otherwise it is 0.
+        ``skipped`` is a scalar tensor: 1 if the last step changed no weight, so that the average must not change
+        either; otherwise 0.
         """
         decay = min(self.decay, (1 + steps) / (10 + steps))
         share = (1 - decay) * (1 - skipped)
         if self._devices != {share.device}:
-            share = share.cpu()  # a scalar on the CPU can be combined with tensors of any device
+            share = share.cpu()  # a 0-dimensional CPU tensor can be multiplied with tensors on any device
         averages, live = _locals(self.averages), _locals(self._live)
         for start in range(0, len(averages), TOGETHER):
             some = averages[start : start + TOGETHER]
@@ -71,11 +72,11 @@ class WeightAverage:
                 torch._foreach_copy_(live, trained)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the whole state of the trained model with the moving average in it."""
+        """Return the model's state dict with the moving averages in place of the tensors that are averaged."""
         return {name: self.averages.get(name, value) for name, value in self.model.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
-        """Restore the moving average from a state of :meth:`state_dict`; without one, copy the trained weights.
+        """Load the moving average from a result of :meth:`state_dict`; None copies the current weights.
 
         Raises:
             CheckpointError: the state does not fit the model.
@@ -88,5 +89,5 @@ class WeightAverage:
 
 
 def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the parts of trained tensors that this process holds; some may be DTensors of FSDP2."""
+    """Return the part of each weight that this process holds: the local shard of an FSDP2 DTensor, or all of it."""
     return [to_local(value) for value in tensors.values()]

@@ -27,7 +27,7 @@ def is_sharded(config: TrainConfig, world: World) -> bool:
 
 
 def blocks_of(model: CLIP) -> list[nn.Module]:
-    """Return the parts of a model whose sharded weights FSDP2 gathers one after the other."""
+    """Return the modules that become FSDP2 units: all transformer blocks, and the stages of a ResNet."""
     blocks: list[nn.Module] = [part for part in model.modules() if isinstance(part, ResidualAttentionBlock)]
     visual: nn.Module = model.visual
     if isinstance(visual, ModifiedResNet):
@@ -36,7 +36,7 @@ def blocks_of(model: CLIP) -> list[nn.Module]:
 
 
 def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
-    """Shard the weights of ``model`` in place over the ranks of ``mesh``, and compile its blocks if that is asked for.
+    """Shard the weights of ``model`` in place over the ranks of ``mesh``, after compiling its blocks (--torchcompile).
 
     The arithmetic stays that of DistributedDataParallel: autocast chooses the precision, and gradients are summed in
     float32.
@@ -52,16 +52,16 @@ def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
     compiler: Any = {"backend": config.torchcompile_backend, "mode": config.torchcompile_mode}
     for block in blocks_of(model):
         if config.torchcompile:
-            # The hooks that gather the weights run outside of the compiled code.
+            # Only ``forward`` is compiled, so FSDP2's hooks, which gather the weights, run outside of compiled code.
             block.forward = torch.compile(block.forward, fullgraph=True, **compiler)
         fully_shard(block, reshard_after_forward=_reshards(config), **options)
-    # The weights outside of the blocks are needed again as soon as the backward pass begins, so they stay gathered.
+    # Weights outside of the blocks, such as projections, stay gathered: the backward pass begins with some of them.
     fully_shard(model, reshard_after_forward=False, ignored_params=set(_scalars(model)), **options)
     _gather_for_direct_calls(model)
 
 
 def _gather_for_direct_calls(model: CLIP) -> None:
-    """Let the encoders gather the weights when they are called, except by the forward pass, which has gathered them.
+    """Let ``encode_image`` and ``encode_text`` gather FSDP2's weights if they are called directly, not by ``forward``.
 
     If an encoder gathered them within the forward pass too, PyTorch would free the weights at the end of the encoder,
     and gather them again for the backward pass.
@@ -72,7 +72,7 @@ def _gather_for_direct_calls(model: CLIP) -> None:
     forward = model.forward
 
     def whole_forward(*args: Any, **options: Any) -> Any:
-        """Run the forward pass of training, in which the encoders do not gather the sharded weights again."""
+        """Run the model's forward pass, in which the encoders do not gather the weights again."""
         nonlocal running
         running = True
         try:
@@ -81,7 +81,7 @@ def _gather_for_direct_calls(model: CLIP) -> None:
             running = False
 
     def chosen(plain: Callable[..., Tensor], gathering: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a function that gathers the sharded weights unless the forward pass is running."""
+        """Return an encoder that calls ``gathering``, or ``plain`` while the model's forward pass is running."""
         return lambda *args, **options: (plain if running else gathering)(*args, **options)
 
     for name in ("encode_image", "encode_text"):
@@ -92,17 +92,17 @@ def _gather_for_direct_calls(model: CLIP) -> None:
 
 
 def _reshards(config: TrainConfig) -> bool:
-    """Return True if FSDP2 frees a block's weights of other ranks between its forward and its backward pass."""
+    """Return True if FSDP2 frees a block's gathered weights between its forward and its backward pass."""
     return not config.fsdp_no_reshard_after_forward
 
 
 def _scalars(model: nn.Module) -> list[nn.Parameter]:
-    """Return the scalar parameters of a trained model, which FSDP2 does not shard."""
+    """Return the scalar parameters of a model (logit scale and bias), which FSDP2 does not shard."""
     return [parameter for parameter in model.parameters() if parameter.ndim == 0]
 
 
 def exchange_scalars(model: nn.Module, world: World) -> None:
-    """Average the gradients of trained scalars, which FSDP2 does not reduce, over the ranks."""
+    """Average the gradients of logit scale and logit bias over the ranks, which FSDP2 does for other weights only."""
     gradients = [parameter.grad for parameter in _scalars(model) if parameter.grad is not None]
     if gradients:
         means = world.mean(torch.stack([gradient.float() for gradient in gradients]))
@@ -112,7 +112,7 @@ def exchange_scalars(model: nn.Module, world: World) -> None:
 
 @contextlib.contextmanager
 def unsharded(config: TrainConfig, model: nn.Module) -> Iterator[None]:
-    """Gather all trained weights of FSDP2 on every rank while the context lasts; forward passes then send nothing.
+    """Gather all weights that FSDP2 has sharded on every rank while the context lasts; forward passes send nothing.
 
     Ranks may then compute different numbers of forward passes, or none. All ranks must enter and leave the context
     together.
@@ -128,5 +128,5 @@ def unsharded(config: TrainConfig, model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for part in parts:
-            part.reshard()  # weights may change before the next forward pass, which would otherwise use the old ones
+            part.reshard()  # the next forward pass must gather weights anew, since an optimizer step may come before
             part.set_reshard_after_forward(_reshards(config) and part is not model, recurse=False)

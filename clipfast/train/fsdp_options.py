@@ -1,4 +1,4 @@
-"""Which options work with ``--fsdp``."""
+"""Check which options of ``clipfast train`` work with ``--fsdp``."""
 
 from typing import TYPE_CHECKING
 
@@ -7,17 +7,17 @@ from .option_checks import AUTO, flag_name
 if TYPE_CHECKING:
     from .train_config import TrainConfig
 
-# The updates of these optimizers are elementwise, so they also work on shards of weights.
+# These optimizers update each element of a weight by itself, so they also work on FSDP2's shards of weights.
 FSDP_OPTIMIZERS = (
     "adamw", "adam", "nadam", "nadamw", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "asgd", "sgd",
 )  # fmt: skip
 
 
 def check_fsdp(config: "TrainConfig") -> None:
-    """Refuse training options that do not work with FSDP2, and options that mean nothing without it.
+    """Check that the training options work with FSDP2 if ``--fsdp`` is given, and do not need it otherwise.
 
     Raises:
-        ValueError: an option is refused; the message names it, and the option to leave out.
+        ValueError: an option does not; the message names it, and the option to leave out.
     """
     parts = [name for name in ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu") if getattr(config, name)]
     if not config.fsdp and parts:

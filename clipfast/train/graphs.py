@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: the host starts one graph in place of a thousand kernels."""
+"""Run training steps as CUDA graphs: the host launches one graph in place of a thousand kernels."""
 
 import contextlib
 import functools
@@ -55,7 +55,7 @@ def graphed(step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 8) -> Ca
 
 
 class _Captured(NamedTuple):
-    """A captured step: the tensors that it reads, the function that replays it, and the results that this writes."""
+    """A training step that was captured as a CUDA graph: its input tensors, its ``replay``, and its result tensors."""
 
     inputs: list[Tensor]
     replay: Callable[[], None]
@@ -63,7 +63,7 @@ class _Captured(NamedTuple):
 
 
 class _Graphed:
-    """The function that :func:`graphed` returns."""
+    """The callable that :func:`graphed` returns: ``step`` with a CUDA graph for each set of argument shapes."""
 
     def __init__(self, step: Callable[..., Any], warmup: int, max_graphs: int) -> None:
         self.step, self.warmup, self.max_graphs = step, warmup, max_graphs
@@ -72,9 +72,9 @@ class _Graphed:
         self._captures: Captures | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the step, and return its results without gradients."""
+        """Run the training step, by its CUDA graph if there is one, and return copies of its results."""
         leaves, structure = tree_flatten((args, kwargs))
-        inputs = _check(leaves)
+        inputs = _tensors_of(leaves)
         device = inputs[0].device
         if device.type != "cuda":
             return _copied(self.step(*args, **kwargs), Tensor.detach)
@@ -96,14 +96,14 @@ class _Graphed:
         return _copied(graph.results, Tensor.clone)
 
     def _is_to_capture(self, key: Any) -> bool:
-        """Count a call of the training step; return True if it is warm for these arguments and may have a graph."""
+        """Count a call with these argument shapes; return True if it is warmed up and there may be another graph."""
         self._calls[key] += 1
         if self._calls[key] == self.warmup + 1 and len(self._graphs) >= self.max_graphs:
             log.warning(f"arguments of another shape run without a CUDA graph: there are {self.max_graphs} graphs")
         return self._calls[key] > self.warmup and len(self._graphs) < self.max_graphs
 
     def _capture(self, captures: "Captures", leaves: list[Any], structure: TreeSpec) -> _Captured:
-        """Capture the training step on copies of its arguments."""
+        """Capture the training step as a CUDA graph that reads copies of its arguments."""
         if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
             raise ValueError("a CUDA graph would keep autocast's first copies of the weights: enter it within the step")
         static = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
@@ -112,8 +112,8 @@ class _Graphed:
         return _Captured([x for x in static if isinstance(x, Tensor)], replay, _copied(results, Tensor.detach))
 
 
-def _check(leaves: list[Any]) -> list[Tensor]:
-    """Return the tensors among the arguments of a training step; refuse what a graph would not read again."""
+def _tensors_of(leaves: list[Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of a training step; raise an error if a CUDA graph cannot take them."""
     inputs = [x for x in leaves if isinstance(x, Tensor)]
     for x in leaves:
         if x is not None and not isinstance(x, (Tensor, bool, str)):
@@ -129,7 +129,7 @@ def _check(leaves: list[Any]) -> list[Tensor]:
 
 
 def _copied(results: Any, copy: Callable[[Tensor], Tensor]) -> Any:
-    """Return the results of a training step's graph, with a copy of each tensor."""
+    """Return the results of a training step, with ``copy`` applied to each tensor, which the next replay overwrites."""
     return copy(results) if isinstance(results, Tensor) else tree_map_only(Tensor, copy, results)
 
 
@@ -145,7 +145,7 @@ class Captures:
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        """Run what is in this context on the stream of captured training steps; they cannot be on the default one."""
+        """Run this context on the stream of the captures, as capturing is impossible on the default stream."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -153,10 +153,10 @@ class Captures:
         current.wait_stream(self._stream)
 
     def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Capture ``call``, which has run before; return a function that replays it, and the results that this writes.
+        """Capture ``call``, which has run before, as a CUDA graph; return its replay, and the results that it writes.
 
-        A capture that fails leaves PyTorch's allocator, its random numbers and the current stream in the middle of a
-        capture. This method ends such a capture, so that the next one works.
+        A capture that fails leaves PyTorch's allocator, its random number generator and the current stream in the
+        state of a capture. This method ends that state, so that the next capture works.
 
         Raises:
             Exception: the call cannot be captured; PyTorch says why.
@@ -174,7 +174,8 @@ class Captures:
     def _capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Capture one call of a training step as a CUDA graph."""
         # Without a device and a stream, PyTorch captures on the current GPU, which may not be the GPU of the arguments.
-        # The capture forbids certain CUDA calls in this thread only: that of a data loader pins memory meanwhile.
+        # "thread_local" forbids CUDA calls such as allocations in this thread only, since the data loader's thread pins
+        # memory at the same time.
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self.device),
@@ -184,17 +185,17 @@ class Captures:
         return graph.replay, results
 
     def _end_failed(self, current: torch.cuda.Stream) -> None:
-        """Leave the state of a failed capture of a training step, so that the next capture works."""
+        """End a failed capture of a training step, so that PyTorch can capture again."""
         torch.cuda.set_stream(current)
         with contextlib.suppress(RuntimeError):
-            # The call raises an error if the allocator has left the pool already.
+            # This raises an error if the allocator no longer allocates into the pool of the capture.
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
         self._renew()
         torch.cuda.synchronize(self.device)
-        # The random number generator stays in the failed capture until another capture succeeds.
+        # A small capture that succeeds resets the random number generator, which is still in the failed capture.
         self._capture(lambda: torch.zeros(1, device=self.device))
         torch.cuda.synchronize(self.device)
 
     def _renew(self) -> None:
-        """Make a new memory pool and stream for the graphs of training steps."""
+        """Make a new memory pool and a new stream for captures of training steps."""
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)

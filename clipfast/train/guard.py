@@ -1,8 +1,9 @@
 """The guard against gradients that are not finite: it skips their steps on all ranks or on none, and records them.
 
-The verdict needs no communication of its own. A loss that is not finite makes its rank's gradients NaN. The mean of the
-ranks' gradients then is NaN on all ranks, so all ranks find the same norm and decide the same. The verdict stays on the
-device, where fused Adam and AdamW read it. Other optimizers cannot read it there, so the host waits for it.
+The verdict on a step, whether it is skipped, needs no communication of its own. A loss that is not finite makes its
+rank's gradients NaN. The mean of the ranks' gradients then is NaN on all ranks, so all ranks find the same norm and
+decide the same. The verdict stays on the device, where fused Adam and AdamW read it. Other optimizers cannot read it
+there, so the host waits for it.
 """
 
 import collections
@@ -34,7 +35,7 @@ NAMED = 5  # a message names at most this many of the parameters whose gradients
 
 
 class Figures(NamedTuple):
-    """The figures of a training step, as Python numbers on the host.
+    """The metrics of one training step, as Python numbers on the host.
 
     Attributes:
         loss: the loss of this rank's pairs.
@@ -59,8 +60,8 @@ class Guard:
         grad_clip_norm: largest norm of the gradient; None does not clip it.
 
     Attributes:
-        waits: whether the host waits for each verdict.
-        figures: the figures of the last step, as float32 on the device, in the order of :class:`Figures`. Each step
+        waits: whether the host waits for the verdict on each step.
+        figures: the metrics of the last step, [4] float32 on the device, in the order of :class:`Figures`. Each step
             writes to the same tensor, as a CUDA graph must.
         norms: the gradient norm of each parameter in ``names``; each step writes to the same tensor here too.
         names: the names of the trained parameters.
@@ -69,7 +70,7 @@ class Guard:
     def __init__(self, model: CLIP, optimizer: torch.optim.Optimizer, grad_clip_norm: float | None) -> None:
         self.model, self.optimizer, self.grad_clip_norm = model, optimizer, grad_clip_norm
         device = model.logit_scale.device
-        # If weights are on the host, the host waits: an optimizer on the host would not wait for the GPU's verdict.
+        # If weights are in the host's memory, their optimizer runs there, and must wait for the verdict from the GPU.
         devices = {to_local(parameter).device for group in optimizer.param_groups for parameter in group["params"]}
         self.waits = not takes_verdict(optimizer) or devices != {device}
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -87,13 +88,13 @@ class Guard:
         return self.figures[Figures._fields.index("skipped")]
 
     def begin(self) -> None:
-        """Copy the running statistics of BatchNorm, which the forward pass of a training step changes."""
+        """Save the running statistics of BatchNorm before a training step, whose forward pass changes them."""
         for before, buffer in zip(self._before, self._statistics, strict=True):
             before.copy_(buffer)
 
     @torch.no_grad()
     def judge(self, loss: Tensor) -> None:
-        """Compute the figures of a training step from its loss and the gradients in ``.grad``, and clip these."""
+        """Compute the metrics of a training step from its loss and the gradients in ``.grad``; clip the gradients."""
         gradients = [parameter.grad for parameter in self._parameters]
         norms = iter(self._norms_of([gradient for gradient in gradients if gradient is not None]))
         zero = self.norms.new_zeros(())
@@ -106,7 +107,7 @@ class Guard:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take the training step that was judged, or restore the running statistics that its forward pass changed."""
+        """Run the optimizer step if the gradient is finite, or restore BatchNorm's statistics from before the step."""
         if not self.waits:
             self.optimizer.found_inf = self.skipped  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -123,14 +124,14 @@ class GuardedLoss:
 
     Attributes:
         loss: the loss.
-        scale: returns the factor on the gradients, but not on the loss, for the number of pairs of this process.
+        scale: maps the number of pairs of this process to a factor on the gradients, which the loss does not get.
     """
 
     loss: Callable[..., Tensor]
     scale: Callable[[int], float] | None = None
 
     def __call__(self, *outputs: Any) -> Tensor:
-        """Return the loss of a model's outputs, whose gradients are NaN if it is not finite."""
+        """Return the loss of a model's outputs; its gradients become NaN if it is not finite."""
         value = self.loss(*outputs)
         if value.requires_grad:
             poison, factor = 0 * value.detach(), 1.0 if self.scale is None else self.scale(len(outputs[0]))
@@ -144,13 +145,14 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norm of each gradient in training; for a DTensor of FSDP2, over its shards on all ranks."""
+    """Return the norm of each gradient of a training step; for FSDP2's DTensors, over the shards of all ranks."""
     norms = norms_of(list(map(to_local, gradients)))
     cut = [place for place, gradient in enumerate(gradients) if is_dtensor(gradient)]
     if cut:
         like: Any = gradients[cut[0]]  # FSDP2 shards all gradients over the same mesh
         mesh = like.device_mesh
-        # The parts may lie on the host, and the square of a large number is beyond float32.
+        # The norms may be in the host's memory, and go to the device that can communicate. Squares of large norms
+        # overflow in float32.
         squares = torch.stack([norms[place] for place in cut]).to(mesh.device_type, torch.float64).square_()
         for dimension, placement in enumerate(like.placements):
             if placement.is_shard():
@@ -161,7 +163,7 @@ def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Step(NamedTuple):
-    """A step whose verdict may still be on its way from the device."""
+    """A finished training step whose metrics may still be on their way from the GPU to the host."""
 
     number: int  # the number of finished steps, including this one
     figures: Tensor
@@ -171,7 +173,7 @@ class _Step(NamedTuple):
 
 
 class SkippedSteps:
-    """Counts the training steps that the guard skipped, records their batches, and stops the run after too many.
+    """Counts the training steps that the guard skipped, records their batches, and stops the run if there are too many.
 
     On a GPU it reads the verdict on a step one step later, so that the host does not wait for the step itself. All
     ranks call the same methods in the same order, and get the same verdicts.
@@ -193,7 +195,7 @@ class SkippedSteps:
         self._pending: collections.deque[_Step] = collections.deque()
 
     def __call__(self, batch: Batch) -> None:
-        """Note the step that was just finished on ``batch``, and count it once its verdict is known.
+        """Take note of the training step that was just finished on ``batch``, and count steps whose verdict is known.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -207,7 +209,7 @@ class SkippedSteps:
         self.settle(late=0 if ready is None else 1)
 
     def settle(self, late: int = 0) -> None:
-        """Wait for the verdicts on all finished training steps, but for the last ``late`` of them, and count them.
+        """Wait for the verdicts on all finished training steps except the last ``late``, and count skipped steps.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -223,22 +225,22 @@ class SkippedSteps:
             self.progress.skipped_steps += 1
             self.progress.skipped_in_a_row += 1
             self._record(step, figures)
-            # Only a new verdict may stop the run: a run that was stopped here may be resumed with this count and a
-            # higher limit.
+            # The limit is checked only after a newly skipped step, so that a run that was stopped here can resume with
+            # the same count.
             if self.progress.skipped_in_a_row >= self.most:
                 self.world.on_main(self._stop)
 
     def _record(self, step: _Step, figures: Figures) -> None:
-        """Log a skipped training step, and record its batch in the run's folder."""
+        """Collect the pairs of a skipped training step from all ranks, and let rank 0 record them."""
         with self.world.phase("names of a batch"):
             skipped = [sample.name for sample in step.batch.skipped]
             mine = {"loss": figures.loss, "keys": self.data.names(step.number - 1), "unusable": skipped}
-        self.world.meet()  # the ranks need different times to look up the names
+        self.world.meet()  # a barrier, since some ranks may take long to look up the names
         ranks = self.world.gather(mine)
         self.world.on_main(lambda: self._write(step, figures, ranks))
 
     def _write(self, step: _Step, figures: Figures, ranks: Sequence[dict[str, Any]]) -> None:
-        """Write why a training step was skipped into the run's folder and the log."""
+        """Write why a training step was skipped, and its pairs, to ``nonfinite.jsonl`` and to the log."""
         finite = step.norms.isfinite().tolist()
         named = [name for name, is_finite in zip(self.guard.names, finite, strict=True) if not is_finite]
         lost = [str(rank) for rank, found in enumerate(ranks) if not math.isfinite(found["loss"])]
@@ -264,7 +266,7 @@ class SkippedSteps:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return the record of a skipped step with strings in place of infinities and NaN, which JSON cannot hold."""
+    """Return the record of a skipped step with strings in place of infinity and NaN, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _jsonable(one) for key, one in value.items()}
     if isinstance(value, list):

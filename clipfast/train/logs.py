@@ -1,4 +1,4 @@
-"""Log lines in OpenCLIP's format, metrics in the folder of the run, and the meters behind them."""
+"""The log of a training run: lines in OpenCLIP's format, ``metrics.jsonl``, and the measurement of speed and memory."""
 
 import collections
 import contextlib
@@ -39,13 +39,13 @@ class Meters:
 
     Args:
         device: device of the rank.
-        parallel: the model as a step calls it; ``DistributedDataParallel`` measures its own communication.
-        every: steps between two readings.
+        parallel: the model that a step calls; ``DistributedDataParallel`` measures its own communication.
+        every: number of steps from one call of :meth:`read` to the next.
     """
 
     def __init__(self, device: torch.device, parallel: nn.Module | None = None, every: int = 1) -> None:
         self.device, self.parallel = device, parallel
-        # For each number of patches, the seconds that a step would take at an MFU of 1; empty if unknown.
+        # By sequence length (None for images of one size), the seconds of a step at an MFU of 1; empty if unknown.
         self._seconds_at_peak: dict[int | None, float] = {}
         self._tells_nvml = device.type == "cuda"
         self._was_throttled = False
@@ -58,10 +58,11 @@ class Meters:
         """Count the FLOPs of a training step, and return a sentence on what MFU means in this run, or None.
 
         Args:
-            model: a function that builds the model on "meta".
-            sizes: the number of pairs of all ranks together; for NaFlex, by the most patches that an image has.
+            model: a function that builds the model on the device "meta".
+            sizes: the number of pairs of all ranks together, by sequence length: the most patches of an image for
+                NaFlex, None for images of one size.
             ranks: the number of ranks.
-            half: whether products have 16 bits.
+            half: whether matrix products are in half precision.
         """
         card = card_named(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         if card is None:
@@ -78,11 +79,11 @@ class Meters:
         )
 
     def read(self, step_seconds: float, seq_lens: Sequence[int | None] = (None,)) -> dict[str, Any]:
-        """Return the figures of training for a line of ``metrics.jsonl``, without those that cannot be measured.
+        """Return ``mfu``, ``communication``, ``memory`` and ``gpu`` for a line of ``metrics.jsonl``, as far as known.
 
-        ``mfu`` is relative to the peak of all ranks' GPUs. ``communication`` is the share of a step's time in which
-        ``DistributedDataParallel`` sums gradients, or waits for a slower rank to do so, after the backward pass has
-        computed them, in the last step that it looked at; the exchange of features in the loss is not part of it.
+        ``mfu`` is relative to the peak of all ranks' GPUs. ``communication`` is the share of a step's time for which
+        ``DistributedDataParallel`` still sums gradients, or waits for a slower rank, when the backward pass is over. It
+        is that of the last step that DDP measured, and does not include the exchange of features in the loss.
         ``memory`` is in bytes, on a GPU the peak so far. ``gpu`` holds the values that NVML gives.
 
         Args:
@@ -94,14 +95,14 @@ class Meters:
             found["mfu"] = statistics.fmean(self._seconds_at_peak[seq_len] for seq_len in seq_lens) / step_seconds
         times = self.parallel._get_ddp_logging_data() if isinstance(self.parallel, DistributedDataParallel) else {}
         whole, hidden = times.get("backward_comm_time"), times.get("backward_compute_comm_overlap_time")
-        if whole is not None and hidden is not None:  # both are set after the first steps that DDP measures
+        if whole is not None and hidden is not None:  # DDP sets both after it has measured some steps
             found["communication"] = min(max(whole - hidden, 0) * 1e-9 / step_seconds, 1.0)
         if self._tells_nvml:
             found |= self._gpu()
         return found
 
     def _memory(self) -> dict[str, int]:
-        """Return the memory that this training process takes on the GPU, or without one on the host."""
+        """Return the bytes of memory that this training process takes on its GPU, or on the host if it has no GPU."""
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
             return {"allocated": allocated(self.device), "reserved": reserved(self.device)}
@@ -113,7 +114,7 @@ class Meters:
         """Return the state of the GPU for a line of training metrics, and warn the first time that it is throttled."""
         try:
             state = gpu_state(self.device)
-        except Exception:  # a driver may lack NVML, or a container may hide it: a run does not need it
+        except Exception:  # NVML may be missing, or hidden by a container; training goes on without these values
             self._tells_nvml = False
             return {}
         if state["throttled"] and not self._was_throttled:
@@ -127,14 +128,14 @@ class Meters:
 
 
 class _OutLog(logging.handlers.WatchedFileHandler):
-    """The file ``out.log``, which is opened again if the folder of the run had to be made again."""
+    """The handler of ``out.log``, which opens the file again if the run's folder was removed and made again."""
 
     def __init__(self, path: Path, folder: RunFolder) -> None:
         super().__init__(path, encoding="utf-8")
         self.folder = folder
 
     def reopenIfNeeded(self) -> None:  # noqa: N802
-        """Open the file again if another file has its path, unless that file belongs to another run."""
+        """Open ``out.log`` again if it was removed or replaced, unless the folder now belongs to another run."""
         if self.folder.lock is not None and self.folder.is_held():
             super().reopenIfNeeded()
 
@@ -144,7 +145,7 @@ class _OutLog(logging.handlers.WatchedFileHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Drop a line of a training log that cannot be written: a full disk would give a traceback for each."""
+        """Drop a line that cannot be written to ``out.log``; logging would print a traceback for each."""
 
 
 @contextlib.contextmanager
@@ -158,7 +159,7 @@ def logging_to(folder: RunFolder, world: World = ALONE, *, by_machine: bool = Fa
     formatter = logging.Formatter(f"%(asctime)s | %(levelname)s | {rank}%(message)s", "%Y-%m-%d,%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if world.local_rank == 0 if by_machine else world.is_main:
-        folder.path.mkdir(parents=True, exist_ok=True)  # another machine may have its own disk
+        folder.path.mkdir(parents=True, exist_ok=True)  # rank 0 has made it, but this machine may have its own disk
         handlers.append(_OutLog(folder.path / (f"out-{world.rank}" if by_machine else "out.log"), folder))
     for handler in handlers:
         handler.setFormatter(formatter)
@@ -180,21 +181,21 @@ class TrainLog:
         epochs: epochs of the run.
         world: the processes; rank 0 writes, and measures its own times.
         meters: meters of this rank.
-        signs: looks for signs of trouble, which the log reports.
+        signs: finds signs of trouble such as loss spikes, which the log reports.
 
     Attributes:
-        reports: TensorBoard and the other receivers of figures; None until they are opened, and on ranks other than 0.
+        reports: reports of metrics to TensorBoard and others; None until they are opened, and on ranks other than 0.
     """
 
     def __init__(self, folder: RunFolder, epochs: Epochs, world: World, meters: Meters, signs: Signs) -> None:
         self.folder, self.epochs, self.world, self.meters, self.signs = folder, epochs, world, meters, signs
         self.reports: Reports | None = None
-        self._first: tuple[int, float] | None = None  # step and time of the first line
-        self._left: float | None = None  # estimated seconds until the end
+        self._first: tuple[int, float] | None = None  # step and time of the session's first line of metrics
+        self._left: float | None = None  # estimated seconds until the end of the run
         self._start_again()
 
     def watch(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
-        """Pass on the batches from ``step`` to the end of its epoch, and time how long training waits for each."""
+        """Yield the batches from ``step`` to the end of its epoch with a progress bar, and time the wait for each."""
         from tqdm import tqdm
 
         epoch, first, stop = self.epochs.after(step)
@@ -228,7 +229,7 @@ class TrainLog:
     ) -> None:
         """Write a log line and a line of metrics on the training steps since the last line; all ranks must call it.
 
-        Steps that the guard skipped are part of the times, but not of the mean losses.
+        Steps that the guard skipped count in the times, but not in the mean losses.
 
         Args:
             step: number of steps that are finished.
@@ -260,19 +261,24 @@ class TrainLog:
         }  # fmt: skip
         if None not in seq_lens:
             line["patches_per_second"] = self.world.sum([self._patches])[0] / elapsed
-        first, seconds = self._first = self._first or (step, now)  # earlier steps include one-time work
-        if step > first:  # this average includes evaluations and saves
+        # The ETA counts from the first line of metrics, because the steps before it include one-time work such as
+        # compilation. It includes evaluations and checkpoints.
+        first, seconds = self._first = self._first or (step, now)
+        if step > first:
             self._left = (self.epochs.total_steps - step) * (now - seconds) / (step - first)
         if self._left is not None:
             line["eta"] = round(self._left, 1)
-        line["data_seconds"] = dict(self._stages)  # seconds of all data workers together
+        line["data_seconds"] = dict(self._stages)  # by stage of data loading, the seconds of all data workers together
         if shown:
             log.info(self._text(line, kept[-1].loss if kept else math.nan))
         self.record(line)
         self._start_again()
 
     def look(self, step: int) -> None:
-        """Look for signs of trouble in the training steps since the last look; all ranks must call it."""
+        """Fetch the metrics of the training steps since the last call, and look for signs of trouble in them.
+
+        All ranks must call it; ``step`` is the number of finished steps.
+        """
         if not self._figures:
             return
         stacked = torch.stack(self._figures)
@@ -283,18 +289,18 @@ class TrainLog:
         self._figures.clear()
 
     def _report(self, before: int, figures: Sequence[Figures]) -> None:
-        """Warn of signs that training goes wrong, and record them; ``before`` steps came before the first."""
+        """Warn of signs that training goes wrong, and record them; ``figures`` are of the steps after ``before``."""
         for step, one in enumerate(figures, before + 1):
             for sign in self.signs.see(step, one) if self.world.is_main and not one.skipped else ():
                 log.warning(sign.text[0].upper() + sign.text[1:])
                 self.folder.record(step=step, warning=sign.kind, value=sign.value, usual=sign.usual)
 
     def _text(self, line: dict[str, Any], last: float) -> str:
-        """Return the log line: OpenCLIP's text, then clipfast's own figures; ``last`` is the loss of the last step."""
+        """Return the log line for a line of metrics: OpenCLIP's text, then more metrics; ``last`` is the last loss."""
         _, first, stop = self.epochs.after(line["step"] - 1)
         plan = self.epochs.plan
         pairs, total = (plan.before(step) - plan.before(first) for step in (line["step"], stop))
-        mean = line.get("loss", math.nan)  # all steps may have been skipped
+        mean = line.get("loss", math.nan)  # missing if all steps were skipped
         return (
             f"Train Epoch: {line['epoch']} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "
             f"Data (t): {line['data_time']:.3f} Batch (t): {line['batch_time']:.3f}, "
@@ -304,7 +310,7 @@ class TrainLog:
         )
 
     def _ours(self, line: dict[str, Any]) -> Iterator[str]:
-        """Yield the parts of a training step's log line that OpenCLIP's line lacks."""
+        """Yield the texts of a log line on training that OpenCLIP's log line does not have."""
         if line.get("memory"):
             yield f"Mem: {next(iter(line['memory'].values())) / 1e9:.1f} GB"
         if "patches_per_second" in line:
@@ -318,10 +324,11 @@ class TrainLog:
             yield f"ETA: {duration(line['eta'])}"
 
     def evaluation(self, step: int, results: dict[str, Any]) -> None:
-        """Log and record an evaluation after ``step`` steps."""
+        """Log and record the results of an evaluation on ``--val-data`` after ``step`` training steps."""
         from ..runs.metrics import evaluation_metrics
 
-        overall = {name: value for name, value in results.items() if name != "by_group"}  # there may be many groups
+        # Accuracies by group are recorded but not logged, since there may be many groups.
+        overall = {name: value for name, value in results.items() if name != "by_group"}
         self._evaluated(step, evaluation_metrics(overall), {"eval": results})
 
     def imagenet(self, step: int, accuracy: dict[str, float]) -> None:
@@ -329,23 +336,23 @@ class TrainLog:
         self._evaluated(step, accuracy, {"imagenet": accuracy})
 
     def _evaluated(self, step: int, figures: dict[str, float], content: dict[str, Any]) -> None:
-        """Log an evaluation after ``step`` steps, and record ``content`` as a line of metrics."""
-        # OpenCLIP counts the epochs that are finished; the last epoch may be cut short
+        """Log the metrics of an evaluation after ``step`` training steps; record ``content`` in ``metrics.jsonl``."""
+        # As in OpenCLIP, this is the number of finished epochs, of which the last may have been cut short.
         epoch = self.epochs.after(step - 1).number + 1
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in figures.items())
         log.info(f"Eval Epoch: {epoch} {shown}\tafter step {step}")
         self.record({"step": step, "epoch": epoch, "time": round(time.time(), 3), **content})
 
     def record(self, line: dict[str, Any]) -> None:
-        """Write a line of training metrics to ``metrics.jsonl`` and to all reports, on rank 0."""
+        """Write a line of metrics to ``metrics.jsonl`` and to TensorBoard and the other reports, on rank 0."""
         if self.world.is_main:
             self.folder.record(**line)
         if self.reports is not None:
             self.reports.add(line)
 
     def _start_again(self) -> None:
-        """Forget the figures and times of the training steps that are logged."""
-        self._figures: list[Tensor] = []  # figures of steps not yet searched for signs of trouble
-        self._known: list[Figures] = []  # figures of the steps before, which were searched
+        """Reset the metrics and times of training steps, after they were logged."""
+        self._figures: list[Tensor] = []  # metrics of the last steps, on the device
+        self._known: list[Figures] = []  # metrics of the steps before, which :meth:`look` has fetched
         self._stages: collections.Counter[str] = collections.Counter()
         self._started, self._waiting, self._pairs, self._patches = time.perf_counter(), 0.0, 0, 0

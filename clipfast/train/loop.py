@@ -1,4 +1,4 @@
-"""From options to a finished run: the entry point of ``clipfast train``."""
+"""The entry point of ``clipfast train``: check the options, train, and write the results of the finished run."""
 
 import collections
 import contextlib
@@ -31,9 +31,9 @@ from .reports import Reports, check_wandb
 from .train_config import TrainConfig
 from .trainer import Trainer
 
-SHOWN = 10  # the log names at most this many lost parts of shards
+SHOWN = 10  # the log names at most this many damaged parts of shards
 
-PLACE = ("logs", "name")  # options for the place of the run; they may change, since its folder may be moved
+PLACE = ("logs", "name")  # options for the run's folder, which may be moved; a resumed run may change them
 
 OF_MODEL = ("model", "force_quick_gelu", "force_image_size", "force_context_length")  # options that change the model
 
@@ -65,7 +65,7 @@ def train(
         DiskFullError: there is no space for the last checkpoint or the results.
         OSError: the last checkpoint or the results cannot be written for another reason.
     """
-    # Rank 0 makes the name from the time, because the clocks of the ranks may differ.
+    # The default name contains the time. Rank 0 chooses it for all ranks, because their clocks may differ.
     name = world.on_main(lambda: config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
     folder = RunFolder(Path(config.logs) / name)
     world.write_to(folder.path / "stacks")
@@ -75,10 +75,10 @@ def train(
         world.on_main(lambda: check_wandb(config.report_to))
         checkpoint = read_saved(resume) if resume is not None else {}
         own = checkpoint.get("clipfast", {})
-        with world.local_first():  # the first process of a machine writes the index, which the others then find
+        with world.local_first():  # the first process of each machine indexes the shards, and the others read its index
             found = preflight(config, folder, own, world)
         trainer = Trainer(config, folder, checkpoint or None, world)
-        del checkpoint  # training needs the memory
+        del checkpoint  # frees its memory for training
         _check_steps(trainer)
         saved = own.get("config", {})
         options, changed = dataclasses.asdict(config), changed_options(saved, config)
@@ -93,7 +93,7 @@ def train(
         with (
             logging_to(folder, world, by_machine=config.log_local),
             Interruption(quiet=world.size > 1) as interruption,
-            remote,  # It is entered before the reports, so that their files are uploaded after they are closed.
+            remote,  # exits after the reports, so that their files are closed when it uploads them
             Reports(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
         ):
             if world.is_main:
@@ -112,7 +112,7 @@ def train(
 
 
 def _refuse_changes(trainer: Trainer, changed: Mapping[str, str], own: Mapping[str, Any] | None) -> None:
-    """Refuse options of a resumed run that differ from its checkpoint and cannot change any more.
+    """Raise ValueError if an option of a resumed run differs from its checkpoint and cannot change any more.
 
     Args:
         trainer: the trainer, which has loaded the checkpoint.
@@ -133,7 +133,7 @@ def _refuse_changes(trainer: Trainer, changed: Mapping[str, str], own: Mapping[s
 
 
 def _check_steps(trainer: Trainer) -> None:
-    """Refuse to train if the ranks resume from checkpoints of different steps.
+    """Raise ValueError if the ranks have resumed from checkpoints of different steps.
 
     Raises:
         ValueError: the steps differ; raised on all ranks.
@@ -141,7 +141,7 @@ def _check_steps(trainer: Trainer) -> None:
     steps = trainer.world.gather(trainer.progress.step)
 
     def check() -> None:
-        """Refuse the steps of all training ranks if they differ."""
+        """Raise ValueError on rank 0 if the training ranks are at different steps."""
         if len(set(steps)) > 1:
             places = ", ".join(f"rank {rank} after step {step}" for rank, step in enumerate(steps))
             raise ValueError(
@@ -152,7 +152,9 @@ def _check_steps(trainer: Trainer) -> None:
 
 
 def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which rank 0 uploads the files of a run; ``step`` is the one that it resumes from, or None.
+    """Return a context in which rank 0 uploads the files of a run to ``--remote-sync``, if that is given.
+
+    ``step`` is the step from which the run resumes in its own folder, or None.
 
     Raises:
         ValueError: the place cannot be used, or holds another run.
@@ -160,7 +162,7 @@ def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractConte
     config, made = trainer.config, list[contextlib.AbstractContextManager[object]]([contextlib.nullcontext()])
 
     def make() -> None:
-        """Make the remote copy of a training run on rank 0, unless another run has it."""
+        """Set up the uploads on rank 0; raise ValueError if the URL holds another run."""
         remote = RemoteCopy(trainer.folder, config.remote_sync or "", config.remote_sync_frequency)
         remote.refuse_other_run(step)
         trainer.checkpoints.after_save = remote.notify
@@ -172,10 +174,10 @@ def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractConte
 
 
 def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Return the training options that differ from those in a checkpoint, each as "--flag was -> is".
+    """Return the training options that differ from those in a checkpoint, by name, as texts "--flag old -> new".
 
-    An option that the checkpoint lacks counts as its default, since it is newer. Checkpoints of OpenCLIP hold no
-    options.
+    An option that the checkpoint lacks had its default, since the checkpoint is from an older clipfast. Checkpoints of
+    OpenCLIP have no options at all (``saved`` is {}), so nothing counts as changed.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     earlier, options = (json.loads(json.dumps(values)) for values in (defaults | saved, dataclasses.asdict(config)))
@@ -187,7 +189,7 @@ def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str
 
 
 def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -> None:
-    """Log with what a training run starts: model, steps, batch, folder, and options that a resumed run changes."""
+    """Log the start of a training run: model, steps, batch, folder, MFU, and the options that a resumed run changes."""
     config, total = trainer.config, trainer.total_steps
     ranks, most = trainer.world.size, " at most" if config.use_naflex else ""
     share = f" ({trainer.batch_size} on each of {ranks} processes{most})" if ranks > 1 else ""
@@ -214,7 +216,7 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
 
 
 def _record_losses(trainer: Trainer) -> None:
-    """Log which shards have lost pairs, and record these in the list of skipped pairs, under step 0."""
+    """Log the damaged parts of training shards, and record them in ``skipped.tsv`` under step 0."""
     lost = lost_parts(trainer.data.damaged)
     for _, _, loss in lost[:SHOWN]:
         log.warning(loss)
@@ -224,7 +226,10 @@ def _record_losses(trainer: Trainer) -> None:
 
 
 def _evaluate_and_finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
-    """Make the evaluations that the last epoch left out, and let rank 0 write the results; all ranks must call it."""
+    """Run the evaluations that are missing after the last training step, and let rank 0 write the run's results.
+
+    All ranks must call it.
+    """
     validation, step = trainer.validation, trainer.progress.step
     evaluation = evaluation or validation.evaluate(step)
     raw = validation.evaluate_last_weights()
@@ -270,7 +275,7 @@ def finish(
         **trainer.validation.imagenet.results,
     }
     if trainer.average is not None:
-        # The entries above belong to the average of the weights, which is exported.
+        # The accuracies above are those of the averaged weights, which are exported.
         results["ema"] = {"decay": trainer.average.decay}
     if raw is not None:
         results["raw"] = raw.results
@@ -280,7 +285,7 @@ def finish(
 
 
 def _pictures(trainer: Trainer, evaluation: Evaluation | None) -> list[str]:
-    """Draw the curves of a finished run, if matplotlib is installed, and return the names of the files."""
+    """Draw the learning curve and a contact sheet of a finished run, if matplotlib is there; return the file names."""
     try:
         from ..evaluate.pictures import contact_sheet, learning_curve
     except ImportError:

@@ -10,7 +10,7 @@ from .option_checks import flag_name, option
 if TYPE_CHECKING:
     from .train_config import TrainConfig
 
-SEQ_LENS = (128, 256, 576, 784, 1024)  # where --naflex-seq-lens is not given, as in OpenCLIP
+SEQ_LENS = (128, 256, 576, 784, 1024)  # the default of --naflex-seq-lens, as in OpenCLIP
 LOSS_SCALES = ("none", "linear", "sqrt")
 
 
@@ -18,7 +18,7 @@ LOSS_SCALES = ("none", "linear", "sqrt")
 class NaFlexOptions:
     """The options of :class:`clipfast.train.TrainConfig` with which a NaFlex model trains on images of several sizes.
 
-    All but ``use_naflex`` need that one.
+    All others need ``use_naflex``.
     """
 
     use_naflex: bool = option(
@@ -58,10 +58,10 @@ class NaFlexOptions:
 
 
 def check_naflex(config: "TrainConfig") -> None:
-    """Refuse training options that do not fit ``--use-naflex``, and options that mean nothing without it.
+    """Check that the training options work with ``--use-naflex`` if it is given, and do not need it otherwise.
 
     Raises:
-        ValueError: an option is refused; the message names it, its value, and values that would work.
+        ValueError: an option does not; the message names it, its value, and values that would work.
     """
     if not config.use_naflex:
         fields = dataclasses.fields(NaFlexOptions)
@@ -99,7 +99,10 @@ def check_naflex(config: "TrainConfig") -> None:
 
 
 def _check_draw(config: "TrainConfig", choices: str, probs: str) -> None:
-    """Refuse numbers of which a training batch draws one, if they repeat or their weights do not fit them."""
+    """Raise ValueError if the option ``choices`` repeats a number, or if ``probs`` does not give each a weight.
+
+    Each training batch draws one of the numbers by these weights.
+    """
     values, weights = getattr(config, choices), getattr(config, probs)
     if len(set(values)) < len(values):
         raise ValueError(f"{flag_name(choices)} names a number twice: {' '.join(map(str, values))}")
@@ -111,7 +114,7 @@ def _check_draw(config: "TrainConfig", choices: str, probs: str) -> None:
 
 
 def loss_scale(kind: str, batch_size: float) -> Callable[[int], float] | None:
-    """Return the function that gives ``--naflex-loss-scale`` for the pairs of a process; None without a scale."""
+    """Return a function from the pairs of a process to the factor of ``--naflex-loss-scale``; None for "none"."""
     if kind == "none":
         return None
     return lambda pairs: pairs / batch_size if kind == "linear" else math.sqrt(pairs / batch_size)

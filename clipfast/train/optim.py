@@ -17,8 +17,9 @@ from ..models.freezing import groups_of_text, parameters_of
 from .train_config import TrainConfig
 
 MUON = "muon"
-TIMM = "timm/"  # OpenCLIP's prefix for names that timm knows
-# A step of these optimizers needs more than dense gradients: a closure that computes the loss, or sparse gradients.
+TIMM = "timm/"  # OpenCLIP's prefix for names of timm's optimizers
+# Classes that cannot be chosen: the abstract base, LBFGS, whose step needs a closure that computes the loss, and
+# SparseAdam, which needs sparse gradients.
 _UNFIT = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 _FUSED_FOR_DTENSORS = (torch.optim.AdamW, torch.optim.Adam)  # PyTorch has no fused SGD for DTensors
@@ -44,7 +45,7 @@ def adamw(
 
 
 def make_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.Optimizer:
-    """Return the optimizer of ``model``; options that are not given depend on its image tower, as in OpenCLIP.
+    """Return the optimizer of a training run; defaults of its options depend on the image tower, as in OpenCLIP.
 
     Raises:
         ValueError: there is no such optimizer, or it does not take one of the options.
@@ -81,7 +82,7 @@ def _construct(
     try:
         return kind(groups, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "meta" in str(error):  # PyTorch has no class for this error
+        if isinstance(error, RuntimeError) and "meta" in str(error):  # PyTorch raises a RuntimeError that names "meta"
             raise NotImplementedError(f"--opt {config.opt} reads the values of parameters: {error}") from error
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ValueError(
@@ -91,9 +92,9 @@ def _construct(
 
 
 def takes_verdict(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if the optimizer skips a step on the device itself when the tensor ``found_inf`` is 1.
+    """Return True if the optimizer reads the tensor ``found_inf`` on the device, and skips the step if it is 1.
 
-    Fused SGD reads ``found_inf`` too, but if it skips its first step, it leaves an uninitialized momentum behind.
+    Fused SGD reads ``found_inf`` too, but it is left out: if its first step is skipped, its momentum is uninitialized.
     """
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
 
@@ -132,10 +133,10 @@ def parameter_groups(
 
 
 def layer_scales(model: CLIP, config: TrainConfig) -> dict[nn.Parameter, float] | None:
-    """Return the factor on the learning rate of each parameter under layer-wise decay; None if all factors are 1.
+    """Return the factor on the learning rate of each parameter by ``--image-layer-decay`` and ``--text-layer-decay``.
 
     The projection has the factor 1. From there down to the embedding, the factor of each layer is the factor of the
-    layer after it, times the decay of the tower.
+    layer after it, times the decay of the tower. The result is None if there is no decay.
     """
     towers: list[tuple[list[Layers], float | None]]
     towers = [
@@ -202,7 +203,7 @@ def _is_fit(kind: object) -> bool:
 
 
 def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP) -> dict[str, Any]:
-    """Return the arguments of the optimizer that have options of their own, such as ``--momentum``.
+    """Return the arguments of the optimizer that flags of their own set, such as ``--momentum``.
 
     Raises:
         ValueError: an option was given that the optimizer does not have.
@@ -223,7 +224,7 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
             without = "set --wd 0" if argument == "weight_decay" else f"leave out {flag}"
             raise ValueError(f"--opt {config.opt} has no argument {argument}: {without}")
     betas, eps = adam_defaults(config, model)
-    # Optimizers of other packages keep their own defaults.
+    # CLIP's default betas and eps are set for PyTorch's optimizers only; those of other packages keep their own.
     if betas_given or ("betas" in known and is_torch):
         options["betas"] = betas
     if eps_given or ("betas" in known and is_torch):
@@ -257,7 +258,7 @@ def parse_arguments(words: Iterable[str]) -> dict[str, Any]:
 def _set_rates(groups: list[Group], lr: float, *, capturable: bool) -> None:
     """Set the learning rate of each optimizer group: a number, or a tensor if the step is captured in a CUDA graph.
 
-    A graph would keep a number as it was at the capture, whereas it reads a tensor at every replay.
+    A replay of the graph reads the tensor again, but would use a number as it was at the capture.
     """
     for group in groups:
         rate = lr * group.get("lr_scale", 1.0)
@@ -288,7 +289,7 @@ def _make_muon(config: TrainConfig, model: CLIP, groups: list[Group]) -> "MuonAn
     matrices, rest = part(of_matrices=True), part(of_matrices=False)
     if not matrices:
         raise ValueError("--opt muon trains matrices, and all of them are locked")
-    # This adjustment scales the updates to the size of AdamW's updates, so the same --lr and --wd fit both.
+    # "match_rms_adamw" scales Muon's updates to the size of AdamW's, so that the same --lr and --wd suit both.
     options: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
     if config.momentum is not None:
         options["momentum"] = config.momentum
@@ -298,7 +299,7 @@ def _make_muon(config: TrainConfig, model: CLIP, groups: list[Group]) -> "MuonAn
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers as one, which holds the groups of the first, the groups of the second, and the state of both."""
+    """Muon and AdamW as one optimizer, with the parameter groups and the state of both."""
 
     def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
         self.parts = (first, second)
@@ -306,7 +307,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Share the parameter groups and the state with the two optimizers."""
+        """Let both optimizers use the parameter groups and the state of this one."""
         first, second = self.parts
         first.state = second.state = self.state
         count = len(first.param_groups)
@@ -314,7 +315,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a training step with both optimizers, Muon and AdamW.
+        """Run the step of both optimizers, Muon and AdamW.
 
         Raises:
             ValueError: there is a ``closure``, which is not supported.

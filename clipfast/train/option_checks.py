@@ -1,4 +1,4 @@
-"""Names of flags, checks of option values, and the options that say how pairs are read."""
+"""Definition and checks of options, and the options by which ``clipfast train`` and other commands read pairs."""
 
 import dataclasses
 import math
@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ..data import Keys
 
 AUTO = "auto"
-MOST = 2**31 - 1  # the largest integer for options without a limit of their own
+MOST = 2**31 - 1  # the largest value of an integer option without a limit of its own
 KEY_OPTIONS = ("image_key", "text_key", "json_text_key", "json_text_key_probs")
-# The options of commands that read a source but draw no random captions.
+# The options by which commands other than ``clipfast train`` read pairs; they draw no random captions.
 SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")
 
 
@@ -35,7 +35,7 @@ def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
 
 
 def check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a training option's value of the wrong type, which a recipe in TOML can contain."""
+    """Raise ValueError if an option's value has the wrong type, as a recipe in TOML may give it."""
     kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
     if (value is None and field.default is None) or (auto and value == AUTO):
         return
@@ -49,7 +49,7 @@ def check_type(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def check_value(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a training option's value beyond its limits, and a word that is not one of the choices."""
+    """Raise ValueError if an option's value is beyond its limits, or not one of its choices."""
     meta, flag = field.metadata, flag_name(field.name)
     if "choices" in meta and value is not None and value not in meta["choices"]:
         raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
@@ -59,7 +59,7 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _check_number(flag: str, meta: Mapping[str, Any], value: float) -> None:
-    """Refuse a number beyond the limits of a training option."""
+    """Raise ValueError if a number is beyond the limits ``meta`` of an option."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{flag} must be a finite number, got {value}")
     if "positive" in meta and value <= 0:
@@ -74,7 +74,7 @@ def _check_number(flag: str, meta: Mapping[str, Any], value: float) -> None:
 
 
 def keys_of(options: Mapping[str, Any]) -> "Keys":
-    """Return the keys of a pair's image and captions by the options of training or another command.
+    """Return the keys under which a sample has its image and captions, from the options of a command.
 
     Raises:
         ValueError: the options contradict each other.
@@ -85,7 +85,7 @@ def keys_of(options: Mapping[str, Any]) -> "Keys":
 
 
 def source_command(words: Iterable[str], options: Mapping[str, Any]) -> str:
-    """Return a command line of clipfast, for the user to copy, that reads pairs with the given options."""
+    """Return a command line "clipfast WORDS ..." with the flags by which these ``options`` read pairs, to be copied."""
     line = ["clipfast", *words]
     for name in SOURCE_OPTIONS:
         value = options.get(name) or ()
@@ -94,7 +94,7 @@ def source_command(words: Iterable[str], options: Mapping[str, Any]) -> str:
 
 
 def separator_of(options: Mapping[str, Any]) -> str | None:
-    """Return the separator of CSV files by the options of training or another command; None if headers decide.
+    """Return the separator of CSV files from the options of a command; None if each file's header decides.
 
     Raises:
         ValueError: the option's value cannot be a separator.

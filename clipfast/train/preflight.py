@@ -1,7 +1,7 @@
-"""Checks of a run that take seconds, before its data are indexed and its model is built.
+"""Checks before a training run starts, which take seconds: options, disk, memory, validation data, and a few pairs.
 
-The model is built only on PyTorch's "meta" device, and only a few training pairs are read. The index of their shards is
-kept; nothing else is written.
+The model is built only on PyTorch's "meta" device, and only a few training pairs are read. The indexes of their shards
+are stored in the cache; nothing else is written.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ from .optim import make_optimizer
 from .train_config import TrainConfig
 from .validation import ImageNet
 
-SHARDS, PAIRS = 4, 4  # number of shards from which pairs are tried, and number of pairs from each
+SHARDS, PAIRS = 4, 4  # number of shards that are tried, and number of pairs that are read from each
 
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """The findings of the checks on a run that can start.
+    """The results of the checks on a training run that can start; ``str`` gives them as text for the log.
 
     Attributes:
-        tried: pairs that were read.
+        tried: number of pairs that were tried.
         unusable: the tried pairs that cannot be used, each with the reason.
         checkpoint: bytes of a checkpoint.
-        free: bytes that are free for checkpoints.
-        loader: bytes of the batches that are made ahead.
+        free: free bytes of the disk for checkpoints.
+        loader: bytes of the batches that data workers prepare in advance.
     """
 
     tried: int
@@ -87,7 +87,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
     build_loss(config, model)
     if config.distill_model is not None:
         Distillation(config, model, torch.device("meta"))
-    with contextlib.suppress(NotImplementedError):  # other packages' optimizers may read values
+    with contextlib.suppress(NotImplementedError):  # some optimizers read values, which "meta" tensors do not have
         make_optimizer(config, model)
     tokenizer = build_tokenizer(config, model)
     checkpoint, free = _check_disk(config, folder, model, world)
@@ -102,15 +102,14 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
-    """Return the bytes of tensors that a training run needs."""
+    """Return the sum of the sizes of tensors in bytes."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
-    """Return the bytes of a run's weights, of the trained weights, and the least bytes of their optimizer state.
+    """Return the bytes of a model's weights, of the trained ones, and of optimizer state and moving average.
 
-    The optimizer state counts AdamW's two moments (other optimizers may have none), and the moving average of the
-    weights if there is one.
+    The optimizer state is that of AdamW, two moments; that of other optimizers counts as zero.
     """
     parameters = list(model.parameters())
     weights = _nbytes([*parameters, *model.buffers()])
@@ -120,10 +119,10 @@ def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
 
 
 def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: World) -> tuple[int, int]:
-    """Return the bytes of a checkpoint, and the free bytes of the run's disk; only rank 0 refuses a lack of space.
+    """Return the bytes of a checkpoint, and the free bytes of the run's disk; rank 0 raises ValueError if it is full.
 
-    A new checkpoint is written while the kept ones are still there. At the end, the weights are exported as a file of
-    their own.
+    There must be room for a checkpoint beside the ``--keep-last`` ones, since a new one is written before an old one is
+    removed, and for the exported weights of the finished run.
     """
     weights, _, kept = _sizes(config, model)
     checkpoint, free = weights + kept, free_bytes(folder.path)
@@ -140,7 +139,7 @@ def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: Worl
 
 
 def _check_loader(config: TrainConfig, batch: int, ranks: int) -> int:
-    """Refuse data workers whose batches do not fit into memory; return the bytes of the batches made ahead.
+    """Raise ValueError if the data workers' batches do not fit into memory; return the bytes of these batches.
 
     Args:
         config: options of the run.
@@ -170,7 +169,7 @@ def _check_loader(config: TrainConfig, batch: int, ranks: int) -> int:
 
 
 def batch_bytes(plan: BatchPlan, model: CLIP) -> int:
-    """Return the bytes that a training batch of all processes has at most: uint8 pixels, and token ids."""
+    """Return the most bytes of a training batch of all processes: uint8 pixels, and int64 token ids."""
     text = model.context_length * torch.int64.itemsize
     if isinstance(plan, EqualBatches):
         return plan.largest * (3 * model.visual.image_size**2 + text)
@@ -179,7 +178,7 @@ def batch_bytes(plan: BatchPlan, model: CLIP) -> int:
 
 
 def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device, world: World) -> None:
-    """Refuse a training run whose weights, gradients and optimizer state do not fit on the GPU."""
+    """Raise ValueError if weights, gradients and optimizer state of a training run do not fit on the GPU."""
     weights, trained, kept = _sizes(config, model)
     free, total = torch.cuda.mem_get_info(device)
     needed = weights + trained + kept
@@ -195,7 +194,7 @@ def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device, world: Wo
 
 
 def _check_validation(config: TrainConfig) -> None:
-    """Refuse validation data that a training run cannot read."""
+    """Raise ValueError if the validation data of a training run cannot be read."""
     validation = validation_set(config)
     try:
         if validation is not None:
@@ -207,7 +206,7 @@ def _check_validation(config: TrainConfig) -> None:
 def try_shards(config: TrainConfig, names: list[str], model: CLIP, tokenizer: Tokenizer | FileTokenizer) -> Batch:
     """Read a few pairs of a few training shards as a batch, to see whether they can be used.
 
-    If any of these shards would have to be copied as a whole, only the first one is read.
+    If one of these shards would have to be copied to the local disk as a whole first, only one shard is read.
 
     Raises:
         ValueError: a shard cannot be read, or not one of the pairs can be used.
@@ -225,7 +224,7 @@ def try_shards(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
     except ShardError as error:
         raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
     if not sources:
-        return Batch(torch.empty(0), torch.empty(0), [])  # the shards that were not tried may hold pairs
+        return Batch(torch.empty(0), torch.empty(0), [])  # no error, as the shards that were not tried may hold pairs
     try:
         return try_pairs(pair_batches(config, sources, ANY_ORDER, model, tokenizer), PAIRS)
     except SampleError as error:

@@ -1,4 +1,4 @@
-"""Recipes: sets of options that ship with the package or are in a TOML file, and the origin of each option of a run."""
+"""Training recipes, which are sets of options in TOML files, and ``params.txt``, which lists the options of a run."""
 
 import dataclasses
 import tomllib
@@ -11,7 +11,7 @@ from ..io.text import meant
 from .option_checks import flag_name
 from .train_config import TrainConfig
 
-BY_MODEL = "by_model"  # the table of a recipe with the options that differ for some models
+BY_MODEL = "by_model"  # the TOML table of a recipe that has a table of other options for each of some models
 
 
 def list_recipes() -> list[str]:
@@ -47,7 +47,7 @@ def read_recipe(name: str, model: str | None = None) -> dict[str, Any]:
 
 
 def _options(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a TOML table of a recipe to the names and types of training options."""
+    """Convert a TOML table of a recipe to training options; raise ValueError if a key is not an option."""
     options = {key.replace("-", "_"): tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
     unknown = set(options) - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:

@@ -20,21 +20,22 @@ from ..runs.folder import RunFolder
 from ..runs.lock import LOCK_NAME, locked
 
 log = logging.getLogger("clipfast")
-ATTEMPTS, FIRST_WAIT = 3, 1.0  # attempts for each file; seconds before the second one, doubled before each later one
-LAST_UPLOAD = 600.0  # seconds that the end of a run waits for the last upload
-# On these file systems a file must be uploaded under another name and then renamed, or readers could see half of it.
-# Object stores show a file only when it is complete.
+ATTEMPTS, FIRST_WAIT = 3, 1.0  # attempts to upload a file; seconds before the second one, which then double
+LAST_UPLOAD = 600.0  # a finished run waits at most this many seconds for its last upload
+# On these file systems a file is uploaded under a temporary name and then renamed, since readers could see half of it.
+# Object stores such as S3 show a file only when it is complete.
 RENAMING = {"file", "local", "sftp", "ssh", "smb", "hdfs", "arrow_hdfs", "webhdfs"}
-RECORDS = ("config.json", "metrics.jsonl", "skipped.tsv", "out.log")  # the files to which a resumed run appends
+# A resumed run appends to these files of its folder, so they are downloaded with a checkpoint.
+RECORDS = ("config.json", "metrics.jsonl", "skipped.tsv", "out.log")
 
-Version = tuple[int, int, int]  # the inode, modification time and size of a file
+Version = tuple[int, int, int]  # inode, modification time and size, which tell whether a file has changed
 
 
 class RemoteCopy:
-    """The remote copy of a run's folder: a folder of its name at ``url``, to which new files are uploaded.
+    """The remote copy of a run's folder: a folder of the same name under ``url``, to which new files are uploaded.
 
-    As a context, it uploads on a thread of its own: after each checkpoint, but not more often than every ``frequency``
-    seconds, and at the end. Failures are logged and never end a run.
+    While it is open as a context manager, a thread of its own uploads after each checkpoint, but not more often than
+    every ``frequency`` seconds, and at the end. Failures are logged and never end a run.
 
     Raises:
         ValueError: fsspec does not know the URL, or cannot reach it.
@@ -66,7 +67,7 @@ class RemoteCopy:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not issubclass(kind, Exception):
-            return  # a second Ctrl-C means that the user does not want to wait
+            return  # after KeyboardInterrupt (a second Ctrl-C), the user does not want to wait for an upload
         self._stop.set()
         self._wake.set()
         join(self._thread, LAST_UPLOAD)
@@ -78,10 +79,11 @@ class RemoteCopy:
         self._wake.set()
 
     def refuse_other_run(self, step: int | None) -> None:
-        """Refuse a remote copy that holds another run, or that is further than ``step``, from which this run resumes.
+        """Check that the remote copy does not hold another run.
 
         Raises:
-            ValueError: the remote copy is refused.
+            ValueError: it has a checkpoint that is newer than ``step``, from which this run resumes, or has any
+                checkpoint although this run is new (``step`` is None).
         """
         newest = max(self._steps(), default=None)
         if newest is not None and (step is None or newest > step):
@@ -91,9 +93,9 @@ class RemoteCopy:
             )
 
     def restore(self) -> list[str]:
-        """Download the newest complete checkpoint with the run's records, unless the local folder has one as new.
+        """Download the newest complete remote checkpoint and the run's records, unless a local one is as new.
 
-        A downloaded checkpoint is checked and read like any other checkpoint.
+        If a downloaded checkpoint is damaged, the next older one is tried.
 
         Returns:
             One line for each checkpoint that was downloaded or found damaged.
@@ -116,19 +118,19 @@ class RemoteCopy:
             return found
 
     def sync(self) -> None:
-        """Upload new files: checkpoints, then records, then ``epoch_latest.pt``. Then remove old remote checkpoints.
+        """Upload new files: checkpoints, records, then ``epoch_latest.pt``. Then remove old remote checkpoints.
 
         Raises:
             Exception: any error of the file system that stops the upload.
         """
         if not self.folder.is_held():
-            return  # another run may have its folder there now
+            return  # the run's folder was removed or renamed, and files at its path may belong to another run
         sent = 0
         for name, path in self._local_files():
             try:
                 sent += self._send(name, path)
             except FileNotFoundError:
-                if path.exists():  # if it does not exist, training has removed it meanwhile
+                if path.exists():  # otherwise training has just removed an old checkpoint
                     raise
         kept = Checkpoints(self.folder.checkpoints).steps()
         there = {path.name for path in kept.values()}
@@ -139,7 +141,7 @@ class RemoteCopy:
             log.info(f"Uploaded {scaled(sent, BYTES)} to {self.url}")
 
     def _run(self) -> None:
-        """Upload the files of a training run whenever there are new ones, until the run ends."""
+        """Upload whenever :meth:`notify` was called, until the run ends; this is the uploading thread."""
         is_last = False
         while not is_last:
             self._wake.wait()
@@ -153,7 +155,7 @@ class RemoteCopy:
             self._stop.wait(self.frequency)
 
     def _local_files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the names and paths of the run's files in the order in which they are uploaded."""
+        """Yield the relative names and the paths of the run's files in the order in which they are uploaded."""
         found = [
             path
             for path in self.folder.path.rglob("*")
@@ -162,7 +164,7 @@ class RemoteCopy:
         checkpoints = self.folder.checkpoints
 
         def place(path: Path) -> tuple[bool, bool, bool, bool, str]:
-            """Return the place of a file of a training run in the order of uploads: manifests after what they list."""
+            """Return a sort key for the order of uploads: a manifest comes after the files of its checkpoint."""
             within = path.relative_to(checkpoints).parts if path.is_relative_to(checkpoints) else ()
             is_step = bool(within) and STEP.fullmatch(within[0]) is not None
             return path.name == LATEST, not within, not is_step, path.name == MANIFEST, path.name
@@ -171,19 +173,22 @@ class RemoteCopy:
             yield path.relative_to(self.folder.path).as_posix(), path
 
     def _is_hidden(self, path: Path) -> bool:
-        """Return True for a file that is still being written: a dot begins its name, except for DCP's ``.metadata``."""
+        """Return True for a temporary file or folder, whose name begins with a dot.
+
+        The file ``.metadata`` of a sharded checkpoint (PyTorch's DCP) is none.
+        """
         within = path.relative_to(self.folder.path).parts
         if STEP.fullmatch(path.parent.name):
             within = within[:-1]
         return any(part.startswith(".") for part in within)
 
     def _send(self, name: str, path: Path) -> int:
-        """Upload a file of a training run unless the remote copy has it, and return the bytes that were sent."""
+        """Upload a file of the run unless the remote copy has it, and return the bytes that were sent."""
         status = path.stat()
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if self._sent.get(name) == version:
             return 0
-        # If the same file was uploaded under another name (a hard link), the remote side copies it.
+        # A hard link to a file that was already uploaded under another name is copied within the remote file system.
         twin = next((other for other, theirs in self._sent.items() if theirs == version), None)
         remote, sent = f"{self._root}/{name}", 0
         if not self._is_there(remote, status):
@@ -199,7 +204,10 @@ class RemoteCopy:
         return sent
 
     def _put(self, path: Path, remote: str, twin: str | None) -> int:
-        """Upload a file, or copy its twin in the remote copy of the training run; return the bytes that were sent."""
+        """Upload a file, or copy its hard link ``twin`` within the remote file system; return the bytes that were sent.
+
+        Both ``remote`` and ``twin`` are remote paths.
+        """
         folder, _, name = remote.rpartition("/")
         self._fs.makedirs(folder, exist_ok=True)
         target = f"{folder}/.{name}.tmp" if self._is_renaming else remote
@@ -216,7 +224,7 @@ class RemoteCopy:
         return sent
 
     def _is_there(self, remote: str, status: os.stat_result) -> bool:
-        """Return True if an earlier session of the run uploaded a file that has not changed since."""
+        """Return True if the remote file has the local file's size and is not older, as after an earlier session."""
         try:
             is_as_long = self._fs.info(remote)["size"] == status.st_size
             return bool(is_as_long and self._fs.modified(remote).timestamp() >= status.st_mtime)
@@ -224,7 +232,7 @@ class RemoteCopy:
             return False
 
     def _steps(self) -> dict[int, str]:
-        """Return the paths of the complete remote checkpoints by step; a folder is complete once it has a manifest."""
+        """Return the remote paths of complete checkpoints by step; a sharded one is complete once it has a manifest."""
         found = {}
         for path in self._checkpoints():
             match = STEP.fullmatch(path.rpartition("/")[2])
@@ -233,7 +241,7 @@ class RemoteCopy:
         return found
 
     def _checkpoints(self) -> list[str]:
-        """Return the paths of all remote checkpoints, ``step_N.pt`` and ``step_N``."""
+        """Return the remote paths of all checkpoints, ``step_N.pt`` (a file) and ``step_N`` (a folder of shards)."""
         self._fs.invalidate_cache()
         try:
             paths = self._fs.ls(f"{self._root}/checkpoints", detail=False)
@@ -242,12 +250,12 @@ class RemoteCopy:
         return [path for path in (path.rstrip("/") for path in paths) if STEP.fullmatch(path.rpartition("/")[2])]
 
     def _download(self, step: int, remote: str) -> str | None:
-        """Download the checkpoint of a step with the records, and return why it cannot be used, or None."""
+        """Download the checkpoint of a step and the records; return None, or why the checkpoint cannot be used."""
         checkpoints = Checkpoints(self.folder.checkpoints)
         path = self.folder.checkpoints / remote.rpartition("/")[2]
 
         def download(temporary: Path) -> None:
-            """Download a training checkpoint to a temporary path, and refuse one of another step."""
+            """Download the checkpoint to a temporary path; raise CheckpointError if it is damaged or of other steps."""
             if path.suffix:
                 self._fs.get_file(remote, str(temporary))
             else:
@@ -261,7 +269,7 @@ class RemoteCopy:
             if path.suffix:
                 replace_file(path, download)
             else:
-                shutil.rmtree(path, ignore_errors=True)  # a damaged local folder would not be replaced
+                shutil.rmtree(path, ignore_errors=True)  # ``write_folder`` does not replace an existing, damaged folder
                 write_folder(path, download)
         except CheckpointError as error:
             return f"{self.url}/checkpoints/{path.name} is not used: {error}"
@@ -272,12 +280,12 @@ class RemoteCopy:
         return None
 
     def _get(self, name: str, path: Path) -> None:
-        """Download a file of the training run from its remote copy."""
+        """Download the file ``name`` of the remote copy to a local path."""
         self._fs.get_file(f"{self._root}/{name}", str(path))
 
 
 def _step_of(checkpoint: dict[str, Any]) -> int:
-    """Return the number of finished training steps in a run's checkpoint; -1 for checkpoints of others."""
+    """Return the number of finished training steps in a checkpoint of clipfast; -1 for any other checkpoint."""
     own = checkpoint.get("clipfast")
     progress = own.get("progress") if isinstance(own, dict) else None
     return int(progress["step"]) if isinstance(progress, dict) else -1

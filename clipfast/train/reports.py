@@ -1,6 +1,6 @@
-"""Reports of a run's figures beside the log: TensorBoard, Weights & Biases, and OpenCLIP's file ``results.jsonl``.
+"""Reports of a run's metrics beside the log: TensorBoard, Weights & Biases, and OpenCLIP's file ``results.jsonl``.
 
-All of these figures are computed from the lines of ``metrics.jsonl``, and have OpenCLIP's names.
+All of these metrics are computed from the lines of ``metrics.jsonl``, and have OpenCLIP's names.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ BACKENDS = ("tensorboard", "wandb", "all")  # values of --report-to, which takes
 
 
 class Reports:
-    """All reports of a run's figures, on rank 0. It is a context that closes them at its end.
+    """All reports of a run's metrics, on rank 0. It is a context manager that closes them at its end.
 
     Raises:
         ValueError: Weights & Biases cannot be used.
@@ -51,12 +51,13 @@ class Reports:
             append(self._results, _result(line))
         if self._tensorboard is not None and is_held:
             try:
-                (self._folder.path / "tensorboard").mkdir(exist_ok=True)  # TensorBoard opens its file each time
+                # TensorBoard opens its file anew for each write, for which the folder must exist.
+                (self._folder.path / "tensorboard").mkdir(exist_ok=True)
                 self._tensorboard.add(step, scalars, line["time"])
             except OSError as error:
                 self._give_up(error)
         if self._wandb is not None:
-            # In W&B, the axis of evaluations is the step too.
+            # In W&B, the x-axis of evaluations is the training step too, and not the epoch as in TensorBoard.
             self._wandb.log({**scalars, "step": line["step"] - 1, "epoch": line["epoch"]}, step=line["step"] - 1)
 
     def __enter__(self) -> "Reports":
@@ -95,7 +96,7 @@ def backends(report_to: str) -> set[str]:
 
 
 def check_wandb(report_to: str) -> None:
-    """Refuse Weights & Biases if it is asked for and would fail, or ask for a key in the terminal.
+    """Check that Weights & Biases can be used if ``--report-to`` names it, without asking for a key in the terminal.
 
     Raises:
         ValueError: it is not installed, or has no key.
@@ -117,7 +118,7 @@ def check_wandb(report_to: str) -> None:
 
 
 def _started_wandb(config: TrainConfig, folder: RunFolder) -> Any:
-    """Start the report of a training run to Weights & Biases, or continue it."""
+    """Start the report of a training run to Weights & Biases, or resume it; return the ``wandb`` run."""
     import wandb
 
     return wandb.init(
@@ -127,6 +128,6 @@ def _started_wandb(config: TrainConfig, folder: RunFolder) -> Any:
 
 
 def _result(line: Mapping[str, Any]) -> str:
-    """Return the line of ``results.jsonl`` for a line of metrics; "" for a line on training."""
+    """Return the line of OpenCLIP's ``results.jsonl`` for a line of metrics; "" if that is on training."""
     figures = validation(line)
     return "" if figures is None else json.dumps(figures | {"epoch": line["epoch"], "step": line["step"]}) + "\n"

@@ -53,28 +53,28 @@ class Epochs:
         return step > 0 and self.finished_after(step) > self.finished_after(step - 1)
 
     def after(self, step: int) -> Epoch:
-        """Return the epoch of the step that follows ``step`` finished steps; the end of the run cuts the last epoch."""
+        """Return the epoch of the training step after ``step`` finished steps; the run's end may cut it short."""
         number, stop = self.finished_after(step), self.total_steps
-        # An epoch may be much longer than the run, and the batches behind the run are not summed up.
+        # ``steps_before`` sums up batches, which would take long for an epoch that ends far after the end of the run.
         if self.finished_after(stop) > number:
             stop = self.steps_before(number + 1)
         return Epoch(number, self.steps_before(number), stop)
 
 
-LONGEST_AUTO_WARMUP = 2000  # steps, as in Radford et al. 2021
+LONGEST_AUTO_WARMUP = 2000  # the most steps of --warmup auto, as many as in Radford et al. 2021
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A learning rate that rises from 0 to ``base_lr`` in a straight line, stays there or not, and falls.
+    """A learning-rate schedule: a linear warm-up from 0 to ``base_lr``, then a cosine decay, or a plateau and a decay.
 
     Attributes:
         base_lr: the highest learning rate.
         warmup: number of steps of the rise.
         total: number of steps of the run.
-        cooldown: number of steps of the decay at the end; None decays as half a cosine from the rise on, to zero.
+        cooldown: number of steps of the decay at the end; None decays as half a cosine from the warm-up on, to zero.
         end_lr: the learning rate at the end of the decay of ``cooldown`` steps.
-        power: 1 for a decay in a straight line; a higher one falls faster at first.
+        power: the exponent of the decay: 1 is linear, and a higher one falls faster at first.
     """
 
     base_lr: float

@@ -1,4 +1,4 @@
-"""Signs that training goes wrong while all figures are finite, such as loss spikes. They are only reported."""
+"""Signs that training goes wrong while loss and gradients are finite, such as loss spikes. They are only reported."""
 
 import dataclasses
 import math
@@ -9,36 +9,38 @@ from ..models import CLIP
 from .guard import Figures
 from .train_config import TrainConfig
 
-HORIZON = 200  # time constant in steps of the exponential mean that is the usual value
-FIRST = 100  # steps at the beginning that are not judged
-DEVIATIONS = 8.0  # a spike is this many deviations above the usual value, and also by the factor in LEAST
+# The logarithm of a metric has a running mean, the "usual value", and a running mean deviation from it.
+HORIZON = 200  # time constant of both running means in steps
+FIRST = 100  # no spike is reported in this many first steps of a session
+# A spike is at least DEVIATIONS mean deviations above the usual value, and at least the factor LEAST.
+DEVIATIONS = 8.0
 LEAST = {"loss": 1.2, "gradient norm": 5.0}
-LARGEST = 3.0  # a value is clipped to this many deviations before it enters the mean
-SATURATED = 99.9  # a logit scale from here on counts as saturated; training keeps it at 100 at most
-SATURATED_FOR = 500  # steps of saturation before it is reported
-BETTER = 0.98  # times the loss of guessing: a model with a lower loss has learned something
-# In a collapse, the gradient norm and the relative distance of the loss from that of guessing are below FLAT,
-# for FLAT_FOR steps in a row.
+LARGEST = 3.0  # a value is clipped to this many deviations from the mean before it updates the mean
+SATURATED = 99.9  # a logit scale of at least this counts as saturated; training clamps it to 100
+SATURATED_FOR = 500  # a saturated logit scale is reported after this many steps in a row
+BETTER = 0.98  # a model has learned something if its loss is below this fraction of the loss of guessing
+# A model has collapsed if for FLAT_FOR steps in a row the gradient norm is below FLAT, and the loss differs from the
+# loss of guessing by a fraction of less than FLAT.
 FLAT, FLAT_FOR = 1e-3, 50
-SENSIBLE = 1e4  # weights of a model that works are smaller; half precision ends at 6.5e4
+SENSIBLE = 1e4  # all weights of a working model are smaller; the largest float16 is 6.5e4
 # The least number of steps between two reports of the same sign.
 PAUSE = {"loss": 100, "gradient norm": 100, "logit scale": 5000, "collapse": 5000}
 
 
 @dataclasses.dataclass
 class Usual:
-    """The usual value of a training figure: running mean and mean deviation of its logarithm over the last steps."""
+    """The usual value of the loss or gradient norm: running mean and mean deviation of its logarithm."""
 
     mean: float = 0.0
     deviation: float = 0.0
     count: int = 0
 
     def factor(self) -> float:
-        """Return the factor on the usual loss or gradient norm from which on a value is a spike."""
+        """Return how many times the usual loss or gradient norm a value must be to count as a spike."""
         return math.exp(DEVIATIONS * self.deviation)
 
     def take(self, value: float) -> None:
-        """Update the running mean of a training figure by a value, which is clipped: one spike hardly counts."""
+        """Update the means by the logarithm of a loss or gradient norm, clipped so that a spike hardly counts."""
         self.count += 1
         share = max(1 / HORIZON, 1 / self.count)
         change = value - self.mean
@@ -46,14 +48,14 @@ class Usual:
             limit = LARGEST * self.deviation
             change = min(max(change, -limit), limit)
         self.mean += share * change
-        # There is no mean yet from which the first value could deviate.
+        # The first value sets the mean, so its deviation from the mean says nothing.
         self.deviation += share * (abs(change) - self.deviation) if self.count > 1 else 0.0
 
 
 def guessing(config: TrainConfig, model: CLIP, plan: BatchPlan) -> Callable[[int], float] | None:
-    """Return the loss of guessing of each step: that of a model that gives all pairs of the batch the same logit.
+    """Return a function from a step to its loss of guessing: that of a model that gives all pairs the same logit.
 
-    It is None if other losses are added, or if batches have only one pair, which leaves nothing to choose.
+    Return None if the loss includes distillation, or if batches have only one pair, so that there is nothing to guess.
     """
     if config.distill_model is not None or plan.largest == 1:
         return None
@@ -62,7 +64,7 @@ def guessing(config: TrainConfig, model: CLIP, plan: BatchPlan) -> Callable[[int
     def of(step: int) -> float:
         """Return the loss of guessing of a training step, counted from 1."""
         pairs = plan[step - 1].pairs
-        # The sigmoid loss is that with the best constant logit.
+        # For SigLIP, this is the sigmoid loss with the constant logit that makes it smallest.
         return math.log(pairs) - ((pairs - 1) * math.log1p(-1 / pairs) if is_siglip and pairs > 1 else 0.0)
 
     return of
@@ -70,7 +72,7 @@ def guessing(config: TrainConfig, model: CLIP, plan: BatchPlan) -> Callable[[int
 
 @dataclasses.dataclass
 class Sign:
-    """A warning about a training step: its kind, its text, the value and the usual value."""
+    """A warning about a training step: its kind, such as "loss", its text, the metric's value and its usual value."""
 
     kind: str
     text: str
@@ -79,16 +81,16 @@ class Sign:
 
 
 class Signs:
-    """Looks for signs of trouble in the figures of one training step after the other.
+    """Looks for signs of trouble in the metrics of one training step after the other.
 
     Args:
-        warmup: number of warm-up steps, in which figures change fast and spikes are not reported.
-        guessing: returns the loss of guessing of a step; None if it is not known. Losses of batches with different
-            numbers of pairs are compared relative to it.
+        warmup: number of warm-up steps, in which losses change fast and spikes are not reported.
+        guessing: returns the loss of guessing of a step; None if it is not known. Losses are divided by it, so that
+            batches with different numbers of pairs can be compared.
 
     Attributes:
         good: the last step whose loss was better than guessing; None if there was none.
-        has_fallen: whether a step after ``good`` showed a collapse.
+        has_fallen: whether loss and gradient of a step after ``good`` were those of a collapsed model.
     """
 
     def __init__(self, warmup: int, guessing: Callable[[int], float] | None = None) -> None:
@@ -123,7 +125,7 @@ class Signs:
         return [sign for sign in found if self._is_news(sign.kind, step)]
 
     def _collapse(self, step: int, figures: Figures, guess: float) -> list[Sign]:
-        """Return a warning if training has collapsed: for a while, all pairs had equal features and no gradient."""
+        """Return a warning if the model has collapsed: the loss stays at that of guessing, with hardly any gradient."""
         if figures.loss < BETTER * guess:
             self.good, self.has_fallen = step, False
         is_flat = abs(figures.loss - guess) < FLAT * guess and figures.grad_norm < FLAT
@@ -140,7 +142,7 @@ class Signs:
         return [Sign("collapse", text, figures.loss, guess)]
 
     def _is_news(self, kind: str, step: int) -> bool:
-        """Return True unless a warning of this kind about training was given a short time ago."""
+        """Return True, and take note of the step, unless a warning of this kind was given a short time ago."""
         last = self._reported.get(kind)
         if last is not None and step - last < PAUSE[kind]:
             return False

@@ -1,4 +1,4 @@
-"""The content of a run's checkpoints, and how a run resumes from one."""
+"""The content of a training run's checkpoints, and how a run resumes from one."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from .step import TrainingStep
 from .train_config import TrainConfig
 
 CHECKPOINT_VERSION = 1
-MOMENTS = ("exp_avg", "momentum_buffer")  # entries of most optimizers' state that have the shape of the parameter
+MOMENTS = ("exp_avg", "momentum_buffer")  # entries of an optimizer's state that must have the parameter's shape
 
 
 @dataclasses.dataclass
@@ -36,10 +36,10 @@ class Progress:
 
 @dataclasses.dataclass
 class RunState:
-    """The state of a run that a checkpoint holds, in OpenCLIP's layout with an additional key, ``clipfast``.
+    """The state of a run, which checkpoints hold in OpenCLIP's layout with an additional key, ``clipfast``.
 
     Weights, optimizer state and progress are restored to the last bit. The options stay those of this run, which may
-    differ from the checkpoint's; only the data cannot change within an epoch.
+    differ from the checkpoint's; only options that change the training data cannot change within an epoch.
     """
 
     config: TrainConfig
@@ -53,7 +53,7 @@ class RunState:
     average: WeightAverage | None = None
 
     def check(self, content: dict[str, Any]) -> float:
-        """Refuse a state dict whose weights are not finite, and return the absolute value of its largest weight.
+        """Check that the weights in the content of a checkpoint are finite, and return their largest absolute value.
 
         Raises:
             NotFiniteError: the weights are not finite.
@@ -65,12 +65,15 @@ class RunState:
         return largest
 
     def state_dict(self, *, is_main: bool = True) -> dict[str, Any]:
-        """Return the content of a training checkpoint; all ranks must call it. Where ``is_main``, it is complete."""
+        """Return the content of a checkpoint with full tensors if ``is_main``, without them otherwise.
+
+        All ranks must call it, since FSDP2's shards are gathered.
+        """
         complete: dict[str, Any] = gather_full(self.parts(), keep=is_main)
         return complete
 
     def parts(self) -> dict[str, Any]:
-        """Return the content of a training checkpoint with DTensors as they are, for a checkpoint in parts."""
+        """Return the content of a checkpoint with FSDP2's DTensors as they are, for a sharded checkpoint."""
         optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "kinds": dict(self.budget.kinds)}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
@@ -87,7 +90,7 @@ class RunState:
                 "preprocess_cfg": preprocessing_of(self.model),
                 "progress": dataclasses.asdict(self.progress) | counts,
                 "stream": self.data.state_dict(),
-                "micro_batch_size": self.step.micro_batch_size,  # BatchNorm's statistics depend on it
+                "micro_batch_size": self.step.micro_batch_size,  # a resumed run must keep it for the sake of BatchNorm
                 "groups": self._groups(),
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
@@ -106,7 +109,7 @@ class RunState:
                 "use --pretrained to start from its weights"
             )
         own: dict[str, Any] = checkpoint.get("clipfast", {})
-        was = own.get("config", {}).get("opt", "adamw")  # the optimizer of OpenCLIP and of earlier versions
+        was = own.get("config", {}).get("opt", "adamw")  # those of OpenCLIP and old versions do not say
         if was.lower() != self.config.opt.lower():
             raise CheckpointError(
                 f"the checkpoint holds the optimizer state of --opt {was}, and this run has --opt {self.config.opt}: "
@@ -122,7 +125,10 @@ class RunState:
             raise CheckpointError(f"the checkpoint has no {error}: start from its weights with --pretrained") from error
 
     def _load_progress(self, epoch: int, own: dict[str, Any]) -> None:
-        """Continue after the steps that a checkpoint of ``epoch`` epochs counts in its part ``own`` of this package."""
+        """Restore the number of steps and the counts of pairs from a checkpoint.
+
+        ``epoch`` is its number of finished epochs, and ``own`` its entry ``clipfast``, {} in a checkpoint of OpenCLIP.
+        """
         progress, stream = own.get("progress"), own.get("stream", {})
         if progress is None:  # the checkpoint is OpenCLIP's
             self.progress.step = self.data.epochs.steps_before(epoch)
@@ -144,14 +150,17 @@ class RunState:
             self.step.micro_batch_size = own["micro_batch_size"]
 
     def _refuse_within_epoch(self, changed: dict[str, Any]) -> None:
-        """Refuse to resume training within an epoch with options that change the order of its data."""
+        """Raise ValueError, as options or shards that determine the data differ from a checkpoint within an epoch.
+
+        ``changed`` holds the differing entries of the checkpoint's "stream", with their values there.
+        """
         if "order" in changed:
             raise ValueError(
                 "the checkpoint is from within an epoch of another version of clipfast, which has another order of the "
                 "data: start from its weights with --pretrained"
             )
         names = {"batch_size": "batch_size" if self.data.batch_size == self.config.batch_size else "global_batch_size"}
-        if changed.keys() == {"num_samples"}:  # otherwise it may follow from the other changes
+        if changed.keys() == {"num_samples"}:  # if others differ too, the number may have changed because of them
             names["num_samples"] = "train_num_samples"
         flags = [
             f"{flag_name(name)} (was {was})"
@@ -164,7 +173,7 @@ class RunState:
         raise ValueError(f"the checkpoint is from within an epoch, whose data cannot change: {what}")
 
     def _groups(self) -> list[list[str]]:
-        """Return the names of the parameters in each optimizer group; the optimizer's state only has their indices."""
+        """Return the parameter names of each optimizer group, since the optimizer's state dict only has indices."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
 
@@ -180,7 +189,7 @@ class RunState:
             self.optimizer.load_state_dict(self._distribute_moments(state))
             if groups not in (None, self._groups()):
                 raise ValueError("its groups hold other parameters")
-            # A fused optimizer would write beyond the end of moments whose shape is wrong.
+            # A fused optimizer does not check shapes, and would write beyond the end of moments that are too small.
             for parameter, moments in self.optimizer.state.items():
                 if any(name in moments and moments[name].shape != parameter.shape for name in MOMENTS):
                     raise ValueError("its moments have other shapes than the parameters")
@@ -193,13 +202,13 @@ class RunState:
             ) from error
 
     def _distribute_moments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the optimizer's state with the moments as DTensors, sharded as the weights are."""
+        """Return a full optimizer state with its moments as FSDP2's DTensors, sharded as the weights are."""
         parameters: dict[int, Tensor] = {}
         for saved, group in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
             parameters |= zip(saved["params"], group["params"], strict=False)
 
         def own(index: int, value: Any) -> Any:
-            """Return a tensor of the optimizer's state as a DTensor, if it has the shape of its sharded weight."""
+            """Return a tensor of the optimizer's state, sharded like the weight with this index if shapes are equal."""
             like = parameters.get(index)
             if like is None or not isinstance(value, Tensor) or value.shape != like.shape:
                 return value

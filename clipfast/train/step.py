@@ -1,4 +1,4 @@
-"""One step of training on a device: forward, loss, backward and optimizer, as one CUDA graph if that is asked for."""
+"""One step of training on a device: upload, forward, loss, backward and optimizer, as a CUDA graph on request."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,13 +23,13 @@ from .logs import log
 
 # The images of a batch: uint8 [B, 3, H, W], or a list of the packed images of each micro-batch.
 Images = Tensor | list[PackedImages]
-# The texts of a batch: token ids [B, L], packed texts, or a list of one of both for each micro-batch.
+# The texts of a batch: token ids [B, L], packed texts, or a list with one of these two for each micro-batch.
 Texts = Tensor | PackedText | list[Tensor | PackedText]
 MAX_GRAPHS = 8
 
 
 class Upload:
-    """Copies batches to the GPU on a stream of its own, while the previous step may still run.
+    """Copies training batches to the GPU on a CUDA stream of its own, while the previous step may still run.
 
     Args:
         device: the device.
@@ -41,10 +41,10 @@ class Upload:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch, micro_batch_size: int | None = None) -> tuple[Images, Texts]:
-        """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` lies in pinned memory.
+        """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` must be in pinned memory.
 
-        If texts are packed, those of each micro-batch are packed by themselves; so are images of several sizes, which
-        are a list even if one micro-batch has them all.
+        Packed texts, and packed images of several sizes, are packed separately for each micro-batch. Such images are a
+        list even if there is only one micro-batch.
         """
         size = micro_batch_size or len(batch)
         texts: Texts = batch.texts
@@ -58,11 +58,11 @@ class Upload:
             images, texts = self._on_device(batch, texts, size)
         current.wait_stream(self._stream)
         for x in pytree.tree_leaves((images, texts)):
-            x.record_stream(current)  # otherwise the copying stream, which owns the memory, could reuse it too early
+            x.record_stream(current)  # so that the allocator reuses the memory only after the step has read it
         return images, texts
 
     def _on_device(self, batch: Batch, texts: Texts, size: int) -> tuple[Images, Texts]:
-        """Return images and texts of a training batch on the device, packed images in micro-batches of ``size``."""
+        """Copy images and texts of a training batch to the device; packed images become micro-batches of ``size``."""
         if isinstance(batch.images, PackedImages):
             parts = self._split(batch.images, size)
             images: Any = [part.to(self.device, non_blocking=True) for part in parts]
@@ -73,7 +73,7 @@ class Upload:
         return images, pytree.tree_map(lambda x: x.to(self.device, non_blocking=True), texts)
 
     def _split(self, images: PackedImages, size: int) -> list[PackedImages]:
-        """Return micro-batches of packed images of a training step, in pinned memory if these are."""
+        """Return packed images as micro-batches of ``size`` images, in pinned memory if they go to a GPU."""
         parts = images.split(size, for_gpu=self.device.type != "cpu")
         return [part.pin_memory() for part in parts] if self.device.type == "cuda" and len(parts) > 1 else parts
 
@@ -84,16 +84,16 @@ class TrainingStep:
     Args:
         model, optimizer: the model must be in training mode when a step is taken.
         loss: the loss function, as :func:`clipfast.accumulate_gradients` takes it.
-        autocast: a function that makes the autocast context of the forward pass.
+        autocast: a function that returns the autocast context of the forward pass.
         grad_clip_norm: largest norm of the gradient; None does not clip it.
-        micro_batch_size: number of pairs whose activations are held at a time; a list of images has its own
-            micro-batches.
+        micro_batch_size: number of pairs whose activations are held at a time; if images come as a list, its elements
+            are the micro-batches.
         parallel: the wrapped model, which is called in place of ``model`` if there are several processes.
-        shards: the processes over which FSDP2 has sharded the weights; None if each process has all weights.
+        shards: the processes over which FSDP2 has sharded the weights; None without FSDP2.
         loss_scale: returns the factor on the gradients for the number of pairs of this process; None for no factor.
 
     Attributes:
-        guard: holds the verdict on the last step. If its gradient was not finite, the step has changed nothing.
+        guard: decides whether a step changes weights (only if its gradient is finite), and holds the step's metrics.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TrainingStep:
         self.model, self.optimizer, self.loss = model, optimizer, GuardedLoss(loss, loss_scale)
         self.autocast, self.micro_batch_size = autocast, micro_batch_size
         self.guard = Guard(model, optimizer, grad_clip_norm)
-        self.is_updating = False  # stays True after an error in the middle of an update
+        self.is_updating = False  # True while weights are updated; still True if an error has left them half updated
 
     def __call__(self, images: Images, texts: Texts) -> Tensor:
         """Take a training step, and return the loss of its batch before the update, a scalar without a graph."""
@@ -127,14 +127,17 @@ class TrainingStep:
         return loss
 
     def backward(self, images: Images, texts: Texts) -> Tensor:
-        """Add the gradients of a training batch to ``.grad`` and return its loss, a scalar without a graph."""
+        """Add the gradients of a training batch to ``.grad`` and return its loss, a scalar without a graph.
+
+        With FSDP2, this also averages the gradients of logit scale and bias over the ranks.
+        """
         loss = self._backward(images, texts)
         if self.shards is not None:
             exchange_scalars(self.model, self.shards)
         return loss
 
     def _backward(self, images: Images, texts: Texts) -> Tensor:
-        """Add the gradients of a training batch to ``.grad``, in micro-batches if it is larger, and return its loss."""
+        """Run forward and backward on a training batch, in micro-batches if it is larger than one; return its loss."""
         first, *others = micro_batches(images, texts, self.micro_batch_size)
         if others:
             with self.autocast():
@@ -158,10 +161,10 @@ class TrainingStep:
     def rehearse(self, images: Images, texts: Texts) -> None:
         """Run a backward pass of a micro-batch before the first training step, and discard its gradients.
 
-        DistributedDataParallel packs gradients into buckets in the order of its first backward pass, and the rounding
-        of sums over more than two ranks depends on the place in a bucket. The first backward pass of a session is
-        therefore never a step: otherwise a resumed run would round differently from a run that never stopped. After
-        this pass, gradients are views of the buckets.
+        DistributedDataParallel changes the order of gradients in its buckets after its first backward pass, and the
+        rounding of sums over more than two ranks depends on the position in a bucket. The first backward pass of a
+        session is therefore not used for a step: otherwise a resumed run would round differently from one that never
+        stopped. After this pass, gradients are views of the buckets.
         """
         before = [buffer.clone() for buffer in self.model.buffers()]
         part = micro_batches(images, texts, self.micro_batch_size)[0]
@@ -178,8 +181,9 @@ class TrainingStep:
         """Halve the micro-batch until it fits into the memory of every GPU, and log the size that was found.
 
         Args:
-            sizes: number of pairs of this process; for NaFlex, by the most patches that an image has. The longest
-                images and the most texts are tried, and the size that is found is for the longest images.
+            sizes: number of pairs of this process by sequence length: the most patches of an image for NaFlex, None for
+                images of one size. The longest and the shortest images are tried, as batches of the shortest have the
+                most texts; the size that is found is for the longest.
             loss: a loss of the pairs of one process, without communication: if this GPU runs out of memory, no other
                 rank may be left waiting for it.
             world: the processes.
@@ -194,7 +198,7 @@ class TrainingStep:
                 with self.autocast():
                     found = largest_micro_batch(
                         self.model, *_largest(self.model, sizes[seq_len], seq_len), loss, start=start,
-                        reserve=0 if self.optimizer.state else 2 * weights,  # room for AdamW's moments
+                        reserve=0 if self.optimizer.state else 2 * weights,  # bytes of AdamW's moments
                     )  # fmt: skip
                 if found < start:
                     self.micro_batch_size = max(found * length_of(seq_len) // length_of(longest), 1)
@@ -208,20 +212,23 @@ class TrainingStep:
 
 
 def at_once(size: int, longest: int | None, seq_len: int | None) -> int:
-    """Return the pairs of a training micro-batch whose images have up to ``seq_len`` patches.
+    """Return the number of pairs of a training micro-batch whose images have up to ``seq_len`` patches.
 
-    It has as many tokens as one of ``size`` pairs with ``longest`` patches. Images of one size have None of both.
+    It has as many tokens as one of ``size`` pairs with ``longest`` patches. Both are None for images of one size.
     """
     return size if seq_len == longest else size * length_of(longest) // length_of(seq_len)
 
 
 def length_of(seq_len: int | None) -> int:
-    """Return a number of patches for comparisons of training batches, also for images of one size."""
+    """Return the number of patches ``seq_len`` of a training batch; 1 for None, which stands for images of one size."""
     return seq_len or 1
 
 
 def _largest(model: CLIP, pairs: int, seq_len: int | None) -> tuple[Any, Tensor]:
-    """Return images of the most patches and the longest texts, as a training batch may have them."""
+    """Return zero images of ``seq_len`` patches each (None: of the model's size) and texts of the longest length.
+
+    They need as much memory as the largest training batch of ``pairs`` pairs.
+    """
     device, size = model.logit_scale.device, model.visual.image_size
     shape = (size, size)
     if seq_len is not None:
@@ -230,20 +237,21 @@ def _largest(model: CLIP, pairs: int, seq_len: int | None) -> tuple[Any, Tensor]
     if seq_len is not None:
         images = pack_images(images, model.visual.patch_size, for_gpu=device.type != "cpu")
     texts = torch.zeros(pairs, model.context_length, dtype=torch.long, device=device)
-    texts[:, -1] = model.vocab_size - 1  # the end-of-text token: no text is longer
+    texts[:, -1] = model.vocab_size - 1  # with the end-of-text token at the end, every text has the full length
     return images, texts
 
 
 def _can_run_out(device: torch.device) -> bool:
-    """Return True if PyTorch raises an error that can be caught when the memory of ``device`` runs out."""
+    """Return True if PyTorch raises an error when the memory of ``device`` runs out; on a CPU the process is killed."""
     return device.type == "cuda"
 
 
 def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
-    """Seed PyTorch's random number generators for the part of a training step that ``rank`` computes.
+    """Seed PyTorch's random number generators for a training step, so that each rank draws other numbers.
 
-    On a CPU, each pair of the batch gets the random numbers that it would get in a run of one process. A GPU's
-    generator draws by calls and not by pairs, so there each rank has a seed of its own.
+    On a CPU, each pair of the batch gets the random numbers that it would get in a run of one process: the numbers of
+    the pairs of lower ranks are drawn and discarded. This does not work on a GPU, whose random numbers depend on the
+    size of each draw, so there each rank has a seed of its own.
 
     Args:
         seed: seed of the step.
@@ -263,15 +271,15 @@ def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
 
 
 def graphed_step(step: Callable[[Any, Any], Tensor], context_length: int) -> Callable[[Any, Any], Tensor]:
-    """Return ``step`` as CUDA graphs, one for each shape of a batch, for the first ``MAX_GRAPHS`` that are seen often.
+    """Return ``step`` with a CUDA graph for each batch shape, for the first ``MAX_GRAPHS`` shapes that are seen often.
 
-    Packed texts of B captions have a number of tokens that :func:`clipfast.models.packed.rounded` rounds up, so that
-    batches differ in few numbers. Texts that are not packed are padded to ``context_length``.
+    The number of tokens of packed texts is rounded up (:func:`clipfast.models.packed.rounded`), so that batches
+    have few different shapes. Texts that are not packed are padded to ``context_length``.
     """
     replayed = graphed(step, max_graphs=MAX_GRAPHS)
 
     def take(images: Images, texts: Tensor | PackedText) -> Tensor:
-        """Take a training step on a batch, by the graph of its shape if there is one."""
+        """Run a training step on a batch, by the CUDA graph for its shape if there is one."""
         if isinstance(texts, Tensor):
             texts = F.pad(texts, (0, context_length - texts.shape[1]))
         return replayed(images, texts)

@@ -9,13 +9,14 @@ from .fsdp_options import check_fsdp
 from .naflex_options import NaFlexOptions, check_naflex
 from .option_checks import check_type, check_value, flag_name, keys_of, option, separator_of
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ..data import Keys
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "pure_bf16")
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
-BUDGETS = ("epochs", "samples_seen")  # two options for the length of a run, of which one is used
-# If a flag gives an option that is a key here, the value of the other option in a recipe or a checkpoint is dropped.
+BUDGETS = ("epochs", "samples_seen")  # two ways to give the length of a run; ``samples_seen`` is used if it is given
+# Options that exclude each other: if the command line gives one (key), a recipe's or checkpoint's value of the other
+# (value) is dropped.
 REPLACED = {
     "epochs": "samples_seen", "samples_seen": "epochs", "batch_size": "global_batch_size",
     "train_num_samples": "naflex_num_train_image_tokens", "naflex_num_train_image_tokens": "train_num_samples",
@@ -23,7 +24,7 @@ REPLACED = {
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
 SCHEDULERS = ("cosine", "const", "const-cooldown", "wsd")
-COOLDOWN_OPTIONS = {  # each with the schedulers that use it
+COOLDOWN_OPTIONS = {  # each option of the cool-down, with the values of --lr-scheduler that use it
     "epochs_cooldown": ("const-cooldown",), "decay_fraction": ("wsd",),
     "lr_cooldown_end": ("const-cooldown", "wsd"), "lr_cooldown_power": ("const-cooldown", "wsd"),
 }  # fmt: skip

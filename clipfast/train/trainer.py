@@ -42,9 +42,9 @@ from .validation import Validation
 
 
 class Trainer:
-    """Trains one run and writes to its ``folder``.
+    """Builds all parts of a training run, trains, and writes checkpoints and metrics to the run's ``folder``.
 
-    ``checkpoint`` is the content of the checkpoint that the run resumes from, written by clipfast or OpenCLIP. If it
+    ``checkpoint`` is the content of the checkpoint from which the run resumes, written by clipfast or OpenCLIP. If it
     has a model configuration, that replaces ``config.model``. With several ranks in ``world``, each rank has a trainer,
     and all ranks call the same methods in the same order.
 
@@ -64,7 +64,7 @@ class Trainer:
         self.device = build_device(config, world)
         plan = plan_of(config, world, saved)
         whole = plan.largest
-        self.batch_size = whole // world.size  # pairs of this rank, at most
+        self.batch_size = whole // world.size  # the most pairs of this rank in a step
         with world.local_first():
             self.data = TrainingData(config, plan, world)
         self.total_steps, self._longest = self.data.total_steps, max(plan.sizes, key=length_of)
@@ -85,7 +85,8 @@ class Trainer:
             self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel,
             world if self._is_sharded else None, _loss_scale(config, plan, world),
         )  # fmt: skip
-        # For texts that are not packed, a GPU would wait, and PyTorch would compile a second model.
+        # Texts are packed even if that saves little, when the model is compiled (padded texts would need a second
+        # compilation) or on a GPU (which computes padded texts only after the host has waited for their lengths).
         always = config.torchcompile or self.device.type != "cpu"
         takes = self.model.takes_packed()
         pack = functools.partial(pack_on_host, device=self.device, always=always) if takes else None
@@ -113,10 +114,11 @@ class Trainer:
             is_held=folder.is_held,
             world=world.for_thread() if self._writes_parts else ALONE,
         )  # fmt: skip
-        self._has_begun, self._unsaved = False, False  # whether a step was taken at all, and since the last save
-        self._is_time_to_save = False  # whether rank 0 has told all ranks that it is time to save
+        # Whether this session has finished a step at all, and whether it has finished one since the last checkpoint.
+        self._has_begun, self._unsaved = False, False
+        self._is_time_to_save = False  # whether --save-every-minutes have passed, as rank 0 has told all ranks
         self.signum: int | None = None
-        self._skipped: list[tuple[int, Skipped]] = []  # pairs that this rank skipped since the last record, with steps
+        self._skipped: list[tuple[int, Skipped]] = []  # pairs that this rank skipped and has not recorded, with steps
         self._news = LateSum(world)
         self.skips = SkippedSteps(self.step.guard, self.data, self.progress, config.max_nonfinite_steps, folder, world)
         if checkpoint is not None:
@@ -126,8 +128,8 @@ class Trainer:
     def fit(self, interruption: Interruption) -> Evaluation | None:
         """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
 
-        If an error ends training, finite weights are saved, unless an update of them is incomplete, or only some of
-        several ranks met the error.
+        If an error ends training, a checkpoint is saved, unless the weights are not finite, an update of them is
+        incomplete, or only some of several ranks met the error.
 
         Raises:
             TrainingError: losses, gradients or weights are not finite, or too many pairs cannot be decoded.
@@ -152,35 +154,35 @@ class Trainer:
         return evaluation
 
     def conclude(self, interruption: Interruption) -> None:
-        """Ask all training ranks whether they were interrupted; if so, log the path of the newest checkpoint."""
-        self._hear(interruption)
+        """Find out whether a signal has interrupted any training rank; if so, log the path of the newest checkpoint."""
+        self._share_signal(interruption)
         if self.signum is not None:
             kept = self.folder.kept()
             log.info(f"Interrupted. {self._saved(kept[0]) if kept else 'No step was finished.'}")
 
     def _saved(self, path: Path) -> str:
-        """Return the line of the log on a saved training checkpoint, with the command that resumes from it."""
+        """Return the text of a log line on a saved training checkpoint, with the command that resumes from it."""
         return f"Saved {path}; {self._continuation}"
 
     @property
     def _continuation(self) -> str:
-        """Return the text with the command that resumes this training run."""
+        """The text "go on with: ..." with the command that resumes this training run."""
         start = "clipfast" if self.world.size == 1 else f"torchrun --nproc-per-node {self.world.size} -m clipfast"
         return f"go on with: {start} train --resume {self.folder.path}"
 
-    def _hear(self, interruption: Interruption) -> None:
-        """Ask all training ranks whether they were interrupted."""
+    def _share_signal(self, interruption: Interruption) -> None:
+        """Set ``signum`` on all training ranks to the signal that has interrupted any of them, or None."""
         self.signum = elected(self.world.sum(interruption.votes()))
 
     def _train(self, interruption: Interruption) -> Evaluation | None:
-        """Train epoch after epoch, and return the last evaluation."""
+        """Train and evaluate epoch after epoch until the run ends or is interrupted; return the last evaluation."""
         evaluation, config = None, self.config
         batches = self.data.batches(
             self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
         )
-        with contextlib.closing(batches):  # after an error, the data workers must be ended too
+        with contextlib.closing(batches):  # ends the data workers, also after an error
             try:
-                self._hear(interruption)
+                self._share_signal(interruption)
                 while self.progress.step < self.total_steps and self.signum is None:
                     with self.world.phase(STEP):
                         is_whole_epoch = self._train_epoch(batches, interruption)
@@ -191,10 +193,11 @@ class Trainer:
                             evaluation = self.validation.evaluate(step) if self._is_due(config.val_frequency) else None
                             if self._is_due(config.zeroshot_frequency):
                                 self.validation.evaluate_imagenet(step)
-                        self._hear(interruption)
+                        self._share_signal(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
-                    # PyTorch may report a dead data worker by any error, anywhere. The loader knows whether one died.
+                    # A dead data worker may show as any RuntimeError in any place. The generator of batches raises an
+                    # error that says so if one has died, and otherwise this error again.
                     batches.throw(error)
                 raise
         return evaluation
@@ -206,7 +209,7 @@ class Trainer:
         return frequency > 0 and (is_turn or step == self.total_steps)
 
     def _rescue(self, error: Exception) -> None:
-        """Save a checkpoint of the steps that an error would lose, if the weights are sound, and log how to resume."""
+        """After an error in training, save a checkpoint of unsaved steps if that is safe, and log how to resume."""
         if isinstance(error, FolderLostError):
             return
         is_sound = not self.step.is_updating and not isinstance(error, NotFiniteError)
@@ -217,13 +220,13 @@ class Trainer:
                 return
             except Exception as failure:
                 log.error(f"Step {self.progress.step} cannot be saved: {failure}")
-        # If a rank is lost, the ranks that write a checkpoint in parts would wait for that rank for long.
+        # Ranks that write a sharded checkpoint wait for each other, and would wait forever for a rank that is gone.
         self.checkpoints.wait(self.world.timeout if self._writes_parts else math.inf)
         if self.folder.kept():
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")
 
     def _finish_saving(self) -> None:
-        """Wait until all steps are in a checkpoint on the disk. If the last write failed, it is tried once more.
+        """Save unsaved steps, and wait until their checkpoint is on the disk. A write that failed is tried once more.
 
         Raises:
             TrainingError, OSError: the weights are not finite, or cannot be written.
@@ -233,7 +236,7 @@ class Trainer:
         if self._unsaved or failed or is_new:
             self.save()
             self.world.on_main(self.checkpoints.finish)
-        self.checkpoints.wait()  # on every rank, since each rank writes a part of a checkpoint in parts
+        self.checkpoints.wait()  # every rank waits for its own writer, since each writes shards of a sharded checkpoint
 
     def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""
@@ -265,7 +268,7 @@ class Trainer:
         return progress.step == last
 
     def _count(self, batch: Batch, interruption: Interruption) -> None:
-        """Count a training batch, and sum over all ranks: signals, votes to save, and pairs that cannot be used.
+        """Count a training batch, and sum over all ranks: signals, votes to save, lost folders, and skipped pairs.
 
         Raises:
             TrainingError: too many pairs cannot be used.
@@ -286,7 +289,7 @@ class Trainer:
             log.info(f"Stopping after step {self.progress.step}: {signal.Signals(self.signum).name} came to some rank.")
 
     def _vote_to_save(self) -> int:
-        """Return 1 once on rank 0 each time that ``--save-every-minutes`` have passed, and 0 otherwise."""
+        """Return 1 on rank 0 once after each ``--save-every-minutes``, and 0 otherwise."""
         minutes, now = self.config.save_every_minutes, time.monotonic()
         if not self.world.is_main or minutes == 0 or now - self.checkpoints.saved_at < 60 * minutes:
             return 0
@@ -305,7 +308,7 @@ class Trainer:
         self._skipped = []
 
         def record() -> dict[str, int]:
-            """Record the skipped training pairs of all ranks on rank 0, and return how many there are of each kind."""
+            """Record the skipped pairs of all ranks on rank 0; return how many the run has skipped, by reason."""
             for step, skipped in by_step(everyones):
                 self.folder.record_skipped(step, skipped)
             self.budget.count([sample for mine in everyones for _, sample in mine])
@@ -314,7 +317,7 @@ class Trainer:
         self.budget.kinds = collections.Counter(self.world.on_main(record))
 
     def _train_step(self, batch: Batch) -> Tensor:
-        """Set the learning rate of the current step, take the step and return its figures."""
+        """Run one training step on a batch, and return its metrics on the device, [4] as in ``guard.Figures``."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
         size = at_once(self.step.micro_batch_size, self._longest, self.data.plan[self.progress.step].seq_len)
         images, texts = self.upload(batch, size)
@@ -322,8 +325,8 @@ class Trainer:
             self.distillation.look(images, texts, size)
         if self.world.size > 1 and not self._has_begun and not self._is_sharded:
             self.step.rehearse(images, texts)
-        # The seed depends only on --seed and the step, so a resumed run drops the same patches as one that never
-        # stopped.
+        # The seed depends only on --seed, the step and the rank, so a resumed run drops the same patches as one that
+        # never stopped.
         seed_step(self.config.seed + self.progress.step, self.model, self.batch_size, self.world.rank)
         self._take_step(images, texts)
         if self.average is not None:
@@ -333,9 +336,10 @@ class Trainer:
         return self.step.guard.figures.clone()
 
     def save(self) -> None:
-        """Copy the state of the run and write it as a checkpoint in the background; at milestones, it is kept for good.
+        """Copy the state of the run and write it as a checkpoint in the background; ``epoch_N.pt`` are kept for good.
 
-        With ``--fsdp-checkpoint sharded``, all ranks write their parts, except for a milestone or the last checkpoint.
+        With ``--fsdp-checkpoint sharded``, all ranks write their shards, but ``epoch_N.pt`` and the last checkpoint are
+        full.
 
         Raises:
             TrainingError: the weights are not finite.
@@ -354,13 +358,13 @@ class Trainer:
         self._unsaved = False
 
     def _write(self, content: dict[str, Any]) -> None:
-        """Begin to write a full checkpoint, if its weights are finite."""
+        """Begin to write a full checkpoint on rank 0, if its weights are finite."""
         self._judge(content, self.state.check(content))
         milestone = content["epoch"] if self._is_milestone else None
         self.checkpoints.save(content, self.progress.step, milestone=milestone, good=self.progress.good_step)
 
     def _judge(self, content: dict[str, Any], largest: float) -> None:
-        """Note the last good step in a checkpoint, or warn of a weight that is larger than any model's."""
+        """Set the last good step in the content of a checkpoint, or warn if its largest weight is far too large."""
         step, good = self.progress.step, self.progress.good_step
         if largest > SENSIBLE:
             last = "no step that was saved was better" if good is None else f"step {good} is the last good one"
@@ -379,15 +383,15 @@ class Trainer:
         return self.data.epochs.ends_with(self.progress.step) and self._is_due(self.config.save_frequency)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the trained model's current weights, gathered in full on rank 0; all ranks must call it."""
+        """Return the model's state dict, with FSDP2's weights gathered in full on rank 0; all ranks must call it."""
         found: dict[str, Tensor] = gather_full(self.model.state_dict(), keep=self.world.is_main)
         return found
 
 
 def _loss_scale(config: TrainConfig, plan: BatchPlan, world: World) -> Callable[[int], float] | None:
-    """Return the factor on the gradients of a training step for the pairs of a process; None if there is none.
+    """Return the function from the pairs of a process to the factor on its gradients; None without a factor.
 
-    A run that goes on with another number of processes keeps the factors of its batches.
+    A run that resumes with another number of processes keeps the factor of each batch.
     """
     processes = 1 if isinstance(plan, EqualBatches) else plan.budget.processes / world.size
     return loss_scale(config.naflex_loss_scale, config.batch_size * processes)

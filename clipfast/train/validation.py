@@ -1,4 +1,4 @@
-"""Evaluation during training on all ranks: each rank encodes its part of the images, and rank 0 gets the results."""
+"""Evaluation during training: each rank encodes its part of the validation images, and rank 0 gets the results."""
 
 import contextlib
 import dataclasses
@@ -29,11 +29,11 @@ from .train_config import TrainConfig
 
 
 class ImageNet:
-    """The ImageNet folders of a run, and the accuracy on them.
+    """The ImageNet folders of a run (``--imagenet-val``, ``--imagenet-v2``), and the zero-shot accuracy on them.
 
     Attributes:
         sets: the image folders by the name that OpenCLIP gives to their accuracy.
-        results: the last figures, under OpenCLIP's names.
+        results: the last accuracies, under OpenCLIP's names.
 
     Raises:
         ValueError: a folder is not ImageNet's; the message names the flag.
@@ -42,7 +42,7 @@ class ImageNet:
     def __init__(self, config: TrainConfig) -> None:
         self.sets: dict[str, LabelledSet] = {}
         self.results: dict[str, float] = {}
-        self._part: Tensor | None = None  # the rows of the classifier that this rank computes
+        self._part: Tensor | None = None  # the classes of the zero-shot classifier that this rank has computed
         if config.zeroshot_frequency == 0:
             return
         for flag, name, folder in (
@@ -72,14 +72,14 @@ class ImageNet:
         Args:
             model: the model, in evaluation mode.
             tokenizer: tokenizer of the model.
-            encoded: a function that encodes a set; all ranks call it, and rank 0 gets the features.
+            encoded: a function that encodes an image set; all ranks call it, and only rank 0 gets the features.
             device: device of the model.
             world: the processes, each of which encodes the prompts of some classes.
             show: shows the progress.
         """
 
         def encode() -> None:
-            """Compute this rank's part of ImageNet's zero-shot classifier for the trained model."""
+            """Compute the classes of ImageNet's zero-shot classifier that belong to this rank."""
             with world.phase("evaluation"):
                 self._part = imagenet_classifier(model, tokenizer, device, world.rank, world.size, show).cpu()
 
@@ -103,7 +103,7 @@ def _trains_texts(model: CLIP) -> bool:
     return any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(others))
 
 
-BATCH_SIZE = 256
+BATCH_SIZE = 256  # number of validation images that a rank encodes at a time
 
 
 class Validation:
@@ -151,11 +151,11 @@ class Validation:
         return evaluation
 
     def evaluate_last_weights(self) -> Evaluation | None:
-        """Return the validation figures of the last weights, if the others are of their average; None otherwise."""
+        """Evaluate the last weights on ``--val-data`` if other evaluations are of their average, else return None."""
         return None if self.labelled is None or self.average is None else self._evaluated(self.labelled)
 
     def evaluate_imagenet(self, step: int) -> None:
-        """Log and record the zero-shot accuracy on ImageNet after ``step`` steps, if that was asked for."""
+        """Compute, log and record the accuracy on the ImageNet folders after ``step`` steps, if there are any."""
         if not self.imagenet.sets:
             return
         self.model.eval()
@@ -170,11 +170,11 @@ class Validation:
 
     @contextlib.contextmanager
     def _show(self, total: int, what: str, unit: str) -> Iterator[Advance]:
-        """Log the progress of an evaluation during training, and stop it after a signal."""
+        """Yield a function that logs the progress of an evaluation during training, and ends it after a signal."""
         say = lines(total, what, unit, log.info)
 
         def advance(new: int) -> None:
-            """Show the progress of an evaluation in training, and stop it after a signal."""
+            """Log that ``new`` more units are done; raise Interrupted if a signal came."""
             say(new)
             if self.interruption is not None:
                 self.interruption.check()
@@ -182,7 +182,7 @@ class Validation:
         yield advance
 
     def _record(self, step: int, evaluation: Evaluation, skipped: Sequence[Skipped]) -> None:
-        """Log and record the figures of an evaluation during training, and the images that it left out."""
+        """Log and record the results of an evaluation during training, and the images that it left out."""
         folder = self.log.folder
         if skipped:
             folder.record_skipped(step, skipped)
@@ -193,14 +193,14 @@ class Validation:
         self.log.evaluation(step, evaluation.results)
 
     def _evaluated(self, images: LabelledSet) -> Evaluation:
-        """Return zero-shot accuracy and retrieval of the trained model's current weights on the validation data."""
+        """Encode the validation data by the model's current weights on all ranks, and evaluate on rank 0."""
         self.model.eval()
         with self._whole():
             features = self._encoded(images)
             return self.world.on_main(lambda: self._results(features, len(images.left_out)), INDEXING)
 
     def _results(self, features: LabelledFeatures | None, skipped: int) -> Evaluation:
-        """Return zero-shot accuracy and retrieval of the trained model from the encoded validation data, on rank 0."""
+        """Compute zero-shot accuracy and retrieval from the features of the validation data, on rank 0."""
         if features is None:
             raise RuntimeError("the features of an evaluation are on rank 0, and this is another one")
         at_once = self.config.micro_batch_size
@@ -210,11 +210,11 @@ class Validation:
         )  # fmt: skip
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which every rank has all weights, and can encode images without the other ranks."""
+        """Return a context in which every rank has all weights (gathered by FSDP2), to encode images by itself."""
         return unsharded(self.config, self.model) if self._is_sharded else contextlib.nullcontext()
 
     def _encoded(self, images: LabelledSet) -> LabelledFeatures | None:
-        """Encode a validation set of the training, each rank its part, and return the features on rank 0."""
+        """Encode a validation set, each rank a part of it; return the features on rank 0, and None on others."""
         device = self.model.logit_scale.device
         self.world.share_buffers(self.model)
         transform: Any = transform_of(self.model, uint8=True)
