@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a few steps under PyTorch's profiler, outside of the timing, summed by category.
+"""Where the time of a step goes: its time by category, from a few steps under PyTorch's profiler that are not timed.
 
 On a GPU, the device's work is counted: each kernel, copy and fill, by its name and by the ops that launched it. If two
 of them overlap, the time goes to the one that began first, so the categories add up to the time that the device was
@@ -100,7 +100,7 @@ def trace(step: Callable[[], object], device: torch.device, seconds: float) -> B
 
 
 def of_device(events: Sequence[dict[str, Any]], seconds: float) -> Breakdown:
-    """Break a step, which takes ``seconds`` without a profiler, down by the device's work in a Chrome trace.
+    """Return the breakdown of a step by the device's work in a Chrome trace; without a profiler it takes ``seconds``.
 
     Raises:
         RuntimeError: no work of a device lies in a marked step.
@@ -126,7 +126,7 @@ def of_device(events: Sequence[dict[str, Any]], seconds: float) -> Breakdown:
 
 
 def of_host(events: Sequence[dict[str, Any]]) -> Breakdown:
-    """Break a step in a Chrome trace down by the ops of the thread that took it.
+    """Return the breakdown of a step in a Chrome trace by the ops of the thread that ran it.
 
     Raises:
         RuntimeError: no step is marked.
@@ -161,7 +161,7 @@ def _sum(parts: Iterable[tuple[str, str, float]], windows: Sequence[tuple[float,
 
 
 def _ranges(events: Iterable[dict[str, Any]]) -> list[_Range]:
-    """Return a trace's ops, annotations and launches, the earliest first, with the names around each and its time."""
+    """Return a trace's ops, annotations and launches, the earliest first, with the ops around each and its own time."""
     found = []
     for event in events:
         if event.get("cat") in _HOST_WORK:

@@ -80,7 +80,7 @@ class Case:
 
 
 def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
-    """Call ``function``; return its values, and as ``d_<name>`` those wanted gradients that the candidate has."""
+    """Call a candidate's ``function``; return its values, and as ``d_<name>`` the wanted gradients that it has."""
     wanted = [name for name in case.wants_grad if name not in candidate.lacks]
     arguments = {name: x for name, x in inputs.items() if name not in GRADS}
     with candidate.context():

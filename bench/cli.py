@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
             page.write_text(tables.fill_tables(page.read_text(), args.results))
         return 0
     device = _device(args.device)
-    budget = _budget(args)  # before the plan, which may make hundreds of photographs
+    budget = _budget(args)  # refuses wrong numbers before _plan, which may generate hundreds of photographs
     plan = _plan(args, device)
     if args.compare is not None:
         return compare(args.compare, plan, device, budget)

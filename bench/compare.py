@@ -65,7 +65,7 @@ def compare(base: str, keys: Sequence[CaseKey], device: torch.device, budget: Bu
 def ratio_of_processes(
     base: Sequence[Sequence[float]], head: Sequence[Sequence[float]], resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """Return how many times as long ``head`` takes as ``base``: the ratio of medians, and low and high end at 95%.
+    """Return how many times as long ``head`` takes as ``base``: the ratio of medians and the ends of its 95% interval.
 
     Both are samples in seconds, one list for each process. Processes differ more from one another (memory layout,
     clocks) than the samples of one process. Therefore the bootstrap first draws processes, and then samples of each.
@@ -95,7 +95,10 @@ def verdict(low: float, high: float, throttled: bool) -> str:
 
 
 def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
-    """Print a verdict on each case. A case has our candidate only, since :func:`main` measures no other."""
+    """Print a verdict on each compared case, and return the exit code of :func:`compare`.
+
+    A case has only our own candidate, since :func:`main` measures no other.
+    """
     words = []
     for index, case in enumerate(runs["head"][0]["cases"]):
         label = f"{case['op']} {sizes(case)} {case['dtype']}"
@@ -117,7 +120,7 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
 
 
 def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: Budget, out: Path) -> dict[str, Any]:
-    """Measure the cases on one side, in a process that imports that side's code."""
+    """Measure the cases on one side of the comparison, base or head, in a process that imports that side's code."""
     share = [budget.seconds / TURNS, budget.rounds, budget.min_rounds]
     request = [keys, str(device), share, torch.get_num_threads()]
     # Without -P, Python would find packages in the current folder before those of the side.

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from .checkout import ROOT, environment_with, link_packages
 
-# Seconds that all steps together take: an hour, or a part in ten minutes. Half a minute is left for the end.
+# Seconds that all steps together may take: an hour, or ten minutes for a part, less half a minute for the end.
 HOUR_S, PART_S = 3570.0, 570.0
 # Seconds that a step may take to end after it was interrupted.
 GRACE_S = 4.0
@@ -35,7 +35,7 @@ GRACE_S = 4.0
 MARGIN_S = 12.0
 # A placeholder in commands for the seconds after which the step should begin nothing new.
 LEFT = "{left}"
-# Seconds of each step. Triton takes about 1.3 s to compile a kernel, and the first steps compile more than they run.
+# Seconds for each step. Triton takes about 1.3 s to compile a kernel, and the first steps compile more than they run.
 SECONDS = {
     "runs": 180.0, "same bits": 60.0, "capture": 60.0, "environment": 60.0, "loss": 300.0, "attention": 240.0,
     "model": 240.0, "step": 480.0, "patch": 120.0, "losses": 300.0, "blocks": 360.0, "tests": 480.0, "verify": 420.0,
@@ -51,7 +51,8 @@ SHAPES = {
     ),
 }  # fmt: skip
 FIRST = ("runs", "same bits", "capture", "environment")
-# The steps of each part, the most valuable first, and the limits of ``tests``, ``verify`` and ``tune`` in the part.
+# The steps of each part, the most valuable first. LIMITED has, for some parts, the tests, ops and tuning targets to
+# which the part limits its steps ``tests``, ``verify`` and ``tune``.
 PARTS: dict[str, tuple[str, ...]] = {
     "all": (*FIRST, "loss", "attention", "model", "step", "blocks", "tests", "verify", "tune", "sanitizer"),
     "first": (*FIRST, "loss", "attention", "model"),
@@ -76,11 +77,12 @@ LIMITED = {
     },
 }  # fmt: skip
 BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
-# The part "step" measures these and our own model. Our compiled model is left out of other parts, which lack the time
-# to compile it.
+# All parts but "step" measure only these candidates of a training step, and our own model. They lack the time to
+# compile our model.
 STEP_CANDIDATES = ("--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
 STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
-# Packages that may be copied to the machine: module, name on PyPI if it differs, and what is missing without it.
+# Packages that may be copied to the GPU machine, by module: the names on PyPI of the package and of others that it
+# needs, and the consequence if they are missing.
 WHEELS = {
     "pytest": ("pytest", "no tests at all"),
     "xdist": ("pytest-xdist execnet", "tests compile in one process"),
@@ -105,7 +107,7 @@ class Step:
 
     name: str
     command: list[str]
-    seconds: float = 0.0  # the time that the step gets in any case
+    seconds: float = 0.0  # the time that the step gets, even if other steps take longer than theirs
     lines: int = 20  # the number of lines at the end of its output that the summary shows
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables that only this step has
 
@@ -127,8 +129,8 @@ def steps(part: str, out: Path, total_s: float, *, stub: bool = False) -> list[S
     table to a place where it cannot be mistaken for a real one.
     """
     command = _commands(part, out, stub=stub)
-    # With PyTorch's caching allocator, the memory behind a tensor is usually allocated too, so the sanitizer would not
-    # find an access past the end of the tensor.
+    # With PyTorch's caching allocator, the memory after the end of a tensor is usually allocated too, so the sanitizer
+    # would not find an access there.
     environments = {"sanitizer": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}
     names = PARTS[part]
     share = min(1.0, (total_s - GRACE_S) / sum(SECONDS[name] for name in names))
@@ -247,7 +249,7 @@ def _writable(folder: Path) -> bool:
 
 
 def clear(out: Path) -> None:
-    """Make the folder ``out`` of the GPU run without files of an earlier run, which could be mistaken for results."""
+    """Create the folder ``out`` of the GPU run, and remove an earlier run's files, which could be taken for results."""
     out.mkdir(parents=True, exist_ok=True)
     for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "*.tmp"):
         for path in out.glob(pattern):
@@ -347,7 +349,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT to the GPU run into a KeyboardInterrupt; in the background, SIGINT is ignored."""
+    """Turn SIGTERM and SIGINT to the GPU run into a KeyboardInterrupt, also where it runs in the background and would
+    ignore SIGINT.
+    """
 
     def interrupt(*_: object) -> None:
         """Interrupt the GPU run."""

@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def smoke(suite: str, device: torch.device) -> str | None:
-    """Run our op of a benchmark's ``suite`` once in bf16 at the smallest size; return the reason if it is refused."""
+    """Run our op of a benchmark's ``suite`` once in bf16 at the smallest size; return the reason if it is wrong."""
     start = time.perf_counter()
     case = build(suite, SUITES[suite].smallest, "bf16", device)
     timing = Timing(case.ours)

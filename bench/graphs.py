@@ -13,7 +13,7 @@ Call = Callable[[], object]
 def replays(captures: Captures, calls: Sequence[Call]) -> list[Call]:
     """Return functions that replay ``calls``, which have run before. Their results are dropped.
 
-    Calls that synchronise with the host are found before they are captured.
+    A call that waits for the GPU is refused before it is captured.
 
     Raises:
         RuntimeError: one of them cannot be captured; PyTorch says why.

@@ -29,8 +29,8 @@ from .graphs import replays
 from .machine import cache_bytes, elapsed, free_bytes, synchronize, telemetry
 
 # The largest relative error (norm of the difference over norm of the reference, which is computed in float32) with
-# which a result counts as the same function. A peer may use TF32 for float32, and bf16 rounds at 2^-9. ``clipfast
-# verify`` tests the accuracy; these limits only keep wrong kernels out of the tables.
+# which a candidate counts as the same function. Implementations of others may use TF32 for float32, and bf16 rounds at
+# 2^-9. ``clipfast verify`` tests the accuracy; these limits only keep wrong kernels out of the tables.
 GATE = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 4e-2}
 # A sample repeats a call (at most 200 times) until it takes about this long.
 MIN_SAMPLE_S = {"cuda": 1e-3, "cpu": 5e-3}
@@ -77,7 +77,7 @@ def measure(case: Case, budget: Budget) -> tuple[list[Timing], dict[str, Any]]:
         whether the card was throttled (None if a reading could not be taken).
     """
     if "torch._dynamo" in sys.modules:
-        # Functions that were compiled for an earlier case only fill the cache. Those of this case stay compiled.
+        # Functions that torch.compile compiled for an earlier case would only fill its cache.
         torch._dynamo.reset()
     timings = [Timing(candidate) for candidate in case.candidates]
     pass_gate(case, timings)
@@ -105,7 +105,7 @@ def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
 
 
 def _take_turns(running: "dict[Timing, _Runner]", budget: Budget) -> None:
-    """Add one sample to each timing in each round, and drop those that fail from ``running``."""
+    """Add one sample to each benchmark candidate's timing in each round; remove those that fail from ``running``."""
     start = time.perf_counter()
     for number in range(budget.rounds):
         if number >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
@@ -171,8 +171,8 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
         exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
 
         @functools.cache
-        def truth_of(reference: Candidate) -> dict[str, torch.Tensor]:
-            """Return the results of a reference with which a benchmark compares its candidates."""
+        def results_of(reference: Candidate) -> dict[str, torch.Tensor]:
+            """Return the results of the reference with which a benchmark compares its candidates."""
             return observe(case, reference, reference.make(), exact)
 
         for timing in timings:
@@ -181,14 +181,15 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
                     raise MissingError("needs a GPU")
                 timing.function = timing.candidate.make()
                 if case.reference is not None:
-                    result, truth = observe(case, timing.candidate, timing.function, inputs), truth_of(case.reference)
-                    timing.errors = {name: _error(value, truth[name]) for name, value in result.items()}
+                    result = observe(case, timing.candidate, timing.function, inputs)
+                    expected = results_of(case.reference)
+                    timing.errors = {name: _error(value, expected[name]) for name, value in result.items()}
                     timing.refused = "; ".join(_differences(case, timing.errors)) or None
 
 
-def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the relative error of a candidate's result: the norm of the difference over the norm of ``truth``."""
-    return ((value.double() - truth).norm() / truth.double().norm().clamp(min=1e-30)).item()
+def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error of a candidate's result: the norm of the difference over the norm of ``expected``."""
+    return ((value.double() - expected).norm() / expected.double().norm().clamp(min=1e-30)).item()
 
 
 def _differences(case: Case, errors: dict[str, float]) -> Iterator[str]:

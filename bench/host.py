@@ -52,11 +52,11 @@ from .stub.counts import ARCH, Ops
 from .stub.gpu import MARK, gpu_environment
 from .suites import ops, rivals, step
 
-M_PERTURB = -6  # of mallopt(3): new memory has the complement of this byte
+M_PERTURB = -6  # the option of mallopt(3) that fills new memory with the complement of a byte
 PASSES = ("forward", "both")
-WIDTH, CONTEXT, VOCABULARY = 64, 8, 64  # of the narrow models
+WIDTH, CONTEXT, VOCABULARY = 64, 8, 64  # sizes of the narrow models that are measured
 LINE = "  {:26} {:>9} {:>9} {:>9} {:>9}   {}"
-# The other candidates, the first of which that can run is the one to compare with.
+# Ours is compared with the first of these candidates that can run.
 THEIRS = ("SDPA", "OpenCLIP", "PyTorch")
 
 
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     """The two measured cases of one computation: a call that needs no gradients, and a call with its backward pass."""
 
     name: str  # the op, "step", "encode_image" or "encode_text"
-    shape: Sizes  # "model" is the published model whose depth is taken
+    shape: Sizes  # "model" names the published model that is as deep as the measured one
     forward: Case | None
     both: Case | None
 
@@ -74,15 +74,15 @@ class Row(NamedTuple):
         return " ".join([self.name, *(f"{size}={value}" for size, value in self.shape.items())])
 
 
-class Found(NamedTuple):
-    """The median time of a candidate's call, and the number of kernels that it starts."""
+class HostTime(NamedTuple):
+    """The median time of the host for a candidate's call, and the number of kernels that the call starts."""
 
     us: float
     kernels: int
 
 
-# The times that were found, by the name of the candidate; a string says why a candidate has none.
-Findings = dict[str, Found | str]
+# The host's times by the name of the candidate; a string says why a candidate has none.
+Findings = dict[str, HostTime | str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rows(names: Sequence[str] | None, models: Sequence[str], dtype: str, device: torch.device) -> Iterator[Row]:
-    """Yield what is to be measured: ops at their small shapes, and models that are as deep as ``models``."""
+    """Yield the rows of the host's table: ops at their small shapes, and narrow models as deep as ``models``."""
     known = specs()
     for name in known if names is None else names:
         if name not in known:
@@ -142,7 +142,7 @@ def rows(names: Sequence[str] | None, models: Sequence[str], dtype: str, device:
 
 
 def _row_of_op(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Row:
-    """Return what is measured of an op at a shape."""
+    """Return the row of the host's table for an op at a shape."""
     case = ops.build(spec, shape.to_dict(), dtype, device)
     kept = [one for one in case.candidates if "compiled" not in one.name and not one.name.startswith("SDPA")]
     # SDPA takes no lengths. It runs without the context that chooses a backend, which takes time of its own.
@@ -155,7 +155,10 @@ def _row_of_op(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> 
 
 
 def _rows_of_model(name: str, dtype: str, device: torch.device) -> Iterator[Row]:
-    """Yield a training step of two pairs, and the encoding of one image and one text, by a model of the depth."""
+    """Yield the rows of the host's table for a narrow model as deep as the model ``name``.
+
+    They are a training step of two pairs, and the encoding of one image and of one text.
+    """
     narrow = _narrow(name)
     case = step.build({"model": narrow, "batch": 2}, dtype, device)
     kept = tuple(one for one in case.candidates if "compiled" not in one.name)
@@ -170,10 +173,10 @@ def _rows_of_model(name: str, dtype: str, device: torch.device) -> Iterator[Row]
 
 
 def _encoder(candidate: Candidate, kind: str) -> Any:
-    """Return the function that makes the encoder of a candidate for the training step."""
+    """Return ``make`` of a candidate that encodes images or texts by the model of a candidate for the training step."""
 
     def make() -> AnyFunction:
-        """Make a call of a benchmarked model that encodes images or texts, to time its host."""
+        """Return the function that encodes images or texts by the benchmarked model, to time its host."""
         measured: Any = candidate.make()
         model = getattr(measured.model, "model", measured.model).eval()
         encode = getattr(model, f"encode_{kind}")
@@ -207,36 +210,36 @@ def _narrow(name: str) -> str:
 
 
 def _lines(passes: Sequence[Findings]) -> list[str]:
-    """Return the lines of a row, one for each candidate, from what was found for each pass."""
+    """Return the lines of a row of the host's table, one for each candidate, from the times for each pass."""
     lines = []
     for name in dict.fromkeys(name for found in passes for name in found):
         mine = [found.get(name) for found in passes]
         refused = next((one for one in mine if isinstance(one, str)), None)
         cells = [cell for one, found in zip(mine, passes, strict=True) for cell in _cells(one, found)]
-        counts = " / ".join(str(one.kernels) for one in mine if isinstance(one, Found))
+        counts = " / ".join(str(one.kernels) for one in mine if isinstance(one, HostTime))
         lines.append(f"  {name:26} {refused[:90]}" if refused else LINE.format(name, *cells, counts))
     return lines
 
 
-def _cells(one: Found | str | None, found: Findings) -> tuple[str, str]:
-    """Return the microseconds of a candidate, and how many times the time of others this is."""
-    if not isinstance(one, Found):
+def _cells(one: HostTime | str | None, found: Findings) -> tuple[str, str]:
+    """Return two cells of the host's table: a candidate's microseconds, and the ratio to those of :func:`compared`."""
+    if not isinstance(one, HostTime):
         return "", ""
     theirs = found.get(compared(found))
-    return f"{one.us:.1f}", f"{one.us / theirs.us:.2f}" if isinstance(theirs, Found) else ""
+    return f"{one.us:.1f}", f"{one.us / theirs.us:.2f}" if isinstance(theirs, HostTime) else ""
 
 
 def compared(found: Findings) -> str:
-    """Return the name of the candidate with which the host's time is compared, or nothing."""
-    return next((name for name in THEIRS if isinstance(found.get(name), Found)), "")
+    """Return the name of the candidate with which the host's time is compared, or an empty text if there is none."""
+    return next((name for name in THEIRS if isinstance(found.get(name), HostTime)), "")
 
 
 def _to_json(row: Row, passes: Sequence[Findings]) -> dict[str, Any]:
     """Return the host's times in a row as JSON, without the candidates that were refused."""
-    found: dict[str, dict[str, Found]] = {}
+    found: dict[str, dict[str, HostTime]] = {}
     for kind, findings in zip(PASSES, passes, strict=True):
         for name, one in findings.items():
-            if isinstance(one, Found):
+            if isinstance(one, HostTime):
                 found.setdefault(name, {})[kind] = one
     against = next(filter(None, map(compared, passes)), "")
     return {"name": row.name, "shape": row.shape, "against": against, "found": found}
@@ -247,7 +250,7 @@ def _measured(case: Case, rounds: int, *, takes_all: bool) -> Findings:
     case = prepared(case, takes_all=takes_all)
     return {
         timing.candidate.name: timing.refused
-        or Found(round(1e6 * statistics.median(timing.samples), 1), _kernels(case, timing))
+        or HostTime(round(1e6 * statistics.median(timing.samples), 1), _kernels(case, timing))
         for timing in timings(case, rounds)
     }
 
@@ -297,7 +300,9 @@ def _on_stub() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread, and no denormal numbers, which are slow: the stub leaves results as memory was."""
+    """Let PyTorch use one thread and flush denormal numbers, which are slow: on the stub, results are any old values of
+    the memory.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

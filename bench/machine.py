@@ -58,9 +58,7 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
 
 
 def use(device: torch.device) -> torch.device:
-    """Make ``device`` current for a benchmark, and return it with the index that streams, events and memory figures
-    need.
-    """
+    """Make ``device`` current for a benchmark, and return it with its index, which memory statistics need."""
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
@@ -110,7 +108,7 @@ def _cpu_name() -> str:
 def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measure the bytes per second of a large copy (read and written) and the FLOP/s of a large matrix product.
 
-    A kernel can be held to these rates on this machine as it is now, but not to those of a data sheet.
+    This machine reaches these rates as it is now, so they are a fair limit for a kernel; those of a data sheet are not.
     """
     side, copied = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     source = torch.empty(copied, dtype=torch.uint8, device=device).random_()
@@ -119,13 +117,13 @@ def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return {
-        "copy_bytes_per_s": 2 * copied / _best(lambda: target.copy_(source), device),
-        "matmul_flops_per_s": 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device),
+        "copy_bytes_per_s": 2 * copied / _shortest_s(lambda: target.copy_(source), device),
+        "matmul_flops_per_s": 2 * side**3 / _shortest_s(lambda: torch.mm(a, b, out=out), device),
     }
 
 
-def _best(run: Callable[[], object], device: torch.device, rounds: int = 8) -> float:
-    """Return the shortest time of ``run`` over several rounds, for the rates of the machine."""
+def _shortest_s(run: Callable[[], object], device: torch.device, rounds: int = 8) -> float:
+    """Return the shortest time of ``run`` in seconds over several rounds, for the measured rates of the machine."""
     # The first runs create handles and workspaces, and raise the clocks.
     for _ in range(3):
         run()

@@ -1,7 +1,7 @@
 """Peak memory of one call beyond its inputs; it is measured apart from the timing, which it would slow down.
 
-On a GPU, PyTorch's allocator gives the figure. On a CPU it is the high-water mark of the memory of a new process, since
-a process that has worked before keeps pages. That process runs ``python -m clipfast.bench.memory``.
+On a GPU, PyTorch's allocator reports it. On a CPU it is the high-water mark of the memory of a new process, since a
+process that has worked before keeps pages. The new process runs ``python -m clipfast.bench.memory``.
 """
 
 import ctypes
@@ -75,7 +75,7 @@ def growth(function: Callable[[], object]) -> int:
     """Return the bytes that a measured call adds to the resident memory of this process, at its peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    # The kernel counts the peak of resident memory anew from here (proc(5), clear_refs).
+    # This resets the peak of resident memory that Linux reports (proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5")
     before = proc_bytes("self/status", "VmRSS")
     kept = function()

@@ -30,7 +30,7 @@ def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[st
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """Return the part of a result that says when, where and of which commit it is."""
+    """Return the part of a benchmark result that says when, where and at which commit it was measured."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     where = {"git": machine.commit(), "machine": machine.describe(device), "versions": machine.versions()}
     return {"schema": SCHEMA, "when": when, **where}
@@ -46,7 +46,8 @@ def case_result(
 ) -> dict[str, Any]:
     """Return one entry of a result's ``cases``, from timings, telemetry and the rates (``roof``) of this run.
 
-    ``peaks`` and ``breakdowns`` hold for each candidate a figure, or the reason why there is none.
+    ``peaks`` and ``breakdowns`` hold for each candidate the peak memory and the breakdown, or the reason why it is
+    missing.
     """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
@@ -86,7 +87,7 @@ def _candidate_result(
     """Return the entry of one candidate in a benchmark result."""
     result: dict[str, Any] = {
         "name": timing.candidate.name, "note": timing.candidate.note, "refused": timing.refused,
-        # JSON has no NaN, so it becomes null
+        # JSON has no NaN, so an error that is NaN becomes null.
         "errors": {name: error if math.isfinite(error) else None for name, error in timing.errors.items()},
         "peak_bytes": peak if isinstance(peak, int) else None,
         "peak_refused": peak if isinstance(peak, str) else None,

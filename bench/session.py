@@ -72,7 +72,7 @@ def _measure_one(
 
 
 def _breakdown(case: Case, timing: Timing) -> Breakdown:
-    """Return a training step's time by category, for its measured median time."""
+    """Return the breakdown of a benchmarked training step, of which the median of its measured times is divided up."""
     found: Breakdown = timing.function.breakdown(
         **leaves(case, case.inputs()), seconds=statistics.median(timing.samples)
     )
@@ -80,7 +80,7 @@ def _breakdown(case: Case, timing: Timing) -> Breakdown:
 
 
 def refused_of_ours(run: dict[str, Any]) -> list[str]:
-    """Return a line with op, name and reason for each of our candidates in a result that was refused.
+    """Return a line with op, name and reason for each of our own candidates that a benchmark run has refused.
 
     Candidates that could not run because the machine lacks something, such as a GPU, are left out.
     """

@@ -141,9 +141,10 @@ def page_table(runs: list[dict[str, Any]]) -> str:
             ]
         )
     widths = {str(case["shape"]["embed_dim"]) for case in cases if "embed_dim" in case["shape"]}
-    facts = [f"D = {_one(widths)}"] if widths else []
-    where = _one({run["machine"].get("gpu") or run["machine"]["cpu"] for run in runs})
-    return "\n".join([*_markdown(rows), "", _caption(runs, where, [*facts, _one({case["dtype"] for case in cases})])])
+    facts = [f"D = {_joined(widths)}"] if widths else []
+    facts.append(_joined({case["dtype"] for case in cases}))
+    where = _joined({run["machine"].get("gpu") or run["machine"]["cpu"] for run in runs})
+    return "\n".join([*_markdown(rows), "", _caption(runs, where, facts)])
 
 
 def host_table(run: dict[str, Any]) -> str:
@@ -169,23 +170,23 @@ def _microseconds(found: dict[str, tuple[float, int]]) -> str:
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:
-    """Return the lines of a page's table of benchmark results, in Markdown."""
+    """Return the Markdown lines of a page's table of benchmark results; a row of "---" is the line below the head."""
     return [f"|{'|'.join(row)}|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in rows]
 
 
-def _one(values: set[str]) -> str:
-    """Join the values that the caption of a page's table names for several runs."""
+def _joined(values: set[str]) -> str:
+    """Return the different values of several benchmark runs as one text, for the caption of a page's table."""
     return ", ".join(sorted(values))
 
 
 def _caption(runs: list[dict[str, Any]], where: str, facts: list[str]) -> str:
     """Return the caption of a page's table: machine, versions, commit and date of the measurements ``runs``."""
     torch, open_clip = (
-        _one({run["versions"][name] or "not installed" for run in runs}) for name in ("torch", "open_clip_torch")
+        _joined({run["versions"][name] or "not installed" for run in runs}) for name in ("torch", "open_clip_torch")
     )
     when, commit = (
-        _one({run["when"][:10] for run in runs}),
-        _one({(run["git"]["sha"] or "unknown")[:8] for run in runs}),
+        _joined({run["when"][:10] for run in runs}),
+        _joined({(run["git"]["sha"] or "unknown")[:8] for run in runs}),
     )
     return f"{where}; torch {torch}, OpenCLIP {open_clip}; {', '.join(facts)}; {when}, commit {commit}."
 

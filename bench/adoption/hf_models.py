@@ -11,7 +11,7 @@ import clipfast
 from . import shrunk
 
 VOCABULARY, END = 100, 98  # an id above the end belongs to the vocabulary, as in tokenizers with added words
-# The number of layers of a tower: before a last block that computes only one row, another block is needed.
+# Towers have two layers, since the last block computes only one row, and a block that computes all rows is needed too.
 TEXT = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "vocab_size": VOCABULARY, "max_position_embeddings": 13, "bos_token_id": 97, "eos_token_id": END,
@@ -49,7 +49,7 @@ TOWERS = [
 
 
 def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
-    """Return a small model of transformers to adopt by one of the names above, in training mode."""
+    """Return the small model of transformers to adopt that ``PAIRS`` or ``TOWERS`` names so, in training mode."""
     import transformers
 
     torch.manual_seed(0)
@@ -166,7 +166,10 @@ def packed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False, **options: Any) -> dict[str, Tensor]:
-    """Return an adopted model's outputs and gradients of parameters and images by name; or its loss's."""
+    """Return an adopted model's outputs and the gradients of its parameters and images, by name.
+
+    With ``loss_only``, the gradients are those of the loss that the model itself computes.
+    """
     given = dict(given)
     if "pixel_values" in given:
         given["pixel_values"] = given["pixel_values"].clone().requires_grad_()

@@ -130,7 +130,7 @@ def open_clip_model(name: str) -> nn.Module:
             stack.enter_context(patch)
         model = randomised(kind(**config))
     encoder: Any = getattr(getattr(model, "audio", None), "encoder", None)
-    if hasattr(encoder, "bn0"):  # the sound before this layer is float32 in every model
+    if hasattr(encoder, "bn0"):  # its input is a spectrogram, which is float32 in a model of any dtype
         encoder.bn0.register_forward_pre_hook(_as_weight)
     return model
 
@@ -153,7 +153,7 @@ def _kind(config: dict[str, Any]) -> Any:
 
 
 def _patches(config: dict[str, Any]) -> Iterator[Any]:
-    """Yield patches that shrink the parts of an adopted model that its configuration only names."""
+    """Yield mocks that shrink the parts of an adopted OpenCLIP model which its configuration only names."""
     import timm
 
     if timm_name := config.get("vision_cfg", {}).get("timm_model_name"):
@@ -192,8 +192,8 @@ def _as_weight(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def randomised(model: nn.Module) -> nn.Module:
     """Draw new values for an adopted model's parameters that are zero, tiny or uninitialised, and return the model.
 
-    Behind zeros or tiny values, errors would not show. OpenCLIP does not initialise the last projection of CoCa's
-    decoder.
+    Errors would not show after a layer of zeros or tiny values. OpenCLIP does not initialise the last projection of
+    CoCa's decoder.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -265,7 +265,7 @@ def _patches_of(width: int, batch: int, dtype: torch.dtype) -> Input:
 
 
 def outputs(model: nn.Module, *args: Input) -> list[Tensor]:
-    """Return the floating tensors among the results of an adopted model."""
+    """Return those tensors among the results of an adopted model that require gradients."""
     out = model(*args)
     values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else [out]
     return [value for value in values if isinstance(value, Tensor) and value.requires_grad]

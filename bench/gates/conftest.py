@@ -1,4 +1,4 @@
-"""Let pytest-benchmark store the card and the versions together with its timings, which depend on them."""
+"""Hooks of the gates: pytest-benchmark stores GPU and versions together with its timings, which depend on them."""
 
 from typing import Any
 

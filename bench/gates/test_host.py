@@ -1,4 +1,4 @@
-"""The time of the host for each op on CPU tensors, over that of PyTorch's own, which runs in turns with it.
+"""The time of the host for each op on CPU tensors, as a ratio to that of PyTorch's own op, which runs in turns with it.
 
     pytest bench/gates/test_host.py
     python -m bench host --overwrite --json bench/gates/host.json        on a quiet machine: the ratios to compare with
@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.mark.parametrize(("row", "kind"), CASES)
 def test_the_way_to_the_kernels(row: host.Row, kind: str) -> None:
-    """Measure a pass of an op, and compare its ratio with the known one."""
+    """Measure the host's time for a pass of an op, and compare its ratio with the known one in ``host.json``."""
     known = KNOWN[row.name, str(dict(row.shape))]
     names = OURS, known["against"]
     case = host.prepared(getattr(row, kind))

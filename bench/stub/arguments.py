@@ -25,7 +25,7 @@ _SCRATCH = 2  # pointers that the launcher adds at the end: scratch memory for t
 
 
 @dataclasses.dataclass(frozen=True)
-class Watched:
+class CheckedLaunch:
     """One checked launch: the kernel, its grid and threads, and the number of tensor maps among its arguments."""
 
     kernel: str
@@ -35,24 +35,24 @@ class Watched:
 
 
 class PackingError(Exception):
-    """The driver received other arguments than the kernel was called with."""
+    """The error for a stub driver that received other arguments than the kernel was called with."""
 
 
 @contextlib.contextmanager
-def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[list[Watched]]:
+def checked_launches(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[list[CheckedLaunch]]:
     """Check the arguments of every launch in the context, whose tensors are those of ``device``; yield the launches.
 
-    A kernel that its plan can start by itself, or by addresses, starts in all ways. With ``emptied``, kernels are
-    compiled without their bodies.
+    If a plan can start its kernel without Triton, or by addresses alone, the kernel is started in each of these ways.
+    With ``emptied``, kernels are compiled without their bodies.
 
     Raises:
-        PackingError: an argument reached the driver as another value, or as another value than by Triton's own way, or
-            a kernel was launched with less alignment than it was compiled for.
+        PackingError: an argument reached the driver with another value than the kernel was called with, or than
+            Triton's own launch passes, or with less alignment than the kernel was compiled for.
     """
-    seen: list[Watched] = []
+    seen: list[CheckedLaunch] = []
     run, remember = JITFunction.run, Start.remember
 
-    def watching(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def run_and_check(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         """Start a kernel on the stub, and check the arguments that its driver received."""
         named = dict(zip(kernel.arg_names, args, strict=False)) | options
         stub.own(tensors_of(named.values()), device)
@@ -64,10 +64,10 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
         _check_alignment(kernel.__name__, compiled.src.attrs, kernel.arg_names, named)
         maps = _check_parameters(kernel.__name__, signature, named, stub.last.parameters())
         last = stub.last
-        seen.append(Watched(last.name.decode(), tuple(last.grid), last.block[0], maps))
+        seen.append(CheckedLaunch(last.name.decode(), tuple(last.grid), last.block[0], maps))
         return compiled
 
-    def all_ways(plan: Plan, *tensors: Any) -> None:
+    def start_in_all_ways(plan: Plan, *tensors: Any) -> None:
         """Start a kernel by its plan, by addresses and by Triton; check that the driver receives the same."""
         before, known = stub.counts.launches, dict(plan.compiled)
         plan.start_by_triton(tensors)
@@ -87,9 +87,9 @@ def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[l
                 raise PackingError(f"a start passed {_received(stub)}, Triton {expected}")
 
     with (
-        mock.patch.object(JITFunction, "run", watching),
-        mock.patch.object(Plan, "start", all_ways),
-        mock.patch.object(Start, "remember"),  # so that every start is one of a plan
+        mock.patch.object(JITFunction, "run", run_and_check),
+        mock.patch.object(Plan, "start", start_in_all_ways),
+        mock.patch.object(Start, "remember"),  # makes every Start call Plan.start, which is checked
     ):
         yield seen
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import triton
 
 HERE = Path(__file__).resolve().parent
-# The sources of each library. PyTorch and its tools look for a library of this name, and find it if it is loaded.
+# The sources of each library of the stub. PyTorch looks for libraries of these names, and takes one that is loaded.
 DRIVER = {"libcuda.so.1": ("gpu.c", "cubin.c", "driver.c")}
 GPU = {
     "libcuda.so.1": (*DRIVER["libcuda.so.1"], "runtime.c", "kernels.c"),

@@ -1,4 +1,4 @@
-"""The number of launches and PyTorch ops that an op's call would start on a GPU; no stub is needed for it."""
+"""The number of Triton launches and PyTorch ops that an op's call would start on a GPU; this needs no stub."""
 
 import dataclasses
 import functools
@@ -15,14 +15,14 @@ from clipfast.kernels.spec import Call, Draw, OpSpec, Shape, specs
 
 from .capture import InsideOps
 
-# The GPU that launches are counted for.
+# The compute capability of the GPU that launches are counted for.
 ARCH = 90
 
 
 class Ops(InsideOps):
     """Count the PyTorch ops that start a kernel on a GPU: not views, not allocations, not our own ops.
 
-    The count is that of a call that nothing watches, although a dispatch mode does.
+    The count is that of a plain eager call: our ops do not notice that a dispatch mode is active.
     """
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ def gpu_numbers(arch: int, devices: int = DEVICES) -> str:
 
 
 class LastLaunch(ctypes.Structure):
-    """The last launch as the driver received it; ``StubLaunch`` in gpu.h."""
+    """The last launch as the stub driver received it: the struct ``StubLaunch`` of gpu.h."""
 
     _fields_ = (
         ("name", ctypes.c_char * 256), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
@@ -55,7 +55,7 @@ class LastLaunch(ctypes.Structure):
 
 
 class TensorMap(ctypes.Structure):
-    """The fields that the stub writes into a tensor map; ``StubMap`` in gpu.h."""
+    """The fields that the stub driver writes into a tensor map: the struct ``StubMap`` of gpu.h."""
 
     _fields_ = (
         ("magic", ctypes.c_uint64), ("unused", ctypes.c_uint64), ("base", ctypes.c_uint64),
@@ -97,7 +97,7 @@ class Stub:
 
     @property
     def message(self) -> str:
-        """Why the stub refused the last launch or call that it refused."""
+        """The rule that the last launch or call broke which the stub refused."""
         return str(self.library.stub_message().decode())
 
     @property
@@ -196,6 +196,6 @@ def on_device(stub: Stub, device: int = 0, *, current: int = 0) -> Iterator[None
 
 
 def tensors_of(arguments: Any) -> list[torch.Tensor]:
-    """Return the tensors among the arguments of a kernel on the stub, those behind descriptors included."""
+    """Return the tensors among the arguments of a kernel on the stub, and those that tensor descriptors describe."""
     bases = (getattr(value, "base", value) for value in arguments)
     return [value for value in bases if isinstance(value, torch.Tensor)]

@@ -19,13 +19,13 @@ from clipfast.verify.ops import inputs_of, lay_out
 from clipfast.verify.rule import value_and_grads
 
 from ..inspection.shipped import shipped_cases
-from .arguments import Watched, watched
+from .arguments import CheckedLaunch, checked_launches
 from .capture import CaptureRules, InsideOps
 from .driver import Stub, load, on_device
 
 # If the reference's largest tensor in a case has more elements than this, its inputs are left uninitialised.
 DRAWN_ELEMENTS = 2**20
-# Cases with more elements are left out, since a CPU takes too long for the PyTorch ops between the launches.
+# Cases of which a tensor has more elements are left out, since their PyTorch ops between launches take a CPU too long.
 MOST_ELEMENTS = 2**26
 # Tensors belong to the second device while the first one is current, so that a missing device guard shows.
 DEVICE, CURRENT = 1, 0
@@ -39,7 +39,7 @@ class ZeroedMemory(InsideOps):
         return out.zero_() if func._schema.name.startswith(("aten::empty", "aten::new_empty")) else out
 
     def see(self, func: Any, args: Any) -> None:
-        """Accept every call of a PyTorch op on the stub."""
+        """Do nothing, since every PyTorch op may be called on the stub."""
 
 
 @dataclasses.dataclass
@@ -53,18 +53,18 @@ class Walked:
     faults: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures of a walk through the ops on the stub for JSON."""
+        """Return the counts of a walk through the ops on the stub, for JSON."""
         totals = {"launches": self.launches.total(), "maps": self.maps.total()}
         return {"arch": self.arch, "calls": self.calls, **totals, "by_op": dict(self.launches), "faults": self.faults}
 
     @contextlib.contextmanager
-    def call(self, op: str, name: str, stub: Stub, *, emptied: bool) -> Iterator[list[Watched]]:
+    def call(self, op: str, name: str, stub: Stub, *, emptied: bool) -> Iterator[list[CheckedLaunch]]:
         """Count the launches on the stub in this context, and record an error instead of raising it."""
         self.calls += 1
         before = stub.counts.refused
         try:
             on_stub = on_device(stub, DEVICE, current=CURRENT)
-            with on_stub, ZeroedMemory(), watched(stub, DEVICE, emptied=emptied) as seen:
+            with on_stub, ZeroedMemory(), checked_launches(stub, DEVICE, emptied=emptied) as seen:
                 yield seen
             if stub.counts.refused != before:
                 raise RuntimeError(f"the driver refused a call without an error: {stub.message}")
@@ -75,10 +75,10 @@ class Walked:
 
 
 def shipped(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Walked:
-    """Launch every shipped call in ``dtypes``, forward and backward.
+    """Launch every shipped call (at the sizes of published models) on the stub in ``dtypes``, forward and backward.
 
-    Where kernels load through tensor maps, these are the kernels that ``inspect`` compiles, since the box and the
-    swizzle of a map depend on the body of its kernel.
+    Kernels that load through tensor maps are compiled with their bodies, as ``inspect`` compiles them, since the box
+    and the swizzle of a map depend on the body.
     """
     stub, walked = load(arch), Walked(arch)
     emptied = not ARCHITECTURES[arch].multiplies_from_shared
@@ -142,7 +142,7 @@ def _run(spec: OpSpec, call: Call) -> None:
 
 @contextlib.contextmanager
 def in_blocks() -> Iterator[None]:
-    """Send small batches of the contrastive loss through the kernels on the stub too; a CPU computes them at once."""
+    """Send small batches of the contrastive loss through the kernels too: a CPU would compute them without kernels."""
     before, small_batch.MOST_LOGITS = small_batch.MOST_LOGITS, 0
     try:
         yield

@@ -31,11 +31,11 @@ from ..machine import cpu_seconds
 from . import pairs, peers
 from .pipelines import BATCH, OpenClipBatches, OurBatches, denormalized, open_clip_data, padded
 
-if TYPE_CHECKING:  # functions import Pillow when they need it, so other suites run without it
+if TYPE_CHECKING:  # the functions below import Pillow where they use it, so that other suites run without Pillow
     from PIL import Image
 
-# A coarsely decoded photograph differs by 3% (more than 35 dB) from one that is decoded whole; their means hardly
-# differ.
+# Factors on the usual limit of the errors. A coarsely decoded photograph differs by 3% (more than 35 dB) from one that
+# is decoded whole; their means hardly differ.
 PIXELS, MEANS = 20.0, 5.0
 THEIRS = "OpenCLIP"
 Make = Callable[[], AnyFunction]

@@ -22,14 +22,14 @@ def need(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:
-        # Some peers require a GPU or another version of Triton when they are imported.
+        # Some packages need a GPU or another version of Triton when they are imported.
         if isinstance(error, ImportError) and error.name == module.split(".")[0]:
             raise MissingError(f"not installed (pip install {package})") from error
         raise MissingError(f"{package} cannot be imported: {short(error)}") from error
 
 
 def compiled(function: Callable[..., R], *, fullgraph: bool = False) -> Callable[..., R]:
-    """Compile a candidate for static shapes. ``harness.measure`` drops the code that was compiled for earlier cases."""
+    """Compile a benchmark candidate for static shapes. ``harness.measure`` drops the code of earlier cases."""
     # With this option, the profiler also records TorchInductor's kernels on a CPU.
     options: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.enable_kernel_profile": True}
     return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=options)

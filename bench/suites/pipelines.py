@@ -21,7 +21,7 @@ from clipfast.models.tokenizer import CONTEXT_LENGTH
 
 from . import peers
 
-BATCH = 256  # pairs, or all if there are fewer
+BATCH = 256  # pairs of a batch; all pairs, if there are fewer
 
 
 class _Batches:
@@ -92,8 +92,8 @@ def open_clip_data() -> Any:
     """
     data: Any = peers.need("open_clip_train.data", "'open_clip_torch[training]'")
     if "eof_value" in inspect.signature(data.tar_file_expander).parameters:
-        # Since version 0.2.90, webdataset marks the ends of shards. OpenCLIP would treat a mark as a file without a
-        # name.
+        # Since version 0.2.90, webdataset yields a mark at the end of each shard. OpenCLIP would treat it as a file
+        # without a name.
         data.tar_file_expander = functools.partial(data.tar_file_expander, eof_value=None)
     return data
 

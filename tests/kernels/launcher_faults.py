@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.nvidia.driver import CudaLauncher
 
 from clipfast.bench.stub import walk
-from clipfast.bench.stub.arguments import watched
+from clipfast.bench.stub.arguments import checked_launches
 from clipfast.bench.stub.capture import CaptureRules
 from clipfast.bench.stub.driver import load, on_device
 from clipfast.kernels import launch
@@ -203,7 +203,7 @@ def an_op():
 
 def on_the_other_device(run):
     """Call the launches of ``run`` with tensors of device 1 while device 0 is current."""
-    with on_device(STUB, 1, current=0), watched(STUB, 1, emptied=True):
+    with on_device(STUB, 1, current=0), checked_launches(STUB, 1, emptied=True):
         run()
 
 
@@ -269,10 +269,10 @@ def main():
     """Print the number of planted faults of kernel launches, and each that was not caught with the expected error."""
     wrong = {}
     with on_device(STUB):
-        wrong["nothing"] = raised_by(encode, watched(STUB))
+        wrong["nothing"] = raised_by(encode, checked_launches(STUB))
     for name, (message, plant) in FAULTS.items():
         with on_device(STUB):
-            raised = raised_by(plant, watched(STUB))
+            raised = raised_by(plant, checked_launches(STUB))
         if message not in raised:
             wrong[name] = raised or "nothing was raised"
     for plant, message in (

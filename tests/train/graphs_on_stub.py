@@ -57,7 +57,7 @@ def on_driver():
     """Return what happened to a training step and its CUDA graph on the stub driver."""
     from graphs import on_cpu, on_gpu
 
-    from clipfast.bench.stub.arguments import watched
+    from clipfast.bench.stub.arguments import checked_launches
     from clipfast.bench.stub.driver import load, on_device
     from clipfast.bench.stub.walk import in_blocks
     from clipfast.kernels import contrastive_loss
@@ -84,7 +84,7 @@ def on_driver():
         graphed(on_gpu(torch.zeros(pairs, 3, 32, 32, dtype=torch.uint8)), tree_map(on_gpu, given))
         return len(launched) - before
 
-    with on_device(stub), watched(stub, emptied=True) as launched, in_blocks(), cuda_on(stub, launched):
+    with on_device(stub), checked_launches(stub, emptied=True) as launched, in_blocks(), cuda_on(stub, launched):
         eager = [launches(8) for _ in range(3)]
         _, *replayed = (launches(8) for _ in range(3))
         others = [launches(4) for _ in range(3)]
