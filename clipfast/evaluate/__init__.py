@@ -1,1 +1,1 @@
-"""Evaluation of a checkpoint without training on the task: zero-shot classification and image-text retrieval."""
+"""Evaluation of models: zero-shot classification, retrieval, linear probes, robustness, bias, and other benchmarks."""

@@ -21,12 +21,12 @@ from .significance import DRAWS, independence
 
 @dataclasses.dataclass
 class Grouping:
-    """The groups of images by one key, or by several that are crossed.
+    """A division of images into groups by the values of one metadata key, or of several crossed keys.
 
     Attributes:
         key: the key as the user named it, such as "race" or "race+gender".
-        names: the names of the groups.
-        members: [N], the number of each image's group; -1 for an image without a value of the key.
+        names: the names of the G groups.
+        members: [N], the index of each image's group; -1 for an image without a value of the key.
         min_count: the number of images that a group needs to be compared with others.
     """
 
@@ -37,23 +37,23 @@ class Grouping:
 
     @property
     def counts(self) -> Tensor:
-        """The number of images of each group that is compared for bias."""
+        """The number of images in each group, [G]."""
         return torch.bincount(self.members[self.members >= 0], minlength=len(self.names))
 
     @property
     def compared(self) -> list[int]:
-        """The numbers of the groups that are large enough to be compared for bias."""
+        """The indices of the groups that have enough images to be compared for bias."""
         return (self.counts >= self.min_count).nonzero()[:, 0].tolist()
 
     def hits(self, marks: Tensor) -> Tensor:
-        """Return how many images of each group are marked, [G] or [G, L], to compare the groups for bias."""
+        """Return how many images of each group are marked: bool [N] -> [G], or [N, L] -> [G, L]."""
         inside = self.members >= 0
         found = torch.zeros(len(self.names), *marks.shape[1:], dtype=torch.long)
         return found.index_add_(0, self.members[inside], marks[inside].long())
 
 
 def keys_of(group_by: Sequence[str]) -> list[str]:
-    """Return the distinct metadata keys by which bias is measured, in their order; "race+gender" has two of them."""
+    """Return the distinct metadata keys in the values of ``--group-by``, in their order; "race+gender" has two."""
     return list(dict.fromkeys(key for one in group_by for key in one.split(CROSSED_KEYS)))
 
 
@@ -79,7 +79,10 @@ def groupings(groups: Sequence[str], group_by: Sequence[str], min_count: int) ->
 
 
 def _grouping(one: str, keys: list[str], columns: list[tuple[str, ...]], min_count: int) -> Grouping:
-    """Return the groups of images by one key, or by several crossed ones, between which bias is measured."""
+    """Return the groups of images by one value of ``--group-by``, a key or several crossed ones such as "race+gender".
+
+    ``columns`` has the values of all ``keys`` for each image.
+    """
     places = [keys.index(key) for key in one.split(CROSSED_KEYS)]
     values = [tuple(row[place] for place in places) for row in columns]
     of_images = ["" if "" in row else CROSSED_GROUPS.join(row) for row in values]
@@ -95,10 +98,10 @@ def _grouping(one: str, keys: list[str], columns: list[tuple[str, ...]], min_cou
 
 
 def compare(hits: Tensor, grouping: Grouping) -> dict[str, Any]:
-    """Return the share of hits in each group and the gap between them, a measure of bias.
+    """Return the share of hits in each group and the gap between the groups, which measures bias.
 
     Args:
-        hits: [G], the number of images of each group that are hit, for example classified correctly.
+        hits: [G], the number of hits in each group: images that are, for example, classified correctly.
         grouping: the groups of the images.
 
     Returns:
@@ -154,7 +157,7 @@ class Assigned(NamedTuple):
 
     Attributes:
         right: [N], True where the best class is the image's own; added labels do not compete.
-        best: [N], the number of the best label for each image; the classes are numbered first, then the added labels.
+        best: [N], the index of the best label for each image; the classes come first, then the added labels.
         above: for each threshold and each grouping a tensor [G, L]: the number of images of each group whose
             probability of each label is above the threshold.
     """
@@ -177,7 +180,7 @@ def assign(
         features: the features of the images [N, D], of unit length.
         weights: the classifier's weights of all labels [D, L], the classes first.
         scale: the factor of the similarities before the softmax over all labels: exp(logit_scale), as in training.
-        classes: [N], the number of each image's class.
+        classes: [N], the index of each image's class.
         count: the number of classes.
         groupings: the groups of the images.
         thresholds: the thresholds of a label's probability.
@@ -203,10 +206,10 @@ def assign(
 
 
 def skews(counts: Tensor, of_set: Tensor) -> Tensor:
-    """Return the log of each group's share in the first results over that in the set, [..., G], to measure bias.
+    """Return each group's skew, [..., G]: log(its share of the first search results / its share of the whole set).
 
     Args:
-        counts: [..., G], the number of images of each group among the first results.
+        counts: [..., G], the number of images of each group among the first search results.
         of_set: [G], the number of images of each group in the set.
     """
     shares = counts.double() / counts.sum(-1, keepdim=True)
@@ -214,10 +217,12 @@ def skews(counts: Tensor, of_set: Tensor) -> Tensor:
 
 
 def ndkl(order: Tensor, of_set: Tensor) -> float:
-    """Return NDKL between the groups of the search results and those of the whole set: 0 if the shares never differ.
+    """Return the normalised discounted KL divergence (NDKL) of groups between search results and the whole set.
+
+    It is 0 if the groups' shares of the first 1, 2, ..., k results are always those of the set.
 
     Args:
-        order: [k], the number of each result's group, the best result first.
+        order: [k], the index of each result's group, the best result first.
         of_set: [G], the number of images of each group in the set.
     """
     places = torch.arange(1, len(order) + 1, dtype=torch.float64)
@@ -228,7 +233,7 @@ def ndkl(order: Tensor, of_set: Tensor) -> float:
 
 
 def max_skew_by_chance(of_set: Tensor, k: int, seed: int = 0) -> float:
-    """Return the mean of the largest skew among the first k results in random order, a yardstick of bias."""
+    """Return the expected largest skew of a group among k results in random order, with which bias is compared."""
     import numpy as np
 
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(of_set.numpy(), k, DRAWS, method="marginals")
@@ -267,7 +272,14 @@ def retrieval_skew(
 
 
 def _of_query(query: str, order: Tensor, of_set: Tensor, names: list[str]) -> dict[str, Any]:
-    """Return how the groups are represented in the search results of a query, for the bias results."""
+    """Return the counts, skew, NDKL and p-value of groups in the first search results of one query.
+
+    Args:
+        query: the text of the query.
+        order: [k], the index of each result's group.
+        of_set: [G], the number of images of each group in the set.
+        names: the names of the groups.
+    """
     counts = torch.bincount(order, minlength=len(names))
     skew = skews(counts, of_set)
     return {

@@ -1,4 +1,7 @@
-"""The classes that a shifted set and its base share; both are evaluated on these classes (Taori et al. 2020)."""
+"""The classes that a shifted set, such as ImageNet-R, shares with its base, such as ImageNet.
+
+Both sets are evaluated on the shared classes only (Taori et al. 2020).
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ class ClassSubset:
 
     Attributes:
         names: the names of the shared classes.
-        members: for each shared class the numbers of the base's classes that belong to it. Any of them is a right
+        members: for each shared class the indices of the base's classes that belong to it. Any of them is a right
             answer.
-        of_label: the number of the shared class for each label of the shifted set; labels that are left out have none.
-        of_base: the number of the shared class for each label of the base; labels that are left out have none.
+        of_label: the index of the shared class for each label of the shifted set that belongs to one.
+        of_base: the index of the shared class for each label of the base that belongs to one.
     """
 
     names: tuple[str, ...]
@@ -40,7 +43,7 @@ class ClassSubset:
 
         Args:
             base: the labels of the base, in their order.
-            found: the numbers of the base's classes that each label means, as :func:`match_classes` finds them.
+            found: the indices of the base's classes that each label means, as :func:`match_classes` finds them.
             name: the name of the set, for error messages.
 
         Raises:
@@ -76,7 +79,7 @@ class ClassSubset:
         columns = [number for numbers in self.members for number in numbers]
         owner = torch.tensor([group for group, numbers in enumerate(self.members) for _ in numbers])
         numbers = [meaning[images.labels[row]] for row in rows]
-        places = tuple(str(group) for group in range(len(self.names)))  # names need not be distinct
+        places = tuple(str(group) for group in range(len(self.names)))  # not ``names``, which may contain duplicates
         found = classify(
             images.features.to(classifier.device)[rows], [places[number] for number in numbers], places,
             classifier[:, columns], owner=owner,
@@ -87,7 +90,7 @@ class ClassSubset:
 def match_classes(
     base: Sequence[str], labels: Sequence[str], given: ClassMap | None, name: str
 ) -> dict[str, tuple[int, ...]]:
-    """Return the numbers of the base's classes that each label of a shifted set means; [] for labels to leave out.
+    """Return the indices of the base's classes that each label of a shifted set means; () for labels to leave out.
 
     A label means the classes that ``given`` lists for it, or else the class of the base with the same label. If the
     labels are the numbers of all classes, as in ImageNet-V2, label i means class i.
@@ -95,7 +98,7 @@ def match_classes(
     Args:
         base: the labels of the base, in their order.
         labels: the labels of the shifted set.
-        given: the user's class map: for each label, labels of the base or numbers of its classes.
+        given: the user's class map: for each label, labels of the base or indices of its classes.
         name: the name of the set, for error messages.
 
     Raises:
@@ -126,7 +129,7 @@ def match_classes(
 def _mapped_classes(
     base: Sequence[str], numbers: Mapping[str, int], label: str, meanings: Sequence[str | int], name: str
 ) -> tuple[int, ...]:
-    """Return the numbers of the base's classes that a class map lists for a label of a shifted set."""
+    """Return the indices of the base's classes that a class map lists (``meanings``) for a label of a shifted set."""
     found = set()
     for meaning in meanings:
         number = numbers.get(meaning) if isinstance(meaning, str) else meaning
@@ -137,9 +140,9 @@ def _mapped_classes(
 
 
 def read_class_map(path: Path) -> ClassMap:
-    """Read a class map of a shifted set from a JSON file. It maps each label to a label or a class number of the base.
+    """Read a class map of a shifted set (``--class-map``) from a JSON file.
 
-    A label may also have a list of these.
+    It maps each label to a label of the base, the index of a class of the base, or a list of these.
 
     Raises:
         ValueError: the file does not exist, or holds something else.

@@ -1,7 +1,7 @@
 """Zero-shot classification by CLIP_benchmark's definitions, with intervals, and the classes of the lowest recall.
 
-An image has one right class, its own. (The figures under "zero_shot" also accept the class of an image with equal
-pixels.)
+An image has one right class, its own. (The results of ``evaluate.evaluate`` under "zero_shot" also accept the class of
+another image with equal pixels.)
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .intervals import bootstrap, wilson
 
-TAKEN_FOR = 5  # the results list at most this many wrong predictions for each of the worst classes
+TAKEN_FOR = 5  # for each of the worst classes, the results list at most this many classes that were predicted instead
 
 
 class Classified(NamedTuple):
@@ -21,8 +21,8 @@ class Classified(NamedTuple):
 
     Attributes:
         classnames: the labels of the classes.
-        classes: [N], the number of each image's class.
-        best: [N, 5], the numbers of the best classes, the best first; fewer if there are fewer.
+        classes: [N], the index of each image's class.
+        best: [N, 5], the indices of the classes with the highest scores, the best first; fewer if there are fewer.
         ahead: [N], the number of other classes that score at least as high as the image's own.
     """
 
@@ -50,8 +50,8 @@ def classify(
         classnames: the labels of the classes, which include the label of every image.
         classifier: the weights [D, len(classnames)].
         block: the number of images that are scored at once.
-        owner: [M], the number of the class that each of M weights [D, M] belongs to, if classes may have several. Each
-            needs one; the best of them is its score.
+        owner: [M], the index of the class of each column of the classifier [D, M], if classes may have several columns.
+            Each class has at least one; the highest score of its columns is its score.
 
     Raises:
         ValueError: the number of weights differs from the number of classes, or a score is not finite.

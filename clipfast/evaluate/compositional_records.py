@@ -1,4 +1,4 @@
-"""Reads the published files of ARO, SugarCrepe and Winoground, whose images lie in a folder, into test cases."""
+"""Reads the JSON files of compositional benchmarks (ARO, SugarCrepe, Winoground) and their image folders as cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .labelled import LabelledImage, LabelledSet, Place, loader
 
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 WRONG_KEYS = ("negative_caption", "negative_captions", "false_caption", "false_captions")
-# The names of the published files, and the names of their image folders (val2017 is COCO's folder, for SugarCrepe).
+# Patterns of the names of the published files, and the names of their image folders (SugarCrepe uses COCO's val2017).
 NAMES = (
     "visual_genome_*.json", "add_*.json", "replace_*.json", "swap_*.json", "examples.jsonl", "*_karpathy_*.json",
     "flickr30k_*.json",
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 
 class Layout(NamedTuple):
-    """The keys of a record of one format.
+    """The keys of a record in a file of one compositional benchmark.
 
     Attributes:
         images: the keys whose values are names of image files.
@@ -51,7 +51,8 @@ class Layout(NamedTuple):
         return (*self.images, *self.captions, *self.wrong)
 
 
-# A record belongs to the first format whose keys it has. SugarCrepe's category is the name of a file.
+# The format of a record is the first one all of whose keys it has. The key "category" of SugarCrepe's records is not in
+# its files: it is added, with the name of the file.
 LAYOUTS = {
     "winoground": Layout(
         ("image_0", "image_1"), ("caption_0", "caption_1"), (), ("collapsed_tag", "tag", "secondary_tag")
@@ -63,7 +64,7 @@ LAYOUTS = {
 
 
 class Picture(NamedTuple):
-    """An image in a file, or the part of it inside ``box``."""
+    """An image file of a compositional set, or the part of the image inside ``box``."""
 
     name: str
     box: tuple[float, ...] | None = None  # left, top, width and height
@@ -91,7 +92,7 @@ class Pictures(LabelledSet):
 
 
 def _stamp(path: Path) -> str:
-    """Return the stamp of an image file of a compositional set; "missing" if there is none."""
+    """Return a text with size and time of an image file, which changes with the file; "missing" if there is none."""
     try:
         return file_stamp(os.stat(path))
     except (OSError, ValueError):
@@ -99,14 +100,14 @@ def _stamp(path: Path) -> str:
 
 
 def _load(folder: str, picture: Picture) -> LabelledImage:
-    """Decode an image of a compositional set, or the part of it in its box."""
+    """Decode an image of a compositional set, and crop it to its box if it has one."""
     sample: RawSample = {LINKS: Links(folder, {"image": picture.name})}
     keys = Keys(images=("image",))
     load_links(sample, keys)
     image = decode_image(sample, keys)
     if picture.box is not None:
         left, top, width, height = picture.box
-        is_sane = all(abs(value) <= MAX_PIXELS for value in picture.box)  # neither NaN nor infinite
+        is_sane = all(abs(value) <= MAX_PIXELS for value in picture.box)  # False also for NaN and infinity
         if not (is_sane and width > 0 and height > 0 and width * height <= MAX_PIXELS):
             box = f"the box of {width:g}x{height:g} pixels at {left:g}, {top:g}"
             raise SampleError(f"{box} cannot be cut out", "broken box")
@@ -115,15 +116,15 @@ def _load(folder: str, picture: Picture) -> LabelledImage:
 
 
 def files_of(data: str) -> list[Path]:
-    """Return the files of compositional records at a path, which is a file or a folder; [] for any other data.
+    """Return the files of compositional benchmarks at a path, which is a file or a folder; [] for any other data.
 
     Raises:
         ValueError: a file cannot be read.
     """
     path = Path(data)
-    if os.path.isdir(data):  # False, without an error, also for a list of shards that is too long for a path
+    if os.path.isdir(data):  # unlike ``Path.is_dir``, this is False for a list of shards that is too long for a path
         return sorted(file for name in NAMES for file in path.glob(name) if file.is_file())
-    # JSON lines of other formats are image-text pairs, as for training
+    # Other JSON-lines files hold image-text pairs in the format of training data.
     is_ours = path.suffix.lower() == ".json" or (
         path.suffix.lower() == ".jsonl" and os.path.isfile(data) and layout_of(path) not in (None, "order")
     )
@@ -131,7 +132,7 @@ def files_of(data: str) -> list[Path]:
 
 
 def _read_records(path: Path, most: int | None = None) -> list[Record]:
-    """Read the records of a compositional file: JSON lines (at most ``most``), a list, or an object of records.
+    """Read the records of a compositional benchmark's file: JSON lines (the first ``most``), a list, or an object.
 
     Raises:
         ValueError: it is not JSON, is empty, or something in it is no record.
@@ -154,7 +155,7 @@ def _read_records(path: Path, most: int | None = None) -> list[Record]:
 
 
 def layout_of(path: Path) -> str | None:
-    """Return the format of a compositional file, which its first record tells; None for an unknown format."""
+    """Return the format of a compositional benchmark's file by its first record; None if the format is unknown."""
     first = set(_read_records(path, 1)[0])
     known = [name for name, layout in LAYOUTS.items() if set(layout.keys) <= first]
     return None if not known or (known[0] == "order" and first & set(WRONG_KEYS)) else known[0]
@@ -189,7 +190,7 @@ def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pi
 
 
 def _cases(record: Record, name: str, form: str, root: Path, pictures: dict[Picture, int]) -> Iterator[Case]:
-    """Yield the compositional cases of a record, and add its new images to ``pictures``, which numbers them."""
+    """Yield the compositional cases of a record, and add its new images to ``pictures`` with their positions there."""
     layout, box = LAYOUTS[form], _box(record)
     named = [Picture(_image_file_of(root, _text(record, key)), box) for key in layout.images]
     images = tuple(pictures.setdefault(picture, len(pictures)) for picture in named)
@@ -207,7 +208,7 @@ def _cases(record: Record, name: str, form: str, root: Path, pictures: dict[Pict
 
 
 def _box(record: Record) -> tuple[float, ...] | None:
-    """Return the box of the image in a compositional record; None without one."""
+    """Return left, top, width and height of the crop box in a compositional record; None if it has none."""
     values = [record.get(key) for key in BOX]
     if values == [None] * len(BOX):
         return None
@@ -219,7 +220,7 @@ def _box(record: Record) -> tuple[float, ...] | None:
 def _captions_of(record: Record, key: str) -> list[str]:
     """Return the captions under a key of a compositional record, whose value is one text or a list of texts."""
     values = record.get(key)
-    if not values or not isinstance(values, list):  # an empty list is no text either
+    if not values or not isinstance(values, list):  # for an empty list, ``_text`` raises an error
         return [_text(record, key)]
     return [_text({key: value}, key) for value in values]
 

@@ -19,15 +19,15 @@ from torch import Tensor
 from .intervals import bootstrap, wilson
 
 BLOCK = 1 << 16  # the number of scores that are computed at once
-MEAN = "mean_acc"  # the name of the metric that is the mean over groups
-CHANCE = {"text_acc": 1 / 4, "image_acc": 1 / 4, "acc": 1 / 6}  # for cases of two images and two captions
+MEAN = "mean_acc"  # the name of the metric that is the mean accuracy over groups of cases
+CHANCE = {"text_acc": 1 / 4, "image_acc": 1 / 4, "acc": 1 / 6}  # metrics of random scores, for cases of two images
 
 
 class Case(NamedTuple):
-    """Images and captions to be matched.
+    """A test case of a compositional benchmark: images and captions to be matched.
 
     Attributes:
-        name: the name of the case, for people.
+        name: the name of the case, for messages.
         images: the positions of the one or two images in the set.
         captions: with one image, the right caption and then the wrong ones; with two images, one caption for each.
         groups: the group of the case in each division of the cases, such as ``{"tag": "Object"}``.
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A case, and the score of each of its captions with each of its images."""
+    """A compositional case, and the score of each of its captions with each of its images."""
 
     case: Case
     scores: list[list[float]]  # [images][captions]
@@ -63,12 +63,12 @@ class Judged(NamedTuple):
 
     @property
     def chance(self) -> dict[str, float]:
-        """The probability of each verdict on a compositional case if the scores are random."""
+        """The probability that the model is right about the case, for each metric, if its scores are random."""
         return CHANCE if len(self.scores) == 2 else {"acc": 1 / len(self.scores[0])}
 
     @property
     def lead(self) -> float:
-        """The margin of a compositional case's right caption over the best wrong one; of two images, the smaller."""
+        """The score of the right caption minus that of the best wrong one; with two images, the smaller difference."""
         return min(
             row[own] - max(score for place, score in enumerate(row) if place != own)
             for own, row in enumerate(self.scores)
@@ -99,14 +99,14 @@ def judge(
     ).reshape(-1, 2)
     found: list[float] = []
     for block in pairs.split(BLOCK):
-        # Each row is multiplied on its own: a batched product could round equal features to different scores.
+        # Each inner product is computed by itself, since a matrix product may give equal features different scores.
         found += (images[block[:, 0]].float() * captions[block[:, 1]].float()).sum(1).tolist()
     scores = iter(found)
     return [Judged(case, [[next(scores) for _ in case.captions] for _ in case.images]) for case in cases]
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Any]:
-    """Return the number of cases, and each compositional metric with its 95% interval and its value by chance.
+    """Return the number of compositional cases, and each metric with its 95% interval and its value by chance.
 
     Raises:
         ValueError: there are no cases.
@@ -125,7 +125,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def by_group(judged: Sequence[Judged], division: str) -> dict[str, dict[str, Any]]:
-    """Return the compositional metrics of each group of a division, in order of first occurrence."""
+    """Return the compositional metrics of the cases of each group; ``division`` is a key of ``Case.groups``."""
     members: dict[str, list[Judged]] = {}
     for one in judged:
         if name := one.case.groups.get(division):
@@ -134,7 +134,7 @@ def by_group(judged: Sequence[Judged], division: str) -> dict[str, dict[str, Any
 
 
 def by_wrong(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
-    """Return how often a compositional case's right caption beats a wrong one, by the kind of wrong caption."""
+    """Return how often the right caption of a compositional case beats a wrong one, for each kind of wrong caption."""
     pairs = []
     for one in judged:
         right, *others = one.scores[0]
@@ -146,9 +146,9 @@ def by_wrong(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
 def mean_of_groups(
     groups: Mapping[str, Mapping[str, Any]], fewest: int = 1
 ) -> tuple[float, tuple[float, float]] | None:
-    """Return the mean accuracy over groups with at least ``fewest`` cases, and its interval; None without any of these.
+    """Return the mean accuracy over groups with at least ``fewest`` cases, and its interval by a bootstrap over groups.
 
-    The interval comes from a bootstrap over the groups.
+    Return None if no group has so many cases.
     """
     shares = [found["metrics"]["acc"] for found in groups.values() if found["cases"] >= fewest]
     if not shares:
@@ -160,7 +160,7 @@ SHUFFLES = ("all words", "trigrams", "within trigrams")
 
 
 def shuffled(caption: str, kind: str) -> str | None:
-    """Return a compositional caption with its words in another order; None if all orders are equal.
+    """Return a caption with its words in another random order, fixed by the caption; None if there is no other order.
 
     Two of ARO's four tests of word order need a tagger for nouns and adjectives, so they are not implemented.
 
@@ -184,6 +184,6 @@ def shuffled(caption: str, kind: str) -> str | None:
 
 
 def order_case(name: str, image: int, caption: str) -> Case | None:
-    """Return a compositional case whose wrong captions are the right one in other word orders; None without one."""
+    """Return a case whose wrong captions are the right one in other word orders; None if there is no other order."""
     found = {kind: text for kind in SHUFFLES if (text := shuffled(caption, kind))}
     return Case(name, (image,), (caption, *found.values()), wrong=tuple(found)) if found else None

@@ -21,16 +21,16 @@ from .labelled import LabelledImage, LabelledSet, Place, loader
 
 SHAPES = SHAPES_PREFIX.rstrip(":")
 DEFAULT_SCENES = 1200
-LOOKED_AT = 64  # the format is told from the first readable sample among this many
+LOOKED_AT = 64  # the format of shards is recognised by the first readable sample among this many
 
 
 class CaseSet(NamedTuple):
-    """The images of a compositional set, and the test cases that are made from them.
+    """The images of a compositional benchmark, and a function that makes its test cases.
 
     Attributes:
         form: the format.
         images: the images.
-        cases: a function that makes the cases from the metadata of the images; it leaves out cases of unusable images.
+        cases: a function that returns the cases, given the metadata of the encoded images.
         divisions: the names of the keys that divide the cases into groups.
     """
 
@@ -41,7 +41,7 @@ class CaseSet(NamedTuple):
 
 
 def format_of(images: LabelledSet) -> str:
-    """Return the compositional format of the data that the user named.
+    """Return the format of a compositional benchmark's data, such as "winoground", "sugarcrepe" or "pairs".
 
     Raises:
         ValueError: the format cannot be told.
@@ -64,7 +64,7 @@ def format_of(images: LabelledSet) -> str:
 
 
 def _fields_of(images: LabelledSet) -> set[str]:
-    """Return the keys in the json of the first sample of a compositional set."""
+    """Return the metadata keys of the first readable sample of a compositional benchmark's data."""
     source = open_sources(expand_shards(images.data), index=IndexCache(separator=images.separator))[0]
     for number in range(min(len(source), LOOKED_AT)):
         with contextlib.suppress(SampleError):
@@ -73,7 +73,7 @@ def _fields_of(images: LabelledSet) -> set[str]:
 
 
 def _format_of_files(files: Sequence[Path]) -> str:
-    """Return the format of compositional files, which must be the same for all."""
+    """Return the format of a compositional benchmark's files; raise ValueError if they have none or several."""
     found = {path: form for path in files if (form := layout_of(path)) is not None}
     if not found:
         wanted = "; ".join(f"{name} has {', '.join(layout.keys)}" for name, layout in LAYOUTS.items())
@@ -124,12 +124,12 @@ def open_cases(images: LabelledSet, form: str, folder: str | None) -> CaseSet:
 
 
 def _left_out(found: LabelledFeatures) -> list[Case]:
-    """Return placeholders for the compositional cases of unusable images, whose captions are unknown."""
+    """Return a case without captions for each image that could not be read, which counts it as left out."""
     return [Case(skipped.name, (number,), ()) for number, skipped in found.left_out.items()]
 
 
 def _order_cases(found: LabelledFeatures) -> list[Case]:
-    """Return the compositional cases of images whose captions are put into other word orders."""
+    """Return a compositional case for each caption, whose wrong captions are other orders of its words."""
     cases = _left_out(found)
     for number, texts in zip(found.numbers, found.captions, strict=True):
         made = (order_case(f"image {number}", number, caption) for caption in texts)
@@ -138,7 +138,11 @@ def _order_cases(found: LabelledFeatures) -> list[Case]:
 
 
 def _pair_cases(found: LabelledFeatures, group: str | None, label: str | None = None) -> list[Case]:
-    """Return a case for each image with all its captions; ``group`` and ``label`` are the names of two divisions."""
+    """Return a compositional case for each image, with its right caption and its wrong ones.
+
+    ``label`` and ``group`` name the divisions of cases by the labels and by the groups of the images; None leaves them
+    out.
+    """
     cases, divisions = _left_out(found), {label: found.labels, group: found.groups}
     for row, number in enumerate(found.numbers):
         groups = {name: column[row] for name, column in divisions.items() if name and column[row]}
@@ -151,11 +155,11 @@ class _WithWrong(LabelledSet):
     """Images of a compositional set, each with its right caption first and the wrong captions after it."""
 
     def stamp(self) -> str:
-        """Return the stamp of a compositional set of pairs with wrong captions."""
+        """Return a text that changes when images or captions change; it differs from that of the same plain set."""
         return f"with wrong captions: {super().stamp()}"
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:
-        """Return the image of a sample with its caption and the wrong captions of the compositional case."""
+        """Return the image of a sample with its caption, followed by its wrong captions."""
         image = super()._from_sample(sample)
         wrong = captions(sample, keys=Keys(texts=WRONG_KEYS, is_json=True))
         return dataclasses.replace(image, captions=(image.caption, *wrong))
@@ -163,22 +167,22 @@ class _WithWrong(LabelledSet):
 
 @dataclasses.dataclass
 class _Scenes(LabelledSet):
-    """The generated test scenes (``scenes:``) as a compositional set."""
+    """Synthetic scenes of drawn shapes as a compositional set; ``count`` scenes are drawn from ``seed``."""
 
     count: int = 0
     seed: int = 0
 
     def places(self) -> list[Place]:
-        """Return the functions that draw the images of the compositional set of synthetic scenes."""
+        """Return a function for each synthetic scene that draws its image."""
         return [functools.partial(loader, f"scene {number}", _draw, number, self.seed) for number in range(self.count)]
 
     def stamp(self) -> str:
-        """Return the stamp of the compositional set of synthetic scenes."""
+        """Return a text that changes when the synthetic scenes change."""
         return f"{STAMP}, {self.count} test scenes, seed {self.seed}"
 
 
 def _draw(number: int, seed: int) -> LabelledImage:
-    """Draw the image of a compositional case of a synthetic scene."""
+    """Draw a synthetic scene; return its image with the right and the wrong caption."""
     scene = held_out_scene(number, seed)
     return LabelledImage(scene.picture(), scene.kind, (scene.caption, scene.wrong), scene.relation)
 
@@ -200,7 +204,7 @@ class _Winoground(LabelledSet):
         return [place for half in self.halves() for place in half.places()]
 
     def stamp(self) -> str:
-        """Return the stamp of Winoground's images."""
+        """Return a text that changes when Winoground's images change."""
         return repr([half.stamp() for half in self.halves()])
 
 

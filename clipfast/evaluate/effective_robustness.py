@@ -1,7 +1,8 @@
-"""Effective robustness: accuracy under a shift beyond what accuracy on the base predicts (Taori et al. 2020).
+"""Effective robustness: how far a model's accuracy under a distribution shift exceeds the expected one.
 
-Over many models the two accuracies lie near a straight line on the scale of log-odds. A line through baseline models
-predicts the accuracy of a model under the shift; its accuracy minus the prediction is its effective robustness.
+Over many models, the log-odds of accuracy on a base set (such as ImageNet) and on a shifted set (such as ImageNet-R)
+lie near a straight line. A line that is fitted to baseline models gives the accuracy under the shift that a model's
+accuracy on the base lets one expect; its accuracy minus that is its effective robustness (Taori et al. 2020).
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch import Tensor
 from .class_subsets import read_json
 from .intervals import RESAMPLES
 
-AVERAGE, SYNTHETIC = "average", "synthetic"  # means over the natural shifts, and over the synthetic ones
+AVERAGE, SYNTHETIC = "average", "synthetic"  # names of the means over all natural and over all synthetic shifts
 COLUMNS = ("model", "base", "shift")
 Interval = tuple[float, float]
 
 
 class Point(NamedTuple):
-    """The accuracies of a model on the base and under a shift, from 0 to 1."""
+    """The accuracies of a model on the base set and on a shifted set, from 0 to 1."""
 
     model: str
     base: float
@@ -34,7 +35,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A straight line on the scale of log-odds.
+    """The line of baseline models: log-odds of accuracy under a shift = intercept + slope * those on the base.
 
     Attributes:
         slope, intercept: the parameters of the line.
@@ -98,7 +99,7 @@ def fit(points: Iterable[Point], name: str) -> Line:
 
 
 def _logits(points: Sequence[Point]) -> tuple[Tensor, Tensor]:
-    """Return the log-odds of accuracies on the base and under the shift, for effective robustness."""
+    """Return the log-odds of the models' accuracies on the base, [N], and under the shift, [N]."""
     both = torch.tensor([(point.base, point.shift) for point in points], dtype=torch.float64).logit()
     return both[:, 0], both[:, 1]
 
@@ -161,7 +162,7 @@ def read_points(path: Path, shifts: Sequence[str], unnamed: str) -> dict[str, li
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    """Return the rows of a file of baseline models for effective robustness."""
+    """Return the rows of a file of baseline models (``--baseline``): CSV, a JSON list, or results of this task."""
     if path.suffix.lower() == ".csv":
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
@@ -176,7 +177,7 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _share(path: Path, number: int, column: str, value: object) -> float:
-    """Return an accuracy in a file of baseline models, and refuse another value."""
+    """Return an accuracy in a file of baseline models; raise ValueError if it is no number from 0 to 1."""
     try:
         share = float(str(value))
     except ValueError:

@@ -35,14 +35,14 @@ class Encoder:
     """A model together with its tokenizer and its image transform.
 
     Attributes:
-        name: the name of the model, for people.
+        name: the name of the model, for messages and results.
         model: in evaluation mode; ``encode_image`` and ``encode_text`` take ``normalize=True``.
         tokenizer: turns a list of texts into ids.
         transform: turns a PIL image into a tensor [3, H, W]. With a ``patch_size``, images have several sizes.
         device: the device of the model.
-        pretrained: the name of the weights, for people.
+        pretrained: the name of the weights, for messages and results.
         normalize: whether the features of images are scaled to unit length.
-        image_seq_len: the largest number of patches of an image that was asked for, for a NaFlex model.
+        image_seq_len: for a NaFlex model, the most patches of an image if the user set them; otherwise None.
     """
 
     name: str
@@ -61,9 +61,8 @@ class Encoder:
     ) -> "Encoder":  # fmt: skip
         """Build an encoder for evaluation, by the arguments of :func:`clipfast.create_model` and ``get_tokenizer``.
 
-        ``image_seq_len`` is the largest number of patches of an image, for NaFlex models.
-
-        ``open_clip:NAME`` builds the model by OpenCLIP and applies the kernels of this package to it.
+        ``image_seq_len`` is the largest number of patches of an image, for NaFlex models. For a ``name`` that starts
+        with ``open_clip:``, OpenCLIP builds the model, and clipfast's kernels are applied to it.
 
         Raises:
             ValueError: the model has no weights, there is no such model, or OpenCLIP is not installed.
@@ -92,15 +91,15 @@ class Encoder:
 
     @functools.cached_property
     def blank(self) -> Tensor:
-        """A black input image [3, H, W] of the evaluated model, as its transform returns images; the largest one."""
+        """A black image [3, H, W] of the largest size that the transform of the evaluated model returns."""
         from PIL import Image
 
-        # NaFlex models enlarge no image by more than a hundred.
+        # A NaFlex transform enlarges an image by at most 100 times, which is enough here for the most patches.
         return self.transform(Image.new("RGB", (64, 64)))
 
     @functools.cached_property
     def digest(self) -> str:
-        """The SHA-256 of what determines an evaluated model's features: weights, architecture, preprocessing."""
+        """The SHA-256 of all that determines a model's features: weights, architecture, transform and tokenizer."""
         model = self.model
         found = hashlib.sha256(repr(model.config if hasattr(model, "config") else model).encode())
         found.update(re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform)).encode())
@@ -111,7 +110,7 @@ class Encoder:
         return found.hexdigest()
 
     def about(self) -> dict[str, Any]:
-        """Return plain values that identify the evaluated model of stored features: its names and its digest."""
+        """Return the names and the digest of the model, by which stored features are identified."""
         about: dict[str, Any] = {"model": self.name, "pretrained": self.pretrained, "digest": self.digest}
         about |= {} if self.image_seq_len is None else {"image_seq_len": self.image_seq_len}
         return about if self.normalize else {**about, "normalized": False}
@@ -140,7 +139,7 @@ class Encoder:
             batches = [distinct[start : start + TEXTS] for start in range(0, len(distinct), TEXTS)]
             mine = each(batches[world.rank :: world.size], "texts", "batches", shown=world.is_main)
             found = [encode_texts(self.model, self.tokenizer, batch, self.device).cpu() for batch in mine]
-            world.meet()  # ranks finish their parts at different times
+            world.meet()  # a barrier, since the ranks take different times
             everyones = world.gather(found)
             if not world.is_main:
                 return torch.empty(0)
@@ -153,7 +152,7 @@ class Encoder:
         else:
             return torch.empty(0)
         if len(distinct) == len(texts):
-            return features.to(self.device)  # moved without a copy, since the features may fill half of the memory
+            return features.to(self.device)  # without indexing, which would copy features that may fill half the memory
         numbers = {text: number for number, text in enumerate(distinct)}
         return features[[numbers[text] for text in texts]].to(self.device)
 
@@ -174,7 +173,7 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A transform that changes the PIL image, for example by a synthetic shift, before it applies another transform."""
+    """A transform that applies ``change`` (such as a synthetic shift) to a PIL image, and then ``transform``."""
 
     change: Change
     transform: Callable[..., Tensor]
@@ -194,7 +193,7 @@ class PreparedEncoder(Encoder):
 
     @classmethod
     def of(cls, encoder: Encoder, change: Change) -> "PreparedEncoder":
-        """Return the evaluated model's ``encoder`` with a change of images before its transform.
+        """Return an encoder with the model of ``encoder`` that changes images before its transform.
 
         Args:
             encoder: the encoder that holds the model.
@@ -210,11 +209,11 @@ class PreparedEncoder(Encoder):
     _change: Change
 
     def images(self, pixels: Tensor | PackedImages) -> Tensor:
-        """Return the features of changed images by the encoder that holds the evaluated model."""
+        """Return the features of images that were changed by the transform, by the encoder given to :meth:`of`."""
         return self._of.images(pixels)
 
     def about(self) -> dict[str, Any]:
-        """Return plain values that identify the evaluated model of stored features: its names and its digest."""
+        """Return the names and the digest of the model, and the change of images, which identify stored features."""
         return {**self._of.about(), "change": repr(self._change)}
 
 
@@ -222,7 +221,7 @@ SIDE = 16  # the width and height of the thumbnails whose pixels are compared
 
 
 def small_pixels(image: "Image.Image") -> Tensor:
-    """Return an evaluated image as thumbnail of 16 x 16 pixels, uint8 [3, 16, 16]."""
+    """Return a thumbnail of an image for :class:`PixelEncoder`, uint8 [3, 16, 16]."""
     import numpy as np
     from PIL import Image
 
@@ -240,11 +239,11 @@ class PixelEncoder(Encoder):
         super().__init__("pixels", None, None, small_pixels, device)
 
     def about(self) -> dict[str, Any]:
-        """Return plain values under which the feature store keeps the features of thumbnails."""
+        """Return plain values that identify stored features of thumbnails."""
         return {"model": self.name, "side": SIDE}
 
     def images(self, pixels: Tensor | PackedImages) -> Tensor:
-        """Return an evaluation's features [B, 768] of thumbnails [B, 3, 16, 16], of mean 0 and unit length."""
+        """Return the pixels of thumbnails [B, 3, 16, 16] as features [B, 768] of mean 0 and unit length."""
         assert isinstance(pixels, Tensor)
         flat = pixels.to(self.device).float().flatten(1)
         return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)

@@ -1,4 +1,4 @@
-"""All figures of a checkpoint on a labelled set: zero-shot accuracy, overall and by group, and retrieval both ways."""
+"""All metrics of a model on a labelled set: zero-shot accuracy, overall and by group, and retrieval both ways."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ from .zero_shot import TEXTS, Template, build_zero_shot_classifier, encode_texts
 
 @dataclasses.dataclass
 class Evaluation:
-    """The results of an evaluation as plain values for ``results.json``, and the zero-shot predictions behind them."""
+    """The metrics of an evaluation, as in ``results.json``, and the zero-shot predictions from which they follow."""
 
     results: dict[str, Any]
     predictions: list[list[str]]  # the five best classes of each image, the best first
@@ -54,13 +54,14 @@ def evaluate(
     """
     names, device = names_of(images.classnames, classnames), images.features.device
     captions = distinct_captions(images)
-    # With one plain template, the prompt of a class often equals the caption of its images: each text is encoded once.
+    # With only one template, the prompt of a class is often also the caption of its images. Such a text is encoded only
+    # once, for retrieval and for the classifier.
     prompts = prompts_of(names, templates) if len(templates) == 1 else []
     numbers = {text: number for number, text in enumerate(dict.fromkeys([*captions, *prompts]))}
     encoded = _encoded(model, tokenizer, list(numbers), device, show)
     if prompts:
         classifier = encoded[[numbers[prompt] for prompt in prompts]].T
-    else:  # build_zero_shot_classifier holds the features of only a few classes at a time
+    else:  # with many templates, features of all prompts would take much memory, and of a few classes at a time do not
         at_once = TEXTS // len(templates) + 1
         classifier = build_zero_shot_classifier(model, tokenizer, names, templates, at_once, device, show=show)
     best = top_classes(images.features, classifier, 5)
@@ -98,7 +99,7 @@ def figures(
 
     Args:
         images: the labelled set.
-        best_classes: the numbers of the best five classes of each image, the best first.
+        best_classes: [N, 5], the indices of the five best classes of each image, the best first.
         texts: the features of the texts that :func:`distinct_captions` returns.
         leave_out, skipped: as :func:`evaluate` takes them.
 
@@ -109,8 +110,7 @@ def figures(
     best = [[labels[index] for index in row] for row in best_classes.tolist()]
     accepted = images.accepted()
     right = [[label in names for label in row] for row, names in zip(best, accepted, strict=True)]
-    # The position of the first right class among the best classes, or the number of all classes if none of them is
-    # right.
+    # For each image, the position of the first right class among its best ones; the number of classes without any.
     hits = torch.tensor([row.index(True) if True in row else len(labels) for row in right])
     groups = sorted(set(images.groups) - {""})
     left_out = sorted(set(leave_out))
@@ -132,7 +132,7 @@ def figures(
 
 
 def _accuracy(hits: Tensor) -> dict[str, float | int]:
-    """Return zero-shot top-1 and top-5 accuracy; ``hits`` [N] has the position of the right class, from 0."""
+    """Return zero-shot top-1 and top-5 accuracy; ``hits`` [N] has the rank of each image's right class, from 0."""
     return {"top1": (hits < 1).double().mean().item(), "top5": (hits < 5).double().mean().item(), "images": len(hits)}
 
 
@@ -140,7 +140,7 @@ def _accuracy(hits: Tensor) -> dict[str, float | int]:
 def _encoded(
     model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device, show: Progress
 ) -> Tensor:
-    """Encode texts for retrieval, and return their features [len(texts), embed_dim]."""
+    """Return the model's features [len(texts), embed_dim] of captions and prompts, with a progress bar."""
     parts = []
     with show(len(texts), "texts", "texts") as advance:
         for start in range(0, len(texts), TEXTS):
@@ -163,6 +163,6 @@ def _retrieval(images: LabelledFeatures, features: Tensor) -> dict[str, dict[str
 
 
 def _loss(images: Tensor, texts: Tensor, logit_scale: Tensor, size: int) -> float:
-    """Return the validation loss of an evaluation: the mean contrastive loss in batches of ``size`` pairs."""
+    """Return the mean contrastive loss of pairs of features [N, D] in batches of ``size`` pairs (``clip_val_loss``)."""
     batches = zip(images.float().split(size), texts.float().split(size), strict=True)
     return sum(len(image) * contrastive_loss(image, text, logit_scale).item() for image, text in batches) / len(images)

@@ -1,4 +1,4 @@
-"""Features of labelled image sets, from which every evaluation starts. All ranks encode them, block by block, once."""
+"""Features of labelled image sets, from which evaluations are computed. All ranks share the encoding, by blocks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BLOCK = 256  # the number of neighbouring images that are encoded, and stored, together
-COLUMNS = ("labels", "captions", "groups", "numbers", "digests")
+COLUMNS = ("labels", "captions", "groups", "numbers", "digests")  # fields of LabelledFeatures with a value per image
 
 
 @dataclasses.dataclass
 class LabelledFeatures:
     """The features of an image set, with the label, captions, group and pixel checksum of each image.
 
-    ``twins`` numbers the images by their pixels, and images with equal pixels have the same number. No model can tell
-    them apart, so the label of each is right for all of them.
+    ``twins`` has an integer for each image, which is the same for images with equal pixels. No model can tell such
+    images apart, so the label of each is right for all of them.
     """
 
     features: Tensor  # [N, embed_dim], unit length
@@ -67,7 +67,7 @@ class LabelledFeatures:
 
 
 def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
-    """Join the features of the parts of a labelled set, in the order of the set.
+    """Join the features of several blocks of a labelled set, in the order of the set.
 
     Raises:
         ValueError: there are no parts, or no image of the set can be used.
@@ -94,16 +94,16 @@ def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
 
 @dataclasses.dataclass
 class _Block:
-    """A block of images that is ready to be encoded: ``pixels`` has a batch of them for each distinct transform."""
+    """A block of transformed images to be encoded: ``pixels`` has a batch for each distinct transform of the models."""
 
     pixels: list[Tensor | PackedImages]
     found: LabelledFeatures  # labels and other metadata; its tensor of features is empty
 
 
 class _Blocks(Dataset[_Block]):
-    """The blocks of a set as a PyTorch dataset: the data worker that indexes a block reads, decodes and transforms it.
+    """A dataset of a labelled set's blocks: indexing it by positions reads, decodes and transforms these images.
 
-    Encoders with the same transform share its pixels.
+    Encoders with equal transforms share the transformed images.
     """
 
     def __init__(self, images: LabelledSet, encoders: Sequence[Encoder]) -> None:
@@ -178,7 +178,7 @@ def encode_set(
     show = show or functools.partial(progress, shown=world.is_main)
 
     def encode() -> None:
-        """Encode the blocks of a labelled set that are this rank's share."""
+        """Encode and store the blocks that this rank has to encode."""
         with (
             world.phase("evaluation"),
             show(sum(len(ranges[n]) for n in mine), f"images of {images.data}", "images") as advance,
@@ -195,17 +195,17 @@ def encode_set(
     whole: list[LabelledFeatures] = []
 
     def join() -> None:
-        """Join the features of all blocks of a labelled set on rank 0."""
+        """Join the features of all blocks, encoded or stored, on rank 0."""
         read = [[_unpacked(*section.load(_name(number))) for section in sections] for number in kept]
         whole.extend(join_parts(list(of_one)) for of_one in zip(*everyones, *read, strict=True))
         images.left_out = dict(whole[0].left_out)
 
-    world.on_main(join)  # every rank raises the error of a set without usable images
+    world.on_main(join)  # if rank 0 raises an error (no usable images), all ranks do
     return whole
 
 
 def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]) -> Iterator[list[LabelledFeatures]]:
-    """Encode blocks of a labelled set, and yield the features of each block by each encoder."""
+    """Encode blocks of a labelled set by each encoder, and yield for each block the features on the CPU."""
     inputs = [blocks.transforms.index(encoder.transform) for encoder in encoders]
     for block in made:
         features = [torch.empty(0)] * len(encoders)
@@ -217,7 +217,7 @@ def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]
 def _sections(
     encoders: Sequence[Encoder], images: LabelledSet, batch_size: int, store: FeatureStore | None
 ) -> list[Section]:
-    """Return the section of the feature store for each encoder; [] without a store."""
+    """Return the feature store's section for this set and each encoder; [] without a store."""
     if store is None:
         return []
     data = {"data": images.data, "stamp": images.digest(), "block": batch_size}
@@ -238,7 +238,7 @@ def _for_store(found: LabelledFeatures) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _unpacked(tensors: dict[str, Tensor], columns: dict[str, Any]) -> LabelledFeatures:
-    """Return labelled features from a block of the feature store."""
+    """Restore labelled features from what :func:`_for_store` returned, as read from the feature store."""
     left_out = {int(number): Skipped(*skipped) for number, skipped in columns.pop("left_out").items()}
     columns["digests"] = [bytes.fromhex(digest) for digest in columns["digests"]]
     columns["captions"] = [tuple(texts) for texts in columns["captions"]]

@@ -12,13 +12,13 @@ from .features import LabelledFeatures
 from .labelled import LabelledSet, in_order
 from .zero_shot import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier, top_classes
 
-CLASSES = 4  # the prompts of this many classes are encoded at once
-# The names that ImageNet-V2's package and its archive give to the folder of images that OpenCLIP evaluates on.
+CLASSES = 4  # the prompts of this many classes, 80 each, are encoded at once
+# ImageNet-V2's image folder "matched frequency", as its Python package and its archive name it.
 V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
 
 
 def imagenet_set(folder: str) -> LabelledSet:
-    """Return ImageNet's validation images in a folder with a sub-folder for each class, or ImageNet-V2's inside it.
+    """Return the images of ImageNet's validation set in ``folder``, or of ImageNet-V2 if its image folder is in there.
 
     Raises:
         ValueError: the folder does not exist, or the number of its classes is not ImageNet's.
@@ -32,7 +32,7 @@ def imagenet_set(folder: str) -> LabelledSet:
 
 
 def _classes(folder: Path) -> list[str]:
-    """Return the names of ImageNet's class folders in the order of the classes; ImageNet-V2's are sorted as numbers."""
+    """Return the names of the class folders in the order of ImageNet's classes; numbers are sorted by value."""
     return in_order(path.name for path in folder.iterdir() if path.is_dir())
 
 

@@ -1,7 +1,7 @@
-"""Models between two checkpoints, by interpolation of their weights (WiSE-FT: Wortsman et al. 2022).
+"""Linear interpolation of the weights of two checkpoints (WiSE-FT: Wortsman et al. 2022).
 
-A model that was finetuned on new images is often worse on other images than before. Models on the straight line from
-the weights before to the weights after can be good at both. BatchNorm's statistics are interpolated as well.
+A model that was finetuned on new images is often worse on other images than before. A model with interpolated weights
+can be good at both. BatchNorm's statistics are interpolated as well.
 """
 
 import dataclasses
@@ -32,18 +32,19 @@ from .features import encode_set
 from .labelled import LabelledSet
 from .zero_shot import Template
 
-# Settings that do not change what the weights of a trained model compute from its input; those of the first are taken.
+# Entries of the configuration in which the checkpoints may differ, since features of an input do not depend on them;
+# the first checkpoint's values are used.
 _FREE = (
     "patch_dropout", "init_logit_scale", "init_logit_bias", "tokenizer", "image_seq_len", "enable_patch_interpolator",
 )  # fmt: skip
 
 
 class Interpolation:
-    """The models between two checkpoints.
+    """The models whose weights are interpolated between two checkpoints.
 
     Args:
-        first, second: the checkpoints; anything that :func:`clipfast.convert_checkpoint` takes as its source. NaFlex
-            models get images with the number of patches of the first.
+        first, second: the checkpoints; anything that :func:`clipfast.convert_checkpoint` takes as its source. For
+            NaFlex models, the number of patches of an image is that of the first.
         model, activation: as for :func:`clipfast.convert_checkpoint`, for checkpoints that do not tell their model.
         cache_dir: the folder of the hub's cache.
 
@@ -91,7 +92,7 @@ class Interpolation:
         }
 
     def build(self, device: str | torch.device, backend: str = "auto") -> CLIP:
-        """Build the model of the two checkpoints in evaluation mode, with random weights."""
+        """Build a model in evaluation mode, with random weights, into which interpolated weights can be loaded."""
         with torch.device(device):
             model = build(self.config).eval()
         set_preprocessing(model, self.preprocessing)
@@ -167,7 +168,7 @@ def evaluate_path(
 
 
 def _settings(config: CLIPConfig) -> dict[str, Any]:
-    """Return the settings that two models must share for their weights to be interpolated, as one flat dict."""
+    """Return the entries of a configuration that must be equal for interpolation, as one flat dict."""
     flat: dict[str, Any] = {"kind": type(config).__name__}
     for key, value in dataclasses.asdict(config).items():
         parts = value if isinstance(value, dict) else {"": value}
@@ -176,7 +177,7 @@ def _settings(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _refuse_difference(first: Contents, second: Contents, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Refuse two checkpoints that differ in a setting, since their weights cannot be interpolated."""
+    """Raise CheckpointError if the settings ``ours`` and ``theirs`` of two checkpoints to be interpolated differ."""
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if keys:
         raise CheckpointError(

@@ -7,11 +7,11 @@ from torch import Tensor
 
 Z = 1.959963984540054  # the 97.5% quantile of the normal distribution
 RESAMPLES = 1000
-BLOCK = 1 << 19  # the number of random numbers that are drawn at once
+BLOCK = 1 << 19  # the number of random numbers that a bootstrap draws at once
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Return Wilson's interval of an accuracy: of ``hits`` among ``count`` independent trials."""
+    """Return Wilson's 95% score interval of an accuracy: of ``hits`` among ``count`` independent trials."""
     share, spread = hits / count, Z * Z / count
     centre = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
@@ -19,16 +19,16 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def of_share(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's score interval of an accuracy or another share of ``count`` independent trials."""
+    """Return Wilson's 95% score interval of an accuracy ``share``, measured on ``count`` images."""
     return wilson(round(share * count), count)
 
 
 def bootstrap(hits: Tensor, trials: Tensor) -> tuple[float, float]:
-    """Return a metric's bootstrap percentile interval, of ``hits.sum() / trials.sum()``; every call gives the same.
+    """Return the 95% bootstrap percentile interval of ``hits.sum() / trials.sum()``; the seed is fixed.
 
     Args:
-        hits, trials: [N] each; the N items are resampled. An item may be an image with its right answers and its
-            queries.
+        hits, trials: [N] each; the N items are resampled. An item may be an image, with the number of its queries
+            (trials) and of those that were answered right (hits).
     """
     generator, count = torch.Generator().manual_seed(0), len(hits)
     both = torch.stack([hits, trials], 1).double().cpu()

@@ -1,4 +1,4 @@
-"""Labelled image sets for evaluation, from folders of classes or shards, with access to images in any order."""
+"""Labelled image sets for evaluation, from class folders or shards, whose images can be read in any order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..models.images import SampleError, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-CHECKED = 64  # at least one of this many first images must be usable
+CHECKED = 64  # a set is refused at the start if not one of this many first images is usable
 CROSSED_KEYS, CROSSED_GROUPS = "+", " + "  # the key "race+gender" makes groups such as "White + Male"
 
 
@@ -50,25 +50,28 @@ class LabelledImage:
         return self.captions[0]
 
 
-Loader = tuple[str, Callable[[], LabelledImage]]  # the name of an image, and the function that decodes it
-Place = Callable[[], Loader]  # reads the sample at one position of a set
+# The name of an image, and a function that decodes it.
+Loader = tuple[str, Callable[[], LabelledImage]]
+# A function that reads the sample at one position of a set, and returns its loader.
+Place = Callable[[], Loader]
 
 
 @dataclasses.dataclass
 class LabelledSet:
     """The images of a folder with one sub-folder per class, or of shards; each iteration reads them anew.
 
-    A folder in which a text or a json lies beside an image is a shard.
+    A folder in which text or JSON files lie beside the images counts as a shard.
 
     Attributes:
         data: a folder, or shards as :func:`clipfast.data.expand_shards` takes them.
-        group_by: key of the shards' json that names the group of an image; several joined by "+" cross their groups.
-        label_by: key of the shards' json that names the class; without it the caption does.
+        group_by: the JSON key or column of the shards whose value is the group of an image; several keys that are
+            joined by "+" give crossed groups.
+        label_by: the JSON key or column of the shards whose value is the class; without it, the caption is the class.
         keys: the names under which a sample has its image and its caption.
         separator: the separator of CSV files, as :class:`clipfast.data.IndexCache` takes it.
-        numbers: the positions of the images that are read, in rising order; None for all.
-        classes: the class folders that are read; None for all.
-        left_out: every image that the last iteration had to leave out, by its position in the set.
+        numbers: the positions of the images that are read, in ascending order; None for all.
+        classes: the names of the class folders that are read; None for all.
+        left_out: the images that could not be used in the last iteration, by their positions in the set.
     """
 
     data: str
@@ -82,11 +85,11 @@ class LabelledSet:
 
     @property
     def skipped(self) -> list[Skipped]:
-        """Every image of a labelled set that the last iteration had to leave out."""
+        """The images of the set that could not be used in the last iteration, with the reasons."""
         return list(self.left_out.values())
 
     def only(self, numbers: Sequence[int]) -> LabelledSet:
-        """Return the subset of a labelled set with the images at some positions, in rising order."""
+        """Return the subset of a labelled set with the images at these positions, which are in ascending order."""
         return dataclasses.replace(self, left_out={}, numbers=numbers)
 
     def __iter__(self) -> Iterator[LabelledImage]:
@@ -98,11 +101,7 @@ class LabelledSet:
         yield from self._usable()
 
     def check(self) -> None:
-        """Refuse a labelled set without images, or without a usable image among the first 64.
-
-        Raises:
-            ValueError: as above.
-        """
+        """Raise ValueError if a labelled set has no images, or no usable image among the first 64."""
         next(self._usable(CHECKED))
 
     def _usable(self, most: int | None = None) -> Iterator[LabelledImage]:
@@ -123,7 +122,7 @@ class LabelledSet:
             raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
     def places(self) -> list[Place]:
-        """Return the functions that read the images of a labelled set, also outside of ``numbers``.
+        """Return a function for each position of the labelled set that reads its image, whatever ``numbers`` are.
 
         Raises:
             ValueError: the set cannot be read, or a class has no images.
@@ -138,7 +137,7 @@ class LabelledSet:
         return [place for source in self._sources(shards) for place in self._samples(source)]
 
     def names(self, numbers: Iterable[int]) -> list[str]:
-        """Return the names of images of a labelled set at some positions; their samples are read, but not decoded."""
+        """Return the names of the images at some positions of a labelled set; images are read, but not decoded."""
         places = self.places()
         return [places[number]()[0] for number in numbers]
 
@@ -146,7 +145,7 @@ class LabelledSet:
         """Return a text that changes whenever images, labels or captions of the labelled set change.
 
         Raises:
-            ValueError: as above.
+            ValueError: the set cannot be read, or a class has no images.
         """
         root = self._root_of_classes()
         if root is not None:
@@ -157,21 +156,17 @@ class LabelledSet:
         return repr((self.data, self.group_by, self.label_by, self.keys, self.separator, files))
 
     def digest(self) -> str:
-        """Return the checksum of :meth:`stamp`; the feature store keeps the features of the set under it.
-
-        Raises:
-            ValueError: as above.
-        """
+        """Return the SHA-256 of :meth:`stamp`, by which the feature store identifies the set; errors are the same."""
         return hashlib.sha256(self.stamp().encode()).hexdigest()
 
     def _root_of_classes(self) -> Path | None:
-        """Return the folder whose sub-folders are the classes of a labelled set; None for other sets."""
+        """Return the folder whose sub-folders are the classes of a labelled set; None if the set consists of shards."""
         shards = expand_shards(self.data)
         is_classes = len(shards) == 1 and is_folder(shards[0]) and not has_texts(shards[0], self.keys)
         return Path(shards[0]) if is_classes else None
 
     def folder_labels(self) -> list[str] | None:
-        """Return the labels of a folder of classes in their order, without reading images; None for other sets."""
+        """Return the labels of a set of class folders in their order, without reading images; None for shards."""
         root = self._root_of_classes()
         return None if root is None else in_order(path.name for path in root.iterdir() if path.is_dir())
 
@@ -180,7 +175,7 @@ class LabelledSet:
         return open_sources(names, index=IndexCache(separator=self.separator))
 
     def _samples(self, source: Source) -> Iterator[Place]:
-        """Yield functions that read a labelled set's images from shards, and one that fails for each lost sample."""
+        """Yield a function for each image of a source's shards that reads it, or raises an error if it is damaged."""
         numbers = itertools.count()
         for shard in source.shards:
             for number in itertools.islice(numbers, shard.count):
@@ -193,7 +188,7 @@ class LabelledSet:
                     yield functools.partial(loader, name, _fail, lost)
 
     def _read(self, source: Source, number: int) -> Loader:
-        """Read a sample of a labelled set; return the function that decodes its image or reports the error."""
+        """Read a sample of a labelled set; return its loader, which decodes the image or raises the reading error."""
         try:
             sample = source.read(number, self.keys)
         except SampleError as error:
@@ -210,7 +205,7 @@ class LabelledSet:
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Return a labelled set's distinct labels in order: sorted, and by value if all of them are numbers."""
+    """Return the distinct labels in sorted order; if all of them are numbers, they are sorted by value."""
     names = set(labels)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
@@ -251,7 +246,7 @@ def loader(name: str, load: Callable[..., LabelledImage], *of: Any) -> Loader:
 
 
 def _fail(error: SampleError) -> LabelledImage:
-    """Raise ``error`` in place of decoding a labelled image."""
+    """Raise ``error``: the loader of a labelled image that could not be read calls this in place of a decoder."""
     raise error
 
 

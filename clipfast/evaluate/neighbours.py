@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import top_k
 
-QUERIES = 1024  # the number of queries that are compared at once; each block is a step of the progress bar
+QUERIES = 1024  # the number of queries in a block, which is compared at once and is a step of the progress bar
 
 
 def nearest(
@@ -20,7 +20,7 @@ def nearest(
     device: str | torch.device | None = None,
     progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[Tensor, Tensor]:
-    """Return the k images or texts of a set that are most similar to each query of an evaluation, the best first.
+    """Return the k items (images or texts) of a gallery that are most similar to each query, the best first.
 
     The similarity is the inner product of features, which is the cosine for features of unit length.
 

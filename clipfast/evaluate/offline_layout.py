@@ -51,7 +51,8 @@ KNOWN = (*COLLECTIONS["vtab+"], "imagenet-o", "vtab/dsprites_label_y_position", 
 class BenchmarkSet(LabelledSet):
     """The images of one split of a CLIP_benchmark set.
 
-    The label of an image is its class number, in a multi-label set a row of 0 and 1, and in a retrieval set empty.
+    The label of an image is its class number. In a multi-label set it is a text with "0" or "1" for each class, and in
+    a retrieval set it is empty.
 
     Attributes:
         kind: the kind of the set, one of ``KINDS``.
@@ -83,7 +84,7 @@ def _member(sample: RawSample, extension: str) -> bytes:
 
 
 def _captions(sample: RawSample) -> tuple[str, ...]:
-    """Return the captions of a sample of a retrieval set."""
+    """Return the captions of a sample of a CLIP_benchmark retrieval set, one from each line of its text."""
     try:
         texts = tuple(_member(sample, "txt").decode().splitlines())
     except UnicodeDecodeError as error:
@@ -102,7 +103,7 @@ def _number(sample: RawSample) -> str:
 
 
 def _row(sample: RawSample) -> str:
-    """Return the labels of a sample of a multi-label set as a text of 0 and 1."""
+    """Return the labels of a sample of a multi-label set as a text with "0" or "1" for each class."""
     import numpy as np
 
     try:
@@ -137,7 +138,7 @@ class OfflineSet(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A set, or a part of its evaluation, that is left out, with the reason."""
+    """A CLIP_benchmark set, or a task on it, that cannot be evaluated, with the reason."""
 
     name: str
     reason: str
@@ -195,13 +196,16 @@ def find_sets(root: Path, wanted: Sequence[str] = (), split: str = "test") -> La
 
 
 def _folder(name: str) -> str:
-    """Return the name of the folder of a CLIP_benchmark set."""
+    """Return the folder name of a CLIP_benchmark set: "vtab/dtd" -> "wds_vtab-dtd"."""
     short = name.removeprefix("wds/").removeprefix(PREFIX)
     return PREFIX + short.replace("/", "-")
 
 
 def _name(folder: str) -> str:
-    """Return the CLIP_benchmark name of the set in a folder. A "-" in a folder's name may stand for "/" or itself."""
+    """Return the CLIP_benchmark name of the set in a folder: "wds_vtab-dtd" -> "vtab/dtd".
+
+    A "-" in the name of a folder may stand for "/" or for itself, which the known names decide.
+    """
     known = {_folder(name): name for name in KNOWN}
     short = folder.removeprefix(PREFIX)
     return known.get(folder, short.replace("vtab-", "vtab/", 1) if short.startswith("vtab-") else short)
@@ -231,7 +235,7 @@ def _read(folder: Path, split: str) -> OfflineSet:
 
 
 def _shards(path: Path) -> str:
-    """Return the paths of the shards of a CLIP_benchmark split, whose number is in ``nshards.txt``.
+    """Return the shards of a CLIP_benchmark split as a pattern such as ".../test/{0..3}.tar", by its ``nshards.txt``.
 
     Raises:
         ValueError: ``nshards.txt`` holds no number, or shards are missing.
@@ -259,7 +263,7 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    """Return the lines of a text file of a CLIP_benchmark set. Empty lines count: the name of a class may be empty.
+    """Return the lines of a text file of a CLIP_benchmark set, with empty ones, since the name of a class may be empty.
 
     Raises:
         ValueError: the file does not exist, or is empty.
@@ -273,5 +277,5 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 
 def about(one: OfflineSet) -> dict[str, Any]:
-    """Return the class names and templates from which the classifiers of a set are made, as plain values."""
+    """Return kind, class names and templates of a CLIP_benchmark set, on which its results depend, as plain values."""
     return {"kind": one.kind, "classnames": one.classnames, "templates": one.templates}

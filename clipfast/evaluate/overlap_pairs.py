@@ -19,13 +19,13 @@ from .labelled import LabelledSet
 from .neighbours import nearest
 from .significance import binomial_tail, clopper_pearson
 
-LEVEL = 0.995  # the confidence level of the interval of the accuracy on near duplicates, as in the paper
-THRESHOLDS = (0.9, 0.95, 0.97, 0.98, 0.99, 1.0)  # results are shown for these besides the chosen threshold
+LEVEL = 0.995  # confidence level of the interval of the accuracy on near duplicates, as in Radford et al. 2021
+THRESHOLDS = (0.9, 0.95, 0.97, 0.98, 0.99, 1.0)  # thresholds of similarity that are reported besides the chosen one
 
 
 @dataclasses.dataclass
 class Pairs:
-    """The training image that is most similar to each test image.
+    """For each test image, the training image that is most similar to it.
 
     Attributes:
         similarity: [N], the similarity of each pair, at most 1; 1 for equal pixels.
@@ -48,7 +48,7 @@ def pair(
     device: str | torch.device = "cpu",
     progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
 ) -> Pairs:
-    """Find the most similar training image for each test image, as a near duplicate in the test for overlap.
+    """Find the most similar training image for each test image, which may be a near duplicate of it.
 
     Args:
         test, train: the sets, with features of unit length from the same encoder.
@@ -100,23 +100,23 @@ def contamination(right: Tensor, overlap: Tensor) -> dict[str, Any]:
 
 
 def half_size(image: Image.Image) -> Image.Image:
-    """Edit an image for the test of the duplicate detector: halve its width and height."""
+    """Halve the width and height of an image, as an edited copy that the duplicate detector should find."""
     return image.resize((max(1, image.width // 2), max(1, image.height // 2)))
 
 
 def crop(image: Image.Image) -> Image.Image:
-    """Edit an image for the test of the duplicate detector: cut 1/32 of its size, at least a pixel, from each side."""
+    """Cut 1/32 of its size, at least a pixel, from each side of an image, as a copy that the detector should find."""
     x, y = (max(1, side // 32) if side > 2 else 0 for side in image.size)
     return image.crop((x, y, image.width - x, image.height - y))
 
 
 def brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Edit an image for the test of the duplicate detector: multiply every value by a factor."""
+    """Multiply all pixel values of an image by a factor, as an edited copy that the duplicate detector should find."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def grey(image: Image.Image) -> Image.Image:
-    """Edit an image for the test of the duplicate detector: remove its colours."""
+    """Remove the colours of an image, as an edited copy that the duplicate detector should find."""
     return image.convert("L").convert("RGB")
 
 
@@ -152,7 +152,7 @@ def planted(
     drawn = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[:count].sort().values
     part = images.only([test.numbers[place] for place in drawn.tolist()])
     encoders = [PreparedEncoder.of(detector, edit) for edit in EDITS.values()]
-    edited = encode_set(encoders, part, batch_size=32, workers=workers)  # a batch holds the pixels of every edit
+    edited = encode_set(encoders, part, batch_size=32, workers=workers)  # small, since it holds all edits of an image
     originals, rows = test.features[drawn].to(detector.device), []
     for name, found in zip(EDITS, edited, strict=True):
         similarity = torch.maximum(pairs.similarity, nearest(test.features, found.features)[0][:, 0])

@@ -14,12 +14,13 @@ from .labelled import LabelledSet
 from .overlap_pairs import LEVEL, Pairs
 from .suite import label
 
-EXAMPLES = 6  # the number of images that are shown for a class
-BELOW = 4  # one of this many shown pairs lies below the threshold
-MOST_GROUPS = 12  # pictures are shown for at most this many groups, those with the most cases
+EXAMPLES = 6  # the zero-shot page shows at most this many images of each of the worst classes
+BELOW = 4  # on the overlap page, 1 in 4 pairs is one below the threshold
+MOST_GROUPS = 12  # the compositional page shows pictures of the largest groups of cases, at most this many
 INTERVALS = "95% intervals in brackets."
 
-# A click on the head of a column sorts the table by it, numbers by value; a second click reverses the order.
+# JavaScript of the suite's page: a click on the head of a column sorts the table by it, and a second click reverses the
+# order. Cells with numbers are sorted by value.
 SORT = """
 for (const button of document.querySelectorAll("th button")) button.onclick = () => {
   const head = button.parentNode, body = head.closest("table").tBodies[0];
@@ -33,7 +34,7 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
 
 
 def thumbnails(images: LabelledSet, found: LabelledFeatures, places: Iterable[int]) -> dict[int, str]:
-    """Return thumbnails of a labelled set's images at some positions, for a page; the set is read again."""
+    """Return thumbnails of the images whose features are at ``places`` in ``found``; the images are read again."""
     by_number = {found.numbers[place]: place for place in places}
     return {by_number[item.number]: thumbnail(item.image) for item in images.only(sorted(by_number))}
 
@@ -119,13 +120,13 @@ def overlap_page(
 
 
 def _spread(places: Sequence[int], most: int) -> list[int]:
-    """Choose at most ``most`` images of an evaluation to show on a page, at equal distances with both ends."""
+    """Return at most ``most`` elements, evenly spaced from the first to the last, to show on a page."""
     count = min(most, len(places))
     return [places[round(number * (len(places) - 1) / max(1, count - 1))] for number in range(count)]
 
 
 def compositional_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Return the table of compositional results: a head, a row for each group, and a row for all cases, with chance."""
+    """Return the rows of the table of compositional results: a head, a row for each group, and a row for all cases."""
     names = [name for name in results["metrics"] if name != MEAN]
     rows = [["group", "cases", *(word for name in names for word in (name, "chance")), ""]]
     groups = {f"{division}: {name}": x for division, some in results["groups"].items() for name, x in some.items()}
@@ -161,7 +162,7 @@ def compositional_page(results: dict[str, Any], images: LabelledSet, judged: Seq
     )
     title = f"Compositional: {results['model']} on {results['data']}"
     parts = [section(title, about, level=1), table(compositional_rows(results))]
-    # The page is divided by the first division that has groups of cases; without any, all cases form one group.
+    # The page has a section for each group of the first division into groups; without one, for all cases together.
     division = next((name for name in results["groups"] if any(name in one.case.groups for one in judged)), None)
     members: dict[str, list[Judged]] = {}
     for one in judged:
@@ -195,7 +196,7 @@ def chosen(members: Sequence[Judged], examples: int) -> list[Judged]:
 
 
 def _case(one: Judged, pictures: dict[int, str]) -> list[str]:
-    """Return the HTML of a compositional case: its images with their captions. An arrow marks the highest score."""
+    """Return the HTML of each image of a compositional case with its captions; an arrow marks the highest score."""
     shown = []
     for own, (image, scores) in enumerate(zip(one.case.images, one.scores, strict=True)):
         lines = []
@@ -236,7 +237,7 @@ def suite_page(results: dict[str, Any], chief: list[dict[str, Any]], rows: list[
 
 
 def _cells(row: dict[str, Any]) -> list[Cell]:
-    """Return the cells with a row's metrics in the table of a suite's page."""
+    """Return the cells of a row of metrics in the table of the suite's page, with values to sort by."""
     values: list[Cell] = []
     for value in row["values"]:
         is_there = value is not None and value[0] is not None

@@ -14,7 +14,7 @@ from .evaluate import Evaluation
 from .labelled import LabelledImage
 
 RIGHT, WRONG, CHANCE = "#1a7f37", "#57606a", "tab:red"
-MOST_CURVES = 12  # if there are more curves than this, the legend names only the means
+MOST_CURVES = 12  # the legend names single curves only if there are at most this many; otherwise only means
 Interval = tuple[float, float]
 
 
@@ -45,7 +45,7 @@ def draw_chance(axis: Axes, classes: int) -> None:
 
 def error_bars(shares: Sequence[float], intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
     """Return the lengths of error bars around accuracies, in percent, as matplotlib takes them."""
-    # a bootstrap interval need not contain the share itself, and error bars must not be negative
+    # A bootstrap interval may not contain the measured value, and matplotlib takes no error bars of negative length.
     below = [100 * max(0.0, share - low) for share, (low, _) in zip(shares, intervals, strict=True)]
     above = [100 * max(0.0, high - share) for share, (_, high) in zip(shares, intervals, strict=True)]
     return below, above
@@ -83,7 +83,7 @@ def bars(
 
 
 def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, path: Path) -> None:
-    """Plot the metrics of a watched run over the steps of training.
+    """Plot the metrics of a run's checkpoints (``clipfast eval ... --watch``) over the steps of training.
 
     Args:
         points: pairs of a step and the shares after it by name, in any order.
@@ -107,7 +107,10 @@ def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, pa
 
 
 def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Plot the training loss of a run, and its zero-shot accuracy in training if there is one, against the step."""
+    """Plot the training loss of a run, and its accuracy on validation data if it has any, over the steps.
+
+    ``metrics`` are the lines of ``metrics.jsonl``.
+    """
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     evals = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
     figure = new_figure(8, 4.5)

@@ -14,7 +14,7 @@ from .overlap_pairs import LEVEL, Pairs
 from .pictures import CHANCE, bars, draw_chance, error_bars, new_figure, shorten, title_of
 from .suite import label
 
-MOST = 25  # at most this many bars beside each other: those of the largest groups
+MOST = 25  # a plot has bars for at most this many groups or queries, the largest ones
 
 
 def zeroshot_plot(results: dict[str, Any], classified: Classified, path: Path) -> None:
@@ -46,7 +46,7 @@ def zeroshot_plot(results: dict[str, Any], classified: Classified, path: Path) -
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:
-    """Return each of some metrics of an evaluation with its interval from each row of results."""
+    """Return (metric, interval) for each of the metrics ``names`` in each row of results, as ``bars`` takes them."""
     return [(row["metrics"][name], row["intervals"][name]) for row in rows for name in names]
 
 
@@ -154,7 +154,7 @@ def bias_plot(results: dict[str, Any], path: Path) -> None:
 
 
 def _shares(compared: Mapping[str, Any]) -> list[Any]:
-    """Return the shares of the groups in the bias results, each with its interval."""
+    """Return (share, interval) of each group in a comparison of the bias results, as ``bars`` takes them."""
     return [(row["share"], row["interval"]) for row in compared["groups"].values()]
 
 

@@ -26,34 +26,34 @@ from ..io.progress import each
 from .classification import Classified, classify, metrics
 from .features import LabelledFeatures
 
-# The values of C among which the search chooses: 12 decades with 8 steps each.
+# The values of C among which the search chooses: from 1e-6 to 1e6, with 8 steps per decade.
 VALUES = tuple(10.0 ** (step / 8 - 6) for step in range(97))
-FIRST_STEP = 16  # the search starts with values that are two decades apart
+FIRST_STEP = 16  # the search starts with every 16th value, so two decades apart
 VALIDATION_SHARE = 0.2  # the share of the training set that is held out if there is no validation set
 MAX_ITERATIONS = 1000
-TOLERANCE = 1e-6  # for the gradient in the coordinates of TorchSolver, where weights have about the size min(1, C)
-FIRST = 100  # TorchSolver first scales its coordinates anew after this many iterations, then after twice as many
-HISTORY = 10  # the number of steps and gradient differences that L-BFGS remembers
+TOLERANCE = 1e-6  # TorchSolver stops if all gradients are below this times min(1, C), the size of scaled weights
+FIRST = 100  # TorchSolver rescales its weights after this many iterations, then after twice as many, and so on
+HISTORY = 10  # the number of past steps from which L-BFGS approximates the Hessian (``history_size``)
 BLOCK = 2**24  # the number of scores in memory at a time
 
 
 class Samples(NamedTuple):
-    """A set of a linear probe: features [N, D] and class numbers [N], on the CPU."""
+    """The images of a linear probe's training, validation or test set: features [N, D] and classes [N], on the CPU."""
 
     features: Tensor
     classes: Tensor
 
     def take(self, numbers: Tensor) -> Samples:
-        """Return the linear probe's samples at some positions."""
+        """Return the samples at these positions."""
         return Samples(self.features[numbers], self.classes[numbers])
 
     def and_those_of(self, others: Samples) -> Samples:
-        """Return a linear probe's samples, followed by the samples of another set."""
+        """Return these samples followed by those of another set."""
         return Samples(*(torch.cat(pair) for pair in zip(self, others, strict=True)))
 
 
 class Classifier(NamedTuple):
-    """A linear classifier.
+    """A linear classifier (linear probe) on features.
 
     Attributes:
         weights: float64 [D + 1, K], of which the last row is the bias.
@@ -66,14 +66,14 @@ class Classifier(NamedTuple):
     converged: bool
 
     def classify(self, samples: Samples, classnames: Sequence[str]) -> Classified:
-        """Return the predictions of the linear probe for samples."""
+        """Return the predictions of this linear probe for samples; ``classnames`` are the labels by class index."""
         x = samples.features.to(self.weights)
         labels = [classnames[number] for number in samples.classes.tolist()]
         return classify(torch.cat([x, x.new_ones(len(x), 1)], 1), labels, classnames, self.weights)
 
 
 def samples_of(found: LabelledFeatures, classnames: Sequence[str], name: str) -> Samples:
-    """Return the features of an image set with class numbers, for a linear probe.
+    """Return the features and class indices of an image set, for a linear probe.
 
     Args:
         found: the features and labels of the set.
@@ -121,13 +121,12 @@ def members_of_classes(train: Samples, seed: int) -> list[torch.Tensor]:
 
 
 class TorchSolver:
-    """L-BFGS in coordinates in which the objective is curved about equally in all directions.
+    """Fits a linear probe by L-BFGS in coordinates in which the objective has similar curvature in all directions.
 
-    The features of an image encoder have a large mean and vary mostly in a few directions, where plain L-BFGS needs
-    many
-    more iterations. The optimum does not depend on the coordinates: the bias absorbs the mean, and a rotation to the
-    principal directions keeps the norm of the weights. From time to time each weight is scaled by the curvature in its
-    direction.
+    The features of an image encoder have a large mean and vary mostly in a few directions, for which plain L-BFGS needs
+    many more iterations. Therefore the mean is subtracted, and features are rotated to their principal directions. This
+    does not change the optimum, since the bias absorbs the mean, and a rotation keeps the norm of the weights. From
+    time to time each weight is scaled by the curvature in its direction.
 
     Args:
         train: the training set, with at least one sample of each class.
@@ -141,11 +140,11 @@ class TorchSolver:
         self.mean = x.mean(0)
         x = x - self.mean
         self.directions = torch.linalg.eigh(x.T @ x).eigenvectors
-        # the last column multiplies the bias
+        # [N, D + 1]: the rotated features, and a column of ones for the bias.
         self.inputs = torch.cat([x @ self.directions, x.new_ones(len(x), 1)], 1)
 
     def fit(self, C: float) -> Classifier:
-        """Return the linear probe's classifier for an inverse strength of the penalty."""
+        """Fit the linear probe with the inverse penalty strength ``C``."""
         weight = C / 2 if self.num_classes == 2 else C
         solution = self.inputs.new_zeros(self.inputs.shape[1], self.num_classes)
         iterations, most, converged = 0, FIRST, False
@@ -158,7 +157,10 @@ class TorchSolver:
         return Classifier(torch.cat([weights, bias]), iterations, converged)
 
     def _minimize(self, solution: Tensor, weight: float, most: int) -> tuple[Tensor, int]:
-        """Return a better solution of the probe, and the number of iterations: below ``most`` if it is the best."""
+        """Run L-BFGS from ``solution`` [D + 1, K]; return the new solution, and the number of iterations.
+
+        If the number is below ``most``, L-BFGS has converged.
+        """
         scale = self._curvature(solution, weight).rsqrt()
         point = (solution / scale).requires_grad_()
         optimizer = torch.optim.LBFGS(
@@ -167,7 +169,7 @@ class TorchSolver:
         )  # fmt: skip
 
         def objective() -> Tensor:
-            """Return the probe's objective at ``point``, and set its gradient, for L-BFGS."""
+            """Return the objective at ``point``, and set ``point.grad``, as L-BFGS requires."""
             loss, gradient = self._objective(point.detach() * scale, weight)
             point.grad = gradient * scale
             return loss
@@ -191,14 +193,14 @@ class TorchSolver:
     def _curvature(self, solution: Tensor, weight: float) -> Tensor:
         """Return the diagonal of the Hessian of the probe's objective, [D + 1, K]."""
         curvature = torch.ones_like(solution)
-        curvature[-1] = 1e-12  # not 0, since a scale is computed from it
+        curvature[-1] = 1e-12  # the bias has no penalty; not 0, since the reciprocal is taken
         for x, _ in self._blocks():
             likely = (x @ solution).softmax(1)
             curvature += weight * (x.square().T @ (likely * (1 - likely)))
         return curvature
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield features and classes of a linear probe in blocks that fit into memory."""
+        """Yield rows of ``inputs`` and ``classes`` in blocks whose scores fit into memory."""
         rows = max(1, BLOCK // self.num_classes)
         return zip(self.inputs.split(rows), self.classes.split(rows), strict=True)
 
@@ -207,21 +209,22 @@ class ScikitLearnSolver:
     """scikit-learn's logistic regression by L-BFGS; arguments are those of :class:`TorchSolver`."""
 
     def __init__(self, train: Samples) -> None:
-        self.mean = train.features.double().mean(0)  # the bias absorbs the mean, and the solver converges faster
+        # Without the mean of the features, which the bias absorbs afterwards, the solver converges faster.
+        self.mean = train.features.double().mean(0)
         self.features, self.classes = (train.features - self.mean).numpy(), train.classes.numpy()
 
     def fit(self, C: float) -> Classifier:
-        """Return the linear probe's classifier for an inverse strength of the penalty."""
+        """Fit the linear probe with the inverse penalty strength ``C``."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
         model = LogisticRegression(C=C, max_iter=MAX_ITERATIONS, tol=1e-12)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the number of iterations already shows it
+            warnings.simplefilter("ignore", ConvergenceWarning)  # ``Classifier.converged`` tells the same
             model.fit(self.features, self.classes)
         weights, bias = torch.from_numpy(model.coef_.T), torch.from_numpy(model.intercept_)
         weights = torch.cat([weights, (bias - self.mean @ weights)[None]])
-        if weights.shape[1] == 1:  # two classes: scikit-learn scores only the second one, against 0
+        if weights.shape[1] == 1:  # for two classes, scikit-learn has only the score of the second minus the first
             weights = torch.cat([torch.zeros_like(weights), weights], 1)
         iterations = int(model.n_iter_.max())
         return Classifier(weights, iterations, iterations < MAX_ITERATIONS)
@@ -231,7 +234,7 @@ Solver = TorchSolver | ScikitLearnSolver
 
 
 def chosen_solver(name: str, device: str | torch.device) -> str:
-    """Return the probe's solver for a value of ``--solver``; "auto" is scikit-learn on a CPU, if it is installed.
+    """Return "scikit-learn" or "torch" for a probe's ``--solver``; "auto" is scikit-learn on a CPU if it is installed.
 
     Raises:
         ValueError: scikit-learn is wanted and not installed.
@@ -252,7 +255,7 @@ class Choice(NamedTuple):
 
 
 def choose(right: Callable[[float], float]) -> Choice:
-    """Search the value of C with the highest validation accuracy, as the CLIP paper does.
+    """Search the C of a linear probe with the highest validation accuracy, as Radford et al. 2021 do.
 
     The search starts with values two decades apart, and halves the interval around the best one until it is an eighth
     of a decade. Of equal accuracies, the one with the strongest penalty is the best.
@@ -263,7 +266,7 @@ def choose(right: Callable[[float], float]) -> Choice:
     tried: dict[int, float] = {}
 
     def best_of(steps: Iterable[int]) -> int:
-        """Try the linear probe with the values of C at these steps, and return the best step."""
+        """Fit a linear probe with each of these values of C, given by their indices, and return the best index."""
         for step in steps:
             if step not in tried:
                 tried[step] = right(VALUES[step])
@@ -279,13 +282,13 @@ def choose(right: Callable[[float], float]) -> Choice:
 
 @dataclasses.dataclass
 class Probe:
-    """Fits linear classifiers; C is searched for each of them, unless it is given.
+    """Fits linear probes to training sets; C is searched for each of them, unless it is given.
 
     Attributes:
         solver: a function that makes a solver for a training set.
         classnames: the labels of the training set.
-        validation: the validation set, which chooses C; None if C is given.
-        C: the given value, or None.
+        validation: the set whose accuracy chooses C; None if C is given.
+        C: the value of C without a search; it is not used if there is a validation set.
     """
 
     solver: Callable[[Samples], Solver]
@@ -298,7 +301,7 @@ class Probe:
 
         Args:
             train: the training set, without the validation set.
-            then_all: fit the returned classifier, with the chosen C, to the training and the validation set.
+            then_all: fit the returned classifier, with the chosen C, to the training and validation set together.
         """
         solver = self.solver(train)
         validation = self.validation
@@ -309,7 +312,7 @@ class Probe:
         return solver.fit(choice.C), choice
 
     def _right(self, classifier: Classifier, samples: Samples) -> float:
-        """Return the accuracy of a linear probe's classifier on samples."""
+        """Return the accuracy of a linear probe on samples."""
         return classifier.classify(samples, self.classnames).right.double().mean().item()
 
 
@@ -343,7 +346,10 @@ def fit_probe(
 
 
 def draw(train: Samples, shots: int, seed: int) -> Samples:
-    """Draw ``shots`` training images of each class, or all that it has; more shots contain the images of fewer."""
+    """Draw ``shots`` training images of each class, or all that it has.
+
+    With the same seed, the images of fewer shots are among those of more.
+    """
     return train.take(torch.cat([members[:shots] for members in members_of_classes(train, seed)]))
 
 

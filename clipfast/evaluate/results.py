@@ -10,7 +10,7 @@ DEFAULT_TEMPLATES = "plain"  # the default templates of all commands and of the 
 
 
 def report_left_out(skipped: Iterable[object], command: str = "eval", most: int = 20) -> None:
-    """Name the images that an evaluation left out on stderr."""
+    """Print the images that an evaluation had to leave out to stderr, at most ``most`` of them."""
     listed = list(skipped)
     for one in listed[:most]:
         print(f"clipfast {command}: left out {printable(str(one))}", file=sys.stderr)

@@ -12,12 +12,12 @@ from .intervals import bootstrap
 
 @torch.no_grad()
 def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
-    """Return a retrieval rank for each query of N pairs: the number of wrong items before its best right item.
+    """Return for each query of N pairs the number of wrong items that rank before its best right item.
 
     Pair i joins query i and item i of the gallery. Equal queries, such as one caption of several images, have the same
     key, and so do equal items. Equal items count as one item, since otherwise the names of large classes would fill the
-    first ranks. An item is right for a query if some pair joins their keys. In a tie the wrong item counts as before
-    the right one: a collapsed model, for which all scores are equal, gets no credit.
+    first ranks. An item is right for a query if some pair has both their keys. Of equal scores, those of wrong items
+    rank first, so that a collapsed model, for which all scores are equal, gets no credit.
 
     Args:
         queries, gallery: features [N, D] of unit length.
@@ -31,9 +31,9 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
     """
     if not (queries.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("retrieval: features contain NaN or infinity")
-    query_places: dict[int, int] = {}  # the first position of each query
-    item_places: dict[int, int] = {}
-    right: dict[int, set[int]] = {}
+    query_places: dict[int, int] = {}  # by key of a query, its first position
+    item_places: dict[int, int] = {}  # by key of an item, its first position
+    right: dict[int, set[int]] = {}  # by key of a query, the keys of its right items
     for place, (query, item) in enumerate(zip(query_keys.tolist(), gallery_keys.tolist(), strict=True)):
         query_places.setdefault(query, place)
         item_places.setdefault(item, place)
@@ -55,7 +55,7 @@ def caption_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[Tensor,
     """Return the retrieval rank of each image's best caption and of each caption's image, as CLIP_benchmark counts.
 
     Every caption belongs to one image, and is wrong for every other image, even if that has a caption of the same text.
-    In a tie the wrong item counts as before the right one. Apart from the features, memory is a few bytes per item.
+    Of equal scores, those of wrong items rank first. Apart from the features, memory is a few bytes per item.
 
     Args:
         images: features [M, D] of unit length.
@@ -94,8 +94,7 @@ def caption_recalls(
     image_ranks, text_ranks = (ranks.cpu() for ranks in caption_ranks(images, texts, owner.to(texts.device)))
     metrics, intervals = {}, {}
     for k in sorted(set(ks)):
-        # These are the hits and the number of the queries of each image: the bootstrap resamples images together with
-        # their captions.
+        # ``hits`` and ``queries`` are counts for each image, since the bootstrap resamples images with their captions.
         by_caption = torch.bincount(owner, (text_ranks < k).double(), minlength=len(counts))
         by_image = ((image_ranks < k) & (image_ranks >= 0)).double()
         for name, hits, queries in (
@@ -108,7 +107,10 @@ def caption_recalls(
 
 
 def _without_common_items(right: dict[int, set[int]]) -> list[list[int]]:
-    """Split queries into groups without a common right item, since ``retrieval_ranks`` allows one query per item."""
+    """Split queries into groups in which no two have a common right item, as ``retrieval_ranks`` requires.
+
+    ``right`` has the right items of each query.
+    """
     turns: dict[int, list[int]] = defaultdict(list)
     next_turn: dict[int, int] = defaultdict(int)
     for query, items in right.items():

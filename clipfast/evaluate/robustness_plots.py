@@ -15,8 +15,8 @@ from .pictures import draw_chance, new_figure, shorten
 from .shifts import SHIFTS, STRENGTHS, Shift
 from .suite import name_of
 
-COLUMNS = 3
-LEAST = 1e-3  # accuracies below this, and above 1 minus this, are drawn at the edge of the scale of log-odds
+COLUMNS = 3  # the number of plots beside each other
+LEAST = 1e-3  # on the scale of log-odds, accuracies are clipped to the range from LEAST to 1 - LEAST
 MARKERS = "osD^vP*X"
 
 
@@ -109,7 +109,7 @@ def _strengths(axis: Axes, results: Mapping[str, Any], kind: str) -> None:
 
 
 def _style(number: int, model: str, line: str) -> dict[str, Any]:
-    """Return colour, marker and label of a model in the robustness plots."""
+    """Return matplotlib's colour, marker, line style and label of a model in the robustness plots."""
     label, marker = shorten(model, 45, keep_end=True), MARKERS[number % len(MARKERS)]
     return {"marker": marker, "color": f"C{number + 1}", "linestyle": line, "markersize": 6, "label": label}
 
@@ -146,5 +146,5 @@ def examples_sheet(base: LabelledSet, results: Mapping[str, Any], path: Path) ->
 
 
 def _inside(share: float) -> float:
-    """Return an accuracy that has finite log-odds, for the robustness plots."""
+    """Clip an accuracy to the range that the scale of log-odds in the robustness plots shows."""
     return min(1 - LEAST, max(LEAST, share))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OBJECTNET = "objectnet"
-# The name of the folder of images in each archive, or in what the script that builds the set writes.
+# By the name of a shift, the names of its image folder in the published archive, or as a download script writes it.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "imagenet-v2": V2_FOLDERS,
     "imagenet-a": ("imagenet-a",),
@@ -31,7 +31,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CutBorder:
-    """A change of images that cuts some pixels off each side; an image that is too small stays unchanged."""
+    """A function that crops some pixels from each side of an image; an image that is too small stays unchanged."""
 
     pixels: int
 
@@ -44,7 +44,7 @@ class CutBorder:
 
 @dataclasses.dataclass(frozen=True)
 class ShiftedSet:
-    """A shifted version of a base set.
+    """A shifted version of a base set, such as ImageNet-R of ImageNet.
 
     Attributes:
         name: the name of the shift.
@@ -96,10 +96,10 @@ def _objectnet(source: str, read: Callable[[str], LabelledSet]) -> ShiftedSet:
 
 
 def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
-    """Return the numbers of ImageNet's classes for each folder of ObjectNet.
+    """Return the indices of ImageNet's classes for each image folder of ObjectNet.
 
-    ``imagenet_to_label_2012_v2`` has the names of the classes in the order of the challenge of 2012, and
-    ``pytorch_to_imagenet_2012_id.json`` the places in it of those that are sorted by WordNet id.
+    ``imagenet_to_label_2012_v2`` has the names of the classes, one a line, in the order of the ImageNet challenge of
+    2012. ``pytorch_to_imagenet_2012_id.json`` has the line of each class, by its index in the order of WordNet ids.
 
     Raises:
         ValueError: a file is missing, or names a class that another file lacks.
@@ -122,7 +122,7 @@ def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
 
 
 def _object(path: Path) -> dict[str, str]:
-    """Return the object in one of ObjectNet's JSON files."""
+    """Return the object in one of ObjectNet's JSON files as a dict of texts."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, not {type(content).__name__}")

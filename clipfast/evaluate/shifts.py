@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # imported at run time only where it is used, since ``--help`` needs no Pillow
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no Pillow
     from PIL import Image
 
-SIDE = 224  # the side of the images for which the strengths are defined, in pixels
+SIDE = 224  # shorter side in pixels of the images for which AMOUNTS are defined
 GREY = (128, 128, 128)
 # The amount of each shift for the strengths 1 to 5.
 AMOUNTS: dict[str, tuple[float, ...]] = {
@@ -37,13 +37,14 @@ STRENGTHS = range(1, 6)
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
-    """One shift of images; called with an image, it returns the shifted one.
+    """A synthetic shift of one strength; called with an image, it returns the shifted image.
 
     Attributes:
         name: one of ``SHIFTS``.
         strength: from 1 to 5.
         seed: the seed of random draws.
-        amount: the amount that the strength stands for. It is a field so that ``repr`` shows it.
+        amount: the value of the strength in ``AMOUNTS``. It is a field so that ``repr``, which identifies stored
+            features, contains it.
     """
 
     name: str
@@ -52,11 +53,7 @@ class Shift:
     amount: float = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        """Refuse an unknown shift or strength.
-
-        Raises:
-            ValueError: the shift or the strength is unknown.
-        """
+        """Raise ValueError if the shift or the strength is unknown."""
         if self.name not in AMOUNTS:
             raise ValueError(f"shift must be one of {', '.join(SHIFTS)}, got {self.name!r}")
         if self.strength not in STRENGTHS:
@@ -74,14 +71,14 @@ class Shift:
 
 
 def _blur(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Image:
-    """Blur an image, as a synthetic shift."""
+    """Blur an image by a Gaussian, as a synthetic shift."""
     from PIL import ImageFilter
 
     return image.filter(ImageFilter.GaussianBlur(amount * min(image.size) / SIDE))
 
 
 def _noise(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
-    """Add noise to an image, as a synthetic shift."""
+    """Add Gaussian noise to an image, as a synthetic shift."""
     width, height = _grid_of_noise(image.size)
     noise = amount * 255 * generator.standard_normal((height, width, 3), np.float32)
     return _add_resized(image, noise)
@@ -98,7 +95,7 @@ def _jpeg(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Im
 
 
 def _hue(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
-    """Turn the hues of an image, as a synthetic shift."""
+    """Rotate the hues of an image, to either side, as a synthetic shift."""
     from PIL import Image
 
     pixels = np.array(image.convert("HSV"))
@@ -107,7 +104,7 @@ def _hue(image: Image.Image, amount: float, generator: np.random.Generator) -> I
 
 
 def _rotation(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
-    """Rotate an image, as a synthetic shift."""
+    """Rotate an image, to either side, as a synthetic shift; new corners get the median colour of the border."""
     from PIL import Image
 
     pixels = np.asarray(image, np.float32)
@@ -117,8 +114,9 @@ def _rotation(image: Image.Image, amount: float, generator: np.random.Generator)
 
 
 def _occlusion(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:
-    """Cover a rectangle of an image, as a synthetic shift."""
-    # A rectangle at the same relative position covers everything that a smaller one covers.
+    """Cover a rectangle of an image by grey, as a synthetic shift."""
+    # The position is drawn relative to the free space, so that a larger rectangle (a higher strength with the same
+    # random numbers) covers all that a smaller one covers.
     box = []
     for side in image.size:
         length = max(1, round(math.sqrt(amount) * side))

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-DRAWS = 9999
+DRAWS = 9999  # the number of random assignments of a permutation test
 HALVINGS = 60  # after this many halvings of an interval, its ends are equal in float64
 
 
 def binomial_tail(hits: int, count: int, share: float) -> float:
-    """Return the p-value of an accuracy: the chance of at least ``hits`` in ``count`` trials of probability ``share``.
+    """Return the probability of at least ``hits`` in ``count`` trials of probability ``share``.
 
-    It is the p-value of a one-tailed binomial test.
+    It is the p-value of a one-tailed binomial test of an accuracy.
     """
     if hits <= 0:
         return 1.0
@@ -40,7 +40,7 @@ def clopper_pearson(hits: int, count: int, level: float = 0.95) -> tuple[float, 
 
 
 def _share_with_tail(hits: int, count: int, tail: float) -> float:
-    """Return the accuracy for which :func:`binomial_tail` is ``tail``, by bisection; the tail rises with it."""
+    """Return the ``share`` for which :func:`binomial_tail`, which rises with it, is ``tail``, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -67,9 +67,8 @@ def independence(hits: Sequence[int], counts: Sequence[int], seed: int = 0) -> f
     expected = sizes * (total / sizes.sum())
     dealt = np.random.default_rng(seed).multivariate_hypergeometric(sizes, total, DRAWS, method="marginals")
 
-    # chi-square up to a factor, which is the same for all assignments
     def statistic(found: Any) -> Any:
-        """Return the chi-square statistic, up to that factor, of the hits in each group."""
+        """Return the chi-square statistic of the hits in each group, up to a factor that all assignments share."""
         return ((found - expected) ** 2 / sizes).sum(-1)
 
     observed = statistic(np.asarray(hits))

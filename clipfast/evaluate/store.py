@@ -1,4 +1,4 @@
-"""The feature store (``--features``): a folder of features with a description of the model and data that made them."""
+"""The feature store (``--features``): a folder that keeps features of models for later evaluations."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ VERSION = 1
 
 
 class FeatureStore:
-    """``FOLDER/<kind>/<digest of what made them>/``, with the parts of one set of features in files.
+    """A folder of features: ``FOLDER/<kind>/<hash>/`` has the features of one model and one set of data, in parts.
 
-    If a process is killed, each part is complete or absent. The store never removes features; delete unneeded folders
-    yourself.
+    The hash is that of ``about.json`` there, which describes the model and the data. If a process is killed, each part
+    is complete or absent. The store never removes features; delete unneeded folders yourself.
 
     Args:
         folder: the folder, which is made if it does not exist.
@@ -34,7 +34,7 @@ class FeatureStore:
 
         Args:
             kind: "images" or "texts".
-            about: what the features depend on, as plain values; it is written into the folder.
+            about: all values on which the features depend, as plain values; they are written to ``about.json``.
         """
         about = {"version": VERSION, **about}
         text = json.dumps(about, indent=2, sort_keys=True) + "\n"
@@ -51,7 +51,7 @@ class Section(NamedTuple):
     folder: Path
 
     def _path(self, name: str) -> Path:
-        """Return the path of a part of the stored features."""
+        """Return the path of the file of a part of the features."""
         return self.folder / f"{name}.safetensors"
 
     def holds(self, name: str) -> bool:
@@ -60,13 +60,13 @@ class Section(NamedTuple):
             return False
         try:
             self.load(name)
-        except Exception as error:  # Broken files make the reader raise almost anything.
+        except Exception as error:  # safetensors raises many kinds of errors for damaged files
             log.warning(f"{self._path(name)} cannot be read, and is computed again: {error}")
             return False
         return True
 
     def save(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Write a part of the stored features: tensors and plain values.
+        """Write a part of the features with plain values to the feature store.
 
         Raises:
             DiskFullError: there is no space.
@@ -75,13 +75,13 @@ class Section(NamedTuple):
 
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in contiguous.values())
-        # Several processes may compute the same part: each has a temporary file of its own.
+        # Several processes may write the same part at the same time, so each one has a temporary file of its own.
         own = self.folder / f"{name}.{os.getpid()}.safetensors"
         replace_file(own, lambda path: save_file(contiguous, path, {"values": json.dumps(values)}), size)
         own.replace(self._path(name))
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read a part of the stored features."""
+        """Read a part of the features and its plain values from the feature store."""
         from safetensors import safe_open
 
         with safe_open(self._path(name), framework="pt") as file:

@@ -1,4 +1,7 @@
-"""Evaluates several models on the sets of CLIP_benchmark's offline layout; each result is a file, and is kept."""
+"""``clipfast eval suite``: evaluate several models on the sets of CLIP_benchmark's offline layout.
+
+Each result is kept in a file, and is computed again only if the model, the data or the settings have changed.
+"""
 
 from __future__ import annotations
 
@@ -56,25 +59,25 @@ class Settings:
     workers: int = 0
 
     def tasks_of(self, one: OfflineSet) -> list[str]:
-        """Return the tasks of a set: zero-shot classification or retrieval, and a probe if wanted and possible."""
+        """Return the tasks on which a set is evaluated: zero-shot or retrieval, and a linear probe if possible."""
         if one.kind == RETRIEVAL:
             return [RETRIEVING]
         is_probed = self.probe and one.kind != MULTILABEL and "train" in one.shards and self.split != "train"
         return [ZERO_SHOT, PROBING] if is_probed else [ZERO_SHOT]
 
     def of_task(self, task: str) -> dict[str, Any]:
-        """Return the settings on which a suite's results of a task depend, as plain values."""
+        """Return those of the suite's settings on which results of a task depend, as plain values."""
         probe = {"solver": self.solver, "seed": self.seed}
         more: dict[str, dict[str, Any]] = {RETRIEVING: {"k": sorted(set(self.ks))}, PROBING: probe}
         return {"split": self.split, **more.get(task, {})}
 
 
 class Done(NamedTuple):
-    """The result of one model on one task of a set: metrics, or the reason why there are none.
+    """The result of one model on one task of a set in the suite: metrics, or the reason why there are none.
 
     Attributes:
         task: the name of the task.
-        model: the number of the model.
+        model: the index of the model.
         images, skipped: the number of images that were used, and of those that had to be left out.
         score: the metrics, or None.
         reason: the reason for missing metrics, or None.
@@ -99,7 +102,7 @@ def evaluate_set(
     Args:
         one: the set.
         encoders: the models.
-        wanted: for each task the numbers of the models to evaluate.
+        wanted: for each task the indices of the models to evaluate.
         settings: the settings of the evaluation.
         store: the feature store, or None.
         world: the ranks.
@@ -146,7 +149,7 @@ def evaluate_set(
 
 
 def _fitted_on(one: OfflineSet, settings: Settings) -> list[str]:
-    """Return the splits of a set on which a linear probe is trained and validated."""
+    """Return the splits ("train", "val") of a set on which a linear probe is trained and validated."""
     return [name for name in ("train", "val") if name in one.shards and name != settings.split]
 
 
@@ -167,11 +170,11 @@ class ResultFolder:
     settings: Settings
 
     def path(self, one: OfflineSet, task: str, model: int) -> Path:
-        """Return the path of the file of a suite's result."""
+        """Return the path of the file with the result of a model on a task of a set."""
         return self.folder / file_name(one.name, *self.models[model], task)
 
     def wanted(self, one: OfflineSet) -> dict[str, list[int]]:
-        """Return, by task, the numbers of the models of which a suite's result is missing.
+        """Return, by task, the indices of the models whose result on a set is missing or out of date.
 
         Raises:
             ValueError: a result is missing, and the set cannot be read, or none of its first images can be used.
@@ -184,7 +187,7 @@ class ResultFolder:
         return found
 
     def read(self, one: OfflineSet, task: str, model: int) -> dict[str, Any] | None:
-        """Read a result of a suite; None if it is missing, or was made from other data, weights or settings."""
+        """Read the result of a model on a task; None if it is missing or came from other data, weights or settings."""
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.path(one, task, model).read_text("utf-8"))
             if isinstance(found, dict) and found.get("made_of") == self.made_of(one, task, model):
@@ -192,7 +195,7 @@ class ResultFolder:
         return None
 
     def write(self, one: OfflineSet, done: Done, score: Score) -> None:
-        """Write a result of a suite.
+        """Write the result of a model on a task of a set, with the ``score`` of ``done``.
 
         Raises:
             DiskFullError: there is no space.
@@ -206,30 +209,30 @@ class ResultFolder:
         replace_text(self.path(one, done.task, done.model), json.dumps(result, indent=2) + "\n")
 
     def made_of(self, one: OfflineSet, task: str, model: int) -> dict[str, Any]:
-        """Return the model, data and settings on which a suite's result depends, as plain values."""
+        """Return checksums of model and data, and the settings, on which a result depends, as plain values."""
         return {"version": VERSION, "model": self.encoders[model].digest, **made_of(one, task, self.settings)}
 
 
 def made_of(one: OfflineSet, task: str, settings: Settings) -> dict[str, Any]:
-    """Return the data and settings on which a suite's result depends, as plain values; the model is not among them."""
+    """Return checksums of the data, and the settings, on which the results of all models on a task depend."""
     splits = [settings.split, *(_fitted_on(one, settings) if task == PROBING else ())]
     stamps = [one.images(split).stamp() for split in splits]
     return {"data": digest(stamps), "classes": digest(about(one)), "settings": settings.of_task(task)}
 
 
 def file_name(name: str, model: str, pretrained: str, task: str) -> str:
-    """Return CLIP_benchmark's name for a file of results, without a slash."""
+    """Return the name that CLIP_benchmark gives to a file of results; each "/" becomes "_"."""
     weights = Path(pretrained).name if Path(pretrained).is_file() else pretrained
     return "_".join(part.replace("/", "_") for part in (name, weights, model, "en", task)) + ".json"
 
 
 def digest(value: Any) -> str:
-    """Return a checksum of plain values, under which a suite's results are kept."""
+    """Return the SHA-256 of plain values, by which a suite's results are compared with its data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def means(results: Sequence[dict[str, Any]], models: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return, for each model and task, the mean of a suite's main metrics over the sets on which every model has them.
+    """Return the mean of each main metric over the sets on which every model has it, with a value for each model.
 
     Args:
         results: the results of all models.
@@ -251,7 +254,7 @@ def means(results: Sequence[dict[str, Any]], models: Sequence[tuple[str, str]]) 
 
 
 def problems_of(one: OfflineSet, done: Sequence[Done], models: Sequence[tuple[str, str]]) -> list[Problem]:
-    """Return the messages about what went wrong in the evaluation of a set."""
+    """Return a message for each task and model that could not be evaluated on a set."""
     return [
         Problem(one.name, f"{found.task} by {label(*models[found.model])}: {found.reason}")
         for found in done
@@ -260,7 +263,7 @@ def problems_of(one: OfflineSet, done: Sequence[Done], models: Sequence[tuple[st
 
 
 def label(model: str, pretrained: str) -> str:
-    """Return an evaluated model's name for tables; a file of weights appears without its folder."""
+    """Return the name of a model and its weights for tables; a path of weights appears without its folder."""
     return f"{model} {Path(pretrained).name}".strip()
 
 
@@ -271,7 +274,7 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass
 class SuiteEvaluator:
-    """Evaluates checkpoints of one run on the sets of a suite.
+    """Evaluates checkpoints of one run on the sets of a suite (``clipfast eval suite --watch``).
 
     Attributes:
         sets: the sets.
@@ -313,7 +316,7 @@ def chief_figures(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def words(found: Mapping[str, Any]) -> str:
-    """Format the main metrics of a suite as one line."""
+    """Format the results of :class:`SuiteEvaluator` as one line: its main metrics, and problems."""
     figures = ", ".join(f"{name} {value:.1%}" for name, value in chief_figures(found).items())
     wrong = "".join(f"; left out {problem['name']}: {problem['reason']}" for problem in found["problems"])
     return figures + wrong

@@ -24,7 +24,7 @@ class Score(NamedTuple):
     Attributes:
         metrics: the metrics by CLIP_benchmark's names.
         intervals: the 95% interval of each metric.
-        more: further facts for the file of results.
+        more: further values for the file of results, such as the number of classes.
     """
 
     metrics: dict[str, Any]
@@ -59,11 +59,7 @@ def zero_shot_score(one: OfflineSet, found: LabelledFeatures, classifier: Tensor
 
 
 def check_classes(one: OfflineSet, found: LabelledFeatures) -> None:
-    """Refuse a set that has class numbers without a class name.
-
-    Raises:
-        ValueError: a class number has no name.
-    """
+    """Raise ValueError if an image of a CLIP_benchmark set has a class number without a class name."""
     last = max(map(int, found.labels))
     if last >= len(one.classnames):
         name = found.numbers[next(place for place, label in enumerate(found.labels) if int(label) == last)]

@@ -1,4 +1,4 @@
-"""``--watch``: evaluates the checkpoints of a run as they appear, in another process than training."""
+"""``clipfast eval ... --watch``: evaluate the checkpoints of a run as training writes them, in another process."""
 
 import dataclasses
 import hashlib
@@ -29,12 +29,12 @@ from .zero_shot import Template
 
 log = logging.getLogger("clipfast")
 NAME = "evaluations.jsonl"
-INTERVAL = 30  # a run's folder is checked for new checkpoints every 30 seconds
+INTERVAL = 30  # default number of seconds between two checks of a run's folder for new checkpoints
 
 
 @dataclasses.dataclass
 class CheckpointModel:
-    """The model of a run's checkpoints, which is built once.
+    """Builds the model of a run's checkpoints once, and loads the weights of one checkpoint after the other into it.
 
     Attributes:
         device, backend: the device, and the implementation of the ops.
@@ -48,7 +48,7 @@ class CheckpointModel:
     _config: CLIPConfig | None = None
 
     def load(self, checkpoint: dict[str, Any], source: Path) -> Encoder:
-        """Load a watched checkpoint into the one model, and return the model; the next call replaces its weights.
+        """Load a checkpoint into the model, and return it as an encoder; the next call replaces its weights.
 
         Raises:
             ValueError: the checkpoint does not tell its model, or cannot be loaded.
@@ -67,7 +67,8 @@ class CheckpointModel:
             self._encoder = Encoder(str(source), model, tokenizer, transform_of(model, uint8=True), self.device)
             self._config = config
         load_weights(self._encoder.model, checkpoint, source)
-        return dataclasses.replace(self._encoder, name=str(source))  # a new encoder lacks the last one's digest
+        # A new object is returned, since the digest that an encoder caches is that of the weights before.
+        return dataclasses.replace(self._encoder, name=str(source))
 
 
 @dataclasses.dataclass
@@ -105,12 +106,12 @@ class Evaluator:
 
 
 class Shown(NamedTuple):
-    """The parts of a checkpoint's results that are shown in TensorBoard, in a plot and in the terminal.
+    """Functions that select the parts of a checkpoint's results for TensorBoard, for a plot and for the terminal.
 
     Attributes:
         scalars: the scalars for TensorBoard.
-        drawn: the shares for the plot, by their names for people.
-        words: the line for the terminal.
+        drawn: the metrics (from 0 to 1) for the plot, by their names in the legend.
+        words: the line of text for the terminal.
     """
 
     scalars: Callable[[Mapping[str, Any]], Mapping[str, float]]
@@ -119,7 +120,7 @@ class Shown(NamedTuple):
 
 
 def _drawn(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the shares that the plot of a watched run shows of an evaluation."""
+    """Return the metrics of an evaluation that the plot of ``--watch`` shows, by their names in the legend."""
     found = evaluation_metrics(results)
     return {name: found[key] for name, key in WANTED if key in found} | {"chance of top-1": 1 / results["classes"]}
 
@@ -128,7 +129,7 @@ ZERO_SHOT = Shown(evaluation_metrics, _drawn, lambda results: metrics_text(evalu
 
 
 class Watch:
-    """Evaluates the checkpoints of a run, and writes each result as a line of a file in the run's folder.
+    """Evaluates the checkpoints of a training run, and writes each result as a JSON line to a file in its folder.
 
     Args:
         folder: the folder of the run.
@@ -140,7 +141,7 @@ class Watch:
         shown: selects the results for TensorBoard, the plot and the terminal.
 
     Attributes:
-        lines: the lines of the file with the same settings.
+        lines: the lines of the file whose settings are the same.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class Watch:
         self.settings = {**settings, "average": average}
         self.path = folder / name
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            append(self.path, "\n")  # a kill may have cut the last line short, and the next one must not continue it
+            append(self.path, "\n")  # ends a line that a killed process left incomplete, before the next one is added
         self.lines = [line for line in read_lines(self.path) if self.settings.items() <= line.items()]
         self._files = {(line["file_time"], line["bytes"]) for line in self.lines}
         self._weights = {(line["step"], line["weights"]) for line in self.lines}
@@ -168,13 +169,13 @@ class Watch:
         return {f"val/{name}": value for name, value in self.shown.scalars(line["eval"]).items()}
 
     def run(self, interval: float) -> Iterator[dict[str, Any]]:
-        """Evaluate a watched run's existing and new checkpoints, the oldest first, until it is finished.
+        """Evaluate existing and new checkpoints of the run, the oldest first, until training is finished.
 
         Args:
             interval: the number of seconds between two checks of the folder.
         """
         while True:
-            # The state is read first, since a run that is finished has already written its last checkpoint.
+            # The state is read before the folder is checked, so that no checkpoint of a finished run is missed.
             is_finished = read_status(self.folder.path)["state"] == FINISHED
             yield from self.look()
             if is_finished:
@@ -182,27 +183,26 @@ class Watch:
             time.sleep(interval)
 
     def look(self) -> Iterator[dict[str, Any]]:
-        """Evaluate the checkpoints of the watched run that exist and were not evaluated yet."""
+        """Evaluate the checkpoints that exist in the run's folder and were not evaluated yet."""
         while (oldest := self._oldest()) is not None:
             line = self._evaluated(*oldest)
             if line is not None:
                 yield line
 
     def _oldest(self) -> tuple[Path, tuple[int, int]] | None:
-        """Return the watched run's oldest checkpoint that was not evaluated yet, with the time and size of its file."""
+        """Return the oldest checkpoint that was not evaluated yet, with the time and size of its file, or None."""
         files = {file: path for path in self.folder.kept() if (file := _file(path)) is not None}
         new = files.keys() - self._files
         return (files[min(new)], min(new)) if new else None
 
     def _evaluated(self, path: Path, file: tuple[int, int]) -> dict[str, Any] | None:
-        """Evaluate a watched run's checkpoint and record the result; None if it is gone, damaged, or already evaluated.
+        """Evaluate a checkpoint of the run and record the result.
 
-        A checkpoint that was evaluated under another name is not evaluated again.
-
-        If training has meanwhile renamed the file, or given its name to a newer one, the next check finds both.
+        Return None if it is damaged, if its weights were evaluated before under another name, or if training has
+        removed or replaced the file, which a later check then finds under its name.
         """
         try:
-            # The optimizer's state is left out, since it may be twice the size of the weights.
+            # The optimizer's state is not read, since it may be twice the size of the weights.
             checkpoint = read_parts(path, without=("optimizer",)) if path.is_dir() else read_checkpoint(path)
         except CheckpointError as error:
             if _file(path) == file:
@@ -232,7 +232,7 @@ class Watch:
         return line
 
     def close(self) -> None:
-        """Write the remaining scalars of the watched run to TensorBoard."""
+        """Write the remaining scalars to TensorBoard's files and close them."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -260,13 +260,13 @@ def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) 
             print(f"step {line['step']} ({line['checkpoint']}): {watch.shown.words(line['eval'])}", flush=True)
             draw()
     except KeyboardInterrupt:
-        pass  # Ctrl-C is the usual way to stop
+        pass  # Ctrl-C is the usual way to end ``--watch``
     finally:
         watch.close()
 
 
 def _file(path: Path) -> tuple[int, int] | None:
-    """Return time and size of a watched run's checkpoint file or manifest; None if there is none."""
+    """Return time and size of a checkpoint's file (for a sharded one, its manifest); None if it does not exist."""
     try:
         status = (path / MANIFEST if path.is_dir() else path).stat()
     except FileNotFoundError:
@@ -275,7 +275,7 @@ def _file(path: Path) -> tuple[int, int] | None:
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
-    """Return a checksum of weights, since a watched run may write the same checkpoint again, or another."""
+    """Return a checksum of weights, by which equal checkpoints under different names are recognised."""
     found = hashlib.sha256()
     for name, value in state.items():
         found.update(name.encode())

@@ -20,7 +20,7 @@ Template = str | Callable[[str], str]
 
 @functools.cache
 def _assets() -> dict[str, tuple[str, ...]]:
-    """Return ImageNet's class names and prompt templates for zero-shot classification."""
+    """Return OpenAI's class names and prompt templates for ImageNet, from a file of the package."""
     raw: dict[str, list[str]] = json.loads(files("clipfast").joinpath("assets/imagenet_zero_shot.json").read_text())
     return {key: tuple(value) for key, value in raw.items()}
 
