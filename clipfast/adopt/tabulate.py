@@ -10,7 +10,7 @@ from ..io.text import align
 from .apply import proposals
 from .places import RECORD, Place, Proposal, check_module, reaches_ours
 
-# The text of a module that was not replaced begins like this.
+# The report's text about a module that was not replaced begins like this.
 BEFORE = "as before: "
 
 

@@ -43,7 +43,7 @@ from .staging import (  # fmt: skip
 VERSION = 3
 LOST = "damaged shard"  # the kind of skipped samples that were in a damaged part of a shard
 CACHE_VARIABLE = "CLIPFAST_CACHE"
-LOOKUPS = 16  # number of entries that are looked up at the same time
+LOOKUPS = 16  # number of index entries that are looked up at the same time
 QUEUED = 4096  # names that are queued for threads or processes at the same time
 SHARED = 1 << 22  # bytes; larger entries are memory-mapped, so processes share them; each mapping holds the file open
 Words = NDArray[np.uint64]

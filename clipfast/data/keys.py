@@ -53,8 +53,8 @@ class Keys:
         """Return the caption keys in the order of their search in a sample's json; with weights, ``rng`` draws it."""
         if rng is None or not self.weights:
             return self.texts
-        # Of exponential random times with these rates, each is the earliest with a probability proportional to its
-        # rate.
+        # Each key gets an exponential random time whose rate is the key's weight. So the probability that a key comes
+        # first is proportional to its weight.
         turns = [rng.expovariate(weight) if weight else math.inf for weight in self.weights]
         return [self.texts[place] for place in sorted(range(len(turns)), key=turns.__getitem__)]
 

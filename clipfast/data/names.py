@@ -45,7 +45,7 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
     shards = [path for shard in named for path in _matches(shard)]
-    modes = [0 if ":" in shard else _mode(shard) for shard in shards]  # one look at each file, as there may be many
+    modes = [0 if ":" in shard else _mode(shard) for shard in shards]  # one os.stat for each, as there may be many
     missing = [shard for shard, mode in zip(shards, modes, strict=True) if ":" not in shard and not mode]
     if missing:
         what = "shard" if not missing[0] or Path(missing[0]).suffix else "folder or shard"

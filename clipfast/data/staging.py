@@ -334,7 +334,8 @@ def _make_room(folder: Path, share: float = 1.0) -> None:
     for _, size, path in sorted(found):
         if total <= limit:
             return
-        with exclusive(_lock(path), wait=False) as is_mine:  # a process that holds the lock is opening the copy
+        # If another process holds the lock, it is opening the copy, which then stays.
+        with exclusive(_lock(path), wait=False) as is_mine:
             if is_mine:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".stamp").unlink(missing_ok=True)

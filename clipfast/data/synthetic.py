@@ -43,7 +43,7 @@ WORDS = {
     "shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS), "frame": tuple(COLOURS),
     "size": tuple(SIZES), "place": PLACES,
 }  # fmt: skip
-CHOICES = 18  # number of random words for each pair
+CHOICES = 18  # number of random 64-bit words for each pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Scenes:
     frame: Ints
     size: Ints
     place: Ints
-    words: Words  # random words for details that captions do not mention
+    words: Words  # random 64-bit words for details that captions do not mention
 
 
 class SyntheticSource(DrawnSource):
