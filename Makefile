@@ -37,8 +37,7 @@ train-shapes: $(VENV)/base  ## Train a CLIP on drawn shapes, and see which compo
 # kernels, which wait for nothing and take the time that the others leave.
 WORKERS ?= 3
 test: $(VENV)/test  ## Run every test that needs no GPU (about 15 minutes on two cores)
-	@mkdir -p build
-	@nice -n 5 $(MAKE) test-interpreter WORKERS=2 >build/test-interpreter.log 2>&1 & interpreter=$$!; code=0; \
+	@mkdir -p build; nice -n 5 $(MAKE) test-interpreter WORKERS=2 >build/test-interpreter.log 2>&1 & interpreter=$$!; code=0; \
 	$(MAKE) test-cpu || code=$$?; wait $$interpreter || code=$$?; cat build/test-interpreter.log; exit $$code
 
 test-fast: $(VENV)/test  ## Run what takes no minute of its own: 4 to 6 minutes, for every edit
