@@ -1,1 +1,1 @@
-"""The command line: a module for each command, and the arguments that they share."""
+"""The command line ``clipfast``: a module for each command, and the arguments that they share."""

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from .arguments import Count
 from .search_arguments import add_encoder_arguments, add_folder_argument, encoder_of
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ..search.app import Desk, Pictures
 
-PORT = 7860
+PORT = 7860  # the default port, which is Gradio's
 
 
 def add_parser(commands: Any) -> None:
-    """Read a DCP checkpoint's index of all shards."""
+    """Add the parser of ``clipfast app``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "app",
         help="search an embedded folder on a page of this machine, by words or a dropped picture",
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def desk_of(args: argparse.Namespace) -> Desk:
-    """Return the embedded set with its model, as the arguments name them.
+    """Load the embeddings and the model that the arguments of ``clipfast app`` name, for its page.
 
     Raises:
         ValueError: the folder, the model or a folder of pictures cannot be used.
@@ -76,7 +76,10 @@ def desk_of(args: argparse.Namespace) -> Desk:
 
 
 def _pictures(about: Mapping[str, Any]) -> Pictures:
-    """Return the pictures that ``clipfast app`` shows; print the reason if they cannot be shown."""
+    """Open the source of the embeddings, whose pictures ``clipfast app`` shows.
+
+    If it cannot be opened, print the reason; the app then shows no pictures.
+    """
     from ..search.app import Pictures
 
     try:

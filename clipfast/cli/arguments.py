@@ -13,16 +13,20 @@ from typing import Any, NoReturn
 from ..io.files import check_target, together
 from ..io.text import meant, printable
 
-# A name with braces may stand for a huge number of names, so names are not expanded to find one file.
+# Matches a brace expression such as {000..099} in the name of inputs. It may stand for a huge number of files, so it is
+# replaced by "*" to find the files that exist.
 BRACES = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
-DRAWN = ("drawn",)  # stands for the suffixes of all formats that matplotlib can write
+DRAWN = ("drawn",)  # value of ``Output.ends`` for the suffixes of all formats that matplotlib can write
 
 
 class Parser(argparse.ArgumentParser):
     """A command-line parser whose errors are one line, with a suggestion if a similar word is known."""
 
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
-        """Parse all arguments here, so an unknown argument is reported by the parser of its own subcommand."""
+        """Parse arguments as argparse does, but report unknown ones here.
+
+        The parser of a subcommand then reports its own unknown arguments, with its own usage and suggestions.
+        """
         found, left = super().parse_known_args(*args, **options)
         if left:
             flags = [word.partition("=")[0] for word in left if word.startswith("--")]
@@ -31,16 +35,17 @@ class Parser(argparse.ArgumentParser):
         return found, left
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Refuse a value that an option of the command line does not take, with a suggestion."""
+        """Raise an error for a value that is not one of an option's choices, with a suggestion."""
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
             suggestion = meant(str(value), known)
-            if not suggestion or len(known) < 10:  # of few words, the most similar may mislead: bf16 for fp16
+            # All choices are listed if they are few, since the most similar one may mislead: bf16 for fp16.
+            if not suggestion or len(known) < 10:
                 suggestion += f" (choose from {', '.join(known)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggestion}")
 
     def format_help(self) -> str:
-        """Return the help of a command, which ends with the exit codes."""
+        """Return the text of ``--help``, with a line about exit codes at the end if it says nothing about them."""
         text = super().format_help()
         codes = "exit code: 0 done, 2 an error, which is one line on stderr, 130 interrupted\n"
         return text if "exit code" in text.lower() else f"{text}\n{codes}"
@@ -52,12 +57,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class Output(argparse.Action):
-    """The argparse action of an option that names an output; of several words, the output is the last one.
+    """The argparse action of an option whose value, or last value, names an output file or folder.
 
     Args:
-        ends: the allowed suffixes of the name, or ``DRAWN`` for all that matplotlib can draw; without ``ends``, any.
-        is_folder: the output is a folder, which is never replaced.
-        is_held: the output appears together with the others at the end, and not at all after an error.
+        ends: the allowed suffixes of the name, or ``DRAWN`` for all formats of matplotlib; () allows any.
+        is_folder: whether the output is a folder, which must not exist yet.
+        is_held: whether the output is written to a temporary name first, and gets its name when the command has
+            succeeded, together with the other outputs.
     """
 
     def __init__(
@@ -68,17 +74,22 @@ class Output(argparse.Action):
 
     def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
         """Store the value of the option, and add the output to ``outputs`` of the namespace."""
-        if values is None:  # the positional argument is absent, since an option gives its value
+        if values is None:  # an optional positional argument that is absent, as the option of the same dest is given
             return
         setattr(namespace, self.dest, values)
         path = Path(values[-1] if isinstance(values, list) else values)
         namespace.outputs = getattr(namespace, "outputs", {}) | {self.dest: (self, path)}
 
     def check(self, path: Path, inputs: Iterable[Path], *, overwrites: bool) -> None:
-        """Refuse a command's output path that cannot be written, exists, is an input, or is in an input's folder.
+        """Check before a command runs that its output can be written to a path.
+
+        Args:
+            path: the path of the output.
+            inputs: files and folders that the command reads.
+            overwrites: whether an existing file may be replaced (``--overwrite``).
 
         Raises:
-            ValueError: the path is refused.
+            ValueError: the path cannot be written, exists, is an input, or is in the folder of an input.
         """
         flag = self.option_strings[0] if self.option_strings else str(self.metavar)
         ends = _drawn_ends() if self.ends == DRAWN else self.ends
@@ -151,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"two outputs would be written to {path}: give another name to one of them")
     for output, path in outputs.values():
         output.check(path, _inputs(args), overwrites=args.overwrite)
-    shows_at_once = getattr(args, "watch", None)  # a command that keeps watching a run shows its results so far
+    shows_at_once = getattr(args, "watch", None)  # with --watch, outputs are updated while the command runs
     held = [path for output, path in outputs.values() if output.is_held and not shows_at_once]
     with together(held):
         code: int = args.run(args)
@@ -159,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> Iterator[Path]:
-    """Yield all existing files and folders that are named by the arguments, except outputs."""
+    """Yield all existing files and folders that the arguments of a command name, except its outputs."""
     for name, value in vars(args).items():
         if name in args.outputs:
             continue
@@ -170,7 +181,7 @@ def _inputs(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _drawn_ends() -> tuple[str, ...]:
-    """Return the file extensions that the option of a plot takes."""
+    """Return the file extensions of all formats that matplotlib can write."""
     from matplotlib.figure import Figure
 
     return tuple(f".{name}" for name in sorted(Figure().canvas.get_supported_filetypes()))

@@ -9,7 +9,7 @@ from typing import Any
 from .eval_arguments import add_templates_argument, read_classnames, read_templates, write_results
 from .search_arguments import add_encoder_arguments, add_result_arguments, check_pictures
 
-SHOWN = 5  # number of labels that a table shows for each picture
+SHOWN = 5  # the table and the page show this many labels for each picture, the most probable ones
 
 
 def add_parser(commands: Any) -> None:
@@ -80,7 +80,7 @@ def _labels(args: argparse.Namespace) -> list[str]:
 
 
 def _item(kind: Any, one: dict[str, Any]) -> Any:
-    """Return a picture with its probabilities for the page of ``clipfast classify``."""
+    """Return a picture with its most probable labels as a gallery ``Item`` (``kind``) for the page of ``classify``."""
     label, value = next(iter(one["probabilities"].items()))
     best = {label: round(share, 4) for label, share in list(one["probabilities"].items())[:SHOWN]}
     return kind(Path(one["image"]), label, value, one["image"], metadata=best)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..search.gallery import Item
     from .search_arguments import Pictures
 
-EXAMPLES = 12  # number of pictures on the page for each cluster
-SHOWN = 60  # number of characters of a name in a table
+EXAMPLES = 12  # number of pictures of each cluster on the page
+SHOWN = 60  # the table shows this many first characters of a cluster's name
 
 
 def add_parser(commands: Any) -> None:
@@ -88,14 +88,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _nearest(found: Clusters, texts: Tensor, names: Sequence[str]) -> list[str]:
-    """Return the name of each cluster for ``clipfast cluster``: its centre is nearest to the features of this text."""
+    """Return a name for each cluster: the text of ``--names`` whose features are nearest to its centre."""
     from ..kernels import top_k
 
     return [names[place] for place in top_k(found.centres, texts.float().cpu(), 1)[1][:, 0].tolist()]
 
 
 def _names(embeddings: Embeddings, found: Clusters, label_by: str | None) -> list[str]:
-    """Return a name for each cluster of ``clipfast cluster``; "" if it is empty or has no captions."""
+    """Return a name for each cluster from the metadata; "" if the cluster is empty or there are no captions.
+
+    It is the most frequent value of the column ``label_by``, or a caption that is nearest to the centre.
+    """
     from ..kernels import top_k
 
     k = len(found.centres)
@@ -135,7 +138,7 @@ def _results(args: argparse.Namespace, embeddings: Embeddings, found: Clusters, 
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the text table of ``clipfast cluster``, after a line about all clusters."""
+    """Return the text table of ``clipfast cluster``: a line about all clusters, then a row for each."""
     from ..io.text import align, without_empty
 
     rows = [["cluster", "size", "similarity", "name"]]
@@ -159,7 +162,7 @@ def _items(pictures: Pictures, found: Clusters, clusters: list[dict[str, Any]]) 
 
 
 def _write(path: Path, embeddings: Embeddings, found: Clusters) -> None:
-    """Write the table of ``clipfast cluster``: number, key, cluster and similarity of each item."""
+    """Write number, key, cluster and similarity of each item to a Parquet file (``clipfast cluster --write``)."""
     import pyarrow
     from pyarrow import parquet
 

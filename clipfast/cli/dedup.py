@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..search.gallery import Item
     from .search_arguments import Pictures
 
-SHOWN = 200  # number of groups on the page
+SHOWN = 200  # the page shows at most this many groups, the largest ones
 
 
 def add_parser(commands: Any) -> None:
@@ -104,7 +104,7 @@ def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
 
 
 def _rows(group: Group) -> list[tuple[int, int, float, str]]:
-    """Return the rows of ``clipfast dedup``: kept item, item, similarity, and the reason to keep it or ""."""
+    """Return a row for each item of a group of duplicates: kept item, item, their cosine, and why it is kept or ""."""
     rows = {kept: [(kept, kept, 1.0, why)] for kept, why in zip(group.kept, group.why, strict=True)}
     for place, of, similarity in zip(group.dropped, group.of, group.similarity, strict=True):
         rows[of].append((of, place, similarity, ""))

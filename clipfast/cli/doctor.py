@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(findings: list[Finding]) -> str:
-    """Return the text table of ``clipfast doctor``."""
+    """Return the findings of one check of ``clipfast doctor`` as a text table, each fix below its finding."""
     rows = []
     for finding in findings:
         rows.append((finding.status, finding.name, finding.value))

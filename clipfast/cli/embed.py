@@ -18,7 +18,7 @@ from .arguments import BATCH, SECONDS, WORKERS
 from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 from .options import add_arguments
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ..data import Skipped
     from ..distributed.world import World
     from ..search.embed import Work
@@ -27,7 +27,7 @@ DATA_HELP = (
     "a folder of pictures, with or without captions and sub-folders, or pairs as --train-data of clipfast train takes "
     "them: shards, Parquet, CSV; 'bundled:emoji/fluent' ships with the package"
 )
-MAX_WORKERS = 8  # largest default number of processes that read and decode
+MAX_WORKERS = 8  # the default number of data workers is at most this
 
 
 def add_parser(commands: Any) -> None:
@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``clipfast embed``: make the missing parts, print the number of samples, and return the exit code."""
+    """Run ``clipfast embed``: embed the missing parts, print the number of samples, and return the exit code."""
     if args.engine == "ray" and args.workers == 0:
         raise ValueError("--workers 0 leaves --engine ray no actor: leave it out, or give at least 1")
     from ..distributed.world import joined
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, world: World) -> int:
-    """Run ``clipfast embed`` as one of its processes, and return the exit code."""
+    """Run ``clipfast embed`` in one of the processes of ``world``, and return the exit code."""
     from ..distributed.world import INDEXING
     from ..search.embed import SKIPPED_FILE
 
@@ -94,11 +94,11 @@ def _run(args: argparse.Namespace, world: World) -> int:
             make_parts(args, work, missing, advance)
         else:
             work.make(mine, _workers(args, work, world), advance)
-    world.meet(INDEXING)  # the ranks need different times for their parts
+    world.meet(INDEXING)  # a barrier with a long timeout, since the ranks may take very different times
     seconds = time.perf_counter() - started
     rows, skipped = world.on_main(work.finish)
     if world.is_main:
-        _name(skipped, wants_texts=args.texts)
+        _print_skipped(skipped, wants_texts=args.texts)
         made = sum(len(work.parts[number]) for number in missing)
         left_out = f", {len(skipped):,} left out (see {args.output / SKIPPED_FILE})" if skipped else ""
         speed = f"{made:,} samples in {seconds:,.1f} s, {made / seconds:,.1f} a second"
@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
 
 
 def work_of(args: argparse.Namespace, world: World) -> Work:
-    """Return the work of ``clipfast embed`` that the arguments describe.
+    """Open the source and load the model that the arguments of ``clipfast embed`` name; return them as ``Work``.
 
     Raises:
         ValueError: the model or the source cannot be used, or the arguments do not fit.
@@ -117,7 +117,7 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
 
     options = vars(args)
     keys, separator = keys_of(options), separator_of(options)
-    with world.local_first():  # the first process writes the index, and the others read it
+    with world.local_first():  # the first process of each machine indexes the source, and the others read its index
         samples = Samples(args.data, args.images, args.texts, keys, separator, args.metadata)
     if not (args.images or args.texts):
         samples.images, samples.texts = True, samples.have_captions()
@@ -126,7 +126,10 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
 
 
 def _workers(args: argparse.Namespace, work: Work, world: World) -> int:
-    """Return the number of data workers of ``clipfast embed``; by default, batches fill half of the shared memory."""
+    """Return the number of data workers of ``clipfast embed``.
+
+    By default it is limited by the cores, and so that batches fill at most half of the shared memory.
+    """
     if args.workers is not None:
         return int(args.workers)
     from ..data import PREFETCH
@@ -150,7 +153,7 @@ def _held(folder: Path, world: World) -> Iterator[None]:
 
         def hold() -> None:
             """Lock the output folder of ``clipfast embed``, unless it holds something else."""
-            refuse_others(folder)  # before a lock file is made there
+            refuse_others(folder)  # comes first, since taking the lock writes a file into the folder
             stack.enter_context(locked(folder, "--output"))
 
         world.on_main(hold)
@@ -158,13 +161,13 @@ def _held(folder: Path, world: World) -> Iterator[None]:
 
 
 def _bar(work: Work, numbers: Sequence[int], world: World) -> contextlib.AbstractContextManager[Advance]:
-    """Show the progress of ``clipfast embed``: samples of this process, samples per second, and the remaining time."""
+    """Return the progress bar of ``clipfast embed`` on rank 0, for the samples in the parts with these numbers."""
     total = sum(len(work.parts[number]) for number in numbers)
     unit = "images" if work.samples.images else "texts"
     return progress(total, unit, unit, shown=world.is_main)
 
 
-def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
+def _print_skipped(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
     """Print which samples ``clipfast embed`` left out; suggest --images for pictures without captions."""
     report_left_out((one for _, one in skipped), "embed")
     silent = sum(one.kind == "no caption" for _, one in skipped)
@@ -174,11 +177,13 @@ def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
 
 
 class PartMaker:
-    """A Ray actor that embeds parts. If it is killed, another actor makes its unfinished part again.
+    """A Ray actor of ``clipfast embed --engine ray`` that embeds parts.
+
+    If it is killed, another actor embeds its unfinished part again.
 
     Args:
         args: arguments of the command.
-        folder: the working folder, from which the names of files start.
+        folder: the working directory, to which paths in the arguments are relative.
     """
 
     def __init__(self, args: argparse.Namespace, folder: str) -> None:
@@ -188,7 +193,7 @@ class PartMaker:
         self.work = work_of(args, ALONE)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Embed the parts whose numbers are in ``batch``, unless they exist already."""
+        """Embed the parts with the numbers ``batch["part"]``, unless they exist already, and return ``batch``."""
         numbers = [int(number) for number in batch["part"]]
         self.work.make([number for number in numbers if not self.work.holds(number)])
         return batch
@@ -199,7 +204,7 @@ def make_parts(args: argparse.Namespace, work: Work, numbers: Sequence[int], adv
 
     Args:
         args: arguments of the command. All machines must see model, data and output under the same names.
-        work: the work that the arguments describe.
+        work: source, model and options of the command.
         numbers: numbers of the parts.
         advance: a function that is called with the number of newly finished samples.
 

@@ -1,10 +1,10 @@
-"""``clipfast eval``: the table of its tasks."""
+"""``clipfast eval``: its parser, with a subcommand for each task."""
 
 from typing import Any
 
 from .tasks import bias, compositional, overlap, probe, retrieval, robustness, suite, zeroshot
 
-# Each module adds a parser of its own; slow imports happen when the task runs.
+# Each of these modules adds the parser of its task, and imports PyTorch and other slow packages when the task runs.
 TASKS = (zeroshot, retrieval, probe, robustness, compositional, overlap, bias, suite)
 
 

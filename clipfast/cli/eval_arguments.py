@@ -1,4 +1,4 @@
-"""The arguments that the tasks of ``clipfast eval`` share, the objects that these name, and the output of results."""
+"""The arguments that the tasks of ``clipfast eval`` share, loading of models and data, and output of results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..train.option_checks import SOURCE_OPTIONS, keys_of, separator_of
 from .arguments import BATCH, DRAWN, SECONDS, WORKERS, add_output, folder
 from .options import add_arguments
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ..distributed.world import World
     from ..evaluate.encoder import Encoder
     from ..evaluate.features import LabelledFeatures
@@ -34,14 +34,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """A help formatter that keeps the lines of examples and wraps descriptions."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Fill the lines of a help text of ``clipfast eval``, whose own line breaks are kept."""
+        """Wrap a description or an epilog; a text with line breaks, such as examples, is kept as it is."""
         if "\n" in text:
             return super()._fill_text(text, width, indent)
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False) -> None:
-    """Add the arguments of an evaluation for the model and its weights, or for several models."""
+    """Add ``--model``, ``--pretrained`` and other arguments that choose the model; ``several`` allows more than one."""
     add = parser.add_argument
     model = "folder of a run (its newest checkpoint, if it is not finished) or of a model, .pt file, model name, "
     model += "hf-hub:ORG/REPO, or open_clip:NAME for any model that OpenCLIP builds"
@@ -58,13 +58,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of an evaluation for a labelled set and the way to read it."""
+    """Add ``--data`` and the arguments that say how an evaluation reads it."""
     parser.add_argument("--data", required=True, help=DATA_HELP)
     add_reading_arguments(parser)
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of an evaluation for the way to read labelled sets."""
+    """Add the arguments that say how an evaluation reads labelled sets: keys, separator, label and group."""
     add_arguments(parser, SOURCE_OPTIONS)
     label = "column or json key that names the class (default: the caption does)"
     parser.add_argument("--label-by", metavar="KEY", help=label)
@@ -73,32 +73,32 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of an evaluation for prompt templates and class names."""
+    """Add ``--classnames`` and ``--templates``, from which an evaluation makes zero-shot prompts."""
     names = "'imagenet', or a text file with one name per class, in their order (default: the labels)"
     parser.add_argument("--classnames", metavar="FILE", help=names)
     add_templates_argument(parser)
 
 
 def add_templates_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument of an evaluation for prompt templates."""
+    """Add ``--templates``, the prompt templates."""
     templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
     default = f"{templates} (default: {DEFAULT_TEMPLATES})"
     parser.add_argument("--templates", default=DEFAULT_TEMPLATES, metavar="NAME", help=default)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``--device`` of an evaluation."""
+    """Add the argument ``--device``."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
 
 
 def add_backend_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``--backend`` of an evaluation, which selects the implementation of the ops."""
+    """Add the argument ``--backend``, which selects the implementation of the ops."""
     backends = ("auto", "triton", "torch")
     parser.add_argument("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of an evaluation for batch size, workers and outputs."""
+    """Add the arguments of an evaluation for features, batch size, workers, device and outputs."""
     add = parser.add_argument
     kept = "keep features here, so that a task that was stopped goes on, and the next one starts with them"
     add("--features", type=folder, metavar="FOLDER", help=kept)
@@ -116,7 +116,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the arguments to watch a training run; ``name`` is the file in its folder for the lines of results."""
+    """Add ``--watch`` and its arguments, to evaluate the checkpoints of a training run.
+
+    ``name`` is the file in the run's folder to which results are written.
+    """
     add = parser.add_argument
     watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
     add("--watch", type=local_path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/{name}")
@@ -126,10 +129,10 @@ def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def check_unwatched(args: argparse.Namespace) -> None:
-    """Refuse an evaluation that names no model or data, and flags that need ``--watch``.
+    """Check the arguments of an evaluation without ``--watch``.
 
     Raises:
-        ValueError: the command is refused.
+        ValueError: there is no ``--model``, or a flag needs ``--watch``.
     """
     if not args.model:
         raise ValueError("--model or --watch is needed: what to evaluate")
@@ -139,7 +142,7 @@ def check_unwatched(args: argparse.Namespace) -> None:
 
 
 class Session(NamedTuple):
-    """The models, the feature store and the ranks of a task of ``clipfast eval``.
+    """The loaded models, the feature store and the ranks of a task of ``clipfast eval``.
 
     Attributes:
         encoders: the models.
@@ -153,19 +156,20 @@ class Session(NamedTuple):
 
     @property
     def encoder(self) -> Encoder:
-        """The first of the models of ``clipfast eval``, for tasks with a single model."""
+        """The first model, for tasks with a single model."""
         return self.encoders[0]
 
 
 @contextlib.contextmanager
 def session(args: argparse.Namespace, models: Sequence[tuple[str, str]] = ()) -> Iterator[Session]:
-    """Join the other ranks of an evaluation, if there are any, and build its models.
+    """Join the process group of an evaluation, if there are several ranks, and load its models.
 
-    Models with equal preprocessing share one transform, and so its results.
+    Models with equal preprocessing get the same transform object, so that images are transformed only once for them.
 
     Args:
         args: arguments of a task.
-        models: names and weights of several models, as :func:`named_models` returns them.
+        models: names and weights of several models, as :func:`named_models` returns them; by default, the model that
+            ``args`` name.
 
     Raises:
         ValueError: a model, its weights or the device cannot be used.
@@ -183,7 +187,7 @@ def session(args: argparse.Namespace, models: Sequence[tuple[str, str]] = ()) ->
 
 
 def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, world: World) -> Encoder:
-    """Build the model to evaluate with its weights, tokenizer and device from the arguments.
+    """Load a model for an evaluation as an encoder; device, tokenizer and other options are those of the arguments.
 
     Raises:
         ValueError: the model, its weights or the device cannot be used.
@@ -197,10 +201,10 @@ def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, w
 
 
 def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str, str]]:
-    """Return name and weights of each model that ``clipfast eval`` evaluates; weights are "" if the name implies them.
+    """Return name and weights of each model of ``--model``; the weights are "" if the name implies them.
 
     Args:
-        given: names of models, or NAME,TAG.
+        given: values of ``--model``: NAME or NAME,TAG.
         pretrained: the weights of models without a tag.
 
     Raises:
@@ -221,7 +225,7 @@ def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str
 
 
 def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledSet:
-    """Return the labelled set that the arguments name, or another set that is read in the same way.
+    """Return the labelled set of ``--data``, or of ``data`` in its place, with the keys that the arguments name.
 
     Raises:
         ValueError: the arguments do not fit together, or a folder has not as many classes as there are class names.
@@ -234,13 +238,15 @@ def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledS
     images = LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
     given = None if data else read_classnames(options.get("classnames"))
     labels = given and images.folder_labels()
-    if labels:  # check this before hours of encoding
+    if labels:  # raises an error for a wrong number of class names now, and not after hours of encoding
         names_of(labels, given)
     return images
 
 
 def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> LabelledFeatures:
-    """Encode the labelled set of ``clipfast eval`` and print the left-out images; only rank 0 gets features.
+    """Encode a labelled set by the model of ``clipfast eval``, and print images that cannot be used.
+
+    On ranks other than 0, the result has no features.
 
     Raises:
         ValueError: the set cannot be read, or not one of its images can be used.
@@ -274,7 +280,7 @@ def encoded_by(
 
 
 def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return the result of an evaluation task, which names the data and the model from the arguments."""
+    """Return the results of an evaluation under CLIP_benchmark's keys, with data and model from the arguments."""
     return result_about(args.data, args.model, args.pretrained, task, metrics, **more)
 
 
@@ -286,8 +292,8 @@ def write_results(
     Args:
         args: arguments of the command.
         results: results as plain values.
-        table: a function that formats the results for people.
-        shown: a page with the results; if it is given, JSON is not printed.
+        table: a function that formats the results as text.
+        shown: the HTML page that was written with the results; if there is one, JSON is not printed.
 
     Raises:
         DiskFullError: there is no space for the file.
@@ -302,7 +308,7 @@ def write_results(
 
 
 def read_templates(name: str) -> tuple[str, ...]:
-    """Return the prompt templates for ``clipfast eval`` that ``name`` stands for, which may be a file.
+    """Return the prompt templates that the value of ``--templates`` names: "plain", "simple", "openai", or a file.
 
     Raises:
         ValueError: there is no such file, it is empty, or a template has no place for the class name.
@@ -319,7 +325,7 @@ def read_templates(name: str) -> tuple[str, ...]:
 
 
 def read_classnames(name: str | None) -> tuple[str, ...] | None:
-    """Return the class names for ``clipfast eval`` that ``name`` stands for, a file too; None means the data's labels.
+    """Return the class names that the value of ``--classnames`` names, "imagenet" or a file; None for None.
 
     Raises:
         ValueError: there is no such file, or it is empty.
@@ -341,7 +347,7 @@ def read_texts(path: Path, flag: str = "--queries") -> tuple[str, ...]:
 
 
 def _lines(path: str, otherwise: str) -> tuple[str, ...]:
-    """Return the non-empty lines of a file for ``clipfast eval``; ``otherwise`` is the error without the file."""
+    """Return the non-empty lines of a text file; if there is no such file, raise an error with text ``otherwise``."""
     if not Path(path).is_file():
         raise ValueError(f"{otherwise}, got {path!r}")
     lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
@@ -351,17 +357,17 @@ def _lines(path: str, otherwise: str) -> tuple[str, ...]:
 
 
 def check_watch(args: argparse.Namespace, refused: Iterable[str]) -> float:
-    """Refuse a ``--watch`` that cannot work, and flags that are useless with it.
+    """Check the arguments of an evaluation with ``--watch``.
 
     Args:
         args: arguments of the evaluation.
-        refused: names of the flags that are useless with ``--watch``.
+        refused: names of the flags that cannot be used with ``--watch``.
 
     Returns:
-        The seconds between two looks at the run.
+        The number of seconds between two checks of the run's folder.
 
     Raises:
-        ValueError: there is no run, a flag is refused, or the interval is not positive.
+        ValueError: there is no run, a flag cannot be used, or the interval is not positive.
     """
     from ..evaluate.watch import INTERVAL
     from ..runs.status import is_run

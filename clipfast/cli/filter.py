@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..search.gallery import Item
     from .search_arguments import Pictures
 
-SHOWN = 24  # number of pictures in each section of the page
-SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles of the scores in the results
+SHOWN = 24  # the page shows at most this many pictures in each section
+SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)  # the results have these quantiles of the scores
 
 
 def add_parser(commands: Any) -> None:
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``clipfast filter``: filter, say how many pairs are kept, and return the exit code."""
+    """Run ``clipfast filter``: score and filter the pairs, print how many are kept, and return the exit code."""
     _check(args)
     from ..search.embeddings import Embeddings
     from ..search.similar import check_features, cosines
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options of ``clipfast filter`` that cannot work, before anything is read.
+    """Check the options of ``clipfast filter`` before anything is read.
 
     Raises:
         ValueError: no criterion or more than one is given, or a value is out of range.
@@ -89,13 +89,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def best_share(scores: Tensor, top: float) -> Tensor:
-    """Select for ``clipfast filter`` a share of all pairs, those of the highest scores, rounded up: bool [N].
+    """Return a mask [N] of the pairs with the highest scores; ``top`` is their share of all pairs, rounded up.
 
-    Among equal scores, the first pairs are kept.
+    Of equal scores, the first pairs are taken.
     """
     import torch
 
-    count = math.ceil(round(top * len(scores), 6))  # without rounding, 0.07 * 100 is a little more than 7
+    count = math.ceil(round(top * len(scores), 6))  # rounded first, as 0.07 * 100 is a little more than 7 in float64
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[scores.sort(descending=True, stable=True).indices[:count]] = True
     return kept
@@ -126,7 +126,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _items(pictures: Pictures, scores: Tensor, kept: Tensor) -> Iterator[Item]:
-    """Yield pairs for the page of ``clipfast filter``: the highest scores, those beside the limit, the lowest."""
+    """Yield pairs for the page of ``clipfast filter``: the best, those just above and below the limit, the worst."""
     order = scores.sort(descending=True, stable=True).indices
     inside, outside = order[kept[order]].tolist(), order[~kept[order]].tolist()
     parts = {
@@ -141,7 +141,7 @@ def _items(pictures: Pictures, scores: Tensor, kept: Tensor) -> Iterator[Item]:
 
 
 def _write_shards(folder: Path, pictures: Pictures, embeddings: Embeddings, kept: Tensor) -> None:
-    """Copy the kept pairs of ``clipfast filter`` into tar shards."""
+    """Copy the kept pairs of ``clipfast filter`` to tar shards, and print samples that can no longer be read."""
     from ..search.source_samples import write_shards
 
     if pictures.samples is None:

@@ -1,4 +1,4 @@
-"""``clipfast heatmap``: its arguments and its output files."""
+"""``clipfast heatmap``: show where in a picture texts fit best, as a plot or a page."""
 
 import argparse
 import sys
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``clipfast heatmap``: write the heat maps, say where each is highest, and return the exit code."""
+    """Run ``clipfast heatmap``: write the heat maps, print where each is highest, and return the exit code."""
     from ..distributed.world import ALONE
     from ..io.files import save_figure
     from ..models.images import open_image
@@ -80,7 +80,7 @@ def _peak(heat: Any, size: tuple[int, int]) -> tuple[float, int, int]:
 
 
 def _write_page(args: argparse.Namespace, picture: Any, maps: Any, peaks: Any, label: str) -> None:
-    """Write the page of ``clipfast heatmap``."""
+    """Write the HTML page of ``clipfast heatmap`` with the picture and its heat map for each text."""
     from ..search.gallery import Item
     from ..search.heatmap import limits_of, overlay
     from .search_arguments import write_gallery

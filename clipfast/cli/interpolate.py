@@ -1,4 +1,4 @@
-"""``clipfast interpolate``: its arguments and its printed table."""
+"""``clipfast interpolate``: evaluate and save models between two checkpoints."""
 
 import argparse
 import json
@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``clipfast interpolate``: evaluate the models, print a table, save a model if asked, return the exit code."""
+    """Run ``clipfast interpolate``: print a table of the models' accuracies, save one of them, return the exit code."""
     from ..distributed.world import resolve_device
     from ..evaluate.interpolation import Interpolation, evaluate_path
     from ..evaluate.labelled import LabelledSet
@@ -109,12 +109,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(*words: str) -> str:
-    """Return a line of the table of ``clipfast interpolate``."""
+    """Return a line of the table of ``clipfast interpolate``, with the words in columns of equal width."""
     return "  ".join(f"{word:>11}" for word in words)
 
 
 def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:
-    """Parse the alpha and the folder of ``clipfast interpolate --save``.
+    """Parse the values of ``clipfast interpolate --save``, an alpha and a folder.
 
     Raises:
         ValueError: the alpha is not a number.
@@ -129,7 +129,7 @@ def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:
 
 
 def _check(args: argparse.Namespace, alphas: Iterable[float]) -> None:
-    """Refuse arguments of ``clipfast interpolate`` that cannot work, before anything is read.
+    """Check the arguments of ``clipfast interpolate`` before anything is read.
 
     Raises:
         ValueError: there is nothing to do, an alpha is out of range, or a set or a file cannot be used.

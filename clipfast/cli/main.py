@@ -1,4 +1,4 @@
-"""The command line, ``clipfast COMMAND``: a table of commands, of which only the chosen one is imported."""
+"""The entry point of ``clipfast COMMAND``: a table of all commands, of which only the given one is imported."""
 
 import argparse
 import atexit
@@ -13,8 +13,8 @@ from .. import __version__
 from ..io.text import printable
 from .arguments import Parser, run
 
-# Each entry has a name, a line for ``clipfast --help``, and the module whose ``add_parser`` adds the parser and
-# ``run``.
+# By the name of a command: its line in ``clipfast --help``, and its module, whose ``add_parser`` adds the command's
+# parser and sets the function ``run`` that the command calls.
 COMMANDS = {
     "train": ("train a model on image-text pairs", "clipfast.cli.train"),
     "status": ("show how far runs are, and plot them", "clipfast.cli.status"),
@@ -40,12 +40,12 @@ COMMANDS = {
     "plan": ("predict memory and time of the loss or of training", "clipfast.cli.plan"),
     "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.cli.doctor"),
 }
-# The command that begins each group of ``clipfast --help``, and the title of the group.
+# By the first command of each group in ``clipfast --help``: the title of the group.
 GROUPS = {
     "train": "train", "eval": "evaluate", "embed": "search and sort pictures", "convert": "checkpoints",
     "verify": "kernels and machines",
 }  # fmt: skip
-INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
+INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete() -> None:
-    """Answer by argcomplete if a shell asks for completions of a ``clipfast`` command, and end."""
+    """If a shell asks for completions of a command line, print them by argcomplete and end the process."""
     if "_ARGCOMPLETE" in os.environ:
         with contextlib.suppress(ImportError):
             import argcomplete
@@ -94,7 +94,10 @@ def _exit_at_once(code: int) -> NoReturn:
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
-    """Return the parser of ``clipfast`` with the chosen command in full, or with name and help of every command."""
+    """Return the parser of ``clipfast``, with the parser of the chosen command.
+
+    If ``chosen`` is no command, it has an empty parser for each command, as ``clipfast --help`` needs.
+    """
     parser = Parser(
         prog="clipfast",
         description="Train and evaluate CLIP on Triton kernels.",

@@ -1,8 +1,8 @@
-"""The flags of OpenCLIP's training command, and their treatment by ``clipfast train``.
+"""The flags of OpenCLIP's training command, and how ``clipfast train`` treats each of them.
 
-This table is the source of the parser, of ``docs/openclip-flags.md`` (``python -m clipfast.cli.open_clip_flags``) and
-of the tests. It follows ``params.py`` of OpenCLIP's main branch at 89fb801. The last four flags are of 4.2.1, as far as
-its other files tell.
+The table ``FLAGS`` is the source of the parser, of ``docs/openclip-flags.md``, which
+``python -m clipfast.cli.open_clip_flags`` prints, and of tests. It follows ``params.py`` of OpenCLIP's main branch at
+commit 89fb801. The last four flags are those of version 4.2.1 that its other files mention.
 """
 
 import argparse
@@ -16,14 +16,14 @@ GROUP = "for commands of OpenCLIP"
 
 
 class Rule(NamedTuple):
-    """The treatment of a flag of OpenCLIP.
+    """How ``clipfast train`` treats a flag of OpenCLIP.
 
     Attributes:
         how: "same": an option of this name has the same meaning. "mapped": it is translated to other options.
             "accepted": it is ignored, since clipfast always behaves in this way, or since it does not affect the
             computation. "refused": it is an error.
-        note: the difference from OpenCLIP; or the translation, the reason why it is ignored, or the replacement.
-        takes: argparse arguments for a flag that is not an option of clipfast.
+        note: by ``how``: the difference from OpenCLIP, the translation, why it is ignored, or what to use instead.
+        takes: arguments of ``add_argument`` for a flag that is not an option of clipfast.
     """
 
     how: Literal["same", "mapped", "accepted", "refused"]
@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     takes: Mapping[str, Any] = {}
 
 
-SWITCH = {"nargs": 0}
+SWITCH = {"nargs": 0}  # of a flag without a value
 NO_AUDIO = Rule("refused", "clipfast trains on images and texts only: use OpenCLIP for audio")
 NO_COCA = Rule(
     "refused", "clipfast trains no captioner: use OpenCLIP for CoCa and MaMMUT (their loss is clipfast.CoCaLoss)"
@@ -43,7 +43,7 @@ SAME = Rule("same")
 
 
 def _local_url(text: str) -> str:
-    """Refuse any value of OpenCLIP's flag ``--dist-url`` but env://."""
+    """Return the value of OpenCLIP's ``--dist-url``; raise an error unless it is "env://"."""
     if text != "env://":
         raise argparse.ArgumentTypeError(
             f"{text!r}: start by torchrun, and give the address to its --rdzv-endpoint; only env:// is accepted"
@@ -242,7 +242,7 @@ FLAGS: dict[str, Rule] = {
 
 
 class _Refused(argparse.Action):
-    """The argparse action of a refused flag of OpenCLIP: an error that names the replacement."""
+    """The argparse action of a refused flag of OpenCLIP, which raises an error that names a replacement."""
 
     def __init__(self, note: str, **options: Any) -> None:
         self.note = note
@@ -253,14 +253,14 @@ class _Refused(argparse.Action):
 
 
 class _Accepted(argparse.Action):
-    """The argparse action of an accepted flag of OpenCLIP, which is ignored."""
+    """The argparse action of an accepted flag of OpenCLIP, which ignores its value."""
 
     def __call__(self, *_: object) -> None:
         pass
 
 
 class _Mapped(argparse.Action):
-    """The argparse action of a mapped flag of OpenCLIP, whose value :func:`translated` reads."""
+    """The argparse action of a mapped flag of OpenCLIP, which stores its value for :func:`translated`."""
 
     def __call__(
         self, _: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, __: str | None = None
@@ -304,7 +304,7 @@ def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming
             raise ValueError("--dataset-type synthetic needs --train-num-samples, or use --train-data synthetic:65536")
         options["train_data"] = f"synthetic:{pairs}"
     factors = options.get("train_data_upsampling_factors", ())
-    if factors and 0 < max(factors) < 1:  # OpenCLIP reads only their ratio; here they would leave few pairs
+    if factors and 0 < max(factors) < 1:  # OpenCLIP uses only their ratio; for clipfast, an epoch would be too short
         options["train_data_upsampling_factors"] = tuple(factor / max(factors) for factor in factors)
     passes = options.pop("accum_freq", 1)
     _check_naflex(options, earlier, passes)
@@ -316,10 +316,11 @@ def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming
 
 
 def _check_naflex(given: dict[str, Any], earlier: Mapping[str, Any], passes: int) -> None:
-    """Remove OpenCLIP's flag ``--force-naflex-vision`` from ``given``, since the model must be NaFlex already.
+    """Check OpenCLIP's flags for NaFlex, and remove ``--force-naflex-vision``, which has no effect, from ``given``.
 
     Raises:
-        ValueError: the model would have to be converted, or batches would have to be joined.
+        ValueError: the model is not NaFlex and would have to be converted, or ``--accum-freq`` (``passes``) joins
+            batches.
     """
     from ..models.naflex_config import NaFlexConfig
     from ..models.registry import get_model_config, read_model_config
@@ -343,7 +344,7 @@ def _check_naflex(given: dict[str, Any], earlier: Mapping[str, Any], passes: int
 def _accumulated(
     passes: int, given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming: bool
 ) -> dict[str, Any]:
-    """Return the options of clipfast for OpenCLIP's flag ``--accum-freq``."""
+    """Return the options ``batch_size`` and ``micro_batch_size`` for OpenCLIP's ``--accum-freq`` (``passes``)."""
     for flag in ("--micro-batch-size", "--global-batch-size"):
         if flag.strip("-").replace("-", "_") in given:
             raise ValueError(f"--accum-freq {passes} and {flag} both say how a batch is divided: leave one out")
@@ -364,7 +365,7 @@ TITLES = {
     "accepted": "Accepted without effect",
     "refused": "Refused",
 }
-"""The flags of each kind have a table under such a title."""
+"""By ``Rule.how``, the title of the section of ``docs/openclip-flags.md`` with these flags."""
 
 
 def page() -> str:
@@ -387,7 +388,7 @@ gives all of them OpenCLIP's values. A command without `--train-data` evaluates,
 
 
 def _section(how: str) -> str:
-    """Return a section of the page about OpenCLIP's flags: the flags that are handled alike."""
+    """Return a section of ``docs/openclip-flags.md``: the table of the flags with this ``Rule.how``."""
     rows = "".join(f"| `{name}` | {rule.note} |\n" for name, rule in FLAGS.items() if rule.how == how)
     heading = "what to use" if how == "refused" else "what differs" if how == "same" else "what it is here"
     return f"\n## {TITLES[how]}\n\n| flag | {heading} |\n|---|---|\n{rows}"

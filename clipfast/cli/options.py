@@ -1,4 +1,4 @@
-"""The flags for training options, for ``clipfast train`` and for other commands that take some of these options."""
+"""Command-line flags of the training options, for ``clipfast train`` and for commands that share some of them."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 from ..train.option_checks import AUTO, flag_name
 from ..train.train_config import TrainConfig
 
-# The option that begins each group of ``clipfast train --help``, and the title of the group.
+# By the first option of each group in ``clipfast train --help``: the title of the group.
 GROUPS = {
     "train_data": "training data", "use_naflex": "images in their own aspect (NaFlex)", "model": "model and loss",
     "batch_size": "optimisation", "precision": "memory and speed", "fsdp": "distributed training",
@@ -22,7 +22,7 @@ GROUPS = {
 def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
     """Add a flag for each training option, or only for the options in ``only``.
 
-    A flag that is not given leaves no attribute, so a recipe can set the option.
+    A flag that is not given leaves no attribute in the namespace, so a recipe's value or the default is used.
     """
     group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(TrainConfig):
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None 
         meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": meta["help"]}
-        if only is not None:  # the other commands have no --val-data
+        if only is not None:  # removes a remark on --val-data, which only ``clipfast train`` has
             options["help"] = meta["help"].replace("; in --val-data, the default ones follow", "")
         if meta["kind"] is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None 
 
 
 class _Separated(argparse.Action):
-    """The argparse action of an option with several values: separate words, or joined in one word as in OpenCLIP."""
+    """The argparse action of an option with several values, which may be separate words or joined as in OpenCLIP."""
 
     def __call__(
         self, _: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, __: str | None = None

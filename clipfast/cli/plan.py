@@ -43,7 +43,8 @@ FLOPs, kernels. Assumed: published rates of the card, reached by every kernel th
 allocator as marked; messages and kernels that do not slow each other down; no wait for data, evaluation or checkpoints.
 The kernels of attention and of the loss are slower than that (docs/predicted.md), so take times as lower limits."""
 PAIRS, GPUS = Count(1, 2**24), Count(1, 2**16)
-# Each option of the machine has the fields of Card or Cluster that it sets, their unit, and a help text.
+# By the option that describes the machine: the fields of Card or Cluster that it sets, the factor from the option's
+# unit to the fields', and the text for --help.
 MACHINE = {
     "tflops": (("half_peak", "single_peak"), 1e12, "1e12 FLOPs per second that products reach"),
     "memory_gb": (("memory_bytes",), 1e9, "1e9 bytes that the step may take"),
@@ -53,7 +54,7 @@ MACHINE = {
     "latency_us": (("latency_s",), 1e-6, "microseconds that a message takes (default: 5)"),
     "launch_us": (("launch_s",), 1e-6, "microseconds in which the host starts a kernel (default: 10)"),
 }
-# For options that do not belong to every kind of plan: the plans that they belong to.
+# By the option that only some kinds of plan take: these kinds.
 TRAIN, FIT, OF_LOSS = "--train", "--fit", "a plan of the loss"
 PLANS: dict[str, tuple[str, ...]] = {"pairs": (TRAIN, OF_LOSS), "batch_size": (TRAIN,)}
 PLANS |= dict.fromkeys(("dtype", "embed_dim"), (OF_LOSS,))
@@ -64,10 +65,10 @@ PLANS |= dict.fromkeys(
 
 
 def _number(*, or_zero: bool = False) -> Callable[[str], float]:
-    """Return a function that parses a positive number of ``clipfast plan``."""
+    """Return an argparse type that parses a positive number (with ``or_zero``, also 0) of ``clipfast plan``."""
 
     def parse(text: str) -> float:
-        """Parse a positive number of ``clipfast plan``."""
+        """Parse a finite number that is positive or, if allowed, 0."""
         value = float(text)
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
@@ -155,7 +156,7 @@ def _flag(name: str) -> str:
 
 
 def _cluster(args: argparse.Namespace) -> "Cluster":
-    """Return the GPUs and links that the arguments describe."""
+    """Return the GPUs and links that the arguments of ``clipfast plan`` describe."""
     from ..kernels.hardware import CARDS, Cluster
 
     if args.card not in (None, *CARDS):
@@ -163,7 +164,7 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
                          "these and give --tflops, --memory-gb, --link-gbs and --network-gbs")  # fmt: skip
     values = {name: getattr(args, name) * MACHINE[name][1] for name in MACHINE if getattr(args, name) is not None}
     fields = {field: value for name, value in values.items() for field in MACHINE[name][0]}
-    if args.tflops is not None:  # this option is the rate that matrix products reach
+    if args.tflops is not None:  # --tflops is the rate that is reached, of which no fraction is taken
         fields |= {"half_reached": 1.0, "single_reached": 1.0}
     card = CARDS[args.card or "h100"]
     of_card = {name: fields.pop(name) for name in [*fields] if hasattr(card, name)}
@@ -177,7 +178,7 @@ def _write(path: Path | None, plan: dict[str, Any]) -> None:
 
 
 def _plan_loss(args: argparse.Namespace, cluster: "Cluster") -> None:
-    """Print the plan of a loss for ``clipfast plan``."""
+    """Predict and print memory, communication and time of the loss alone, in each of its modes."""
     from ..kernels.dtypes import DTYPES
     from ..plan.loss import predict
     from ..plan.planned_step import Problem
@@ -201,7 +202,7 @@ def _plan_loss(args: argparse.Namespace, cluster: "Cluster") -> None:
 
 
 def _rates(problem: "Problem", cluster: "Cluster") -> str:
-    """Describe the rates of the card that ``clipfast plan`` assumes."""
+    """Return a text about the rates of GPU and links that the prediction of the loss assumes."""
     card = cluster.card
     gb, gb_per_s = card.memory_bytes / 1e9, card.memory_bytes_per_s / 1e9
     tflops = card.reached(half=problem.dtype.itemsize == 2) / 1e12
@@ -214,7 +215,7 @@ def _rates(problem: "Problem", cluster: "Cluster") -> str:
 
 
 def _cell(name: str, value: Any) -> str:
-    """Format a figure of ``clipfast plan`` as the cell of a table."""
+    """Format a prediction of ``clipfast plan`` as the cell of a table; the column's ``name`` tells its unit."""
     if name == "sent by collective":
         return f"{scaled(value['bytes'], BYTES)} in {value['messages']:,} messages"
     if isinstance(value, bool):
@@ -225,7 +226,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _plan_training(args: argparse.Namespace, cluster: "Cluster") -> None:
-    """Print the plan of a training run for ``clipfast plan``."""
+    """Predict and print a training step (``--train``), or the largest batches that fit (``--fit``)."""
     from ..plan.fit import Assumptions
 
     if args.price_per_gpu_hour is not None and args.samples_seen is None:
@@ -242,7 +243,7 @@ def _plan_training(args: argparse.Namespace, cluster: "Cluster") -> None:
 
 
 def _setup(args: argparse.Namespace, model: str) -> "Setup":
-    """Return the setup of a training step that the arguments of ``clipfast plan`` describe."""
+    """Return the options of the training step of ``model`` that the arguments of ``clipfast plan`` describe."""
     from ..models import SigLIPConfig, get_model_config
     from ..plan.planned_step import Setup
     from ..train.optim import optimizer_class
@@ -263,7 +264,7 @@ def _setup(args: argparse.Namespace, model: str) -> "Setup":
 
 
 def _fit(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions") -> list[dict[str, Any]]:
-    """Print the batches that fit into memory for ``clipfast plan --fit``, and return them."""
+    """Predict and print the largest batches that fit into memory (``clipfast plan --fit``), and return them."""
     from ..plan.fit import MODELS, combinations, fit
 
     models = list(MODELS) if args.model is None else [name.strip() for name in args.model.split(",")]
@@ -278,7 +279,7 @@ def _fit(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions") -
 
 
 def fit_table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of ``clipfast plan --fit``: the batches that fit into memory."""
+    """Return the text table of ``clipfast plan --fit``: a row for the largest batch of each setup."""
     heads = ["", "model", "parallel", "checkpointing", "per GPU", "global batch", "memory", "step", "pairs/s", "MFU"]
     extra = [name for name in ("days", "gpu_hours", "cost") if any(name in row for row in rows)]
     cells = [["*" if row["is_best"] else "", *fit_cells(row), *(_amount(row, name) for name in extra)] for row in rows]
@@ -287,7 +288,7 @@ def fit_table(rows: list[dict[str, Any]]) -> str:
 
 
 def fit_cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells of a row in the table of ``clipfast plan --fit``, from the model to the utilisation."""
+    """Return the cells of a row in the table of ``clipfast plan --fit``, from the model's name to MFU."""
     names = [row["model"], row["parallel"].replace("fsdp", "fsdp2"), row["checkpointing"]]
     if not row["fits"]:
         return [*names, "none fits", *[""] * 5]
@@ -298,7 +299,7 @@ def fit_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _train(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions") -> dict[str, Any]:
-    """Print the plan of a training step for ``clipfast plan --train``, and return it."""
+    """Predict and print memory and time of a training step (``clipfast plan --train``), and return them."""
     from ..plan.fit import Batch, StepPlan, describe
 
     if args.model is None:
@@ -330,7 +331,7 @@ def _train(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions")
 
 
 def _print_parts(title: str, parts: dict[str, float], shown: Callable[[Any], str]) -> None:
-    """Print the parts of a plan of ``clipfast plan`` and their sum."""
+    """Print the parts of a prediction of ``clipfast plan``, such as memory by category, and their sum."""
     rows = [*parts.items(), ("together", sum(parts.values()))]
     print(f"\n{title}\n" + align([[name, shown(value)] for name, value in rows], right=(1,), indent="  "))
 
@@ -341,6 +342,6 @@ def _gb(value: float) -> str:
 
 
 def _amount(row: dict[str, Any], name: str) -> str:
-    """Format a number in a row of ``clipfast plan``; "" if the row lacks it."""
+    """Format days, GPU-hours or cost in a prediction of ``clipfast plan``; "" if it was not predicted."""
     value = row.get(name)
     return "" if value is None else f"{value:.2g}" if value < 1 else f"{value:,.{1 if value < 1000 else 0}f}"

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         found, index = search(embeddings, args.folder, queries.cpu(), most, mask, args.kind)
     else:
         found, index = embeddings.search(queries.cpu(), most, where=mask, kind=args.kind), None
-    left_out *= len(names) // max(1, len(left_out))  # a single picture is combined with each text
+    left_out *= len(names) // max(1, len(left_out))  # one picture may be in the queries of several texts
     results = _results(args, embeddings, names, found, index, left_out or [set()] * len(names))
     if pictures is not None:
         items = (
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, texts: list[str]) -> None:
-    """Refuse arguments of ``clipfast search`` that make no valid query.
+    """Check the arguments of ``clipfast search`` before anything is read.
 
     Raises:
         ValueError: there is no query, texts and pictures do not make pairs, or a number is out of range.
@@ -112,7 +112,7 @@ def _check(args: argparse.Namespace, texts: list[str]) -> None:
 def query_features(
     encoder: Encoder, texts: list[str], images: list[Path], weight: float = 0.5
 ) -> tuple[list[str], Tensor]:
-    """Encode the queries of ``clipfast search``: texts, pictures, or pairs; return names and normalized features.
+    """Encode the queries of ``clipfast search``: texts, pictures, or both; return their names and features [Q, D].
 
     Args:
         encoder: the model.
@@ -136,7 +136,7 @@ def query_features(
 
 
 def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
-    """Encode picture files as queries of ``clipfast search``; return normalized features.
+    """Encode picture files as queries; return their features [N, D] of unit length.
 
     Raises:
         ImageError: a picture cannot be used.
@@ -155,12 +155,12 @@ def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
 
 
 def _places(embeddings: Embeddings, picture: Path) -> set[int]:
-    """Return the indices of the embedded items that come from this file, a query of ``clipfast search``."""
+    """Return the indices of the items that were embedded from this picture file, so that a query can leave them out."""
     import pyarrow.compute
 
     if "image_path" not in embeddings.metadata.column_names:
         return set()
-    paths = embeddings.metadata.column("image_path").cast("string")  # other programs may write no values or type
+    paths = embeddings.metadata.column("image_path").cast("string")  # if all values are null, it has no type yet
     same_name = pyarrow.compute.ends_with(paths, picture.name).fill_null(False).to_numpy().nonzero()[0].tolist()
     return {place for place in same_name if (path := Path(paths[place].as_py())).is_file() and path.samefile(picture)}
 

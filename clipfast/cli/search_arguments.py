@@ -1,4 +1,7 @@
-"""The shared parts of commands on a folder of embeddings: arguments, the model, and the pictures that they show."""
+"""The shared parts of ``clipfast search`` and other commands on a folder of embeddings.
+
+These are their arguments, the model that made the embeddings, and the pictures of their pages.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,26 @@ from ..io.units import BYTES, scaled
 from .arguments import add_output
 from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ..evaluate.encoder import Encoder
     from ..search.embeddings import Embeddings
     from ..search.gallery import Item
 
 
 def add_folder_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument for the folder of embeddings."""
+    """Add the positional argument DIR, the folder of embeddings."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="embeddings, as clipfast embed writes them")
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add the options for the model that made the embeddings, and the device."""
+    """Add ``--model`` and other options for the model that embeds queries, and for the device."""
     add_model_arguments(parser, required=required)
     add_device_argument(parser)
     add_backend_argument(parser)
 
 
 def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
-    """Add the options for the forms of a command's results; ``page`` describes the content of the HTML page."""
+    """Add ``--html``, ``--json`` and ``--table``; ``page`` says in the help text what is on the HTML page."""
     add = parser.add_argument
     add_output(parser, "--html", help=f"write a page with {page} to this file, and print no JSON")
     add_output(parser, "--json", help="also write the results to this file")
@@ -40,7 +43,7 @@ def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
 
 
 def check_pictures(paths: Iterable[Path]) -> None:
-    """Refuse query pictures of a search command that are not files, before the model is loaded.
+    """Check before a model is loaded that the pictures of a command are files.
 
     Raises:
         ValueError: a path is a folder, or does not exist.
@@ -53,7 +56,7 @@ def check_pictures(paths: Iterable[Path]) -> None:
 
 
 def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
-    """Load the model that made the embeddings.
+    """Load the model that made the embeddings, by the arguments or by what ``about.json`` says.
 
     Raises:
         ValueError: the embeddings do not name their model, it cannot be loaded, or the arguments name another model.
@@ -77,7 +80,7 @@ def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
 
 
 def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
-    """Return the image or text features of a folder of embeddings that a command's arguments name.
+    """Return the features [N, D] of one kind, "image" or "text", which a command (``use``) needs.
 
     Raises:
         ValueError: the folder has no features of this kind, or no items.
@@ -94,10 +97,10 @@ def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
 
 
 class Pictures:
-    """Reads the pictures of embedded items again, from the source that was embedded.
+    """Reads the pictures of embedded items from the source that was embedded, for the page of a command.
 
     Raises:
-        ValueError: the source has changed since.
+        ValueError: the source cannot be read, or has changed since it was embedded.
     """
 
     def __init__(self, embeddings: Embeddings) -> None:
@@ -109,7 +112,7 @@ class Pictures:
             self.samples = Samples.of(embeddings.about)
 
     def item(self, place: int, score: float | None = None, group: str = "", mark: str = "", **more: Any) -> Item:
-        """Return an embedded item for a search command's page, with its picture if it can be read."""
+        """Return the embedded item with index ``place`` for a gallery, with its picture if it can be read."""
         from ..search.embeddings import NAMES, row_of
         from ..search.gallery import Item
 
@@ -120,14 +123,14 @@ class Pictures:
         return Item(self._image(row, path), caption, score, path, group, {**more, **others}, mark)
 
     def _image(self, row: Mapping[str, Any], path: str) -> Any:
-        """Return a picture for a command's page, as a file or decoded; None if there is none."""
+        """Return the picture of an item, decoded or as the path of a file; None if it cannot be read."""
         if self.samples is None:
             return Path(path) if Path(path).is_file() else None
-        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # None if the sample is left out by now
+        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # None if it is ``Skipped``
 
 
 def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **options: Any) -> None:
-    """Write the HTML page of a search command with embedded pictures, and print its path.
+    """Write the gallery of a command, an HTML page of pictures, and print its path and size on stderr.
 
     Raises:
         DiskFullError: there is no space.
@@ -139,7 +142,7 @@ def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **o
 
 
 def write_keys(path: Path, embeddings: Embeddings, places: Iterable[int]) -> None:
-    """Write the keys of embedded items to the file that a command's option names, one a line.
+    """Write the keys of the embedded items at these ``places`` to a text file, one a line.
 
     Raises:
         ValueError: the metadata of the embeddings have no keys.

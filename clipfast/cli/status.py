@@ -1,4 +1,4 @@
-"""``clipfast status``: its arguments, its output and its plot."""
+"""``clipfast status``: show how far training runs are, and plot their metrics."""
 
 import argparse
 import json
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import local_path
 from .arguments import DRAWN, add_output
 
-if TYPE_CHECKING:  # imported at run time only where they are used: help needs neither
+if TYPE_CHECKING:  # at run time, functions import them when they are called, so that --help is fast
     from matplotlib.axes import Axes
 
     from ..runs.status import History
 
-# Each panel has a title, the name of the figure that it shows, and a factor on the figure.
+# Each panel of the plot: its title, the key of its metric in ``metrics.jsonl``, and a factor on the metric.
 PANELS = (
     ("training loss", "loss", 1.0), ("learning rate", "lr", 1.0), ("logit scale", "logit_scale", 1.0),
     ("pairs per second", "pairs_per_second", 1.0), ("waiting for data, %", "data_wait", 100.0),
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plot_runs(histories: Sequence["History"], path: Path) -> None:
-    """Plot loss, learning rate, logit scale, speed, waiting times and evaluations of runs for ``clipfast status``."""
+    """Plot loss, learning rate, logit scale, speed, data waiting time and evaluations of runs over the steps."""
     from matplotlib.figure import Figure
 
     from ..io.files import save_figure
@@ -98,14 +98,14 @@ def plot_runs(histories: Sequence["History"], path: Path) -> None:
 
 
 def _curve(axis: "Axes", points: Sequence[tuple[int, float]], colour: str, **style: Any) -> None:
-    """Draw a curve in the plot of ``clipfast status``; a single point, invisible as a line, is a marker."""
+    """Draw a curve of a run; a single point is drawn as a marker, since a line of it would be invisible."""
     if points:
         marker = {"marker": "o"} if len(points) == 1 else {}
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, **marker | style)
 
 
 def _evaluations(axis: "Axes", histories: Sequence["History"]) -> None:
-    """Draw the evaluations of runs in the plot of ``clipfast status``."""
+    """Draw accuracies and recall of the runs' evaluations over the steps."""
     for number, history in enumerate(histories):
         for place, (name, key, style) in enumerate(METRICS):
             found = [

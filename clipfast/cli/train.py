@@ -1,6 +1,7 @@
-"""``clipfast train``: its arguments, combined with the options from a recipe or a checkpoint.
+"""``clipfast train``: combine its flags with the options of a recipe or a checkpoint, and train.
 
-A command of OpenCLIP without training data only evaluates. Here ``clipfast eval`` does that.
+OpenCLIP's training command only evaluates if it is given no training data. ``clipfast train`` then calls
+``clipfast eval``.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from ..train.train_config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
 from . import open_clip_flags
 from .options import add_arguments
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ..checkpoints.of_run import Found
 
-BY_TIME = "recipe and time"  # the origin of the name if the user did not give one
+BY_TIME = "recipe and time"  # the origin of the run's name in ``params.txt`` if the user did not give one
 
 
 def add_parser(commands: Any) -> None:
-    """Add the parser of ``clipfast train``. Values are checked when it runs: ``--help`` needs no PyTorch."""
+    """Add the parser of ``clipfast train``. Values are checked when the command runs."""
     parser = commands.add_parser(
         "train",
         description="Train CLIP on image-text pairs. Ctrl-C saves and stops; --resume continues.",
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     start = _start(args, given)
     options, origins = start.options, start.origins
     if args.print_config:
-        # The printed options may be incomplete: most recipes name no data.
+        # ``TrainConfig`` raises an error without training data, which most recipes do not name.
         complete = TrainConfig(**({"train_data": "(needed)"} | options))
         print(describe(complete, origins | ({} if "train_data" in options else {"train_data": "nowhere"})))
         return 0
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = TrainConfig(**options)
     with joined(config.device, config.dist_timeout, by_rank=config.set_device_rank) as world:
-        is_restart = world.sum([restarts()]) != [0]  # each machine counts its own restarts
+        is_restart = world.sum([restarts()]) != [0]  # torchrun may have restarted the processes of some machines only
         is_copied = bool(config.remote_sync) and (is_restart or args.resume == "latest")
         downloaded = world.on_main(lambda: _restore(config), INDEXING) if is_copied else []
         if is_restart or is_copied:
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Start(NamedTuple):
-    """The start of a training run: its options, their origins, the checkpoint to resume from, and warnings to log."""
+    """All that starts a training run: options, their origins, the checkpoint to resume from, and warnings to log."""
 
     options: dict[str, Any]
     origins: dict[str, str]
@@ -90,7 +91,7 @@ class _Start(NamedTuple):
 
 
 def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool = False) -> _Start:
-    """Determine the start of ``clipfast train`` from its arguments; torchrun restarts from the newest checkpoint."""
+    """Find the checkpoint of a run and combine its options; a restart by torchrun takes the newest checkpoint."""
     found = _named(args.resume, given)
     start = _composed(args, given, found)
     if is_restart and "name" in start.options:
@@ -106,7 +107,10 @@ def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool 
 
 
 def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -> _Start:
-    """Combine the options of ``clipfast train`` from flags, recipe and checkpoint; return them with each origin."""
+    """Combine the options of a run from checkpoint, recipe and flags, of which later ones win.
+
+    ``given`` are the flags, and ``found`` the checkpoint to resume from, if any.
+    """
     options: dict[str, Any] = {}
     origins: dict[str, str] = {}
     checkpoint = found.path
@@ -121,7 +125,7 @@ def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -
             origins.setdefault("name", BY_TIME)
     given = open_clip_flags.translated(given, options, resuming=checkpoint is not None)
     replaced = {REPLACED[key] for key in given if key in REPLACED}
-    if "lr_scheduler" in given:  # drop the options that only the earlier schedule used
+    if "lr_scheduler" in given:  # options of the recipe or checkpoint for another schedule are dropped
         replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
     if given.get("use_naflex") is False:
         replaced |= {field.name for field in dataclasses.fields(NaFlexOptions)}
@@ -137,12 +141,12 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_folder(options: dict[str, Any]) -> Path:
-    """Return the folder of the run from the options of ``clipfast train``."""
+    """Return the folder of a run, LOGS/NAME, from its options."""
     return Path(options.get("logs", TrainConfig.logs)) / options["name"]
 
 
 def _restore(config: TrainConfig) -> list[str]:
-    """Download the newest checkpoint from ``clipfast train --remote-sync`` if it is newer than the local ones."""
+    """Download the newest checkpoint from ``--remote-sync`` if it is newer than the local ones; return log lines."""
     from ..runs.folder import RunFolder
     from ..train.remote_sync import RemoteCopy
 
@@ -150,10 +154,10 @@ def _restore(config: TrainConfig) -> list[str]:
 
 
 def _named(resume: str | None, given: dict[str, Any]) -> "Found":
-    """Return the checkpoint for ``--resume``: a given one, the newest complete one of a run, or that of ``--name``.
+    """Return the checkpoint that ``--resume`` names: a file, or the newest complete one of a run.
 
-    The run of ``--name`` may have no checkpoint yet. Therefore the same command can begin a run, and resume it when it
-    is repeated.
+    With "latest", the run is that of ``--name``, which may have no checkpoint yet. Therefore the same command can begin
+    a run, and resume it when it is repeated.
     """
     from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.of_run import Found, read_saved
@@ -185,7 +189,7 @@ def _named(resume: str | None, given: dict[str, Any]) -> "Found":
 
 
 def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
-    """Return the checkpoint from which ``clipfast train`` resumes; None if only the remote copy may have one."""
+    """Return the newest complete checkpoint of a run; none if there is none but ``or_remote`` allows that."""
     from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.of_run import Checkpoints, Found
     from ..runs.folder import RunFolder
@@ -199,34 +203,37 @@ def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
 
 
 def _is_in_parts(folder: Path) -> bool:
-    """Return True if ``clipfast train`` resumes from a folder of a checkpoint in parts, not from a run's."""
+    """Return True if a folder given to ``--resume`` is a sharded checkpoint (``step_N``), and not that of a run."""
     from ..checkpoints.of_run import STEP
 
     return STEP.fullmatch(folder.resolve().name) is not None and not (folder / "checkpoints").exists()
 
 
 def _is_in_run(checkpoint: Path) -> bool:
-    """Return True if the checkpoint from which ``clipfast train`` resumes is in the folder of a run."""
+    """Return True if a checkpoint is in the folder ``checkpoints`` of a run."""
     return checkpoint.resolve().parent.name == "checkpoints"
 
 
 def _saved_options(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the run that wrote the checkpoint for ``clipfast train``; {} if OpenCLIP wrote it."""
+    """Return the training options that a checkpoint holds; {} if OpenCLIP wrote it."""
     options = _tuples(content.get("clipfast", {}).get("config", {}))
     if options and _is_in_run(checkpoint):
         # The run continues in the folder of its checkpoint, even if the folder was moved or renamed.
         run = checkpoint.resolve().parent.parent
-        options["name"] = options.get("name") or run.name  # the options hold no name if the user gave none
-        if _run_folder(options).resolve() != run:  # else the path keeps its given form
+        options["name"] = options.get("name") or run.name  # a name that the user did not give is not in the options
+        if _run_folder(options).resolve() != run:  # otherwise the path stays as it was given, such as relative
             options |= {"logs": str(run.parent), "name": run.name}
     return options
 
 
 def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> dict[str, Any]:
-    """Refuse remote data, imported optimizers and remote copies in a recipe or a checkpoint that the user did not type.
+    """Return the options of a recipe or checkpoint ``source``, unless some are unsafe and the user has not given them.
 
     A recipe or a checkpoint may come from an untrusted source. Remote data may be opened by a shell command that
-    contains its name, the import of a module runs its code, and a remote copy gives away all results.
+    contains its name, the import of an optimizer's module runs its code, and a remote copy gives away all results.
+
+    Raises:
+        ValueError: such an option is not among the flags ``given``.
     """
     from ..data.names import is_local
 
@@ -245,12 +252,12 @@ def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> 
     return options
 
 
-SETS = ("val_data", "imagenet_val", "imagenet_v2")
-PASSED = (
+SETS = ("val_data", "imagenet_val", "imagenet_v2")  # options that name data to evaluate on
+PASSED = (  # options that clipfast eval has too
     "model", "pretrained", "cache_dir", "tokenizer", "device", "backend", "image_key", "text_key", "json_text_key",
     "csv_separator",
 )  # fmt: skip
-UNKNOWN = (  # options that clipfast eval lacks, though they would change its results
+UNKNOWN = (  # options that clipfast eval does not have, but which would change its results
     "force_quick_gelu", "force_image_size", "force_context_length", "image_mean", "image_std", "image_interpolation",
     "image_resize_mode",
 )  # fmt: skip

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
-        bar = tqdm(unit="case", desc="verify", leave=False, file=sys.stderr, disable=None)  # None: only on a terminal
+        # ``disable=None`` shows the bar only on a terminal.
+        bar = tqdm(unit="case", desc="verify", leave=False, file=sys.stderr, disable=None)
     shown: dict[str, Any] = {} if bar is None else {"on_total": bar.reset, "on_group": lambda _: bar.update()}
     try:
         run_verify(options, json_path=args.json, junit_path=args.junit, rows=rows, **shown)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ...evaluate.bias_scores import Assigned, Grouping
     from ...evaluate.features import LabelledFeatures
 
-SHOWN = 10  # a table lists at most this many labels above a threshold, and queries
+SHOWN = 10  # a table lists at most this many labels, or queries, those with the largest differences
 EPILOG = """\
 example:
   clipfast eval bias --model ViT-B-32 --pretrained laion2b_s34b_b79k --data fairface_label_val.csv \\
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         found = encoded(args, at, images)
 
         def prepare() -> tuple[list[str], dict[str, list[str]], list[Grouping]]:
-            """Return class names, added labels and groups for ``clipfast eval bias``."""
+            """Return the class names, the added labels by category, and the groups for each ``--group-by``."""
             names = names_of(found.classnames, classnames)
             added = {} if args.added_labels is None else read_added_labels(args.added_labels, names)
             return names, added, groupings(found.groups, args.group_by, args.min_count)
@@ -118,7 +118,17 @@ def _of_grouping(
     number: int, one: Grouping, thresholds: list[float], labels: list[str], classes: int, added: dict[str, list[str]],
     assigned: Assigned,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the figures of ``clipfast eval bias`` for one grouping: accuracy, categories, labels by threshold."""
+    """Return the bias results for one value of ``--group-by``: accuracy, categories, and labels above thresholds.
+
+    Args:
+        number: the index of the grouping in ``assigned.above``.
+        one: the grouping.
+        thresholds: the values of ``--threshold``.
+        labels: all labels, the classes first.
+        classes: the number of classes.
+        added: the added labels of each category.
+        assigned: the labels that the model gives to the images.
+    """
     from ...evaluate.bias_scores import compare
 
     counts, categories, start = dict(zip(one.names, one.counts.tolist(), strict=True)), {}, classes
@@ -176,7 +186,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _groups_table(key: str, figures: dict[str, Any]) -> str:
-    """Return the text table of each group's figures for ``clipfast eval bias``."""
+    """Return the text table of ``clipfast eval bias`` with accuracy and shares of categories for each group."""
     from ...evaluate.intervals import percent
     from ...io.text import align
 
@@ -206,7 +216,7 @@ def _labels_table(key: str, found: dict[str, Any]) -> str:
 
 
 def _queries_table(key: str, found: dict[str, Any]) -> str:
-    """Return the text table of ``clipfast eval bias``: the queries with the largest skew among groups."""
+    """Return the text table of ``clipfast eval bias`` with the queries whose results have the largest skew."""
     from ...io.text import align
 
     rows = [[f"first {found['k']} images, by {key}", "max skew", "of", "NDKL", "p"]]

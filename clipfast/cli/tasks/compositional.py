@@ -21,14 +21,14 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ...evaluate.compositional_scores import Case, Judged
     from ...evaluate.compositional_sets import CaseSet
     from ...evaluate.features import LabelledFeatures
 
 FORMATS = ("auto", "aro", "sugarcrepe", "winoground", "order", "pairs", "shapes")
-NAMED = 20  # number of left-out cases that are named
-ATTRIBUTES, FEWEST = "attributes", 25  # ARO's mean over attributes includes attributes with at least this many cases
+NAMED = 20  # a message names at most this many cases that were left out
+ATTRIBUTES, FEWEST = "attributes", 25  # ARO takes its mean over the attributes with at least this many cases
 EPILOG = """\
 examples:
   clipfast eval compositional --model local-dir:runs/shapes --data shapes --table --html shapes.html
@@ -95,13 +95,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _judged(at: Session, case_set: CaseSet, found: LabelledFeatures) -> tuple[list[Judged], int]:
-    """Score the cases of ``clipfast eval compositional``; return them, and how many an unusable image left out."""
+    """Score the compositional cases; return them, and how many were left out because an image cannot be used."""
     from ...evaluate.compositional_scores import judge
 
     rows = {number: row for row, number in enumerate(found.numbers)}
 
     def usable() -> tuple[list[Case], list[Case]]:
-        """Return the cases of ``clipfast eval compositional`` whose images can all be used, and the others."""
+        """Return the cases whose images can all be used, and the other cases."""
         usable: list[Case] = []
         left_out: list[Case] = []
         for case in case_set.cases(found):

@@ -138,7 +138,7 @@ def _results(
 def _write_pairs(
     path: Path, images: LabelledSet, known: LabelledSet, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs
 ) -> None:
-    """Write the pairs of ``clipfast eval overlap``, near duplicates of test and training data, as a table."""
+    """Write the names of each test image and of its most similar training image as a table (.csv or .tsv)."""
     order = pairs.similarity.argsort(descending=True, stable=True).tolist()
     of_test = images.names(test.numbers[place] for place in order)
     of_train = known.names(train.numbers[pairs.places[place]] for place in order)
@@ -178,7 +178,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _planted_table(planted: list[dict[str, Any]]) -> str:
-    """Return the text table of ``clipfast eval overlap`` on planted copies."""
+    """Return the text table of ``--plant``: how many edited copies of test images the duplicate detector finds."""
     by_edit: dict[str, list[str]] = {}
     for row in planted:
         cell = f"{row['recall']:.1%} ({_in_percent(row['precision'])})"

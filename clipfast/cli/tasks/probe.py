@@ -69,7 +69,7 @@ def add_parser(tasks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``clipfast eval probe``: fit and judge the classifiers, print the results, and return the exit code."""
+    """Run ``clipfast eval probe``: fit and test linear probes, print the results, and return the exit code."""
     _check(args)
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     from ...evaluate.classification import classify
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         samples: dict[str, Samples] = {}
 
         def prepare() -> list[str]:
-            """Return the class names for ``clipfast eval probe``."""
+            """Fill ``samples`` with features and classes of each set, and return the class names for prompts."""
             labels = found["train"].classnames
             if len(labels) < 2:
                 raise ValueError(
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse arguments of ``clipfast eval probe`` that cannot work, before anything is read.
+    """Check the arguments of ``clipfast eval probe`` before anything is read.
 
     Raises:
         ValueError: numbers are out of range, or arguments do not fit together.
@@ -127,7 +127,10 @@ def _results(
     args: argparse.Namespace, samples: dict[str, Samples], labels: list[str], solver: str, device: Any,
     zero_shot: Classified | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Fit and judge the linear probes, and return the results of ``clipfast eval probe`` as plain values."""
+    """Fit and test the linear probes, and return the results of ``clipfast eval probe`` as plain values.
+
+    ``zero_shot`` has the zero-shot predictions for the test set, if ``--shots`` is given.
+    """
     import torch
 
     from ...evaluate.classification import intervals, metrics
@@ -167,7 +170,7 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Format the results of ``clipfast eval probe`` as text."""
+    """Format the results of ``clipfast eval probe`` as text: zero-shot, few-shot and full-data accuracy."""
     from ...evaluate.intervals import percent
     from ...io.text import align
 

@@ -17,7 +17,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from torch import Tensor
 
     from ...evaluate.features import LabelledFeatures
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 def _results(
     args: argparse.Namespace, found: "LabelledFeatures", captions: Sequence[str], features: "Tensor", texts: "Tensor"
 ) -> dict[str, Any]:
-    """Return the results of ``clipfast eval retrieval`` as plain values."""
+    """Compute recall from the features of images and captions; return the results of ``clipfast eval retrieval``."""
     from ...evaluate.retrieval import caption_recalls
 
     counts = [len(texts) for texts in found.captions]

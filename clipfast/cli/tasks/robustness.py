@@ -24,7 +24,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from torch import Tensor
 
     from ...evaluate.classification import Classified
@@ -39,7 +39,9 @@ examples:
   clipfast eval robustness --model ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/val --classnames imagenet \\
       --templates openai --shift imagenet-v2=v2 --shift imagenet-r=imagenet-r --baseline resnets.csv --table"""
 NAMED = "imagenet-v2, -a, -r, -sketch and objectnet find their folders and classes"
-AT_ONCE = 1 << 30  # byte limit of one pass: transformed images of a block, and features, over all shifts and models
+# A pass over the base set computes several synthetic shifts at once, as long as transformed images and features of all
+# shifts and models take at most this many bytes.
+AT_ONCE = 1 << 30
 
 
 def add_parser(tasks: Any) -> None:
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from .robustness_results import judge, lines_of, read_baselines, results_of, table
 
     baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
-    if not args.baseline_model:  # with baseline models, some points are still missing here
+    if not args.baseline_model:  # raises an error for too few baseline models; those evaluated here would come later
         lines_of(baselines)
     named = named_models([*args.model, *args.baseline_model], args.pretrained)
     with session(args, named) as at:
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             shifted[shift.name] = encoded_by(args, at, prepared, shift.images)
 
         def prepare() -> list[str]:
-            """Return the class names for ``clipfast eval robustness``, and match the shifted sets' with them."""
+            """Find the classes that each shifted set shares with the base, and return the class names for prompts."""
             labels = found[0].classnames
             for shift in shifts:
                 own = match_classes(labels, shifted[shift.name][0].classnames, shift.class_map, shift.name)
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
         prompted = at.world.on_main(prepare)
         classifiers = [encoder.classifier(prompted, templates, at.store, at.world) for encoder in at.encoders]
-        kept = 2 * sum(features.features.nbytes for features in found)  # the blocks, and their concatenation
+        kept = 2 * sum(features.features.nbytes for features in found)  # features exist twice while blocks are joined
         drawn = _on_synthetic(args, at, classifiers, base, synthetic, kept)
         if not at.world.is_main:
             return 0
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse arguments of ``clipfast eval robustness`` that cannot work, before anything is read.
+    """Check the arguments of ``clipfast eval robustness`` before anything is read.
 
     Raises:
         ValueError: there is no shift, or arguments do not fit together.
@@ -143,7 +145,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
-    """Parse the NAME=VALUE words of an option to a dict.
+    """Parse the values NAME=VALUE of an option of ``clipfast eval robustness`` to a dict.
 
     Raises:
         ValueError: a name is missing or occurs twice.
@@ -160,7 +162,7 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _shifted_sets(args: argparse.Namespace) -> list[ShiftedSet]:
-    """Return the shifted sets that ``clipfast eval robustness`` is asked for."""
+    """Open the shifted sets that ``--shift`` names, with their class maps."""
     from ...evaluate.class_subsets import read_class_map
     from ...evaluate.effective_robustness import AVERAGE, SYNTHETIC
     from ...evaluate.shifted_sets import shifted_set
@@ -181,7 +183,7 @@ def _shifted_sets(args: argparse.Namespace) -> list[ShiftedSet]:
 
 
 def _synthetic(args: argparse.Namespace) -> list[Shift]:
-    """Return the synthetic shifts that ``clipfast eval robustness`` is asked for."""
+    """Return the synthetic shifts that ``--synthetic`` names, each in five strengths."""
     from ...evaluate.shifts import SHIFTS, STRENGTHS, Shift
 
     if args.synthetic is None:
@@ -194,9 +196,9 @@ def _on_synthetic(
     args: argparse.Namespace, at: Session, classifiers: Sequence[Tensor], base: LabelledSet, shifts: Sequence[Shift],
     kept: int,
 ) -> list[dict[Shift, Classified]]:  # fmt: skip
-    """Classify the base set of ``clipfast eval robustness`` under each synthetic shift by each model, on rank 0.
+    """Classify the base set under each synthetic shift by each model; rank 0 gets the predictions.
 
-    Each pass over the base set computes as many shifts as fit into memory; its features are freed after the
+    Each pass over the base set computes as many shifts as ``AT_ONCE`` allows, and frees their features after the
     classification.
 
     Args:
@@ -204,7 +206,7 @@ def _on_synthetic(
         classifiers: the classifier weights of each model for the classes of the base set.
         base: the base set.
         shifts: the synthetic changes of its images.
-        kept: bytes of the features of all models under one shift, on rank 0.
+        kept: bytes that the features of all models under one shift take on rank 0.
     """
     from ...data import PREFETCH
     from ...evaluate.encoder import PreparedEncoder

@@ -38,11 +38,11 @@ Share = tuple[float, Interval]  # an accuracy and its 95% confidence interval
 
 
 class OnShift(NamedTuple):
-    """A model's predictions on a shifted set, and on the images of the base set with the same classes.
+    """A model's predictions on a shifted set, and on the images of the base set whose classes are in both sets.
 
     Attributes:
-        shifted, base: the predicted and true classes.
-        members: bool [images of the base set], True for images with these classes.
+        shifted, base: the predictions on the shifted set and on the base set.
+        members: bool [images of the base set], True for images of the shared classes.
         left_out: number of images of the shifted set whose class the base set lacks.
         skipped: number of images of the shifted set that cannot be used.
     """
@@ -56,7 +56,7 @@ class OnShift(NamedTuple):
 
 @dataclasses.dataclass
 class Judged:
-    """All predictions of one model for the robustness results.
+    """All predictions of one model in ``clipfast eval robustness``.
 
     Attributes:
         model, pretrained: name of the model, and its weights if the name does not imply them.
@@ -75,20 +75,21 @@ class Judged:
 
     @functools.cached_property
     def accuracies(self) -> dict[str, tuple[Share, Share]]:
-        """The accuracies of ``clipfast eval robustness`` on the base and under the shift, by shifted set and mean."""
+        """The model's accuracies on the base and under each shift, by the name of the shift or of a mean of shifts."""
         found = {name: (_acc1(on.base), _acc1(on.shifted)) for name, on in self.natural.items()}
         if len(found) > 1:
             found[AVERAGE] = self._average([base for base, _ in found.values()], [shift for _, shift in found.values()])
         base, right = _acc1(self.base), {shift: one.right.double() for shift, one in self.synthetic.items()}
         kinds = list(dict.fromkeys(shift.name for shift in right))
         for kind in (*kinds, *([SYNTHETIC] if len(kinds) > 1 else [])):
-            # A shift's accuracy is the mean over all strengths, which have the same images.
+            # The accuracy under a synthetic shift is the mean over its strengths; SYNTHETIC is the mean over all
+            # shifts. All have the same images, over which the bootstrap resamples.
             rows = torch.stack([row for shift, row in right.items() if kind in (shift.name, SYNTHETIC)])
             found[kind] = base, (rows.mean().item(), bootstrap(rows.mean(0), torch.ones(rows.shape[1])))
         return found
 
     def _average(self, bases: Sequence[Share], shifts: Sequence[Share]) -> tuple[Share, Share]:
-        """Return the mean accuracies over natural shifts for ``clipfast eval robustness``."""
+        """Return the means of the accuracies ``bases`` and ``shifts`` over the natural shifts, with their intervals."""
         hits, trials = torch.zeros(2, len(self.base.classes), dtype=torch.double)
         for on in self.natural.values():
             hits[on.members] += on.base.right.double() / len(on.base.classes)
@@ -98,13 +99,13 @@ class Judged:
         return base, (sum(values) / len(values), mean_interval(values, ends))
 
     def points(self) -> list[tuple[str, Point]]:
-        """Return a model's accuracies for the baseline's fit of ``clipfast eval robustness``, with their shifts."""
+        """Return the name of each shift with the model's accuracies, as a point for the plot and the fitted line."""
         name = label(self.model, self.pretrained)
         return [(key, Point(name, base, shift)) for key, ((base, _), (shift, _)) in self.accuracies.items()]
 
 
 def _acc1(found: Classified) -> Share:
-    """Return the top-1 accuracy for ``clipfast eval robustness``, with its interval."""
+    """Return the top-1 accuracy of predictions with its 95% interval."""
     hits, count = int(found.right.sum()), len(found.classes)
     return hits / count, wilson(hits, count)
 
@@ -113,7 +114,7 @@ def judge(
     model: tuple[str, str], base: LabelledFeatures, natural: Mapping[str, tuple[ClassSubset, LabelledFeatures]],
     synthetic: dict[Shift, Classified], classifier: Tensor,
 ) -> Judged:  # fmt: skip
-    """Classify all images of ``clipfast eval robustness`` by one model, from its features.
+    """Return all predictions of one model for ``clipfast eval robustness``, computed from its features.
 
     Args:
         model: name and weights of the model.
@@ -133,12 +134,12 @@ def judge(
 
 
 def all_classes(images: LabelledFeatures, classifier: Tensor) -> Classified:
-    """Classify images for ``clipfast eval robustness`` by all classes of the zero-shot classifier."""
+    """Classify images by all classes of the zero-shot classifier, whose labels are those of the images."""
     return classify(images.features.to(classifier.device), images.labels, images.classnames, classifier)
 
 
 def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Sequence[Shift]) -> dict[str, list[Point]]:
-    """Read the points of the baseline files of ``clipfast eval robustness``, by shift.
+    """Read the accuracies of baseline models from the files of ``--baseline``, by the name of the shift.
 
     A point without the name of a shift belongs to the only shifted set, or to the mean of several. Without shifted
     sets, it belongs to the only synthetic shift, or to the mean of several.
@@ -157,7 +158,7 @@ def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Seq
 
 
 def lines_of(points: Mapping[str, Sequence[Point]]) -> dict[str, Line]:
-    """Fit a line through the baseline models of ``clipfast eval robustness`` for each shift.
+    """Fit the line of baseline models for each shift, given their accuracies (``points``).
 
     Raises:
         ValueError: there are too few baseline models.
@@ -220,14 +221,14 @@ def results_of(
 
 
 def _result(judged: Judged, data: str, found: Classified, **more: Any) -> dict[str, Any]:
-    """Return a model's figures in ``clipfast eval robustness``, by CLIP_benchmark's keys."""
+    """Return the metrics of a model's predictions on one set, under CLIP_benchmark's keys."""
     return result_about(
         data, judged.model, judged.pretrained, TASK, metrics(found), intervals=intervals(found), **more
     )  # fmt: skip
 
 
 def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
-    """Return accuracy and effective robustness for ``clipfast eval robustness``, by shifted set and mean."""
+    """Return a model's accuracies and effective robustness, by the name of the shift or of a mean of shifts."""
     rows = {}
     for name, ((base, base_interval), (shift, shift_interval)) in judged.accuracies.items():
         rows[name] = {
@@ -238,7 +239,7 @@ def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str
 
 
 def _set_row(judged: Judged, name: str, source: str, robustness: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of ``clipfast eval robustness`` on a shifted set."""
+    """Return the results of one model on one shifted set."""
     on = judged.natural[name]
     base = {"images": len(on.base.classes), "metrics": metrics(on.base), "intervals": intervals(on.base)}
     return _result(

@@ -1,4 +1,4 @@
-"""``clipfast eval suite``: everything in CLIP_benchmark's offline layout, by several models, once."""
+"""``clipfast eval suite``: evaluate several models on all sets of a folder in CLIP_benchmark's offline layout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # imported at run time only where it is used: help needs no PyTorch
+if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
     from ...distributed.world import World
     from ...evaluate.offline_layout import Layout, OfflineSet, Problem
     from ...evaluate.store import FeatureStore
     from ...evaluate.suite import ResultFolder, Settings
 
-LINES = "suite.jsonl"  # name of the results file in a watched run's folder
+LINES = "suite.jsonl"  # the file in a run's folder to which --watch writes results
+# Options that cannot be used with --watch.
 NOT_WATCHED = ("model", "pretrained", "cache_dir", "image_seq_len", "output", "features", "json", "html", "table")
 EPILOG = """\
 exit code: 0 if all that was asked for is there; 1 if a set or a task had to be left out, which stderr and the results
@@ -150,14 +151,14 @@ def report(problem: Problem) -> None:
 def _evaluate(
     sets: Sequence[OfflineSet], folder: ResultFolder, store: FeatureStore | None, world: World
 ) -> list[Problem]:
-    """Evaluate the sets without a result for ``clipfast eval suite``, and return the errors, on rank 0."""
+    """Evaluate the sets whose results are missing, write the results, and return the problems on rank 0."""
     from ...evaluate.offline_layout import Problem
     from ...evaluate.suite import evaluate_set, problems_of
 
     problems: list[Problem] = []
     for one in sets:
         found, done = [], []
-        try:  # all ranks raise the same error
+        try:  # if rank 0 raises an error, all ranks do
             wanted = world.on_main(lambda one=one: folder.wanted(one))  # type: ignore[misc]
         except ValueError as error:
             wanted, found = {}, [Problem(one.name, str(error))]
@@ -178,7 +179,7 @@ def _evaluate(
 def _summary(
     args: argparse.Namespace, layout: Layout, folder: ResultFolder, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Return all existing results of ``clipfast eval suite``, and the missing ones."""
+    """Return all results in the folder of ``--output`` with their means, and the sets that are missing or failed."""
     from ...evaluate.suite import means
 
     kept = (
@@ -197,11 +198,11 @@ def _summary(
 
 
 def rows_of(results: dict[str, Any], *, every: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of ``clipfast eval suite``, one per figure and set: value and interval for each model, or None.
+    """Return a row of ``clipfast eval suite`` for each metric of each set, with (value, interval) or None by model.
 
     Args:
         results: results of the command.
-        every: return all figures, in place of the main figures of each task.
+        every: return all metrics, in place of the main metrics of each task.
     """
     from ...evaluate.suite_scores import headlines
 

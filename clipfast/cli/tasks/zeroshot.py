@@ -20,7 +20,8 @@ from ..eval_arguments import (
     write_results,
 )
 
-COMPARED = ("plain", "simple", "openai")  # they have 1, 7 and 80 templates
+COMPARED = ("plain", "simple", "openai")  # the templates of --compare-templates, which are 1, 7 and 80
+# Options that cannot be used with --watch.
 NOT_WATCHED = (
     "model",
     "pretrained",
@@ -119,7 +120,7 @@ def _results(
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
-    """Return the figures of ``clipfast eval zeroshot`` for each set of templates as table rows, the titles first."""
+    """Return the rows of a table with the metrics for each set of templates; the first row has the titles."""
     from ...evaluate.intervals import percent
 
     names = list(results["metrics"])
@@ -145,7 +146,8 @@ def _table(results: dict[str, Any]) -> str:
             top1 = percent(one["top1"], of_share(one["top1"], one["images"]))
             rows.append([name, f"{one['images']:,}", top1, f"{one['top5']:.1%}"])
         parts.append(align(rows, right=(1,)))
-    if results["images"] > results["classes"] and results["worst_classes"]:  # some class has several images
+    # With one image in each class, every recall would be 0 or 1.
+    if results["images"] > results["classes"] and results["worst_classes"]:
         worst = [["worst classes", "images", "acc1", "taken for"]]
         for row in results["worst_classes"]:
             taken = ", ".join(f"{name} ({count})" for name, count in row["taken_for"].items())
