@@ -38,7 +38,7 @@ MIN_SAMPLE_S = {"cuda": 1e-3, "cpu": 5e-3}
 BACKLOG_CYCLES = 2_000_000
 # The most sets of inputs that calls rotate through.
 MAX_SETS = 16
-# If a call takes longer than this, its profile is taken once, and not several times.
+# A step that takes longer than this is traced once for its breakdown, and not several times.
 LONG_S = 1.0
 # The number of bootstrap resamples, and the quantiles between which 95% of them lie.
 RESAMPLES, INTERVAL = 2000, (0.025, 0.975)
@@ -225,7 +225,7 @@ class _Runner:
         return self._timed(self.repeats) / self.repeats
 
     def _warm_up(self, seconds: float) -> None:
-        """Call the candidate at least once, and again until ``seconds`` are over."""
+        """Call the benchmark candidate at least once, and again until ``seconds`` are over."""
         start = time.perf_counter()
         for turn in self._turns:
             turn()

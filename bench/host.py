@@ -300,8 +300,8 @@ def _on_stub() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread and flush denormal numbers, which are slow: on the stub, results are any old values of
-    the memory.
+    """Let PyTorch use one thread and flush denormal numbers, which are slow: on the stub, results are whatever values
+    the memory held before.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -72,7 +72,7 @@ def _measure_one(
 
 
 def _breakdown(case: Case, timing: Timing) -> Breakdown:
-    """Return the breakdown of a benchmarked training step, of which the median of its measured times is divided up."""
+    """Trace a benchmarked training step, and return the categories of its time, the median of its samples."""
     found: Breakdown = timing.function.breakdown(
         **leaves(case, case.inputs()), seconds=statistics.median(timing.samples)
     )

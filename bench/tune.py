@@ -46,7 +46,7 @@ from .suites import build
 
 # An error may grow by at most this factor. It may grow at all because sums are then taken in another order.
 ERROR_GROWTH = 1.5
-# A configuration replaces the committed one if the whole interval of the ratio of their times is below this.
+# A configuration replaces the committed one if the 95% interval of its time over the committed one's is below this.
 WORTH = 0.98
 MIN_ROUNDS = 20
 # By the model, a configuration counts as faster if the ratio of predicted times is below this; see docs/gpu-model.md.
@@ -119,7 +119,7 @@ class Candidate(NamedTuple):
 
     config: Config
     report: Report
-    seconds: float  # infinite if there is no model of the GPU
+    seconds: float  # infinite if the GPU model does not describe the architecture
 
     @property
     def rank(self) -> tuple[Any, ...]:

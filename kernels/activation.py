@@ -107,7 +107,7 @@ def _bias_act_bwd_kernel(
     offs_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
-    # Each row of the tile has its own sum. The sums of the rows are added up at the end.
+    # acc has a sum for each row of the tile. The sums of the rows are added up after the loop.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first, step = (tl.program_id(0) // num_n).to(tl.int64), tl.num_programs(0) // num_n
     for tile in tl.range(first, tl.cdiv(M, BLOCK_M), step, num_stages=NUM_STAGES):
@@ -398,7 +398,7 @@ GELU = OpSpec(
     items=("rows", "rows"),
     float32=("bias",),
     follows_autocast=False,
-    # the MLPs of L and H
+    # These are the widths of the MLPs of L/14 and H/14.
     shipped=(Shipped("N4096", RowShape(64, 4096), ("bf16", "fp32")), Shipped("N5120", RowShape(64, 5120))),
     # Both activation ops share these kernels. They are tuned for 256 images of L/14.
     targets=(

@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 BACKENDS = ("auto", "triton", "torch")
 COMPUTED_ON = ("cuda", "cpu", "meta")
-# Tensors of these classes are what they seem: fake tensors and distributed tensors have classes of their own.
+# The classes of ordinary tensors; fake tensors and distributed tensors have classes of their own.
 PLAIN = (Tensor, torch.nn.Parameter)
 # TensorGuards compares layouts of tensors in C++. It is private; ``Op.learn`` keeps no call if PyTorch lacks it.
 TensorGuards: Any = getattr(guards, "TensorGuards", None)

@@ -233,7 +233,7 @@ def committed(key: str, arch: int) -> dict[str, int] | None:
 
 def _lookup_any(kind: type[C], key: str, arch: int) -> C | None:
     """Return an overridden or committed launch configuration, or None."""
-    cached: Any = kind  # mypy does not accept a class as the key of a cache
+    cached: Any = kind  # mypy does not accept a class as an argument of a cached function
     config = _overrides.get(key) or _from_table(cached, key, arch)
     if config is not None and not isinstance(config, kind):
         raise TypeError(f"{key}: expected a {kind.__name__}, got {config!r}")

@@ -29,7 +29,7 @@ CPU_ARCH = 80
 CPU_MULTIPROCESSORS = 2
 # The Triton versions whose compiled kernels a plan starts by itself. With other versions, Triton starts every kernel.
 DIRECT_VERSIONS = ("3.6", "3.9")
-RECORDED_MULTIPROCESSORS = 132  # of an H100; launches that fill a GPU are recorded with this number
+RECORDED_MULTIPROCESSORS = 132  # those of an H100; a recorded launch that fills a GPU fills this many
 
 _execute_on_cpu = INTERPRET
 _target: "_Target | None" = None

@@ -1,4 +1,4 @@
-"""Where the tests run, and what that place can do.
+"""Settings, options and fixtures of all tests.
 
 The same kernel tests run on a CPU (PyTorch paths), with TRITON_INTERPRET=1 (the Triton kernels, interpreted) and on a
 GPU.
@@ -27,8 +27,8 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# A plugin of pytest may have imported torch before. The processes that tests start take the variable, and their results
-# differ in the last bits if they have another number of threads.
+# A plugin of pytest may have imported torch before the variable was set. Processes that tests start read the variable,
+# and with another number of threads than here, their results would differ in the last bits.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -36,32 +36,32 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["CLIPFAST_CACHE"] = tempfile.mkdtemp(prefix="clipfast-cache-")
 atexit.register(shutil.rmtree, os.environ["CLIPFAST_CACHE"], ignore_errors=True)
 
-# The processes that tests start find the test modules by this path. The first path stays in front of it: on a bare
-# machine, it has links to the packages, while clipfast/ in a checkout is incomplete.
+# The processes that tests start find the test modules by this path. The first path stays before it: where nothing is
+# installed, it has links to the packages, while the folder clipfast/ of a checkout lacks kernels and bench.
 sys.path.insert(1, str(Path(__file__).parent.parent))
-# On that path, transformers (and OpenCLIP, which imports it if it is there) would take the folder "kernels" for the
-# package of that name, import it a second time, and so register its ops over those that are tested.
+# On that path, transformers (which OpenCLIP imports if it is installed) would take our folder "kernels" for the package
+# of that name and import it a second time, which would register its ops over those that are tested.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 INTERPRET = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRET
 LEG = "interpreter" if INTERPRET else "gpu" if ON_GPU else "cpu"
-# The interpreter multiplies bfloat16 operands as raw bits; on a CPU the sanitizer leg covers that dtype.
+# Triton's interpreter multiplies bfloat16 operands as raw bits; on a CPU, tests with the sanitizer cover that dtype.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
 
 
-# Under nohup and some CI, signals are ignored. Processes that a test starts would inherit that, while they do not
-# inherit a handler.
+# Under nohup and in some CI, signals are ignored, and processes that a test starts would inherit this. A handler is not
+# inherited, so one that does nothing takes the place of an ignored signal.
 for _signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1):
     if signal.getsignal(_signum) == signal.SIG_IGN:
         signal.signal(_signum, lambda *_: None)
-# A process whose parent has ended becomes a child of this process, which can then end it.
+# With this option of prctl(2), a process whose parent has ended becomes a child of this process, which can then end it.
 PR_SET_CHILD_SUBREAPER = 36
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-# Files, classes and tests whose tests take seconds each, as parts of their names: --fast leaves them out.
+# Parts of the names of files, classes and tests that take seconds each. --fast leaves them out.
 LONG = (
     "TestFailingDisk", "TestSanitized", "TestWhole", "any_number_of_ranks", "as_one_graph", "bench/test_model.py",
     "cli/test_run", "every_character", "imports_nothing", "multiply_alike", "optional_packages", "test_a_command_runs",
@@ -82,7 +82,10 @@ LONG = (
 
 
 class OnlyMeta(TorchDispatchMode):
-    """On "meta", every tensor that is not there comes from the host."""
+    """A dispatch mode that fails if an op returns a tensor on another device than "meta".
+
+    A model on "meta" stands for one on a GPU. An op that makes a tensor elsewhere would copy it from the host there.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -108,7 +111,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked slow, unless it is asked for or a GPU makes it fast; and with --fast what is long."""
+    """Leave out tests that are marked slow, unless --slow or a GPU is there, and with --fast also the long tests."""
     fast = config.getoption("--fast")
     left_out = set() if ON_GPU or config.getoption("--slow") else {"slow"}
     left_out |= {"slow", "long"} if fast else set()
@@ -122,23 +125,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Spare garbage collections the million objects of imported libraries, which take half a second each time."""
+    """Freeze the million objects of imported libraries, so that each garbage collection takes half a second less."""
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Let the interpreter free the imported libraries at its end; some list all that it does not free as leaks."""
+    """Let Python free the imported libraries at its end, since some of them report objects that stay as leaks."""
     gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the tensors of a kernel test live."""
+    """The device of a kernel test's tensors."""
     return torch.device("cuda" if ON_GPU else "cpu")
 
 
 def _descendants(pid: int | str, kept: set[int]) -> set[int]:
-    """Return the processes that a test has started, with their own children, but without ``kept``."""
+    """Return the ids of the processes that process ``pid`` has started, and of their children, without ``kept``."""
     found: set[int] = set()
     with contextlib.suppress(OSError):  # the process has ended
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -149,7 +152,7 @@ def _descendants(pid: int | str, kept: set[int]) -> set[int]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """End every process that a test has started, whatever became of the test, but those that serve the next ones."""
+    """End every process that a test has started, also if the test failed, except servers that later tests use too."""
     before = _descendants("self", set())
     yield
     for child in multiprocessing.active_children():
@@ -186,21 +189,21 @@ def threads(count: int) -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread, as in the processes of ``run_ranks``."""
+    """Let PyTorch use one thread in a test, as in the processes of ``run_ranks``."""
     with threads(1):
         yield
 
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """PyTorch on two threads, whose sums could come in any order."""
+    """Let PyTorch use two threads in a test, whose partial sums could be added in any order."""
     with threads(2):
         yield
 
 
 @pytest.fixture
 def open_clip_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test adds to the configurations of OpenCLIP is gone after it."""
+    """Remove the configurations that a test adds to those of OpenCLIP when the test ends."""
     factory = pytest.importorskip("open_clip.factory")
     monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
     monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
@@ -208,7 +211,9 @@ def open_clip_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Memory that a kernel forgets to write is NaN, not the right answer left over from another test."""
+    """Fill new memory with NaN, since a result that a kernel forgets to write could hold the right values of an earlier
+    test.
+    """
     from clipfast.verify.context import poisoned
 
     with poisoned():

@@ -9,7 +9,10 @@ from clipfast.verify.rule import in_double, judge, judge_draws, value_and_grads
 
 
 def as_good_as_torch(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float, name: str) -> None:
-    """Assert that the result ``ours`` of an op keeps the rule; the message has its error, PyTorch's, and the limit."""
+    """Assert that the result ``ours`` of an op keeps the rule for errors: at most ``k`` times PyTorch's own error.
+
+    ``same_dtype`` is PyTorch's result in the dtype of the op, and ``truth`` the exact result, in float64.
+    """
     judgement = judge(ours, same_dtype, truth, k)
     assert judgement.passed, f"{name}: {judgement.reason}"
 
@@ -20,7 +23,7 @@ def compare(
     inputs: Mapping[str, Tensor] | list[dict[str, Tensor]],
     grads: Tensor | Sequence[Tensor],
 ) -> None:
-    """Hold ``op`` and its gradients to the rule, against ``reference`` in float64 and in the inputs' own dtype.
+    """Assert that ``op`` and its gradients keep the rule for errors, by ``reference`` in float64 and in the same dtype.
 
     Several draws of ``inputs`` are judged as one. ``grads`` has an upstream gradient for each result.
     """

@@ -28,7 +28,7 @@ def start_ranks(
         fn: a function of a module that a new process can import.
         world_size: number of processes.
         args: further arguments, which are pickled.
-        folder: an empty folder, for what the processes tell each other and what they return.
+        folder: an empty folder, for the files by which the processes find each other, and their results.
         collective_s: seconds that a collective may take before it fails.
     """
     context = multiprocessing.get_context("forkserver")
@@ -43,7 +43,9 @@ def start_ranks(
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, folder: Path, timeout: float = 60.0, **options: Any
 ) -> list[Any]:
-    """Return what ``fn(rank, *args)`` returns on each rank: anything that ``torch.load`` reads with ``weights_only``.
+    """Run ``fn(rank, *args)`` on each rank of a new group, and return the results by rank.
+
+    A result is anything that ``torch.load`` reads with ``weights_only``.
 
     Args:
         timeout: seconds after which the processes are killed.

@@ -1,4 +1,4 @@
-"""Small image-text shards, with everything that a real one has."""
+"""Small image-text shards, short training runs on them, and fixtures and helpers for tests of commands and runs."""
 
 import functools
 import http.server
@@ -26,7 +26,7 @@ from clipfast.train.optim import parse_arguments
 
 # The configuration of a vision transformer whose checkpoints are written in no time.
 TINY = str(Path(__file__).with_name("tiny.json"))
-draw_pictures = loop._pictures  # tests of the trainer replace it
+draw_pictures = loop._pictures  # the original, since tests of the trainer replace it in the module
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
 
 
@@ -73,7 +73,7 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
 
 
 def cases(text: str) -> pytest.MarkDecorator:
-    """Parametrise over lines such as ``lr=-1.0 opt=sgd: --lr must be``: options, and an expression of what is said."""
+    """Parametrise over lines such as ``lr=-1.0 opt=sgd: --lr must be``: options, and a pattern for the error."""
     lines = [line.split(": ", 1) for line in text.strip().splitlines()]
     return pytest.mark.parametrize(
         ("options", "said"), [(parse_arguments(words.split()), said) for words, said in lines]
@@ -81,13 +81,13 @@ def cases(text: str) -> pytest.MarkDecorator:
 
 
 def commands(text: str) -> pytest.MarkDecorator:
-    """Parametrise over lines such as ``train --lr 0 => --lr must be``: the words of a command, and what is said."""
+    """Parametrise over lines such as ``train --lr 0 => --lr must be``: a command's words, and a part of its error."""
     lines = [line.split(" => ") for line in text.strip().splitlines()]
     return pytest.mark.parametrize(("words", "said"), [(words.split(), said) for words, said in lines])
 
 
 class BuildsModelError(Exception):
-    """Raised in place of a model being built: nothing refuses the run before that."""
+    """The error that a test's run raises where its model would be built, so it was not refused before."""
 
 
 def everything(folder: Path) -> dict[Path, bytes | None]:
@@ -96,7 +96,7 @@ def everything(folder: Path) -> dict[Path, bytes | None]:
 
 
 def open_files(folder: Path) -> list[str]:
-    """The files of a folder that this process has open. Earlier tests may have left other files open."""
+    """Return the files of a folder that this process has open; earlier tests may have left files elsewhere open."""
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     files = [os.readlink(link) for link in links if os.path.lexists(link)]
     return [file for file in files if file.startswith(str(folder))]
@@ -132,7 +132,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def small(shards, tmp_path):
-    """A function that returns the options of eight steps on the small shards, with changes."""
+    """A function that returns the options of a run of eight steps on the small shards, with changes."""
     from .train.test_training import config
 
     return functools.partial(config, shards, tmp_path)
@@ -140,7 +140,7 @@ def small(shards, tmp_path):
 
 @pytest.fixture
 def run_small(small):
-    """A function that trains for eight steps on the small shards, or goes on, and returns the folder of the run."""
+    """A function that trains for eight steps on the small shards, or resumes a run; it returns the run's folder."""
     return lambda resume=None, name="run", **options: train(replace(small(**options), name=name), resume)[0]
 
 
@@ -182,7 +182,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Serves stretches of files too, and counts what is asked for."""
+    """A web server for shards that also serves ranges of bytes, and records which bytes are requested."""
 
     def refused(self, path):
         """Answer for a shard that is not on the server, or that fails for some more requests."""
@@ -255,14 +255,14 @@ def options(tmp_path_factory):
 
 @pytest.fixture
 def together(tmp_path):
-    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
+    """The function ``run_together(size, *jobs)``, which runs training jobs one after the other on ``size`` ranks."""
     from .train.distributed import run_together
 
     return functools.partial(run_together, tmp_path)
 
 
 def assert_initialised_alike(model, reference):
-    """Check that constants of a new model are the reference's, and that random parameters are as wide."""
+    """Check that a new model's constants equal the reference's, and its random parameters have the same deviation."""
     expected = dict(reference.named_parameters())
     for name, own in model.named_parameters():
         other = expected[name]

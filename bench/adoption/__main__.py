@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"{', '.join(unknown)}: there are {', '.join(libraries)}")
     warnings.simplefilter("ignore")  # hides warnings that the libraries raise themselves
-    places.CPU_DTYPES = (*places.CPU_DTYPES, torch.float32)  # so that the errors of our CPU path are measured
+    places.CPU_DTYPES = (*places.CPU_DTYPES, torch.float32)  # a CPU then runs our ops, whose errors are measured
     torch.set_num_threads(1)  # threads that wait for each other cost more than they gain in small models
     for library in [libraries[name] for name in args.libraries or libraries]:
         rows = {}

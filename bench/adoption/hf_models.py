@@ -49,7 +49,7 @@ TOWERS = [
 
 
 def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
-    """Return the small model of transformers to adopt that ``PAIRS`` or ``TOWERS`` names so, in training mode."""
+    """Return the small model of transformers to adopt with this name in ``PAIRS`` or ``TOWERS``, in training mode."""
     import transformers
 
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
     else:  # SigLIP models have no projection of images
         text.setdefault("projection_size", vision["hidden_size"])
     if family == "Siglip2":
-        vision["num_patches"] = 16  # the square grid that positions are resized from
+        vision["num_patches"] = 16  # positions are resized from a square grid of 4 x 4
     config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision, **options)
     return _built(getattr(transformers, f"{family}Model"), config)
 

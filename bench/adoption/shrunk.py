@@ -225,7 +225,7 @@ def inputs(model: Any, batch: int = 3) -> tuple[Input, ...]:
     if not hasattr(model, "visual"):
         size = model.default_cfg["input_size"][1:] if not hasattr(model, "patch_embed") else model.patch_embed.img_size
         return (torch.randn(batch, 3, *size, dtype=dtype),)
-    if hasattr(model, "patch_embed"):  # GenLIP alone has this attribute
+    if hasattr(model, "patch_embed"):  # of OpenCLIP's models with images, only GenLIP has this attribute
         return _patches_of(model.patch_embed.proj.in_features, batch, dtype), _texts(model, batch)
     size = model.visual.image_size
     size = (size, size) if isinstance(size, int) else size
@@ -244,7 +244,7 @@ def _texts(model: Any, batch: int) -> Tensor:
 
 def _sound(model: Any, batch: int, dtype: torch.dtype) -> Input:
     """Draw the sound input of a small OpenCLIP model that is adopted."""
-    if hasattr(model, "audio_embed"):  # GenLAP alone has this attribute
+    if hasattr(model, "audio_embed"):  # of OpenCLIP's models with sound, only GenLAP has this attribute
         return _patches_of(model.audio_embed.proj.in_features, batch, dtype)
     config = model.audio.cfg
     if config.model_type == "naflexvit":

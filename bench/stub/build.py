@@ -1,4 +1,4 @@
-"""Building the stub driver with gcc, once for each version of its source and of the compiler's headers."""
+"""Build the stub driver with gcc, once for each version of its source and each choice of folders with headers."""
 
 import hashlib
 import os

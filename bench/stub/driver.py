@@ -91,7 +91,7 @@ class Stub:
 
     @property
     def counts(self) -> Counts:
-        """How many launches and tensor maps the stub has accepted, and how many calls it has refused."""
+        """The numbers of launches and tensor maps that the stub has accepted, and of calls that it has refused."""
         found = (getattr(self.library, f"stub_{name}")() for name in ("launches", "maps", "refused"))
         return Counts(*map(int, found))
 

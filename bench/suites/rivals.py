@@ -105,7 +105,7 @@ _least_memory = functools.partial(contrastive_loss, memory="min")
 def _open_clip() -> Function:
     """Return OpenCLIP's contrastive loss as a benchmark candidate."""
     loss = peers.need("open_clip.loss", "open_clip_torch").ClipLoss()
-    # The parameters of ClipLoss.forward have other names.
+    # A candidate is called with the names of these parameters, and those of ClipLoss.forward differ.
     return lambda image, text, logit_scale: loss(image, text, logit_scale)
 
 

@@ -155,7 +155,7 @@ class MeasuredStep:
     def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str) -> None:
         self.name = name
         self.model: Callable[..., Any] = model.train()
-        # The parameters of OpenCLIP's model have the same names, behind the prefix of the module that normalises.
+        # OpenCLIP's parameters have the same names as ours, after the prefix "model." of the module that normalises.
         self.parameters = {name.removeprefix("model."): p for name, p in model.named_parameters()}
         self.loss, self.dtype = loss, dtype
         self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)

@@ -11,7 +11,7 @@ from ..configs import row_config
 from ..launch import arch_of, plan_start
 from .kernels import _pool_bwd_kernel, _pool_fwd_kernel
 
-MAX_TILE = 16384  # the most elements of a tile of tokens
+MAX_TILE = 16384  # the most elements of a tile [tokens, columns]
 
 
 def forward(

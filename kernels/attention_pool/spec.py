@@ -153,7 +153,7 @@ SPECS = (
         items=("batch", "images"),
         shipped=(
             Shipped("H32 N50 C2048", PoolShape(2, 32, 50, 2048), ("bf16", "fp32"), small_tiles=True),
-            # the last blocks of B's texts, of bigG, and of L/14 at 336 pixels
+            # These are the last blocks of B's text tower, of bigG/14, and of L/14 at 336 pixels.
             Shipped("H8 N77 C512 lengths", PoolShape(2, 8, 77, 512, lengths=True), small_tiles=True),
             Shipped("H8 N77 C512 packed", PoolShape(64, 8, 77, 512, packed=True), ("bf16", "fp32"), small_tiles=True),
             Shipped("H16 N257 C1664", PoolShape(2, 16, 257, 1664), small_tiles=True),

@@ -87,7 +87,7 @@ def _layer_norm_bwd_kernel(
     mask_n = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
     columns = offs_n.to(tl.int64)[None, :]
-    # Each row of the tile has its own sum. The sums of the rows are added up at the end.
+    # acc_dw and acc_db have a sum for each row of the tile. The sums of the rows are added up after the loop.
     acc_dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.program_id(0).to(tl.int64)

@@ -65,7 +65,7 @@ def _backward_plan(
 
 
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Callable[..., Any]:
-    """Plan layer norms of a layout.
+    """Plan the launch of layer norms of a layout.
 
     Returns:
         The function that computes the layer norm y, the sum s (None without a residual), and mean and rstd [..., 1] of
@@ -96,7 +96,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
 ) -> Callable[..., Any]:
-    """Plan the gradients of layer norms of a layout.
+    """Plan the launch that computes the gradients of layer norms of a layout.
 
     Returns:
         The function that computes ds, dx (None if it has the dtype of ds), and dw and db [2, N] (None unless

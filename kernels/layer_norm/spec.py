@@ -33,7 +33,7 @@ def rows_of(shape: RowShape, values: str, draw: Draw) -> Tensor:
     if values == "zeros":
         x.zero_()
     elif values == "constant rows":
-        # small whole numbers, whose sums are exact
+        # Sums of small whole numbers are exact.
         x = draw.integers(-8, 9, shape.rows, 1).float().repeat(1, shape.width)
     elif values == "large mean":
         x += 3000

@@ -14,7 +14,7 @@ def forward(
     images: Tensor, weight: Tensor, bias: Tensor, class_embedding: Tensor, positional_embedding: Tensor,
     keep: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the tokens [B, T, E]. For bytes, ``weight`` and ``bias`` hold the folded normalisation."""
+    """Return the tokens [B, T, E] of images. For bytes, ``weight`` and ``bias`` hold the folded normalisation."""
     dtype = accumulate_dtype(weight.dtype)
     patches = _patches(images, weight.shape[-1], dtype, keep)
     pos = positional_embedding.to(dtype)
@@ -25,14 +25,14 @@ def forward(
 
 
 def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the gradient of the weight that forward was given, summed over the embedded patches."""
+    """Return the gradient of the patch embedding's weight that forward was given, summed over the embedded patches."""
     dtype = accumulate_dtype(weight.dtype)
     patches = _patches(images, weight.shape[-1], dtype, keep)
     return (grad[:, 1:].to(dtype).flatten(0, 1).T @ patches.flatten(0, 1)).view_as(weight)
 
 
 def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> Tensor:
-    """Return the gradient of the positions, [1 + num_patches, E], in float32 or more."""
+    """Return the gradient of the patch embedding's positions, [1 + num_patches, E], in float32 or more."""
     dtype = accumulate_dtype(grad.dtype)
     if keep is None:
         return grad.sum(0, dtype=dtype)
@@ -44,7 +44,7 @@ def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> T
 
 
 def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the gradient of floating images, zero where a patch was dropped."""
+    """Return the gradient of floating images in the patch embedding, zero where a patch was dropped."""
     dtype = accumulate_dtype(weight.dtype)
     patches = (grad[:, 1:].to(dtype) @ weight.to(dtype).flatten(1)).unflatten(2, weight.shape[1:])
     out = torch.zeros_like(images, memory_format=torch.contiguous_format)

@@ -27,7 +27,7 @@ def forward(
     images: Tensor, weight: Tensor, bias: Tensor, class_embedding: Tensor, positional_embedding: Tensor,
     keep: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the tokens [B, T, E]. For bytes, ``weight`` and ``bias`` hold the folded normalisation."""
+    """Return the tokens [B, T, E] of images. For bytes, ``weight`` and ``bias`` hold the folded normalisation."""
     batch, embed_dim, patch_size = len(images), len(weight), weight.shape[-1]
     num_patches = len(positional_embedding) - 1
     tokens = 1 + (num_patches if keep is None else keep.shape[1])
@@ -46,7 +46,7 @@ def forward(
 
 
 def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the gradient of the weight that forward was given, in float32, summed over the embedded patches."""
+    """Return the gradient of the patch embedding's weight that forward was given, in float32, summed over patches."""
     embed_dim, patch_size, kept = len(weight), weight.shape[-1], grad.shape[1] - 1
     rows, k = len(images) * kept, weight[0].numel()
     cfg = gemm_config("patch_embed_bwd_weight", arch_of(images.device), grad.dtype)
@@ -65,7 +65,7 @@ def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
 
 
 def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> Tensor:
-    """Return the gradient of the positions, [1 + num_patches, E], in float32."""
+    """Return the gradient of the patch embedding's positions, [1 + num_patches, E], in float32."""
     if keep is None:
         # Each position belongs to one token of every image, so PyTorch's sum reads each gradient once as well.
         return grad.sum(0, dtype=torch.float32)
@@ -87,7 +87,7 @@ def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> T
 
 
 def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the gradient of floating images, zero where a patch was dropped."""
+    """Return the gradient of floating images in the patch embedding, zero where a patch was dropped."""
     patch_size, kept, k = weight.shape[-1], grad.shape[1] - 1, weight[0].numel()
     rows = len(images) * kept
     empty = torch.empty_like if keep is None else torch.zeros_like
@@ -105,7 +105,7 @@ def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
 
 
 def num_patches_of(images: Tensor, patch_size: int) -> int:
-    """Return the number of patches of an image."""
+    """Return the number of patches of each of ``images`` [B, C, H, W]."""
     return (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
 
 

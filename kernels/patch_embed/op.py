@@ -129,7 +129,7 @@ def _(
 
 @registered("patch_embed_bwd_images")
 def _patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the gradient of floating images."""
+    """Return the gradient of floating images in the patch embedding. This is the registered op."""
     return _implementation(images.device).backward_images(grad, images, weight.to(grad.dtype), keep)
 
 
@@ -139,7 +139,7 @@ def _(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save images, weight and kept patches for the backward pass."""
+    """Save images, weight and the indices of kept patches for the patch embedding's backward pass."""
     images, weight, class_embedding, positional_embedding, keep, ctx.mean, ctx.std, _ = inputs
     ctx.class_dtype, ctx.pos_dtype = class_embedding.dtype, positional_embedding.dtype
     ctx.save_for_backward(images, weight, keep)

@@ -103,12 +103,12 @@ SPECS = (
         suite="retrieval",
         kernels=("_own_score_kernel", "_count_ahead_kernel"),
         floor=floor,
-        # the test sets of Flickr30k and COCO have five captions for an image
+        # These are the test sets of Flickr30k and COCO, which have five captions for each image.
         bench={"cpu": (RankShape(1000, 5000, 512),), "cuda": (RankShape(1000, 5000, 512), RankShape(5000, 25000, 512))},
         bench_values="unit",
         items=("texts", "texts"),
         follows_autocast=False,
-        # a width of whole tiles, and a width with which rows are not aligned
+        # The images and texts fill whole tiles in the first call, but not in the second.
         shipped=(
             Shipped("M1024 N5120 D512", RankShape(1024, 5120, 512), ("bf16", "fp32", "fp16")),
             Shipped("M1001 N5005 D512", RankShape(1001, 5005, 512)),

@@ -85,8 +85,7 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
 
     def compute(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         """Compute the gradient of the table of tokens' embeddings on the CPU."""
-        # The order of the sums is fixed: each row of the table belongs to one thread, which adds in the order of
-        # tokens.
+        # The order of the sums is fixed: one thread sums all gradients of a row of the table, in the order of tokens.
         out: Tensor = _embedding_backward(grad if grad.dtype is wide else grad.to(wide), ids, vocab, -1, False)
         return out if wide is dtype else out.to(dtype)
 

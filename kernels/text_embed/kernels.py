@@ -31,7 +31,7 @@ def _text_embed_fwd_kernel(
     first, step = (tl.program_id(0) // num_tiles).to(tl.int64), tl.num_programs(0) // num_tiles
     for text in tl.range(first, B, step, num_stages=NUM_STAGES):
         ids = tl.load(text_ptr + text * stride_tb + offs_l * stride_tl, mask=mask_l, other=-1).to(tl.int64)  # [BM]
-        in_table = (ids >= 0) & (ids < V)  # an id outside the table must not read outside it
+        in_table = (ids >= 0) & (ids < V)  # no row is read for an id outside the table
         rows = table_ptr + ids[:, None] * stride_ev + offs_n[None, :] * stride_en
         x = tl.load(rows, mask=in_table[:, None] & mask_n[None, :], other=0.0).to(tl.float32) + pos  # [BM, BN]
         tokens = (text * L + offs_l)[:, None]
@@ -60,7 +60,7 @@ def _text_embed_packed_kernel(
     ids = tl.load(text_ptr + offs_t * stride_t, mask=mask_t, other=-1).to(tl.int64)  # [BM]
     positions = offs_t - tl.load(first_ptr + offs_t, mask=mask_t, other=0)  # [BM]
     has_position = (positions >= 0) & (positions < L)
-    in_table = (ids >= 0) & (ids < V) & has_position  # an id outside the table must not read outside it
+    in_table = (ids >= 0) & (ids < V) & has_position  # no row is read for an id outside the table
     rows = table_ptr + ids[:, None] * stride_ev + offs_n[None, :] * stride_en
     x = tl.load(rows, mask=in_table[:, None] & mask_n[None, :], other=0.0).to(tl.float32)  # [BM, BN]
     rows = pos_ptr + positions[:, None] * stride_pl + offs_n[None, :] * stride_pn

@@ -111,7 +111,7 @@ SPECS = (
         bench_values="unit",
         items=("queries", "queries"),
         follows_autocast=False,
-        # a width of whole tiles, and a width with which rows are not aligned
+        # The queries and items fill whole tiles in the first call, but not in the second.
         shipped=(
             Shipped("Q1024 N65536 D512", SearchShape(1024, 65536, 512), ("bf16", "fp32", "fp16")),
             Shipped("Q101 N10001 D512", SearchShape(101, 10001, 512)),

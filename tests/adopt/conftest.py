@@ -1,4 +1,4 @@
-"""Optional libraries for these tests, and a single thread, since the models are too small for two."""
+"""Fixtures of the tests of adopted models, which need optional libraries, and use one thread for small models."""
 
 import warnings
 from typing import Any
@@ -35,7 +35,7 @@ def as_on_a_cpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Return a list that gets, for each batch that a tower of an adopted model could pack, whether it does."""
+    """Return a list that records for each batch of texts in an adopted model whether its tower packs them."""
     seen: list[bool] = []
     for module in (open_clip_towers, hf_towers):
 

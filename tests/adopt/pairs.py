@@ -1,4 +1,4 @@
-"""A small model of any library and its patched copy, by name, and whether both compute the same."""
+"""Helpers for tests of adopted models: a small model of any library, its patched copy, and their comparison."""
 
 import copy
 
@@ -33,14 +33,14 @@ def is_hf(model: nn.Module) -> bool:
 
 
 def patch(model: nn.Module, **flags: bool) -> nn.Module:
-    """Patch a model by the function for its library."""
+    """Replace parts of a model by our ops, with the ``apply_to_...`` function for its library."""
     if is_hf(model):
         return clipfast.apply_to_hf(model, **flags)
     return (clipfast.apply_to_open_clip if hasattr(model, "visual") else clipfast.apply_to_timm)(model, **flags)
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[nn.Module, nn.Module]:
-    """Make a model, and a patched copy."""
+    """Return a small model of another library, and a copy of it that was patched to run on our ops."""
     model = made(name, dtype)
     return model, patch(copy.deepcopy(model), **flags)
 
@@ -48,7 +48,7 @@ def pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[
 def results(model: nn.Module, given: Given = None, **options: object) -> dict[str, torch.Tensor]:
     """Return outputs and gradients of an original or a patched model by name, for the same inputs in every call.
 
-    What is given, and ``options``, are for a model of transformers.
+    The inputs ``given`` and the ``options`` are only for a model of transformers.
     """
     if is_hf(model):
         return hf_models.results(model, given or hf_models.inputs(model, "end"), **options)
@@ -67,7 +67,7 @@ def assert_equal(
 
 
 def replacements(model: nn.Module) -> list[Replacement]:
-    """Return all replacements in a model."""
+    """Return the :class:`Replacement` of every part of an adopted model that runs on our ops."""
     return [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Replacement)]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark tests share a case that takes no time (it doubles numbers), and ways to measure cases."""
+"""Helpers of the benchmark tests: a case that takes hardly any time (it doubles numbers), and ways to measure cases."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def quickly(case):
 def compiled_kernels():
     """Skip the test if kernels are interpreted, since benchmarks time compiled kernels."""
     if INTERPRET:
-        pytest.skip("benchmarks time what users run")
+        pytest.skip("benchmarks time compiled kernels")
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""Machine code in the form of the disassembler's listings, for tests."""
+"""Disassembled machine code as NVIDIA's disassembler lists it, for tests of the inspection."""
 
 from collections.abc import Sequence
 
-PLAIN = 0x000FE20000000000  # a control code: one cycle, no scoreboard
+PLAIN = 0x000FE20000000000  # the control bits of an instruction that takes one cycle and uses no scoreboard
 
 
 def listing(*lines: str, codes: Sequence[int] = ()) -> str:

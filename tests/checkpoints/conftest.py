@@ -26,7 +26,7 @@ PICTURE = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
 
 
 def make_model(config: CLIPConfig) -> CLIP:
-    """A model for checkpoints, in evaluation mode, with statistics, biases and norms unlike those of a new model."""
+    """Return a model for checkpoints, in evaluation mode; its biases, norms and statistics are unlike a new model's."""
     model = CLIP(config).eval()
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.ndim < 2:
@@ -37,14 +37,14 @@ def make_model(config: CLIPConfig) -> CLIP:
 
 
 def save_own(model: CLIP, path: str | Path, **more: object) -> str | Path:
-    """A clipfast checkpoint with the model's configuration."""
+    """Write a clipfast checkpoint with the model's configuration, and return its path."""
     own = {"model_config": model.config.to_dict(), **more}
     torch.save({"epoch": 2, "name": "run", "state_dict": model.state_dict(), "clipfast": own}, path)
     return path
 
 
 def save_config(config: CLIPConfig, path: str | Path) -> str | Path:
-    """OpenCLIP's JSON file of the configuration of a checkpoint's model."""
+    """Write the configuration of a checkpoint's model as a JSON file of OpenCLIP, and return its path."""
     Path(path).write_text(json.dumps(config.to_dict()))
     return path
 
@@ -53,7 +53,7 @@ Source = CLIP | str | Path | dict[str, torch.Tensor]
 
 
 def weights_of(source: Source) -> dict[str, torch.Tensor]:
-    """Return the weights of a model, of a checkpoint by its path, or as they are given."""
+    """Return the weights of a model or of the checkpoint at a path; a dict of weights is returned as it is."""
     if isinstance(source, str | Path):
         source = create_model(f"local-dir:{source}" if Path(source).is_dir() else str(source))
     return source if isinstance(source, dict) else source.state_dict()
@@ -68,7 +68,7 @@ def same_bits(one: Source, two: Source) -> bool:
 
 
 def inputs(config: CLIPConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised images, and texts of different lengths, for models that were read from checkpoints."""
+    """Return normalised images, and texts of different lengths, for models that were read from checkpoints."""
     images = torch.randn(3, 3, config.vision.image_size, config.vision.image_size)
     texts = torch.randint(1, config.text.vocab_size - 2, (3, config.text.context_length))
     for row, end in enumerate((3, 9, config.text.context_length - 1)):
@@ -78,7 +78,7 @@ def inputs(config: CLIPConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def hugging_face_output(kind: str, folder: Path, images: torch.Tensor, texts: torch.Tensor) -> tuple[Any, Any]:
-    """A model of transformers from a converted checkpoint, and what it returns for these pairs."""
+    """Load a converted checkpoint as a model of transformers; return the model, and its output for these pairs."""
     transformers = pytest.importorskip("transformers")
     model = getattr(transformers, kind).from_pretrained(folder).eval()
     return model, model(input_ids=texts, pixel_values=images)
@@ -92,7 +92,7 @@ def safetensors() -> None:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch) -> None:
-    """Run each test in its own folder, in which the checkpoints have short names."""
+    """Run each checkpoint test in its own folder, so that checkpoints have short names."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -116,7 +116,7 @@ def hf_folder(own, tmp_path) -> Path:
 
 
 class Payload:
-    """A pickle that makes a folder when it is loaded."""
+    """An object whose pickle makes a folder when it is loaded, as malicious code in a checkpoint could."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -126,5 +126,5 @@ class Payload:
 
 
 def quick(config: CLIPConfig) -> CLIPConfig:
-    """The ViT with QuickGELU as a clipfast checkpoint."""
+    """Return a configuration of a checkpoint's model with QuickGELU in place of GELU."""
     return dataclasses.replace(config, quick_gelu=True)

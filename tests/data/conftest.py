@@ -15,5 +15,5 @@ def cache(tmp_path, monkeypatch):
 
 
 def opened(*names, **options):
-    """Open shards by their paths or names."""
+    """Return the data source of shards, given by their paths or names."""
     return open_shards([str(name) for name in names], **options)

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files for tests, as img2dataset and datasets write them."""
+"""Parquet and Arrow files for tests, as the libraries img2dataset and datasets write them."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def save_to_disk(folder, counts, batch=4):
                 writer.write_batch(pa.record_batch([pa.array(images, IMAGE), pa.array(captions)], schema=schema))
         row += rows_here
     (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {}}))
-    # The order differs from that of the file names.
+    # The state lists the files in another order than that of their names, and its order counts.
     state = {"_data_files": [{"filename": name} for name in reversed(names)], "_fingerprint": "x", "_split": None}
     (folder / "state.json").write_text(json.dumps(state))
     return names
@@ -61,6 +61,6 @@ def fields(raw):
 
 
 def cut(path, share):
-    """Cut off the end of a Parquet or Arrow shard."""
+    """Truncate a Parquet or Arrow shard to the ``share`` of its bytes at the beginning."""
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: int(len(data) * share)])

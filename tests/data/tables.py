@@ -1,4 +1,4 @@
-"""Pairs for tests, and functions that write them as tables and folders."""
+"""Pairs for tests of data, and functions that write them as CSV files, JSON lines and folders."""
 
 import csv
 import io
@@ -60,7 +60,7 @@ def write_side_cars(folder: Path) -> Path:
 
 
 def pairs_of(source):
-    """Read all samples in random order; return image and caption of each."""
+    """Read all samples of a data source in random order; return image and caption of each, in the source's order."""
     found = {}
     for number in np.random.default_rng(0).permutation(sum(source.sizes)).tolist():
         raw = source.read(number)
@@ -72,6 +72,6 @@ EXPECTED = [(data, text.strip()) for _, data, text in PAIRS]
 
 
 def batches(shard):
-    """Return training batches of eight pairs."""
+    """Return training batches of eight pairs from a shard, in a shuffled order."""
     source = open_shards(expand_shards(str(shard)))
     return PairBatches([source], Mix([Order(source.sizes, 3)], [1], 3), CroppedImages(16), Tokenizer(16), 8, 3)

@@ -1,4 +1,4 @@
-"""Small sets in CLIP_benchmark's offline layout, and models that are right about them, or know nothing."""
+"""Small sets in CLIP_benchmark's offline layout, and encoders for them that are always right, or random."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ def noisy(number: int, place: int = 0) -> bytes:
 
 
 def write_set(folder: Path, *, classes=7, images=31, kind="classification", splits=("test",), shards=2, draw=noisy):
-    """Write a CLIP_benchmark set: image i has class i modulo their number, or captions that name i, or two classes."""
+    """Write a CLIP_benchmark set: by ``kind``, image i has class i % ``classes``, captions with i, or two classes."""
     folder.mkdir(parents=True)
     if kind != "retrieval":
         (folder / "classnames.txt").write_text("".join(f"thing {number}\n" for number in range(classes)))
@@ -71,11 +71,11 @@ class Model(torch.nn.Module):
         self.of_image, self.of_text = of_image, of_text
 
     def encode_image(self, pixels, normalize=False):
-        """Return the features of images that a model of known accuracy gives."""
+        """Return the features that a model of known accuracy gives to images."""
         return self._features([self.of_image(image) for image in pixels[:, :, 0, 0].tolist()])
 
     def encode_text(self, ids, normalize=False):
-        """Return the features of texts that a model of known accuracy gives."""
+        """Return the features that a model of known accuracy gives to texts."""
         return self._features([self.of_text(row) for row in ids.tolist()])
 
     def _features(self, found):
@@ -84,7 +84,7 @@ class Model(torch.nn.Module):
 
 
 def numbers_in(texts):
-    """Return a class name's or a caption's last number, and two numbers that tell texts apart, as token ids."""
+    """Return token ids of each class name or caption: its last number, and two numbers that differ between texts."""
     rows = [[int(([*re.findall(r"\d+", text)] or ["0"])[-1]), len(text), sum(text.encode())] for text in texts]
     return torch.tensor(rows)
 

@@ -1,4 +1,4 @@
-"""The fixtures of pairs and runs, for the tests of this room, and a small model that its files share."""
+"""The fixtures of pairs and runs for the evaluation's tests, and a small model that they share."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Commands of ``clipfast eval``: what they print, how they refuse wrong input, and that ranks change nothing."""
+"""Helpers that run commands of ``clipfast eval`` in tests, and check their output, their refusals and their pages."""
 
 import base64
 import contextlib
@@ -89,7 +89,7 @@ def as_rank(rank: int, size: int, commands: list[list[str]]) -> list[tuple[int, 
 
 
 def check_ranks(capsys: pytest.CaptureFixture[str], folder: Path, commands: list[list[object]], run=as_rank) -> None:
-    """Check that only the first of three ranks prints the evaluation, as a single process prints it."""
+    """Check that the first of three ranks prints the evaluation as a single process does, and the others are silent."""
     commands = [["eval", *map(str, words), "--device", "cpu"] for words in commands]
     alone = [(0, printed(capsys, *words[1:])[0], "") for words in commands]
     assert run_ranks(run, 3, 3, commands, folder=folder, timeout=300) == [alone, *[[(0, "", "")] * len(commands)] * 2]

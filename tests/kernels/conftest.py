@@ -43,12 +43,12 @@ LEGS = {
     "device": ("cpu", "gpu", "interpreter"),
 }
 patch_language_once()
-MAP_NORESERVE = 0x4000  # the value on Linux; Python's mmap has the name since 3.13
+MAP_NORESERVE = 0x4000  # the flag of mmap(2) on Linux; Python's module has it since 3.13
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 needs_sanitizer = pytest.mark.skipif(
     TRITON < (3, 8), reason="ttsem knows Triton 3.8 and newer; races and bf16 go UNCHECKED"
 )
-# A call of each op in each way in which it can be called, by name.
+# By name: the specification and a small shape for each way in which an op can be called.
 CALLS: dict[str, tuple[OpSpec, Shape]] = {
     f"{name} {shape}": (spec, shape) for name, spec in specs().items() for shape in spec.small
 }
@@ -146,7 +146,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def own_plans() -> Iterator[None]:
-    """Let a test that sets another architecture plan its launches for it, and keep these plans from later tests."""
+    """Forget planned launches before and after each test, since a test may plan them for another architecture."""
     configs.forget_plans()
     yield
     configs.forget_plans()
@@ -160,11 +160,11 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def moved(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list to which the interpreter of kernels appends the bytes of each load and store."""
+    """Return a list to which Triton's interpreter appends the number of bytes of each load and store."""
     sizes: list[int] = []
 
     def counting(name: str, mask_at: int) -> None:
-        """Count the bytes that one of the interpreter's loads and stores moves for a kernel."""
+        """Let the interpreter's function ``name`` count the bytes it moves; argument ``mask_at`` is its mask."""
         original = getattr(InterpreterBuilder, name)
 
         def run(self: Any, ptrs: Any, *args: Any) -> Any:

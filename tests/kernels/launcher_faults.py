@@ -24,7 +24,7 @@ from clipfast.kernels.configs import KernelConfig
 from clipfast.kernels.spec import Draw, specs
 
 STUB = load(int(sys.argv[1]))
-FAULTS = {}  # by name: the error that is expected, and a function that makes the fault
+FAULTS = {}  # by name: a part of the expected error, and a function that makes the fault
 
 
 def fault(message):
@@ -86,7 +86,7 @@ def grid_y_over_65535():
 
 @contextlib.contextmanager
 def packed(**changed):
-    """Launch the copy kernel with wrong numbers of warps, blocks of a cluster or bytes of shared memory."""
+    """Let the launcher start the copy kernel with another number of warps, blocks of a cluster or shared bytes."""
     kernel, _ = compiled_copy()
     before = kernel.packed_metadata
     kernel.packed_metadata = tuple((dict(zip(("warps", "blocks", "shared"), before, strict=True)) | changed).values())
@@ -149,7 +149,7 @@ def compiled_for_more_alignment():
     x = torch.zeros(1001)[1:]
     cache = _copy_kernel.device_caches[0][0]
     with mock.patch.dict(cache):
-        # The launcher's cache now returns the kernel for aligned pointers for all arguments.
+        # Triton's cache now returns the kernel that was compiled for aligned pointers, whatever the arguments are.
         cache.update(dict.fromkeys(cache, aligned))
         compiled_for_any = mock.MagicMock()
         compiled_for_any.get.return_value = aligned

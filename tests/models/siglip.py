@@ -1,4 +1,4 @@
-"""Small SigLIP models, the same models in OpenCLIP and timm, and tokenizers that are trained on a few words."""
+"""Helpers for tests of SigLIP: small models, the same models in OpenCLIP and timm, and tokenizers of a few words."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import torch
 from clipfast.models import SigLIP, SigLIPConfig, TextConfig, VisionConfig
 
 TEXT = TextConfig(12, 300, 48, 2, 2, 2.75)
-# Both activations, a text tower without a projection, and pixels at the edges that fill no patch.
+# Models with each activation, with both, without a projection of texts, and with edge pixels that fill no patch.
 CONFIGS = {
     "exact": SigLIPConfig(64, VisionConfig(32, 2, 64, 32, 3.6875, 8), TEXT),
     "tanh": SigLIPConfig(64, VisionConfig(30, 2, 64, 32, 4.0, 8), TEXT, image_gelu="tanh", text_gelu="tanh"),
@@ -59,7 +59,7 @@ def known_to_timm(*configs: SigLIPConfig) -> Iterator[None]:
 
 
 def open_clip_model(config: SigLIPConfig) -> torch.nn.Module:
-    """OpenCLIP's own model of a SigLIP ``config``, in evaluation mode."""
+    """Return OpenCLIP's own model of a SigLIP ``config``, in evaluation mode."""
     open_clip = pytest.importorskip("open_clip")
     raw = config.to_dict()
     raw.pop("custom_text")
@@ -75,7 +75,7 @@ def inputs(config: SigLIPConfig, batch: int = 3, dtype: torch.dtype = torch.floa
 
 
 def save_tokenizer(folder: Path, kind: str = "t5", vocab_size: int = 200) -> Path:
-    """Train a tokenizer and write its files; "t5" pads with the end of text (1), "gemma" with 0, as SigLIP's do."""
+    """Train a tokenizer like SigLIP's and write its files: "t5" pads with the end of text (id 1), "gemma" with id 0."""
     tokenizers = pytest.importorskip("tokenizers")
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 

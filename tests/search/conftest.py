@@ -1,4 +1,4 @@
-"""A small embedded set that the tests of the commands share, and another that those of the app share."""
+"""A small set of embedded pictures for the tests of the search commands, and another for those of the search app."""
 
 import re
 import struct
@@ -26,7 +26,7 @@ COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """Two models, 24 pairs, of which numbers 20 and 21 have the picture of 3, or a larger one, and embeddings."""
+    """A folder with two models, 24 pairs and their embeddings; pair 20 has pair 3's picture, and 21 has it larger."""
     pytest.importorskip("pyarrow")
     pytest.importorskip("tqdm")
     folder = tmp_path_factory.mktemp("commands")
@@ -77,7 +77,7 @@ def png_of_size(width, height):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A model, and folders of pictures for the search app: one with a link that leads out of it, and one outside."""
+    """A folder with a model, a folder of pictures for the search app, and a picture outside that a link leads to."""
     folder = tmp_path_factory.mktemp("app")
     torch.manual_seed(0)
     export_open_clip(create_model(TINY), folder / "model")
@@ -99,7 +99,7 @@ def encoder(folder):
 
 @pytest.fixture(scope="session")
 def embeddings(folder, encoder):
-    """Six pictures; three more rows name the outside by an absolute path, a link, and a path with dots."""
+    """The embeddings of six pictures, and three rows whose paths (absolute, a link, "..") lead out of the folder."""
     names = [EVIL, *(f"{number}.png" for number in range(1, len(COLOURS)))]
     pixels = [encoder.transform(Image.open(folder / FOLDER / name)) for name in names]
     features = encoder.images(torch.stack([*pixels, *pixels[:3]]))

@@ -9,6 +9,6 @@ from ..small_runs import copied, finished, options, refusal, run_small, server, 
 
 @pytest.fixture(scope="module", autouse=True)
 def without_pictures():
-    """Pictures take a third of a small run; only the run of the fixture ``finished`` draws them."""
+    """Let runs draw no pictures, which take a third of a small run; only that of the fixture ``finished`` has them."""
     with mock.patch("clipfast.train.loop._pictures", return_value=[]):
         yield

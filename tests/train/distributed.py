@@ -1,4 +1,4 @@
-"""Training runs on several processes for tests, with failures of some ranks."""
+"""Training runs on several processes for tests, in which some ranks may fail."""
 
 import contextlib
 import json
@@ -80,7 +80,10 @@ def folder_of(given):
 
 @contextlib.contextmanager
 def befalling(rank, what, victims, step):
-    """Let an event happen to some ranks of a training run after ``step`` steps; at a "stop", they save nothing more."""
+    """Let the event ``what`` happen to the ranks ``victims`` of a training run after ``step`` steps.
+
+    It is "stop" (a KeyboardInterrupt), "hang", "error" (a missing shard), or the number of a signal.
+    """
     original = Trainer._train_step
 
     def befallen(trainer, batch):
@@ -102,7 +105,7 @@ def befalling(rank, what, victims, step):
 
 
 def trained(world, given, resume=False, fate=None):
-    """Train, and return the signal that ended the run, an error that all ranks raised, or None."""
+    """Train as one rank; return the signal that ended the run, "stopped", the text of a TrainingError, or None."""
     with (
         mock.patch("clipfast.train.validation.BATCH_SIZE", 16),
         befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
@@ -127,12 +130,12 @@ def on_rank(rank, size, jobs, do=trained):
 
 
 def skipped_in(folder):
-    """Return the pairs that a training run has skipped, sorted."""
+    """Return the sorted lines of a training run's list of skipped pairs."""
     return sorted(folder.skipped_path.read_text().splitlines())
 
 
 def assert_like(folder, expected):
-    """Assert that a training run has another's losses, skipped pairs, weights and results, but for rounding."""
+    """Assert that a run equals ``expected`` in losses, skipped pairs, weights and results, except for rounding."""
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
     assert skipped_in(folder) == skipped_in(expected)
     assert_near(weights(folder.path) | averages(folder), weights(expected.path) | averages(expected))
@@ -149,7 +152,7 @@ def assert_near(found, expected):
 
 
 def averages(folder):
-    """Return the moving average of the weights in the latest checkpoint of a run, or None."""
+    """Return the moving average of the weights in a run's latest checkpoint, by name; empty if it has none."""
     found = read_checkpoint(folder.latest).get("state_dict_ema", {})
     return {f"average of {name}": value for name, value in found.items()}
 

@@ -1,4 +1,4 @@
-"""Samples for tests that cannot be used, one of each of nine kinds."""
+"""Training samples with nine kinds of faults, for tests of the data pipeline."""
 
 import functools
 import io
@@ -29,7 +29,7 @@ def faults() -> dict[str, dict[str, bytes | None]]:
 
 
 def faulty_samples() -> list[dict[str, bytes]]:
-    """Return 180 training samples, of which one in twenty has a fault, each of another kind."""
+    """Return 180 training samples, of which one in twenty has a fault: each of the nine faults occurs once."""
     samples = [sample(index) for index in range(180)]
     for place, changes in zip(PLACES, faults().values(), strict=True):
         changed = samples[place] | changes

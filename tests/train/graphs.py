@@ -9,23 +9,23 @@ from clipfast.train import graphs
 
 
 class OnGpu(Tensor):
-    """A tensor that lies on the CPU, and says that it is on a GPU."""
+    """A tensor in the memory of the CPU whose ``device`` is a GPU."""
 
     device = torch.device("cuda", 0)
 
 
 def on_gpu(x):
-    """Return a tensor of a training step as one that says that it is on the GPU."""
+    """Return a training step's tensor as an :class:`OnGpu`, whose ``device`` is a GPU."""
     return x.as_subclass(OnGpu)
 
 
 def on_cpu(x):
-    """Return a training step's tensor of :func:`on_gpu` as it is."""
+    """Return a training step's :class:`OnGpu` as a plain CPU tensor."""
     return x.as_subclass(Tensor)
 
 
 class Repeated:
-    """Stands for :class:`clipfast.train.graphs.Captures`: a replay calls the function that was to be captured again."""
+    """A stand-in for :class:`clipfast.train.graphs.Captures`, whose replays call the captured function again."""
 
     def __init__(self, device):
         self.device, self.captured, self.replayed = device, 0, 0

@@ -1,7 +1,8 @@
-"""Capture and replay steps where the stub stands for the driver; ``test_graphs.py`` runs this in a process of its own.
+"""Capture and replay training steps on the stub of the CUDA driver; ``test_graphs.py`` runs this in another process.
 
-``driver``: a whole training step on the stub driver, with CPU tensors in place of GPU tensors, and graphs that count
-launches. ``gpu``: PyTorch's own graphs, streams and allocator on the stub as GPU, which needs a CUDA build of PyTorch.
+The argument is ``driver`` or ``gpu``. ``driver`` takes a whole training step, with CPU tensors in place of GPU tensors,
+and graphs that count launches. ``gpu`` uses PyTorch's own graphs, streams and allocator with the stub as its GPU, which
+needs a CUDA build of PyTorch.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ class Graph:
 
 
 def cuda_on(stub, launched):
-    """Let streams and graphs of ``torch.cuda`` be those of a stub driver, which collects launches in ``launched``."""
+    """Return a context in which CUDA graphs are :class:`Graph`, and count the launches that ``launched`` collects."""
     from clipfast.bench.stub.capture import CaptureRules
 
     @contextlib.contextmanager
@@ -89,7 +90,8 @@ def on_driver():
         _, *replayed = (launches(8) for _ in range(3))
         others = [launches(4) for _ in range(3)]
         launches(4), replayed.append(launches(4))
-        # The rules of a capture on the stub watch all ops, so that blocks call their modules; here, before it too.
+        # The dispatch mode of a capture on the stub makes blocks call their modules one by one, so they do so here as
+        # well before the capture.
         with mock.patch("clipfast.models.transformer.whole_blocks", return_value={}):
             packed = [launches(8, packs=True) for _ in range(3)]
             launches(8, packs=True), replayed.append(launches(8, packs=True))
@@ -144,8 +146,8 @@ def on_stub_gpu():
     torch.cuda.synchronize()
     captured.clear()
     take(torch.ones(2, 4, device="cuda"))
-    step(torch.ones(2, 4, device="cuda"))  # captured now
-    step(torch.ones(8, 4, device="cuda"))  # replayed
+    step(torch.ones(2, 4, device="cuda"))  # this call is captured
+    step(torch.ones(8, 4, device="cuda"))  # this call is replayed
     return found | {"after the error": [len(captured) - 1, sum(captured)]}
 
 

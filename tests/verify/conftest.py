@@ -1,4 +1,4 @@
-"""Small cases, so that a run of the checks takes a second."""
+"""Small cases of all ops for the tests of the verification, so that a run of its checks takes a second."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def small(spec: OpSpec) -> OpSpec:
 
 SMALL = {name: small(spec) for name, spec in specs().items()}
 _CALLS = {name: [spec.make(case.shape, "", Draw(empty=True)) for case in spec.cases] for name, spec in SMALL.items()}
-# The gradients that an op has, in any of the ways in which it can be called.
+# The names of the gradients that an op has in at least one of the ways in which it can be called.
 GRADIENTS = {
     name: list(dict.fromkeys(f"d_{key}" for call in calls for key, x in call.inputs.items() if x.is_floating_point()))
     for name, calls in _CALLS.items()
