@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import Count
 from .search_arguments import add_encoder_arguments, add_folder_argument, encoder_of
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..search.app import Desk, Pictures
 
 PORT = 7860  # the default port, which is Gradio's

@@ -74,7 +74,7 @@ class Output(argparse.Action):
 
     def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
         """Store the value of the option, and add the output to ``outputs`` of the namespace."""
-        if values is None:  # an optional positional argument that is absent, as the option of the same dest is given
+        if values is None:  # an optional positional argument was left out, and an option with its dest has the value
             return
         setattr(namespace, self.dest, values)
         path = Path(values[-1] if isinstance(values, list) else values)

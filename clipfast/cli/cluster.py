@@ -88,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _nearest(found: Clusters, texts: Tensor, names: Sequence[str]) -> list[str]:
-    """Return a name for each cluster: the text of ``--names`` whose features are nearest to its centre."""
+    """Return a name for each cluster of ``clipfast cluster``: the line of ``--names`` that is nearest to its centre."""
     from ..kernels import top_k
 
     return [names[place] for place in top_k(found.centres, texts.float().cpu(), 1)[1][:, 0].tolist()]
 
 
 def _names(embeddings: Embeddings, found: Clusters, label_by: str | None) -> list[str]:
-    """Return a name for each cluster from the metadata; "" if the cluster is empty or there are no captions.
+    """Return a name for each cluster of ``clipfast cluster`` from the metadata; "" if there is none.
 
     It is the most frequent value of the column ``label_by``, or a caption that is nearest to the centre.
     """

@@ -104,7 +104,7 @@ def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
 
 
 def _rows(group: Group) -> list[tuple[int, int, float, str]]:
-    """Return a row for each item of a group of duplicates: kept item, item, their cosine, and why it is kept or ""."""
+    """Return a row of ``clipfast dedup`` for each item of a group: kept item, item, cosine, why it is kept or ""."""
     rows = {kept: [(kept, kept, 1.0, why)] for kept, why in zip(group.kept, group.why, strict=True)}
     for place, of, similarity in zip(group.dropped, group.of, group.similarity, strict=True):
         rows[of].append((of, place, similarity, ""))

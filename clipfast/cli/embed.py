@@ -18,7 +18,7 @@ from .arguments import BATCH, SECONDS, WORKERS
 from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 from .options import add_arguments
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..data import Skipped
     from ..distributed.world import World
     from ..search.embed import Work

@@ -17,7 +17,7 @@ from ..train.option_checks import SOURCE_OPTIONS, keys_of, separator_of
 from .arguments import BATCH, DRAWN, SECONDS, WORKERS, add_output, folder
 from .options import add_arguments
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..distributed.world import World
     from ..evaluate.encoder import Encoder
     from ..evaluate.features import LabelledFeatures

@@ -89,7 +89,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def best_share(scores: Tensor, top: float) -> Tensor:
-    """Return a mask [N] of the pairs with the highest scores; ``top`` is their share of all pairs, rounded up.
+    """Return a mask [N] of the best pairs for ``clipfast filter --top``, which is their share of all pairs, rounded up.
 
     Of equal scores, the first pairs are taken.
     """

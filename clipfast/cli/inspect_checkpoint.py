@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(info: "CheckpointInfo") -> str:
-    """Return a description of a checkpoint (layout, model, parameters, ...) as a text table."""
+    """Return the text table that ``clipfast inspect-checkpoint`` prints: layout, model, parameters and more."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in info.dtypes.items())
     images = f"{info.image_size} x {info.image_size}, {info.resize_mode} side resized, {info.interpolation}"
     if info.resize_mode != "shortest":

@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     takes: Mapping[str, Any] = {}
 
 
-SWITCH = {"nargs": 0}  # of a flag without a value
+SWITCH = {"nargs": 0}  # argparse arguments of a flag that takes no value
 NO_AUDIO = Rule("refused", "clipfast trains on images and texts only: use OpenCLIP for audio")
 NO_COCA = Rule(
     "refused", "clipfast trains no captioner: use OpenCLIP for CoCa and MaMMUT (their loss is clipfast.CoCaLoss)"

@@ -54,7 +54,7 @@ MACHINE = {
     "latency_us": (("latency_s",), 1e-6, "microseconds that a message takes (default: 5)"),
     "launch_us": (("launch_s",), 1e-6, "microseconds in which the host starts a kernel (default: 10)"),
 }
-# By the option that only some kinds of plan take: these kinds.
+# The kinds of plan. PLANS maps an option that only some of them take to these kinds.
 TRAIN, FIT, OF_LOSS = "--train", "--fit", "a plan of the loss"
 PLANS: dict[str, tuple[str, ...]] = {"pairs": (TRAIN, OF_LOSS), "batch_size": (TRAIN,)}
 PLANS |= dict.fromkeys(("dtype", "embed_dim"), (OF_LOSS,))
@@ -178,7 +178,7 @@ def _write(path: Path | None, plan: dict[str, Any]) -> None:
 
 
 def _plan_loss(args: argparse.Namespace, cluster: "Cluster") -> None:
-    """Predict and print memory, communication and time of the loss alone, in each of its modes."""
+    """Run ``clipfast plan`` for the loss alone: predict and print memory, communication and time of each mode."""
     from ..kernels.dtypes import DTYPES
     from ..plan.loss import predict
     from ..plan.planned_step import Problem
@@ -202,7 +202,7 @@ def _plan_loss(args: argparse.Namespace, cluster: "Cluster") -> None:
 
 
 def _rates(problem: "Problem", cluster: "Cluster") -> str:
-    """Return a text about the rates of GPU and links that the prediction of the loss assumes."""
+    """Return a text about the rates of GPU and links that ``clipfast plan`` assumes for the loss."""
     card = cluster.card
     gb, gb_per_s = card.memory_bytes / 1e9, card.memory_bytes_per_s / 1e9
     tflops = card.reached(half=problem.dtype.itemsize == 2) / 1e12
@@ -226,7 +226,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _plan_training(args: argparse.Namespace, cluster: "Cluster") -> None:
-    """Predict and print a training step (``--train``), or the largest batches that fit (``--fit``)."""
+    """Run ``clipfast plan --train`` or ``--fit``: predict and print a training step, or the batches that fit."""
     from ..plan.fit import Assumptions
 
     if args.price_per_gpu_hour is not None and args.samples_seen is None:

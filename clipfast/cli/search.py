@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         found, index = search(embeddings, args.folder, queries.cpu(), most, mask, args.kind)
     else:
         found, index = embeddings.search(queries.cpu(), most, where=mask, kind=args.kind), None
-    left_out *= len(names) // max(1, len(left_out))  # one picture may be in the queries of several texts
+    # A single picture is part of the query of each text, so all of these queries leave it out of their results.
+    left_out *= len(names) // max(1, len(left_out))
     results = _results(args, embeddings, names, found, index, left_out or [set()] * len(names))
     if pictures is not None:
         items = (
@@ -136,7 +137,7 @@ def query_features(
 
 
 def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
-    """Encode picture files as queries; return their features [N, D] of unit length.
+    """Encode picture files of ``clipfast search`` or ``classify``; return their features [N, D] of unit length.
 
     Raises:
         ImageError: a picture cannot be used.
@@ -155,7 +156,7 @@ def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
 
 
 def _places(embeddings: Embeddings, picture: Path) -> set[int]:
-    """Return the indices of the items that were embedded from this picture file, so that a query can leave them out."""
+    """Return the indices of the items that were embedded from this picture file, a query of ``clipfast search``."""
     import pyarrow.compute
 
     if "image_path" not in embeddings.metadata.column_names:

@@ -15,7 +15,7 @@ from ..io.units import BYTES, scaled
 from .arguments import add_output
 from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..evaluate.encoder import Encoder
     from ..search.embeddings import Embeddings
     from ..search.gallery import Item
@@ -43,7 +43,7 @@ def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
 
 
 def check_pictures(paths: Iterable[Path]) -> None:
-    """Check before a model is loaded that the pictures of a command are files.
+    """Check before a model is loaded that the pictures on the command line are files.
 
     Raises:
         ValueError: a path is a folder, or does not exist.
@@ -56,7 +56,7 @@ def check_pictures(paths: Iterable[Path]) -> None:
 
 
 def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
-    """Load the model that made the embeddings, by the arguments or by what ``about.json`` says.
+    """Load the model that made the embeddings, as the arguments of a command or else ``about.json`` name it.
 
     Raises:
         ValueError: the embeddings do not name their model, it cannot be loaded, or the arguments name another model.
@@ -112,7 +112,7 @@ class Pictures:
             self.samples = Samples.of(embeddings.about)
 
     def item(self, place: int, score: float | None = None, group: str = "", mark: str = "", **more: Any) -> Item:
-        """Return the embedded item with index ``place`` for a gallery, with its picture if it can be read."""
+        """Return the embedded item with index ``place`` for a command's page, with its picture if it can be read."""
         from ..search.embeddings import NAMES, row_of
         from ..search.gallery import Item
 
@@ -123,7 +123,7 @@ class Pictures:
         return Item(self._image(row, path), caption, score, path, group, {**more, **others}, mark)
 
     def _image(self, row: Mapping[str, Any], path: str) -> Any:
-        """Return the picture of an item, decoded or as the path of a file; None if it cannot be read."""
+        """Return the picture of an item for a command's page, decoded or as a path; None if it cannot be read."""
         if self.samples is None:
             return Path(path) if Path(path).is_file() else None
         return getattr(self.samples.read(row.get("number", -1)), "image", None)  # None if it is ``Skipped``
@@ -142,7 +142,7 @@ def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **o
 
 
 def write_keys(path: Path, embeddings: Embeddings, places: Iterable[int]) -> None:
-    """Write the keys of the embedded items at these ``places`` to a text file, one a line.
+    """Write the keys of the embedded items at these ``places`` to the file of ``--write-keys``, one a line.
 
     Raises:
         ValueError: the metadata of the embeddings have no keys.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import local_path
 from .arguments import DRAWN, add_output
 
-if TYPE_CHECKING:  # at run time, functions import them when they are called, so that --help is fast
+if TYPE_CHECKING:  # these modules are slow to import, which --help must not do, so they are for annotations only
     from matplotlib.axes import Axes
 
     from ..runs.status import History
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plot_runs(histories: Sequence["History"], path: Path) -> None:
-    """Plot loss, learning rate, logit scale, speed, data waiting time and evaluations of runs over the steps."""
+    """Plot loss, learning rate, logit scale, speed, data waits and evaluations of runs for ``clipfast status``."""
     from matplotlib.figure import Figure
 
     from ..io.files import save_figure
@@ -98,14 +98,14 @@ def plot_runs(histories: Sequence["History"], path: Path) -> None:
 
 
 def _curve(axis: "Axes", points: Sequence[tuple[int, float]], colour: str, **style: Any) -> None:
-    """Draw a curve of a run; a single point is drawn as a marker, since a line of it would be invisible."""
+    """Draw a curve in the plot of ``clipfast status``; a single point, invisible as a line, gets a marker."""
     if points:
         marker = {"marker": "o"} if len(points) == 1 else {}
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, **marker | style)
 
 
 def _evaluations(axis: "Axes", histories: Sequence["History"]) -> None:
-    """Draw accuracies and recall of the runs' evaluations over the steps."""
+    """Draw accuracies and recall of the runs' evaluations in the plot of ``clipfast status``."""
     for number, history in enumerate(histories):
         for place, (name, key, style) in enumerate(METRICS):
             found = [

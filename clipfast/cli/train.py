@@ -20,7 +20,7 @@ from ..train.train_config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
 from . import open_clip_flags
 from .options import add_arguments
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..checkpoints.of_run import Found
 
 BY_TIME = "recipe and time"  # the origin of the run's name in ``params.txt`` if the user did not give one
@@ -91,7 +91,7 @@ class _Start(NamedTuple):
 
 
 def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool = False) -> _Start:
-    """Find the checkpoint of a run and combine its options; a restart by torchrun takes the newest checkpoint."""
+    """Find checkpoint and options of ``clipfast train``; a restart by torchrun takes the newest checkpoint."""
     found = _named(args.resume, given)
     start = _composed(args, given, found)
     if is_restart and "name" in start.options:
@@ -107,7 +107,7 @@ def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool 
 
 
 def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -> _Start:
-    """Combine the options of a run from checkpoint, recipe and flags, of which later ones win.
+    """Combine the options of ``clipfast train`` from checkpoint, recipe and flags, of which later ones win.
 
     ``given`` are the flags, and ``found`` the checkpoint to resume from, if any.
     """
@@ -141,7 +141,7 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_folder(options: dict[str, Any]) -> Path:
-    """Return the folder of a run, LOGS/NAME, from its options."""
+    """Return the folder of a run, LOGS/NAME, from the options of ``clipfast train``."""
     return Path(options.get("logs", TrainConfig.logs)) / options["name"]
 
 
@@ -189,7 +189,7 @@ def _named(resume: str | None, given: dict[str, Any]) -> "Found":
 
 
 def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
-    """Return the newest complete checkpoint of a run; none if there is none but ``or_remote`` allows that."""
+    """Return the newest complete checkpoint of a run for ``--resume``; with ``or_remote``, there may be none."""
     from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.of_run import Checkpoints, Found
     from ..runs.folder import RunFolder
@@ -210,12 +210,12 @@ def _is_in_parts(folder: Path) -> bool:
 
 
 def _is_in_run(checkpoint: Path) -> bool:
-    """Return True if a checkpoint is in the folder ``checkpoints`` of a run."""
+    """Return True if the checkpoint that ``clipfast train`` resumes is in the folder ``checkpoints`` of a run."""
     return checkpoint.resolve().parent.name == "checkpoints"
 
 
 def _saved_options(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the training options that a checkpoint holds; {} if OpenCLIP wrote it."""
+    """Return the options for ``clipfast train`` that a checkpoint holds; {} if OpenCLIP wrote it."""
     options = _tuples(content.get("clipfast", {}).get("config", {}))
     if options and _is_in_run(checkpoint):
         # The run continues in the folder of its checkpoint, even if the folder was moved or renamed.

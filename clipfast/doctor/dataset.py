@@ -64,7 +64,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
-    """Check whether a training run with these ``options`` could read a few pairs of the shards ``names``."""
+    """Check for ``clipfast doctor`` whether a training run with these ``options`` could read a few pairs of shards."""
     import torch
 
     from ..models import CLIP, get_model_config
@@ -94,7 +94,7 @@ def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBa
 
 
 def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexCache") -> Finding:
-    """Read every pair of the shards ``names`` on all cores, and report how many cannot be used and why."""
+    """Read every pair of the shards on all cores, for ``clipfast doctor --all``; report how many cannot be used."""
     from ..data import LOST, EveryPair, Skipped, lost_parts, made_by_workers, open_sources
     from ..models.images import SampleError
 

@@ -71,7 +71,7 @@ def looks(logs: Path) -> dict[str, Callable[[], Iterable[Finding]]]:
 
 
 def packages() -> Iterator[Finding]:
-    """Report the versions of clipfast, Python, CUDA, and each package that clipfast requires, or that it is missing."""
+    """Report for ``clipfast doctor`` the versions of clipfast, Python, CUDA and required packages."""
     yield Finding("clipfast", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
     pattern = r"""([\w.-]+)(?:.*extra\s*==\s*['"](\w+))?"""
@@ -91,7 +91,7 @@ def packages() -> Iterator[Finding]:
 
 
 def gpus(root: Path = ROOT) -> Iterator[Finding]:
-    """Report each GPU's name and free memory, and run a kernel on it; without one, report the likely reason."""
+    """Report for ``clipfast doctor`` each GPU and its free memory, and run a kernel on it; or why there is no GPU."""
     import torch
 
     for number in range(torch.cuda.device_count()):
@@ -150,7 +150,7 @@ def host() -> Iterator[Finding]:
 
 
 def folders(logs: Path) -> Iterator[Finding]:
-    """Check whether clipfast's cache and the folder of runs can be written and have space, without creating them."""
+    """Check for ``clipfast doctor`` that the cache and the folder of runs can be written and have space."""
     from ..data.index import cache_folder
 
     for name, folder, other in (("cache", cache_folder(), "CLIPFAST_CACHE"), ("runs", logs, "--logs")):
@@ -165,7 +165,7 @@ def folders(logs: Path) -> Iterator[Finding]:
 
 
 def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Report the environment variables that change clipfast, PyTorch, NCCL or Triton, and unknown ones of clipfast."""
+    """Report for ``clipfast doctor`` the environment variables that change clipfast, PyTorch, NCCL or Triton."""
     for name, value in sorted(environment.items()):
         if name == INTERPRET and value not in ("", "0"):
             fix = f"unset {name}: it interprets kernels on the CPU, for tests"
@@ -177,7 +177,7 @@ def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
 
 
 def default_run(logs: Path) -> Iterator[Finding]:
-    """Check whether ``clipfast train`` with default options on synthetic pairs could start on this machine."""
+    """Check for ``clipfast doctor`` whether ``clipfast train`` with default options on synthetic pairs could start."""
     from ..runs.folder import RunFolder
     from ..train.preflight import preflight
     from ..train.train_config import TrainConfig

@@ -103,7 +103,7 @@ class Encoder:
         model = self.model
         found = hashlib.sha256(repr(model.config if hasattr(model, "config") else model).encode())
         found.update(re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform)).encode())
-        found.update(repr(self.tokenizer(list(PROBES)).tolist()).encode())  # identifies the tokenizer
+        found.update(repr(self.tokenizer(list(PROBES)).tolist()).encode())  # ids of sample texts identify the tokenizer
         for name, value in model.state_dict().items():
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

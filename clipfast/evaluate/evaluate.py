@@ -61,7 +61,7 @@ def evaluate(
     encoded = _encoded(model, tokenizer, list(numbers), device, show)
     if prompts:
         classifier = encoded[[numbers[prompt] for prompt in prompts]].T
-    else:  # with many templates, features of all prompts would take much memory, and of a few classes at a time do not
+    else:  # with several templates, prompts are encoded only a few classes at a time, to save memory
         at_once = TEXTS // len(templates) + 1
         classifier = build_zero_shot_classifier(model, tokenizer, names, templates, at_once, device, show=show)
     best = top_classes(images.features, classifier, 5)

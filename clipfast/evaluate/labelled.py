@@ -205,7 +205,7 @@ class LabelledSet:
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Return the distinct labels in sorted order; if all of them are numbers, they are sorted by value."""
+    """Return a labelled set's distinct labels in sorted order; if all are numbers, they are sorted by value."""
     names = set(labels)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 

@@ -19,8 +19,8 @@ BELOW = 4  # on the overlap page, 1 in 4 pairs is one below the threshold
 MOST_GROUPS = 12  # the compositional page shows pictures of the largest groups of cases, at most this many
 INTERVALS = "95% intervals in brackets."
 
-# JavaScript of the suite's page: a click on the head of a column sorts the table by it, and a second click reverses the
-# order. Cells with numbers are sorted by value.
+# JavaScript of the suite's page: a click on the header of a column sorts the table by it, and a second click reverses
+# the order. Cells with numbers are sorted by value.
 SORT = """
 for (const button of document.querySelectorAll("th button")) button.onclick = () => {
   const head = button.parentNode, body = head.closest("table").tBodies[0];

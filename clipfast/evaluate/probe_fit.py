@@ -44,11 +44,11 @@ class Samples(NamedTuple):
     classes: Tensor
 
     def take(self, numbers: Tensor) -> Samples:
-        """Return the samples at these positions."""
+        """Return a linear probe's samples at these positions."""
         return Samples(self.features[numbers], self.classes[numbers])
 
     def and_those_of(self, others: Samples) -> Samples:
-        """Return these samples followed by those of another set."""
+        """Return a linear probe's samples followed by those of another set."""
         return Samples(*(torch.cat(pair) for pair in zip(self, others, strict=True)))
 
 
@@ -157,9 +157,9 @@ class TorchSolver:
         return Classifier(torch.cat([weights, bias]), iterations, converged)
 
     def _minimize(self, solution: Tensor, weight: float, most: int) -> tuple[Tensor, int]:
-        """Run L-BFGS from ``solution`` [D + 1, K]; return the new solution, and the number of iterations.
+        """Fit the linear probe by L-BFGS from ``solution`` [D + 1, K]; return the new one, and the iterations.
 
-        If the number is below ``most``, L-BFGS has converged.
+        If these are fewer than ``most``, L-BFGS has converged.
         """
         scale = self._curvature(solution, weight).rsqrt()
         point = (solution / scale).requires_grad_()
@@ -169,7 +169,7 @@ class TorchSolver:
         )  # fmt: skip
 
         def objective() -> Tensor:
-            """Return the objective at ``point``, and set ``point.grad``, as L-BFGS requires."""
+            """Return the probe's objective at ``point``, and set ``point.grad``, as L-BFGS requires."""
             loss, gradient = self._objective(point.detach() * scale, weight)
             point.grad = gradient * scale
             return loss
@@ -200,7 +200,7 @@ class TorchSolver:
         return curvature
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield rows of ``inputs`` and ``classes`` in blocks whose scores fit into memory."""
+        """Yield ``inputs`` and ``classes`` of the linear probe in blocks of rows whose scores fit into memory."""
         rows = max(1, BLOCK // self.num_classes)
         return zip(self.inputs.split(rows), self.classes.split(rows), strict=True)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no Pillow
+if TYPE_CHECKING:  # Pillow is imported here for annotations only, so that --help does not load it
     from PIL import Image
 
 SIDE = 224  # shorter side in pixels of the images for which AMOUNTS are defined

@@ -51,7 +51,7 @@ class Section(NamedTuple):
     folder: Path
 
     def _path(self, name: str) -> Path:
-        """Return the path of the file of a part of the features."""
+        """Return the path of the file in which the feature store keeps a part of the features."""
         return self.folder / f"{name}.safetensors"
 
     def holds(self, name: str) -> bool:

@@ -170,7 +170,7 @@ class ResultFolder:
     settings: Settings
 
     def path(self, one: OfflineSet, task: str, model: int) -> Path:
-        """Return the path of the file with the result of a model on a task of a set."""
+        """Return the path of the file with the suite's result of a model on a task of a set."""
         return self.folder / file_name(one.name, *self.models[model], task)
 
     def wanted(self, one: OfflineSet) -> dict[str, list[int]]:
@@ -187,7 +187,7 @@ class ResultFolder:
         return found
 
     def read(self, one: OfflineSet, task: str, model: int) -> dict[str, Any] | None:
-        """Read the result of a model on a task; None if it is missing or came from other data, weights or settings."""
+        """Read the suite's result of a model on a task; None without one of this data, weights and settings."""
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.path(one, task, model).read_text("utf-8"))
             if isinstance(found, dict) and found.get("made_of") == self.made_of(one, task, model):
@@ -195,7 +195,7 @@ class ResultFolder:
         return None
 
     def write(self, one: OfflineSet, done: Done, score: Score) -> None:
-        """Write the result of a model on a task of a set, with the ``score`` of ``done``.
+        """Write the suite's result of a model on a task of a set, with the ``score`` of ``done``.
 
         Raises:
             DiskFullError: there is no space.
@@ -209,7 +209,7 @@ class ResultFolder:
         replace_text(self.path(one, done.task, done.model), json.dumps(result, indent=2) + "\n")
 
     def made_of(self, one: OfflineSet, task: str, model: int) -> dict[str, Any]:
-        """Return checksums of model and data, and the settings, on which a result depends, as plain values."""
+        """Return checksums of model and data, and the settings, on which a suite's result depends, as plain values."""
         return {"version": VERSION, "model": self.encoders[model].digest, **made_of(one, task, self.settings)}
 
 

@@ -48,7 +48,9 @@ class CheckpointModel:
     _config: CLIPConfig | None = None
 
     def load(self, checkpoint: dict[str, Any], source: Path) -> Encoder:
-        """Load a checkpoint into the model, and return it as an encoder; the next call replaces its weights.
+        """Load a watched run's checkpoint into the model, and return it as an encoder with these weights.
+
+        The next call replaces the weights of the same model.
 
         Raises:
             ValueError: the checkpoint does not tell its model, or cannot be loaded.
@@ -190,13 +192,13 @@ class Watch:
                 yield line
 
     def _oldest(self) -> tuple[Path, tuple[int, int]] | None:
-        """Return the oldest checkpoint that was not evaluated yet, with the time and size of its file, or None."""
+        """Return the watched run's oldest checkpoint to evaluate, with the time and size of its file, or None."""
         files = {file: path for path in self.folder.kept() if (file := _file(path)) is not None}
         new = files.keys() - self._files
         return (files[min(new)], min(new)) if new else None
 
     def _evaluated(self, path: Path, file: tuple[int, int]) -> dict[str, Any] | None:
-        """Evaluate a checkpoint of the run and record the result.
+        """Evaluate a checkpoint of the watched run and record the result.
 
         Return None if it is damaged, if its weights were evaluated before under another name, or if training has
         removed or replaced the file, which a later check then finds under its name.
@@ -232,7 +234,7 @@ class Watch:
         return line
 
     def close(self) -> None:
-        """Write the remaining scalars to TensorBoard's files and close them."""
+        """Write the remaining scalars of the watched run to TensorBoard's files and close them."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -266,7 +268,7 @@ def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) 
 
 
 def _file(path: Path) -> tuple[int, int] | None:
-    """Return time and size of a checkpoint's file (for a sharded one, its manifest); None if it does not exist."""
+    """Return time and size of a watched run's checkpoint file (if sharded, of its manifest); None without a file."""
     try:
         status = (path / MANIFEST if path.is_dir() else path).stat()
     except FileNotFoundError:
@@ -275,7 +277,7 @@ def _file(path: Path) -> tuple[int, int] | None:
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
-    """Return a checksum of weights, by which equal checkpoints under different names are recognised."""
+    """Return a checksum of weights, by which ``--watch`` recognises equal checkpoints under different names."""
     found = hashlib.sha256()
     for name, value in state.items():
         found.update(name.encode())

@@ -56,14 +56,14 @@ BUCKET_BYTES = 25 * 2**20  # DDP's default size of a gradient bucket
 
 
 class Batch(NamedTuple):
-    """The pairs of one rank, in micro-batches of ``micro_rows`` pairs whose activations are in memory at a time."""
+    """The planned pairs of one rank, in micro-batches of ``micro_rows`` pairs whose activations are held at a time."""
 
     rows: int
     micro_rows: int
 
     @property
     def parts(self) -> list[int]:
-        """The number of pairs in each micro-batch; the last one may be smaller."""
+        """The number of pairs in each planned micro-batch; the last one may be smaller."""
         full, rest = divmod(self.rows, self.micro_rows)
         return [self.micro_rows] * full + [rest] * (rest > 0)
 
@@ -99,7 +99,7 @@ class StepPlan:
         ranks = self.setup.gpus if self.setup.is_sharded else 1
 
         def padded(parameters: Iterable[nn.Parameter]) -> int:
-            """Return the number of weights after FSDP2 has padded their first dimension to a multiple of the ranks."""
+            """Return the number of planned weights, whose first dimension FSDP2 pads to a multiple of the ranks."""
             return sum(-(-len(p) // ranks) * ranks * p[0].numel() for p in parameters if p.ndim)
 
         texts = set(model.transformer.modules())

@@ -91,8 +91,8 @@ class Ledger(TorchDispatchMode):
             return results
         if func is ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             # This is ``item()`` of a fake tensor, which has no value. Only CPU paths of clipfast's ops call it, and the
-            # dtype says what they ask: whether an input is invalid (bool: False), whether the statistics use the shared
-            # shift (int8: True), or a scale or the shared shift itself, which is 0 for the scales of training (float).
+            # dtype tells what they ask. A bool says whether an input is invalid (no), and an int8 whether the loss's
+            # exponentials share one shift (yes). A float is a scale, or that shift, which is 0 for usual scales.
             dtype = args[0].dtype
             return 0.0 if dtype.is_floating_point else dtype != torch.bool
         given = _tensors([*args, *kwargs.values()])
@@ -212,5 +212,5 @@ def _sent(name: str, args: Any, first: int, second: int = 0) -> tuple[int, int]:
         case "reduce_scatter":
             return first * (ranks - 1), ranks - 1
         case "alltoall":
-            return second * (ranks - 1) // ranks, ranks - 1  # equal splits, since every rank has as many pairs
+            return second * (ranks - 1) // ranks, ranks - 1  # splits are equal, since every rank has as many pairs
     raise NotImplementedError(f"bytes that the collective {name} sends")

@@ -59,7 +59,7 @@ LOGIT_SCALE = 14.3  # exp(logit_scale) at the start of training, 1 / 0.07
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The sizes of a contrastive loss: the features of a batch, and the number of GPUs that share the batch."""
+    """The sizes of a planned loss: the features of a batch, and the number of GPUs that share the batch."""
 
     pairs: int  # on all GPUs together; rounded up to a multiple of ``gpus``
     gpus: int = 1
@@ -68,7 +68,7 @@ class Problem:
 
     @property
     def rows(self) -> int:
-        """The number of pairs on one GPU."""
+        """The number of pairs on one GPU in the plan."""
         return -(-self.pairs // self.gpus)
 
     @property
@@ -106,22 +106,22 @@ class Setup:
 
     @property
     def config(self) -> CLIPConfig:
-        """The configuration of the model with this name."""
+        """The configuration of the planned model."""
         return get_model_config(self.model)
 
     @property
     def is_sharded(self) -> bool:
-        """True if FSDP2 shards the weights, so that a rank holds only its part of them."""
+        """True if FSDP2 shards the weights in the planned training, so that a rank holds only its part of them."""
         return self.parallel == "fsdp" and self.gpus > 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of matrix products and of features in the training step."""
+        """The dtype of matrix products and of features in the planned step."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the weights that the optimizer updates."""
+        """The dtype of the weights that the optimizer of the planned step updates."""
         return torch.bfloat16 if self.precision == "pure_bf16" else torch.float32
 
     @property
@@ -138,7 +138,7 @@ def _fake_processes(gpus: int, *, is_fake: bool) -> Iterator[None]:
     """Make this process rank 0 of a fake process group, if ``is_fake`` and several GPUs are planned."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    with warnings.catch_warnings(action="ignore"):  # addresses of fake tensors and gathers give deprecation warnings
+    with warnings.catch_warnings(action="ignore"):  # PyTorch deprecates addresses of fake tensors, and some gathers
         if not is_fake or gpus == 1:
             yield
             return
@@ -195,7 +195,7 @@ def run_loss(
 
 
 def _loss(problem: Problem, mode: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Compute the contrastive loss of one rank in a mode of clipfast, or as OpenCLIP computes it."""
+    """Compute the planned loss of one rank in a mode of clipfast, or as OpenCLIP computes it."""
     if mode == OPENCLIP:  # OpenCLIP's ClipLoss under autocast, which computes cross-entropies in float32
         rank = dist.get_rank() if problem.gpus > 1 else 0
         options = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=problem.gpus)
@@ -274,11 +274,11 @@ class Rank:
             setattr(model, name, self._marked(getattr(model, name), forward, backward))
 
     def set_checkpointing(self, checkpointing: str) -> None:
-        """Choose which activations the backward pass recomputes: "none", "selective" or "full"."""
+        """Choose which activations the planned backward pass recomputes: "none", "selective" or "full"."""
         self.model.set_grad_checkpointing(checkpointing != "none", selective=checkpointing == "selective")
 
     def step(self, rows: int, micro_rows: int | None = None, *, is_whole: bool = False) -> None:
-        """Run a training step: compute the gradients of a batch and, if ``is_whole``, update the weights.
+        """Run the planned training step: compute the gradients of a batch and, if ``is_whole``, update the weights.
 
         Args:
             rows: pairs of this rank.
@@ -299,14 +299,14 @@ class Rank:
         self.ledger.book_launches()
 
     def update(self) -> None:
-        """Run the optimizer step and update the weight average, as the end of a training step does."""
+        """Run the optimizer step and update the weight average, which end the planned training step."""
         self.ledger.phase = UPDATE
         self.optimizer.step()
         if self.average is not None:
             self.average.update(1, torch.zeros(()))
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor, *, is_whole: bool) -> Tensor:
-        """Compute the contrastive loss of all ranks or, if not ``is_whole``, a sum of products of the features."""
+        """Compute the planned loss of all ranks or, if not ``is_whole``, a sum of products of the features."""
         self.ledger.phase = LOSS
         if not is_whole:
             return (image * text).sum() * scale

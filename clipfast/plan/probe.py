@@ -104,7 +104,7 @@ class Probe:
             small, large = (sample.kernels[phase] / rates for sample in depth)
             if len(small) == len(large):
                 took = _at(rows, small, large).max(1).sum()
-            else:  # the number of kernels depends on the batch
+            else:  # batches of both sizes run different numbers of kernels, so only their sums are extrapolated
                 took = _at(rows, small.max(1).sum(), large.max(1).sum())
             found.append(max(float(took), len(small) * cluster.launch_s))
         block = found[-1] - found[0]
@@ -116,7 +116,7 @@ class Probe:
         return float(found[0] + self._more(phase) * (found[-1] - found[0]))
 
     def _more(self, phase: str) -> int:
-        """Return how many more blocks the tower of a phase has than the model of the first depth."""
+        """Return how many more blocks the tower of a phase has in the planned model than in the first probed one."""
         of_images, of_texts = (IMAGE_FORWARD, IMAGE_BACKWARD), (TEXT_FORWARD, TEXT_BACKWARD)
         return self.more_images if phase in of_images else self.more_texts if phase in of_texts else 0
 
@@ -155,7 +155,7 @@ def probe(setup: Setup, card: Card | None, kinds: tuple[str, ...]) -> dict[str, 
 
 
 def _cut(config: CLIPConfig, depth: int | None) -> CLIPConfig:
-    """Return a model's configuration with ``depth`` blocks in each transformer, or unchanged if ``depth`` is None."""
+    """Return the probed model's configuration: ``depth`` blocks in each transformer, or all if ``depth`` is None."""
     if depth is None:
         return config
     if isinstance(config.vision.layers, int):

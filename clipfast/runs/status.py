@@ -67,7 +67,7 @@ def read_history(path: Path) -> History:
     folder = RunFolder(path)
     log = _last_lines(path / "out.log")
     records = [line for line in folder.metrics() if isinstance(line.get("step"), int)]
-    lines = [line for line in records if "lr" in line]  # on training; "loss" is missing if all steps were skipped
+    lines = [line for line in records if "lr" in line]  # every line on training has "lr", but it may lack "loss"
     evaluated = ((line, validation(line)) for line in [*records, *read_lines(path / "evaluations.jsonl")])
     evaluations = [line | {"metrics": figures} for line, figures in evaluated if figures is not None]
     last = lines[-1] if lines else {}
@@ -136,7 +136,7 @@ def _state(history: History, process: str | None, step: int) -> str:
     if process is not None:
         return RUNNING
     results = history.folder.path / "results.json"
-    # A finished run that was resumed for more epochs still has its old results, whose step is less than its last one.
+    # A finished run that was resumed for more epochs still has its old results, with fewer steps than it has now.
     if results.exists() and json.loads(results.read_text("utf-8")).get("steps", 0) >= step:
         return FINISHED
     messages = [message for _, message in history.log[-3:]]

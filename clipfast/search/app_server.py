@@ -96,7 +96,7 @@ class Guard:
         """
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
-        is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # links go to "/"
+        is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # links open "/"
         if not is_own or given.get(b"origin", own) != own or not self._allows(path):
             return False
         if scope["method"] != "POST":
@@ -143,7 +143,7 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
         browser: whether to open the page in the user's browser.
     """
     with tempfile.TemporaryDirectory(prefix="clipfast-app-") as folder:
-        # Gradio reads these environment variables when it is imported, or when a page is made.
+        # These variables are set before the import, since Gradio reads them when it is imported or makes a page.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
         import gradio
         from starlette.middleware import Middleware
@@ -201,7 +201,7 @@ def _picture_field(uploads: Path, **options: Any) -> Any:
 
     def uploaded(path: str) -> str:
         """Return the path of a picture that the user uploaded to the app; for any other path, raise an error."""
-        try:  # a path outside of the uploads gets the same error whether the file exists or not
+        try:  # for a path outside of the uploads, the error does not tell whether the file exists
             file = Path(path).resolve()
             if file.is_relative_to(uploads) and file.is_file():
                 return str(file)

@@ -295,14 +295,14 @@ def refuse_others(folder: Path) -> None:
 
 
 def _cut(places: range, size: int) -> list[range]:
-    """Cut a range of sample positions into ranges of ``size``, the last of which may be shorter."""
+    """Cut a range of positions of samples to embed into ranges of ``size``, the last of which may be shorter."""
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[Any], Any], values: Iterable[Any], ahead: int
 ) -> Iterator[Any]:
-    """Call ``function`` for each value in a pool of threads, and yield the results in the order of the values.
+    """Call ``function``, which encodes a batch, for each value in a pool of threads; yield the results in order.
 
     At most ``ahead`` calls have been submitted whose results have not been asked for.
     """

@@ -93,14 +93,14 @@ class Embeddings:
 
     @property
     def metadata(self) -> pyarrow.Table:
-        """The metadata as an Arrow table with a row for each item."""
+        """The metadata of the embeddings as an Arrow table with a row for each item."""
         if "metadata" not in self._joined:
             self._joined["metadata"] = _joined_tables([part.metadata for part in self._parts])
         return self._joined["metadata"]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of features that the items have: "image", "text", or both."""
+        """The kinds of features that the embeddings have: "image", "text", or both."""
         return tuple(kind for kind in KINDS if self._parts[0].of_kind(kind) is not None)
 
     def feature(self, number: int, kind: str = "image") -> Tensor:
@@ -131,7 +131,7 @@ class Embeddings:
         """Return the embeddings with the features on another device, on which they are then searched."""
 
         def moved(features: Tensor | None) -> Tensor | None:
-            """Return features on the device; None for None."""
+            """Return the features of embeddings on the device; None for None."""
             return None if features is None else features.to(device)
 
         found = copy.copy(self)
@@ -277,7 +277,7 @@ def _merge_found(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:
 
 
 def _words(about: tuple[int, torch.dtype, torch.device] | None) -> str:
-    """Return a text with width, dtype and device of features for an error message, or "absent"."""
+    """Return a text with width, dtype and device of embeddings for an error message, or "absent"."""
     return "absent" if about is None else f"{about[0]} wide in {about[1]} on {about[2]}"
 
 
@@ -312,7 +312,7 @@ def _checked_part(
 
 
 def _joined_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
-    """Concatenate tables of metadata; a column whose types differ between tables becomes text if it must."""
+    """Concatenate tables of embeddings' metadata; a column becomes text if its types cannot be joined."""
     import pyarrow
 
     try:
@@ -327,7 +327,7 @@ def _joined_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
 
 
 def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
-    """Return a table of metadata whose columns with these ``names`` are converted to text."""
+    """Return a table of embeddings' metadata whose columns with these ``names`` are converted to text."""
     import pyarrow
 
     for number, field in enumerate(table.schema):
@@ -338,11 +338,11 @@ def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
 
 
 def names_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of an item's metadata that identify it: key, path and caption, as far as it has them."""
+    """Return the metadata that identify an embedded item: key, path and caption, as far as it has them."""
     return {name: row[name] for name in NAMES if row.get(name) is not None}
 
 
 def row_of(embeddings: Embeddings, place: int) -> dict[str, Any]:
-    """Return the metadata of the item with index ``place`` as a dict by column."""
+    """Return the metadata of the embedded item with index ``place`` as a dict by column."""
     found: dict[str, Any] = embeddings.metadata.slice(place, 1).to_pylist()[0]
     return found

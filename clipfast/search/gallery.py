@@ -17,7 +17,7 @@ from ..models.images import ImageError, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-SIDE = 256  # the side of a thumbnail, in pixels
+SIDE = 256  # the longer side of a thumbnail in pixels
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def heat_maps(
 
 
 def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int]:
-    """Return how many pixels are added before and after ``length`` pixels, so that sliding windows cover them exactly.
+    """Return how many pixels a heat map adds before and after ``length`` pixels, so that windows cover them exactly.
 
     At least ``margin`` are added at either end; ``side`` and ``stride`` are those of the windows.
     """
@@ -105,7 +105,7 @@ def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int
 
 
 def _places(size: Sequence[int], side: int, stride: int) -> list[tuple[int, int]]:
-    """Return the upper left corner (y, x) of each sliding window over an image of size (height, width)."""
+    """Return the upper left corner (y, x) of each sliding window of a heat map over an image of (height, width)."""
     rows, columns = (range(0, length - side + 1, stride) for length in size)
     return [(y, x) for y in rows for x in columns]
 

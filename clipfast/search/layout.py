@@ -121,7 +121,7 @@ def write_part(folder: Path, part: Part, number: int, count: int = 0) -> None:
 
 
 def _save(array: np.ndarray[Any, Any], path: Path) -> None:
-    """Write an array of features to a file in NumPy's format; the name of the file is used as it is."""
+    """Write an array of embeddings to a file in NumPy's format; the name of the file is used as it is."""
     with path.open("wb") as file:  # given a path instead of a file, NumPy would append ".npy"
         np.save(file, array)
 
@@ -140,7 +140,7 @@ def read_parts(folder: Path, count: int | None = None) -> list[Part]:
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ValueError(f"{folder / ABOUT} says that there are {count!r:.80} parts: it must be a whole number from 1")
     numbers = sorted(files[METADATA]) if count is None else range(count)
-    total = len(files[METADATA]) if count is None else count  # ``len`` fails for a huge range
+    total = len(files[METADATA]) if count is None else count  # not ``len(numbers)``, which fails for a huge range
     if not numbers or not (files[IMAGES] or files[TEXTS]):
         raise ValueError(f"{folder} holds no embeddings; clipfast embed --output {folder} makes them")
     kinds = [found for kind, found in files.items() if found or kind == METADATA]
@@ -179,10 +179,10 @@ def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
 
 
 def _mapped(path: Path) -> Tensor:
-    """Map a file of features [N, D] into memory; if it is damaged, raise ValueError."""
+    """Map a file of embeddings [N, D] into memory; if it is damaged, raise ValueError."""
     try:
         open_regular(path).close()  # raises an error for a named pipe, on which NumPy would wait forever
-        features = torch.from_numpy(np.load(path, mmap_mode="c"))  # mode "c", since PyTorch warns of read-only memory
+        features = torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: PyTorch warns of read-only memory
     except Exception as error:  # NumPy, which parses headers as Python, raises many kinds of errors
         raise ValueError(f"{path} cannot be read as features: {error}") from error
     if features.ndim != 2 or not features.shape[1] or features.dtype not in DTYPES:

@@ -109,7 +109,7 @@ def linked(pairs: Tensor, count: int) -> Tensor:
 
 
 def _rounding(width: int) -> float:
-    """Return a bound for the rounding error of a float32 inner product of two unit vectors of this width."""
+    """Return a bound for the rounding error of a float32 inner product of two embeddings of unit length."""
     if torch.get_float32_matmul_precision() != "highest":
         return 2**-6  # a GPU may then multiply in bfloat16
     return (width + 8) * 2**-24
@@ -130,13 +130,13 @@ def check_features(features: Tensor) -> None:
 
 
 def unit(features: Tensor, device: torch.device) -> Tensor:
-    """Return features [N, D] on a device, scaled to unit length, in float32."""
+    """Return embeddings [N, D] on a device, scaled to unit length, in float32."""
     found = features.to(device).float()
     return found / torch.linalg.vector_norm(found, dim=1, keepdim=True, dtype=torch.float64).float()
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine of each row of ``a`` [N, D] and the same row of ``b`` [N, D] as [N], float64, on the CPU."""
+    """Return the cosine of each embedding in ``a`` [N, D] and that in the same row of ``b``: [N], float64, CPU."""
     found = [torch.empty(0, dtype=torch.float64)]
     rows = max(1, RESCORED // max(1, a.shape[1]))
     for x, y in zip(a.split(rows), b.split(rows), strict=True):
@@ -148,7 +148,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cosines_of_pairs(features: Tensor, places: Tensor) -> Tensor:
-    """Return the cosine of each pair of features, given their positions [P, 2], as [P], float64, on the CPU."""
+    """Return the cosine of each pair of embeddings, given their positions [P, 2], as [P], float64, on the CPU."""
     blocks = places.to(features.device).split(max(1, RESCORED // max(1, features.shape[1])))
     return torch.cat([cosines(*(features[side] for side in block.unbind(1))) for block in blocks])
 

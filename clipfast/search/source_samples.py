@@ -45,7 +45,7 @@ OF_IMAGES = ("image_path", "width", "height")  # those of them that exist only i
 
 @dataclasses.dataclass
 class Sample:
-    """A usable sample of a data source, decoded, with its metadata.
+    """A sample to embed or to show, decoded, with its metadata.
 
     Attributes:
         image: the image in RGB, or None if images are not wanted.
@@ -131,7 +131,7 @@ class Samples:
         return [loss for source in self.sources for shard in source.shards for loss in shard.losses()]
 
     def others(self) -> list[str]:
-        """Return a message about each folder of images in the source that also holds files which are no images."""
+        """Return a message about each folder to embed that also holds files which are no images."""
         folders = [shard.name for source in self.sources for shard in source.shards if is_folder(shard.name)]
         return [
             f"in {folder} these files were not taken: {others} (images are {', '.join(IMAGE_EXTENSIONS)})"
@@ -164,7 +164,7 @@ class Samples:
         return Sample(image, texts[0] if texts else None, self._row(number, raw, texts, image))
 
     def files(self, number: int) -> dict[str, bytes]:
-        """Return the bytes of the files of a sample by extension, to copy them.
+        """Return the bytes of the files of an embedded sample by extension, to copy them.
 
         Raises:
             SampleError: the sample cannot be read.
@@ -174,7 +174,7 @@ class Samples:
         return {name: data for name, data in found.items() if not name.startswith("__") and isinstance(data, bytes)}
 
     def _place(self, number: int) -> tuple[Source, int]:
-        """Return the data source (one of several) that has sample ``number``, and the position of the sample in it.
+        """Return the data source that has the embedded sample ``number``, and the position of the sample in it.
 
         Raises:
             SampleError: there is no such sample. The number may come from somebody else's metadata.
@@ -185,7 +185,7 @@ class Samples:
         return self.sources[place], number - self.first[place]
 
     def _captions(self, raw: RawSample) -> list[str]:
-        """Return the captions of a sample. If they cannot be read, return [] or, if texts are needed, raise."""
+        """Return the captions of a sample to embed; if they cannot be read, [] or, if texts are needed, an error."""
         try:
             return captions(raw, keys=self.keys)
         except SampleError:
@@ -194,7 +194,7 @@ class Samples:
             return []
 
     def _row(self, number: int, raw: RawSample, texts: Sequence[str], image: Image.Image | None) -> dict[str, Any]:
-        """Return the metadata of a sample by column."""
+        """Return the metadata of a sample to embed, by column."""
         row: dict[str, Any] = {"number": number, "key": raw["__key__"], "caption": texts[0] if texts else None}
         if image is not None:
             member = next(key for key in self.keys.images if key in raw)
@@ -221,11 +221,11 @@ def table_of(rows: Sequence[Mapping[str, Any]], with_images: bool = True) -> pya
 
 
 def _column(values: Sequence[Any]) -> pyarrow.Array:
-    """Return the values of a metadata column as an Arrow array: of integers, floats or bools if they fit, else text."""
+    """Return a metadata column of embeddings as an Arrow array, of integers, floats or bools if possible, else text."""
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
-    with contextlib.suppress(OverflowError, pyarrow.ArrowException):  # an integer with more than 64 bits
+    with contextlib.suppress(OverflowError, pyarrow.ArrowException):  # raised by integers of more than 64 bits
         if kinds == {int, float}:
             return pyarrow.array([x if x is None else float(x) for x in values], "float64")
         if len(kinds) <= 1 and kinds <= {bool, int, float}:
@@ -235,7 +235,7 @@ def _column(values: Sequence[Any]) -> pyarrow.Array:
 
 
 def _plain(value: Any) -> Any:
-    """Return a metadata value whose text Arrow accepts; bytes of file names that are not UTF-8 are replaced."""
+    """Return a metadata value of embeddings whose text Arrow accepts: bytes of file names may not be UTF-8."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
@@ -272,7 +272,7 @@ def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list
 
 
 def _add(tar: tarfile.TarFile, number: int, files: dict[str, bytes]) -> None:
-    """Add the files of a sample to a tar shard, named by its number and their extensions."""
+    """Add the files of a copied sample to a tar shard, named by its number and their extensions."""
     for extension, data in files.items():
         info = tarfile.TarInfo(f"{number:09}.{extension}")
         info.size = len(data)

@@ -89,5 +89,5 @@ class WeightAverage:
 
 
 def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the part of each weight that this process holds: the local shard of an FSDP2 DTensor, or all of it."""
+    """Return the part of each trained weight that this process holds: the local shard of a DTensor, or all of it."""
     return [to_local(value) for value in tensors.values()]

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..data import Keys
 
 AUTO = "auto"
@@ -35,7 +35,7 @@ def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
 
 
 def check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise ValueError if an option's value has the wrong type, as a recipe in TOML may give it."""
+    """Raise ValueError if a training option's value has the wrong type, as a recipe in TOML may give it."""
     kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
     if (value is None and field.default is None) or (auto and value == AUTO):
         return
@@ -49,7 +49,7 @@ def check_type(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def check_value(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise ValueError if an option's value is beyond its limits, or not one of its choices."""
+    """Raise ValueError if a training option's value is beyond its limits, or not one of its choices."""
     meta, flag = field.metadata, flag_name(field.name)
     if "choices" in meta and value is not None and value not in meta["choices"]:
         raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
@@ -59,7 +59,7 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _check_number(flag: str, meta: Mapping[str, Any], value: float) -> None:
-    """Raise ValueError if a number is beyond the limits ``meta`` of an option."""
+    """Raise ValueError if a number is beyond the limits ``meta`` of a training option."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{flag} must be a finite number, got {value}")
     if "positive" in meta and value <= 0:
@@ -74,7 +74,7 @@ def _check_number(flag: str, meta: Mapping[str, Any], value: float) -> None:
 
 
 def keys_of(options: Mapping[str, Any]) -> "Keys":
-    """Return the keys under which a sample has its image and captions, from the options of a command.
+    """Return the keys under which a pair has its image and captions, from options of training or another command.
 
     Raises:
         ValueError: the options contradict each other.
@@ -94,7 +94,7 @@ def source_command(words: Iterable[str], options: Mapping[str, Any]) -> str:
 
 
 def separator_of(options: Mapping[str, Any]) -> str | None:
-    """Return the separator of CSV files from the options of a command; None if each file's header decides.
+    """Return the separator of CSV files from options of training or another command; None if the headers decide.
 
     Raises:
         ValueError: the option's value cannot be a separator.

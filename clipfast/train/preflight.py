@@ -102,12 +102,12 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
-    """Return the sum of the sizes of tensors in bytes."""
+    """Return the bytes of tensors that a training run needs."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
-    """Return the bytes of a model's weights, of the trained ones, and of optimizer state and moving average.
+    """Return the bytes of a run's weights, of the trained ones, and of optimizer state and moving average.
 
     The optimizer state is that of AdamW, two moments; that of other optimizers counts as zero.
     """

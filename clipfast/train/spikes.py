@@ -142,7 +142,7 @@ class Signs:
         return [Sign("collapse", text, figures.loss, guess)]
 
     def _is_news(self, kind: str, step: int) -> bool:
-        """Return True, and take note of the step, unless a warning of this kind was given a short time ago."""
+        """Return True, and note the step, unless training gave a warning of this kind a short time ago."""
         last = self._reported.get(kind)
         if last is not None and step - last < PAUSE[kind]:
             return False

@@ -109,7 +109,8 @@ class RunState:
                 "use --pretrained to start from its weights"
             )
         own: dict[str, Any] = checkpoint.get("clipfast", {})
-        was = own.get("config", {}).get("opt", "adamw")  # those of OpenCLIP and old versions do not say
+        # Checkpoints of OpenCLIP and of old versions of clipfast do not name their optimizer: AdamW is assumed.
+        was = own.get("config", {}).get("opt", "adamw")
         if was.lower() != self.config.opt.lower():
             raise CheckpointError(
                 f"the checkpoint holds the optimizer state of --opt {was}, and this run has --opt {self.config.opt}: "

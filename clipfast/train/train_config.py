@@ -9,7 +9,7 @@ from .fsdp_options import check_fsdp
 from .naflex_options import NaFlexOptions, check_naflex
 from .option_checks import check_type, check_value, flag_name, keys_of, option, separator_of
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..data import Keys
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "pure_bf16")

@@ -220,7 +220,7 @@ class Trainer:
                 return
             except Exception as failure:
                 log.error(f"Step {self.progress.step} cannot be saved: {failure}")
-        # Ranks that write a sharded checkpoint wait for each other, and would wait forever for a rank that is gone.
+        # Ranks that write a sharded checkpoint wait for each other, so this wait has a timeout if a rank may be gone.
         self.checkpoints.wait(self.world.timeout if self._writes_parts else math.inf)
         if self.folder.kept():
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")

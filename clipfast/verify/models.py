@@ -106,14 +106,14 @@ class Model:
 
 
 def _reference(model: CLIP) -> Model:
-    """Return a copy of a clipfast model that runs PyTorch's ops in place of the kernels, to compare the model with."""
+    """Return a copy of the verified model that runs PyTorch's ops in place of the kernels."""
     other = copy.deepcopy(model)
     other.set_backend("torch")
     return Model(other)
 
 
 def _open_clip(model: CLIP) -> Model:
-    """Return OpenCLIP's model with the configuration and weights of a clipfast model, to compare it with."""
+    """Return OpenCLIP's model with the configuration and weights of the verified model."""
     import open_clip
 
     raw = model.config.to_dict()
@@ -124,7 +124,7 @@ def _open_clip(model: CLIP) -> Model:
 
 
 def _hugging_face(model: CLIP) -> Model:
-    """Return transformers' model with the configuration and weights of a clipfast model, to compare it with."""
+    """Return transformers' model with the configuration and weights of the verified model."""
     other = build_hugging_face(model)
     return Model(other, call=_caller(other), rename=functools.partial(to_ours, list(model.state_dict())))
 
@@ -178,13 +178,13 @@ def _hide_own_kernels() -> None:
 
 
 def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """Return a function that calls transformers' model ``other`` and returns the results that a clipfast model returns.
+    """Return a function that calls transformers' model and returns the same results as the verified clipfast model.
 
     These are the normalised image and text features, exp(logit_scale), and the bias if there is one.
     """
 
     def call(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        """Return image features, text features, exp(logit_scale), and the bias if any, of transformers' model."""
+        """Return image features, text features, exp(logit_scale) and bias of transformers' model, to verify ours."""
         output = other(input_ids=texts, pixel_values=images)
         bias = (other.logit_bias,) if hasattr(other, "logit_bias") else ()
         return output.image_embeds, output.text_embeds, other.logit_scale.exp(), *bias
@@ -193,7 +193,7 @@ def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
 
 
 def _their_config(config: CLIPConfig) -> Any:
-    """Return transformers' configuration for a clipfast model's configuration."""
+    """Return transformers' configuration for that of the verified model."""
     from transformers import CLIPConfig as TheirCLIP
     from transformers import SiglipConfig as TheirSigLIP
 

@@ -70,7 +70,7 @@ def _hold_to_rule(
 
 
 def _results(function: Callable[..., object], call: Call) -> dict[str, Tensor]:
-    """Run an op or its reference forward and backward, and return its results and gradients by name."""
+    """Run the verified op or its reference forward and backward, and return its results and gradients by name."""
     return value_and_grads(functools.partial(function, **call.options), call.inputs, call.grads)
 
 
@@ -104,7 +104,7 @@ def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> li
 
 
 def _different_bytes(first: Tensor, second: Tensor) -> int:
-    """Return how many bytes differ between two results of the same call of an op."""
+    """Return how many bytes differ between two results of the same call of a verified op."""
     one, other = (x.reshape(-1).contiguous().view(torch.uint8) for x in (first, second))
     return int((one != other).sum())
 
@@ -149,7 +149,7 @@ def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """Return an op's input with the same values in another memory layout, or unchanged if the layout does not suit it.
+    """Return a verified op's input in another memory layout, or unchanged if the layout does not suit it.
 
     ``layout`` is "transposed", "hwc" (channels last), "sliced" or "offset"; others return ``x``.
     """

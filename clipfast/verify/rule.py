@@ -45,7 +45,7 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """Return our error divided by the one that the rule allows; above 1 it fails."""
+        """Return our error divided by the error that the rule allows; above 1, the output fails."""
         if self.ours == 0:
             return 0.0
         return self.ours / self.allowed if self.allowed > 0 else float("inf")
@@ -183,10 +183,10 @@ def value_and_grads(
 
 
 def cast_floats(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return an op's ``inputs`` with floating tensors in ``dtype``, and the others as they are."""
+    """Return a verified op's ``inputs`` with floating tensors in ``dtype``, and the others as they are."""
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an op's ``inputs`` with floating tensors in float64, and the others as they are."""
+    """Return a verified op's ``inputs`` with floating tensors in float64, and the others as they are."""
     return cast_floats(inputs, torch.float64)

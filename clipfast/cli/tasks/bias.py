@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         found = encoded(args, at, images)
 
         def prepare() -> tuple[list[str], dict[str, list[str]], list[Grouping]]:
-            """Return the class names, the added labels by category, and the groups for each ``--group-by``."""
+            """Return class names, added labels by category, and the groups of ``clipfast eval bias``."""
             names = names_of(found.classnames, classnames)
             added = {} if args.added_labels is None else read_added_labels(args.added_labels, names)
             return names, added, groupings(found.groups, args.group_by, args.min_count)
@@ -118,7 +118,7 @@ def _of_grouping(
     number: int, one: Grouping, thresholds: list[float], labels: list[str], classes: int, added: dict[str, list[str]],
     assigned: Assigned,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the bias results for one value of ``--group-by``: accuracy, categories, and labels above thresholds.
+    """Return the results of ``clipfast eval bias`` for one ``--group-by``: accuracy, categories, labels by threshold.
 
     Args:
         number: the index of the grouping in ``assigned.above``.

@@ -21,7 +21,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ...evaluate.compositional_scores import Case, Judged
     from ...evaluate.compositional_sets import CaseSet
     from ...evaluate.features import LabelledFeatures
@@ -95,13 +95,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _judged(at: Session, case_set: CaseSet, found: LabelledFeatures) -> tuple[list[Judged], int]:
-    """Score the compositional cases; return them, and how many were left out because an image cannot be used."""
+    """Score the cases of ``clipfast eval compositional``; return them, and how many lack a usable image."""
     from ...evaluate.compositional_scores import judge
 
     rows = {number: row for row, number in enumerate(found.numbers)}
 
     def usable() -> tuple[list[Case], list[Case]]:
-        """Return the cases whose images can all be used, and the other cases."""
+        """Return the cases of ``clipfast eval compositional`` whose images can all be used, and the other cases."""
         usable: list[Case] = []
         left_out: list[Case] = []
         for case in case_set.cases(found):

@@ -138,7 +138,7 @@ def _results(
 def _write_pairs(
     path: Path, images: LabelledSet, known: LabelledSet, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs
 ) -> None:
-    """Write the names of each test image and of its most similar training image as a table (.csv or .tsv)."""
+    """Write the table of ``clipfast eval overlap``: each test image and its most similar training image, by name."""
     order = pairs.similarity.argsort(descending=True, stable=True).tolist()
     of_test = images.names(test.numbers[place] for place in order)
     of_train = known.names(train.numbers[pairs.places[place]] for place in order)
@@ -178,7 +178,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _planted_table(planted: list[dict[str, Any]]) -> str:
-    """Return the text table of ``--plant``: how many edited copies of test images the duplicate detector finds."""
+    """Return the text table of ``clipfast eval overlap --plant``: how many edited copies are found as duplicates."""
     by_edit: dict[str, list[str]] = {}
     for row in planted:
         cell = f"{row['recall']:.1%} ({_in_percent(row['precision'])})"

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         samples: dict[str, Samples] = {}
 
         def prepare() -> list[str]:
-            """Fill ``samples`` with features and classes of each set, and return the class names for prompts."""
+            """Fill ``samples`` for ``clipfast eval probe``, and return the class names for prompts."""
             labels = found["train"].classnames
             if len(labels) < 2:
                 raise ValueError(

@@ -17,7 +17,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from torch import Tensor
 
     from ...evaluate.features import LabelledFeatures

@@ -24,7 +24,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from torch import Tensor
 
     from ...evaluate.classification import Classified
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             shifted[shift.name] = encoded_by(args, at, prepared, shift.images)
 
         def prepare() -> list[str]:
-            """Find the classes that each shifted set shares with the base, and return the class names for prompts."""
+            """Find the shared classes for ``clipfast eval robustness``, and return the class names for prompts."""
             labels = found[0].classnames
             for shift in shifts:
                 own = match_classes(labels, shifted[shift.name][0].classnames, shift.class_map, shift.name)
@@ -162,7 +162,7 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _shifted_sets(args: argparse.Namespace) -> list[ShiftedSet]:
-    """Open the shifted sets that ``--shift`` names, with their class maps."""
+    """Open the shifted sets of ``clipfast eval robustness --shift``, with their class maps."""
     from ...evaluate.class_subsets import read_class_map
     from ...evaluate.effective_robustness import AVERAGE, SYNTHETIC
     from ...evaluate.shifted_sets import shifted_set
@@ -183,7 +183,7 @@ def _shifted_sets(args: argparse.Namespace) -> list[ShiftedSet]:
 
 
 def _synthetic(args: argparse.Namespace) -> list[Shift]:
-    """Return the synthetic shifts that ``--synthetic`` names, each in five strengths."""
+    """Return the synthetic shifts of ``clipfast eval robustness --synthetic``, each in five strengths."""
     from ...evaluate.shifts import SHIFTS, STRENGTHS, Shift
 
     if args.synthetic is None:
@@ -196,7 +196,7 @@ def _on_synthetic(
     args: argparse.Namespace, at: Session, classifiers: Sequence[Tensor], base: LabelledSet, shifts: Sequence[Shift],
     kept: int,
 ) -> list[dict[Shift, Classified]]:  # fmt: skip
-    """Classify the base set under each synthetic shift by each model; rank 0 gets the predictions.
+    """Classify the base set of ``clipfast eval robustness`` under each synthetic shift by each model, on rank 0.
 
     Each pass over the base set computes as many shifts as ``AT_ONCE`` allows, and frees their features after the
     classification.

@@ -75,7 +75,7 @@ class Judged:
 
     @functools.cached_property
     def accuracies(self) -> dict[str, tuple[Share, Share]]:
-        """The model's accuracies on the base and under each shift, by the name of the shift or of a mean of shifts."""
+        """The accuracies on the base and under each shift for ``clipfast eval robustness``, by shift or mean."""
         found = {name: (_acc1(on.base), _acc1(on.shifted)) for name, on in self.natural.items()}
         if len(found) > 1:
             found[AVERAGE] = self._average([base for base, _ in found.values()], [shift for _, shift in found.values()])
@@ -89,7 +89,7 @@ class Judged:
         return found
 
     def _average(self, bases: Sequence[Share], shifts: Sequence[Share]) -> tuple[Share, Share]:
-        """Return the means of the accuracies ``bases`` and ``shifts`` over the natural shifts, with their intervals."""
+        """Return the mean accuracies over natural shifts for ``clipfast eval robustness``, with their intervals."""
         hits, trials = torch.zeros(2, len(self.base.classes), dtype=torch.double)
         for on in self.natural.values():
             hits[on.members] += on.base.right.double() / len(on.base.classes)
@@ -99,13 +99,13 @@ class Judged:
         return base, (sum(values) / len(values), mean_interval(values, ends))
 
     def points(self) -> list[tuple[str, Point]]:
-        """Return the name of each shift with the model's accuracies, as a point for the plot and the fitted line."""
+        """Return each shift with the model's accuracies, as a point in the plot of ``clipfast eval robustness``."""
         name = label(self.model, self.pretrained)
         return [(key, Point(name, base, shift)) for key, ((base, _), (shift, _)) in self.accuracies.items()]
 
 
 def _acc1(found: Classified) -> Share:
-    """Return the top-1 accuracy of predictions with its 95% interval."""
+    """Return the top-1 accuracy of predictions for ``clipfast eval robustness``, with its 95% interval."""
     hits, count = int(found.right.sum()), len(found.classes)
     return hits / count, wilson(hits, count)
 
@@ -134,7 +134,7 @@ def judge(
 
 
 def all_classes(images: LabelledFeatures, classifier: Tensor) -> Classified:
-    """Classify images by all classes of the zero-shot classifier, whose labels are those of the images."""
+    """Classify images of ``clipfast eval robustness`` by all classes of the classifier, the labels of the images."""
     return classify(images.features.to(classifier.device), images.labels, images.classnames, classifier)
 
 
@@ -158,7 +158,7 @@ def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Seq
 
 
 def lines_of(points: Mapping[str, Sequence[Point]]) -> dict[str, Line]:
-    """Fit the line of baseline models for each shift, given their accuracies (``points``).
+    """Fit the line of baseline models in ``clipfast eval robustness`` for each shift, to their accuracies (``points``).
 
     Raises:
         ValueError: there are too few baseline models.
@@ -221,14 +221,14 @@ def results_of(
 
 
 def _result(judged: Judged, data: str, found: Classified, **more: Any) -> dict[str, Any]:
-    """Return the metrics of a model's predictions on one set, under CLIP_benchmark's keys."""
+    """Return a model's metrics on one set in ``clipfast eval robustness``, under CLIP_benchmark's keys."""
     return result_about(
         data, judged.model, judged.pretrained, TASK, metrics(found), intervals=intervals(found), **more
     )  # fmt: skip
 
 
 def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
-    """Return a model's accuracies and effective robustness, by the name of the shift or of a mean of shifts."""
+    """Return a model's accuracies and effective robustness for ``clipfast eval robustness``, by shift or mean."""
     rows = {}
     for name, ((base, base_interval), (shift, shift_interval)) in judged.accuracies.items():
         rows[name] = {
@@ -239,7 +239,7 @@ def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str
 
 
 def _set_row(judged: Judged, name: str, source: str, robustness: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of one model on one shifted set."""
+    """Return the results of ``clipfast eval robustness`` for one model on one shifted set."""
     on = judged.natural[name]
     base = {"images": len(on.base.classes), "metrics": metrics(on.base), "intervals": intervals(on.base)}
     return _result(

@@ -20,7 +20,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-if TYPE_CHECKING:  # at run time, functions import it when they are called, so that --help loads no PyTorch
+if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ...distributed.world import World
     from ...evaluate.offline_layout import Layout, OfflineSet, Problem
     from ...evaluate.store import FeatureStore
@@ -151,7 +151,7 @@ def report(problem: Problem) -> None:
 def _evaluate(
     sets: Sequence[OfflineSet], folder: ResultFolder, store: FeatureStore | None, world: World
 ) -> list[Problem]:
-    """Evaluate the sets whose results are missing, write the results, and return the problems on rank 0."""
+    """Evaluate the sets that lack results of ``clipfast eval suite``, write these, and return problems on rank 0."""
     from ...evaluate.offline_layout import Problem
     from ...evaluate.suite import evaluate_set, problems_of
 
@@ -179,7 +179,7 @@ def _evaluate(
 def _summary(
     args: argparse.Namespace, layout: Layout, folder: ResultFolder, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Return all results in the folder of ``--output`` with their means, and the sets that are missing or failed."""
+    """Return all results in the folder of ``clipfast eval suite --output``, their means, and the missing sets."""
     from ...evaluate.suite import means
 
     kept = (

@@ -120,7 +120,7 @@ def _results(
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
-    """Return the rows of a table with the metrics for each set of templates; the first row has the titles."""
+    """Return the table of ``clipfast eval zeroshot``: titles, then a row of metrics for each set of templates."""
     from ...evaluate.intervals import percent
 
     names = list(results["metrics"])
