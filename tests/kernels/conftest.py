@@ -18,6 +18,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -200,9 +201,15 @@ def sanitizer_session() -> Iterator[Any]:
         "ttsem.sanitize",
         reason="ttsem is not installed: 'make test' installs the pinned version; races and bf16 go UNCHECKED",
     )
-    before = dict(vars(torch.cuda))
+    harness, mlir, before = sanitize.harness, sanitize.harness.mlir, dict(vars(torch.cuda))
+
+    def ir_for_launch(record: Any, stage: str, target: Any) -> str:
+        """Compile a kernel as far as the IR that is executed; ttsem itself would compile and assemble all of it."""
+        mlir.enable_generic_printing()
+        return mlir.to_generic(harness._stage_text(record, stage, target), None)
+
     try:
-        with sanitize.session(cc=90) as running:
+        with mock.patch.object(harness, "ir_for_launch", ir_for_launch), sanitize.session(cc=90) as running:
             yield running
     finally:
         for name, value in before.items():
