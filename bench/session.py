@@ -72,7 +72,7 @@ def _measure_one(
 
 
 def _breakdown(case: Case, timing: Timing) -> Breakdown:
-    """Trace a benchmarked training step, and return the categories of its time, the median of its samples."""
+    """Trace a benchmarked training step, and return its median measured time, divided into categories."""
     found: Breakdown = timing.function.breakdown(
         **leaves(case, case.inputs()), seconds=statistics.median(timing.samples)
     )

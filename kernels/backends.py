@@ -161,8 +161,8 @@ class Op:
 
         Args:
             backward: gets the context and the gradients of the results.
-            setup_context: gets the context, the inputs and all outputs. An op that has several saves those that only
-                its backward pass reads.
+            setup_context: gets the context, the inputs and all outputs. It saves the tensors that the backward pass
+                reads, outputs among them.
             results: returns, for the inputs, how many of the outputs are results. The others are not differentiable,
                 and an eager call may not return them.
         """

@@ -162,7 +162,7 @@ def _versions() -> Iterator[str]:
 
 
 def cells(row: Row, notes: dict[str, int], parts: Sequence[str] = PARTS) -> tuple[str, ...]:
-    """Return the cells of an adopted model's row, one for each part, such as "5 of 7 (note 2)"."""
+    """Return the cells of an adopted model's row, one for each part, such as "5 of 7 (2)" with the note of number 2."""
     if row.refusal:
         return (row.refusal, *[""] * (len(parts) - 1))
     texts = []

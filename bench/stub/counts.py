@@ -40,7 +40,7 @@ class Ops(InsideOps):
         self._unseen.stop()
 
     def see(self, func: Any, _args: Any) -> None:
-        """Count one call of a PyTorch op on the stub if it would start a kernel."""
+        """Count one call of a PyTorch op if it would start a kernel on a GPU."""
         name = func._schema.name.removeprefix("aten::")
         makes_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         allocates = name.startswith(("empty", "new_empty")) or name in ("detach", "lift_fresh")
@@ -81,7 +81,7 @@ def counts() -> dict[str, Count]:
 
 
 def _leaves(call: Call) -> Call:
-    """Return a call of an op on the stub whose floating inputs are leaves that require gradients."""
+    """Return the call whose launches are counted, with floating inputs that are leaves and require gradients."""
     inputs = {
         name: x.detach().requires_grad_(bool(call.grads) and x.is_floating_point()) for name, x in call.inputs.items()
     }
@@ -89,14 +89,14 @@ def _leaves(call: Call) -> Call:
 
 
 def _forward(spec: OpSpec, call: Call) -> tuple[torch.Tensor, ...]:
-    """Call an op on the stub and return its results as a tuple."""
+    """Call an op whose launches are counted, and return its results as a tuple."""
     op: Callable[..., Any] = functools.partial(spec.op, **call.options)
     results = op(**call.inputs)
     return results if isinstance(results, tuple) else (results,)
 
 
 def _backward(results: tuple[torch.Tensor, ...], call: Call) -> None:
-    """Run the backward pass of an op on the stub from its results."""
+    """Run the backward pass of an op whose launches are counted, from its results."""
     if not call.grads:
         return
     inputs = [x for x in call.inputs.values() if x.requires_grad]

@@ -1,4 +1,4 @@
-/* What a cubin says of a kernel: registers, threads, shared memory, and where each parameter lies. A cubin is an ELF
+/* Reads a kernel's properties from its cubin: registers, threads, shared memory, and the parameters. A cubin is an ELF
    file; the attributes are in its sections .nv.info (of all kernels) and .nv.info.NAME (of one), each attribute a
    format, a kind, and two bytes that hold its value or the length of the value that follows. cuobjdump -elf prints
    them; the numbers of the kinds are those that it names EIATTR_.... */
@@ -26,7 +26,7 @@ static const Elf64_Shdr *section(const Cubin *cubin, const char *prefix, const c
   return NULL;
 }
 
-/* The number of the symbol NAME: .nv.info says by it which kernel an attribute is of. */
+/* Returns the number of the symbol NAME, by which .nv.info names the kernel that an attribute belongs to. */
 static uint32_t symbol(const Cubin *cubin, const char *name) {
   const Elf64_Shdr *table = section(cubin, ".symtab", "");
   if (!table) return 0;

@@ -1,5 +1,5 @@
-/* The driver API (libcuda) as Triton's launcher calls it, on the GPUs of gpu.c. Each function keeps the rules of the
-   real one, as far as the launcher can break them. */
+/* The driver API (libcuda) as Triton's launcher calls it, on the GPUs of gpu.c. Each function refuses the same calls as
+   the real one, as far as the launcher can make them. */
 #include "gpu.h"
 #include <stdlib.h>
 #include <string.h>
@@ -101,7 +101,7 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   StubKernel *kernel = (StubKernel *)function;
-  /* newer cards have more shared memory under this attribute, and no card of the table has */
+  /* With this attribute, newer cards allow more shared memory, but no card of the hardware table does. */
   if ((int)attribute == 17) return CUDA_ERROR_INVALID_VALUE;
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
   int most = stub_gpu()->block_shared - kernel->static_shared;
@@ -124,7 +124,7 @@ CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const 
   return CUDA_SUCCESS;
 }
 
-/* The launcher takes this refusal for the pointer of a CPU tensor. */
+/* The launcher reports this refusal as a pointer to a CPU tensor. */
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   memcpy(data, &pointer, sizeof pointer);
   if (stub_owner(pointer) >= 0) return CUDA_SUCCESS;

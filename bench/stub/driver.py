@@ -31,7 +31,7 @@ VARIABLE = "CLIPFAST_STUB_GPU"
 
 
 def gpu_numbers(arch: int, devices: int = DEVICES) -> str:
-    """Return the value of :data:`VARIABLE`, the environment variable by which the stub knows its GPUs."""
+    """Return the value of :data:`VARIABLE`, the environment variable that tells the stub the numbers of its GPUs."""
     limits = ARCHITECTURES[arch]
     numbers = (arch, devices, limits.multiprocessors, limits.block_shared_bytes, limits.shared_bytes, limits.registers)
     return " ".join(map(str, numbers))

@@ -1,5 +1,5 @@
 /* The GPUs that the stub pretends to have: their limits, memory, streams and kernels. driver.c gives them the driver
-   API, runtime.c and blas.c give them what PyTorch needs. Nothing here runs a kernel. */
+   API, and runtime.c and kernels.c give them the functions that PyTorch needs. Nothing here runs a kernel. */
 #ifndef CLIPFAST_STUB_GPU_H
 #define CLIPFAST_STUB_GPU_H
 
@@ -34,7 +34,7 @@ typedef struct {
   StubParam params[MAX_PARAMS];
 } StubKernel;
 
-/* The last launch, for Python to compare with the arguments that it was asked for. */
+/* The last launch, which Python compares with the arguments of the kernel's call. */
 typedef struct {
   char name[256];
   unsigned grid[3], block[3];
@@ -44,8 +44,8 @@ typedef struct {
   unsigned char bytes[MAX_PARAM_BYTES];
 } StubLaunch;
 
-/* What the stub writes into the 128 opaque bytes of a tensor map. Triton clears a bit of the second word for small
-   tensors, against a fault of older drivers, so nothing is there. */
+/* The fields that the stub writes into the 128 opaque bytes of a tensor map. Triton clears a bit of the second word for
+   small tensors, because of a fault of older drivers, so the stub writes nothing there. */
 typedef struct {
   uint64_t magic, unused, base;
   uint32_t last[5]; /* each size minus one */

@@ -1,4 +1,4 @@
-/* PyTorch's own kernels and the matrix products of cuBLAS: they are called, and nothing happens. */
+/* Functions in place of PyTorch's own kernels and of cuBLAS's matrix products; they do nothing. */
 #include "gpu.h"
 #include <cuda_runtime_api.h>
 #include <stdio.h>
@@ -102,7 +102,7 @@ DOES_NOTHING(cublasLtMatrixLayoutDestroy) DOES_NOTHING(cublasLtMatrixLayoutSetAt
 
 size_t cublasLtGetVersion(void) { return 130100; }
 
-/* One algorithm is always found; what stands in it is never read. */
+/* One algorithm is always found, and its content is never read. */
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void *b, void *c, void *d, void *preference,
                                    int requested, void *results, int *found) {
   memset(results, 0, 96);

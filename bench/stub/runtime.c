@@ -37,7 +37,7 @@ static int device(void) {
   return stub_current_device();
 }
 
-/* Refuses a call that would end a capture, unless this thread has said that it knows what it does. */
+/* Refuses a call that would end a capture, unless this thread has chosen the relaxed mode of captures. */
 static cudaError_t outside_capture(const char *call) {
   if (!stub_any_capturing() || mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
   stub_refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "%s while a stream is captured", call);
@@ -187,7 +187,7 @@ static int is_host(const void *pointer) { return stub_owner((uintptr_t)pointer) 
 
 static cudaError_t copy(void *to, const void *from, size_t bytes) {
   if (is_host(to) && is_host(from)) memcpy(to, from, bytes);
-  /* whatever a GPU holds reads as zero, but a single byte: whether values are equal, or finite, which they are */
+  /* Memory of a GPU reads as zero. But a single byte says whether values are equal or finite; zeros are, so it is 1. */
   else if (is_host(to)) memset(to, bytes == 1, bytes);
   if (is_host(to) != is_host(from)) stub_count_copy(is_host(from));
   return cudaSuccess;

@@ -85,7 +85,7 @@ class Photographs:
         return open_clip.image_transform(self.size, is_train=True)
 
     def of_each(self, function: Callable[[bytes], Any]) -> list[Any]:
-        """Return the result of ``function`` for each file of the data benchmark, with random numbers by its index."""
+        """Return the result of ``function`` for each file of the data benchmark, with its index as the random seed."""
         made = []
         for number, file in enumerate(self.files):
             torch.manual_seed(number)
@@ -110,7 +110,7 @@ class _Each:
         return order
 
     def observe(self, order: Tensor) -> dict[str, Tensor]:
-        """Return ``seen`` of each result of a stage in the data benchmark, with random numbers by the sample."""
+        """Return ``seen`` of each result of a stage in the data benchmark; each sample has a random seed of its own."""
         found = []
         for number in order.tolist():
             torch.manual_seed(number)

@@ -77,7 +77,7 @@ def _tokens_kernel(
     HAS_KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_M tokens x BLOCK_N dimensions from patches that are laid out."""
+    """Compute BLOCK_M tokens x BLOCK_N dimensions of the patch embedding from patches that are laid out as a matrix."""
     num_n = tl.cdiv(E, BLOCK_N)
     start_m, start_n = tl.program_id(0) // num_n * BLOCK_M, tl.program_id(0) % num_n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

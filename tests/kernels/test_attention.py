@@ -85,7 +85,7 @@ def cases_by_family():
 
 @pytest.mark.parametrize(("spec", "case", "kernels"), [*cases_by_family()], indirect=["kernels"])
 def test_case_by_each_family(spec, case, kernels, interpreted):
-    # Many draws are for rare bad luck of the CPU path. Here two are enough.
+    # A case has many draws only because of rare bad luck on the CPU path. Two are enough here.
     hold(spec, dataclasses.replace(case, draws=min(case.draws, 2)), "float16")
 
 

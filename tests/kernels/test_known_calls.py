@@ -1,4 +1,4 @@
-"""Test that a call whose layout is known is computed, refused and watched as a first call is."""
+"""Test that a call whose layout is known is computed, refused, and seen by modes and profilers, as a first call is."""
 
 import gc
 import weakref

@@ -68,7 +68,7 @@ def test_losses_hold_no_matrix_of_logits():
 
 
 def test_a_first_call_loads_no_compiler():
-    # PyTorch's way to an op that is registered in Python imports torch._dynamo at the first call: 67 MiB.
+    # PyTorch's dispatcher imports torch._dynamo, 67 MiB, at the first call of an op that is registered in Python.
     code = (
         "import sys, torch; from clipfast.kernels import contrastive_loss\n"
         "x = torch.randn(1100, 16).requires_grad_(); contrastive_loss(x, x, 1.0, normalize=True).backward()\n"

@@ -113,8 +113,8 @@ def test_the_rows_of_wrong_sizes_are_those_of_no_patch():
         ([0, 6, 12, 18], [9, 9]),
         ([0, 6, 12, 18], [-3, 5]),
         ([0, 6, 12, 18], [2**30, 2**30]),
-        ([0, 0, 0, 18], [2, 8]),  # by these numbers, the first patches lie before those that there are
-        ([0, 6, 12, 22], [2, 4]),  # and by these, the last ones behind them
+        ([0, 0, 0, 18], [2, 8]),  # here an image's patches would begin before the first row
+        ([0, 6, 12, 22], [2, 4]),  # and here they would end after the last row
     ],
 )
 def test_sizes_that_do_not_fit_read_nothing_outside(ends, grid, sanitizer):

@@ -308,7 +308,7 @@ def test_torch_func_takes_the_reference(name):
 def test_second_derivative_is_refused(name, native):
     function, tensors = split(call_of(name, native))
     leaves = [x.requires_grad_() for x in tensors]
-    # A mode watches the first call. The layout of the last one is known.
+    # The first call is under a mode. The layout of the third one is known from the second.
     for way in (Recorded(), contextlib.nullcontext(), contextlib.nullcontext()):
         with way:
             first = torch.autograd.grad(function(*leaves).pow(2).sum(), leaves, create_graph=True)

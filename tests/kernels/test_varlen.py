@@ -1,4 +1,4 @@
-"""Sequences of several lengths behind one another: none sees another, and wrong cumulative lengths are refused."""
+"""Test packed sequences in all ops: no sequence sees another, and wrong cumulative lengths are refused."""
 
 import contextlib
 import itertools
@@ -169,7 +169,7 @@ def test_a_sequence_longer_than_said(backend, device):
             ):
                 attention_pool(query, tokens, cu_seqlens=ends, max_seqlen=16, backend=backend)
         return
-    # Without waiting for a GPU, nobody knows. It sees the first tokens only.
+    # The host does not read the lengths, since it would wait for the GPU. So only the first tokens of a sequence count.
     found = pool(query, tokens, grad, cu_seqlens=ends, max_seqlen=16, backend=backend)
     expected = pool(query[1:], tokens[None, 5:21], grad[1:])
     torch.testing.assert_close([found[0][1:], found[1][1:], found[2][None, 5:21]], expected, rtol=1e-5, atol=1e-5)
@@ -215,7 +215,7 @@ def test_packed_texts_are_embedded_as_padded_ones(device):
     torch.testing.assert_close(found, torch.cat([text_embed(text[None], table, positions)[0] for text in texts]))
 
 
-# Wrong cumulative lengths of two sequences with nine tokens, by the expression of what is said.
+# Wrong cumulative lengths of two sequences with nine tokens, each by a pattern for its error.
 WRONG = {
     r"must be \[(B \+ 1|3)\], got shape \(0,\)": torch.zeros(0, dtype=torch.int32),
     r"must be \[(B \+ 1|3)\], got shape \(1, 2\)": torch.zeros(1, 2, dtype=torch.int32),

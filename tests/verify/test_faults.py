@@ -129,7 +129,7 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failures(op: str, dtype: str = "float32") -> tuple[int, set[tuple[str, str, str]]]:
-    """Exit code of a run of ``op`` on the leg of this process, and what it says is wrong."""
+    """Verify ``op`` on the leg of this process, and return the exit code and the op, leg and output of failed rows."""
     rows = run_verify(Options(ops=(op,), dtypes=(dtype,), legs=(LEG,)))
     return exit_code(rows), {(row.op, row.leg, row.output) for row in rows if row.verdict == FAIL}
 

@@ -1,4 +1,4 @@
-"""The report: table, summary, JSON, JUnit, exit codes, and a second process that fails."""
+"""Test the report of ``clipfast verify``: table, summary, JSON, JUnit, exit codes, and a second process that fails."""
 
 import json
 import re

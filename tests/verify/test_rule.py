@@ -1,4 +1,4 @@
-"""The rule catches what it exists for, and is not fooled by chance."""
+"""Test the rule for errors: it finds a kernel whose errors are too large, and does not fail a kernel by chance."""
 
 import pytest
 import torch
