@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import local_path
 from .arguments import DRAWN, add_output
 
-if TYPE_CHECKING:  # these modules are slow to import, which --help must not do, so they are for annotations only
+if TYPE_CHECKING:  # imported for annotations only, since these modules would make --help slow
     from matplotlib.axes import Axes
 
     from ..runs.status import History

@@ -139,7 +139,7 @@ class Encoder:
             batches = [distinct[start : start + TEXTS] for start in range(0, len(distinct), TEXTS)]
             mine = each(batches[world.rank :: world.size], "texts", "batches", shown=world.is_main)
             found = [encode_texts(self.model, self.tokenizer, batch, self.device).cpu() for batch in mine]
-            world.meet()  # a barrier, since the ranks take different times
+            world.meet()  # waits longer than the timeout of ``gather``, since the ranks take different times
             everyones = world.gather(found)
             if not world.is_main:
                 return torch.empty(0)

@@ -22,7 +22,7 @@ from ..models.images import SampleError, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-CHECKED = 64  # a set is refused at the start if not one of this many first images is usable
+CHECKED = 64  # a set raises an error at the start if not one of this many first images is usable
 CROSSED_KEYS, CROSSED_GROUPS = "+", " + "  # the key "race+gender" makes groups such as "White + Male"
 
 

@@ -38,7 +38,7 @@ class RunFolder:
         self.nonfinite_path = path / "nonfinite.jsonl"
 
     def refuse_other_run(self, *, resuming: bool) -> None:
-        """Refuse to train into a folder that holds another run.
+        """Check that training would not write into the folder of another run.
 
         Raises:
             ValueError: the folder holds a run, and this run does not resume it.

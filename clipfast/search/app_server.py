@@ -205,7 +205,7 @@ def _picture_field(uploads: Path, **options: Any) -> Any:
             file = Path(path).resolve()
             if file.is_relative_to(uploads) and file.is_file():
                 return str(file)
-        except (OSError, ValueError):  # no file can have this name
+        except (OSError, ValueError):  # raised for a name that no file can have
             pass
         raise gradio.Error("the picture is no longer there: drop it again", print_exception=False)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STEPS = 8  # a sliding window moves by 1/8 of its side
 MARGIN = 4  # the picture is extended by 1/4 of a window's side, by repeating the pixels of its edge
 COLOURS = "inferno"  # a colour map that is perceptually uniform, even when it is printed in grey
-OPACITY = 0.55  # the opacity of the colours over a picture
+OPACITY = 0.55  # the opacity of a heat map's colours over a picture
 
 
 def side_of(model: Any) -> int:

@@ -70,7 +70,7 @@ class Guard:
     def __init__(self, model: CLIP, optimizer: torch.optim.Optimizer, grad_clip_norm: float | None) -> None:
         self.model, self.optimizer, self.grad_clip_norm = model, optimizer, grad_clip_norm
         device = model.logit_scale.device
-        # If weights are in the host's memory, their optimizer runs there, and must wait for the verdict from the GPU.
+        # If weights are in the host's memory, their optimizer runs there, and must wait until the GPU has decided.
         devices = {to_local(parameter).device for group in optimizer.param_groups for parameter in group["params"]}
         self.waits = not takes_verdict(optimizer) or devices != {device}
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -195,7 +195,7 @@ class SkippedSteps:
         self._pending: collections.deque[_Step] = collections.deque()
 
     def __call__(self, batch: Batch) -> None:
-        """Take note of the training step that was just finished on ``batch``, and count steps whose verdict is known.
+        """Take note of the training step that was just finished on ``batch``, and count known skipped steps.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -209,7 +209,7 @@ class SkippedSteps:
         self.settle(late=0 if ready is None else 1)
 
     def settle(self, late: int = 0) -> None:
-        """Wait for the verdicts on all finished training steps except the last ``late``, and count skipped steps.
+        """Count the skipped steps among all finished training steps except the last ``late``, waiting for the GPU.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -235,7 +235,7 @@ class SkippedSteps:
         with self.world.phase("names of a batch"):
             skipped = [sample.name for sample in step.batch.skipped]
             mine = {"loss": figures.loss, "keys": self.data.names(step.number - 1), "unusable": skipped}
-        self.world.meet()  # a barrier, since some ranks may take long to look up the names
+        self.world.meet()  # waits longer than ``gather`` would, since some ranks may take long to look up the names
         ranks = self.world.gather(mine)
         self.world.on_main(lambda: self._write(step, figures, ranks))
 

@@ -160,7 +160,7 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     Raises:
         ValueError: there is no class of this name, or training cannot use it.
     """
-    if name.lower() == "nadamw":  # OpenCLIP's name
+    if name.lower() == "nadamw":  # timm's and OpenCLIP's name for NAdam with decoupled weight decay
         return torch.optim.NAdam, {"decoupled_weight_decay": True}
     if name.startswith(TIMM):
         return _timm_optimizer(name)

@@ -58,7 +58,7 @@ class Upload:
             images, texts = self._on_device(batch, texts, size)
         current.wait_stream(self._stream)
         for x in pytree.tree_leaves((images, texts)):
-            x.record_stream(current)  # so that the allocator reuses the memory only after the step has read it
+            x.record_stream(current)  # keeps the allocator from reusing the memory before the step has read it
         return images, texts
 
     def _on_device(self, batch: Batch, texts: Texts, size: int) -> tuple[Images, Texts]:

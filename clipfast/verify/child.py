@@ -25,7 +25,7 @@ STDERR_TAIL = 1500  # a failed result holds at most this many last characters of
 
 
 def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
-    """Start a ``leg`` of the verification in a subprocess, and return a generator of the results of its checks.
+    """Start a leg of the verification ("cpu" or "interpreter") in a subprocess; return a generator of its results.
 
     The subprocess starts at once and runs in parallel to the caller, on one thread. It is killed if the generator is
     closed, or if it writes nothing for ``hang_seconds`` while the caller waits for it. ``options`` come from

@@ -48,7 +48,7 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
     if in_float32 and dtype == "float32":
         reason = f"{parameters:.1e} parameters: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
-    # Weights are rounded to the dtype of the check before they are copied, so that all models compute with the same.
+    # Weights are rounded to the dtype of the check before they are copied, so that all models have equal ones.
     model.to(TORCH_DTYPES[dtype])
     try:
         same = _OTHERS[peer](model)
@@ -62,7 +62,7 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
         same.loss = truth.loss = reference.sigmoid_loss
 
     def draw(number: int) -> Draw:
-        """Draw a batch, and return the results of our model, of the peer in the same dtype, and of the peer's truth."""
+        """Draw a batch; return the results of our model, of the peer in the same dtype, and of the peer in float64."""
         batch = draw_batch(model.config, BATCH, torch.Generator().manual_seed(1000 + number))
         images, texts = (x.to(device) for x in batch)
         if peer != MODEL:  # models of other packages do not take uint8 images

@@ -158,7 +158,7 @@ def _evaluate(
     problems: list[Problem] = []
     for one in sets:
         found, done = [], []
-        try:  # if rank 0 raises an error, all ranks do
+        try:  # if rank 0 raises an error, all ranks do, and take the same branch
             wanted = world.on_main(lambda one=one: folder.wanted(one))  # type: ignore[misc]
         except ValueError as error:
             wanted, found = {}, [Problem(one.name, str(error))]
