@@ -255,10 +255,12 @@ def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(
     """The forked process goes on to live, as data workers do."""
     path = write_parquet(tmp_path / "x.parquet", downloaded(20))
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600], daemon=True)
+    waiting, forked = threading.Event(), threading.Event()
 
     class Lock:
         def __enter__(self):
-            child.start()
+            waiting.set()
+            assert forked.wait(30)
 
         def __exit__(self, *_):
             pass
@@ -266,8 +268,13 @@ def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(
     monkeypatch.setattr(contained, "_lock", Lock())
     copying = threading.Thread(target=opened, args=[path], kwargs={"whole": True}, daemon=True)
     copying.start()
+    assert waiting.wait(30)
+    child.start()  # by the main thread, as data workers are
+    forked.set()
     copying.join(30)
+    lives = child.is_alive()
     child.kill()
     child.join()
+    assert lives
     assert not copying.is_alive()
     assert opened(path).shards[0].size
