@@ -15,7 +15,7 @@ import torch.distributed as dist
 # Modules that are imported once, in the process from which all ranks are forked.
 PRELOAD = [
     "torch.distributed.nn", "clipfast.api", "open_clip", "clipfast.train.trainer", "clipfast.evaluate.encoder",
-    "torch.utils.tensorboard", "torchvision.transforms.v2",
+    "torch.utils.tensorboard", "torchvision.transforms.v2", "pytest", "clipfast.verify", "tests.train.distributed",
 ]  # fmt: skip
 
 
