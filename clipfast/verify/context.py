@@ -1,6 +1,7 @@
 """Settings of PyTorch and Triton for verification: exact float32, NaN in new memory, and a faster interpreter."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -53,11 +54,12 @@ def poisoned() -> Iterator[None]:
             settings.fill_uninitialized_memory = fill
 
 
-def patch_language_once() -> None:
-    """Let Triton's interpreter patch its language once for each launch, which halves the time of the verification.
+def speed_up_interpreter() -> None:
+    """Let Triton's interpreter leave out work that changes nothing, which takes two thirds of the verification's time.
 
     By itself, the interpreter patches all of ``triton.language`` again in each call of a device function. Only Triton's
     own device functions need it, in the first call: they use ``triton.language.core``, which no launch patches.
+    It also computes whether sums and products of integers overflow, and drops the answer outside of its debug mode.
     """
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,3 +69,5 @@ def patch_language_once() -> None:
         return function.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -11,7 +11,7 @@ import torch
 from ..kernels.launch import INTERPRET
 from ..kernels.spec import ACCURACY, CPU, CUDA, INTERPRETER, specs
 from .child import groups_of_child
-from .context import patch_language_once
+from .context import speed_up_interpreter
 from .curve import MODEL_NAME, verify_curve
 from .models import verify_model
 from .ops import planned, timed, verify_case
@@ -45,7 +45,7 @@ def checks(options: Options, leg: str) -> list[Check]:
     """Return all checks of the verification on ``leg``. On "interpreter" they are only ops, since models take long."""
     dtypes = [name for name in options.dtypes if not (leg == INTERPRETER and name == "bfloat16")]
     if leg == INTERPRETER:
-        patch_language_once()
+        speed_up_interpreter()
     found: list[Check] = []
     for op in options.ops:
         if op not in (MODEL, CURVE):

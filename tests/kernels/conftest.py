@@ -31,7 +31,7 @@ from clipfast.kernels import configs
 from clipfast.kernels.contrastive import small_batch
 from clipfast.kernels.launch import execute_on_cpu
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
-from clipfast.verify.context import patch_language_once
+from clipfast.verify.context import speed_up_interpreter
 from clipfast.verify.rule import in_double, value_and_grads
 
 from ..conftest import LEG, ON_GPU
@@ -43,7 +43,7 @@ LEGS = {
     "native": ("cpu", "gpu"),
     "device": ("cpu", "gpu", "interpreter"),
 }
-patch_language_once()
+speed_up_interpreter()
 MAP_NORESERVE = 0x4000  # the flag of mmap(2) on Linux; Python's module has it since 3.13
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 needs_sanitizer = pytest.mark.skipif(
