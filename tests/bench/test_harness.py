@@ -16,7 +16,7 @@ from clipfast.bench.harness import Budget, measure, ratio_interval
 from clipfast.bench.memory import peak_bytes
 from clipfast.bench.suites import SUITES, build
 
-from .conftest import CPU, case, double, quickly, smallest, validate
+from .conftest import CPU, ROOFS, case, double, quickly, smallest, validate
 
 
 def test_a_wrong_candidate_is_not_timed():
@@ -194,6 +194,8 @@ def test_compare_measures_each_side_with_its_own_code_and_judges(tmp_path, monke
     # The tokenizer of the side "head" takes 20 ms longer. The difference shows only if this side's code runs, and not
     # installed code.
     monkeypatch.setattr(compare, "TURNS", 1)
+    no_roofs = f"from clipfast.bench import session; session.measure_roofs = lambda *_: {ROOFS}"
+    monkeypatch.setattr(compare, "_START", compare._START.replace("main()", f"{no_roofs}\nmain()"))
     runs = {}
     for side in ("base", "head"):
         site = checkout.link_packages(tmp_path / f"site-{side}")
