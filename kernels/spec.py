@@ -372,11 +372,16 @@ class OpSpec:
         """Make the op's arguments at a shape, with floating tensors in ``dtype`` except those that stay float32."""
         made = self.make(shape, values, draw)
         wide = accumulate_dtype(dtype)
+
+        def cast(x: Tensor, wanted: torch.dtype) -> Tensor:
+            """Return a tensor for the op in the wanted dtype. Memory without values is not copied: it may be large."""
+            return torch.empty_like(x, dtype=wanted) if draw.empty and x.dtype != wanted else x.to(wanted)
+
         inputs = {
-            name: x.to(wide if name in self.float32 else dtype) if x.is_floating_point() else x
+            name: cast(x, wide if name in self.float32 else dtype) if x.is_floating_point() else x
             for name, x in made.inputs.items()
         }
-        grads = tuple(grad.to(dtype if grad.ndim else wide) for grad in made.grads)
+        grads = tuple(cast(grad, dtype if grad.ndim else wide) for grad in made.grads)
         return dataclasses.replace(made, inputs=inputs, grads=grads)
 
 
