@@ -95,7 +95,7 @@ def _contrastive_bwd(
     acc_text = None if save_memory else blocks.new_accumulator(len(text), y.rows)
 
     def add_images(strip: slice, acc: Tensor) -> list[Tensor | None]:
-        """Add the contrastive gradient of a strip of images, and in the same pass what it gives the texts."""
+        """Add the contrastive gradient of a strip of images, and in the same pass its part of the texts' gradient."""
         part = normalizers.part(strip, ALL)
         start = offset + strip.start
         return [blocks.add_gradients(x.rows[strip], y.rows, logit_scale, part, start, acc, acc_text)]
@@ -176,7 +176,7 @@ def pairwise_loss(
         return reference.pairwise_loss(rows, cols, logit_scale, both=both, normalize=normalize, offset=offset)
     dtype = operand_dtype(op, row_name, rows)
     scale = logit_scale.to(accumulate_dtype(dtype))
-    if offset == 0 and suits_whole(rows, cols, dtype):  # then there are as many columns as rows
+    if offset == 0 and suits_whole(rows, cols, dtype):  # with offset 0, there are as many columns as rows
         x, y = whole_operands(rows, cols, normalize=normalize, dtype=dtype)
         loss = whole_loss(x, y, scale) if both else whole_info_nce_loss(x, y, y[:0], scale, in_batch=True)
         if loss is not None:

@@ -192,7 +192,7 @@ def finish(
 
     Return the product of each row's gradient and features, before factor and normalisation. ``out`` may be ``acc``.
     """
-    # An intermediate result takes as much memory as the gradient, so there are few rows at a time.
+    # Intermediate results of all rows would take as much memory as the gradient, so some rows are finished at a time.
     parts = [
         _finish_rows(acc[rows], own.part(rows), other, offset + rows.start, one_minus_p[rows], factor, out[rows])
         for rows in slices(len(acc), BLOCK_ROWS)
@@ -272,7 +272,7 @@ def _blocks(x: Tensor, y: Tensor, offset: int, factor: Tensor | None = None) -> 
 
 @functools.cache
 def _has_bfloat16() -> bool:
-    """Return whether the CPU multiplies bfloat16 matrices, as the logits take them."""
+    """Return whether the CPU has instructions that multiply bfloat16 matrices, which the blocks of logits then use."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -312,5 +312,5 @@ def _block_cols() -> int:
 
 
 def _piece_elements() -> int:
-    """Return the logits of a piece that all threads share."""
+    """Return the number of logits in a piece of a block, which all threads compute together."""
     return PIECE_ELEMENTS * torch.get_num_threads()

@@ -58,7 +58,7 @@ def _info_nce_fwd(
     """
     blocks = logit_blocks(query.device)
     x, y, queue = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (query, key, negatives))
-    # With this offset, no query and entry of the queue form a pair.
+    # With the offset len(queue), no query forms a pair with a negative of the queue.
     parts = [blocks.statistics(x, queue, logit_scale, len(queue)) if len(queue) else new_stats(x, queue)]
     if in_batch:
         parts.append(blocks.statistics(x, y, logit_scale, 0))
@@ -112,12 +112,12 @@ def _info_nce_bwd(
         return scale_sums
 
     parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, query_grad, add)
-    key_grad = new_gradient(key if needs_key else key[:0])  # both reuse the memory of G
+    key_grad = new_gradient(key if needs_key else key[:0])  # allocated here, so that it can reuse the memory of G
     negatives_grad = new_gradient(negatives if needs_negatives else negatives[:0])
     if acc_key is not None:
         blocks.finish(acc_key, y, x.rows, 0, one_minus_p, factor, key_grad)
     if acc_queue is not None:
-        # With this offset, no entry of the queue is part of a pair.
+        # With the offset len(query), no negative of the queue is part of a pair.
         zeros = row.new_zeros(len(negatives))
         blocks.finish(acc_queue, queue, x.rows, len(query), zeros, factor, negatives_grad)
     return query_grad, key_grad, negatives_grad, scale_gradient(parts, coefficient)
@@ -127,9 +127,9 @@ register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))
 
 
 def _nothing_from_columns(row: Tensor, columns: int) -> Tensor:
-    """Return normalizers [2, columns] with which columns contribute 0 to G for logits of any size."""
+    """Return normalizers [2, columns] that leave the softmax over columns out of G, for logits of any size."""
     col = row.new_zeros(2, columns)
-    col[0].fill_(float("inf"))  # col[0] = inf would first make a tensor of the number
+    col[0].fill_(float("inf"))  # the assignment col[0] = inf would first make a tensor of the number
     return col
 
 
@@ -207,8 +207,8 @@ def _nt_xent_fwd(
     """
     blocks = logit_blocks(first.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (first, second))
-    # Within one side, the pairs with offset 0 are each view with itself. They are left out; all other logits belong to
-    # negatives.
+    # Among the logits of first views with first views, and of second with second, the pairs with offset 0 are each view
+    # with itself. They are left out; all other logits belong to negatives.
     within = [blocks.statistics(side, side, logit_scale, 0) for side in (x, y)]
     across = blocks.statistics(x, y, logit_scale, 0)
     sums = [
@@ -251,11 +251,12 @@ def _nt_xent_bwd(
         own, start = x.rows[strip], strip.start
         normalizers = Normalizers(row[:, strip], col, uses_shared_shift)
         across = blocks.add_gradients(own, y.rows, logit_scale, normalizers, start, acc, acc_second)
-        # The G of a side with itself is symmetric, so its rows hold the whole gradient. Row sums and column sums differ
-        # by rounding only. But if a probability is near 1, it must be computed from the sum that contains its logit.
+        # The G of first views with first views is symmetric, so its rows hold the whole gradient. Row sums and column
+        # sums differ by rounding only. But a probability near 1 must be computed from the very sum that contains its
+        # logit, so the columns take the column sums.
         normalizers = Normalizers(row[:, strip], row_within, uses_shared_shift)
         within = blocks.add_gradients(own, x.rows, logit_scale, normalizers, start, acc, None)
-        # Pairs of a first and a second view are in ``across``.
+        # ``across`` counts twice, since its logits contribute to the gradients of first and of second views.
         return [across, across, within]
 
     parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add)

@@ -23,15 +23,15 @@ SCALED = RowConfig(block_m=1, block_n=4096, num_warps=8, num_stages=1)  # block_
 
 
 class _Gradients(NamedTuple):
-    """How the gradients of a loss are computed at a layout.
+    """The launches that compute the gradients of a contrastive or sigmoid loss at a layout.
 
     Attributes:
-        pairs: the kernel of the pairs, which the sigmoid loss has, and its programs.
-        of_g: the kernel of G.
-        products, tiles, x_tiles: the kernel of G y and G^T x, its tiles of G, of the transposed G, of x and of y, and
-            how many of its programs take x.
-        length: how many numbers of each kind are to be added.
-        last: the kernel that adds the numbers; it also takes the gradients through a normalisation.
+        pairs: the launch for the pairs, which only the sigmoid loss has, and the number of its programs.
+        of_g: the launch that computes G.
+        products, tiles, x_tiles: the launch that computes G y and G^T x; its tiles of G, of the transposed G, of x and
+            of y; and the number of its programs that compute G y.
+        length: the number of partial sums of each kind, which ``last`` adds up.
+        last: the launch that adds up the partial sums; it also takes the gradients through a normalisation.
     """
 
     pairs: tuple[Plan, int]
@@ -49,7 +49,7 @@ def softmax_gradients(
 ) -> Tensor:  # fmt: skip
     """Write the gradients of the contrastive loss to ``image_grad`` and ``text_grad``, and return that of the scale.
 
-    Row 2 of ``normalizers.row`` is one_minus_p. ``weight`` is the factor of a term in the mean that the loss is.
+    Row 2 of ``normalizers.row`` is one_minus_p. ``weight`` is one over the number of terms in the loss, a mean.
     """
     row, col, uses_shared_shift = normalizers
     layout = layout_of(x.rows, y.rows, offset)
@@ -90,7 +90,7 @@ def sigmoid_gradients(
     grad = new_rows(x.rows, layout.m, layout.n)
     how.of_g.start(x.rows, y.rows, grad, logit_scale, logit_bias, *numbers[:, programs:].unbind())
     loss, number_grads = vector(x.rows), vector(x.rows, 2)
-    # The pairs' part of the gradient of the scale is already in ``numbers``.
+    # This vector is written but not read, since ``numbers`` already has the pairs' part of the gradient of the scale.
     of_pairs = vector(x.rows, how.x_tiles)
     _write_gradients(
         how, grad, x, y, one_minus_p, logit_scale, None, image_grad, text_grad, numbers, of_pairs, loss, number_grads
@@ -113,14 +113,16 @@ def _scaled_plan(device: torch.device, *sizes: int) -> Plan:
 
 @planned
 def _gradients(layout: Layout, weight: float, has_norm: bool, is_softmax: bool) -> _Gradients:
-    """Plan the gradients of a contrastive loss. That of the sigmoid loss is multiplied by the loss's later."""
+    """Plan the gradients of a contrastive or sigmoid loss. Those of the sigmoid loss are later multiplied by that of
+    the loss.
+    """
     device, dtype, m, n, d, offset, stride_x, stride_y = layout
     rows = row_config("contrastive_rows", arch_of(device), dtype)
     of_rows = functools.partial(Plan, config=rows, device=device, BLOCK_M=rows.block_m, BLOCK_K=rows.block_n)
     num_m, num_n = cdiv(m, rows.block_m), cdiv(n, rows.block_m)
     pairs = of_rows(_sigmoid_pairs_kernel, (num_m,), m, n, d, offset, stride_x, stride_y)
     multiple = 16 // dtype.itemsize
-    stride_grad = cdiv(n, multiple) * multiple  # of ``new_rows``
+    stride_grad = cdiv(n, multiple) * multiple  # the stride of the rows that ``new_rows`` makes
     of_g = grad_plan(layout, stride_grad, is_softmax, True)
     cfg = tile_config("contrastive_products", layout, (m, d), (n, d))
     x_tiles, y_tiles = (cdiv(side, cfg.block_m) * cdiv(d, cfg.block_n) for side in (m, n))
@@ -148,7 +150,8 @@ def _write_gradients(
     grad_loss: Tensor | None, image_grad: Tensor, text_grad: Tensor,
     numbers: Tensor, of_pairs: Tensor, first: Tensor, rest: Tensor,
 ) -> None:  # fmt: skip
-    """Write the gradients of the features from grad_scale * G, and the totals of ``numbers`` to ``first`` and ``rest``.
+    """Write the gradients of the features from ``grad``, a scaled G, and the totals of ``numbers`` to ``first`` and
+    ``rest``.
 
     ``of_pairs`` gets the sums of -one_minus_p * positive . x; it may be a part of ``numbers``.
     """

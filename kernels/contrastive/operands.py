@@ -19,7 +19,7 @@ from .kernels import _normalize_kernel
 from .one_block_kernels import _totals_kernel
 from .stats import Features
 
-TOTALS = RowConfig(block_m=1, block_n=512, num_warps=4, num_stages=1)  # block_n numbers at a time
+TOTALS = RowConfig(block_m=1, block_n=512, num_warps=4, num_stages=1)  # a program adds up block_n numbers at a time
 GROUP_M = 8
 Tile = tuple[int, int] | None  # the rows and columns of a tile that a descriptor loads; None if pointers load it
 Describe = Callable[[Tensor, Tile], Tensor | TensorDescriptor]  # makes descriptors as :func:`tiles` does
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
 
 def tiles(matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
-    """Return a descriptor of tiles of features or of G, or the matrix if it has none."""
+    """Return a descriptor of tiles of features or of G; the matrix itself if ``tile`` is None."""
     return matrix if tile is None else matrix_tiles(matrix, *tile)
 
 
@@ -110,8 +110,8 @@ def totals_plan(
 
     Its tensors are numbers [rows, count], flags [count], grad_loss [], first [1], rest [rows - 1] and flag []. It
     writes ``weight`` times the sum of each row of numbers to ``first`` and then ``rest``; if ``has_grad_loss``, times
-    ``grad_loss`` too; if ``has_flags``, it writes to ``flag`` whether all flags are 1. Any tensor stands for one that
-    is not used.
+    ``grad_loss`` too; if ``has_flags``, it writes to ``flag`` whether all flags are 1. Any tensor may take the place of
+    one that is not used.
     """
     return Plan(
         _totals_kernel, (rows,), count, weight,
@@ -152,8 +152,8 @@ def plan_on_tiles(
 def tile_config(kernel: str, layout: Layout, *sizes: tuple[int, int]) -> GemmConfig:
     """Return the configuration of a contrastive kernel that computes matrices of ``sizes`` in one launch.
 
-    If its tiles leave some multiprocessors idle, smaller ones may take less time: it is proportional to the rounds of
-    tiles and to the size of a tile.
+    If its tiles leave some multiprocessors idle, smaller ones may take less time. The time is taken to be proportional
+    to the number of rounds in which the tiles run, times the size of a tile.
     """
     arch, at_once = arch_of(layout.device), processors(layout.device)
     cfg, small = gemm_config(kernel, arch, layout.dtype), small_gemm_config(kernel, arch, layout.dtype)

@@ -21,12 +21,12 @@ from .stats import Features
 
 
 def logit_blocks(device: torch.device) -> ModuleType:
-    """Return the module that works on blocks of logits on ``device``."""
+    """Return the module that computes blocks of logits on ``device``: the Triton launches, or the CPU path."""
     return launches if triton_runs_on(device) else cpu
 
 
 def prepare_both(x: Tensor, y: Tensor, dtype: torch.dtype, *, normalize: bool) -> tuple[Features, Features]:
-    """Return features of both sides in the form that products take."""
+    """Return both features, x and y, in the form that the products of the contrastive losses take."""
     if triton_runs_on(x.device):
         return operands.prepare_both(x, y, dtype, normalize=normalize)
     return cpu.prepare(x, dtype, normalize=normalize), cpu.prepare(y, dtype, normalize=normalize)
@@ -110,7 +110,7 @@ def gradients_in_strips(
     blocks: ModuleType, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor,
     add: Callable[[slice, Tensor], list[Tensor | None]],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Accumulate and finish the gradient of features strip by strip, so that only a strip is held in float32.
+    """Compute the gradient of features in strips of rows, so that only a strip at a time is held in float32.
 
     ``add(strip, acc)`` adds G times features to the accumulator ``acc`` of the rows ``strip``, and returns the results
     of its calls of :func:`.launches.add_gradients`. The other arguments are those of :func:`.launches.finish`.

@@ -76,7 +76,7 @@ def _sigmoid_fwd(
         return []
 
     gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add)
-    text_grad = _held_gradient(text)  # reuses the memory of G
+    text_grad = _held_gradient(text)  # allocated here, so that it can reuse the memory of G
     of_texts = one_minus_p
     if offset or len(image) != len(text):
         paired, partners = pairs_in(len(image), len(text), offset)

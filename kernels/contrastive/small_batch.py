@@ -20,13 +20,13 @@ from .stats import LEAST_SUM
 MOST_LOGITS = 2**20  # the most logits of a small batch: 4 MiB of float32
 # Sums and powers between ``LEAST_SUM`` and this number have neither overflowed nor lost a term that matters.
 LARGEST_SUM = 2.0**120
-LARGEST_RATIO = 2.0**120  # the quotients of two sums do not overflow either
+LARGEST_RATIO = 2.0**120  # a quotient of two sums up to this number does not overflow either
 
 
 def suits_whole(rows: Tensor, cols: Tensor, dtype: torch.dtype, ranks: int = 1) -> bool:
     """Return True if :func:`whole_loss` may compute all logits of a batch of this size on ``ranks`` ranks at once.
 
-    It reads values of tensors, so tensors without values, as a tracer makes them, do not suit it.
+    That function reads values of tensors, so tensors without values, which a tracer makes, do not suit it.
     """
     if torch.compiler.is_compiling():
         return False
@@ -65,7 +65,7 @@ class _Rounded(torch.autograd.Function):
 
 
 def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
-    """Return the contrastive loss of a small batch from all its logits at once; None if its powers need a shift.
+    """Return the contrastive loss of a small batch from all its logits at once; None if the logits need a shift.
 
     The features x and y are [N, D], and the loss has both directions.
     """
@@ -105,8 +105,9 @@ def _nt_xent_of_views(views: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def _whole(loss_and_gradients: Callable[..., Any], loss_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor | None:
-    """Return a loss whose gradients, if they will be needed, are computed with it: later they would take more calls.
+    """Return a loss of a small batch, or None if its logits need a shift.
 
+    If gradients will be needed, they are computed together with the loss, since later they would take more calls.
     Autocast does not change anything.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -134,7 +135,9 @@ def _gradients_of_rows(powers: Tensor, positive: Tensor, others: Tensor) -> tupl
 
 @below_autograd
 def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool = True) -> tuple[Tensor, ...] | None:
-    """Return the loss and, if they are wanted, the gradients of x, y and the scale; None if another shift is needed."""
+    """Return the contrastive loss and, if they are wanted, the gradients of x, y and the scale; None if the logits need
+    a shift.
+    """
     scale, coefficient = logit_scale.item(), 1 / (2 * x.shape[0])
     # BLAS multiplies by a number at no cost; beta=0 leaves out the first argument.
     powers = torch.addmm(logit_scale, x, y.T, beta=0, alpha=scale).exp_()  # [N, N]
@@ -151,7 +154,7 @@ def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool 
         return (loss,)
     inv_row, inv_col = others.add_(positive).reciprocal_().unbind()
     G = powers.mul_(torch.add(inv_row.unsqueeze(1), inv_col))
-    # For the pairs, G has minus one_minus_p of both directions.
+    # In the places of the pairs, G has minus one_minus_p, summed over both directions.
     diagonal.addcmul_(row_sum, inv_row, value=-1).addcmul_(col_sum, inv_col, value=-1)
     x_grad = torch.addmm(y, G, y, beta=0, alpha=coefficient)
     y_grad = torch.addmm(x, G.T, x, beta=0, alpha=coefficient * scale)
@@ -165,7 +168,8 @@ def _sigmoid_loss_and_gradients(
 ) -> tuple[Tensor, ...]:
     """Return the sigmoid loss and, if they are wanted, the gradients of x, y, the scale and the bias."""
     scale, coefficient = logit_scale.item(), 1 / x.shape[0]
-    logits = torch.addmm(logit_bias, x, y.T, beta=-1, alpha=-scale)  # [M, N], with the sign that their loss takes
+    # [M, N], negated: the loss of a logit z is -logsigmoid(-z), and only that of a pair is -logsigmoid(z).
+    logits = torch.addmm(logit_bias, x, y.T, beta=-1, alpha=-scale)
     pairs = logits.diagonal(offset)
     pairs.neg_()
     loss = F.logsigmoid(logits).sum().mul_(-coefficient)
@@ -181,7 +185,9 @@ def _sigmoid_loss_and_gradients(
 
 @below_autograd
 def _nt_xent_loss_and_gradients(views: Tensor, logit_scale: Tensor, wanted: bool = True) -> tuple[Tensor, ...] | None:
-    """Return the NT-Xent loss and, if they are wanted, the gradients of the views and the scale, or None."""
+    """Return the NT-Xent loss and, if they are wanted, the gradients of the views and the scale; None if the logits
+    need a shift.
+    """
     scale, count = logit_scale.item(), views.shape[0]
     powers = torch.addmm(logit_scale, views, views.T, beta=0, alpha=scale).exp_()  # [2N, 2N]
     powers.fill_diagonal_(0.0)
@@ -207,7 +213,7 @@ def _nt_xent_loss_and_gradients(views: Tensor, logit_scale: Tensor, wanted: bool
 def _info_nce_loss_and_gradients(
     query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, in_batch: bool, wanted: bool = True
 ) -> tuple[Tensor, ...] | None:
-    """Return the InfoNCE loss and, if they are wanted, the gradients of all inputs; None if another shift is needed."""
+    """Return the InfoNCE loss and, if they are wanted, the gradients of all inputs; None if the logits need a shift."""
     scale, n = logit_scale.item(), query.shape[0]
     candidates = negatives if not in_batch else torch.cat((key, negatives)) if negatives.shape[0] else key  # [C, D]
     powers = torch.addmm(logit_scale, query, candidates.T, beta=0, alpha=scale).exp_()  # [N, C]
@@ -245,7 +251,7 @@ class _WholeLoss(torch.autograd.Function):
     def forward(
         ctx: Any, loss_and_gradients: Callable[..., Any], loss_of: Callable[..., Tensor], *inputs: Tensor
     ) -> Any:
-        """Return the loss, or None if there is none; ``loss_of`` is the reference for both functions of ``inputs``."""
+        """Return the loss of ``inputs``, or None if the logits need a shift; ``loss_of`` is the reference's loss."""
         found = loss_and_gradients(*inputs)
         if found is None:
             return None

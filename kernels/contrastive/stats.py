@@ -17,8 +17,8 @@ from torch import Tensor
 from ..common import LN2, LOG2E
 from ..dtypes import accumulate_dtype
 
-# The largest logit of unit features after the shared shift. The sum of 2^28 powers of this size does not overflow
-# float32.
+# The largest logit of unit features after the shared shift, in base 2. In float32, a sum of 2^27 powers of this size
+# does not overflow.
 HEADROOM = 100.0
 # A sum below this may lack terms that underflowed. Above it, such terms are less than the rounding of the sum.
 LEAST_SUM = 2.0**-70
@@ -86,7 +86,9 @@ class PairTerms(NamedTuple):
 
 
 class Normalizers(NamedTuple):
-    """The vectors from which G is computed: G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j.
+    """The vectors from which the G of ``contrastive`` is computed, in base 2.
+
+    G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j, with the logits l_ij.
 
     ``row`` [2 or more, M] has the maxima of the rows, then their inv_denom. ``col`` [2 or more, N] has the same of the
     columns. Further entries of ``row`` and ``col`` are not used for G.
@@ -178,8 +180,9 @@ def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor
 
 
 def _with_pairs(maximum: Tensor, inv_denom: Tensor | None, one_minus_p: Tensor, pairs: slice) -> Tensor:
-    """Return [3, N] from maximum [N] and the pairs' inv_denom and one_minus_p [P]; these are 0 without a pair or if
-    None.
+    """Return maximum, inv_denom and one_minus_p [3, N] of all rows or columns of logits, from those of the pairs [P].
+
+    inv_denom and one_minus_p are 0 where there is no pair; inv_denom is 0 everywhere if it is None.
     """
     if inv_denom is not None and len(maximum) == len(one_minus_p):
         return torch.stack([maximum, inv_denom, one_minus_p])
