@@ -2,6 +2,7 @@
 
     python -m clipfast.bench.inspection --quick                           the loss of 1,024 to 131,072 pairs
     python -m clipfast.bench.inspection --quick --pairs 4096 --widths 512 768
+    python -m clipfast.bench.inspection --quick --pairs 32768 --widths 512 --parts    each kernel of such a loss
     python -m clipfast.bench.inspection --quick --host                    every op and two steps, beside their host
 
 The table of a loss has the time of the GPU by the model and corrected (:mod:`.correction`), and how many times its
@@ -22,7 +23,7 @@ from clipfast.kernels.spec import specs
 
 from . import offline
 from .eager import STEP, measured
-from .forecast import HOST, forecast, forecast_shape, measured_shapes
+from .forecast import HOST, Forecast, forecast, forecast_shape, measured_shapes, rows
 from .model import FULL, H100, QUICK, Effort
 
 MODELS = ("ViT-B-32", "ViT-L-14")  # whose steps stand in the table of the host
@@ -37,15 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--op", default="contrastive_loss", choices=("contrastive_loss", "sigmoid_loss"))
     add("--pairs", type=int, nargs="+", default=pairs, metavar="N", help="numbers of pairs")
     add("--widths", type=int, nargs="+", default=widths, metavar="D", help="widths of the features")
+    add("--parts", action="store_true", help="print the kernels of each loss in place of the table")
     add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
     add("--jobs", type=Count(1, 1024), metavar="N", help="number of processes for --host (default: one for each core)")
     args = parser.parse_args(arguments)
     effort = QUICK if args.quick else FULL
     if args.host:
         _print_host(effort, args.jobs)
+    elif args.parts:
+        for shape in itertools.product(args.pairs, args.widths):
+            print(rows(_forecast(args.op, *shape, effort)), flush=True)
     else:
         _print_loss(args.op, args.pairs, args.widths, effort)
     return 0
+
+
+def _forecast(op: str, pairs: int, width: int, effort: Effort) -> Forecast:
+    """Predict the time of a loss."""
+    spec = specs()[op]
+    return forecast_shape(spec, spec.bench["cuda"][0].changed(pairs=pairs, embed_dim=width), "bf16", effort=effort)
 
 
 def _print_loss(op: str, pairs: Sequence[int], widths: Sequence[int], effort: Effort) -> None:
@@ -56,8 +67,8 @@ def _print_loss(op: str, pairs: Sequence[int], widths: Sequence[int], effort: Ef
     for number in pairs:
         cells = []
         for width in widths:
+            found = _forecast(op, number, width, effort)
             shape = spec.bench["cuda"][0].changed(pairs=number, embed_dim=width)
-            found = forecast_shape(spec, shape, "bf16", effort=effort)
             floors = [spec.floor(shape, DTYPES["bf16"].itemsize, backward) for backward in (False, True)]
             least = sum(floor.seconds(H100.power_flops, H100.hbm_rate) for floor in floors)
             eager = f", host {_milliseconds(found.host_seconds)}" if found.binds == HOST else ""

@@ -12,6 +12,7 @@ At the end of a launch, multiprocessors without a program are idle. So a slightl
 more wave, can take much longer.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -93,13 +94,26 @@ def most_bytes(cols: int, width: int) -> int:
     return max(2**25, min(2**27, 4 * cols * width))
 
 
+def products_config(device: torch.device, dtype: torch.dtype, width: int) -> GemmConfig:
+    """Return the configuration of the kernel for the products of G with features of ``width`` numbers.
+
+    A tile that is wider than high is turned if it then computes fewer columns for nothing: for 640 numbers, three tiles
+    of 256 columns would compute 768, and five of 128 columns compute 640.
+    """
+    cfg = gemm_config("contrastive_products", arch_of(device), dtype)
+    is_turned = cfg.block_m < cfg.block_n and -width % cfg.block_m < -width % cfg.block_n
+    return dataclasses.replace(cfg, block_m=cfg.block_n, block_n=cfg.block_m) if is_turned else cfg
+
+
 @planned
 def edges_of(
     device: torch.device, dtype: torch.dtype, rows: int, cols: int, width: int, most_edge: int, at_once: int
 ) -> tuple[int, int]:
     """Return the rows and columns of a block of G for ``rows`` x ``cols`` features of ``width`` numbers."""
-    arch = arch_of(device)
-    gradient, products = (gemm_config(f"contrastive_{name}", arch, dtype) for name in ("grad_tile", "products"))
+    gradient, products = (
+        gemm_config("contrastive_grad_tile", arch_of(device), dtype),
+        products_config(device, dtype, width),
+    )
     return block_edges(rows, cols, width, dtype.itemsize, most_edge, at_once, gradient, products)
 
 

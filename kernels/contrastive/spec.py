@@ -183,12 +183,13 @@ SPECS = (
         },
         gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},
         # 1001 and 9001 stand for a last batch of any size, whose rows are not aligned. fp16 is here because it scales G.
-        # From 8192 on, G is more than one block.
+        # From 8192 on, G is more than one block. The tiles of its products are turned for 640 columns.
         shipped=(
             Shipped("N1024 D512", LossShape(1024, 512, 10.0), DTYPES),
             Shipped("N1024 D512 normalised", LossShape(1024, 512, 10.0, normalize=True)),
             Shipped("N1001 D512", LossShape(1001, 512, 10.0)),
             Shipped("N8192 D512", LossShape(8192, 512, 10.0), ("bf16", "fp32")),
+            Shipped("N8192 D640", LossShape(8192, 640, 10.0)),
             Shipped("N9001 D512", LossShape(9001, 512, 10.0)),
         ),
         targets=(

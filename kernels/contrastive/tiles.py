@@ -181,22 +181,23 @@ def grad_segment(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(D, BLOCK_K)
     step, pid_m = -1, segment * tiles - 1
+    offs_m = segment * tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inv_denom = tl.load(row_inv_denom_ptr + offs_m, mask=offs_m < M, other=0.0) * grad_scale
     tl.assume(tiles * steps > 0)
     for _ in range(tiles * steps):
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
             pid_m += 1
         start_m = pid_m * BLOCK_M
-        # Only the vectors that are loaded in the last step of a tile are used. They are loaded in every step, because a
-        # load in the branch below would have to be waited for.
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        row_inv_denom = tl.load(row_inv_denom_ptr + offs_m, mask=offs_m < M, other=0.0) * grad_scale
         x_tile = x.load([start_m, step * BLOCK_K])  # [BM, BK]
         y_tile = y.load([start_n, step * BLOCK_K])  # [BN, BK]
         acc = tl.dot(x_tile, y_tile.T, acc, input_precision="ieee")
         if step == steps - 1:
             is_left_out = has_pairs(start_m, start_n, offset, BLOCK_M, BLOCK_N)
             before = scale_sum
+            # The vector of the next tile's rows arrives while this tile is stored.
+            offs_m = start_m + BLOCK_M + tl.arange(0, BLOCK_M)
+            following = tl.load(row_inv_denom_ptr + offs_m, mask=offs_m < M, other=0.0)
             # A branch that skips a tile would cost registers in all tiles. Instead, a tile that is left out gets a row
             # past the end, where the descriptor stores nothing.
             scale_sum = _store_parts(
@@ -204,6 +205,7 @@ def grad_segment(
                 BLOCK_M, BLOCK_N, PARTS,
             )  # fmt: skip
             scale_sum = tl.where(is_left_out, before, scale_sum)
+            row_inv_denom = following * grad_scale
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     return tl.sum(scale_sum)
 

@@ -51,6 +51,19 @@ def test_edges_of_any_size(rows, cols, width, tiles):
     assert edges_of(min(rows, edges[0]), cols, width, tiles=tiles)[0] >= min(rows, edges[0])
 
 
+@pytest.mark.parametrize("width", [64, 384, 512, 640, 768])
+def test_products_compute_no_columns_for_nothing(width):
+    # 8,192 pairs have several blocks of G, which their products walk.
+    with record_launches(90) as launches:
+        x = torch.empty(8192, width, dtype=torch.bfloat16, requires_grad=True)
+        contrastive_loss(x, x, 10.0).backward()
+    products = next(item for item in launches if item.kernel.__name__ == "_products_kernel")
+    rows, cols = products.constexprs["BLOCK_M"], products.constexprs["BLOCK_N"]
+    tiles = sum(-(-products.args[size] // rows) for size in "MN") * -(-width // cols)
+    assert products.grid == (tiles,)
+    assert cols >= width or width % cols == 0
+
+
 class RecordedInside(Recorded):
     """A dispatch mode that also records the PyTorch ops inside our ops."""
 

@@ -1,0 +1,182 @@
+"""The launches that compute blocks of G and their products with the features, for gradients of many blocks of logits.
+
+A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..common import LOG2E, cdiv, new_rows, slices
+from ..configs import gemm_config, planned
+from ..launch import Plan, arch_of
+from .block_sizes import grad_grid, products_config, span
+from .kernels import _products_kernel, _sigmoid_grad_tile_kernel
+from .operands import (
+    Describe,
+    Layout,
+    Tile,
+    TilePlan,
+    has_tma,
+    layout_of,
+    plan_on_tiles,
+    processors,
+    tile_config,
+    tile_of,
+    tiles,
+    vector,
+)
+from .softmax_kernels import _grad_tile_kernel
+
+PART_COLS = 64  # the columns of a part: tiles are computed and stored part by part
+
+
+class _Part(NamedTuple):
+    """The features of one side (rows or columns) that take part in a block of logits."""
+
+    start: int
+    features: Tensor
+    acc: Tensor | None
+    vectors: tuple[Tensor, ...]  # what the kernel for a block of G reads of this side beside the features
+
+
+class _Descriptors:
+    """The descriptors of matrices that several launches read, each of which is made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, Tile], Tensor | TensorDescriptor] = {}
+
+    def __call__(self, matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+        """Return what :func:`tiles` does; the caller keeps ``matrix`` for as long as this object."""
+        key = id(matrix), tile
+        if key not in self._made:
+            self._made[key] = tiles(matrix, tile)
+        return self._made[key]
+
+
+def add_products(
+    x: Tensor, y: Tensor, offset: int, edges: tuple[int, int], shared: tuple[Tensor, ...], of_rows: tuple[Tensor, ...],
+    of_cols: tuple[Tensor, ...], acc_x: Tensor | None, acc_y: Tensor | None, *, is_softmax: bool,
+) -> Tensor:  # fmt: skip
+    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
+
+    Args:
+        x, y, offset, acc_x, acc_y: see :func:`.launches.add_gradients`.
+        edges: the rows and columns of a block.
+        shared, of_rows, of_cols: the other inputs (besides features) of the kernel for a block of G, in this order:
+            those that all blocks have, vectors [M] of the rows, and vectors [N] of the columns.
+        is_softmax: whether G is that of the softmax losses or of the sigmoid loss.
+
+    Returns:
+        The sums of all programs of the kernel [1 or 3, programs], from G before it is rounded to 16 bits. The
+        accumulators contain the rounding error of G, and so would a gradient of the scale that is computed from them.
+    """
+    described = _Descriptors()
+    row_parts, col_parts = (
+        [
+            _Part(own.start, side[own], None if acc is None else acc[own], tuple(vector[own] for vector in vectors))
+            for own in slices(len(side), edge)
+        ]
+        for side, edge, acc, vectors in ((x, edges[0], acc_x, of_rows), (y, edges[1], acc_y, of_cols))
+    )
+    buffer = new_rows(x, min(edges[0], len(x)), min(edges[1], len(y)))
+    views = {
+        (m, n): buffer[:m, :n]
+        for m, n in itertools.product(*({len(part.features) for part in parts} for parts in (row_parts, col_parts)))
+    }
+    blocks = []
+    for rows, cols in itertools.product(row_parts, col_parts):
+        layout = layout_of(rows.features, cols.features, offset + rows.start - cols.start)
+        products = _products_plan(layout._replace(offset=0), buffer.stride(0), acc_x is not None, acc_y is not None)
+        blocks.append((rows, cols, grad_plan(layout, buffer.stride(0), is_softmax, False), products))
+    counts = [grad.programs for *_, grad, _ in blocks]
+    sums = vector(x, 1 if is_softmax else 3, sum(counts))
+    of_blocks = zip(*(numbers.split(counts) for numbers in sums), strict=True)
+    for (rows, cols, grad, products), of_block in zip(blocks, of_blocks, strict=True):
+        block = views[len(rows.features), len(cols.features)]
+        others = *shared, *rows.vectors, *cols.vectors, *of_block
+        grad.start(rows.features, cols.features, block, *others, describe=described)
+        products.start(block, rows, cols, described)
+    return sums
+
+
+class GradPlan(NamedTuple):
+    """A launch of the kernel that writes grad_scale * G of a block, and the sums of each program.
+
+    The sums are those of the softmax losses, G_ij x_i . y_j over the tiles of the program. The kernel of the sigmoid
+    loss also writes the sums of the losses and of G_ij, before these sums.
+    """
+
+    on_tiles: TilePlan
+    grad_tile: Tile
+    programs: int
+
+    def start(self, x: Tensor, y: Tensor, grad: Tensor, *others: Tensor, describe: Describe = tiles) -> None:
+        """Start the kernel with its other inputs, then vectors for its sums."""
+        self.on_tiles.start(x, y, describe(grad, self.grad_tile), *others, describe=describe)
+
+
+@planned
+def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool, is_one_block: bool) -> GradPlan:
+    """Plan the kernel that computes a block of G; if it is the only one, its tiles may be small."""
+    device, dtype, m, n, d, offset, *_ = layout
+    name = "contrastive_grad_tile" if is_softmax else "sigmoid_grad_tile"
+    cfg = tile_config(name, layout, (m, n)) if is_one_block else gemm_config(name, arch_of(device), dtype)
+    # The kernel of the sigmoid loss does not walk down columns of tiles.
+    grid = grad_grid(m, n, offset, cfg, processors(device), walks=is_softmax and has_tma(device, dtype, d))
+    parts, grad_scale = max(1, cfg.block_n // PART_COLS), scale_of_grad(dtype)
+    if is_softmax:
+        numbers = stride_grad, grid.segments, grid.tiles, LOG2E, grad_scale
+        on_tiles = plan_on_tiles(_grad_tile_kernel, grid.programs, cfg, layout, *numbers, PARTS=parts, SPAN=span(cfg))
+    else:
+        on_tiles = plan_on_tiles(
+            _sigmoid_grad_tile_kernel, grid.programs, cfg, layout, stride_grad, PARTS=parts, GRAD_SCALE=grad_scale
+        )
+    return GradPlan(on_tiles, tile_of(cfg.block_m, cfg.block_n // parts, layout), grid.programs)
+
+
+class _ProductsPlan(NamedTuple):
+    """A launch of the kernel that adds the products of a block of G with the features to the accumulators."""
+
+    plan: Plan
+    grad_tile: Tile
+    transposed_tile: Tile
+    operand_tile: Tile
+    acc_tile: Tile
+
+    def start(self, grad: Tensor, rows: _Part, cols: _Part, describe: Describe) -> None:
+        """Start the kernel."""
+        # No program writes an accumulator that is not wanted. The other one is passed in its place.
+        wanted = [describe(part.acc, self.acc_tile) for part in (rows, cols) if part.acc is not None]
+        operands = (describe(part.features, self.operand_tile) for part in (rows, cols))
+        of_grad = describe(grad, self.grad_tile), describe(grad, self.transposed_tile)
+        self.plan.start(*of_grad, *operands, wanted[0], wanted[-1])
+
+
+@planned
+def _products_plan(layout: Layout, stride_grad: int, has_x: bool, has_y: bool) -> _ProductsPlan:
+    """Plan the products of a block of G with the features of those sides that have an accumulator."""
+    device, dtype, m, n, d, _, stride_x, stride_y = layout
+    cfg = products_config(device, dtype, d)
+    num_d, is_tma, parts = cdiv(d, cfg.block_n), has_tma(device, dtype, d), max(1, cfg.block_n // PART_COLS)
+    is_added = is_tma and d % 4 == 0
+    num_x_tiles, num_y_tiles = (cdiv(side, cfg.block_m) * num_d * has for side, has in ((m, has_x), (n, has_y)))
+    plan = Plan(
+        _products_kernel, (num_x_tiles + num_y_tiles,), m, n, d, num_x_tiles, stride_grad, stride_x, stride_y,
+        config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
+        IS_TMA=is_tma, IS_ADDED=is_added,
+    )  # fmt: skip
+    grad_tile, transposed_tile = tile_of(cfg.block_m, cfg.block_k, layout), tile_of(cfg.block_k, cfg.block_m, layout)
+    acc_tile = (cfg.block_m, cfg.block_n // parts) if is_added else None
+    return _ProductsPlan(plan, grad_tile, transposed_tile, tile_of(cfg.block_k, cfg.block_n, layout), acc_tile)
+
+
+def scale_of_grad(dtype: torch.dtype) -> float:
+    """Return the constant that G is multiplied by before it is rounded.
+
+    G lies in [0, 2] and is about 2/N at the start of training, which would be subnormal in float16.
+    """
+    return 2.0**14 if dtype == torch.float16 else 1.0
