@@ -19,10 +19,10 @@ from clipfast.bench.inspection.model.arguments import bank
 from clipfast.bench.inspection.model.arithmetic import execute, signed
 from clipfast.bench.inspection.model.machine import H100
 from clipfast.bench.inspection.model.multiprocessor import run
-from clipfast.bench.inspection.model.paths import Code, Lost, Path, sample, shortened
+from clipfast.bench.inspection.model.paths import Code, Lost, Path, kinds, sample, shortened
 from clipfast.bench.inspection.model.predict import runs
 from clipfast.bench.inspection.model.registers import State
-from clipfast.bench.inspection.model.steps import decode
+from clipfast.bench.inspection.model.steps import Kind, Step, decode
 from clipfast.bench.inspection.model.traffic import moved_bytes, used
 from clipfast.kernels.launch import Launch
 from clipfast.kernels.spec import specs
@@ -182,15 +182,17 @@ def test_what_is_not_known_is_a_guess_and_what_cannot_be_followed_an_error(monke
 
 
 def test_long_repetitions_are_shortened_and_continued_in_a_straight_line():
-    def repeated(turns: int) -> Path:
-        """Return a path through SASS with a loop of this many turns, for the model of a GPU."""
-        return Path(((0, 9), *((5, 9), (20, 21)) * turns, (9, 12)), 0)
+    def nested(outer: int, inner: int) -> Path:
+        """Return a path through SASS with a loop of ``outer`` turns, and in each of them one of ``inner`` turns."""
+        turn = ((5, 9), *((9, 20), (30, 31)) * inner, (20, 22))
+        return Path(((0, 5), *turn * outer, (22, 40)), 0)
 
-    whole = repeated(100)
-    short, double, factor = shortened(whole, 10)
-    assert (short.length, double.length) == (repeated(10).length, repeated(20).length)
-    assert short.length + factor * (double.length - short.length) == whole.length
-    assert shortened(repeated(20), 10)[2] == 0
+    whole = nested(30, 100)
+    found = shortened(whole, 10)
+    lengths = sorted(path.length for path, _ in found)
+    assert lengths == sorted(nested(outer, inner).length for outer in (2, 4) for inner in (10, 20))
+    assert sum(weight * path.length for path, weight in found) == pytest.approx(whole.length)
+    assert shortened(nested(3, 20), 10) == [(nested(3, 20), 1.0)]
 
 
 # Control codes that set the first scoreboard when the result is available, wait for it, or do neither.
@@ -243,6 +245,23 @@ def test_scoreboards_barriers_blocks_and_bandwidth_hold_up_what_waits_for_them()
     assert cycles(*work, warps=4, rounds=3) == pytest.approx(3 * one + 2 * H100.block_gap, rel=0.05)
     per_load = marginal(["LDG.E.128 R0, desc[UR4][R2.64]"], warps=4)
     assert per_load == pytest.approx(4 * 512 * H100.clock * H100.multiprocessors / H100.hbm_rate, rel=0.01)
+
+
+def test_a_load_takes_its_latency_behind_the_queue_and_other_blocks_fill_the_time():
+    def step(kind: Kind, amount: float = 0.0, latency: float = 0.0) -> Step:
+        """Return a step of the model of a GPU that sets and awaits no scoreboard."""
+        return Step(kind, None, 64.0, latency, amount, 1, 7, 7, ())
+
+    size, turns = 16384.0, 20
+    turn = [step(Kind.EXPECT), step(Kind.BARRIER), step(Kind.TMA_LOAD, size), step(Kind.ARRIVAL)]
+    turn += [step(Kind.PRODUCT, 1536.0, 1.0), step(Kind.PRODUCT_WAIT), step(Kind.BARRIER)]
+    one, three = (
+        run(turn * turns, 4, blocks=blocks, machine=H100, hbm_share=0.0).cycles / turns / blocks for blocks in (1, 3)
+    )
+    transfer = size * H100.cycles_per_byte(H100.l2_rate)
+    assert one > transfer + H100.l2_latency + H100.tma_latency
+    # Events that happen out of the order of time would keep blocks from running while another one waits.
+    assert three == pytest.approx(transfer, rel=0.06)
 
 
 @triton.jit
@@ -298,6 +317,14 @@ def test_where_the_kind_of_programs_changes_is_searched_for():
     changing = {number: number % 2 for number in range(0, 100, 9)}
     # There are so many changes that no boundary is searched for.
     assert runs(changing, pytest.fail) == list(changing.items())
+
+
+def test_paths_of_many_lengths_are_represented_by_a_few_that_do_as_much_work():
+    paths = {number: Path(((0, 10 + 10 * number),), 0) for number in range(100)}
+    found = kinds(paths, 4)
+    assert sorted(number for _, numbers in found for number in numbers) == list(range(100))
+    work = sum(path.length * len(numbers) for path, numbers in found)
+    assert work == pytest.approx(sum(path.length for path in paths.values()), rel=0.01)
 
 
 def test_bytes_are_those_of_what_is_loaded_and_stored():

@@ -150,3 +150,12 @@ def test_flex_attention_sees_the_blocks_of_packed_sequences():
         counts = mask[f"{side}_NUM_BLKS"].flatten().tolist()
         lists = zip(mask[f"{side}_IDX"][0, 0].tolist(), counts, strict=True)
         assert [row[:count] for row, count in lists] == [row.nonzero().flatten().tolist() for row in seen]
+
+
+def test_flex_attention_sees_the_blocks_of_a_causal_mask():
+    mask = flex.causal_mask(512)
+    for side, seen in (("KV", torch.ones(4, 4).tril(-1)), ("Q", torch.ones(4, 4).triu(1))):
+        for prefix, blocks in (("", torch.eye(4)), ("FULL_", seen)):
+            counts = mask[f"{prefix}{side}_NUM_BLKS"].flatten().tolist()
+            lists = zip(mask[f"{prefix}{side}_IDX"][0, 0].tolist(), counts, strict=True)
+            assert [row[:count] for row, count in lists] == [row.nonzero().flatten().tolist() for row in blocks]

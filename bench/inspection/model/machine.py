@@ -29,6 +29,10 @@ class Machine:
         hbm_latency: the same for device memory, 600 to 700 (m).
         tma_latency: cycles that a TMA load takes in addition (m).
         shared_rate: bytes per cycle of one multiprocessor's shared memory (s).
+        reaction: cycles until a warp goes on after it has waited for a unit outside its sub-partition: a group of wgmma
+            products, a barrier of the block or of a TMA load, a fence, or TMA, which reads an instruction's operands.
+            No source measures it under load: 120 was chosen among 22, 80, 100, 120 and 140 with published times of
+            kernels in view (docs/gpu-model.md).
         block_gap: cycles from the end of a block to the start of the next one in its place (a).
         launch: seconds that an empty kernel takes on the device, if kernels follow each other in a stream (a).
         power_flops: FLOP/s of the matrix unit, padding included, above which the limit of 700 W lowers the clock (a).
@@ -46,6 +50,7 @@ class Machine:
     hbm_latency: int = 650
     tma_latency: int = 170
     shared_rate: float = 128.0
+    reaction: int = 120
     block_gap: int = 400
     launch: float = 2.5e-6
     power_flops: float = 700e12

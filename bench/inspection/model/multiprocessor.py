@@ -16,18 +16,18 @@ and other multiprocessors except through the shares of L2 and HBM.
 import collections
 import dataclasses
 import heapq
+import math
 from collections.abc import Sequence
 
 from ..offline import SUB_PARTITIONS
 from .machine import Machine
 from .steps import PIPES, UNIFORM, Kind, Step
 
-_MATRIX_LATENCY = 24  # cycles from the end of a group's last product until the group counts as complete
-_BARRIER = 22
 _RETRY = 20  # cycles until a warp tests a barrier again whose TMA load has not been started yet
 _NONE = 7
-# If at most this share of the bytes comes from HBM, loads arrive after the latency of L2.
-_MOSTLY_HITS = 0.02
+# If at most this share of the bytes comes from HBM, loads arrive after the latency of L2. What 132 multiprocessors read
+# at the same time is moved once, and all of them wait for it.
+_MOSTLY_HITS = 0.5 / 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,35 +108,50 @@ class _Multiprocessor:
         self.queues: list[list[tuple[float, int]]] = [[] for _ in range(SUB_PARTITIONS)]
         for number, warp in enumerate(self.warps):
             self.queues[warp.part].append((0.0, number))
-        self.order = [(0.0, part) for part in range(SUB_PARTITIONS) if self.queues[part]]
+        # For each sub-partition, the time of its next event; other entries of ``order`` have been overtaken by it.
+        self.due = [math.inf] * SUB_PARTITIONS
+        self.order: list[tuple[float, int]] = []
+        for part in range(SUB_PARTITIONS):
+            self._schedule(part)
 
     def run(self) -> Run:
         """Simulate until all warps have ended, and return the cycles."""
         order, queues, free, program = self.order, self.queues, self.free, self.program
         while order:
-            _, part = heapq.heappop(order)
+            due, part = heapq.heappop(order)
+            if due != self.due[part]:
+                continue
+            self.due[part] = math.inf
             queue = queues[part]
-            if not queue:
-                continue
-            ready, number = heapq.heappop(queue)
-            now = ready if ready > free[part] else free[part]
-            warp = self.warps[number]
-            step = program[warp.at]
-            need = self._need(warp, step, now)
-            if need > now:
-                self._again(part, number, need)
-                continue
-            following = self._issue(warp, step, now)
-            if following is not None:
-                heapq.heappush(queue, (following, number))
-            if queue:
-                heapq.heappush(order, (max(queue[0][0], free[part]), part))
+            # An event is due no earlier than its sub-partition is free: all events happen in the order of time.
+            now = max(queue[0][0], free[part])
+            if now <= due:
+                number = queue[0][1]
+                warp = self.warps[number]
+                step = program[warp.at]
+                need = self._need(warp, step, now)
+                if need <= now:
+                    heapq.heappop(queue)
+                    following = self._issue(warp, step, now)
+                    if following is not None:
+                        heapq.heappush(queue, (following, number))
+                else:
+                    heapq.heapreplace(queue, (need, number))
+            self._schedule(part)
         return Run(self.end, dict(self.busy))
+
+    def _schedule(self, part: int) -> None:
+        """Schedule the next event of a sub-partition, unless an event that is as early has been scheduled."""
+        if self.queues[part]:
+            at = max(self.queues[part][0][0], self.free[part])
+            if at < self.due[part]:
+                self.due[part] = at
+                heapq.heappush(self.order, (at, part))
 
     def _again(self, part: int, number: int, when: float) -> None:
         """Schedule a simulated warp to try its next instruction at cycle ``when``."""
         heapq.heappush(self.queues[part], (when, number))
-        heapq.heappush(self.order, (max(self.queues[part][0][0], self.free[part]), part))
+        self._schedule(part)
 
     def _need(self, warp: _Warp, step: Step, now: float) -> float:
         """Return when the simulated warp can issue its next instruction."""
@@ -163,12 +178,15 @@ class _Multiprocessor:
         return need
 
     def _move(self, now: float, amount: float, cost: float) -> float:
-        """Simulate that ``amount`` bytes go through L2, a share of them also through HBM; return when they arrive."""
+        """Simulate that ``amount`` bytes go through L2, a share of them also through HBM; return when all have arrived.
+
+        The latency comes after the queue: a tile's last byte leaves L2 when all bytes before it have left.
+        """
         self.l2 = max(self.l2, now) + amount * cost
         self.hbm = max(self.hbm, now) + amount * self.hbm_cost
         self.busy["l2"] += amount * cost
         self.busy["hbm"] += amount * self.hbm_cost
-        return max(now + self.load_latency, self.l2, self.hbm)
+        return max(self.l2, self.hbm) + self.load_latency
 
     def _issue(self, warp: _Warp, step: Step, now: float) -> float | None:
         """Issue a simulated instruction; return when the warp is ready again, or None if another event wakes it."""
@@ -184,7 +202,8 @@ class _Multiprocessor:
             warp.boards[step.write] = max(warp.boards[step.write], complete if complete > now else now + 20)
         if step.read != _NONE:
             slow = kind in (Kind.STORE, Kind.SHARED, Kind.COPY)
-            warp.boards[step.read] = max(warp.boards[step.read], now + (20 if slow else 12))
+            reading = self.machine.reaction if kind in (Kind.TMA_LOAD, Kind.TMA_STORE) else 20 if slow else 12
+            warp.boards[step.read] = max(warp.boards[step.read], now + reading)
         following = now + step.stall
         warp.at += 1
         if warp.at == len(self.program):
@@ -197,7 +216,7 @@ class _Multiprocessor:
             warp.restart()
             if warp.leads:
                 warp.block.arrivals = []
-            self._wait_for_block(warp, following + self.machine.block_gap - _BARRIER)
+            self._wait_for_block(warp, following + self.machine.block_gap - self.machine.reaction)
             return None
         if kind == Kind.BARRIER:
             self._wait_for_block(warp, following)
@@ -209,7 +228,7 @@ class _Multiprocessor:
         waiting = warp.block.waiting
         waiting.append((warp, since))
         if len(waiting) == warp.block.warps:
-            release = max(when for _, when in waiting) + _BARRIER
+            release = max(when for _, when in waiting) + self.machine.reaction
             for other, _ in waiting:
                 self._again(other.part, other.number, release)
             waiting.clear()
@@ -229,10 +248,13 @@ class _Multiprocessor:
             return arrival if kind == Kind.LOAD else now + 20
         if kind == Kind.PRODUCT:
             return self._multiply(warp, step, now)
+        if kind == Kind.FENCE:
+            return now + self.machine.reaction
         if kind == Kind.COPY_COMMIT:
             warp.copies.append(warp.copying)
         elif kind == Kind.ARRIVAL:
             warp.tries += 1
+            return now + self.machine.reaction
         elif warp.leads:
             if kind == Kind.EXPECT:
                 block.arrivals.append(now)
@@ -253,7 +275,7 @@ class _Multiprocessor:
         spent = max(step.cycles, SUB_PARTITIONS * operands)
         self.matrix_free[warp.part] = max(self.matrix_free[warp.part], now) + spent
         busy["matrix and operands"] += spent
-        complete = self.matrix_free[warp.part] + _MATRIX_LATENCY
+        complete = self.matrix_free[warp.part] + self.machine.reaction
         if step.latency:
             warp.groups.append(complete)
         return complete

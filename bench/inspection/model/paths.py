@@ -9,6 +9,7 @@ functions, which are subroutines, are not taken, nor are products of matrices th
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..sass import Instruction, target
 from .arithmetic import execute
@@ -224,44 +225,83 @@ def _read(one: Instruction) -> frozenset[str]:
     return frozenset(names | {following(name, 1) for name in names if wide and "P" not in name})
 
 
-def shortened(path: Path, most_turns: int) -> tuple[Path, Path, float]:
-    """Return two shorter paths and a factor, from which the time of a long path is extrapolated linearly.
+class _Loop(NamedTuple):
+    """A part of a path that is repeated: its pieces, among them other loops, and the number of turns."""
 
-    If the path repeats the same pieces more than twice ``most_turns`` times in a row, the first path has them
-    ``most_turns`` times and the second twice as often. The time is that of the first path, and ``factor`` times the
-    difference to the second. Otherwise the factor is 0, and both are the path itself.
+    body: tuple[Any, ...]
+    turns: int
+
+
+def shortened(path: Path, most_turns: int) -> list[tuple[Path, float]]:
+    """Return short paths with weights, by which their times sum to the time of a long path.
+
+    The time of a path is taken to be linear in the turns of each of its loops. A loop of more than twice
+    ``most_turns`` turns is therefore run ``most_turns`` times and twice as often, and the time is extrapolated from the
+    two. For a loop that contains such a loop, 2 and 4 turns are enough. At most the two longest loops are shortened.
     """
-    start, period, turns = _longest_repeat(path.pieces)
-    if turns <= 2 * most_turns:
-        return path, path, 0.0
-    body, before = path.pieces[start : start + period], path.pieces[:start]
-    after = path.pieces[start + period * turns :]
-    short, double = (Path(before + body * count + after, path.guesses) for count in (most_turns, 2 * most_turns))
-    return short, double, (turns - most_turns) / most_turns
+    items = _grouped(path.pieces)
+    found: dict[tuple[Any, ...], list[int]] = {}
+    _long_loops(items, most_turns, found)
+    longest = sorted(found, key=lambda body: -len(_unrolled(body, {})) * sum(found[body]))[:2]
+    ways: list[tuple[dict[tuple[Any, ...], int], float]] = [({}, 1.0)]
+    for body in longest:
+        few = _few(body, most_turns)
+        factor = sum(turns / few - 1 for turns in found[body]) / len(found[body])
+        ways = [
+            (counts | {body: few * times}, weight * share)
+            for counts, weight in ways
+            for times, share in ((1, 1 - factor), (2, factor))
+        ]
+    return [(Path(_unrolled(items, counts), path.guesses), weight) for counts, weight in ways]
 
 
-def _longest_repeat(pieces: Sequence[tuple[int, int]], longest_period: int = 48) -> tuple[int, int, int]:
-    """Return start, period and number of turns of the repetition in a path that spans the most pieces."""
-    best, span = (0, 1, 1), 0
-    places: dict[tuple[int, int], int] = {}
+def _few(body: tuple[Any, ...], most_turns: int) -> int:
+    """Return how often a long loop with this body is run at least."""
+    has_long_loop = any(isinstance(item, _Loop) and item.turns > 2 * most_turns for item in body)
+    return 2 if has_long_loop else most_turns
+
+
+def _long_loops(items: Sequence[Any], most_turns: int, found: dict[tuple[Any, ...], list[int]]) -> None:
+    """Collect the turns of the loops that are worth shortening, by their body."""
+    for item in items:
+        if isinstance(item, _Loop):
+            if item.turns > 2 * _few(item.body, most_turns):
+                found.setdefault(item.body, []).append(item.turns)
+            _long_loops(item.body, most_turns, found)
+
+
+def _unrolled(items: Sequence[Any], counts: Mapping[tuple[Any, ...], int]) -> tuple[tuple[int, int], ...]:
+    """Return the pieces of a path; a loop in ``counts`` has at most that many turns there."""
+    pieces: list[tuple[int, int]] = []
+    for item in items:
+        if isinstance(item, _Loop):
+            pieces += _unrolled(item.body, counts) * min(item.turns, counts.get(item.body, item.turns))
+        else:
+            pieces.append(item)
+    return tuple(pieces)
+
+
+def _grouped(items: Sequence[Any], longest_period: int = 48) -> tuple[Any, ...]:
+    """Return the pieces of a path with its repetitions as loops, the inner ones first."""
+    made: list[Any] = []
+    places: dict[Any, int] = {}
     index = 0
-    while index < len(pieces):
-        period = index - places.get(pieces[index], -longest_period - 1)
+    while index < len(items):
+        period = index - places.get(items[index], -longest_period - 1)
         if 0 < period <= longest_period:
-            start = index - period
             end = index
-            while end < len(pieces) and pieces[end] == pieces[end - period]:
+            while end < len(items) and items[end] == items[end - period]:
                 end += 1
-            turns = (end - start) // period
-            if turns * period > span and turns > 1:
-                best, span = (start, period, turns), turns * period
-            if turns > 1:
+            if turns := (end - index) // period:
+                body = tuple(made[-period:])
+                made[-period:] = [_Loop(body, turns + 1)]
+                index += turns * period
                 places.clear()
-                index = end
                 continue
-        places[pieces[index]] = index
+        places[items[index]] = index
+        made.append(items[index])
         index += 1
-    return best
+    return tuple(made) if len(made) == len(items) else _grouped(made, longest_period)
 
 
 def sample(programs: int, most: int) -> list[int]:
@@ -275,13 +315,22 @@ def sample(programs: int, most: int) -> list[int]:
 def kinds(paths: Mapping[int, Path], most: int) -> list[tuple[Path, list[int]]]:
     """Return the different paths of programs, the most frequent first, each with the numbers of its programs.
 
-    If there are more than ``most``, the programs of a rare path count for the frequent path of the nearest length.
+    If there are more than ``most``, as in causal attention, the programs are divided by the length of their path into
+    ``most`` groups with the same sum of lengths, and each group takes the one of its paths that is nearest to its mean.
     """
     places: dict[Path, list[int]] = {}
     for place, path in paths.items():
         places.setdefault(path, []).append(place)
-    ordered = sorted(places, key=lambda path: (-len(places[path]), path.length))
-    kept = ordered[:most]
-    for path in ordered[most:]:
-        places[min(kept, key=lambda other: abs(other.length - path.length))] += places[path]
-    return [(path, places[path]) for path in kept]
+    if len(places) > most:
+        by_length = sorted(paths, key=lambda number: (paths[number].length, number))
+        total, before = sum(path.length for path in paths.values()), 0
+        groups: list[list[int]] = [[] for _ in range(most)]
+        for number in by_length:
+            groups[min(most - 1, before * most // total)].append(number)
+            before += paths[number].length
+        places = {}
+        for group in filter(None, groups):
+            mean = sum(paths[number].length for number in group) / len(group)
+            path = min((paths[number] for number in group), key=lambda one: abs(one.length - mean))
+            places.setdefault(path, []).extend(group)
+    return sorted(places.items(), key=lambda item: (-len(item[1]), item[0].length))

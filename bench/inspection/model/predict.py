@@ -183,13 +183,15 @@ class _Grid:
     ) -> None:
         self.kernel, self.hbm_bytes, self.effort, self.programs = kernel, hbm_bytes, effort, math.prod(grid)
         path_of = _follower(kernel, grid, arguments)
-        paths = {number: path_of(number) for number in sample(self.programs, effort.programs)}
+        row = grid[0] if self._rows_are_alike(path_of, grid[0]) else self.programs
+        paths = {number: path_of(number) for number in sample(row, effort.programs)}
         self.guesses = max(path.guesses for path in paths.values())
         found = kinds(paths, effort.kinds)
         self.kinds = [path for path, _ in found]
         kind_of = {number: kind for kind, (_, numbers) in enumerate(found) for number in numbers}
         of_paths = {path: kind_of[number] for number, path in paths.items()}
-        self.runs = runs(kind_of, lambda number: of_paths.get(path_of(number)))
+        in_row = runs(kind_of, lambda number: of_paths.get(path_of(number)))
+        self.runs = [(start + place, kind) for start in range(0, self.programs, row) for place, kind in in_row]
         counts = [0] * len(self.kinds)
         for kind, start, end in self._spans():
             counts[kind] += end - start
@@ -198,6 +200,10 @@ class _Grid:
             share * kernel.requested_bytes(path) for share, path in zip(self.shares, self.kinds, strict=True)
         )
         self.hbm_share = min(1.0, hbm_bytes / max(1.0, self.programs * requested))
+
+    def _rows_are_alike(self, path_of: Callable[[int], Path], row: int) -> bool:
+        """Return whether two programs of the grid take the paths of those at the same place of the first row."""
+        return all(path_of(number) == path_of(number % row) for number in (self.programs - 1, self.programs // 2))
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:
         """Yield kind, first program and end of each run of simulated programs of one kind."""
@@ -234,9 +240,8 @@ class _Grid:
 
     def _time(self, path: Path, machine: Machine) -> _Timed:
         """Return the simulated cycles of programs that take ``path``; long loops are extrapolated."""
-        short, double, factor = shortened(path, self.effort.turns)
-        first = self._run(short, machine)
-        return first if factor == 0 else _sum([(first, 1 - factor), (self._run(double, machine), factor)])
+        parts = shortened(path, self.effort.turns)
+        return _sum([(self._run(short, machine), weight) for short, weight in parts])
 
     def _run(self, path: Path, machine: Machine) -> _Timed:
         """Simulate a program alone, and then as many rounds of programs as ``effort`` allows.

@@ -50,6 +50,7 @@ class Kind(enum.IntEnum):
     EXPECT = 11  # tells a barrier how many bytes TMA will load
     ARRIVAL = 12  # waits for a barrier of a TMA load
     BARRIER = 13  # waits for the other warps of the block
+    FENCE = 14  # waits until earlier accesses to memory are visible to other units
 
 
 class Step(NamedTuple):
@@ -161,6 +162,8 @@ def _waits(one: Instruction) -> tuple[Kind, float, float]:
         return Kind.EXPECT, 0.0, 0.0
     if one.name == "SYNCS" and "TRYWAIT" in opcode:
         return Kind.ARRIVAL, 0.0, 0.0
+    if one.name in ("MEMBAR", "FENCE"):
+        return Kind.FENCE, 0.0, 0.0
     if one.name == "BAR" and "SYNC" in opcode:
         return Kind.BARRIER, 0.0, 0.0
     if one.name == "WARPGROUP" and "DEPBAR" in opcode and (left := re.search(r"gsb0, 0x([0-9a-f]+)", one.operands)):

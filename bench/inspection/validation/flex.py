@@ -1,8 +1,8 @@
 """FlexAttention's kernels, made from the templates in the installed PyTorch.
 
 TorchInductor fills its templates when a model is compiled on a GPU. Here they are filled in the same way, for a call
-without ``score_mod`` and with one of two masks: none, or that of packed sequences, in which a token sees its own
-sequence up to itself. The tiles are those that PyTorch takes on an H100 for dimensions 64 and 128 without
+without ``score_mod`` and with one of three masks: none, the causal one, or that of packed sequences, in which a token
+sees its own sequence up to itself. The tiles are those that PyTorch takes on an H100 for dimensions 64 and 128 without
 ``max_autotune``.
 """
 
@@ -24,6 +24,7 @@ _IMPORTS = "import triton\nimport triton.language as tl\n\nINDEX_DTYPE: tl.const
 _EVERYTHING = 1 << 30  # FlexAttention's block size without a block mask
 _BLOCK = 128  # its block size with one
 _SAME_SEQUENCE = "mask_mod_output = (tl.load(arg_SEQUENCE + {m}) == tl.load(arg_SEQUENCE + {n})) & ({n} <= {m})"
+_CAUSAL = "{n} <= {m}"
 Mask = Mapping[str, torch.Tensor] | None
 
 
@@ -81,6 +82,17 @@ def mask_of_sequences(lengths: Sequence[int]) -> dict[str, torch.Tensor]:
     return mask
 
 
+def causal_mask(length: int) -> dict[str, torch.Tensor]:
+    """Return the causal mask: blocks of 128 tokens below the diagonal are seen as a whole, and those on it in part."""
+    number = torch.arange(length // _BLOCK, dtype=torch.int32)
+    one, columns = torch.ones_like(number)[None, None], number.expand(1, 1, len(number), -1)
+    below, above = number[None, None], number.flip(0)[None, None]
+    mask = {"KV_NUM_BLKS": one, "KV_IDX": number[None, None, :, None], "Q_NUM_BLKS": one}
+    mask |= {"Q_IDX": number[None, None, :, None], "FULL_KV_NUM_BLKS": below, "FULL_KV_IDX": columns.contiguous()}
+    later = (columns + number[:, None] + 1) % len(number)
+    return mask | {"FULL_Q_NUM_BLKS": above, "FULL_Q_IDX": later.contiguous()}
+
+
 def _inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask) -> dict[str, torch.Tensor]:
     """Return the tensors of FlexAttention's templates by name."""
     batch, heads, length, _ = query.shape
@@ -89,7 +101,7 @@ def _inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: M
     tensors = {"Q": query, "K": key, "V": value, "LSE": rows, "DELTA": torch.empty_like(rows), "MAX": none}
     tensors |= dict.fromkeys(("FULL_KV_NUM_BLKS", "FULL_KV_IDX", "FULL_Q_NUM_BLKS", "FULL_Q_IDX"), none)
     if mask is not None:
-        return tensors | dict(mask)
+        return tensors | {"SEQUENCE": none} | dict(mask)
     one, first = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     return tensors | {"SEQUENCE": none, "KV_NUM_BLKS": one, "KV_IDX": first, "Q_NUM_BLKS": one, "Q_IDX": first}
 
@@ -101,7 +113,8 @@ def _options(query: torch.Tensor, key: torch.Tensor, mask: Mask) -> dict[str, An
         "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
         "IS_DIVISIBLE": query.shape[-2] % 128 == key.shape[-2] % 128 == 0,
         "FLOAT32_PRECISION": "'ieee'", "SM_SCALE": 1 / math.sqrt(dim),
-        "GQA_SHARED_HEADS": query.shape[1] // key.shape[1], "HAS_FULL_BLOCKS": False,
+        "GQA_SHARED_HEADS": query.shape[1] // key.shape[1],
+        "HAS_FULL_BLOCKS": mask is not None and "FULL_KV_IDX" in mask,
         "QK_HEAD_DIM": dim, "QK_HEAD_DIM_ROUNDED": dim, "V_HEAD_DIM": dim,
         "V_HEAD_DIM_ROUNDED": dim, "SAFE_HEAD_DIM": True, "USE_TMA": False, "SPARSE_Q_BLOCK_SIZE": block,
         "SPARSE_KV_BLOCK_SIZE": block,
@@ -138,8 +151,10 @@ def _kernel(
         if output_name is None:
             return "pass"
         if output_name == "mask_mod_output":
-            is_packed = tensors["SEQUENCE"].numel() > 0
-            return _SAME_SEQUENCE.format(**more) if is_packed else f"{output_name} = tl.full([1], True, tl.int1)"
+            if tensors["SEQUENCE"].numel() > 0:
+                return _SAME_SEQUENCE.format(**more)
+            is_causal = options["HAS_FULL_BLOCKS"]
+            return f"{output_name} = " + (_CAUSAL.format(**more) if is_causal else "tl.full([1], True, tl.int1)")
         return f"{output_name} = {more['grad_score_mod'] if output_name == 'grad_scores' else score}"
 
     defines = "\n".join(f"{option} : tl.constexpr = {value}" for option, value in options.items())

@@ -32,6 +32,22 @@ def linear_cross_entropy(folder: Path, tokens: int, width: int, vocabulary: int)
     return [Work(launches, tuple(found.others), 2.0 * tokens * width * vocabulary)]
 
 
+def linear_cross_entropy_backward(folder: Path, tokens: int, width: int, vocabulary: int) -> list[Work]:
+    """Launch verl's backward pass: a kernel makes the gradient of 9,504 columns of logits, and cuBLAS multiplies it by
+    the weight and by the hidden states. The parts of the vocabulary differ only in the last one's size.
+    """
+    kernels = module(folder, "linear cross-entropy")
+    hidden, weight = half(tokens, width, dtype=BF16), half(vocabulary, width, dtype=BF16)
+    rows = [torch.empty(tokens) for _ in range(5)]
+    with recording() as found:
+        kernels.efficient_entropy_backward(
+            rows[0], rows[1], hidden, weight, torch.zeros(tokens, dtype=torch.int64), *rows[2:], 0, False, 1.0, None
+        )
+    part = hidden.nbytes + (width + tokens) * 9504 * HALF
+    launches = tuple((found.launches[0], part) for _ in found.launches)
+    return [Work(launches, tuple(found.others), 6.0 * tokens * width * vocabulary)]
+
+
 def bytes_to_float(folder: Path, source: str, target: str, size: int) -> list[Work]:
     """Launch triton_kernels' pass that turns a square matrix of bytes into floats, as its wrapper launches it."""
     kernel = module(folder, "bytes")._upcast_from_mxfp
@@ -101,20 +117,20 @@ def _flex_tensors(length: int) -> list[torch.Tensor]:
     return [half(1, length, heads, 128, dtype=BF16).transpose(1, 2) for heads in (64, 8, 8)]
 
 
-def flex_forward(folder: Path, length: int) -> list[Work]:  # noqa: ARG001  (it comes with PyTorch)
+def flex_forward(folder: Path, length: int, causal: bool) -> list[Work]:  # noqa: ARG001  (it comes with PyTorch)
     """Launch FlexAttention's forward pass: 64 query heads that share 8 key heads, dimension 128."""
     with recording() as found:
-        flex.forward(*_flex_tensors(length))
-    return [of(found, 4.0 * length**2 * 64 * 128)]
+        flex.forward(*_flex_tensors(length), mask=flex.causal_mask(length) if causal else None)
+    return [of(found, 4.0 * length**2 * 64 * 128 / (1 + causal))]
 
 
-def flex_backward(folder: Path, length: int) -> list[Work]:  # noqa: ARG001  (it comes with PyTorch)
+def flex_backward(folder: Path, length: int, causal: bool) -> list[Work]:  # noqa: ARG001  (it comes with PyTorch)
     """Launch FlexAttention's backward pass, with the kernel for the row sums of output times gradient."""
     tensors = _flex_tensors(length)
     with recording() as found:
-        flex.backward(*tensors)
+        flex.backward(*tensors, mask=flex.causal_mask(length) if causal else None)
         torch.mul(tensors[0], tensors[0])
-    return [of(found, 10.0 * length**2 * 64 * 128)]
+    return [of(found, 10.0 * length**2 * 64 * 128 / (1 + causal))]
 
 
 def _forward_and_backward(apply: Any, tensors: Iterable[torch.Tensor], *more: Any) -> tuple[Recorded, Recorded]:
