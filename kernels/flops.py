@@ -52,6 +52,7 @@ _FLOPS: dict[str, Callable[[Launch], int]] = {
     "_sigmoid_sums_kernel": _block,
     "_sigmoid_grad_tile_kernel": _block,
     "_products_kernel": _block_products,
+    "_strip_products_kernel": _block,
     "_gradients_kernel": _block_products,
     "_short_fwd_kernel": lambda launch: 2 * _scores(launch),
     "_looped_fwd_kernel": lambda launch: 2 * _scores(launch),

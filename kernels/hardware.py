@@ -77,6 +77,9 @@ def architecture(capability: int) -> Architecture:
     return ARCHITECTURES[max(known)]
 
 
+COPIED = 3.0 / 3.35  # the TB/s that copies reach on an H100, over those of its data sheet
+
+
 @dataclasses.dataclass(frozen=True)
 class Card:
     """Published rates of a GPU and of the links that it comes with, SXM versions.
@@ -86,11 +89,12 @@ class Card:
         arch: compute capability, 90 for sm_90.
         half_peak: dense products of bfloat16 and float16 by the data sheet, FLOP/s.
         single_peak: float32 products without TF32 by the data sheet, FLOP/s.
-        half_reached: the share of ``half_peak`` that large products reach: the best of ``torch.matmul`` in the MAMF
-            table of Stas Bekman's "Machine Learning Engineering Open Book".
+        half_reached: the share of ``half_peak`` that large products reach. On Hopper it is 700 TFLOP/s, since the best
+            products of random values end at 650 to 750, where 700 W limit the clock. Otherwise it is the best of
+            ``torch.matmul`` in the MAMF table of Stas Bekman's "Machine Learning Engineering Open Book".
         single_reached: the share of ``single_peak`` that large products are assumed to reach.
         memory_bytes: size of the memory.
-        memory_bytes_per_s: bandwidth of the memory.
+        memory_bytes_per_s: bandwidth of the memory by the data sheet.
         link_bytes_per_s: NVLink to other GPUs of the node, in one direction.
         network_bytes_per_s: one adapter for each GPU to other nodes: 200 Gbit/s (DGX A100) or 400 Gbit/s.
     """
@@ -105,6 +109,11 @@ class Card:
     memory_bytes_per_s: float
     link_bytes_per_s: float
     network_bytes_per_s: float
+
+    @property
+    def copied_bytes_per_s(self) -> float:
+        """The bandwidth that copies reach, assumed to be the same share of the data sheet's as on an H100."""
+        return COPIED * self.memory_bytes_per_s
 
     @property
     def multiprocessors(self) -> int:
@@ -122,8 +131,8 @@ class Card:
 
 CARDS = {
     "a100": Card("A100-SXM", 80, 312e12, 19.5e12, 0.8587, 0.80, 80e9, 2039e9, 300e9, 25e9),
-    "h100": Card("H100 80GB HBM3", 90, 989.4e12, 67e12, 0.8030, 0.80, 80e9, 3350e9, 450e9, 50e9),
-    "h200": Card("H200", 90, 989.4e12, 67e12, 0.8030, 0.80, 141e9, 4800e9, 450e9, 50e9),
+    "h100": Card("H100 80GB HBM3", 90, 989.4e12, 67e12, 700 / 989.4, 0.80, 80e9, 3350e9, 450e9, 50e9),
+    "h200": Card("H200", 90, 989.4e12, 67e12, 700 / 989.4, 0.80, 141e9, 4800e9, 450e9, 50e9),
     "b200": Card("B200", 100, 2250e12, 75e12, 0.7756, 0.80, 180e9, 7700e9, 900e9, 50e9),
 }
 
@@ -142,12 +151,19 @@ class Cluster:
         gpus_per_node: GPUs with fast links to each other.
         launch_s: seconds that the host takes to launch a kernel.
         latency_s: seconds that a message takes in addition to the transfer of its bytes.
+        short_latency_s: the same for a message of less than ``short_bytes``.
+
+    The latencies are means over the steps of a ring with one step in eight between nodes, from the constants by which
+    NCCL plans (src/graph/tuning.cc): 3.4 us by NVLink and 14 us by network with its protocol for long messages, 0.6 and
+    2.7 us with the one for short messages.
     """
 
     card: Card
     gpus_per_node: int = 8
     launch_s: float = 10e-6
     latency_s: float = 5e-6
+    short_latency_s: float = 1e-6
+    short_bytes: int = 65536
 
     def bytes_per_s(self, gpus: int, *, is_ring: bool) -> float:
         """Return the bytes per second that each GPU of the cluster sends when ``gpus`` of them communicate.
@@ -159,3 +175,8 @@ class Cluster:
             return self.card.link_bytes_per_s
         adapters = 1 if is_ring else self.gpus_per_node
         return min(self.card.link_bytes_per_s, adapters * self.card.network_bytes_per_s)
+
+    def message_s(self, gpus: int, sent: int, messages: int, *, is_ring: bool) -> float:
+        """Return the seconds in which a GPU of the cluster sends ``sent`` bytes as messages, one after another."""
+        latency = self.short_latency_s if sent < self.short_bytes * messages else self.latency_s
+        return sent / self.bytes_per_s(gpus, is_ring=is_ring) + latency * messages

@@ -20,7 +20,7 @@ KINDS = {
 }  # fmt: skip
 OTHERS = ("memory", "memory")
 # Kernels of a loss that only multiply matrices, or only pass over memory.
-KINDS_OF_KERNELS = {"_products_kernel": "product"} | dict.fromkeys(
+KINDS_OF_KERNELS = {"_products_kernel": "product", "_strip_products_kernel": "product"} | dict.fromkeys(
     ("_normalize_kernel", "_totals_kernel", "_finish_kernel", "_scaled_kernel", "_through_norm_kernel"), "memory"
 )
 

@@ -299,11 +299,11 @@ def predict_parts(launches: Sequence[Launch], machine: Machine, effort: Effort =
     """Predict the times of launches; equal ones are predicted once."""
     groups: dict[str, list[Launch]] = {}
     for launch in launches:
-        groups.setdefault(_key(launch), []).append(launch)
+        groups.setdefault(key_of(launch), []).append(launch)
     return tuple(_part(same, machine, effort) for same in groups.values())
 
 
-def _key(launch: Launch) -> str:
+def key_of(launch: Launch) -> str:
     """Return a key that is equal for launches that take equally long, wherever they stand in the matrix of logits."""
     args = {name: _size(value) for name, value in launch.args.items() if name != "offset"}
     return str((launch.kernel.__name__, launch.grid, args, launch.constexprs, launch.options))

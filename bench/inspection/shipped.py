@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from clipfast.kernels.contrastive.spec import SHIPPED_STRIPS, Strip
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.spec import Draw, OpSpec, Shipped, specs
+from clipfast.plan.planned_step import Problem, run_loss
 
 from .offline import Resources
 
@@ -43,10 +45,12 @@ KNOWN_SPILLS = {
 
 def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
     """Return the faults that a shipped case may have under a Triton version ("3.9") because of the compiler."""
-    _, shipped, dtype = _named()[case]
     for known in (KNOWN_WARNINGS, KNOWN_SPILLS):
         if (version, arch, case) in known:
             return known[version, arch, case]
+    if case not in _named():
+        return ()
+    _, shipped, dtype = _named()[case]
     if shipped.small_tiles and dtype != "fp32":
         return small_tile_problems(arch)
     if shipped.tf32_by_triton_36 and (version, arch, dtype) == ("3.6", 100, "fp32"):
@@ -65,7 +69,20 @@ def small_tile_problems(arch: int) -> tuple[str, ...]:
 
 def shipped_cases() -> dict[str, Case]:
     """Return the shipped calls, each forward and backward, by name: ``<op> <label> <dtype>``."""
-    return {name: functools.partial(run, *named) for name, named in _named().items()}
+    cases: dict[str, Case] = {name: functools.partial(run, *named) for name, named in _named().items()}
+    for strip, mode in SHIPPED_STRIPS:
+        cases[strip_name(strip, mode)] = functools.partial(run_strip, strip, mode)
+    return cases
+
+
+def strip_name(strip: Strip, mode: str) -> str:
+    """Return the name of the shipped case of a strip of the loss of all ranks in a mode."""
+    return f"distributed_contrastive_loss b{strip.rows} N{strip.pairs} D{strip.embed_dim} {mode} bf16"
+
+
+def run_strip(strip: Strip, mode: str) -> None:
+    """Run the loss of all ranks on fake tensors as one of them, to record its launches."""
+    run_loss(Problem(strip.pairs, strip.pairs // strip.rows, torch.bfloat16, strip.embed_dim), mode, None)
 
 
 @functools.cache

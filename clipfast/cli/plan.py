@@ -51,7 +51,11 @@ MACHINE = {
     "link_gbs": (("link_bytes_per_s",), 1e9, "1e9 bytes per second that a GPU sends within its node"),
     "network_gbs": (("network_bytes_per_s",), 1e9, "1e9 bytes per second that a GPU sends to other nodes"),
     "gpus_per_node": (("gpus_per_node",), 1, "GPUs with fast links to each other (default: 8)"),
-    "latency_us": (("latency_s",), 1e-6, "microseconds that a message takes (default: 5)"),
+    "latency_us": (
+        ("latency_s", "short_latency_s"),
+        1e-6,
+        "microseconds that a message takes (default: 5; short ones 1)",
+    ),
     "launch_us": (("launch_s",), 1e-6, "microseconds in which the host starts a kernel (default: 10)"),
 }
 # The kinds of plan. PLANS maps an option that only some of them take to these kinds.
@@ -204,13 +208,13 @@ def _plan_loss(args: argparse.Namespace, cluster: "Cluster") -> None:
 def _rates(problem: "Problem", cluster: "Cluster") -> str:
     """Return a text about the rates of GPU and links that ``clipfast plan`` assumes for the loss."""
     card = cluster.card
-    gb, gb_per_s = card.memory_bytes / 1e9, card.memory_bytes_per_s / 1e9
+    gb, gb_per_s = card.memory_bytes / 1e9, card.copied_bytes_per_s / 1e9
     tflops = card.reached(half=problem.dtype.itemsize == 2) / 1e12
     rates = f"{tflops:g} TFLOP/s, {gb:g} GB of memory at {gb_per_s:g} GB/s"
     if problem.gpus > 1:
         collective, ring = (cluster.bytes_per_s(problem.gpus, is_ring=is_ring) / 1e9 for is_ring in (False, True))
         rates += f", {collective:g} GB/s that a rank sends in collectives and {ring:g} GB/s in a ring"
-        rates += f", {cluster.latency_s * 1e6:g} us for a message"
+        rates += f", {cluster.latency_s * 1e6:g} us for a message ({cluster.short_latency_s * 1e6:g} for a short one)"
     return f"taken for {card.name}: {rates}, {cluster.launch_s * 1e6:g} us of the host for a kernel."
 
 

@@ -1,40 +1,48 @@
 """Predict memory, communication and time of the distributed contrastive loss in each of its modes."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from ..kernels.contrastive.distributed import choose_mode
+from ..kernels.contrastive.modes import choose_mode
 from ..kernels.hardware import Cluster
 from .ledger import Event, Ledger
 from .planned_step import LOSS_FORWARD, OPENCLIP, Problem, run_loss
 
 
 def seconds(
-    events: list[Event], cluster: Cluster, gpus: int = 1, *, is_half: bool = True, with_messages: bool = True
-) -> dict[str, float]:
+    events: list[Event], cluster: Cluster, gpus: int = 1, *, is_half: bool = True, with_messages: bool = True,
+    took: Mapping[int, float] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Return the predicted seconds of each phase of a ledger's ``events``, with separate clocks for host, GPU and link.
 
     The host launches one kernel after another. A kernel starts when the kernel before it has ended and its inputs have
-    arrived. It takes the time of its FLOPs or of its bytes, whichever is longer. A collective starts when its data is
-    ready and the collective before it has ended. ``with_messages=False`` leaves out the time of all communication.
+    arrived. It takes the time of its FLOPs or of its bytes, whichever is longer, unless ``took`` has its seconds by the
+    number of its event. A collective starts when its data is ready and the collective before it has ended.
+    ``with_messages=False`` leaves out the time of all communication.
     """
     host = gpu = wire = 0.0
     arrivals: dict[int, float] = {}
     ends = {"": 0.0}
     flops_per_s = cluster.card.reached(half=is_half)
-    for event in events:
+    for number, event in enumerate(events):
         host += cluster.launch_s
         start = max([host, gpu, *(arrivals.pop(storage) for storage in event.uses & arrivals.keys())])
         if not event.collective:
-            gpu = start + max(event.flops / flops_per_s, event.bytes / cluster.card.memory_bytes_per_s)
+            least = max(event.flops / flops_per_s, event.bytes / cluster.card.copied_bytes_per_s)
+            gpu = start + (least if took is None else took[number])
         elif with_messages:
-            rate = cluster.bytes_per_s(gpus, is_ring=event.collective == "send")
-            wire = max(wire, start) + event.bytes / rate + cluster.latency_s * event.messages
+            wire = max(wire, start) + wire_seconds(event, cluster, gpus)
             if event.collective != "send":
                 arrivals |= dict.fromkeys(event.uses, wire)
         ends[event.phase] = max(host, gpu)
     ends[events[-1].phase] = max(host, gpu, wire)
     return {phase: end - start for (phase, end), start in zip([*ends.items()][1:], ends.values(), strict=False)}
+
+
+def wire_seconds(event: Event, cluster: Cluster, gpus: int) -> float:
+    """Return the predicted seconds in which a rank sends the messages of a collective of the loss."""
+    return cluster.message_s(gpus, event.bytes, event.messages, is_ring=event.collective == "send")
 
 
 def figures(ledger: Ledger) -> dict[str, int]:
@@ -54,7 +62,8 @@ def figures(ledger: Ledger) -> dict[str, int]:
 
 def predict(problem: Problem, cluster: Cluster) -> list[dict[str, Any]]:
     """Return a row for each mode of the loss and for OpenCLIP's loss: its totals, its predicted seconds, and parts."""
-    auto = choose_mode([problem.rows] * problem.gpus, problem.embed_dim, problem.dtype) if problem.gpus > 1 else None
+    sizes = [problem.rows] * problem.gpus
+    auto = choose_mode(sizes, problem.embed_dim, problem.dtype, cluster.gpus_per_node) if problem.gpus > 1 else None
     rows = []
     for mode in (*problem.modes, OPENCLIP):
         ledger = run_loss(problem, mode, cluster.card)

@@ -134,15 +134,15 @@ class Setup:
 
 
 @contextlib.contextmanager
-def _fake_processes(gpus: int, *, is_fake: bool) -> Iterator[None]:
-    """Make this process rank 0 of a fake process group, if ``is_fake`` and several GPUs are planned."""
+def _fake_processes(gpus: int, *, is_fake: bool, rank: int = 0) -> Iterator[None]:
+    """Make this process a rank of a fake process group, if ``is_fake`` and several GPUs are planned."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     with warnings.catch_warnings(action="ignore"):  # PyTorch deprecates addresses of fake tensors, and some gathers
         if not is_fake or gpus == 1:
             yield
             return
-        dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+        dist.init_process_group("fake", rank=rank, world_size=gpus, store=FakeStore())
         try:
             yield
         finally:
@@ -165,8 +165,9 @@ def _ledger_of(
 
 
 def run_loss(
-    problem: Problem, mode: str, card: Card | None, *, is_fake: bool = True, ledger_type: type[Ledger] = Ledger
-) -> Ledger:
+    problem: Problem, mode: str, card: Card | None, *, is_fake: bool = True, rank: int = 0,
+    ledger_type: type[Ledger] = Ledger,
+) -> Ledger:  # fmt: skip
     """Run the distributed contrastive loss and its backward pass on one rank, and return the ledger.
 
     Args:
@@ -174,11 +175,12 @@ def run_loss(
         mode: one of ``problem.modes``, or "openclip".
         card: the GPU whose kernels are recorded, or None to run the CPU paths. Tensors are on the CPU in both cases,
             because PyTorch without CUDA computes no gradients of fake tensors on "cuda".
-        is_fake: run rank 0 on fake tensors without computing or sending anything; otherwise run this process's rank.
+        is_fake: run ``rank`` on fake tensors without computing or sending anything; otherwise run this process's rank.
+        rank: the rank to run; the last one is the last to get its gradients in "gather".
         ledger_type: the class of the ledger, such as a sub-class that measures real memory.
     """
     with (
-        _fake_processes(problem.gpus, is_fake=is_fake),
+        _fake_processes(problem.gpus, is_fake=is_fake, rank=rank),
         _ledger_of(card, OF_LOSS, ledger_type, is_fake=is_fake) as ledger,
     ):
         ledger.phase = INPUTS

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.contrastive.distributed import choose_mode
+from ..kernels.contrastive.modes import choose_mode
 from ..kernels.hardware import Card, Cluster
 from ..models import CLIPConfig
 from .ledger import GATHERED, Ledger
@@ -98,7 +98,7 @@ class Probe:
 
         Kernels run one after another. If the host takes longer to launch them, the time of the host is returned.
         """
-        rates = np.array([cluster.card.reached(half=is_half), cluster.card.memory_bytes_per_s])
+        rates = np.array([cluster.card.reached(half=is_half), cluster.card.copied_bytes_per_s])
         found = []
         for depth in self.samples:
             small, large = (sample.kernels[phase] / rates for sample in depth)

@@ -174,7 +174,7 @@ def steps_of_block(
         (cdiv(length, products.block_k) + STEPS_AROUND_LOOP, cdiv(size, products.block_m) * tiles_of_row)
         for length, size in ((cols, rows), (rows, cols))
     )
-    of_products = _makespan(*longer, *shorter, multiprocessors)
+    of_products = makespan(*longer, *shorter, multiprocessors)
     return of_gradient * _elements(gradient) / _elements(products) + of_products + 2 * STEPS_OF_LAUNCH
 
 
@@ -183,7 +183,7 @@ def _elements(config: GemmConfig) -> int:
     return config.block_m * config.block_n * config.block_k
 
 
-def _makespan(long: int, num_long: int, short: int, num_short: int, multiprocessors: int) -> int:
+def makespan(long: int, num_long: int, short: int, num_short: int, multiprocessors: int) -> int:
     """Return when the last program of a launch for contrastive gradients ends.
 
     The long programs start first, and each next program starts as soon as a multiprocessor is free.

@@ -55,6 +55,11 @@ def new_accumulator(rows: int, like: Tensor) -> Tensor:
     return like.new_zeros(rows, like.shape[1], dtype=accumulate_dtype(like.dtype))
 
 
+def strip_accumulator(x: Tensor, y: Tensor, *, has_y: bool) -> Tensor:
+    """Return a new accumulator for the gradients of a strip's rows x [M, D] against columns y."""
+    return new_accumulator(len(x), x)
+
+
 def strips(x: Tensor, y: Tensor) -> list[slice]:
     """Return one strip with all features x, so accumulators on a CPU are as large as the gradients in float32."""
     return [slice(0, len(x))]
@@ -111,9 +116,12 @@ def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, r
 
 def add_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
-    acc_x: Tensor | None, acc_y: Tensor | None,
+    acc_x: Tensor | None, acc_y: Tensor | None, *, is_new_x: bool = False, is_new_y: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Add G y to acc_x and G^T x to acc_y for a softmax loss; return sums of G_ij x_i . y_j if products round G."""
+    for acc, is_new in ((acc_x, is_new_x), (acc_y, is_new_y)):
+        if acc is not None and is_new:
+            acc.zero_()
     shift, factor = shared_shift(logit_scale), logit_scale * LOG2E
     is_shifted = bool(shift)
     row_maxima, row_inv_denoms = finite(normalizers.row[0]), normalizers.row[1]

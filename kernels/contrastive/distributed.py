@@ -15,13 +15,14 @@ of D
 numbers: in the dtype of the products, or in float32 where there is a prime.
 
     mode       sent forward    sent backward        FLOPs       held at most
-    gather     (W-1) b         (W-1) b'             8 b N D     N + 4 b'
+    gather     (W-1) b         (W-1) b'             8 b N D     N + 2 b' + 2 g b'
     ring       (W-1) b         (W-1) b + W b'       8 b N D     2 b + 5 b'
     scalars    2 (W-1) b       0                    12 b N D    2 N + 2 b + 2 b'
 
-"gather" collects the texts of all ranks and sends text gradients back to their owners. "ring" passes texts round, in
-the forward pass and again in the backward pass, in which the sums of their gradients travel behind them. "scalars"
-collects texts and images. Gradients travel while the next block is computed, and so do the texts of the ring.
+"gather" collects the texts of all ranks and sends text gradients back to their owners, those of g ranks together.
+"ring" passes texts round, in the forward pass and again in the backward pass, in which the sums of their gradients
+travel behind them. "scalars" collects texts and images. Gradients travel while the next block is computed, and so do
+the texts of the ring.
 
 The table leaves out vectors, which are in float32: in the forward pass a rank sends 5 (W-1) b such numbers (7 (W-1) b
 in "gather" and "ring"), and it holds at most 10 N + b of them. It also leaves out the memory of a block while it
@@ -31,7 +32,7 @@ Methods: the loss over a rank's own rows is that of Cherti et al. 2023 (OpenCLIP
 (Ring Attention), and the exchange of scalars in place of gradients that of Wei et al. 2024 (FastCLIP).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,16 +43,13 @@ from torch._compile import _disable_dynamo
 from ..backends import outside_autocast
 from ..dtypes import FLOATS, accumulate_dtype, dtype_name
 from .contrastive import contrastive_loss
-from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal
+from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal, gpus_per_node
+from .modes import MODES, choose_mode
 from .shared import check_pairs, logit_blocks, new_gradient, operand_dtype, scale_gradient, scale_tensor
-from .stats import Normalizers, SoftmaxStats, merge, new_stats, pair_terms
+from .stats import Normalizers, SoftmaxStats, merge, merge_stacked, new_stats, pair_terms
 
 OP = "distributed_contrastive_loss"
-MODES = ("auto", "gather", "ring", "scalars")
-# The limits by which :func:`choose_mode` decides.
-FEW_ROWS = 1024
-MANY_RANKS = 8
-LARGEST_GATHER = 2**30  # bytes
+AUTO = "auto"
 
 
 class Options(NamedTuple):
@@ -86,14 +84,15 @@ class _RankLoss(torch.autograd.Function):
         blocks = logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize).rows for side in (image, text))
         found = (_stats_from_strips if options.mode == "scalars" else _stats_from_rows)(x, y, logit_scale, options)
-        rows, cols = pair_terms(*found.row, found.positive), pair_terms(*found.col, found.positive)
-        uses_shared_shift = found.uses_shared_shift.to(x.device, rows.inv_denom.dtype).expand(len(x))
-        mine = torch.stack([found.row[0], rows.inv_denom, found.col[0], cols.inv_denom, uses_shared_shift], dim=1)
+        maximum, total = (torch.stack(pair) for pair in zip(found.row, found.col, strict=True))  # [2, b]
+        terms = pair_terms(maximum, total, found.positive)
+        uses_shared_shift = found.uses_shared_shift.to(x.device, maximum.dtype).expand(1, len(x))
+        mine = torch.cat([maximum.T, terms.inv_denom.T, uses_shared_shift.T], dim=1)  # [b, 5]
         everyones = ranks.gather(mine).T.contiguous()  # [5, N]
         ctx.options = options
-        one_minus_p = rows.one_minus_p + cols.one_minus_p
+        one_minus_p = terms.one_minus_p.sum(0)
         ctx.save_for_backward(image, text, logit_scale, everyones, one_minus_p, *found.gathered)
-        return (rows.nll + cols.nll).sum() * _pair_weight(ranks)
+        return terms.nll.sum() * _pair_weight(ranks)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,19 +120,21 @@ class _RankGradients(torch.autograd.Function):
         grads = gather_equal(grad_loss.to(one_minus_p.dtype), ranks.group)
         largest = grads.abs().amax()
         share = ranks.spread(grads / largest.clamp(min=torch.finfo(one_minus_p.dtype).tiny))  # [N]
-        row_max, row_inv_denom, col_max, col_inv_denom, uses_shared_shift = everyones
+        (row_max, col_max), inv_denoms = everyones[:2], everyones[2:4] * share
         normalizers = Normalizers(
-            torch.stack([row_max, row_inv_denom * share]),
-            torch.stack([col_max, col_inv_denom * share]),
-            (uses_shared_shift > 0).all().to(torch.int8),
+            torch.stack([row_max, inv_denoms[0]]),
+            torch.stack([col_max, inv_denoms[1]]),
+            (everyones[4] > 0).all().to(torch.int8),
         )
         accumulate = _accumulate_strips if options.mode == "scalars" else _accumulate_rows
-        acc_x, acc_y, scale_sums = accumulate(x.rows, y.rows, logit_scale, normalizers, gathered, options)
+        acc_x, result_y, scale_sums = accumulate(x.rows, y.rows, logit_scale, normalizers, gathered, options)
         coefficient = largest * _pair_weight(ranks)
         one_minus_p = one_minus_p * share[ranks.own]
         factor = coefficient * logit_scale
-        image_grad, text_grad = new_gradient(image), new_gradient(text)
+        image_grad = new_gradient(image)
         parts = [*scale_sums, blocks.finish(acc_x, x, y.rows, 0, one_minus_p, factor, image_grad)]
+        acc_y = result_y()  # frees what was sent
+        text_grad = new_gradient(text)
         blocks.finish(acc_y, y, x.rows, 0, one_minus_p, factor, text_grad)
         of_scale = scale_gradient(parts, coefficient)
         return image_grad, text_grad, gather_equal(of_scale, ranks.group).mean()
@@ -165,7 +166,8 @@ def _prepared(rows: Tensor, options: Options) -> Tensor:
 def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
     """Compute the statistics of this rank's images against all texts, and of its texts against all images."""
     ranks = options.ranks
-    gathered = tuple(ranks.gather(side.to(options.dtype)) for side in (x, y))
+    both = ranks.gather(torch.cat([side.to(options.dtype) for side in (x, y)], dim=1))  # one message takes less time
+    gathered = both.tensor_split(2, dim=1)
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
     of_images = _statistics(x, all_y, logit_scale, ranks.own.start)
     of_texts = _statistics(y, all_x, logit_scale, ranks.own.start)
@@ -191,56 +193,67 @@ def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options
         for cols, block in source
     ]
     positive = parts[0][1].positive  # the first block has the pairs
-    row = merge([part.rows for _, part in parts])
-    uses_shared_shift = torch.stack([part.uses_shared_shift for _, part in parts]).amin()
-    parts.sort(key=lambda item: item[0])
-    col_max, col_sum = (torch.cat(vectors) for vectors in zip(*(part.cols for _, part in parts), strict=True))
+    row, uses_shared_shift = parts[0][1].rows, parts[0][1].uses_shared_shift
+    col_max, col_sum = parts[0][1].cols
+    if len(parts) > 1:
+        row = merge([part.rows for _, part in parts])
+        uses_shared_shift = torch.stack([part.uses_shared_shift for _, part in parts]).amin()
+        parts.sort(key=lambda item: item[0])
+        col_max, col_sum = (torch.cat(vectors) for vectors in zip(*(part.cols for _, part in parts), strict=True))
     received = ranks.to_owners(torch.stack([col_max, col_sum], dim=1))  # [ranks, b, 2]
-    col = merge([(part[:, 0], part[:, 1]) for part in received])
+    col = merge_stacked(received[..., 0], received[..., 1])
     return RankStats(row, col, positive, uses_shared_shift, gathered)
 
 
 def _accumulate_strips(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, gathered: tuple[Tensor, ...], options: Options
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Callable[[], Tensor], list[Tensor | None]]:
     """Return G y for this rank's images, G^T x for its texts, and the images' terms of the gradient of the scale.
 
-    These terms are the result of ``add_gradients``.
+    G^T x is a function that returns it, since it may still be on its way. The terms are those of ``add_gradients``.
     """
     own, blocks = options.ranks.own, logit_blocks(x.device)
     row, col, uses_shared_shift = normalizers
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
-    acc_x, acc_y = (blocks.new_accumulator(len(side), side) for side in (x, y))
+    acc_x, acc_y = (blocks.strip_accumulator(side, all_y, has_y=False) for side in (x, y))
     of_images = Normalizers(row[:, own], col, uses_shared_shift)
     of_texts = Normalizers(col[:, own], row, uses_shared_shift)
-    scale_sum = blocks.add_gradients(x, all_y, logit_scale, of_images, own.start, acc_x, None)
-    blocks.add_gradients(y, all_x, logit_scale, of_texts, own.start, acc_y, None)
-    return acc_x, acc_y, [scale_sum]
+    scale_sum = blocks.add_gradients(x, all_y, logit_scale, of_images, own.start, acc_x, None, is_new_x=True)
+    blocks.add_gradients(y, all_x, logit_scale, of_texts, own.start, acc_y, None, is_new_x=True)
+    return acc_x, lambda: acc_y, [scale_sum]
 
 
 def _accumulate_rows(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, gathered: tuple[Tensor, ...], options: Options
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Callable[[], Tensor], list[Tensor | None]]:
     """Return the same as :func:`_accumulate_strips`, but compute G only in the rows of this rank's images.
 
     Each rank sends its part of G^T x to the ranks that own the texts, and receives the other parts for its own texts.
     """
     ranks, blocks = options.ranks, logit_blocks(x.device)
-    source: Iterable[tuple[int, Tensor]]
+    source: Iterable[tuple[range, Tensor]]
     reduce: OwnerReduce | RingReduce
     if options.mode == "gather":
-        source, reduce = enumerate(gathered[0][cols] for cols in ranks.slices), OwnerReduce(ranks)
+        groups = ranks.groups(4 * x.shape[1])
+        source = ((owners, gathered[0][ranks.of_owners(owners)]) for owners in groups)
+        reduce = OwnerReduce(ranks)
     else:
-        source, reduce = ranks.ring(y.to(options.dtype)), RingReduce(ranks)
-    acc_x = blocks.new_accumulator(len(x), x)
+        source = ((range(owner, owner + 1), block) for owner, block in ranks.ring(y.to(options.dtype)))
+        reduce = RingReduce(ranks)
+    acc_x: Tensor | None = None
     scale_sums = []
-    for owner, block in source:
-        cols = ranks.slices[owner]
-        acc = blocks.new_accumulator(len(block), x)
+    for owners, block in source:
+        cols, block_y = ranks.of_owners(owners), _prepared(block, options)
+        is_first = acc_x is None
+        acc_x = blocks.strip_accumulator(x, block_y, has_y=True) if acc_x is None else acc_x
+        acc = x.new_empty(block.shape, dtype=acc_x.dtype)
         part, offset = normalizers.part(ranks.own, cols), ranks.own.start - cols.start
-        scale_sums.append(blocks.add_gradients(x, _prepared(block, options), logit_scale, part, offset, acc_x, acc))
-        reduce.add(owner, acc)
-    return acc_x, reduce.result(), scale_sums
+        scale_sums.append(
+            blocks.add_gradients(x, block_y, logit_scale, part, offset, acc_x, acc, is_new_x=is_first, is_new_y=True)
+        )
+        reduce.add(owners, acc)
+    assert acc_x is not None
+    return acc_x, reduce.result, scale_sums
 
 
 # This is torch.compiler.disable, except that it imports the compiler when the function is first called, not now.
@@ -275,7 +288,8 @@ def distributed_contrastive_loss(
         group: the ranks that share the batch; all by default.
         mode: "gather" collects the texts of all ranks; "ring" passes them round, in memory that does not grow with the
             number of ranks; "scalars" collects texts and images, which costs 1.5 times the FLOPs but sends no
-            gradients; with "auto", :func:`choose_mode` decides.
+            gradients; with "auto", :func:`choose_mode` decides, and in the first call of a group, ranks exchange which
+            of them share a node, for which the host waits.
         normalize: divide each row by its Euclidean norm first.
         sizes: b of every rank, in order of rank. Without it the ranks first exchange these numbers, for which the host
             waits for the device.
@@ -289,29 +303,17 @@ def distributed_contrastive_loss(
         RuntimeError: ``torch.distributed`` is not initialised, or a rank of the group is gone.
     """
     check_pairs(OP, ("image", "text"), image, text)
-    if mode not in MODES:
-        raise ValueError(f"{OP}: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode not in (AUTO, *MODES):
+        raise ValueError(f"{OP}: mode must be one of {', '.join((AUTO, *MODES))}, got {mode!r}")
     dtype = operand_dtype(OP, "image", image)
     scale = scale_tensor(OP, logit_scale, image)
     ranks = _ranks(image, group, sizes)
     if len(ranks.sizes) == 1:
         return contrastive_loss(image, text, scale, normalize=normalize)
-    if mode == "auto":
-        mode = choose_mode(ranks.sizes, image.shape[1], dtype)
+    if mode == AUTO:
+        mode = choose_mode(ranks.sizes, image.shape[1], dtype, gpus_per_node(group, image.device))
     options = Options(ranks, mode, normalize, dtype)
     return _RankLoss.apply(image, text, scale.to(accumulate_dtype(dtype)), options)  # type: ignore[no-untyped-call]
-
-
-def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str:
-    """Return the mode of the contrastive loss of all ranks that "auto" stands for, the same on every rank.
-
-    With at most 1,024 rows per rank on more than 8 ranks it is "scalars", since there is too little to compute while
-    gradients would travel. Otherwise it is "ring" if all texts together take more than 1 GiB, which no rank should have
-    to hold, and "gather" if they take less.
-    """
-    if max(sizes) <= FEW_ROWS and len(sizes) > MANY_RANKS:
-        return "scalars"
-    return "ring" if sum(sizes) * embed_dim * dtype.itemsize > LARGEST_GATHER else "gather"
 
 
 def _ranks(image: Tensor, group: "dist.ProcessGroup | None", sizes: Sequence[int] | None) -> Ranks:

@@ -83,23 +83,26 @@ def _products_kernel(
     acc_y,  # [N, D] fp32, the same
     M, N, D, num_x_tiles, stride_grad, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    IS_TMA: tl.constexpr, IS_ADDED: tl.constexpr,
+    IS_TMA: tl.constexpr, IS_ADDED: tl.constexpr, IS_NEW_X: tl.constexpr, IS_NEW_Y: tl.constexpr,
 ):  # fmt: skip
-    """Add grad y to acc_x (in the first ``num_x_tiles`` programs) and grad^T x to acc_y (in the other programs)."""
+    """Add grad y to acc_x (in the first ``num_x_tiles`` programs) and grad^T x to acc_y (in the other programs).
+
+    A new accumulator has no values yet, and is overwritten.
+    """
     pid = tl.program_id(0)
     num_d = tl.cdiv(D, BLOCK_N)
     if pid < num_x_tiles:
         start_m, start_d = pid // num_d * BLOCK_M, pid % num_d * BLOCK_N
-        acc = _first(acc_x, start_m, start_d, M, D, BLOCK_M, BLOCK_N, IS_ADDED)
+        acc = _first(acc_x, start_m, start_d, M, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW_X)
         for start_k in range(0, N, BLOCK_K):
             g = load_tile(grad, start_m, start_k, M, N, stride_grad, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
             b = load_tile(y, start_k, start_d, N, D, stride_y, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
             acc = tl.dot(g, b, acc, input_precision="ieee")
-        _last(acc_x, acc, start_m, start_d, M, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED)
+        _last(acc_x, acc, start_m, start_d, M, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW_X)
     else:
         pid -= num_x_tiles
         start_m, start_d = pid // num_d * BLOCK_M, pid % num_d * BLOCK_N
-        acc = _first(acc_y, start_m, start_d, N, D, BLOCK_M, BLOCK_N, IS_ADDED)
+        acc = _first(acc_y, start_m, start_d, N, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW_Y)
         for start_k in range(0, M, BLOCK_K):
             g = load_tile(grad_cols, start_k, start_m, M, N, stride_grad, BLOCK_K, BLOCK_M, IS_TMA)  # [BK, BM]
             b = load_tile(x, start_k, start_d, M, D, stride_x, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
@@ -107,19 +110,19 @@ def _products_kernel(
         # The barrier costs nothing. It keeps LLVM from merging the code after the loops of the two branches. In merged
         # code, ptxas could not tell which products are still running, and would wait for each of them.
         tl.debug_barrier()
-        _last(acc_y, acc, start_m, start_d, N, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED)
+        _last(acc_y, acc, start_m, start_d, N, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW_Y)
 
 
 @triton.jit
 def _first(
-    acc, start_m, start_d, M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_ADDED: tl.constexpr
+    acc, start_m, start_d, M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_ZERO: tl.constexpr
 ):  # fmt: skip
     """Return the initial value of a tile of products: zeros, or the accumulator's tile.
 
-    With IS_ADDED, the products are added to the accumulator in L2 later, so the tile starts at zero. Otherwise the
-    accumulator is loaded before the products, since no registers would be left to load it after them.
+    With IS_ZERO, the products are added to the accumulator in L2 later, or overwrite it. Otherwise the accumulator is
+    loaded before the products, since no registers would be left to load it after them.
     """
-    if IS_ADDED:
+    if IS_ZERO:
         first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
         first = load_tile(acc, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
@@ -129,16 +132,21 @@ def _first(
 @triton.jit
 def _last(
     acc, tile, start_m, start_d, M, D,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, IS_ADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, IS_ADDED: tl.constexpr, IS_NEW: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile [BM, BN] of an accumulator, or add it to the accumulator in L2, one part after the other."""
+    """Store a tile [BM, BN] of an accumulator, or add it to the accumulator in L2, one part after the other.
+
+    With IS_ADDED, the accumulator is a descriptor.
+    """
     if not IS_ADDED:
         store_tile(acc, tile, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
     elif PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves_of_columns(tile, BLOCK_M, BLOCK_N)
-        _last(acc, left, start_m, start_d, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED)
-        _last(acc, right, start_m, start_d + HALF, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED)
+        _last(acc, left, start_m, start_d, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED, IS_NEW)
+        _last(acc, right, start_m, start_d + HALF, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED, IS_NEW)
+    elif IS_NEW:
+        acc.store([start_m, start_d], tile)
     elif IS_INTERPRETED:  # Triton's interpreter has no atomic_add of descriptors
         acc.store([start_m, start_d], acc.load([start_m, start_d]) + tile)
     else:

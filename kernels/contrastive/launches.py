@@ -4,6 +4,7 @@ A block is the logits of features x [M, D] against features y [N, D]; a pair is 
 """
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -32,11 +33,13 @@ from .operands import (
 from .products import add_products, scale_of_grad
 from .softmax_kernels import _pairs_kernel, _stats_kernel
 from .stats import Features, Normalizers, SoftmaxStats, pairs_in
+from .strips import parts_of
 
 __all__ = ["prepare"]  # the losses find it here as in ``cpu``
 
 # The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
 MAX_EDGE = 16384
+MOST_TILES = 128  # in a row of a square block, whose sums the kernel for pairs adds
 CHUNK = 16  # tiles whose sums are added at a time
 
 
@@ -54,6 +57,18 @@ def small_blocks(edge: int) -> Iterator[None]:
 def new_accumulator(rows: int, like: Tensor) -> Tensor:
     """Return zeros [rows, D] that gradients are added to, for prepared features ``like`` [any, D]."""
     return like.new_zeros(rows, like.shape[1], dtype=torch.float32)
+
+
+def strip_accumulator(x: Tensor, y: Tensor, *, has_y: bool) -> Tensor:
+    """Return a new accumulator for the gradients of rows x [M, D] against columns y: [M, D], or [parts, M or more, D].
+
+    ``has_y`` says whether the gradients of the columns are computed too.
+    """
+    edges = _block_edges(x, y)
+    parts, height = parts_of(layout_of(x[: edges[0]], y[: edges[1]], 0), len(x), has_y=has_y)
+    if parts == 0:
+        return vector(x, *x.shape)
+    return vector(x, parts, height, x.shape[1])
 
 
 def strips(x: Tensor, y: Tensor) -> list[slice]:
@@ -88,6 +103,8 @@ def _pairs(
     layout = layout_of(x, y, offset)
     positive = vector(x, layout.m)
     row_sums, col_sums = _sums(x, y, logit_scale, layout, positive)
+    if len(row_sums) > MOST_TILES:  # few programs of the kernel have rows, and each would walk all tiles
+        row_sums = row_sums.sum(0, keepdim=True)
     programs, pairs, total = _pairs_plan(layout, row_sums.shape[0], col_sums.shape[0], is_loss, both)
     row, col, losses, loss = vector(x, 3, layout.m), vector(x, 3, layout.n), vector(x, programs), vector(x)
     flags, flag = losses.new_empty(programs, dtype=torch.int8), losses.new_empty((), dtype=torch.int8)
@@ -101,6 +118,8 @@ def _pairs_plan(layout: Layout, row_tiles: int, col_tiles: int, is_loss: bool, b
     """Return the programs of ``_pairs_kernel``, its plan, and the plan that adds up their losses."""
     device, dtype, m, n, d, offset, stride_x, stride_y = layout
     cfg = gemm_config("contrastive_pairs", arch_of(device), dtype)
+    if not is_loss and not has_tma(device, dtype, d):
+        cfg = dataclasses.replace(cfg, num_stages=1)  # with two, the assembler spills one to five registers
     paired, _ = pairs_in(m, n, offset)
     offset = max(-m, min(n, offset))  # any other offset has no pairs either
     first = min(0, -offset)
@@ -159,11 +178,11 @@ def _sums_plan(layout: Layout) -> tuple[TilePlan, int, int]:
 
 def add_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
-    acc_x: Tensor | None, acc_y: Tensor | None,
+    acc_x: Tensor | None, acc_y: Tensor | None, *, is_new_x: bool = False, is_new_y: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Add G y to acc_x [M, D] and G^T x to acc_y [N, D], from one computation of G; one of the two may be None.
 
-    Both are multiplied by a constant that :func:`finish` takes out again.
+    Both are multiplied by a constant that :func:`finish` takes out again. A new accumulator has no values yet.
 
     Returns:
         If G is rounded to 16 bits for the products: [any], numbers whose sum is the sum of G_ij x_i . y_j before the
@@ -173,7 +192,7 @@ def add_gradients(
     row, col, uses_shared_shift = normalizers
     (scale_sums,) = add_products(
         x, y, offset, _block_edges(x, y), (logit_scale, uses_shared_shift), (row[0], row[1]), (col[0], col[1]),
-        acc_x, acc_y, is_softmax=True,
+        acc_x, acc_y, is_softmax=True, is_new=(is_new_x, is_new_y),
     )  # fmt: skip
     return scale_sums if x.dtype.itemsize == 2 else None
 
@@ -232,7 +251,8 @@ def finish(
     """Write the gradient of features, factor * (acc - one_minus_p * positive), through the normalisation if any.
 
     Args:
-        acc: [R, D], G times the features of the other side, of :func:`new_accumulator`; its values are lost.
+        acc: [R, D], G times the features of the other side, of :func:`new_accumulator` or :func:`strip_accumulator`;
+            its values are lost.
         own: the R rows whose gradient it is.
         other, offset: [C, D], features of the other side; the positive of row i is row i + offset, if there is one.
         one_minus_p: [R], one minus the probability of the positive, summed over the directions of the loss; not used
@@ -247,6 +267,7 @@ def finish(
     """
     rows, inv_norm = own
     n, d = rows.shape
+    acc = acc.sum(0)[:n] if acc.ndim == 3 else acc
     of_scale = torch.empty_like(one_minus_p)
     launch_on_rows(
         _finish_kernel, rows_config(rows),

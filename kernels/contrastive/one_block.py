@@ -16,8 +16,9 @@ from ..launch import Plan, arch_of
 from .kernels import _sigmoid_pairs_kernel
 from .one_block_kernels import _gradients_kernel, _scaled_kernel, _through_norm_kernel
 from .operands import Layout, Tile, has_tma, layout_of, tile_config, tile_of, tiles, totals_plan, vector
-from .products import PART_COLS, GradPlan, grad_plan, scale_of_grad
+from .products import GradPlan, grad_plan, scale_of_grad
 from .stats import Features, Normalizers
+from .strips import PART_COLS
 
 SCALED = RowConfig(block_m=1, block_n=4096, num_warps=8, num_stages=1)  # block_n elements for each program
 

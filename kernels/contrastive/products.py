@@ -30,8 +30,7 @@ from .operands import (
     vector,
 )
 from .softmax_kernels import _grad_tile_kernel
-
-PART_COLS = 64  # the columns of a part: tiles are computed and stored part by part
+from .strips import PART_COLS, strip_plan
 
 
 class _Part(NamedTuple):
@@ -60,21 +59,24 @@ class _Descriptors:
 def add_products(
     x: Tensor, y: Tensor, offset: int, edges: tuple[int, int], shared: tuple[Tensor, ...], of_rows: tuple[Tensor, ...],
     of_cols: tuple[Tensor, ...], acc_x: Tensor | None, acc_y: Tensor | None, *, is_softmax: bool,
+    is_new: tuple[bool, bool] = (False, False),
 ) -> Tensor:  # fmt: skip
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
     Args:
-        x, y, offset, acc_x, acc_y: see :func:`.launches.add_gradients`.
+        x, y, offset, acc_x, acc_y: see :func:`.launches.add_gradients`; acc_x may be that of a strip.
         edges: the rows and columns of a block.
         shared, of_rows, of_cols: the other inputs (besides features) of the kernel for a block of G, in this order:
             those that all blocks have, vectors [M] of the rows, and vectors [N] of the columns.
         is_softmax: whether G is that of the softmax losses or of the sigmoid loss.
+        is_new: whether acc_x and acc_y have no values yet.
 
     Returns:
         The sums of all programs of the kernel [1 or 3, programs], from G before it is rounded to 16 bits. The
         accumulators contain the rounding error of G, and so would a gradient of the scale that is computed from them.
     """
     described = _Descriptors()
+    acc_x, strip = (None, acc_x) if acc_x is not None and acc_x.ndim == 3 else (acc_x, None)
     row_parts, col_parts = (
         [
             _Part(own.start, side[own], None if acc is None else acc[own], tuple(vector[own] for vector in vectors))
@@ -90,16 +92,29 @@ def add_products(
     blocks = []
     for rows, cols in itertools.product(row_parts, col_parts):
         layout = layout_of(rows.features, cols.features, offset + rows.start - cols.start)
-        products = _products_plan(layout._replace(offset=0), buffer.stride(0), acc_x is not None, acc_y is not None)
-        blocks.append((rows, cols, grad_plan(layout, buffer.stride(0), is_softmax, False), products))
-    counts = [grad.programs for *_, grad, _ in blocks]
+        is_small = strip is not None and len(row_parts) == len(col_parts) == 1
+        grad, alike = grad_plan(layout, buffer.stride(0), is_softmax, is_small), layout._replace(offset=0)
+        is_new_x, is_new_y = is_new[0] and cols.start == 0, is_new[1] and rows.start == 0
+        has_x, has_y = acc_x is not None, acc_y is not None
+        products = _products_plan(
+            alike, buffer.stride(0), has_x, has_y, is_new_x if has_x else is_new_y, is_new_y if has_y else is_new_x
+        )
+        of_strip = None
+        if strip is not None:
+            parts, height, _ = strip.shape
+            of_strip = strip_plan(alike, buffer.stride(0), parts, height, rows.start, is_new_x)
+        blocks.append((rows, cols, grad, products, of_strip))
+    counts = [grad.programs for _, _, grad, _, _ in blocks]
     sums = vector(x, 1 if is_softmax else 3, sum(counts))
     of_blocks = zip(*(numbers.split(counts) for numbers in sums), strict=True)
-    for (rows, cols, grad, products), of_block in zip(blocks, of_blocks, strict=True):
+    for (rows, cols, grad, products, of_strip), of_block in zip(blocks, of_blocks, strict=True):
         block = views[len(rows.features), len(cols.features)]
         others = *shared, *rows.vectors, *cols.vectors, *of_block
         grad.start(rows.features, cols.features, block, *others, describe=described)
-        products.start(block, rows, cols, described)
+        if of_strip is not None and strip is not None:
+            of_strip.start(block, cols.features, strip, described)
+        if acc_x is not None or acc_y is not None:
+            products.start(block, rows, cols, described)
     return sums
 
 
@@ -157,7 +172,9 @@ class _ProductsPlan(NamedTuple):
 
 
 @planned
-def _products_plan(layout: Layout, stride_grad: int, has_x: bool, has_y: bool) -> _ProductsPlan:
+def _products_plan(
+    layout: Layout, stride_grad: int, has_x: bool, has_y: bool, is_new_x: bool, is_new_y: bool
+) -> _ProductsPlan:
     """Plan the products of a block of G with the features of those sides that have an accumulator."""
     device, dtype, m, n, d, _, stride_x, stride_y = layout
     cfg = products_config(device, dtype, d)
@@ -167,7 +184,7 @@ def _products_plan(layout: Layout, stride_grad: int, has_x: bool, has_y: bool) -
     plan = Plan(
         _products_kernel, (num_x_tiles + num_y_tiles,), m, n, d, num_x_tiles, stride_grad, stride_x, stride_y,
         config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
-        IS_TMA=is_tma, IS_ADDED=is_added,
+        IS_TMA=is_tma, IS_ADDED=is_added, IS_NEW_X=is_new_x, IS_NEW_Y=is_new_y,
     )  # fmt: skip
     grad_tile, transposed_tile = tile_of(cfg.block_m, cfg.block_k, layout), tile_of(cfg.block_k, cfg.block_m, layout)
     acc_tile = (cfg.block_m, cfg.block_n // parts) if is_added else None

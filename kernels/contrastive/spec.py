@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,14 @@ def _product_and_bytes(pairs: int, embed_dim: int, itemsize: int) -> tuple[int, 
     return 2 * pairs**2 * embed_dim, 2 * pairs * embed_dim * itemsize
 
 
+class Strip(NamedTuple):
+    """The logits that a rank computes in the loss of all ranks: its pairs against those of all ranks."""
+
+    rows: int
+    pairs: int
+    embed_dim: int
+
+
 TILED = ("contrastive_stats", "contrastive_pairs", "contrastive_grad_tile", "sigmoid_grad_tile")
 
 
@@ -161,6 +170,15 @@ GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
 ONE_BLOCK = ("_gradients_kernel", "_through_norm_kernel")
 DTYPES = ("bf16", "fp32", "fp16")
 GPU_SIZES = (16384, 512), (32768, 768), (4096, 512), (65536, 768), (8192, 512), (32768, 512)
+# The strips of the loss of all ranks that are predicted, and those that are compiled: all others launch their kernels.
+STRIPS = tuple(
+    Strip(rows, pairs, width)
+    for rows, pairs in ((256, 8192), (1024, 32768), (2048, 65536), (4096, 262144))
+    for width in (512, 768, 1024, 1280)
+)
+SHIPPED_STRIPS = tuple(
+    (Strip(*sizes), "gather") for sizes in ((256, 8192, 512), (1024, 32768, 768), (4096, 262144, 1280))
+)
 PRODUCTS = _gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats")
 SMALL_PRODUCTS = tuple(
     Tunable(f"{tunable.kernel}_small", function, GemmConfig)
@@ -175,7 +193,7 @@ SPECS = (
     loss_spec(
         op=contrastive_loss, reference=reference.contrastive_loss, make=make_contrastive, cases=CONTRASTIVE,
         small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
-        suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS, *ONE_BLOCK),
+        suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS, *ONE_BLOCK, "_strip_products_kernel"),
         floor=contrastive_floor, float32=("logit_scale",),
         bench={
             "cpu": tuple(LossShape(pairs, 512) for pairs in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)),

@@ -133,15 +133,16 @@ def is_exact(*sums: Tensor) -> Tensor:
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the maximum and the sum over several blocks of logits from those of each block, added in the given
-    order.
-    """
-    maximum = torch.stack([part_max for part_max, _ in parts]).amax(0)
-    pivot = finite(maximum)
-    total = torch.zeros_like(maximum)
-    for part_max, part_sum in parts:
-        total = total + part_sum * (part_max - pivot).exp2()
-    return maximum, total
+    """Return the maximum and the sum over several blocks of logits from those of each block."""
+    maxima, sums = (torch.stack(vectors) for vectors in zip(*parts, strict=True))
+    return merge_stacked(maxima, sums)
+
+
+def merge_stacked(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what :func:`merge` does with the maxima and the sums of all blocks of logits, each [blocks, rows]."""
+    maximum = maxima.amax(0)
+    pivot = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # -inf minus -inf would be NaN
+    return maximum, (sums * (maxima - pivot).exp2()).sum(0)
 
 
 def finite(maximum: Tensor) -> Tensor:

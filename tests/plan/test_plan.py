@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clipfast
 from clipfast.cli.plan import fit_cells
-from clipfast.kernels.contrastive.distributed import choose_mode
+from clipfast.kernels.contrastive.modes import choose_mode
 from clipfast.kernels.hardware import CARDS, Cluster
 from clipfast.kernels.spec import lengths_of
 from clipfast.models import add_model_config
@@ -163,7 +163,7 @@ def test_open_clip():
 
 def test_clocks_hide_messages_behind_kernels():
     card = dataclasses.replace(H100.card, half_peak=1.0, half_reached=1.0, link_bytes_per_s=1.0)
-    took = functools.partial(seconds, cluster=Cluster(card, launch_s=0.5, latency_s=0.25), gpus=4)
+    took = functools.partial(seconds, cluster=Cluster(card, launch_s=0.5, latency_s=0.25, short_latency_s=0.25), gpus=4)
     kernel, message = Event("a", 1, frozenset({1}), flops=3), Event("a", 4, frozenset({2}), 0, "reduce", 1)
     reader = Event("b", 1, frozenset({2}), flops=1)
     # The message starts at 3.5 and takes 4.25. The next kernel ends at 6.5, and the message's reader starts at 7.75.
@@ -344,13 +344,13 @@ class TestCommand:
         return run
 
     def test_loss(self, planned):
-        out, saved = planned("--pairs 9216 --gpus 9 --card b200")
-        assert "9 ranks of 1,024 pairs" in out
-        assert [saved["problem"][key] for key in ("pairs", "rows", "gpus", "dtype")] == [9216, 1024, 9, "bf16"]
+        out, saved = planned("--pairs 2304 --gpus 9 --card b200")
+        assert "9 ranks of 256 pairs" in out
+        assert [saved["problem"][key] for key in ("pairs", "rows", "gpus", "dtype")] == [2304, 256, 9, "bf16"]
         assert [mode["mode"] for mode in saved["modes"]] == ["gather", "ring", "scalars", "openclip"]
         (auto,) = [mode for mode in saved["modes"] if mode["is_auto"]]
-        assert auto["mode"] == choose_mode([1024] * 9, 512, torch.bfloat16) == "scalars"
-        assert auto["FLOPs"] == 12 * 1024 * 9216 * 512
+        assert auto["mode"] == choose_mode([256] * 9, 512, torch.bfloat16) == "scalars"
+        assert auto["FLOPs"] == 12 * 256 * 2304 * 512
         assert auto["memory"] == sum(auto["memory by category"].values())
         assert auto["time"] == pytest.approx(sum(auto["time by phase"].values()))
         assert auto["sent forward"] + auto["sent backward"] == auto["sent by collective"]["allgather"]["bytes"]

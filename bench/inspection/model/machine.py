@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from clipfast.kernels.hardware import CARDS, COPIED
+
 WARP = 32
 
 
@@ -45,7 +47,7 @@ class Machine:
     multiprocessors: int = 132
     l2_rate: float = 5120 * 1.755e9
     lane_rate: float = 28 * 132 * 1.755e9
-    hbm_rate: float = 3.0e12
+    hbm_rate: float = COPIED * 3.35e12
     l2_latency: int = 270
     hbm_latency: int = 650
     tma_latency: int = 170
@@ -53,7 +55,7 @@ class Machine:
     reaction: int = 120
     block_gap: int = 400
     launch: float = 2.5e-6
-    power_flops: float = 700e12
+    power_flops: float = CARDS["h100"].reached(half=True)
 
     def cycles_per_byte(self, rate: float) -> float:
         """Return the cycles per byte of a simulated multiprocessor for its share of the whole GPU's ``rate``."""
@@ -62,5 +64,5 @@ class Machine:
 
 H100 = Machine()
 # Copies are assumed to reach the same fraction of the data sheet's rate as on an H100.
-H200 = dataclasses.replace(H100, name="H200", hbm_rate=4.8e12 * 3.0 / 3.35)
+H200 = dataclasses.replace(H100, name="H200", hbm_rate=COPIED * 4.8e12)
 MACHINES = {"h100": H100, "h200": H200}

@@ -1,0 +1,36 @@
+"""The Triton kernel for the product G y of a strip: few rows of G, and the columns of all processes.
+
+acc[part, i] += sum over the columns j of the part of G_ij y_j          one program writes each tile
+"""
+
+import triton
+import triton.language as tl
+
+from ..tiles import load_tile
+from .kernels import _first, _last
+
+
+@triton.jit
+def _strip_products_kernel(
+    grad,  # [M, N], tiles of [BM, BK]
+    y,  # [N, D], tiles of [BK, BN]
+    acc,  # [parts * height, D] fp32, contiguous; with IS_ADDED a descriptor of tiles [BM, BN / PARTS]
+    M, N, D, first, height, acc_rows, length, stride_grad, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    IS_TMA: tl.constexpr, IS_ADDED: tl.constexpr, IS_NEW: tl.constexpr,
+):  # fmt: skip
+    """Add grad y to the rows of ``acc`` from ``first`` on; each part of ``length`` columns adds to ``height`` rows.
+
+    With IS_NEW, ``acc`` has no values yet, and is overwritten.
+    """
+    num_d = tl.cdiv(D, BLOCK_N)
+    num_tiles = tl.cdiv(M, BLOCK_M) * num_d
+    part, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
+    start_m, start_d = tile // num_d * BLOCK_M, tile % num_d * BLOCK_N
+    row = part * height + first + start_m
+    total = _first(acc, row, start_d, acc_rows, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW)
+    for start_k in range(part * length, tl.minimum(part * length + length, N), BLOCK_K):
+        g = load_tile(grad, start_m, start_k, M, N, stride_grad, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
+        b = load_tile(y, start_k, start_d, N, D, stride_y, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
+        total = tl.dot(g, b, total, input_precision="ieee")
+    _last(acc, total, row, start_d, acc_rows, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW)

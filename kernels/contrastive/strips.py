@@ -1,0 +1,85 @@
+"""The product G y of a strip: few rows of G, and many columns, which are the features of all processes.
+
+Such a product has few tiles, often fewer than there are multiprocessors, and each tile has a long loop over the
+columns. Therefore the columns are cut into parts, each of which has an accumulator of its own: several programs may
+then work on one tile, and the sums have the same bits in every run. The accumulators are added up once, at the end.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..common import cdiv
+from ..configs import planned
+from ..launch import Plan
+from .block_sizes import STEPS_AROUND_LOOP, STEPS_OF_LAUNCH, makespan, products_config
+from .operands import Describe, Layout, Tile, has_tma, processors, tile_of
+from .strip_kernels import _strip_products_kernel
+
+PART_COLS = 64  # the columns of a part of a tile: tiles are computed and stored part by part
+MOST_BYTES = 2**26  # of the accumulators of all parts
+# The steps of a loop that it takes to add up accumulators of one tile for each multiprocessor, by the model of an H100.
+STEPS_OF_SUM = 7
+
+
+@planned
+def parts_of(layout: Layout, rows: int, *, has_y: bool) -> tuple[int, int]:
+    """Return the number of parts into which the columns of a strip are cut, and the rows of a part's accumulator.
+
+    The number is 0 if one launch that computes G^T x as well, which is wanted with ``has_y``, takes no longer.
+    ``layout`` is that of a block of the strip, which has ``rows`` rows in all.
+    """
+    device, dtype, m, n, d, *_ = layout
+    cfg = products_config(device, dtype, d)
+    at_once, num_d = processors(device), cdiv(d, cfg.block_n)
+    of_x, of_y = cdiv(m, cfg.block_m) * num_d, cdiv(n, cfg.block_m) * num_d * has_y
+    steps_x, steps_y = cdiv(n, cfg.block_k), cdiv(m, cfg.block_k) + STEPS_AROUND_LOOP
+    height = cdiv(rows, cfg.block_m) * cfg.block_m  # a tile must not reach into the rows of the next part
+    if m * n * d == 0:
+        return 0, height
+    (short, num_short), (long, num_long) = sorted(((steps_x + STEPS_AROUND_LOOP, of_x), (steps_y, of_y)))
+    apart = cdiv(of_y, at_once) * steps_y + STEPS_OF_LAUNCH * has_y
+
+    def steps(parts: int) -> float:
+        """Return the estimated time of the products of a strip with so many parts, in steps of a loop."""
+        if parts == 0:
+            return makespan(long, num_long, short, num_short, at_once)
+        rounds = cdiv(of_x * parts, at_once) * (cdiv(steps_x, parts) + STEPS_AROUND_LOOP)
+        return apart + rounds + STEPS_OF_SUM * of_x * parts / at_once
+
+    most = min(steps_x, MOST_BYTES // (4 * height * d), cdiv(2 * at_once, of_x))
+    return min(range(most + 1), key=steps), height
+
+
+class StripPlan(NamedTuple):
+    """A launch that adds the product of G and y to the accumulators of the parts of a strip."""
+
+    plan: Plan
+    grad_tile: Tile
+    operand_tile: Tile
+    acc_tile: Tile
+
+    def start(self, grad: Tensor, y: Tensor, acc: Tensor, describe: Describe) -> None:
+        """Start the kernel; ``acc`` is [parts, height, D]."""
+        rows = describe(acc.flatten(0, 1), self.acc_tile)
+        self.plan.start(describe(grad, self.grad_tile), describe(y, self.operand_tile), rows)
+
+
+@planned
+def strip_plan(layout: Layout, stride_grad: int, parts: int, height: int, first: int, is_new: bool) -> StripPlan:
+    """Plan the product of a block of G with y, whose rows belong to the rows of the accumulators from ``first`` on."""
+    device, dtype, m, n, d, _, _, stride_y = layout
+    cfg = products_config(device, dtype, d)
+    is_tma, pieces = has_tma(device, dtype, d), max(1, cfg.block_n // PART_COLS)
+    is_added = is_tma and d % 4 == 0
+    length = cdiv(cdiv(n, cfg.block_k), parts) * cfg.block_k
+    plan = Plan(
+        _strip_products_kernel, (parts * cdiv(m, cfg.block_m) * cdiv(d, cfg.block_n),),
+        m, n, d, first, height, parts * height, length, stride_grad, stride_y,
+        config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=pieces,
+        IS_TMA=is_tma, IS_ADDED=is_added, IS_NEW=is_new,
+    )  # fmt: skip
+    acc_tile = (cfg.block_m, cfg.block_n // pieces) if is_added else None
+    return StripPlan(
+        plan, tile_of(cfg.block_m, cfg.block_k, layout), tile_of(cfg.block_k, cfg.block_n, layout), acc_tile
+    )

@@ -1,0 +1,75 @@
+"""Test the products of strips, few rows of logits and many columns, and the choice of the mode of the loss."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast.kernels import launch
+from clipfast.kernels.contrastive import launches, strips
+from clipfast.kernels.contrastive.modes import MODES, choose_mode, mode_seconds
+from clipfast.kernels.contrastive.spec import small_tiles
+from clipfast.kernels.contrastive.stats import Normalizers
+
+
+def gradients(x, y, acc_x, **options):
+    """Return G y, G^T x and the sums for the scale of a strip, on the accumulator ``acc_x`` of the rows."""
+    row, col = (0.01 * torch.rand(2, len(side), generator=torch.Generator().manual_seed(1)) for side in (x, y))
+    normalizers = Normalizers(row, col, torch.ones((), dtype=torch.int8))
+    acc_y = torch.full(y.shape, torch.nan) if options else torch.zeros(y.shape)
+    with small_tiles(x.dtype):
+        launches.add_gradients(x, y, torch.tensor(3.0), normalizers, 5, acc_x, acc_y, **options)
+    return acc_x.sum(0)[: len(x)] if acc_x.ndim == 3 else acc_x, acc_y
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float32), (90, torch.float16)], ids=str)
+@pytest.mark.parametrize(("rows", "cols"), [(37, 150), (90, 70)], ids=["one block of rows", "several"])
+def test_parts_add_up(rows, cols, arch, dtype, monkeypatch, interpreted):
+    # Parts of 96 rows or more, whose tiles have 16 rows; new accumulators hold NaN, which no sum may keep.
+    monkeypatch.setattr(launch, "CPU_ARCH", arch)
+    x, y = (F.normalize(torch.randn(count, 40), dim=-1).to(dtype) for count in (rows, cols))
+    expected = gradients(x, y, torch.zeros(rows, 40))
+    found = gradients(x, y, torch.full((3, 96, 40), torch.nan), is_new_x=True, is_new_y=True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+    twice = torch.full((3, 96, 40), torch.nan)
+    gradients(x, y, twice, is_new_x=True, is_new_y=True)
+    assert (gradients(x, y, twice)[0] - 2 * expected[0]).norm() <= 1e-6 * expected[0].norm()
+
+
+def test_a_strip_fills_the_gpu():
+    # The products of 256 rows have four tiles; 132 multiprocessors take a part of the columns each.
+    layout = functools.partial(launches.Layout, torch.device("cpu"), torch.bfloat16, d=512, offset=0, stride_x=512)
+    with launch.record_launches(90, 132):
+        parts, height = strips.parts_of(layout(m=256, n=8192, stride_y=512), 256, has_y=False)
+        assert height == 256
+        assert 4 * parts > 0.75 * 132
+        assert strips.parts_of(layout(m=16384, n=16384, stride_y=512), 16384, has_y=True)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "width", "dtype", "gpus_per_node", "mode"),
+    [
+        ([256] * 32, 512, torch.bfloat16, 8, "scalars"),
+        ([1024] * 8, 512, torch.bfloat16, 8, "gather"),
+        ([4096] * 64, 1280, torch.bfloat16, 8, "gather"),
+    ],
+    ids=str,
+)
+def test_mode(sizes, width, dtype, gpus_per_node, mode):
+    times = {one: mode_seconds(one, sizes, width, dtype, gpus_per_node) for one in MODES}
+    assert min(times, key=times.__getitem__) == choose_mode(sizes, width, dtype, gpus_per_node) == mode, times
+
+
+def test_the_mode_does_not_gather_more_than_fits():
+    assert choose_mode([8192] * 256, 1024, torch.bfloat16) == "gather"
+    assert choose_mode([8192] * 257, 1024, torch.bfloat16) == "ring"  # whose texts take more than 4 GiB
+
+
+def test_the_mode_of_any_sizes():
+    for sizes, width, dtype in itertools.product(
+        ([0, 1], [0] * 3, [7] * 2048), (0, 1, 4096), (torch.float16, torch.float64)
+    ):
+        assert choose_mode(sizes, width, dtype, 3) in MODES
