@@ -68,11 +68,16 @@ def small_tile_problems(arch: int) -> tuple[str, ...]:
 
 
 def shipped_cases() -> dict[str, Case]:
-    """Return the shipped calls, each forward and backward, by name: ``<op> <label> <dtype>``."""
-    cases: dict[str, Case] = {name: functools.partial(run, *named) for name, named in _named().items()}
-    for strip, mode in SHIPPED_STRIPS:
-        cases[strip_name(strip, mode)] = functools.partial(run_strip, strip, mode)
-    return cases
+    """Return the shipped calls, each forward and backward, by name: ``<op> <label> <dtype>``, and shipped strips."""
+    strips: dict[str, Case] = {
+        strip_name(strip, mode): functools.partial(run_strip, strip, mode) for strip, mode in SHIPPED_STRIPS
+    }
+    return shipped_calls() | strips
+
+
+def shipped_calls() -> dict[str, Case]:
+    """Return the shipped calls by name. Their tensors have memory, and those of strips have none."""
+    return {name: functools.partial(run, *named) for name, named in _named().items()}
 
 
 def strip_name(strip: Strip, mode: str) -> str:

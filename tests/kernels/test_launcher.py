@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from clipfast.bench.inspection.shipped import shipped_calls
 from clipfast.bench.stub import build, counts
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import specs
-
-from .test_offline import CASES
 
 needs_gcc = pytest.mark.skipif(
     build.missing_tool() is not None, reason=f"{build.missing_tool()}; the launches of all ops go UNCHECKED"
@@ -45,7 +44,7 @@ def run(*command):
 def shipped_launches(arch, dtypes):
     """Return the number of kernels that the shipped calls launch, from recorded launches."""
     with record_launches(arch, ARCHITECTURES[arch].multiprocessors) as launches:
-        for name, case in CASES.items():
+        for name, case in shipped_calls().items():
             if name.split()[-1] in dtypes:
                 case()
         return len(launches)
