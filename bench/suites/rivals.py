@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from clipfast.kernels import contrastive_loss, reference
 
@@ -21,6 +22,7 @@ SDPA = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
+FLASH = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}  # the module of each package
 LOGIT_SCALE = 1 / 0.07  # the scale in the benchmarks, which is CLIP's at the start of training
 PYTHON_SCALE = "its temperature is a number, not learned"
 COPYLESS = "10 N^2 D operations, no float32 copy of the text gradients"
@@ -67,7 +69,11 @@ def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
     heads, causal = options["num_heads"], options["causal"]
     return (
         *(Candidate(name, functools.partial(sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
-        Candidate("flash-attn", functools.partial(_flash_attn, heads, causal), needs_gpu=True),
+        *(
+            Candidate(package, functools.partial(_flash_attn, module, package, heads, causal), needs_gpu=True)
+            for package, module in FLASH.items()
+        ),
+        Candidate("FlexAttention", functools.partial(_flex_attention, heads, causal), needs_gpu=True),
     )
 
 
@@ -86,17 +92,40 @@ def sdpa(backend: SDPBackend | None, heads: int, causal: bool) -> Function:
     return run
 
 
-def _flash_attn(heads: int, causal: bool) -> Function:
-    """Return the attention of the package flash-attn as a benchmark candidate."""
-    packed = peers.need("flash_attn", "flash-attn").flash_attn_qkvpacked_func
+def _flash_attn(module: str, package: str, heads: int, causal: bool) -> Function:
+    """Return the attention of a version of flash-attn as a benchmark candidate."""
+    packed = peers.need(module, package).flash_attn_qkvpacked_func
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the attention of flash-attn, a benchmark candidate."""
         batch, tokens, _ = qkv.shape
         qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
-        return packed(qkv.view(batch, tokens, 3, heads, -1), causal=causal).reshape(batch, tokens, -1)
+        out = packed(qkv.view(batch, tokens, 3, heads, -1), causal=causal)
+        # Some releases of version 3 return the log-sum-exp too.
+        return (out[0] if isinstance(out, tuple) else out).reshape(batch, tokens, -1)
 
     return run
+
+
+def _flex_attention(heads: int, causal: bool) -> Function:
+    """Return PyTorch's FlexAttention, compiled, as a benchmark candidate."""
+    attend = peers.compiled(flex_attention)
+    mask_of = functools.cache(lambda tokens, device: create_block_mask(_is_seen, None, None, tokens, tokens, device))
+
+    def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute PyTorch's FlexAttention, a benchmark candidate."""
+        batch, tokens, _ = qkv.shape
+        qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
+        q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        out: Tensor = attend(q, k, v, block_mask=mask_of(tokens, qkv.device) if causal else None)
+        return out.transpose(1, 2).reshape(batch, tokens, -1)
+
+    return run
+
+
+def _is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+    """Return whether a query sees a key under the causal mask, for FlexAttention."""
+    return query >= key
 
 
 _least_memory = functools.partial(contrastive_loss, memory="min")

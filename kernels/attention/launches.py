@@ -76,7 +76,8 @@ def forward_plan(
         return plan, False, 0
     cfg = looped_config("attention_looped_fwd", arch, dtype, head_dim, n)
     is_tiled = is_aligned and not has_seqlens and _are_tileable(arch, dtype, (batch, n, heads, head_dim), strides[1:])
-    options |= {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "TAIL": _tail(n, cfg.block_n, has_seqlens, causal)}
+    options |= _ends(n, cfg.block_n, has_seqlens or causal, arch, dtype)
+    options |= {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "IS_HELD": _is_held(arch, dtype)}
     grid = (batch * heads * cdiv(m, cfg.block_m),)
     plan = Plan(_looped_fwd_kernel, grid, *numbers, config=cfg, device=device, **options)
     return plan, True, cfg.block_n if is_tiled else 0
@@ -144,12 +145,12 @@ def _two_phases(
     first = Plan(
         _query_bwd_kernel, (batch * heads * num_m,), *numbers, *grad_strides[0][:2], *scales,
         config=query, device=device, BLOCK_M=query.block_m, BLOCK_N=query.block_n,
-        TAIL=_tail(n, query.block_n, has_seqlens, causal), **options,
+        **_ends(n, query.block_n, has_seqlens or causal, arch, dtype), **options,
     )  # fmt: skip
     second = Plan(
         _key_bwd_kernel, (batch * heads * num_n,), *numbers, *grad_strides[1][:2], *scales,
         config=key, device=device, BLOCK_M=key.block_m, BLOCK_N=key.block_n,
-        TAIL=_tail(m, key.block_m, False, False) if has_queries else 0, IS_HELD=_is_held(arch, dtype), **options,
+        TAIL=sum(_rest(m, key.block_m)) if has_queries else 0, IS_HELD=_is_held(arch, dtype), **options,
     )  # fmt: skip
     tiles = query.block_n if has_keys else 0, key.block_m if has_queries else 0
     return BackwardPlan("two_phase", (first, second), (num_m, num_n), rows, tiles)
@@ -188,13 +189,16 @@ def kernel_options(
     }  # fmt: skip
 
 
-def _tail(rows: int, block: int, has_seqlens: bool, causal: bool) -> int:
-    """Return the number of rows in the last tile of an attention loop, after the last whole block.
+def _ends(rows: int, block: int, is_masked: bool, arch: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the rows of the tiles that an attention kernel takes before and after its loop over whole blocks; 0 for
+    none.
 
-    If no mask hides rows of whole blocks, this tile only has to hold the remaining rows, so it can be smaller than a
-    block.
+    Under a mask, tiles after the loop are blocks too. Otherwise one tile holds the rows that are left over, and can be
+    smaller. With wgmma it comes first: its loads are then under way with those of the program's own rows, and fewer
+    registers are live in the loop. On other GPUs, the compiler would spill registers for this order.
     """
-    return block if causal or has_seqlens else (*_rest(rows, block), 16)[0]
+    rest = block if is_masked else sum(_rest(rows, block))
+    return {"FIRST": rest, "TAIL": 0} if _uses_wgmma(arch, dtype) and not is_masked else {"FIRST": 0, "TAIL": rest}
 
 
 def _rest(rows: int, block: int) -> tuple[int, ...]:
@@ -218,9 +222,14 @@ def _are_tileable(arch: int, dtype: torch.dtype, shape: tuple[int, ...], strides
     return True
 
 
-def _is_held(arch: int, dtype: torch.dtype) -> bool:
+def _uses_wgmma(arch: int, dtype: torch.dtype) -> bool:
     """Return whether products of ``dtype`` run on wgmma, which works asynchronously and accumulates in registers."""
-    return architecture(arch).matrix_unit == "wgmma.mma_async" and dtype.itemsize == 2 and not INTERPRET
+    return architecture(arch).matrix_unit == "wgmma.mma_async" and dtype.itemsize == 2
+
+
+def _is_held(arch: int, dtype: torch.dtype) -> bool:
+    """Return whether attention kernels wait for products by :func:`held`, whose assembly has no interpreter."""
+    return _uses_wgmma(arch, dtype) and not INTERPRET
 
 
 def _parts(n: int) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ whose programs own keys. So each block of each gradient has one writer, and the 
 The price is that the scores are computed twice; the short kernels compute them once. Each phase is a kernel of its own,
 since the second one needs more registers, with which fewer programs of the first one would run at once.
 
-The side that is walked is loaded in whole blocks, and its last rows in a tile of ``TAIL`` rows. Whole blocks are loaded
-through tensor descriptors on GPUs that have them: the addresses of plain loads would take registers and instructions.
+The side that is walked is loaded in whole blocks, and the rows that are left over in a tile of ``FIRST`` rows before
+the loop or of ``TAIL`` rows after it. Whole blocks are loaded through tensor descriptors on GPUs that have them: the
+addresses of plain loads would take registers and instructions.
 """
 
 import triton
@@ -47,8 +48,9 @@ def _looped_fwd_kernel(
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
     qk_scale,
-    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr, TAIL: tl.constexpr, MULTIPLE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, IS_HELD: tl.constexpr,
 ):  # fmt: skip
     """Compute the output and the log-sum-exp of BLOCK_M queries, which one program owns.
 
@@ -74,6 +76,12 @@ def _looped_fwd_kernel(
     whole = num_keys // BLOCK_N * BLOCK_N
     if IS_CAUSAL:
         whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
+    if FIRST > 0:
+        acc, row_max, row_sum = _forward_tail(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, offs_m, whole, num_keys,
+            stride_kn, stride_kd, stride_vn, stride_vd, qk_scale,
+            HEAD_DIM, D_PARTS, BLOCK_M, FIRST, IS_CAUSAL, True, dtype,
+        )  # fmt: skip
     for start_n in range(0, whole, BLOCK_N):
         k = walked_rows(
             k_tiles, k_rest, k_ptr, b, h, start_n, num_keys,
@@ -86,20 +94,40 @@ def _looped_fwd_kernel(
         scores = inner(q, k, BLOCK_M, BLOCK_N)  # [BM, BN]
         p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale, dtype == tl.float32)
         acc = add_product(scaled_rows(acc, decay[:, None]), p.to(dtype), v)
-    end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
-    for start_n in range(whole, end, TAIL):
-        offs_n = start_n + tl.arange(0, TAIL)
-        k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
-        v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
-        visible = visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL)
-        scores = tl.where(visible, inner(q, k, BLOCK_M, TAIL), float("-inf"))  # [BM, TAIL]
-        p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale, dtype == tl.float32)
-        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(dtype), v)
+        if IS_HELD:
+            acc = held(acc)
+    if TAIL > 0:
+        end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
+        for start_n in range(whole, end, TAIL):
+            acc, row_max, row_sum = _forward_tail(
+                acc, row_max, row_sum, q, k_ptr, v_ptr, offs_m, start_n, num_keys,
+                stride_kn, stride_kd, stride_vn, stride_vd, qk_scale,
+                HEAD_DIM, D_PARTS, BLOCK_M, TAIL, IS_CAUSAL, False, dtype,
+            )  # fmt: skip
     is_empty = row_sum == 0.0
     factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
     store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
     lse = tl.where(is_empty, float("inf"), row_max + tl.log2(row_sum) / qk_scale)
     tl.store(lse_ptr + pid_bh.to(tl.int64) * M + offs_m, lse, mask=offs_m < M)
+
+
+@triton.jit
+def _forward_tail(
+    acc, row_max, row_sum, q, k_ptr, v_ptr, offs_m, start_n, num_keys,
+    stride_kn, stride_kd, stride_vn, stride_vd, qk_scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Fold TAIL keys into the output of a program's queries, of which not every query sees every key."""
+    offs_n = start_n + tl.arange(0, TAIL)
+    k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+    v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+    visible = visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL)
+    scores = tl.where(visible, inner(q, k, BLOCK_M, TAIL), float("-inf"))  # [BM, TAIL]
+    p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale, dtype == tl.float32)
+    if not IS_FIRST:
+        acc = scaled_rows(acc, decay[:, None])
+    return add_product(acc, p.to(dtype), v), row_max, row_sum
 
 
 @triton.jit
@@ -123,8 +151,9 @@ def _query_bwd_kernel(
     stride_gb, stride_gn, stride_gh, stride_gd,
     stride_dqb, stride_dqn,
     qk_scale, scale,
-    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr, TAIL: tl.constexpr, MULTIPLE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of BLOCK_M queries, which one program owns, and store their lse and delta for the key
     phase.
@@ -159,6 +188,12 @@ def _query_bwd_kernel(
     whole = num_keys // BLOCK_N * BLOCK_N
     if IS_CAUSAL:
         whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
+    if FIRST > 0:
+        acc_dq = _query_tail(
+            acc_dq, q, do, shift, delta, k_ptr, v_ptr, offs_m, whole, num_keys,
+            stride_kn, stride_kd, stride_vn, stride_vd, qk_scale,
+            HEAD_DIM, D_PARTS, BLOCK_M, FIRST, IS_CAUSAL, dtype,
+        )  # fmt: skip
     for start_n in range(0, whole, BLOCK_N):
         k = walked_rows(
             k_tiles, k_rest, k_ptr, b, h, start_n, num_keys,
@@ -171,19 +206,37 @@ def _query_bwd_kernel(
         p = probabilities(inner(q, k, BLOCK_M, BLOCK_N), shift[:, None], qk_scale, dtype == tl.float32)
         ds = (p * (inner(do, v, BLOCK_M, BLOCK_N) - delta[:, None])).to(dtype)  # [BM, BN]
         acc_dq = add_product(acc_dq, ds, k)
-    end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
-    for start_n in range(whole, end, TAIL):
-        offs_n = start_n + tl.arange(0, TAIL)
-        k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
-        v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
-        p = probabilities(inner(q, k, BLOCK_M, TAIL), shift[:, None], qk_scale, dtype == tl.float32)
-        p = tl.where(visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL), p, 0.0)
-        ds = (p * (inner(do, v, BLOCK_M, TAIL) - delta[:, None])).to(dtype)  # [BM, TAIL]
-        acc_dq = add_product(acc_dq, ds, k)
+    if TAIL > 0:
+        end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
+        for start_n in range(whole, end, TAIL):
+            acc_dq = _query_tail(
+                acc_dq, q, do, shift, delta, k_ptr, v_ptr, offs_m, start_n, num_keys,
+                stride_kn, stride_kd, stride_vn, stride_vd, qk_scale,
+                HEAD_DIM, D_PARTS, BLOCK_M, TAIL, IS_CAUSAL, dtype,
+            )  # fmt: skip
     store_rows(dq_ptr, acc_dq, scale, offs_m, M, stride_dqn, 1, HEAD_DIM, D_PARTS)
     if HAS_SUMS:
         dq_sum_ptr += ((b.to(tl.int64) * num_m + pid) * H + h) * HEAD_DIM
         store_row_sums(dq_sum_ptr, acc_dq, scale, HEAD_DIM, D_PARTS)
+
+
+@triton.jit
+def _query_tail(
+    acc_dq, q, do,  # [BM, D]
+    shift, delta,  # [BM]
+    k_ptr, v_ptr, offs_m, start_n, num_keys,
+    stride_kn, stride_kd, stride_vn, stride_vd, qk_scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Add the contributions of TAIL keys, of which not every query sees every one, to a program's gradients."""
+    offs_n = start_n + tl.arange(0, TAIL)
+    k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+    v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+    p = probabilities(inner(q, k, BLOCK_M, TAIL), shift[:, None], qk_scale, dtype == tl.float32)
+    p = tl.where(visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL), p, 0.0)
+    ds = (p * (inner(do, v, BLOCK_M, TAIL) - delta[:, None])).to(dtype)  # [BM, TAIL]
+    return add_product(acc_dq, ds, k)
 
 
 @triton.jit
@@ -251,7 +304,7 @@ def _key_bwd_kernel(
             BLOCK_N, BLOCK_M, IS_CAUSAL, dtype,
         )  # fmt: skip
         if IS_HELD:
-            acc_dk, acc_dv = held(acc_dk), held(acc_dv)
+            acc_dv = held(acc_dv)
     if TAIL > 0 and whole < M:
         offs_m = whole + tl.arange(0, TAIL)
         q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [TAIL, D]

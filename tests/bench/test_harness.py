@@ -120,10 +120,11 @@ def test_committed_results_validate_and_a_broken_one_does_not():
 
 
 LOSSES = ["clipfast, memory=min", "memeff", "Cut Cross-Entropy x2", "Liger x2"]
+ATTENTION = ["flash-attn", "flash-attn-3", "FlexAttention"]
 
 
 def test_gpu_only_peers_are_listed_not_forgotten():
-    for suite, peers in (("loss", LOSSES), ("sigmoid", ["siglip-kernel"]), ("attention", ["flash-attn"])):
+    for suite, peers in (("loss", LOSSES), ("sigmoid", ["siglip-kernel"]), ("attention", ATTENTION)):
         built = smallest(suite)
         timings = quickly(dataclasses.replace(built, candidates=[c for c in built.candidates if c.name in peers]))
         assert {name: t.refused for name, t in timings.items()} == dict.fromkeys(peers, "missing: needs a GPU")

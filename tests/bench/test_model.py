@@ -371,7 +371,7 @@ def test_products_are_those_of_the_tiles():
     assert_flops(launch, 2 * rounded_up(1000, m) * rounded_up(1000, n) * rounded_up(200, k))
     launch = only_launch("attention", "fwd", batch=8, tokens=50, heads=12, head_dim=64, causal=False)
     sizes = launch.constexprs
-    keys = sum(sizes["N_PARTS"]) if "N_PARTS" in sizes else 50 // sizes["BLOCK_N"] * sizes["BLOCK_N"] + sizes["TAIL"]
+    keys = sum(sizes["N_PARTS"]) if "N_PARTS" in sizes else 50 // sizes["BLOCK_N"] * sizes["BLOCK_N"] + sizes["FIRST"]
     assert_flops(launch, 8 * 12 * 2 * 2 * rounded_up(50, sizes["BLOCK_M"]) * keys * 64)
 
 
