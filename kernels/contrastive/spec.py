@@ -170,7 +170,7 @@ GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
 ONE_BLOCK = ("_gradients_kernel", "_through_norm_kernel")
 DTYPES = ("bf16", "fp32", "fp16")
 GPU_SIZES = (16384, 512), (32768, 768), (4096, 512), (65536, 768), (8192, 512), (32768, 512)
-# The strips of the loss of all ranks that are predicted, and those that are compiled: all others launch their kernels.
+# The strips of the loss of all ranks that are predicted, and some of them, which the offline compiler compiles.
 STRIPS = tuple(
     Strip(rows, pairs, width)
     for rows, pairs in ((256, 8192), (1024, 32768), (2048, 65536), (4096, 262144))
