@@ -129,7 +129,8 @@ def refuses_other_ranks(kind, rank, world_size):
 @pytest.mark.parametrize(("world_size", "dtype"), [(2, torch.float32), (3, torch.float64)])
 def test_several_ranks(world_size, dtype, tmp_path):
     by_rank = run_ranks(every_combination, world_size, world_size, dtype, folder=tmp_path)
-    agree = close if dtype == torch.float64 else functools.partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
+    # In float32 a logit of 300 is rounded by 1.5e-5. A gradient is up to 2.5 * 300 / PAIRS times as far off.
+    agree = close if dtype == torch.float64 else functools.partial(torch.testing.assert_close, rtol=1e-4, atol=5e-4)
     for index, (combination, _) in enumerate(itertools.product(COMBINATIONS, range(2))):
         ranks = [results[index] for results in by_rank]
         for ours, theirs, our_logits, their_logits in ranks:
