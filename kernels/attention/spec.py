@@ -274,7 +274,7 @@ QKV_CASES = [
     Case(QkvShape(64, 76, 255, 12, 64), "CoCa's texts, a batch", on(CUDA)),
     Case(QkvShape(2, 77, 77, 8, 64, True), "B's texts, not packed", NOT_INTERPRETED),
     # edge cases
-    Case(QkvShape(1, 1, 1, 1, 8), "one of everything (PyTorch: eager or fused)", draws=FEW, cancels=True),
+    Case(QkvShape(1, 1, 1, 1, 64), "one of everything (PyTorch: eager or fused)", draws=FEW, cancels=True),
     Case(QkvShape(2, 2, 33, 2, 64), "a key past a small tile, two queries", sanitize=True),
     Case(QkvShape(2, 2, 33, 2, 64, True), "most keys are seen by no query, one query sees one key (PyTorch: eager or fused)", draws=FEW, quick=True, cancels=True),
     Case(QkvShape(2, 50, 17, 3, 24), "more queries than keys", quick=True),
