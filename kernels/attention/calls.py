@@ -1,7 +1,8 @@
-"""Attention for one layout: functions that compute the calls of a layout, with everything decided beforehand.
+"""Functions that compute attention for one layout: the shapes, strides, dtype and device of an op's tensors.
 
-A packed projection is passed to the kernels as three addresses in its memory. Views of it would take the host as long
-as the launch.
+The ``plan_`` functions choose the kernels of a layout once, and return a function for all calls with that layout. A
+packed projection is passed to the kernels as three addresses in its memory. Views of it would take the host as long as
+the launch.
 """
 
 import functools
@@ -19,7 +20,7 @@ from ..launch import Plan, Start, triton_runs_on
 from . import cpu, varlen_cpu, varlen_launches
 from .launches import BackwardPlan, backward_plan, forward_plan, grad_of_bias, head_parts
 
-# The places of the queries, keys and values of a call: their addresses, and the function that returns the tensors.
+# Where the queries, keys and values of a call lie in memory: their addresses, and a function that returns the tensors.
 Places = tuple[tuple[int, int, int], Callable[[], tuple[Tensor, Tensor, Tensor]]]
 
 
@@ -31,9 +32,9 @@ def views_of(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _varlen(x: Tensor, seqlens: Tensor | None) -> ModuleType | None:
-    """Return the module that computes attention of sequences of several lengths for ``x``.
+    """Return the module that computes attention on packed sequences on the device of ``x``.
 
-    None if the lengths of a call are [B], and not the bounds [2, T] of sequences behind one another.
+    None if the sequences are not packed: ``seqlens`` is None or [B]. Packed sequences have their bounds [2, T] instead.
     """
     if seqlens is None or seqlens.ndim != 2:
         return None
@@ -43,7 +44,7 @@ def _varlen(x: Tensor, seqlens: Tensor | None) -> ModuleType | None:
 def _varlen_forward(
     varlen: Any, qkv: Tensor, bias: Tensor | None, bounds: Tensor, num_heads: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention on a packed projection of sequences of several lengths."""
+    """Compute attention on the projection [1, T, 3 * H * D] of T tokens, which hold several packed sequences."""
     out, lse = varlen.forward(*views_of(qkv, num_heads), bounds, causal, scale)
     return out.flatten(2), lse
 
@@ -52,7 +53,7 @@ def _varlen_backward(
     varlen: Any, grad_out: Tensor, qkv: Tensor, bounds: Tensor, out: Tensor, lse: Tensor,
     num_heads: int, causal: bool, scale: float, with_bias: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute the gradients of attention on a packed projection of sequences of several lengths, and of its bias."""
+    """Compute the gradients of the projection [1, T, 3 * H * D] of packed sequences, and of its bias."""
     views, grad_qkv = views_of(qkv, num_heads), qkv.new_empty(qkv.shape)
     grad_out, out = grad_out.reshape(views[0].shape), out.view(views[0].shape)
     grads = views_of(grad_qkv, num_heads)
@@ -63,7 +64,7 @@ def _varlen_backward(
 def _varlen_qkv_forward(
     varlen: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention on separate tensors of sequences of several lengths."""
+    """Compute attention on the queries, keys and values [1, T, H, D] of packed sequences."""
     results: tuple[Tensor, Tensor] = varlen.forward(*_with_near_heads(q, k, v), bounds, causal, scale)
     return results
 
@@ -72,7 +73,7 @@ def _varlen_qkv_backward(
     varlen: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of attention on separate tensors of sequences of several lengths."""
+    """Compute the gradients of the queries, keys and values [1, T, H, D] of packed sequences."""
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     near = _with_near_heads(grad_out, q, k, v)
     varlen.backward(*near, out, lse, bounds, causal, scale, grads, False)
@@ -82,12 +83,12 @@ def _varlen_qkv_backward(
 def plan_forward(
     qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes attention on packed projections of a layout."""
+    """Return the function that computes attention on packed projections with the layout of ``qkv``."""
     varlen = _varlen(qkv, seqlens)
     if varlen is not None:
         return functools.partial(_varlen_forward, varlen)
     if not triton_runs_on(qkv.device):
-        # Autograd must not take the output for a view of PyTorch's own result.
+        # The output can be a view of the result of PyTorch's flash kernel, and autograd must not record that.
         return below_autograd(cpu.forward_packed(qkv, seqlens, num_heads, causal, scale))
     step = qkv.shape[-1] // 3 * qkv.stride(-1) * qkv.itemsize  # bytes from a query to its key
     out_shape = *qkv.shape[:2], qkv.shape[-1] // 3
@@ -101,8 +102,7 @@ def plan_forward(
 
 
 def _places(qkv: Tensor, step: int, num_heads: int) -> Places:
-    """Return the places of queries, keys and values in a packed projection, which are ``step`` bytes apart."""
-    # Views would take the host as long as the launch.
+    """Return where queries, keys and values begin in a packed projection, ``step`` bytes apart."""
     at = qkv.data_ptr()
     return (at, at + step, at + 2 * step), functools.partial(views_of, qkv, num_heads)
 
@@ -111,7 +111,7 @@ def plan_backward(
     grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     num_heads: int, causal: bool, scale: float, with_bias: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
-    """Return the function that computes the gradients of packed projections of a layout and of their bias."""
+    """Return the function that computes the gradients of packed projections with this layout, and of their bias."""
     varlen = _varlen(qkv, seqlens)
     if varlen is not None:
         return functools.partial(_varlen_backward, varlen)
@@ -140,7 +140,7 @@ def plan_backward(
 def plan_qkv_forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes attention on separate tensors of a layout."""
+    """Return the function that computes attention on separate queries, keys and values with this layout."""
     varlen = _varlen(q, seqlens)
     if varlen is not None:
         return functools.partial(_varlen_qkv_forward, varlen)
@@ -156,7 +156,7 @@ def plan_qkv_forward(
 
 
 def _places_of(q: Tensor, k: Tensor, v: Tensor) -> Places:
-    """Return the places of separate queries, keys and values."""
+    """Return where separate queries, keys and values lie in memory."""
     return (q.data_ptr(), k.data_ptr(), v.data_ptr()), lambda: (q, k, v)
 
 
@@ -164,7 +164,7 @@ def plan_qkv_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Return the function that computes the gradients of attention on separate tensors of a layout."""
+    """Return the function that computes the gradients of separate queries, keys and values with this layout."""
     varlen = _varlen(q, seqlens)
     if varlen is not None:
         return functools.partial(_varlen_qkv_backward, varlen)
@@ -194,8 +194,8 @@ def _forward(
     """Plan attention on tensors of a layout.
 
     Returns:
-        The function that computes it. It gets the places of q, k and v, and the lengths, and returns the output with
-        ``out_shape``, and the log-sum-exp of the scores over ``scale``, [B, H, M].
+        The function that computes it. It gets the places of q, k and v, and the lengths. It returns the output with
+        ``out_shape``, and the log-sum-exp of the scaled scores, divided by ``scale``, [B, H, M].
     """
     has_near_heads, has_seqlens = _have_near_heads(q, k, v), seqlens is not None
     batch, m, heads, _ = q.shape
@@ -209,7 +209,8 @@ def _forward(
         )  # fmt: skip
 
     found, walks, block_n = plan(q, k, v, True)
-    # A kernel that takes descriptors is planned for each call, since they depend on where the tensors begin.
+    # A kernel with tensor descriptors is planned in each call: the alignment of the addresses decides whether it may
+    # use them.
     start = Start(found) if has_near_heads and not block_n else None
     absent = (0,) * 4 if walks else ()
 
@@ -229,7 +230,7 @@ def _forward(
 
 
 def _address(x: Tensor | None) -> int:
-    """Return the address of a tensor of attention for a kernel, 0 for None."""
+    """Return the address of a tensor as an argument of an attention kernel; 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -239,13 +240,13 @@ def _backward(
 ) -> Callable[..., Tensor | None]:  # fmt: skip
     """Plan the gradients of attention on tensors of a layout.
 
-    By ``grad_strides``, those of the gradients of q, k and v, the heads of a token must be contiguous.
+    ``grad_strides`` are the strides of dq, dk and dv, in which the heads of a token must be contiguous.
 
     Returns:
         The function that writes the gradients. It gets the upstream gradient, the places of q, k and v, the output, the
         log-sum-exp, the lengths, and the places of the gradients. It returns the gradient of a bias on the projection
-        in float32, [3, H * D]: the sums over batch and tokens of dq and of dv, and zeros between them. None without
-        ``with_sums``.
+        in float32, [3, H * D]: the sums over batch and tokens of dq and of dv, and zeros between them. Unless
+        ``with_sums``, it returns None.
     """
     has_near_heads, has_seqlens = _have_near_heads(q, k, v, grad_out), seqlens is not None
 
@@ -266,7 +267,7 @@ def _backward(
     def compute(
         grad_out: Tensor, places: Places, out: Tensor, lse: Tensor, seqlens: Tensor | None, of_grads: Places
     ) -> Tensor | None:
-        """Compute the gradients of attention, and write them to their places; return that of a bias if wanted."""
+        """Write the gradients of attention to ``of_grads``; return the gradient of a bias if ``with_sums``."""
         if start is None:
             q, k, v, grad = _with_near_heads(*places[1](), grad_out.reshape(shape))
             how = plan(q, k, v, grad, _are_aligned(q, k, v, grad))
@@ -317,7 +318,7 @@ def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> Tensor | tuple[Ten
 
 
 def _have_near_heads(*tensors: Tensor) -> bool:
-    """Return whether the kernels can take the tensors as they are; see :func:`_with_near_heads`."""
+    """Return whether the offset of the last head within an image needs at most 32 bits in all tensors [B, N, H, D]."""
     return all((x.shape[2] - 1) * x.stride(2) < 2**31 for x in tensors)
 
 
@@ -331,8 +332,10 @@ def _with_near_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _tiles(rows: int, *sources: Tensor) -> list[TensorDescriptor | None]:
-    """Return the arguments of :func:`walked_rows` for blocks of ``rows`` rows: two descriptors of each source, or None
-    if there are no rows.
+    """Return the descriptors through which an attention kernel loads blocks of ``rows`` rows, two of each source.
+
+    The two are of the parts of the head dimension (:func:`walked_rows`). An entry is None if there is no second part,
+    and all are None if ``rows`` is 0.
 
     Keys with ``seqlens`` have no descriptors: a descriptor would also load the hidden tokens of an image, which may
     hold NaN, and NaN times a probability of zero is NaN.
@@ -348,5 +351,5 @@ def _tiles(rows: int, *sources: Tensor) -> list[TensorDescriptor | None]:
 
 
 def _are_aligned(*tensors: Tensor) -> bool:
-    """Return whether descriptors of attention's tensors may begin where these do: at a multiple of 16 bytes."""
+    """Return whether attention's tensors begin at multiples of 16 bytes, as tensor descriptors need it."""
     return not any(x.data_ptr() % 16 for x in tensors)

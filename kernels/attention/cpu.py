@@ -1,4 +1,7 @@
-"""Attention on a CPU: PyTorch's own flash kernel, with the arguments and results of the launches."""
+"""Attention on a CPU, by PyTorch's own flash kernel.
+
+Its log-sum-exp is that of the scaled scores. The Triton kernels divide this number by ``scale``.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 
-# PyTorch's ops without their Python wrappers
+# PyTorch's ops are called without their Python wrappers, which would take the host some time.
 flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default._op
 flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default._op
 
@@ -118,9 +121,10 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def _without_hidden(k: Tensor, v: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return keys and values with zeros at the hidden tokens, and a mask to add to the scores; None hides no token.
+    """Return keys and values with zeros at the hidden tokens, and a mask to add to the scores.
 
-    The memory of a hidden token may hold NaN, which a mask on the scores alone would not keep out of the products.
+    The mask is None if ``seqlens`` is None, which hides no token. The memory of a hidden token may hold NaN, which a
+    mask on the scores alone would not keep out of the products.
     """
     if seqlens is None:
         return k, v, None

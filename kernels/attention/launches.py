@@ -62,8 +62,8 @@ def forward_plan(
     """Plan the forward kernel for q, k and v with these strides.
 
     Returns:
-        The plan, whether the kernel takes descriptors of keys and values, and the rows of their tiles (0: it loads
-        without them).
+        The plan; whether the kernel has parameters for descriptors of keys and values; and the rows of the tiles that
+        it loads through descriptors, or 0 if it loads without them.
     """
     batch, m, heads, head_dim = q_shape
     arch = arch_of(device)
@@ -88,9 +88,9 @@ class BackwardPlan(NamedTuple):
 
     Attributes:
         kernel: "short", "unrolled" or "two_phase".
-        plans: of the kernel, or of the two phases.
-        sums: the number of blocks for which the kernel writes the sums of dq, and of dv.
-        rows: the rows of the statistics that the second phase reads.
+        plans: the plan of the one kernel, or those of the two phases.
+        sums: the number of blocks of queries, and of keys, for which sums of dq, and of dv, are written.
+        rows: the number of queries, rounded up, for which the first phase writes statistics for the second one.
         tiles: the rows of the tiles of the two phases that descriptors load (0: no descriptors).
     """
 
@@ -157,7 +157,7 @@ def _two_phases(
 
 
 def grad_of_bias(sums: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Return the gradient of a bias on the projection from the sums of dq and of dv."""
+    """Return the gradient [3, H * D] of a bias on the projection from the sums of dq and of dv; that of dk is zero."""
     grad_bias = sums[0].new_zeros((3, sums[0].shape[-1]))
     if isinstance(sums, Tensor):
         torch.sum(sums, 1, out=grad_bias[::2])
@@ -194,8 +194,8 @@ def _ends(rows: int, block: int, is_masked: bool, arch: int, dtype: torch.dtype)
     none.
 
     Under a mask, tiles after the loop are blocks too. Otherwise one tile holds the rows that are left over, and can be
-    smaller. With wgmma it comes first: its loads are then under way with those of the program's own rows, and fewer
-    registers are live in the loop. On other GPUs, the compiler would spill registers for this order.
+    smaller. With wgmma it comes first: its loads then run at the same time as the load of the program's queries, and
+    fewer registers are live in the loop. On other GPUs, the compiler would spill registers for this order.
     """
     rest = block if is_masked else sum(_rest(rows, block))
     return {"FIRST": rest, "TAIL": 0} if _uses_wgmma(arch, dtype) and not is_masked else {"FIRST": 0, "TAIL": rest}
@@ -228,12 +228,12 @@ def _uses_wgmma(arch: int, dtype: torch.dtype) -> bool:
 
 
 def _is_held(arch: int, dtype: torch.dtype) -> bool:
-    """Return whether attention kernels wait for products by :func:`held`, whose assembly has no interpreter."""
+    """Return whether attention kernels wait for products by :func:`held`; its assembly cannot be interpreted."""
     return _uses_wgmma(arch, dtype) and not INTERPRET
 
 
 def _parts(n: int) -> tuple[int, ...]:
-    """Split ``n``, rounded up, into powers of two of at least 16, as matrix units need: 197 into 128 + 64 + 16."""
+    """Split ``n``, rounded up to a multiple of 16, into powers of two for matrix units: 197 into 128 + 64 + 16."""
     rounded = cdiv(n, 16) * 16
     return tuple(2**bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1)
 

@@ -1,12 +1,12 @@
-"""Attention of any length: a program owns a block of queries or of keys and walks the other side.
+"""Attention of any length: a program owns a block of queries and loops over the keys, or the other way round.
 
 The backward pass has two phases. A program of the first phase owns queries, and stores delta for the second phase,
 whose programs own keys. So each block of each gradient has one writer, and the result is deterministic without atomics.
 The price is that the scores are computed twice; the short kernels compute them once. Each phase is a kernel of its own,
 since the second one needs more registers, with which fewer programs of the first one would run at once.
 
-The side that is walked is loaded in whole blocks, and the rows that are left over in a tile of ``FIRST`` rows before
-the loop or of ``TAIL`` rows after it. Whole blocks are loaded through tensor descriptors on GPUs that have them: the
+The loop loads whole blocks. The rows that are left over are loaded in a tile of ``FIRST`` rows before the loop, or in
+tiles of ``TAIL`` rows after it. Whole blocks are loaded through tensor descriptors on GPUs that have them: the
 addresses of plain loads would take registers and instructions.
 """
 
@@ -72,7 +72,7 @@ def _looped_fwd_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_rows(BLOCK_M, D_PARTS)
-    # A whole block needs no mask if every query sees all of its keys.
+    # Every query of the program sees all keys of the blocks before ``whole``, so these blocks need no mask.
     whole = num_keys // BLOCK_N * BLOCK_N
     if IS_CAUSAL:
         whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
@@ -118,7 +118,10 @@ def _forward_tail(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Fold TAIL keys into the output of a program's queries, of which not every query sees every key."""
+    """Add TAIL keys, which may be hidden from some queries, to the running softmax and output of a program's queries.
+
+    With IS_FIRST, they are the first keys, so the accumulator is zero and need not be scaled.
+    """
     offs_n = start_n + tl.arange(0, TAIL)
     k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
     v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
@@ -141,7 +144,7 @@ def _query_bwd_kernel(
     grad_ptr,  # [B, M, H, D]
     lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
-    stats_ptr,  # [B, H, 2, ROWS] fp32, written
+    stats_ptr,  # [B, H, 2, ROWS] fp32, written: shift and delta
     dq_ptr,  # [B, M, H, D]
     dq_sum_ptr,  # [B, blocks of M, H, D] fp32, the sum of dq over the queries of each block
     M, N, H, ROWS,
@@ -155,11 +158,11 @@ def _query_bwd_kernel(
     FIRST: tl.constexpr, TAIL: tl.constexpr, MULTIPLE: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of BLOCK_M queries, which one program owns, and store their lse and delta for the key
-    phase.
+    """Compute the gradients of BLOCK_M queries, which one program owns, and store two statistics for the key phase.
 
-    From the last query up to ROWS, which is a multiple of both kernels' blocks, infinity and 0 are stored. The key
-    phase can then load lse and delta without a mask, several numbers at a time. The gradients of a head are contiguous.
+    These are delta and the ``shift`` of :func:`probabilities`. Past the last query, up to ROWS, which is a multiple of
+    both kernels' blocks, they are 0 and infinity. The key phase can then load them without a mask, several numbers at a
+    time. The gradients of a head are contiguous.
     """
     num_m = ROWS // BLOCK_M
     pid_bh, pid = tl.program_id(0) // num_m, tl.program_id(0) % num_m
@@ -229,7 +232,7 @@ def _query_tail(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
     IS_CAUSAL: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Add the contributions of TAIL keys, of which not every query sees every one, to a program's gradients."""
+    """Add the contributions of TAIL keys, which may be hidden from some queries, to the gradients of the queries."""
     offs_n = start_n + tl.arange(0, TAIL)
     k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
     v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
@@ -247,7 +250,7 @@ def _key_bwd_kernel(
     grad_ptr,  # [B, M, H, D]
     q_tiles, q_rest,  # descriptors of blocks [1, BM, 1, part] of q for each part of D, or None
     grad_tiles, grad_rest,  # descriptors of blocks of the gradient, like those of q
-    stats_ptr,  # [B, H, 2, ROWS] fp32
+    stats_ptr,  # [B, H, 2, ROWS] fp32: shift and delta
     seqlens_ptr,  # [B] int32
     dk_ptr,  # [B, N, H, D]
     dv_ptr,  # [B, N, H, D]

@@ -12,7 +12,7 @@ Per image and head, with scores s_ij = scale q_i . k_j (j <= i where causal; j <
 The gradient of a bias on the projection is the sum of dq, dk and dv over images and tokens. The gradient of the keys'
 bias is zero, since a term that all keys of a query have in common does not change the softmax.
 
-A head of N tokens moves 4 N D items forward, and 7 N D (short), 8 N D (unrolled) or 12 N D and more (two phases)
+A head of N tokens moves 4 N D elements forward, and 7 N D (short), 8 N D (unrolled) or 12 N D and more (two phases)
 backward. It takes 4 N^2 D FLOPs forward, and 10 N^2 D (short, unrolled) or 14 N^2 D (two phases) backward.
 Method: FlashAttention (Dao et al. 2022) and FlashAttention-2 (Dao 2023).
 """
@@ -99,12 +99,12 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | Non
 
 
 def _call_backward(
-    op: Op, grad_out: Tensor, saved: tuple[Tensor | None, ...], place: int, options: tuple[Any, ...]
+    op: Op, grad_out: Tensor, saved: tuple[Tensor | None, ...], index: int, options: tuple[Any, ...]
 ) -> Any:
-    """Call a backward op with the saved tensors, of which number ``place`` holds the lengths or is None."""
+    """Call a backward op of attention with the saved tensors; ``saved[index]`` holds the lengths, or is None."""
     tensors: Any = (grad_out, *saved)
-    if saved[place] is None:
-        tensors = (grad_out, *saved[:place], *saved[place + 1 :])
+    if saved[index] is None:
+        tensors = (grad_out, *saved[:index], *saved[index + 1 :])
     args = grad_out, *saved, *options
     return (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
 
@@ -211,7 +211,7 @@ def attention(
     """
     op = "attention"
     if scale is not None:
-        scale = float(scale)  # a tensor could change, and its value is part of what is kept for a layout
+        scale = float(scale)  # kept with the layout's plan; a tensor could change its value after that
     options = num_heads, num_heads.__class__, causal, causal.__class__, scale, backend
     if seqlens is None and cu_seqlens is None:
         compute = _attention_fwd.find((True, *options), (qkv,) if bias is None else (qkv, bias))
@@ -309,7 +309,7 @@ def takes_sdpa(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int, seqlens: Tensor | None,
     causal: bool,
 ) -> bool:  # fmt: skip
-    """Return whether PyTorch's own attention computes this call, by the tables."""
+    """Return whether the tables of configurations say that PyTorch's own attention computes this call."""
     if backend != "auto" or seqlens is not None or not triton_runs_on(device):
         return False
     for largest, least in _least_keys_of_sdpa(device, dtype, causal):
@@ -320,20 +320,21 @@ def takes_sdpa(
 
 @planned
 def _known_least_keys(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
-    """Return the result of :func:`_least_keys_of_sdpa`."""
+    """Return the result of :func:`_least_keys_of_sdpa`, which is computed once for each device and dtype."""
     arch = arch_of(device)
     return tuple((limit, launches.least_keys_of_sdpa(arch, dtype, limit, causal=causal)) for limit in HEAD_DIMS)
 
 
 def _least_keys_of_sdpa(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
-    """Return the least number of keys for which PyTorch's own attention is used, for each head dimension of the
-    tables.
+    """Return for each limit of head dimensions the least number of keys for which PyTorch's own attention is used.
+
+    The tables of configurations have these limits. The number is None where it is never used.
     """
     return _known_least_keys(device, dtype, causal)
 
 
-# The function reads the tables, which torch.compile cannot trace. torch.compiler.assume_constant_result would set the
-# same attribute, but calling it would import the compiler in every process.
+# With this attribute, torch.compile takes the result as a constant, since it cannot trace the reading of the tables.
+# torch.compiler.assume_constant_result would set it too, but calling it would import the compiler in every process.
 _least_keys_of_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -361,7 +362,7 @@ def _check_options(
     op: str, causal: bool, scale: float | None, seqlens: Tensor | None, cu_seqlens: Tensor | Packing | None,
     like: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Refuse options that do not fit, and return the lengths as the kernels take them."""
+    """Refuse options of attention that do not fit, and return ``seqlens`` as the kernels take it: int32, or None."""
     check_bool(op, "causal", causal)
     if scale is not None and not scale > 0:
         raise ValueError(f"{op}: scale must be positive, got {scale}")

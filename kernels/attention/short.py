@@ -1,9 +1,9 @@
 """Attention of short sequences: one program owns a head, reads it once and writes it once.
 
 Programs share no results, so each result has one writer. The forward pass holds whole rows of scores, and its softmax
-needs no running maximum. It holds the keys in parts, 257 as 256 + 16, so that few scores are computed for padding. The
-backward pass holds the gradients of all keys and values in registers and walks the queries, on transposed scores. It
-computes delta_i = sum_j p_ij (do_i . v_j) / sum_j p_ij, so it does not read the output again.
+needs no running maximum. It holds 257 keys in parts of 256 and 16, so that few scores are computed for padding. The
+backward pass holds the gradients of all keys and values in registers and loops over the queries, on transposed scores.
+It computes delta_i = sum_j p_ij (do_i . v_j) / sum_j p_ij, so it does not read the output again.
 """
 
 import triton
@@ -72,7 +72,7 @@ def _short_fwd_kernel(
                 tile = tl.where(visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL), tile, float("-inf"))
             row_max = tl.maximum(row_max, tl.max(tile, 1))
             scores = scores + (tile,)
-        # The pivot is finite: for a query that sees no key, the maximum -inf minus itself would be NaN.
+        # A query that sees no key has row_max = -inf, and -inf - (-inf) is NaN, so 0 is subtracted there.
         pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_rows(BLOCK_M, D_PARTS)
@@ -164,7 +164,7 @@ def _short_bwd_kernel(
 
 @triton.jit
 def _added(a, b):
-    """Return the sum of two tiles, for a reduction in an attention kernel."""
+    """Return the sum of two tiles of an attention head, each of which is a tuple of parts."""
     parts = ()
     for i in tl.static_range(len(a)):
         parts = parts + (a[i] + b[i],)

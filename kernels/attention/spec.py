@@ -36,7 +36,7 @@ from .op import attention, attention_qkv
 class AttentionShape(Shape):
     """The sizes of a packed projection [batch, tokens, 3 heads head_dim], optionally with a bias and with lengths.
 
-    If ``varlen``, ``tokens`` is the largest length of ``batch`` sequences that lie behind one another.
+    If ``varlen``, ``batch`` sequences of at most ``tokens`` tokens are packed one after another.
     """
 
     batch: int
@@ -77,7 +77,7 @@ class QkvShape(Shape):
 
 
 def draw_lengths(draw: Draw, batch: int, tokens: int, dtype: torch.dtype) -> Tensor:
-    """Draw how many tokens of each image are seen: more than there are, one, none, and then any number.
+    """Draw how many tokens of each image are seen as keys: more than there are, one, none, and then any number.
 
     Returns:
         Integers [batch] of ``dtype``.
@@ -168,7 +168,9 @@ def fused_reference_qkv(
 
 
 def floor(shape: AttentionShape, itemsize: int, backward: bool) -> Floor:
-    """Count the work of attention: two products forward. Backward recomputes one of them and needs four more.
+    """Count the least FLOPs and bytes of attention.
+
+    Forward computes two products. Backward recomputes one of them and needs four more.
 
     Forward reads q, k and v and writes the output. Backward reads q, k, v and the output's gradient, and writes three
     gradients; the output need not be read again, since its product with the gradient follows from the other two.
@@ -182,7 +184,7 @@ def floor(shape: AttentionShape, itemsize: int, backward: bool) -> Floor:
 
 
 def floor_qkv(shape: QkvShape, itemsize: int, backward: bool) -> Floor:
-    """Count as :func:`floor` does."""
+    """Count the least FLOPs and bytes of attention on separate tensors, as :func:`floor` does."""
     scores = shape.queries * shape.keys
     if shape.causal:
         # Query i sees keys 0 .. i. These scores form a triangle; queries after the last key see all keys.
@@ -196,8 +198,9 @@ def floor_qkv(shape: QkvShape, itemsize: int, backward: bool) -> Floor:
 
 
 def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Let every attention kernel take 16 rows at a time. A program holds up to 272 keys at once, and walks more
-    keys.
+    """Let every attention kernel take blocks of 16 rows, so that small cases have several.
+
+    The short kernels take up to 272 keys, and the looped kernels more.
     """
     small: dict[str, Config] = {}
     for head_dim in HEAD_DIMS:
@@ -212,7 +215,7 @@ def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
     return overrides(small)
 
 
-FEW = 6  # draws of inputs that are so small that PyTorch's largest error can be close to zero by chance
+FEW = 6  # random draws of a case whose inputs are so small that PyTorch's error can be close to zero by chance
 
 CASES = [
     *Case.in_use(AttentionShape(2, 50, 12, 64), AttentionShape(1, 50, 2, 64), "B/32's images", quick=True),
@@ -377,7 +380,7 @@ SPECS = (
         category="attention",
         kernels=KERNELS,
         floor=floor_qkv,
-        # one query for each image, as SigLIP's towers pool
+        # SigLIP's towers pool the tokens of an image by one query.
         bench={device: (QkvShape(batch, 1, 196, 12, 64),) for device, batch in BATCHES.items()},
         items=("batch", "sequences"),
         small_tiles=small_blocks,

@@ -59,7 +59,8 @@ def walked_rows(
 ):  # fmt: skip
     """Load ROWS rows from ``start`` on of head ``h`` of image ``b``.
 
-    ``tiles`` and ``rest`` are descriptors of the first and of the second part; without them, the head is at ``ptr``.
+    ``tiles`` and ``rest`` are descriptors for the first and the second part of the head dimension. If they are None,
+    the head is loaded from ``ptr``.
     """
     if tiles is None:
         parts = load_rows(ptr, start + tl.arange(0, ROWS), num_rows, stride_r, stride_d, HEAD_DIM, D_PARTS)
@@ -99,7 +100,7 @@ def zero_sums(D_PARTS: tl.constexpr):
 
 @triton.jit
 def row_sums(sums, parts):
-    """Return ``sums`` over rows with the sums over the rows of a tile added."""
+    """Return ``sums`` plus the sums over the rows of a tile."""
     added = ()
     for i in tl.static_range(len(parts)):
         added = added + (sums[i] + tl.sum(parts[i], 0),)
@@ -184,7 +185,7 @@ def softmax_step(scores, row_max, row_sum, qk_scale, IS_EXACT: tl.constexpr):
         p, decay, new_max, new_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
     else:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # The pivot is finite: while all scores of a row are -inf, its maximum minus itself would be NaN.
+        # While all scores of a row are -inf, new_max is -inf, and -inf - (-inf) is NaN, so 0 is subtracted there.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max) * qk_scale
         decay = tl.exp2(row_max * qk_scale - pivot)
         p = tl.exp2(scores * qk_scale - pivot[:, None])

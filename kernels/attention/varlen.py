@@ -1,10 +1,10 @@
-"""Attention of sequences of any lengths that lie behind one another: tokens [T], without padding between them.
+"""Attention on packed sequences: T tokens hold sequences of any lengths one after another, without padding.
 
-A program owns a block of tokens, in which several short sequences may lie, and walks the blocks of the other side in
-which these sequences lie. ``bounds`` says for each token where its sequence starts and ends. Neither number falls from
-token to token, so that a block's first and last token say where its sequences lie. A token that belongs to no sequence
-has one that starts at T, and so it sees nothing and is seen by none. Each block of each gradient has one writer, as in
-``looped.py``, whose two phases the backward pass has as well.
+A program owns a block of queries or of keys, which may belong to several short sequences, and loops over all tokens of
+these sequences. ``bounds`` [2, T] holds for each token the first token of its sequence and the end of the sequence.
+Both rows ascend, so the bounds of a block's first and last token tell which tokens its sequences have. For a token that
+belongs to no sequence, the first token is T, so it sees no key and no query sees it. As in ``looped.py``, the backward
+pass has two phases, and each block of each gradient has one writer.
 """
 
 import triton
@@ -78,7 +78,7 @@ def _varlen_fwd_kernel(
 def bounds_of(bounds_ptr, start, T, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
     """Return the bounds of each token of a block, [BLOCK] each, and those of all sequences in the block together.
 
-    If ``IS_CAUSAL``, ends are those of the tokens that each token sees.
+    With IS_CAUSAL, a token's end is right after the token itself, since it sees no later one.
     """
     offs = start + tl.arange(0, BLOCK)
     first = tl.load(bounds_ptr + offs, mask=offs < T, other=T)
@@ -141,7 +141,7 @@ def _varlen_query_bwd_kernel(
         v = load_rows(v_ptr, offs_n, last, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
         visible = (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
         p = probabilities(inner(q, k, BLOCK_M, BLOCK_N), shift[:, None], qk_scale, dtype == tl.float32)
-        # A score that is not masked in the forward pass can exceed the log-sum-exp by far: 2^(s - lse) can be infinite.
+        # Hidden keys do not count in lse. Their scores s can exceed it by far, and 2^(s - lse) can be infinite.
         dp = tl.where(visible, p * (inner(do, v, BLOCK_M, BLOCK_N) - delta[:, None]), 0.0)  # [BM, BN]
         acc_dq = add_product(acc_dq, dp.to(dtype), k)
     store_rows(dq_ptr, acc_dq, scale, offs_m, T, stride_dqn, 1, HEAD_DIM, D_PARTS)
@@ -183,7 +183,7 @@ def _varlen_key_bwd_kernel(
     v_ptr = head_of(v_ptr, h, 0, stride_vh, 0, MULTIPLE)
     grad_ptr = head_of(grad_ptr, h, 0, stride_gh, 0, MULTIPLE)
     offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-    # The first query that sees each key, and the end of these queries.
+    # ``first`` is the first query that sees a key, and ``end`` is the end of the queries that do.
     first, end, start, last = bounds_of(bounds_ptr, pid * BLOCK_N, T, False, BLOCK_N)  # [BN], [BN]
     if IS_CAUSAL:
         first, start = tl.maximum(first, offs_n), tl.maximum(start, pid * BLOCK_N)
@@ -200,7 +200,7 @@ def _varlen_key_bwd_kernel(
         p_t = probabilities(inner(k, q, BLOCK_N, BLOCK_M), shift[None, :], qk_scale, dtype == tl.float32)
         p_t = tl.where(visible, p_t, 0.0)  # [BN, BM]
         acc_dv = add_product(acc_dv, p_t.to(dtype), do)
-        # Loaded only here, delta takes no registers before.
+        # delta is loaded only here, so that it takes no registers during the products above.
         delta = tl.load(delta_ptr + h.to(tl.int64) * T + offs_m, mask=offs_m < last, other=0.0)
         ds_t = (p_t * (inner(v, do, BLOCK_N, BLOCK_M) - delta[None, :])).to(dtype)  # [BN, BM]
         acc_dk = add_product(acc_dk, ds_t, q)

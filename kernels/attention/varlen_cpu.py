@@ -1,7 +1,7 @@
-"""Attention of packed sequences on a CPU, with the arguments and results of ``varlen_launches``.
+"""Attention of packed sequences on a CPU, by functions with the arguments of those in ``varlen_launches``.
 
-Sequences of the same length that lie side by side are a batch for PyTorch's flash kernel: views of the packed tokens,
-of which nothing is copied. So texts that are packed in the order of their lengths take one call for each length.
+Neighbouring sequences of the same length are one batch for PyTorch's flash kernel: a view of the packed tokens, without
+a copy. So texts that are packed in the order of their lengths take one call for each length.
 """
 
 import torch
@@ -30,7 +30,7 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``, and return the same gradient as ``cpu.backward``."""
+    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return that of a bias, [3, H * D]."""
     runs = runs_of_bounds(bounds)
     used = runs[-1].tokens.stop if runs else 0
     for grad in grads:
@@ -49,7 +49,7 @@ def backward(
 
 
 def _views(runs: list[Run], *tensors: Tensor) -> list[list[Tensor]]:
-    """Return the views [count, H, length, ...] of each run of ``tensors`` [1, H, T, ...]."""
+    """Return views [count, H, length, ...] of ``tensors`` [1, H, T, ...] for each run of sequences of one length."""
     sizes = [run.tokens.stop - run.tokens.start for run in runs]
     used = sum(sizes)
     found: list[list[Tensor]] = [[] for _ in runs]

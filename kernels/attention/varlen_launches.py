@@ -13,7 +13,7 @@ from .varlen import _varlen_fwd_kernel, _varlen_key_bwd_kernel, _varlen_query_bw
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output [1, T, H, D], contiguous, and the log-sum-exp of the scores over ``scale``, [1, H, T]."""
+    """Return the output [1, T, H, D], contiguous, and the log-sum-exp [1, H, T], divided by ``scale``."""
     _, total, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((1, heads, total), dtype=torch.float32, device=q.device)
@@ -41,7 +41,7 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``, and return the gradient of a bias, as ``launches.backward``."""
+    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return that of a bias, [3, H * D]."""
     width = q.shape[2] * q.shape[3]
     of_query, of_key, num_m, num_n = _backward_plans(
         q.device, q.dtype, q.shape, (q.stride(), k.stride(), v.stride(), grad_out.stride()),
@@ -59,7 +59,10 @@ def _backward_plans(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...],
     grad_strides: tuple[int, int], causal: bool, scale: float, with_sums: bool,
 ) -> tuple[Plan, Plan, int, int]:  # fmt: skip
-    """Plan the two phases for q, k, v and the upstream gradient with these strides; add the blocks of each phase."""
+    """Plan the two phases of the backward pass; also return their numbers of blocks of queries and of keys.
+
+    ``strides`` are those of q, k, v and the upstream gradient.
+    """
     _, total, heads, head_dim = shape
     query, key = (
         looped_config(f"attention_varlen_{owner}_bwd", arch_of(device), dtype, head_dim) for owner in ("query", "key")
@@ -81,7 +84,7 @@ def _backward_plans(
 
 
 def _steps(strides: tuple[tuple[int, ...], ...]) -> itertools.chain[int]:
-    """Return the strides of tokens, heads and columns, without those of the batch of one."""
+    """Return the strides of tokens, heads and columns of tensors [1, T, H, D]."""
     return itertools.chain(*(each[1:] for each in strides))
 
 
