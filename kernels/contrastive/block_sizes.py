@@ -5,7 +5,7 @@ products G y and G^T x. Each of the ``multiprocessors`` runs one program at a ti
 idle multiprocessors, and there should be few launches. The choice minimises an estimate of the time, which is counted
 in steps of a program's loop:
 
-    gradient    each multiprocessor takes tiles after each other, of D / BLOCK_K steps
+    gradient    each multiprocessor computes tiles one after another, each in D / BLOCK_K steps
     products    tiles of G y have C / BLOCK_K steps and those of G^T x R / BLOCK_K; the longer ones start first
 
 At the end of a launch, multiprocessors without a program are idle. So a slightly larger block, whose programs need one
@@ -25,16 +25,16 @@ from ..configs import GemmConfig, gemm_config, planned
 from ..launch import arch_of
 
 # The time in loop steps that a tile takes in addition to its loop (to be stored), and that a launch takes in addition
-# to its tiles. Both numbers come from the model of an H100 for tiles of 128 x 256.
+# to its tiles. Both numbers come from simulating tiles of 128 x 256 by the model of an H100.
 STEPS_AROUND_LOOP = 5
 STEPS_OF_LAUNCH = 4
 # Smaller blocks are not considered: their launches would take longer to start than to run.
 LEAST_EDGE = 1024
-# How many different numbers of blocks are considered for the rows and for the columns, from the least number on.
+# How many numbers of blocks are considered along the rows, and along the columns, from the fewest possible number up.
 ROW_COUNTS, COL_COUNTS = 16, 4
 MOST_SEGMENTS = 32
-# A program that walks down at most this many tiles saves less time than the extra programs for tiles with pairs take
-# (by the model of an H100).
+# A program that computes a whole segment of a column of tiles saves time, but the tiles with pairs then need programs
+# of their own. If a segment has at most this many tiles, those programs take longer (by the model of an H100).
 SHORT_WALK = 4
 
 
@@ -47,7 +47,7 @@ def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
     """
 
     def rounds(segments: int) -> int:
-        """Return how many tiles of logits one multiprocessor walks down if columns have this many segments."""
+        """Return how many tiles of logits one multiprocessor computes if each column has this many segments."""
         return cdiv(num_n * segments, at_once) * cdiv(num_m, segments)
 
     segments = min(range(1, min(num_m, MOST_SEGMENTS) + 1), key=rounds)
@@ -57,8 +57,8 @@ def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
 class GradGrid(NamedTuple):
     """The programs that compute a block of G.
 
-    If ``segments`` is not 0, each column of tiles is cut into that many segments, and a program walks down each of
-    them. The other programs compute one tile each.
+    If ``segments`` is not 0, each column of tiles is cut into that many segments, each of which one program computes
+    from top to bottom. The other programs compute one tile each.
     """
 
     programs: int
@@ -69,7 +69,7 @@ class GradGrid(NamedTuple):
 def grad_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, at_once: int, *, walks: bool) -> GradGrid:
     """Return the programs that compute a block of G [rows, cols] with the pairs (i, i + offset).
 
-    Only with ``walks``, some programs may walk down a column of tiles.
+    ``walks`` says whether a program can compute a segment of a column of tiles.
     """
     num_m, num_n = cdiv(rows, cfg.block_m), cdiv(cols, cfg.block_n)
     has_pairs = -num_m * cfg.block_m < offset < num_n * cfg.block_n
@@ -80,7 +80,7 @@ def grad_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, at_once: int, 
 
 
 def span(cfg: GemmConfig) -> int:
-    """Return how many tiles of a row of tiles of logits may hold pairs."""
+    """Return the most tiles in one row of tiles of logits that may hold pairs."""
     return (cfg.block_m + cfg.block_n - 2) // cfg.block_n + 1
 
 
@@ -140,7 +140,7 @@ def block_edges(
     ]
 
     def steps(block: tuple[int, int]) -> float:
-        """Return the estimated time of all blocks of logits of this size."""
+        """Return the estimated time of all blocks of logits of this size, in loop steps."""
         blocks = cdiv(rows, block[0]) * cdiv(cols, block[1])
         return blocks * steps_of_block(*block, width, multiprocessors, gradient, products)
 

@@ -8,7 +8,7 @@ from ..spec import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETER, NOT_I
 
 @dataclasses.dataclass(frozen=True)
 class PairShape(Shape):
-    """Features [pairs, embed_dim] of both sides of the pairs."""
+    """The sizes of the features [pairs, embed_dim] of both sides of the pairs, such as images and texts."""
 
     pairs: int
     embed_dim: int
@@ -85,9 +85,9 @@ class QueueShape(Shape):
         return self.pairs * self.columns
 
 
-FEW = 6  # draws that are judged together, since the loss and the gradient of its scale are single numbers
-MANY = 32  # draws for cases in which PyTorch sometimes has no error at all
-HALF = ("float16",)  # the dtypes that are too slow on a CPU
+FEW = 6  # random draws that are judged together, since the loss and the gradient of its scale are single numbers
+MANY = 32  # random draws of cases in which PyTorch sometimes has no error at all
+HALF = ("float16",)  # large cases are too slow in this dtype on a CPU
 # Scale and likeness of the pairs at the start, in the middle and at the end of training.
 STAGES = EARLY, MIDDLE, END = (1 / 0.07, 0.0), (50.0, 0.2), (100.0, 0.3)
 # Scales for which sums with one shift for all rows are exact, and for which each row needs its own maximum.

@@ -10,9 +10,8 @@ If all b_r are equal, this is OpenCLIP's ``ClipLoss(local_loss=True, gather_with
 Only ds differs: in OpenCLIP each rank has another share of it. The mean that DDP takes of ds is the same.
 
 Each rank sends the maximum and inv_denom of its rows and columns to all ranks. For features and gradients there are
-three modes. The table shows the rows that a rank sends and holds if each of W > 2 ranks has b pairs. The unit is a row
-of D
-numbers: in the dtype of the products, or in float32 where there is a prime.
+three modes. The table shows the rows that a rank sends and holds if each of W > 2 ranks has b pairs. A row has D
+numbers, in the dtype of the products, or in float32 where there is a prime.
 
     mode       sent forward    sent backward        FLOPs       held at most
     gather     (W-1) b         (W-1) b'             8 b N D     N + 2 b' + 2 g b'
@@ -21,8 +20,8 @@ numbers: in the dtype of the products, or in float32 where there is a prime.
 
 "gather" collects the texts of all ranks and sends text gradients back to their owners, those of g ranks together.
 "ring" passes texts round, in the forward pass and again in the backward pass, in which the sums of their gradients
-travel behind them. "scalars" collects texts and images. Gradients travel while the next block is computed, and so do
-the texts of the ring.
+follow them one step later. "scalars" collects texts and images. Gradients, and the texts of the ring, are sent while
+the next block is computed.
 
 The table leaves out vectors, which are in float32: in the forward pass a rank sends 5 (W-1) b such numbers (7 (W-1) b
 in "gather" and "ring"), and it holds at most 10 N + b of them. It also leaves out the memory of a block while it
@@ -133,7 +132,7 @@ class _RankGradients(torch.autograd.Function):
         factor = coefficient * logit_scale
         image_grad = new_gradient(image)
         parts = [*scale_sums, blocks.finish(acc_x, x, y.rows, 0, one_minus_p, factor, image_grad)]
-        acc_y = result_y()  # frees what was sent
+        acc_y = result_y()  # waits until the other ranks' sums have arrived
         text_grad = new_gradient(text)
         blocks.finish(acc_y, y, x.rows, 0, one_minus_p, factor, text_grad)
         of_scale = scale_gradient(parts, coefficient)
@@ -146,7 +145,7 @@ class _RankGradients(torch.autograd.Function):
 
 
 def _pair_weight(ranks: Ranks) -> float:
-    """Return W/(2N), the weight of a pair in a rank's loss; NaN if there are no pairs."""
+    """Return W/(2N), the weight of a pair in the loss of one of W ranks; NaN if there are no pairs."""
     return len(ranks.sizes) / (2 * ranks.total) if ranks.total > 0 else float("nan")
 
 
@@ -159,14 +158,14 @@ def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softm
 
 
 def _prepared(rows: Tensor, options: Options) -> Tensor:
-    """Return features that a rank has sent in the form that the products take; the sender has normalised them."""
+    """Return received features in the form that the products take; the rank that sent them has normalised them."""
     return logit_blocks(rows.device).prepare(rows, options.dtype, normalize=False).rows
 
 
 def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
     """Compute the statistics of this rank's images against all texts, and of its texts against all images."""
     ranks = options.ranks
-    both = ranks.gather(torch.cat([side.to(options.dtype) for side in (x, y)], dim=1))  # one message takes less time
+    both = ranks.gather(torch.cat([side.to(options.dtype) for side in (x, y)], dim=1))  # one message is faster than two
     gathered = both.tensor_split(2, dim=1)
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
     of_images = _statistics(x, all_y, logit_scale, ranks.own.start)
@@ -210,7 +209,8 @@ def _accumulate_strips(
 ) -> tuple[Tensor, Callable[[], Tensor], list[Tensor | None]]:
     """Return G y for this rank's images, G^T x for its texts, and the images' terms of the gradient of the scale.
 
-    G^T x is a function that returns it, since it may still be on its way. The terms are those of ``add_gradients``.
+    G^T x comes as a function that returns it, since in other modes parts of it are still being sent. The terms are
+    those of ``add_gradients``.
     """
     own, blocks = options.ranks.own, logit_blocks(x.device)
     row, col, uses_shared_shift = normalizers
@@ -256,7 +256,7 @@ def _accumulate_rows(
     return acc_x, reduce.result, scale_sums
 
 
-# This is torch.compiler.disable, except that it imports the compiler when the function is first called, not now.
+# _disable_dynamo is torch.compiler.disable, but imports the compiler when the function is first called, not now.
 @_disable_dynamo
 def distributed_contrastive_loss(
     image: Tensor,

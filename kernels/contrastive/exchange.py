@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The bytes that 400 GB/s send in the 15 us by which a group of gradients prolongs the products, which start and end
-# with idle multiprocessors.
+# Each further group of gradients prolongs the products by 15 us, since the launches of a group start and end with idle
+# multiprocessors. Links of 400 GB/s send this many bytes in that time.
 GROUP_BYTES = 6e6
 
 
 def group_size(sizes: Sequence[int], row_bytes: int) -> int:
-    """Return how many ranks' gradients, in rows of ``row_bytes``, travel together.
+    """Return how many ranks' gradients, in rows of ``row_bytes``, are sent as one group.
 
-    A group costs launches, and the gradients of the last one travel while nothing is computed. The sum of both is least
-    if there are sqrt(all bytes / GROUP_BYTES) groups. A power of two makes whole waves of programs more often.
+    A group costs launches, and nothing is computed while the gradients of the last one are sent. The sum of both is
+    least if there are sqrt(all bytes / GROUP_BYTES) groups. A power of two makes whole waves of programs more often.
     """
     groups = 2 ** round(max(0.0, math.log2(max(1.0, sum(sizes) * row_bytes) / GROUP_BYTES) / 2))
     return -(-len(sizes) // min(groups, len(sizes)))
@@ -63,7 +63,7 @@ class Ranks:
         return slice(self.slices[owners.start].start, self.slices[owners.stop - 1].stop)
 
     def groups(self, row_bytes: int) -> list[range]:
-        """Return the ranks in groups of neighbours, whose gradients in rows of ``row_bytes`` travel together."""
+        """Return the ranks in groups of neighbours, whose gradients, in rows of ``row_bytes``, are sent together."""
         count, size = len(self.sizes), group_size(self.sizes, row_bytes)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -122,11 +122,10 @@ class Ranks:
         return Transfer(dist.batch_isend_irecv(operations) if operations else [], block, received)
 
     def operations(self, block: Tensor, received: Tensor, step: int) -> "list[dist.P2POp]":
-        """Return the operations that send ``block`` of features to the rank ``step`` places ahead in the ring.
+        """Return the operations that send ``block`` to the rank ``step`` places ahead in the ring.
 
-        They also fill ``received`` with the block of the rank ``step`` places behind.
-
-        An empty block has no operation: it is not sent.
+        They also fill ``received`` with the block of the rank ``step`` places behind. An empty block has no operation,
+        since it is not sent.
         """
         count = len(self.sizes)
         pairs = (dist.isend, block, (self.rank + step) % count), (dist.irecv, received, (self.rank - step) % count)
@@ -160,9 +159,9 @@ def check_ranks(op: str, rank: int, world_size: int) -> None:
 
 
 def gather_equal(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """Collect a tensor for the loss, of the same shape on every rank: [...] -> [ranks, ...] on every rank."""
+    """Collect the tensors [...] of all ranks, which have one shape, into [ranks, ...] on every rank."""
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    # all_gather_single is the name since PyTorch 2.13
+    # Since PyTorch 2.13, the function is called all_gather_single.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out.view(-1), tensor.contiguous().view(-1), group=group)
     return out
@@ -184,9 +183,9 @@ class Transfer:
 
 
 class OwnerReduce:
-    """A reduction over ranks: every rank adds a block for each owner, and each owner gets the sum of its blocks.
+    """A sum over ranks: every rank adds a block of gradients for each owner, and an owner gets the sum of its blocks.
 
-    Every rank adds its blocks in order of owner: some are sent while the next ones are computed.
+    Every rank adds its blocks in the order of the owners. Some are sent while the next ones are computed.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -195,9 +194,9 @@ class OwnerReduce:
         self.own: Tensor | None = None
 
     def add(self, owners: range, blocks: Tensor) -> None:
-        """Wait for the previous reductions, and start to reduce a block to each of ``owners``.
+        """Wait for the previous reductions, and start to reduce a block of gradients to each of ``owners``.
 
-        This may overwrite the blocks, which lie behind one another.
+        ``blocks`` holds the rows of all owners, one after another, and may be overwritten.
         """
         self._wait()
         for owner, block in zip(owners, blocks.split([self.ranks.sizes[owner] for owner in owners]), strict=True):
@@ -249,9 +248,9 @@ _nodes: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDic
 
 
 def gpus_per_node(group: "dist.ProcessGroup | None", device: torch.device) -> int:
-    """Return the most ranks of a group for the loss that one node has, by the names of the hosts.
+    """Return the largest number of a group's ranks on one node; ranks with the same host name share a node.
 
-    The ranks exchange the names in the first call for the group, for which the host waits.
+    In the first call for a group, the ranks exchange checksums of these names, for which the host waits.
     """
     group = dist.group.WORLD if group is None else group
     assert group is not None

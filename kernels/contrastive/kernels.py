@@ -93,16 +93,16 @@ def _products_kernel(
     num_d = tl.cdiv(D, BLOCK_N)
     if pid < num_x_tiles:
         start_m, start_d = pid // num_d * BLOCK_M, pid % num_d * BLOCK_N
-        acc = _first(acc_x, start_m, start_d, M, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW_X)
+        acc = _initial_tile(acc_x, start_m, start_d, M, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW_X)
         for start_k in range(0, N, BLOCK_K):
             g = load_tile(grad, start_m, start_k, M, N, stride_grad, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
             b = load_tile(y, start_k, start_d, N, D, stride_y, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
             acc = tl.dot(g, b, acc, input_precision="ieee")
-        _last(acc_x, acc, start_m, start_d, M, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW_X)
+        _store_sum(acc_x, acc, start_m, start_d, M, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW_X)
     else:
         pid -= num_x_tiles
         start_m, start_d = pid // num_d * BLOCK_M, pid % num_d * BLOCK_N
-        acc = _first(acc_y, start_m, start_d, N, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW_Y)
+        acc = _initial_tile(acc_y, start_m, start_d, N, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW_Y)
         for start_k in range(0, M, BLOCK_K):
             g = load_tile(grad_cols, start_k, start_m, M, N, stride_grad, BLOCK_K, BLOCK_M, IS_TMA)  # [BK, BM]
             b = load_tile(x, start_k, start_d, M, D, stride_x, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
@@ -110,16 +110,16 @@ def _products_kernel(
         # The barrier costs nothing. It keeps LLVM from merging the code after the loops of the two branches. In merged
         # code, ptxas could not tell which products are still running, and would wait for each of them.
         tl.debug_barrier()
-        _last(acc_y, acc, start_m, start_d, N, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW_Y)
+        _store_sum(acc_y, acc, start_m, start_d, N, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW_Y)
 
 
 @triton.jit
-def _first(
+def _initial_tile(
     acc, start_m, start_d, M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_ZERO: tl.constexpr
 ):  # fmt: skip
-    """Return the initial value of a tile of products: zeros, or the accumulator's tile.
+    """Return the tile to which a program adds its products: zeros, or the tile of the accumulator in memory.
 
-    With IS_ZERO, the products are added to the accumulator in L2 later, or overwrite it. Otherwise the accumulator is
+    With IS_ZERO, the sum is added to the accumulator in L2 later, or overwrites it. Otherwise the accumulator is
     loaded before the products, since no registers would be left to load it after them.
     """
     if IS_ZERO:
@@ -130,21 +130,21 @@ def _first(
 
 
 @triton.jit
-def _last(
+def _store_sum(
     acc, tile, start_m, start_d, M, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, IS_ADDED: tl.constexpr, IS_NEW: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile [BM, BN] of an accumulator, or add it to the accumulator in L2, one part after the other.
+    """Store a tile [BM, BN] of an accumulator, or with IS_ADDED and not IS_NEW add it to the accumulator in L2.
 
-    With IS_ADDED, the accumulator is a descriptor.
+    With IS_ADDED, the accumulator is a descriptor, and the columns are taken in ``PARTS`` parts, one after the other.
     """
     if not IS_ADDED:
         store_tile(acc, tile, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
     elif PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves_of_columns(tile, BLOCK_M, BLOCK_N)
-        _last(acc, left, start_m, start_d, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED, IS_NEW)
-        _last(acc, right, start_m, start_d + HALF, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED, IS_NEW)
+        _store_sum(acc, left, start_m, start_d, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED, IS_NEW)
+        _store_sum(acc, right, start_m, start_d + HALF, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED, IS_NEW)
     elif IS_NEW:
         acc.store([start_m, start_d], tile)
     elif IS_INTERPRETED:  # Triton's interpreter has no atomic_add of descriptors
@@ -303,7 +303,7 @@ def _sigmoid_sums_kernel(
     """Store the sum of the losses of one tile without its pairs (i, i + offset)."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # loaded before the loop, so that they arrive meanwhile
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # loaded before the loop, so that they arrive while it runs
     cosines = cosine_tile(
         x, y, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
@@ -334,7 +334,7 @@ def _sigmoid_grad_tile_kernel(
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # loaded before the loop, so that they arrive meanwhile
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # loaded before the loop, so that they arrive while it runs
     cosines = cosine_tile(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
     zero = tl.zeros((BLOCK_M, 4), tl.float32)
     loss, bias_sum, scale_sum = _store_grad(

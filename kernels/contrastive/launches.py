@@ -35,12 +35,12 @@ from .softmax_kernels import _pairs_kernel, _stats_kernel
 from .stats import Features, Normalizers, SoftmaxStats, pairs_in
 from .strips import parts_of
 
-__all__ = ["prepare"]  # the losses find it here as in ``cpu``
+__all__ = ["prepare"]  # the losses call ``prepare`` of this module or of ``cpu``
 
 # The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
 MAX_EDGE = 16384
-MOST_TILES = 128  # in a row of a square block, whose sums the kernel for pairs adds
-CHUNK = 16  # tiles whose sums are added at a time
+MOST_TILES = 128  # the kernel for pairs adds the sums of at most this many tiles of a row, which a square block has
+CHUNK = 16  # this kernel adds the sums of this many tiles at a time
 
 
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ def _pairs(
     layout = layout_of(x, y, offset)
     positive = vector(x, layout.m)
     row_sums, col_sums = _sums(x, y, logit_scale, layout, positive)
-    if len(row_sums) > MOST_TILES:  # few programs of the kernel have rows, and each would walk all tiles
+    if len(row_sums) > MOST_TILES:  # there are few rows then, so few programs would add very many sums each
         row_sums = row_sums.sum(0, keepdim=True)
     programs, pairs, total = _pairs_plan(layout, row_sums.shape[0], col_sums.shape[0], is_loss, both)
     row, col, losses, loss = vector(x, 3, layout.m), vector(x, 3, layout.n), vector(x, programs), vector(x)
@@ -119,9 +119,9 @@ def _pairs_plan(layout: Layout, row_tiles: int, col_tiles: int, is_loss: bool, b
     device, dtype, m, n, d, offset, stride_x, stride_y = layout
     cfg = gemm_config("contrastive_pairs", arch_of(device), dtype)
     if not is_loss and not has_tma(device, dtype, d):
-        cfg = dataclasses.replace(cfg, num_stages=1)  # with two, the assembler spills one to five registers
+        cfg = dataclasses.replace(cfg, num_stages=1)  # with two stages, the assembler spills one to five registers
     paired, _ = pairs_in(m, n, offset)
-    offset = max(-m, min(n, offset))  # any other offset has no pairs either
+    offset = max(-m, min(n, offset))  # there are no pairs at the ends of this range, nor beyond
     first = min(0, -offset)
     programs = cdiv(max(m, n - offset) - first, cfg.block_m)
     pairs = Plan(
@@ -136,9 +136,10 @@ def _pairs_plan(layout: Layout, row_tiles: int, col_tiles: int, is_loss: bool, b
 
 
 def _sums(x: Tensor, y: Tensor, logit_scale: Tensor, layout: Layout, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums of the rows [any, M] and of the columns [any, N] of tiles; of whole blocks if there are several.
+    """Return partial sums of the rows of the logits [any, M] and of their columns [any, N].
 
-    The logits of the pairs are written to ``positive`` [M].
+    There is one sum for each tile, or for each block of logits if there are several blocks. The logits of the pairs are
+    written to ``positive`` [M].
     """
     if 0 < layout.m * layout.n <= MAX_EDGE**2:
         return _sums_of_block(x, y, logit_scale, layout, positive)
@@ -188,7 +189,6 @@ def add_gradients(
         If G is rounded to 16 bits for the products: [any], numbers whose sum is the sum of G_ij x_i . y_j before the
         rounding. If G is not rounded: None, since :func:`finish` then gives this sum with the same accuracy.
     """
-
     row, col, uses_shared_shift = normalizers
     (scale_sums,) = add_products(
         x, y, offset, _block_edges(x, y), (logit_scale, uses_shared_shift), (row[0], row[1]), (col[0], col[1]),
@@ -214,7 +214,7 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     """Return [any], numbers whose sum is the sigmoid loss log(1 + exp l) of all logits except those of the pairs."""
-    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # that kernel's loop is the same
+    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the gradient kernel has the same loop
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
         cdiv(rows.stop - rows.start, cfg.block_m) * cdiv(cols.stop - cols.start, cfg.block_n) for rows, cols in blocks

@@ -1,12 +1,11 @@
 """The choice of the mode of the contrastive loss of all ranks, by an estimate of each mode's time.
 
-The estimate knows sizes alone, so it is the same on every rank. It takes the rates of an H100 and its links from the
-table of hardware, whatever the GPU is. Another GPU has other rates, but a similar ratio of them. Rank r has b of the N
-pairs, and W ranks share them; c is the time of a rank's products b N D, twice that number of FLOPs at the rate of large
-products, and t(x) the time in which x rows are sent. A step of any mode has about the same vectors to send, which are
-left out.
+The estimate depends on sizes alone, so it is the same on every rank. It takes the rates of an H100 and its links from
+the table of hardware, whatever the GPU is. Another GPU has other rates, but a similar ratio of them. Each of W ranks
+has b of the N pairs; c is the time of one product of a rank, 2 b N D FLOPs, and t(x) the time in which x rows are sent.
+A step of any mode has about the same vectors to send, which are left out.
 
-    gather     t(texts)              + c    + the gradients of the texts, in groups, each behind the next one's 3 c
+    gather     t(texts)              + c    + 3 c, beside which the gradients of the texts are sent group by group
     ring       W steps of the longer of c / W and t(b), then W of the longer of 3 c / W and t(b) + t(gradients of b)
     scalars    t(texts and images)   + 2 c                + 4 c
 """
@@ -21,10 +20,10 @@ from .exchange import group_size
 MODES = ("gather", "ring", "scalars")
 # FLOP/s of 16-bit products in the kernels of strips: about 0.8 of the 700 TFLOP/s that the power of an H100 allows.
 FLOPS_PER_S = 550e12
-# Seconds by which a block of logits takes longer than its products: two launches that start and end with idle
-# multiprocessors. In the ring, each step has a further block in the forward pass, with the merging of its sums.
+# Seconds by which a block of logits takes longer than its products: its two launches start and end with idle
+# multiprocessors. PER_STEP is this time for a forward step of the ring, which also merges sums.
 PER_BLOCK, PER_STEP = 15e-6, 20e-6
-MOST_GATHERED = 2**32  # bytes of features of other ranks; modes that hold more are taken only if no other is left
+MOST_GATHERED = 2**32  # the most bytes of other ranks' features in a mode that "auto" may choose; the ring holds none
 
 
 def choose_mode(
@@ -59,7 +58,7 @@ def mode_seconds(
     row, grad_row = embed_dim * dtype.itemsize, 4 * embed_dim
 
     def sent(bytes_of_row: int, messages: int = 1, *, is_ring: bool = False) -> float:
-        """Return the seconds in which the rows of one rank are sent on, in messages one after another."""
+        """Return the seconds in which a rank sends the rows of one rank on, split into ``messages`` messages."""
         return cluster.message_s(ranks, rows * bytes_of_row, messages, is_ring=is_ring)
 
     if mode == "scalars":

@@ -78,8 +78,8 @@ def _store_gradient(
 ):  # fmt: skip
     """Store factor * (acc - one_minus_p * positive) for a tile [BM, BN], one part of the columns after the other.
 
-    The positive of i is i + offset, and their one_minus_p is that of row i + to_row of the logits. Return the sums [BM]
-    of -one_minus_p * positive * own over the columns of the tile.
+    The positive of row i is row i + offset of the other side, and their one_minus_p has the index i + to_row. Return
+    the sums [BM] of -one_minus_p * positive * own over the columns of the tile.
     """
     if PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2
@@ -187,7 +187,7 @@ def _totals_kernel(
 
 @triton.jit
 def _total(numbers_ptr, count, BLOCK: tl.constexpr):
-    """Return the sum of ``count`` numbers, added in float64."""
+    """Return the sum of ``count`` numbers in float32; it is added up in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -216,7 +216,7 @@ def _scaled_kernel(
 
 @triton.jit
 def _scale_part(source_ptr, factor_ptr, out_ptr, part, size, BLOCK: tl.constexpr):
-    """Multiply one part of BLOCK elements of a tensor."""
+    """Write ``BLOCK`` elements of a tensor, times the number at ``factor_ptr``, to ``out_ptr``."""
     offs = tl.cast(part, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(source_ptr + offs, mask=offs < size, other=0.0).to(tl.float32) * tl.load(factor_ptr)
     tl.store(out_ptr + offs, value.to(out_ptr.dtype.element_ty), mask=offs < size)

@@ -1,4 +1,4 @@
-"""The launches that compute blocks of G and their products with the features, for gradients of many blocks of logits.
+"""The launches that compute gradients of features block by block: a block of G, and its products with the features.
 
 A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist.
 """
@@ -39,7 +39,7 @@ class _Part(NamedTuple):
     start: int
     features: Tensor
     acc: Tensor | None
-    vectors: tuple[Tensor, ...]  # what the kernel for a block of G reads of this side beside the features
+    vectors: tuple[Tensor, ...]  # the kernel for a block of G reads these of this side, in addition to the features
 
 
 class _Descriptors:
@@ -49,7 +49,9 @@ class _Descriptors:
         self._made: dict[tuple[int, Tile], Tensor | TensorDescriptor] = {}
 
     def __call__(self, matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
-        """Return what :func:`tiles` does; the caller keeps ``matrix`` for as long as this object."""
+        """Return :func:`tiles` of a matrix, which the caller keeps alive for as long as this object, since its id
+        is the key.
+        """
         key = id(matrix), tile
         if key not in self._made:
             self._made[key] = tiles(matrix, tile)
@@ -130,13 +132,13 @@ class GradPlan(NamedTuple):
     programs: int
 
     def start(self, x: Tensor, y: Tensor, grad: Tensor, *others: Tensor, describe: Describe = tiles) -> None:
-        """Start the kernel with its other inputs, then vectors for its sums."""
+        """Start the kernel that writes a block of G; ``others`` are its other inputs and the vectors for its sums."""
         self.on_tiles.start(x, y, describe(grad, self.grad_tile), *others, describe=describe)
 
 
 @planned
 def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool, is_one_block: bool) -> GradPlan:
-    """Plan the kernel that computes a block of G; if it is the only one, its tiles may be small."""
+    """Plan the kernel that computes a block of G; if it is the only block, its tiles may be small."""
     device, dtype, m, n, d, offset, *_ = layout
     name = "contrastive_grad_tile" if is_softmax else "sigmoid_grad_tile"
     cfg = tile_config(name, layout, (m, n)) if is_one_block else gemm_config(name, arch_of(device), dtype)
@@ -163,8 +165,8 @@ class _ProductsPlan(NamedTuple):
     acc_tile: Tile
 
     def start(self, grad: Tensor, rows: _Part, cols: _Part, describe: Describe) -> None:
-        """Start the kernel."""
-        # No program writes an accumulator that is not wanted. The other one is passed in its place.
+        """Start the kernel that adds the products of a block of G to the accumulators of its rows and columns."""
+        # If only one side has an accumulator, it is passed twice: no program writes that of the other side.
         wanted = [describe(part.acc, self.acc_tile) for part in (rows, cols) if part.acc is not None]
         operands = (describe(part.features, self.operand_tile) for part in (rows, cols))
         of_grad = describe(grad, self.grad_tile), describe(grad, self.transposed_tile)

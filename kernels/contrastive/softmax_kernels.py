@@ -8,9 +8,9 @@ Logits are in base 2: l_ij = log2e * scale * x_i . y_j.
     gradient    G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j, 0 for pairs, in the operands' dtype
 
 With the shared shift, m and all maxima are one number. Then one exponential serves both directions, and no maximum is
-computed. The exponentials take half as long as the product, and overlap with it. Logits that the shared shift does not
-suit need a maximum for each row and column. Only the device knows: a program of the pairs kernel that finds such sums
-computes the logits of its rows and columns once more.
+computed. The exponentials take half as long as the product, and overlap with it. With other logits, sums with the
+shared shift overflow or underflow, so each row and column needs its maximum. Only the device knows: a program of the
+pairs kernel that finds such sums computes the logits of its rows and columns once more.
 
 The loss subtracts the logit of a pair from others, so all must be rounded alike. Where all features are equal, one last
 bit of a logit of 144 would be an error of 1e-5. Therefore the logit of a pair is an element of a tile, never a sum of
@@ -103,7 +103,7 @@ def _pairs_kernel(
             x_ptr, y_ptr, rows, cols, has_pair, has_pair, D, stride_x, stride_y, BLOCK_M, BLOCK_M, BLOCK_K
         )
         logits = tl.where(rows[:, None] + offset == cols[None, :], cosines * factor, 0.0)
-        # Triton 3.6 fails to compile for sm_100 unless the sums go through memory.
+        # Triton 3.6 fails to compile for sm_100 unless the logits of the pairs go through memory.
         tl.store(positive_ptr + rows, tl.sum(logits, 1), mask=has_pair)
         tl.debug_barrier()
     positive = tl.load(positive_ptr + rows, mask=has_pair, other=0.0)
@@ -280,7 +280,7 @@ def _grad_tile(
 ):  # fmt: skip
     """Store one tile of the softmax losses' G; return the sum of its elements times the cosines."""
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    # These are loaded before the loop, so that they arrive while it runs.
+    # The scale and both inv_denom are loaded before the loop over D, so that they arrive while it runs.
     factor = tl.load(scale_ptr) * log2e
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     row_inv_denom = tl.load(row_inv_denom_ptr + offs_m, mask=offs_m < M, other=0.0) * grad_scale
@@ -354,7 +354,7 @@ def _terms(maximum, total, positive):
     distance = positive - maximum
     others = (exponent.to(tl.float32) - distance) + tl.log2(mantissa)  # log2(others / positive)
     others = tl.where(total > 0.0, others, float("-inf"))
-    others = tl.where(total < float("inf"), others, total)  # NaN stays
+    others = tl.where(total < float("inf"), others, total)  # a sum that is infinite or NaN shows in the loss
     e = tl.exp2(-tl.abs(others))
     nll = tl.maximum(others, 0.0, propagate_nan=tl.PropagateNan.ALL) * 0.6931471805599453 + log_1p(e)
     return nll, 1.0 / (total + tl.exp2(distance)), tl.where(others > 0.0, 1.0, e) / (1.0 + e)

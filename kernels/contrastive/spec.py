@@ -20,7 +20,7 @@ ONE = torch.tensor(1.0)
 
 
 def features(shape: LossShape | SigmoidShape | QueueShape, values: str, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Make both sides of the pairs, unit rows [pairs, embed_dim] unless ``values`` says otherwise."""
+    """Make the features of both sides of the pairs: unit rows [pairs, embed_dim], unless ``values`` says otherwise."""
     size = shape.pairs, shape.embed_dim
     first, noise = draw.unit(*size), draw.unit(*size)
     if shape.matched == 1:
@@ -135,7 +135,7 @@ def _product_and_bytes(pairs: int, embed_dim: int, itemsize: int) -> tuple[int, 
 
 
 class Strip(NamedTuple):
-    """The logits that a rank computes in the loss of all ranks: its pairs against those of all ranks."""
+    """The logits that one rank computes in the distributed loss: its own pairs against those of all ranks."""
 
     rows: int
     pairs: int
@@ -160,7 +160,7 @@ def small_tiles(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _gemm(*kernels: str) -> tuple[Tunable, ...]:
-    """Return tunable kernels with a matrix product, given their names in the tables of configurations."""
+    """Return kernels with a matrix product as tunable ones, given their names in the tables of configurations."""
     functions = (f"_{kernel.removeprefix('contrastive_')}_kernel" for kernel in kernels)
     return tuple(Tunable(*names, GemmConfig) for names in zip(kernels, functions, strict=True))
 

@@ -1,13 +1,13 @@
-"""The Triton kernel for the product G y of a strip: few rows of G, and the columns of all processes.
+"""The Triton kernel for the product G y of a strip: the rows of one process, and the columns of all processes.
 
-acc[part, i] += sum over the columns j of the part of G_ij y_j          one program writes each tile
+acc[part, i] += sum over the columns j in ``part`` of G_ij y_j          one program writes each tile
 """
 
 import triton
 import triton.language as tl
 
 from ..tiles import load_tile
-from .kernels import _first, _last
+from .kernels import _initial_tile, _store_sum
 
 
 @triton.jit
@@ -28,9 +28,9 @@ def _strip_products_kernel(
     part, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     start_m, start_d = tile // num_d * BLOCK_M, tile % num_d * BLOCK_N
     row = part * height + first + start_m
-    total = _first(acc, row, start_d, acc_rows, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW)
+    total = _initial_tile(acc, row, start_d, acc_rows, D, BLOCK_M, BLOCK_N, IS_ADDED or IS_NEW)
     for start_k in range(part * length, tl.minimum(part * length + length, N), BLOCK_K):
         g = load_tile(grad, start_m, start_k, M, N, stride_grad, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
         b = load_tile(y, start_k, start_d, N, D, stride_y, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
         total = tl.dot(g, b, total, input_precision="ieee")
-    _last(acc, total, row, start_d, acc_rows, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW)
+    _store_sum(acc, total, row, start_d, acc_rows, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED, IS_NEW)

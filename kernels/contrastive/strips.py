@@ -1,4 +1,4 @@
-"""The product G y of a strip: few rows of G, and many columns, which are the features of all processes.
+"""The product G y of a strip: G has few rows, those of one process, and many columns, those of all processes.
 
 Such a product has few tiles, often fewer than there are multiprocessors, and each tile has a long loop over the
 columns. Therefore the columns are cut into parts, each of which has an accumulator of its own: several programs may
@@ -16,9 +16,10 @@ from .block_sizes import STEPS_AROUND_LOOP, STEPS_OF_LAUNCH, makespan, products_
 from .operands import Describe, Layout, Tile, has_tma, processors, tile_of
 from .strip_kernels import _strip_products_kernel
 
-PART_COLS = 64  # the columns of a part of a tile: tiles are computed and stored part by part
-MOST_BYTES = 2**26  # of the accumulators of all parts
-# The steps of a loop that it takes to add up accumulators of one tile for each multiprocessor, by the model of an H100.
+PART_COLS = 64  # wide tiles are finished and stored in parts of this many columns, one after the other
+MOST_BYTES = 2**26  # the most bytes that the accumulators of all parts may take
+# Adding up one tile of accumulators for each multiprocessor takes as long as this many loop steps, by the model of an
+# H100.
 STEPS_OF_SUM = 7
 
 
@@ -26,8 +27,9 @@ STEPS_OF_SUM = 7
 def parts_of(layout: Layout, rows: int, *, has_y: bool) -> tuple[int, int]:
     """Return the number of parts into which the columns of a strip are cut, and the rows of a part's accumulator.
 
-    The number is 0 if one launch that computes G^T x as well, which is wanted with ``has_y``, takes no longer.
-    ``layout`` is that of a block of the strip, which has ``rows`` rows in all.
+    The number is 0 if the kernel without parts takes no longer. With ``has_y``, where G^T x is computed too, that
+    kernel computes both products in one launch. ``layout`` is that of one block of the strip, which has ``rows`` rows
+    in all.
     """
     device, dtype, m, n, d, *_ = layout
     cfg = products_config(device, dtype, d)

@@ -14,7 +14,7 @@ from ..tiles import halves, halves_of_columns, load_tile
 
 @triton.jit
 def shared_shift(factor):
-    """Return the shift of ``stats.shared_shift`` for log2e times the scale."""
+    """Return the shift that ``stats.shared_shift`` defines; ``factor`` is log2e times the scale."""
     return tl.maximum(tl.ceil(tl.abs(factor)) - 100.0, 0.0)
 
 
@@ -113,9 +113,9 @@ def sum_segment(
     x, y, scale_ptr, row_sum_ptr, col_sum_ptr, M, N, D, offset, num_segments, tiles, log2e,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of 2^(logit - shift) over the rows and over the columns of a segment of tiles.
+    """Store the sums of 2^(logit - shift) of each row and of each column of a segment of tiles.
 
-    The sums of the rows are stored for each tile, and the sums of the columns for the whole segment.
+    The sums of rows are stored for each tile, and the sums of columns for the whole segment.
     """
     segment, pid_n = tl.program_id(0) % num_segments, tl.program_id(0) // num_segments
     factor = tl.load(scale_ptr) * log2e
@@ -195,7 +195,7 @@ def grad_segment(
         if step == steps - 1:
             is_left_out = has_pairs(start_m, start_n, offset, BLOCK_M, BLOCK_N)
             before = scale_sum
-            # The vector of the next tile's rows arrives while this tile is stored.
+            # ``following`` is inv_denom of the next tile's rows, which arrives while this tile is stored.
             offs_m = start_m + BLOCK_M + tl.arange(0, BLOCK_M)
             following = tl.load(row_inv_denom_ptr + offs_m, mask=offs_m < M, other=0.0)
             # A branch that skips a tile would cost registers in all tiles. Instead, a tile that is left out gets a row
