@@ -26,7 +26,7 @@ from .eager import STEP, measured
 from .forecast import HOST, Forecast, forecast, forecast_shape, measured_shapes, rows
 from .model import FULL, H100, QUICK, Effort
 
-MODELS = ("ViT-B-32", "ViT-L-14")  # whose steps stand in the table of the host
+MODELS = ("ViT-B-32", "ViT-L-14")  # the table of the host has training steps of these models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _forecast(op: str, pairs: int, width: int, effort: Effort) -> Forecast:
-    """Predict the time of a loss."""
+    """Predict the time of a loss in bfloat16, forward and backward."""
     spec = specs()[op]
     return forecast_shape(spec, spec.bench["cuda"][0].changed(pairs=pairs, embed_dim=width), "bf16", effort=effort)
 
 
 def _print_loss(op: str, pairs: Sequence[int], widths: Sequence[int], effort: Effort) -> None:
-    """Print the table of a loss: both times, the factor over the floor, and the host's time where it is longer."""
+    """Print the table of a loss: predicted and corrected time, the factor over the floor, and a longer host time."""
     spec = specs()[op]
     print(f"| pairs | {' | '.join(f'D = {width}' for width in widths)} |")
     print("|" + " --- |" * (1 + len(widths)))
@@ -78,7 +78,7 @@ def _print_loss(op: str, pairs: Sequence[int], widths: Sequence[int], effort: Ef
 
 
 def _print_host(effort: Effort, jobs: int | None) -> None:
-    """Print the table of steps, and of every op at its first size: the corrected time, the host's, and which binds."""
+    """Print the table of steps and of every op at its first size: GPU time, host time, and which of them is longer."""
     shapes = [(spec.name, number) for number, (spec, _) in enumerate(measured_shapes())]
     firsts = [next(same)[1] for _, same in itertools.groupby(shapes, key=lambda one: one[0])]
     print("| call | GPU | host | binds | the GPU binds from |\n|" + " --- |" * 5)

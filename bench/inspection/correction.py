@@ -1,8 +1,9 @@
 """Predicted times, corrected by the error of the model of a GPU on published kernels of the same kind.
 
-The model's time of a kernel is divided by the median of predicted over published time for its kind, and the range is
-that which held for four in five of these figures. The errors of the kernels of an op or a step are taken to be one
-error, so the ends of their ranges are added. PyTorch's own ops take rates that were published, and are not corrected.
+The predicted time of a kernel is divided by the median ratio of predicted to published time for its kind of kernel. For
+the ends of the range, it is divided by the ratios between which four in five published times lie. The errors of the
+kernels of an op or a step are taken to be one error, so the ends of their ranges are added. PyTorch's own ops take
+rates that were published, and are not corrected.
 """
 
 import math
@@ -13,13 +14,13 @@ from clipfast.io.units import SECONDS, scaled
 
 from .validation import errors
 
-# The kind of published kernels whose error is taken for a kernel, by the category of its op.
+# The kinds of published kernels whose errors are taken for the forward and the backward kernels of an op, by category.
 KINDS = {
     "attention": ("attention forward", "attention backward"), "loss": ("loss", "loss"),
     "patch, text input": ("patch", "patch"), "norm, activation": ("norm forward", "norm backward"),
 }  # fmt: skip
 OTHERS = ("memory", "memory")
-# Kernels of a loss that only multiply matrices, or only pass over memory.
+# Kernels of a loss that only multiply matrices, or only read and write memory, have these kinds instead.
 KINDS_OF_KERNELS = {"_products_kernel": "product", "_strip_products_kernel": "product"} | dict.fromkeys(
     ("_normalize_kernel", "_totals_kernel", "_finish_kernel", "_scaled_kernel", "_through_norm_kernel"), "memory"
 )

@@ -2,9 +2,9 @@
 
 ``host.json`` has what ``python -m clipfast.bench host --stub`` measured on one machine: for each op at a few small
 shapes, and for steps of models, the microseconds of a call and the number of kernels that it starts. A larger shape
-has the same way to its kernels, but may start more of them: a loss has several for each block of logits, and each one
-takes ``FURTHER`` microseconds. The host's time of a step, or of a call with fewer kernels, is that of the most similar
-measured one, times the quotient of the numbers of kernels.
+takes the same Python code, but may start more kernels: a loss starts several for each block of logits, and each further
+one takes ``FURTHER`` microseconds. The host's time of a step, or of a call with fewer kernels, is that of the most
+similar measured one, scaled by the number of kernels.
 """
 
 import functools
@@ -16,9 +16,10 @@ from typing import Any
 from ..case import OURS
 
 FILE = Path(__file__).with_name("host.json")
-LARGEST = 2**24  # the search for the batch ends here
+LARGEST = 2**24  # the search for the batch from which the GPU takes longer ends here
 STEP = "step"
-FURTHER = 35.0  # measured like the others, between a contrastive loss of one block of logits and losses of 4 to 64
+# Microseconds, measured as those in host.json, between a contrastive loss of one block of logits and losses of 4 to 64.
+FURTHER = 35.0
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """The predicted time of every op and of training steps, from the model of the GPU: ``clipfast inspect --predict``.
 
-An op or a step runs on fake tensors, without a GPU or memory. A launch of ours takes what the model says. A PyTorch op
-beside it takes the longer of two times, one for its FLOPs at the rate of large products and one for its bytes at the
-rate of copies, and the overhead of a launch. Launches follow each other without a gap, as in a CUDA graph. An eager
-call takes the time of the GPU or that of the host, whichever is longer; ``eager`` has the time of the host.
+An op or a step runs on fake tensors, without a GPU or memory. Each launch of our kernels takes the time that the model
+predicts. Each PyTorch op between them takes the longer of two times, one for its FLOPs at the rate of large products
+and one for its bytes at the rate of copies, and the overhead of a launch. Launches follow each other without a gap, as
+in a CUDA graph. An eager call takes the time of the GPU or that of the host, whichever is longer; ``eager`` has the
+time of the host.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ class Work:
 
 
 class _Recorder(Ledger):
-    """A ledger that keeps the launches apart from the PyTorch ops."""
+    """A :class:`Ledger` of PyTorch ops that keeps the launches of our kernels in a list of their own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -125,7 +126,7 @@ def standing_in(launch: Launch) -> Launch:
 
 
 def _replace(value: Any, stand_in: Any) -> Any:
-    """Replace the tensors in a launch's argument by stand-ins for the prediction; integers that are known stay."""
+    """Replace the tensors in a launch's argument by tensors without memory; integers on the CPU keep their values."""
     if type(value) is Tensor and not value.is_floating_point() and value.device.type == "cpu":
         return value
     if isinstance(value, Tensor):
@@ -138,7 +139,7 @@ def _replace(value: Any, stand_in: Any) -> Any:
 
 
 def _empty(
-    storage: int,  # noqa: ARG001  (two views of one storage are one tensor, and two storages are not)
+    storage: int,  # noqa: ARG001  (part of the cache's key: tensors that share no memory get two results)
     shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Return a tensor without memory as an argument of a launch whose time is predicted."""
@@ -157,7 +158,7 @@ class Part:
 
     @property
     def seconds(self) -> float:
-        """Return the predicted time of all launches in the group."""
+        """Return the predicted seconds of all launches in the group."""
         return self.launches * self.prediction.seconds if self.prediction else 0.0
 
 
@@ -169,7 +170,7 @@ class Forecast:
         name: the name of the op, or "step".
         shape: the sizes of the op; for a step, the model and the number of pairs.
         dtype: name of the dtype.
-        items: how many things one call handles.
+        items: the number of pairs, images or rows that one call handles.
         parts: the launches in groups of equal ones.
         torch_ops: the number of PyTorch ops in addition to the launches.
         torch_seconds: the time of the PyTorch ops that are no products.
@@ -193,18 +194,18 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Return the model's time of all launches and PyTorch ops on the GPU."""
+        """Return the predicted GPU time of all kernel launches and PyTorch ops, in seconds."""
         return sum(part.seconds for part in self.parts) + self.torch_seconds + self.product_seconds
 
     @property
     def corrected(self) -> Corrected:
-        """Return the time on the GPU, corrected by the error of the model on published kernels."""
+        """Return the predicted GPU time, corrected by the error of the model on published kernels."""
         kernels = [(kind_of(part.kernel, _category_of(part.kernel)), part.seconds) for part in self.parts]
         return corrected(kernels, self.torch_seconds + self.product_seconds)
 
     @property
     def eager_seconds(self) -> float:
-        """Return the corrected time without a CUDA graph."""
+        """Return the predicted seconds of an eager call: the GPU's corrected time, or the host's if it is longer."""
         return max(self.corrected.seconds, self.host_seconds)
 
     @property
@@ -261,13 +262,13 @@ def forecast_shape(
 
 
 def _items(spec: OpSpec, shape: Shape) -> int:
-    """Return how many things a call of an op handles, such as its pairs."""
+    """Return the number of pairs, images or rows that a call of an op handles."""
     count: int = getattr(shape, spec.items[0])
     return count
 
 
 def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort, **what: Any) -> Forecast:
-    """Predict the time of launches and PyTorch ops, by their categories."""
+    """Return the forecast of recorded launches and PyTorch ops; ``what`` are its name, shape, dtype and items."""
     parts = predict_parts([launch for _, launch in work.launches], machine, effort)
     times = [max(op.flops / product_flops, op.bytes / machine.hbm_rate) + machine.launch for op in work.ops]
     products = sum(time for time, op in zip(times, work.ops, strict=True) if op.flops)
@@ -317,7 +318,8 @@ def _size(value: Any) -> Any:
 
 def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
     """Predict the time of launches that take equally long, or say why no model covers them."""
-    # Most blocks of logits hold no pairs. This block is neither the first nor in the middle, so it is one of them.
+    # If the launches are of blocks of logits, most of these hold no pairs. This one is neither the first nor in the
+    # middle, so it is one of them.
     launch = same[len(same) // 3]
     name = launch.kernel.__name__
     try:
@@ -341,7 +343,7 @@ def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
 
 
 def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
-    """Return the rows of predicted times of a forecast; ``measured`` are seconds by :func:`label`."""
+    """Return the rows of a forecast in the table of predicted times; ``measured`` are seconds by :func:`label`."""
     seconds = (measured or {}).get(label(one.name, one.shape, one.dtype))
     # An op is measured as a CUDA graph, and a step is not.
     predicted = one.eager_seconds if one.name == STEP else one.corrected.seconds
@@ -383,7 +385,7 @@ def label(name: str, shape: dict[str, Any], dtype: str) -> str:
 
 
 def to_json(one: Forecast) -> dict[str, Any]:
-    """Return a forecast of times for JSON, with the figures that follow from it."""
+    """Return a forecast of times for JSON, with the numbers that are computed from its fields."""
     record = dataclasses.asdict(one) | {
         "seconds": one.seconds, "eager_seconds": one.eager_seconds, "items_per_s": one.items / one.eager_seconds,
         "binds": one.binds, "corrected": one.corrected._asdict(),

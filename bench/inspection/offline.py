@@ -91,7 +91,7 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
 
 
 def tensors(launch: Launch) -> list[torch.Tensor]:
-    """Return the tensor arguments of a recorded launch, including those behind descriptors."""
+    """Return the tensor arguments of a recorded launch, including the tensors that descriptors describe."""
     values = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in launch.args.values()]
     return [value for value in values if isinstance(value, torch.Tensor)]
 

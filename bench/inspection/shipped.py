@@ -26,8 +26,8 @@ from .offline import Resources
 Case = Callable[[], object]
 SNAPSHOT = Path(__file__).with_name("resources.json")
 FIELDS = tuple(field.name for field in dataclasses.fields(Resources))
-# The compiler usually makes the same code for both, so the snapshot has sm_89 only where it differs from sm_86. A test
-# checks this.
+# The compiler usually makes the same code for sm_86 and sm_89, so the snapshot has sm_89 only where it differs. A test
+# checks that it has all such places.
 STANDS_FOR = {"sm_89": "sm_86"}
 # Resources by version, architecture, case, kernel and name of the field.
 Snapshot = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
@@ -76,7 +76,7 @@ def shipped_cases() -> dict[str, Case]:
 
 
 def shipped_calls() -> dict[str, Case]:
-    """Return the shipped calls by name. Their tensors have memory, and those of strips have none."""
+    """Return the shipped calls by name, without strips: unlike those of strips, their tensors have memory."""
     return {name: functools.partial(run, *named) for name, named in _named().items()}
 
 

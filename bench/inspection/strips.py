@@ -34,14 +34,14 @@ from .correction import Corrected, corrected, kind_of
 from .forecast import key_of, standing_in
 from .model import H100, QUICK, predict_launch
 
-NODES = Cluster(CARDS["h100"], launch_s=0.0)  # the host is ahead
+NODES = Cluster(CARDS["h100"], launch_s=0.0)  # the host starts kernels and messages before the GPU needs them
 GPUS = (8, 64)
 PRODUCTS = ("_stats_kernel", "_grad_tile_kernel", "_products_kernel", "_strip_products_kernel")
-FLOPS = {"gather": 8, "ring": 8, "scalars": 12}  # for each pair, text and dimension
+FLOPS = {"gather": 8, "ring": 8, "scalars": 12}  # for each image of a rank, text of all ranks, and dimension
 
 
 class _Recorder(Ledger):
-    """A ledger that keeps the launches of its kernels, by the number of their event."""
+    """A :class:`Ledger` that also keeps the launches of our kernels, by the index of their event in ``events``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -149,7 +149,7 @@ def _row(size: tuple[int, int], widths: Sequence[int], *, has_parts: bool) -> st
             sent = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in one.sent.items() if count)
             parts.append(f"  {rows} x {rows * gpus} D {width} {mode}: total {1e6 * one.total:.0f} us, floor "
                          f"{1e6 * one.floor:.0f}; {kernels}, other ops {1e6 * one.torch_seconds:.0f}; wire "
-                         f"{1e6 * one.wire:.0f}, of which {1e6 * (one.total - one.gpu):.0f} shown: {sent}")  # fmt: skip
+                         f"{1e6 * one.wire:.0f}, {1e6 * (one.total - one.gpu):.0f} of it not hidden: {sent}")  # fmt: skip
     return "\n".join([f"| {rows:,} | {rows * gpus:,} | {gpus} | {' | '.join(cells)} |", *parts * has_parts])
 
 

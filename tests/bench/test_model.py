@@ -19,7 +19,7 @@ from clipfast.bench.inspection.model.arguments import bank
 from clipfast.bench.inspection.model.arithmetic import execute, signed
 from clipfast.bench.inspection.model.machine import H100
 from clipfast.bench.inspection.model.multiprocessor import run
-from clipfast.bench.inspection.model.paths import Code, Lost, Path, kinds, sample, shortened
+from clipfast.bench.inspection.model.paths import Code, NoPath, Path, kinds, sample, shortened
 from clipfast.bench.inspection.model.predict import runs
 from clipfast.bench.inspection.model.registers import State
 from clipfast.bench.inspection.model.steps import Kind, Step, decode
@@ -177,7 +177,7 @@ def test_what_is_not_known_is_a_guess_and_what_cannot_be_followed_an_error(monke
     path = follow("LDS R0, [R1]", "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 BRA 0x0", "@P0 EXIT", "EXIT")
     assert (path.guesses, path.length) == (2, 5)
     for lines in (["BRX R4 -0x10"], ["BRA 0x8880"], ["RET.REL.NODEC R4 0x0"], ["NOP", "BRA 0x0"]):
-        with pytest.raises(Lost):
+        with pytest.raises(NoPath):
             follow(*lines, "EXIT")
 
 

@@ -33,7 +33,7 @@ class Bank:
 
     Attributes:
         words: known 32-bit words by address.
-        tensors: the tensors behind the pointers, with the names of the arguments, by number of their region.
+        tensors: the name of each argument that is a pointer, and its tensor, by the number of its address range.
     """
 
     words: Mapping[int, int]
@@ -103,7 +103,7 @@ def _parameters(ptx: str, first: int) -> list[tuple[int, int]]:
 
 
 def _pieces(name: str, value: Any, tensors: dict[int, tuple[str, torch.Tensor]]) -> list[bytes | None]:
-    """Return the kernel parameters for one argument, as bytes; None for a parameter that no code computes with."""
+    """Return the kernel parameters for one argument, as bytes; None for a descriptor, which no code computes with."""
     if isinstance(value, TensorDescriptor):
         shape, strides = value.shape, value.strides
         return [None, *(struct.pack("<i", size) for size in shape), *(struct.pack("<q", step) for step in strides)]

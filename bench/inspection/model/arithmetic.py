@@ -123,7 +123,7 @@ def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...]
         state.write(result, (product + c & WIDE_MASK) >> 32)
         return
     wide = "WIDE" in modifiers
-    # zero times an unknown value is zero: the assembler writes moves and additions in this way
+    # Zero times an unknown value is zero. The assembler writes moves and additions as such products.
     is_zero = 0 in (state.peek(rest[0]), state.peek(rest[1]))
     a, b = (0, 0) if is_zero else (state.read(rest[0]), state.read(rest[1]))
     if wide and "U32" not in modifiers:
@@ -135,7 +135,7 @@ def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...]
 
 
 def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int:
-    """Return an operand of an integer addition, with all bits of a negation, since these affect the carry."""
+    """Return an operand of an integer addition; a negated one is ~x + 1 with 33 bits, since these set the carry."""
     if operand.is_predicate:
         return int(takes_carry and state.flag(operand))
     value = state.read(operand._replace(sign=""))
@@ -181,7 +181,7 @@ def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: 
         if "U32" not in modifiers:
             left, right = signed(left), signed(right)
         result = compare(left, right)
-        if "EX" in modifiers and left == right:  # the low halves decide
+        if "EX" in modifiers and left == right:  # the earlier comparison of the low halves decides
             result = state.predicate(rest[-1])
     other = state.predicate(rest[0]) if rest else True
     for operand, value in ((first, result), (second, None if result is None else not result)):
@@ -291,7 +291,7 @@ def _special(state: State, modifiers: list[str], found: tuple[Operand, ...], ins
 @_means("SHFL")
 def _shuffle(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     """Run the machine instruction SHFL, which reads a register of another lane."""
-    if "IDX" not in modifiers:  # shuffles by an index only make a value uniform
+    if "IDX" not in modifiers:  # the compiler shuffles by an index only to give all lanes the same value
         raise Unknown
     state.write(found[1], state.read(found[2]))
 
@@ -340,7 +340,7 @@ def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instru
     for part in match["parts"].split("+"):
         operand = operand_of(part.removesuffix(".64").removesuffix(".U32"))
         value = state.read(operand, wide=part.endswith(".64"))
-        # An offset has a sign, and a register is an address.
+        # A number is a signed offset, whereas a register holds an unsigned address.
         address += value - (MASK + 1) if operand.number is not None and value > MASK // 2 else value
     size = next((size for name, size in (("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)) if name in modifiers), 4)
     loaded = state.memory(address, size)
@@ -349,7 +349,7 @@ def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instru
 
 @_means("STL", "LDL")
 def _spill(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
-    """Run a spill or a fill: move registers to local memory or back. Parts of words become unknown."""
+    """Run a spill or a fill: move registers to local memory or back. A word that is known only in part is forgotten."""
     here, spills = slot(instruction), instruction.name == "STL"
     result, words = written(instruction)[0]
     source = found[1] if spills else here

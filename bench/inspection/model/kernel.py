@@ -20,7 +20,7 @@ class NoModel(ValueError):  # noqa: N818  (a finding, not a failure)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
-    """A compiled kernel: its code, and the share of a multiprocessor that one program takes.
+    """A compiled kernel: its code, and the number of its programs that share a multiprocessor.
 
     Attributes:
         name: the name of the Triton function.

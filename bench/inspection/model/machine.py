@@ -11,7 +11,7 @@ WARP = 32
 class Machine:
     """Rates and latencies of a GPU of compute capability 9.0. Rates are of the whole GPU, in bytes per second.
 
-    The letter behind each says where it comes from: (s) a data sheet, whitepaper or the CUDA programming guide; (m)
+    The letter after each one says where it comes from: (s) a data sheet, whitepaper or the CUDA programming guide; (m)
     published microbenchmarks: arXiv:2402.13499, arXiv:2501.12084, and chipsandcheese.com, "Nvidia's H100: Funny L2";
     (a) assumed.
 

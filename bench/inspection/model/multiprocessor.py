@@ -20,13 +20,13 @@ import math
 from collections.abc import Sequence
 
 from ..offline import SUB_PARTITIONS
+from ..sass import NO_SCOREBOARD
 from .machine import Machine
 from .steps import PIPES, UNIFORM, Kind, Step
 
 _RETRY = 20  # cycles until a warp tests a barrier again whose TMA load has not been started yet
-_NONE = 7
-# If at most this share of the bytes comes from HBM, loads arrive after the latency of L2. What 132 multiprocessors read
-# at the same time is moved once, and all of them wait for it.
+# If at most this share of the bytes comes from HBM, loads arrive after the latency of L2. Bytes that all 132
+# multiprocessors read at the same time come from HBM once, and all multiprocessors wait for them.
 _MOSTLY_HITS = 0.5 / 132
 
 
@@ -47,7 +47,7 @@ def run(
         program: the instructions that each warp runs.
         warps: the number of warps of a block.
         blocks: the number of blocks that share the multiprocessor.
-        rounds: the number of blocks that run one after another in each place.
+        rounds: the number of blocks that run one after another in place of each of them.
         machine: rates and latencies.
         hbm_share: the fraction of loaded and stored bytes that HBM moves; the rest is in L2.
     """
@@ -88,6 +88,8 @@ class _Block:
 
 
 class _Multiprocessor:
+    """The state of the simulation: its warps, when each unit is free again, and the events that are due."""
+
     def __init__(
         self, program: Sequence[Step], warps: int, blocks: int, rounds: int, machine: Machine, hbm_share: float
     ) -> None:
@@ -108,7 +110,7 @@ class _Multiprocessor:
         self.queues: list[list[tuple[float, int]]] = [[] for _ in range(SUB_PARTITIONS)]
         for number, warp in enumerate(self.warps):
             self.queues[warp.part].append((0.0, number))
-        # For each sub-partition, the time of its next event; other entries of ``order`` have been overtaken by it.
+        # ``due`` has the time of each sub-partition's next event. Entries of ``order`` with another time are stale.
         self.due = [math.inf] * SUB_PARTITIONS
         self.order: list[tuple[float, int]] = []
         for part in range(SUB_PARTITIONS):
@@ -198,9 +200,9 @@ class _Multiprocessor:
             busy[step.pipe] += step.cycles
         kind = step.kind
         complete = now + step.latency if kind == Kind.PLAIN else self._start(warp, step, now)
-        if step.write != _NONE:
+        if step.write != NO_SCOREBOARD:
             warp.boards[step.write] = max(warp.boards[step.write], complete if complete > now else now + 20)
-        if step.read != _NONE:
+        if step.read != NO_SCOREBOARD:
             slow = kind in (Kind.STORE, Kind.SHARED, Kind.COPY)
             reading = self.machine.reaction if kind in (Kind.TMA_LOAD, Kind.TMA_STORE) else 20 if slow else 12
             warp.boards[step.read] = max(warp.boards[step.read], now + reading)

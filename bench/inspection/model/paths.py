@@ -3,7 +3,7 @@
 A branch is decided by computing its condition for one thread of the first warp. If the condition depends on an unknown
 value, such as one from memory, the branch is guessed: a forward branch is not taken, because it usually skips work, and
 a backward branch leaves its loop. The number of guesses is part of the result. The slow paths of float
-functions, which are subroutines, are not taken, nor are products of matrices that only some numbers need.
+functions, which are subroutines, are not taken, nor is code with matrix products that only rare values need.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from .registers import Operand, State, following, operands, slot, written
 MOST_STEPS = 5_000_000  # a longer path means an error of the model or an unsuitable kernel
 
 
-class Lost(Exception):  # noqa: N818  (a finding, not a failure)
+class NoPath(Exception):  # noqa: N818  (a finding, not a failure)
     """The error for a path through machine code that cannot be followed."""
 
 
@@ -26,7 +26,7 @@ class Lost(Exception):  # noqa: N818  (a finding, not a failure)
 class Path:
     """The path of one program: its pieces of straight-line code, and the number of guesses.
 
-    A piece is the index of its first instruction and the index behind its last.
+    A piece is the index of its first instruction and the index after its last.
     """
 
     pieces: tuple[tuple[int, int], ...]
@@ -57,7 +57,7 @@ class Code:
         """Return the path of a program whose first thread starts with ``state``.
 
         Raises:
-            Lost: the path has an indirect branch or does not end.
+            NoPath: the path has an indirect branch or does not end.
         """
         pieces: list[tuple[int, int]] = []
         start = index = steps = guesses = 0
@@ -78,7 +78,7 @@ class Code:
             pieces.append((start, index + 1))
             steps += index + 1 - start
             if steps > MOST_STEPS:
-                raise Lost(f"more than {MOST_STEPS} instructions: does the loop at {one.address:#x} end?")
+                raise NoPath(f"more than {MOST_STEPS} instructions: does the loop at {one.address:#x} end?")
             if to is None:
                 return Path(tuple(pieces), guesses)
             start = index = to
@@ -100,10 +100,10 @@ class Code:
             return (self._target(one) if holds else behind), int(holds is None)
         if one.name == "RET":
             if not returns:
-                raise Lost(f"a return at {one.address:#x} from nowhere")
+                raise NoPath(f"a return at {one.address:#x} from nowhere")
             return returns.pop(), 0
         if one.name != "BRA":
-            raise Lost(f"an indirect branch at {one.address:#x}")
+            raise NoPath(f"an indirect branch at {one.address:#x}")
         return self._branch(index, state, holds)
 
     def _branch(self, index: int, state: State, holds: bool | None) -> tuple[int | None, int]:
@@ -127,7 +127,7 @@ class Code:
         """Return the index of the instruction that a branch leads to."""
         to = self.place.get(target(one) or 0)
         if to is None:
-            raise Lost(f"{one.name} at {one.address:#x} leads to {one.operands!r}")
+            raise NoPath(f"{one.name} at {one.address:#x} leads to {one.operands!r}")
         return to
 
 
@@ -256,7 +256,7 @@ def shortened(path: Path, most_turns: int) -> list[tuple[Path, float]]:
 
 
 def _few(body: tuple[Any, ...], most_turns: int) -> int:
-    """Return how often a long loop with this body is run at least."""
+    """Return the smaller of the two numbers of turns with which a long loop with this body is run."""
     has_long_loop = any(isinstance(item, _Loop) and item.turns > 2 * most_turns for item in body)
     return 2 if has_long_loop else most_turns
 
@@ -271,7 +271,7 @@ def _long_loops(items: Sequence[Any], most_turns: int, found: dict[tuple[Any, ..
 
 
 def _unrolled(items: Sequence[Any], counts: Mapping[tuple[Any, ...], int]) -> tuple[tuple[int, int], ...]:
-    """Return the pieces of a path; a loop in ``counts`` has at most that many turns there."""
+    """Return the pieces of a path, in which a loop has at most the turns that ``counts`` has for its body, if any."""
     pieces: list[tuple[int, int]] = []
     for item in items:
         if isinstance(item, _Loop):

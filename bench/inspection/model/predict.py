@@ -15,12 +15,13 @@ from .arguments import bank
 from .kernel import ARCH, Kernel, NoModel, load
 from .machine import Machine
 from .multiprocessor import run
-from .paths import Lost, Path, kinds, sample, shortened
+from .paths import NoPath, Path, kinds, sample, shortened
 from .traffic import moved_bytes
 
 # A kernel runs at the highest clock if its FLOP/s are below this fraction of the rate that the power limit allows.
 BOOST_BELOW = 0.25
-# If the kind of programs changes at most this often along a grid, the exact places of the changes are searched for.
+# Programs of one kind take the same path through the machine code. If the kind changes at most this often along a grid,
+# the exact places of the changes are searched for.
 MOST_SEARCHED = 4
 _OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # all other units belong to a sub-partition
 
@@ -48,7 +49,7 @@ QUICK = Effort(steps=150_000, turns=6, programs=12, kinds=2)  # for a table of m
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The predicted time of one launch, and the figures that it is computed from.
+    """The predicted time of one launch, and the numbers that it is computed from.
 
     Attributes:
         seconds: the time on the device, with the overhead of a launch.
@@ -125,14 +126,14 @@ def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any])
         """Return the path of a program in the machine code, given its number."""
         try:
             return kernel.code.follow(start.state((number % x, number // x % y, number // (x * y))))
-        except Lost as error:
+        except NoPath as error:
             raise NoModel(str(error)) from None
 
     return path_of
 
 
 def runs(known: Mapping[int, int], kind_of: Callable[[int], int | None]) -> list[tuple[int, int]]:
-    """Return the first program, and the kind, of each run of simulated programs of one kind.
+    """Return the first program, and the kind, of each series of neighbouring programs of a grid that are of one kind.
 
     If the kind changes rarely along the grid, the exact places of the changes are searched for. Otherwise, a program of
     unknown kind is assumed to be like the last program before it whose kind is known.
@@ -167,7 +168,7 @@ def _sum(parts: Sequence[tuple[_Timed, float]]) -> _Timed:
     """Return the weighted sum of the simulated times of several kinds of programs."""
 
     def total(name: str) -> float:
-        """Return the weighted sum of one simulated figure of all kinds of programs."""
+        """Return the weighted sum of one field of the simulated times."""
         return sum(weight * getattr(part, name) for part, weight in parts)
 
     units = {unit for part, _ in parts for unit in part.busy}
@@ -202,7 +203,7 @@ class _Grid:
         self.hbm_share = min(1.0, hbm_bytes / max(1.0, self.programs * requested))
 
     def _rows_are_alike(self, path_of: Callable[[int], Path], row: int) -> bool:
-        """Return whether two programs of the grid take the paths of those at the same place of the first row."""
+        """Return whether the last and the middle program take the same paths as those above them in the first row."""
         return all(path_of(number) == path_of(number % row) for number in (self.programs - 1, self.programs // 2))
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ PIPES = {
         " F2FP LOP IMNMX POPC BREV FLO I2FP SGXT VOTE",
     ),
     "fma": (1, "FFMA FADD FMUL HFMA2 HADD2 HMUL2"),
-    "imad": (2, "IMAD"),  # only one of the two halves multiplies integers
+    "imad": (2, "IMAD"),  # only half of the lanes for multiply-adds can multiply integers
     "special": (8, "MUFU I2F F2F F2I FRND"),
 }
 _PIPE = {name: (pipe, float(cycles)) for pipe, (cycles, names) in PIPES.items() for name in names.split()}
@@ -63,8 +63,8 @@ class Step(NamedTuple):
         latency: cycles until its result is available; for a product, 1 if it ends a group.
         amount: bytes that it moves; for a wait, the groups that may stay open.
         stall: cycles until the warp may issue again.
-        write: scoreboard that its result sets, or 7.
-        read: scoreboard that is set when it has read its operands, or 7.
+        write: scoreboard that its result sets, or NO_SCOREBOARD.
+        read: scoreboard that is set when it has read its operands, or NO_SCOREBOARD.
         wait: scoreboards that it waits for.
     """
 

@@ -24,7 +24,7 @@ def used(ttir: str) -> tuple[frozenset[str], frozenset[str]]:
     origins: dict[str, frozenset[str]] = {}
     loads: set[str] = set()
     stores: set[str] = set()
-    bounds: list[str] = []  # operands of the loop whose body begins
+    bounds: list[str] = []  # the operands of the loop whose body begins on the next line
     for line in ttir.splitlines():
         if begin := _FUNCTION.match(line):
             names = re.findall(r"(%\w+): ", begin[1])

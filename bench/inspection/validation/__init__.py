@@ -1,7 +1,8 @@
 """Validation of the model of a GPU against published measurements of other people's kernels.
 
-``figures.json`` holds the published figures with their sources, ``results.json`` the model's prediction of each figure
-for each version of Triton, and ``errors.json`` the error for each kind of kernel, which ``clipfast inspect`` quotes.
+A figure is a published time or rate of one call at one size. ``figures.json`` holds the figures with their sources,
+``results.json`` the model's prediction of each one for each version of Triton, and ``errors.json`` the error for each
+kind of kernel, which ``clipfast inspect`` quotes.
 ``python -m clipfast.bench.inspection.validation`` writes the last two files, and the table in docs/gpu-model.md. The
 kernels are not part of this repository: ``sources`` lists their origin, ``kernels`` and ``passes`` call them, and
 ``recording`` records their launches. docs/gpu-model.md says which constants of the model were chosen with knowledge of
@@ -21,10 +22,10 @@ class Band:
     """The errors of predictions for one kind of kernel, as natural logarithms of predicted over published time.
 
     Attributes:
-        points: number of figures.
+        points: number of published figures.
         bias: the mean; negative if the predicted times are too short.
         middle: the median.
-        low, high: the range of four in five, that is without the tenth of the figures at either end.
+        low, high: the range of four in five figures: the lowest and the highest tenth are left out.
         median: the median of the absolute values.
         p90: the 90th percentile of the absolute values.
         worst: the largest absolute value.

@@ -57,12 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result["predicted_ms"][version], result["limit"][version] = round(found.predicted, 6), found.limit
             times = f"{found.published:.3f} ms, predicted {found.predicted:.3f}"
             print(f"{label}: {times}, {found.predicted / found.published:.2f}, {found.limit}", flush=True)
-        except Exception as error:  # upstream code that fails must not end the others
+        except Exception as error:  # an error of upstream code must not end the loop over the other figures
             reason = str(error) if isinstance(error, Missing | NoModel) else f"{type(error).__name__}: {error}"
             result["limit"][version] = reason
             result["predicted_ms"].pop(version, None)
             print(f"{label}: {reason}", flush=True)
-        replace_text(RESULTS, json.dumps(results, indent=1) + "\n")  # so that an interrupted run is not lost
+        replace_text(RESULTS, json.dumps(results, indent=1) + "\n")  # an interrupted run keeps its results
     replace_text(FOLDER / "errors.json", json.dumps(tables.errors_of(results), indent=1) + "\n")
     print(tables.summaries(results))
     if options.document:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_results() -> list[dict[str, Any]]:
-    """Return the committed results of the validation, in the order of the figures."""
+    """Return the committed results of the validation, in the order of the figures; new figures have empty ones."""
     kept = {one["name"]: one for one in json.loads(RESULTS.read_text())}
     results = []
     for figure in figures():

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clipfast.kernels.hardware import COPIED
+
 from ..model import H100, H200, Machine, NoModel, load, predict
 from ..model.predict import Effort
 from . import FOLDER, Band, kernels, passes
 from .kernels import Work
 
 # The 96 GB of a GH200 have 4 TB/s by its data sheet; copies are assumed to reach the same fraction as on an H100.
-GH200 = dataclasses.replace(H100, name="GH200", hbm_rate=4.0e12 * 3.0 / 3.35)
-# Where all programs are alike, the times are those with ``model.FULL``, which takes twice as long. Where they are of
-# many lengths, as in the causal backward pass, the two differ by up to a tenth.
+GH200 = dataclasses.replace(H100, name="GH200", hbm_rate=COPIED * 4.0e12)
+# With these limits, a prediction takes half as long as with ``model.FULL``. If all programs are alike, it is the same.
+# If their paths have many lengths, as in a causal backward pass, the two differ by up to a tenth.
 EFFORT = Effort(steps=150_000, turns=6, programs=16, kinds=4)
 MACHINES = {"H100": H100, "H200": H200, "GH200": GH200}
 
@@ -87,7 +89,7 @@ def answer(figure: Figure, folder: Path) -> Answer:
         except NoModel:
             if not answers and work is works[-1]:
                 raise
-            continue  # for example a tile that does not fit, which an autotuner skips too
+            continue  # for example, the tile of this configuration does not fit, and an autotuner skips it too
         limits = f"{work.variant}, {limit}" if work.variant else limit
         answers.append(Answer(figure.seconds(work) * 1e3, seconds * 1e3, limits))
     return min(answers, key=lambda one: one.predicted)

@@ -64,10 +64,10 @@ def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mas
 def mask_of_sequences(lengths: Sequence[int]) -> dict[str, torch.Tensor]:
     """Return the mask of packed sequences of these lengths: the tensors of a block mask, and each token's sequence.
 
-    None of their blocks is seen as a whole, so FlexAttention's list of such blocks is empty.
+    No block of queries sees all of a block of keys, so FlexAttention's list of full blocks is empty.
 
     Raises:
-        ValueError: a block of tokens lies within one sequence, and so may be seen as a whole.
+        ValueError: a sequence may contain a whole block of tokens, which would be a full block.
     """
     if max(lengths) >= _BLOCK:
         raise ValueError(f"sequences must be shorter than a block of {_BLOCK} tokens, got {max(lengths)}")

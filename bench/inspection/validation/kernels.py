@@ -149,7 +149,7 @@ def _chunked(rows: int, columns: int, at_once: int) -> Iterator[list[tuple[int, 
         yield [tiles[first + step] for first in range(0, len(tiles), each) if step < len(tiles) - first]
 
 
-# Products of the Triton tutorial, one with integers
+# Products of the Triton tutorial: one of two bfloat16 matrices, and one of a bfloat16 with an int16 matrix
 
 
 def bf16_product(folder: Path, m: int, n: int, k: int) -> list[Work]:

@@ -33,8 +33,9 @@ def linear_cross_entropy(folder: Path, tokens: int, width: int, vocabulary: int)
 
 
 def linear_cross_entropy_backward(folder: Path, tokens: int, width: int, vocabulary: int) -> list[Work]:
-    """Launch verl's backward pass: a kernel makes the gradient of 9,504 columns of logits, and cuBLAS multiplies it by
-    the weight and by the hidden states. The parts of the vocabulary differ only in the last one's size.
+    """Launch verl's backward pass, which computes the gradient of the logits in parts of 9,504 columns.
+
+    cuBLAS multiplies each part by the weight and by the hidden states. All parts but the last are equally large.
     """
     kernels = module(folder, "linear cross-entropy")
     hidden, weight = half(tokens, width, dtype=BF16), half(vocabulary, width, dtype=BF16)

@@ -97,14 +97,14 @@ def attention_by_fla(folder: Path, batch: int, heads: int, tokens: int, causal: 
             shape = (1, sum(lengths), heads, 64)
             options["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)])
         tensors = [half(*shape, dtype=BF16, grad=True) for _ in range(3)]
-        for _ in range(2):  # the first call computes the places of the sequences, which are kept
+        for _ in range(2):  # the first call computes where the sequences lie, and fla keeps this for the second
             with recording() as found:
                 out = attend(*tensors, **options)
                 torch.autograd.backward(out, torch.empty_like(out))
     return [of(found)]
 
 
-# The peers that compile here by op, and the sizes of the op that they take.
+# For each op, the sizes that the calls of other people's kernels take, and these calls by name.
 Peer = Callable[..., list[Work]]
 PEERS: dict[str, tuple[tuple[str, ...], dict[str, Peer]]] = {
     "contrastive_loss": (("pairs", "embed_dim"), {"memeff": loss_by_memeff}),
@@ -129,7 +129,7 @@ def compare(folder: Path, wanted: Callable[[str], object]) -> Iterator[str]:
             try:
                 theirs = _fastest(call(folder, *(sizes.get(name, False) for name in names)))
                 cells = [scaled(theirs, SECONDS), f"{theirs / ours:.2f}x"]
-            except Exception as error:  # upstream code that fails must not end the others
+            except Exception as error:  # an error of upstream code must not end the loop over the other peers
                 cells = [str(error) if isinstance(error, Missing | NoModel) else short(error)]
             row = [case, "clipfast", scaled(ours, SECONDS), peer, *cells]
             yield align([row], right=(2, 4, 5), at_least=(69, 8, 8, 15, 8, 6))

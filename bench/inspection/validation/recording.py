@@ -46,9 +46,7 @@ class Launched:
 
 @dataclasses.dataclass(frozen=True)
 class Other:
-    """A PyTorch kernel that was called between the launches: the bytes of its tensors (read or written) and its
-    FLOPs.
-    """
+    """A PyTorch op between the recorded launches: the bytes of the tensors that it reads or writes, and its FLOPs."""
 
     name: str
     moved: int
@@ -119,7 +117,7 @@ class _Others(TorchDispatchMode):
         tensors = {id(one): one for one in leaves if isinstance(one, torch.Tensor)}
         moved = sum(
             min(one.nbytes, one.untyped_storage().nbytes()) for one in tensors.values()
-        )  # an expanded tensor has less memory than elements
+        )  # an expanded tensor has less memory than its elements would take
         count = flop_registry.get(func._overloadpacket)
         flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
         self.found.append(Other(name, moved, flops))

@@ -55,7 +55,7 @@ PACKAGES = {
     "siglip-kernel": ("0.1.2",),
     "fla-core": ("0.6.0",),
 }
-NEEDS = {"fla-core": " einops"}  # what a package imports, beside what clipfast needs
+NEEDS = {"fla-core": " einops"}  # packages that it imports, and that clipfast does not need
 
 
 class Missing(Exception):  # noqa: N818  (it is reported, and not a failure)
@@ -145,7 +145,7 @@ def _capability_at_least(major: int, minor: int = 0) -> bool:
 
 @contextlib.contextmanager
 def _standing_in() -> Iterator[None]:
-    """Let the stand-ins be imported while the context is open; other imported modules stay imported after it."""
+    """Let the modules of :func:`_stand_ins` be imported while the context is open."""
     modules = _stand_ins()
     sys.modules.update(modules)
     try:

@@ -34,9 +34,7 @@ def summary(errors: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def summaries(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of the errors of all figures, and one without the figures that were known when constants were
-    chosen.
-    """
+    """Return two tables of errors: of all figures, and of those that were not known when constants were chosen."""
     others = [one for one in results if not one["in_view"]]
     title = f"Without the {len(results) - len(others)} figures that were in view (marked * below):"
     return "\n\n".join([summary(errors_of(results)), title, summary(errors_of(others))])
