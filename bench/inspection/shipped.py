@@ -26,8 +26,8 @@ from .offline import Resources
 Case = Callable[[], object]
 SNAPSHOT = Path(__file__).with_name("resources.json")
 FIELDS = tuple(field.name for field in dataclasses.fields(Resources))
-# The compiler usually makes the same code for sm_86 and sm_89, so the snapshot has sm_89 only where it differs. A test
-# checks that it has all such places.
+# The compiler usually makes the same code for sm_86 and sm_89, so the snapshot has sm_89 only where it differs. A slow
+# test compiles two cases for both.
 STANDS_FOR = {"sm_89": "sm_86"}
 # Resources by version, architecture, case, kernel and name of the field.
 Snapshot = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]

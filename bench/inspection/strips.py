@@ -149,7 +149,7 @@ def _row(size: tuple[int, int], widths: Sequence[int], *, has_parts: bool) -> st
             sent = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in one.sent.items() if count)
             parts.append(f"  {rows} x {rows * gpus} D {width} {mode}: total {1e6 * one.total:.0f} us, floor "
                          f"{1e6 * one.floor:.0f}; {kernels}, other ops {1e6 * one.torch_seconds:.0f}; wire "
-                         f"{1e6 * one.wire:.0f}, {1e6 * (one.total - one.gpu):.0f} of it not hidden: {sent}")  # fmt: skip
+                         f"{1e6 * one.wire:.0f}, {1e6 * (one.total - one.gpu):.0f} not hidden: {sent}")  # fmt: skip
     return "\n".join([f"| {rows:,} | {rows * gpus:,} | {gpus} | {' | '.join(cells)} |", *parts * has_parts])
 
 
