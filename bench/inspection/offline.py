@@ -114,7 +114,7 @@ def identity(launch: Launch) -> str:
 
 
 def named(launches: list[Launch]) -> dict[str, Launch]:
-    """Return launches by kernel name and number: one kernel may be launched in several ways, as with other strides."""
+    """Return launches by kernel name and number: one kernel may be launched with several layouts."""
     keys: dict[str, Launch] = {}
     for launch in launches:
         name = launch.kernel.__name__
@@ -292,7 +292,8 @@ def _number(pattern: str, text: str) -> int:
 @contextlib.contextmanager
 def compilers(jobs: int) -> Iterator[concurrent.futures.Executor]:
     """Start ``jobs`` processes that compile kernels. Tasks that still wait when the context ends are dropped."""
-    # A fork server imports everything once. Its child processes inherit neither threads nor the GPU of this process.
+    # A fork server imports all modules once, for all of its child processes. These inherit neither the threads nor the
+    # GPU of this process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.command"])
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,))

@@ -77,7 +77,7 @@ def _short_fwd_kernel(
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_rows(BLOCK_M, D_PARTS)
         for j in tl.static_range(len(N_PARTS)):
-            # The difference is taken before the scaling, because it is exact if the scores are close to each other.
+            # A score and a row_max that are close to each other have an exact difference, so it is scaled afterwards.
             p = tl.exp2((scores[j] - pivot[:, None]) * qk_scale)
             row_sum += tl.sum(p, 1)
             acc = add_product(acc, p.to(q_ptr.dtype.element_ty), values[j])

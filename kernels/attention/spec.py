@@ -248,7 +248,7 @@ CASES = [
     # lengths
     Case(AttentionShape(4, 50, 1, 16, lengths=True), "images that end early, or have no token (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
     Case(AttentionShape(4, 70, 1, 16, True, lengths=True), "texts that end early, past a tile (PyTorch: eager or fused)", cancels=True),
-    # sequences of several lengths
+    # packed sequences of several lengths
     *Case.in_use(AttentionShape(16, 77, 8, 64, True, varlen=True), AttentionShape(8, 77, 1, 64, True, varlen=True), "B's texts, packed (PyTorch: eager or fused)", cancels=True, quick=True),
     Case(AttentionShape(1024, 77, 8, 64, True, varlen=True), "B's texts, packed, a batch", on(CUDA)),
     Case(AttentionShape(5, 150, 1, 80, varlen=True), "one long sequence, and short ones in one block (PyTorch: eager or fused)", cancels=True, sanitize=True),
@@ -313,7 +313,7 @@ SHIPPED = (
     Shipped("varlen D64 causal", AttentionShape(64, 77, 16, 64, True, varlen=True), BOTH),
     Shipped("varlen D104", AttentionShape(64, 257, 16, 104, varlen=True)),
     Shipped("varlen D80", AttentionShape(64, 257, 16, 80, varlen=True), BOTH),
-    # B/32, B/16, and L/14 at 336 pixels; their lengths have kernels of their own in 16 bits only.
+    # The lengths of B/32, B/16, and L/14 at 336 pixels. In float32, they take the same kernels as other lengths.
     *(Shipped(f"N{tokens} D64", AttentionShape(2, tokens, 16, 64)) for tokens in (50, 197, 577)),
 )
 LONG = tuple(

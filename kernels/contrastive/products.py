@@ -142,7 +142,7 @@ def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool, is_one_block: 
     device, dtype, m, n, d, offset, *_ = layout
     name = "contrastive_grad_tile" if is_softmax else "sigmoid_grad_tile"
     cfg = tile_config(name, layout, (m, n)) if is_one_block else gemm_config(name, arch_of(device), dtype)
-    # The kernel of the sigmoid loss does not walk down columns of tiles.
+    # Each program of the sigmoid loss's kernel computes a single tile, not a segment of a column of tiles.
     grid = grad_grid(m, n, offset, cfg, processors(device), walks=is_softmax and has_tma(device, dtype, d))
     parts, grad_scale = max(1, cfg.block_n // PART_COLS), scale_of_grad(dtype)
     if is_softmax:

@@ -20,10 +20,10 @@ from .traffic import moved_bytes
 
 # A kernel runs at the highest clock if its FLOP/s are below this fraction of the rate that the power limit allows.
 BOOST_BELOW = 0.25
-# Programs of one kind take the same path through the machine code. If the kind changes at most this often along a grid,
-# the exact places of the changes are searched for.
+# Programs of one kind are simulated on the same path through the machine code. If the kind changes at most this often
+# along a grid, the exact places of the changes are searched for.
 MOST_SEARCHED = 4
-_OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # all other units belong to a sub-partition
+_OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # each of its four sub-partitions has all other units
 
 
 class Effort(NamedTuple):
@@ -118,7 +118,7 @@ def predict_launch(launch: Launch, machine: Machine, effort: Effort = FULL) -> P
 
 
 def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any]) -> Callable[[int], Path]:
-    """Return a function from the number of a program to its path."""
+    """Return the function that follows the path of a program of a launch, given the program's number."""
     start = bank(kernel.ptx, ARCH, grid, kernel.warps, [(name, arguments[name]) for name in kernel.names])
     x, y, _ = (*grid, 1, 1)[:3]
 
@@ -207,7 +207,7 @@ class _Grid:
         return all(path_of(number) == path_of(number % row) for number in (self.programs - 1, self.programs // 2))
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:
-        """Yield kind, first program and end of each run of simulated programs of one kind."""
+        """Yield kind, first program and end of each series of neighbouring programs of one kind."""
         for (start, kind), (end, _) in itertools.pairwise([*self.runs, (self.programs, 0)]):
             yield kind, start, end
 

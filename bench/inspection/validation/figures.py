@@ -35,7 +35,7 @@ class Figure:
     value: float
     unit: str
     only_triton: str = ""  # the version of Triton that compiles the kernel, if not all do
-    in_view: bool = False  # whether it was known when the last constants of the model were chosen
+    in_view: bool = False  # whether its value was known when the last constants of the model were chosen
 
     @property
     def name(self) -> str:

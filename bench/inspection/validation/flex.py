@@ -22,7 +22,7 @@ import torch
 
 _IMPORTS = "import triton\nimport triton.language as tl\n\nINDEX_DTYPE: tl.constexpr = tl.int32\n\n"
 _EVERYTHING = 1 << 30  # FlexAttention's block size without a block mask
-_BLOCK = 128  # its block size with one
+_BLOCK = 128  # FlexAttention's block size with a block mask
 _SAME_SEQUENCE = "mask_mod_output = (tl.load(arg_SEQUENCE + {m}) == tl.load(arg_SEQUENCE + {n})) & ({n} <= {m})"
 _CAUSAL = "{n} <= {m}"
 Mask = Mapping[str, torch.Tensor] | None

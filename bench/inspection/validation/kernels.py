@@ -23,14 +23,14 @@ from .recording import MULTIPROCESSORS, Launched, Other, Recorded, recording
 from .sources import gluon, module
 
 HALF = 2  # bytes of an element in 16 bits
-# The part of the 50 MB of L2 that holds panels.
+# The part of an H100's 50 MB of L2 that is assumed to hold panels.
 L2_BYTES = 40e6
 Wave = list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The launches of one way to run the case of a figure.
+    """The launches of one configuration that computes the case of a figure.
 
     Attributes:
         launches: the launches, each with the bytes that it moves from and to device memory; None counts each tensor

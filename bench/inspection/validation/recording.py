@@ -23,13 +23,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ARCH = 90
 MULTIPROCESSORS = 132
-SMALL = 2**20  # the most elements for which a PyTorch op is really computed
+SMALL = 2**20  # a PyTorch op on fewer elements is computed; on more, its results are only allocated
 # PyTorch ops that launch no kernel: they make a tensor without values, or a view of a tensor.
 _FREE = frozenset((
     "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "view", "_unsafe_view", "expand",
     "detach", "alias", "t", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "as_strided",
     "lift_fresh", "_local_scalar_dense", "resize_", "split", "chunk", "unbind", "diagonal", "set_",
 ))  # fmt: skip
+# ``Tensor.device`` as it is, and as upstream code sees it while launches are recorded.
 _REAL, _CLAIMED = torch.Tensor.device, property(lambda self: torch.device("cuda", 0))  # noqa: ARG005
 _FACTORIES = ("empty", "zeros", "ones", "full", "arange", "tensor", "empty_like", "zeros_like", "ones_like")
 
