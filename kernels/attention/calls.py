@@ -128,7 +128,7 @@ def plan_backward(
     def run(
         grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradients of attention on a packed projection of the planned layout, and on its bias."""
+        """Compute the gradients of a packed projection of the planned layout in attention, and of its bias."""
         grad_qkv = new_grad()
         places = _places(qkv, step, num_heads), _places(grad_qkv, grad_step, num_heads)
         grad_bias = compute(grad_out, places[0], out, lse, seqlens, places[1])
@@ -288,7 +288,7 @@ def _start_backward(
     how: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor,
     seqlens: Tensor | None, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Start the kernels of the backward pass, and return the gradient of a bias on the projection."""
+    """Start the kernels of attention's backward pass, and return the gradient of a bias on the projection."""
     sums = _sums(q, *how.sums, with_sums)
     of_q, of_v = sums[0], sums[1]
     if how.kernel == "unrolled":

@@ -37,7 +37,7 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``."""
+    """Write the gradients of attention's q, k and v to ``grads``."""
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()

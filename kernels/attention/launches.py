@@ -59,7 +59,7 @@ def forward_plan(
     device: torch.device, dtype: torch.dtype, q_shape: tuple[int, ...], n: int, strides: tuple[tuple[int, ...], ...],
     has_seqlens: bool, causal: bool, scale: float, is_aligned: bool,
 ) -> tuple[Plan, bool, int]:  # fmt: skip
-    """Plan the forward kernel for q, k and v with these strides.
+    """Plan the forward kernel of attention for q, k and v with these strides.
 
     Returns:
         The plan; whether the kernel has parameters for descriptors of keys and values; and the rows of the tiles that
@@ -107,7 +107,7 @@ def backward_plan(
     grad_strides: tuple[tuple[int, ...], ...], has_seqlens: bool, causal: bool, scale: float, with_sums: bool,
     is_aligned: bool,
 ) -> BackwardPlan:  # fmt: skip
-    """Plan the gradients for q, k, v and the upstream gradient with these strides."""
+    """Plan the gradients of attention for q, k, v and the upstream gradient with these strides."""
     batch, m, heads, head_dim = q_shape
     scales = scale * LOG2E, scale
     of_grads = (*grad_strides[0][:2], *grad_strides[1][:2])

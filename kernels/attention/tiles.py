@@ -42,7 +42,7 @@ def head_of(ptr, b, h, stride_b, stride_h, MULTIPLE: tl.constexpr):
 def load_rows(
     ptr, offs_r, num_rows, stride_r, stride_d, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr
 ):  # fmt: skip
-    """Load rows ``offs_r`` of a head [num_rows, HEAD_DIM], with zeros past its end."""
+    """Load rows ``offs_r`` of an attention head [num_rows, HEAD_DIM], with zeros past its end."""
     parts = ()
     for i in tl.static_range(len(D_PARTS)):
         offs_d = offs_of(D_PARTS, i)
@@ -75,7 +75,7 @@ def walked_rows(
 def store_rows(
     ptr, parts, factor, offs_r, num_rows, stride_r, stride_d, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr
 ):  # fmt: skip
-    """Store ``factor`` times a tile of rows. ``factor`` is one number, or one for each row: [rows, 1]."""
+    """Store ``factor``, which is a number or [rows, 1], times a tile of an attention head."""
     for i in tl.static_range(len(D_PARTS)):
         offs_d = offs_of(D_PARTS, i)
         mask = (offs_r < num_rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -85,13 +85,13 @@ def store_rows(
 
 @triton.jit
 def store_row_sums(ptr, parts, factor, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr):
-    """Store ``factor`` times the sum over the rows of a tile: HEAD_DIM numbers."""
+    """Store ``factor`` times the sum over the rows of a tile of an attention head: HEAD_DIM numbers."""
     store_sums(ptr, row_sums(zero_sums(D_PARTS), parts), factor, HEAD_DIM, D_PARTS)
 
 
 @triton.jit
 def zero_sums(D_PARTS: tl.constexpr):
-    """Return zeros for sums over rows, which are a tuple of [part]."""
+    """Return zeros for sums over the rows of an attention head, which are a tuple of [part]."""
     sums = ()
     for i in tl.static_range(len(D_PARTS)):
         sums = sums + (tl.zeros((size_of(D_PARTS, i),), tl.float32),)
@@ -100,7 +100,7 @@ def zero_sums(D_PARTS: tl.constexpr):
 
 @triton.jit
 def row_sums(sums, parts):
-    """Return ``sums`` plus the sums over the rows of a tile."""
+    """Return ``sums`` plus the sums over the rows of a tile of an attention head."""
     added = ()
     for i in tl.static_range(len(parts)):
         added = added + (sums[i] + tl.sum(parts[i], 0),)
@@ -109,7 +109,7 @@ def row_sums(sums, parts):
 
 @triton.jit
 def store_sums(ptr, sums, factor, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr):
-    """Store ``factor`` times sums over rows: HEAD_DIM numbers."""
+    """Store ``factor`` times sums over the rows of an attention head: HEAD_DIM numbers."""
     for i in tl.static_range(len(D_PARTS)):
         offs_d = offs_of(D_PARTS, i)
         tl.store(ptr + offs_d, sums[i] * factor, mask=offs_d < HEAD_DIM)
@@ -117,7 +117,7 @@ def store_sums(ptr, sums, factor, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr)
 
 @triton.jit
 def zero_rows(ROWS: tl.constexpr, D_PARTS: tl.constexpr):
-    """Return an accumulator of rows: zeros in float32."""
+    """Return an accumulator for rows of an attention head, which is a tuple of [ROWS, part]: zeros in float32."""
     parts = ()
     for i in tl.static_range(len(D_PARTS)):
         parts = parts + (tl.zeros((ROWS, size_of(D_PARTS, i)), tl.float32),)
@@ -139,7 +139,7 @@ def held(parts):
 
 @triton.jit
 def zero_columns(COLS: tl.constexpr, D_PARTS: tl.constexpr):
-    """Return an accumulator of transposed rows, which is a tuple of [part, COLS]."""
+    """Return an accumulator for transposed rows of an attention head, which is a tuple of [part, COLS]."""
     parts = ()
     for i in tl.static_range(len(D_PARTS)):
         parts = parts + (tl.zeros((size_of(D_PARTS, i), COLS), tl.float32),)
@@ -148,7 +148,7 @@ def zero_columns(COLS: tl.constexpr, D_PARTS: tl.constexpr):
 
 @triton.jit
 def inner(a, b, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return a b^T [ROWS, COLS], the product of each row of ``a`` with each row of ``b``."""
+    """Return a b^T [ROWS, COLS], the products of the rows of two tiles of attention heads in parts."""
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for i in tl.static_range(len(a)):
         acc = tl.dot(a[i], b[i].T, acc, input_precision="ieee")
@@ -219,7 +219,7 @@ def transposed_probabilities(
 
 @triton.jit
 def add_product(acc, weights, rows):
-    """Return acc + weights @ rows, for a tile of rows in parts."""
+    """Return acc + weights @ rows, where ``rows`` is a tile of an attention head in parts."""
     parts = ()
     for i in tl.static_range(len(acc)):
         parts = parts + (tl.dot(weights, rows[i], acc[i], input_precision="ieee"),)
@@ -228,7 +228,7 @@ def add_product(acc, weights, rows):
 
 @triton.jit
 def add_transposed_product(acc, rows, weights):
-    """Return acc + rows^T @ weights, for a tile of rows in parts."""
+    """Return acc + rows^T @ weights, where ``rows`` is a tile of an attention head in parts."""
     parts = ()
     for i in tl.static_range(len(acc)):
         parts = parts + (tl.dot(rows[i].T, weights, acc[i], input_precision="ieee"),)
@@ -237,7 +237,7 @@ def add_transposed_product(acc, rows, weights):
 
 @triton.jit
 def scaled_rows(parts, factor):
-    """Return ``factor`` [rows, 1] times a tile of rows in parts."""
+    """Return ``factor`` [rows, 1] times a tile of an attention head in parts."""
     scaled = ()
     for i in tl.static_range(len(parts)):
         scaled = scaled + (parts[i] * factor,)
@@ -246,7 +246,7 @@ def scaled_rows(parts, factor):
 
 @triton.jit
 def masked_rows(parts, mask):
-    """Return a tile of rows in parts, with zeros in the rows where ``mask`` [rows, 1] is false."""
+    """Return a tile of an attention head in parts, with zeros in the rows where ``mask`` [rows, 1] is false."""
     masked = ()
     for i in tl.static_range(len(parts)):
         masked = masked + (tl.where(mask, parts[i], 0.0),)

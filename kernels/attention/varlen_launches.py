@@ -27,7 +27,7 @@ def _forward_plan(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...],
     causal: bool, scale: float,
 ) -> Plan:  # fmt: skip
-    """Plan the forward kernel for q, k and v with these strides."""
+    """Plan the forward kernel of attention on packed sequences for q, k and v with these strides."""
     _, total, heads, head_dim = shape
     cfg = looped_config("attention_varlen_fwd", arch_of(device), dtype, head_dim)
     options = _varlen_options(head_dim, strides, causal)

@@ -187,7 +187,7 @@ def _totals_kernel(
 
 @triton.jit
 def _total(numbers_ptr, count, BLOCK: tl.constexpr):
-    """Return the sum of ``count`` numbers in float32; it is added up in float64."""
+    """Return the total of ``count`` partial sums of a loss in float32; they are added in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         offs = start + tl.arange(0, BLOCK)

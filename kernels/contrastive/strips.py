@@ -62,7 +62,7 @@ class StripPlan(NamedTuple):
     acc_tile: Tile
 
     def start(self, grad: Tensor, y: Tensor, acc: Tensor, describe: Describe) -> None:
-        """Start the kernel; ``acc`` is [parts, height, D]."""
+        """Start the kernel for a strip's product G y; ``acc`` is [parts, height, D]."""
         rows = describe(acc.flatten(0, 1), self.acc_tile)
         self.plan.start(describe(grad, self.grad_tile), describe(y, self.operand_tile), rows)
 

@@ -39,12 +39,12 @@ class Operand(NamedTuple):
 
 @functools.lru_cache(maxsize=65536)
 def operands(text: str) -> tuple[Operand, ...]:
-    """Parse the text of an instruction's operands."""
+    """Parse the text of a machine instruction's operands."""
     return tuple(operand_of(part.strip()) for part in text.split(",") if part.strip())
 
 
 def operand_of(text: str) -> Operand:
-    """Parse the text of one operand of an instruction."""
+    """Parse the text of one operand of a machine instruction."""
     bare = text.lstrip("-~!").replace(".reuse", "").split(".")[0].strip("|")
     sign = text[0] if text[0] in "-~!" else ""
     if bare in _ZERO:

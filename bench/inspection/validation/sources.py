@@ -28,7 +28,7 @@ from .recording import as_on_an_h100
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of a public repository."""
+    """A file of a public repository with a kernel of the validation."""
 
     repository: str
     commit: str
