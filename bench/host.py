@@ -270,7 +270,9 @@ def timings(case: Case, rounds: int) -> list[Timing]:
 
 
 def _kernels(case: Case, timing: Timing) -> int:
-    """Count the kernels that a call would start on a GPU: launches of Triton, ours and others, and PyTorch's ops."""
+    """Count the kernels that a call would start on a GPU: clipfast's and other libraries' Triton kernels, and one for
+    each PyTorch op.
+    """
     inputs = leaves(case, case.inputs())
     with (
         record_launches(ARCH, ARCHITECTURES[ARCH].multiprocessors) as launches,
@@ -283,9 +285,10 @@ def _kernels(case: Case, timing: Timing) -> int:
 
 @contextlib.contextmanager
 def _on_stub() -> Iterator[None]:
-    """Let CPU tensors stand for tensors of the stub driver, whose GPU owns all memory.
+    """Let CPU tensors pass for tensors of a GPU: the driver stub says of every address that its GPU owns it.
 
-    No kernel writes new memory, and an op may use it as indices, so the C library fills it with zeros.
+    No kernel runs, so results are never written. An op may use such a result as indices, so the C library fills memory
+    with zeros when it is allocated.
     """
     stub, libc = driver.load(ARCH), ctypes.CDLL(None)
     with driver.on_device(stub), walk.in_blocks():
@@ -300,8 +303,10 @@ def _on_stub() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread and flush denormal numbers, which are slow: on the stub, results are whatever values
-    the memory held before.
+    """Let PyTorch use one thread, and take denormal numbers for zero.
+
+    On the driver stub no kernel runs, so results are what their memory held before. That may be denormal numbers, which
+    would slow down PyTorch's ops on the CPU.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -10,7 +10,8 @@ import clipfast
 
 from . import shrunk
 
-VOCABULARY, END = 100, 98  # an id above the end belongs to the vocabulary, as in tokenizers with added words
+# The token that ends a text does not have the greatest id: tokenizers to which words were added have greater ones.
+VOCABULARY, END = 100, 98
 # Towers have two layers, since the last block computes only one row, and a block that computes all rows is needed too.
 TEXT = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,

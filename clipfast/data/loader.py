@@ -240,10 +240,11 @@ class PairBatches(Dataset[Batch]):
         raise ValueError(f"not one of {len(tried)} samples can be used; first: {tried[0]}")
 
     def _substitutes(self, source: int, data_pass: int, sample: int, taken: set[int]) -> Iterator[int]:
-        """Yield ``sample``, then its substitutes, which depend only on the seed and on its place in the order.
+        """Yield ``sample``, then the samples to try in its stead if it cannot be read.
 
-        With ``unique_by``, samples of the same identity come first, then samples of identities that the batch does not
-        have. (Two substitutes in one batch may still have the same identity.)
+        These depend only on the seed and on the place of ``sample`` in the order. With ``unique_by``, samples that have
+        the identity of ``sample`` come first, then samples of identities that the batch does not have. (Two substitutes
+        in one batch may still have the same identity.)
         """
         yield sample
         key = (self.seed, source, data_pass, sample)

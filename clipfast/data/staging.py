@@ -216,7 +216,9 @@ def _refuse_again(failure: Path) -> None:
 
 
 def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
-    """Copy a shard to ``path`` and return its stamp, which is ``now`` or, without it, read from the shard.
+    """Copy a shard to ``path`` and return its stamp, a text that changes when the shard changes.
+
+    ``now`` is its stamp if the caller has just read it; None lets this function read it.
 
     If the shard cannot be fetched, the reason is written to the file ``failure``, unless the copy was cancelled.
     """

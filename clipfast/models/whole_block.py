@@ -83,10 +83,18 @@ def whole_block(
     x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options, cast: Parameters,
     bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute a whole transformer block at once: its stream t and its branch m of the equations, [B, N, width] each.
+    """Compute a whole transformer block of a tower at once.
 
-    ``cast`` has the values of ``parameters``; the gradients are those of ``parameters``. With the ``bounds`` of a
-    packing, [2, T], x is [1, T, width], the tokens of several sequences.
+    Args:
+        x: the residual stream, [B, N, width].
+        branch: the output of the MLP of the block before, which has not been added to ``x`` yet.
+        parameters: the block's parameters, which get the gradients.
+        options: its settings.
+        cast: the parameters' values in the dtype of the products.
+        bounds: [2, T] for a packing; x is then [1, T, width], the tokens of several sequences.
+
+    Returns:
+        The residual stream t, and the output m of the block's MLP, which the next block adds to t; [B, N, width] each.
     """
     results: tuple[Tensor, Tensor] = applied(_FUNCTION, options, cast, bounds, x, branch, parameters)
     return results

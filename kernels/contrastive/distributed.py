@@ -152,7 +152,8 @@ def _pair_weight(ranks: Ranks) -> float:
 def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     """Return the statistics of the logits of x against y, where row i and column i + offset are a pair."""
     if len(x) == 0 or len(y) == 0:
-        # A block without logits must not prevent the other blocks from using the shared shift.
+        # All blocks subtract the same number from their logits before exp, if each block says that this suits it. A
+        # block without logits must not prevent that.
         return new_stats(x, y)._replace(uses_shared_shift=torch.ones((), dtype=torch.int8, device=x.device))
     return logit_blocks(x.device).statistics(x, y, logit_scale, offset)
 

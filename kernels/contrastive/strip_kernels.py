@@ -19,9 +19,11 @@ def _strip_products_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     IS_TMA: tl.constexpr, IS_ADDED: tl.constexpr, IS_NEW: tl.constexpr,
 ):  # fmt: skip
-    """Add grad y to the rows of ``acc`` from ``first`` on; each part of ``length`` columns adds to ``height`` rows.
+    """Add the product of ``grad``, the G of a strip of logits, and ``y`` to ``acc``.
 
-    With IS_NEW, ``acc`` has no values yet, and is overwritten.
+    The columns of ``grad`` are divided into parts of ``length`` columns. Each part has its own ``height`` rows of
+    ``acc``, so no two parts add to the same row, and adds to them from row ``first`` on. With IS_NEW, ``acc`` has no
+    values yet, and is overwritten.
     """
     num_d = tl.cdiv(D, BLOCK_N)
     num_tiles = tl.cdiv(M, BLOCK_M) * num_d

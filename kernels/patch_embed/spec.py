@@ -28,7 +28,7 @@ class PatchShape(Shape):
 
     @property
     def patches(self) -> int:
-        """The number of patches of an image."""
+        """The number of patches that the op ``patch_embed`` cuts an image into."""
         return (self.height // self.patch_size) * (self.width // self.patch_size)
 
     @property

@@ -42,7 +42,7 @@ def used(ttir: str) -> tuple[frozenset[str], frozenset[str]]:
             loads |= origins.get(operands[0], frozenset())
         if name in (*_STORES, *_BOTH):
             stores |= origins.get(operands[0], frozenset())
-        for inner, outer in re.findall(r"(%\w+) = (%\w+)", rest):  # iter_args(%x = %y) of the short form
+        for inner, outer in re.findall(r"(%\w+) = (%\w+)", rest):  # MLIR prints loop variables as iter_args(%x = %y)
             origins[inner] = origins.get(outer, frozenset())
         if result and name not in _LOADS:
             origins[result] = frozenset().union(*(origins.get(operand, frozenset()) for operand in operands))
