@@ -118,7 +118,11 @@ def add_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
     acc_x: Tensor | None, acc_y: Tensor | None, *, is_new_x: bool = False, is_new_y: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """Add G y to acc_x and G^T x to acc_y for a softmax loss; return sums of G_ij x_i . y_j if products round G."""
+    """Add G y to acc_x and G^T x to acc_y for a softmax loss; return sums of G_ij x_i . y_j if products round G.
+
+    ``torch.dot`` is not used for these sums. On some CPUs it keeps few partial sums, which become so large that small
+    terms are dropped.
+    """
     for acc, is_new in ((acc_x, is_new_x), (acc_y, is_new_y)):
         if acc is not None and is_new:
             acc.zero_()
@@ -144,7 +148,7 @@ def add_gradients(
                 torch.addcmul(weight, grad, row_inv_denom, out=grad)
             grad.diagonal(piece.start + block.offset).zero_()
             if _rounds(x):
-                scale_sums.append(torch.dot(grad.view(-1), tile.view(-1)))
+                scale_sums.append(tile.mul_(grad).sum())
                 tile.copy_(grad)
         block.add_products(acc_x, acc_y)
     return torch.stack(scale_sums) if scale_sums else None
@@ -187,7 +191,7 @@ def add_sigmoid_gradients(
             grad.diagonal(piece.start + block.offset).fill_(float("-inf"))
             loss = F.softplus(grad).sum()
             grad.sigmoid_()
-            sums.append(torch.stack((loss, grad.sum(), torch.dot(grad.view(-1), tile.view(-1)))))
+            sums.append(torch.stack((loss, grad.sum(), tile.mul_(grad).sum())))
             tile.copy_(grad)
         block.add_products(acc_x, acc_y)
     return torch.stack(sums, 1) if sums else logit_scale.new_zeros(3, 0)

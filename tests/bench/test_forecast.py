@@ -39,7 +39,7 @@ def test_launches_on_fake_tensors_are_those_of_real_ones():
     with record_launches(90, 132) as real:
         contrastive_loss(image, text, torch.tensor(10.0, requires_grad=True)).backward()
     fake = [launch for _, launch in forecast.op_work(spec, shape, "bf16").launches]
-    assert [forecast._key(launch) for launch in fake] == [forecast._key(launch) for launch in real]
+    assert [forecast.key_of(launch) for launch in fake] == [forecast.key_of(launch) for launch in real]
     assert [offline.identity(launch) for launch in fake] == [offline.identity(launch) for launch in real]
 
 
