@@ -22,7 +22,7 @@ from .traffic import moved_bytes
 BOOST_BELOW = 0.25
 # Programs of one kind are simulated on the same path through the machine code. If the kind changes at most this often
 # along a grid, the exact places of the changes are searched for.
-MOST_SEARCHED = 4
+MOST_SEARCHED = 8
 _OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # each of its four sub-partitions has all other units
 
 
