@@ -44,7 +44,7 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(steps=1_000_000, turns=20, programs=48, kinds=4)
-QUICK = Effort(steps=150_000, turns=6, programs=12, kinds=2)  # for a table of many kernels
+QUICK = Effort(steps=150_000, turns=6, programs=12, kinds=4)  # for a table of many kernels
 
 
 @dataclasses.dataclass(frozen=True)
