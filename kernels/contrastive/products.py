@@ -77,6 +77,11 @@ def add_products(
         The sums of all programs of the kernel [1 or 3, programs], from G before it is rounded to 16 bits. The
         accumulators contain the rounding error of G, and so would a gradient of the scale that is computed from them.
     """
+    if 0 in (len(x), len(y)):
+        # Without a block no kernel runs, which would write the first values of an accumulator.
+        for acc, has_no_values in zip((acc_x, acc_y), is_new, strict=True):
+            if acc is not None and has_no_values:
+                acc.zero_()
     described = _Descriptors()
     acc_x, strip = (None, acc_x) if acc_x is not None and acc_x.ndim == 3 else (acc_x, None)
     row_parts, col_parts = (

@@ -39,6 +39,14 @@ def test_parts_add_up(rows, cols, arch, dtype, monkeypatch, interpreted):
     assert (gradients(x, y, twice)[0] - 2 * expected[0]).norm() <= 1e-6 * expected[0].norm()
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(0, 37), (37, 0)])
+def test_new_accumulators_are_zero_without_logits(rows, cols, interpreted):
+    # As where a rank of the loss of all ranks has no pairs: others add what it sends.
+    x, y = torch.empty(rows, 40), torch.empty(cols, 40)
+    for acc in gradients(x, y, torch.full((rows, 40), torch.nan), is_new_x=True, is_new_y=True):
+        assert not acc.any()
+
+
 def test_a_strip_fills_the_gpu():
     # The products of 256 rows have four tiles; 132 multiprocessors take a part of the columns each.
     layout = functools.partial(launches.Layout, torch.device("cpu"), torch.bfloat16, d=512, offset=0, stride_x=512)
