@@ -42,9 +42,12 @@ PIECE_ELEMENTS = 2**17  # logits of a piece per thread: 512 KiB of float32, a qu
 
 
 def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
-    """Return features in the form that products take: contiguous rows in ``dtype``, normalised if asked for."""
+    """Return features in the form that products take: rows of ``dtype`` that are contiguous each, normalised if asked
+    for.
+    """
     if not normalize:
-        return Features(x.to(dtype).contiguous(), None)
+        x = x.to(dtype)
+        return Features(x if x.stride(-1) == 1 else x.contiguous(), None)
     wide = x.to(accumulate_dtype(x.dtype))
     inv_norm = torch.linalg.vector_norm(wide, dim=-1).clamp_min_(EPS).reciprocal_()
     return Features((wide * inv_norm[:, None]).to(dtype), inv_norm)

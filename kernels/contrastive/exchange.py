@@ -199,6 +199,8 @@ class OwnerReduce:
         ``blocks`` holds the rows of all owners, one after another, and may be overwritten.
         """
         self._wait()
+        if self.own is not None and self.own._is_view():
+            self.own = self.own.clone()  # a view would keep the blocks of its whole group
         for owner, block in zip(owners, blocks.split([self.ranks.sizes[owner] for owner in owners]), strict=True):
             if owner == self.ranks.rank:
                 self.own = block
