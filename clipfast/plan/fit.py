@@ -179,7 +179,8 @@ class StepPlan:
     def _loss(self, batch: Batch) -> Ledger:
         """Return the ledger of the contrastive loss of a batch: its memory, kernels and communication."""
         setup = self.setup
-        return loss_ledger(Problem(batch.rows * setup.gpus, setup.gpus, setup.dtype, setup.config.embed_dim), self.card)
+        problem = Problem(batch.rows * setup.gpus, setup.gpus, setup.dtype, setup.config.embed_dim)
+        return loss_ledger(problem, self.card, self.cluster.gpus_per_node)
 
     def _seconds(self, phases: Sequence[str], rows: int) -> float:
         """Return the predicted seconds that kernels take in these phases of a step with ``rows`` pairs."""

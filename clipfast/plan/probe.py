@@ -183,11 +183,11 @@ def held(setup: Setup, cluster: Cluster) -> Held:
 
 
 @functools.lru_cache(maxsize=4096)
-def loss_ledger(problem: Problem, card: Card | None) -> Ledger:
-    """Return the ledger of the loss in the mode that ``clipfast train`` chooses.
+def loss_ledger(problem: Problem, card: Card | None, gpus_per_node: int) -> Ledger:
+    """Return the ledger of the loss in the mode that ``clipfast train`` chooses on nodes of ``gpus_per_node``.
 
     Its category "loss" leaves out the memory of the features, which the towers have allocated.
     """
     sizes = [problem.rows] * problem.gpus
-    mode = "default" if problem.gpus == 1 else choose_mode(sizes, problem.embed_dim, problem.dtype)
+    mode = "default" if problem.gpus == 1 else choose_mode(sizes, problem.embed_dim, problem.dtype, gpus_per_node)
     return run_loss(problem, mode, card)

@@ -132,6 +132,13 @@ DOCUMENTED = {
 }
 
 
+def test_a_step_is_planned_in_the_mode_of_its_nodes():
+    problem = Problem(8192, 8, torch.bfloat16, 512)
+    for gpus_per_node, mode in ((8, "gather"), (4, "scalars")):
+        plan = plan_of(Setup("ViT-B-32", 8), dataclasses.replace(H100, gpus_per_node=gpus_per_node))
+        assert len(plan._loss(Batch(1024, 1024)).events) == len(run_loss(problem, mode, H100.card).events)
+
+
 @pytest.mark.parametrize("mode", DOCUMENTED)
 def test_loss_takes_what_its_docs_say(mode):
     b, width = 1024, 4096
