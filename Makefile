@@ -9,7 +9,7 @@ TTSEM := $(shell grep -o 'ttsem==[0-9.]*' pyproject.toml)
 export PYTHONDONTWRITEBYTECODE :=
 # NumPy multiplies the tiles of interpreted kernels. With these kernels of OpenBLAS, which every x86 has, an element is
 # rounded alike wherever it stands in the product, as in a GPU's matrix unit; with those for some newer CPUs it is not.
-export OPENBLAS_CORETYPE := Prescott
+test test-fast test-cpu test-interpreter: export OPENBLAS_CORETYPE := Prescott
 
 .PHONY: help train train-shapes test test-fast test-cpu test-interpreter bench gpu lint fmt clean
 .DEFAULT_GOAL := help
