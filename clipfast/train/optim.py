@@ -14,6 +14,7 @@ from ..distributed.dtensors import is_dtensor
 from ..models import CLIP
 from ..models.freezing import Group as Layers
 from ..models.freezing import groups_of_text, parameters_of
+from .stable_adamw import StableAdamW
 from .train_config import TrainConfig
 
 MUON = "muon"
@@ -173,6 +174,7 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
             raise ValueError(f"--opt {name} is not a subclass of torch.optim.Optimizer")
         return found, {}
     known = {word.lower(): kind for word, kind in vars(torch.optim).items() if _is_fit(kind)}
+    known["stableadamw"] = StableAdamW
     if name.lower() not in known:
         raise ValueError(
             f"--opt must be one of {', '.join(sorted({*known, 'nadamw'}))}, or an import path such as "
@@ -211,7 +213,7 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
     known = inspect.signature(kind).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     betas_given, eps_given = config.beta1 != 0.9 or config.beta2 is not None, config.eps is not None
-    is_torch = kind.__module__.startswith("torch.optim.")
+    has_defaults = kind is StableAdamW or kind.__module__.startswith("torch.optim.")
     options: dict[str, Any] = {}
     for flag, argument, is_given in (
         ("--beta1 and --beta2", "betas", betas_given),
@@ -224,10 +226,10 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
             without = "set --wd 0" if argument == "weight_decay" else f"leave out {flag}"
             raise ValueError(f"--opt {config.opt} has no argument {argument}: {without}")
     betas, eps = adam_defaults(config, model)
-    # CLIP's default betas and eps are set for PyTorch's optimizers only; those of other packages keep their own.
-    if betas_given or ("betas" in known and is_torch):
+    # Optimizers of other packages keep their own betas and eps; the others get CLIP's.
+    if betas_given or ("betas" in known and has_defaults):
         options["betas"] = betas
-    if eps_given or ("betas" in known and is_torch):
+    if eps_given or ("betas" in known and has_defaults):
         options["eps"] = eps
     if config.momentum is not None:
         options["momentum"] = config.momentum

@@ -109,13 +109,13 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
 def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
     """Return the bytes of a run's weights, of the trained ones, and of optimizer state and moving average.
 
-    The optimizer state is that of AdamW, two moments; that of other optimizers counts as zero.
+    The optimizer state is that of AdamW or StableAdamW, two moments; that of other optimizers counts as zero.
     """
     parameters = list(model.parameters())
     weights = _nbytes([*parameters, *model.buffers()])
     trained = _nbytes([weight for weight in parameters if weight.requires_grad])
     average = 0 if config.ema_decay is None else WeightAverage(model, config.ema_decay).nbytes
-    return weights, trained, (2 * trained if config.opt == "adamw" else 0) + average
+    return weights, trained, (2 * trained if config.opt.lower() in ("adamw", "stableadamw") else 0) + average
 
 
 def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: World) -> tuple[int, int]:

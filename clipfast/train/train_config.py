@@ -105,8 +105,9 @@ class TrainConfig(NaFlexOptions, DataOptions):
         (), "more parameters without weight decay, as patterns of their names such as '*positional_embedding'"
     )
     opt: str = option(
-        "adamw", "optimizer: a name of torch.optim, nadamw, muon (for the matrices of the blocks and the projections; "
-        "AdamW for the rest), or the import path package.module:Class",
+        "adamw", "optimizer: a name of torch.optim, nadamw, stableadamw (AdamW with shorter steps after a jump of the "
+        "gradient), muon (for the matrices of the blocks and the projections; AdamW for the rest), or the import path "
+        "package.module:Class",
     )  # fmt: skip
     opt_kwargs: tuple[str, ...] = option((), "more arguments of the optimizer but lr and weight_decay, as name=value")
     momentum: float | None = option(None, "momentum of an optimizer that has one, such as sgd", float, **BELOW_1)

@@ -49,7 +49,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return weights and optimizer state of a training run's latest checkpoint as a flat list."""
     checkpoint = read_checkpoint(RunFolder(folder).latest)
     states = checkpoint["optimizer"]["state"].items()
-    moments = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
+    moments = {f"{index}.{key}": torch.as_tensor(value) for index, state in states for key, value in state.items()}
     return checkpoint["state_dict"] | moments
 
 
