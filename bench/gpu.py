@@ -206,7 +206,8 @@ def main() -> int:
 
 def _need_gpu(parser: argparse.ArgumentParser) -> None:
     """Exit from the GPU run with code 2 before it writes anything if PyTorch, in another process, sees no GPU."""
-    code = "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no GPU of NVIDIA')"
+    code = "import sys, torch; is_here = torch.cuda.is_available() and torch.version.hip is None; "
+    code += "sys.exit(None if is_here else 'PyTorch sees no GPU of NVIDIA')"
     asked = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     if asked.returncode:
         why = (asked.stderr.strip().splitlines() or ["it died"])[-1]

@@ -275,6 +275,8 @@ def run(args: Any) -> int:
     if args.by == MODEL and arch != ARCH:
         raise ValueError(f"--by model: there is a model of sm_{ARCH} only, got --arch {arch}")
     if args.by == MEASURED and not args.dry:
+        if torch.version.hip is not None:
+            raise ValueError("the tuner compiles for GPUs of NVIDIA only")
         if not torch.cuda.is_available():
             raise ValueError("tuning needs the GPU that is tuned for: --by model, or --dry, does without one")
         device = use(torch.device("cuda"))

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .hardware import ARCHITECTURES, architecture
+from .hardware import ARCHITECTURES, architecture, target_name
 
 TUNED = Path(__file__).parent / "tuned"
 # The architectures, newest first. The table of an architecture holds the entries that were tuned on it. It also has an
@@ -205,7 +205,7 @@ def overrides(configs: Mapping[str, Config]) -> Iterator[None]:
 
 def table_path(arch: int) -> Path:
     """Return the path of the committed table of launch configurations of ``arch``."""
-    return TUNED / f"sm_{arch}.json"
+    return TUNED / f"{target_name(arch)}.json"
 
 
 def read_table(arch: int) -> dict[str, dict[str, int]]:
@@ -251,5 +251,5 @@ def _lookup(kind: type[C], key: str, arch: int) -> C:
     """Return a launch configuration, or raise an error if there is none."""
     config = _lookup_any(kind, key, arch)
     if config is None:
-        raise KeyError(f"no configuration of {key} for sm_{arch}")
+        raise KeyError(f"no configuration of {key} for {target_name(arch)}")
     return config

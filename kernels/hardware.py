@@ -8,17 +8,18 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Limits of one multiprocessor of an NVIDIA compute capability.
+    """Limits of one multiprocessor of an NVIDIA compute capability, or of one compute unit of a GPU of AMD.
 
     Source: CUDA C++ programming guide, "Compute capabilities"; the same limits stand in NVIDIA's CCCL
-    (cuda/__device/arch_traits.h).
+    (cuda/__device/arch_traits.h). Those of AMD stand in its "HIP programming guide", "Hardware implementation".
 
     Attributes:
         tables: the architectures whose tables of launch configurations serve this one. The first table that has an
             entry decides. An architecture that multiplies by mma.sync uses no table that was made for wgmma or tcgen05.
         shared_bytes: shared memory of a multiprocessor.
         block_shared_bytes: shared memory that one block may ask for.
-        matrix_unit: the PTX instruction of the tensor cores that half-precision products must reach.
+        matrix_unit: the instruction of the matrix units that half-precision products must reach, in PTX or in AMD's
+            assembly.
         multiprocessors: the number of multiprocessors of the card for which launches are recorded.
         registers: 32-bit registers of a multiprocessor.
         warps: resident warps at most.
@@ -44,7 +45,7 @@ class Architecture:
         mma.sync reads operands from registers. sm_120 has the accelerator but multiplies by mma.sync, so its kernels
         load as on sm_80, with the configurations of sm_80.
         """
-        return self.matrix_unit != "mma.sync"
+        return self.matrix_unit in ("wgmma.mma_async", "tcgen05.mma")
 
 
 ARCHITECTURES = {
@@ -61,20 +62,33 @@ ARCHITECTURES = {
     # RTX 50, RTX PRO Blackwell
     120: Architecture((120, 89, 86, 80), 102400, 101376, "mma.sync", 170, warps=48, blocks=24),
 }
+# By the number of their name: GPUs of AMD, whose warps have 64 threads. Kernels are compiled for them without PTX,
+# without limits of registers, and without tensor descriptors. None has run a kernel.
+AMD = {
+    # MI300A, MI300X, MI325X: gfx942
+    942: Architecture((942, 86, 80), 65536, 65536, "v_mfma", 304, registers=131072, warps=32),
+}
 
 
 def architecture(capability: int) -> Architecture:
     """Return the limits for a compute capability (86 for 8.6): those of the newest architecture that is not newer.
 
-    So 8.7 counts as 8.6, 10.3 as 10.0 and 12.1 as 12.0.
+    So 8.7 counts as 8.6, 10.3 as 10.0 and 12.1 as 12.0. A GPU of AMD has the number of its name, 942 for gfx942.
 
     Raises:
         ValueError: the compute capability is below 8.0, and the kernels do not run on it.
     """
+    if capability in AMD:
+        return AMD[capability]
     known = [arch for arch in ARCHITECTURES if arch <= capability]
     if not known:
         raise ValueError(f"compute capability {capability / 10:.1f} is too old: the kernels need 8.0 or newer")
     return ARCHITECTURES[max(known)]
+
+
+def target_name(arch: int) -> str:
+    """Return the compiler's name of an architecture: "sm_90" for 90, "gfx942" for 942."""
+    return f"gfx{arch}" if arch in AMD else f"sm_{arch}"
 
 
 COPIED = 3.0 / 3.35  # the TB/s that copies reach on an H100, over those of its data sheet

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import KernelConfig, forget_plans, planned
-from .hardware import ARCHITECTURES
+from .hardware import AMD, ARCHITECTURES, target_name
 
 # Triton decides when a kernel is decorated whether it will be interpreted, so the answer is fixed for this process.
 INTERPRET: bool = triton.knobs.runtime.interpret
@@ -124,10 +124,11 @@ def triton_runs_on(device: torch.device) -> bool:
 
 
 def arch_of(device: torch.device) -> int:
-    """Return the compute capability that configurations are looked up for, as ``10 * major + minor``.
+    """Return the architecture that configurations are looked up for: ``10 * major + minor`` of the compute capability,
+    or 942 for AMD's gfx942.
 
     Raises:
-        RuntimeError: a GPU that is too old for the kernels.
+        RuntimeError: a GPU that is too old for the kernels, or one of AMD for which they are not compiled.
     """
     target = _target and _target_of(device)
     if target is not None:
@@ -137,7 +138,9 @@ def arch_of(device: torch.device) -> int:
 
 @functools.cache
 def _arch_of_gpu(device: torch.device) -> int:
-    """Return the compute capability of a GPU; refuse one that is too old."""
+    """Return the architecture of a GPU; refuse one that is too old, or of AMD and unknown."""
+    if torch.version.hip is not None:
+        return _arch_of_amd(device)
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         name = torch.cuda.get_device_name(device)
@@ -145,11 +148,22 @@ def _arch_of_gpu(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _arch_of_amd(device: torch.device) -> int:
+    """Return the number in the name of a GPU of AMD's architecture, 942 for gfx942; refuse others than :data:`AMD`."""
+    name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    for arch in AMD:
+        if name == target_name(arch):
+            return arch
+    known = ", ".join(map(target_name, AMD))
+    raise RuntimeError(f"of AMD's GPUs, the kernels are compiled for {known} only, not for {name}: use backend='torch'")
+
+
 def programs_at_once(device: torch.device, num_warps: int, registers: int) -> int:
     """Return how many programs of a kernel run on a GPU at once if each thread takes ``registers``.
 
     A kernel that walks rows is launched with this many programs. With more programs, its parameters would be loaded
-    more often, and there would be more partial sums to add up.
+    more often, and there would be more partial sums to add up. A multiprocessor of AMD has twice the registers, and its
+    warps have twice the threads.
     """
     per_multiprocessor = max(1, ARCHITECTURES[80].registers // (32 * num_warps * registers))
     return multiprocessors(device, CPU_MULTIPROCESSORS) * per_multiprocessor
@@ -194,7 +208,7 @@ class Plan:
         """Plan a launch of ``kernel``, whose parameters are its tensors, then ``numbers``, then ``constexprs``."""
         self._kernel, self._grid, self._numbers, self._constexprs = kernel, grid, numbers, constexprs
         self._options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-        if config.max_registers is not None:
+        if config.max_registers is not None and arch_of(device) not in AMD:  # Triton has no such option there
             self._options["maxnreg"] = config.max_registers
         self._target = _target and _target_of(device)
         if self._target is not None and self._target.device is not None:
@@ -243,7 +257,9 @@ class Plan:
             return
         with contextlib.nullcontext() if self.index is None else torch.cuda.device(self.index):
             compiled = kernel[self._grid](*arguments, **self._constexprs, **self._options)
-        if self.index is None or triton.__version__.rsplit(".", 1)[0] not in DIRECT_VERSIONS:
+        # On AMD, a kernel is also specialised for tensors of less than 2 GiB, which a plan does not know of.
+        is_amd = torch.version.hip is not None
+        if self.index is None or is_amd or triton.__version__.rsplit(".", 1)[0] not in DIRECT_VERSIONS:
             return
         if isinstance(compiled, CompiledKernel):
             constexprs = (self._constexprs[name] for name in kernel.arg_names[len(arguments) :])

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast.kernels.dtypes import DTYPES
-from clipfast.kernels.hardware import ARCHITECTURES
+from clipfast.kernels.hardware import AMD, ARCHITECTURES, architecture, target_name
 from clipfast.kernels.launch import Launch, record_launches
 
 MATRIX_UNITS = tuple(dict.fromkeys(architecture.matrix_unit for architecture in ARCHITECTURES.values()))
@@ -55,7 +55,7 @@ class Resources:
         spill_bytes: bytes of a thread that are spilled from registers to local memory.
         shared_bytes: shared memory of a block.
         tmem_columns: columns of tensor memory of a block.
-        mma: the matrix units that the kernel uses, by their PTX instruction.
+        mma: the matrix units that the kernel uses, by their instruction.
         warnings: codes of the assembler's warnings, such as C7515.
     """
 
@@ -73,9 +73,9 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
     It may spill registers, exceed a limit, or multiply with the wrong unit. The assembler may warn that it serialises
     the products of an asynchronous matrix unit, which costs up to half of their rate. A kernel that ``multiplies``
     operands of 16 bits (``half``) must use the tensor cores. Float32 products must stay exact, so they must not use
-    them.
+    them, but on AMD, whose matrix units also multiply exactly.
     """
-    limits = ARCHITECTURES[arch]
+    limits = architecture(arch)
     found = []
     if resources.spill_bytes:
         found.append(f"spills {resources.spill_bytes} bytes")
@@ -84,7 +84,7 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
     if resources.tmem_columns > limits.tensor_columns:
         # Triton silently compiles a kernel that needs too much tensor memory to an empty body.
         found.append(f"needs {resources.tmem_columns} columns of tensor memory, {limits.tensor_columns} exist")
-    expected = limits.matrix_unit if half and multiplies else "none"
+    expected = limits.matrix_unit if multiplies and (half or arch in AMD) else "none"
     if resources.mma != expected:
         found.append(f"multiplies with {resources.mma}, expected {expected}")
     return found + [f"the assembler warns of {code}" for code in resources.warnings]
@@ -123,11 +123,18 @@ def named(launches: list[Launch]) -> dict[str, Launch]:
 
 
 def compile_kernel(launch: Launch, arch: int) -> Any:
-    """Compile one recorded launch for compute capability ``arch`` into Triton's compiled kernel, with all its code."""
+    """Compile one recorded launch for an architecture into Triton's compiled kernel, with all its code."""
     signature, constants, attrs = _specialise(launch)
+    target = GPUTarget("cuda", arch, 32)
+    if arch in AMD:
+        target = GPUTarget("hip", target_name(arch), 64)
+        for index, name in enumerate(launch.kernel.arg_names):
+            value = launch.args.get(name)
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() < 2**31:
+                attrs.setdefault((index,), []).append(["tt.pointer_range", 32])
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     with _logged() as log:
-        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+        kernel = triton.compile(source, target=target, options=launch.options)
     if log.getvalue():  # the log is empty if the kernel comes from Triton's cache
         _logs[kernel.hash] = log.getvalue()
     return kernel
@@ -149,6 +156,8 @@ def assembler_log(kernel: Any) -> str:
 
 def resources(kernel: Any) -> Resources:
     """Return the resources of a compiled kernel, read from the machine code that would run."""
+    if "amdgcn" in kernel.asm:
+        return _resources_on_amd(kernel)
     usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
     # Spilled registers are in the stack frame, so a kernel without a stack frame has no spills.
     spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(disassemble(kernel))
@@ -162,6 +171,20 @@ def resources(kernel: Any) -> Resources:
         tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         mma="+".join(unit for unit in MATRIX_UNITS if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
         warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _resources_on_amd(kernel: Any) -> Resources:
+    """Return the resources of a kernel that was compiled for AMD: vector registers, and the local data share."""
+    assembly = kernel.asm["amdgcn"]
+    products = re.findall(r"\bv_mfma_\w+", assembly)
+    units = sorted({"xf32" if product.endswith("xf32") else "v_mfma" for product in products})
+    return Resources(
+        registers=_number(r"\.vgpr_count:\s*(\d+)", assembly),
+        spill_bytes=4 * _number(r"\.vgpr_spill_count:\s*(\d+)", assembly),
+        shared_bytes=kernel.metadata.shared,
+        tmem_columns=0,
+        mma="+".join(units) or "none",
     )
 
 

@@ -8,6 +8,8 @@ from torch import nn
 from ..kernels import attention_route
 from ..kernels.attention_pool import MAX_TOKENS
 from ..kernels.dtypes import dtype_name
+from ..kernels.hardware import target_name
+from ..kernels.launch import arch_of
 from ..models import CLIP
 from ..models.resnet import AttentionPool2d
 from ..models.siglip import LatentPool, SigLIPTrunk
@@ -46,9 +48,8 @@ def report_kernels(model: nn.Module, arch: int | None = None, dtype: torch.dtype
         return report_places(model)
     if arch is None:
         device = model.logit_scale.device if model.logit_scale.device.type == "cuda" else None
-        major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
-        arch = 10 * major + minor
-    lines = [f"on sm_{arch} with {dtype_name(dtype)}, by backend='auto'; a CPU takes PyTorch's kernel"]
+        arch = arch_of(device or torch.device("cuda")) if torch.cuda.is_available() else 90
+    lines = [f"on {target_name(arch)} with {dtype_name(dtype)}, by backend='auto'; a CPU takes PyTorch's kernel"]
     for name, module in model.named_modules():
         if isinstance(module, AttentionPool2d):
             tokens, width = module.positional_embedding.shape

@@ -101,7 +101,10 @@ def gpus(root: Path = ROOT) -> Iterator[Finding]:
         value = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}, "
         value += f"{scaled(free, BYTES)} of {scaled(total, BYTES)} free"
         fix = "clipfast's kernels are checked for {}.{} and newer".format(*OLDEST)
-        yield judged(str(device), value, NOTE, fix, applies=capability < OLDEST)
+        if torch.version.hip is not None:
+            fix = "no GPU of AMD has run clipfast's kernels: begin with clipfast verify --quick"
+        is_unchecked = capability < OLDEST or torch.version.hip is not None
+        yield judged(str(device), value, NOTE, fix, applies=is_unchecked)
         yield try_kernel(device)
     if torch.cuda.device_count():
         return

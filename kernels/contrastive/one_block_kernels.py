@@ -175,8 +175,12 @@ def _totals_kernel(
     coefficient = weight
     if HAS_GRAD_LOSS:
         coefficient = weight * tl.load(grad_loss_ptr)
-    out_ptr = first_ptr if pid == 0 else rest_ptr + (pid - 1)
-    tl.store(out_ptr, coefficient * _total(numbers_ptr + pid.to(tl.int64) * count, count, BLOCK))
+    total = coefficient * _total(numbers_ptr + pid.to(tl.int64) * count, count, BLOCK)
+    # For AMD, Triton 3.6 compiles no pointer that is chosen at run time.
+    if pid == 0:
+        tl.store(first_ptr, total)
+    else:
+        tl.store(rest_ptr + (pid - 1), total)
     if HAS_FLAGS:
         flag = tl.full((BLOCK,), 1, tl.int32)
         for start in range(0, count, BLOCK):
