@@ -14,6 +14,7 @@ if __name__ != "kernels":
     from .attention import attention, attention_qkv, attention_route
     from .attention_pool import attention_pool
     from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
+    from .fp8 import CachedWeights, Fp8Rows, Fp8Weight, fp8_linear, quantize_rows, quantize_weight
     from .layer_norm import layer_norm
     from .patch_embed import patch_embed
     from .patch_embed_packed import patch_embed_packed
@@ -22,6 +23,9 @@ if __name__ != "kernels":
     from .top_k import top_k
 
     __all__ = [
+        "CachedWeights",
+        "Fp8Rows",
+        "Fp8Weight",
         "attention",
         "attention_pool",
         "attention_qkv",
@@ -30,11 +34,14 @@ if __name__ != "kernels":
         "bias_quick_gelu",
         "contrastive_loss",
         "distributed_contrastive_loss",
+        "fp8_linear",
         "info_nce_loss",
         "layer_norm",
         "nt_xent_loss",
         "patch_embed",
         "patch_embed_packed",
+        "quantize_rows",
+        "quantize_weight",
         "reference",
         "retrieval_ranks",
         "sigmoid_loss",

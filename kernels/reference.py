@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dtypes import accumulate_dtype
+from .fp8_rows import E4M3, Fp8Rows, Fp8Weight, rounded
 from .grids import places_of, resizing_weights
 from .packing import Packing, packing_for
 
@@ -326,3 +327,76 @@ def top_k(query: Tensor, items: Tensor, k: int, *, allowed: Tensor | None = None
     scores = F.pad(scores.masked_fill(hidden, float("-inf")), (0, max(0, k - len(items))), value=float("-inf"))
     scores, indices = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
     return scores, indices.masked_fill(scores == float("-inf"), -1)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3) -> Fp8Rows:
+    """Return the reference of the op ``quantize_rows``: rows in 8 bits, whose gradient passes as if nothing was
+    rounded.
+    """
+    return Fp8Rows(*rounded(x.detach(), dtype), (x - x.detach()).nan_to_num(0.0))
+
+
+def quantize_weight(weight: Tensor) -> Fp8Weight:
+    """Return the reference of the op ``quantize_weight``: the rows and the columns of a weight [N, K] in 8 bits."""
+    weight = weight.detach()
+    return Fp8Weight(Fp8Rows(*rounded(weight, E4M3)), Fp8Rows(*rounded(weight.T, E4M3)))
+
+
+def fp8_linear(
+    x: Tensor | Fp8Rows, weight: Tensor, bias: Tensor | None = None, *, recipe: str = "switchback",
+    weight_fp8: Fp8Weight | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the reference of the op ``fp8_linear``: products of rounded operands, as they are exact in float32.
+
+    A term that is zero adds the gradient of the input, and another one that of the weight (Wortsman et al. 2023).
+    """
+    rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
+    of_rows, of_columns = weight_fp8 or quantize_weight(weight)
+    wide = rows.wide()
+    input_term = _round_gradient(_connected(wide, rows.carrier) @ of_columns.wide(), -1)
+    if recipe == "full":
+        columns = wide.flatten(0, -2).T
+        operand = Fp8Rows(*rounded(columns, E4M3)).wide().T.reshape(wide.shape)
+        weight_term = _round_gradient(operand @ _wide(weight).T, 0)
+    else:
+        weight_term = wide @ _wide(weight).T
+    y = wide @ of_rows.wide().T
+    y = y + (input_term - input_term.detach()) + (weight_term - weight_term.detach())
+    return (y if bias is None else y + bias).to(rows.dtype)
+
+
+def _connected(rows: Tensor, carrier: Tensor | None) -> Tensor:
+    """Return rows of the reference of ``fp8_linear``, whose gradient goes to their carrier."""
+    return rows if carrier is None else rows + carrier
+
+
+def _round_gradient(x: Tensor, axis: int) -> Tensor:
+    """Return ``x`` of the reference of ``fp8_linear``, and round its gradient: by rows if ``axis`` is -1, else by
+    columns.
+    """
+    apply: Any = _RoundGradient.apply
+    found: Tensor = apply(x, axis)
+    return found
+
+
+class _RoundGradient(torch.autograd.Function):
+    """The identity, whose gradient [..., N] is rounded to 8 bits with a scale for each row, or for each column."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, axis: int) -> Tensor:  # noqa: ARG004
+        """Return ``x`` unchanged; a gradient has a scale for each row if ``axis`` is -1, else for each column."""
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:  # noqa: ARG004
+        """Keep the axis for the backward pass of ``fp8_linear``."""
+        ctx.axis = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Round the gradient of ``fp8_linear`` to 8 bits."""
+        rows = grad if ctx.axis else grad.flatten(0, -2).T
+        rows = Fp8Rows(*rounded(rows, E4M3)).wide()
+        return (rows if ctx.axis else rows.T.reshape(grad.shape)), None

@@ -1,0 +1,231 @@
+"""A linear layer whose products multiply 8-bit operands, and the weights that it keeps for a step.
+
+With Q(A) the rows of A in 8 bits, each with its scale (``fp8_rows.py``), for x [M, K] and a weight W [N, K]:
+
+    y  = Q(x) Q(W)^T + b        dx = Q(dy) Q(W^T)^T        db = sum over rows of dy
+
+    switchback      dW = dy^T Q(x)                          in 16 bits, the rows of x read as 16-bit numbers
+    full            dW = Q(dy^T) Q(Q(x)^T)^T                in 8 bits
+
+The backward pass reads Q(x), 8 bits a number, instead of x. In ``switchback``, dW is the exact gradient of the y that
+was computed with respect to Q(W), so no rounding is added that the forward pass did not have. The gradient of a
+rounding is taken to be 1.
+
+FLOPs: 2 M N K for each of the three products. Bytes: M K + N K + 2 M N forward.
+Method: SwitchBack, in the form that keeps 8 bits (Wortsman et al. 2023, "Stable and low-precision training for
+large-scale vision-language models").
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import reference
+from ..backends import registered, uses_reference
+from ..checks import check_device, check_float, check_tensor
+from ..common import as_rows
+from ..dtypes import autocast_to
+from ..fp8_rows import E4M3, E5M2, Fp8Rows, Fp8Weight
+from . import cpu
+from .op import quantize_rows, quantize_weight
+
+RECIPES = ("switchback", "full")
+EIGHT_BITS = (E4M3, E5M2)
+
+
+@registered("fp8_linear_fwd")
+def _fp8_linear_fwd(
+    carrier: Tensor, values: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, row_values: Tensor,
+    row_scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
+) -> Tensor:  # fmt: skip
+    """Return the linear layer's output [..., N]. This is the registered op.
+
+    Args:
+        carrier, values, scale: the rows of the input.
+        weight: only receives the gradient.
+        bias: [N] or None.
+        row_values, row_scale, column_values, column_scale: the two forms of the weight.
+        full: whether the weight's gradient is computed in 8 bits.
+    """
+    rows = as_rows(values), scale.flatten()
+    y = cpu.multiply(*rows, row_values, row_scale, carrier.dtype, bias)
+    return y.view(*values.shape[:-1], len(row_values))
+
+
+@_fp8_linear_fwd.register_fake
+def _(
+    carrier: Tensor, values: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, row_values: Tensor,
+    row_scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
+) -> Tensor:  # fmt: skip
+    return carrier.new_empty((*values.shape[:-1], row_values.shape[0]))
+
+
+@registered("fp8_linear_bwd")
+def _fp8_linear_bwd(
+    grad: Tensor, values: Tensor, scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
+    with_dx: bool, with_dw: bool, with_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of the linear layer: of its input, its weight, and its bias (float32).
+
+    Those that are not wanted are empty.
+    """
+    dy, rows = as_rows(grad), Fp8Rows(as_rows(values), scale.flatten())
+    dx, dw, db = grad.new_empty(0), grad.new_empty(0), scale.new_empty(0)
+    if full and with_dw:
+        dy_values, dy_scale, columns, columns_scale = cpu.quantize_both(dy, E4M3)
+        dw = cpu.multiply(columns, columns_scale, *cpu.quantize(rows.wide().T, E4M3), grad.dtype)
+    else:
+        if with_dx:
+            dy_values, dy_scale = cpu.quantize(dy, E4M3)
+        if with_dw:
+            dw = dy.T @ rows.wide().to(grad.dtype)
+    if with_dx:
+        dx = cpu.multiply(dy_values, dy_scale, column_values, column_scale, grad.dtype).view(values.shape)
+    if with_db:
+        db = dy.sum(0, dtype=scale.dtype)
+    return dx, dw, db
+
+
+@_fp8_linear_bwd.register_fake
+def _(
+    grad: Tensor, values: Tensor, scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
+    with_dx: bool, with_dw: bool, with_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = grad.new_empty(values.shape if with_dx else (0,))
+    dw = grad.new_empty((grad.shape[-1], values.shape[-1]) if with_dw else (0,))
+    return dx, dw, scale.new_empty(grad.shape[-1] if with_db else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save the 8-bit rows of the linear layer's input, and the columns of its weight, for the backward pass."""
+    _, values, scale, weight, bias, _, _, column_values, column_scale, ctx.full = inputs
+    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(values, scale, column_values, column_scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the linear layer to autograd."""
+    needs = ctx.needs_input_grad
+    wanted = needs[0], needs[3], needs[4]
+    found = _fp8_linear_bwd(grad, *ctx.saved_tensors, ctx.full, *wanted)
+    dx, dw, db = (x if is_wanted else None for x, is_wanted in zip(found, wanted, strict=True))
+    dw, db = (x if x is None else x.to(dtype) for x, dtype in zip((dw, db), ctx.dtypes, strict=True))
+    return dx, None, None, dw, db, None, None, None, None, None
+
+
+_fp8_linear_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+@functools.cache
+def _optimizer_steps() -> list[int]:
+    """Return a list with one number: how many steps the optimizers of this process have taken from now on.
+
+    Fused optimizers change weights without changing the counter that PyTorch keeps of a tensor's changes.
+    """
+    steps = [0]
+
+    def count(*_: Any) -> None:
+        """Count a step of an optimizer, after which the 8-bit forms of weights are out of date."""
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
+
+
+class CachedWeights:
+    """The 8-bit forms of weights, computed when first asked for and again after a weight has changed.
+
+    They are computed again after each step of an optimizer, and if PyTorch's counter of a tensor's changes, or its
+    address, has changed. Other code that writes past that counter, through ``.data``, has to call :meth:`clear`.
+    Nothing is kept under a compiler or in the capture of a CUDA graph, whose replay must compute them again.
+    """
+
+    def __init__(self) -> None:
+        self._known: Any = WeakIdKeyDictionary()
+        self._steps = _optimizer_steps()
+
+    def get(self, weight: Tensor, *, backend: str = "auto") -> Fp8Weight:
+        """Return the 8-bit forms of a weight [N, K] as it is now; its errors are those of ``quantize_weight``."""
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return quantize_weight(weight, backend=backend)
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return quantize_weight(weight, backend=backend)
+        layout = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        state = self._steps[0], weight._version, *layout, backend
+        known = self._known.get(weight)
+        if known is None or known[0] != state:
+            known = self._known[weight] = state, quantize_weight(weight, backend=backend)
+        found: Fp8Weight = known[1]
+        return found
+
+    def clear(self) -> None:
+        """Forget all weights, so that their 8-bit forms are computed again."""
+        self._known.clear()
+
+
+def fp8_linear(
+    x: Tensor | Fp8Rows, weight: Tensor, bias: Tensor | None = None, *, recipe: str = "switchback",
+    weight_fp8: Fp8Weight | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Compute a linear layer, x W^T + b, by products of e4m3 operands with a scale for each row.
+
+    Forward and input gradient are always products in 8 bits. On a CPU these are emulated exactly, with sums in float32.
+    The backward pass keeps only the 8-bit rows of ``x``.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16 (float64, on the CPU, is not rounded), or its rows in e4m3, as an op
+            that quantises has returned them.
+        weight: [N, K], of any floating dtype.
+        bias: [N] or None, of any floating dtype.
+        recipe: "switchback" computes the weight's gradient in the dtype of ``x``, "full" in 8 bits.
+        weight_fp8: ``quantize_weight(weight)``, if it is known already. It must belong to the present values of
+            ``weight``; :meth:`CachedWeights.get` makes sure of that.
+        backend: "auto" (kernels on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
+
+    Returns:
+        [..., N] in the dtype of ``x`` (under autocast in its dtype, except for rows that were in 8 bits already).
+
+    Raises:
+        ValueError, TypeError: a shape, a device, a dtype or a name that does not fit.
+        RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
+    """
+    op = "fp8_linear"
+    rows = x.values if isinstance(x, Fp8Rows) else x
+    check_tensor(op, "x", rows, None, also=EIGHT_BITS)
+    check_tensor(op, "weight", weight, 2)
+    check_device(op, "weight", weight, "x", rows)
+    if weight.shape[1] != rows.shape[-1]:
+        raise ValueError(f"{op}: weight must be [N, {rows.shape[-1]}], got {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor(op, "bias", bias, 1)
+        check_device(op, "bias", bias, "x", rows)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: bias must be [{len(weight)}], got {tuple(bias.shape)}")
+    if recipe not in RECIPES:
+        raise ValueError(f"{op}: recipe must be {' or '.join(map(repr, RECIPES))}, got {recipe!r}")
+    if weight_fp8 is not None:
+        _check_weight(op, weight_fp8, weight)
+    if isinstance(x, Tensor):
+        x = autocast_to(x)
+    if uses_reference(op, backend, rows):
+        return reference.fp8_linear(x, weight, bias, recipe=recipe, weight_fp8=weight_fp8)
+    if isinstance(x, Tensor):
+        check_float(op, x=x, weight=weight, bias=bias)
+        x = quantize_rows(x, backend=backend)
+    of_rows, of_columns = weight_fp8 or quantize_weight(weight, backend=backend)
+    carrier = x.values.new_zeros((), dtype=x.dtype).expand(x.values.shape) if x.carrier is None else x.carrier
+    return _fp8_linear_fwd(carrier, x.values, x.scale, weight, bias, *of_rows[:2], *of_columns[:2], recipe == "full")
+
+
+def _check_weight(op: str, found: Fp8Weight, weight: Tensor) -> None:
+    """Refuse 8-bit forms of another weight than one that has the shape and the device of ``weight``."""
+    for name, rows, shape in (("rows", found.rows, weight.shape), ("columns", found.columns, weight.T.shape)):
+        if rows.values.shape != shape or rows.values.device != weight.device:
+            raise ValueError(
+                f"{op}: the {name} of weight_fp8 must be {tuple(shape)} on {weight.device}, "
+                f"got {tuple(rows.values.shape)} on {rows.values.device}"
+            )

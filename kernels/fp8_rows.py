@@ -1,0 +1,85 @@
+"""Rows in 8 bits with one scale each: the type, and its rounding in plain PyTorch, with which the kernels agree in
+every bit.
+
+For a row x of width K and a dtype of 8 bits whose largest number is L (448 in e4m3, 57,344 in e5m2):
+
+    m = max over finite x_k of |x_k|        scale = m / L        values_k = round(x_k * (L / m))
+
+Products and quotients are those of float32; ``round`` is to the nearest number of the dtype, ties to even. A row of
+zeros has the scale 1. A row whose m is less than 2^-100 is rounded as if m were 2^-100, so that neither L / m nor the
+scale leaves the normal numbers of float32. NaN and infinities become NaN, and the others of their row stay accurate.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+LEAST = 2.0**-100  # the least m of a row that is not zero
+
+
+class Fp8Rows(NamedTuple):
+    """Rows [..., K] in 8 bits: row i is about ``values[i] * scale[i]``. An op that quantises returns them.
+
+    Rows of float64, in which only CPUs compute, are not rounded: their values stay float64, and all scales are 1. So
+    an op in float64 gives the results that errors of 8 bits are measured against.
+
+    Attributes:
+        values: [..., K], float8_e4m3fn or float8_e5m2, contiguous.
+        scale: [...], float32; 1 for a row of zeros.
+        carrier: zeros [..., K] in the dtype that the rows had, or None for rows without a gradient. Autograd sends the
+            gradient of the rows through it, since a gradient would be rounded to the dtype of ``values``. All its
+            elements share one place in memory.
+    """
+
+    values: Tensor
+    scale: Tensor
+    carrier: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the rows before they were quantised, in which products of them are returned."""
+        return self.scale.dtype if self.carrier is None else self.carrier.dtype
+
+    def dequantize(self) -> Tensor:
+        """Return the rows [..., K] as numbers in :attr:`dtype`; their gradient is that of the rows."""
+        rows = self.wide().to(self.dtype)
+        return rows if self.carrier is None else rows + self.carrier
+
+    def wide(self) -> Tensor:
+        """Return the rows [..., K] as numbers in the dtype of their scales, in which they are exact but for one
+        rounding; without a gradient.
+        """
+        return self.values.to(self.scale.dtype) * self.scale[..., None]
+
+
+class Fp8Weight(NamedTuple):
+    """The two forms of a weight [N, K] that the products of a linear layer multiply.
+
+    Attributes:
+        rows: the rows of the weight, [N, K], for the forward pass.
+        columns: its columns, the rows [K, N] of the transposed weight, for the gradient of the input.
+    """
+
+    rows: Fp8Rows
+    columns: Fp8Rows
+
+
+def zero_carrier(x: Tensor) -> Tensor:
+    """Return the carrier of rows that have the shape and the dtype of ``x``."""
+    return x.new_zeros(()).expand(x.shape)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return values and scales of rows [..., K]; this specifies the bits that kernels write."""
+    if x.dtype == torch.float64:
+        return x.contiguous(), x.new_ones(x.shape[:-1])
+    x, most = x.float(), LARGEST[dtype]
+    is_finite = x.abs() < float("inf")
+    size = torch.where(is_finite, x.abs(), 0.0)
+    largest = size.amax(-1) if x.shape[-1] else size.sum(-1)
+    largest = torch.where(largest == 0, most, largest.clamp(min=LEAST))
+    values = (x * (most / largest)[..., None]).clamp(-most, most)
+    return torch.where(is_finite, values, float("nan")).to(dtype).contiguous(), (largest / most).contiguous()

@@ -1,0 +1,177 @@
+"""Test rows in 8 bits, linear layers on them, and the 8-bit forms of weights that are kept for a step."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast.kernels import CachedWeights, Fp8Rows, fp8_linear, quantize_rows, quantize_weight
+from clipfast.kernels.fp8_rows import E4M3, E5M2, LARGEST
+
+each_dtype = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+RECIPES = ("switchback", "full")
+
+
+def nearest(x, dtype):
+    """Return the numbers of an 8-bit dtype that lie nearest to ``x``, ties to even, found among all of them."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    codes = numbers.isfinite().nonzero().flatten()
+    codes = codes[numbers[codes].argsort(stable=True)]
+    codes = codes[numbers[codes].diff(prepend=torch.tensor([-torch.inf])) > 0]  # one of the two zeros
+    ordered = numbers[codes]
+    above = torch.searchsorted(ordered, x.double()).clamp(1, len(ordered) - 1)
+    low, high = ordered[above - 1], ordered[above]
+    to_low = (x - low) < (high - x)
+    is_tie = (x - low) == (high - x)
+    is_even = codes[above - 1] % 2 == 0
+    return torch.where(to_low | (is_tie & is_even), low, high)
+
+
+@each_dtype
+def test_rounding_is_to_the_nearest_number(dtype):
+    most = LARGEST[dtype]
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    numbers = numbers[numbers.isfinite()].sort().values.unique()
+    between = (numbers[1:] + numbers[:-1]) / 2
+    near = torch.cat([between, between.nextafter(torch.tensor(torch.inf)), between.nextafter(torch.tensor(-torch.inf))])
+    row = torch.cat([numbers, near, most * torch.rand(10**5) ** 8])
+    found = quantize_rows(row, dtype)
+    assert found.scale == 1
+    torch.testing.assert_close(found.values.double(), nearest(row.double(), dtype), rtol=0, atol=0)
+
+
+@each_dtype
+def test_rows_of_all_magnitudes(dtype):
+    most, inf, nan = LARGEST[dtype], float("inf"), float("nan")
+    rows = torch.randn(40, 33) * 2.0 ** torch.linspace(-90, 120, 40)[:, None]
+    found = quantize_rows(rows, dtype)
+    assert (found.values.float().abs().amax(1) == most).all()
+    torch.testing.assert_close(found.dequantize(), rows, rtol=2**-3 if dtype is E5M2 else 2**-4, atol=torch.inf)
+    error = (found.dequantize() - rows).abs() / rows.abs().amax(1, keepdim=True)
+    assert error.max() <= (2**-3 if dtype is E5M2 else 2**-4)
+    zero, tiny = torch.zeros(2, 5), torch.full((2, 5), 1e-40)
+    assert quantize_rows(zero, dtype).scale.eq(1).all()
+    assert not quantize_rows(zero, dtype).values.float().any()
+    assert quantize_rows(tiny, dtype).dequantize().lt(1e-35).all()
+    odd = torch.tensor([1.0, nan, -0.25, inf, 0.5, -inf])
+    expected = torch.tensor([1.0, nan, -0.25, nan, 0.5, nan])
+    torch.testing.assert_close(quantize_rows(odd, dtype).dequantize(), expected, equal_nan=True)
+
+
+def operands(dtype=torch.float32, bias=True, rows=(3, 50)):
+    """Return an input, a weight, a bias and an upstream gradient of a linear layer of 72 to 40 features."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, b, dy = (torch.randn(*size, generator=generator) for size in ((*rows, 72), (40, 72), (40,), (*rows, 40)))
+    return x.to(dtype).requires_grad_(), w.requires_grad_(), b.requires_grad_() if bias else None, dy.to(dtype)
+
+
+def expected_of(x, w, dy, recipe):
+    """Return output and gradients of a linear layer, without its bias, in float64 on the operands in 8 bits."""
+    exact = [rows.wide().double() for rows in (quantize_rows(x), *quantize_weight(w), quantize_rows(dy))]
+    rows, weight, columns, grad = (y.flatten(0, -2) for y in exact)
+    flat = dy.flatten(0, -2)
+    if recipe == "full":
+        dw = quantize_weight(flat).columns.wide().double() @ quantize_weight(rows.float()).columns.wide().double().T
+    else:
+        dw = flat.double().T @ rows.to(x.dtype).double()
+    shape = dy.shape[:-1]
+    return (rows @ weight.T).unflatten(0, shape), (grad @ columns.T).unflatten(0, shape), dw
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_are_those_of_the_operands_in_8_bits(dtype, recipe):
+    x, w, b, dy = operands(dtype)
+    y = fp8_linear(x, w, b, recipe=recipe)
+    dx, dw, db = torch.autograd.grad(y, (x, w, b), dy)
+    of_y, of_x, of_w = expected_of(x.detach(), w.detach(), dy, recipe)
+    exact = of_y + b.double(), of_x, of_w, dy.flatten(0, -2).double().sum(0)
+    for found, expected in zip((y, dx, dw, db), exact, strict=True):
+        assert (found.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, torch.float32)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_result_is_near_that_of_a_linear_layer(recipe):
+    x, w, b, dy = operands()
+    ours, exact = (
+        (y.detach(), *torch.autograd.grad(y, (x, w, b), dy))
+        for y in (fp8_linear(x, w, b, recipe=recipe), F.linear(x, w, b))
+    )
+    for found, expected in zip(ours, exact, strict=True):
+        assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_only_8_bits_of_the_input_are_kept():
+    x, w, _, _ = operands(torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: saved.append(y) or y, lambda y: y):
+        fp8_linear(x, w)
+    assert all(y.itemsize == 1 or y.numel() <= x.numel() // 50 for y in saved)
+
+
+def test_rows_that_an_op_has_quantised_pass_their_gradient_on():
+    x, w, b, dy = operands()
+    direct = torch.autograd.grad(fp8_linear(x, w, b), (x, w, b), dy)
+    rows = quantize_rows(x)
+    torch.testing.assert_close(torch.autograd.grad(fp8_linear(rows, w, b), (x, w, b), dy), direct, rtol=0, atol=0)
+    constant = Fp8Rows(rows.values, rows.scale)
+    assert torch.equal(fp8_linear(constant, w, b), fp8_linear(x, w, b))
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+def test_a_weight_is_quantised_again_after_it_has_changed(options):
+    w, weights = torch.nn.Parameter(torch.randn(8, 16)), CachedWeights()
+    optimizer = torch.optim.AdamW([w], **options)
+    first = weights.get(w)
+    assert weights.get(w) is first
+    w.grad = torch.randn_like(w)
+    optimizer.step()
+    assert torch.equal(weights.get(w).rows.values.float(), quantize_weight(w).rows.values.float())
+    assert weights.get(w) is not first
+    with torch.no_grad():
+        w[0, 0] = 50.0
+    assert weights.get(w).rows.dequantize()[0, 0] == 50.0
+
+
+def test_wrong_arguments():
+    x, w, b, _ = operands()
+    for args, options, error, message in (
+        ((x, w[:, 1:], b), {}, ValueError, r"weight must be \[N, 72\], got \(40, 71\)"),
+        ((x, w, b[1:]), {}, ValueError, r"bias must be \[40\], got \(39,\)"),
+        ((x, w), {"recipe": "half"}, ValueError, "recipe must be 'switchback' or 'full', got 'half'"),
+        ((x, w), {"weight_fp8": quantize_weight(w.T)}, ValueError, r"rows of weight_fp8 must be \(40, 72\)"),
+        ((x.int(), w), {}, TypeError, "x must be one of .*float8_e4m3fn.*, got int32"),
+    ):
+        with pytest.raises(error, match=f"^fp8_linear: .*{message}"):
+            fp8_linear(*args, **options)
+    with pytest.raises(TypeError, match=r"^quantize_rows: dtype must be float8_e4m3fn or float8_e5m2, got torch.int8"):
+        quantize_rows(x, torch.int8)
+
+
+@pytest.mark.parametrize(("recipe", "backend"), [*itertools.product(RECIPES, ("auto",)), ("switchback", "torch")])
+def test_compiles_without_a_break(recipe, backend):
+    x, w, b, dy = operands()
+
+    def both(x, w, b):
+        """Return a linear layer's output, computed from rows that were quantised before."""
+        return fp8_linear(quantize_rows(x), w, b, recipe=recipe)
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    found, expected = ((y, *torch.autograd.grad(y, (x, w, b), dy)) for y in (compiled(x, w, b), both(x, w, b)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_registered_ops():
+    x, w, b, dy = operands()
+    ops, fakes = torch.ops.clipfast, ("test_autograd_registration", "test_faketensor")
+    rows, weight = quantize_rows(x.detach()), quantize_weight(w)
+    given = (rows.carrier.requires_grad_(), *rows[:2], w, b, *weight.rows[:2], *weight.columns[:2])
+    torch.library.opcheck(ops.quantize_rows.default, (x, E4M3), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.quantize_both.default, (w, E4M3), test_utils=("test_schema", "test_faketensor"))
+    for full in (False, True):
+        torch.library.opcheck(ops.fp8_linear_fwd.default, (*given, full), test_utils=fakes)
+        backward = (dy, *rows[:2], *weight.columns[:2], full, True, True, True)
+        torch.library.opcheck(ops.fp8_linear_bwd.default, backward, test_utils=("test_faketensor",))
