@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._dynamo import guards
 from torch.autograd import forward_ad
 
+from ._ops import add_op_namespace_prefix, ops
 from .configs import on_change
 from .launch import triton_runs_on
 
@@ -136,15 +137,16 @@ class Op:
             return self._run_below(*args)
 
         devices = ("cuda", "cpu")
-        self._op = torch.library.custom_op(f"clipfast::{name}", implementation, mutates_args=(), device_types=devices)
+        full_name = add_op_namespace_prefix(name)
+        self._op = torch.library.custom_op(full_name, implementation, mutates_args=(), device_types=devices)
         self.register_fake = self._op.register_fake
-        self._overload: Any = getattr(torch.ops.clipfast, name).default
+        self._overload: Any = getattr(ops, name).default
         self.schema = self._overload._schema
 
         def no_derivative(ctx: object, *grads: Tensor) -> None:
             """Refuse a second derivative of a registered op."""
             raise NotImplementedError(
-                f"clipfast::{name} has no derivative: compute second derivatives with backend='torch', the reference"
+                f"{full_name} has no derivative: compute second derivatives with backend='torch', the reference"
             )
 
         self.register_autograd(no_derivative, setup_context=lambda *_: None, results=lambda *_: sys.maxsize)
