@@ -12,6 +12,8 @@ from .attention.op import MAX_HEAD_DIM, _attention_bwd, _attention_fwd, takes_sd
 from .attention_pool.op import _pool_bwd, _pool_fwd
 from .backends import Op
 from .configs import planned
+from .fp8.linear import _fp8_linear_bwd, _fp8_linear_fwd
+from .fp8.op import _quantize_both, _quantize_rows
 from .layer_norm.op import MAX_WIDTH, _layer_norm_bwd, _layer_norm_fwd
 
 Plans = dict[Any, Any]
@@ -40,6 +42,8 @@ layer_norm_fwd, layer_norm_bwd = _layer_norm_fwd, _layer_norm_bwd
 attention_fwd, attention_bwd = _attention_fwd, _attention_bwd
 attention_pool_fwd, attention_pool_bwd = _pool_fwd, _pool_bwd
 bias_act_fwd, bias_act_bwd = _bias_act_fwd, _bias_act_bwd
+fp8_linear_fwd, fp8_linear_bwd = _fp8_linear_fwd, _fp8_linear_bwd
+quantize_rows, quantize_both = _quantize_rows, _quantize_both
 
 __all__ = [
     "MAX_HEAD_DIM",
@@ -52,8 +56,12 @@ __all__ = [
     "bias_act_bwd",
     "bias_act_fwd",
     "compute",
+    "fp8_linear_bwd",
+    "fp8_linear_fwd",
     "layer_norm_bwd",
     "layer_norm_fwd",
     "plans_of",
+    "quantize_both",
+    "quantize_rows",
     "takes_sdpa",
 ]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fp8 import RECIPES
 from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
 from .layers import LayerNorm, is_plain, lowered
@@ -14,7 +15,7 @@ from .model_config import CLIPConfig
 from .packed_text import PackedText, pack_if_shorter
 from .resnet import AttentionPool2d, ModifiedResNet
 from .texts import check_text, embed_text, refuse_foreign, takes_packed
-from .transformer import MLP, Attention, Transformer, read_rows
+from .transformer import MLP, Attention, ResidualAttentionBlock, Transformer, read_rows
 from .vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -272,3 +273,28 @@ class CLIP(nn.Module):
         for module in self.modules():
             if isinstance(module, (CLIP, Attention, AttentionPool2d, LayerNorm, MLP, VisionTransformer)):
                 module.backend = backend
+
+    def set_fp8(self, recipe: str | None, skip: tuple[int, int] = (0, 1)) -> None:
+        """Let the linear layers of transformer blocks multiply in 8 bits (fp8), forward and backward.
+
+        On a CPU this is emulated exactly, so it shows what training loses by 8 bits, and takes longer. Weights keep
+        their dtype; they are quantised in each forward pass.
+
+        Args:
+            recipe: "switchback" computes the gradients of weights in 16 bits, "full" in 8 bits too; None ends it.
+            skip: the numbers of the first and of the last blocks of each tower that keep 16 bits. A tower that reads
+                one row, such as the class token, computes the last block only for that row, as long as it keeps 16
+                bits.
+
+        Raises:
+            ValueError: the recipe is unknown, or a number is negative.
+        """
+        if recipe not in (None, *RECIPES):
+            raise ValueError(f"set_fp8: recipe must be {' or '.join(map(repr, RECIPES))} or None, got {recipe!r}")
+        if min(skip) < 0:
+            raise ValueError(f"set_fp8: skip must be two numbers of blocks, got {skip}")
+        for stack in self.modules():
+            blocks = [part for part in stack.children() if isinstance(part, ResidualAttentionBlock)]
+            for number, block in enumerate(blocks):
+                is_skipped = number < skip[0] or number >= len(blocks) - skip[1]
+                block.attn.fp8 = block.mlp.fp8 = None if is_skipped else recipe

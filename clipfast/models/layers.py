@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention_pool, layer_norm
+from ..kernels import attention_pool, fp8_linear, layer_norm
 from ..kernels.packing import Packing
 from .packed_text import PackedText
 
@@ -85,13 +85,27 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
     return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, HOOKS))
 
 
-def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: str | None = None, backend: str = "auto") -> Tensor:
+    """Return ``x W^T + b`` for the tokens of a model, in 8 bits by the recipe ``fp8`` if that is not None."""
+    return F.linear(x, weight, bias) if fp8 is None else fp8_linear(x, weight, bias, recipe=fp8, backend=backend)
+
+
+def call_linear(layer: nn.Module, x: Tensor, fp8: str | None, backend: str) -> Tensor:
+    """Call a linear layer of a model, or compute it in 8 bits if ``fp8`` is a recipe and the layer is plain."""
+    if fp8 is None or not is_plain(layer, nn.Linear, InProjection):
+        return layer(x)
+    return project(x, layer.weight, layer.bias, fp8, backend)
+
+
+def project_qkv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, fp8: str | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
     """Return the packed projection of queries, keys and values, and the bias whose gradient attention is to compute.
 
     The attention kernel sums that gradient from values that it already has on the chip; the linear layer would read
     the gradient of qkv again.
     """
-    return F.linear(x, weight, None if bias is None else bias.detach()), bias
+    return project(x, weight, None if bias is None else bias.detach(), fp8, backend), bias
 
 
 def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool) -> tuple[Tensor, Tensor]:

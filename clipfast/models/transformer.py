@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -42,7 +41,9 @@ from .layers import (
     LayerNorm,
     QuickGELU,
     attend_row,
+    call_linear,
     is_plain,
+    project,
     project_qkv,
     residual_norm,
     take_rows,
@@ -56,6 +57,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention`` and with linear projections."""
 
     PARTS = ("in_proj", "out_proj")
+    fp8: str | None = None  # the recipe of ``fp8_linear`` if the linear layers multiply in 8 bits
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -71,13 +73,15 @@ class Attention(nn.Module):
         """Return the attention of every token: [B, N, width] -> [B, N, width]; [1, T, width] if they are packed."""
         in_proj, bias = self.in_proj, None
         if is_plain(in_proj, InProjection, nn.Linear) and in_proj.bias is not None:
-            qkv, bias = project_qkv(x, in_proj.weight, in_proj.bias)
+            qkv, bias = project_qkv(x, in_proj.weight, in_proj.bias, self.fp8, self.backend)
         else:
-            qkv = in_proj(x)
+            qkv = call_linear(in_proj, x, self.fp8, self.backend)
         options: Any = {"causal": self.causal, "bias": bias, "backend": self.backend}
         if packing is None:
-            return self.out_proj(attention(qkv, self.num_heads, **options))
-        return self.out_proj(attention(qkv[0], self.num_heads, cu_seqlens=packing, **options)[None])
+            heads = attention(qkv, self.num_heads, **options)
+        else:
+            heads = attention(qkv[0], self.num_heads, cu_seqlens=packing, **options)[None]
+        return call_linear(self.out_proj, heads, self.fp8, self.backend)
 
     def forward_row(self, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
         """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
@@ -93,6 +97,7 @@ class MLP(nn.Module):
 
     PARTS = ("c_proj", "gelu", "c_fc")
     backend = "auto"
+    fp8: str | None = None
 
     def __init__(self, width: int, hidden: int, *, quick_gelu: bool, approximate: str = "none") -> None:
         super().__init__()
@@ -102,7 +107,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``c_proj(gelu(c_fc(x)))``: [..., width] -> [..., width]."""
-        return self.c_proj(linear_gelu(self.c_fc, self.gelu, x, self.backend))
+        hidden = linear_gelu(self.c_fc, self.gelu, x, self.backend, self.fp8)
+        return call_linear(self.c_proj, hidden, self.fp8, self.backend)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -196,6 +202,8 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
         return Plan(recompute, blocks)
     last = blocks[-1]
     if not is_plain(last, ResidualAttentionBlock) or plain_parameters(last) is None:
+        return Plan(recompute, blocks)
+    if last.attn.fp8 is not None or last.mlp.fp8 is not None:  # the row is computed in 16 bits only
         return Plan(recompute, blocks)
     if num_tokens > MAX_TOKENS or last.attn.num_heads > MAX_HEADS or last.attn.backend == "torch":
         return Plan(recompute, blocks)
@@ -321,7 +329,7 @@ def whole_blocks(
         if parameters is None or not _is_plain_tensors(parameters, device) or len(parameters.norm_1) != width:
             continue
         norm_1, norm_2, attn, mlp = block.ln_1, block.ln_2, block.attn, block.mlp
-        if not norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto":
+        if not norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto" or attn.fp8 != mlp.fp8:
             continue
         of_dtypes = dict(zip(map(DTYPE_OF, parameters[4:]), parameters[4:], strict=True)).values()
         if {*map(autocast_dtype, of_dtypes)} != {dtype} or width % attn.num_heads:
@@ -336,7 +344,7 @@ def whole_blocks(
         approximate = QUICK if isinstance(gelu, QuickGELU) else gelu.approximate
         options = Options(
             attn.num_heads, attn.causal, head_dim**-0.5, norm_1.eps, norm_2.eps, approximate,
-            on_triton and approximate != "tanh", dtype,
+            on_triton and approximate != "tanh", dtype, attn.fp8,
         )  # fmt: skip
         found[block] = parameters, options
     return found
@@ -390,7 +398,7 @@ def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor,
     return residual_norm(x, branch, norm, fused=is_plain(norm, LayerNorm))
 
 
-def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> Tensor:
+def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str, fp8: str | None = None) -> Tensor:
     """Return ``gelu(linear(x))`` for the MLP of a transformer block.
 
     On a GPU, the activation kernel adds the bias, and its backward pass also sums the bias's gradient. On a CPU this
@@ -398,11 +406,11 @@ def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> 
     """
     is_exact = getattr(gelu, "approximate", "none") == "none"
     if backend == "torch" or not is_exact or not triton_runs_on(x.device):
-        return gelu(linear(x))
+        return gelu(call_linear(linear, x, fp8, backend))
     if not is_plain(linear, nn.Linear) or not is_plain(gelu, nn.GELU, QuickGELU):
-        return gelu(linear(x))
+        return gelu(call_linear(linear, x, fp8, backend))
     bias_act = bias_quick_gelu if isinstance(gelu, QuickGELU) else bias_gelu
-    return bias_act(F.linear(x, linear.weight), linear.bias, backend=backend)
+    return bias_act(project(x, linear.weight, None, fp8, backend), linear.bias, backend=backend)
 
 
 # The dtypes in which the Triton kernels compute (see ``check_float``); Triton's interpreter has no bfloat16.

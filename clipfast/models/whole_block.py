@@ -36,6 +36,7 @@ from ..kernels.implementations import (
     plans_of,
 )
 from ..kernels.launch import triton_runs_on
+from . import fp8
 
 QUICK = "quick"
 DTYPE_OF = operator.attrgetter("dtype")  # unlike a lambda, it reads the dtype without a call of a Python function
@@ -50,6 +51,7 @@ class Options(NamedTuple):
         gelu: "none" or "tanh", the approximation of GELU, or "quick" for QuickGELU.
         adds_bias: whether the activation's kernel adds b_fc; otherwise the linear layer before it does.
         dtype: the dtype of products, to which autocast casts their operands.
+        fp8: the recipe of ``fp8_linear`` if the linear layers multiply in 8 bits, else None.
     """
 
     heads: int
@@ -60,6 +62,7 @@ class Options(NamedTuple):
     gelu: str
     adds_bias: bool
     dtype: torch.dtype
+    fp8: str | None = None
 
 
 class Parameters(NamedTuple):
@@ -101,13 +104,20 @@ def whole_block(
 
 
 def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Parameters]:
-    """Return the parameters of several blocks as autocast would cast them, in one launch, for :func:`whole_block`."""
+    """Return the parameters of several blocks as autocast would cast them, in one launch, for :func:`whole_block`.
+
+    Of blocks in 8 bits, the weights are quantised, and biases stay as they are.
+    """
     found: list[Parameters] = []
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for parameters, options in blocks:
         linear: Any = parameters[4 : 11 if options.adds_bias else 12]
-        if {*map(DTYPE_OF, linear)} != {options.dtype}:
+        if options.fp8 is not None:
+            values: list[Any] = list(parameters)
+            values[4::2] = fp8.quantized(parameters[4::2])
+            parameters = Parameters(*values)
+        elif {*map(DTYPE_OF, linear)} != {options.dtype}:
             cast = _new_like(linear, options.dtype)
             targets += cast
             sources += linear
@@ -164,7 +174,7 @@ def _plans(
     of_branch = None if branch is None else (branch.dtype, branch.stride()[first:])
     texts = (len(places), longest) if longest is not None and not first else None
     layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch, texts
-    return plans_of(function, places.__class__, options, tuple(map(DTYPE_OF, cast)), *layout)
+    return plans_of(function, places.__class__, options, tuple(map(DTYPE_OF, (*cast[:4], *cast[5::2]))), *layout)
 
 
 class _Block(torch.autograd.Function):
@@ -186,7 +196,10 @@ class _Block(torch.autograd.Function):
         ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
         # In a first block, s is a view of x below autograd, which would not notice that x is changed in place. So x
         # itself is saved.
-        ctx.save_for_backward(*((x, *saved[1:]) if branch is None else saved))
+        saved = (x, *saved[1:]) if branch is None else saved
+        if options.fp8 is not None:
+            saved, ctx.function = fp8.flattened(saved, function.backward)
+        ctx.save_for_backward(*saved)
         return results
 
     @staticmethod
@@ -218,14 +231,15 @@ _apply, _only_once = apply_of(_Block), apply_of(_OnlyOnce)
 
 def _forward(
     plans: Plans, options: Options, cast: Parameters, bounds: Tensor | None, x: Tensor, branch: Tensor | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
     """Return t and m of a transformer block, and the tensors that its backward pass reads, as rows except for qkv."""
     shape, width = x.shape, x.shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
-    qkv = F.linear(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
+    multiply: Any = F.linear if options.fp8 is None else fp8.linear
+    qkv = multiply(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
     heads, lse = compute(plans, attention_fwd, "", qkv, None, bounds, options.heads, options.causal, options.scale)
     heads = heads.view(-1, width)
-    t, m, saved = mlp_half(plans, options, s, F.linear(heads, cast.w_out, cast.b_out), cast)
+    t, m, saved = mlp_half(plans, options, s, multiply(heads, cast.w_out, cast.b_out), cast)
     saved = (s, mean, rstd, y, qkv, bounds, heads, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
     return (t.view(shape), m.view(shape)), saved
 
@@ -239,11 +253,11 @@ def _backward(
     s = s.reshape(-1, width)
     grads = grad_t.reshape(-1, width).contiguous(), grad_m.reshape(-1, width).contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, *grads, *of_mlp)
-    d_heads, dw_out, db_out = linear_grads(da, heads, w_out, wanted.w_out, wanted.b_out)
+    d_heads, dw_out, db_out = linear_grads(options, da, heads, w_out, wanted.w_out, wanted.b_out)
     with_sums = wanted.b_in is not None
     numbers = options.heads, options.causal, options.scale
     dqkv, db_in = compute(ctx.plans, attention_bwd, with_sums, d_heads, qkv, bounds, heads, lse, *numbers, with_sums)
-    dy, dw_in, _ = linear_grads(dqkv.view(-1, 3 * width), y, w_in, wanted.w_in, None)
+    dy, dw_in, _ = linear_grads(options, dqkv.view(-1, 3 * width), y, w_in, wanted.w_in, None)
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
     with_sums = bool(wanted.norm_1 or wanted.norm_1_bias)
     ds, du, of_norm_1 = compute(
@@ -264,8 +278,8 @@ def of_inputs(ctx: Any, ds: Tensor, du: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def first_norm(
     plans: Plans, options: Options, x: Tensor, branch: Tensor | None, cast: Parameters
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return s, its norm in the dtype of the weights, and the statistics of its rows [B * N, width]."""
+) -> tuple[Tensor, Any, Tensor, Tensor]:
+    """Return s, its norm as the product takes it, and the statistics of its rows [B * N, width]."""
     width, bias = x.shape[2], cast.norm_1_bias
     s = x.reshape(-1, width)
     if branch is None:
@@ -274,7 +288,8 @@ def first_norm(
         y, s, mean, rstd = compute(
             plans, layer_norm_fwd, "norm_1", branch.reshape(-1, width), s, cast.norm_1, bias, options.eps_1
         )
-    return s, y if y.dtype is options.dtype else y.to(options.dtype), mean, rstd
+    y = y if y.dtype is options.dtype else y.to(options.dtype)
+    return s, y if options.fp8 is None else fp8.rows_of(y), mean, rstd
 
 
 def pair(sums: Any) -> Any:
@@ -284,18 +299,20 @@ def pair(sums: Any) -> Any:
 
 def mlp_half(
     plans: Plans, options: Options, s: Tensor, a: Tensor, cast: Parameters
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Return t, m of a block's MLP, and the tensors that :func:`mlp_half_grads` reads."""
     y, t, mean, rstd = compute(plans, layer_norm_fwd, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
+    multiply: Any = F.linear if options.fp8 is None else fp8.linear
+    y = y if options.fp8 is None else fp8.rows_of(y)
+    h = multiply(y, cast.w_fc, None if options.adds_bias else cast.b_fc)
     if options.adds_bias:
-        h = F.linear(y, cast.w_fc)
         g = compute(plans, bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
     else:
-        h = F.linear(y, cast.w_fc, cast.b_fc)
         g = h * torch.sigmoid(1.702 * h) if options.gelu == QUICK else F.gelu(h, approximate=options.gelu)
+    g = g if options.fp8 is None else fp8.rows_of(g)
     b_fc = cast.b_fc if options.adds_bias else None
     saved = (t, mean, rstd, y, h, g, cast.norm_2, cast.w_fc, b_fc, cast.w_proj)
-    return t, F.linear(g, cast.w_proj, cast.b_proj), saved
+    return t, multiply(g, cast.w_proj, cast.b_proj), saved
 
 
 def mlp_half_grads(
@@ -304,14 +321,14 @@ def mlp_half_grads(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of s, of a, of the norm [2, width], and of w_proj, b_proj, w_fc and b_fc."""
     options, wanted = ctx.options, ctx.wanted
-    dg, dw_proj, db_proj = linear_grads(grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
+    dg, dw_proj, db_proj = linear_grads(options, grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
     if options.adds_bias:
         with_sums = wanted.b_fc is not None
         dh, db_fc = compute(ctx.plans, bias_act_bwd, with_sums, dg, h, b_fc, options.gelu == QUICK, with_sums)
-        dy, dw_fc, _ = linear_grads(dh, y, w_fc, wanted.w_fc, None)
+        dy, dw_fc, _ = linear_grads(options, dh, y, w_fc, wanted.w_fc, None)
     else:
         dh = _gelu_grad(dg, h, options.gelu)
-        dy, dw_fc, db_fc = linear_grads(dh, y, w_fc, wanted.w_fc, wanted.b_fc)
+        dy, dw_fc, db_fc = linear_grads(options, dh, y, w_fc, wanted.w_fc, wanted.b_fc)
     with_sums = bool(wanted.norm_2 or wanted.norm_2_bias)
     ds, da, of_norm = compute(
         ctx.plans, layer_norm_bwd, ("norm_2", with_sums), dy, grad_t, t, norm, mean, rstd, with_sums
@@ -320,13 +337,16 @@ def mlp_half_grads(
 
 
 def linear_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    options: Options, grad: Tensor, x: Any, weight: Any, weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of input, weight and bias of a block's linear layer on rows.
 
     The gradients of weight and bias have the dtypes given, where the product can be rounded to it at once; they are
-    None for a dtype that is None.
+    None for a dtype that is None. In 8 bits, ``weight`` has its columns.
     """
+    if options.fp8 is not None:
+        return fp8.linear_grads(grad, x, weight, options.fp8, weight_dtype is not None, bias_dtype is not None)
     dw: Tensor | None = None
     if weight_dtype:
         is_widened = weight_dtype == torch.float32 and grad.is_cuda and grad.dtype != weight_dtype

@@ -1,0 +1,151 @@
+"""Blocks in 8 bits: one function and modules agree in every bit, what keeps 16 bits, and checkpoints."""
+
+import pytest
+import torch
+from torch import nn
+
+from clipfast import contrastive_loss, create_model, get_model_config
+from clipfast.models import build, layers, transformer
+from clipfast.models.transformer import Transformer, read_rows
+
+from .test_whole_block import TOKENS, WIDTH, on_gpu, random_block, run  # noqa: F401
+
+RECIPES = ("switchback", "full")
+
+
+@pytest.fixture
+def model():
+    """Return a tiny CLIP whose text tower has two blocks, and its image tower four."""
+    torch.manual_seed(0)
+    return create_model("ViT-T-8-32", force_context_length=12)
+
+
+@pytest.fixture
+def inputs():
+    """Return a batch of random images and texts for the model."""
+    texts = torch.randint(1, 1000, (4, 12))
+    texts[:, -1] = 49407
+    return torch.randn(4, 3, 32, 32), texts
+
+
+def set_fp8(block, recipe):
+    """Let the linear layers of one block multiply in 8 bits."""
+    block.attn.fp8 = block.mlp.fp8 = recipe
+    return block
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("has_branch", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize(("gelu", "causal"), [("none", False), ("quick", True), ("tanh", False)])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_function_has_the_bits_of_the_modules(recipe, gelu, causal, has_branch, autocast, on_gpu):  # noqa: F811
+    block, x = set_fp8(random_block(gelu, causal=causal), recipe), torch.randn(3, TOKENS, WIDTH)
+    x = x.bfloat16() if autocast else x
+    branch = torch.randn_like(x) if has_branch else None
+    ours, bytes_ours = run(block, x, branch, whole=True, autocast=autocast)
+    theirs, bytes_theirs = run(block, x, branch, whole=False, autocast=autocast)
+    if autocast and not has_branch:  # with or without fp8, autograd rounds the two gradients of x before it adds them
+        torch.testing.assert_close(ours.pop("x"), theirs.pop("x"), rtol=0.02, atol=0.1)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert bytes_ours <= bytes_theirs
+    of_16_bits = run(set_fp8(block, None), x, branch, whole=True, autocast=autocast)
+    assert bytes_ours < of_16_bits[1]
+    assert not torch.equal(ours["out"], of_16_bits[0]["out"])
+
+
+def test_a_frozen_weight_has_no_gradient():
+    block, x = set_fp8(random_block(), "full"), torch.randn(2, TOKENS, WIDTH)
+    expected, _ = run(block, x, x, whole=False)
+    frozen = {"attn.in_proj_bias", "attn.out_proj.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"}
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    found, _ = run(block, x, x, whole=True)
+    assert {name for name, value in found.items() if value is None} == frozen
+    assert all(torch.equal(value, expected[name]) for name, value in found.items() if value is not None)
+
+
+class Half(nn.Linear):
+    """A linear layer as an adapter might replace it."""
+
+    def forward(self, x):
+        """Return half of the layer's output."""
+        return super().forward(x) / 2
+
+
+def test_only_plain_linear_layers_of_chosen_blocks_multiply_in_8_bits(monkeypatch, model, inputs):
+    seen = []
+    monkeypatch.setattr(layers, "fp8_linear", lambda x, weight, *args, **kw: seen.append(weight) or x @ weight.T)
+    monkeypatch.setattr(transformer, "whole_blocks", lambda *_: {})
+    blocks = model.visual.transformer.resblocks
+    model.set_fp8("switchback", skip=(1, 1))
+    model(*inputs)
+    expected = [
+        weight
+        for block in blocks[1:-1]  # the text tower has only a first and a last block
+        for weight in (
+            block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight
+        )
+    ]  # fmt: skip
+    assert list(map(id, seen)) == list(map(id, expected))
+    seen.clear()
+    blocks[1].mlp.c_fc.__class__ = Half
+    model(*inputs)
+    assert len(seen) == len(expected) - 1
+    seen.clear()
+    model.set_fp8(None)
+    model(*inputs)
+    assert not seen
+
+
+@pytest.mark.parametrize("name", ["ViT-T-8-32", "ViT-B-16-SigLIP", "naflex_ViT-B-32"])
+def test_every_tower_has_blocks_in_8_bits(name):
+    with torch.device("meta"):
+        model = build(get_model_config(name))
+    model.set_fp8("full", skip=(1, 0))
+    kinds = (transformer.Attention, transformer.MLP)
+    found = [module.fp8 for module in model.modules() if isinstance(module, kinds)]
+    # Of each tower, the first block keeps 16 bits, and so does the MLP of an attention pooling.
+    assert (found.count("full") + 4, "full" in found) in ((len(found), True), (len(found) - 1, True))
+
+
+def test_a_last_block_in_8_bits_computes_all_rows():
+    tower, x = Transformer(WIDTH, 2, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+    set_fp8(tower.resblocks[-1], "switchback")
+    assert torch.equal(read_rows(tower, x), tower(x)[:, 0])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_stay_near_those_of_float32_in_all_ways_to_run(recipe, model, inputs):
+    def gradients(fp8, checkpointing=False, compiled=False):
+        """Return the gradients of the model's features."""
+        model.set_fp8(fp8, skip=(0, 0))
+        model.set_grad_checkpointing(bool(checkpointing), selective=checkpointing == "selective")
+        model.zero_grad()
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        image, text, scale = call(*inputs)
+        contrastive_loss(image, text, scale).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    exact, ours = gradients(None), gradients(recipe)
+    for name, grad in exact.items():
+        assert torch.cosine_similarity(ours[name].flatten(), grad.flatten(), dim=0) > 0.9 or grad.ndim < 2, name
+    for checkpointing in (True, "selective"):
+        again = gradients(recipe, checkpointing)
+        assert all(torch.equal(again[name], grad) for name, grad in ours.items())
+    torch.testing.assert_close(gradients(recipe, compiled=True), ours, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpoints_hold_no_8_bits(model, tmp_path):
+    names = {name: value.dtype for name, value in model.state_dict().items()}
+    model.set_fp8("switchback")
+    assert {name: value.dtype for name, value in model.state_dict().items()} == names
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = create_model("ViT-T-8-32", str(tmp_path / "model.pt"), force_context_length=12)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(("int8",), "'switchback' or 'full'"), (("full", (0, -1)), "skip")])
+def test_what_set_fp8_refuses(model, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        model.set_fp8(*arguments)
