@@ -29,7 +29,7 @@ INTERPRET = "TRITON_INTERPRET"
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_HUB_OFFLINE")
 PREFIXES = ("CLIPFAST_", "NCCL_", "TRITON_", "TORCH_")
 OURS = ("CLIPFAST_CACHE", "CLIPFAST_CACHE_BYTES", "CLIPFAST_DISABLE", "CLIPFAST_COMMIT")
-EXTRAS = ("data", "eval", "train", "bench", "hub", "siglip")  # extras whose missing packages are reported
+EXTRAS = ("data", "eval", "probe", "search", "train", "bench", "hub", "siglip", "ray", "app")  # missing: a note
 DRIVER = Path("proc/driver/nvidia/version")  # exists if NVIDIA's driver is loaded; relative to the root folder
 OLDEST = (8, 0)  # the lowest compute capability for which the kernels are checked
 LEAST_FREE = 1 << 30  # bytes that the cache and the folder of runs must have free
@@ -75,11 +75,13 @@ def packages() -> Iterator[Finding]:
     yield Finding("clipfast", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
     pattern = r"""([\w.-]+)(?:.*extra\s*==\s*['"](\w+))?"""
+    seen: set[str] = set()
     for line in importlib.metadata.requires("clipfast") or ():
         found = re.match(pattern, line)
-        if found is None or found[2] not in (None, *EXTRAS):
+        if found is None or found[2] not in (None, *EXTRAS) or found[1] in seen:
             continue
         package, extra = found.groups()
+        seen.add(package)
         try:
             yield Finding(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
@@ -169,11 +171,14 @@ def folders(logs: Path) -> Iterator[Finding]:
 
 def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Report for ``clipfast doctor`` the environment variables that change clipfast, PyTorch, NCCL or Triton."""
-    for name, value in sorted(environment.items()):
+    known = {name: value for name, value in environment.items() if name in VARIABLES or name.startswith(PREFIXES)}
+    if not known:
+        yield Finding("none", "no variable that changes clipfast, PyTorch, NCCL or Triton is set")
+    for name, value in sorted(known.items()):
         if name == INTERPRET and value not in ("", "0"):
             fix = f"unset {name}: it interprets kernels on the CPU, for tests"
             yield Finding(name, repr(value), PROBLEM, fix)
-        elif name in VARIABLES or name.startswith(PREFIXES):
+        else:
             unknown = name.startswith("CLIPFAST_") and name not in OURS
             fix = f"clipfast reads no such variable; it reads {', '.join(OURS)}"
             yield judged(name, repr(value), NOTE, fix, applies=unknown)

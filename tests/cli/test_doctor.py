@@ -93,7 +93,7 @@ class TestMachine:
                 raise machine.importlib.metadata.PackageNotFoundError
             return original(name)
 
-        assert {finding.status for finding in machine.packages()} == {OK}
+        assert PROBLEM not in {finding.status for finding in machine.packages()}
         monkeypatch.setattr(machine.importlib.metadata, "version", version)
         found = by_name(machine.packages())
         assert (found["triton"].status, found["triton"].fix[:20]) == (PROBLEM, "pip install 'triton>")
@@ -113,6 +113,8 @@ class TestMachine:
             "TRITON_INTERPRET": PROBLEM, "TRITON_CACHE_DIR": OK, "CLIPFAST_CACHE": OK, "CLIPFAST_CASHE": NOTE,
             "CUDA_VISIBLE_DEVICES": OK,
         }  # fmt: skip
+        # Without a finding, the command would have no table to print.
+        assert [found.status for found in machine.variables({"PATH": "/x"})] == [OK]
         assert {run.VARIABLE, index.CACHE_VARIABLE, staging.MAX_BYTES_VARIABLE} <= set(machine.OURS)
 
     def test_folders(self, tmp_path, monkeypatch):
