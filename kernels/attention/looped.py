@@ -19,6 +19,7 @@ from .tiles import (
     held,
     inner,
     load_rows,
+    log_sum_exp,
     masked_rows,
     probabilities,
     row_dot,
@@ -107,7 +108,7 @@ def _looped_fwd_kernel(
     is_empty = row_sum == 0.0
     factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
     store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
-    lse = tl.where(is_empty, float("inf"), row_max + tl.log2(row_sum) / qk_scale)
+    lse = log_sum_exp(row_max, row_sum, qk_scale, dtype == tl.float32)
     tl.store(lse_ptr + pid_bh.to(tl.int64) * M + offs_m, lse, mask=offs_m < M)
 
 

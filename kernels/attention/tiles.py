@@ -178,19 +178,27 @@ def probabilities(scores, shift, qk_scale, IS_EXACT: tl.constexpr):
 def softmax_step(scores, row_max, row_sum, qk_scale, IS_EXACT: tl.constexpr):
     """Fold scores [M, N] of attention into a running softmax; if IS_EXACT, as :func:`online_softmax_step` does.
 
-    Otherwise the exponent takes one operation, a multiply-add: the row's maximum is scaled and rounded first. This
-    rounding error is the same for all scores of the row, so it cancels when the row is divided by its sum.
+    Otherwise the exponent takes one operation, a multiply-add: ``row_max`` has been scaled and rounded before. The
+    factor between two blocks is computed from these rounded values too, so their rounding error is the same for all
+    scores of the row, and cancels when the row is divided by its sum.
     """
     if IS_EXACT:
         p, decay, new_max, new_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
     else:
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
         # While all scores of a row are -inf, new_max is -inf, and -inf - (-inf) is NaN, so 0 is subtracted there.
-        pivot = tl.where(new_max == float("-inf"), 0.0, new_max) * qk_scale
-        decay = tl.exp2(row_max * qk_scale - pivot)
+        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = tl.exp2(row_max - pivot)
         p = tl.exp2(scores * qk_scale - pivot[:, None])
         new_sum = row_sum * decay + tl.sum(p, 1)
     return p, decay, new_max, new_sum
+
+
+@triton.jit
+def log_sum_exp(row_max, row_sum, qk_scale, IS_EXACT: tl.constexpr):
+    """Return the log-sum-exp of rows in units of q . k, from the state of :func:`softmax_step`; inf if one is empty."""
+    lse = row_max + tl.log2(row_sum) / qk_scale if IS_EXACT else (row_max + tl.log2(row_sum)) / qk_scale
+    return tl.where(row_sum == 0.0, float("inf"), lse)
 
 
 @triton.jit

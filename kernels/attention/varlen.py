@@ -15,6 +15,7 @@ from .tiles import (
     head_of,
     inner,
     load_rows,
+    log_sum_exp,
     probabilities,
     row_dot,
     scaled_rows,
@@ -70,7 +71,7 @@ def _varlen_fwd_kernel(
     is_empty = row_sum == 0.0
     factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
     store_rows(out_ptr, acc, factor[:, None], offs_m, T, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
-    lse = tl.where(is_empty, float("inf"), row_max + tl.log2(row_sum) / qk_scale)
+    lse = log_sum_exp(row_max, row_sum, qk_scale, dtype == tl.float32)
     tl.store(lse_ptr + h.to(tl.int64) * T + offs_m, lse, mask=offs_m < T)
 
 
