@@ -34,9 +34,10 @@ _NAMES = {
     "models.file_tokenizer": ("FileTokenizer",),
     "models.images": ("ImageError", "open_image"),
     "kernels": (
-        "Fp8Rows", "attention", "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "contrastive_loss",
-        "fp8_linear", "info_nce_loss", "layer_norm", "nt_xent_loss", "patch_embed", "patch_embed_packed",
-        "quantize_rows", "quantize_weight", "retrieval_ranks", "sigmoid_loss", "text_embed", "top_k",
+        "Fp8Rows", "attention", "attention_pool", "attention_qkv", "bias_gelu", "bias_gelu_fp8", "bias_quick_gelu",
+        "bias_quick_gelu_fp8", "contrastive_loss", "fp8_linear", "info_nce_loss", "layer_norm", "layer_norm_fp8",
+        "nt_xent_loss", "patch_embed", "patch_embed_packed", "quantize_rows", "quantize_weight", "retrieval_ranks",
+        "sigmoid_loss", "text_embed", "top_k",
     ),
     "losses.clip_loss": ("ClipLoss",),
     "models": ("CLIP", "SigLIP", "add_model_config", "dense_features", "get_model_config", "list_models"),

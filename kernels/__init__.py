@@ -14,7 +14,17 @@ if __name__ != "kernels":
     from .attention import attention, attention_qkv, attention_route
     from .attention_pool import attention_pool
     from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
-    from .fp8 import CachedWeights, Fp8Rows, Fp8Weight, fp8_linear, quantize_rows, quantize_weight
+    from .fp8 import (
+        CachedWeights,
+        Fp8Rows,
+        Fp8Weight,
+        bias_gelu_fp8,
+        bias_quick_gelu_fp8,
+        fp8_linear,
+        layer_norm_fp8,
+        quantize_rows,
+        quantize_weight,
+    )
     from .layer_norm import layer_norm
     from .patch_embed import patch_embed
     from .patch_embed_packed import patch_embed_packed
@@ -31,12 +41,15 @@ if __name__ != "kernels":
         "attention_qkv",
         "attention_route",
         "bias_gelu",
+        "bias_gelu_fp8",
         "bias_quick_gelu",
+        "bias_quick_gelu_fp8",
         "contrastive_loss",
         "distributed_contrastive_loss",
         "fp8_linear",
         "info_nce_loss",
         "layer_norm",
+        "layer_norm_fp8",
         "nt_xent_loss",
         "patch_embed",
         "patch_embed_packed",

@@ -81,5 +81,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     size = torch.where(is_finite, x.abs(), 0.0)
     largest = size.amax(-1) if x.shape[-1] else size.sum(-1)
     largest = torch.where(largest == 0, most, largest.clamp(min=LEAST))
-    values = (x * (most / largest)[..., None]).clamp(-most, most)
-    return torch.where(is_finite, values, float("nan")).to(dtype).contiguous(), (largest / most).contiguous()
+    # PyTorch would round a quotient of a number and a tensor twice, by way of the reciprocal.
+    limit = torch.full_like(largest, most)
+    values = torch.where(is_finite, x * (limit / largest)[..., None], float("nan"))
+    return values.to(dtype).contiguous(), (largest / limit).contiguous()

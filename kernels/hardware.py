@@ -86,6 +86,14 @@ def architecture(capability: int) -> Architecture:
     return ARCHITECTURES[max(known)]
 
 
+LEAST_FP8 = 89  # the first compute capability with numbers of 8 bits: RTX 40, L4, L40S; H100; Blackwell
+
+
+def has_fp8(arch: int) -> bool:
+    """Return whether a GPU has e4m3, as PyTorch's float8_e4m3fn, and products of it. An MI300 has another e4m3."""
+    return arch >= LEAST_FP8 and arch not in AMD
+
+
 def target_name(arch: int) -> str:
     """Return the compiler's name of an architecture: "sm_90" for 90, "gfx942" for 942."""
     return f"gfx{arch}" if arch in AMD else f"sm_{arch}"

@@ -336,6 +336,32 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3) -> Fp8Rows:
     return Fp8Rows(*rounded(x.detach(), dtype), (x - x.detach()).nan_to_num(0.0))
 
 
+def bias_gelu_fp8(x: Tensor, bias: Tensor) -> Fp8Rows:
+    """Return the reference of the op ``bias_gelu_fp8``: GELU of x + bias in 8 bits, rounded once."""
+    return _rounded_from(x, bias_gelu(_wide(x), bias))
+
+
+def bias_quick_gelu_fp8(x: Tensor, bias: Tensor) -> Fp8Rows:
+    """Return the reference of the op ``bias_quick_gelu_fp8``: QuickGELU of x + bias in 8 bits, rounded once."""
+    return _rounded_from(x, bias_quick_gelu(_wide(x), bias))
+
+
+def layer_norm_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None
+) -> Any:
+    """Return the reference of the op ``layer_norm_fp8``: the layer norm in 8 bits, rounded once from float32."""
+    y = layer_norm(_wide(x), weight, bias, eps, residual=residual)
+    y, stream = (y, None) if residual is None else y
+    rows = _rounded_from(x, y)
+    return rows if stream is None else (rows, stream)
+
+
+def _rounded_from(x: Tensor, y: Tensor) -> Fp8Rows:
+    """Return ``y``, computed in float32 by a reference from ``x``, in 8 bits, with the dtype of ``x`` for products."""
+    values, scale, carrier = quantize_rows(y)
+    return Fp8Rows(values, scale, None if carrier is None else carrier.to(x.dtype))
+
+
 def quantize_weight(weight: Tensor) -> Fp8Weight:
     """Return the reference of the op ``quantize_weight``: the rows and the columns of a weight [N, K] in 8 bits."""
     weight = weight.detach()

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from .launch import INTERPRET
+
+IS_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
+
 
 @triton.jit
 def online_softmax_step(
@@ -115,3 +119,72 @@ def row_products(
         )  # [BK, BN]
         acc = tl.dot(x, y, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def sizes(x):
+    """Return the absolute values of a tile, with zeros for NaN and infinities."""
+    size = tl.abs(x)
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
+def scales(largest, MOST: tl.constexpr):
+    """Return the factors L / m by which rows are multiplied before they are rounded, and their scales m / L."""
+    largest = tl.where(largest == 0.0, MOST, tl.maximum(largest, 7.888609052210118e-31))  # 2^-100
+    most = tl.zeros_like(largest) + MOST
+    return tl.div_rn(most, largest), tl.div_rn(largest, most)
+
+
+@triton.jit
+def in_eight_bits(x, factor, dtype: tl.constexpr):
+    """Return the tile ``x * factor`` in 8 bits: to the nearest, ties to even, NaN for NaN and infinities.
+
+    No product exceeds the largest number by more than its own rounding in float32, so nothing overflows.
+    """
+    product = tl.where(tl.abs(x) < float("inf"), x * factor, float("nan"))
+    if IS_INTERPRETED:
+        # Triton's interpreter does not round to the nearest number of 8 bits, and makes numbers of NaN.
+        product = _interpreted_bits(product, dtype).to(dtype, bitcast=True)
+    return product.to(dtype)
+
+
+@triton.jit
+def _interpreted_bits(x, dtype: tl.constexpr):
+    """Return the bits of a tile in 8 bits, uint8, by operations on integers; for Triton's interpreter."""
+    DIGITS: tl.constexpr = dtype.fp_mantissa_width
+    BIAS: tl.constexpr = dtype.exponent_bias
+    cut = 23 - DIGITS
+    size = tl.abs(x)
+    bits = size.to(tl.int32, bitcast=True)
+    # An exponent of the narrow dtype that is not zero follows from that of float32. A number below the least normal one
+    # is a multiple of the least number, and the sum with 1.5 * 2^23 rounds it to a whole multiple.
+    normal = ((bits + (1 << (cut - 1)) - 1 + ((bits >> cut) & 1)) >> cut) - ((127 - BIAS) << DIGITS)
+    small = (size * 2.0 ** (BIAS + DIGITS - 1) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    code = tl.where(size < 2.0 ** (1 - BIAS), small, normal)
+    code = tl.where(x != x, 0x7F, code)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (code | tl.where(x != x, 0, sign)).to(tl.uint8)
+
+
+@triton.jit
+def store_rows(
+    y,  # [BM, BN], zero past the end of a row
+    values_ptr,  # [M, N] contiguous
+    scale_ptr,  # [M] fp32
+    rows, columns, mask_m, mask_n, N,
+    MOST: tl.constexpr,
+):  # fmt: skip
+    """Store whole rows in 8 bits, and their scales; ``rows`` [BM] and ``columns`` [BN] are their numbers in int64."""
+    factor, scale = scales(tl.max(sizes(y), 1), MOST)
+    values = in_eight_bits(y, factor[:, None], values_ptr.dtype.element_ty)
+    tl.store(values_ptr + rows[:, None] * N + columns[None, :], values, mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(scale_ptr + rows, scale, mask=mask_m)
+
+
+@triton.jit
+def store_carrier(carrier_ptr):
+    """Store the zero that all elements of a carrier share, if there is one."""
+    if carrier_ptr is not None:  # noqa: SIM102  (the compiler decides this condition, the next one is the program's)
+        if tl.program_id(0) == 0:
+            tl.store(carrier_ptr, tl.zeros((), tl.float32).to(carrier_ptr.dtype.element_ty))

@@ -2,6 +2,10 @@
 
 from ..fp8_rows import E4M3, E5M2, Fp8Rows, Fp8Weight
 from .linear import CachedWeights, fp8_linear
-from .op import quantize_rows, quantize_weight
+from .norm import layer_norm_fp8
+from .op import bias_gelu_fp8, bias_quick_gelu_fp8, quantize_rows, quantize_weight
 
-__all__ = ["E4M3", "E5M2", "CachedWeights", "Fp8Rows", "Fp8Weight", "fp8_linear", "quantize_rows", "quantize_weight"]
+__all__ = [
+    "E4M3", "E5M2", "CachedWeights", "Fp8Rows", "Fp8Weight", "bias_gelu_fp8", "bias_quick_gelu_fp8", "fp8_linear",
+    "layer_norm_fp8", "quantize_rows", "quantize_weight",
+]  # fmt: skip

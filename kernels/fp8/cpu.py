@@ -1,30 +1,61 @@
-"""Rows in 8 bits on the CPU, and their products, exactly emulated: the same functions as in ``launches``."""
+"""Rows in 8 bits on the CPU, by PyTorch's own functions: the same functions as in ``launches``."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..fp8_rows import rounded
+from ..activation import _fwd_cpu
+from ..fp8_rows import E4M3, rounded, zero_carrier
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the values [..., K] and the scales [...] of rows."""
-    return rounded(x, dtype)
+def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callable[[Tensor], Any]:
+    """Return the function that rounds rows like ``x``: values and scales, after the carrier if ``carried``."""
+
+    def compute(x: Tensor) -> Any:
+        """Round rows to 8 bits on the CPU."""
+        return (zero_carrier(x), *rounded(x, dtype)) if carried else rounded(x, dtype)
+
+    return compute
 
 
-def quantize_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the values and the scales of the rows of a matrix [M, K], and of its columns as rows [K, M]."""
-    return *rounded(x, dtype), *rounded(x.T, dtype)
+def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
+    """Return the function that computes GELU(x + bias), or QuickGELU if ``quick``, in 8 bits: carrier, values, scales.
 
-
-def multiply(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
-    """Return the products [M, N] of rows ``a`` [M, K] and ``b`` [N, K], plus a bias [N].
-
-    The products of two values are exact in float32, which adds them up; scales and bias come after the sum.
+    The activation is rounded once, from float32.
     """
-    wide = a_scale.dtype
-    y = a.to(wide) @ b.to(wide).T
-    y *= a_scale[:, None]
-    y *= b_scale
-    return (y if bias is None else y.add_(bias)).to(dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    activate = _fwd_cpu(wide, bias, quick)
+
+    def compute(x: Tensor, bias: Tensor, quick: bool) -> tuple[Tensor, ...]:
+        """Compute an activation with its bias in 8 bits on the CPU."""
+        return zero_carrier(x), *rounded(activate(x.to(wide.dtype), bias, quick), E4M3)
+
+    return compute
+
+
+def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function that widens rows like ``values``, given with their scales, to ``dtype``."""
+
+    def compute(values: Tensor, scale: Tensor) -> Tensor:
+        """Widen rows of 8 bits on the CPU."""
+        return (values.to(scale.dtype) * scale[..., None]).to(dtype)
+
+    return compute
+
+
+def quantize_both(x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Any]:
+    """Return the function that rounds a matrix like ``x`` [M, N] along its rows, and along its columns.
+
+    It returns the values and the scales of the rows, and those of the columns as rows [N, M].
+    """
+    return lambda x: (*rounded(x, dtype), *rounded(x.T, dtype))
+
+
+def quantize_columns(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Any]:
+    """Return the function that rounds the columns of rows in 8 bits like ``values`` [M, N], given with their scales.
+
+    It returns the values and the scales of the columns as rows [N, M].
+    """
+    return lambda values, scale: rounded((values.to(scale.dtype) * scale[:, None]).T, dtype)

@@ -17,6 +17,7 @@ large-scale vision-language models").
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,11 @@ from ..checks import check_device, check_float, check_tensor
 from ..common import as_rows
 from ..dtypes import autocast_to
 from ..fp8_rows import E4M3, E5M2, Fp8Rows, Fp8Weight
-from . import cpu
+from ..launch import triton_runs_on
+from . import cpu, launches
+from .multiply import multiply
 from .op import quantize_rows, quantize_weight
+from .support import check_fp8
 
 RECIPES = ("switchback", "full")
 EIGHT_BITS = (E4M3, E5M2)
@@ -51,9 +55,11 @@ def _fp8_linear_fwd(
         row_values, row_scale, column_values, column_scale: the two forms of the weight.
         full: whether the weight's gradient is computed in 8 bits.
     """
-    rows = as_rows(values), scale.flatten()
-    y = cpu.multiply(*rows, row_values, row_scale, carrier.dtype, bias)
+    y = multiply(as_rows(values), scale.flatten(), row_values, row_scale, carrier.dtype, bias)
     return y.view(*values.shape[:-1], len(row_values))
+
+
+_fp8_linear_fwd.planned_by(lambda *_: _fp8_linear_fwd.run)
 
 
 @_fp8_linear_fwd.register_fake
@@ -62,6 +68,42 @@ def _(
     row_scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
 ) -> Tensor:  # fmt: skip
     return carrier.new_empty((*values.shape[:-1], row_values.shape[0]))
+
+
+def _plan_backward(
+    grad: Tensor, values: Tensor, scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
+    with_dx: bool, with_dw: bool, with_db: bool,
+) -> Callable[..., Any]:  # fmt: skip
+    """Return the function that computes the gradients of linear layers of a layout."""
+    side: Any = launches if triton_runs_on(grad.device) else cpu
+    dy, rows, dtype, shape = as_rows(grad), as_rows(values), grad.dtype, values.shape
+    quantize = side.quantize(dy, E4M3)
+    if with_dw and full:
+        quantize_both, quantize_columns = side.quantize_both(dy, E4M3), side.quantize_columns(rows, E4M3)
+    elif with_dw:
+        dequantize = side.dequantize(rows, dtype)
+
+    def compute(
+        grad: Tensor, values: Tensor, scale: Tensor, column_values: Tensor, column_scale: Tensor, *_: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of a linear layer, for tensors of a known layout."""
+        dy, rows, scale = as_rows(grad), as_rows(values), scale.flatten()
+        dx = dw = db = None
+        if with_dw and full:
+            dy_values, dy_scale, columns, columns_scale = quantize_both(dy)
+            x_columns, x_scale = quantize_columns(rows, scale)
+            dw = multiply(columns, columns_scale, x_columns, x_scale, dtype)
+        elif with_dx:
+            dy_values, dy_scale = quantize(dy)
+        if with_dw and not full:
+            dw = dy.T @ dequantize(rows, scale)
+        if with_dx:
+            dx = multiply(dy_values, dy_scale, column_values, column_scale, dtype).view(shape)
+        if with_db:
+            db = dy.sum(0, dtype=scale.dtype)
+        return dx, dw, db
+
+    return compute
 
 
 @registered("fp8_linear_bwd")
@@ -73,21 +115,14 @@ def _fp8_linear_bwd(
 
     Those that are not wanted are empty.
     """
-    dy, rows = as_rows(grad), Fp8Rows(as_rows(values), scale.flatten())
-    dx, dw, db = grad.new_empty(0), grad.new_empty(0), scale.new_empty(0)
-    if full and with_dw:
-        dy_values, dy_scale, columns, columns_scale = cpu.quantize_both(dy, E4M3)
-        dw = cpu.multiply(columns, columns_scale, *cpu.quantize(rows.wide().T, E4M3), grad.dtype)
-    else:
-        if with_dx:
-            dy_values, dy_scale = cpu.quantize(dy, E4M3)
-        if with_dw:
-            dw = dy.T @ rows.wide().to(grad.dtype)
-    if with_dx:
-        dx = cpu.multiply(dy_values, dy_scale, column_values, column_scale, grad.dtype).view(values.shape)
-    if with_db:
-        db = dy.sum(0, dtype=scale.dtype)
+    args = grad, values, scale, column_values, column_scale, full, with_dx, with_dw, with_db
+    dx, dw, db = _plan_backward(*args)(*args)
+    empty = (like.new_empty(0) for like in (grad, grad, scale))
+    dx, dw, db = (nothing if x is None else x for x, nothing in zip((dx, dw, db), empty, strict=True))
     return dx, dw, db
+
+
+_fp8_linear_bwd.planned_by(_plan_backward)
 
 
 @_fp8_linear_bwd.register_fake
@@ -215,6 +250,7 @@ def fp8_linear(
         return reference.fp8_linear(x, weight, bias, recipe=recipe, weight_fp8=weight_fp8)
     if isinstance(x, Tensor):
         check_float(op, x=x, weight=weight, bias=bias)
+        check_fp8(op, x, max(weight.shape))
         x = quantize_rows(x, backend=backend)
     of_rows, of_columns = weight_fp8 or quantize_weight(weight, backend=backend)
     carrier = x.values.new_zeros((), dtype=x.dtype).expand(x.values.shape) if x.carrier is None else x.carrier

@@ -5,25 +5,38 @@ is rounded along its rows and along its columns. The scale of a column is known 
 the weight is read twice: 2 N K items and 2 N K bytes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import activation, reference
 from ..backends import registered, uses_reference
-from ..checks import check_float, check_tensor
+from ..checks import check_float, check_parameter, check_tensor
 from ..dtypes import dtype_name
-from ..fp8_rows import E4M3, LARGEST, Fp8Rows, Fp8Weight, zero_carrier
-from . import cpu
+from ..fp8_rows import E4M3, LARGEST, Fp8Rows, Fp8Weight
+from ..launch import triton_runs_on
+from . import cpu, launches
+from .support import check_fp8
 
 Carried = tuple[Tensor, Tensor, Tensor]
+
+
+def _plan_rows(x: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
+    """Return the function that rounds rows of a layout to 8 bits."""
+    compute = (launches if triton_runs_on(x.device) else cpu).quantize(x, dtype, carried=True)
+    return lambda x, _: compute(x)
 
 
 @registered("quantize_rows")
 def _quantize_rows(x: Tensor, dtype: torch.dtype) -> Carried:
     """Return the carrier, the values and the scales of rows. This is the registered op."""
-    return zero_carrier(x), *cpu.quantize(x, dtype)
+    found: Carried = _plan_rows(x, dtype)(x, dtype)
+    return found
+
+
+_quantize_rows.planned_by(_plan_rows)
 
 
 @_quantize_rows.register_fake
@@ -53,10 +66,20 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, N
 _quantize_rows.register_autograd(_backward, setup_context=_setup_context, results=lambda *_: 3)
 
 
+def _plan_both(x: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
+    """Return the function that rounds matrices of a layout to 8 bits along rows and columns."""
+    compute = (launches if triton_runs_on(x.device) else cpu).quantize_both(x, dtype)
+    return lambda x, _: compute(x)
+
+
 @registered("quantize_both")
 def _quantize_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the values and scales of the rows, and of the columns, of a matrix. This is the registered op."""
-    return cpu.quantize_both(x, dtype)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _plan_both(x, dtype)(x, dtype)
+    return found
+
+
+_quantize_both.planned_by(_plan_both)
 
 
 @_quantize_both.register_fake
@@ -82,14 +105,19 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3, *, backend: str = "auto"
         ValueError, TypeError: a shape or a dtype that does not fit.
         RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
     """
-    op = "quantize_rows"
+    op, options, args = "quantize_rows", (dtype, backend), (x, dtype)
+    compute = _quantize_rows.find(options, (x,))
+    if compute is not None:
+        carrier, values, scale = compute(*args)
+        return Fp8Rows(values, scale, carrier)
     check_tensor(op, "x", x, None)
     if dtype not in LARGEST:
         raise TypeError(f"{op}: dtype must be {' or '.join(map(dtype_name, LARGEST))}, got {dtype}")
     if uses_reference(op, backend, x):
         return reference.quantize_rows(x, dtype)
     check_float(op, x=x)
-    carrier, values, scale = _quantize_rows(x, dtype)
+    check_fp8(op, x, x.shape[-1])
+    carrier, values, scale = _quantize_rows.learn(options, (x,), args)(*args)
     return Fp8Rows(values, scale, carrier)
 
 
@@ -112,5 +140,88 @@ def quantize_weight(weight: Tensor, *, backend: str = "auto") -> Fp8Weight:
     if uses_reference(op, backend, weight):
         return reference.quantize_weight(weight)
     check_float(op, weight=weight)
-    values, scale, column_values, column_scale = _quantize_both(weight.detach(), E4M3)
+    check_fp8(op, weight)
+    weight = weight.detach()
+    options, args = (backend,), (weight, E4M3)
+    compute = _quantize_both.find(options, (weight,)) or _quantize_both.learn(options, (weight,), args)
+    values, scale, column_values, column_scale = compute(*args)
     return Fp8Weight(Fp8Rows(values, scale), Fp8Rows(column_values, column_scale))
+
+
+def _plan_bias_act(x: Tensor, *args: Any) -> Callable[..., Any]:
+    """Return the function that computes bias and activation in 8 bits for a layout."""
+    return (launches if triton_runs_on(x.device) else cpu).bias_act(x, *args)
+
+
+@registered("bias_act_fp8_fwd")
+def _bias_act_fp8_fwd(x: Tensor, bias: Tensor, quick: bool) -> Carried:
+    """Return the carrier, the values and the scales of GELU or QuickGELU of x + bias. This is the registered op."""
+    found: Carried = _plan_bias_act(x, bias, quick)(x, bias, quick)
+    return found
+
+
+_bias_act_fp8_fwd.planned_by(_plan_bias_act)
+
+
+@_bias_act_fp8_fwd.register_fake
+def _(x: Tensor, bias: Tensor, quick: bool) -> Carried:
+    return x.new_empty(()).expand(x.shape), *_fake_rows(x, E4M3)
+
+
+def _bias_act_context(ctx: Any, inputs: tuple[Any, ...], output: Carried) -> None:
+    """Save x and bias for the backward pass of GELU or QuickGELU, which is that of the op in 16 bits."""
+    _setup_context(ctx, inputs, output)
+    activation._setup_context(ctx, inputs, output[0])
+
+
+def _bias_act_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of GELU or QuickGELU of x + bias to autograd."""
+    return (None, None, None) if grad is None else activation._backward(ctx, grad)
+
+
+_bias_act_fp8_fwd.register_autograd(_bias_act_backward, setup_context=_bias_act_context, results=lambda *_: 3)
+
+
+def bias_gelu_fp8(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Fp8Rows:
+    """Compute GELU(x + bias), by the error function, as rows in e4m3: ``bias_gelu`` and ``quantize_rows`` in one pass.
+
+    The activation is rounded once, from float32. The gradient is that of ``bias_gelu``.
+
+    Args:
+        x: [..., N], float32, float16 or bfloat16 (float64, on the CPU, is not rounded); any strides. N is at most
+            16,384 on GPUs.
+        bias: [N], of any floating dtype.
+        backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
+
+    Returns:
+        The rows in 8 bits.
+
+    Raises:
+        ValueError, TypeError: a shape, a device or a dtype that does not fit.
+        RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
+    """
+    return _bias_act_rows("bias_gelu_fp8", x, bias, backend)
+
+
+def bias_quick_gelu_fp8(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Fp8Rows:
+    """Compute QuickGELU(x + bias), u sigmoid(1.702 u), as rows in e4m3.
+
+    The arguments, the result and the errors are those of :func:`bias_gelu_fp8`.
+    """
+    return _bias_act_rows("bias_quick_gelu_fp8", x, bias, backend)
+
+
+def _bias_act_rows(op: str, x: Tensor, bias: Tensor, backend: str) -> Fp8Rows:
+    """Check the input of bias_gelu_fp8 or bias_quick_gelu_fp8 and compute it."""
+    options, tensors, args = (op, backend), (x, bias), (x, bias, op == "bias_quick_gelu_fp8")
+    compute = _bias_act_fp8_fwd.find(options, tensors)
+    if compute is None:
+        check_tensor(op, "x", x, None)
+        check_parameter(op, "bias", bias, x)
+        if uses_reference(op, backend, x):
+            return reference.bias_quick_gelu_fp8(x, bias) if args[2] else reference.bias_gelu_fp8(x, bias)
+        check_float(op, x=x, bias=bias)
+        check_fp8(op, x, x.shape[-1])
+        compute = _bias_act_fp8_fwd.learn(options, tensors, args)
+    carrier, values, scale = compute(*args)
+    return Fp8Rows(values, scale, carrier)

@@ -8,6 +8,8 @@ that padding is zero in every intermediate result. ``tl.where`` shows it that; t
 import triton
 import triton.language as tl
 
+from ..tiles import store_carrier, store_rows
+
 
 @triton.jit
 def centred_rows(s, mask_n, N: tl.constexpr, eps):
@@ -34,15 +36,19 @@ def _layer_norm_fwd_kernel(
     residual_ptr,  # [M, N]
     weight_ptr,  # [N] contiguous
     bias_ptr,  # [N] contiguous
-    y_ptr,  # [M, N] contiguous
+    y_ptr,  # [M, N] contiguous; in 8 bits if there is a scale
     s_ptr,  # [M, N] contiguous
     mean_ptr,  # [M] fp32
     rstd_ptr,  # [M] fp32
+    scale_ptr,  # [M] fp32, or None
+    carrier_ptr,  # [], or None
     M, eps,
     stride_xm, stride_xn, stride_rm, stride_rn,
-    N: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    N: tl.constexpr, MOST: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the residual and normalise, tile by tile of whole rows; a program loads weight and bias once."""
+    store_carrier(carrier_ptr)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
@@ -61,7 +67,10 @@ def _layer_norm_fwd_kernel(
             s = rounded.to(tl.float32)
         centred, mean, rstd = centred_rows(s, mask_n, N, eps)
         y = centred * rstd[:, None] * weight + bias
-        tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if scale_ptr is None:
+            tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+        else:
+            store_rows(y, y_ptr, scale_ptr, offs_m, offs_n.to(tl.int64), mask_m, mask_n, N, MOST)
         tl.store(mean_ptr + offs_m, mean, mask=mask_m)
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 

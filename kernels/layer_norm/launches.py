@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common import as_rows, cdiv, new_tensors, next_power_of_2, num_rows, row_strides
 from ..configs import RowConfig, planned, row_config
+from ..fp8_rows import E4M3, LARGEST
 from ..launch import Plan, Start, arch_of, programs_at_once
 from .kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
 
@@ -40,13 +41,13 @@ def row_tiles(
 @planned
 def _forward_plan(
     device: torch.device, dtype: torch.dtype, num_rows: int, width: int, x_strides: tuple[int, ...],
-    stream_strides: tuple[int, ...], eps: float, has_residual: bool,
+    stream_strides: tuple[int, ...], eps: float, has_residual: bool, in_fp8: bool,
 ) -> Plan:  # fmt: skip
     """Plan the launch of the layer norm's forward kernel for a residual stream of ``dtype``."""
     cfg, programs, tile = row_tiles("layer_norm_fwd", num_rows, width, dtype, device, FWD_REGISTERS)
     return Plan(
         _layer_norm_fwd_kernel, (programs,), num_rows, eps, *x_strides, *stream_strides,
-        config=cfg, device=device, HAS_RESIDUAL=has_residual, **tile,
+        config=cfg, device=device, HAS_RESIDUAL=has_residual, MOST=LARGEST[E4M3] if in_fp8 else None, **tile,
     )  # fmt: skip
 
 
@@ -64,31 +65,54 @@ def _backward_plan(
     return plan, programs
 
 
-def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Callable[..., Any]:
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, in_fp8: bool = False
+) -> Callable[..., Any]:
     """Plan the launch of layer norms of a layout.
 
     Returns:
         The function that computes the layer norm y, the sum s (None without a residual), and mean and rstd [..., 1] of
-        each row.
+        each row. With ``in_fp8`` it returns the carrier, the values and the scales of rows in 8 bits in place of y.
     """
     stream = x if residual is None else residual
     (x_strides, x_copied), (stream_strides, stream_copied) = row_strides(x), row_strides(stream)
     start = Start(
         _forward_plan(
-            x.device, stream.dtype, num_rows(x), x.shape[-1], x_strides, stream_strides, eps, residual is not None
+            x.device,
+            stream.dtype,
+            num_rows(x),
+            x.shape[-1],
+            x_strides,
+            stream_strides,
+            eps,
+            residual is not None,
+            in_fp8,
         )
     )
-    new_y, new_s = new_tensors(x), new_tensors(stream)
+    new_y, new_s = new_tensors(x, None, E4M3 if in_fp8 else None), new_tensors(stream)
+    new_scale, new_carrier = new_tensors(x, x.shape[:-1], torch.float32), new_tensors(x, ())
     new_stats, no_s = new_tensors(x, (*x.shape[:-1], 1), torch.float32), new_tensors(x, (0,))()
 
     def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
         """Compute the layer norm of x, or of x + residual, for tensors of a known layout."""
         y, mean, rstd = new_y(), new_stats(), new_stats()
+        scale, carrier = (new_scale(), new_carrier()) if in_fp8 else (None, None)
         s = None if residual is None else new_s()
         rows = as_rows(x) if x_copied else x
         stream = as_rows(residual) if residual is not None and stream_copied else residual
-        start(rows, stream, weight.contiguous(), bias.contiguous(), y, no_s if s is None else s, mean, rstd)
-        return y, s, mean, rstd
+        start(
+            rows,
+            stream,
+            weight.contiguous(),
+            bias.contiguous(),
+            y,
+            no_s if s is None else s,
+            mean,
+            rstd,
+            scale,
+            carrier,
+        )
+        return (y, s, mean, rstd) if carrier is None else (carrier.expand(y.shape), y, scale, s, mean, rstd)
 
     return compute
 

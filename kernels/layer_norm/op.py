@@ -174,6 +174,18 @@ def layer_norm(
     if compute is not None:
         outputs = compute(x, residual, weight, bias, eps)
         return outputs[0] if residual is None else outputs[:2]
+    check_input(op, x, weight, bias, eps, residual)
+    if uses_reference(op, backend, x):
+        return reference.layer_norm(x, weight, bias, eps, residual=residual)
+    check_float(op, x=x, weight=weight, bias=bias, residual=residual)
+    check_width(op, x)
+    args = x, residual, weight, bias, float(eps)
+    outputs = _layer_norm_fwd.learn(options, tensors, args)(*args)
+    return outputs[0] if residual is None else outputs[:2]
+
+
+def check_input(op: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None) -> None:
+    """Refuse what the layer norm ``op`` cannot take, with a ValueError or a TypeError."""
     check_tensor(op, "x", x, None)
     check_parameter(op, "weight", weight, x)
     check_parameter(op, "bias", bias, x)
@@ -188,11 +200,9 @@ def layer_norm(
                 f"{op}: residual must be {tuple(x.shape)} on {x.device}, "
                 f"got {tuple(residual.shape)} on {residual.device}"
             )
-    if uses_reference(op, backend, x):
-        return reference.layer_norm(x, weight, bias, eps, residual=residual)
-    check_float(op, x=x, weight=weight, bias=bias, residual=residual)
+
+
+def check_width(op: str, x: Tensor) -> None:
+    """Refuse rows of a layer norm that no tile holds, with a ValueError."""
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")
-    args = x, residual, weight, bias, float(eps)
-    outputs = _layer_norm_fwd.learn(options, tensors, args)(*args)
-    return outputs[0] if residual is None else outputs[:2]

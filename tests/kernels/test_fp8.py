@@ -1,12 +1,26 @@
 """Test rows in 8 bits, linear layers on them, and the 8-bit forms of weights that are kept for a step."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.kernels import CachedWeights, Fp8Rows, fp8_linear, quantize_rows, quantize_weight
+from clipfast.kernels import (
+    CachedWeights,
+    Fp8Rows,
+    bias_gelu_fp8,
+    bias_quick_gelu_fp8,
+    fp8_linear,
+    layer_norm_fp8,
+    quantize_rows,
+    quantize_weight,
+    reference,
+)
+from clipfast.kernels.common import cdiv, next_power_of_2
+from clipfast.kernels.configs import RowConfig
+from clipfast.kernels.fp8 import launches, support
 from clipfast.kernels.fp8_rows import E4M3, E5M2, LARGEST
 
 each_dtype = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -175,3 +189,99 @@ def test_registered_ops():
         torch.library.opcheck(ops.fp8_linear_fwd.default, (*given, full), test_utils=fakes)
         backward = (dy, *rows[:2], *weight.columns[:2], full, True, True, True)
         torch.library.opcheck(ops.fp8_linear_bwd.default, backward, test_utils=("test_faketensor",))
+
+
+def bits(rows):
+    """Return the bits of values and scales of rows in 8 bits, in which NaN has one code."""
+    return torch.where(rows.values.float().isnan(), 255, rows.values.view(torch.uint8)).cpu(), rows.scale.cpu()
+
+
+def magnitudes(count, width):
+    """Return rows of all magnitudes: from subnormal numbers to overflow, with zeros, NaN and infinities in some."""
+    rows = torch.randn(count, width) * 2.0 ** torch.linspace(-148, 126, count)[:, None]
+    rows *= 2.0 ** torch.randint(-24, 1, rows.shape)
+    rows[::17, ::3], rows[3::19], rows[5::23, 1:4] = 0, 0, float("nan")
+    rows[7::29, -1], rows[9::31, 0], rows[11::37] = float("inf"), float("-inf"), -0.0
+    return rows
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """Let a program of the kernels for rows take 2^18 numbers at once, which the interpreter computes faster."""
+
+    def row_tiles(rows, width, _):
+        """Return the layout of a launch with large tiles."""
+        block_n = next_power_of_2(width)
+        block_m = 2**18 // block_n
+        return RowConfig(block_m, block_n, num_warps=4, num_stages=1), cdiv(rows, block_m), {
+            "N": width, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": 1,
+        }  # fmt: skip
+
+    monkeypatch.setattr(launches, "row_tiles", row_tiles)
+
+
+@pytest.mark.usefixtures("large_tiles")
+@each_dtype
+def test_kernels_round_10_million_numbers_to_the_bits_of_the_reference(dtype, interpreted):
+    for width, numbers in ((1, 2**16), (77, 2**20), (1000, 10**7), (16384, 2**20)):
+        rows = magnitudes(numbers // width, width).to(interpreted)
+        assert all(map(torch.equal, bits(quantize_rows(rows, dtype)), bits(reference.quantize_rows(rows, dtype))))
+
+
+@each_dtype
+def test_kernels_round_to_the_bits_of_the_reference_in_any_layout(dtype, triton_device):
+    x = magnitudes(200, 77).half().to(triton_device)
+    for rows in (x.T, x[::2, ::3], x.view(4, 50, 77).transpose(0, 1), x[:1].expand(9, 77), x[0]):
+        assert all(map(torch.equal, bits(quantize_rows(rows, dtype)), bits(reference.quantize_rows(rows, dtype))))
+
+
+@pytest.mark.parametrize("size", [(70, 130), (64, 64), (1, 5), (200, 33)], ids=str)
+def test_both_forms_of_a_weight_have_the_bits_of_the_reference(size, triton_device):
+    weight = magnitudes(*size).to(triton_device)
+    for x in (weight, weight.half(), weight.T):
+        for found, expected in zip(quantize_weight(x), reference.quantize_weight(x), strict=True):
+            assert all(map(torch.equal, bits(found), bits(expected)))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_linear_layer_agrees_with_its_reference(recipe, device):
+    x, w, b, dy = (y.detach().to(device).requires_grad_() for y in operands(torch.float16))
+    results = []
+    for backend in ("auto", "torch"):
+        y = fp8_linear(x, w, b, recipe=recipe, backend=backend)
+        results.append((y, *torch.autograd.grad(y, (x, w, b), dy)))
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).abs().max() <= torch.finfo(torch.float16).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(33, 77), (2, 3, 64), (5,)], ids=str)
+def test_the_norm_and_the_activations_round_once_from_float32(shape, device):
+    x, residual = (torch.randn(shape, device=device).half().requires_grad_() for _ in range(2))
+    weight, bias = torch.randn(2, shape[-1], device=device).unbind()
+    for op, args, options in (
+        (layer_norm_fp8, (x, weight, bias), {}), (layer_norm_fp8, (x, weight, bias), {"residual": residual.float()}),
+        (bias_gelu_fp8, (x, bias), {}), (bias_quick_gelu_fp8, (x, bias), {}),
+    ):  # fmt: skip
+        found, expected = (op(*args, **options, backend=backend) for backend in ("auto", "torch"))
+        if options:
+            torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
+            found, expected = found[0], expected[0]
+        gradients = [torch.autograd.grad(rows.dequantize().float().sum(), x)[0] for rows in (found, expected)]
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(found.scale, expected.scale)
+        # An error of the last digit in float32 may turn a tie, but hardly any.
+        assert (found.values.float() != expected.values.float()).sum() <= 1
+
+
+def test_a_card_without_numbers_of_8_bits_is_refused(monkeypatch):
+    x = operands()[0].detach()
+    monkeypatch.setattr(support, "triton_runs_on", lambda device: True)
+    monkeypatch.setattr(support, "arch_of", lambda device: 86)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A10")
+    message = r"^fp8_linear: .* need compute capability 8\.9 or newer, NVIDIA A10 has 8\.6: .* or use backend='torch'"
+    with pytest.raises(RuntimeError, match=message):
+        support.check_fp8("fp8_linear", on_gpu)
+    with pytest.raises(ValueError, match=r"^quantize_rows: rows must be 1 to 16384 wide, got 16385"):
+        quantize_rows(torch.ones(2, 16385))
+    assert fp8_linear(x, torch.ones(8, 72), backend="torch").shape == (3, 50, 8)

@@ -1,0 +1,151 @@
+"""Host side of the kernels for rows in 8 bits. Each function plans the launch for a layout, and returns the function
+that computes calls of the layout; ``cpu`` has the same functions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common import as_rows, cdiv, new_tensors, next_power_of_2, num_rows, row_strides
+from ..configs import RowConfig, planned
+from ..fp8_rows import E4M3, LARGEST
+from ..launch import Start, plan_start, programs_at_once
+from .kernels import (
+    _bias_act_fp8_fwd_kernel,
+    _dequantize_rows_kernel,
+    _maxima_kernel,
+    _quantize_both_kernel,
+    _quantize_rows_kernel,
+)
+
+MAX_WIDTH = 16384
+REGISTERS = 64  # about how many registers a thread of the kernels for rows takes
+# A tile of the kernels that round both ways. Its transposed tile is stored by rows of 64 bytes.
+TILE = RowConfig(64, 64, num_warps=4, num_stages=1)
+
+Rounded = tuple[Tensor, Tensor]
+
+
+@planned
+def row_tiles(rows: int, width: int, device: torch.device) -> tuple[RowConfig, int, dict[str, int]]:
+    """Choose how a kernel walks whole rows [M, N]: 16 numbers for each thread of at most 16 warps.
+
+    Returns:
+        The configuration, the number of programs, and the compile-time sizes of a tile.
+    """
+    block_n = next_power_of_2(width)
+    block_m = max(1, 1024 // block_n)
+    cfg = RowConfig(block_m, block_n, num_warps=min(16, max(1, block_m * block_n // 512)), num_stages=2)
+    programs = min(cdiv(rows, block_m), programs_at_once(device, cfg.num_warps, REGISTERS))
+    return cfg, programs, {"N": width, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": cfg.num_stages}
+
+
+def _row_start(kernel: Any, x: Tensor, strides: tuple[int, ...], **constexprs: Any) -> Start:
+    """Return the start of a kernel that walks whole rows of ``x`` [..., N]."""
+    cfg, programs, tile = row_tiles(num_rows(x), x.shape[-1], x.device)
+    return plan_start(kernel, (programs,), num_rows(x), *strides, config=cfg, device=x.device, **tile, **constexprs)
+
+
+def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callable[[Tensor], Any]:
+    """Return the function that rounds rows like ``x``: values and scales, after the carrier if ``carried``."""
+    strides, is_copied = row_strides(x)
+    start = _row_start(_quantize_rows_kernel, x, strides, MOST=LARGEST[dtype])
+    new_values, new_scale = new_tensors(x, None, dtype), new_tensors(x, x.shape[:-1], torch.float32)
+    new_carrier, shape = new_tensors(x, ()), x.shape
+
+    def compute(x: Tensor) -> Any:
+        """Round rows of a known layout to 8 bits."""
+        values, scale = new_values(), new_scale()
+        carrier = new_carrier() if carried else None
+        start(as_rows(x) if is_copied else x, values, scale, carrier)
+        return (carrier.expand(shape), values, scale) if carrier is not None else (values, scale)
+
+    return compute
+
+
+def bias_act(
+    x: Tensor,
+    bias: Tensor,
+    quick: bool,
+) -> Callable[..., Any]:
+    """Return the function that computes GELU(x + bias), or QuickGELU, in 8 bits: carrier, values and scales."""
+    strides, is_copied = row_strides(x)
+    start = _row_start(_bias_act_fp8_fwd_kernel, x, strides, MOST=LARGEST[E4M3], IS_QUICK=quick)
+    new_values, new_scale = new_tensors(x, None, E4M3), new_tensors(x, x.shape[:-1], torch.float32)
+    new_carrier, shape = new_tensors(x, ()), x.shape
+
+    def compute(x: Tensor, bias: Tensor, _: bool) -> tuple[Tensor, ...]:
+        """Compute an activation with its bias in 8 bits, for tensors of a known layout."""
+        carrier, values, scale = new_carrier(), new_values(), new_scale()
+        start(as_rows(x) if is_copied else x, bias.contiguous(), values, scale, carrier)
+        return carrier.expand(shape), values, scale
+
+    return compute
+
+
+def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function that widens rows like ``values`` (contiguous), given with their scales, to ``dtype``."""
+    start, new_rows = _row_start(_dequantize_rows_kernel, values, ()), new_tensors(values, None, dtype)
+
+    def compute(values: Tensor, scale: Tensor) -> Tensor:
+        """Widen rows of a known layout."""
+        rows: Tensor = new_rows()
+        start(values, scale, rows)
+        return rows
+
+    return compute
+
+
+def quantize_both(x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Any]:
+    """Return the function that rounds a matrix like ``x`` [M, N] along its rows, and along its columns.
+
+    It returns the values and the scales of the rows, and those of the columns as rows [N, M].
+    """
+    m, n = x.shape
+    first, second = _both_starts(x, dtype)
+    new_values, new_scale = new_tensors(x, None, dtype), new_tensors(x, (m,), torch.float32)
+    new_columns, new_column_scale = new_tensors(x, (n, m), dtype), new_tensors(x, (n,), torch.float32)
+
+    def compute(x: Tensor) -> tuple[Tensor, ...]:
+        """Round a matrix of a known layout along its rows and its columns."""
+        row_max, column_max = x.new_zeros(m, dtype=torch.int32), x.new_zeros(n, dtype=torch.int32)
+        first(x, None, row_max, column_max)
+        found = new_values(), new_scale(), new_columns(), new_column_scale()
+        second(x, None, row_max, column_max, *found)
+        return found
+
+    return compute
+
+
+def quantize_columns(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Any]:
+    """Return the function that rounds the columns of rows in 8 bits like ``values`` [M, N], given with their scales.
+
+    It returns the values and the scales of the columns as rows [N, M].
+    """
+    m, n = values.shape
+    first, second = _both_starts(values, dtype)
+    new_columns, new_scale = new_tensors(values, (n, m), dtype), new_tensors(values, (n,), torch.float32)
+
+    def compute(values: Tensor, scale: Tensor) -> Rounded:
+        """Round the columns of rows in 8 bits that have a known layout."""
+        column_max = values.new_zeros(n, dtype=torch.int32)
+        first(values, scale, None, column_max)
+        found = new_columns(), new_scale()
+        second(values, scale, None, column_max, None, None, *found)
+        return found
+
+    return compute
+
+
+def _both_starts(x: Tensor, dtype: torch.dtype) -> tuple[Start, Start]:
+    """Return the starts of the kernels that find the maxima of a matrix's rows and columns, and that round them."""
+    m, n = x.shape
+    grid = (cdiv(m, TILE.block_m) * cdiv(n, TILE.block_n),)
+    numbers, device = (m, n, *x.stride()), x.device
+    blocks = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n}
+    return (
+        plan_start(_maxima_kernel, grid, *numbers, config=TILE, device=device, **blocks),
+        plan_start(_quantize_both_kernel, grid, *numbers, config=TILE, device=device, MOST=LARGEST[dtype], **blocks),
+    )

@@ -1,0 +1,36 @@
+"""Products of rows in 8 bits: by PyTorch's kernel on a GPU, exactly emulated on a CPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+ALIGNED = 16  # PyTorch's product needs widths that are multiples of this
+
+
+def multiply(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """Return the products [M, N] of rows ``a`` [M, K] and ``b`` [N, K] in 8 bits, plus a bias [N].
+
+    On a CPU, the products of two values are exact in float32, which adds them up; scales and bias come after the sum.
+    On a GPU, PyTorch's product with scales by row returns bfloat16; its sums are not kept in fewer bits than the matrix
+    unit has (``use_fast_accum=False``). Fake tensors stand for those of a GPU.
+    """
+    if a.device.type != "cuda" and not isinstance(a, FakeTensor):
+        y = a.to(a_scale.dtype) @ b.to(a_scale.dtype).T
+        y *= a_scale[:, None]
+        y *= b_scale
+        return (y if bias is None else y.add_(bias)).to(dtype)
+    n = len(b)
+    a, b, b_scale = _padded(a, 0), _padded(b, ALIGNED), F.pad(b_scale, (0, -n % ALIGNED)) if n % ALIGNED else b_scale
+    y = torch._scaled_mm(
+        a, b.T, a_scale[:, None], b_scale[None], out_dtype=torch.bfloat16, use_fast_accum=False,
+    )[:, :n]  # fmt: skip
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """Return rows in 8 bits with a width that PyTorch's product takes, and a multiple of ``rows`` of them, if not 0."""
+    missing = -x.shape[1] % ALIGNED, -x.shape[0] % rows if rows else 0
+    return F.pad(x.view(torch.uint8), (0, missing[0], 0, missing[1])).view(x.dtype) if any(missing) else x

@@ -1,0 +1,121 @@
+"""Layer norm whose result is rows in 8 bits: the forward kernel of ``layer_norm`` writes them in place of 16 bits.
+
+``layer_norm/op.py`` and ``fp8_rows.py`` have the equations; y is rounded once, from float32. The backward pass is that
+of ``layer_norm``.
+
+Bytes for M rows of width N: forward (itemsize + 1) M N, with a residual (3 itemsize + 1) M N, and 4 M for the scales.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import registered, uses_reference
+from ..checks import check_float
+from ..dtypes import accumulate_dtype
+from ..fp8_rows import E4M3, Fp8Rows, rounded, zero_carrier
+from ..launch import triton_runs_on
+from ..layer_norm import cpu, launches
+from ..layer_norm.op import _backward, _setup_context, check_input, check_width
+from .support import check_fp8
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _plan_forward(x: Tensor, residual: Tensor | None, *args: Any) -> Callable[..., Any]:
+    """Return the function that computes layer norms of a layout in 8 bits."""
+    if triton_runs_on(x.device):
+        return launches.forward(x, residual, *args, in_fp8=True)
+    wide = accumulate_dtype(x.dtype)
+    normalize = cpu.forward(x.to(wide), residual, *args)
+
+    def compute(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Any, ...]:
+        """Compute the layer norm in 8 bits on the CPU."""
+        y, *others = normalize(x.to(wide), residual, *args)
+        return zero_carrier(x), *rounded(y, E4M3), *others
+
+    return compute
+
+
+@registered("layer_norm_fp8_fwd")
+def _layer_norm_fp8_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Outputs:
+    """Return the carrier, the values and the scales of a layer norm, the sum s (empty without a residual), and mean and
+    rstd [..., 1] of each row.
+    """
+    args = x, residual, weight, bias, eps
+    carrier, values, scale, s, mean, rstd = _plan_forward(*args)(*args)
+    return carrier, values, scale, x.new_empty(0) if s is None else s, mean, rstd
+
+
+_layer_norm_fp8_fwd.planned_by(_plan_forward)
+
+
+@_layer_norm_fp8_fwd.register_fake
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Outputs:
+    stream = x if residual is None else residual
+    s = x.new_empty(0) if residual is None else stream.new_empty(x.shape)
+    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=accumulate_dtype(stream.dtype)) for _ in range(2))
+    is_exact = x.dtype == torch.float64
+    values = x.new_empty(x.shape, dtype=torch.float64 if is_exact else E4M3)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float64 if is_exact else torch.float32)
+    return x.new_empty(()).expand(x.shape), values, scale, s, mean, rstd
+
+
+def _setup_fp8(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    """Save what the backward pass of the layer norm reads; of its result in 8 bits, only the carrier has a gradient."""
+    carrier, values, scale, s, mean, rstd = output
+    ctx.mark_non_differentiable(values, scale, mean, rstd, *(() if inputs[1] is not None or s is None else (s,)))
+    _setup_context(ctx, inputs, (carrier, s, mean, rstd))
+
+
+def _backward_fp8(
+    ctx: Any, grad: Tensor | None, _values: None, _scale: None, grad_s: Tensor | None = None, *_: None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the layer norm to autograd."""
+    return _backward(ctx, grad, grad_s)
+
+
+_layer_norm_fp8_fwd.register_autograd(
+    _backward_fp8, setup_context=_setup_fp8, results=lambda *args: 3 if args[1] is None else 4
+)
+
+
+def layer_norm_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None, backend: str = "auto"
+) -> Fp8Rows | tuple[Fp8Rows, Tensor]:
+    """Compute a layer norm as rows in e4m3, and the residual addition before it: ``layer_norm`` and ``quantize_rows``
+    in one pass.
+
+    The norm is rounded once, from float32. The gradient is that of ``layer_norm``.
+
+    Args:
+        x, weight, bias, eps, residual, backend: as ``layer_norm`` takes them. float64, on the CPU, is not rounded.
+
+    Returns:
+        The rows [..., N] in 8 bits; with ``residual`` also the sum [..., N], in the dtype of ``residual``.
+
+    Raises:
+        ValueError, TypeError: a shape, a device, a dtype or a value that does not fit.
+        RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
+    """
+    op = "layer_norm_fp8"
+    options = eps, eps.__class__, backend
+    tensors = (x, weight, bias) if residual is None else (x, weight, bias, residual)
+    args = x, residual, weight, bias, eps
+    compute = _layer_norm_fp8_fwd.find(options, tensors)
+    if compute is None:
+        check_input(op, x, weight, bias, eps, residual)
+        if uses_reference(op, backend, x):
+            found: Fp8Rows | tuple[Fp8Rows, Tensor] = reference.layer_norm_fp8(x, weight, bias, eps, residual=residual)
+            return found
+        check_float(op, x=x, weight=weight, bias=bias, residual=residual)
+        check_fp8(op, x)
+        check_width(op, x)
+        args = x, residual, weight, bias, float(eps)
+        compute = _layer_norm_fp8_fwd.learn(options, tensors, args)
+    carrier, values, scale, *others = compute(*args)
+    rows = Fp8Rows(values, scale, carrier)
+    return rows if residual is None else (rows, others[0])
