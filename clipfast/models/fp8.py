@@ -20,6 +20,24 @@ from ..kernels.implementations import fp8_linear_bwd, fp8_linear_fwd, quantize_b
 
 FULL = "full"
 RECIPES = ("switchback", FULL)
+LEAST_CAPABILITY = (8, 9)
+
+
+def check_fp8(device: torch.device) -> None:
+    """Refuse a GPU that cannot multiply 8-bit numbers for a model; a CPU emulates it.
+
+    Raises:
+        ValueError: the GPU is not one of NVIDIA's with compute capability 8.9 or higher.
+    """
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or (major, minor) < LEAST_CAPABILITY:
+        has = "is not one" if torch.version.hip is not None else f"has {major}.{minor}"
+        raise ValueError(
+            "fp8 needs a GPU of NVIDIA with compute capability 8.9 or higher, such as RTX 40, L40S and H100, and "
+            f"{torch.cuda.get_device_name(device)} {has}"
+        )
 
 
 def quantized(weights: Sequence[Tensor]) -> list[Fp8Weight]:

@@ -1,6 +1,6 @@
 """The layers of transformer blocks, with OpenCLIP's parameter names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=nn.Module)
 # The attributes of a module that hold its hooks, which a call runs besides ``forward``.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+# Functions that are called with input, weight and output of each linear layer of a model that multiplies in 8 bits.
+OBSERVERS: list[Callable[[Tensor, Tensor, Tensor], None]] = []
 
 
 class PackedTokens(NamedTuple):
@@ -87,7 +91,12 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: str | None = None, backend: str = "auto") -> Tensor:
     """Return ``x W^T + b`` for the tokens of a model, in 8 bits by the recipe ``fp8`` if that is not None."""
-    return F.linear(x, weight, bias) if fp8 is None else fp8_linear(x, weight, bias, recipe=fp8, backend=backend)
+    if fp8 is None:
+        return F.linear(x, weight, bias)
+    y = fp8_linear(x, weight, bias, recipe=fp8, backend=backend)
+    for observe in OBSERVERS:
+        observe(x, weight, y)
+    return y
 
 
 def call_linear(layer: nn.Module, x: Tensor, fp8: str | None, backend: str) -> Tensor:

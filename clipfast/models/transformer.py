@@ -37,6 +37,7 @@ from ..kernels.launch import INTERPRET, triton_runs_on
 from ..kernels.packing import Packing
 from .layers import (
     HOOKS,
+    OBSERVERS,
     InProjection,
     LayerNorm,
     QuickGELU,
@@ -315,7 +316,7 @@ def whole_blocks(
     No compiler, transform, mode or profiler may need to see the ops (``backends.is_watched``), and all modules of a
     block must be plain.
     """
-    if not blocks or _is_watched() or _has_any_global_hook() or x.__class__ not in backends.PLAIN:
+    if not blocks or _is_watched() or OBSERVERS or _has_any_global_hook() or x.__class__ not in backends.PLAIN:
         return {}
     if x.ndim != 3 or x.is_meta or x.is_neg() or x.numel() == 0:
         return {}

@@ -20,6 +20,8 @@ def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """Return the scalars in a line of a run's training metrics, by OpenCLIP's names."""
     found = {f"train/{name}": line[key] for name, key in TRAIN_NAMES.items() if key in line}
     found |= {f"memory/{kind}_gb": size / 1e9 for kind, size in line.get("memory", {}).items()}
+    for share in ("saturated", "zero"):
+        found |= {f"fp8/{share}_{kind}": value for kind, value in line.get("fp8", {}).get(share, {}).items()}
     gpu = line.get("gpu", {})
     return found | {f"gpu/{name}": gpu[name] for name in ("power_w", "sm_mhz", "temperature_c") if name in gpu}
 

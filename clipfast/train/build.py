@@ -20,6 +20,7 @@ from ..losses.distill_loss import DistillClipLoss
 from ..losses.siglip_loss import SigLipLoss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
 from ..models.file_tokenizer import FileTokenizer, tokenizer_of
+from ..models.fp8 import check_fp8
 from ..models.naflex import NaFlexVision
 from ..models.tokenizer import Tokenizer
 from .fsdp import is_sharded, shard
@@ -42,7 +43,17 @@ def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
         raise ValueError(f"--use-bn-sync needs GPUs, as PyTorch's SyncBatchNorm does, and this run is on {device}")
     if config.decode_on_device:
         check_decoder(device)
+    if config.precision == "amp_fp8":
+        try:
+            check_fp8(device)
+        except ValueError as error:
+            raise ValueError(f"--precision amp_fp8: {error}; use --precision amp_bf16") from error
     return device
+
+
+def uses_autocast(config: TrainConfig, device: torch.device) -> bool:
+    """Return True if a training run computes under autocast; with "auto" and "amp_fp8", a GPU does, and a CPU not."""
+    return device.type == "cuda" if config.precision in ("auto", "amp_fp8") else config.precision.startswith("amp")
 
 
 def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device, world: World = ALONE) -> CLIP:
@@ -56,6 +67,8 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
         ValueError: the model is unknown, or its configuration or weights cannot be used.
     """
     model = bare_model(config, saved, device)
+    if config.precision == "amp_fp8":
+        model.set_fp8(config.fp8_recipe, config.fp8_skip)
     selective = config.selective_checkpointing
     model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
     if config.torchcompile and not is_sharded(config, world):

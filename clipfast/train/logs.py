@@ -225,8 +225,9 @@ class TrainLog:
         self._pairs += pairs * self.world.size
 
     def write(
-        self, step: int, lr: float, logit_scale: Tensor, logit_bias: Tensor | None = None, *, shown: bool = True
-    ) -> None:
+        self, step: int, lr: float, logit_scale: Tensor, logit_bias: Tensor | None = None, *, shown: bool = True,
+        **more: Any,
+    ) -> None:  # fmt: skip
         """Write a log line and a line of metrics on the training steps since the last line; all ranks must call it.
 
         Steps that the guard skipped count in the times, but not in the mean losses.
@@ -237,6 +238,7 @@ class TrainLog:
             logit_scale: scalar, the factor of the cosine similarities after the last step.
             logit_bias: scalar, SigLIP's bias of the logits.
             shown: whether to write the log line too; otherwise only the line of metrics is written.
+            **more: more entries of the line of metrics.
         """
         self.look(step)
         figures = self._known
@@ -258,6 +260,7 @@ class TrainLog:
             "pairs_per_second": self._pairs / elapsed,
             "pairs_per_second_per_gpu": self._pairs / elapsed / self.world.size,
             **self.meters.read(elapsed / len(figures), seq_lens),
+            **more,
         }  # fmt: skip
         if None not in seq_lens:
             line["patches_per_second"] = self.world.sum([self._patches])[0] / elapsed

@@ -12,7 +12,7 @@ from .option_checks import check_type, check_value, flag_name, keys_of, option, 
 if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..data import Keys
 
-PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "pure_bf16")
+PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "amp_fp8", "bf16", "pure_bf16")
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
 BUDGETS = ("epochs", "samples_seen")  # two ways to give the length of a run; ``samples_seen`` is used if it is given
 # Options that exclude each other: if the command line gives one (key), a recipe's or checkpoint's value of the other
@@ -151,8 +151,17 @@ class TrainConfig(NaFlexOptions, DataOptions):
         False, "changes nothing: layer norms are always locked with their block; for OpenCLIP's commands", bool
     )
     precision: str = option(
-        "auto", "auto is amp_bf16 on a GPU, else fp32; amp and amp_bfloat16 are amp_bf16 too; bf16 is pure_bf16 with "
-        "norms and embeddings in fp32", choices=PRECISIONS,
+        "auto", "auto is amp_bf16 on a GPU, else fp32; amp and amp_bfloat16 are amp_bf16 too; amp_fp8 is auto "
+        "with the linear layers of the blocks in 8 bits, which a CPU emulates; bf16 is pure_bf16 with norms and "
+        "embeddings in fp32", choices=PRECISIONS,
+    )  # fmt: skip
+    fp8_recipe: str = option(
+        "switchback", "with amp_fp8: switchback computes the gradients of weights in 16 bits, full in 8 bits too",
+        choices=("switchback", "full"),
+    )  # fmt: skip
+    fp8_skip: tuple[int, int] = option(
+        (0, 1), "with amp_fp8: so many first and so many last blocks of each tower stay in 16 bits", int,
+        not_negative=True,
     )  # fmt: skip
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass", bool)
     selective_checkpointing: bool = option(
@@ -303,6 +312,11 @@ class TrainConfig(NaFlexOptions, DataOptions):
             )
         if self.val_leave_out and self.val_group_by is None:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
+        for key in ("fp8_recipe", "fp8_skip"):
+            if self.precision != "amp_fp8" and getattr(self, key) != getattr(type(self), key):
+                raise ValueError(f"{flag_name(key)} needs --precision amp_fp8")
+        if len(self.fp8_skip) != 2:
+            raise ValueError(f"--fp8-skip needs two numbers of blocks, got {' '.join(map(str, self.fp8_skip))}")
         check_fsdp(self)
         check_naflex(self)
         self.keys()

@@ -24,9 +24,19 @@ from ..models.packed_text import pack_on_host
 from ..runs.folder import RunFolder, by_step
 from ..runs.lock import FolderLostError
 from .batches import plan_of
-from .build import Distillation, bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
+from .build import (
+    Distillation,
+    bare_model,
+    build_device,
+    build_loss,
+    build_model,
+    build_parallel,
+    build_tokenizer,
+    uses_autocast,
+)
 from .data import SkipBudget, TrainingData
 from .ema import WeightAverage
+from .fp8_figures import Fp8Figures
 from .fsdp import is_sharded
 from .guard import SkippedSteps
 from .logs import Meters, TrainLog, log
@@ -75,7 +85,7 @@ class Trainer:
         self._is_sharded = is_sharded(config, world)
         self.optimizer = make_optimizer(config, self.model)
         self.schedule = schedule_of(config, self.total_steps, self.data.epochs)
-        on_amp = config.precision.startswith("amp") or (config.precision == "auto" and self.device.type == "cuda")
+        on_amp = uses_autocast(config, self.device)
         autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=on_amp)
         self.distillation = None
         if config.distill_model is not None:
@@ -98,6 +108,10 @@ class Trainer:
             half=on_amp or config.precision == "pure_bf16",
         )  # fmt: skip
         signs = Signs(self.schedule.warmup, guessing(config, self.model, plan))
+        self._fp8: Fp8Figures | None = None
+        if config.precision == "amp_fp8" and world.is_main and not self._is_sharded:
+            self._fp8 = Fp8Figures(self.model, build_loss(config, self.model), autocast)
+        self._figures: dict[str, Any] = {}  # the figures of 8 bits of the last step, if that is logged
         self.log = TrainLog(folder, self.data.epochs, world, meters, signs)
         self.progress = Progress()
         doctor = source_command(["doctor", "--data", config.train_data, "--all"], vars(config))
@@ -255,17 +269,23 @@ class Trainer:
             progress.seconds, started = progress.seconds + now - started, now
             self.skips(batch)
             self._count(batch, interruption)
-            shown = progress.step == last or progress.step % config.log_every_n_steps == 0
-            if shown or progress.step % (config.log_metric_every_n_steps or self.total_steps) == 0:
+            if self._is_logged(progress.step):
+                shown = progress.step == last or progress.step % config.log_every_n_steps == 0
                 self._record_skipped()
                 lr, scale = self.schedule.at(progress.step - 1), self.model.logit_scale.exp()
-                self.log.write(progress.step, lr, scale, getattr(self.model, "logit_bias", None), shown=shown)
+                bias = getattr(self.model, "logit_bias", None)
+                self.log.write(progress.step, lr, scale, bias, shown=shown, **self._figures)
             by_steps = config.save_every > 0 and progress.step % config.save_every == 0
             if progress.step < last and (by_steps or self._is_time_to_save):
                 self.save()
             if self.signum is not None:
                 break
         return progress.step == last
+
+    def _is_logged(self, step: int) -> bool:
+        """Return True if metrics are written after ``step`` training steps."""
+        every = self.config.log_every_n_steps, self.config.log_metric_every_n_steps or self.total_steps
+        return step == self.data.epochs.after(step - 1).stop or 0 in (step % every[0], step % every[1])
 
     def _count(self, batch: Batch, interruption: Interruption) -> None:
         """Count a training batch, and sum over all ranks: signals, votes to save, lost folders, and skipped pairs.
@@ -333,6 +353,8 @@ class Trainer:
             self.step.is_updating = True
             self.average.update(self.progress.step + 1, self.step.guard.skipped)
             self.step.is_updating = False
+        if self._fp8 is not None and isinstance(images, Tensor) and self._is_logged(self.progress.step + 1):
+            self._figures = {"fp8": self._fp8(images, batch.texts.to(self.device))}
         return self.step.guard.figures.clone()
 
     def save(self) -> None:

@@ -1,0 +1,89 @@
+"""The figures of a run with --precision amp_fp8: what is lost where the linear layers of a model round to 8 bits.
+
+They are measured on a few pairs of a step that is logged, by a forward and a backward pass of their own after the step,
+which changes neither weights nor gradients nor random numbers.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.fp8 import E4M3, quantize_rows
+from ..models import CLIP
+from ..models.layers import OBSERVERS
+
+PAIRS = 16  # the number of pairs that are measured
+LARGEST = torch.finfo(E4M3).max
+KINDS = ("input", "weight", "gradient")
+Found = dict[str, dict[str, Tensor]]
+
+
+class Fp8Figures:
+    """Measures the rounding of a model's linear layers.
+
+    Args:
+        model: the model.
+        loss: the loss of the pairs of one process, without communication.
+        autocast: returns the autocast context of the forward pass.
+    """
+
+    def __init__(self, model: CLIP, loss: Callable[..., Tensor], autocast: Callable[[], torch.autocast]) -> None:
+        self.model, self.loss, self.autocast = model, loss, autocast
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def __call__(self, images: Tensor, texts: Tensor) -> dict[str, Any]:
+        """Return the figures of a model's linear layers in 8 bits, for at most ``PAIRS`` of these pairs.
+
+        Returns:
+            ``saturated`` and ``zero``: of inputs, weights and gradients of outputs, the share of numbers that have the
+            largest magnitude of 8 bits (a row has at least one), and of those that are rounded to zero. ``scale``: for
+            each weight, the largest scale of a row of its inputs, of itself, and of the gradients.
+        """
+        found: Found = defaultdict(dict)
+
+        def observe(x: Tensor, weight: Tensor, y: Tensor) -> None:
+            """Note the figures of a linear layer."""
+            of_layer = found[self._names.get(weight, "other")]  # type: ignore[call-overload]
+            of_layer |= {"input": _figures(x), "weight": _figures(weight)}
+            if y.requires_grad:
+                y.register_hook(lambda grad: of_layer.update(gradient=_figures(grad)))
+
+        was_training = self.model.training
+        self.model.eval()
+        OBSERVERS.append(observe)
+        try:
+            with torch.enable_grad(), self.autocast():
+                # A compiled model is called as it was before.
+                loss = self.loss(*type(self.model).forward(self.model, images[:PAIRS], texts[:PAIRS]))
+            torch.autograd.grad(loss, self._earliest(), allow_unused=True)
+        finally:
+            OBSERVERS.remove(observe)
+            self.model.train(was_training)
+        return _summary(found)
+
+    def _earliest(self) -> list[Tensor]:
+        """Return the first trained parameter of each tower, whose gradients pass through all trained layers."""
+        trained = [(name.startswith("visual."), p) for p, name in self._names.items() if p.requires_grad]
+        return [next(p for is_visual, p in trained if is_visual == side) for side in {side for side, _ in trained}]
+
+
+def _figures(x: Tensor) -> Tensor:
+    """Return a tensor's shares of saturated numbers and of those that become zero, and the largest scale of a row."""
+    values, scale, _ = quantize_rows(x.detach().flatten(0, -2))
+    size = values.float().abs()
+    is_lost = (size == 0) & (x.detach().flatten(0, -2) != 0)
+    return torch.stack([(size == LARGEST).float().mean(), is_lost.float().mean(), scale.max().float()])
+
+
+def _summary(found: Found) -> dict[str, Any]:
+    """Return the figures of a run's linear layers as numbers: the means of the shares, and the scales by layer."""
+    figures = {layer: {kind: x.tolist() for kind, x in kinds.items()} for layer, kinds in found.items()}
+    shares: dict[str, Any] = {}
+    for place, name in enumerate(("saturated", "zero")):
+        by_kind = {kind: [kinds[kind][place] for kinds in figures.values() if kind in kinds] for kind in KINDS}
+        shares[name] = {kind: sum(values) / len(values) for kind, values in by_kind.items() if values}
+    scales = {layer: {kind: x[2] for kind, x in kinds.items()} for layer, kinds in figures.items()}
+    return shares | {"scale": scales}
