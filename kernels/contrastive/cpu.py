@@ -169,15 +169,15 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     return one_minus_p, torch.stack((F.softplus(logits), -force, -force * cosines))
 
 
-def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    """Return numbers whose sum is the sigmoid loss of all logits except those of the pairs."""
-    losses = []
+def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    """Return the sigmoid loss [], without gradients."""
+    losses = [sigmoid_pairs(x, y, logit_scale, logit_bias, offset)[1][0]]
     for block in _blocks(x, y, offset):
         for piece in block.pieces():
             tile = _scaled(block.logits[piece], logit_scale, logit_bias)
             tile.diagonal(piece.start + block.offset).fill_(float("-inf"))
-            losses.append(F.softplus(tile).sum())
-    return torch.stack(losses) if losses else logit_scale.new_zeros(0)
+            losses.append(F.softplus(tile).sum()[None])
+    return (torch.cat(losses).sum(dtype=torch.float64) / len(x)).to(logit_scale.dtype)
 
 
 def add_sigmoid_gradients(

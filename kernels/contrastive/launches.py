@@ -98,41 +98,66 @@ def pair_losses(
 
 def _pairs(
     x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, is_loss: bool, both: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what ``_pairs_kernel`` stores: row [3, M], col [3, N] and positive [M]; loss [], uses_shared_shift []."""
     layout = layout_of(x, y, offset)
-    positive = vector(x, layout.m)
-    row_sums, col_sums = _sums(x, y, logit_scale, layout, positive)
-    if len(row_sums) > MOST_TILES:  # there are few rows then, so few programs would add very many sums each
-        row_sums = row_sums.sum(0, keepdim=True)
-    programs, pairs, total = _pairs_plan(layout, row_sums.shape[0], col_sums.shape[0], is_loss, both)
-    row, col, losses, loss = vector(x, 3, layout.m), vector(x, 3, layout.n), vector(x, programs), vector(x)
+    programs, total = _totals_of_pairs(layout, is_loss, both)
+    row, col, positive = vector(x, 3, layout.m), vector(x, 3, layout.n), vector(x, layout.m)
+    losses, loss = vector(x, programs), vector(x)
     flags, flag = losses.new_empty(programs, dtype=torch.int8), losses.new_empty((), dtype=torch.int8)
-    pairs.start(x, y, logit_scale, row_sums, col_sums, positive, row, col, losses, flags)
+    start_pairs(x, y, logit_scale, layout, positive, row, col, losses, flags, is_loss=is_loss, both=both)
     total.start(losses, flags, loss, loss, loss, flag)
     return row, col, positive, loss, flag
 
 
+def start_pairs(
+    x: Tensor, y: Tensor, logit_scale: Tensor, layout: Layout, positive: Tensor, *outs: Tensor,
+    is_loss: bool = False, both: bool = True,
+) -> None:  # fmt: skip
+    """Compute the logits of x against y, and store what ``_pairs_kernel`` describes to ``positive`` and ``outs``."""
+    row_sums, col_sums = _sums(x, y, logit_scale, layout, positive)
+    if len(row_sums) > MOST_TILES:  # there are few rows then, so few programs would add very many sums each
+        row_sums = row_sums.sum(0, keepdim=True)
+    pairs = _pairs_plan(layout, row_sums.shape[0], col_sums.shape[0], is_loss, both)
+    pairs.start(x, y, logit_scale, row_sums, col_sums, positive, *outs)
+
+
 @planned
-def _pairs_plan(layout: Layout, row_tiles: int, col_tiles: int, is_loss: bool, both: bool) -> tuple[int, Plan, Plan]:
-    """Return the programs of ``_pairs_kernel``, its plan, and the plan that adds up their losses."""
-    device, dtype, m, n, d, offset, stride_x, stride_y = layout
+def programs_of_pairs(layout: Layout) -> tuple[int, int, int]:
+    """Return the programs of ``_pairs_kernel``, the first row that they take, and the offset that they get."""
+    offset = max(-layout.m, min(layout.n, layout.offset))  # there are no pairs at the ends of this range, nor beyond
+    first = min(0, -offset)
+    cfg = gemm_config("contrastive_pairs", arch_of(layout.device), layout.dtype)
+    return cdiv(max(layout.m, layout.n - offset) - first, cfg.block_m), first, offset
+
+
+@planned
+def _totals_of_pairs(layout: Layout, is_loss: bool, both: bool) -> tuple[int, Plan]:
+    """Return the programs of ``_pairs_kernel``, and the plan that adds up their losses and merges their flags."""
+    paired, _ = pairs_in(layout.m, layout.n, layout.offset)
+    programs, terms = programs_of_pairs(layout)[0], (2 if both else 1) * (paired.stop - paired.start)
+    weight = mean_of(terms) if is_loss else 0.0
+    return programs, totals_plan(layout.device, 1, programs, weight, has_flags=True, has_grad_loss=False)
+
+
+def mean_of(terms: int) -> float:
+    """Return the weight of each term in a mean; the mean over no terms is NaN."""
+    return 1 / terms if terms else float("nan")
+
+
+@planned
+def _pairs_plan(layout: Layout, row_tiles: int, col_tiles: int, is_loss: bool, both: bool) -> Plan:
+    """Return the plan of ``_pairs_kernel``."""
+    device, dtype, m, n, d, _, stride_x, stride_y = layout
     cfg = gemm_config("contrastive_pairs", arch_of(device), dtype)
     if not is_loss and not has_tma(device, dtype, d):
         cfg = dataclasses.replace(cfg, num_stages=1)  # with two stages, the assembler spills one to five registers
-    paired, _ = pairs_in(m, n, offset)
-    offset = max(-m, min(n, offset))  # there are no pairs at the ends of this range, nor beyond
-    first = min(0, -offset)
-    programs = cdiv(max(m, n - offset) - first, cfg.block_m)
-    pairs = Plan(
+    programs, first, offset = programs_of_pairs(layout)
+    return Plan(
         _pairs_kernel, (programs,), m, n, d, offset, first, stride_x, stride_y, row_tiles, col_tiles, LOG2E,
         config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, CHUNK=CHUNK,
         IS_TMA=has_tma(device, dtype, d), IS_LOSS=is_loss, IS_BOTH=is_loss and both,
     )  # fmt: skip
-    # The mean over no pairs is NaN.
-    terms = (2 if both else 1) * (paired.stop - paired.start)
-    weight = 0.0 if not is_loss else 1 / terms if terms else float("nan")
-    return programs, pairs, totals_plan(device, 1, programs, weight, has_flags=True, has_grad_loss=False)
 
 
 def _sums(x: Tensor, y: Tensor, logit_scale: Tensor, layout: Layout, positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,18 +237,32 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     return one_minus_p, sums
 
 
-def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    """Return [any], numbers whose sum is the sigmoid loss log(1 + exp l) of all logits except those of the pairs."""
-    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the gradient kernel has the same loop
-    blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
-    counts = [
+def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    """Return the sigmoid loss [] of features x [M, D] and y [N, D], without gradients; NaN if M is 0."""
+    of_rows, cfg = rows_config(x), gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the same loop
+    m = x.shape[0]
+    blocks = list(itertools.product(slices(m, MAX_EDGE), slices(y.shape[0], MAX_EDGE)))
+    counts = [cdiv(m, of_rows.block_m)] + [
         cdiv(rows.stop - rows.start, cfg.block_m) * cdiv(cols.stop - cols.start, cfg.block_n) for rows, cols in blocks
     ]
-    losses = x.new_empty(sum(counts), dtype=torch.float32)
-    for (rows, cols), count, loss in zip(blocks, counts, losses.split(counts), strict=True):
+    losses, loss = vector(x, sum(counts)), vector(x)
+    of_pairs, *of_blocks = losses.split(counts)
+    numbers = m, y.shape[0], x.shape[1], offset, x.stride(0), y.stride(0)
+    unused = vector(x, m), *vector(x, 2, counts[0])  # what only the gradients need of the pairs
+    launch_on_rows(
+        _sigmoid_pairs_kernel, of_rows, x, y, logit_scale, logit_bias, unused[0], of_pairs, *unused[1:], *numbers
+    )
+    for (rows, cols), count, of_block in zip(blocks, counts[1:], of_blocks, strict=True):
         layout = layout_of(x[rows], y[cols], offset + rows.start - cols.start)
-        _sigmoid_sums_plan(layout, count, cfg).start(x[rows], y[cols], logit_scale, logit_bias, loss)
-    return losses
+        _sigmoid_sums_plan(layout, count, cfg).start(x[rows], y[cols], logit_scale, logit_bias, of_block)
+    _mean_plan(x.device, sum(counts), m).start(losses, losses, loss, loss, loss, losses)
+    return loss
+
+
+@planned
+def _mean_plan(device: torch.device, count: int, terms: int) -> Plan:
+    """Return the plan that adds up ``count`` partial sums of a loss, and divides by the terms of the mean."""
+    return totals_plan(device, 1, count, mean_of(terms), has_flags=False, has_grad_loss=False)
 
 
 @planned
@@ -268,9 +307,12 @@ def finish(
     rows, inv_norm = own
     n, d = rows.shape
     acc = acc.sum(0)[:n] if acc.ndim == 3 else acc
-    of_scale = torch.empty_like(one_minus_p)
+    of_scale, cfg = torch.empty_like(one_minus_p), rows_config(rows)
+    if inv_norm is not None:
+        # Without a limit, the assembler of Triton 3.6 spills four bytes on sm_90. With this one it takes 72 registers.
+        cfg = dataclasses.replace(cfg, max_registers=80)
     launch_on_rows(
-        _finish_kernel, rows_config(rows),
+        _finish_kernel, cfg,
         acc, rows, other, one_minus_p, factor, one_minus_p if inv_norm is None else inv_norm, out, of_scale,
         n, len(other), d, offset, rows.stride(0), other.stride(0), 1.0 / scale_of_grad(rows.dtype),
         HAS_NORM=inv_norm is not None, IS_ROUNDED=rows.dtype.itemsize == 2,

@@ -32,6 +32,8 @@ from ..backends import registered, uses_reference
 from ..checks import check_bool, check_like, check_tensor
 from ..common import LOG2E
 from ..dtypes import accumulate_dtype
+from ..launch import triton_runs_on
+from . import cpu, merges
 from .contrastive import pairwise_loss
 from .shared import (
     check_pairs,
@@ -39,6 +41,7 @@ from .shared import (
     logit_blocks,
     new_gradient,
     operand_dtype,
+    prepare_both,
     register_gradients,
     scale_gradient,
     scale_tensor,
@@ -56,12 +59,14 @@ def _info_nce_fwd(
 
     row holds maximum, inv_denom and one_minus_p of the queries.
     """
-    blocks = logit_blocks(query.device)
-    x, y, queue = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (query, key, negatives))
+    x, y = (side.rows for side in prepare_both(query, key, dtype, normalize=normalize))
+    queue = logit_blocks(query.device).prepare(negatives, dtype, normalize=normalize).rows
+    if triton_runs_on(query.device):
+        return merges.info_nce(x, y, queue, logit_scale, in_batch=in_batch)
     # With the offset len(queue), no query forms a pair with a negative of the queue.
-    parts = [blocks.statistics(x, queue, logit_scale, len(queue)) if len(queue) else new_stats(x, queue)]
+    parts = [cpu.statistics(x, queue, logit_scale, len(queue)) if len(queue) else new_stats(x, queue)]
     if in_batch:
-        parts.append(blocks.statistics(x, y, logit_scale, 0))
+        parts.append(cpu.statistics(x, y, logit_scale, 0))
         positive = parts[-1].positive
     else:
         positive = pair_products(x, y) * (logit_scale * LOG2E)
@@ -90,7 +95,8 @@ def _info_nce_bwd(
     The gradients of keys and negatives have no rows if they are not needed.
     """
     blocks = logit_blocks(query.device)
-    x, y, queue = (blocks.prepare(side, dtype, normalize=normalize) for side in (query, key, negatives))
+    x, y = prepare_both(query, key, dtype, normalize=normalize)
+    queue = blocks.prepare(negatives, dtype, normalize=normalize)
     coefficient = grad_loss.to(row.dtype) / max(len(query), 1)
     factor = coefficient * logit_scale
     query_grad = new_gradient(query)
@@ -205,12 +211,13 @@ def _nt_xent_fwd(
     over both views of the pair) twice: [0] treats a view as a row of the logits of its own side, and [1] as a column.
     These logits are symmetric, so [0] and [1] differ by rounding only.
     """
-    blocks = logit_blocks(first.device)
-    x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (first, second))
+    x, y = (side.rows for side in prepare_both(first, second, dtype, normalize=normalize))
+    if triton_runs_on(first.device):
+        return merges.nt_xent(x, y, logit_scale)
     # Among the logits of first views with first views, and of second with second, the pairs with offset 0 are each view
     # with itself. They are left out; all other logits belong to negatives.
-    within = [blocks.statistics(side, side, logit_scale, 0) for side in (x, y)]
-    across = blocks.statistics(x, y, logit_scale, 0)
+    within = [cpu.statistics(side, side, logit_scale, 0) for side in (x, y)]
+    across = cpu.statistics(x, y, logit_scale, 0)
     sums = [
         [merge([part, other]) for part in (own.rows, own.cols)]
         for own, other in zip(within, (across.rows, across.cols), strict=True)
@@ -238,7 +245,7 @@ def _nt_xent_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the NT-Xent gradients of both views and of the scale."""
     blocks = logit_blocks(first.device)
-    x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (first, second))
+    x, y = prepare_both(first, second, dtype, normalize=normalize)
     coefficient = grad_loss.to(row.dtype) / max(2 * len(first), 1)
     factor = coefficient * logit_scale
     first_grad = new_gradient(first)

@@ -82,8 +82,11 @@ def add_products(
         for acc, has_no_values in zip((acc_x, acc_y), is_new, strict=True):
             if acc is not None and has_no_values:
                 acc.zero_()
-    described = _Descriptors()
     acc_x, strip = (None, acc_x) if acc_x is not None and acc_x.ndim == 3 else (acc_x, None)
+    if strip is None and 0 < x.shape[0] <= edges[0] and 0 < y.shape[0] <= edges[1]:
+        vectors = *shared, *of_rows, *of_cols
+        return _add_block(x, y, offset, vectors, acc_x, acc_y, is_softmax=is_softmax, is_new=is_new)
+    described = _Descriptors()
     row_parts, col_parts = (
         [
             _Part(own.start, side[own], None if acc is None else acc[own], tuple(vector[own] for vector in vectors))
@@ -122,6 +125,23 @@ def add_products(
             of_strip.start(block, cols.features, strip, described)
         if acc_x is not None or acc_y is not None:
             products.start(block, rows, cols, described)
+    return sums
+
+
+def _add_block(
+    x: Tensor, y: Tensor, offset: int, vectors: tuple[Tensor, ...], acc_x: Tensor | None, acc_y: Tensor | None, *,
+    is_softmax: bool, is_new: tuple[bool, bool],
+) -> Tensor:  # fmt: skip
+    """Do what :func:`add_products` does if G is one block; ``vectors`` are the other inputs of the kernel for G."""
+    describe, layout = _Descriptors(), layout_of(x, y, offset)
+    grad = new_rows(x, layout.m, layout.n)
+    of_g = grad_plan(layout, grad.stride(0), is_softmax, False)
+    has_x, has_y = acc_x is not None, acc_y is not None
+    products = _products_plan(layout._replace(offset=0), grad.stride(0), has_x, has_y, is_new[not has_x], is_new[has_y])
+    sums = vector(x, 1 if is_softmax else 3, of_g.programs)
+    of_g.start(x, y, grad, *vectors, *sums.unbind(), describe=describe)
+    if has_x or has_y:
+        products.start(grad, _Part(0, x, acc_x, ()), _Part(0, y, acc_y, ()), describe)
     return sums
 
 

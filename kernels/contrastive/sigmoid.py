@@ -59,11 +59,10 @@ def _sigmoid_fwd(
         grads = _held_gradient(image), _held_gradient(text)
         loss, number_grads = sigmoid_gradients(x, y, logit_scale, logit_bias, offset, *grads)
         return loss, *grads, number_grads
-    one_minus_p, of_pairs = blocks.sigmoid_pairs(x.rows, y.rows, logit_scale, logit_bias, offset)
     if not with_grads:
-        others = blocks.sigmoid_losses(x.rows, y.rows, logit_scale, logit_bias, offset)
-        loss = torch.cat((of_pairs[0], others)).sum(dtype=torch.float64) / len(image)
-        return loss.to(logit_scale.dtype), *_no_gradients(logit_scale)
+        loss = blocks.sigmoid_loss(x.rows, y.rows, logit_scale, logit_bias, offset)
+        return loss, *_no_gradients(logit_scale)
+    one_minus_p, of_pairs = blocks.sigmoid_pairs(x.rows, y.rows, logit_scale, logit_bias, offset)
     factor = logit_scale / max(len(image), 1)
     image_grad = _held_gradient(image)
     acc_text = blocks.new_accumulator(len(text), y.rows)

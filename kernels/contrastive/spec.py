@@ -237,17 +237,22 @@ SPECS = (
     loss_spec(
         op=info_nce_loss, reference=reference.info_nce_loss, make=make_info_nce, cases=INFO_NCE,
         small=(QueueShape(11, 7, 6, 5.0, 0.3, in_batch=True), QueueShape(11, 7, 6, 5.0, 0.3)),
-        suite="info_nce", torch_op="info_nce", kernels=(*SUMS, *GRADIENTS),
+        suite="info_nce", torch_op="info_nce", kernels=("_normalize_kernel", *SUMS, "_queries_kernel", *GRADIENTS),
         floor=info_nce_floor, frozen=("key", "negatives"), float32=("logit_scale",),
         bench={"cpu": (QueueShape(256, 16384, 128),), "cuda": (QueueShape(1024, 65536, 128),)},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
+        shipped=(
+            Shipped("N1024 K4096 D128", QueueShape(1024, 4096, 128)),
+            Shipped("N1024 K4096 D128 in batch", QueueShape(1024, 4096, 128, in_batch=True)),
+        ),
     ),
     loss_spec(
         op=nt_xent_loss, reference=reference.nt_xent_loss, make=make_nt_xent, cases=NT_XENT,
         small=(ViewShape(11, 6, 5.0, 0.3),),
-        suite="nt_xent", torch_op="nt_xent", kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
+        suite="nt_xent", torch_op="nt_xent", kernels=("_normalize_kernel", *SUMS, "_views_kernel", *GRADIENTS),
         floor=nt_xent_floor, float32=("logit_scale",),
         bench={"cpu": (ViewShape(2048, 512),), "cuda": (ViewShape(16384, 512), ViewShape(4096, 512))},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
+        shipped=(Shipped("N1024 D512", ViewShape(1024, 512)),),
     ),
 )  # fmt: skip

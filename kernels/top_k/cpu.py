@@ -1,19 +1,52 @@
 """The scores of top_k on the CPU, by PyTorch's own matrix product."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import cdiv, slices
 from ..dtypes import accumulate_dtype
-from ..launch import triton_runs_on
 
+MOST_SORTED = 512  # a query's scores with this many items are sorted: to choose groups first would take more time
 GROUP = 32  # neighbouring items that share one maximum
 TILE = 1 << 23  # scores that are computed at once; smaller tiles make threads wait for each other more often
 CONVERTED = 1 << 22  # elements of 16-bit items that are converted to float32 at once, which limits the copy
 GATHERED = 1 << 22  # elements of the chosen groups' items that are gathered at once, which limits the copy
 
 
-def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
+def find(query: Tensor, items: Tensor, allowed: Tensor | None, scores: Tensor, indices: Tensor) -> None:
+    """Write the k best items of a block of top_k's queries to ``scores`` and ``indices`` [Q, k]."""
+    k = scores.shape[1]
+    if len(items) <= MOST_SORTED:
+        for rows in slices(len(query), TILE // len(items)):
+            scores[rows], indices[rows] = _sorted(query[rows], items, allowed, k)
+        return
+    maxima = _group_maxima(query, items, allowed)
+    groups = best_places(maxima, min(k, maxima.shape[1]))  # [Q, C]
+    found = _group_scores(query, items, groups).flatten(1)
+    places = (groups[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
+    hidden = (places >= len(items)) | found.isnan()
+    if allowed is not None:
+        hidden |= ~allowed[places.clamp(max=len(items) - 1)]
+    lacking = max(0, k - found.shape[1])
+    found = F.pad(found.masked_fill(hidden, float("-inf")), (0, lacking), value=float("-inf"))
+    best = best_places(found, k)
+    order = torch.sort(found.gather(1, best), dim=1, descending=True, stable=True, out=(scores, indices))[1]
+    places = F.pad(places, (0, lacking)).gather(1, best.gather(1, order))
+    indices.copy_(places.masked_fill_(scores == float("-inf"), -1))
+
+
+def _sorted(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k best items of each of top_k's queries, from their sorted scores with all items."""
+    work = accumulate_dtype(query.dtype)
+    scores = torch.mm(query.to(work), items.to(work).T)
+    hidden = scores.isnan() if allowed is None else scores.isnan() | ~allowed
+    scores = F.pad(scores.masked_fill_(hidden, float("-inf")), (0, max(0, k - len(items))), value=float("-inf"))
+    scores, indices = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
+    return scores, indices.masked_fill(scores == float("-inf"), -1)
+
+
+def _group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
     """Return the highest score [Q, G] of each of top_k's queries in each group of items; -inf where there is none."""
     (q, d), n, work = query.shape, len(items), accumulate_dtype(query.dtype)
     maxima = query.new_full((q, cdiv(n, GROUP)), float("-inf"), dtype=work)
@@ -37,11 +70,11 @@ def _in_groups(scores: Tensor) -> Tensor:
     """Return the scores of items [Q, N] by groups of items [Q, G, GROUP]; the last group is filled up with -inf."""
     lacking = -scores.shape[1] % GROUP
     if lacking:
-        scores = torch.nn.functional.pad(scores, (0, lacking), value=float("-inf"))
+        scores = F.pad(scores, (0, lacking), value=float("-inf"))
     return scores.unflatten(1, (-1, GROUP))
 
 
-def group_scores(query: Tensor, items: Tensor, groups: Tensor) -> Tensor:
+def _group_scores(query: Tensor, items: Tensor, groups: Tensor) -> Tensor:
     """Return the scores [Q, C, GROUP] of each of top_k's queries with the items of its chosen ``groups`` [Q, C]."""
     work, (q, chosen), d = accumulate_dtype(query.dtype), groups.shape, items.shape[1]
     scores = query.new_empty(q, chosen * GROUP, dtype=work)
@@ -57,7 +90,7 @@ def best_places(scores: Tensor, k: int) -> Tensor:
 
     Of equal scores, the first count as the highest.
 
-    This works on any device. ``torch.topk`` leaves open which of equal scores it takes.
+    ``torch.topk`` leaves open which of equal scores it takes.
 
     Args:
         scores: no NaN.
@@ -65,12 +98,11 @@ def best_places(scores: Tensor, k: int) -> Tensor:
     """
     best = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     least = best.values[:, k - 1 : k]
-    # On a GPU, the test whether more scores equal the lowest one would have to wait for the device.
-    if not triton_runs_on(scores.device) and not (best.values[:, k:] == least).any():
+    if not (best.values[:, k:] == least).any():  # no further score equals the lowest one
         return best.indices[:, :k].sort(dim=1).values
     above, level = scores > least, scores == least
     room = k - above.sum(1, keepdim=True, dtype=torch.int32)
     chosen = above | (level & (level.cumsum(1, dtype=torch.int32) <= room))
     slots = (chosen.cumsum(1) - 1).masked_fill_(~chosen, k)  # scores that are not chosen share an extra slot
-    places = torch.arange(scores.shape[1], device=scores.device).expand_as(slots)
+    places = torch.arange(scores.shape[1]).expand_as(slots)
     return slots.new_empty(len(scores), k + 1).scatter_(1, slots, places)[:, :k]

@@ -4,39 +4,38 @@ import torch
 from torch import Tensor
 
 from ..common import cdiv
-from ..configs import GemmConfig, gemm_config
+from ..configs import RowConfig, gemm_config
 from ..launch import arch_of, launch
 from .cpu import GROUP
-from .kernels import _group_maxima_kernel, _group_scores_kernel
+from .kernels import _group_maxima_kernel, _group_scores_kernel, _results_kernel
+
+RESULTS = RowConfig(block_m=1, block_n=1024, num_warps=4, num_stages=1)  # a program writes block_n results
 
 
-def _config(x: Tensor) -> GemmConfig:
-    """Return the launch configuration of top_k's kernels."""
-    return gemm_config("top_k", arch_of(x.device), x.dtype)
+def find(query: Tensor, items: Tensor, allowed: Tensor | None, scores: Tensor, indices: Tensor) -> None:
+    """Write the k best items of a block of top_k's queries to ``scores`` and ``indices``, which are contiguous [Q, k].
 
-
-def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
-    """Return the highest score [Q, G] of each of top_k's queries in each group of items; -inf where there is none."""
-    (q, d), n = query.shape, len(items)
-    cfg, groups = _config(query), cdiv(n, GROUP)
-    maxima = torch.empty(q, groups, dtype=torch.float32, device=query.device)
+    All keys of a query differ, so PyTorch's topk finds the same in every run.
+    """
+    (q, d), n, k, device = query.shape, len(items), scores.shape[1], query.device
+    cfg, groups = gemm_config("top_k", arch_of(device), query.dtype), cdiv(n, GROUP)
+    strides, has_allowed = (*query.stride(), *items.stride()), allowed is not None
+    mask = query if allowed is None else allowed.view(torch.uint8)
+    maxima = query.new_empty((q, groups), dtype=torch.int64)
     launch(
         _group_maxima_kernel, (cdiv(q, cfg.block_m) * cdiv(n, cfg.block_n),),
-        query, items, query if allowed is None else allowed.view(torch.uint8), maxima, q, n, d, groups,
-        *query.stride(), *items.stride(), config=cfg, device=query.device,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, GROUP=GROUP, GROUP_M=8,
-        HAS_ALLOWED=allowed is not None,
+        query, items, mask, maxima, q, n, d, groups, *strides, config=cfg, device=device,
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, GROUP=GROUP, GROUP_M=8, HAS_ALLOWED=has_allowed,
     )  # fmt: skip
-    return maxima
-
-
-def group_scores(query: Tensor, items: Tensor, groups: Tensor) -> Tensor:
-    """Return the scores [Q, C, GROUP] of each of top_k's queries with the items of its chosen ``groups`` [Q, C]."""
-    (q, d), n = query.shape, len(items)
-    cfg, chosen = _config(query), groups.shape[1]
-    scores = torch.empty(q, chosen, GROUP, dtype=torch.float32, device=query.device)
+    chosen = min(k, groups)
+    best = maxima.topk(chosen, sorted=False).values
+    keys = query.new_empty((q, chosen * GROUP), dtype=torch.int64)
     launch(
-        _group_scores_kernel, (q * chosen,), query, items, groups.contiguous(), scores, n, d, chosen,
-        *query.stride(), *items.stride(), config=cfg, device=query.device, BLOCK_K=cfg.block_k, GROUP=GROUP,
+        _group_scores_kernel, (q * chosen,), query, items, mask, best, keys, n, d, chosen, *strides,
+        config=cfg, device=device, BLOCK_K=cfg.block_k, GROUP=GROUP, HAS_ALLOWED=has_allowed,
     )  # fmt: skip
-    return scores
+    found = min(k, chosen * GROUP)
+    launch(
+        _results_kernel, (cdiv(q * k, RESULTS.block_n),), keys.topk(found).values, scores, indices, q * k, found, k,
+        config=RESULTS, device=device, BLOCK=RESULTS.block_n,
+    )  # fmt: skip

@@ -12,10 +12,7 @@ FLOPs: 2 Q N D, and 2 Q k GROUP D for the second pass. Memory beyond the inputs:
 at a time, since queries are taken in blocks; on the CPU a tile of scores.
 """
 
-from types import ModuleType
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -25,7 +22,7 @@ from ..common import cdiv, slices
 from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches
-from .cpu import GROUP, best_places
+from .cpu import GROUP
 
 MAXIMA = 1 << 24  # maxima that are held at once
 GATHERED = 1 << 24  # elements of the chosen groups' items that are held at once
@@ -37,11 +34,11 @@ def _top_k(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tupl
     scores, indices = _top_k_fake(query, items, allowed, k)
     if 0 in (len(query), len(items)):
         return scores.fill_(float("-inf")), indices.fill_(-1)
-    path = launches if triton_runs_on(query.device) else cpu
+    find = launches.find if triton_runs_on(query.device) else cpu.find
     groups = cdiv(len(items), GROUP)
     gathered = min(k, groups) * GROUP * max(1, items.shape[1])
     for rows in slices(len(query), max(1, min(MAXIMA // groups, GATHERED // gathered))):
-        scores[rows], indices[rows] = _of_block(path, query[rows], items, allowed, k)
+        find(query[rows], items, allowed, scores[rows], indices[rows])
     return scores, indices
 
 
@@ -50,23 +47,6 @@ def _top_k_fake(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) ->
     """Return uninitialised results of top_k, for tracing and as buffers."""
     size = (query.shape[0], k)
     return query.new_empty(size, dtype=accumulate_dtype(query.dtype)), query.new_empty(size, dtype=torch.int64)
-
-
-def _of_block(path: ModuleType, query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Return the scores and the indices of the k best items for a block of top_k's queries."""
-    maxima = path.group_maxima(query, items, allowed)
-    groups = best_places(maxima, min(k, maxima.shape[1]))  # [Q, C]
-    scores = path.group_scores(query, items, groups).flatten(1)
-    indices = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
-    hidden = (indices >= len(items)) | scores.isnan()
-    if allowed is not None:
-        hidden |= ~allowed[indices.clamp(max=len(items) - 1)]
-    lacking = max(0, k - scores.shape[1])
-    scores = F.pad(scores.masked_fill(hidden, float("-inf")), (0, lacking), value=float("-inf"))
-    best = best_places(scores, k)
-    scores, order = scores.gather(1, best).sort(dim=1, descending=True, stable=True)
-    indices = F.pad(indices, (0, lacking)).gather(1, best.gather(1, order))
-    return scores, indices.masked_fill(scores == float("-inf"), -1)
 
 
 def top_k(

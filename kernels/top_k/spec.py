@@ -99,7 +99,7 @@ SPECS = (
         cases=CASES,
         small=(SearchShape(7, 110, 6, 3),),
         category="other",
-        kernels=("_group_maxima_kernel", "_group_scores_kernel"),
+        kernels=("_group_maxima_kernel", "_group_scores_kernel", "_results_kernel"),
         floor=floor,
         bench={
             "cpu": (SearchShape(1, 100_000, 512), SearchShape(100, 100_000, 512)),

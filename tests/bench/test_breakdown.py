@@ -19,7 +19,9 @@ from .conftest import CPU, TELEMETRY, case, smallest, validate
 
 GEMM, ATTENTION, NORM, CONVOLUTION, INPUT, LOSS, OPTIMIZER, COPIES, OTHER, DATA, HOST = CATEGORIES
 # Kernels that no step launches.
-NOT_IN_A_STEP = ("_own_score_kernel", "_count_ahead_kernel", "_group_maxima_kernel", "_group_scores_kernel")
+NOT_IN_A_STEP = (
+    "_own_score_kernel", "_count_ahead_kernel", "_group_maxima_kernel", "_group_scores_kernel", "_results_kernel",
+)  # fmt: skip
 ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>"
 KERNELS = {
     GEMM: ["nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_TNT", "ampere_sgemm_128x64_tn", "triton_tem_fused_addmm_3"],

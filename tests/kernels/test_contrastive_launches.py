@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._library.custom_ops import OPDEFS
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clipfast.kernels import contrastive_loss, sigmoid_loss
+from clipfast.kernels import contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from clipfast.kernels.configs import GemmConfig
 from clipfast.kernels.contrastive.block_sizes import block_edges, most_bytes
 from clipfast.kernels.hardware import CARDS
@@ -79,6 +79,8 @@ def features(*size):
     return F.normalize(torch.randn(size), dim=-1).bfloat16()
 
 
+# The ops that may stand between the launches of a loss: none of them starts a kernel.
+ALLOWED = ("aten::new_empty", "aten::empty", "aten::promote_types", "clipfast::")
 biased_loss = functools.partial(sigmoid_loss, logit_bias=torch.tensor(-5.0))
 
 
@@ -142,5 +144,22 @@ def test_one_block_takes_few_launches_and_nothing_between_them(loss, normalize, 
         torch.autograd.grad(loss(image, text, scale, normalize=normalize), (image, text, scale), torch.tensor(1.0))
     assert len(launches) == count, [item.kernel.__name__ for item in launches]
     names = {func._schema.name for func, _, _ in record.calls if not func.is_view}
-    allowed = ("aten::new_empty", "aten::empty", "aten::promote_types", "clipfast::")
-    assert {name for name in names if not name.startswith(allowed)} == set()
+    assert {name for name in names if not name.startswith(ALLOWED)} == set()
+
+
+@pytest.mark.parametrize(
+    ("loss", "count"),
+    [
+        (nt_xent_loss, 9),
+        (functools.partial(nt_xent_loss, normalize=False), 8),
+        (functools.partial(info_nce_loss, negatives=features(300, 64), in_batch=False), 4),
+        (functools.partial(info_nce_loss, negatives=features(300, 64), in_batch=True), 6),
+    ],
+)
+def test_statistics_of_several_blocks_take_few_launches_and_nothing_between_them(loss, count):
+    inputs = *features(2, 256, 64), torch.tensor(10.0)
+    with RecordedInside() as record, record_launches(90) as launches:
+        loss(*inputs)
+    assert len(launches) == count, [item.kernel.__name__ for item in launches]
+    names = {func._schema.name for func, _, _ in record.calls if not func.is_view}
+    assert {name for name in names if not name.startswith(ALLOWED)} == set()

@@ -1,0 +1,100 @@
+"""The Triton kernels of InfoNCE and NT-Xent, whose rows have logits in two blocks: the terms of the loss from both.
+
+A block's statistics are what ``_pairs_kernel`` stores without a loss: of each row, the maximum of its logits, and the
+sum of 2^(logit - maximum). As in ``stats.merge``, the maximum of two blocks is the larger one, and the sums are added
+after they have been scaled to it.
+"""
+
+import triton
+import triton.language as tl
+
+from .softmax_kernels import _terms
+from .tiles import pair_cosines
+
+
+@triton.jit
+def _merged(first_ptr, second_ptr, N, offs, mask):
+    """Return maxima and sums [B] of the rows ``offs`` over two blocks of logits, given the statistics of each, [2, N].
+
+    Where a block has no logits, its maximum is -inf. The pivot is finite, since -inf - (-inf) would be NaN.
+    """
+    first_max = tl.load(first_ptr + offs, mask=mask, other=0.0)
+    second_max = tl.load(second_ptr + offs, mask=mask, other=0.0)
+    maximum = tl.maximum(first_max, second_max, propagate_nan=tl.PropagateNan.ALL)
+    pivot = tl.maximum(maximum, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
+    first_sum = tl.load(first_ptr + N + offs, mask=mask, other=0.0)
+    second_sum = tl.load(second_ptr + N + offs, mask=mask, other=0.0)
+    return maximum, first_sum * tl.exp2(first_max - pivot) + second_sum * tl.exp2(second_max - pivot)
+
+
+@triton.jit
+def _store_terms(out_ptr, maximum, inv_denom, one_minus_p, N, offs, mask):
+    """Store the three vectors [B] of the rows ``offs`` that the gradient of a loss is computed from, in [3, N]."""
+    tl.store(out_ptr + offs, maximum, mask=mask)
+    tl.store(out_ptr + N + offs, inv_denom, mask=mask)
+    tl.store(out_ptr + 2 * N + offs, one_minus_p, mask=mask)
+
+
+@triton.jit
+def _queries_kernel(
+    stats_ptr,  # [2, 2, N] fp32, of the queries against the queue and, with IN_BATCH, against the keys
+    positive_ptr,  # [N] fp32, the logits of the pairs; unused without IN_BATCH
+    x_ptr,  # [N, D], the queries
+    y_ptr,  # [N, D], the keys
+    scale_ptr,  # [] fp32
+    row_ptr,  # [3, N] fp32
+    loss_ptr,  # [programs] fp32
+    uses_shared_shift_ptr,  # [programs] int8
+    N, D, stride_x, stride_y, log2e,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, IN_BATCH: tl.constexpr,
+):  # fmt: skip
+    """Store maximum, inv_denom and one_minus_p of BLOCK_M queries of InfoNCE, and the sum of their losses."""
+    offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = offs < N
+    if IN_BATCH:
+        maximum, total = _merged(stats_ptr, stats_ptr + 2 * N, N, offs, mask)
+        positive = tl.load(positive_ptr + offs, mask=mask, other=0.0)
+    else:
+        maximum = tl.load(stats_ptr + offs, mask=mask, other=0.0)
+        total = tl.load(stats_ptr + N + offs, mask=mask, other=0.0)
+        cosines = pair_cosines(x_ptr, y_ptr, offs, mask, D, 0, stride_x, stride_y, BLOCK_M, BLOCK_K)
+        positive = cosines * (tl.load(scale_ptr) * log2e)
+    nll, inv_denom, one_minus_p = _terms(maximum, total, positive)
+    _store_terms(row_ptr, maximum, inv_denom, one_minus_p, N, offs, mask)
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(mask, nll, 0.0), 0))
+    tl.store(uses_shared_shift_ptr + tl.program_id(0), 1)
+
+
+@triton.jit
+def _views_kernel(
+    stats_ptr,  # [6, 2, N] fp32: rows and columns of x against x, of y against y, and of x against y
+    positive_ptr,  # [N] fp32, the logits of the pairs
+    row_ptr,  # [2, 3, N] fp32, of x
+    col_ptr,  # [2, 3, N] fp32, of y
+    loss_ptr,  # [programs] fp32
+    uses_shared_shift_ptr,  # [programs] int8
+    N,
+    BLOCK_M: tl.constexpr,
+):
+    """Store what ``_nt_xent_fwd`` returns for BLOCK_M pairs of NT-Xent's views, and the sum of the losses of both."""
+    offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = offs < N
+    positive = tl.load(positive_ptr + offs, mask=mask, other=0.0)
+    x_rows, x_cols, y_rows, y_cols = stats_ptr, stats_ptr + 2 * N, stats_ptr + 4 * N, stats_ptr + 6 * N
+    across_rows, across_cols = stats_ptr + 8 * N, stats_ptr + 10 * N
+    x_max, x_sum = _merged(x_rows, across_rows, N, offs, mask)
+    y_max, y_sum = _merged(y_rows, across_cols, N, offs, mask)
+    x_loss, x_inv_denom, x_one_minus_p = _terms(x_max, x_sum, positive)
+    y_loss, y_inv_denom, y_one_minus_p = _terms(y_max, y_sum, positive)
+    one_minus_p = x_one_minus_p + y_one_minus_p
+    _store_terms(row_ptr, x_max, x_inv_denom, one_minus_p, N, offs, mask)
+    _store_terms(col_ptr, y_max, y_inv_denom, one_minus_p, N, offs, mask)
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(mask, x_loss + y_loss, 0.0), 0))
+    tl.store(uses_shared_shift_ptr + tl.program_id(0), 1)
+    # The views once more, as columns of the logits of their own side.
+    x_max, x_sum = _merged(x_cols, across_rows, N, offs, mask)
+    y_max, y_sum = _merged(y_cols, across_cols, N, offs, mask)
+    _, x_inv_denom, _ = _terms(x_max, x_sum, positive)
+    _, y_inv_denom, _ = _terms(y_max, y_sum, positive)
+    _store_terms(row_ptr + 3 * N, x_max, x_inv_denom, one_minus_p, N, offs, mask)
+    _store_terms(col_ptr + 3 * N, y_max, y_inv_denom, one_minus_p, N, offs, mask)
