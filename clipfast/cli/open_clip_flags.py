@@ -203,7 +203,9 @@ FLAGS: dict[str, Rule] = {
     "--delete-previous-checkpoint": Rule("same", "it concerns epoch_N.pt: epoch_latest.pt is replaced in any case"),
     "--distill-model": Rule("same", "it needs --distill-pretrained; it works with --accum-freq too"),
     "--distill-pretrained": Rule("same", "it needs --distill-model"),
-    "--use-bnb-linear": Rule("refused", "clipfast has no int8 layers: use --precision amp_fp8, which has the same recipe in fp8"),
+    "--use-bnb-linear": Rule(
+        "refused", "clipfast has no int8 layers: use --precision amp_fp8, which has the same recipe in fp8"
+    ),
     "--siglip": Rule("same", "for models with SigLIP in their name, which have a logit_bias"),
     "--loss-dist-impl": Rule(
         "accepted", "the sigmoid loss has one way over ranks, with the same result",
