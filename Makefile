@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # rounded alike wherever it stands in the product, as in a GPU's matrix unit; with those for some newer CPUs it is not.
 test test-fast test-cpu test-interpreter: export OPENBLAS_CORETYPE := Prescott
 
-.PHONY: help train train-shapes test test-fast test-cpu test-interpreter bench gpu lint fmt clean
+.PHONY: help docs train train-shapes test test-fast test-cpu test-interpreter bench gpu lint fmt clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -76,6 +76,19 @@ lint: $(VENV)/test  ## Check style and types
 fmt: $(VENV)/test  ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(VENV)/docs: $(VENV)/base
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
+# In build/docs, the pages of the checkout and of docs/ lie beside each other. pdoc leaves out modules behind an "!".
+docs: $(VENV)/docs  ## Write the pages and an API reference to build/site/index.html
+	@rm -rf build/docs build/site && mkdir -p build/docs && cp -r docs/* build/docs
+	@cp CHANGELOG.md CONTRIBUTING.md build/docs && cp README.md build/docs/index.md
+	@echo '[API reference](api/clipfast.html)' >> build/docs/index.md
+	@sed -i -E 's#\]\(docs/#](#g; s#\]\(\.\./(CHANGELOG|CONTRIBUTING)#](\1#g; s#\]\(\.\./README#](index#g' build/docs/*.md
+	$(BIN)/mkdocs build --quiet
+	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/site/api clipfast '!clipfast\.' clipfast.kernels
 
 clean:  ## Remove environments and build products
 	rm -rf $(VENV) build *.egg-info

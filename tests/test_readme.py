@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import clipfast
 from clipfast.cli import main as cli
 from clipfast.cli.main import main
 from clipfast.kernels.spec import specs
@@ -225,3 +226,19 @@ def test_extras_hold_what_make_installs():
     assert installed
     for names in installed:
         assert set(names.split(",")) <= set(extras)
+
+
+def test_links_of_pypis_page_are_absolute():
+    for_pypi = runpy.run_path(ROOT / "setup.py", run_name="not main")["for_pypi"]
+    text = "![a picture](docs/a.png) and [a page](docs/b.md#part), [here](#part), [PyPI](https://pypi.org)"
+    assert for_pypi(text, "https://host/x", "1.0") == (
+        "![a picture](https://host/x/raw/v1.0/docs/a.png) and [a page](https://host/x/blob/v1.0/docs/b.md#part), "
+        "[here](#part), [PyPI](https://pypi.org)"
+    )
+    assert for_pypi(text, "", "1.0") == " and a page, [here](#part), [PyPI](https://pypi.org)"
+    assert "](docs/" not in for_pypi(TEXT, "https://host/x", "1.0")
+
+
+def test_citation_and_changelog_are_of_this_version():
+    assert f"version: {clipfast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {clipfast.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
