@@ -1,7 +1,7 @@
 """Small models of transformers with random weights, their inputs, and their comparison with a patched copy."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,8 @@ def _built(kind: type[nn.Module], config: object) -> nn.Module:
 
 def patched_pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[nn.Module, nn.Module]:
     """Return a small model of transformers, and a patched copy of it, to compare for the table of adopted models."""
-    model = make(name).to(dtype)
-    return model, clipfast.apply_to_hf(copy.deepcopy(model), **flags)
+    model, options = make(name).to(dtype), cast(dict[str, Any], flags)
+    return model, clipfast.apply_to_hf(copy.deepcopy(model), **options)
 
 
 def inputs(model: nn.Module, padding: str | None = None, batch: int = 3) -> dict[str, Tensor]:

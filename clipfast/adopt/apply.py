@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from . import hf, hf_model, hf_towers, naflex_vit, open_clip, open_clip_towers, parts, timm
+from . import fp8, hf, hf_model, hf_towers, naflex_vit, open_clip, open_clip_towers, parts, timm
 from .places import RECORD, Proposal, carry_out, check_module, class_name, revert_model
 
 
@@ -18,6 +18,8 @@ def apply_to_open_clip(
     pooled_last_block: bool = True,
     pack_text: bool = True,
     pack_image: bool = True,
+    fp8: str | None = None,
+    fp8_skip: tuple[int, int] = (0, 1),
 ) -> nn.Module:
     """Let a model of OpenCLIP run on the kernels of this package, in place.
 
@@ -44,20 +46,24 @@ def apply_to_open_clip(
             texts unless they are packed before (:func:`clipfast.pack_texts`).
         pack_image: timm's NaFlexVit computes no patch that is padding, of batches as timm's NaFlex loader makes them,
             and embeds patches in one pass on GPUs; this needs ``attention``.
+        fp8: the linear layers of transformer blocks multiply in 8 bits, by the recipe "switchback" or "full" (see
+            :func:`clipfast.fp8_linear`), which a CPU emulates; None for 16 bits. In OpenCLIP's models, the projections
+            of ``nn.MultiheadAttention`` do so if ``attention`` replaces it.
+        fp8_skip: the numbers of the first and of the last blocks of each tower that stay in 16 bits.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: ``model`` is not a module, or a switch is not a bool.
-        ValueError: ``model`` contains no module of OpenCLIP.
+        ValueError: ``model`` contains no module of OpenCLIP, or ``fp8`` cannot be used.
     """
     flags = {
         "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
         "text_embed": text_embed, "pooled_last_block": pooled_last_block, "pack_text": pack_text,
         "pack_image": pack_image,
     }  # fmt: skip
-    return _apply("apply_to_open_clip", model, "open_clip", flags)
+    return _apply("apply_to_open_clip", model, "open_clip", flags, fp8, fp8_skip)
 
 
 def apply_to_timm(
@@ -66,6 +72,8 @@ def apply_to_timm(
     norms: bool = True,
     activations: bool = True,
     pack_image: bool = True,
+    fp8: str | None = None,
+    fp8_skip: tuple[int, int] = (0, 1),
 ) -> nn.Module:
     """Let a model of timm run on the kernels of this package, in place, as :func:`apply_to_open_clip` does.
 
@@ -74,17 +82,18 @@ def apply_to_timm(
         attention: ``timm.layers.Attention``, with norms of queries and keys and gates.
         norms: layer norms, each in one pass with the addition before it where there is one.
         activations: GELU and QuickGELU in one pass with the bias before them, on GPUs.
-        pack_image: as for :func:`apply_to_open_clip`.
+        pack_image, fp8, fp8_skip: as for :func:`apply_to_open_clip`; the blocks are those of timm's
+            ``VisionTransformer``.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: ``model`` is not a module, or a switch is not a bool.
-        ValueError: ``model`` contains no module of timm.
+        ValueError: ``model`` contains no module of timm, or ``fp8`` cannot be used.
     """
     flags = {"attention": attention, "norms": norms, "activations": activations, "pack_image": pack_image}
-    return _apply("apply_to_timm", model, "timm", flags)
+    return _apply("apply_to_timm", model, "timm", flags, fp8, fp8_skip)
 
 
 def apply_to_hf(
@@ -97,6 +106,8 @@ def apply_to_hf(
     pooled_last_block: bool = True,
     loss: bool = True,
     pack_text: bool = True,
+    fp8: str | None = None,
+    fp8_skip: tuple[int, int] = (0, 1),
 ) -> nn.Module:
     """Let a model of transformers run on the kernels of this package, in place, as :func:`apply_to_open_clip` does.
 
@@ -124,22 +135,25 @@ def apply_to_hf(
             ``return_logits=True`` or asks for tuples. In evaluation mode all results are those of before.
         pack_text: where ``pooled_last_block`` is in effect, CLIP's text tower computes no token after the end-of-text
             token, as in :func:`apply_to_open_clip`.
+        fp8, fp8_skip: as for :func:`apply_to_open_clip`.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: ``model`` is not a module, or a switch is not a bool.
-        ValueError: ``model`` contains no module of transformers.
+        ValueError: ``model`` contains no module of transformers, or ``fp8`` cannot be used.
     """
     flags = {
         "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
         "text_embed": text_embed, "loss": loss, "pooled_last_block": pooled_last_block, "pack_text": pack_text,
     }  # fmt: skip
-    return _apply("apply_to_hf", model, "transformers", flags)
+    return _apply("apply_to_hf", model, "transformers", flags, fp8, fp8_skip)
 
 
-def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bool]) -> nn.Module:
+def _apply(
+    function: str, model: nn.Module, library: str, flags: Mapping[str, bool], recipe: str | None, skip: tuple[int, int]
+) -> nn.Module:
     """Replace modules of ``library`` in ``model`` by the ops that ``flags`` turn on; errors name ``function``."""
     check_module(function, model)
     for name, value in flags.items():
@@ -147,12 +161,17 @@ def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bo
             raise TypeError(f"{function}: {name} must be a bool, got {type(value).__name__}")
     if not any(class_name(module).startswith(f"{library}.") for module in model.modules()):
         raise ValueError(f"{function}: nothing in this {type(model).__name__} is a module of {library}")
+    fp8.check_arguments(function, model, recipe, skip)
     revert_model(model)
     model.__dict__[RECORD] = [
         carry_out(module, name, proposal, flags[proposal.kind])
         for name, module, proposal in proposals(model, flags)
         if proposal.kind in flags
     ]
+    if recipe is not None:
+        found = list(fp8.propose(model, recipe, skip))
+        model.__dict__[RECORD] += [carry_out(module, name, proposal, True) for name, module, proposal in found]
+        fp8.keep_on_cpus(model, skip)
     return model
 
 

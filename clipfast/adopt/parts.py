@@ -16,8 +16,8 @@ from ..kernels import attention, attention_qkv, bias_gelu, bias_quick_gelu, laye
 from ..kernels.attention.op import MAX_HEAD_DIM
 from ..kernels.layer_norm.op import MAX_WIDTH
 from ..kernels.packing import Packing
-from ..models.layers import has_hooks, is_plain, project_qkv, residual_norm
-from .places import Proposal, class_name, computes, is_left, runs_ours
+from ..models.layers import has_hooks, is_plain, project, project_qkv, residual_norm
+from .places import Proposal, class_name, computes, is_left, is_untouched, options_of, runs_ours
 
 ADDS = "clipfast.layer_norm, which also adds attention's output"
 _LAYERS = ["c_fc", "gelu", "c_proj"]
@@ -80,10 +80,12 @@ def multihead_attention(
     attn_mask: Tensor | Packing | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
+    fp8: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``nn.MultiheadAttention``: [B, N, E] -> [B, N, E], and None for the weights.
 
-    ``is_causal`` says that ``attn_mask`` is the causal mask, as in PyTorch, or the packing of texts in its place.
+    ``is_causal`` says that ``attn_mask`` is the causal mask, as in PyTorch, or the packing of texts in its place. With
+    a recipe ``fp8``, self-attention projects in 8 bits.
     """
     is_other = key is not value or query.ndim != 3 or key_padding_mask is not None or need_weights
     if is_other or (attn_mask is not None) != is_causal or drops(module, module.dropout) or not computes(query):
@@ -92,8 +94,8 @@ def multihead_attention(
         )
     if query is not key or not module._qkv_same_embed_dim:
         return project_out(module, heads_attention(*project_apart(module, query, key), None, is_causal)), None
-    qkv, bias = project_qkv(query, module.in_proj_weight, module.in_proj_bias)
-    return project_out(module, self_attention(qkv, module.num_heads, attn_mask, bias)), None
+    qkv, bias = project_qkv(query, module.in_proj_weight, module.in_proj_bias, fp8)
+    return project_out(module, self_attention(qkv, module.num_heads, attn_mask, bias), fp8), None
 
 
 def self_attention(qkv: Tensor, heads: int, mask: Tensor | Packing | None, bias: Tensor | None) -> Tensor:
@@ -111,9 +113,9 @@ def drops(module: nn.Module, probability: float) -> bool:
     return module.training and probability > 0
 
 
-def project_out(module: Any, out: Tensor) -> Tensor:
+def project_out(module: Any, out: Tensor, fp8: str | None = None) -> Tensor:
     """Apply the output projection of an ``nn.MultiheadAttention``, which itself reads this layer and never calls it."""
-    return F.linear(out, module.out_proj.weight, module.out_proj.bias)
+    return project(out, module.out_proj.weight, module.out_proj.bias, fp8)
 
 
 def project_apart(module: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,10 +241,11 @@ def _gelu_of(act: nn.Module) -> Any:
 def linear_gelu(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
     """Return ``act(linear(x))`` for two layers of an adopted model, by one of our ops if it can."""
     op = _gelu_of(act)
-    is_known = op is not None and is_plain(act, type(act)) and is_plain(linear, nn.Linear)
+    fp8 = options_of(linear).get("fp8") if type(linear) is nn.Linear and is_untouched(linear) else None
+    is_known = op is not None and is_plain(act, type(act)) and (fp8 is not None or is_plain(linear, nn.Linear))
     if not is_known or linear.bias is None or not computes(x):
         return act(linear(x))
-    return op(F.linear(x, linear.weight), linear.bias)
+    return op(project(x, linear.weight, None, fp8), linear.bias)
 
 
 # Embeddings of several libraries' models

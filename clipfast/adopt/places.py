@@ -52,7 +52,7 @@ class Replacement:
         module: the module whose method it replaces.
         method: the name of that method.
         owner: the module that holds the mask of ``module``'s attention. ``function`` gets it as the argument ``owner``.
-        options: further arguments of ``function``, which are True.
+        options: further arguments of ``function``.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class Replacement:
         module: nn.Module,
         method: str = "forward",
         owner: nn.Module | None = None,
-        options: Mapping[str, bool] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.function, self.method, self.options = function, method, dict(options or {})
         self.module, self.owner = module, owner
-        self.is_off = False
+        self.is_off = self.is_always_ours = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call ``function``, or the class's own method if the original is to run."""
         if args and args[0] is self.module:  # accelerate binds this object like a function when it unwraps a model
             args = args[1:]
-        if self.is_off or self._is_left((*args, *kwargs.values())):
+        if self.is_off or (not self.is_always_ours and self._is_left((*args, *kwargs.values()))):
             return self.original(*args, **kwargs)
         if self.owner is None:
             return self.function(self.module, *args, **kwargs, **self.options)
@@ -132,7 +132,7 @@ class Replacement:
         # The owner is outside the module. If only the module is copied, the copy keeps the original owner.
         owner = memo.get(id(self.owner), self.owner)
         new = Replacement(self.function, copy.deepcopy(self.module, memo), self.method, owner, self.options)
-        new.is_off = self.is_off
+        new.is_off, new.is_always_ours = self.is_off, self.is_always_ours
         return new
 
     @property
@@ -172,7 +172,8 @@ class Proposal:
     function: Callable[..., Any] | None = None
     method: str = "forward"
     owner: nn.Module | None = None
-    option: str | None = None  # the name of a bool argument of ``function`` that this proposal sets
+    option: str | None = None  # the name of an argument of ``function`` that this proposal sets to ``value``
+    value: Any = True
 
 
 def propose_unless(
@@ -198,16 +199,18 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
     if unknown:
         return Place(name, kind, None, f"in this version of its library, its {method} takes {', '.join(unknown)} too")
     there = _unwrapped(module.__dict__.get(method))
-    options = {proposal.option: True} if proposal.option else {}
+    options = {proposal.option: proposal.value} if proposal.option else {}
     if there is None:
         module.__dict__[method] = Replacement(proposal.function, module, method, proposal.owner, options)
     elif not isinstance(there, Replacement):
         return Place(name, kind, None, f"something else has replaced its {method}")
     elif there.is_off:  # a wrapper still holds a replacement from before ``revert_model``
-        there.function, there.owner, there.options, there.is_off = proposal.function, proposal.owner, options, False
+        there.function, there.owner, there.options = proposal.function, proposal.owner, options
+        there.is_off = there.is_always_ours = False
     else:  # a second proposal for the same method
         there.options |= options
-    return Place(name, kind, method, proposal.text + ("" if hasattr(proposal.function, "on_cpus") else ON_GPUS))
+    runs_everywhere = hasattr(proposal.function, "on_cpus") or kind == "fp8"
+    return Place(name, kind, method, proposal.text + ("" if runs_everywhere else ON_GPUS))
 
 
 def _unknown_arguments(module: nn.Module, method: str, function: Callable[..., Any]) -> list[str]:
@@ -272,7 +275,7 @@ def reaches_ours(module: nn.Module, method: str = "forward") -> bool:
     return isinstance(_unwrapped(module.__dict__.get(method)), Replacement)
 
 
-def options_of(module: nn.Module, method: str = "forward") -> Mapping[str, bool]:
+def options_of(module: nn.Module, method: str = "forward") -> Mapping[str, Any]:
     """Return the options of our replacement of a method of ``module``; none if the method is not ours."""
     replacement = _unwrapped(module.__dict__.get(method))
     return replacement.options if isinstance(replacement, Replacement) else {}

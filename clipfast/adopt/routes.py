@@ -13,7 +13,7 @@ from ..kernels.launch import arch_of
 from ..models import CLIP
 from ..models.resnet import AttentionPool2d
 from ..models.siglip import LatentPool, SigLIPTrunk
-from ..models.transformer import Attention, Transformer, plan
+from ..models.transformer import Attention, ResidualAttentionBlock, Transformer, plan
 from . import report_places
 
 ROUTES = {
@@ -65,6 +65,11 @@ def report_kernels(model: nn.Module, arch: int | None = None, dtype: torch.dtype
             last = f"; last block: attention_pool of the row that is read, {attn.num_heads} queries of {module.width}"
             text = _attention(arch, dtype, attn, len(module.resblocks) - pools, tokens, module.width)
             lines.append(f"{name}: {text}{last if pools else ''}")
+        elif isinstance(module, nn.ModuleList):
+            recipes = [block.attn.fp8 for block in module if isinstance(block, ResidualAttentionBlock)]
+            if any(recipes):
+                count, recipe = len(recipes) - recipes.count(None), next(filter(None, recipes))
+                lines.append(f"{name}: linear layers of {count} of {len(recipes)} blocks in 8 bits, recipe {recipe}")
     return "\n".join(lines)
 
 

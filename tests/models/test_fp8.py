@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipfast import contrastive_loss, create_model, get_model_config
+from clipfast import contrastive_loss, create_model, get_model_config, report_kernels
 from clipfast.models import build, layers, transformer
 from clipfast.models.transformer import Transformer, read_rows
 
@@ -88,6 +88,7 @@ def test_only_plain_linear_layers_of_chosen_blocks_multiply_in_8_bits(monkeypatc
         )
     ]  # fmt: skip
     assert list(map(id, seen)) == list(map(id, expected))
+    assert "visual.transformer.resblocks: linear layers of 2 of 4 blocks in 8 bits, recipe sw" in report_kernels(model)
     seen.clear()
     blocks[1].mlp.c_fc.__class__ = Half
     model(*inputs)
