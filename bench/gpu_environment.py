@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from clipfast import host
 from clipfast.kernels.dtypes import DTYPES
 
 from . import machine
@@ -15,7 +16,7 @@ from .suites import SUITES, build
 def main() -> int:
     """Run this step of the GPU run: call each op, then print machine and rates; return 1 if an op fails or is wrong."""
     device = machine.use(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    found, versions, commit = machine.describe(device), machine.versions(), machine.commit()
+    found, versions, commit = machine.describe(device), machine.versions(), host.commit()
     print(
         f"{found.get('gpu', found['cpu'])}, {found.get('arch', 'no GPU')}, torch {versions['torch']}, "
         f"triton {versions['triton']}, commit {commit['sha']}{' and changes' if commit['dirty'] else ''}",

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import resource
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,26 +34,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def commit(folder: Path | None = None) -> dict[str, Any]:
-    """Return the commit of the benchmarked checkout, and whether its files have changed since.
-
-    In a copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
-    """
-    # The path is resolved, because kernels/ and bench/ may be reached through links.
-    folder = folder or Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        """Return the output of a git command in the benchmarked checkout, or None if it fails."""
-        try:
-            run = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return run.stdout.strip()
-
-    sha, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return {"sha": sha or os.environ.get("CLIPFAST_COMMIT"), "dirty": bool(changed) if sha else None}
 
 
 def use(device: torch.device) -> torch.device:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipfast import host
 from clipfast.io.files import replace_text
 from clipfast.kernels.hardware import card_named
 
@@ -32,7 +33,7 @@ def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[st
 def conditions(device: torch.device) -> dict[str, Any]:
     """Return the part of a benchmark result that says when, where and at which commit it was measured."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    where = {"git": machine.commit(), "machine": machine.describe(device), "versions": machine.versions()}
+    where = {"git": host.commit(), "machine": machine.describe(device), "versions": machine.versions()}
     return {"schema": SCHEMA, "when": when, **where}
 
 
@@ -106,7 +107,7 @@ def _candidate_result(
 
 def default_path(device: torch.device, suite: str, *, smoke: bool = False) -> Path:
     """Return ``bench/results/<card>/<date>-<suite>-<commit>.json``; with ``smoke``, a path in ``runs/bench``."""
-    sha = (machine.commit()["sha"] or "unknown")[:8]
+    sha = (host.commit()["sha"] or "unknown")[:8]
     day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     return (SMOKE_FOLDER if smoke else FOLDER) / machine.card(device) / f"{day}-{suite}-{sha}.json"
 

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,3 +148,23 @@ def gpu_state(device: "torch.device") -> dict[str, Any]:
 def throttles(reasons: int) -> list[str]:
     """Return the names of the limits that make a GPU slower than usual, from NVML's bits of clock event reasons."""
     return [name for bit, name in THROTTLES.items() if reasons & bit]
+
+
+def commit(folder: Path | None = None) -> dict[str, Any]:
+    """Return the commit of the checkout that clipfast lies in, and whether its files have changed since.
+
+    In a copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
+    """
+    # The path is resolved, because the package may be reached through links.
+    folder = folder or Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        """Return the output of a git command in the checkout, or None if it fails."""
+        try:
+            run = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return run.stdout.strip()
+
+    sha, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return {"sha": sha or os.environ.get("CLIPFAST_COMMIT"), "dirty": bool(changed) if sha else None}

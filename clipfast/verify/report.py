@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import triton
 
+from .. import __version__
+from ..host import commit
 from ..io.files import replace_text
 from ..io.text import align
 from .rule import KINDS, Figure, Judgement
@@ -107,7 +109,8 @@ def count(rows: Sequence[CheckResult]) -> dict[str, int]:
 
 def environment() -> dict[str, str]:
     """Return the versions and the hardware on which the verification ran."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    found = {"clipfast": __version__, "commit": commit()["sha"] or "unknown", "python": platform.python_version()}
+    found |= {"torch": torch.__version__, "triton": triton.__version__}
     found |= {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -136,26 +139,44 @@ def read_json(path: Path) -> tuple[list[CheckResult], dict[str, Any]]:
 
 
 def write_junit(path: Path, rows: Sequence[CheckResult]) -> None:
-    """Replace ``path`` by JUnit XML: a testcase for each result, whose class is named after op and leg."""
-    counts, seconds = count(rows), f"{sum(row.seconds for row in rows):.3f}"
-    totals = {"tests": str(len(rows)), "failures": str(counts[FAIL]), "skipped": str(counts[SKIP]), "errors": "0"}
-    root = ET.Element("testsuites", totals | {"time": seconds})
-    suite = ET.SubElement(root, "testsuite", {"name": "clipfast verify"} | totals | {"time": seconds})
-    properties = ET.SubElement(suite, "properties")
-    for name, value in environment().items():
-        ET.SubElement(properties, "property", {"name": name, "value": value})
-    for row in rows:
-        name = " ".join(part for part in (row.check, f"[{row.case}]", row.dtype, row.output) if part)
-        attributes = {"classname": f"{row.op}.{row.leg}", "name": name, "time": f"{row.seconds:.4f}"}
-        case = ET.SubElement(suite, "testcase", {key: _xml(value) for key, value in attributes.items()})
-        if row.verdict == FAIL:
-            ET.SubElement(case, "failure", message=_xml(row.reason)).text = _xml(f"{row.why}\n{_all_figures(row)}")
-        elif row.verdict == SKIP:
-            ET.SubElement(case, "skipped", message=_xml(row.reason))
-        elif row.figures:
-            ET.SubElement(case, "system-out").text = _xml(_all_figures(row))
+    """Replace ``path`` by JUnit XML: a suite for each leg with a testcase for each result, named after its op.
+
+    The legs run at the same time in processes of their own, so the whole takes as long as the longest of them.
+    """
+    legs = {leg: [row for row in rows if row.leg == leg] for leg in dict.fromkeys(row.leg for row in rows)}
+    totals = {leg: _totals(found) for leg, found in legs.items()}
+    longest = max((float(total["time"]) for total in totals.values()), default=0.0)
+    root = ET.Element("testsuites", _totals(rows) | {"time": f"{longest:.3f}"})
+    where = environment()
+    for leg, found in legs.items():
+        suite = ET.SubElement(root, "testsuite", {"name": f"clipfast verify: {leg}"} | totals[leg])
+        properties = ET.SubElement(suite, "properties")
+        for name, value in where.items():
+            ET.SubElement(properties, "property", {"name": name, "value": value})
+        for row in found:
+            _add_testcase(suite, row)
     ET.indent(root)
     replace_text(path, ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
+
+
+def _totals(rows: Sequence[CheckResult]) -> dict[str, str]:
+    """Return the attributes of a JUnit suite of verification results."""
+    counts, seconds = count(rows), sum(row.seconds for row in rows)
+    numbers = {"tests": len(rows), "failures": counts[FAIL], "skipped": counts[SKIP], "errors": 0}
+    return {name: str(number) for name, number in numbers.items()} | {"time": f"{seconds:.3f}"}
+
+
+def _add_testcase(suite: ET.Element, row: CheckResult) -> None:
+    """Add a verification result to its JUnit suite."""
+    name = " ".join(part for part in (row.check, f"[{row.case}]", row.dtype, row.output) if part)
+    attributes = {"classname": f"{row.op}.{row.leg}", "name": name, "time": f"{row.seconds:.4f}"}
+    case = ET.SubElement(suite, "testcase", {key: _xml(value) for key, value in attributes.items()})
+    if row.verdict == FAIL:
+        ET.SubElement(case, "failure", message=_xml(row.reason)).text = _xml(f"{row.why}\n{_all_figures(row)}")
+    elif row.verdict == SKIP:
+        ET.SubElement(case, "skipped", message=_xml(row.reason))
+    elif row.figures:
+        ET.SubElement(case, "system-out").text = _xml(_all_figures(row))
 
 
 def _xml(text: str) -> str:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipfast import get_model_config
-from clipfast.bench import checkout, harness, machine
+from clipfast import get_model_config, host
+from clipfast.bench import checkout, harness
 from clipfast.bench.case import Candidate, call
 from clipfast.bench.suites import SUITES, build
 from clipfast.bench.suites.step import forward_flops, step_floor_flops, step_flops
@@ -73,8 +73,8 @@ def test_peers_of_attention_take_a_projection_with_and_without_a_bias(bias):
 def test_commit_of_a_copy_without_its_history(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPFAST_COMMIT", "abc123")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert machine.commit(tmp_path) == {"sha": "abc123", "dirty": None}
-    assert machine.commit(checkout.ROOT)["sha"] != "abc123"
+    assert host.commit(tmp_path) == {"sha": "abc123", "dirty": None}
+    assert host.commit(checkout.ROOT)["sha"] != "abc123"
 
 
 def test_every_op_is_measured_at_published_sizes():

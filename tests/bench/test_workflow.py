@@ -11,14 +11,27 @@ from clipfast.cli.main import main
 FOLDER = Path(checkout.ROOT, "bench", "ci")
 
 
-def test_commands_options_and_targets_exist(capsys):
-    commands = re.findall(r"clipfast ((?:bench )?\w+) (--.*)", (FOLDER / "github-gpu.yml").read_text())
-    assert [command for command, _ in commands] == ["verify", "bench ops"]
+# By file: the commands of clipfast in it.
+COMMANDS = {
+    "bench/ci/github-gpu.yml": ["verify", "bench ops"],
+    "bench/ci/gitlab.yml": ["verify", "verify", "bench ops"],
+    "docs/ci.md": ["verify", "verify", "bench loss", "bench ops", "verify"],
+}
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_commands_and_options_exist(file, capsys):
+    commands = re.findall(r"clipfast ((?:bench )?\w+) (--.*)", Path(checkout.ROOT, file).read_text())
+    assert [command for command, _ in commands] == COMMANDS[file]
     for command, arguments in commands:
         with pytest.raises(SystemExit, match="0"):
             main([*command.split(), "--help"])
         help_text = capsys.readouterr().out
-        assert [option for option in re.findall(r"--[\w-]+", arguments) if option not in help_text] == []
+        of_clipfast = re.split(r"[|&`]", arguments)[0]
+        assert [option for option in re.findall(r"--[\w-]+", of_clipfast) if option not in help_text] == []
+
+
+def test_targets_of_make_exist():
     targets = re.findall(r"run: make (\S+)", (FOLDER / "github-cpu.yml").read_text())
     assert targets == ["lint", "test"]
     assert all(re.search(rf"^{target}:", Path(checkout.ROOT, "Makefile").read_text(), re.M) for target in targets)

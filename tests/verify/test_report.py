@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+import clipfast
 from clipfast.verify import CheckResult, Figure, Options, child, options, run_verify, summary, table
 from clipfast.verify import runner as run
 from clipfast.verify.report import FAIL, PASS, SKIP, read_json, write_json, write_junit
@@ -20,8 +21,8 @@ ATTENTION, PATCH = (
 ROWS = [
     CheckResult(*ATTENTION, "value", PASS, figures=(GOOD,), truth="float64", seconds=0.5),
     CheckResult(*ATTENTION, "d_qkv", FAIL, "max error 1 > \x1b[31mallowed", (GOOD, BAD)),
-    CheckResult("attention", "cuda", "leg", "native kernels", reason="no GPU"),
-    CheckResult(*PATCH, "value", PASS, figures=(GOOD,)),
+    CheckResult("attention", "cuda", "leg", "native kernels", reason="no GPU", seconds=0.2),
+    CheckResult(*PATCH, "value", PASS, figures=(GOOD,), seconds=0.1),
     CheckResult(*PATCH, "d_weight", PASS, figures=(Figure("max", 9.0, 9.0, 10.0),)),
 ]
 
@@ -50,16 +51,22 @@ def test_json_round_trip(tmp_path):
 def test_junit_counts_and_figures(tmp_path):
     path = tmp_path / "v.xml"
     write_junit(path, ROWS)
-    suite = ET.parse(path).getroot().find("testsuite")
-    assert [suite.get(key) for key in ("tests", "failures", "skipped")] == ["5", "1", "1"]
+    root = ET.parse(path).getroot()
+    assert [root.get(key) for key in ("tests", "failures", "skipped", "time")] == ["5", "1", "1", "0.600"]
+    suite, gpu = root.findall("testsuite")
+    assert [suite.get(key) for key in ("tests", "failures", "skipped", "time")] == ["4", "1", "0", "0.600"]
+    assert [gpu.get(key) for key in ("tests", "failures", "skipped", "time")] == ["1", "0", "1", "0.200"]
+    about = {each.get("name"): each.get("value") for each in suite.iter("property")}
+    assert about["clipfast"] == clipfast.__version__
+    assert about.keys() >= {"commit", "torch", "triton"}
     cases = suite.findall("testcase")
-    assert len(cases) == 5
+    assert len(cases) == 4
     assert cases[0].get("classname") == "attention.cpu"
     assert float(cases[0].get("time")) == 0.5
     (failure,) = suite.iter("failure")
     assert "max error 1 > ?[31mallowed" in failure.get("message")
     assert "max: ours 1.000e-07, PyTorch's 1.000e-07, allowed 3.000e-07" in failure.text
-    assert len(list(suite.iter("skipped"))) == 1
+    assert len(list(gpu.iter("skipped"))) == 1
 
 
 def test_table_and_summary_name_every_failure_and_what_was_not_run():
