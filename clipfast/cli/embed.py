@@ -50,7 +50,9 @@ def add_parser(commands: Any) -> None:
     add("--texts", action="store_true", help="embed captions, of which a sample must then have one")
     kept = "json keys or columns that are kept as metadata; none after the flag for none (default: all)"
     add("--metadata", nargs="*", metavar="KEY", help=kept)
-    add("--precision", default="fp16", choices=("fp16", "fp32"), help="of the features in the folder (default: fp16)")
+    eight = "with fp8, the blocks of the model multiply in 8 bits, and the features are in fp16"
+    help_text = f"of the features in the folder; {eight} (default: fp16)"
+    add("--precision", default="fp16", choices=("fp16", "fp32", "fp8"), help=help_text)
     add("--part-size", type=BATCH, default=10_000, metavar="INT", help="samples of a part (default: 10000)")
     batch = "samples to encode at once (default: 256 on a GPU, 32 for each thread of a CPU, up to 128 of small images)"
     add("--batch-size", type=BATCH, metavar="INT", help=batch)
@@ -122,6 +124,8 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
     if not (args.images or args.texts):
         samples.images, samples.texts = True, samples.have_captions()
     encoder = load_encoder(args, args.model, args.pretrained, world)
+    if args.precision == "fp8":
+        encoder.set_fp8("switchback")
     return Work(encoder, samples, args.output, args.precision, args.part_size, args.batch_size)
 
 

@@ -18,6 +18,8 @@ from ..checkpoints.sources import resolve_source
 from ..distributed.world import ALONE, World
 from ..factory import create_model, get_tokenizer, transform_of
 from ..io.progress import each
+from ..models import CLIP
+from ..models.fp8 import check_fp8
 from ..models.packed_images import PackedImages
 from .store import FeatureStore
 from .zero_shot import TEXTS, Template, encode_texts, prompts_of
@@ -88,6 +90,18 @@ class Encoder:
         model, _, transform = open_clip.create_model_and_transforms(theirs, pretrained, device=device, cache_dir=folder)
         apply_to_open_clip(model)
         return cls(name, model.eval(), open_clip.get_tokenizer(theirs), transform, device, pretrained)
+
+    def set_fp8(self, recipe: str | None) -> None:
+        """Let the blocks of the model multiply in 8 bits by a recipe of ``fp8_linear``; None ends it.
+
+        Raises:
+            ValueError: the GPU has no fp8.
+        """
+        check_fp8(torch.device(self.device))
+        if isinstance(self.model, CLIP):
+            self.model.set_fp8(recipe)
+        else:
+            apply_to_open_clip(self.model, fp8=recipe)
 
     @functools.cached_property
     def blank(self) -> Tensor:

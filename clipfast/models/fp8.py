@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE
 from ..kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
+from ..kernels.hardware import has_fp8
 from ..kernels.implementations import fp8_linear_bwd, fp8_linear_fwd, quantize_both, quantize_rows
+from ..kernels.launch import arch_of
 
 FULL = "full"
 RECIPES = ("switchback", FULL)
-LEAST_CAPABILITY = (8, 9)
 
 
 def check_fp8(device: torch.device) -> None:
@@ -29,11 +30,8 @@ def check_fp8(device: torch.device) -> None:
     Raises:
         ValueError: the GPU is not one of NVIDIA's with compute capability 8.9 or higher.
     """
-    if device.type != "cuda":
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if torch.version.hip is not None or (major, minor) < LEAST_CAPABILITY:
-        has = "is not one" if torch.version.hip is not None else f"has {major}.{minor}"
+    if device.type == "cuda" and not has_fp8(arch_of(device)):
+        has = "is not one" if torch.version.hip is not None else f"has {arch_of(device) / 10:.1f}"
         raise ValueError(
             "fp8 needs a GPU of NVIDIA with compute capability 8.9 or higher, such as RTX 40, L40S and H100, and "
             f"{torch.cuda.get_device_name(device)} {has}"

@@ -46,7 +46,7 @@ from .layout import (
 from .source_samples import Samples, table_of
 
 log = logging.getLogger("clipfast")
-PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float16}
 SKIPPED = "skipped"  # the key in the schema of a part's Parquet file under which skipped samples are listed
 SKIPPED_FILE = "skipped.tsv"
 GPU_BATCH = 256  # the default number of samples that are encoded at once on a GPU
@@ -100,7 +100,8 @@ class Work:
         encoder: the model.
         samples: the source.
         folder: the folder into which the parts are written.
-        precision: the precision in which features are stored, "fp16" or "fp32".
+        precision: the precision in which features are stored, "fp16" or "fp32"; with "fp8", the model computes in 8
+            bits, and they are stored in fp16.
         part_size: the number of samples of a part, usable or not.
         batch_size: the number of samples that are encoded at once; None for a number that suits the device.
     """

@@ -164,6 +164,16 @@ def test_a_part_without_a_usable_sample(faulty, tmp_path, capsys):
     assert (code, "not one of the 2 samples" in err) == (2, True)
 
 
+@pytest.mark.parametrize("prefix", ["", "open_clip:"])
+def test_a_model_in_8_bits_finds_the_same(prefix, whole, faulty, tmp_path, capsys):
+    if prefix:
+        pytest.importorskip("open_clip")
+    found, _ = make(capsys, faulty, tmp_path / "e", precision="fp8", model=f"{prefix}local-dir:{faulty}/model")
+    exact = Embeddings.open(whole)
+    assert found.features.dtype == exact.features.dtype
+    assert 0.99 < torch.cosine_similarity(found.features.float(), exact.features.float()).min() < 0.99999
+
+
 def test_a_model_of_open_clip_gives_the_same(whole, faulty, tmp_path, capsys):
     pytest.importorskip("open_clip")
     ours = Embeddings.open(whole)
