@@ -123,7 +123,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", help="with --train: pairs of a GPU, in place of --pairs", type=BATCH, metavar="N")
     add("--accumulation", help="micro-batches of which a batch is made (default: 1)", type=COUNT, metavar="N")
-    precisions = ("amp_bf16", "pure_bf16", "fp32")
+    precisions = ("amp_bf16", "amp_fp8", "pure_bf16", "fp32")
     add("--precision", help="as of clipfast train (default: amp_bf16)", choices=precisions)
     add("--opt", help="optimizer, as of clipfast train (default: adamw)", metavar="NAME")
     add("--ema", help="keep an average of the weights", action="store_true")
@@ -248,12 +248,15 @@ def _plan_training(args: argparse.Namespace, cluster: "Cluster") -> None:
 
 def _setup(args: argparse.Namespace, model: str) -> "Setup":
     """Return the options of the training step of ``model`` that the arguments of ``clipfast plan`` describe."""
+    from ..kernels.hardware import CARDS, has_fp8
     from ..models import SigLIPConfig, get_model_config
     from ..plan.planned_step import Setup
     from ..train.optim import optimizer_class
 
     if isinstance(get_model_config(model), SigLIPConfig):
         raise ValueError(f"{model} is trained with the sigmoid loss, and plans are made for the contrastive loss only")
+    if args.precision == "amp_fp8" and not has_fp8(CARDS[args.card or "h100"].arch):
+        raise ValueError(f"--card {args.card} has no fp8: leave out --precision amp_fp8, or take h100, h200 or b200")
     gpus, parallel, opt = args.gpus or 8, args.parallel or "ddp", args.opt or "adamw"
     if opt.lower() != "muon":
         optimizer_class(opt)

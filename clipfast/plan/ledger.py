@@ -40,7 +40,7 @@ class Event:
     phase: str  # the ledger's ``phase`` when the kernel or collective was called
     bytes: int  # bytes that the kernel reads and writes, or that this rank sends
     uses: frozenset[int]  # storages that are read or written
-    flops: int = 0  # FLOPs of matrix products
+    flops: int = 0  # FLOPs of matrix products; those in 8 bits, which take half the time, count half
     collective: str = ""  # name of the collective; empty for a kernel
     messages: int = 0  # number of messages that this rank sends one after another for the collective
 
@@ -105,9 +105,10 @@ class Ledger(TorchDispatchMode):
             sent, messages = _sent(name, args, *(_nbytes(_tensors(arg)) for arg in args[:2]))
             self.events.append(Event(self.phase, sent, uses, 0, name, messages))
         elif func._schema.is_mutable or not (uses == known or "empty" in func._schema.name):
-            flops = ATEN_FLOPS.get(func._overloadpacket)
+            count = ATEN_FLOPS.get(func._overloadpacket)
+            flops = 0 if count is None else count(*args, **kwargs, out_val=out)
             read = [] if _only_like(func) else given
-            self._add_kernel(0 if flops is None else flops(*args, **kwargs, out_val=out), [*read, *made])
+            self._add_kernel(flops // 2 if func is ATEN._scaled_mm.default else flops, [*read, *made])
         self._update_peak()
         return out
 

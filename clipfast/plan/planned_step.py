@@ -35,7 +35,7 @@ from .ledger import Ledger
 
 PARALLELS = ("ddp", "fsdp")
 CHECKPOINTINGS = ("none", "selective", "full")
-PRECISIONS = ("amp_bf16", "pure_bf16", "fp32")
+PRECISIONS = ("amp_bf16", "amp_fp8", "pure_bf16", "fp32")
 # The phases of a step. In the backward passes, the text tower comes first.
 IMAGE_FORWARD, TEXT_FORWARD, LOSS = "forward of images", "forward of texts", "loss"
 TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD = "backward of texts", "backward of tokens", "backward of images"
@@ -86,7 +86,7 @@ class Setup:
         gpus: the number of ranks.
         parallel: "ddp" or "fsdp". On one GPU, both mean the plain model.
         checkpointing: the activations that the backward pass recomputes: "none", "selective" or "full".
-        precision: "amp_bf16", "pure_bf16" or "fp32", as in ``clipfast train``.
+        precision: "amp_bf16", "amp_fp8" (with the recipe switchback), "pure_bf16" or "fp32", as in ``clipfast train``.
         opt: the optimizer, as in ``clipfast train``.
         has_ema: whether an average of the weights is kept.
         reshards: whether FSDP2 frees a block after its forward pass, and gathers it again for its backward pass.
@@ -224,6 +224,8 @@ def rank_of(
 
     with torch.device("meta"):
         model = build(config).to(setup.weight_dtype)
+    if setup.precision == "amp_fp8":
+        model.set_fp8("switchback")
     with _fake_processes(setup.gpus, is_fake=is_fake):
         mesh = init_device_mesh("cpu", (setup.gpus,)) if setup.is_sharded else None
         with _ledger_of(card, CATEGORIES, ledger_type, is_fake=is_fake) as ledger:
@@ -293,7 +295,7 @@ class Rank:
         length = self.model.context_length
         texts: Any = captions_of(rows, length) if self.setup.captions else torch.zeros(rows, length, dtype=torch.long)
         self.ledger.begin()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.setup.precision == "amp_bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.setup.precision.startswith("amp")):
             loss = functools.partial(self._loss, is_whole=is_whole)
             accumulate_gradients(self.trained, images, texts, micro_rows or rows, loss)
         if is_whole:

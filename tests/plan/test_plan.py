@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clipfast
 from clipfast.cli.plan import fit_cells
+from clipfast.kernels import fp8_linear
 from clipfast.kernels.contrastive.modes import choose_mode
 from clipfast.kernels.hardware import CARDS, Cluster
 from clipfast.kernels.spec import lengths_of
@@ -35,7 +36,7 @@ from clipfast.plan.fit import (
 )
 from clipfast.plan.ledger import Event, Ledger
 from clipfast.plan.loss import figures, predict, seconds
-from clipfast.plan.planned_step import CHECKPOINTINGS, OPENCLIP, Problem, Setup, rank_of, run_loss
+from clipfast.plan.planned_step import CHECKPOINTINGS, OPENCLIP, Problem, Setup, _ledger_of, rank_of, run_loss
 from clipfast.plan.probe import BACKWARD, FORWARD, STATIC, probe, sample_of
 
 from ..conftest import INTERPRET, ON_GPU
@@ -418,6 +419,7 @@ class TestCommand:
 --fit --model deep --opt muon => set --parallel ddp
 --train --model deep --no-reshard => --no-reshard is of FSDP2
 --train --model ViT-B-16-SigLIP => sigmoid loss
+--train --model deep --precision amp_fp8 --card a100 => --card a100 has no fp8
 --captions => --captions has no effect
 --train --model deep --slack -1 => at least 0
 --train --model deep --samples-seen inf => finite
@@ -426,3 +428,14 @@ class TestCommand:
         code, _, error = run_command(capsys, "plan", *words)
         assert code == 2
         assert re.search(said, error), error
+
+
+def test_a_step_in_8_bits_keeps_fewer_activations_and_counts_half_of_a_product():
+    kept = {}
+    for precision in ("amp_bf16", "amp_fp8"):
+        memory = StepPlan(Setup("deep", 1, precision=precision), H100, H100.card).memory(Batch(64, 64))
+        kept[precision] = memory["activations of images"] + memory["activations of texts"]
+    assert 0.7 < kept["amp_fp8"] / kept["amp_bf16"] < 0.95
+    with _ledger_of(H100.card, {}, Ledger, is_fake=True) as ledger:
+        fp8_linear(torch.zeros(64, 32), torch.zeros(48, 32))
+    assert [event.flops for event in ledger.events if event.flops] == [64 * 32 * 48]
