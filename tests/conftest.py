@@ -77,7 +77,7 @@ LONG = (
     "test_remote_sync.py", "test_report.py", "test_runs_of_ids", "test_same_ids_as_open_clip",
     "test_siglip_training.py", "test_spikes.py", "test_step.py::test_the_losses", "test_suites.py", "test_training.py",
     "test_training_data.py", "test_tune.py", "test_two_ranks", "test_validation.py", "test_watch.py",
-    "within_an_epoch",
+    "verify/test_others.py", "within_an_epoch",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ TESTED_ELSEWHERE = {
     "heatmaps.md": "search/test_use_docs.py",
     "training.md": "train/test_training_docs.py",
     "use.md": "search/test_use_docs.py",
+    "verify-others.md": "verify/test_others.py",
 }
 PAGES = [page for page in DOCS if page.name not in TESTED_ELSEWHERE]
 SNIPPETS = [

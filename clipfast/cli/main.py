@@ -46,6 +46,7 @@ GROUPS = {
     "verify": "kernels and machines",
 }  # fmt: skip
 INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
+COMPILER = "clipfast.bench.inspection.others:compiled"  # compiles other people's kernels for ``clipfast verify``
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
 
 

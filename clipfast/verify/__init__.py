@@ -9,11 +9,12 @@ the kernels in Triton's interpreter, or the kernels on a GPU. ``options`` and ``
 """
 
 from .options import Options
+from .others import KernelCheck
 from .report import CheckResult, exit_code, read_json, summary, table, write_json, write_junit
 from .rule import Figure, Judgement, judge
 from .runner import iter_groups, run_verify
 
 __all__ = [
-    "CheckResult", "Figure", "Judgement", "Options", "exit_code", "iter_groups", "judge", "read_json", "run_verify",
-    "summary", "table", "write_json", "write_junit",
+    "CheckResult", "Figure", "Judgement", "KernelCheck", "Options", "exit_code", "iter_groups", "judge", "read_json",
+    "run_verify", "summary", "table", "write_json", "write_junit",
 ]  # fmt: skip

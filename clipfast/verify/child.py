@@ -17,6 +17,7 @@ from collections.abc import Generator, Iterator
 from typing import IO, Any
 
 from ..kernels.spec import INTERPRETER
+from .options import SANITIZER
 from .report import FAIL, CheckResult
 
 PROGRAM = "from clipfast.verify.child import main; main()"
@@ -39,8 +40,10 @@ def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> G
 def _groups(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
     """Yield an empty group as soon as the verification's subprocess runs, and then the results of each check."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if leg in (INTERPRETER, SANITIZER):
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     if leg == INTERPRETER:
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(options)],
@@ -103,10 +106,13 @@ def main() -> None:
     os.dup2(2, 1)  # other output to stdout goes to stderr, so that only results reach the parent through the pipe
     from .ops import timed
     from .options import Options
-    from .runner import checks, here
+    from .other_runs import surroundings_of
+    from .runner import checks
 
     options = Options.from_dict(json.loads(sys.argv[1]))
-    for check in checks(options, here()):
-        rows = [row.to_dict() for row in timed(check.rows, check.template)]
-        print(json.dumps(rows, allow_nan=False), file=out, flush=True)
+    (leg,) = options.legs or ()
+    with surroundings_of(leg) if options.others else contextlib.nullcontext():
+        for check in checks(options, leg):
+            rows = [row.to_dict() for row in timed(check.rows, check.template)]
+            print(json.dumps(rows, allow_nan=False), file=out, flush=True)
     print(json.dumps(FINISHED), file=out, flush=True)

@@ -7,11 +7,13 @@ those in float64. Three times the larger difference is allowed, as for gradients
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from ..kernels import contrastive_loss
 from ..kernels.spec import CUDA
@@ -61,8 +63,9 @@ def _relative_errors(losses: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def train(
-    backend: str, device: str, *, double: bool = False, autocast: torch.dtype | None = None, order: int = 0
-) -> Tensor:
+    backend: str, device: str, *, double: bool = False, autocast: torch.dtype | None = None, order: int = 0,
+    steps: int | None = None, norms: list[float] | None = None,
+) -> Tensor:  # fmt: skip
     """Train a small CLIP model on synthetic pairs for the verification and return its losses [STEPS] in float64.
 
     Args:
@@ -71,6 +74,8 @@ def train(
         double: whether weights are float64 instead of float32.
         autocast: the dtype of autocast; None turns it off.
         order: 0 keeps the order of the pairs within each batch; any other value seeds a random order.
+        steps: the number of steps, by default STEPS.
+        norms: a list to which the norm of all gradients is appended in each step.
     """
     torch.manual_seed(0)
     config = get_model_config(MODEL_NAME)
@@ -79,12 +84,14 @@ def train(
     model.to(device, torch.float64 if double else torch.float32)
     optimizer = adamw(model, LEARNING_RATE, (0.9, 0.98), 1e-6, 0.2)
     losses = []
-    for step, (images, texts) in enumerate(_batches(order)):
+    for step, (images, texts) in enumerate(itertools.islice(_batches(order), steps)):
         set_lr(optimizer, cosine_lr(step, LEARNING_RATE, WARMUP, STEPS))
         with torch.autocast(device, autocast, enabled=autocast is not None):
             loss = contrastive_loss(*model(images.to(device), texts.to(device)), backend=backend)
         optimizer.zero_grad()
         loss.backward()
+        if norms is not None:
+            norms.append(get_total_norm([x.grad for x in model.parameters() if x.grad is not None]).item())
         optimizer.step()
         model.clamp_logit_scale()
         losses.append(loss.detach().double())

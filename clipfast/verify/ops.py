@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.dtypes import DTYPES, dtype_name
-from ..kernels.spec import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETER, Call, Case, Draw, OpSpec, specs
+from ..kernels.spec import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETER, Call, Case, Draw, OpSpec
 from .context import exact_float32, poisoned
+from .options import SANITIZER
 from .report import FAIL, PASS, SKIP, CheckResult, results_of
 from .rule import Draw as DrawResults
 from .rule import Judgement, cast_floats, judge_fairly, value_and_grads
@@ -23,9 +24,17 @@ FLOAT64_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}
 # A case that fails with a few random inputs is judged again, with up to MANY_DRAWS of them and at most MANY_ELEMENTS
 # elements in all.
 MANY_DRAWS, MANY_ELEMENTS = 32, 2**25
-INTERPRETER_DRAWS = 3
-REPEATS = {CPU: 5, CUDA: 100}
-QUICK_REPEATS = {CPU: 3, CUDA: 20}
+MOST_DRAWS = {INTERPRETER: 3, SANITIZER: 1}
+REPEATS = {CPU: 5, CUDA: 100, INTERPRETER: 2}
+QUICK_REPEATS = {CPU: 3, CUDA: 20, INTERPRETER: 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A check of the verification: ``rows`` runs it; if it raises an error, ``template`` becomes a failed result."""
+
+    template: CheckResult
+    rows: Callable[[], list[CheckResult]]
 
 
 def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) -> list[CheckResult]:
@@ -47,11 +56,15 @@ def _hold_to_rule(
         reason = f"{case.shape.elements:.1e} elements: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
 
+    overwritten: dict[str, None] = {}
+
     def draw(number: int) -> DrawResults:
         """Draw random inputs of the case, and return the op's results, PyTorch's at the same dtype, and the truth."""
-        call = inputs_of(spec, case, dtype, device, number)
+        call, again = (inputs_of(spec, case, dtype, device, number) for _ in range(2))
         with poisoned():
             ours = _results(spec.op, call)
+        overwritten.update({name: None for name, x in call.inputs.items() if not _equal(x, again.inputs[name])})
+        call = again
         widened = dataclasses.replace(call, inputs=cast_floats(call.inputs, truth_dtype))
         with exact_float32():
             truth = _results(spec.reference, widened)
@@ -61,12 +74,19 @@ def _hold_to_rule(
                 same_dtype = {name: _less_exact(same_dtype[name], fused[name], truth[name]) for name in truth}
         return ours, same_dtype, truth
 
-    few = min(case.draws, INTERPRETER_DRAWS) if template.leg == INTERPRETER else case.draws
+    few = min(case.draws, MOST_DRAWS.get(template.leg, case.draws))
     many = max(few, min(MANY_DRAWS, MANY_ELEMENTS // max(case.shape.elements, 1)))
     judgements, draws = judge_fairly(draw, few, many)
     if case.check == EXTREME:
         judgements = {name: _finite(name, judgement, draws) for name, judgement in judgements.items()}
+    if overwritten:
+        judgements["inputs"] = Judgement(fault=f"the call overwrote {', '.join(overwritten)}")
     return results_of(dataclasses.replace(template, truth=dtype_name(truth_dtype)), judgements)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two inputs of a verified op hold the same values, where NaN equals NaN."""
+    return bool((one.eq(other) | (one.ne(one) & other.ne(other))).all())
 
 
 def _results(function: Callable[..., object], call: Call) -> dict[str, Tensor]:
@@ -109,10 +129,14 @@ def _different_bytes(first: Tensor, second: Tensor) -> int:
     return int((one != other).sum())
 
 
-def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterator[tuple[Case, str]]:
-    """Yield each case of ``op`` that runs on ``leg``, with each dtype in which it runs there."""
-    for case in specs()[op].cases:
-        if leg not in case.legs or (quick and not case.quick):
+def planned(spec: OpSpec, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterator[tuple[Case, str]]:
+    """Yield each case of an op that runs on ``leg``, with each dtype in which it runs there.
+
+    ttsem executes what is small enough for the interpreter, but repeats nothing.
+    """
+    for case in spec.cases:
+        runs = INTERPRETER in case.legs and case.check != DETERMINISM if leg == SANITIZER else leg in case.legs
+        if not runs or (quick and not case.quick):
             continue
         for dtype in dtypes:
             if not (leg == CPU and dtype in case.slow):
@@ -151,7 +175,7 @@ def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number:
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """Return a verified op's input in another memory layout, or unchanged if the layout does not suit it.
 
-    ``layout`` is "transposed", "hwc" (channels last), "sliced" or "offset"; others return ``x``.
+    ``layout`` is "transposed", "hwc" (channels last), "sliced", "padded" or "offset"; others return ``x``.
     """
     if x.ndim == 0:
         return x
@@ -163,6 +187,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
         wide[..., ::2] = x
         return wide[..., ::2]
+    if layout == "padded":
+        return torch.cat([x, torch.zeros_like(x[..., :8])], -1)[..., : x.shape[-1]]
     if layout == "offset":
         # The tensor starts one element after an aligned address, so a kernel that assumes alignment would fail.
         flat = x.new_zeros(x.numel() + 1)

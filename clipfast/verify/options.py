@@ -10,6 +10,7 @@ import torch
 from ..io.text import meant
 from ..kernels.dtypes import DTYPES as DTYPES_BY_NAME
 from ..kernels.dtypes import dtype_name
+from ..kernels.hardware import ARCHITECTURES
 from ..kernels.spec import LEGS, specs
 from ..models import list_models
 
@@ -21,6 +22,9 @@ DTYPE_NAMES = {short: dtype_name(dtype) for short, dtype in DTYPES_BY_NAME.items
 # The module of each peer, and the argument of ``pip install`` for it.
 PEERS = {OPENCLIP: ("open_clip", "open-clip-torch==3.3.0"), HF: ("transformers", "transformers")}
 DEFAULT_MODEL = "ViT-T-8-32"
+SANITIZER = (
+    "ttsem"  # the leg on which ttsem executes other people's kernels, and finds races and accesses out of bounds
+)
 HANG_SECONDS = 300.0  # a leg's process that gives no result for this long counts as hung, and is killed
 
 
@@ -45,6 +49,10 @@ class Options:
     device: str = "auto"  # "cpu", "cuda" or "auto", which is a GPU if there is one
     quick: bool = False  # whether to run fewer cases, which take about a minute
     legs: tuple[str, ...] | None = None  # "cpu", "interpreter", "cuda"; None: those that suit the device
+    others: tuple[str, ...] = ()  # checks of other people's kernels, MODULE:NAME, in place of all ops
+    archs: tuple[int, ...] = (80, 90)  # compute capabilities that other people's kernels are compiled for
+    golden: str = ""  # a file of golden curves to compare with, in place of all checks
+    update: bool = False  # whether to write that file
     hang_seconds: float = HANG_SECONDS  # the subprocess of a leg is killed if it gives no result for this long
 
     def __post_init__(self) -> None:
@@ -53,8 +61,11 @@ class Options:
         _check_known("--model", self.models, tuple(list_models()))
         _check_known("--against", self.against or (), tuple(PEERS))
         _check_known("--device", (self.device,), ("auto", "cpu", "cuda"))
-        _check_known("legs", self.legs or (), LEGS)
+        _check_known("legs", self.legs or (), (*LEGS, SANITIZER))
+        _check_known("--arch", self.archs, tuple(ARCHITECTURES))
         object.__setattr__(self, "dtypes", tuple(dict.fromkeys(DTYPE_NAMES[name] for name in self.dtypes)))
+        if self.update and not self.golden:
+            raise ValueError("--update writes the file of --golden: name it")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("--device cuda: PyTorch sees no CUDA GPU here")
         for peer in self.against or ():
@@ -77,10 +88,10 @@ class Options:
         return cls(**given)
 
 
-def _check_known(flag: str, given: Iterable[str], known: tuple[str, ...]) -> None:
+def _check_known(flag: str, given: Iterable[object], known: tuple[object, ...]) -> None:
     """Raise ValueError if a name that a flag of ``clipfast verify`` was given is unknown."""
-    unknown = [name for name in given if name not in known]
+    unknown, names = [name for name in given if name not in known], [str(name) for name in known]
     if unknown:
         raise ValueError(
-            f"{flag}: unknown {', '.join(map(repr, unknown))}{meant(unknown[0], known)}; known: {', '.join(known)}"
+            f"{flag}: unknown {', '.join(map(repr, unknown))}{meant(str(unknown[0]), names)}; known: {', '.join(names)}"
         )

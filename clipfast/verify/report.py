@@ -17,6 +17,8 @@ import triton
 from .. import __version__
 from ..host import commit
 from ..io.files import replace_text
+from ..io.page import section, write_page
+from ..io.page import table as table_of_page
 from ..io.text import align
 from .rule import KINDS, Figure, Judgement
 
@@ -177,6 +179,21 @@ def _add_testcase(suite: ET.Element, row: CheckResult) -> None:
         ET.SubElement(case, "skipped", message=_xml(row.reason))
     elif row.figures:
         ET.SubElement(case, "system-out").text = _xml(_all_figures(row))
+
+
+def write_html(path: Path, rows: Sequence[CheckResult]) -> None:
+    """Write a page of all results of the verification, those that failed first, to ``path``."""
+    counts, order = count(rows), (FAIL, PASS, SKIP)
+    names = ", ".join(dict.fromkeys(row.op for row in rows))
+    where = ", ".join(f"{name} {value}" for name, value in environment().items())
+    words = f"{len(rows)} checks: {counts[PASS]} passed, {counts[FAIL]} failed, {counts[SKIP]} were not run. {where}."
+    cells = [
+        (row.verdict, *row.group, row.output, row.reason or _all_figures(row), row.why)
+        for row in sorted(rows, key=lambda row: order.index(row.verdict))
+    ]
+    heads = ("", "kernel", "leg", "check", "case", "dtype", "output", "result", "why it is checked")
+    title = f"clipfast verify: {names}"
+    write_page(path, title, section(title, words, level=1) + table_of_page(cells, heads))
 
 
 def _xml(text: str) -> str:

@@ -8,26 +8,22 @@ from pathlib import Path
 
 import torch
 
+from ..io.files import local_path
 from ..kernels.launch import INTERPRET
 from ..kernels.spec import ACCURACY, CPU, CUDA, INTERPRETER, specs
 from .child import groups_of_child
 from .context import speed_up_interpreter
 from .curve import MODEL_NAME, verify_curve
+from .golden import verify_golden
 from .models import verify_model
-from .ops import planned, timed, verify_case
+from .ops import Check, planned, timed, verify_case
 from .options import CURVE, MODEL, OPENCLIP, PEERS, Options, installed
+from .other_runs import Compiled, checks_of_other, groups_of_other
+from .others import load
 from .report import CheckResult, write_json, write_junit
 
 NO_GPU = "no CUDA GPU here: the native kernels were not run"
 BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a GPU can run the kernels in it"
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """A check of the verification: ``rows`` runs it; if it raises an error, ``template`` becomes a failed result."""
-
-    template: CheckResult
-    rows: Callable[[], list[CheckResult]]
 
 
 def here() -> str:
@@ -42,14 +38,19 @@ def legs_of(options: Options) -> tuple[str, ...]:
 
 
 def checks(options: Options, leg: str) -> list[Check]:
-    """Return all checks of the verification on ``leg``. On "interpreter" they are only ops, since models take long."""
+    """Return all checks of the verification on ``leg``. On "interpreter" they are only ops, since models take long.
+
+    With ``options.others``, they are the checks of other people's kernels.
+    """
     dtypes = [name for name in options.dtypes if not (leg == INTERPRETER and name == "bfloat16")]
     if leg == INTERPRETER:
         speed_up_interpreter()
+    if options.others:
+        return [check for text in options.others for check in checks_of_other(load(text), leg, options)]
     found: list[Check] = []
     for op in options.ops:
         if op not in (MODEL, CURVE):
-            for case, dtype in planned(op, leg, dtypes, quick=options.quick):
+            for case, dtype in planned(specs()[op], leg, dtypes, quick=options.quick):
                 template = CheckResult(op, leg, case.check, case.name, dtype, why=case.why)
                 check = partial(verify_case, specs()[op], leg, case, dtype, quick=options.quick)
                 found.append(Check(template, check))
@@ -104,14 +105,25 @@ def not_run(options: Options) -> list[CheckResult]:
     return rows
 
 
-def iter_groups(options: Options, *, on_total: Callable[[int], None] | None = None) -> Iterator[list[CheckResult]]:
+def iter_groups(
+    options: Options, *, on_total: Callable[[int], None] | None = None, compiled: Compiled | None = None
+) -> Iterator[list[CheckResult]]:
     """Run the checks of the verification, and yield the results of each; one that raises becomes a failed result.
 
-    Before the first check runs, ``on_total`` is called with their number.
+    Before the first check runs, ``on_total`` is called with their number, unless they are of other people's kernels.
+    ``compiled`` compiles the launches of these, and yields the results.
 
     Raises:
         ValueError: the options leave nothing to check.
     """
+    if options.golden:
+        leg = CUDA if options.on_gpu else here()
+        yield verify_golden(local_path(options.golden), leg, update=options.update)
+        return
+    if options.others:
+        for text in options.others:
+            yield from groups_of_other(text, options, compiled)
+        return
     by_leg = {leg: found for leg in legs_of(options) if (found := checks(options, leg))}
     if not by_leg:
         raise ValueError("these options leave nothing to check: bfloat16 needs the CPU paths or a GPU, as do models")
@@ -142,14 +154,15 @@ def run_verify(
     junit_path: Path | None = None,
     on_group: Callable[[list[CheckResult]], None] | None = None,
     on_total: Callable[[int], None] | None = None,
+    compiled: Compiled | None = None,
     rows: list[CheckResult] | None = None,
 ) -> list[CheckResult]:
     """Run all checks and return the results. ``clipfast.verify.exit_code`` makes an exit code of them.
 
     The JSON file is written after every case, so a run that is killed leaves the results so far; its field ``complete``
     is true only at the end. The JUnit file is written at the end, even if the run is interrupted. ``on_group`` is
-    called with the results of each case, and ``on_total`` as by :func:`iter_groups`. The results are appended to
-    ``rows``, for a caller that handles an interruption.
+    called with the results of each case, and ``on_total`` and ``compiled`` as by :func:`iter_groups`. The results are
+    appended to ``rows``, for a caller that handles an interruption.
     """
     rows = [] if rows is None else rows
     raw, complete = options.to_dict(), False
@@ -161,7 +174,7 @@ def run_verify(
 
     save()
     try:
-        for group in iter_groups(options, on_total=on_total):
+        for group in iter_groups(options, on_total=on_total, compiled=compiled):
             rows += group
             if on_group is not None:
                 on_group(group)

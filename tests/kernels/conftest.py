@@ -11,18 +11,15 @@ legs:
     none of these   on a CPU only; the test launches no kernel
 """
 
-import contextlib
 import dataclasses
 import functools
 import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
@@ -33,6 +30,7 @@ from clipfast.kernels.launch import execute_on_cpu
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.verify.context import speed_up_interpreter
 from clipfast.verify.rule import in_double, value_and_grads
+from clipfast.verify.sanitizer import lacks, sanitizer_session
 
 from ..conftest import LEG, ON_GPU
 
@@ -45,10 +43,7 @@ LEGS = {
 }
 speed_up_interpreter()
 MAP_NORESERVE = 0x4000  # the flag of mmap(2) on Linux; Python's module has it since 3.13
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-needs_sanitizer = pytest.mark.skipif(
-    TRITON < (3, 8), reason="ttsem knows Triton 3.8 and newer; races and bf16 go UNCHECKED"
-)
+needs_sanitizer = pytest.mark.skipif(bool(lacks()), reason=lacks())
 # By name: the specification and a small shape for each way in which an op can be called.
 CALLS: dict[str, tuple[OpSpec, Shape]] = {
     f"{name} {shape}": (spec, shape) for name, spec in specs().items() for shape in spec.small
@@ -192,28 +187,6 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
     # No memory is reserved for pages that are never touched.
     zeros = mmap.mmap(-1, (2**33 + 2**20) * x.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     return torch.frombuffer(zeros, dtype=x.dtype).as_strided(x.shape, strides, 2**32).copy_(x)
-
-
-@contextlib.contextmanager
-def sanitizer_session() -> Iterator[Any]:
-    """Yield a session of ttsem, which executes kernels for sm_90; its patches of torch.cuda are undone at the end."""
-    sanitize = pytest.importorskip(
-        "ttsem.sanitize",
-        reason="ttsem is not installed: 'make test' installs the pinned version; races and bf16 go UNCHECKED",
-    )
-    harness, mlir, before = sanitize.harness, sanitize.harness.mlir, dict(vars(torch.cuda))
-
-    def ir_for_launch(record: Any, stage: str, target: Any) -> str:
-        """Compile a kernel as far as the IR that is executed; ttsem itself would compile and assemble all of it."""
-        mlir.enable_generic_printing()
-        return mlir.to_generic(harness._stage_text(record, stage, target), None)
-
-    try:
-        with mock.patch.object(harness, "ir_for_launch", ir_for_launch), sanitize.session(cc=90) as running:
-            yield running
-    finally:
-        for name, value in before.items():
-            setattr(torch.cuda, name, value)
 
 
 @pytest.fixture

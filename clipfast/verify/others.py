@@ -1,0 +1,355 @@
+"""Checks of other people's kernels: ``clipfast verify MODULE:CHECK``.
+
+A :class:`KernelCheck` holds a function, its reference in plain PyTorch, and a function that makes its inputs. It
+becomes an :class:`~clipfast.kernels.spec.OpSpec`, so that the function is held to the same rule as clipfast's ops.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+from ..io.text import meant
+from ..kernels.dtypes import DTYPES, dtype_name
+from ..kernels.spec import CUDA, DETERMINISM, EVERYWHERE, Call, Case, Draw, Floor, OpSpec, Shape
+from .ops import verify_case
+from .report import FAIL, PASS, CheckResult
+from .stand_in import record_others, stand_in_gpu
+
+# By the name of an extreme: the factor of the inputs that are scaled. Exponentials of values that are 32 times normal
+# overflow, as do their squares in float16 when a row of them is summed; the squares of tiny ones are far below any
+# epsilon.
+EXTREMES = {"large": 32.0, "tiny": 1e-4, "zeros": 0.0}
+DRAWS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes(Shape):
+    """The sizes of the inputs of somebody's kernel, by names that its author chose."""
+
+    sizes: tuple[tuple[str, int], ...]
+
+    @property
+    def elements(self) -> int:
+        """Return the product of all sizes, which no tensor of the reference is likely to exceed."""
+        return math.prod(value for _, value in self.sizes)
+
+    def to_dict(self) -> dict[str, int | float | bool]:
+        """Return the sizes of the kernel's inputs by name."""
+        return dict(self.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCheck:
+    """Somebody's kernel, and what it is checked with.
+
+    Attributes:
+        function: the function that launches the kernel. It takes tensors by name, and returns one or a tuple of them.
+        reference: the same function in plain PyTorch. It computes in the dtype of its inputs, float64 included.
+        inputs: ``inputs(draw, **sizes)`` returns the tensors by name; floating ones in float32, which are cast to each
+            dtype. ``draw`` is a :class:`~clipfast.kernels.spec.Draw`, with methods ``normal``, ``unit`` and
+            ``integers``.
+        shapes: the sizes to check, such as ``{"rows": 5, "cols": 100}``. The first also has its inputs in odd layouts
+            and with extreme values. They should be small, since a kernel may be interpreted.
+        real: the sizes of real use, at which the kernel is compiled and its time is predicted; by default the last of
+            ``shapes``. A GPU checks its errors there too. PyTorch's ops between the kernels run at this size on a CPU.
+        dtypes: the names of the dtypes that the kernel takes.
+        extremes: the names of the extreme values that it should take, of :data:`EXTREMES`.
+        scaled: the inputs that have the extreme values; by default the first floating one.
+        float32: the inputs that stay float32.
+        gradients: whether gradients are checked; None: if the function's results have any.
+        op: the registered PyTorch op, which ``torch.library.opcheck`` checks.
+        floor: ``floor(itemsize, **sizes)`` returns the least work of a call, and of its backward if it has one.
+        name: the name in the report.
+
+    Raises:
+        TypeError, ValueError: an attribute is not as described.
+    """
+
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: Callable[..., Mapping[str, Tensor]]
+    shapes: Sequence[Mapping[str, int]]
+    real: Mapping[str, int] | None = None
+    dtypes: Sequence[str] = tuple(DTYPES)
+    extremes: Sequence[str] = tuple(EXTREMES)
+    scaled: Sequence[str] = ()
+    float32: Sequence[str] = ()
+    gradients: bool | None = None
+    op: Any = None
+    floor: Callable[..., Floor] | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("function", "reference", "inputs"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"KernelCheck: {name} must be a function, got {getattr(self, name)!r}")
+        if not self.shapes:
+            raise ValueError("KernelCheck: shapes is empty: give at least one, such as {'rows': 5, 'cols': 100}")
+        for shape in (*self.shapes, *([self.real] if self.real is not None else [])):
+            if not isinstance(shape, Mapping) or not all(isinstance(size, int) for size in shape.values()):
+                raise TypeError(f"KernelCheck: a shape must be a dict of integers by name, got {shape!r}")
+        for name, given, known in ("dtypes", self.dtypes, DTYPES), ("extremes", self.extremes, EXTREMES):
+            if isinstance(given, str):
+                raise TypeError(f"KernelCheck: {name} must be a tuple of names, got {given!r}")
+            for word in given:
+                if word not in known:
+                    raise ValueError(f"KernelCheck: {name} has {word!r}{meant(word, known)}; known: {', '.join(known)}")
+
+    def spec(self) -> OpSpec:
+        """Return the specification of the kernel for the verification, as clipfast's own ops have one.
+
+        Raises:
+            TypeError, ValueError: the inputs or the reference are not as described.
+        """
+        for shape in self.shapes:
+            self._probe(self.reference, "reference", shape, torch.float64)
+        with_gradients = self.has_gradients
+
+        def make(shape: Any, values: str, draw: Draw) -> Call:
+            """Make the inputs of the kernel and its upstream gradients, for the verification."""
+            inputs = self.made(shape.to_dict(), draw)
+            floating = [name for name, x in inputs.items() if x.is_floating_point()]
+            for name in (self.scaled or floating[:1]) if values else ():
+                inputs[name] = EXTREMES[values] * inputs[name]
+            if not with_gradients:
+                return Call(inputs)
+            # The results at real sizes may be large, and only their shapes are needed.
+            results = _tuple(self.reference(**{name: x.to("meta") for name, x in inputs.items()}))
+            return Call(inputs, tuple(draw.normal(*result.shape) for result in results))
+
+        return OpSpec(
+            named(self.function, self.name), self.reference, make, self._cases(with_gradients),
+            small=(_sizes(self.shapes[0]),), category="", kernels=(), bench={}, items=("", ""),
+            floor=lambda shape, itemsize, _: (self.floor or _no_floor)(itemsize, **shape.to_dict()),
+            float32=tuple(self.float32),
+        )  # fmt: skip
+
+    def _cases(self, with_gradients: bool) -> list[Case]:
+        """Return the cases of the kernel that are checked."""
+        first, *others = map(_sizes, self.shapes)
+        cases = [Case(shape, "a size that was given", draws=DRAWS, quick=True) for shape in (first, *others)]
+        if self.real is not None:
+            cases.append(Case(_sizes(self.real), "the size of real use", frozenset({"cuda"})))
+        cases += Case.layouts(first, expanded=first if with_gradients else None)
+        cases.append(Case(first, "rows of a wider tensor", layout="padded"))
+        for name in self.extremes:
+            why = f"{EXTREMES[name]:g} times the usual values"
+            cases.append(Case(first, why, values=name) if name == "zeros" else Case.extreme(first, name, why))
+        return [*cases, Case(first, "the same call again", EVERYWHERE, DETERMINISM)]
+
+    def made(self, sizes: Mapping[str, Any], draw: Draw) -> dict[str, Tensor]:
+        """Return the kernel's inputs at these sizes.
+
+        Raises:
+            TypeError, ValueError: ``inputs`` fails, or returns no tensors by name.
+        """
+        torch.manual_seed(0)  # for inputs that are drawn without ``draw``
+        try:
+            found = self.inputs(draw, **sizes)
+        except Exception as error:
+            raise ValueError(f"{self.name}: inputs(draw, {_words(sizes)}) raised {_text(error)}") from error
+        if not isinstance(found, Mapping) or not found:
+            raise TypeError(f"{self.name}: inputs must return a dict of tensors by name, got {type(found).__name__}")
+        for name, x in found.items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{self.name}: inputs returned {type(x).__name__} for {name!r}, which must be a tensor")
+        for field in ("scaled", "float32"):
+            for name in getattr(self, field):
+                if name not in found:
+                    raise ValueError(f"{self.name}: {field} names {name!r}; the inputs are {', '.join(found)}")
+        return dict(found)
+
+    def _probe(
+        self, function: Callable[..., Any], what: str, sizes: Mapping[str, Any], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """Call the kernel's reference on inputs in a dtype, and return its results.
+
+        Raises:
+            TypeError, ValueError: it fails, or returns no tensors, or results in another dtype than its inputs.
+        """
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in self.made(sizes, Draw()).items()}
+        try:
+            results = _tuple(function(**inputs))
+        except Exception as error:
+            raise ValueError(f"{self.name}: the {what} raised at {_words(sizes)}: {_text(error)}") from error
+        for result in results:
+            if not isinstance(result, Tensor):
+                raise TypeError(f"{self.name}: the {what} must return tensors, got {type(result).__name__}")
+            if result.is_floating_point() and result.dtype != dtype:
+                raise ValueError(
+                    f"{self.name}: the {what} returned {result.dtype} for inputs in {dtype}: it must compute in the "
+                    f"dtype of its inputs, since its result in {dtype} counts as exact"
+                )
+        return results
+
+    @functools.cached_property
+    def has_gradients(self) -> bool:
+        """Return whether gradients of the kernel are checked; if that was not said, its results are asked.
+
+        Raises:
+            ValueError: the function fails.
+        """
+        if self.gradients is not None:
+            return self.gradients
+        inputs = self.call_inputs(DTYPES[self.dtypes[0]], "cpu")
+        try:
+            with stand_in_gpu(), record_others():
+                results = _tuple(self.function(**inputs))
+        except Exception as error:
+            place = f"{self.name}: the function raised at {_words(self.shapes[0])}"
+            raise ValueError(f"{place}: {_text(error)}") from error
+        return any(isinstance(x, Tensor) and x.requires_grad for x in results)
+
+    @property
+    def registered(self) -> Any:
+        """Return the registered PyTorch op of the kernel, or None."""
+        kinds = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._library.custom_ops.CustomOpDef)
+        return self.op if self.op is not None else self.function if isinstance(self.function, kinds) else None
+
+    def call_inputs(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        """Return inputs of the kernel at its first sizes that require gradients."""
+        return {
+            name: x.to(device, torch.float32 if name in self.float32 else dtype).requires_grad_()
+            if x.is_floating_point()
+            else x.to(device)
+            for name, x in self.made(self.shapes[0], Draw()).items()
+        }
+
+
+def _no_floor(_: int, **__: int) -> Floor:
+    """Return no work, for somebody's kernel without a floor."""
+    return Floor(0, 0)
+
+
+def _tuple(results: Any) -> tuple[Any, ...]:
+    """Return the results of somebody's function as a tuple."""
+    return tuple(results) if isinstance(results, tuple | list) else (results,)
+
+
+def _sizes(shape: Mapping[str, int]) -> Sizes:
+    """Return the sizes of somebody's kernel as the shape of a case."""
+    return Sizes(tuple(shape.items()))
+
+
+def _words(sizes: Mapping[str, Any]) -> str:
+    """Return the sizes of somebody's kernel as text."""
+    return ", ".join(f"{name}={value}" for name, value in sizes.items())
+
+
+def _text(error: BaseException) -> str:
+    """Return the type and the first line of an error in somebody's code."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return somebody's function under the name that it has in the report."""
+
+    def call(**inputs: Any) -> Any:
+        """Call somebody's function."""
+        return function(**inputs)
+
+    call.__name__ = name
+    return call
+
+
+REFUSALS = (AssertionError, NotImplementedError, TypeError, ValueError)
+
+
+def verify_other(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) -> list[CheckResult]:
+    """Check one case of somebody's kernel on a leg, and return a result for each output.
+
+    A kernel may refuse inputs in an odd memory layout, and the interpreter lacks functions that some kernels call. Both
+    are reported, and are no failure.
+    """
+    try:
+        return verify_case(spec, leg, case, dtype, quick=quick)
+    except InterpreterError as error:
+        why = f"Triton's interpreter cannot run it: {_text(error)}"
+        return [CheckResult(spec.name, leg, "leg", "interpreted kernels", dtype, reason=why)]
+    except REFUSALS as error:
+        if not case.layout:
+            raise
+        why = f"refused: {_text(error)}"
+        return [CheckResult(spec.name, leg, case.check, case.name, dtype, reason=why, why=case.why)]
+
+
+def check_op(check: KernelCheck, leg: str) -> list[CheckResult]:
+    """Check the registration of somebody's op by ``torch.library.opcheck``; return a result for each test."""
+    dtype = check.dtypes[0]
+    inputs = check.call_inputs(DTYPES[dtype], "cuda" if leg == CUDA else "cpu")
+    template = CheckResult(check.name, leg, "opcheck", _words(check.shapes[0]), dtype_name(DTYPES[dtype]))
+    found = torch.library.opcheck(check.registered, (), inputs, raise_exception=False)
+    return [
+        dataclasses.replace(
+            template, output=test, verdict=PASS if result == "SUCCESS" else FAIL,
+            reason=str(result).strip().partition("\n")[0],
+        )
+        for test, result in found.items()
+    ]  # fmt: skip
+
+
+def load(text: str) -> KernelCheck | OpSpec:
+    """Return the check that ``MODULE:NAME`` names; MODULE is a module, or the path of a file that ends in .py.
+
+    Raises:
+        ValueError: there is no such module or name, or the module fails when it is imported.
+        TypeError: the name is neither a :class:`KernelCheck` nor an OpSpec.
+    """
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise ValueError(f"{text!r}: give MODULE:NAME, such as my_kernels.checks:SOFTMAX or checks.py:SOFTMAX")
+    module = _module(place)
+    if not hasattr(module, name):
+        known = [key for key, value in vars(module).items() if isinstance(value, KernelCheck | OpSpec)]
+        raise ValueError(f"{place} has no {name!r}{meant(name, known)}; its checks: {', '.join(known) or 'none'}")
+    found = getattr(module, name)
+    if isinstance(found, KernelCheck):
+        return dataclasses.replace(found, name=found.name or name)
+    if isinstance(found, OpSpec):
+        return found
+    raise TypeError(f"{text} is {type(found).__name__}: it must be a clipfast.verify.KernelCheck or an OpSpec")
+
+
+def _module(place: str) -> Any:
+    """Import the module that holds somebody's check, by its name or by the path of its file."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise ValueError(f"there is no file {place}")
+        return _of_file(path)
+    except ValueError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and (place == error.name or place.startswith(f"{error.name}.")):
+            raise ValueError(f"there is no module {place!r}, neither installed nor in {folder}") from None
+        raise ValueError(f"{place} cannot be imported: {_text(error)}") from error
+    except BaseException as error:
+        raise ValueError(f"{place} cannot be imported: {_text(error)}") from error
+
+
+@functools.cache
+def _of_file(path: Path) -> Any:
+    """Import the file that holds somebody's check, once."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module

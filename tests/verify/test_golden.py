@@ -1,0 +1,89 @@
+"""Golden curves: equal bits on the same kind of device, a tolerance on others, and one changed rounding is found."""
+
+import json
+
+import pytest
+import torch
+
+from clipfast.cli.main import main
+from clipfast.kernels import configs
+from clipfast.kernels.layer_norm import cpu as norm_cpu
+from clipfast.verify import golden
+from clipfast.verify.golden import verify_golden
+from clipfast.verify.report import FAIL, PASS
+
+from .test_faults import changed
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    """Let the curves have two steps, and forget planned launches around the test."""
+    monkeypatch.setattr(golden, "STEPS", 2)
+    configs.forget_plans()
+    yield
+    configs.forget_plans()
+
+
+def outcomes(path):
+    """Return the verdicts of a comparison with a file, and the reasons."""
+    rows = verify_golden(path, "cpu")
+    assert [(row.dtype, row.output) for row in rows] == [
+        (precision, output) for precision in ("float32", "amp") for output in ("loss", "gradient norm")
+    ]
+    return {row.verdict for row in rows}, [row.reason for row in rows]
+
+
+def test_bits_are_equal_and_one_other_rounding_is_found(tmp_path, capsys, two_steps, monkeypatch):
+    path = tmp_path / "golden.json"
+    assert main(["verify", "--golden", str(path)]) == 0
+    assert "compared with nothing" in capsys.readouterr().out
+    assert main(["verify", "--golden", str(path)]) == 0
+    assert "4 passed" in capsys.readouterr().out
+
+    def rounded_up(results):
+        """Round one value of a layer norm the other way, a fault that the curve must find."""
+        value = results[0].view(-1)[5]
+        value.copy_(torch.nextafter(value, value.new_tensor(torch.inf)))
+        return results
+
+    monkeypatch.setattr(norm_cpu, "forward", changed(norm_cpu.forward, rounded_up))
+    configs.forget_plans()
+    assert main(["verify", "--golden", str(path), "--json", str(tmp_path / "a.json")]) == 1
+    failed = [row for row in json.loads((tmp_path / "a.json").read_text())["rows"] if row["verdict"] == FAIL]
+    assert {row["dtype"] for row in failed} == {"float32", "amp"}
+    assert all(
+        "differs from step 1 on" in row["reason"] and "all bits must be equal" in row["reason"] for row in failed
+    )
+
+
+def test_another_kind_of_device_or_version_has_a_tolerance(tmp_path, two_steps, monkeypatch):
+    path = tmp_path / "golden.json"
+    verify_golden(path, "cpu")
+    raw = json.loads(path.read_text())
+    (entry,) = raw["devices"].values()
+    for curve in entry["curves"].values():
+        curve["loss"][1] = (1.000001 * float.fromhex(curve["loss"][1])).hex()
+    path.write_text(json.dumps(raw | {"devices": {"another card": entry}}))
+    verdicts, reasons = outcomes(path)
+    assert verdicts == {PASS}
+    assert "by up to 1.0" in reasons[0]
+    assert "compared with another card" in reasons[0]
+    entry["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(raw | {"devices": {golden.kind_of_device("cpu"): entry}}))
+    verdicts, reasons = outcomes(path)
+    assert verdicts == {PASS}
+    assert "torch 1.0 -> " in reasons[0]
+    entry["curves"]["amp"]["loss"][1] = "0x1.0p+1"
+    entry["curves"]["float32"]["loss"][1] = "0x1.0p+1"
+    path.write_text(json.dumps(raw))
+    assert FAIL in outcomes(path)[0]
+    verify_golden(path, "cpu", update=True)
+    assert outcomes(path)[0] == {PASS}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}'])
+def test_a_file_that_is_no_golden_curve_is_refused(text, tmp_path, capsys):
+    path = tmp_path / "golden.json"
+    path.write_text(text)
+    assert main(["verify", "--golden", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err

@@ -1,0 +1,317 @@
+"""Checks of other people's kernels: a fault that is planted in one is found, and a mistake in a check is named."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from clipfast.bench.inspection.others import compiled
+from clipfast.cli.main import main
+from clipfast.kernels.spec import CPU, INTERPRETER
+from clipfast.verify import KernelCheck, Options, run_verify
+from clipfast.verify.child import groups_of_child
+from clipfast.verify.options import SANITIZER
+from clipfast.verify.other_runs import record
+from clipfast.verify.others import load
+from clipfast.verify.report import FAIL, PASS
+from clipfast.verify.sanitizer import lacks
+
+ROOT = Path(__file__).parent.parent.parent
+KERNELS = Path(__file__).parent / "other_kernels.py"
+NAMES = ("SOFTMAX", "LAYER_NORM", "GELU", "MATMUL", "COLUMN_SUM")
+# By the name of the fault: the check that finds it, the text that is replaced, its replacement, and the legs that find
+# it if not both do: the interpreter runs programs one after another, and does not mind the ends of tensors.
+FAULTS = {
+    "mask too wide": ("SOFTMAX", "offs < width", "offs <= width", SANITIZER),
+    "padding with zeros": ("SOFTMAX", 'float("-inf")', "0.0"),
+    "exponentials overflow": ("SOFTMAX", "x - tl.max(x, 0)", "x"),
+    "rows taken as dense": ("SOFTMAX", "row * x_stride", "row * width"),
+    "exponents in 16 bits": ("SOFTMAX", "tl.exp(x)", "tl.exp(x.to(tl.float16).to(tl.float32))"),
+    "denominator with an epsilon": ("SOFTMAX", "tl.sum(e, 0)", "(tl.sum(e, 0) + 1e-5)"),
+    "input overwritten": ("SOFTMAX", "out = torch.empty(x.shape, dtype=x.dtype, device=x.device)", "out = x"),
+    "epsilon dropped": ("LAYER_NORM", "/ width + eps", "/ width"),
+    "mean of the padded row": ("LAYER_NORM", "mean = tl.sum(x, 0) / width", "mean = tl.sum(x, 0) / BLOCK"),
+    "padding in the variance": ("LAYER_NORM", "tl.where(mask, x - mean, 0.0)", "x - mean"),
+    "weight forgotten": ("LAYER_NORM", "centred * rstd * weight", "centred * rstd"),
+    "last row lost": ("LAYER_NORM", "range(program, rows,", "range(program, rows - 1,"),
+    "a term of the gradient lost": ("LAYER_NORM", " - normed * slope", ""),
+    "gradient summed in 16 bits": (
+        "LAYER_NORM", "d_weight += grad * normed",
+        "d_weight = (d_weight + grad * normed).to(tl.float16).to(tl.float32)",
+    ),
+    "partial sums at one place": ("LAYER_NORM", "d_weight_ptr + program * width", "d_weight_ptr"),
+    "gradient taken as dense": ("LAYER_NORM", "grad = grad.contiguous()", "grad = grad", SANITIZER),
+    "last element lost": ("GELU", "offs < count", "offs < count - 1"),
+    "mask lost": ("GELU", "offs < count", "offs >= 0", SANITIZER),
+    "another GELU": ("GELU", "0.5 * x * (1 + tl.erf(x * 0.7071067811865476))", "x * tl.sigmoid(1.702 * x)"),
+    "wrong column of the bias": ("GELU", "offs % width", "offs // width"),
+    "strides ignored": ("GELU", "x, bias = x.contiguous(), bias.contiguous()", "pass"),
+    "last tile lost": ("MATMUL", "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
+    "16-bit accumulator": ("MATMUL", '"ieee")', '"ieee").to(tl.float16).to(tl.float32)'),
+    "mask of one operand lost": ("MATMUL", " & (offs_k[None, :] < K)", "", SANITIZER),
+    "strides swapped": ("MATMUL", "*b.stride()", "b.stride(1), b.stride(0)"),
+    "grid of another tile": ("MATMUL", 'triton.cdiv(m, meta["BLOCK_M"])', "triton.cdiv(m, 64)"),
+    "store beyond the last row": ("MATMUL", "mask = (offs_m[:, None] < M) & ", "mask = ", SANITIZER),
+    "no atomic, no barrier": (
+        "COLUMN_SUM", "tl.atomic_add(out_ptr + offs, x,",
+        "tl.store(out_ptr + offs, x + tl.load(out_ptr + offs, mask=mask),", SANITIZER,
+    ),
+    "sum into memory that holds anything": ("COLUMN_SUM", "torch.zeros", "torch.empty"),
+    "sum goes on from call to call": (
+        "COLUMN_SUM", "torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)",
+        "column_sum.__dict__.setdefault('out', torch.zeros(x.shape[1], dtype=torch.float32, device=x.device))",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """Return a function that runs all copies with a fault, and the right kernels, on a leg in one process."""
+    folder = tmp_path_factory.mktemp("others")
+    texts = {name: f"{KERNELS}:{name}" for name in NAMES}
+    for number, (fault, (name, old, new, *_)) in enumerate(FAULTS.items()):
+        source = KERNELS.read_text()
+        assert old in source, fault
+        copy = folder / f"fault_{number}.py"
+        copy.write_text(
+            f"{source.replace(old, new)}import dataclasses\n\n{name} = dataclasses.replace({name}, name={fault!r})\n"
+        )
+        texts[fault] = f"{copy}:{name}"
+
+    @functools.cache
+    def run(leg):
+        """Return the verdicts and reasons on a leg, by the name of the fault or of the kernel."""
+        # An interpreted kernel that writes beyond a tensor may end the process.
+        chosen = [text for name, text in texts.items() if leg == SANITIZER or SANITIZER not in FAULTS.get(name, ())]
+        options = Options(others=tuple(chosen), dtypes=("fp32",), legs=(leg,), device="cpu")
+        found = {name: [] for name in (*texts, "legs")}
+        for rows in groups_of_child(options.to_dict(), leg, 300):
+            for row in rows:
+                found[row.op].append((row.verdict, row.reason or row.case))
+        return found
+
+    return run
+
+
+LEGS = [INTERPRETER, pytest.param(SANITIZER, marks=pytest.mark.skipif(bool(lacks()), reason=lacks()))]
+
+
+@pytest.mark.parametrize("leg", LEGS)
+def test_right_kernels_pass(outcome, leg):
+    assert outcome(leg)["legs"] == []
+    for name in NAMES:
+        assert {verdict for verdict, _ in outcome(leg)[name]} == {PASS}, outcome(leg)[name]
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(outcome, fault, leg):
+    if leg in FAULTS[fault][3:] or not FAULTS[fault][3:]:
+        assert FAIL in {verdict for verdict, _ in outcome(leg)[fault]}
+
+
+def check(**changes):
+    """Return a check of a function that launches nothing, with some of its attributes replaced."""
+    given = {
+        "function": lambda x: 2 * x,
+        "reference": lambda x: x + x,
+        "inputs": lambda draw, rows: {"x": draw.normal(rows, 3)},
+        "shapes": [{"rows": 4}],
+        "name": "DOUBLE",
+    }
+    return KernelCheck(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"function": None}, "function must be a function, got None"),
+        ({"shapes": []}, "shapes is empty"),
+        ({"shapes": [{"rows": 1.5}]}, "dict of integers by name, got {'rows': 1.5}"),
+        ({"dtypes": ("fp32", "fp61")}, "dtypes has 'fp61' .did you mean fp16."),
+        ({"dtypes": "fp32"}, "dtypes must be a tuple of names, got 'fp32'"),
+        ({"extremes": ("huge",)}, "extremes has 'huge'.*known: large, tiny, zeros"),
+        ({"inputs": lambda draw, width: {}}, "inputs.draw, rows=4. raised TypeError: .*'rows'"),
+        ({"inputs": lambda draw, rows: {}}, "inputs must return a dict of tensors by name"),
+        ({"inputs": lambda draw, rows: {"x": [1.0]}}, "inputs returned list for 'x', which must be a tensor"),
+        ({"scaled": ("y",)}, "scaled names 'y'; the inputs are x"),
+        ({"reference": lambda y: y}, "the reference raised at rows=4: TypeError: .*'x'"),
+        ({"reference": lambda x: None}, "the reference must return tensors, got NoneType"),
+        ({"reference": lambda x: x.float()}, "torch.float32 for inputs in torch.float64"),
+        ({"function": lambda y: y}, "the function raised at rows=4: TypeError: .*'x'"),
+    ],
+)
+def test_a_mistake_in_a_check_is_named(changes, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        check(**changes).spec()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no_such_module:X", "there is no module 'no_such_module'"),
+        ("no_such_file.py:X", "there is no file no_such_file.py"),
+        ("checks.py", "give MODULE:NAME"),
+        ("checks.py:DOUBL", "has no 'DOUBL' (did you mean DOUBLE?)"),
+        ("checks.py:NUMBER", "is int: it must be a clipfast.verify.KernelCheck or an OpSpec"),
+        ("broken.py:X", "cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+    ],
+)
+def test_a_wrong_name_is_named(text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("import nowhere\n")
+    (tmp_path / "checks.py").write_text(PLAIN)
+    assert main(["verify", text]) == 2
+    assert message in capsys.readouterr().err
+
+
+PLAIN = """
+import torch
+from clipfast.verify import KernelCheck
+
+NUMBER = 3
+DOUBLE = KernelCheck(
+    lambda x: 2 * x, lambda x: x + x, lambda draw, rows: {"x": draw.normal(rows, 3)}, [{"rows": 4}], dtypes=("fp32",)
+)
+WRONG = KernelCheck(
+    lambda x: x.T, lambda x: x, lambda draw, rows: {"x": draw.normal(rows, 3)}, [{"rows": 4}], dtypes=("fp32",),
+    gradients=False,
+)
+
+
+@torch.library.custom_op("clipfast_test::mutating", mutates_args=())
+def mutating(x: torch.Tensor) -> torch.Tensor:
+    return x.mul_(1).clone()
+
+
+MUTATING = KernelCheck(
+    mutating, lambda x: x, lambda draw, rows: {"x": draw.normal(rows, 3)}, [{"rows": 4}], dtypes=("fp32",),
+    gradients=False,
+)
+"""
+
+
+def test_a_function_without_a_kernel_runs_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checks.py").write_text(PLAIN)
+    outputs = ["--json", "a.json", "--junit", "a.xml", "--html", "a.html"]
+    assert main(["verify", "checks.py:DOUBLE", "checks.py:WRONG", "checks.py:MUTATING", *outputs]) == 1
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    errors = [row for row in rows if row["check"] == "accuracy" and row["leg"] == CPU]
+    verdicts = {name: {row["verdict"] for row in errors if row["op"] == name} for name in OPS}
+    assert verdicts == {"DOUBLE": {PASS}, "WRONG": {FAIL}, "MUTATING": {PASS}}
+    assert {row["output"] for row in rows if row["op"] == "DOUBLE"} >= {"value", "d_x"}
+    assert any(row["reason"] == "shape (3, 4), expected (4, 3)" for row in rows)
+    assert {row["check"] for row in rows if row["op"] == "MUTATING" and row["verdict"] == FAIL} == {"opcheck"}
+    assert len(ET.parse(tmp_path / "a.xml").findall(".//testcase")) == len(rows)
+    assert "shape (3, 4), expected (4, 3)" in (tmp_path / "a.html").read_text()
+    assert "the function launches no Triton kernel" in capsys.readouterr().out
+
+
+OPS = ("DOUBLE", "WRONG", "MUTATING")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "fault"),
+    [
+        ("MATMUL", "", "", ""),
+        ("MATMUL", "tl.dot(a, b,", "tl.dot(a.to(tl.float32), b.to(tl.float32),", "multiplies with none"),
+        ("GELU", "tl.erf(x", "tl.erf(x, x", "does not compile"),
+    ],
+)
+def test_what_the_compiler_finds(name, old, new, fault, tmp_path):
+    copy = tmp_path / f"compiled_{len(new)}.py"
+    copy.write_text(KERNELS.read_text().replace(old, new) if old else KERNELS.read_text())
+    *kernels, time = [row for rows in compiled(record(load(f"{copy}:{name}"), "float16", 90)) for row in rows]
+    assert kernels
+    for row in kernels:
+        assert (row.verdict == FAIL) == bool(fault), row.reason
+        assert fault in row.reason
+    if not fault:
+        assert "predicted" in time.reason
+
+
+def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "verify-others.md").read_text(), re.DOTALL)
+    assert len(example.splitlines()) <= 30
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "softmax_check.py").write_text(example)
+    assert main(["verify", "softmax_check.py:SOFTMAX", "--quick", "--arch", "90"]) == 0, capsys.readouterr().out
+    assert "times the floor" in capsys.readouterr().out
+
+
+# By the file and the name of a check in others/: what it needs, a package or a variable with a folder's name.
+OTHERS = {
+    "liger.py:LAYER_NORM": "liger_kernel",
+    "liger.py:GELU": "liger_kernel",
+    "losses.py:MEMEFF": "memeff",
+    "losses.py:SIGLIP": "siglip_kernel",
+    "hub.py:ROTARY": "HUB_KERNELS",
+    "hub.py:LAYER_NORM": "HUB_KERNELS",
+    "tutorials.py:SOFTMAX": "TRITON_TUTORIALS",
+    "tutorials.py:MATMUL": "TRITON_TUTORIALS",
+    "tutorials.py:LAYER_NORM": "TRITON_TUTORIALS",
+    "tutorials.py:ATTENTION": "TRITON_TUTORIALS",
+}
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_published_kernels_are_right_at_plain_inputs(text):
+    needs = OTHERS[text]
+    if not (needs in os.environ or importlib.util.find_spec(needs)):
+        pytest.skip(f"needs {needs}: docs/verify-others.md says where it is from")
+    options = Options(others=(f"{KERNELS.parent}/others/{text}",), dtypes=("fp16",), quick=True, archs=())
+    rows = run_verify(options)
+    plain = [row for row in rows if row.check == "accuracy" and row.output != "inputs"]
+    assert plain
+    assert {row.verdict for row in plain} == {PASS}
+
+
+# Faults in copies of published kernels: the check, the file, the text that is replaced, and its replacement.
+PUBLISHED_FAULTS = [
+    ("tutorials.py:SOFTMAX", "02-fused-softmax.py", "other=-float('inf')", "other=0.0"),
+    ("tutorials.py:SOFTMAX", "02-fused-softmax.py", "mask = col_offsets < n_cols", "mask = col_offsets <= n_cols"),
+    ("tutorials.py:MATMUL", "03-matrix-multiplication.py", "tl.cdiv(K, BLOCK_SIZE_K)", "K // BLOCK_SIZE_K"),
+    ("tutorials.py:MATMUL", "03-matrix-multiplication.py", ", mask=offs_k[:, None] < K - k * BLOCK_SIZE_K", ""),
+    ("tutorials.py:LAYER_NORM", "05-layer-norm.py", "tl.sum(_mean, axis=0) / N", "tl.sum(_mean, axis=0) / BLOCK_SIZE"),
+    ("tutorials.py:LAYER_NORM", "05-layer-norm.py", "while tl.atomic_cas(Lock, 0, 1) == 1:", "while False:"),
+    ("tutorials.py:ATTENTION", "06-fused-attention.py", "l_i = l_i * alpha + l_ij", "l_i = l_i + l_ij"),
+    ("tutorials.py:ATTENTION", "06-fused-attention.py", "dk *= sm_scale", "dk *= 1.0"),
+    ("liger.py:LAYER_NORM", "liger_kernel/ops/layer_norm.py", "tl.where(mask, X_centered, 0.0)", "X_centered"),
+    ("liger.py:GELU", "liger_kernel/ops/geglu.py", "0.044715 * a_cubed", "0.045 * a_cubed"),
+    (
+        "losses.py:SIGLIP",
+        "siglip_kernel/triton_sigmoid_bce.py",
+        "global_row == col_offsets",
+        "row_idx == col_offsets + 1",
+    ),
+    ("losses.py:MEMEFF", "memeff/distributed_clip_loss.py", "tl.sum(exp_S, axis=0)", "tl.sum(exp_S, axis=0) * 1.01"),
+]
+
+
+@pytest.mark.parametrize(("text", "file", "old", "new"), PUBLISHED_FAULTS)
+def test_a_fault_in_a_published_kernel_is_found(text, file, old, new, tmp_path, monkeypatch):
+    leg = INTERPRETER if lacks() else SANITIZER
+    if file.startswith("0"):
+        if "TRITON_TUTORIALS" not in os.environ:
+            pytest.skip("needs TRITON_TUTORIALS: docs/verify-others.md says where it is from")
+        folder, variable = Path(os.environ["TRITON_TUTORIALS"]), "TRITON_TUTORIALS"
+    else:
+        package = pytest.importorskip(file.partition("/")[0])
+        folder, variable = Path(package.__path__[0]), "PYTHONPATH"
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    changed = tmp_path / file if variable == "PYTHONPATH" else copy / file
+    assert old in changed.read_text()
+    changed.write_text(changed.read_text().replace(old, new))
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv(variable, f"{tmp_path}{os.pathsep}{before}" if variable == "PYTHONPATH" else str(copy))
+    options = Options(others=(f"{KERNELS.parent}/others/{text}",), dtypes=("fp16",), legs=(leg,), quick=True)
+    rows = [row for rows in groups_of_child(options.to_dict(), leg, 300) for row in rows]
+    assert any(row.verdict == FAIL and row.output != "inputs" and row.op != "legs" for row in rows), rows
