@@ -150,7 +150,7 @@ def _pairs_plan(layout: Layout, row_tiles: int, col_tiles: int, is_loss: bool, b
     """Return the plan of ``_pairs_kernel``."""
     device, dtype, m, n, d, _, stride_x, stride_y = layout
     cfg = gemm_config("contrastive_pairs", arch_of(device), dtype)
-    if not is_loss and not has_tma(device, dtype, d):
+    if not (is_loss and both) and not has_tma(device, dtype, d):
         cfg = dataclasses.replace(cfg, num_stages=1)  # with two stages, the assembler spills one to five registers
     programs, first, offset = programs_of_pairs(layout)
     return Plan(
@@ -325,7 +325,7 @@ def _block_edges(x: Tensor, y: Tensor) -> tuple[int, int]:
     return edges_of(x.device, x.dtype, x.shape[0], y.shape[0], x.shape[1], MAX_EDGE, processors(x.device))
 
 
-def is_one_block(x: Tensor, y: Tensor) -> bool:
-    """Return whether the G of features x against features y is one block; not if it has no elements."""
-    rows, cols = _block_edges(x, y)
-    return 0 < x.shape[0] <= rows and 0 < y.shape[0] <= cols and x.shape[1] > 0
+def is_one_block(device: torch.device, dtype: torch.dtype, m: int, n: int, d: int) -> bool:
+    """Return whether the G of features [m, d] against features [n, d] is one block; not if it has no elements."""
+    rows, cols = edges_of(device, dtype, m, n, d, MAX_EDGE, processors(device))
+    return 0 < m <= rows and 0 < n <= cols and d > 0

@@ -33,8 +33,9 @@ from ..checks import check_bool, check_like, check_tensor
 from ..common import LOG2E
 from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
-from . import cpu, merges
+from . import cpu, launches, merges
 from .contrastive import pairwise_loss
+from .one_block import softmax_gradients
 from .shared import (
     check_pairs,
     gradients_in_strips,
@@ -47,7 +48,7 @@ from .shared import (
     scale_tensor,
 )
 from .small_batch import suits_whole, whole_info_nce_loss, whole_nt_xent_loss, whole_operands
-from .stats import Normalizers, merge, new_stats, pair_products, pair_terms
+from .stats import Features, Normalizers, merge, new_stats, pair_products, pair_terms
 
 
 @registered("info_nce_fwd")
@@ -59,6 +60,11 @@ def _info_nce_fwd(
 
     row holds maximum, inv_denom and one_minus_p of the queries.
     """
+    joined = _joined(query, key, negatives, dtype, normalize=normalize) if in_batch else None
+    if joined is not None:
+        x, columns = (side.rows for side in joined)
+        loss, row, _, uses_shared_shift = launches.pair_losses(x, columns, logit_scale, 0, both=False)
+        return loss, row, uses_shared_shift
     x, y = (side.rows for side in prepare_both(query, key, dtype, normalize=normalize))
     queue = logit_blocks(query.device).prepare(negatives, dtype, normalize=normalize).rows
     if triton_runs_on(query.device):
@@ -94,6 +100,16 @@ def _info_nce_bwd(
 
     The gradients of keys and negatives have no rows if they are not needed.
     """
+    joined = _joined(query, key, negatives, dtype, normalize=normalize) if in_batch else None
+    if joined is not None:
+        normalizers = Normalizers(row, _nothing_from_columns(row, len(key) + len(negatives)), uses_shared_shift)
+        query_grad, n = new_gradient(query), len(key)
+        grad = query.new_empty(n + len(negatives), query.shape[1]) if needs_key or needs_negatives else None
+        scale_grad = softmax_gradients(grad_loss, *joined, logit_scale, normalizers, 0, 1 / n, query_grad, grad)
+        key_grad, negatives_grad = (query[:0], query[:0]) if grad is None else (grad[:n], grad[n:])
+        # The results of an op must not share memory.
+        key_grad = key_grad.clone() if needs_key else new_gradient(key[:0])
+        return query_grad, key_grad, negatives_grad if needs_negatives else new_gradient(negatives[:0]), scale_grad
     blocks = logit_blocks(query.device)
     x, y = prepare_both(query, key, dtype, normalize=normalize)
     queue = blocks.prepare(negatives, dtype, normalize=normalize)
@@ -102,7 +118,8 @@ def _info_nce_bwd(
     query_grad = new_gradient(query)
     acc_key = blocks.new_accumulator(len(key), y.rows) if needs_key else None
     acc_queue = blocks.new_accumulator(len(negatives), queue.rows) if needs_negatives else None
-    of_keys, of_queue = _nothing_from_columns(row, len(key)), _nothing_from_columns(row, len(negatives))
+    of_keys = _nothing_from_columns(row, len(key) if in_batch else 0)
+    of_queue = _nothing_from_columns(row, len(negatives))
     one_minus_p = row[2]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
@@ -130,6 +147,20 @@ def _info_nce_bwd(
 
 
 register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))
+
+
+def _joined(
+    query: Tensor, key: Tensor, negatives: Tensor, dtype: torch.dtype, *, normalize: bool
+) -> tuple[Features, Features] | None:
+    """Return the queries, and the keys and negatives as one matrix, in the form that products take.
+
+    Return None unless kernels compute the gradients from one block of their logits. Then InfoNCE with the keys of the
+    batch is the contrastive loss of the queries with these columns, in one direction.
+    """
+    columns, width = len(key) + len(negatives), query.shape[1]
+    if not triton_runs_on(query.device) or not launches.is_one_block(query.device, dtype, len(query), columns, width):
+        return None
+    return prepare_both(query, torch.cat((key, negatives)), dtype, normalize=normalize)
 
 
 def _nothing_from_columns(row: Tensor, columns: int) -> Tensor:

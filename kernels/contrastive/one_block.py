@@ -46,15 +46,17 @@ class _Gradients(NamedTuple):
 
 def softmax_gradients(
     grad_loss: Tensor, x: Features, y: Features, logit_scale: Tensor, normalizers: Normalizers, offset: int,
-    weight: float, image_grad: Tensor, text_grad: Tensor,
+    weight: float, image_grad: Tensor, text_grad: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Write the gradients of the contrastive loss to ``image_grad`` and ``text_grad``, and return that of the scale.
 
-    Row 2 of ``normalizers.row`` is one_minus_p. ``weight`` is one over the number of terms in the loss, a mean.
+    Those of the texts are not computed if ``text_grad`` is None. Row 2 of ``normalizers.row`` is one_minus_p.
+    ``weight`` is one over the number of terms in the loss, a mean.
     """
     row, col, uses_shared_shift = normalizers
     layout = layout_of(x.rows, y.rows, offset)
-    how = _gradients(layout, weight, x.inv_norm is not None, True)
+    how = _gradients(layout, weight, x.inv_norm is not None, True, text_grad is not None)
+    text_grad = image_grad if text_grad is None else text_grad  # no program writes it then
     numbers, scale_grad = vector(x.rows, how.length), vector(x.rows)
     grad = new_rows(x.rows, layout.m, layout.n)
     how.of_g.start(x.rows, y.rows, grad, logit_scale, uses_shared_shift, row, row[1], col, col[1], numbers)
@@ -83,7 +85,7 @@ def sigmoid_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradients of the sigmoid loss, and return the loss [] and the gradients of bias and scale [2]."""
     layout = layout_of(x.rows, y.rows, offset)
-    how = _gradients(layout, 1 / layout.m, x.inv_norm is not None, False)
+    how = _gradients(layout, 1 / layout.m, x.inv_norm is not None, False, True)
     pairs, programs = how.pairs
     numbers, one_minus_p = vector(x.rows, 3, how.length), vector(x.rows, layout.m)
     of_loss, of_bias, of_scale = numbers.unbind()
@@ -113,20 +115,20 @@ def _scaled_plan(device: torch.device, *sizes: int) -> Plan:
 
 
 @planned
-def _gradients(layout: Layout, weight: float, has_norm: bool, is_softmax: bool) -> _Gradients:
+def _gradients(layout: Layout, weight: float, has_norm: bool, is_softmax: bool, has_y: bool) -> _Gradients:
     """Plan the gradients of a contrastive or sigmoid loss. Those of the sigmoid loss are later multiplied by that of
     the loss.
     """
     device, dtype, m, n, d, offset, stride_x, stride_y = layout
     rows = row_config("contrastive_rows", arch_of(device), dtype)
     of_rows = functools.partial(Plan, config=rows, device=device, BLOCK_M=rows.block_m, BLOCK_K=rows.block_n)
-    num_m, num_n = cdiv(m, rows.block_m), cdiv(n, rows.block_m)
+    num_m, num_n = cdiv(m, rows.block_m), cdiv(n, rows.block_m) * has_y
     pairs = of_rows(_sigmoid_pairs_kernel, (num_m,), m, n, d, offset, stride_x, stride_y)
     multiple = 16 // dtype.itemsize
     stride_grad = cdiv(n, multiple) * multiple  # the stride of the rows that ``new_rows`` makes
     of_g = grad_plan(layout, stride_grad, is_softmax, True)
     cfg = tile_config("contrastive_products", layout, (m, d), (n, d))
-    x_tiles, y_tiles = (cdiv(side, cfg.block_m) * cdiv(d, cfg.block_n) for side in (m, n))
+    x_tiles, y_tiles = (cdiv(side, cfg.block_m) * cdiv(d, cfg.block_n) for side in (m, n * has_y))
     products = Plan(
         _gradients_kernel, (x_tiles + y_tiles,),
         m, n, d, offset, x_tiles, stride_grad, stride_x, stride_y, weight, 1 / scale_of_grad(dtype),

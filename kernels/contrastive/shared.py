@@ -34,7 +34,7 @@ def prepare_both(x: Tensor, y: Tensor, dtype: torch.dtype, *, normalize: bool) -
 
 def is_one_block(x: Tensor, y: Tensor) -> bool:
     """Return whether kernels compute the gradients from one block of G, without accumulators."""
-    return triton_runs_on(x.device) and launches.is_one_block(x, y)
+    return triton_runs_on(x.device) and launches.is_one_block(x.device, x.dtype, *x.shape[:1], *y.shape)
 
 
 def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:
