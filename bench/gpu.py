@@ -1,13 +1,14 @@
 """Everything that a GPU can tell, in one command: ``python3 -m bench.gpu --out FOLDER``, an hour.
 
-The steps answer questions in the order of their value: does it run, are the bits the same each time, can it be
-captured, how fast are the loss and attention, does the model of the GPU predict that. Each is a process of its own with
-a time limit, so a stop at any moment leaves the results of the steps before it. Time that a step does not use goes to
-the steps after it. A part (``--part``) is a choice of steps for less than ten minutes. The command needs PyTorch,
-Triton and pytest, but no network, no installation and no checkout that it may write to. All results are in one folder,
-in at most eight files; the summary is written again after each step and printed last. ``--stub`` rehearses the same
-steps on a machine without a GPU, where their figures mean nothing. In a copy without git history, the environment
-variable ``CLIPFAST_COMMIT`` names the commit.
+The steps answer questions in the order of their value: does it run, are the values right, are the bits the same each
+time, can it be captured, how fast are the loss and attention, does the model of the GPU predict that. Each is a process
+of its own with a time limit, so a stop at any moment leaves the results of the steps before it. Time that a step does
+not use goes to the steps after it. A part (``--part``) is a choice of steps for less than ten minutes. The command
+needs PyTorch, Triton and pytest, but no network, no installation and no checkout that it may write to. All results are
+in one folder: the summary is written again after each step and printed last, and page.html puts what was predicted and
+what was measured beside each other. Where there is an ``nvidia-smi``, the summary has clocks, power and throttling
+during each step. ``--stub`` rehearses the same steps on a machine without a GPU, where their figures mean nothing. In a
+copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .checkout import ROOT, environment_with, link_packages
+from .gpu_samples import described, lines_of, sampled
+from .gpu_wheels import wheels
 
 # Seconds that all steps together may take: an hour, or ten minutes for a part, less half a minute for the end.
 HOUR_S, PART_S = 3570.0, 570.0
@@ -39,7 +42,7 @@ LEFT = "{left}"
 SECONDS = {
     "runs": 180.0, "same bits": 60.0, "capture": 60.0, "environment": 60.0, "loss": 300.0, "attention": 240.0,
     "model": 240.0, "step": 480.0, "patch": 120.0, "losses": 300.0, "blocks": 360.0, "tests": 480.0, "verify": 420.0,
-    "tune": 420.0, "sanitizer": 150.0,
+    "tune": 420.0, "sanitizer": 150.0, "values": 180.0, "racecheck": 120.0, "kernels": 60.0, "page": 15.0,
 }  # fmt: skip
 # The sizes that the kernels' goals are set for come first, since a benchmark may be stopped at any case.
 SHAPES = {
@@ -50,14 +53,15 @@ SHAPES = {
         "batch=256 tokens=577 heads=16 head_dim=64",
     ),
 }  # fmt: skip
-FIRST = ("runs", "same bits", "capture", "environment")
+FIRST = ("runs", "values", "same bits", "capture", "environment")
+SPEED = ("loss", "attention", "kernels", "model")
 # The steps of each part, the most valuable first. LIMITED has, for some parts, the tests, ops and tuning targets to
 # which the part limits its steps ``tests``, ``verify`` and ``tune``.
 PARTS: dict[str, tuple[str, ...]] = {
-    "all": (*FIRST, "loss", "attention", "model", "step", "blocks", "tests", "verify", "tune", "sanitizer"),
-    "first": (*FIRST, "loss", "attention", "model"),
+    "all": (*FIRST, *SPEED, "step", "blocks", "tests", "verify", "tune", "sanitizer", "racecheck", "page"),
+    "first": (*FIRST, *SPEED, "page"),
     "speed": ("step", "blocks"),
-    "checks": ("tests", "verify", "sanitizer"),
+    "checks": ("tests", "verify", "sanitizer", "racecheck"),
     "tune": ("tune",),
     "loss": ("environment", "tests", "verify", "losses", "tune"),
     "attention": ("environment", "tests", "verify", "attention", "tune"),
@@ -76,29 +80,16 @@ LIMITED = {
         "tune": "layer_norm-1024 bias_act patch_embed text_embed attention_pool",
     },
 }  # fmt: skip
+# The files that a run writes beside those of BENCHES.
+RESULTS = (
+    "summary.txt", "log.txt", "page.html", "samples.csv", "values.json", "kernels.json", "predicted.json",
+    "verify.json",
+)  # fmt: skip
 BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
 # All parts but "step" measure only these candidates of a training step, and our own model. They lack the time to
 # compile our model.
 STEP_CANDIDATES = ("--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
 STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
-# Packages that may be copied to the GPU machine, by module: the names on PyPI of the package and of others that it
-# needs, and the consequence if they are missing.
-WHEELS = {
-    "pytest": ("pytest", "no tests at all"),
-    "xdist": ("pytest-xdist execnet", "tests compile in one process"),
-    "hypothesis": ("hypothesis sortedcontainers", "no tests of random sizes"),
-    "regex": ("regex", "no tokenizer"),
-    "ftfy": ("ftfy wcwidth", "no text is mended before it is tokenized"),
-    "PIL": ("pillow", "no images from files"),
-    "safetensors": ("safetensors", "no checkpoints in this format"),
-    "open_clip": ("open-clip-torch==3.3.0 torchvision timm huggingface-hub tqdm", "OpenCLIP is not compared"),
-    "pynvml": ("nvidia-ml-py", "no clocks and temperatures beside the timings"),
-    "memeff": ("memeff", "a loss is not compared"),
-    "cut_cross_entropy": ("cut-cross-entropy", "a loss is not compared"),
-    "liger_kernel": ("liger-kernel", "losses and norms are not compared"),
-    "siglip_kernel": ("siglip-kernel", "a loss is not compared"),
-    "flash_attn": ("flash-attn", "attention is not compared; its wheel is built for one PyTorch only"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,21 +143,28 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
     limits = LIMITED.get(part, {})
     only = ["-k", limits["tests"]] if limits else ["--deselect", "tests/kernels/test_gpu.py"]
     verify = [*python, "clipfast", "verify", "--json", str(out / "verify.json")]
+    of_two = ["--device", "cuda", "--quick", "--op", "contrastive_loss", "attention"]
+    sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     verify += ["--op", *limits["op"].split()] if limits else ["--quick"] if part == "all" else []
     tables = out / ("tables-of-the-stub" if stub else "tables")
-    tune = [*python, "clipfast.bench", "tune", "--op", *limits.get("tune", "all").split(), "--card", ""]
+    first = "contrastive attention all"
+    tune = [*python, "clipfast.bench", "tune", "--op", *limits.get("tune", first).split(), "--card", ""]
     tune += ["--limit", "48", "--seconds", "3", "--total", LEFT, "--tables", str(tables)]
     found = {
         "runs": [*on_gpu, "finite", *_workers()],
         "same bits": [*on_gpu, "same_bits", *_workers()],
         "capture": [*on_gpu, "not finite and not same_bits", *_workers()],
         "environment": [*python, "clipfast.bench.gpu_environment"],
-        "model": [*python, "clipfast", "inspect", "--predict", "--quick", "--against",
-                  *(str(out / f"bench-{suite}.json") for suite in ("loss", "attention"))],
+        "values": [*python, "clipfast", "verify", *of_two, "--json", str(out / "values.json")],
+        "model": [*python, "clipfast", "inspect", "--predict", "--quick", "--json", str(out / "predicted.json"),
+                  "--against", *(str(out / f"bench-{suite}.json") for suite in ("loss", "attention"))],
         "tests": [*pytest, "tests/kernels", *_workers(), *only],
         "verify": verify,
         "tune": tune,
-        "sanitizer": ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *on_gpu, "finite"],
+        "sanitizer": [*sanitize, "memcheck", *on_gpu, "finite"],
+        "racecheck": [*sanitize, "racecheck", *on_gpu, "finite and (contrastive or attention)"],
+        "kernels": [*python, "clipfast.bench.gpu_kernels", str(out)],
+        "page": [*python, "clipfast.bench.gpu_page", str(out), "--note", STUB_NOTE if stub else ""],
     }  # fmt: skip
     for suite in BENCHES:
         options = ["--device", "cuda", "--seconds", "3", "--total", LEFT, "--json", str(out / f"bench-{suite}.json")]
@@ -252,7 +250,7 @@ def _writable(folder: Path) -> bool:
 def clear(out: Path) -> None:
     """Create the folder ``out`` of the GPU run, and remove an earlier run's files, which could be taken for results."""
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "*.tmp"):
+    for pattern in (*RESULTS, "bench-*.json", "*.tmp"):
         for path in out.glob(pattern):
             path.unlink()
     for folder in ("tables", "tables-of-the-stub"):
@@ -269,12 +267,15 @@ def run_steps(
     """
     start = time.monotonic()
     done: list[Done] = []
-    with _terminated_as_interrupted(), contextlib.suppress(KeyboardInterrupt):
+    samples = out / "samples.csv"
+    with _terminated_as_interrupted(), contextlib.suppress(KeyboardInterrupt), sampled(samples):
         for number, step in enumerate(todo):
             left = total_s - (time.monotonic() - start)
             later = sum(other.seconds for other in todo[number + 1 :])
             print(f"[{time.monotonic() - start:4.0f} s] {step.name}", flush=True)
+            known = len(lines_of(samples))
             done.append(_run(step, out, environment, min(left, max(step.seconds, left - later))))
+            done[-1].lines.extend(filter(None, [described(lines_of(samples)[known:])]))
             summarise(done, out, stub=stub)
             if done[-1].result == "interrupted":
                 break
@@ -364,24 +365,6 @@ def _terminated_as_interrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def wheels() -> str:
-    """Return a table of :data:`WHEELS` for the GPU run: installed packages, and commands to get the missing ones."""
-    lines, missing = [], []
-    for module, (packages, loss) in WHEELS.items():
-        is_here = importlib.util.find_spec(module) is not None
-        missing += [] if is_here else packages.split()
-        lines.append(f"{'here' if is_here else 'not here':9} {module:18} without it: {loss}")
-    if not missing:
-        return "\n".join([*lines, "Nothing has to be carried."])
-    return "\n".join([
-        *lines, "Where there is a network and the same Python (leave out what has no wheel):",
-        f"  python3 -m pip download --no-deps --only-binary=:all: -d .whl {' '.join(missing)}",
-        "On the GPU machine, in the checkout, with the folder .whl in it:",
-        "  python3 -m pip install --no-index --no-deps --target build/wheels .whl/*.whl",
-        "  export PYTHONPATH=$PWD/build/wheels",
-    ])  # fmt: skip
 
 
 def _workers() -> list[str]:

@@ -32,6 +32,9 @@ def main() -> int:
             f"products {roofs['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s",
             flush=True,
         )
+    if device.type == "cuda":
+        sustained = machine.sustained_flops(device, torch.bfloat16)
+        print(f"products, bf16, after ten seconds without a pause: {sustained / 1e12:.3g} TFLOP/s", flush=True)
     return 1 if refused else 0
 
 

@@ -101,6 +101,27 @@ def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
+@exact_float32()
+def sustained_flops(device: torch.device, dtype: torch.dtype, seconds: float = 10.0) -> float:
+    """Measure the FLOP/s of large matrix products in the last second of ``seconds`` without a pause.
+
+    The best of a few products (:func:`measure_roofs`) is computed by a cool GPU; training has the clocks of a warm one.
+    """
+    side, start, taken = 8192 if device.type == "cuda" else 1024, time.monotonic(), []
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def several() -> None:
+        """Multiply a few times, so that the GPU does not wait for the host in between."""
+        for _ in range(8):
+            torch.mm(a, b, out=out)
+
+    while (now := time.monotonic() - start) < seconds:
+        taken.append((now, elapsed(several, device)))
+    late = [spent for begun, spent in taken if begun >= seconds - 1] or [taken[-1][1]]
+    return 8 * 2 * side**3 * len(late) / sum(late)
+
+
 def _shortest_s(run: Callable[[], object], device: torch.device, rounds: int = 8) -> float:
     """Return the shortest time of ``run`` in seconds over several rounds, for the measured rates of the machine."""
     # The first runs create handles and workspaces, and raise the clocks.

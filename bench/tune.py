@@ -270,7 +270,7 @@ def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TU
 
 def run(args: Any) -> int:
     """Tune the ops that the parsed command line names, or with ``--dry`` rank their configurations without a GPU."""
-    ops = [name for name, (spec, _) in TARGETS.items() if {"all", name, spec.name} & set(args.op)]
+    ops = named(args.op)
     arch, choose = args.arch, by_model
     if args.by == MODEL and arch != ARCH:
         raise ValueError(f"--by model: there is a model of sm_{ARCH} only, got --arch {arch}")
@@ -292,6 +292,12 @@ def run(args: Any) -> int:
         if args.dry:
             return _print_rankings(ops, search)
         return tune_all(ops, args, search, choose)
+
+
+def named(ops: Sequence[str]) -> list[str]:
+    """Return the names of the targets that ``ops`` name (targets, ops or "all"), each once, in the order of ``ops``."""
+    names = {name: (name, spec.name, "all") for name, (spec, _) in TARGETS.items()}
+    return list(dict.fromkeys(name for op in ops for name, found in names.items() if op in found))
 
 
 def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose) -> int:

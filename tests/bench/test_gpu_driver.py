@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from clipfast.bench import checkout, gpu, gpu_environment
+from clipfast.bench import checkout, gpu, gpu_environment, gpu_kernels, gpu_page, gpu_samples
 from clipfast.bench import cli as bench_cli
 from clipfast.bench.stub import build
 from clipfast.bench.stub import gpu as stub_gpu
@@ -258,3 +258,55 @@ def test_right(): pass
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "1 failed, 1 passed, 2 skipped" in run.stdout
     assert "FAILED test_it.py::test_refused" in run.stdout
+
+
+def test_clocks_and_throttling_are_sampled_during_each_step(tmp_path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        "#!/bin/sh\nwhile :; do echo '1755, 690.5, 61, Active, Not Active, Not Active, Not Active'; "
+        "echo '1410, [N/A], 65, Not Active, Not Active, Not Active, Active'; sleep 0.2; done\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert gpu.run_steps([step("works", "import time; time.sleep(0.7); print('done')")], out, dict(os.environ)) == 0
+    (line,) = re.findall("^GPU during this step: .*$", (out / "summary.txt").read_text(), re.MULTILINE)
+    assert re.search(r"15\d\d MHz \(1410 to 1755\), 69\d W \(690 to 690\), 63 °C", line)
+    assert re.search(r"sw power cap in \d+ of \d+ s, hw thermal slowdown in", line)
+    assert "hw slowdown" not in line
+    assert gpu_samples.described(["no devices were found"]) is None
+
+
+def test_the_page_has_each_claim_with_its_prediction_and_measurement(tmp_path, capsys, monkeypatch):
+    what = {"shape": {"pairs": 8}, "dtype": "bf16"}
+    parts = [{"kernel": "_stats_kernel", "launches": 2, "prediction": {"seconds": 1e-3}}]
+    parts.append({"kernel": "_odd_kernel", "launches": 1, "prediction": None})
+    forecast = {"name": "contrastive_loss", **what, "corrected": {"seconds": 3e-3}, "parts": parts}
+    candidates = [
+        {"name": "clipfast", "median_s": 4e-3, "refused": None},
+        {"name": "OpenCLIP", "median_s": 6e-3, "refused": None},
+        {"name": "memeff", "refused": "missing: memeff"},
+    ]
+    case = {"op": "contrastive_loss.fwd_bwd", **what, "candidates": candidates, "telemetry": {"throttled": True}}
+    (tmp_path / "predicted.json").write_text(json.dumps({"forecasts": [forecast]}))
+    (tmp_path / "bench-loss.json").write_text(json.dumps({"cases": [case]}))
+    (tmp_path / "kernels.json").write_text(json.dumps({"contrastive_loss pairs=8 bf16": {"_stats_kernel": 1e-3}}))
+    monkeypatch.setattr(sys, "argv", ["gpu_page", str(tmp_path), "--note", gpu.STUB_NOTE])
+    assert gpu_page.main() == 0
+    rows = [re.split(" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [
+        ["contrastive_loss pairs=8 bf16", "3.00 ms", "4.00 ms, throttled", "0.75"],
+        ["beside OpenCLIP", "6.00 ms", "1.50"],
+        ["beside memeff", "not timed: missing: memeff"],
+        ["kernel _stats_kernel", "2.00 ms", "1.00 ms", "2.00"],
+    ]
+    page = (tmp_path / "page.html").read_text()
+    assert gpu.STUB_NOTE in page
+    assert "4.00 ms, throttled" in page
+
+
+def test_times_of_kernels_are_those_of_one_call_and_pytorchs_are_added_up():
+    events = [("_stats_kernel", 30.0), ("_stats_kernel", 50.0), ("sm90_gemm", 10.0), ("Memset", 2.0)]
+    found = gpu_kernels.per_call(events, calls=2)
+    assert found == {"_stats_kernel": pytest.approx(40e-6), gpu_kernels.OTHERS: pytest.approx(6e-6)}

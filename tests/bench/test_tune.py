@@ -145,6 +145,12 @@ def test_an_op_that_cannot_be_tuned_does_not_stop_the_next_and_time_does(tune_al
     assert tune_all("attention-64", outcomes=[outcome(SLOW, SLOW)], total=0.0) == 0
 
 
+def test_targets_are_tuned_in_the_order_in_which_they_are_named():
+    found = tune.named(["contrastive", "attention", "all"])
+    assert found[:3] == ["contrastive", "attention-64", "attention-128"]
+    assert sorted(found) == sorted(tune.TARGETS)
+
+
 def test_the_scale_of_a_target_decides_which_kernel_works():
     spec, target = tune.TARGETS["contrastive-online"]
     shape = dataclasses.replace(target.shape, pairs=512)

@@ -1,0 +1,96 @@
+"""The last step of ``bench.gpu``: one page of all claims, ``python -m clipfast.bench.gpu_page FOLDER``.
+
+Each row is a claim: a time that the model of the GPU predicts, the time that was measured, and their ratio; or an
+implementation of others, and how many times faster ours was.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clipfast.io.page import section, write_page
+from clipfast.io.page import table as page_table
+from clipfast.io.text import align
+from clipfast.io.units import SECONDS, scaled
+
+from .case import OURS
+from .gpu_kernels import KERNELS
+from .inspection.eager import STEP
+from .inspection.forecast import label
+
+HEADS = ("claim", "predicted", "measured", "ratio")
+PREDICTED = "predicted.json"
+WORDS = (
+    "A ratio of times is that of the prediction over the measurement: above 1, the kernel was faster than predicted. "
+    "That of another implementation is its time over ours: above 1, ours was faster."
+)
+
+
+def claims(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Yield claim, prediction, measurement and ratio from the results in the folder of a GPU run."""
+    predictions: dict[str, float] = {}
+    parts: dict[str, dict[str, float]] = {}
+    for one in _read(folder / PREDICTED).get("forecasts", ()):
+        found = one["corrected"] if one["name"] != STEP else {"seconds": one["eager_seconds"]}
+        name = label(one["name"], one["shape"], one["dtype"])
+        predictions[name] = found["seconds"]
+        for part in one["parts"]:
+            seconds = part["launches"] * part["prediction"]["seconds"] if part["prediction"] else 0.0
+            of_kernel = parts.setdefault(name, {})
+            of_kernel[part["kernel"]] = of_kernel.get(part["kernel"], 0.0) + seconds
+    kernels = _read(folder / KERNELS)
+    for path in sorted(folder.glob("bench-*.json")):
+        for case in _read(path).get("cases", ()):
+            name = label(case["op"].removesuffix(".fwd_bwd"), case["shape"], case["dtype"])
+            yield from _of_case(name, case, predictions)
+            for kernel, seconds in kernels.get(name, {}).items():
+                predicted = parts.get(name, {}).get(kernel)
+                yield f"  kernel {kernel}", _time(predicted), _time(seconds), _ratio(predicted, seconds)
+
+
+def _of_case(name: str, case: dict[str, Any], predictions: dict[str, float]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the claims about one case of a benchmark: our time, and those of the others over it."""
+    times = {one["name"]: one.get("median_s") for one in case["candidates"]}
+    ours, predicted = times.pop(OURS, None), predictions.get(name)
+    throttled = ", throttled" if case["telemetry"].get("throttled") else ""
+    yield name, _time(predicted), f"{_time(ours)}{throttled}", _ratio(predicted, ours)
+    for other, seconds in times.items():
+        refused = next(one["refused"] for one in case["candidates"] if one["name"] == other)
+        yield f"  beside {other}", "", _time(seconds) or f"not timed: {refused}", _ratio(seconds, ours)
+
+
+def _ratio(seconds: float | None, ours: float | None) -> str:
+    """Return a time over ours; nothing if one of them is missing."""
+    return f"{seconds / ours:.2f}" if ours and seconds else ""
+
+
+def _time(seconds: float | None) -> str:
+    """Return a time with its unit; nothing if there is none."""
+    return scaled(seconds, SECONDS) if seconds else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the JSON of a step of the GPU run, which is empty if the step wrote none."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def main() -> int:
+    """Write the page and print its table; return 0."""
+    parser = argparse.ArgumentParser("python -m clipfast.bench.gpu_page", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of results of bench.gpu")
+    parser.add_argument("--note", default="", help="a sentence at the top of the page")
+    args = parser.parse_args()
+    rows = list(claims(args.folder))
+    title = "clipfast on a GPU: predicted and measured"
+    words = f"{args.note} {WORDS}".strip()
+    write_page(args.folder / "page.html", title, section(title, words, level=1) + page_table(rows, HEADS))
+    print(align([HEADS, *rows], right=range(1, 4)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
