@@ -73,7 +73,7 @@ LIMITED = {
         "tests": "contrastive or sigmoid or nce", "tune": "contrastive",
         "op": "contrastive_loss sigmoid_loss info_nce_loss nt_xent_loss",
     },
-    "attention": {"tests": "attention", "op": "attention", "tune": "attention-64"},
+    "attention": {"tests": "attention", "op": "attention", "tune": "attention-64 attention_sdpa"},
     "blocks": {
         "tests": "patch or text or norm or activation or pool",
         "op": "patch_embed patch_embed_packed text_embed layer_norm bias_gelu bias_quick_gelu attention_pool",

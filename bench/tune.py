@@ -33,7 +33,7 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.launch import Launch
 from clipfast.kernels.spec import OpSpec, Target, Tunable, specs
 
-from .case import short
+from .case import Candidate, short
 from .harness import Budget, Timing, measure, ratio_interval
 from .inspection import offline, shipped
 from .inspection.command import inspect_launch
@@ -42,7 +42,7 @@ from .inspection.model import ARCH, FULL, H100, QUICK, Effort
 from .inspection.offline import compilers
 from .inspection.report import Report
 from .machine import use
-from .suites import build
+from .suites import build, rivals
 
 # An error may grow by at most this factor. It may grow at all because sums are then taken in another order.
 ERROR_GROWTH = 1.5
@@ -73,6 +73,9 @@ SPACES: dict[type[Config], dict[str, tuple[int | None, ...]]] = {
 TARGETS: dict[str, tuple[OpSpec, Target]] = {
     target.name: (spec, target) for spec in specs().values() for target in spec.targets
 }
+# The name in ``--op`` of the choice between our attention and PyTorch's; the numbers of keys at which both are timed;
+# and a number that is never reached.
+SDPA, SDPA_TOKENS, NEVER = "attention_sdpa", (50, 77, 197, 257, 577), 1 << 30
 # Progress is not buffered, so a tuner that is stopped has printed all that it found.
 say = functools.partial(print, flush=True)
 
@@ -114,7 +117,7 @@ class Search:
         return found if self.limit is None else found[:: max(1, -(-len(found) // self.limit))]
 
 
-class Candidate(NamedTuple):
+class Ranked(NamedTuple):
     """A configuration, the worst report of the kernel's launches, and the predicted seconds of all of them."""
 
     config: Config
@@ -130,7 +133,7 @@ class Candidate(NamedTuple):
 
 def prune(
     tunable: Tunable, target: Target, candidates: Sequence[Config], search: Search, effort: Effort = QUICK
-) -> list[Candidate]:
+) -> list[Ranked]:
     """Return the best usable configurations of a kernel that the tuner has compiled, the best first.
 
     A usable configuration compiles, and its report has no failure. Print the number of the others, and the reason for
@@ -140,19 +143,17 @@ def prune(
     inspect = functools.partial(_inspect, tunable, target, search.dtype, search.arch, effort)
     sound, reasons = [], []
     for config, found in zip(candidates, search.pool.map(inspect, candidates), strict=True):
-        if isinstance(found, Candidate) and not found.report.failures:
+        if isinstance(found, Ranked) and not found.report.failures:
             sound.append(found)
         else:
-            reason = "; ".join(found.report.failures) if isinstance(found, Candidate) else found
+            reason = "; ".join(found.report.failures) if isinstance(found, Ranked) else found
             reasons.append(f"{config}: {reason}")
     if reasons:
         say(f"{len(reasons)} of {len(candidates)} configurations are not sound: {reasons[0]}")
     return sorted(sound, key=lambda one: one.rank)[: search.keep]
 
 
-def _inspect(
-    tunable: Tunable, target: Target, dtype: str, arch: int, effort: Effort, config: Config
-) -> Candidate | str:
+def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, effort: Effort, config: Config) -> Ranked | str:
     """Report and predict the kernel's launches under ``config``, or return why one does not compile."""
     with configs.override(key_of(tunable, target, dtype), config):
         ours = [one for one in launches(target, dtype, arch) if tunable.function in ("", one.kernel.__name__)]
@@ -167,7 +168,7 @@ def _inspect(
         seconds = float("inf")
         if arch == ARCH and not any(report.failures for report in reports):
             seconds = sum(part.seconds for part in predict_parts(ours, H100, effort))
-        return Candidate(config, max(reports, key=lambda report: report.rank), seconds)
+        return Ranked(config, max(reports, key=lambda report: report.rank), seconds)
     except Exception as error:
         # The kernel may need too much shared memory, or Triton may refuse its tile. ``prune`` prints the reason.
         return short(error)
@@ -179,6 +180,8 @@ def launches(target: Target, dtype: str, arch: int) -> list[Launch]:
     return [launch for _, launch in op_work(spec, target.shape, dtype, arch).launches]
 
 
+# A function that returns for a head dimension from how many keys on attention is PyTorch's, or None.
+Route = Callable[[int, Search], configs.SdpaConfig | None]
 # A function that returns a better configuration of a kernel than the committed one, or None.
 Choose = Callable[[Tunable, Target, Config, Search], Config | None]
 
@@ -240,6 +243,40 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
+def sdpa_route(head_dim: int, search: Search, device: torch.device, budget: Budget) -> configs.SdpaConfig | None:
+    """Return from how many keys on PyTorch's own attention is surely faster than ours, by timings of both.
+
+    The result is None if it never is, or if the card was throttled.
+    """
+    key, least = configs.config_key(SDPA, DTYPES[search.dtype], head_dim), []
+    with configs.override(key, configs.SdpaConfig(NEVER, NEVER)):  # ours is compared, also where a table has a route
+        for causal in (False, True):
+            least.append(NEVER)
+            for tokens in reversed(SDPA_TOKENS):
+                shape = {"batch": 64, "tokens": tokens, "heads": 12, "head_dim": head_dim, "causal": causal}
+                case = build("attention", shape, search.dtype, device)
+                theirs = Candidate("SDPA", functools.partial(rivals.sdpa, None, 12, causal))
+                timings, telemetry = measure(dataclasses.replace(case, candidates=(case.ours, theirs)), budget)
+                if telemetry["throttled"]:
+                    say("the card was throttled: nothing is changed")
+                    return None
+                ours, other = timings
+                if ours.refused or other.refused or ratio_interval(ours.samples, other.samples)[2] >= WORTH:
+                    break
+                least[-1] = tokens
+    return configs.SdpaConfig(*least) if min(least) < NEVER else None
+
+
+def tune_routes(search: Search, route: Route | None) -> Iterator[tuple[str, Config | None]]:
+    """Find for each head dimension from how many keys on attention is PyTorch's, as :func:`tune` finds kernels."""
+    if route is None:  # no model predicts PyTorch's kernel
+        return
+    for head_dim in configs.HEAD_DIMS:
+        key, found = configs.config_key(SDPA, DTYPES[search.dtype], head_dim), route(head_dim, search)
+        say(f"{key}: {'ours stays' if found is None else f'PyTorch is faster: {found}'}")
+        yield key, found
+
+
 def by_model(tunable: Tunable, target: Target, committed: Config, search: Search) -> Config | None:
     """Choose a configuration for the tuner by the predicted times of the kernel's launches."""
     few = [one.config for one in prune(tunable, target, search.configurations(tunable), search)]
@@ -272,6 +309,7 @@ def run(args: Any) -> int:
     """Tune the ops that the parsed command line names, or with ``--dry`` rank their configurations without a GPU."""
     ops = named(args.op)
     arch, choose = args.arch, by_model
+    route: Route | None = None
     if args.by == MODEL and arch != ARCH:
         raise ValueError(f"--by model: there is a model of sm_{ARCH} only, got --arch {arch}")
     if args.by == MEASURED and not args.dry:
@@ -286,26 +324,28 @@ def run(args: Any) -> int:
         # The card is served by the table of the newest architecture that is not newer than the card.
         major, minor = torch.cuda.get_device_capability(device)
         arch = next(known for known in configs.ARCHS if known <= 10 * major + minor)
-        choose = functools.partial(by_timing, device=device, budget=Budget(args.seconds, min_rounds=MIN_ROUNDS))
+        budget = Budget(args.seconds, min_rounds=MIN_ROUNDS)
+        choose = functools.partial(by_timing, device=device, budget=budget)
+        route = functools.partial(sdpa_route, device=device, budget=budget)
     with compilers(os.cpu_count() or 1) as pool:
         search = Search(args.dtype, arch, args.keep, args.limit, pool)
         if args.dry:
             return _print_rankings(ops, search)
-        return tune_all(ops, args, search, choose)
+        return tune_all(ops, args, search, choose, route)
 
 
 def named(ops: Sequence[str]) -> list[str]:
     """Return the names of the targets that ``ops`` name (targets, ops or "all"), each once, in the order of ``ops``."""
-    names = {name: (name, spec.name, "all") for name, (spec, _) in TARGETS.items()}
+    names = {name: (name, spec.name, "all") for name, (spec, _) in TARGETS.items()} | {SDPA: (SDPA, "attention", "all")}
     return list(dict.fromkeys(name for op in ops for name, found in names.items() if op in found))
 
 
-def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose) -> int:
+def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose, route: Route | None = None) -> int:
     """Tune ``ops`` until the time is over, write each winner to the table, and return the exit status."""
     start, failed = time.monotonic(), 0
     for op in ops:
         try:
-            for key, config in tune(op, search, choose):
+            for key, config in tune_routes(search, route) if op == SDPA else tune(op, search, choose):
                 write_table({key: config} if config is not None else {}, search.arch, args.tables, by=args.by)
                 if time.monotonic() - start > args.total:
                     say(f"{args.total:.0f} s are over: nothing is tuned after {key}")
@@ -321,8 +361,7 @@ def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose) -> i
 def _print_rankings(ops: Sequence[str], search: Search) -> int:
     """Print the configurations that the tuner ranks best for each kernel of ``ops``, by their compiled code."""
     for op in ops:
-        _, target = TARGETS[op]
-        for tunable in target.kernels:
+        for tunable in () if op == SDPA else (target := TARGETS[op][1]).kernels:
             committed = _committed(tunable, target, search)
             others = [config for config in search.configurations(tunable) if config != committed]
             for config, report, seconds in prune(tunable, target, [committed, *others], search):
@@ -344,7 +383,7 @@ def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
 def add_arguments(parser: Any) -> None:
     """Add the options of the tuner."""
     add = parser.add_argument
-    ops = dict.fromkeys(["all", *(spec.name for spec, _ in TARGETS.values()), *TARGETS])
+    ops = dict.fromkeys(["all", *(spec.name for spec, _ in TARGETS.values()), *TARGETS, SDPA])
     add("--op", nargs="+", default=["all"], choices=tuple(ops))
     add("--card", help="part of the name of this machine's GPU, such as H100, to confirm that you mean it")
     add("--dtype", default="bf16", choices=tuple(DTYPES))

@@ -107,7 +107,7 @@ def tune_all(monkeypatch, tmp_path):
     """Return a function that tunes ops without a card; the timings of each kernel are the next of the given
     outcomes.
     """
-    monkeypatch.setattr(tune, "prune", lambda *args: [tune.Candidate(OTHER, None, 0.0)])
+    monkeypatch.setattr(tune, "prune", lambda *args: [tune.Ranked(OTHER, None, 0.0)])
     monkeypatch.setattr(tune, "build", lambda suite, shape, dtype, device: build(suite, SMALLEST, dtype, device))
 
     def run(*ops, outcomes, total=100.0):
@@ -148,7 +148,36 @@ def test_an_op_that_cannot_be_tuned_does_not_stop_the_next_and_time_does(tune_al
 def test_targets_are_tuned_in_the_order_in_which_they_are_named():
     found = tune.named(["contrastive", "attention", "all"])
     assert found[:3] == ["contrastive", "attention-64", "attention-128"]
-    assert sorted(found) == sorted(tune.TARGETS)
+    assert found.index(tune.SDPA) < found.index("bias_act")
+    assert sorted(found) == sorted([*tune.TARGETS, tune.SDPA])
+
+
+def test_attention_is_pytorchs_from_the_least_keys_on_where_that_is_surely_faster(monkeypatch, tune_all, tmp_path):
+    def measure(case, budget):
+        """Let PyTorch's attention be faster from 197 keys on, but with 77 as fast, and with a mask from 577 on."""
+        least = 577 if case.shape.get("causal") else 197
+        assert [one.name for one in case.candidates] == [OURS, "SDPA"]
+        return outcome(SLOW, FAST if case.shape["tokens"] >= least or case.shape["tokens"] == 50 else SLOW)
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(
+        tune, "build", lambda suite, shape, dtype, device: build(suite, shape | {"batch": 1}, dtype, device)
+    )
+    assert tune.sdpa_route(64, SEARCH, CPU, Budget(3.0)) == configs.SdpaConfig(197, 577)
+    monkeypatch.setattr(tune, "measure", lambda *_: outcome(SLOW, SLOW))
+    assert tune.sdpa_route(64, SEARCH, CPU, Budget(3.0)) is None
+    monkeypatch.setattr(tune, "measure", lambda *_: outcome(SLOW, FAST, throttled=True))
+    assert tune.sdpa_route(64, SEARCH, CPU, Budget(3.0)) is None
+    tune.tune_all(
+        [tune.SDPA],
+        argparse.Namespace(total=9, tables=tmp_path, by=tune.MEASURED),
+        SEARCH,
+        None,
+        lambda *_: configs.SdpaConfig(197, 577),
+    )
+    key = configs.config_key(tune.SDPA, torch.bfloat16, 64)
+    written = json.loads((tmp_path / "sm_90.json").read_text())[key]
+    assert written == {"min_keys": 197, "min_keys_causal": 577, "by": "measured"}
 
 
 def test_the_scale_of_a_target_decides_which_kernel_works():
@@ -165,7 +194,7 @@ ENTRIES = {key for arch in configs.ARCHS for key in configs.read_table(arch)}
 def test_every_entry_and_every_width_of_the_tables_can_be_tuned():
     tuned = [(tunable, target) for _, target in tune.TARGETS.values() for tunable in target.kernels]
     in_tables = {tunable.kernel for tunable, _ in tuned}
-    assert in_tables == {key.split()[0] for key in ENTRIES}
+    assert in_tables == {key.split()[0] for key in ENTRIES} - {tune.SDPA}
     widths = [pair for pair in tuned if pair[0].per_width]
     keys = {tune.key_of(*pair, dtype) for pair in widths for dtype in ("bf16", "fp32")}
     assert keys == {key for key in ENTRIES if " width<=" in key}
@@ -193,7 +222,7 @@ def test_the_model_chooses_what_is_faster_beyond_its_error(monkeypatch):
 
     def ranked(tunable, target, tried, *_):
         """Return configurations in the order of the times that the tuner's model predicts."""
-        return sorted((tune.Candidate(one, None, seconds[one]) for one in tried), key=lambda one: one.seconds)
+        return sorted((tune.Ranked(one, None, seconds[one]) for one in tried), key=lambda one: one.seconds)
 
     monkeypatch.setattr(tune, "space", lambda tunable: iter([OTHER, SPILLS]))
     monkeypatch.setattr(tune, "prune", ranked)
