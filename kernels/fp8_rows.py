@@ -3,11 +3,12 @@ every bit.
 
 For a row x of width K and a dtype of 8 bits whose largest number is L (448 in e4m3, 57,344 in e5m2):
 
-    m = max over finite x_k of |x_k|        scale = m / L        values_k = round(x_k * (L / m))
+    m = max of |x_k|        scale = m / L        values_k = round(x_k * (L / m))
 
 Products and quotients are those of float32; ``round`` is to the nearest number of the dtype, ties to even. A row of
 zeros has the scale 1. A row whose m is less than 2^-100 is rounded as if m were 2^-100, so that neither L / m nor the
-scale leaves the normal numbers of float32. NaN and infinities become NaN, and the others of their row stay accurate.
+scale leaves the normal numbers of float32. NaN stays NaN, and the others of its row stay accurate. A row with an
+infinity becomes NaN as a whole: its scale is infinite, and its values are zeros and NaN.
 """
 
 from typing import NamedTuple
@@ -77,11 +78,10 @@ def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         return x.contiguous(), x.new_ones(x.shape[:-1])
     x, most = x.float(), LARGEST[dtype]
-    is_finite = x.abs() < float("inf")
-    size = torch.where(is_finite, x.abs(), 0.0)
+    size = x.abs().nan_to_num(nan=0.0, posinf=float("inf"))
     largest = size.amax(-1) if x.shape[-1] else size.sum(-1)
     largest = torch.where(largest == 0, most, largest.clamp(min=LEAST))
     # PyTorch would round a quotient of a number and a tensor twice, by way of the reciprocal.
     limit = torch.full_like(largest, most)
-    values = torch.where(is_finite, x * (limit / largest)[..., None], float("nan"))
+    values = x * (limit / largest)[..., None]
     return values.to(dtype).contiguous(), (largest / limit).contiguous()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .configs import Config
 from .dtypes import accumulate_dtype
+from .hardware import has_fp8
 
 # A case runs on one or more "legs": the PyTorch code for CPUs, the Triton kernels in Triton's interpreter on a CPU
 # (small cases only, since others would take minutes), and the Triton kernels on a GPU (sizes of real use).
@@ -333,6 +334,8 @@ class OpSpec:
         shipped: calls that the offline compiler compiles.
         targets: the kernels and shapes that the tuner tunes.
         small_tiles: overrides configurations so that a small case has several tiles or blocks.
+        timed: the op as benchmarks and predictions call it, if ``op`` does more, so that its results can be compared.
+        needs_fp8: whether its kernels need a GPU that has numbers of 8 bits (``hardware.has_fp8``).
         fused: PyTorch's fused implementation, which is a second yardstick for cases that cancel.
     """
 
@@ -357,11 +360,22 @@ class OpSpec:
     targets: tuple[Target, ...] = ()
     small_tiles: Callable[[torch.dtype], AbstractContextManager[object]] = no_overrides
     fused: Callable[..., Any] | None = None
+    timed: Callable[..., Any] | None = None
+    needs_fp8: bool = False
 
     @property
     def name(self) -> str:
         """Return the name of the op's public function."""
         return self.op.__name__
+
+    @property
+    def measured(self) -> Callable[..., Any]:
+        """Return the op as benchmarks and predictions call it."""
+        return self.timed or self.op
+
+    def compiles_for(self, arch: int) -> bool:
+        """Return whether the op's kernels compile for an architecture."""
+        return has_fp8(arch) or not self.needs_fp8
 
     @property
     def suite_name(self) -> str:

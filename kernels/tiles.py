@@ -122,15 +122,12 @@ def row_products(
 
 
 @triton.jit
-def sizes(x):
-    """Return the absolute values of a tile, with zeros for NaN and infinities."""
-    size = tl.abs(x)
-    return tl.where(size < float("inf"), size, 0.0)
-
-
-@triton.jit
 def scales(largest, MOST: tl.constexpr):
-    """Return the factors L / m by which rows are multiplied before they are rounded, and their scales m / L."""
+    """Return the factors L / m by which rows are multiplied before they are rounded, and their scales m / L.
+
+    ``largest`` has the m of each row: a maximum passes over NaN, and is NaN itself only if a row holds nothing else.
+    """
+    largest = tl.where(largest > 0.0, largest, 0.0)
     largest = tl.where(largest == 0.0, MOST, tl.maximum(largest, 7.888609052210118e-31))  # 2^-100
     most = tl.zeros_like(largest) + MOST
     return tl.div_rn(most, largest), tl.div_rn(largest, most)
@@ -138,11 +135,12 @@ def scales(largest, MOST: tl.constexpr):
 
 @triton.jit
 def in_eight_bits(x, factor, dtype: tl.constexpr):
-    """Return the tile ``x * factor`` in 8 bits: to the nearest, ties to even, NaN for NaN and infinities.
+    """Return the tile ``x * factor`` in 8 bits: to the nearest, ties to even, NaN for NaN.
 
-    No product exceeds the largest number by more than its own rounding in float32, so nothing overflows.
+    No product exceeds the largest number by more than its own rounding in float32, so nothing overflows. The factor of
+    a row with an infinity is zero, and makes it NaN.
     """
-    product = tl.where(tl.abs(x) < float("inf"), x * factor, float("nan"))
+    product = x * factor
     if IS_INTERPRETED:
         # Triton's interpreter does not round to the nearest number of 8 bits, and makes numbers of NaN.
         product = _interpreted_bits(product, dtype).to(dtype, bitcast=True)
@@ -176,7 +174,7 @@ def store_rows(
     MOST: tl.constexpr,
 ):  # fmt: skip
     """Store whole rows in 8 bits, and their scales; ``rows`` [BM] and ``columns`` [BN] are their numbers in int64."""
-    factor, scale = scales(tl.max(sizes(y), 1), MOST)
+    factor, scale = scales(tl.max(tl.abs(y), 1), MOST)
     values = in_eight_bits(y, factor[:, None], values_ptr.dtype.element_ty)
     tl.store(values_ptr + rows[:, None] * N + columns[None, :], values, mask=mask_m[:, None] & mask_n[None, :])
     tl.store(scale_ptr + rows, scale, mask=mask_m)

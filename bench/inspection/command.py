@@ -26,7 +26,7 @@ from .eager import measured as measured_host
 from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, load, predict
 from .report import Report, differences, explain, table, to_json
 from .sass import matrix_instructions, parse
-from .shipped import SNAPSHOT, Snapshot, known_problems, loads, shipped_cases
+from .shipped import SNAPSHOT, Snapshot, compiles_for, known_problems, loads, shipped_cases
 
 ARCHS = tuple(ARCHITECTURES)
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -99,7 +99,7 @@ def inspect_all(archs: Sequence[int] = ARCHS, *, substring: str = "", jobs: int 
     cases = [case for case in shipped_cases() if substring in case]
     if not cases:
         raise ValueError(f"no case contains {substring!r}; there are: {'; '.join(shipped_cases())}")
-    tasks = list(itertools.product(dict.fromkeys(archs), cases))
+    tasks = [task for task in itertools.product(dict.fromkeys(archs), cases) if compiles_for(*reversed(task))]
     found = each(offline.spread(_inspect, tasks, jobs), "compiling", "case", len(tasks))
     return [report for reports in found for report in reports]
 

@@ -38,6 +38,7 @@ SHARED_UNIT = 128
 TENSOR_UNIT = 32  # the number of columns must also be a power of two
 # Triton's names of dtypes.
 _TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 # The assembler's messages about each kernel that this process compiled, by the kernel's hash.

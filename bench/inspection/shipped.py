@@ -35,8 +35,10 @@ Snapshot = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
 KNOWN_WARNINGS: dict[tuple[str, int, str], tuple[str, ...]] = {}
 # Spills that are accepted. If a batch is no multiple of 16, a large tile spills one to four registers. The sigmoid loss
 # spills two or four registers of a tile; without a limit of registers it spills none, but takes a fifth longer.
+# GELU in 8 bits keeps three tiles of whole rows in flight, and one address too many.
 KNOWN_SPILLS = {
     ("3.6", 90, "contrastive_loss N9001 D512 bf16"): ("spills 4 bytes", "spills 12 bytes", "spills 16 bytes"),
+    ("3.9", 100, "bias_gelu_fp8 N5120 bf16"): ("spills 4 bytes",),
     ("3.9", 90, "sigmoid_loss N1001 D512 bf16"): ("spills 16 bytes",),
     ("3.9", 90, "sigmoid_loss N1024 D512 bf16"): ("spills 8 bytes",),
     ("3.9", 90, "sigmoid_loss N1024 D512 fp16"): ("spills 8 bytes",),
@@ -78,6 +80,11 @@ def shipped_cases() -> dict[str, Case]:
 def shipped_calls() -> dict[str, Case]:
     """Return the shipped calls by name, without strips: unlike those of strips, their tensors have memory."""
     return {name: functools.partial(run, *named) for name, named in _named().items()}
+
+
+def compiles_for(case: str, arch: int) -> bool:
+    """Return whether the kernels of a shipped case compile for an architecture."""
+    return case not in _named() or _named()[case][0].compiles_for(arch)
 
 
 def strip_name(strip: Strip, mode: str) -> str:

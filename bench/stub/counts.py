@@ -90,7 +90,7 @@ def _leaves(call: Call) -> Call:
 
 def _forward(spec: OpSpec, call: Call) -> tuple[torch.Tensor, ...]:
     """Call an op whose launches are counted, and return its results as a tuple."""
-    op: Callable[..., Any] = functools.partial(spec.op, **call.options)
+    op: Callable[..., Any] = functools.partial(spec.measured, **call.options)
     results = op(**call.inputs)
     return results if isinstance(results, tuple) else (results,)
 

@@ -18,7 +18,7 @@ from clipfast.kernels.spec import EXPANDED, Call, Case, Draw, OpSpec, specs
 from clipfast.verify.ops import inputs_of, lay_out
 from clipfast.verify.rule import value_and_grads
 
-from ..inspection.shipped import shipped_calls
+from ..inspection.shipped import compiles_for, shipped_calls
 from .arguments import CheckedLaunch, checked_launches
 from .capture import CaptureRules, InsideOps
 from .driver import Stub, load, on_device
@@ -83,7 +83,7 @@ def shipped(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Walked:
     stub, walked = load(arch), Walked(arch)
     emptied = not ARCHITECTURES[arch].multiplies_from_shared
     for name, case in shipped_calls().items():
-        if name.split()[-1] not in dtypes:
+        if name.split()[-1] not in dtypes or not compiles_for(name, arch):
             continue
         with in_blocks(), walked.call(name.split()[0], name, stub, emptied=emptied):
             case()

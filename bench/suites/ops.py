@@ -50,7 +50,7 @@ def _inputs(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Inp
 
 def _candidates(spec: OpSpec, call: Call) -> tuple[Candidate, ...]:
     """Return our op, the reference and other implementations as benchmark candidates."""
-    ours = functools.partial(spec.op, **call.options)
+    ours = functools.partial(spec.measured, **call.options)
     plain, note = PLAIN.get(spec.name, (functools.partial(spec.reference, **call.options), ""))
     return (
         Candidate(OURS, lambda: ours),

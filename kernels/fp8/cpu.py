@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..activation import _fwd_cpu
+from ..dtypes import accumulate_dtype
 from ..fp8_rows import E4M3, rounded, zero_carrier
 
 
@@ -25,12 +26,12 @@ def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
 
     The activation is rounded once, from float32.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    activate = _fwd_cpu(wide, bias, quick)
+    wide = accumulate_dtype(x.dtype)
+    activate = _fwd_cpu(x.to(wide), bias, quick)
 
     def compute(x: Tensor, bias: Tensor, quick: bool) -> tuple[Tensor, ...]:
         """Compute an activation with its bias in 8 bits on the CPU."""
-        return zero_carrier(x), *rounded(activate(x.to(wide.dtype), bias, quick), E4M3)
+        return zero_carrier(x), *rounded(activate(x.to(wide), bias, quick), E4M3)
 
     return compute
 

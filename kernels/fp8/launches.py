@@ -21,7 +21,7 @@ from .kernels import (
 )
 
 MAX_WIDTH = 16384
-REGISTERS = 64  # about how many registers a thread of the kernels for rows takes
+REGISTERS = 96  # about how many registers a thread of the kernels for rows takes
 # A tile of the kernels that round both ways. Its transposed tile is stored by rows of 64 bytes.
 TILE = RowConfig(64, 64, num_warps=4, num_stages=1)
 
@@ -30,14 +30,14 @@ Rounded = tuple[Tensor, Tensor]
 
 @planned
 def row_tiles(rows: int, width: int, device: torch.device) -> tuple[RowConfig, int, dict[str, int]]:
-    """Choose how a kernel walks whole rows [M, N]: 16 numbers for each thread of at most 16 warps.
+    """Choose how a kernel walks whole rows [M, N]: 32 numbers for each thread, three tiles at once.
 
     Returns:
         The configuration, the number of programs, and the compile-time sizes of a tile.
     """
     block_n = next_power_of_2(width)
     block_m = max(1, 1024 // block_n)
-    cfg = RowConfig(block_m, block_n, num_warps=min(16, max(1, block_m * block_n // 512)), num_stages=2)
+    cfg = RowConfig(block_m, block_n, num_warps=max(1, block_m * block_n // 1024), num_stages=3)
     programs = min(cdiv(rows, block_m), programs_at_once(device, cfg.num_warps, REGISTERS))
     return cfg, programs, {"N": width, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": cfg.num_stages}
 

@@ -90,8 +90,9 @@ def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3, *, backend: str = "auto") -> Fp8Rows:
     """Round rows to 8 bits, each with a scale of its own, by which its largest number becomes the dtype's largest.
 
-    Rounding is to the nearest, ties to even, and nothing overflows. A row of zeros gets the scale 1. NaN and infinities
-    become NaN; the other numbers of their row are as accurate as without them. The gradient passes unchanged.
+    Rounding is to the nearest, ties to even, and nothing overflows. A row of zeros gets the scale 1. NaN stays NaN,
+    and the other numbers of its row are as accurate as without it. A row with an infinity becomes NaN as a whole. The
+    gradient passes unchanged.
 
     Args:
         x: [..., K], float32, float16 or bfloat16; any strides. float64, on the CPU, is not rounded (see ``Fp8Rows``).
