@@ -193,9 +193,14 @@ class CachedWeights:
         state = self._steps[0], weight._version, *layout, backend
         known = self._known.get(weight)
         if known is None or known[0] != state:
-            known = self._known[weight] = state, quantize_weight(weight, backend=backend)
+            with torch.inference_mode(False):  # else training could not use what evaluation has kept
+                known = self._known[weight] = state, quantize_weight(weight, backend=backend)
         found: Fp8Weight = known[1]
         return found
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Copy and pickle as an object that knows no weights and counts the steps of its own process."""
+        return type(self), ()
 
     def clear(self) -> None:
         """Forget all weights, so that their 8-bit forms are computed again."""

@@ -1,6 +1,8 @@
 """Test rows in 8 bits, linear layers on them, and the 8-bit forms of weights that are kept for a step."""
 
+import copy
 import itertools
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +149,25 @@ def test_a_weight_is_quantised_again_after_it_has_changed(options):
     with torch.no_grad():
         w[0, 0] = 50.0
     assert weights.get(w).rows.dequantize()[0, 0] == 50.0
+
+
+def test_weights_that_evaluation_has_quantised_serve_training():
+    (x, w, _, _), weights = operands(), CachedWeights()
+    with torch.inference_mode():
+        fp8_linear(x, w, weight_fp8=weights.get(w))
+    found, expected = (torch.autograd.grad(fp8_linear(x, w, weight_fp8=k).sum(), x) for k in (weights.get(w), None))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_copies_of_cached_weights_notice_steps_too(copied):
+    w, weights = torch.nn.Parameter(torch.randn(8, 16)), CachedWeights()
+    weights.get(w)
+    weights, optimizer = copied(weights), torch.optim.AdamW([w], fused=True)
+    weights.get(w)
+    w.grad = torch.randn_like(w)
+    optimizer.step()
+    assert torch.equal(weights.get(w).rows.scale, quantize_weight(w).rows.scale)
 
 
 def test_wrong_arguments():
