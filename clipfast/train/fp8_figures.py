@@ -43,13 +43,16 @@ class Fp8Figures:
             each weight, the largest scale of a row of its inputs, of itself, and of the gradients.
         """
         found: Found = defaultdict(dict)
+        earliest: dict[bool, Tensor] = {}  # of each tower, the first output whose gradient passes through all later ones
 
         def observe(x: Tensor, weight: Tensor, y: Tensor) -> None:
             """Note the figures of a linear layer."""
-            of_layer = found[self._names.get(weight, "other")]  # type: ignore[call-overload]
+            name = self._names.get(weight, "other")  # type: ignore[call-overload]
+            of_layer = found[name]
             of_layer |= {"input": _figures(x), "weight": _figures(weight)}
             if y.requires_grad:
                 y.register_hook(lambda grad: of_layer.update(gradient=_figures(grad)))
+                earliest.setdefault(name.startswith("visual."), y)
 
         was_training = self.model.training
         self.model.eval()
@@ -58,16 +61,12 @@ class Fp8Figures:
             with torch.enable_grad(), self.autocast():
                 # A compiled model is called as it was before.
                 loss = self.loss(*type(self.model).forward(self.model, images[:PAIRS], texts[:PAIRS]))
-            torch.autograd.grad(loss, self._earliest(), allow_unused=True)
+            if earliest:
+                torch.autograd.grad(loss, list(earliest.values()))
         finally:
             OBSERVERS.remove(observe)
             self.model.train(was_training)
         return _summary(found)
-
-    def _earliest(self) -> list[Tensor]:
-        """Return the first trained parameter of each tower, whose gradients pass through all trained layers."""
-        trained = [(name.startswith("visual."), p) for p, name in self._names.items() if p.requires_grad]
-        return [next(p for is_visual, p in trained if is_visual == side) for side in {side for side, _ in trained}]
 
 
 def _figures(x: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """--precision amp_fp8: runs that go on to the last bit, on several processes too, what is refused, and the metrics."""
 
+import contextlib
 from unittest import mock
 
 import pytest
 import torch
 
+from clipfast import ClipLoss, create_model, get_tokenizer
 from clipfast.distributed.world import ALONE
 from clipfast.train import TrainConfig
 from clipfast.train.build import build_device
@@ -66,6 +68,17 @@ def test_the_metrics_tell_what_8_bits_lose(shards, tmp_path):
             assert 1 / 256 <= found["saturated"][kind] < 0.1
             assert 0 <= found["zero"][kind] < 0.3
             assert all(scale[kind] > 0 for scale in found["scale"].values())
+
+
+@pytest.mark.parametrize("lock", ["lock_image_tower", "lock_text_tower"])
+def test_trained_blocks_of_a_locked_tower_have_gradients_in_the_metrics(lock):
+    model = create_model("ViT-T-8-32")
+    model.set_fp8("switchback")
+    getattr(model, lock)(3)  # the projection and the last two blocks are trained, and the last one is in 16 bits
+    measure = Fp8Figures(model, ClipLoss(), contextlib.nullcontext)
+    scale = measure(torch.randn(4, 3, 32, 32), get_tokenizer("ViT-T-8-32")(["a", "b", "c", "d"]))["scale"]
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all("gradient" in scale[name] for name in trained & {*scale})
 
 
 def test_measuring_changes_nothing(shards, tmp_path):
