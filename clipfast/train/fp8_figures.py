@@ -43,7 +43,7 @@ class Fp8Figures:
             each weight, the largest scale of a row of its inputs, of itself, and of the gradients.
         """
         found: Found = defaultdict(dict)
-        earliest: dict[bool, Tensor] = {}  # of each tower, the first output whose gradient passes through all later ones
+        earliest: dict[bool, Tensor] = {}  # the first output of each tower, whose gradient passes through all others
 
         def observe(x: Tensor, weight: Tensor, y: Tensor) -> None:
             """Note the figures of a linear layer."""
@@ -71,9 +71,11 @@ class Fp8Figures:
 
 def _figures(x: Tensor) -> Tensor:
     """Return a tensor's shares of saturated numbers and of those that become zero, and the largest scale of a row."""
-    values, scale, _ = quantize_rows(x.detach().flatten(0, -2))
+    x = x.detach().flatten(0, -2)
+    values, scale, _ = quantize_rows(x)
     size = values.float().abs()
-    is_lost = (size == 0) & (x.detach().flatten(0, -2) != 0)
+    is_lost = (size == 0) & (x != 0)
+    scale = scale.where(x.any(-1), 0)  # a row of zeros, such as the gradient of a row that is not read, has 1
     return torch.stack([(size == LARGEST).float().mean(), is_lost.float().mean(), scale.max().float()])
 
 
