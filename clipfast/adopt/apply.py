@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from . import fp8, hf, hf_model, hf_towers, naflex_vit, open_clip, open_clip_towers, parts, timm
+from . import fp8_linears, hf, hf_model, hf_towers, naflex_vit, open_clip, open_clip_towers, parts, timm
 from .places import RECORD, Proposal, carry_out, check_module, class_name, revert_model
 
 
@@ -161,7 +161,7 @@ def _apply(
             raise TypeError(f"{function}: {name} must be a bool, got {type(value).__name__}")
     if not any(class_name(module).startswith(f"{library}.") for module in model.modules()):
         raise ValueError(f"{function}: nothing in this {type(model).__name__} is a module of {library}")
-    fp8.check_arguments(function, model, recipe, skip)
+    fp8_linears.check_arguments(function, model, recipe, skip)
     revert_model(model)
     model.__dict__[RECORD] = [
         carry_out(module, name, proposal, flags[proposal.kind])
@@ -169,9 +169,9 @@ def _apply(
         if proposal.kind in flags
     ]
     if recipe is not None:
-        found = list(fp8.propose(model, recipe, skip))
+        found = list(fp8_linears.propose(model, recipe, skip))
         model.__dict__[RECORD] += [carry_out(module, name, proposal, True) for name, module, proposal in found]
-        fp8.keep_on_cpus(model, skip)
+        fp8_linears.keep_on_cpus(model, skip)
     return model
 
 

@@ -19,7 +19,7 @@ from ..distributed.world import ALONE, World
 from ..factory import create_model, get_tokenizer, transform_of
 from ..io.progress import each
 from ..models import CLIP
-from ..models.fp8 import check_fp8
+from ..models.fp8_layers import check_fp8
 from ..models.packed_images import PackedImages
 from .store import FeatureStore
 from .zero_shot import TEXTS, Template, encode_texts, prompts_of

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fp8 import RECIPES
+from .fp8_layers import RECIPES
 from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
 from .layers import LayerNorm, is_plain, lowered

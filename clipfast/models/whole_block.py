@@ -36,7 +36,7 @@ from ..kernels.implementations import (
     plans_of,
 )
 from ..kernels.launch import triton_runs_on
-from . import fp8
+from . import fp8_layers
 
 QUICK = "quick"
 DTYPE_OF = operator.attrgetter("dtype")  # unlike a lambda, it reads the dtype without a call of a Python function
@@ -115,7 +115,7 @@ def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Paramete
         linear: Any = parameters[4 : 11 if options.adds_bias else 12]
         if options.fp8 is not None:
             values: list[Any] = list(parameters)
-            values[4::2] = fp8.quantized(parameters[4::2])
+            values[4::2] = fp8_layers.quantized(parameters[4::2])
             parameters = Parameters(*values)
         elif {*map(DTYPE_OF, linear)} != {options.dtype}:
             cast = _new_like(linear, options.dtype)
@@ -198,7 +198,7 @@ class _Block(torch.autograd.Function):
         # itself is saved.
         saved = (x, *saved[1:]) if branch is None else saved
         if options.fp8 is not None:
-            saved, ctx.function = fp8.flattened(saved, function.backward)
+            saved, ctx.function = fp8_layers.flattened(saved, function.backward)
         ctx.save_for_backward(*saved)
         return results
 
@@ -235,7 +235,7 @@ def _forward(
     """Return t and m of a transformer block, and the tensors that its backward pass reads, as rows except for qkv."""
     shape, width = x.shape, x.shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
-    multiply: Any = F.linear if options.fp8 is None else fp8.linear
+    multiply: Any = F.linear if options.fp8 is None else fp8_layers.linear
     qkv = multiply(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
     heads, lse = compute(plans, attention_fwd, "", qkv, None, bounds, options.heads, options.causal, options.scale)
     heads = heads.view(-1, width)
@@ -289,7 +289,7 @@ def first_norm(
             plans, layer_norm_fwd, "norm_1", branch.reshape(-1, width), s, cast.norm_1, bias, options.eps_1
         )
     y = y if y.dtype is options.dtype else y.to(options.dtype)
-    return s, y if options.fp8 is None else fp8.rows_of(y), mean, rstd
+    return s, y if options.fp8 is None else fp8_layers.rows_of(y), mean, rstd
 
 
 def pair(sums: Any) -> Any:
@@ -302,14 +302,14 @@ def mlp_half(
 ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Return t, m of a block's MLP, and the tensors that :func:`mlp_half_grads` reads."""
     y, t, mean, rstd = compute(plans, layer_norm_fwd, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
-    multiply: Any = F.linear if options.fp8 is None else fp8.linear
-    y = y if options.fp8 is None else fp8.rows_of(y)
+    multiply: Any = F.linear if options.fp8 is None else fp8_layers.linear
+    y = y if options.fp8 is None else fp8_layers.rows_of(y)
     h = multiply(y, cast.w_fc, None if options.adds_bias else cast.b_fc)
     if options.adds_bias:
         g = compute(plans, bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
     else:
         g = h * torch.sigmoid(1.702 * h) if options.gelu == QUICK else F.gelu(h, approximate=options.gelu)
-    g = g if options.fp8 is None else fp8.rows_of(g)
+    g = g if options.fp8 is None else fp8_layers.rows_of(g)
     b_fc = cast.b_fc if options.adds_bias else None
     saved = (t, mean, rstd, y, h, g, cast.norm_2, cast.w_fc, b_fc, cast.w_proj)
     return t, multiply(g, cast.w_proj, cast.b_proj), saved
@@ -346,7 +346,7 @@ def linear_grads(
     None for a dtype that is None. In 8 bits, ``weight`` has its columns.
     """
     if options.fp8 is not None:
-        return fp8.linear_grads(grad, x, weight, options.fp8, weight_dtype is not None, bias_dtype is not None)
+        return fp8_layers.linear_grads(grad, x, weight, options.fp8, weight_dtype is not None, bias_dtype is not None)
     dw: Tensor | None = None
     if weight_dtype:
         is_widened = weight_dtype == torch.float32 and grad.is_cuda and grad.dtype != weight_dtype

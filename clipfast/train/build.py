@@ -20,7 +20,7 @@ from ..losses.distill_loss import DistillClipLoss
 from ..losses.siglip_loss import SigLipLoss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
 from ..models.file_tokenizer import FileTokenizer, tokenizer_of
-from ..models.fp8 import check_fp8
+from ..models.fp8_layers import check_fp8
 from ..models.naflex import NaFlexVision
 from ..models.tokenizer import Tokenizer
 from .fsdp import is_sharded, shard

@@ -106,7 +106,7 @@ def test_a_gpu_without_fp8_is_refused_before_anything_is_built(capability, monke
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA A100")
-    monkeypatch.setattr("clipfast.models.fp8.arch_of", lambda _: 10 * capability[0] + capability[1])
+    monkeypatch.setattr("clipfast.models.fp8_layers.arch_of", lambda _: 10 * capability[0] + capability[1])
     config = TrainConfig(train_data="x.tar", precision="amp_fp8", device="cuda")
     if capability < (8, 9):
         with pytest.raises(ValueError, match=r"--precision amp_fp8: .* 8\.9 .* A100 has 8\.\d; use .*amp_bf16"):

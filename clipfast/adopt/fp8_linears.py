@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..models.fp8 import RECIPES, check_fp8
+from ..models.fp8_layers import RECIPES, check_fp8
 from ..models.layers import project
 from .hf import part_of
 from .open_clip import RESIDUAL
