@@ -75,7 +75,8 @@ def _plan_backward(
     with_dx: bool, with_dw: bool, with_db: bool,
 ) -> Callable[..., Any]:  # fmt: skip
     """Return the function that computes the gradients of linear layers of a layout."""
-    side: Any = launches if triton_runs_on(grad.device) else cpu
+    # The kernels start no program for an empty matrix, whose scales are 1.
+    side: Any = launches if triton_runs_on(grad.device) and grad.numel() else cpu
     dy, rows, dtype, shape = as_rows(grad), as_rows(values), grad.dtype, values.shape
     quantize = side.quantize(dy, E4M3)
     if with_dw and full:

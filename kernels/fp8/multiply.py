@@ -26,7 +26,7 @@ def multiply(
     a, b, b_scale = _padded(a, 0), _padded(b, ALIGNED), F.pad(b_scale, (0, -n % ALIGNED)) if n % ALIGNED else b_scale
     y = torch._scaled_mm(
         a, b.T, a_scale[:, None], b_scale[None], out_dtype=torch.bfloat16, use_fast_accum=False,
-    )[:, :n]  # fmt: skip
+    )[:, :n].contiguous()  # fmt: skip
     return (y if bias is None else y + bias).to(dtype)
 
 

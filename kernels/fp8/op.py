@@ -68,7 +68,8 @@ _quantize_rows.register_autograd(_backward, setup_context=_setup_context, result
 
 def _plan_both(x: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
     """Return the function that rounds matrices of a layout to 8 bits along rows and columns."""
-    compute = (launches if triton_runs_on(x.device) else cpu).quantize_both(x, dtype)
+    # The kernels start no program for an empty matrix, whose scales are 1.
+    compute = (launches if triton_runs_on(x.device) and x.numel() else cpu).quantize_both(x, dtype)
     return lambda x, _: compute(x)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipfast.kernels import (
     CachedWeights,
@@ -23,6 +24,7 @@ from clipfast.kernels import (
 from clipfast.kernels.common import cdiv, next_power_of_2
 from clipfast.kernels.configs import RowConfig
 from clipfast.kernels.fp8 import launches, support
+from clipfast.kernels.fp8.multiply import multiply
 from clipfast.kernels.fp8_rows import E4M3, E5M2, LARGEST
 
 each_dtype = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -199,6 +201,13 @@ def test_compiles_without_a_break(recipe, backend):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_products_on_gpus_are_contiguous_as_a_compiler_is_told():
+    with FakeTensorMode():
+        a, b = (torch.empty(rows, 32).to(E4M3) for rows in (6, 24))
+        y = multiply(a, torch.ones(6), b, torch.ones(24), torch.bfloat16)
+    assert y.is_contiguous()
+
+
 def test_registered_ops():
     x, w, b, dy = operands()
     ops, fakes = torch.ops.clipfast, ("test_autograd_registration", "test_faketensor")
@@ -262,6 +271,12 @@ def test_both_forms_of_a_weight_have_the_bits_of_the_reference(size, triton_devi
     for x in (weight, weight.half(), weight.T):
         for found, expected in zip(quantize_weight(x), reference.quantize_weight(x), strict=True):
             assert all(map(torch.equal, bits(found), bits(expected)))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (4, 0)], ids=str)
+def test_the_scales_of_an_empty_weight_are_1(size, triton_device):
+    rows, columns = quantize_weight(torch.empty(size, device=triton_device))
+    assert bool((rows.scale == 1).all()) and bool((columns.scale == 1).all())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
