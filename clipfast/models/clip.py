@@ -287,11 +287,11 @@ class CLIP(nn.Module):
                 bits.
 
         Raises:
-            ValueError: the recipe is unknown, or a number is negative.
+            ValueError: the recipe is unknown, or ``skip`` is not two numbers of at least 0.
         """
         if recipe not in (None, *RECIPES):
             raise ValueError(f"set_fp8: recipe must be {' or '.join(map(repr, RECIPES))} or None, got {recipe!r}")
-        if min(skip) < 0:
+        if len(skip) != 2 or min(skip) < 0:
             raise ValueError(f"set_fp8: skip must be two numbers of blocks, got {skip}")
         for stack in self.modules():
             blocks = [part for part in stack.children() if isinstance(part, ResidualAttentionBlock)]

@@ -6,6 +6,7 @@ versions or on another kind, rounding differs, and a stated tolerance holds.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def _compared(
     for output, values in found.items():
         before = entry["curves"][precision][output]
         pairs = [(float.fromhex(old), float.fromhex(new)) for old, new in zip(before, values, strict=True)]
-        apart = max(abs(new - old) / abs(old) for old, new in pairs)
+        # A NaN, which ``max`` might pass over, is infinitely far from everything.
+        apart = max(math.inf if math.isnan(old + new) else abs(new - old) / abs(old) for old, new in pairs)
         first = next((step for step, (old, new) in enumerate(pairs, 1) if old != new), None)
         passed = first is None or (not is_exact and apart <= TOLERANCES[precision])
         rule = "all bits must be equal" if is_exact else f"at most {TOLERANCES[precision]:g} is allowed"
@@ -116,7 +118,18 @@ def _read(path: Path) -> dict[str, Any]:
         raw = read_json(path)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--golden {path} cannot be read: {error}") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("model") != MODEL_NAME:
+    if not _is_golden(raw):
         raise ValueError(f"--golden {path} holds no golden curves of {MODEL_NAME}: give another file, or remove it")
     devices: dict[str, Any] = raw["devices"]
     return devices
+
+
+def _is_golden(raw: Any) -> bool:
+    """Return whether the JSON of a file holds golden curves of each kind of device that it names."""
+    try:
+        curves = [entry["curves"][name] for entry in raw["devices"].values() for name in PRECISIONS]
+        counts = {len([*map(float.fromhex, curve[key])]) for curve in curves for key in ("loss", "gradient norm")}
+        has_versions = all(isinstance(entry["versions"], dict) for entry in raw["devices"].values())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return raw.get("format") == FORMAT and raw.get("model") == MODEL_NAME and counts <= {STEPS} and has_versions

@@ -66,6 +66,8 @@ class Options:
         object.__setattr__(self, "dtypes", tuple(dict.fromkeys(DTYPE_NAMES[name] for name in self.dtypes)))
         if self.update and not self.golden:
             raise ValueError("--update writes the file of --golden: name it")
+        if self.golden and self.others:
+            raise ValueError(f"--golden checks no kernels: leave out {' '.join(self.others)}, or run it apart")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("--device cuda: PyTorch sees no CUDA GPU here")
         for peer in self.against or ():

@@ -168,6 +168,9 @@ def _not_run(
     if INTERPRETER in legs and "bfloat16" in dtypes:
         reason = "Triton's interpreter multiplies bfloat16 as raw bits"
         rows.append(CheckResult(name, INTERPRETER, "leg", "kernels", "bfloat16", reason=reason))
+    if isinstance(other, KernelCheck) and other.registered is not None and not {CPU, CUDA} & {*legs}:
+        reason = "no CUDA GPU here, which an op with Triton kernels needs"
+        rows.append(CheckResult(name, CUDA, "opcheck", str(other.registered), reason=reason))
     if isinstance(other, KernelCheck) and not other.has_gradients:
         rows.append(CheckResult(name, legs[0], "gradients", "backward", reason="the results require no gradient"))
     return rows

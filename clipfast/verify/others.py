@@ -103,7 +103,10 @@ class KernelCheck:
                 raise TypeError(f"KernelCheck: {name} must be a tuple of names, got {given!r}")
             for word in given:
                 if word not in known:
-                    raise ValueError(f"KernelCheck: {name} has {word!r}{meant(word, known)}; known: {', '.join(known)}")
+                    near = meant(str(word), known)
+                    raise ValueError(f"KernelCheck: {name} has {word!r}{near}; known: {', '.join(known)}")
+        if not self.dtypes:
+            raise ValueError(f"KernelCheck: dtypes is empty; known: {', '.join(DTYPES)}")
 
     def spec(self) -> OpSpec:
         """Return the specification of the kernel for the verification, as clipfast's own ops have one.
@@ -113,6 +116,7 @@ class KernelCheck:
         """
         for shape in self.shapes:
             self._probe(self.reference, "reference", shape, torch.float64)
+        self._floor_at(self.shapes[0], 4)
         with_gradients = self.has_gradients
 
         def make(shape: Any, values: str, draw: Draw) -> Call:
@@ -128,9 +132,9 @@ class KernelCheck:
             return Call(inputs, tuple(draw.normal(*result.shape) for result in results))
 
         return OpSpec(
-            named(self.function, self.name), self.reference, make, self._cases(with_gradients),
+            named(self.function, self.name), named(self.reference, self.name), make, self._cases(with_gradients),
             small=(_sizes(self.shapes[0]),), category="", kernels=(), bench={}, items=("", ""),
-            floor=lambda shape, itemsize, _: (self.floor or _no_floor)(itemsize, **shape.to_dict()),
+            floor=lambda shape, itemsize, _: self._floor_at(shape.to_dict(), itemsize),
             float32=tuple(self.float32),
         )  # fmt: skip
 
@@ -169,6 +173,22 @@ class KernelCheck:
                     raise ValueError(f"{self.name}: {field} names {name!r}; the inputs are {', '.join(found)}")
         return dict(found)
 
+    def _floor_at(self, sizes: Mapping[str, Any], itemsize: int) -> Floor:
+        """Return the least work of the kernel at these sizes; no work if its author gave none.
+
+        Raises:
+            TypeError, ValueError: ``floor`` fails, or returns something else.
+        """
+        if self.floor is None:
+            return Floor(0, 0)
+        try:
+            found = self.floor(itemsize, **sizes)
+        except Exception as error:
+            raise ValueError(f"{self.name}: floor(itemsize, {_words(sizes)}) raised {_text(error)}") from error
+        if not isinstance(found, Floor):
+            raise TypeError(f"{self.name}: floor must return a clipfast.kernels.spec.Floor, got {type(found).__name__}")
+        return found
+
     def _probe(
         self, function: Callable[..., Any], what: str, sizes: Mapping[str, Any], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
@@ -204,11 +224,11 @@ class KernelCheck:
         inputs = self.call_inputs(DTYPES[self.dtypes[0]], "cpu")
         try:
             with stand_in_gpu(), record_others():
-                results = _tuple(self.function(**inputs))
+                results = _tuple(named(self.function, self.name)(**inputs))
         except Exception as error:
             place = f"{self.name}: the function raised at {_words(self.shapes[0])}"
             raise ValueError(f"{place}: {_text(error)}") from error
-        return any(isinstance(x, Tensor) and x.requires_grad for x in results)
+        return any(x.requires_grad for x in results)
 
     @property
     def registered(self) -> Any:
@@ -224,11 +244,6 @@ class KernelCheck:
             else x.to(device)
             for name, x in self.made(self.shapes[0], Draw()).items()
         }
-
-
-def _no_floor(_: int, **__: int) -> Floor:
-    """Return no work, for somebody's kernel without a floor."""
-    return Floor(0, 0)
 
 
 def _tuple(results: Any) -> tuple[Any, ...]:
@@ -252,11 +267,15 @@ def _text(error: BaseException) -> str:
 
 
 def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return somebody's function under the name that it has in the report."""
+    """Return somebody's function under the name that it has in the report; it returns a tensor or a tuple of them."""
 
     def call(**inputs: Any) -> Any:
-        """Call somebody's function."""
-        return function(**inputs)
+        """Call somebody's function, and refuse results that are no tensors."""
+        results = _tuple(function(**inputs))
+        for result in results:
+            if not isinstance(result, Tensor):
+                raise TypeError(f"it must return a tensor or a tuple of them, got {type(result).__name__}")
+        return results[0] if len(results) == 1 else results
 
     call.__name__ = name
     return call

@@ -73,6 +73,10 @@ def test_another_kind_of_device_or_version_has_a_tolerance(tmp_path, two_steps, 
     verdicts, reasons = outcomes(path)
     assert verdicts == {PASS}
     assert "torch 1.0 -> " in reasons[0]
+    right, entry["curves"]["float32"]["loss"][1] = entry["curves"]["float32"]["loss"][1], "nan"
+    path.write_text(json.dumps(raw))
+    assert FAIL in outcomes(path)[0]
+    entry["curves"]["float32"]["loss"][1] = right
     entry["curves"]["amp"]["loss"][1] = "0x1.0p+1"
     entry["curves"]["float32"]["loss"][1] = "0x1.0p+1"
     path.write_text(json.dumps(raw))
@@ -81,7 +85,13 @@ def test_another_kind_of_device_or_version_has_a_tolerance(tmp_path, two_steps, 
     assert outcomes(path)[0] == {PASS}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}'])
+HEAD = f'{{"format": "{golden.FORMAT}", "model": "{golden.MODEL_NAME}"'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"format": "other"}', HEAD + "}", HEAD + ', "devices": {"a card": {"versions": {}, "curves": {}}}}'],
+)
 def test_a_file_that_is_no_golden_curve_is_refused(text, tmp_path, capsys):
     path = tmp_path / "golden.json"
     path.write_text(text)

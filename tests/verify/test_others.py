@@ -10,14 +10,16 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipfast.bench.inspection.others import compiled
 from clipfast.cli.main import main
 from clipfast.kernels.spec import CPU, INTERPRETER
 from clipfast.verify import KernelCheck, Options, run_verify
 from clipfast.verify.child import groups_of_child
+from clipfast.verify.ops import verify_case
 from clipfast.verify.options import SANITIZER
-from clipfast.verify.other_runs import record
+from clipfast.verify.other_runs import _not_run, record
 from clipfast.verify.others import load
 from clipfast.verify.report import FAIL, PASS
 from clipfast.verify.sanitizer import lacks
@@ -120,6 +122,8 @@ def check(**changes):
         ({"shapes": [{"rows": 1.5}]}, "dict of integers by name, got {'rows': 1.5}"),
         ({"dtypes": ("fp32", "fp61")}, "dtypes has 'fp61' .did you mean fp16."),
         ({"dtypes": "fp32"}, "dtypes must be a tuple of names, got 'fp32'"),
+        ({"dtypes": (torch.float16,)}, "dtypes has torch.float16; known: fp32"),
+        ({"dtypes": ()}, "dtypes is empty"),
         ({"extremes": ("huge",)}, "extremes has 'huge'.*known: large, tiny, zeros"),
         ({"inputs": lambda draw, width: {}}, "inputs.draw, rows=4. raised TypeError: .*'rows'"),
         ({"inputs": lambda draw, rows: {}}, "inputs must return a dict of tensors by name"),
@@ -129,11 +133,19 @@ def check(**changes):
         ({"reference": lambda x: None}, "the reference must return tensors, got NoneType"),
         ({"reference": lambda x: x.float()}, "torch.float32 for inputs in torch.float64"),
         ({"function": lambda y: y}, "the function raised at rows=4: TypeError: .*'x'"),
+        ({"function": lambda x: None}, "the function raised at rows=4: TypeError: .*must return.*, got NoneType"),
+        ({"floor": lambda itemsize: None}, "floor.itemsize, rows=4. raised TypeError: .*'rows'"),
+        ({"floor": lambda itemsize, rows: 5}, "floor must return a clipfast.kernels.spec.Floor, got int"),
     ],
 )
 def test_a_mistake_in_a_check_is_named(changes, message):
     with pytest.raises((TypeError, ValueError), match=message):
         check(**changes).spec()
+
+
+def test_results_may_be_a_list():
+    two = check(function=lambda x: [2 * x, x], reference=lambda x: [x + x, x]).spec()
+    assert {row.verdict for row in verify_case(two, "cpu", two.cases[0], "float32", quick=True)} == {PASS}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +154,7 @@ def test_a_mistake_in_a_check_is_named(changes, message):
         ("no_such_module:X", "there is no module 'no_such_module'"),
         ("no_such_file.py:X", "there is no file no_such_file.py"),
         ("checks.py", "give MODULE:NAME"),
+        ("checks.py:DOUBLE --golden golden.json", "--golden checks no kernels: leave out checks.py:DOUBLE"),
         ("checks.py:DOUBL", "has no 'DOUBL' (did you mean DOUBLE?)"),
         ("checks.py:NUMBER", "is int: it must be a clipfast.verify.KernelCheck or an OpSpec"),
         ("broken.py:X", "cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
@@ -151,7 +164,7 @@ def test_a_wrong_name_is_named(text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("import nowhere\n")
     (tmp_path / "checks.py").write_text(PLAIN)
-    assert main(["verify", text]) == 2
+    assert main(["verify", *text.split()]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -199,6 +212,11 @@ def test_a_function_without_a_kernel_runs_as_it_is(tmp_path, monkeypatch, capsys
 
 
 OPS = ("DOUBLE", "WRONG", "MUTATING")
+
+
+def test_a_registered_op_of_which_only_kernels_ran_is_reported():
+    rows = _not_run("OP", check(op=torch.ops.aten.add), [INTERPRETER], ["float32"], is_triton=True)
+    assert "opcheck" in {row.check for row in rows}
 
 
 @pytest.mark.parametrize(
