@@ -16,7 +16,7 @@ from ..io.files import local_path
 from ..train.naflex_options import NaFlexOptions
 from ..train.option_checks import flag_name
 from ..train.recipes import describe, list_recipes, read_recipe
-from ..train.train_config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
+from ..train.train_config import COOLDOWN_OPTIONS, FP8_OPTIONS, REPLACED, TrainConfig
 from . import open_clip_flags
 from .options import add_arguments
 
@@ -127,6 +127,8 @@ def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -
     replaced = {REPLACED[key] for key in given if key in REPLACED}
     if "lr_scheduler" in given:  # options of the recipe or checkpoint for another schedule are dropped
         replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
+    if given.get("precision", "amp_fp8") != "amp_fp8":
+        replaced |= {*FP8_OPTIONS}
     if given.get("use_naflex") is False:
         replaced |= {field.name for field in dataclasses.fields(NaFlexOptions)}
     options = {key: value for key, value in options.items() if key not in replaced}

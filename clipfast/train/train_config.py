@@ -28,6 +28,7 @@ COOLDOWN_OPTIONS = {  # each option of the cool-down, with the values of --lr-sc
     "epochs_cooldown": ("const-cooldown",), "decay_fraction": ("wsd",),
     "lr_cooldown_end": ("const-cooldown", "wsd"), "lr_cooldown_power": ("const-cooldown", "wsd"),
 }  # fmt: skip
+FP8_OPTIONS = ("fp8_recipe", "fp8_skip")  # they need --precision amp_fp8
 LOCKED_PARTS = ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats", "lock_text_unlocked_layers")
 
 
@@ -312,7 +313,7 @@ class TrainConfig(NaFlexOptions, DataOptions):
             )
         if self.val_leave_out and self.val_group_by is None:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
-        for key in ("fp8_recipe", "fp8_skip"):
+        for key in FP8_OPTIONS:
             if self.precision != "amp_fp8" and getattr(self, key) != getattr(type(self), key):
                 raise ValueError(f"{flag_name(key)} needs --precision amp_fp8")
         if len(self.fp8_skip) != 2:

@@ -110,6 +110,14 @@ def test_flags_replace_the_options_for_naflex_that_they_exclude(tmp_path, printe
         assert found[pairs][1] == ("default" if first == tokens else f"recipe {recipe}")
 
 
+def test_another_precision_drops_the_options_of_8_bits(tmp_path, printed):
+    recipe = tmp_path / "fp8.toml"
+    recipe.write_text('precision = "amp_fp8"\nfp8_recipe = "full"\nfp8_skip = [1, 1]')
+    assert printed("--recipe", recipe)["--fp8-recipe"] == ["full", f"recipe {recipe}"]
+    found = printed("--recipe", recipe, "--precision", "fp32")
+    assert found["--fp8-recipe"][1] == found["--fp8-skip"][1] == "default"
+
+
 def test_a_run_keeps_a_list_of_its_options(shards, tmp_path, capsys, printed):
     (tmp_path / "mine.toml").write_text(f'model = "{TINY}"\nbatch_size = 8\nepochs = 1\nwarmup = "auto"\nworkers = 0')
     options = ["--train-data", shards, "--logs", tmp_path, "--name", "run"]
