@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention_pool, fp8_linear, layer_norm
+from ..kernels import attention_pool, fp8_linear, layer_norm, layer_norm_fp8
+from ..kernels.fp8 import Fp8Rows
 from ..kernels.packing import Packing
 from .packed_text import PackedText
 
@@ -20,7 +21,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 # Functions that are called with input, weight and output of each linear layer of a model that multiplies in 8 bits.
-OBSERVERS: list[Callable[[Tensor, Tensor, Tensor], None]] = []
+OBSERVERS: list[Callable[..., None]] = []
 
 
 class PackedTokens(NamedTuple):
@@ -89,9 +90,20 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
     return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, HOOKS))
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: str | None = None, backend: str = "auto") -> Tensor:
+def takes_rows(part: Any, linear: nn.Module) -> bool:
+    """Return True if ``linear`` of an attention or MLP can take rows in 8 bits from the op before it.
+
+    The observers of 8 bits need the numbers that are rounded.
+    """
+    return part.fp8 is not None and not OBSERVERS and is_plain(linear, InProjection, nn.Linear)
+
+
+def project(
+    x: Tensor | Fp8Rows, weight: Tensor, bias: Tensor | None, fp8: str | None = None, backend: str = "auto"
+) -> Tensor:
     """Return ``x W^T + b`` for the tokens of a model, in 8 bits by the recipe ``fp8`` if that is not None."""
     if fp8 is None:
+        assert isinstance(x, Tensor)
         return F.linear(x, weight, bias)
     y = fp8_linear(x, weight, bias, recipe=fp8, backend=backend)
     for observe in OBSERVERS:
@@ -99,7 +111,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: str | None = No
     return y
 
 
-def call_linear(layer: nn.Module, x: Tensor, fp8: str | None, backend: str) -> Tensor:
+def call_linear(layer: nn.Module, x: Tensor | Fp8Rows, fp8: str | None, backend: str) -> Tensor:
     """Call a linear layer of a model, or compute it in 8 bits if ``fp8`` is a recipe and the layer is plain."""
     if fp8 is None or not is_plain(layer, nn.Linear, InProjection):
         return layer(x)
@@ -107,7 +119,7 @@ def call_linear(layer: nn.Module, x: Tensor, fp8: str | None, backend: str) -> T
 
 
 def project_qkv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, fp8: str | None = None, backend: str = "auto"
+    x: Tensor | Fp8Rows, weight: Tensor, bias: Tensor | None, fp8: str | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """Return the packed projection of queries, keys and values, and the bias whose gradient attention is to compute.
 
@@ -117,13 +129,17 @@ def project_qkv(
     return project(x, weight, None if bias is None else bias.detach(), fp8, backend), bias
 
 
-def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool) -> tuple[Tensor, Tensor]:
-    """Return ``x + branch`` and ``norm(x + branch)``, in one kernel if ``fused``; then ``norm`` must be plain."""
+def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool, in_fp8: bool = False) -> tuple[Tensor, Any]:
+    """Return ``x + branch`` and ``norm(x + branch)``, in one kernel if ``fused``; then ``norm`` must be plain.
+
+    With ``in_fp8``, that kernel writes the norm as rows in 8 bits.
+    """
     if not fused:
         x = x + branch
         return x, norm(x)
     backend = getattr(norm, "backend", "auto")
-    normed, x = layer_norm(branch, norm.weight, norm.bias, norm.eps, residual=x, backend=backend)
+    function: Any = layer_norm_fp8 if in_fp8 else layer_norm
+    normed, x = function(branch, norm.weight, norm.bias, norm.eps, residual=x, backend=backend)
     return x, normed
 
 

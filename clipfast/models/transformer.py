@@ -29,9 +29,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels import attention, backends, bias_gelu, bias_quick_gelu
+from ..kernels import (
+    attention,
+    backends,
+    bias_gelu,
+    bias_gelu_fp8,
+    bias_quick_gelu,
+    bias_quick_gelu_fp8,
+    layer_norm_fp8,
+)
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.dtypes import autocast_dtype
+from ..kernels.fp8 import Fp8Rows
 from ..kernels.implementations import MAX_HEAD_DIM, MAX_WIDTH, takes_sdpa
 from ..kernels.launch import INTERPRET, triton_runs_on
 from ..kernels.packing import Packing
@@ -48,6 +57,7 @@ from .layers import (
     project_qkv,
     residual_norm,
     take_rows,
+    takes_rows,
 )  # fmt: skip
 from .packed_text import PackedText
 from .whole_block import DTYPE_OF, QUICK, Options, Parameters, cast_blocks, whole_block
@@ -70,7 +80,7 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows, packing: Packing | None = None) -> Tensor:
         """Return the attention of every token: [B, N, width] -> [B, N, width]; [1, T, width] if they are packed."""
         in_proj, bias = self.in_proj, None
         if is_plain(in_proj, InProjection, nn.Linear) and in_proj.bias is not None:
@@ -106,9 +116,10 @@ class MLP(nn.Module):
         self.gelu = QuickGELU() if quick_gelu else nn.GELU(approximate)
         self.c_proj = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """Return ``c_proj(gelu(c_fc(x)))``: [..., width] -> [..., width]."""
-        hidden = linear_gelu(self.c_fc, self.gelu, x, self.backend, self.fp8)
+        in_fp8 = takes_rows(self, self.c_proj)
+        hidden = linear_gelu(self.c_fc, self.gelu, x, self.backend, self.fp8, in_fp8=in_fp8)
         return call_linear(self.c_proj, hidden, self.fp8, self.backend)
 
 
@@ -276,9 +287,12 @@ def run_plain(
             of_block = cast[block] if at_once else cast_blocks([whole[block]])[0]
             x, branch = whole_block(x, branch, *whole[block], of_block, bounds)
         else:
-            x, normed = add_norm(x, branch, block.ln_1)
-            x, normed = add_norm(x, block.attn(normed, *packed), block.ln_2)
-            branch = block.mlp(normed)
+            attn, mlp = block.attn, block.mlp
+            in_fp8 = is_plain(attn, Attention) and takes_rows(attn, attn.in_proj)
+            x, normed = add_norm(x, branch, block.ln_1, in_fp8=in_fp8)
+            in_fp8 = is_plain(mlp, MLP) and takes_rows(mlp, mlp.c_fc)
+            x, normed = add_norm(x, attn(normed, *packed), block.ln_2, in_fp8=in_fp8)
+            branch = mlp(normed)
     return x, branch
 
 
@@ -392,25 +406,38 @@ def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> T
     return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
 
 
-def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return a block's residual stream ``x + branch`` and ``norm(x + branch)``; without one, ``x`` and its norm."""
-    if branch is None:
-        return x, norm(x)
-    return residual_norm(x, branch, norm, fused=is_plain(norm, LayerNorm))
+def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module, *, in_fp8: bool = False) -> tuple[Tensor, Any]:
+    """Return a block's residual stream ``x + branch`` and ``norm(x + branch)``; without one, ``x`` and its norm.
+
+    With ``in_fp8``, the norm is rows in 8 bits if it is plain, and if no autocast is to change its dtype.
+    """
+    fused, of_norm = is_plain(norm, LayerNorm), x if branch is None else branch
+    in_fp8 = in_fp8 and fused and of_norm.dtype == autocast_dtype(of_norm)
+    if branch is not None:
+        return residual_norm(x, branch, norm, fused=fused, in_fp8=in_fp8)
+    if in_fp8 and isinstance(norm, LayerNorm):
+        return x, layer_norm_fp8(x, norm.weight, norm.bias, norm.eps, backend=norm.backend)
+    return x, norm(x)
 
 
-def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str, fp8: str | None = None) -> Tensor:
-    """Return ``gelu(linear(x))`` for the MLP of a transformer block.
+def linear_gelu(
+    linear: nn.Module, gelu: nn.Module, x: Tensor | Fp8Rows, backend: str, fp8: str | None = None, *,
+    in_fp8: bool = False,
+) -> Tensor | Fp8Rows:  # fmt: skip
+    """Return ``gelu(linear(x))`` for the MLP of a transformer block; with ``in_fp8``, in 8 bits where a kernel does so.
 
     On a GPU, the activation kernel adds the bias, and its backward pass also sums the bias's gradient. On a CPU this
     would cost another pass over memory, since PyTorch's linear layer adds the bias at no cost.
     """
     is_exact = getattr(gelu, "approximate", "none") == "none"
-    if backend == "torch" or not is_exact or not triton_runs_on(x.device):
+    device = x.values.device if isinstance(x, Fp8Rows) else x.device
+    if backend == "torch" or not is_exact or not triton_runs_on(device):
         return gelu(call_linear(linear, x, fp8, backend))
     if not is_plain(linear, nn.Linear) or not is_plain(gelu, nn.GELU, QuickGELU):
         return gelu(call_linear(linear, x, fp8, backend))
-    bias_act = bias_quick_gelu if isinstance(gelu, QuickGELU) else bias_gelu
+    bias_act: Any = bias_quick_gelu if isinstance(gelu, QuickGELU) else bias_gelu
+    if in_fp8:
+        bias_act = bias_quick_gelu_fp8 if isinstance(gelu, QuickGELU) else bias_gelu_fp8
     return bias_act(project(x, linear.weight, None, fp8, backend), linear.bias, backend=backend)
 
 

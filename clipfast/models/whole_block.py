@@ -24,14 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE, apply_of
+from ..kernels.fp8 import Fp8Rows
 from ..kernels.implementations import (
     Plans,
     attention_bwd,
     attention_fwd,
     bias_act_bwd,
+    bias_act_fp8_fwd,
     bias_act_fwd,
     compute,
     layer_norm_bwd,
+    layer_norm_fp8_fwd,
     layer_norm_fwd,
     plans_of,
 )
@@ -282,14 +285,19 @@ def first_norm(
     """Return s, its norm as the product takes it, and the statistics of its rows [B * N, width]."""
     width, bias = x.shape[2], cast.norm_1_bias
     s = x.reshape(-1, width)
-    if branch is None:
-        y, _, mean, rstd = compute(plans, layer_norm_fwd, "norm_1", s, None, cast.norm_1, bias, options.eps_1)
-    else:
-        y, s, mean, rstd = compute(
-            plans, layer_norm_fwd, "norm_1", branch.reshape(-1, width), s, cast.norm_1, bias, options.eps_1
-        )
-    y = y if y.dtype is options.dtype else y.to(options.dtype)
-    return s, y if options.fp8 is None else fp8_layers.rows_of(y), mean, rstd
+    added = (s, None) if branch is None else (branch.reshape(-1, width), s)
+    norm = layer_norm_fwd if options.fp8 is None or added[0].dtype is not options.dtype else layer_norm_fp8_fwd
+    *y, t, mean, rstd = compute(plans, norm, "norm_1", *added, cast.norm_1, bias, options.eps_1)
+    return s if branch is None else t, _operand(y, options), mean, rstd
+
+
+def _operand(results: Sequence[Tensor], options: Options) -> Any:
+    """Return an op's result, or its carrier, values and scale, as a block's linear layer takes it."""
+    if len(results) > 1:
+        carrier, values, scale = results
+        return Fp8Rows(values, scale, carrier)
+    y = results[0] if results[0].dtype is options.dtype else results[0].to(options.dtype)
+    return y if options.fp8 is None else fp8_layers.rows_of(y)
 
 
 def pair(sums: Any) -> Any:
@@ -301,15 +309,18 @@ def mlp_half(
     plans: Plans, options: Options, s: Tensor, a: Tensor, cast: Parameters
 ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Return t, m of a block's MLP, and the tensors that :func:`mlp_half_grads` reads."""
-    y, t, mean, rstd = compute(plans, layer_norm_fwd, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
-    multiply: Any = F.linear if options.fp8 is None else fp8_layers.linear
-    y = y if options.fp8 is None else fp8_layers.rows_of(y)
+    is_fp8 = options.fp8 is not None
+    norm = layer_norm_fp8_fwd if is_fp8 else layer_norm_fwd
+    multiply: Any = fp8_layers.linear if is_fp8 else F.linear
+    *results, t, mean, rstd = compute(plans, norm, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
+    y = _operand(results, options)
     h = multiply(y, cast.w_fc, None if options.adds_bias else cast.b_fc)
     if options.adds_bias:
-        g = compute(plans, bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
+        found = compute(plans, bias_act_fp8_fwd if is_fp8 else bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
+        g = _operand(found if is_fp8 else (found,), options)
     else:
         g = h * torch.sigmoid(1.702 * h) if options.gelu == QUICK else F.gelu(h, approximate=options.gelu)
-    g = g if options.fp8 is None else fp8_layers.rows_of(g)
+        g = _operand((g,), options)
     b_fc = cast.b_fc if options.adds_bias else None
     saved = (t, mean, rstd, y, h, g, cast.norm_2, cast.w_fc, b_fc, cast.w_proj)
     return t, multiply(g, cast.w_proj, cast.b_proj), saved

@@ -23,11 +23,14 @@ def multiply(
         y *= b_scale
         return (y if bias is None else y.add_(bias)).to(dtype)
     n = len(b)
-    a, b, b_scale = _padded(a, 0), _padded(b, ALIGNED), F.pad(b_scale, (0, -n % ALIGNED)) if n % ALIGNED else b_scale
+    bias = bias if bias is None else bias.to(torch.bfloat16)  # as autocast casts the bias of a linear layer
+    if n % ALIGNED:
+        b_scale, bias = F.pad(b_scale, (0, -n % ALIGNED)), bias if bias is None else F.pad(bias, (0, -n % ALIGNED))
     y = torch._scaled_mm(
-        a, b.T, a_scale[:, None], b_scale[None], out_dtype=torch.bfloat16, use_fast_accum=False,
-    )[:, :n].contiguous()  # fmt: skip
-    return (y if bias is None else y + bias).to(dtype)
+        _padded(a, 0), _padded(b, ALIGNED).T, a_scale[:, None], b_scale[None], bias=bias, out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )  # fmt: skip
+    return y[:, :n].contiguous().to(dtype)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

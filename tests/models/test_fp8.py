@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from clipfast import contrastive_loss, create_model, get_model_config, report_kernels
+from clipfast.kernels.fp8 import Fp8Rows
 from clipfast.models import build, layers, transformer
 from clipfast.models.transformer import Transformer, read_rows
 
@@ -75,7 +76,13 @@ class Half(nn.Linear):
 
 def test_only_plain_linear_layers_of_chosen_blocks_multiply_in_8_bits(monkeypatch, model, inputs):
     seen = []
-    monkeypatch.setattr(layers, "fp8_linear", lambda x, weight, *args, **kw: seen.append(weight) or x @ weight.T)
+
+    def product(x, weight, *args, **kwargs):
+        """Note the weight of a linear layer in 8 bits, and return its product."""
+        seen.append(weight)
+        return (x.dequantize() if isinstance(x, Fp8Rows) else x) @ weight.T
+
+    monkeypatch.setattr(layers, "fp8_linear", product)
     monkeypatch.setattr(transformer, "whole_blocks", lambda *_: {})
     blocks = model.visual.transformer.resblocks
     model.set_fp8("switchback", skip=(1, 1))
