@@ -107,9 +107,12 @@ def _info_nce_bwd(
         grad = query.new_empty(n + len(negatives), query.shape[1]) if needs_key or needs_negatives else None
         scale_grad = softmax_gradients(grad_loss, *joined, logit_scale, normalizers, 0, 1 / n, query_grad, grad)
         key_grad, negatives_grad = (query[:0], query[:0]) if grad is None else (grad[:n], grad[n:])
-        # The results of an op must not share memory.
+        # The results of an op must not share memory, and a compiler takes them to start at multiples of 16 bytes.
         key_grad = key_grad.clone() if needs_key else new_gradient(key[:0])
-        return query_grad, key_grad, negatives_grad if needs_negatives else new_gradient(negatives[:0]), scale_grad
+        negatives_grad = negatives_grad if needs_negatives else new_gradient(negatives[:0])
+        if negatives_grad.storage_offset() * negatives_grad.itemsize % 16:
+            negatives_grad = negatives_grad.clone()
+        return query_grad, key_grad, negatives_grad, scale_grad
     blocks = logit_blocks(query.device)
     x, y = prepare_both(query, key, dtype, normalize=normalize)
     queue = blocks.prepare(negatives, dtype, normalize=normalize)

@@ -162,3 +162,9 @@ def test_statistics_of_several_blocks_take_few_launches_and_nothing_between_them
     assert len(launches) == count, [item.kernel.__name__ for item in launches]
     names = {func._schema.name for func, _, _ in record.calls if not func.is_view}
     assert {name for name in names if not name.startswith(ALLOWED)} == set()
+
+
+def test_gradients_of_keys_and_negatives_begin_where_a_compiler_takes_them_to(triton_device):
+    x, y, z = (torch.randn(n, 7, device=triton_device, requires_grad=True) for n in (5, 5, 3))
+    loss = info_nce_loss(x, y, 5.0, negatives=z)
+    assert all(grad.data_ptr() % 16 == 0 for grad in torch.autograd.grad(loss, (x, y, z)))
