@@ -62,7 +62,7 @@ def lay_out(folder: Path, repo: str) -> list[Path]:
         raise ValueError(f"a repository of the hub is ORG/NAME, got {repo!r}")
     config = folder / "build.toml"
     is_ours = config.exists() and f'name = "{NAME}"' in config.read_text()
-    if folder.exists() and any(folder.iterdir()) and not is_ours:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not is_ours:
         raise ValueError(f"{folder} is not empty, and holds no earlier package: give a folder of its own")
     for part in ("build", "torch-ext", "benchmarks"):
         shutil.rmtree(folder / part, ignore_errors=True)

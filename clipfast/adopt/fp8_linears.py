@@ -45,8 +45,13 @@ def propose(model: nn.Module, fp8: str, skip: tuple[int, int]) -> Iterator[tuple
         if number < skip[0] or number >= count - skip[1]:
             yield name, block, Proposal(KIND, "16 bits by fp8_skip")
             continue
+        wrapped = [f"{inner}." for inner, part in block.named_modules() if hasattr(part, "base_layer")]  # as peft does
         for inner, layer in block.named_modules():
-            if type(layer) is nn.Linear:
+            if f"{inner}." in wrapped:
+                yield f"{name}.{inner}", layer, Proposal(KIND, "16 bits, as an adapter wraps it")
+            elif inner.startswith(tuple(wrapped)):
+                continue
+            elif type(layer) is nn.Linear:
                 yield f"{name}.{inner}", layer, _proposal(fp8, linear_forward)
             elif class_name(layer) == MULTIHEAD:
                 is_ours = runs_ours(layer) and layer.in_proj_weight is not None

@@ -79,3 +79,14 @@ def test_skipped_blocks_copies_and_what_cannot_be():
             patch(model, **arguments)
     apart = patch(model, fp8="full", attention=False)
     assert "its attention is not replaced" in "\n".join(lines(apart, "fp8"))
+
+
+def test_adapters_keep_16_bits():
+    peft = pytest.importorskip("peft")
+    model = made("clip", torch.float32)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    said = lines(patch(model, fp8="full"), "fp8")
+    adapted = [line for line in said if "q_proj" in line]
+    assert adapted
+    assert all("as before: 16 bits, as an adapter wraps it" in line for line in adapted)
+    assert any("v_proj" in line and "clipfast.fp8_linear" in line for line in said)

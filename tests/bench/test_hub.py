@@ -128,4 +128,6 @@ def test_refused(repo, message, tmp_path):
     (tmp_path / "precious").write_text("")
     with pytest.raises(ValueError, match=message):
         hub.lay_out(tmp_path, repo)
+    with pytest.raises(ValueError, match=message):
+        hub.lay_out(tmp_path / "precious", repo)
     assert (tmp_path / "precious").exists()
