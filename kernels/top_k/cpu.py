@@ -38,8 +38,9 @@ def find(query: Tensor, items: Tensor, allowed: Tensor | None, scores: Tensor, i
 
 def _sorted(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Return the k best items of each of top_k's queries, from their sorted scores with all items."""
-    work = accumulate_dtype(query.dtype)
-    scores = torch.mm(query.to(work), items.to(work).T)
+    # A product of all at once could round the scores of equal items differently.
+    groups = torch.arange(cdiv(len(items), GROUP)).expand(len(query), -1)
+    scores = _group_scores(query, items, groups).flatten(1)[:, : len(items)]
     hidden = scores.isnan() if allowed is None else scores.isnan() | ~allowed
     scores = F.pad(scores.masked_fill_(hidden, float("-inf")), (0, max(0, k - len(items))), value=float("-inf"))
     scores, indices = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))

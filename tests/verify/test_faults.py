@@ -170,8 +170,9 @@ def test_faults_in_the_interpreted_kernels():
 @pytest.mark.parametrize(("op", "output"), [(op, name) for op in GRADIENTS for name in GRADIENTS[op]])
 def test_fault_in_each_gradient(op, output, monkeypatch):
     for dtype in ("float32", "float16"):
-        # PyTorch forms the logits of a loss in the dtype of the features: in float16 its own error is above one percent
-        factor = 1.25 if dtype == "float16" and op.endswith("_loss") else FACTOR
+        # In float16, PyTorch forms the logits of a loss in the dtype of the features: its error is above one percent.
+        # So is that of rounding to 8 bits.
+        factor = 1.25 if op == "fp8_linear" or (dtype == "float16" and op.endswith("_loss")) else FACTOR
         monkeypatch.setitem(specs(), op, gradient_off(SMALL[op], output.removeprefix("d_"), factor))
         assert failures(op, dtype) == (1, {(op, "cpu", output)})
 
