@@ -60,6 +60,14 @@ def rows_of(x: Tensor | Fp8Rows) -> Fp8Rows:
     return Fp8Rows(values, scale, carrier)
 
 
+def operand(results: Sequence[Tensor], dtype: torch.dtype) -> Fp8Rows:
+    """Return an op's result, or its carrier, values and scale, as a block's linear layer takes it from ``dtype``."""
+    if len(results) > 1:
+        carrier, values, scale = results
+        return Fp8Rows(values, scale, carrier)
+    return rows_of(results[0] if results[0].dtype is dtype else results[0].to(dtype))
+
+
 def linear(x: Tensor | Fp8Rows, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
     """Return the output [M, N] of a block's linear layer, in the dtype that its input had before it was quantised."""
     x, (rows, columns) = rows_of(x), weight

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE, apply_of
-from ..kernels.fp8 import Fp8Rows
 from ..kernels.implementations import (
     Plans,
     attention_bwd,
@@ -287,17 +286,12 @@ def first_norm(
     s = x.reshape(-1, width)
     added = (s, None) if branch is None else (branch.reshape(-1, width), s)
     norm = layer_norm_fwd if options.fp8 is None or added[0].dtype is not options.dtype else layer_norm_fp8_fwd
-    *y, t, mean, rstd = compute(plans, norm, "norm_1", *added, cast.norm_1, bias, options.eps_1)
-    return s if branch is None else t, _operand(y, options), mean, rstd
-
-
-def _operand(results: Sequence[Tensor], options: Options) -> Any:
-    """Return an op's result, or its carrier, values and scale, as a block's linear layer takes it."""
-    if len(results) > 1:
-        carrier, values, scale = results
-        return Fp8Rows(values, scale, carrier)
-    y = results[0] if results[0].dtype is options.dtype else results[0].to(options.dtype)
-    return y if options.fp8 is None else fp8_layers.rows_of(y)
+    *results, t, mean, rstd = compute(plans, norm, "norm_1", *added, cast.norm_1, bias, options.eps_1)
+    if options.fp8 is not None:
+        y: Any = fp8_layers.operand(results, options.dtype)
+    else:
+        y = results[0] if results[0].dtype is options.dtype else results[0].to(options.dtype)
+    return s if branch is None else t, y, mean, rstd
 
 
 def pair(sums: Any) -> Any:
@@ -313,14 +307,14 @@ def mlp_half(
     norm = layer_norm_fp8_fwd if is_fp8 else layer_norm_fwd
     multiply: Any = fp8_layers.linear if is_fp8 else F.linear
     *results, t, mean, rstd = compute(plans, norm, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
-    y = _operand(results, options)
+    y = fp8_layers.operand(results, options.dtype) if is_fp8 else results[0]
     h = multiply(y, cast.w_fc, None if options.adds_bias else cast.b_fc)
     if options.adds_bias:
-        found = compute(plans, bias_act_fp8_fwd if is_fp8 else bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
-        g = _operand(found if is_fp8 else (found,), options)
+        g = compute(plans, bias_act_fp8_fwd if is_fp8 else bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
     else:
         g = h * torch.sigmoid(1.702 * h) if options.gelu == QUICK else F.gelu(h, approximate=options.gelu)
-        g = _operand((g,), options)
+    if is_fp8:
+        g = fp8_layers.operand(g if options.adds_bias else (g,), options.dtype)
     b_fc = cast.b_fc if options.adds_bias else None
     saved = (t, mean, rstd, y, h, g, cast.norm_2, cast.w_fc, b_fc, cast.w_proj)
     return t, multiply(g, cast.w_proj, cast.b_proj), saved
