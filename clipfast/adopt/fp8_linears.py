@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..models.fp8_layers import RECIPES, check_fp8
+from ..models.fp8_layers import check_fp8, check_recipe
 from ..models.layers import project
 from .hf import part_of
 from .open_clip import RESIDUAL
@@ -23,10 +23,7 @@ def check_arguments(function: str, model: nn.Module, fp8: str | None, fp8_skip: 
     """
     if fp8 is None:
         return
-    if fp8 not in RECIPES:
-        raise ValueError(f"{function}: fp8 must be {' or '.join(map(repr, RECIPES))} or None, got {fp8!r}")
-    if len(fp8_skip) != 2 or min(fp8_skip) < 0:
-        raise ValueError(f"{function}: fp8_skip must be two numbers of blocks, got {fp8_skip!r}")
+    check_recipe(fp8, fp8_skip, (f"{function}: fp8", f"{function}: fp8_skip"))
     for device in {parameter.device for parameter in model.parameters()}:
         check_fp8(device)
 

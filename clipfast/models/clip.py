@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fp8_layers import RECIPES
+from .fp8_layers import check_recipe
 from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
 from .layers import LayerNorm, is_plain, lowered
@@ -289,10 +289,7 @@ class CLIP(nn.Module):
         Raises:
             ValueError: the recipe is unknown, or ``skip`` is not two numbers of at least 0.
         """
-        if recipe not in (None, *RECIPES):
-            raise ValueError(f"set_fp8: recipe must be {' or '.join(map(repr, RECIPES))} or None, got {recipe!r}")
-        if len(skip) != 2 or min(skip) < 0:
-            raise ValueError(f"set_fp8: skip must be two numbers of blocks, got {skip}")
+        check_recipe(recipe, skip, ("set_fp8: recipe", "set_fp8: skip"))
         for stack in self.modules():
             blocks = [part for part in stack.children() if isinstance(part, ResidualAttentionBlock)]
             for number, block in enumerate(blocks):

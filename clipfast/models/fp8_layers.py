@@ -15,13 +15,24 @@ import torch
 from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE
-from ..kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
+from ..kernels.fp8 import E4M3, RECIPES, Fp8Rows, Fp8Weight
 from ..kernels.hardware import has_fp8
 from ..kernels.implementations import fp8_linear_bwd, fp8_linear_fwd, quantize_both, quantize_rows
 from ..kernels.launch import arch_of
 
 FULL = "full"
-RECIPES = ("switchback", FULL)
+
+
+def check_recipe(recipe: str | None, skip: tuple[int, int], names: tuple[str, str]) -> None:
+    """Refuse a recipe of 8 bits for a model's blocks, or numbers of blocks to skip; errors call them by ``names``.
+
+    Raises:
+        ValueError: the recipe is unknown, or ``skip`` is not two numbers of at least 0.
+    """
+    if recipe not in (None, *RECIPES):
+        raise ValueError(f"{names[0]} must be {' or '.join(map(repr, RECIPES))} or None, got {recipe!r}")
+    if len(skip) != 2 or min(skip) < 0:
+        raise ValueError(f"{names[1]} must be two numbers of blocks, got {skip!r}")
 
 
 def check_fp8(device: torch.device) -> None:

@@ -65,11 +65,7 @@ def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callabl
     return compute
 
 
-def bias_act(
-    x: Tensor,
-    bias: Tensor,
-    quick: bool,
-) -> Callable[..., Any]:
+def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
     """Return the function that computes GELU(x + bias), or QuickGELU, in 8 bits: carrier, values and scales."""
     strides, is_copied = row_strides(x)
     start = _row_start(_bias_act_fp8_fwd_kernel, x, strides, MOST=LARGEST[E4M3], IS_QUICK=quick)

@@ -9,7 +9,6 @@ Bytes for M rows of width N: forward (itemsize + 1) M N, with a residual (3 item
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -20,6 +19,7 @@ from ..fp8_rows import E4M3, Fp8Rows, rounded, zero_carrier
 from ..launch import triton_runs_on
 from ..layer_norm import cpu, launches
 from ..layer_norm.op import _backward, _setup_context, check_input, check_width
+from .op import fake_rows
 from .support import check_fp8
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -58,10 +58,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
     stream = x if residual is None else residual
     s = x.new_empty(0) if residual is None else stream.new_empty(x.shape)
     mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=accumulate_dtype(stream.dtype)) for _ in range(2))
-    is_exact = x.dtype == torch.float64
-    values = x.new_empty(x.shape, dtype=torch.float64 if is_exact else E4M3)
-    scale = x.new_empty(x.shape[:-1], dtype=torch.float64 if is_exact else torch.float32)
-    return x.new_empty(()).expand(x.shape), values, scale, s, mean, rstd
+    return x.new_empty(()).expand(x.shape), *fake_rows(x, E4M3), s, mean, rstd
 
 
 def _setup_fp8(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -41,10 +41,10 @@ _quantize_rows.planned_by(_plan_rows)
 
 @_quantize_rows.register_fake
 def _(x: Tensor, dtype: torch.dtype) -> Carried:
-    return x.new_empty(()).expand(x.shape), *_fake_rows(x, dtype)
+    return x.new_empty(()).expand(x.shape), *fake_rows(x, dtype)
 
 
-def _fake_rows(x: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
+def fake_rows(x: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
     """Return tensors without values in the shapes of values and scales of the rows of ``x``."""
     is_exact = x.dtype == torch.float64
     shape = (*x.shape[:-2], x.shape[-1], x.shape[-2]) if transposed else tuple(x.shape)
@@ -85,7 +85,7 @@ _quantize_both.planned_by(_plan_both)
 
 @_quantize_both.register_fake
 def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_fake_rows(x, dtype), *_fake_rows(x, dtype, transposed=True)
+    return *fake_rows(x, dtype), *fake_rows(x, dtype, transposed=True)
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3, *, backend: str = "auto") -> Fp8Rows:
@@ -167,7 +167,7 @@ _bias_act_fp8_fwd.planned_by(_plan_bias_act)
 
 @_bias_act_fp8_fwd.register_fake
 def _(x: Tensor, bias: Tensor, quick: bool) -> Carried:
-    return x.new_empty(()).expand(x.shape), *_fake_rows(x, E4M3)
+    return x.new_empty(()).expand(x.shape), *fake_rows(x, E4M3)
 
 
 def _bias_act_context(ctx: Any, inputs: tuple[Any, ...], output: Carried) -> None:
