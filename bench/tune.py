@@ -73,9 +73,10 @@ SPACES: dict[type[Config], dict[str, tuple[int | None, ...]]] = {
 TARGETS: dict[str, tuple[OpSpec, Target]] = {
     target.name: (spec, target) for spec in specs().values() for target in spec.targets
 }
-# The name in ``--op`` of the choice between our attention and PyTorch's; the numbers of keys at which both are timed;
-# and a number that is never reached.
-SDPA, SDPA_TOKENS, NEVER = "attention_sdpa", (50, 77, 197, 257, 577), 1 << 30
+# The target in ``--op`` that finds from how many keys on PyTorch's attention is faster than ours, and the numbers of
+# keys at which both are timed.
+SDPA, SDPA_TOKENS = "attention_sdpa", (50, 77, 197, 257, 577)
+NEVER = 1 << 30  # more keys than any model has, so that PyTorch's attention is never taken
 # Progress is not buffered, so a tuner that is stopped has printed all that it found.
 say = functools.partial(print, flush=True)
 

@@ -296,10 +296,10 @@ class Start:
             self._ready = self._plan.compiled.get(key)
 
     def at(self, *addresses: int) -> bool:
-        """Start the kernel with tensors at these addresses, 0 for None.
+        """Start the kernel with tensors at these addresses, 0 for None, and return True.
 
-        Return False, and start nothing, if no first start has kept a kernel, an address is no multiple of 16 bytes, or
-        the plan may not start its kernel.
+        Return False, and start nothing, before a first call has compiled the kernel, for an address that is no multiple
+        of 16 bytes, and where :meth:`Plan.may_start` forbids it.
         """
         plan, ready = self._plan, self._ready
         if ready is None or functools.reduce(operator.or_, addresses) % 16 or not plan.may_start():
@@ -357,7 +357,7 @@ def launch(
 def plan_start(
     kernel: Any, grid: tuple[int, ...], *numbers: float, config: KernelConfig, device: torch.device, **constexprs: Any
 ) -> Start:
-    """Return the start of the planned launch that has these grid, numbers and constants, for tensors of one layout."""
+    """Return a :class:`Start` of ``kernel``, for tensors of one layout; the arguments are those of :func:`launch`."""
     return Start(_plan_of(kernel, grid, config, device, tuple(constexprs.items()), *numbers))
 
 

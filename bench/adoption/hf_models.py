@@ -1,12 +1,9 @@
 """Small models of transformers with random weights, their inputs, and their comparison with a patched copy."""
 
-import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-import clipfast
 
 from . import shrunk
 
@@ -78,12 +75,6 @@ def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
 def _built(kind: type[nn.Module], config: object) -> nn.Module:
     """Return a small model of transformers with random weights to adopt, in training mode."""
     return shrunk.randomised(kind(config)).train()
-
-
-def patched_pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[nn.Module, nn.Module]:
-    """Return a small model of transformers, and a patched copy of it, to compare for the table of adopted models."""
-    model, options = make(name).to(dtype), cast(dict[str, Any], flags)
-    return model, clipfast.apply_to_hf(copy.deepcopy(model), **options)
 
 
 def inputs(model: nn.Module, padding: str | None = None, batch: int = 3) -> dict[str, Tensor]:
@@ -191,11 +182,3 @@ def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False,
         assert given["pixel_values"].grad is not None
         found["images"] = given["pixel_values"].grad
     return found
-
-
-def assert_equal(
-    model: nn.Module, patched: nn.Module, given: dict[str, Tensor], limit: float = 1e-10, **options: Any
-) -> None:
-    """Raise an error unless a model of transformers and its adopted copy agree, forward and backward."""
-    error, where = shrunk.largest_error(results(patched, given, **options), results(model, given, **options))
-    assert error <= limit, where

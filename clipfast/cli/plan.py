@@ -58,7 +58,7 @@ MACHINE = {
     ),
     "launch_us": (("launch_s",), 1e-6, "microseconds in which the host starts a kernel (default: 10)"),
 }
-# The kinds of plan. PLANS maps an option that only some of them take to these kinds.
+# The three kinds of plan. PLANS has the options that only some kinds take, and the kinds that take each.
 TRAIN, FIT, OF_LOSS = "--train", "--fit", "a plan of the loss"
 PLANS: dict[str, tuple[str, ...]] = {"pairs": (TRAIN, OF_LOSS), "batch_size": (TRAIN,)}
 PLANS |= dict.fromkeys(("dtype", "embed_dim"), (OF_LOSS,))

@@ -162,7 +162,8 @@ def compositional_page(results: dict[str, Any], images: LabelledSet, judged: Seq
     )
     title = f"Compositional: {results['model']} on {results['data']}"
     parts = [section(title, about, level=1), table(compositional_rows(results))]
-    # The page has a section for each group of the first division into groups; without one, for all cases together.
+    # Cases may be divided into groups in several ways. The page has a section for each group of the first of them, and
+    # a single one for cases that are not divided.
     division = next((name for name in results["groups"] if any(name in one.case.groups for one in judged)), None)
     members: dict[str, list[Judged]] = {}
     for one in judged:

@@ -35,7 +35,6 @@ from .ledger import Ledger
 
 PARALLELS = ("ddp", "fsdp")
 CHECKPOINTINGS = ("none", "selective", "full")
-PRECISIONS = ("amp_bf16", "amp_fp8", "pure_bf16", "fp32")
 # The phases of a step. In the backward passes, the text tower comes first.
 IMAGE_FORWARD, TEXT_FORWARD, LOSS = "forward of images", "forward of texts", "loss"
 TEXT_BACKWARD, EMBEDDING_BACKWARD, IMAGE_BACKWARD = "backward of texts", "backward of tokens", "backward of images"

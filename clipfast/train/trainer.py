@@ -234,7 +234,7 @@ class Trainer:
                 return
             except Exception as failure:
                 log.error(f"Step {self.progress.step} cannot be saved: {failure}")
-        # Ranks that write a sharded checkpoint wait for each other, so this wait has a timeout if a rank may be gone.
+        # Ranks that write a sharded checkpoint wait for each other, perhaps for one that is gone: this takes a timeout.
         self.checkpoints.wait(self.world.timeout if self._writes_parts else math.inf)
         if self.folder.kept():
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")

@@ -88,8 +88,9 @@ class QueueShape(Shape):
 FEW = 6  # random draws that are judged together, since the loss and the gradient of its scale are single numbers
 MANY = 32  # random draws of cases in which PyTorch sometimes has no error at all
 HALF = ("float16",)  # large cases are too slow in this dtype on a CPU
-# Scale and likeness of the pairs at the start, in the middle and at the end of training.
-STAGES = EARLY, MIDDLE, END = (1 / 0.07, 0.0), (50.0, 0.2), (100.0, 0.3)
+# Scale of the logits and similarity of the pairs at the start, in the middle and at the end of training.
+EARLY, END = (1 / 0.07, 0.0), (100.0, 0.3)
+STAGES = (EARLY, (50.0, 0.2), END)
 # Scales for which sums with one shift for all rows are exact, and for which each row needs its own maximum.
 SHIFTS = (50.0, 1e4)
 LENGTHS = "rows of many lengths, which are divided by them"

@@ -22,9 +22,9 @@ def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callabl
 
 
 def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
-    """Return the function that computes GELU(x + bias), or QuickGELU if ``quick``, in 8 bits: carrier, values, scales.
+    """Return the function that computes GELU(x + bias), or QuickGELU if ``quick``, as carrier, values and scales.
 
-    The activation is rounded once, from float32.
+    The activation is rounded to 8 bits once, from float32.
     """
     wide = accumulate_dtype(x.dtype)
     activate = _fwd_cpu(x.to(wide), bias, quick)

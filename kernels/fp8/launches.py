@@ -66,7 +66,7 @@ def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callabl
 
 
 def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
-    """Return the function that computes GELU(x + bias), or QuickGELU, in 8 bits: carrier, values and scales."""
+    """Return the function that computes GELU(x + bias), or QuickGELU, as carrier, values and scales of 8-bit rows."""
     strides, is_copied = row_strides(x)
     start = _row_start(_bias_act_fp8_fwd_kernel, x, strides, MOST=LARGEST[E4M3], IS_QUICK=quick)
     new_values, new_scale = new_tensors(x, None, E4M3), new_tensors(x, x.shape[:-1], torch.float32)

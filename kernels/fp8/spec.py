@@ -145,10 +145,6 @@ def cases(sized: Callable[[int, int], Any], *, widest: int) -> list[Case]:
 
 
 TOWERS = {device: norm_spec.towers(device, RowShape) for device in norm_spec.IMAGES}
-MLPS = {
-    device: tuple(RowShape(images * tokens, width) for tokens, width in activation.TOWERS)
-    for device, images in activation.IMAGES.items()
-}
 QUANTIZE = OpSpec(
     op=dense(quantize_rows, differentiable=False),
     timed=timed(quantize_rows),

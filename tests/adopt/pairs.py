@@ -61,9 +61,15 @@ def assert_equal(
 ) -> None:
     """Check that a model and its patched copy have equal outputs and gradients, and for transformers equal losses."""
     for one in ({}, TRAINING) if is_hf(model) else ({},):
-        ours, theirs = (results(each, given, **one, **options) for each in (patched, model))
-        error, where = shrunk.largest_error(ours, theirs)
-        assert error <= limit, where
+        assert_equal_results(model, patched, limit, given, **one, **options)
+
+
+def assert_equal_results(
+    model: nn.Module, patched: nn.Module, limit: float = 1e-10, given: Given = None, **options: object
+) -> None:
+    """Check that a model and its patched copy have equal outputs and gradients in one call."""
+    error, where = shrunk.largest_error(*(results(each, given, **options) for each in (patched, model)))
+    assert error <= limit, where
 
 
 def replacements(model: nn.Module) -> list[Replacement]:

@@ -9,7 +9,7 @@ from clipfast.adopt import hf
 from clipfast.models import layers
 
 from . import hf_models
-from .pairs import HF_NAMES, HF_PARTS, TRAINING, assert_equal, lines, pair
+from .pairs import HF_NAMES, HF_PARTS, TRAINING, assert_equal, assert_equal_results, lines, pair
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_pairs(name):
 def test_towers(name):
     model, patched = pair(name)
     for padding in (None, "end", "start"):
-        hf_models.assert_equal(model, patched, hf_models.inputs(model, padding))
+        assert_equal_results(model, patched, given=hf_models.inputs(model, padding))
     rows = lines(patched, "pooled_last_block")
     assert rows
     assert all("as before: every row of its last block is" in line for line in rows)
@@ -43,7 +43,7 @@ def test_one_pair_and_short_texts(name):
         given = hf_models.inputs(model, padding, batch=1)
         short = {key: x[:, :4] if key in ("input_ids", "attention_mask") else x for key, x in given.items()}
         for each in (given, short):
-            hf_models.assert_equal(model, patched, each)
+            assert_equal_results(model, patched, given=each)
             ours, theirs = (hf_models.results(one, each, **TRAINING) for one in (patched, model))
             # the contrastive loss of one pair is zero, and so are its gradients
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -132,7 +132,7 @@ def test_flash_attention_without_padding_is_ours(name):
     for tower in (patched.text_model, patched.vision_model):
         tower.config._attn_implementation = "flash_attention_2"
     assert called(patched, given) == (4, 0)
-    hf_models.assert_equal(model, patched, given)
+    assert_equal_results(model, patched, given=given)
 
 
 def test_dropout_is_reported():
@@ -141,7 +141,7 @@ def test_dropout_is_reported():
     assert called(patched, given) == (0, 0)
     assert all("in evaluation, since it drops" in line for line in lines(patched, "attention") if "self_attn" in line)
     assert called(patched.eval(), given) == (4, 0)
-    hf_models.assert_equal(model.eval(), patched, given)
+    assert_equal_results(model.eval(), patched, given=given)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -153,7 +153,7 @@ def test_other_arguments(name):
     texts = {"input_ids": given["input_ids"]}
     wide = {**given, "pixel_values": torch.randn(3, 3, 2 * side, side, dtype=torch.float64)}
     bias = torch.randn(1, 1, length, length, dtype=torch.float64)
-    hf_models.assert_equal(model.text_model, patched.text_model, texts, position_bias=bias)
+    assert_equal_results(model.text_model, patched.text_model, given=texts, position_bias=bias)
     for each, options in (
         (given, {"position_ids": torch.arange(length).flip(0)[None]}),
         (given, {"attention_mask": torch.ones(3, 1, length, length, dtype=torch.bool).tril(1)}),

@@ -12,7 +12,7 @@ from clipfast.adopt import parts
 from clipfast.models import packed_text
 
 from . import hf_models, shrunk
-from .pairs import TRAINING, lines, made, pair, patch
+from .pairs import TRAINING, assert_equal_results, lines, made, pair, patch
 from .test_towers import configured
 
 LENGTH, END = 77, shrunk.VOCABULARY - 2  # an id above the end is in the vocabulary
@@ -240,7 +240,7 @@ def test_transformers(name, padding, packed):
         ours, theirs = (hf_models.results(each, given, **TRAINING) for each in (patched, model))
         assert error(ours, theirs) <= 1e-12
     assert packed == ([True, True] if padding in (None, "nowhere", "end") else [])
-    hf_models.assert_equal(model.eval(), patched.eval(), given)  # all rows, and all logits
+    assert_equal_results(model.eval(), patched.eval(), given=given)  # all rows, and all logits
     assert len(packed) <= 2
 
 

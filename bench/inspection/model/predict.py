@@ -203,7 +203,10 @@ class _Grid:
         self.hbm_share = min(1.0, hbm_bytes / max(1.0, self.programs * requested))
 
     def _rows_are_alike(self, path_of: Callable[[int], Path], row: int) -> bool:
-        """Return whether the last and the middle program take the same paths as those above them in the first row."""
+        """Return whether each row of programs along the grid's first axis takes the same paths as the first row.
+
+        Only the middle and the last program of the grid are compared.
+        """
         return all(path_of(number) == path_of(number % row) for number in (self.programs - 1, self.programs // 2))
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:

@@ -51,7 +51,7 @@ def used(ttir: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def moved_bytes(ttir: str, arguments: Mapping[str, Any]) -> int:
-    """Return the bytes that all programs of a launch move together. Each tensor counts once for each direction."""
+    """Return the bytes that a launch reads and writes: those of all tensors that it loads and all that it stores."""
     total = 0
     for names in used(ttir):
         tensors = {}

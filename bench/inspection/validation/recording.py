@@ -30,7 +30,7 @@ _FREE = frozenset((
     "detach", "alias", "t", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "as_strided",
     "lift_fresh", "_local_scalar_dense", "resize_", "split", "chunk", "unbind", "diagonal", "set_",
 ))  # fmt: skip
-# ``Tensor.device`` as it is, and as upstream code sees it while launches are recorded.
+# While launches are recorded, upstream code reads _CLAIMED as ``Tensor.device``; PyTorch's own ops need the real one.
 _REAL, _CLAIMED = torch.Tensor.device, property(lambda self: torch.device("cuda", 0))  # noqa: ARG005
 _FACTORIES = ("empty", "zeros", "ones", "full", "arange", "tensor", "empty_like", "zeros_like", "ones_like")
 
