@@ -42,7 +42,7 @@ LEFT = "{left}"
 SECONDS = {
     "runs": 180.0, "same bits": 60.0, "capture": 60.0, "environment": 60.0, "loss": 300.0, "attention": 240.0,
     "model": 240.0, "step": 480.0, "patch": 120.0, "losses": 300.0, "blocks": 360.0, "tests": 480.0, "verify": 420.0,
-    "tune": 420.0, "sanitizer": 150.0, "values": 180.0, "racecheck": 120.0, "kernels": 60.0, "page": 15.0,
+    "tune": 420.0, "sanitizer": 150.0, "values": 180.0, "racecheck": 120.0, "kernels": 60.0, "page": 60.0,
 }  # fmt: skip
 # The sizes that the kernels' goals are set for come first, since a benchmark may be stopped at any case.
 SHAPES = {
@@ -55,8 +55,8 @@ SHAPES = {
 }  # fmt: skip
 FIRST = ("runs", "values", "same bits", "capture", "environment")
 SPEED = ("loss", "attention", "kernels", "model")
-# The steps of each part, the most valuable first. LIMITED has, for some parts, the tests, ops and tuning targets to
-# which the part limits its steps ``tests``, ``verify`` and ``tune``.
+# The steps of each part, the most valuable first. LIMITED has, for some parts, the tests, ops, tuning targets and
+# predictions to which the part limits its steps ``tests``, ``verify``, ``tune`` and ``model``.
 PARTS: dict[str, tuple[str, ...]] = {
     "all": (*FIRST, *SPEED, "step", "blocks", "tests", "verify", "tune", "sanitizer", "racecheck", "page"),
     "first": (*FIRST, *SPEED, "page"),
@@ -69,6 +69,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "step": ("environment", "step"),
 }
 LIMITED = {
+    # The predictions of all ops and steps take several minutes on 2 cores.
+    "first": {"model": "contrastive_loss attention"},
     "loss": {
         "tests": "contrastive or sigmoid or nce", "tune": "contrastive",
         "op": "contrastive_loss sigmoid_loss info_nce_loss nt_xent_loss",
@@ -141,23 +143,25 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
     pytest += ["-p", "clipfast.bench.stub.values"] if stub else []
     on_gpu = [*pytest, "tests/kernels/test_gpu.py", "-k"]
     limits = LIMITED.get(part, {})
-    only = ["-k", limits["tests"]] if limits else ["--deselect", "tests/kernels/test_gpu.py"]
+    only = ["-k", limits["tests"]] if "tests" in limits else ["--deselect", "tests/kernels/test_gpu.py"]
     verify = [*python, "clipfast", "verify", "--json", str(out / "verify.json")]
     of_two = ["--device", "cuda", "--quick", "--op", "contrastive_loss", "attention"]
     sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    verify += ["--op", *limits["op"].split()] if limits else ["--quick"] if part == "all" else []
+    verify += ["--op", *limits["op"].split()] if "op" in limits else ["--quick"] if part == "all" else []
     tables = out / ("tables-of-the-stub" if stub else "tables")
     first = "contrastive attention all"
     tune = [*python, "clipfast.bench", "tune", "--op", *limits.get("tune", first).split(), "--card", ""]
     tune += ["--limit", "48", "--seconds", "3", "--total", LEFT, "--tables", str(tables)]
+    predicted = ["--case", *(f"{op} " for op in limits["model"].split())] if "model" in limits else []
     found = {
         "runs": [*on_gpu, "finite", *_workers()],
         "same bits": [*on_gpu, "same_bits", *_workers()],
         "capture": [*on_gpu, "not finite and not same_bits", *_workers()],
         "environment": [*python, "clipfast.bench.gpu_environment"],
         "values": [*python, "clipfast", "verify", *of_two, "--json", str(out / "values.json")],
-        "model": [*python, "clipfast", "inspect", "--predict", "--quick", "--json", str(out / "predicted.json"),
-                  "--against", *(str(out / f"bench-{suite}.json") for suite in ("loss", "attention"))],
+        "model": [*python, "clipfast", "inspect", "--predict", "--quick", *predicted, "--json",
+                  str(out / "predicted.json"), "--against",
+                  *(str(out / f"bench-{suite}.json") for suite in ("loss", "attention"))],
         "tests": [*pytest, "tests/kernels", *_workers(), *only],
         "verify": verify,
         "tune": tune,

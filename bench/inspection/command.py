@@ -85,8 +85,8 @@ def inspect_case(arch: int, case: str) -> list[Report]:
     ]
 
 
-def inspect_all(archs: Sequence[int] = ARCHS, *, substring: str = "", jobs: int | None = None) -> list[Report]:
-    """Return the reports on all shipped kernels in the cases whose names contain ``substring``, in order.
+def inspect_all(archs: Sequence[int] = ARCHS, *, texts: Sequence[str] = ("",), jobs: int | None = None) -> list[Report]:
+    """Return the reports on all shipped kernels in the cases whose names contain one of ``texts``, in order.
 
     Raises:
         ValueError: an architecture is unknown, or no case matches.
@@ -96,9 +96,9 @@ def inspect_all(archs: Sequence[int] = ARCHS, *, substring: str = "", jobs: int 
     unknown = [arch for arch in archs if arch not in ARCHS]
     if unknown:
         raise ValueError(f"unknown architecture {unknown[0]}: known are {', '.join(map(str, ARCHS))}")
-    cases = [case for case in shipped_cases() if substring in case]
+    cases = [case for case in shipped_cases() if any(text in case for text in texts)]
     if not cases:
-        raise ValueError(f"no case contains {substring!r}; there are: {'; '.join(shipped_cases())}")
+        raise ValueError(f"no case contains {_alternatives(texts)}; there are: {'; '.join(shipped_cases())}")
     tasks = [task for task in itertools.product(dict.fromkeys(archs), cases) if compiles_for(*reversed(task))]
     found = each(offline.spread(_inspect, tasks, jobs), "compiling", "case", len(tasks))
     return [report for reports in found for report in reports]
@@ -107,6 +107,11 @@ def inspect_all(archs: Sequence[int] = ARCHS, *, substring: str = "", jobs: int 
 def _inspect(task: tuple[int, str]) -> list[Report]:
     """Inspect the compiled kernels of one (architecture, case) pair, as a task of a worker process."""
     return inspect_case(*task)
+
+
+def _alternatives(texts: Sequence[str]) -> str:
+    """Return the texts that were asked for as an error names them."""
+    return " or ".join(map(repr, texts))
 
 
 def _need_compiler() -> None:
@@ -121,8 +126,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("inspect", description=explain(), epilog=EPILOG, formatter_class=raw)
     add = parser.add_argument
     add("--arch", nargs="+", type=COUNT, default=ARCHS, metavar="N", help="compute capabilities (default: all known)")
-    chosen = "report only cases whose name contains TEXT, such as contrastive_loss"
-    add("--op", "--case", dest="case", default="", metavar="TEXT", help=chosen)
+    chosen = "report only cases whose name contains a TEXT, such as contrastive_loss"
+    add("--op", "--case", dest="cases", nargs="+", default=[""], metavar="TEXT", help=chosen)
     add_output(parser, "--json", help="write everything to FILE too")
     add(
         "--snapshot",
@@ -163,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     """Print the table of compiled kernels and their differences from the snapshot."""
     snapshot = _read_snapshot(Path(args.snapshot or SNAPSHOT))
-    reports = inspect_all(args.arch, substring=args.case, jobs=args.jobs)
+    reports = inspect_all(args.arch, texts=args.cases, jobs=args.jobs)
     changes = differences(reports, snapshot, VERSION)
     failing = [report for report in reports if report.failures]
     if args.json:
@@ -190,15 +195,15 @@ def _predict(args: argparse.Namespace) -> int:
         raise ValueError(f"--tflops must be more than 0, got {args.tflops:g}")
     measured = _measurements(args.against) if args.against else None
     shapes = enumerate(forecast.measured_shapes())
-    ops = [n for n, (spec, shape) in shapes if args.case in forecast.label(spec.name, shape.to_dict(), args.dtype)]
-    steps = [model for model in forecast.STEPS if args.case in f"step model={model}"]
+    labels = ((n, forecast.label(spec.name, shape.to_dict(), args.dtype)) for n, (spec, shape) in shapes)
+    ops = [n for n, label in labels if any(text in label for text in args.cases)]
+    steps = [model for model in forecast.STEPS if any(text in f"step model={model}" for text in args.cases)]
     if not ops and not steps:
-        raise ValueError(
-            f"no op or step contains {args.case!r}, such as 'contrastive_loss pairs=32768' or 'step model=ViT'"
-        )
+        examples = "'contrastive_loss pairs=32768' or 'step model=ViT'"
+        raise ValueError(f"no op or step contains {_alternatives(args.cases)}, such as {examples}")
     if args.chart is not None:
         if not steps:
-            raise ValueError(f"--chart draws steps, and no step contains {args.case!r}")
+            raise ValueError(f"--chart draws steps, and no step contains {_alternatives(args.cases)}")
         # The import stands here because only pictures need matplotlib. It comes before the predictions, which take
         # minutes that would be lost if the import failed.
         from ..plots import draw_steps
