@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from .clip import CLIP
+from .layers import add_norm
 from .resnet import ModifiedResNet
 from .siglip import SigLIPVision, TimmBlock
-from .transformer import Plan, ResidualAttentionBlock, Transformer, add_norm, plan, run_blocks
+from .transformer import Plan, ResidualAttentionBlock, Transformer, plan, run_blocks
 from .vision import VisionTransformer
 
 KINDS = ("values", "tokens")

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import take_rows
-from .transformer import Transformer, plan, recomputed
+from .recomputation import recomputed
+from .transformer import Transformer, plan
 
 if TYPE_CHECKING:
     from .clip import CLIP
@@ -53,7 +54,7 @@ def collect_blocks(
     steps = plan(transformer) if isinstance(transformer, Transformer) else None
     found: list[Tensor] = []
     for index, block in enumerate(blocks[: max(taken) + 1] if stop_early else blocks):
-        x = recomputed(steps, block, x) if steps is not None and steps.recompute else block(x)
+        x = recomputed(steps.recompute, block, x) if steps is not None and steps.recompute else block(x)
         if index in taken:
             found.append(x)
     return x, found

@@ -7,8 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention_pool, fp8_linear, layer_norm, layer_norm_fp8
+from ..kernels import (
+    attention_pool,
+    bias_gelu,
+    bias_gelu_fp8,
+    bias_quick_gelu,
+    bias_quick_gelu_fp8,
+    fp8_linear,
+    layer_norm,
+    layer_norm_fp8,
+)
+from ..kernels.dtypes import autocast_dtype
 from ..kernels.fp8 import Fp8Rows
+from ..kernels.launch import triton_runs_on
 from ..kernels.packing import Packing
 from .packed_text import PackedText
 
@@ -18,9 +29,7 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=nn.Module)
 # The attributes of a module that hold its hooks, which a call runs besides ``forward``.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-# Functions that are called with input, weight and output of each linear layer of a model that multiplies in 8 bits.
+# Functions that are called with input, weight and output of each linear layer that multiplies in 8 bits, for metrics.
 OBSERVERS: list[Callable[..., None]] = []
 
 
@@ -141,6 +150,41 @@ def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool, in_fp8: 
     function: Any = layer_norm_fp8 if in_fp8 else layer_norm
     normed, x = function(branch, norm.weight, norm.bias, norm.eps, residual=x, backend=backend)
     return x, normed
+
+
+def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module, *, in_fp8: bool = False) -> tuple[Tensor, Any]:
+    """Return a block's residual stream ``x + branch`` and ``norm(x + branch)``; without one, ``x`` and its norm.
+
+    With ``in_fp8``, the norm is rows in 8 bits if it is plain, and if no autocast is to change its dtype.
+    """
+    fused, of_norm = is_plain(norm, LayerNorm), x if branch is None else branch
+    in_fp8 = in_fp8 and fused and of_norm.dtype == autocast_dtype(of_norm)
+    if branch is not None:
+        return residual_norm(x, branch, norm, fused=fused, in_fp8=in_fp8)
+    if in_fp8 and isinstance(norm, LayerNorm):
+        return x, layer_norm_fp8(x, norm.weight, norm.bias, norm.eps, backend=norm.backend)
+    return x, norm(x)
+
+
+def linear_gelu(
+    linear: nn.Module, gelu: nn.Module, x: Tensor | Fp8Rows, backend: str, fp8: str | None = None, *,
+    in_fp8: bool = False,
+) -> Tensor | Fp8Rows:  # fmt: skip
+    """Return ``gelu(linear(x))`` for the MLP of a transformer block; with ``in_fp8``, in 8 bits where a kernel does so.
+
+    On a GPU, the activation kernel adds the bias, and its backward pass also sums the bias's gradient. On a CPU this
+    would cost another pass over memory, since PyTorch's linear layer adds the bias at no cost.
+    """
+    is_exact = getattr(gelu, "approximate", "none") == "none"
+    device = x.values.device if isinstance(x, Fp8Rows) else x.device
+    if backend == "torch" or not is_exact or not triton_runs_on(device):
+        return gelu(call_linear(linear, x, fp8, backend))
+    if not is_plain(linear, nn.Linear) or not is_plain(gelu, nn.GELU, QuickGELU):
+        return gelu(call_linear(linear, x, fp8, backend))
+    bias_act: Any = bias_quick_gelu if isinstance(gelu, QuickGELU) else bias_gelu
+    if in_fp8:
+        bias_act = bias_quick_gelu_fp8 if isinstance(gelu, QuickGELU) else bias_gelu_fp8
+    return bias_act(project(x, linear.weight, None, fp8, backend), linear.bias, backend=backend)
 
 
 def take_rows(x: Tensor, rows: Tensor | PackedText | None) -> Tensor:

@@ -19,12 +19,12 @@ from ..kernels.packing import Packing, pack
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
-from .layers import LayerNorm, PackedTokens
+from .layers import LayerNorm, PackedTokens, add_norm
 from .naflex_config import NaFlexConfig
 from .packed_images import PackedImages, pack_images, patch_size_of, unpad_images
 from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, SigLIP, TimmBlock
 from .siglip_config import EPS, EXACT, SigLIPConfig
-from .transformer import Plan, add_norm, run_blocks
+from .transformer import Plan, run_blocks
 
 
 class LayerScale(nn.Module):

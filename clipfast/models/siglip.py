@@ -14,7 +14,7 @@ from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
-from .layers import LayerNorm, PackedTokens, is_plain, single_query_attention
+from .layers import LayerNorm, PackedTokens, add_norm, is_plain, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
 from .texts import check_text, embed_text
 from .transformer import (
@@ -23,7 +23,6 @@ from .transformer import (
     Plan,
     ResidualAttentionBlock,
     Transformer,
-    add_norm,
     read_rows,
     run_blocks,
 )

@@ -1,6 +1,7 @@
 """Pre-norm transformer blocks with OpenCLIP's parameter names, and the plan of what they fuse, leave out or recompute.
 
-The classes come first. Everything that differs from the textbook is decided in the functions below them:
+The classes come first. The functions below them, and those of :mod:`.layers` and :mod:`.recomputation` that they call,
+decide everything that differs from the textbook:
 
     what                                                          when
     one function computes a block, or the last block's row        all its modules are plain, their backend is "auto", no
@@ -19,25 +20,14 @@ A module is plain if calling it does what its class does and nothing else (``lay
 called, so that hooks, adapters and wrapped blocks see what they would see if nothing were fused.
 """
 
-import functools
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels import (
-    attention,
-    backends,
-    bias_gelu,
-    bias_gelu_fp8,
-    bias_quick_gelu,
-    bias_quick_gelu_fp8,
-    layer_norm_fp8,
-)
+from ..kernels import attention, backends
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.dtypes import autocast_dtype
 from ..kernels.fp8 import Fp8Rows
@@ -50,16 +40,17 @@ from .layers import (
     InProjection,
     LayerNorm,
     QuickGELU,
+    add_norm,
     attend_row,
     call_linear,
     is_plain,
-    project,
+    linear_gelu,
     project_qkv,
-    residual_norm,
     take_rows,
     takes_rows,
 )  # fmt: skip
 from .packed_text import PackedText
+from .recomputation import is_watched, recomputed
 from .whole_block import DTYPE_OF, QUICK, Options, Parameters, cast_blocks, whole_block
 from .whole_last_block import last_row
 
@@ -242,7 +233,7 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
     else:
         x, branch = run_blocks(steps, x, *packing)
         if steps.recompute:
-            row = recomputed(steps, _run_last, steps.last, x, branch, rows)
+            row = recomputed(steps.recompute, _run_last, steps.last, x, branch, rows)
         else:
             row = _run_last(steps.last, x, branch, rows)
     return row if packed is None else row.index_select(0, packed.order)
@@ -263,7 +254,7 @@ def run_blocks(
     for block in steps.blocks:
         if steps.recompute:
             # Checkpointing keeps its arguments: the sum is one tensor, while x and the branch would be two.
-            x = recomputed(steps, block, x, *packed)
+            x = recomputed(steps.recompute, block, x, *packed)
         elif is_plain(block, kind):
             plain.append(block)
         else:
@@ -330,7 +321,7 @@ def whole_blocks(
     No compiler, transform, mode or profiler may need to see the ops (``backends.is_watched``), and all modules of a
     block must be plain.
     """
-    if not blocks or _is_watched() or OBSERVERS or _has_any_global_hook() or x.__class__ not in backends.PLAIN:
+    if not blocks or is_watched() or OBSERVERS or _has_any_global_hook() or x.__class__ not in backends.PLAIN:
         return {}
     if x.ndim != 3 or x.is_meta or x.is_neg() or x.numel() == 0:
         return {}
@@ -377,70 +368,6 @@ def _run_last(
     return last_row(x, branch, rows, *found, *cast_blocks([found]))
 
 
-_decided = threading.local()  # ``watched``: the result of ``backends.is_watched`` when a block was computed first
-
-
-def _is_watched() -> bool:
-    """Return ``backends.is_watched()``, or its result at the first computation while a block is recomputed."""
-    watched: bool | None = getattr(_decided, "watched", None)
-    return backends.is_watched() if watched is None else watched
-
-
-def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> Tensor:
-    """Call a function of a transformer block under activation checkpointing: the backward pass recomputes it."""
-    if steps.recompute != "selective":
-        if torch.compiler.is_compiling():
-            return checkpoint(function, *args, use_reentrant=False)
-        watched = backends.is_watched()
-
-        def decided(*args: object) -> Tensor:
-            """Compute the function by the same ops both times, even if a profiler sees only one of them."""
-            before, _decided.watched = getattr(_decided, "watched", None), watched
-            try:
-                return function(*args)
-            finally:
-                _decided.watched = before
-
-        return checkpoint(decided, *args, use_reentrant=False)
-    kept = functools.partial(create_selective_checkpoint_contexts, list(_KEPT))
-    return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
-
-
-def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module, *, in_fp8: bool = False) -> tuple[Tensor, Any]:
-    """Return a block's residual stream ``x + branch`` and ``norm(x + branch)``; without one, ``x`` and its norm.
-
-    With ``in_fp8``, the norm is rows in 8 bits if it is plain, and if no autocast is to change its dtype.
-    """
-    fused, of_norm = is_plain(norm, LayerNorm), x if branch is None else branch
-    in_fp8 = in_fp8 and fused and of_norm.dtype == autocast_dtype(of_norm)
-    if branch is not None:
-        return residual_norm(x, branch, norm, fused=fused, in_fp8=in_fp8)
-    if in_fp8 and isinstance(norm, LayerNorm):
-        return x, layer_norm_fp8(x, norm.weight, norm.bias, norm.eps, backend=norm.backend)
-    return x, norm(x)
-
-
-def linear_gelu(
-    linear: nn.Module, gelu: nn.Module, x: Tensor | Fp8Rows, backend: str, fp8: str | None = None, *,
-    in_fp8: bool = False,
-) -> Tensor | Fp8Rows:  # fmt: skip
-    """Return ``gelu(linear(x))`` for the MLP of a transformer block; with ``in_fp8``, in 8 bits where a kernel does so.
-
-    On a GPU, the activation kernel adds the bias, and its backward pass also sums the bias's gradient. On a CPU this
-    would cost another pass over memory, since PyTorch's linear layer adds the bias at no cost.
-    """
-    is_exact = getattr(gelu, "approximate", "none") == "none"
-    device = x.values.device if isinstance(x, Fp8Rows) else x.device
-    if backend == "torch" or not is_exact or not triton_runs_on(device):
-        return gelu(call_linear(linear, x, fp8, backend))
-    if not is_plain(linear, nn.Linear) or not is_plain(gelu, nn.GELU, QuickGELU):
-        return gelu(call_linear(linear, x, fp8, backend))
-    bias_act: Any = bias_quick_gelu if isinstance(gelu, QuickGELU) else bias_gelu
-    if in_fp8:
-        bias_act = bias_quick_gelu_fp8 if isinstance(gelu, QuickGELU) else bias_gelu_fp8
-    return bias_act(project(x, linear.weight, None, fp8, backend), linear.bias, backend=backend)
-
-
 # The dtypes in which the Triton kernels compute (see ``check_float``); Triton's interpreter has no bfloat16.
 _ON_TRITON = {torch.float32, torch.float16} | (set() if INTERPRET else {torch.bfloat16})
 _WITH_WEIGHTS = (LayerNorm, nn.Linear)
@@ -449,12 +376,3 @@ _KINDS = (
     (Attention,), (MLP,), *[(LayerNorm,)] * 2, (InProjection, nn.Linear), *[(nn.Linear,)] * 2, (nn.GELU, QuickGELU),
     (nn.Linear,),
 )  # fmt: skip
-
-# The ops whose results selective checkpointing keeps; it recomputes all others, which are norms and activations.
-_KEPT = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.clipfast.attention_fwd.default,
-    torch.ops.clipfast.attention_pool_fwd.default,
-)

@@ -9,7 +9,7 @@ from clipfast.kernels.fp8 import Fp8Rows
 from clipfast.models import build, layers, transformer
 from clipfast.models.transformer import Transformer, read_rows
 
-from .test_whole_block import TOKENS, WIDTH, on_gpu, random_block, run  # noqa: F401
+from .test_whole_block import TOKENS, WIDTH, random_block, run
 
 RECIPES = ("switchback", "full")
 
@@ -39,7 +39,7 @@ def set_fp8(block, recipe):
 @pytest.mark.parametrize("has_branch", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize(("gelu", "causal"), [("none", False), ("quick", True), ("tanh", False)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_one_function_has_the_bits_of_the_modules(recipe, gelu, causal, has_branch, autocast, on_gpu):  # noqa: F811
+def test_one_function_has_the_bits_of_the_modules(recipe, gelu, causal, has_branch, autocast, on_gpu):
     block, x = set_fp8(random_block(gelu, causal=causal), recipe), torch.randn(3, TOKENS, WIDTH)
     x = x.bfloat16() if autocast else x
     branch = torch.randn_like(x) if has_branch else None

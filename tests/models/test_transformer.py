@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
-from clipfast.models import transformer
 from clipfast.models.layers import InProjection, LayerNorm
 from clipfast.models.transformer import Attention, Transformer, read_rows
 
@@ -30,13 +29,6 @@ class Operations(TorchDispatchMode):
         if str(function) not in VIEWS:
             self.counts[str(function)] += 1
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def on_gpu(request, monkeypatch):
-    """Let a transformer choose the fusions of a GPU, or those of a CPU; both run through the ops' CPU paths."""
-    monkeypatch.setattr(transformer, "triton_runs_on", lambda device: request.param)
-    return request.param
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,6 @@ from tests.numerics import as_good_as_torch
 TOKENS, WIDTH = 9, 32
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def on_gpu(request, monkeypatch):
-    """Choose the activation of a GPU, or that of a CPU; both run through the ops' CPU paths."""
-    monkeypatch.setattr(transformer, "triton_runs_on", lambda device: request.param == "gpu")
-    return request.param == "gpu"
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """The calls of the function of a block."""
