@@ -21,11 +21,12 @@ _NAMES = {
     "losses.accumulation": ("accumulate_gradients", "largest_micro_batch"),
     "adopt": ("apply_to_hf", "apply_to_open_clip", "apply_to_timm", "hf_collator", "revert_model"),
     "models.aug_cfg": ("image_transform",),
-    "checkpoints.checkpoint": ("CheckpointError", "export_open_clip", "load_checkpoint"),
+    "checkpoints.checkpoint": ("CheckpointError", "load_checkpoint"),
     "losses.coca_loss": ("CoCaLoss",),
     "checkpoints.convert": ("convert_checkpoint",),
     "checkpoints.inspection": ("CheckpointInfo", "inspect_checkpoint"),
     "losses.distill_loss": ("DistillClipLoss",),
+    "checkpoints.open_clip_folder": ("export_open_clip",),
     "evaluate.retrieval": ("recall_at",),
     "evaluate.zero_shot": (
         "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "build_zero_shot_classifier",

@@ -3,9 +3,10 @@
 from . import kernels
 from .adopt import apply_to_hf, apply_to_open_clip, apply_to_timm, hf_collator, revert_model
 from .adopt.routes import report_kernels
-from .checkpoints.checkpoint import CheckpointError, export_open_clip, load_checkpoint
+from .checkpoints.checkpoint import CheckpointError, load_checkpoint
 from .checkpoints.convert import convert_checkpoint
 from .checkpoints.inspection import CheckpointInfo, inspect_checkpoint
+from .checkpoints.open_clip_folder import export_open_clip
 from .checkpoints.pretrained import (
     get_pretrained_cfg,
     list_pretrained,

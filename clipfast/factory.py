@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .checkpoints.checkpoint import PREPROCESSING_KEYS, check_preprocessing, complete_preprocessing, preprocessing_of
+from .checkpoints.preprocessing import PREPROCESSING_KEYS, check_preprocessing, complete_preprocessing, preprocessing_of
 from .checkpoints.sources import ModelSource, load_source, resolve_source
 from .models import CLIP, CLIPConfig, NaFlexConfig, SigLIPConfig, build
 from .models.aug_cfg import training_options

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from clipfast import Embeddings, convert_checkpoint, create_model
-from clipfast.checkpoints.checkpoint import CheckpointError, export_open_clip, read_checkpoint
+from clipfast.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from clipfast.checkpoints.layouts import read_contents
 from clipfast.checkpoints.of_run import Checkpoints
+from clipfast.checkpoints.open_clip_folder import export_open_clip
 from clipfast.checkpoints.sharded import check_parts
 from clipfast.cli.search_arguments import Pictures
 from clipfast.data import IndexCache, open_shards

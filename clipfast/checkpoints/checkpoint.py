@@ -1,8 +1,7 @@
 """Reads and writes checkpoints in OpenCLIP's layout. A file on disk is always complete, and reading runs no code in it.
 
 A training checkpoint is ``{epoch, name, state_dict, optimizer}`` plus one key of our own, ``clipfast``, with the
-model's configuration (its activation included) and the position in training. An exported folder holds
-``open_clip_config.json`` and ``open_clip_model.safetensors``.
+model's configuration (its activation included) and the position in training.
 """
 
 import contextlib
@@ -20,16 +19,11 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..distributed.dtensors import fill
-from ..io.files import read_json, replace_file, replace_text
-from ..kernels.reference import CLIP_MEAN, CLIP_STD
-from ..models import CLIP, CLIPConfig, SigLIPConfig
-from ..models.images import INTERPOLATIONS, RESIZE_MODES
+from ..io.files import replace_file
+from ..models import CLIP, CLIPConfig
 from ..models.positions import grid_side, positions_name, resize_context, resize_positions, text_positions_name
-from ..models.siglip import IMAGE_MEAN, IMAGE_STD
 
 log = logging.getLogger("clipfast")
-CONFIG_NAME = "open_clip_config.json"
-WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TRUNK_PREFIX = "visual.trunk."  # the prefix of names in SigLIP's image tower
 # Parameters that tell CLIP with timm's NaFlex tower from SigLIP.
 NAFLEX_CLIP = {"visual.trunk.embeds.proj.weight", "visual.head.proj.weight"}
@@ -38,12 +32,6 @@ TEXT_PREFIX = "text."  # the prefix of names in the text tower of OpenCLIP's mod
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 MAX_UNPACKED = 1 << 24  # the most bytes to which compressed parts of a checkpoint may expand, besides twice their size
 _COUNT = "num_batches_tracked"  # the last part of the name of BatchNorm's count of batches
-# The default preprocessing settings of CLIP (False) and of SigLIP (True), by OpenCLIP's names.
-_PREPROCESSING: dict[bool, dict[str, Any]] = {
-    False: {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
-    True: {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "squash"},
-}
-PREPROCESSING_KEYS = tuple(_PREPROCESSING[False])
 
 
 class CheckpointError(ValueError):
@@ -296,7 +284,7 @@ def load_checkpoint(
     return load_weights(model, checkpoint, checkpoint_path, resize=True, strict=strict)
 
 
-def _own(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def own_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return clipfast's own entry of a checkpoint, under the key ``clipfast``; {} for checkpoints of other packages."""
     own = checkpoint.get("clipfast")
     return own if isinstance(own, dict) else {}
@@ -308,83 +296,11 @@ def own_config(checkpoint: Mapping[str, Any], source: str | Path) -> CLIPConfig 
     Raises:
         CheckpointError: the configuration cannot be read.
     """
-    raw = _own(checkpoint).get("model_config")
+    raw = own_entry(checkpoint).get("model_config")
     try:
         return None if raw is None else CLIPConfig.from_dict(raw)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the model configuration in {source} cannot be read: {error}") from error
-
-
-def stated_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the preprocessing settings that a clipfast checkpoint states; {} for checkpoints of other packages."""
-    found = _own(checkpoint).get("preprocess_cfg")
-    return found if isinstance(found, dict) else {}
-
-
-def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's preprocessing settings, with defaults of CLIP or SigLIP for those it does not state."""
-    is_siglip = is_siglip_state(plain_names(checkpoint["state_dict"]))
-    return complete_preprocessing(stated_preprocessing(checkpoint), is_siglip=is_siglip)
-
-
-def preprocessing_of(model: CLIP) -> dict[str, Any]:
-    """Return the preprocessing settings that a checkpoint of the model states, by OpenCLIP's names."""
-    visual: Any = model.visual
-    given = {"mean": list(visual.image_mean), "std": list(visual.image_std), "resize_mode": visual.resize_mode}
-    return complete_preprocessing(given | {"interpolation": getattr(visual, "preprocess_cfg", {}).get("interpolation")})
-
-
-def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False) -> dict[str, Any]:
-    """Return preprocessing settings with the defaults of CLIP or SigLIP for the settings that ``given`` lacks.
-
-    Raises:
-        CheckpointError: mean or std is not three numbers.
-    """
-    usual = {key: list(x) if isinstance(x, tuple) else x for key, x in _PREPROCESSING[is_siglip].items()}
-    complete = usual | {key: value for key, value in given.items() if value is not None}
-    for key in ("mean", "std"):
-        value = complete[key]
-        is_three = isinstance(value, list | tuple) and len(value) == 3
-        is_right = is_three and all(isinstance(x, int | float) and abs(x) < 1e6 for x in value)  # also False for NaN
-        if not is_right or (key == "std" and min(value) <= 0):
-            kind = "positive numbers" if key == "std" else "numbers"
-            raise CheckpointError(f"the {key} of images must be three {kind}, got {value!r:.80}")
-    return complete
-
-
-def check_preprocessing(preprocessing: Mapping[str, Any], source: str | Path) -> None:
-    """Refuse preprocessing settings that clipfast does not implement.
-
-    Raises:
-        CheckpointError: as above.
-    """
-    for key, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES), ("fill_color", (0,))):
-        value = preprocessing.get(key, known[0])
-        if value not in known:
-            ours = " or ".join(map(repr, known))
-            raise CheckpointError(f"{source} preprocesses images with {key} {value!r}, clipfast only with {ours}")
-
-
-def export_open_clip(model: CLIP, folder: str | Path) -> None:
-    """Write a model to a folder that ``create_model("local-dir:FOLDER")`` of clipfast and of OpenCLIP loads.
-
-    Raises:
-        DiskFullError: there is no space for it.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_open_clip_folder(folder, model.config, preprocessing_of(model), plain_names(model.state_dict()))
-
-
-def write_open_clip_folder(
-    folder: Path, config: CLIPConfig, preprocessing: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> None:
-    """Write configuration and weights of a model into an existing folder; see :func:`export_open_clip`."""
-    # The header states the activation and the preprocessing of training, since no shape of the weights shows them.
-    notes = {"model_config": config.to_dict(), "preprocess_cfg": dict(preprocessing)}
-    write_safetensors(folder / WEIGHTS_NAMES[0], weights, {"clipfast": json.dumps(notes)})
-    raw = {"model_cfg": config.to_dict(), "preprocess_cfg": dict(preprocessing)}
-    replace_text(folder / CONFIG_NAME, json.dumps(raw, indent=2) + "\n")
 
 
 def write_safetensors(path: Path, weights: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
@@ -414,32 +330,3 @@ def _sort_notes(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-
-
-def read_open_clip_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
-    """Read the model's configuration and its preprocessing settings from a folder with ``open_clip_config.json``.
-
-    Raises:
-        CheckpointError: the configuration cannot be read, or this package cannot build the model.
-    """
-    try:
-        raw = read_json(folder / CONFIG_NAME)
-        config = CLIPConfig.from_dict(raw["model_cfg"])
-        given = raw.get("preprocess_cfg", {})
-        return config, complete_preprocessing(given, is_siglip=isinstance(config, SigLIPConfig))
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME} is not a model configuration that can be read: {error}"
-        ) from error
-
-
-def find_open_clip_weights(folder: Path) -> Path:
-    """Return the path of the weights in a folder of OpenCLIP's layout.
-
-    Raises:
-        CheckpointError: the folder has no weights.
-    """
-    weights = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS_NAMES)}")
-    return weights

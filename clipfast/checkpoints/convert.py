@@ -8,10 +8,12 @@ from ..io.files import check_target, write_folder
 from ..models import SigLIPConfig
 from ..models.siglip_config import EXACT, TANH
 from . import TARGETS, hugging_face
-from .checkpoint import CheckpointError, check_preprocessing, write_checkpoint, write_open_clip_folder
+from .checkpoint import CheckpointError, write_checkpoint
 from .contents import Contents, copy_tokenizer, find_tokenizer
 from .inspection import CheckpointInfo, inspect_checkpoint
 from .layouts import read_contents
+from .open_clip_folder import write_open_clip_folder
+from .preprocessing import check_preprocessing
 from .resolve import Wishes, activation_flag, resolve
 
 log = logging.getLogger("clipfast")

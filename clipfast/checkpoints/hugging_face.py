@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..io.files import read_json, replace_text
 from ..models import CLIPConfig, SigLIPConfig
-from .checkpoint import CheckpointError, check_weights, complete_preprocessing, read_checkpoint, write_safetensors
+from .checkpoint import CheckpointError, check_weights, read_checkpoint, write_safetensors
 from .contents import Contents, check_size, copy_tokenizer, empty_state, find_tokenizer, write_tokenizer
 from .hugging_face_layout import (
     CLIP_LAYOUT,
@@ -22,6 +22,7 @@ from .hugging_face_layout import (
     to_ours,
     to_settings,
 )
+from .preprocessing import complete_preprocessing
 
 CONFIG_NAME = "config.json"
 _INDEX_NAME = "model.safetensors.index.json"

@@ -11,18 +11,11 @@ from ..models import CLIPConfig, SigLIPConfig, get_model_config, list_models
 from . import hugging_face
 from . import open_clip_layout as open_clip
 from . import torch_dcp as distributed
-from .checkpoint import (
-    CONFIG_NAME,
-    PREPROCESSING_KEYS,
-    WEIGHTS_NAMES,
-    CheckpointError,
-    complete_preprocessing,
-    own_config,
-    own_preprocessing,
-    plain_names,
-)
+from .checkpoint import CheckpointError, own_config, plain_names
 from .contents import TOKENIZER_FILES, Contents, find_tokenizer
 from .hub import HUB_PREFIX, HubError, fetch, repository_of
+from .open_clip_folder import CONFIG_NAME, WEIGHTS_NAMES
+from .preprocessing import PREPROCESSING_KEYS, complete_preprocessing, own_preprocessing
 from .pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
 from .tensor_shapes import stored_sizes
 

@@ -11,20 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    CONFIG_NAME,
-    WRAPPER_PREFIXES,
-    CheckpointError,
-    complete_preprocessing,
-    find_open_clip_weights,
-    is_siglip_state,
-    own_config,
-    own_preprocessing,
-    plain_names,
-    read_checkpoint,
-    read_open_clip_config,
-)
+from .checkpoint import WRAPPER_PREFIXES, CheckpointError, is_siglip_state, own_config, plain_names, read_checkpoint
 from .contents import Contents, find_tokenizer
+from .open_clip_folder import CONFIG_NAME, find_open_clip_weights, read_open_clip_config
+from .preprocessing import complete_preprocessing, own_preprocessing
 from .tensor_shapes import HEAD_WIDTH, config_of_weights, settled
 
 _HUGGING_FACE_NAMES = ("text_model.", "vision_model.")

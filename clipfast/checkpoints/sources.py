@@ -9,21 +9,12 @@ from typing import Any
 from ..io.files import LOCAL_DIR_PREFIX, local_path
 from ..models import CLIP, CLIPConfig, SigLIPConfig, get_model_config, list_models
 from . import hugging_face
-from .checkpoint import (
-    CONFIG_NAME,
-    PREPROCESSING_KEYS,
-    CheckpointError,
-    check_preprocessing,
-    complete_preprocessing,
-    find_open_clip_weights,
-    load_weights,
-    read_checkpoint,
-    read_open_clip_config,
-    stated_preprocessing,
-)
+from .checkpoint import CheckpointError, load_weights, read_checkpoint
 from .contents import check_size
 from .hub import HUB_PREFIX, HubError, repository_of
 from .layouts import checkpoint_of_run, described, fetch_folder, is_hugging_face_folder, read_contents
+from .open_clip_folder import CONFIG_NAME, find_open_clip_weights, read_open_clip_config
+from .preprocessing import PREPROCESSING_KEYS, check_preprocessing, complete_preprocessing, stated_preprocessing
 from .pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
 
 _THEIRS = "the model is built by open_clip.create_model(...) and handed to clipfast.apply_to_open_clip"

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..io.files import open_regular, read_regular
-from .checkpoint import CheckpointError, check_archive, complete_preprocessing, is_siglip_state, plain_names
+from .checkpoint import CheckpointError, check_archive, is_siglip_state, plain_names
 from .contents import Contents
 from .open_clip_layout import refuse_hugging_face_names
+from .preprocessing import complete_preprocessing
 
 METADATA_NAME = ".metadata"
 MAX_METADATA = 1 << 30  # the largest index that is read, in bytes

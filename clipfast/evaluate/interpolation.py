@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import (
-    CheckpointError,
-    check_preprocessing,
-    complete_preprocessing,
-    write_open_clip_folder,
-)
+from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.contents import Contents, copy_tokenizer
 from ..checkpoints.layouts import read_contents
+from ..checkpoints.open_clip_folder import write_open_clip_folder
+from ..checkpoints.preprocessing import check_preprocessing, complete_preprocessing
 from ..checkpoints.resolve import Wishes, resolve
 from ..factory import set_preprocessing, tokenizer_for, transform_of
 from ..io.files import write_folder

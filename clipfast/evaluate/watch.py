@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CheckpointError, load_weights, own_config, own_preprocessing, read_checkpoint
+from ..checkpoints.checkpoint import CheckpointError, load_weights, own_config, read_checkpoint
+from ..checkpoints.preprocessing import own_preprocessing
 from ..checkpoints.sharded import MANIFEST, read_parts
 from ..factory import set_preprocessing, tokenizer_for, transform_of
 from ..models import CLIPConfig, build

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoints.checkpoint import complete_preprocessing
+from ..checkpoints.preprocessing import complete_preprocessing
 from ..data import check_decoder
 from ..distributed.world import ALONE, World
 from ..factory import create_model, set_precision, set_preprocessing

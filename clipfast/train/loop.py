@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import plain_names, preprocessing_of, write_open_clip_folder
+from ..checkpoints.checkpoint import plain_names
 from ..checkpoints.of_run import read_saved
+from ..checkpoints.open_clip_folder import write_open_clip_folder
+from ..checkpoints.preprocessing import preprocessing_of
 from ..data import LOST, lost_parts
 from ..distributed.ending import Interrupted, Interruption
 from ..distributed.world import ALONE, World

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CheckpointError, load_weights, preprocessing_of
+from ..checkpoints.checkpoint import CheckpointError, load_weights
+from ..checkpoints.preprocessing import preprocessing_of
 from ..distributed.dtensors import distribute_like, gather_full, to_local
 from ..distributed.ending import NotFiniteError
 from ..models import CLIP

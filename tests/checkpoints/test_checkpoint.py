@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from clipfast import CLIP, CheckpointError, create_model, export_open_clip
-from clipfast.checkpoints.checkpoint import (
-    load_checkpoint,
-    preprocessing_of,
-    read_checkpoint,
-    write_checkpoint,
-    write_safetensors,
-)
+from clipfast.checkpoints.checkpoint import load_checkpoint, read_checkpoint, write_checkpoint, write_safetensors
 from clipfast.checkpoints.convert import convert_checkpoint
 from clipfast.checkpoints.layouts import read_contents
+from clipfast.checkpoints.preprocessing import preprocessing_of
 from clipfast.checkpoints.sharded import write_parts
 from clipfast.distributed.world import ALONE
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clipfast import CheckpointError, convert_checkpoint, export_open_clip
-from clipfast.checkpoints import checkpoint, hugging_face
+from clipfast.checkpoints import hugging_face, open_clip_folder
 from clipfast.io import files
 from clipfast.models import get_model_config
 
@@ -189,7 +189,7 @@ def test_a_failure_while_writing_leaves_nothing(to, name, own, tmp_path, monkeyp
         path.write_bytes(b"half of")
         raise OSError("the cable came off")
 
-    monkeypatch.setattr(checkpoint, "replace_text", fail)
+    monkeypatch.setattr(open_clip_folder, "replace_text", fail)
     monkeypatch.setattr(hugging_face, "replace_text", fail)
     if to == "clipfast":
         monkeypatch.setattr(torch, "save", lambda content, path: fail(path))

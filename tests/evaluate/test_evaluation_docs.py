@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clipfast import create_model
-from clipfast.checkpoints.checkpoint import export_open_clip
+from clipfast.checkpoints.open_clip_folder import export_open_clip
 from clipfast.cli.main import main
 from clipfast.evaluate.labelled import LabelledSet
 

@@ -7,11 +7,8 @@ import pytest
 import torch
 
 from clipfast import create_model
-from clipfast.checkpoints.checkpoint import (
-    CheckpointError,
-    export_open_clip,
-    write_checkpoint,
-)
+from clipfast.checkpoints.checkpoint import CheckpointError, write_checkpoint
+from clipfast.checkpoints.open_clip_folder import export_open_clip
 from clipfast.evaluate.interpolation import Interpolation, evaluate_path
 from clipfast.evaluate.labelled import LabelledSet
 from clipfast.models import CLIPConfig, build

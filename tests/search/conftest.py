@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from clipfast import Embeddings, create_model
-from clipfast.checkpoints.checkpoint import export_open_clip
+from clipfast.checkpoints.open_clip_folder import export_open_clip
 from clipfast.cli.main import main
 from clipfast.evaluate.encoder import Encoder
 from clipfast.search.app import Desk, Pictures

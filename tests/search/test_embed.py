@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from clipfast import Embeddings, create_model
-from clipfast.checkpoints.checkpoint import export_open_clip
+from clipfast.checkpoints.open_clip_folder import export_open_clip
 from clipfast.cli import embed as embed_command
 from clipfast.cli.main import main
 from clipfast.evaluate.encoder import Encoder

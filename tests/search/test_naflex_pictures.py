@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 import clipfast
 from clipfast import Embeddings
-from clipfast.checkpoints.checkpoint import export_open_clip
+from clipfast.checkpoints.open_clip_folder import export_open_clip
 from clipfast.evaluate.encoder import Encoder
 from clipfast.evaluate.features import encode_set
 from clipfast.evaluate.labelled import LabelledSet

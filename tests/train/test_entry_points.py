@@ -8,7 +8,7 @@ import torch
 
 import clipfast
 from clipfast import convert_checkpoint, create_model, create_model_from_pretrained, export_open_clip
-from clipfast.checkpoints.checkpoint import preprocessing_of
+from clipfast.checkpoints.preprocessing import preprocessing_of
 from clipfast.kernels.reference import CLIP_MEAN
 
 from ..checkpoints.conftest import CONFIGS, inputs, make_model, same_bits, save_own
