@@ -22,9 +22,8 @@ DTYPE_NAMES = {short: dtype_name(dtype) for short, dtype in DTYPES_BY_NAME.items
 # The module of each peer, and the argument of ``pip install`` for it.
 PEERS = {OPENCLIP: ("open_clip", "open-clip-torch==3.3.0"), HF: ("transformers", "transformers")}
 DEFAULT_MODEL = "ViT-T-8-32"
-SANITIZER = (
-    "ttsem"  # the leg on which ttsem executes other people's kernels, and finds races and accesses out of bounds
-)
+# On this leg, ttsem executes other people's kernels, and finds races and accesses out of bounds.
+SANITIZER = "ttsem"
 HANG_SECONDS = 300.0  # a leg's process that gives no result for this long counts as hung, and is killed
 
 

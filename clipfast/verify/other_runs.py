@@ -63,7 +63,8 @@ def checks_of_other(other: KernelCheck | OpSpec, leg: str, options: Options) -> 
             partial(verify_other, spec, leg, case, dtype, quick=options.quick),
         )
         for case, dtype in planned(spec, leg, dtypes, quick=options.quick)
-        # Races and bounds do not depend on the dtype, and the interpreter has checked the others.
+        # Races and bounds hardly depend on the dtype, so ttsem runs only plain inputs in all dtypes; other layouts and
+        # extreme values in the first one, and in bfloat16, which the interpreter does not run.
         if leg != SANITIZER or case.name == str(case.shape) or dtype in (dtypes[0], "bfloat16")
     ]
     if isinstance(other, KernelCheck) and other.registered is not None and leg in (CPU, CUDA):
@@ -107,7 +108,7 @@ def record(other: KernelCheck | OpSpec, dtype: str, arch: int) -> Recorded:
             choices = run()
         except Exception as error:
             raise ValueError(f"{spec.name}: the function raised at {shape}: {type(error).__name__}: {error}") from error
-        # The counter hides launches that are wrapped for torch.compile, so that it has a call of its own.
+        # While FLOPs are counted, launches that are wrapped for torch.compile cannot be recorded: this is another call.
         with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
             run()
     itemsize = TORCH_DTYPES[dtype].itemsize

@@ -23,11 +23,12 @@ from ..kernels.dtypes import DTYPES, dtype_name
 from ..kernels.spec import CUDA, DETERMINISM, EVERYWHERE, Call, Case, Draw, Floor, OpSpec, Shape
 from .ops import verify_case
 from .report import FAIL, PASS, CheckResult
+from .rule import in_double
 from .stand_in import record_others, stand_in_gpu
 
-# By the name of an extreme: the factor of the inputs that are scaled. Exponentials of values that are 32 times normal
-# overflow, as do their squares in float16 when a row of them is summed; the squares of tiny ones are far below any
-# epsilon.
+# The names of the extremes, and the factor by which each multiplies the scaled inputs. Exponentials of values that are
+# 32 times as large as usual overflow, and so does the sum of a row of their squares in float16. The squares of tiny
+# values are far below any epsilon.
 EXTREMES = {"large": 32.0, "tiny": 1e-4, "zeros": 0.0}
 DRAWS = 3
 
@@ -115,7 +116,7 @@ class KernelCheck:
             TypeError, ValueError: the inputs or the reference are not as described.
         """
         for shape in self.shapes:
-            self._probe(self.reference, "reference", shape, torch.float64)
+            self._check_reference(shape)
         self._floor_at(self.shapes[0], 4)
         with_gradients = self.has_gradients
 
@@ -189,28 +190,25 @@ class KernelCheck:
             raise TypeError(f"{self.name}: floor must return a clipfast.kernels.spec.Floor, got {type(found).__name__}")
         return found
 
-    def _probe(
-        self, function: Callable[..., Any], what: str, sizes: Mapping[str, Any], dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        """Call the kernel's reference on inputs in a dtype, and return its results.
+    def _check_reference(self, sizes: Mapping[str, Any]) -> None:
+        """Call the kernel's reference in float64.
 
         Raises:
             TypeError, ValueError: it fails, or returns no tensors, or results in another dtype than its inputs.
         """
-        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in self.made(sizes, Draw()).items()}
+        inputs = in_double(self.made(sizes, Draw()))
         try:
-            results = _tuple(function(**inputs))
+            results = _tuple(self.reference(**inputs))
         except Exception as error:
-            raise ValueError(f"{self.name}: the {what} raised at {_words(sizes)}: {_text(error)}") from error
+            raise ValueError(f"{self.name}: the reference raised at {_words(sizes)}: {_text(error)}") from error
         for result in results:
             if not isinstance(result, Tensor):
-                raise TypeError(f"{self.name}: the {what} must return tensors, got {type(result).__name__}")
-            if result.is_floating_point() and result.dtype != dtype:
+                raise TypeError(f"{self.name}: the reference must return tensors, got {type(result).__name__}")
+            if result.is_floating_point() and result.dtype != torch.float64:
                 raise ValueError(
-                    f"{self.name}: the {what} returned {result.dtype} for inputs in {dtype}: it must compute in the "
-                    f"dtype of its inputs, since its result in {dtype} counts as exact"
+                    f"{self.name}: the reference returned {result.dtype} for inputs in torch.float64: it must compute "
+                    "in the dtype of its inputs, since its result in float64 counts as exact"
                 )
-        return results
 
     @functools.cached_property
     def has_gradients(self) -> bool:

@@ -131,9 +131,8 @@ def iter_groups(
         on_total(sum(map(len, by_leg.values())))
     with contextlib.ExitStack() as stack:
         children = []
-        for leg in [
-            leg for leg in by_leg if leg not in (CUDA, here())
-        ]:  # each of these legs runs in a process of its own, in parallel to the checks of this process
+        # Each of these legs runs in a process of its own, in parallel to the checks of this process.
+        for leg in [leg for leg in by_leg if leg not in (CUDA, here())]:
             of_leg = dataclasses.replace(options, legs=(leg,), device="cpu").to_dict()
             child = groups_of_child(of_leg, leg, options.hang_seconds)
             children.append(stack.enter_context(contextlib.closing(child)))

@@ -25,15 +25,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..kernels.hardware import ARCHITECTURES
 from ..kernels.launch import Launch
 
-ARCH = 90  # of the GPU that is stood in for, if no other is wanted
+ARCH = 90  # the compute capability of the GPU, if no other is wanted
 _CPU = torch.device("cpu")
 _CUDA = torch.device("cuda", 0)
 
 
 class _Compiled:
-    """What stands in for a compiled kernel of others, for code that asks what it takes and then launches it.
+    """A stand-in for a compiled kernel, whose registers and shared memory some code asks for before it launches it.
 
-    Nothing is compiled, so the registers and the shared memory are plausible numbers.
+    Nothing is compiled, so these are plausible numbers.
     """
 
     n_regs, n_spills, metadata = 32, 0, types.SimpleNamespace(shared=1024, num_warps=4)
@@ -49,7 +49,7 @@ class _Compiled:
 
 
 class _Driver:
-    """The answers of Triton's driver for the GPU that is stood in for."""
+    """A stand-in for Triton's driver, which answers as it would for a GPU."""
 
     def __init__(self, arch: int) -> None:
         limits = ARCHITECTURES[arch]
@@ -59,11 +59,11 @@ class _Driver:
         self._arch = arch
 
     def get_current_target(self) -> GPUTarget:
-        """Return the architecture that code of others asks for."""
+        """Return the architecture that others' kernels are compiled for."""
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        """Return the number of the GPU that is stood in for."""
+        """Return the number of the only GPU."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
@@ -72,7 +72,7 @@ class _Driver:
 
 
 class _OnCpu(TorchFunctionMode):
-    """Make and keep every tensor on the CPU that code of others wants on a GPU."""
+    """Make tensors on the CPU, and keep them there, where code of others asks for a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {key: _CPU if key == "device" and _is_cuda(value) else value for key, value in (kwargs or {}).items()}
@@ -85,12 +85,12 @@ class _OnCpu(TorchFunctionMode):
 
 
 def _is_cuda(device: object) -> bool:
-    """Return whether code of others means a GPU by an argument."""
+    """Return whether an argument in code of others names a GPU."""
     return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
 def _pretended_device(mode: TorchFunctionMode) -> property:
-    """Return the attribute ``device`` of tensors: the GPU for code of others, and the CPU inside of PyTorch's calls."""
+    """Return the property ``Tensor.device``: the GPU for code of others, and the CPU inside of PyTorch's functions."""
     real = torch._C.TensorBase.device.__get__
 
     def device(x: Any) -> torch.device:
@@ -102,9 +102,9 @@ def _pretended_device(mode: TorchFunctionMode) -> property:
 
 
 def _with_mode(mode: TorchFunctionMode) -> Callable[..., Any]:
-    """Return the function that runs a backward pass, in which code of others finds the GPU too.
+    """Return PyTorch's function for a backward pass, changed so that code of others finds the GPU in it.
 
-    PyTorch switches the mode off within its own functions, of which a backward pass is one.
+    PyTorch switches ``mode`` off in its own functions, also in a backward pass, which calls code of others.
     """
     run_backward = torch.autograd.graph._engine_run_backward
 
@@ -162,12 +162,12 @@ def stand_in_gpu(arch: int = ARCH) -> Iterator[None]:
 
 
 def _nowhere(_: object = None) -> contextlib.AbstractContextManager[None]:
-    """Return a context that makes no GPU current, for code of others that would."""
+    """Return a context that does nothing, in place of one that would make a GPU current."""
     return contextlib.nullcontext()
 
 
 def _prepared(tuner: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a kernel of others in one of its configurations, after the hooks that come before it."""
+    """Run the hooks before a launch of others' kernel in one configuration, and return the arguments of the launch."""
     chosen = {**kwargs, **config.all_kwargs()}
     named = {**dict(zip(tuner.arg_names, args, strict=False)), **chosen}
     tuner.pre_hook(named, reset_only=True)
@@ -200,7 +200,7 @@ def record_others() -> Iterator[list[Choice]]:
     is_other = False  # whether the next launch is the one before it in another configuration
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
-        """Record a launch, or return what stands in for a compiled kernel of others."""
+        """Record a launch of others' kernel, or return a stand-in for the kernel if it is only to be compiled."""
         if warmup:
             return _Compiled(kernel, kwargs)
         launch = _launch_of(kernel, args, grid, kwargs)
@@ -217,7 +217,7 @@ def record_others() -> Iterator[list[Choice]]:
         is_other = False
 
     def run_nothing(kernel: Any, *_: Any, warmup: bool = False, **kwargs: Any) -> Any:
-        """Run nothing of an interpreted kernel of others, which has no parameters to record."""
+        """Skip the launch of an interpreted kernel of others, whose parameters cannot be recorded."""
         return _Compiled(kernel, kwargs) if warmup else None
 
     with (

@@ -103,7 +103,7 @@ def load_tile(
     tile, M, N, stride_xm, stride_xn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile [BM, BN] of a matrix in float32, zero past its ends, and the numbers of its rows and columns."""
+    """Return a tile [BM, BN] of a matrix in float32, zero past its ends, and the indices of its rows and columns."""
     num_n = tl.cdiv(N, BLOCK_N)
     rows = (tile // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tile % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,7 +116,7 @@ def load_tile(
 
 @triton.jit
 def order_of(size):
-    """Return integers in the order of numbers that are not negative, and zero for NaN."""
+    """Return numbers that are not negative as integers with the same bits, which have the same order; 0 for NaN."""
     return tl.where(size >= 0.0, size, 0.0).to(tl.int32, bitcast=True)
 
 

@@ -14,8 +14,8 @@ def multiply(
     """Return the products [M, N] of rows ``a`` [M, K] and ``b`` [N, K] in 8 bits, plus a bias [N].
 
     On a CPU, the products of two values are exact in float32, which adds them up; scales and bias come after the sum.
-    On a GPU, PyTorch's product with scales by row returns bfloat16; its sums are not kept in fewer bits than the matrix
-    unit has (``use_fast_accum=False``). Fake tensors stand for those of a GPU.
+    On a GPU, PyTorch's product with a scale for each row returns bfloat16. With ``use_fast_accum=False``, it adds up
+    partial sums of the matrix unit in float32. Fake tensors take the path of a GPU, for which a compiler calls this.
     """
     if a.device.type != "cuda" and not isinstance(a, FakeTensor):
         y = a.to(a_scale.dtype) @ b.to(a_scale.dtype).T
@@ -34,6 +34,6 @@ def multiply(
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """Return rows in 8 bits with a width that PyTorch's product takes, and a multiple of ``rows`` of them, if not 0."""
+    """Pad rows in 8 bits to a width that PyTorch's product takes, and to a multiple of ``rows`` unless that is 0."""
     missing = -x.shape[1] % ALIGNED, -x.shape[0] % rows if rows else 0
     return F.pad(x.view(torch.uint8), (0, missing[0], 0, missing[1])).view(x.dtype) if any(missing) else x
