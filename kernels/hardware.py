@@ -99,6 +99,9 @@ def target_name(arch: int) -> str:
     return f"gfx{arch}" if arch in AMD else f"sm_{arch}"
 
 
+# How many times as fast as a product in 16 bits one in 8 bits is taken to be, on every card. Published products with an
+# inner dimension of 1,024 decided it; for four in five on Hopper it is 1.48 to 2.14 (docs/gpu-model.md).
+FP8_SPEEDUP = 1.8
 COPIED = 3.0 / 3.35  # the TB/s that copies reach on an H100, over those of its data sheet
 
 

@@ -17,7 +17,7 @@ from clipfast.cli.arguments import COUNT, Count, add_output
 from clipfast.io.files import replace_text
 from clipfast.io.progress import each
 from clipfast.kernels.dtypes import DTYPES
-from clipfast.kernels.hardware import ARCHITECTURES
+from clipfast.kernels.hardware import ARCHITECTURES, FP8_SPEEDUP
 from clipfast.kernels.launch import INTERPRET, Launch
 
 from ..case import OURS, short
@@ -40,10 +40,10 @@ examples:
 exit code: 0 no problem, 1 a shipped kernel has one, 2 an error, 130 interrupted"""
 NOTE = """\
 Predicted for one {card} by a model that runs the compiled kernels (Triton {triton}); nothing was measured on one.
-PyTorch's products take {tflops:g} TFLOP/s, and its other ops the bytes that they move. A CUDA graph takes the GPU's
-time. An eager call takes that or the host's, whichever is longer and so binds; pairs/s are of eager steps. The host's
-time follows from calls that were timed on {host}. Corrected: by the model's median error on
-published kernels of the kind; the range held for four in five of them. docs/gpu-model.md has them."""
+PyTorch's products take {tflops:g} TFLOP/s, those in 8 bits {times:g} times as many, and its other ops the bytes that
+they move. A CUDA graph takes the GPU's time. An eager call takes that or the host's, whichever is longer and so binds;
+pairs/s are of eager steps. The host's time follows from calls that were timed on {host}. Corrected: by the model's
+median error on published kernels of the kind; the range held for four in five of them. docs/gpu-model.md has them."""
 
 
 def inspect_launch(launch: Launch, arch: int, *, case: str = "", kernel: str = "", predicts: bool = True) -> Report:
@@ -224,7 +224,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.chart is not None:
         draw_steps(record, args.chart)
     host = measured_host()["machine"]["cpu"]
-    note = NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, tflops=args.tflops, host=host)
+    rates = {"tflops": args.tflops, "times": FP8_SPEEDUP}
+    note = NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, **rates, host=host)
     print(f"\n{note}")
     return 0
 

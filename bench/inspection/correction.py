@@ -3,7 +3,7 @@
 The predicted time of a kernel is divided by the median ratio of predicted to published time for its kind of kernel. For
 the ends of the range, it is divided by the ratios between which four in five published times lie. The errors of the
 kernels of an op or a step are taken to be one error, so the ends of their ranges are added. PyTorch's own ops take
-rates that were published, and are not corrected.
+rates that were published, and only its products in 8 bits are corrected.
 """
 
 import math
@@ -20,6 +20,7 @@ KINDS = {
     "patch, text input": ("patch", "patch"), "norm, activation": ("norm forward", "norm backward"),
 }  # fmt: skip
 OTHERS = ("memory", "memory")
+FP8_PRODUCT = "product in 8 bits"  # the kind of PyTorch's own
 # Kernels of a loss that only multiply matrices, or only read and write memory, have these kinds instead.
 KINDS_OF_KERNELS = {"_products_kernel": "product", "_strip_products_kernel": "product"} | dict.fromkeys(
     ("_normalize_kernel", "_totals_kernel", "_finish_kernel", "_scaled_kernel", "_through_norm_kernel"), "memory"

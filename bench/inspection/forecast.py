@@ -29,7 +29,7 @@ from clipfast.plan.ledger import Event, Ledger
 from clipfast.plan.planned_step import Setup, rank_of
 
 from .. import categories
-from .correction import Corrected, corrected, kind_of
+from .correction import FP8_PRODUCT, Corrected, corrected, kind_of
 from .eager import STEP, binds_from, host_seconds
 from .model import FULL, H100, Effort, Machine, NoModel, Prediction, predict_launch
 
@@ -178,6 +178,7 @@ class Forecast:
         host_seconds: the time that the host takes to start all of them.
         gpu_from: the smallest power of two of ``items`` from which the GPU takes longer than the host, if it was found.
         shares: the seconds by category, with the categories of a measured step.
+        fp8_seconds: the part of ``product_seconds`` that products in 8 bits take.
     """
 
     name: str
@@ -191,6 +192,7 @@ class Forecast:
     host_seconds: float
     gpu_from: int | None = None
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    fp8_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -201,7 +203,8 @@ class Forecast:
     def corrected(self) -> Corrected:
         """Return the predicted GPU time, corrected by the error of the model on published kernels."""
         kernels = [(kind_of(part.kernel, _category_of(part.kernel)), part.seconds) for part in self.parts]
-        return corrected(kernels, self.torch_seconds + self.product_seconds)
+        kernels.append((FP8_PRODUCT, self.fp8_seconds))
+        return corrected(kernels, self.torch_seconds + self.product_seconds - self.fp8_seconds)
 
     @property
     def eager_seconds(self) -> float:
@@ -271,10 +274,11 @@ def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort
     """Return the forecast of recorded launches and PyTorch ops; ``what`` are its name, shape, dtype and items."""
     parts = predict_parts([launch for _, launch in work.launches], machine, effort)
     times = [max(op.flops / product_flops, op.bytes / machine.hbm_rate) + machine.launch for op in work.ops]
-    products = sum(time for time, op in zip(times, work.ops, strict=True) if op.flops)
+    timed = [*zip(times, work.ops, strict=True)]
+    products = sum(time for time, op in timed if op.flops)
     return Forecast(
-        **what, parts=parts, torch_ops=len(work.ops),
-        torch_seconds=sum(times) - products, product_seconds=products, shares=_shares(parts, work.ops, times),
+        **what, parts=parts, torch_ops=len(work.ops), torch_seconds=sum(times) - products, product_seconds=products,
+        fp8_seconds=sum(time for time, op in timed if op.is_fp8), shares=_shares(parts, work.ops, times),
         host_seconds=host_seconds(what["name"], what["shape"], len(work.launches) + len(work.ops)),
     )  # fmt: skip
 

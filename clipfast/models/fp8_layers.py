@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ..kernels.backends import NOT_INSIDE
 from ..kernels.fp8 import E4M3, RECIPES, Fp8Rows, Fp8Weight
-from ..kernels.hardware import has_fp8
+from ..kernels.hardware import LEAST_FP8, has_fp8
 from ..kernels.implementations import fp8_linear_bwd, fp8_linear_fwd, quantize_both, quantize_rows
 from ..kernels.launch import arch_of
 
@@ -39,9 +40,17 @@ def check_fp8(device: torch.device) -> None:
     """Refuse a GPU that cannot multiply 8-bit numbers for a model; a CPU emulates it.
 
     Raises:
-        ValueError: the GPU is not one of NVIDIA's with compute capability 8.9 or higher.
+        ValueError: the GPU is not one of NVIDIA's with compute capability 8.9 or higher, or it is one with 8.9 under
+            PyTorch 2.11, whose products of rows in 8 bits may hang there.
     """
-    if device.type == "cuda" and not has_fp8(arch_of(device)):
+    if device.type != "cuda":
+        return
+    if arch_of(device) == LEAST_FP8 and TorchVersion(torch.__version__) < "2.12":
+        raise ValueError(
+            f"fp8 on a {torch.cuda.get_device_name(device)} needs PyTorch 2.12 or newer: {torch.__version__} starts "
+            "products outside the current CUDA stream, and may hang (pytorch/pytorch#177651)"
+        )
+    if not has_fp8(arch_of(device)):
         has = "is not one" if torch.version.hip is not None else f"has {arch_of(device) / 10:.1f}"
         raise ValueError(
             "fp8 needs a GPU of NVIDIA with compute capability 8.9 or higher, such as RTX 40, L40S and H100, and "

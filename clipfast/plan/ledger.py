@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..kernels.flops import launch_flops
+from ..kernels.hardware import FP8_SPEEDUP
 from ..kernels.launch import Launch
 
 ATEN = torch.ops.aten
@@ -40,9 +41,10 @@ class Event:
     phase: str  # the ledger's ``phase`` when the kernel or collective was called
     bytes: int  # bytes that the kernel reads and writes, or that this rank sends
     uses: frozenset[int]  # storages that are read or written
-    flops: int = 0  # FLOPs of matrix products; those in 8 bits, which take half the time, count half
+    flops: int = 0  # FLOPs of matrix products, which are divided by ``FP8_SPEEDUP`` if ``is_fp8``
     collective: str = ""  # name of the collective; empty for a kernel
     messages: int = 0  # number of messages that this rank sends one after another for the collective
+    is_fp8: bool = False  # whether the kernel is a matrix product in 8 bits
 
 
 class Ledger(TorchDispatchMode):
@@ -108,7 +110,7 @@ class Ledger(TorchDispatchMode):
             count = ATEN_FLOPS.get(func._overloadpacket)
             flops = 0 if count is None else count(*args, **kwargs, out_val=out)
             read = [] if _only_like(func) else given
-            self._add_kernel(flops // 2 if func is ATEN._scaled_mm.default else flops, [*read, *made])
+            self._add_kernel(flops, [*read, *made], is_fp8=func is ATEN._scaled_mm.default)
         self._update_peak()
         return out
 
@@ -149,10 +151,11 @@ class Ledger(TorchDispatchMode):
         with mock.patch.object(torch.UntypedStorage, "resize_", resize_and_book):
             yield
 
-    def _add_kernel(self, flops: int, tensors: list[Tensor]) -> None:
+    def _add_kernel(self, flops: int, tensors: list[Tensor], *, is_fp8: bool = False) -> None:
         """Add an event to the ledger for a kernel that reads or writes these tensors, unless they have no bytes."""
         if _nbytes(tensors) > 0:
-            self.events.append(Event(self.phase, _nbytes(tensors), self._enter(tensors), flops))
+            flops = round(flops / FP8_SPEEDUP) if is_fp8 else flops
+            self.events.append(Event(self.phase, _nbytes(tensors), self._enter(tensors), flops, is_fp8=is_fp8))
 
     def _enter(self, tensors: list[Tensor]) -> frozenset[int]:
         """Add storages that are new to the ledger's live bytes, and return the addresses of all tensors' storages."""

@@ -19,7 +19,7 @@ import clipfast
 from clipfast.cli.plan import fit_cells
 from clipfast.kernels import fp8_linear
 from clipfast.kernels.contrastive.modes import choose_mode
-from clipfast.kernels.hardware import CARDS, Cluster
+from clipfast.kernels.hardware import CARDS, FP8_SPEEDUP, Cluster
 from clipfast.kernels.spec import lengths_of
 from clipfast.models import add_model_config
 from clipfast.plan.fit import (
@@ -430,12 +430,15 @@ class TestCommand:
         assert re.search(said, error), error
 
 
-def test_a_step_in_8_bits_keeps_fewer_activations_and_counts_half_of_a_product():
-    kept = {}
+def test_a_step_in_8_bits_keeps_fewer_activations_and_takes_the_published_rate_of_a_product():
+    kept, flops = {}, set()
     for precision in ("amp_bf16", "amp_fp8"):
-        memory = StepPlan(Setup("deep", 1, precision=precision), H100, H100.card).memory(Batch(64, 64))
+        plan = StepPlan(Setup("deep", 1, precision=precision), H100, H100.card)
+        memory = plan.memory(Batch(64, 64))
+        flops.add(plan.model_flops(64))
         kept[precision] = memory["activations of images"] + memory["activations of texts"]
     assert 0.7 < kept["amp_fp8"] / kept["amp_bf16"] < 0.95
+    assert len(flops) == 1
     with _ledger_of(H100.card, {}, Ledger, is_fake=True) as ledger:
         fp8_linear(torch.zeros(64, 32), torch.zeros(48, 32))
-    assert [event.flops for event in ledger.events if event.flops] == [64 * 32 * 48]
+    assert [event.flops for event in ledger.events if event.is_fp8] == [round(2 * 64 * 32 * 48 / FP8_SPEEDUP)]

@@ -20,7 +20,8 @@ GH200 = dataclasses.replace(H100, name="GH200", hbm_rate=COPIED * 4.0e12)
 # With these limits, a prediction takes half as long as with ``model.FULL``. If all programs are alike, it is the same.
 # If their paths have many lengths, as in a causal backward pass, the two differ by up to a tenth.
 EFFORT = Effort(steps=150_000, turns=6, programs=16, kinds=4)
-MACHINES = {"H100": H100, "H200": H200, "GH200": GH200}
+# An H800 SXM computes as fast as an H100; its links to other GPUs are slower.
+MACHINES = {"H100": H100, "H800": H100, "H200": H200, "GH200": GH200}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def time_of(work: Work, machine: Machine) -> tuple[float, str]:
     total = sum(found[id(launched)][0] for launched, _ in work.launches)
     for other in work.others:
         total += max(other.moved / machine.hbm_rate, other.flops / machine.power_flops) + machine.launch
-    return total, max(found.values())[1]
+    return total, max(found.values(), default=(0.0, "published rate"))[1]
 
 
 def bands(answers: Iterable[tuple[str, float]]) -> dict[str, Band]:

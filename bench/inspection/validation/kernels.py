@@ -19,6 +19,8 @@ from unittest import mock
 import torch
 from triton.runtime.autotuner import Autotuner
 
+from clipfast.kernels.hardware import FP8_SPEEDUP
+
 from .recording import MULTIPROCESSORS, Launched, Other, Recorded, recording
 from .sources import gluon, module
 
@@ -175,6 +177,12 @@ def integer_product(folder: Path, m: int, n: int, k: int) -> list[Work]:
         if wanted["BLOCK_SIZE_M"] * wanted["BLOCK_SIZE_N"] >= 128 * 128:
             works.append(_tutorial_product(tuner, call, a, b, wanted))
     return works
+
+
+def scaled_product(folder: Path, m: int, n: int, k: int, result: str, by: str) -> list[Work]:  # noqa: ARG001
+    """Return a product of rows in 8 bits, which is no kernel of Triton and takes the rate of ``FP8_SPEEDUP``."""
+    flops, out = 2.0 * m * n * k, m * n * (1 if result == "e4m3" else HALF)
+    return [Work((), (Other("_scaled_mm", (m + n) * k + out, round(flops / FP8_SPEEDUP)),), flops)]
 
 
 def _tutorial_product(
