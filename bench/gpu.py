@@ -66,11 +66,12 @@ PARTS: dict[str, tuple[str, ...]] = {
     "loss": ("environment", "tests", "verify", "losses", "tune"),
     "attention": ("environment", "tests", "verify", "attention", "tune"),
     "blocks": ("environment", "tests", "verify", "patch", "blocks", "tune"),
-    "step": ("environment", "step"),
+    "step": ("environment", "step", "model", "page"),
 }
 LIMITED = {
     # The predictions of all ops and steps take several minutes on 2 cores.
     "first": {"model": "contrastive_loss attention"},
+    "step": {"model": "model=ViT-B-32 model=ViT-B-16 model=ViT-L-14 model=RN50"},
     "loss": {
         "tests": "contrastive or sigmoid or nce", "tune": "contrastive",
         "op": "contrastive_loss sigmoid_loss info_nce_loss nt_xent_loss",
@@ -90,7 +91,7 @@ RESULTS = (
 BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
 # All parts but "step" measure only these candidates of a training step, and our own model. They lack the time to
 # compile our model.
-STEP_CANDIDATES = ("--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
+STEP_CANDIDATES = ("--only", "clipfast padded", "clipfast graphed", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
 STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
 
 
@@ -152,7 +153,8 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
     first = "contrastive attention all"
     tune = [*python, "clipfast.bench", "tune", "--op", *limits.get("tune", first).split(), "--card", ""]
     tune += ["--limit", "48", "--seconds", "3", "--total", LEFT, "--tables", str(tables)]
-    predicted = ["--case", *(f"{op} " for op in limits["model"].split())] if "model" in limits else []
+    predicted = ["--case", *(f"{word} " for word in limits["model"].split())] if "model" in limits else []
+    before = PARTS[part][: PARTS[part].index("model")] if "model" in PARTS[part] else ()
     found = {
         "runs": [*on_gpu, "finite", *_workers()],
         "same bits": [*on_gpu, "same_bits", *_workers()],
@@ -161,7 +163,7 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
         "values": [*python, "clipfast", "verify", *of_two, "--json", str(out / "values.json")],
         "model": [*python, "clipfast", "inspect", "--predict", "--quick", *predicted, "--json",
                   str(out / "predicted.json"), "--against",
-                  *(str(out / f"bench-{suite}.json") for suite in ("loss", "attention"))],
+                  *(str(out / f"bench-{suite}.json") for suite in before if suite in BENCHES)],
         "tests": [*pytest, "tests/kernels", *_workers(), *only],
         "verify": verify,
         "tune": tune,

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from clipfast.io.page import section, write_page
@@ -20,9 +21,12 @@ from .case import OURS
 from .gpu_kernels import KERNELS
 from .inspection.eager import STEP
 from .inspection.forecast import label
+from .suites.step import GRAPHED, PADDED
 
 HEADS = ("claim", "predicted", "measured", "ratio")
 PREDICTED = "predicted.json"
+# The spaces before a claim show to which case it belongs. No script sorts the rows, since their order has a meaning.
+STYLE = "td { white-space: pre } th button { pointer-events: none } body { max-width: 76rem }\n"
 WORDS = (
     "A ratio of times is that of the prediction over the measurement: above 1, the kernel was faster than predicted. "
     "That of another implementation is its time over ours: above 1, ours was faster."
@@ -31,12 +35,13 @@ WORDS = (
 
 def claims(folder: Path) -> Iterator[tuple[str, str, str, str]]:
     """Yield claim, prediction, measurement and ratio from the results in the folder of a GPU run."""
-    predictions: dict[str, float] = {}
+    predictions: dict[tuple[str, str], float] = {}  # by case and candidate of ours
     parts: dict[str, dict[str, float]] = {}
     for one in _read(folder / PREDICTED).get("forecasts", ()):
-        found = one["corrected"] if one["name"] != STEP else {"seconds": one["eager_seconds"]}
         name = label(one["name"], one["shape"], one["dtype"])
-        predictions[name] = found["seconds"]
+        predictions[name, GRAPHED if one["name"] == STEP else OURS] = one["corrected"]["seconds"]
+        if one["name"] == STEP:
+            predictions[name, PADDED] = one["eager_seconds"]
         for part in one["parts"]:
             seconds = part["launches"] * part["prediction"]["seconds"] if part["prediction"] else 0.0
             of_kernel = parts.setdefault(name, {})
@@ -51,15 +56,22 @@ def claims(folder: Path) -> Iterator[tuple[str, str, str, str]]:
                 yield f"  kernel {kernel}", _time(predicted), _time(seconds), _ratio(predicted, seconds)
 
 
-def _of_case(name: str, case: dict[str, Any], predictions: dict[str, float]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the claims about one case of a benchmark: our time, and those of the others over it."""
-    times = {one["name"]: one.get("median_s") for one in case["candidates"]}
-    ours, predicted = times.pop(OURS, None), predictions.get(name)
+def _of_case(
+    name: str, case: dict[str, Any], predictions: dict[tuple[str, str], float]
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the claims about one case of a benchmark: our times, and those of the others over it."""
+    ours = next((one.get("median_s") for one in case["candidates"] if one["name"] == OURS), None)
     throttled = ", throttled" if case["telemetry"].get("throttled") else ""
-    yield name, _time(predicted), f"{_time(ours)}{throttled}", _ratio(predicted, ours)
-    for other, seconds in times.items():
-        refused = next(one["refused"] for one in case["candidates"] if one["name"] == other)
-        yield f"  beside {other}", "", _time(seconds) or f"not timed: {refused}", _ratio(seconds, ours)
+    for one in case["candidates"]:
+        seconds, predicted = one.get("median_s"), predictions.get((name, one["name"]))
+        refused = (one["refused"] or "").removeprefix("missing: ")
+        measured = f"{_time(seconds)}{throttled}" if seconds else shorten(f"not timed: {refused}", 48)
+        if one["name"] == OURS:
+            yield name, _time(predicted), measured, _ratio(predicted, ours)
+        elif predicted:
+            yield f"  {one['name']}", _time(predicted), measured, _ratio(predicted, seconds)
+        else:
+            yield f"  beside {one['name']}", "", measured, _ratio(seconds, ours)
 
 
 def _ratio(seconds: float | None, ours: float | None) -> str:
@@ -87,7 +99,8 @@ def main() -> int:
     rows = list(claims(args.folder))
     title = "clipfast on a GPU: predicted and measured"
     words = f"{args.note} {WORDS}".strip()
-    write_page(args.folder / "page.html", title, section(title, words, level=1) + page_table(rows, HEADS))
+    body = section(title, words, level=1) + page_table(rows, HEADS)
+    write_page(args.folder / "page.html", title, body, style=STYLE)
     print(align([HEADS, *rows], right=range(1, 4)))
     return 0
 

@@ -44,7 +44,7 @@ from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.verify.models import draw_batch
 
 from . import results
-from .case import AnyFunction, Candidate, Case, Sizes, call
+from .case import OURS, AnyFunction, Candidate, Case, Sizes, call
 from .harness import Budget, Timing, leaves, measure
 from .stub import driver, walk
 from .stub.build import missing_tool
@@ -161,7 +161,7 @@ def _rows_of_model(name: str, dtype: str, device: torch.device) -> Iterator[Row]
     """
     narrow = _narrow(name)
     case = step.build({"model": narrow, "batch": 2}, dtype, device)
-    kept = tuple(one for one in case.candidates if "compiled" not in one.name)
+    kept = tuple(one for one in case.candidates if one.name in (OURS, "PyTorch", "OpenCLIP"))
     yield Row("step", {"model": name, "batch": 2}, None, dataclasses.replace(case, candidates=kept))
     images, texts = draw_batch(get_model_config(narrow), 1)
     for kind, x in (("image", images.float() / 255), ("text", texts)):

@@ -21,7 +21,9 @@ from clipfast.kernels.hardware import ARCHITECTURES, FP8_SPEEDUP
 from clipfast.kernels.launch import INTERPRET, Launch
 
 from ..case import OURS, short
+from ..suites.step import PADDED
 from . import forecast, offline
+from .eager import STEP
 from .eager import measured as measured_host
 from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, load, predict
 from .report import Report, differences, explain, table, to_json
@@ -128,7 +130,7 @@ def add_parser(commands: Any) -> None:
     add("--arch", nargs="+", type=COUNT, default=ARCHS, metavar="N", help="compute capabilities (default: all known)")
     chosen = "report only cases whose name contains a TEXT, such as contrastive_loss"
     add("--op", "--case", dest="cases", nargs="+", default=[""], metavar="TEXT", help=chosen)
-    add_output(parser, "--json", help="write everything to FILE too")
+    add_output(parser, "--json", is_held=False, help="write everything to FILE too, kept up to date while it predicts")
     add(
         "--snapshot",
         metavar="FILE",
@@ -197,7 +199,8 @@ def _predict(args: argparse.Namespace) -> int:
     shapes = enumerate(forecast.measured_shapes())
     labels = ((n, forecast.label(spec.name, shape.to_dict(), args.dtype)) for n, (spec, shape) in shapes)
     ops = [n for n, label in labels if any(text in label for text in args.cases)]
-    steps = [model for model in forecast.STEPS if any(text in f"step model={model}" for text in args.cases)]
+    steps = [model for model, pairs in forecast.STEPS.items()
+             if any(text in f"step model={model} batch={pairs}" for text in args.cases)]  # fmt: skip
     if not ops and not steps:
         examples = "'contrastive_loss pairs=32768' or 'step model=ViT'"
         raise ValueError(f"no op or step contains {_alternatives(args.cases)}, such as {examples}")
@@ -233,6 +236,8 @@ def _predict(args: argparse.Namespace) -> int:
 def _measurements(paths: Iterable[str]) -> dict[str, float]:
     """Return the median seconds of our candidate by :func:`forecast.label`, from result files of ``clipfast bench``.
 
+    That of a training step is the one that computes the padding of texts, as the prediction does.
+
     Raises:
         ValueError: a file is not such a result.
     """
@@ -241,7 +246,8 @@ def _measurements(paths: Iterable[str]) -> dict[str, float]:
         try:
             cases = json.loads(Path(path).read_text())["cases"]
             for case in cases:
-                ours: dict[str, Any] = next((one for one in case["candidates"] if one["name"] == OURS), {})
+                wanted = PADDED if case["op"] == STEP else OURS
+                ours: dict[str, Any] = next((one for one in case["candidates"] if one["name"] == wanted), {})
                 if "median_s" in ours:
                     name = case["op"].removesuffix(".fwd_bwd")
                     found[forecast.label(name, case["shape"], case["dtype"])] = ours["median_s"]

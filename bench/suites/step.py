@@ -12,8 +12,9 @@ the loss. Two numbers belong to a step of N pairs with D features, and they diff
   computes the logits once more in backward: 8 N^2 D, as the specification of ``contrastive_loss`` says. Our
   attention pool of a ResNet has one query, where the published one has as many as there are positions.
 
-AdamW counts its steps on the host here, so a step cannot be a CUDA graph, and its time includes the host that launches
-the kernels. The inputs are on the device when the time begins.
+The time of a step includes the host that launches its kernels, but for the candidate that is replayed as a CUDA graph.
+The inputs are on the device when the time begins. Our model packs texts there, unless it is compiled or captured; one
+candidate does neither and still computes all padding, as published and as :mod:`..inspection.forecast` predicts it.
 """
 
 import functools
@@ -33,6 +34,7 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import Floor, specs
 from clipfast.models import SigLIPConfig
 from clipfast.models.resnet import ModifiedResNet
+from clipfast.train.graphs import graphed
 from clipfast.train.optim import adamw
 from clipfast.verify.models import draw_batch
 
@@ -43,6 +45,8 @@ from . import peers
 
 # A function that opens a range of the profiler, given its name.
 Range = Callable[[str], AbstractContextManager[object]]
+# Our candidates that compute the padding of texts: launch by launch, and as one CUDA graph.
+PADDED, GRAPHED = f"{OURS} padded", f"{OURS} graphed"
 FIELDS: Sizes = {"model": "ViT-B-32", "batch": 256}
 SMALLEST: Sizes = {"model": "ViT-T-8-32", "batch": 2}
 # The reference keeps the scores of every layer in float32, so a large batch would not fit.
@@ -83,6 +87,8 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         candidates=(
             Candidate(OURS, functools.partial(ours, "auto")),
             Candidate(f"{OURS} compiled", lambda: _compiled(functools.partial(ours, "auto"), device, fullgraph=True)),
+            Candidate(PADDED, functools.partial(ours, "auto", packs=False), note="padding of texts is computed"),
+            Candidate(GRAPHED, lambda: ReplayedStep(ours("auto", capturable=True)), needs_gpu=True),
             Candidate("PyTorch", functools.partial(ours, "torch"), note="the same model on the reference ops"),
             Candidate("OpenCLIP", theirs),
             Candidate("OpenCLIP compiled", lambda: _compiled(theirs, device, fullgraph=False)),
@@ -108,11 +114,15 @@ def _inputs(name: str, batch: int, device: torch.device) -> Inputs:
     return {"images": images.to(device), "texts": texts.to(device)}
 
 
-def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "MeasuredStep":
-    """Return our training step as a benchmark candidate."""
+def _ours(
+    name: str, dtype: str, device: torch.device, backend: str, *, packs: bool = True, capturable: bool = False
+) -> "MeasuredStep":
+    """Return our training step as a benchmark candidate, which may pack texts, and which a graph can hold."""
     model = create_model(name, device=device, backend=backend)
     model.load_state_dict(_weights(name))
-    return MeasuredStep(name, model, functools.partial(contrastive_loss, backend=backend), dtype)
+    model.pack_text &= packs
+    loss = functools.partial(contrastive_loss, backend=backend)
+    return MeasuredStep(name, model, loss, dtype, capturable=capturable)
 
 
 def _open_clip(name: str, dtype: str, device: torch.device) -> "MeasuredStep":
@@ -152,13 +162,13 @@ class MeasuredStep:
     autocast dtype or "fp32".
     """
 
-    def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str) -> None:
+    def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str, *, capturable: bool = False) -> None:
         self.name = name
         self.model: Callable[..., Any] = model.train()
         # OpenCLIP's parameters have the same names as ours, after the prefix "model." of the module that normalises.
         self.parameters = {name.removeprefix("model."): p for name, p in model.named_parameters()}
         self.loss, self.dtype = loss, dtype
-        self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)
+        self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2, capturable=capturable)
 
     def __call__(self, images: Tensor, texts: Tensor, loss_range: Range = nullcontext) -> Tensor:
         """Take a step and return the loss before it."""
@@ -192,6 +202,28 @@ class MeasuredStep:
             with loss_range(LOSS_RANGE):
                 loss = self.loss(image, text, scale)
         return image, text, loss
+
+
+class ReplayedStep:
+    """A :class:`MeasuredStep` that is captured as a CUDA graph in its second call, and then replayed."""
+
+    def __init__(self, step: MeasuredStep) -> None:
+        self.step = step
+        self.forget()
+
+    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Take a step, and return the loss before it."""
+        return self._replayed(images, texts)
+
+    def forget(self) -> None:
+        """Free the graph of the benchmarked step; the call after the next one captures another."""
+        self._replayed = graphed(self.step.__call__, warmup=1)
+
+    def observe(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        """Return loss, features and gradients as :meth:`MeasuredStep.observe` does, written by a replayed graph."""
+        observe = graphed(self.step.observe, warmup=1)
+        observe(images, texts)
+        return observe(images, texts)
 
 
 def step_flops(name: str, pairs: int) -> float:

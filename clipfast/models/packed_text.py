@@ -148,7 +148,7 @@ def has_values(x: Tensor) -> bool:
 
 def _lengths(texts: Tensor, last: Tensor | None) -> Tensor:
     """Return the number of tokens of each text up to the one that is read, int64 [B] on the CPU."""
-    return ((texts.argmax(-1) if last is None else last) + 1).cpu()
+    return (texts.argmax(-1) if last is None else last).cpu() + 1
 
 
 def _packed(texts: Tensor, lengths: Tensor, for_gpu: bool) -> PackedText:

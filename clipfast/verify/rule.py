@@ -97,7 +97,9 @@ def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgemen
     finite = truth.isfinite() & same_dtype.isfinite()
     if not finite.any():
         return Judgement(note="PyTorch's own result is not finite: no yardstick", no_yardstick=True)
-    return Judgement(_figures(ours[finite], same_dtype[finite], truth[finite], k))
+    if not finite.all():
+        ours, same_dtype, truth = ours[finite], same_dtype[finite], truth[finite]
+    return Judgement(_figures(ours, same_dtype, truth, k))
 
 
 def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple[Figure, ...]:

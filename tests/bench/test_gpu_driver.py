@@ -245,6 +245,19 @@ print(torch.cuda.get_device_name(), torch.cuda.memory_allocated() >= 8e6, y.sum(
     assert run.stdout.splitlines()[-1] == f"NVIDIA H100 80GB HBM3 ({stub_gpu.MARK}) True 0.0"
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="the stub stands in for the GPU of a CUDA build of PyTorch")
+@pytest.mark.skipif(build.missing_tool() is not None, reason=f"{build.missing_tool()}")
+def test_a_step_is_captured_before_its_time_begins(tmp_path):
+    command = [sys.executable, "-P", "-m", "clipfast.bench", "step", "--device", "cuda", "--seconds", "0.1"]
+    command += ["--shape", "model=ViT-T-8-32 batch=2", "--only", "clipfast graphed", "--json", tmp_path / "step.json"]
+    subprocess.run(command, env=stub_gpu.gpu_environment(), capture_output=True, check=True)
+    (case,) = json.loads((tmp_path / "step.json").read_text())["cases"]
+    eager, graphed = case["candidates"]
+    assert graphed["refused"] is None
+    assert max(graphed["samples_s"]) < 0.2 * min(eager["samples_s"])  # the host launches one graph
+    assert graphed["peak_bytes"] > 0.5 * eager["peak_bytes"]  # a replay itself allocates nothing
+
+
 def test_on_the_stub_only_comparisons_of_values_are_forgiven(tmp_path):
     (tmp_path / "test_it.py").write_text("""
 import torch
@@ -289,17 +302,28 @@ def test_the_page_has_each_claim_with_its_prediction_and_measurement(tmp_path, c
         {"name": "memeff", "refused": "missing: memeff"},
     ]
     case = {"op": "contrastive_loss.fwd_bwd", **what, "candidates": candidates, "telemetry": {"throttled": True}}
-    (tmp_path / "predicted.json").write_text(json.dumps({"forecasts": [forecast]}))
+    step = {"shape": {"model": "ViT-B-32", "batch": 8}, "dtype": "bf16"}
+    times = {"clipfast": 3e-3, "clipfast padded": 4e-3, "clipfast graphed": 2e-3, "OpenCLIP": 6e-3}
+    timed = [{"name": name, "median_s": seconds, "refused": None} for name, seconds in times.items()]
+    whole = {"op": "step", **step, "candidates": timed, "telemetry": {"throttled": None}}
+    of_step = {"name": "step", **step, "corrected": {"seconds": 1e-3}, "eager_seconds": 5e-3, "parts": []}
+    (tmp_path / "predicted.json").write_text(json.dumps({"forecasts": [forecast, of_step]}))
     (tmp_path / "bench-loss.json").write_text(json.dumps({"cases": [case]}))
+    (tmp_path / "bench-step.json").write_text(json.dumps({"cases": [whole]}))
     (tmp_path / "kernels.json").write_text(json.dumps({"contrastive_loss pairs=8 bf16": {"_stats_kernel": 1e-3}}))
     monkeypatch.setattr(sys, "argv", ["gpu_page", str(tmp_path), "--note", gpu.STUB_NOTE])
     assert gpu_page.main() == 0
     rows = [re.split(" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows == [
         ["contrastive_loss pairs=8 bf16", "3.00 ms", "4.00 ms, throttled", "0.75"],
-        ["beside OpenCLIP", "6.00 ms", "1.50"],
-        ["beside memeff", "not timed: missing: memeff"],
+        ["beside OpenCLIP", "6.00 ms, throttled", "1.50"],
+        ["beside memeff", "not timed: memeff"],
         ["kernel _stats_kernel", "2.00 ms", "1.00 ms", "2.00"],
+        ["step model=ViT-B-32 batch=8 bf16", "3.00 ms"],
+        # An eager step is predicted to take the host's time if that is longer, and a graph to take the GPU's.
+        ["clipfast padded", "5.00 ms", "4.00 ms", "1.25"],
+        ["clipfast graphed", "1.00 ms", "2.00 ms", "0.50"],
+        ["beside OpenCLIP", "6.00 ms", "2.00"],
     ]
     page = (tmp_path / "page.html").read_text()
     assert gpu.STUB_NOTE in page
