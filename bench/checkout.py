@@ -16,12 +16,18 @@ def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> P
     """Make ``site`` a folder for PYTHONPATH from which benchmarks run, with kernels/ and bench/ inside clipfast/.
 
     ``bench`` is the folder bench/ of another checkout, in place of that of ``root``. Earlier links are replaced.
+
+    Raises:
+        FileExistsError: ``site`` has a folder ``clipfast`` of something else, such as a checkout.
     """
     package = site / "clipfast"
     package.mkdir(parents=True, exist_ok=True)
-    for entry in package.iterdir():
-        # Every entry of the folder is a link except __pycache__, which Python has made.
-        entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
+    old = [entry for entry in package.iterdir() if entry.name != "__pycache__"]
+    if others := [entry for entry in old if not entry.is_symlink()]:
+        raise FileExistsError(f"{others[0]} is not a link that an earlier call has made; give another folder")
+    for entry in old:
+        entry.unlink()
+    shutil.rmtree(package / "__pycache__", ignore_errors=True)
     for entry in (root / "clipfast").iterdir():
         if entry.name != "__pycache__":
             (package / entry.name).symlink_to(entry)

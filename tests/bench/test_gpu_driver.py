@@ -184,6 +184,15 @@ print(importlib.machinery.PathFinder.find_spec("clipfast", sys.path).origin)
     assert run_beside(site, code, checkout.ROOT).startswith(str(site))
 
 
+def test_a_checkout_is_never_replaced_by_links(tmp_path):
+    source = tmp_path / "clipfast" / "mine.py"
+    source.parent.mkdir()
+    source.touch()
+    with pytest.raises(FileExistsError, match=r"mine\.py"):
+        checkout.link_packages(tmp_path)
+    assert source.exists()
+
+
 def test_what_is_written_goes_elsewhere_where_the_checkout_is_read_only(tmp_path, monkeypatch):
     def read_only(site):
         """Refuse the folder of a checkout, as if the GPU run could not write there."""
