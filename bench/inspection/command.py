@@ -137,7 +137,6 @@ def add_parser(commands: Any) -> None:
         help="resources to compare with (default: the one of this version)",
     )
     add("--jobs", type=Count(1, 1024), metavar="N", help="number of processes (default: one for each core)")
-    add("--traceback", action="store_true", help="show where an error was raised")
     what = parser.add_argument_group("predicted times, without the report")
     add = what.add_argument
     add("--predict", action="store_true", help="predict every op and a step of every published model instead")
@@ -152,7 +151,7 @@ def add_parser(commands: Any) -> None:
         help="predict steps on packed captions, 18 tokens on average (default: as long as the context)")  # fmt: skip
     add_output(what, "--chart", help="draw where the time of each step goes, as a picture")
     add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,14 +14,14 @@ from ..io.text import meant
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from ..models import CLIPConfig, get_model_config, list_models
 from ..models.registry import QUICK_GELU_SUFFIX
+from ..models.siglip import IMAGE_MEAN, IMAGE_STD
 from .hub import fetch
 from .open_clip_folder import WEIGHTS_NAMES
 
-_HALF = (0.5, 0.5, 0.5)
 # This maps each note in ``pretrained.toml`` to the settings that it changes in a configuration.
 _NOTES: dict[str, dict[str, Any]] = {
     "quick_gelu": {"quick_gelu": True},
-    "half": {"mean": _HALF, "std": _HALF},
+    "half": {"mean": IMAGE_MEAN, "std": IMAGE_STD},
     "squash": {"resize_mode": "squash"},
 }
 

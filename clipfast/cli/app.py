@@ -36,8 +36,7 @@ def add_parser(commands: Any) -> None:
     add("--pictures", type=Path, nargs="+", metavar="FOLDER", help=pictures)
     add("--port", type=Count(1, 65535), default=PORT, metavar="INT", help=f"port to listen on (default: {PORT})")
     add("--no-browser", action="store_true", help="do not open the page in a browser")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

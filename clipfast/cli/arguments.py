@@ -6,7 +6,7 @@ import argparse
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +17,24 @@ from ..io.text import meant, printable
 # replaced by "*" to find the files that exist.
 BRACES = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
 DRAWN = ("drawn",)  # value of ``Output.ends`` for the suffixes of all formats that matplotlib can write
+# Options that several commands have.
+CACHE_DIR: dict[str, Any] = {
+    "metavar": "FOLDER", "help": "cache of the hub (default: huggingface_hub's own, which HF_HOME moves)",
+}  # fmt: skip
+TABLE: dict[str, Any] = {"action": "store_true", "help": "print a table in place of JSON, which --json still writes"}
+TOKENIZER: dict[str, Any] = {
+    "metavar": "PATH", "help": "tokenizer.json of a SigLIP model, or its folder (default: the model's)",
+}  # fmt: skip
+TRUST: dict[str, Any] = {"action": "store_true", "help": "load a TorchScript archive, which may run its code"}
 
 
 class Parser(argparse.ArgumentParser):
     """A command-line parser whose errors are one line, with a suggestion if a similar word is known."""
+
+    def runs(self, function: Callable[[argparse.Namespace], int], *aliases: str) -> None:
+        """Set the function that the command calls, and add ``--traceback``, which has other names in ``aliases``."""
+        self.add_argument("--traceback", *aliases, action="store_true", help="show where an error was raised")
+        self.set_defaults(run=function)
 
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
         """Parse arguments as argparse does, but report unknown ones here.
@@ -138,7 +152,10 @@ class Count:
 COUNT, OR_ZERO = Count(), Count(0)
 BATCH, PIXELS, SEED = Count(1, 2**20), Count(1, 2**13), Count(0, 2**32 - 1)
 WORKERS = Count(0, 1024)  # number of processes
-SECONDS = Count(1, 366 * 24 * 60 * 60)
+DIST_TIMEOUT: dict[str, Any] = {
+    "type": Count(1, 366 * 24 * 60 * 60), "default": 600, "metavar": "INT",
+    "help": "seconds after which the processes of torchrun give up waiting for another one (default: 600)",
+}  # fmt: skip
 
 
 def folder(text: str) -> Path:

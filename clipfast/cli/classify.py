@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     add_templates_argument(parser)
     add_encoder_arguments(parser, required=True)
     add_result_arguments(parser, "the pictures and their labels")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

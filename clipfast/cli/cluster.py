@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
     add_output(parser, "--output", "--write", dest="write", ends=[".parquet"], help=written)
     add_encoder_arguments(parser)
     add_result_arguments(parser, "the pictures that are nearest to the centre of each cluster")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

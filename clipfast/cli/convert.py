@@ -15,7 +15,7 @@ import argparse
 from typing import Any
 
 from ..checkpoints import TARGETS
-from .arguments import PIXELS, Count, add_output
+from .arguments import CACHE_DIR, PIXELS, TRUST, Count, add_output
 
 EPILOG = """\
 layouts:
@@ -54,10 +54,9 @@ def add_parser(commands: Any) -> None:
     )
     add("--image-size", type=PIXELS, metavar="PIXELS", help="resize the positions of patches to images of this size")
     add("--context-length", type=Count(2, 2**16), metavar="TOKENS", help="resize the positions of texts to this length")
-    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
-    add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    add("--cache-dir", **CACHE_DIR)
+    add("--trust", **TRUST)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
     add_output(parser, "--write-keys", help="write the keys of all items that are kept, one a line")
     add_device_argument(parser)
     add_result_arguments(parser, f"the groups, of which the {SHOWN} largest are shown")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

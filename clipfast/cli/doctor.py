@@ -42,8 +42,7 @@ def add_parser(commands: Any) -> None:
     logs = "folder of the runs, as clipfast train takes it (default: runs)"
     add("--logs", "--folder", dest="folder", type=Path, default=Path("runs"), metavar="DIR", help=logs)
     add_output(parser, "--json", help="also write everything to FILE")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

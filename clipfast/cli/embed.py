@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluate.results import report_left_out
 from ..io.progress import Advance, progress
 from ..train.option_checks import SOURCE_OPTIONS, keys_of, separator_of
-from .arguments import BATCH, SECONDS, WORKERS
+from .arguments import BATCH, DIST_TIMEOUT, WORKERS
 from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 from .options import add_arguments
 
@@ -63,10 +63,8 @@ def add_parser(commands: Any) -> None:
     add("--engine", default="local", choices=("local", "ray"), help=f"{engine} (default: local)")
     add_device_argument(parser)
     add_backend_argument(parser)
-    timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
-    add("--dist-timeout", type=SECONDS, default=600, metavar="INT", help=timeout)
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    add("--dist-timeout", **DIST_TIMEOUT)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

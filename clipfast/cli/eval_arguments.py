@@ -14,7 +14,7 @@ from ..evaluate.results import DEFAULT_TEMPLATES, report_left_out, result_about
 from ..io.files import local_path
 from ..io.text import meant
 from ..train.option_checks import SOURCE_OPTIONS, keys_of, separator_of
-from .arguments import BATCH, DRAWN, SECONDS, WORKERS, add_output, folder
+from .arguments import BATCH, CACHE_DIR, DIST_TIMEOUT, DRAWN, TABLE, TOKENIZER, WORKERS, add_output, folder
 from .options import add_arguments
 
 if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
@@ -51,8 +51,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         add("--model", required=required, help=model)
     weights = "weights of a model name: a tag of clipfast list-pretrained, or a checkpoint (.pt, .bin, .safetensors)"
     add("--pretrained", metavar="TAG", help=weights)
-    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
-    add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
+    add("--cache-dir", **CACHE_DIR)
+    add("--tokenizer", **TOKENIZER)
     patches = "most patches of an image, for NaFlex models, which keep its aspect (default: the model's, or else 1024)"
     add("--image-seq-len", type=BATCH, metavar="INT", help=patches)
 
@@ -106,11 +106,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=WORKERS, default=0, metavar="INT", help="processes that read and decode images (default: 0)")
     add_device_argument(parser)
     add_backend_argument(parser)
-    timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
-    add("--dist-timeout", type=SECONDS, default=600, metavar="INT", help=timeout)
+    add("--dist-timeout", **DIST_TIMEOUT)
     add_output(parser, "--json", help="also write the results to this file")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
+    add("--table", **TABLE)
     plot = "also draw the results, in the format that the name ends in, such as .png, .svg or .pdf"
     add_output(parser, "--plot", ends=DRAWN, help=plot)
 

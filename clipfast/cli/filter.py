@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     plot = "draw the distribution of scores, in the format that the name ends in, such as .png, .svg or .pdf"
     add_output(parser, "--plot", ends=DRAWN, help=plot)
     add_result_arguments(parser, "pairs of the highest and lowest scores, and around the threshold")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

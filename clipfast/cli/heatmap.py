@@ -40,8 +40,7 @@ def add_parser(commands: Any) -> None:
     margin = "by how much the edge of the picture is continued (default: a quarter of the model's size)"
     add("--margin", type=Count(0, 2**13), metavar="PIXELS", help=margin)
     add("--batch-size", type=BATCH, default=64, metavar="INT", help="windows to encode at once (default: 64)")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -39,8 +39,7 @@ def add_parser(commands: Any) -> None:
     add("--workers", type=WORKERS, default=1, metavar="N", help="processes that read shards (default: 1)")
     add("--unique-by", metavar="KEY", help="also read this json key, or 'caption', as training with --unique-by does")
     add_output(parser, "--json", help="also write the result to FILE")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

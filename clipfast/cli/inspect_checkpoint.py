@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import replace_text
 from ..io.text import align
 from ..io.units import BYTES, scaled
-from .arguments import add_output
+from .arguments import CACHE_DIR, TRUST, add_output
 
 if TYPE_CHECKING:
     from ..checkpoints.inspection import CheckpointInfo
@@ -37,11 +37,10 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("file", metavar="FILE", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG to look at")
-    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
-    add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")
+    add("--cache-dir", **CACHE_DIR)
+    add("--trust", **TRUST)
     add_output(parser, "--json", help="also write everything to FILE")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

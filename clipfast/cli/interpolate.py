@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluate.results import report_left_out
 from ..io.progress import each
 from ..train.option_checks import SOURCE_OPTIONS, keys_of, separator_of
-from .arguments import BATCH, DRAWN, add_output
+from .arguments import BATCH, CACHE_DIR, DRAWN, TOKENIZER, add_output
 from .eval_arguments import (
     add_backend_argument,
     add_device_argument,
@@ -53,13 +53,12 @@ def add_parser(commands: Any) -> None:
     add_output(parser, "--save", is_folder=True, nargs=2, metavar=("ALPHA", "FOLDER"), help=save)
     add("--model", metavar="NAME", help="the model of both, where they do not say it: a name, or a JSON file")
     add("--activation", metavar="NAME", help="gelu or quick_gelu, where the checkpoints do not say it")
-    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
-    add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
+    add("--cache-dir", **CACHE_DIR)
+    add("--tokenizer", **TOKENIZER)
     add("--batch-size", type=BATCH, default=256, metavar="INT", help="images to encode at once (default: 256)")
     add_device_argument(parser)
     add_backend_argument(parser)
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

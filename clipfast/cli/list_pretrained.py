@@ -33,8 +33,7 @@ def add_parser(commands: Any) -> None:
     add("--model", metavar="NAME", help="only the weights of this model")
     add("--tag", metavar="TAG", help="only the weights of this tag")
     add("--json", action="store_true", help="print everything that is known of each, as JSON")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

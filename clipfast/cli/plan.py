@@ -99,9 +99,8 @@ def add_parser(commands: Any) -> None:
         kind = GPUS if name == "gpus_per_node" else _number(or_zero=name.endswith("_us"))
         add(_flag(name), type=kind, metavar="X", help=text)
     add_output(parser, "--json", help="also write everything to FILE")
-    add("--traceback", action="store_true", help="show where an error was raised")
     _add_training(parser)
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     add("--index", choices=("exact", "faiss"), default="exact", help=f"{index} (default: exact)")
     add_encoder_arguments(parser)
     add_result_arguments(parser, "what was found")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.units import BYTES, scaled
-from .arguments import add_output
+from .arguments import TABLE, add_output
 from .eval_arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 
 if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
@@ -38,8 +38,7 @@ def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     add = parser.add_argument
     add_output(parser, "--html", help=f"write a page with {page} to this file, and print no JSON")
     add_output(parser, "--json", help="also write the results to this file")
-    add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
-    add("--traceback", action="store_true", help="show where an error was raised")
+    add("--table", **TABLE)
 
 
 def check_pictures(paths: Iterable[Path]) -> None:

@@ -43,8 +43,7 @@ def add_parser(commands: Any) -> None:
     add("--json", action="store_true", help="print JSON: a list with an object for each run")
     add("--follow", action="store_true", help="refresh until every run has ended, or Ctrl-C")
     add("--interval", type=float, default=5.0, metavar="SECONDS", help="time between two refreshes (default: 5)")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,8 +45,7 @@ def add_parser(commands: Any) -> None:
     open_clip_flags.add_arguments(parser)
     shown = "print every option with its value and where that is from (default, recipe, checkpoint or flag), and stop"
     parser.add_argument("--print-config", action="store_true", help=shown)
-    parser.add_argument("--traceback", "--debug", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run, "--debug")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -60,8 +60,7 @@ def add_parser(commands: Any) -> None:
     add_output(parser, "--junit", is_held=False, help="write JUnit XML, a testcase for each row")
     add_output(parser, "--html", is_held=False, help="write a page of all rows, to send to the kernel's author")
     add_output(parser, "--json", is_held=False, help="write all rows, kept up to date while it runs")
-    add("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ..io.files import DiskFullError, open_regular, replace_file
+from ..io.text import DELIMITERS
 from .contained import Writable, copy_rows
 from .folders import FOLDER, folder_stamp, write_list
 from .formats import Format
@@ -40,7 +41,6 @@ MAX_BYTES = 64 << 30
 LOCKS = "locks"  # sub-folder of the cache with the locks of the copies
 FORGET = 300.0  # seconds after a failure in which a shard is not fetched again
 BEGIN = time.time()  # start of this process, or of its parent before a fork: failures of earlier runs do not count
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".bz2", ".xz")
 COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
@@ -63,8 +63,8 @@ def format_of(name: str, separator: str | None = None) -> Format:
     stem, suffix = os.path.splitext(without_query(name))
     if suffix in COMPRESSED:
         suffix = os.path.splitext(stem)[1]
-    if suffix in SEPARATORS:
-        return csv_format(SEPARATORS[suffix], separator)
+    if suffix in DELIMITERS:
+        return csv_format(DELIMITERS[suffix], separator)
     return JSONL if suffix in JSON_LINES else TAR
 
 

@@ -5,13 +5,11 @@ import torch
 from torch import nn
 
 from clipfast import contrastive_loss, create_model, get_model_config, report_kernels
-from clipfast.kernels.fp8 import Fp8Rows
+from clipfast.kernels.fp8 import RECIPES, Fp8Rows
 from clipfast.models import build, layers, transformer
 from clipfast.models.transformer import Transformer, read_rows
 
 from .test_whole_block import TOKENS, WIDTH, random_block, run
-
-RECIPES = ("switchback", "full")
 
 
 @pytest.fixture

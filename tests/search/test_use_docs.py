@@ -1,6 +1,5 @@
 """Every command and program of docs/use.md and docs/heatmaps.md runs, with a small model."""
 
-import argparse
 import importlib.util
 import re
 import shlex
@@ -12,6 +11,7 @@ import torch
 from clipfast import create_model
 from clipfast.checkpoints.open_clip_folder import export_open_clip
 from clipfast.cli.app import add_parser, desk_of
+from clipfast.cli.arguments import Parser
 from clipfast.cli.main import main
 
 from ..processes import run_ranks
@@ -65,7 +65,7 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
                 continue
             assert program == "clipfast"
             if arguments[0] == "app":  # the app serves until it is stopped: everything before serving is tested
-                parser = argparse.ArgumentParser()
+                parser = Parser()
                 add_parser(parser.add_subparsers())
                 assert desk_of(parser.parse_args(arguments)).search("a cat", None, 0.5, "", 3)
                 continue

@@ -66,7 +66,7 @@ def add_parser(tasks: Any) -> None:
     add("--k", type=COUNT, nargs="+", default=[100], metavar="INT", help="first results of --queries (default: 100)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

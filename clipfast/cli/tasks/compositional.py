@@ -63,7 +63,7 @@ def add_parser(tasks: Any) -> None:
     page = "write a page with the figures, and pictures with their captions and scores, to this file"
     add_output(parser, "--html", help=page)
     add("--per-group", type=COUNT, default=6, metavar="INT", help="pictures of each group on the page (default: 6)")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ def add_parser(tasks: Any) -> None:
     add("--pairs", type=COUNT, default=100, metavar="INT", help="how many pairs --html shows (default: 100)")
     pairs = "write the most similar training image of each test image, the most similar pair first"
     add_output(parser, "--output", "--write", dest="write", ends=DELIMITERS, help=f"{pairs} (.csv or .tsv)")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ def add_parser(tasks: Any) -> None:
     add("--seed", type=SEED, default=0, metavar="INT", help="first seed of what is drawn (default: 0)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

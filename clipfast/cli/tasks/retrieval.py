@@ -40,7 +40,7 @@ def add_parser(tasks: Any) -> None:
     k = "the numbers of results in which a right one is looked for (default: 1 5 10)"
     parser.add_argument("--k", nargs="+", type=COUNT, default=[1, 5, 10], metavar="INT", help=k)
     add_run_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

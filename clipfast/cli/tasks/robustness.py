@@ -73,7 +73,7 @@ def add_parser(tasks: Any) -> None:
     add_prompt_arguments(parser)
     add_run_arguments(parser)
     add_output(parser, "--examples", ends=DRAWN, help="also draw what the synthetic shifts look like")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

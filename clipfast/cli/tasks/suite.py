@@ -65,7 +65,7 @@ def add_parser(tasks: Any) -> None:
     add("--seed", type=SEED, default=0, metavar="INT", help="of the split that chooses C without 'val' (default: 0)")
     add_run_arguments(parser)
     add_output(parser, "--html", help="write a page with all results and a picture to this file")
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def add_parser(tasks: Any) -> None:
     add_run_arguments(parser)
     page = "write a page with pictures of the worst classes, and what they were taken for, to this file"
     add_output(parser, "--html", help=page)
-    parser.set_defaults(run=run)
+    parser.runs(run)
 
 
 def run(args: argparse.Namespace) -> int:
