@@ -1,18 +1,27 @@
 """Golden curves: equal bits on the same kind of device, a tolerance on others, and one changed rounding is found."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from clipfast.cli.main import main
 from clipfast.kernels import configs
+from clipfast.kernels.launch import INTERPRET
 from clipfast.kernels.layer_norm import cpu as norm_cpu
-from clipfast.verify import golden
+from clipfast.kernels.layer_norm import kernels as norm_kernels
+from clipfast.verify import curve, golden
 from clipfast.verify.golden import verify_golden
 from clipfast.verify.report import FAIL, PASS
 
-from .test_faults import changed
+from .test_faults import ROOT, changed
+
+RIGHT = norm_kernels.centred_rows
 
 
 @pytest.fixture
@@ -56,13 +65,42 @@ def test_bits_are_equal_and_one_other_rounding_is_found(tmp_path, capsys, two_st
     )
 
 
+@triton.jit
+def one_up(s, mask_n, N: tl.constexpr, eps):
+    """Return what ``centred_rows`` does, but with the next larger float32 for each rstd, a fault of one rounding."""
+    centred, mean, rstd = RIGHT(s, mask_n, N, eps)
+    return centred, mean, (rstd.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="kernels are interpreted with TRITON_INTERPRET=1")
+def test_one_other_rounding_in_an_interpreted_kernel_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(golden, "STEPS", 1)
+    monkeypatch.setattr(curve, "BATCH", 2)
+    path = tmp_path / "golden.json"
+    verify_golden(path, "cpu")
+    assert "interpreted kernels on" in path.read_text()
+    assert outcomes(path)[0] == {PASS}
+    monkeypatch.setattr(norm_kernels, "centred_rows", one_up)
+    verdicts, reasons = outcomes(path)
+    assert verdicts == {FAIL}
+    assert all("differs from step 1 on" in reason for reason in reasons)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(INTERPRET, reason="this is such a process")
+def test_interpreted_kernels_in_another_process():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "interpreted_kernel_is_found"]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
+    assert "1 passed" in run.stdout, run.stdout
+
+
 def test_another_kind_of_device_or_version_has_a_tolerance(tmp_path, two_steps, monkeypatch):
     path = tmp_path / "golden.json"
     verify_golden(path, "cpu")
     raw = json.loads(path.read_text())
     (entry,) = raw["devices"].values()
-    for curve in entry["curves"].values():
-        curve["loss"][1] = (1.000001 * float.fromhex(curve["loss"][1])).hex()
+    for values in entry["curves"].values():
+        values["loss"][1] = (1.000001 * float.fromhex(values["loss"][1])).hex()
     path.write_text(json.dumps(raw | {"devices": {"another card": entry}}))
     verdicts, reasons = outcomes(path)
     assert verdicts == {PASS}
