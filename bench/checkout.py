@@ -6,7 +6,6 @@ library.
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +35,7 @@ def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> P
     return site
 
 
-def environment_with(site: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return an environment for benchmarks that import packages from ``site`` first."""
-    paths = [str(site), *filter(None, [environment.get("PYTHONPATH")])]
-    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+def environment_with(site: Path) -> dict[str, str]:
+    """Return this process's environment, changed so that benchmarks import packages from ``site`` first."""
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -28,6 +28,7 @@ from .tables import sizes
 
 TURNS = 5
 TOLERANCE = 1.05
+RESAMPLES = 2000  # of the bootstrap
 # Finders of editable installations are removed: they would import a module from this checkout if a side lacks it.
 _START = """
 import sys
@@ -62,9 +63,7 @@ def compare(base: str, keys: Sequence[CaseKey], device: torch.device, budget: Bu
     return _verdicts(runs, base)
 
 
-def ratio_of_processes(
-    base: Sequence[Sequence[float]], head: Sequence[Sequence[float]], resamples: int = 2000
-) -> tuple[float, float, float]:
+def ratio_of_processes(base: Sequence[Sequence[float]], head: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """Return how many times as long ``head`` takes as ``base``: the ratio of medians and the ends of its 95% interval.
 
     Both are samples in seconds, one list for each process. Processes differ more from one another (memory layout,
@@ -77,7 +76,7 @@ def ratio_of_processes(
         chosen = rng.integers(len(processes), size=len(processes))
         return float(np.median([np.median(rng.choice(processes[i], len(processes[i]))) for i in chosen]))
 
-    draws = [draw(head) / draw(base) for _ in range(resamples)]
+    draws = [draw(head) / draw(base) for _ in range(RESAMPLES)]
     low, high = np.quantile(draws, [0.025, 0.975])
     middle = np.median([np.median(p) for p in head]) / np.median([np.median(p) for p in base])
     return float(middle), float(low), float(high)

@@ -37,7 +37,7 @@ def per_call(events: Iterable[tuple[str, float]], calls: int) -> dict[str, float
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-def kernel_times(case: Case, calls: int = CALLS) -> dict[str, float]:
+def kernel_times(case: Case) -> dict[str, float]:
     """Return the seconds of each kernel in a call of our op, forward and backward.
 
     Raises:
@@ -49,13 +49,13 @@ def kernel_times(case: Case, calls: int = CALLS) -> dict[str, float]:
         call(case, case.ours, function, inputs)
     synchronize(case.device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(calls):
+        for _ in range(CALLS):
             call(case, case.ours, function, inputs)
         synchronize(case.device)
     events = [(e.name, e.device_time_total) for e in profiler.events() if e.device_type.name == "CUDA"]
     if not events:
         raise RuntimeError("the profiler saw no work of the device (CUPTI may not be allowed here)")
-    return per_call(events, calls)
+    return per_call(events, CALLS)
 
 
 def main() -> int:

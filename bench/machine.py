@@ -122,12 +122,12 @@ def sustained_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1
     return 8 * 2 * side**3 * len(late) / sum(late)
 
 
-def _shortest_s(run: Callable[[], object], device: torch.device, rounds: int = 8) -> float:
-    """Return the shortest time of ``run`` in seconds over several rounds, for the measured rates of the machine."""
+def _shortest_s(run: Callable[[], object], device: torch.device) -> float:
+    """Return the shortest time of ``run`` in seconds over eight rounds, for the measured rates of the machine."""
     # The first runs create handles and workspaces, and raise the clocks.
     for _ in range(3):
         run()
-    return min(elapsed(run, device) for _ in range(rounds))
+    return min(elapsed(run, device) for _ in range(8))
 
 
 def elapsed(run: Callable[[], object], device: torch.device) -> float:

@@ -372,14 +372,15 @@ def fp8_linear(
     x: Tensor | Fp8Rows, weight: Tensor, bias: Tensor | None = None, *, recipe: str = "switchback",
     weight_fp8: Fp8Weight | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the reference of the op ``fp8_linear``: products of rounded operands, as they are exact in float32.
+    """Return the reference of the op ``fp8_linear``: products of operands in 8 bits, which are exact in float32.
 
-    A term that is zero adds the gradient of the input, and another one that of the weight (Wortsman et al. 2023).
+    Two terms that are zero have the gradients of the input and of the weight (Wortsman et al. 2023).
     """
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
     of_rows, of_columns = weight_fp8 or quantize_weight(weight)
     wide = rows.wide()
-    input_term = _round_gradient(_connected(wide, rows.carrier) @ of_columns.wide(), -1)
+    connected = wide if rows.carrier is None else wide + rows.carrier  # the carrier takes the gradient
+    input_term = _round_gradient(connected @ of_columns.wide(), -1)
     if recipe == "full":
         columns = wide.flatten(0, -2).T
         operand = Fp8Rows(*rounded(columns, E4M3)).wide().T.reshape(wide.shape)
@@ -391,14 +392,10 @@ def fp8_linear(
     return (y if bias is None else y + bias).to(rows.dtype)
 
 
-def _connected(rows: Tensor, carrier: Tensor | None) -> Tensor:
-    """Return rows of the reference of ``fp8_linear``, whose gradient goes to their carrier."""
-    return rows if carrier is None else rows + carrier
-
-
 def _round_gradient(x: Tensor, axis: int) -> Tensor:
-    """Return ``x`` of the reference of ``fp8_linear``, and round its gradient: by rows if ``axis`` is -1, else by
-    columns. In float64 nothing is rounded.
+    """Return ``x``, whose gradient is rounded to 8 bits: by rows if ``axis`` is -1, else by columns.
+
+    In float64, nothing is rounded.
     """
     if x.dtype == torch.float64:
         return x

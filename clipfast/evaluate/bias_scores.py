@@ -232,11 +232,11 @@ def ndkl(order: Tensor, of_set: Tensor) -> float:
     return ((discounts * divergence).sum() / discounts.sum()).item()
 
 
-def max_skew_by_chance(of_set: Tensor, k: int, seed: int = 0) -> float:
+def max_skew_by_chance(of_set: Tensor, k: int) -> float:
     """Return the expected largest skew of a group among k results in random order, with which bias is compared."""
     import numpy as np
 
-    drawn = np.random.default_rng(seed).multivariate_hypergeometric(of_set.numpy(), k, DRAWS, method="marginals")
+    drawn = np.random.default_rng(0).multivariate_hypergeometric(of_set.numpy(), k, DRAWS, method="marginals")
     return skews(torch.from_numpy(drawn), of_set).amax(-1).mean().item()
 
 

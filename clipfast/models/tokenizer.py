@@ -182,13 +182,13 @@ def _tables() -> tuple[list[tuple[str, str]], dict[str, int], dict[tuple[str, st
     return merges, ids, {pair: rank for rank, pair in enumerate(merges)}
 
 
-def trim_padding(texts: Tensor, multiple: int = 4) -> Tensor:
-    """Cut columns of token ids that are padding in every row, down to a multiple of ``multiple``: [B, L] -> [B, L'].
+def trim_padding(texts: Tensor) -> Tensor:
+    """Cut columns of token ids that are padding in every row, down to a multiple of 4: [B, L] -> [B, L'].
 
     A causal text tower returns the same features without them. (SigLIP's tower is not causal, and reads the padding.)
     """
     longest = int(texts.argmax(-1).max()) + 1
-    return texts[:, : min(texts.shape[1], -(-longest // multiple) * multiple)].contiguous()
+    return texts[:, : min(texts.shape[1], -(-longest // 4) * 4)].contiguous()
 
 
 @functools.cache
