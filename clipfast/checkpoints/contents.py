@@ -27,7 +27,7 @@ class Contents:
 
     Attributes:
         source: the file or folder, as the user named it.
-        layout: the kind of file or folder, for people.
+        layout: the kind of file or folder, in messages.
         files: the files that hold the weights.
         state: the weights by name. They may be memory-mapped.
         config: the configuration of the model; None if the checkpoint does not tell it.

@@ -121,7 +121,7 @@ class CLIPConfig:
 
     @property
     def activation(self) -> str:
-        """The name of the model's activation for people: "GELU" or "QuickGELU"."""
+        """The name of the model's activation in messages: "GELU" or "QuickGELU"."""
         return "QuickGELU" if self.quick_gelu else "GELU"
 
     @classmethod

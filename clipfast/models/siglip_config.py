@@ -114,7 +114,7 @@ class SigLIPConfig(CLIPConfig):
 
     @property
     def activation(self) -> str:
-        """The name of the activation for people; of both towers if they differ."""
+        """The name of the activation in messages, or the names in both towers if they differ."""
         image, text = _WORDS[self.image_gelu], _WORDS[self.text_gelu]
         return image if image == text else f"{image} for images, {text} for texts"
 

@@ -156,7 +156,7 @@ CONTRASTIVE = [
     Case(LossShape(4099, 512, 50.0, 0.5), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip
 
-# Scale, bias and likeness of the pairs at the start and at the end of SigLIP's training.
+# Scale and bias of the logits and similarity of the pairs at the start and at the end of SigLIP's training.
 NEW, LATE = (10.0, -10.0, 0.0), (100.0, -16.0, 0.3)
 SIGMOID = [
     few(SigmoidShape(1, 16), "one pair: no negatives at all"),

@@ -78,7 +78,7 @@ def add_products(
         accumulators contain the rounding error of G, and so would a gradient of the scale that is computed from them.
     """
     if 0 in (len(x), len(y)):
-        # Without a block no kernel runs, which would write the first values of an accumulator.
+        # Without a block, no kernel runs, and so none writes the first values of an accumulator.
         for acc, has_no_values in zip((acc_x, acc_y), is_new, strict=True):
             if acc is not None and has_no_values:
                 acc.zero_()

@@ -264,7 +264,7 @@ def fp8_linear(
 
 
 def _check_weight(op: str, found: Fp8Weight, weight: Tensor) -> None:
-    """Refuse 8-bit forms of another weight than one that has the shape and the device of ``weight``."""
+    """Refuse 8-bit forms whose shape or device is not that of ``weight``."""
     for name, rows, shape in (("rows", found.rows, weight.shape), ("columns", found.columns, weight.T.shape)):
         if rows.values.shape != shape or rows.values.device != weight.device:
             raise ValueError(

@@ -45,7 +45,7 @@ def _(x: Tensor, dtype: torch.dtype) -> Carried:
 
 
 def fake_rows(x: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
-    """Return tensors without values in the shapes of values and scales of the rows of ``x``."""
+    """Return fake values and scales of the rows of ``x``, or of its columns if ``transposed``."""
     is_exact = x.dtype == torch.float64
     shape = (*x.shape[:-2], x.shape[-1], x.shape[-2]) if transposed else tuple(x.shape)
     values = x.new_empty(shape, dtype=torch.float64 if is_exact else dtype)

@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 
 def dense(op: Function, *, differentiable: bool = True) -> Function:
-    """Return an op whose results that are rows in 8 bits come as numbers, with or without a gradient."""
+    """Return ``op`` with its rows in 8 bits converted to numbers, which have a gradient if ``differentiable``."""
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def rows_floor(shape: RowShape, itemsize: int, backward: bool) -> Floor:
 
 
 def weight_floor(shape: RowShape, itemsize: int, backward: bool) -> Floor:
-    """Count the work of ``quantize_weight``, whose second read of the weight a larger cache would save."""
+    """Count the work of ``quantize_weight``, as if its second read of the weight came from a cache."""
     if backward:
         return Floor(0, 0)
     return Floor(8 * shape.elements, shape.elements * (itemsize + 2) + 4 * (shape.rows + shape.width))
@@ -114,7 +114,7 @@ def activation_floor(shape: RowShape, itemsize: int, backward: bool) -> Floor:
 
 
 def _narrower(floor: Floor, shape: RowShape, itemsize: int, backward: bool) -> Floor:
-    """Return the floor of an op whose result has 8 bits and a scale for each row, from that of the op without."""
+    """Return the floor of an op with its result in 8 bits and a scale for each row; ``floor`` is that in 16 bits."""
     return floor if backward else floor + Floor(0, (1 - itemsize) * shape.elements + 4 * shape.rows)
 
 
