@@ -53,7 +53,8 @@ def _peak_on_gpu(case: Case, candidate: Candidate, function: AnyFunction) -> int
     """Measure a call's peak memory on a GPU by PyTorch's allocator."""
     inputs = leaves(case, case.inputs())
     if hasattr(function, "forget"):
-        function.forget()  # a replay allocates nothing, so the second call captures again: what it takes, the graph has
+        # A replay allocates nothing. So the second call captures a graph again, which holds the memory of a step.
+        function.forget()
     call(case, candidate, function, inputs)  # libraries allocate their workspaces now, outside of the measurement
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(case.device)

@@ -68,7 +68,7 @@ def _message(error: BaseException) -> str:
 
 
 def _facts(report: Report) -> list[str]:
-    """Return what somebody's compiled kernel takes, and its predicted time."""
+    """Return the resources that somebody's compiled kernel takes, and its predicted time."""
     found = report.resources
     facts = [f"{found.registers} registers", f"{found.spill_bytes} bytes spilled"]
     facts += [f"{found.shared_bytes / 1024:.3g} KiB shared", f"products: {found.mma}"]

@@ -107,7 +107,7 @@ def linear_grads(
 
 
 def flattened(saved: Sequence[Any], backward: Callable[..., Any]) -> tuple[tuple[Any, ...], Callable[..., Any]]:
-    """Return what a block saves for ``backward`` as tensors, and a function that makes of these what that one gets.
+    """Return a block's saved values as tensors, and a function that calls ``backward`` with the values made of these.
 
     Of a weight in 8 bits, only the columns are saved.
     """

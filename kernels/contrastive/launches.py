@@ -248,7 +248,7 @@ def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, 
     losses, loss = vector(x, sum(counts)), vector(x)
     of_pairs, *of_blocks = losses.split(counts)
     numbers = m, y.shape[0], x.shape[1], offset, x.stride(0), y.stride(0)
-    unused = vector(x, m), *vector(x, 2, counts[0])  # what only the gradients need of the pairs
+    unused = vector(x, m), *vector(x, 2, counts[0])  # the kernel stores them for the gradients
     launch_on_rows(
         _sigmoid_pairs_kernel, of_rows, x, y, logit_scale, logit_bias, unused[0], of_pairs, *unused[1:], *numbers
     )
