@@ -66,7 +66,7 @@ class Checkpoints:
         self._world, self._background, self._host_copy = world, Background(), HostCopy(world)
 
     def step_path(self, step: int) -> Path:
-        """Return the path of the checkpoint file after ``step`` steps."""
+        """Return the path of the run's checkpoint file after ``step`` steps."""
         return self.folder / f"step_{step}.pt"
 
     def steps(self) -> dict[int, Path]:
