@@ -116,8 +116,6 @@ def test_tables_show_pairs_and_shares_and_what_is_not_predicted(tmp_path):
     shares = {categories.GEMM: 0.3, categories.ATTENTION: 0.198}
     shape = {"model": "ViT-B-32", "batch": 100}
     step = Forecast("step", shape, "bf16", 100, (part,), 9, 0.198, 0.3, 0.1, 32, shares)
-    assert forecast.rows(step).split()[:5] == ["ViT-B-32", "100", "500", "ms", "500"]
-    assert forecast.rows(step).split()[11:15] == ["100", "ms", "GPU", "200"]
     assert "longer than the host from 32 pairs on" in forecast.rows(step)
     assert "GEMM 60.0%" in forecast.rows(step)
     plots = pytest.importorskip("clipfast.bench.plots", reason="pictures need matplotlib", exc_type=ImportError)
