@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..hardware import LEAST_FP8, has_fp8
+from ..hardware import AMD, LEAST_FP8, has_fp8
 from ..launch import arch_of, triton_runs_on
 from .launches import MAX_WIDTH
 
@@ -22,8 +22,8 @@ def check_fp8(op: str, x: Tensor, width: int = 1) -> None:
     arch = arch_of(x.device)
     if has_fp8(arch) or x.device.type == "cpu":
         return
-    name = torch.cuda.get_device_name(x.device)
+    has = f"{torch.cuda.get_device_name(x.device)} " + ("is a GPU of AMD" if arch in AMD else f"has {arch / 10}")
     raise RuntimeError(
-        f"{op}: numbers of 8 bits (e4m3) need compute capability {LEAST_FP8 / 10} or newer, {name} has {arch / 10}: "
-        "compute in 16 bits, or use backend='torch', which emulates 8 bits"
+        f"{op}: numbers of 8 bits (e4m3) need compute capability {LEAST_FP8 / 10} or newer, "
+        f"{has}: compute in 16 bits, or use backend='torch', which emulates 8 bits"
     )

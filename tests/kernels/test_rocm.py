@@ -15,6 +15,7 @@ from clipfast.bench.inspection import offline
 from clipfast.bench.inspection.shipped import compiles_for, shipped_cases
 from clipfast.kernels import launch
 from clipfast.kernels.configs import RowConfig
+from clipfast.kernels.fp8.support import check_fp8
 from clipfast.kernels.hardware import AMD, target_name
 
 ARCH = 942
@@ -39,7 +40,7 @@ def test_shipped_call_compiles_for_amd(case, capfd):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def amd(monkeypatch):
     """Return a function that puts a fake GPU of AMD, of this name and capability 9.4, in the place of GPU 0."""
 
     def install(name: str) -> torch.device:
@@ -55,17 +56,23 @@ def gpu(monkeypatch):
     launch._arch_of_gpu.cache_clear()
 
 
-def test_an_mi300_has_its_own_tables_and_no_limit_of_registers(gpu):
-    device = gpu("gfx942")
+def test_an_mi300_has_its_own_tables_and_no_limit_of_registers(amd):
+    device = amd("gfx942")
     assert launch.arch_of(device) == ARCH
     config = RowConfig(1, 1024, num_warps=4, num_stages=1, max_registers=64)
     assert "maxnreg" not in launch.Plan(None, (1,), config=config, device=device)._options
     model = create_model("ViT-T-8-32")
-    assert report_kernels(model).startswith("on gfx942 with bf16")
+    assert report_kernels(model).startswith("on gfx942 with bfloat16")
 
 
-def test_another_gpu_of_amd_is_refused_in_one_line(gpu):
-    device = gpu("gfx90a")
+def test_an_mi300_is_refused_for_fp8_without_a_capability_that_it_has_not(amd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "MI300X")
+    with pytest.raises(RuntimeError, match="or newer, MI300X is a GPU of AMD: compute in 16 bits"):
+        check_fp8("fp8_linear", SimpleNamespace(device=amd("gfx942")))
+
+
+def test_another_gpu_of_amd_is_refused_in_one_line(amd):
+    device = amd("gfx90a")
     with pytest.raises(RuntimeError, match=r"^of AMD's GPUs, .* gfx942 only, not for gfx90a: use backend='torch'$"):
         launch.arch_of(device)
 
