@@ -131,6 +131,18 @@ def test_empty_queue(in_batch, device):
     assert_equal(call.results(), call.truth(), atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["contrastive_loss", "info_nce_loss", "nt_xent_loss"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_shows_without_any_negative(loss, scale, device):
+    op, _, inputs, _ = call_of(loss, device, pairs=1)
+    logit_scale = torch.tensor(scale, device=device, requires_grad=True)
+    inputs = {name: x[:0] if name == "negatives" else x for name, x in inputs.items()}
+    value = op(**inputs | {"logit_scale": logit_scale})
+    value.backward()
+    assert not value.isfinite()
+    assert not logit_scale.grad.isfinite()
+
+
 def test_a_view_is_not_its_own_negative(device):
     # All views are equal. Each view has 2N - 1 candidates, one of them its positive; with itself there would be 2N.
     ones = F.normalize(torch.ones(50, 16), dim=-1).to(device)
