@@ -32,7 +32,8 @@ def check_recipe(recipe: str | None, skip: tuple[int, int], names: tuple[str, st
     """
     if recipe not in (None, *RECIPES):
         raise ValueError(f"{names[0]} must be {' or '.join(map(repr, RECIPES))} or None, got {recipe!r}")
-    if len(skip) != 2 or min(skip) < 0:
+    is_pair = isinstance(skip, Sequence) and len(skip) == 2 and all(isinstance(count, int) for count in skip)
+    if not is_pair or min(skip) < 0:
         raise ValueError(f"{names[1]} must be two numbers of blocks, got {skip!r}")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels.dtypes import DTYPES, dtype_name
-from ..kernels.spec import CPU, CUDA, INTERPRETER, Draw, Floor, OpSpec
+from ..kernels.spec import CPU, CUDA, INTERPRETER, Draw, Floor, OpSpec, Shape
 from .child import groups_of_child
 from .ops import TORCH_DTYPES, Check, planned, timed
 from .options import SANITIZER, Options
@@ -86,11 +86,25 @@ def _dtypes_of(other: KernelCheck | OpSpec, options: Options) -> list[str]:
 def record(other: KernelCheck | OpSpec, dtype: str, arch: int) -> Recorded:
     """Record the launches of a call of somebody's kernel at the size of real use, forward and backward.
 
+    A function may launch kernels at smaller sizes only. Then the call has the last of these sizes.
+
     Raises:
         ValueError: the function fails at this size.
     """
+    if isinstance(other, KernelCheck):
+        shapes: list[Shape] = [Sizes(tuple(sizes.items())) for sizes in (*other.shapes, other.real or other.shapes[-1])]
+    else:
+        shapes = list(other.small)
+    found = _record_at(other, shapes.pop(), dtype, arch)
+    while not found.choices and shapes:
+        smaller = _record_at(other, shapes.pop(), dtype, arch)
+        found = smaller if smaller.choices else found
+    return found
+
+
+def _record_at(other: KernelCheck | OpSpec, shape: Shape, dtype: str, arch: int) -> Recorded:
+    """Record the launches of a call of somebody's kernel at one size; see :func:`record`."""
     spec = _spec_of(other)
-    shape = Sizes(tuple((other.real or other.shapes[-1]).items())) if isinstance(other, KernelCheck) else spec.small[-1]
     with stand_in_gpu(arch):
         call = spec.call(shape, "", Draw(), TORCH_DTYPES[dtype])
         inputs = {name: x.requires_grad_(bool(call.grads) and x.is_floating_point()) for name, x in call.inputs.items()}

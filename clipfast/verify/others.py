@@ -63,7 +63,8 @@ class KernelCheck:
             and with extreme values. They should be small, since a kernel may be interpreted.
         real: the sizes of real use, at which the kernel is compiled and its time is predicted; by default the last of
             ``shapes``. A GPU checks its errors there too. PyTorch's ops between the kernels run at this size on a CPU.
-        dtypes: the names of the dtypes that the kernel takes.
+            If no kernel is launched there, the last of ``shapes`` with one takes its place.
+        dtypes: the dtypes that the kernel takes, or their names.
         extremes: the names of the extreme values that it should take, of :data:`EXTREMES`.
         scaled: the inputs that have the extreme values; by default the first floating one.
         float32: the inputs that stay float32.
@@ -81,7 +82,7 @@ class KernelCheck:
     inputs: Callable[..., Mapping[str, Tensor]]
     shapes: Sequence[Mapping[str, int]]
     real: Mapping[str, int] | None = None
-    dtypes: Sequence[str] = tuple(DTYPES)
+    dtypes: Sequence[Any] = tuple(DTYPES)
     extremes: Sequence[str] = tuple(EXTREMES)
     scaled: Sequence[str] = ()
     float32: Sequence[str] = ()
@@ -99,9 +100,13 @@ class KernelCheck:
         for shape in (*self.shapes, *([self.real] if self.real is not None else [])):
             if not isinstance(shape, Mapping) or not all(isinstance(size, int) for size in shape.values()):
                 raise TypeError(f"KernelCheck: a shape must be a dict of integers by name, got {shape!r}")
+        for name in ("dtypes", "extremes", "scaled", "float32"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"KernelCheck: {name} must be a tuple of names, got {getattr(self, name)!r}")
+        # Reports, and PyTorch, have other names for the same dtypes.
+        short = {word: name for name, dtype in DTYPES.items() for word in (dtype, dtype_name(dtype))}
+        object.__setattr__(self, "dtypes", tuple(short.get(word, word) for word in self.dtypes))
         for name, given, known in ("dtypes", self.dtypes, DTYPES), ("extremes", self.extremes, EXTREMES):
-            if isinstance(given, str):
-                raise TypeError(f"KernelCheck: {name} must be a tuple of names, got {given!r}")
             for word in given:
                 if word not in known:
                     near = meant(str(word), known)

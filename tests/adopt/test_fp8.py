@@ -74,9 +74,11 @@ def test_skipped_blocks_copies_and_what_cannot_be():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(images, texts)[0], expected)
     assert not torch.equal(clipfast.revert_model(model)(images, texts)[0], expected)
-    for arguments, said in (({"fp8": "int8"}, "fp8 must be"), ({"fp8": "full", "fp8_skip": (1,)}, "fp8_skip must be")):
-        with pytest.raises(ValueError, match=said):
-            patch(model, **arguments)
+    with pytest.raises(ValueError, match="fp8 must be"):
+        patch(model, fp8="int8")
+    for skip in (3, (1,), (1, 2.5), "ab"):
+        with pytest.raises(ValueError, match="fp8_skip must be"):
+            patch(model, fp8="full", fp8_skip=skip)
     apart = patch(model, fp8="full", attention=False)
     assert "its attention is not replaced" in "\n".join(lines(apart, "fp8"))
 

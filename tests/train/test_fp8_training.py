@@ -96,6 +96,7 @@ def test_measuring_changes_nothing(shards, tmp_path):
 precision=fp32 fp8_recipe=full: --fp8-recipe needs --precision amp_fp8
 precision=amp_fp8 fp8_recipe=half: --fp8-recipe must be one of switchback, full
 precision=amp_fp8 fp8_skip=(1,): --fp8-skip needs two numbers of blocks, got 1
+precision=amp_fp8 fp8_skip=3: --fp8-skip must be a list of int, got 3
 """)
 def test_what_is_refused(options, said):
     with pytest.raises(ValueError, match=said):

@@ -19,7 +19,7 @@ from clipfast.verify import KernelCheck, Options, run_verify
 from clipfast.verify.child import groups_of_child
 from clipfast.verify.ops import verify_case
 from clipfast.verify.options import SANITIZER
-from clipfast.verify.other_runs import _not_run, record
+from clipfast.verify.other_runs import _not_run, groups_of_other, record
 from clipfast.verify.others import load
 from clipfast.verify.report import FAIL, PASS
 from clipfast.verify.sanitizer import lacks
@@ -122,7 +122,9 @@ def check(**changes):
         ({"shapes": [{"rows": 1.5}]}, "dict of integers by name, got {'rows': 1.5}"),
         ({"dtypes": ("fp32", "fp61")}, "dtypes has 'fp61' .did you mean fp16."),
         ({"dtypes": "fp32"}, "dtypes must be a tuple of names, got 'fp32'"),
-        ({"dtypes": (torch.float16,)}, "dtypes has torch.float16; known: fp32"),
+        ({"dtypes": (torch.float64,)}, "dtypes has torch.float64; known: fp32"),
+        ({"scaled": "x"}, "scaled must be a tuple of names, got 'x'"),
+        ({"float32": "x"}, "float32 must be a tuple of names, got 'x'"),
         ({"dtypes": ()}, "dtypes is empty"),
         ({"extremes": ("huge",)}, "extremes has 'huge'.*known: large, tiny, zeros"),
         ({"inputs": lambda draw, width: {}}, "inputs.draw, rows=4. raised TypeError: .*'rows'"),
@@ -141,6 +143,49 @@ def check(**changes):
 def test_a_mistake_in_a_check_is_named(changes, message):
     with pytest.raises((TypeError, ValueError), match=message):
         check(**changes).spec()
+
+
+def test_dtypes_have_three_names():
+    assert check(dtypes=("fp32", "float16", torch.bfloat16)).dtypes == ("fp32", "fp16", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("most", "leg", "recorded"), [(9, INTERPRETER, "rows=9"), (1000, INTERPRETER, "rows=1000"), (0, CPU, "")]
+)
+def test_a_function_may_launch_its_kernel_at_some_sizes_only(most, leg, recorded, tmp_path):
+    file = tmp_path / f"sometimes_{most}.py"
+    file.write_text(SOMETIMES.replace("MOST", str(most)))
+    options = Options(others=(f"{file}:DOUBLE",), dtypes=("fp32",), device="cpu", quick=True)
+    compiled_at = []
+    rows = [
+        row
+        for rows in groups_of_other(f"{file}:DOUBLE", options, lambda one: compiled_at.append(one) or ())
+        for row in rows
+    ]
+    assert {row.leg for row in rows if row.check == "accuracy"} >= {leg}
+    assert {row.verdict for row in rows if row.check == "accuracy"} == {PASS}
+    assert {one.shape for one in compiled_at if one.choices} == {recorded} - {""}
+
+
+SOMETIMES = f"""
+import importlib.util
+import torch
+from clipfast.verify import KernelCheck
+
+spec = importlib.util.spec_from_file_location("other_kernels", {str(KERNELS)!r})
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+
+
+def double(x):
+    return kernels.gelu(x, x[0]) if len(x) <= MOST else torch.nn.functional.gelu(x + x[0])
+
+
+DOUBLE = KernelCheck(
+    double, lambda x: torch.nn.functional.gelu(x + x[0]), lambda draw, rows: {{"x": draw.normal(rows, 8)}},
+    [{{"rows": 4}}, {{"rows": 9}}], real={{"rows": 1000}}, gradients=False, extremes=(),
+)
+"""
 
 
 def test_results_may_be_a_list():
