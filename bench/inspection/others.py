@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from clipfast.kernels.launch import Launch
 from clipfast.verify.other_runs import Recorded
-from clipfast.verify.report import FAIL, PASS, CheckResult
+from clipfast.verify.report import FAIL, PASS, SKIP, CheckResult
 
-from . import offline
+from . import control_bits, offline
 from .command import inspect_launch
 from .model import ARCH, H100
 from .report import Report
@@ -22,15 +22,27 @@ def compiled(recorded: Recorded) -> Iterator[list[CheckResult]]:
         key = f"{offline.identity(choice[0])} {choice[0].grid}"
         if key not in seen:
             started = time.perf_counter()
-            row, seen[key] = _row(recorded, choice)
+            row, seen[key], launch = _row(recorded, choice)
             yield [dataclasses.replace(row, seconds=time.perf_counter() - started)]
+            if recorded.arch == control_bits.ARCH and launch is not None:
+                yield [_control_bits(row, launch)]
         reports.append(seen[key])
     if recorded.arch == ARCH and reports:
         yield [_time(recorded, reports)]
 
 
-def _row(recorded: Recorded, choice: list[Launch]) -> tuple[CheckResult, Report | None]:
-    """Compile somebody's kernel in one configuration after another until one has no fault.
+def _control_bits(compiled: CheckResult, launch: Launch) -> CheckResult:
+    """Check the control bits of somebody's kernel, of which ``compiled`` is the result of its compilation."""
+    started = time.perf_counter()
+    cubin = offline.compile_kernel(launch, control_bits.ARCH).asm["cubin"]
+    passed, reason = control_bits.check_control_bits(cubin)
+    verdict = SKIP if passed is None else PASS if passed else FAIL
+    seconds = time.perf_counter() - started
+    return dataclasses.replace(compiled, check="control bits", verdict=verdict, reason=reason, seconds=seconds)
+
+
+def _row(recorded: Recorded, choice: list[Launch]) -> tuple[CheckResult, Report | None, Launch | None]:
+    """Compile somebody's kernel in one configuration after another until one has no fault; return it and its launch.
 
     If there is none, the report is that of the best, or the error of the compiler for the first.
     """
@@ -49,11 +61,11 @@ def _row(recorded: Recorded, choice: list[Launch]) -> tuple[CheckResult, Report 
             break
     if not found:
         several = f"none of {len(choice)} configurations compiles" if len(choice) > 1 else "it does not compile"
-        return dataclasses.replace(template, verdict=FAIL, reason=f"{several}: {errors[0]}"), None
+        return dataclasses.replace(template, verdict=FAIL, reason=f"{several}: {errors[0]}"), None, None
     count, number, report = min(found, key=lambda one: (one[0], one[2].resources.spill_bytes))
     which = f"configuration {number} of {len(choice)}: " if len(choice) > 1 else ""
     text = which + ", ".join([*faults_of(report), *_facts(report)])
-    return dataclasses.replace(template, verdict=FAIL if count else PASS, reason=text), report
+    return dataclasses.replace(template, verdict=FAIL if count else PASS, reason=text), report, choice[number - 1]
 
 
 def _message(error: BaseException) -> str:

@@ -6,12 +6,15 @@ import json
 import os
 import re
 import shutil
+import struct
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import torch
 
+from clipfast.bench.inspection import offline
+from clipfast.bench.inspection.control_bits import check_control_bits
 from clipfast.bench.inspection.others import compiled
 from clipfast.cli.main import main
 from clipfast.kernels.spec import CPU, INTERPRETER
@@ -21,7 +24,7 @@ from clipfast.verify.ops import verify_case
 from clipfast.verify.options import SANITIZER
 from clipfast.verify.other_runs import _not_run, groups_of_other, record
 from clipfast.verify.others import load
-from clipfast.verify.report import FAIL, PASS
+from clipfast.verify.report import FAIL, PASS, SKIP
 from clipfast.verify.sanitizer import lacks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -282,6 +285,36 @@ def test_what_the_compiler_finds(name, old, new, fault, tmp_path):
         assert fault in row.reason
     if not fault:
         assert "predicted" in time.reason
+
+
+def without_stalls(cubin):
+    """Return a cubin in which no instruction waits for more than a cycle before the next one, a planted fault."""
+    cubin = bytearray(cubin)
+    table, size, count, names = struct.unpack_from("<Q", cubin, 40)[0], *struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + number * size) for number in range(count)]
+    for name, _, _, _, start, length in sections:
+        if cubin[sections[names][4] + name :].startswith(b".text."):
+            for place in range(start + 8, start + length, 16):  # the control bits are in the upper half
+                (bits,) = struct.unpack_from("<Q", cubin, place)
+                struct.pack_into("<Q", cubin, place, bits & ~(15 << 41) | 1 << 41)
+    return bytes(cubin)
+
+
+def test_control_bits_that_are_wrong_are_found():
+    pytest.importorskip("basalt", reason="basalt-sass is not installed")
+    ((launch,),) = record(load(f"{KERNELS}:GELU"), "float16", 120).choices
+    cubin = offline.compile_kernel(launch, 120).asm["cubin"]
+    passed, said = check_control_bits(cubin)
+    assert (passed, "dependencies checked" in said) == (True, True)
+    passed, said = check_control_bits(without_stalls(cubin))
+    assert (passed, "cycles" in said) == (False, True)
+
+
+def test_without_a_checker_of_control_bits_a_row_says_so(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "basalt" else found(name))
+    _, (row,) = compiled(record(load(f"{KERNELS}:GELU"), "float16", 120))
+    assert (row.check, row.verdict, row.reason[:28]) == ("control bits", SKIP, "basalt-sass is not installed")
 
 
 def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
