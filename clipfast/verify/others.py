@@ -240,9 +240,10 @@ class KernelCheck:
         return self.op if self.op is not None else self.function if isinstance(self.function, kinds) else None
 
     def call_inputs(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-        """Return inputs of the kernel at its first sizes that require gradients."""
+        """Return inputs of the kernel at its first sizes that require gradients, unless the kernel has none."""
+        needs_grad = self.gradients is not False
         return {
-            name: x.to(device, torch.float32 if name in self.float32 else dtype).requires_grad_()
+            name: x.to(device, torch.float32 if name in self.float32 else dtype).requires_grad_(needs_grad)
             if x.is_floating_point()
             else x.to(device)
             for name, x in self.made(self.shapes[0], Draw()).items()

@@ -23,7 +23,7 @@ from clipfast.verify.child import groups_of_child
 from clipfast.verify.ops import verify_case
 from clipfast.verify.options import SANITIZER
 from clipfast.verify.other_runs import _not_run, groups_of_other, record
-from clipfast.verify.others import load
+from clipfast.verify.others import check_op, load
 from clipfast.verify.report import FAIL, PASS, SKIP
 from clipfast.verify.sanitizer import lacks
 
@@ -265,6 +265,16 @@ OPS = ("DOUBLE", "WRONG", "MUTATING")
 def test_a_registered_op_of_which_only_kernels_ran_is_reported():
     rows = _not_run("OP", check(op=torch.ops.aten.add), [INTERPRETER], ["float32"], is_triton=True)
     assert "opcheck" in {row.check for row in rows}
+
+
+def test_an_op_whose_gradients_are_not_checked_needs_no_formula_for_them():
+    @torch.library.custom_op("clipfast_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    twice.register_fake(torch.empty_like)
+    rows = check_op(check(function=twice, gradients=False), CPU)
+    assert {row.verdict for row in rows} == {PASS}, rows
 
 
 @pytest.mark.parametrize(
