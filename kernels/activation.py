@@ -25,13 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backends import registered, uses_reference
+from .backends import Op, registered, uses_reference
 from .checks import check_float, check_parameter, check_tensor
 from .common import as_rows, cdiv, new_tensors, num_rows, row_strides
 from .configs import RowConfig, planned, row_config
 from .dtypes import accumulate_dtype
+from .fp8_rows import E4M3, LARGEST, lay_beside
 from .launch import Plan, Start, arch_of, programs_at_once, triton_runs_on
 from .spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
+from .tiles import store_rows
 
 # About how many registers a thread of each kernel takes. The backward kernel keeps its sums over rows in registers.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
@@ -98,8 +100,10 @@ def _bias_act_bwd_kernel(
     bias_ptr,  # [N] contiguous
     dx_ptr,  # [M, N] contiguous
     sums_ptr,  # [programs per column, N] fp32
+    values_ptr,  # [M, N] contiguous, dx in 8 bits, or None; with it, BLOCK_N columns are a whole row
+    scale_ptr,  # [M] fp32, or None
     M, N, stride_gm, stride_gn, stride_xm, stride_xn,
-    IS_QUICK: tl.constexpr, HAS_SUMS: tl.constexpr,
+    IS_QUICK: tl.constexpr, HAS_SUMS: tl.constexpr, MOST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dx in the BLOCK_N columns of this program, and sum dx over its rows for the gradient of the bias."""
@@ -111,13 +115,17 @@ def _bias_act_bwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first, step = (tl.program_id(0) // num_n).to(tl.int64), tl.num_programs(0) // num_n
     for tile in tl.range(first, tl.cdiv(M, BLOCK_M), step, num_stages=NUM_STAGES):
-        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        offs_m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        rows = offs_m[:, None]
         mask = (rows < M) & mask_n[None, :]
         x = tl.load(x_ptr + rows * stride_xm + offs_n[None, :] * stride_xn, mask=mask, other=0.0)  # [BM, BN]
         dy = tl.load(grad_ptr + rows * stride_gm + offs_n[None, :] * stride_gn, mask=mask, other=0.0)  # [BM, BN]
         u = x.to(tl.float32) + bias
         dx = dy.to(tl.float32) * (_quick_gelu_slope(u) if IS_QUICK else _gelu_slope(u))
-        tl.store(dx_ptr + rows * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        rounded = dx.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + rows * N + offs_n[None, :], rounded, mask=mask)
+        if scale_ptr is not None:
+            store_rows(rounded.to(tl.float32), values_ptr, scale_ptr, offs_m, offs_n, offs_m < M, mask_n, N, MOST)
         if HAS_SUMS:
             acc += dx  # past the last row, dx is zero, because dy is zero there
     if HAS_SUMS:
@@ -133,17 +141,22 @@ def _fwd_plan(device: torch.device, dtype: torch.dtype, rows: int, width: int, *
 
 @planned
 def _bwd_plan(
-    device: torch.device, dtype: torch.dtype, rows: int, width: int, *strides: int, quick: bool, with_sums: bool
-) -> tuple[Plan, int]:
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, *strides: int, quick: bool, with_sums: bool,
+    row_tiles: Callable[..., Any] | None,
+) -> tuple[Plan, int]:  # fmt: skip
     """Plan the launch of the bias-and-activation backward kernel for x [rows, width].
 
     Returns:
         The plan, and the number of programs for each block of columns.
     """
-    cfg, per_block, grid, tile = _grid("bias_act_bwd", device, dtype, rows, width, BWD_REGISTERS)
+    if row_tiles is None:
+        cfg, per_block, grid, tile = _grid("bias_act_bwd", device, dtype, rows, width, BWD_REGISTERS)
+    else:
+        cfg, per_block, tile = row_tiles(rows, width, device, dtype.itemsize)
+        grid = (per_block,)
     plan = Plan(
         _bias_act_bwd_kernel, grid, rows, width, *strides, config=cfg, device=device, IS_QUICK=quick,
-        HAS_SUMS=with_sums, **tile,
+        HAS_SUMS=with_sums, MOST=None if row_tiles is None else LARGEST[E4M3], **tile,
     )  # fmt: skip
     return plan, per_block
 
@@ -179,21 +192,32 @@ def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
     return compute
 
 
-def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> Callable[..., Any]:
-    """Return the function that computes the gradients of bias and activation by the Triton kernel."""
+def _bwd_triton(
+    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool, row_tiles: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Return the function that computes the gradients of bias and activation by the Triton kernel.
+
+    With ``row_tiles``, which chooses how the kernel walks whole rows, it also returns the values and the scales of dx
+    in 8 bits.
+    """
     width = x.shape[-1]
     (grad_strides, grad_copied), (strides, x_copied) = row_strides(grad), row_strides(x)
     plan, per_block = _bwd_plan(
-        x.device, x.dtype, num_rows(x), width, *grad_strides, *strides, quick=quick, with_sums=with_sums
-    )
+        x.device, x.dtype, num_rows(x), width, *grad_strides, *strides, quick=quick, with_sums=with_sums,
+        row_tiles=row_tiles,
+    )  # fmt: skip
     start, new_dx = Start(plan), new_tensors(x)
+    new_values, new_scale = new_tensors(x, None, E4M3), new_tensors(x, x.shape[:-1], torch.float32)
     new_sums = new_tensors(x, (per_block, width if with_sums else 0), torch.float32)
 
-    def compute(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor | None]:
+    def compute(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor | None, ...]:
         """Compute the gradients of an activation and its bias by the kernels, for tensors of a known layout."""
         dx, sums = new_dx(), new_sums()
-        start(as_rows(grad) if grad_copied else grad, as_rows(x) if x_copied else x, bias.contiguous(), dx, sums)
-        return dx, sums.sum(0) if with_sums else None
+        rows = (None, None) if row_tiles is None else (new_values(), new_scale())
+        grad, x = as_rows(grad) if grad_copied else grad, as_rows(x) if x_copied else x
+        start(grad, x, bias.contiguous(), dx, sums, *rows)
+        found = dx, sums.sum(0) if with_sums else None
+        return found if row_tiles is None else (*found, *rows)
 
     return compute
 
@@ -279,12 +303,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, bias)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of GELU or QuickGELU of x + bias to autograd."""
+def _backward(ctx: Any, grad: Tensor, op: Op = _bias_act_bwd) -> tuple[Tensor | None, ...]:
+    """Return the gradients of GELU or QuickGELU of x + bias, which ``op`` computes, to autograd."""
     x, bias = ctx.saved_tensors
     options = ctx.quick, ctx.needs_input_grad[1]
     tensors, args = (grad, x, bias), (grad, x, bias, *options)
-    dx, sums = (_bias_act_bwd.find(options, tensors) or _bias_act_bwd.learn(options, tensors, args))(*args)
+    dx, sums, *rows = (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
+    if rows:
+        lay_beside(dx, *rows)
     if not options[1]:
         return dx, None, None
     return dx, sums if sums.dtype is bias.dtype else sums.to(bias.dtype), None

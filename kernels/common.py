@@ -30,7 +30,7 @@ def next_power_of_2(n: int) -> int:
 
 def as_rows(x: Tensor) -> Tensor:
     """Reshape an op's input [..., N] to rows [M, N]; the result is a view if the rows lie evenly apart, else a copy."""
-    return x.reshape(num_rows(x), x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(num_rows(x), x.shape[-1])
 
 
 def num_rows(x: Tensor) -> int:

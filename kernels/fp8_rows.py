@@ -68,6 +68,26 @@ class Fp8Weight(NamedTuple):
     columns: Fp8Rows
 
 
+def lay_beside(grad: Tensor, values: Tensor | None, scale: Tensor | None) -> None:
+    """Let a gradient carry its rows in 8 bits, for the linear layer whose output it belongs to.
+
+    Autograd passes the same tensor on, or another one: a sum, or what a hook returns. Rows are no part of a tensor's
+    value, and whoever finds none rounds the gradient, to the same bits.
+    """
+    grad.fp8_rows = grad._version, values, scale  # type: ignore[attr-defined]
+
+
+def rows_beside(grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return values and scales that :func:`lay_beside` has noted, or None twice, as after a change of ``grad``."""
+    version, values, scale = getattr(grad, "fp8_rows", (-1, None, None))
+    return (values, scale) if version == grad._version else (None, None)
+
+
+def takes_rows(x: Tensor) -> bool:
+    """Return whether the function of autograd that computed ``x`` looks for rows in 8 bits beside the gradient."""
+    return getattr(x.grad_fn, "takes_rows", False)
+
+
 def zero_carrier(x: Tensor) -> Tensor:
     """Return the carrier of rows that have the shape and the dtype of ``x``."""
     return x.new_zeros(()).expand(x.shape)

@@ -13,8 +13,8 @@ from .attention_pool.op import _pool_bwd, _pool_fwd
 from .backends import Op
 from .configs import planned
 from .fp8.linear import _fp8_linear_bwd, _fp8_linear_fwd
-from .fp8.norm import _layer_norm_fp8_fwd
-from .fp8.op import _bias_act_fp8_fwd, _quantize_both, _quantize_rows
+from .fp8.norm import _layer_norm_fp8_bwd, _layer_norm_fp8_fwd
+from .fp8.op import _bias_act_fp8_bwd, _bias_act_fp8_fwd, _quantize_both, _quantize_rows
 from .layer_norm.op import MAX_WIDTH, _layer_norm_bwd, _layer_norm_fwd
 
 Plans = dict[Any, Any]
@@ -43,7 +43,8 @@ layer_norm_fwd, layer_norm_bwd = _layer_norm_fwd, _layer_norm_bwd
 attention_fwd, attention_bwd = _attention_fwd, _attention_bwd
 attention_pool_fwd, attention_pool_bwd = _pool_fwd, _pool_bwd
 bias_act_fwd, bias_act_bwd = _bias_act_fwd, _bias_act_bwd
-layer_norm_fp8_fwd, bias_act_fp8_fwd = _layer_norm_fp8_fwd, _bias_act_fp8_fwd
+layer_norm_fp8_fwd, layer_norm_fp8_bwd = _layer_norm_fp8_fwd, _layer_norm_fp8_bwd
+bias_act_fp8_fwd, bias_act_fp8_bwd = _bias_act_fp8_fwd, _bias_act_fp8_bwd
 quantize_rows, quantize_both = _quantize_rows, _quantize_both
 fp8_linear_fwd, fp8_linear_bwd = _fp8_linear_fwd, _fp8_linear_bwd
 
@@ -56,12 +57,14 @@ __all__ = [
     "attention_pool_bwd",
     "attention_pool_fwd",
     "bias_act_bwd",
+    "bias_act_fp8_bwd",
     "bias_act_fp8_fwd",
     "bias_act_fwd",
     "compute",
     "fp8_linear_bwd",
     "fp8_linear_fwd",
     "layer_norm_bwd",
+    "layer_norm_fp8_bwd",
     "layer_norm_fp8_fwd",
     "layer_norm_fwd",
     "plans_of",

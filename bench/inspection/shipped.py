@@ -39,6 +39,7 @@ KNOWN_WARNINGS: dict[tuple[str, int, str], tuple[str, ...]] = {}
 KNOWN_SPILLS = {
     ("3.6", 90, "contrastive_loss N9001 D512 bf16"): ("spills 4 bytes", "spills 12 bytes", "spills 16 bytes"),
     ("3.9", 100, "bias_gelu_fp8 N5120 bf16"): ("spills 4 bytes",),
+    ("3.9", 100, "fp8_linear K1280 N5120 gelu bf16"): ("spills 4 bytes",),
     ("3.9", 90, "sigmoid_loss N1001 D512 bf16"): ("spills 16 bytes",),
     ("3.9", 90, "sigmoid_loss N1024 D512 bf16"): ("spills 8 bytes",),
     ("3.9", 90, "sigmoid_loss N1024 D512 fp16"): ("spills 8 bytes",),

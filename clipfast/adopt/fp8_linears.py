@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..models.fp8_layers import check_fp8, check_recipe
+from ..kernels.fp8.support import check_fp8
+from ..models.fp8_layers import check_recipe
 from ..models.layers import project
 from .hf import part_of
 from .open_clip import RESIDUAL
@@ -25,7 +26,7 @@ def check_arguments(function: str, model: nn.Module, fp8: str | None, fp8_skip: 
         return
     check_recipe(fp8, fp8_skip, (f"{function}: fp8", f"{function}: fp8_skip"))
     for device in {parameter.device for parameter in model.parameters()}:
-        check_fp8(device)
+        check_fp8(f"{function}: fp8", device)
 
 
 def linear_forward(module: nn.Linear, input: Tensor, fp8: str) -> Tensor:

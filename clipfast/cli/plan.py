@@ -63,8 +63,8 @@ TRAIN, FIT, OF_LOSS = "--train", "--fit", "a plan of the loss"
 PLANS: dict[str, tuple[str, ...]] = {"pairs": (TRAIN, OF_LOSS), "batch_size": (TRAIN,)}
 PLANS |= dict.fromkeys(("dtype", "embed_dim"), (OF_LOSS,))
 PLANS |= dict.fromkeys(
-    ("model", "parallel", "checkpointing", "accumulation", "precision", "opt", "ema", "no_reshard", "captions",
-     "samples_seen", "price_per_gpu_hour", "context_gb", "slack"), (TRAIN, FIT),
+    ("model", "parallel", "checkpointing", "accumulation", "precision", "fp8_recipe", "opt", "ema", "no_reshard",
+     "captions", "samples_seen", "price_per_gpu_hour", "context_gb", "slack"), (TRAIN, FIT),
 )  # fmt: skip
 
 
@@ -124,6 +124,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--accumulation", help="micro-batches of which a batch is made (default: 1)", type=COUNT, metavar="N")
     precisions = ("amp_bf16", "amp_fp8", "pure_bf16", "fp32")
     add("--precision", help="as of clipfast train (default: amp_bf16)", choices=precisions)
+    recipes = ("switchback", "full")
+    add("--fp8-recipe", help="of amp_fp8, as of clipfast train (default: switchback)", choices=recipes)
     add("--opt", help="optimizer, as of clipfast train (default: adamw)", metavar="NAME")
     add("--ema", help="keep an average of the weights", action="store_true")
     add("--no-reshard", help="FSDP2 keeps a block whole from its forward to its backward pass", action="store_true")
@@ -256,6 +258,8 @@ def _setup(args: argparse.Namespace, model: str) -> "Setup":
         raise ValueError(f"{model} is trained with the sigmoid loss, and plans are made for the contrastive loss only")
     if args.precision == "amp_fp8" and not has_fp8(CARDS[args.card or "h100"].arch):
         raise ValueError(f"--card {args.card} has no fp8: leave out --precision amp_fp8, or take h100, h200 or b200")
+    if args.fp8_recipe is not None and args.precision != "amp_fp8":
+        raise ValueError("--fp8-recipe needs --precision amp_fp8")
     gpus, parallel, opt = args.gpus or 8, args.parallel or "ddp", args.opt or "adamw"
     if opt.lower() != "muon":
         optimizer_class(opt)
@@ -265,7 +269,7 @@ def _setup(args: argparse.Namespace, model: str) -> "Setup":
         raise ValueError("--no-reshard is of FSDP2 on several GPUs: set --parallel fsdp and --gpus, or leave it out")
     return Setup(
         model, gpus, parallel, args.checkpointing or "none", args.precision or "amp_bf16", opt, args.ema,
-        not args.no_reshard, args.captions,
+        not args.no_reshard, args.captions, args.fp8_recipe or "switchback",
     )  # fmt: skip
 
 
@@ -318,10 +322,11 @@ def _train(args: argparse.Namespace, cluster: "Cluster", assumed: "Assumptions")
         raise ValueError(f"--accumulation {accumulation} is more than the {pairs} pairs of a GPU")
     found = describe(StepPlan(setup, cluster, cluster.card), Batch(pairs, -(-pairs // accumulation)), assumed)
     parts = f" in {accumulation} micro-batches" if accumulation > 1 else ""
+    recipe = f" ({setup.fp8_recipe})" if setup.precision == "amp_fp8" else ""
     print(
         f"{setup.model} on {setup.gpus} x {cluster.card.name}: {found['global_batch']:,} pairs, {pairs:,} a GPU"
         f"{parts}; {setup.parallel if setup.gpus > 1 else 'one GPU'}, checkpointing {setup.checkpointing}, "
-        f"{setup.precision}, {setup.opt}"
+        f"{setup.precision}{recipe}, {setup.opt}"
     )
     _print_parts("memory of a GPU at its peak", found["memory_by_category"], _gb)
     print(f"  {'fits' if found['fits'] else 'DOES NOT FIT'} into {_gb(cluster.card.memory_bytes)}")

@@ -18,8 +18,8 @@ from ..checkpoints.sources import resolve_source
 from ..distributed.world import ALONE, World
 from ..factory import create_model, get_tokenizer, transform_of
 from ..io.progress import each
+from ..kernels.fp8.support import check_fp8
 from ..models import CLIP
-from ..models.fp8_layers import check_fp8
 from ..models.packed_images import PackedImages
 from .store import FeatureStore
 from .zero_shot import TEXTS, Template, encode_texts, prompts_of
@@ -97,7 +97,7 @@ class Encoder:
         Raises:
             ValueError: the GPU has no fp8.
         """
-        check_fp8(torch.device(self.device))
+        check_fp8("fp8", torch.device(self.device))
         if isinstance(self.model, CLIP):
             self.model.set_fp8(recipe)
         else:

@@ -24,15 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE, apply_of
+from ..kernels.fp8_rows import lay_beside, takes_rows
 from ..kernels.implementations import (
     Plans,
     attention_bwd,
     attention_fwd,
     bias_act_bwd,
+    bias_act_fp8_bwd,
     bias_act_fp8_fwd,
     bias_act_fwd,
     compute,
     layer_norm_bwd,
+    layer_norm_fp8_bwd,
     layer_norm_fp8_fwd,
     layer_norm_fwd,
     plans_of,
@@ -195,6 +198,9 @@ class _Block(torch.autograd.Function):
         # The dtypes of the gradients, None for a parameter that needs none.
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
         ctx.longest = getattr(places, "max_seqlen", None)
+        # Rows in 8 bits lie beside the gradient of m in this block's backward pass, and of the branch after it.
+        ctx.takes_rows = options.fp8 == fp8_layers.SWITCHBACK
+        ctx.gives_rows = ctx.takes_rows and branch is not None and takes_rows(branch)
         ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
         # In a first block, s is a view of x below autograd, which would not notice that x is changed in place. So x
         # itself is saved.
@@ -241,39 +247,47 @@ def _forward(
     qkv = multiply(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
     heads, lse = compute(plans, attention_fwd, "", qkv, None, bounds, options.heads, options.causal, options.scale)
     heads = heads.view(-1, width)
-    t, m, saved = mlp_half(plans, options, s, multiply(heads, cast.w_out, cast.b_out), cast)
-    saved = (s, mean, rstd, y, qkv, bounds, heads, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
+    o = None if options.fp8 is None else fp8_layers.operand(plans, "heads", (heads,), options.dtype)
+    a = multiply(heads if o is None else o, cast.w_out, cast.b_out)
+    t, m, saved = mlp_half(plans, options, s, a, cast)
+    saved = (s, mean, rstd, y, qkv, bounds, heads, o, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
     return (t.view(shape), m.view(shape)), saved
 
 
 def _backward(
     ctx: Any, grad_t: Tensor, grad_m: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, qkv: Tensor,
-    bounds: Tensor | None, heads: Tensor, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor, *of_mlp: Tensor,
+    bounds: Tensor | None, heads: Tensor, o: Any, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor,
+    *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
     s = s.reshape(-1, width)
-    grads = grad_t.reshape(-1, width).contiguous(), grad_m.reshape(-1, width).contiguous()
-    dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, *grads, *of_mlp)
-    d_heads, dw_out, db_out = linear_grads(options, da, heads, w_out, wanted.w_out, wanted.b_out)
+    dt = grad_t.reshape(-1, width).contiguous()
+    dm = fp8_layers.flat(grad_m) if ctx.takes_rows else grad_m.reshape(-1, width).contiguous()
+    dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, dt, dm, *of_mlp)
+    o = heads if o is None else o  # in 8 bits, or as attention returned it
+    d_heads, dw_out, db_out = linear_grads(ctx, "out", da, o, w_out, wanted.w_out, wanted.b_out)
     with_sums = wanted.b_in is not None
     numbers = options.heads, options.causal, options.scale
     dqkv, db_in = compute(ctx.plans, attention_bwd, with_sums, d_heads, qkv, bounds, heads, lse, *numbers, with_sums)
-    dy, dw_in, _ = linear_grads(options, dqkv.view(-1, 3 * width), y, w_in, wanted.w_in, None)
+    dy, dw_in, _ = linear_grads(ctx, "in", dqkv.view(-1, 3 * width), y, w_in, wanted.w_in, None)
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
     with_sums = bool(wanted.norm_1 or wanted.norm_1_bias)
-    ds, du, of_norm_1 = compute(
-        ctx.plans, layer_norm_bwd, ("norm_1", with_sums), dy, dt, s, norm, mean, rstd, with_sums
+    norm_bwd = layer_norm_fp8_bwd if ctx.gives_rows else layer_norm_bwd
+    ds, du, of_norm_1, *rows = compute(
+        ctx.plans, norm_bwd, ("norm_1", with_sums), dy, dt, s, norm, mean, rstd, with_sums
     )
-    du = ds if s.dtype == dy.dtype else du
+    ds, du = of_inputs(ctx, ds, ds if s.dtype == dy.dtype else du)
+    if rows:
+        lay_beside(du, *rows)
     of_parameters = (*pair(of_norm_1), *pair(of_norm_2), dw_in, db_in, dw_out, db_out, *mlp_grads)
-    return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, wanted))
+    return (ds, du, *in_dtypes(of_parameters, wanted))
 
 
 _FUNCTION = Function(_forward, _backward)
 
 
-def of_inputs(ctx: Any, ds: Tensor, du: Tensor) -> tuple[Tensor, Tensor | None]:
+def of_inputs(ctx: Any, ds: Tensor, du: Tensor) -> tuple[Tensor, Any]:
     """Return the gradients of a transformer block's stream and branch, [B, N, width]; None without a branch."""
     return ds.view(ctx.shape), du.view(ctx.shape) if ctx.needs_input_grad[5] else None
 
@@ -288,7 +302,7 @@ def first_norm(
     norm = layer_norm_fwd if options.fp8 is None or added[0].dtype is not options.dtype else layer_norm_fp8_fwd
     *results, t, mean, rstd = compute(plans, norm, "norm_1", *added, cast.norm_1, bias, options.eps_1)
     if options.fp8 is not None:
-        y: Any = fp8_layers.operand(results, options.dtype)
+        y: Any = fp8_layers.operand(plans, "norm_1", results, options.dtype)
     else:
         y = results[0] if results[0].dtype is options.dtype else results[0].to(options.dtype)
     return s if branch is None else t, y, mean, rstd
@@ -307,14 +321,14 @@ def mlp_half(
     norm = layer_norm_fp8_fwd if is_fp8 else layer_norm_fwd
     multiply: Any = fp8_layers.linear if is_fp8 else F.linear
     *results, t, mean, rstd = compute(plans, norm, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
-    y = fp8_layers.operand(results, options.dtype) if is_fp8 else results[0]
+    y = fp8_layers.operand(plans, "norm_2", results, options.dtype) if is_fp8 else results[0]
     h = multiply(y, cast.w_fc, None if options.adds_bias else cast.b_fc)
     if options.adds_bias:
         g = compute(plans, bias_act_fp8_fwd if is_fp8 else bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
     else:
         g = h * torch.sigmoid(1.702 * h) if options.gelu == QUICK else F.gelu(h, approximate=options.gelu)
     if is_fp8:
-        g = fp8_layers.operand(g if options.adds_bias else (g,), options.dtype)
+        g = fp8_layers.operand(plans, "gelu", g if options.adds_bias else (g,), options.dtype)
     b_fc = cast.b_fc if options.adds_bias else None
     saved = (t, mean, rstd, y, h, g, cast.norm_2, cast.w_fc, b_fc, cast.w_proj)
     return t, multiply(g, cast.w_proj, cast.b_proj), saved
@@ -326,32 +340,40 @@ def mlp_half_grads(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of s, of a, of the norm [2, width], and of w_proj, b_proj, w_fc and b_fc."""
     options, wanted = ctx.options, ctx.wanted
-    dg, dw_proj, db_proj = linear_grads(options, grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
+    dg, dw_proj, db_proj = linear_grads(ctx, "proj", grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
     if options.adds_bias:
         with_sums = wanted.b_fc is not None
-        dh, db_fc = compute(ctx.plans, bias_act_bwd, with_sums, dg, h, b_fc, options.gelu == QUICK, with_sums)
-        dy, dw_fc, _ = linear_grads(options, dh, y, w_fc, wanted.w_fc, None)
+        gelu_bwd = bias_act_fp8_bwd if ctx.takes_rows else bias_act_bwd
+        dh, db_fc, *rows = compute(ctx.plans, gelu_bwd, with_sums, dg, h, b_fc, options.gelu == QUICK, with_sums)
+        if rows:
+            lay_beside(dh, *rows)
+        dy, dw_fc, _ = linear_grads(ctx, "fc", dh, y, w_fc, wanted.w_fc, None)
     else:
         dh = _gelu_grad(dg, h, options.gelu)
-        dy, dw_fc, db_fc = linear_grads(options, dh, y, w_fc, wanted.w_fc, wanted.b_fc)
+        dy, dw_fc, db_fc = linear_grads(ctx, "fc", dh, y, w_fc, wanted.w_fc, wanted.b_fc)
     with_sums = bool(wanted.norm_2 or wanted.norm_2_bias)
-    ds, da, of_norm = compute(
-        ctx.plans, layer_norm_bwd, ("norm_2", with_sums), dy, grad_t, t, norm, mean, rstd, with_sums
+    norm_bwd = layer_norm_fp8_bwd if ctx.takes_rows else layer_norm_bwd
+    ds, da, of_norm, *rows = compute(
+        ctx.plans, norm_bwd, ("norm_2", with_sums), dy, grad_t, t, norm, mean, rstd, with_sums
     )
-    return ds, ds if t.dtype == dy.dtype else da, of_norm, dw_proj, db_proj, dw_fc, db_fc
+    da = ds if t.dtype == dy.dtype else da
+    if rows:
+        lay_beside(da, *rows)
+    return ds, da, of_norm, dw_proj, db_proj, dw_fc, db_fc
 
 
 def linear_grads(
-    options: Options, grad: Tensor, x: Any, weight: Any, weight_dtype: torch.dtype | None,
+    ctx: Any, name: str, grad: Tensor, x: Any, weight: Any, weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of input, weight and bias of a block's linear layer on rows.
 
     The gradients of weight and bias have the dtypes given, where the product can be rounded to it at once; they are
-    None for a dtype that is None. In 8 bits, ``weight`` has its columns.
+    None for a dtype that is None. In 8 bits, ``weight`` has its columns, and plans are kept by the ``name``.
     """
-    if options.fp8 is not None:
-        return fp8_layers.linear_grads(grad, x, weight, options.fp8, weight_dtype is not None, bias_dtype is not None)
+    if ctx.options.fp8 is not None:
+        wanted = weight_dtype is not None, bias_dtype is not None
+        return fp8_layers.linear_grads(ctx.plans, name, grad, x, weight, ctx.options.fp8, *wanted)
     dw: Tensor | None = None
     if weight_dtype:
         is_widened = weight_dtype == torch.float32 and grad.is_cuda and grad.dtype != weight_dtype

@@ -77,7 +77,7 @@ def _backward(
     s = s.reshape(-1, width)
     grad = grad.contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad, grad.to(o.dtype), *of_mlp)
-    do, dw_out, db_out = linear_grads(options, da, o, w_out, wanted.w_out, wanted.b_out)
+    do, dw_out, db_out = linear_grads(ctx, "out", da, o, w_out, wanted.w_out, wanted.b_out)
     w_q, w_k, w_v = w_in.view(3, options.heads, -1, width).unbind(0)
     do_h = _heads_first(do, options)
     dquery, dy = compute(

@@ -85,7 +85,8 @@ class Setup:
         gpus: the number of ranks.
         parallel: "ddp" or "fsdp". On one GPU, both mean the plain model.
         checkpointing: the activations that the backward pass recomputes: "none", "selective" or "full".
-        precision: "amp_bf16", "amp_fp8" (with the recipe switchback), "pure_bf16" or "fp32", as in ``clipfast train``.
+        precision: "amp_bf16", "amp_fp8", "pure_bf16" or "fp32", as in ``clipfast train``.
+        fp8_recipe: the recipe of 8 bits for "amp_fp8".
         opt: the optimizer, as in ``clipfast train``.
         has_ema: whether an average of the weights is kept.
         reshards: whether FSDP2 frees a block after its forward pass, and gathers it again for its backward pass.
@@ -102,6 +103,7 @@ class Setup:
     has_ema: bool = False
     reshards: bool = True
     captions: bool = False
+    fp8_recipe: str = "switchback"
 
     @property
     def config(self) -> CLIPConfig:
@@ -224,7 +226,7 @@ def rank_of(
     with torch.device("meta"):
         model = build(config).to(setup.weight_dtype)
     if setup.precision == "amp_fp8":
-        model.set_fp8("switchback")
+        model.set_fp8(setup.fp8_recipe)
     with _fake_processes(setup.gpus, is_fake=is_fake):
         mesh = init_device_mesh("cpu", (setup.gpus,)) if setup.is_sharded else None
         with _ledger_of(card, CATEGORIES, ledger_type, is_fake=is_fake) as ledger:

@@ -15,12 +15,12 @@ from ..data import check_decoder
 from ..distributed.world import ALONE, World
 from ..factory import create_model, set_precision, set_preprocessing
 from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_loss
+from ..kernels.fp8.support import check_fp8
 from ..losses.accumulation import micro_batches
 from ..losses.distill_loss import DistillClipLoss
 from ..losses.siglip_loss import SigLipLoss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
 from ..models.file_tokenizer import FileTokenizer, tokenizer_of
-from ..models.fp8_layers import check_fp8
 from ..models.naflex import NaFlexVision
 from ..models.tokenizer import Tokenizer
 from .fsdp import is_sharded, shard
@@ -44,10 +44,7 @@ def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
     if config.decode_on_device:
         check_decoder(device)
     if config.precision == "amp_fp8":
-        try:
-            check_fp8(device)
-        except ValueError as error:
-            raise ValueError(f"--precision amp_fp8: {error}; use --precision amp_bf16") from error
+        check_fp8("--precision amp_fp8", device)
     return device
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import _fwd_cpu
+from ..activation import _bwd_cpu, _fwd_cpu
 from ..dtypes import accumulate_dtype
 from ..fp8_rows import E4M3, rounded, zero_carrier
 
@@ -34,6 +34,26 @@ def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
         return zero_carrier(x), *rounded(activate(x.to(wide), bias, quick), E4M3)
 
     return compute
+
+
+def with_rows(
+    compute: Callable[..., Any], quantize: Callable[[Tensor], Any] = lambda x: rounded(x, E4M3)
+) -> Callable[..., Any]:
+    """Return a function that computes gradients, ds and dx (or None for it) or dx alone, and sums, as ``compute`` does,
+    and then values and scales of dx, or of ds, in 8 bits.
+    """
+
+    def both(*args: Any) -> tuple[Any, ...]:
+        """Compute gradients, and round the rows of one to 8 bits."""
+        found = compute(*args)
+        return *found, *quantize(found[0] if found[-2] is None else found[-2])
+
+    return both
+
+
+def bias_act_bwd(*args: Any) -> Callable[..., Any]:
+    """Return the function that computes the gradients of bias and activation, and that of x in 8 bits as well."""
+    return with_rows(_bwd_cpu(*args))
 
 
 def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:

@@ -3,15 +3,18 @@ that computes calls of the layout; ``cpu`` has the same functions.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import activation
 from ..common import as_rows, cdiv, new_tensors, next_power_of_2, num_rows, row_strides
 from ..configs import RowConfig, planned
 from ..fp8_rows import E4M3, LARGEST
 from ..launch import Start, plan_start, programs_at_once
+from .cpu import with_rows
 from .kernels import (
     _bias_act_fp8_fwd_kernel,
     _dequantize_rows_kernel,
@@ -21,6 +24,7 @@ from .kernels import (
 )
 
 MAX_WIDTH = 16384
+MAX_GRAD_WIDTH = 8192  # a backward kernel holds no wider rows without a spill; they are rounded in a pass of their own
 REGISTERS = 96  # about how many registers a thread of the kernels for rows takes
 # A tile of the kernels that round both ways. Its transposed tile is stored by rows of 64 bytes.
 TILE = RowConfig(64, 64, num_warps=4, num_stages=1)
@@ -29,22 +33,23 @@ Rounded = tuple[Tensor, Tensor]
 
 
 @planned
-def row_tiles(rows: int, width: int, device: torch.device) -> tuple[RowConfig, int, dict[str, int]]:
-    """Choose how a kernel walks whole rows [M, N]: 32 numbers for each thread, three tiles at once.
+def row_tiles(rows: int, width: int, device: torch.device, numbers: int = 32) -> tuple[RowConfig, int, dict[str, int]]:
+    """Choose how a kernel walks whole rows [M, N]: so many numbers for each thread, three tiles at once.
 
     Returns:
         The configuration, the number of programs, and the compile-time sizes of a tile.
     """
     block_n = next_power_of_2(width)
     block_m = max(1, 1024 // block_n)
-    cfg = RowConfig(block_m, block_n, num_warps=max(1, block_m * block_n // 1024), num_stages=3)
+    cfg = RowConfig(block_m, block_n, num_warps=max(1, block_m * block_n // (32 * numbers)), num_stages=3)
     programs = min(cdiv(rows, block_m), programs_at_once(device, cfg.num_warps, REGISTERS))
-    return cfg, programs, {"N": width, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": cfg.num_stages}
+    return cfg, programs, {"BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": cfg.num_stages}
 
 
 def _row_start(kernel: Any, x: Tensor, strides: tuple[int, ...], **constexprs: Any) -> Start:
     """Return the start of a kernel that walks whole rows of ``x`` [..., N]."""
     cfg, programs, tile = row_tiles(num_rows(x), x.shape[-1], x.device)
+    tile |= {"N": x.shape[-1]}
     return plan_start(kernel, (programs,), num_rows(x), *strides, config=cfg, device=x.device, **tile, **constexprs)
 
 
@@ -79,6 +84,20 @@ def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
         return carrier.expand(shape), values, scale
 
     return compute
+
+
+def _grad_tiles(rows: int, width: int, device: torch.device, itemsize: int) -> tuple[RowConfig, int, dict[str, int]]:
+    """Choose how the backward kernel of an activation walks whole rows, of which it reads two and keeps the sums."""
+    cfg, programs, tile = row_tiles(rows, width, device, 16)
+    stages = 3 if tile["BLOCK_N"] * itemsize <= 2**14 else 1  # three stages of longer rows fill the shared memory
+    return replace(cfg, num_stages=stages, max_registers=128), programs, tile | {"NUM_STAGES": stages}
+
+
+def bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> Callable[..., Any]:
+    """Return the function that computes the gradients of bias and activation, and that of x in 8 bits as well."""
+    if x.shape[-1] <= MAX_GRAD_WIDTH:
+        return activation._bwd_triton(grad, x, bias, quick, with_sums, _grad_tiles)
+    return with_rows(activation._bwd_triton(grad, x, bias, quick, with_sums), quantize(new_tensors(x)(), E4M3))
 
 
 def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:

@@ -30,7 +30,7 @@ from ..backends import registered, uses_reference
 from ..checks import check_device, check_float, check_tensor
 from ..common import as_rows
 from ..dtypes import autocast_to
-from ..fp8_rows import E4M3, E5M2, Fp8Rows, Fp8Weight
+from ..fp8_rows import E4M3, E5M2, Fp8Rows, Fp8Weight, rows_beside
 from ..launch import triton_runs_on
 from . import cpu, launches
 from .multiply import multiply
@@ -71,22 +71,23 @@ def _(
 
 
 def _plan_backward(
-    grad: Tensor, values: Tensor, scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
-    with_dx: bool, with_dw: bool, with_db: bool,
+    grad: Tensor, grad_values: Tensor | None, grad_scale: Tensor | None, values: Tensor, scale: Tensor,
+    column_values: Tensor, column_scale: Tensor, full: bool, with_dx: bool, with_dw: bool, with_db: bool,
 ) -> Callable[..., Any]:  # fmt: skip
     """Return the function that computes the gradients of linear layers of a layout."""
     # The kernels start no program for an empty matrix, whose scales are 1.
     side: Any = launches if triton_runs_on(grad.device) and grad.numel() else cpu
-    dy, rows, dtype, shape = as_rows(grad), as_rows(values), grad.dtype, values.shape
-    quantize = side.quantize(dy, E4M3)
+    dy, rows, dtype = as_rows(grad), as_rows(values), grad.dtype
+    quantize = side.quantize(dy, E4M3) if grad_values is None else None
     if with_dw and full:
         quantize_both, quantize_columns = side.quantize_both(dy, E4M3), side.quantize_columns(rows, E4M3)
     elif with_dw:
         dequantize = side.dequantize(rows, dtype)
 
     def compute(
-        grad: Tensor, values: Tensor, scale: Tensor, column_values: Tensor, column_scale: Tensor, *_: bool
-    ) -> tuple[Tensor | None, ...]:
+        grad: Tensor, grad_values: Any, grad_scale: Any, values: Tensor, scale: Tensor, column_values: Tensor,
+        column_scale: Tensor, *_: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """Compute the gradients of a linear layer, for tensors of a known layout."""
         dy, rows, scale = as_rows(grad), as_rows(values), scale.flatten()
         dx = dw = db = None
@@ -95,11 +96,11 @@ def _plan_backward(
             x_columns, x_scale = quantize_columns(rows, scale)
             dw = multiply(columns, columns_scale, x_columns, x_scale, dtype)
         elif with_dx:
-            dy_values, dy_scale = quantize(dy)
+            dy_values, dy_scale = quantize(dy) if quantize else (as_rows(grad_values), grad_scale.flatten())
         if with_dw and not full:
             dw = dy.T @ dequantize(rows, scale)
         if with_dx:
-            dx = multiply(dy_values, dy_scale, column_values, column_scale, dtype).view(shape)
+            dx = multiply(dy_values, dy_scale, column_values, column_scale, dtype).view(values.shape)
         if with_db:
             db = dy.sum(0, dtype=scale.dtype)
         return dx, dw, db
@@ -109,14 +110,16 @@ def _plan_backward(
 
 @registered("fp8_linear_bwd")
 def _fp8_linear_bwd(
-    grad: Tensor, values: Tensor, scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
-    with_dx: bool, with_dw: bool, with_db: bool,
+    grad: Tensor, grad_values: Tensor | None, grad_scale: Tensor | None, values: Tensor, scale: Tensor,
+    column_values: Tensor, column_scale: Tensor, full: bool, with_dx: bool, with_dw: bool, with_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of the linear layer: of its input, its weight, and its bias (float32).
 
-    Those that are not wanted are empty.
+    Those that are not wanted are empty. The rows of ``grad`` are rounded here if they are not given.
     """
-    args = grad, values, scale, column_values, column_scale, full, with_dx, with_dw, with_db
+    args = (
+        grad, grad_values, grad_scale, values, scale, column_values, column_scale, full, with_dx, with_dw, with_db
+    )  # fmt: skip
     dx, dw, db = _plan_backward(*args)(*args)
     empty = (like.new_empty(0) for like in (grad, grad, scale))
     dx, dw, db = (nothing if x is None else x for x, nothing in zip((dx, dw, db), empty, strict=True))
@@ -128,8 +131,8 @@ _fp8_linear_bwd.planned_by(_plan_backward)
 
 @_fp8_linear_bwd.register_fake
 def _(
-    grad: Tensor, values: Tensor, scale: Tensor, column_values: Tensor, column_scale: Tensor, full: bool,
-    with_dx: bool, with_dw: bool, with_db: bool,
+    grad: Tensor, grad_values: Tensor | None, grad_scale: Tensor | None, values: Tensor, scale: Tensor,
+    column_values: Tensor, column_scale: Tensor, full: bool, with_dx: bool, with_dw: bool, with_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx = grad.new_empty(values.shape if with_dx else (0,))
     dw = grad.new_empty((grad.shape[-1], values.shape[-1]) if with_dw else (0,))
@@ -139,7 +142,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the 8-bit rows of the linear layer's input, and the columns of its weight, for the backward pass."""
     _, values, scale, weight, bias, _, _, column_values, column_scale, ctx.full = inputs
-    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+    ctx.dtypes, ctx.takes_rows = (weight.dtype, None if bias is None else bias.dtype), not ctx.full
     ctx.save_for_backward(values, scale, column_values, column_scale)
 
 
@@ -147,7 +150,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the linear layer to autograd."""
     needs = ctx.needs_input_grad
     wanted = needs[0], needs[3], needs[4]
-    found = _fp8_linear_bwd(grad, *ctx.saved_tensors, ctx.full, *wanted)
+    found = _fp8_linear_bwd(grad, *rows_beside(grad), *ctx.saved_tensors, ctx.full, *wanted)
     dx, dw, db = (x if is_wanted else None for x, is_wanted in zip(found, wanted, strict=True))
     dw, db = (x if x is None else x.to(dtype) for x, dtype in zip((dw, db), ctx.dtypes, strict=True))
     return dx, None, None, dw, db, None, None, None, None, None
@@ -231,8 +234,8 @@ def fp8_linear(
         [..., N] in the dtype of ``x`` (under autocast in its dtype, except for rows that were in 8 bits already).
 
     Raises:
-        ValueError, TypeError: a shape, a device, a dtype or a name that does not fit.
-        RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
+        ValueError, TypeError: a shape, a device, a dtype or a name that does not fit, or a GPU without fp8.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "fp8_linear"
     rows = x.values if isinstance(x, Fp8Rows) else x
@@ -256,7 +259,7 @@ def fp8_linear(
         return reference.fp8_linear(x, weight, bias, recipe=recipe, weight_fp8=weight_fp8)
     if isinstance(x, Tensor):
         check_float(op, x=x, weight=weight, bias=bias)
-        check_fp8(op, x, max(weight.shape))
+        check_fp8(op, x.device, max(weight.shape))
         x = quantize_rows(x, backend=backend)
     of_rows, of_columns = weight_fp8 or quantize_weight(weight, backend=backend)
     carrier = x.values.new_zeros((), dtype=x.dtype).expand(x.values.shape) if x.carrier is None else x.carrier

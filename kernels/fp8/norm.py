@@ -15,10 +15,19 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..checks import check_float
 from ..dtypes import accumulate_dtype
-from ..fp8_rows import E4M3, Fp8Rows, rounded, zero_carrier
+from ..fp8_rows import E4M3, Fp8Rows, rounded, takes_rows, zero_carrier
 from ..launch import triton_runs_on
 from ..layer_norm import cpu, launches
-from ..layer_norm.op import _backward, _setup_context, check_input, check_width
+from ..layer_norm.op import (
+    _backward,
+    _layer_norm_bwd,
+    _setup_context,
+    as_outputs,
+    check_input,
+    check_width,
+    fake_gradients,
+)
+from .cpu import with_rows
 from .op import fake_rows
 from .support import check_fp8
 
@@ -61,18 +70,46 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
     return x.new_empty(()).expand(x.shape), *fake_rows(x, E4M3), s, mean, rstd
 
 
+def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
+    """Return the function that computes the gradients of layer norms of a layout, that of x in 8 bits as well."""
+    if triton_runs_on(grad_y.device):
+        return launches.backward(grad_y, *args, in_fp8=True)
+    return with_rows(cpu.backward(grad_y, *args))
+
+
+@registered("layer_norm_fp8_bwd")
+def _layer_norm_fp8_bwd(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients that ``layer_norm_bwd`` returns, and values and scales of that of x."""
+    args = grad_y, grad_s, s, weight, mean, rstd, with_sums
+    *found, values, scale = _plan_backward(*args)(*args)
+    return *as_outputs(grad_y, mean, *found), values, scale
+
+
+_layer_norm_fp8_bwd.planned_by(_plan_backward)
+
+
+@_layer_norm_fp8_bwd.register_fake
+def _(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return *fake_gradients(grad_y, s, mean, with_sums), *fake_rows(grad_y, E4M3)
+
+
 def _setup_fp8(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     """Save what the backward pass of the layer norm reads; of its result in 8 bits, only the carrier has a gradient."""
     carrier, values, scale, s, mean, rstd = output
     ctx.mark_non_differentiable(values, scale, mean, rstd, *(() if inputs[1] is not None or s is None else (s,)))
     _setup_context(ctx, inputs, (carrier, s, mean, rstd))
+    ctx.op = _layer_norm_fp8_bwd if takes_rows(inputs[0]) else _layer_norm_bwd
 
 
 def _backward_fp8(
     ctx: Any, grad: Tensor | None, _values: None, _scale: None, grad_s: Tensor | None = None, *_: None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the layer norm to autograd."""
-    return _backward(ctx, grad, grad_s)
+    return _backward(ctx, grad, grad_s, op=ctx.op)
 
 
 _layer_norm_fp8_fwd.register_autograd(
@@ -95,8 +132,8 @@ def layer_norm_fp8(
         The rows [..., N] in 8 bits; with ``residual`` also the sum [..., N], in the dtype of ``residual``.
 
     Raises:
-        ValueError, TypeError: a shape, a device, a dtype or a value that does not fit.
-        RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
+        ValueError, TypeError: a shape, a device, a dtype or a value that does not fit, or a GPU without fp8.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "layer_norm_fp8"
     options = eps, eps.__class__, backend
@@ -109,7 +146,7 @@ def layer_norm_fp8(
             found: Fp8Rows | tuple[Fp8Rows, Tensor] = reference.layer_norm_fp8(x, weight, bias, eps, residual=residual)
             return found
         check_float(op, x=x, weight=weight, bias=bias, residual=residual)
-        check_fp8(op, x)
+        check_fp8(op, x.device)
         check_width(op, x)
         args = x, residual, weight, bias, float(eps)
         compute = _layer_norm_fp8_fwd.learn(options, tensors, args)

@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import activation, reference
 from ..backends import registered, uses_reference
 from ..checks import check_float, check_parameter, check_tensor
-from ..dtypes import dtype_name
-from ..fp8_rows import E4M3, LARGEST, Fp8Rows, Fp8Weight
+from ..dtypes import accumulate_dtype, dtype_name
+from ..fp8_rows import E4M3, LARGEST, Fp8Rows, Fp8Weight, takes_rows
 from ..launch import triton_runs_on
 from . import cpu, launches
 from .support import check_fp8
@@ -104,8 +104,8 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3, *, backend: str = "auto"
         The rows in 8 bits.
 
     Raises:
-        ValueError, TypeError: a shape or a dtype that does not fit.
-        RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
+        ValueError, TypeError: a shape or a dtype that does not fit, or a GPU without fp8.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op, options, args = "quantize_rows", (dtype, backend), (x, dtype)
     compute = _quantize_rows.find(options, (x,))
@@ -118,7 +118,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3, *, backend: str = "auto"
     if uses_reference(op, backend, x):
         return reference.quantize_rows(x, dtype)
     check_float(op, x=x)
-    check_fp8(op, x, x.shape[-1])
+    check_fp8(op, x.device, x.shape[-1])
     carrier, values, scale = _quantize_rows.learn(options, (x,), args)(*args)
     return Fp8Rows(values, scale, carrier)
 
@@ -134,15 +134,15 @@ def quantize_weight(weight: Tensor, *, backend: str = "auto") -> Fp8Weight:
         The rows [N, K] and the columns [K, N] in 8 bits; they have no gradient.
 
     Raises:
-        ValueError, TypeError: a shape or a dtype that does not fit.
-        RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
+        ValueError, TypeError: a shape or a dtype that does not fit, or a GPU without fp8.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "quantize_weight"
     check_tensor(op, "weight", weight, 2)
     if uses_reference(op, backend, weight):
         return reference.quantize_weight(weight)
     check_float(op, weight=weight)
-    check_fp8(op, weight)
+    check_fp8(op, weight.device)
     weight = weight.detach()
     options, args = (backend,), (weight, E4M3)
     compute = _quantize_both.find(options, (weight,)) or _quantize_both.learn(options, (weight,), args)
@@ -170,15 +170,40 @@ def _(x: Tensor, bias: Tensor, quick: bool) -> Carried:
     return x.new_empty(()).expand(x.shape), *fake_rows(x, E4M3)
 
 
+def _plan_bias_act_bwd(grad: Tensor, *args: Any) -> Callable[..., Any]:
+    """Return the function that computes the gradients of bias and activation for a layout, in 8 bits as well."""
+    return (launches if triton_runs_on(grad.device) else cpu).bias_act_bwd(grad, *args)
+
+
+@registered("bias_act_fp8_bwd")
+def _bias_act_fp8_bwd(
+    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients that ``bias_act_bwd`` returns, and values and scales of that of x."""
+    args = grad, x, bias, quick, with_sums
+    dx, sums, values, scale = _plan_bias_act_bwd(*args)(*args)
+    return dx, x.new_empty(0, dtype=accumulate_dtype(x.dtype)) if sums is None else sums, values, scale
+
+
+_bias_act_fp8_bwd.planned_by(_plan_bias_act_bwd)
+
+
+@_bias_act_fp8_bwd.register_fake
+def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = x.new_empty(x.shape[-1] if with_sums else 0, dtype=accumulate_dtype(x.dtype))
+    return x.new_empty(x.shape), sums, *fake_rows(x, E4M3)
+
+
 def _bias_act_context(ctx: Any, inputs: tuple[Any, ...], output: Carried) -> None:
     """Save x and bias for the backward pass of GELU or QuickGELU, which is that of the op in 16 bits."""
     _setup_context(ctx, inputs, output)
     activation._setup_context(ctx, inputs, output[0])
+    ctx.op = _bias_act_fp8_bwd if takes_rows(inputs[0]) else activation._bias_act_bwd
 
 
 def _bias_act_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Return the gradients of GELU or QuickGELU of x + bias to autograd."""
-    return (None, None, None) if grad is None else activation._backward(ctx, grad)
+    return (None, None, None) if grad is None else activation._backward(ctx, grad, ctx.op)
 
 
 _bias_act_fp8_fwd.register_autograd(_bias_act_backward, setup_context=_bias_act_context, results=lambda *_: 3)
@@ -199,8 +224,8 @@ def bias_gelu_fp8(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Fp8Rows:
         The rows in 8 bits.
 
     Raises:
-        ValueError, TypeError: a shape, a device or a dtype that does not fit.
-        RuntimeError: ``backend="triton"`` where Triton cannot run, or a GPU without fp8.
+        ValueError, TypeError: a shape, a device or a dtype that does not fit, or a GPU without fp8.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     return _bias_act_rows("bias_gelu_fp8", x, bias, backend)
 
@@ -223,7 +248,7 @@ def _bias_act_rows(op: str, x: Tensor, bias: Tensor, backend: str) -> Fp8Rows:
         if uses_reference(op, backend, x):
             return reference.bias_quick_gelu_fp8(x, bias) if args[2] else reference.bias_gelu_fp8(x, bias)
         check_float(op, x=x, bias=bias)
-        check_fp8(op, x, x.shape[-1])
+        check_fp8(op, x.device, x.shape[-1])
         compute = _bias_act_fp8_fwd.learn(options, tensors, args)
     carrier, values, scale = compute(*args)
     return Fp8Rows(values, scale, carrier)

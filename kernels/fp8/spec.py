@@ -6,6 +6,7 @@ against unrounded rows in float64, so an op must round as well as its reference 
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,13 +58,17 @@ def _each(results: Any, convert: Callable[[Fp8Rows], Tensor]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class LinearShape(Shape):
-    """Rows [rows, width] and a weight [features, width], with or without a bias; ``full`` is the recipe."""
+    """Rows [rows, width] and a weight [features, width], with or without a bias; ``full`` is the recipe.
+
+    ``then`` names the op in 8 bits that takes the output, and whose backward pass rounds the gradient for the layer.
+    """
 
     rows: int
     width: int
     features: int
     bias: bool = False
     full: bool = False
+    then: str = ""
 
     @property
     def elements(self) -> int:
@@ -87,8 +92,34 @@ def make_linear(shape: LinearShape, values: str, draw: Draw) -> Call:
     inputs = {"x": x, "weight": shape.width**-0.5 * draw.normal(shape.features, shape.width)}
     if shape.bias:
         inputs["bias"] = draw.normal(shape.features)
-    options = {"recipe": "full"} if shape.full else {}
-    return Call(inputs, (draw.normal(shape.rows, shape.features),), options)
+    if shape.then:
+        inputs["bias_after"] = draw.normal(shape.features)
+    if shape.then == "layer_norm_fp8":
+        inputs["weight_after"], inputs["residual"] = (
+            draw.normal(shape.features),
+            draw.normal(shape.rows, shape.features),
+        )
+    options = ({"recipe": "full"} if shape.full else {}) | ({"then": shape.then} if shape.then else {})
+    results = 2 if "residual" in inputs else 1
+    return Call(inputs, tuple(draw.normal(shape.rows, shape.features) for _ in range(results)), options)
+
+
+def linear_of(ops: Any) -> Function:
+    """Return ``fp8_linear`` of a module of ops, with the op that is to take its output."""
+
+    @functools.wraps(fp8_linear)
+    def call(
+        *args: Any, then: str = "", bias_after: Any = None, weight_after: Any = None, residual: Any = None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Call the linear layer in 8 bits, and the op that takes its output."""
+        y = ops.fp8_linear(*args, **kwargs)
+        if residual is not None:
+            rows, stream = ops.layer_norm_fp8(y, weight_after, bias_after, residual=residual)
+            return rows.dequantize(), stream
+        return getattr(ops, then)(y, bias_after).dequantize() if then else y
+
+    return call
 
 
 def rows_floor(shape: RowShape, itemsize: int, backward: bool) -> Floor:
@@ -210,13 +241,17 @@ QUICK_GELU = dataclasses.replace(
     shipped=(Shipped("N4096", RowShape(64, 4096)),),
 )
 LINEAR = OpSpec(
-    op=fp8_linear,
-    reference=reference.fp8_linear,
+    op=linear_of(sys.modules[__name__]),
+    reference=linear_of(reference),
     make=make_linear,
     cases=[
         Case(LinearShape(37, 3, 5), "a few numbers", draws=norm_spec.FEW),
         Case(LinearShape(67, 77, 41, bias=True), "odd sizes", quick=True, sanitize=True),
         Case(LinearShape(67, 77, 41, full=True), "odd sizes, all products in 8 bits", quick=True, sanitize=True),
+        *(
+            Case(LinearShape(67, 24, 77, then=op), "a gradient that comes in 8 bits as well", sanitize=True)
+            for op in ("bias_gelu_fp8", "bias_quick_gelu_fp8", "layer_norm_fp8")
+        ),
         Case(LinearShape(1, 24, 8, bias=True), "one row"),
         Case(LinearShape(0, 64, 8), "no rows"),
         Case(LinearShape(200, 768, 256, bias=True), "B/32's width", NOT_INTERPRETED),
@@ -235,11 +270,20 @@ LINEAR = OpSpec(
         for device, images in norm_spec.IMAGES.items()
     },
     items=("rows", "rows"),
-    float32=("weight", "bias"),
+    float32=("weight", "bias", "weight_after", "bias_after"),
     needs_fp8=True,
     shipped=(
         Shipped("K1024 N4096", LinearShape(64, 1024, 4096)),
         Shipped("K1024 N4096 full", LinearShape(64, 1024, 4096, full=True)),
+        *(
+            Shipped(f"K{width} N{4 * width} gelu", LinearShape(64, width, 4 * width, then="bias_gelu_fp8"))
+            for width in (1024, 1280)
+        ),
+        Shipped("K1024 N4096 quick_gelu", LinearShape(64, 1024, 4096, then="bias_quick_gelu_fp8")),
+        *(
+            Shipped(f"K{width} N{width} norm", LinearShape(64, width, width, then="layer_norm_fp8"))
+            for width in (768, 1024, 1280)
+        ),
     ),
 )  # fmt: skip
 SPECS = (QUANTIZE, WEIGHT, NORM, GELU, QUICK_GELU, LINEAR)

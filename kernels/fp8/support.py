@@ -1,29 +1,36 @@
-"""The GPUs that have numbers of 8 bits, and the check of an op for them."""
+"""The check that a GPU can multiply numbers of 8 bits, for ops and for models."""
 
 import torch
-from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ..hardware import AMD, LEAST_FP8, has_fp8
 from ..launch import arch_of, triton_runs_on
 from .launches import MAX_WIDTH
 
 
-def check_fp8(op: str, x: Tensor, width: int = 1) -> None:
-    """Refuse a GPU that has no e4m3, and rows that are wider than a kernel's tile.
+def check_fp8(what: str, device: torch.device, width: int = 1) -> None:
+    """Refuse a GPU that cannot multiply e4m3 for an op or an option ``what``, and rows wider than a kernel's tile.
 
     Raises:
-        RuntimeError: another GPU; the message names its compute capability.
-        ValueError: rows of width 0, or too wide ones.
+        ValueError: the GPU is not one of NVIDIA's with compute capability 8.9 or higher, or it is one with 8.9 under
+            PyTorch 2.11, whose products of rows in 8 bits may hang there; or rows of width 0, or too wide ones.
     """
-    if not triton_runs_on(x.device):
+    if not triton_runs_on(device):
         return
     if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {width}: use backend='torch'")
-    arch = arch_of(x.device)
-    if has_fp8(arch) or x.device.type == "cpu":
+        raise ValueError(f"{what}: rows must be 1 to {MAX_WIDTH} wide, got {width}: use backend='torch'")
+    if device.type == "cpu":
         return
-    has = f"{torch.cuda.get_device_name(x.device)} " + ("is a GPU of AMD" if arch in AMD else f"has {arch / 10}")
-    raise RuntimeError(
-        f"{op}: numbers of 8 bits (e4m3) need compute capability {LEAST_FP8 / 10} or newer, "
-        f"{has}: compute in 16 bits, or use backend='torch', which emulates 8 bits"
-    )
+    arch, name = arch_of(device), torch.cuda.get_device_name(device)
+    instead = "compute in 16 bits, or by backend='torch', which emulates 8 bits"
+    if not has_fp8(arch):
+        has = "is one of AMD" if arch in AMD else f"has {arch / 10}"
+        raise ValueError(
+            f"{what}: numbers of 8 bits (e4m3) need a GPU of NVIDIA with compute capability {LEAST_FP8 / 10} or newer, "
+            f"as RTX 40, L40S and H100 are, and {name} {has}: {instead}"
+        )
+    if arch == LEAST_FP8 and TorchVersion(torch.__version__) < "2.12":
+        raise ValueError(
+            f"{what}: products in 8 bits on a {name} need PyTorch 2.12 or newer: {torch.__version__} starts them "
+            f"outside the current CUDA stream, and may hang (pytorch/pytorch#177651): {instead}"
+        )

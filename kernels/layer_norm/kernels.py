@@ -86,9 +86,11 @@ def _layer_norm_bwd_kernel(
     ds_ptr,  # [M, N] contiguous
     dx_ptr,  # [M, N] contiguous, ds in another dtype
     sums_ptr,  # [programs, 2, N] fp32, for weight and bias
+    values_ptr,  # [M, N] contiguous, dx in 8 bits, or None
+    scale_ptr,  # [M] fp32, or None
     M,
     stride_ym, stride_yn, stride_gm, stride_gn, stride_sm, stride_sn,
-    N: tl.constexpr, HAS_GRAD_S: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
+    N: tl.constexpr, MOST: tl.constexpr, HAS_GRAD_S: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute ds and dx tile by tile of whole rows, and this program's part of the sums over rows, dw and db."""
@@ -116,6 +118,9 @@ def _layer_norm_bwd_kernel(
         tl.store(ds_ptr + rows * N + columns, ds.to(ds_ptr.dtype.element_ty), mask=mask)
         if HAS_DX:
             tl.store(dx_ptr + rows * N + columns, ds.to(dx_ptr.dtype.element_ty), mask=mask)
+        if scale_ptr is not None:
+            dx = tl.where(mask_n[None, :], ds.to(dx_ptr.dtype.element_ty).to(tl.float32), 0.0)
+            store_rows(dx, values_ptr, scale_ptr, offs_m, offs_n.to(tl.int64), mask_m, mask_n, N, MOST)
         if HAS_SUMS:
             acc_dw += dy * normed
             acc_db += dy

@@ -3,6 +3,7 @@
 Streams and their gradients are [..., N] with any strides. ``cpu`` has the same two functions.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,16 +22,20 @@ FWD_REGISTERS, BWD_REGISTERS = 64, 128
 
 
 def row_tiles(
-    kernel: str, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, registers: int
-) -> tuple[RowConfig, int, dict[str, int]]:
+    kernel: str, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, registers: int, *,
+    with_rows: bool = False,
+) -> tuple[RowConfig, int, dict[str, int]]:  # fmt: skip
     """Choose how ``kernel`` walks rows [M, N], if each of its threads takes about ``registers`` registers.
 
-    A tile holds whole rows. It has as many elements as the configuration says, so narrow rows share a tile.
+    A tile holds whole rows. It has as many elements as the configuration says, so narrow rows share a tile. If the
+    kernel writes 8 bits beside 16 (``with_rows``), it needs more registers, so that twice the threads share a tile.
 
     Returns:
         The configuration, the number of programs, and the compile-time sizes of a tile.
     """
     cfg = row_config(kernel, arch_of(device), dtype, width)
+    if with_rows:
+        cfg = dataclasses.replace(cfg, num_warps=min(16, 2 * cfg.num_warps), max_registers=None)
     block_n = next_power_of_2(width)
     block_m = max(1, cfg.block_m * cfg.block_n // block_n)
     at_once = programs_at_once(device, cfg.num_warps, cfg.max_registers or registers)
@@ -54,13 +59,14 @@ def _forward_plan(
 @planned
 def _backward_plan(
     device: torch.device, dtype: torch.dtype, num_rows: int, width: int, *strides: int,
-    has_grad_s: bool, with_dx: bool, with_sums: bool,
+    has_grad_s: bool, with_dx: bool, with_sums: bool, in_fp8: bool,
 ) -> tuple[Plan, int]:  # fmt: skip
     """Plan the layer norm's backward kernel for a residual stream of ``dtype``; also return its number of programs."""
-    cfg, programs, tile = row_tiles("layer_norm_bwd", num_rows, width, dtype, device, BWD_REGISTERS)
+    cfg, programs, tile = row_tiles("layer_norm_bwd", num_rows, width, dtype, device, BWD_REGISTERS, with_rows=in_fp8)
     plan = Plan(
         _layer_norm_bwd_kernel, (programs,), num_rows, *strides,
-        config=cfg, device=device, HAS_GRAD_S=has_grad_s, HAS_DX=with_dx, HAS_SUMS=with_sums, **tile,
+        config=cfg, device=device, HAS_GRAD_S=has_grad_s, HAS_DX=with_dx, HAS_SUMS=with_sums,
+        MOST=LARGEST[E4M3] if in_fp8 else None, **tile,
     )  # fmt: skip
     return plan, programs
 
@@ -118,23 +124,25 @@ def forward(
 
 
 def backward(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> Callable[..., Any]:
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
+    *, in_fp8: bool = False,
+) -> Callable[..., Any]:  # fmt: skip
     """Plan the launch that computes the gradients of layer norms of a layout.
 
     Returns:
         The function that computes ds, dx (None if it has the dtype of ds), and dw and db [2, N] (None unless
-        ``with_sums``).
+        ``with_sums``). With ``in_fp8`` it also returns the values and the scales of dx, or of ds, in 8 bits.
     """
     width, with_dx = s.shape[-1], grad_y.dtype != s.dtype
     layouts = [row_strides(x) for x in (grad_y, s if grad_s is None else grad_s, s)]
     (y_strides, y_copied), (grad_s_strides, grad_s_copied), (s_strides, s_copied) = layouts
     plan, programs = _backward_plan(
         s.device, s.dtype, num_rows(s), width, *y_strides, *grad_s_strides, *s_strides,
-        has_grad_s=grad_s is not None, with_dx=with_dx, with_sums=with_sums,
+        has_grad_s=grad_s is not None, with_dx=with_dx, with_sums=with_sums, in_fp8=in_fp8,
     )  # fmt: skip
     start, new_ds, new_dx = Start(plan), new_tensors(s), new_tensors(grad_y)
     new_sums = new_tensors(s, (programs, 2, width), torch.float32)
+    new_values, new_scale = new_tensors(grad_y, None, E4M3), new_tensors(grad_y, grad_y.shape[:-1], torch.float32)
     no_dx, no_sums = new_tensors(grad_y, (0,))(), new_tensors(s, (0,), torch.float32)()
 
     def compute(
@@ -149,7 +157,9 @@ def backward(
             s = as_rows(s)
         ds = new_ds()
         dx, sums = new_dx() if with_dx else no_dx, new_sums() if with_sums else no_sums
-        start(grad_y, grad_s, s, weight.contiguous(), mean, rstd, ds, dx, sums)
-        return ds, dx if with_dx else None, sums.sum(0) if with_sums else (None, None)
+        rows = (new_values(), new_scale()) if in_fp8 else (None, None)
+        start(grad_y, grad_s, s, weight.contiguous(), mean, rstd, ds, dx, sums, *rows)
+        found = ds, dx if with_dx else None, sums.sum(0) if with_sums else (None, None)
+        return (*found, *rows) if in_fp8 else found
 
     return compute

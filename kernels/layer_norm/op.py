@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import Op, registered, uses_reference
 from ..checks import check_float, check_parameter, check_tensor
 from ..configs import WIDTHS
 from ..dtypes import accumulate_dtype
+from ..fp8_rows import lay_beside
 from ..launch import triton_runs_on
 from . import cpu, launches
 
@@ -66,6 +67,13 @@ def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
     return (launches if triton_runs_on(grad_y.device) else cpu).backward(grad_y, *args)
 
 
+def as_outputs(grad_y: Tensor, mean: Tensor, ds: Tensor, dx: Tensor | None, sums: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the layer norm as its registered ops do: empty ones for those that are None."""
+    if sums.__class__ is tuple:
+        sums = mean.new_empty(2, 0) if sums[0] is None else torch.stack(sums)
+    return ds, grad_y.new_empty(0) if dx is None else dx, sums
+
+
 @registered("layer_norm_bwd")
 def _layer_norm_bwd(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
@@ -75,12 +83,7 @@ def _layer_norm_bwd(
     The gradient of x is empty if it has the dtype of s, and those of the parameters are empty unless ``with_sums``.
     """
     args = grad_y, grad_s, s, weight, mean, rstd, with_sums
-    ds, dx, sums = _plan_backward(*args)(*args)
-    if not with_sums:
-        sums = mean.new_empty(2, 0)
-    elif isinstance(sums, tuple):
-        sums = torch.stack(sums)
-    return ds, grad_y.new_empty(0) if dx is None else dx, sums
+    return as_outputs(grad_y, mean, *_plan_backward(*args)(*args))
 
 
 _layer_norm_bwd.planned_by(_plan_backward)
@@ -90,6 +93,11 @@ _layer_norm_bwd.planned_by(_plan_backward)
 def _(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return fake_gradients(grad_y, s, mean, with_sums)
+
+
+def fake_gradients(grad_y: Tensor, s: Tensor, mean: Tensor, with_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors without values in the shapes of the layer norm's gradients."""
     dx = grad_y.new_empty((0,) if grad_y.dtype == s.dtype else s.shape)
     return s.new_empty(s.shape), dx, mean.new_empty(2, s.shape[-1] if with_sums else 0)
 
@@ -102,8 +110,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x if residual is None else output[1], weight, *output[2:])
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None = None, *_: None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the layer norm to autograd."""
+def _backward(
+    ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None = None, *_: None, op: Op = _layer_norm_bwd
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the layer norm, which ``op`` computes, to autograd."""
     if not ctx.has_sum:
         grad_s = None  # a compiled graph makes a gradient even for the empty tensor that stands for s
     if grad_y is None:
@@ -115,9 +125,10 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None = None, *_:
     options = (with_sums,)
     tensors = (grad_y, *saved) if grad_s is None else (grad_y, grad_s, *saved)
     args = grad_y, grad_s, *saved, with_sums
-    compute = _layer_norm_bwd.find(options, tensors) or _layer_norm_bwd.learn(options, tensors, args)
-    ds, dx, sums = compute(*args)
+    ds, dx, sums, *rows = (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
     dx = ds if ctx.x_dtype is s.dtype else dx
+    if rows:
+        lay_beside(dx, *rows)
     d_residual = ds if needed[1] else None
     if not with_sums:
         return dx, d_residual, None, None, None

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from clipfast.kernels.common import cdiv, next_power_of_2
 from clipfast.kernels.configs import RowConfig
 from clipfast.kernels.fp8 import launches, support
 from clipfast.kernels.fp8.multiply import multiply
-from clipfast.kernels.fp8_rows import E4M3, E5M2, LARGEST
+from clipfast.kernels.fp8_rows import E4M3, E5M2, LARGEST, rows_beside
 
 each_dtype = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 RECIPES = ("switchback", "full")
@@ -217,8 +216,15 @@ def test_registered_ops():
     torch.library.opcheck(ops.quantize_both.default, (w, E4M3), test_utils=("test_schema", "test_faketensor"))
     for full in (False, True):
         torch.library.opcheck(ops.fp8_linear_fwd.default, (*given, full), test_utils=fakes)
-        backward = (dy, *rows[:2], *weight.columns[:2], full, True, True, True)
-        torch.library.opcheck(ops.fp8_linear_bwd.default, backward, test_utils=("test_faketensor",))
+        for of_dy in ((None, None), quantize_rows(dy)[:2]):
+            backward = (dy, *of_dy, *rows[:2], *weight.columns[:2], full, True, True, True)
+            torch.library.opcheck(ops.fp8_linear_bwd.default, backward, test_utils=("test_faketensor",))
+    for y in (dy, dy.half()):  # the residual stream has the dtype of the gradient, or another one
+        h, stats = y.transpose(0, 1), torch.ones(50, 3, 1)
+        for wanted in (False, True):
+            given = (h, h, b.detach(), False, wanted), (h, None, dy.transpose(0, 1), b.detach(), stats, stats, wanted)
+            for op, args in zip((ops.bias_act_fp8_bwd, ops.layer_norm_fp8_bwd), given, strict=True):
+                torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def bits(rows):
@@ -239,12 +245,12 @@ def magnitudes(count, width):
 def large_tiles(monkeypatch):
     """Let a program of the kernels for rows take 2^18 numbers at once, which the interpreter computes faster."""
 
-    def row_tiles(rows, width, _):
+    def row_tiles(rows, width, *_):
         """Return the layout of a launch with large tiles."""
         block_n = next_power_of_2(width)
         block_m = 2**18 // block_n
         return RowConfig(block_m, block_n, num_warps=4, num_stages=1), cdiv(rows, block_m), {
-            "N": width, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": 1,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": 1,
         }  # fmt: skip
 
     monkeypatch.setattr(launches, "row_tiles", row_tiles)
@@ -310,15 +316,40 @@ def test_the_norm_and_the_activations_round_once_from_float32(shape, device):
         assert (found.values.float() != expected.values.float()).double().mean() <= 0.01
 
 
+@pytest.mark.parametrize("shape", [(33, 77), (2, 3, 64), (5, 8200)], ids=str)
+def test_gradients_bring_their_rows_in_8_bits(shape, device):
+    x, of_linear = torch.randn(*shape[:-1], 8, device=device).half(), torch.randn(shape[-1], 8, device=device)
+    residual = torch.randn(shape, device=device).half()
+    weight, bias = torch.randn(2, shape[-1], device=device).unbind()
+    for op, args, options in (
+        (layer_norm_fp8, (weight, bias), {"residual": residual.float()}), (layer_norm_fp8, (weight, bias), {}),
+        (layer_norm_fp8, (weight, bias), {"residual": residual}), (bias_gelu_fp8, (bias,), {}),
+        (bias_quick_gelu_fp8, (bias,), {}),
+    ):  # fmt: skip
+        if op is layer_norm_fp8 and shape[-1] > 8192:
+            continue
+        for recipe in RECIPES:
+            seen, y = [], fp8_linear(x, of_linear.requires_grad_(), recipe=recipe)
+            y.register_hook(seen.append)
+            results = op(y, *args, **options)
+            rows = results[0] if options else results
+            rows.dequantize().backward(torch.randn(shape, device=device).half())
+            (grad,), (values, scale) = seen, rows_beside(seen[0])
+            assert (values is not None) == (recipe == "switchback")
+            if values is not None:
+                assert all(map(torch.equal, bits(Fp8Rows(values, scale)), bits(reference.quantize_rows(grad))))
+                grad.add_(1)
+                assert rows_beside(grad) == (None, None)
+
+
 def test_a_card_without_numbers_of_8_bits_is_refused(monkeypatch):
     x = operands()[0].detach()
     monkeypatch.setattr(support, "triton_runs_on", lambda device: True)
     monkeypatch.setattr(support, "arch_of", lambda device: 86)
-    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A10")
-    message = r"^fp8_linear: .* need compute capability 8\.9 or newer, NVIDIA A10 has 8\.6: .* or use backend='torch'"
-    with pytest.raises(RuntimeError, match=message):
-        support.check_fp8("fp8_linear", on_gpu)
+    message = r"^fp8_linear: .* compute capability 8\.9 or newer, .* and NVIDIA A10 has 8\.6: .* by backend='torch'"
+    with pytest.raises(ValueError, match=message):
+        support.check_fp8("fp8_linear", torch.device("cuda", 0))
     with pytest.raises(ValueError, match=r"^quantize_rows: rows must be 1 to 16384 wide, got 16385"):
         quantize_rows(torch.ones(2, 16385))
     assert fp8_linear(x, torch.ones(8, 72), backend="torch").shape == (3, 50, 8)

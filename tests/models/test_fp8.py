@@ -6,8 +6,9 @@ from torch import nn
 
 from clipfast import contrastive_loss, create_model, get_model_config, report_kernels
 from clipfast.kernels.fp8 import RECIPES, Fp8Rows
-from clipfast.models import build, layers, transformer
-from clipfast.models.transformer import Transformer, read_rows
+from clipfast.kernels.fp8_rows import rows_beside
+from clipfast.models import build, fp8_layers, layers, transformer, whole_block
+from clipfast.models.transformer import Transformer, read_rows, run_plain
 
 from .test_whole_block import TOKENS, WIDTH, random_block, run
 
@@ -51,6 +52,34 @@ def test_one_function_has_the_bits_of_the_modules(recipe, gelu, causal, has_bran
     of_16_bits = run(set_fp8(block, None), x, branch, whole=True, autocast=autocast)
     assert bytes_ours < of_16_bits[1]
     assert not torch.equal(ours["out"], of_16_bits[0]["out"])
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["", "branch is read"])
+def test_gradients_bring_their_rows_from_block_to_block(is_read, on_gpu, monkeypatch):
+    blocks = [set_fp8(random_block(), "switchback") for _ in range(2)]
+    x, found = torch.randn(2, TOKENS, WIDTH), []
+
+    def grads():
+        """Return the gradients of two blocks, whose loss may also read the first one's branch."""
+        t, m = run_plain(blocks[:1], x.clone().requires_grad_(), None)
+        total = sum(y.square().sum() for y in run_plain(blocks[1:], t, m))
+        total = total + m.square().sum() if is_read else total
+        return torch.autograd.grad(total, [parameter for block in blocks for parameter in block.parameters()])
+
+    def spied(grad):
+        """Note whether a gradient of a linear layer's output brought its rows."""
+        rows = rows_beside(grad)
+        found.append(rows[0] is not None)
+        return rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_block, "lay_beside", lambda *_: None)
+        expected = grads()
+    monkeypatch.setattr(fp8_layers, "rows_beside", spied)
+    assert all(map(torch.equal, grads(), expected))
+    # Two looks at the gradient of each block's output, then at that of each linear layer: proj, fc, out and in.
+    later = [on_gpu, True, False]
+    assert found == [False, False, *later, not is_read, not is_read, *later]
 
 
 def test_a_frozen_weight_has_no_gradient():

@@ -420,6 +420,7 @@ class TestCommand:
 --train --model deep --no-reshard => --no-reshard is of FSDP2
 --train --model ViT-B-16-SigLIP => sigmoid loss
 --train --model deep --precision amp_fp8 --card a100 => --card a100 has no fp8
+--train --model deep --fp8-recipe full => --fp8-recipe needs --precision amp_fp8
 --captions => --captions has no effect
 --train --model deep --slack -1 => at least 0
 --train --model deep --samples-seen inf => finite
