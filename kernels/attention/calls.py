@@ -298,9 +298,12 @@ def _start_backward(
     else:
         stats = lse.new_empty((*lse.shape[:2], 2, how.rows))
         of_query, of_key = how.plans
+        rest = None
+        if how.rest is not None:
+            rest = lse.new_empty((*lse.shape[:2], how.rest[0], 2, how.rest[1], q.shape[-1]))
         keys, queries = _tiles(how.tiles[0], k, v), _tiles(how.tiles[1], q, grad_out)
-        of_query.start(q, k, v, *keys, out, grad_out, lse, seqlens, stats, grads[0], of_q)
-        of_key.start(q, k, v, grad_out, *queries, stats, seqlens, *grads[1:], of_v)
+        of_query.start(q, k, v, *keys, out, grad_out, lse, seqlens, stats, grads[0], of_q, rest)
+        of_key.start(q, k, v, grad_out, *queries, stats, seqlens, *grads[1:], of_v, rest)
     return grad_of_bias(sums) if with_sums else None
 
 

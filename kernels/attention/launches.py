@@ -17,6 +17,7 @@ from ..hardware import architecture
 from ..launch import INTERPRET, Plan, arch_of
 from .looped import _key_bwd_kernel, _looped_fwd_kernel, _query_bwd_kernel
 from .short import _short_bwd_kernel, _short_fwd_kernel
+from .tiles import MOST_REST
 from .unrolled import _unrolled_bwd_kernel
 
 # The most rows beyond one whole block that the unrolled backward kernel takes.
@@ -92,6 +93,7 @@ class BackwardPlan(NamedTuple):
         sums: the number of blocks of queries, and of keys, for which sums of dq, and of dv, are written.
         rows: the number of queries, rounded up, for which the first phase writes statistics for the second one.
         tiles: the rows of the tiles of the two phases that descriptors load (0: no descriptors).
+        rest: the number of blocks of queries that write gradients of the last keys, and of these keys, or None.
     """
 
     kernel: str
@@ -99,6 +101,7 @@ class BackwardPlan(NamedTuple):
     sums: tuple[int, int] = (1, 1)
     rows: int = 0
     tiles: tuple[int, int] = (0, 0)
+    rest: tuple[int, int] | None = None
 
 
 @planned
@@ -138,6 +141,7 @@ def _two_phases(
     # The number of rows is a multiple of the block sizes of both kernels, which are powers of two.
     block = max(query.block_m, key.block_m)
     rows = cdiv(m, block) * block
+    rest = 0 if has_seqlens or causal else _few_rest(n, (query.block_n, key.block_n), head_dim, arch, dtype)
     num_m, num_n = rows // query.block_m, cdiv(n, key.block_n)
     has_keys = not has_seqlens and is_aligned and _are_tileable(arch, dtype, (batch, n, heads, head_dim), (of_k, of_v))
     has_queries = is_aligned and _are_tileable(arch, dtype, q_shape, (of_q, of_grad))
@@ -148,12 +152,12 @@ def _two_phases(
         **_ends(n, query.block_n, has_seqlens or causal, arch, dtype), **options,
     )  # fmt: skip
     second = Plan(
-        _key_bwd_kernel, (batch * heads * num_n,), *numbers, *grad_strides[1][:2], *scales,
+        _key_bwd_kernel, (batch * heads * (num_n - (rest > 0)),), *numbers, *grad_strides[1][:2], num_m, *scales,
         config=key, device=device, BLOCK_M=key.block_m, BLOCK_N=key.block_n,
         TAIL=sum(_rest(m, key.block_m)) if has_queries else 0, IS_HELD=_is_held(arch, dtype), **options,
     )  # fmt: skip
     tiles = query.block_n if has_keys else 0, key.block_m if has_queries else 0
-    return BackwardPlan("two_phase", (first, second), (num_m, num_n), rows, tiles)
+    return BackwardPlan("two_phase", (first, second), (num_m, num_n), rows, tiles, (num_m, rest) if rest else None)
 
 
 def grad_of_bias(sums: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -206,6 +210,19 @@ def _rest(rows: int, block: int) -> tuple[int, ...]:
     is left.
     """
     return (max(16, next_power_of_2(rows % block)),) if rows % block else ()
+
+
+def _few_rest(n: int, blocks: tuple[int, ...], head_dim: int, arch: int, dtype: torch.dtype) -> int:
+    """Return how many keys are left over after whole blocks of each of these sizes, if the first phase writes their
+    gradients in parts; otherwise 0.
+
+    They must be few and come before the loop. wgmma multiplies 64 rows, and each part of a head must fill it.
+    """
+    rests = {n % block for block in blocks}
+    if len(rests) > 1 or n < max(blocks) or not _uses_wgmma(arch, dtype) or min(head_parts(head_dim)) < 64:
+        return 0
+    rest = rests.pop()
+    return rest if rest <= MOST_REST.value else 0
 
 
 def _are_tileable(arch: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> bool:

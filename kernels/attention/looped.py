@@ -8,13 +8,19 @@ since the second one needs more registers, with which fewer programs of the firs
 The loop loads whole blocks. The rows that are left over are loaded in a tile of ``FIRST`` rows before the loop, or in
 tiles of ``TAIL`` rows after it. Whole blocks are loaded through tensor descriptors on GPUs that have them: the
 addresses of plain loads would take registers and instructions.
+
+A few keys beyond whole blocks have no program in the second phase, which would load all queries for them. The first
+phase, which computes their scores anyway, writes what each block of queries contributes to their gradients, and the
+last program of the head adds these parts up in order.
 """
 
 import triton
 import triton.language as tl
 
 from .tiles import (
+    MOST_REST,
     add_product,
+    as_rows,
     head_of,
     held,
     inner,
@@ -26,8 +32,10 @@ from .tiles import (
     scaled_rows,
     shift_of,
     softmax_step,
+    store_rest,
     store_row_sums,
     store_rows,
+    sum_of_rest,
     visible_keys,
     walked_rows,
     zero_rows,
@@ -92,6 +100,7 @@ def _looped_fwd_kernel(
             v_tiles, v_rest, v_ptr, b, h, start_n, num_keys,
             stride_vn, stride_vd, BLOCK_N, HEAD_DIM, D_PARTS,
         )  # fmt: skip
+        k, v = as_rows(k, BLOCK_N, D_PARTS), as_rows(v, BLOCK_N, D_PARTS)
         scores = inner(q, k, BLOCK_M, BLOCK_N)  # [BM, BN]
         p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale, dtype == tl.float32)
         acc = add_product(scaled_rows(acc, decay[:, None]), p.to(dtype), v)
@@ -148,6 +157,7 @@ def _query_bwd_kernel(
     stats_ptr,  # [B, H, 2, ROWS] fp32, written: shift and delta
     dq_ptr,  # [B, M, H, D]
     dq_sum_ptr,  # [B, blocks of M, H, D] fp32, the sum of dq over the queries of each block
+    rest_ptr,  # [B, H, blocks of M, 2, N % BN, D] fp32, written: dk and dv of the last keys from each block, or None
     M, N, H, ROWS,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
@@ -193,11 +203,13 @@ def _query_bwd_kernel(
     if IS_CAUSAL:
         whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
     if FIRST > 0:
-        acc_dq = _query_tail(
+        acc_dq, rest_p, rest_ds = _query_tail(
             acc_dq, q, do, shift, delta, k_ptr, v_ptr, offs_m, whole, num_keys,
             stride_kn, stride_kd, stride_vn, stride_vd, qk_scale,
             HEAD_DIM, D_PARTS, BLOCK_M, FIRST, IS_CAUSAL, dtype,
         )  # fmt: skip
+        if rest_ptr is not None:
+            store_rest(rest_ptr, q, do, rest_p, rest_ds, scale, N - whole, HEAD_DIM, D_PARTS, FIRST)
     for start_n in range(0, whole, BLOCK_N):
         k = walked_rows(
             k_tiles, k_rest, k_ptr, b, h, start_n, num_keys,
@@ -207,13 +219,14 @@ def _query_bwd_kernel(
             v_tiles, v_rest, v_ptr, b, h, start_n, num_keys,
             stride_vn, stride_vd, BLOCK_N, HEAD_DIM, D_PARTS,
         )  # fmt: skip
+        k, v = as_rows(k, BLOCK_N, D_PARTS), as_rows(v, BLOCK_N, D_PARTS)
         p = probabilities(inner(q, k, BLOCK_M, BLOCK_N), shift[:, None], qk_scale, dtype == tl.float32)
         ds = (p * (inner(do, v, BLOCK_M, BLOCK_N) - delta[:, None])).to(dtype)  # [BM, BN]
         acc_dq = add_product(acc_dq, ds, k)
     if TAIL > 0:
         end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
         for start_n in range(whole, end, TAIL):
-            acc_dq = _query_tail(
+            acc_dq, _, _ = _query_tail(
                 acc_dq, q, do, shift, delta, k_ptr, v_ptr, offs_m, start_n, num_keys,
                 stride_kn, stride_kd, stride_vn, stride_vd, qk_scale,
                 HEAD_DIM, D_PARTS, BLOCK_M, TAIL, IS_CAUSAL, dtype,
@@ -240,7 +253,7 @@ def _query_tail(
     p = probabilities(inner(q, k, BLOCK_M, TAIL), shift[:, None], qk_scale, dtype == tl.float32)
     p = tl.where(visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL), p, 0.0)
     ds = (p * (inner(do, v, BLOCK_M, TAIL) - delta[:, None])).to(dtype)  # [BM, TAIL]
-    return add_product(acc_dq, ds, k)
+    return add_product(acc_dq, ds, k), p.to(dtype), ds
 
 
 @triton.jit
@@ -256,13 +269,14 @@ def _key_bwd_kernel(
     dk_ptr,  # [B, N, H, D]
     dv_ptr,  # [B, N, H, D]
     dv_sum_ptr,  # [B, blocks of N, H, D] fp32, the sum of dv over the values of each block
+    rest_ptr,  # [B, H, parts, 2, N % BN, D] fp32, dk and dv of the last keys in parts, or None
     M, N, H, ROWS,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
     stride_gb, stride_gn, stride_gh, stride_gd,
     stride_dkb, stride_dkn,
-    qk_scale, scale,
+    num_parts, qk_scale, scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
     IS_HELD: tl.constexpr,
@@ -272,7 +286,8 @@ def _key_bwd_kernel(
     Keys past the end of the sequence get gradients of zero. The gradients of a head are contiguous, and dv has the
     strides of dk.
     """
-    num_n = tl.cdiv(N, BLOCK_N)
+    num_blocks = tl.cdiv(N, BLOCK_N)
+    num_n = num_blocks if rest_ptr is None else num_blocks - 1
     pid_bh, pid = tl.program_id(0) // num_n, tl.program_id(0) % num_n
     b, h = pid_bh // H, pid_bh % H
     dtype = q_ptr.dtype.element_ty
@@ -284,6 +299,18 @@ def _key_bwd_kernel(
     num_keys = N
     if HAS_SEQLENS:
         num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
+    if rest_ptr is not None:  # noqa: SIM102  (the compiler decides this condition, the next one is the program's)
+        if pid == num_n - 1:
+            # The last program of a head also stores what the first phase has computed for the keys without a program.
+            offs_r = num_n * BLOCK_N + tl.arange(0, MOST_REST)
+            dk, dv = sum_of_rest(rest_ptr, pid_bh, num_parts, N % BLOCK_N, HEAD_DIM, D_PARTS)
+            rest_dk_ptr = head_of(dk_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)
+            rest_dv_ptr = head_of(dv_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)
+            store_rows(rest_dk_ptr, dk, 1.0, offs_r, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+            store_rows(rest_dv_ptr, dv, 1.0, offs_r, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+            if HAS_SUMS:
+                rest_sum_ptr = dv_sum_ptr + ((b.to(tl.int64) * num_blocks + num_n) * H + h) * HEAD_DIM
+                store_row_sums(rest_sum_ptr, dv, 1.0, HEAD_DIM, D_PARTS)
     start_n = pid * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
@@ -303,6 +330,7 @@ def _key_bwd_kernel(
             grad_tiles, grad_rest, grad_ptr, b, h, start_m, M,
             stride_gn, stride_gd, BLOCK_M, HEAD_DIM, D_PARTS,
         )  # fmt: skip
+        q, do = as_rows(q, BLOCK_M, D_PARTS), as_rows(do, BLOCK_M, D_PARTS)
         acc_dk, acc_dv = _key_step(
             acc_dk, acc_dv, k, v, q, do, stats_ptr, offs_n, start_m, ROWS, qk_scale,
             BLOCK_N, BLOCK_M, IS_CAUSAL, dtype,
@@ -326,7 +354,7 @@ def _key_bwd_kernel(
     store_rows(dk_ptr, acc_dk, scale, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
     store_rows(dv_ptr, acc_dv, 1.0, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
     if HAS_SUMS:
-        dv_sum_ptr += ((b.to(tl.int64) * num_n + pid) * H + h) * HEAD_DIM
+        dv_sum_ptr += ((b.to(tl.int64) * num_blocks + pid) * H + h) * HEAD_DIM
         store_row_sums(dv_sum_ptr, acc_dv, 1.0, HEAD_DIM, D_PARTS)
 
 

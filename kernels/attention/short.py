@@ -12,6 +12,7 @@ import triton.language as tl
 from .tiles import (
     add_product,
     add_transposed_product,
+    added,
     head_of,
     inner,
     load_rows,
@@ -153,19 +154,10 @@ def _short_bwd_kernel(
         # dq is computed transposed, since D rows fill the matrix unit and BLOCK_M rows would not.
         dq_t = add_transposed_product(zero_columns(BLOCK_M, D_PARTS), k, ds_t)  # [D, BM]
         if HAS_SUMS:
-            dq_sum = _added(dq_sum, dq_t)
+            dq_sum = added(dq_sum, dq_t)
         store_rows(dq_ptr, transposed(dq_t), scale, offs_m, M, stride_dqn, 1, HEAD_DIM, D_PARTS)
     store_rows(dk_ptr, acc_dk, scale, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
     store_rows(dv_ptr, acc_dv, 1.0, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
     if HAS_SUMS:
         store_row_sums(dq_sum_ptr + pid.to(tl.int64) * HEAD_DIM, transposed(dq_sum), scale, HEAD_DIM, D_PARTS)
         store_row_sums(dv_sum_ptr + pid.to(tl.int64) * HEAD_DIM, acc_dv, 1.0, HEAD_DIM, D_PARTS)
-
-
-@triton.jit
-def _added(a, b):
-    """Return the sum of two tiles of an attention head, each of which is a tuple of parts."""
-    parts = ()
-    for i in tl.static_range(len(a)):
-        parts = parts + (a[i] + b[i],)
-    return parts

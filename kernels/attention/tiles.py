@@ -9,6 +9,9 @@ import triton.language as tl
 
 from ..tiles import online_softmax_step
 
+# The most keys beyond whole blocks whose gradients the first phase of the looped kernels writes in parts.
+MOST_REST: tl.constexpr = tl.constexpr(8)
+
 
 @triton.constexpr_function
 def size_of(parts, i):
@@ -57,7 +60,7 @@ def walked_rows(
     tiles, rest, ptr, b, h, start, num_rows, stride_r, stride_d,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Load ROWS rows from ``start`` on of head ``h`` of image ``b``.
+    """Load ROWS rows from ``start`` on of head ``h`` of image ``b``; :func:`as_rows` makes tiles of the result.
 
     ``tiles`` and ``rest`` are descriptors for the first and the second part of the head dimension. If they are None,
     the head is loaded from ``ptr``.
@@ -65,10 +68,23 @@ def walked_rows(
     if tiles is None:
         parts = load_rows(ptr, start + tl.arange(0, ROWS), num_rows, stride_r, stride_d, HEAD_DIM, D_PARTS)
     else:
-        parts = (tiles.load([b, start, h, 0]).reshape(ROWS, size_of(D_PARTS, 0)),)
+        parts = (tiles.load([b, start, h, 0]),)
         if rest is not None:
-            parts = parts + (rest.load([b, start, h, start_of(D_PARTS, 1)]).reshape(ROWS, size_of(D_PARTS, 1)),)
+            parts = parts + (rest.load([b, start, h, start_of(D_PARTS, 1)]),)
     return parts
+
+
+@triton.jit
+def as_rows(parts, ROWS: tl.constexpr, D_PARTS: tl.constexpr):
+    """Return what :func:`walked_rows` has loaded as a tile of an attention head in parts [ROWS, part].
+
+    Loads through descriptors that follow each other, with no operation on their results in between, wait at one barrier
+    together. So all loads of a step come first.
+    """
+    rows = ()
+    for i in tl.static_range(len(parts)):
+        rows = rows + (parts[i].reshape(ROWS, size_of(D_PARTS, i)),)
+    return rows
 
 
 @triton.jit
@@ -277,3 +293,44 @@ def row_dot(a, b):
     for i in tl.static_range(1, len(a)):
         total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
     return total
+
+
+@triton.jit
+def added(a, b):
+    """Return the sum of two tiles of an attention head, each of which is a tuple of parts."""
+    parts = ()
+    for i in tl.static_range(len(a)):
+        parts = parts + (a[i] + b[i],)
+    return parts
+
+
+@triton.jit
+def store_rest(
+    rest_ptr, q, do,  # [BM, D]
+    p, ds,  # [BM, TAIL]
+    scale, rest, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Store what a program's queries contribute to the gradients of the last ``rest`` keys and values of a head."""
+    offs_r = tl.arange(0, TAIL)
+    rest_ptr += tl.program_id(0).to(tl.int64) * 2 * rest * HEAD_DIM
+    # The products are computed transposed, since D rows fill the matrix unit and TAIL rows would not.
+    dk = add_transposed_product(zero_columns(TAIL, D_PARTS), q, ds)  # [D, TAIL]
+    dv = add_transposed_product(zero_columns(TAIL, D_PARTS), do, p)  # [D, TAIL]
+    store_rows(rest_ptr, transposed(dk), scale, offs_r, rest, HEAD_DIM, 1, HEAD_DIM, D_PARTS)
+    store_rows(rest_ptr + rest * HEAD_DIM, transposed(dv), 1.0, offs_r, rest, HEAD_DIM, 1, HEAD_DIM, D_PARTS)
+
+
+@triton.jit
+def sum_of_rest(
+    rest_ptr, pid_bh, num_parts, rest, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr
+):  # fmt: skip
+    """Return dk and dv [MOST_REST, D] of the last ``rest`` keys of a head, whose parts are added up in their order."""
+    offs_r = tl.arange(0, MOST_REST)
+    rest_ptr += pid_bh.to(tl.int64) * num_parts * 2 * rest * HEAD_DIM
+    dk, dv = zero_rows(MOST_REST, D_PARTS), zero_rows(MOST_REST, D_PARTS)
+    for _ in range(num_parts):
+        dk = added(dk, load_rows(rest_ptr, offs_r, rest, HEAD_DIM, 1, HEAD_DIM, D_PARTS))
+        rest_ptr += rest * HEAD_DIM
+        dv = added(dv, load_rows(rest_ptr, offs_r, rest, HEAD_DIM, 1, HEAD_DIM, D_PARTS))
+        rest_ptr += rest * HEAD_DIM
+    return dk, dv

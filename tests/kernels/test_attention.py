@@ -110,7 +110,7 @@ class TestSanitized:
     def test_each_family(self, length, head_dim, kernels, sanitizer):
         hold_one_head(length, head_dim, length % 2 == 1, "bfloat16")  # odd lengths are causal
 
-    @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (1, 300, 1, 80, False)], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (1, 300, 1, 80, False), (1, 290, 1, 64, False)], ids=str)
     def test_blocks_through_descriptors(self, shape, sanitizer, monkeypatch):
         monkeypatch.setattr(launch, "CPU_ARCH", 90)
         # Ttsem, which executes the kernel, has no inline assembly.
@@ -176,11 +176,21 @@ def test_pytorch_serves_what_the_table_says(triton_device):
 
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize(
-    "shape", [(1, 77, 1, 64, True), (1, 65, 1, 80, False), (1, 197, 1, 64, False), (2, 150, 1, 104, True)], ids=str
+    "shape",
+    [
+        (1, 77, 1, 64, True),
+        (1, 65, 1, 80, False),
+        (2, 197, 2, 64, False),
+        (1, 257, 1, 64, False),
+        (2, 150, 1, 104, True),
+    ],
+    ids=str,
 )
 def test_configurations_of_other_architectures(shape, arch, interpreted, monkeypatch):
     monkeypatch.setattr(launch, "CPU_ARCH", arch)
-    compare(*problem(*shape, dtype=torch.float16, device=interpreted))
+    call = problem(*shape, dtype=torch.float16, device=interpreted)
+    call.inputs["bias"] = torch.randn(call.inputs["qkv"].shape[-1])
+    compare(*call)
 
 
 @by_each_family
