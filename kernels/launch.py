@@ -8,8 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -187,6 +187,33 @@ def _multiprocessors_of(device: torch.device, on_cpu: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else on_cpu
 
 
+class Compiled(NamedTuple):
+    """A kernel that a plan starts by itself.
+
+    Attributes:
+        start: starts the kernel, given a stream and its tensors' addresses.
+        kernel: Triton's object, which is kept because Triton unloads the kernel when it is freed.
+    """
+
+    start: Callable[[int, Sequence[Any]], None]
+    kernel: CompiledKernel
+
+
+def _starts(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple[Any, ...]) -> Callable[..., None]:
+    """Return the function that starts a compiled kernel; ``rest`` are the arguments after its tensors.
+
+    A kernel without memory of its own (scratch) is passed to the function in C that Triton's launcher calls.
+    """
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return lambda stream, at: run(*grid, stream, function, metadata, None, None, None, *at, *rest)
+    launch, head = run.launch, (function, run.launch_cooperative_grid, run.launch_pdl)
+    if hasattr(run, "kernel_signature"):  # Triton 3.9
+        tail = metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature
+        return lambda stream, at: launch(*grid, stream, *head, *tail, (*at, *rest))
+    return lambda stream, at: launch(*grid, stream, *head, None, None, metadata, None, None, None, *at, *rest)
+
+
 class Plan:
     """A launch of which everything is known but its tensors: the kernel, the grid, the numbers and the options.
 
@@ -199,7 +226,10 @@ class Plan:
     FP fusion is set explicitly: its default differs between Triton versions, and changes the last bits of the results.
     """
 
-    __slots__ = ("_constexprs", "_grid", "_kernel", "_numbers", "_options", "_target", "compiled", "index", "rest")
+    __slots__ = (
+        "_constexprs", "_device_of", "_grid", "_kernel", "_numbers", "_options", "_target", "compiled", "index",
+        "stream_of",
+    )  # fmt: skip
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], *numbers: float, config: KernelConfig, device: torch.device,
@@ -214,7 +244,7 @@ class Plan:
         if self._target is not None and self._target.device is not None:
             device = self._target.device
         self.index = device.index if device.type == "cuda" else None
-        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.compiled: dict[tuple[Any, ...], Compiled] = {}
 
     def start(self, *tensors: Any) -> None:
         """Start the kernel with these tensors, tensor descriptors, or None for one that is absent.
@@ -232,9 +262,7 @@ class Plan:
         compiled = self.compiled.get(key)
         if compiled is None:
             return False
-        run, grid, function, metadata, _ = compiled
-        stream = driver.active.get_current_stream(self.index)
-        run(*grid, stream, function, metadata, None, None, None, *arguments, *self.rest)
+        compiled.start(self.stream_of(self.index), arguments)
         return True
 
     def may_start(self) -> bool:
@@ -243,7 +271,7 @@ class Plan:
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if self._kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return False
-        is_current: bool = driver.active.get_current_device() == self.index
+        is_current: bool = self._device_of() == self.index
         return is_current
 
     def start_by_triton(self, tensors: tuple[Any, ...]) -> None:
@@ -263,11 +291,12 @@ class Plan:
             return
         if isinstance(compiled, CompiledKernel):
             constexprs = (self._constexprs[name] for name in kernel.arg_names[len(arguments) :])
-            self.rest = (*self._numbers, *constexprs)
-            grid = (*self._grid, 1, 1)[:3]
-            # ``compiled`` is kept as well, because Triton unloads a kernel's function when the object is freed.
-            kept = compiled.run, grid, compiled.function, compiled.packed_metadata, compiled
-            self.compiled[_bind(tensors)[0]] = kept
+            start = _starts(compiled, (*self._grid, 1, 1)[:3], (*self._numbers, *constexprs))
+            self.compiled[_bind(tensors)[0]] = Compiled(start, compiled)
+            active = driver.active
+            self.stream_of, self._device_of = active.get_current_stream, active.get_current_device
+            if self._device_of is torch.cuda.current_device:  # it is the next function, after a check
+                self._device_of = torch._C._cuda_getDevice
 
 
 class Start:
@@ -280,7 +309,7 @@ class Start:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._ready: tuple[Any, ...] | None = None
+        self._ready: Compiled | None = None
 
     def __call__(self, *tensors: Any) -> None:
         """Start the kernel with tensors, tensor descriptors or None; an empty grid starts nothing."""
@@ -304,9 +333,7 @@ class Start:
         plan, ready = self._plan, self._ready
         if ready is None or functools.reduce(operator.or_, addresses) % 16 or not plan.may_start():
             return False
-        run, grid, function, metadata, _ = ready
-        stream = driver.active.get_current_stream(plan.index)
-        run(*grid, stream, function, metadata, None, None, None, *addresses, *plan.rest)
+        ready.start(plan.stream_of(plan.index), addresses)
         return True
 
 

@@ -73,8 +73,8 @@ def checked_launches(stub: Stub, device: int = 0, *, emptied: bool = False) -> I
         plan.start_by_triton(tensors)
         if stub.counts.launches == before:
             return  # the grid is empty
-        for key, (_, _, function, _, _) in known.items():
-            if plan.compiled[key][2] != function:
+        for key, compiled in known.items():
+            if plan.compiled[key].kernel.function != compiled.kernel.function:
                 raise PackingError(f"a plan has two kernels for {key}")
         expected = _received(stub)
         with torch.cuda.device(device):

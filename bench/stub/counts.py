@@ -17,6 +17,7 @@ from .capture import InsideOps
 
 # The compute capability of the GPU that launches are counted for.
 ARCH = 90
+_WITHOUT_KERNEL = ("detach", "lift_fresh", "unflatten_dense_tensors")
 
 
 class Ops(InsideOps):
@@ -43,7 +44,7 @@ class Ops(InsideOps):
         """Count one call of a PyTorch op if it would start a kernel on a GPU."""
         name = func._schema.name.removeprefix("aten::")
         makes_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        allocates = name.startswith(("empty", "new_empty")) or name in ("detach", "lift_fresh")
+        allocates = name.startswith(("empty", "new_empty")) or name in _WITHOUT_KERNEL
         if func.namespace == "aten" and not makes_view and not allocates:
             self.count += 1
 

@@ -131,7 +131,9 @@ def _open_clip(name: str, dtype: str, device: torch.device) -> "MeasuredStep":
     # The model is made from our configuration, because OpenCLIP does not know the small model by name.
     model = open_clip.CLIP(**get_model_config(name).to_dict()).to(device)
     model.load_state_dict(_weights(name))
-    return MeasuredStep(name, _Normalizing(model), open_clip.ClipLoss(), dtype)
+    step = MeasuredStep(name, _Normalizing(model), open_clip.ClipLoss(), dtype)
+    step.optimizer = torch.optim.AdamW(step.optimizer.param_groups, fused=True)  # with the options of the groups
+    return step
 
 
 def _compiled(make: Callable[[], "MeasuredStep"], device: torch.device, *, fullgraph: bool) -> "MeasuredStep":
@@ -168,7 +170,7 @@ class MeasuredStep:
         # OpenCLIP's parameters have the same names as ours, after the prefix "model." of the module that normalises.
         self.parameters = {name.removeprefix("model."): p for name, p in model.named_parameters()}
         self.loss, self.dtype = loss, dtype
-        self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2, capturable=capturable)
+        self.optimizer: torch.optim.AdamW = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2, capturable=capturable)
 
     def __call__(self, images: Tensor, texts: Tensor, loss_range: Range = nullcontext) -> Tensor:
         """Take a step and return the loss before it."""

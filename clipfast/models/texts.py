@@ -8,7 +8,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..kernels import text_embed
 from .layers import HOOKS, Kind, LayerNorm, QuickGELU, is_plain
 from .packed_text import PackedText
-from .transformer import MLP, Attention, ResidualAttentionBlock, Transformer, plain_parameters
+from .transformer import MLP, Attention, ResidualAttentionBlock, Transformer, plain_parts
 
 
 def check_text(text: Tensor | PackedText, context_length: int, *, may_be_packed: bool = True) -> None:
@@ -58,7 +58,7 @@ def takes_packed(transformer: nn.Module) -> bool:
         return False
     blocks: Any = transformer.resblocks
     for block in blocks:
-        is_known = is_plain(block, ResidualAttentionBlock) and plain_parameters(block) is not None
+        is_known = is_plain(block, ResidualAttentionBlock) and plain_parts(block) is not None
         if not is_known and not _has_own_parts(block):
             return False
         if not block.attn.causal or block.attn.backend == "torch":

@@ -20,6 +20,8 @@ A module is plain if calling it does what its class does and nothing else (``lay
 called, so that hooks, adapters and wrapped blocks see what they would see if nothing were fused.
 """
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -204,7 +206,7 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
     if num_tokens is None or not is_plain(transformer, Transformer) or not blocks:
         return Plan(recompute, blocks)
     last = blocks[-1]
-    if not is_plain(last, ResidualAttentionBlock) or plain_parameters(last) is None:
+    if not is_plain(last, ResidualAttentionBlock) or plain_parts(last) is None:
         return Plan(recompute, blocks)
     if last.attn.fp8 is not None or last.mlp.fp8 is not None:  # the row is computed in 16 bits only
         return Plan(recompute, blocks)
@@ -287,30 +289,39 @@ def run_plain(
     return x, branch
 
 
-def plain_parameters(block: ResidualAttentionBlock) -> Parameters | None:
-    """Return the parameters of a block, or None if calling one of its modules does more than its class does."""
-    modules: Any = block._modules
-    norm_1, attn, norm_2, mlp = map(modules.get, block.PARTS)
+def plain_parts(block: ResidualAttentionBlock) -> tuple[Any, ...] | None:
+    """Return the modules of a block in the order of :data:`_KINDS`, or None if calling one does more than its class.
+
+    A module that an adapter, a parametrization or a wrapper has changed is of another class, or has hooks. Each step
+    asks this of all modules, so it is asked of several at a time, and :func:`.layers.is_plain` is not called.
+    """
+    norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
     if attn.__class__ is not Attention or mlp.__class__ is not MLP:
         return None
-    parts = (attn, mlp, norm_1, norm_2, *map(attn._modules.get, attn.PARTS), *map(mlp._modules.get, mlp.PARTS))
-    found: list[Any] = []
-    for part, kinds in zip(parts, _KINDS, strict=True):
-        # A module that an adapter, a parametrization or a wrapper has changed is of another class, or has hooks.
-        # This repeats ``is_plain``, since calling it would be a fifth of all Python calls in a step of a small model.
+    parts: Any = attn, mlp, norm_1, norm_2, *map(attn._modules.get, attn.PARTS), *map(mlp._modules.get, mlp.PARTS)
+    if tuple(map(type, parts)) not in _PLAIN_CLASSES:
+        return None
+    for part in parts:
         own = part.__dict__
-        if part.__class__ not in kinds or "forward" in own or any(map(own.__getitem__, HOOKS)):
+        if "forward" in own or any(map(own.__getitem__, HOOKS)):
             return None
-        if part.__class__ is InProjection:
-            found += attn._parameters.get("in_proj_weight"), attn._parameters.get("in_proj_bias")
-        elif part.__class__ in _WITH_WEIGHTS:
-            found += part._parameters.get("weight"), part._parameters.get("bias")
-    return Parameters(*found)
+    return parts
 
 
-def _is_plain_tensors(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether all parameters of a block are contiguous tensors of PyTorch's own classes on ``device``."""
-    return not [x for x in tensors if x.__class__ not in backends.PLAIN or x.device != device or not x.is_contiguous()]
+def _plain_parameters(parts: tuple[Any, ...], device: torch.device) -> Parameters | None:
+    """Return the parameters of a block's plain modules; None unless all are contiguous and of PyTorch's own classes.
+
+    They must be on ``device``.
+    """
+    attn, _, norm_1, norm_2, in_proj, out_proj, c_proj, _, c_fc = parts
+    try:
+        of_in_proj = _IN_PROJ_OF(attn._parameters) if in_proj.__class__ is InProjection else _OF(in_proj._parameters)
+        others = *_OF(out_proj._parameters), *_OF(c_proj._parameters), *_OF(c_fc._parameters)
+        found = Parameters(*_OF(norm_1._parameters), *_OF(norm_2._parameters), *of_in_proj, *others)
+    except KeyError:  # a user has deleted a parameter
+        return None
+    are_own = {*map(type, found)}.issubset(backends.PLAIN) and {*map(_DEVICE_OF, found)} == {device}
+    return found if are_own and all(map(Tensor.is_contiguous, found)) else None
 
 
 def whole_blocks(
@@ -329,31 +340,44 @@ def whole_blocks(
     on_triton = triton_runs_on(device)
     if width > MAX_WIDTH or (on_triton and not {dtype, x.dtype} <= _ON_TRITON):
         return {}
+    is_cast = dtype != torch.float64 and device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
+    castable = _CASTABLE if is_cast else {dtype}
     found: dict[nn.Module, tuple[Parameters, Options]] = {}
+    decided: dict[Any, Options | None] = {}
     for block in blocks:
-        parameters = plain_parameters(block)
-        if parameters is None or not _is_plain_tensors(parameters, device) or len(parameters.norm_1) != width:
+        parts = plain_parts(block)
+        parameters = None if parts is None else _plain_parameters(parts, device)
+        if parts is None or parameters is None or not castable.issuperset(map(DTYPE_OF, parameters[4:])):
             continue
-        norm_1, norm_2, attn, mlp = block.ln_1, block.ln_2, block.attn, block.mlp
-        if not norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto" or attn.fp8 != mlp.fp8:
-            continue
-        of_dtypes = dict(zip(map(DTYPE_OF, parameters[4:]), parameters[4:], strict=True)).values()
-        if {*map(autocast_dtype, of_dtypes)} != {dtype} or width % attn.num_heads:
-            continue
-        if parameters.w_in.shape != (3 * width, width) or parameters.w_out.shape != (width, width):
-            continue
-        head_dim, gelu = width // attn.num_heads, mlp.gelu
-        if head_dim > MAX_HEAD_DIM:
-            continue
-        if not is_packed and takes_sdpa("auto", device, dtype, head_dim, tokens, None, attn.causal):
-            continue
-        approximate = QUICK if isinstance(gelu, QuickGELU) else gelu.approximate
-        options = Options(
-            attn.num_heads, attn.causal, head_dim**-0.5, norm_1.eps, norm_2.eps, approximate,
-            on_triton and approximate != "tanh", dtype, attn.fp8,
+        attn, mlp, norm_1, norm_2, gelu = *parts[:4], parts[7]
+        shapes = parameters.norm_1.shape, parameters.w_in.shape, parameters.w_out.shape
+        settings = (
+            attn.num_heads, attn.causal, norm_1.eps, norm_2.eps,
+            QUICK if gelu.__class__ is QuickGELU else gelu.approximate, attn.fp8, mlp.fp8,
+            norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto", shapes,
         )  # fmt: skip
-        found[block] = parameters, options
+        if settings not in decided:
+            decided[settings] = _options(*settings, width, device, dtype, on_triton, None if is_packed else tokens)
+        options = decided[settings]
+        if options is not None:
+            found[block] = parameters, options
     return found
+
+
+def _options(
+    heads: int, causal: bool, eps_1: float, eps_2: float, gelu: str, fp8: str | None, fp8_of_mlp: str | None,
+    is_auto: bool, shapes: tuple[torch.Size, ...], width: int, device: torch.device, dtype: torch.dtype,
+    on_triton: bool, tokens: int | None,
+) -> Options | None:  # fmt: skip
+    """Return the settings of a block that :mod:`.whole_block` computes, or None for a block that it does not."""
+    if not is_auto or fp8 != fp8_of_mlp or width % heads or shapes != ((width,), (3 * width, width), (width, width)):
+        return None
+    head_dim = width // heads
+    if head_dim > MAX_HEAD_DIM:
+        return None
+    if tokens is not None and takes_sdpa("auto", device, dtype, head_dim, tokens, None, causal):
+        return None
+    return Options(heads, causal, head_dim**-0.5, eps_1, eps_2, gelu, on_triton and gelu != "tanh", dtype, fp8)
 
 
 def _run_last(
@@ -370,9 +394,12 @@ def _run_last(
 
 # The dtypes in which the Triton kernels compute (see ``check_float``); Triton's interpreter has no bfloat16.
 _ON_TRITON = {torch.float32, torch.float16} | (set() if INTERPRET else {torch.bfloat16})
-_WITH_WEIGHTS = (LayerNorm, nn.Linear)
-# The classes of a plain block's modules, in the order of ``plain_parameters``.
+# The classes of a plain block's modules: attention, MLP, both norms, in_proj, out_proj, c_proj, gelu and c_fc.
 _KINDS = (
     (Attention,), (MLP,), *[(LayerNorm,)] * 2, (InProjection, nn.Linear), *[(nn.Linear,)] * 2, (nn.GELU, QuickGELU),
     (nn.Linear,),
 )  # fmt: skip
+_PLAIN_CLASSES = {*itertools.product(*_KINDS)}
+_OF, _IN_PROJ_OF = operator.itemgetter("weight", "bias"), operator.itemgetter("in_proj_weight", "in_proj_bias")
+_DEVICE_OF = operator.attrgetter("device")
+_CASTABLE = {torch.float32, torch.float16, torch.bfloat16}  # the dtypes that autocast casts

@@ -116,20 +116,20 @@ def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Paramete
     found: list[Parameters] = []
     targets: list[Tensor] = []
     sources: list[Tensor] = []
-    for parameters, options in blocks:
-        linear: Any = parameters[4 : 11 if options.adds_bias else 12]
-        if options.fp8 is not None:
-            values: list[Any] = list(parameters)
-            values[4::2] = fp8_layers.quantized(parameters[4::2])
-            parameters = Parameters(*values)
-        elif {*map(DTYPE_OF, linear)} != {options.dtype}:
-            cast = _new_like(linear, options.dtype)
-            targets += cast
-            sources += linear
-            parameters = Parameters(*parameters[:4], *cast, *parameters[4 + len(cast) :])
-        found.append(parameters)
-    if targets:
-        with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+    with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+        for parameters, options in blocks:
+            linear: Any = parameters[4 : 11 if options.adds_bias else 12]
+            if options.fp8 is not None:
+                values: list[Any] = list(parameters)
+                values[4::2] = fp8_layers.quantized(parameters[4::2])
+                parameters = Parameters(*values)
+            elif {*map(DTYPE_OF, linear)} != {options.dtype}:
+                cast = _new_like(linear, options.dtype)
+                targets += cast
+                sources += linear
+                parameters = Parameters(*parameters[:4], *cast, *parameters[4 + len(cast) :])
+            found.append(parameters)
+        if targets:
             torch._foreach_copy_(targets, sources)
     return found
 

@@ -14,6 +14,7 @@ from ..distributed.dtensors import is_dtensor
 from ..models import CLIP
 from ..models.freezing import Group as Layers
 from ..models.freezing import groups_of_text, parameters_of
+from .adamw import AdamW
 from .stable_adamw import StableAdamW
 from .train_config import TrainConfig
 
@@ -35,14 +36,14 @@ def adamw(
     weight_decay: float,
     *,
     capturable: bool = False,
-) -> torch.optim.AdamW:
+) -> AdamW:
     """Return AdamW (Loshchilov and Hutter 2019) for the parameters of ``model`` that are trained.
 
     Gains, biases and scalars have no weight decay. With ``capturable``, a step can be captured in a CUDA graph.
     """
     groups = parameter_groups(model, weight_decay)
     _set_rates(groups, lr, capturable=capturable)
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True, capturable=capturable)
+    return AdamW(groups, betas=betas, eps=eps, fused=True, capturable=capturable)
 
 
 def make_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.Optimizer:
@@ -79,6 +80,8 @@ def _construct(
     fused = _FUSED_FOR_DTENSORS if has_dtensors else _FUSED
     if kind in fused and given.keys().isdisjoint(("foreach", "fused", "differentiable")):
         options |= {"fused": True}
+        if kind is torch.optim.AdamW and not has_dtensors and "amsgrad" not in given:
+            kind = AdamW
     options |= given
     try:
         return kind(groups, **options)

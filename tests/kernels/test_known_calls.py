@@ -3,16 +3,15 @@
 import gc
 import weakref
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from clipfast.kernels import attention, attention_pool, bias_gelu, launch, layer_norm, patch_embed, text_embed
+from clipfast.kernels import attention, attention_pool, bias_gelu, layer_norm, patch_embed, text_embed
 from clipfast.kernels.attention import calls
-from clipfast.kernels.launch import Start, record_launches
+from clipfast.kernels.launch import Compiled, Start, record_launches
 from clipfast.verify.ops import lay_out
 
 from .conftest import CALLS, Recorded, call_of, each_call, each_gradient, leaves_of, tuple_of
@@ -168,13 +167,12 @@ def test_heads_that_are_far_apart_are_copied():
 
 def test_an_odd_address_is_left_to_triton():
     """A kernel that was compiled for multiples of 16 bytes would read past the beginning of such a tensor."""
-    start, started = Start(SimpleNamespace(may_start=lambda: True, index=0, rest=())), []
-    start._ready = (lambda *args: started.append(args), (1, 1, 1), "function", "metadata", None)
-    with mock.patch.object(launch, "driver", mock.MagicMock()):
-        assert not start.at(32, 0, 24)
-        assert not started
-        assert start.at(32, 0, 16)
-    assert started[0][-3:] == (32, 0, 16)
+    start, started = Start(SimpleNamespace(may_start=lambda: True, index=0, stream_of=lambda index: 7)), []
+    start._ready = Compiled(lambda *args: started.append(args), None)
+    assert not start.at(32, 0, 24)
+    assert not started
+    assert start.at(32, 0, 16)
+    assert started == [(7, (32, 0, 16))]
 
 
 def test_a_scale_that_changes_is_seen():

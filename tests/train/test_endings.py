@@ -17,6 +17,7 @@ import torch
 from clipfast.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from clipfast.data import Skipped
 from clipfast.runs.folder import RunFolder
+from clipfast.train.adamw import AdamW
 from clipfast.train.loop import train
 from clipfast.train.trainer import Trainer
 
@@ -56,7 +57,7 @@ def test_a_data_worker_that_is_killed_during_a_step_is_named(run_small, tmp_path
 
 
 def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
-    original, calls = torch.optim.AdamW.step, []
+    original, calls = AdamW.step, []
 
     def failing(self, *args, **kwargs):
         """Write TensorBoard's events of a training run; the sixth write fails."""
@@ -64,7 +65,7 @@ def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
         if len(calls) == 6:
             raise RuntimeError("out of memory")
 
-    with mock.patch.object(torch.optim.AdamW, "step", failing), pytest.raises(RuntimeError, match="out of memory"):
+    with mock.patch.object(AdamW, "step", failing), pytest.raises(RuntimeError, match="out of memory"):
         run_small()
     run = RunFolder(tmp_path / "run")
     assert saved_step(run.path) == 4  # the checkpoint from the end of an epoch

@@ -8,6 +8,7 @@ from clipfast.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from clipfast.models import build
 from clipfast.models.registry import read_model_config
 from clipfast.train import TrainConfig
+from clipfast.train.adamw import AdamW
 from clipfast.train.optim import make_optimizer, parse_arguments
 from clipfast.train.schedule import set_lr
 
@@ -82,8 +83,31 @@ def names_of(model, group):
 )
 def test_classes_and_arguments(model, options, kind, defaults):
     optimizer = made(model, **parse_arguments(options.split()))
-    assert type(optimizer) is getattr(torch.optim, kind)
+    assert type(optimizer).__name__ == kind
+    assert isinstance(optimizer, getattr(torch.optim, kind))
     assert parse_arguments(defaults.split()).items() <= optimizer.defaults.items()
+
+
+def test_adamw_computes_what_pytorchs_does_to_the_last_bit():
+    """One parameter is in bfloat16, one has no gradient in the first step, and a step is skipped."""
+    torch.manual_seed(0)
+    values = torch.randn(5, 3), torch.randn(4), torch.randn(6).bfloat16(), torch.randn(2)
+    runs = []
+    for kind in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(1)
+        parameters = [torch.nn.Parameter(value.clone()) for value in values]
+        groups = [{"params": parameters[:1], "weight_decay": 0.3, "lr": 0.1}, {"params": parameters[1:]}]
+        optimizer = kind(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.0, fused=True)
+        for step in range(5):
+            for parameter in parameters[: 3 + step]:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.found_inf = torch.tensor(float(step == 2))
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.load_state_dict(optimizer.state_dict())
+        runs.append((parameters, [optimizer.state[parameter] for parameter in parameters]))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+    assert [state["step"].item() for state in runs[0][1]] == [4, 4, 4, 3]
 
 
 def test_resnets_have_betas_of_their_own():
