@@ -12,7 +12,7 @@ from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
 from .layers import LayerNorm, is_plain, lowered
 from .model_config import CLIPConfig
-from .packed_text import PackedText, pack_if_shorter
+from .packed_text import PackedText, can_be_packed, pack_if_shorter
 from .resnet import AttentionPool2d, ModifiedResNet
 from .texts import check_text, embed_text, refuse_foreign, takes_packed
 from .transformer import MLP, Attention, ResidualAttentionBlock, Transformer, read_rows
@@ -105,7 +105,7 @@ class CLIP(nn.Module):
         check_text(text, self.context_length, may_be_packed=not self.reads_padding)
         if isinstance(text, PackedText):
             refuse_foreign(self.transformer)
-        elif self.takes_packed():
+        elif can_be_packed(text) and self.takes_packed():  # the first of the two questions is the shorter one
             text = pack_if_shorter(text)
         # argmax finds the end-of-text token, which has the highest id of the vocabulary.
         rows = text if isinstance(text, PackedText) else text.argmax(-1)

@@ -85,19 +85,22 @@ def pack_texts(texts: Tensor, *, last: Tensor | None = None, for_gpu: bool | Non
 
 
 def pack_if_shorter(texts: Tensor, last: Tensor | None = None) -> Tensor | PackedText:
-    """Return texts packed if that saves enough and the host can read their lengths; otherwise return them unchanged.
-
-    It cannot under a compiler or a function transform, while a CUDA graph is captured, or if tensors have no values.
-    """
-    if texts.ndim != 2 or texts.numel() == 0 or not has_values(texts):
-        return texts
-    is_on_gpu = texts.device.type != "cpu"
-    if is_on_gpu and texts.numel() < LEAST_TOKENS:
+    """Return texts packed if that saves enough and the host can read their lengths; otherwise return them unchanged."""
+    if not can_be_packed(texts):
         return texts
     lengths = _lengths(texts, last)
     if int(lengths.sum()) > (1 - LEAST_PADDING) * texts.numel():
         return texts
-    return _packed(texts, lengths, is_on_gpu)
+    return _packed(texts, lengths, texts.device.type != "cpu")
+
+
+def can_be_packed(texts: Tensor) -> bool:
+    """Return whether packing texts may save something, and the host can read their lengths.
+
+    It cannot under a compiler or a function transform, while a CUDA graph is captured, or if tensors have no values.
+    """
+    least = 1 if texts.device.type == "cpu" else LEAST_TOKENS
+    return texts.ndim == 2 and texts.numel() >= least and has_values(texts)
 
 
 def pack_on_host(texts: Tensor, device: torch.device, *, always: bool = False) -> Tensor | PackedText:

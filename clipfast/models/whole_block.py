@@ -310,7 +310,9 @@ def first_norm(
 
 def pair(sums: Any) -> Any:
     """Return the gradients of weight and bias of a transformer block's norm, or twice None."""
-    return (None, None) if sums is None else sums
+    if sums is None:
+        return None, None
+    return sums.unbind(0) if isinstance(sums, Tensor) else sums  # unpacking a tensor would take longer
 
 
 def mlp_half(
