@@ -292,8 +292,8 @@ def run_plain(
 def plain_parts(block: ResidualAttentionBlock) -> tuple[Any, ...] | None:
     """Return the modules of a block in the order of :data:`_KINDS`, or None if calling one does more than its class.
 
-    A module that an adapter, a parametrization or a wrapper has changed is of another class, or has hooks. Each step
-    asks this of all modules, so it is asked of several at a time, and :func:`.layers.is_plain` is not called.
+    A module that an adapter or a wrapper has changed is of another class, or has hooks. Each step asks this of all
+    modules, so :func:`.layers.is_plain` is not called for each.
     """
     norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
     if attn.__class__ is not Attention or mlp.__class__ is not MLP:
@@ -309,10 +309,7 @@ def plain_parts(block: ResidualAttentionBlock) -> tuple[Any, ...] | None:
 
 
 def _plain_parameters(parts: tuple[Any, ...], device: torch.device) -> Parameters | None:
-    """Return the parameters of a block's plain modules; None unless all are contiguous and of PyTorch's own classes.
-
-    They must be on ``device``.
-    """
+    """Return the parameters of plain modules, or None unless all are contiguous tensors of PyTorch's on ``device``."""
     attn, _, norm_1, norm_2, in_proj, out_proj, c_proj, _, c_fc = parts
     try:
         of_in_proj = _IN_PROJ_OF(attn._parameters) if in_proj.__class__ is InProjection else _OF(in_proj._parameters)
@@ -341,7 +338,7 @@ def whole_blocks(
     if width > MAX_WIDTH or (on_triton and not {dtype, x.dtype} <= _ON_TRITON):
         return {}
     is_cast = dtype != torch.float64 and device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
-    castable = _CASTABLE if is_cast else {dtype}
+    castable = _CASTABLE if is_cast else {dtype}  # autocast casts weights of these dtypes
     found: dict[nn.Module, tuple[Parameters, Options]] = {}
     decided: dict[Any, Options | None] = {}
     for block in blocks:
@@ -358,8 +355,7 @@ def whole_blocks(
         )  # fmt: skip
         if settings not in decided:
             decided[settings] = _options(*settings, width, device, dtype, on_triton, None if is_packed else tokens)
-        options = decided[settings]
-        if options is not None:
+        if (options := decided[settings]) is not None:
             found[block] = parameters, options
     return found
 
@@ -401,5 +397,4 @@ _KINDS = (
 )  # fmt: skip
 _PLAIN_CLASSES = {*itertools.product(*_KINDS)}
 _OF, _IN_PROJ_OF = operator.itemgetter("weight", "bias"), operator.itemgetter("in_proj_weight", "in_proj_bias")
-_DEVICE_OF = operator.attrgetter("device")
-_CASTABLE = {torch.float32, torch.float16, torch.bfloat16}  # the dtypes that autocast casts
+_DEVICE_OF, _CASTABLE = operator.attrgetter("device"), {torch.float32, torch.float16, torch.bfloat16}
