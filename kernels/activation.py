@@ -152,7 +152,7 @@ def _bwd_plan(
     if row_tiles is None:
         cfg, per_block, grid, tile = _grid("bias_act_bwd", device, dtype, rows, width, BWD_REGISTERS)
     else:
-        cfg, per_block, tile = row_tiles(rows, width, device, dtype.itemsize)
+        cfg, per_block, tile = row_tiles(rows, width, device)
         grid = (per_block,)
     plan = Plan(
         _bias_act_bwd_kernel, grid, rows, width, *strides, config=cfg, device=device, IS_QUICK=quick,

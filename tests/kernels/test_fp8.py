@@ -316,7 +316,7 @@ def test_the_norm_and_the_activations_round_once_from_float32(shape, device):
         assert (found.values.float() != expected.values.float()).double().mean() <= 0.01
 
 
-@pytest.mark.parametrize("shape", [(33, 77), (2, 3, 64), (5, 8200)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 77), (2, 3, 64), (5, 4100)], ids=str)
 def test_gradients_bring_their_rows_in_8_bits(shape, device):
     x, of_linear = torch.randn(*shape[:-1], 8, device=device).half(), torch.randn(shape[-1], 8, device=device)
     residual = torch.randn(shape, device=device).half()
@@ -326,8 +326,6 @@ def test_gradients_bring_their_rows_in_8_bits(shape, device):
         (layer_norm_fp8, (weight, bias), {"residual": residual}), (bias_gelu_fp8, (bias,), {}),
         (bias_quick_gelu_fp8, (bias,), {}),
     ):  # fmt: skip
-        if op is layer_norm_fp8 and shape[-1] > 8192:
-            continue
         for recipe in RECIPES:
             seen, y = [], fp8_linear(x, of_linear.requires_grad_(), recipe=recipe)
             y.register_hook(seen.append)
