@@ -155,7 +155,8 @@ def test_dtypes_have_three_names():
 @pytest.mark.parametrize(
     ("most", "leg", "recorded"), [(9, INTERPRETER, "rows=9"), (1000, INTERPRETER, "rows=1000"), (0, CPU, "")]
 )
-def test_a_function_may_launch_its_kernel_at_some_sizes_only(most, leg, recorded, tmp_path):
+def test_a_function_may_launch_its_kernel_at_some_sizes_only(most, leg, recorded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / f"sometimes_{most}.py"
     file.write_text(SOMETIMES.replace("MOST", str(most)))
     options = Options(others=(f"{file}:DOUBLE",), dtypes=("fp32",), device="cpu", quick=True)
