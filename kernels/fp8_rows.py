@@ -72,20 +72,25 @@ def lay_beside(grad: Tensor, values: Tensor | None, scale: Tensor | None) -> Non
     """Let a gradient carry its rows in 8 bits, for the linear layer whose output it belongs to.
 
     Autograd passes the same tensor on, or another one: a sum, or what a hook returns. Rows are no part of a tensor's
-    value, and whoever finds none rounds the gradient, to the same bits.
+    value, and whoever finds none rounds the gradient, to the same bits. A tensor of inference mode carries none, since
+    PyTorch does not count its changes.
     """
-    grad.fp8_rows = grad._version, values, scale  # type: ignore[attr-defined]
+    if not grad.is_inference():
+        grad.fp8_rows = grad._version, values, scale  # type: ignore[attr-defined]
 
 
 def rows_beside(grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return values and scales that :func:`lay_beside` has noted, or None twice, as after a change of ``grad``."""
-    version, values, scale = getattr(grad, "fp8_rows", (-1, None, None))
-    return (values, scale) if version == grad._version else (None, None)
+    version, values, scale = getattr(grad, "fp8_rows", (None, None, None))
+    return (None, None) if version is None or version != grad._version else (values, scale)
 
 
 def takes_rows(x: Tensor) -> bool:
-    """Return whether the function of autograd that computed ``x`` looks for rows in 8 bits beside the gradient."""
-    return getattr(x.grad_fn, "takes_rows", False)
+    """Return whether the function of autograd that computed ``x`` looks for rows in 8 bits beside the gradient.
+
+    If ``x`` has a hook, the answer is no: a hook may change the gradient without a trace, as collectives do.
+    """
+    return not x._backward_hooks and getattr(x.grad_fn, "takes_rows", False)
 
 
 def zero_carrier(x: Tensor) -> Tensor:

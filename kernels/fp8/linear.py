@@ -96,7 +96,7 @@ def _plan_backward(
             x_columns, x_scale = quantize_columns(rows, scale)
             dw = multiply(columns, columns_scale, x_columns, x_scale, dtype)
         elif with_dx:
-            dy_values, dy_scale = quantize(dy) if quantize else (as_rows(grad_values), grad_scale.flatten())
+            dy_values, dy_scale = quantize(dy) if quantize else (as_rows(grad_values), grad_scale.view(-1))
         if with_dw and not full:
             dw = dy.T @ dequantize(rows, scale)
         if with_dx:

@@ -328,8 +328,8 @@ def test_gradients_bring_their_rows_in_8_bits(shape, device):
     ):  # fmt: skip
         for recipe in RECIPES:
             seen, y = [], fp8_linear(x, of_linear.requires_grad_(), recipe=recipe)
-            y.register_hook(seen.append)
             results = op(y, *args, **options)
+            y.register_hook(seen.append)
             rows = results[0] if options else results
             rows.dequantize().backward(torch.randn(shape, device=device).half())
             (grad,), (values, scale) = seen, rows_beside(seen[0])
@@ -338,6 +338,21 @@ def test_gradients_bring_their_rows_in_8_bits(shape, device):
                 assert all(map(torch.equal, bits(Fp8Rows(values, scale)), bits(reference.quantize_rows(grad))))
                 grad.add_(1)
                 assert rows_beside(grad) == (None, None)
+
+
+def test_a_gradient_that_a_hook_changes_without_a_trace_is_rounded_after_it():
+    def triple(grad):
+        """Change a gradient without a change of the counter that PyTorch keeps of it."""
+        grad.data.mul_(3)
+
+    x, w, b, dy = operands()
+    for op, args in ((bias_gelu_fp8, (b,)), (layer_norm_fp8, (b, b))):
+        found = []
+        for hook in (triple, lambda grad: 3 * grad):
+            y = fp8_linear(x, w)
+            y.register_hook(hook)
+            found.append(torch.autograd.grad(op(y, *args).dequantize(), x, dy)[0])
+        assert torch.equal(*found)
 
 
 def test_a_card_without_numbers_of_8_bits_is_refused(monkeypatch):

@@ -82,6 +82,18 @@ def test_gradients_bring_their_rows_from_block_to_block(is_read, on_gpu, monkeyp
     assert found == [False, False, *later, not is_read, not is_read, *later]
 
 
+def test_a_backward_pass_may_run_in_inference_mode_or_batched(on_gpu):
+    blocks = [set_fp8(random_block(), "switchback") for _ in range(2)]
+    x = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    y = sum(run_plain(blocks, x, None))
+    gradient = torch.randn_like(y)
+    expected = torch.autograd.grad(y, x, gradient, retain_graph=True)
+    with torch.inference_mode():  # PyTorch does not count changes of its tensors
+        assert torch.equal(*expected, *torch.autograd.grad(y, x, gradient, retain_graph=True))
+    both = torch.autograd.grad(y, x, torch.stack([gradient, gradient]), is_grads_batched=True)
+    torch.testing.assert_close(*both, torch.stack(expected * 2))
+
+
 def test_a_frozen_weight_has_no_gradient():
     block, x = set_fp8(random_block(), "full"), torch.randn(2, TOKENS, WIDTH)
     expected, _ = run(block, x, x, whole=False)
