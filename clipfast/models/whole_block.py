@@ -178,7 +178,7 @@ def _plans(
     first = 1 if is_packed and not triton_runs_on(x.device) else 0
     of_branch = None if branch is None else (branch.dtype, branch.stride()[first:])
     texts = (len(places), longest) if longest is not None and not first else None
-    layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch, texts
+    layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch, texts, len(cast.b_fc)
     return plans_of(function, places.__class__, options, tuple(map(DTYPE_OF, (*cast[:4], *cast[5::2]))), *layout)
 
 

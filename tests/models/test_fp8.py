@@ -94,6 +94,24 @@ def test_a_backward_pass_may_run_in_inference_mode_or_batched(on_gpu):
     torch.testing.assert_close(*both, torch.stack(expected * 2))
 
 
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_calls_by_one_plan_have_one_layout(recipe, on_gpu, monkeypatch):
+    known, compute = {}, whole_block.compute
+
+    def checked(plans, op, name, *args):
+        """Compute an op of a block if its tensors have the layout of earlier calls by the same plan."""
+        layout = [(x.shape, x.stride(), x.dtype) for x in args if isinstance(x, torch.Tensor)]
+        assert known.setdefault((id(plans), op, name), layout) == layout
+        return compute(plans, op, name, *args)
+
+    for module in (whole_block, fp8_layers):
+        monkeypatch.setattr(module, "compute", checked)
+    for hidden in (4 * WIDTH, 2 * WIDTH):
+        block = set_fp8(random_block(), recipe)
+        block.mlp.c_fc, block.mlp.c_proj = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
+        run(block, torch.randn(3, TOKENS, WIDTH), None, whole=True)
+
+
 def test_a_frozen_weight_has_no_gradient():
     block, x = set_fp8(random_block(), "full"), torch.randn(2, TOKENS, WIDTH)
     expected, _ = run(block, x, x, whole=False)
