@@ -353,8 +353,9 @@ def _terms(maximum, total, positive):
     mantissa = ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
     distance = positive - maximum
     others = (exponent.to(tl.float32) - distance) + tl.log2(mantissa)  # log2(others / positive)
-    # A positive that is not finite shows in the loss, even without any other logit.
-    others = tl.where(total > 0.0, others, float("-inf")) + (positive - positive)
+    # A positive that is not finite shows in the loss, even without any other logit. Beside others, -inf makes it inf.
+    shown = tl.where(total > 0.0, tl.maximum(positive, 0.0), positive)
+    others = tl.where(total > 0.0, others, float("-inf")) + (shown - shown)
     others = tl.where(total < float("inf"), others, total)  # a sum that is infinite or NaN shows in the loss
     e = tl.exp2(-tl.abs(others))
     nll = tl.maximum(others, 0.0, propagate_nan=tl.PropagateNan.ALL) * 0.6931471805599453 + log_1p(e)

@@ -157,9 +157,9 @@ def pair_terms(maximum: Tensor, total: Tensor, positive: Tensor) -> PairTerms:
     mantissa, exponent = torch.frexp(total)
     distance = positive - maximum
     others = ((exponent - distance) + mantissa.log2()) * LN2  # log(others / positive)
-    others = others + (
-        positive - positive
-    )  # a positive that is not finite shows in the loss, without any other logit too
+    # A positive that is not finite shows in the loss, even without any other logit. Beside others, -inf makes it inf.
+    shown = positive.clamp(min=0).where(total > 0, positive)
+    others = others + (shown - shown)
     inv_denom = (total + distance.exp2()).reciprocal()
     # Above the threshold, log(1 + e^x) equals x to the last digit of float64.
     return PairTerms(F.softplus(others, threshold=50.0), inv_denom, others.sigmoid())

@@ -143,6 +143,16 @@ def test_a_scale_that_is_not_finite_shows_without_any_negative(loss, scale, devi
     assert not logit_scale.grad.isfinite()
 
 
+def test_a_positive_of_minus_infinity_has_an_infinite_loss(device):
+    op, reference, inputs, _ = call_of("info_nce_loss", device, pairs=5, in_batch=False)
+    inputs["query"], inputs["key"] = inputs["query"].abs(), inputs["key"].clone()
+    inputs["key"][3, 5] = float("-inf")
+    results, expected = (value_and_grads(one, inputs, ONE) for one in (op, reference))
+    assert results["value"] == float("inf")
+    for name in ("d_query", "d_negatives"):
+        assert torch.equal(results[name].isfinite(), expected[name].isfinite()), name
+
+
 def test_a_view_is_not_its_own_negative(device):
     # All views are equal. Each view has 2N - 1 candidates, one of them its positive; with itself there would be 2N.
     ones = F.normalize(torch.ones(50, 16), dim=-1).to(device)
