@@ -1,7 +1,6 @@
 """The check that a GPU can multiply numbers of 8 bits, for ops and for models."""
 
 import torch
-from torch.torch_version import TorchVersion
 
 from ..hardware import AMD, LEAST_FP8, has_fp8
 from ..launch import arch_of, triton_runs_on
@@ -29,7 +28,8 @@ def check_fp8(what: str, device: torch.device, width: int = 1) -> None:
             f"{what}: numbers of 8 bits (e4m3) need a GPU of NVIDIA with compute capability {LEAST_FP8 / 10} or newer, "
             f"as RTX 40, L40S and H100 are, and {name} {has}: {instead}"
         )
-    if arch == LEAST_FP8 and TorchVersion(torch.__version__) < "2.12":
+    # A nightly build of 2.12 has the repair, and calls itself 2.12.0.dev or 2.12.0a0.
+    if arch == LEAST_FP8 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
         raise ValueError(
             f"{what}: products in 8 bits on a {name} need PyTorch 2.12 or newer: {torch.__version__} starts them "
             f"outside the current CUDA stream, and may hang (pytorch/pytorch#177651): {instead}"

@@ -114,7 +114,7 @@ def test_a_gpu_without_fp8_is_refused_before_anything_is_built(capability, monke
     if capability == (8, 9):
         with pytest.raises(ValueError, match=r"--precision amp_fp8: .* on a NVIDIA A100 need PyTorch 2\.12 or newer"):
             build_device(config)
-        monkeypatch.setattr("torch.__version__", TorchVersion("2.12.0"))
+        monkeypatch.setattr("torch.__version__", TorchVersion("2.12.0a0+nv26.01"))
     if capability < (8, 9):
         with pytest.raises(ValueError, match=r"--precision amp_fp8: .* 8\.9 .* A100 has 8\.\d: compute in 16 bits"):
             build_device(config)
