@@ -280,12 +280,21 @@ def _(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def as_outputs(x: Tensor, dx: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of activation and bias as the registered ops do: an empty one of the bias for None."""
+    return dx, x.new_empty(0, dtype=accumulate_dtype(x.dtype)) if sums is None else sums
+
+
+def fake_gradients(x: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
+    """Return tensors without values in the shapes of the gradients of activation and bias."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if with_sums else 0, dtype=accumulate_dtype(x.dtype))
+
+
 @registered("bias_act_bwd")
 def _bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of GELU or QuickGELU: of x, and of the bias in float32 (empty unless ``with_sums``)."""
     args = grad, x, bias, quick, with_sums
-    dx, sums = _plan_bwd(*args)(*args)
-    return dx, x.new_empty(0, dtype=accumulate_dtype(x.dtype)) if sums is None else sums
+    return as_outputs(x, *_plan_bwd(*args)(*args))
 
 
 _bias_act_bwd.planned_by(_plan_bwd)
@@ -293,8 +302,7 @@ _bias_act_bwd.planned_by(_plan_bwd)
 
 @_bias_act_bwd.register_fake
 def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
-    sums = x.new_empty(x.shape[-1] if with_sums else 0, dtype=accumulate_dtype(x.dtype))
-    return x.new_empty(x.shape), sums
+    return fake_gradients(x, with_sums)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -98,7 +98,7 @@ def inspect_all(archs: Sequence[int] = ARCHS, *, texts: Sequence[str] = ("",), j
     unknown = [arch for arch in archs if arch not in ARCHS]
     if unknown:
         raise ValueError(f"unknown architecture {unknown[0]}: known are {', '.join(map(str, ARCHS))}")
-    cases = [case for case in shipped_cases() if any(text in case for text in texts)]
+    cases = [case for case in shipped_cases() if _contains(case, texts)]
     if not cases:
         raise ValueError(f"no case contains {_alternatives(texts)}; there are: {'; '.join(shipped_cases())}")
     tasks = [task for task in itertools.product(dict.fromkeys(archs), cases) if compiles_for(*reversed(task))]
@@ -109,6 +109,11 @@ def inspect_all(archs: Sequence[int] = ARCHS, *, texts: Sequence[str] = ("",), j
 def _inspect(task: tuple[int, str]) -> list[Report]:
     """Inspect the compiled kernels of one (architecture, case) pair, as a task of a worker process."""
     return inspect_case(*task)
+
+
+def _contains(name: str, texts: Sequence[str]) -> bool:
+    """Return whether the name of a case contains one of the texts that were asked for."""
+    return any(text in name for text in texts)
 
 
 def _alternatives(texts: Sequence[str]) -> str:
@@ -197,9 +202,8 @@ def _predict(args: argparse.Namespace) -> int:
     measured = _measurements(args.against) if args.against else None
     shapes = enumerate(forecast.measured_shapes())
     labels = ((n, forecast.label(spec.name, shape.to_dict(), args.dtype)) for n, (spec, shape) in shapes)
-    ops = [n for n, label in labels if any(text in label for text in args.cases)]
-    steps = [model for model, pairs in forecast.STEPS.items()
-             if any(text in f"step model={model} batch={pairs}" for text in args.cases)]  # fmt: skip
+    ops = [n for n, label in labels if _contains(label, args.cases)]
+    steps = [m for m, pairs in forecast.STEPS.items() if _contains(f"step model={m} batch={pairs}", args.cases)]
     if not ops and not steps:
         examples = "'contrastive_loss pairs=32768' or 'step model=ViT'"
         raise ValueError(f"no op or step contains {_alternatives(args.cases)}, such as {examples}")

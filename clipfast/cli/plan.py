@@ -269,7 +269,7 @@ def _setup(args: argparse.Namespace, model: str) -> "Setup":
         raise ValueError("--no-reshard is of FSDP2 on several GPUs: set --parallel fsdp and --gpus, or leave it out")
     return Setup(
         model, gpus, parallel, args.checkpointing or "none", args.precision or "amp_bf16", opt, args.ema,
-        not args.no_reshard, args.captions, args.fp8_recipe or "switchback",
+        not args.no_reshard, args.captions, args.fp8_recipe or Setup.fp8_recipe,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from ..kernels.implementations import (
     quantize_rows,
 )
 
-SWITCHBACK, FULL = "switchback", "full"
+SWITCHBACK, FULL = RECIPES
 
 
 def check_recipe(recipe: str | None, skip: tuple[int, int], names: tuple[str, str]) -> None:

@@ -99,7 +99,7 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
     return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, HOOKS))
 
 
-def takes_rows(part: Any, linear: nn.Module) -> bool:
+def takes_fp8(part: Any, linear: nn.Module) -> bool:
     """Return True if ``linear`` of an attention or MLP can take rows in 8 bits from the op before it.
 
     The observers of 8 bits need the numbers that are rounded.

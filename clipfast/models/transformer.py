@@ -49,7 +49,7 @@ from .layers import (
     linear_gelu,
     project_qkv,
     take_rows,
-    takes_rows,
+    takes_fp8,
 )  # fmt: skip
 from .packed_text import PackedText
 from .recomputation import is_watched, recomputed
@@ -111,7 +111,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """Return ``c_proj(gelu(c_fc(x)))``: [..., width] -> [..., width]."""
-        in_fp8 = takes_rows(self, self.c_proj)
+        in_fp8 = takes_fp8(self, self.c_proj)
         hidden = linear_gelu(self.c_fc, self.gelu, x, self.backend, self.fp8, in_fp8=in_fp8)
         return call_linear(self.c_proj, hidden, self.fp8, self.backend)
 
@@ -281,9 +281,9 @@ def run_plain(
             x, branch = whole_block(x, branch, *whole[block], of_block, bounds)
         else:
             attn, mlp = block.attn, block.mlp
-            in_fp8 = is_plain(attn, Attention) and takes_rows(attn, attn.in_proj)
+            in_fp8 = is_plain(attn, Attention) and takes_fp8(attn, attn.in_proj)
             x, normed = add_norm(x, branch, block.ln_1, in_fp8=in_fp8)
-            in_fp8 = is_plain(mlp, MLP) and takes_rows(mlp, mlp.c_fc)
+            in_fp8 = is_plain(mlp, MLP) and takes_fp8(mlp, mlp.c_fc)
             x, normed = add_norm(x, attn(normed, *packed), block.ln_2, in_fp8=in_fp8)
             branch = mlp(normed)
     return x, branch

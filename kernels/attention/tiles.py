@@ -321,9 +321,7 @@ def store_rest(
 
 
 @triton.jit
-def sum_of_rest(
-    rest_ptr, pid_bh, num_parts, rest, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr
-):  # fmt: skip
+def sum_of_rest(rest_ptr, pid_bh, num_parts, rest, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr):
     """Return dk and dv [MOST_REST, D] of the last ``rest`` keys of a head, whose parts are added up in their order."""
     offs_r = tl.arange(0, MOST_REST)
     rest_ptr += pid_bh.to(tl.int64) * num_parts * 2 * rest * HEAD_DIM

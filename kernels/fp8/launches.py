@@ -50,9 +50,9 @@ def row_tiles(rows: int, width: int, device: torch.device, numbers: int = 32) ->
 
 def _row_start(kernel: Any, x: Tensor, strides: tuple[int, ...], **constexprs: Any) -> Start:
     """Return the start of a kernel that walks whole rows of ``x`` [..., N]."""
-    cfg, programs, tile = row_tiles(num_rows(x), x.shape[-1], x.device)
-    tile |= {"N": x.shape[-1]}
-    return plan_start(kernel, (programs,), num_rows(x), *strides, config=cfg, device=x.device, **tile, **constexprs)
+    rows, width = num_rows(x), x.shape[-1]
+    cfg, programs, tile = row_tiles(rows, width, x.device)
+    return plan_start(kernel, (programs,), rows, *strides, config=cfg, device=x.device, N=width, **tile, **constexprs)
 
 
 def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callable[[Tensor], Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import activation, reference
 from ..backends import registered, uses_reference
 from ..checks import check_float, check_parameter, check_tensor
-from ..dtypes import accumulate_dtype, dtype_name
+from ..dtypes import dtype_name
 from ..fp8_rows import E4M3, LARGEST, Fp8Rows, Fp8Weight, takes_rows
 from ..launch import triton_runs_on
 from . import cpu, launches
@@ -182,7 +182,7 @@ def _bias_act_fp8_bwd(
     """Return the gradients that ``bias_act_bwd`` returns, and values and scales of that of x."""
     args = grad, x, bias, quick, with_sums
     dx, sums, values, scale = _plan_bias_act_bwd(*args)(*args)
-    return dx, x.new_empty(0, dtype=accumulate_dtype(x.dtype)) if sums is None else sums, values, scale
+    return *activation.as_outputs(x, dx, sums), values, scale
 
 
 _bias_act_fp8_bwd.planned_by(_plan_bias_act_bwd)
@@ -190,8 +190,7 @@ _bias_act_fp8_bwd.planned_by(_plan_bias_act_bwd)
 
 @_bias_act_fp8_bwd.register_fake
 def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = x.new_empty(x.shape[-1] if with_sums else 0, dtype=accumulate_dtype(x.dtype))
-    return x.new_empty(x.shape), sums, *fake_rows(x, E4M3)
+    return *activation.fake_gradients(x, with_sums), *fake_rows(x, E4M3)
 
 
 def _bias_act_context(ctx: Any, inputs: tuple[Any, ...], output: Carried) -> None:
