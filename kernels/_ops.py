@@ -1,7 +1,7 @@
 """The namespace of PyTorch in which the ops are registered.
 
-``python -m clipfast.bench.hub`` writes another one into each build for the kernels hub, so that several builds run in
-one process.
+In a build for Hugging Face's kernels hub, ``python -m clipfast.bench.hub`` writes the build's own namespace into this
+file, so that several builds can be loaded in one process.
 """
 
 import torch

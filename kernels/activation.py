@@ -7,8 +7,8 @@ With u_mn = x_mn + b_n, Phi the distribution function of the normal distribution
 
     dx = dy y'(u)           db_n = sum over rows of dx_mn
 
-Bytes for M rows: forward 2 M N items, backward 3 M N. If the linear layer before it has no bias of its own,
-no other pass over dx is needed to sum up the gradient of the bias.
+Bytes for M rows: forward 2 M N items, backward 3 M N. If the linear layer before the activation leaves its bias to
+this op, no other pass over dx is needed to sum up the gradient of the bias.
 FLOPs: about 20 M N either way; they take far less time than the bytes.
 Method: GELU by the error function (Hendrycks and Gimpel 2016), and their approximation, which OpenAI's CLIP was
 trained with.
@@ -35,7 +35,8 @@ from .launch import Plan, Start, arch_of, programs_at_once, triton_runs_on
 from .spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 from .tiles import store_rows
 
-# About how many registers a thread of each kernel takes. The backward kernel keeps its sums over rows in registers.
+# About how many registers a thread of each kernel takes, from which ``programs_at_once`` computes the size of the grid.
+# The backward kernel also keeps its sums over rows in registers.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
 # This calls PyTorch's op without its Python wrapper, which would take the host longer.
 _gelu_backward: Any = torch.ops.aten.gelu_backward.default._op
@@ -76,7 +77,7 @@ def _bias_act_fwd_kernel(
     M, N, stride_xm, stride_xn,
     IS_QUICK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute GELU(x + bias), or QuickGELU, in the BLOCK_N columns of this program. It loads the bias once for all
+    """Compute GELU(x + bias), or QuickGELU, in the BLOCK_N columns of this program, which loads their bias once for all
     rows.
     """
     num_n = tl.cdiv(N, BLOCK_N)
@@ -100,8 +101,8 @@ def _bias_act_bwd_kernel(
     bias_ptr,  # [N] contiguous
     dx_ptr,  # [M, N] contiguous
     sums_ptr,  # [programs per column, N] fp32
-    values_ptr,  # [M, N] contiguous, dx in 8 bits, or None; with it, BLOCK_N columns are a whole row
-    scale_ptr,  # [M] fp32, or None
+    values_ptr,  # [M, N] contiguous, dx in 8 bits, or None; if dx is stored in 8 bits, BLOCK_N columns are a whole row
+    scale_ptr,  # [M] fp32, the scales of the rows in values_ptr, or None
     M, N, stride_gm, stride_gn, stride_xm, stride_xn,
     IS_QUICK: tl.constexpr, HAS_SUMS: tl.constexpr, MOST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -111,7 +112,7 @@ def _bias_act_bwd_kernel(
     offs_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
-    # acc has a sum for each row of the tile. The sums of the rows are added up after the loop.
+    # acc is the sum of the tiles of dx, element by element. Its rows are added up once, after the loop.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first, step = (tl.program_id(0) // num_n).to(tl.int64), tl.num_programs(0) // num_n
     for tile in tl.range(first, tl.cdiv(M, BLOCK_M), step, num_stages=NUM_STAGES):
@@ -197,8 +198,8 @@ def _bwd_triton(
 ) -> Callable[..., Any]:
     """Return the function that computes the gradients of bias and activation by the Triton kernel.
 
-    With ``row_tiles``, which chooses how the kernel walks whole rows, it also returns the values and the scales of dx
-    in 8 bits.
+    With ``row_tiles``, which chooses the tiles of a kernel that holds whole rows, that function also returns the values
+    and the scales of dx in 8 bits.
     """
     width = x.shape[-1]
     (grad_strides, grad_copied), (strides, x_copied) = row_strides(grad), row_strides(x)
@@ -281,7 +282,9 @@ def _(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
 
 
 def as_outputs(x: Tensor, dx: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of activation and bias as the registered ops do: an empty one of the bias for None."""
+    """Return the gradients of an activation's input and bias for a registered op, which must return a tensor: an empty
+    one if ``sums``, the gradient of the bias, is None.
+    """
     return dx, x.new_empty(0, dtype=accumulate_dtype(x.dtype)) if sums is None else sums
 
 

@@ -70,7 +70,7 @@ def new_tensors(like: Tensor, shape: Sequence[int] | None = None, dtype: torch.d
 
 
 def slices(length: int, size: int) -> list[slice]:
-    """Cut ``range(length)`` into pieces of ``size``; the last piece may be shorter."""
+    """Cut the ``length`` rows of a tensor into slices of ``size`` rows; the last slice may be shorter."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 

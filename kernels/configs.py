@@ -185,7 +185,9 @@ def config_key(
 
 
 def override(key: str, config: Config) -> AbstractContextManager[None]:
-    """Return a context in which ``config`` replaces entry ``key`` on every architecture; for the tuner and tests."""
+    """Return a context in which ``config`` replaces entry ``key`` of the tables of launch configurations, on every
+    architecture; for the tuner and tests.
+    """
     return overrides({key: config})
 
 
@@ -211,7 +213,7 @@ def table_path(arch: int) -> Path:
 def read_table(arch: int) -> dict[str, dict[str, int]]:
     """Return the committed launch configurations of ``arch``, by the names that :func:`config_key` returns.
 
-    Entries that the tuner wrote have a ``"by"``: "measured" on a GPU, or chosen by the GPU "model". It is left out.
+    The field ``"by"`` is left out. It tells how the tuner chose an entry: "measured" on a GPU, or by the GPU "model".
     """
     table: dict[str, dict[str, Any]] = json.loads(table_path(arch).read_text())
     return {key: entry and {name: entry[name] for name in entry if name != "by"} for key, entry in table.items()}
@@ -224,9 +226,10 @@ def entry_of(config: Config) -> dict[str, int]:
 
 @functools.cache
 def committed(key: str, arch: int) -> dict[str, int] | None:
-    """Return the committed entry ``key`` that serves ``arch``, or None if no table has it.
+    """Return the committed launch configuration ``key`` that serves ``arch``, or None if no table has it.
 
-    An entry may be null. The search ends there as well, so a later table does not serve the architecture.
+    The tables are searched in the order of :attr:`Architecture.tables`. An entry that is null ends the search too: it
+    keeps the architecture from using the entry of a later table.
     """
     return next((table[key] for known in architecture(arch).tables if key in (table := read_table(known))), None)
 

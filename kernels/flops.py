@@ -20,9 +20,9 @@ def _block(launch: Launch) -> int:
 
 
 def _block_products(launch: Launch) -> int:
-    """Return the FLOPs of G y, which the first ``num_x_tiles`` programs compute, and of G^T x, which the others do.
+    """Return the FLOPs of the gradients of features x and y: G y and G^T x, where G is the gradient of the logits.
 
-    A launch may lack the programs of one of the two products.
+    The first ``num_x_tiles`` programs compute G y, the others G^T x. A launch may lack the programs of one of the two.
     """
     of_x = launch.args["num_x_tiles"]
     return ((of_x > 0) + (launch.grid[0] > of_x)) * _block(launch)

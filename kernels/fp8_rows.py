@@ -7,7 +7,7 @@ For a row x of width K and a dtype of 8 bits whose largest number is L (448 in e
 
 Products and quotients are those of float32; ``round`` is to the nearest number of the dtype, ties to even. A row of
 zeros has the scale 1. A row whose m is less than 2^-100 is rounded as if m were 2^-100, so that neither L / m nor the
-scale leaves the normal numbers of float32. NaN stays NaN, and the others of its row stay accurate. A row with an
+scale leaves the normal numbers of float32. NaN stays NaN, and the other numbers of its row stay accurate. A row with an
 infinity becomes NaN as a whole: its scale is infinite, and its values are zeros and NaN.
 """
 
@@ -30,9 +30,9 @@ class Fp8Rows(NamedTuple):
     Attributes:
         values: [..., K], float8_e4m3fn or float8_e5m2, contiguous.
         scale: [...], float32; 1 for a row of zeros.
-        carrier: zeros [..., K] in the dtype that the rows had, or None for rows without a gradient. Autograd sends the
-            gradient of the rows through it, since a gradient would be rounded to the dtype of ``values``. All its
-            elements share one place in memory.
+        carrier: zeros [..., K] in the dtype of the rows before they were quantised, or None for rows without a
+            gradient. Autograd sends the gradient of the rows through the carrier, since autograd would round a gradient
+            of ``values`` to 8 bits. All elements of the carrier share one address in memory.
     """
 
     values: Tensor
@@ -50,8 +50,8 @@ class Fp8Rows(NamedTuple):
         return rows if self.carrier is None else rows + self.carrier
 
     def wide(self) -> Tensor:
-        """Return the rows [..., K] as numbers in the dtype of their scales, in which they are exact but for one
-        rounding; without a gradient.
+        """Return values times scales of the rows [..., K], in the dtype of the scales, in which only this product is
+        rounded; without a gradient.
         """
         return self.values.to(self.scale.dtype) * self.scale[..., None]
 
@@ -69,26 +69,29 @@ class Fp8Weight(NamedTuple):
 
 
 def lay_beside(grad: Tensor, values: Tensor | None, scale: Tensor | None) -> None:
-    """Let a gradient carry its rows in 8 bits, for the linear layer whose output it belongs to.
+    """Attach to a gradient its rows in 8 bits, so that the linear layer whose output it belongs to need not round it.
 
-    Autograd passes the same tensor on, or another one: a sum, or what a hook returns. Rows are no part of a tensor's
-    value, and whoever finds none rounds the gradient, to the same bits. A tensor of inference mode carries none, since
-    PyTorch does not count its changes.
+    They are an attribute of the tensor. If autograd hands the layer another tensor, such as a sum of gradients or the
+    result of a hook, the attribute is missing, and the layer rounds the gradient itself, to the same bits. A tensor of
+    inference mode gets no rows, since PyTorch does not count the changes of such a tensor.
     """
     if not grad.is_inference():
         grad.fp8_rows = grad._version, values, scale  # type: ignore[attr-defined]
 
 
 def rows_beside(grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return values and scales that :func:`lay_beside` has noted, or None twice, as after a change of ``grad``."""
+    """Return the 8-bit values and the scales that :func:`lay_beside` has attached to a gradient; (None, None) if there
+    are none, or if the gradient was changed in place afterwards.
+    """
     version, values, scale = getattr(grad, "fp8_rows", (None, None, None))
     return (None, None) if version is None or version != grad._version else (values, scale)
 
 
 def takes_rows(x: Tensor) -> bool:
-    """Return whether the function of autograd that computed ``x`` looks for rows in 8 bits beside the gradient.
+    """Return whether the autograd function that computed ``x`` uses rows in 8 bits that are attached to its gradient.
 
-    If ``x`` has a hook, the answer is no: a hook may change the gradient without a trace, as collectives do.
+    If ``x`` has a hook, the answer is no: a hook may change the gradient, and PyTorch does not count the changes that
+    some functions make, such as collectives.
     """
     return not x._backward_hooks and getattr(x.grad_fn, "takes_rows", False)
 

@@ -62,8 +62,8 @@ ARCHITECTURES = {
     # RTX 50, RTX PRO Blackwell
     120: Architecture((120, 89, 86, 80), 102400, 101376, "mma.sync", 170, warps=48, blocks=24),
 }
-# By the number of their name: GPUs of AMD, whose warps have 64 threads. Kernels are compiled for them without PTX,
-# without limits of registers, and without tensor descriptors. None has run a kernel.
+# GPUs of AMD, by the number in their name. Their warps have 64 threads. Kernels are compiled for these GPUs without
+# PTX, without limits of registers, and without tensor descriptors, but have run on none of them.
 AMD = {
     # MI300A, MI300X, MI325X: gfx942
     942: Architecture((942, 86, 80), 65536, 65536, "v_mfma", 304, registers=131072, warps=32),
@@ -99,8 +99,8 @@ def target_name(arch: int) -> str:
     return f"gfx{arch}" if arch in AMD else f"sm_{arch}"
 
 
-# How many times as fast as a product in 16 bits one in 8 bits is taken to be, on every card. Published products with an
-# inner dimension of 1,024 decided it; for four in five on Hopper it is 1.48 to 2.14 (docs/gpu-model.md).
+# The assumed ratio of the speed of matrix products in 8 bits to that in 16 bits, on every card. It follows published
+# timings with an inner dimension of 1,024; in four of five timings on Hopper it is 1.48 to 2.14 (docs/gpu-model.md).
 FP8_SPEEDUP = 1.8
 COPIED = 3.0 / 3.35  # the TB/s that copies reach on an H100, over those of its data sheet
 
@@ -114,9 +114,10 @@ class Card:
         arch: compute capability, 90 for sm_90.
         half_peak: dense products of bfloat16 and float16 by the data sheet, FLOP/s.
         single_peak: float32 products without TF32 by the data sheet, FLOP/s.
-        half_reached: the share of ``half_peak`` that large products reach. On Hopper it is 700 TFLOP/s, since the best
-            products of random values end at 650 to 750, where 700 W limit the clock. Otherwise it is the best of
-            ``torch.matmul`` in the MAMF table of Stas Bekman's "Machine Learning Engineering Open Book".
+        half_reached: the share of ``half_peak`` that large products reach. For Hopper, 700 TFLOP/s are assumed: the
+            best products of random values reach 650 to 750, since a power limit of 700 W lowers the clock. For the
+            other cards, it is the best of ``torch.matmul`` in the MAMF table of Stas Bekman's "Machine Learning
+            Engineering Open Book".
         single_reached: the share of ``single_peak`` that large products are assumed to reach.
         memory_bytes: size of the memory.
         memory_bytes_per_s: bandwidth of the memory by the data sheet.

@@ -1,6 +1,8 @@
-"""Layers, and transformers' attention, on the ops: for the kernels hub (``python -m clipfast.bench.hub``).
+"""Layers and an attention function for transformers that call the ops, for builds for Hugging Face's kernels hub
+(``python -m clipfast.bench.hub``).
 
-A layer has no state of its own: its ``forward`` takes the place of that of another layer, whose attributes it reads.
+The hub's client replaces the ``forward`` of a model's layer by the ``forward`` of a layer here, which therefore has no
+state of its own and reads the attributes of the model's layer.
 """
 
 from typing import Any
@@ -52,9 +54,9 @@ def flash_attn_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Compute attention where transformers calls it, with ``attn_implementation="ORG/NAME"``.
+    """Compute the attention of a transformers model that was loaded with ``attn_implementation="ORG/NAME"``.
 
-    PyTorch computes it where there is a mask or dropout.
+    With a mask or dropout, which the op lacks, PyTorch's ``scaled_dot_product_attention`` computes it.
 
     Args:
         module: the layer; its ``is_causal`` decides if the argument is None.

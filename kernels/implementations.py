@@ -1,8 +1,8 @@
-"""The ops of a transformer block for a larger ``autograd.Function``, which has checked its input.
+"""The ops of a transformer block, without checks of input, for an ``autograd.Function`` that runs several of them.
 
-Such a function runs only where PyTorch need not see the ops (``backends.is_watched``), and below autograd, as
-``backends.Op`` runs one op. It keeps the functions that compute its ops at their layouts (``backends.Op.planned_by``)
-in the dict of :func:`plans_of`.
+That function has checked its input. It runs only where no compiler, transform or profiler needs to see single ops
+(``backends.is_watched``), and below autograd, as ``backends.Op`` runs one op. It keeps a function for each op that
+computes the op at one layout (``backends.Op.planned_by``), in the dict that :func:`plans_of` returns.
 """
 
 from typing import Any
@@ -22,15 +22,15 @@ Plans = dict[Any, Any]
 
 @planned
 def plans_of(*_: Any) -> Plans:
-    """Return a dict for the functions that compute the ops of a transformer block, the same one for equal arguments."""
+    """Return a dict for functions that compute the ops of a transformer block: the same dict for equal arguments."""
     return {}
 
 
 def compute(plans: Plans, op: Op, name: Any, *args: Any) -> Any:
     """Compute an op below autograd by the function that ``plans`` keeps under ``op`` and ``name``.
 
-    All calls with the same ``plans``, ``op`` and ``name`` must have the same layout. An output that is empty may be
-    None.
+    All calls with the same ``plans``, ``op`` and ``name`` must have the same layout. A result that the registered op
+    returns as an empty tensor, such as the gradient of a bias that needs none, may be None.
     """
     found = plans.get((name, op))
     if found is None:

@@ -49,7 +49,8 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
         lengths = torch.cat([ends.diff(), total - ends[-1:]])  # the last entry counts the tokens of no sequence
         sequence = torch.arange(len(lengths), dtype=torch.int32, device=ends.device).repeat_interleave(lengths)
     else:
-        # A token's sequence is found by how many sequences have ended before the token. The host waits for no value.
+        # The number of a token's sequence is the number of sequences that end before the token. It is computed on the
+        # GPU, since the host would have to wait for the lengths.
         tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
         sequence = torch.searchsorted(ends[1:], tokens, right=True, out_int32=True)
     first = torch.cat([ends[:-1], ends.new_full((1,), total)]).index_select(0, sequence)
@@ -110,8 +111,8 @@ class Run(NamedTuple):
     shape: tuple[int, int]
 
 
-# The runs that ``pack`` has found for a packing on a CPU, by its ``cu_seqlens`` and by its ``bounds``, each with the
-# version of that tensor. All layers take them from here, forward and backward.
+# The runs that ``pack`` has found for a packing on a CPU, by its ``cu_seqlens`` and by its ``bounds``. All layers of a
+# model use them, forward and backward. The version of the tensor is kept with them, to detect later changes of it.
 _known = WeakTensorKeyDictionary()
 
 
@@ -153,7 +154,9 @@ def runs_of_bounds(bounds: Tensor) -> list[Run]:
 
 
 def _known_runs(places: Tensor) -> list[Run] | None:
-    """Return the runs that were found when the packing of this tensor was made; None if it was changed since then."""
+    """Return the runs that were found when the packing with this tensor was made; None if the tensor was changed since
+    then, or the runs were not found.
+    """
     version, runs = _known.get(places, (None, None))
     return None if runs is None or places._version != version else runs
 

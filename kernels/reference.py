@@ -51,7 +51,8 @@ def _wide(x: Tensor) -> Tensor:
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the reference cross-entropy of logits and labels, as ``F.cross_entropy`` does.
 
-    In float64 it is computed in another way, with which losses far below the precision of 1 are exact too.
+    In float64, it is log(1 + sum of exp(other logit - logit of the label)), whose relative error stays small for losses
+    far below the rounding error of 1.
     """
     if logits.dtype != torch.float64:
         return F.cross_entropy(logits, labels)
@@ -126,7 +127,7 @@ def attention(
     cu_seqlens: Tensor | Packing | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute the reference of the op ``attention``: softmax of a packed projection's scores (Vaswani et al. 2017)."""
+    """Compute the reference of the op ``attention``: softmax attention on a packed projection (Vaswani et al. 2017)."""
     if bias is not None:
         qkv = with_bias_gradient(qkv, bias)
     # The last size is given, since reshape cannot infer a -1 from an empty batch.
@@ -135,7 +136,7 @@ def attention(
 
 
 def with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
-    """Return ``qkv`` unchanged, but let ``bias``, which it contains already, get its gradient through it."""
+    """Return the values of ``qkv``, which include ``bias`` already, and connect them to ``bias`` for autograd."""
     return qkv + (bias - bias.detach()).to(qkv.dtype)
 
 
@@ -217,7 +218,8 @@ def patch_embed(
 ) -> Tensor:
     """Return the reference of the op ``patch_embed``: a strided convolution with class token and positions.
 
-    This is equation 1 of Dosovitskiy et al. (2021). With ``keep``, only the class token and those patches are returned.
+    This is equation 1 of Dosovitskiy et al. (2021). With ``keep``, only the class token and the patches with these
+    numbers are returned.
     """
     if images.dtype == torch.uint8:
         images = normalize_uint8(images, mean, std, weight.dtype)
@@ -300,7 +302,8 @@ def _per_channel(values: Sequence[float], dtype: torch.dtype, device: torch.devi
 
 
 def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the reference of the op ``retrieval_ranks``: how many others score as high as the best match or higher.
+    """Return the reference of the op ``retrieval_ranks``: how many candidates that do not match score as high as the
+    best match or higher.
 
     All scores are computed at once, in float32 at least. An image or text that has no match gets -1.
     """
@@ -374,7 +377,8 @@ def fp8_linear(
 ) -> Tensor:  # fmt: skip
     """Return the reference of the op ``fp8_linear``: products of operands in 8 bits, which are exact in float32.
 
-    Two terms that are zero have the gradients of the input and of the weight (Wortsman et al. 2023).
+    Two terms with the value zero are added to the output. Through them, autograd computes the gradients of the input
+    and of the weight from the operands that the op multiplies (Wortsman et al. 2023).
     """
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
     of_rows, of_columns = weight_fp8 or quantize_weight(weight)

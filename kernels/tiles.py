@@ -1,4 +1,4 @@
-"""Triton functions on tiles that the kernels of several ops share: arithmetic, and the load of a tile."""
+"""Triton functions on tiles that the kernels of several ops share: arithmetic, loads of tiles, and stores in 8 bits."""
 
 import triton
 import triton.language as tl
@@ -123,9 +123,10 @@ def row_products(
 
 @triton.jit
 def scales(largest, MOST: tl.constexpr):
-    """Return the factors L / m by which rows are multiplied before they are rounded, and their scales m / L.
+    """Return the factors L / m by which rows are multiplied before they are rounded to 8 bits, and the scales m / L.
 
-    ``largest`` has the m of each row: a maximum passes over NaN, and is NaN itself only if a row holds nothing else.
+    L is MOST, the largest number of the dtype, and ``largest`` has the m of each row, the maximum of its magnitudes.
+    This maximum ignores NaN, and is NaN itself only if a row holds nothing else.
     """
     largest = tl.where(largest > 0.0, largest, 0.0)
     largest = tl.where(largest == 0.0, MOST, tl.maximum(largest, 7.888609052210118e-31))  # 2^-100
@@ -137,12 +138,12 @@ def scales(largest, MOST: tl.constexpr):
 def in_eight_bits(x, factor, dtype: tl.constexpr):
     """Return the tile ``x * factor`` in 8 bits: to the nearest, ties to even, NaN for NaN.
 
-    No product exceeds the largest number by more than its own rounding in float32, so nothing overflows. The factor of
-    a row with an infinity is zero, and makes it NaN.
+    No product exceeds the dtype's largest number by more than its own rounding in float32, so nothing overflows. The
+    factor of a row with an infinity is zero, and infinity times zero is NaN.
     """
     product = x * factor
     if IS_INTERPRETED:
-        # Triton's interpreter does not round to the nearest number of 8 bits, and makes numbers of NaN.
+        # Triton's interpreter does not round to the nearest number of 8 bits, and turns NaN into numbers.
         product = _interpreted_bits(product, dtype).to(dtype, bitcast=True)
     return product.to(dtype)
 
@@ -155,8 +156,9 @@ def _interpreted_bits(x, dtype: tl.constexpr):
     cut = 23 - DIGITS
     size = tl.abs(x)
     bits = size.to(tl.int32, bitcast=True)
-    # An exponent of the narrow dtype that is not zero follows from that of float32. A number below the least normal one
-    # is a multiple of the least number, and the sum with 1.5 * 2^23 rounds it to a whole multiple.
+    # ``normal``: the bits of float32, rounded to DIGITS of its mantissa, with the narrow dtype's bias of the exponent.
+    # ``small``: a number below the least normal one is counted in units of the least number of the narrow dtype, and
+    # the sum with 1.5 * 2^23 rounds this count to an integer.
     normal = ((bits + (1 << (cut - 1)) - 1 + ((bits >> cut) & 1)) >> cut) - ((127 - BIAS) << DIGITS)
     small = (size * 2.0 ** (BIAS + DIGITS - 1) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     code = tl.where(size < 2.0 ** (1 - BIAS), small, normal)
@@ -182,7 +184,7 @@ def store_rows(
 
 @triton.jit
 def store_carrier(carrier_ptr):
-    """Store the zero that all elements of a carrier share, if there is one."""
+    """Store the zero that all elements of the carrier of ``Fp8Rows`` share, if the rows have a carrier."""
     if carrier_ptr is not None:  # noqa: SIM102  (the compiler decides this condition, the next one is the program's)
         if tl.program_id(0) == 0:
             tl.store(carrier_ptr, tl.zeros((), tl.float32).to(carrier_ptr.dtype.element_ty))

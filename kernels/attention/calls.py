@@ -1,8 +1,8 @@
 """Functions that compute attention for one layout: the shapes, strides, dtype and device of an op's tensors.
 
-The ``plan_`` functions choose the kernels of a layout once, and return a function for all calls with that layout. A
-packed projection is passed to the kernels as three addresses in its memory. Views of it would take the host as long as
-the launch.
+The ``plan_`` functions choose the kernels of a layout once, and return a function for all calls with that layout. That
+function passes a packed projection to the kernels as three addresses in its memory, since making three views of it
+would take the host as long as the launch.
 """
 
 import functools
@@ -34,7 +34,8 @@ def views_of(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def _varlen(x: Tensor, seqlens: Tensor | None) -> ModuleType | None:
     """Return the module that computes attention on packed sequences on the device of ``x``.
 
-    None if the sequences are not packed: ``seqlens`` is None or [B]. Packed sequences have their bounds [2, T] instead.
+    For packed sequences, ``seqlens`` is [2, T], the bounds of their :class:`Packing`. Otherwise it is None or [B], and
+    this function returns None.
     """
     if seqlens is None or seqlens.ndim != 2:
         return None
@@ -88,7 +89,7 @@ def plan_forward(
     if varlen is not None:
         return functools.partial(_varlen_forward, varlen)
     if not triton_runs_on(qkv.device):
-        # The output can be a view of the result of PyTorch's flash kernel, and autograd must not record that.
+        # The output can be a view of the result of PyTorch's flash kernel, and autograd must not record this view.
         return below_autograd(cpu.forward_packed(qkv, seqlens, num_heads, causal, scale))
     step = qkv.shape[-1] // 3 * qkv.stride(-1) * qkv.itemsize  # bytes from a query to its key
     out_shape = *qkv.shape[:2], qkv.shape[-1] // 3
@@ -111,7 +112,9 @@ def plan_backward(
     grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     num_heads: int, causal: bool, scale: float, with_bias: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
-    """Return the function that computes the gradients of packed projections with this layout, and of their bias."""
+    """Return the function that computes the gradients of packed projections with the layout of ``qkv``, and of their
+    bias.
+    """
     varlen = _varlen(qkv, seqlens)
     if varlen is not None:
         return functools.partial(_varlen_backward, varlen)
@@ -140,7 +143,7 @@ def plan_backward(
 def plan_qkv_forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes attention on separate queries, keys and values with this layout."""
+    """Return the function that computes attention on separate tensors with the layouts of ``q``, ``k`` and ``v``."""
     varlen = _varlen(q, seqlens)
     if varlen is not None:
         return functools.partial(_varlen_qkv_forward, varlen)
@@ -164,7 +167,9 @@ def plan_qkv_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Return the function that computes the gradients of separate queries, keys and values with this layout."""
+    """Return the function that computes attention's gradients of separate tensors with the layouts of ``q``, ``k`` and
+    ``v``.
+    """
     varlen = _varlen(q, seqlens)
     if varlen is not None:
         return functools.partial(_varlen_qkv_backward, varlen)
@@ -191,11 +196,11 @@ def plan_qkv_backward(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float, out_shape: tuple[int, ...]
 ) -> Callable[[Places, Tensor | None], tuple[Tensor, Tensor]]:
-    """Plan attention on tensors of a layout.
+    """Plan attention on tensors with the layouts of ``q``, ``k`` and ``v``.
 
     Returns:
-        The function that computes it. It gets the places of q, k and v, and the lengths. It returns the output with
-        ``out_shape``, and the log-sum-exp of the scaled scores, divided by ``scale``, [B, H, M].
+        The function that computes attention from the :data:`Places` of q, k and v and from the lengths. It returns the
+        output with ``out_shape``, and the log-sum-exp of the scaled scores, divided by ``scale``, [B, H, M].
     """
     has_near_heads, has_seqlens = _have_near_heads(q, k, v), seqlens is not None
     batch, m, heads, _ = q.shape
@@ -210,12 +215,12 @@ def _forward(
 
     found, walks, block_n = plan(q, k, v, True)
     # A kernel with tensor descriptors is planned in each call: the alignment of the addresses decides whether it may
-    # use them.
+    # use descriptors.
     start = Start(found) if has_near_heads and not block_n else None
     absent = (0,) * 4 if walks else ()
 
     def compute(places: Places, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute attention on queries, keys and values at these places."""
+        """Compute attention on queries, keys and values at these addresses."""
         addresses, tensors = places
         out, lse = new_out(), new_lse()
         if start is None:
@@ -238,15 +243,15 @@ def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float,
     grad_strides: tuple[tuple[int, ...], ...], with_sums: bool,
 ) -> Callable[..., Tensor | None]:  # fmt: skip
-    """Plan the gradients of attention on tensors of a layout.
+    """Plan the gradients of attention on tensors with the layouts of the arguments.
 
     ``grad_strides`` are the strides of dq, dk and dv, in which the heads of a token must be contiguous.
 
     Returns:
-        The function that writes the gradients. It gets the upstream gradient, the places of q, k and v, the output, the
-        log-sum-exp, the lengths, and the places of the gradients. It returns the gradient of a bias on the projection
-        in float32, [3, H * D]: the sums over batch and tokens of dq and of dv, and zeros between them. Unless
-        ``with_sums``, it returns None.
+        The function that writes the gradients. Its arguments are the upstream gradient, the :data:`Places` of q, k and
+        v, the output, the log-sum-exp, the lengths, and the :data:`Places` of the gradients. It returns the gradient of
+        a bias on the projection in float32, [3, H * D]: the sums over batch and tokens of dq and of dv, and zeros
+        between them. Unless ``with_sums``, it returns None.
     """
     has_near_heads, has_seqlens = _have_near_heads(q, k, v, grad_out), seqlens is not None
 
@@ -335,10 +340,10 @@ def _with_near_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _tiles(rows: int, *sources: Tensor) -> list[TensorDescriptor | None]:
-    """Return the descriptors through which an attention kernel loads blocks of ``rows`` rows, two of each source.
+    """Return the descriptors through which an attention kernel loads blocks of ``rows`` rows, two for each source.
 
-    The two are of the parts of the head dimension (:func:`walked_rows`). An entry is None if there is no second part,
-    and all are None if ``rows`` is 0.
+    A source has a descriptor for each part of its head dimension (:func:`head_parts`). The second one is None if there
+    is one part only, and all are None if ``rows`` is 0.
 
     Keys with ``seqlens`` have no descriptors: a descriptor would also load the hidden tokens of an image, which may
     hold NaN, and NaN times a probability of zero is NaN.

@@ -1,6 +1,6 @@
 """Attention on a CPU, by PyTorch's own flash kernel.
 
-Its log-sum-exp is that of the scaled scores. The Triton kernels divide this number by ``scale``.
+The log-sum-exp that this kernel returns is that of the scaled scores. The Triton kernels divide it by ``scale``.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 def forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [B, M, H, D], contiguous, and the log-sum-exp [B, H, M] of the scaled scores."""
+    """Return attention's output [B, M, H, D], contiguous, and the log-sum-exp [B, H, M] of the scaled scores."""
     batch, m, heads, _ = q.shape
     if q.numel() == 0 or k.numel() == 0:
         lse = q.new_full((batch, heads, m), float("inf"), dtype=accumulate_dtype(q.dtype))

@@ -20,7 +20,7 @@ from .short import _short_bwd_kernel, _short_fwd_kernel
 from .tiles import MOST_REST
 from .unrolled import _unrolled_bwd_kernel
 
-# The most rows beyond one whole block that the unrolled backward kernel takes.
+# The most queries or keys beyond one whole block that a head may have for the unrolled backward kernel.
 UNROLLED_REST = 16
 
 
@@ -32,8 +32,8 @@ class Route(NamedTuple):
 
 
 def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int, *, causal: bool) -> Route:
-    """Return the kernels that compute a shape on a GPU of compute capability ``arch`` (90 for sm_90), if it has as many
-    queries as keys.
+    """Return the kernels that compute attention with as many queries as keys on a GPU of compute capability ``arch``
+    (90 for sm_90).
 
     The tables of configurations decide. With at least as many keys as :func:`least_keys_of_sdpa` returns, PyTorch's own
     attention was faster when measured, and is used. Otherwise the kernels that hold a whole head are used where the
@@ -93,7 +93,8 @@ class BackwardPlan(NamedTuple):
         sums: the number of blocks of queries, and of keys, for which sums of dq, and of dv, are written.
         rows: the number of queries, rounded up, for which the first phase writes statistics for the second one.
         tiles: the rows of the tiles of the two phases that descriptors load (0: no descriptors).
-        rest: the number of blocks of queries that write gradients of the last keys, and of these keys, or None.
+        rest: the number of blocks of queries that write their parts of the gradients of the last keys, and the number
+            of these keys (:func:`_few_rest`); None if there are no such keys.
     """
 
     kernel: str
@@ -138,7 +139,7 @@ def _two_phases(
     arch, (of_q, of_k, of_v, of_grad) = arch_of(device), strides
     has_seqlens, causal = options["HAS_SEQLENS"], options["IS_CAUSAL"]
     query, key = (looped_config(f"attention_{owner}_bwd", arch, dtype, head_dim, n) for owner in ("query", "key"))
-    # The number of rows is a multiple of the block sizes of both kernels, which are powers of two.
+    # ``rows``, the number of queries rounded up, is a multiple of both kernels' block sizes, which are powers of two.
     block = max(query.block_m, key.block_m)
     rows = cdiv(m, block) * block
     rest = 0 if has_seqlens or causal else _few_rest(n, (query.block_n, key.block_n), head_dim, arch, dtype)
@@ -161,7 +162,9 @@ def _two_phases(
 
 
 def grad_of_bias(sums: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Return the gradient [3, H * D] of a bias on the projection from the sums of dq and of dv; that of dk is zero."""
+    """Return the gradient [3, H * D] of a bias on the projection, from the sums of dq and of dv; the gradient of the
+    keys' bias is zero (op.py says why).
+    """
     grad_bias = sums[0].new_zeros((3, sums[0].shape[-1]))
     if isinstance(sums, Tensor):
         torch.sum(sums, 1, out=grad_bias[::2])
@@ -197,9 +200,10 @@ def _ends(rows: int, block: int, is_masked: bool, arch: int, dtype: torch.dtype)
     """Return the rows of the tiles that an attention kernel takes before and after its loop over whole blocks; 0 for
     none.
 
-    Under a mask, tiles after the loop are blocks too. Otherwise one tile holds the rows that are left over, and can be
-    smaller. With wgmma it comes first: its loads then run at the same time as the load of the program's queries, and
-    fewer registers are live in the loop. On other GPUs, the compiler would spill registers for this order.
+    Under a mask, tiles after the loop have the size of a block too. Otherwise one tile, which can be smaller, holds the
+    rows that are left over. With wgmma this tile comes before the loop: its loads then run at the same time as the load
+    of the program's queries, and fewer registers are live in the loop. On other GPUs, the compiler would spill
+    registers for this order.
     """
     rest = block if is_masked else sum(_rest(rows, block))
     return {"FIRST": rest, "TAIL": 0} if _uses_wgmma(arch, dtype) and not is_masked else {"FIRST": 0, "TAIL": rest}
@@ -213,10 +217,11 @@ def _rest(rows: int, block: int) -> tuple[int, ...]:
 
 
 def _few_rest(n: int, blocks: tuple[int, ...], head_dim: int, arch: int, dtype: torch.dtype) -> int:
-    """Return how many keys are left over after whole blocks of each of these sizes, if the first phase writes their
-    gradients in parts; otherwise 0.
+    """Return the number of keys beyond whole blocks whose gradients the backward pass's first phase writes in parts
+    (looped.py); 0 if the second phase computes the gradients of all keys.
 
-    They must be few and come before the loop. wgmma multiplies 64 rows, and each part of a head must fill it.
+    Such keys must be as many for each size in ``blocks``, at most MOST_REST, and be loaded before the loop
+    (:func:`_ends`). wgmma multiplies 64 rows at a time, and each part of the head dimension must fill them.
     """
     rests = {n % block for block in blocks}
     if len(rests) > 1 or n < max(blocks) or not _uses_wgmma(arch, dtype) or min(head_parts(head_dim)) < 64:
@@ -245,7 +250,7 @@ def _uses_wgmma(arch: int, dtype: torch.dtype) -> bool:
 
 
 def _is_held(arch: int, dtype: torch.dtype) -> bool:
-    """Return whether attention kernels wait for products by :func:`held`; its assembly cannot be interpreted."""
+    """Return whether attention kernels wait for products by :func:`held`, whose assembly no interpreter can run."""
     return _uses_wgmma(arch, dtype) and not INTERPRET
 
 
@@ -256,9 +261,10 @@ def _parts(n: int) -> tuple[int, ...]:
 
 
 def head_parts(head_dim: int) -> tuple[int, ...]:
-    """Split a head dimension as :func:`_parts` does, but round it up to a power of two if that gives three parts.
+    """Split a head dimension into one or two powers of two: 80 into 64 + 16.
 
-    The three parts of 104, for example, do not fit into the registers of sm_80.
+    A head dimension that :func:`_parts` would split into three parts or more is rounded up to a power of two, 104 to
+    128: three parts do not fit into the registers of sm_80.
     """
     parts = _parts(head_dim)
     return parts if len(parts) <= 2 else (next_power_of_2(head_dim),)

@@ -9,9 +9,9 @@ The loop loads whole blocks. The rows that are left over are loaded in a tile of
 tiles of ``TAIL`` rows after it. Whole blocks are loaded through tensor descriptors on GPUs that have them: the
 addresses of plain loads would take registers and instructions.
 
-A few keys beyond whole blocks have no program in the second phase, which would load all queries for them. The first
-phase, which computes their scores anyway, writes what each block of queries contributes to their gradients, and the
-last program of the head adds these parts up in order.
+If a few keys are left over after whole blocks, no program of the second phase owns them, since it would load all
+queries for these few keys. The first phase, which computes their scores anyway, writes the contribution of each block
+of queries to their gradients, and the last program of the head in the second phase adds these parts up in order.
 """
 
 import triton
@@ -301,7 +301,7 @@ def _key_bwd_kernel(
         num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
     if rest_ptr is not None:  # noqa: SIM102  (the compiler decides this condition, the next one is the program's)
         if pid == num_n - 1:
-            # The last program of a head also stores what the first phase has computed for the keys without a program.
+            # The last program of a head also adds up and stores the gradients of the keys that no program owns.
             offs_r = num_n * BLOCK_N + tl.arange(0, MOST_REST)
             dk, dv = sum_of_rest(rest_ptr, pid_bh, num_parts, N % BLOCK_N, HEAD_DIM, D_PARTS)
             rest_dk_ptr = head_of(dk_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)

@@ -190,8 +190,8 @@ def attention(
         num_heads: heads; head_dim is at most 128 outside the reference.
         causal: token i sees tokens 0 .. i only.
         scale: positive factor on the scores, by default head_dim ** -0.5.
-        seqlens: int32 or int64 [B]: of each image only the first so many tokens are seen as keys. A token that sees
-            none gets zeros.
+        seqlens: int32 or int64 [B], the number of tokens of each image, from the first one on, that are seen as keys. A
+            token that sees no key gets zeros.
         cu_seqlens: int32 [B + 1], for sequences that lie behind one another in ``qkv`` [T, 3 * num_heads * head_dim]:
             sequence b has the tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``. No sequence sees another. Tokens
             from ``cu_seqlens[-1]`` on belong to no sequence, and get zeros. A :class:`Packing` is checked once for all
@@ -258,8 +258,8 @@ def attention_qkv(
         k, v: [B, N, H, D], same dtype and device.
         causal: query i sees keys 0 .. i only.
         scale: positive factor on the scores, by default D ** -0.5.
-        seqlens: int32 or int64 [B]: of each image only the first so many keys are seen. A query that sees none gets
-            zeros.
+        seqlens: int32 or int64 [B], the number of keys of each image, from the first one on, that are seen. A query
+            that sees no key gets zeros.
         cu_seqlens: see :func:`attention`; q, k and v are [T, H, D] then.
         backend: see :func:`attention`.
 
@@ -328,13 +328,14 @@ def _known_least_keys(device: torch.device, dtype: torch.dtype, causal: bool) ->
 def _least_keys_of_sdpa(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
     """Return for each limit of head dimensions the least number of keys for which PyTorch's own attention is used.
 
-    The tables of configurations have these limits. The number is None where it is never used.
+    The limits are those of the tables of configurations (``HEAD_DIMS``). A number is None if PyTorch's attention is
+    never used.
     """
     return _known_least_keys(device, dtype, causal)
 
 
-# With this attribute, torch.compile takes the result as a constant, since it cannot trace the reading of the tables.
-# torch.compiler.assume_constant_result would set it too, but calling it would import the compiler in every process.
+# torch.compile cannot trace the reading of the tables of configurations. With this attribute, it takes the result as a
+# constant. torch.compiler.assume_constant_result sets the attribute too, but importing it takes the whole compiler.
 _least_keys_of_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -170,10 +170,11 @@ def fused_reference_qkv(
 def floor(shape: AttentionShape, itemsize: int, backward: bool) -> Floor:
     """Count the least FLOPs and bytes of attention.
 
-    Forward computes two products. Backward recomputes one of them and needs four more.
+    The forward pass computes two matrix products. The backward pass recomputes one of them and needs four more.
 
-    Forward reads q, k and v and writes the output. Backward reads q, k, v and the output's gradient, and writes three
-    gradients; the output need not be read again, since its product with the gradient follows from the other two.
+    The forward pass reads q, k and v and writes the output. The backward pass reads q, k, v and the output's gradient,
+    and writes three gradients. The output need not be read again: delta_i = do_i . o_i is the sum of p_ij (do_i . v_j)
+    over the keys.
     """
     if shape.varlen:
         lengths = lengths_of(shape.batch, shape.tokens)
@@ -198,9 +199,9 @@ def floor_qkv(shape: QkvShape, itemsize: int, backward: bool) -> Floor:
 
 
 def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Let every attention kernel take blocks of 16 rows, so that small cases have several.
+    """Let the attention kernels take blocks of 16 rows, so that small cases have several blocks.
 
-    The short kernels take up to 272 keys, and the looped kernels more.
+    The short kernels take up to 272 keys, and the looped kernels more. The unrolled kernel keeps its blocks of 64 rows.
     """
     small: dict[str, Config] = {}
     for head_dim in HEAD_DIMS:

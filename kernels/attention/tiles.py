@@ -1,7 +1,8 @@
 """Triton functions on tiles of rows of one attention head, which all attention kernels share.
 
-A head dimension that is no power of two is held in parts, 80 as 64 + 16, so a tile of rows is a tuple of tiles
-[rows, part]. Padding 80 to 128 instead would take 1.6 times the products and the shared memory.
+A head dimension that is no power of two is held in two parts where possible, 80 as 64 + 16 (``launches.head_parts``),
+so a tile of rows is a tuple of tiles [rows, part]. Padding 80 to 128 instead would take 1.6 times the products and the
+shared memory.
 """
 
 import triton
@@ -76,10 +77,10 @@ def walked_rows(
 
 @triton.jit
 def as_rows(parts, ROWS: tl.constexpr, D_PARTS: tl.constexpr):
-    """Return what :func:`walked_rows` has loaded as a tile of an attention head in parts [ROWS, part].
+    """Return the rows that :func:`walked_rows` has loaded, as a tile of an attention head in parts [ROWS, part].
 
     Loads through descriptors that follow each other, with no operation on their results in between, wait at one barrier
-    together. So all loads of a step come first.
+    together. So a kernel calls this function after all loads of a step.
     """
     rows = ()
     for i in tl.static_range(len(parts)):
@@ -184,8 +185,8 @@ def shift_of(lse, qk_scale, IS_EXACT: tl.constexpr):
 
 @triton.jit
 def probabilities(scores, shift, qk_scale, IS_EXACT: tl.constexpr):
-    """Return 2^(qk_scale (scores - lse)), where :func:`shift_of` has made ``shift`` from lse; it broadcasts to the
-    scores.
+    """Return 2^(qk_scale (scores - lse)), where :func:`shift_of` has made ``shift``, which broadcasts to the scores,
+    from lse.
     """
     return tl.exp2((scores - shift) * qk_scale) if IS_EXACT else tl.exp2(scores * qk_scale - shift)
 
@@ -212,7 +213,9 @@ def softmax_step(scores, row_max, row_sum, qk_scale, IS_EXACT: tl.constexpr):
 
 @triton.jit
 def log_sum_exp(row_max, row_sum, qk_scale, IS_EXACT: tl.constexpr):
-    """Return the log-sum-exp of rows in units of q . k, from the state of :func:`softmax_step`; inf if one is empty."""
+    """Return the log-sum-exp of rows of scores in units of q . k, from the state of :func:`softmax_step`; inf for a row
+    in which no key is visible.
+    """
     lse = row_max + tl.log2(row_sum) / qk_scale if IS_EXACT else (row_max + tl.log2(row_sum)) / qk_scale
     return tl.where(row_sum == 0.0, float("inf"), lse)
 
@@ -310,7 +313,7 @@ def store_rest(
     p, ds,  # [BM, TAIL]
     scale, rest, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Store what a program's queries contribute to the gradients of the last ``rest`` keys and values of a head."""
+    """Store the contributions of a program's queries to the gradients of a head's last ``rest`` keys and values."""
     offs_r = tl.arange(0, TAIL)
     rest_ptr += tl.program_id(0).to(tl.int64) * 2 * rest * HEAD_DIM
     # The products are computed transposed, since D rows fill the matrix unit and TAIL rows would not.
@@ -322,7 +325,9 @@ def store_rest(
 
 @triton.jit
 def sum_of_rest(rest_ptr, pid_bh, num_parts, rest, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr):
-    """Return dk and dv [MOST_REST, D] of the last ``rest`` keys of a head, whose parts are added up in their order."""
+    """Return dk and dv [MOST_REST, D] of the last ``rest`` keys of a head: the sums, in order, of the parts that
+    :func:`store_rest` has stored.
+    """
     offs_r = tl.arange(0, MOST_REST)
     rest_ptr += pid_bh.to(tl.int64) * num_parts * 2 * rest * HEAD_DIM
     dk, dv = zero_rows(MOST_REST, D_PARTS), zero_rows(MOST_REST, D_PARTS)

@@ -77,9 +77,10 @@ def _varlen_fwd_kernel(
 
 @triton.jit
 def bounds_of(bounds_ptr, start, T, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the bounds of each token of a block, [BLOCK] each, and those of all sequences in the block together.
+    """Return the first token and the end of the sequence of each token in a block, [BLOCK] each, and the first token
+    and the end of all sequences in the block together.
 
-    With IS_CAUSAL, a token's end is right after the token itself, since it sees no later one.
+    With IS_CAUSAL, a token's end is right after the token itself, since it sees no later token.
     """
     offs = start + tl.arange(0, BLOCK)
     first = tl.load(bounds_ptr + offs, mask=offs < T, other=T)
@@ -184,7 +185,7 @@ def _varlen_key_bwd_kernel(
     v_ptr = head_of(v_ptr, h, 0, stride_vh, 0, MULTIPLE)
     grad_ptr = head_of(grad_ptr, h, 0, stride_gh, 0, MULTIPLE)
     offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-    # ``first`` is the first query that sees a key, and ``end`` is the end of the queries that do.
+    # ``first`` is the first query that sees each key, and ``end`` is right after the last one.
     first, end, start, last = bounds_of(bounds_ptr, pid * BLOCK_N, T, False, BLOCK_N)  # [BN], [BN]
     if IS_CAUSAL:
         first, start = tl.maximum(first, offs_n), tl.maximum(start, pid * BLOCK_N)

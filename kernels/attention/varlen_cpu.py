@@ -13,7 +13,7 @@ from .cpu import flash, flash_backward, heads_first
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output [1, T, H, D], contiguous, and the log-sum-exp [1, H, T] of the scaled scores."""
+    """Return attention's output [1, T, H, D], contiguous, and the log-sum-exp [1, H, T] of the scaled scores."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((1, *q.shape[2:0:-1]), dtype=accumulate_dtype(q.dtype))
     runs = runs_of_bounds(bounds)
@@ -30,7 +30,9 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return that of a bias, [3, H * D]."""
+    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return the gradient [3, H * D] of a bias on the
+    projection.
+    """
     runs = runs_of_bounds(bounds)
     used = runs[-1].tokens.stop if runs else 0
     for grad in grads:

@@ -13,7 +13,7 @@ from .varlen import _varlen_fwd_kernel, _varlen_key_bwd_kernel, _varlen_query_bw
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output [1, T, H, D], contiguous, and the log-sum-exp [1, H, T], divided by ``scale``."""
+    """Return attention's output [1, T, H, D], contiguous, and the log-sum-exp [1, H, T], divided by ``scale``."""
     _, total, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((1, heads, total), dtype=torch.float32, device=q.device)
@@ -41,7 +41,9 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return that of a bias, [3, H * D]."""
+    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return the gradient [3, H * D] of a bias on the
+    projection.
+    """
     width = q.shape[2] * q.shape[3]
     of_query, of_key, num_m, num_n = _backward_plans(
         q.device, q.dtype, q.shape, (q.stride(), k.stride(), v.stride(), grad_out.stride()),
@@ -59,7 +61,7 @@ def _backward_plans(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...],
     grad_strides: tuple[int, int], causal: bool, scale: float, with_sums: bool,
 ) -> tuple[Plan, Plan, int, int]:  # fmt: skip
-    """Plan the two phases of the backward pass; also return their numbers of blocks of queries and of keys.
+    """Plan the two phases of attention's backward pass; also return their numbers of blocks of queries and of keys.
 
     ``strides`` are those of q, k, v and the upstream gradient.
     """
