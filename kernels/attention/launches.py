@@ -250,7 +250,7 @@ def _uses_wgmma(arch: int, dtype: torch.dtype) -> bool:
 
 
 def _is_held(arch: int, dtype: torch.dtype) -> bool:
-    """Return whether attention kernels wait for products by :func:`held`, whose assembly no interpreter can run."""
+    """Return whether attention kernels wait for products by :func:`held`, which Triton's interpreter cannot run."""
     return _uses_wgmma(arch, dtype) and not INTERPRET
 
 

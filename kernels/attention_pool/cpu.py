@@ -21,7 +21,7 @@ _softmax_backward: Any = torch.ops.aten._softmax_backward_data.default._op
 def forward(
     query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes the pooled tokens [B, H, C] and zeros [B, H]."""
+    """Return the function that computes the pooled tokens [B, H, C], and zeros [B, H] in place of the log-sum-exp."""
     dtype = accumulate_dtype(query.dtype)
 
     def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:

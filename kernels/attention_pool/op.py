@@ -127,13 +127,14 @@ def attention_pool(
         query: [B, H, C], scaled already; float32, float16 or bfloat16 (float64 on the CPU); any strides. H is at most
             64 outside the reference. Under autocast it is taken in the autocast dtype.
         tokens: [B, N, C], same dtype and device; N is from 1 to 1,024 outside the reference.
-        seqlens: int32 or int64 [B]: of each image only the first so many tokens are seen, and where that is none, the
-            result is zero. Default: all.
+        seqlens: int32 or int64 [B], the number of tokens of each image, from the first one on, that are seen; by
+            default all. The result of an image without tokens is zero.
         cu_seqlens: int32 [B + 1] or a :class:`Packing`, for sequences of several lengths that lie behind one another
-            in ``tokens`` [T, C], as :func:`attention` takes them. The queries b see the tokens of sequence b only, and
-            are zero if it has none. Tokens that belong to no sequence are not read, and get a gradient of zero.
+            in ``tokens`` [T, C], as :func:`attention` takes them. The queries ``query[b]`` see only the tokens of
+            sequence b; if it has none, their result is zero. Tokens of no sequence are not read, and get a gradient of
+            zero.
         max_seqlen: with ``cu_seqlens``, the length of the longest sequence or more, at most 1,024 outside the
-            reference. It is a number, since the host would have to wait for that of a GPU.
+            reference. It is an int, since the host would have to wait for a number that is on a GPU.
         backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
 
     Returns:

@@ -57,7 +57,7 @@ class PoolShape(Shape):
 def make(shape: PoolShape, values: str, draw: Draw) -> Call:
     """Make random tokens and queries for a case of attention pooling.
 
-    The length of the queries is chosen so that the weights are neither all equal nor all zero or one, unless ``values``
+    The norm of the queries is chosen so that the weights are neither all equal nor all zero or one, unless ``values``
     asks for other weights.
     """
     query = draw.normal(shape.batch, shape.queries, shape.width) / shape.width**0.5

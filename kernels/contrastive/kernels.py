@@ -80,14 +80,14 @@ def _products_kernel(
     x,  # [M, D]
     y,  # [N, D]
     acc_x,  # [M, D] fp32, contiguous; with IS_ADDED a descriptor of tiles [BM, BN / PARTS]
-    acc_y,  # [N, D] fp32, the same
+    acc_y,  # [N, D] fp32, in the form of acc_x
     M, N, D, num_x_tiles, stride_grad, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     IS_TMA: tl.constexpr, IS_ADDED: tl.constexpr, IS_NEW_X: tl.constexpr, IS_NEW_Y: tl.constexpr,
 ):  # fmt: skip
     """Add grad y to acc_x (in the first ``num_x_tiles`` programs) and grad^T x to acc_y (in the other programs).
 
-    A new accumulator has no values yet, and is overwritten.
+    With IS_NEW_X or IS_NEW_Y, the accumulator has no values yet, and is overwritten.
     """
     pid = tl.program_id(0)
     num_d = tl.cdiv(D, BLOCK_N)
@@ -155,7 +155,7 @@ def _store_sum(
 
 @triton.jit
 def _finish_kernel(
-    acc_ptr,  # [N, D] fp32, contiguous: grad_scale * G times the other side
+    acc_ptr,  # [N, D] fp32, contiguous: grad_scale * G times the features of the other side
     own_ptr,  # [N, D]
     other_ptr,  # [C, D]: the positive of row i is row i + offset, if there is one
     one_minus_p_ptr,  # [N] fp32
@@ -166,12 +166,14 @@ def _finish_kernel(
     N, C, D, offset, stride_own, stride_other, inv_grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_NORM: tl.constexpr, IS_ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of features from the accumulator of G times the other side, through the normalisation.
+    """Compute the gradient of features from the accumulated G times other features, through the normalisation.
 
     total = acc - one_minus_p * positive;  dot = total . own;  grad = factor * total, or with a normalisation
     grad = factor / norm * (total - dot * own).
 
-    of_scale is dot. If ``acc`` was computed from a rounded G, of_scale has only the part -one_minus_p * positive . own.
+    of_scale is dot, the row's part of the gradient of the scale. If ``acc`` was computed from a rounded G (IS_ROUNDED),
+    of_scale is only -one_minus_p * positive . own, since the kernel that computed G has summed the other terms before
+    it rounded G.
     """
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
@@ -275,7 +277,7 @@ def _sigmoid_pairs_kernel(
     M, N, D, offset, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store one_minus_p of the pairs (i, i + offset), 0 in a row without one, and the sums of the pairs."""
+    """Store one_minus_p of the pairs (i, i + offset), 0 in a row without a pair, and the sums of the pairs."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     has_pair = (offs_m < M) & (offs_m + offset >= 0) & (offs_m + offset < N)
     cosines = pair_cosines(x_ptr, y_ptr, offs_m, has_pair, D, offset, stride_x, stride_y, BLOCK_M, BLOCK_K)

@@ -1,8 +1,8 @@
 """The Triton kernels of InfoNCE and NT-Xent, whose rows have logits in two blocks: the terms of the loss from both.
 
-A block's statistics are what ``_pairs_kernel`` stores without a loss: of each row, the maximum of its logits, and the
-sum of 2^(logit - maximum). As in ``stats.merge``, the maximum of two blocks is the larger one, and the sums are added
-after they have been scaled to it.
+The statistics of a block are, for each row, the maximum of its logits and the sum of 2^(logit - maximum), as
+``_pairs_kernel`` stores them without IS_LOSS. As in ``stats.merge``, the maximum of two blocks is the larger one, and
+the sums are added after they have been scaled to this maximum.
 """
 
 import triton
@@ -76,7 +76,9 @@ def _views_kernel(
     N,
     BLOCK_M: tl.constexpr,
 ):
-    """Store what ``_nt_xent_fwd`` returns for BLOCK_M pairs of NT-Xent's views, and the sum of the losses of both."""
+    """Store the vectors ``row`` and ``col`` that ``_nt_xent_fwd`` returns, for BLOCK_M pairs of NT-Xent's views, and
+    the sum of the losses of both views.
+    """
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = offs < N
     positive = tl.load(positive_ptr + offs, mask=mask, other=0.0)
@@ -91,7 +93,7 @@ def _views_kernel(
     _store_terms(col_ptr, y_max, y_inv_denom, one_minus_p, N, offs, mask)
     tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(mask, x_loss + y_loss, 0.0), 0))
     tl.store(uses_shared_shift_ptr + tl.program_id(0), 1)
-    # The views once more, as columns of the logits of their own side.
+    # row[1] and col[1] treat the views as columns of the logits of their own side.
     x_max, x_sum = _merged(x_cols, across_rows, N, offs, mask)
     y_max, y_sum = _merged(y_cols, across_cols, N, offs, mask)
     _, x_inv_denom, _ = _terms(x_max, x_sum, positive)

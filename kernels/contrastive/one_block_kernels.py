@@ -76,10 +76,10 @@ def _store_gradient(
     grad_ptr, acc, own_ptr, other_ptr, one_minus_p_ptr, factor, start_m, start_d, M, N, D, offset, to_row,
     stride_own, stride_other, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Store factor * (acc - one_minus_p * positive) for a tile [BM, BN], one part of the columns after the other.
+    """Store factor * (acc - one_minus_p * positive) for a tile [BM, BN], in PARTS groups of columns, one after another.
 
-    The positive of row i is row i + offset of the other side, and their one_minus_p has the index i + to_row. Return
-    the sums [BM] of -one_minus_p * positive * own over the columns of the tile.
+    The positive of row i is row i + offset of the other side, and the one_minus_p of this pair has the index
+    i + to_row. Return the sums [BM] of -one_minus_p * positive * own over the columns of the tile.
     """
     if PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2

@@ -7,14 +7,16 @@ Logits are in base 2: l_ij = log2e * scale * x_i . y_j.
                 inv_denom and one_minus_p, as ``stats.pair_terms`` computes them
     gradient    G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j, 0 for pairs, in the operands' dtype
 
-With the shared shift, m and all maxima are one number. Then one exponential serves both directions, and no maximum is
-computed. The exponentials take half as long as the product, and overlap with it. With other logits, sums with the
-shared shift overflow or underflow, so each row and column needs its maximum. Only the device knows: a program of the
-pairs kernel that finds such sums computes the logits of its rows and columns once more.
+With the shared shift (``stats.shared_shift``), m and all maxima are one number. Then one exponential serves both
+directions, and no maximum is computed. The exponentials take half as long as the product, and overlap with it. If
+logits lie far from the shift, sums overflow or underflow, and each row and column needs its own maximum. Only the
+device knows whether they do: a program of the pairs kernel that finds such sums computes the logits of its rows and
+columns once more.
 
 The loss subtracts the logit of a pair from others, so all must be rounded alike. Where all features are equal, one last
-bit of a logit of 144 would be an error of 1e-5. Therefore the logit of a pair is an element of a tile, never a sum of
-its own: it is stored by the program of its tile, or the pairs kernel computes it by the same instructions.
+bit of a logit of 144 (a scale of 100, times log2e) would be an error of 1e-5. Therefore the logit of a pair is an
+element of a tile, never a sum of its own: it is stored by the program of its tile, or the pairs kernel computes it by
+the same instructions.
 """
 
 import triton
@@ -40,7 +42,7 @@ def _stats_kernel(
     scale_ptr,  # [] fp32
     row_sum_ptr,  # [tiles of N, M] fp32
     col_sum_ptr,  # [tiles of M, N] fp32, or with IS_TMA [segments, N]
-    positive_ptr,  # [M] fp32, without IS_TMA
+    positive_ptr,  # [M] fp32, the logits of the pairs; unused with IS_TMA
     M, N, D, offset, stride_x, stride_y, num_segments, tiles, log2e,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     IS_TMA: tl.constexpr, WARP_ROWS: tl.constexpr,
@@ -48,8 +50,8 @@ def _stats_kernel(
     """Sum rows and columns of tiles with the shared shift, without the pairs (i, i + offset).
 
     With tensor descriptors, a program sums the ``tiles`` tiles of one of ``num_segments`` segments of a column of
-    tiles. To store the logits of the pairs as well, it would need more registers than there are. Otherwise it sums one
-    tile, and stores them.
+    tiles. To store the logits of the pairs as well, it would need more registers than there are. Without descriptors, a
+    program sums one tile, and stores the logits of the tile's pairs.
     """
     if IS_TMA:
         sum_segment(
@@ -90,7 +92,7 @@ def _pairs_kernel(
 
     Without IS_LOSS, store maximum and sum. With IS_LOSS, store maximum, inv_denom and one_minus_p, which is summed over
     the directions, and the sum of the losses. Rows and columns without a pair then have inv_denom and one_minus_p 0.
-    Unless IS_BOTH, the columns have no direction.
+    Unless IS_BOTH, the loss has only the direction of the rows, and inv_denom of the columns is 0.
     """
     pid = tl.program_id(0)
     rows = first + pid * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -353,7 +355,8 @@ def _terms(maximum, total, positive):
     mantissa = ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
     distance = positive - maximum
     others = (exponent.to(tl.float32) - distance) + tl.log2(mantissa)  # log2(others / positive)
-    # A positive that is not finite shows in the loss, even without any other logit. Beside others, -inf makes it inf.
+    # A positive that is not finite shows in the loss, even without any other logit. Beside other logits, a positive of
+    # -inf makes the loss infinite.
     shown = tl.where(total > 0.0, tl.maximum(positive, 0.0), positive)
     others = tl.where(total > 0.0, others, float("-inf")) + (shown - shown)
     others = tl.where(total < float("inf"), others, total)  # a sum that is infinite or NaN shows in the loss

@@ -12,7 +12,9 @@ from ..fp8_rows import E4M3, rounded, zero_carrier
 
 
 def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callable[[Tensor], Any]:
-    """Return the function that rounds rows like ``x``: values and scales, after the carrier if ``carried``."""
+    """Return the function that rounds rows like ``x`` to 8 bits, and returns the carrier (if ``carried``), the values
+    and the scales.
+    """
 
     def compute(x: Tensor) -> Any:
         """Round rows to 8 bits on the CPU."""
@@ -39,12 +41,15 @@ def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
 def with_rows(
     compute: Callable[..., Any], quantize: Callable[[Tensor], Any] = lambda x: rounded(x, E4M3)
 ) -> Callable[..., Any]:
-    """Return a function that computes gradients, ds and dx (or None for it) or dx alone, and sums, as ``compute`` does,
-    and then values and scales of dx, or of ds, in 8 bits.
+    """Return the function that returns the results of ``compute``, and after them the values and the scales of dx in 8
+    bits.
+
+    ``compute`` returns the gradients of a layer norm, which are ds, dx (None if it is equal to ds) and sums, or those
+    of an activation, which are dx and sums.
     """
 
     def both(*args: Any) -> tuple[Any, ...]:
-        """Compute gradients, and round the rows of one to 8 bits."""
+        """Compute the gradients of a layer norm or an activation, and round the rows of dx to 8 bits."""
         found = compute(*args)
         return *found, *quantize(found[0] if found[-2] is None else found[-2])
 

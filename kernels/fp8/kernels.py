@@ -34,7 +34,8 @@ def _quantize_rows_kernel(
 
 @triton.jit
 def _short_gelu(u):
-    """Return GELU(u) of a tile to 2e-7 of ``u``, in half the instructions of ``erf``, which would bound the kernel.
+    """Return GELU(u) of a tile with an error of 2e-7 |u|, in half the instructions of ``erf``, with which the kernel
+    would take longer than its bytes.
 
     The normal distribution's tail is e^(-u^2 / 2) times a polynomial of t = 1 / (1 + p |u| / sqrt(2)), by formula
     7.1.26 of Abramowitz and Stegun.
@@ -71,7 +72,7 @@ def _bias_act_fp8_fwd_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :] * stride_xn, mask=mask, other=0.0)  # [BM, BN]
         u = x.to(tl.float32) + bias
-        y = _quick_gelu(u) if IS_QUICK else _short_gelu(u)  # both are zero past the end of a row, where u is
+        y = _quick_gelu(u) if IS_QUICK else _short_gelu(u)  # zero past the end of a row, since u is zero there
         store_rows(y, values_ptr, scale_ptr, rows, columns, mask_m, mask_n, N, MOST)
 
 
@@ -131,8 +132,8 @@ def _maxima_kernel(
 ):  # fmt: skip
     """Find the largest absolute value of each row and of each column, one tile for each program.
 
-    The bits of floating numbers that are not negative are ordered as integers are. A maximum does not depend on the
-    order in which programs add to it.
+    The bits of floating numbers that are not negative are ordered as integers are, so an atomic maximum of integers
+    finds the largest. It does not depend on the order of the programs.
     """
     x, rows, columns = load_tile(x_ptr, x_scale_ptr, tl.program_id(0), M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N)
     size = tl.abs(x)
@@ -156,7 +157,8 @@ def _quantize_both_kernel(
 ):  # fmt: skip
     """Round a matrix to 8 bits along its rows, and along its columns, one tile for each program.
 
-    Every program computes the scales of its rows and columns; those of the first column and row of tiles store them.
+    Every program computes the scales of its rows and columns. The programs of the first column of tiles store the
+    scales of the rows, and those of the first row of tiles store the scales of the columns.
     """
     x, rows, columns = load_tile(x_ptr, x_scale_ptr, tl.program_id(0), M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N)
     mask_m, mask_n = rows < M, columns < N

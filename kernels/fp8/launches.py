@@ -24,11 +24,11 @@ from .kernels import (
 )
 
 MAX_WIDTH = 16384
-# By the model of an H100, a backward kernel of an activation that holds longer rows takes more time than one that holds
-# none and a pass that rounds.
+# The widest rows that an activation's backward kernel holds whole and rounds to 8 bits. By the model of an H100, a
+# kernel that does not hold rows, and another one that rounds its result, take less time for wider rows.
 MAX_GRAD_WIDTH = 4096
 REGISTERS = 96  # about how many registers a thread of the kernels for rows takes
-# A tile of the kernels that round both ways. Its transposed tile is stored by rows of 64 bytes.
+# The tile of the kernels that round a matrix along rows and columns. It is also stored transposed, in rows of 64 bytes.
 TILE = RowConfig(64, 64, num_warps=4, num_stages=1)
 
 Rounded = tuple[Tensor, Tensor]
@@ -36,7 +36,7 @@ Rounded = tuple[Tensor, Tensor]
 
 @planned
 def row_tiles(rows: int, width: int, device: torch.device, numbers: int = 32) -> tuple[RowConfig, int, dict[str, int]]:
-    """Choose how a kernel walks whole rows [M, N]: so many numbers for each thread, three tiles at once.
+    """Choose the tiles of a kernel on whole rows [M, N]: ``numbers`` numbers for each thread, three tiles in flight.
 
     Returns:
         The configuration, the number of programs, and the compile-time sizes of a tile.
@@ -56,7 +56,9 @@ def _row_start(kernel: Any, x: Tensor, strides: tuple[int, ...], **constexprs: A
 
 
 def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callable[[Tensor], Any]:
-    """Return the function that rounds rows like ``x``: values and scales, after the carrier if ``carried``."""
+    """Return the function that rounds rows like ``x`` to 8 bits, and returns the carrier (if ``carried``), the values
+    and the scales.
+    """
     strides, is_copied = row_strides(x)
     start = _row_start(_quantize_rows_kernel, x, strides, MOST=LARGEST[dtype])
     new_values, new_scale = new_tensors(x, None, dtype), new_tensors(x, x.shape[:-1], torch.float32)
@@ -89,7 +91,9 @@ def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
 
 
 def _grad_tiles(rows: int, width: int, device: torch.device) -> tuple[RowConfig, int, dict[str, int]]:
-    """Choose how the backward kernel of an activation walks whole rows, of which it reads two and keeps the sums."""
+    """Choose the tiles of whole rows of an activation's backward kernel, with fewer numbers for each thread, since it
+    holds a tile of x, one of the upstream gradient, and sums.
+    """
     cfg, programs, tile = row_tiles(rows, width, device, 16)
     return replace(cfg, max_registers=128), programs, tile
 

@@ -7,9 +7,9 @@ With Q(A) the rows of A in 8 bits, each with its scale (``fp8_rows.py``), for x 
     switchback      dW = dy^T Q(x)                          in 16 bits, the rows of x read as 16-bit numbers
     full            dW = Q(dy^T) Q(Q(x)^T)^T                in 8 bits
 
-The backward pass reads Q(x), 8 bits a number, instead of x. In ``switchback``, dW is the exact gradient of the y that
-was computed with respect to Q(W), so no rounding is added that the forward pass did not have. The gradient of a
-rounding is taken to be 1.
+The backward pass reads Q(x), 8 bits a number, instead of x. In ``switchback``, dW is the exact gradient with respect to
+Q(W) of the y that was computed, so no rounding is added to those of the forward pass. The gradient of a rounding is
+taken to be 1.
 
 FLOPs: 2 M N K for each of the three products. Bytes: M K + N K + 2 M N forward.
 Method: SwitchBack, in the form that keeps 8 bits (Wortsman et al. 2023, "Stable and low-precision training for
@@ -49,8 +49,8 @@ def _fp8_linear_fwd(
     """Return the linear layer's output [..., N]. This is the registered op.
 
     Args:
-        carrier, values, scale: the rows of the input.
-        weight: only receives the gradient.
+        carrier, values, scale: the rows of the input in 8 bits.
+        weight: [N, K], which is not read, and only receives its gradient.
         bias: [N] or None.
         row_values, row_scale, column_values, column_scale: the two forms of the weight.
         full: whether the weight's gradient is computed in 8 bits.
@@ -75,7 +75,7 @@ def _plan_backward(
     column_values: Tensor, column_scale: Tensor, full: bool, with_dx: bool, with_dw: bool, with_db: bool,
 ) -> Callable[..., Any]:  # fmt: skip
     """Return the function that computes the gradients of linear layers of a layout."""
-    # The kernels start no program for an empty matrix, whose scales are 1.
+    # For an empty matrix the kernels start no program, which leaves its scales unwritten. The CPU's functions write 1.
     side: Any = launches if triton_runs_on(grad.device) and grad.numel() else cpu
     dy, rows, dtype = as_rows(grad), as_rows(values), grad.dtype
     quantize = side.quantize(dy, E4M3) if grad_values is None else None
@@ -115,7 +115,8 @@ def _fp8_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of the linear layer: of its input, its weight, and its bias (float32).
 
-    Those that are not wanted are empty. The rows of ``grad`` are rounded here if they are not given.
+    Gradients that are not wanted are empty. ``grad_values`` and ``grad_scale`` are the rows of ``grad`` in 8 bits; if
+    they are None, ``grad`` is rounded here.
     """
     args = (
         grad, grad_values, grad_scale, values, scale, column_values, column_scale, full, with_dx, with_dw, with_db
@@ -161,9 +162,10 @@ _fp8_linear_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 @functools.cache
 def _optimizer_steps() -> list[int]:
-    """Return a list with one number: how many steps the optimizers of this process have taken from now on.
+    """Return a list with one number: how many steps the optimizers of this process have taken since the first call.
 
-    Fused optimizers change weights without changing the counter that PyTorch keeps of a tensor's changes.
+    :class:`CachedWeights` needs it, since fused optimizers change weights without changing the counter that PyTorch
+    keeps of a tensor's changes.
     """
     steps = [0]
 
@@ -188,7 +190,7 @@ class CachedWeights:
         self._steps = _optimizer_steps()
 
     def get(self, weight: Tensor, *, backend: str = "auto") -> Fp8Weight:
-        """Return the 8-bit forms of a weight [N, K] as it is now; its errors are those of ``quantize_weight``."""
+        """Return the 8-bit forms of a weight [N, K] as it is now; raise the errors of ``quantize_weight``."""
         if torch.compiler.is_compiling() or weight.is_inference():
             return quantize_weight(weight, backend=backend)
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -197,7 +199,7 @@ class CachedWeights:
         state = self._steps[0], weight._version, *layout, backend
         known = self._known.get(weight)
         if known is None or known[0] != state:
-            with torch.inference_mode(False):  # else training could not use what evaluation has kept
+            with torch.inference_mode(False):  # else training could not use tensors that an evaluation has made
                 known = self._known[weight] = state, quantize_weight(weight, backend=backend)
         found: Fp8Weight = known[1]
         return found

@@ -15,7 +15,7 @@ def multiply(
 
     On a CPU, the products of two values are exact in float32, which adds them up; scales and bias come after the sum.
     On a GPU, PyTorch's product with a scale for each row returns bfloat16. With ``use_fast_accum=False``, it adds up
-    partial sums of the matrix unit in float32. Fake tensors take the path of a GPU, for which a compiler calls this.
+    partial sums of the matrix unit in float32. Fake tensors take the path of a GPU, since a compiler makes them.
     """
     if a.device.type != "cuda" and not isinstance(a, FakeTensor):
         y = a.to(a_scale.dtype) @ b.to(a_scale.dtype).T

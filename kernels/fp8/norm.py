@@ -81,7 +81,7 @@ def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
 def _layer_norm_fp8_bwd(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients that ``layer_norm_bwd`` returns, and values and scales of that of x."""
+    """Return the gradients that ``layer_norm_bwd`` returns, and values and scales of the gradient of x in 8 bits."""
     args = grad_y, grad_s, s, weight, mean, rstd, with_sums
     *found, values, scale = _plan_backward(*args)(*args)
     return *as_outputs(grad_y, mean, *found), values, scale
@@ -98,7 +98,9 @@ def _(
 
 
 def _setup_fp8(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    """Save what the backward pass of the layer norm reads; of its result in 8 bits, only the carrier has a gradient."""
+    """Save s, weight and statistics for the layer norm's backward pass; of its result in 8 bits, let only the carrier
+    have a gradient.
+    """
     carrier, values, scale, s, mean, rstd = output
     ctx.mark_non_differentiable(values, scale, mean, rstd, *(() if inputs[1] is not None or s is None else (s,)))
     _setup_context(ctx, inputs, (carrier, s, mean, rstd))

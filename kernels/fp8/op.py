@@ -68,7 +68,7 @@ _quantize_rows.register_autograd(_backward, setup_context=_setup_context, result
 
 def _plan_both(x: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
     """Return the function that rounds matrices of a layout to 8 bits along rows and columns."""
-    # The kernels start no program for an empty matrix, whose scales are 1.
+    # For an empty matrix the kernels start no program, which leaves its scales unwritten. The CPU's functions write 1.
     compute = (launches if triton_runs_on(x.device) and x.numel() else cpu).quantize_both(x, dtype)
     return lambda x, _: compute(x)
 
@@ -179,7 +179,7 @@ def _plan_bias_act_bwd(grad: Tensor, *args: Any) -> Callable[..., Any]:
 def _bias_act_fp8_bwd(
     grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients that ``bias_act_bwd`` returns, and values and scales of that of x."""
+    """Return the gradients that ``bias_act_bwd`` returns, and values and scales of the gradient of x in 8 bits."""
     args = grad, x, bias, quick, with_sums
     dx, sums, values, scale = _plan_bias_act_bwd(*args)(*args)
     return *activation.as_outputs(x, dx, sums), values, scale
@@ -194,7 +194,7 @@ def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tu
 
 
 def _bias_act_context(ctx: Any, inputs: tuple[Any, ...], output: Carried) -> None:
-    """Save x and bias for the backward pass of GELU or QuickGELU, which is that of the op in 16 bits."""
+    """Save x and bias for the backward pass of GELU or QuickGELU, as the op in 16 bits does."""
     _setup_context(ctx, inputs, output)
     activation._setup_context(ctx, inputs, output[0])
     ctx.op = _bias_act_fp8_bwd if takes_rows(inputs[0]) else activation._bias_act_bwd

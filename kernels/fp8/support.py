@@ -28,7 +28,7 @@ def check_fp8(what: str, device: torch.device, width: int = 1) -> None:
             f"{what}: numbers of 8 bits (e4m3) need a GPU of NVIDIA with compute capability {LEAST_FP8 / 10} or newer, "
             f"as RTX 40, L40S and H100 are, and {name} {has}: {instead}"
         )
-    # A nightly build of 2.12 has the repair, and calls itself 2.12.0.dev or 2.12.0a0.
+    # PyTorch 2.12 does not hang here. Neither do its nightly builds, which call themselves 2.12.0.dev or 2.12.0a0.
     if arch == LEAST_FP8 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
         raise ValueError(
             f"{what}: products in 8 bits on a {name} need PyTorch 2.12 or newer: {torch.__version__} starts them "

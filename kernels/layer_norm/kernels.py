@@ -2,7 +2,7 @@
 
 A tile is as wide as the next power of two, so it may have padding columns past the width N. N is known when a kernel is
 compiled. A register that holds only padding then takes no instructions, and is left out. For this the compiler must see
-that padding is zero in every intermediate result. ``tl.where`` shows it that; the mask of a load does not.
+that padding is zero in every intermediate result. ``tl.where`` shows this to the compiler; the mask of a load does not.
 """
 
 import triton
@@ -40,8 +40,8 @@ def _layer_norm_fwd_kernel(
     s_ptr,  # [M, N] contiguous
     mean_ptr,  # [M] fp32
     rstd_ptr,  # [M] fp32
-    scale_ptr,  # [M] fp32, or None
-    carrier_ptr,  # [], or None
+    scale_ptr,  # [M] fp32, the scales of y in 8 bits, or None
+    carrier_ptr,  # [], the carrier of ``Fp8Rows``, or None
     M, eps,
     stride_xm, stride_xn, stride_rm, stride_rn,
     N: tl.constexpr, MOST: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -87,7 +87,7 @@ def _layer_norm_bwd_kernel(
     dx_ptr,  # [M, N] contiguous, ds in another dtype
     sums_ptr,  # [programs, 2, N] fp32, for weight and bias
     values_ptr,  # [M, N] contiguous, dx in 8 bits, or None
-    scale_ptr,  # [M] fp32, or None
+    scale_ptr,  # [M] fp32, the scales of dx in 8 bits, or None
     M,
     stride_ym, stride_yn, stride_gm, stride_gn, stride_sm, stride_sn,
     N: tl.constexpr, MOST: tl.constexpr, HAS_GRAD_S: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
@@ -98,7 +98,7 @@ def _layer_norm_bwd_kernel(
     mask_n = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
     columns = offs_n.to(tl.int64)[None, :]
-    # acc_dw and acc_db have a sum for each row of the tile. The sums of the rows are added up after the loop.
+    # acc_dw and acc_db are sums of tiles, element by element. Their rows are added up once, after the loop.
     acc_dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.program_id(0).to(tl.int64)

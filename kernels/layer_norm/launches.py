@@ -1,6 +1,6 @@
 """Host side of the layer norm's kernels: configurations, grids, and memory for the results.
 
-Streams and their gradients are [..., N] with any strides. ``cpu`` has the same two functions.
+Streams and their gradients are [..., N] with any strides. ``cpu`` has ``forward`` and ``backward`` for CPUs.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def row_tiles(
     """Choose how ``kernel`` walks rows [M, N], if each of its threads takes about ``registers`` registers.
 
     A tile holds whole rows. It has as many elements as the configuration says, so narrow rows share a tile. If the
-    kernel writes 8 bits beside 16 (``with_rows``), it needs more registers, so that twice the threads share a tile.
+    kernel writes rows in 8 bits too (``with_rows``), it needs more registers, and twice as many threads share a tile.
 
     Returns:
         The configuration, the number of programs, and the compile-time sizes of a tile.

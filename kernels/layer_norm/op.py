@@ -8,8 +8,8 @@ Per row, with width N and, where a residual is given, s = x + residual rounded o
     g_n = dy_n w_n              ds_n = rstd (g_n - mean(g) - x^_n mean(g x^)) + the gradient that arrives through s
     dw_n = sum over rows of dy_n x^_n                  db_n = sum over rows of dy_n
 
-The norm is computed from the rounded s that is stored. So y is a function of the stored s, which is all that the
-backward pass needs.
+The norm is computed from the rounded s that is stored. So y is a function of the stored s, and the backward pass needs
+neither x nor the residual.
 
 Bytes for M rows: forward 2 M N items, with a residual 4 M N; backward 3 M N, with a residual 4 M N: every tensor is
 read or written once, and a row stays in registers. Statistics and sums are in float32.
@@ -68,7 +68,9 @@ def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
 
 
 def as_outputs(grad_y: Tensor, mean: Tensor, ds: Tensor, dx: Tensor | None, sums: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of the layer norm as its registered ops do: empty ones for those that are None."""
+    """Return the layer norm's gradients as its registered ops have to: with an empty tensor in place of None, and the
+    gradients of weight and bias in one tensor.
+    """
     if sums.__class__ is tuple:
         sums = mean.new_empty(2, 0) if sums[0] is None else torch.stack(sums)
     return ds, grad_y.new_empty(0) if dx is None else dx, sums
@@ -80,7 +82,8 @@ def _layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the layer norm: of s, of x, and of weight and bias in float32 [2, N].
 
-    The gradient of x is empty if it has the dtype of s, and those of the parameters are empty unless ``with_sums``.
+    The gradient of x is empty if it has the dtype of the gradient of s, to which it is then equal. The gradients of the
+    parameters are empty unless ``with_sums``.
     """
     args = grad_y, grad_s, s, weight, mean, rstd, with_sums
     return as_outputs(grad_y, mean, *_plan_backward(*args)(*args))
@@ -196,7 +199,7 @@ def layer_norm(
 
 
 def check_input(op: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None) -> None:
-    """Refuse what the layer norm ``op`` cannot take, with a ValueError or a TypeError."""
+    """Refuse tensors, or an eps, that the layer norm ``op`` cannot take, with a ValueError or a TypeError."""
     check_tensor(op, "x", x, None)
     check_parameter(op, "weight", weight, x)
     check_parameter(op, "bias", bias, x)
@@ -214,6 +217,6 @@ def check_input(op: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float, re
 
 
 def check_width(op: str, x: Tensor) -> None:
-    """Refuse rows of a layer norm that no tile holds, with a ValueError."""
+    """Refuse rows of a layer norm that are empty or too wide for a tile, with a ValueError."""
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")

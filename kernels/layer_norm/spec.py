@@ -33,7 +33,7 @@ def rows_of(shape: RowShape, values: str, draw: Draw) -> Tensor:
     if values == "zeros":
         x.zero_()
     elif values == "constant rows":
-        # Sums of small whole numbers are exact.
+        # Sums of small whole numbers are exact, so the variance is exactly zero.
         x = draw.integers(-8, 9, shape.rows, 1).float().repeat(1, shape.width)
     elif values == "large mean":
         x += 3000
@@ -75,7 +75,7 @@ def cases(sized: Callable[[int, int], RowShape]) -> list[Case]:
         Case(sized(17, 768), "B/32's width"),
         Case(sized(9, 1000), "no power of two, and no multiple of a warp's columns"),
         Case(sized(7, 1024), "L/14's width: no column is masked"),
-        Case(sized(5, 1025), "one past that", sanitize=True),
+        Case(sized(5, 1025), "one past L/14's width", sanitize=True),
         Case(sized(5, 1664), "bigG/14's width"),
         Case(sized(3, 4096), "wide"),
         Case(sized(2, 8192), "the widest"),

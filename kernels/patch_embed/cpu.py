@@ -25,7 +25,9 @@ def forward(
 
 
 def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the gradient of the patch embedding's weight that forward was given, summed over the embedded patches."""
+    """Return the gradient of the weight with which ``forward`` embeds patches (for bytes, the folded weight), summed
+    over these patches.
+    """
     dtype = accumulate_dtype(weight.dtype)
     patches = _patches(images, weight.shape[-1], dtype, keep)
     return (grad[:, 1:].to(dtype).flatten(0, 1).T @ patches.flatten(0, 1)).view_as(weight)

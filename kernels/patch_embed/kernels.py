@@ -92,7 +92,7 @@ def tokens_of_sums(
     pos = pos_ptr + position.to(tl.int64)[:, None] * E + offs_n[None, :]
     acc += tl.load(pos, mask=mask & (position >= 0)[:, None], other=0.0).to(tl.float32)
     if HAS_KEEP:
-        acc = tl.where((position < 0)[:, None], float("nan"), acc)  # the token of a wrong index must be recognisable
+        acc = tl.where((position < 0)[:, None], float("nan"), acc)  # NaN marks the token of an index of no patch
     return acc
 
 
@@ -211,7 +211,7 @@ def _patch_embed_bwd_pos_kernel(
     offs_e = tl.program_id(0) % num_e * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_e = offs_e < E
     columns = offs_e.to(tl.int64)[None, :] * stride_ge
-    # acc has a sum for each row of the tile, so that loads overlap. The sums of the rows are added up after the loop.
+    # acc sums tiles element by element, so that loads overlap. Its rows are added up once, after the loop.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_b in tl.range(0, B, BLOCK_M, num_stages=NUM_STAGES):
         image = (start_b + tl.arange(0, BLOCK_M)).to(tl.int64)

@@ -46,7 +46,9 @@ def forward(
 
 
 def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Return the gradient of the patch embedding's weight that forward was given, in float32, summed over patches."""
+    """Return the gradient of the weight with which ``forward`` embeds patches (for bytes, the folded weight), in
+    float32, summed over these patches.
+    """
     embed_dim, patch_size, kept = len(weight), weight.shape[-1], grad.shape[1] - 1
     rows, k = len(images) * kept, weight[0].numel()
     cfg = gemm_config("patch_embed_bwd_weight", arch_of(images.device), grad.dtype)

@@ -101,7 +101,9 @@ def _store_tokens(
     out, acc, position, mask_m, start_m, start_n, bias_ptr, class_ptr, pos_ptr, E,
     HAS_KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add class token, bias and positions to sums of products [BM, BN] and store them, one part after the other."""
+    """Add class token, bias and positions to sums of products [BM, BN], and store these tokens in PARTS groups of
+    columns, one after another.
+    """
     if PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves_of_columns(acc, BLOCK_M, BLOCK_N)

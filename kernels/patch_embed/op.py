@@ -49,8 +49,8 @@ def _implementation(device: torch.device) -> ModuleType:
 
 
 def _check_indices(keep: Tensor | None, num_patches: int) -> None:
-    """Refuse an index of no patch, and a patch that is kept twice; not on a GPU, where reading them would have
-    to wait.
+    """Refuse an index of no patch, and a patch that is kept twice; accept all indices on a GPU, since the host would
+    have to wait for them.
     """
     if keep is None or keep.device.type != "cpu":
         return
@@ -72,7 +72,7 @@ def _patch_embed_fwd(
     images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
     mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the tokens in ``dtype``. A weight is rounded to it once, after the normalisation has been folded in."""
+    """Return the tokens in ``dtype``, to which the weight is rounded once, after the normalisation was folded in."""
     _check_indices(keep, len(positional_embedding) - 1)
     if triton_runs_on(images.device) and matrix.is_laid_out(images, dtype, len(weight)):
         factors = factors_of(images, mean, std)

@@ -8,7 +8,9 @@ from ..patch_embed.kernels import _load_pixels
 
 @triton.jit
 def _filter(x, IS_CUBIC: tl.constexpr):
-    """Return the filter's weight at each distance ``x``, in steps: the triangle, or Keys' cubic with a = -1/2."""
+    """Return the weight of the filter that resizes positions at each distance ``x``, in steps of the coarser grid: the
+    triangle, or Keys' cubic with a = -1/2.
+    """
     x = tl.abs(x)
     if IS_CUBIC:
         near = (1.5 * x - 2.5) * x * x + 1.0
@@ -36,7 +38,7 @@ def _patch_embed_packed_kernel(
     patches_ptr,  # [N, K]
     grids_ptr,  # [B, 2] int32 contiguous
     first_ptr,  # [2, T] int32 contiguous; row 0 has the first token of each token's image
-    image_ptr,  # [T] int32 contiguous, the image of each token; B for a token of none
+    image_ptr,  # [T] int32 contiguous, the image of each token; B for a token that belongs to no image
     out_ptr,  # [T, COLUMNS] contiguous
     T, N, B, PREFIX, K, COLUMNS,
     G, GH, GW,  # G = GH GW
@@ -46,7 +48,8 @@ def _patch_embed_packed_kernel(
 ):  # fmt: skip
     """Lay out BLOCK_M rows of the matrix of packed patches.
 
-    A patch has its pixels, the weights of GH x GW positions and a one for the bias. A prefix token has only a one.
+    The row of a patch has its pixels, the weights of GH x GW positions and a one for the bias. The row of a prefix
+    token has only a one.
     """
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_t = token < T

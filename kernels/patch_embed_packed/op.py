@@ -130,7 +130,7 @@ def _(
 def _patch_embed_packed_bwd_patches(
     grad: Tensor, weight: Tensor, patches: Tensor, grids: Tensor, bounds: Tensor, sequence: Tensor, num_prefix: int
 ) -> Tensor:
-    """Return the gradient of floating patches, zero for those of no image."""
+    """Return the gradient of floating patches, zero for patches that belong to no image."""
     places = places_of(bounds, sequence, grids, len(patches), num_prefix)
     out = patches.new_zeros(len(patches) + 1, patches.shape[1])
     out[places.row] = (grad @ weight.to(grad.dtype)).to(out.dtype)  # tokens without a patch write to an extra last row
@@ -202,8 +202,8 @@ def patch_embed_packed(
     Args:
         patches: [N, P P C], the patches of each image row by row, image behind image; the pixels of a patch row by row,
             their channels together, as timm's and transformers' NaFlex have them. uint8 as decoded (normalised here) or
-            floating (taken as already normalised); any strides. Gradients flow into floating patches. Patches behind
-            the last image's belong to none, and are not read.
+            floating (taken as already normalised); any strides. Gradients flow into floating patches. Patches after
+            those of the last image belong to no image, and are not read.
         grids: int32 [B, 2], the rows and columns of patches of each image.
         weight: projection [E, P P C]. Under autocast the product is in the autocast dtype.
         positional_embedding: [GH, GW, E], the positions of a grid; they are resized to the grid of each image.
@@ -212,7 +212,7 @@ def patch_embed_packed(
         bias: [E], added to the tokens of patches.
         prefix: [R, E], tokens that stand before those of every image, such as a class token or registers.
         interpolation: "bilinear" or "bicubic", both antialiased, as ``F.interpolate(antialias=True)`` resizes.
-        keep_aspect: resize the positions to a square as large as the longer side of an image, and cut off the rest.
+        keep_aspect: resize the positions to a square with the longer side of an image, and cut the square to the image.
         mean, std: for each channel, of pixels scaled to [0, 1]; only uint8 patches use them. The default is CLIP's.
         backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
 

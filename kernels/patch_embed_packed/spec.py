@@ -76,7 +76,7 @@ class PackedShape(Shape):
 
 
 def make(shape: PackedShape, values: str, draw: Draw) -> Call:
-    """Make random patches, parameters and the sizes of images; some patches at the end belong to none."""
+    """Make random patches, parameters and the sizes of images; some patches at the end belong to no image."""
     size = shape.patches + UNUSED, 3 * shape.patch_size**2
     patches = draw.integers(0, 256, *size, dtype=torch.uint8) if shape.uint8 else draw.normal(*size)
     if values.startswith("all "):
@@ -138,7 +138,7 @@ CASES = [
     Case(SMALL.changed(uint8=False, bicubic=True), "floats; bicubic", quick=True, sanitize=True),
     Case(SMALL.changed(prefix=0, bicubic=True), "bytes; bicubic"),
     Case(SMALL.changed(keep_aspect=True), "positions of a square, cut off", sanitize=True),
-    Case(SMALL.changed(keep_aspect=True, bicubic=True, prefix=0, uint8=False), "the same, bicubic"),
+    Case(SMALL.changed(keep_aspect=True, bicubic=True, prefix=0, uint8=False), "positions of a square, cut off; bicubic"),
     Case(PackedShape(9, 7, 3, 33, prefix=1, wide=3), "odd sizes everywhere"),
     Case(PackedShape(14, 3, 2, 8), "many small images in a tile"),
     Case(PackedShape(2, 37, 1, 8), "a table larger than a tile of its sides"),

@@ -15,7 +15,8 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     the other images that score at least as high as a text's own image [N].
     """
     (m, d), n = image.shape, len(text)
-    # Every product has the same shape, of whole register blocks, since BLAS sums an incomplete block in another order.
+    # Every product has the same shape, of whole register blocks. BLAS would sum an incomplete block in another order,
+    # and pairs with equal features could then have scores with other bits.
     side = min(TILE, cdiv(max(min(m, n), 1), TILE_UNIT) * TILE_UNIT)
     x, y = image.new_zeros(2, side, d, dtype=accumulate_dtype(image.dtype))
     scores, marks = x.new_empty(2, side, side)
@@ -35,8 +36,8 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
             row = owner[texts] - images.start
             column = ((row >= 0) & (row < rows)).nonzero().squeeze(1)
             pairs = row[column], column
-            # An image's or text's own pairs are not ahead, nor are scores below the best of these. They are marked by
-            # 1 and counted by a sum, since sums of ones are exact.
+            # An image's or text's own pairs are not ahead, nor are scores below the best of these pairs. Both are
+            # marked by 1 and counted by a sum, since sums of ones are exact.
             behind = torch.lt(tile, image_best[images, None], out=mark).index_put_(pairs, one)
             image_ahead[images] -= behind.sum(1).long()
             behind = torch.lt(tile, text_best[texts], out=mark).index_put_(pairs, one)
@@ -52,7 +53,8 @@ def slots(owner: Tensor, num_images: int) -> Tensor:
 def best_scores(own: Tensor, owner: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
     """Return the best score of each image with its own texts [M], and the score of each text with its own image [N].
 
-    It is -inf where there is none, or only NaN. No score is below -inf, so all others then count as ahead.
+    It is -inf if there is no such score, or only NaN. No score is below -inf, so all other images or texts then count
+    as ahead.
     """
     text_best = own.masked_fill((owner < 0) | own.isnan(), float("-inf"))
     image_best = own.new_full((num_images + 1,), float("-inf"))

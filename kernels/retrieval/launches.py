@@ -13,7 +13,7 @@ SPAN = 1024  # texts that one program compares with its images; this takes fewer
 
 
 def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Count by kernels what :func:`clipfast.kernels.retrieval.cpu.ahead` counts for ``retrieval_ranks``."""
+    """Return the counts of :func:`clipfast.kernels.retrieval.cpu.ahead` for ``retrieval_ranks``, by Triton kernels."""
     (m, d), n, device = image.shape, len(text), image.device
     cfg = gemm_config("retrieval_ranks", arch_of(device), image.dtype)
     blocks = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "BLOCK_K": cfg.block_k}

@@ -66,7 +66,7 @@ def retrieval_ranks(
     number of images other than its own that score at least as high as its own; the rank of an image is the number of
     texts that are not its own and score at least as high as its best own one. 0 is a hit at rank 1. A tie counts
     against, so that a collapsed model, for which all scores are equal, gets no credit; equal features tie to the last
-    bit. A score that is NaN counts against, too: that of another comes before, and an own one comes last.
+    bit. NaN counts against, too: as the score of another pair it is ahead, and as the score of an own pair the lowest.
 
     Autocast changes nothing. There is no gradient.
 
@@ -81,8 +81,8 @@ def retrieval_ranks(
         Ranks of images [M] and of texts [N], int64; -1 for an image without texts and a text without an image.
 
     Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit together; on the CPU, an index that
-            belongs to no image (on a GPU, where the check would have to wait, it means -1).
+        ValueError, TypeError: shapes, devices or dtypes that do not fit together; on the CPU, an index that belongs to
+            no image (on a GPU, where the check would have to wait, such an index counts as -1).
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "retrieval_ranks"

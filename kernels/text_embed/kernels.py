@@ -140,7 +140,7 @@ def sum_segments(
     if IS_LAST:
         tl.store(out_ptr + current.to(tl.int64) * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        is_only = first < 0  # the chunk has one segment or none, so its second place stays empty
+        is_only = first < 0  # the chunk has one segment or none, so the second of its two sums is marked as empty
         places = sums_ptr + 2 * chunk * N + offs_n
         tl.store(places, tl.where(is_only, acc, acc_first), mask=mask)
         tl.store(places + N, acc, mask=offs_n < tl.where(is_only, 0, N))

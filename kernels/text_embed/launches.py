@@ -54,7 +54,7 @@ def forward_packed(
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens [T, N] of packed texts in ``dtype``, and their ids and positions as int32 [2, T].
 
-    -1 stands for an id outside the table, and for both of a token that belongs to no text.
+    -1 stands for an id outside the table, and for both id and position of a token that belongs to no text.
     """
     (vocab, width), total = token_embedding.shape, len(text)
     out = token_embedding.new_empty(total, width, dtype=dtype)

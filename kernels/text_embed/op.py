@@ -233,10 +233,10 @@ def _text_embed_packed(
 
 
 def _free_sizes(packing: Packing) -> tuple[int, ...]:
-    """Return ``free`` of ``Op.find`` for packed texts, the two tables and bounds: how many of their first sizes may
-    differ.
+    """Return the argument ``free`` of ``Op.find`` for packed texts, the two tables and the bounds: for each of these
+    tensors, how many of its first sizes may differ from those of the planned call.
     """
-    # On a CPU, batches have any number of tokens. On a GPU few numbers are usual, and launches are planned for each.
+    # A function for CPUs serves any number of tokens. A launch on a GPU is planned for one number, of which few occur.
     return () if triton_runs_on(packing.bounds.device) else (1, 0, 0, 2)
 
 

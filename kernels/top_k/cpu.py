@@ -7,7 +7,7 @@ from torch import Tensor
 from ..common import cdiv, slices
 from ..dtypes import accumulate_dtype
 
-MOST_SORTED = 512  # a query's scores with this many items are sorted: to choose groups first would take more time
+MOST_SORTED = 512  # scores with at most this many items are sorted: to choose groups first would take more time
 GROUP = 32  # neighbouring items that share one maximum
 TILE = 1 << 23  # scores that are computed at once; smaller tiles make threads wait for each other more often
 CONVERTED = 1 << 22  # elements of 16-bit items that are converted to float32 at once, which limits the copy
@@ -38,7 +38,7 @@ def find(query: Tensor, items: Tensor, allowed: Tensor | None, scores: Tensor, i
 
 def _sorted(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Return the k best items of each of top_k's queries, from their sorted scores with all items."""
-    # A product of all at once could round the scores of equal items differently.
+    # Scores are computed by groups: one product with all items could round the scores of equal items differently.
     groups = torch.arange(cdiv(len(items), GROUP)).expand(len(query), -1)
     scores = _group_scores(query, items, groups).flatten(1)[:, : len(items)]
     hidden = scores.isnan() if allowed is None else scores.isnan() | ~allowed
@@ -99,7 +99,7 @@ def best_places(scores: Tensor, k: int) -> Tensor:
     """
     best = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     least = best.values[:, k - 1 : k]
-    if not (best.values[:, k:] == least).any():  # no further score equals the lowest one
+    if not (best.values[:, k:] == least).any():  # no further score equals the lowest of the k
         return best.indices[:, :k].sort(dim=1).values
     above, level = scores > least, scores == least
     room = k - above.sum(1, keepdim=True, dtype=torch.int32)

@@ -15,7 +15,7 @@ RESULTS = RowConfig(block_m=1, block_n=1024, num_warps=4, num_stages=1)  # a pro
 def find(query: Tensor, items: Tensor, allowed: Tensor | None, scores: Tensor, indices: Tensor) -> None:
     """Write the k best items of a block of top_k's queries to ``scores`` and ``indices``, which are contiguous [Q, k].
 
-    All keys of a query differ, so PyTorch's topk finds the same in every run.
+    All keys of a query differ, so PyTorch's topk finds the same items in every run.
     """
     (q, d), n, k, device = query.shape, len(items), scores.shape[1], query.device
     cfg, groups = gemm_config("top_k", arch_of(device), query.dtype), cdiv(n, GROUP)

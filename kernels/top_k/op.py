@@ -24,8 +24,8 @@ from ..launch import triton_runs_on
 from . import cpu, launches
 from .cpu import GROUP
 
-MAXIMA = 1 << 24  # maxima that are held at once
-GATHERED = 1 << 24  # elements of the chosen groups' items that are held at once
+MAXIMA = 1 << 24  # maxima of groups that are in memory at once
+GATHERED = 1 << 24  # elements of the chosen groups' items that are in memory at once
 
 
 @registered("top_k")
