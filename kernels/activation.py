@@ -185,7 +185,7 @@ def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
     new_y = new_tensors(x)
 
     def compute(x: Tensor, bias: Tensor, _: bool) -> Tensor:
-        """Compute an activation with its bias by the kernel, for tensors of a known layout."""
+        """Compute an activation with its bias by the kernel, for tensors of the planned layout."""
         y: Tensor = new_y()
         start(as_rows(x) if is_copied else x, bias.contiguous(), y)
         return y
@@ -212,7 +212,7 @@ def _bwd_triton(
     new_sums = new_tensors(x, (per_block, width if with_sums else 0), torch.float32)
 
     def compute(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of an activation and its bias by the kernels, for tensors of a known layout."""
+        """Compute the gradients of an activation and its bias by the kernels, for tensors of the planned layout."""
         dx, sums = new_dx(), new_sums()
         rows = (None, None) if row_tiles is None else (new_values(), new_scale())
         grad, x = as_rows(grad) if grad_copied else grad, as_rows(x) if x_copied else x
@@ -257,12 +257,12 @@ def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
 
 
 def _plan_fwd(x: Tensor, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes bias and activation for a layout."""
+    """Return the function that computes GELU or QuickGELU for tensors with the layout of ``x``."""
     return (_fwd_triton if triton_runs_on(x.device) else _fwd_cpu)(x, *args)
 
 
 def _plan_bwd(grad: Tensor, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes the gradients of bias and activation for a layout."""
+    """Return the function that computes the gradients of GELU or QuickGELU for tensors with the arguments' layout."""
     return (_bwd_triton if triton_runs_on(grad.device) else _bwd_cpu)(grad, *args)
 
 

@@ -67,7 +67,7 @@ class ShortConfig(KernelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LoopedConfig(KernelConfig):
-    """Tile of an attention kernel that walks the keys or the queries: BLOCK_M queries against BLOCK_N keys."""
+    """Tile of an attention kernel that loops over keys or queries: BLOCK_M queries against BLOCK_N keys."""
 
     block_m: int
     block_n: int
@@ -75,7 +75,7 @@ class LoopedConfig(KernelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class RowConfig(KernelConfig):
-    """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_N columns at a time.
+    """Tile of a kernel that loops over rows: BLOCK_M rows, BLOCK_N columns at a time.
 
     A kernel that holds whole rows takes as many rows as fit into BLOCK_M * BLOCK_N elements.
     """
@@ -136,7 +136,7 @@ def small_gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig 
 
 
 def row_config(kernel: str, arch: int, dtype: torch.dtype, width: int | None = None) -> RowConfig:
-    """Return the configuration of a kernel that walks rows, or holds whole rows of ``width``, on ``arch``."""
+    """Return the configuration of a kernel that loops over rows, or holds whole rows of ``width``, on ``arch``."""
     return _lookup(RowConfig, config_key(kernel, dtype, width=width), arch)
 
 

@@ -1,4 +1,5 @@
-"""The patches of packed images of several sizes: their places, and the weights of positions that are resized for them.
+"""The patches of packed images of several sizes: their places in the images, and the weights with which a table of
+positions is resized for them.
 
 ``patch_embed_packed/op.py`` has the equations.
 """
@@ -14,7 +15,7 @@ from .dtypes import accumulate_dtype
 
 
 class Places(NamedTuple):
-    """The places of the tokens of packed images, each int64 [T].
+    """The place of each token of packed images in its image and in the matrix of all patches; fields are int64 [T].
 
     Attributes:
         row: the row of the token's patch in the matrix of all patches; the number of patches for a token without one.
@@ -32,7 +33,7 @@ class Places(NamedTuple):
 
 
 def places_of(bounds: Tensor, sequence: Tensor, grids: Tensor, num_patches: int, num_prefix: int) -> Places:
-    """Return the places of the tokens of packed images.
+    """Return the :class:`Places` of the tokens of packed images.
 
     ``bounds`` and ``sequence`` are those of the :class:`Packing` of all tokens, the ``num_prefix`` prefix tokens of
     each image included.

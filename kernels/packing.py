@@ -14,7 +14,7 @@ from .launch import triton_runs_on
 
 
 class Packing(NamedTuple):
-    """The places of B sequences among T tokens, for many calls with the same sequences; :func:`pack` makes it.
+    """The positions of B sequences among T tokens, for many calls with the same sequences; :func:`pack` makes it.
 
     Attributes:
         cu_seqlens: int32 [B + 1], the cumulative lengths: sequence b has the tokens ``cu_seqlens[b]`` to
@@ -30,7 +30,7 @@ class Packing(NamedTuple):
 
 
 def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
-    """Return where the sequences with these cumulative lengths, int32 [B + 1], lie among ``total`` tokens.
+    """Return the :class:`Packing` of sequences with these cumulative lengths, int32 [B + 1], among ``total`` tokens.
 
     ``op`` is the name of the op in errors.
 

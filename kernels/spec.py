@@ -184,7 +184,7 @@ class Case:
         values: the kind of values to draw, by a name that the op's ``make`` knows; empty for the usual kind.
         draws: how many independent draws of the inputs are judged together.
         quick: whether it is part of the quick run.
-        slow: names of dtypes that a CPU computes too slowly at this size, so that its leg leaves them out.
+        slow: names of dtypes that a CPU computes too slowly at this size, so that the CPU leg leaves them out.
         cancels: whether exact gradients are zero because their terms cancel. Fused attention, PyTorch's included,
             computes the sum of P * dP as that of dO * O. The two are equal, but their rounding errors differ, and the
             second cancels less well. The yardstick is then the larger error of PyTorch's eager and fused attention.
@@ -334,7 +334,7 @@ class OpSpec:
         shipped: calls that the offline compiler compiles.
         targets: the kernels and shapes that the tuner tunes.
         small_tiles: overrides configurations so that a small case has several tiles or blocks.
-        timed: the op as benchmarks and predictions call it, if ``op`` does more, so that its results can be compared.
+        timed: the op alone, for benchmarks and predictions, if ``op`` also converts its results for comparisons.
         needs_fp8: whether its kernels need a GPU that has numbers of 8 bits (``hardware.has_fp8``).
         fused: PyTorch's fused implementation, which is a second yardstick for cases that cancel.
     """

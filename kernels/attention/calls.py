@@ -20,7 +20,7 @@ from ..launch import Plan, Start, triton_runs_on
 from . import cpu, varlen_cpu, varlen_launches
 from .launches import BackwardPlan, backward_plan, forward_plan, grad_of_bias, head_parts
 
-# Where the queries, keys and values of a call lie in memory: their addresses, and a function that returns the tensors.
+# The addresses of the queries, keys and values of a call, and a function that returns them as tensors.
 Places = tuple[tuple[int, int, int], Callable[[], tuple[Tensor, Tensor, Tensor]]]
 
 
@@ -103,7 +103,7 @@ def plan_forward(
 
 
 def _places(qkv: Tensor, step: int, num_heads: int) -> Places:
-    """Return where queries, keys and values begin in a packed projection, ``step`` bytes apart."""
+    """Return the :data:`Places` of queries, keys and values in a packed projection, ``step`` bytes apart."""
     at = qkv.data_ptr()
     return (at, at + step, at + 2 * step), functools.partial(views_of, qkv, num_heads)
 
@@ -159,7 +159,7 @@ def plan_qkv_forward(
 
 
 def _places_of(q: Tensor, k: Tensor, v: Tensor) -> Places:
-    """Return where separate queries, keys and values lie in memory."""
+    """Return the :data:`Places` of separate queries, keys and values."""
     return (q.data_ptr(), k.data_ptr(), v.data_ptr()), lambda: (q, k, v)
 
 

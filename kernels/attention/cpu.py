@@ -53,8 +53,8 @@ def backward(
 def forward_packed(
     qkv: Tensor, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes attention on packed projections of a layout; its results are those of
-    :func:`forward`, with the output as [B, N, H * D].
+    """Return the function that computes attention on packed projections with the layout of ``qkv``; its results are
+    those of :func:`forward`, with the output as [B, N, H * D].
     """
     shape = _packed_shape(qkv, num_heads)
     out_shape = *qkv.shape[:2], qkv.shape[-1] // 3
@@ -76,7 +76,9 @@ def forward_packed(
 def backward_packed(
     qkv: Tensor, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float, with_bias: bool
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return the function that computes the gradients of packed projections of a layout, and of their bias."""
+    """Return the function that computes attention's gradients of packed projections with the layout of ``qkv``, and of
+    their bias.
+    """
     shape, dtype = _packed_shape(qkv, num_heads), accumulate_dtype(qkv.dtype)
     out_shape = *shape[:2], *shape[3:]
     is_plain, width = _is_plain(qkv, seqlens), qkv.shape[-1] // 3

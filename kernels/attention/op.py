@@ -335,7 +335,7 @@ def _least_keys_of_sdpa(device: torch.device, dtype: torch.dtype, causal: bool) 
 
 
 # torch.compile cannot trace the reading of the tables of configurations. With this attribute, it takes the result as a
-# constant. torch.compiler.assume_constant_result sets the attribute too, but importing it takes the whole compiler.
+# constant. torch.compiler.assume_constant_result sets it too, but a call of it imports the compiler in every process.
 _least_keys_of_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

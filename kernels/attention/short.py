@@ -78,7 +78,8 @@ def _short_fwd_kernel(
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_rows(BLOCK_M, D_PARTS)
         for j in tl.static_range(len(N_PARTS)):
-            # A score and a row_max that are close to each other have an exact difference, so it is scaled afterwards.
+            # The difference of a score and a row_max that are close to each other is exact, so it is taken before the
+            # product with the scale.
             p = tl.exp2((scores[j] - pivot[:, None]) * qk_scale)
             row_sum += tl.sum(p, 1)
             acc = add_product(acc, p.to(q_ptr.dtype.element_ty), values[j])

@@ -1,8 +1,8 @@
 """The kernels of attention pooling: one program owns an image, and holds the weights of all its queries and tokens.
 
 A program loops over the width only, ``BLOCK_K`` columns at a time, so no gradient has two writers. If ``IS_PACKED``,
-the images are sequences of several lengths, whose tokens [T] lie behind one another, and each program finds its own by
-their cumulative lengths.
+the images are sequences of several lengths, whose tokens [T] lie behind one another, and each program finds the tokens
+of its sequence by the cumulative lengths.
 """
 
 import triton

@@ -17,7 +17,7 @@ MAX_TILE = 16384  # the most elements of a tile [tokens, columns]
 def forward(
     query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Plan the launch of attention pooling for a layout.
+    """Plan the launch of attention pooling for tensors with the memory layout of ``query`` and ``tokens``.
 
     The tokens are [B, N, C]. With ``max_seqlen`` they are those of packed sequences, [1, T, C], and ``seqlens`` are the
     cumulative lengths [B + 1].
@@ -36,7 +36,7 @@ def forward(
     new_out, new_lse = new_tensors(query), new_tensors(query, (batch, heads), torch.float32)
 
     def compute(query: Tensor, tokens: Tensor, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-        """Compute attention pooling by the kernel, for tensors of a known layout."""
+        """Compute attention pooling by the kernel, for tensors of the planned layout."""
         out, lse = new_out(), new_lse()
         start(query, tokens, out, lse, seqlens)
         return out, lse
@@ -47,7 +47,7 @@ def forward(
 def backward(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Plan the launch that computes the gradients of attention pooling, for a layout as in :func:`forward`.
+    """Plan the launch that computes the gradients of attention pooling, for tensors as in :func:`forward`.
 
     Returns:
         The function that computes the gradients of the queries and of the tokens, contiguous.
@@ -65,7 +65,7 @@ def backward(
     def compute(
         grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of attention pooling, for tensors of a known layout."""
+        """Compute the gradients of attention pooling, for tensors of the planned layout."""
         dq, dx = new_dq(), new_dx()
         if batch == 0:  # then no program runs, and none writes the gradients of the tokens
             dx.zero_()

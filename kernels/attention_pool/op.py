@@ -34,7 +34,9 @@ MAX_HEADS, MAX_TOKENS = 64, 1024
 def _plan_forward(
     query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes attention pooling for a layout, or for packed sequences of any layout."""
+    """Return the function that computes attention pooling for tensors laid out like these; with ``max_seqlen``, for
+    packed sequences of any layout.
+    """
     plan = (launches if triton_runs_on(query.device) else cpu).forward
     if max_seqlen is None:
         return plan(query, tokens, seqlens)
@@ -44,7 +46,7 @@ def _plan_forward(
 def _plan_backward(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes the gradients of attention pooling, for layouts as in :func:`_plan_forward`."""
+    """Return the function that computes the gradients of attention pooling, for tensors as in :func:`_plan_forward`."""
     plan = (launches if triton_runs_on(query.device) else cpu).backward
     if max_seqlen is None:
         return plan(grad_out, query, tokens, seqlens, lse)

@@ -76,7 +76,7 @@ def _normalize(
 @triton.jit
 def _products_kernel(
     grad,  # [M, N], tiles of [BM, BK]
-    grad_cols,  # the same, tiles of [BK, BM]
+    grad_cols,  # grad again, as tiles of [BK, BM]
     x,  # [M, D]
     y,  # [N, D]
     acc_x,  # [M, D] fp32, contiguous; with IS_ADDED a descriptor of tiles [BM, BN / PARTS]

@@ -29,7 +29,7 @@ def _merged(first_ptr, second_ptr, N, offs, mask):
 
 @triton.jit
 def _store_terms(out_ptr, maximum, inv_denom, one_minus_p, N, offs, mask):
-    """Store the three vectors [B] of the rows ``offs`` that the gradient of a loss is computed from, in [3, N]."""
+    """Store maximum, inv_denom and one_minus_p [B] of the rows ``offs``, for the gradient of a loss, in [3, N]."""
     tl.store(out_ptr + offs, maximum, mask=mask)
     tl.store(out_ptr + N + offs, inv_denom, mask=mask)
     tl.store(out_ptr + 2 * N + offs, one_minus_p, mask=mask)

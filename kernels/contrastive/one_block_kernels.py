@@ -17,7 +17,7 @@ from .tiles import store_tile
 @triton.jit
 def _gradients_kernel(
     grad,  # [M, N], tiles of [BM, BK]
-    grad_cols,  # the same, tiles of [BK, BM]
+    grad_cols,  # grad again, as tiles of [BK, BM]
     x,  # [M, D], tiles of [BK, BN]
     y,  # [N, D], tiles of [BK, BN]
     x_ptr,  # [M, D], the same as x
@@ -170,7 +170,7 @@ def _totals_kernel(
     count, weight,
     BLOCK: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_GRAD_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Store weight times the sum of each row of numbers, and whether all flags are 1."""
+    """Store weight times the sum of each row of a loss's partial sums, and whether all flags of programs are 1."""
     pid = tl.program_id(0)
     coefficient = weight
     if HAS_GRAD_LOSS:
@@ -207,7 +207,7 @@ def _scaled_kernel(
     x_size, y_size, number_size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Multiply the gradients of x, y and the numbers of a loss by the gradient of the loss, one after the other."""
+    """Multiply the gradients of x, y and a loss's scalar arguments by the gradient of the loss, one after the other."""
     pid = tl.program_id(0)
     num_x, num_y = tl.cdiv(x_size, BLOCK), tl.cdiv(y_size, BLOCK)
     if pid < num_x:

@@ -88,7 +88,8 @@ def _pairs_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
     IS_TMA: tl.constexpr, IS_LOSS: tl.constexpr, IS_BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Compute maxima, sums and pairs of BLOCK_M rows from ``first`` on and of the columns that are paired with them.
+    """Compute the maxima and sums of logits, and the logits of pairs, of BLOCK_M rows from ``first`` on and the columns
+    that are paired with them.
 
     Without IS_LOSS, store maximum and sum. With IS_LOSS, store maximum, inv_denom and one_minus_p, which is summed over
     the directions, and the sum of the losses. Rows and columns without a pair then have inv_denom and one_minus_p 0.
@@ -156,7 +157,7 @@ def _sum_of_tiles(sums_ptr, own, mask, num_tiles, N, BLOCK: tl.constexpr, CHUNK:
 
 @triton.jit
 def _is_wrong(total, mask):
-    """Return where sums with the shared shift have overflowed or lost terms that matter, or are NaN.
+    """Return True for sums with the shared shift that have overflowed or lost terms that matter, or are NaN.
 
     A sum below 2^-70 may lack terms that underflowed. Above it, such terms are less than the rounding of the sum.
     """

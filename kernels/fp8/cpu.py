@@ -62,7 +62,7 @@ def bias_act_bwd(*args: Any) -> Callable[..., Any]:
 
 
 def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that widens rows like ``values``, given with their scales, to ``dtype``."""
+    """Return the function that widens 8-bit rows like ``values`` and their scales to rows in ``dtype``."""
 
     def compute(values: Tensor, scale: Tensor) -> Tensor:
         """Widen rows of 8 bits on the CPU."""
@@ -72,7 +72,7 @@ def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor],
 
 
 def quantize_both(x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Any]:
-    """Return the function that rounds a matrix like ``x`` [M, N] along its rows, and along its columns.
+    """Return the function that rounds a matrix like ``x`` [M, N] to 8 bits along its rows, and along its columns.
 
     It returns the values and the scales of the rows, and those of the columns as rows [N, M].
     """

@@ -1,6 +1,7 @@
 """Triton kernels that round rows, and the rows and columns of matrices, to 8 bits, and that widen them again.
 
-``fp8_rows.py`` has the equations. A program of the kernels for rows walks tiles of whole rows, which stay in registers.
+``fp8_rows.py`` has the equations. A program of the kernels for rows loops over tiles of whole rows, which stay in
+registers.
 """
 
 import triton
@@ -34,8 +35,8 @@ def _quantize_rows_kernel(
 
 @triton.jit
 def _short_gelu(u):
-    """Return GELU(u) of a tile with an error of 2e-7 |u|, in half the instructions of ``erf``, with which the kernel
-    would take longer than its bytes.
+    """Return GELU(u) of a tile with an error of 2e-7 |u|, in half the instructions of ``erf``, which would take the
+    kernel longer than its loads and stores.
 
     The normal distribution's tail is e^(-u^2 / 2) times a polynomial of t = 1 / (1 + p |u| / sqrt(2)), by formula
     7.1.26 of Abramowitz and Stegun.

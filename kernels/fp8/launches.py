@@ -1,5 +1,5 @@
-"""Host side of the kernels for rows in 8 bits. Each function plans the launch for a layout, and returns the function
-that computes calls of the layout; ``cpu`` has the same functions.
+"""Host side of the kernels for rows in 8 bits. Each function plans the launch for tensors with the memory layout of its
+arguments, and returns the function that computes all calls with this layout; ``cpu`` has the same functions for CPUs.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def row_tiles(rows: int, width: int, device: torch.device, numbers: int = 32) ->
 
 
 def _row_start(kernel: Any, x: Tensor, strides: tuple[int, ...], **constexprs: Any) -> Start:
-    """Return the start of a kernel that walks whole rows of ``x`` [..., N]."""
+    """Return the :class:`Start` of a kernel that takes whole rows of ``x`` [..., N]."""
     rows, width = num_rows(x), x.shape[-1]
     cfg, programs, tile = row_tiles(rows, width, x.device)
     return plan_start(kernel, (programs,), rows, *strides, config=cfg, device=x.device, N=width, **tile, **constexprs)
@@ -65,7 +65,7 @@ def quantize(x: Tensor, dtype: torch.dtype, *, carried: bool = False) -> Callabl
     new_carrier, shape = new_tensors(x, ()), x.shape
 
     def compute(x: Tensor) -> Any:
-        """Round rows of a known layout to 8 bits."""
+        """Round rows of the planned layout to 8 bits."""
         values, scale = new_values(), new_scale()
         carrier = new_carrier() if carried else None
         start(as_rows(x) if is_copied else x, values, scale, carrier)
@@ -82,7 +82,7 @@ def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
     new_carrier, shape = new_tensors(x, ()), x.shape
 
     def compute(x: Tensor, bias: Tensor, _: bool) -> tuple[Tensor, ...]:
-        """Compute an activation with its bias in 8 bits, for tensors of a known layout."""
+        """Compute an activation with its bias in 8 bits, for tensors of the planned layout."""
         carrier, values, scale = new_carrier(), new_values(), new_scale()
         start(as_rows(x) if is_copied else x, bias.contiguous(), values, scale, carrier)
         return carrier.expand(shape), values, scale
@@ -106,11 +106,11 @@ def bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: 
 
 
 def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that widens rows like ``values`` (contiguous), given with their scales, to ``dtype``."""
+    """Return the function that widens 8-bit rows like ``values`` (contiguous) and their scales to rows in ``dtype``."""
     start, new_rows = _row_start(_dequantize_rows_kernel, values, ()), new_tensors(values, None, dtype)
 
     def compute(values: Tensor, scale: Tensor) -> Tensor:
-        """Widen rows of a known layout."""
+        """Widen rows in 8 bits of the planned layout."""
         rows: Tensor = new_rows()
         start(values, scale, rows)
         return rows
@@ -119,7 +119,7 @@ def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor],
 
 
 def quantize_both(x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Any]:
-    """Return the function that rounds a matrix like ``x`` [M, N] along its rows, and along its columns.
+    """Return the function that rounds a matrix like ``x`` [M, N] to 8 bits along its rows, and along its columns.
 
     It returns the values and the scales of the rows, and those of the columns as rows [N, M].
     """
@@ -129,7 +129,7 @@ def quantize_both(x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Any]:
     new_columns, new_column_scale = new_tensors(x, (n, m), dtype), new_tensors(x, (n,), torch.float32)
 
     def compute(x: Tensor) -> tuple[Tensor, ...]:
-        """Round a matrix of a known layout along its rows and its columns."""
+        """Round a matrix of the planned layout to 8 bits along its rows and its columns."""
         row_max, column_max = x.new_zeros(m, dtype=torch.int32), x.new_zeros(n, dtype=torch.int32)
         first(x, None, row_max, column_max)
         found = new_values(), new_scale(), new_columns(), new_column_scale()
@@ -149,7 +149,7 @@ def quantize_columns(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Te
     new_columns, new_scale = new_tensors(values, (n, m), dtype), new_tensors(values, (n,), torch.float32)
 
     def compute(values: Tensor, scale: Tensor) -> Rounded:
-        """Round the columns of rows in 8 bits that have a known layout."""
+        """Round the columns of rows in 8 bits that have the planned layout."""
         column_max = values.new_zeros(n, dtype=torch.int32)
         first(values, scale, None, column_max)
         found = new_columns(), new_scale()
@@ -160,7 +160,9 @@ def quantize_columns(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Te
 
 
 def _both_starts(x: Tensor, dtype: torch.dtype) -> tuple[Start, Start]:
-    """Return the starts of the kernels that find the maxima of a matrix's rows and columns, and that round them."""
+    """Return the :class:`Start` of the kernel that finds the maxima of a matrix's rows and columns, and of the kernel
+    that rounds rows and columns to 8 bits.
+    """
     m, n = x.shape
     grid = (cdiv(m, TILE.block_m) * cdiv(n, TILE.block_n),)
     numbers, device = (m, n, *x.stride()), x.device

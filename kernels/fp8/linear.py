@@ -1,4 +1,4 @@
-"""A linear layer whose products multiply 8-bit operands, and the weights that it keeps for a step.
+"""A linear layer whose products multiply 8-bit operands, and a cache of weights in 8 bits between optimizer steps.
 
 With Q(A) the rows of A in 8 bits, each with its scale (``fp8_rows.py``), for x [M, K] and a weight W [N, K]:
 
@@ -52,7 +52,7 @@ def _fp8_linear_fwd(
         carrier, values, scale: the rows of the input in 8 bits.
         weight: [N, K], which is not read, and only receives its gradient.
         bias: [N] or None.
-        row_values, row_scale, column_values, column_scale: the two forms of the weight.
+        row_values, row_scale, column_values, column_scale: the rows and the columns of the weight in 8 bits.
         full: whether the weight's gradient is computed in 8 bits.
     """
     y = multiply(as_rows(values), scale.flatten(), row_values, row_scale, carrier.dtype, bias)
@@ -74,7 +74,7 @@ def _plan_backward(
     grad: Tensor, grad_values: Tensor | None, grad_scale: Tensor | None, values: Tensor, scale: Tensor,
     column_values: Tensor, column_scale: Tensor, full: bool, with_dx: bool, with_dw: bool, with_db: bool,
 ) -> Callable[..., Any]:  # fmt: skip
-    """Return the function that computes the gradients of linear layers of a layout."""
+    """Return the function that computes a linear layer's gradients for tensors with the layout of the arguments."""
     # For an empty matrix the kernels start no program, which leaves its scales unwritten. The CPU's functions write 1.
     side: Any = launches if triton_runs_on(grad.device) and grad.numel() else cpu
     dy, rows, dtype = as_rows(grad), as_rows(values), grad.dtype
@@ -88,7 +88,7 @@ def _plan_backward(
         grad: Tensor, grad_values: Any, grad_scale: Any, values: Tensor, scale: Tensor, column_values: Tensor,
         column_scale: Tensor, *_: bool,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Compute the gradients of a linear layer, for tensors of a known layout."""
+        """Compute the gradients of a linear layer, for tensors of the planned layout."""
         dy, rows, scale = as_rows(grad), as_rows(values), scale.flatten()
         dx = dw = db = None
         if with_dw and full:
@@ -233,7 +233,7 @@ def fp8_linear(
         backend: "auto" (kernels on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
 
     Returns:
-        [..., N] in the dtype of ``x`` (under autocast in its dtype, except for rows that were in 8 bits already).
+        [..., N] in the dtype of ``x``; under autocast in the autocast dtype, unless ``x`` is in 8 bits already.
 
     Raises:
         ValueError, TypeError: a shape, a device, a dtype or a name that does not fit, or a GPU without fp8.

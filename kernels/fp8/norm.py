@@ -35,7 +35,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _plan_forward(x: Tensor, residual: Tensor | None, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes layer norms of a layout in 8 bits."""
+    """Return the function that computes a layer norm in 8 bits for tensors with the memory layout of the arguments."""
     if triton_runs_on(x.device):
         return launches.forward(x, residual, *args, in_fp8=True)
     wide = accumulate_dtype(x.dtype)
@@ -71,7 +71,9 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
 
 
 def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes the gradients of layer norms of a layout, that of x in 8 bits as well."""
+    """Return the function that computes a layer norm's gradients, and the gradient of x in 8 bits as well, for tensors
+    with the memory layout of the arguments.
+    """
     if triton_runs_on(grad_y.device):
         return launches.backward(grad_y, *args, in_fp8=True)
     return with_rows(cpu.backward(grad_y, *args))

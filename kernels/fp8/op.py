@@ -24,7 +24,7 @@ Carried = tuple[Tensor, Tensor, Tensor]
 
 
 def _plan_rows(x: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
-    """Return the function that rounds rows of a layout to 8 bits."""
+    """Return the function that rounds rows with the layout of ``x`` to 8 bits."""
     compute = (launches if triton_runs_on(x.device) else cpu).quantize(x, dtype, carried=True)
     return lambda x, _: compute(x)
 
@@ -67,7 +67,7 @@ _quantize_rows.register_autograd(_backward, setup_context=_setup_context, result
 
 
 def _plan_both(x: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
-    """Return the function that rounds matrices of a layout to 8 bits along rows and columns."""
+    """Return the function that rounds matrices with the layout of ``x`` to 8 bits along rows and columns."""
     # For an empty matrix the kernels start no program, which leaves its scales unwritten. The CPU's functions write 1.
     compute = (launches if triton_runs_on(x.device) and x.numel() else cpu).quantize_both(x, dtype)
     return lambda x, _: compute(x)
@@ -151,7 +151,7 @@ def quantize_weight(weight: Tensor, *, backend: str = "auto") -> Fp8Weight:
 
 
 def _plan_bias_act(x: Tensor, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes bias and activation in 8 bits for a layout."""
+    """Return the function that computes GELU or QuickGELU in 8 bits for tensors with the layout of ``x``."""
     return (launches if triton_runs_on(x.device) else cpu).bias_act(x, *args)
 
 
@@ -171,7 +171,9 @@ def _(x: Tensor, bias: Tensor, quick: bool) -> Carried:
 
 
 def _plan_bias_act_bwd(grad: Tensor, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes the gradients of bias and activation for a layout, in 8 bits as well."""
+    """Return the function that computes the gradients of bias and activation, and that of x in 8 bits as well, for
+    tensors with the layout of the arguments.
+    """
     return (launches if triton_runs_on(grad.device) else cpu).bias_act_bwd(grad, *args)
 
 

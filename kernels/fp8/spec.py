@@ -77,12 +77,12 @@ class LinearShape(Shape):
 
 
 def make_rows(shape: RowShape, values: str, draw: Draw) -> Call:
-    """Make rows to be quantised."""
+    """Make the rows of a case of ``quantize_rows``."""
     return Call({"x": norm_spec.rows_of(shape, values, draw)})
 
 
 def make_weight(shape: RowShape, values: str, draw: Draw) -> Call:
-    """Make a weight to be quantised."""
+    """Make the weight of a case of ``quantize_weight``."""
     return Call({"weight": norm_spec.rows_of(shape, values, draw)})
 
 
@@ -158,7 +158,7 @@ def linear_floor(shape: LinearShape, itemsize: int, backward: bool) -> Floor:
 
 
 def cases(sized: Callable[[int, int], Any], *, widest: int) -> list[Case]:
-    """Return the cases of an op that rounds rows; ``sized`` makes its shape from rows and width."""
+    """Return the cases of an op that rounds rows to 8 bits; ``sized`` makes its shape from rows and width."""
     return [
         Case(sized(37, 3), "three numbers a row", draws=norm_spec.FEW),
         Case(sized(67, 77), "odd rows and an odd width", quick=True, sanitize=True),

@@ -1,4 +1,4 @@
-"""Triton kernels of the layer norm. Each program walks tiles of whole rows, which stay in registers.
+"""Triton kernels of the layer norm. Each program loops over tiles of whole rows, which stay in registers.
 
 A tile is as wide as the next power of two, so it may have padding columns past the width N. N is known when a kernel is
 compiled. A register that holds only padding then takes no instructions, and is left out. For this the compiler must see

@@ -25,7 +25,7 @@ def row_tiles(
     kernel: str, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, registers: int, *,
     with_rows: bool = False,
 ) -> tuple[RowConfig, int, dict[str, int]]:  # fmt: skip
-    """Choose how ``kernel`` walks rows [M, N], if each of its threads takes about ``registers`` registers.
+    """Choose the tiles in which ``kernel`` takes rows [M, N], if a thread takes about ``registers`` registers.
 
     A tile holds whole rows. It has as many elements as the configuration says, so narrow rows share a tile. If the
     kernel writes rows in 8 bits too (``with_rows``), it needs more registers, and twice as many threads share a tile.
@@ -74,7 +74,7 @@ def _backward_plan(
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, in_fp8: bool = False
 ) -> Callable[..., Any]:
-    """Plan the launch of layer norms of a layout.
+    """Plan the launch of a layer norm for tensors with the memory layout of the arguments.
 
     Returns:
         The function that computes the layer norm y, the sum s (None without a residual), and mean and rstd [..., 1] of
@@ -100,7 +100,7 @@ def forward(
     new_stats, no_s = new_tensors(x, (*x.shape[:-1], 1), torch.float32), new_tensors(x, (0,))()
 
     def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
-        """Compute the layer norm of x, or of x + residual, for tensors of a known layout."""
+        """Compute the layer norm of x, or of x + residual, for tensors of the planned layout."""
         y, mean, rstd = new_y(), new_stats(), new_stats()
         scale, carrier = (new_scale(), new_carrier()) if in_fp8 else (None, None)
         s = None if residual is None else new_s()
@@ -127,7 +127,7 @@ def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
     *, in_fp8: bool = False,
 ) -> Callable[..., Any]:  # fmt: skip
-    """Plan the launch that computes the gradients of layer norms of a layout.
+    """Plan the launch that computes a layer norm's gradients for tensors with the memory layout of the arguments.
 
     Returns:
         The function that computes ds, dx (None if it has the dtype of ds), and dw and db [2, N] (None unless
@@ -148,7 +148,7 @@ def backward(
     def compute(
         grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
     ) -> tuple[Any, ...]:
-        """Compute the gradients of layer norm, for tensors of a known layout."""
+        """Compute the gradients of layer norm, for tensors of the planned layout."""
         if y_copied:
             grad_y = as_rows(grad_y)
         if grad_s_copied and grad_s is not None:

@@ -36,7 +36,7 @@ MAX_WIDTH = WIDTHS[-1]
 
 
 def _plan_forward(x: Tensor, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes layer norms of a layout."""
+    """Return the function that computes a layer norm for tensors with the memory layout of the arguments."""
     return (launches if triton_runs_on(x.device) else cpu).forward(x, *args)
 
 
@@ -63,7 +63,7 @@ def _(
 
 
 def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes the gradients of layer norms of a layout."""
+    """Return the function that computes a layer norm's gradients for tensors with the layout of the arguments."""
     return (launches if triton_runs_on(grad_y.device) else cpu).backward(grad_y, *args)
 
 

@@ -20,7 +20,7 @@ LATER_CHUNK, LATER_BLOCK_N = 64, 32
 def forward(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Plan the launch that embeds texts of a layout.
+    """Plan the launch that embeds texts with the memory layout of ``text``.
 
     Returns:
         The function that computes the tokens [B, L, N] in ``dtype``, and the ids [B, L] in 32 bits, -1 for an id
@@ -41,7 +41,7 @@ def forward(
     def compute(
         text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, _: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """Embed texts by the kernel, for tensors of a known layout."""
+        """Embed texts by the kernel, for tensors of the planned layout."""
         out, ids = new_out(), new_ids()
         start(text, token_embedding, positional_embedding, out, ids)
         return out, ids
@@ -81,7 +81,7 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
         The function that computes the gradient, [V, N] in ``dtype``.
     """
     cfg = row_config("text_embed_bwd", arch_of(grad.device), grad.dtype)
-    rows_of_chunk = cfg.block_m  # a program walks these rows one by one
+    rows_of_chunk = cfg.block_m  # a program adds up these rows one by one
     block_n, is_first, is_last = cfg.block_n, True, False
     (num_rows, width), strides = (grad.shape[0] * grad.shape[1], grad.shape[2]), row_strides(grad)[0]
     steps = []
@@ -104,7 +104,7 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
     new_out = new_tensors(grad, (vocab, width), dtype)
 
     def compute(grad: Tensor, ids: Tensor, _: int, dtype: torch.dtype) -> Tensor:
-        """Compute the gradient of the table of token embeddings, for tensors of a known layout."""
+        """Compute the gradient of the table of token embeddings, for tensors of the planned layout."""
         order: Tensor | None
         ids, order = ids.reshape(-1).sort(stable=True)
         rows, out = as_rows(grad), new_out()

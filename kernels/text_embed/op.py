@@ -8,8 +8,8 @@ different orders.
 
 dE needs no atomics. A stable sort of the ids keeps the order of equal ids, and each program walks a chunk of CHUNK rows
 in that order. A segment of equal ids that begins and ends inside the chunk is complete, and its sum goes to
-dE. The first and the last segment may continue in the neighbouring chunks: their sums and ids go to a list, which has
-two rows for each chunk. That list is sorted as well, so the same kernel sums it, again and again until one chunk is
+dE. The first and the last segment may continue in the neighbouring chunks, so their sums and ids go to a list, which
+has two rows for each chunk. That list is sorted as well, so the same kernel sums it, again and again until one chunk is
 left, in which every segment is complete. All sums have a fixed order. The number of launches is log_{CHUNK/2}(B L),
 even if an id occurs very often, as the start, end and padding tokens do. CHUNK is at least 4, since the list would
 otherwise not get shorter. The chunks of a list are shorter than those of g: a list is small, and a long walk by one
@@ -37,12 +37,12 @@ from . import cpu, launches
 
 
 def _plan_forward(text: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that embeds texts of a layout."""
+    """Return the function that embeds texts with the memory layout of ``text``."""
     return (launches if triton_runs_on(text.device) else cpu).forward(text, *args)
 
 
 def _plan_backward(grad: Tensor, *args: Any) -> Callable[..., Tensor]:
-    """Return the function that computes the gradient of the table of token embeddings for a layout."""
+    """Return the function that computes the gradient of the token embeddings for tensors with the arguments' layout."""
     return (launches if triton_runs_on(grad.device) else cpu).backward_token(grad, *args)
 
 
