@@ -6,8 +6,8 @@ share is in ``checks`` (input), ``backends`` (the implementation that an op runs
 place where a kernel starts). ``tiles`` has the arithmetic that kernels share.
 """
 
-# With a checkout's root in sys.path, transformers takes this folder for the package "kernels" and imports it. The ops
-# must not be registered a second time then.
+# With a checkout's root in sys.path, transformers takes this folder for the package "kernels" and imports it. This must
+# not register the ops a second time.
 if __name__ != "kernels":
     from . import reference
     from .activation import bias_gelu, bias_quick_gelu

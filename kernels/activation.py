@@ -9,7 +9,7 @@ With u_mn = x_mn + b_n, Phi the distribution function of the normal distribution
 
 Bytes for M rows: forward 2 M N items, backward 3 M N. If the linear layer before the activation leaves its bias to
 this op, no other pass over dx is needed to sum up the gradient of the bias.
-FLOPs: about 20 M N either way; they take far less time than the bytes.
+FLOPs: about 20 M N in each direction; they take far less time than the bytes.
 Method: GELU by the error function (Hendrycks and Gimpel 2016), and their approximation, which OpenAI's CLIP was
 trained with.
 """

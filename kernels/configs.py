@@ -145,8 +145,8 @@ def looped_config(
 ) -> LoopedConfig:
     """Return the configuration of an attention kernel that loops.
 
-    The tables have one for each head dimension, and for some numbers of keys another one, which then takes precedence.
-    ``num_keys`` is None for packed sequences of several lengths.
+    The tables have a configuration for each head dimension, and for some numbers of keys a special one, which takes
+    precedence. ``num_keys`` is None for packed sequences of several lengths.
     """
     if num_keys is not None and num_keys <= NUM_KEYS[-1]:
         found = _lookup_any(LoopedConfig, config_key(kernel, dtype, head_dim, num_keys), arch)

@@ -57,7 +57,7 @@ class Fp8Rows(NamedTuple):
 
 
 class Fp8Weight(NamedTuple):
-    """The two forms of a weight [N, K] that the products of a linear layer multiply.
+    """The two forms in 8 bits of a weight [N, K] that the products of a linear layer multiply.
 
     Attributes:
         rows: the rows of the weight, [N, K], for the forward pass.

@@ -56,7 +56,7 @@ def resizing_weights(
     """Return the weights [T, GH] and [T, GW] with which the rows and the columns of a table of positions add up to the
     position of each patch.
 
-    They are those of ``F.interpolate(antialias=True)``, computed in float32 at least.
+    The weights are those with which ``F.interpolate(antialias=True)`` resizes, computed in float32 at least.
     """
     height, width = places.height, places.width
     if keep_aspect:

@@ -39,8 +39,8 @@ class Architecture:
 
     @property
     def multiplies_from_shared(self) -> bool:
-        """Whether its matrix unit reads operands from shared memory, into which the tensor memory accelerator loads
-        them.
+        """Whether the architecture's matrix unit reads operands from shared memory, into which the tensor memory
+        accelerator loads them.
 
         mma.sync reads operands from registers. sm_120 has the accelerator but multiplies by mma.sync, so its kernels
         load as on sm_80, with the configurations of sm_80.

@@ -1,8 +1,8 @@
 """The classes of an op's specification: everything that tools must know about the op, in one place next to it.
 
 ``SPECS`` is a tuple with an ``OpSpec`` for each op. It stands at the end of the file of a small op, and in ``spec.py``
-of the folder of a larger one. :func:`specs` finds them all. The verification, the benchmarks, the tuner, the offline
-compiler and the tests iterate over what it returns, and keep no list of ops.
+of the folder of a larger op. :func:`specs` finds them all. The verification, the benchmarks, the tuner, the offline
+compiler and the tests iterate over its result, and keep no list of ops.
 """
 
 import dataclasses

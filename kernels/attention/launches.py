@@ -1,7 +1,7 @@
 """The choice of the attention kernels for a shape, and their launches.
 
-Queries are [B, M, H, D], keys and values [B, N, H, D]. They may have any strides, and those of a packed projection are
-three views of one tensor.
+Queries are [B, M, H, D], keys and values [B, N, H, D]. They may have any strides: the queries, keys and values of a
+packed projection are three views of one tensor.
 """
 
 import itertools

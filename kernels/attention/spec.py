@@ -246,7 +246,7 @@ CASES = [
     Case(AttentionShape(1, 273, 1, 8, True), "one key more than any program holds", sanitize=True),
     Case(AttentionShape(0, 50, 2, 16), "no images"),
     Case(AttentionShape(3, 0, 2, 16, True), "no tokens"),
-    # lengths
+    # tokens that are hidden from a length on (seqlens)
     Case(AttentionShape(4, 50, 1, 16, lengths=True), "images that end early, or have no token (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
     Case(AttentionShape(4, 70, 1, 16, True, lengths=True), "texts that end early, past a tile (PyTorch: eager or fused)", cancels=True),
     # packed sequences of several lengths
@@ -288,7 +288,7 @@ QKV_CASES = [
     Case(QkvShape(1, 3, 290, 1, 64), "more keys than any program holds, less than a tile of queries", sanitize=True),
     Case(QkvShape(0, 5, 9, 2, 16), "no images"),
     Case(QkvShape(2, 0, 9, 2, 16), "no queries: gradients of keys and values are zero"),
-    # lengths
+    # tokens that are hidden from a length on (seqlens)
     Case(QkvShape(5, 17, 50, 1, 64, lengths=True), "keys that end early, or are none (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
     Case(QkvShape(5, 50, 33, 1, 64, True, lengths=True), "keys that end early, under the causal mask (PyTorch: eager or fused)", cancels=True),
     *Case.layouts(QkvShape(2, 17, 33, 2, 64), expanded=QkvShape(2, 17, 33, 2, 64)),

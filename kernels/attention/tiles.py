@@ -36,8 +36,8 @@ def offs_of(PARTS: tl.constexpr, i: tl.constexpr):
 def head_of(ptr, b, h, stride_b, stride_h, MULTIPLE: tl.constexpr):
     """Return the address of head ``h`` of image ``b``. Heads begin at multiples of MULTIPLE elements.
 
-    The compiler knows the alignment of strides that are multiples of 16. For others, such as a head of 88 elements, it
-    must be told, or it would load one element at a time.
+    The compiler knows the alignment of strides that are multiples of 16. The alignment of other strides, such as 88 for
+    a head of 88 elements, must be stated, or the compiler would load one element at a time.
     """
     return ptr + tl.multiple_of(b.to(tl.int64) * stride_b + h * stride_h, MULTIPLE)
 

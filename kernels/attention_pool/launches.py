@@ -67,7 +67,7 @@ def backward(
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of attention pooling, for tensors of the planned layout."""
         dq, dx = new_dq(), new_dx()
-        if batch == 0:  # then no program runs, and none writes the gradients of the tokens
+        if batch == 0:  # without sequences no program runs, and none writes the zeros of packed tokens
             dx.zero_()
         start(grad_out, query, tokens, lse, dq, dx, seqlens)
         return dq, dx

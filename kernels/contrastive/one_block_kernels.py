@@ -1,4 +1,6 @@
-"""The Triton kernels of a contrastive or sigmoid loss whose G is one block, which need no accumulators in memory.
+"""The Triton kernels of a contrastive or sigmoid loss whose G, the gradient of the logits, is one block.
+
+They need no accumulators in memory.
 
 gradients     grad = factor * (G y - one_minus_p * positive), or for normalised features the sum without ``factor``
 through norm  the gradient of features before they were normalised

@@ -200,7 +200,7 @@ def _cosines(
 ):  # fmt: skip
     """Return the products [BM, BN] of some rows of x and of y, as ``cosine_tile`` computes them.
 
-    Large logits must have the same bits here as where G is computed: G is a power of their distance to the maximum.
+    Large logits must have the same bits as in the kernel of G, since G is a power of their distance to the maximum.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x

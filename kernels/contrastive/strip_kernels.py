@@ -1,4 +1,6 @@
-"""The Triton kernel for the product G y of a strip: the rows of one process, and the columns of all processes.
+"""The Triton kernel for the product G y of a strip of G, the gradient of a contrastive loss's logits.
+
+A strip has the rows of one process and the columns of all processes.
 
 acc[part, i] += sum over the columns j in ``part`` of G_ij y_j          one program writes each tile
 """

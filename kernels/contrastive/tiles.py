@@ -1,4 +1,4 @@
-"""Triton functions on tiles of logits or of G, which the kernels of the contrastive losses share.
+"""Triton functions on tiles of logits, or of their gradient G, which the kernels of the contrastive losses share.
 
 ``sum_segment`` and ``grad_segment`` walk down a column of tiles, on GPUs with tensor descriptors. The steps of all
 tiles of a segment form one loop, so the first operands of a tile are loaded while the tile before is still computed.

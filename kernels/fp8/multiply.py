@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-ALIGNED = 16  # PyTorch's product needs widths that are multiples of this
+ALIGNED = 16  # PyTorch's product of rows in 8 bits needs widths that are multiples of 16
 
 
 def multiply(

@@ -105,7 +105,7 @@ def make_linear(shape: LinearShape, values: str, draw: Draw) -> Call:
 
 
 def linear_of(ops: Any) -> Function:
-    """Return ``fp8_linear`` of a module of ops, with the op that is to take its output."""
+    """Return the function that calls ``ops.fp8_linear``, and then the op of ``ops`` named ``then`` on its output."""
 
     @functools.wraps(fp8_linear)
     def call(

@@ -14,7 +14,7 @@ def lay_out(
 ) -> Tensor:  # fmt: skip
     """Return the matrix of packed patches [T, columns], with a row for each token.
 
-    The row of a patch has its pixels, the weights of positions and a one; that of a prefix token has only a one.
+    The row of a patch has its pixels, the weights of positions and a one. The row of a prefix token has only a one.
     """
     places = places_of(bounds, sequence, grids, len(patches), num_prefix)
     of_patches = (places.row < len(patches)).nonzero()[:, 0]

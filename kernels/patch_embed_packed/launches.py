@@ -17,7 +17,7 @@ def lay_out(
 ) -> Tensor:  # fmt: skip
     """Return the matrix of packed patches [T, columns], with a row for each token.
 
-    The row of a patch has its pixels, the weights of positions and a one; that of a prefix token has only a one.
+    The row of a patch has its pixels, the weights of positions and a one. The row of a prefix token has only a one.
     """
     total, (height, width) = len(sequence), table_size
     out = torch.empty(total, columns, dtype=dtype, device=patches.device)

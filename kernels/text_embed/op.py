@@ -6,14 +6,14 @@ Forward goes from the table to the residual stream in one step, and rounds the s
 bits for backward, -1 where one is no row of the table. Backward reads g twice, since its two sums take the rows in
 different orders.
 
-dE needs no atomics. A stable sort of the ids keeps the order of equal ids, and each program walks a chunk of CHUNK rows
+dE needs no atomics. A stable sort of the ids keeps the order of equal ids, and each program takes a chunk of CHUNK rows
 in that order. A segment of equal ids that begins and ends inside the chunk is complete, and its sum goes to
 dE. The first and the last segment may continue in the neighbouring chunks, so their sums and ids go to a list, which
 has two rows for each chunk. That list is sorted as well, so the same kernel sums it, again and again until one chunk is
 left, in which every segment is complete. All sums have a fixed order. The number of launches is log_{CHUNK/2}(B L),
 even if an id occurs very often, as the start, end and padding tokens do. CHUNK is at least 4, since the list would
-otherwise not get shorter. The chunks of a list are shorter than those of g: a list is small, and a long walk by one
-program would take most of the time. Programs of the first launch search the sorted ids for the rows of dE without a
+otherwise not get shorter. The chunks of a list are shorter than the chunks of g: a list is small, and a program with
+many rows would take most of the time. Programs of the first launch search the sorted ids for the rows of dE without a
 token, and set them to zero.
 
 Bytes: forward, one row of E and one of x for each token; backward, two rows of g for each token, and dE and dP once.

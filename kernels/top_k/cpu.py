@@ -48,7 +48,7 @@ def _sorted(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tup
 
 
 def _group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
-    """Return the highest score [Q, G] of each of top_k's queries in each group of items; -inf where there is none."""
+    """Return the highest score [Q, G] of each of top_k's queries in each group of items, -inf if a group has none."""
     (q, d), n, work = query.shape, len(items), accumulate_dtype(query.dtype)
     maxima = query.new_full((q, cdiv(n, GROUP)), float("-inf"), dtype=work)
     query = query.to(work)
