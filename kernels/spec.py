@@ -302,7 +302,7 @@ class Target:
 
 
 def no_overrides(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Return a context that leaves the committed configurations as they are."""
+    """Return a context that leaves the committed launch configurations as they are."""
     return nullcontext()
 
 

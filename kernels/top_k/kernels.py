@@ -31,7 +31,7 @@ def _key(score, index):
 
 @triton.jit
 def _index(key):
-    """Return the index that is part of a key."""
+    """Return the index of the item, or group of items, that a key holds beside its score."""
     return 0xFFFFFFFF - (key & 0xFFFFFFFF)
 
 

@@ -35,7 +35,8 @@ def make(shape: SearchShape, values: str, draw: Draw) -> Call:
     "unit", features have unit length; "allowed" hides two thirds of the items; other kinds have extreme features.
     """
     sizes = (shape.queries, shape.embed_dim), (shape.items, shape.embed_dim)
-    is_unit = values == "unit" or draw.empty  # a million rows of integers without values would fill memory
+    # For empty inputs too: ``unit`` leaves their memory untouched, where ``integers`` would fill a million rows.
+    is_unit = values == "unit" or draw.empty
     query, items = (draw.unit(*size) if is_unit else draw.integers(-2, 3, *size).float() for size in sizes)
     inputs = {"query": query, "items": items}
     if values == "all-equal rows":
