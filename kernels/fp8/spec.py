@@ -1,4 +1,4 @@
-"""The specifications of the ops for rows in 8 bits: sizes, inputs, cases, floors, and the calls that are compiled offline.
+"""The specifications of the ops for rows in 8 bits: sizes, inputs, cases, floors, and the calls that are compiled.
 
 Checks compare the rows as numbers (``dense``), which rounding to 8 bits changes by up to 2^-4 of each. Errors are those
 against unrounded rows in float64, so an op must round as well as its reference does.

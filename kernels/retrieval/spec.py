@@ -59,7 +59,7 @@ def floor(shape: RankShape, itemsize: int, backward: bool) -> Floor:
 
 @contextmanager
 def small_tiles(dtype: torch.dtype) -> Iterator[None]:
-    """Shrink the tiles of ``retrieval_ranks``: two programs then add to the same images, and CPUs take several tiles."""
+    """Shrink the tiles of ``retrieval_ranks``: two programs then add to the same images, CPUs take several tiles."""
     before = launches.SPAN, cpu.TILE
     launches.SPAN, cpu.TILE = 128, cpu.TILE_UNIT
     try:
