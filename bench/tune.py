@@ -178,7 +178,7 @@ def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, effort: Ef
 def launches(target: Target, dtype: str, arch: int) -> list[Launch]:
     """Record the launches of ``target`` at its size for the tuner, on tensors without memory."""
     spec, _ = TARGETS[target.name]
-    return [launch for _, launch in op_work(spec, target.shape, dtype, arch).launches]
+    return op_work(spec, target.shape, dtype, arch).launches
 
 
 # A function that returns for a head dimension from how many keys on attention is PyTorch's, or None.

@@ -76,7 +76,7 @@ def modules():
     """Path, name and package of every module that is installed."""
     for folder, name in LAYERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if "gates" in path.parts:  # tests of pytest-benchmark
+            if "gates" in path.parts:  # tests, which are not installed
                 continue
             package = ".".join([name, *path.relative_to(ROOT / folder).parent.parts])
             yield path, package if path.stem == "__init__" else f"{package}.{path.stem}", package

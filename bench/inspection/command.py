@@ -28,7 +28,7 @@ from .eager import measured as measured_host
 from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, load, predict
 from .report import Report, differences, explain, table, to_json
 from .sass import matrix_instructions, parse
-from .shipped import SNAPSHOT, Snapshot, compiles_for, known_problems, loads, shipped_cases
+from .shipped import SNAPSHOT, compiles_for, known_problems, loads, shipped_cases
 
 ARCHS = tuple(ARCHITECTURES)
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -136,11 +136,6 @@ def add_parser(commands: Any) -> None:
     chosen = "report only cases whose name contains a TEXT, such as contrastive_loss"
     add("--op", "--case", dest="cases", nargs="+", default=[""], metavar="TEXT", help=chosen)
     add_output(parser, "--json", is_held=False, help="write everything to FILE too, kept up to date while it predicts")
-    add(
-        "--snapshot",
-        metavar="FILE",
-        help="resources to compare with (default: the one of this version)",
-    )
     add("--jobs", type=Count(1, 1024), metavar="N", help="number of processes (default: one for each core)")
     what = parser.add_argument_group("predicted times, without the report")
     add = what.add_argument
@@ -154,7 +149,6 @@ def add_parser(commands: Any) -> None:
     add("--crossover", action="store_true", help=crossover)
     add("--captions", action="store_true",
         help="predict steps on packed captions, 18 tokens on average (default: as long as the context)")  # fmt: skip
-    add_output(what, "--chart", help="draw where the time of each step goes, as a picture")
     add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
     parser.runs(run)
 
@@ -164,18 +158,15 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError, RuntimeError: see :func:`inspect_all`.
-        ValueError, OSError: the snapshot or a result file cannot be read.
+        ValueError, OSError: a result file cannot be read.
     """
-    if args.chart is not None and not args.predict:
-        raise ValueError("--chart draws predicted steps: give --predict too")
     return _predict(args) if args.predict else _report(args)
 
 
 def _report(args: argparse.Namespace) -> int:
     """Print the table of compiled kernels and their differences from the snapshot."""
-    snapshot = _read_snapshot(Path(args.snapshot or SNAPSHOT))
     reports = inspect_all(args.arch, texts=args.cases, jobs=args.jobs)
-    changes = differences(reports, snapshot, VERSION)
+    changes = differences(reports, loads(SNAPSHOT.read_text()), VERSION)
     failing = [report for report in reports if report.failures]
     if args.json:
         record = {"triton": triton.__version__, "reports": [to_json(report) for report in reports]}
@@ -184,14 +175,6 @@ def _report(args: argparse.Namespace) -> int:
     print(f"\n{len(reports)} shipped kernels, Triton {triton.__version__}: {len(failing)} with a problem")
     print("\n".join(["differs from the snapshot:", *changes] if changes else ["equal to the snapshot"]))
     return 1 if failing else 0
-
-
-def _read_snapshot(path: Path) -> Snapshot:
-    """Read a snapshot of kernel resources from the file that the command line names."""
-    try:
-        return loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"--snapshot {path} is not one: {error}") from None
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -207,12 +190,6 @@ def _predict(args: argparse.Namespace) -> int:
     if not ops and not steps:
         examples = "'contrastive_loss pairs=32768' or 'step model=ViT'"
         raise ValueError(f"no op or step contains {_alternatives(args.cases)}, such as {examples}")
-    if args.chart is not None:
-        if not steps:
-            raise ValueError(f"--chart draws steps, and no step contains {_alternatives(args.cases)}")
-        # The import stands here because only pictures need matplotlib. It comes before the predictions, which take
-        # minutes that would be lost if the import failed.
-        from ..plots import draw_steps
     predict_one = functools.partial(
         forecast.forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
         effort=QUICK if args.quick else FULL, finds_batch=args.crossover, captions=args.captions,
@@ -227,8 +204,6 @@ def _predict(args: argparse.Namespace) -> int:
             record["forecasts"].append(forecast.to_json(one))
             if args.json:  # predictions take minutes, so those that are done are kept if the run is stopped
                 replace_text(args.json, json.dumps(record, indent=1) + "\n")
-    if args.chart is not None:
-        draw_steps(record, args.chart)
     host = measured_host()["machine"]["cpu"]
     rates = {"tflops": args.tflops, "times": FP8_SPEEDUP}
     note = NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, **rates, host=host)

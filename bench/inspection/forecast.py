@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,36 +38,39 @@ STEPS = {
     "RN50": 256, "RN101": 256, "RN50x4": 128, "RN50x16": 64, "RN50x64": 32, "ViT-B-32": 1024, "ViT-B-16": 512,
     "ViT-L-14": 128, "ViT-L-14-336": 64, "ViT-H-14": 64, "ViT-g-14": 64, "ViT-bigG-14": 32,
 }  # fmt: skip
-FORWARD, BACKWARD = "forward", "backward"
 GPU, HOST = "GPU", "host"
 
 
-@dataclasses.dataclass
-class Work:
-    """The launches and PyTorch ops of an op or a step, in order, each with its phase (forward, backward, optimizer)."""
+class Work(NamedTuple):
+    """The launches and PyTorch ops of an op or a step, each in order."""
 
-    launches: list[tuple[str, Launch]] = dataclasses.field(default_factory=list)
-    ops: list[Event] = dataclasses.field(default_factory=list)
+    launches: list[Launch]
+    ops: list[Event]
 
 
-class _Recorder(Ledger):
-    """A :class:`Ledger` of PyTorch ops that keeps the launches of our kernels in a list of their own."""
+class Recorder(Ledger):
+    """A :class:`Ledger` that also keeps the launches of our kernels, by the index of their event in ``events``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.work = Work()
+        self.kernels: dict[int, Launch] = {}
 
     def book_launches(self) -> None:
-        """Keep the recorded launches for the prediction, apart from the PyTorch ops."""
-        self.work.launches += [(self.phase, standing_in(launch)) for launch in self.launches]
-        before = len(self.events)
+        """Keep the recorded launches for the prediction, and add their events."""
+        launches, before = [standing_in(launch) for launch in self.launches], len(self.events)
         super().book_launches()
-        del self.events[before:]
+        self.kernels |= dict(zip(range(before, len(self.events)), launches, strict=True))
 
     def begin(self) -> None:
-        """Start a new record of launches and PyTorch ops whose time is predicted."""
+        """Start a new record of launches, PyTorch ops and messages whose time is predicted."""
         super().begin()
-        self.work.launches.clear()
+        self.kernels.clear()
+
+    @property
+    def work(self) -> Work:
+        """Return the launches, and apart from them the PyTorch ops."""
+        ops = [event for number, event in enumerate(self.events) if number not in self.kernels]
+        return Work([*self.kernels.values()], ops)
 
 
 def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
@@ -76,24 +79,21 @@ def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
         warnings.catch_warnings(action="ignore"),  # taking the address of a fake tensor gives a deprecation warning
         FakeTensorMode(allow_non_fake_inputs=True),
         record_launches(arch, ARCHITECTURES[arch].multiprocessors) as launches,
-        _Recorder(launches) as ledger,
+        Recorder(launches) as ledger,
     ):
         call = spec.call(shape, spec.bench_values, Draw(empty=True), DTYPES[dtype])
         for name, x in call.inputs.items():
             x.requires_grad_(bool(call.grads) and x.is_floating_point() and name not in spec.frozen)
         ledger.begin()
-        ledger.phase = FORWARD
         results = spec.measured(**call.inputs, **call.options)
         ledger.book_launches()
         if call.grads:
-            ledger.phase = BACKWARD
             results = results if isinstance(results, tuple) else (results,)
             # The benchmark calls grad() too: backward() would copy a gradient that two leaves share, and models have no
             # such leaves.
             leaves = [x for x in call.inputs.values() if x.requires_grad]
             torch.autograd.grad(results, leaves, [torch.empty_like(result) for result in results], allow_unused=True)
             ledger.book_launches()
-    ledger.work.ops = list(ledger.events)
     return ledger.work
 
 
@@ -103,11 +103,10 @@ def step_work(model: str, pairs: int, card: Card = CARDS["h100"], *, captions: b
     With ``captions``, texts are packed and have the lengths of captions; otherwise they are as long as the context.
     """
     setup = Setup(model, gpus=1, captions=captions)
-    with rank_of(setup, setup.config, card, ledger_type=_Recorder) as rank:
+    with rank_of(setup, setup.config, card, ledger_type=Recorder) as rank:
         rank.optimizer.zero_grad()
         rank.step(pairs, is_whole=True)
-    assert isinstance(rank.ledger, _Recorder)
-    rank.ledger.work.ops = list(rank.ledger.events)
+    assert isinstance(rank.ledger, Recorder)
     return rank.ledger.work
 
 
@@ -272,7 +271,7 @@ def _items(spec: OpSpec, shape: Shape) -> int:
 
 def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort, **what: Any) -> Forecast:
     """Return the forecast of recorded launches and PyTorch ops; ``what`` are its name, shape, dtype and items."""
-    parts = predict_parts([launch for _, launch in work.launches], machine, effort)
+    parts = predict_parts(work.launches, machine, effort)
     times = [max(op.flops / product_flops, op.bytes / machine.hbm_rate) + machine.launch for op in work.ops]
     timed = [*zip(times, work.ops, strict=True)]
     products = sum(time for time, op in timed if op.flops)

@@ -16,7 +16,6 @@ import functools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -25,38 +24,18 @@ from clipfast.kernels.contrastive.modes import MODES, choose_mode
 from clipfast.kernels.contrastive.spec import STRIPS
 from clipfast.kernels.hardware import CARDS, Cluster
 from clipfast.kernels.launch import Launch
-from clipfast.plan.ledger import Ledger
 from clipfast.plan.loss import seconds, wire_seconds
 from clipfast.plan.planned_step import Problem, run_loss
 
 from . import offline
 from .correction import Corrected, corrected, kind_of
-from .forecast import key_of, standing_in
+from .forecast import Recorder, key_of
 from .model import H100, QUICK, predict_launch
 
 NODES = Cluster(CARDS["h100"], launch_s=0.0)  # the host starts kernels and messages before the GPU needs them
 GPUS = (8, 64)
 PRODUCTS = ("_stats_kernel", "_grad_tile_kernel", "_products_kernel", "_strip_products_kernel")
 FLOPS = {"gather": 8, "ring": 8, "scalars": 12}  # for each image of a rank, text of all ranks, and dimension
-
-
-class _Recorder(Ledger):
-    """A :class:`Ledger` that also keeps the launches of our kernels, by the index of their event in ``events``."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kernels: dict[int, Launch] = {}
-
-    def book_launches(self) -> None:
-        """Keep the recorded launches of a strip for the prediction, and add their events."""
-        launches = [standing_in(launch) for launch in self.launches]
-        super().book_launches()
-        self.kernels.update(zip(range(len(self.events) - len(launches), len(self.events)), launches, strict=True))
-
-    def begin(self) -> None:
-        """Start a new record of a strip's kernels and messages."""
-        super().begin()
-        self.kernels.clear()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +78,8 @@ class StripForecast:
 def forecast_strip(rows: int, gpus: int, embed_dim: int, mode: str) -> StripForecast:
     """Predict a step of the loss of ``gpus`` ranks, each with ``rows`` pairs in bfloat16, on an H100."""
     problem = Problem(rows * gpus, gpus, torch.bfloat16, embed_dim)
-    ledger = run_loss(problem, mode, NODES.card, rank=gpus - 1, ledger_type=_Recorder)
-    assert isinstance(ledger, _Recorder)
+    ledger = run_loss(problem, mode, NODES.card, rank=gpus - 1, ledger_type=Recorder)
+    assert isinstance(ledger, Recorder)
     took: dict[int, float] = {}
     kernels: dict[str, float] = defaultdict(float)
     sent = Counter[str]()

@@ -20,14 +20,7 @@ def main() -> int:
     add("--arch", type=int, default=90, choices=tuple(ARCHITECTURES), help="compute capability (default: 90)")
     cases = "shipped shapes, all odd ones or those of a quick run, or small ones while a stream is captured"
     add("--cases", nargs="+", default=CASES[:2] + CASES[3:], choices=CASES, help=cases)
-    add(
-        "--dtype",
-        nargs="+",
-        default=tuple(DTYPES),
-        choices=tuple(DTYPES),
-        help="of shipped and odd cases (all)",
-    )
-    add("--whole", action="store_true", help="compile odd cases with the bodies of their kernels, which takes an hour")
+    add("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES), help="of shipped and odd cases (all)")
     add("--json", action="store_true", help="print one line of JSON for each kind of cases")
     args = parser.parse_args()
     missing = missing_tool()
@@ -50,8 +43,8 @@ def _walk(kind: str, args: argparse.Namespace) -> walk.Walked:
     if kind == "shipped":
         return walk.shipped(args.arch, tuple(args.dtype))
     if kind == "captured":
-        return walk.captured(args.arch, whole_kernels=args.whole)
-    return walk.odd(args.arch, tuple(args.dtype), only_quick=kind == "quick", whole_kernels=args.whole)
+        return walk.captured(args.arch)
+    return walk.odd(args.arch, tuple(args.dtype), only_quick=kind == "quick")
 
 
 if __name__ == "__main__":

@@ -175,8 +175,7 @@ def without_body(kernel: Any) -> Any:
     The launcher packs arguments by the kernel's signature, its configuration and the specialisation of its arguments;
     the body of the kernel does not matter for this. Without a body a kernel compiles in a tenth of the time, so that
     all odd shapes and layouts of all ops can be launched. The box and the swizzle of a tensor map do depend on the
-    body. Therefore the shipped shapes are launched with bodies, and ``python -m bench.stub --whole`` does the same for
-    odd shapes.
+    body. Therefore the shipped shapes are launched with bodies.
     """
     copy: Any = JITFunction(kernel.fn)
     copy.params = kernel.params

@@ -58,7 +58,7 @@ class Walked:
         return {"arch": self.arch, "calls": self.calls, **totals, "by_op": dict(self.launches), "faults": self.faults}
 
     @contextlib.contextmanager
-    def call(self, op: str, name: str, stub: Stub, *, emptied: bool) -> Iterator[list[CheckedLaunch]]:
+    def call(self, op: str, name: str, stub: Stub, *, emptied: bool = True) -> Iterator[list[CheckedLaunch]]:
         """Count the launches on the stub in this context, and record an error instead of raising it."""
         self.calls += 1
         before = stub.counts.refused
@@ -90,14 +90,13 @@ def shipped(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Walked:
     return walked
 
 
-def odd(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES), *, only_quick: bool = False, whole_kernels: bool) -> Walked:
+def odd(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES), *, only_quick: bool = False) -> Walked:
     """Launch every case of every op on the stub in ``dtypes``, in its layout, forward and backward.
 
     Args:
         arch: compute capability, 90 for sm_90.
         dtypes: short names of dtypes.
         only_quick: take the cases of the quick verification, and those with a layout of their own.
-        whole_kernels: compile kernels with their bodies, which takes ten times as long.
     """
     stub, walked = load(arch), Walked(arch)
     for spec in specs().values():
@@ -106,18 +105,18 @@ def odd(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES), *, only_quick: bool 
                 continue
             for dtype in dtypes:
                 call = _call(spec, case, DTYPES[dtype])
-                with in_blocks(), walked.call(spec.name, f"{case.name}, {dtype}", stub, emptied=not whole_kernels):
+                with in_blocks(), walked.call(spec.name, f"{case.name}, {dtype}", stub):
                     _run(spec, call)
     return walked
 
 
-def captured(arch: int, *, whole_kernels: bool = False) -> Walked:
+def captured(arch: int) -> Walked:
     """Call every op on the stub at its small shapes, and once more while the stream is captured as for a CUDA graph."""
     stub, walked = load(arch), Walked(arch)
     for spec in specs().values():
         for shape in spec.small:
             call = spec.call(shape, "", Draw(), torch.bfloat16)
-            with in_blocks(), walked.call(spec.name, str(shape), stub, emptied=not whole_kernels):
+            with in_blocks(), walked.call(spec.name, str(shape), stub):
                 _run(spec, call)
                 with stub.capturing(DEVICE), CaptureRules():
                     _run(spec, call)

@@ -175,9 +175,6 @@ def test_planted_difference_and_another_triton_are_shown(reports):
     [
         (["--arch", "75"], "75"),
         (["--case", "attentoin"], "'attentoin'"),
-        (["--snapshot", "nowhere.json"], "nowhere.json"),
-        (["--snapshot", __file__], "--snapshot"),
-        (["--snapshot", str(configs.table_path(90))], "--snapshot"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, expected):

@@ -350,7 +350,7 @@ def only_launch(op: str, part: str, **sizes: object) -> Launch:
     """
     spec = specs()[op]
     shape = dataclasses.replace(spec.bench["cuda"][0], **sizes)
-    launches = [launch for _, launch in forecast.op_work(spec, shape, "bf16").launches]
+    launches = forecast.op_work(spec, shape, "bf16").launches
     return next(one for one in launches if part in one.kernel.__name__ and "online" not in one.kernel.__name__)
 
 
@@ -383,6 +383,6 @@ QUICK = ("attention", "bias_gelu", "layer_norm")
 @pytest.mark.parametrize("op", [op if op in QUICK else pytest.param(op, marks=pytest.mark.slow) for op in specs()])
 def test_the_paths_of_every_op_are_known(op):
     spec = specs()[op]
-    for _, launch in forecast.op_work(spec, spec.small[0], "bf16").launches:
+    for launch in forecast.op_work(spec, spec.small[0], "bf16").launches:
         name = launch.kernel.__name__
         assert model.predict_launch(launch, H100, model.QUICK).guesses == 0 or name in DATA_DEPENDENT, name
