@@ -66,6 +66,10 @@ class _Driver:
         """Return the number of the only GPU."""
         return 0
 
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        """Return the number of the only stream."""
+        return 0
+
     def get_active_torch_device(self) -> torch.device:
         """Return the device on which code of others makes tensors; it becomes the CPU."""
         return _CUDA

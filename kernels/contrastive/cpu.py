@@ -27,13 +27,10 @@ from .stats import (
     finite,
     is_exact,
     new_stats,
-    pair_losses,
     pair_products,
     pairs_in,
     shared_shift,
 )
-
-__all__ = ["pair_losses"]  # the losses find it here as in ``launches``
 
 # The most rows of a block, and its most columns per thread: 8 MiB of float32 for each thread.
 BLOCK_ROWS, BLOCK_COLS = 1024, 2048

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from .. import reference
 from ..configs import GemmConfig, RowConfig, config_key, override
 from ..spec import Call, Draw, Floor, OpSpec, Shipped, Target, Tunable
 from . import contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
-from .cases import CONTRASTIVE, INFO_NCE, NT_XENT, SIGMOID, LossShape, QueueShape, SigmoidShape, ViewShape
+from .cases import CONTRASTIVE, INFO_NCE, NT_XENT, SIGMOID, LossShape, PairShape, QueueShape, SigmoidShape, ViewShape
 from .launches import small_blocks
 
 ONE = torch.tensor(1.0)
@@ -44,68 +44,40 @@ def features(shape: LossShape | SigmoidShape | QueueShape, values: str, draw: Dr
     return first, second
 
 
-def number(value: float, draw: Draw) -> Tensor:
-    """Make the scale or the bias of a loss's logits: a 0-dim tensor with this value."""
-    return torch.tensor(value, device=draw.device)
-
-
-def make_contrastive(shape: LossShape, values: str, draw: Draw) -> Call:
-    """Make the inputs of a contrastive loss: image and text features, and the scale of the logits."""
-    image, text = features(shape, values, draw)
-    inputs = {"image": image, "text": text, "logit_scale": number(shape.scale, draw)}
-    return Call(inputs, (ONE,), {"normalize": shape.normalize})
-
-
-def make_sigmoid(shape: SigmoidShape, values: str, draw: Draw) -> Call:
-    """Make the inputs of a sigmoid loss: image and text features, and the scale and bias of the logits."""
-    image, text = features(shape, values, draw)
-    numbers = {"logit_scale": number(shape.scale, draw), "logit_bias": number(shape.bias, draw)}
-    options = {"offset": shape.offset, "normalize": shape.normalize}
-    return Call({"image": image, "text": text, **numbers}, (ONE,), options)
-
-
-def make_info_nce(shape: QueueShape, values: str, draw: Draw) -> Call:
-    """Make the inputs of an InfoNCE loss: queries, keys, the queue of negatives if there is one, and the scale."""
-    query, key = features(shape, values, draw)
-    negatives = draw.unit(shape.queue, shape.embed_dim)
-    if values == "all-equal rows":
-        negatives = query[:1].repeat(shape.queue, 1)
-    elif values == "long keys":
-        key = 200 * key
-    elif values in ("long negatives", "lengths"):
-        negatives = 200 * negatives
-    inputs = {"query": query, "key": key, "logit_scale": number(shape.scale, draw)}
-    if shape.queue > 0:
-        inputs["negatives"] = negatives
-    return Call(inputs, (ONE,), {"in_batch": shape.in_batch, "normalize": shape.normalize})
-
-
-def make_nt_xent(shape: ViewShape, values: str, draw: Draw) -> Call:
-    """Make the inputs of an NT-Xent loss: the features of two views, and the scale of the logits."""
+def make(names: tuple[str, str], shape: LossShape | SigmoidShape | QueueShape, values: str, draw: Draw) -> Call:
+    """Make the inputs of a loss: features of these names, scale (and bias) of the logits, and a queue of negatives."""
     first, second = features(shape, values, draw)
-    inputs = {"first": first, "second": second, "logit_scale": number(shape.scale, draw)}
-    return Call(inputs, (ONE,), {"normalize": shape.normalize})
+    scale = torch.tensor(shape.scale, device=draw.device)
+    options: dict[str, bool | int] = {"normalize": shape.normalize}
+    more = {}
+    if isinstance(shape, SigmoidShape):
+        more["logit_bias"] = torch.tensor(shape.bias, device=draw.device)
+        options = {"offset": shape.offset, **options}
+    if isinstance(shape, QueueShape):
+        negatives = draw.unit(shape.queue, shape.embed_dim)
+        if values == "all-equal rows":
+            negatives = first[:1].repeat(shape.queue, 1)
+        elif values == "long keys":
+            second = 200 * second
+        elif values in ("long negatives", "lengths"):
+            negatives = 200 * negatives
+        more = {"negatives": negatives} if shape.queue > 0 else {}
+        options = {"in_batch": shape.in_batch, **options}
+    return Call({names[0]: first, names[1]: second, "logit_scale": scale, **more}, (ONE,), options)
 
 
-def contrastive_floor(shape: LossShape, itemsize: int, backward: bool) -> Floor:
-    """Count the least work of the contrastive loss: 8 N^2 D operations without an N x N matrix between the passes.
+def floor_of(forward: float, backward: float) -> Callable[[PairShape, int, bool], Floor]:
+    """Return the least work of a loss whose passes take so many products of all its logits, without a matrix of them.
 
-    Forward, one product gives both log-sum-exps. Backward recomputes this product, and computes one more for each of
-    the two gradients. A version that keeps the N x N matrix needs no recomputation (6 N^2 D). It may be faster than
-    this floor if the matrix fits into memory.
+    Features are read in both passes, and their gradients written in the backward pass.
     """
-    product, bytes_of_features = _product_and_bytes(shape.pairs, shape.embed_dim, itemsize)
-    return Floor(3 * product, 2 * bytes_of_features) if backward else Floor(product, bytes_of_features)
 
+    def floor(shape: PairShape, itemsize: int, is_backward: bool) -> Floor:
+        """Count the least work of a loss of pairs."""
+        product, reading = 2 * shape.elements * shape.embed_dim, 2 * shape.pairs * shape.embed_dim * itemsize
+        return Floor(backward * product, 2 * reading) if is_backward else Floor(forward * product, reading)
 
-def sigmoid_floor(shape: SigmoidShape, itemsize: int, backward: bool) -> Floor:
-    """Count the least work of the sigmoid loss.
-
-    Forward, one product gives the loss and G, since G does not depend on a sum over logits. Backward, each of the two
-    gradients takes one product.
-    """
-    product, bytes_of_features = _product_and_bytes(shape.pairs, shape.embed_dim, itemsize)
-    return Floor(2 * product, 2 * bytes_of_features) if backward else Floor(product, bytes_of_features)
+    return floor
 
 
 def info_nce_floor(shape: QueueShape, itemsize: int, backward: bool) -> Floor:
@@ -114,24 +86,8 @@ def info_nce_floor(shape: QueueShape, itemsize: int, backward: bool) -> Floor:
     Forward, one product gives the sums. Backward recomputes it, and computes one more for the gradient of the queries.
     """
     row = shape.embed_dim * itemsize
-    product, reading = 2 * shape.pairs * shape.columns * shape.embed_dim, (2 * shape.pairs + shape.queue) * row
+    product, reading = 2 * shape.elements * shape.embed_dim, (2 * shape.pairs + shape.queue) * row
     return Floor(2 * product, reading + shape.pairs * row) if backward else Floor(product, reading)
-
-
-def nt_xent_floor(shape: ViewShape, itemsize: int, backward: bool) -> Floor:
-    """Count the least work of NT-Xent.
-
-    Each logit serves two views, so the sums take half a product. Backward recomputes that half, and computes a whole
-    product for the gradient.
-    """
-    views = 2 * shape.pairs
-    product, bytes_of_views = 2 * views**2 * shape.embed_dim, views * shape.embed_dim * itemsize
-    return Floor(1.5 * product, 2 * bytes_of_views) if backward else Floor(product / 2, bytes_of_views)
-
-
-def _product_and_bytes(pairs: int, embed_dim: int, itemsize: int) -> tuple[int, int]:
-    """Return the operations of the product of all logits, and the bytes of both sides' features."""
-    return 2 * pairs**2 * embed_dim, 2 * pairs * embed_dim * itemsize
 
 
 class Strip(NamedTuple):
@@ -191,10 +147,13 @@ loss_spec = functools.partial(
 
 SPECS = (
     loss_spec(
-        op=contrastive_loss, reference=reference.contrastive_loss, make=make_contrastive, cases=CONTRASTIVE,
+        op=contrastive_loss, reference=reference.contrastive_loss, make=functools.partial(make, ("image", "text")), cases=CONTRASTIVE,
         small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
         suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS, *ONE_BLOCK, "_strip_products_kernel"),
-        floor=contrastive_floor, float32=("logit_scale",),
+        # Forward, one product gives both log-sum-exps. Backward recomputes it, and computes one more for each of the two
+        # gradients. A version that keeps the N x N matrix needs no recomputation (6 N^2 D): it may be faster than this
+        # floor if the matrix fits into memory.
+        floor=floor_of(1, 3), float32=("logit_scale",),
         bench={
             "cpu": tuple(LossShape(pairs, 512) for pairs in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)),
             "cuda": tuple(LossShape(*size) for size in GPU_SIZES),
@@ -218,14 +177,15 @@ SPECS = (
         ),
     ),
     loss_spec(
-        op=sigmoid_loss, reference=reference.sigmoid_loss, make=make_sigmoid, cases=SIGMOID,
+        op=sigmoid_loss, reference=reference.sigmoid_loss, make=functools.partial(make, ("image", "text")), cases=SIGMOID,
         small=(SigmoidShape(11, 6, 5.0, -3.0, 0.3),),
         suite="sigmoid", torch_op="sigmoid",
         kernels=(
             "_sigmoid_pairs_kernel", "_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", "_scaled_kernel",
             *GRADIENTS[1:], *ONE_BLOCK,
         ),
-        floor=sigmoid_floor, float32=("logit_scale", "logit_bias"),
+        # Forward, one product gives the loss and G, since G does not depend on a sum over logits.
+        floor=floor_of(1, 2), float32=("logit_scale", "logit_bias"),
         bench={"cpu": (SigmoidShape(2048, 512),), "cuda": (SigmoidShape(16384, 512), SigmoidShape(4096, 512))},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         shipped=(
@@ -235,7 +195,7 @@ SPECS = (
         targets=(Target("sigmoid", SigmoidShape(16384, 512), _gemm("sigmoid_grad_tile")),),
     ),
     loss_spec(
-        op=info_nce_loss, reference=reference.info_nce_loss, make=make_info_nce, cases=INFO_NCE,
+        op=info_nce_loss, reference=reference.info_nce_loss, make=functools.partial(make, ("query", "key")), cases=INFO_NCE,
         small=(QueueShape(11, 7, 6, 5.0, 0.3, in_batch=True), QueueShape(11, 7, 6, 5.0, 0.3)),
         suite="info_nce", torch_op="info_nce", kernels=("_normalize_kernel", *SUMS, "_queries_kernel", *GRADIENTS),
         floor=info_nce_floor, frozen=("key", "negatives"), float32=("logit_scale",),
@@ -247,10 +207,11 @@ SPECS = (
         ),
     ),
     loss_spec(
-        op=nt_xent_loss, reference=reference.nt_xent_loss, make=make_nt_xent, cases=NT_XENT,
+        op=nt_xent_loss, reference=reference.nt_xent_loss, make=functools.partial(make, ("first", "second")), cases=NT_XENT,
         small=(ViewShape(11, 6, 5.0, 0.3),),
         suite="nt_xent", torch_op="nt_xent", kernels=("_normalize_kernel", *SUMS, "_views_kernel", *GRADIENTS),
-        floor=nt_xent_floor, float32=("logit_scale",),
+        # Each logit serves two views, so the sums take half a product. Backward recomputes that half.
+        floor=floor_of(0.5, 1.5), float32=("logit_scale",),
         bench={"cpu": (ViewShape(2048, 512),), "cuda": (ViewShape(16384, 512), ViewShape(4096, 512))},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         shipped=(Shipped("N1024 D512", ViewShape(1024, 512)),),

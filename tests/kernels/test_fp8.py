@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipfast.kernels import (
@@ -107,17 +106,6 @@ def test_products_are_those_of_the_operands_in_8_bits(dtype, recipe):
     for found, expected in zip((y, dx, dw, db), exact, strict=True):
         assert (found.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
     assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, torch.float32)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_result_is_near_that_of_a_linear_layer(recipe):
-    x, w, b, dy = operands()
-    ours, exact = (
-        (y.detach(), *torch.autograd.grad(y, (x, w, b), dy))
-        for y in (fp8_linear(x, w, b, recipe=recipe), F.linear(x, w, b))
-    )
-    for found, expected in zip(ours, exact, strict=True):
-        assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_only_8_bits_of_the_input_are_kept():
@@ -284,17 +272,6 @@ def test_the_scales_of_an_empty_weight_are_1(size, triton_device):
     rows, columns = quantize_weight(torch.empty(size, device=triton_device))
     assert bool((rows.scale == 1).all())
     assert bool((columns.scale == 1).all())
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_linear_layer_agrees_with_its_reference(recipe, device):
-    x, w, b, dy = (y.detach().to(device).requires_grad_() for y in operands(torch.float16))
-    results = []
-    for backend in ("auto", "torch"):
-        y = fp8_linear(x, w, b, recipe=recipe, backend=backend)
-        results.append((y, *torch.autograd.grad(y, (x, w, b), dy)))
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).abs().max() <= torch.finfo(torch.float16).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(33, 77), (2, 3, 64), (5,)], ids=str)

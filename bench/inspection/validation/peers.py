@@ -13,6 +13,7 @@ import torch
 from clipfast.io.text import align
 from clipfast.io.units import SECONDS, scaled
 from clipfast.kernels.spec import lengths_of
+from clipfast.verify.stand_in import stand_in_gpu
 
 from ...case import short
 from ..forecast import forecast, measured_shapes
@@ -20,7 +21,7 @@ from ..model import H100, NoModel
 from . import flex
 from .figures import time_of
 from .kernels import Work, configured, half, of
-from .recording import as_on_an_h100, recording
+from .recording import recording
 from .sources import Missing, module, package
 
 BF16 = torch.bfloat16
@@ -39,7 +40,7 @@ def loss_by_memeff(folder: Path, pairs: int, width: int) -> list[Work]:
 def sigmoid_by_siglip_kernel(folder: Path, pairs: int, width: int) -> list[Work]:
     """Launch siglip-kernel's loss in the variant that it takes for 16 bits."""
     with package(folder, "siglip-kernel", "0.1.2") as imported:
-        with as_on_an_h100():  # the module asks for the GPU when it is imported
+        with stand_in_gpu():  # the module asks for the GPU when it is imported
             loss = imported("siglip_kernel").fused_siglip_loss
         image, text = (half(pairs, width, dtype=BF16, grad=True) for _ in range(2))
         scale, bias = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
@@ -89,7 +90,7 @@ def attention_by_fla(folder: Path, batch: int, heads: int, tokens: int, causal: 
     if not causal:
         raise NoModel("it has no attention without the causal mask")
     with package(folder, "fla-core", "0.6.0") as imported:
-        with as_on_an_h100():
+        with stand_in_gpu():
             attend = imported("fla.ops.attn.parallel").parallel_attn
         shape, options = (batch, tokens, heads, 64), {}
         if varlen:

@@ -20,10 +20,12 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 
+from clipfast.verify.stand_in import stand_in_gpu
+
 from . import FOLDER
-from .recording import as_on_an_h100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _module(folder: Path, name: str) -> ModuleType:
         package_of.__path__ = [str(path.parent)]
         sys.modules[path.parent.name] = package_of
     neighbours = mock.patch.object(sys, "path", [str(path.parent), *sys.path])  # tutorials import each other
-    with as_on_an_h100(), neighbours, _standing_in():
+    no_library = mock.patch.object(torch.cuda, "is_available", lambda: False)  # otherwise they load cuBLAS
+    with stand_in_gpu(), no_library, neighbours, _standing_in():
         spec.loader.exec_module(loaded)
     _bind_old_names()
     return loaded
