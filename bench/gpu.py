@@ -28,7 +28,6 @@ from pathlib import Path
 
 from .checkout import ROOT, environment_with, link_packages
 from .gpu_samples import described, lines_of, sampled
-from .gpu_wheels import wheels
 
 # Seconds that all steps together may take: an hour, or ten minutes for a part, less half a minute for the end.
 HOUR_S, PART_S = 3570.0, 570.0
@@ -170,17 +169,11 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--part", default="all", choices=tuple(PARTS), help="a choice of steps (default: all)")
-    add("--out", type=Path, help="folder for the results; files of an earlier run in it are removed")
+    add("--out", type=Path, required=True, help="folder for the results; files of an earlier run in it are removed")
     total = "time of all steps (default: an hour, or ten minutes for a part)"
     add("--total", type=float, metavar="SECONDS", help=total)
     add("--stub", action="store_true", help="rehearse on a machine without a GPU, under a CUDA build of PyTorch")
-    add("--wheels", action="store_true", help="only list the packages that one may carry to the machine, and how")
     args = parser.parse_args()
-    if args.wheels:
-        print(wheels())
-        return 0
-    if args.out is None:
-        parser.error("--out FOLDER is needed: all results go there")
     if not args.stub:
         _need_gpu(parser)
     total_s = args.total or (HOUR_S if args.part == "all" else PART_S)

@@ -307,17 +307,14 @@ def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TU
 
 
 def run(args: Any) -> int:
-    """Tune the ops that the parsed command line names, or with ``--dry`` rank their configurations without a GPU."""
-    ops = named(args.op)
-    arch, choose = args.arch, by_model
+    """Tune the ops that the parsed command line names."""
+    arch, choose = ARCH, by_model
     route: Route | None = None
-    if args.by == MODEL and arch != ARCH:
-        raise ValueError(f"--by model: there is a model of sm_{ARCH} only, got --arch {arch}")
-    if args.by == MEASURED and not args.dry:
+    if args.by == MEASURED:
         if torch.version.hip is not None:
             raise ValueError("the tuner compiles for GPUs of NVIDIA only")
         if not torch.cuda.is_available():
-            raise ValueError("tuning needs the GPU that is tuned for: --by model, or --dry, does without one")
+            raise ValueError("tuning needs the GPU that is tuned for: --by model does without one")
         device = use(torch.device("cuda"))
         name = torch.cuda.get_device_name(device)
         if args.card is None or args.card.lower() not in name.lower():
@@ -329,10 +326,7 @@ def run(args: Any) -> int:
         choose = functools.partial(by_timing, device=device, budget=budget)
         route = functools.partial(sdpa_route, device=device, budget=budget)
     with compilers(os.cpu_count() or 1) as pool:
-        search = Search(args.dtype, arch, args.keep, args.limit, pool)
-        if args.dry:
-            return _print_rankings(ops, search)
-        return tune_all(ops, args, search, choose, route)
+        return tune_all(named(args.op), args, Search(args.dtype, arch, args.keep, args.limit, pool), choose, route)
 
 
 def named(ops: Sequence[str]) -> list[str]:
@@ -359,19 +353,6 @@ def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose, rout
     return 1 if failed else 0
 
 
-def _print_rankings(ops: Sequence[str], search: Search) -> int:
-    """Print the configurations that the tuner ranks best for each kernel of ``ops``, by their compiled code."""
-    for op in ops:
-        for tunable in () if op == SDPA else (target := TARGETS[op][1]).kernels:
-            committed = _committed(tunable, target, search)
-            others = [config for config in search.configurations(tunable) if config != committed]
-            for config, report, seconds in prune(tunable, target, [committed, *others], search):
-                note = "  <- committed" if config == committed else ""
-                time_text = "unknown" if seconds == float("inf") else f"{1e6 * seconds:.1f} us"
-                say(f"  {time_text:>10}  {report.resources.registers:3} registers  {config}{note}")
-    return 0
-
-
 def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
     """Return the committed configuration of a kernel to tune; refuse a kernel without one on this architecture."""
     key = key_of(tunable, target, search.dtype)
@@ -394,6 +375,4 @@ def add_arguments(parser: Any) -> None:
     add("--tables", type=Path, default=configs.TUNED, help="folder of the tables to write")
     by = "time on this machine's GPU, or choose by the model of an H100, without a GPU (default: measured)"
     add("--by", default=MEASURED, choices=(MEASURED, MODEL), help=by)
-    add("--dry", action="store_true", help="compile and rank only; needs no GPU, changes nothing")
-    add("--arch", type=int, default=90, choices=configs.ARCHS, help="for --dry (default 90)")
     add("--limit", type=COUNT, default=None, help="configurations to compile for each kernel (default: all)")

@@ -142,8 +142,6 @@ def add_parser(commands: Any) -> None:
     add("--predict", action="store_true", help="predict every op and a step of every published model instead")
     add("--card", default="h100", choices=tuple(MACHINES), help="the GPU to predict (default: h100)")
     add("--dtype", default="bf16", choices=tuple(DTYPES), help="of the ops (default: bf16)")
-    add("--tflops", type=float, default=H100.power_flops / 1e12, metavar="X",
-        help="1e12 FLOP/s of PyTorch's own products (default: %(default)g)")  # fmt: skip
     add("--against", nargs="+", metavar="FILE", help="results of clipfast bench to put beside the predictions")
     crossover = "find the batch from which the GPU takes longer than the host; it takes several times as long"
     add("--crossover", action="store_true", help=crossover)
@@ -180,8 +178,6 @@ def _report(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     """Print the predicted times of ops and steps, next to measured times if there are any."""
     _need_compiler()
-    if not args.tflops > 0:
-        raise ValueError(f"--tflops must be more than 0, got {args.tflops:g}")
     measured = _measurements(args.against) if args.against else None
     shapes = enumerate(forecast.measured_shapes())
     labels = ((n, forecast.label(spec.name, shape.to_dict(), args.dtype)) for n, (spec, shape) in shapes)
@@ -191,11 +187,10 @@ def _predict(args: argparse.Namespace) -> int:
         examples = "'contrastive_loss pairs=32768' or 'step model=ViT'"
         raise ValueError(f"no op or step contains {_alternatives(args.cases)}, such as {examples}")
     predict_one = functools.partial(
-        forecast.forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
+        forecast.forecast, dtype=args.dtype, machine=MACHINES[args.card],
         effort=QUICK if args.quick else FULL, finds_batch=args.crossover, captions=args.captions,
     )  # fmt: skip
-    record: dict[str, Any] = {"triton": triton.__version__, "card": args.card}
-    record |= {"products_flops_per_s": args.tflops * 1e12, "forecasts": []}
+    record: dict[str, Any] = {"triton": triton.__version__, "card": args.card, "forecasts": []}
     for tasks, is_step in ((ops, False), (steps, True)):
         if tasks:
             print(("\n" if is_step and ops else "") + forecast.heading(is_step, measured))
@@ -205,7 +200,7 @@ def _predict(args: argparse.Namespace) -> int:
             if args.json:  # predictions take minutes, so those that are done are kept if the run is stopped
                 replace_text(args.json, json.dumps(record, indent=1) + "\n")
     host = measured_host()["machine"]["cpu"]
-    rates = {"tflops": args.tflops, "times": FP8_SPEEDUP}
+    rates = {"tflops": H100.power_flops / 1e12, "times": FP8_SPEEDUP}
     note = NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, **rates, host=host)
     print(f"\n{note}")
     return 0

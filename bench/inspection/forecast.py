@@ -217,8 +217,8 @@ class Forecast:
 
 
 def forecast(
-    task: int | str, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops,
-    effort: Effort = FULL, *, finds_batch: bool = False, captions: bool = False,
+    task: int | str, dtype: str, machine: Machine = H100, effort: Effort = FULL, *, finds_batch: bool = False,
+    captions: bool = False,
 ) -> Forecast:  # fmt: skip
     """Predict the time of an op, forward and backward, or of a training step in bfloat16 with AdamW on one GPU.
 
@@ -226,7 +226,6 @@ def forecast(
         task: number of the op and its shape in :func:`measured_shapes`, or name of the published model.
         dtype: name of the dtype of an op.
         machine: the GPU.
-        product_flops: FLOP/s of PyTorch's own matrix products.
         effort: the limits on how much the model simulates.
         finds_batch: predict other batches too, to find the one from which the GPU takes longer than the host.
         captions: the texts of a step are packed captions, of 18 tokens on average, in place of texts of the context's
@@ -239,11 +238,11 @@ def forecast(
         if isinstance(task, int):
             spec, shape = measured_shapes()[task]
             shape = shape.changed(**{spec.items[0]: items})
-            return forecast_shape(spec, shape, dtype, machine, product_flops, effort)
+            return forecast_shape(spec, shape, dtype, machine, effort)
         work = step_work(task, items, CARDS[machine.name.lower()], captions=captions)
         sizes: dict[str, Any] = {"model": task, "batch": items} | ({"captions": True} if captions else {})
         what = {"name": STEP, "shape": sizes, "dtype": "bf16", "items": items}
-        return _forecast(work, machine, product_flops, effort, **what)
+        return _forecast(work, machine, effort, **what)
 
     found = at(_items(*measured_shapes()[task]) if isinstance(task, int) else STEPS[task])
     if not finds_batch:
@@ -252,13 +251,10 @@ def forecast(
     return dataclasses.replace(found, gpu_from=binds_from(lambda items: at(items).binds == GPU, start))
 
 
-def forecast_shape(
-    spec: OpSpec, shape: Shape, dtype: str, machine: Machine = H100, product_flops: float = H100.power_flops,
-    effort: Effort = FULL,
-) -> Forecast:  # fmt: skip
+def forecast_shape(spec: OpSpec, shape: Shape, dtype: str, machine: Machine = H100, effort: Effort = FULL) -> Forecast:
     """Predict the time of an op at any shape; the other arguments are those of :func:`forecast`."""
     return _forecast(
-        op_work(spec, shape, dtype), machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
+        op_work(spec, shape, dtype), machine, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
         items=_items(spec, shape),
     )  # fmt: skip
 
@@ -269,10 +265,10 @@ def _items(spec: OpSpec, shape: Shape) -> int:
     return count
 
 
-def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort, **what: Any) -> Forecast:
+def _forecast(work: Work, machine: Machine, effort: Effort, **what: Any) -> Forecast:
     """Return the forecast of recorded launches and PyTorch ops; ``what`` are its name, shape, dtype and items."""
     parts = predict_parts(work.launches, machine, effort)
-    times = [max(op.flops / product_flops, op.bytes / machine.hbm_rate) + machine.launch for op in work.ops]
+    times = [machine.op_seconds(op.flops, op.bytes) for op in work.ops]
     timed = [*zip(times, work.ops, strict=True)]
     products = sum(time for time, op in timed if op.flops)
     return Forecast(

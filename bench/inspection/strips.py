@@ -93,7 +93,7 @@ def forecast_strip(rows: int, gpus: int, embed_dim: int, mode: str) -> StripFore
             wire += wire_seconds(event, NODES, gpus)
             sent[event.collective] += event.bytes
         else:
-            took[number] = max(event.flops / H100.power_flops, event.bytes / H100.hbm_rate) + H100.launch
+            took[number] = H100.op_seconds(event.flops, event.bytes)
             torch_seconds += took[number]
     total = sum(seconds(ledger.events, NODES, gpus, took=took).values())
     floor = FLOPS[mode] * rows * rows * gpus * embed_dim / H100.power_flops

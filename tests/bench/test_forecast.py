@@ -95,7 +95,6 @@ def test_time_is_the_sum_of_its_parts_beside_measured_ones(capsys, tmp_path):
         (["--case", "nothing of the kind"], "nothing of the kind"),
         (["--against", __file__], "--against"),
         (["--json", "no/such/folder.json"], "no/such"),
-        (["--tflops", "0"], "--tflops"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, expected):

@@ -232,18 +232,14 @@ def test_the_model_chooses_what_is_faster_beyond_its_error(monkeypatch):
 
 
 def test_what_cannot_be_tuned_here_is_refused_before_anything_is_written(capsys, tmp_path):
-    for options, said in ((["--by", "model", "--arch", "80"], "--arch 80"), (["--card", "H100"], "needs the GPU")):
-        assert cli.main(["tune", "--op", "attention-64", "--tables", str(tmp_path), *options]) == 2
-        assert said in capsys.readouterr().err
-        assert list(tmp_path.iterdir()) == []
+    assert cli.main(["tune", "--op", "attention-64", "--tables", str(tmp_path), "--card", "H100"]) == 2
+    assert "needs the GPU" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_ranks_and_writes_who_chose(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_who_chose(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "compilers", lambda jobs: contextlib.nullcontext(SEARCH.pool))
-    options = ["--op", "attention-50", "--limit", "1", "--keep", "2", "--tables", str(tmp_path)]
-    assert cli.main(["tune", *options, "--by", "model"]) == 0
+    options = ["--op", "attention-50", "--limit", "1", "--keep", "2", "--tables", str(tmp_path), "--by", "model"]
+    assert cli.main(["tune", *options]) == 0
     found, before = (json.loads(path.read_text()) for path in (tmp_path / "sm_90.json", configs.table_path(90)))
     assert all(entry["by"] == "model" for key, entry in found.items() if entry != before.get(key))
-    capsys.readouterr()
-    assert cli.main(["tune", *options, "--dry"]) == 0
-    assert "<- committed" in capsys.readouterr().out

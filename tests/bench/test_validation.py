@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -16,7 +14,6 @@ from clipfast.bench.inspection import validation
 from clipfast.bench.inspection.validation import figures, flex, kernels, passes, sources, tables
 from clipfast.bench.inspection.validation.__main__ import main
 from clipfast.bench.inspection.validation.recording import recording
-from clipfast.kernels.spec import lengths_of
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/tables/gpu-model.md"
@@ -124,32 +121,6 @@ def test_a_figure_is_answered_by_all_kernels_of_the_fastest_variant(monkeypatch,
     assert answer.limit.startswith("once, ")
     at_least = sum(one.moved for one in found.others) + 2 * (4 << 21)
     assert answer.predicted > at_least / 3.35e12 * 1e3
-
-
-def test_peers_stand_beside_ours(tmp_path, capsys):
-    """Without its sources, the tutorial's row names the missing file; the row of the installed PyTorch has a time. A
-    peer that lacks the case says so.
-    """
-    assert main(["--sources", str(tmp_path), "--peers", "--only", "attention .* tokens=50$"]) == 0
-    tutorial, inductor, fla = capsys.readouterr().out.splitlines()
-    assert re.search("Triton tutorial.* is missing: get it from https://", tutorial)
-    assert float(inductor.split()[-1].removesuffix("x")) > 1
-    assert "fla" in fla
-    assert "no attention without the causal mask" in fla
-
-
-def test_flex_attention_sees_the_blocks_of_packed_sequences():
-    lengths = lengths_of(60, 77)
-    mask = flex.mask_of_sequences(lengths)
-    sequence = mask["SEQUENCE"]
-    number = torch.arange(len(sequence))
-    sees = (sequence[:, None] == sequence) & (number <= number[:, None])
-    blocks = -(-len(sequence) // 128)
-    sees = F.pad(sees, (0, blocks * 128 - len(sequence)) * 2).reshape(blocks, 128, blocks, 128).any(3).any(1)
-    for side, seen in (("KV", sees), ("Q", sees.T)):
-        counts = mask[f"{side}_NUM_BLKS"].flatten().tolist()
-        lists = zip(mask[f"{side}_IDX"][0, 0].tolist(), counts, strict=True)
-        assert [row[:count] for row, count in lists] == [row.nonzero().flatten().tolist() for row in seen]
 
 
 def test_flex_attention_sees_the_blocks_of_a_causal_mask():

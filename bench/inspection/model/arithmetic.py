@@ -6,6 +6,8 @@ them. The names of instructions are those that ``nvdisasm`` prints for compute c
 only these names, in the list of the CUDA binary utilities; the meanings here were inferred from compiled code.
 """
 
+import itertools
+import operator
 import re
 import struct
 from collections.abc import Callable
@@ -25,7 +27,9 @@ def execute(state: State, instruction: Instruction) -> None:
     holds = state.holds(instruction.guard)
     if holds is False:
         return
-    meaning = _MEANING.get(instruction.name) if holds else None
+    name = instruction.name
+    # Instructions of the uniform registers have the names of others after a "U", and their meaning.
+    meaning = (_MEANING.get(name) or _MEANING.get(name.removeprefix("U"))) if holds else None
     try:
         if meaning is None:
             raise Unknown
@@ -111,7 +115,7 @@ def _extend(modifiers: list[str], values: list[int]) -> int:
     return value - (1 << bits) if bits and "U32" not in modifiers and value >> bits - 1 else value
 
 
-@_means("IMAD", "UIMAD")
+@_means("IMAD")
 def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     """Run the machine instruction IMAD, an integer multiply-add."""
     carries, result, rest = _split(found)
@@ -142,7 +146,7 @@ def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int:
     return (~value & MASK) + (operand.sign == "-") if operand.sign else value
 
 
-@_means("IADD3", "UIADD3")
+@_means("IADD3")
 def _add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     """Run the machine instruction IADD3, which adds three integers and sets predicates to the carries."""
     carries, result, rest = _split(found)
@@ -152,7 +156,7 @@ def _add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Inst
     state.write(result, total & MASK)
 
 
-@_means("LEA", "ULEA")
+@_means("LEA")
 def _shift_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     """Run the machine instruction LEA, which shifts one integer and adds it to another."""
     carries, result, rest = _split(found)
@@ -170,7 +174,7 @@ def _shift_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _
     state.write(result, total & MASK)
 
 
-@_means("ISETP", "UISETP")
+@_means("ISETP")
 def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     """Run the machine instruction ISETP, which compares integers and sets predicates."""
     (first, second), (a, b), rest = found[:2], found[2:4], found[4:]
@@ -184,22 +188,19 @@ def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: 
         if "EX" in modifiers and left == right:  # the earlier comparison of the low halves decides
             result = state.predicate(rest[-1])
     other = state.predicate(rest[0]) if rest else True
+    combine = operator.or_ if "OR" in modifiers else operator.xor if "XOR" in modifiers else operator.and_
     for operand, value in ((first, result), (second, None if result is None else not result)):
-        state.set(operand, _combine("OR" in modifiers, "XOR" in modifiers, value, other))
+        state.set(operand, _known(combine, value, other))
 
 
-def _combine(either: bool, differ: bool, a: bool | None, b: bool | None) -> bool | None:
-    """Combine two predicate registers by or, exclusive or, or and; None stands for an unknown value."""
-    if differ:
-        return None if a is None or b is None else a != b
-    if either:
-        return True if a or b else (None if a is None or b is None else False)
-    if a is False or b is False:
-        return False
-    return None if a is None or b is None else True
+def _known(function: Callable[..., bool], *values: bool | None) -> bool | None:
+    """Return a function of predicates, of which None stands for an unknown one, or None if these matter to it."""
+    choices = itertools.product(*((False, True) if value is None else (value,) for value in values))
+    options = {function(*chosen) for chosen in choices}
+    return options.pop() if len(options) == 1 else None
 
 
-@_means("LOP3", "ULOP3")
+@_means("LOP3")
 def _logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
     """Run the machine instruction LOP3, any function of three bits for each bit of three registers."""
     carries, result, rest = _split(found)
@@ -221,24 +222,16 @@ def _look_up(table: int, values: list[tuple[int, int]]) -> tuple[int, int]:
     return may_be[1] & ~may_be[0], ~(may_be[0] & may_be[1]) & MASK
 
 
-@_means("PLOP3", "UPLOP3")
+@_means("PLOP3")
 def _predicate_logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
     """Run PLOP3, any function of three predicates; unknown ones may not matter to its result."""
     inputs = [state.predicate(operand) for operand in found[2:5]]
     for result, table in zip(found[:2], found[5:7], strict=True):
-        options = {
-            bool((table.number or 0) >> (4 * a + 2 * b + c) & 1)
-            for a in _either(inputs[0]) for b in _either(inputs[1]) for c in _either(inputs[2])
-        }  # fmt: skip
-        state.set(result, options.pop() if len(options) == 1 else None)
+        bits = table.number or 0
+        state.set(result, _known(lambda a, b, c, bits=bits: bool(bits >> 4 * a + 2 * b + c & 1), *inputs))
 
 
-def _either(value: bool | None) -> tuple[bool, ...]:
-    """Return the values that a predicate register of the simulated kernel may have."""
-    return (False, True) if value is None else (value,)
-
-
-@_means("SEL", "USEL")
+@_means("SEL")
 def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
     """Run the machine instruction SEL, which selects one of two operands by a predicate."""
     chosen = state.predicate(found[3])
@@ -249,7 +242,7 @@ def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruct
         state.write_bits(found[0], *(a if chosen else b))
 
 
-@_means("IMNMX", "VIMNMX", "UIMNMX", "VIADDMNMX")
+@_means("IMNMX", "VIMNMX", "VIADDMNMX")
 def _extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     """Run a machine instruction that takes the minimum or the maximum of two integers."""
     *addends, other, chooses_min = found[1:]  # VIADDMNMX adds two numbers first
@@ -268,7 +261,7 @@ def _half_constants(state: State, _: list[str], found: tuple[Operand, ...], inst
     state.write(found[0], high << 16 | low)
 
 
-@_means("LDC", "ULDC", "LDCU", "MOV", "UMOV", "R2UR")
+@_means("LDC", "LDCU", "MOV", "R2UR")
 def _move(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
     """Run a machine instruction that moves a register or loads a constant."""
     result, rest = _split(found)[1:]
@@ -391,10 +384,7 @@ def _convert(state: State, modifiers: list[str], found: tuple[Operand, ...], ins
 
 
 _MEANING |= {
-    "SHF": _simple(_shift), "USHF": _simple(_shift), "PRMT": _simple(_permute), "UPRMT": _simple(_permute),
-    "SGXT": _simple(_extend), "USGXT": _simple(_extend), "VIADD": _simple(lambda _, values: sum(values)),
-    "IABS": _simple(lambda _, values: abs(signed(values[0]))),
-    "UIABS": _simple(lambda _, values: abs(signed(values[0]))),
+    "SHF": _simple(_shift), "PRMT": _simple(_permute), "SGXT": _simple(_extend),
+    "VIADD": _simple(lambda _, values: sum(values)), "IABS": _simple(lambda _, values: abs(signed(values[0]))),
     "POPC": _simple(lambda _, values: values[0].bit_count()),
-    "UPOPC": _simple(lambda _, values: values[0].bit_count()),
 }  # fmt: skip

@@ -57,6 +57,10 @@ class Machine:
     launch: float = 2.5e-6
     power_flops: float = CARDS["h100"].reached(half=True)
 
+    def op_seconds(self, flops: float, moved: float) -> float:
+        """Return the time of a PyTorch op: its FLOPs or its bytes, whichever take longer, and a launch."""
+        return max(flops / self.power_flops, moved / self.hbm_rate) + self.launch
+
     def cycles_per_byte(self, rate: float) -> float:
         """Return the cycles per byte of a simulated multiprocessor for its share of the whole GPU's ``rate``."""
         return self.clock * self.multiprocessors / rate

@@ -3,7 +3,6 @@
     python -m clipfast.bench.inspection.validation --fetch                        say how to get the kernels
     python -m clipfast.bench.inspection.validation --sources FOLDER               all figures
     python -m clipfast.bench.inspection.validation --sources FOLDER --only norm   those whose name or kind matches
-    python -m clipfast.bench.inspection.validation --sources FOLDER --peers       ours beside other people's kernels
 
 The results are kept beside those of other figures and of other Tritons, so run it under each Triton. ``--document
 docs/gpu-model.md`` writes the tables of that document again.
@@ -22,7 +21,7 @@ import triton
 from clipfast.io.files import replace_text
 
 from ..model import NoModel
-from . import FOLDER, peers, tables
+from . import FOLDER, tables
 from .figures import answer, figures
 from .sources import Missing, how_to_fetch
 
@@ -34,16 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, default=Path("sources"), help="folder of kernels (default: ./sources)")
     parser.add_argument("--fetch", action="store_true", help="print the commands that fill the folder, and end")
-    parser.add_argument("--peers", action="store_true", help="predict other people's kernels beside ours, and end")
     parser.add_argument("--only", default="", help="a regular expression for kind and name of figures")
     parser.add_argument("--document", type=Path, help="a document whose tables are written again")
     options = parser.parse_args(arguments)
     if options.fetch:
         print("\n".join(how_to_fetch(options.sources)))
-        return 0
-    if options.peers:
-        for row in peers.compare(options.sources, lambda case: re.search(options.only, case)):
-            print(row, flush=True)
         return 0
     version = ".".join(triton.__version__.split(".")[:2])
     results = read_results()

@@ -105,8 +105,7 @@ def time_of(work: Work, machine: Machine) -> tuple[float, str]:
             prediction = predict(kernel, launched.grid, launched.arguments, machine, hbm_bytes=moved, effort=EFFORT)
             found[id(launched)] = prediction.seconds, prediction.limit
     total = sum(found[id(launched)][0] for launched, _ in work.launches)
-    for other in work.others:
-        total += max(other.moved / machine.hbm_rate, other.flops / machine.power_flops) + machine.launch
+    total += sum(machine.op_seconds(other.flops, other.moved) for other in work.others)
     return total, max(found.values(), default=(0.0, "published rate"))[1]
 
 

@@ -1,9 +1,8 @@
 """FlexAttention's kernels, made from the templates in the installed PyTorch.
 
 TorchInductor fills its templates when a model is compiled on a GPU. Here they are filled in the same way, for a call
-without ``score_mod`` and with one of three masks: none, the causal one, or that of packed sequences, in which a token
-sees its own sequence up to itself. The tiles are those that PyTorch takes on an H100 for dimensions 64 and 128 without
-``max_autotune``.
+without ``score_mod``, and with the causal mask or none. The tiles are those that PyTorch takes on an H100 for
+dimensions 64 and 128 without ``max_autotune``.
 """
 
 import functools
@@ -23,8 +22,6 @@ import torch
 _IMPORTS = "import triton\nimport triton.language as tl\n\nINDEX_DTYPE: tl.constexpr = tl.int32\n\n"
 _EVERYTHING = 1 << 30  # FlexAttention's block size without a block mask
 _BLOCK = 128  # FlexAttention's block size with a block mask
-_SAME_SEQUENCE = "mask_mod_output = (tl.load(arg_SEQUENCE + {m}) == tl.load(arg_SEQUENCE + {n})) & ({n} <= {m})"
-_CAUSAL = "{n} <= {m}"
 Mask = Mapping[str, torch.Tensor] | None
 
 
@@ -36,7 +33,7 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask
     out = torch.empty_like(query)
     options = _options(query, key, mask) | {"BLOCK_M": block_m, "BLOCK_N": block_n, "OUTPUT_LOGSUMEXP": True,
                                       "OUTPUT_MAX": False}  # fmt: skip
-    names = ("Q", "K", "V", "LSE", "MAX", "KV_NUM_BLKS", "KV_IDX", "FULL_KV_NUM_BLKS", "FULL_KV_IDX", "SEQUENCE")
+    names = ("Q", "K", "V", "LSE", "MAX", "KV_NUM_BLKS", "KV_IDX", "FULL_KV_NUM_BLKS", "FULL_KV_IDX")
     kernel = _kernel("flex_attention", ("flex_attention", "utilities", "common"), names, tensors, out, options)
     batch, heads, length, _ = query.shape
     grid = (-(-length // block_m), batch, heads)
@@ -51,7 +48,7 @@ def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mas
     options = _options(query, key, mask) | blocks | {"WRITE_DQ": True}
     names = (
         "Q", "K", "V", "LSE", "DELTA", "DO", "DQ", "DV", "KV_NUM_BLKS", "KV_IDX", "Q_NUM_BLKS", "Q_IDX",
-        "FULL_KV_NUM_BLKS", "FULL_KV_IDX", "FULL_Q_NUM_BLKS", "FULL_Q_IDX", "SEQUENCE",
+        "FULL_KV_NUM_BLKS", "FULL_KV_IDX", "FULL_Q_NUM_BLKS", "FULL_Q_IDX",
     )  # fmt: skip
     out = torch.empty_like(key)
     kernel = _kernel("flex_backward", ("flex_backwards", "utilities"), names, tensors, out, options)
@@ -59,27 +56,6 @@ def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mas
     kv_heads, keys = key.shape[1], key.shape[2]
     grid = (-(-length // 128) * (heads // kv_heads) + -(-keys // 128), batch, kv_heads)
     kernel[grid](*(tensors[name] for name in names), out, num_warps=warps, num_stages=stages)
-
-
-def mask_of_sequences(lengths: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Return the mask of packed sequences of these lengths: the tensors of a block mask, and each token's sequence.
-
-    No block of queries sees all of a block of keys, so FlexAttention's list of full blocks is empty.
-
-    Raises:
-        ValueError: a sequence may contain a whole block of tokens, which would be a full block.
-    """
-    if max(lengths) >= _BLOCK:
-        raise ValueError(f"sequences must be shorter than a block of {_BLOCK} tokens, got {max(lengths)}")
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
-    first, last = sequence[::_BLOCK], torch.cat([sequence[_BLOCK - 1 :: _BLOCK], sequence[-1:]])
-    number = torch.arange(len(first))
-    seen = (last[: len(first)] >= first[:, None]) & (number <= number[:, None])
-    mask = {"SEQUENCE": sequence}
-    for side, blocks in (("KV", seen), ("Q", seen.T)):
-        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-        mask |= {f"{side}_NUM_BLKS": blocks.sum(-1)[None, None].int(), f"{side}_IDX": order[None, None].int()}
-    return mask
 
 
 def causal_mask(length: int) -> dict[str, torch.Tensor]:
@@ -101,9 +77,9 @@ def _inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: M
     tensors = {"Q": query, "K": key, "V": value, "LSE": rows, "DELTA": torch.empty_like(rows), "MAX": none}
     tensors |= dict.fromkeys(("FULL_KV_NUM_BLKS", "FULL_KV_IDX", "FULL_Q_NUM_BLKS", "FULL_Q_IDX"), none)
     if mask is not None:
-        return tensors | {"SEQUENCE": none} | dict(mask)
+        return tensors | dict(mask)
     one, first = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
-    return tensors | {"SEQUENCE": none, "KV_NUM_BLKS": one, "KV_IDX": first, "Q_NUM_BLKS": one, "Q_IDX": first}
+    return tensors | {"KV_NUM_BLKS": one, "KV_IDX": first, "Q_NUM_BLKS": one, "Q_IDX": first}
 
 
 def _options(query: torch.Tensor, key: torch.Tensor, mask: Mask) -> dict[str, Any]:
@@ -114,7 +90,7 @@ def _options(query: torch.Tensor, key: torch.Tensor, mask: Mask) -> dict[str, An
         "IS_DIVISIBLE": query.shape[-2] % 128 == key.shape[-2] % 128 == 0,
         "FLOAT32_PRECISION": "'ieee'", "SM_SCALE": 1 / math.sqrt(dim),
         "GQA_SHARED_HEADS": query.shape[1] // key.shape[1],
-        "HAS_FULL_BLOCKS": mask is not None and "FULL_KV_IDX" in mask,
+        "HAS_FULL_BLOCKS": mask is not None,
         "QK_HEAD_DIM": dim, "QK_HEAD_DIM_ROUNDED": dim, "V_HEAD_DIM": dim,
         "V_HEAD_DIM_ROUNDED": dim, "SAFE_HEAD_DIM": True, "USE_TMA": False, "SPARSE_Q_BLOCK_SIZE": block,
         "SPARSE_KV_BLOCK_SIZE": block,
@@ -151,10 +127,8 @@ def _kernel(
         if output_name is None:
             return "pass"
         if output_name == "mask_mod_output":
-            if tensors["SEQUENCE"].numel() > 0:
-                return _SAME_SEQUENCE.format(**more)
             is_causal = options["HAS_FULL_BLOCKS"]
-            return f"{output_name} = " + (_CAUSAL.format(**more) if is_causal else "tl.full([1], True, tl.int1)")
+            return f"{output_name} = " + (f"{more['n']} <= {more['m']}" if is_causal else "tl.full([1], True, tl.int1)")
         return f"{output_name} = {more['grad_score_mod'] if output_name == 'grad_scores' else score}"
 
     defines = "\n".join(f"{option} : tl.constexpr = {value}" for option, value in options.items())

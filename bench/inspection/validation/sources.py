@@ -50,14 +50,8 @@ class File:
 
 # The names of Gluon's functions changed: one version of the tutorials is for Triton 3.6 to 3.8, another from 3.9 on.
 FILES = {name: File(*row) for name, row in json.loads((FOLDER / "figures.json").read_text())["files"].items()}
-# Packages in the versions that the figures were measured with, or that are compared with ours.
-PACKAGES = {
-    "memeff": ("0.3.1",),
-    "liger-kernel": ("0.6.0", "0.8.0", "0.8.1"),
-    "siglip-kernel": ("0.1.2",),
-    "fla-core": ("0.6.0",),
-}
-NEEDS = {"fla-core": " einops"}  # packages that it imports, and that clipfast does not need
+# Packages in the versions that the figures were measured with.
+PACKAGES = ("liger-kernel", "0.6.0"), ("liger-kernel", "0.8.0"), ("liger-kernel", "0.8.1"), ("siglip-kernel", "0.1.2")
 
 
 class Missing(Exception):  # noqa: N818  (it is reported, and not a failure)
@@ -69,10 +63,9 @@ class Missing(Exception):  # noqa: N818  (it is reported, and not a failure)
 def how_to_fetch(folder: Path) -> list[str]:
     """Return the shell commands that fill the folder of validated kernels' sources."""
     lines = [f"curl -fsSL --create-dirs -o {folder / file.place} {file.url}" for file in FILES.values()]
-    for package, versions in PACKAGES.items():
-        for version in versions:
-            target = folder / f"{package}-{version}"
-            lines.append(f"pip install --no-deps --target {target} {package}=={version}{NEEDS.get(package, '')}")
+    for package, version in PACKAGES:
+        target = folder / f"{package}-{version}"
+        lines.append(f"pip install --no-deps --target {target} {package}=={version}")
     return lines
 
 
@@ -108,7 +101,7 @@ def _module(folder: Path, name: str) -> ModuleType:
         package_of.__path__ = [str(path.parent)]
         sys.modules[path.parent.name] = package_of
     neighbours = mock.patch.object(sys, "path", [str(path.parent), *sys.path])  # tutorials import each other
-    no_library = mock.patch.object(torch.cuda, "is_available", lambda: False)  # otherwise they load cuBLAS
+    no_library = mock.patch.object(torch.cuda, "is_available", return_value=False)  # otherwise they load cuBLAS
     with stand_in_gpu(), no_library, neighbours, _standing_in():
         spec.loader.exec_module(loaded)
     _bind_old_names()
