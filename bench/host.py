@@ -43,7 +43,7 @@ from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.verify.models import draw_batch
 
-from . import results
+from . import machine, results
 from .case import OURS, AnyFunction, Candidate, Case, Sizes, call
 from .harness import Budget, Timing, leaves, measure
 from .stub import driver, walk
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{place}, {dtype}: CPU time of the host in microseconds per call, median of {args.rounds} rounds\n")
     print(LINE.format("", "forward", "x theirs", "both", "x theirs", "kernels"))
     lines = []
-    with one_thread(), _on_stub() if is_stub else contextlib.nullcontext():
+    with undisturbed(), _on_stub() if is_stub else contextlib.nullcontext():
         for row in rows(args.op, args.model, dtype, device):
             cases = row.forward, row.both
             passes = [_measured(case, args.rounds, takes_all=is_stub) if case else {} for case in cases]
@@ -302,17 +302,15 @@ def _on_stub() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Let PyTorch use one thread, and take denormal numbers for zero.
 
     On the driver stub no kernel runs, so results are what their memory held before. That may be denormal numbers, which
     would slow down PyTorch's ops on the CPU.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        torch.set_flush_denormal(False)
+    with machine.one_thread():
+        torch.set_flush_denormal(True)
+        try:
+            yield
+        finally:
+            torch.set_flush_denormal(False)

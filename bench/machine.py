@@ -1,12 +1,13 @@
 """The conditions of a measurement: machine, versions, commit, clocks, temperature, and the machine's measured rates."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ PACKAGES = (
     "torch", "triton", "numpy", "open_clip_torch", "memeff", "cut-cross-entropy", "liger-kernel",
     "siglip-kernel", "flash-attn",
 )  # fmt: skip
+
+
+SUSTAINED_S = 10.0
 
 
 def versions() -> dict[str, str | None]:
@@ -102,8 +106,8 @@ def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 @exact_float32()
-def sustained_flops(device: torch.device, dtype: torch.dtype, seconds: float = 10.0) -> float:
-    """Measure the FLOP/s of large matrix products in the last second of ``seconds`` without a pause.
+def sustained_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of large matrix products in the last of ten seconds without a pause.
 
     The best of a few products (:func:`measure_roofs`) is computed by a cool GPU; training has the clocks of a warm one.
     """
@@ -116,9 +120,9 @@ def sustained_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1
         for _ in range(8):
             torch.mm(a, b, out=out)
 
-    while (now := time.monotonic() - start) < seconds:
+    while (now := time.monotonic() - start) < SUSTAINED_S:
         taken.append((now, elapsed(several, device)))
-    late = [spent for begun, spent in taken if begun >= seconds - 1] or [taken[-1][1]]
+    late = [spent for begun, spent in taken if begun >= SUSTAINED_S - 1] or [taken[-1][1]]
     return 8 * 2 * side**3 * len(late) / sum(late)
 
 
@@ -148,6 +152,17 @@ def cpu_seconds() -> float:
     """Return the CPU time of the benchmark's process, and of the processes that it started and that have ended."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread for a benchmark, as in a data worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from clipfast.io.text import align
+from clipfast.io.units import BYTES, SECONDS, scaled
 
 from . import results
 from .case import OURS
 from .categories import CATEGORIES, HOST
-
-UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def sizes(case: dict[str, Any]) -> str:
@@ -26,7 +25,7 @@ def case_table(case: dict[str, Any]) -> str:
     """
     head = f"{case['op']}  {sizes(case)}  {case['dtype']}"
     if case["floor"]:
-        head += f"   floor {seconds(case['floor']['seconds'])}"
+        head += f"   floor {scaled(case['floor']['seconds'], SECONDS)}"
     if case["telemetry"]["throttled"]:
         head += "   THROTTLED: no verdict"
     rows = [["", "time", "p20..p80", "x ours [95%]", "of floor", "peak memory", f"{case['items']['unit']}/s"]]
@@ -67,7 +66,7 @@ def _breakdown(case: dict[str, Any]) -> list[str]:
         if breakdown := candidate.get("breakdown"):
             step_s = breakdown["step_s"]
             shares = [f"{100 * breakdown['seconds'][name] / step_s:.1f}%" for name in used]
-            rows.append([candidate["name"], seconds(step_s), *shares, seconds(breakdown["traced_s"])])
+            rows.append([candidate["name"], scaled(step_s, SECONDS), *shares, scaled(breakdown["traced_s"], SECONDS)])
             unknown = [f"{name[:80]} {100 * s / step_s:.2f}%" for name, s in breakdown["unknown"].items()]
             remarks += [f"  in other, {candidate['name']}: {', '.join(unknown)}"] if unknown else []
     head = ["where the time goes", "step", *used, "traced"]
@@ -80,11 +79,11 @@ def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
     share = candidate.get("share_of_floor")
     return [
         candidate["name"] + (" *" if candidate["note"] else "") + (" (eager)" if candidate.get("eager") else ""),
-        seconds(candidate["median_s"]),
-        f"{seconds(candidate['p20_s'])}..{seconds(candidate['p80_s'])}",
+        scaled(candidate["median_s"], SECONDS),
+        f"{scaled(candidate['p20_s'], SECONDS)}..{scaled(candidate['p80_s'], SECONDS)}",
         f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "",
         f"{100 * share:.0f}%" if share is not None else "",
-        size(candidate["peak_bytes"]),
+        _memory(candidate["peak_bytes"]),
         _rate(case["items"]["count"] / candidate["median_s"]),
         *([_mfu(candidate["mfu"])] if "mfu" in candidate else []),
     ]
@@ -101,17 +100,9 @@ def _mfu(mfu: dict[str, float | None]) -> str:
     return f"{100 * measured:.1f}%" + (f" ({100 * data_sheet:.1f}%)" if data_sheet else "")
 
 
-def seconds(value: float) -> str:
-    """Return a benchmark's time with its unit: ``0.0123`` becomes ``12.3 ms``."""
-    factor, unit = next((found for found in UNITS if value >= found[0]), UNITS[-1])
-    return f"{value / factor:.3g} {unit}"
-
-
-def size(value: int | None) -> str:
-    """Return a benchmark's number of bytes with its unit, such as ``12.3 MiB``, or ``-`` for None."""
-    if value is None:
-        return "-"
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+def _memory(value: int | None) -> str:
+    """Return a benchmark's peak memory with its unit, or ``-`` for None."""
+    return "-" if value is None else scaled(value, BYTES)
 
 
 def page_table(runs: list[dict[str, Any]]) -> str:
@@ -134,10 +125,10 @@ def page_table(runs: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 f"{shape['model']}, {shape['batch']:,}" if is_step else f"{shape['pairs']:,}",
-                *(seconds(c["median_s"]) if c else "-" for c in (ours, theirs)),
+                *(scaled(c["median_s"], SECONDS) if c else "-" for c in (ours, theirs)),
                 f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "-",
                 *rates,
-                *(size(c["peak_bytes"] if c else None) for c in (ours, theirs)),
+                *(_memory(c["peak_bytes"] if c else None) for c in (ours, theirs)),
             ]
         )
     widths = {str(case["shape"]["embed_dim"]) for case in cases if "embed_dim" in case["shape"]}

@@ -162,23 +162,12 @@ def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False,
 
     With ``loss_only``, the gradients are those of the loss that the model itself computes.
     """
-    given = dict(given)
-    if "pixel_values" in given:
-        given["pixel_values"] = given["pixel_values"].clone().requires_grad_()
+    images = {key: given[key].clone().requires_grad_() for key in given.keys() & {"pixel_values"}}
     model.zero_grad()
     torch.manual_seed(1)  # so that both models drop the same elements
-    output = model(**given, **options)
+    output = model(**given | images, **options)
     if loss_only:
-        output.loss.backward()
-        found = {f"output {key}": getattr(output, key).detach() for key in ("loss", "text_embeds", "image_embeds")}
+        outs = {key: getattr(output, key) for key in ("loss", "text_embeds", "image_embeds")}
     else:
-        found = {f"output {key}": x for key, x in flat(output).items() if x.requires_grad}
-        generator = torch.Generator().manual_seed(2)
-        terms = [(x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in found.values()]
-        torch.stack(terms).sum().backward()
-    found = {key: x.detach() for key, x in found.items()}
-    found |= packed({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    if "pixel_values" in given:
-        assert given["pixel_values"].grad is not None
-        found["images"] = given["pixel_values"].grad
-    return found
+        outs = {key: x for key, x in flat(output).items() if x.requires_grad}
+    return packed(shrunk.gradients(model, outs, images, output.loss if loss_only else None))

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -278,13 +278,24 @@ def results(model: nn.Module, *args: Input) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(1)  # so that both models drop the same elements
     out = outputs(model, seen if isinstance(args[0], dict) else seen["images"], *args[1:])
-    generator = torch.Generator().manual_seed(2)
-    loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in out)
-    assert isinstance(loss, Tensor)
+    return gradients(model, {str(i): x for i, x in enumerate(out)}, seen)
+
+
+def gradients(
+    model: nn.Module, outs: Mapping[str, Tensor], given: Mapping[str, Tensor], loss: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return an adopted model's outputs, and the gradients of its parameters and of the ``given`` tensors, by name.
+
+    They are the gradients of the loss, by default of a sum of all outputs with random weights.
+    """
+    if loss is None:
+        generator = torch.Generator().manual_seed(2)
+        terms = [(x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outs.values()]
+        loss = functools.reduce(torch.add, terms)
     loss.backward()
-    found = {f"output {i}": x.detach() for i, x in enumerate(out)}
-    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return found | {name: x.grad for name, x in seen.items() if x.grad is not None}
+    leaves = {**dict(model.named_parameters()), **given}
+    found = {f"output {name}": x.detach() for name, x in outs.items()}
+    return found | {name: x.grad.clone() for name, x in leaves.items() if x.grad is not None}
 
 
 def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:

@@ -36,7 +36,7 @@ def test_the_way_to_the_kernels(row: host.Row, kind: str) -> None:
     names = OURS, known["against"]
     case = host.prepared(getattr(row, kind))
     case = dataclasses.replace(case, candidates=tuple(one for one in case.candidates if one.name in names))
-    with host.one_thread():
+    with host.undisturbed():
         samples = {timing.candidate.name: timing.samples for timing in host.timings(case, ROUNDS)}
     ours, theirs = (known["found"][name][kind][0] for name in names)
     ratio, low, _ = ratio_interval(samples[known["against"]], samples[OURS])

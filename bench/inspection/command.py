@@ -26,7 +26,7 @@ from . import forecast, offline
 from .eager import STEP
 from .eager import measured as measured_host
 from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, load, predict
-from .report import Report, differences, explain, table, to_json
+from .report import Report, differences, explain, table
 from .sass import matrix_instructions, parse
 from .shipped import SNAPSHOT, compiles_for, known_problems, loads, shipped_cases
 
@@ -167,7 +167,7 @@ def _report(args: argparse.Namespace) -> int:
     changes = differences(reports, loads(SNAPSHOT.read_text()), VERSION)
     failing = [report for report in reports if report.failures]
     if args.json:
-        record = {"triton": triton.__version__, "reports": [to_json(report) for report in reports]}
+        record = {"triton": triton.__version__, "reports": [dataclasses.asdict(report) for report in reports]}
         replace_text(args.json, json.dumps(record | {"differences": changes}, indent=1) + "\n")
     print(table(reports))
     print(f"\n{len(reports)} shipped kernels, Triton {triton.__version__}: {len(failing)} with a problem")

@@ -385,11 +385,7 @@ def label(name: str, shape: dict[str, Any], dtype: str) -> str:
 
 def to_json(one: Forecast) -> dict[str, Any]:
     """Return a forecast of times for JSON, with the numbers that are computed from its fields."""
-    record = dataclasses.asdict(one) | {
+    return dataclasses.asdict(one) | {
         "seconds": one.seconds, "eager_seconds": one.eager_seconds, "items_per_s": one.items / one.eager_seconds,
         "binds": one.binds, "corrected": one.corrected._asdict(),
     }  # fmt: skip
-    for part, fields in zip(one.parts, record["parts"], strict=True):
-        if part.prediction:
-            fields["prediction"]["limit"] = part.prediction.limit
-    return record

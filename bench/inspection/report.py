@@ -72,14 +72,6 @@ class Report:
         return unsound, self.prediction.seconds if self.prediction else float("inf"), -self.occupancy.warps
 
 
-def to_json(report: Report) -> dict[str, Any]:
-    """Return a report for JSON: its fields, and the limit of its prediction."""
-    record = dataclasses.asdict(report)
-    if report.prediction is not None:
-        record["prediction"]["limit"] = report.prediction.limit
-    return record
-
-
 def table(reports: Sequence[Report]) -> str:
     """Return a table of compiled kernels for each architecture, one row for each report."""
     parts = []

@@ -31,12 +31,11 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Resources))
 STANDS_FOR = {"sm_89": "sm_86"}
 # Resources by version, architecture, case, kernel and name of the field.
 Snapshot = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
-# Warnings of the assembler that are accepted, by Triton version, architecture and case, with the reason and the cost.
-KNOWN_WARNINGS: dict[tuple[str, int, str], tuple[str, ...]] = {}
-# Spills that are accepted. If a batch is no multiple of 16, a large tile spills one to four registers. The sigmoid loss
-# spills two or four registers of a tile; without a limit of registers it spills none, but takes a fifth longer.
-# GELU in 8 bits keeps three tiles of whole rows in flight, and one address too many.
-KNOWN_SPILLS = {
+# Spills and warnings of the assembler that are accepted, by Triton version, architecture and case. If a batch is no
+# multiple of 16, a large tile spills one to four registers. The sigmoid loss spills two or four registers of a tile;
+# without a limit of registers it spills none, but takes a fifth longer. GELU in 8 bits keeps three tiles of whole rows
+# in flight, and one address too many.
+KNOWN = {
     ("3.6", 90, "contrastive_loss N9001 D512 bf16"): ("spills 4 bytes", "spills 12 bytes", "spills 16 bytes"),
     ("3.9", 100, "bias_gelu_fp8 N5120 bf16"): ("spills 4 bytes",),
     ("3.9", 100, "fp8_linear K1280 N5120 gelu bf16"): ("spills 4 bytes",),
@@ -48,9 +47,8 @@ KNOWN_SPILLS = {
 
 def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
     """Return the faults that a shipped case may have under a Triton version ("3.9") because of the compiler."""
-    for known in (KNOWN_WARNINGS, KNOWN_SPILLS):
-        if (version, arch, case) in known:
-            return known[version, arch, case]
+    if (version, arch, case) in KNOWN:
+        return KNOWN[version, arch, case]
     if case not in _named():
         return ()
     _, shipped, dtype = _named()[case]

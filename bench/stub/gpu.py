@@ -7,7 +7,6 @@ each other, but have no meaning. Times are those of the host.
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,10 +19,11 @@ from .driver import VARIABLE, gpu_numbers
 # This text is part of the card's name, so that a result file can be distinguished from one of a real GPU.
 MARK = "stub driver, nothing runs"
 NAME_VARIABLE = "CLIPFAST_STUB_NAME"
+CARD = CARDS["h100"]
 
 
-def gpu_environment(card: str = "h100", devices: int = 1, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables for a process that uses the stub as ``devices`` GPUs of a card in the hardware table.
+def gpu_environment() -> dict[str, str]:
+    """Return the variables for a process that uses the stub as its only GPU, an H100.
 
     Raises:
         RuntimeError: PyTorch is built without CUDA, or gcc is missing.
@@ -33,13 +33,13 @@ def gpu_environment(card: str = "h100", devices: int = 1, base: Mapping[str, str
             f"PyTorch {torch.__version__} is built without CUDA: the stub stands in for the GPU of a CUDA build"
         )
     folder = build(GPU, _headers())
-    preload = ":".join([*(str(folder / name) for name in GPU), *filter(None, [base.get("LD_PRELOAD")])])
+    preload = ":".join([*(str(folder / name) for name in GPU), *filter(None, [os.environ.get("LD_PRELOAD")])])
     return {
-        **base,
+        **os.environ,
         "LD_PRELOAD": preload,
         "TRITON_LIBCUDA_PATH": str(folder),
-        VARIABLE: gpu_numbers(CARDS[card].arch, devices),
-        NAME_VARIABLE: f"NVIDIA {CARDS[card].name} ({MARK})",
+        VARIABLE: gpu_numbers(CARD.arch, 1),
+        NAME_VARIABLE: f"NVIDIA {CARD.name} ({MARK})",
     }
 
 

@@ -6,7 +6,6 @@ the CPU time of one thread is measured; only the copy to the device is timed by 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import io
@@ -27,7 +26,7 @@ from clipfast.models.tokenizer import CONTEXT_LENGTH, trim_padding
 from clipfast.train.step import Upload
 
 from ..case import OURS, AnyFunction, Candidate, Case, MissingError, Sizes
-from ..machine import cpu_seconds
+from ..machine import cpu_seconds, one_thread
 from . import pairs, peers
 from .pipelines import BATCH, OpenClipBatches, OurBatches, denormalized, open_clip_data, padded
 
@@ -309,7 +308,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         raise ValueError(f"data: images must be a multiple of the batch of {BATCH}, got {count}")
     stage = STAGES[name](Photographs(count, shape["width"], shape["height"], shape["size"]), device)
     candidates = tuple(
-        Candidate(who, make, note=stage.note if who == OURS else "", context=_one_thread)
+        Candidate(who, make, note=stage.note if who == OURS else "", context=one_thread)
         for who, make in stage.make.items()
     )
     return Case(
@@ -322,14 +321,3 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         graph=False,
         clock=time.perf_counter if name == "transfer" else cpu_seconds,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread in the data benchmark, as in a data worker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

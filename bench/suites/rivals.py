@@ -77,17 +77,21 @@ def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
     )
 
 
+def _projected(qkv: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """Return a packed projection, with its bias if there is one, as [batch, tokens, 3, heads, head_dim]."""
+    qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
+    return qkv.unflatten(-1, (3, heads, -1))
+
+
 def sdpa(backend: SDPBackend | None, heads: int, causal: bool) -> Function:
     """Return PyTorch's scaled_dot_product_attention by one backend, or by its own choice, as a benchmark candidate."""
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute PyTorch's attention, a benchmark candidate."""
-        batch, tokens, _ = qkv.shape
-        qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
-        q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = _projected(qkv, bias, heads).permute(2, 0, 3, 1, 4)
         with sdpa_kernel(backend) if backend else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return out.transpose(1, 2).reshape(batch, tokens, -1)
+        return out.transpose(1, 2).flatten(2)
 
     return run
 
@@ -98,11 +102,9 @@ def _flash_attn(module: str, package: str, heads: int, causal: bool) -> Function
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the attention of flash-attn, a benchmark candidate."""
-        batch, tokens, _ = qkv.shape
-        qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
-        out = packed(qkv.view(batch, tokens, 3, heads, -1), causal=causal)
+        out = packed(_projected(qkv, bias, heads), causal=causal)
         # Some releases of version 3 return the log-sum-exp too.
-        return (out[0] if isinstance(out, tuple) else out).reshape(batch, tokens, -1)
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
 
     return run
 
@@ -114,11 +116,9 @@ def _flex_attention(heads: int, causal: bool) -> Function:
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute PyTorch's FlexAttention, a benchmark candidate."""
-        batch, tokens, _ = qkv.shape
-        qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
-        q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        out: Tensor = attend(q, k, v, block_mask=mask_of(tokens, qkv.device) if causal else None)
-        return out.transpose(1, 2).reshape(batch, tokens, -1)
+        q, k, v = _projected(qkv, bias, heads).permute(2, 0, 3, 1, 4)
+        out: Tensor = attend(q, k, v, block_mask=mask_of(qkv.shape[1], qkv.device) if causal else None)
+        return out.transpose(1, 2).flatten(2)
 
     return run
 

@@ -6,6 +6,7 @@ becomes a failed result with the end of its stderr.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -13,19 +14,31 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import IO, Any
 
 from ..kernels.spec import INTERPRETER
-from .options import SANITIZER
+from .options import SANITIZER, Options
 from .report import FAIL, CheckResult
 
 PROGRAM = "from clipfast.verify.child import main; main()"
 FINISHED = "finished"
+Groups = Generator[list[CheckResult], None, None]
 STDERR_TAIL = 1500  # a failed result holds at most this many last characters of the process's stderr
 
 
-def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
+@contextlib.contextmanager
+def children(options: Options, legs: Iterable[str], **changed: Any) -> Iterator[list[Groups]]:
+    """Start a subprocess for each of ``legs``, with some options changed, and end them all when the context ends."""
+    with contextlib.ExitStack() as stack:
+        of_legs = {leg: dataclasses.replace(options, legs=(leg,), device="cpu", **changed).to_dict() for leg in legs}
+        yield [
+            stack.enter_context(contextlib.closing(groups_of_child(of_leg, leg, options.hang_seconds)))
+            for leg, of_leg in of_legs.items()
+        ]
+
+
+def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Groups:
     """Start a leg of the verification ("cpu" or "interpreter") in a subprocess; return a generator of its results.
 
     The subprocess starts at once and runs in parallel to the caller, on one thread. It is killed if the generator is
@@ -37,7 +50,7 @@ def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> G
     return groups
 
 
-def _groups(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
+def _groups(options: dict[str, Any], leg: str, hang_seconds: float) -> Groups:
     """Yield an empty group as soon as the verification's subprocess runs, and then the results of each check."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if leg in (INTERPRETER, SANITIZER):
@@ -105,7 +118,6 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # other output to stdout goes to stderr, so that only results reach the parent through the pipe
     from .ops import timed
-    from .options import Options
     from .other_runs import surroundings_of
     from .runner import checks
 

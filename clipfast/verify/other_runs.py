@@ -7,6 +7,7 @@ that launches none runs as it is.
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels.dtypes import DTYPES, dtype_name
 from ..kernels.spec import CPU, CUDA, INTERPRETER, Draw, Floor, OpSpec, Shape
-from .child import groups_of_child
+from .child import children
 from .ops import TORCH_DTYPES, Check, planned, timed
 from .options import SANITIZER, Options
 from .others import KernelCheck, Sizes, check_op, load, verify_other
@@ -151,20 +152,14 @@ def groups_of_other(text: str, options: Options, compiled: Compiled | None) -> I
     legs = [CUDA] if is_native else [INTERPRETER] if is_triton else [CPU]
     if is_triton and not lacks():
         legs.append(SANITIZER)
-    with contextlib.ExitStack() as stack:
-        children = []
-        for leg in [leg for leg in legs if leg != CUDA]:
-            of_leg = dataclasses.replace(options, others=(text,), legs=(leg,), device="cpu").to_dict()
-            child = groups_of_child(of_leg, leg, options.hang_seconds)
-            children.append(stack.enter_context(contextlib.closing(child)))
+    with children(options, [leg for leg in legs if leg != CUDA], others=(text,)) as found:
         if is_native:
             for check in checks_of_other(other, CUDA, options):
                 yield timed(check.rows, check.template)
         if compiled is not None:
             for one in recorded:
                 yield from compiled(one)
-        for child in children:
-            yield from child
+        yield from itertools.chain(*found)
     if skipped := _not_run(name, other, legs, dtypes, is_triton=is_triton):
         yield skipped
 

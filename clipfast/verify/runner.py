@@ -1,7 +1,6 @@
 """Run a verification: choose the checks of each leg, report those that cannot run here, and collect the results."""
 
-import contextlib
-import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from ..io.files import local_path
 from ..kernels.launch import INTERPRET
 from ..kernels.spec import ACCURACY, CPU, CUDA, INTERPRETER, specs
-from .child import groups_of_child
+from .child import children
 from .context import speed_up_interpreter
 from .curve import MODEL_NAME, verify_curve
 from .golden import verify_golden
@@ -129,18 +128,12 @@ def iter_groups(
         raise ValueError("these options leave nothing to check: bfloat16 needs the CPU paths or a GPU, as do models")
     if on_total is not None:
         on_total(sum(map(len, by_leg.values())))
-    with contextlib.ExitStack() as stack:
-        children = []
-        # Each of these legs runs in a process of its own, in parallel to the checks of this process.
-        for leg in [leg for leg in by_leg if leg not in (CUDA, here())]:
-            of_leg = dataclasses.replace(options, legs=(leg,), device="cpu").to_dict()
-            child = groups_of_child(of_leg, leg, options.hang_seconds)
-            children.append(stack.enter_context(contextlib.closing(child)))
-        for leg in [leg for leg in by_leg if leg in (CUDA, here())]:
-            for check in by_leg[leg]:
-                yield timed(check.rows, check.template)
-        for child in children:
-            yield from child
+    own = {leg: found for leg, found in by_leg.items() if leg in (CUDA, here())}
+    # Each of the other legs runs in a process of its own, in parallel to the checks of this process.
+    with children(options, [leg for leg in by_leg if leg not in own]) as others:
+        for check in itertools.chain(*own.values()):
+            yield timed(check.rows, check.template)
+        yield from itertools.chain(*others)
     skipped = not_run(options)
     if skipped:
         yield skipped

@@ -289,7 +289,7 @@ def walk(n: int, m: int, *, flag: int = 1, grid: int = 3) -> Launch:
 def test_loops_of_a_compiled_kernel_run_as_its_arguments_say(n, m, flag):
     launch = walk(n, m, flag=flag)
     kernel = model.load(offline.compile_kernel(launch, 90))
-    start = bank(kernel.ptx, 90, launch.grid, kernel.warps, [(name, launch.args[name]) for name in kernel.names])
+    start = bank(kernel.ptx, launch.grid, kernel.warps, [(name, launch.args[name]) for name in kernel.names])
     for program in range(3):
         path = kernel.code.follow(start.state((program, 0, 0)))
         turns = (n - program * n // m) * -(-m // 128) if flag else 0

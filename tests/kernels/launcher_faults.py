@@ -52,6 +52,12 @@ def compiled_copy():
     return _copy_kernel[(1,)](x, y, 1000, BLOCK=1024), (x, y)
 
 
+def plan_of_copy():
+    """Return a plan of the copy kernel, which starts it without a fault."""
+    config = KernelConfig(num_warps=4, num_stages=2)
+    return launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
+
+
 def encode(*, base=0, box=(128, 64), shape=(500, 512), strides=(512, 1)):
     """Encode a tensor map for a kernel in bf16 by Triton's own code; without arguments the map is valid."""
     x = torch.zeros(500 * 512 + 64, dtype=torch.bfloat16)
@@ -161,8 +167,7 @@ def compiled_for_more_alignment():
 @fault("a plan started")
 def plan_with_addresses_in_another_order():
     """Start a kernel by a plan that exchanges its addresses."""
-    config = KernelConfig(num_warps=4, num_stages=2)
-    plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
+    plan = plan_of_copy()
     bind = launch._bind
 
     def swapped(tensors):
@@ -177,8 +182,7 @@ def plan_with_addresses_in_another_order():
 @fault("a start passed")
 def start_with_addresses_in_another_order():
     """Start a kernel by its plan with the addresses of its tensors in reverse order."""
-    config = KernelConfig(num_warps=4, num_stages=2)
-    plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
+    plan = plan_of_copy()
     at = launch.Start.at
     with mock.patch.object(launch.Start, "at", lambda start, *addresses: at(start, *addresses[::-1])):
         plan.start(torch.zeros(1000), torch.zeros(1000))
@@ -187,8 +191,7 @@ def start_with_addresses_in_another_order():
 @fault("a plan has two kernels for")
 def plan_that_forgets_alignment():
     """Start a kernel by a plan that ignores the alignment of its addresses."""
-    config = KernelConfig(num_warps=4, num_stages=2)
-    plan = launch.Plan(_copy_kernel, (1,), 1000, config=config, device=torch.device("cpu"), BLOCK=1024)
+    plan = plan_of_copy()
     bind, x = launch._bind, torch.zeros(1001)
     with mock.patch.object(launch, "_bind", lambda tensors: ((torch.float32,) * 2, bind(tensors)[1])):
         plan.start(x[1:], torch.zeros(1000))

@@ -75,11 +75,11 @@ def test_rows_of_all_magnitudes(dtype):
     assert quantize_rows(torch.tensor([1.0, -inf, 0.0]), dtype).dequantize().isnan().all()
 
 
-def operands(dtype=torch.float32, bias=True, rows=(3, 50)):
+def operands(dtype=torch.float32):
     """Return an input, a weight, a bias and an upstream gradient of a linear layer of 72 to 40 features."""
     generator = torch.Generator().manual_seed(0)
-    x, w, b, dy = (torch.randn(*size, generator=generator) for size in ((*rows, 72), (40, 72), (40,), (*rows, 40)))
-    return x.to(dtype).requires_grad_(), w.requires_grad_(), b.requires_grad_() if bias else None, dy.to(dtype)
+    x, w, b, dy = (torch.randn(size, generator=generator) for size in ((3, 50, 72), (40, 72), (40,), (3, 50, 40)))
+    return x.to(dtype).requires_grad_(), w.requires_grad_(), b.requires_grad_(), dy.to(dtype)
 
 
 def expected_of(x, w, dy, recipe):

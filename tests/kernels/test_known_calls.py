@@ -29,9 +29,9 @@ class Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def known(name, device="cpu", dtype=torch.float32):
+def known(name, device="cpu"):
     """Return a call of an op whose layouts are known, with gradients and without."""
-    call = call_of(name, device, dtype)
+    call = call_of(name, device)
     for _ in range(2):
         call.results()
         call.op(**call.inputs)

@@ -5,19 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from clipfast.kernels import top_k
-from clipfast.kernels.spec import Draw, specs
 from clipfast.kernels.top_k.cpu import GROUP, best_places
 from clipfast.kernels.top_k.spec import SearchShape
 
 from ..conftest import DTYPES
+from .conftest import call_at
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def inputs_at(shape, device, values=""):
-    """Return the inputs and options of top_k at a shape."""
-    call = specs()["top_k"].call(shape, values, Draw(3, device), torch.float32)
-    return call.inputs | call.options
 
 
 def same(ours, expected):
@@ -53,10 +47,10 @@ def test_the_first_of_equal_scores():
 
 
 def test_queries_do_not_depend_on_each_other(device):
-    inputs = inputs_at(SearchShape(9, 500, 24), device)
-    together = top_k(**inputs)
+    op, _, inputs, _ = call_at("top_k", SearchShape(9, 500, 24), device)
+    together = op(**inputs)
     for row in range(9):
-        alone = top_k(**inputs | {"query": inputs["query"][row : row + 1]})
+        alone = op(**inputs | {"query": inputs["query"][row : row + 1]})
         assert same(alone, [x[row : row + 1] for x in together])
 
 

@@ -1,9 +1,11 @@
 """Small cases of all ops for the tests of the verification, so that a run of its checks takes a second."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 
+from clipfast.kernels import configs
 from clipfast.kernels.spec import DETERMINISM, NOT_INTERPRETED, Case, Draw, OpSpec, specs
 
 
@@ -23,6 +25,14 @@ GRADIENTS = {
     for name, calls in _CALLS.items()
     if calls[0].grads
 }
+
+
+@pytest.fixture(autouse=True)
+def own_plans() -> Iterator[None]:
+    """Let an op plan its calls with a planted fault, and keep these plans from other tests."""
+    configs.forget_plans()
+    yield
+    configs.forget_plans()
 
 
 @pytest.fixture

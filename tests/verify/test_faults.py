@@ -5,7 +5,6 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,14 +111,6 @@ PLACES = {CPU: ON_CPU, INTERPRETER: INTERPRETED}[LEG]
 
 
 MOST_LOGITS = small_batch.MOST_LOGITS
-
-
-@pytest.fixture(autouse=True)
-def own_plans() -> Iterator[None]:
-    """Let an op plan its calls with the planted fault, and keep these plans from other tests."""
-    configs.forget_plans()
-    yield
-    configs.forget_plans()
 
 
 @pytest.fixture(autouse=True)

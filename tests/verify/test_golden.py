@@ -26,11 +26,8 @@ RIGHT = norm_kernels.centred_rows
 
 @pytest.fixture
 def two_steps(monkeypatch):
-    """Let the curves have two steps, and forget planned launches around the test."""
+    """Let the curves have two steps."""
     monkeypatch.setattr(golden, "STEPS", 2)
-    configs.forget_plans()
-    yield
-    configs.forget_plans()
 
 
 def outcomes(path):

@@ -16,8 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .registers import State
 
-# The address in constant bank 0 where the arguments begin, by compute capability.
-FIRST_ARGUMENT = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
+FIRST_ARGUMENT = 0x210  # the address in constant bank 0 where the arguments begin, for compute capability 9.0
 # A tensor's address is its number times this, so that no two tensors overlap.
 REGION = 1 << 44
 # Values that are computed on the device, as they are when a model trains, by the name of a kernel's argument. The
@@ -58,12 +57,11 @@ class Bank:
         return int(flat[index]) if index < len(flat) else None
 
 
-def bank(ptx: str, arch: int, grid: Sequence[int], warps: int, values: Sequence[tuple[str, Any]]) -> Bank:
+def bank(ptx: str, grid: Sequence[int], warps: int, values: Sequence[tuple[str, Any]]) -> Bank:
     """Pack the arguments of a launch as the simulated kernel reads them.
 
     Args:
         ptx: the PTX of the kernel, which gives the place of each parameter.
-        arch: compute capability.
         grid: number of programs along each axis.
         warps: the number of warps of a program.
         values: names and values of the arguments that are not constants, in order.
@@ -76,7 +74,7 @@ def bank(ptx: str, arch: int, grid: Sequence[int], warps: int, values: Sequence[
     for address, value in zip(range(0, 24, 4), (32 * warps, 1, 1, *(*grid, 1, 1)[:3]), strict=True):
         data[address] = value
     pieces = [piece for name, value in values for piece in _pieces(name, value, tensors)]
-    places = _parameters(ptx, FIRST_ARGUMENT[arch])
+    places = _parameters(ptx)
     if len(places) < len(pieces):
         raise ValueError(f"the kernel takes {len(places)} parameters, and {len(pieces)} are given")
     # Triton's own parameters, for scratch memory, come after those of the kernel.
@@ -88,10 +86,10 @@ def bank(ptx: str, arch: int, grid: Sequence[int], warps: int, values: Sequence[
     return Bank(data, tensors)
 
 
-def _parameters(ptx: str, first: int) -> list[tuple[int, int]]:
-    """Return address and size in bytes of each parameter of the kernel, the first of which may stand at ``first``."""
+def _parameters(ptx: str) -> list[tuple[int, int]]:
+    """Return address and size in bytes of each parameter of the kernel."""
     text = ptx[ptx.index(".entry") :]
-    found, address = [], first
+    found, address = [], FIRST_ARGUMENT
     for line in text[: text.index("{")].splitlines():
         if match := _PARAMETER.search(line.strip()):
             size = _BYTES[match[2]] * int(match[3] or 1)

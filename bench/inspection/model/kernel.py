@@ -9,7 +9,7 @@ from ..offline import disassemble, occupancy_of, resources, threads
 from ..sass import Instruction, parse
 from .machine import WARP
 from .paths import Code, Path
-from .steps import PRODUCTS, Kind, Step, decode, lane_bytes, product, tma_loads
+from .steps import PRODUCTS, Kind, Step, decode, product, shared_bytes, tma_loads
 
 ARCH = 90  # the compute capability that is modelled
 
@@ -77,8 +77,7 @@ class Kernel:
             if one.name in ("UTMASTG", "UTMAREDG"):
                 stores += 1
             elif one.name in ("STS", "STSM"):
-                matrices = one.opcode[-1] if one.name == "STSM" and one.opcode[-1].isdigit() else None
-                staged += WARP * (4 * int(matrices) if matrices else lane_bytes(one))
+                staged += shared_bytes(one)
         return staged * self.warps / stores if stores else 0.0
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  (a kernel lives as long as its cache)

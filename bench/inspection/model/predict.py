@@ -53,37 +53,23 @@ class Prediction:
 
     Attributes:
         seconds: the time on the device, with the overhead of a launch.
-        programs: the number of programs of the grid.
         at_once: the number of programs that run on a multiprocessor at once.
         waves: the number of programs divided by the number that runs at once on all multiprocessors.
         cycles: cycles per program on a multiprocessor that is full of programs.
-        alone: cycles of one program on an otherwise empty multiprocessor.
         busy: cycles per program for which each unit is busy; for a unit of the sub-partitions, those of one of them.
         flops: the FLOPs of the matrix unit in all programs, padding included.
-        hbm_bytes: the bytes that all programs move from and to device memory.
         guesses: the number of branches of a path whose conditions the model does not know.
-        by_power: whether the power limit determined the time.
+        limit: the busiest unit, and the part of the time for which it is busy; or "power".
     """
 
     seconds: float
-    programs: int
     at_once: int
     waves: float
     cycles: float
-    alone: float
     busy: Mapping[str, float]
     flops: float
-    hbm_bytes: float
     guesses: int
-    by_power: bool
-
-    @property
-    def limit(self) -> str:
-        """Return the busiest unit of the simulated kernel, and the part of the time for which it is busy."""
-        if self.by_power:
-            return "power"
-        unit = max(self.busy, key=self.busy.__getitem__)
-        return f"{unit} {min(1.0, self.busy[unit] / self.cycles):.0%}"
+    limit: str
 
 
 def predict(
@@ -119,7 +105,7 @@ def predict_launch(launch: Launch, machine: Machine, effort: Effort = FULL) -> P
 
 def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any]) -> Callable[[int], Path]:
     """Return the function that follows the path of a program of a launch, given the program's number."""
-    start = bank(kernel.ptx, ARCH, grid, kernel.warps, [(name, arguments[name]) for name in kernel.names])
+    start = bank(kernel.ptx, grid, kernel.warps, [(name, arguments[name]) for name in kernel.names])
     x, y, _ = (*grid, 1, 1)[:3]
 
     def path_of(number: int) -> Path:
@@ -159,7 +145,6 @@ class _Timed:
 
     ramp: float  # cycles until the first blocks end
     cycles: float
-    alone: float
     flops: float
     busy: Mapping[str, float]
 
@@ -173,7 +158,7 @@ def _sum(parts: Sequence[tuple[_Timed, float]]) -> _Timed:
 
     units = {unit for part, _ in parts for unit in part.busy}
     busy = {unit: sum(weight * part.busy.get(unit, 0.0) for part, weight in parts) for unit in units}
-    return _Timed(total("ramp"), total("cycles"), total("alone"), total("flops"), busy)
+    return _Timed(total("ramp"), total("cycles"), total("flops"), busy)
 
 
 class _Grid:
@@ -182,7 +167,7 @@ class _Grid:
     def __init__(
         self, kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], hbm_bytes: float, effort: Effort
     ) -> None:
-        self.kernel, self.hbm_bytes, self.effort, self.programs = kernel, hbm_bytes, effort, math.prod(grid)
+        self.kernel, self.effort, self.programs = kernel, effort, math.prod(grid)
         path_of = _follower(kernel, grid, arguments)
         row = grid[0] if self._rows_are_alike(path_of, grid[0]) else self.programs
         paths = {number: path_of(number) for number in sample(row, effort.programs)}
@@ -224,12 +209,12 @@ class _Grid:
         # The first programs of a multiprocessor start together, so no other program runs while they wait.
         cycles = work + mean.ramp - min(fits, busiest) * mean.cycles
         seconds, flops = cycles / machine.clock, mean.flops * self.programs
-        by_power = flops / machine.power_flops > seconds
+        by_power, unit = flops / machine.power_flops, max(mean.busy, key=mean.busy.__getitem__)
+        limit = "power" if by_power > seconds else f"{unit} {min(1.0, mean.busy[unit] / mean.cycles):.0%}"
         return Prediction(
-            seconds=max(seconds, flops / machine.power_flops) + machine.launch,
-            programs=self.programs, at_once=fits, waves=self.programs / machine.multiprocessors / fits,
-            cycles=mean.cycles, alone=mean.alone, busy=mean.busy, flops=flops, hbm_bytes=self.hbm_bytes,
-            guesses=self.guesses, by_power=by_power,
+            seconds=max(seconds, by_power) + machine.launch, at_once=fits,
+            waves=self.programs / machine.multiprocessors / fits, cycles=mean.cycles, busy=mean.busy, flops=flops,
+            guesses=self.guesses, limit=limit,
         )  # fmt: skip
 
     def _longest(self, cycles: Sequence[float], machine: Machine) -> float:
@@ -265,4 +250,4 @@ class _Grid:
             rounds = min(max(3, min(9, affordable)), -(-busiest // places))
             last = times(blocks=places, rounds=rounds)
             cycles = (last.cycles - first.cycles) / (rounds - 1) / places
-        return _Timed(first.cycles, cycles, alone.cycles, kernel.flops(path), busy)
+        return _Timed(first.cycles, cycles, kernel.flops(path), busy)

@@ -125,52 +125,41 @@ def decode(one: Instruction, box: float) -> Step:
     return Step(kind, pipe, cycles, latency, amount, max(1, control.stall), control.write, control.read, control.wait)
 
 
+# The kind of each instruction that moves data to or from global memory.
+_MOVES = {
+    "LDG": Kind.LOAD, "LD": Kind.LOAD, "STG": Kind.STORE, "ST": Kind.STORE, "RED": Kind.STORE, "ATOMG": Kind.STORE,
+    "LDGSTS": Kind.COPY, "UTMALDG": Kind.TMA_LOAD, "UTMASTG": Kind.TMA_STORE, "UTMAREDG": Kind.TMA_STORE,
+}  # fmt: skip
+# The kind of each instruction that starts or awaits something, by its name and a part of its opcode.
+_WAITS = {
+    ("SYNCS", "ARRIVE"): Kind.EXPECT, ("SYNCS", "TRYWAIT"): Kind.ARRIVAL, ("BAR", "SYNC"): Kind.BARRIER,
+    ("MEMBAR", ""): Kind.FENCE, ("FENCE", ""): Kind.FENCE, ("LDGDEPBAR", ""): Kind.COPY_COMMIT,
+    ("WARPGROUP", "DEPBAR"): Kind.PRODUCT_WAIT, ("DEPBAR", ""): Kind.COPY_WAIT,
+}  # fmt: skip
+
+
 def _memory(one: Instruction, box: float) -> tuple[Kind, float, float]:
     """Return kind, latency and amount of an instruction that moves data or waits for data."""
     name, moved = one.name, float(WARP * lane_bytes(one))
-    match name:
-        case "LDS" | "STS" | "LDSM" | "STSM" | "ATOMS":
-            matrices = re.search(r"\.(\d)$", one.opcode)
-            if name in ("LDSM", "STSM") and matrices:
-                moved = _LINE * float(matrices[1])
-            return Kind.SHARED, _SHARED_LATENCY if name[0] == "L" else _STORE_LATENCY, max(_LINE, moved)
-        case "SHFL":  # takes the pipe of shared memory: one warp instruction per cycle and multiprocessor
-            return Kind.SHARED, _SHARED_LATENCY - 6, _LINE
-        case "LDL" | "STL":  # spilled registers stay in the L1 cache, which shares its memory with shared memory
-            return Kind.SHARED, _SHARED_LATENCY, moved
-        case "LDG" | "LD":
-            return Kind.LOAD, 0.0, moved
-        case "STG" | "ST" | "RED" | "ATOMG":
-            return Kind.STORE, 0.0, moved
-        case "LDGSTS":
-            return Kind.COPY, 0.0, moved
-        case "LDGDEPBAR":
-            return Kind.COPY_COMMIT, 0.0, 0.0
-        case "UTMALDG":
-            return Kind.TMA_LOAD, 0.0, box
-        case "UTMASTG" | "UTMAREDG":
-            return Kind.TMA_STORE, 0.0, box
-    return _waits(one)
+    if name in ("LDS", "STS", "LDSM", "STSM", "ATOMS"):
+        return Kind.SHARED, _SHARED_LATENCY if name[0] == "L" else _STORE_LATENCY, max(_LINE, shared_bytes(one))
+    if name == "SHFL":  # takes the pipe of shared memory: one warp instruction per cycle and multiprocessor
+        return Kind.SHARED, _SHARED_LATENCY - 6, _LINE
+    if name in ("LDL", "STL"):  # spilled registers stay in the L1 cache, which shares its memory with shared memory
+        return Kind.SHARED, _SHARED_LATENCY, moved
+    if name in _MOVES:
+        return _MOVES[name], 0.0, box if name.startswith("UTMA") else moved
+    kind = next((kind for (of, part), kind in _WAITS.items() if name == of and part in one.opcode), Kind.PLAIN)
+    left = re.search(r"(?:gsb0|SB0), 0x([0-9a-f]+)", one.operands)
+    if kind in (Kind.PRODUCT_WAIT, Kind.COPY_WAIT):
+        return (kind, 0.0, float(int(left[1], 16))) if left else (Kind.PLAIN, 0.0, 0.0)
+    return kind, 0.0, 0.0
 
 
-def _waits(one: Instruction) -> tuple[Kind, float, float]:
-    """Return kind, latency and amount of an instruction that starts or awaits a barrier, or awaits copies or
-    products.
-    """
-    opcode = one.opcode
-    if one.name == "SYNCS" and "ARRIVE" in opcode:
-        return Kind.EXPECT, 0.0, 0.0
-    if one.name == "SYNCS" and "TRYWAIT" in opcode:
-        return Kind.ARRIVAL, 0.0, 0.0
-    if one.name in ("MEMBAR", "FENCE"):
-        return Kind.FENCE, 0.0, 0.0
-    if one.name == "BAR" and "SYNC" in opcode:
-        return Kind.BARRIER, 0.0, 0.0
-    if one.name == "WARPGROUP" and "DEPBAR" in opcode and (left := re.search(r"gsb0, 0x([0-9a-f]+)", one.operands)):
-        return Kind.PRODUCT_WAIT, 0.0, float(int(left[1], 16))
-    if one.name == "DEPBAR" and (left := re.search(r"SB0, 0x([0-9a-f]+)", one.operands)):
-        return Kind.COPY_WAIT, 0.0, float(int(left[1], 16))
-    return Kind.PLAIN, 0.0, 0.0
+def shared_bytes(one: Instruction) -> float:
+    """Return the bytes that a warp's instruction moves to or from shared memory."""
+    matrices = re.search(r"\.(\d)$", one.opcode) if one.name in ("LDSM", "STSM") else None
+    return _LINE * float(matrices[1]) if matrices else float(WARP * lane_bytes(one))
 
 
 def tma_loads(ptx: str) -> list[float]:
