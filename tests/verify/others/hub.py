@@ -6,7 +6,7 @@ import types
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from norms import norm_check  # the folder of a check is searched for modules
 
 from clipfast.kernels.spec import Floor
 from clipfast.verify import KernelCheck
@@ -51,13 +51,4 @@ ROTARY = KernelCheck(
     floor=lambda itemsize, batch, length, heads, width: Floor(0, 2 * itemsize * batch * length * heads * width),
 )  # fmt: skip
 
-LAYER_NORM = KernelCheck(
-    function=layer_norm,
-    reference=lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5),
-    inputs=lambda draw, rows, width: {
-        "x": draw.normal(rows, width) + 0.5, "weight": draw.normal(width), "bias": draw.normal(width)
-    },
-    shapes=[{"rows": 5, "width": 100}, {"rows": 37, "width": 64}],
-    real={"rows": 16384, "width": 768},
-    floor=lambda itemsize, rows, width: Floor(0, itemsize * 5 * rows * width),
-)  # fmt: skip
+LAYER_NORM = norm_check(layer_norm)

@@ -3,20 +3,12 @@
 import torch.nn.functional as F
 from liger_kernel.ops.geglu import LigerGELUMulFunction
 from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+from norms import norm_check  # the folder of a check is searched for modules
 
 from clipfast.kernels.spec import Floor
 from clipfast.verify import KernelCheck
 
-LAYER_NORM = KernelCheck(
-    function=lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5),
-    reference=lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5),
-    inputs=lambda draw, rows, width: {
-        "x": draw.normal(rows, width) + 0.5, "weight": draw.normal(width), "bias": draw.normal(width)
-    },
-    shapes=[{"rows": 5, "width": 100}, {"rows": 37, "width": 64}],
-    real={"rows": 16384, "width": 768},
-    floor=lambda itemsize, rows, width: Floor(0, itemsize * 5 * rows * width),
-)  # fmt: skip
+LAYER_NORM = norm_check(lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5))
 
 GELU = KernelCheck(
     function=lambda a, b: LigerGELUMulFunction.apply(a, b),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from norms import norm_check  # the folder of a check is searched for modules
 
 from clipfast.kernels.spec import Floor
 from clipfast.verify import KernelCheck
@@ -51,16 +52,9 @@ MATMUL = KernelCheck(
     floor=lambda itemsize, m, n, k: Floor(2 * m * n * k, itemsize * (m * k + k * n + m * n)),
 )
 
-LAYER_NORM = KernelCheck(
-    function=lambda x, weight, bias: tutorial("05").LayerNorm.apply(x, x.shape[-1:], weight, bias, 1e-5),
-    reference=lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5),
-    inputs=lambda draw, rows, width: {
-        "x": draw.normal(rows, width) + 0.5, "weight": draw.normal(width), "bias": draw.normal(width)
-    },
-    shapes=[{"rows": 5, "width": 100}, {"rows": 300, "width": 64}],
-    real={"rows": 16384, "width": 768},
-    floor=lambda itemsize, rows, width: Floor(0, itemsize * 5 * rows * width),
-)  # fmt: skip
+LAYER_NORM = norm_check(
+    lambda x, weight, bias: tutorial("05").LayerNorm.apply(x, x.shape[-1:], weight, bias, 1e-5), rows=300
+)
 
 
 def attention(q, k, v):
