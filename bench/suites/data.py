@@ -195,18 +195,17 @@ def _decode(photographs: Photographs, _: torch.device) -> Stage:
 def _resize(photographs: Photographs, _: torch.device) -> Stage:
     """Return the data benchmark's stage that crops and resizes images."""
 
-    def ours() -> AnyFunction:
-        """Make our function for the data benchmark's stage "resize"."""
-        crops = photographs.crops
-        decoded = photographs.of_each(crops.decoded)
-        return _Each(lambda number: crops.resized(*decoded[number]), denormalized)
+    def resized(decode: Callable[[bytes], Any], resize: Callable[[Any], Tensor]) -> AnyFunction:
+        """Make a function for the data benchmark's stage "resize", after an image was decoded."""
+        decoded = photographs.of_each(decode)
+        return _Each(lambda number: resize(decoded[number]), denormalized)
 
-    def theirs() -> AnyFunction:
-        """Make OpenCLIP's function for the data benchmark's stage "resize"."""
-        transform, decoded = photographs.open_clip_transform(), photographs.of_each(_pil)
-        return _Each(lambda number: transform(decoded[number]), denormalized)
-
-    return Stage({OURS: ours, THEIRS: theirs}, note="bytes, of a coarser image", slack=PIXELS)
+    crops = photographs.crops
+    make: dict[str, Make] = {
+        OURS: lambda: resized(crops.decoded, lambda found: crops.resized(*found)),
+        THEIRS: lambda: resized(_pil, photographs.open_clip_transform()),
+    }
+    return Stage(make, note="bytes, of a coarser image", slack=PIXELS)
 
 
 def _collate(photographs: Photographs, _: torch.device) -> Stage:

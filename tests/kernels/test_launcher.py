@@ -91,7 +91,7 @@ def test_without_gcc_the_reason_names_it(monkeypatch):
 
 @needs_gcc
 def test_planted_faults_are_caught():
-    assert run(str(Path(__file__).with_name("launcher_faults.py")), "90")[-1] == "{} 22"
+    assert run(str(Path(__file__).with_name("launcher_faults.py")), "90")[-1] == "{} 24"
 
 
 def test_launches_and_pytorch_ops(request):
