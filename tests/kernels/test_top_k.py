@@ -31,6 +31,13 @@ def test_features_of_any_value(k, dtype, device):
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
+@pytest.mark.parametrize("best", [0, GROUP - 1, GROUP, 200])
+def test_the_best_item_anywhere(best, device):
+    items = torch.zeros(201, 4, device=device)
+    items[best], items[(best + 101) % 201] = 2.0, 1.0
+    assert top_k(torch.ones(1, 4, device=device), items, 2)[1].tolist() == [[best, (best + 101) % 201]]
+
+
 def test_all_of_the_best_in_one_group(device):
     items = torch.ones(10 * GROUP, 1, device=device)
     items[3 * GROUP : 4 * GROUP] = torch.arange(2.0, 2.0 + GROUP, device=device)[:, None]
