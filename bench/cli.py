@@ -49,10 +49,10 @@ examples:
   python -m bench table                  write the tables of the README and docs/ again from the committed results"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
     """Run the command line of the benchmarks and return its exit code: 2 for bad arguments, with one line on stderr."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser(prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     add_commands(parser)
     args = parser.parse_args(argv)
     try:
