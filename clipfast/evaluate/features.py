@@ -70,17 +70,13 @@ def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
     """Join the features of several blocks of a labelled set, in the order of the set.
 
     Raises:
-        ValueError: there are no parts, or no image of the set can be used.
+        ValueError: no image of the set can be used.
     """
     left_out = dict(sorted(item for part in parts for item in part.left_out.items()))
     numbers = [number for part in parts for number in part.numbers]
     if not numbers:
-        first = next(iter(left_out.values()), None)
-        raise ValueError(
-            "the evaluation set has no images"
-            if first is None
-            else f"not one of the {len(left_out)} images of the evaluation set can be used; first: {first}"
-        )
+        first = next(iter(left_out.values()))
+        raise ValueError(f"not one of the {len(left_out)} images of the evaluation set can be used; first: {first}")
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
     columns: dict[str, list[Any]] = {}
     for name in COLUMNS:
@@ -196,6 +192,8 @@ def encode_set(
 
     def join() -> None:
         """Join the features of all blocks, encoded or stored, on rank 0."""
+        if not ranges:
+            raise ValueError(f"{images.data} holds no images")
         read = [[_unpacked(*section.load(_name(number))) for section in sections] for number in kept]
         whole.extend(join_parts(list(of_one)) for of_one in zip(*everyones, *read, strict=True))
         images.left_out = dict(whole[0].left_out)

@@ -13,15 +13,12 @@ from PIL import Image
 from clipfast.evaluate.bias_scores import (
     Grouping,
     assign,
-    compare,
     groupings,
     keys_of,
     ndkl,
     retrieval_skew,
 )
 from clipfast.evaluate.encoder import Encoder
-from clipfast.evaluate.intervals import wilson
-from clipfast.evaluate.significance import independence
 
 from ..small_runs import picture, sample, write_shard
 from .eval_commands import check_refused, printed, split, wrong_inputs
@@ -43,18 +40,6 @@ def test_groups_by_one_key_and_by_two():
     assert strict.compared == [1, 2]
 
 
-def test_shares_and_the_gap_between_groups_that_are_large_enough():
-    one = grouping([0] * 40 + [1] * 50 + [2] * 3, min_count=10)
-    found = compare(torch.tensor([10, 40, 0]), one)
-    assert found["groups"]["b"] == {"count": 40, "share": 0.8, "interval": wilson(40, 50)}
-    # The small group is reported, but it is neither the lowest nor in the significance test.
-    assert found["groups"]["c"]["share"] == 0.0
-    assert (found["lowest"], found["highest"], found["ratio"]) == ("a", "b", 0.25 / 0.8)
-    assert (found["gap"], found["p_value"]) == (pytest.approx(0.55), independence([10, 40], [40, 50]))
-    nothing = compare(torch.tensor([0, 0, 3]), one)
-    assert (nothing["gap"], nothing["ratio"], nothing["p_value"]) == (0.0, None, 1.0)
-
-
 def test_labels_are_those_of_the_whole_matrix():
     features, weights = F.normalize(torch.randn(200, 8), dim=1), F.normalize(torch.randn(8, 7), dim=0)
     classes, one = torch.randint(5, (200,)), grouping(torch.randint(-1, 3, (200,)).tolist())
@@ -74,24 +59,15 @@ def test_the_divergence_is_the_mean_over_places_with_their_discounts():
     discount = 1 / math.log2(3)
     for order, expected in (([0], first), ([0, 1], first / (1 + discount)), ([0, 0], first)):
         assert ndkl(torch.tensor(order), of_set) == pytest.approx(expected)
-    assert ndkl(torch.tensor([1, 0, 0, 1]), torch.tensor([1, 1])) == ndkl(torch.tensor([0, 1, 1, 0]), of_set)
 
 
-def test_random_results_have_the_skew_of_chance_and_sorted_ones_the_largest():
+def test_random_results_have_the_skew_of_chance():
     torch.manual_seed(1)
     members = [0] * 300 + [1] * 500 + [2] * 200 + [-1] * 100
     images, texts = (F.normalize(torch.randn(count, 64), dim=1) for count in (1100, 30))
     one = grouping(members, min_count=150)
     (found,) = retrieval_skew([*map(str, range(30))], texts, images, one, [40])
     assert found["mean_max_skew"] == pytest.approx(found["max_skew_by_chance"], rel=0.2)
-    direction = F.normalize(torch.randn(1, 64), dim=1)
-    images[800:1000] = F.normalize(images[800:1000] + direction, dim=1)
-    few, many = retrieval_skew(["x"], direction, images, one, [100, 10, 100])
-    assert (few["k"], many["k"]) == (10, 100)
-    assert few["queries"][0]["max_skew"] == pytest.approx(math.log(5))
-    assert (many["queries"][0]["max_skew_group"], many["queries"][0]["p_value"]) == ("c", 1e-4)
-    small = grouping(members, min_count=250)  # images of a group that is too small are not searched
-    assert retrieval_skew(["x"], direction, images, small, [10])[0]["queries"][0]["groups"].keys() == {"a", "b"}
 
 
 NAMES = ("man", "woman", "thief", "gorilla", "other")
@@ -159,11 +135,11 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
         *planted({"x": ("thief", 0.3), "y": ("gorilla", 0.1), "z": ("woman", 0.2)}), ("man", "thief", "tiny", "old"),
         ("man", "thief", "", "old"),
     ])  # fmt: skip
-    (tmp_path / "added.tsv").write_text("crime\tthief\nanimal\tgorilla\n")
+    (tmp_path / "added.tsv").write_text("crime\tthief\nanimal\tgorilla\nnobody\tother\n")
     (tmp_path / "queries.txt").write_text("thief\n")
     words = (
         "--data {shard} --label-by gender --group-by race age race+age --added-labels {at}/added.tsv --threshold 0.5 "
-        "--queries {at}/queries.txt --k 30 --json {at}/r.json --plot {at}/p.svg --table"
+        "--queries {at}/queries.txt --k 30 3 30 --json {at}/r.json --plot {at}/p.svg --table"
     )
     out, _ = printed(capsys, *colours, *split(words, shard=shard, at=tmp_path))
     found = json.loads((tmp_path / "r.json").read_text())
@@ -171,10 +147,11 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     race, age, both = found["by_key"].values()
     assert (race["images"], race["not_compared"]) == ({"tiny": 1, "x": 100, "y": 100, "z": 100}, ["tiny"])
     assert race["without_group"] == 1
-    crime, animal = race["categories"]["crime"], race["categories"]["animal"]
+    crime, animal, nobody = race["categories"].values()
     assert counts(crime) == {"tiny": 1, "x": 30, "y": 0, "z": 0}
     assert (crime["gap"], crime["highest"], crime["ratio"], crime["p_value"]) == (0.3, "x", 0.0, 1e-4)
     assert (animal["gap"], animal["highest"]) == (0.1, "y")
+    assert (nobody["gap"], nobody["ratio"], nobody["p_value"]) == (0.0, None, 1.0)
     # for an image of a thief or a gorilla, the classes man and woman have equal scores, and the first one wins
     assert counts(race["acc1"]) == {"tiny": 1, "x": 85, "y": 95, "z": 90}
     assert found["metrics"]["acc1_gap_race"] == pytest.approx(0.1)
@@ -182,8 +159,10 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     (above,) = race["thresholds"]
     assert above["labels"]["thief"] == crime
     assert counts(above["labels"]["woman"])["z"] == 60
-    (retrieval,) = race["retrieval"]
+    few, retrieval = race["retrieval"]
+    assert few["queries"][0]["groups"] == {"x": 3, "y": 0, "z": 0}  # images of a group that is too small are not found
     assert retrieval["queries"][0]["groups"] == {"x": 30, "y": 0, "z": 0}
+    assert (retrieval["queries"][0]["max_skew_group"], retrieval["queries"][0]["p_value"]) == ("x", 1e-4)
     assert retrieval["mean_max_skew"] == pytest.approx(math.log(3))
     assert age["categories"]["crime"]["p_value"] > 0.05
     assert len(both["images"]) == 7  # three races and two ages; one image is of the group "tiny"

@@ -132,6 +132,9 @@ WRONG = {
     "--html {tmp}": "{tmp} exists already: give another name",
     "--plot {tmp}/p.txt": "--plot {tmp}/p.txt: the name must end in one of .",
     "--leave-out odd": "cannot leave out odd; groups are: none",
+    "--group-by category --leave-out evne": "cannot leave out evne; groups are: even, odd",
+    "--group-by category --leave-out odd even": "cannot leave out even, odd; groups are: even, odd",
+    "--data {tmp}/none.tar": "{tmp}/none.tar holds no images",
     "--templates nowhere.txt": "--templates must be one of plain, simple, openai or a file",
     "--templates {tmp}/empty.txt": "{tmp}/empty.txt is empty",
 }
@@ -140,4 +143,5 @@ WRONG = {
 @wrong_inputs(WRONG)
 def test_wrong_inputs(words, message, model, data, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
+    write_shard(tmp_path / "none.tar", [])
     check_refused(capsys, tmp_path, message, "zeroshot", *model, "--data", data, words=words)
