@@ -1,12 +1,14 @@
-"""Small sets in CLIP_benchmark's offline layout, and encoders for them that are always right, or random."""
+"""Small sets in CLIP_benchmark's offline layout, and encoders that are always right, or random, or know colours."""
 
 import hashlib
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from clipfast.evaluate.encoder import Encoder
@@ -80,7 +82,7 @@ class Model(torch.nn.Module):
 
     def _features(self, found):
         """Stack the features of an evaluated model, and scale them to unit length."""
-        return torch.nn.functional.normalize(torch.stack(found), dim=-1)
+        return F.normalize(torch.stack(found), dim=-1)
 
 
 def numbers_in(texts):
@@ -111,3 +113,57 @@ def clueless(seed, width=16):
         return torch.randn(width, generator=generator)
 
     return Encoder(f"clueless {seed}", Model(drawn, drawn), numbers_in, pixels_of)
+
+
+COLOURS = {
+    "red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40),
+    "cyan": (40, 210, 210), "violet": (200, 50, 210), "grey": (128, 128, 128),
+}  # fmt: skip
+NAMES = sorted(COLOURS)
+
+
+class ByColour(Encoder):
+    """A model that knows an image by its mean colour, and a text by the last colour that it names.
+
+    It does so perfectly, or for a share of the images, as its name says. What it gets wrong is the same in every
+    process, and for every batch.
+    """
+
+    @classmethod
+    def load(cls, name, pretrained=None, **_):
+        """Return the model of this name, in place of an encoder that ``clipfast eval`` loads."""
+        return cls(name, SimpleNamespace(logit_scale=torch.tensor(100.0).log()), None, mean_colour, "cpu", pretrained)
+
+    def about(self):
+        """Return what identifies the model in a feature store."""
+        return {"model": self.name, "pretrained": self.pretrained}
+
+    def images(self, pixels):
+        """Return image features by which the model finds the colour, with the errors of its name."""
+        found = pixels.flatten(1).float()
+        near = torch.cdist(found, torch.tensor([COLOURS[name] for name in NAMES]).float()).argmin(1)
+        if self.name != "perfect":
+            keys = (found @ torch.tensor([977.0, 31.0, 7.0]) % 101) / 101
+            spread = (found @ torch.tensor([13.0, 457.0, 3.0])).long() % len(NAMES)
+            near = torch.where(keys < float(self.name), near, spread)
+        return F.one_hot(near, len(NAMES)).float()
+
+    def texts(self, texts, store=None, world=None):
+        """Return text features by the last colour that a class name or a caption names."""
+        last = [[NAMES.index(word) for word in text.split() if word in COLOURS][-1] for text in texts]
+        return F.one_hot(torch.tensor(last, dtype=torch.long), len(NAMES)).float()
+
+
+def mean_colour(image):
+    """Return the mean colour of a picture, as the transform of a model that knows colours."""
+    return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)).round())[:, None, None]
+
+
+def solid(*colours, size=16):
+    """Return a PNG file with stripes of colours, as an image of an evaluation set."""
+    image = Image.new("RGB", (size * len(colours), size))
+    for place, colour in enumerate(colours):
+        image.paste(COLOURS[colour], (place * size, 0, (place + 1) * size, size))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()

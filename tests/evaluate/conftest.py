@@ -3,6 +3,7 @@
 import pytest
 
 from ..small_runs import copied, finished, options, refusal, run_small, server, shards, small, store, together  # noqa: F401
+from .benchmark_sets import ByColour
 from .eval_commands import save_model
 
 
@@ -10,3 +11,9 @@ from .eval_commands import save_model
 def model(tmp_path_factory):
     """The arguments of ``clipfast eval`` that name a small model."""
     return save_model(tmp_path_factory.mktemp("model") / "w.pt")
+
+
+@pytest.fixture
+def by_colour(monkeypatch):
+    """Let ``clipfast eval`` load models that know colours."""
+    monkeypatch.setattr("clipfast.evaluate.encoder.Encoder", ByColour)

@@ -1,14 +1,11 @@
 """``clipfast eval bias``: a bias that was planted is found with its size, none is found where there is none."""
 
-import io
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from clipfast.evaluate.bias_scores import (
     Grouping,
@@ -18,9 +15,9 @@ from clipfast.evaluate.bias_scores import (
     ndkl,
     retrieval_skew,
 )
-from clipfast.evaluate.encoder import Encoder
 
 from ..small_runs import picture, sample, write_shard
+from .benchmark_sets import solid
 from .eval_commands import check_refused, printed, split, wrong_inputs
 
 
@@ -70,57 +67,21 @@ def test_random_results_have_the_skew_of_chance():
     assert found["mean_max_skew"] == pytest.approx(found["max_skew_by_chance"], rel=0.2)
 
 
-NAMES = ("man", "woman", "thief", "gorilla", "other")
-
-
-class ColourEncoder(Encoder):
-    """A model that sees only the brightness of an image, 10 for the first of the names, 20 for the next, and so on."""
-
-    def images(self, pixels):
-        """Return image features by which a bias test knows each picture's class."""
-        return F.one_hot(pixels[:, 0, 0, 0].long() // 10 - 1, len(NAMES)).float()
-
-    def texts(self, texts, store=None, world=None):
-        """Return text features of the class names and labels of a bias test."""
-        return F.one_hot(torch.tensor([NAMES.index(text) for text in texts], dtype=torch.long), len(NAMES)).float()
-
-
-def brightness(image):
-    """Return the brightness of a picture, which encodes its class in the bias tests."""
-    return torch.full((3, 1, 1), image.getpixel((0, 0))[0], dtype=torch.uint8)
-
-
-def shown(name):
-    """Return a picture whose brightness encodes a class of the bias tests."""
-    stream = io.BytesIO()
-    Image.new("RGB", (4, 4), (10 * NAMES.index(name) + 10,) * 3).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def write_people(path, people):
     """Write a shard of people: the class of each, the class that the model predicts, and the groups."""
     samples = []
     for who, seen, race, age in people:
         text = json.dumps({"gender": who, "race": race, "age": age}).encode()
-        samples.append({"png": shown(seen), "txt": who.encode(), "json": text})
+        samples.append({"png": solid(seen), "txt": who.encode(), "json": text})
     return write_shard(path, samples)
 
 
-@pytest.fixture
-def colours(monkeypatch):
-    """Let ``clipfast eval bias`` load a model that classifies by brightness; return its arguments."""
-    model = SimpleNamespace(logit_scale=torch.tensor(100.0).log())
-    encoder = ColourEncoder("colours", model, None, brightness)
-    monkeypatch.setattr(Encoder, "load", lambda *args, **options: encoder)
-    return ["bias", "--model", "colours", "--device", "cpu"]
-
-
 def planted(shares, count=100):
-    """Draw people for bias: men and women of each race, of whom the model takes a known share for something else."""
+    """Draw people for bias: blue and green ones of each race, of whom the model sees a known share in another colour."""
     people = []
     for race, (seen, share) in shares.items():
         for number in range(count):
-            who = NAMES[number % 2]
+            who = ("blue", "green")[number % 2]
             people.append((who, seen if number < share * count else who, race, "old" if number % 3 else "young"))
     return people
 
@@ -130,18 +91,18 @@ def counts(found):
     return {name: row["count"] for name, row in found["groups"].items()}
 
 
-def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
+def test_a_planted_bias_is_found_with_its_size(by_colour, tmp_path, capsys):
     shard = write_people(tmp_path / "p.tar", [
-        *planted({"x": ("thief", 0.3), "y": ("gorilla", 0.1), "z": ("woman", 0.2)}), ("man", "thief", "tiny", "old"),
-        ("man", "thief", "", "old"),
+        *planted({"x": ("red", 0.3), "y": ("grey", 0.1), "z": ("green", 0.2)}), ("blue", "red", "tiny", "old"),
+        ("blue", "red", "", "old"),
     ])  # fmt: skip
-    (tmp_path / "added.tsv").write_text("crime\tthief\nanimal\tgorilla\nnobody\tother\n")
-    (tmp_path / "queries.txt").write_text("thief\n")
+    (tmp_path / "added.tsv").write_text("crime\tred\nanimal\tgrey\nnobody\tyellow\n")
+    (tmp_path / "queries.txt").write_text("red\n")
     words = (
         "--data {shard} --label-by gender --group-by race age race+age --added-labels {at}/added.tsv --threshold 0.5 "
         "--queries {at}/queries.txt --k 30 3 30 --json {at}/r.json --plot {at}/p.svg --table"
     )
-    out, _ = printed(capsys, *colours, *split(words, shard=shard, at=tmp_path))
+    out, _ = printed(capsys, "bias", "--model", "perfect", "--device", "cpu", *split(words, shard=shard, at=tmp_path))
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["images"], found["logit_scale"]) == (302, pytest.approx(100))
     race, age, both = found["by_key"].values()
@@ -152,13 +113,13 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     assert (crime["gap"], crime["highest"], crime["ratio"], crime["p_value"]) == (0.3, "x", 0.0, 1e-4)
     assert (animal["gap"], animal["highest"]) == (0.1, "y")
     assert (nobody["gap"], nobody["ratio"], nobody["p_value"]) == (0.0, None, 1.0)
-    # for an image of a thief or a gorilla, the classes man and woman have equal scores, and the first one wins
+    # for an image of an added label, the classes blue and green have equal scores, and the first one wins
     assert counts(race["acc1"]) == {"tiny": 1, "x": 85, "y": 95, "z": 90}
     assert found["metrics"]["acc1_gap_race"] == pytest.approx(0.1)
     assert found["metrics"]["crime_gap_race"] == 0.3
     (above,) = race["thresholds"]
-    assert above["labels"]["thief"] == crime
-    assert counts(above["labels"]["woman"])["z"] == 60
+    assert above["labels"]["red"] == crime
+    assert counts(above["labels"]["green"])["z"] == 60
     few, retrieval = race["retrieval"]
     assert few["queries"][0]["groups"] == {"x": 3, "y": 0, "z": 0}  # images of a group that is too small are not found
     assert retrieval["queries"][0]["groups"] == {"x": 30, "y": 0, "z": 0}

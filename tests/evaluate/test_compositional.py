@@ -1,57 +1,22 @@
 """``clipfast eval compositional``: every format from its files, pages, ranks, and wrong inputs."""
 
-import io
 import json
 import re
 
 import pytest
-import torch
-import torch.nn.functional as F
-from PIL import Image
 
 from clipfast.evaluate.encoder import Encoder
-from clipfast.models.images import make_transform
 
 from ..small_runs import write_shard
+from .benchmark_sets import solid
 from .eval_commands import check_page, check_ranks, check_refused, evaluated, printed, split, wrong_inputs
 
-COLOURS = {"red": (250, 5, 5), "green": (5, 250, 5), "blue": (5, 5, 250), "white": (250, 250, 250)}
 HOSTILE = "<script>alert('x')</script>&"
-
-
-def solid(*colours, size=16):
-    """Return a PNG file with stripes of colours, as an image of a compositional case."""
-    image = Image.new("RGB", (size * len(colours), size))
-    for place, colour in enumerate(colours):
-        image.paste(COLOURS[colour], (place * size, 0, (place + 1) * size, size))
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
-
-
-class Seeing(Encoder):
-    """A model that knows colours: a caption is like an image if the last colour that it names is the image's mean."""
-
-    def images(self, pixels):
-        """Return image features by the mean colour, by which a model judges compositional cases."""
-        return F.normalize(pixels.float().mean((2, 3)) - 127, dim=-1)
-
-    def texts(self, texts, store=None, world=None):
-        """Return text features by the last colour that a compositional caption names."""
-        last = [[(9, 90, 30), *(COLOURS[word] for word in text.split() if word in COLOURS)][-1] for text in texts]
-        return F.normalize(torch.tensor(last).float() - 127, dim=-1)
-
-
-@pytest.fixture
-def seeing(monkeypatch):
-    """Let ``clipfast eval compositional`` load a model that sees colours."""
-    encoder = Seeing("seeing", torch.nn.Identity(), None, make_transform(8, uint8=True))
-    monkeypatch.setattr(Encoder, "load", lambda *args, **options: encoder)
 
 
 def evaluate(capsys, data, *more):
     """Run ``clipfast eval compositional``, and return its results and its stderr."""
-    out, err = printed(capsys, "compositional", "--model", "seeing", "--data", data, *more)
+    out, err = printed(capsys, "compositional", "--model", "perfect", "--data", data, *more)
     return json.loads(out), err
 
 
@@ -78,7 +43,7 @@ def write_aro(folder):
     return folder / "visual_genome_relation.json"
 
 
-def test_aro(seeing, tmp_path, capsys):
+def test_aro(by_colour, tmp_path, capsys):
     path = write_aro(tmp_path)
     for data in (path, tmp_path):
         found, _ = evaluate(capsys, data)
@@ -88,7 +53,7 @@ def test_aro(seeing, tmp_path, capsys):
         assert accuracies(found, "relation_name") == {"to the blue": 1.0, "to the red": 0.5}
 
 
-def test_the_mean_over_attributes_needs_25_cases_of_each(seeing, tmp_path, capsys):
+def test_the_mean_over_attributes_needs_25_cases_of_each(by_colour, tmp_path, capsys):
     (tmp_path / "1.png").write_bytes(solid("red"))
     keys = ("image_path", "true_caption", "false_caption", "attributes")
     rows = [("1.png", "red", "blue", ["old", "new"])] * 25 + [("1.png", "blue", "red", ["big", "small"])] * 5
@@ -116,7 +81,7 @@ def write_sugar_crepe(folder):
         (folder / f"{name}.json").write_text(json.dumps(records))
 
 
-def test_sugar_crepe(seeing, tmp_path, capsys):
+def test_sugar_crepe(by_colour, tmp_path, capsys):
     write_sugar_crepe(tmp_path)
     found, err = evaluate(capsys, tmp_path)
     assert counted(found) == ("sugarcrepe", 3, 1, 1)
@@ -153,13 +118,13 @@ def write_winoground(folder):
     (folder / "examples.jsonl").write_text("".join(json.dumps(x | {"tag": "T"}) + "\n" for x in EXAMPLES))
 
 
-def test_winoground(seeing, tmp_path, capsys):
+def test_winoground(by_colour, tmp_path, capsys):
     write_winoground(tmp_path)
     check_winoground(evaluate(capsys, tmp_path)[0])
     check_winoground(evaluate(capsys, tmp_path / "examples.jsonl")[0])
 
 
-def test_winoground_as_hugging_face_has_it(seeing, tmp_path, capsys):
+def test_winoground_as_hugging_face_has_it(by_colour, tmp_path, capsys):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pictures = {name: {"bytes": solid(colour), "path": f"{name}.png"} for name, colour in (("a", "red"), ("b", "blue"))}
     rows = [x | {key: pictures[x[key]] for key in ("image_0", "image_1")} | {"tag": "T"} for x in EXAMPLES]
@@ -178,7 +143,7 @@ def pairs():
     return [{"png": png, "json": json.dumps(text).encode()} for png, text in zip(pictures, texts, strict=True)]
 
 
-def test_pairs_with_wrong_captions(seeing, tmp_path, capsys):
+def test_pairs_with_wrong_captions(by_colour, tmp_path, capsys):
     data = write_shard(tmp_path / "a.tar", pairs())
     found, err = evaluate(capsys, data, "--group-by", "of", "--html", tmp_path / "p.html")
     assert counted(found) == ("pairs", 3, 1, 1)
@@ -196,7 +161,7 @@ def test_pairs_with_wrong_captions(seeing, tmp_path, capsys):
         assert evaluate(capsys, tmp_path / name)[0]["metrics"] == {"acc": share}
 
 
-def test_order(seeing, tmp_path, capsys):
+def test_order(by_colour, tmp_path, capsys):
     """The model looks at the last colour alone: shuffles within trigrams never change which that is."""
     (tmp_path / "red.png").write_bytes(solid("red"))
     records = [{"image": "red.png", "caption": ["one two blue red three four", "blue it is red"]}]
@@ -262,15 +227,15 @@ WRONG = {
 
 
 @wrong_inputs(WRONG)
-def test_wrong_inputs(words, message, seeing, tmp_path, capsys):
+def test_wrong_inputs(words, message, by_colour, tmp_path, capsys):
     for name, content in FILES.items():
         (tmp_path / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
     for name, text in (("red", b'{"caption": "red"}'), ("pair", b'{"caption": "a", "negative_caption": "b"}')):
         write_shard(tmp_path / f"{name}.tar", [{"png": solid("red"), "json": text}])
-    check_refused(capsys, tmp_path, message, "compositional", "--model", "seeing", words=f"--data {words}")
+    check_refused(capsys, tmp_path, message, "compositional", "--model", "perfect", words=f"--data {words}")
 
 
-def test_a_box_that_cannot_be_cut_out_is_named(seeing, tmp_path, capsys):
+def test_a_box_that_cannot_be_cut_out_is_named(by_colour, tmp_path, capsys):
     path = write_aro(tmp_path)
     records = json.loads(path.read_text())
     records[0]["bbox_w"], records[1]["bbox_h"] = 0, 1e9

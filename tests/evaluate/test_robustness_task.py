@@ -5,63 +5,15 @@ import re
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from clipfast.evaluate.effective_robustness import Line
-from clipfast.evaluate.encoder import Encoder
 
 from . import eval_commands
+from .benchmark_sets import COLOURS, NAMES, ByColour
 from .eval_commands import check_ranks, check_refused, evaluated, printed, split, wrong_inputs
 
-COLOURS = {
-    "red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40),
-    "cyan": (40, 210, 210), "violet": (200, 50, 210), "grey": (128, 128, 128),
-}  # fmt: skip
-NAMES = sorted(COLOURS)
-
-
-class ByColour(Encoder):
-    """A model that knows images and texts by the colour of their class, as far as its name says: perfectly, or a share.
-
-    What it gets wrong is the same in every process, and for every batch.
-    """
-
-    @classmethod
-    def load(cls, name, pretrained=None, **_):
-        """Return the robustness tests' model of this name, in place of an encoder."""
-        return cls(name, None, None, mean_colour, "cpu", pretrained)
-
-    def about(self):
-        """Return what identifies the model of the robustness tests in a feature store."""
-        return {"model": self.name, "pretrained": self.pretrained}
-
-    def images(self, pixels):
-        """Return image features by which a robustness test's model finds the class, with the errors of its name."""
-        found = pixels.flatten(1).float()
-        near = torch.cdist(found, torch.tensor([COLOURS[name] for name in NAMES]).float()).argmin(1)
-        if self.name != "perfect":
-            keys = (found @ torch.tensor([977.0, 31.0, 7.0]) % 101) / 101
-            share = float(self.name)
-            spread = (found @ torch.tensor([13.0, 457.0, 3.0])).long() % len(NAMES)
-            near = torch.where(keys < share, near, spread)
-        return F.one_hot(near, len(NAMES)).float()
-
-    def texts(self, texts, store=None, world=None):
-        """Return text features of the class names of a robustness test."""
-        return F.one_hot(torch.tensor([NAMES.index(text) for text in texts], dtype=torch.long), len(NAMES)).float()
-
-
-def mean_colour(image):
-    """Return the mean colour of a picture, which encodes its class in the robustness tests."""
-    return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)).round())[:, None, None]
-
-
-@pytest.fixture(autouse=True)
-def by_colour(monkeypatch):
-    """Let ``clipfast eval robustness`` load models that classify by colour."""
-    monkeypatch.setattr("clipfast.evaluate.encoder.Encoder", ByColour)
+pytestmark = pytest.mark.usefixtures("by_colour")
 
 
 def write_classes(folder, classes, count, seed):

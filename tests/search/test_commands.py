@@ -132,8 +132,6 @@ def test_dedup(capsys, home):
     groups = {row["place"]: row["group"] for row in rows}
     assert groups["3"] == groups["20"]
     assert (found["groups"], found["dropped"]) == (len(set(groups.values())), len(left_out))
-    assert all(float(row["similarity"]) >= 0.9999 for row in left_out)
-    assert {row["of"] for row in left_out} <= {row["place"] for row in kept}
     places = set(range(24)) - {int(row["place"]) for row in left_out}
     assert (home / "keys.txt").read_text().split() == [f"{place:03}" for place in sorted(places)]
     assert found["kept"] == len(places)

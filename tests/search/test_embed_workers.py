@@ -1,6 +1,5 @@
 """The processes that read and decode for clipfast embed: how many, and the words when one of them is lost."""
 
-import itertools
 import multiprocessing
 import os
 import re
@@ -16,7 +15,6 @@ import torch
 from clipfast import host
 from clipfast.cli import embed as embed_command
 from clipfast.evaluate.encoder import Encoder
-from clipfast.io.files import DiskFullError
 from clipfast.search.embed import SMALL_BATCH, Work
 from clipfast.search.source_samples import Samples
 
@@ -65,12 +63,6 @@ def test_an_error_at_the_end_is_not_taken_for_the_loss_of_a_worker(work, monkeyp
     monkeypatch.setattr(Work, method, failing)
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         work.make([0], 1)
-
-
-def test_errors_of_workers_arrive_as_they_are(work):
-    for workers, error in itertools.product((0, 1), (ValueError("changed"), DiskFullError("no space"))):
-        with mock.patch.object(Samples, "read", side_effect=error), pytest.raises(type(error), match=f"^{error}$"):
-            work.make([0], workers)
 
 
 def test_images_that_wait_are_not_in_shared_memory(work, tmp_path, monkeypatch):

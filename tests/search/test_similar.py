@@ -17,13 +17,11 @@ def brute_force(features, threshold):
 
 
 def planted(count, dtype=torch.float32):
-    """Embeddings of which some are equal, some scaled, and some nearly equal, in all parts."""
+    """Embeddings of which each is like another one, equal to it, scaled or nearly equal."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 16, generator=random)
-    sources, targets = torch.randint(0, count, (2, count // 3), generator=random)
-    noise = torch.randn(len(sources), 16, generator=random) * torch.linspace(0, 0.5, len(sources))[:, None]
-    x[targets] = x[sources] * torch.rand(len(sources), 1, generator=random).add(0.5) + noise
-    return x.to(dtype)
+    x = torch.randn(count // 2 + 1, 16, generator=random).repeat(2, 1)[:count]
+    noise = 0.5 * torch.randn(count, 16, generator=random) * torch.linspace(0, 1, count)[:, None]
+    return ((x + noise) * torch.linspace(1, 2, count)[:, None]).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
