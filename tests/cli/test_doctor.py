@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -136,17 +135,15 @@ class TestMachine:
         assert list(tmp_path.iterdir()) == []
 
     def test_an_error_ends_one_look_only(self):
-        def look(error):
+        def look():
             """Yield a finding of ``clipfast doctor``, then raise an error."""
             yield Finding("a", "b")
-            raise error
+            raise OSError("broken")
 
-        first, last = machine.looked(lambda: look(ImportError("No module named 'x'", name="x")))
-        assert (first, last.status, last.value) == (Finding("a", "b"), PROBLEM, "the rest needs x, which is not there")
-        (_, last) = machine.looked(lambda: look(OSError("broken")))
-        assert (last.status, last.value) == (PROBLEM, "OSError: broken")
+        first, last = machine.looked(look)
+        assert (first, last.status, last.value) == (Finding("a", "b"), PROBLEM, "OSError: broken")
         with pytest.raises(OSError, match="broken"):
-            machine.looked(lambda: look(OSError("broken")), traceback=True)
+            machine.looked(look, traceback=True)
 
 
 class TestData:
@@ -190,13 +187,9 @@ class TestData:
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder/7.png").write_bytes(picture(7))
         (tmp_path / "folder/7.txt").write_text("seven")
-        found = self.look(tmp_path / "folder")
-        assert found["shards"].value == "1 folder(s) of images here"
-        assert (found["indexed"].status, found["pairs"].status) == (OK, OK)
-        (tmp_path / "7.png").write_bytes(picture(7))
-        (tmp_path / "t.csv").write_text("view alt a,b,c\n7.png seven x\n")
-        assert self.look(tmp_path / "t.csv")["pairs"].status == PROBLEM
-        found = self.look(tmp_path / "t.csv", image_key="view", text_key="alt", csv_separator=" ")
+        assert self.look(tmp_path / "folder")["shards"].value == "1 folder(s) of images here"
+        (tmp_path / "folder/t.csv").write_text("view alt a,b,c\n7.png seven x\n")
+        found = self.look(tmp_path / "folder/t.csv", image_key="view", text_key="alt", csv_separator=" ")
         assert (found["pairs"].status, found["indexed"].status) == (OK, OK)
 
     def test_every_pair_is_read_if_that_is_asked_for(self, tmp_path, monkeypatch):
@@ -236,21 +229,18 @@ class TestCommand:
         assert not {"failed", "missing"} & {finding["name"] for finding in findings}
         problems = sum(finding["status"] == PROBLEM for finding in findings)
         assert (read["problems"], code) == (problems, int(problems > 0))
-        assert f"{problems} problem(s), {read['notes']} note(s)" in out
-        code, _, error = run_command(capsys, "doctor", "--all")
-        assert (code, "--all needs --data" in error) == (2, True)
+        assert run_command(capsys, "doctor", "--all")[0] == 2
 
     def test_packages_are_missing(self, tmp_path):
-        groups = []
-        for missing in (["torch"], ["braceexpand", "tqdm", "torchvision", "tokenizers", "PIL"]):
+        groups = {}
+        for missing in ("torch", "braceexpand"):
             code = (
-                f"import sys; sys.modules.update(dict.fromkeys({missing})); from clipfast.cli.main import main; "
+                f"import sys; sys.modules[{missing!r}] = None; from clipfast.cli.main import main; "
                 "sys.exit(main(['doctor', '--overwrite', '--json', 'd.json', '--data', 'bundled:emoji/noto']))"
             )
             environment = os.environ | {"CLIPFAST_CACHE": str(tmp_path / "cache")}
             done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
             assert (done.returncode, done.stderr) == (1, b"")
-            groups.append(json.loads(Path(tmp_path / "d.json").read_text())["groups"])
-        assert groups[0].keys() == groups[1].keys()
-        assert groups[0]["software"][-1]["value"] == "the rest needs torch, which is not there"
-        assert all(found["data"][-1]["status"] == PROBLEM for found in groups)
+            groups[missing] = json.loads((tmp_path / "d.json").read_text())["groups"]
+            assert groups[missing]["data"][-1]["status"] == PROBLEM
+        assert groups["torch"]["software"][-1]["value"] == "the rest needs torch, which is not there"

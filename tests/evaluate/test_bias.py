@@ -77,7 +77,7 @@ def write_people(path, people):
 
 
 def planted(shares, count=100):
-    """Draw people for bias: blue and green ones of each race, of whom the model sees a known share in another colour."""
+    """Draw people for bias: blue and green ones of each race, of whom the model sees a share in another colour."""
     people = []
     for race, (seen, share) in shares.items():
         for number in range(count):

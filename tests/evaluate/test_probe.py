@@ -104,7 +104,6 @@ def test_the_search_finds_a_peak_with_few_fits():
         choice = choose(lambda C, peak=peak: -abs(VALUES.index(C) - peak))
         assert VALUES[peak] == choice.C
         assert len(choice.tried) <= 15
-    assert (VALUES[0], VALUES[-1]) == pytest.approx((1e-6, 1e6))
     # Of C with equal accuracies, the one with the strongest penalty is chosen.
     assert VALUES[0] == choose(lambda C: 0.5).C
 
@@ -115,8 +114,7 @@ def test_the_split_takes_a_fifth_of_each_class_and_leaves_one_image():
     train, validation = split(samples, 0)
     assert torch.bincount(train.classes).tolist() == [8, 1, 1, 3]
     both = train.and_those_of(validation)
-    assert sorted(both.features[:, 0].tolist()) == list(range(17))
-    assert torch.equal(classes[both.features[:, 0].long()], both.classes)
+    assert sorted(zip(both.features[:, 0].tolist(), both.classes.tolist(), strict=True)) == [*enumerate(classes)]
     with pytest.raises(ValueError, match=r"no class has two training images.*: give --val-data or --C"):
         split(samples.take(torch.tensor([0, 10, 12])), 0)
 
@@ -180,8 +178,6 @@ def test_the_command_writes_what_clip_benchmark_would(folder, capsys, tmp_path):
     assert (results["task"], results["dataset"]) == ("linear_probe", f"{folder}/test.tar")
     metrics = results["metrics"]
     assert " ".join(metrics) == "lp_acc1 lp_acc5 lp_mean_per_class_recall C seed fewshot_k normalized"
-    low, high = results["intervals"]["lp_acc1"]
-    assert low < metrics["lp_acc1"] <= high
     assert results["images"] == {"train": 24, "validation": 6, "test": 18}
     assert [row["fewshot_k"] for row in results["few_shot"]] == [1, 20]
     assert "3 classes have fewer images: a (8), b (8), c (8)" in err

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from clipfast.evaluate.retrieval import caption_ranks
 
 from ..small_runs import picture, sample, write_shard
-from .eval_commands import check_ranks, check_refused, evaluated, printed, split
+from .eval_commands import check_ranks, check_refused, printed, split
 
 
 def restated(scores, owner, k):
@@ -65,8 +65,8 @@ def data(tmp_path_factory):
 
 
 def test_the_command(model, data, tmp_path, capsys):
-    given = ["retrieval", *model, "--data", data, "--features", tmp_path / "f"]
-    out, err = printed(capsys, *given, *split("--k 2 1 2 41 --json {at}/r.json --plot {at}/p.svg --table", at=tmp_path))
+    words = "--k 2 1 2 41 --json {at}/r.json --plot {at}/p.svg --table"
+    out, err = printed(capsys, "retrieval", *model, "--data", data, *split(words, at=tmp_path))
     found = json.loads((tmp_path / "r.json").read_text())
     expected = {"task": "zeroshot_retrieval", "images": 41, "captions": 101, "skipped_images": 1}
     assert found.items() >= expected.items()
@@ -79,8 +79,6 @@ def test_the_command(model, data, tmp_path, capsys):
         assert low <= metrics[name] <= high, name
     assert [line.split()[0] for line in out.splitlines() if line] == ["41", "k", "1", "2", "41"]
     assert "<svg" in (tmp_path / "p.svg").read_text()
-    again = evaluated(capsys, *given)["metrics"]
-    assert again["text_retrieval_recall@1"] == metrics["text_retrieval_recall@1"]
 
 
 def test_images_without_captions_are_told(model, tmp_path, capsys):
