@@ -22,7 +22,6 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast app``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "app",
-        help="search an embedded folder on a page of this machine, by words or a dropped picture",
         description="Serve a page to this machine alone that searches an embedded folder by words, a dropped picture "
         "or both, with filters on the metadata, classifies a dropped picture with labels of one's own, and shows where "
         "in it is what texts say. Nothing is sent to anybody. Ctrl-C ends it. It needs Gradio: "
@@ -34,7 +33,7 @@ def add_parser(commands: Any) -> None:
     add_encoder_arguments(parser)
     pictures = "folders whose pictures may be shown (default: what was embedded)"
     add("--pictures", type=Path, nargs="+", metavar="FOLDER", help=pictures)
-    add("--port", type=Count(1, 65535), default=PORT, metavar="INT", help=f"port to listen on (default: {PORT})")
+    add("--port", type=Count(1, 65535), default=PORT, help=f"port to listen on (default: {PORT})")
     add("--no-browser", action="store_true", help="do not open the page in a browser")
     parser.runs(run)
 

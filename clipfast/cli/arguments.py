@@ -28,8 +28,28 @@ TOKENIZER: dict[str, Any] = {
 TRUST: dict[str, Any] = {"action": "store_true", "help": "load a TorchScript archive, which may run its code"}
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A help formatter that keeps the lines of examples, wraps descriptions, and names values by their types."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap a description or an epilog; a text with line breaks, such as examples, is kept as it is."""
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        """Return INT, FLOAT or FILE for an option of such a value, in place of the option's own name."""
+        if isinstance(action.type, Count):
+            return "INT"
+        names: dict[Any, str] = {float: "FLOAT", Path: "FILE"}
+        return names.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+
 class Parser(argparse.ArgumentParser):
     """A command-line parser whose errors are one line, with a suggestion if a similar word is known."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **options})
 
     def runs(self, function: Callable[[argparse.Namespace], int], *aliases: str) -> None:
         """Set the function that the command calls, and add ``--traceback``, which has other names in ``aliases``."""
@@ -128,7 +148,7 @@ class Output(argparse.Action):
 def add_output(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
     """Add an option for an output of a command, with settings for :class:`Output`, and ``--overwrite`` if missing."""
     if options.get("nargs") != 2:
-        options = {"type": Path, "metavar": "FILE"} | options
+        options = {"type": Path} | options
     parser.add_argument(*names, action=Output, **options)
     if "--overwrite" not in parser._option_string_actions:
         parser.add_argument("--overwrite", action="store_true", help="replace files to write that exist already")
@@ -153,7 +173,7 @@ COUNT, OR_ZERO = Count(), Count(0)
 BATCH, PIXELS, SEED = Count(1, 2**20), Count(1, 2**13), Count(0, 2**32 - 1)
 WORKERS = Count(0, 1024)  # number of processes
 DIST_TIMEOUT: dict[str, Any] = {
-    "type": Count(1, 366 * 24 * 60 * 60), "default": 600, "metavar": "INT",
+    "type": Count(1, 366 * 24 * 60 * 60), "default": 600,
     "help": "seconds after which the processes of torchrun give up waiting for another one (default: 600)",
 }  # fmt: skip
 

@@ -16,7 +16,6 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast classify``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "classify",
-        help="say which of some labels fits pictures",
         description="Compute the probability of each label for each picture: softmax over the labels, or for a SigLIP "
         "model, which judges each label by itself, the sigmoid.",
         epilog="Example: clipfast classify photo.jpg --labels cat dog 'a red flower' --model ViT-B-32 "

@@ -28,7 +28,6 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast cluster``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "cluster",
-        help="group the pictures of an embedded folder by likeness",
         description="Divide the items of an embedded folder into clusters by spherical k-means. A cluster is called by "
         "the text of DIR that is most like its centre, by the caption of its nearest item where texts are not "
         "embedded, by the most frequent value of --label-by, or by the line of --names that is most like its centre.",
@@ -36,15 +35,13 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add_folder_argument(parser)
-    add("--k", type=COUNT, default=50, metavar="INT", help="how many clusters (default: 50)")
+    add("--k", type=COUNT, default=50, help="how many clusters (default: 50)")
     add("--kind", choices=("image", "text"), default="image", help="cluster images or texts (default: image)")
-    add("--seed", type=SEED, default=0, metavar="INT", help="of the first centres (default: 0)")
-    add("--rounds", type=OR_ZERO, default=100, metavar="INT", help="how often centres move at most (default: 100)")
-    init = "first centres: far from each other, or any features (default: k-means++)"
-    add("--init", choices=("k-means++", "random"), default="k-means++", help=init)
+    add("--seed", type=SEED, default=0, help="of the first centres (default: 0)")
+    add("--rounds", type=OR_ZERO, default=100, help="how often centres move at most (default: 100)")
     add("--label-by", metavar="COLUMN", help="call each cluster by its most frequent value of this column")
     named = "call each cluster by the line of this text file that the model finds most like its centre"
-    add("--names", type=Path, metavar="FILE", help=named)
+    add("--names", type=Path, help=named)
     written = "write the cluster of each item as a Parquet file (.parquet)"
     add_output(parser, "--output", "--write", dest="write", ends=[".parquet"], help=written)
     add_encoder_arguments(parser)
@@ -72,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = Pictures(embeddings) if args.html else None
     texts = None if names is None else encoder_of(args, embeddings).texts(list(names))
     device = resolve_device(args.device)
-    found = spherical_k_means(features, args.k, seed=args.seed, rounds=args.rounds, init=args.init, device=device)
+    found = spherical_k_means(features, args.k, seed=args.seed, rounds=args.rounds, device=device)
     called = _names(embeddings, found, args.label_by) if texts is None else _nearest(found, texts, names or ())
     results = _results(args, embeddings, found, called)
     if args.write:

@@ -36,9 +36,7 @@ exit code: 0 written, 2 an error; then DST does not exist"""
 
 def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast convert``. Files and names are checked when the command runs."""
-    parser = commands.add_parser(
-        "convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.add_parser("convert", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("source", metavar="SRC", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG to convert")
     destination = "file or folder to write, which must not exist"

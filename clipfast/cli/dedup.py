@@ -25,7 +25,6 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast dedup``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "dedup",
-        help="find near duplicates among the pictures of an embedded folder",
         description="Find all pairs of pictures whose features have a cosine of at least --threshold, and choose what "
         "is kept. Pictures are looked at in the order of --keep, and one is left out only if it is a near duplicate of "
         "one that is kept. Items with an equal column sha256 or md5 are duplicates too. Pictures that are linked by "
@@ -35,7 +34,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add_folder_argument(parser)
     threshold = "cosine from which on two pictures are near duplicates (default: 0.95)"
-    add("--threshold", type=float, default=0.95, metavar="FLOAT", help=threshold)
+    add("--threshold", type=float, default=0.95, help=threshold)
     keep = "of near duplicates, keep the first, the largest by width x height, or the one that fits its caption best"
     add("--keep", choices=("first", "largest", "best"), default="first", help=f"{keep} (default: first)")
     add_output(

@@ -31,9 +31,7 @@ exit code: 0 no problem, 1 there is one, 2 bad arguments"""
 
 def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast doctor``."""
-    parser = commands.add_parser(
-        "doctor", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.add_parser("doctor", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--data", metavar="SHARDS", help="also look at these shards, named as for --train-data of clipfast train")
     add("--all", action="store_true", help="read and decode every pair of --data, on all cores, and count the bad ones")

@@ -34,7 +34,6 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast embed``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "embed",
-        help="compute the features of pictures and texts, to search them and look at them",
         description="Compute the features of the pictures or the texts of a source and write them to a folder, as "
         "numbered parts in clip-retrieval's layout. Given again, the same command goes on where it was stopped. "
         "torchrun shares the parts between processes, and --engine ray between machines; the content stays the same.",
@@ -53,12 +52,12 @@ def add_parser(commands: Any) -> None:
     eight = "with fp8, the blocks of the model multiply in 8 bits, and the features are in fp16"
     help_text = f"of the features in the folder; {eight} (default: fp16)"
     add("--precision", default="fp16", choices=("fp16", "fp32", "fp8"), help=help_text)
-    add("--part-size", type=BATCH, default=10_000, metavar="INT", help="samples of a part (default: 10000)")
+    add("--part-size", type=BATCH, default=10_000, help="samples of a part (default: 10000)")
     batch = "samples to encode at once (default: 256 on a GPU, 32 for each thread of a CPU, up to 128 of small images)"
-    add("--batch-size", type=BATCH, metavar="INT", help=batch)
+    add("--batch-size", type=BATCH, help=batch)
     most = "as many as cores for a GPU, half as many for a CPU, at most 8, and not more than fit into shared memory"
     actors = "with --engine ray, its actors (default: one for each GPU, or else for each CPU)"
-    add("--workers", type=WORKERS, metavar="INT", help=f"processes that read and decode (default: {most}); {actors}")
+    add("--workers", type=WORKERS, help=f"processes that read and decode (default: {most}); {actors}")
     engine = "local: this process, or those of torchrun; ray: actors on a cluster (pip install 'clipfast[ray]')"
     add("--engine", default="local", choices=("local", "ray"), help=f"{engine} (default: local)")
     add_device_argument(parser)

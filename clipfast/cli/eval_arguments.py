@@ -30,16 +30,6 @@ DATA_HELP = (
 )
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """A help formatter that keeps the lines of examples and wraps descriptions."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Wrap a description or an epilog; a text with line breaks, such as examples, is kept as it is."""
-        if "\n" in text:
-            return super()._fill_text(text, width, indent)
-        return argparse.HelpFormatter._fill_text(self, text, width, indent)
-
-
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False) -> None:
     """Add ``--model``, ``--pretrained`` and other arguments that choose the model; ``several`` allows more than one."""
     add = parser.add_argument
@@ -54,7 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     add("--cache-dir", **CACHE_DIR)
     add("--tokenizer", **TOKENIZER)
     patches = "most patches of an image, for NaFlex models, which keep its aspect (default: the model's, or else 1024)"
-    add("--image-seq-len", type=BATCH, metavar="INT", help=patches)
+    add("--image-seq-len", type=BATCH, help=patches)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,8 +92,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     kept = "keep features here, so that a task that was stopped goes on, and the next one starts with them"
     add("--features", type=folder, metavar="FOLDER", help=kept)
-    add("--batch-size", type=BATCH, default=256, metavar="INT", help="images to encode at once (default: 256)")
-    add("--workers", type=WORKERS, default=0, metavar="INT", help="processes that read and decode images (default: 0)")
+    add("--batch-size", type=BATCH, default=256, help="images to encode at once (default: 256)")
+    add("--workers", type=WORKERS, default=0, help="processes that read and decode images (default: 0)")
     add_device_argument(parser)
     add_backend_argument(parser)
     add("--dist-timeout", **DIST_TIMEOUT)

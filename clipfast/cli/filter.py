@@ -28,15 +28,14 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast filter``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "filter",
-        help="choose the pairs of an embedded folder whose image and text fit together",
         description="Score each pair by the cosine of its image and its text, and keep those with a least score, or "
         "the share with the highest scores (0.3 in DataComp's baseline).",
         epilog="Example: clipfast filter embedded --top 0.3 --write-shards kept --html around.html",
     )
     add = parser.add_argument
     add_folder_argument(parser)
-    add("--min-score", type=float, metavar="FLOAT", help="keep pairs with at least this score, such as 0.28")
-    add("--top", type=float, metavar="FLOAT", help="keep this share of the pairs, those of the highest scores")
+    add("--min-score", type=float, help="keep pairs with at least this score, such as 0.28")
+    add("--top", type=float, help="keep this share of the pairs, those of the highest scores")
     add_output(parser, "--write-keys", help="write the keys of the pairs that are kept, one a line")
     shards = "copy the pairs that are kept to tar shards of 10,000 in this folder, which must not exist"
     add_output(parser, "--write-shards", is_folder=True, metavar="FOLDER", help=shards)

@@ -20,7 +20,6 @@ def add_parser(commands: Any) -> None:
         "heatmap",
         description="Show where in a picture is what texts say, by the features of its patches.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="the picture")
@@ -39,7 +38,7 @@ def add_parser(commands: Any) -> None:
     add("--stride", type=PIXELS, metavar="PIXELS", help=stride)
     margin = "by how much the edge of the picture is continued (default: a quarter of the model's size)"
     add("--margin", type=Count(0, 2**13), metavar="PIXELS", help=margin)
-    add("--batch-size", type=BATCH, default=64, metavar="INT", help="windows to encode at once (default: 64)")
+    add("--batch-size", type=BATCH, default=64, help="windows to encode at once (default: 64)")
     parser.runs(run)
 
 

@@ -30,9 +30,7 @@ exit code: 0 indexed, 2 a shard is missing, or cannot be read"""
 
 def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast index``."""
-    parser = commands.add_parser(
-        "index", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.add_parser("index", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="as --train-data of clipfast train takes them")
     add_arguments(parser, SOURCE_OPTIONS)

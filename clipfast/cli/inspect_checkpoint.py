@@ -33,7 +33,6 @@ def add_parser(commands: Any) -> None:
         "inspect-checkpoint",
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("file", metavar="FILE", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG to look at")

@@ -34,13 +34,12 @@ def add_parser(commands: Any) -> None:
         description="Interpolate the weights of two checkpoints of one architecture, such as a model before and after "
         "finetuning (WiSE-FT), evaluate the models between them, and save one of them.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("first", metavar="A", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG, as clipfast convert takes it; alpha 0")
     add("second", metavar="B", help="the other checkpoint; alpha 1")
     shares = "shares of B, from 0 to 1 (default: 0 0.1 ... 1)"
-    add("--alpha", nargs="+", type=float, default=ALPHAS, metavar="FLOAT", help=shares)
+    add("--alpha", nargs="+", type=float, default=ALPHAS, help=shares)
     data = "image folder or pairs to evaluate on; may be given more than once"
     add("--val-data", action="append", default=[], metavar="DATA", help=data)
     add_arguments(parser, SOURCE_OPTIONS)
@@ -55,7 +54,7 @@ def add_parser(commands: Any) -> None:
     add("--activation", metavar="NAME", help="gelu or quick_gelu, where the checkpoints do not say it")
     add("--cache-dir", **CACHE_DIR)
     add("--tokenizer", **TOKENIZER)
-    add("--batch-size", type=BATCH, default=256, metavar="INT", help="images to encode at once (default: 256)")
+    add("--batch-size", type=BATCH, default=256, help="images to encode at once (default: 256)")
     add_device_argument(parser)
     add_backend_argument(parser)
     parser.runs(run)

@@ -26,9 +26,7 @@ exit code: 0 listed, 2 there is nothing of that name"""
 
 def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast list-pretrained``."""
-    parser = commands.add_parser(
-        "list-pretrained", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.add_parser("list-pretrained", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--model", metavar="NAME", help="only the weights of this model")
     add("--tag", metavar="TAG", help="only the weights of this tag")

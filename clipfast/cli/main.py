@@ -13,33 +13,31 @@ from .. import __version__
 from ..io.text import printable
 from .arguments import Parser, run
 
-# By the name of a command: its line in ``clipfast --help``, and its module, whose ``add_parser`` adds the command's
-# parser and sets the function ``run`` that the command calls.
+# By the name of a command: its line in ``clipfast --help``. The ``add_parser`` of its module, which is in this package,
+# adds the command's parser and sets the function ``run`` that the command calls.
 COMMANDS = {
-    "train": ("train a model on image-text pairs", "clipfast.cli.train"),
-    "status": ("show how far runs are, and plot them", "clipfast.cli.status"),
-    "index": ("index shards, so that a training run starts at once", "clipfast.cli.index"),
-    "eval": ("evaluate a checkpoint", "clipfast.cli.eval"),
-    "interpolate": (
-        "mix the weights of two checkpoints, and evaluate the models between them (WiSE-FT)",
-        "clipfast.cli.interpolate",
-    ),
-    "heatmap": ("show where in a picture is what texts say", "clipfast.cli.heatmap"),
-    "embed": ("compute the features of pictures and texts", "clipfast.cli.embed"),
-    "search": ("find embedded pictures by words, by a picture, or by both", "clipfast.cli.search"),
-    "app": ("search an embedded folder on a page of this machine", "clipfast.cli.app"),
-    "dedup": ("find near duplicates among embedded pictures", "clipfast.cli.dedup"),
-    "filter": ("choose embedded pairs whose image and text fit together", "clipfast.cli.filter"),
-    "cluster": ("group embedded pictures by likeness", "clipfast.cli.cluster"),
-    "classify": ("say which of some labels fits pictures", "clipfast.cli.classify"),
-    "convert": ("convert a checkpoint between OpenCLIP, transformers and clipfast", "clipfast.cli.convert"),
-    "inspect-checkpoint": ("say what a checkpoint is, and its checksum", "clipfast.cli.inspect_checkpoint"),
-    "list-pretrained": ("list the published weights that are loaded by name", "clipfast.cli.list_pretrained"),
-    "verify": ("check the numerics of kernels, model and training", "clipfast.cli.verify"),
-    "inspect": ("show what the compiler made of every kernel, without a GPU", "clipfast.bench.inspection.command"),
-    "plan": ("predict memory and time of the loss or of training", "clipfast.cli.plan"),
-    "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.cli.doctor"),
+    "train": "train a model on image-text pairs",
+    "status": "show how far runs are, and plot them",
+    "index": "index shards, so that a training run starts at once",
+    "eval": "evaluate a checkpoint",
+    "interpolate": "mix the weights of two checkpoints, and evaluate the models between them (WiSE-FT)",
+    "heatmap": "show where in a picture is what texts say",
+    "embed": "compute the features of pictures and texts",
+    "search": "find embedded pictures by words, by a picture, or by both",
+    "app": "search an embedded folder on a page of this machine",
+    "dedup": "find near duplicates among embedded pictures",
+    "filter": "choose embedded pairs whose image and text fit together",
+    "cluster": "group embedded pictures by likeness",
+    "classify": "say which of some labels fits pictures",
+    "convert": "convert a checkpoint between OpenCLIP, transformers and clipfast",
+    "inspect-checkpoint": "say what a checkpoint is, and its checksum",
+    "list-pretrained": "list the published weights that are loaded by name",
+    "verify": "check the numerics of kernels, model and training",
+    "inspect": "show what the compiler made of every kernel, without a GPU",
+    "plan": "predict memory and time of the loss or of training",
+    "doctor": "look at this machine: what it has, what is wrong, and what to do",
 }
+MODULES = {"inspect": "clipfast.bench.inspection.command"}  # modules of commands that are elsewhere
 # By the first command of each group in ``clipfast --help``: the title of the group.
 GROUPS = {
     "train": "train", "eval": "evaluate", "embed": "search and sort pictures", "convert": "checkpoints",
@@ -103,13 +101,13 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
         prog="clipfast",
         description="Train and evaluate CLIP on Triton kernels.",
         epilog=_overview(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"clipfast {__version__}")
     shown = "one of those below; clipfast COMMAND --help says more of it"
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=shown)
     if chosen in COMMANDS:
-        add_parser: Callable[[object], None] = pkgutil.resolve_name(f"{COMMANDS[chosen][1]}:add_parser")
+        module = MODULES.get(chosen, f"clipfast.cli.{chosen.replace('-', '_')}")
+        add_parser: Callable[[object], None] = pkgutil.resolve_name(f"{module}:add_parser")
         add_parser(commands)
         return parser
     for name in (*COMMANDS, BENCH[0]):
@@ -120,7 +118,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
 def _overview() -> str:
     """Return the overview of all commands for ``clipfast --help``: groups, with a line for each command."""
     lines = []
-    for name, (text, _) in {**COMMANDS, BENCH[0]: BENCH[1:]}.items():
+    for name, text in {**COMMANDS, BENCH[0]: BENCH[1]}.items():
         lines += [f"\n{GROUPS[name]}:"] if name in GROUPS else []
         lines.append(f"  {name:20}{text}")
     return "\n".join(lines).strip()

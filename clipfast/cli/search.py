@@ -21,7 +21,6 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast search``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "search",
-        help="find the pictures of an embedded folder by words, by a picture, or by both",
         description="Find the items of an embedded folder that are most like words, a picture, or both, exactly. The "
         "model is the one that made DIR, unless --model says where else it is.",
         epilog="Example: clipfast search embedded --text 'a red flower' --where 'width >= 256' --html found.html",
@@ -29,13 +28,13 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add_folder_argument(parser)
     add("--text", nargs="+", default=[], metavar="WORDS", help="texts to search by, each in quotes")
-    add("--queries", type=Path, metavar="FILE", help="texts to search by, one a line")
-    add("--image", nargs="+", default=[], type=Path, metavar="FILE", help="pictures to search by")
+    add("--queries", type=Path, help="texts to search by, one a line")
+    add("--image", nargs="+", default=[], type=Path, help="pictures to search by")
     itself = "also find the picture itself that is given to --image, if DIR has it by this path"
     add("--include-itself", action="store_true", help=itself)
     weight = "with texts and pictures: the share of the picture in a query, from 0 to 1 (default: 0.5)"
-    add("--weight", type=float, metavar="FLOAT", help=weight)
-    add("--k", type=COUNT, default=10, metavar="INT", help="how many items to find for each query (default: 10)")
+    add("--weight", type=float, help=weight)
+    add("--k", type=COUNT, default=10, help="how many items to find for each query (default: 10)")
     where = 'find only items whose metadata fulfil this, such as "width >= 256 and caption contains cat"'
     add("--where", metavar="EXPR", help=where)
     add("--kind", choices=("image", "text"), default="image", help="search images or texts (default: image)")

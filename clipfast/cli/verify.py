@@ -40,7 +40,6 @@ def add_parser(commands: Any) -> None:
 
     parser = commands.add_parser(
         "verify", description=DESCRIPTION, epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add, several = parser.add_argument, {"nargs": "+", "action": "extend"}
     checks = "clipfast.verify.KernelCheck or OpSpec in a module or a file: checks of other kernels than clipfast's"

@@ -24,9 +24,8 @@ from ..models import CLIP, CLIPConfig, SigLIPConfig, build
 from ..models.file_tokenizer import FileTokenizer
 from ..models.tokenizer import Tokenizer
 from .encoder import Encoder
-from .evaluate import evaluate
-from .features import encode_set
 from .labelled import LabelledSet
+from .watch import Evaluator
 from .zero_shot import Template
 
 # Entries of the configuration in which the checkpoints may differ, since features of an input do not depend on them;
@@ -154,14 +153,8 @@ def evaluate_path(
     encoder = Encoder(str(models.first.source), model, models.tokenizer(tokenizer), transform, device)
     for alpha in alphas:
         model.load_state_dict(models.weights(alpha))
-        results = {}
-        for name, images in data.items():
-            (features,) = encode_set([encoder], images, batch_size=batch_size)
-            results[name] = evaluate(
-                model, encoder.tokenizer, features.to(device), templates, classnames=classnames,
-                skipped=len(images.skipped),
-            ).results  # fmt: skip
-        yield {"alpha": alpha, "results": results}
+        sets = {name: Evaluator(images, templates, classnames, batch_size=batch_size) for name, images in data.items()}
+        yield {"alpha": alpha, "results": {name: one.results(encoder) for name, one in sets.items()}}
 
 
 def _settings(config: CLIPConfig) -> dict[str, Any]:

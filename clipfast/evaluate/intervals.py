@@ -46,3 +46,8 @@ def percent(share: float | None, interval: tuple[float, float] | None) -> str:
     if share is None or interval is None:
         return "-"
     return f"{share:.1%} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"
+
+
+def shown(value: float | None, form: str) -> str:
+    """Format a figure of a table, such as a p-value; "-" if there is none."""
+    return "-" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""Plots of evaluations and runs: their common style, learning curves, contact sheets, and metrics over steps."""
+"""Plots of evaluations and runs: their common style, training runs, contact sheets, and metrics over steps."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +10,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..io.files import save_figure
+from ..runs.status import History
 from .evaluate import Evaluation
 from .labelled import LabelledImage
 
 RIGHT, WRONG, CHANCE = "#1a7f37", "#57606a", "tab:red"
 MOST_CURVES = 12  # the legend names single curves only if there are at most this many; otherwise only means
+# Each panel of the plot: its title, the key of its metric in ``metrics.jsonl``, and a factor on the metric.
+PANELS = (
+    ("training loss", "loss", 1.0), ("learning rate", "lr", 1.0), ("logit scale", "logit_scale", 1.0),
+    ("pairs per second", "pairs_per_second", 1.0), ("waiting for data, %", "data_wait", 100.0),
+)  # fmt: skip
+METRICS = (
+    ("top-1", "zeroshot-val-top1", "-"), ("ImageNet top-1", "imagenet-zeroshot-val-top1", "--"),
+    ("text to image R@1", "text_to_image_R@1", ":"),
+)  # fmt: skip
 Interval = tuple[float, float]
 
 
@@ -106,37 +116,54 @@ def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, pa
     save_figure(figure, path)
 
 
-def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Plot the training loss of a run, and its accuracy on validation data if it has any, over the steps.
-
-    ``metrics`` are the lines of ``metrics.jsonl``.
-    """
-    losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
-    evals = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
-    figure = new_figure(8, 4.5)
-    axis = figure.subplots()
-    if losses:
-        axis.plot(*zip(*losses, strict=True), color="tab:blue")
-    axis.set(title=title, xlabel="step")
-    axis.set_ylabel("training loss (mean since last point)", color="tab:blue")
-    axis.set_ylim(bottom=0)
-    if evals:
-        right = axis.twinx()
-        curves = {
-            "zero-shot top-5": ("--", [found["zero_shot"]["top5"] for _, found in evals]),
-            "zero-shot top-1": ("-", [found["zero_shot"]["top1"] for _, found in evals]),
-            "text to image R@1": (":", [found["retrieval"]["text_to_image"]["R@1"] for _, found in evals]),
-        }
-        for name, (style, shares) in curves.items():
-            color = "tab:green" if style == ":" else "tab:orange"
-            values = [100 * share for share in shares]
-            label = f"{name}: {values[-1]:.1f}%"
-            right.plot([step for step, _ in evals], values, style, marker="o", color=color, label=label)
-        draw_chance(right, evals[-1][1]["classes"])
-        right.set_ylabel("validation, %", color="tab:orange")
-        right.set_ylim(bottom=0)
-        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+def plot_runs(histories: Sequence[History], path: Path) -> None:
+    """Plot loss, learning rate, logit scale, speed, data waits and evaluations of training runs over the steps."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    for axis, (title, key, factor) in zip(axes, PANELS, strict=False):
+        for number, history in enumerate(histories):
+            _curve(
+                axis, [(line["step"], factor * line[key]) for line in history.lines if key in line], f"C{number % 10}"
+            )
+        axis.set_title(title, fontsize=11)
+        if key not in ("loss", "logit_scale"):
+            axis.set_ylim(bottom=0)
+    _evaluations(axes[len(PANELS)], histories)
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.margins(x=0.02)
+    names = [history.folder.path.name for history in histories]
+    if len(names) == 1:
+        figure.suptitle(names[0])
+    else:
+        lines = [axes[0].plot([], [], color=f"C{number % 10}")[0] for number in range(len(names))]
+        figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
     save_figure(figure, path)
+
+
+def _curve(axis: Axes, points: Sequence[tuple[int, float]], colour: str, **style: Any) -> None:
+    """Draw a curve in the plot of training runs; a single point, invisible as a line, gets a marker."""
+    if points:
+        marker = {"marker": "o"} if len(points) == 1 else {}
+        axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, **marker | style)
+
+
+def _evaluations(axis: Axes, histories: Sequence[History]) -> None:
+    """Draw accuracies and recall of the runs' evaluations in the plot of training runs."""
+    for number, history in enumerate(histories):
+        for place, (name, key, style) in enumerate(METRICS):
+            found = [
+                (line["step"], 100 * line["metrics"][key]) for line in history.evaluations if key in line["metrics"]
+            ]
+            is_alone = len(histories) == 1
+            label = f"{name}: {found[-1][1]:.1f}%" if is_alone and found else name if number == 0 else None
+            colour = f"C{place if is_alone else number % 10}"
+            _curve(axis, found, colour, linestyle=style, marker="o", markersize=4, label=label)
+    axis.set_title("evaluations, %", fontsize=11)
+    axis.set_ylim(bottom=0)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=9, frameon=False)
 
 
 def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path: Path) -> None:

@@ -51,34 +51,13 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
     return by_key[query_keys]
 
 
-def caption_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the retrieval rank of each image's best caption and of each caption's image, as CLIP_benchmark counts.
-
-    Every caption belongs to one image, and is wrong for every other image, even if that has a caption of the same text.
-    Of equal scores, those of wrong items rank first. Apart from the features, memory is a few bytes per item.
-
-    Args:
-        images: features [M, D] of unit length.
-        texts: features [N, D] of captions.
-        owner: [N] int64, the position of each caption's image.
-
-    Returns:
-        [M] int64, the wrong captions before the best right one; -1 for an image without captions. [N] int64, the wrong
-        images before the right one.
-
-    Raises:
-        ValueError: a feature is not finite.
-    """
-    for features in (images, texts):
-        if not all(rows.isfinite().all() for rows in features.split(65536)):
-            raise ValueError("retrieval: features contain NaN or infinity")
-    return retrieval_ranks(images, texts, text_image=owner)
-
-
 def caption_recalls(
     images: Tensor, texts: Tensor, counts: Sequence[int], ks: Sequence[int]
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Return recall@k by CLIP_benchmark's names and definitions, and the 95% interval of each.
+
+    Every caption belongs to one image, and is wrong for every other image, even if that has a caption of the same text.
+    Of equal scores, those of wrong items rank first. Apart from the features, memory is a few bytes per item.
 
     Args:
         images: features [M, D] of unit length.
@@ -89,9 +68,13 @@ def caption_recalls(
     Raises:
         ValueError: a feature is not finite.
     """
+    for features in (images, texts):
+        if not all(rows.isfinite().all() for rows in features.split(65536)):
+            raise ValueError("retrieval: features contain NaN or infinity")
     of_image = torch.tensor(counts)
     owner = torch.repeat_interleave(torch.arange(len(counts)), of_image)
-    image_ranks, text_ranks = (ranks.cpu() for ranks in caption_ranks(images, texts, owner.to(texts.device)))
+    found = retrieval_ranks(images, texts, text_image=owner.to(texts.device))
+    image_ranks, text_ranks = (ranks.cpu() for ranks in found)
     metrics, intervals = {}, {}
     for k in sorted(set(ks)):
         # ``hits`` and ``queries`` are counts for each image, since the bootstrap resamples images with their captions.

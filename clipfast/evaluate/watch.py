@@ -100,7 +100,14 @@ class Evaluator:
         Raises:
             ValueError: the checkpoint does not tell its model, or cannot be loaded, or the set cannot be evaluated.
         """
-        encoder = self.model.load(checkpoint, source)
+        return self.results(self.model.load(checkpoint, source))
+
+    def results(self, encoder: Encoder) -> dict[str, Any]:
+        """Evaluate a model of clipfast, and return the results of :func:`~clipfast.evaluate.evaluate.evaluate`.
+
+        Raises:
+            ValueError: the set cannot be evaluated.
+        """
         (features,) = encode_set([encoder], self.images, batch_size=self.batch_size, workers=self.workers)
         return evaluate(
             encoder.model, encoder.tokenizer, features.to(encoder.device), self.templates, classnames=self.classnames,

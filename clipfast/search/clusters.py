@@ -47,8 +47,7 @@ class Clusters:
 
 @torch.no_grad()
 def spherical_k_means(
-    features: Tensor, k: int, *, seed: int = 0, rounds: int = 100, init: str = "k-means++",
-    device: str | torch.device | None = None,
+    features: Tensor, k: int, *, seed: int = 0, rounds: int = 100, device: str | torch.device | None = None,
 ) -> Clusters:  # fmt: skip
     """Divide features into k clusters by spherical k-means, which maximises the sum of the cosines to the centres.
 
@@ -61,7 +60,6 @@ def spherical_k_means(
         k: the number of clusters, at most N.
         seed: the seed of the first centres.
         rounds: the most times that centres are computed; k-means ends earlier if no feature changes its cluster.
-        init: "k-means++" chooses first centres that are far from each other, "random" chooses random features.
         device: the device that computes; default: the device of the features.
 
     Returns:
@@ -73,7 +71,7 @@ def spherical_k_means(
     check_features(features)
     device = features.device if device is None else torch.device(device)
     work = _Work(features, k, device)
-    centres = work.first_centres(seed, init)
+    centres = work.first_centres(seed)
     groups, similarity = work.nearest(centres)
     done, is_settled = 0, False
     while done < rounds and not is_settled:
@@ -121,13 +119,10 @@ class _Work:
         lengths = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
         return torch.where(lengths > 0, sums / lengths, before)  # a centre stays if its features add up to zero
 
-    def first_centres(self, seed: int, init: str) -> Tensor:
-        """Return k features as the first centres of k-means, drawn by k-means++ or at random."""
+    def first_centres(self, seed: int) -> Tensor:
+        """Return k features that are far from each other as the first centres, drawn by k-means++."""
         random = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(self.features), generator=random)
-        if init == "random":
-            return self.block(chosen[: self.k])
-        some = self.block(chosen[: SAMPLED * self.k])
+        some = self.block(torch.randperm(len(self.features), generator=random)[: SAMPLED * self.k])
         centres = some[:1]
         distance = 1 - some @ centres[0]
         for _ in range(1, self.k):

@@ -289,13 +289,13 @@ def finish(
 def _pictures(trainer: Trainer, evaluation: Evaluation | None) -> list[str]:
     """Draw the learning curve and a contact sheet of a finished run, if matplotlib is there; return the file names."""
     try:
-        from ..evaluate.pictures import contact_sheet, learning_curve
+        from ..evaluate.pictures import contact_sheet, plot_runs
+        from ..runs.status import read_history
     except ImportError:
         log.warning("No pictures: they need matplotlib, pip install 'clipfast[eval]'")
         return []
-    folder, config = trainer.folder, trainer.config
-    title = f"{config.model} on {config.train_data}\nvalidated on {config.val_data or 'nothing'}"
-    learning_curve(folder.metrics(), title, folder.path / "learning_curve.png")
+    folder = trainer.folder
+    plot_runs([read_history(folder.path)], folder.path / "learning_curve.png")
     images = trainer.validation.labelled
     if evaluation is None or images is None:
         return ["learning_curve.png"]

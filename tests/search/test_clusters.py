@@ -1,6 +1,5 @@
 """Spherical k-means: its objective against scikit-learn's, empty clusters, blocks, and the same answer every time."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -23,13 +22,12 @@ def objective(features, groups):
     return float(torch.linalg.vector_norm(sums, dim=1).sum())
 
 
-@pytest.mark.parametrize("init", ["k-means++", "random"])
-def test_as_good_as_scikit_learn(init):
+def test_as_good_as_scikit_learn():
     from sklearn.cluster import KMeans
 
     x, _ = blobs(noise=2.0)
-    ours = [objective(x, spherical_k_means(x, 6, seed=seed, init=init).groups.long()) for seed in range(5)]
-    fits = [KMeans(6, init=init, n_init=1, random_state=seed).fit(x) for seed in range(5)]
+    ours = [objective(x, spherical_k_means(x, 6, seed=seed).groups.long()) for seed in range(5)]
+    fits = [KMeans(6, n_init=1, random_state=seed).fit(x) for seed in range(5)]
     theirs = [objective(x, torch.from_numpy(fit.labels_).long()) for fit in fits]
     assert max(ours) >= max(theirs) * 0.995
     assert sum(ours) >= sum(theirs) * 0.99

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import COUNT
 from ..eval_arguments import (
-    HelpFormatter,
     add_data_arguments,
     add_model_arguments,
     add_prompt_arguments,
@@ -48,7 +47,6 @@ def add_parser(tasks: Any) -> None:
         "categories, and how uneven they are among the first results of texts. Labels, groups and texts are yours: "
         "they decide what is found.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
         conflict_handler="resolve",
     )
     add = parser.add_argument
@@ -57,13 +55,13 @@ def add_parser(tasks: Any) -> None:
     group = "columns or json keys that name the groups of an image; KEY+KEY crosses them"
     add("--group-by", nargs="+", required=True, metavar="KEY", help=group)
     smallest = "images that a group needs to be compared with others (default: 30)"
-    add("--min-count", type=COUNT, default=30, metavar="INT", help=smallest)
+    add("--min-count", type=COUNT, default=30, help=smallest)
     added = "labels beside the classes: a file with lines of a category, a tab and a label"
-    add("--added-labels", type=Path, metavar="FILE", help=added)
+    add("--added-labels", type=Path, help=added)
     threshold = "also count the images whose probability of a label is above this, such as 0.005 0.04"
-    add("--threshold", type=float, nargs="+", default=[], metavar="FLOAT", help=threshold)
-    add("--queries", type=Path, metavar="FILE", help="texts that images are searched by, one in each line")
-    add("--k", type=COUNT, nargs="+", default=[100], metavar="INT", help="first results of --queries (default: 100)")
+    add("--threshold", type=float, nargs="+", default=[], help=threshold)
+    add("--queries", type=Path, help="texts that images are searched by, one in each line")
+    add("--k", type=COUNT, nargs="+", default=[100], help="first results of --queries (default: 100)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
     parser.runs(run)
@@ -187,7 +185,7 @@ def _table(results: dict[str, Any]) -> str:
 
 def _groups_table(key: str, figures: dict[str, Any]) -> str:
     """Return the text table of ``clipfast eval bias`` with accuracy and shares of categories for each group."""
-    from ...evaluate.intervals import percent
+    from ...evaluate.intervals import percent, shown
     from ...io.text import align
 
     columns = {"acc1": figures["acc1"], **figures["categories"]}
@@ -198,37 +196,34 @@ def _groups_table(key: str, figures: dict[str, Any]) -> str:
         ]
         rows.append([name + (" (not compared)" if name in figures["not_compared"] else ""), f"{count:,}", *shares])
     rows.append(["gap", "", *(f"{100 * found['gap']:.1f} points" for found in columns.values())])
-    rows.append(["ratio", "", *(_number(found["ratio"]) for found in columns.values())])
-    rows.append(["p", "", *(_number(found["p_value"]) for found in columns.values())])
+    rows.append(["ratio", "", *(shown(found["ratio"], ".2g") for found in columns.values())])
+    rows.append(["p", "", *(shown(found["p_value"], ".2g") for found in columns.values())])
     return align(rows, right=(1,))
 
 
 def _labels_table(key: str, found: dict[str, Any]) -> str:
     """Return the text table of ``clipfast eval bias`` with the labels of the largest gaps between groups."""
+    from ...evaluate.intervals import shown
     from ...io.text import align
 
     rows = [[f"probability above {found['threshold']:g}, by {key}", "lowest", "highest", "gap", "p"]]
     largest = sorted(found["labels"].items(), key=lambda item: -item[1]["gap"])[:SHOWN]
     for label, figures in largest:
         ends = [f"{figures['groups'][figures[end]]['share']:.1%} {figures[end]}" for end in ("lowest", "highest")]
-        rows.append([label, *ends, f"{100 * figures['gap']:.1f}", _number(figures["p_value"])])
+        rows.append([label, *ends, f"{100 * figures['gap']:.1f}", shown(figures["p_value"], ".2g")])
     return align(rows, right=(3, 4))
 
 
 def _queries_table(key: str, found: dict[str, Any]) -> str:
     """Return the text table of ``clipfast eval bias`` with the queries whose results have the largest skew."""
+    from ...evaluate.intervals import shown
     from ...io.text import align
 
     rows = [[f"first {found['k']} images, by {key}", "max skew", "of", "NDKL", "p"]]
     largest = sorted(found["queries"], key=lambda row: -row["max_skew"])[:SHOWN]
     for row in largest:
         skew = f"{row['max_skew']:.2f}"
-        rows.append([row["query"], skew, row["max_skew_group"], f"{row['ndkl']:.3f}", _number(row["p_value"])])
+        rows.append([row["query"], skew, row["max_skew_group"], f"{row['ndkl']:.3f}", shown(row["p_value"], ".2g")])
     rows.append(["mean of all queries", f"{found['mean_max_skew']:.2f}", "", f"{found['mean_ndkl']:.3f}", ""])
     rows.append(["mean by chance", f"{found['max_skew_by_chance']:.2f}", "", "", ""])
     return align(rows, right=(1, 3, 4))
-
-
-def _number(value: float | None) -> str:
-    """Format a number for ``clipfast eval bias``; "-" if there is none."""
-    return "-" if value is None else f"{value:.2g}"

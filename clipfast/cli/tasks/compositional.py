@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import COUNT, add_output
 from ..eval_arguments import (
-    HelpFormatter,
     Session,
     add_model_arguments,
     add_reading_arguments,
@@ -45,7 +44,6 @@ def add_parser(tasks: Any) -> None:
         "Winoground, your own pairs, captions with their words in another order, or generated scenes of shapes. "
         "torchrun shares the work between processes.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add_model_arguments(parser)
@@ -62,7 +60,7 @@ def add_parser(tasks: Any) -> None:
     add_run_arguments(parser)
     page = "write a page with the figures, and pictures with their captions and scores, to this file"
     add_output(parser, "--html", help=page)
-    add("--per-group", type=COUNT, default=6, metavar="INT", help="pictures of each group on the page (default: 6)")
+    add("--per-group", type=COUNT, default=6, help="pictures of each group on the page (default: 6)")
     parser.runs(run)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ...io.text import DELIMITERS, align, write_rows
 from ..arguments import COUNT, OR_ZERO, add_output
 from ..eval_arguments import (
-    HelpFormatter,
     add_data_arguments,
     add_model_arguments,
     add_prompt_arguments,
@@ -45,7 +44,6 @@ def add_parser(tasks: Any) -> None:
         description="Find the training image that is most similar to each test image, and compute zero-shot accuracy "
         "on the test images that are near duplicates of a training image, and on the others.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add_model_arguments(parser)
@@ -54,15 +52,15 @@ def add_parser(tasks: Any) -> None:
     by = "what is compared: features of the model, or thumbnails of 16 x 16 pixels (default: model)"
     add("--by", choices=("model", "pixels"), default="model", help=by)
     threshold = "similarity from which on a test image is a near duplicate (default: 0.95)"
-    add("--threshold", type=float, default=0.95, metavar="FLOAT", help=threshold)
+    add("--threshold", type=float, default=0.95, help=threshold)
     plant = (
         "also say how many near duplicates would be found: so many test images are edited in seven ways (default: 0)"
     )
-    add("--plant", type=OR_ZERO, default=0, metavar="INT", help=plant)
+    add("--plant", type=OR_ZERO, default=0, help=plant)
     add_prompt_arguments(parser)
     add_run_arguments(parser)
     add_output(parser, "--html", help="write a page with pairs of pictures, the most similar first")
-    add("--pairs", type=COUNT, default=100, metavar="INT", help="how many pairs --html shows (default: 100)")
+    add("--pairs", type=COUNT, default=100, help="how many pairs --html shows (default: 100)")
     pairs = "write the most similar training image of each test image, the most similar pair first"
     add_output(parser, "--output", "--write", dest="write", ends=DELIMITERS, help=f"{pairs} (.csv or .tsv)")
     parser.runs(run)
@@ -150,7 +148,7 @@ def _write_pairs(
 
 def _table(results: dict[str, Any]) -> str:
     """Format the results of ``clipfast eval overlap`` as text: accuracy on all, near duplicates and others."""
-    from ...evaluate.intervals import percent
+    from ...evaluate.intervals import percent, shown
     from ...evaluate.overlap_pairs import LEVEL
 
     images, metrics, intervals = results["images"], results["metrics"], results["intervals"]
@@ -167,10 +165,9 @@ def _table(results: dict[str, Any]) -> str:
     header = ["threshold", "overlap", "share", "acc1_overlap", "acc1_clean", "all - clean", "p"]
     rows = [header]
     for row in results["by_threshold"]:
-        shares = [_in_percent(row[key]) for key in ("overlap", "acc1_overlap", "acc1_clean")]
+        shares = [shown(row[key], ".1%") for key in ("overlap", "acc1_overlap", "acc1_clean")]
         gain = "-" if row["acc1_all_minus_clean"] is None else f"{100 * row['acc1_all_minus_clean']:+.2f}"
-        p = "-" if row["p_value"] is None else f"{row['p_value']:.2g}"
-        rows.append([f"{row['threshold']:g}", f"{row['images']:,}", *shares, gain, p])
+        rows.append([f"{row['threshold']:g}", f"{row['images']:,}", *shares, gain, shown(row["p_value"], ".2g")])
     parts.append(align(rows, right=range(1, 7)))
     if "planted" in results:
         parts.append(_planted_table(results["planted"]))
@@ -179,15 +176,12 @@ def _table(results: dict[str, Any]) -> str:
 
 def _planted_table(planted: list[dict[str, Any]]) -> str:
     """Return the text table of ``clipfast eval overlap --plant``: how many edited copies are found as duplicates."""
+    from ...evaluate.intervals import shown
+
     by_edit: dict[str, list[str]] = {}
     for row in planted:
-        cell = f"{row['recall']:.1%} ({_in_percent(row['precision'])})"
+        cell = f"{row['recall']:.1%} ({shown(row['precision'], '.1%')})"
         by_edit.setdefault(row["edit"], [row["edit"]]).append(cell)
     thresholds = list(dict.fromkeys(f"{row['threshold']:g}" for row in planted))
     table = align([["recall (precision)", *thresholds], *by_edit.values()], right=range(1, 1 + len(thresholds)))
     return f"{planted[0]['images']:,} test images that were edited and planted, at each threshold\n{table}"
-
-
-def _in_percent(share: float | None) -> str:
-    """Format a share for ``clipfast eval overlap``; "-" if there is none."""
-    return "-" if share is None else f"{share:.1%}"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import COUNT, SEED, Count
 from ..eval_arguments import (
-    HelpFormatter,
     add_data_arguments,
     add_model_arguments,
     add_prompt_arguments,
@@ -42,27 +41,25 @@ def add_parser(tasks: Any) -> None:
         description="Fit a logistic regression to the features of a training set, with the strength of its penalty "
         "chosen on a validation set, and compute its accuracy on a test set.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add_model_arguments(parser)
     add("--train-data", required=True, metavar="DATA", help="what the classifier is trained on, named as --data is")
     add("--val-data", metavar="DATA", help="what chooses C (default: a fifth of each class of the training set)")
     add_data_arguments(parser)
-    add("--C", type=float, metavar="FLOAT", help="inverse strength of the penalty (default: chosen from 1e-6 to 1e6)")
+    add("--C", type=float, help="inverse strength of the penalty (default: chosen from 1e-6 to 1e6)")
     solver = "what fits the classifier (default: scikit-learn on a CPU if it is installed, torch otherwise)"
     add("--solver", choices=SOLVERS, default="auto", help=solver)
     add("--unnormalized", action="store_true", help="keep the lengths of features (default: divide by them)")
     shots = "also train on so many images per class, and compare with zero-shot"
-    add("--shots", type=COUNT, nargs="+", default=[], metavar="INT", help=shots)
+    add("--shots", type=COUNT, nargs="+", default=[], help=shots)
     add(
         "--seeds",
         type=Count(1, 1000),
         default=3,
-        metavar="INT",
         help="times that images are drawn for --shots (default: 3)",
     )
-    add("--seed", type=SEED, default=0, metavar="INT", help="first seed of what is drawn (default: 0)")
+    add("--seed", type=SEED, default=0, help="first seed of what is drawn (default: 0)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
     parser.runs(run)

@@ -38,7 +38,7 @@ def add_parser(tasks: Any) -> None:
     add_model_arguments(parser)
     add_data_arguments(parser)
     k = "the numbers of results in which a right one is looked for (default: 1 5 10)"
-    parser.add_argument("--k", nargs="+", type=COUNT, default=[1, 5, 10], metavar="INT", help=k)
+    parser.add_argument("--k", nargs="+", type=COUNT, default=[1, 5, 10], help=k)
     add_run_arguments(parser)
     parser.runs(run)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import DRAWN, SEED, add_output
 from ..eval_arguments import (
-    HelpFormatter,
     Session,
     add_data_arguments,
     add_model_arguments,
@@ -52,7 +51,6 @@ def add_parser(tasks: Any) -> None:
         description="Compute zero-shot accuracy on a base set and on shifted versions of it, over the classes that "
         "both have, and effective robustness: accuracy under a shift beyond what baseline models let one expect.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add_model_arguments(parser, several=True)
@@ -65,9 +63,9 @@ def add_parser(tasks: Any) -> None:
         "also shift --data itself, in five strengths: blur, noise, jpeg, hue, rotation, occlusion (default: all)"
     )
     add("--synthetic", nargs="*", metavar="NAME", help=synthetic)
-    add("--seed", type=SEED, default=0, metavar="INT", help="of what synthetic shifts draw at random (default: 0)")
+    add("--seed", type=SEED, default=0, help="of what synthetic shifts draw at random (default: 0)")
     points = "accuracies of baseline models: CSV or JSON with model, base, shift and set, or results of this task"
-    add("--baseline", nargs="+", type=Path, default=[], metavar="FILE", help=points)
+    add("--baseline", nargs="+", type=Path, default=[], help=points)
     models = "models to evaluate for the baseline, such as the checkpoints of a run, named as --model is"
     add("--baseline-model", nargs="+", default=[], metavar="MODEL", help=models)
     add_prompt_arguments(parser)

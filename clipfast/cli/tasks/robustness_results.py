@@ -26,7 +26,7 @@ from ...evaluate.effective_robustness import (
     read_points,
 )
 from ...evaluate.features import LabelledFeatures
-from ...evaluate.intervals import bootstrap, percent, wilson
+from ...evaluate.intervals import bootstrap, percent, shown, wilson
 from ...evaluate.results import result_about
 from ...evaluate.shifts import Shift
 from ...evaluate.suite import label, name_of
@@ -258,7 +258,7 @@ def table(results: Mapping[str, Any]) -> str:
             base, shifted = (percent(found[key], found[f"{key}_interval"]) for key in ("base", "shift"))
             row = [shift, classes.get((name, shift), ""), base, shifted]
             for key, form in (("relative_drop", ".1%"), ("expected", ".1%"), ("effective", "+.1%")):
-                row.append("-" if found[key] is None else format(found[key], form))
+                row.append(shown(found[key], form))
             rows.append(row)
         parts.append(f"{name}\n{align(rows, right=(1, 4, 5, 6))}")
         strengths: dict[str, list[str]] = {}

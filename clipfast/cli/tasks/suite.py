@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import COUNT, SEED, add_output
 from ..eval_arguments import (
-    HelpFormatter,
     add_model_arguments,
     add_run_arguments,
     add_watch_arguments,
@@ -47,7 +46,6 @@ def add_parser(tasks: Any) -> None:
         "result is a file, and is not computed again while model, data and settings stay the same. torchrun shares the "
         "work between processes.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--root", type=Path, required=True, metavar="FOLDER", help="folder of the folders wds_NAME")
@@ -58,11 +56,11 @@ def add_parser(tasks: Any) -> None:
     add("--sets", nargs="+", default=[], metavar="NAME", help=sets)
     add("--split", default="test", metavar="NAME", help="the split that is judged on (default: test)")
     k = "the numbers of results in which a right one is looked for, in retrieval (default: 5)"
-    add("--k", nargs="+", type=COUNT, default=[5], metavar="INT", help=k)
+    add("--k", nargs="+", type=COUNT, default=[5], help=k)
     add("--probe", action="store_true", help="also train a linear probe where a set has a split 'train'")
     solver = "what fits the probe (default: scikit-learn on a CPU if it is installed, torch otherwise)"
     add("--solver", choices=("auto", "scikit-learn", "torch"), default="auto", help=solver)
-    add("--seed", type=SEED, default=0, metavar="INT", help="of the split that chooses C without 'val' (default: 0)")
+    add("--seed", type=SEED, default=0, help="of the split that chooses C without 'val' (default: 0)")
     add_run_arguments(parser)
     add_output(parser, "--html", help="write a page with all results and a picture to this file")
     parser.runs(run)

@@ -52,7 +52,7 @@ def add_parser(tasks: Any) -> None:
     add("--compare-templates", action="store_true", help="also give the figures of 1, 7 and 80 templates, side by side")
     add("--leave-out", nargs="*", default=[], metavar="GROUP", help="groups to leave out of a second overall accuracy")
     worst = "how many of the worst classes to name (default: 10)"
-    add("--worst", type=OR_ZERO, default=10, metavar="INT", help=worst)
+    add("--worst", type=OR_ZERO, default=10, help=worst)
     add_run_arguments(parser)
     page = "write a page with pictures of the worst classes, and what they were taken for, to this file"
     add_output(parser, "--html", help=page)
