@@ -11,9 +11,10 @@ from ..kernels.dtypes import dtype_name
 from ..kernels.hardware import target_name
 from ..kernels.launch import arch_of
 from ..models import CLIP
+from ..models.layers import Attention
 from ..models.resnet import AttentionPool2d
 from ..models.siglip import LatentPool, SigLIPTrunk
-from ..models.transformer import Attention, ResidualAttentionBlock, Transformer, plan
+from ..models.transformer import ResidualAttentionBlock, Transformer, plan
 from . import report_places
 
 ROUTES = {

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from .fp8_layers import check_recipe
 from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
-from .layers import LayerNorm, is_plain, lowered
+from .layers import MLP, Attention, LayerNorm, is_plain, lowered
 from .model_config import CLIPConfig
 from .packed_text import PackedText, can_be_packed, pack_if_shorter
 from .resnet import AttentionPool2d, ModifiedResNet
 from .texts import check_text, embed_text, refuse_foreign, takes_packed
-from .transformer import MLP, Attention, ResidualAttentionBlock, Transformer, read_rows
+from .transformer import ResidualAttentionBlock, Transformer, read_rows
 from .vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE
 from ..kernels.fp8 import E4M3, RECIPES, Fp8Rows, Fp8Weight
-from ..kernels.fp8_rows import lay_beside, rows_beside
+from ..kernels.fp8_rows import rows_beside
 from ..kernels.implementations import (
     Plans,
     compute,
@@ -84,13 +84,6 @@ def linear_grads(
         plans, fp8_linear_bwd, (name, rows[0] is None, with_dw, with_db), *args
     )
     return found
-
-
-def flat(grad: Tensor) -> Tensor:
-    """Return a gradient of a block's output as rows [M, N], with the rows in 8 bits that lie beside it."""
-    rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-    lay_beside(rows, *rows_beside(grad))
-    return rows
 
 
 def flattened(saved: Sequence[Any], backward: Callable[..., Any]) -> tuple[tuple[Any, ...], Callable[..., Any]]:

@@ -1,13 +1,14 @@
 """The layers of transformer blocks, with OpenCLIP's parameter names."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import (
+    attention,
     attention_pool,
     bias_gelu,
     bias_gelu_fp8,
@@ -22,9 +23,6 @@ from ..kernels.fp8 import Fp8Rows
 from ..kernels.launch import triton_runs_on
 from ..kernels.packing import Packing
 from .packed_text import PackedText
-
-if TYPE_CHECKING:
-    from .transformer import Attention
 
 Kind = TypeVar("Kind", bound=nn.Module)
 # The attributes of a module that hold its hooks, which a call runs besides ``forward``.
@@ -274,6 +272,65 @@ def single_query_attention(
     # The gradient of the keys' bias is zero, even where others are NaN. It must not be None, because
     # DistributedDataParallel waits for it; that is why the sum of no elements is added.
     return out + (bias_v + bias_k[:0].sum()).to(out.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention`` and with linear projections."""
+
+    PARTS = ("in_proj", "out_proj")
+    fp8: str | None = None  # the recipe of ``fp8_linear`` if the linear layers multiply in 8 bits
+
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal, self.backend = heads, causal, "auto"
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.in_proj: nn.Module = InProjection(self)
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor | Fp8Rows, packing: Packing | None = None) -> Tensor:
+        """Return the attention of every token: [B, N, width] -> [B, N, width]; [1, T, width] if they are packed."""
+        in_proj, bias = self.in_proj, None
+        if is_plain(in_proj, InProjection, nn.Linear) and in_proj.bias is not None:
+            qkv, bias = project_qkv(x, in_proj.weight, in_proj.bias, self.fp8, self.backend)
+        else:
+            qkv = call_linear(in_proj, x, self.fp8, self.backend)
+        options: Any = {"causal": self.causal, "bias": bias, "backend": self.backend}
+        if packing is None:
+            heads = attention(qkv, self.num_heads, **options)
+        else:
+            heads = attention(qkv[0], self.num_heads, cu_seqlens=packing, **options)[None]
+        return call_linear(self.out_proj, heads, self.fp8, self.backend)
+
+    def forward_row(self, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
+        """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
+        in_proj: Any = self.in_proj
+        weights, bias = in_proj.weight.chunk(3), in_proj.bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        out = attend_row(x, rows, self.num_heads, weights, biases, causal=self.causal, backend=self.backend)
+        return self.out_proj(out)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    PARTS = ("c_proj", "gelu", "c_fc")
+    backend = "auto"
+    fp8: str | None = None
+
+    def __init__(self, width: int, hidden: int, *, quick_gelu: bool, approximate: str = "none") -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.gelu = QuickGELU() if quick_gelu else nn.GELU(approximate)
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        """Return ``c_proj(gelu(c_fc(x)))``: [..., width] -> [..., width]."""
+        in_fp8 = takes_fp8(self, self.c_proj)
+        hidden = linear_gelu(self.c_fc, self.gelu, x, self.backend, self.fp8, in_fp8=in_fp8)
+        return call_linear(self.c_proj, hidden, self.fp8, self.backend)
 
 
 # These parameters stay in float32: they are small, and are only added to activations or scale them.

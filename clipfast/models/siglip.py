@@ -14,18 +14,10 @@ from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from .clip import CLIP
 from .freezing import Group, freeze, groups_of_blocks
-from .layers import LayerNorm, PackedTokens, add_norm, is_plain, single_query_attention
+from .layers import MLP, Attention, LayerNorm, PackedTokens, add_norm, is_plain, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
 from .texts import check_text, embed_text
-from .transformer import (
-    MLP,
-    Attention,
-    Plan,
-    ResidualAttentionBlock,
-    Transformer,
-    read_rows,
-    run_blocks,
-)
+from .transformer import Plan, ResidualAttentionBlock, Transformer, read_rows, run_blocks
 from .vision import draw_kept_patches, resize_grid
 
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)

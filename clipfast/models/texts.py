@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import text_embed
-from .layers import HOOKS, Kind, LayerNorm, QuickGELU, is_plain
+from .layers import HOOKS, MLP, Attention, Kind, LayerNorm, QuickGELU, is_plain
 from .packed_text import PackedText
-from .transformer import MLP, Attention, ResidualAttentionBlock, Transformer, plain_parts
+from .transformer import ResidualAttentionBlock, Transformer, plain_parts
 
 
 def check_text(text: Tensor | PackedText, context_length: int, *, may_be_packed: bool = True) -> None:

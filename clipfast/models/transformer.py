@@ -29,25 +29,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels import attention, backends
+from ..kernels import backends
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
+from ..kernels.common import as_rows
 from ..kernels.dtypes import autocast_dtype
-from ..kernels.fp8 import Fp8Rows
 from ..kernels.implementations import MAX_HEAD_DIM, MAX_WIDTH, takes_sdpa
 from ..kernels.launch import INTERPRET, triton_runs_on
 from ..kernels.packing import Packing
 from .layers import (
     HOOKS,
+    MLP,
     OBSERVERS,
+    Attention,
     InProjection,
     LayerNorm,
     QuickGELU,
     add_norm,
-    attend_row,
-    call_linear,
     is_plain,
-    linear_gelu,
-    project_qkv,
     take_rows,
     takes_fp8,
 )  # fmt: skip
@@ -55,65 +53,6 @@ from .packed_text import PackedText
 from .recomputation import is_watched, recomputed
 from .whole_block import DTYPE_OF, QUICK, Options, Parameters, cast_blocks, whole_block
 from .whole_last_block import last_row
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention`` and with linear projections."""
-
-    PARTS = ("in_proj", "out_proj")
-    fp8: str | None = None  # the recipe of ``fp8_linear`` if the linear layers multiply in 8 bits
-
-    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
-        super().__init__()
-        self.num_heads, self.causal, self.backend = heads, causal, "auto"
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.in_proj: nn.Module = InProjection(self)
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x: Tensor | Fp8Rows, packing: Packing | None = None) -> Tensor:
-        """Return the attention of every token: [B, N, width] -> [B, N, width]; [1, T, width] if they are packed."""
-        in_proj, bias = self.in_proj, None
-        if is_plain(in_proj, InProjection, nn.Linear) and in_proj.bias is not None:
-            qkv, bias = project_qkv(x, in_proj.weight, in_proj.bias, self.fp8, self.backend)
-        else:
-            qkv = call_linear(in_proj, x, self.fp8, self.backend)
-        options: Any = {"causal": self.causal, "bias": bias, "backend": self.backend}
-        if packing is None:
-            heads = attention(qkv, self.num_heads, **options)
-        else:
-            heads = attention(qkv[0], self.num_heads, cu_seqlens=packing, **options)[None]
-        return call_linear(self.out_proj, heads, self.fp8, self.backend)
-
-    def forward_row(self, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
-        """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
-        in_proj: Any = self.in_proj
-        weights, bias = in_proj.weight.chunk(3), in_proj.bias
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        out = attend_row(x, rows, self.num_heads, weights, biases, causal=self.causal, backend=self.backend)
-        return self.out_proj(out)
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    PARTS = ("c_proj", "gelu", "c_fc")
-    backend = "auto"
-    fp8: str | None = None
-
-    def __init__(self, width: int, hidden: int, *, quick_gelu: bool, approximate: str = "none") -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, hidden)
-        self.gelu = QuickGELU() if quick_gelu else nn.GELU(approximate)
-        self.c_proj = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
-        """Return ``c_proj(gelu(c_fc(x)))``: [..., width] -> [..., width]."""
-        in_fp8 = takes_fp8(self, self.c_proj)
-        hidden = linear_gelu(self.c_fc, self.gelu, x, self.backend, self.fp8, in_fp8=in_fp8)
-        return call_linear(self.c_proj, hidden, self.fp8, self.backend)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -227,28 +166,25 @@ def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | PackedText | Non
         [B, width].
     """
     packed = rows if isinstance(rows, PackedText) else None
-    packing = () if packed is None else (packed.packing,)
+    packing = None if packed is None else packed.packing
     length = x.shape[1] if packed is None else packed.max_seqlen
     steps = plan(transformer, length) if isinstance(transformer, Transformer) else None
     if steps is None or steps.last is None:
-        row = take_rows(transformer(x, *packing), rows)
+        row = take_rows(transformer(x) if packing is None else transformer(x, packing), rows)
     else:
-        x, branch = run_blocks(steps, x, *packing)
-        if steps.recompute:
-            row = recomputed(steps.recompute, _run_last, steps.last, x, branch, rows)
-        else:
-            row = _run_last(steps.last, x, branch, rows)
+        row, _ = run_blocks(steps, x, packing, rows=rows)
     return row if packed is None else row.index_select(0, packed.order)
 
 
 def run_blocks(
     steps: Plan, x: Tensor, packing: Packing | None = None,
-    kind: type[ResidualAttentionBlock] = ResidualAttentionBlock,
+    kind: type[ResidualAttentionBlock] = ResidualAttentionBlock, rows: Tensor | PackedText | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Run transformer blocks; return the residual stream and the last branch, which the caller must still add to it.
 
     With a ``packing``, x is [1, T, width], the tokens of one sequence after the other. ``kind`` is the class of blocks
-    whose ops are fused; blocks of other classes are called as modules.
+    whose ops are fused; blocks of other classes are called as modules. If the plan has a last block, the result is its
+    ``rows`` (see :func:`read_rows`), [B, width], and no branch.
     """
     branch: Tensor | None = None
     plain: list[ResidualAttentionBlock] = []
@@ -262,31 +198,56 @@ def run_blocks(
         else:
             x, branch = run_plain(plain, x, branch, packing)
             x, branch, plain = block(x if branch is None else x + branch, *packed), None, []
-    return run_plain(plain, x, branch, packing)
+    if steps.recompute and steps.last is not None:
+        return recomputed(steps.recompute, _last_row, steps.last, x, rows), None
+    return run_plain(plain, x, branch, packing, steps.last, rows)
 
 
 def run_plain(
-    blocks: Sequence["ResidualAttentionBlock"], x: Tensor, branch: Tensor | None, packing: Packing | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Run blocks without calling them; return the residual stream and the last branch, as :func:`run_blocks`."""
-    whole = whole_blocks(blocks, x, packing is not None)
+    blocks: Sequence[ResidualAttentionBlock], x: Tensor, branch: Tensor | None, packing: Packing | None = None,
+    last: ResidualAttentionBlock | None = None, rows: Tensor | PackedText | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Run blocks without calling them; return the residual stream and the last branch, as :func:`run_blocks`.
+
+    After them comes ``last`` if it is not None. Then ``rows`` of its output [B, width] take the place of the stream,
+    and there is no branch.
+    """
+    whole = whole_blocks(blocks if last is None else [*blocks, last], x, packing is not None)
     bounds, packed = (None, ()) if packing is None else (packing.bounds, (packing,))
     # The backward pass needs the cast weights of all blocks, so one launch casts them. Without a backward pass, those
     # of one block at a time take less memory.
     at_once = torch.is_grad_enabled()
     cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole and at_once else {}
+    shape = x.shape
     for block in blocks:
         if block in whole:
             of_block = cast[block] if at_once else cast_blocks([whole[block]])[0]
-            x, branch = whole_block(x, branch, *whole[block], of_block, bounds)
+            x, branch = whole_block(shape, *_as_rows(x, branch), *whole[block], of_block, bounds)
         else:
+            x, branch = _in_shape(shape, x, branch)
             attn, mlp = block.attn, block.mlp
             in_fp8 = is_plain(attn, Attention) and takes_fp8(attn, attn.in_proj)
             x, normed = add_norm(x, branch, block.ln_1, in_fp8=in_fp8)
             in_fp8 = is_plain(mlp, MLP) and takes_fp8(mlp, mlp.c_fc)
             x, normed = add_norm(x, attn(normed, *packed), block.ln_2, in_fp8=in_fp8)
             branch = mlp(normed)
-    return x, branch
+    if last is not None and last in whole:
+        of_block = cast[last] if at_once else cast_blocks([whole[last]])[0]
+        return last_row(shape, *_as_rows(x, branch), rows, *whole[last], of_block), None
+    x, branch = _in_shape(shape, x, branch)
+    return (x, branch) if last is None else (_row_of_modules(last, x, branch, rows), None)
+
+
+def _as_rows(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return a residual stream and its branch [B, N, width], which may be rows already, as rows [B * N, width]."""
+    return as_rows(x), None if branch is None else as_rows(branch)
+
+
+def _in_shape(shape: torch.Size, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return a residual stream and its branch, which may be rows [B * N, width], in their shape [B, N, width]."""
+    if x.ndim == 3:
+        return x, branch
+    return x.view(shape), None if branch is None else branch.view(shape)
 
 
 def plain_parts(block: ResidualAttentionBlock) -> tuple[Any, ...] | None:
@@ -303,7 +264,7 @@ def plain_parts(block: ResidualAttentionBlock) -> tuple[Any, ...] | None:
         return None
     for part in parts:
         own = part.__dict__
-        if "forward" in own or any(map(own.__getitem__, HOOKS)):
+        if "forward" in own or own[_AFTER] or own[_BEFORE] or own[_BACKWARD] or own[_BEFORE_BACKWARD]:
             return None
     return parts
 
@@ -376,16 +337,19 @@ def _options(
     return Options(heads, causal, head_dim**-0.5, eps_1, eps_2, gelu, on_triton and gelu != "tanh", dtype, fp8)
 
 
-def _run_last(
-    block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | PackedText | None
+def _last_row(last: ResidualAttentionBlock, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
+    """Return rows of the last block's output: [B, N, width] -> [B, width]."""
+    packing = rows.packing if isinstance(rows, PackedText) else None
+    return run_plain([], x, None, packing, last, rows)[0]
+
+
+def _row_of_modules(
+    last: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | PackedText | None
 ) -> Tensor:
-    """Run the last block for ``x + branch``, and return one row of its output: [B, N, width] -> [B, width]."""
-    found = whole_blocks([block], x, isinstance(rows, PackedText)).get(block)
-    if found is None:
-        x, normed = add_norm(x, branch, block.ln_1)
-        x, normed = add_norm(take_rows(x, rows), block.attn.forward_row(normed, rows), block.ln_2)
-        return x + block.mlp(normed)
-    return last_row(x, branch, rows, *found, *cast_blocks([found]))
+    """Run the last block's modules for ``x + branch``; return rows of their output: [B, N, width] -> [B, width]."""
+    x, normed = add_norm(x, branch, last.ln_1)
+    x, normed = add_norm(take_rows(x, rows), last.attn.forward_row(normed, rows), last.ln_2)
+    return x + last.mlp(normed)
 
 
 # The dtypes in which the Triton kernels compute (see ``check_float``); Triton's interpreter has no bfloat16.
@@ -396,5 +360,6 @@ _KINDS = (
     (nn.Linear,),
 )  # fmt: skip
 _PLAIN_CLASSES = {*itertools.product(*_KINDS)}
+_AFTER, _BEFORE, _BACKWARD, _BEFORE_BACKWARD = HOOKS
 _OF, _IN_PROJ_OF = operator.itemgetter("weight", "bias"), operator.itemgetter("in_proj_weight", "in_proj_bias")
 _DEVICE_OF, _CASTABLE = operator.attrgetter("device"), {torch.float32, torch.float16, torch.bfloat16}

@@ -88,23 +88,25 @@ class Parameters(NamedTuple):
 
 
 def whole_block(
-    x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options, cast: Parameters,
+    shape: torch.Size, x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options, cast: Parameters,
     bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute a whole transformer block of a tower at once.
 
     Args:
-        x: the residual stream, [B, N, width].
+        shape: the shape [B, N, width] of the residual stream; [1, T, width] for a packing, the tokens of several
+            sequences.
+        x: the residual stream as rows, [B * N, width]. From block to block no view has to be made.
         branch: the output of the MLP of the block before, which has not been added to ``x`` yet.
         parameters: the block's parameters, which get the gradients.
         options: its settings.
         cast: the parameters' values in the dtype of the products.
-        bounds: [2, T] for a packing; x is then [1, T, width], the tokens of several sequences.
+        bounds: [2, T] for a packing.
 
     Returns:
-        The residual stream t, and the output m of the block's MLP, which the next block adds to t; [B, N, width] each.
+        The residual stream t, and the output m of the block's MLP, which the next block adds to t; as rows.
     """
-    results: tuple[Tensor, Tensor] = applied(_FUNCTION, options, cast, bounds, x, branch, parameters)
+    results: tuple[Tensor, Tensor] = applied(_FUNCTION, options, cast, bounds, shape, x, branch, parameters)
     return results
 
 
@@ -145,9 +147,9 @@ class Function(NamedTuple):
     """The forward and the backward computation of a transformer block, or of one row of the last block.
 
     Attributes:
-        forward: gets the plans, the options, the cast parameters, ``places``, the stream and the branch, and returns
-            the results and the tensors to save. ``places`` has the bounds of packed sequences, or, for the last
-            block, the rows that are read.
+        forward: gets the plans, the options, the cast parameters, ``places``, the shape of the stream, and stream and
+            branch as rows, and returns the results and the tensors to save. ``places`` has the bounds of packed
+            sequences, or, for the last block, the rows that are read.
         backward: gets the context, the gradients of the results and the saved tensors, and returns the gradients of
             stream, branch and parameters.
     """
@@ -157,28 +159,30 @@ class Function(NamedTuple):
 
 
 def applied(
-    function: Function, options: Options, cast: Parameters, places: Any, x: Tensor, branch: Tensor | None,
-    parameters: Parameters,
+    function: Function, options: Options, cast: Parameters, places: Any, shape: torch.Size, x: Tensor,
+    branch: Tensor | None, parameters: Parameters,
 ) -> Any:  # fmt: skip
     """Call a function of a transformer block below autograd; tell autograd its derivative if gradients are recorded."""
     if torch.is_grad_enabled():
-        return _apply(function, options, cast, places, x, branch, *parameters)
+        return _apply(function, options, cast, places, shape, x, branch, *parameters)
     with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-        return function.forward(_plans(function, options, cast, places, x, branch), options, cast, places, x, branch)[0]
+        plans = _plans(function, options, cast, places, shape, x, branch)
+        return function.forward(plans, options, cast, places, shape, x, branch)[0]
 
 
 def _plans(
-    function: Function, options: Options, cast: Parameters, places: Any, x: Tensor, branch: Tensor | None
-) -> Plans:
+    function: Function, options: Options, cast: Parameters, places: Any, shape: torch.Size, x: Tensor,
+    branch: Tensor | None,
+) -> Plans:  # fmt: skip
     """Return the dict of the functions that compute the ops of a transformer block, for inputs of this layout."""
     # On a CPU, these functions do not depend on the numbers of packed tokens and texts, which differ in each batch, so
     # the layout leaves these numbers out there.
     longest = getattr(places, "max_seqlen", None)
     is_packed = longest is not None or (places is not None and places.ndim == 2)
-    first = 1 if is_packed and not triton_runs_on(x.device) else 0
-    of_branch = None if branch is None else (branch.dtype, branch.stride()[first:])
+    first = 2 if is_packed and not triton_runs_on(x.device) else 0
+    of_branch = None if branch is None else (branch.dtype, branch.stride())
     texts = (len(places), longest) if longest is not None and not first else None
-    layout = x.device, x.dtype, x.shape[2 * first :], x.stride()[first:], of_branch, texts, len(cast.b_fc)
+    layout = x.device, x.dtype, shape[first:], x.stride(), of_branch, texts, len(cast.b_fc)
     return plans_of(function, places.__class__, options, tuple(map(DTYPE_OF, (*cast[:4], *cast[5::2]))), *layout)
 
 
@@ -187,13 +191,13 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, function: Function, options: Options, cast: Parameters, places: Any, x: Tensor,
+        ctx: Any, function: Function, options: Options, cast: Parameters, places: Any, shape: torch.Size, x: Tensor,
         branch: Tensor | None, *parameters: Tensor,
     ) -> Any:  # fmt: skip
         """Return the results of the transformer block's function."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            plans = _plans(function, options, cast, places, x, branch)
-            results, saved = function.forward(plans, options, cast, places, x, branch)
+            plans = _plans(function, options, cast, places, shape, x, branch)
+            results, saved = function.forward(plans, options, cast, places, shape, x, branch)
         ctx.function, ctx.options, ctx.plans = function.backward, options, plans
         # The dtypes of the gradients, None for a parameter that needs none.
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
@@ -201,10 +205,7 @@ class _Block(torch.autograd.Function):
         # Rows in 8 bits lie beside the gradient of m in this block's backward pass, and of the branch after it.
         ctx.takes_rows = options.fp8 == fp8_layers.SWITCHBACK
         ctx.gives_rows = ctx.takes_rows and branch is not None and takes_rows(branch)
-        ctx.shape, ctx.y_dtype = x.shape, x.dtype if branch is None else branch.dtype
-        # In a first block, s is a view of x below autograd, which would not notice that x is changed in place. So x
-        # itself is saved.
-        saved = (x, *saved[1:]) if branch is None else saved
+        ctx.shape, ctx.y_dtype, ctx.has_branch = shape, (x if branch is None else branch).dtype, branch is not None
         if options.fp8 is not None:
             saved, ctx.function = fp8_layers.flattened(saved, function.backward)
         ctx.save_for_backward(*saved)
@@ -216,7 +217,7 @@ class _Block(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _only_once(ctx, *grads, *ctx.saved_tensors)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            return None, None, None, None, *ctx.function(ctx, *grads, *ctx.saved_tensors)
+            return None, None, None, None, None, *ctx.function(ctx, *grads, *ctx.saved_tensors)
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -226,7 +227,7 @@ class _OnlyOnce(torch.autograd.Function):
     def forward(_: Any, ctx: Any, *tensors: Tensor) -> Any:
         """Return the gradients of the transformer block whose context is ``ctx``."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            return None, None, None, None, *ctx.function(ctx, *tensors)
+            return None, None, None, None, None, *ctx.function(ctx, *tensors)
 
     @staticmethod
     def backward(_: Any, *grads: Tensor) -> Any:
@@ -238,20 +239,20 @@ _apply, _only_once = apply_of(_Block), apply_of(_OnlyOnce)
 
 
 def _forward(
-    plans: Plans, options: Options, cast: Parameters, bounds: Tensor | None, x: Tensor, branch: Tensor | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
+    plans: Plans, options: Options, cast: Parameters, bounds: Tensor | None, shape: torch.Size, x: Tensor,
+    branch: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:  # fmt: skip
     """Return t and m of a transformer block, and the tensors that its backward pass reads, as rows except for qkv."""
-    shape, width = x.shape, x.shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
     multiply: Any = F.linear if options.fp8 is None else fp8_layers.linear
     qkv = multiply(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
     heads, lse = compute(plans, attention_fwd, "", qkv, None, bounds, options.heads, options.causal, options.scale)
-    heads = heads.view(-1, width)
+    heads = heads.view(-1, shape[2])
     o = None if options.fp8 is None else fp8_layers.operand(plans, "heads", (heads,), options.dtype)
     a = multiply(heads if o is None else o, cast.w_out, cast.b_out)
     t, m, saved = mlp_half(plans, options, s, a, cast)
     saved = (s, mean, rstd, y, qkv, bounds, heads, o, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
-    return (t.view(shape), m.view(shape)), saved
+    return (t, m), saved
 
 
 def _backward(
@@ -261,10 +262,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
-    s = s.reshape(-1, width)
-    dt = grad_t.reshape(-1, width).contiguous()
-    dm = fp8_layers.flat(grad_m) if ctx.takes_rows else grad_m.reshape(-1, width).contiguous()
-    dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, dt, dm, *of_mlp)
+    dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad_t.contiguous(), grad_m.contiguous(), *of_mlp)
     o = heads if o is None else o  # in 8 bits, or as attention returned it
     d_heads, dw_out, db_out = linear_grads(ctx, "out", da, o, w_out, wanted.w_out, wanted.b_out)
     with_sums = wanted.b_in is not None
@@ -277,35 +275,28 @@ def _backward(
     ds, du, of_norm_1, *rows = compute(
         ctx.plans, norm_bwd, ("norm_1", with_sums), dy, dt, s, norm, mean, rstd, with_sums
     )
-    ds, du = of_inputs(ctx, ds, ds if s.dtype == dy.dtype else du)
+    du = ds if s.dtype == dy.dtype else du
     if rows:
         lay_beside(du, *rows)
     of_parameters = (*pair(of_norm_1), *pair(of_norm_2), dw_in, db_in, dw_out, db_out, *mlp_grads)
-    return (ds, du, *in_dtypes(of_parameters, wanted))
+    return (ds, du if ctx.has_branch else None, *in_dtypes(of_parameters, wanted))
 
 
 _FUNCTION = Function(_forward, _backward)
-
-
-def of_inputs(ctx: Any, ds: Tensor, du: Tensor) -> tuple[Tensor, Any]:
-    """Return the gradients of a transformer block's stream and branch, [B, N, width]; None without a branch."""
-    return ds.view(ctx.shape), du.view(ctx.shape) if ctx.needs_input_grad[5] else None
 
 
 def first_norm(
     plans: Plans, options: Options, x: Tensor, branch: Tensor | None, cast: Parameters
 ) -> tuple[Tensor, Any, Tensor, Tensor]:
     """Return s, its norm as the product takes it, and the statistics of its rows [B * N, width]."""
-    width, bias = x.shape[2], cast.norm_1_bias
-    s = x.reshape(-1, width)
-    added = (s, None) if branch is None else (branch.reshape(-1, width), s)
+    bias, added = cast.norm_1_bias, (x, None) if branch is None else (branch, x)
     norm = layer_norm_fwd if options.fp8 is None or added[0].dtype is not options.dtype else layer_norm_fp8_fwd
     *results, t, mean, rstd = compute(plans, norm, "norm_1", *added, cast.norm_1, bias, options.eps_1)
     if options.fp8 is not None:
         y: Any = fp8_layers.operand(plans, "norm_1", results, options.dtype)
     else:
         y = results[0] if results[0].dtype is options.dtype else results[0].to(options.dtype)
-    return s if branch is None else t, y, mean, rstd
+    return x if branch is None else t, y, mean, rstd
 
 
 def pair(sums: Any) -> Any:

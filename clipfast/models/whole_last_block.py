@@ -25,41 +25,40 @@ from .whole_block import (
     linear_grads,
     mlp_half,
     mlp_half_grads,
-    of_inputs,
     pair,
 )
 
 
 def last_row(
-    x: Tensor, branch: Tensor | None, rows: Tensor | PackedText | None, parameters: Parameters, options: Options,
-    cast: Parameters,
+    shape: torch.Size, x: Tensor, branch: Tensor | None, rows: Tensor | PackedText | None, parameters: Parameters,
+    options: Options, cast: Parameters,
 ) -> Tensor:  # fmt: skip
     """Return row ``rows[b]`` of the block's output for each sequence b, or the first if ``rows`` is None: [B, width].
 
-    Of packed texts, whose x is [1, T, width], the row is the last one of each, in their packed order. The other
+    Of packed texts, whose shape is [1, T, width], the row is the last one of each, in their packed order. The other
     arguments are those of :func:`.whole_block.whole_block`.
     """
-    result: Tensor = applied(_FUNCTION, options, cast, rows, x, branch, parameters)
+    result: Tensor = applied(_FUNCTION, options, cast, rows, shape, x, branch, parameters)
     return result
 
 
 def _forward(
-    plans: Plans, options: Options, cast: Parameters, rows: Tensor | PackedText | None, x: Tensor,
+    plans: Plans, options: Options, cast: Parameters, rows: Tensor | PackedText | None, shape: torch.Size, x: Tensor,
     branch: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
     """Return one row of the last block's output for each sequence, and the tensors that the backward pass reads."""
-    width = x.shape[2]
+    width = shape[2]
     s, y, mean, rstd = first_norm(plans, options, x, branch, cast)
-    place, seen, longest = _seen(options, rows, x)
+    place, seen, longest = _seen(options, rows, shape, x.device)
     if place is None:
-        y_r, s_r = y[:: x.shape[1]], s[:: x.shape[1]]
+        y_r, s_r = y[:: shape[1]], s[:: shape[1]]
     else:
         y_r, s_r = y.index_select(0, place), s.index_select(0, place)
     w_q, w_k, w_v = cast.w_in.chunk(3)
     b_q, _, b_v = cast.b_in.chunk(3)
     q = _heads_first(F.linear(y_r, w_q, b_q) * options.scale, options)  # [H, B, D]
     query = q.bmm(w_k.view(options.heads, -1, width)).transpose(0, 1)  # [B, H, width]
-    pooled, lse = compute(plans, attention_pool_fwd, "", query, y.view(x.shape), seen, longest)
+    pooled, lse = compute(plans, attention_pool_fwd, "", query, y.view(shape), seen, longest)
     o = pooled.transpose(0, 1).bmm(w_v.view(options.heads, -1, width).transpose(1, 2))  # [H, B, D]
     o = o.transpose(0, 1).reshape(-1, width) + b_v
     t, m, saved = mlp_half(plans, options, s_r, F.linear(o, cast.w_out, cast.b_out), cast)
@@ -74,7 +73,6 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the last block's stream, branch and parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
-    s = s.reshape(-1, width)
     grad = grad.contiguous()
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad, grad.to(o.dtype), *of_mlp)
     do, dw_out, db_out = linear_grads(ctx, "out", da, o, w_out, wanted.w_out, wanted.b_out)
@@ -108,14 +106,14 @@ def _backward(
     du = _add_rows(du, dt, place, ctx.shape[1]) if s.dtype != dy.dtype else ds
     _add_rows(ds, dt, place, ctx.shape[1])
     of_parameters = (*pair(of_norm_1), *pair(of_norm_2), dw_in, db_in, dw_out, db_out, *mlp_grads)
-    return (*of_inputs(ctx, ds, du), *in_dtypes(of_parameters, wanted))
+    return (ds, du if ctx.has_branch else None, *in_dtypes(of_parameters, wanted))
 
 
 _FUNCTION = Function(_forward, _backward)
 
 
 def _seen(
-    options: Options, rows: Tensor | PackedText | None, x: Tensor
+    options: Options, rows: Tensor | PackedText | None, shape: torch.Size, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, int | None]:
     """Return the indices, among all tokens of the last block, of the rows that are read, and the tokens that each sees.
 
@@ -123,10 +121,10 @@ def _seen(
     """
     if isinstance(rows, PackedText):
         return rows.last, rows.packing.cu_seqlens, rows.max_seqlen
-    batch, length = x.shape[:2]
+    batch, length = shape[:2]
     if rows is None:
-        return None, torch.ones(batch, dtype=torch.int32, device=x.device) if options.causal else None, None
-    place = torch.arange(0, batch * length, length, device=x.device) + rows
+        return None, torch.ones(batch, dtype=torch.int32, device=device) if options.causal else None, None
+    place = torch.arange(0, batch * length, length, device=device) + rows
     return place, (rows + 1).to(torch.int32) if options.causal else None, None
 
 

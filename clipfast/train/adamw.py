@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-_GRAD_OF, _KIND_OF = operator.attrgetter("grad"), operator.attrgetter("device", "dtype")
 _STATE_OF = operator.itemgetter("exp_avg", "exp_avg_sq", "step")
 
 
@@ -17,6 +17,16 @@ class AdamW(torch.optim.AdamW):
     Groups, state, results and launches are those of PyTorch's class. Its step looks at each parameter several times,
     and groups all tensors by device and dtype; nearly always there is only one such group here.
     """
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Remove the gradients of all parameters, without a look at each, or set them to zero."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        with record_function("Optimizer.zero_grad#AdamW.zero_grad"):  # PyTorch's name, which profiles show
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -29,14 +39,15 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(f"the step of AdamW takes no closure, got {closure!r}")
         self._accelerator_graph_capture_health_check()
         for group in self.param_groups:
-            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-            kinds = {*map(_KIND_OF, trained)}
+            trained = [(x, grad) for x in group["params"] if (grad := x.grad) is not None]
+            kinds = {(x.device, x.dtype) for x, _ in trained}
             for kind in kinds:
-                self._update(group, trained if len(kinds) == 1 else [x for x in trained if _KIND_OF(x) == kind])
+                alike = [one for one in trained if len(kinds) == 1 or (one[0].device, one[0].dtype) == kind]
+                self._update(group, *zip(*alike, strict=True))
         return None
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Update parameters of a group of the optimizer, all on one device and of one dtype."""
+    def _update(self, group: dict[str, Any], parameters: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
+        """Update parameters of a group of the optimizer by their gradients, all on one device and of one dtype."""
         states: Any = [*map(self.state.__getitem__, parameters)]
         if not all(states):
             self._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
@@ -44,9 +55,9 @@ class AdamW(torch.optim.AdamW):
         (beta1, beta2), found_inf = group["betas"], getattr(self, "found_inf", None)
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
-            parameters, [*map(_GRAD_OF, parameters)], first, second, [], steps, lr=group["lr"], beta1=beta1,
-            beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
-            maximize=group["maximize"], grad_scale=getattr(self, "grad_scale", None), found_inf=found_inf,
+            parameters, grads, first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
+            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
+            grad_scale=getattr(self, "grad_scale", None), found_inf=found_inf,
         )  # fmt: skip
         if found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))

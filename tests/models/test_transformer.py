@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
-from clipfast.models.layers import InProjection, LayerNorm
-from clipfast.models.transformer import Attention, Transformer, read_rows
+from clipfast.models.layers import Attention, InProjection, LayerNorm
+from clipfast.models.transformer import Transformer, read_rows
 
 VIEWS = {"aten.select.int",
     "aten.view.default", "aten._unsafe_view.default", "aten.t.default", "aten.detach.default", "aten.unbind.int",

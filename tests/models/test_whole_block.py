@@ -61,7 +61,7 @@ def run(block, x, branch, *, whole, autocast=False, rows=()):
         if rows == ():
             stream, out = run_plain([block], x, branch)
         else:
-            stream = out = transformer._run_last(block, x, branch, rows)
+            stream = out = run_plain([], x, branch, None, block, rows)[0]
     weights = torch.linspace(-1, 1, stream.numel()).view_as(stream)
     (stream.double() * weights + out.double() * weights.flip(0)).sum().backward()
     found = {"stream": stream.detach(), "out": out.detach(), "x": x.grad}

@@ -264,7 +264,7 @@ def test_a_parameter_without_a_gradient_fails(monkeypatch):
         """Compute attention without the gradient of its input, a fault that the verification must find."""
         return right(qkv.detach(), *args, **kwargs) if kwargs["backend"] == "auto" else right(qkv, *args, **kwargs)
 
-    monkeypatch.setattr("clipfast.models.transformer.attention", detached)
+    monkeypatch.setattr("clipfast.models.layers.attention", detached)
     monkeypatch.setattr("clipfast.models.transformer.whole_blocks", lambda *_: {})  # blocks call their modules
     rows = verify_model("model", "ViT-T-8-32", "cpu", "float32", quick=True)
     wrong = {row.output: row.reason for row in rows if row.verdict == FAIL}
