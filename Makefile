@@ -62,7 +62,7 @@ GPU_OUT ?= runs/gpu
 gpu:  ## Tests, timings, numerics, tuning and sanitizer on a GPU, in an hour; STUB=1 rehearses it without one
 	$(GPU_PYTHON) -m bench.gpu --out $(GPU_OUT) $(if $(STUB),--stub)
 
-gpu-%:  ## A part of it in ten minutes: gpu-first, gpu-speed, gpu-checks, gpu-tune, gpu-step
+gpu-%:  ## A part of it in ten minutes: gpu-first, gpu-speed, gpu-checks, gpu-tune, gpu-loss, gpu-attention, ...
 	$(GPU_PYTHON) -m bench.gpu --part $* --out $(GPU_OUT) $(if $(STUB),--stub)
 
 # mypy sees the packages as they are installed: kernels/ and bench/ inside clipfast/.

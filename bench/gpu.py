@@ -28,6 +28,7 @@ from pathlib import Path
 
 from .checkout import ROOT, environment_with, link_packages
 from .gpu_samples import described, lines_of, sampled
+from .gpu_wheels import wheels
 
 # Seconds that all steps together may take: an hour, or ten minutes for a part, less half a minute for the end.
 HOUR_S, PART_S = 3570.0, 570.0
@@ -40,7 +41,7 @@ LEFT = "{left}"
 # Seconds for each step. Triton takes about 1.3 s to compile a kernel, and the first steps compile more than they run.
 SECONDS = {
     "runs": 180.0, "same bits": 60.0, "capture": 60.0, "environment": 60.0, "loss": 300.0, "attention": 240.0,
-    "model": 240.0, "step": 480.0, "blocks": 360.0, "tests": 480.0, "verify": 420.0,
+    "model": 240.0, "step": 480.0, "patch": 120.0, "losses": 300.0, "blocks": 360.0, "tests": 480.0, "verify": 420.0,
     "tune": 420.0, "sanitizer": 150.0, "values": 180.0, "racecheck": 120.0, "kernels": 60.0, "page": 60.0,
 }  # fmt: skip
 # The sizes that the kernels' goals are set for come first, since a benchmark may be stopped at any case.
@@ -54,26 +55,40 @@ SHAPES = {
 }  # fmt: skip
 FIRST = ("runs", "values", "same bits", "capture", "environment")
 SPEED = ("loss", "attention", "kernels", "model")
-# The steps of each part, the most valuable first.
+# The steps of each part, the most valuable first. LIMITED has, for some parts, the tests, ops, tuning targets and
+# predictions to which the part limits its steps ``tests``, ``verify``, ``tune`` and ``model``.
 PARTS: dict[str, tuple[str, ...]] = {
     "all": (*FIRST, *SPEED, "step", "blocks", "tests", "verify", "tune", "sanitizer", "racecheck", "page"),
     "first": (*FIRST, *SPEED, "page"),
     "speed": ("step", "blocks"),
     "checks": ("tests", "verify", "sanitizer", "racecheck"),
     "tune": ("tune",),
+    "loss": ("environment", "tests", "verify", "losses", "tune"),
+    "attention": ("environment", "tests", "verify", "attention", "tune"),
+    "blocks": ("environment", "tests", "verify", "patch", "blocks", "tune"),
     "step": ("environment", "step", "model", "page"),
 }
-# What a part predicts in its step "model"; the predictions of all ops and steps take several minutes on 2 cores.
-PREDICTED = {
-    "first": "contrastive_loss attention",
-    "step": "model=ViT-B-32 model=ViT-B-16 model=ViT-L-14 model=RN50",
-}
+LIMITED = {
+    # The predictions of all ops and steps take several minutes on 2 cores.
+    "first": {"model": "contrastive_loss attention"},
+    "step": {"model": "model=ViT-B-32 model=ViT-B-16 model=ViT-L-14 model=RN50"},
+    "loss": {
+        "tests": "contrastive or sigmoid or nce", "tune": "contrastive",
+        "op": "contrastive_loss sigmoid_loss info_nce_loss nt_xent_loss",
+    },
+    "attention": {"tests": "attention", "op": "attention", "tune": "attention-64 attention_sdpa"},
+    "blocks": {
+        "tests": "patch or text or norm or activation or pool",
+        "op": "patch_embed patch_embed_packed text_embed layer_norm bias_gelu bias_quick_gelu attention_pool",
+        "tune": "layer_norm-1024 bias_act patch_embed text_embed attention_pool",
+    },
+}  # fmt: skip
 # The files that a run writes beside those of BENCHES.
 RESULTS = (
     "summary.txt", "log.txt", "page.html", "samples.csv", "values.json", "kernels.json", "predicted.json",
     "verify.json",
 )  # fmt: skip
-BENCHES = ("loss", "attention", "blocks", "step")
+BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
 # All parts but "step" measure only these candidates of a training step, and our own model. They lack the time to
 # compile our model.
 STEP_CANDIDATES = ("--only", "clipfast padded", "clipfast graphed", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
@@ -128,14 +143,17 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
     pytest = [*python, "pytest", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short", "--maxfail=100"]
     pytest += ["-p", "clipfast.bench.stub.values"] if stub else []
     on_gpu = [*pytest, "tests/kernels/test_gpu.py", "-k"]
+    limits = LIMITED.get(part, {})
+    only = ["-k", limits["tests"]] if "tests" in limits else ["--deselect", "tests/kernels/test_gpu.py"]
     verify = [*python, "clipfast", "verify", "--json", str(out / "verify.json")]
     of_two = ["--device", "cuda", "--quick", "--op", "contrastive_loss", "attention"]
     sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    verify += ["--quick"] if part == "all" else []
+    verify += ["--op", *limits["op"].split()] if "op" in limits else ["--quick"] if part == "all" else []
     tables = out / ("tables-of-the-stub" if stub else "tables")
-    tune = [*python, "clipfast.bench", "tune", "--op", "contrastive", "attention", "all", "--card", ""]
+    first = "contrastive attention all"
+    tune = [*python, "clipfast.bench", "tune", "--op", *limits.get("tune", first).split(), "--card", ""]
     tune += ["--limit", "48", "--seconds", "3", "--total", LEFT, "--tables", str(tables)]
-    predicted = ["--case", *(f"{word} " for word in PREDICTED[part].split())] if part in PREDICTED else []
+    predicted = ["--case", *(f"{word} " for word in limits["model"].split())] if "model" in limits else []
     before = PARTS[part][: PARTS[part].index("model")] if "model" in PARTS[part] else ()
     found = {
         "runs": [*on_gpu, "finite", *_workers()],
@@ -146,7 +164,7 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
         "model": [*python, "clipfast", "inspect", "--predict", "--quick", *predicted, "--json",
                   str(out / "predicted.json"), "--against",
                   *(str(out / f"bench-{suite}.json") for suite in before if suite in BENCHES)],
-        "tests": [*pytest, "tests/kernels", *_workers(), "--deselect", "tests/kernels/test_gpu.py"],
+        "tests": [*pytest, "tests/kernels", *_workers(), *only],
         "verify": verify,
         "tune": tune,
         "sanitizer": [*sanitize, "memcheck", *on_gpu, "finite"],
@@ -169,11 +187,17 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--part", default="all", choices=tuple(PARTS), help="a choice of steps (default: all)")
-    add("--out", type=Path, required=True, help="folder for the results; files of an earlier run in it are removed")
+    add("--out", type=Path, help="folder for the results; files of an earlier run in it are removed")
     total = "time of all steps (default: an hour, or ten minutes for a part)"
     add("--total", type=float, metavar="SECONDS", help=total)
     add("--stub", action="store_true", help="rehearse on a machine without a GPU, under a CUDA build of PyTorch")
+    add("--wheels", action="store_true", help="only list the packages that one may carry to the machine, and how")
     args = parser.parse_args()
+    if args.wheels:
+        print(wheels())
+        return 0
+    if args.out is None:
+        parser.error("--out FOLDER is needed: all results go there")
     if not args.stub:
         _need_gpu(parser)
     total_s = args.total or (HOUR_S if args.part == "all" else PART_S)
