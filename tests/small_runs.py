@@ -30,12 +30,13 @@ draw_pictures = loop._pictures  # the original, since tests of the trainer repla
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
 
 
-def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
-    """Write the tar file of samples from which small runs train; the keys are 000, 001, ..."""
+def write_shard(path: Path, samples: list[dict[str, bytes]] | int) -> Path:
+    """Write the tar file of samples, or of so many good ones, for small runs; the keys are 000, 001, ..."""
+    samples = [sample(index) for index in range(samples)] if isinstance(samples, int) else samples
     mode = "w:gz" if path.suffix == ".gz" else "w"
     with tarfile.open(path, mode) as tar:
-        for index, sample in enumerate(samples):
-            for extension, content in sample.items():
+        for index, members in enumerate(samples):
+            for extension, content in members.items():
                 info = tarfile.TarInfo(f"{index:03d}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -186,6 +187,8 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
     def refused(self, path):
         """Answer for a shard that is not on the server, or that fails for some more requests."""
+        self.server.asked += 1
+        self.server.is_answering.wait(20)
         left = self.server.failing.get(path.name, 0)
         self.server.failing[path.name] = max(left - 1, 0)
         if left or not path.is_file():
@@ -197,7 +200,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         path = Path(self.translate_path(self.path))
         if self.refused(path):
             return
-        data, asked = path.read_bytes(), self.headers.get("Range")
+        data, asked = path.read_bytes(), self.headers.get("Range") if self.server.sends_parts else None
         first, last = 0, len(data) - 1
         if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")
@@ -205,8 +208,11 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         self.server.served.append((path.name, last + 1 - first))
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(last + 1 - first))
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
         self.end_headers()
+        if self.server.changes:
+            self.server.changes.pop()()
         self.wfile.write(data[first : last + 1])
 
     def send_head(self):
@@ -216,7 +222,8 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
             return
         self.send_response(200)
         self.send_header("Content-Length", str(path.stat().st_size))
-        self.send_header("Accept-Ranges", "bytes")
+        if self.server.sends_parts:
+            self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", str(path.stat().st_mtime_ns))
         self.end_headers()
 
@@ -226,7 +233,10 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """An HTTP server of shards in "web"; ``served`` lists names and bytes, ``failing`` how many requests will fail."""
+    """An HTTP server of shards in "web"; ``served`` lists names and bytes, ``failing`` how many requests will fail.
+
+    The functions in ``changes`` are called one by one while files are sent; it answers while ``is_answering`` is set.
+    """
     pytest.importorskip("aiohttp")
     monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
     (tmp_path / "web").mkdir()
@@ -237,8 +247,11 @@ def server(tmp_path, monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         running.served, running.failing, running.url = [], {}, f"http://127.0.0.1:{running.server_port}"
+        running.asked, running.sends_parts, running.changes, running.is_answering = 0, True, [], threading.Event()
+        running.is_answering.set()
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
+        running.is_answering.set()
         running.shutdown()
 
 

@@ -68,8 +68,19 @@ def assert_equal_results(
     model: nn.Module, patched: nn.Module, limit: float = 1e-10, given: Given = None, **options: object
 ) -> None:
     """Check that a model and its patched copy have equal outputs and gradients in one call."""
-    error, where = shrunk.largest_error(*(results(each, given, **options) for each in (patched, model)))
-    assert error <= limit, where
+    worst, where = shrunk.largest_error(*(results(each, given, **options) for each in (patched, model)))
+    assert worst <= limit, where
+
+
+def error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Return the largest error of a patched model's results relative to the largest value of their tensor."""
+    return shrunk.largest_error(ours, theirs)[0]
+
+
+def call(model: nn.Module) -> object:
+    """Call an original or a patched model of transformers or OpenCLIP with the same inputs each time."""
+    torch.manual_seed(5)
+    return model(**hf_models.inputs(model, "end")) if is_hf(model) else model(*shrunk.inputs(model))
 
 
 def replacements(model: nn.Module) -> list[Replacement]:

@@ -8,8 +8,8 @@ from torch import nn
 
 import clipfast
 
-from . import hf_models, shrunk
-from .pairs import TRAINING, assert_equal, is_hf, pair, results
+from . import hf_models
+from .pairs import TRAINING, assert_equal, call, is_hf, pair, results
 
 TARGETS = {
     "ViT-B-32": ["c_fc", "c_proj", "attn"],
@@ -24,9 +24,7 @@ TARGETS = {
 @torch.no_grad()
 def outputs(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the outputs of a patched model of transformers or OpenCLIP by name."""
-    torch.manual_seed(5)
-    is_theirs = is_hf(model.eval())
-    return hf_models.flat(model(**hf_models.inputs(model, "end")) if is_theirs else model(*shrunk.inputs(model)))
+    return hf_models.flat(call(model.eval()))
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -6,11 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
 from clipfast.bench.adoption import table
 
+from ..models.test_transformer import Operations
 from . import shrunk
 from .pairs import assert_equal, pair
 
@@ -43,19 +43,6 @@ def test_equal_in_float32(name, place, request):
     compare(shrunk.open_clip_model(name).eval(), 1e-5)
 
 
-class Ops(TorchDispatchMode):
-    """The names of our ops that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "clipfast":
-            self.names.add(func._opname)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast", "float64"])
 def test_what_a_cpu_runs(mode, as_on_a_cpu):
     """On a CPU, a patched model runs our kernels only where they are faster."""
@@ -63,13 +50,15 @@ def test_what_a_cpu_runs(mode, as_on_a_cpu):
     assert "clipfast.attention, causal (on a CPU as before)" in clipfast.report_kernels(model)
     model = model.to(torch.float32 if mode == "autocast" else getattr(torch, mode))
     images, texts = shrunk.inputs(model)
-    with Ops() as ops:
+    with Operations() as ops:
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             outputs = model(images.to(model.visual.conv1.weight.dtype), texts)
         sum(x.float().sum() for x in outputs).backward()
     # Attention is of packed texts.
-    faster = {f"{op}_{way}" for op in ("attention", "attention_pool", "patch_embed") for way in ("fwd", "bwd")}
-    assert (ops.names > faster) if mode == "float64" else (ops.names == faster), ops.names
+    ways = [f"{op}_{way}" for op in ("attention", "attention_pool", "patch_embed") for way in ("fwd", "bwd")]
+    faster = {f"clipfast.{way}.default" for way in ways}
+    names = {name for name in ops.counts if name.startswith("clipfast.")}
+    assert (names > faster) if mode == "float64" else (names == faster), names
 
 
 @pytest.mark.parametrize("options", [
@@ -87,7 +76,7 @@ def test_blocks_with_options(options):
 
 
 @pytest.mark.parametrize("place", ["as_on_a_gpu", "as_on_a_cpu"])
-def test_autocast_and_sixteen_bits(place, request):
+def test_autocast_and_sixteen_bits(place, packed, request):
     request.getfixturevalue(place)
     model, patched = pair("ViT-B-32", torch.float32)
     args = shrunk.inputs(model)
@@ -104,6 +93,7 @@ def test_autocast_and_sixteen_bits(place, request):
     for each in (patched, model):
         each.bfloat16()
     check({name: x.bfloat16() for name, x in truth.items()}, args[0].bfloat16(), args[1])
+    assert packed == [True, True]
 
 
 def test_masks():

@@ -115,19 +115,27 @@ def test_hooks_fire_as_before(name):
         assert [entry for entry in ours if entry[1] == "forward"] == [one for one in theirs if one[1] == "forward"]
 
 
-def _tripled(module: nn.Module, args: object, output: object) -> object:
-    """A hook on attention, which returns weights too if it is PyTorch's class, as in OpenCLIP 3.3.0."""
-    return (3 * output[0], None) if isinstance(output, tuple) else 3 * output
+PLACES = [
+    "text_model", "text_model.encoder", "text_model.encoder.layers.1", "text_model.encoder.layers.1.self_attn.q_proj",
+    "text_model.encoder.layers.1.mlp.activation_fn", "text_model.final_layer_norm", "text_model.encoder.layers.0.mlp",
+    "vision_model.encoder.layers.1.self_attn", "vision_model.post_layernorm", "vision_model.embeddings.patch_embedding",
+    "visual.transformer.resblocks.0.ln_2", "visual.transformer.resblocks.0.mlp.gelu",
+    "visual.transformer.resblocks.0.attn",
+]  # fmt: skip
 
 
-def test_a_hook_may_change_what_it_sees():
-    model, patched = pair("ViT-B-32")
+@pytest.mark.parametrize("where", PLACES)
+def test_a_hook_may_change_what_it_sees(where):
+    def change(module, args, output):
+        """Change the output of a patched module; the attention of OpenCLIP 3.3.0 returns weights too."""
+        if isinstance(output, torch.Tensor):
+            return 2 * output
+        return (3 * output[0], *output[1:]) if isinstance(output, tuple) else None
+
+    model, patched = pair("ViT-B-32" if where.startswith("visual.") else "clip")
     for each in (model, patched):
-        block = each.visual.transformer.resblocks[0]
-        block.ln_2.register_forward_hook(lambda module, args, output: 2 * output)
-        block.mlp.gelu.register_forward_hook(lambda module, args, output: output + 1)
-        block.attn.register_forward_hook(_tripled)
-    assert_equal(patched, model)
+        each.get_submodule(where).register_forward_hook(change)
+    assert_equal(model, patched)
 
 
 @pytest.mark.parametrize("projection", ["k_proj", "c_proj"])

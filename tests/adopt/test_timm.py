@@ -8,19 +8,15 @@ import torch
 import clipfast
 
 from . import shrunk
+from .pairs import assert_equal, pair
 
 
 @pytest.mark.parametrize("name", shrunk.TIMM_MODELS)
 def test_equal(name):
-    model = shrunk.timm_model(name).double()
-    patched = clipfast.apply_to_timm(copy.deepcopy(model))
+    model, patched = pair(name)
     assert list(patched.state_dict()) == list(model.state_dict())
-    args = shrunk.inputs(model)
-    error, where = shrunk.largest_error(shrunk.results(patched, *args), shrunk.results(model, *args))
-    assert error <= 1e-10, where
-    args = tuple(x.float() for x in args)
-    error, where = shrunk.largest_error(shrunk.results(patched.float(), *args), shrunk.results(model.float(), *args))
-    assert error <= 1e-5, where
+    assert_equal(model, patched)
+    assert_equal(model.float(), patched.float(), 1e-5)
 
 
 def test_gates_norms_and_a_mask():

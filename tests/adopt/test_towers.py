@@ -8,15 +8,19 @@ import torch
 from torch import nn
 
 from . import shrunk
-from .pairs import PARTS, assert_equal, lines, pair, patch
+from .pairs import HF_PARTS, PARTS, assert_equal, lines, pair, patch
 
 
-@pytest.mark.parametrize("on", [[part] for part in PARTS] + [["attention", part] for part in PARTS[-2:]])
-def test_one_part_alone(on):
-    model, patched = pair("ViT-B-32", **{part: part in on for part in PARTS})
+@pytest.mark.parametrize("part", HF_PARTS)
+@pytest.mark.parametrize("name", ["ViT-B-32", "clip", "siglip"])
+def test_one_part_alone(name, part):
+    rows = {"attention", "loss", "pooled_last_block"}
+    needed = {"pooled_last_block": rows, "pack_text": rows | {"pack_text"}}.get(part, {part})
+    parts = PARTS if name == "ViT-B-32" else HF_PARTS
+    model, patched = pair(name, **{other: other in needed for other in parts})
     assert_equal(model, patched)
-    for part in PARTS:
-        assert all((f"{part}=False" in line) != (part in on) for line in lines(patched, part))
+    for other in parts:
+        assert all((f"{other}=False" in line) != (other in needed) for line in lines(patched, other))
 
 
 @pytest.mark.parametrize("prob", [0.5, 0.99])

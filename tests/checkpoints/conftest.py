@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from clipfast import CLIP, convert_checkpoint, create_model
-from clipfast.models import CLIPConfig, TextConfig, VisionConfig
+from clipfast.models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig
 
+from ..models import siglip
 from ..small_runs import copied, finished, options, refusal, run_small, server, shards, small, store, together  # noqa: F401
 
 TEXT = TextConfig(16, 600, 32, 2, 2)
@@ -22,6 +23,7 @@ CONFIGS = {
     "ResNet": CLIPConfig(24, VisionConfig(64, (1, 2, 1, 1), 8, patch_size=None), TEXT),
 }
 VITS = ["ViT", "QuickGELU"]
+TOLERANCE = {"rtol": 0, "atol": 1e-6}
 PICTURE = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
 
 
@@ -77,11 +79,33 @@ def inputs(config: CLIPConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return images, texts
 
 
-def hugging_face_output(kind: str, folder: Path, images: torch.Tensor, texts: torch.Tensor) -> tuple[Any, Any]:
-    """Load a converted checkpoint as a model of transformers; return the model, and its output for these pairs."""
-    transformers = pytest.importorskip("transformers")
-    model = getattr(transformers, kind).from_pretrained(folder).eval()
-    return model, model(input_ids=texts, pixel_values=images)
+def inputs_of(config: CLIPConfig) -> tuple[torch.Tensor, ...]:
+    """Return inputs for a model of this configuration, the same in each call, to compare it with a checkpoint's."""
+    torch.manual_seed(1)
+    return (siglip.inputs if isinstance(config, SigLIPConfig) else inputs)(config)
+
+
+@torch.no_grad()
+def features(model: torch.nn.Module, config: CLIPConfig) -> tuple[torch.Tensor, ...]:
+    """Return all outputs for pairs of a model that was read from a checkpoint of clipfast or OpenCLIP."""
+    return tuple(model.eval()(*inputs_of(config)))
+
+
+def assert_same(one: torch.nn.Module, other: torch.nn.Module, config: CLIPConfig) -> None:
+    """Check that two models that were read from checkpoints have equal weights and outputs."""
+    assert same_bits(one, other)
+    torch.testing.assert_close(features(one, config), features(other, config), **TOLERANCE)
+
+
+@torch.no_grad()
+def hugging_face_features(folder: Path | str, config: CLIPConfig) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of transformers' model of a converted checkpoint."""
+    transformers, is_siglip = pytest.importorskip("transformers"), isinstance(config, SigLIPConfig)
+    model = (transformers.SiglipModel if is_siglip else transformers.CLIPModel).from_pretrained(folder).eval()
+    images, texts = inputs_of(config)
+    output = model(input_ids=texts, pixel_values=images)
+    bias = (model.logit_bias[0],) if is_siglip else ()
+    return output.image_embeds, output.text_embeds, model.logit_scale.exp().view([]), *bias
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,8 @@ from clipfast.models import CLIP, SigLIP, SigLIPConfig, TextConfig, VisionConfig
 
 from ..models.siglip import CONFIGS, make_model, open_clip_model, save_tokenizer
 from .conftest import CONFIGS as CLIP_CONFIGS
-from .conftest import PICTURE, same_bits, save_config, save_own
+from .conftest import PICTURE, TOLERANCE, assert_same, same_bits, save_config, save_own
 from .conftest import make_model as make_clip
-from .test_round_trips import TOLERANCE, assert_same
 
 
 def test_what_open_clip_trains():
@@ -37,14 +36,12 @@ def test_what_open_clip_trains():
     torch.save({"epoch": 3, "name": "x", "state_dict": state, "optimizer": {}}, "epoch_3.pt")
     model = SigLIP(config)
     load_checkpoint(model, "epoch_3.pt")
-    assert same_bits(model, theirs)
     assert_same(model, theirs, config)
     json_file = save_config(config, "small.json")
     info = convert_checkpoint("epoch_3.pt", "own.pt", "clipfast", model=str(json_file))
     assert (info.resize_mode, info.mean) == ("squash", (0.5, 0.5, 0.5))
     assert info.activation == "GELU for images, tanh GELU for texts"
     theirs.load_state_dict(torch.load("own.pt")["state_dict"])
-    theirs.load_state_dict(model.state_dict())
 
 
 def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):

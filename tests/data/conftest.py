@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipfast.data import open_shards
+from clipfast.data import Mix, Order, open_shards
 
 from ..small_runs import server, shards  # noqa: F401
 
@@ -17,3 +17,13 @@ def cache(tmp_path, monkeypatch):
 def opened(*names, **options):
     """Return the data source of shards, given by their paths or names."""
     return open_shards([str(name) for name in names], **options)
+
+
+def ordered(source, seed=3, **options):
+    """Return a shuffled order of the samples of a data source, without others beside it."""
+    return Mix([Order(source.sizes, seed, **options)], [1.0], seed)
+
+
+def copies(tmp_path):
+    """Return the copies of compressed or remote shards in the cache of a test."""
+    return list((tmp_path / "cache" / "shards").glob("*.tar"))

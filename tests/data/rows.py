@@ -34,20 +34,23 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 FEATURES = b'{"info": {"features": {"image": {"_type": "Image"}, "captions": {"feature": {"dtype": "string"}}}}}'
 
 
-def save_to_disk(folder, counts, batch=4):
+def write_arrow(path, table, form="stream", rows=50):
+    """Write a table of pairs as an Arrow shard, and return its name."""
+    with (pa.ipc.new_stream if form == "stream" else pa.ipc.new_file)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return str(path)
+
+
+def save_to_disk(folder, counts):
     """Write a folder as ``datasets.save_to_disk`` does, with files of ``counts`` rows in batches."""
     folder.mkdir(parents=True)
     schema = pa.schema([("image", IMAGE), ("captions", pa.list_(pa.string()))], {b"huggingface": FEATURES})
-    names, row = [], 0
-    for number, rows_here in enumerate(counts):
-        names.append(f"data-{number:05d}-of-{len(counts):05d}.arrow")
-        with pa.ipc.new_stream(str(folder / names[-1]), schema) as writer:
-            for start in range(0, rows_here, batch):
-                rows = range(row + start, row + min(rows_here, start + batch))
-                images = [{"bytes": b"image %d" % n, "path": None} if n % 5 else None for n in rows]
-                captions = [[f"a {n}", f"b {n}"] for n in rows]
-                writer.write_batch(pa.record_batch([pa.array(images, IMAGE), pa.array(captions)], schema=schema))
-        row += rows_here
+    names, row = [f"data-{number:05d}-of-{len(counts):05d}.arrow" for number in range(len(counts))], 0
+    for name, count in zip(names, counts, strict=True):
+        images = [{"bytes": b"image %d" % n, "path": None} if n % 5 else None for n in range(row, row + count)]
+        captions = [[f"a {n}", f"b {n}"] for n in range(row, row + count)]
+        write_arrow(folder / name, pa.table([images, captions], schema=schema), rows=4)
+        row += count
     (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {}}))
     # The state lists the files in another order than that of their names, and its order counts.
     state = {"_data_files": [{"filename": name} for name in reversed(names)], "_fingerprint": "x", "_split": None}

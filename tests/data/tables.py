@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from clipfast.data import CroppedImages, Keys, Mix, Order, PairBatches, caption, expand_shards, open_shards
+from clipfast.data import CroppedImages, Keys, PairBatches, Unique, caption, expand_shards, identities, open_shards
 from clipfast.data.samples import image_bytes
 from clipfast.models.tokenizer import Tokenizer
 
 from ..small_runs import picture
+from .conftest import ordered
 
 NO_IMAGE = Keys(images=())
 TEXTS = [
@@ -71,7 +72,17 @@ def pairs_of(source):
 EXPECTED = [(data, text.strip()) for _, data, text in PAIRS]
 
 
-def batches(shard):
-    """Return training batches of eight pairs from a shard, in a shuffled order."""
-    source = open_shards(expand_shards(str(shard)))
-    return PairBatches([source], Mix([Order(source.sizes, 3)], [1], 3), CroppedImages(16), Tokenizer(16), 8, 3)
+def batches(shards, batch_size=8, seed=3, unique_by=None, **options):
+    """Return batches of small images from shards in a shuffled order, with training augmentation."""
+    source = open_shards(expand_shards(str(shards)))
+    order = ordered(source, seed)
+    if unique_by is not None:
+        order = Unique(order, [identities(source, unique_by)], batch_size)
+    return PairBatches(
+        [source], order, CroppedImages(16), Tokenizer(16), batch_size, seed, unique_by=unique_by, **options
+    )
+
+
+def texts_of(batch):
+    """Return the token ids of a training batch, as tuples that can be counted."""
+    return [tuple(row.tolist()) for row in batch.texts]

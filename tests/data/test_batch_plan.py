@@ -26,8 +26,7 @@ def test_fewer_pairs_than_the_divisor_are_as_many_as_fit():
 
 def test_any_batch_stands_by_itself():
     budget = TokenBudget((16, 64, 100), (1, 2, 1), (8, 16), max_tokens=1000, divisor=2, processes=2)
-    plan = BudgetedBatches(budget, 5)
-    count = 3 * BLOCK + 7
+    plan, count = BudgetedBatches(budget, 5), 3 * BLOCK + 7
     whole = [plan[number] for number in range(count)]
     pairs = np.array([batch.pairs for batch in whole])
     tokens = pairs * [batch.seq_len for batch in whole]
@@ -35,13 +34,11 @@ def test_any_batch_stands_by_itself():
     assert tokens.max() == plan.most_tokens <= 2000
     assert pairs.max() == plan.largest
     for number in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, count - 1):
-        other = BudgetedBatches(budget, 5)
-        assert other[number] == whole[number]
+        assert BudgetedBatches(budget, 5)[number] == whole[number]
         for unit, amounts in (("pairs", pairs), ("tokens", tokens)):
             other, before = BudgetedBatches(budget, 5), int(amounts[:number].sum())
-            assert other.before(number, unit) == before
-            assert BudgetedBatches(budget, 5).batches_for(before, unit) == number
-            assert BudgetedBatches(budget, 5).batches_for(before + 1, unit) == number + 1
+            found = other.batches_for(before + 1, unit), other.batches_for(before, unit), other.before(number, unit)
+            assert found == (number + 1, number, before)
     assert [BudgetedBatches(budget, 6)[number] for number in range(99)] != whole[:99]
     equal = EqualBatches(8)
     assert [equal[2], equal.before(3), equal.batches_for(16), equal.batches_for(17)] == [(16, 8, None, None), 24, 2, 3]

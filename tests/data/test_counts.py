@@ -13,7 +13,7 @@ from clipfast.data import IndexCache, ShardIndex, ShardSource, remote, staging
 from clipfast.models.images import SampleError
 
 from ..small_runs import sample, write_shard
-from .conftest import opened
+from .conftest import copies, opened
 from .rows import cut, downloaded, fields, write_parquet
 
 pa = pytest.importorskip("pyarrow")
@@ -31,7 +31,7 @@ def test_counting_a_remote_parquet_file_reads_its_footer(server, tmp_path):
     source = opened(f"{server.url}/0.parquet?download=true")
     assert source.sizes == [250]
     assert 0 < served(server) < 200_000 < size / 20
-    assert not (tmp_path / "cache" / "shards").exists()
+    assert not copies(tmp_path)
     server.served.clear()
     assert [fields(source.read(number))["n"] for number in (249, 0)] == [249, 0]
     assert served(server) == size
@@ -59,7 +59,7 @@ def test_remote_files_that_cannot_be_used_are_brought_once(server, tmp_path):
 def test_counts_beside_remote_tar_files(kind, server, tmp_path):
     names = [f"{number:05d}.tar" for number in range(4)]
     for number, name in enumerate(names):
-        write_shard(tmp_path / "web" / name, [sample(n) for n in range(number + 2)])
+        write_shard(tmp_path / "web" / name, number + 2)
         if kind == "stats":
             stats = {"count": 10, "successes": number + 2}
             (tmp_path / "web" / f"{number:05d}{STATS}").write_text(json.dumps(stats))
@@ -82,7 +82,7 @@ def test_an_outage_does_not_make_the_start_copy_what_can_be_counted(file, server
     if file == "0.parquet":
         write_parquet(tmp_path / "web" / file, downloaded(5))
     else:
-        write_shard(tmp_path / "web" / "0.tar", [sample(n) for n in range(5)])
+        write_shard(tmp_path / "web" / "0.tar", 5)
         (tmp_path / "web" / file).write_text('{"0.tar": 5, "successes": 5}')
     server.failing[file] = 4
     assert opened(name).sizes == [5]
@@ -90,13 +90,13 @@ def test_an_outage_does_not_make_the_start_copy_what_can_be_counted(file, server
     server.failing[file] = 1000
     with pytest.raises(SampleError, match=rf"{file} cannot be read: 503"):
         opened(name)
-    assert not list((tmp_path / "cache").glob("shards/*.tar"))
+    assert not copies(tmp_path)
 
 
 def test_a_wrong_count(server, tmp_path):
-    write_shard(tmp_path / "web" / "0.tar", [sample(n) for n in range(8)])
+    write_shard(tmp_path / "web" / "0.tar", 8)
     cut(tmp_path / "web" / "0.tar", 0.6)
-    write_shard(tmp_path / "web" / "1.tar", [sample(n) for n in range(3)])
+    write_shard(tmp_path / "web" / "1.tar", 3)
     (tmp_path / "web" / "sizes.json").write_text('{"0.tar": 8, "1.tar": 3, "2.tar": 8}')
     names = [f"{server.url}/0.tar", f"{server.url}/1.tar"]
     source = opened(*names)
@@ -155,19 +155,3 @@ def test_processes_do_not_ask_for_a_failing_shard_one_after_the_other(kind, tmp_
     assert [kind for _, kind in found] == [kind] * 3
     assert sorted("is not asked for again so soon" in message for message, _ in found) == [False, True, True]
     assert asked.read_text() == "\n" * (5 if kind == "missing shard" else 1)
-
-
-def keys_in_a_process(source):
-    """Return the keys of all samples of the shards, from another process."""
-    return [fields(source.read(number))["key"] for number in range(len(source))]
-
-
-def test_processes_that_open_the_same_counted_shards_bring_each_once(server, tmp_path):
-    for number in range(3):
-        write_parquet(tmp_path / "web" / f"{number}.parquet", downloaded(30, first=30 * number))
-    source = opened(*(f"{server.url}/{number}.parquet" for number in range(3)))
-    server.served.clear()
-    with ProcessPoolExecutor(3) as pool:
-        found = list(pool.map(keys_in_a_process, [source] * 3))
-    assert found == [[f"{n:09d}" for n in range(90)]] * 3
-    assert served(server) == sum(path.stat().st_size for path in (tmp_path / "web").iterdir())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipfast.data import CroppedImages, EncodedCrops, Mix, Order, PairBatches, encoded, pair_loader
+from clipfast.data import CroppedImages, EncodedCrops, PairBatches, encoded, pair_loader
 from clipfast.data.encoded import EncodedCrop, check_decoder, decodable
 from clipfast.models.images import ImageError, open_image
 from clipfast.models.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from clipfast.train.loop import train
 from ..models.test_images import decibels, exif_of, jpeg, photograph
 from ..small_runs import picture, sample, write_shard
 from ..train.test_training import config
-from .conftest import opened
+from .conftest import opened, ordered
 
 CPU = torch.device("cpu")
 
@@ -182,8 +182,7 @@ def photographs(tmp_path):
 
 def test_batches_are_the_same_pairs(photographs):
     source, crops = opened(photographs), CroppedImages(32)
-    order = Mix([Order(source.sizes, 3)], [1.0], 3)
-    usually = PairBatches([source], order, crops, Tokenizer(16), 8, 3)
+    usually = PairBatches([source], ordered(source), crops, Tokenizer(16), 8, 3)
     ours = dataclasses.replace(usually, transform=EncodedCrops(crops), gather=EncodedCrops(crops).gathered)
     skipped = 0
     for one, other in zip(pair_loader(usually, 0, 5, 0), pair_loader(ours, 0, 5, 2), strict=True):

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clipfast.data import BudgetedBatches, CroppedToSequence, Mix, Order, PackedBatches, TokenBudget, pair_loader
+from clipfast.data import BudgetedBatches, CroppedToSequence, PackedBatches, TokenBudget, pair_loader
 from clipfast.models.packed_images import pack_images
 from clipfast.models.tokenizer import Tokenizer
 
 from ..models.test_images import encoded, jpeg, photograph
 from ..small_runs import sample, write_shard
 from ..train.faults import faults, faulty_samples
-from .conftest import opened
+from .conftest import opened, ordered
 
 PAIRS = 60
 BUDGET = TokenBudget((4, 9, 16), (1.0, 2.0, 1.0), max_tokens=108, divisor=6, processes=2)
@@ -35,8 +35,8 @@ def pictures(tmp_path_factory):
 
 def batches(shard, seed=3, budget=BUDGET, **options):
     """Return packed batches of a shard."""
-    source = opened(shard)
-    order, plan = Mix([Order(source.sizes, seed)], [1], seed), BudgetedBatches(budget, seed)
+    source, plan = opened(shard), BudgetedBatches(budget, seed)
+    order = ordered(source, seed)
     return PackedBatches(
         [source], order, None, Tokenizer(16), plan.largest, seed, plan=plan, patch_size=8, **options
     )  # fmt: skip
@@ -112,17 +112,13 @@ def test_batches_draw_their_patch_size(pictures):
     assert set(widths) == {3 * 64, 3 * 256}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_for_a_gpu_the_worker_rounds_up(workers, pictures):
-    plain, rounded = (
-        next(pair_loader(batches(pictures, for_gpu=for_gpu), 0, 1, workers)).images for for_gpu in (False, True)
-    )
+def test_for_a_gpu_the_number_of_patches_is_rounded_up(pictures):
+    plain, rounded = (batches(pictures, for_gpu=for_gpu)[0].images for for_gpu in (False, True))
     used = len(plain.patches)
     assert used % 64 != 0
     assert len(rounded.patches) == used + -used % 64
     assert torch.equal(rounded.patches[:used], plain.patches)
     assert not rounded.patches[used:].any()
-    assert rounded.patches.is_shared() == bool(workers)
 
 
 def test_patches_are_made_in_shared_memory(pictures, monkeypatch):

@@ -13,12 +13,12 @@ from collections import Counter
 import pytest
 import torch
 
-from clipfast.data import IndexCache, Mix, Order, PairBatches, ShardIndex, contained, pair_loader
+from clipfast.data import IndexCache, PairBatches, ShardIndex, contained, pair_loader
 from clipfast.data.read_ahead import THREADS, ReadAhead
 from clipfast.data.staging import exclusive
 
 from ..small_runs import sample, write_shard
-from .conftest import opened
+from .conftest import copies, opened, ordered
 from .rows import downloaded, write_parquet
 
 SHARDS, EACH, BATCH = 24, 10, 5
@@ -42,7 +42,7 @@ def numbers(captions):
 
 def batches(source, streams=1):
     """Return the training batches of shards that are copied ahead."""
-    order = Mix([Order(source.sizes, 3, window=2 * EACH, streams=streams)], [1], 3)
+    order = ordered(source, window=2 * EACH, streams=streams)
     return PairBatches([source], order, lambda _: torch.zeros(1, dtype=torch.uint8), numbers, BATCH)
 
 
@@ -63,11 +63,6 @@ def until(condition):
 def threads():
     """Return the threads that copy shards ahead of training."""
     return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
-
-
-def copies(tmp_path):
-    """Return the copies of shards in the cache, which were made ahead."""
-    return list((tmp_path / "cache" / "shards").glob("*.tar"))
 
 
 @pytest.fixture
@@ -196,7 +191,7 @@ def test_nothing_happens_for_files_that_are_read_where_they_are(tmp_path):
     loader = pair_loader(batches(opened(*names)), 0, 4, 0)
     next(loader)
     assert len(threads()) == before
-    assert not (tmp_path / "cache" / "shards").exists()
+    assert not copies(tmp_path)
     loader.close()
 
 

@@ -19,18 +19,11 @@ from clipfast.data.contained import count_rows
 from clipfast.data.rows import members
 from clipfast.models.images import SampleError
 
-from .conftest import opened
-from .rows import IMAGE, downloaded, fields, save_to_disk, write_parquet
+from .conftest import copies, opened
+from .rows import IMAGE, downloaded, fields, save_to_disk, write_arrow, write_parquet
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
-
-
-def write_arrow(path, table, form="stream", rows=50):
-    """Write a table of pairs as an Arrow shard, and return its name."""
-    with (pa.ipc.new_stream if form == "stream" else pa.ipc.new_file)(str(path), table.schema) as writer:
-        writer.write_table(table, max_chunksize=rows)
-    return str(path)
 
 
 @pytest.mark.parametrize("form", ["parquet", "stream", "file"])
@@ -41,7 +34,7 @@ def test_every_row_is_the_sample_of_its_number(form, tmp_path):
         write_arrow(path, table, form)
     source = opened(path)
     assert source.sizes == [120]
-    assert not list((tmp_path / "cache").glob("shards/*"))  # rows are counted without a copy
+    assert not copies(tmp_path)  # rows are counted without a copy
     for number in np.random.default_rng(0).permutation(120).tolist():
         raw = source.read(number)
         found = fields(raw)
@@ -222,7 +215,7 @@ def test_a_file_that_was_replaced(tmp_path):
         counted.read(3)
     again = opened(path)
     assert fields(again.read(3))["key"] == "000000103"
-    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
+    assert len(copies(tmp_path)) == 1
 
 
 def test_identities_of_rows_are_kept(tmp_path):
@@ -232,7 +225,7 @@ def test_identities_of_rows_are_kept(tmp_path):
     assert len(set(first.tolist())) == 3
     (tmp_path / "cache" / "shards").rename(tmp_path / "away")
     assert identities(opened(path), "label").tolist() == first.tolist()
-    assert not (tmp_path / "cache" / "shards").exists()
+    assert not copies(tmp_path)
 
 
 @pytest.mark.parametrize(("number", "said"), [(11, "damaged: .* ended with SIGSEGV"), (9, "was killed, as .* memory")])

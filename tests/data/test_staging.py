@@ -3,12 +3,9 @@
 import bz2
 import errno
 import gzip
-import http.server
 import os
 import shutil
-import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,18 +15,13 @@ from clipfast.io.files import DiskFullError
 from clipfast.models.images import SampleError
 
 from ..small_runs import open_files, sample, write_shard
-from .conftest import opened
+from .conftest import copies, opened
 from .rows import write_parquet
 
 
 def texts(source):
     """Return the captions of all samples of the copied shards."""
     return [source.read(number)["txt"] for number in range(len(source))]
-
-
-def copies(tmp_path):
-    """Return the copies of compressed or remote shards in the cache."""
-    return list((tmp_path / "cache" / "shards").glob("*.tar"))
 
 
 def test_shards_from_elsewhere(tmp_path, monkeypatch):
@@ -52,7 +44,7 @@ def test_shards_from_elsewhere(tmp_path, monkeypatch):
 def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path, monkeypatch):
     """The change is noticed when the shard is copied again. Until then, the copy is read without a check."""
     path = tmp_path / "s.tar.gz"
-    write_shard(path, [sample(index) for index in range(8)])
+    write_shard(path, 8)
     source, late = (opened(path) for _ in range(2))
     write_shard(path, [sample(index + 1) for index in range(8)])
     os.utime(path, ns=(1, 1))
@@ -164,81 +156,44 @@ def test_an_attempt_that_fails_late_is_made_once_more(monkeypatch):
     assert remote.retried("https://example.com/s.tar", lambda: answers.pop()[0]) == b"all of it"
 
 
-class Answers(http.server.BaseHTTPRequestHandler):
-    """A web server of one file that cannot send parts: each GET returns the next version, bytes and ETag."""
-
-    def do_HEAD(self):
-        """Answer HEAD for a remote shard, and send the headers of GET."""
-        self.server.asked += 1
-        self.server.is_answering.wait(20)
-        if "/s." not in self.path:
-            self.send_error(404)
-            return b""
-        data, mark = self.server.versions[0]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", mark)
-        self.end_headers()
-        return data
-
-    def do_GET(self):
-        """Answer GET for a remote shard, of which a later version may exist."""
-        self.wfile.write(self.do_HEAD())
-        if "/s." in self.path and len(self.server.versions) > 1:
-            del self.server.versions[0]
-
-    def log_message(self, *args):
-        """Print nothing about the requests for shards."""
-
-
-@pytest.fixture
-def answers(tmp_path, monkeypatch):
-    """A server of a shard that is larger than fsspec's block size, and of a later version of the shard."""
-    pytest.importorskip("aiohttp")
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
-    data = []
-    for first in (0, 8):
-        samples = [sample(first + index, txt=os.urandom(800_000).hex().encode()) for index in range(8)]
-        data.append(write_shard(tmp_path / "s.tar", samples).read_bytes())
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as running:
-        running.asked, running.versions, running.is_answering = 0, [(data[0], "1"), (data[1], "2")], threading.Event()
-        running.is_answering.set()
-        running.url = f"http://127.0.0.1:{running.server_port}"
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running
-        running.is_answering.set()
-        running.shutdown()
-
-
-def test_a_server_that_sends_no_parts(answers, tmp_path):
+def test_a_server_that_sends_no_parts(server, tmp_path):
+    server.sends_parts = False
     rows = pytest.importorskip("pyarrow").table({"jpg": [os.urandom(400_000) for _ in range(20)]})
-    answers.versions = [(Path(write_parquet(tmp_path / "s.parquet", rows)).read_bytes(), "1")]
-    source = opened(f"{answers.url}/s.parquet")
+    write_parquet(tmp_path / "web" / "s.parquet", rows)
+    source = opened(f"{server.url}/s.parquet")
     assert source.sizes == [20]
     assert source.shards[0].counted_in is None  # the shard was copied to be counted
     counts = Counts()
-    assert counts.of(f"{answers.url}/s.parquet") is None
-    asked = answers.asked
-    assert counts.of(f"{answers.url}/s.1.parquet") is None
-    assert answers.asked == asked  # the server is asked once for all files of a folder
+    assert counts.of(f"{server.url}/s.parquet") is None
+    asked = server.asked
+    assert counts.of(f"{server.url}/s.1.parquet") is None
+    assert server.asked == asked  # the server is asked once for all files of a folder
     with pytest.raises(SampleError, match=r"gone\.parquet cannot be read"):
-        opened(f"{answers.url}/gone.parquet")
+        opened(f"{server.url}/gone.parquet")
 
 
-def test_a_file_that_changes_while_it_is_read_is_read_again(answers, tmp_path, caplog):
+def test_a_file_that_changes_while_it_is_read_is_read_again(server, tmp_path, caplog):
     """The copy holds a single version of the file, and has the stamp of that version."""
-    later = answers.versions[1]
-    source = opened(f"{answers.url}/s.tar")
-    assert source.shards[0].stamp == f"{len(later[0])}/2"
+    server.sends_parts = False
+    path = tmp_path / "web" / "s.tar"
+
+    def write(first=8):
+        """Write a version of a shard that is larger than fsspec's block size."""
+        write_shard(path, [sample(first + index, txt=os.urandom(800_000).hex().encode()) for index in range(8)])
+
+    write(0)
+    server.changes = [write]
+    source = opened(f"{server.url}/s.tar")
+    assert source.shards[0].stamp == f"{path.stat().st_size}/{path.stat().st_mtime_ns}"
     assert [source.read(number)["png"] for number in range(8)] == [sample(8 + number)["png"] for number in range(8)]
     assert "attempt 1 has failed" in caplog.text
 
 
-def test_a_server_that_never_answers_is_given_up(answers, tmp_path, monkeypatch):
+def test_a_server_that_never_answers_is_given_up(server, monkeypatch):
     monkeypatch.setattr(remote, "READ", 0.3)
     monkeypatch.setattr(remote, "PATIENCE", 1.0)
-    answers.is_answering.clear()
+    server.is_answering.clear()
     for whole in (False, True):
-        with pytest.raises(SampleError, match=rf"{answers.url}/s.tar cannot be read: .*[Tt]imeout"):
-            opened(f"{answers.url}/s.tar", whole=whole)
-    assert answers.asked < 20
+        with pytest.raises(SampleError, match=rf"{server.url}/s.tar cannot be read: .*[Tt]imeout"):
+            opened(f"{server.url}/s.tar", whole=whole)
+    assert server.asked < 20

@@ -48,26 +48,20 @@ from clipfast.doctor.dataset import dataset
 from clipfast.doctor.machine import OK
 from clipfast.evaluate.labelled import LabelledSet
 from clipfast.models.tokenizer import Tokenizer
-from clipfast.train import TrainConfig
 from clipfast.train.data import TrainingData
 from clipfast.train.loop import train
 
-from ..small_runs import TINY, run_command
+from ..small_runs import run_command
 from ..train.test_training import config
+from .tables import texts_of
 
 CPU = torch.device("cpu")
 
 
 @functools.cache
-def for_training():
-    """Return many scenes of synthetic training pairs."""
-    return [training_scene(number, seed) for seed in (0, 7) for number in range(3000)]
-
-
-@functools.cache
-def for_tests():
-    """Return many scenes of synthetic pairs that are held out."""
-    return [held_out_scene(number, seed) for seed in (0, 7) for number in range(3000)]
+def scenes(make):
+    """Return many scenes of synthetic pairs, for training or held out."""
+    return [make(number, seed) for seed in (0, 7) for number in range(3000)]
 
 
 def pictures(numbers, size, seed=0):
@@ -199,7 +193,7 @@ def test_no_caption_twice_in_a_batch():
         assert np.array_equal(identities(SyntheticSource(3000), "caption"), known)
     made = batches([source], 1000)
     made.order = Unique(made.order, [known], 1000)
-    assert len({tuple(row.tolist()) for row in made[0].texts}) == 1000
+    assert len(set(texts_of(made[0]))) == 1000
 
 
 SYNTHETIC = {"unique_by": None, "train_num_samples": None, "epochs": 1, "batch_size": 8}
@@ -231,24 +225,13 @@ def test_other_commands(tmp_path, capsys):
     assert {item.group for item in images} <= set(PLACES)
     assert {item.caption for item in LabelledSet("synthetic:9", keys=Keys(texts=("size",), is_json=True))} <= set(RADII)
     assert [image.group for image in LabelledSet("shapes:8", group_by="kind")] == [
-        scene.kind for scene in for_training()[:8]
+        scene.kind for scene in scenes(training_scene)[:8]
     ]
     code, _, _ = run_command(capsys, "index", "synthetic:300", "--unique-by", "colour", "--json", tmp_path / "i.json")
     assert code == 0
     found = json.loads((tmp_path / "i.json").read_text())
     assert (found["samples"], found["different"], found["shards"], found["lost"]) == (300, len(PAINTS), 1, 0)
     assert {finding.status for finding in dataset("synthetic:64", {})} == {OK}
-
-
-@pytest.mark.long
-def test_shapes_are_learned(tmp_path, one_thread):
-    options = {"batch_size": 64, "samples_seen": 64 * 60, "lr": 6e-3, "warmup": 10, "workers": 0, "save_frequency": 0}
-    folder, _ = train(
-        TrainConfig(train_data="synthetic:65536", val_data="synthetic:128@1", model=TINY, logs=str(tmp_path), **options)
-    )
-    results = json.loads((folder.path / "results.json").read_text())
-    assert results["classes"] > 120
-    assert results["zero_shot"]["top5"] > 0.25  # chance is 0.04
 
 
 def combination(scene):
@@ -280,23 +263,23 @@ def is_true(text, scene):
 
 
 def test_captions_of_scenes_are_true_and_wrong_ones_are_not():
-    assert collections.Counter(scene.kind for scene in for_tests()) == dict.fromkeys(KINDS, 1000)
-    assert {scene.kind for scene in for_training()} == set(TRAINED)
-    for scene in (*for_training(), *for_tests()):
+    assert collections.Counter(scene.kind for scene in scenes(held_out_scene)) == dict.fromkeys(KINDS, 1000)
+    assert {scene.kind for scene in scenes(training_scene)} == set(TRAINED)
+    for scene in (*scenes(training_scene), *scenes(held_out_scene)):
         assert is_true(scene.caption, scene), scene
-    for scene in for_tests():
+    for scene in scenes(held_out_scene):
         expected = None if scene.kind == "order" else False
         assert is_true(scene.wrong, scene) is expected, scene
         if scene.kind in ("binding", "relation", "order"):
             assert sorted(scene.wrong.split()) == sorted(scene.caption.split())
         else:
             assert sum(a != b for a, b in zip(scene.caption.split(), scene.wrong.split(), strict=True)) == 1
-    assert not any(scene.wrong for scene in for_training())
-    assert {scene.relation for scene in for_tests() if scene.kind == "relation"} == set(RELATIONS)
+    assert not any(scene.wrong for scene in scenes(training_scene))
+    assert {scene.relation for scene in scenes(held_out_scene) if scene.kind == "relation"} == set(RELATIONS)
 
 
 def test_training_draws_no_combination_of_a_test():
-    trained, tested = ({combination(scene) for scene in scenes} for scenes in (for_training(), for_tests()))
+    trained, tested = (set(map(combination, scenes(make))) for make in (training_scene, held_out_scene))
     assert not trained & tested
     for some in (trained, tested):  # training and tests both have every colour and every shape
         assert frozenset().union(*(colours for colours, _ in some)) == set(COLOURS)
@@ -305,16 +288,18 @@ def test_training_draws_no_combination_of_a_test():
 
 def test_which_caption_is_right_is_even():
     """Neither form of a caption is right more often, so captions alone do not reveal the answer."""
-    seen = collections.Counter((scene.caption, scene.wrong) for scene in for_tests() if scene.kind != "order")
+    seen = collections.Counter(
+        (scene.caption, scene.wrong) for scene in scenes(held_out_scene) if scene.kind != "order"
+    )
     for (right, wrong), count in seen.items():
         other = seen[wrong, right]
         assert abs(count - other) < 5 * math.sqrt(count + other), (right, wrong)
-    by_kind = collections.Counter(scene.kind for scene in for_tests() if scene.caption < scene.wrong)
+    by_kind = collections.Counter(scene.kind for scene in scenes(held_out_scene) if scene.caption < scene.wrong)
     assert all(abs(by_kind[kind] - 500) < 5 * math.sqrt(250) for kind in KINDS[:-1])
 
 
 def test_things_do_not_touch_and_are_whole():
-    for scene in (*for_training(), *for_tests()):
+    for scene in (*scenes(training_scene), *scenes(held_out_scene)):
         for one, other in itertools.combinations(scene.things, 2):
             # the corners of the largest shapes are within 1.2 radii
             assert math.hypot(one.x - other.x, one.y - other.y) > 1.2 * (one.radius + other.radius) + 1, scene
@@ -325,7 +310,7 @@ def test_things_do_not_touch_and_are_whole():
 
 def test_pictures_show_what_their_scenes_say():
     """All pixels have a colour of the things or the background, and each thing is at its place."""
-    for scene in for_tests()[:24]:
+    for scene in scenes(held_out_scene)[:24]:
         pixels = np.asarray(scene.picture()).astype(int)
         assert pixels.shape == (SIDE, SIDE, 3)
         for thing in scene.things:

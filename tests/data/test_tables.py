@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfast.data import IndexCache, Unique, caption, identities, metadata, pair_loader
+from clipfast.data import IndexCache, caption, identities, metadata, pair_loader
 from clipfast.data.formats import unpacked
 from clipfast.data.samples import image_bytes
 from clipfast.data.staging import format_of
@@ -29,6 +29,7 @@ from .tables import (
     TEXTS,
     batches,
     pairs_of,
+    texts_of,
     write_csv,
     write_images,
     write_jsonl,
@@ -281,12 +282,10 @@ def test_large_tables_are_indexed_in_little_memory(tmp_path):
 
 def test_captions_are_compared_without_reading_images(tmp_path):
     images = sum(len(data) for _, data, _ in PAIRS)
-    made = batches(write_csv(write_images(tmp_path) / "t.csv"))
-    (source,) = made.sources
-    made.order, made.batch_size = Unique(made.order, [identities(source, "caption")], len(TEXTS)), len(TEXTS)
-    assert source.bytes_read < images
+    made = batches(write_csv(write_images(tmp_path) / "t.csv"), len(TEXTS), unique_by="caption")
+    assert made.sources[0].bytes_read < images
     for number in range(8):
-        assert len({tuple(row.tolist()) for row in made[number].texts}) == len(TEXTS)
+        assert len(set(texts_of(made[number]))) == len(TEXTS)
 
 
 @pytest.fixture

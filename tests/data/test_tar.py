@@ -274,7 +274,7 @@ def test_a_link_to_what_was_cut_off_is_a_broken_shard(tmp_path):
 
 
 def test_a_file_that_is_cut_while_it_is_indexed(tmp_path, monkeypatch):
-    path = write_shard(tmp_path / "s.tar", [sample(index) for index in range(20)])
+    path = write_shard(tmp_path / "s.tar", 20)
     original = tarfile.BLOCKSIZE
     from clipfast.data import tar
 

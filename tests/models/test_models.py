@@ -19,7 +19,7 @@ from clipfast import (
     create_model_from_pretrained,
     get_model_config,
 )
-from clipfast.models import CLIPConfig, TextConfig, VisionConfig, registry
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig
 from clipfast.train.optim import adamw
 
 from ..small_runs import assert_initialised_alike
@@ -229,17 +229,10 @@ def test_load_checkpoint_takes_what_fits(tmp_path):
         clipfast.load_checkpoint(model, tmp_path / "w.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_a_pretrained_model_infers(kind, tmp_path, monkeypatch):
-    monkeypatch.setitem(registry._CONFIGS, "small", small(kind).config)
-    options = {"force_patch_dropout": 0.5} if kind == "vit" else {}
-    torch.save(create_model("small", **options).state_dict(), tmp_path / "w.pt")
-    model, preprocess = create_model_from_pretrained("small", tmp_path / "w.pt", **options)
-    images = torch.stack([preprocess(Image.new("RGB", (40, 50), colour)) for colour in ("red", "green", "blue")])
-    before = {key: value.clone() for key, value in model.named_buffers()}
-    with torch.no_grad():
-        together, again, alone = (model.encode_image(x) for x in (images, images, images[:1]))
-    # Neither the rest of the batch, nor an earlier call, nor a drawing of patches changes the features.
-    assert torch.equal(together, again)
-    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())
+def test_a_pretrained_model_infers(tmp_path):
+    """It drops no patches and updates no statistics, since all its modules are in evaluation mode."""
+    torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
+    model, preprocess = create_model_from_pretrained("ViT-T-8-32", tmp_path / "w.pt", force_patch_dropout=0.5)
+    assert not any(module.training for module in model.modules())
+    images = preprocess(Image.new("RGB", (40, 50), "red"))[None]
+    assert torch.equal(model.encode_image(images), model.encode_image(images))

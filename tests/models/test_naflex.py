@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 
 import pytest
 import torch
@@ -12,14 +11,14 @@ from clipfast.kernels.packing import pack
 from clipfast.models import CLIPConfig, build, registry, siglip
 from clipfast.models.naflex import NaFlexVision, mean_of_images
 from clipfast.models.naflex_config import NaFlexConfig
-from clipfast.models.packed_images import pack_images, patchify, unpad_images
+from clipfast.models.packed_images import pack_images, unpad_images
 from clipfast.models.siglip_config import EXACT, TANH
+
+from .naflex import PATCH, mixes, naflex_vit, padded
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
-naflexvit = pytest.importorskip("timm.models.naflexvit", reason="this timm has no NaFlexViT")
 
-PATCH, MOST = 4, 40
 SIZES = {
     "layers": 2,
     "width": 32,
@@ -34,14 +33,9 @@ GAP = NaFlexConfig(**SIZES, pool="avg", reg_tokens=4, init_values=0.5, interpola
 
 def timm_tower(config):
     """Return timm's tower with these settings, with random weights."""
-    return naflexvit.NaFlexVit(
-        naflexvit.NaFlexVitCfg(
-            patch_size=PATCH, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2.0, pos_embed_grid_size=(5, 5),
-            act_layer="gelu_tanh" if config is SIGLIP else None, global_pool=config.pool,
-            reg_tokens=config.reg_tokens, init_values=config.init_values, pos_embed_interp_mode=config.interpolation,
-            enable_patch_interpolator=True,
-        ),
-        num_classes=0,
+    return naflex_vit(
+        act_layer="gelu_tanh" if config is SIGLIP else None, global_pool=config.pool, reg_tokens=config.reg_tokens,
+        init_values=config.init_values, pos_embed_interp_mode=config.interpolation,
     )  # fmt: skip
 
 
@@ -53,84 +47,40 @@ def random_weights(module):
     return module
 
 
-def mixes(count, least_width=2, patch=PATCH):
-    """Yield lists of images of random sizes, at most MOST patches each."""
-    # timm resizes positions to a width of 1 wrongly on a CPU, since PyTorch does.
-    draw = random.Random(0)
-    for _ in range(count):
-        images = []
-        for _ in range(draw.randint(1, 6)):
-            height = draw.randint(1, 12)
-            width = draw.randint(least_width, max(least_width, MOST // height))
-            images.append(torch.randn(3, patch * height, patch * width, dtype=torch.float64))
-        yield images
-
-
-def padded(images, patch=PATCH):
-    """Return a padded batch as timm's loader makes it."""
-    grids = [[side // patch for side in image.shape[1:]] for image in images]
-    patches, coords, valid = [], [], []
-    for image, (height, width) in zip(images, grids, strict=True):
-        own = patchify(image, patch)
-        rest = MOST - len(own)
-        patches.append(torch.cat([own, torch.zeros(rest, own.shape[1])]))
-        coords.append(
-            torch.cat([torch.cartesian_prod(torch.arange(height), torch.arange(width)), torch.zeros(rest, 2).long()])
-        )
-        valid.append(torch.arange(MOST) < len(own))
-    return {"patches": torch.stack(patches), "patch_coord": torch.stack(coords), "patch_valid": torch.stack(valid)}
-
-
-def value_and_gradients(tower, images, weights):
-    """Return the features of images, and the gradients of all parameters by name."""
+def with_gradients(compute, tower, weights):
+    """Return the features that ``compute`` returns, and the gradients of a tower's parameters by timm's names."""
     tower.zero_grad()
-    features = tower(images)
+    features = compute()
     (features * weights).sum().backward()
-    return features.detach(), {name: parameter.grad for name, parameter in tower.named_parameters()}
+    gradients = {name.removeprefix("trunk."): parameter.grad for name, parameter in tower.named_parameters()}
+    return {"features": features.detach()} | gradients
 
 
 def assert_near(found, expected):
-    """Check that no difference is larger than 1e-5 of the largest value."""
+    """Check that no difference is larger than 1e-5 of the largest value of a tensor, or of each tensor in a dict."""
+    if isinstance(expected, dict):
+        for name, x in expected.items():
+            assert_near(found[name], x)
+        return
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("patch", [PATCH, 2, 3, 5, 8])
 @pytest.mark.parametrize("config", [SIGLIP, GAP], ids=["siglip", "gap"])
-def test_towers_are_timms(config):
+def test_towers_are_timms(config, patch):
+    """Patches may have another size than the tower's."""
     theirs = random_weights(timm_tower(config)).double()
     ours = NaFlexVision(config, 32, TANH if config is SIGLIP else EXACT).double()
     ours.trunk.load_state_dict(theirs.state_dict())
     if config.pool == "avg":
         ours.head["proj"].weight.data.copy_(torch.eye(32))
-    for images in mixes(12):
-        weights = torch.randn(len(images), 32, dtype=torch.float64)
-        expected, gradients = value_and_gradients(theirs, padded(images), weights)
-        for form in (pack_images(images, PATCH), pack_images(images, PATCH, for_gpu=True), padded(images)):
-            found, found_gradients = value_and_gradients(ours, form, weights)
-            assert_near(found, expected)
-            for name, gradient in gradients.items():
-                assert_near(found_gradients[f"trunk.{name}"], gradient)
-
-
-@pytest.mark.parametrize("patch", [2, 3, 5, 8])
-@pytest.mark.parametrize("config", [SIGLIP, GAP], ids=["siglip", "gap"])
-def test_patches_of_other_sizes_are_projected_as_in_timm(config, patch):
-    theirs = random_weights(timm_tower(config)).double()
-    ours = NaFlexVision(config, 32, TANH if config is SIGLIP else EXACT).double()
-    ours.trunk.load_state_dict(theirs.state_dict())
-    if config.pool == "avg":
-        ours.head["proj"].weight.data.copy_(torch.eye(32))
-    for images in mixes(5, patch=patch):
-        batch = padded(images, patch)
-        batch["patches"] = batch["patches"].unflatten(2, (patch, patch, 3))
-        weights = torch.randn(len(images), 32, dtype=torch.float64)
-        expected, gradients = value_and_gradients(theirs, batch, weights)
-        for form in (pack_images(images, patch), batch):
+    for images in mixes(12 if patch == PATCH else 5, patch):
+        batch, weights = padded(images, patch), torch.randn(len(images), 32, dtype=torch.float64)
+        expected = with_gradients(lambda batch=batch: theirs(batch), theirs, weights)
+        for form in (pack_images(images, patch), pack_images(images, patch, for_gpu=True), batch):
             with torch.inference_mode():
-                assert_near(ours(form), expected)
-            found, found_gradients = value_and_gradients(ours, form, weights)
-            assert_near(found, expected)
-            for name, gradient in gradients.items():
-                assert_near(found_gradients[f"trunk.{name}"], gradient)
+                assert_near(ours(form), expected["features"])
+            assert_near(with_gradients(lambda form=form: ours(form), ours, weights), expected)
 
 
 def hugging_face_weights(state):
@@ -177,24 +127,15 @@ def test_tower_is_that_of_transformers():
     for images in mixes(12, least_width=1):
         batch = padded(images)
         shapes = torch.tensor([[side // PATCH for side in image.shape[1:]] for image in images])
-        theirs_batch = {
-            "pixel_values": batch["patches"], "pixel_attention_mask": batch["patch_valid"].int(),
+        given = {
+            "pixel_values": batch["patches"].flatten(2), "pixel_attention_mask": batch["patch_valid"].int(),
             "spatial_shapes": shapes,
         }  # fmt: skip
         weights = torch.randn(len(images), 32, dtype=torch.float64)
-        expected = theirs(**theirs_batch).pooler_output
-        theirs.zero_grad()
-        (expected * weights).sum().backward()
-        gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-        found, found_gradients = value_and_gradients(ours, theirs_batch, weights)
-        assert_near(found, expected)
-        for name, gradient in hugging_face_weights(trunk_only(found_gradients)).items():
-            assert_near(gradient, gradients[name])
-
-
-def trunk_only(named):
-    """Return the tensors of the trunk of a tower without the prefix of their names."""
-    return {name.removeprefix("trunk."): x for name, x in named.items()}
+        expected = with_gradients(lambda given=given: theirs(**given).pooler_output, theirs, weights)
+        found = with_gradients(lambda given=given: ours(given), ours, weights)
+        assert_near(found.pop("features"), expected.pop("features"))
+        assert_near(hugging_face_weights(found), expected)
 
 
 def test_bytes_are_normalised_in_the_tower():
@@ -220,21 +161,18 @@ def test_images_of_one_size_and_their_order():
 def test_recomputed_blocks_have_the_same_gradients(form):
     tower = random_weights(NaFlexVision(GAP, 32)).double()
     images = pack_images(next(mixes(1)), PATCH)
-    expected = value_and_gradients(tower, images, 1)
+    expected = with_gradients(lambda: tower(images), tower, 1)
     tower.trunk.grad_checkpointing = True if form == "inline" else "selective"
-    torch.testing.assert_close(value_and_gradients(tower, images, 1), expected)
+    torch.testing.assert_close(with_gradients(lambda: tower(images), tower, 1), expected)
 
 
 def test_many_patches_are_pooled_too(monkeypatch):
     # Attention pooling takes 1,024 tokens of an image at most; images of more are pooled in another way.
     tower = random_weights(NaFlexVision(SIGLIP, 32, TANH)).double()
     images = pack_images(next(mixes(1)), PATCH)
-    expected = value_and_gradients(tower, images, 1)
+    expected = with_gradients(lambda: tower(images), tower, 1)
     monkeypatch.setattr(siglip, "MAX_TOKENS", 1)
-    found = value_and_gradients(tower, images, 1)
-    assert_near(found[0], expected[0])
-    for name, gradient in expected[1].items():
-        assert_near(found[1][name], gradient)
+    assert_near(with_gradients(lambda: tower(images), tower, 1), expected)
 
 
 def test_batches_that_are_no_grids_are_refused():
@@ -250,14 +188,6 @@ def test_batches_that_are_no_grids_are_refused():
         pack_images([torch.randn(3, 9, 8)], PATCH)
     with pytest.raises(ValueError, match="at least one image"):
         pack_images([], PATCH)
-
-
-def test_packed_images_move():
-    images = pack_images(next(mixes(1)), PATCH)
-    moved = images.to("meta")
-    assert {x.device.type for x in (moved.patches, moved.grids, moved.order)} == {"meta"}
-    assert len(moved) == len(images)
-    assert moved.max_patches == images.max_patches
 
 
 def small_config(tower, **vision):
