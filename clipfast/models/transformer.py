@@ -51,7 +51,7 @@ from .layers import (
 )  # fmt: skip
 from .packed_text import PackedText
 from .recomputation import is_watched, recomputed
-from .whole_block import DTYPE_OF, QUICK, Options, Parameters, cast_blocks, whole_block
+from .whole_block import QUICK, Options, Parameters, cast_blocks, whole_block
 from .whole_last_block import last_row
 
 
@@ -305,14 +305,17 @@ def whole_blocks(
     for block in blocks:
         parts = plain_parts(block)
         parameters = None if parts is None else _plain_parameters(parts, device)
-        if parts is None or parameters is None or not castable.issuperset(map(DTYPE_OF, parameters[4:])):
+        if parts is None or parameters is None:
+            continue
+        dtypes = tuple(map(_DTYPE_OF, parameters))
+        if not castable.issuperset(dtypes[4:]):
             continue
         attn, mlp, norm_1, norm_2, gelu = *parts[:4], parts[7]
-        shapes = parameters.norm_1.shape, parameters.w_in.shape, parameters.w_out.shape
+        shapes = parameters.norm_1.shape, parameters.w_in.shape, parameters.w_out.shape, parameters.w_fc.shape
         settings = (
             attn.num_heads, attn.causal, norm_1.eps, norm_2.eps,
             QUICK if gelu.__class__ is QuickGELU else gelu.approximate, attn.fp8, mlp.fp8,
-            norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto", shapes,
+            norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto", shapes, dtypes,
         )  # fmt: skip
         if settings not in decided:
             decided[settings] = _options(*settings, width, device, dtype, on_triton, None if is_packed else tokens)
@@ -323,18 +326,20 @@ def whole_blocks(
 
 def _options(
     heads: int, causal: bool, eps_1: float, eps_2: float, gelu: str, fp8: str | None, fp8_of_mlp: str | None,
-    is_auto: bool, shapes: tuple[torch.Size, ...], width: int, device: torch.device, dtype: torch.dtype,
-    on_triton: bool, tokens: int | None,
+    is_auto: bool, shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], width: int, device: torch.device,
+    dtype: torch.dtype, on_triton: bool, tokens: int | None,
 ) -> Options | None:  # fmt: skip
     """Return the settings of a block that :mod:`.whole_block` computes, or None for a block that it does not."""
-    if not is_auto or fp8 != fp8_of_mlp or width % heads or shapes != ((width,), (3 * width, width), (width, width)):
+    *others, of_fc = shapes
+    if not is_auto or fp8 != fp8_of_mlp or width % heads or others != [(width,), (3 * width, width), (width, width)]:
         return None
     head_dim = width // heads
     if head_dim > MAX_HEAD_DIM:
         return None
     if tokens is not None and takes_sdpa("auto", device, dtype, head_dim, tokens, None, causal):
         return None
-    return Options(heads, causal, head_dim**-0.5, eps_1, eps_2, gelu, on_triton and gelu != "tanh", dtype, fp8)
+    adds_bias = on_triton and gelu != "tanh"
+    return Options(heads, causal, head_dim**-0.5, eps_1, eps_2, gelu, adds_bias, dtype, dtypes, of_fc[0], fp8)
 
 
 def _last_row(last: ResidualAttentionBlock, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
@@ -362,4 +367,5 @@ _KINDS = (
 _PLAIN_CLASSES = {*itertools.product(*_KINDS)}
 _AFTER, _BEFORE, _BACKWARD, _BEFORE_BACKWARD = HOOKS
 _OF, _IN_PROJ_OF = operator.itemgetter("weight", "bias"), operator.itemgetter("in_proj_weight", "in_proj_bias")
-_DEVICE_OF, _CASTABLE = operator.attrgetter("device"), {torch.float32, torch.float16, torch.bfloat16}
+_DEVICE_OF, _DTYPE_OF = operator.attrgetter("device"), operator.attrgetter("dtype")
+_CASTABLE = {torch.float32, torch.float16, torch.bfloat16}

@@ -15,7 +15,6 @@ block call, and the same tensors are kept for the backward pass. Three things ar
 :mod:`.transformer` decides which blocks are computed in this way.
 """
 
-import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +43,6 @@ from ..kernels.launch import triton_runs_on
 from . import fp8_layers
 
 QUICK = "quick"
-DTYPE_OF = operator.attrgetter("dtype")  # unlike a lambda, it reads the dtype without a call of a Python function
 
 
 class Options(NamedTuple):
@@ -56,6 +54,8 @@ class Options(NamedTuple):
         gelu: "none" or "tanh", the approximation of GELU, or "quick" for QuickGELU.
         adds_bias: whether the activation's kernel adds b_fc; otherwise the linear layer before it does.
         dtype: the dtype of products, to which autocast casts their operands.
+        dtypes: those of the block's :class:`Parameters`.
+        hidden: the width of the MLP.
         fp8: the recipe of ``fp8_linear`` if the linear layers multiply in 8 bits, else None.
     """
 
@@ -67,7 +67,9 @@ class Options(NamedTuple):
     gelu: str
     adds_bias: bool
     dtype: torch.dtype
-    fp8: str | None = None
+    dtypes: tuple[torch.dtype, ...]
+    hidden: int
+    fp8: str | None
 
 
 class Parameters(NamedTuple):
@@ -120,16 +122,17 @@ def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Paramete
     sources: list[Tensor] = []
     with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
         for parameters, options in blocks:
-            linear: Any = parameters[4 : 11 if options.adds_bias else 12]
+            end = 11 if options.adds_bias else 12
+            linear: Any = parameters[4:end]
             if options.fp8 is not None:
                 values: list[Any] = list(parameters)
                 values[4::2] = fp8_layers.quantized(parameters[4::2])
                 parameters = Parameters(*values)
-            elif {*map(DTYPE_OF, linear)} != {options.dtype}:
+            elif {*options.dtypes[4:end]} != {options.dtype}:
                 cast = _new_like(linear, options.dtype)
                 targets += cast
                 sources += linear
-                parameters = Parameters(*parameters[:4], *cast, *parameters[4 + len(cast) :])
+                parameters = Parameters(*parameters[:4], *cast, *parameters[end:])
             found.append(parameters)
         if targets:
             torch._foreach_copy_(targets, sources)
@@ -166,14 +169,13 @@ def applied(
     if torch.is_grad_enabled():
         return _apply(function, options, cast, places, shape, x, branch, *parameters)
     with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-        plans = _plans(function, options, cast, places, shape, x, branch)
+        plans = _plans(function, options, places, shape, x, branch)
         return function.forward(plans, options, cast, places, shape, x, branch)[0]
 
 
 def _plans(
-    function: Function, options: Options, cast: Parameters, places: Any, shape: torch.Size, x: Tensor,
-    branch: Tensor | None,
-) -> Plans:  # fmt: skip
+    function: Function, options: Options, places: Any, shape: torch.Size, x: Tensor, branch: Tensor | None
+) -> Plans:
     """Return the dict of the functions that compute the ops of a transformer block, for inputs of this layout."""
     # On a CPU, these functions do not depend on the numbers of packed tokens and texts, which differ in each batch, so
     # the layout leaves these numbers out there.
@@ -182,8 +184,8 @@ def _plans(
     first = 2 if is_packed and not triton_runs_on(x.device) else 0
     of_branch = None if branch is None else (branch.dtype, branch.stride())
     texts = (len(places), longest) if longest is not None and not first else None
-    layout = x.device, x.dtype, shape[first:], x.stride(), of_branch, texts, len(cast.b_fc)
-    return plans_of(function, places.__class__, options, tuple(map(DTYPE_OF, (*cast[:4], *cast[5::2]))), *layout)
+    layout = x.device, x.dtype, shape[first:], x.stride(), of_branch, texts
+    return plans_of(function, places.__class__, options, *layout)
 
 
 class _Block(torch.autograd.Function):
@@ -196,7 +198,7 @@ class _Block(torch.autograd.Function):
     ) -> Any:  # fmt: skip
         """Return the results of the transformer block's function."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            plans = _plans(function, options, cast, places, shape, x, branch)
+            plans = _plans(function, options, places, shape, x, branch)
             results, saved = function.forward(plans, options, cast, places, shape, x, branch)
         ctx.function, ctx.options, ctx.plans = function.backward, options, plans
         # The dtypes of the gradients, None for a parameter that needs none.
