@@ -152,16 +152,6 @@ def test_image_folder(model, tmp_path):
     assert result.results["zero_shot"]["top5"] == 1.0
 
 
-def test_groups_and_left_out_groups(model, shards):
-    images = encoded(model, shards.split("::")[0], group_by="category", label_by="label")
-    result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, leave_out=["odd"]).results
-    assert result["classes"] == 24
-    even, odd = result["by_group"]["even"], result["by_group"]["odd"]
-    assert (even["images"], odd["images"]) == (12, 12)
-    assert result["without"]["zero_shot"] == even
-    assert result["zero_shot"]["top1"] == pytest.approx((even["top1"] + odd["top1"]) / 2)
-
-
 def test_the_loss_of_pairs_is_openclips(model, shards):
     """The mean over pairs of the dense loss of each batch, of which the last one is smaller."""
     images, tokenizer = encoded(model, shards.split("::")[0]), get_tokenizer("ViT-T-8-32")

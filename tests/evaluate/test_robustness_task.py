@@ -67,11 +67,7 @@ def test_a_perfect_model_is_right_and_loses_nothing(data, capsys, tmp_path):
     assert (err.count("left out"), err.count("broken.png")) == (1, 1)
     counts = {row["shift"]: (row["classes"], row["images"], row["base"]["images"]) for row in results["sets"]}
     assert counts == {"some": (3, 75, 90), "all": (7, 140, 210), "mixed": (2, 20, 90)}
-    mixed = results["sets"][2]
-    assert (mixed["other_classes"], mixed["skipped_images"]) == (10, 1)
-    assert [(row["shift"], row["strength"]) for row in results["synthetic"]] == [
-        (kind, strength) for kind in ("blur", "jpeg") for strength in range(1, 6)
-    ]
+    assert (results["sets"][2]["other_classes"], results["sets"][2]["skipped_images"]) == (10, 1)
 
 
 def test_effective_robustness_is_what_is_beyond_the_line(data, capsys, tmp_path):

@@ -7,15 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from clipfast import create_model
-from clipfast.evaluate.encoder import Encoder, PreparedEncoder
+from clipfast.evaluate.encoder import PreparedEncoder
 from clipfast.evaluate.features import encode_set
 from clipfast.evaluate.labelled import LabelledSet
 from clipfast.evaluate.shifts import AMOUNTS, SHIFTS, STRENGTHS, Shift
 from clipfast.evaluate.store import FeatureStore
-from clipfast.factory import get_tokenizer, transform_of
 
 from ..small_runs import sample, write_shard
+from .test_features import encoder_of
 
 
 def scene(size, seed=0):
@@ -116,9 +115,10 @@ def test_occlusion_covers_its_share_at_places_that_differ():
 
 
 def test_features_of_shifts_are_the_same_with_workers_and_kept_apart(tmp_path):
-    model = create_model("ViT-T-8-32").eval()
-    encoder = Encoder("ViT-T-8-32", model, get_tokenizer("ViT-T-8-32"), transform_of(model, uint8=True))
-    images = LabelledSet(str(write_shard(tmp_path / "a.tar", [sample(index) for index in range(9)])))
+    encoder, images = (
+        encoder_of(),
+        LabelledSet(str(write_shard(tmp_path / "a.tar", [sample(index) for index in range(9)]))),
+    )
     shifts = [Shift("noise", 2), Shift("noise", 3), Shift("noise", 3, seed=1)]
     encoders = [encoder, *(PreparedEncoder.of(encoder, shift) for shift in shifts)]
     store = FeatureStore(tmp_path / "kept")

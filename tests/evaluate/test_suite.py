@@ -163,13 +163,10 @@ def test_what_is_done_is_not_done_again(root, models, tmp_path, capsys, monkeypa
     output, copied = tmp_path / "out", tmp_path / "root"
     shutil.copytree(root, copied)
     run_command(capsys, *arguments(copied, models[:1], output))
-    before = contents(output)
-    assert len(before) == 4
     calls, original = [], Encoder.images
     monkeypatch.setattr(Encoder, "images", lambda self, pixels: calls.append(self.pretrained) or original(self, pixels))
-    code, out, _ = run_command(capsys, *arguments(copied, models[:1], output))
-    assert (code, calls, contents(output)) == (1, [], before)
-    assert len(json.loads(out)["results"]) == 4
+    out = run_command(capsys, *arguments(copied, models[:1], output))[1]
+    assert (calls, len(json.loads(out)["results"])) == ([], 4)
     # another model: the first one is not encoded again
     run_command(capsys, *arguments(copied, models, output))
     assert set(calls) == {models[1].partition(",")[2]}

@@ -1,7 +1,5 @@
 """Groups of near duplicates, and which item of each is kept, against a plain computation in NumPy."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -14,25 +12,22 @@ from clipfast.search.duplicates import near_duplicates
 
 @pytest.fixture(scope="module")
 def planted():
-    """Features with copies, chains and clusters, texts, and metadata with equal digests and equal sizes."""
+    """Features with copies, a chain and clusters, texts, and metadata with equal digests and equal sizes."""
     random = np.random.default_rng(0)
-    count = 400
-    x, texts = random.standard_normal((2, count, 16))
-    order = random.permutation(count)
-    for one, other in itertools.pairwise(order[:61]):  # a chain of near duplicates
-        x[other] = x[one] / np.linalg.norm(x[one]) + 0.04 * random.standard_normal(16)
-    for first in range(80, 200, 12):  # clusters, of which the last three members are equal, but for their lengths
-        own = order[first : first + 12]
+    x, texts = random.standard_normal((2, 200, 16))
+    for place in range(1, 60):  # a chain of near duplicates
+        x[place] = x[place - 1] / np.linalg.norm(x[place - 1]) + 0.04 * random.standard_normal(16)
+    for own in np.split(np.arange(60, 120), 5):  # clusters, of which the last three members are equal but for lengths
         x[own] = x[own[0]] + 0.2 * random.standard_normal((12, 16))
         x[own[-3:]] = x[own[-1]] * np.array([[1], [2], [0.5]])
-        texts[own[-3:]] = texts[own[-1]] = x[own[-1]]  # these pairs have the best score, which is equal for all
-    md5: list[str | None] = [None] * count
-    md5[order[300]] = md5[order[399]] = "a"
-    sha256 = [str(place) for place in range(count)]
-    sha256[order[301]] = sha256[order[1]] = "b"  # joins an item to the chain
-    sizes = random.choice([10, 20, 40], (2, count)).tolist()
-    metadata = {"width": [None, *sizes[0][1:]], "height": sizes[1], "md5": md5, "sha256": sha256}
-    return Embeddings(torch.from_numpy(x).float(), metadata, text_features=torch.from_numpy(texts).float())
+        texts[own[-3:]] = x[own[-1]]  # these pairs have the best score, which is equal for all
+    md5, sha256 = [None] * 198 + ["a", "a"], ["b", *map(str, range(198)), "b"]  # the latter joins an item to the chain
+    order = random.permutation(200)
+    sizes = random.choice([10, 20, 40], (2, 200)).tolist()
+    digests = {name: [one[place] for place in order] for name, one in (("md5", md5), ("sha256", sha256))}
+    metadata = {"width": [None, *sizes[0][1:]], "height": sizes[1], **digests}
+    x, texts = (torch.from_numpy(one[order]).float() for one in (x, texts))
+    return Embeddings(x, metadata, text_features=texts)
 
 
 def cosines(x, y):
