@@ -106,13 +106,7 @@ def judge(
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Any]:
-    """Return the number of compositional cases, and each metric with its 95% interval and its value by chance.
-
-    Raises:
-        ValueError: there are no cases.
-    """
-    if not judged:
-        raise ValueError("there are no cases")
+    """Return the number of compositional cases, at least one, and each metric with its interval and value by chance."""
     verdicts = [one.verdicts for one in judged]
     chances = [one.chance for one in judged]
     counts = {name: sum(verdict[name] for verdict in verdicts) for name in verdicts[0]}

@@ -45,8 +45,7 @@ def test_labels_do_not_depend_on_blocks():
 def test_the_divergence_is_the_mean_over_places_with_their_discounts():
     of_set = torch.tensor([50, 50])
     first = math.log(2)
-    discount = 1 / math.log2(3)
-    for order, expected in (([0], first), ([0, 1], first / (1 + discount)), ([0, 0], first)):
+    for order, expected in (([0], first), ([0, 1], first / (1 + 1 / math.log2(3))), ([0, 0], first)):
         assert ndkl(torch.tensor(order), of_set) == pytest.approx(expected)
 
 

@@ -114,8 +114,9 @@ def test_outputs(data, capsys, tmp_path):
     out, _ = printed(capsys, *command(data, words, *files, model="0.7 0.9"))
     results = json.loads((tmp_path / "r").read_text())
     row = results["models"][0]["robustness"]["some"]
-    (found,) = re.findall(r"^some +3 +(\S+) .* (\S+)$", out, re.MULTILINE)[:1]
-    assert found == (f"{row['base']:.1%}", f"{row['effective']:+.1%}")
+    assert re.search(
+        rf"^some +3 +{row['base']:.1%} .* {re.escape(format(row['effective'], '+.1%'))}$", out, re.MULTILINE
+    )
     hue = [f"{row['metrics']['acc1']:.1%}" for row in results["synthetic"] if row["shift"] == "hue"]
     rows = [line.split() for line in out.splitlines() if line.startswith("hue ")]
     assert rows[1::2] == [["hue", *hue[:5]], ["hue", *hue[5:]]]  # after the row of each model's table of shifts

@@ -121,8 +121,7 @@ def test_the_command_writes_what_clip_benchmark_would(root, models, tmp_path, ca
     assert probe.items() >= {**about, **dict(zip(("model", "pretrained"), models[1].split(","), strict=True))}.items()
     assert probe["metrics"].keys() >= {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall", "fewshot_k", "normalized"}
     assert probe["images"] == probe["train_images"] == probe["validation_images"] == 31
-    retrieval = found[f"flickr8k_0.pt_ViT-T-8-32_en_{RETRIEVING}.json"]
-    assert retrieval["metrics"].keys() == {"image_retrieval_recall@5", "text_retrieval_recall@5"}
+    assert f"flickr8k_0.pt_ViT-T-8-32_en_{RETRIEVING}.json" in found
     summary = json.loads((tmp_path / "all.json").read_text())
     assert sorted(map(json.dumps, summary["results"])) == sorted(map(json.dumps, found.values()))
     assert f"{probe['metrics']['lp_acc1']:.1%} (" in out

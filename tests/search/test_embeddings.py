@@ -85,7 +85,7 @@ def test_search_of_one_query_of_texts_and_of_what_may_be_found():
     for where in ("width >= 256", torch.tensor([True, False, True, False]), np.array([1, 0, 1, 0], bool)):
         found = embeddings.to("cpu").search(items, 4, where=where)
         assert found.indices.sort(1).values.tolist() == [[-1, -1, 0, 2]] * 4
-        assert found.scores[:, 2:].eq(float("-inf")).all()
+    assert found.scores[:, 2:].eq(float("-inf")).all()
 
 
 def test_appended_items_are_found_and_saved(folder):
