@@ -93,6 +93,12 @@ EARLY, END = (1 / 0.07, 0.0), (100.0, 0.3)
 STAGES = (EARLY, (50.0, 0.2), END)
 # Scales for which sums with one shift for all rows are exact, and for which each row needs its own maximum.
 SHIFTS = (50.0, 1e4)
+# Scales that no training has, each with what they make of the logits.
+SCALES = (
+    (0.0, "scale 0: every logit is 0"),
+    (-30.0, "negative scale: the best pair is the worst"),
+    (1e4, "a scale far beyond training: one-hot softmaxes"),
+)
 LENGTHS = "rows of many lengths, which are divided by them"
 NO_WIDTH = "features without dimensions: every product is 0"
 few = functools.partial(Case, draws=FEW)
@@ -142,9 +148,7 @@ CONTRASTIVE = [
     extreme(LossShape(50, 16, 100.0), "all features equal: the loss is log N", values="all-equal rows"),
     extreme(LossShape(45, 24, 1.0), "lengths of 100 and 1: logits of hundreds, of both signs", values="large", quick=True),
     extreme(LossShape(48, 48, 100.0), "orthogonal pairs: logits are 0 or 100", values="one-hot"),
-    extreme(LossShape(37, 24, 0.0, 0.3), "scale 0: every logit is 0"),
-    extreme(LossShape(37, 24, -30.0, 0.3), "negative scale: the best pair is the worst"),
-    extreme(LossShape(37, 24, 1e4, 0.3), "a scale far beyond training: one-hot softmaxes"),
+    *(extreme(LossShape(37, 24, scale, 0.3), why) for scale, why in SCALES),
     # the same bits in every run
     Case(LossShape(129, 72, 50.0, 0.5), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(LossShape(2053, 256, 50.0, 0.5), "several chunks, two threads", on(CPU), DETERMINISM, slow=HALF),
@@ -220,11 +224,7 @@ INFO_NCE = [
     extreme(QueueShape(50, 37, 16, 100.0), "all features equal: the loss is log(K + 1)", values="all-equal rows"),
     extreme(QueueShape(45, 20, 24, 100.0), "features of zeros: their logits are 0", values="zero rows"),
     extreme(QueueShape(129, 72, 72, 100.0, 1.0), "each pair exactly alike: losses of nearly nothing"),
-    *(
-        extreme(QueueShape(37, 50, 24, scale, 0.3, in_batch), why)
-        for in_batch in (True, False)
-        for scale, why in ((0.0, "every logit is 0"), (1e4, "one-hot softmaxes"), (-30.0, "the best pair is the worst"))
-    ),
+    *(extreme(QueueShape(37, 50, 24, scale, 0.3, in_batch), why) for in_batch in (True, False) for scale, why in SCALES),
     # the same bits in every run
     Case(QueueShape(129, 150, 72, 100.0, 0.3, True), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(QueueShape(1021, 16384, 256, in_batch=True), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
@@ -254,10 +254,7 @@ NT_XENT = [
     # These are not normalised: the gradient of a row of zeros would be 10^12 times as large as those of other rows.
     extreme(ViewShape(45, 24, 100.0, normalize=False), "features of zeros: their logits are 0", values="zero rows"),
     extreme(ViewShape(67, 40, 100.0, 1.0), "both views exactly alike: losses of nearly nothing"),
-    *(
-        extreme(ViewShape(37, 24, scale, 0.3), why)
-        for scale, why in ((0.0, "every logit is 0"), (1e4, "one-hot softmaxes"), (-30.0, "the best pair is the worst"))
-    ),
+    *(extreme(ViewShape(37, 24, scale, 0.3), why) for scale, why in SCALES),
     # the same bits in every run
     Case(ViewShape(129, 72, *END), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(ViewShape(4099, 256, *EARLY), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
