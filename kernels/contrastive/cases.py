@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 from ..spec import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETER, NOT_INTERPRETED, Case, Shape, on
 
@@ -101,8 +102,27 @@ SCALES = (
 )
 LENGTHS = "rows of many lengths, which are divided by them"
 NO_WIDTH = "features without dimensions: every product is 0"
+ONCE = (3, 127)  # numbers of pairs that are checked at the start of training only
 few = functools.partial(Case, draws=FEW)
 extreme = functools.partial(Case, check=EXTREME, draws=FEW)
+
+
+def edges(shape: Callable[..., PairShape], *stages: tuple[float, ...]) -> list[Case]:
+    """Return cases of a loss of few pairs, and of the sizes of tiles and beside them, at each of the stages."""
+    return [
+        few(shape(pairs, embed_dim, *at), why, quick=pairs == 67)
+        for pairs, embed_dim, why in (
+            (1, 16, "one pair: no negatives at all"),
+            (2, 8, "less than any tile in both directions"),
+            (3, 520, "a dimension of many steps, the last one short"),
+            (17, 24, "prime"),
+            (64, 64, "exactly one float32 tile: no mask is ever false"),
+            (67, 40, "prime, and a dimension that no tile divides"),
+            (127, 72, "one less than a half-precision tile"),
+            (129, 72, "one past a half-precision tile"),
+        )
+        for at in (stages[:1] if pairs in ONCE else stages)
+    ]
 
 
 def laid_out(shape: Shape) -> list[Case]:
@@ -112,14 +132,9 @@ def laid_out(shape: Shape) -> list[Case]:
 
 
 CONTRASTIVE = [
-    *(few(LossShape(1, 16, *at), "one pair: both softmaxes are 1, every gradient is 0") for at in STAGES),
-    *(few(LossShape(2, 8, *at), "less than any tile in both directions") for at in STAGES),
+    *edges(LossShape, *STAGES),
     few(LossShape(63, 64), "one less than a float32 tile; several small tiles in one block", sanitize=True),
-    *(few(LossShape(64, 64, *at), "exactly one float32 tile: no mask is ever false") for at in STAGES),
     few(LossShape(65, 64), "one past a float32 tile"),
-    *(few(LossShape(67, 40, *at), "prime, and a dimension that no tile divides", quick=True) for at in STAGES),
-    few(LossShape(127, 72), "one less than a half-precision tile"),
-    *(few(LossShape(129, 72, *at), "one past a half-precision tile") for at in STAGES),
     Case(LossShape(0, 16), "no pairs: the mean of nothing is NaN"),
     Case(LossShape(600, 16, 20.0, 0.3), "more tiles of rows than a group of programs", on(INTERPRETER, CUDA)),
     Case(LossShape(131, 512), "B/32's dimension", on(INTERPRETER)),
@@ -158,15 +173,8 @@ CONTRASTIVE = [
 # Scale and bias of the logits and similarity of the pairs at the start and at the end of SigLIP's training.
 NEW, LATE = (10.0, -10.0, 0.0), (100.0, -16.0, 0.3)
 SIGMOID = [
-    few(SigmoidShape(1, 16), "one pair: no negatives at all"),
+    *edges(SigmoidShape, NEW, LATE),
     Case(SigmoidShape(1, 16, 30.0, -16.0, 1.0), "one pair that is learned: its force is small", draws=MANY),
-    *(few(SigmoidShape(2, 8, *at), "less than any tile in both directions") for at in (NEW, LATE)),
-    few(SigmoidShape(3, 520), "a dimension of many steps, the last one short"),
-    *(few(SigmoidShape(17, 24, *at), "prime", quick=True) for at in (NEW, LATE)),
-    *(few(SigmoidShape(64, 64, *at), "exactly one float32 tile") for at in (NEW, LATE)),
-    *(few(SigmoidShape(67, 40, *at), "one past a float32 tile") for at in (NEW, LATE)),
-    few(SigmoidShape(127, 72), "one less than a half-precision tile"),
-    *(few(SigmoidShape(129, 72, *at), "one past a half-precision tile") for at in (NEW, LATE)),
     Case(SigmoidShape(0, 16), "no images: the mean of nothing is NaN"),
     Case(SigmoidShape(1021, 512), "a prime of the size of one GPU's share", NOT_INTERPRETED, slow=HALF),
     Case(SigmoidShape(8192, 768, *LATE), "a large batch, late in training", on(CUDA)),
@@ -231,15 +239,7 @@ INFO_NCE = [
 ]  # fmt: skip
 
 NT_XENT = [
-    few(ViewShape(1, 16, *EARLY), "one image: no negatives at all"),
-    few(ViewShape(2, 8, *END), "less than any tile in both directions"),
-    few(ViewShape(3, 520, *EARLY), "a dimension of many steps, the last one short"),
-    few(ViewShape(17, 24, *EARLY), "prime, the start of training", quick=True),
-    few(ViewShape(17, 24, *END), "prime, the end of training", quick=True),
-    *(few(ViewShape(64, 64, *at), "exactly one float32 tile") for at in (EARLY, END)),
-    *(few(ViewShape(67, 40, *at), "one past a float32 tile") for at in (EARLY, END)),
-    few(ViewShape(127, 72, *EARLY), "one less than a half-precision tile"),
-    few(ViewShape(129, 72, *END), "one past a half-precision tile, the end of training"),
+    *edges(ViewShape, EARLY, END),
     Case(ViewShape(0, 16, *EARLY), "no views: the mean of nothing is NaN"),
     Case(ViewShape(509, 128, *EARLY), "SimCLR's dimension, a prime batch", NOT_INTERPRETED, slow=HALF),
     Case(ViewShape(4096, 128, *EARLY), "SimCLR's batch", on(CUDA)),
