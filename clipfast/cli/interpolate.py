@@ -13,7 +13,7 @@ from .arguments import BATCH, CACHE_DIR, DRAWN, TOKENIZER, add_output
 from .eval_arguments import (
     add_backend_argument,
     add_device_argument,
-    add_templates_argument,
+    add_prompt_arguments,
     read_classnames,
     read_templates,
 )
@@ -44,8 +44,7 @@ def add_parser(commands: Any) -> None:
     add("--val-data", action="append", default=[], metavar="DATA", help=data)
     add_arguments(parser, SOURCE_OPTIONS)
     add("--label-by", metavar="KEY", help="column or json key that names the class (default: the caption does)")
-    add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")
-    add_templates_argument(parser)
+    add_prompt_arguments(parser)
     add_output(parser, "--plot", ends=DRAWN, help="draw the accuracy on each set over alpha")
     add_output(parser, "--json", help="also write all results to this file")
     save = "write the model at this alpha to a new folder, which OpenCLIP and clipfast load as local-dir:FOLDER"

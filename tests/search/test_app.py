@@ -1,6 +1,5 @@
 """The app: what its functions answer."""
 
-import dataclasses
 import html
 import re
 
@@ -145,14 +144,10 @@ def test_an_error_is_a_message(function, expected, given, desk, folder, caplog):
     assert not caplog.records  # no unexpected error was logged
 
 
-def test_a_model_of_another_width_or_package(desk, encoder, embeddings, folder):
+def test_a_model_of_another_width_and_no_items(encoder, embeddings):
     for message, features in (("7 wide", torch.ones(2, 7)), ("no items", embeddings.features[:0])):
         with pytest.raises(ValueError, match=message):
             Desk(Embeddings(features), encoder, Pictures([]))
-    other = Desk(embeddings, encoder, desk.pictures)
-    other.encoder = dataclasses.replace(encoder, model=torch.nn.Linear(1, 1))
-    found = answer(other.heat_map, str(folder / FOLDER / "1.png"), "a")
-    assert "need a model of clipfast.create_model" in found
 
 
 def test_what_nobody_foresaw_is_a_message_too(caplog):
