@@ -213,7 +213,8 @@ FLAGS: dict[str, Rule] = {
     ),
     "--use-naflex": Rule("same", "for models that are NaFlex already, such as naflex_ViT-B-16"),
     "--force-naflex-vision": Rule(
-        "mapped", "changes nothing for a model that is NaFlex already; others are not converted", SWITCH
+        "mapped", "changes nothing for a model that is NaFlex already; others are not converted",
+        {"action": "store_true"},
     ),
     "--naflex-num-train-image-tokens": SAME,
     "--naflex-patch-sizes": Rule("same", "without it, the model's own, also in evaluation"),
@@ -261,16 +262,7 @@ class _Accepted(argparse.Action):
         pass
 
 
-class _Mapped(argparse.Action):
-    """The argparse action of a mapped flag of OpenCLIP, which stores its value for :func:`translated`."""
-
-    def __call__(
-        self, _: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, __: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, True if self.nargs == 0 else values)
-
-
-ACTIONS: dict[str, type[argparse.Action]] = {"mapped": _Mapped, "accepted": _Accepted, "refused": _Refused}
+ACTIONS: dict[str, Any] = {"mapped": "store", "accepted": _Accepted, "refused": _Refused}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -280,10 +272,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if rule.how == "same":
             continue
         is_refused = rule.how == "refused"
-        takes: Mapping[str, Any] = {"note": rule.note} if is_refused else rule.takes
+        takes = {"action": ACTIONS[rule.how], **({"note": rule.note} if is_refused else rule.takes)}
         shown = f"changes nothing: {rule.note}" if rule.how == "accepted" else rule.note
         group.add_argument(
-            name, action=ACTIONS[rule.how], default=argparse.SUPPRESS, dest=name.strip("-").replace("-", "_"),
+            name, default=argparse.SUPPRESS, dest=name.strip("-").replace("-", "_"),
             help=argparse.SUPPRESS if is_refused else shown, **takes,
         )  # fmt: skip
 

@@ -75,7 +75,7 @@ class RunFolder:
             kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= last]
             if kept or path.exists() or path == self.metrics_path:
                 replace_text(path, "".join(kept))
-        kept = [line for line in self._skipped() if 0 < int(line.split("\t")[0]) <= last]
+        kept = [line for line in self.skipped() if 0 < int(line.split("\t")[0]) <= last]
         replace_text(self.skipped_path, "".join(kept))
 
     def kept(self) -> list[Path]:
@@ -126,11 +126,7 @@ class RunFolder:
         if self.is_held():
             append(path, text)
 
-    def skipped_count(self) -> int:
-        """Return the number of samples in the run's ``skipped.tsv``."""
-        return len(self._skipped())
-
-    def _skipped(self) -> list[str]:
+    def skipped(self) -> list[str]:
         """Return the complete lines of a run's ``skipped.tsv``."""
         text = self.skipped_path.read_text("utf-8", "replace") if self.skipped_path.exists() else ""
         lines = text.splitlines(keepends=True)

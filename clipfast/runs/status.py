@@ -117,7 +117,7 @@ def read_status(path: Path, now: float | None = None) -> dict[str, Any]:
         "eta": max(last["eta"] - (now - last["time"]), 0.0) if "eta" in last and state not in ENDED else None,
         "updated": last.get("time"), "evaluation": _evaluation(history),
         "checkpoint": next(({"name": name, "time": found} for name, found in checkpoints if found), None),
-        "skipped": history.folder.skipped_count(),
+        "skipped": len(history.folder.skipped()),
         "skipped_steps": sum(line.get("skipped_steps", 0) for line in lines),
         "warnings": [message for level, message in history.log if level in ("WARNING", "ERROR", "CRITICAL")]
         + ([] if state in ENDED else _silence(lines, now)),

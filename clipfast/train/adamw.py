@@ -1,7 +1,6 @@
 """PyTorch's fused AdamW, for which the host takes two thirds of the time."""
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,14 +28,8 @@ class AdamW(torch.optim.AdamW):
                     parameter.grad = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters that have a gradient.
-
-        Raises:
-            ValueError: there is a ``closure``, which is not supported.
-        """
-        if closure is not None:
-            raise ValueError(f"the step of AdamW takes no closure, got {closure!r}")
+    def step(self) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient; a closure is not supported."""
         self._accelerator_graph_capture_health_check()
         for group in self.param_groups:
             trained = [(x, grad) for x in group["params"] if (grad := x.grad) is not None]
@@ -44,7 +37,6 @@ class AdamW(torch.optim.AdamW):
             for kind in kinds:
                 alike = [one for one in trained if len(kinds) == 1 or (one[0].device, one[0].dtype) == kind]
                 self._update(group, *zip(*alike, strict=True))
-        return None
 
     def _update(self, group: dict[str, Any], parameters: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
         """Update parameters of a group of the optimizer by their gradients, all on one device and of one dtype."""

@@ -54,7 +54,7 @@ def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
         if config.torchcompile:
             # Only ``forward`` is compiled, so FSDP2's hooks, which gather the weights, run outside of compiled code.
             block.forward = torch.compile(block.forward, fullgraph=True, **compiler)
-        fully_shard(block, reshard_after_forward=_reshards(config), **options)
+        fully_shard(block, reshard_after_forward=not config.fsdp_no_reshard_after_forward, **options)
     # Weights outside of the blocks, such as projections, stay gathered: the backward pass begins with some of them.
     fully_shard(model, reshard_after_forward=False, ignored_params=set(_scalars(model)), **options)
     _gather_for_direct_calls(model)
@@ -91,11 +91,6 @@ def _gather_for_direct_calls(model: CLIP) -> None:
     model.forward = whole_forward  # type: ignore[method-assign]
 
 
-def _reshards(config: TrainConfig) -> bool:
-    """Return True if FSDP2 frees a block's gathered weights between its forward and its backward pass."""
-    return not config.fsdp_no_reshard_after_forward
-
-
 def _scalars(model: nn.Module) -> list[nn.Parameter]:
     """Return the scalar parameters of a model (logit scale and bias), which FSDP2 does not shard."""
     return [parameter for parameter in model.parameters() if parameter.ndim == 0]
@@ -129,4 +124,5 @@ def unsharded(config: TrainConfig, model: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()  # the next forward pass must gather weights anew, since an optimizer step may come before
-            part.set_reshard_after_forward(_reshards(config) and part is not model, recurse=False)
+            is_freed = not config.fsdp_no_reshard_after_forward and part is not model
+            part.set_reshard_after_forward(is_freed, recurse=False)

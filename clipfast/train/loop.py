@@ -17,6 +17,7 @@ from ..checkpoints.of_run import read_saved
 from ..checkpoints.open_clip_folder import write_open_clip_folder
 from ..checkpoints.preprocessing import preprocessing_of
 from ..data import LOST, lost_parts
+from ..distributed.dtensors import gather_full
 from ..distributed.ending import Interrupted, Interruption
 from ..distributed.world import ALONE, World
 from ..evaluate.evaluate import Evaluation
@@ -128,9 +129,10 @@ def _refuse_changes(trainer: Trainer, changed: Mapping[str, str], own: Mapping[s
     if other_model:
         raise ValueError(f"the weights of a checkpoint are those of its own model: {other_model}")
     if own is not None and changed and trainer.progress.step >= trainer.total_steps:
+        length = "--epochs" if trainer.config.samples_seen is None else "--samples-seen"
         raise ValueError(
             f"the run is finished after {own['progress']['step']} steps, and its options cannot change any more: "
-            f"{', '.join(changed.values())}; only more {flag_name(trainer.config.budget)} would continue it"
+            f"{', '.join(changed.values())}; only more {length} would continue it"
         )
 
 
@@ -238,7 +240,7 @@ def _evaluate_and_finish(trainer: Trainer, evaluation: Evaluation | None) -> Non
     if not validation.imagenet.results:
         validation.evaluate_imagenet(step)
     with validation.averaged():
-        weights = trainer.weights()
+        weights = gather_full(trainer.model.state_dict(), keep=trainer.world.is_main)
         trainer.world.on_main(lambda: finish(trainer, evaluation, raw, weights))
 
 

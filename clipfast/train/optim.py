@@ -3,7 +3,7 @@
 import ast
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -319,17 +319,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
         first.param_groups, second.param_groups = self.param_groups[:count], self.param_groups[count:]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Run the step of both optimizers, Muon and AdamW.
-
-        Raises:
-            ValueError: there is a ``closure``, which is not supported.
-        """
-        if closure is not None:
-            raise ValueError(f"the step of Muon with AdamW takes no closure, got {closure!r}")
+    def step(self) -> None:  # type: ignore[override]
+        """Run the step of both optimizers, Muon and AdamW."""
         for part in self.parts:
             part.step()
-        return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of both optimizers, Muon and AdamW, from the result of ``state_dict``."""

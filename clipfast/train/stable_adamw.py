@@ -10,7 +10,7 @@ For the gradient g of a tensor, in the first step t = 1 and all later ones:
 AdamW has the same equations with r = 1. Where gradients suddenly grow, v' is still small, and r is large.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,14 +35,8 @@ class StableAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters that have a gradient.
-
-        Raises:
-            ValueError: there is a ``closure``, which is not supported.
-        """
-        if closure is not None:
-            raise ValueError(f"the step of StableAdamW takes no closure, got {closure!r}")
+    def step(self) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             by_step: dict[int, list[Tensor]] = {}  # parameters that had no gradient in some step are behind the others
             for parameter in group["params"]:
@@ -55,7 +49,6 @@ class StableAdamW(torch.optim.Optimizer):
                     by_step.setdefault(state["step"], []).append(parameter)
             for number, parameters in by_step.items():
                 self._update(group, parameters, number)
-        return None
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], number: int) -> None:
         """Update the ``parameters`` of a group of the optimizer, whose step has this number."""

@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so th
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "amp_fp8", "bf16", "pure_bf16")
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
-BUDGETS = ("epochs", "samples_seen")  # two ways to give the length of a run; ``samples_seen`` is used if it is given
 # Options that exclude each other: if the command line gives one (key), a recipe's or checkpoint's value of the other
 # (value) is dropped.
 REPLACED = {
@@ -368,11 +367,6 @@ class TrainConfig(NaFlexOptions, DataOptions):
         least = 1 if self.use_naflex else self.global_batch_size or self.batch_size
         if self.train_num_samples is not None and self.train_num_samples < least:
             raise ValueError(f"--train-num-samples {self.train_num_samples} is less than one batch of {least}")
-
-    @property
-    def budget(self) -> str:
-        """The option that sets the length of the run: "epochs" or "samples_seen"."""
-        return BUDGETS[self.samples_seen is not None]
 
     def keys(self) -> "Keys":
         """Return the keys under which a training pair has its image and its captions."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..checkpoints.of_run import Checkpoints
 from ..data import Batch, BatchPlan, EqualBatches, Skipped
-from ..distributed.dtensors import gather_full
 from ..distributed.ending import Interrupted, Interruption, NotFiniteError, TrainingError, elected
 from ..distributed.watchdog import STEP
 from ..distributed.world import ALONE, LateSum, World
@@ -403,11 +402,6 @@ class Trainer:
     def _is_milestone(self) -> bool:
         """True if the checkpoint is kept as ``epoch_N.pt``. The last epoch may be cut short by the end of the run."""
         return self.data.epochs.ends_with(self.progress.step) and self._is_due(self.config.save_frequency)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the model's state dict, with FSDP2's weights gathered in full on rank 0; all ranks must call it."""
-        found: dict[str, Tensor] = gather_full(self.model.state_dict(), keep=self.world.is_main)
-        return found
 
 
 def _loss_scale(config: TrainConfig, plan: BatchPlan, world: World) -> Callable[[int], float] | None:
