@@ -24,8 +24,10 @@ from clipfast.train import loop, trainer
 from clipfast.train.loop import train
 from clipfast.train.optim import parse_arguments
 
-# The configuration of a vision transformer whose checkpoints are written in no time.
-TINY = str(Path(__file__).with_name("tiny.json"))
+# Configurations of models whose checkpoints are written in no time; TINY is a vision transformer.
+TINY, RESNET, NAFLEX, SIGLIP = (
+    str(Path(__file__).with_name(f"{name}.json")) for name in ("tiny", "resnet", "naflex", "siglip")
+)
 draw_pictures = loop._pictures  # the original, since tests of the trainer replace it in the module
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
 

@@ -11,14 +11,13 @@ from clipfast.checkpoints.checkpoint import CheckpointError, write_checkpoint
 from clipfast.checkpoints.open_clip_folder import export_open_clip
 from clipfast.evaluate.interpolation import Interpolation, evaluate_path
 from clipfast.evaluate.labelled import LabelledSet
-from clipfast.models import CLIPConfig, build
+from clipfast.models import build
 from clipfast.models.naflex_config import NaFlexConfig
 from clipfast.models.registry import read_model_config
 
 from ..models.siglip import CONFIGS, save_tokenizer
 from ..models.siglip import make_model as make_siglip
-from ..small_runs import TINY, picture, run_command, sample, write_shard
-from ..train.test_ema import RESNET
+from ..small_runs import RESNET, TINY, picture, run_command, sample, write_shard
 from .eval_commands import evaluated, split, wrong_inputs
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -52,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def test_weights_lie_on_the_line_between_the_checkpoints(tmp_path):
-    config = CLIPConfig.from_dict(RESNET)
+    config = read_model_config(RESNET)
     first, second = (saved(tmp_path / f"{seed}.pt", config, seed, dtype=torch.float16).state_dict() for seed in (1, 2))
     models = Interpolation(tmp_path / "1.pt", tmp_path / "2.pt")
     start, middle, end = map(models.weights, (0.0, 0.3, 1.0))

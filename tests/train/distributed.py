@@ -1,7 +1,6 @@
 """Training runs on several processes for tests, in which some ranks may fail."""
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
@@ -9,43 +8,34 @@ from unittest import mock
 
 import pytest
 
-from clipfast.checkpoints.checkpoint import read_checkpoint
+from clipfast.checkpoints.of_run import Checkpoints
 from clipfast.data.index import ShardError
 from clipfast.distributed.ending import TrainingError
 from clipfast.distributed.world import joined
-from clipfast.models import SigLIPConfig, TextConfig, VisionConfig
 from clipfast.runs.folder import RunFolder
 from clipfast.train import TrainConfig
 from clipfast.train.loop import train
+from clipfast.train.optim import parse_arguments
 from clipfast.train.trainer import Trainer
 
 from ..models.siglip import save_tokenizer
 from ..processes import run_ranks
-from ..small_runs import picture, sample, write_shard
+from ..small_runs import NAFLEX, SIGLIP, TINY, picture, sample, write_shard
 from .faults import faulty_samples
-from .test_training import losses, weights
+from .test_training import losses, results_of, weights
 
-CLIP = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
-}
-SIGLIP = SigLIPConfig(16, VisionConfig(24, 1, 16, 8, 2.0, 8), TextConfig(12, 300, 8, 1, 1)).to_dict()
 # Options of runs of 12 or 9 steps of 12 pairs, by the name of the run. No epoch is a whole number of batches.
 CASES = {
-    "unique": {"unique_by": "label", "micro_batch_size": 2, "train_num_samples": 47, "epochs": 3},
-    "mix": {
-        "train_data_upsampling_factors": (1.0, 2.5), "force_patch_dropout": 0.5, "grad_checkpointing": True,
-        "grad_clip_norm": 0.5, "micro_batch_size": 3,
-    },
-    "siglip": {"dataset_resampled": True, "ddp_static_graph": True, "grad_checkpointing": True},
-    "faults": {"max_bad_fraction": 0.3, "log_every_n_steps": 4},
-    "drawn": {
-        "train_data": "synthetic:400", "samples_seen": 100, "epochs": TrainConfig.epochs, "ema_decay": 0.9,
-        "lock_text": True, "lock_text_unlocked_layers": 1, "lock_image": True, "lock_image_unlocked_groups": 1,
-        "micro_batch_size": 2,
-    },
-}  # fmt: skip
+    "unique": "unique_by=label micro_batch_size=2 train_num_samples=47 epochs=3",
+    "mix": "train_data_upsampling_factors=(1.0,2.5) force_patch_dropout=0.5 grad_checkpointing=True grad_clip_norm=0.5 "
+    "micro_batch_size=3 image_layer_decay=0.7 wd_exclude=('*positional_embedding',)",
+    "siglip": "dataset_resampled=True ddp_static_graph=True grad_checkpointing=True grad_clip_norm=0.3 ema_decay=0.9",
+    "faults": "max_bad_fraction=0.3 log_every_n_steps=4",
+    "drawn": f"train_data=synthetic:400 samples_seen=100 epochs={TrainConfig.epochs} ema_decay=0.9 lock_text=True "
+    "lock_text_unlocked_layers=1 lock_image=True lock_image_unlocked_groups=1 micro_batch_size=2 grad_clip_norm=0.5 "
+    "selective_checkpointing=True",
+}
+SHORT = {"train_num_samples": 144, "save_every": 3, "unique_by": "label", "log_every_n_steps": 5}
 
 
 def options_in(made):
@@ -53,22 +43,22 @@ def options_in(made):
     write_shard(made / "a.tar", [sample(index) for index in range(60)])
     write_shard(made / "b.tar", [sample(index, png=picture(100 + index)) for index in range(41)])
     write_shard(made / "faults.tar", faulty_samples())
+    write_shard(made / "naflex.tar", [sample(index, png=picture(index, 24, 24 + index)) for index in range(70)])
     write_shard(made / "val.tar", [*faulty_samples(), *(sample(index, png=picture(3)) for index in range(40))])
-    for name, content in (("clip", CLIP), ("siglip", SIGLIP)):
-        (made / f"{name}.json").write_text(json.dumps(content))
     save_tokenizer(made / "tokenizer")
 
     def of_case(logs, case="unique", **changes):
         """Return the options of a training run for a case, with these changes."""
-        data = f"{made}/faults.tar" if case == "faults" else f"{made}/a.tar::{made}/b.tar"
-        tokenizer = f"{made}/tokenizer" if case == "siglip" else None
+        own = made / f"{case}.tar"
         given = {
-            "train_data": data, "model": f"{made}/{'siglip' if tokenizer else 'clip'}.json", "tokenizer": tokenizer,
+            "train_data": str(own) if own.exists() else f"{made}/a.tar::{made}/b.tar",
+            "model": {"siglip": SIGLIP, "naflex": NAFLEX}.get(case, TINY),
+            "tokenizer": f"{made}/tokenizer" if case == "siglip" else None,
             "global_batch_size": 12, "train_num_samples": 141, "epochs": 1, "warmup": 2, "lr": 1e-3, "workers": 0,
             "log_every_n_steps": 1, "save_frequency": 0, "name": case, "logs": str(logs),
             "val_data": f"{made}/val.tar" if case in CASES else None,
         }  # fmt: skip
-        return given | CASES.get(case, {}) | changes
+        return given | parse_arguments(CASES.get(case, "").split()) | changes
 
     return of_case
 
@@ -104,14 +94,23 @@ def befalling(rank, what, victims, step):
         yield
 
 
-def trained(world, given, resume=False, fate=None):
-    """Train as one rank; return the signal that ended the run, "stopped", the text of a TrainingError, or None."""
+def newest(given):
+    """Return the newest complete checkpoint of the training run that has these options, or None."""
+    return Checkpoints(folder_of(given).checkpoints).newest_whole().path
+
+
+def trained(world, given, fate=None, faults=None):
+    """Train as one rank, from the newest checkpoint if there is one; return what ended the run.
+
+    That is a signal, "stopped", the text of a TrainingError, or None. ``faults(rank)`` is a context in which it trains.
+    """
     with (
         mock.patch("clipfast.train.validation.BATCH_SIZE", 16),
         befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
+        faults(world.rank) if faults else contextlib.nullcontext(),
     ):
         try:
-            return train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)[1]
+            return train(TrainConfig(**given), newest(given), world=world)[1]
         except KeyboardInterrupt:
             return "stopped"
         except TrainingError as error:
@@ -138,9 +137,10 @@ def assert_like(folder, expected):
     """Assert that a run equals ``expected`` in losses, skipped pairs, weights and results, except for rounding."""
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
     assert skipped_in(folder) == skipped_in(expected)
-    assert_near(weights(folder.path) | averages(folder), weights(expected.path) | averages(expected))
-    ours, theirs = (json.loads((run.path / "results.json").read_text()) for run in (folder, expected))
+    assert_near(weights(folder.path), weights(expected.path))
+    ours, theirs = (results_of(run.path) for run in (folder, expected))
     assert ours.keys() == theirs.keys()
+    assert ours["clip_val_loss"] == pytest.approx(theirs["clip_val_loss"], rel=1e-5)
     for key in ("steps", "samples_seen", "skipped_pairs", "skipped_kinds", "images", "skipped_images", "classes"):
         assert ours[key] == theirs[key], key
 
@@ -149,12 +149,6 @@ def assert_near(found, expected):
     """Compare trained weights within a tolerance: AdamW divides gradients by their size, so rounding matters."""
     for name, value in found.items():
         assert (value - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-7, name
-
-
-def averages(folder):
-    """Return the moving average of the weights in a run's latest checkpoint, by name; empty if it has none."""
-    found = read_checkpoint(folder.latest).get("state_dict_ema", {})
-    return {f"average of {name}": value for name, value in found.items()}
 
 
 def run_together(folder, size, *jobs):
@@ -167,6 +161,3 @@ def empty(tmp_path):
     path = tmp_path / f"ranks {time.monotonic_ns()}"
     path.mkdir()
     return path
-
-
-SHORT = {"train_num_samples": 144, "save_every": 3, "unique_by": "label", "log_every_n_steps": 5}

@@ -33,9 +33,9 @@ def state(step, value=0.0):
 
 
 def saved(store, *steps, **options):
-    """Save a training checkpoint after each of these steps, one after the other."""
+    """Save a training checkpoint after each of these steps; steps that are text are saved as sharded folders."""
     for step in steps:
-        store.save(state(step), step, **options)
+        store.save(state(int(step)), int(step), in_parts=isinstance(step, str), **options)
         store.finish()
 
 

@@ -20,7 +20,7 @@ from clipfast.train import TrainConfig
 from clipfast.train.loop import train
 
 from ..processes import error_of, run_ranks, start_ranks, wait_for
-from .distributed import SHORT, empty, folder_of, on_rank, run_together, skipped_in, trained
+from .distributed import SHORT, empty, newest, on_rank, run_together, skipped_in, trained
 from .test_training import same, saved_step, wait_for_checkpoint
 
 
@@ -35,7 +35,7 @@ def whole(options, tmp_path_factory):
 @pytest.mark.long
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(options, together, whole, tmp_path):
     given = options(tmp_path, "run", **SHORT)
-    jobs = (given, False, (signal.SIGTERM, (1,), 0)), (given, True, (signal.SIGINT, (0,), 5)), (given, True)
+    jobs = (given, (signal.SIGTERM, (1,), 0)), (given, (signal.SIGINT, (0,), 5)), (given,)
     assert together(3, *jobs) == [[signal.SIGTERM, signal.SIGINT, None]] * 3
     log = (tmp_path / "run" / "out.log").read_text()
     assert re.findall(r"Stopping after step (\d+): (\w+) came", log) == [("2", "SIGTERM"), ("7", "SIGINT")]
@@ -62,7 +62,7 @@ def test_too_many_bad_pairs_stop_all_ranks(options, together, tmp_path):
 def test_a_rank_that_is_lost_ends_the_others(what, options, together, whole, tmp_path):
     given = options(tmp_path, "run", **SHORT)
     folder = empty(tmp_path)
-    processes = start_ranks(on_rank, 3, 3, [(given, False, (what, (1,), 5))], folder=folder)
+    processes = start_ranks(on_rank, 3, 3, [(given, (what, (1,), 5))], folder=folder)
     wait_for(processes, 60)
     assert [process.exitcode for process in processes] == [1, 1 if what == "error" else -signal.SIGKILL, 1]
     errors = [error_of(folder, rank) for rank in range(3)]
@@ -75,7 +75,7 @@ def test_a_rank_that_is_lost_ends_the_others(what, options, together, whole, tmp
     (said,) = (error for error in errors if ": another rank is lost: " in error)
     assert f"rank 1, process {processes[1].pid} on " in said
     assert sum("SystemExit: 1" in error for error in errors) == 1
-    together(3, (given, True))
+    together(3, (given,))
     assert same(tmp_path / "run", whole)
 
 
@@ -141,7 +141,7 @@ def test_a_rank_whose_torchrun_is_gone_does_not_start(options, tmp_path, monkeyp
         pass
 
 
-def signalled_in_evaluation(world, given, victim=None, resume=False):
+def signalled_in_evaluation(world, given, victim=None):
     """Train with a signal to one rank during an evaluation; return how training ended, and the encoded blocks."""
     encode, blocks = Encoder.images, []
 
@@ -154,14 +154,14 @@ def signalled_in_evaluation(world, given, victim=None, resume=False):
         return encode(encoder, pixels)
 
     with mock.patch.object(Encoder, "images", slow), mock.patch("clipfast.train.validation.BATCH_SIZE", 1):
-        ended = train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)[1]
+        ended = train(TrainConfig(**given), newest(given), world=world)[1]
     return ended, len(blocks)
 
 
 @pytest.mark.long
 def test_a_signal_ends_an_evaluation_on_all_ranks(options, tmp_path):
     given = options(tmp_path, "run", val_data=options(tmp_path, "mix")["val_data"], **SHORT)
-    jobs = [(given, 1), (given, 1, True), (given, None, True)]
+    jobs = [(given, 1), (given, 1), (given,)]
     found = run_ranks(on_rank, 2, 2, jobs, signalled_in_evaluation, folder=empty(tmp_path), timeout=240)
     whole = found[0][2][1]
     for after_epoch, at_the_end, undisturbed in found:

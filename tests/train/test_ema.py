@@ -23,7 +23,7 @@ from clipfast.train.ema import WeightAverage
 from clipfast.train.loop import train
 
 from ..small_runs import TINY
-from .test_training import config, same, whole_and_resumed
+from .test_training import config
 
 
 class Small(nn.Module):
@@ -103,23 +103,6 @@ def averages(folder):
 def equal(a, b):
     """Return True if two states of trained weights, or of their averages, are bit-equal."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-RESNET = {
-    "embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}  # fmt: skip
-
-
-@pytest.mark.long
-def test_a_run_with_batch_norm_goes_on_to_the_last_bit(shards, tmp_path):
-    (tmp_path / "small-resnet.json").write_text(json.dumps(RESNET))
-    options = {"model": str(tmp_path / "small-resnet.json"), "ema_decay": 0.7}
-    whole, folder = whole_and_resumed(shards, tmp_path, **options)
-    assert same(whole.path, folder.path)
-    assert equal(averages(whole), averages(folder))
-    name = "visual.bn1.running_mean"
-    assert not torch.equal(read_checkpoint(whole.latest)["state_dict"][name], averages(whole)[name])
 
 
 @pytest.mark.long

@@ -50,22 +50,6 @@ def test_precision(precision, folder):
     assert ours.encode_image(images.mul(9).to(torch.uint8)).dtype == ours(images, texts)[0].dtype
 
 
-def test_precision_in_training(folder):
-    """Every parameter gets its gradient in its own dtype, close to the gradient in OpenCLIP's model."""
-    theirs, ours = both(folder, precision="bf16")
-    images, texts = inputs(ours.config)
-    for model in (theirs, ours):
-        image, text, scale = model(images.bfloat16(), texts)
-        (scale * (image.float() * text.float()).sum(1)).sum().backward()
-    others = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        assert parameter.grad.dtype == parameter.dtype, name
-        expected = others[name].grad.float()
-        if not name.endswith("k_proj.bias"):  # its gradient is zero, but for rounding
-            atol = 0.1 * expected.abs().max().item() + 1e-3
-            torch.testing.assert_close(parameter.grad.float(), expected, rtol=0, atol=atol, msg=name)
-
-
 @torch.no_grad()
 def test_logits_and_methods(folder):
     theirs, ours = both(folder)

@@ -16,54 +16,36 @@ from clipfast.distributed.ending import TrainingError
 from clipfast.distributed.world import ALONE
 from clipfast.models.tokenizer import Tokenizer
 from clipfast.runs.folder import RunFolder
-from clipfast.train import TrainConfig
 from clipfast.train.guard import Guard, GuardedLoss, SkippedSteps
-from clipfast.train.loop import train
+from clipfast.train.optim import parse_arguments
 from clipfast.train.schedule import set_lr
 from clipfast.train.state import Progress
 from clipfast.train.step import TrainingStep
 from clipfast.train.trainer import Trainer
 
 from ..processes import run_ranks
-from ..small_runs import TINY, picture, sample, write_shard
-from .distributed import averages, empty, folder_of, on_rank
+from ..small_runs import RESNET, sample
+from .distributed import empty, folder_of, on_rank, trained
 from .test_training import losses, weights
 
-RESNET = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "patch_size": None, "head_width": 32},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
-}
 # Options of runs of ten steps of 12 pairs, by the name of the run.
 CASES = {
-    "plain": {"ema_decay": 0.9, "grad_clip_norm": 0.5},
-    "micro": {"micro_batch_size": 2, "opt": "adam"},
-    "momentum": {"opt": "sgd", "momentum": 0.9, "ema_decay": 0.9},
-    "resnet": {"ema_decay": 0.9, "grad_checkpointing": True},
-    "resnet-micro": {"micro_batch_size": 2, "opt": "muon"},
+    "plain": "ema_decay=0.9 grad_clip_norm=0.5",
+    "micro": "micro_batch_size=2 opt=adam",
+    "momentum": "opt=sgd momentum=0.9 ema_decay=0.9",
+    "resnet": f"model={RESNET} ema_decay=0.9 grad_checkpointing=True",
+    "resnet-micro": f"model={RESNET} micro_batch_size=2 opt=muon",
 }
 STRIKES = {3: "gradient", 6: "loss"}  # the steps to skip, counted from 0
 STEP = 3
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    """Return a function that returns the options of a training run for a case, with changes."""
-    made = tmp_path_factory.mktemp("made")
-    write_shard(made / "a.tar", [sample(index, png=picture(index)) for index in range(70)])
-    (made / "resnet.json").write_text(json.dumps(RESNET))
-
-    def of_case(logs, case="plain", **changes):
-        """Return the options of a training run for a case, with these changes."""
-        model = f"{made}/resnet.json" if case.startswith("resnet") else TINY
-        given = {
-            "train_data": f"{made}/a.tar", "model": model, "global_batch_size": 12, "samples_seen": 120, "warmup": 2,
-            "lr": 1e-3, "workers": 0, "log_every_n_steps": 1, "save_frequency": 0, "name": case, "logs": str(logs),
-            "train_num_samples": 120,
-        }  # fmt: skip
-        return given | CASES[case] | changes
-
-    return of_case
+def given(options):
+    """Return a function that returns the options of a training run of ten steps for a case, with changes."""
+    return lambda logs, case="plain", **changes: options(
+        logs, case, **{"train_num_samples": 120} | parse_arguments(CASES[case].split()) | changes
+    )
 
 
 @contextlib.contextmanager
@@ -104,14 +86,10 @@ def struck(rank, what, victim):
 ONE = torch.tensor([1])
 
 
-def run(world, given, strike, resume=False):
+def run(world, given, strike):
     """Train with steps that are made NaN; return the error that ended training, or None."""
-    with mock.patch("clipfast.train.loop._pictures", return_value=[]), struck(world.rank, *strike):
-        try:
-            train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)
-        except TrainingError as error:
-            return str(error)
-    return None
+    with struck(world.rank, *strike):
+        return trained(world, given)
 
 
 @pytest.fixture
@@ -127,11 +105,6 @@ def together(tmp_path):
     return do
 
 
-def everything(folder):
-    """Return all tensors of the latest training checkpoint as a flat list."""
-    return {key: value for key, value in (weights(folder.path) | averages(folder)).items() if value is not None}
-
-
 def skips(folder):
     """Return the records of the training steps that were skipped because they were not finite."""
     return [json.loads(line) for line in folder.nonfinite_path.read_text().splitlines()]
@@ -139,7 +112,7 @@ def skips(folder):
 
 def assert_equal(folder, expected):
     """Assert that the latest checkpoints of two training runs are bit-equal."""
-    ours, theirs = everything(folder), everything(expected)
+    ours, theirs = weights(folder.path), weights(expected.path)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
 
@@ -163,10 +136,10 @@ def assert_as_without(folder, expected):
         pytest.param(3, ["momentum"], marks=pytest.mark.long),
     ],
 )
-def test_no_rank_takes_the_step(size, cases, options, together, tmp_path):
-    given = [options(tmp_path / kind, case) for kind in ("ours", "without") for case in cases]
+def test_no_rank_takes_the_step(size, cases, given, together, tmp_path):
+    jobs = [given(tmp_path / kind, case) for kind in ("ours", "without") for case in cases]
     strikes = [(STRIKES, size - 1)] * len(cases) + [(dict.fromkeys(STRIKES, "all"), 0)] * len(cases)
-    assert together(size, *zip(given, strikes, strict=True)) == [[None] * len(given)] * size
+    assert together(size, *zip(jobs, strikes, strict=True)) == [[None] * len(jobs)] * size
     for case in cases:
         folder = RunFolder(tmp_path / "ours" / case)
         assert_as_without(folder, RunFolder(tmp_path / "without" / case))
@@ -177,45 +150,39 @@ def test_no_rank_takes_the_step(size, cases, options, together, tmp_path):
             assert (found["parameters"] == ["text_projection"]) == (what == "gradient")
 
 
-def test_what_is_written_of_a_batch_and_the_norm_that_is_logged(options, tmp_path):
-    seen, original, clip = {}, Trainer._train_step, nn.utils.clip_grads_with_norm_
-
-    def watching(trainer, batch):
-        """Remember the batch of each training step."""
-        seen[trainer.progress.step] = batch
-        return original(trainer, batch)
-
-    given = options(tmp_path, "plain")
-    clipping = mock.patch.object(nn.utils, "clip_grads_with_norm_", side_effect=clip)
-    with mock.patch.object(Trainer, "_train_step", watching), clipping as clipped:
-        run(ALONE, given, ({STEP: "gradient"}, 0))
+def test_what_is_written_of_a_batch_and_the_norm_that_is_logged(given, tmp_path):
+    clipping = mock.patch.object(nn.utils, "clip_grads_with_norm_", side_effect=nn.utils.clip_grads_with_norm_)
+    stepping = mock.patch.object(Trainer, "_train_step", autospec=True, side_effect=Trainer._train_step)
+    with stepping as steps, clipping as clipped:
+        run(ALONE, given(tmp_path), ({STEP: "gradient"}, 0))
+    folder = folder_of(given(tmp_path))
     norms = [call.args[2].item() for call in clipped.call_args_list if call.args[2].isfinite()]
-    assert [line["grad_norm"] for line in folder_of(given).metrics() if "loss" in line] == pytest.approx(norms)
-    (found,) = skips(folder_of(given))
+    assert [line["grad_norm"] for line in folder.metrics() if "loss" in line] == pytest.approx(norms)
+    (found,) = skips(folder)
     (rank,) = found["ranks"]
-    texts = [sample(int(key.removeprefix("a.tar/")))["txt"].decode() for key in rank["keys"]]
-    batch = seen[STEP]
+    texts = [sample(int(key.partition("/")[2]))["txt"].decode() for key in rank["keys"]]
+    batch = steps.call_args_list[STEP].args[1]
     assert Tokenizer(16)(texts)[:, : batch.texts.shape[1]].equal(batch.texts)
     assert found["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
     said = "Step 4 changed nothing, .* norm is nan, with 1 parameter.* text_proj"
-    assert re.search(said, (folder_of(given).path / "out.log").read_text())
+    assert re.search(said, (folder.path / "out.log").read_text())
 
 
 @pytest.mark.long
-def test_too_many_in_a_row_stop_all_ranks(options, together, tmp_path):
-    given = options(tmp_path, "plain", max_nonfinite_steps=3)
+def test_too_many_in_a_row_stop_all_ranks(given, together, tmp_path):
+    job = given(tmp_path, max_nonfinite_steps=3)
     strike = (dict.fromkeys((1, 2, 4, 5, 6, 7, 8), "loss"), 1)
-    found = together(2, (given, strike), (given, strike, True), (given, ({}, 0), True))
+    found = together(2, (job, strike), (job, strike), (job, ({}, 0)))
     first, second, third = found[0]
     assert found[1] == found[0]
-    folder = folder_of(given)
+    folder = folder_of(job)
     assert re.search(f"the last 3 steps changed nothing, .* --max-.*{folder.nonfinite_path}", first)
     # The run was saved after step 7. It resumes there with its count of steps that were skipped in a row.
     assert second.startswith("the last 4 steps changed nothing")
     assert third is None
     assert [line["step"] for line in skips(folder)] == [2, 3, 5, 6, 7, 8]
     assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == 6
-    assert all(value.isfinite().all() for value in everything(folder).values())
+    assert all(value.isfinite().all() for value in weights(folder.path).values())
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cuda", True), ("cpu", False)])

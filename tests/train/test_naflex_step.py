@@ -1,9 +1,8 @@
 """A training step on images of several sizes: OpenCLIP's loss and gradients, in parts, compiled, and its scale."""
 
-import contextlib
-import functools
+import json
 import random
-from unittest import mock
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,18 +19,10 @@ from clipfast.models.packed_text import pack_on_host
 from clipfast.train.naflex_options import loss_scale
 from clipfast.train.step import TrainingStep, Upload
 
-from ..conftest import OnlyMeta
+from ..small_runs import NAFLEX
 
 PATCH, MOST, CONTEXT = 4, 24, 12
-TEXT = {"context_length": CONTEXT, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
-KWARGS = {
-    "patch_size": PATCH, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "pos_embed_grid_size": [5, 5],
-}  # fmt: skip
-TOWER = {
-    "image_size": 20, "image_seq_len": 25, "timm_model_name": "naflexvit_base_patch16_gap",
-    "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear", "timm_model_kwargs": KWARGS,
-}  # fmt: skip
-CONFIG = {"embed_dim": 16, "vision_cfg": TOWER, "text_cfg": TEXT}
+RAW = json.loads(Path(NAFLEX).read_text())
 
 
 def pairs(count, seed=0):
@@ -53,7 +44,7 @@ def pairs(count, seed=0):
 def model_in(dtype):
     """Return a small model whose parameters are random, so that none is without effect."""
     torch.manual_seed(0)
-    model = build(CLIPConfig.from_dict(CONFIG)).to(dtype).train()
+    model = build(CLIPConfig.from_dict(RAW)).to(dtype).train()
     for parameter in model.parameters():
         if parameter.ndim:
             nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
@@ -68,9 +59,9 @@ def step_of(model, **options):
     )
 
 
-def uploaded(images, texts, size=None):
+def uploaded(images, texts, size=None, *, for_gpu=False):
     """Return a training batch as the trainer gives it to the step."""
-    batch = Batch(pack_images(images, PATCH), texts, [])
+    batch = Batch(pack_images(images, PATCH, for_gpu=for_gpu), texts, [])
     return Upload(torch.device("cpu"), lambda part: pack_on_host(part, torch.device("cpu"), always=True))(batch, size)
 
 
@@ -103,7 +94,8 @@ def padded(images, dtype):
 def their_model(ours):
     """Return OpenCLIP's model with timm's tower and the weights of ours."""
     open_clip, naflexvit = pytest.importorskip("open_clip"), pytest.importorskip("timm.models.naflexvit")
-    theirs = open_clip.CLIP(16, {"image_size": 20, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16}, TEXT)
+    tower = {"image_size": 20, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16}
+    theirs = open_clip.CLIP(16, tower, RAW["text_cfg"])
 
     class Tower(nn.Module):
         """Timm's tower with the projection that OpenCLIP puts behind it."""
@@ -112,7 +104,11 @@ def their_model(ours):
             super().__init__()
             self.trunk = naflexvit.NaFlexVit(
                 naflexvit.NaFlexVitCfg(
-                    **KWARGS, global_pool="avg", reg_tokens=4, init_values=1e-5, pos_embed_interp_mode="bicubic"
+                    **RAW["vision_cfg"]["timm_model_kwargs"],
+                    global_pool="avg",
+                    reg_tokens=4,
+                    init_values=1e-5,
+                    pos_embed_interp_mode="bicubic",
                 ),
                 num_classes=0,
             )
@@ -142,12 +138,13 @@ def test_loss_and_gradients_are_those_of_openclip(kind):
     assert_near(gradients(ours), gradients(theirs), 1e-6)
 
 
-def test_micro_batches_have_the_gradients_of_the_batch():
+@pytest.mark.parametrize("for_gpu", [False, True])
+def test_micro_batches_have_the_gradients_of_the_batch(for_gpu):
     model, (images, texts) = model_in(torch.float64), pairs(7)
     step = step_of(model, loss_scale=loss_scale("linear", 4))
     loss = step.backward(*uploaded(images, texts))
     whole = gradients(model)
-    in_parts = uploaded(images, texts, 3)
+    in_parts = uploaded(images, texts, 3, for_gpu=for_gpu)
     assert [len(part) for part in in_parts[0]] == [3, 3, 1]
     assert sum(len(part.patches) for part in in_parts[0]) == len(pack_images(images, PATCH).patches)
     for of_texts in (in_parts[1], texts):  # SigLIP's towers read the padding of texts, which are not packed then
@@ -157,22 +154,6 @@ def test_micro_batches_have_the_gradients_of_the_batch():
     step.optimizer.zero_grad()
     accumulate_gradients(model, pack_images(images, PATCH), texts, 2)  # it splits packed images itself
     assert_near({name: 7 / 4 * gradient for name, gradient in gradients(model).items()}, whole, 1e-12)
-
-
-@pytest.mark.parametrize("has_one_size", [False, True], ids=["several sizes", "one size"])
-@pytest.mark.parametrize("size", [None, 2], ids=["whole", "parts"])
-def test_a_step_waits_for_nothing(size, has_one_size, monkeypatch):
-    """A GPU's values are not read, not even the lengths of images and texts."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not support "meta"
-    model, (images, texts) = model_in(torch.float32).to("meta"), pairs(5)
-    optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
-    step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, size or 64)
-    pack = functools.partial(pack_on_host, device=torch.device("meta"), always=True)
-    packed = torch.zeros(5, 3, 20, 20, dtype=torch.uint8) if has_one_size else pack_images(images, PATCH, for_gpu=True)
-    batch = Upload(torch.device("meta"), pack)(Batch(packed, texts, []), size)
-    with OnlyMeta():
-        step(*batch)
-    optimizer.step.assert_called_once_with()
 
 
 @pytest.mark.long
@@ -186,18 +167,6 @@ def test_batches_of_all_sizes_are_compiled_twice():
         assert step_of(compiled).backward(*batch).item() == pytest.approx(step_of(plain).backward(*batch).item())
     assert_near(gradients(compiled), gradients(plain), 1e-12)
     assert len(graphs) == 2
-
-
-@pytest.mark.parametrize("for_gpu", [False, True])
-def test_packed_images_are_split_in_the_order_of_the_batch(for_gpu):
-    images, _ = pairs(9)
-    parts = pack_images(images, PATCH, for_gpu=True).split(4, for_gpu=for_gpu)
-    assert [len(part) for part in parts] == [4, 4, 1]
-    for part, own in zip(parts, (images[:4], images[4:8], images[8:]), strict=True):
-        expected = pack_images(own, PATCH, for_gpu=for_gpu)
-        assert part.max_patches == expected.max_patches
-        for name in ("patches", "grids", "order"):
-            assert torch.equal(getattr(part, name), getattr(expected, name)), name
 
 
 def test_wrong_micro_batches():

@@ -1,9 +1,8 @@
 """Runs of a NaFlex model on images in their own aspect: they learn, and resume to the last bit, on other ranks too."""
 
-import json
 import math
 import statistics
-import subprocess
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ import torch
 from clipfast.cli.main import main
 from clipfast.distributed.world import ALONE
 from clipfast.evaluate.encoder import Encoder
-from clipfast.models import CLIP, CLIPConfig, build
+from clipfast.models import CLIP, build
 from clipfast.models.registry import read_model_config
 from clipfast.models.sequence_size import ToSequence
 from clipfast.models.tokenizer import Tokenizer
-from clipfast.runs.folder import RunFolder
 from clipfast.train import TrainConfig, step, validation
 from clipfast.train.batches import plan_of
 from clipfast.train.build import Distillation
@@ -23,32 +21,22 @@ from clipfast.train.data import TrainingData
 from clipfast.train.loop import train
 from clipfast.train.preflight import batch_bytes
 
-from ..small_runs import picture, sample, write_shard
+from ..small_runs import NAFLEX
 from .distributed import assert_near, folder_of, trained
-from .test_naflex_step import CONFIG
-from .test_training import losses, results_of, same, saved_step, started, stopped_after, wait_for_checkpoint, weights
+from .test_training import losses, results_of, saved_step, stopped_after, weights
 
 RANKS = {"naflex_max_tokens_per_batch": 96, "naflex_batch_divisor": 4, "batch_size": 5}
 ALL = {"naflex_max_tokens_per_batch": 192, "naflex_batch_divisor": 8, "batch_size": 10}  # the same on one process
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
+def naflex(options):
     """Return a function that returns the options of a run of 20 steps of 8 or 24 pairs, with changes."""
-    made = tmp_path_factory.mktemp("made")
-    (made / "small.json").write_text(json.dumps(CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 49408}}))
-    write_shard(made / "a.tar", [sample(index, png=picture(index, 24, 24 + index)) for index in range(70)])
-
-    def of_run(logs, **changes):
-        """Return the options of a run of a small NaFlex model in the folder ``logs``."""
-        return {
-            "train_data": f"{made}/a.tar", "model": f"{made}/small.json", "logs": str(logs), "name": "run", "warmup": 2,
-            "lr": 1e-3, "workers": 0, "train_num_samples": 117, "epochs": 2, "save_frequency": 0, "save_every": 3,
-            "log_every_n_steps": 1, "use_naflex": True, "naflex_seq_lens": (8, 16, 24), "naflex_loss_scale": "linear",
-            **ALL, **changes,
-        }  # fmt: skip
-
-    return of_run
+    own = {
+        "global_batch_size": None, "train_num_samples": 117, "epochs": 2, "save_every": 3, "use_naflex": True,
+        "naflex_seq_lens": (8, 16, 24), "naflex_loss_scale": "linear", **ALL,
+    }  # fmt: skip
+    return lambda logs, **changes: options(logs, "naflex", **own | changes)
 
 
 def learned(folder, config):
@@ -58,8 +46,8 @@ def learned(folder, config):
 
 
 @pytest.mark.long
-def test_the_loss_falls(options, tmp_path):
-    config = TrainConfig(**options(tmp_path, train_data="synthetic:512", train_num_samples=480, epochs=1, lr=3e-3))
+def test_the_loss_falls(naflex, tmp_path):
+    config = TrainConfig(**naflex(tmp_path, train_data="synthetic:512", train_num_samples=480, epochs=1, lr=3e-3))
     folder, _ = train(config)
     found = learned(folder, config)
     assert {plan_of(config, ALONE, {})[number].seq_len for number in range(len(found))} == {8, 16, 24}
@@ -69,34 +57,9 @@ def test_the_loss_falls(options, tmp_path):
     assert (folder.path / "out.log").read_text().count("Patches: ") == len(lines)
 
 
-def flags(given):
-    """Return the words of a command with these training options."""
-    words = ["train"]
-    for name, value in given.items():
-        flag = f"--{name.replace('_', '-')}"
-        words += [flag, *([] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
-
-
-@pytest.mark.long
-def test_kill_9_loses_nothing(options, tmp_path):
-    given = options(tmp_path / "killed", workers=2, save_every=1, epochs=6)
-    folder = tmp_path / "killed" / "run"
-    process = started(flags(given), stderr=subprocess.DEVNULL)
-    wait_for_checkpoint(process, folder, 3)
-    process.kill()
-    process.wait()
-    whole, _ = train(TrainConfig(**options(tmp_path / "whole", epochs=6)))
-    assert 3 <= saved_step(folder) < len(losses(whole))
-    assert main(["train", "--resume", str(folder), "--workers", "1"]) == 0
-    assert same(whole.path, folder)
-    lines = {line["step"]: line["loss"] for line in RunFolder(folder).metrics() if "loss" in line}
-    assert [lines[step] for step in sorted(lines)] == losses(whole)
-
-
 @pytest.mark.parametrize(("most_patches", "most_texts", "expected"), [(100, 24, 4), (100, 9, 2)])
 def test_micro_batches_are_fitted_by_their_patches_and_texts(
-    most_patches, most_texts, expected, options, tmp_path, monkeypatch
+    most_patches, most_texts, expected, naflex, tmp_path, monkeypatch
 ):
     """The longest images have 8 x 24 patches, and most texts come with 24 x 8 patches."""
     forward, parts = CLIP.forward, []
@@ -111,45 +74,36 @@ def test_micro_batches_are_fitted_by_their_patches_and_texts(
 
     monkeypatch.setattr(step, "_can_run_out", lambda device: True)
     monkeypatch.setattr(CLIP, "forward", limited)
-    folder, _ = train(TrainConfig(**options(tmp_path, micro_batch_size="auto", epochs=1)))
+    folder, _ = train(TrainConfig(**naflex(tmp_path, micro_batch_size="auto", epochs=1)))
     found = (folder.path / "out.log").read_text()
     assert f"--micro-batch-size auto: {expected} of 8 pairs with up to 24 patches each at a time (the most" in found
     assert max(texts for _, texts in parts[4:]) == 3 * expected  # those of 8 patches
 
 
 @pytest.mark.parametrize(("changes", "patch_size"), [({}, 4), ({"naflex_patch_sizes": (8, 4)}, 8)])
-def test_evaluation_takes_the_longest_sequence_and_the_first_patch_size(
-    changes, patch_size, options, tmp_path, monkeypatch
-):
-    seen, encode = [], validation.encode_set
-
-    def watched(encoders, *args, **others):
-        """Note the preprocessing of the images of an evaluation."""
-        seen.extend(encoder.transform for encoder in encoders)
-        return encode(encoders, *args, **others)
-
-    monkeypatch.setattr(validation, "encode_set", watched)
-    given = options(tmp_path, **changes)
-    folder, _ = train(TrainConfig(**given | {"val_data": given["train_data"], "epochs": 1}))
-    assert seen == [ToSequence(patch_size, 24)]
+def test_evaluation_takes_the_longest_sequence_and_the_first_patch_size(changes, patch_size, naflex, tmp_path):
+    given = naflex(tmp_path, epochs=1, **changes)
+    with mock.patch.object(validation, "encode_set", side_effect=validation.encode_set) as encode:
+        folder, _ = train(TrainConfig(**given | {"val_data": given["train_data"]}))
+    assert [call.args[0][0].transform for call in encode.call_args_list] == [ToSequence(patch_size, 24)]
     assert results_of(folder.path)["images"] == 70
     assert Encoder.load(f"local-dir:{folder.path}", device="cpu").transform == ToSequence(4, 24)
 
 
-def test_without_training_data_it_evaluates_with_the_longest_sequence(options, tmp_path, monkeypatch, capsys):
-    given, load, seen = options(tmp_path), Encoder.load, []
+def test_without_training_data_it_evaluates_with_the_longest_sequence(naflex, tmp_path, monkeypatch, capsys):
+    load, seen = Encoder.load, []
     monkeypatch.setattr(Encoder, "load", lambda *args, **others: seen.append(load(*args, **others)) or seen[-1])
-    torch.save(build(read_model_config(given["model"])).state_dict(), tmp_path / "weights.pt")
-    words = flags({"val_data": given["train_data"], "model": given["model"], "pretrained": tmp_path / "weights.pt"})
-    words += flags({"use_naflex": True, "naflex_seq_lens": (8, 16)})[1:]
-    assert main([*words, "--device", "cpu"]) == 0
+    torch.save(build(read_model_config(NAFLEX)).state_dict(), tmp_path / "weights.pt")
+    words = f"train --val-data {naflex(tmp_path)['train_data']} --model {NAFLEX} --pretrained {tmp_path}/weights.pt"
+    words += " --device cpu --use-naflex --naflex-seq-lens 8 16"
+    assert main(words.split()) == 0
     assert [encoder.transform for encoder in seen] == [ToSequence(4, 16)]
-    assert main([*words, "--naflex-patch-sizes", "8"]) == 2
+    assert main([*words.split(), "--naflex-patch-sizes", "8"]) == 2
     assert "leave out --naflex-patch-sizes" in capsys.readouterr().err
 
 
-def test_batches_change_at_the_end_of_an_epoch_only(options, tmp_path):
-    given = options(tmp_path)
+def test_batches_change_at_the_end_of_an_epoch_only(naflex, tmp_path):
+    given = naflex(tmp_path)
     with stopped_after(4):
         train(TrainConfig(**given))
     folder = folder_of(given)
@@ -166,32 +120,32 @@ def test_batches_change_at_the_end_of_an_epoch_only(options, tmp_path):
     assert saved_step(folder.path) == steps
 
 
-def test_no_batch_is_larger_than_the_check_before_the_run_thinks(options, tmp_path):
-    config, model = TrainConfig(**options(tmp_path)), build(CLIPConfig.from_dict(CONFIG))
+def test_no_batch_is_larger_than_the_check_before_the_run_thinks(naflex, tmp_path):
+    config, model = TrainConfig(**naflex(tmp_path)), build(read_model_config(NAFLEX))
     data = TrainingData(config)
     made = list(data.batches(0, model, Tokenizer(model.context_length), pin_memory=False))
     most = max(batch.images.patches.nbytes + batch.texts.nbytes for batch in made)
     assert most <= batch_bytes(data.plan, model) <= 1.25 * most
 
 
-def test_a_teacher_must_be_naflex(options, tmp_path):
-    given = options(tmp_path, distill_model="ViT-T-8-32", distill_pretrained=str(tmp_path / "t.pt"))
+def test_a_teacher_must_be_naflex(naflex, tmp_path):
+    given = naflex(tmp_path, distill_model="ViT-T-8-32", distill_pretrained=str(tmp_path / "t.pt"))
     torch.save({}, tmp_path / "t.pt")
     with pytest.raises(ValueError, match="--use-naflex needs a NaFlex model as --distill-model, not ViT-T-8-32"):
-        Distillation(TrainConfig(**given), build(CLIPConfig.from_dict(CONFIG)), torch.device("meta"))
+        Distillation(TrainConfig(**given), build(read_model_config(NAFLEX)), torch.device("meta"))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     "changes", [{}, {"micro_batch_size": 2}, {"fsdp": True, "grad_checkpointing": True}], ids=["ddp", "parts", "fsdp"]
 )
-def test_ranks_take_the_steps_of_one_process(changes, options, together, tmp_path):
+def test_ranks_take_the_steps_of_one_process(changes, naflex, together, tmp_path):
     """Two processes stop after step 6, and one goes on."""
-    one = options(tmp_path / "one")
+    one = naflex(tmp_path / "one")
     assert trained(ALONE, one) is None
-    given = options(tmp_path / "two", **RANKS, **changes)
-    assert together(2, (given, False, ("stop", (0, 1), 8))) == [["stopped"]] * 2
+    given = naflex(tmp_path / "two", **RANKS, **changes)
+    assert together(2, (given, ("stop", (0, 1), 8))) == [["stopped"]] * 2
     assert saved_step(folder_of(given).path) == 6
-    assert trained(ALONE, given, True) is None
+    assert trained(ALONE, given) is None
     assert losses(folder_of(given)) == pytest.approx(losses(folder_of(one)), rel=1e-5)
     assert_near(weights(folder_of(given).path), weights(folder_of(one).path))

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shlex
 
@@ -13,8 +12,7 @@ from clipfast.cli.main import main
 from clipfast.train import TrainConfig
 from clipfast.train.build import bare_model
 
-from ..processes import run_ranks
-from ..small_runs import COLOURS, TINY, picture, run_command, sample, write_shard
+from ..small_runs import COLOURS, TINY, picture, run_command
 from .test_open_clip_flags import numbers
 from .test_recipes import rows
 
@@ -173,11 +171,9 @@ SMALLER = NEEDED | {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, imagenet):
+def places(tmp_path_factory, shards, imagenet):
     """Make small data for each path in a command of OpenCLIP's trainer."""
     folder = tmp_path_factory.mktemp("data")
-    write_shard(folder / "00000.tar", [sample(index) for index in range(24)])
-    write_shard(folder / "00001.tar", [sample(index, png=picture(100 + index)) for index in range(24)])
     pairs = ["filepath\ttitle"]
     for index in range(24):
         (folder / f"{index}.png").write_bytes(picture(index))
@@ -189,7 +185,7 @@ def places(tmp_path_factory, imagenet):
     run = f"train --train-data {folder}/pairs.csv --logs {folder} {run} {TINY}"
     assert main(run.split()) == 0
     return {
-        "SHARDS": f"{folder}/{{00000..00001}}.tar", "TABLE": f"{folder}/pairs.csv", "IMAGENET": imagenet,
+        "SHARDS": shards.partition("::")[0], "TABLE": f"{folder}/pairs.csv", "IMAGENET": imagenet,
         "WEIGHTS": f"{folder}/weights.pt", "CHECKPOINT": f"{folder}/before/checkpoints/epoch_latest.pt",
         "REMOTE": f"file://{folder}/remote",
     }  # fmt: skip
@@ -214,15 +210,6 @@ def smaller(words, places):
 def passes_of(words):
     """Return the passes of a training step."""
     return int(words[words.index("--accum-freq") + 1]) if "--accum-freq" in words else 1
-
-
-def as_task(rank, words):
-    """Run ``clipfast train`` as one of two processes that srun started, and return the exit code."""
-    os.environ.update(
-        {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2",
-         "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    )  # fmt: skip
-    return main(["train", *words])
 
 
 @pytest.mark.usefixtures("one_prompt")
@@ -264,14 +251,6 @@ class TestCommands:
         assert code == 2
         assert ERRORS[name] in err
         assert not list(tmp_path.glob("*/*/checkpoints"))
-
-    @pytest.mark.long
-    def test_processes_of_srun(self, places, tmp_path):
-        words = [*smaller(WORDS["slurm"], places), "--device", "cpu", "--logs", str(tmp_path), "--name", "run"]
-        (tmp_path / "ranks").mkdir()
-        assert run_ranks(as_task, 2, words, folder=tmp_path / "ranks", timeout=300.0) == [0, 0]
-        assert json.loads((tmp_path / "run" / "results.json").read_text())["samples_seen"] == 16
-        assert "8 on each of 2 processes" in (tmp_path / "run" / "out.log").read_text()
 
     def test_without_training_data_it_evaluates(self, places, shards, run, tmp_path):
         torch.save({"epoch": 1, "name": "theirs", "state_dict": torch.load(places["WEIGHTS"])}, tmp_path / "epoch_1.pt")

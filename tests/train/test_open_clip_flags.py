@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from clipfast.cli.open_clip_flags import FLAGS, page, translated
 from clipfast.train import TrainConfig, read_recipe
 
 from ..small_runs import TINY, commands, run_command
-from .test_recipes import rows
+from .test_recipes import printed_options
 
 # Flags that take a value, each with a value and with the other flags that it needs. All other flags are switches.
 TYPED = """
@@ -142,14 +143,7 @@ class TestFlags:
     @pytest.fixture
     def printed(self, capsys):
         """Return a function that returns the options that ``clipfast train`` prints for the words of a command."""
-
-        def print_options(*words):
-            """Return the options that ``clipfast train`` prints for these words of OpenCLIP's trainer."""
-            code, out, err = run_command(capsys, "train", *PLAIN, *words, "--print-config")
-            assert code == 0, err
-            return rows(out)
-
-        return print_options
+        return functools.partial(printed_options, capsys, *PLAIN)
 
     def test_every_flag_of_theirs_is_in_the_table_and_on_the_page(self):
         assert set(their_options()) - GONE <= set(FLAGS)

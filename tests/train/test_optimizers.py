@@ -12,8 +12,7 @@ from clipfast.train.adamw import AdamW
 from clipfast.train.optim import make_optimizer, parse_arguments
 from clipfast.train.schedule import set_lr
 
-from ..small_runs import TINY, cases, run_command
-from .test_training import losses, same, whole_and_resumed
+from ..small_runs import TINY, cases
 
 
 class Half(torch.optim.SGD):
@@ -220,9 +219,10 @@ def test_rates_fall_from_layer_to_layer(name, options, depths):
 
 def test_rates_of_a_graph_are_tensors_of_their_own():
     optimizer = made(build(read_model_config(TINY)), cuda_graphs=True, image_layer_decay=0.5, lr=1.0)
+    rates = [(group["lr"], group["lr_scale"]) for group in optimizer.param_groups]
     set_lr(optimizer, 2.0)
-    assert all(group["lr"].item() == 2 * group["lr_scale"] for group in optimizer.param_groups)
-    assert len({group["lr"].item() for group in optimizer.param_groups}) == 4
+    assert all(rate.item() == 2 * scale for rate, scale in rates)  # each is changed in place
+    assert len({rate.item() for rate, _ in rates}) == 4
 
 
 def test_muon_takes_matrices_and_adamw_the_rest(model):
@@ -236,14 +236,6 @@ def test_muon_takes_matrices_and_adamw_the_rest(model):
     assert by_name(model, adamw, "lr").keys() == parameters.keys() - matrices
     set_lr(optimizer, 1.0)
     assert {group["lr"] for group in muon.param_groups} == {0.25, 0.5, 1.0}
-
-
-@pytest.mark.long
-def test_training_goes_on_to_the_last_bit(shards, tmp_path):
-    options = {"opt": "muon", "image_layer_decay": 0.7, "opt_kwargs": ("nesterov=True",), "wd_exclude": ("*.weight",)}
-    whole, folder = whole_and_resumed(shards, tmp_path, **options)
-    assert losses(whole)[-1] < losses(whole)[0]
-    assert same(whole.path, folder.path)
 
 
 @pytest.fixture
@@ -293,28 +285,3 @@ def test_a_checkpoint_of_open_clip_main_goes_on(run_small, as_theirs):
         run_small(theirs, "other", **options)
     other = run_small(theirs, "other", wd_exclude=names, **options)
     assert [line["step"] for line in other.metrics() if "loss" in line] == [10, 12]
-
-
-@pytest.fixture
-def command(shards, tmp_path, capsys):
-    """Return a function that runs ``clipfast train`` for an epoch, and returns exit code and errors."""
-
-    def run(*words):
-        """Run ``clipfast train`` for an epoch, and return exit code and errors."""
-        data = () if "--resume" in words else ("--train-data", shards, "--batch-size", 8, "--epochs", 1)
-        code, _, error = run_command(capsys, "train", *data, "--logs", tmp_path, "--name", "run", *words)
-        return code, error
-
-    return run
-
-
-def test_a_recipe_or_a_checkpoint_imports_nothing(command, tmp_path):
-    """Recipes and checkpoints may be untrusted, and the import of a module runs its code."""
-    (tmp_path / "mine.toml").write_text(f'opt = "{IMPORTED}"\nmodel = "{TINY}"')
-    again = ["--resume", tmp_path / "run", "--epochs", 2]
-    code, error = command("--recipe", tmp_path / "mine.toml")
-    assert (code, f"{IMPORTED!r}: to use it, give --opt" in error) == (2, True)
-    assert command("--model", TINY, "--opt", IMPORTED)[0] == 0
-    code, error = command(*again)
-    assert (code, "give --opt" in error) == (2, True)
-    assert command(*again, "--opt", IMPORTED)[0] == 0

@@ -9,10 +9,8 @@ import torch
 from clipfast import CLIP, create_model
 from clipfast.models import CLIPConfig, TextConfig, VisionConfig, get_model_config
 from clipfast.models.vision import draw_kept_patches
-from clipfast.runs.folder import RunFolder
-from clipfast.train.trainer import Trainer
-
-from .test_training import config
+from clipfast.train import TrainConfig
+from clipfast.train.build import bare_model
 
 SMALL = CLIPConfig(
     16, VisionConfig(32, 2, 32, 16, patch_size=8, patch_dropout=0.5), TextConfig(width=32, heads=2, layers=1)
@@ -33,16 +31,12 @@ KEPT = {0.0: 16, 0.01: 15, 0.25: 12, 0.3: 11, 0.5: 8, 0.55: 7, 0.9: 1, 0.999: 1}
 
 
 @pytest.mark.parametrize(("share", "kept"), KEPT.items())
-def test_number_of_patches(share, kept):
+def test_as_many_patches_as_in_open_clip(share, kept):
+    theirs = pytest.importorskip("open_clip.transformer").PatchDropout(share).train()
+    assert theirs(torch.zeros(1, 17, 4)).shape[1] == 1 + kept
     model = create_model("ViT-T-8-32", force_patch_dropout=share)
     assert tokens_seen(model.train()) == 1 + kept
     assert tokens_seen(model.eval()) == 17
-
-
-def test_as_many_as_open_clip_keeps():
-    dropout = pytest.importorskip("open_clip.transformer").PatchDropout
-    found = {share: dropout(share).train()(torch.zeros(1, 17, 4)).shape[1] - 1 for share in KEPT}
-    assert found == KEPT
 
 
 def test_each_image_and_each_time_has_others():
@@ -88,15 +82,9 @@ def test_resnets_have_no_patches():
     create_model("RN50", device="meta", force_patch_dropout=0.0)
 
 
-def test_flag_of_training(shards, tmp_path):
-    trainer = Trainer(config(shards, tmp_path, force_patch_dropout=0.75), RunFolder(tmp_path))
-    assert tokens_seen(trainer.model) == 5
-    trainer.folder.checkpoints.mkdir()
-    trainer.save()
-    trainer.checkpoints.finish()
-    saved = torch.load(trainer.folder.latest, weights_only=True)
-    # The dropout of the checkpoint is kept unless another is forced, such as 0 at the end of training.
-    assert Trainer(config(shards, tmp_path), RunFolder(tmp_path), saved).model.visual.patch_dropout == 0.75
-    none = Trainer(config(shards, tmp_path, force_patch_dropout=0.0), RunFolder(tmp_path), saved)
-    assert tokens_seen(none.model) == 17
-    assert none.model.config.vision.patch_dropout == 0
+@pytest.mark.parametrize(("forced", "expected"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])
+def test_the_dropout_of_a_checkpoint_is_kept_unless_another_is_forced(forced, expected):
+    options = TrainConfig("x.tar", force_patch_dropout=forced)
+    model = bare_model(options, {"model_config": SMALL.to_dict()}, torch.device("cpu"))
+    assert model.visual.patch_dropout == model.config.vision.patch_dropout == expected
+    assert tokens_seen(model.train()) == 1 + 16 * (1 - expected)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -161,31 +162,25 @@ class TestSample:
         return lambda name: preflight(config(f"{folder}/{name}", folder), RunFolder(folder), {})
 
     @pytest.fixture
-    def indexed(self, monkeypatch):
-        """Return the names of the training shards that are indexed, after all were looked up in the cache."""
-        names, original = [], index.IndexCache._make
-
-        def make(cache, name):
-            """Index a training shard, and remember its name."""
-            names.append(name)
-            return original(cache, name)
-
-        monkeypatch.setattr(index.IndexCache, "_make", make)
-        return names
+    def indexed(self):
+        """A mock that is called for each training shard that is indexed, after all were looked up in the cache."""
+        make = index.IndexCache._make
+        with mock.patch.object(index.IndexCache, "_make", autospec=True, side_effect=make) as made:
+            yield made
 
     def test_few_of_many_shards_are_indexed(self, folder, look, indexed):
         shards = [write_shard(folder / f"{number:02d}.tar", PAIRS) for number in range(10)]
         found = look("*.tar")
-        assert indexed == [str(shards[number]) for number in (0, 3, 6, 9)]
+        assert [call.args[1] for call in indexed.call_args_list] == [str(shards[number]) for number in (0, 3, 6, 9)]
         assert (found.tried, found.unusable) == (16, [])
         look("*.tar")
-        assert len(indexed) == 4  # the index was kept
+        assert indexed.call_count == 4  # the index was kept
 
     def test_one_shard_that_is_elsewhere_is_brought_here(self, folder, indexed):
         write_shard(folder / "x.tar", PAIRS)
         name = f"pipe:cat {folder}/x.tar #{{0..9999}}2>/dev/null"
         assert preflight(config(name, folder), RunFolder(folder), {}).tried == 4
-        assert len(indexed) == 1
+        assert indexed.call_count == 1
 
     def test_every_shard_of_them_is_read_and_bad_pairs_are_named(self, folder, look):
         for name, pairs in {"a": PAIRS, "b": changed(png=b"x"), "c": PAIRS}.items():

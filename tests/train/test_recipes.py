@@ -1,6 +1,7 @@
 """Recipes: bundled ones are complete and name no data; options by model; and printed options with their origins."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -20,18 +21,19 @@ def rows(text):
     return {flag: [value, origin] for flag, value, origin in lines}
 
 
+def printed_options(capsys, *words):
+    """Return the training options that these words set, with their origins, as the command prints them."""
+    code, out, error = run_command(capsys, "train", *words, "--print-config")
+    assert code == 0, error
+    return rows(out)
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_a_recipe_is_whole_and_names_no_data(name):
     recipe = read_recipe(name)
     assert recipe["model"] in list_models()
     assert name in ("emoji", "shapes") or not set(recipe) & {*OWN_DATA, "name", "logs", "pretrained", "resume"}
     TrainConfig(**({"train_data": "x.tar"} | recipe))
-
-
-def test_the_recipes_that_there_are():
-    openclip = ["openclip-defaults", "openclip-laion"]
-    assert list_recipes() == ["clip-paper", "emoji", "finetune", "lit", *openclip, "shapes", "siglip"]
-    assert TrainConfig(**read_recipe("emoji")).unique_by == "label"
 
 
 @pytest.mark.parametrize(("model", "rate", "epochs"), [("RN50x64", 3.6e-4, 32), ("ViT-L-14-336", 2e-5, 1)])
@@ -65,14 +67,7 @@ def test_what_a_recipe_says_by_model(tmp_path):
 @pytest.fixture
 def printed(capsys):
     """Return a function that returns the options that ``clipfast train`` prints, with their origins."""
-
-    def run(*words):
-        """Return the training options that these words set, with their origins, as the command prints them."""
-        code, out, error = run_command(capsys, "train", *words, "--print-config")
-        assert code == 0, error
-        return rows(out)
-
-    return run
+    return functools.partial(printed_options, capsys)
 
 
 def test_every_option_is_printed_with_its_origin(printed, capsys):

@@ -6,14 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from clipfast.checkpoints.checkpoint import read_checkpoint
 from clipfast.data import EqualBatches
 from clipfast.train import TrainConfig
 from clipfast.train.loop import changed_options
+from clipfast.train.optim import parse_arguments
 from clipfast.train.schedule import LONGEST_AUTO_WARMUP, Epochs, Schedule, schedule_of, warmup_steps
-
-from ..small_runs import cases
-from .test_training import same, whole_and_resumed
 
 STEPS, EPOCHS = 120, Epochs(160, EqualBatches(8), 120)  # 6 epochs of 20 steps
 
@@ -23,28 +20,25 @@ def schedule(total=STEPS, epochs=EPOCHS, **options):
     return schedule_of(TrainConfig(**{"train_data": "x.tar", "lr": 7e-4, "epochs": 6} | options), total, epochs)
 
 
-COOLDOWN = {"lr_scheduler": "const-cooldown"}
-
-
 @pytest.mark.parametrize(
     ("options", "theirs", "arguments"),
     [
-        ({"lr_scheduler": "cosine"}, "cosine_lr", ()),
-        ({"lr_scheduler": "const"}, "const_lr", ()),
-        (COOLDOWN | {"epochs_cooldown": 2}, "const_lr_cooldown", (40,)),
+        ("lr_scheduler=cosine", "cosine_lr", ()),
+        ("lr_scheduler=const", "const_lr", ()),
+        ("lr_scheduler=const-cooldown epochs_cooldown=2", "const_lr_cooldown", (40,)),
         (
-            COOLDOWN | {"epochs_cooldown": 6, "lr_cooldown_power": 0.5, "lr_cooldown_end": 1e-5}, "const_lr_cooldown",
-            (120, 0.5, 1e-5),
+            "lr_scheduler=const-cooldown epochs_cooldown=6 lr_cooldown_power=0.5 lr_cooldown_end=1e-5",
+            "const_lr_cooldown", (120, 0.5, 1e-5),
         ),
-        ({"lr_scheduler": "wsd", "decay_fraction": 0.25, "lr_cooldown_power": 2.0}, "const_lr_cooldown", (30, 2.0)),
-        ({"lr_scheduler": "wsd", "decay_fraction": 1}, "const_lr_cooldown", (120,)),
+        ("lr_scheduler=wsd decay_fraction=0.25 lr_cooldown_power=2.0", "const_lr_cooldown", (30, 2.0)),
+        ("lr_scheduler=wsd decay_fraction=1", "const_lr_cooldown", (120,)),
     ],
 )  # fmt: skip
 def test_schedules_are_those_of_open_clip(options, theirs, arguments):
     original = pytest.importorskip("open_clip_train.scheduler")
     for warmup in (0, 1, 13, 119, 400):
         adjust = getattr(original, theirs)(SimpleNamespace(param_groups=[{}]), 7e-4, warmup, STEPS, *arguments)
-        ours = schedule(**options, warmup=warmup)
+        ours = schedule(**parse_arguments(options.split()), warmup=warmup)
         # OpenCLIP may round the last digit of the angle differently
         rates = [ours.at(step) for step in range(STEPS)]
         assert rates == pytest.approx([adjust(step) for step in range(STEPS)], rel=0, abs=1e-18)
@@ -77,24 +71,6 @@ def test_cooldown_counts_the_steps_of_whole_epochs():
         schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=4)
 
 
-@cases(r"""
-lr_scheduler=linear: --lr-scheduler must be one of cosine, const, const-cooldown, wsd, got 'linear'
-lr_scheduler=const-cooldown: const-cooldown needs --epochs-cooldown
-warmup=1.5: --warmup must be a number of steps, or a share .* 1.5
-warmup=some: --warmup must be float or 'auto', got 'some'
-warmup=1e999: --warmup must be a finite number
-decay_fraction=1.1: --decay-fraction must be at most 1, got 1.1
-epochs_cooldown=2: --epochs-cooldown needs --lr-scheduler const-cooldown, and it is cosine
-decay_fraction=0.2 lr_scheduler=const-cooldown epochs_cooldown=2: --decay-fraction needs .*wsd
-lr_cooldown_end=1e-5 lr_scheduler=const: --lr-cooldown-end needs .* const-cooldown or wsd
-lr_cooldown_power=2.0: --lr-cooldown-power needs --lr-scheduler const-cooldown or wsd
-lr_cooldown_power=0.0: --lr-cooldown-power must be more than 0
-""")
-def test_bad_options(options, said):
-    with pytest.raises(ValueError, match=said):
-        schedule(**options)
-
-
 def test_an_option_that_is_newer_than_the_checkpoint_counts_as_changed():
     options = {"train_data": "x.tar", "model": "RN50"}
     saved = json.loads(json.dumps(dataclasses.asdict(TrainConfig(**options))))
@@ -106,13 +82,3 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_changed():
         "opt_kwargs": "--opt-kwargs [] -> ['amsgrad=True']",
     }  # fmt: skip
     assert changed_options({}, now) == {}  # the options of OpenCLIP's checkpoints are unknown
-
-
-@pytest.mark.long
-def test_a_run_follows_its_schedule_and_goes_on_in_it(shards, tmp_path):
-    options = {"lr_scheduler": "wsd", "decay_fraction": 0.5, "warmup": 0.25, "log_every_n_steps": 1}
-    whole, part = whole_and_resumed(shards, tmp_path, **options)
-    rates = [line["lr"] for line in whole.metrics() if "lr" in line]
-    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    assert {group["lr"] for group in read_checkpoint(whole.latest)["optimizer"]["param_groups"]} == {rates[-1]}
-    assert same(whole.path, part.path)

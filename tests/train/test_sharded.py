@@ -80,43 +80,6 @@ def remanifested(folder, change):
     (folder / "manifest.json").write_text(json.dumps(files))
 
 
-def cut_off(folder):
-    """Cut the last byte from the list of tensors of a sharded checkpoint; return the expected error."""
-    os.truncate(folder / ".metadata", (folder / ".metadata").stat().st_size - 1)
-    return r".metadata is not the file that was written"
-
-
-def missing(folder):
-    """Remove a rank's part of a sharded training checkpoint; return the expected error."""
-    (folder / "__2_0.distcp").unlink()
-    return "__2_0.distcp is missing"
-
-
-def without_manifest(folder):
-    """Remove the manifest of a sharded training checkpoint; return the expected error."""
-    (folder / "manifest.json").unlink()
-    return "is no whole checkpoint: manifest.json cannot be read"
-
-
-def manifest_of_something_else(folder):
-    """Make the manifest of a sharded training checkpoint something else; return the expected error."""
-    (folder / "manifest.json").write_text("[1]")
-    return "is no whole checkpoint: manifest.json cannot be read"
-
-
-def manifest_without_a_file(folder):
-    """Take a file out of the manifest of a sharded training checkpoint; return the expected error."""
-    remanifested(folder, lambda files: files.pop(".metadata"))
-    return r"manifest.json does not list .metadata"
-
-
-def manifest_of_elsewhere(folder):
-    """Let the manifest of a sharded checkpoint name a file outside its folder; return the expected error."""
-    shutil.move(folder / "__1_0.distcp", folder.parent / "x")
-    remanifested(folder, lambda files: files.update({"../x": files.pop("__1_0.distcp")}))
-    return "../x is missing"
-
-
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -130,40 +93,46 @@ def resealed(folder, name):
     remanifested(folder, lambda files: files.update({name: sharded._seal(folder / name)}))
 
 
-def code_in_the_list(folder):
-    """Hide code in the list of tensors of a sharded training checkpoint; return the expected error."""
+def hide_code_in_the_list(folder):
+    """Hide code in the list of tensors of a sharded training checkpoint."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     metadata.planner_data = Evil(str(folder.parent / "ran"))
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     resealed(folder, ".metadata")
-    return "is refused: it is damaged, or is no list"
 
 
-def code_in_the_rest(folder):
-    """Hide code beside the tensors of a sharded training checkpoint; return the expected error."""
-    torch.save({"a": Evil(str(folder.parent / "ran"))}, folder / "rest.pt")
+def replace_rest(folder, content):
+    """Write something else beside the tensors of a sharded training checkpoint."""
+    torch.save(content, folder / "rest.pt")
     resealed(folder, "rest.pt")
-    return "rest.pt is refused: it is damaged, or could run code"
 
 
-def a_tensor_that_is_not_there(folder):
-    """Name a tensor that a sharded training checkpoint does not hold; return the expected error."""
-    torch.save({"a": {"name of a tensor": "b"}}, folder / "rest.pt")
-    resealed(folder, "rest.pt")
-    return "is damaged: it does not hold b"
+def move_a_part(folder):
+    """Let the manifest of a sharded checkpoint name a file outside its folder."""
+    shutil.move(folder / "__1_0.distcp", folder.parent / "x")
+    remanifested(folder, lambda files: files.update({"../x": files.pop("__1_0.distcp")}))
+
+
+NO_MANIFEST = "is no whole checkpoint: manifest.json cannot be read"
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "said"),
     [
-        cut_off, missing, without_manifest, manifest_of_something_else, manifest_without_a_file,
-        manifest_of_elsewhere, code_in_the_list, code_in_the_rest, a_tensor_that_is_not_there,
+        (lambda folder: os.truncate(folder / ".metadata", 100), r"\.metadata is not the file that was written"),
+        (lambda folder: (folder / "__2_0.distcp").unlink(), r"__2_0\.distcp is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), NO_MANIFEST),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), NO_MANIFEST),
+        (lambda folder: remanifested(folder, lambda files: files.pop(".metadata")), "json does not list .metadata"),
+        (move_a_part, r"\.\./x is missing"),
+        (hide_code_in_the_list, "is refused: it is damaged, or is no list"),
+        (lambda folder: replace_rest(folder, {"a": Evil(str(folder.parent / "ran"))}), "refused: .* could run code"),
+        (lambda folder: replace_rest(folder, {"a": {"name of a tensor": "b"}}), "is damaged: it does not hold b"),
     ],
-    ids=lambda damage: damage.__name__,
-)  # fmt: skip
-def test_damage(damage, folder):
-    message = damage(folder)
-    with pytest.raises(CheckpointError, match=message):
+)
+def test_damage(damage, said, folder):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=said):
         read_parts(folder)
     assert not (folder.parent / "ran").exists()
 

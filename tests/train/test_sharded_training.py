@@ -2,8 +2,6 @@
 
 import contextlib
 import errno
-import functools
-import json
 import os
 import re
 import shutil
@@ -14,7 +12,6 @@ from unittest import mock
 
 import fsspec
 import pytest
-import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from clipfast.checkpoints import sharded
@@ -22,77 +19,44 @@ from clipfast.checkpoints.checkpoint import read_checkpoint
 from clipfast.checkpoints.of_run import Checkpoints, read_saved
 from clipfast.runs.folder import RunFolder
 from clipfast.runs.status import read_status
-from clipfast.train import TrainConfig
-from clipfast.train.loop import train
+from clipfast.train.optim import parse_arguments
 from clipfast.train.remote_sync import RemoteCopy
 
-from ..processes import run_ranks, start_ranks, wait_for
+from ..processes import start_ranks, wait_for
 from ..small_runs import run_command
-from .distributed import CLIP, assert_near, befalling, empty, on_rank
+from .distributed import assert_near, empty, on_rank, run_together
+from .test_checkpointing import saved, state
 from .test_endings import flip
 from .test_training import losses, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
+SHARDED = (
+    "train_data=synthetic:400 train_num_samples=144 epochs=2 save_every=5 save_frequency=1 fsdp=True "
+    "fsdp_checkpoint=sharded force_patch_dropout=0.5 grad_clip_norm=0.5 ema_decay=0.9"
+)
+
+
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
+def given(options):
     """Return a function that returns options of a sharded run of 24 steps in two epochs, which saves every 5."""
-    made = tmp_path_factory.mktemp("made")
-    (made / "clip.json").write_text(json.dumps(CLIP))
-
-    def in_folder(logs, **changes):
-        """Return the options of a sharded training run whose logs are in this folder, with changes."""
-        return {
-            "train_data": "synthetic:400", "model": f"{made}/clip.json", "global_batch_size": 12, "name": "run",
-            "train_num_samples": 144, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0, "log_every_n_steps": 1,
-            "save_every": 5, "save_frequency": 1, "logs": str(logs), "fsdp": True, "fsdp_checkpoint": "sharded",
-            "force_patch_dropout": 0.5, "grad_clip_norm": 0.5, "ema_decay": 0.9,
-        } | changes  # fmt: skip
-
-    return in_folder
-
-
-def trained(world, given, fate=None, faults=None):
-    """Train from the newest complete checkpoint, if there is one, and return the signal or stop that ended training."""
-    found = Checkpoints(Path(given["logs"]) / given["name"] / "checkpoints").newest_whole()
-    if not given["fsdp"]:
-        given = given | {"fsdp_checkpoint": "full"}
-    with (
-        mock.patch("clipfast.train.loop._pictures", return_value=[]),
-        befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
-        faults(world.rank) if faults else contextlib.nullcontext(),
-    ):
-        try:
-            return train(TrainConfig(**given), found.path, world=world)[1]
-        except KeyboardInterrupt:
-            return "stopped"
-
-
-def run_on(folder, size, *jobs):
-    """Run sharded training jobs one after the other on a group of ranks, and return the results of each rank."""
-    return run_ranks(on_rank, size, size, jobs, trained, folder=empty(folder), timeout=120)
-
-
-@pytest.fixture
-def together(tmp_path):
-    """Return a function that runs sharded training jobs on a group of ranks."""
-    return functools.partial(run_on, tmp_path)
+    return lambda logs, **changes: options(logs, "run", **parse_arguments(SHARDED.split()) | changes)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(options, tmp_path_factory):
+def undisturbed(given, tmp_path_factory):
     """Return the folder of an undisturbed sharded training run on 2 ranks."""
     logs = tmp_path_factory.mktemp("undisturbed")
-    assert run_on(logs, 2, (options(logs),)) == [[None]] * 2
+    assert run_together(logs, 2, (given(logs),)) == [[None]] * 2
     return RunFolder(logs / "run")
 
 
 @pytest.fixture(scope="module")
-def stopped(options, tmp_path_factory):
+def stopped(given, tmp_path_factory):
     """Return the logs of a sharded run on 3 ranks that was stopped after 22 training steps, as by a kill."""
     logs = tmp_path_factory.mktemp("stopped")
-    assert run_on(logs, 3, (options(logs), ("stop", (0, 1, 2), 22))) == [["stopped"]] * 3
+    assert run_together(logs, 3, (given(logs), ("stop", (0, 1, 2), 22))) == [["stopped"]] * 3
     return logs
 
 
@@ -144,23 +108,23 @@ def killed_in_a_write(rank):
 
 
 @pytest.mark.long
-def test_one_rank_is_killed_in_a_write_and_in_training(options, undisturbed, together, tmp_path):
-    given, folder = options(tmp_path), RunFolder(tmp_path / "run")
+def test_one_rank_is_killed_in_a_write_and_in_training(given, undisturbed, together, tmp_path):
+    folder = RunFolder(tmp_path / "run")
     for fate, faults, newest in ((None, killed_in_a_write, "step_15"), ((signal.SIGKILL, (1,), 22), None, "step_20")):
-        processes = start_ranks(on_rank, 2, 2, [(given, fate, faults)], trained, folder=empty(tmp_path))
+        processes = start_ranks(on_rank, 2, 2, [(given(tmp_path), fate, faults)], folder=empty(tmp_path))
         wait_for(processes, 60)
         assert [process.exitcode for process in processes] == [1, -signal.SIGKILL]
         assert folder.kept()[0].name == newest
         assert (folder.checkpoints / ".step_20.tmp").exists() == (newest == "step_15")
-    assert together(2, (given,)) == [[None]] * 2
+    assert together(2, (given(tmp_path),)) == [[None]] * 2
     assert_same(folder, undisturbed)
     assert names(folder) == names(undisturbed)
 
 
 @pytest.mark.long
-def test_a_signal_saves_and_a_folder_is_gone_on_from(options, undisturbed, together, tmp_path):
-    given = options(tmp_path)
-    assert together(2, (given, (signal.SIGTERM, (1,), 6)), (given,)) == [[signal.SIGTERM, None]] * 2
+def test_a_signal_saves_and_a_folder_is_gone_on_from(given, undisturbed, together, tmp_path):
+    jobs = (given(tmp_path), (signal.SIGTERM, (1,), 6)), (given(tmp_path),)
+    assert together(2, *jobs) == [[signal.SIGTERM, None]] * 2
     folder = RunFolder(tmp_path / "run")
     said = (folder.path / "out.log").read_text()
     at = re.search(rf"Interrupted. Saved {folder.checkpoints}/step_(\d+); go on with: torchrun", said)[1]
@@ -169,13 +133,12 @@ def test_a_signal_saves_and_a_folder_is_gone_on_from(options, undisturbed, toget
 
 
 @pytest.mark.long
-def test_ranks_and_kind_change(options, undisturbed, together, tmp_path):
+def test_ranks_and_kind_change(given, undisturbed, together, tmp_path):
     """A run is resumed from parts with one file and back, with and without FSDP."""
     sessions = [(3, True, "sharded"), (2, False, "full"), (2, True, "sharded")]
     for number, (size, fsdp, kind) in enumerate(sessions):
-        given = options(tmp_path, fsdp=fsdp, fsdp_checkpoint=kind)
-        job = (given, ("stop", range(size), 7 + 10 * number) if number < 2 else None)
-        together(size, job)
+        fate = ("stop", range(size), 7 + 10 * number) if number < 2 else None
+        together(size, (given(tmp_path, fsdp=fsdp, fsdp_checkpoint=kind), fate))
         if number < 2:
             newest = Checkpoints(tmp_path / "run/checkpoints").newest_whole()
             assert newest.content["clipfast"]["progress"]["step"] == 5 + 10 * number
@@ -184,45 +147,32 @@ def test_ranks_and_kind_change(options, undisturbed, together, tmp_path):
 
 
 def failing(rank):
-    """Make some writes of a sharded checkpoint fail: rank 1's part, its seal, the manifest; delay the last write."""
-    full = OSError(errno.ENOSPC, "No space left on device")
-
-    def write_data(self, plan, planner):
-        """Write a rank's part of a sharded checkpoint; rank 1 finds the disk full at step 5."""
-        if rank == 1 and Path(self.path).name == ".step_5.tmp":
-            raise full
-        return original_write(self, plan, planner)
-
-    def seal(path):
-        """Seal a rank's part of a sharded checkpoint; rank 1 finds the disk full at step 10."""
-        if rank == 1 and path.parent.name == ".step_10.tmp":
-            raise full
-        return original_seal(path)
-
-    def replace(path, text):
-        """Write a file of a sharded checkpoint; the manifest of step 15 finds the disk full."""
-        if path.parent.name == ".step_15.tmp":
-            raise full
-        return original_replace(path, text)
-
-    def written(folder, content, world):
-        """Write a sharded checkpoint; at step 20 this takes a second longer."""
-        if folder.name == ".step_20.tmp":
-            time.sleep(1)
-        return original_written(folder, content, world)
-
-    original_write, original_seal = FileSystemWriter.write_data, sharded._seal
-    original_replace, original_written = sharded.replace_text, sharded._written
+    """Let the disk be full for rank 1's part of step 5, its seal of step 10, the manifest of step 15; delay step 20."""
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(FileSystemWriter, "write_data", write_data))
-    for name, fake in (("_seal", seal), ("replace_text", replace), ("_written", written)):
-        stack.enter_context(mock.patch.object(sharded, name, fake))
+
+    def fail(owner, name, step, victims, do):
+        """Let ranks ``do`` something before they call a function that writes a sharded checkpoint of a step."""
+        original = getattr(owner, name)
+
+        def faulty(*args):
+            """Call ``do`` if the step and the rank are those that fail, then write."""
+            if rank in victims and f"/.step_{step}.tmp" in str(getattr(args[0], "path", args[0])):
+                do()
+            return original(*args)
+
+        stack.enter_context(mock.patch.object(owner, name, faulty))
+
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    fail(FileSystemWriter, "write_data", 5, (1,), full)
+    fail(sharded, "_seal", 10, (1,), full)
+    fail(sharded, "replace_text", 15, (0, 1), full)
+    fail(sharded, "_written", 20, (0, 1), lambda: time.sleep(1))
     return stack
 
 
 @pytest.mark.long
-def test_a_full_disk_stops_nothing_and_what_is_written_late_is_a_copy(options, undisturbed, together, tmp_path):
-    assert together(2, (options(tmp_path), None, failing)) == [[None]] * 2
+def test_a_full_disk_stops_nothing_and_what_is_written_late_is_a_copy(given, undisturbed, together, tmp_path):
+    assert together(2, (given(tmp_path), None, failing)) == [[None]] * 2
     folder = RunFolder(tmp_path / "run")
     said = (folder.path / "out.log").read_text()
     for step, rank in ((5, " (rank 1)"), (10, " (rank 1)"), (15, "")):
@@ -258,23 +208,11 @@ def test_one_process_goes_on_from_an_earlier_folder(run, undisturbed, capsys):
     assert names(run) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_20.pt", "step_24.pt"]
 
 
-def state(step):
-    """Return a small state of a training run after ``step`` steps, for a sharded checkpoint."""
-    return {"epoch": 0, "state_dict": {"w": torch.full((8,), float(step))}, "clipfast": {"progress": {"step": step}}}
-
-
 @pytest.fixture
 def store(store):
     """Return a store that keeps the last three training checkpoints, whole or sharded."""
     store.keep_last = 3
     return store
-
-
-def saved(store, *steps):
-    """Save training checkpoints after steps; steps that are given as text are saved as sharded folders."""
-    for step in steps:
-        store.save(state(int(step)), int(step), in_parts=isinstance(step, str))
-        store.finish()
 
 
 def kept(store):
@@ -332,7 +270,7 @@ def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
     assert not any(".step_4" in path for path in put)
     other = RunFolder(tmp_path / "other/run")
     assert RemoteCopy(other, "memory://copies").restore() == ["Step 3 was downloaded from memory://copies/run"]
-    assert same_content(other.checkpoints / "step_3", state(3))
+    assert read_saved(other.checkpoints / "step_3")["clipfast"] == state(3)["clipfast"]
     # a damaged or incomplete remote checkpoint is not used
     fs.rm_file(f"{root}/step_3/manifest.json")
     fs.pipe_file(f"{root}/step_2/rest.pt", b"x")
@@ -344,10 +282,3 @@ def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
     assert said[1:] == ["Step 1 was downloaded from memory://copies/run"]
     assert kept(Checkpoints(third.checkpoints)) == ["epoch_latest.pt"]
     fs.store.clear()
-
-
-def same_content(folder, expected):
-    """Return True if a checkpoint, whole or sharded, holds the expected training state."""
-    content = read_saved(folder)
-    assert content["state_dict"].pop("w").equal(expected["state_dict"].pop("w"))
-    return content == expected

@@ -5,8 +5,6 @@ import torch
 
 from clipfast.train.stable_adamw import StableAdamW
 
-from .test_training import losses, same, whole_and_resumed
-
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 SHAPES = ((4, 3), (5,), ())
 SPIKE = 30  # the step whose gradient is 100 times as large
@@ -62,20 +60,3 @@ def test_the_weights_follow_the_equations_of_the_paper(steps, dtype, tolerance):
         torch.testing.assert_close(weight.detach().double(), value, rtol=tolerance, atol=tolerance)
     if steps == SPIKE + 1:  # the spike shortens the step of the tensors that see it
         assert max(factors[:2]) < 0.25
-
-
-def test_without_a_jump_it_is_adamw():
-    ours, theirs = (torch.ones(64, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    optimizers = StableAdamW([ours], **OPTIONS), torch.optim.AdamW([theirs], **OPTIONS)
-    for step in range(20):
-        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
-            weight.grad = torch.full((64,), 0.9**step, dtype=torch.float64)  # the second moment is above g^2
-            optimizer.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-
-
-@pytest.mark.long
-def test_training_goes_on_to_the_last_bit(shards, tmp_path):
-    whole, folder = whole_and_resumed(shards, tmp_path, opt="stableadamw")
-    assert losses(whole)[-1] < losses(whole)[0]
-    assert same(whole.path, folder.path)

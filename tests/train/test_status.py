@@ -12,7 +12,7 @@ import pytest
 from clipfast.runs.lock import LOCK_NAME
 from clipfast.runs.status import read_status
 
-from ..small_runs import everything, run_command
+from ..small_runs import commands, everything, run_command
 from .test_training import results_of
 
 HOLD = """
@@ -140,19 +140,17 @@ def test_several_runs_are_a_table_and_a_plot(finished, run, tmp_path, capsys):
     assert picture.stat().st_size > 20_000
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{tmp}/nothing"], "there is no run in {tmp}/nothing"),
-        (["{tmp}/theirs"], "there is no run in {tmp}/theirs"),
-        (["{run}", "--interval", "0", "--follow"], "--interval must be more than 0, got 0.0"),
-    ],
-)
-def test_wrong_input(arguments, message, finished, tmp_path, capsys):
+@commands("""
+nothing => there is no run in nothing
+theirs => there is no run in theirs
+run --interval 0 --follow => --interval must be more than 0, got 0.0
+""")
+@pytest.mark.usefixtures("copied")
+def test_wrong_input(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs").mkdir()
     for name in ("out.log", "params.txt"):  # all that OpenCLIP's trainer and ours both write
         (tmp_path / "theirs" / name).touch()
-    words = (word.format(tmp=tmp_path, run=finished.path) for word in arguments)
     code, out, err = run_command(capsys, "status", *words)
     assert (code, out) == (2, "")
-    assert message.format(tmp=tmp_path) in err
+    assert said in err

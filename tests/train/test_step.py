@@ -12,17 +12,20 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 import clipfast
-from clipfast import create_model, pack_texts
+from clipfast import create_model, get_model_config, pack_texts
 from clipfast.data import Batch
 from clipfast.kernels import contrastive_loss
+from clipfast.models import build
+from clipfast.models.packed_images import pack_images
 from clipfast.models.packed_text import PackedText, pack_on_host
+from clipfast.models.registry import read_model_config
 from clipfast.train.loop import train
-from clipfast.train.optim import adamw
-from clipfast.train.schedule import set_lr
+from clipfast.train.optim import adamw, parse_arguments
 from clipfast.train.step import TrainingStep, Upload, graphed_step
 from clipfast.train.trainer import Trainer
 
 from ..conftest import OnlyMeta
+from ..small_runs import NAFLEX
 from .graphs import on_cpu, on_gpu, stand_in
 from .test_training import config, losses
 
@@ -50,26 +53,20 @@ def plain(shards, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        ({}, 1e-6),
-        ({"micro_batch_size": 3}, 1e-6),
-        ({"grad_checkpointing": True}, 1e-6),
-        ({"selective_checkpointing": True}, 1e-6),
-        ({"torchcompile": True, "torchcompile_backend": "aot_eager", "selective_checkpointing": True}, 1e-5),
-        pytest.param({"torchcompile": True, "torchcompile_backend": "aot_eager"}, 1e-5, marks=pytest.mark.slow),
-        pytest.param({"torchcompile": True}, 1e-4, marks=pytest.mark.slow),
+        ("", 1e-6),
+        ("micro_batch_size=3", 1e-6),
+        ("grad_checkpointing=True", 1e-6),
+        ("selective_checkpointing=True", 1e-6),
+        ("torchcompile=True torchcompile_backend=aot_eager selective_checkpointing=True", 1e-5),
+        pytest.param("torchcompile=True torchcompile_backend=aot_eager", 1e-5, marks=pytest.mark.slow),
+        pytest.param("torchcompile=True", 1e-4, marks=pytest.mark.slow),
     ],
     ids=["packed", "parts", "checkpointing", "selective", "compiled selective", "compiled", "generated code"],
 )
 def test_the_losses_are_the_same(options, tolerance, plain, shards, tmp_path):
     torch.compiler.reset()
     assert len(plain) == 8
-    assert run(shards, tmp_path, **options) == pytest.approx(plain, rel=tolerance)
-
-
-def test_the_losses_are_the_same_with_dropped_patches_and_a_locked_tower(shards, tmp_path):
-    options = {"force_patch_dropout": 0.5, "lock_text": True, "lock_text_unlocked_layers": 2, "micro_batch_size": 3}
-    packed, padded = (run(shards, tmp_path / f"{packs}", pack_text=packs, **options) for packs in (True, False))
-    assert packed == pytest.approx(padded, rel=1e-6)
+    assert run(shards, tmp_path, **parse_arguments(options.split())) == pytest.approx(plain, rel=tolerance)
 
 
 def test_a_step_with_packed_texts_takes_few_calls_of_python(shards, tmp_path):
@@ -146,35 +143,41 @@ def test_a_graph_is_fed_each_batch(packs, monkeypatch):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves weights by 1e-3
 
 
-def test_learning_rate_in_a_graph_is_set_in_place():
-    _, optimizer, _ = steps("plain")
-    set_lr(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
-    rates = [torch.tensor(1.0), torch.tensor(1.0)]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    set_lr(optimizer, 0.5)
-    assert [rate.item() for rate in rates] == [0.5, 0.5]
+HEIGHTS = (8, 12, 20, 8)  # of images for NaFlex
 
 
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize(("name", "micro_batch_size"), [("ViT-T-8-32", 4), ("RN50", 2)])
-def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, packs, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "micro_batch_size", "heights"),
+    [
+        ("ViT-T-8-32", 4, None),
+        ("RN50", 2, None),
+        (NAFLEX, 2, None),
+        (NAFLEX, 4, (8, 12, 20, 8)),
+        (NAFLEX, 2, (8, 12, 20, 8)),
+    ],
+    ids=["ViT", "ResNet", "one size", "several sizes", "micro-batches of several sizes"],
+)
+def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, heights, packs, monkeypatch):
     # a copy would wait for the device, and cannot be captured in a CUDA graph
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not support "meta"
-    model = create_model(name, device="meta").train()
-    size = model.visual.image_size
+    meta = torch.device("meta")
+    with meta:
+        model = build(read_model_config(name) if name == NAFLEX else get_model_config(name)).train()
     # The real function does not support "meta".
     optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
     step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, micro_batch_size)
-    images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
-    pack = functools.partial(pack_on_host, device=images.device, always=True) if packs else None
-    _, texts = Upload(images.device, pack)(Batch(images, torch.full((4, 77), 7), []), micro_batch_size)
+    side = model.visual.image_size
+    images = [torch.zeros(3, height, side, dtype=torch.uint8) for height in heights or [side] * 4]
+    images = pack_images(images, 4, for_gpu=True) if heights else torch.stack(images)
+    texts = torch.full((4, model.context_length), 7)
+    pack = functools.partial(pack_on_host, device=meta, always=True) if packs else None
+    batch = Upload(meta, pack)(Batch(images, texts, []), micro_batch_size)
     # These functions copy from the host without the dispatcher, where the test would see it.
-    for name in ("tensor", "as_tensor", "from_numpy"):
-        monkeypatch.delattr(torch, name)
+    for function in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.delattr(torch, function)
     with OnlyMeta():
-        loss = step(images, texts)
+        loss = step(*batch)
     assert loss.shape == ()
     optimizer.step.assert_called_once_with()
     assert optimizer.found_inf.data_ptr() == step.guard.skipped.data_ptr()

@@ -52,16 +52,31 @@ use_naflex=True global_batch_size=64: --global-batch-size 64 with --use-naflex
 use_naflex=True cuda_graphs=True: --cuda-graphs does not work with --use-naflex
 use_naflex=True decode_on_device=True: --decode-on-device does not work with --use-naflex
 use_naflex=True force_image_size=(64,): --force-image-size does not work with --use-naflex
+lr_scheduler=linear: --lr-scheduler must be one of cosine, const, const-cooldown, wsd, got 'linear'
+lr_scheduler=const-cooldown: const-cooldown needs --epochs-cooldown
+warmup=1.5: --warmup must be a number of steps, or a share .* 1.5
+warmup=some: --warmup must be float or 'auto', got 'some'
+warmup=1e999: --warmup must be a finite number
+decay_fraction=1.1: --decay-fraction must be at most 1, got 1.1
+epochs_cooldown=2: --epochs-cooldown needs --lr-scheduler const-cooldown, and it is cosine
+decay_fraction=0.2 lr_scheduler=const-cooldown epochs_cooldown=2: --decay-fraction needs .*wsd
+lr_cooldown_end=1e-5 lr_scheduler=const: --lr-cooldown-end needs .* const-cooldown or wsd
+lr_cooldown_power=2.0: --lr-cooldown-power needs --lr-scheduler const-cooldown or wsd
+lr_cooldown_power=0.0: --lr-cooldown-power must be more than 0
+precision=fp32 fp8_recipe=full: --fp8-recipe needs --precision amp_fp8
+precision=amp_fp8 fp8_recipe=half: --fp8-recipe must be one of switchback, full
+precision=amp_fp8 fp8_skip=(1,): --fp8-skip needs two numbers of blocks, got 1
+precision=amp_fp8 fp8_skip=3: --fp8-skip must be a list of int, got 3
+fsdp=False fsdp_offload_cpu=True: --fsdp-offload-cpu needs --fsdp
+fsdp=False fsdp_checkpoint=sharded: --fsdp-checkpoint sharded needs --fsdp
+fsdp=True use_bn_sync=True: --use-bn-sync does not work with --fsdp
+fsdp=True micro_batch_size=auto: --micro-batch-size auto does not work with --fsdp
+fsdp=True opt=timm.optim:Lamb: --opt timm.optim:Lamb does not work with --fsdp, .* one of adamw
 use_naflex=True image_resize_mode=longest: --image-resize-mode does not work with --use-naflex
 """)
 def test_bad_options(options, said):
     with pytest.raises(ValueError, match=said):
         TrainConfig(**({"train_data": "x.tar"} | SMALL | options))
-
-
-def test_a_share_that_is_no_number():
-    with pytest.raises(ValueError, match="--force-patch-dropout must be a finite number, got nan"):
-        TrainConfig("x.tar", force_patch_dropout=float("nan"))
 
 
 def test_recipes(tmp_path):

@@ -23,9 +23,11 @@ from clipfast.distributed.ending import TrainingError
 from clipfast.runs.folder import RunFolder
 from clipfast.train import TrainConfig
 from clipfast.train.loop import train
+from clipfast.train.optim import parse_arguments
+from clipfast.train.option_checks import flag_name
 from clipfast.train.trainer import Trainer
 
-from ..small_runs import TINY, everything, run_command, sample, write_shard
+from ..small_runs import NAFLEX, RESNET, TINY, everything, run_command, sample, write_shard
 
 SMALL = {
     "model": TINY, "batch_size": 8, "train_num_samples": 32, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0,
@@ -46,11 +48,12 @@ def losses(folder: RunFolder) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return weights and optimizer state of a training run's latest checkpoint as a flat list."""
+    """Return weights, their average and optimizer state of a training run's latest checkpoint, by name."""
     checkpoint = read_checkpoint(RunFolder(folder).latest)
     states = checkpoint["optimizer"]["state"].items()
     moments = {f"{index}.{key}": torch.as_tensor(value) for index, state in states for key, value in state.items()}
-    return checkpoint["state_dict"] | moments
+    averages = {f"average of {name}": value for name, value in checkpoint.get("state_dict_ema", {}).items()}
+    return checkpoint["state_dict"] | averages | moments
 
 
 def same(a: Path, b: Path) -> bool:
@@ -83,16 +86,6 @@ def stopped_after(step: int):
 
     with before_step(step, stop), pytest.raises(KeyboardInterrupt):
         yield
-
-
-def whole_and_resumed(shards, tmp_path, **options) -> tuple[RunFolder, RunFolder]:
-    """Return the folders of two equal training runs: one never stopped, one stopped and resumed."""
-    whole, _ = train(config(shards, tmp_path / "whole", **options))
-    part = config(shards, tmp_path / "part", save_every=1, **options)
-    with stopped_after(5):
-        train(part)
-    folder, _ = train(part, RunFolder(tmp_path / "part" / "run").latest)
-    return whole, folder
 
 
 def command(shards, tmp_path, *extra: str) -> list[str]:
@@ -148,18 +141,39 @@ def test_eight_pairs_are_learned(run_small, tmp_path):
     assert found[-1] < 0.1 * found[0]
 
 
-def test_resumed_run_is_the_same_to_the_last_bit(small, run_small, tmp_path):
-    # the patches that a step drops depend on the random state as well
-    options = {"workers": 2, "force_patch_dropout": 0.5}
-    whole, part = run_small(name="whole", **options), RunFolder(tmp_path / "part")
-    options |= {"name": "part", "save_every": 3}
+RESUMED = {
+    "workers": "workers=2 force_patch_dropout=0.5",  # dropped patches depend on the random state as well
+    "drawn": "train_data_upsampling_factors=(0.5,2.0) dataset_resampled=True unique_by=None",
+    "mixed": "train_data_upsampling_factors=(0.5,2.0)",
+    "wsd": "lr_scheduler=wsd decay_fraction=0.5 warmup=0.25",
+    "stableadamw": "opt=stableadamw",
+    "muon": "opt=muon image_layer_decay=0.7 opt_kwargs=('nesterov=True',) wd_exclude=('*.weight',)",
+    "8 bits": "precision=amp_fp8 fp8_recipe=full fp8_skip=(0,0) micro_batch_size=3",
+    "resnet": f"model={RESNET} ema_decay=0.7",
+    "locked resnet": f"model={RESNET} lock_image=True lock_image_unlocked_groups=1 lock_image_freeze_bn_stats=True "
+    "ema_decay=0.5 micro_batch_size=4",
+    "naflex": f"model={NAFLEX} use_naflex=True unique_by=None naflex_seq_lens=(8,16,24) "
+    "naflex_max_tokens_per_batch=128 naflex_batch_divisor=4",
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_is_the_same_to_the_last_bit(case, run_small, small, tmp_path):
+    options = parse_arguments(RESUMED[case].split()) | {"log_every_n_steps": 1}
+    part = RunFolder(tmp_path / "part")
+    whole = run_small(name="whole", **options)
+    if case == "wsd":
+        rates = [line["lr"] for line in whole.metrics() if "lr" in line]
+        assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+        assert {group["lr"] for group in read_checkpoint(whole.latest)["optimizer"]["param_groups"]} == {rates[-1]}
+    options |= {"save_every": 3}
     for resume, step in ((None, 3), (part.latest, 4)):  # in the middle of an epoch, and at its end
         with stopped_after(step):
-            train(small(**options), resume)
+            train(dataclasses.replace(small(**options), name="part"), resume)
         assert saved_step(part.path) == step
-    run_small(part.latest, **options)
+    run_small(part.latest, "part", **options | {"workers": 1})
     assert same(whole.path, part.path)
-    assert [line["step"] for line in part.metrics() if "loss" in line] == [2, 4, 6, 8]
+    assert losses(part) == losses(whole)
 
 
 def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, capsys):
@@ -228,14 +242,10 @@ def test_open_clip_loads_our_checkpoint(run_small, tmp_path, open_clip_registry)
 def test_open_clip_training_can_be_gone_on_with(small, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     theirs = open_clip.CLIP(**get_model_config("ViT-T-8-32").to_dict())
-
     # the two optimizer groups of OpenCLIP's trainer: without and with weight decay
-    def exclude(name, p):
-        """Return True if OpenCLIP's trainer gives this parameter no weight decay."""
-        return p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
-
-    named = list(theirs.named_parameters())
-    groups = [[p for name, p in named if exclude(name, p)], [p for name, p in named if not exclude(name, p)]]
+    named, parts = list(theirs.named_parameters()), ("bn", "ln", "bias", "logit_scale")
+    plain = {name for name, p in named if p.ndim < 2 or any(part in name for part in parts)}
+    groups = [[p for name, p in named if (name in plain) is is_plain] for is_plain in (True, False)]
     optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=1.0)
     for _, p in named:
         # a moment whose value identifies its parameter
@@ -322,15 +332,26 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(copied, tmp_path):
     assert [path.name for path in (tmp_path / "home").rglob("*")] == ["downloads", "epoch_latest.pt"]
 
 
-@pytest.mark.parametrize("shard", ["pipe:touch owned", "bundled:pipe:touch owned", "a.tar::https://e.org/b.tar"])
-def test_a_checkpoint_cannot_bring_a_shell_command(tmp_path, capsys, monkeypatch, shard):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_data", "pipe:touch owned"), ("train_data", "bundled:pipe:touch owned"),
+        ("train_data", "a.tar::https://e.org/b.tar"), ("opt", "tests.train.test_optimizers:Half"),
+        ("remote_sync", "s3://theirs"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_or_recipe_runs_and_sends_nothing_by_itself(key, value, tmp_path, capsys, monkeypatch):
+    """They may be untrusted. Names of data may hold shell commands, and the import of a module runs its code."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": {}, "clipfast": {"config": {"train_data": shard}}}, tmp_path / "run.pt")
-    (tmp_path / "recipe.toml").write_text(f'train_data = "{shard}"')
+    config = {"train_data": "x.tar", key: value}
+    torch.save({"state_dict": {}, "clipfast": {"config": config}}, "run.pt")
+    Path("recipe.toml").write_text("\n".join(f'{name} = "{text}"' for name, text in config.items()))
     for arguments in (["--resume", "run.pt"], ["--recipe", "recipe.toml"]):
-        assert main(["train", *arguments]) == 2
-        assert re.search(f"{re.escape(repr(shard))}.*--train-data", capsys.readouterr().err)
-    assert not (tmp_path / "owned").exists()
+        code, _, err = run_command(capsys, "train", *arguments)
+        assert code == 2
+        assert re.search(f"{re.escape(value)}.*: .*give {flag_name(key)} yourself", err)
+        assert run_command(capsys, "train", *arguments, flag_name(key), value, "--print-config")[0] == 0
+    assert not Path("owned").exists()
 
 
 def test_an_epoch_is_saved_before_its_evaluation(shards, run_small, tmp_path):

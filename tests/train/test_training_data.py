@@ -1,14 +1,14 @@
 """The trainer's use of its data: mixes, resampling, faulty pairs, and shards that change during a run."""
 
 import dataclasses
-import json
 import re
 import resource
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from clipfast.data import MAX_OPEN, Batch, open_limit
+from clipfast.data import MAX_OPEN, open_limit
 from clipfast.distributed.ending import TrainingError
 from clipfast.runs.folder import RunFolder
 from clipfast.train.data import SkipBudget
@@ -17,48 +17,15 @@ from clipfast.train.trainer import Trainer
 
 from ..small_runs import sample, write_shard
 from .faults import PLACES, faults, faulty_samples
-from .test_training import config, same, stopped_after
+from .test_training import before_step, config, results_of, stopped_after
 
 MIXED = {"unique_by": None, "epochs": 1, "train_num_samples": 64, "save_every": 3, "log_every_n_steps": 1}
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """Record the batches on which the trainer takes steps."""
-    found: list[Batch] = []
-    original = Trainer._train_step
-
-    def watching(trainer, batch):
-        """Record the batch of a training step, then take the step."""
-        found.append(batch)
-        return original(trainer, batch)
-
-    monkeypatch.setattr(Trainer, "_train_step", watching)
-    return found
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"train_data_upsampling_factors": (0.5, 2.0), "dataset_resampled": True},
-        {"train_data_upsampling_factors": (0.5, 2.0), "unique_by": "label"},
-    ],
-)
-def test_a_run_goes_on_within_an_epoch_of_any_order(options, shards, tmp_path):
-    whole = config(shards, tmp_path, **(MIXED | options))
-    train(whole)
-    again = dataclasses.replace(whole, name="again")
-    with stopped_after(5):
-        train(again)
-    train(dataclasses.replace(again, workers=2), RunFolder(tmp_path / "again").latest)
-    assert same(tmp_path / "run", tmp_path / "again")
 
 
 @pytest.mark.parametrize(
     ("sources", "limits", "raised", "expected"),
     [
         (1, (1024, 4096), None, MAX_OPEN),
-        (8, (1024, 1 << 20), 8 * 128 + 512, 128),
         (8, (1024, resource.RLIM_INFINITY), 8 * 128 + 512, 128),
         (16, (1024, 2048), 2048, 96),
         (16, (300, 300), None, 16),
@@ -95,27 +62,28 @@ def test_the_data_cannot_change_within_an_epoch(tmp_path):
         train(options, latest)
 
 
-def test_five_percent_of_faults(seen, tmp_path):
+def test_five_percent_of_faults(tmp_path):
     write_shard(tmp_path / "s.tar", faulty_samples())
     whole = {"train_num_samples": 180, "batch_size": 12, "epochs": 2, "workers": 2}
-    folder, _ = train(config(f"{tmp_path}/s.tar", tmp_path, **whole, max_bad_fraction=0.1))
-    assert {(batch.images.shape, len(batch.texts)) for batch in seen} == {((12, 3, 32, 32), 12)}
-    assert len(seen) == 30
-    results = json.loads((folder.path / "results.json").read_text())
-    assert results["skipped_kinds"] == dict.fromkeys(faults(), 2)
+    step = Trainer._train_step
+    with mock.patch.object(Trainer, "_train_step", autospec=True, side_effect=step) as steps:
+        folder, _ = train(config(f"{tmp_path}/s.tar", tmp_path, **whole, max_bad_fraction=0.1))
+    batches = [call.args[1] for call in steps.call_args_list]
+    assert {(batch.images.shape, len(batch.texts)) for batch in batches} == {((12, 3, 32, 32), 12)}
+    assert len(batches) == 30
+    assert results_of(folder.path)["skipped_kinds"] == dict.fromkeys(faults(), 2)
     listed = [line.split("\t") for line in (folder.path / "skipped.tsv").read_text().splitlines()]
     assert sorted(line[1] for line in listed) == sorted([f"s.tar/{place:03d}" for place in PLACES] * 2)
 
     strict = config(f"{tmp_path}/s.tar", tmp_path, **whole, max_bad_fraction=0.01)
-    with pytest.raises(TrainingError, match=r"more than --max-bad-fraction 0.01: .*; they are listed in") as error:
+    with (
+        mock.patch.object(Trainer, "_train_step", autospec=True, side_effect=step) as steps,
+        pytest.raises(TrainingError, match=r"more than --max-bad-fraction 0.01: .*; they are listed in") as error,
+    ):
         train(dataclasses.replace(strict, name="strict"))
-    counted = re.match(r"(\d+) of (\d+) pairs", str(error.value))
-    assert counted is not None
-    stopped = seen[30:]
-    assert [int(number) for number in counted.groups()] == [
-        sum(len(batch.skipped) for batch in stopped),
-        sum(len(batch) for batch in stopped),
-    ]
+    batches = [call.args[1] for call in steps.call_args_list]
+    counts = sum(len(batch.skipped) for batch in batches), sum(map(len, batches))
+    assert str(error.value).startswith("{} of {} pairs".format(*counts))
 
 
 @pytest.mark.parametrize(
@@ -150,25 +118,11 @@ def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
     train(dataclasses.replace(given, epochs=3), folder.latest)
     listed = [line.split("\t") for line in (folder.path / "skipped.tsv").read_text().splitlines()]
     assert [line[1:3] for line in listed if line[0] == "0"] == [["b.tar", "damaged shard"]]
-    results = json.loads((folder.path / "results.json").read_text())
+    results = results_of(folder.path)
     assert results["damaged_shards"] == {f"{tmp_path}/b.tar": results["skipped_kinds"]["damaged shard"]}
     assert results["skipped_pairs"] == sum(results["skipped_kinds"].values()) > 0
     loss = f"of shard {tmp_path}/b.tar are lost: byte {places[0]}"
     assert [loss in line for line in (folder.path / "out.log").read_text().splitlines()].count(True) == 2  # sessions: 2
-
-
-def changed_after_two_steps(monkeypatch, path: Path, change):
-    """Change a shard while a run reads it, and make the run open the shard again for every sample."""
-    original = Trainer._train_step
-
-    def changing(trainer, batch):
-        """Change the shard before the third training step, then take the step."""
-        if trainer.progress.step == 2:
-            change(path)
-        return original(trainer, batch)
-
-    monkeypatch.setattr(Trainer, "_train_step", changing)
-    monkeypatch.setattr("clipfast.train.data.open_limit", lambda sources: 1)
 
 
 @pytest.mark.parametrize(
@@ -182,13 +136,14 @@ def changed_after_two_steps(monkeypatch, path: Path, change):
 def test_a_shard_that_changes_during_a_run_is_named(kind, change, monkeypatch, tmp_path):
     for name in "abc":
         write_shard(tmp_path / f"{name}.tar", [sample(index) for index in range(24)])
-    changed_after_two_steps(monkeypatch, tmp_path / "b.tar", change)
+    monkeypatch.setattr("clipfast.train.data.open_limit", lambda sources: 1)  # each sample opens its shard again
     options = config(
         f"{tmp_path}/{{a,b,c}}.tar", tmp_path, unique_by=None, train_num_samples=72, epochs=1, workers=0,
         max_bad_fraction=0.5,
     )  # fmt: skip
-    folder, _ = train(options)
-    results = json.loads((folder.path / "results.json").read_text())
+    with before_step(2, lambda trainer: change(tmp_path / "b.tar")):
+        folder, _ = train(options)
+    results = results_of(folder.path)
     assert set(results["skipped_kinds"]) == {kind}
     assert 10 < results["skipped_pairs"] <= 24
     listed = (folder.path / "skipped.tsv").read_text().splitlines()

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import re
 import shlex
@@ -17,8 +16,7 @@ import pytest
 from clipfast.cli.main import main
 
 from ..processes import run_ranks
-from ..small_runs import TINY, sample, write_shard
-from .test_naflex_step import CONFIG
+from ..small_runs import NAFLEX, TINY, sample, write_shard
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "training.md").read_text()
@@ -43,7 +41,7 @@ def shortened(arguments):
     if "--recipe" in given and "--print-config" not in given:
         given += ["--global-batch-size", "16"]
     if "--use-naflex" in given:
-        given[given.index("--model") + 1] = "naflex.json"
+        given[given.index("--model") + 1] = NAFLEX
         given += ["--naflex-max-tokens-per-batch", "1024"]
     if "emoji" in given:
         given += ["--val-data", SMALL, "--val-leave-out", "odd"]
@@ -78,7 +76,6 @@ def folder(tmp_path_factory):
     """Return a folder with the data that the page of training names."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "data").mkdir()
-    (folder / "naflex.json").write_text(json.dumps(CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 49408}}))
     for number in range(4):
         write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
     yield folder

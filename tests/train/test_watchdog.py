@@ -19,23 +19,17 @@ from clipfast.distributed.watchdog import Watchdog
 from clipfast.train import TrainConfig
 from clipfast.train.validation import ImageNet
 
-from ..processes import error_of, run_ranks, start_ranks
-from ..small_runs import TINY, sample, write_shard
-from .distributed import on_rank, trained
+from ..processes import error_of, run_ranks, start_ranks, wait_for
+from .distributed import SHORT, empty, on_rank, trained
 from .test_training import saved_step
 
 TIMEOUT = 4  # seconds that a collective may take
 
 
 @pytest.fixture
-def given(tmp_path):
+def given(options, tmp_path):
     """Return the options of a training run of twelve steps, for the watchdog."""
-    write_shard(tmp_path / "a.tar", [sample(index) for index in range(24)])
-    return {
-        "train_data": f"{tmp_path}/a.tar", "model": TINY, "global_batch_size": 12, "samples_seen": 144, "warmup": 2,
-        "train_num_samples": 144, "workers": 0, "save_every": 3, "name": "run", "logs": str(tmp_path),
-        "dist_timeout": TIMEOUT,
-    }  # fmt: skip
+    return options(tmp_path, "run", **SHORT, dist_timeout=TIMEOUT)
 
 
 def stalling(world, given, rank, seconds, number):
@@ -50,18 +44,6 @@ def stalling(world, given, rank, seconds, number):
 
     with mock.patch.object(PairBatches, "__getitem__", slow):
         return trained(world, given)
-
-
-@contextlib.contextmanager
-def started(size, jobs, folder, do=trained):
-    """Start training ranks in this context, and kill them at its end."""
-    folder.mkdir()
-    processes = start_ranks(on_rank, size, size, jobs, do, folder=folder)
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def is_stopped(process):
@@ -81,30 +63,28 @@ def wait_until(condition, seconds=60.0):
 
 @pytest.mark.long
 def test_a_rank_that_is_stopped_is_named_by_all_others(given, tmp_path):
-    folder = tmp_path / "ranks"
-    with started(3, [(given, False, (signal.SIGSTOP, (1,), 5))], folder) as processes:
-        wait_until(lambda: is_stopped(processes[1]))
-        stopped = time.monotonic()
-        for rank in (0, 2):
-            processes[rank].join(20)
-        assert time.monotonic() - stopped < TIMEOUT + 1.5  # the collective fails at the timeout
-        assert [processes[rank].exitcode for rank in (0, 2)] == [1, 1]
-        name = f"rank 1, process {processes[1].pid} on {os.uname().nodename} gives no sign of life; the last was"
-        for rank in (0, 2):
-            assert f"RuntimeError: rank {rank}: another rank is lost: {name} from step " in error_of(folder, rank)
-            assert "_train_step" in (tmp_path / "run" / "stacks" / f"rank_{rank}.txt").read_text()
-        log = (tmp_path / "run" / "out.log").read_text()
-        assert "ERROR | at step 6, this rank waits: rank 1," in log
+    folder = empty(tmp_path)
+    processes = start_ranks(on_rank, 3, 3, [(given, (signal.SIGSTOP, (1,), 5))], folder=folder)
+    wait_until(lambda: is_stopped(processes[1]))
+    stopped = time.monotonic()
+    for rank in (0, 2):
+        processes[rank].join(20)
+    assert time.monotonic() - stopped < TIMEOUT + 1.5  # the collective fails at the timeout
+    assert [processes[rank].exitcode for rank in (0, 2)] == [1, 1]
+    name = f"rank 1, process {processes[1].pid} on {os.uname().nodename} gives no sign of life; the last was"
+    for rank in (0, 2):
+        assert f"RuntimeError: rank {rank}: another rank is lost: {name} from step " in error_of(folder, rank)
+        assert "_train_step" in (tmp_path / "run" / "stacks" / f"rank_{rank}.txt").read_text()
+    assert "ERROR | at step 6, this rank waits: rank 1," in (tmp_path / "run" / "out.log").read_text()
     assert saved_step(tmp_path / "run") == 3
 
 
 @pytest.mark.long
 def test_a_rank_without_data_is_named_with_its_stack(given, tmp_path):
-    folder = tmp_path / "ranks"
-    with started(2, [(given, 1, 600, 5)], folder, stalling) as processes:
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [1, 1]
+    folder = empty(tmp_path)
+    processes = start_ranks(on_rank, 2, 2, [(given, 1, 600, 5)], stalling, folder=folder)
+    wait_for(processes, 60)
+    assert [process.exitcode for process in processes] == [1, 1]
     name = r"rank 0: another rank is lost: rank 1, process \d+ on \S+ has waited for its data for \d s at step 6"
     assert re.search(name + r"; .*/stacks/rank_N.txt holds the stacks", error_of(folder, 0))
     stack = (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
@@ -115,10 +95,8 @@ def test_a_rank_without_data_is_named_with_its_stack(given, tmp_path):
 @pytest.mark.long
 def test_slow_ranks_are_not_stuck(given, tmp_path):
     """The first batch, a checkpoint, and the classifier of ImageNet may take longer than the timeout."""
-    folder = tmp_path / "ranks"
-    folder.mkdir()
-    given |= {"dist_timeout": 3, "samples_seen": 48}
-    assert run_ranks(on_rank, 2, 2, [(given,)], slowly, folder=folder) == [[(None, {})]] * 2
+    given |= {"dist_timeout": 3, "train_num_samples": 48}
+    assert run_ranks(on_rank, 2, 2, [(given,)], slowly, folder=empty(tmp_path)) == [[(None, {})]] * 2
     assert "ERROR" not in (tmp_path / "run" / "out.log").read_text()
     assert not (tmp_path / "run" / "stacks").exists()
 
@@ -223,6 +201,5 @@ def endless(rank):
 
 def test_ranks_that_do_not_come_out_are_ended(tmp_path):
     processes = start_ranks(endless, 2, folder=tmp_path)
-    for process in processes:
-        process.join(20)
+    wait_for(processes, 20)
     assert [process.exitcode for process in processes] == [1, 1]
