@@ -215,28 +215,23 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
     """
     known = inspect.signature(kind).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    betas_given, eps_given = config.beta1 != 0.9 or config.beta2 is not None, config.eps is not None
-    has_defaults = kind is StableAdamW or kind.__module__.startswith("torch.optim.")
+    betas, eps = adam_defaults(config, model)
+    # Optimizers of other packages keep their own betas and eps; the others get CLIP's.
+    has_ours = "betas" in known and (kind is StableAdamW or kind.__module__.startswith("torch.optim."))
     options: dict[str, Any] = {}
-    for flag, argument, is_given in (
-        ("--beta1 and --beta2", "betas", betas_given),
-        ("--eps", "eps", eps_given),
-        ("--momentum", "momentum", config.momentum is not None),
-        ("--wd", "weight_decay", config.wd > 0),
-        ("--cuda-graphs", "capturable", config.cuda_graphs),
+    for flag, argument, value, is_given in (
+        ("--beta1 and --beta2", "betas", betas, config.beta1 != 0.9 or config.beta2 is not None),
+        ("--eps", "eps", eps, config.eps is not None),
+        ("--momentum", "momentum", config.momentum, config.momentum is not None),
+        ("--wd", "weight_decay", None, config.wd > 0),  # its value is in the groups
+        ("--cuda-graphs", "capturable", True, config.cuda_graphs),
     ):
         if is_given and argument not in known and not takes_any:
             without = "set --wd 0" if argument == "weight_decay" else f"leave out {flag}"
             raise ValueError(f"--opt {config.opt} has no argument {argument}: {without}")
-    betas, eps = adam_defaults(config, model)
-    # Optimizers of other packages keep their own betas and eps; the others get CLIP's.
-    if betas_given or ("betas" in known and has_defaults):
-        options["betas"] = betas
-    if eps_given or ("betas" in known and has_defaults):
-        options["eps"] = eps
-    if config.momentum is not None:
-        options["momentum"] = config.momentum
-    return options | ({"capturable": True} if config.cuda_graphs else {})
+        if value is not None and (is_given or (has_ours and argument in ("betas", "eps"))):
+            options[argument] = value
+    return options
 
 
 def adam_defaults(config: TrainConfig, model: CLIP) -> tuple[tuple[float, float], float]:

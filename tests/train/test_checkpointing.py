@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -44,26 +45,20 @@ def names(store):
     return sorted(path.name for path in store.folder.iterdir())
 
 
-class Gate:
-    """A file writer that waits until the test lets it go on."""
-
-    def __init__(self, monkeypatch):
-        self.begun, self.open, self.written = threading.Semaphore(0), threading.Event(), []
-
-        def write(path, content):
-            """Write a training checkpoint once the gate is open."""
-            self.begun.release()
-            assert self.open.wait(30)
-            write_checkpoint(path, content)
-            self.written.append(path.name)
-
-        monkeypatch.setattr("clipfast.checkpoints.of_run.write_checkpoint", write)
-
-
 @pytest.fixture
 def gate(monkeypatch):
     """Return a gate that holds back the writes of training checkpoints until a test opens it."""
-    return Gate(monkeypatch)
+    gate = SimpleNamespace(begun=threading.Semaphore(0), open=threading.Event(), written=[])
+
+    def write(path, content):
+        """Write a training checkpoint once the gate is open."""
+        gate.begun.release()
+        assert gate.open.wait(30)
+        write_checkpoint(path, content)
+        gate.written.append(path.name)
+
+    monkeypatch.setattr("clipfast.checkpoints.of_run.write_checkpoint", write)
+    return gate
 
 
 def weights_of(path):

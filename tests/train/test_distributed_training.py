@@ -18,7 +18,7 @@ from clipfast.train.loop import train
 from clipfast.train.optim import parse_arguments
 
 from ..processes import run_ranks
-from .distributed import CASES, assert_like, empty, folder_of, on_rank, trained
+from .distributed import CASES, assert_like, empty, folder_of, on_rank, skipped_in, trained
 from .test_training import losses, results_of, saved_step
 
 
@@ -60,6 +60,7 @@ def test_the_evaluation_of_one_process(one, options, together, tmp_path):
     for case in cases:
         assert (tmp_path / case / "results.json").read_text() == (one[case].path / "results.json").read_text()
         assert results_of(tmp_path / case)["skipped_images"] == 7
+        assert sum("\tval.tar/" in line for line in skipped_in(one[case])) == 7
 
 
 @pytest.mark.long

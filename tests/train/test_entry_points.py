@@ -10,6 +10,7 @@ import clipfast
 from clipfast import convert_checkpoint, create_model, create_model_from_pretrained, export_open_clip
 from clipfast.checkpoints.preprocessing import preprocessing_of
 from clipfast.kernels.reference import CLIP_MEAN
+from clipfast.train.optim import parse_arguments
 
 from ..checkpoints.conftest import CONFIGS, inputs, make_model, same_bits, save_own
 from ..small_runs import cases
@@ -220,9 +221,9 @@ def test_wrong_arguments(options, said):
 
 
 def test_arguments_that_change_nothing(tmp_path):
-    options = {"pretrained_image": False, "pretrained_hf": False, "weights_only": True, "load_weights_only": True,
-               "jit": False, "pretrained_text_path": None, "force_custom_text": False,
-               "force_naflex_vision": False, "pretrained_audio_path": None, "audio_aug_cfg": None}  # fmt: skip
+    words = "pretrained_image=False pretrained_hf=False weights_only=True load_weights_only=True jit=False "
+    words += "pretrained_text_path=None force_custom_text=False force_naflex_vision=False pretrained_audio_path=None "
+    options = parse_arguments(f"{words} audio_aug_cfg=None".split())
     torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
     model = create_model_from_pretrained("ViT-T-8-32", tmp_path / "w.pt", return_transform=False, **options)
     create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # these are OpenCLIP's defaults

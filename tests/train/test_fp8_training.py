@@ -46,12 +46,12 @@ def test_it_learns_like_float32(options, plain, run_small):
 @pytest.mark.long
 def test_two_processes_train_as_one(options, together, tmp_path):
     """A number that is rounded to the other side by an earlier rounding moves by a sixteenth, so losses are near."""
-    given = [options(tmp_path, name, **FP8, lr=1e-4, fsdp=name == "fsdp") for name in ("one", "ddp", "fsdp")]
+    given = [options(tmp_path, name, **FP8, opt="sgd", lr=0.1, fsdp=name == "fsdp") for name in ("one", "ddp", "fsdp")]
     assert trained(ALONE, given[0]) is None
     assert together(2, *((each,) for each in given[1:])) == [[None] * 2] * 2
     one, *others = (losses(folder_of(each)) for each in given)
     for other in others:
-        assert other == pytest.approx(one, rel=2e-3)
+        assert other == pytest.approx(one, rel=5e-3)
 
 
 def test_the_metrics_tell_what_8_bits_lose(shards, tmp_path):

@@ -197,14 +197,14 @@ RESNET = {
 @pytest.mark.parametrize(
     ("name", "options", "depths"),
     [
-        (TINY, {"text_layer_decay": 0.5}, TEXT),
-        (TINY, {"image_layer_decay": 0.5, "text_layer_decay": 0.5}, VIT | TEXT),
-        ("RN50", {"image_layer_decay": 0.5}, RESNET),
+        (TINY, "text_layer_decay=0.5", TEXT),
+        (TINY, "image_layer_decay=0.5 text_layer_decay=0.5", VIT | TEXT),
+        ("RN50", "image_layer_decay=0.5", RESNET),
     ],
 )
 def test_rates_fall_from_layer_to_layer(name, options, depths):
     model = built(name)
-    optimizer = made(model, lr=0.1, **options)
+    optimizer = made(model, lr=0.1, **parse_arguments(options.split()))
     parameters = dict(model.named_parameters())
     expected = {
         name: 0.5 ** next((depth for start, depth in depths.items() if name.startswith(start)), 0)

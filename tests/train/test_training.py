@@ -270,8 +270,8 @@ def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, 
         train(small())
     assert copied.latest.read_bytes() == before
     # The third epoch has two steps of 16 pairs. The two epochs before it count as four such steps.
-    changes = ["--epochs", "3", "--wd", "0.5", "--beta2", "0.9", "--batch-size", "16", "--val-frequency", "0"]
-    assert main(["train", "--resume", "latest", "--name", "run", "--logs", str(copied.path.parent), *changes]) == 0
+    words = f"train --resume latest --name run --logs {copied.path.parent} --epochs 3 --wd 0.5 --beta2 0.9"
+    assert main([*words.split(), "--batch-size", "16", "--val-frequency", "0"]) == 0
     checkpoint = read_checkpoint(copied.latest)
     groups = checkpoint["optimizer"]["param_groups"]
     assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.0, (0.9, 0.9)), (0.5, (0.9, 0.9))]
@@ -280,12 +280,12 @@ def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, 
     change = {"after_step": 4, "epochs": 3, "wd": 0.5, "beta2": 0.9, "batch_size": 16, "val_frequency": 0}
     assert (recorded["batch_size"], recorded["changes"]) == (8, [change])
     for words, said in (
-        (["--resume", "latest"], "--name"),
-        (["--resume", copied.path, "--model", "RN50"], "--model"),
-        (["--resume", copied.path, "--model", "RN50", "--name", "other"], "--model"),
-        (["--resume", copied.path, "--lr", "1"], "finished after 6 steps, .*--lr 0.001 -> 1"),
+        ("latest", "--name"),
+        (f"{copied.path} --model RN50", "--model"),
+        (f"{copied.path} --model RN50 --name other", "--model"),
+        (f"{copied.path} --lr 1", "finished after 6 steps, .*--lr 0.001 -> 1"),
     ):
-        code, _, err = run_command(capsys, "train", *words)
+        code, _, err = run_command(capsys, "train", "--resume", *words.split())
         assert code == 2
         assert re.search(said, err)
     assert json.loads((copied.path / "config.json").read_text()) == recorded
@@ -326,8 +326,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(copied, tmp_path):
     (tmp_path / "home" / "downloads").mkdir(parents=True)
     downloaded = copied.latest.rename(tmp_path / "home" / "downloads" / "epoch_latest.pt")
     shutil.rmtree(copied.path)
-    words = ["--resume", str(downloaded), "--epochs", "3", "--val-frequency", "0", "--logs", str(tmp_path)]
-    assert main(["train", *words]) == 0
+    assert main(f"train --resume {downloaded} --epochs 3 --val-frequency 0 --logs {tmp_path}".split()) == 0
     assert (tmp_path / "run" / "results.json").exists()
     assert [path.name for path in (tmp_path / "home").rglob("*")] == ["downloads", "epoch_latest.pt"]
 
