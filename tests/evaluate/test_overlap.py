@@ -128,15 +128,8 @@ def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, t
     assert (one["images"], one["recall"], one["precision"]) == (1, 1.0, 1 / 8)
 
 
-def test_thumbnails_compare_pixels_and_not_brightness():
-    detector = PixelEncoder()
-    image = drawing(3)
-    variants = [image, EDITS["darker"](image), image.resize((200, 90)), drawing(4), Image.new("RGB", (9, 9), "red")]
-    features = detector.images(torch.stack([detector.transform(one) for one in variants]))
-    scores = features @ features[0]
-    assert (scores[:3] > 0.99).all()
-    assert scores[3:].abs().max() < 0.6
-    assert detector.images(torch.full((1, 3, 16, 16), 9, dtype=torch.uint8)).abs().max() == 0
+def test_a_picture_of_one_colour_is_like_no_other():
+    assert PixelEncoder().images(torch.full((1, 3, 16, 16), 9, dtype=torch.uint8)).abs().max() == 0
 
 
 @pytest.mark.long
