@@ -301,13 +301,21 @@ def _checkpointed(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -
     return function(x)
 
 
-def why_not_read(encoder: Any, num_tokens: int) -> str:
-    """Return the reason why the last block of transformers' encoder cannot compute a single row, or "" if it can."""
+def why_not_short(encoder: Any, num_tokens: int | None) -> str:
+    """Return the reason why transformers' encoder cannot compute one row in its last block, or packed texts, or "".
+
+    Args:
+        encoder: the encoder.
+        num_tokens: the number of tokens of a sequence of which one row is read; None for packed texts.
+    """
     if part_of(encoder)[1] != "Encoder" or not is_untouched(encoder) or not len(encoder.layers):
         return "its stack of blocks is not transformers' own, has a hook, or has no blocks"
-    last = encoder.layers[-1]
-    heads = getattr(getattr(last, "self_attn", None), "num_heads", 0)
-    refusal = why_not_row(last, num_tokens, heads, _is_row_by_row)
+    if num_tokens is None:
+        refusal = packable.why_not_packed(encoder, _is_row_by_row)
+    else:
+        last = encoder.layers[-1]
+        heads = getattr(getattr(last, "self_attn", None), "num_heads", 0)
+        refusal = why_not_row(last, num_tokens, heads, _is_row_by_row)
     if not refusal and not all(hasattr(layer, "self_attn") and takes(layer.self_attn) for layer in encoder.layers):
         return "its attention is not ours, or drops weights"
     return refusal
@@ -318,19 +326,9 @@ def _is_row_by_row(part: nn.Module) -> bool:
     return part_of(part)[1] in _PARTS or class_name(part) in _ROW_BY_ROW
 
 
-def why_not_packed(encoder: Any) -> str:
-    """Return the reason why the blocks of transformers' encoder cannot compute packed texts, or "" if they can."""
-    if part_of(encoder)[1] != "Encoder" or not is_untouched(encoder) or not len(encoder.layers):
-        return "its stack of blocks is not transformers' own, has a hook, or has no blocks"
-    refusal = packable.why_not_packed(encoder, _is_row_by_row)
-    if not refusal and not all(hasattr(layer, "self_attn") and takes(layer.self_attn) for layer in encoder.layers):
-        return "its attention is not ours, or drops weights"
-    return refusal
-
-
 def read_packed(encoder: Any, x: Tensor, text: PackedText) -> Tensor:
     """Run the blocks of transformers' encoder on packed texts, and return the last row of each: [1, T, E] -> [B, E]."""
-    if why_not_read(encoder, text.max_seqlen):
+    if why_not_short(encoder, text.max_seqlen):
         row = take_rows(_run_layers(encoder.layers, x, None, text.packing, {"is_causal": True}), text)
     else:
         row = read_row(encoder, x, text, True, None)
@@ -341,7 +339,7 @@ def read_row(encoder: Any, x: Tensor, rows: Tensor | PackedText | None, causal: 
     """Run the blocks of transformers' encoder, the last one for a single row of each sequence: [B, N, E] -> [B, E].
 
     Args:
-        encoder: an encoder for which :func:`why_not_read` returns "".
+        encoder: an encoder for which :func:`why_not_short` returns "".
         x: the tokens that enter the blocks.
         rows: [B], the row of each sequence to compute; None for the first; packed texts for the last of each, in their
             packed order.

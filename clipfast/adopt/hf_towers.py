@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from ..kernels import patch_embed, text_embed
 from ..models.layers import HOOKS, has_hooks
 from ..models.packed_text import PackedText, has_values, pack_if_shorter
-from . import hf
-from .hf import part_of, read_packed, read_row, seen_by_padding, why_not_read
+from .hf import part_of, read_packed, read_row, seen_by_padding, why_not_short
 from .parts import NO_PROJECTION, is_projection, is_table, only_looks_up
 from .places import ON_GPUS, Proposal, computes, is_left, is_untouched, on_cpus, propose_unless, runs_ours
 
@@ -108,7 +107,7 @@ def why_not_pooled(tower: Any, num_tokens: int | None = None) -> str:
         return "the norm of its rows has a hook"
     if num_tokens is None:
         num_tokens = len(tower.embeddings.position_embedding.weight)
-    return why_not_read(tower.encoder, num_tokens)
+    return why_not_short(tower.encoder, num_tokens)
 
 
 def pooled_image(tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor | None:
@@ -155,7 +154,7 @@ def why_not_packed(tower: Any) -> str:
         return "it is not that of transformers' CLIP, or has a hook"
     if has_hooks(tower.final_layer_norm) or not _embeds_packed(tower.embeddings):
         return "its norm or its embedding has a hook, or its tables do more than look up"
-    return hf.why_not_packed(tower.encoder)
+    return why_not_short(tower.encoder, None)
 
 
 def _embeds_packed(module: Any) -> bool:

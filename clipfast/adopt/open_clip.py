@@ -279,10 +279,10 @@ def open_clip_attention(
     is_normed = not (is_plain(module.ln_q, nn.Identity) and is_plain(module.ln_k, nn.Identity))
     if context is x and module.in_proj_weight is not None and not is_normed:
         qkv, bias = project_qkv(x, module.in_proj_weight, module.in_proj_bias)
-        out = self_attention(qkv, module.num_heads, attn_mask, bias)
+        out = self_attention(qkv, module.num_heads, attn_mask, bias, is_causal)
     else:
         q, k, v = project_apart(module, x, context)
-        out = heads_attention(module.ln_q(q), module.ln_k(k), v, None, is_causal)
+        out = heads_attention(module.ln_q(q), module.ln_k(k), v, is_causal)
     if module.head_scale is not None:
         out = (out.unflatten(-1, (module.num_heads, -1)) * module.head_scale.flatten(1)).flatten(2)
     return module.out_drop(module.out_proj(module.ln_inner(out)))
@@ -306,7 +306,7 @@ def modern_text_attention(
     q, k = module.q_norm(q), module.k_norm(k)
     if rope_embed is not None:
         q, k = (_rotate_pairs(t, rope_embed) for t in (q, k))
-    out = heads_attention(q, k, v, None, is_causal)
+    out = heads_attention(q, k, v, is_causal)
     if module.gate is not None:
         out = out * module.gate(x).sigmoid()
     return module.proj(out), first if module.value_residual else None
@@ -328,4 +328,4 @@ def whisper_attention(
         return type(module).forward(module, x, xa, mask, kv_cache)
     layers = (module.query, module.key, module.value)
     q, k, v = (layer(x).unflatten(-1, (module.n_head, -1)).transpose(1, 2) for layer in layers)
-    return module.out(heads_attention(q, k, v, None, False)), None
+    return module.out(heads_attention(q, k, v, False)), None

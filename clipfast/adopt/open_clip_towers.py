@@ -47,15 +47,10 @@ def propose_tower(module: nn.Module) -> Iterator[Proposal]:
         # OpenCLIP 3.3.0 has only encode_text; later versions have both methods.
         method = "_encode_text" if hasattr(type(module), "_encode_text") else "encode_text"
         yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, encode_text, method, "embeds")
-        refusal = _why_not_read(tower, tower.text_pool_type)
-        yield propose_unless(refusal, KIND, ROW, encode_text, method, "pools")
-        refusal = _why_not_packed(tower, tower.text_pool_type, why_not_causal(tower))
-        yield propose_unless(refusal, packable.KIND, packable.PACKS, encode_text, method, "packs")
+        yield from _propose_rows_of_texts(tower, tower.text_pool_type, encode_text, method)
     elif name == "open_clip.transformer.TextTransformer" and hasattr(module, "_embeds"):
         yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, text_embeds, "_embeds")
-        yield propose_unless(_why_not_read(tower, tower.pool_type), KIND, ROW, text_tower, option="pools")
-        refusal = _why_not_packed(tower, tower.pool_type, why_not_causal(tower))
-        yield propose_unless(refusal, packable.KIND, packable.PACKS, text_tower, option="packs")
+        yield from _propose_rows_of_texts(tower, tower.pool_type, text_tower, "forward")
     elif name == "open_clip.transformer.ModernTextTransformer":
         yield Proposal("text_embed", "it adds no positions to texts")
         yield Proposal(KIND, "its last block has parts that CLIP's has not, such as an adapter")
@@ -73,6 +68,13 @@ def _propose_image_tower(tower: Any) -> Iterator[Proposal]:
     else:
         refusal = _why_not_row(tower.transformer, len(tower.positional_embedding))
     yield propose_unless(refusal, KIND, ROW, image_tower)
+
+
+def _propose_rows_of_texts(tower: Any, pool_type: str, function: Any, method: str) -> Iterator[Proposal]:
+    """Propose that a text tower of OpenCLIP computes one row in its last block, and packed texts."""
+    yield propose_unless(_why_not_read(tower, pool_type), KIND, ROW, function, method, "pools")
+    refusal = _why_not_packed(tower, pool_type, why_not_causal(tower))
+    yield propose_unless(refusal, packable.KIND, packable.PACKS, function, method, "packs")
 
 
 def _why_not_embed(tower: Any) -> str:

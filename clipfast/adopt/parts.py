@@ -93,19 +93,22 @@ def multihead_attention(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
     if query is not key or not module._qkv_same_embed_dim:
-        return project_out(module, heads_attention(*project_apart(module, query, key), None, is_causal)), None
+        return project_out(module, heads_attention(*project_apart(module, query, key), is_causal)), None
     qkv, bias = project_qkv(query, module.in_proj_weight, module.in_proj_bias, fp8)
-    return project_out(module, self_attention(qkv, module.num_heads, attn_mask, bias), fp8), None
+    return project_out(module, self_attention(qkv, module.num_heads, attn_mask, bias, is_causal), fp8), None
 
 
-def self_attention(qkv: Tensor, heads: int, mask: Tensor | Packing | None, bias: Tensor | None) -> Tensor:
+def self_attention(
+    qkv: Tensor, heads: int, mask: object, bias: Tensor | None, is_causal: bool, scale: float | None = None
+) -> Tensor:
     """Compute an adopted model's self-attention on a packed projection: [B, N, 3 H D] -> [B, N, H D].
 
-    ``mask`` is the causal mask, or None, or the packing of texts that are one sequence, [1, T, 3 H D].
+    ``mask`` may be the packing of texts or images that are one sequence, [1, T, 3 H D]; any other is not read.
     """
+    options: Any = {"causal": is_causal, "scale": scale, "bias": bias}
     if isinstance(mask, Packing):
-        return attention(qkv[0], heads, causal=True, cu_seqlens=mask, bias=bias)[None]
-    return attention(qkv, heads, causal=mask is not None, bias=bias)
+        return attention(qkv[0], heads, cu_seqlens=mask, **options)[None]
+    return attention(qkv, heads, **options)
 
 
 def drops(module: nn.Module, probability: float) -> bool:
@@ -139,7 +142,7 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def heads_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_causal: bool) -> Tensor:
+def heads_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None = None) -> Tensor:
     """Compute an adopted model's attention of [B, H, M, D] on [B, H, N, D]: [B, M, H D]."""
     # Under autocast, norms of queries and keys may have float32 where the values have 16 bits.
     q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))

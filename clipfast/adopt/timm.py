@@ -11,11 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.packing import Packing
 from ..models.layers import PackedTokens, is_plain, project_qkv, single_query_attention
-from .parts import ADDS, add_norm, drops, heads_attention, linear_gelu, propose_gelu, propose_heads, split_heads
+from .parts import (
+    ADDS,
+    add_norm,
+    drops,
+    heads_attention,
+    linear_gelu,
+    propose_gelu,
+    propose_heads,
+    self_attention,
+    split_heads,
+)
 from .places import Proposal, class_name, computes
 
 
@@ -91,17 +100,13 @@ def timm_attention(
         return type(module).forward(module, x, attn_mask=attn_mask, **_hint(is_causal))
     if not is_plain(module.q_norm, nn.Identity) or not is_plain(module.k_norm, nn.Identity):
         q, k, v = split_heads(module.qkv(x), module.num_heads)
-        out = heads_attention(module.q_norm(q), module.k_norm(k), v, _scale(module), is_causal)
+        out = heads_attention(module.q_norm(q), module.k_norm(k), v, is_causal, _scale(module))
         return _project(module, x, out)
     if is_plain(module.qkv, nn.Linear):
         qkv, bias = project_qkv(x, module.qkv.weight, module.qkv.bias)
     else:
         qkv, bias = module.qkv(x), None
-    options: Any = {"causal": is_causal, "scale": _scale(module), "bias": bias}
-    if packing is None:
-        out = attention(qkv, module.num_heads, **options)
-    else:
-        out = attention(qkv[0], module.num_heads, cu_seqlens=packing, **options)[None]
+    out = self_attention(qkv, module.num_heads, packing, bias, is_causal, _scale(module))
     return _project(module, x, out)
 
 
@@ -131,7 +136,7 @@ def rope_attention(
     groups = getattr(module, "num_kv_groups", 1)
     if groups > 1:
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    return _project(module, x, heads_attention(q, k, v, _scale(module), is_causal))
+    return _project(module, x, heads_attention(q, k, v, is_causal, _scale(module)))
 
 
 def _projected_heads(module: Any, x: Tensor) -> tuple[Tensor, ...]:

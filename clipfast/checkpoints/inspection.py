@@ -1,10 +1,10 @@
 """``inspect_checkpoint``: a description of a checkpoint, from its file alone."""
 
 import dataclasses
-import hashlib
 from collections import Counter
 from pathlib import Path
 
+from ..io.files import sha256
 from .layouts import read_contents
 from .tensor_shapes import config_of_weights, models_of_shapes, name_of, stored_sizes
 
@@ -84,12 +84,6 @@ def inspect_checkpoint(
         resize_mode=images["resize_mode"],
         epoch=contents.epoch,
         step=contents.step,
-        sha256={file.name: _sha256(file) for file in contents.files},
+        sha256={file.name: sha256(file) for file in contents.files},
         file_bytes=sum(file.stat().st_size for file in contents.files),
     )
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a checkpoint's file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

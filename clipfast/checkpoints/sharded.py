@@ -5,7 +5,6 @@ files differ from it, is no checkpoint. Only tensors, plain values and the class
 a folder from somebody else cannot run code.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Collection
@@ -17,14 +16,13 @@ from torch import Tensor
 
 from ..distributed.dtensors import is_dtensor
 from ..distributed.world import World
-from ..io.files import read_json, replace_text, sync
+from ..io.files import read_json, replace_text, sha256, sync
 from .checkpoint import CheckpointError
 from .torch_dcp import METADATA_NAME, read_metadata, read_tensor
 
 MANIFEST = "manifest.json"
 REST = "rest.pt"  # everything that is not a tensor, with placeholders for the tensors
 _TENSOR = "name of a tensor"
-_BLOCK = 2**24
 
 
 def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
@@ -123,7 +121,7 @@ def check_parts(folder: Path) -> None:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
-        if path.stat().st_size != size or _digest(path) != digest:
+        if path.stat().st_size != size or sha256(path) != digest:
             raise CheckpointError(f"{folder} is damaged: {name} is not the file that was written")
 
 
@@ -189,18 +187,9 @@ def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 def _seal(path: Path) -> dict[str, Any]:
     """Flush a checkpoint's file to the disk, and return its size and its SHA-256."""
     sync(path)
-    return {"size": path.stat().st_size, "sha256": _digest(path)}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _has_size(path: Path, seal: dict[str, Any]) -> bool:
     """Return True if a file of a sharded checkpoint has the size that the manifest says."""
     return path.is_file() and path.stat().st_size == seal["size"]
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file of a sharded checkpoint."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,17 +12,13 @@ captions of a test better than the other. Every colour and every shape occurs in
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .keys import DEFAULT_KEYS, Keys
 from .names import SHAPES_PREFIX
-from .samples import RawSample
 from .source import DrawnSource
 
 if TYPE_CHECKING:
@@ -264,18 +260,7 @@ class ShapesSource(DrawnSource):
 
     prefix, stamp = SHAPES_PREFIX, STAMP
 
-    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
-        """Return a drawn pair: the caption as ``txt``, caption and kind as ``json``, and the picture as ``png``.
-
-        Args:
-            number: number of the pair.
-            keys: the picture is only drawn if ``png`` is among its names.
-        """
+    def pair(self, number: int) -> tuple[dict[str, str], Callable[[], Image.Image]]:
+        """Return caption and kind of a scene, and a function that draws its picture."""
         scene = training_scene(number, self.seed)
-        fields = json.dumps({"label": scene.caption, "kind": scene.kind}).encode()
-        pair = {"__key__": str(number), "__url__": self.url, "txt": scene.caption.encode(), "json": fields}
-        if "png" in keys.images:
-            stream = io.BytesIO()
-            scene.picture().save(stream, "PNG", compress_level=1)
-            pair["png"] = stream.getvalue()
-        return pair
+        return {"label": scene.caption, "kind": scene.kind}, scene.picture

@@ -3,12 +3,14 @@
 import collections
 import dataclasses
 import hashlib
+import io
+import json
 import logging
 import os
 import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,9 @@ from .keys import DEFAULT_KEYS, Keys
 from .names import is_folder, is_synthetic, synthetic_pairs
 from .order import STREAMS
 from .samples import RawSample, caption, field, load_links
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_OPEN = 256  # number of shards that a process holds open for all its sources, unless a mix needs more
 OTHER_FILES = 512  # number of files that a process may have open beside shards
@@ -315,9 +320,25 @@ class DrawnSource:
     def close(self) -> None:
         """Do nothing, since a source of synthetic pairs holds no file open."""
 
-    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
-        """Return the pair with this number; its image is only drawn if ``keys`` name it."""
+    def pair(self, number: int) -> "tuple[dict[str, str], Callable[[], Image.Image]]":
+        """Return the facts about a pair, with its caption as ``label``, and a function that draws its picture."""
         raise NotImplementedError
+
+    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
+        """Return a pair: the caption as ``txt``, the facts as ``json``, and the picture as ``png``.
+
+        Args:
+            number: number of the pair.
+            keys: the picture is only drawn if ``png`` is among its names.
+        """
+        facts, draw = self.pair(number)
+        text, fields = facts["label"].encode(), json.dumps(facts).encode()
+        sample = {"__key__": str(number), "__url__": self.url, "txt": text, "json": fields}
+        if "png" in keys.images:
+            stream = io.BytesIO()
+            draw().save(stream, "PNG", compress_level=1)
+            sample["png"] = stream.getvalue()
+        return sample
 
 
 def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDArray[np.uint64]:

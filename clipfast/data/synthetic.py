@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .drawing import COLUMNS, SHAPES, SIDE, WIDTH, Drawings
-from .keys import DEFAULT_KEYS, Keys
 from .loader import Batch, PairBatches
 from .names import SYNTHETIC_PREFIX
 from .order import Ints, Words, random_words_at
-from .samples import RawSample
 from .source import DrawnSource
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 READ_SIZE = 224  # side in pixels of pictures that are read one by one
 STAMP = "0/1"  # in place of a file's size and modification time; the second number changes when pairs change
@@ -79,25 +79,18 @@ class SyntheticSource(DrawnSource):
         size, place = drawn(5, len(SIZES)), drawn(6, len(PLACES))
         return Scenes(drawn(0, len(SHAPES)), colour, background, frame, size, place, words[:, 7:])
 
-    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
-        """Return a synthetic pair: the caption as ``txt``, its facts as ``json``, the image as ``png`` (224 pixels).
-
-        Args:
-            number: number of the pair.
-            keys: the image is only drawn if ``png`` is among its names.
-        """
+    def pair(self, number: int) -> tuple[dict[str, str], Callable[[], Image.Image]]:
+        """Return the words of a synthetic pair, and a function that draws its picture, 224 pixels a side."""
         from PIL import Image
 
         scenes = self.scenes([number])
-        says = {key: value[0] for key, value in _named(scenes).items()} | {"label": captions(scenes)[0]}
-        text, fields = says["label"].encode(), json.dumps(says).encode()
-        pair = {"__key__": str(number), "__url__": self.url, "txt": text, "json": fields}
-        if "png" in keys.images:
+
+        def draw() -> Image.Image:
+            """Draw the picture of a synthetic pair."""
             pixels = drawings(scenes, READ_SIZE).on(torch.device("cpu"))[0]
-            stream = io.BytesIO()
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(stream, "PNG", compress_level=1)
-            pair["png"] = stream.getvalue()
-        return pair
+            return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+        return {key: value[0] for key, value in _named(scenes).items()} | {"label": captions(scenes)[0]}, draw
 
 
 def _drawn(words: Words, column: int, count: int) -> Ints:

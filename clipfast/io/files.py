@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -191,6 +192,12 @@ def _lack_of_space(error: Exception) -> str | None:
         code for code in OUT_OF_SPACE if getattr(error, "errno", None) == code or f"(os error {code})" in str(error)
     ]
     return os.strerror(codes[0]) if codes else None
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

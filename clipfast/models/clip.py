@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from .fp8_layers import check_recipe
 from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
-from .layers import MLP, Attention, LayerNorm, is_plain, lowered
+from .layers import LayerNorm, is_plain, lowered
 from .model_config import CLIPConfig
 from .packed_text import PackedText, can_be_packed, pack_if_shorter
-from .resnet import AttentionPool2d, ModifiedResNet
+from .resnet import ModifiedResNet
 from .texts import check_text, embed_text, refuse_foreign, takes_packed
 from .transformer import ResidualAttentionBlock, Transformer, read_rows
 from .vision import VisionTransformer
@@ -264,15 +264,15 @@ class CLIP(nn.Module):
         """
         if impl != "inline":
             raise ValueError(f"set_grad_checkpointing: impl must be 'inline', got {impl!r}")
-        for module in self.modules():
-            if isinstance(module, Transformer):
-                module.grad_checkpointing = "selective" if enable and selective else enable
+        for module in self.modules():  # the stacks of blocks have this attribute
+            if hasattr(module, "grad_checkpointing"):
+                vars(module)["grad_checkpointing"] = "selective" if enable and selective else enable
 
     def set_backend(self, backend: str) -> None:
         """Set the backend of every op of the model: "auto", "triton", or "torch" for the references."""
         for module in self.modules():
-            if isinstance(module, (CLIP, Attention, AttentionPool2d, LayerNorm, MLP, VisionTransformer)):
-                module.backend = backend
+            if hasattr(module, "backend"):
+                vars(module)["backend"] = backend
 
     def set_fp8(self, recipe: str | None, skip: tuple[int, int] = (0, 1)) -> None:
         """Let the linear layers of transformer blocks multiply in 8 bits (fp8), forward and backward.

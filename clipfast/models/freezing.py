@@ -1,7 +1,7 @@
 """Freezes a tower except for its last layers, for OpenCLIP's ``lock_image_tower`` and ``lock_text_tower``."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,15 @@ def freeze(groups: Sequence[Group], unlocked: int) -> None:
     for index, group in enumerate(groups):
         for parameter in parameters_of(group):
             parameter.requires_grad = index >= len(groups) - unlocked
+
+
+class Lockable(nn.Module):
+    """An image tower without BatchNorm, whose first groups of layers can be frozen."""
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
+        """Freeze the tower, except for its last groups of layers."""
+        tower: Any = self
+        freeze(tower.layer_groups(), unlocked_groups)
 
 
 def parameters_of(group: Group) -> Iterator[nn.Parameter]:

@@ -175,9 +175,8 @@ def linear_gelu(
     """
     is_exact = getattr(gelu, "approximate", "none") == "none"
     device = x.values.device if isinstance(x, Fp8Rows) else x.device
-    if backend == "torch" or not is_exact or not triton_runs_on(device):
-        return gelu(call_linear(linear, x, fp8, backend))
-    if not is_plain(linear, nn.Linear) or not is_plain(gelu, nn.GELU, QuickGELU):
+    is_fused = backend != "torch" and is_exact and triton_runs_on(device)
+    if not is_fused or not is_plain(linear, nn.Linear) or not is_plain(gelu, nn.GELU, QuickGELU):
         return gelu(call_linear(linear, x, fp8, backend))
     bias_act: Any = bias_quick_gelu if isinstance(gelu, QuickGELU) else bias_gelu
     if in_fp8:

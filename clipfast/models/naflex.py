@@ -18,11 +18,11 @@ from ..kernels.dtypes import accumulate_dtype
 from ..kernels.packing import Packing, pack
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .clip import CLIP
-from .freezing import Group, freeze, groups_of_blocks
+from .freezing import Group, Lockable, groups_of_blocks
 from .layers import LayerNorm, PackedTokens, add_norm
 from .naflex_config import NaFlexConfig
 from .packed_images import PackedImages, pack_images, patch_size_of, unpad_images
-from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, SigLIP, TimmBlock
+from .siglip import IMAGE_MEAN, IMAGE_STD, LatentPool, SigLIP, TimmBlock, init_linear_layers
 from .siglip_config import EPS, EXACT, SigLIPConfig
 from .transformer import Plan, run_blocks
 
@@ -155,18 +155,14 @@ class NaFlexTrunk(nn.Module):
 
     def _init_as_timm_does(self) -> None:
         """Initialise the linear layers as timm does: output layers get smaller weights in later blocks."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_linear_layers(self)
         with torch.no_grad():
             for number, block in enumerate(self.blocks, 1):
                 parts: Any = block
                 for weight in (parts.attn.proj.weight, parts.mlp.fc2.weight):
                     weight.div_((2 * number) ** 0.5)
         if self.attn_pool is not None:
-            std = self.attn_pool.latent.shape[-1] ** -0.5
-            nn.init.trunc_normal_(self.attn_pool.latent, std=std, a=-2 * std, b=2 * std)
+            self.attn_pool.init_latent()
 
     def forward(self, images: PackedImages, mean: Any, std: Any) -> Tensor:
         """Compute the pooled output for packed images, in the order of their batch: [B, width]."""
@@ -191,7 +187,7 @@ def mean_of_images(x: Tensor, packing: Packing, num_prefix: int) -> Tensor:
     return (sums / (ends.diff()[:, None] - num_prefix)).to(x.dtype)
 
 
-class NaFlexVision(nn.Module):
+class NaFlexVision(Lockable):
     """A NaFlex image tower. It takes packed images, a padded batch of timm or transformers, or images to pack."""
 
     backend = "auto"
@@ -224,10 +220,6 @@ class NaFlexVision(nn.Module):
         last: nn.Module = trunk.fc_norm if trunk.attn_pool is None else trunk.attn_pool
         of_head: list[Group] = [[part] for part in self.head.values()]
         return [[trunk.embeds], *groups_of_blocks(trunk.blocks, trunk.norm), [last], *of_head]
-
-    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
-        """Freeze the tower, except for its last groups of layers. The tower has no BatchNorm."""
-        freeze(self.layer_groups(), unlocked_groups)
 
 
 class _OfManySizes(CLIP):
@@ -280,18 +272,6 @@ class _OfManySizes(CLIP):
         prefix = "text." if hasattr(self, "text") else ""
         embeds = {"visual.trunk.embeds.pos_embed", "visual.trunk.embeds.reg_token"}
         return {f"{prefix}positional_embedding"} | {name for name, _ in self.named_parameters() if name in embeds}
-
-    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", *, selective: bool = False) -> None:
-        """Recompute the blocks of both towers in the backward pass; see :meth:`CLIP.set_grad_checkpointing`."""
-        super().set_grad_checkpointing(enable, impl, selective=selective)
-        trunk: Any = self.visual.trunk
-        trunk.grad_checkpointing = "selective" if enable and selective else enable
-
-    def set_backend(self, backend: str) -> None:
-        """Set the backend of every op of both towers; see :meth:`CLIP.set_backend`."""
-        for module in self.modules():
-            if hasattr(module, "backend"):
-                vars(module)["backend"] = backend
 
 
 class NaFlexCLIP(_OfManySizes):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from .clip import CLIP
-from .freezing import Group, freeze, groups_of_blocks
+from .freezing import Group, Lockable, groups_of_blocks
 from .layers import MLP, Attention, LayerNorm, PackedTokens, add_norm, is_plain, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
 from .texts import check_text, embed_text
@@ -93,6 +93,11 @@ class LatentPool(nn.Module):
         self.norm = LayerNorm(width, EPS)
         self.mlp = TimmMLP(width, hidden, approximate)
 
+    def init_latent(self) -> None:
+        """Initialise the query as timm does."""
+        std = self.latent.shape[-1] ** -0.5
+        nn.init.trunc_normal_(self.latent, std=std, a=-2 * std, b=2 * std)
+
     def forward(self, x: Tensor, packed: PackedTokens | None = None) -> Tensor:
         """Pool the tokens of each image into one: [B, N, width] -> [B, width].
 
@@ -125,6 +130,14 @@ def _padded(x: Tensor, packed: PackedTokens) -> tuple[Tensor, Tensor]:
     return x[places.clamp(max=x.shape[0] - 1)].masked_fill(~is_token[..., None], 0), is_token[:, None, None]
 
 
+def init_linear_layers(trunk: nn.Module) -> None:
+    """Initialise the linear layers of an image tower as timm does."""
+    for module in trunk.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=_WEIGHT_STD)
+            nn.init.zeros_(module.bias)
+
+
 class SigLIPTrunk(nn.Module):
     """SigLIP's vision transformer with timm's names: no class token, no norm before the blocks, attention pooling."""
 
@@ -147,13 +160,9 @@ class SigLIPTrunk(nn.Module):
 
     def _init_as_timm_does(self) -> None:
         """Initialise the weights of SigLIP's image tower as timm does."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=_WEIGHT_STD)
-                nn.init.zeros_(module.bias)
+        init_linear_layers(self)
         nn.init.trunc_normal_(self.pos_embed, std=_WEIGHT_STD)
-        std = self.pos_embed.shape[-1] ** -0.5
-        nn.init.trunc_normal_(self.attn_pool.latent, std=std, a=-2 * std, b=2 * std)
+        self.attn_pool.init_latent()
 
     @property
     def projection(self) -> nn.Conv2d:
@@ -168,7 +177,7 @@ class SigLIPTrunk(nn.Module):
         return self.attn_pool(add_norm(x, branch, self.norm)[1])
 
 
-class SigLIPVision(nn.Module):
+class SigLIPVision(Lockable):
     """SigLIP's image tower.
 
     It takes images as :class:`~clipfast.models.vision.VisionTransformer` does, in any size of at least one patch. Rows
@@ -213,10 +222,6 @@ class SigLIPVision(nn.Module):
         """Return the groups of the tower's layers, from input to output, for locking and layer-wise learning rates."""
         trunk = self.trunk
         return [[trunk.patch_embed, trunk.pos_embed], *groups_of_blocks(trunk.blocks, trunk.norm), [trunk.attn_pool]]
-
-    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
-        """Freeze SigLIP's image tower, except for its last groups of layers. The tower has no BatchNorm."""
-        freeze(self.layer_groups(), unlocked_groups)
 
 
 class SigLIPText(nn.Module):
@@ -327,13 +332,3 @@ class SigLIP(CLIP):
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that get no weight decay, in addition to those of one dimension."""
         return {"visual.trunk.pos_embed", "text.positional_embedding"}
-
-    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", *, selective: bool = False) -> None:
-        """Recompute the blocks of both towers in the backward pass; see :meth:`CLIP.set_grad_checkpointing`."""
-        super().set_grad_checkpointing(enable, impl, selective=selective)
-        self.visual.trunk.grad_checkpointing = "selective" if enable and selective else enable
-
-    def set_backend(self, backend: str) -> None:
-        """Set the backend of every op of both towers; see :meth:`CLIP.set_backend`."""
-        super().set_backend(backend)
-        self.visual.backend = self.visual.trunk.attn_pool.backend = self.text.backend = backend

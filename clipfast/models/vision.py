@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..kernels import patch_embed
 from ..kernels.dtypes import accumulate_dtype
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
-from .freezing import Group, freeze, groups_of_blocks
+from .freezing import Group, Lockable, groups_of_blocks
 from .intermediates import Indices, check_format, collect_blocks
 from .layers import LayerNorm
 from .model_config import VisionConfig
@@ -71,7 +71,7 @@ def draw_kept_patches(batch: int, grid: tuple[int, int], dropout: float, device:
     return torch.rand(batch, num_patches, device=device).topk(kept, dim=1).indices
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Lockable):
     """CLIP's image tower: a vision transformer.
 
     It takes uint8 images as decoded, which the patch embedding normalises by ``image_mean`` and ``image_std``, or
@@ -178,10 +178,6 @@ class VisionTransformer(nn.Module):
         """Return the groups of the tower's layers, from input to output, for locking and layer-wise learning rates."""
         embedding: Group = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
         return [embedding, *groups_of_blocks(self.transformer.resblocks, self.ln_post), [self.proj]]
-
-    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
-        """Freeze the image tower, except for its last groups of layers. The tower has no BatchNorm."""
-        freeze(self.layer_groups(), unlocked_groups)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the image tower's embeddings and positions, which get no weight decay."""
