@@ -96,15 +96,16 @@ def test_adamw_computes_what_pytorchs_does_to_the_last_bit():
         torch.manual_seed(1)
         parameters = [torch.nn.Parameter(value.clone()) for value in values]
         groups = [{"params": parameters[:1], "weight_decay": 0.3, "lr": 0.1}, {"params": parameters[1:]}]
-        optimizer = kind(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.0, fused=True)
+        optimizer, cleared = kind(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.0, fused=True), []
         for step in range(5):
             for parameter in parameters[: 3 + step]:
                 parameter.grad = torch.randn_like(parameter)
             optimizer.found_inf = torch.tensor(float(step == 2))
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=step < 4)
+            cleared.append([parameter.grad for parameter in parameters])
             optimizer.load_state_dict(optimizer.state_dict())
-        runs.append((parameters, [optimizer.state[parameter] for parameter in parameters]))
+        runs.append((parameters, [optimizer.state[parameter] for parameter in parameters], cleared))
     torch.testing.assert_close(*runs, rtol=0, atol=0)
     assert [state["step"].item() for state in runs[0][1]] == [4, 4, 4, 3]
 
