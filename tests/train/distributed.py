@@ -1,4 +1,4 @@
-"""Training runs on several processes for tests, in which some ranks may fail."""
+"""Helpers that train on several processes in tests, and let some ranks fail."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ SHORT = {"train_num_samples": 144, "save_every": 3, "unique_by": "label", "log_e
 
 
 def options_in(made):
-    """Return a function that returns a run's options for a case, with changes; files that they name are in ``made``."""
+    """Write data and a tokenizer into ``made``; return a function that returns the options of a run on these data."""
     write_shard(made / "a.tar", [sample(index) for index in range(60)])
     write_shard(made / "b.tar", [sample(index, png=picture(100 + index)) for index in range(41)])
     write_shard(made / "faults.tar", faulty_samples())
@@ -48,7 +48,7 @@ def options_in(made):
     save_tokenizer(made / "tokenizer")
 
     def of_case(logs, case="unique", **changes):
-        """Return the options of a training run for a case, with these changes."""
+        """Return the options of the training run ``case`` of CASES, with ``changes``."""
         own = made / f"{case}.tar"
         given = {
             "train_data": str(own) if own.exists() else f"{made}/a.tar::{made}/b.tar",
@@ -100,9 +100,10 @@ def newest(given):
 
 
 def trained(world, given, fate=None, faults=None):
-    """Train as one rank, from the newest checkpoint if there is one; return what ended the run.
+    """Train as one rank, from the newest checkpoint if there is one; return the reason of its end.
 
-    That is a signal, "stopped", the text of a TrainingError, or None. ``faults(rank)`` is a context in which it trains.
+    The reason is a signal, "stopped", the text of a TrainingError, or None. ``faults(rank)`` is a context in which the
+    rank trains.
     """
     with (
         mock.patch("clipfast.train.validation.BATCH_SIZE", 16),

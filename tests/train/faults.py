@@ -7,12 +7,12 @@ from PIL import Image
 
 from ..small_runs import picture, sample
 
-PLACES = range(7, 180, 20)  # places of the faulty samples among 180
+PLACES = range(7, 180, 20)  # the positions of the faulty samples among 180
 
 
 @functools.cache
 def faults() -> dict[str, dict[str, bytes | None]]:
-    """Return for each fault of a training pair the members of a good sample that it replaces, or removes if None."""
+    """Return, by fault of a training sample, the members to replace in a good sample, or to remove if None."""
     whole, bomb = picture(5, size=64), io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
     return {

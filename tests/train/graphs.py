@@ -37,10 +37,10 @@ class Repeated:
     def capture(self, call):
         """Call the training step once; return a function that calls it again, as a CUDA graph would, and the result."""
         self.captured += 1
-        result = torch.zeros(())  # a graph writes each result to the same place
+        result = torch.zeros(())  # every replay of a graph writes its result to this tensor
 
         def replay():
-            """Call the training step again, as its graph would, and write the result to the place of the first."""
+            """Call the training step again, and write its result to the first result's memory, as a CUDA graph does."""
             self.replayed += 1
             result.copy_(call())
 
@@ -48,11 +48,11 @@ class Repeated:
 
 
 def stand_in(monkeypatch):
-    """Let :class:`Repeated` stand for CUDA graphs of training steps; return the list of those that are made."""
+    """Let :class:`Repeated` stand for the CUDA graphs of training steps; return the list of the stand-ins made."""
     made = []
 
     def make(device):
-        """Make a stand-in for the captures of a training step, and keep it in the list."""
+        """Make a stand-in for the captures of a training step, and append it to the list of all stand-ins."""
         made.append(Repeated(device))
         return made[-1]
 

@@ -1,8 +1,8 @@
 """Capture and replay training steps on the stub of the CUDA driver; ``test_graphs.py`` runs this in another process.
 
-The argument is ``driver`` or ``gpu``. ``driver`` takes a whole training step, with CPU tensors in place of GPU tensors,
-and graphs that count launches. ``gpu`` uses PyTorch's own graphs, streams and allocator with the stub as its GPU, which
-needs a CUDA build of PyTorch.
+The argument is ``driver`` or ``gpu``. ``driver`` takes whole training steps, with CPU tensors in place of GPU tensors,
+and CUDA graphs that only count launches. ``gpu`` uses PyTorch's own graphs, streams and
+allocator with the stub as its GPU, which needs a CUDA build of PyTorch.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ MADE = []
 
 
 class Graph:
-    """A graph that counts the launches of its capture, and its replays."""
+    """A stand-in for a CUDA graph, which counts the launches of its capture, and its replays."""
 
     def __init__(self):
         self.launches = self.replays = 0
@@ -55,7 +55,7 @@ def cuda_on(stub, launched):
 
 
 def on_driver():
-    """Return what happened to a training step and its CUDA graph on the stub driver."""
+    """Take training steps with CUDA graphs on the stub driver; return the counts of launches, captures and replays."""
     from graphs import on_cpu, on_gpu
 
     from clipfast.bench.stub.arguments import checked_launches
@@ -90,8 +90,8 @@ def on_driver():
         _, *replayed = (launches(8) for _ in range(3))
         others = [launches(4) for _ in range(3)]
         launches(4), replayed.append(launches(4))
-        # The dispatch mode of a capture on the stub makes blocks call their modules one by one, so they do so here as
-        # well before the capture.
+        # A capture on the stub has a dispatch mode, under which transformer blocks call their modules one by one. The
+        # steps before the capture do so as well, so that their launches can be compared.
         with mock.patch("clipfast.models.transformer.whole_blocks", return_value={}):
             packed = [launches(8, packs=True) for _ in range(3)]
             launches(8, packs=True), replayed.append(launches(8, packs=True))
@@ -115,7 +115,7 @@ def on_driver():
 
 
 def on_stub_gpu():
-    """Return what happened to PyTorch's own CUDA graphs of a training step."""
+    """Capture and replay a training step by PyTorch's own CUDA graphs on the stub; return what was observed."""
     weight = torch.ones(4, 4, device="cuda", requires_grad=True)
     optimizer = torch.optim.AdamW([weight], capturable=True, fused=True)
     waits, captured = False, []

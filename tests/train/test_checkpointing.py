@@ -34,7 +34,7 @@ def state(step, value=0.0):
 
 
 def saved(store, *steps, **options):
-    """Save a training checkpoint after each of these steps; steps that are text are saved as sharded folders."""
+    """Save a training checkpoint after each of ``steps``: for an int as one file, for a str as a sharded folder."""
     for step in steps:
         store.save(state(int(step)), int(step), in_parts=isinstance(step, str), **options)
         store.finish()
@@ -145,7 +145,7 @@ class TestFailingDisk:
 
     @pytest.fixture
     def failing(self, monkeypatch):
-        """Let writes of training checkpoints fail; return the errors that are still to be raised, by file name."""
+        """Let writes of training checkpoints fail; return the dict, by file name, in which a test puts the errors."""
         errors, save = {}, torch.save
 
         def failing_save(content, path):
@@ -177,7 +177,7 @@ class TestFailingDisk:
             saved(store, 2)
         monkeypatch.undo()
         assert names(store) == ["epoch_latest.pt", "step_1.pt"]
-        with pytest.raises(RuntimeError, match=r"^broken$"):  # another error is not reported as a full disk
+        with pytest.raises(RuntimeError, match=r"^broken$"):  # errors other than a full disk are raised unchanged
             replace_file(store.folder / "x", mock.Mock(side_effect=RuntimeError("broken")), size=1000)
         assert not (store.folder / "x").exists()
 

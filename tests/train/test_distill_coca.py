@@ -27,7 +27,7 @@ def unit_rows(pairs, dim, seed):
 
 
 def inputs(scale=20.0, dtype=torch.float64, rank=0, pairs=PAIRS, shape=(), matched=0.0):
-    """Return arguments of DistillClipLoss; with ``matched``, features of a pair are similar, as late in training."""
+    """Return arguments of DistillClipLoss; with ``matched`` > 0, a pair's features are similar, as late in training."""
     image, teacher_image = unit_rows(pairs, DIM, 4 * rank), unit_rows(pairs, TEACHER_DIM, 4 * rank + 1)
     text, teacher_text = unit_rows(pairs, DIM, 4 * rank + 2), unit_rows(pairs, TEACHER_DIM, 4 * rank + 3)
     text, teacher_text = (
@@ -62,7 +62,7 @@ def test_distillation_compiled():
 
 @pytest.fixture
 def small_strips(monkeypatch):
-    """Make the strips of the distillation loss so small that few pairs take several, the last with fewer rows."""
+    """Make the distillation loss's strips so small that few pairs take several strips, the last with fewer rows."""
     monkeypatch.setattr(distill_loss, "STRIP_LOGITS", {"cpu": 1})
     monkeypatch.setattr(distill_loss, "LEAST_ROWS", 4)
 
@@ -190,7 +190,7 @@ def test_captions_as_from_open_clip_4_on(z_loss_weight, pad_id, compute_dtype):
     tolerance = {"rtol": 1e-5, "atol": 1e-7, "check_dtype": False}
     torch.testing.assert_close({name: found[name] for name in own}, own, **tolerance)
     assert ("caption_loss_z" in found) == (z_loss_weight > 0)
-    # the model has computed this loss itself, and names it
+    # a model may compute the caption losses itself, and return them by these names
     given = {key: x for key, x in arguments.items() if key not in ("logits", "labels")}
     of_model = {"caption_loss_ce": entropy, "caption_loss_z": square if z_loss_weight else None}
     torch.testing.assert_close(loss(**given, **of_model)[1], expected, **tolerance)
@@ -203,7 +203,7 @@ def test_captions_as_from_open_clip_4_on(z_loss_weight, pad_id, compute_dtype):
 
 def every_combination(rank, world_size):
     """Return the distillation and CoCa losses of clipfast and OpenCLIP on this rank for each way to gather features."""
-    # Fixtures have no effect in these processes.
+    # The fixture small_strips has no effect here, since each rank is a process of its own.
     distill_loss.STRIP_LOGITS, distill_loss.LEAST_ROWS = {"cpu": 1}, 4
     found = []
     for local_loss, gather_with_grad in COMBINATIONS:
@@ -229,7 +229,7 @@ def test_two_ranks(tmp_path):
             close(*found["distill"])
             for kind in ("both", "captions"):
                 ours, theirs = (dict(result) for result in found[kind])
-                if combination == (True, True):  # each rank has the share of the contrastive loss that ClipLoss has
+                if combination == (True, True):  # as in ClipLoss, only the mean over ranks equals OpenCLIP's
                     del ours["d_logit_scale"], theirs["d_logit_scale"]
                 close(ours, theirs)
         for kind in ("both", "captions"):

@@ -92,7 +92,7 @@ def ranks_of(process):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     found = {}
     for pid in children:
-        with contextlib.suppress(OSError):  # the process has just ended
+        with contextlib.suppress(OSError):  # a child process may have ended since it was listed
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             found |= {int(line[5:]): int(pid) for line in variables if line.startswith(b"RANK=")}
     return found
@@ -124,7 +124,7 @@ def test_ranks_save_and_end_if_torchrun_is_killed(options, tmp_path):
     assert len(ranks_of(process)) == 2
     process.kill()
     said = process.communicate(timeout=60)[1]  # wait until every process that may write a message has ended
-    assert f"torchrun, process {process.pid}, is gone" in said  # the message of the rank that noticed it first
+    assert f"torchrun, process {process.pid}, is gone" in said  # only the first rank that notices the loss says so
     assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 1
     assert saved_step(tmp_path / "run") < 5000
 
@@ -137,7 +137,7 @@ def test_a_rank_whose_torchrun_is_gone_does_not_start(options, tmp_path, monkeyp
     for name, value in {**place, "LOCAL_RANK": 0, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("clipfast.distributed.world.ANSWER", 1)
-    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):  # without a limit: ten minutes
+    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):  # ANSWER shortens a wait of minutes
         pass
 
 

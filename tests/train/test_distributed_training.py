@@ -24,7 +24,7 @@ from .test_training import losses, results_of, saved_step
 
 @pytest.fixture(scope="module")
 def one(options, tmp_path_factory):
-    """Return the folders of runs on one process, with padded texts, with which those on several ranks are compared."""
+    """Return the folders of runs on one process with padded texts, to which runs on several ranks are compared."""
     logs = tmp_path_factory.mktemp("one")
     for case in CASES:
         assert trained(ALONE, options(logs, case, pack_text=False)) is None
@@ -43,7 +43,7 @@ def one(options, tmp_path_factory):
     ids=["ddp on 2", "ddp on 3", "fsdp on 2", "fsdp on 3"],
 )  # fmt: skip
 def test_the_curve_and_the_evaluation_of_one_process(size, cases, changes, one, options, together, tmp_path):
-    """With FSDP2, some of the three ranks have an empty shard of a weight."""
+    """Runs on several ranks equal runs on one process. With FSDP2, some of three ranks have empty shards of weights."""
     assert together(size, *((options(tmp_path, case, **changes),) for case in cases)) == [[None] * len(cases)] * size
     assert len(losses(one["unique"])) == 12
     for case in cases:
@@ -65,7 +65,7 @@ def test_the_evaluation_of_one_process(one, options, together, tmp_path):
 
 @pytest.mark.long
 def test_the_number_of_ranks_changes_within_an_epoch(one, options, together, tmp_path):
-    # without --global-batch-size, the run keeps the batch size with which it began
+    # without --global-batch-size, the run keeps the global batch size with which it began
     given = options(tmp_path, "mix", global_batch_size=None, batch_size=6, save_every=3)
     assert together(2, (given, ("stop", (0, 1), 4))) == [["stopped"]] * 2
     assert saved_step(tmp_path / "mix") == 3
@@ -155,7 +155,7 @@ def test_an_error_of_rank_0_is_the_same_on_others(error):
 
 
 def without_images(world, given):
-    """Train with a validation set of unusable images, which rank 0 finds when it joins the parts of the ranks."""
+    """Train with a validation set of unusable images: rank 0 finds none when it joins the features of all ranks."""
     with mock.patch("clipfast.evaluate.features.join_parts", side_effect=ValueError("no image can be used")):
         try:
             return trained(world, given)

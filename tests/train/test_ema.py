@@ -36,7 +36,7 @@ class Small(nn.Module):
 
 
 def moved(model, generator):
-    """Change all weights and statistics that a training step changes, for the moving average."""
+    """Change weights and BatchNorm statistics as a training step would, so that their moving average changes."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name == "norm.num_batches_tracked":
@@ -82,7 +82,7 @@ def test_the_model_gets_its_weights_back():
         assert not torch.equal(model.linear.weight, before["linear.weight"])
         raise ZeroDivisionError
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [value.data_ptr() for value in model.state_dict().values()] == pointers  # a CUDA graph reads them there
+    assert [value.data_ptr() for value in model.state_dict().values()] == pointers  # as CUDA graphs need
 
 
 def test_a_state_that_does_not_fit_is_refused():

@@ -48,7 +48,7 @@ def test_a_data_worker_that_is_killed_during_a_step_is_named(run_small, tmp_path
     def kill(trainer):
         """Kill a data worker of the training run."""
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        time.sleep(30)  # PyTorch's report of the dead worker interrupts this
+        time.sleep(30)  # PyTorch's report of the dead worker interrupts this sleep
 
     with before_step(3, kill), pytest.raises(ValueError, match=r"a data worker died: .* memory, .*--workers"):
         run_small(workers=2)
@@ -59,7 +59,7 @@ def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
     original, calls = AdamW.step, []
 
     def failing(self, *args, **kwargs):
-        """Write TensorBoard's events of a training run; the sixth write fails."""
+        """Take AdamW's step in a training run; the sixth one fails after it has changed the weights."""
         calls.append(original(self, *args, **kwargs))
         if len(calls) == 6:
             raise RuntimeError("out of memory")
@@ -67,7 +67,7 @@ def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
     with mock.patch.object(AdamW, "step", failing), pytest.raises(RuntimeError, match="out of memory"):
         run_small()
     run = RunFolder(tmp_path / "run")
-    assert saved_step(run.path) == 4  # the checkpoint from the end of an epoch
+    assert saved_step(run.path) == 4  # the checkpoint from the end of the first epoch
     assert f"The last checkpoint is {run.latest}" in log_of(run)
 
 
@@ -87,7 +87,7 @@ with mock.patch("clipfast.checkpoints.of_run.write_checkpoint", write):
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(shards, tmp_path):
-    """It ends the process although a thread is in C++ code, where Python's own exit would abort."""
+    """The second Ctrl-C ends the process although a thread is in C++ code, where Python's own exit would abort."""
     line = [sys.executable, "-c", WRITES_FOR_EVER, *command(shards, tmp_path, "--workers", "0")]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
@@ -214,7 +214,7 @@ def test_a_file_limit_is_like_a_full_disk(tmp_path):
 
 
 def test_what_a_run_of_its_own_options_leaves(run_small, monkeypatch):
-    """Files have the usual mode, a warm-up that never ends is logged, and curves are drawn only with matplotlib."""
+    """Files have the usual mode, a warm-up longer than the run is logged, and curves are drawn only with matplotlib."""
     monkeypatch.setattr("clipfast.train.loop._pictures", draw_pictures)
     monkeypatch.setitem(sys.modules, "clipfast.evaluate.pictures", None)
     previous = os.umask(0o027)

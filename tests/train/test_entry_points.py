@@ -46,7 +46,7 @@ def test_precision(precision, folder):
     for true, own, other in zip(truth[:2], ours(images, texts), theirs(images, texts), strict=False):
         assert own.dtype == other.dtype
         errors = [(value.double() - true).square().mean().sqrt().item() for value in (own, other)]
-        # the rule of this repository: the RMS error is at most twice PyTorch's own error at this dtype
+        # CONTRIBUTING.md's rule: the RMS error is at most twice PyTorch's own error at this dtype
         assert errors[0] <= 2 * errors[1] + 1e-6
     assert ours.encode_image(images.mul(9).to(torch.uint8)).dtype == ours(images, texts)[0].dtype
 
@@ -82,7 +82,7 @@ def test_intermediates(folder):
     is_vit = isinstance(ours.config.vision.layers, int)
 
     def compare(*arguments, **options):
-        """Compare the intermediate features of clipfast's model with OpenCLIP's, and return the latter."""
+        """Compare the intermediate features of clipfast's model with OpenCLIP's, and return OpenCLIP's."""
         expected = theirs.forward_intermediates(*arguments, **options)
         same(ours.forward_intermediates(*arguments, **options), expected, f"{options}")
         return expected
@@ -174,7 +174,10 @@ def test_locked_statistics(tmp_path):
 
 
 def _check_checkpoints_of_constant_statistics(model, tmp_path):
-    """Both packages load such checkpoints into a new model, and clipfast into a model with the same locks."""
+    """Check that a checkpoint of a model with frozen BatchNorm statistics can be loaded.
+
+    Both packages load it into a new model, and clipfast also into a model that has the same locks.
+    """
     open_clip = pytest.importorskip("open_clip")
     images, texts = inputs(model.config)
     save_own(model, tmp_path / "own.pt")
@@ -226,7 +229,7 @@ def test_arguments_that_change_nothing(tmp_path):
     options = parse_arguments(f"{words} audio_aug_cfg=None".split())
     torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
     model = create_model_from_pretrained("ViT-T-8-32", tmp_path / "w.pt", return_transform=False, **options)
-    create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # these are OpenCLIP's defaults
+    create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # True is OpenCLIP's default for both
     assert isinstance(model, clipfast.CLIP)
     assert not model.training
 

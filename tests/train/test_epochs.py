@@ -44,13 +44,13 @@ def test_an_epoch_may_be_much_longer_than_the_run(plan):
 
 
 def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_path, capsys):
-    """Epochs have 32 pairs in steps of 8."""
+    """An epoch has 32 pairs in 4 steps, so a budget of 43 pairs ends in the second epoch."""
     budget = {"epochs": TrainConfig.epochs, "save_frequency": 1, "samples_seen": 43}
     folder, _ = train(small(**budget))
     lines = [line for line in folder.metrics() if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[-1]["lr"] == cosine_lr(5, 1e-3, 2, 6)
-    # The budget ends within the second epoch, so only the first one has its checkpoint.
+    # The budget ends within the second epoch, so only the first epoch has a checkpoint of its end.
     steps = {path.name: steps_of(path) for path in folder.checkpoints.glob("*.pt")}
     assert steps == {"epoch_1.pt": 4, "step_4.pt": 4, "step_6.pt": 6, "epoch_latest.pt": 6}
     assert "Train Epoch: 1 [16/16 (100%)]" in (folder.path / "out.log").read_text()

@@ -1,4 +1,4 @@
-"""--precision amp_fp8: runs that go on to the last bit, on several processes too, what is refused, and the metrics."""
+"""Training with --precision amp_fp8: bit-equal resumption, several processes, refused options, and the metrics."""
 
 import contextlib
 from unittest import mock
@@ -22,7 +22,7 @@ FP8 = {"precision": "amp_fp8", "fp8_skip": (0, 0)}
 
 @pytest.fixture(scope="module")
 def plain(shards, tmp_path_factory):
-    """Return the losses of a run in float32."""
+    """Return the losses of a training run in float32, with which runs in FP8 are compared."""
     folder, _ = train(config(shards, tmp_path_factory.mktemp("plain")))
     return losses(folder)
 
@@ -45,7 +45,7 @@ def test_it_learns_like_float32(options, plain, run_small):
 
 @pytest.mark.long
 def test_two_processes_train_as_one(options, together, tmp_path):
-    """A number that is rounded to the other side by an earlier rounding moves by a sixteenth, so losses are near."""
+    """Losses are near, not equal: tiny differences round a value to another FP8 number, at least a sixteenth away."""
     given = [options(tmp_path, name, **FP8, opt="sgd", lr=0.1, fsdp=name == "fsdp") for name in ("one", "ddp", "fsdp")]
     assert trained(ALONE, given[0]) is None
     assert together(2, *((each,) for each in given[1:])) == [[None] * 2] * 2

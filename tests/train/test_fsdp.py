@@ -35,7 +35,7 @@ def on_ranks(rank, size, work, *args):
 
 
 def in_parts(world, kind, **options):
-    """Return a model to train, sharded if there are several ranks, and a batch; both are equal on all ranks."""
+    """Return a model to train, sharded if there are several ranks, and a batch; all ranks have the same values."""
     torch.manual_seed(0)
     model = build(read_model_config(MODELS[kind]))
     size = model.visual.image_size
@@ -55,7 +55,7 @@ def objective(model, images, texts):
 
 
 def clipped(world, kind):
-    """Return the sharded gradients before and after clipping, and their norm, for each of the factors."""
+    """Return gradients before and after clipping, and their norm, for each of FACTORS, which scales the loss."""
     model, images, texts = in_parts(world, kind)
     guard = Guard(model, torch.optim.SGD(model.parameters(), 0.1), 0.25)
     share = 1 + (world.rank - (world.size - 1) / 2) / 2  # the ranks' gradients differ; their mean is fixed
@@ -137,7 +137,7 @@ ALL = list(itertools.product(TOLERANCES, EAGER + ALL_COMPILED))
 @pytest.mark.long
 @pytest.mark.parametrize("tried", [EVERY_DAY, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_combinations(tried, options, together, tmp_path):
-    """Try the combinations of options in the table of docs/fsdp.md; one process does not pack the texts."""
+    """Try the combinations of options in the table of docs/fsdp.md against one process with padded texts."""
     torch.compiler.reset()
 
     def given(name, precision, **changes):

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: the arguments and results of a replay, the launches on the stub driver, and failed captures."""
+"""Training steps as CUDA graphs: arguments and results of replays, launches on the stub driver, failed captures."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def test_each_set_of_shapes_has_calls_to_warm_up_and_a_graph_of_its_own(monkeypa
         for value in range(count):
             results.append((step(batch(pairs, float(value))), 5.0 * pairs * value))
     assert (made[0].captured, made[0].replayed) == (2, 3 + 2 + 3)
-    # Another value of a flag takes another graph, as another shape does.
+    # A call with another value of a flag gets a graph of its own, as a call with another shape does.
     results += [(step(batch(4, value), doubled=True), 40 * value) for value in (1.0, 2.0, 3.0, 4.0)]
     assert (made[0].captured, made[0].replayed) == (3, 8 + 2)
     assert not caplog.records
@@ -58,7 +58,7 @@ def test_on_a_cpu_the_step_just_runs(monkeypatch):
     step = clipfast.graphed(lambda x: (weight * x).sum())
     found = [step(torch.full((3,), float(value))) for value in range(5)]
     assert [float(x) for x in found] == [0, 3, 6, 9, 12]
-    assert not found[0].requires_grad  # as on a GPU
+    assert not found[0].requires_grad  # a result of a graph on a GPU has no autograd graph either
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_graph_under_the_autocast_of_its_caller_is_refused(monkeypatch):
 
 
 def test_a_graph_is_captured_on_the_gpu_of_its_arguments(monkeypatch):
-    """The thread of the data loader may pin memory meanwhile."""
+    """The capture mode is "thread_local", since the data loader's thread may pin memory during a capture."""
     cuda = mock.MagicMock()
     for name in ("Stream", "CUDAGraph", "current_stream", "device", "graph", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))

@@ -50,7 +50,10 @@ def given(options):
 
 @contextlib.contextmanager
 def struck(rank, what, victim):
-    """Make the gradient or the loss of some steps NaN on one rank, as ``what`` says by step; "all" leaves steps out."""
+    """Make training steps not finite on the rank ``victim``; ``what`` says how, by the number of the step.
+
+    "gradient" and "loss" make it NaN, and "all" leaves the step out on every rank.
+    """
     backward, original = TrainingStep.backward, Trainer._train_step
     trainers = []
 
@@ -87,7 +90,7 @@ ONE = torch.tensor([1])
 
 
 def run(world, given, strike):
-    """Train with steps that are made NaN; return the error that ended training, or None."""
+    """Train while ``strike`` makes the loss or gradient of some steps NaN; return the error of training, or None."""
     with struck(world.rank, *strike):
         return trained(world, given)
 
@@ -201,7 +204,7 @@ def on_gpu(*values):
 
 
 def test_a_run_that_was_stopped_can_go_on_on_a_gpu(tmp_path):
-    """On a GPU, the verdict on the first step is not known yet when the step is finished."""
+    """On a GPU, the host learns later than at the end of a step whether the step was skipped."""
     guard, data = mock.Mock(figures=on_gpu(1.0, 2.0, 0.0, 14.0), norms=on_gpu(2.0), names=["w"]), mock.Mock()
     data.names.return_value = []
     progress = Progress(step=8, skipped_steps=3, skipped_in_a_row=3)

@@ -47,7 +47,7 @@ def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def lines_with(folder, key):
-    """Return the lines of a training run's metrics that have a key."""
+    """Return the lines of a training run's metrics that contain ``key``."""
     return [line for line in folder.metrics() if key in line]
 
 
@@ -80,7 +80,7 @@ def test_evaluations_have_openclips_names(finished):
     text = log_of(finished)
     assert f"Eval Epoch: 2 zeroshot-val-top1: {results[1]['zeroshot-val-top1']:.4f}\t" in text
     assert f"\tclip_val_loss: {results[1]['clip_val_loss']:.4f}\t" in text
-    assert "odd-top1" not in text  # a data set may have too many groups for a log line
+    assert "odd-top1" not in text  # accuracies of groups are left out of the log, since a set may have many groups
 
 
 def assert_shown(folder):
@@ -98,7 +98,7 @@ def assert_shown(folder):
 
 
 def test_tensorboard_has_what_the_metrics_have(finished, copied):
-    """This also holds for a run resumed from before an evaluation, and after a kill that lost TensorBoard's data."""
+    """TensorBoard shows all metrics, also of a run that was resumed after a kill had lost TensorBoard's data."""
     assert_shown(finished)
     for path in (copied.path / "tensorboard").iterdir():
         path.unlink()
@@ -122,7 +122,7 @@ def test_a_run_without_tensorboard_or_space_for_it_says_so_once(run_small, monke
 
 
 def fake_wandb(key="key"):
-    """Put a stand-in for wandb in its place, which records what training reports to it."""
+    """Return a stand-in for the module wandb, which records what training reports to it."""
     return mock.Mock(**{"api.api_key": key})
 
 
@@ -173,11 +173,11 @@ def test_flops_of_naflex_are_those_of_as_many_patches():
     model = create_model("naflex_ViT-B-16", device="meta")
     square = training_flops(create_model("ViT-B-16", device="meta"), 64)
     assert training_flops(model, 64) == training_flops(model, 64, 196) == pytest.approx(square, rel=0.02)
-    assert training_flops(model, 64, 784) > 2.9 * square  # three quarters of that are the images
+    assert training_flops(model, 64, 784) > 2.9 * square  # images take three quarters of the FLOPs
 
 
 def fake_nvml(reasons=0, error=None):
-    """Return a stand-in for NVML with one GPU, for the meters of a training run; it can fail as drivers do."""
+    """Return a stand-in for NVML with one GPU, for the meters of a training run; ``error`` is raised at its start."""
     return mock.Mock(**{
         "NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "nvmlInit.side_effect": error,
         "nvmlDeviceGetCurrentClocksEventReasons.return_value": reasons,
@@ -188,7 +188,7 @@ def fake_nvml(reasons=0, error=None):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Fake a GPU for the meters of training: the second of an H100 machine, the first in CUDA_VISIBLE_DEVICES."""
+    """Fake a GPU for the meters of training: the second H100 of a machine, which the process sees as ``cuda:0``."""
     for name, value in {
         "get_device_name": f"NVIDIA {CARDS['h100'].name}", "get_device_properties": mock.Mock(uuid="1234-second"),
         "max_memory_allocated": 31_400_000_000, "max_memory_reserved": 40_000_000_000,
@@ -196,7 +196,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, mock.Mock(return_value=value))
 
     def meters_with(nvml):
-        """Return the meters of a training run on a GPU, which ask this stand-in for NVML."""
+        """Return the meters of a training run on a GPU, which ask the stand-in ``nvml`` for its figures."""
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
         return Meters(torch.device("cuda", 0))
 
@@ -204,7 +204,7 @@ def gpu(monkeypatch):
 
 
 def test_a_gpu_is_found_by_its_uuid_and_told_once_to_be_slow(gpu, caplog):
-    nvml = fake_nvml(reasons=0x4 | 0x20 | 0x80)  # power cap (normal under load), heat, and power brake
+    nvml = fake_nvml(reasons=0x4 | 0x20 | 0x80)  # the clock is slow by power cap (normal), heat, and brake
     meters = gpu(nvml)
     found = [meters.read(0.5) for _ in range(3)][-1]
     nvml.nvmlDeviceGetHandleByUUID.assert_called_with("GPU-1234-second")

@@ -1,4 +1,4 @@
-"""The data of a NaFlex run: one order on any ranks and workers, epochs of pairs or tokens, and what can change."""
+"""The data of a NaFlex run: ranks' parts of a batch, epochs of pairs or tokens, and options that change batches."""
 
 import itertools
 
@@ -27,13 +27,13 @@ OPTIONS = {
 
 @pytest.fixture
 def given(tmp_path):
-    """A function that returns the options of a NaFlex run on 48 pairs, with changes."""
+    """Return a function that returns the options of a NaFlex run on 48 pairs, with changes."""
     write_shard(tmp_path / "p.tar", [sample(index) for index in range(PAIRS)])
     return lambda **options: config(f"{tmp_path}/p.tar", tmp_path, **OPTIONS | options)
 
 
 def begun(config, processes):
-    """Return the entry of a checkpoint of a run that has begun with so many processes."""
+    """Return the checkpoint's entry about the data of a run that began on this number of processes."""
     return {"stream": TrainingData(config, plan_of(config, World(size=processes), {})).state_dict()}
 
 

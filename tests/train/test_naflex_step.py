@@ -1,4 +1,4 @@
-"""A training step on images of several sizes: OpenCLIP's loss and gradients, in parts, compiled, and its scale."""
+"""A training step on images of several sizes: OpenCLIP's loss and gradients, micro-batches, torch.compile, scales."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def pairs(count, seed=0):
 
 
 def model_in(dtype):
-    """Return a small model whose parameters are random, so that none is without effect."""
+    """Return a small model with random parameters, of which none is zero, so that each of them affects the features."""
     torch.manual_seed(0)
     model = build(CLIPConfig.from_dict(RAW)).to(dtype).train()
     for parameter in model.parameters():
@@ -52,7 +52,7 @@ def model_in(dtype):
 
 
 def step_of(model, **options):
-    """Return the training step of a model, without a change of its weights."""
+    """Return the training step of a model with a learning rate of 0, so that its weights stay."""
     plain = torch.autocast("cpu", enabled=False)
     return TrainingStep(
         model, torch.optim.SGD(model.parameters(), 0.0), contrastive_loss, lambda: plain, None, 64, **options
@@ -71,7 +71,7 @@ def gradients(model):
 
 
 def assert_near(found, expected, most):
-    """Check that no gradient differs by more than ``most`` of the largest of its parameter."""
+    """Check that gradients differ by at most ``most`` times the largest element of the parameter's gradient."""
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() <= most * gradient.abs().max().clamp(min=1e-3), name
 
@@ -126,7 +126,7 @@ def their_model(ours):
 
 @pytest.mark.parametrize("kind", ["none", "linear", "sqrt"])
 def test_loss_and_gradients_are_those_of_openclip(kind):
-    """Timm resizes positions in float32, whatever the dtype of the model."""
+    """The tolerance is 1e-6 in float64, since timm resizes position embeddings in float32 for any dtype."""
     ours, (images, texts) = model_in(torch.float64), pairs(6)
     theirs = their_model(ours)
     found = step_of(ours, loss_scale=loss_scale(kind, 4)).backward(*uploaded(images, texts))
@@ -134,7 +134,7 @@ def test_loss_and_gradients_are_those_of_openclip(kind):
     logits, labels = logit_scale * image @ text.T, torch.arange(6)
     expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     (expected * {"none": 1.0, "linear": 1.5, "sqrt": 1.5**0.5}[kind]).backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # the loss is logged without the scale
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # the logged loss has no --naflex-loss-scale
     assert_near(gradients(ours), gradients(theirs), 1e-6)
 
 
@@ -147,18 +147,18 @@ def test_micro_batches_have_the_gradients_of_the_batch(for_gpu):
     in_parts = uploaded(images, texts, 3, for_gpu=for_gpu)
     assert [len(part) for part in in_parts[0]] == [3, 3, 1]
     assert sum(len(part.patches) for part in in_parts[0]) == len(pack_images(images, PATCH).patches)
-    for of_texts in (in_parts[1], texts):  # SigLIP's towers read the padding of texts, which are not packed then
+    for of_texts in (in_parts[1], texts):  # texts are padded, not packed, if a tower reads the padding
         step.optimizer.zero_grad()
         assert step.backward(in_parts[0], of_texts).item() == pytest.approx(loss.item(), rel=1e-12)
         assert_near(gradients(model), whole, 1e-12)
     step.optimizer.zero_grad()
-    accumulate_gradients(model, pack_images(images, PATCH), texts, 2)  # it splits packed images itself
+    accumulate_gradients(model, pack_images(images, PATCH), texts, 2)  # this function splits packed images itself
     assert_near({name: 7 / 4 * gradient for name, gradient in gradients(model).items()}, whole, 1e-12)
 
 
 @pytest.mark.long
 def test_batches_of_all_sizes_are_compiled_twice():
-    """The first batch is compiled for its own sizes, and the second for all that follow."""
+    """The model is compiled for the sizes of the first batch, and for any sizes at the second batch."""
     torch.compiler.reset()
     compiled, plain, graphs = model_in(torch.float64), model_in(torch.float64), []
     compiled.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)

@@ -1,4 +1,4 @@
-"""Runs of a NaFlex model on images in their own aspect: they learn, and resume to the last bit, on other ranks too."""
+"""Training runs of a NaFlex model on images in their own aspect: they learn, and resume bit-equal, on any ranks."""
 
 import math
 import statistics
@@ -26,7 +26,7 @@ from .distributed import assert_near, folder_of, trained
 from .test_training import losses, results_of, saved_step, stopped_after, weights
 
 RANKS = {"naflex_max_tokens_per_batch": 96, "naflex_batch_divisor": 4, "batch_size": 5}
-ALL = {"naflex_max_tokens_per_batch": 192, "naflex_batch_divisor": 8, "batch_size": 10}  # the same on one process
+ALL = {"naflex_max_tokens_per_batch": 192, "naflex_batch_divisor": 8, "batch_size": 10}  # one process, as RANKS on two
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def naflex(options):
 
 
 def learned(folder, config):
-    """Return the losses of a run relative to those of guessing, which the pairs of each batch determine."""
+    """Return each step's loss over the loss of guessing, which is log(number of pairs in the batch)."""
     plan = plan_of(config, ALONE, {})
     return [loss / math.log(plan[number].pairs) for number, loss in enumerate(losses(folder))]
 
@@ -61,7 +61,7 @@ def test_the_loss_falls(naflex, tmp_path):
 def test_micro_batches_are_fitted_by_their_patches_and_texts(
     most_patches, most_texts, expected, naflex, tmp_path, monkeypatch
 ):
-    """The longest images have 8 x 24 patches, and most texts come with 24 x 8 patches."""
+    """A batch of 8 pairs has the longest images, of 24 patches; one of 24 pairs has the most texts, and 8 patches."""
     forward, parts = CLIP.forward, []
 
     def limited(model, images, texts):
@@ -77,7 +77,7 @@ def test_micro_batches_are_fitted_by_their_patches_and_texts(
     folder, _ = train(TrainConfig(**naflex(tmp_path, micro_batch_size="auto", epochs=1)))
     found = (folder.path / "out.log").read_text()
     assert f"--micro-batch-size auto: {expected} of 8 pairs with up to 24 patches each at a time (the most" in found
-    assert max(texts for _, texts in parts[4:]) == 3 * expected  # those of 8 patches
+    assert max(texts for _, texts in parts[4:]) == 3 * expected  # with images of 8 patches, thrice the pairs fit
 
 
 @pytest.mark.parametrize(("changes", "patch_size"), [({}, 4), ({"naflex_patch_sizes": (8, 4)}, 8)])
@@ -140,7 +140,7 @@ def test_a_teacher_must_be_naflex(naflex, tmp_path):
     "changes", [{}, {"micro_batch_size": 2}, {"fsdp": True, "grad_checkpointing": True}], ids=["ddp", "parts", "fsdp"]
 )
 def test_ranks_take_the_steps_of_one_process(changes, naflex, together, tmp_path):
-    """Two processes stop after step 6, and one goes on."""
+    """A run on two processes that was saved at step 6 is resumed on one process."""
     one = naflex(tmp_path / "one")
     assert trained(ALONE, one) is None
     given = naflex(tmp_path / "two", **RANKS, **changes)

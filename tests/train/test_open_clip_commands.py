@@ -16,8 +16,8 @@ from ..small_runs import COLOURS, TINY, picture, run_command
 from .test_open_clip_flags import numbers
 from .test_recipes import rows
 
-# Commands of OpenCLIP's README, its docs/script_examples and its tests. Each is below its name and, if it is refused,
-# the error. Paths are replaced by small data.
+# Commands of OpenCLIP's README, its docs/script_examples and its tests. Above each command stand its name and, if
+# clipfast refuses the command, the error. Paths are replaced by small data.
 DOCUMENTED = """
 sample
 --save-frequency 1 --zeroshot-frequency 1 --report-to tensorboard --train-data=TABLE --val-data=TABLE
@@ -148,7 +148,7 @@ SHARED = {
     "SYNTHETIC": "--save-frequency 1 --zeroshot-frequency 1 --dataset-type synthetic --train-num-samples 16 "
     "--warmup 1 --batch-size 4 --lr 1e-3 --wd 0.1 --epochs 1 --workers 2",
 }
-WORDS, ERRORS = {}, {}  # words and errors of the commands by name
+WORDS, ERRORS = {}, {}  # the words of each command, and its expected error or ""
 for paragraph in DOCUMENTED.strip().split("\n\n"):
     title, typed = paragraph.split("\n", 1)
     name, _, ERRORS[name] = title.partition(": ")
@@ -157,9 +157,9 @@ for paragraph in DOCUMENTED.strip().split("\n\n"):
         part for word in shlex.split(typed) for part in (word.split("=", 1) if word.startswith("--") else [word])
     ]
 VALID = [name for name, error in ERRORS.items() if not error]
-# The commands that are run, because each of them tests something else; the last one is run with another model.
+# The commands that are run, each for other options. The last one's model is unknown, so it is run with another model.
 RUNS = ("resume", "laion-5b", "synthetic unlocked", "i257 t32 finetune")
-# Values of flags for two very short steps; the size of these models does not matter.
+# Values of flags by which a command takes two very short steps of a tiny model.
 NEEDED = {
     "--model": TINY, "--batch-size": "8", "--epochs": "1", "--train-num-samples": "16", "--warmup": "1",
     "--workers": "0",
@@ -208,7 +208,7 @@ def smaller(words, places):
 
 
 def passes_of(words):
-    """Return the passes of a training step."""
+    """Return the number of passes (--accum-freq) in a training step of this command."""
     return int(words[words.index("--accum-freq") + 1]) if "--accum-freq" in words else 1
 
 

@@ -1,4 +1,4 @@
-"""OpenCLIP's training flags: each is the same, is translated, changes nothing, or is refused with what to use."""
+"""OpenCLIP's training flags: clipfast knows each, translates it, accepts it without effect, or refuses it."""
 
 import argparse
 import dataclasses
@@ -108,16 +108,16 @@ TYPED = """
 --lock-image-freeze-bn-stats --lock-image
 """
 TRIED = {line.split()[0]: line.split() for line in TYPED.strip().splitlines()}
-OPTION = {  # options whose name differs from the flag
+OPTION = {  # clipfast's options whose name differs from OpenCLIP's flag
     "--csv-img-key": "--image-key", "--csv-caption-key": "--text-key", "--no-set-device-rank": "--set-device-rank",
 }  # fmt: skip
-OUTSIDE = {"--resume", "--debug"}  # options of the command and not of the run, which have tests elsewhere
+OUTSIDE = {"--resume", "--debug"}  # options of the command and not of a run
 GONE = {"--horovod", "--torchscript", "--trace"}  # flags that OpenCLIP has dropped since 3.3.0
 PLAIN = ["--train-data", "shards.tar", "--model", TINY]
 
 
 def flags(how):
-    """Parametrise a test over the flags of a kind of OpenCLIP's trainer."""
+    """Parametrise a test over OpenCLIP's training flags that clipfast treats in the way ``how``, such as "same"."""
     return pytest.mark.parametrize("flag", [flag for flag in FLAGS if FLAGS[flag].how == how and flag not in OUTSIDE])
 
 
@@ -131,7 +131,7 @@ def their_options() -> dict[str, argparse.Action]:
 
 
 def numbers(text: str) -> list[float] | str:
-    """Parse a training option as numbers, or return the text. Of several below 1, only the ratio counts."""
+    """Parse a training option as numbers, or return the text. Factors below 1 are divided by the largest of them."""
     try:
         found = [float(part) for part in re.split("::| ", text)]
     except ValueError:
@@ -217,7 +217,7 @@ class TestFlags:
         assert re.search(said, err)
 
     def test_the_defaults_of_theirs_are_a_recipe(self):
-        """An omitted flag has another default in clipfast, unless the recipe sets it."""
+        """The recipe openclip-defaults sets every option whose default in clipfast is not OpenCLIP's."""
         recipe = read_recipe("openclip-defaults")
         ours = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
         theirs = their_options()

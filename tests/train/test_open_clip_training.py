@@ -37,7 +37,7 @@ def config(shards, tmp_path):
     """Return a function that returns training options of four steps an epoch, without data workers."""
 
     def make(name="run", **options):
-        """Return the options of a small training run, with these changes."""
+        """Return the options of a small training run, changed by ``options``."""
         made = test_training.config(shards, tmp_path, **{"workers": 0, "epochs": 1} | options)
         return dataclasses.replace(made, name=name)
 
@@ -232,7 +232,8 @@ class TestDistillation:
             for size in (None, 3)
         )
         assert losses(whole) == pytest.approx(losses(in_parts), rel=1e-5)
-        # The logits of the teacher are almost uniform: their cross-entropy comes on top, that of a guess among 8 pairs.
+        # The contrastive loss begins near log(8), the loss of guessing among 8 pairs. The distillation loss does, too,
+        # since the teacher's logits are almost uniform.
         assert losses(whole)[0] == pytest.approx(2 * math.log(8), abs=1.0)
 
     @cases("""

@@ -16,7 +16,7 @@ from ..small_runs import TINY, cases
 
 
 class Half(torch.optim.SGD):
-    """An optimizer like one of another package."""
+    """An optimizer that halves its learning rate, in place of one from another package."""
 
     def __init__(self, params, lr=1.0, betas=(0.5, 0.6), weight_decay=0.0, **others):
         super().__init__(params, lr=lr / 2, weight_decay=weight_decay, **others)
@@ -24,14 +24,14 @@ class Half(torch.optim.SGD):
 
 
 class Passing(torch.optim.AdamW):
-    """An optimizer that passes its arguments on."""
+    """An optimizer whose signature hides the arguments of AdamW, since it passes them on as keywords."""
 
     def __init__(self, params, lr=1e-3, **others):
         super().__init__(params, lr, **others)
 
 
 class Reading(torch.optim.SGD):
-    """An optimizer whose constructor reads the weights, and takes no scale beyond 1."""
+    """An optimizer whose constructor reads the weights, and refuses a ``scale`` above 1."""
 
     def __init__(self, params, lr=1.0, weight_decay=0.0, scale=1.0):
         super().__init__(params, lr=lr, weight_decay=weight_decay)
@@ -167,7 +167,7 @@ def test_one_that_reads_the_weights_is_made_where_they_are(model):
 
 
 def by_name(model, optimizer, key):
-    """Return the settings of the training optimizer's groups by the name of the parameter."""
+    """Return the optimizer's setting ``key`` for each parameter, by the parameter's name."""
     return {name: group[key] for group in optimizer.param_groups for name in names_of(model, group)}
 
 
@@ -181,7 +181,7 @@ def test_weight_decay_leaves_out_what_patterns_name(model):
         assert "lr_scale" not in optimizer.param_groups[0]
 
 
-# For the beginning of a parameter's name: the number of layers between it and the output of its tower.
+# The number of layers between a parameter and its tower's output, by the beginning of the parameter's name.
 VIT = {
     "visual.transformer.resblocks.0": 2, "visual.transformer.resblocks.1": 1, "visual.ln_post": 1, "visual.proj": 0,
     "visual.": 3,
@@ -222,7 +222,7 @@ def test_rates_of_a_graph_are_tensors_of_their_own():
     optimizer = made(build(read_model_config(TINY)), cuda_graphs=True, image_layer_decay=0.5, lr=1.0)
     rates = [(group["lr"], group["lr_scale"]) for group in optimizer.param_groups]
     set_lr(optimizer, 2.0)
-    assert all(rate.item() == 2 * scale for rate, scale in rates)  # each is changed in place
+    assert all(rate.item() == 2 * scale for rate, scale in rates)  # set_lr changes each tensor in place
     assert len({rate.item() for rate, _ in rates}) == 4
 
 
@@ -265,7 +265,7 @@ def test_another_optimizer_cannot_go_on(run_small, as_theirs, tmp_path):
     refused("must stay: locked towers", folder.latest, lock_text=True)
     refused("must stay: .*--wd-exclude", folder.latest, wd_exclude=("visual.proj",))
     refused("does not fit the model: .*--image-layer-decay", folder.latest, image_layer_decay=0.5)
-    # another parameter of the same shape, so the groups keep their size
+    # this pattern names another parameter of the same shape, so the optimizer's groups keep their size
     refused("its groups hold other parameters", folder.latest, wd_exclude=(f"{BLOCK}.1.mlp.c_fc.weight",))
     assert folder.latest.read_bytes() == before
     # A checkpoint of OpenCLIP has the state of AdamW, and does not name the parameters in its groups. Only the shapes

@@ -56,7 +56,7 @@ def test_gradients_are_of_all_embedded_and_some_gathered(uint8, checkpointing):
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     images = images if uint8 else images.double() / 255
     truth = copy.deepcopy(model)
-    truth.set_backend("torch")  # the reference embeds all patches
+    truth.set_backend("torch")  # PyTorch's backend embeds all patches before it drops some
     for each in (model, truth):
         torch.manual_seed(3)
         each.encode_image(images, normalize=True).square().mul(torch.arange(16)).sum().backward()
@@ -69,7 +69,7 @@ def test_config_of_open_clip():
     raw = SMALL.to_dict()
     assert raw["vision_cfg"]["patch_dropout"] == 0.5
     assert CLIPConfig.from_dict(json.loads(json.dumps(raw))) == SMALL
-    # A model without patch dropout is written as OpenCLIP writes it.
+    # The config of a model without patch dropout has no patch_dropout, as in OpenCLIP's files.
     for plain in (get_model_config("ViT-B-32"), get_model_config("RN50-quickgelu")):
         assert "patch_dropout" not in plain.to_dict()["vision_cfg"]
         assert CLIPConfig.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain

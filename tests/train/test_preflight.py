@@ -100,7 +100,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, refusal):
     assert "CLIP's tokenizer has 49408 tokens, and " in line
     assert "knows only 1000: set vocab_size of its text_cfg to 49408" in line
     siglip = {"model": tmp_path / "small.json"}
-    siglip["model"].write_text(json.dumps(CONFIGS["exact"].to_dict()))  # it has 300 tokens
+    siglip["model"].write_text(json.dumps(CONFIGS["exact"].to_dict()))  # its vocabulary has 300 tokens
     assert "needs the file tokenizer.json of its tokenizer, which clipfast does not ship" in refusal(**siglip)
     assert f"there is no tokenizer at {tmp_path}/none" in refusal(**siglip, tokenizer=tmp_path / "none")
     save_tokenizer(tmp_path / "fitting")
@@ -163,7 +163,7 @@ class TestSample:
 
     @pytest.fixture
     def indexed(self):
-        """A mock that is called for each training shard that is indexed, after all were looked up in the cache."""
+        """Yield a mock that records the training shards that are indexed because the cache has no index of them."""
         make = index.IndexCache._make
         with mock.patch.object(index.IndexCache, "_make", autospec=True, side_effect=make) as made:
             yield made
@@ -174,7 +174,7 @@ class TestSample:
         assert [call.args[1] for call in indexed.call_args_list] == [str(shards[number]) for number in (0, 3, 6, 9)]
         assert (found.tried, found.unusable) == (16, [])
         look("*.tar")
-        assert indexed.call_count == 4  # the index was kept
+        assert indexed.call_count == 4  # the cache has kept the four indexes
 
     def test_one_shard_that_is_elsewhere_is_brought_here(self, folder, indexed):
         write_shard(folder / "x.tar", PAIRS)

@@ -61,7 +61,7 @@ def test_host_memory(world, workers, batches, check, monkeypatch):
     for missing in (1, 0):
         monkeypatch.setattr(module, "available_memory", lambda missing=missing: batches * BATCH - missing)
         assert (f" {batches} batch(es) of 25.0 KiB" in check(world, **given)) == bool(missing)
-    monkeypatch.setattr(module, "available_memory", lambda: None)  # a machine that does not tell
+    monkeypatch.setattr(module, "available_memory", lambda: None)  # a machine that does not tell its free memory
     assert check(world, **given) == ""
 
 
@@ -133,7 +133,7 @@ class TestGPU:
         assert "no GPU for 'cuda:2': there are 2" in refusal(device="cuda:2")
         gpu(1, 4 * weights - 1)
         assert re.search("cuda has .* of its 64.0 GiB free, .*nvidia-smi", refusal(device="cuda"))
-        assert refusal(device="cuda", precision="pure_bf16") == ""  # this takes half of the memory
+        assert refusal(device="cuda", precision="pure_bf16") == ""  # weights in bfloat16 take half the memory
         gpu(1, 4 * weights)
         assert refusal(device="cuda") == ""
 

@@ -22,7 +22,7 @@ def rows(text):
 
 
 def printed_options(capsys, *words):
-    """Return the training options that these words set, with their origins, as the command prints them."""
+    """Return the options, with their origins, that ``clipfast train`` prints for the words of a command."""
     code, out, error = run_command(capsys, "train", *words, "--print-config")
     assert code == 0, error
     return rows(out)
@@ -79,7 +79,7 @@ def test_every_option_is_printed_with_its_origin(printed, capsys):
         "--crop-scale": ["0.9 1.0", "recipe clip-paper"], "--seed": ["0", "default"],
         "--train-data": ["(needed)", "nowhere"],
     }.items() <= found.items()  # fmt: skip
-    # a flag replaces an option of the recipe that it excludes
+    # a flag replaces an option of the recipe that excludes the flag: --samples-seen replaces --epochs
     found = printed(*paper, "--samples-seen", 9)
     assert {found["--samples-seen"][1], found["--epochs"][1]} == {"flag", "default"}
     for flag in ("--batch-size", "--global-batch-size"):

@@ -69,7 +69,7 @@ def test_every_file_goes_up_once(memory, copy, store, monkeypatch):
     (store.folder.parent / "link").symlink_to("/etc/passwd")
     for _ in range(2):
         copy.sync()
-    RemoteCopy(copy.folder, "memory://copies").sync()  # another process does not upload it again either
+    RemoteCopy(copy.folder, "memory://copies").sync()  # nor does a new process upload a file again
     saved(store, 5)
     copy.sync()
     root = "/copies/run"
@@ -100,7 +100,7 @@ def test_files_are_replaced_as_a_whole(store, tmp_path, monkeypatch):
     original = type(copy._fs).mv
 
     def checking(self, *args, **options):
-        """Move an uploaded file to its name, once ``epoch_latest.pt`` is seen to be still the old one."""
+        """Check that the remote ``epoch_latest.pt`` is still the old one, then give an uploaded file its final name."""
         assert latest.read_bytes() == before
         return original(self, *args, **options)
 
@@ -120,7 +120,7 @@ def test_another_machine_goes_on(shards, tmp_path, capsys):
     assert code == 0, err
     assert "Step 6 was downloaded from memory://copies/run" in err
     assert "at step 6 of 12" in err
-    # the first machine does not overwrite the work of the other
+    # the first machine does not overwrite the remote checkpoints of the second
     code, _, err = run_command(capsys, *arguments[:-2], "--resume", tmp_path / "a/run")
     assert code == 2
     assert "memory://copies/run holds a checkpoint of step 12: go on from it with --resume latest" in err

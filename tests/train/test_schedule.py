@@ -1,4 +1,4 @@
-"""The learning rate: OpenCLIP's schedules step by step, warm-ups that fit the run, and that of a resumed run."""
+"""The learning rate: OpenCLIP's schedules step by step, warm-ups that fit the run, and rates of resumed runs."""
 
 import dataclasses
 import json
@@ -81,4 +81,4 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_changed():
         "lr": "--lr 0.0005 -> 1.0", "ema_decay": "--ema-decay None -> 0.9",
         "opt_kwargs": "--opt-kwargs [] -> ['amsgrad=True']",
     }  # fmt: skip
-    assert changed_options({}, now) == {}  # the options of OpenCLIP's checkpoints are unknown
+    assert changed_options({}, now) == {}  # a checkpoint of OpenCLIP's trainer holds no options

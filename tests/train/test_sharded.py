@@ -36,7 +36,7 @@ def same(ours, theirs):
 
 
 def written(rank, size, folder):
-    """Write a sharded training checkpoint from all ranks twice, the second time with another value."""
+    """Write a sharded training checkpoint from all ranks twice, the second time with other weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -74,7 +74,7 @@ def test_every_rank_writes_and_one_process_reads(whole):
 
 
 def remanifested(folder, change):
-    """Change the manifest of a sharded training checkpoint."""
+    """Change the manifest of a sharded training checkpoint by the function ``change``."""
     files = json.loads((folder / "manifest.json").read_text())
     change(files)
     (folder / "manifest.json").write_text(json.dumps(files))
@@ -102,7 +102,7 @@ def hide_code_in_the_list(folder):
 
 
 def replace_rest(folder, content):
-    """Write something else beside the tensors of a sharded training checkpoint."""
+    """Replace ``rest.pt``, which holds everything in a sharded training checkpoint except its tensors."""
     torch.save(content, folder / "rest.pt")
     resealed(folder, "rest.pt")
 

@@ -40,7 +40,7 @@ SHARDED = (
 
 @pytest.fixture(scope="module")
 def given(options):
-    """Return a function that returns options of a sharded run of 24 steps in two epochs, which saves every 5."""
+    """Return a function that returns options of a sharded run of 24 steps in two epochs, saved every 5 steps."""
     return lambda logs, **changes: options(logs, "run", **parse_arguments(SHARDED.split()) | changes)
 
 
@@ -134,7 +134,7 @@ def test_a_signal_saves_and_a_folder_is_gone_on_from(given, undisturbed, togethe
 
 @pytest.mark.long
 def test_ranks_and_kind_change(given, undisturbed, together, tmp_path):
-    """A run is resumed from parts with one file and back, with and without FSDP."""
+    """A run changes from sharded checkpoints to single files and back, on 3 and 2 ranks, with and without FSDP."""
     sessions = [(3, True, "sharded"), (2, False, "full"), (2, True, "sharded")]
     for number, (size, fsdp, kind) in enumerate(sessions):
         fate = ("stop", range(size), 7 + 10 * number) if number < 2 else None
@@ -147,7 +147,10 @@ def test_ranks_and_kind_change(given, undisturbed, together, tmp_path):
 
 
 def failing(rank):
-    """Let the disk be full for rank 1's part of step 5, its seal of step 10, the manifest of step 15; delay step 20."""
+    """Let sharded checkpoints fail on a full disk: rank 1's part at step 5, its seal at 10, the manifest at 15.
+
+    The checkpoint of step 20 is written late.
+    """
     stack = contextlib.ExitStack()
 
     def fail(owner, name, step, victims, do):
@@ -155,7 +158,7 @@ def failing(rank):
         original = getattr(owner, name)
 
         def faulty(*args):
-            """Call ``do`` if the step and the rank are those that fail, then write."""
+            """Call ``do`` if this rank fails at this step, then write the sharded checkpoint."""
             if rank in victims and f"/.step_{step}.tmp" in str(getattr(args[0], "path", args[0])):
                 do()
             return original(*args)

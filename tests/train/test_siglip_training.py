@@ -42,9 +42,9 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys):
     assert code == 0, error
     found = losses(RunFolder(tmp_path / "run"))
     assert len(found) == 18
-    assert found[0] > 9  # each row begins with softplus terms of about 10 for its pair
+    assert found[0] > 9  # logit_bias begins at -10, so the loss of each matching pair is about 10
     assert sum(found[-3:]) < 0.7 * sum(found[:3])
-    # the exported folder is complete: model, tokenizer, preprocessing
+    # the run's folder can be loaded as a model, with its tokenizer and preprocessing
     name = f"local-dir:{tmp_path}/run"
     model = create_model(name)
     assert model.config == CONFIG
@@ -60,7 +60,7 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys):
     assert "needs the file tokenizer.json of its tokenizer" in error
     code, out, error = run_command(capsys, *evaluate, "--tokenizer", tmp_path / "tokenizer")
     assert json.loads(out)["retrieval"] == figures["retrieval"]
-    # a resumed run has the same tokenizer, and the interruption changes nothing
+    # a resumed run finds its tokenizer without --tokenizer
     code, out, error = run_command(capsys, "train", "--resume", tmp_path / "run", "--epochs", 7)
     assert code == 0, error
     assert len(losses(RunFolder(tmp_path / "run"))) == 21
@@ -68,7 +68,7 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys):
 
 @pytest.mark.long
 def test_the_first_loss_is_the_sigmoid_loss(arguments, tmp_path, capsys):
-    """The texts keep their padding, and micro-batches change nothing."""
+    """Texts keep their padding in training, and a run with micro-batches has the loss of the whole batch."""
     code, _, error = run_command(capsys, *arguments, "--siglip", "--epochs", 1, "--micro-batch-size", 6)
     assert code == 0, error
     torch.manual_seed(0)

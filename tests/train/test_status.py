@@ -72,7 +72,7 @@ def test_a_run_is_followed_while_its_process_lives(run, finished, capsys, monkey
         found = read_status(run)
         assert (found["state"], found["process"].split()[:2]) == ("running", ["process", str(process.pid)])
         with (run / LOCK_NAME).open("a") as file, pytest.raises(BlockingIOError):
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # status has not released the lock
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # reading the status has not released the run's lock
         assert read_status(run, now=found["updated"] + 30)["warnings"] == []
         (warning,) = read_status(run, now=found["updated"] + 7200)["warnings"]
         assert warning.startswith("the last line is 2:00:00 old")

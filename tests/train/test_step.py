@@ -46,7 +46,7 @@ def run(shards, folder, **options):
 
 @pytest.fixture(scope="module")
 def plain(shards, tmp_path_factory):
-    """Return the losses of a training run without any of the options below, with the padding of all texts."""
+    """Return the losses of a training run on padded texts, with no other option, to compare other runs with."""
     return run(shards, tmp_path_factory.mktemp("plain"), pack_text=False)
 
 
@@ -70,12 +70,12 @@ def test_the_losses_are_the_same(options, tolerance, plain, shards, tmp_path):
 
 
 def test_a_step_with_packed_texts_takes_few_calls_of_python(shards, tmp_path):
-    """Count the calls of the package's functions in each step after its batch; texts have several lengths."""
+    """Count the calls of clipfast's Python functions in each training step, without the loading of its batch."""
     calls, package, take = [], str(Path(clipfast.__file__).parent), Trainer._train_step
     kernels = str(Path(clipfast.kernels.__file__).parent)
 
     def counted(frame, event, _):
-        """Count a call of a function of the package."""
+        """Count a call of a Python function of clipfast."""
         calls[-1] += event == "call" and frame.f_code.co_filename.startswith((package, kernels))
 
     def watched(self, batch):
@@ -133,7 +133,7 @@ def test_a_graph_is_fed_each_batch(packs, monkeypatch):
         take(*batch)
     # The texts of the last batch have 66 tokens together, and those of the others at most 64.
     assert (made[0].captured, made[0].replayed) == (1, 3 if packs else 4)
-    # A batch from which unusable samples are missing gets a graph if it comes often.
+    # A smaller batch, without unusable samples, gets a graph of its own if its shape comes often.
     for calls in (3, 2):
         replayed = made[0].replayed
         for _ in range(calls):
@@ -143,7 +143,7 @@ def test_a_graph_is_fed_each_batch(packs, monkeypatch):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves weights by 1e-3
 
 
-HEIGHTS = (8, 12, 20, 8)  # of images for NaFlex
+HEIGHTS = (8, 12, 20, 8)  # heights of images for NaFlex, in pixels
 
 
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
@@ -160,11 +160,11 @@ HEIGHTS = (8, 12, 20, 8)  # of images for NaFlex
 )
 def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, heights, packs, monkeypatch):
     # a copy would wait for the device, and cannot be captured in a CUDA graph
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not support "meta"
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # autocast lacks "meta"
     meta = torch.device("meta")
     with meta:
         model = build(read_model_config(name) if name == NAFLEX else get_model_config(name)).train()
-    # The real function does not support "meta".
+    # A stand-in, since the step of PyTorch's fused AdamW does not support "meta".
     optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
     step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, micro_batch_size)
     side = model.visual.image_size

@@ -182,7 +182,7 @@ def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, caps
     process = started(arguments, stderr=subprocess.DEVNULL)
     wait_for_checkpoint(process, folder, 3)
     process.send_signal(signal.SIGSTOP)
-    os.waitpid(process.pid, os.WUNTRACED)  # until then, its threads may go on to write
+    os.waitpid(process.pid, os.WUNTRACED)  # before this wait ends, its threads may still write
     before = everything(folder)
     for words in (arguments, ["train", "--resume", str(folder)]):
         code, _, err = run_command(capsys, *words)
@@ -193,7 +193,7 @@ def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, caps
     assert workers
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 2  # the data loader's own check takes five seconds
+    deadline = time.monotonic() + 2  # PyTorch's data workers by themselves end within 5 s
     while any(map(is_alive, workers)):
         assert time.monotonic() < deadline, "a data worker lives on"
         time.sleep(0.02)
@@ -230,7 +230,7 @@ def test_open_clip_loads_our_checkpoint(run_small, tmp_path, open_clip_registry)
     folder = run_small(model="ViT-T-8-32", epochs=1)
     model = create_model("ViT-T-8-32")
     load_checkpoint(model, folder.latest)
-    # from the exported folder, and from the training checkpoint
+    # OpenCLIP loads the weights from the exported folder, and from the training checkpoint.
     exported = open_clip.create_model(f"local-dir:{folder.path}")
     (tmp_path / "emoji.json").write_text(json.dumps(model.config.to_dict()))
     open_clip.add_model_config(tmp_path / "emoji.json")
@@ -258,7 +258,7 @@ def test_open_clip_training_can_be_gone_on_with(small, tmp_path):
     trainer = Trainer(options, RunFolder(tmp_path / "x"), read_checkpoint(tmp_path / "epoch_1.pt"))
     for name, p in trainer.model.named_parameters():
         assert torch.equal(trainer.optimizer.state[p]["exp_avg"], moments[name]), name
-    # the options are those of this run, not of the checkpoint
+    # the optimizer's options are those of the new run, not those of OpenCLIP's checkpoint
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.2]
     folder, _ = train(options, tmp_path / "epoch_1.pt")
     assert [line["step"] for line in folder.metrics() if "loss" in line] == [6, 8]
@@ -293,7 +293,7 @@ def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, 
 
 
 def test_model_and_length_come_from_the_checkpoint(small, tmp_path):
-    # the recipe and the weights that the run was started from may be gone
+    # A run can be resumed without the model's file and the weights from which it was started.
     shutil.copy(TINY, tmp_path / "mine.json")
     add_model_config(tmp_path / "mine.json")
     torch.save(create_model("mine").state_dict(), tmp_path / "start.pt")
@@ -340,7 +340,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(copied, tmp_path):
     ],
 )  # fmt: skip
 def test_a_checkpoint_or_recipe_runs_and_sends_nothing_by_itself(key, value, tmp_path, capsys, monkeypatch):
-    """They may be untrusted. Names of data may hold shell commands, and the import of a module runs its code."""
+    """A file may be untrusted: names of data may hold shell commands, and the import of a module runs its code."""
     monkeypatch.chdir(tmp_path)
     config = {"train_data": "x.tar", key: value}
     torch.save({"state_dict": {}, "clipfast": {"config": config}}, "run.pt")

@@ -89,14 +89,14 @@ def test_five_percent_of_faults(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "skipped", "seen", "stops"),
     [
-        (0.01, 6, 576, False),  # 1.04%, as for 31 pairs among 3,000
+        (0.01, 6, 576, False),  # 1.04% of so few pairs may be chance
         (0.01, 60, 3000, True),
         (0.01, 1, 8, False),
         (0.01, 8, 8, True),
         (0.01, 0, 0, False),
         (0.0, 1, 8, True),
         (1.0, 8, 8, False),
-        (0.5, 9, 8, False),  # the last pairs may be counted twice, and 8 of 8 are no proof
+        (0.5, 9, 8, False),  # ranks may count their last bad pairs twice; 8 bad of 8 may be chance
     ],
 )
 def test_a_share_is_judged_when_the_number_allows_it(limit, skipped, seen, stops, tmp_path):
@@ -104,12 +104,12 @@ def test_a_share_is_judged_when_the_number_allows_it(limit, skipped, seen, stops
 
 
 def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
-    """The loss is in the log, the list of skipped pairs and the results, though no batch has it; resuming adds none."""
+    """Pairs lost in a damaged shard are in log, list of skipped pairs, and results; a resumed run counts none twice."""
     for name in "ab":
         write_shard(tmp_path / f"{name}.tar", [sample(index) for index in range(20)])
     data = bytearray((tmp_path / "b.tar").read_bytes())
     places = [match.start() for match in re.finditer(rb"007\.(png|txt|json)\0", data)]
-    assert len(places) == 3  # the headers of a pair and of its json
+    assert len(places) == 3  # the tar headers of pair 007: image, text and json
     for place in places:
         data[place : place + 8] = bytes(8)
     (tmp_path / "b.tar").write_bytes(data)
@@ -136,7 +136,7 @@ def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
 def test_a_shard_that_changes_during_a_run_is_named(kind, change, monkeypatch, tmp_path):
     for name in "abc":
         write_shard(tmp_path / f"{name}.tar", [sample(index) for index in range(24)])
-    monkeypatch.setattr("clipfast.train.data.open_limit", lambda sources: 1)  # each sample opens its shard again
+    monkeypatch.setattr("clipfast.train.data.open_limit", lambda sources: 1)  # keep one shard open
     options = config(
         f"{tmp_path}/{{a,b,c}}.tar", tmp_path, unique_by=None, train_num_samples=72, epochs=1, workers=0,
         max_bad_fraction=0.5,

@@ -49,7 +49,7 @@ def shortened(arguments):
 
 
 def smaller(arguments):
-    """Change the arguments of another command on the page of training to a small model and few images."""
+    """Change a command of docs/training.md other than ``clipfast train`` to a small model and few images."""
     changes = {"ViT-B-32": "ViT-T-8-32", "bundled:emoji/noto": SMALL, "bundled:emoji/fluent": "data/001.tar"}
     return [changes.get(word, word) for word in arguments]
 
@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
 def test_commands(folder, monkeypatch, capsys):
     """The commands run in the order of the page, those of torchrun first, since some use the results of others.
 
-    They are the two dozen commands that a user copies, ten of them training runs: more than 12 seconds.
+    Among these two dozen commands are ten training runs, so the test takes more than 12 seconds.
     """
     monkeypatch.chdir(folder)
     together = []

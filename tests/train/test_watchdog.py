@@ -122,7 +122,7 @@ def slowly(world, given):
 
 
 def watched(rank, what):
-    """Return the diagnosis of rank 0's training watchdog while rank 1 does something."""
+    """Return the diagnosis of rank 0's training watchdog while rank 1 stays in the phase ``what``."""
     store = dist.distributed_c10d._get_default_store()
     dog = Watchdog(store, rank, 2, 1.0)
     dog.arm()
@@ -164,7 +164,7 @@ def test_who_holds_up_the_others(what, expected, tmp_path):
 
 
 def blamed_twice(rank, folder):
-    """Return the stacks of rank 1 after each of two waits for its data; the first wait ends."""
+    """Return the stacks that rank 1 wrote in each of two waits for its data, and the watchdog's diagnosis."""
     dog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, 1.0)
     dog.folder = folder
     dog.arm()
